@@ -1,0 +1,93 @@
+"""A complete artifact on disk: opened, checked, and read by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edadm_cli.artifacts.files import explained_os_errors, file_sha256, load_json
+from edadm_cli.artifacts.manifest import MANIFEST_NAME, Manifest, PayloadFile, read_manifest
+from edadm_cli.artifacts.tensors import load_tensors
+from edadm_cli.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder with a manifest whose identity and files were checked when it was opened."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides the content."""
+        return self.manifest.identity
+
+    @property
+    def kind(self) -> str:
+        """The stage that made it."""
+        return self.manifest.kind
+
+    def file(self, name: str) -> Path:
+        """Path of one file of the payload.
+
+        Raises:
+            InputError: The artifact has no such file.
+        """
+        if all(entry.path != name for entry in self.manifest.payload):
+            listed = ", ".join(entry.path for entry in self.manifest.payload) or "nothing"
+            raise InputError(f"{self.path} has no file '{name}'; it has {listed}.")
+        return self.path / name
+
+    def tensors(self, name: str, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Tensors of one safetensors file, on the CPU."""
+        return load_tensors(self.file(name), keys)
+
+    def json(self, name: str) -> Any:
+        """Content of one JSON file."""
+        return load_json(self.file(name))
+
+
+def has_manifest(path: Path) -> bool:
+    """Whether a folder claims to be a complete artifact."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def open_artifact(path: Path, kind: str) -> Artifact:
+    """Open an artifact and check its manifest, its identity, and the size and hash of each file.
+
+    Raises:
+        InputError: There is none, it is of another kind, or something in it was changed, lost or cut.
+    """
+    if not has_manifest(path):
+        raise InputError(f"There is no '{kind}' artifact at {path}.")
+    manifest = read_manifest(path)
+    if manifest.kind != kind:
+        raise InputError(f"{path} is a '{manifest.kind}' artifact; a '{kind}' artifact was wanted.")
+    for entry in manifest.payload:
+        check_file(path, entry)
+    return Artifact(path, manifest)
+
+
+def check_file(folder: Path, entry: PayloadFile) -> None:
+    """Compare one file with what the manifest says of it.
+
+    Raises:
+        InputError: The file is missing, or its size or hash differs.
+    """
+    path = folder / entry.path
+    if not path.is_file():
+        raise InputError(f"{path} is missing, though the manifest lists it.")
+    with explained_os_errors(path):
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise InputError(f"{path} has {size} bytes; the manifest says {entry.bytes}.")
+        if file_sha256(path) != entry.sha256:
+            raise InputError(
+                f"{path} was changed after it was written: its hash differs from the manifest's."
+            )

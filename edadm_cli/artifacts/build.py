@@ -1,0 +1,115 @@
+"""An artifact while it is being built, and how it becomes visible."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edadm_cli.artifacts.artifact import Artifact, has_manifest, open_artifact
+from edadm_cli.artifacts.files import explained_os_errors, sync
+from edadm_cli.artifacts.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    describe_payload,
+    environment_facts,
+    now,
+    remove_temporary_files,
+    write_manifest,
+)
+from edadm_cli.errors import InputError
+
+
+@dataclass
+class Build:
+    """A folder to fill and to commit; or, when `artifact` is set, one with nothing left to do.
+
+    Args:
+        path: The folder to write into; files that a killed build of the same identity left are still there.
+        target: Where the artifact will lie.
+        manifest: The manifest so far, without its payload.
+        artifact: The finished artifact, when it is up to date.
+    """
+
+    path: Path
+    target: Path
+    manifest: Manifest
+    artifact: Artifact | None = None
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the artifact is complete and nothing is to be built."""
+        return self.artifact is not None
+
+    def discard(self, names: Iterable[str]) -> None:
+        """Remove scratch files or folders from the partial folder; absent ones are passed over."""
+        with explained_os_errors(self.path):
+            for name in names:
+                path = self.path / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def commit(self, environment: Mapping[str, Any] | None = None, ignore: Iterable[str] = ()) -> Artifact:
+        """Hash and sync every file, write the manifest, and rename the folder into its place.
+
+        Args:
+            environment: Facts worth keeping (device, versions) that do not decide the content.
+            ignore: Shell patterns of files that stay but are no part of the payload.
+
+        Raises:
+            MachineError: The disk is full or permission is denied.
+        """
+        with explained_os_errors(self.target):
+            remove_temporary_files(self.path)
+            (self.path / MANIFEST_NAME).unlink(missing_ok=True)
+            manifest = self.manifest.model_copy(
+                update={
+                    "payload": describe_payload(self.path, ignore),
+                    "environment": {**environment_facts(), **(environment or {})},
+                    "created_at": now(),
+                }
+            )
+            write_manifest(self.path, manifest)
+            _move_into_place(self.path, self.target)
+        self.artifact = Artifact(self.target, manifest)
+        return self.artifact
+
+
+def adopt(partial: Path, target: Path, kind: str) -> Build | None:
+    """Finish a build that was killed between its manifest and its rename; `None` where there is none."""
+    if not has_manifest(partial):
+        return None
+    try:
+        manifest = open_artifact(partial, kind).manifest
+    except InputError:
+        (partial / MANIFEST_NAME).unlink()
+        return None
+    with explained_os_errors(target):
+        _move_into_place(partial, target)
+    return Build(path=target, target=target, manifest=manifest, artifact=Artifact(target, manifest))
+
+
+def recover(target: Path) -> None:
+    """Mend a commit that was killed while replacing an artifact: without a new one, the old goes back."""
+    for folder in target.parent.glob(f".{target.name}.replaced-*"):
+        if target.exists() or not has_manifest(folder):
+            shutil.rmtree(folder)
+        else:
+            os.rename(folder, target)
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    """Rename; an old artifact steps aside first, and is removed after with all other partial builds."""
+    aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    if has_manifest(target):
+        os.rename(target, aside)
+    os.rename(partial, target)
+    sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    for other in target.parent.glob(f".{target.name}.partial-*"):
+        shutil.rmtree(other, ignore_errors=True)

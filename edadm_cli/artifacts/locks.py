@@ -1,0 +1,81 @@
+"""Who may write an artifact: one `flock` an artifact, exclusive to build, shared to read meanwhile.
+
+Nothing waits: a process that cannot have the lock is told who holds it. A lock ends with its process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edadm_cli.artifacts.files import explained_os_errors
+from edadm_cli.errors import InputError
+
+
+def lock_path(artifact: Path) -> Path:
+    """The lock file of an artifact's folder: beside it, so that renaming the folder does not touch it."""
+    return artifact.with_name(f".{artifact.name}.lock")
+
+
+@contextmanager
+def write_lock(artifact: Path) -> Iterator[None]:
+    """Hold an artifact's exclusive lock.
+
+    Raises:
+        InputError: Another process writes or reads the artifact.
+    """
+    with _opened(artifact) as descriptor:
+        if not _try(descriptor, fcntl.LOCK_EX):
+            if _try(descriptor, fcntl.LOCK_SH):
+                raise InputError(
+                    f"{artifact} is being read by another process.", hint="wait until it ends, then try again"
+                )
+            raise _being_written(artifact, descriptor)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+
+
+@contextmanager
+def read_lock(artifact: Path) -> Iterator[None]:
+    """Hold an artifact's shared lock, so that nobody replaces it.
+
+    Raises:
+        InputError: Another process writes the artifact.
+    """
+    with _opened(artifact) as descriptor:
+        if not _try(descriptor, fcntl.LOCK_SH):
+            raise _being_written(artifact, descriptor)
+        yield
+
+
+@contextmanager
+def _opened(artifact: Path) -> Iterator[int]:
+    path = lock_path(artifact)
+    with explained_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a forked child that inherited the descriptor
+        os.close(descriptor)
+
+
+def _try(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _being_written(artifact: Path, descriptor: int) -> InputError:
+    owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+    who = f"another process (pid {owner})" if owner.isdigit() else "another process"
+    return InputError(
+        f"{artifact} is being written by {who}.", hint="wait until it ends, or use another folder with --run"
+    )

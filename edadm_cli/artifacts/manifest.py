@@ -1,0 +1,174 @@
+"""The manifest: what an artifact is, what it was made from, and the hash of every file in it."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from edadm_cli.artifacts.files import file_sha256, is_temporary, load_json, save_json, sync
+from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity
+from edadm_cli.artifacts.tensors import TensorInfo, read_tensor_header
+from edadm_cli.errors import InputError
+from edadm_cli.version import __version__
+
+MANIFEST_NAME = "manifest.json"
+_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelRef(_Frozen):
+    """The model behind an artifact: how the user named it, its revision, and the hash of its files."""
+
+    id: str
+    revision: str | None = None
+    fingerprint: str
+
+
+class ParentRef(_Frozen):
+    """An artifact that was read: `name` is the bit width where a run holds several of the kind."""
+
+    kind: str
+    name: str | None = None
+    identity: str
+
+
+class PayloadFile(_Frozen):
+    """One file of an artifact, by its path inside the folder."""
+
+    path: str
+    sha256: str
+    bytes: int = Field(ge=0)
+    tensors: dict[str, TensorInfo] | None = Field(
+        None, description="contents of a safetensors file; null for others"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError("a payload path must lie inside the artifact's folder")
+        return value
+
+
+class Tool(_Frozen):
+    """The program that made the artifact."""
+
+    name: str = "edadm"
+    version: str = __version__
+
+
+class Manifest(_Frozen):
+    """`manifest.json`, written last: its presence means that the artifact is complete."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: str
+    tool: Tool = Tool()
+    config: dict[str, Any]
+    seed: int
+    parents: tuple[ParentRef, ...] = ()
+    model: ModelRef
+    payload: tuple[PayloadFile, ...]
+    environment: dict[str, Any] = {}
+    created_at: datetime
+    identity: str
+
+    def expected_identity(self) -> str:
+        """The identity that the manifest's own fields give."""
+        return compute_identity(
+            schema_version=self.schema_version,
+            kind=self.kind,
+            config=self.config,
+            seed=self.seed,
+            parents=[(parent.kind, parent.identity) for parent in self.parents],
+            fingerprint=self.model.fingerprint,
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json` and check that its identity is the one its fields give.
+
+    Raises:
+        InputError: It is missing, does not parse, has another schema version, or was changed by hand.
+    """
+    path = folder / MANIFEST_NAME
+    content = load_json(path)
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version is not None and version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {version}; this edadm {__version__} reads {SCHEMA_VERSION}."
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise InputError(f"{path} is not a manifest of edadm: {where}: {first['msg']}.") from error
+    if manifest.identity != manifest.expected_identity():
+        raise InputError(
+            f"{path} was changed after it was written: its identity is {manifest.identity[:12]}, "
+            f"its fields give {manifest.expected_identity()[:12]}."
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, whole or not at all."""
+    save_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+
+
+def describe_payload(folder: Path, ignore: Iterable[str] = ()) -> tuple[PayloadFile, ...]:
+    """Hash and sync every file under a folder, except the manifest.
+
+    Args:
+        folder: The artifact's folder.
+        ignore: Shell patterns over paths inside the folder; matching files are left out of the payload.
+    """
+    patterns = tuple(ignore)
+    files = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            sync(path)
+        elif name != MANIFEST_NAME and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            files.append(_describe_file(path, name))
+    return tuple(files)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what writes that were killed left behind."""
+    for path in list(folder.rglob("*")):
+        if path.is_file() and is_temporary(path):
+            path.unlink()
+
+
+def environment_facts() -> dict[str, str]:
+    """Versions and the platform, for the record; no part of the identity."""
+    facts = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return facts
+
+
+def now() -> datetime:
+    """The present time in UTC, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def _describe_file(path: Path, name: str) -> PayloadFile:
+    sync(path)
+    tensors = read_tensor_header(path) if path.suffix == ".safetensors" else None
+    return PayloadFile(path=name, sha256=file_sha256(path), bytes=path.stat().st_size, tensors=tensors)

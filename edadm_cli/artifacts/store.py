@@ -1,0 +1,268 @@
+"""A run folder: one folder an artifact, built beside its place and renamed into it when complete.
+
+    <run>/collect/  <run>/select/  <run>/reconstruct/w4a8/  <run>/export/w4a8/  <run>/evaluate/w4a8/
+
+A build happens in `.<name>.partial-<identity>`; the manifest is written last, and one rename makes the artifact
+visible. A build that dies leaves its partial folder, and the next with the same identity finds it again.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edadm_cli.artifacts.artifact import Artifact, has_manifest, open_artifact
+from edadm_cli.artifacts.build import Build, adopt, recover
+from edadm_cli.artifacts.files import explained_os_errors
+from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity, differences
+from edadm_cli.artifacts.locks import read_lock, write_lock
+from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, now, read_manifest
+from edadm_cli.errors import InputError
+
+_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be built, and from what.
+
+    Args:
+        kind: The stage.
+        name: The bit width where a run holds several of the kind, else `None`.
+        config: The stage's `identity_fields()`, resolved: no value is left to be chosen later.
+        seed: Seed of everything random in the stage.
+        parents: Artifacts that are read, opened through the same run folder.
+        model: The model behind all of it.
+    """
+
+    kind: str
+    name: str | None
+    config: dict[str, Any]
+    seed: int
+    parents: tuple[Artifact, ...]
+    model: ModelRef
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides the content."""
+        return compute_identity(
+            kind=self.kind,
+            config=self.config,
+            seed=self.seed,
+            parents=[(parent.kind, parent.identity) for parent in self.parents],
+            fingerprint=self.model.fingerprint,
+        )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder that holds the artifacts of one run."""
+
+    root: Path
+
+    def path(self, kind: str, name: str | None = None) -> Path:
+        """Where an artifact lies, whether it exists or not."""
+        for part in (kind, name):
+            if part is not None and not _NAME.match(part):
+                raise ValueError(f"'{part}' cannot name an artifact")
+        return self.root / kind if name is None else self.root / kind / name
+
+    def has(self, kind: str, name: str | None = None) -> bool:
+        """Whether the artifact is there; it is not checked."""
+        return has_manifest(self.path(kind, name))
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the complete artifacts of a kind that a run holds several of."""
+        folder = self.path(kind)
+        if not folder.is_dir():
+            return []
+        return sorted(
+            child.name for child in folder.iterdir() if _NAME.match(child.name) and has_manifest(child)
+        )
+
+    def open(self, kind: str, name: str | None = None) -> Artifact:
+        """Open an artifact: its files are checked, and so is its descent from what the run holds now.
+
+        Raises:
+            InputError: It is missing, broken, or was made from something that has changed since.
+        """
+        path = self.path(kind, name)
+        if not has_manifest(path):
+            raise InputError(
+                f"There is no {_title(kind, name)} in the run {self.root}.", hint=self.command(kind, name)
+            )
+        try:
+            artifact = open_artifact(path, kind)
+        except InputError as error:
+            raise InputError(
+                error.message, hint=error.hint or self.command(kind, name, force=True)
+            ) from error
+        self.check_descent(artifact.manifest, name)
+        return artifact
+
+    def check_descent(self, manifest: Manifest, name: str | None) -> None:
+        """Compare the parents that a manifest names, and theirs, with those on disk that are there.
+
+        Raises:
+            InputError: A parent on disk is not the one that was read.
+        """
+        for parent in manifest.parents:
+            path = self.path(parent.kind, parent.name)
+            if not has_manifest(path):
+                continue
+            found = read_manifest(path)
+            if found.identity != parent.identity:
+                raise InputError(
+                    f"{_title(manifest.kind, name)} in {self.root} was made from another "
+                    f"{_title(parent.kind, parent.name)} ({parent.identity[:12]}) than the one there now "
+                    f"({found.identity[:12]}).",
+                    hint=self.command(manifest.kind, name, force=True),
+                )
+            self.check_descent(found, parent.name)
+
+    def command(self, kind: str, name: str | None = None, force: bool = False) -> str:
+        """The command that makes an artifact of this run."""
+        words = ["edadm", kind]
+        if kind == "collect":
+            words += ["--model", "MODEL"]
+        if name is not None:
+            words += ["--bits", name]
+        words += ["--run", str(self.root)]
+        return " ".join(words + (["--force"] if force else []))
+
+    @contextmanager
+    def build(self, plan: Plan, force: bool = False) -> Iterator[Build]:
+        """Hold the artifact's lock and give the folder to fill, or the finished artifact.
+
+        With `force`, an artifact of the same identity is built again from nothing, and one of another
+        identity is replaced (where a killed build is resumed, like any other).
+
+        Raises:
+            InputError: Another process is at it, a parent changed, the artifact on disk has another identity
+                or is broken and `force` is not set, or something that is no artifact is in its place.
+            MachineError: The run folder cannot be written.
+        """
+        path = self.path(plan.kind, plan.name)
+        with ExitStack() as stack:
+            stack.enter_context(write_lock(path))
+            for parent in plan.parents:
+                stack.enter_context(read_lock(parent.path))
+                self._check_unchanged(parent)
+            with explained_os_errors(path):
+                recover(path)
+            finished = self._finished(path, plan, force)
+            if finished is not None:
+                yield Build(path=path, target=path, manifest=finished.manifest, artifact=finished)
+                return
+            partial = self._partial(path, plan, force)
+            build = adopt(partial, path, plan.kind) or Build(
+                path=partial, target=path, manifest=self._draft(plan)
+            )
+            try:
+                yield build
+            finally:
+                if partial.is_dir() and not any(partial.iterdir()):
+                    partial.rmdir()
+
+    def _check_unchanged(self, parent: Artifact) -> None:
+        if not has_manifest(parent.path) or read_manifest(parent.path).identity != parent.identity:
+            raise InputError(
+                f"{parent.path} changed while it was being read.", hint="type the same command again"
+            )
+
+    def _finished(self, path: Path, plan: Plan, force: bool) -> Artifact | None:
+        """The artifact on disk, if it is the planned one and is not to be built again."""
+        if not has_manifest(path):
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise InputError(
+                    f"{path} exists and is no artifact of edadm.",
+                    hint="move it away, or use another folder with --run",
+                )
+            return None
+        if force:
+            return None
+        redo = self.command(plan.kind, plan.name, force=True)
+        try:
+            artifact = open_artifact(path, plan.kind)
+        except InputError as error:
+            raise InputError(error.message, hint=redo) from error
+        if artifact.identity != plan.identity:
+            changes = "; ".join(_changes(artifact.manifest, plan))
+            raise InputError(
+                f"{path} was made with other settings ({changes}).",
+                hint="add --force to replace it, or use another --run",
+            )
+        return artifact
+
+    def _partial(self, path: Path, plan: Plan, force: bool) -> Path:
+        """The folder to build in; it keeps what an earlier, killed build of the same identity left."""
+        partial = path.with_name(f".{path.name}.partial-{plan.identity[:12]}")
+        with explained_os_errors(partial):
+            if force and not self._is_another(path, plan):
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
+        return partial
+
+    @staticmethod
+    def _is_another(path: Path, plan: Plan) -> bool:
+        try:
+            return read_manifest(path).identity != plan.identity
+        except InputError:
+            return False
+
+    def _draft(self, plan: Plan) -> Manifest:
+        return Manifest(
+            kind=plan.kind,
+            config=plan.config,
+            seed=plan.seed,
+            parents=tuple(_parent_ref(parent, self.root) for parent in plan.parents),
+            model=plan.model,
+            payload=(),
+            created_at=now(),
+            identity=plan.identity,
+        )
+
+
+def _parent_ref(parent: Artifact, root: Path) -> ParentRef:
+    folder = root / parent.kind
+    name = parent.path.name if parent.path.parent == folder else None
+    return ParentRef(kind=parent.kind, name=name, identity=parent.identity)
+
+
+def _changes(old: Manifest, plan: Plan) -> list[str]:
+    def facts(
+        config: dict[str, Any], seed: int, fingerprint: str, parents: Iterable[tuple[str, str]], schema: int
+    ) -> dict[str, Any]:
+        named = {f"parent {kind}": identity[:12] for kind, identity in parents}
+        return {
+            **config,
+            "seed": seed,
+            "model fingerprint": fingerprint[:12],
+            "schema_version": schema,
+            **named,
+        }
+
+    before = facts(
+        old.config,
+        old.seed,
+        old.model.fingerprint,
+        ((p.kind, p.identity) for p in old.parents),
+        old.schema_version,
+    )
+    after = facts(
+        plan.config,
+        plan.seed,
+        plan.model.fingerprint,
+        ((p.kind, p.identity) for p in plan.parents),
+        SCHEMA_VERSION,
+    )
+    return differences(before, after)
+
+
+def _title(kind: str, name: str | None) -> str:
+    return f"'{kind}' artifact" if name is None else f"'{kind}' artifact {name}"
