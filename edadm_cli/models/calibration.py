@@ -1,0 +1,128 @@
+"""The calibration set as calls of the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edadm_cli.artifacts import Artifact
+from edadm_cli.errors import InputError
+from edadm_cli.models.calls import Template, build_call
+
+CALL_FILE = "call.json"
+CALIBRATION_FILE = "calibration.safetensors"
+CONDITION = "condition."
+UNCONDITIONAL = "condition.unconditional."
+CONSTANT = "constant."
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """N samples, each one step of one trajectory with its timestep and condition.
+
+    Attributes:
+        sample: The denoiser's inputs, with shape `(N, *)`.
+        timestep: The scheduler's values, with shape `(N,)`.
+        step_index: Position in the sampler's loop, with shape `(N,)`.
+        trajectory_index: The trajectory each sample is from, with shape `(N,)`.
+        condition: Tensors with one row a sample.
+        unconditional: Their counterparts in guidance's other branch; empty without guidance.
+        constants: Tensors that all samples share.
+        template: How the denoiser is called; see `edadm_cli.models.calls`.
+        branches: 2 with guidance, else 1.
+        collected_in: Name of the element type that the denoiser computed in while the set was collected.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    step_index: Tensor
+    trajectory_index: Tensor
+    condition: dict[str, Tensor]
+    unconditional: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    template: Template
+    branches: int
+    collected_in: str
+
+    @classmethod
+    def load(cls, artifact: Artifact) -> CalibrationSet:
+        """Read the calibration set of a `select` artifact.
+
+        Raises:
+            InputError: A tensor is missing or does not fit the others.
+        """
+        tensors = artifact.tensors(CALIBRATION_FILE)
+        call = artifact.json(CALL_FILE)
+        condition = {
+            name: t for name, t in _below(tensors, CONDITION).items() if not name.startswith("unconditional.")
+        }
+        calibration_set = cls(
+            sample=tensors["sample"],
+            timestep=tensors["timestep"],
+            step_index=tensors["step_index"],
+            trajectory_index=tensors["trajectory_index"],
+            condition=condition,
+            unconditional=_below(tensors, UNCONDITIONAL),
+            constants=_below(tensors, CONSTANT),
+            template=call["template"],
+            branches=call["branches"],
+            collected_in=call["dtype"],
+        )
+        calibration_set._check(artifact)
+        return calibration_set
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def call(
+        self, indices: Tensor | Sequence[int], device: torch.device | str, dtype: torch.dtype
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of one denoiser call for some samples.
+
+        Args:
+            indices: Which samples, `n` of them.
+            device: Where the tensors go.
+            dtype: Element type of the denoiser.
+
+        Returns:
+            `(args, kwargs)` with `n * branches` rows: those of the unconditional branch first. The timestep is a
+            tensor with one value a row.
+        """
+        chosen = torch.as_tensor(indices, dtype=torch.long)
+
+        def rows(first: Tensor, second: Tensor) -> Tensor:
+            return torch.cat([first[chosen], second[chosen]]) if self.branches == 2 else second[chosen]
+
+        tensors = {
+            name: self._place(name, rows(self.unconditional.get(name, tensor), tensor), device, dtype)
+            for name, tensor in self.condition.items()
+        }
+        tensors.update({name: self._place(name, t, device, dtype) for name, t in self.constants.items()})
+        sample = rows(self.sample, self.sample).to(device, dtype)
+        return build_call(self.template, sample, rows(self.timestep, self.timestep).to(device), tensors)
+
+    def _place(self, name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """Move a tensor; what had the denoiser's element type takes the new one, all else keeps its own."""
+        recorded = self.template["dtypes"][name]
+        return tensor.to(device, dtype if recorded == self.collected_in else getattr(torch, recorded))
+
+    def _check(self, artifact: Artifact) -> None:
+        sizes = {len(t) for t in (self.sample, self.timestep, self.step_index, self.trajectory_index)}
+        sizes.update(len(t) for t in (*self.condition.values(), *self.unconditional.values()))
+        names = set(self.template["dtypes"])
+        if (
+            len(sizes) != 1
+            or names != set(self.condition) | set(self.constants)
+            or self.branches not in (1, 2)
+        ):
+            raise InputError(
+                f"The tensors of {artifact.path} do not fit each other.", hint="edadm select --force"
+            )
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,198 @@
+"""The denoiser's call as data.
+
+A pipeline calls its denoiser with a noisy sample, a timestep, and whatever else the architecture wants: text states,
+pooled embeddings inside nested dictionaries, class labels, flags. `split_call` takes such a call apart into
+
+- the sample, with shape `(R, *)`, where `R` counts rows (images times guidance branches),
+- the timestep, one value,
+- a flat mapping from dotted names to tensors: those whose first dimension is `R` are the condition, the others are
+  constants of the architecture (position ids),
+- a template, plain JSON, that says where each of them stood and holds everything else literally,
+
+and `build_call` puts a call together again, for any rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.errors import InputError
+
+SAMPLE = "sample"
+TIMESTEP = "timestep"
+_TIMESTEP_PARAMETERS = ("timestep", "timesteps", "t")
+_SAMPLE_PARAMETERS = ("sample", "hidden_states", "x")
+_MARK = "$"
+
+Template = dict[str, Any]
+"""`{"args": [...], "kwargs": {...}, "constants": [names], "dtypes": {name: dtype}}`. A one-entry object whose key
+starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`) or a tuple (`{"$tuple": [...]}`)."""
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """One call of a denoiser, taken apart.
+
+    Attributes:
+        sample: The noisy sample as the denoiser sees it, with shape `(R, *)`.
+        timestep: The timestep, a scalar tensor, int64 or float32.
+        tensors: Condition and constants by dotted name.
+        template: Where everything stood; see `Template`.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    tensors: dict[str, Tensor]
+    template: Template
+
+    @property
+    def condition(self) -> dict[str, Tensor]:
+        """The tensors that have one row for each row of the sample."""
+        return {name: t for name, t in self.tensors.items() if name not in self.template["constants"]}
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """The tensors that are the same for every row."""
+        return {name: self.tensors[name] for name in self.template["constants"]}
+
+
+def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserCall:
+    """Take one call of `denoiser` apart.
+
+    Raises:
+        InputError: There is no sample or timestep in the call, the timestep differs between rows, or an argument is
+            neither a tensor nor plain data.
+    """
+    names = _positional_names(denoiser, len(args))
+    sample_name, timestep_name = _special_names(denoiser, [*names, *kwargs])
+    bound = {**dict(zip(names, args, strict=True)), **kwargs}
+    sample = bound[sample_name]
+    if not isinstance(sample, Tensor) or sample.ndim < 2:
+        raise InputError(
+            f"{type(denoiser).__name__} was not called with a batched sample, so it cannot be recorded."
+        )
+
+    tensors: dict[str, Tensor] = {}
+
+    def encode_argument(name: str, value: Any) -> Any:
+        if name == sample_name:
+            return {_MARK + SAMPLE: None}
+        if name == timestep_name:
+            return {_MARK + TIMESTEP: None}
+        return _encode(name, value, tensors)
+
+    template: Template = {
+        "args": [encode_argument(name, value) for name, value in zip(names, args, strict=True)],
+        "kwargs": {name: encode_argument(name, value) for name, value in kwargs.items()},
+    }
+    rows = sample.shape[0]
+    template["constants"] = sorted(n for n, t in tensors.items() if t.ndim == 0 or t.shape[0] != rows)
+    template["dtypes"] = {name: _dtype_name(tensor) for name, tensor in sorted(tensors.items())}
+    return DenoiserCall(sample, _one_timestep(bound[timestep_name]), tensors, template)
+
+
+def build_call(
+    template: Template, sample: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Put a call together from a template; the inverse of `split_call`.
+
+    Args:
+        template: As `split_call` made it.
+        sample: The sample, with shape `(R, *)`.
+        timestep: A scalar, or one value a row with shape `(R,)`.
+        tensors: Condition (with `R` rows) and constants by dotted name.
+
+    Returns:
+        `(args, kwargs)` for the denoiser.
+    """
+    places = {_MARK + SAMPLE: sample, _MARK + TIMESTEP: timestep}
+
+    def decode(node: Any) -> Any:
+        if isinstance(node, list):
+            return [decode(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if len(node) == 1:
+            key, value = next(iter(node.items()))
+            if key in places:
+                return places[key]
+            if key == "$tensor":
+                return tensors[value]
+            if key == "$tuple":
+                return tuple(decode(item) for item in value)
+        return {key: decode(value) for key, value in node.items()}
+
+    return tuple(decode(item) for item in template["args"]), {
+        k: decode(v) for k, v in template["kwargs"].items()
+    }
+
+
+@contextmanager
+def record_calls(denoiser: nn.Module, on_call: Callable[[DenoiserCall], None]) -> Iterator[None]:
+    """Hand each call of `denoiser` to `on_call`, taken apart, before it runs."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        on_call(split_call(module, args, kwargs))
+
+    handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _positional_names(denoiser: nn.Module, count: int) -> list[str]:
+    parameters = inspect.signature(denoiser.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]
+
+
+def _special_names(denoiser: nn.Module, given: list[str]) -> tuple[str, str]:
+    sample = next((name for name in _SAMPLE_PARAMETERS if name in given), None)
+    timestep = next((name for name in _TIMESTEP_PARAMETERS if name in given), None)
+    if sample is None or timestep is None:
+        raise InputError(
+            f"{type(denoiser).__name__} is called with ({', '.join(given)}), "
+            "in which no sample and timestep are recognised, so it cannot be calibrated."
+        )
+    return sample, timestep
+
+
+def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach()
+        return {_MARK + "tensor": name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        items = [_encode(f"{name}.{i}", item, tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {_MARK + "tuple": items}
+    if isinstance(value, Mapping) and all(
+        isinstance(key, str) and not key.startswith(_MARK) for key in value
+    ):
+        return {key: _encode(f"{name}.{key}", item, tensors) for key, item in value.items()}
+    raise InputError(
+        f"The denoiser is called with {name} of type {type(value).__name__}, which cannot be stored as data."
+    )
+
+
+def _one_timestep(value: Any) -> Tensor:
+    timestep = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
+    timestep = timestep.to(torch.float32 if timestep.is_floating_point() else torch.int64).reshape(-1)
+    if timestep.numel() == 0 or not bool((timestep == timestep[0]).all()):
+        raise InputError(
+            "The denoiser is called with different timesteps in one batch, which cannot be calibrated."
+        )
+    return timestep[0]
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,256 @@
+"""Loading a pipeline: by known name, from a diffusers folder, or from the hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from edadm_cli.artifacts import ModelRef
+from edadm_cli.errors import EdadmError, InputError, MachineError
+from edadm_cli.models.folder import INDEX_NAME, Component, PipelineFolder, read_folder
+from edadm_cli.models.hub import download, looks_like_hub_id
+from edadm_cli.models.registry import ModelEntry, known_models
+from edadm_cli.models.sampling import call_default, takes_guidance
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+DENOISER_NAMES = ("unet", "transformer")
+
+
+@dataclass
+class LoadedModel:
+    """A pipeline in memory, ready to sample.
+
+    Attributes:
+        ref: What it is: id, revision, fingerprint of its files.
+        entry: Its own defaults.
+        pipeline: The diffusers pipeline, in eval mode on its device, without progress bars or safety checker.
+        denoiser_name: Component that is quantized: `unet` or `transformer`.
+        folder: Where its files lie.
+    """
+
+    ref: ModelRef
+    entry: ModelEntry
+    pipeline: DiffusionPipeline
+    denoiser_name: str
+    folder: Path
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is quantized."""
+        module: nn.Module = getattr(self.pipeline, self.denoiser_name)
+        return module
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `cpu`, `cuda`, `cuda:N` or `auto` into a device of this machine.
+
+    Raises:
+        MachineError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise MachineError(f"There is no device '{name}'; --device takes cpu, cuda, cuda:N or auto.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(
+            f"There is no device '{name}' on this machine, which has {torch.cuda.device_count()} CUDA devices.",
+            hint="--device cpu",
+        )
+    return device
+
+
+def load_model(
+    model: str, device: torch.device, dtype: torch.dtype, entry: ModelEntry | None = None
+) -> LoadedModel:
+    """Load a pipeline and check it.
+
+    Args:
+        model: A known name, a diffusers folder, or a hub id.
+        device: Where it computes.
+        dtype: Element type of its floating-point weights and activations.
+        entry: Its defaults, where the caller knows them better than the registry: those of the model that a folder
+            was exported from.
+
+    Raises:
+        InputError: It is not found, broken, pickled, has code of its own, or has weights that are not finite.
+        MachineError: It does not fit into the device's memory.
+    """
+    entry = entry or known_models().get(model)
+    with quiet_libraries():
+        path, revision = _locate(model, entry)
+        folder = read_folder(path)
+        try:
+            pipeline = _load_pipeline(folder, dtype, entry).to(device)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise MachineError(f"{model} does not fit into the memory of {device}.") from error
+    denoiser_name = next((name for name in DENOISER_NAMES if _is_module(pipeline, name)), None)
+    if denoiser_name is None:
+        raise InputError(
+            f"{path} has neither a 'unet' nor a 'transformer', so there is no denoiser to quantize."
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.eval().requires_grad_(False)
+    identifier = entry.name if entry and model == entry.name else _identifier(model, path)
+    ref = ModelRef(id=identifier, revision=revision, fingerprint=folder.fingerprint())
+    entry = entry or _entry_of(identifier, pipeline, denoiser_name)
+    return LoadedModel(ref, entry, pipeline, denoiser_name, path)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep diffusers, transformers and huggingface_hub from writing to the terminal."""
+    import diffusers.utils.logging as diffusers_logging
+    import huggingface_hub.utils as hub
+    import transformers.utils.logging as transformers_logging
+
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    hub_bars_were_on = not hub.are_progress_bars_disabled()
+    for library in libraries:
+        library.set_verbosity(diffusers_logging.CRITICAL)
+        library.disable_progress_bar()
+    hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+        if hub_bars_were_on:
+            hub.enable_progress_bars()
+
+
+def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
+    if entry is not None and entry.name == model:
+        if entry.source == "shipped":
+            from edadm_cli.models.digits.data import model_folder
+
+            return model_folder(entry.location), None
+        return download(entry.location, entry.revision)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / INDEX_NAME).is_file():
+            raise InputError(f"{path} is not a diffusers pipeline: it has no {INDEX_NAME}.")
+        return path.resolve(), None
+    if path.is_file():
+        raise InputError(
+            f"{path} is a file; a diffusers folder, a hub id or a known name was wanted.", "edadm models"
+        )
+    if looks_like_hub_id(model):
+        return download(model, None)
+    raise InputError(
+        f"There is no model '{model}': it is neither a known name ({', '.join(known_models())}), "
+        "nor a folder, nor a hub id such as owner/name.",
+        hint="edadm models",
+    )
+
+
+def _identifier(model: str, path: Path) -> str:
+    return str(path) if os.path.isdir(Path(model).expanduser()) else model
+
+
+def _load_pipeline(folder: PipelineFolder, dtype: torch.dtype, entry: ModelEntry | None) -> DiffusionPipeline:
+    """Build the pipeline from its parts; diffusers' own loader also looks for code that comes with a model."""
+    import diffusers
+
+    parts = {component.name: _load_component(component, dtype) for component in folder.components}
+    try:
+        pipeline = folder.pipeline_class(**folder.options, **parts)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder.path} has no working {folder.pipeline_class.__name__}: {_first_line(error)}"
+        ) from error
+    if entry is not None and entry.pipeline_class is not None:
+        pipeline = getattr(diffusers, entry.pipeline_class)(**parts)
+    if entry is not None and entry.scheduler_class is not None:
+        scheduler = getattr(diffusers, entry.scheduler_class)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **entry.scheduler_config)
+    return pipeline
+
+
+def _load_component(component: Component, dtype: torch.dtype) -> Any:
+    if component.is_module:
+        return _load_module(component, dtype)
+    loader: Any = component.cls
+    try:
+        return loader.from_pretrained(component.folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{component.folder} cannot be loaded as {component.cls.__name__}: {_first_line(error)}"
+        ) from error
+
+
+def _load_module(component: Component, dtype: torch.dtype) -> nn.Module:
+    from transformers import PreTrainedModel
+
+    where = component.weights[0] if len(component.weights) == 1 else component.folder
+    loader: Any = component.cls
+    try:
+        module, info = loader.from_pretrained(
+            component.folder,
+            use_safetensors=True,
+            variant=component.variant,
+            local_files_only=True,
+            output_loading_info=True,
+            **{"dtype" if issubclass(component.cls, PreTrainedModel) else "torch_dtype": dtype},
+        )
+    except (EdadmError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{where} cannot be loaded as {component.cls.__name__}: {_first_line(error)}"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(f"{where} lacks the tensor '{missing[0]}', which {component.cls.__name__} needs.")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{where}: the tensor '{name}' holds values that are not finite (NaN or infinity)."
+            )
+    return module
+
+
+def _entry_of(identifier: str, pipeline: DiffusionPipeline, denoiser_name: str) -> ModelEntry:
+    """Defaults for a model that is not in the registry: the pipeline's own where it has any."""
+    denoiser = getattr(pipeline, denoiser_name)
+    num_steps = call_default(pipeline, "num_inference_steps") or 50
+    size = getattr(denoiser.config, "sample_size", None)
+    decoder = getattr(pipeline, "vae", None)
+    scale = 2 ** (len(decoder.config.get("block_out_channels", (1,))) - 1) if decoder is not None else 1
+    return ModelEntry(
+        name=identifier,
+        source="folder" if os.path.isdir(identifier) else "hub",
+        location=identifier,
+        denoiser=type(denoiser).__name__,
+        sampler=f"{type(pipeline.scheduler).__name__}, {num_steps} steps",
+        num_steps=num_steps,
+        guidance_scale=call_default(pipeline, "guidance_scale") if takes_guidance(pipeline) else None,
+        image_size=size * scale if isinstance(size, int) else None,
+    )
+
+
+def _is_module(pipeline: DiffusionPipeline, name: str) -> bool:
+    return isinstance(getattr(pipeline, name, None), nn.Module)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    line = text[0].strip() if text else type(error).__name__
+    return line if line.endswith(".") else f"{line}."

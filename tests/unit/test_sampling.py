@@ -1,0 +1,86 @@
+"""Sampling any pipeline: seeds decide the images, batches do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.sampling import CALIBRATION, EVALUATION, image_seed, sample
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tiny_sd: Path) -> LoadedModel:
+    return load_model(str(tiny_sd), CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pixels(tiny_ddpm: Path) -> LoadedModel:
+    return load_model(str(tiny_ddpm), CPU, torch.float32)
+
+
+@given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 999_999), st.integers(0, 999_999))
+def test_image_seeds_do_not_collide(seed: int, other_seed: int, index: int, other_index: int) -> None:
+    keys = {(seed, index, CALIBRATION), (other_seed, other_index, CALIBRATION), (seed, index, EVALUATION)}
+    assert len({image_seed(s, i, stream) for s, i, stream in keys}) == len(keys)
+
+
+def test_images_follow_their_seeds_whatever_the_batch(stable_diffusion: LoadedModel) -> None:
+    prompts = ["one", "two", "three"]
+    together = sample(stable_diffusion, seeds=[1, 2, 3], prompts=prompts, num_steps=3, guidance_scale=2.0)
+    alone = sample(stable_diffusion, seeds=[2], prompts=["two"], num_steps=3, guidance_scale=2.0)
+    torch.testing.assert_close(together.latents[1:2], alone.latents, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together.latents[0], together.latents[1], atol=1e-2)
+
+
+def test_samples_have_the_documented_form(stable_diffusion: LoadedModel, pixels: LoadedModel) -> None:
+    latent = sample(stable_diffusion, seeds=[5, 6], prompts=["a", "b"], num_steps=2, guidance_scale=None)
+    assert latent.images.shape == (2, 1, 16, 16) and latent.images.dtype == torch.uint8
+    assert latent.latents.shape == (2, 4, 8, 8) and latent.latents.dtype == torch.float32
+    pixel = sample(pixels, seeds=[5, 6], prompts=None, num_steps=2, guidance_scale=None)
+    expected = ((pixel.latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    assert torch.equal(pixel.images, expected)
+
+
+def test_a_class_conditional_transformer_samples(tiny_dit: Path) -> None:
+    model = load_model(str(tiny_dit), CPU, torch.float32)
+    assert model.denoiser_name == "transformer"
+    samples = sample(model, seeds=[1, 2], prompts=None, num_steps=2, guidance_scale=4.0)
+    assert samples.latents.shape == (2, 4, 4, 4)
+
+
+def test_eta_draws_noise_image_by_image(pixels: LoadedModel) -> None:
+    noisy = LoadedModel(
+        pixels.ref, pixels.entry.model_copy(update={"eta": 1.0}), pixels.pipeline, "unet", pixels.folder
+    )
+    together = sample(noisy, seeds=[1, 2], prompts=None, num_steps=3, guidance_scale=None)
+    alone = sample(noisy, seeds=[2], prompts=None, num_steps=3, guidance_scale=None)
+    still = sample(pixels, seeds=[2], prompts=None, num_steps=3, guidance_scale=None)
+    torch.testing.assert_close(together.latents[1:], alone.latents, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(alone.latents, still.latents, atol=1e-2)
+
+
+def test_prompts_that_are_missing_or_too_few_are_told(stable_diffusion: LoadedModel) -> None:
+    with pytest.raises(InputError, match="makes images from prompts"):
+        sample(stable_diffusion, seeds=[1], prompts=None, num_steps=2, guidance_scale=2.0)
+    with pytest.raises(UsageError, match="2 images need as many prompts, not 1"):
+        sample(stable_diffusion, seeds=[1, 2], prompts=["one"], num_steps=2, guidance_scale=2.0)
+
+
+def test_values_that_are_not_finite_are_told_and_the_scheduler_is_left_clean(pixels: LoadedModel) -> None:
+    weight = pixels.denoiser.get_parameter("conv_out.bias")
+    before = weight.clone()
+    try:
+        weight.fill_(float("nan"))
+        with pytest.raises(InputError, match="not finite"):
+            sample(pixels, seeds=[1], prompts=None, num_steps=2, guidance_scale=None)
+    finally:
+        weight.copy_(before)
+    assert "step" not in vars(pixels.pipeline.scheduler)
