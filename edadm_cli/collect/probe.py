@@ -1,0 +1,141 @@
+"""What collecting would cost, from one or two short samplings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.artifacts import Estimate
+from edadm_cli.collect.recorder import BatchRecorder
+from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.sampling import sample
+
+_MIB = 2**20
+_PROBE_STEPS = 2
+_LONGEST_SECOND_PROBE_S = 10.0
+# Outputs alive at once in a forward, in multiples of the largest: input, output, and what the skips still hold.
+_LIVE_OUTPUTS = 4
+
+
+@dataclass
+class _Probe:
+    seconds_a_call: float
+    seconds_a_batch: float
+    largest_output_bytes: int
+    recorder: BatchRecorder
+
+
+def probe(
+    model: LoadedModel,
+    *,
+    prompts: list[str] | None,
+    num_steps: int,
+    guidance_scale: float | None,
+    num_trajectories: int,
+    batch_size: int,
+    feature_batch: int,
+) -> Estimate:
+    """Estimate a collection: time from a timed denoiser call, disk and memory from the shapes it saw.
+
+    One image is sampled over two steps; where a whole batch promises to be quick, it is sampled too, since a batch
+    costs less than its images one by one.
+    """
+    single = _sample_short(model, 1, prompts, guidance_scale)
+    measured, size = single, 1
+    if single.seconds_a_batch * batch_size < _LONGEST_SECOND_PROBE_S and batch_size > 1:
+        measured, size = _sample_short(model, batch_size, prompts, guidance_scale), batch_size
+    calls = num_steps + len(single.recorder.latents) - _PROBE_STEPS
+    overhead = max(0.0, measured.seconds_a_batch - measured.seconds_a_call * len(measured.recorder.latents))
+    seconds = (measured.seconds_a_call * calls + overhead) * num_trajectories / size
+
+    recorder = single.recorder
+    latents = calls * _bytes(recorder.latents[:1])
+    condition = _bytes([*recorder.condition.values(), *recorder.unconditional.values()])
+    features = calls * _bytes(recorder.features[:1])
+    payload = num_trajectories * (latents + condition) + feature_batch * features
+    scratch = num_trajectories * condition + feature_batch * features
+    batch = batch_size * (latents + condition) + min(batch_size, feature_batch) * features
+    weights = _bytes(parameter for part in _modules(model) for parameter in part.parameters())
+    activations = _LIVE_OUTPUTS * single.largest_output_bytes * batch_size
+    return Estimate(
+        seconds=seconds,
+        memory_mib=(weights + activations + max(batch, 2 * feature_batch * features)) / _MIB,
+        disk_mib=(payload + scratch) / _MIB,
+    )
+
+
+def _sample_short(
+    model: LoadedModel, num_images: int, prompts: list[str] | None, guidance_scale: float | None
+) -> _Probe:
+    recorder = BatchRecorder(model, num_images, num_features=1)
+    chosen = None if prompts is None else (prompts * num_images)[:num_images]
+    with recorder.recording(), _timed_calls(model.denoiser) as times, _largest_output(model) as largest:
+        start = time.perf_counter()
+        sample(
+            model,
+            seeds=range(num_images),
+            prompts=chosen,
+            num_steps=_PROBE_STEPS,
+            guidance_scale=guidance_scale,
+        )
+        seconds = time.perf_counter() - start
+    return _Probe(min(times), seconds, largest[0], recorder)
+
+
+@contextmanager
+def _timed_calls(denoiser: nn.Module) -> Iterator[list[float]]:
+    times: list[float] = []
+    started = 0.0
+
+    def before(module: nn.Module, args: Any) -> None:
+        nonlocal started
+        _synchronize()
+        started = time.perf_counter()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        _synchronize()
+        times.append(time.perf_counter() - started)
+
+    handles = [denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after)]
+    try:
+        yield times
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _largest_output(model: LoadedModel) -> Iterator[list[int]]:
+    """Bytes of the largest output of any layer of the pipeline, in a list of one."""
+    largest = [0]
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            largest[0] = max(largest[0], _bytes([output]))
+
+    leaves = [m for part in _modules(model) for m in part.modules() if next(m.children(), None) is None]
+    handles = [leaf.register_forward_hook(after) for leaf in leaves]
+    try:
+        yield largest
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _modules(model: LoadedModel) -> list[nn.Module]:
+    return [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

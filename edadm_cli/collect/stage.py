@@ -1,0 +1,178 @@
+"""`edadm collect`: sample at full precision and keep what calibration needs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edadm_cli.artifacts import Build, CollectRecord, Estimate, Plan, RunFolder, save_json
+from edadm_cli.collect.probe import probe
+from edadm_cli.collect.recorder import BatchRecorder
+from edadm_cli.collect.shards import is_written, merge_parts, part_name, write_shard
+from edadm_cli.config import CollectConfig
+from edadm_cli.errors import UsageError
+from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
+from edadm_cli.models.prompts import resolve_prompts
+from edadm_cli.models.sampling import image_seed, sample, takes_guidance
+from edadm_cli.progress import Reporter, SilentReporter
+
+SAMPLING_FILE = "sampling.json"
+
+
+def run(
+    config: CollectConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+) -> CollectRecord:
+    """Sample `num_trajectories` trajectories and write the `collect` artifact.
+
+    Raises:
+        InputError: The model or the prompt file is not usable, or sampling ends in values that are not finite.
+        MachineError: The device is not there or its memory does not suffice, or the disk is full.
+        UsageError: The configuration asks for something that the model does not have.
+    """
+    start = time.monotonic()
+    reporter = reporter or SilentReporter()
+    task = _prepare(config)
+    plan = Plan("collect", None, task.identity_fields(), config.seed, (), task.model.ref)
+    with run.build(plan, force) as build:
+        is_done = build.up_to_date
+        if not is_done:
+            _collect(task, build, reporter)
+        artifact = build.artifact
+        assert artifact is not None
+    return CollectRecord(
+        status="up_to_date" if is_done else "done",
+        run=str(run.root),
+        artifact=str(artifact.path),
+        identity=artifact.identity,
+        seconds=time.monotonic() - start,
+        warnings=tuple(reporter.warnings),
+        model=task.model.ref.id,
+        num_steps=task.num_steps,
+        num_trajectories=task.num_trajectories,
+    )
+
+
+def estimate(config: CollectConfig, run: RunFolder) -> Estimate:
+    """Estimate time, memory and disk from one or two short samplings; nothing is written."""
+    task = _prepare(config)
+    return probe(
+        task.model,
+        prompts=task.prompts,
+        num_steps=task.num_steps,
+        guidance_scale=task.guidance_scale,
+        num_trajectories=task.num_trajectories,
+        batch_size=task.batch_size,
+        feature_batch=task.feature_batch,
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The configuration with nothing left open."""
+
+    config: CollectConfig
+    model: LoadedModel
+    num_trajectories: int
+    num_steps: int
+    guidance_scale: float | None
+    batch_size: int
+    feature_batch: int
+    prompts: list[str] | None
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_trajectories // self.batch_size)
+
+    def seeds(self, shard: int) -> list[int]:
+        start = shard * self.batch_size
+        stop = min(start + self.batch_size, self.num_trajectories)
+        return [image_seed(self.config.seed, index) for index in range(start, stop)]
+
+    def identity_fields(self) -> dict[str, Any]:
+        entry = self.model.entry
+        return {
+            **self.config.identity_fields(),
+            "num_trajectories": self.num_trajectories,
+            "num_steps": self.num_steps,
+            "guidance_scale": self.guidance_scale,
+            "batch_size": self.batch_size,
+            "feature_batch": self.feature_batch,
+            "eta": entry.eta,
+            "pipeline_class": entry.pipeline_class,
+            "scheduler_class": entry.scheduler_class,
+            "scheduler_config": entry.scheduler_config,
+            "prompts_sha256": None
+            if self.prompts is None
+            else sha256("\n".join(self.prompts).encode()).hexdigest(),
+        }
+
+
+def _prepare(config: CollectConfig) -> _Task:
+    model = load_model(config.model, resolve_device(config.device), getattr(torch, config.dtype))
+    entry = model.entry
+    if config.guidance_scale is not None and not takes_guidance(model.pipeline):
+        raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
+    num_trajectories = config.num_trajectories or entry.num_trajectories
+    return _Task(
+        config=config,
+        model=model,
+        num_trajectories=num_trajectories,
+        num_steps=config.num_steps or entry.num_steps,
+        guidance_scale=entry.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        batch_size=min(config.batch_size or entry.batch_size, num_trajectories),
+        feature_batch=min(config.feature_batch or entry.feature_batch, num_trajectories),
+        prompts=resolve_prompts(model, config.prompts, num_trajectories, config.seed),
+    )
+
+
+def _collect(task: _Task, build: Build, reporter: Reporter) -> None:
+    with reporter.task("Sampling trajectories", task.num_trajectories) as advance:
+        for shard in range(task.num_shards):
+            if not is_written(build.path, shard):
+                _sample_shard(task, build.path, shard)
+            advance(len(task.seeds(shard)))
+    merge_parts(build.path, task.num_shards)
+    save_json(build.path / SAMPLING_FILE, _sampling(task))
+    build.discard(part_name(shard) for shard in range(task.num_shards))
+    device = task.model.pipeline.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    build.commit(environment={"device": name})
+
+
+def _sample_shard(task: _Task, folder: Path, shard: int) -> None:
+    seeds = task.seeds(shard)
+    first = shard * task.batch_size
+    num_features = max(0, min(len(seeds), task.feature_batch - first))
+    recorder = BatchRecorder(task.model, len(seeds), num_features)
+    prompts = None if task.prompts is None else task.prompts[first : first + len(seeds)]
+    with recorder.recording():
+        sample(
+            task.model,
+            seeds=seeds,
+            prompts=prompts,
+            num_steps=task.num_steps,
+            guidance_scale=task.guidance_scale,
+        )
+    write_shard(folder, shard, recorder, task.config.dtype)
+
+
+def _sampling(task: _Task) -> dict[str, Any]:
+    """How the trajectories were sampled, so that later stages can load the model and sample in the same way."""
+    scheduler = task.model.pipeline.scheduler
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return {
+        "model": task.model.ref.model_dump(mode="json"),
+        "entry": task.model.entry.model_dump(mode="json"),
+        "dtype": task.config.dtype,
+        "num_steps": task.num_steps,
+        "guidance_scale": task.guidance_scale,
+        "eta": task.model.entry.eta,
+        "scheduler": {"class": type(scheduler).__name__, "config": config},
+        "prompts": task.prompts,
+        "seeds": [seed for shard in range(task.num_shards) for seed in task.seeds(shard)],
+    }
