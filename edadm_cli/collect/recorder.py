@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edadm_cli.collect.features import record_features
 from edadm_cli.errors import InputError
+from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL
 from edadm_cli.models.calls import DenoiserCall, Template, record_calls
 from edadm_cli.models.loading import LoadedModel
 
@@ -64,11 +65,9 @@ class BatchRecorder:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the latents, by its name on disk."""
-        named = {f"condition.{name}": tensor for name, tensor in self.condition.items()}
-        named.update(
-            {f"condition.unconditional.{name}": tensor for name, tensor in self.unconditional.items()}
-        )
-        named.update({f"constant.{name}": tensor for name, tensor in self.constants.items()})
+        named = {CONDITION + name: tensor for name, tensor in self.condition.items()}
+        named.update({UNCONDITIONAL + name: tensor for name, tensor in self.unconditional.items()})
+        named.update({CONSTANT + name: tensor for name, tensor in self.constants.items()})
         named["timesteps"] = torch.stack(self.timesteps)
         if self.features:
             named["features"] = torch.stack(self.features)

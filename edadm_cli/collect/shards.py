@@ -14,11 +14,11 @@ import torch
 from edadm_cli.artifacts import load_json, load_tensors, read_tensor_header, save_json, save_tensors
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.errors import InputError
+from edadm_cli.models.calibration import CALL_FILE, CONSTANT
 
-CALL_FILE = "call.json"
 CONDITION_FILE = "condition.safetensors"
 FEATURES_FILE = "features.safetensors"
-_SHARED = ("timesteps", "constant.")
+_SHARED = ("timesteps", CONSTANT)
 
 
 def latents_name(index: int) -> str:

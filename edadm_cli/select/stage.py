@@ -1,0 +1,261 @@
+"""`edadm select`: choose one step of each trajectory, and put the calibration set together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edadm_cli.artifacts import (
+    Artifact,
+    Build,
+    Estimate,
+    Plan,
+    RunFolder,
+    SelectRecord,
+    read_tensor_header,
+    save_json,
+    save_tensors,
+)
+from edadm_cli.config import SelectConfig
+from edadm_cli.errors import UsageError
+from edadm_cli.models.calibration import CALIBRATION_FILE, CALL_FILE, CONSTANT
+from edadm_cli.progress import Reporter, SilentReporter
+from edadm_cli.select.plot import draw_selection
+from edadm_cli.select.strategies import (
+    NORMAL_DEVIATION,
+    NORMAL_MEAN,
+    last_counts,
+    normal_counts,
+    random_counts,
+    uniform_counts,
+)
+from edadm_cli.select.tdac import Allocation, allocate, score_steps
+
+SELECTION_FILE = "selection.json"
+SCORES_FILE = "scores.safetensors"
+PLOT_FILE = "selection.png"
+_MIB = 2**20
+
+
+def run(
+    config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+) -> SelectRecord:
+    """Score the steps, share the samples out, and write the `select` artifact.
+
+    Raises:
+        InputError: There is no `collect` artifact, or it is broken.
+        UsageError: More samples are asked for than there are trajectories, or a setting belongs to another strategy.
+    """
+    start = time.monotonic()
+    reporter = reporter or SilentReporter()
+    task = _prepare(config, run)
+    plan = Plan(
+        "select", None, task.identity_fields(), config.seed, (task.collected,), task.collected.manifest.model
+    )
+    with run.build(plan, force) as build:
+        is_done = build.up_to_date
+        if not is_done:
+            _select(task, build, reporter)
+        artifact = build.artifact
+        assert artifact is not None
+    selection = artifact.json(SELECTION_FILE)
+    return SelectRecord(
+        status="up_to_date" if is_done else "done",
+        run=str(run.root),
+        artifact=str(artifact.path),
+        identity=artifact.identity,
+        seconds=time.monotonic() - start,
+        warnings=tuple(reporter.warnings),
+        strategy=selection["strategy"],
+        counts=tuple(selection["counts"]),
+        density_radius=selection["density_radius"],
+        variety_weight=selection["variety_weight"],
+    )
+
+
+def estimate(config: SelectConfig, run: RunFolder) -> Estimate:
+    """Estimate time, memory and disk from the sizes of the trajectories and a timed part of their features."""
+    task = _prepare(config, run)
+    header = read_tensor_header(task.collected.file("features.safetensors"))["features"]
+    features = task.collected.tensors("features.safetensors", ["features"])["features"]
+    start = time.perf_counter()
+    score_steps(features[:, :1])
+    seconds = (time.perf_counter() - start) * header.shape[1]
+    payload = {entry.path: entry.bytes for entry in task.collected.manifest.payload}
+    share = task.num_samples / task.num_trajectories
+    latents = [size for name, size in payload.items() if name.startswith("latents-")]
+    calibration = share * (sum(latents) / len(task.timesteps) + payload["condition.safetensors"])
+    memory = payload["features.safetensors"] + calibration + max(latents) + payload["condition.safetensors"]
+    return Estimate(seconds=seconds, memory_mib=memory / _MIB, disk_mib=calibration / _MIB)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The configuration with nothing left open, and the trajectories it is about."""
+
+    config: SelectConfig
+    collected: Artifact
+    timesteps: Tensor
+    num_trajectories: int
+    num_samples: int
+    variety_weight: float
+
+    @property
+    def is_tdac(self) -> bool:
+        return self.config.strategy == "tdac"
+
+    def identity_fields(self) -> dict[str, Any]:
+        return {
+            **self.config.identity_fields(),
+            "num_samples": self.num_samples,
+            "variety_weight": self.variety_weight if self.is_tdac else None,
+        }
+
+
+def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
+    collected = run.open("collect")
+    sampling = collected.json("sampling.json")
+    num_trajectories = len(sampling["seeds"])
+    num_samples = config.num_samples or num_trajectories
+    if num_samples > num_trajectories:
+        raise UsageError(
+            f"{num_samples} samples were asked for, and each of the {num_trajectories} trajectories gives one.",
+            hint=f"edadm collect --num-trajectories {num_samples} --force",
+        )
+    if config.strategy != "tdac":
+        for flag, value in (
+            ("density-radius", config.density_radius),
+            ("variety-weight", config.variety_weight),
+        ):
+            if value is not None:
+                raise UsageError(
+                    f"--{flag} belongs to the strategy tdac and has no meaning for {config.strategy}."
+                )
+    default_weight = sampling["entry"]["variety_weight"]
+    return _Task(
+        config=config,
+        collected=collected,
+        timesteps=collected.tensors("features.safetensors", ["timesteps"])["timesteps"],
+        num_trajectories=num_trajectories,
+        num_samples=num_samples,
+        variety_weight=default_weight if config.variety_weight is None else config.variety_weight,
+    )
+
+
+def _select(task: _Task, build: Build, reporter: Reporter) -> None:
+    features = task.collected.tensors("features.safetensors", ["features"])["features"]
+    with reporter.task("Comparing steps", 1) as advance:
+        scores = score_steps(features)
+        advance(1)
+    del features
+    allocation = allocate(scores, task.num_samples, task.variety_weight, task.config.density_radius)
+    counts = _counts(task, allocation)
+    step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
+    save_tensors(
+        build.path / CALIBRATION_FILE, _calibration_set(task, step_index, trajectory_index, reporter)
+    )
+    scored = {"density": allocation.density, "variety": allocation.variety, "counts": counts}
+    save_tensors(build.path / SCORES_FILE, scored)
+    save_json(build.path / CALL_FILE, task.collected.json(CALL_FILE))
+    save_json(build.path / SELECTION_FILE, _selection(task, allocation, counts))
+    title = f"{task.config.strategy}: {task.num_samples} samples from {len(counts)} steps"
+    draw_selection(
+        build.path / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts
+    )
+    build.commit()
+
+
+def assign_trajectories(
+    counts: Tensor, num_trajectories: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Decide by a random permutation which trajectory gives which step.
+
+    Args:
+        counts: Samples a step, with shape `(T,)`; at most `num_trajectories` together.
+        num_trajectories: How many there are.
+        generator: Draws the permutation.
+
+    Returns:
+        Step and trajectory of each sample, in the order of the trajectories, so that neighbours in the set are of
+        different steps; no trajectory comes twice.
+    """
+    step_index = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    trajectory_index = torch.randperm(num_trajectories, generator=generator)[: len(step_index)]
+    order = trajectory_index.argsort()
+    return step_index[order], trajectory_index[order]
+
+
+def _counts(task: _Task, allocation: Allocation) -> Tensor:
+    num_steps, num_samples = len(task.timesteps), task.num_samples
+    match task.config.strategy:
+        case "tdac":
+            return allocation.counts
+        case "uniform":
+            return uniform_counts(num_steps, num_samples)
+        case "normal":
+            return normal_counts(num_steps, num_samples, _generator(task, 1))
+        case "random":
+            return random_counts(num_steps, num_samples, _generator(task, 1))
+        case "last":
+            return last_counts(num_steps, num_samples)
+
+
+def _generator(task: _Task, stream: int) -> torch.Generator:
+    """One generator for the permutation (stream 0), another for drawn counts (stream 1)."""
+    return torch.Generator().manual_seed((2 * task.config.seed + stream) % 2**32)
+
+
+def _calibration_set(
+    task: _Task, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter
+) -> dict[str, Tensor]:
+    """Gather the chosen steps, reading one shard of trajectories at a time."""
+    names = sorted(e.path for e in task.collected.manifest.payload if e.path.startswith("latents-"))
+    chosen, first = [], 0
+    with reporter.task("Gathering samples", len(names)) as advance:
+        for name in names:
+            latents = task.collected.tensors(name, ["latents"])["latents"]  # [T, n, *]
+            is_here = (trajectory_index >= first) & (trajectory_index < first + latents.shape[1])
+            chosen.append(latents[step_index[is_here], trajectory_index[is_here] - first])
+            first += latents.shape[1]
+            advance(1)
+    tensors = {
+        name: tensor if name.startswith(CONSTANT) else tensor[trajectory_index]
+        for name, tensor in task.collected.tensors("condition.safetensors").items()
+    }
+    return {
+        **tensors,
+        "sample": torch.cat(chosen),
+        "timestep": task.timesteps[step_index],
+        "step_index": step_index,
+        "trajectory_index": trajectory_index,
+    }
+
+
+def _selection(task: _Task, allocation: Allocation, counts: Tensor) -> dict[str, Any]:
+    num_steps = len(counts)
+    given = task.config.density_radius is not None
+    is_normal = task.config.strategy == "normal"
+    return {
+        "strategy": task.config.strategy,
+        "num_samples": task.num_samples,
+        "num_trajectories": task.num_trajectories,
+        "density_radius": allocation.radius if task.is_tdac else None,
+        "density_radius_source": ("given" if given else "median of the pairwise distances")
+        if task.is_tdac
+        else None,
+        "variety_weight": task.variety_weight if task.is_tdac else None,
+        "steps_from_the_clean_end": {
+            "mean": NORMAL_MEAN * num_steps,
+            "deviation": NORMAL_DEVIATION * num_steps,
+        }
+        if is_normal
+        else None,
+        "timesteps": task.timesteps.tolist(),
+        "counts": counts.tolist(),
+        "density": allocation.density.tolist(),
+        "variety": allocation.variety.tolist(),
+    }

@@ -1,0 +1,164 @@
+r"""Temporal distribution alignment calibration (TDAC): how many samples each step gives.
+
+For steps $i, j$ with mid-block features $F_i$ of shape `(B, C, *)`:
+
+- density $D_i = \#\{j \neq i : \mathrm{mean}((F_i - F_j)^2) \le r\}$: how many steps look like step $i$;
+- variety $V_i = \sum_{j \neq i} \sum_{b, p} (1 - \cos_C(F_i, F_j))$ over batch and positions: how much it differs;
+- both min-max normalised over the steps, $w_i = D_i + \lambda V_i$, share $w_i / \sum_k w_k$;
+- counts: the shares of $N$ rounded, then corrected to sum to $N$.
+
+Both scores come from inner products of features, accumulated in double precision over slices of the feature axis: one
+pass of matrix products instead of a comparison for each pair.
+
+References:
+    EDA-DM, arXiv 2401.04585, section 4.1, equations 5 to 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SLICE_ELEMENTS = 2**22  # elements of the double-precision slice that is held at a time
+_ROUNDING = 1e-12  # relative size below which a difference of inner products is rounding
+_TIE = 1e-9  # relative spread below which scores count as equal
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What TDAC knows of each step.
+
+    Attributes:
+        distances: Mean squared difference of the features of two steps, with shape `(T, T)`, float64.
+        variety: V before normalisation, with shape `(T,)`, float64.
+    """
+
+    distances: Tensor
+    variety: Tensor
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many samples each step gives, and why.
+
+    Attributes:
+        density: D, normalised to [0, 1], with shape `(T,)`.
+        variety: V, normalised to [0, 1], with shape `(T,)`.
+        counts: Samples a step, int64, with shape `(T,)`; they sum to N.
+        radius: The r that was used.
+    """
+
+    density: Tensor
+    variety: Tensor
+    counts: Tensor
+    radius: float
+
+
+def score_steps(features: Tensor) -> Scores:
+    """Compare the features of all pairs of steps.
+
+    Args:
+        features: Mid-block features with shape `(T, B, C, *)`.
+    """
+    num_steps, num_channels = features.shape[0], features.shape[2]
+    maps = features.reshape(num_steps, features.shape[1], num_channels, -1)  # [T, B, C, P]
+    num_positions = maps.shape[1] * maps.shape[3]
+    inner = torch.zeros(num_steps, num_steps, dtype=torch.float64)
+    cosine = torch.zeros(num_steps, num_steps, dtype=torch.float64)
+    for part in _slices(maps):
+        unit = part / part.norm(dim=2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        inner += part.flatten(1) @ part.flatten(1).T
+        cosine += unit.flatten(1) @ unit.flatten(1).T
+    return Scores(_distances(inner, num_channels * num_positions), _variety(cosine, num_positions))
+
+
+def median_distance(distances: Tensor) -> float:
+    """The scale-free default of r: the (lower) median distance of two steps; 0 for a single step."""
+    pairs = distances[torch.ones_like(distances, dtype=torch.bool).triu(1)]
+    return float(pairs.median()) if pairs.numel() else 0.0
+
+
+def density(distances: Tensor, radius: float) -> Tensor:
+    """D before normalisation: for each step, how many others lie within `radius`."""
+    return (distances <= radius).sum(dim=1) - 1  # every step is within its own radius
+
+
+def normalise(scores: Tensor) -> Tensor:
+    """Min-max normalise; scores that are all equal tell no step from another and become zeros."""
+    scores = scores.double()
+    low, high = scores.min(), scores.max()
+    if float(high - low) <= _TIE * max(abs(float(high)), abs(float(low))):
+        return torch.zeros_like(scores)
+    return (scores - low) / (high - low)
+
+
+def allocate(scores: Scores, num_samples: int, variety_weight: float, radius: float | None) -> Allocation:
+    """Share `num_samples` out over the steps.
+
+    Args:
+        scores: What `score_steps` found.
+        num_samples: N.
+        variety_weight: lambda.
+        radius: r; `None` for the median distance.
+    """
+    radius = median_distance(scores.distances) if radius is None else radius
+    dense = normalise(density(scores.distances, radius))
+    varied = normalise(scores.variety)
+    return Allocation(dense, varied, integer_counts(dense + variety_weight * varied, num_samples), radius)
+
+
+def integer_counts(weights: Tensor, num_samples: int) -> Tensor:
+    """Whole counts in proportion to `weights`, that sum to `num_samples` exactly and are never negative.
+
+    A shortfall goes, one each, to the steps with the largest counts; an excess is taken, one each, from the last steps
+    backwards; both go round again until nothing is left. Weights that are all zero count as equal.
+
+    Args:
+        weights: Non-negative, with shape `(T,)`.
+        num_samples: N.
+    """
+    weights = weights.double()
+    total = weights.sum()
+    shares = weights / total if total > 0 else torch.full_like(weights, 1 / len(weights))
+    counts = (shares * num_samples).round().long()
+    shortfall = num_samples - int(counts.sum())
+    if shortfall > 0:
+        largest_first = counts.argsort(descending=True, stable=True)
+        each, rest = divmod(shortfall, len(counts))
+        counts += each
+        counts[largest_first[:rest]] += 1
+    while shortfall < 0:
+        giving = (counts > 0).nonzero().flatten().flip(0)[:-shortfall]
+        counts[giving] -= 1
+        shortfall += len(giving)
+    return counts
+
+
+def _slices(maps: Tensor) -> Iterator[Tensor]:
+    """Yield maps `(T, B, C, P)` in double precision, a bounded number of rows and positions at a time."""
+    num_steps, num_rows, num_channels, num_positions = maps.shape
+    columns = max(1, _SLICE_ELEMENTS // (num_steps * num_channels))  # pairs of row and position
+    positions = min(num_positions, columns)
+    rows = max(1, columns // num_positions)
+    for row in range(0, num_rows, rows):
+        for position in range(0, num_positions, positions):
+            yield maps[:, row : row + rows, :, position : position + positions].double()
+
+
+def _distances(inner: Tensor, num_elements: int) -> Tensor:
+    squares = inner.diagonal()
+    sums = squares[:, None] + squares[None, :]
+    distances = sums - 2 * inner
+    distances[distances <= _ROUNDING * sums] = 0
+    distances.fill_diagonal_(0)
+    return (distances + distances.T) / (2 * num_elements)
+
+
+def _variety(cosine: Tensor, num_positions: int) -> Tensor:
+    apart = num_positions - cosine
+    apart[apart <= _ROUNDING * num_positions] = 0
+    apart.fill_diagonal_(0)
+    return apart.sum(dim=1)
