@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights and the blocks of the real ones, built once a session, without a network."""
+"""Tiny pipelines with random weights and the blocks of the real ones, built once a session, offline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion of about 100,000 parameters: text encoder, autoencoder, cross-attention UNet, PNDM.
+    """A Stable Diffusion whose denoiser has 52,000 parameters: text encoder, autoencoder, UNet, PNDM.
 
     The folder is shared by the session: copy it before changing it.
     """
@@ -81,7 +81,7 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pixel-space UNet of about 30,000 parameters with DDIM; the folder is shared: copy it before changing it."""
+    """A pixel-space UNet of 45,000 parameters with DDIM; shared: copy it before changing it."""
     import torch
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
@@ -104,7 +104,7 @@ def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-conditional diffusion transformer of two blocks with guidance; shared: copy it before changing it."""
+    """A class-conditional transformer of two blocks with guidance; shared: copy it before changing it."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 

@@ -20,8 +20,8 @@ _BLOCK_LISTS = ("transformer_blocks", "blocks", "layers")
 def middle_module(denoiser: nn.Module) -> nn.Module:
     """The module whose input is the mid-block feature.
 
-    For a UNet: the mid-block's attention; without one, its second residual block; without a mid-block, the last block
-    of the down path. For a transformer: the middle one of its blocks.
+    For a UNet: the mid-block's attention; without one, its second residual block; without a mid-block, the
+    last block of the down path. For a transformer: the middle one of its blocks.
 
     Raises:
         InputError: The network has none of these.
@@ -48,7 +48,7 @@ def middle_module(denoiser: nn.Module) -> nn.Module:
 
 @contextmanager
 def record_features(denoiser: nn.Module, on_feature: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand the mid-block feature of each call to `on_feature`, channels second: `(R, C, H, W)` or `(R, C, L)`."""
+    """Hand the mid-block feature of each call to `on_feature`, as `(R, C, H, W)` or `(R, C, L)`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         feature = args[0] if args else kwargs["hidden_states"]

@@ -19,7 +19,7 @@ from edadm_cli.models.sampling import sample
 _MIB = 2**20
 _PROBE_STEPS = 2
 _LONGEST_SECOND_PROBE_S = 10.0
-# Outputs alive at once in a forward, in multiples of the largest: input, output, and what the skips still hold.
+# Outputs alive at once in a forward, in multiples of the largest: input, output, and the skips.
 _LIVE_OUTPUTS = 4
 
 
@@ -43,8 +43,8 @@ def probe(
 ) -> Estimate:
     """Estimate a collection: time from a timed denoiser call, disk and memory from the shapes it saw.
 
-    One image is sampled over two steps; where a whole batch promises to be quick, it is sampled too, since a batch
-    costs less than its images one by one.
+    One image is sampled over two steps; where a whole batch promises to be quick, it is sampled too, since a
+    batch costs less than its images one by one.
     """
     single = _sample_short(model, 1, prompts, guidance_scale)
     measured, size = single, 1

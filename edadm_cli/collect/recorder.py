@@ -77,8 +77,8 @@ class BatchRecorder:
         step = len(self.latents)
         if not bool(call.sample.isfinite().all()):
             raise InputError(
-                f"{self.model.ref.id}: the trajectories are not finite (NaN or infinity) from step {step} on, "
-                f"timestep {call.timestep.item():g}.",
+                f"{self.model.ref.id}: the trajectories are not finite (NaN or infinity) "
+                f"from step {step} on, timestep {call.timestep.item():g}.",
                 hint="edadm collect --dtype float32",
             )
         if self._first is None:
@@ -92,8 +92,8 @@ class BatchRecorder:
         rows = call.sample.shape[0]
         if rows not in (self.num_trajectories, 2 * self.num_trajectories):
             raise InputError(
-                f"{self.model.ref.id} calls its denoiser with {rows} rows for {self.num_trajectories} images; "
-                "one row an image, or two with guidance, can be calibrated."
+                f"{self.model.ref.id} calls its denoiser with {rows} rows for {self.num_trajectories} "
+                "images; one row an image, or two with guidance, can be calibrated."
             )
         self._first, self.template = call, call.template
         self.branches = rows // self.num_trajectories

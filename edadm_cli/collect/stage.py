@@ -30,7 +30,8 @@ def run(
     """Sample `num_trajectories` trajectories and write the `collect` artifact.
 
     Raises:
-        InputError: The model or the prompt file is not usable, or sampling ends in values that are not finite.
+        InputError: The model or the prompt file is not usable, or sampling ends in values that are not
+            finite.
         MachineError: The device is not there or its memory does not suffice, or the disk is full.
         UsageError: The configuration asks for something that the model does not have.
     """
@@ -162,7 +163,7 @@ def _sample_shard(task: _Task, folder: Path, shard: int) -> None:
 
 
 def _sampling(task: _Task) -> dict[str, Any]:
-    """How the trajectories were sampled, so that later stages can load the model and sample in the same way."""
+    """How the trajectories were sampled, for later stages to load the model and sample in the same way."""
     scheduler = task.model.pipeline.scheduler
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     return {

@@ -89,8 +89,8 @@ class CalibrationSet:
             dtype: Element type of the denoiser.
 
         Returns:
-            `(args, kwargs)` with `n * branches` rows: those of the unconditional branch first. The timestep is a
-            tensor with one value a row.
+            `(args, kwargs)` with `n * branches` rows: those of the unconditional branch first. The timestep
+            is a tensor with one value a row.
         """
         chosen = torch.as_tensor(indices, dtype=torch.long)
 

@@ -1,12 +1,13 @@
 """The denoiser's call as data.
 
-A pipeline calls its denoiser with a noisy sample, a timestep, and whatever else the architecture wants: text states,
-pooled embeddings inside nested dictionaries, class labels, flags. `split_call` takes such a call apart into
+A pipeline calls its denoiser with a noisy sample, a timestep, and whatever else the architecture wants: text
+states, pooled embeddings inside nested dictionaries, class labels, flags. `split_call` takes such a call
+apart into
 
 - the sample, with shape `(R, *)`, where `R` counts rows (images times guidance branches),
 - the timestep, one value,
-- a flat mapping from dotted names to tensors: those whose first dimension is `R` are the condition, the others are
-  constants of the architecture (position ids),
+- a flat mapping from dotted names to tensors: those whose first dimension is `R` are the condition, the
+  others are constants of the architecture (position ids),
 - a template, plain JSON, that says where each of them stood and holds everything else literally,
 
 and `build_call` puts a call together again, for any rows.
@@ -32,8 +33,9 @@ _SAMPLE_PARAMETERS = ("sample", "hidden_states", "x")
 _MARK = "$"
 
 Template = dict[str, Any]
-"""`{"args": [...], "kwargs": {...}, "constants": [names], "dtypes": {name: dtype}}`. A one-entry object whose key
-starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`) or a tuple (`{"$tuple": [...]}`)."""
+"""`{"args": [...], "kwargs": {...}, "constants": [names], "dtypes": {name: dtype}}`. A one-entry object whose
+key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`) or a
+tuple (`{"$tuple": [...]}`)."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     """Take one call of `denoiser` apart.
 
     Raises:
-        InputError: There is no sample or timestep in the call, the timestep differs between rows, or an argument is
-            neither a tensor nor plain data.
+        InputError: There is no sample or timestep in the call, the timestep differs between rows, or an
+            argument is neither a tensor nor plain data.
     """
     names = _positional_names(denoiser, len(args))
     sample_name, timestep_name = _special_names(denoiser, [*names, *kwargs])

@@ -1,4 +1,4 @@
-"""A diffusers folder, read and checked before any library is let near it: no code, no pickles, no broken files."""
+"""A diffusers folder, checked before any library is let near it: no code, no pickles, no broken files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class PipelineFolder:
     options: dict[str, Any]
 
     def fingerprint(self) -> str:
-        """Hash over the relative path and the content's hash of each file that decides what the pipeline computes."""
+        """Hash over relative path and content hash of each file that decides what the pipeline computes."""
         files = {self.path / INDEX_NAME}
         for component in self.components:
             files.update(component.weights)
@@ -84,14 +84,16 @@ def read_folder(path: Path) -> PipelineFolder:
     """Read a diffusers folder's index and check each component's files, without loading any.
 
     Raises:
-        InputError: Something is missing, foreign, truncated, pickled, or asks for code that is not the libraries' own.
+        InputError: Something is missing, foreign, truncated, pickled, or asks for code that is not the
+            libraries' own.
     """
     from diffusers import DiffusionPipeline
 
     index = load_json(path / INDEX_NAME)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise InputError(
-            f"{path / INDEX_NAME} does not name one of diffusers' own pipelines; a pipeline with code of its own is not run."
+            f"{path / INDEX_NAME} does not name one of diffusers' own pipelines; "
+            "a pipeline with code of its own is not run."
         )
     pipeline_class = _class_of(path, "diffusers", index["_class_name"])
     if not issubclass(pipeline_class, DiffusionPipeline):
@@ -185,7 +187,8 @@ def _class_of(root: Path, library: str, class_name: str) -> type:
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
         raise InputError(
-            f"{root / INDEX_NAME} asks for {library}.{class_name}, which the installed {library} does not have."
+            f"{root / INDEX_NAME} asks for {library}.{class_name}, "
+            f"which the installed {library} does not have."
         )
     return cls
 

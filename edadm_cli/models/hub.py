@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub: through its own client and cache, and one sentence where it cannot be reached."""
+"""Models from the Hugging Face hub, through its own client and cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
         The folder, and the commit it is of.
 
     Raises:
-        InputError: The model is not in the cache and the hub cannot be reached, has no such model, or keeps it back.
+        InputError: The model is not in the cache and the hub cannot be reached, has no such model, or keeps
+            it back.
     """
     from diffusers import DiffusionPipeline
     from huggingface_hub import HfApi
@@ -50,7 +51,8 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     except Exception as error:
         if local_only:
             raise InputError(
-                f"'{repo_id}' is not in the local cache, and the Hugging Face hub cannot be reached from here.",
+                f"'{repo_id}' is not in the local cache, "
+                "and the Hugging Face hub cannot be reached from here.",
                 hint="give --model a diffusers folder, or a shipped model: digits-sd",
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from edadm_cli.models.sampling import call_default, takes_guidance
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_LONGEST_REASON = 400  # characters of another library's error
 DENOISER_NAMES = ("unet", "transformer")
 
 
@@ -66,7 +68,8 @@ def resolve_device(name: str) -> torch.device:
         raise MachineError(f"There is no device '{name}'; --device takes cpu, cuda, cuda:N or auto.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(
-            f"There is no device '{name}' on this machine, which has {torch.cuda.device_count()} CUDA devices.",
+            f"There is no device '{name}' on this machine, "
+            f"which has {torch.cuda.device_count()} CUDA devices.",
             hint="--device cpu",
         )
     return device
@@ -81,8 +84,8 @@ def load_model(
         model: A known name, a diffusers folder, or a hub id.
         device: Where it computes.
         dtype: Element type of its floating-point weights and activations.
-        entry: Its defaults, where the caller knows them better than the registry: those of the model that a folder
-            was exported from.
+        entry: Its defaults, where the caller knows them better than the registry: those of the model that a
+            folder was exported from.
 
     Raises:
         InputError: It is not found, broken, pickled, has code of its own, or has weights that are not finite.
@@ -137,7 +140,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
-    if entry is not None and entry.name == model:
+    if entry is not None and entry.name == model and entry.source != "folder":
         if entry.source == "shipped":
             from edadm_cli.models.digits.data import model_folder
 
@@ -166,7 +169,7 @@ def _identifier(model: str, path: Path) -> str:
 
 
 def _load_pipeline(folder: PipelineFolder, dtype: torch.dtype, entry: ModelEntry | None) -> DiffusionPipeline:
-    """Build the pipeline from its parts; diffusers' own loader also looks for code that comes with a model."""
+    """Build the pipeline from its parts; diffusers' own loader also looks for code beside a model."""
     import diffusers
 
     parts = {component.name: _load_component(component, dtype) for component in folder.components}
@@ -174,7 +177,7 @@ def _load_pipeline(folder: PipelineFolder, dtype: torch.dtype, entry: ModelEntry
         pipeline = folder.pipeline_class(**folder.options, **parts)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{folder.path} has no working {folder.pipeline_class.__name__}: {_first_line(error)}"
+            f"{folder.path} has no working {folder.pipeline_class.__name__}: {_first_sentence(error)}"
         ) from error
     if entry is not None and entry.pipeline_class is not None:
         pipeline = getattr(diffusers, entry.pipeline_class)(**parts)
@@ -192,7 +195,7 @@ def _load_component(component: Component, dtype: torch.dtype) -> Any:
         return loader.from_pretrained(component.folder, local_files_only=True)
     except Exception as error:
         raise InputError(
-            f"{component.folder} cannot be loaded as {component.cls.__name__}: {_first_line(error)}"
+            f"{component.folder} cannot be loaded as {component.cls.__name__}: {_first_sentence(error)}"
         ) from error
 
 
@@ -214,7 +217,7 @@ def _load_module(component: Component, dtype: torch.dtype) -> nn.Module:
         raise
     except Exception as error:
         raise InputError(
-            f"{where} cannot be loaded as {component.cls.__name__}: {_first_line(error)}"
+            f"{where} cannot be loaded as {component.cls.__name__}: {_first_sentence(error)}"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -250,7 +253,7 @@ def _is_module(pipeline: DiffusionPipeline, name: str) -> bool:
     return isinstance(getattr(pipeline, name, None), nn.Module)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    line = text[0].strip() if text else type(error).__name__
-    return line if line.endswith(".") else f"{line}."
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    sentence = re.split(r"\.\s+(?=[A-Z])", text, maxsplit=1)[0][:_LONGEST_REASON]
+    return sentence if sentence.endswith(".") else f"{sentence}."

@@ -67,7 +67,7 @@ def known_models() -> dict[str, ModelEntry]:
 
 _DIGITS_SD = ModelEntry(
     name="digits-sd",
-    description="Stable Diffusion in small: handwritten digits from a prompt, 32x32, shipped with the package",
+    description="Stable Diffusion in small: handwritten digits from a prompt, 32x32, shipped here",
     source="shipped",
     location="digits-sd",
     denoiser="UNet2DConditionModel",
@@ -84,7 +84,7 @@ _DIGITS_SD = ModelEntry(
 
 _DIGITS_DDPM = ModelEntry(
     name="digits-ddpm",
-    description="handwritten digits in pixel space, unconditional, 16x16, shipped with the package",
+    description="handwritten digits in pixel space, unconditional, 16x16, shipped here",
     source="shipped",
     location="digits-ddpm",
     denoiser="UNet2DModel",

@@ -40,8 +40,8 @@ class Samples:
 
     Attributes:
         images: 8-bit images, with shape `(N, C, H, W)`, on the CPU.
-        latents: The sampler's last sample in float32: latents before decoding, or pixels in [-1, 1] for a pipeline
-            without a decoder; with shape `(N, *)`, on the CPU.
+        latents: The sampler's last sample in float32: latents before decoding, or pixels in [-1, 1] for a
+            pipeline without a decoder; with shape `(N, *)`, on the CPU.
     """
 
     images: Tensor
@@ -66,7 +66,8 @@ def sample(
 ) -> Samples:
     """Sample one image for each seed.
 
-    Noise is drawn image by image on the CPU, so neither the device nor the other images of the batch change it.
+    Noise is drawn image by image on the CPU, so neither the device nor the other images of the batch change
+    it.
 
     Args:
         model: The pipeline.
@@ -76,8 +77,8 @@ def sample(
         guidance_scale: Classifier-free guidance; `None` for the pipeline's own, or for one without guidance.
 
     Raises:
-        InputError: The pipeline needs prompts and there are none, needs something that is not known here, returns no
-            images, or its samples are not finite.
+        InputError: The pipeline needs prompts and there are none, needs something that is not known here,
+            returns no images, or its samples are not finite.
         UsageError: `prompts` and `seeds` differ in number.
         MachineError: The device ran out of memory.
     """

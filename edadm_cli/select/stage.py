@@ -48,7 +48,8 @@ def run(
 
     Raises:
         InputError: There is no `collect` artifact, or it is broken.
-        UsageError: More samples are asked for than there are trajectories, or a setting belongs to another strategy.
+        UsageError: More samples are asked for than there are trajectories, or a setting belongs to another
+            strategy.
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
@@ -78,7 +79,7 @@ def run(
 
 
 def estimate(config: SelectConfig, run: RunFolder) -> Estimate:
-    """Estimate time, memory and disk from the sizes of the trajectories and a timed part of their features."""
+    """Estimate time, memory and disk from sizes on disk and a timed part of the features."""
     task = _prepare(config, run)
     header = read_tensor_header(task.collected.file("features.safetensors"))["features"]
     features = task.collected.tensors("features.safetensors", ["features"])["features"]
@@ -123,7 +124,8 @@ def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
     num_samples = config.num_samples or num_trajectories
     if num_samples > num_trajectories:
         raise UsageError(
-            f"{num_samples} samples were asked for, and each of the {num_trajectories} trajectories gives one.",
+            f"{num_samples} samples were asked for, "
+            f"and each of the {num_trajectories} trajectories gives one.",
             hint=f"edadm collect --num-trajectories {num_samples} --force",
         )
     if config.strategy != "tdac":
@@ -180,8 +182,8 @@ def assign_trajectories(
         generator: Draws the permutation.
 
     Returns:
-        Step and trajectory of each sample, in the order of the trajectories, so that neighbours in the set are of
-        different steps; no trajectory comes twice.
+        Step and trajectory of each sample, in the order of the trajectories, so that neighbours in the set
+        are of different steps; no trajectory comes twice.
     """
     step_index = torch.repeat_interleave(torch.arange(len(counts)), counts)
     trajectory_index = torch.randperm(num_trajectories, generator=generator)[: len(step_index)]

@@ -3,8 +3,8 @@
 Steps are counted in the sampler's order, so the last step is the cleanest.
 
 References:
-    Q-Diffusion, arXiv 2302.04304 (equal counts); PTQ4DM, arXiv 2211.15736 (a normal distribution skewed to the clean
-    end).
+    Q-Diffusion, arXiv 2302.04304 (equal counts); PTQ4DM, arXiv 2211.15736 (a normal distribution skewed to
+    the clean end).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def last_counts(num_steps: int, num_samples: int) -> Tensor:
 def normal_counts(num_steps: int, num_samples: int, generator: torch.Generator) -> Tensor:
     r"""Draw each sample's step from a normal distribution that is skewed to the clean end.
 
-    The distance from the clean end is $u \sim N(0.4\,T, (0.4\,T)^2)$, truncated to $[0, T)$ by inverting its cumulative
-    distribution function, so that nothing piles up at the ends.
+    The distance from the clean end is $u \sim N(0.4\,T, (0.4\,T)^2)$, truncated to $[0, T)$ by inverting its
+    cumulative distribution function, so that nothing piles up at the ends.
     """
     low, high = (_normal_cdf((edge - NORMAL_MEAN) / NORMAL_DEVIATION) for edge in (0.0, 1.0))
     level = low + (high - low) * torch.rand(num_samples, generator=generator, dtype=torch.float64)

@@ -3,12 +3,13 @@ r"""Temporal distribution alignment calibration (TDAC): how many samples each st
 For steps $i, j$ with mid-block features $F_i$ of shape `(B, C, *)`:
 
 - density $D_i = \#\{j \neq i : \mathrm{mean}((F_i - F_j)^2) \le r\}$: how many steps look like step $i$;
-- variety $V_i = \sum_{j \neq i} \sum_{b, p} (1 - \cos_C(F_i, F_j))$ over batch and positions: how much it differs;
+- variety $V_i = \sum_{j \neq i} \sum_{b, p} (1 - \cos_C(F_i, F_j))$ over batch and positions: how much it
+  differs;
 - both min-max normalised over the steps, $w_i = D_i + \lambda V_i$, share $w_i / \sum_k w_k$;
 - counts: the shares of $N$ rounded, then corrected to sum to $N$.
 
-Both scores come from inner products of features, accumulated in double precision over slices of the feature axis: one
-pass of matrix products instead of a comparison for each pair.
+Both scores come from inner products of features, accumulated in double precision over slices of the feature
+axis: one pass of matrix products instead of a comparison for each pair.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.1, equations 5 to 8.
@@ -113,8 +114,8 @@ def allocate(scores: Scores, num_samples: int, variety_weight: float, radius: fl
 def integer_counts(weights: Tensor, num_samples: int) -> Tensor:
     """Whole counts in proportion to `weights`, that sum to `num_samples` exactly and are never negative.
 
-    A shortfall goes, one each, to the steps with the largest counts; an excess is taken, one each, from the last steps
-    backwards; both go round again until nothing is left. Weights that are all zero count as equal.
+    A shortfall goes, one each, to the steps with the largest counts; an excess is taken, one each, from the
+    last steps backwards; both go round again until nothing is left. Weights that are all zero count as equal.
 
     Args:
         weights: Non-negative, with shape `(T,)`.

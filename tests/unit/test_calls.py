@@ -76,12 +76,15 @@ def test_building_inverts_splitting(positional: bool) -> None:
 )
 def test_every_form_of_one_timestep_is_read(timestep: Any) -> None:
     call = split_call(Denoiser(), (torch.zeros(ROWS, 1), timestep), {})
-    assert call.timestep.shape == () and call.timestep.dtype == torch.int64 and int(call.timestep) == 5
+    assert call.timestep.shape == ()
+    assert call.timestep.dtype == torch.int64
+    assert int(call.timestep) == 5
 
 
 def test_a_fractional_timestep_keeps_its_fraction() -> None:
     call = split_call(Denoiser(), (torch.zeros(ROWS, 1), 0.25), {})
-    assert call.timestep.dtype == torch.float32 and float(call.timestep) == 0.25
+    assert call.timestep.dtype == torch.float32
+    assert float(call.timestep) == 0.25
 
 
 def test_timesteps_that_differ_between_rows_are_refused() -> None:

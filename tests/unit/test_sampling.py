@@ -42,8 +42,10 @@ def test_images_follow_their_seeds_whatever_the_batch(stable_diffusion: LoadedMo
 
 def test_samples_have_the_documented_form(stable_diffusion: LoadedModel, pixels: LoadedModel) -> None:
     latent = sample(stable_diffusion, seeds=[5, 6], prompts=["a", "b"], num_steps=2, guidance_scale=None)
-    assert latent.images.shape == (2, 1, 16, 16) and latent.images.dtype == torch.uint8
-    assert latent.latents.shape == (2, 4, 8, 8) and latent.latents.dtype == torch.float32
+    assert latent.images.shape == (2, 1, 16, 16)
+    assert latent.images.dtype == torch.uint8
+    assert latent.latents.shape == (2, 4, 8, 8)
+    assert latent.latents.dtype == torch.float32
     pixel = sample(pixels, seeds=[5, 6], prompts=None, num_steps=2, guidance_scale=None)
     expected = ((pixel.latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     assert torch.equal(pixel.images, expected)

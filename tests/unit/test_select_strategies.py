@@ -26,7 +26,8 @@ def test_every_strategy_shares_out_exactly_n(num_steps: int, num_samples: int) -
         normal_counts(num_steps, num_samples, seeded()),
     ):
         assert counts.shape == (num_steps,)
-        assert int(counts.sum()) == num_samples and int(counts.min()) >= 0
+        assert int(counts.sum()) == num_samples
+        assert int(counts.min()) >= 0
 
 
 @steps_and_samples
@@ -70,5 +71,6 @@ def test_the_permutation_is_seeded(seed: int) -> None:
     first = assign_trajectories(counts, 200, seeded(seed))
     again = assign_trajectories(counts, 200, seeded(seed))
     other = assign_trajectories(counts, 200, seeded(seed + 2))
-    assert torch.equal(first[1], again[1]) and torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert torch.equal(first[0], again[0])
     assert not torch.equal(first[1], other[1])

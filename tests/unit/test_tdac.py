@@ -88,12 +88,14 @@ def test_identical_features_share_samples_equally(value: float, radius: float | 
     one = value * torch.randn(1, 4, 6, 3, 3, generator=torch.Generator().manual_seed(1))
     allocation = allocate(score_steps(one.expand(10, -1, -1, -1, -1)), 50, 1.2, radius)
     assert allocation.counts.tolist() == [5] * 10
-    assert not allocation.density.any() and not allocation.variety.any()
+    assert not allocation.density.any()
+    assert not allocation.variety.any()
 
 
 def test_a_single_step_takes_all() -> None:
     allocation = allocate(score_steps(features(1)), 8, 1.0, None)
-    assert allocation.counts.tolist() == [8] and allocation.radius == 0.0
+    assert allocation.counts.tolist() == [8]
+    assert allocation.radius == 0.0
 
 
 def test_a_lone_step_is_rare_in_density_and_rich_in_variety() -> None:
@@ -101,7 +103,8 @@ def test_a_lone_step_is_rare_in_density_and_rich_in_variety() -> None:
     maps[3] = -maps[3]
     scores = score_steps(maps)
     by_density = allocate(scores, 90, 0.0, None).counts
-    assert by_density[3] == 0 and by_density.sum() == 90
+    assert by_density[3] == 0
+    assert by_density.sum() == 90
     assert allocate(scores, 90, 1e6, None).counts.argmax() == 3
 
 

@@ -1,0 +1,131 @@
+"""The parts of `collect`: where features are taken, and what a batch's calls must have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
+from torch import Tensor, nn
+
+from edadm_cli.collect.features import middle_module, record_features
+from edadm_cli.collect.recorder import BatchRecorder
+from edadm_cli.errors import InputError
+from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.sampling import sample
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model(str(folder), CPU, torch.float32)
+
+
+def test_features_enter_the_mid_blocks_attention(tiny_sd: Path, tiny_ddpm: Path, tiny_dit: Path) -> None:
+    for folder in (tiny_sd, tiny_ddpm):
+        denoiser = load(folder).denoiser
+        assert middle_module(denoiser) is denoiser.mid_block.attentions[0]
+    denoiser = load(tiny_dit).denoiser
+    assert middle_module(denoiser) is denoiser.transformer_blocks[1]
+
+
+def test_a_mid_block_without_attention_gives_the_input_of_its_second_residual_block() -> None:
+    middle = UNetMidBlock2D(in_channels=8, temb_channels=16, add_attention=False, resnet_groups=4)
+    denoiser = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    )
+    assert type(denoiser.mid_block) is type(middle)
+    assert middle_module(denoiser) is denoiser.mid_block.resnets[1]
+
+
+def test_a_network_without_a_middle_is_told() -> None:
+    with pytest.raises(InputError, match="neither a mid-block"):
+        middle_module(nn.Linear(2, 2))
+
+
+def test_tokens_are_read_with_channels_second(tiny_dit: Path) -> None:
+    model, seen = load(tiny_dit), []
+    with record_features(model.denoiser, seen.append):
+        sample(model, seeds=[1, 2, 3], prompts=None, num_steps=2, guidance_scale=1.0)
+    assert [tuple(feature.shape) for feature in seen] == [(3, 16, 4)] * 2
+
+
+def test_guidance_branches_are_told_apart(tiny_sd: Path, tiny_dit: Path) -> None:
+    for folder, name in ((tiny_sd, "encoder_hidden_states"), (tiny_dit, "class_labels")):
+        model = load(folder)
+        recorder = BatchRecorder(model, num_trajectories=3, num_features=2)
+        with recorder.recording():
+            sample(model, seeds=[1, 2, 3], prompts=["a", "b", "c"], num_steps=3, guidance_scale=3.0)
+        assert recorder.branches == 2
+        assert recorder.latents[0].shape == (3, 4, *recorder.latents[0].shape[2:])
+        assert recorder.features[0].shape[0] == 4  # two trajectories in two branches
+        unconditional, conditional = recorder.unconditional[name], recorder.condition[name]
+        assert all(torch.equal(row, unconditional[0]) for row in unconditional)
+        assert not torch.equal(conditional[0], conditional[1])
+        if name == "class_labels":
+            assert unconditional.tolist() == [1000] * 3
+
+
+class Fake(nn.Module):
+    """A denoiser that is called as a test likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid_block = nn.Identity()
+
+    def forward(
+        self, sample: Tensor, timestep: Any, text: Tensor | None = None, flag: bool = False
+    ) -> Tensor:
+        result: Tensor = self.mid_block(sample)
+        return result
+
+
+def recorder_of(denoiser: nn.Module, size: int) -> BatchRecorder:
+    model: Any = SimpleNamespace(denoiser=denoiser, ref=SimpleNamespace(id="fake"), pipeline=object())
+    return BatchRecorder(model, size, num_features=1)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"text": torch.ones(2, 3)}, "text changes between the first step and step 1"),
+        ({"text": torch.zeros(2, 3), "flag": True}, "the form of the call changes"),
+        ({}, "the form of the call changes"),
+    ],
+)
+def test_conditions_that_change_over_the_steps_are_refused(second: dict[str, Any], message: str) -> None:
+    denoiser = Fake()
+    with recorder_of(denoiser, 2).recording():
+        denoiser(torch.zeros(2, 1, 2, 2), 9, text=torch.zeros(2, 3))
+        with pytest.raises(InputError, match=message):
+            denoiser(torch.zeros(2, 1, 2, 2), 8, **second)
+
+
+def test_the_step_that_is_not_finite_is_named() -> None:
+    denoiser = Fake()
+    with recorder_of(denoiser, 2).recording():
+        denoiser(torch.zeros(2, 1, 2, 2), 9)
+        with pytest.raises(InputError, match="from step 1 on, timestep 8"):
+            denoiser(torch.full((2, 1, 2, 2), float("inf")), 8)
+
+
+def test_branches_with_different_samples_are_refused() -> None:
+    denoiser = Fake()
+    with recorder_of(denoiser, 2).recording(), pytest.raises(InputError, match="different values of sample"):
+        denoiser(torch.arange(4.0).reshape(4, 1, 1, 1), 9)
+
+
+def test_three_rows_an_image_are_refused() -> None:
+    denoiser = Fake()
+    with recorder_of(denoiser, 2).recording(), pytest.raises(InputError, match="6 rows for 2"):
+        denoiser(torch.zeros(6, 1, 2, 2), 9)
