@@ -1,0 +1,403 @@
+"""`collect` and `select` on tiny pipelines: what they write, that it repeats, and that it survives a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from edadm_cli.artifacts import Artifact, RunFolder
+from edadm_cli.collect import stage as collect
+from edadm_cli.config import CollectConfig, SelectConfig
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.calls import DenoiserCall, record_calls
+from edadm_cli.models.loading import load_model
+from edadm_cli.models.sampling import image_seed, sample
+from edadm_cli.select import stage as select
+
+CPU = torch.device("cpu")
+N, STEPS = 10, 4
+
+KILLED_RUN = """
+import sys, time
+from pathlib import Path
+import edadm_cli.collect.stage as stage
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.config import CollectConfig
+
+write_shard = stage.write_shard
+def slow(folder, index, recorder, dtype):
+    if index == 2:
+        print("in shard 2", flush=True)
+        time.sleep(600)
+    write_shard(folder, index, recorder, dtype)
+stage.write_shard = slow
+stage.run(CollectConfig.model_validate_json(sys.argv[1]), RunFolder(Path(sys.argv[2])))
+"""
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("one\ntwo\n\nthree\n")
+    return path
+
+
+def config_of(folder: Path, prompts: Path | None, **changes: Any) -> CollectConfig:
+    fields: dict[str, Any] = {
+        "model": str(folder),
+        "prompts": prompts if folder.name == "tiny-sd" else None,
+        "num_trajectories": N,
+        "num_steps": STEPS,
+        "batch_size": 4,
+        "feature_batch": 6,
+        "device": "cpu",
+    }
+    return CollectConfig(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def collected(
+    tiny_sd: Path, tiny_ddpm: Path, tiny_dit: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, RunFolder]:
+    runs = {}
+    for folder in (tiny_sd, tiny_ddpm, tiny_dit):
+        runs[folder.name] = RunFolder(tmp_path_factory.mktemp("runs") / folder.name)
+        assert collect.run(config_of(folder, prompts), runs[folder.name]).status == "done"
+    return runs
+
+
+@pytest.fixture
+def sd_run(collected: dict[str, RunFolder], tmp_path: Path) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(collected["tiny-sd"].root, tmp_path / "run")))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def latents_of(artifact: Artifact) -> Tensor:
+    names = sorted(e.path for e in artifact.manifest.payload if e.path.startswith("latents-"))
+    return torch.cat([artifact.tensors(name)["latents"] for name in names], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_calls", "branches"),
+    [("tiny-sd", STEPS + 1, 2), ("tiny-ddpm", STEPS, 1), ("tiny-dit", STEPS, 2)],
+)
+def test_a_collection_holds_what_tools_outside_rely_on(
+    collected: dict[str, RunFolder], name: str, num_calls: int, branches: int
+) -> None:
+    artifact = collected[name].open("collect")
+    latents, shared = latents_of(artifact), artifact.tensors("features.safetensors")
+    assert latents.shape[:2] == (num_calls, N)
+    assert latents.dtype == torch.float32
+    assert shared["timesteps"].shape == (num_calls,)
+    assert shared["timesteps"].diff().le(0).all()
+    assert shared["features"].shape[:2] == (num_calls, 6 * branches)
+    condition = artifact.tensors("condition.safetensors")
+    assert all(len(tensor) == N for tensor in condition.values())
+    expected = {"tiny-sd": "encoder_hidden_states", "tiny-dit": "class_labels"}.get(name)
+    wanted = {f"condition.{expected}", f"condition.unconditional.{expected}"} if expected else set()
+    assert set(condition) == wanted
+    files = {entry.path for entry in artifact.manifest.payload}
+    shards = {f"latents-{index:05d}.safetensors" for index in range(3)}
+    assert files == shards | {"features.safetensors", "condition.safetensors", "call.json", "sampling.json"}
+
+
+def test_the_trajectories_are_those_of_a_plain_sampling(
+    collected: dict[str, RunFolder], tiny_sd: Path
+) -> None:
+    artifact = collected["tiny-sd"].open("collect")
+    model, calls = load_model(str(tiny_sd), CPU, torch.float32), []
+    seeds = [image_seed(0, index) for index in range(4)]
+    with record_calls(model.denoiser, calls.append):
+        sample(
+            model, seeds=seeds, prompts=["one", "two", "three", "one"], num_steps=STEPS, guidance_scale=None
+        )
+    expected = torch.stack([call.sample[4:] for call in calls])
+    assert torch.equal(latents_of(artifact)[:, :4], expected)
+    sampling = artifact.json("sampling.json")
+    assert sampling["prompts"][:4] == ["one", "two", "three", "one"]
+    assert sampling["seeds"][:4] == seeds
+    assert sampling["guidance_scale"] == 7.5
+    assert sampling["scheduler"]["class"] == "PNDMScheduler"
+
+
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-ddpm", "tiny-dit"])
+def test_a_calibration_call_is_the_recorded_call(
+    collected: dict[str, RunFolder], name: str, request: pytest.FixtureRequest
+) -> None:
+    run, folder = collected[name], request.getfixturevalue(name.replace("-", "_"))
+    select.run(SelectConfig(), run)
+    calibration_set = CalibrationSet.load(run.open("select"))
+    assert len(calibration_set) == N
+    assert calibration_set.trajectory_index.tolist() == list(range(N))
+    sampling = run.open("collect").json("sampling.json")
+    model = load_model(str(folder), CPU, torch.float32)
+    calls: list[DenoiserCall] = []
+    outputs: list[Tensor] = []
+    with record_calls(model.denoiser, calls.append):
+        hook = model.denoiser.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        sample(
+            model,
+            seeds=sampling["seeds"][:4],
+            prompts=None if sampling["prompts"] is None else sampling["prompts"][:4],
+            num_steps=STEPS,
+            guidance_scale=sampling["guidance_scale"],
+        )
+        hook.remove()
+    is_swapped = name == "tiny-dit"  # its pipeline puts the conditional rows first
+    for index in range(4):
+        step = int(calibration_set.step_index[index])
+        rows = [index] if calibration_set.branches == 1 else [index, 4 + index]
+        args, kwargs = calibration_set.call([index], CPU, torch.float32)
+        with torch.no_grad():
+            output = model.denoiser(*args, **kwargs)[0]
+        expected = outputs[step][rows[::-1] if is_swapped else rows]
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_collecting_again_is_up_to_date_and_other_settings_are_refused(
+    sd_run: RunFolder, tiny_sd: Path, prompts: Path
+) -> None:
+    before = hashes(sd_run.root)
+    config = config_of(tiny_sd, prompts)
+    assert collect.run(config, sd_run).status == "up_to_date"
+    with pytest.raises(InputError, match="num_steps"):
+        collect.run(config_of(tiny_sd, prompts, num_steps=3), sd_run)
+    other = prompts.with_name("other.txt")
+    other.write_text("four\n")
+    with pytest.raises(InputError, match="prompts_sha256"):
+        collect.run(config_of(tiny_sd, other), sd_run)
+    assert hashes(sd_run.root) == before
+    assert collect.run(config_of(tiny_sd, prompts, num_steps=3), sd_run, force=True).status == "done"
+
+
+def test_a_default_and_the_same_value_given_are_one_identity(tiny_ddpm: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    given = collect.run(config_of(tiny_ddpm, None, num_steps=None, num_trajectories=2), run)
+    named = collect.run(config_of(tiny_ddpm, None, num_steps=50, num_trajectories=2), run)
+    assert given.num_steps == 50
+    assert named.status == "up_to_date"
+
+
+def test_equal_settings_give_equal_bytes(
+    collected: dict[str, RunFolder], tiny_sd: Path, prompts: Path, tmp_path: Path
+) -> None:
+    again = RunFolder(tmp_path / "again")
+    for run in (again, collected["tiny-sd"]):
+        collect.run(config_of(tiny_sd, prompts), run)
+        select.run(SelectConfig(), run)
+    for kind in ("collect", "select"):
+        assert hashes(again.path(kind)) == hashes(collected["tiny-sd"].path(kind))
+    other = RunFolder(tmp_path / "other")
+    collect.run(config_of(tiny_sd, prompts, seed=1), other)
+    assert not torch.equal(latents_of(other.open("collect")), latents_of(again.open("collect")))
+
+
+def test_a_killed_collect_goes_on_at_its_shard_and_ends_with_the_same_bytes(
+    collected: dict[str, RunFolder], tiny_sd: Path, prompts: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "killed")
+    config = config_of(tiny_sd, prompts)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_RUN, config.model_dump_json(), str(run.root)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"in shard 2\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not run.path("collect").exists()
+    (partial,) = run.root.glob(".collect.partial-*")
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("latents-*")}
+    assert len(kept) == 2
+
+    assert collect.run(config, run).status == "done"
+    assert hashes(run.path("collect")) == hashes(collected["tiny-sd"].path("collect"))
+    for name, written in kept.items():
+        assert (run.path("collect") / name).stat().st_mtime_ns == written, (
+            "a finished shard was sampled again"
+        )
+    assert not list(run.root.glob(".collect.partial-*"))
+
+
+@pytest.mark.parametrize("left", ["both", "condition only", "parts half gone"])
+def test_a_collect_killed_while_it_merged_ends_with_the_same_bytes(
+    collected: dict[str, RunFolder],
+    tiny_ddpm: Path,
+    tmp_path: Path,
+    left: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, config = RunFolder(tmp_path / "run"), config_of(tiny_ddpm, None)
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collect, "_sampling", die)
+        collect.run(config, run)
+    (partial,) = run.root.glob(".collect.partial-*")
+    if left == "condition only":
+        (partial / "features.safetensors").unlink()
+    if left == "parts half gone":
+        (partial / "part-00000.safetensors").unlink()
+    collect.run(config, run)
+    assert hashes(run.path("collect")) == hashes(collected["tiny-ddpm"].path("collect"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_collected_as_float32(
+    tiny_sd: Path, prompts: Path, tmp_path: Path, dtype: str, collected: dict[str, RunFolder]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    collect.run(config_of(tiny_sd, prompts, dtype=dtype), run)
+    artifact = run.open("collect")
+    latents = latents_of(artifact)
+    assert latents.dtype == torch.float32
+    assert torch.equal(latents, latents.to(getattr(torch, dtype)).float())
+    full = latents_of(collected["tiny-sd"].open("collect"))
+    assert (latents - full).norm() / full.norm() < 0.05
+    select.run(SelectConfig(), run)
+    args, kwargs = CalibrationSet.load(run.open("select")).call([0, 1], CPU, torch.float32)
+    assert args[0].dtype == kwargs["encoder_hidden_states"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("strategy", ["tdac", "uniform", "normal", "random", "last"])
+def test_every_strategy_fills_the_calibration_set(sd_run: RunFolder, strategy: str) -> None:
+    record = select.run(SelectConfig(strategy=strategy, num_samples=7), sd_run, force=True)  # type: ignore[arg-type]
+    artifact = sd_run.open("select")
+    chosen = artifact.tensors("calibration.safetensors")
+    scores = artifact.tensors("scores.safetensors")
+    latents, timesteps = (
+        latents_of(sd_run.open("collect")),
+        sd_run.open("collect").tensors("features.safetensors")["timesteps"],
+    )
+    steps, trajectories = chosen["step_index"], chosen["trajectory_index"]
+    assert sum(record.counts) == 7
+    assert (
+        torch.bincount(steps, minlength=STEPS + 1).tolist()
+        == list(record.counts)
+        == scores["counts"].tolist()
+    )
+    assert torch.equal(chosen["sample"], latents[steps, trajectories])
+    assert torch.equal(chosen["timestep"], timesteps[steps])
+    condition = sd_run.open("collect").tensors("condition.safetensors")
+    for name, tensor in condition.items():
+        assert torch.equal(chosen[name], tensor[trajectories])
+    is_tdac = strategy == "tdac"
+    assert (record.density_radius is not None) == (record.variety_weight is not None) == is_tdac
+    selection = artifact.json("selection.json")
+    assert selection["strategy"] == strategy
+    assert selection["density_radius_source"] == ("median of the pairwise distances" if is_tdac else None)
+    assert (selection["steps_from_the_clean_end"] is not None) == (strategy == "normal")
+
+
+def test_a_given_radius_and_weight_are_used_and_named(sd_run: RunFolder) -> None:
+    record = select.run(SelectConfig(density_radius=1e9, variety_weight=0.0), sd_run, force=True)
+    assert record.density_radius == 1e9
+    assert record.counts == (2,) * (STEPS + 1)  # all steps alike within that radius
+    assert sd_run.open("select").json("selection.json")["density_radius_source"] == "given"
+
+
+def test_the_plot_shows_something_on_a_transparent_ground(sd_run: RunFolder) -> None:
+    select.run(SelectConfig(), sd_run)
+    image = Image.open(sd_run.open("select").file("selection.png"))
+    assert image.mode == "RGBA"
+    assert image.width > 1000
+    assert image.getpixel((2, 2))[3] == 0
+    assert len(image.getcolors(maxcolors=2**24) or []) > 20
+
+
+def test_more_samples_than_trajectories_are_refused(sd_run: RunFolder) -> None:
+    with pytest.raises(UsageError, match="each of the 10 trajectories gives one"):
+        select.run(SelectConfig(num_samples=N + 1), sd_run)
+
+
+def test_settings_of_tdac_mean_nothing_elsewhere(sd_run: RunFolder) -> None:
+    with pytest.raises(UsageError, match="belongs to the strategy tdac"):
+        select.run(SelectConfig(strategy="uniform", density_radius=1.0), sd_run)
+
+
+def test_selecting_before_collecting_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        select.run(SelectConfig(), RunFolder(tmp_path))
+    assert "edadm collect" in (caught.value.hint or "")
+
+
+def test_another_collection_under_a_selection_is_told(
+    sd_run: RunFolder, tiny_sd: Path, prompts: Path
+) -> None:
+    select.run(SelectConfig(), sd_run)
+    collect.run(config_of(tiny_sd, prompts, seed=5), sd_run, force=True)
+    with pytest.raises(InputError):
+        sd_run.open("select")
+
+
+def test_weights_that_end_in_infinity_name_the_step(tiny_ddpm: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_ddpm, tmp_path / "model"))
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.weight"].fill_(3e38)
+    save_file(tensors, weights)
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(InputError, match=r"not finite .* from step 1 on, timestep 500"):
+        collect.run(config_of(folder, None), run)
+    assert not run.path("collect").exists()
+
+
+def test_what_a_model_does_not_have_is_refused(tiny_ddpm: Path, prompts: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UsageError, match="no guidance"):
+        collect.run(config_of(tiny_ddpm, None, guidance_scale=2.0), run)
+    with pytest.raises(UsageError, match="takes no prompts"):
+        collect.run(config_of(tiny_ddpm, None).model_copy(update={"prompts": prompts}), run)
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_ddpm"])
+def test_an_estimate_writes_nothing_and_is_near(
+    name: str, request: pytest.FixtureRequest, prompts: Path, tmp_path: Path
+) -> None:
+    run, config = RunFolder(tmp_path / "run"), config_of(request.getfixturevalue(name), prompts)
+    estimate = collect.estimate(config, run)
+    assert not run.root.exists()
+    start = time.perf_counter()
+    collect.run(config, run)
+    seconds = time.perf_counter() - start
+    assert estimate.seconds < 20 * seconds
+    assert estimate.memory_mib > 0
+    on_disk = sum(path.stat().st_size for path in run.path("collect").rglob("*.safetensors")) / 2**20
+    assert on_disk < 1.1 * estimate.disk_mib < 3 * on_disk + 0.1
+    chosen = select.estimate(SelectConfig(), run)
+    assert not run.path("select").exists()
+    select.run(SelectConfig(), run)
+    size = (run.path("select") / "calibration.safetensors").stat().st_size / 2**20
+    assert chosen.disk_mib == pytest.approx(size, rel=0.4)
+
+
+def test_records_are_plain_json(sd_run: RunFolder, tiny_sd: Path, prompts: Path) -> None:
+    record = json.loads(collect.run(config_of(tiny_sd, prompts), sd_run).model_dump_json())
+    assert (record["model"], record["num_steps"], record["num_trajectories"]) == (str(tiny_sd), STEPS, N)
+    assert record["identity"] == sd_run.open("collect").identity
