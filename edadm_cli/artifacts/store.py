@@ -2,8 +2,8 @@
 
     <run>/collect/  <run>/select/  <run>/reconstruct/w4a8/  <run>/export/w4a8/  <run>/evaluate/w4a8/
 
-A build happens in `.<name>.partial-<identity>`; the manifest is written last, and one rename makes the artifact
-visible. A build that dies leaves its partial folder, and the next with the same identity finds it again.
+A build happens in `.<name>.partial-<identity>`; the manifest is written last, and one rename makes the
+artifact visible. A build that dies leaves its partial folder; the next with the same identity finds it again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run folder: artifacts appear whole or not at all, and nothing that was built is lost or mixed without `--force`."""
+"""A run folder: artifacts appear whole or not at all; nothing is lost or mixed without `--force`."""
 
 from __future__ import annotations
 

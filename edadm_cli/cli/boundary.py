@@ -1,0 +1,133 @@
+"""The error boundary: whatever goes wrong ends as one sentence, a hint, and an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from edadm_cli.cli.sink import write_line
+from edadm_cli.errors import (
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EdadmError,
+    MachineError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+def guard(arguments: Sequence[str], work: Callable[[], Any]) -> int:
+    """Run a command line and give its exit code; a failure is told on stderr, and on stdout with `--json`.
+
+    Args:
+        arguments: The command line, which tells of `--json` and `--verbose` even when it does not parse.
+        work: Parses and runs it; its value is an exit code or nothing.
+    """
+    try:
+        code = work()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else EXIT_INTERNAL
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - this is the place where every failure ends
+        if "--verbose" in arguments or "-v" in arguments:
+            traceback.print_exc(file=sys.stderr)
+        return _tell(arguments, explain(error, arguments))
+    if code == EXIT_INTERRUPTED:
+        return _tell(arguments, _interrupted(arguments))
+    return code if isinstance(code, int) else EXIT_DONE
+
+
+def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
+    """Turn any exception into the failure that a user is told."""
+    if isinstance(error, EdadmError):
+        return error
+    if isinstance(error, typer.TyperException):
+        message = error.format_message()
+        command = [] if message.startswith("No such command") else _command(arguments)
+        return UsageError(message, hint=" ".join(["edadm", *command, "--help"]))
+
+    from pydantic import ValidationError
+
+    from edadm_cli.artifacts import explain_os_error
+
+    if isinstance(error, ValidationError) and error.title.endswith(("Config", "BitWidth")):
+        return _explain_validation(error)
+    if isinstance(error, MemoryError) or _is_out_of_memory_in_torch(error):
+        return MachineError("The memory is used up.", hint="try a smaller --batch-size, or another --device")
+    if isinstance(error, OSError):
+        explained = explain_os_error(error)
+        if explained is not None:
+            return explained
+    kind = type(error).__name__
+    return EdadmError(
+        f"internal error: {kind}: {error}", hint="add --verbose to see where, and please report it"
+    )
+
+
+def failure_fields(error: EdadmError) -> dict[str, Any]:
+    """The keys of a JSON object that tell a failure."""
+    return {
+        "status": "failed",
+        "error": one_line(error.message),
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
+
+
+def one_line(text: str) -> str:
+    """Put a text on one line and make control characters visible, so that it cannot steer a terminal."""
+    joined = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in joined)
+
+
+def tell_error(error: EdadmError) -> None:
+    """Write a failure to stderr: one sentence, and the hint below it."""
+    lines = [f"error: {one_line(error.message)}"]
+    if error.hint:
+        lines.append(f"hint: {one_line(error.hint)}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _tell(arguments: Sequence[str], error: EdadmError) -> int:
+    tell_error(error)
+    if "--json" in arguments:
+        command = _command(arguments)
+        write_line(json.dumps({"command": command[0] if command else None, **failure_fields(error)}))
+    return error.exit_code
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [argument for argument in arguments[:1] if not argument.startswith("-")]
+
+
+def _interrupted(arguments: Sequence[str]) -> EdadmError:
+    error = EdadmError("Interrupted.", hint="the same command resumes where it was")
+    error.exit_code = EXIT_INTERRUPTED
+    return error
+
+
+def _explain_validation(error: ValidationError) -> UsageError:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return UsageError(f"There is no setting '{field}' in {error.title}.")
+    flag = f"--{field.replace('_', '-')}" if field else error.title
+    found = f"; got {first['input']!r}" if first["type"] != "missing" else ""
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return UsageError(f"{flag}: {message}{found}.")
+
+
+def _is_out_of_memory_in_torch(error: Exception) -> bool:
+    """Whether torch found no memory, without importing it: by its class on CUDA, by its text on the CPU."""
+    kind = type(error)
+    on_cuda = kind.__name__ == "OutOfMemoryError" and kind.__module__.startswith("torch")
+    return on_cuda or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

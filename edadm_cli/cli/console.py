@@ -1,0 +1,100 @@
+"""What a stage says while it runs, on stderr: bars on a terminal, warnings always, details when asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from edadm_cli.cli.boundary import one_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class ConsoleReporter:
+    """Reports to a person at a terminal, or to a log.
+
+    Args:
+        bars: Whether progress bars are shown.
+        verbose: Whether notes are shown.
+    """
+
+    def __init__(self, *, bars: bool, verbose: bool) -> None:
+        self.warnings: list[str] = []
+        self._bars = bars
+        self._verbose = verbose
+        self._progress: Progress | None = None
+        self._open_tasks = 0
+
+    def warn(self, message: str) -> None:
+        """Write a warning and keep it for the record."""
+        self.warnings.append(message)
+        self._line(f"warning: {message}")
+
+    def note(self, message: str) -> None:
+        """Write a detail, with `--verbose` only."""
+        if self._verbose:
+            self._line(message)
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show one bar; several tasks at once share one display."""
+        if not self._bars:
+            yield lambda steps: None
+            return
+        progress = self._progress or self._start()
+        self._open_tasks += 1
+        task = progress.add_task(one_line(description), total=total)
+        try:
+            yield lambda steps: progress.advance(task, steps)
+        finally:
+            self._open_tasks -= 1
+            if self._open_tasks:
+                progress.remove_task(task)
+            else:
+                progress.stop()
+                self._progress = None
+
+    def _start(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._progress.start()
+        return self._progress
+
+    def _line(self, message: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(one_line(message), markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(one_line(message), file=sys.stderr, flush=True)
+
+
+def calm_libraries(verbose: bool) -> None:
+    """Keep the chatter of libraries off stderr; must run before they are imported."""
+    if verbose:
+        return
+    warnings.simplefilter("ignore")
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,215 @@
+"""What every command does around its stage: read the shared options, plan or run, print, exit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import sys
+import time
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import typer
+
+from edadm_cli.cli import options
+from edadm_cli.cli.boundary import tell_error
+from edadm_cli.cli.console import ConsoleReporter, calm_libraries
+from edadm_cli.cli.require import Requirement, unmet
+from edadm_cli.cli.sink import Output, show
+
+if TYPE_CHECKING:
+    from edadm_cli.artifacts import Estimate, RunFolder, StageRecord
+    from edadm_cli.config import StageConfig
+    from edadm_cli.progress import Reporter
+
+P = ParamSpec("P")
+ConfigT = TypeVar("ConfigT", bound="StageConfig")
+ConfigT_contra = TypeVar("ConfigT_contra", bound="StageConfig", contravariant=True)
+
+_OUTPUT: dict[str, tuple[Any, Any]] = {
+    "json_output": (options.JsonOption, False),
+    "quiet": (options.QuietOption, False),
+    "verbose": (options.VerboseOption, False),
+}
+_PLACE: dict[str, tuple[Any, Any]] = {"run_folder": (options.RunOption, None), **_OUTPUT}
+_STAGE: dict[str, tuple[Any, Any]] = {
+    "run_folder": (options.RunOption, None),
+    "config": (options.ConfigOption, None),
+    "seed": (options.SeedOption, None),
+    "device": (options.DeviceOption, None),
+    "force": (options.ForceOption, False),
+    "dry_run": (options.DryRunOption, False),
+    **_OUTPUT,
+}
+
+
+class StageRun(Protocol[ConfigT_contra]):
+    """The entry point of a stage."""
+
+    def __call__(
+        self, config: ConfigT_contra, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+    ) -> StageRecord:
+        """Build the stage's artifact, or find it up to date."""
+
+
+class StageEstimate(Protocol[ConfigT_contra]):
+    """What a stage would cost."""
+
+    def __call__(self, config: ConfigT_contra, run: RunFolder) -> Estimate:
+        """Probe; write nothing."""
+
+
+@dataclass
+class Execution:
+    """One invocation of a command, with what the shared options say."""
+
+    command: str
+    output: Output
+    reporter: ConsoleReporter
+    run_folder: Path | None = None
+    file: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    force: bool = False
+    dry_run: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+    def configure(self, kind: type[ConfigT], stage: str | None = None, **flags: Any) -> ConfigT:
+        """A stage's configuration from the file, the shared flags and the stage's own."""
+        from edadm_cli.cli import settings
+
+        fields = settings.stage_fields(self.file, stage or self.command, {**self.flags, **flags})
+        return settings.build_config(kind, fields)
+
+    def from_file(self, stage: str, key: str) -> Any:
+        """What the configuration file says of a stage's field; `None` where it says nothing."""
+        return self.file.get(stage, {}).get(key, self.file.get(key))
+
+    def run_used_last(self) -> RunFolder:
+        """The run that the command continues."""
+        from edadm_cli.cli import places
+
+        return places.run_used_last(self.run_folder)
+
+    def perform(
+        self,
+        command: str,
+        run: RunFolder,
+        name: str | None,
+        stage: StageRun[ConfigT],
+        estimate: StageEstimate[ConfigT],
+        config: ConfigT,
+    ) -> StageRecord:
+        """Run a stage, or estimate it with `--dry-run`; what a library prints meanwhile goes to stderr."""
+        from edadm_cli.artifacts import StageRecord
+        from edadm_cli.cli import places
+
+        started = time.monotonic()
+        self.reporter.warnings = []
+        with contextlib.redirect_stdout(sys.stderr):
+            if not self.dry_run:
+                record = stage(config, run, force=self.force, reporter=self.reporter)
+                self.warnings += record.warnings
+                places.remember_run(run)
+                if name is not None:
+                    places.remember_bits(run, name)
+                return record
+            cost = estimate(config, run)
+        return StageRecord(
+            command=command,
+            status="planned",
+            run=str(run.root),
+            artifact=str(run.path(command, name)),
+            seconds=time.monotonic() - started,
+            warnings=tuple(self.reporter.warnings),
+            estimate=cost,
+        )
+
+    def conclude(
+        self, record: StageRecord, path: str | None = None, requirements: list[Requirement] | None = None
+    ) -> None:
+        """Print a record; then exit with 5 when a requirement is not met."""
+        result = json.loads(record.model_dump_json())  # numbers that JSON lacks become null
+        due = [] if record.status == "planned" else requirements or []
+        self.print(result, [requirement.check(result) for requirement in due], path or record.artifact)
+
+    def print(self, result: Mapping[str, Any], outcomes: list[dict[str, Any]], path: str | None) -> None:
+        """Print a JSON object, with the outcomes of its requirements where there are some."""
+        show(self.output, {**result, "requirements": outcomes} if outcomes else result, path)
+        missed = unmet(outcomes)
+        if missed is not None:
+            tell_error(missed)
+            raise typer.Exit(missed.exit_code)
+
+
+def stage_command(function: Callable[Concatenate[Execution, P], None]) -> Callable[..., None]:
+    """A command that builds something in a run: all shared options."""
+    return _with_shared(function, _STAGE)
+
+
+def place_command(function: Callable[Concatenate[Execution, P], None]) -> Callable[..., None]:
+    """A command that reads a run: `--run` and the form of the output."""
+    return _with_shared(function, _PLACE)
+
+
+def output_command(function: Callable[Concatenate[Execution, P], None]) -> Callable[..., None]:
+    """A command that needs no run: the form of the output."""
+    return _with_shared(function, _OUTPUT)
+
+
+def _with_shared(
+    function: Callable[Concatenate[Execution, P], None], shared: Mapping[str, tuple[Any, Any]]
+) -> Callable[..., None]:
+    """Give a command the shared options after its own, and an `Execution` made of them."""
+    name = function.__name__.rstrip("_")
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        execution = _begin(name, **{key: values.pop(key) for key in shared})
+        function(execution, **values)  # type: ignore[call-arg]
+
+    hints = typing.get_type_hints(function, include_extras=True)
+    own = list(inspect.signature(function).parameters.values())[1:]
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
+        for parameter in own
+    ] + [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for key, (annotation, default) in shared.items()
+    ]
+    del command.__wrapped__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _begin(
+    command: str,
+    *,
+    json_output: bool,
+    quiet: bool,
+    verbose: bool,
+    run_folder: Path | None = None,
+    config: Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    **flags: Any,
+) -> Execution:
+    from edadm_cli.cli import settings
+
+    output = Output.of(json_output, quiet)
+    calm_libraries(verbose)
+    return Execution(
+        command=command,
+        output=output,
+        reporter=ConsoleReporter(bars=sys.stderr.isatty() and not quiet, verbose=verbose),
+        run_folder=run_folder,
+        file=settings.read_config_file(config),
+        flags=flags,
+        force=force,
+        dry_run=dry_run,
+    )

@@ -1,0 +1,113 @@
+"""Which run folder a command works in, and what was used last.
+
+`--run DIR`; else `$EDADM_RUN`; else `runs/<model>` where a command names a model, and the run that was used
+last (`runs/.latest`) where it does not. A run remembers its last bit width in the same way (`<run>/.latest`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from edadm_cli.artifacts import RunFolder, explained_os_errors
+from edadm_cli.config import BitWidth
+from edadm_cli.errors import InputError, UsageError
+
+RUNS = Path("runs")
+LATEST = ".latest"
+RUN_VARIABLE = "EDADM_RUN"
+
+
+def run_of_model(flag: Path | None, model: str) -> RunFolder:
+    """The run folder of a command that names a model."""
+    return RunFolder(_named(flag) or RUNS / folder_name(model))
+
+
+def run_used_last(flag: Path | None) -> RunFolder:
+    """The run folder of a command that continues a run.
+
+    Raises:
+        InputError: None is named and none was used before.
+    """
+    named = _named(flag)
+    if named is not None:
+        return RunFolder(named)
+    text = _read(RUNS / LATEST)
+    if not text:
+        raise InputError(
+            "No run folder is named by --run or $EDADM_RUN, and none was used here before.",
+            hint="edadm collect --model digits-sd",
+        )
+    if not Path(text).is_dir():
+        raise InputError(f"The run that was used last, {text}, is gone.", hint="name another one with --run")
+    return RunFolder(Path(text))
+
+
+def remember_run(run: RunFolder) -> None:
+    """Make a run the one that was used last; `$EDADM_RUN` needs no memory."""
+    if not os.environ.get(RUN_VARIABLE):
+        _write(RUNS / LATEST, str(run.root))
+
+
+def remember_bits(run: RunFolder, bits: str) -> None:
+    """Make a bit width the run's last one."""
+    _write(run.root / LATEST, bits)
+
+
+def bits_used_last(run: RunFolder, kind: str) -> BitWidth:
+    """The bit width of a command that continues a run.
+
+    Args:
+        run: The run.
+        kind: The artifact that the command reads; without a memory, its only bit width is taken.
+
+    Raises:
+        UsageError: The run holds several and none was used last.
+        InputError: The run holds none.
+    """
+    text = _read(run.root / LATEST)
+    if text:
+        return BitWidth.parse(text)
+    names = run.names(kind)
+    if len(names) == 1:
+        return BitWidth.parse(names[0])
+    if names:
+        raise UsageError(f"The run {run.root} holds {', '.join(names)}: name one with --bits.")
+    raise InputError(
+        f"There is no '{kind}' artifact in the run {run.root}.",
+        hint=run.command(kind, "w4a8"),
+    )
+
+
+def folder_name(model: str) -> str:
+    """A run's name for a model: a known name as it is, a folder by its name, a hub id with `--` for `/`."""
+    path = Path(model)
+    text = path.resolve().name if path.exists() else model
+    name = re.sub(r"[^A-Za-z0-9._-]+", "--", text).strip("-.")
+    if not name:
+        raise UsageError(f"'{model}' gives no name for a run folder.", hint="name one with --run")
+    return name
+
+
+def _named(flag: Path | None) -> Path | None:
+    if flag is not None:
+        return flag
+    variable = os.environ.get(RUN_VARIABLE)
+    return Path(variable) if variable else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a text file.", hint=f"remove {path}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    with explained_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _read(path) != text:
+            path.write_text(text + "\n", encoding="utf-8")

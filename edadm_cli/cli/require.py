@@ -1,0 +1,118 @@
+"""`--require 'KEY>=NUMBER'`: a gate on the figures of a command's JSON object.
+
+A key is dotted (`distance_to_full_precision.psnr_db`). It is looked up from the top, then among the metrics,
+and an object with a `value` stands for that value: `prompt_accuracy` is `metrics.prompt_accuracy.value`.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edadm_cli.errors import RequirementError, UsageError
+
+_FORM = re.compile(r"^\s*([A-Za-z_][\w.-]*?)\s*(>=|<=|==|>|<)\s*([^\s<>=]+)\s*$")
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_WORDS = {"true": 1.0, "false": 0.0}
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One comparison."""
+
+    text: str
+    key: str
+    comparison: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Requirement:
+        """Read `KEY>=NUMBER`.
+
+        Raises:
+            UsageError: It is not of that form.
+        """
+        match = _FORM.match(text)
+        bound = _number(match[3]) if match else None
+        if match is None or bound is None:
+            raise UsageError(
+                f"--require takes KEY>=NUMBER (or <=, >, <, ==); got '{text}'.",
+                hint="edadm evaluate --require 'prompt_accuracy>=0.99'",
+            )
+        return cls(text=text.strip(), key=match[1], comparison=match[2], bound=bound)
+
+    def check(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Compare, and give the outcome as it stands in the JSON object.
+
+        Raises:
+            UsageError: The result has no such figure.
+        """
+        value = self._find(result)
+        met = value is not None and _OPERATORS[self.comparison](value, self.bound)
+        return {"require": self.text, "value": value, "met": met}
+
+    def _find(self, result: Mapping[str, Any]) -> float | None:
+        for root in (result, result.get("metrics", {})):
+            found, value = _look_up(root, self.key.split("."))
+            if isinstance(value, Mapping) and "value" in value:
+                value = value["value"]
+            if found and (value is None or isinstance(value, (int, float))):
+                return None if value is None else float(value)
+        known = ", ".join(sorted(_figures(result)))
+        raise UsageError(f"--require '{self.text}': the result has no figure '{self.key}'; it has {known}.")
+
+
+def parse_requirements(texts: Iterable[str] | None) -> list[Requirement]:
+    """Read every `--require`, before any work is done."""
+    return [Requirement.parse(text) for text in texts or ()]
+
+
+def unmet(outcomes: Iterable[Mapping[str, Any]]) -> RequirementError | None:
+    """The failure that tells which requirements were not met; `None` when all were."""
+    missed = [
+        f"{outcome['require']} (found {_show(outcome['value'])})"
+        for outcome in outcomes
+        if not outcome["met"]
+    ]
+    if not missed:
+        return None
+    return RequirementError(f"Not met: {', '.join(missed)}.")
+
+
+def _show(value: float | None) -> str:
+    return "no value" if value is None else f"{value:.6g}"
+
+
+def _number(text: str) -> float | None:
+    if text in _WORDS:
+        return _WORDS[text]
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return None if number != number else number
+
+
+def _look_up(root: Any, parts: list[str]) -> tuple[bool, Any]:
+    for part in parts:
+        if not isinstance(root, Mapping) or part not in root:
+            return False, None
+        root = root[part]
+    return True, root
+
+
+def _figures(result: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in result.items():
+        if isinstance(value, Mapping) and "value" not in value:
+            yield from _figures(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float, Mapping)):
+            yield f"{prefix}{key}"

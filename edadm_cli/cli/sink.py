@@ -1,0 +1,72 @@
+"""The one place that writes results to stdout: a table for people, one JSON object, or one path."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from edadm_cli.errors import UsageError
+
+
+class Output(Enum):
+    """The form of a result."""
+
+    TABLE = "table"
+    JSON = "json"
+    PATH = "path"
+
+    @classmethod
+    def of(cls, json_output: bool, quiet: bool) -> Output:
+        """The form that the flags ask for.
+
+        Raises:
+            UsageError: They ask for two.
+        """
+        if json_output and quiet:
+            raise UsageError("--json and --quiet contradict each other: stdout carries one thing.")
+        return cls.JSON if json_output else cls.PATH if quiet else cls.TABLE
+
+
+def show(output: Output, result: Mapping[str, Any], path: str | None) -> None:
+    """Print a result.
+
+    Args:
+        output: The form.
+        result: The JSON object.
+        path: What `--quiet` prints; `None` prints nothing.
+    """
+    if output is Output.JSON:
+        write_line(json.dumps(result))
+    elif output is Output.PATH:
+        if path is not None:
+            write_line(path)
+    else:
+        from rich.console import Console
+
+        from edadm_cli.cli.tables import render
+
+        console = Console(width=_width(), emoji=False, highlight=False)
+        with console.capture() as capture:
+            for part in render(result):
+                console.print(part)
+        write_line(capture.get().rstrip("\n"))
+
+
+def write_line(text: str) -> None:
+    """Write to stdout; a reader that has gone away is no failure of the work that was done."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Without this the interpreter would complain when it flushes stdout at exit.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _width() -> int | None:
+    """A fixed width where stdout is no terminal: a table in a log does not depend on where it was made."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120

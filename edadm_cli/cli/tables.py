@@ -1,0 +1,159 @@
+"""A command's JSON object as tables for people; every text is shown literally, whatever markup it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from edadm_cli.cli.boundary import one_line
+
+_HIDDEN = frozenset({"command", "warnings", "requirements", "metrics", "full_precision"})
+_SHORT_IDENTITY = 12
+_LONG_LIST = 64
+
+
+def render(result: Mapping[str, Any]) -> Iterator[Table]:
+    """The tables of a result."""
+    command = result.get("command")
+    if command == "models":
+        yield _listing(
+            result["models"], ("name", "source", "location", "available", "num_steps", "image_size")
+        )
+    elif command == "inspect":
+        yield from _inspection(result)
+    elif command == "run":
+        yield from _chain(result)
+    else:
+        yield facts({key: value for key, value in result.items() if key not in _HIDDEN}, title=str(command))
+        if "metrics" in result:
+            yield _metrics(result)
+    if result.get("requirements"):
+        yield _listing(result["requirements"], ("require", "value", "met"))
+
+
+def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
+    """A table of names and values, nested names dotted."""
+    table = Table(title=Text(title) if title else None, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _flat(fields):
+        if value is not None:
+            table.add_row(
+                Text(name), Text(show_value(value[:_SHORT_IDENTITY] if name == "identity" else value))
+            )
+    return table
+
+
+def show_value(value: Any) -> str:
+    """A value as people read it: five significant digits, lists with spaces, nothing for null."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, (list, tuple)):
+        shown = " ".join(show_value(item) for item in value[:_LONG_LIST])
+        return f"{shown} ... ({len(value)})" if len(value) > _LONG_LIST else shown
+    return one_line(str(value))
+
+
+def _listing(rows: Iterable[Mapping[str, Any]], columns: Iterable[str], title: str | None = None) -> Table:
+    names = tuple(columns)
+    table = Table(title=Text(title) if title else None, title_justify="left")
+    for name in names:
+        table.add_column(Text(name.replace("_", " ")), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(show_value(row.get(name))) for name in names))
+    return table
+
+
+def _metrics(result: Mapping[str, Any]) -> Table:
+    full_precision = result.get("full_precision", {})
+    rows = [
+        {
+            "metric": name,
+            result.get("bits", "quantized"): metric["value"],
+            "full precision": full_precision.get(name, {}).get("value"),
+            "features": metric["features"],
+            "images": metric["num_images"],
+        }
+        for name, metric in result["metrics"].items()
+    ]
+    columns = ("metric", result.get("bits", "quantized"), "full precision", "features", "images")
+    return _listing(rows, columns)
+
+
+def _chain(result: Mapping[str, Any]) -> Iterator[Table]:
+    stages = [result["collect"], result["select"]]
+    stages += [record for by_stage in result["results"].values() for record in by_stage.values()]
+    columns: tuple[str, ...] = ("command", "bits", "status", "seconds", "artifact")
+    if result["status"] == "planned":
+        columns = ("command", "bits", "status", "estimate")
+        stages = [{**stage, "estimate": _estimate(stage.get("estimate"))} for stage in stages]
+    yield _listing(stages, columns, title="stages")
+    evaluated = {
+        bits: by["evaluate"] for bits, by in result["results"].items() if "metrics" in by.get("evaluate", {})
+    }
+    for bits, record in evaluated.items():
+        export = result["results"][bits].get("export", {})
+        yield facts(
+            {
+                "bits": bits,
+                "denoiser is smaller by": export.get("size_mib", {}).get("ratio"),
+                "distance": record["distance_to_full_precision"],
+            },
+            title=bits,
+        )
+        yield _metrics(record)
+    yield facts({key: result[key] for key in ("run", "report", "seconds")})
+
+
+def _estimate(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None:
+        return "known once the stages before it are done"
+    return (
+        f"{estimate['seconds']:.3g} s, {estimate['memory_mib']:.4g} MiB of memory, "
+        f"{estimate['disk_mib']:.4g} MiB of disk"
+    )
+
+
+def _inspection(result: Mapping[str, Any]) -> Iterator[Table]:
+    columns = ("kind", "name", "identity", "parents", "created_at", "intact", "problem")
+    rows = [
+        {
+            **artifact,
+            "identity": (artifact["identity"] or "")[:_SHORT_IDENTITY],
+            "parents": [
+                f"{parent['kind']}:{parent['identity'][:_SHORT_IDENTITY]}" for parent in artifact["parents"]
+            ],
+        }
+        for artifact in result["artifacts"]
+    ]
+    yield _listing(rows, columns, title=result.get("run"))
+    for artifact in result["artifacts"]:
+        if artifact["path"] == result["artifact"]:
+            yield facts({"model": artifact["model"], "seed": artifact["seed"], "config": artifact["config"]})
+            yield _payload(artifact["payload"])
+
+
+def _payload(files: Iterable[Mapping[str, Any]]) -> Table:
+    rows = []
+    for file in files:
+        rows.append({"file": file["path"], "bytes": file["bytes"]})
+        rows += [
+            {"tensor": name, "dtype": info["dtype"], "shape": "x".join(map(str, info["shape"])) or "scalar"}
+            for name, info in (file["tensors"] or {}).items()
+        ]
+    return _listing(rows, ("file", "bytes", "tensor", "dtype", "shape"))
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
