@@ -1,0 +1,74 @@
+"""The reporter: bars only on a terminal, warnings always, nested tasks in one display."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from edadm_cli.cli.console import ConsoleReporter
+from edadm_cli.progress import Reporter, SilentReporter
+
+SCRIPT = """
+from edadm_cli.cli.console import ConsoleReporter
+import sys
+reporter = ConsoleReporter(bars=sys.stderr.isatty(), verbose=False)
+with reporter.task("units [bold]", 3) as unit:
+    for _ in range(3):
+        with reporter.task("iterations", 2) as iteration:
+            iteration(2)
+        reporter.warn("take [care]")
+        unit(1)
+with reporter.task("again", 1) as unit:
+    unit(1)
+"""
+
+
+def test_both_reporters_fit_the_protocol() -> None:
+    reporters: list[Reporter] = [ConsoleReporter(bars=False, verbose=False), SilentReporter()]
+    for reporter in reporters:
+        with reporter.task("work", 2) as advance:
+            advance(2)
+        reporter.note("detail")
+        reporter.warn("careful")
+        assert reporter.warnings == ["careful"]
+
+
+def test_without_a_terminal_there_are_warnings_and_no_bars() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr == "warning: take [care]\n" * 3
+
+
+def test_on_a_terminal_there_are_bars_with_literal_text() -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=theirs, env=environment, check=True
+    )
+    os.close(theirs)
+    shown = b""
+    while chunk := _read(ours):
+        shown += chunk
+    os.close(ours)
+    assert done.stdout == b""
+    assert b"units [bold]" in shown
+    assert b"3/3" in shown
+    assert shown.count(b"warning: take [care]") == 3
+
+
+def test_notes_are_for_the_verbose(capsys: pytest.CaptureFixture[str]) -> None:
+    ConsoleReporter(bars=False, verbose=False).note("a detail")
+    assert capsys.readouterr().err == ""
+    ConsoleReporter(bars=False, verbose=True).note("a detail")
+    assert capsys.readouterr().err == "a detail\n"
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:
+        return b""

@@ -1,0 +1,96 @@
+"""`inspect` and `models`: what is there, what it descends from, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edadm_cli.cli.app import main
+from tests.unit.cli.conftest import FakeStages
+
+RUN = Path("runs/tiny")
+
+
+@pytest.fixture(autouse=True)
+def run(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", "tiny", "--bits", "w8a8,w4a8", "-q"]) == 0
+    capsys.readouterr()
+
+
+def _inspect(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert main(["inspect", *arguments, "--json"]) == code
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_the_lineage_leads_from_an_export_to_the_trajectories(capsys: pytest.CaptureFixture[str]) -> None:
+    result = _inspect(capsys, str(RUN / "export" / "w4a8"))
+    found = [(artifact["kind"], artifact["name"]) for artifact in result["artifacts"]]
+    assert found == [("export", "w4a8"), ("reconstruct", "w4a8"), ("select", None), ("collect", None)]
+    for child, parent in zip(result["artifacts"], result["artifacts"][1:], strict=False):
+        assert child["parents"][0]["identity"] == parent["identity"]
+    assert result["identity"] == result["artifacts"][0]["identity"]
+    assert result["artifacts"][0]["payload"][0]["path"] == "data.json"
+
+
+def test_a_run_shows_everything_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    result = _inspect(capsys)
+    assert len(result["artifacts"]) == 8
+    assert all(artifact["intact"] for artifact in result["artifacts"])
+    assert main(["inspect"]) == 0
+    assert "reconstruct" in capsys.readouterr().out
+    assert main(["inspect", str(RUN / "collect")]) == 0
+    assert "data.json" in capsys.readouterr().out
+
+
+def test_a_moved_artifact_is_still_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(RUN / "export" / "w4a8", "deployed")
+    result = _inspect(capsys, "deployed")
+    assert result["artifacts"][0]["kind"] == "export"
+    assert result["run"] is None
+    Path("deployed/data.json").write_text("{}")
+    assert _inspect(capsys, "deployed", code=3)["status"] == "failed"
+
+
+@pytest.mark.parametrize("damage", ["payload", "manifest", "parent"])
+def test_damage_is_shown_and_exits_with_3(capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    if damage == "payload":
+        (RUN / "select" / "data.json").write_text("{}")
+    elif damage == "manifest":
+        path = RUN / "select" / "manifest.json"
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    else:
+        assert main(["collect", "--model", "tiny", "--num-steps", "3", "--force", "-q"]) == 0
+        capsys.readouterr()
+    result = _inspect(capsys, str(RUN), code=3)
+    broken = [artifact for artifact in result["artifacts"] if not artifact["intact"]]
+    assert broken[0]["kind"] == "select"
+    assert broken[0]["hint"] == "edadm select --run runs/tiny --force"
+    assert result["error"] == broken[0]["problem"]
+    assert result["exit_code"] == 3
+    assert main(["inspect", str(RUN)]) == 3
+    captured = capsys.readouterr()
+    assert "error:" in captured.err
+    assert "select" in captured.out
+
+
+@pytest.mark.parametrize("path", ["absent", "."])
+def test_what_is_no_artifact_is_told(capsys: pytest.CaptureFixture[str], path: str) -> None:
+    assert main(["inspect", path]) == 3
+    assert "error:" in capsys.readouterr().err
+
+
+def test_models_lists_every_known_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["models"]
+    assert {"digits-sd", "digits-ddpm"} <= {row["name"] for row in rows}
+    assert {"shipped", "hub"} == {row["source"] for row in rows}
+    assert all(isinstance(row["available"], bool) for row in rows)
+    assert main(["models"]) == 0
+    assert "digits-sd" in capsys.readouterr().out
+    assert main(["models", "-q"]) == 0
+    assert capsys.readouterr().out.split() == [row["name"] for row in rows]

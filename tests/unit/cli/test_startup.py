@@ -1,0 +1,63 @@
+"""`edadm --help` is instant because nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from edadm_cli.version import __version__
+
+HEAVY = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "matplotlib",
+    "open_clip",
+    "torch_fidelity",
+)
+PROBE = """
+import contextlib, io, json, sys
+from edadm_cli.cli.app import main
+with contextlib.redirect_stdout(io.StringIO()) as text:
+    code = main(json.loads(sys.argv[1]))
+print(json.dumps({"code": code, "text": text.getvalue(), "modules": sorted(sys.modules)}))
+"""
+
+
+def _probe(*arguments: str) -> tuple[str, set[str]]:
+    command = [sys.executable, "-c", PROBE, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["code"] == 0
+    return result["text"], set(result["modules"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["evaluate", "-h"]])
+def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
+    text, modules = _probe(*arguments)
+    assert text
+    assert not modules & set(HEAVY)
+
+
+def test_help_is_instant() -> None:
+    """Within 0.4 s of processor time; a slow machine is measured by the help of a program without commands."""
+    empty = "import typer; app = typer.Typer(); app.command()(lambda: None); app(['--help'], standalone_mode=False)"
+    ours = "from edadm_cli.cli.app import main; main(['--help'])"
+    pairs = [(_processor_seconds(empty), _processor_seconds(ours)) for _ in range(3)]
+    assert min(pair[1] for pair in pairs) < max(0.4, 4 * min(pair[0] for pair in pairs))
+
+
+def _processor_seconds(work: str) -> float:
+    script = f"import resource; {work}; print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def test_version_is_that_of_the_package() -> None:
+    text, _ = _probe("--version")
+    assert text.strip() == f"edadm {__version__}"

@@ -1,0 +1,138 @@
+"""Imports point one way, a stage never imports another, and the light modules stay light."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "edadm_cli"
+KERNELS = ROOT / "kernels"
+
+STAGES = {"collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "bench"}
+MIDDLE = {"models", "engines", "artifacts", "integrations"}
+GROUND = {"config", "recipe", "errors", "progress", "version"}
+# Which rooms a room may import, besides itself.
+ALLOWED = {
+    "cli": STAGES | MIDDLE | {"quant"} | GROUND,
+    **{stage: MIDDLE | {"quant"} | GROUND for stage in STAGES},
+    **{room: MIDDLE | {"quant"} | GROUND for room in MIDDLE},
+    "quant": GROUND,
+    **{room: GROUND for room in GROUND},
+    "__init__": {"integrations", "version"},
+}
+HEAVY = {"torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "matplotlib", "PIL"}
+LIGHT = ("cli", "artifacts", "config", "recipe", "errors", "progress", "version", "__init__")
+
+
+def _sources(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path, top_level: bool = False) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of everything a file imports, with the names that are taken from a package.
+
+    With `top_level`, only what runs when the module is imported: neither functions nor `if TYPE_CHECKING`.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    module = _module(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in _run_at_import(tree) if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield node.lineno, name.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            origin = ".".join(part for part in (base, node.module) if part)
+            for name in node.names:
+                yield node.lineno, f"{origin}.{name.name}"
+
+
+def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        is_type_checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+        if not is_function and not is_type_checking:
+            yield child
+            yield from _run_at_import(child)
+
+
+def _room(dotted: str) -> str | None:
+    parts = dotted.split(".")
+    if parts[0] != "edadm_cli":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "__init__"
+
+
+def _violations(path: Path) -> list[str]:
+    own = _room(_module(path)) or "__init__"
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for line, name in _imports(path)
+        if (room := _room(name)) is not None and room != own and room not in ALLOWED[own]
+    ]
+
+
+def test_every_room_has_a_rule() -> None:
+    rooms = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert rooms - ALLOWED.keys() == set()
+
+
+def test_imports_point_one_way() -> None:
+    assert [line for path in _sources(PACKAGE) for line in _violations(path)] == []
+
+
+def test_light_modules_import_nothing_heavy_when_they_are_imported() -> None:
+    heavy = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in _sources(PACKAGE)
+        if _room(_module(path)) in LIGHT
+        for line, name in _imports(path, top_level=True)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert heavy == []
+
+
+def test_kernels_import_nothing_of_the_command_line() -> None:
+    if not KERNELS.is_dir():
+        pytest.skip("there are no kernels yet")
+    names = [name for path in _sources(KERNELS) for _, name in _imports(path)]
+    assert [name for name in names if name.startswith("edadm_cli")] == []
+    assert not (KERNELS / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("room", "text", "is_wrong"),
+    [
+        ("select", "from edadm_cli.collect import stage", True),
+        ("select", "from edadm_cli import collect", True),
+        ("select", "from ..collect.stage import run", True),
+        ("select", "import edadm_cli.cli.app", True),
+        ("select", "def f():\n    from edadm_cli.reconstruct import stage", True),
+        ("select", "from edadm_cli.artifacts import Plan\nfrom edadm_cli.quant import grid", False),
+        ("select", "from . import tdac\nfrom .tdac import density", False),
+        ("quant", "from edadm_cli.models import units", True),
+        ("quant", "from edadm_cli.errors import InputError\nimport torch", False),
+        ("models", "from edadm_cli.collect import stage", True),
+        ("models", "from edadm_cli.artifacts import ModelRef", False),
+        ("cli", "from edadm_cli.collect import stage", False),
+    ],
+)
+def test_the_rule_itself_tells_right_from_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: str, text: str, is_wrong: bool
+) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "edadm_cli" / room / "module.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert bool(_violations(path)) == is_wrong
