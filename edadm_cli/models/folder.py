@@ -124,7 +124,9 @@ def _constructor_options(
             options[name] = False
         elif name in index and not isinstance(value, list):
             options[name] = value
-        elif name in SKIPPED_COMPONENTS or name in pipeline_class._optional_components:
+        elif (
+            name in SKIPPED_COMPONENTS or name in pipeline_class._optional_components or value == [None, None]
+        ):
             options[name] = None
         elif parameter.default is inspect.Parameter.empty:
             raise InputError(f"{path / INDEX_NAME} names no '{name}', which {pipeline_class.__name__} needs.")

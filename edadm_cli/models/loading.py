@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import EdadmError, InputError, MachineError
 from edadm_cli.models.folder import INDEX_NAME, Component, PipelineFolder, read_folder
 from edadm_cli.models.hub import download, looks_like_hub_id
+from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.sampling import call_default, takes_guidance
 
@@ -112,31 +111,6 @@ def load_model(
     ref = ModelRef(id=identifier, revision=revision, fingerprint=folder.fingerprint())
     entry = entry or _entry_of(identifier, pipeline, denoiser_name)
     return LoadedModel(ref, entry, pipeline, denoiser_name, path)
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep diffusers, transformers and huggingface_hub from writing to the terminal."""
-    import diffusers.utils.logging as diffusers_logging
-    import huggingface_hub.utils as hub
-    import transformers.utils.logging as transformers_logging
-
-    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    hub_bars_were_on = not hub.are_progress_bars_disabled()
-    for library in libraries:
-        library.set_verbosity(diffusers_logging.CRITICAL)
-        library.disable_progress_bar()
-    hub.disable_progress_bars()
-    try:
-        yield
-    finally:
-        for library, (verbosity, bar) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()
-        if hub_bars_were_on:
-            hub.enable_progress_bars()
 
 
 def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edadm_cli.errors import InputError, MachineError, UsageError
+from edadm_cli.models.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -86,7 +88,7 @@ def sample(
     arguments = _call_arguments(model, list(seeds), prompts, num_steps, guidance_scale)
     last_sample: list[Tensor] = []
     try:
-        with torch.no_grad(), _watch_scheduler(pipeline, last_sample):
+        with torch.no_grad(), quiet_libraries(), _watch_scheduler(pipeline, last_sample):
             output = pipeline(**arguments)
     except torch.OutOfMemoryError as error:
         raise MachineError(
@@ -204,6 +206,8 @@ def _watch_scheduler(pipeline: DiffusionPipeline, last_sample: list[Tensor]) -> 
 
 def _images_of(pipeline: DiffusionPipeline, output: Any) -> Tensor:
     images = getattr(output, "images", None)
+    if isinstance(images, np.ndarray):  # older pipelines: channels last
+        images = torch.from_numpy(images).movedim(-1, 1)
     if not isinstance(images, Tensor) or images.ndim != 4:
         raise InputError(f"{type(pipeline).__name__} does not return images, and only images are supported.")
     return images

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from edadm_cli.artifacts import explained_os_errors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Mid-tones on a transparent ground: they stand out from white and from dark pages alike.
 _TEXT = "#7d8590"
@@ -59,9 +63,7 @@ def draw_selection(
         FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
 
 
-def _label_steps(axes: object, timesteps: Tensor) -> None:
+def _label_steps(axes: Axes, timesteps: Tensor) -> None:
     """Mark about ten steps with the scheduler's values."""
-    last = len(timesteps) - 1
-    count = min(last, 9)
-    marked = sorted({round(i * last / count) for i in range(count + 1)}) if count else [0]
-    axes.set_xticks(marked, [f"{timesteps[i].item():g}" for i in marked])  # type: ignore[attr-defined]
+    marked = range(0, len(timesteps), max(1, len(timesteps) // 10))
+    axes.set_xticks(list(marked), [f"{timesteps[step].item():g}" for step in marked])

@@ -60,7 +60,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(folder: Path, prompts: Path | None, **changes: Any) -> CollectConfig:
     fields: dict[str, Any] = {
         "model": str(folder),
-        "prompts": prompts if folder.name == "tiny-sd" else None,
+        "prompts": prompts if folder.name.startswith("tiny-sd") else None,
         "num_trajectories": N,
         "num_steps": STEPS,
         "batch_size": 4,
@@ -72,10 +72,15 @@ def config_of(folder: Path, prompts: Path | None, **changes: Any) -> CollectConf
 
 @pytest.fixture(scope="module")
 def collected(
-    tiny_sd: Path, tiny_ddpm: Path, tiny_dit: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_sd: Path,
+    tiny_ddpm: Path,
+    tiny_dit: Path,
+    tiny_sdxl: Path,
+    prompts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, RunFolder]:
     runs = {}
-    for folder in (tiny_sd, tiny_ddpm, tiny_dit):
+    for folder in (tiny_sd, tiny_ddpm, tiny_dit, tiny_sdxl):
         runs[folder.name] = RunFolder(tmp_path_factory.mktemp("runs") / folder.name)
         assert collect.run(config_of(folder, prompts), runs[folder.name]).status == "done"
     return runs
@@ -101,7 +106,7 @@ def latents_of(artifact: Artifact) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "num_calls", "branches"),
-    [("tiny-sd", STEPS + 1, 2), ("tiny-ddpm", STEPS, 1), ("tiny-dit", STEPS, 2)],
+    [("tiny-sd", STEPS + 1, 2), ("tiny-ddpm", STEPS, 1), ("tiny-dit", STEPS, 2), ("tiny-sdxl", STEPS, 2)],
 )
 def test_a_collection_holds_what_tools_outside_rely_on(
     collected: dict[str, RunFolder], name: str, num_calls: int, branches: int
@@ -115,9 +120,13 @@ def test_a_collection_holds_what_tools_outside_rely_on(
     assert shared["features"].shape[:2] == (num_calls, 6 * branches)
     condition = artifact.tensors("condition.safetensors")
     assert all(len(tensor) == N for tensor in condition.values())
-    expected = {"tiny-sd": "encoder_hidden_states", "tiny-dit": "class_labels"}.get(name)
-    wanted = {f"condition.{expected}", f"condition.unconditional.{expected}"} if expected else set()
-    assert set(condition) == wanted
+    names = {
+        "tiny-sd": ["encoder_hidden_states"],
+        "tiny-ddpm": [],
+        "tiny-dit": ["class_labels"],
+        "tiny-sdxl": ["encoder_hidden_states", "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"],
+    }[name]
+    assert set(condition) == {f"condition.{part}{name}" for name in names for part in ("", "unconditional.")}
     files = {entry.path for entry in artifact.manifest.payload}
     shards = {f"latents-{index:05d}.safetensors" for index in range(3)}
     assert files == shards | {"features.safetensors", "condition.safetensors", "call.json", "sampling.json"}
@@ -142,7 +151,7 @@ def test_the_trajectories_are_those_of_a_plain_sampling(
     assert sampling["scheduler"]["class"] == "PNDMScheduler"
 
 
-@pytest.mark.parametrize("name", ["tiny-sd", "tiny-ddpm", "tiny-dit"])
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-ddpm", "tiny-dit", "tiny-sdxl"])
 def test_a_calibration_call_is_the_recorded_call(
     collected: dict[str, RunFolder], name: str, request: pytest.FixtureRequest
 ) -> None:

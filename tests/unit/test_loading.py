@@ -17,6 +17,7 @@ from edadm_cli.errors import EXIT_INPUT, EXIT_MACHINE, EdadmError, InputError, M
 from edadm_cli.models.folder import read_folder
 from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.registry import known_models
+from edadm_cli.models.sampling import sample
 
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -62,8 +63,12 @@ def test_a_folder_loads_in_the_wanted_dtype_ready_to_sample(tiny_sd: Path, dtype
     assert model.ref.id == str(tiny_sd)
 
 
-def test_loading_writes_nothing_to_the_terminal(tiny_sd: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load_model(str(tiny_sd), CPU, torch.float16)
+def test_loading_and_sampling_write_nothing_to_the_terminal(
+    tiny_sd: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(str(tiny_sd), CPU, torch.float16)
+    too_long = "words " * 500  # the text encoder takes 8 tokens, and diffusers says so for each prompt
+    sample(model, seeds=[0], prompts=[too_long], num_steps=1, guidance_scale=1.0)
     assert capfd.readouterr() == ("", "")
 
 

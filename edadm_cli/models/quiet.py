@@ -1,0 +1,32 @@
+"""Other libraries' talk kept off the terminal, which belongs to the command's own output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep diffusers, transformers and huggingface_hub from writing to the terminal."""
+    import diffusers.utils.logging as diffusers_logging
+    import huggingface_hub.utils as hub
+    import transformers.utils.logging as transformers_logging
+
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    hub_bars_were_on = not hub.are_progress_bars_disabled()
+    for library in libraries:
+        library.set_verbosity(diffusers_logging.CRITICAL)
+        library.disable_progress_bar()
+    hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+        if hub_bars_were_on:
+            hub.enable_progress_bars()
