@@ -1,0 +1,193 @@
+"""The networks in whose features sets of images are compared, registered with torch-fidelity.
+
+`digits` is the shipped classifier; `inception-v3-spatial` is torch-fidelity's port of the Inception network
+of 2015, which also hands out the first seven channels of the 17x17 map `mixed_6/conv`.
+
+References:
+    Nash et al., Generating Images with Sparse Representations (arXiv 2103.03841), section 5.2: the spatial
+    variant; Dhariwal and Nichol (arXiv 2105.05233): the same map in their evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, register_feature_extractor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+
+from edadm_cli.errors import InputError
+from edadm_cli.evaluate.representation import LAYERS, Features
+from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
+
+SPATIAL_CHANNELS = 7
+_BATCH_SIZE = 50
+
+
+class DigitsExtractor(FeatureExtractorBase):
+    """The digit classifier as a feature extractor of torch-fidelity, for uint8 images `(B, 3, H, W)`."""
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, features_list)
+        self.classifier = load_classifier("cpu")
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the requested features, each with shape `(B, *)` flattened to two dimensions."""
+        found = self.classifier(images.float() / 255.0)
+        named = {"pooled": found.features, "spatial": found.spatial.flatten(1), "logits": found.logits}
+        return tuple(named[layer] for layer in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Name the features that can be asked for."""
+        return LAYERS
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Name the features a metric of torch-fidelity uses unless told otherwise."""
+        return "logits" if metric == "isc" else "pooled"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """The classifier is small: compiling it costs more than it saves."""
+        return False
+
+
+class InceptionExtractor(FeatureExtractorInceptionV3):
+    """torch-fidelity's Inception network with spatial features, for uint8 images `(B, 3, H, W)`."""
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, ["2048", "logits_unbiased"], **kwargs)
+        self.wanted = list(features_list)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the requested features, each flattened to two dimensions."""
+        maps: list[Tensor] = []
+        handle = self.Mixed_6d.branch1x1.register_forward_hook(
+            lambda module, inputs, output: maps.append(output[:, :SPATIAL_CHANNELS].flatten(1).float())
+        )
+        try:
+            pooled, logits = super().forward(images)
+        finally:
+            handle.remove()
+        named = {"pooled": pooled, "spatial": maps[0], "logits": logits}  # [B, 2048], [B, 2023], [B, 1008]
+        return tuple(named[layer] for layer in self.wanted)
+
+    def convert_features_tuple_to_dict(self, features: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Name the features that `forward` returned."""
+        return dict(zip(self.wanted, features, strict=True))
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Name the features a metric of torch-fidelity uses unless told otherwise."""
+        return "logits" if metric == "isc" else "pooled"
+
+
+EXTRACTORS = {"digits": DigitsExtractor, "inception-v3-spatial": InceptionExtractor}
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """A feature extractor on its device.
+
+    Args:
+        extractor: A registered extractor with the three `LAYERS`.
+        device: Where it runs.
+    """
+
+    extractor: FeatureExtractorBase
+    device: torch.device
+
+    def extract(self, images: Dataset[Tensor]) -> Features:
+        """Return the features of a set of uint8 images with shape `(3, H, W)`."""
+        is_cuda = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if is_cuda else nullcontext():
+            found = get_featuresdict_from_dataset(
+                images, self.extractor, _BATCH_SIZE, cuda=is_cuda, save_cpu_ram=True, verbose=False
+            )
+        return Features(**found)
+
+
+def digits_space(device: torch.device) -> FeatureSpace:
+    """Load the shipped digit classifier.
+
+    Raises:
+        InputError: Its weights are not there.
+    """
+    return _space("digits", device)
+
+
+def inception_space(weights: Path | None, device: torch.device) -> FeatureSpace:
+    """Load the Inception network of 2015 from a file, or as torch-fidelity keeps it (downloaded once).
+
+    Raises:
+        InputError: The file is missing or holds something else, or none is given and none can be downloaded.
+    """
+    path = weights if weights is not None else _downloaded_inception()
+    check_inception_weights(path)
+    try:
+        return _space("inception-v3-spatial", device, feature_extractor_weights_path=str(path))
+    except RuntimeError as error:  # the names or the shapes do not fit
+        raise InputError(
+            f"{path} does not hold the weights of torch-fidelity's Inception network."
+        ) from error
+
+
+def check_inception_weights(path: Path) -> None:
+    """Read a file of weights as tensors only; torch-fidelity itself would run what it says.
+
+    Raises:
+        InputError: The file is missing, is no file of weights, or holds objects that are not tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"The Inception weights were wanted in {path}, found no such file.")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"{path} is not a readable file of weights that holds tensors only.") from error
+
+
+def digits_digest() -> str:
+    """Hash the shipped classifier's weights: figures in its features compare only where they are equal."""
+    classifier: DigitClassifier = load_classifier("cpu")
+    digest = hashlib.sha256()
+    for name, value in sorted(classifier.state_dict().items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _space(name: str, device: torch.device, **kwargs: Any) -> FeatureSpace:
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(name, EXTRACTORS[name])
+    extractor = create_feature_extractor(name, list(LAYERS), cuda=False, verbose=False, **kwargs)
+    return FeatureSpace(extractor.to(device), device)
+
+
+def _downloaded_inception() -> Path:
+    """The file that torch-fidelity downloads, fetched when it is not there yet."""
+    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
+    if path.is_file():
+        return path
+    hint = f"download {URL_INCEPTION_V3} elsewhere and give it with --inception-weights FILE"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        raise InputError(
+            f"The Inception weights were wanted in {path}; HF_HUB_OFFLINE forbids a download.", hint=hint
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"The Inception weights are not in {path} and cannot be downloaded: {error}.", hint=hint
+        ) from error
+    return path

@@ -1,0 +1,52 @@
+"""Full-precision images, sampled once a run: they do not depend on the bit width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from edadm_cli.artifacts import Plan, RunFolder, open_artifact
+from edadm_cli.artifacts.locks import read_lock
+from edadm_cli.errors import InputError
+from edadm_cli.evaluate.images import SampledImages, sample_images
+from edadm_cli.evaluate.request import Request
+from edadm_cli.progress import Reporter
+
+KIND, NAME = "evaluate", "full-precision"
+
+
+@contextmanager
+def full_precision_images(request: Request, reporter: Reporter) -> Iterator[SampledImages]:
+    """Give the full-precision images of a request, sampled unless the run has them, and locked while in use.
+
+    They lie in an artifact of their own, `evaluate/full-precision`; one with other settings is replaced,
+    since it can be had again.
+
+    Raises:
+        InputError: The model's files have changed, or another process is sampling them.
+    """
+    plan = Plan(KIND, NAME, request.identity_fields(), request.config.seed, (), request.model)
+    run = request.run
+    path = run.path(KIND, NAME)
+    with run.build(plan, force=_is_to_be_replaced(run, plan, reporter)) as build:
+        if not build.up_to_date:
+            sample_images(
+                request.sampling,
+                build.path,
+                request.load_full_precision,
+                reporter,
+                "Sampling at full precision",
+            )
+            build.commit()
+    with read_lock(path):
+        yield SampledImages(path, request.sampling)
+
+
+def _is_to_be_replaced(run: RunFolder, plan: Plan, reporter: Reporter) -> bool:
+    if not run.has(KIND, NAME):
+        return False
+    try:
+        return open_artifact(run.path(KIND, NAME), KIND).identity != plan.identity
+    except InputError as error:
+        reporter.warn(f"The kept full-precision images are damaged and sampled again: {error.message}")
+        return True

@@ -1,0 +1,165 @@
+"""Images sampled in batches of known seeds and kept batch by batch, so that a killed stage goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from edadm_cli.artifacts import load_tensors, read_tensor_header, save_tensors
+from edadm_cli.errors import InputError
+from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.progress import Reporter
+
+BATCH_PATTERN = "batch-*.safetensors"
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What is sampled, whatever the precision.
+
+    Args:
+        seeds: One an image.
+        prompts: One an image; `None` for models without prompts.
+        num_steps: T, sampler steps.
+        guidance_scale: Classifier-free guidance; `None` for models without.
+        batch_size: Images sampled together; the last batch takes what is left.
+    """
+
+    seeds: tuple[int, ...]
+    prompts: tuple[str, ...] | None
+    num_steps: int
+    guidance_scale: float | None
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def batches(self) -> Iterator[tuple[int, slice]]:
+        """Yield each batch's number and the images in it."""
+        for start in range(0, len(self), self.batch_size):
+            yield start // self.batch_size, slice(start, min(start + self.batch_size, len(self)))
+
+
+class SampledImages(Dataset[Tensor]):
+    """Images on disk as a dataset of uint8 `(3, H, W)`, with the latents they were decoded from.
+
+    Args:
+        folder: Where the batches lie.
+        plan: What was sampled.
+    """
+
+    def __init__(self, folder: Path, plan: SamplingPlan) -> None:
+        self.folder = folder
+        self.plan = plan
+        self._cached: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Tensor:
+        number, place = divmod(index, self.plan.batch_size)
+        if self._cached is None or self._cached[0] != number:
+            self._cached = (number, self.batch(number).images)
+        return to_rgb(self._cached[1][place])
+
+    def batch(self, number: int) -> Samples:
+        """Read one batch."""
+        return Samples(**load_tensors(batch_path(self.folder, number)))
+
+    def batches(self) -> Iterator[tuple[slice, Samples]]:
+        """Yield the places of each batch's images in the set, and the batch."""
+        for number, places in self.plan.batches():
+            yield places, self.batch(number)
+
+    def first(self, count: int) -> Tensor:
+        """Return the first images, uint8 with shape `(count, 3, H, W)`."""
+        return torch.stack([self[index] for index in range(min(count, len(self)))])
+
+
+def batch_path(folder: Path, number: int) -> Path:
+    """Where a batch lies."""
+    return folder / f"batch-{number:05d}.safetensors"
+
+
+def to_rgb(image: Tensor) -> Tensor:
+    """Repeat the one channel of a gray image `(1, H, W)`; colour images `(3, H, W)` stay as they are."""
+    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
+
+
+def sample_images(
+    plan: SamplingPlan, folder: Path, load: Callable[[], LoadedModel], reporter: Reporter, description: str
+) -> SampledImages:
+    """Sample the batches that are not on disk yet.
+
+    Args:
+        plan: What to sample.
+        folder: Where the batches go.
+        load: Loads the pipeline; called only if a batch is missing.
+        reporter: Told of the progress.
+        description: What is sampled, for people to read.
+
+    Raises:
+        InputError: The pipeline makes broken images.
+    """
+    model: LoadedModel | None = None
+    with reporter.task(description, len(plan)) as advance:
+        for number, places in plan.batches():
+            path = batch_path(folder, number)
+            if not _is_complete(path, places.stop - places.start):
+                model = model if model is not None else load()
+                batch = sample_batch(model, plan, places)
+                save_tensors(path, {"images": batch.images, "latents": batch.latents})
+            advance(places.stop - places.start)
+    return SampledImages(folder, plan)
+
+
+def _is_complete(path: Path, count: int) -> bool:
+    """Whether a batch is on disk; one that was cut short or is something else is to be sampled again."""
+    if not path.is_file():
+        return False
+    try:
+        header = read_tensor_header(path)
+    except InputError:
+        return False
+    return header.keys() == {"images", "latents"} and all(info.shape[0] == count for info in header.values())
+
+
+def sample_batch(model: LoadedModel, plan: SamplingPlan, places: slice) -> Samples:
+    """Sample one batch and check it."""
+    batch = sample(
+        model,
+        seeds=plan.seeds[places],
+        prompts=None if plan.prompts is None else plan.prompts[places],
+        num_steps=plan.num_steps,
+        guidance_scale=plan.guidance_scale,
+    )
+    check_images(batch, plan.seeds[places], model.ref.id)
+    return batch
+
+
+def check_images(batch: Samples, seeds: Sequence[int], model: str) -> None:
+    """Refuse what no quality can be measured on.
+
+    Raises:
+        InputError: A latent is not finite or is zero throughout, or all of several images are of one colour.
+    """
+    latents = batch.latents.flatten(1)
+    is_broken = ~torch.isfinite(latents).all(dim=1) | (latents == 0).all(dim=1)
+    if bool(is_broken.any()):
+        seed = seeds[int(is_broken.nonzero()[0])]
+        raise InputError(
+            f"{model} is broken: the image of seed {seed} comes from values that are all zero or not finite.",
+            hint="edadm reconstruct, with more bits or another recipe",
+        )
+    levels = batch.images.flatten(1)
+    if len(levels) > 1 and bool((levels.amax(dim=1) == levels.amin(dim=1)).all()):
+        raise InputError(
+            f"{model} is broken: each of {len(levels)} images is of one flat colour.",
+            hint="edadm reconstruct, with more bits or another recipe",
+        )

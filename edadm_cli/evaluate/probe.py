@@ -1,0 +1,71 @@
+"""What an evaluation would cost, from a short sampling at each precision."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import nn
+
+from edadm_cli.artifacts import Estimate
+from edadm_cli.evaluate.full_precision import KIND, NAME
+from edadm_cli.evaluate.images import SamplingPlan
+from edadm_cli.evaluate.request import Request
+from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.sampling import Samples, sample
+
+_MIB = 2**20
+_SHORT, _LONG = 2, 4
+_PROBE_IMAGES = 4
+_ACTIVATIONS = 2.0
+"""Peak memory in multiples of the weights: them, and as much again for activations and decoding."""
+
+
+def probe(request: Request) -> Estimate:
+    """Time a few steps of a few images with each pipeline that is still to be sampled."""
+    loaders = [request.load_quantized]
+    if not request.run.has(KIND, NAME):
+        loaders.append(request.load_full_precision)
+    seconds, weights, disk = 0.0, 0, 0
+    for load in loaders:
+        model = load()
+        spent, samples = _seconds_an_image(model, request.sampling)
+        seconds += spent * len(request.sampling)
+        weights = max(weights, _weight_bytes(model))
+        disk += (_bytes(samples) // len(samples.images)) * len(request.sampling)
+    return Estimate(
+        seconds=seconds,
+        memory_mib=weights * _ACTIVATIONS / _MIB,
+        disk_mib=disk / _MIB,
+    )
+
+
+def _seconds_an_image(model: LoadedModel, plan: SamplingPlan) -> tuple[float, Samples]:
+    """Extrapolate from two samplings of different length: the cost of a step, and what comes on top."""
+    count = min(_PROBE_IMAGES, plan.batch_size)
+    short, _ = _timed(model, plan, count, _SHORT)
+    long, samples = _timed(model, plan, count, _LONG)
+    a_step = max(0.0, (long - short) / (_LONG - _SHORT))
+    return (short + a_step * (plan.num_steps - _SHORT)) / count, samples
+
+
+def _timed(model: LoadedModel, plan: SamplingPlan, count: int, num_steps: int) -> tuple[float, Samples]:
+    start = time.perf_counter()
+    samples = sample(
+        model,
+        seeds=plan.seeds[:count],
+        prompts=None if plan.prompts is None else plan.prompts[:count],
+        num_steps=num_steps,
+        guidance_scale=plan.guidance_scale,
+    )
+    return time.perf_counter() - start, samples
+
+
+def _bytes(samples: Samples) -> int:
+    return samples.images.nbytes + samples.latents.nbytes
+
+
+def _weight_bytes(model: LoadedModel) -> int:
+    parts: dict[str, Any] = model.pipeline.components
+    modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())

@@ -1,0 +1,36 @@
+"""What images become in a feature space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Layer = Literal["pooled", "spatial", "logits"]
+LAYERS: tuple[Layer, ...] = ("pooled", "spatial", "logits")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a feature extractor makes of `N` images: `pooled (N, D)`, `spatial (N, E)`, `logits (N, K)`."""
+
+    pooled: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def layer(self, name: Layer) -> Tensor:
+        """Return the features of one layer."""
+        return {"pooled": self.pooled, "spatial": self.spatial, "logits": self.logits}[name]
+
+
+class Statistics(NamedTuple):
+    """Mean `(D,)` and covariance `(D, D)` of features, both float64."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]

@@ -1,0 +1,125 @@
+"""An evaluation with nothing left open: which images are sampled, from what, and how they are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edadm_cli.artifacts import Artifact, ModelRef, RunFolder
+from edadm_cli.config import EvaluateConfig
+from edadm_cli.errors import UsageError
+from edadm_cli.evaluate.images import SamplingPlan
+from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
+from edadm_cli.models.prompts import read_prompts
+from edadm_cli.models.registry import ModelEntry
+from edadm_cli.models.sampling import EVALUATION, image_seed
+
+SAMPLING_FILE = "sampling.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an evaluation samples, resolved from its configuration and from how the run was collected.
+
+    Args:
+        config: The configuration.
+        run: Where the artifacts lie.
+        export: The quantized pipeline.
+        model: The model behind it.
+        entry: The model's own defaults.
+        dtype: Element type that both pipelines compute in, as collected.
+        sampling: The images, at either precision.
+    """
+
+    config: EvaluateConfig
+    run: RunFolder
+    export: Artifact
+    model: ModelRef
+    entry: ModelEntry
+    dtype: str
+    sampling: SamplingPlan
+
+    def identity_fields(self) -> dict[str, Any]:
+        """What decides the images of a pipeline, as plain JSON values."""
+        prompts = self.sampling.prompts
+        return {
+            "num_images": len(self.sampling),
+            "batch_size": self.sampling.batch_size,
+            "num_steps": self.sampling.num_steps,
+            "guidance_scale": self.sampling.guidance_scale,
+            "dtype": self.dtype,
+            "eta": self.entry.eta,
+            "pipeline_class": self.entry.pipeline_class,
+            "scheduler_class": self.entry.scheduler_class,
+            "scheduler_config": self.entry.scheduler_config,
+            "prompts_sha256": None if prompts is None else sha256("\n".join(prompts).encode()).hexdigest(),
+        }
+
+    def load_full_precision(self) -> LoadedModel:
+        """Load the pipeline that was collected from.
+
+        Raises:
+            InputError: Its files are gone or have changed since.
+        """
+        return load_collected_model(self.run, self.device, self._torch_dtype)
+
+    def load_quantized(self) -> LoadedModel:
+        """Load the exported pipeline."""
+        return load_model(str(self.export.path), self.device, self._torch_dtype, self.entry)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipelines and the feature extractors compute."""
+        return resolve_device(self.config.device)
+
+    @property
+    def _torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+def resolve(config: EvaluateConfig, run: RunFolder) -> Request:
+    """Settle what is left open in a configuration.
+
+    Raises:
+        InputError: The export or an ancestor of it is missing or broken, or the prompt file is not usable.
+        UsageError: Prompts or guidance are asked of a model that has none.
+        MachineError: There is no such device.
+    """
+    resolve_device(config.device)
+    export = run.open("export", str(config.bits))
+    collect = run.open("collect")
+    settings = collect.json(SAMPLING_FILE)
+    entry = ModelEntry.model_validate(settings["entry"])
+    if config.guidance_scale is not None and settings["guidance_scale"] is None:
+        raise UsageError(f"{entry.name} has no guidance, so --guidance-scale has no meaning for it.")
+    prompts = _resolve_prompts(entry, settings["prompts"], config.prompts, config.num_images, config.seed)
+    sampling = SamplingPlan(
+        seeds=tuple(image_seed(config.seed, index, EVALUATION) for index in range(config.num_images)),
+        prompts=prompts,
+        num_steps=config.num_steps or settings["num_steps"],
+        guidance_scale=settings["guidance_scale"] if config.guidance_scale is None else config.guidance_scale,
+        batch_size=min(config.batch_size, config.num_images),
+    )
+    return Request(config, run, export, collect.manifest.model, entry, settings["dtype"], sampling)
+
+
+def _resolve_prompts(
+    entry: ModelEntry, collected: list[str] | None, path: Path | None, num_images: int, seed: int
+) -> tuple[str, ...] | None:
+    """Prompts from a file, else the model's own, else the collected ones; too few are gone through again."""
+    if collected is None:
+        if path is not None:
+            raise UsageError(f"{entry.name} takes no prompts, so --prompts has no meaning for it.")
+        return None
+    if path is None and entry.prompts == "digits":
+        from edadm_cli.models.digits.data import prompts
+
+        return tuple(prompts(num_images, seed))
+    lines = collected if path is None else read_prompts(path)
+    return tuple(lines[index % len(lines)] for index in range(num_images))

@@ -1,0 +1,121 @@
+"""`edadm evaluate`: an export's images against real images, and against full precision of the same seeds."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from edadm_cli.artifacts import (
+    Artifact,
+    Build,
+    Distance,
+    Estimate,
+    EvaluateRecord,
+    Metric,
+    Plan,
+    RunFolder,
+)
+from edadm_cli.config import EvaluateConfig
+from edadm_cli.evaluate.full_precision import full_precision_images
+from edadm_cli.evaluate.images import BATCH_PATTERN, sample_images
+from edadm_cli.evaluate.outcome import RESULT_FILE, write_outcome
+from edadm_cli.evaluate.probe import probe
+from edadm_cli.evaluate.request import Request, resolve
+from edadm_cli.progress import Reporter, SilentReporter
+
+if TYPE_CHECKING:
+    from edadm_cli.evaluate.judging import Judging
+
+
+def run(
+    config: EvaluateConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+) -> EvaluateRecord:
+    """Sample at both precisions, compute every figure that can be had, and write the `evaluate` artifact.
+
+    Raises:
+        InputError: What is evaluated is missing or broken, or a figure asked for by name lacks its weights.
+        UsageError: A figure, prompts or guidance are asked for that the model does not have.
+        MachineError: The device is not there or its memory does not suffice, or the disk is full.
+    """
+    from edadm_cli.evaluate.judging import Judging
+
+    start = time.monotonic()
+    reporter = reporter or SilentReporter()
+    request = resolve(config, run)
+    judging = Judging(request)
+    plan = Plan(
+        kind="evaluate",
+        name=str(config.bits),
+        config={**config.identity_fields(), **request.identity_fields(), **judging.identity_fields()},
+        seed=config.seed,
+        parents=(request.export,),
+        model=request.model,
+    )
+    with run.build(plan, force) as build:
+        is_done = build.up_to_date
+        if not is_done:
+            _evaluate(request, judging, build, reporter)
+        artifact = build.artifact
+        assert artifact is not None
+    if is_done:
+        _warn_of_skipped(artifact.json(RESULT_FILE)["skipped"], reporter)
+    record = _record(artifact, run, reporter.warnings)
+    return record.model_copy(
+        update={"status": "up_to_date" if is_done else "done", "seconds": time.monotonic() - start}
+    )
+
+
+def estimate(config: EvaluateConfig, run: RunFolder) -> Estimate:
+    """Estimate time, memory and disk from two short samplings; nothing is written.
+
+    Raises:
+        InputError: What is to be evaluated is missing or broken.
+    """
+    return probe(resolve(config, run))
+
+
+def _evaluate(request: Request, judging: Judging, build: Build, reporter: Reporter) -> None:
+    name = str(request.config.bits)
+    judge = judging.load(request.device)
+    _warn_of_skipped(judging.choice.skipped, reporter)
+    with full_precision_images(request, reporter) as reference:
+        images = sample_images(
+            request.sampling, build.path, request.load_quantized, reporter, f"Sampling {name}"
+        )
+        with reporter.task("Comparing", 2) as advance:
+            reference_figures = judge.figures(reference)
+            advance(1)
+            figures = judge.figures(images)
+            advance(1)
+        for warning in judge.cautions(len(images)):
+            reporter.warn(warning)
+        facts = {
+            "skipped": judging.choice.skipped,
+            "real": None if judging.real is None else judging.real.name,
+            "dtype": request.dtype,
+        }
+        write_outcome(build.path, name, images, reference, figures, reference_figures, facts)
+    build.discard(path.name for path in sorted(build.path.glob(BATCH_PATTERN)))
+    build.commit()
+
+
+def _warn_of_skipped(skipped: dict[str, str], reporter: Reporter) -> None:
+    """Name the figures that are missing, once for each reason."""
+    for reason in sorted(set(skipped.values())):
+        names = ", ".join(sorted(name for name, why in skipped.items() if why == reason))
+        reporter.warn(f"Without {names}: {reason}")
+
+
+def _record(artifact: Artifact, run: RunFolder, warnings: list[str]) -> EvaluateRecord:
+    result = artifact.json(RESULT_FILE)
+    return EvaluateRecord(
+        status="done",
+        run=str(run.root),
+        artifact=str(artifact.path),
+        identity=artifact.identity,
+        warnings=tuple(warnings),
+        bits=result["bits"],
+        metrics={name: Metric(**metric) for name, metric in result["metrics"].items()},
+        distance_to_full_precision=Distance(**result["distance_to_full_precision"]),
+        full_precision={name: Metric(**metric) for name, metric in result["full_precision"].items()},
+    )

@@ -1,0 +1,220 @@
+"""`edadm sample`: images of an export as PNG files, to look at and to use."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from edadm_cli.artifacts import Artifact, Estimate, RunFolder, SampleRecord, explained_os_errors
+from edadm_cli.artifacts.files import atomic_path
+from edadm_cli.config import SampleConfig
+from edadm_cli.engines.reference import use_arithmetic
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
+from edadm_cli.models.registry import ModelEntry
+from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.progress import Reporter, SilentReporter
+
+FOLDER = "samples"
+FACTS_KEY = "edadm"
+"""Key of the text in a PNG file that says what decided the image."""
+_SLUG_CHARACTERS = 48
+_PROBE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Everything that decides one image."""
+
+    seed: int
+    prompt: str | None
+    num_steps: int
+    guidance_scale: float | None
+    arithmetic: str
+    export: str
+
+    @property
+    def file(self) -> str:
+        """Name of its file: the seed, and what of the prompt a file name can hold."""
+        slug = (
+            re.sub(r"[^a-z0-9]+", "-", (self.prompt or "").lower()).strip("-")[:_SLUG_CHARACTERS].rstrip("-")
+        )
+        return f"{self.seed:06d}-{slug}.png" if slug else f"{self.seed:06d}.png"
+
+    def facts(self) -> str:
+        """What is written into the file, by which it is known again."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The configuration with nothing left open."""
+
+    config: SampleConfig
+    export: Artifact
+    entry: ModelEntry
+    dtype: torch.dtype
+    pictures: list[Picture]
+
+
+def run(
+    config: SampleConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+) -> SampleRecord:
+    """Sample images of the seeds `seed, seed + 1, ...` into `samples/<bits>/`; those that are there stay.
+
+    Raises:
+        InputError: The export is missing or broken, or another image's file is in the way.
+        UsageError: Prompts are asked of a model that takes none, or guidance of one without.
+        MachineError: The device is not there or its memory does not suffice, or the disk is full.
+    """
+    start = time.monotonic()
+    reporter = reporter or SilentReporter()
+    task = _prepare(config, run)
+    folder = run.root / FOLDER / str(config.bits)
+    missing = [picture for picture in task.pictures if force or not _is_there(folder, picture)]
+    if missing:
+        _write_pictures(task, missing, folder, reporter)
+    return SampleRecord(
+        status="done" if missing else "up_to_date",
+        run=str(run.root),
+        artifact=str(folder),
+        identity=task.export.identity,
+        seconds=time.monotonic() - start,
+        warnings=tuple(reporter.warnings),
+        images=tuple(str(folder / picture.file) for picture in task.pictures),
+    )
+
+
+def estimate(config: SampleConfig, run: RunFolder) -> Estimate:
+    """Estimate time, memory and disk from a short sampling of one image; nothing is written."""
+    task = _prepare(config, run)
+    pictures, model = task.pictures, _load(task)
+    begin = time.perf_counter()
+    samples = _sample(model, [replace(pictures[0], num_steps=_PROBE_STEPS)])
+    seconds = (time.perf_counter() - begin) * pictures[0].num_steps / _PROBE_STEPS * len(pictures)
+    parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(parameter.nbytes for part in parts for parameter in part.parameters())
+    return Estimate(
+        seconds=seconds,
+        memory_mib=2 * weights / 2**20,
+        disk_mib=samples.images.nbytes * len(pictures) / 2**20,
+    )
+
+
+def _prepare(config: SampleConfig, run: RunFolder) -> _Task:
+    """Settle seed, prompt and sampler of each image."""
+    export = run.open("export", str(config.bits))
+    settings = run.open("collect").json("sampling.json")
+    entry = ModelEntry.model_validate(settings["entry"])
+    if config.guidance_scale is not None and settings["guidance_scale"] is None:
+        raise UsageError(f"{entry.name} has no guidance, so --guidance-scale has no meaning for it.")
+    prompts = _prompts(config, entry, settings["prompts"])
+    pictures = [
+        Picture(
+            seed=config.seed + index,
+            prompt=None if prompts is None else prompts[index % len(prompts)],
+            num_steps=config.num_steps or settings["num_steps"],
+            guidance_scale=settings["guidance_scale"]
+            if config.guidance_scale is None
+            else config.guidance_scale,
+            arithmetic=config.arithmetic,
+            export=export.identity,
+        )
+        for index in range(config.num_images)
+    ]
+    return _Task(config, export, entry, getattr(torch, settings["dtype"]), pictures)
+
+
+def _prompts(config: SampleConfig, entry: ModelEntry, collected: list[str] | None) -> Sequence[str] | None:
+    """The prompts given, else the model's own, else those it was collected with."""
+    if collected is None:
+        if config.prompt:
+            raise UsageError(f"{entry.name} takes no prompts, so --prompt has no meaning for it.")
+        return None
+    if config.prompt:
+        return config.prompt
+    if entry.prompts == "digits":
+        from edadm_cli.models.digits.data import prompts
+
+        return prompts(config.num_images, config.seed)
+    return collected
+
+
+def _load(task: _Task) -> LoadedModel:
+    device = resolve_device(task.config.device)
+    model = load_model(str(task.export.path), device, task.dtype, task.entry)
+    if task.config.arithmetic == "integer" and use_arithmetic(model.denoiser, "integer") == 0:
+        raise InputError(
+            f"{task.export.path} has no quantized layer, so there is nothing to compute in integers."
+        )
+    return model
+
+
+def _sample(model: LoadedModel, pictures: Sequence[Picture]) -> Samples:
+    first = pictures[0]
+    prompts = None if first.prompt is None else [picture.prompt or "" for picture in pictures]
+    samples = sample(
+        model,
+        seeds=[picture.seed for picture in pictures],
+        prompts=prompts,
+        num_steps=first.num_steps,
+        guidance_scale=first.guidance_scale,
+    )
+    if not bool(torch.isfinite(samples.latents).all()):
+        raise InputError(
+            f"{model.ref.id} is broken: an image comes from values that are not finite.",
+            hint="edadm reconstruct, with more bits or another recipe",
+        )
+    return samples
+
+
+def _is_there(folder: Path, picture: Picture) -> bool:
+    """Whether an image is on disk already.
+
+    Raises:
+        InputError: A file of its name holds something else.
+    """
+    path = folder / picture.file
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path) as file:
+            facts = file.info.get(FACTS_KEY)
+    except (OSError, UnidentifiedImageError):
+        facts = None
+    if facts == picture.facts():
+        return True
+    raise InputError(
+        f"{path} is another image: other steps, guidance, arithmetic or export.",
+        hint="add --force to replace it",
+    )
+
+
+def _write_pictures(task: _Task, pictures: list[Picture], folder: Path, reporter: Reporter) -> None:
+    with explained_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    model = _load(task)
+    size = task.config.batch_size
+    with reporter.task(f"Sampling {task.config.bits}", len(pictures)) as advance:
+        for start in range(0, len(pictures), size):
+            batch = pictures[start : start + size]
+            for picture, image in zip(batch, _sample(model, batch).images, strict=True):
+                _save_png(folder / picture.file, image, picture.facts())
+            advance(len(batch))
+
+
+def _save_png(path: Path, image: torch.Tensor, facts: str) -> None:
+    array = image.permute(1, 2, 0).numpy()  # [H, W, C]
+    picture = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    info = PngInfo()
+    info.add_itxt(FACTS_KEY, facts)
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)

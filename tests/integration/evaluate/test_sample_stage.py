@@ -1,0 +1,105 @@
+"""`edadm sample` on tiny pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edadm_cli.artifacts import Artifact, RunFolder
+from edadm_cli.config import BitWidth, SampleConfig
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.sample import stage
+
+Exporter = Callable[[RunFolder, float], Artifact]
+BITS = BitWidth(weight=4, activation=8)
+
+
+def _config(**fields: Any) -> SampleConfig:
+    return SampleConfig(**{"bits": BITS, "num_images": 3, "batch_size": 2, "device": "cpu", **fields})
+
+
+def test_files_are_named_by_seed_and_hold_the_image_of_that_seed(pixel_run: RunFolder) -> None:
+    record = stage.run(_config(seed=40), pixel_run)
+    assert record.status == "done"
+    folder = pixel_run.root / "samples" / "w4a8"
+    assert record.images == tuple(str(folder / f"0000{seed}.png") for seed in (40, 41, 42))
+    model = load_model(str(pixel_run.path("export", "w4a8")), torch.device("cpu"), torch.float32)
+    alone = sample(model, seeds=[42], prompts=None, num_steps=2, guidance_scale=None).images[0, 0]
+    np.testing.assert_array_equal(np.asarray(Image.open(record.images[2])), alone.numpy())
+
+
+def test_prompts_enter_the_names_as_far_as_names_allow(text_run: RunFolder) -> None:
+    record = stage.run(_config(prompt=("../../etc/Passwd é", "a seven", "<>/\\|")), text_run)
+    names = [Path(path).name for path in record.images]
+    assert names == ["000000-etc-passwd.png", "000001-a-seven.png", "000002.png"]
+    assert all(Path(path).parent == text_run.root / "samples" / "w4a8" for path in record.images)
+
+
+def test_without_a_prompt_the_models_own_are_used(text_run: RunFolder) -> None:
+    from edadm_cli.models.digits.data import prompts
+
+    record = stage.run(_config(), text_run)
+    expected = [prompt.replace(" ", "-") for prompt in prompts(3, 0)]
+    assert [Path(path).stem.partition("-")[2] for path in record.images] == expected
+
+
+def test_what_is_there_is_not_sampled_again(pixel_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.run(_config(), pixel_run)
+    sampled: list[int] = []
+
+    def counted(model: LoadedModel, **arguments: Any) -> Samples:
+        sampled.extend(arguments["seeds"])
+        return sample(model, **arguments)
+
+    monkeypatch.setattr(stage, "sample", counted)
+    assert stage.run(_config(), pixel_run).status == "up_to_date"
+    assert sampled == []
+    assert stage.run(_config(num_images=5), pixel_run).status == "done"
+    assert sampled == [3, 4]
+
+
+def test_another_image_of_the_same_name_is_replaced_with_force_only(
+    pixel_run: RunFolder, export_noisy: Exporter
+) -> None:
+    (path, *_) = stage.run(_config(), pixel_run).images
+    before = Path(path).read_bytes()
+    with pytest.raises(InputError, match="another image"):
+        stage.run(_config(num_steps=3), pixel_run)
+    export_noisy(pixel_run, 0.3)
+    with pytest.raises(InputError, match="another image"):
+        stage.run(_config(), pixel_run)
+    assert Path(path).read_bytes() == before
+    assert stage.run(_config(), pixel_run, force=True).status == "done"
+    assert Path(path).read_bytes() != before
+
+
+def test_prompts_and_guidance_are_refused_for_a_model_without(pixel_run: RunFolder) -> None:
+    with pytest.raises(UsageError, match="no prompts"):
+        stage.run(_config(prompt=("a seven",)), pixel_run)
+    with pytest.raises(UsageError, match="no guidance"):
+        stage.run(_config(guidance_scale=3.0), pixel_run)
+
+
+def test_integer_arithmetic_needs_quantized_layers(pixel_run: RunFolder) -> None:
+    with pytest.raises(InputError, match="no quantized layer"):
+        stage.run(_config(arithmetic="integer"), pixel_run)
+
+
+def test_a_missing_export_names_the_command_that_makes_it(pixel_run: RunFolder) -> None:
+    with pytest.raises(InputError) as caught:
+        stage.run(_config(bits=BitWidth(weight=8, activation=8)), pixel_run)
+    assert (caught.value.hint or "").startswith("edadm export --bits w8a8")
+
+
+def test_estimate_writes_nothing(pixel_run: RunFolder) -> None:
+    before = sorted(pixel_run.root.rglob("*"))
+    assert stage.estimate(_config(), pixel_run).seconds > 0
+    assert sorted(pixel_run.root.rglob("*")) == before

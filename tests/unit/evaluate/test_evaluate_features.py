@@ -1,0 +1,125 @@
+"""Feature extractors under torch-fidelity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch_fidelity
+from torch_fidelity import FeatureExtractorInceptionV3
+
+from edadm_cli.errors import InputError
+from edadm_cli.evaluate import fidelity
+from edadm_cli.evaluate.features import digits_digest, digits_space, inception_space
+from edadm_cli.evaluate.real import ArrayImages
+from edadm_cli.models.digits.classifier import DigitClassifier
+
+CPU = torch.device("cpu")
+ImageMaker = Callable[..., torch.Tensor]
+
+
+def test_figures_equal_those_of_torch_fidelity_end_to_end(
+    random_classifier: DigitClassifier, random_images: ImageMaker
+) -> None:
+    space = digits_space(CPU)
+    samples, real = ArrayImages(random_images(0, 1200)), ArrayImages(random_images(1, 1100))
+    expected = torch_fidelity.calculate_metrics(
+        input1=samples, input2=real, feature_extractor="digits", fid=True, kid=True, isc=True, prc=True,
+        isc_splits=1, cuda=False, cache=False, verbose=False, save_cpu_ram=True,
+    )  # fmt: skip
+    found, other = space.extract(samples), space.extract(real)
+    distance = fidelity.frechet_distance(
+        fidelity.feature_statistics(found.pooled), fidelity.feature_statistics(other.pooled)
+    )
+    assert distance == pytest.approx(expected["frechet_inception_distance"], rel=1e-3, abs=1e-5)
+    kernel = fidelity.kernel_distance(found.pooled, other.pooled)
+    assert kernel == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-2, abs=1e-5)
+    assert fidelity.inception_score(found.logits) == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    precision, recall = fidelity.precision_recall(found.pooled, other.pooled)
+    assert precision == pytest.approx(expected["precision"], abs=0.02)
+    assert recall == pytest.approx(expected["recall"], abs=0.02)
+
+
+def test_features_are_the_classifiers_own_in_the_order_of_the_images(
+    random_classifier: DigitClassifier, random_images: ImageMaker
+) -> None:
+    images = random_images(2, 130)
+    found = digits_space(CPU).extract(ArrayImages(images))
+    expected = random_classifier(images.expand(-1, 3, -1, -1).float() / 255)
+    torch.testing.assert_close(found.pooled, expected.features)
+    torch.testing.assert_close(found.spatial, expected.spatial.flatten(1))
+    torch.testing.assert_close(found.logits, expected.logits)
+
+
+def test_the_digest_follows_the_weights(random_classifier: DigitClassifier) -> None:
+    before = digits_digest()
+    assert digits_digest() == before
+    random_classifier.head.bias[0] += 1e-3
+    assert digits_digest() != before
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the Inception network, in a file as torch-fidelity reads it."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {}
+        )
+        torch.save(FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)
+    return path
+
+
+def test_inception_gives_its_own_features_and_seven_channels_of_the_17x17_map(
+    inception_file: Path, random_images: ImageMaker
+) -> None:
+    images = ArrayImages(random_images(3, 3, size=24, channels=3))
+    found = inception_space(inception_file, CPU).extract(images)
+    own = FeatureExtractorInceptionV3("own", ["2048", "logits_unbiased"], str(inception_file))
+    with torch.no_grad():
+        pooled, logits = own(images.images)
+    torch.testing.assert_close(found.pooled, pooled)
+    torch.testing.assert_close(found.logits, logits)
+    assert found.spatial.shape == (3, 7 * 17 * 17)
+    assert not torch.equal(found.spatial[0], found.spatial[1])
+
+
+def test_weights_that_are_missing_foreign_or_carry_code_end_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        inception_space(tmp_path / "none.pth", CPU)
+    foreign = tmp_path / "foreign.pth"
+    torch.save({"weight": torch.zeros(2)}, foreign)
+    with pytest.raises(InputError, match="does not hold"):
+        inception_space(foreign, CPU)
+    evil, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    torch.save(_Runs(trace), evil)
+    with pytest.raises(InputError, match="tensors only"):
+        inception_space(evil, CPU)
+    assert not trace.exists()
+    evil.write_bytes(evil.read_bytes()[:40])
+    with pytest.raises(InputError, match="tensors only"):
+        inception_space(evil, CPU)
+
+
+class _Runs:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_offline_without_weights_names_the_file_and_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE") as caught:
+        inception_space(None, CPU)
+    assert "--inception-weights" in (caught.value.hint or "")
