@@ -62,7 +62,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     with explained_os_errors(path):
         try:
+            temporary.touch()
+            mode = (
+                temporary.stat().st_mode
+            )  # as the user's umask has it; some writers make files of their own
             yield temporary
+            temporary.chmod(mode)
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)

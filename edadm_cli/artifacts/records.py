@@ -94,8 +94,12 @@ class Parity(_Record):
 
     images_bit_equal: bool
     latent_max_abs: float
-    integer_rel_l2: float | None = Field(None, description="integer arithmetic against quantize-dequantize")
+    integer_rel_l2: float | None = Field(
+        None, description="integer arithmetic against quantize-dequantize: the largest error of a layer"
+    )
     integer_bound: float | None = Field(None, description="what that error must not exceed")
+    integer_layer: str | None = Field(None, description="the layer with that error")
+    integer_latent_rel_l2: float | None = Field(None, description="the same comparison of the final latents")
 
 
 class ExportRecord(StageRecord):

@@ -37,7 +37,10 @@ def run(
     num_images: options.NumImagesOption = None,
     require: options.RequireOption = None,
 ) -> None:
-    """Run the whole chain, from a pipeline to report.html, skipping what is up to date."""
+    """Do the whole chain.
+
+    Collect, select, reconstruct, export, evaluate, report; what is up to date is skipped.
+    """
     from edadm_cli.artifacts import RunRecord
     from edadm_cli.cli.places import run_of_model
     from edadm_cli.cli.settings import parse_bits

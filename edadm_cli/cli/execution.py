@@ -103,6 +103,7 @@ class Execution:
         stage: StageRun[ConfigT],
         estimate: StageEstimate[ConfigT],
         config: ConfigT,
+        place: Path | None = None,
     ) -> StageRecord:
         """Run a stage, or estimate it with `--dry-run`; what a library prints meanwhile goes to stderr."""
         from edadm_cli.artifacts import StageRecord
@@ -123,7 +124,7 @@ class Execution:
             command=command,
             status="planned",
             run=str(run.root),
-            artifact=str(run.path(command, name)),
+            artifact=str(place or run.path(command, name)),
             seconds=time.monotonic() - started,
             warnings=tuple(self.reporter.warnings),
             estimate=cost,

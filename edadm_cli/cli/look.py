@@ -23,7 +23,10 @@ def inspect(
         Path | None, typer.Argument(metavar="[PATH]", help="An artifact or a run folder; else the run.")
     ] = None,
 ) -> None:
-    """Show what an artifact holds and descends from, and check every file of it."""
+    """Show and check an artifact or a run.
+
+    What it holds, what it descends from, and whether every file is as it was written.
+    """
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.artifacts.inspection import inspect_artifact, inspect_run, is_artifact, run_of_artifact
 
@@ -54,7 +57,10 @@ def inspect(
 
 @output_command
 def models(execution: Execution) -> None:
-    """List the known models and whether each can be had without a network."""
+    """List the known models.
+
+    And whether each lies on this machine: in the package, or in the hub's cache.
+    """
     from edadm_cli.models.registry import known_models
 
     rows = [

@@ -43,7 +43,10 @@ def evaluate(
     ] = None,
     require: options.RequireOption = None,
 ) -> None:
-    """Measure an export against real images and against full precision, image by image."""
+    """Measure an export's quality.
+
+    Against real images, and image by image against full precision with the same seeds.
+    """
     from edadm_cli.cli.settings import bits_of
     from edadm_cli.config import EvaluateConfig
 
@@ -104,7 +107,9 @@ def sample(
 
     from edadm_cli.sample import stage
 
-    execution.conclude(execution.perform("sample", run, str(config.bits), stage.run, stage.estimate, config))
+    name = str(config.bits)
+    place = run.root / stage.FOLDER / name
+    execution.conclude(execution.perform("sample", run, name, stage.run, stage.estimate, config, place))
 
 
 @place_command
@@ -117,7 +122,10 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write report.html: one page with the figures, plots and images of a run."""
+    """Write report.html, one page that shows a run.
+
+    It holds the figures, plots and images, and links to nothing outside itself.
+    """
     from edadm_cli.artifacts import ReportRecord
     from edadm_cli.cli.settings import parse_bits
 

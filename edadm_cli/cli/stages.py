@@ -24,7 +24,10 @@ def collect(
     dtype: options.DTypeOption = None,
     prompts: options.PromptsOption = None,
 ) -> None:
-    """Sample a pipeline at full precision; keep trajectories, conditioning and mid-block features."""
+    """Sample at full precision and record the trajectories.
+
+    With them the conditioning and the features of the denoiser's middle block.
+    """
     from edadm_cli.cli.places import run_of_model
     from edadm_cli.config import CollectConfig
 
@@ -64,7 +67,10 @@ def select(
     ] = None,
     recipe: options.RecipeOption = None,
 ) -> None:
-    """Choose the calibration set: how many samples each step of the sampler gives."""
+    """Choose the calibration samples.
+
+    TDAC, or another strategy, says how many of them each step of the sampler gives.
+    """
     from edadm_cli.cli.settings import configure_select
 
     config = configure_select(
@@ -95,7 +101,10 @@ def reconstruct(
         typer.Option("--memory-budget-mib", help="Memory for cached inputs and targets of the units."),
     ] = None,
 ) -> None:
-    """Find quantization parameters: range search, then block reconstruction."""
+    """Find the quantization parameters.
+
+    First a search for the ranges, then learned rounding and scales, block by block.
+    """
     from edadm_cli.cli.settings import configure_reconstruct
 
     config = configure_reconstruct(
@@ -117,7 +126,10 @@ def export(
         int | None, typer.Option("--parity-samples", help="Images compared before and after packing.")
     ] = None,
 ) -> None:
-    """Pack the integers into a diffusers folder and compare it with the stage before."""
+    """Pack the integers into a diffusers folder.
+
+    It is loaded back and compared with the stage before.
+    """
     from edadm_cli.cli.settings import bits_of
     from edadm_cli.config import ExportConfig
 

@@ -65,7 +65,8 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStages:
     """Put the stand-ins in the stages' places, in an empty working folder."""
     fakes = FakeStages()
     for name in PARENTS:
-        _install(monkeypatch, name, SimpleNamespace(run=_make_run(fakes, name), estimate=_estimate_of(name)))
+        stage = SimpleNamespace(run=_make_run(fakes, name), estimate=_estimate_of(name), FOLDER="samples")
+        _install(monkeypatch, name, stage)
     _install(monkeypatch, "report", SimpleNamespace(run=_write_report))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EDADM_RUN", raising=False)

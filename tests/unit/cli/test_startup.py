@@ -45,8 +45,8 @@ def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
 
 
 def test_help_is_instant() -> None:
-    """Within 0.4 s of processor time; a slow machine is measured by the help of a program without commands."""
-    empty = "import typer; app = typer.Typer(); app.command()(lambda: None); app(['--help'], standalone_mode=False)"
+    """Within 0.4 s of processor time; on a slow machine, within a multiple of what an empty program takes."""
+    empty = "import typer; app = typer.Typer(); app.command()(lambda: 0); app(['--help'], standalone_mode=0)"
     ours = "from edadm_cli.cli.app import main; main(['--help'])"
     pairs = [(_processor_seconds(empty), _processor_seconds(ours)) for _ in range(3)]
     assert min(pair[1] for pair in pairs) < max(0.4, 4 * min(pair[0] for pair in pairs))

@@ -1,0 +1,55 @@
+# Every target makes its own virtual environment first and keeps it until pyproject.toml changes.
+#   make demo            the whole chain on a shipped model, from nothing to a report
+#   make test            the tests
+#   make test VENV=DIR   the same in an environment of your own
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SOURCES := edadm_cli tests docs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint type format docs clean
+
+help:
+	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
+	@echo 'make lint | type | format | docs | clean'
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("edadm needs Python 3.11 or newer; say which with PYTHON=") \
+	if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/edadm run --model digits-sd --bits w4a8
+	@echo "The report: $(CURDIR)/runs/digits-sd/report.html"
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+type: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/cli_reference.py --check
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
