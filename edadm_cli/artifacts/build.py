@@ -18,6 +18,7 @@ from edadm_cli.artifacts.manifest import (
     environment_facts,
     now,
     remove_temporary_files,
+    set_usual_modes,
     write_manifest,
 )
 from edadm_cli.errors import InputError
@@ -66,6 +67,7 @@ class Build:
         """
         with explained_os_errors(self.target):
             remove_temporary_files(self.path)
+            set_usual_modes(self.path)
             (self.path / MANIFEST_NAME).unlink(missing_ok=True)
             manifest = self.manifest.model_copy(
                 update={

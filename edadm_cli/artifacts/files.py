@@ -23,7 +23,7 @@ _MACHINE_REASONS = {
     errno.EIO: "the disk reports an input/output error",
     errno.ENOMEM: "memory is used up",
 }
-_TEMPORARY = ".edadm-tmp"
+TEMPORARY = ".edadm-tmp"
 
 
 def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None) -> EdadmError | None:
@@ -59,11 +59,10 @@ def explained_os_errors(place: str | os.PathLike[str]) -> Iterator[None]:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it is synced and renamed, on failure removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with explained_os_errors(path):
         try:
-            temporary.touch()
-            mode = (
+            mode = usual_mode(temporary)
                 temporary.stat().st_mode
             )  # as the user's umask has it; some writers make files of their own
             yield temporary
@@ -76,9 +75,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
 
 
+def usual_mode(path: Path) -> int:
+    """Create an empty file and give its mode, which the user's umask decides; some writers choose their own."""
+    path.touch()
+    return path.stat().st_mode & 0o777
+
+
 def is_temporary(path: Path) -> bool:
     """Whether a file is the leftover of an `atomic_path` that was killed."""
-    return path.name.endswith(_TEMPORARY)
+    return path.name.endswith(TEMPORARY)
 
 
 def sync(path: Path) -> None:

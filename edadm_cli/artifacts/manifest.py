@@ -12,7 +12,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from edadm_cli.artifacts.files import file_sha256, is_temporary, load_json, save_json, sync
+from edadm_cli.artifacts.files import (
+    TEMPORARY,
+    file_sha256,
+    is_temporary,
+    load_json,
+    save_json,
+    sync,
+    usual_mode,
+)
 from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity
 from edadm_cli.artifacts.tensors import TensorInfo, read_tensor_header
 from edadm_cli.errors import InputError
@@ -150,6 +158,16 @@ def remove_temporary_files(folder: Path) -> None:
     for path in list(folder.rglob("*")):
         if path.is_file() and is_temporary(path):
             path.unlink()
+
+
+def set_usual_modes(folder: Path) -> None:
+    """Give every file the mode that the user's umask says, where a library wrote it for its owner alone."""
+    probe = folder / f".mode{TEMPORARY}"
+    mode = usual_mode(probe)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def environment_facts() -> dict[str, str]:

@@ -130,6 +130,7 @@ def test_leftovers_of_killed_writes_and_scratch_are_not_committed(run: RunFolder
     with run.build(_plan()) as build:
         save_json(build.path / "kept.json", [])
         (build.path / ".kept.json.77.edadm-tmp").write_text("half")
+        (build.path / "kept.json").chmod(0o600)
         (build.path / "units").mkdir()
         save_json(build.path / "units" / "0.json", [])
         (build.path / "log.txt").write_text("not payload")
@@ -137,6 +138,8 @@ def test_leftovers_of_killed_writes_and_scratch_are_not_committed(run: RunFolder
         built = build.commit(ignore=["*.txt"])
     assert [entry.path for entry in built.manifest.payload] == ["kept.json"]
     assert _children(built.path) == ["kept.json", "log.txt", "manifest.json"]
+    modes = {path.stat().st_mode for path in built.path.iterdir()}
+    assert len(modes) == 1, "a library's own modes are set to the umask's"
 
 
 def test_a_commit_killed_before_its_rename_is_finished_by_the_next_build(
