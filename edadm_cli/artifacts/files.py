@@ -63,8 +63,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
     with explained_os_errors(path):
         try:
             mode = usual_mode(temporary)
-                temporary.stat().st_mode
-            )  # as the user's umask has it; some writers make files of their own
             yield temporary
             temporary.chmod(mode)
             sync(temporary)
@@ -76,7 +74,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def usual_mode(path: Path) -> int:
-    """Create an empty file and give its mode, which the user's umask decides; some writers choose their own."""
+    """Create an empty file and give its mode, which the umask decides; some writers choose their own."""
     path.touch()
     return path.stat().st_mode & 0o777
 
