@@ -1,0 +1,141 @@
+"""One frozen model a stage: a field is a command-line flag, a key of the TOML file, and a key of the manifest.
+
+Fields marked `identity=False` say where or how fast a stage runs, not what it computes; they do not enter the
+artifact's identity.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from edadm_cli.errors import UsageError
+from edadm_cli.recipe import Recipe, SelectStrategy
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+_BITS = re.compile(r"^w([2-8])a([2-8])$")
+
+
+def local(default: Any, **kwargs: Any) -> Any:
+    """A field that is no part of an artifact's identity: a place, a device, a budget."""
+    return Field(default, json_schema_extra={"identity": False}, **kwargs)
+
+
+class StageConfig(BaseModel):
+    """What every stage takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in the stage")
+    device: str = local("auto", description="cpu, cuda, cuda:N, or auto: cuda where there is one, else cpu")
+
+    def identity_fields(self) -> dict[str, Any]:
+        """The fields that decide the result, as plain JSON values, without the seed (the manifest names it itself)."""
+        is_local = {
+            name
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False
+        }
+        return self.model_dump(mode="json", exclude=is_local | {"seed"})
+
+
+class CollectConfig(StageConfig):
+    """Full-precision sampling: trajectories, conditioning, mid-block features."""
+
+    model: str = local(description="known name, diffusers folder, hub id or checkpoint file", default=...)
+    num_trajectories: int | None = Field(None, ge=1, description="N, trajectories sampled; null: the model's own")
+    num_steps: int | None = Field(None, ge=1, description="T, sampler steps; null: the model's own")
+    guidance_scale: float | None = Field(None, ge=0, description="classifier-free guidance; null: the model's own")
+    batch_size: int | None = Field(
+        None, ge=1, description="trajectories sampled together, one shard each; null: the model's own"
+    )
+    feature_batch: int | None = Field(
+        None, ge=1, description="B, trajectories whose mid-block features are kept; null: the model's own"
+    )
+    dtype: DTypeName = Field("float32", description="arithmetic of the full-precision denoiser")
+    prompts: Path | None = local(None, description="text file, one prompt a line; null: the model's own prompts")
+
+
+class SelectConfig(StageConfig):
+    """TDAC or another strategy: which step of each trajectory calibrates."""
+
+    strategy: SelectStrategy = "tdac"
+    num_samples: int | None = Field(None, ge=1, description="N of the calibration set; null: one a trajectory")
+    density_radius: float | None = Field(None, gt=0, description="r; null: the median pairwise distance")
+    variety_weight: float | None = Field(None, ge=0, description="lambda; null: the model's own")
+
+
+class BitWidth(BaseModel):
+    """Bits of weights and activations, written `w4a8`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: int = Field(ge=2, le=8)
+    activation: int = Field(ge=2, le=8)
+
+    @classmethod
+    def parse(cls, text: str) -> BitWidth:
+        """Read `wXaY`.
+
+        Raises:
+            UsageError: The text is not of that form, or X or Y is not within 2..8.
+        """
+        match = _BITS.match(text.strip().lower())
+        if match is None:
+            raise UsageError(
+                f"--bits takes wXaY with X and Y from 2 to 8, such as w8a8 or w4a8; got '{text}'.",
+                hint="edadm reconstruct --bits w4a8",
+            )
+        return cls(weight=int(match[1]), activation=int(match[2]))
+
+    def __str__(self) -> str:
+        return f"w{self.weight}a{self.activation}"
+
+
+class ReconstructConfig(StageConfig):
+    """Range search and fine-grained block reconstruction."""
+
+    bits: BitWidth
+    recipe: Recipe
+    batch_size: int = Field(64, ge=1, description="calibration samples a forward of the denoiser")
+    memory_budget_mib: int = local(4096, ge=64, description="memory for cached unit inputs and targets, in MiB")
+
+
+class ExportConfig(StageConfig):
+    """Packed integers in a diffusers folder, checked against the stage before."""
+
+    bits: BitWidth
+    parity_samples: int = Field(2, ge=1, description="images sampled before and after packing and compared")
+
+
+class EvaluateConfig(StageConfig):
+    """Quality against real images and against the full-precision images of the same seeds."""
+
+    bits: BitWidth
+    num_images: int = Field(1000, ge=2, description="images sampled at each precision")
+    batch_size: int = Field(50, ge=1, description="images sampled together")
+    num_steps: int | None = Field(None, ge=1, description="sampler steps; null: as collected")
+    guidance_scale: float | None = Field(None, ge=0, description="guidance; null: as collected")
+    prompts: Path | None = local(None, description="text file, one prompt a line; null: the model's own prompts")
+    real: str | None = local(None, description="folder of real images or npz of statistics; null: the model's own")
+    metrics: tuple[str, ...] = Field((), description="figures to compute; none named: all that can be had here")
+    clip_model: str = Field("ViT-L-14", description="open_clip model of the CLIP score")
+    clip_pretrained: str = Field("openai", description="open_clip tag, or a file of weights")
+    inception_weights: Path | None = local(None, description="file of Inception weights; null: torch-fidelity's own")
+
+
+class SampleConfig(StageConfig):
+    """Images from an export."""
+
+    bits: BitWidth
+    num_images: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1)
+    num_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0)
+    prompt: tuple[str, ...] = ()
+    arithmetic: Literal["fake-quantize", "integer"] = Field(
+        "fake-quantize", description="dequantize in floating point, or int8 products with int32 sums"
+    )

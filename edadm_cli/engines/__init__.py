@@ -1,0 +1,1 @@
+"""How an exported denoiser runs."""

@@ -1,0 +1,60 @@
+"""An export held against the stage before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edadm_cli.engines.reference import LAYER_BOUND
+from edadm_cli.errors import EdadmError
+from edadm_cli.models.sampling import Samples
+
+
+@dataclass(frozen=True)
+class ExportParity:
+    """What the comparison found.
+
+    Attributes:
+        latent_max_abs: Largest difference of final latents, same arithmetic before and after.
+        images_bit_equal: Whether all images have the same bytes.
+        integer_rel_l2: Worst layer's relative L2 error of integer arithmetic against quantize-dequantize.
+        integer_layer: That layer.
+        integer_latent_rel_l2: Relative L2 distance of the final latents of the two arithmetics.
+    """
+
+    latent_max_abs: float
+    images_bit_equal: bool
+    integer_rel_l2: float
+    integer_layer: str
+    integer_latent_rel_l2: float
+
+
+def compare(before: Samples, after: Samples, integer: Samples, layer_errors: dict[str, float]) -> ExportParity:
+    """Put the figures together.
+
+    Raises:
+        EdadmError: The export does not compute what the stage before computed, or an integer layer is out of bound.
+    """
+    worst = max(layer_errors, key=lambda name: layer_errors[name])
+    parity = ExportParity(
+        latent_max_abs=float((before.latents - after.latents).abs().max()),
+        images_bit_equal=torch.equal(before.images, after.images),
+        integer_rel_l2=layer_errors[worst],
+        integer_layer=worst,
+        integer_latent_rel_l2=_relative(integer.latents, after.latents),
+    )
+    if not parity.images_bit_equal or parity.latent_max_abs != 0.0:
+        raise EdadmError(
+            f"The export does not compute what was reconstructed: final latents differ by {parity.latent_max_abs:.3g}."
+        )
+    if parity.integer_rel_l2 > LAYER_BOUND:
+        raise EdadmError(
+            f"Integer arithmetic of '{worst}' is off by {parity.integer_rel_l2:.2e}, the bound is {LAYER_BOUND:.0e}."
+        )
+    return parity
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())

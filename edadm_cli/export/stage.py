@@ -1,0 +1,154 @@
+"""`edadm export`: a quantized pipeline in a diffusers folder, loaded back and compared before it is called done."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from edadm_cli.artifacts import (
+    Artifact,
+    Build,
+    Estimate,
+    ExportRecord,
+    Parity,
+    Plan,
+    RunFolder,
+    save_json,
+)
+from edadm_cli.config import ExportConfig
+from edadm_cli.errors import EdadmError
+from edadm_cli.engines.reference import LAYER_BOUND, layer_parity, use_arithmetic
+from edadm_cli.export.folder import component_sizes, write_pipeline
+from edadm_cli.export.parity import ExportParity, compare
+from edadm_cli.integrations.quantizer import FORMAT_VERSION, METHOD
+from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
+from edadm_cli.models.registry import ModelEntry
+from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
+from edadm_cli.progress import Reporter, SilentReporter
+from edadm_cli.quant.network import load_quant_params, quantize_network, unquantized
+from edadm_cli.quant.plan import QuantizationPlan
+
+EXPORT_FILE = "export.json"
+_FLOAT_BYTES = 4
+
+
+def run(
+    config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+) -> ExportRecord:
+    """Pack, write, load back with diffusers, compare.
+
+    Raises:
+        InputError: There is no reconstruction, or the model is not the one it was made from.
+        EdadmError: The export does not compute what the reconstruction computed.
+    """
+    started, reporter = time.monotonic(), reporter or SilentReporter()
+    source = run.open("reconstruct", str(config.bits))
+    fields = {**config.identity_fields(), "format_version": FORMAT_VERSION}
+    plan = Plan("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
+    with run.build(plan, force) as build:
+        status = "up_to_date" if build.up_to_date else "done"
+        artifact = build.artifact or _build(config, run, source, build, reporter)
+    facts = artifact.json(EXPORT_FILE)
+    return ExportRecord(
+        status=status,
+        run=str(run.root),
+        artifact=str(artifact.path),
+        identity=artifact.identity,
+        seconds=time.monotonic() - started,
+        warnings=tuple(reporter.warnings),
+        bits=str(config.bits),
+        size_mib=facts["size_mib"],
+        parity=Parity(**facts["parity"]),
+    )
+
+
+def estimate(config: ExportConfig, run: RunFolder) -> Estimate:
+    """Time a short sampling: the pipeline samples three times, once of them in integer arithmetic."""
+    source = run.open("reconstruct", str(config.bits))
+    model, num_parameters = _quantized_model(config, run, source)
+    sampling = run.open("collect").json("sampling.json")
+    started = time.monotonic()
+    _sample(config, model, {**sampling, "num_steps": 1})
+    seconds = (time.monotonic() - started) * sampling["num_steps"] * 4
+    weights = num_parameters * _FLOAT_BYTES / 2**20
+    files = sum(file.stat().st_size for file in model.folder.rglob("*") if file.is_file()) / 2**20
+    return Estimate(seconds=seconds, memory_mib=3 * weights, disk_mib=files)
+
+
+def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build, reporter: Reporter) -> Artifact:
+    sampling = run.open("collect").json("sampling.json")
+    with reporter.task("export", 4) as advance:
+        model, num_parameters = _quantized_model(config, run, source)
+        before = _sample(config, model, sampling)
+        advance(1)
+        write_pipeline(model, build.path, _quantization_config(config, source))
+        del model
+        advance(1)
+        device = resolve_device(config.device)
+        entry = ModelEntry.model_validate(sampling["entry"])
+        loaded = load_model(str(build.path), device, torch.float32, entry)
+        _require_coverage(loaded, source)
+        after = _sample(config, loaded, sampling)
+        advance(1)
+        calls = CalibrationSet.load(run.open("select")).call(range(1), device, torch.float32)
+        errors = layer_parity(loaded.denoiser, *calls)
+        use_arithmetic(loaded.denoiser, "integer")
+        parity = compare(before, after, _sample(config, loaded, sampling), errors)
+        advance(1)
+    sizes = component_sizes(build.path)
+    sizes["denoiser_fp32"] = num_parameters * _FLOAT_BYTES / 2**20
+    sizes["ratio"] = sizes["denoiser_fp32"] / sizes[loaded.denoiser_name]
+    save_json(build.path / EXPORT_FILE, {"size_mib": sizes, "parity": _parity(parity)})
+    return build.commit(environment={"device": config.device})
+
+
+def _quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int]:
+    """The pipeline with the reconstruction's parameters in its denoiser, and how many weights it had before."""
+    model = load_collected_model(run, resolve_device(config.device), torch.float32)
+    num_parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
+    quantize_network(model.denoiser, QuantizationPlan.model_validate(source.json("plan.json")))
+    load_quant_params(model.denoiser, source.tensors("quant_params.safetensors"))
+    return model, num_parameters
+
+
+def _require_coverage(loaded: LoadedModel, source: Artifact) -> None:
+    missing = unquantized(loaded.denoiser, QuantizationPlan.model_validate(source.json("plan.json")))
+    if missing:
+        raise EdadmError(f"{len(missing)} planned layers are not quantized in the export: {', '.join(missing)}.")
+
+
+def _sample(config: ExportConfig, model: LoadedModel, sampling: dict[str, Any]) -> Samples:
+    count = config.parity_samples
+    prompts = sampling["prompts"]
+    return sample(
+        model,
+        seeds=[image_seed(config.seed, index, EVALUATION) for index in range(count)],
+        prompts=None if prompts is None else [prompts[index % len(prompts)] for index in range(count)],
+        num_steps=sampling["num_steps"],
+        guidance_scale=sampling["guidance_scale"],
+    )
+
+
+def _parity(parity: ExportParity) -> dict[str, Any]:
+    return {
+        "images_bit_equal": parity.images_bit_equal,
+        "latent_max_abs": parity.latent_max_abs,
+        "integer_rel_l2": parity.integer_rel_l2,
+        "integer_bound": LAYER_BOUND,
+        "integer_layer": parity.integer_layer,
+        "integer_latent_rel_l2": parity.integer_latent_rel_l2,
+    }
+
+
+def _quantization_config(config: ExportConfig, source: Artifact) -> dict[str, Any]:
+    return {
+        "quant_method": METHOD,
+        "format_version": FORMAT_VERSION,
+        "bits": str(config.bits),
+        "recipe": source.manifest.config["recipe"]["name"],
+        "plan": source.json("plan.json"),
+    }

@@ -1,0 +1,149 @@
+"""The diffusers quantizer of exported denoisers: rebuilds the quantized layers before the weights are read, and keeps
+scales in float32 whatever dtype the rest is loaded in."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from edadm_cli.errors import InputError
+from edadm_cli.integrations.autoload import register
+from edadm_cli.quant.attention import QuantizedAttention
+from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
+from edadm_cli.quant.network import quantize_network
+from edadm_cli.quant.plan import QuantizationPlan
+
+METHOD = "edadm"
+FORMAT_VERSION = 1
+
+
+class _Method(str, Enum):
+    EDADM = METHOD
+    __hash__ = str.__hash__  # diffusers looks the method up among plain strings
+
+
+class EdadmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of an exported denoiser.
+
+    Args:
+        format_version: Of the tensors' names and packing.
+        bits: Such as `w4a8`.
+        recipe: Name of the recipe it was made with.
+        plan: `QuantizationPlan` as plain data.
+    """
+
+    def __init__(self, format_version: int, bits: str, recipe: str, plan: dict[str, Any], **_: Any) -> None:
+        self.quant_method = _Method.EDADM
+        self.format_version, self.bits, self.recipe, self.plan = format_version, bits, recipe, plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it stands in `config.json`."""
+        return {
+            "quant_method": METHOD,
+            "format_version": self.format_version,
+            "bits": self.bits,
+            "recipe": self.recipe,
+            "plan": self.plan,
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(bits={self.bits!r}, recipe={self.recipe!r}, {len(self.plan['layers'])} layers)"
+
+    def quantization_plan(self) -> QuantizationPlan:
+        """The plan, checked.
+
+        Raises:
+            InputError: It was written by a newer version, or is not a plan.
+        """
+        if self.format_version != FORMAT_VERSION:
+            raise InputError(
+                f"The export has format {self.format_version}; this version of edadm reads format {FORMAT_VERSION}.",
+                hint="pip install --upgrade edadm",
+            )
+        try:
+            return QuantizationPlan.model_validate(self.plan)
+        except ValidationError as error:
+            raise InputError(f"quantization_config holds no valid plan: {error.errors()[0]['msg']}.") from error
+
+
+class EdadmQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Loads exported denoisers for `from_pretrained`, saves them again for `save_pretrained`."""
+
+    requires_calibration = True
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
+    ) -> bool:
+        """Whether a tensor is ours: a code, a scale or a zero-point, but not a bias."""
+        owner, name = _owner(model, param_name)
+        return isinstance(owner, QuantizedLayer | QuantizedAttention) and name in owner._buffers
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str,
+        state_dict: dict[str, Any],
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Take a tensor as it lies in the file: diffusers has cast `param_value` to the dtype of the load."""
+        owner, name = _owner(model, param_name)
+        stored = state_dict[param_name]
+        _require_fit(param_name, stored, owner._buffers[name])
+        owner._buffers[name] = stored.to(target_device)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        """Leave shapes to `create_quantized_param`."""
+        return True
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Refuse a file that lacks tensors: diffusers would go on with uninitialized ones."""
+        if missing_keys:
+            raise InputError(f"The exported weights lack {len(missing_keys)} tensors, such as '{missing_keys[0]}'.")
+        return missing_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        quantize_network(model, self.quantization_config.quantization_plan())
+        model.config["quantization_config"] = self.quantization_config
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name, layer in quantized_layers(model).items():
+            for key in ("weight_scale", "input_scale"):
+                scale = getattr(layer, key, None)
+                if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                    raise InputError(f"'{name}.{key}' has a scale that is not a positive number.")
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the packed tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Deployed layers have no gradients."""
+        return False
+
+
+def _owner(model: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
+    owner, _, name = tensor_name.rpartition(".")
+    return model.get_submodule(owner), name
+
+
+def _require_fit(name: str, found: Tensor, wanted: Tensor | None) -> None:
+    assert wanted is not None
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        raise InputError(
+            f"'{name}' is {found.dtype} {list(found.shape)} in the export; wanted {wanted.dtype} {list(wanted.shape)}."
+        )
+
+
+register()

@@ -1,0 +1,1 @@
+"""Small diffusion models of handwritten digits that ship with the package, and their training."""

@@ -1,0 +1,172 @@
+r"""What the digits models are trained and measured on: image formats, captions, and the files that ship.
+
+The two image formats come from the 28x28 MNIST images:
+
+- 32x32: two pixels of zeros on each side (`digits-sd`),
+- 16x16: the mean over 2x2 pixels of the 32x32 format (`digits-ddpm`).
+
+Both are kept as 8-bit gray levels, which is what image metrics compare.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edadm_cli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGE_SIZES = (16, 32)
+WEIGHTS = Path(__file__).parent / "weights"
+MODEL_NAMES = ("classifier", "digits-sd", "digits-ddpm", "data")
+TEST_IMAGES_FILE = "mnist_test.npz"
+STATISTICS_FILE = "statistics.safetensors"
+STATISTICS = ("features", "spatial")
+TRAIN_COMMAND = "python -m edadm_cli.models.digits.train --data mnist.npz --out DIR"
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "{}",
+    "the digit {}",
+    "the number {}",
+    "a handwritten {}",
+    "handwritten digit {}",
+    "a handwritten digit {}",
+    "a handwritten number {}",
+    "a picture of the number {}",
+    "a picture of the digit {}",
+    "an image of a handwritten {}",
+    "a drawing of the number {}",
+    "the number {} written by hand",
+)
+
+
+def captions_of(digit: int) -> tuple[str, ...]:
+    """Return every caption of one digit: each template with the word, then each template with the numeral."""
+    names = (DIGIT_WORDS[digit], str(digit))
+    return tuple(template.format(name) for name in names for template in TEMPLATES)
+
+
+def label_of_prompt(prompt: str) -> int | None:
+    """Return the digit that a prompt asks for, or `None` where it names none or more than one.
+
+    Words and single numerals count, in any case; `17` names no single digit.
+    """
+    names = {name: digit for digit, word in enumerate(DIGIT_WORDS) for name in (word, str(digit))}
+    found = {names[part] for part in re.findall(r"[^\W\d_]+|\d+", prompt.lower()) if part in names}
+    return found.pop() if len(found) == 1 else None
+
+
+def prompts(num_prompts: int, seed: int) -> list[str]:
+    """Return `num_prompts` captions in which digits, and a digit's captions, differ in number by one at most.
+
+    Every ten consecutive prompts that start at a multiple of ten name each digit once, in a seeded order. A
+    longer list with the same seed starts with the shorter one.
+    """
+    if num_prompts < 0:
+        raise UsageError(f"A number of prompts of 0 or more was wanted, found {num_prompts}.")
+    captions = [_endless_shuffle(captions_of(digit), seed, digit) for digit in range(10)]
+    order = random.Random(f"digits prompts {seed} order")
+    chosen: list[str] = []
+    while len(chosen) < num_prompts:
+        chosen += [next(captions[digit]) for digit in order.sample(range(10), 10)]
+    return chosen[:num_prompts]
+
+
+def _endless_shuffle(captions: tuple[str, ...], seed: int, digit: int) -> Iterator[str]:
+    generator = random.Random(f"digits prompts {seed} digit {digit}")
+    while True:
+        yield from generator.sample(captions, len(captions))
+
+
+def to_image_format(images: Tensor, image_size: int) -> Tensor:
+    """Bring MNIST images with shape `(N, 28, 28)` to 8-bit gray images with shape `(N, 1, S, S)`.
+
+    Raises:
+        UsageError: `image_size` is no known format.
+    """
+    from torch.nn import functional
+
+    _check_image_size(image_size)
+    padded = functional.pad(images.unsqueeze(1), (2, 2, 2, 2))  # [N, 1, 32, 32]
+    if image_size == 32:
+        return padded
+    return functional.avg_pool2d(padded.float(), 2).round().to(images.dtype)
+
+
+def model_folder(name: str, root: Path = WEIGHTS) -> Path:
+    """Return the folder of a shipped model, of the classifier, or of the real data.
+
+    Raises:
+        UsageError: no such model is known.
+        InputError: its files are not there.
+    """
+    if name not in MODEL_NAMES:
+        raise UsageError(f"A digits model was wanted ({', '.join(MODEL_NAMES)}), found {name!r}.")
+    folder = root / name
+    if not folder.is_dir():
+        raise InputError(f"The files of {name} were wanted in {folder}, found none.", hint=TRAIN_COMMAND)
+    return folder
+
+
+def real_images(image_size: int, root: Path = WEIGHTS) -> Tensor:
+    """Return the 10,000 MNIST test images as uint8 with shape `(10000, 1, S, S)`."""
+    return to_image_format(_read_test_array("images", root), image_size)
+
+
+def real_labels(root: Path = WEIGHTS) -> Tensor:
+    """Return the labels of the MNIST test images as int64 with shape `(10000,)`."""
+    return _read_test_array("labels", root).long()
+
+
+def real_statistics(image_size: int, root: Path = WEIGHTS) -> dict[str, Tensor]:
+    """Return mean and covariance of the classifier's features over the 60,000 MNIST training images.
+
+    Returns:
+        `features_mean (D,)`, `features_cov (D, D)`, `spatial_mean (E,)`, `spatial_cov (E, E)` in float64;
+        `spatial` is the flattened early feature map.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    _check_image_size(image_size)
+    stored = load_file(model_folder("data", root) / STATISTICS_FILE)
+    statistics: dict[str, Tensor] = {}
+    for kind in STATISTICS:
+        mean = stored[f"{image_size}.{kind}_mean"]
+        rows, columns = torch.triu_indices(len(mean), len(mean))
+        covariance = mean.new_zeros(len(mean), len(mean))
+        covariance[rows, columns] = covariance[columns, rows] = stored[f"{image_size}.{kind}_cov_upper"]
+        statistics |= {f"{kind}_mean": mean, f"{kind}_cov": covariance}
+    return statistics
+
+
+def pack_statistics(image_size: int, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name and pack statistics as they ship: of a symmetric covariance, the upper triangle by rows."""
+    import torch
+
+    packed: dict[str, Tensor] = {}
+    for kind in STATISTICS:
+        covariance = statistics[f"{kind}_cov"]
+        rows, columns = torch.triu_indices(len(covariance), len(covariance))
+        packed[f"{image_size}.{kind}_mean"] = statistics[f"{kind}_mean"].contiguous()
+        packed[f"{image_size}.{kind}_cov_upper"] = covariance[rows, columns].contiguous()
+    return packed
+
+
+def _check_image_size(image_size: int) -> None:
+    if image_size not in IMAGE_SIZES:
+        raise UsageError(f"An image size of 16 or 32 was wanted, found {image_size}.")
+
+
+def _read_test_array(name: str, root: Path) -> Tensor:
+    import numpy
+    import torch
+
+    with numpy.load(model_folder("data", root) / TEST_IMAGES_FILE, allow_pickle=False) as arrays:
+        return torch.from_numpy(arrays[name])

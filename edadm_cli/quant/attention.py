@@ -1,0 +1,96 @@
+r"""Attention with quantized products.
+
+    S = softmax(q_hat k_hat^T / sqrt(d)),   o = p_hat v_hat,   p_hat = fake_quantize(S), zero-point 0
+
+Queries, keys and values lie on signed symmetric grids, probabilities on an unsigned one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.quant.grid import Grid, activation_grid, fake_quantize, weight_grid
+from edadm_cli.quant.layers import keeping_float32
+from edadm_cli.quant.plan import AttentionPlan
+
+OPERANDS = ("q", "k", "v", "p")
+
+
+def operand_grid(plan: AttentionPlan, operand: str) -> Grid:
+    """The grid of `q`, `k`, `v` (signed) or `p` (unsigned)."""
+    return activation_grid(plan.probability_bits) if operand == "p" else weight_grid(plan.activation_bits)
+
+
+class AttentionProducts(nn.Module):
+    """The processor of a diffusers `Attention` block, computed step by step so that its operands can be touched.
+
+    `touch(operand, tensor)` sees q, k, v as `[batch * heads, tokens, head_dim]` and p as
+    `[batch * heads, tokens, tokens]` and returns what the product uses.
+    """
+
+    def touch(self, operand: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def __call__(  # noqa: PLR0913  (the signature of diffusers' processors)
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        shape = hidden_states.shape
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [N, H * W, C]
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], hidden_states.shape[0])
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if encoder_hidden_states is None:
+            context = hidden_states
+        elif attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        q, k, v = (
+            self.touch(name, attn.head_to_batch_dim(project(source)))
+            for name, project, source in (
+                ("q", attn.to_q, hidden_states),
+                ("k", attn.to_k, context),
+                ("v", attn.to_v, context),
+            )
+        )
+        p = self.touch("p", attn.get_attention_scores(q, k, mask))
+        out: Tensor = attn.batch_to_head_dim(torch.bmm(p, v))
+        out = attn.to_out[1](attn.to_out[0](out))
+        if len(shape) == 4:
+            out = out.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+
+class QuantizedAttention(AttentionProducts):
+    """Attention products on fixed grids; buffers `q_scale`, `k_scale`, `v_scale`, `p_scale`, float32."""
+
+    def __init__(self, plan: AttentionPlan, scales: dict[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.plan = plan
+        for operand in OPERANDS:
+            scale = torch.ones(()) if scales is None else scales[operand].detach().clone().float().reshape(())
+            self.register_buffer(f"{operand}_scale", scale)
+
+    def touch(self, operand: str, tensor: Tensor) -> Tensor:
+        scale: Tensor = getattr(self, f"{operand}_scale")
+        zero = torch.zeros((), dtype=torch.int32, device=tensor.device)
+        return fake_quantize(tensor, scale, zero, operand_grid(self.plan, operand))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAttention:
+        super()._apply(keeping_float32(self, fn), recurse)
+        return self

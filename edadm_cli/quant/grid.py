@@ -1,0 +1,114 @@
+r"""Uniform affine grids: integer codes, a scale and a zero-point.
+
+    q     = clamp(rne(x * (1 / scale)) + zero_point, quant_min, quant_max)
+    x_hat = (q - zero_point) * scale
+
+`rne` rounds to nearest, ties to even; the reciprocal is taken in float32. Every engine computes exactly this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers a tensor may take.
+
+    Weights are signed and symmetric (zero-point 0); activations are unsigned with a free zero-point.
+    """
+
+    num_bits: int
+    signed: bool
+
+    @property
+    def quant_min(self) -> int:
+        return -(1 << (self.num_bits - 1)) if self.signed else 0
+
+    @property
+    def quant_max(self) -> int:
+        return (1 << (self.num_bits - 1)) - 1 if self.signed else (1 << self.num_bits) - 1
+
+
+def weight_grid(num_bits: int) -> Grid:
+    """Signed codes, such as -8..7 for four bits."""
+    return Grid(num_bits, signed=True)
+
+
+def activation_grid(num_bits: int) -> Grid:
+    """Unsigned codes, such as 0..255 for eight bits."""
+    return Grid(num_bits, signed=False)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Codes of `x` as float32 whole numbers; `scale` and `zero_point` broadcast against `x`."""
+    codes = torch.round(x.float() * scale.reciprocal()) + zero_point
+    return codes.clamp(grid.quant_min, grid.quant_max)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Real values of codes, float32."""
+    return (codes.float() - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """`dequantize(quantize(x))` for one scale and zero-point a tensor, in the dtype of `x`.
+
+    Args:
+        x: Any shape, floating point.
+        scale: float32, one element.
+        zero_point: int32, one element.
+        grid: The codes allowed.
+    """
+    y = torch.fake_quantize_per_tensor_affine(
+        x.float(), scale.reshape(()), zero_point.reshape(()), grid.quant_min, grid.quant_max
+    )
+    return y.to(x.dtype)
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    """Fake-quantize with a straight-through gradient to `x` and the LSQ gradient to `scale`."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, dropped):  # type: ignore[no-untyped-def]
+        quantized = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+        ctx.save_for_backward(x, scale, zero_point, quantized, dropped)
+        ctx.bounds = quant_min, quant_max
+        return quantized if dropped is None else torch.where(dropped, x, quantized)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, scale, zero_point, quantized, dropped = ctx.saved_tensors
+        low, high = ((bound - zero_point + side) * scale for bound, side in zip(ctx.bounds, (-0.5, 0.5), strict=True))
+        in_range = (x >= low) & (x <= high)
+        passes = in_range if dropped is None else in_range | dropped
+        grad_x = grad * passes if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            # inside the range: code - x / scale; clipped: code. Dropped elements do not see the scale.
+            slope = torch.where(in_range, quantized - x, quantized)
+            through = grad if dropped is None else grad.masked_fill(dropped, 0)
+            grad_scale = ((through * slope).sum() / scale).reshape(scale.shape)
+        return grad_x, grad_scale, None, None, None, None
+
+
+def learned_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, dropped: Tensor | None = None
+) -> Tensor:
+    """`fake_quantize` that teaches its scale.
+
+    Args:
+        x: float32, any shape.
+        scale: float32, shape `()`, receives the LSQ gradient.
+        zero_point: int32, shape `()`.
+        grid: The codes allowed.
+        dropped: Elements to leave unquantized, shape of `x`, bool (QDrop's activation drop).
+
+    References:
+        LSQ, arXiv 1902.08153, equation 3; QDrop, arXiv 2203.05740.
+    """
+    result: Tensor = _LearnedFakeQuantize.apply(x, scale, zero_point, grid.quant_min, grid.quant_max, dropped)
+    return result

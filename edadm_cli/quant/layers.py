@@ -1,0 +1,203 @@
+r"""Quantized layers as they are deployed: integer codes, scales, and two arithmetics that mean the same.
+
+    fake-quantize:  y = op(dequantize(quantize(x)), w_int * w_scale) + b
+    integer:        y = op(q - zero_point, w_int) * (x_scale * w_scale) + b,   the sum exact, the epilogue float32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.quant.grid import dequantize, fake_quantize, quantize
+from edadm_cli.quant.operation import Operation
+from edadm_cli.quant.packing import is_packed, pack_int4, unpack_int4
+from edadm_cli.quant.plan import LayerPlan
+
+Arithmetic = Literal["fake-quantize", "integer"]
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer with integer weights and a static input quantizer.
+
+    Args:
+        operation: What is multiplied.
+        plan: Bits; `channel_parts` must be unset (see `SplitLayer`).
+        weight_shape: `[C_out, C_in / groups, kh, kw]` or `[C_out, C_in]`.
+        bias: The float bias, kept as it is.
+        device: Of the codes and scales.
+
+    The codes are held packed when they have at most four bits. Scales are float32 and stay so whatever dtype the
+    model is cast to.
+    """
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(
+        self,
+        operation: Operation,
+        plan: LayerPlan,
+        weight_shape: tuple[int, ...],
+        bias: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.operation, self.plan, self.weight_shape = operation, plan, tuple(weight_shape)
+        self.arithmetic: Arithmetic = "fake-quantize"
+        self.register_buffer("weight_codes", torch.zeros(self.codes_shape, dtype=self.codes_dtype, device=device))
+        self.register_buffer("weight_scale", torch.ones(weight_shape[0], device=device))
+        if plan.input_grid is not None:
+            self.register_buffer("input_scale", torch.ones((), device=device))
+            self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32, device=device))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self._weight: Tensor | None = None
+
+    @property
+    def codes_shape(self) -> tuple[int, ...]:
+        """Shape of `weight_codes` as it is held and stored."""
+        if not is_packed(self.plan.weight_bits):
+            return self.weight_shape
+        per_row = torch.Size(self.weight_shape[1:]).numel()
+        return (self.weight_shape[0], (per_row + 1) // 2)
+
+    @property
+    def codes_dtype(self) -> torch.dtype:
+        return torch.uint8 if is_packed(self.plan.weight_bits) else torch.int8
+
+    def set_parameters(
+        self,
+        weight_int: Tensor,
+        weight_scale: Tensor,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> None:
+        """Fill in the codes (int8, `weight_shape`) and scales."""
+        packed = pack_int4(weight_int) if is_packed(self.plan.weight_bits) else weight_int.to(torch.int8)
+        self.weight_codes.copy_(packed)
+        self.weight_scale.copy_(weight_scale)
+        if self.plan.input_grid is not None:
+            if input_scale is None or input_zero_point is None:
+                raise ValueError("a layer with a quantized input needs its scale and zero-point")
+            self.input_scale.copy_(input_scale.reshape(()))
+            self.input_zero_point.copy_(input_zero_point.reshape(()))
+        self._weight = None
+
+    @property
+    def weight_int(self) -> Tensor:
+        """The codes, int8, `weight_shape`."""
+        if is_packed(self.plan.weight_bits):
+            return unpack_int4(self.weight_codes, self.weight_shape)
+        return self.weight_codes
+
+    def parameters_by_name(self) -> Iterator[tuple[str, Tensor]]:
+        """The quantization parameters under the names of the artifact."""
+        yield "weight_int", self.weight_int
+        yield "weight_scale", self.weight_scale
+        if self.plan.input_grid is not None:
+            yield "input_scale", self.input_scale
+            yield "input_zero_point", self.input_zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.arithmetic == "integer" and self.plan.input_grid is not None:
+            return self._integer(x)
+        grid = self.plan.input_grid
+        if grid is not None:
+            x = fake_quantize(x, self.input_scale, self.input_zero_point, grid)
+        return self.operation(x, self._float_weight().to(x.dtype), self.bias)
+
+    def _integer(self, x: Tensor) -> Tensor:
+        grid = self.plan.input_grid
+        assert grid is not None
+        codes = quantize(x, self.input_scale, self.input_zero_point, grid) - self.input_zero_point
+        # whole numbers below 2^53 are exact in float64, so this is the int32 sum whatever the order of summation
+        accumulated = self.operation(codes.double(), self.weight_int.double())
+        y = accumulated.float() * self.operation.per_channel(self.input_scale * self.weight_scale)
+        if self.bias is not None:
+            y = y + self.operation.per_channel(self.bias.float())
+        return y.to(x.dtype)
+
+    def _float_weight(self) -> Tensor:
+        if self._weight is None or torch.compiler.is_compiling():
+            scale = self.weight_scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
+            weight = dequantize(self.weight_int, scale, torch.zeros((), device=scale.device))
+            if torch.compiler.is_compiling():
+                return weight
+            self._weight = weight
+        return self._weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        """Move with the model, but let no cast touch the scales."""
+        super()._apply(keeping_float32(self, fn), recurse)
+        self._weight = None
+        return self
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        self._weight = None
+
+    def extra_repr(self) -> str:
+        return f"{self.operation.kind}, weight {list(self.weight_shape)}, {self.plan}"
+
+
+class SplitLayer(nn.Module):
+    """A layer over a concatenated input: each channel range has quantizers of its own, the products are summed.
+
+    References:
+        Q-Diffusion, arXiv 2302.04304, section 4.3 (split shortcut quantization).
+    """
+
+    def __init__(self, parts: list[nn.Module], sizes: tuple[int, ...], channel_dim: int) -> None:
+        super().__init__()
+        for index, part in enumerate(parts):
+            self.add_module(f"part{index}", part)
+        self.sizes, self.channel_dim = tuple(sizes), channel_dim
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        return [getattr(self, f"part{index}") for index in range(len(self.sizes))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = x.split(self.sizes, dim=self.channel_dim)
+        first, *rest = (part(piece) for part, piece in zip(self.parts, pieces, strict=True))
+        total: Tensor = first
+        for product in rest:
+            total = total + product
+        return total
+
+
+def quantized_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer | SplitLayer:
+    """An empty quantized layer for `layer` (`nn.Linear` or `nn.Conv2d`); its codes are zero until filled in."""
+    operation, weight = Operation.of(layer), layer.weight
+    bias = layer.bias if isinstance(layer.bias, Tensor) else None
+    assert isinstance(weight, Tensor)
+    if plan.channel_parts is None:
+        return QuantizedLayer(operation, plan, tuple(weight.shape), bias, weight.device)
+    parts: list[nn.Module] = []
+    for size in plan.channel_parts:
+        shape = (weight.shape[0], size, *weight.shape[2:])
+        parts.append(QuantizedLayer(operation, plan.part(), shape, None if parts else bias, weight.device))
+    return SplitLayer(parts, plan.channel_parts, operation.channel_dim)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Every `QuantizedLayer` of a model by dotted name, the parts of split layers one by one."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def keeping_float32(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Wrap a `Module._apply` function so that the module's own float32 buffers change device but never dtype."""
+    own = {id(buffer) for buffer in module.buffers(recurse=False)}
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        if id(tensor) in own and result.dtype != tensor.dtype:
+            return tensor.to(device=result.device)
+        return result
+
+    return moved

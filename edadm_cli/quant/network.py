@@ -1,0 +1,95 @@
+"""A whole denoiser with quantized layers: putting them in, filling them, reading them back, counting them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.errors import InputError
+from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
+from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layer, quantized_layers
+from edadm_cli.quant.plan import QuantizationPlan
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule with dotted name `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def quantize_network(model: nn.Module, plan: QuantizationPlan) -> None:
+    """Replace every planned layer and attention processor of `model` by an empty quantized one, in place.
+
+    Raises:
+        InputError: The plan names a layer that the model does not have, or that cannot be quantized.
+    """
+    modules = dict(model.named_modules())
+    for name, layer_plan in plan.layers.items():
+        if name not in modules:
+            raise InputError(f"The plan names the layer '{name}', which {type(model).__name__} does not have.")
+        try:
+            set_module(model, name, quantized_layer(modules[name], layer_plan))
+        except TypeError as error:
+            raise InputError(f"The layer '{name}' cannot be quantized: {error}.") from error
+    for name, attention_plan in plan.attentions.items():
+        if name not in modules:
+            raise InputError(f"The plan names the attention '{name}', which {type(model).__name__} does not have.")
+        modules[name].set_processor(QuantizedAttention(attention_plan))  # type: ignore[operator]
+
+
+def quant_params(model: nn.Module) -> dict[str, Tensor]:
+    """The quantization parameters of a quantized model under the names of `quant_params.safetensors`."""
+    params = {
+        f"{name}.{key}": tensor.detach()
+        for name, layer in quantized_layers(model).items()
+        for key, tensor in layer.parameters_by_name()
+    }
+    for name, attention in _attentions(model).items():
+        for operand in OPERANDS:
+            params[f"{name}.{operand}_scale"] = getattr(attention, f"{operand}_scale").detach()
+    return params
+
+
+def load_quant_params(model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Fill a model made by `quantize_network` with the tensors of `quant_params`.
+
+    Raises:
+        InputError: A tensor is missing, left over, misshapen, not finite, or a code does not fit its bits.
+    """
+    expected = quant_params(model)
+    missing, extra = sorted(expected.keys() - params.keys()), sorted(params.keys() - expected.keys())
+    if missing or extra:
+        what, name = ("lack", missing[0]) if missing else ("hold an unknown tensor", extra[0])
+        raise InputError(f"The quantization parameters {what} '{name}' ({len(missing) + len(extra)} in all).")
+    for name, tensor in params.items():
+        if tensor.shape != expected[name].shape:
+            raise InputError(f"'{name}' has shape {list(tensor.shape)}, wanted {list(expected[name].shape)}.")
+        if name.endswith("_scale") and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+            raise InputError(f"'{name}' has a scale that is not a positive number.")
+    for name, layer in quantized_layers(model).items():
+        own = {key: params[f"{name}.{key}"] for key, _ in layer.parameters_by_name()}
+        grid = layer.plan.weight_grid
+        if own["weight_int"].min() < grid.quant_min or own["weight_int"].max() > grid.quant_max:
+            raise InputError(f"'{name}.weight_int' has codes outside {grid.quant_min}..{grid.quant_max}.")
+        layer.set_parameters(**own)
+    for name, attention in _attentions(model).items():
+        for operand in OPERANDS:
+            getattr(attention, f"{operand}_scale").copy_(params[f"{name}.{operand}_scale"].reshape(()))
+
+
+def unquantized(model: nn.Module, plan: QuantizationPlan) -> list[str]:
+    """Names that are planned but not quantized in `model`: the coverage check."""
+    modules = dict(model.named_modules())
+    attentions = _attentions(model)
+    layers = [name for name in plan.layers if not isinstance(modules.get(name), QuantizedLayer | SplitLayer)]
+    return layers + [name for name in plan.attentions if name not in attentions]
+
+
+def _attentions(model: nn.Module) -> dict[str, QuantizedAttention]:
+    return {
+        name: module.processor
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "processor", None), QuantizedAttention)
+    }

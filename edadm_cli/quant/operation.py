@@ -1,0 +1,52 @@
+"""What a quantizable layer multiplies: a linear map or a two-dimensional convolution, apart from its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A bias-free product of an input with a weight; both may be float or whole numbers held in float."""
+
+    kind: Literal["linear", "conv2d"]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Operation:
+        """The operation of an `nn.Linear` or `nn.Conv2d`.
+
+        Raises:
+            TypeError: Another kind of layer, or padding that is not by zeros and numbers.
+        """
+        if isinstance(layer, nn.Linear):
+            return cls("linear")
+        if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            return cls("conv2d", _pair(layer.stride), _pair(layer.padding), _pair(layer.dilation), layer.groups)
+        raise TypeError(f"{type(layer).__name__} is not a linear layer or a zero-padded convolution")
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply to `x` `[N, C, H, W]` or `[..., C]` with weight `[C_out, C / groups, kh, kw]` or `[C_out, C]`."""
+        if self.kind == "linear":
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the channels of input and output."""
+        return 1 if self.kind == "conv2d" else -1
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """Shape `[C_out]` values so that they broadcast against an output."""
+        return values.reshape(-1, 1, 1) if self.kind == "conv2d" else values
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,164 @@
+"""A recipe: how calibration samples are chosen and how quantization parameters are found. Recipes are data (TOML).
+
+The shipped ones lie in `edadm_cli/recipes/*.toml`; a user's own file has the same fields and may start from a shipped
+one with `extends = "default"`.
+
+References:
+    EDA-DM, arXiv 2401.04585; BRECQ, arXiv 2102.05426; QDrop, arXiv 2203.05740; AdaRound, arXiv 2004.10568.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edadm_cli.errors import InputError, UsageError
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+SelectStrategy = Literal["tdac", "uniform", "normal", "random", "last"]
+WeightRange = Literal["minmax", "search"]
+ActivationRange = Literal["minmax", "search", "search-asymmetric"]
+Granularity = Literal["block", "layer", "none"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SelectRecipe(_Frozen):
+    """Which steps the calibration samples are taken from."""
+
+    strategy: SelectStrategy = "tdac"
+    variety_weight: float | None = Field(
+        None, ge=0, description="lambda of TDAC, the weight of variety against density; null: the model's own"
+    )
+    density_radius: float | None = Field(
+        None, gt=0, description="r of TDAC, absolute, in squared feature units; null: the median of the distances"
+    )
+
+
+class RangeRecipe(_Frozen):
+    """Where the quantization grids come from before anything is learned."""
+
+    weight: WeightRange = "search"
+    activation: ActivationRange = "search-asymmetric"
+    norm: float = Field(2.4, gt=0, description="exponent of the error that a searched range minimises")
+    num_candidates: int = Field(100, ge=1, le=1000, description="thresholds tried by a search")
+    ema_decay: float = Field(0.9, ge=0, lt=1, description="share of the old value when a batch's range is merged in")
+    channel_parts: bool = Field(True, description="two quantizers for the two sources of a concatenated shortcut input")
+
+
+class AttentionRecipe(_Frozen):
+    """Whether attention's two products are quantized, and how."""
+
+    quantize: bool = False
+    probability_bits: int = Field(8, ge=2, le=8, description="bits of the softmax output, zero-point 0")
+
+
+class LearnRecipe(_Frozen):
+    """Fine-grained block reconstruction and its variants; null means the model's published hyper-parameter."""
+
+    granularity: Granularity = "block"
+    iterations: int | None = Field(300, ge=0, description="optimizer steps a unit")
+    batch_size: int | None = Field(32, ge=1, description="rows an optimizer step")
+    layer_loss_weight: float | None = Field(
+        0.8, ge=0, description="gamma: weight of the losses of the layers inside a block"
+    )
+    weight_learning_rate: float | None = Field(3e-2, gt=0, description="Adam's step for the rounding variables alpha")
+    activation_learning_rate: float | None = Field(1e-3, gt=0, description="Adam's step for activation scales")
+    relative_scale_steps: bool = Field(
+        True, description="whether the activation step is a share of each scale's first value, or an absolute number"
+    )
+    input_drop: float = Field(0.5, ge=0, le=1, description="share of input elements taken from full precision (QDrop)")
+    activation_drop: float = Field(0.5, ge=0, le=1, description="share of activations left unquantized while learning")
+    rounding_regularizer: float = Field(0.0, ge=0, description="weight of AdaRound's pull of h to 0 or 1; 0: off")
+
+
+class LayerRule(_Frozen):
+    """Bits for the layers whose names match a pattern; the last rule that matches wins."""
+
+    pattern: str = Field(description="shell pattern over the layer's dotted name, such as 'up_blocks.*.conv_shortcut'")
+    weight_bits: int | None = Field(None, ge=2, le=8)
+    activation_bits: int | None = Field(None, ge=2, le=8)
+    exclude: bool = Field(False, description="leave the layer in floating point")
+    float_input: bool = Field(False, description="quantize the layer's weights only")
+
+
+class Recipe(_Frozen):
+    """Everything between full-precision trajectories and quantization parameters that is a choice."""
+
+    name: str
+    description: str = ""
+    select: SelectRecipe = SelectRecipe()
+    ranges: RangeRecipe = RangeRecipe()
+    attention: AttentionRecipe = AttentionRecipe()
+    learn: LearnRecipe = LearnRecipe()
+    edge_weight_bits: int | None = Field(
+        8, ge=2, le=8, description="weight bits of the first and last convolution and the time embedding; null: as all"
+    )
+    edge_activation_bits: int | None = Field(
+        8, ge=2, le=8, description="activation bits of those layers; null: as all"
+    )
+    output_float_input: bool = Field(False, description="leave the input of the output convolution unquantized")
+    layers: tuple[LayerRule, ...] = ()
+
+    @model_validator(mode="after")
+    def _excluded_rules_carry_no_bits(self) -> Recipe:
+        for rule in self.layers:
+            if rule.exclude and (rule.weight_bits or rule.activation_bits or rule.float_input):
+                raise ValueError(f"the rule for '{rule.pattern}' both excludes layers and gives them bits")
+        return self
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a shipped recipe by name or a user's recipe by path.
+
+    Raises:
+        UsageError: There is no such recipe, or a field is unknown or out of range.
+        InputError: The file cannot be read as TOML.
+    """
+    fields = _read(name_or_path, depth=0)
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise UsageError(f"The recipe '{name_or_path}' is not valid: {where}: {first['msg']}.") from error
+
+
+def _read(name_or_path: str, depth: int) -> dict[str, Any]:
+    shipped = RECIPE_FOLDER / f"{name_or_path}.toml"
+    path = shipped if name_or_path in shipped_recipes() else Path(name_or_path)
+    if not path.is_file():
+        raise UsageError(
+            f"There is no recipe '{name_or_path}': it is neither a file nor one of {', '.join(shipped_recipes())}.",
+            hint="edadm reconstruct --recipe default",
+        )
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"The recipe {path} is not readable TOML: {error}.") from error
+    fields.setdefault("name", path.stem)
+    base = fields.pop("extends", None)
+    if base is None:
+        return fields
+    if depth >= 8:
+        raise UsageError(f"The recipe {path} extends itself, or a chain of more than eight recipes.")
+    return _merge(_read(str(base), depth + 1), fields)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_tables else value
+    return merged

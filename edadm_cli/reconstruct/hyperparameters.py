@@ -1,0 +1,49 @@
+"""The numbers of learning, with every choice that a recipe leaves to the model filled in."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from edadm_cli.config import BitWidth
+from edadm_cli.models.registry import PaperSettings
+from edadm_cli.recipe import LearnRecipe
+
+# For a model without published settings: those of Stable Diffusion in the paper, at a batch of 32 rows.
+_FALLBACK = PaperSettings(
+    iterations=1000,
+    batch_size=32,
+    layer_loss_weight=0.8,
+    learning_rates={"w4a8": (3e-2, 1e-4), "w8a8": (5e-4, 1e-4)},
+)
+_LOW_BITS = 6  # below this, weights learn at the published four-bit rate, else at the eight-bit rate
+
+
+class Hyperparameters(BaseModel):
+    """One unit's learning, without open choices; field by field as `LearnRecipe`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    iterations: int
+    batch_size: int
+    layer_loss_weight: float
+    weight_learning_rate: float
+    activation_learning_rate: float
+    relative_scale_steps: bool
+    input_drop: float
+    activation_drop: float
+    rounding_regularizer: float
+
+
+def resolve(recipe: LearnRecipe, published: PaperSettings | None, bits: BitWidth) -> Hyperparameters:
+    """Fill the recipe's open fields from the model's published settings."""
+    settings = published or _FALLBACK
+    rates = settings.learning_rates["w4a8" if bits.weight < _LOW_BITS else "w8a8"]
+    defaults = {
+        "iterations": settings.iterations,
+        "batch_size": settings.batch_size,
+        "layer_loss_weight": settings.layer_loss_weight,
+        "weight_learning_rate": rates[0],
+        "activation_learning_rate": rates[1],
+    }
+    given = {name: value for name, value in recipe.model_dump(exclude={"granularity"}).items() if value is not None}
+    return Hyperparameters(**{**defaults, **given})

@@ -1,0 +1,59 @@
+"""One denoiser that is now the full-precision one, now the partly quantized one: layers are swapped, weights are not
+copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from edadm_cli.quant.network import set_module
+
+
+class SwitchableNetwork:
+    """A denoiser whose planned layers and attention processors can be exchanged and given back.
+
+    Args:
+        denoiser: The full-precision denoiser; it is changed in place.
+        layers: Dotted names of the layers that will be exchanged.
+        attentions: Dotted names of the attention modules whose processors will be.
+    """
+
+    def __init__(self, denoiser: nn.Module, layers: list[str], attentions: list[str]) -> None:
+        self.denoiser = denoiser
+        self.float_layers = {name: denoiser.get_submodule(name) for name in layers}
+        self._float_processors = {name: denoiser.get_submodule(name).processor for name in attentions}
+        self._layers: dict[str, nn.Module] = {}
+        self._processors: dict[str, object] = {}
+
+    def put_layer(self, name: str, module: nn.Module) -> None:
+        """Exchange one layer until further notice."""
+        self._layers[name] = module
+        set_module(self.denoiser, name, module)
+
+    def put_processor(self, name: str, processor: object) -> None:
+        """Exchange one attention processor until further notice."""
+        self._processors[name] = processor
+        _set_processor(self.denoiser, name, processor)
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """The original layers and processors, for the time being."""
+        self._install(self.float_layers, self._float_processors, only=True)
+        try:
+            yield
+        finally:
+            self._install(self._layers, self._processors, only=False)
+
+    def _install(self, layers: dict[str, nn.Module], processors: dict[str, object], only: bool) -> None:
+        for name in self._layers if only else layers:
+            set_module(self.denoiser, name, layers[name])
+        for name in self._processors if only else processors:
+            _set_processor(self.denoiser, name, processors[name])
+
+
+def _set_processor(denoiser: nn.Module, name: str, processor: object) -> None:
+    attention = denoiser.get_submodule(name)
+    attention._modules.pop("processor", None)  # a processor that is a module shadows one that is not
+    attention.processor = processor  # type: ignore[assignment]

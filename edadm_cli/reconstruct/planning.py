@@ -1,0 +1,96 @@
+"""Which layers are quantized, to how many bits, and why the others are not."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from edadm_cli.config import BitWidth
+from edadm_cli.errors import UsageError
+from edadm_cli.models.units import Trace, TracedLayer
+from edadm_cli.quant.operation import Operation
+from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
+from edadm_cli.recipe import LayerRule, Recipe
+
+PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+
+
+def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationPlan:
+    """Plan every layer that ran.
+
+    Raises:
+        UsageError: A pattern of the recipe matches no layer.
+    """
+    _every_pattern_matches(traced, recipe)
+    convolutions = [layer.name for layer in traced.layers if isinstance(layer.module, nn.Conv2d)]
+    first, last = (convolutions[0], convolutions[-1]) if convolutions else ("", "")
+    layers: dict[str, LayerPlan] = {}
+    kept = dict.fromkeys(traced.not_run, "never runs")
+    for layer in traced.layers:
+        rule = _rule(layer.name, recipe)
+        reason = _refusal(layer, rule)
+        if reason is not None:
+            kept[layer.name] = reason
+            continue
+        is_edge = layer.name in (first, last) or layer.in_time_embedding
+        float_input = rule.float_input or (recipe.output_float_input and layer.name == last)
+        weight_bits, activation_bits = _bits(rule, recipe, bits, is_edge)
+        layers[layer.name] = LayerPlan(
+            weight_bits=weight_bits,
+            activation_bits=None if float_input else activation_bits,
+            channel_parts=layer.channel_parts if recipe.ranges.channel_parts else None,
+        )
+    attentions = {}
+    for name, module in traced.attentions.items() if recipe.attention.quantize else ():
+        if type(module.processor).__name__ not in PLAIN_PROCESSORS or getattr(module, "norm_q", None) is not None:
+            kept[name] = f"attention products of {type(module.processor).__name__} are not quantized"
+            continue
+        attentions[name] = AttentionPlan(
+            activation_bits=bits.activation, probability_bits=recipe.attention.probability_bits
+        )
+    return QuantizationPlan(layers=layers, attentions=attentions, kept=kept)
+
+
+def count(plan: QuantizationPlan, traced: Trace) -> dict[str, int]:
+    """How many layers of each kind and how many attention products a plan quantizes."""
+    kinds = {layer.name: "conv2d" if isinstance(layer.module, nn.Conv2d) else "linear" for layer in traced.layers}
+    planned = [kinds[name] for name in plan.layers]
+    return {
+        "conv2d": planned.count("conv2d"),
+        "linear": planned.count("linear"),
+        "attention_products": 2 * len(plan.attentions),
+    }
+
+
+def _rule(name: str, recipe: Recipe) -> LayerRule:
+    matching = [rule for rule in recipe.layers if fnmatchcase(name, rule.pattern)]
+    return matching[-1] if matching else LayerRule(pattern="*")
+
+
+def _refusal(layer: TracedLayer, rule: LayerRule) -> str | None:
+    if rule.exclude:
+        return f"excluded by the recipe's pattern '{rule.pattern}'"
+    try:
+        Operation.of(layer.module)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _bits(rule: LayerRule, recipe: Recipe, bits: BitWidth, is_edge: bool) -> tuple[int, int]:
+    weight = recipe.edge_weight_bits if is_edge and recipe.edge_weight_bits is not None else bits.weight
+    activation = (
+        recipe.edge_activation_bits if is_edge and recipe.edge_activation_bits is not None else bits.activation
+    )
+    return rule.weight_bits or weight, rule.activation_bits or activation
+
+
+def _every_pattern_matches(traced: Trace, recipe: Recipe) -> None:
+    for rule in recipe.layers:
+        if not any(fnmatchcase(name, rule.pattern) for name in traced.names):
+            raise UsageError(
+                f"The pattern '{rule.pattern}' of the recipe '{recipe.name}' matches none of the"
+                f" {len(traced.names)} layers.",
+                hint="edadm inspect lists the layers of a reconstruction",
+            )
