@@ -1,0 +1,85 @@
+"""The documentation says what is true: commands and options exist, links lead somewhere, keys are real."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from edadm_cli.artifacts import records
+from edadm_cli.cli.app import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = {
+    "run", "collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "inspect", "models",
+}  # fmt: skip
+
+
+@cache
+def _options(command: str) -> set[str]:
+    """The options that a command's help names."""
+    with contextlib.redirect_stdout(io.StringIO()) as text, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "300")
+        assert main([command, "--help"]) == 0
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text.getvalue()))
+
+
+def _command_lines(path: Path) -> Iterator[str]:
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+    for block in blocks if path.suffix == ".md" else [path.read_text(encoding="utf-8")]:
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                if part.strip().startswith("edadm ") and not part.strip().startswith("edadm [OPTIONS]"):
+                    yield part
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "docs/examples/ci-gate.sh"], ids=lambda path: path.name)
+def test_commands_in_the_documentation_exist(path: Path) -> None:
+    for line in _command_lines(path):
+        words = shlex.split(line, comments=True)
+        if words[1].startswith("--"):
+            continue
+        assert words[1] in COMMANDS, line
+        used = {word.split("=")[0] for word in words[2:] if re.match(r"--?[a-z]", word)}
+        assert used - _options(words[1]) == set(), line
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_python_in_the_documentation_parses_and_imports(path: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
+        tree = ast.parse(block)
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        exec(compile(ast.Module(imports, type_ignores=[]), str(path), "exec"), {})
+
+
+def test_the_keys_of_every_record_are_documented() -> None:
+    page = (ROOT / "docs" / "artifacts.md").read_text(encoding="utf-8")
+    kinds = [kind for kind in vars(records).values() if isinstance(kind, type)]
+    for kind in kinds:
+        if issubclass(kind, records.BaseModel) and kind.__module__ == records.__name__:
+            for name in kind.model_fields:
+                assert re.search(rf"\b{name}\b", page), f"{kind.__name__}.{name}"
+
+
+def test_every_command_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^## edadm (\w+)$", page, re.M)) == COMMANDS
+    for command in COMMANDS:
+        section = page.split(f"## edadm {command}\n")[1].split("\n## ")[0]
+        for option in _options(command):
+            assert option in section, f"{command} {option}"
