@@ -1,7 +1,8 @@
-"""What collecting would cost, from one or two short samplings."""
+"""What collecting would cost, from a few short samplings."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +19,18 @@ from edadm_cli.models.sampling import sample
 
 _MIB = 2**20
 _PROBE_STEPS = 2
-_LONGEST_SECOND_PROBE_S = 10.0
+_QUICK_S = 10.0  # a probe that took less is followed by a larger one
+_GROWTH = 4
 # Outputs alive at once in a forward, in multiples of the largest: input, output, and the skips.
 _LIVE_OUTPUTS = 4
 
 
 @dataclass
 class _Probe:
+    size: int
     seconds_a_call: float
-    seconds_a_batch: float
+    seconds_beside_calls: float
+    seconds: float
     largest_output_bytes: int
     recorder: BatchRecorder
 
@@ -41,18 +45,17 @@ def probe(
     batch_size: int,
     feature_batch: int,
 ) -> Estimate:
-    """Estimate a collection: time from a timed denoiser call, disk and memory from the shapes it saw.
+    """Estimate a collection: time from timed denoiser calls, disk and memory from the shapes they saw.
 
-    One image is sampled over two steps; where a whole batch promises to be quick, it is sampled too, since a
-    batch costs less than its images one by one.
+    One image is sampled over two steps, then more at a time as long as that is quick; the cost of a whole
+    batch is read off the straight line through the last two.
     """
-    single = _sample_short(model, 1, prompts, guidance_scale)
-    measured, size = single, 1
-    if single.seconds_a_batch * batch_size < _LONGEST_SECOND_PROBE_S and batch_size > 1:
-        measured, size = _sample_short(model, batch_size, prompts, guidance_scale), batch_size
+    probes = _growing_probes(model, batch_size, prompts, guidance_scale)
+    single = probes[0]
     calls = num_steps + len(single.recorder.latents) - _PROBE_STEPS
-    overhead = max(0.0, measured.seconds_a_batch - measured.seconds_a_call * len(measured.recorder.latents))
-    seconds = (measured.seconds_a_call * calls + overhead) * num_trajectories / size
+    seconds_a_call = _extrapolate(probes, [probe.seconds_a_call for probe in probes], batch_size)
+    overhead = _extrapolate(probes, [probe.seconds_beside_calls for probe in probes], batch_size)
+    seconds = (seconds_a_call * calls + overhead) * math.ceil(num_trajectories / batch_size)
 
     recorder = single.recorder
     latents = calls * _bytes(recorder.latents[:1])
@@ -70,6 +73,25 @@ def probe(
     )
 
 
+def _growing_probes(
+    model: LoadedModel, batch_size: int, prompts: list[str] | None, guidance_scale: float | None
+) -> list[_Probe]:
+    probes = [_sample_short(model, 1, prompts, guidance_scale)]
+    while probes[-1].size < batch_size and probes[-1].seconds < _QUICK_S:
+        size = min(_GROWTH * probes[-1].size, batch_size)
+        probes.append(_sample_short(model, size, prompts, guidance_scale))
+    return probes
+
+
+def _extrapolate(probes: list[_Probe], seconds: list[float], batch_size: int) -> float:
+    """Seconds at `batch_size` on the line through the last two probes; in proportion where there is one."""
+    last = probes[-1].size
+    if len(probes) == 1:
+        return seconds[-1] * batch_size
+    slope = (seconds[-1] - seconds[-2]) / (last - probes[-2].size)
+    return seconds[-1] + max(0.0, slope) * (batch_size - last)
+
+
 def _sample_short(
     model: LoadedModel, num_images: int, prompts: list[str] | None, guidance_scale: float | None
 ) -> _Probe:
@@ -85,7 +107,8 @@ def _sample_short(
             guidance_scale=guidance_scale,
         )
         seconds = time.perf_counter() - start
-    return _Probe(min(times), seconds, largest[0], recorder)
+    beside = max(0.0, seconds - sum(times))
+    return _Probe(num_images, min(times), beside, seconds, largest[0], recorder)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def run(
 
 
 def estimate(config: CollectConfig, run: RunFolder) -> Estimate:
-    """Estimate time, memory and disk from one or two short samplings; nothing is written."""
+    """Estimate time, memory and disk from a few short samplings; nothing is written."""
     task = _prepare(config)
     return probe(
         task.model,
