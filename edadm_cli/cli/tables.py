@@ -56,8 +56,9 @@ def show_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, (list, tuple)):
-        shown = " ".join(show_value(item) for item in value[:_LONG_LIST])
-        return f"{shown} ... ({len(value)})" if len(value) > _LONG_LIST else shown
+        separator = "\n" if any(isinstance(item, str) for item in value) else " "
+        shown = separator.join(show_value(item) for item in value[:_LONG_LIST])
+        return f"{shown}{separator}... ({len(value)})" if len(value) > _LONG_LIST else shown
     return one_line(str(value))
 
 
