@@ -85,7 +85,10 @@ def precision_recall(features: Tensor, real: Tensor) -> tuple[float, float]:
         save_cpu_ram=True,
         verbose=False,
     )
-    return float(found[metric_prc.KEY_METRIC_PRECISION]), float(found[metric_prc.KEY_METRIC_RECALL])
+    return (
+        _share(found[metric_prc.KEY_METRIC_PRECISION], len(features)),
+        _share(found[metric_prc.KEY_METRIC_RECALL], len(real)),
+    )
 
 
 def prompt_accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -96,3 +99,8 @@ def prompt_accuracy(logits: Tensor, labels: Tensor) -> float:
         labels: The prompted classes, int64 with shape `(N,)`.
     """
     return float((logits.argmax(dim=1) == labels.to(logits.device)).double().mean())
+
+
+def _share(value: float, count: int) -> float:
+    """The share of `count` that a mean in float32 stands for."""
+    return round(value * count) / count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edadm_cli.artifacts import (
     Artifact,
@@ -18,6 +18,7 @@ from edadm_cli.artifacts import (
 from edadm_cli.config import EvaluateConfig
 from edadm_cli.evaluate.full_precision import full_precision_images
 from edadm_cli.evaluate.images import BATCH_PATTERN, sample_images
+from edadm_cli.evaluate.metrics import METRICS
 from edadm_cli.evaluate.outcome import RESULT_FILE, write_outcome
 from edadm_cli.evaluate.probe import probe
 from edadm_cli.evaluate.request import Request, resolve
@@ -58,7 +59,8 @@ def run(
         artifact = build.artifact
         assert artifact is not None
     if is_done:
-        _warn_of_skipped(artifact.json(RESULT_FILE)["skipped"], reporter)
+        result = artifact.json(RESULT_FILE)
+        _warn(result["skipped"], result["cautions"], reporter)
     record = _record(artifact, run, reporter.warnings)
     return record.model_copy(
         update={"status": "up_to_date" if is_done else "done", "seconds": time.monotonic() - start}
@@ -77,7 +79,7 @@ def estimate(config: EvaluateConfig, run: RunFolder) -> Estimate:
 def _evaluate(request: Request, judging: Judging, build: Build, reporter: Reporter) -> None:
     name = str(request.config.bits)
     judge = judging.load(request.device)
-    _warn_of_skipped(judging.choice.skipped, reporter)
+    _warn(judging.choice.skipped, [], reporter)
     with full_precision_images(request, reporter) as reference:
         images = sample_images(
             request.sampling, build.path, request.load_quantized, reporter, f"Sampling {name}"
@@ -87,10 +89,11 @@ def _evaluate(request: Request, judging: Judging, build: Build, reporter: Report
             advance(1)
             figures = judge.figures(images)
             advance(1)
-        for warning in judge.cautions(len(images)):
-            reporter.warn(warning)
+        cautions = judge.cautions(len(images))
+        _warn({}, cautions, reporter)
         facts = {
             "skipped": judging.choice.skipped,
+            "cautions": cautions,
             "real": None if judging.real is None else judging.real.name,
             "dtype": request.dtype,
         }
@@ -99,11 +102,13 @@ def _evaluate(request: Request, judging: Judging, build: Build, reporter: Report
     build.commit()
 
 
-def _warn_of_skipped(skipped: dict[str, str], reporter: Reporter) -> None:
-    """Name the figures that are missing, once for each reason."""
+def _warn(skipped: dict[str, str], cautions: list[str], reporter: Reporter) -> None:
+    """Name the figures that are missing, once for each reason, and say what speaks against the others."""
     for reason in sorted(set(skipped.values())):
         names = ", ".join(sorted(name for name, why in skipped.items() if why == reason))
         reporter.warn(f"Without {names}: {reason}")
+    for caution in cautions:
+        reporter.warn(caution)
 
 
 def _record(artifact: Artifact, run: RunFolder, warnings: list[str]) -> EvaluateRecord:
@@ -115,7 +120,13 @@ def _record(artifact: Artifact, run: RunFolder, warnings: list[str]) -> Evaluate
         identity=artifact.identity,
         warnings=tuple(warnings),
         bits=result["bits"],
-        metrics={name: Metric(**metric) for name, metric in result["metrics"].items()},
+        metrics=_in_order(result["metrics"]),
         distance_to_full_precision=Distance(**result["distance_to_full_precision"]),
-        full_precision={name: Metric(**metric) for name, metric in result["full_precision"].items()},
+        full_precision=_in_order(result["full_precision"]),
     )
+
+
+def _in_order(figures: dict[str, Any]) -> dict[str, Metric]:
+    """Figures as people read them: distances first, what needs prompts last."""
+    order = [name for specs in METRICS.values() for name in specs]
+    return {name: Metric(**figures[name]) for name in sorted(figures, key=order.index)}

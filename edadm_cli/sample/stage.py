@@ -43,11 +43,12 @@ class Picture:
 
     @property
     def file(self) -> str:
-        """Name of its file: the seed, and what of the prompt a file name can hold."""
+        """Name of its file: the seed, what of the prompt a file name can hold, and integer arithmetic."""
         slug = (
             re.sub(r"[^a-z0-9]+", "-", (self.prompt or "").lower()).strip("-")[:_SLUG_CHARACTERS].rstrip("-")
         )
-        return f"{self.seed:06d}-{slug}.png" if slug else f"{self.seed:06d}.png"
+        parts = [f"{self.seed:06d}", slug, "integer" if self.arithmetic == "integer" else ""]
+        return "-".join(part for part in parts if part) + ".png"
 
     def facts(self) -> str:
         """What is written into the file, by which it is known again."""
@@ -193,7 +194,7 @@ def _is_there(folder: Path, picture: Picture) -> bool:
     if facts == picture.facts():
         return True
     raise InputError(
-        f"{path} is another image: other steps, guidance, arithmetic or export.",
+        f"{path} is another image: other steps, guidance or export.",
         hint="add --force to replace it",
     )
 

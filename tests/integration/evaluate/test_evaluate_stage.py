@@ -23,7 +23,7 @@ from edadm_cli.progress import SilentReporter
 
 Exporter = Callable[[RunFolder, float], Artifact]
 BITS = BitWidth(weight=4, activation=8)
-DIGITS_METRICS = {
+DIGITS_METRICS = (
     "frechet_distance",
     "spatial_frechet_distance",
     "kernel_distance",
@@ -31,7 +31,7 @@ DIGITS_METRICS = {
     "precision",
     "recall",
     "prompt_accuracy",
-}
+)
 
 
 def _config(**fields: Any) -> EvaluateConfig:
@@ -47,7 +47,7 @@ def test_every_figure_names_its_features_and_number_of_images(text_run: RunFolde
     reporter = SilentReporter()
     record = stage.run(_config(), text_run, reporter=reporter)
     assert record.status == "done"
-    assert set(record.metrics) == set(record.full_precision) == DIGITS_METRICS
+    assert tuple(record.metrics) == tuple(record.full_precision) == DIGITS_METRICS
     for metric in (*record.metrics.values(), *record.full_precision.values()):
         assert metric.features.startswith("digits/")
         assert metric.num_images == 12
@@ -55,6 +55,7 @@ def test_every_figure_names_its_features_and_number_of_images(text_run: RunFolde
     assert 0 < record.distance_to_full_precision.latent_rel_l2 < 1
     again = stage.run(_config(), text_run)
     assert again.status == "up_to_date"
+    assert again.warnings == record.warnings
     assert _figures(again) == _figures(record)
 
 
