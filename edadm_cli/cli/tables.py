@@ -90,7 +90,11 @@ def _metrics(result: Mapping[str, Any]) -> Table:
 
 def _chain(result: Mapping[str, Any]) -> Iterator[Table]:
     stages = [result["collect"], result["select"]]
-    stages += [record for by_stage in result["results"].values() for record in by_stage.values()]
+    stages += [
+        {**record, "bits": bits}
+        for bits, by_stage in result["results"].items()
+        for record in by_stage.values()
+    ]
     columns: tuple[str, ...] = ("command", "bits", "status", "seconds", "artifact")
     if result["status"] == "planned":
         columns = ("command", "bits", "status", "estimate")

@@ -88,6 +88,12 @@ def test_every_room_has_a_rule() -> None:
     assert rooms - ALLOWED.keys() == set()
 
 
+def test_every_folder_with_code_is_a_package() -> None:
+    """Else it would be missing where the package is installed."""
+    folders = {path.parent for path in _sources(PACKAGE)}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
 def test_imports_point_one_way() -> None:
     assert [line for path in _sources(PACKAGE) for line in _violations(path)] == []
 

@@ -93,6 +93,8 @@ def test_a_dry_run_of_the_chain_plans_what_it_cannot_probe_yet(
     assert result["status"] == "planned"
     assert result["collect"]["estimate"]["seconds"] == 2.0
     assert "estimate" not in result["results"]["w4a8"]["evaluate"]
+    assert main(["run", "--model", "tiny", "--bits", "w4a8", "--dry-run"]) == 0
+    assert "2 s, 100 MiB of memory, 3 MiB of disk" in capsys.readouterr().out
     assert list(Path().iterdir()) == []
 
 
