@@ -64,7 +64,10 @@ class Build:
 
         Raises:
             MachineError: The disk is full or permission is denied.
+            RuntimeError: The artifact is up to date or was committed already.
         """
+        if self.artifact is not None:
+            raise RuntimeError(f"{self.target} is complete; there is nothing to commit")
         with explained_os_errors(self.target):
             remove_temporary_files(self.path)
             set_usual_modes(self.path)

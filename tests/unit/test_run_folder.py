@@ -63,6 +63,8 @@ def test_the_same_plan_is_up_to_date_and_touches_nothing(run: RunFolder) -> None
     before = {path: path.stat().st_mtime_ns for path in run.path("collect").rglob("*")}
     with run.build(_plan()) as build:
         assert build.up_to_date
+        with pytest.raises(RuntimeError, match="nothing to commit"):
+            build.commit()
     assert {path: path.stat().st_mtime_ns for path in run.path("collect").rglob("*")} == before
 
 
