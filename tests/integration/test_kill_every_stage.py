@@ -1,0 +1,106 @@
+"""`kill -9` in the middle of every stage: the same command finishes, with the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.cli.app import main
+
+ROOT = Path(__file__).parents[2]
+BITS = "w4a8"
+# Kills itself in the middle of the write that is asked for: the N-th file, or the manifest.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+run, when, *command = sys.argv[1:]
+replace, written = os.replace, []
+def replace_or_die(source, target):
+    if Path(run).resolve() in Path(target).resolve().parents:
+        written.append(Path(target).name)
+        if str(len(written)) == when or written[-1] == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = replace_or_die
+from edadm_cli.cli.app import main
+sys.exit(main(command))
+"""
+RECIPE = """
+extends = "default"
+[learn]
+iterations = 4
+batch_size = 4
+"""
+CONFIG = """
+device = "cpu"
+[collect]
+num_trajectories = 6
+num_steps = 3
+batch_size = 2
+[reconstruct]
+recipe = "recipe.toml"
+[export]
+parity_samples = 1
+[evaluate]
+num_images = 4
+batch_size = 2
+"""
+STAGES = {
+    "collect": None,
+    "select": None,
+    "reconstruct": BITS,
+    "export": BITS,
+    "evaluate": BITS,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with a configuration and a recipe."""
+    place = tmp_path_factory.mktemp("killed")
+    (place / "recipe.toml").write_text(RECIPE)
+    (place / "edadm.toml").write_text(CONFIG.replace("recipe.toml", str(place / "recipe.toml")))
+    return place
+
+
+def _command(stage: str, model: Path, place: Path, run: Path) -> list[str]:
+    own = ["--model", str(model)] if stage == "collect" else []
+    own += ["--bits", BITS] if STAGES[stage] else []
+    return [stage, *own, "--config", str(place / "edadm.toml"), "--run", str(run), "-q"]
+
+
+def _killed(when: str, run: Path, command: list[str]) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-c", KILLED, str(run), when, *command]
+    return subprocess.run(arguments, env=environment, check=False, cwd=run.parent).returncode
+
+
+def _payload(run: Path, stage: str) -> dict[str, str]:
+    artifact = RunFolder(run).open(stage, STAGES[stage])
+    return {entry.path: entry.sha256 for entry in artifact.manifest.payload}
+
+
+def test_a_killed_chain_ends_like_an_undisturbed_one(
+    tiny_ddpm: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    calm, disturbed = place / "calm", place / "disturbed"
+    for stage, name in STAGES.items():
+        assert main(_command(stage, tiny_ddpm, place, calm)) == 0
+        command = _command(stage, tiny_ddpm, place, disturbed)
+        for when in ("2", "manifest.json"):
+            assert _killed(when, disturbed, command) == -signal.SIGKILL, f"{stage} was not killed at {when}"
+            assert not RunFolder(disturbed).has(stage, name), "what is not complete is not there"
+        assert main(command) == 0
+        assert _payload(disturbed, stage) == _payload(calm, stage), stage
+        partial = [path.name for path in RunFolder(disturbed).path(stage, name).parent.glob(".*.partial-*")]
+        assert partial == [], stage
+    assert main(["inspect", str(disturbed), "-q"]) == 0
+    identities = [RunFolder(run).open("evaluate", BITS).identity for run in (calm, disturbed)]
+    assert identities[0] == identities[1]
