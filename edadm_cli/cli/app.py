@@ -20,7 +20,6 @@ _LOOK = "Looking"
 app = typer.Typer(
     name="edadm",
     help="Quantize a diffusion model after training, with the proof that it still draws.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -54,7 +53,7 @@ def _program(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return guard(words, lambda: app(args=words, prog_name="edadm", standalone_mode=False))

@@ -21,6 +21,7 @@ from edadm_cli.cli.boundary import tell_error
 from edadm_cli.cli.console import ConsoleReporter, calm_libraries
 from edadm_cli.cli.require import Requirement, unmet
 from edadm_cli.cli.sink import Output, show
+from edadm_cli.errors import EdadmError
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import Estimate, RunFolder, StageRecord
@@ -107,7 +108,6 @@ class Execution:
     ) -> StageRecord:
         """Run a stage, or estimate it with `--dry-run`; what a library prints meanwhile goes to stderr."""
         from edadm_cli.artifacts import StageRecord
-        from edadm_cli.cli import places
 
         started = time.monotonic()
         self.reporter.warnings = []
@@ -115,9 +115,7 @@ class Execution:
             if not self.dry_run:
                 record = stage(config, run, force=self.force, reporter=self.reporter)
                 self.warnings += record.warnings
-                places.remember_run(run)
-                if name is not None:
-                    places.remember_bits(run, name)
+                self._remember(run, name)
                 return record
             cost = estimate(config, run)
         return StageRecord(
@@ -129,6 +127,17 @@ class Execution:
             warnings=tuple(self.reporter.warnings),
             estimate=cost,
         )
+
+    def _remember(self, run: RunFolder, name: str | None) -> None:
+        """Note what was used last; where that cannot be written, the work is done all the same."""
+        from edadm_cli.cli import places
+
+        try:
+            places.remember_run(run)
+            if name is not None:
+                places.remember_bits(run, name)
+        except EdadmError as error:
+            self.reporter.note(f"What was used last is not remembered: {error.message}")
 
     def conclude(
         self, record: StageRecord, path: str | None = None, requirements: list[Requirement] | None = None

@@ -199,6 +199,16 @@ def test_a_run_that_is_gone_is_told(stages: FakeStages, capsys: pytest.CaptureFi
     assert "runs/gone" in capsys.readouterr().err
 
 
+def test_a_working_folder_without_room_for_a_memory_is_no_obstacle(
+    stages: FakeStages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs").write_text("a file is in the way")
+    assert main(["collect", "--model", "tiny", "--run", "r", "-q"]) == 0
+    assert capsys.readouterr().out == "r/collect\n"
+    assert main(["select", "--run", "r", "-v"]) == 0
+    assert "not remembered" in capsys.readouterr().err
+
+
 def test_a_missing_stage_names_the_command_that_makes_it(
     stages: FakeStages, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ def _probe(*arguments: str) -> tuple[str, set[str]]:
     return result["text"], set(result["modules"])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["evaluate", "-h"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["run", "--help"], ["evaluate", "-h"]])
 def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
     text, modules = _probe(*arguments)
     assert text
