@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from edadm_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder, RunRecord, StageRecord
-    from edadm_cli.config import BitWidth, CollectConfig
+    from edadm_cli.config import BitWidth, CollectConfig, SelectConfig, StageConfig
 
 
 @stage_command
@@ -41,49 +42,58 @@ def run(
 
     Collect, select, reconstruct, export, evaluate, report; what is up to date is skipped.
     """
-    from edadm_cli.artifacts import RunRecord
     from edadm_cli.cli.places import run_of_model
     from edadm_cli.cli.settings import parse_bits
-    from edadm_cli.config import CollectConfig
 
-    started = time.monotonic()
     requirements = parse_requirements(require)
+    collection = {
+        "model": model,
+        "num_trajectories": num_trajectories,
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "dtype": dtype,
+        "prompts": prompts,
+    }
+    evaluation = {"num_images": num_images, "prompts": prompts}
     widths = parse_bits(bits or _bits_of_file(execution))
+    settings = _configure(execution, widths, recipe, collection, evaluation)
+    chain = _Chain(execution, run_of_model(execution.run_folder, settings.collect.model))
+    _print(execution, chain.perform(settings), requirements)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The configuration of every stage, settled before the first one starts."""
+
+    collect: CollectConfig
+    select: SelectConfig
+    by_bits: dict[str, dict[str, StageConfig]]
+
+
+def _configure(
+    execution: Execution,
+    widths: list[BitWidth],
+    recipe: str | None,
+    collection: dict[str, Any],
+    evaluation: dict[str, Any],
+) -> _Settings:
+    from edadm_cli.cli.settings import configure_reconstruct, configure_select
+    from edadm_cli.config import CollectConfig, EvaluateConfig, ExportConfig
+
     if not widths:
         raise UsageError("run needs --bits.", hint="edadm run --model digits-sd --bits w4a8")
-    collect = execution.configure(
-        CollectConfig,
-        "collect",
-        model=model,
-        num_trajectories=num_trajectories,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        dtype=dtype,
-        prompts=prompts,
+    return _Settings(
+        collect=execution.configure(CollectConfig, "collect", **collection),
+        select=configure_select(execution, recipe),
+        by_bits={
+            str(bits): {
+                "reconstruct": configure_reconstruct(execution, recipe, str(bits)),
+                "export": execution.configure(ExportConfig, "export", bits=bits),
+                "evaluate": execution.configure(EvaluateConfig, "evaluate", bits=bits, **evaluation),
+            }
+            for bits in widths
+        },
     )
-    folder = run_of_model(execution.run_folder, collect.model)
-    chain = _Chain(execution, folder)
-    collected, selected = chain.calibrate(collect, recipe)
-    results = {
-        str(width): chain.quantize(width, recipe, num_images=num_images, prompts=prompts) for width in widths
-    }
-    page = None if execution.dry_run else chain.report([str(width) for width in widths])
-    records = [
-        collected,
-        selected,
-        *(record for by_stage in results.values() for record in by_stage.values()),
-    ]
-    record = RunRecord(
-        status=_overall(execution, records),
-        run=str(folder.root),
-        seconds=time.monotonic() - started,
-        warnings=tuple(execution.warnings),
-        collect=collected,
-        select=selected,
-        results=results,
-        report=page,
-    )
-    _print(execution, record, requirements)
 
 
 class _Chain:
@@ -93,67 +103,73 @@ class _Chain:
         self.execution = execution
         self.folder = folder
 
-    def calibrate(self, config: CollectConfig, recipe: str | None) -> tuple[StageRecord, StageRecord]:
-        """Collect and select."""
-        from edadm_cli.cli.settings import configure_select
+    def perform(self, settings: _Settings) -> RunRecord:
+        """Do all stages, or plan them, and write the page."""
+        from edadm_cli.artifacts import RunRecord
+
+        started = time.monotonic()
+        calibration = self._calibrate(settings)
+        results = {bits: self._quantize(bits, configs) for bits, configs in settings.by_bits.items()}
+        page = None if self.execution.dry_run else self._report(list(results))
+        records = [*calibration, *(record for stages in results.values() for record in stages.values())]
+        return RunRecord(
+            status=self._status(records),
+            run=str(self.folder.root),
+            seconds=time.monotonic() - started,
+            warnings=tuple(self.execution.warnings),
+            collect=calibration[0],
+            select=calibration[1],
+            results=results,
+            report=page,
+        )
+
+    def _calibrate(self, settings: _Settings) -> list[StageRecord]:
         from edadm_cli.collect import stage as collect
         from edadm_cli.select import stage as select
 
-        return (
-            self._perform("collect", None, collect, config),
-            self._perform("select", None, select, configure_select(self.execution, recipe)),
-        )
+        return [
+            self._perform("collect", None, collect, settings.collect),
+            self._perform("select", None, select, settings.select),
+        ]
 
-    def quantize(self, bits: BitWidth, recipe: str | None, **evaluation: Any) -> dict[str, StageRecord]:
-        """Reconstruct, export and evaluate one bit width."""
-        from edadm_cli.cli.settings import configure_reconstruct
-        from edadm_cli.config import EvaluateConfig, ExportConfig
+    def _quantize(self, bits: str, configs: dict[str, StageConfig]) -> dict[str, StageRecord]:
         from edadm_cli.evaluate import stage as evaluate
         from edadm_cli.export import stage as export
         from edadm_cli.reconstruct import stage as reconstruct
 
-        configure = self.execution.configure
+        stages = {"reconstruct": reconstruct, "export": export, "evaluate": evaluate}
         return {
-            "reconstruct": self._perform(
-                "reconstruct", bits, reconstruct, configure_reconstruct(self.execution, recipe, str(bits))
-            ),
-            "export": self._perform("export", bits, export, configure(ExportConfig, "export", bits=bits)),
-            "evaluate": self._perform(
-                "evaluate", bits, evaluate, configure(EvaluateConfig, "evaluate", bits=bits, **evaluation)
-            ),
+            command: self._perform(command, bits, stages[command], configs[command]) for command in stages
         }
 
-    def report(self, bits: list[str]) -> str:
-        """Write the page."""
+    def _report(self, bits: list[str]) -> str:
         from edadm_cli.report import stage
 
         with contextlib.redirect_stdout(sys.stderr):
             return str(stage.run(self.folder, bits))
 
-    def _perform(self, command: str, bits: BitWidth | None, stage: Any, config: Any) -> StageRecord:
-        name = None if bits is None else str(bits)
-        self.execution.reporter.note(f"{command} {name or ''}".strip())
+    def _perform(self, command: str, bits: str | None, stage: Any, config: StageConfig) -> StageRecord:
+        from edadm_cli.artifacts import StageRecord
+
+        self.execution.reporter.note(f"{command} {bits or ''}".strip())
         try:
-            return self.execution.perform(command, self.folder, name, stage.run, stage.estimate, config)
+            return self.execution.perform(command, self.folder, bits, stage.run, stage.estimate, config)
         except InputError:
             if not self.execution.dry_run or command == "collect":
                 raise
-        from edadm_cli.artifacts import StageRecord
-
         # The stage before has not run yet, so that there is nothing to probe.
-        artifact = str(self.folder.path(command, name))
+        artifact = str(self.folder.path(command, bits))
         return StageRecord(command=command, status="planned", run=str(self.folder.root), artifact=artifact)
+
+    def _status(self, records: list[StageRecord]) -> Any:
+        if self.execution.dry_run:
+            return "planned"
+        return "up_to_date" if all(record.status == "up_to_date" for record in records) else "done"
 
 
 def _bits_of_file(execution: Execution) -> list[str]:
     value = execution.from_file("reconstruct", "bits")
     return [str(item) for item in value] if isinstance(value, list) else [str(value)] if value else []
-
-
-def _overall(execution: Execution, records: list[StageRecord]) -> Any:
-    if execution.dry_run:
-        return "planned"
-    return "up_to_date" if all(record.status == "up_to_date" for record in records) else "done"
 
 
 def _print(execution: Execution, record: RunRecord, requirements: list[Requirement]) -> None:

@@ -123,6 +123,14 @@ def test_run_prints_a_table_with_every_bit_width(
         assert text in table
 
 
+@pytest.mark.parametrize("wrong", [["--recipe", "nonsense"], ["--num-images", "0"], ["--bits", "w99a8"]])
+def test_run_settles_every_stage_before_the_first_one_starts(
+    stages: FakeStages, capsys: pytest.CaptureFixture[str], wrong: list[str]
+) -> None:
+    assert main(["run", "--model", "tiny", "--bits", "w4a8", *wrong]) == 2
+    assert stages.calls == []
+
+
 def test_a_warning_of_one_stage_is_not_one_of_the_next(
     stages: FakeStages, capsys: pytest.CaptureFixture[str]
 ) -> None:

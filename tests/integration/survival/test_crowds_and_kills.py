@@ -1,0 +1,154 @@
+"""Two processes on one run, and processes that die: nothing is mixed, nothing half-made counts as whole."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.cli.app import main
+from tests.integration.survival.helpers import (
+    ENVIRONMENT,
+    OPTIONS,
+    Capture,
+    failure,
+    hashes,
+)
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from edadm_cli.artifacts import ModelRef, Plan, RunFolder, save_json
+run = RunFolder(Path(sys.argv[1]))
+parents = tuple(run.open(kind) for kind in sys.argv[3:])
+with run.build(Plan(sys.argv[2], None, {}, 0, parents, ModelRef(id="m", fingerprint="f"))) as build:
+    save_json(build.path / "shard.json", [])
+    print("holding", flush=True)
+    time.sleep(600)
+"""
+SLOW_WRITER = """
+import os, sys
+from pathlib import Path
+from edadm_cli.artifacts import ModelRef, Plan, RunFolder, save_json
+run = RunFolder(Path(sys.argv[1]))
+with run.build(Plan("collect", None, {"shards": 40}, 0, (), ModelRef(id="m", fingerprint="f"))) as build:
+    for index in range(0 if build.up_to_date else 40):
+        path = build.path / f"shard-{index}.json"
+        if not path.exists():
+            save_json(path, [index] * 2000)
+        print(index, flush=True)
+    if not build.up_to_date:
+        build.commit()
+"""
+
+
+@contextmanager
+def _process(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", script, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_a_second_builder_is_told_who_is_at_it(run: Path, tiny_ddpm: Path, capsys: Capture) -> None:
+    shutil.rmtree(run / "collect")
+    before = hashes(run)
+    again = ["collect", "--model", str(tiny_ddpm), *OPTIONS, "--run", str(run)]
+    with _process(HOLDER, str(run), "collect") as holder:
+        assert _first_line(holder) == "holding"
+        message = failure(capsys, again, 3)
+        assert f"is being written by another process (pid {holder.pid})" in message
+    assert main([*again, "-q"]) == 0, "the lock ends with its process, also with kill -9"
+    assert main(["inspect", str(run), "-q"]) == 0
+    assert hashes(run / "select") == {
+        name.removeprefix("select/"): value for name, value in before.items() if name.startswith("select/")
+    }
+
+
+def test_a_parent_is_not_replaced_while_its_child_is_built(
+    run: Path, tiny_ddpm: Path, capsys: Capture
+) -> None:
+    before = hashes(run / "collect")
+    replace = ["collect", "--model", str(tiny_ddpm), *OPTIONS, "--seed", "5", "--run", str(run), "--force"]
+    with _process(HOLDER, str(run), "reconstruct", "select", "collect") as holder:
+        assert _first_line(holder) == "holding"
+        assert "is being read by another process" in failure(capsys, replace, 3)
+        assert main(["inspect", str(run), "-q"]) == 0, "reading is for everybody"
+    assert hashes(run / "collect") == before
+
+
+def test_two_writers_at_once_leave_one_whole_artifact(tmp_path: Path) -> None:
+    """Started together again and again: one of them builds, the other is told or finds it up to date."""
+    for attempt in range(3):
+        root = tmp_path / f"run-{attempt}"
+        command = [sys.executable, "-c", SLOW_WRITER, str(root)]
+        pair = [
+            subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+            )
+            for _ in range(2)
+        ]
+        errors = [process.communicate()[1] for process in pair]
+        assert [process.returncode for process in pair].count(0) >= 1
+        for process, error in zip(pair, errors, strict=True):
+            assert process.returncode == 0 or "being written by another process" in error
+        assert len(RunFolder(root).open("collect").manifest.payload) == 40
+
+
+def _write(root: Path) -> None:
+    command = [sys.executable, "-c", SLOW_WRITER, str(root)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+
+
+def test_a_killed_build_resumes_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    _write(whole)
+    killed = tmp_path / "killed"
+    for lines in (1, 15, 30):
+        with _process(SLOW_WRITER, str(killed)) as process:
+            for _ in range(lines):
+                _first_line(process)
+            process.send_signal(signal.SIGKILL)
+        assert not RunFolder(killed).has("collect")
+    _write(killed)
+    expected = hashes(whole / "collect")
+    found = hashes(killed / "collect")
+    del expected["manifest.json"], found["manifest.json"]  # they tell the time
+    assert found == expected
+    assert RunFolder(killed).open("collect").identity == RunFolder(whole).open("collect").identity
+    assert [path.name for path in killed.iterdir() if "partial" in path.name] == []
+
+
+def test_an_interrupted_command_exits_with_130_and_resumes(tiny_ddpm: Path, tmp_path: Path) -> None:
+    script = "import sys; from edadm_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["collect", "--model", str(tiny_ddpm), "--num-trajectories", "2000", "--num-steps", "50",
+                 "--batch-size", "1", "--device", "cpu", "--run", str(tmp_path / "run")]  # fmt: skip
+    command = [sys.executable, "-c", script, *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("run/.collect.partial-*/latents-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error == "error: Interrupted.\nhint: the same command resumes where it was\n"
+    assert list(tmp_path.glob("run/.collect.partial-*/latents-*")), "what was done is kept"
