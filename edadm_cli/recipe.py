@@ -19,6 +19,8 @@ from edadm_cli.errors import InputError, UsageError
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
+LEFT_TO_MODEL = "model"
+
 SelectStrategy = Literal["tdac", "uniform", "normal", "random", "last"]
 WeightRange = Literal["minmax", "search"]
 ActivationRange = Literal["minmax", "search", "search-asymmetric"]
@@ -68,14 +70,14 @@ class LearnRecipe(_Frozen):
     layer_loss_weight: float | None = Field(
         0.8, ge=0, description="gamma: weight of the losses of the layers inside a block"
     )
-    weight_learning_rate: float | None = Field(3e-2, gt=0, description="Adam's step for the rounding variables alpha")
+    weight_learning_rate: float | None = Field(1e-1, gt=0, description="Adam's step for the rounding variables alpha")
     activation_learning_rate: float | None = Field(1e-3, gt=0, description="Adam's step for activation scales")
     relative_scale_steps: bool = Field(
         True, description="whether the activation step is a share of each scale's first value, or an absolute number"
     )
-    input_drop: float = Field(0.5, ge=0, le=1, description="share of input elements taken from full precision (QDrop)")
-    activation_drop: float = Field(0.5, ge=0, le=1, description="share of activations left unquantized while learning")
-    rounding_regularizer: float = Field(0.0, ge=0, description="weight of AdaRound's pull of h to 0 or 1; 0: off")
+    input_drop: float = Field(0.0, ge=0, le=1, description="share of input elements taken from full precision (QDrop)")
+    activation_drop: float = Field(0.0, ge=0, le=1, description="share of activations left unquantized while learning")
+    rounding_regularizer: float = Field(1e-3, ge=0, description="weight of AdaRound's pull of h to 0 or 1; 0: off")
 
 
 class LayerRule(_Frozen):
@@ -100,9 +102,7 @@ class Recipe(_Frozen):
     edge_weight_bits: int | None = Field(
         8, ge=2, le=8, description="weight bits of the first and last convolution and the time embedding; null: as all"
     )
-    edge_activation_bits: int | None = Field(
-        8, ge=2, le=8, description="activation bits of those layers; null: as all"
-    )
+    edge_activation_bits: int | None = Field(8, ge=2, le=8, description="activation bits of those layers; null: as all")
     output_float_input: bool = Field(False, description="leave the input of the output convolution unquantized")
     layers: tuple[LayerRule, ...] = ()
 
@@ -147,6 +147,7 @@ def _read(name_or_path: str, depth: int) -> dict[str, Any]:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"The recipe {path} is not readable TOML: {error}.") from error
+    fields = _nulls(fields)
     fields.setdefault("name", path.stem)
     base = fields.pop("extends", None)
     if base is None:
@@ -154,6 +155,14 @@ def _read(name_or_path: str, depth: int) -> dict[str, Any]:
     if depth >= 8:
         raise UsageError(f"The recipe {path} extends itself, or a chain of more than eight recipes.")
     return _merge(_read(str(base), depth + 1), fields)
+
+
+def _nulls(table: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null: the word "model" leaves a number to the model."""
+    return {
+        key: _nulls(value) if isinstance(value, dict) else None if value == LEFT_TO_MODEL else value
+        for key, value in table.items()
+    }
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

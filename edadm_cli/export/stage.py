@@ -36,9 +36,7 @@ EXPORT_FILE = "export.json"
 _FLOAT_BYTES = 4
 
 
-def run(
-    config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
-) -> ExportRecord:
+def run(config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None) -> ExportRecord:
     """Pack, write, load back with diffusers, compare.
 
     Raises:

@@ -1,7 +1,7 @@
 r"""Quantized layers as they are deployed: integer codes, scales, and two arithmetics that mean the same.
 
-    fake-quantize:  y = op(dequantize(quantize(x)), w_int * w_scale) + b
-    integer:        y = op(q - zero_point, w_int) * (x_scale * w_scale) + b,   the sum exact, the epilogue float32
+fake-quantize:  y = op(dequantize(quantize(x)), w_int * w_scale) + b
+integer:        y = op(q - zero_point, w_int) * (x_scale * w_scale) + b,   the sum exact, the epilogue float32
 """
 
 from __future__ import annotations

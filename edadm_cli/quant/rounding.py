@@ -27,6 +27,6 @@ def initial_alpha(weight: Tensor, scale: Tensor) -> Tensor:
     return -torch.log((_STRETCH_HIGH - _STRETCH_LOW) / (fraction - _STRETCH_LOW) - 1)
 
 
-def rounding_regularizer(alpha: Tensor, beta: float) -> Tensor:
-    """sum(1 - |2 h - 1|^beta): zero once every weight has decided."""
-    return (1 - (2 * rectified_sigmoid(alpha) - 1).abs().pow(beta)).sum()
+def rounding_regularizer(up: Tensor, beta: Tensor | float) -> Tensor:
+    """sum(1 - |2 h - 1|^beta) over h(alpha) = `up`: zero once every weight has decided."""
+    return (1 - (2 * up - 1).abs().pow(beta)).sum()

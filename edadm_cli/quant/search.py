@@ -98,9 +98,7 @@ def _histogram(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     return centers[filled], counts[filled] / counts.sum()
 
 
-def _errors(
-    centers: Tensor, weights: Tensor, scales: Tensor, zero_points: Tensor, grid: Grid, norm: float
-) -> Tensor:
+def _errors(centers: Tensor, weights: Tensor, scales: Tensor, zero_points: Tensor, grid: Grid, norm: float) -> Tensor:
     """L_p error of each candidate grid, shape of `scales` `[K]`."""
     scales, zero_points = scales[:, None], zero_points[:, None]
     codes = ((centers / scales).round() + zero_points).clamp(grid.quant_min, grid.quant_max)
@@ -122,9 +120,7 @@ def _search_threshold(
     return Range(-zero_point * scale, (grid.quant_max - zero_point) * scale)
 
 
-def _search_pair(
-    centers: Tensor, weights: Tensor, low: float, high: float, grid: Grid, recipe: RangeRecipe
-) -> Range:
+def _search_pair(centers: Tensor, weights: Tensor, low: float, high: float, grid: Grid, recipe: RangeRecipe) -> Range:
     device = centers.device
     fractions = torch.arange(1, recipe.num_candidates + 1, device=device) / recipe.num_candidates
     natural = round(-low / (high - low) * grid.quant_max)

@@ -26,7 +26,9 @@ def unit_seed(seed: int, index: int) -> int:
     return (seed * _SEED_STRIDE + index) % 2**63
 
 
-def nearest_params(network: SwitchableNetwork, plan: QuantizationPlan, ranges: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def nearest_params(
+    network: SwitchableNetwork, plan: QuantizationPlan, ranges: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Parameters without learning: searched ranges, weights rounded to nearest."""
     params = dict(ranges)
     for name, layer_plan in plan.layers.items():
@@ -138,4 +140,3 @@ def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[st
     for key, part in named:
         assert isinstance(part, QuantizedLayer)
         part.set_parameters(**{own: params[f"{key}.{own}"] for own, _ in part.parameters_by_name()})
-

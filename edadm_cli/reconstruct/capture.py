@@ -65,9 +65,7 @@ class Batches:
             yield self.calibration.call(range(start, stop), self.device, torch.float32)
 
 
-def capture_units(
-    denoiser: nn.Module, units: Sequence[Unit], batches: Batches, with_outputs: bool
-) -> list[UnitCalls]:
+def capture_units(denoiser: nn.Module, units: Sequence[Unit], batches: Batches, with_outputs: bool) -> list[UnitCalls]:
     """Run the denoiser over the calibration set and keep the calls of `units`.
 
     Each forward stops as soon as the last of `units` has run.

@@ -14,7 +14,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +25,9 @@ from edadm_cli.models.units import Unit
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.quant.rounding import rounding_regularizer
 from edadm_cli.reconstruct.capture import UnitCalls, flatten, layer_outputs
-from edadm_cli.reconstruct.learned import Drop, LearnedAttention, LearnedLayer, learned_layer
+from edadm_cli.reconstruct.learned import Drop, LearnedUnit
 from edadm_cli.reconstruct.network import SwitchableNetwork
+from edadm_cli.reconstruct.optimization import Optimization, make_step
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 
 _CURVE_POINTS = 50
@@ -102,59 +103,49 @@ class UnitLearner:
         self.order = torch.Generator().manual_seed(seed)
         self.activation_drop = Drop(recipe.activation_drop, self.generator)
         self.input_drop = Drop(recipe.input_drop, self.generator)
-        self.layers: dict[str, LearnedLayer] = {}
-        self.attentions: dict[str, LearnedAttention] = {}
-        for name in unit.layers:
-            module, parts = learned_layer(name, network.float_layers[name], plan.layers[name], params, self.activation_drop)
+        self.learned = LearnedUnit(
+            {name: network.float_layers[name] for name in unit.layers},
+            plan.layers,
+            {name: plan.attentions[name] for name in unit.attentions if name in plan.attentions},
+            params,
+            self.activation_drop,
+            recipe.relative_scale_steps,
+        )
+        for name, module in self.learned.modules.items():
             network.put_layer(name, module)
-            self.layers |= parts
-        for name in unit.attentions:
-            if name in plan.attentions:
-                scales = {operand: params[f"{name}.{operand}_scale"] for operand in "qkvp"}
-                learned = LearnedAttention(plan.attentions[name], scales, self.activation_drop, self.device)
-                network.put_processor(name, learned)
-                self.attentions[name] = learned
-        # A unit of one layer is that layer's replacement, a block is the module around its layers.
+        for name, attention in self.learned.attentions.items():
+            network.put_processor(name, attention)
+        self.rows = torch.zeros(recipe.batch_size, dtype=torch.int64, device=self.device)
+        self.pull, self.beta = torch.zeros((), device=self.device), torch.ones((), device=self.device)
+        # A unit of one layer is that layer's stand-in, a block is the module around its layers.
         self.module: nn.Module = network.denoiser.get_submodule(unit.name)
 
-    def learn(self, advance: Callable[[int], None] = lambda _: None) -> UnitResult:
+    def learn(self) -> UnitResult:
         """Run the optimizer and decide the rounding.
 
         Raises:
             InputError: The loss is not finite.
         """
-        self._decide(True)
-        before = self.reconstruction_loss()  # h starts at the dropped fraction, so this rounds to nearest
-        self._decide(False)
-        optimizer, schedule = self._optimizer()
+        before = self.reconstruction_loss()  # h starts at the dropped fraction, so deciding now rounds to nearest
+        step = make_step(self, self._optimization())
         every = max(1, self.recipe.iterations // _CURVE_POINTS)
         curve: list[float] = []
-        initial = [scale.detach().clone() for scale in self._scales()]
         for iteration in range(self.recipe.iterations):
-            optimizer.zero_grad(set_to_none=True)
-            loss = self.step_loss(iteration)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                for scale, start in zip(self._scales(), initial, strict=True):
-                    scale.clamp_(min=start * 1e-2)
+            self.set_iteration(iteration)
+            loss = step()
             if iteration % every == 0:
                 curve.append(loss.item())
-            advance(1)
-        self._decide(True)
         after = self.reconstruction_loss()
         if not math.isfinite(after):
             raise InputError(
                 f"The reconstruction loss of '{self.unit.name}' is not finite.",
                 hint="lower weight_learning_rate or activation_learning_rate in the recipe",
             )
-        return UnitResult(self.params(), before, after, curve)
+        return UnitResult(self.learned.params(), before, after, curve)
 
-    def step_loss(self, iteration: int) -> Tensor:
-        """The loss of one random batch: one forward of the quantized unit."""
-        rows = torch.randint(self.data.full_precision.rows, (self.recipe.batch_size,), generator=self.order)
-        rows = rows.to(self.device)
+    def loss(self) -> Tensor:
+        """The loss of the rows now chosen: one forward of the quantized unit."""
+        rows, up = self.rows, self.learned.materialize()
         mixed = []
         for exact, quantized in zip(self.data.full_precision.tensors, self.data.quantized.tensors, strict=True):
             mask = self.input_drop.mask(exact[rows]) if exact.is_floating_point() else None
@@ -163,19 +154,21 @@ class UnitLearner:
         args, kwargs = self.data.full_precision.call(mixed)
         with layer_outputs(self.network.denoiser, names) as inner:
             outputs = _tensors(self.module(*args, **kwargs), len(rows))
-        targets = [target[rows] for target in self.data.full_precision.outputs]
-        loss = sum((channel_loss(o, t) for o, t in zip(outputs, targets, strict=True)), torch.zeros((), device=self.device))
+        targets = self.data.full_precision.outputs
+        total = torch.stack([channel_loss(o, t[rows]) for o, t in zip(outputs, targets, strict=True)]).sum()
         if self.data.layer_targets:
             inner_losses = [channel_loss(inner[name], self.data.layer_targets[name][rows]) for name in names]
-            loss = loss + self.recipe.layer_loss_weight * torch.stack(inner_losses).sum()
-        if self.recipe.rounding_regularizer and iteration >= _REGULARIZER_START * self.recipe.iterations:
-            loss = loss + self.recipe.rounding_regularizer * self._regularizer(iteration)
-        return loss
+            total = total + self.recipe.layer_loss_weight * torch.stack(inner_losses).sum()
+        if self.recipe.rounding_regularizer:
+            total = total + self.pull * rounding_regularizer(up, self.beta)
+        return total
 
     @torch.no_grad()
     def reconstruction_loss(self) -> float:
-        """The block loss on the partly quantized network's inputs with every activation quantized, all rows."""
-        was_active, self.activation_drop.active = self.activation_drop.active, False
+        """The block loss as deployed: rounding decided, every activation quantized, on the partly quantized network's
+        inputs, over all rows."""
+        self.activation_drop.active, self.learned.decided = False, True
+        self.learned.materialize()
         total, calls = 0.0, self.data.quantized
         size = max(self.recipe.batch_size, 64)
         for start in range(0, calls.rows, size):
@@ -184,38 +177,23 @@ class UnitLearner:
             outputs = _tensors(self.module(*args, **kwargs), rows)
             targets = [target[start : start + size] for target in self.data.full_precision.outputs]
             total += rows * sum(channel_loss(o, t).item() for o, t in zip(outputs, targets, strict=True))
-        self.activation_drop.active = was_active
+        self.activation_drop.active, self.learned.decided = True, False
         return total / calls.rows
 
-    def params(self) -> dict[str, Tensor]:
-        """Everything learned, under the names of the artifact."""
-        owners = {**self.layers, **self.attentions}
-        return {f"{name}.{key}": t for name, owner in owners.items() for key, t in owner.parameters_by_name().items()}
-
-    def _scales(self) -> list[nn.Parameter]:
-        layers = [layer.input_scale for layer in self.layers.values() if layer.plan.input_grid is not None]
-        return layers + [scale for attention in self.attentions.values() for scale in attention.scales.values()]
-
-    def _optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        recipe = self.recipe
-        groups: list[dict[str, object]] = [
-            {"params": [layer.alpha for layer in self.layers.values()], "lr": recipe.weight_learning_rate}
-        ]
-        for scale in self._scales():
-            unit_step = scale.item() if recipe.relative_scale_steps else 1.0
-            groups.append({"params": [scale], "lr": recipe.activation_learning_rate * unit_step})
-        optimizer = torch.optim.Adam(groups)
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, recipe.iterations))
-
-    def _regularizer(self, iteration: int) -> Tensor:
+    def set_iteration(self, iteration: int) -> None:
+        """Choose the rows of an iteration and the strength of the rounding regularizer."""
+        num_rows = self.data.full_precision.rows
+        self.rows.copy_(torch.randint(num_rows, (self.recipe.batch_size,), generator=self.order))
         start = _REGULARIZER_START * self.recipe.iterations
         progress = (iteration - start) / max(1.0, self.recipe.iterations - start)
-        beta = _BETA_TO + (_BETA_FROM - _BETA_TO) * 0.5 * (1 + math.cos(math.pi * progress))
-        return torch.stack([rounding_regularizer(layer.alpha, beta) for layer in self.layers.values()]).sum()
+        self.pull.fill_(self.recipe.rounding_regularizer if progress >= 0 else 0.0)
+        self.beta.fill_(_BETA_TO + (_BETA_FROM - _BETA_TO) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0))))
 
-    def _decide(self, decided: bool) -> None:
-        for layer in self.layers.values():
-            layer.decided = decided
+    def _optimization(self) -> Optimization:
+        rates: list[tuple[nn.Parameter, float]] = [(self.learned.rounding.alpha, self.recipe.weight_learning_rate)]
+        if self.learned.scales.names:
+            rates.append((self.learned.scales.factor, self.recipe.activation_learning_rate))
+        return Optimization(rates, max(1, self.recipe.iterations), self.device)
 
 
 def _tensors(output: object, rows: int) -> list[Tensor]:

@@ -1,4 +1,8 @@
-"""Layers and attention while they learn: soft rounding, scales with gradients, activations dropped to full precision."""
+"""Layers, attention, rounding and scales while a unit learns.
+
+What is learned lies flat: one tensor of rounding variables and one of scales for the whole unit, so that a step costs a
+few operations on long tensors instead of many on short ones.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid
 from edadm_cli.reconstruct.ranges import part_names, split_channels
 
 _DROP_LEVELS = 256
+_SMALLEST_SHARE = 1e-2
 
 
 class Drop:
@@ -44,76 +49,178 @@ class Drop:
 
 
 class LearnedLayer(nn.Module):
-    """A layer whose rounding (`alpha`) and input scale are parameters; weight, weight scale and bias are fixed."""
+    """A layer, or one channel part of it, whose weight and input scale are set before every forward."""
+
+    weight: Tensor
+    input_scale: Tensor
 
     def __init__(
-        self, layer: nn.Module, weight: Tensor, bias: Tensor | None, plan: LayerPlan, params: dict[str, Tensor], drop: Drop
+        self, operation: Operation, plan: LayerPlan, bias: Tensor | None, zero_point: Tensor | None, drop: Drop
     ) -> None:
         super().__init__()
-        device = weight.device
-        self.operation, self.plan, self.drop = Operation.of(layer), plan, drop
-        self.weight, self.bias = weight.detach(), bias
-        self.weight_scale = params["weight_scale"].to(device).reshape(-1, *[1] * (weight.dim() - 1))
-        self.floor = (self.weight / self.weight_scale).floor()
-        self.alpha = nn.Parameter(initial_alpha(self.weight, self.weight_scale))
-        self.decided = False  # whether h is hardened to 0 or 1
-        if plan.input_grid is not None:
-            self.input_scale = nn.Parameter(params["input_scale"].to(device).reshape(()).clone())
-            self.input_zero_point = params["input_zero_point"].to(device).reshape(())
+        self.operation, self.plan, self.bias, self.drop = operation, plan, bias, drop
+        self.input_zero_point = zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plan.input_grid is not None:
-            dropped = self.drop.mask(x)
-            x = learned_fake_quantize(x, self.input_scale, self.input_zero_point, self.plan.input_grid, dropped)
-        return self.operation(x, self.codes() * self.weight_scale, self.bias)
-
-    def codes(self) -> Tensor:
-        """The weight's codes: between floor and ceiling while learning, whole once decided."""
-        grid = self.plan.weight_grid
-        up = self.alpha.detach() >= 0 if self.decided else rectified_sigmoid(self.alpha)
-        return (self.floor + up).clamp(grid.quant_min, grid.quant_max)
-
-    def parameters_by_name(self) -> dict[str, Tensor]:
-        """What was learned under the names of the artifact, on the CPU; the rounding must have been decided."""
-        found = {"weight_int": self.codes().to(torch.int8), "weight_scale": self.weight_scale.flatten()}
-        if self.plan.input_grid is not None:
-            found |= {"input_scale": self.input_scale.detach(), "input_zero_point": self.input_zero_point}
-        return {name: tensor.cpu() for name, tensor in found.items()}
+        grid = self.plan.input_grid
+        if grid is not None:
+            assert self.input_zero_point is not None
+            x = learned_fake_quantize(x, self.input_scale, self.input_zero_point, grid, self.drop.mask(x))
+        return self.operation(x, self.weight, self.bias)
 
 
 class LearnedAttention(AttentionProducts):
-    """Attention products whose four scales are parameters."""
+    """Attention products whose four scales are set before every forward."""
 
-    def __init__(self, plan: AttentionPlan, scales: dict[str, Tensor], drop: Drop, device: torch.device) -> None:
+    def __init__(self, plan: AttentionPlan, drop: Drop) -> None:
         super().__init__()
         self.plan, self.drop = plan, drop
-        self.scales = nn.ParameterDict({o: nn.Parameter(scales[o].to(device).reshape(()).clone()) for o in OPERANDS})
+        self.scales: dict[str, Tensor] = {}
 
     def touch(self, operand: str, tensor: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.int32, device=tensor.device)
         grid = operand_grid(self.plan, operand)
         return learned_fake_quantize(tensor, self.scales[operand], zero, grid, self.drop.mask(tensor))
 
-    def parameters_by_name(self) -> dict[str, Tensor]:
-        return {f"{operand}_scale": self.scales[operand].detach().cpu() for operand in OPERANDS}
+
+class LearnedRounding:
+    """AdaRound's variables of all weights of a unit, as one tensor.
+
+    Args:
+        weights: Full-precision weights by part name.
+        scales: Their scales, `[C_out]` each.
+        plans: Their bits.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], plans: Mapping[str, LayerPlan]
+    ) -> None:
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        self.sizes = [weight.numel() for weight in weights.values()]
+        flat = torch.cat([weight.flatten() for weight in weights.values()])
+        self.scale = torch.cat(
+            [scales[name].to(flat).repeat_interleave(weight[0].numel()) for name, weight in weights.items()]
+        )
+        self.floor = (flat / self.scale).floor()
+        grids = [plans[name].weight_grid for name in weights]
+        self.low = self._per_element([grid.quant_min for grid in grids], flat)
+        self.high = self._per_element([grid.quant_max for grid in grids], flat)
+        self.alpha = nn.Parameter(initial_alpha(flat, self.scale))
+
+    def weights(self, decided: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Weights by part name, differentiable in alpha unless decided; and h, flat."""
+        up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha)
+        return self._split((self.floor + up).clamp(self.low, self.high) * self.scale), up
+
+    def codes(self) -> dict[str, Tensor]:
+        """Decided codes by part name, int8: up where h >= 0.5."""
+        codes = (self.floor + (self.alpha.detach() >= 0)).clamp(self.low, self.high)
+        return self._split(codes.to(torch.int8))
+
+    def _split(self, flat: Tensor) -> dict[str, Tensor]:
+        pieces = flat.split(self.sizes)
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+
+    def _per_element(self, bounds: list[int], like: Tensor) -> Tensor:
+        sizes = torch.tensor(self.sizes, device=like.device)
+        return torch.tensor(bounds, device=like.device, dtype=like.dtype).repeat_interleave(sizes)
 
 
-def learned_layer(
-    name: str, layer: nn.Module, plan: LayerPlan, params: Mapping[str, Tensor], drop: Drop
-) -> tuple[nn.Module, dict[str, LearnedLayer]]:
-    """The module that stands for `layer` while its unit learns, and its quantized parts by artifact name."""
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
-    parts: dict[str, LearnedLayer] = {}
-    for part, piece in zip(part_names(name, plan), split_channels(weight.detach(), plan, 1), strict=True):
-        own = {key: params[f"{part}.{key}"] for key in _own_keys(part, params)}
-        part_bias = bias.detach() if isinstance(bias, Tensor) and not parts else None
-        parts[part] = LearnedLayer(layer, piece, part_bias, plan.part(), own, drop)
-    if plan.channel_parts is None:
-        return parts[name], parts
-    return SplitLayer(list(parts.values()), plan.channel_parts, Operation.of(layer).channel_dim), parts
+class LearnedScales:
+    """All activation scales of a unit, as one tensor.
+
+    Args:
+        first: Initial scales by name.
+        relative: Whether a step is a share of each scale's first value, or an absolute number.
+        device: Where they live.
+    """
+
+    def __init__(self, first: Mapping[str, Tensor], relative: bool, device: torch.device) -> None:
+        self.names = list(first)
+        values = torch.stack([scale.reshape(()) for scale in first.values()]) if first else torch.zeros(0)
+        values = values.to(device)
+        self.unit = values if relative else torch.ones_like(values)
+        self.factor = nn.Parameter(values / self.unit)
+        self.smallest = self.factor.detach() * _SMALLEST_SHARE
+
+    def values(self) -> dict[str, Tensor]:
+        """Scales by name, differentiable in `factor`."""
+        return dict(zip(self.names, (self.factor * self.unit).unbind(), strict=True))
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """Let no step take a scale below a hundredth of its first value."""
+        self.factor.clamp_(min=self.smallest)
 
 
-def _own_keys(name: str, params: Mapping[str, Tensor]) -> list[str]:
-    keys = ("weight_scale", "input_scale", "input_zero_point")
-    return [key for key in keys if f"{name}.{key}" in params]
+class LearnedUnit:
+    """The learnable stand-ins of one unit's layers and attentions, and what they learn."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        plans: Mapping[str, LayerPlan],
+        attentions: Mapping[str, AttentionPlan],
+        params: Mapping[str, Tensor],
+        drop: Drop,
+        relative_scales: bool,
+    ) -> None:
+        self.modules: dict[str, nn.Module] = {}
+        self.attentions = {name: LearnedAttention(plan, drop) for name, plan in attentions.items()}
+        self.decided = False
+        self._parts: dict[str, LearnedLayer] = {}
+        weights: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            weights |= self._add_layer(name, layer, plans[name], params, drop)
+        device = next(iter(weights.values())).device
+        self._weight_scales = {name: params[f"{name}.weight_scale"] for name in weights}
+        self.rounding = LearnedRounding(
+            weights, self._weight_scales, {name: part.plan for name, part in self._parts.items()}
+        )
+        named = [f"{name}.input_scale" for name, part in self._parts.items() if part.plan.input_grid is not None]
+        named += [f"{name}.{operand}_scale" for name in attentions for operand in OPERANDS]
+        self.scales = LearnedScales({name: params[name] for name in named}, relative_scales, device)
+
+    def materialize(self) -> Tensor:
+        """Give every stand-in its weight and scales for the next forward; returns h, flat."""
+        weights, up = self.rounding.weights(self.decided)
+        scales = self.scales.values()
+        for name, part in self._parts.items():
+            part.weight = weights[name]
+            if part.plan.input_grid is not None:
+                part.input_scale = scales[f"{name}.input_scale"]
+        for name, attention in self.attentions.items():
+            attention.scales = {operand: scales[f"{name}.{operand}_scale"] for operand in OPERANDS}
+        return up
+
+    def params(self) -> dict[str, Tensor]:
+        """What was learned, rounding decided, under the names of the artifact, on the CPU."""
+        found = {f"{name}.weight_int": codes for name, codes in self.rounding.codes().items()}
+        found |= {f"{name}.weight_scale": scale for name, scale in self._weight_scales.items()}
+        found |= {name: scale.detach() for name, scale in self.scales.values().items()}
+        for name, part in self._parts.items():
+            if part.input_zero_point is not None:
+                found[f"{name}.input_zero_point"] = part.input_zero_point
+        return {name: tensor.cpu().clone() for name, tensor in found.items()}
+
+    def _add_layer(
+        self, name: str, layer: nn.Module, plan: LayerPlan, params: Mapping[str, Tensor], drop: Drop
+    ) -> dict[str, Tensor]:
+        weight, operation = layer.weight, Operation.of(layer)
+        assert isinstance(weight, Tensor)
+        names = part_names(name, plan)
+        for part in names:
+            zero_point = params.get(f"{part}.input_zero_point")
+            self._parts[part] = LearnedLayer(
+                operation,
+                plan.part(),
+                layer.bias if part == names[0] and isinstance(layer.bias, Tensor) else None,
+                None if zero_point is None else zero_point.to(weight.device).reshape(()),
+                drop,
+            )
+        stand_ins: list[nn.Module] = [self._parts[part] for part in names]
+        is_split = plan.channel_parts is not None
+        self.modules[name] = (
+            SplitLayer(stand_ins, plan.channel_parts or (), operation.channel_dim) if is_split else stand_ins[0]
+        )
+        return dict(zip(names, split_channels(weight.detach(), plan, 1), strict=True))

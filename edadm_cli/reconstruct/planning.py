@@ -80,9 +80,7 @@ def _refusal(layer: TracedLayer, rule: LayerRule) -> str | None:
 
 def _bits(rule: LayerRule, recipe: Recipe, bits: BitWidth, is_edge: bool) -> tuple[int, int]:
     weight = recipe.edge_weight_bits if is_edge and recipe.edge_weight_bits is not None else bits.weight
-    activation = (
-        recipe.edge_activation_bits if is_edge and recipe.edge_activation_bits is not None else bits.activation
-    )
+    activation = recipe.edge_activation_bits if is_edge and recipe.edge_activation_bits is not None else bits.activation
     return rule.weight_bits or weight, rule.activation_bits or activation
 
 

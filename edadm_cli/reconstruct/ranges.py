@@ -57,7 +57,9 @@ def search_ranges(
             if layer.name in plan.layers and plan.layers[layer.name].input_grid is not None:
                 stack.enter_context(_observed_layer(layer.name, layer.module, plan.layers[layer.name], observed))
         for name, attention_plan in plan.attentions.items():
-            stack.enter_context(_observed_attention(network.denoiser.get_submodule(name), name, attention_plan, observed))
+            stack.enter_context(
+                _observed_attention(network.denoiser.get_submodule(name), name, attention_plan, observed)
+            )
         with torch.no_grad():
             for args, kwargs in batches:
                 network.denoiser(*args, **kwargs)
@@ -149,9 +151,7 @@ class _ObservedAttention(AttentionProducts):
 
 
 @contextmanager
-def _observed_attention(
-    module: nn.Module, name: str, plan: AttentionPlan, observed: _Observations
-) -> Iterator[None]:
+def _observed_attention(module: nn.Module, name: str, plan: AttentionPlan, observed: _Observations) -> Iterator[None]:
     processor = module.processor
     module._modules.pop("processor", None)
     module.processor = _ObservedAttention(name, plan, observed)

@@ -39,6 +39,7 @@ from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.learn import UnitResult
 from edadm_cli.reconstruct.network import SwitchableNetwork
+from edadm_cli.reconstruct.optimization import repeatable_convolutions
 from edadm_cli.reconstruct.planning import count, plan_network
 from edadm_cli.reconstruct.ranges import search_ranges
 
@@ -148,7 +149,21 @@ def _build(
 ) -> Artifact:
     started = time.monotonic()
     setting = _prepare(config, run, selection)
-    ranges = _ranges(config, setting, build.path, reporter)
+    with repeatable_convolutions():
+        params, results = _reconstruct(config, setting, build.path, reporter)
+    _require_coverage(setting.plan, params)
+    save_tensors(build.path / PARAMS_FILE, params)
+    save_json(build.path / PLAN_FILE, setting.plan.model_dump(mode="json", exclude_none=True))
+    save_json(build.path / UNITS_FILE, _summary(setting, results))
+    build.discard([UNITS_FOLDER, _RANGES_FILE])
+    device = str(setting.batches.device)
+    return build.commit(environment={"device": device, "seconds": round(time.monotonic() - started, 3)})
+
+
+def _reconstruct(
+    config: ReconstructConfig, setting: _Setting, folder: Path, reporter: Reporter
+) -> tuple[dict[str, Tensor], dict[str, UnitResult]]:
+    ranges = _ranges(config, setting, folder, reporter)
     params = nearest_params(setting.network, setting.plan, ranges)
     results: dict[str, UnitResult] = {}
     if config.recipe.learn.granularity != "none":
@@ -161,19 +176,13 @@ def _build(
             setting.hyperparameters,
             config.seed,
             config.memory_budget_mib * 1024 * 1024,
-            UnitCheckpoints(build.path),
+            UnitCheckpoints(folder),
         )
         with reporter.task("reconstruct", len(setting.units)) as advance:
             results = reconstruction.run(setting.units, advance)
         for result in results.values():
             params |= result.params
-    _require_coverage(setting.plan, params)
-    save_tensors(build.path / PARAMS_FILE, params)
-    save_json(build.path / PLAN_FILE, setting.plan.model_dump(mode="json"))
-    save_json(build.path / UNITS_FILE, _summary(setting, results))
-    build.discard([UNITS_FOLDER, _RANGES_FILE])
-    device = str(setting.batches.device)
-    return build.commit(environment={"device": device, "seconds": round(time.monotonic() - started, 3)})
+    return params, results
 
 
 def _ranges(config: ReconstructConfig, setting: _Setting, folder: Path, reporter: Reporter) -> dict[str, Tensor]:

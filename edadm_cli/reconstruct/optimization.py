@@ -1,0 +1,112 @@
+"""One optimizer step of a unit: launched kernel by kernel on a CPU, replayed as one CUDA graph on a GPU.
+
+Units are small, so on a GPU the time of a step is that of its few hundred launches; a graph makes them one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from edadm_cli.reconstruct.learn import UnitLearner
+
+_WARM_UP_STEPS = 3
+
+
+@contextmanager
+def repeatable_convolutions() -> Iterator[None]:
+    """Have cuDNN use only algorithms that give the same bytes every time, so that a resume changes nothing on CUDA."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+class Optimization:
+    """Adam with one step size a group, all decaying to zero along a cosine.
+
+    Args:
+        rates: Each parameter and the step it starts with.
+        iterations: Length of the decay.
+        device: On CUDA the optimizer keeps its state and step sizes there, so that a graph can hold it.
+    """
+
+    def __init__(self, rates: list[tuple[nn.Parameter, float]], iterations: int, device: torch.device) -> None:
+        self.capturable = device.type == "cuda"
+        groups = [
+            {"params": [param], "lr": torch.tensor(rate, device=device) if self.capturable else rate}
+            for param, rate in rates
+        ]
+        self.adam = torch.optim.Adam(groups, capturable=self.capturable, fused=True)
+        self._rates, self._iterations, self._done = [rate for _, rate in rates], iterations, 0
+
+    def set_rates(self, factor: float) -> None:
+        """Set every group's step to `factor` times its first one."""
+        for group, rate in zip(self.adam.param_groups, self._rates, strict=True):
+            if self.capturable:
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+
+    def decay(self) -> None:
+        """Set the steps of the next iteration."""
+        self.set_rates(0.5 * (1 + math.cos(math.pi * self._done / self._iterations)))
+        self._done += 1
+
+    def forget(self) -> None:
+        """Zero the moments."""
+        for state in self.adam.state.values():
+            for value in state.values():
+                value.zero_()
+
+
+def make_step(learner: UnitLearner, optimization: Optimization) -> Callable[[], Tensor]:
+    """A function that takes one step on the learner's chosen rows and returns the loss before it."""
+
+    def compute() -> Tensor:
+        loss = learner.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimization.adam.step()
+        learner.learned.scales.keep_positive()
+        return loss.detach()
+
+    def launch() -> Tensor:
+        optimization.decay()
+        optimization.adam.zero_grad(set_to_none=True)
+        return compute()
+
+    if not optimization.capturable:
+        return launch
+    return _captured(learner, optimization, compute)
+
+
+def _captured(learner: UnitLearner, optimization: Optimization, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    stream = torch.cuda.Stream(learner.device)
+    stream.wait_stream(torch.cuda.current_stream(learner.device))
+    with torch.cuda.stream(stream):
+        optimization.set_rates(0.0)  # warming up must not learn
+        for _ in range(_WARM_UP_STEPS):
+            optimization.adam.zero_grad(set_to_none=True)
+            compute()
+        optimization.forget()
+    torch.cuda.current_stream(learner.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(learner.generator)
+    optimization.adam.zero_grad(set_to_none=True)  # the graph then writes gradients instead of adding to them
+    with torch.cuda.graph(graph):
+        loss = compute()
+
+    def replay() -> Tensor:
+        optimization.decay()
+        graph.replay()
+        return loss
+
+    return replay
