@@ -1,0 +1,89 @@
+"""The sections about full precision: the model, how it was sampled, and what was selected from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edadm_cli.report.contents import RunContents
+from edadm_cli.report.formats import count, flat, number, plain
+from edadm_cli.report.html import Html, code, details, element, facts, section, table
+from edadm_cli.report.notices import missing
+from edadm_cli.report.plots import counts_plot, score_plot
+
+_STRATEGIES = {
+    "tdac": "TDAC shares the samples out by the density and variety of each step's features.",
+    "uniform": "Every step gives about as many samples.",
+    "normal": "The steps were drawn from a normal distribution.",
+    "random": "The steps were drawn at random.",
+    "last": "Every sample is of the last step.",
+}
+
+
+def model_section(contents: RunContents) -> Html:
+    """What the model is, and how it was sampled at full precision."""
+    model = contents.model
+    pairs: list[tuple[Any, Any]] = [
+        ("model", model.id),
+        ("revision", model.revision),
+        ("fingerprint", code(model.fingerprint[:12])),
+    ]
+    if contents.collect is None:
+        return section("model", "Model and sampling", facts(pairs), missing(contents, "collect"))
+    sampling = contents.collect.facts
+    scheduler = sampling.get("scheduler", {})
+    prompts = sampling["prompts"]
+    pairs += [
+        ("denoiser", sampling["entry"].get("denoiser")),
+        ("scheduler", scheduler.get("class")),
+        ("sampler steps", str(sampling["num_steps"])),
+        ("guidance", _optional(sampling["guidance_scale"])),
+        ("eta", plain(sampling["eta"])),
+        ("trajectories", f"{len(sampling['seeds']):,}"),
+        ("prompts", None if prompts is None else f"{len(prompts):,}, {len(set(prompts)):,} of them different"),
+        ("arithmetic", sampling["dtype"]),
+        ("seed", str(contents.collect.artifact.manifest.seed)),
+    ]
+    rows = [(code(name), plain(value)) for name, value in flat(scheduler.get("config", {}))]
+    more = details("Scheduler settings", table(["setting", "value"], rows, "Scheduler settings")) if rows else None
+    return section("model", "Model and sampling", facts(pairs), more)
+
+
+def selection_section(contents: RunContents) -> Html:
+    """Which steps the calibration samples come from, and why."""
+    if contents.select is None:
+        return section("selection", "Calibration set", missing(contents, "select"))
+    chosen = contents.select.facts
+    timesteps, counts = chosen["timesteps"], chosen["counts"]
+    lead = (
+        f"{count(chosen['num_samples'], 'sample')} from {count(len(counts), 'step')} of "
+        f"{chosen['num_trajectories']:,} trajectories. {_STRATEGIES.get(chosen['strategy'], '')}"
+    )
+    plots = element(
+        "div",
+        _figure("Samples a step", counts_plot(timesteps, counts), []),
+        _figure("Scores", score_plot(timesteps, chosen["density"], chosen["variety"]), ["density", "variety"]),
+        class_="plots",
+    )
+    pairs = [
+        ("strategy", chosen["strategy"]),
+        ("density radius", _radius(chosen)),
+        ("variety weight", _optional(chosen["variety_weight"])),
+        ("fewest and most samples a step", f"{min(counts)} and {max(counts)}"),
+        ("seed", str(contents.select.artifact.manifest.seed)),
+    ]
+    return section("selection", "Calibration set", element("p", lead.strip(), class_="lead"), plots, facts(pairs))
+
+
+def _figure(title: str, plot: Html, legend: list[str]) -> Html:
+    keys = [element("span", name, class_=f"key {name}") for name in legend]
+    return element("figure", element("figcaption", element("span", title, class_="title"), keys), plot)
+
+
+def _radius(chosen: dict[str, Any]) -> str | None:
+    if chosen["density_radius"] is None:
+        return None
+    return f"{number(chosen['density_radius'])} ({chosen['density_radius_source']})"
+
+
+def _optional(value: float | None) -> str | None:
+    return None if value is None else plain(value)

@@ -1,0 +1,51 @@
+"""Command lines: those that make a run again, and the one that makes what is missing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from edadm_cli.artifacts import Manifest
+from edadm_cli.report.contents import BY_BITS, Part, RunContents
+
+_FLAGS: dict[str, tuple[str, ...]] = {
+    "collect": ("num_trajectories", "num_steps", "guidance_scale", "batch_size", "feature_batch", "dtype"),
+    "select": ("strategy", "num_samples", "density_radius", "variety_weight"),
+    "reconstruct": ("batch_size",),
+    "export": ("parity_samples",),
+    "evaluate": ("num_images", "batch_size", "num_steps", "guidance_scale"),
+}
+"""Settings that are flags of the same name, by stage."""
+
+
+def missing_command(contents: RunContents, kind: str, bits: str | None = None) -> str:
+    """The command that makes a stage's artifact."""
+    words = ["edadm", kind]
+    if kind == "collect":
+        words += ["--model", contents.model.id]
+    if kind in BY_BITS:
+        words += ["--bits", bits or "w4a8"]
+    return shlex.join(words)
+
+
+def repeating_commands(contents: RunContents) -> list[str]:
+    """The commands that make every artifact of the run again, with the settings written out."""
+    return [shlex.join(_words(part)) for part in contents.parts()]
+
+
+def _words(part: Part) -> Iterator[str]:
+    manifest: Manifest = part.artifact.manifest
+    yield from ("edadm", manifest.kind)
+    if manifest.kind == "collect":
+        yield from ("--model", manifest.model.id)
+    if manifest.kind in BY_BITS:
+        yield from ("--bits", part.artifact.path.name)
+    if manifest.kind == "reconstruct":
+        yield from ("--recipe", str(manifest.config["recipe"]["name"]))
+    for name in _FLAGS[manifest.kind]:
+        value = manifest.config.get(name)
+        if value is not None:
+            yield f"--{name.replace('_', '-')}"
+            yield f"{value:g}" if isinstance(value, float) else str(value)
+    if manifest.seed:
+        yield from ("--seed", str(manifest.seed))

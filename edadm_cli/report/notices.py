@@ -1,0 +1,26 @@
+"""What the page says where something is missing."""
+
+from __future__ import annotations
+
+from edadm_cli.report.commands import missing_command
+from edadm_cli.report.contents import RunContents
+from edadm_cli.report.html import Html, code, element
+
+_MISSING = {
+    "collect": "The full-precision trajectories are not in this run.",
+    "select": "No calibration set has been selected.",
+    "reconstruct": "No quantization parameters have been found.",
+    "export": "No quantized pipeline has been exported.",
+    "evaluate": "The images have not been evaluated.",
+}
+
+
+def missing(contents: RunContents, kind: str, bits: str | None = None) -> Html:
+    """Say that a stage was not run, and which command runs it."""
+    command = code(missing_command(contents, kind, bits))
+    return element("p", _MISSING[kind], " ", element("span", "Make it with ", command), class_="missing")
+
+
+def caution(text: str) -> Html:
+    """Repeat what a stage warned of."""
+    return element("p", text, class_="caution")

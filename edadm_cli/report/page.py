@@ -1,0 +1,71 @@
+"""The page as a whole."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from edadm_cli.report.calibration import model_section, selection_section
+from edadm_cli.report.contents import RunContents
+from edadm_cli.report.headline import cards, comparison, headline
+from edadm_cli.report.html import Html, element
+from edadm_cli.report.provenance import provenance_section
+from edadm_cli.report.quality import images_section, quality_section
+from edadm_cli.report.quantization import export_section, reconstruction_section
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_LINKS = {
+    "images": "Images",
+    "quality": "Quality",
+    "comparison": "Comparison",
+    "model": "Model",
+    "selection": "Calibration",
+    "reconstruction": "Reconstruction",
+    "export": "Size",
+    "provenance": "Provenance",
+}
+
+
+def render(contents: RunContents) -> str:
+    """Build the page.
+
+    Args:
+        contents: What the run holds.
+
+    Returns:
+        A document that needs nothing else: no script, no link to outside, images and style within.
+    """
+    sections = {
+        "figures": cards(contents),
+        "images": images_section(contents),
+        "comparison": comparison(contents),
+        "quality": quality_section(contents),
+        "model": model_section(contents),
+        "selection": selection_section(contents),
+        "reconstruction": reconstruction_section(contents),
+        "export": export_section(contents),
+        "provenance": provenance_section(contents),
+    }
+    links = [element("a", _LINKS[name], href=f"#{name}") for name in sections if name in _LINKS and sections[name]]
+    body = element(
+        "body",
+        headline(contents),
+        element("nav", links, aria_label="Sections"),
+        element("main", list(sections.values())),
+        element("footer", element("p", "Written by edadm report. Every figure is read from the run's artifacts.")),
+    )
+    return f"<!doctype html>\n{element('html', _head(contents), body, lang='en')}\n"
+
+
+def _head(contents: RunContents) -> Html:
+    style = files("edadm_cli.report").joinpath("style.css").read_text(encoding="utf-8")
+    widths = ", ".join(width.title for width in contents.widths)
+    title = f"{contents.name}: {widths}" if widths else contents.name
+    return element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("title", f"{title} \u2013 edadm"),
+        element("style", Html(style)),
+    )

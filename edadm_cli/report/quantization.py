@@ -1,0 +1,164 @@
+"""The sections about quantization itself: reconstruction, layers, size and parity of the export."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from edadm_cli.report.contents import Part, RunContents, Width
+from edadm_cli.report.formats import count, mebibytes, number, plain, seconds
+from edadm_cli.report.headline import denoiser_of
+from edadm_cli.report.html import Html, Node, code, details, element, facts, section, table
+from edadm_cli.report.notices import missing
+from edadm_cli.report.plots import bar, curve_plot, loss_plot
+
+_KINDS = {"conv2d": "convolution", "linear": "linear layer", "attention_products": "attention product"}
+
+
+def reconstruction_section(contents: RunContents) -> Html:
+    """What was learned, unit by unit, and which layers were quantized to what."""
+    parts: list[Node] = [] if contents.widths else [missing(contents, "reconstruct")]
+    for width in contents.widths:
+        parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
+        parts.append(
+            missing(contents, "reconstruct", width.bits)
+            if width.reconstruct is None
+            else _reconstruction(width, width.reconstruct)
+        )
+    return section("reconstruction", "Reconstruction", parts)
+
+
+def export_section(contents: RunContents) -> Html:
+    """Sizes on disk, and what the export was held against."""
+    parts: list[Node] = [] if contents.widths else [missing(contents, "export")]
+    for width in contents.widths:
+        parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
+        parts.append(missing(contents, "export", width.bits) if width.export is None else _export(width, width.export))
+    return section("export", "Size and export", parts)
+
+
+def _reconstruction(width: Width, part: Part) -> Html:
+    coverage, loss = part.facts["coverage"], part.facts["loss"]
+    kinds = ", ".join(count(amount, _KINDS.get(kind, kind)) for kind, amount in part.facts["by_kind"].items() if amount)
+    environment = part.artifact.manifest.environment
+    pairs = [
+        ("recipe", width.recipe),
+        ("quantized", f"{coverage['quantized']:,} of {coverage['planned']:,} planned"),
+        ("of which", kinds),
+        ("kept in floating point", f"{coverage['kept']:,}"),
+        ("loss before", None if loss["first"] is None else f"{number(loss['first'])}, summed over the units"),
+        ("loss after", None if loss["last"] is None else number(loss["last"])),
+        ("time taken", seconds(environment.get("seconds"))),
+        ("seed", str(part.artifact.manifest.seed)),
+    ]
+    learned = [unit for unit in part.facts["units"] if unit["loss_before"] is not None]
+    lead = (
+        "Loss of each unit against full precision: rounded to nearest, and after learning."
+        if learned
+        else "This recipe learns nothing: ranges were found and weights rounded to nearest."
+    )
+    summary = f"All {count(len(learned), 'unit')} with their loss curves"
+    return element(
+        "div",
+        element("p", lead, class_="lead"),
+        _losses(learned) if learned else None,
+        facts(pairs),
+        details(summary, _units(width, learned)) if learned else None,
+        _layers(width, part.artifact.json("plan.json")),
+    )
+
+
+def _losses(units: list[dict[str, Any]]) -> Html:
+    keys = [element("span", f"{kind} learning", class_=f"key {kind}") for kind in ("before", "after")]
+    title = element("span", "Reconstruction loss", class_="title")
+    plot = loss_plot(
+        [unit["name"] for unit in units],
+        [unit["loss_before"] for unit in units],
+        [unit["loss_after"] for unit in units],
+    )
+    frame = element("div", plot, class_="scroll plain", role="region", aria_label="Loss of each unit", tabindex=0)
+    return element("figure", element("figcaption", title, keys), frame, class_="wide")
+
+
+def _units(width: Width, units: list[dict[str, Any]]) -> Html:
+    rows: list[list[Node]] = [
+        [
+            code(unit["name"]),
+            unit["kind"],
+            number(len(unit["layers"])),
+            number(unit["loss_before"]),
+            number(unit["loss_after"]),
+            curve_plot(unit["curve"], f"Loss curve of {unit['name']}") if len(unit["curve"]) > 1 else None,
+        ]
+        for unit in units
+    ]
+    note = (
+        "A curve shows what the optimizer minimises, on a logarithmic scale of its own: besides the loss of the unit "
+        "also those of its layers and the pull on the rounding, which makes it jump where it sets in."
+    )
+    header = ["unit", "kind", "layers", "before", "after", "curve"]
+    return element("div", element("p", note), table(header, rows, f"Units of {width.title}", numeric=(2, 3, 4)))
+
+
+def _layers(width: Width, plan: dict[str, Any]) -> Html:
+    """Every layer of the plan, and those left out with the reason."""
+    rows: list[list[Node]] = [
+        [
+            code(name),
+            str(layer["weight_bits"]),
+            plain(layer["activation_bits"] if layer["activation_bits"] is not None else "float"),
+            " + ".join(str(size) for size in layer["channel_parts"] or []),
+            "quantized",
+        ]
+        for name, layer in plan["layers"].items()
+    ]
+    for name, attention in plan["attentions"].items():
+        bits = f"{attention['activation_bits']}, probabilities {attention['probability_bits']}"
+        rows.append([code(name), "", bits, "", "attention products quantized"])
+    rows += [[code(name), "", "", "", f"kept: {reason}"] for name, reason in plan["kept"].items()]
+    header = ["layer", "weight bits", "activation bits", "channel parts", ""]
+    widths = Counter((layer["weight_bits"], layer["activation_bits"]) for layer in plan["layers"].values())
+    mixture = ", ".join(
+        f"{amount:,} at W{weight}{f'A{activation}' if activation else ', float inputs'}"
+        for (weight, activation), amount in sorted(widths.items(), key=str)
+    )
+    summary = f"All {count(len(plan['layers']), 'layer')}: {mixture}"
+    return details(summary, table(header, rows, f"Layers of {width.title}", numeric=(1, 2)))
+
+
+def _export(width: Width, part: Part) -> Html:
+    sizes, parity = part.facts["size_mib"], part.facts["parity"]
+    name = denoiser_of(sizes)
+    full = sizes["denoiser_fp32"]
+    rows: list[list[Node]] = [
+        [f"{name or 'denoiser'}, fp32 before", mebibytes(full), bar(1.0, "before")],
+    ]
+    components = {key: size for key, size in sizes.items() if key not in ("denoiser_fp32", "ratio")}
+    largest = max(full, *components.values())
+    rows[0][2] = bar(full / largest, "before")
+    for key, size in sorted(components.items(), key=lambda item: (item[0] != name, -item[1], item[0])):
+        label = f"{key}, {width.title}" if key == name else key
+        rows.append([label, mebibytes(size), bar(size / largest, "after" if key == name else "rest")])
+    return element(
+        "div",
+        element("p", f"The denoiser is {number(sizes['ratio'], 3)} times smaller than in fp32.", class_="lead"),
+        table(["component", "on disk", ""], rows, f"Sizes of {width.title}", numeric=(1,)),
+        element("h4", "Parity"),
+        facts(_parity(parity)),
+    )
+
+
+def _parity(parity: dict[str, Any]) -> list[tuple[Node, Node]]:
+    equal = "equal bit for bit" if parity["images_bit_equal"] else "not equal"
+    pairs: list[tuple[Node, Node]] = [
+        ("images before and after packing", equal),
+        ("largest difference of a latent", number(parity["latent_max_abs"])),
+    ]
+    if parity.get("integer_rel_l2") is not None:
+        pairs += [
+            ("integer arithmetic, worst layer's relative L2", number(parity["integer_rel_l2"])),
+            ("bound on it", number(parity["integer_bound"], 2)),
+            ("that layer", code(str(parity["integer_layer"]))),
+            ("integer arithmetic, relative L2 of the final latent", number(parity["integer_latent_rel_l2"])),
+        ]
+    return pairs

@@ -1,0 +1,38 @@
+"""`edadm report`: one page that shows a run, and links to nothing outside itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.artifacts.files import atomic_path
+from edadm_cli.report.contents import read_run
+from edadm_cli.report.page import render
+
+REPORT_FILE = "report.html"
+
+
+def run(run: RunFolder, bits: Sequence[str] | None = None) -> Path:
+    """Write `report.html` into a run folder, whole or not at all.
+
+    Stages that were not run are named on the page, with the command that runs them. Equal artifacts give equal
+    bytes: nothing of the page comes from the clock, the machine or the folder's place.
+
+    Args:
+        run: The run folder.
+        bits: Bit widths to show, in this order; `None` shows all, the widest first.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: The run holds nothing, or nothing of a bit width that was named; or an artifact is broken
+            or was made from something that has changed since.
+        MachineError: The disk is full or permission is denied.
+    """
+    page = render(read_run(run, bits))
+    path = run.root / REPORT_FILE
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+    return path
