@@ -1,0 +1,139 @@
+"""Recipes: the shipped ones, a user's own, and what is refused; bit widths; hyper-parameters left to the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edadm_cli.config import BitWidth
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.registry import known_models
+from edadm_cli.recipe import LearnRecipe, Recipe, load_recipe, shipped_recipes
+from edadm_cli.reconstruct.hyperparameters import resolve
+
+SHIPPED = ("default", "paper", "ptq4dm", "q-diffusion", "rtn")
+
+
+def _written(folder: Path, text: str, name: str = "own.toml") -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_these_recipes_are_shipped() -> None:
+    assert tuple(shipped_recipes()) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_loads_under_its_name(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_shipped_recipes_are_what_they_are_named_after() -> None:
+    paper, rtn, ptq4dm, q_diffusion, default = (
+        load_recipe(name) for name in ("paper", "rtn", "ptq4dm", "q-diffusion", "default")
+    )
+    assert (paper.select.strategy, paper.ranges.activation, paper.ranges.norm) == ("tdac", "search", 2.4)
+    assert paper.attention.quantize
+    assert paper.output_float_input
+    assert (paper.learn.input_drop, paper.learn.activation_drop, paper.learn.rounding_regularizer) == (
+        0.5,
+        0.5,
+        0,
+    )
+    assert (rtn.ranges.weight, rtn.ranges.activation, rtn.learn.granularity) == ("minmax", "minmax", "none")
+    assert (ptq4dm.select.strategy, ptq4dm.learn.granularity) == ("normal", "layer")
+    assert (q_diffusion.select.strategy, q_diffusion.learn.layer_loss_weight) == ("uniform", 0)
+    assert default == Recipe(name="default", description=default.description), "the defaults of the fields"
+
+
+@pytest.mark.parametrize(("bits", "rates"), [("w4a8", (5e-1, 5e-4)), ("w4a4", (5e-1, 5e-4)), ("w8a8", (5e-2, 1e-3))])
+def test_what_paper_leaves_to_the_model_is_the_published_number(bits: str, rates: tuple[float, float]) -> None:
+    learn = load_recipe("paper").learn
+    assert learn.iterations is None
+    found = resolve(learn, known_models()["ddpm-cifar10"].paper, BitWidth.parse(bits))
+    assert (found.iterations, found.batch_size, found.layer_loss_weight) == (5000, 32, 0.8)
+    assert (found.weight_learning_rate, found.activation_learning_rate) == rates
+    assert not found.relative_scale_steps
+
+
+def test_a_number_that_is_given_is_not_left_to_the_model() -> None:
+    learn = LearnRecipe(iterations=7, weight_learning_rate=0.25, batch_size=None)
+    found = resolve(learn, known_models()["ddpm-cifar10"].paper, BitWidth.parse("w4a8"))
+    assert (found.iterations, found.weight_learning_rate, found.batch_size) == (7, 0.25, 32)
+
+
+def test_a_model_without_published_numbers_has_some_all_the_same() -> None:
+    found = resolve(load_recipe("paper").learn, None, BitWidth.parse("w4a8"))
+    assert found.iterations > 0
+
+
+def test_the_word_model_in_a_users_recipe_leaves_a_number_open(tmp_path: Path) -> None:
+    recipe = load_recipe(_written(tmp_path, 'extends = "default"\n[learn]\niterations = "model"\n'))
+    assert recipe.learn.iterations is None
+    assert recipe.learn.batch_size == load_recipe("default").learn.batch_size
+
+
+def test_a_users_recipe_changes_only_what_it_names(tmp_path: Path) -> None:
+    text = 'extends = "q-diffusion"\n[learn]\niterations = 5\n[[layers]]\npattern = "conv_in"\nexclude = true\n'
+    recipe, base = load_recipe(_written(tmp_path, text)), load_recipe("q-diffusion")
+    assert recipe.name == "own"
+    assert recipe.learn == base.learn.model_copy(update={"iterations": 5})
+    assert recipe.select == base.select
+    assert [rule.pattern for rule in recipe.layers] == ["conv_in"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "sentence"),
+    [
+        ("iteration = 5", UsageError, "iteration: Extra inputs"),
+        ("[learn]\niterations = -1", UsageError, r"learn\.iterations"),
+        ("[learn]\nrate = 5", UsageError, r"learn\.rate"),
+        ('[select]\nstrategy = "best"', UsageError, r"select\.strategy"),
+        ('[[layers]]\npattern = "a"\nweight_bits = 9', UsageError, r"layers\.0\.weight_bits"),
+        ("[[layers]]\nweight_bits = 4", UsageError, r"layers\.0\.pattern"),
+        ('[[layers]]\npattern = "a"\nexclude = true\nweight_bits = 4', UsageError, "both excludes"),
+        ('extends = "nothing"', UsageError, "no recipe 'nothing'"),
+        ("[learn\n", InputError, "not readable TOML"),
+        ("iterations 5", InputError, "not readable TOML"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_refused_in_one_sentence(
+    tmp_path: Path, text: str, error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence) as caught:
+        load_recipe(_written(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not readable TOML"):
+        load_recipe(str(tmp_path / "own.toml"))
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f'extends = "{path}"\n')
+    with pytest.raises(UsageError, match="extends itself"):
+        load_recipe(str(path))
+
+
+def test_a_recipe_that_is_nowhere_is_refused_with_the_shipped_names() -> None:
+    with pytest.raises(UsageError, match=", ".join(SHIPPED)) as caught:
+        load_recipe("best")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["w8a8", "w6a6", "w4a8", "w4a4", "w3a5", "W4A8", " w2a2 "])
+def test_bit_widths_are_read_and_written(text: str) -> None:
+    assert str(BitWidth.parse(text)) == text.strip().lower()
+
+
+@pytest.mark.parametrize("text", ["w9a8", "w4", "banana", "", "w1a8", "w4a16", "w04a8", "a8w4", "w4a8x", "w4a8\nw4a8"])
+def test_other_bit_widths_are_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="from 2 to 8") as caught:
+        BitWidth.parse(text)
+    assert caught.value.exit_code == 2
