@@ -65,7 +65,12 @@ def number(value: float | None, digits: int = 4) -> str:
         decimals = max(0, digits - 1 - exponent)
         return f"{value:,.{decimals}f}".replace("-", MINUS)
     mantissa = f"{value / 10.0**exponent:.{digits - 2}f}".replace("-", MINUS)
-    return f"{mantissa} \u00d7 10{str(exponent).translate(_SUPERSCRIPTS)}"
+    return f"{mantissa} \u00d7 {power_of_ten(10.0**exponent)}"
+
+
+def power_of_ten(value: float) -> str:
+    """A power of ten as one, short: 10⁻³."""
+    return f"10{str(round(math.log10(value))).translate(_SUPERSCRIPTS)}"
 
 
 def percentage(share: float | None) -> str:

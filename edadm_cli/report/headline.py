@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edadm_cli.report.contents import RunContents, Width
@@ -15,7 +16,7 @@ _FULL = "full precision"
 
 def headline(contents: RunContents) -> Html:
     """The page's title and one sentence on what it shows."""
-    widths = " and ".join(width.title for width in contents.widths)
+    widths = ", ".join(width.title for width in contents.widths)
     title = element("h1", contents.name, " ", element("span", f"→ {widths}", class_="to") if widths else None)
     return element("header", element("p", "Quantization report", class_="eyebrow"), title, _lead(contents))
 
@@ -36,23 +37,32 @@ def comparison(contents: RunContents) -> Html | None:
     """All bit widths in one table, where there are several."""
     if len(contents.widths) < 2:
         return None
-    names = in_order({name for width in contents.widths for name in _metrics(width)})
-    header = ["", "recipe", "denoiser", "times smaller", "PSNR, dB", "relative L2", "images"]
-    header += [figure_of(name).label for name in names]
-    rows = [_comparison_row(width, names) for width in contents.widths]
-    full = _common_full_precision(contents)
-    if full is not None:
-        figures = [figure_value(name, _value(full, name)) for name in names]
-        rows.append([_FULL, "", _full_size(contents), "", "", "", "", *figures])
-    numeric = range(2, len(header))
-    return section("comparison", "Bit widths compared", table(header, rows, "Bit widths compared", numeric))
+    columns = [_column(width) for width in contents.widths]
+    full = _full_precision_column(contents)
+    names = in_order({name for column in columns for name in column.figures})
+    rows: list[list[Node]] = [
+        ["recipe", "", *(column.recipe for column in columns)],
+        ["images", "", *(column.images for column in columns)],
+        ["denoiser", full.size, *(column.size for column in columns)],
+        ["smaller by", "", *(column.ratio for column in columns)],
+        ["PSNR to full precision", "", *(column.psnr for column in columns)],
+        ["Relative L2 to full precision", "", *(column.distance for column in columns)],
+    ]
+    for name in names:
+        rows.append([figure_of(name).label, *(column.figures.get(name, "") for column in (full, *columns))])
+    header = ["figure", _FULL, *(width.title for width in contents.widths)]
+    return section(
+        "comparison",
+        "Bit widths compared",
+        table(header, rows, "Bit widths compared", range(1, len(header))),
+    )
 
 
-def denoiser_of(sizes: dict[str, float]) -> str | None:
+def denoiser_of(sizes: Mapping[str, float]) -> str:
     """The component that an export's size ratio is about."""
     wanted = sizes["denoiser_fp32"] / sizes["ratio"]
     components = [name for name in sizes if name not in ("denoiser_fp32", "ratio")]
-    return min(components, key=lambda name: abs(sizes[name] - wanted), default=None)
+    return min(components, key=lambda name: abs(sizes[name] - wanted))
 
 
 def _lead(contents: RunContents) -> Html:
@@ -70,9 +80,9 @@ def _lead(contents: RunContents) -> Html:
 def _cards(width: Width) -> Iterator[Html]:
     if width.export is not None:
         sizes = width.export.facts["size_mib"]
-        name = denoiser_of(sizes)
-        note = f"{mebibytes(sizes[name])} on disk, from {mebibytes(sizes['denoiser_fp32'])} in fp32" if name else ""
-        yield _card("Denoiser size", f"{number(sizes['ratio'], 3)}\u00d7", "smaller", note)
+        size, full = mebibytes(sizes[denoiser_of(sizes)]), mebibytes(sizes["denoiser_fp32"])
+        note = f"denoiser {size} on disk, {full} in fp32"
+        yield _card("Smaller by", f"{number(sizes['ratio'], 3)}\u00d7", None, note)
     if width.evaluate is None:
         return
     facts = width.evaluate.facts
@@ -96,38 +106,48 @@ def _card(label: str, value: str, unit: str | None, note: str) -> Html:
     return element("div", element("p", label, class_="label"), figure, element("p", note, class_="note"), class_="card")
 
 
-def _comparison_row(width: Width, names: list[str]) -> list[Node]:
-    sizes = width.export.facts["size_mib"] if width.export is not None else {}
-    name = denoiser_of(sizes) if sizes else None
-    facts = width.evaluate.facts if width.evaluate is not None else {}
-    distance = facts.get("distance_to_full_precision", {})
-    metrics = _metrics(width)
-    return [
-        width.title,
-        width.recipe or "",
-        mebibytes(sizes[name]) if name else "",
-        number(sizes["ratio"], 3) if sizes else "",
-        number(distance["psnr_db"]) if distance else "",
-        number(distance["latent_rel_l2"]) if distance else "",
-        number(facts["num_images"]) if facts else "",
-        *(figure_value(name, _value(metrics, name)) for name in names),
-    ]
+@dataclass(frozen=True)
+class _Column:
+    """One bit width, or full precision, in the comparison; empty where there is no figure."""
+
+    recipe: str = ""
+    images: str = ""
+    size: str = ""
+    ratio: str = ""
+    psnr: str = ""
+    distance: str = ""
+    figures: Mapping[str, str] = field(default_factory=dict)
 
 
-def _common_full_precision(contents: RunContents) -> dict[str, Any] | None:
-    """The figures of full precision, if every evaluation compared with the same."""
-    found = [w.evaluate.facts["full_precision"] for w in contents.widths if w.evaluate is not None]
-    return found[0] if found and all(one == found[0] for one in found) else None
+def _column(width: Width) -> _Column:
+    column = _Column(recipe=width.recipe or "")
+    if width.export is not None:
+        sizes = width.export.facts["size_mib"]
+        size = mebibytes(sizes[denoiser_of(sizes)])
+        column = replace(column, size=size, ratio=f"{number(sizes['ratio'], 3)}\u00d7")
+    if width.evaluate is not None:
+        facts = width.evaluate.facts
+        distance = facts["distance_to_full_precision"]
+        column = replace(
+            column,
+            images=number(facts["num_images"]),
+            psnr=f"{number(distance['psnr_db'])}\u00a0dB",
+            distance=number(distance["latent_rel_l2"]),
+            figures=_values(facts["metrics"]),
+        )
+    return column
 
 
-def _full_size(contents: RunContents) -> str:
+def _full_precision_column(contents: RunContents) -> _Column:
+    """What all bit widths were compared with; empty where they were compared with different things."""
+    evaluated = [w.evaluate.facts["full_precision"] for w in contents.widths if w.evaluate is not None]
     sizes = {w.export.facts["size_mib"]["denoiser_fp32"] for w in contents.widths if w.export is not None}
-    return mebibytes(sizes.pop()) if len(sizes) == 1 else ""
+    same = bool(evaluated) and all(figures == evaluated[0] for figures in evaluated)
+    return _Column(
+        size=mebibytes(sizes.pop()) if len(sizes) == 1 else "",
+        figures=_values(evaluated[0]) if same else {},
+    )
 
 
-def _metrics(width: Width) -> dict[str, Any]:
-    return width.evaluate.facts["metrics"] if width.evaluate is not None else {}
-
-
-def _value(metrics: dict[str, Any], name: str) -> float | None:
-    return metrics[name]["value"] if name in metrics else None
+def _values(metrics: Mapping[str, Any]) -> dict[str, str]:
+    return {name: figure_value(name, metric["value"]) for name, metric in metrics.items()}

@@ -72,7 +72,8 @@ def show_wall(wall: Wall) -> Html:
     """A figure for each seed: full precision, then each bit width, with the prompt below."""
     figures = [_figure(wall, place) for place in range(len(wall.shown))]
     large = any(max(picture.size) >= _SMALL for picture in wall.full_precision)
-    return element("div", figures, class_="wall large" if large else "wall")
+    tiles = 1 + len(wall.quantized)
+    return element("div", figures, class_="wall large" if large else "wall", style=f"--tiles: {tiles}")
 
 
 def _figure(wall: Wall, place: int) -> Html:
@@ -80,7 +81,7 @@ def _figure(wall: Wall, place: int) -> Html:
     subject = f"\u201c{entry['prompt']}\u201d" if entry["prompt"] is not None else f"seed {entry['seed']}"
     tiles = [_tile(wall.full_precision[place], "full precision", None, f"{subject} at full precision")]
     for width, shown, pictures in wall.quantized:
-        psnr = f"PSNR {number(shown[place].get('psnr_db'), 3)} dB"
+        psnr = f"{number(shown[place].get('psnr_db'), 3)}\u00a0dB"
         tiles.append(_tile(pictures[place], width.title, psnr, f"{subject} quantized to {width.title}"))
     caption: Node = entry["prompt"] if entry["prompt"] is not None else NOTHING
     text = element("bdi", caption) if entry["prompt"] is not None else f"seed {entry['seed']}"

@@ -18,7 +18,7 @@ _MISSING = {
 def missing(contents: RunContents, kind: str, bits: str | None = None) -> Html:
     """Say that a stage was not run, and which command runs it."""
     command = code(missing_command(contents, kind, bits))
-    return element("p", _MISSING[kind], " ", element("span", "Make it with ", command), class_="missing")
+    return element("p", _MISSING[kind], " Next: ", command, class_="missing")
 
 
 def caution(text: str) -> Html:

@@ -13,6 +13,10 @@ from edadm_cli.report.quality import images_section, quality_section
 from edadm_cli.report.quantization import export_section, reconstruction_section
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_FOOTER = (
+    "Written by edadm report. Every figure is read from the run's artifacts. "
+    "Commands work in the run that was used last; --run names another."
+)
 _LINKS = {
     "images": "Images",
     "quality": "Quality",
@@ -34,15 +38,18 @@ def render(contents: RunContents) -> str:
     Returns:
         A document that needs nothing else: no script, no link to outside, images and style within.
     """
+    quality = quality_section(contents)
+    evaluated = any(width.evaluate is not None for width in contents.widths)
     sections = {
         "figures": cards(contents),
         "images": images_section(contents),
         "comparison": comparison(contents),
-        "quality": quality_section(contents),
+        **({"quality": quality} if evaluated else {}),
         "model": model_section(contents),
         "selection": selection_section(contents),
         "reconstruction": reconstruction_section(contents),
         "export": export_section(contents),
+        **({} if evaluated else {"quality": quality}),
         "provenance": provenance_section(contents),
     }
     links = [element("a", _LINKS[name], href=f"#{name}") for name in sections if name in _LINKS and sections[name]]
@@ -51,7 +58,7 @@ def render(contents: RunContents) -> str:
         headline(contents),
         element("nav", links, aria_label="Sections"),
         element("main", list(sections.values())),
-        element("footer", element("p", "Written by edadm report. Every figure is read from the run's artifacts.")),
+        element("footer", element("p", _FOOTER)),
     )
     return f"<!doctype html>\n{element('html', _head(contents), body, lang='en')}\n"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edadm_cli.report.formats import number
+from edadm_cli.report.formats import number, power_of_ten
 from edadm_cli.report.html import Html, element
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 14.0, 42.0
@@ -153,7 +153,7 @@ def _grid(frame: Frame, ticks: Sequence[float]) -> Html:
                 class_="axis" if index == 0 else "grid",
             )
         )
-        text = number(tick, 2) if frame.logarithmic and not 1e-4 <= tick < 1e5 else f"{tick:g}"
+        text = power_of_ten(tick) if frame.logarithmic else f"{tick:g}"
         lines.append(element("text", text, x=_LEFT - 8, y=_place(y + 4), text_anchor="end"))
     return element("g", *lines)
 

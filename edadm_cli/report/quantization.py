@@ -13,6 +13,7 @@ from edadm_cli.report.notices import missing
 from edadm_cli.report.plots import bar, curve_plot, loss_plot
 
 _KINDS = {"conv2d": "convolution", "linear": "linear layer", "attention_products": "attention product"}
+_SIZES = "On disk the denoiser is {ratio} times smaller than its weights at four bytes each (fp32)."
 
 
 def reconstruction_section(contents: RunContents) -> Html:
@@ -108,15 +109,15 @@ def _layers(width: Width, plan: dict[str, Any]) -> Html:
             str(layer["weight_bits"]),
             plain(layer["activation_bits"] if layer["activation_bits"] is not None else "float"),
             " + ".join(str(size) for size in layer["channel_parts"] or []),
-            "quantized",
+            None,
         ]
         for name, layer in plan["layers"].items()
     ]
     for name, attention in plan["attentions"].items():
         bits = f"{attention['activation_bits']}, probabilities {attention['probability_bits']}"
-        rows.append([code(name), "", bits, "", "attention products quantized"])
+        rows.append([code(name), "", bits, "", "both products of the attention"])
     rows += [[code(name), "", "", "", f"kept: {reason}"] for name, reason in plan["kept"].items()]
-    header = ["layer", "weight bits", "activation bits", "channel parts", ""]
+    header = ["layer", "weight bits", "activation bits", "channel parts", "note"]
     widths = Counter((layer["weight_bits"], layer["activation_bits"]) for layer in plan["layers"].values())
     mixture = ", ".join(
         f"{amount:,} at W{weight}{f'A{activation}' if activation else ', float inputs'}"
@@ -130,19 +131,16 @@ def _export(width: Width, part: Part) -> Html:
     sizes, parity = part.facts["size_mib"], part.facts["parity"]
     name = denoiser_of(sizes)
     full = sizes["denoiser_fp32"]
-    rows: list[list[Node]] = [
-        [f"{name or 'denoiser'}, fp32 before", mebibytes(full), bar(1.0, "before")],
-    ]
     components = {key: size for key, size in sizes.items() if key not in ("denoiser_fp32", "ratio")}
     largest = max(full, *components.values())
-    rows[0][2] = bar(full / largest, "before")
+    rows: list[list[Node]] = [[f"{name}, fp32 before", mebibytes(full), bar(full / largest, "before")]]
     for key, size in sorted(components.items(), key=lambda item: (item[0] != name, -item[1], item[0])):
         label = f"{key}, {width.title}" if key == name else key
         rows.append([label, mebibytes(size), bar(size / largest, "after" if key == name else "rest")])
     return element(
         "div",
-        element("p", f"The denoiser is {number(sizes['ratio'], 3)} times smaller than in fp32.", class_="lead"),
-        table(["component", "on disk", ""], rows, f"Sizes of {width.title}", numeric=(1,)),
+        element("p", _SIZES.format(ratio=number(sizes["ratio"], 3)), class_="lead"),
+        table(["component", "size", "to scale"], rows, f"Sizes of {width.title}", numeric=(1,)),
         element("h4", "Parity"),
         facts(_parity(parity)),
     )
