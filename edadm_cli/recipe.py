@@ -100,10 +100,10 @@ class Recipe(_Frozen):
     attention: AttentionRecipe = AttentionRecipe()
     learn: LearnRecipe = LearnRecipe()
     edge_weight_bits: int | None = Field(
-        8, ge=2, le=8, description="weight bits of the first and last convolution and the time embedding; null: as all"
+        8, ge=2, le=8, description="weight bits of the first and last layer and the time embedding; null: as all"
     )
     edge_activation_bits: int | None = Field(8, ge=2, le=8, description="activation bits of those layers; null: as all")
-    output_float_input: bool = Field(False, description="leave the input of the output convolution unquantized")
+    output_float_input: bool = Field(False, description="leave the input of the last layer unquantized")
     layers: tuple[LayerRule, ...] = ()
 
     @model_validator(mode="after")

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from edadm_cli.errors import InputError
-
 UnitKind = Literal["residual", "transformer", "attention", "layer"]
 
 # Blocks of diffusers that are reconstructed as one: class name -> kind.
@@ -61,11 +59,21 @@ class Unit:
 
 @dataclass
 class Trace:
-    """One forward of a denoiser, in execution order."""
+    """One forward of a denoiser, in execution order.
+
+    Attributes:
+        layers: Convolutions and linear layers that ran once.
+        attentions: Attention modules that ran, by name.
+        not_run: Layers that did not run.
+        repeated: Layers that ran more than once. Their calls have no single place in the order and no inputs in common,
+            so they are neither quantized nor reconstructed (a DiT embeds the timestep again with its first block's
+            layers).
+    """
 
     layers: list[TracedLayer] = field(default_factory=list)
     attentions: dict[str, nn.Module] = field(default_factory=dict)
     not_run: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -73,11 +81,7 @@ class Trace:
 
 
 def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Run `denoiser(*args, **kwargs)` once and note what ran, in order.
-
-    Raises:
-        InputError: A layer ran more than once, so its calls cannot have one input quantizer each.
-    """
+    """Run `denoiser(*args, **kwargs)` once and note what ran, in order."""
     result, runs = Trace(), dict[str, int]()
     embeddings = [name for name, module in denoiser.named_modules() if type(module).__name__ in _EMBEDDINGS]
     with ExitStack() as stack:
@@ -109,9 +113,8 @@ def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 stack.enter_context(_removed(module.register_forward_hook(note_attention(name))))
         with torch.no_grad():
             denoiser(*args, **kwargs)
-    repeated = sorted(name for name, count in runs.items() if count > 1)
-    if repeated:
-        raise InputError(f"The layer '{repeated[0]}' runs more than once a forward; such denoisers are not supported.")
+    result.repeated = tuple(sorted(name for name, count in runs.items() if count > 1))
+    result.layers = [layer for layer in result.layers if layer.name not in result.repeated]
     walked = [name for name, module in denoiser.named_modules() if isinstance(module, _LAYER_TYPES)]
     result.not_run = tuple(name for name in walked if name not in runs)
     return result

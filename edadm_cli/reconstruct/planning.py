@@ -20,13 +20,13 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
     """Plan every layer that ran.
 
     Raises:
-        UsageError: A pattern of the recipe matches no layer.
+        UsageError: A pattern of the recipe matches no layer, or the recipe leaves none to quantize.
     """
     _every_pattern_matches(traced, recipe)
-    convolutions = [layer.name for layer in traced.layers if isinstance(layer.module, nn.Conv2d)]
-    first, last = (convolutions[0], convolutions[-1]) if convolutions else ("", "")
+    first, last = _ends(traced)
     layers: dict[str, LayerPlan] = {}
     kept = dict.fromkeys(traced.not_run, "never runs")
+    kept |= dict.fromkeys(traced.repeated, "runs more than once a forward")
     for layer in traced.layers:
         rule = _rule(layer.name, recipe)
         reason = _refusal(layer, rule)
@@ -39,7 +39,12 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
         layers[layer.name] = LayerPlan(
             weight_bits=weight_bits,
             activation_bits=None if float_input else activation_bits,
-            channel_parts=layer.channel_parts if recipe.ranges.channel_parts else None,
+            channel_parts=_parts(layer, recipe),
+        )
+    if not layers:
+        raise UsageError(
+            f"The recipe '{recipe.name}' leaves no layer to quantize.",
+            hint="edadm reconstruct --recipe default",
         )
     attentions = {}
     for name, module in traced.attentions.items() if recipe.attention.quantize else ():
@@ -61,6 +66,22 @@ def count(plan: QuantizationPlan, traced: Trace) -> dict[str, int]:
         "linear": planned.count("linear"),
         "attention_products": 2 * len(plan.attentions),
     }
+
+
+def _ends(traced: Trace) -> tuple[str, str]:
+    """Names of the layer that the noisy sample enters and of the one that the prediction leaves: a UNet's first and
+    last convolution, a transformer's patch embedding and its last linear layer.
+    """
+    if not traced.layers:
+        return "", ""
+    convolutions = (layer for layer in traced.layers if isinstance(layer.module, nn.Conv2d))
+    return next(convolutions, traced.layers[0]).name, traced.layers[-1].name
+
+
+def _parts(layer: TracedLayer, recipe: Recipe) -> tuple[int, ...] | None:
+    """Channel parts of a layer; a grouped convolution has none, since its groups cut the weight another way."""
+    is_grouped = Operation.of(layer.module).groups != 1
+    return layer.channel_parts if recipe.ranges.channel_parts and not is_grouped else None
 
 
 def _rule(name: str, recipe: Recipe) -> LayerRule:

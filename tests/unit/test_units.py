@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.errors import InputError
 from edadm_cli.models.units import Trace, trace, units
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -148,9 +147,21 @@ def test_a_layer_that_never_runs_is_named() -> None:
     assert trace(_Odd(1), (torch.zeros(1, 4),), {}).not_run == ("unused",)
 
 
-def test_a_layer_that_runs_twice_is_refused() -> None:
-    with pytest.raises(InputError, match="'layer' runs more than once"):
-        trace(_Odd(2), (torch.zeros(1, 4),), {})
+def test_a_layer_that_runs_twice_is_named_and_not_reconstructed() -> None:
+    found = trace(_Odd(2), (torch.zeros(1, 4),), {})
+    assert found.repeated == ("layer",)
+    assert found.layers == []
+
+
+def test_a_transformer_that_embeds_the_timestep_twice_can_be_split(tiny_dit: Path) -> None:
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel.from_pretrained(tiny_dit / "transformer")
+    found = trace(model, (torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.tensor([1])), {})
+    prefix = "transformer_blocks.0.norm1.emb.timestep_embedder.linear"
+    assert found.repeated == (f"{prefix}_1", f"{prefix}_2")
+    kinds = [unit.kind for unit in units(model, found, set(found.names), "block")]
+    assert kinds == ["layer", "transformer", "transformer", "layer", "layer"]
 
 
 def test_sizes_and_operations_are_counted_a_row(tiny_ddpm: Path) -> None:

@@ -1,0 +1,105 @@
+"""The tiny text-to-image denoiser with a made-up calibration set: reconstruction without a collection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.config import BitWidth
+from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.units import Trace, Unit, trace, units
+from edadm_cli.quant.plan import QuantizationPlan
+from edadm_cli.recipe import Recipe
+from edadm_cli.reconstruct.blocks import nearest_params
+from edadm_cli.reconstruct.capture import Batches
+from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
+from edadm_cli.reconstruct.network import SwitchableNetwork
+from edadm_cli.reconstruct.planning import plan_network
+from edadm_cli.reconstruct.ranges import search_ranges
+
+CPU = torch.device("cpu")
+NUM_SAMPLES, BATCH = 6, 4  # the last batch is smaller
+TEMPLATE: dict[str, Any] = {
+    "args": [{"$sample": None}, {"$timestep": None}],
+    "kwargs": {"encoder_hidden_states": {"$tensor": "text"}, "return_dict": False},
+    "constants": [],
+    "dtypes": {"text": "float32"},
+}
+
+
+@dataclass
+class Setting:
+    """A denoiser that is about to be reconstructed."""
+
+    network: SwitchableNetwork
+    traced: Trace
+    plan: QuantizationPlan
+    recipe: Recipe
+    batches: Batches
+    ranges: dict[str, Tensor]
+    hyperparameters: Hyperparameters
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.network.denoiser
+
+    def units(self, granularity: Any = "block") -> list[Unit]:
+        return units(self.denoiser, self.traced, set(self.plan.layers), granularity)
+
+    def unit(self, name: str) -> Unit:
+        return next(unit for unit in self.units() if unit.name == name)
+
+    def nearest(self) -> dict[str, Tensor]:
+        return nearest_params(self.network, self.plan, self.ranges)
+
+
+def calibration_set() -> CalibrationSet:
+    generator = torch.Generator().manual_seed(1)
+    return CalibrationSet(
+        sample=torch.randn(NUM_SAMPLES, 4, 8, 8, generator=generator),
+        timestep=torch.arange(NUM_SAMPLES) * 100 + 1,
+        step_index=torch.arange(NUM_SAMPLES),
+        trajectory_index=torch.arange(NUM_SAMPLES),
+        condition={"text": torch.randn(NUM_SAMPLES, 8, 16, generator=generator)},
+        unconditional={"text": torch.randn(NUM_SAMPLES, 8, 16, generator=generator)},
+        constants={},
+        template=TEMPLATE,
+        branches=2,
+        collected_in="float32",
+    )
+
+
+@pytest.fixture
+def denoiser(tiny_sd: Path) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
+    unet.eval().requires_grad_(False)
+    assert isinstance(unet, nn.Module)
+    return unet
+
+
+@pytest.fixture
+def make_setting(denoiser: nn.Module) -> Callable[..., Setting]:
+    """Plan and search: `make_setting(bits="w4a8", recipe=Recipe(...), **fields of the learn recipe)`."""
+
+    def make(bits: str = "w4a8", recipe: Recipe | None = None, **learn: Any) -> Setting:
+        recipe = recipe or Recipe(name="test")
+        fields = {"iterations": 6, "batch_size": 5, **learn}
+        recipe = recipe.model_copy(update={"learn": recipe.learn.model_copy(update=fields)})
+        width = BitWidth.parse(bits)
+        batches = Batches(calibration_set(), BATCH, CPU)
+        (args, kwargs), *_ = iter(batches.one_sample())
+        traced = trace(denoiser, args, kwargs)
+        plan = plan_network(traced, recipe, width)
+        network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
+        ranges = search_ranges(network, traced, plan, recipe.ranges, batches, lambda _: None)
+        return Setting(network, traced, plan, recipe, batches, ranges, resolve(recipe.learn, None, width))
+
+    return make
