@@ -115,7 +115,7 @@ def bar(share: float, kind: str) -> Html:
 def linear_ticks(largest: float) -> list[float]:
     """Three to six round values from zero to at least the largest."""
     unit = 10.0 ** math.floor(math.log10(largest))
-    step = next(unit * f for f in (0.2, 0.25, 0.5, 1.0, 2.0) if 5 * unit * f >= largest)
+    step = next(unit * f for f in (0.2, 0.5, 1.0, 2.0) if 5 * unit * f >= largest)
     step = max(step, 1.0)
     return [step * index for index in range(math.ceil(largest / step) + 1)]
 

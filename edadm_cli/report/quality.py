@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from edadm_cli.report.contents import Part, RunContents, Width
@@ -40,7 +41,7 @@ def _quality(contents: RunContents, width: Width) -> Html:
     parts = [
         element("p", _sampling(width.evaluate), class_="lead"),
         _figures(width, facts),
-        *(_skipped(name, reason) for name, reason in sorted(facts.get("skipped", {}).items())),
+        *_skipped(facts.get("skipped", {})),
         *(caution(text) for text in facts.get("cautions", [])),
     ]
     return element("div", parts)
@@ -73,5 +74,8 @@ def _figures(width: Width, facts: dict[str, Any]) -> Html:
     return table(header, rows, f"Quality of {width.title}", numeric=(1, 2, 4))
 
 
-def _skipped(name: str, reason: str) -> Html:
-    return caution(f"Without {figure_of(name).label}: {reason}")
+def _skipped(skipped: Mapping[str, str]) -> Iterator[Html]:
+    """Name the figures that could not be had, once for each reason."""
+    for reason in sorted(set(skipped.values())):
+        labels = [figure_of(name).label for name in in_order(skipped) if skipped[name] == reason]
+        yield caution(f"Without {', '.join(labels)}: {reason}")

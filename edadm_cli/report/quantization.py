@@ -34,7 +34,11 @@ def export_section(contents: RunContents) -> Html:
     parts: list[Node] = [] if contents.widths else [missing(contents, "export")]
     for width in contents.widths:
         parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
-        parts.append(missing(contents, "export", width.bits) if width.export is None else _export(width, width.export))
+        parts.append(
+            missing(contents, "export", width.bits)
+            if width.export is None
+            else _export(width, width.export, "h4" if len(contents.widths) > 1 else "h3")
+        )
     return section("export", "Size and export", parts)
 
 
@@ -127,7 +131,7 @@ def _layers(width: Width, plan: dict[str, Any]) -> Html:
     return details(summary, table(header, rows, f"Layers of {width.title}", numeric=(1, 2)))
 
 
-def _export(width: Width, part: Part) -> Html:
+def _export(width: Width, part: Part, heading: str) -> Html:
     sizes, parity = part.facts["size_mib"], part.facts["parity"]
     name = denoiser_of(sizes)
     full = sizes["denoiser_fp32"]
@@ -141,7 +145,7 @@ def _export(width: Width, part: Part) -> Html:
         "div",
         element("p", _SIZES.format(ratio=number(sizes["ratio"], 3)), class_="lead"),
         table(["component", "size", "to scale"], rows, f"Sizes of {width.title}", numeric=(1,)),
-        element("h4", "Parity"),
+        element(heading, "Parity"),
         facts(_parity(parity)),
     )
 
