@@ -76,6 +76,7 @@ class BlockReconstruction:
         results: dict[str, UnitResult] = {}
         captured: dict[str, UnitCalls] = {}
         row_bytes = self._row_bytes(units)
+        self._freeze_attentions([name for name in self.plan.attentions if not any(name in u.attentions for u in units)])
         for index, unit in enumerate(units):
             result = self.checkpoints.load(index, unit)
             if result is None:
@@ -125,11 +126,17 @@ class BlockReconstruction:
             frozen = quantized_layer(layer, self.plan.layers[name])
             fill_layer(frozen, name, params)
             self.network.put_layer(name, frozen)
-        for name in unit.attentions:
-            if name in self.plan.attentions:
-                scales = {operand: params[f"{name}.{operand}_scale"] for operand in OPERANDS}
-                device = next(self.network.denoiser.parameters()).device
-                self.network.put_processor(name, QuantizedAttention(self.plan.attentions[name], scales).to(device))
+        self._freeze_attentions([name for name in unit.attentions if name in self.plan.attentions], params)
+
+    def _freeze_attentions(self, names: Sequence[str], params: Mapping[str, Tensor] | None = None) -> None:
+        """Quantize attention products for good: with what a unit learned, or, for those that lie in no unit because
+        layers are learned one by one, with the searched ranges.
+        """
+        found = self.ranges if params is None else params
+        for name in names:
+            scales = {operand: found[f"{name}.{operand}_scale"] for operand in OPERANDS}
+            quantized = QuantizedAttention(self.plan.attentions[name], scales)
+            self.network.put_processor(name, quantized.to(self.batches.device))
 
 
 def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[str, Tensor]) -> None:

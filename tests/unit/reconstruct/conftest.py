@@ -24,7 +24,7 @@ from edadm_cli.reconstruct.planning import plan_network
 from edadm_cli.reconstruct.ranges import search_ranges
 
 CPU = torch.device("cpu")
-NUM_SAMPLES, BATCH = 6, 4  # the last batch is smaller
+NUM_SAMPLES, BATCH = 5, 3  # the last batch is smaller
 TEMPLATE: dict[str, Any] = {
     "args": [{"$sample": None}, {"$timestep": None}],
     "kwargs": {"encoder_hidden_states": {"$tensor": "text"}, "return_dict": False},
@@ -54,6 +54,13 @@ class Setting:
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units() if unit.name == name)
+
+    def restore(self) -> None:
+        """Give the denoiser its own layers and processors back."""
+        for name, module in self.network.float_layers.items():
+            self.network.put_layer(name, module)
+        for name, processor in self.network._float_processors.items():
+            self.network.put_processor(name, processor)
 
     def nearest(self) -> dict[str, Tensor]:
         return nearest_params(self.network, self.plan, self.ranges)
@@ -92,7 +99,11 @@ def make_setting(denoiser: nn.Module) -> Callable[..., Setting]:
     def make(bits: str = "w4a8", recipe: Recipe | None = None, **learn: Any) -> Setting:
         recipe = recipe or Recipe(name="test")
         fields = {"iterations": 6, "batch_size": 5, **learn}
-        recipe = recipe.model_copy(update={"learn": recipe.learn.model_copy(update=fields)})
+        parts = {
+            "learn": recipe.learn.model_copy(update=fields),
+            "ranges": recipe.ranges.model_copy(update={"num_candidates": 10}),
+        }
+        recipe = recipe.model_copy(update=parts)
         width = BitWidth.parse(bits)
         batches = Batches(calibration_set(), BATCH, CPU)
         (args, kwargs), *_ = iter(batches.one_sample())

@@ -17,7 +17,7 @@ from edadm_cli.reconstruct.learn import channel_loss, layer_targets
 from edadm_cli.reconstruct.ranges import search_ranges
 
 MakeSetting = Callable[..., Any]
-ROWS = 12  # six samples, two branches
+ROWS = 10  # five samples, two branches
 RESIDUAL = "up_blocks.0.resnets.0"
 
 

@@ -1,0 +1,280 @@
+"""One unit's learning: it starts at nearest rounding, it helps, it repeats, and what it gives is what is deployed."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edadm_cli.models.units import Unit
+from edadm_cli.quant.attention import QuantizedAttention
+from edadm_cli.quant.layers import quantized_layer, quantized_layers
+from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe
+from edadm_cli.reconstruct.blocks import BlockReconstruction, fill_layer, unit_seed
+from edadm_cli.reconstruct.capture import capture_units, layer_outputs
+from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
+from edadm_cli.reconstruct.learn import UnitData, UnitLearner, UnitResult, channel_loss, layer_targets
+from edadm_cli.reconstruct.learned import Drop
+
+MakeSetting = Callable[..., Any]
+RESIDUAL = "up_blocks.0.resnets.0"
+TRANSFORMER = "mid_block.attentions.0.transformer_blocks.0"
+ATTENTION = Recipe(name="attention", attention=AttentionRecipe(quantize=True))
+BUDGET = 2**28
+
+
+def _learner(setting: Any, name: str, seed: int = 0) -> UnitLearner:
+    unit = setting.unit(name)
+    with setting.network.full_precision():
+        (exact,) = capture_units(setting.denoiser, [unit], setting.batches, with_outputs=True)
+    (quantized,) = capture_units(setting.denoiser, [unit], setting.batches, with_outputs=False)
+    gamma = setting.hyperparameters.layer_loss_weight
+    targets = layer_targets(setting.network, unit, unit.layers[:-1], exact, 5) if gamma else None
+    data = UnitData(exact, quantized, targets)
+    return UnitLearner(setting.network, unit, setting.plan, setting.ranges, data, setting.hyperparameters, seed)
+
+
+def _reconstruction(setting: Any, folder: Path, budget: int = BUDGET) -> BlockReconstruction:
+    return BlockReconstruction(
+        setting.network,
+        setting.traced,
+        setting.plan,
+        setting.ranges,
+        setting.batches,
+        setting.hyperparameters,
+        seed=3,
+        memory_budget=budget,
+        checkpoints=UnitCheckpoints(folder),
+    )
+
+
+def _params(results: dict[str, UnitResult]) -> dict[str, Tensor]:
+    return {name: tensor for result in results.values() for name, tensor in result.params.items()}
+
+
+def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_iterations_weights_are_rounded_to_nearest(make_setting: MakeSetting) -> None:
+    setting = make_setting(iterations=0)
+    nearest, result = setting.nearest(), _learner(setting, RESIDUAL).learn()
+    assert result.loss_before == result.loss_after
+    for name, tensor in result.params.items():
+        assert torch.equal(tensor, nearest[name]), name
+
+
+@pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER, "conv_in"])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_learning_lowers_the_loss(make_setting: MakeSetting, name: str, drop: float) -> None:
+    setting = make_setting(
+        "w3a4",
+        ATTENTION,
+        iterations=40,
+        batch_size=10,
+        weight_learning_rate=0.3,
+        input_drop=drop,
+        activation_drop=drop,
+    )
+    result = _learner(setting, name).learn()
+    assert result.loss_after < 0.98 * result.loss_before
+    assert 1 <= len(result.curve) <= 40
+
+
+def test_learned_codes_are_within_one_of_nearest_and_scales_stay_positive(make_setting: MakeSetting) -> None:
+    setting = make_setting("w4a4", iterations=20, weight_learning_rate=0.5, activation_learning_rate=5.0)
+    nearest, result = setting.nearest(), _learner(setting, RESIDUAL).learn()
+    codes = [name for name in result.params if name.endswith("weight_int")]
+    assert len(codes) == 5, "conv1, time_emb_proj, conv2, and two parts of conv_shortcut"
+    changed = 0
+    for name in codes:
+        difference = (result.params[name].int() - nearest[name].int()).abs()
+        assert difference.max() <= 1
+        changed += int(difference.sum())
+    assert changed > 0
+    for name, tensor in result.params.items():
+        if name.endswith("_scale"):
+            assert bool((tensor > 0).all())
+        if name.endswith(("weight_scale", "zero_point")):
+            assert torch.equal(tensor, setting.ranges[name]), "these are not learned"
+
+
+def test_one_step_is_one_forward_and_its_loss_is_the_sum_of_the_terms(make_setting: MakeSetting) -> None:
+    setting = make_setting(input_drop=0.0, activation_drop=0.0, rounding_regularizer=0.0, layer_loss_weight=0.7)
+    learner, forwards = _learner(setting, RESIDUAL), []
+    handle = learner.module.register_forward_hook(lambda *_: forwards.append(1))
+    learner.set_iteration(0)
+    loss = float(learner.loss().detach())
+    assert len(forwards) == 1
+    handle.remove()
+    rows, exact, unit = learner.rows, learner.data.full_precision, learner.unit
+    args, kwargs = exact.call([tensor[rows] for tensor in learner.data.quantized.tensors])
+    inner = unit.layers[:-1]
+    with layer_outputs(setting.denoiser, inner) as outputs, torch.no_grad():
+        out = learner.module(*args, **kwargs)
+    with setting.network.full_precision(), layer_outputs(setting.denoiser, inner) as wanted, torch.no_grad():
+        args, kwargs = exact.call([tensor[rows] for tensor in exact.tensors])
+        target = unit.module(*args, **kwargs)
+    terms = sum(float(channel_loss(outputs[name], wanted[name])) for name in inner)
+    assert loss == pytest.approx(float(channel_loss(out, target)) + 0.7 * terms, rel=1e-4)
+
+
+def test_inputs_are_mixed_from_both_networks(make_setting: MakeSetting) -> None:
+    """QDrop: with probability one the exact inputs are used, with zero the quantized network's."""
+    seen: dict[float, Tensor] = {}
+    for share in (0.0, 0.5, 1.0):
+        setting = make_setting(input_drop=share, layer_loss_weight=0.0)
+        learner = _learner(setting, "conv_out")
+        learner.data.quantized.tensors = [torch.full_like(t, 100.0) for t in learner.data.quantized.tensors]
+        learner.module.register_forward_pre_hook(lambda _, args, share=share: seen.update({share: args[0]}))
+        learner.set_iteration(0)
+        learner.loss()
+        seen[-share - 1] = learner.data.full_precision.tensors[0][learner.rows]
+        setting.restore()
+    assert bool((seen[0.0] == 100).all())
+    assert torch.equal(seen[1.0], seen[-2.0])
+    foreign = seen[0.5] == 100
+    assert 0.4 < float(foreign.float().mean()) < 0.6
+    assert torch.equal(seen[0.5][~foreign], seen[-1.5][~foreign])
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
+def test_masks_are_true_as_often_as_asked(probability: float) -> None:
+    drop = Drop(probability, torch.Generator().manual_seed(0))
+    mask = drop.mask(torch.zeros(100, 501))
+    if probability == 0:
+        assert mask is None
+        return
+    assert mask is not None
+    assert mask.shape == (100, 501)
+    assert float(mask.float().mean()) == pytest.approx(probability, abs=0.01)
+    drop.active = False
+    assert drop.mask(torch.zeros(3)) is None
+
+
+@pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
+def test_a_seed_decides_every_byte(make_setting: MakeSetting, denoiser: Any, name: str) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        setting = make_setting(recipe=ATTENTION, input_drop=0.5, activation_drop=0.5, weight_learning_rate=0.5)
+        results.append(_learner(setting, name, seed).learn())
+        setting.restore()
+    assert _same(results[0].params, results[1].params)
+    assert results[0].curve == results[1].curve
+    assert not _same(results[0].params, results[2].params)
+
+
+@pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
+def test_what_is_deployed_computes_what_was_decided(make_setting: MakeSetting, name: str) -> None:
+    setting = make_setting("w4a8", ATTENTION, iterations=4)
+    learner = _learner(setting, name)
+    params = learner.learn().params
+    calls, unit = learner.data.quantized, learner.unit
+    learner.activation_drop.active, learner.learned.decided = False, True
+    learner.learned.materialize()
+    args, kwargs = calls.call(calls.tensors)
+    with torch.no_grad():
+        wanted = setting.denoiser.get_submodule(name)(*args, **kwargs)
+    for layer_name in unit.layers:
+        layer = quantized_layer(setting.network.float_layers[layer_name], setting.plan.layers[layer_name])
+        fill_layer(layer, layer_name, params)
+        setting.network.put_layer(layer_name, layer)
+    for attention in unit.attentions:
+        scales = {operand: params[f"{attention}.{operand}_scale"] for operand in "qkvp"}
+        processor = QuantizedAttention(setting.plan.attentions[attention], scales)
+        setting.network.put_processor(attention, processor)
+    with torch.no_grad():
+        found = setting.denoiser.get_submodule(name)(*args, **kwargs)
+    assert torch.equal(found, wanted)
+
+
+class TestTheWalk:
+    def _run(self, make_setting: MakeSetting, folder: Path, *, budget: int = BUDGET, **fields: Any) -> Any:
+        setting = make_setting(**{"iterations": 2, "input_drop": 0.5, **fields})
+        results = _reconstruction(setting, folder, budget).run(setting.units(), lambda _: None)
+        return setting, results
+
+    def test_every_planned_layer_ends_quantized(self, make_setting: MakeSetting, tmp_path: Path) -> None:
+        setting, results = self._run(make_setting, tmp_path, recipe=ATTENTION)
+        assert set(_params(results)) == set(setting.nearest())
+        names = {name.split(".part")[0] for name in quantized_layers(setting.denoiser)}
+        assert names == set(setting.plan.layers)
+        processors = {type(setting.denoiser.get_submodule(n).processor) for n in setting.plan.attentions}
+        assert processors == {QuantizedAttention}
+
+    def test_memory_changes_how_often_it_captures_and_nothing_else(
+        self, make_setting: MakeSetting, tmp_path: Path, denoiser: Any
+    ) -> None:
+        original = copy.deepcopy(denoiser.state_dict())
+        wide, wide_results = self._run(make_setting, tmp_path / "wide")
+        wide.restore()
+        assert all(torch.equal(denoiser.state_dict()[name], original[name]) for name in original)
+        _, narrow_results = self._run(make_setting, tmp_path / "narrow", budget=1)
+        assert _same(_params(wide_results), _params(narrow_results))
+
+    def test_a_unit_that_was_finished_is_not_learned_again(
+        self, make_setting: MakeSetting, tmp_path: Path, denoiser: Any
+    ) -> None:
+        calm, results = self._run(make_setting, tmp_path / "calm")
+        calm.restore()
+        setting = make_setting(iterations=2, input_drop=0.5)
+        units = setting.units()
+        stopped = _reconstruction(setting, tmp_path / "stopped")
+
+        def stop(_: int, done: list[int] = []) -> None:  # noqa: B006
+            done.append(1)
+            if len(done) == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run(units, stop)
+        assert len(os.listdir(tmp_path / "stopped" / "units")) == 4
+        setting.restore()
+        _, again = self._run(make_setting, tmp_path / "stopped")
+        assert _same(_params(again), _params(results))
+        assert [r.curve for r in again.values()] == [r.curve for r in results.values()]
+
+    def test_layer_by_layer_attention_is_quantized_with_the_searched_ranges(
+        self, make_setting: MakeSetting, tmp_path: Path
+    ) -> None:
+        setting = make_setting(recipe=ATTENTION, iterations=0)
+        reconstruction = _reconstruction(setting, tmp_path)
+        reconstruction.run(setting.units("layer"), lambda _: None)
+        for name in setting.plan.attentions:
+            processor = setting.denoiser.get_submodule(name).processor
+            assert isinstance(processor, QuantizedAttention)
+            assert torch.equal(processor.q_scale, setting.ranges[f"{name}.q_scale"])
+
+
+def test_units_draw_from_seeds_of_their_own() -> None:
+    seeds = {unit_seed(seed, index) for seed in range(20) for index in range(300)}
+    assert len(seeds) == 20 * 300
+    assert all(0 <= seed < 2**63 for seed in (unit_seed(2**63 - 1, 5), unit_seed(0, 0)))
+
+
+def test_a_finished_unit_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    unit = Unit("mid.block", "layer", torch.nn.Identity(), ("mid.block",))
+    result = UnitResult({"mid.block.weight_int": torch.tensor([1, -8], dtype=torch.int8)}, 0.1, 1e-17 / 3, [0.1 + 0.2])
+    kept = UnitCheckpoints(tmp_path)
+    assert kept.load(3, unit) is None
+    kept.save(3, unit, result)
+    found = kept.load(3, unit)
+    assert found is not None
+    assert _same(found.params, result.params)
+    assert (found.loss_before, found.loss_after, found.curve) == (0.1, 1e-17 / 3, [0.1 + 0.2])
+    assert kept.load(4, unit) is None
+    (tmp_path / "units" / "0003-mid.block" / "unit.json").unlink()
+    assert kept.load(3, unit) is None, "what was not finished is done again"
+
+
+def test_ranges_may_be_shared_by_the_whole_shortcut(make_setting: MakeSetting) -> None:
+    setting = make_setting(recipe=Recipe(name="whole", ranges=RangeRecipe(channel_parts=False)), iterations=0)
+    result = _learner(setting, RESIDUAL).learn()
+    assert f"{RESIDUAL}.conv_shortcut.weight_int" in result.params
+    assert not any(".part" in name for name in result.params)
