@@ -106,13 +106,13 @@ def _units(width: Width, units: list[dict[str, Any]]) -> Html:
 
 
 def _layers(width: Width, plan: dict[str, Any]) -> Html:
-    """Every layer of the plan, and those left out with the reason."""
+    """Every layer of the plan, and those left out with the reason; bits or parts that a layer has not are not named."""
     rows: list[list[Node]] = [
         [
             code(name),
             str(layer["weight_bits"]),
-            plain(layer["activation_bits"] if layer["activation_bits"] is not None else "float"),
-            " + ".join(str(size) for size in layer["channel_parts"] or []),
+            plain(layer.get("activation_bits") or "float"),
+            " + ".join(str(size) for size in layer.get("channel_parts") or []),
             None,
         ]
         for name, layer in plan["layers"].items()
@@ -122,7 +122,7 @@ def _layers(width: Width, plan: dict[str, Any]) -> Html:
         rows.append([code(name), "", bits, "", "both products of the attention"])
     rows += [[code(name), "", "", "", f"kept: {reason}"] for name, reason in plan["kept"].items()]
     header = ["layer", "weight bits", "activation bits", "channel parts", "note"]
-    widths = Counter((layer["weight_bits"], layer["activation_bits"]) for layer in plan["layers"].values())
+    widths = Counter((layer["weight_bits"], layer.get("activation_bits")) for layer in plan["layers"].values())
     mixture = ", ".join(
         f"{amount:,} at W{weight}{f'A{activation}' if activation else ', float inputs'}"
         for (weight, activation), amount in sorted(widths.items(), key=str)

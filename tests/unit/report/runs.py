@@ -52,7 +52,7 @@ UNITS: dict[str, Any] = {
 }
 PLAN: dict[str, Any] = {
     "layers": {
-        "conv_in": {"weight_bits": 8, "activation_bits": 8, "channel_parts": None},
+        "conv_in": {"weight_bits": 8, "activation_bits": 8},
         "mid.a": {"weight_bits": 4, "activation_bits": 8, "channel_parts": [96, 64]},
         "mid.b": {"weight_bits": 4, "activation_bits": None, "channel_parts": None},
     },
