@@ -29,6 +29,7 @@ from edadm_cli.recipe import Recipe, load_recipe
 
 RECIPES = ("rtn", "ptq4dm", "q-diffusion", "paper", "default")
 ABLATIONS = ("tdac-only", "fbr-only")
+FULL_PRECISION = ("evaluate", "full-precision")
 COLUMNS = ("latent_rel_l2", "frechet_distance", "prompt_accuracy", "reconstruct_seconds")
 
 
@@ -67,13 +68,30 @@ def study_recipe(name: str, iterations: int | None) -> Recipe:
     return recipe.model_copy(update={"name": name, "learn": learn, "select": select})
 
 
-def collect(settings: Settings, job: Job) -> RunFolder:
+def shared_folder(settings: Settings, job: Job) -> RunFolder:
+    """Where the trajectories and full-precision images of a seed lie that all its jobs use."""
+    return RunFolder(settings.out / f"seed{job.seed}" / "shared")
+
+
+def collect(settings: Settings, job: Job) -> None:
     """Full-precision trajectories of a seed."""
     from edadm_cli.collect.stage import run
 
-    folder = RunFolder(settings.out / f"seed{job.seed}" / "collected")
-    run(CollectConfig(model=job.model, seed=job.seed, device=settings.device), folder)
-    return folder
+    config = CollectConfig(model=job.model, seed=job.seed, device=settings.device)
+    run(config, shared_folder(settings, job))
+
+
+def link_artifact(source: RunFolder, target: RunFolder, kind: str, name: str | None = None) -> None:
+    """Make a finished artifact appear in another run, at once and whole; its files are hard links."""
+    place = target.path(kind, name)
+    if source.has(kind, name) and not place.exists():
+        aside = place.with_name(f".{place.name}.linked-{os.getpid()}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source.path(kind, name), aside, copy_function=os.link)
+        try:
+            aside.rename(place)
+        except OSError:  # another job was first
+            shutil.rmtree(aside)
 
 
 def measure(settings: Settings, job: Job) -> dict[str, Any]:
@@ -86,9 +104,10 @@ def measure(settings: Settings, job: Job) -> dict[str, Any]:
     assert job.recipe is not None
     assert job.bits is not None
     bits, recipe = BitWidth.parse(job.bits), study_recipe(job.recipe, settings.iterations)
-    collected = collect(settings, job)
+    common = shared_folder(settings, job)
     folder = RunFolder(settings.out / f"seed{job.seed}" / f"{job.recipe}-{job.bits}")
-    shutil.copytree(collected.path("collect"), folder.path("collect"), copy_function=os.link, dirs_exist_ok=True)
+    link_artifact(common, folder, "collect")
+    link_artifact(common, folder, *FULL_PRECISION)
     shared = {"seed": job.seed, "device": settings.device}
     chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
     select(SelectConfig(**chosen, **shared), folder)
@@ -101,6 +120,7 @@ def measure(settings: Settings, job: Job) -> dict[str, Any]:
         ),
         folder,
     )
+    link_artifact(folder, common, *FULL_PRECISION)
     return {
         **asdict(job),
         "iterations": settings.iterations,

@@ -54,11 +54,14 @@ class LoadedModel:
 def resolve_device(name: str) -> torch.device:
     """Turn `cpu`, `cuda`, `cuda:N` or `auto` into a device of this machine.
 
+    On CUDA, float32 is made to mean float32: torch would let convolutions round their factors to TF32, whose error is
+    a hundred times the bound that engines are held to.
+
     Raises:
         MachineError: There is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -71,6 +74,8 @@ def resolve_device(name: str) -> torch.device:
             f"which has {torch.cuda.device_count()} CUDA devices.",
             hint="--device cpu",
         )
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 

@@ -36,7 +36,8 @@ def quantize_network(model: nn.Module, plan: QuantizationPlan) -> None:
     for name, attention_plan in plan.attentions.items():
         if name not in modules:
             raise InputError(f"The plan names the attention '{name}', which {type(model).__name__} does not have.")
-        modules[name].set_processor(QuantizedAttention(attention_plan))  # type: ignore[operator]
+        device = next(modules[name].parameters()).device
+        modules[name].set_processor(QuantizedAttention(attention_plan).to(device))  # type: ignore[operator]
 
 
 def quant_params(model: nn.Module) -> dict[str, Tensor]:
