@@ -12,12 +12,14 @@ from edadm_cli.report.html import Html, Node, element, section, table
 
 _DISTANCES = ("frechet_distance", "fid")
 _FULL = "full precision"
+_LONG_NAME = 24
 
 
 def headline(contents: RunContents) -> Html:
     """The page's title and one sentence on what it shows."""
     widths = ", ".join(width.title for width in contents.widths)
-    title = element("h1", contents.name, " ", element("span", f"→ {widths}", class_="to") if widths else None)
+    arrow = [" ", element("span", f"→ {widths}", class_="to")] if widths else None
+    title = element("h1", contents.name, arrow, class_="long" if len(contents.name) > _LONG_NAME else None)
     return element("header", element("p", "Quantization report", class_="eyebrow"), title, _lead(contents))
 
 

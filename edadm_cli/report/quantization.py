@@ -99,7 +99,7 @@ def _units(width: Width, units: list[dict[str, Any]]) -> Html:
     ]
     note = (
         "A curve shows what the optimizer minimises, on a logarithmic scale of its own: besides the loss of the unit "
-        "also those of its layers and the pull on the rounding, which makes it jump where it sets in."
+        "also those of its layers and, if the recipe has it, the pull on the rounding, a jump where it sets in."
     )
     header = ["unit", "kind", "layers", "before", "after", "curve"]
     return element("div", element("p", note), table(header, rows, f"Units of {width.title}", numeric=(2, 3, 4)))
