@@ -3,9 +3,9 @@
     python docs/studies/recipes.py --model digits-sd --out studies/digits-sd
     python docs/studies/recipes.py --model digits-sd --out studies/digits-sd --table
 
-One line of JSON a finished job goes to `OUT/results.jsonl`; the same command skips finished jobs, so a killed study goes
-on. Beside the shipped recipes there are two with one of the method's halves switched off: `tdac-only` (no losses of the
-layers inside a block) and `fbr-only` (equal counts over the steps); `default` has both, `q-diffusion` neither.
+One line of JSON a finished job goes to `OUT/results.jsonl`; the same command skips finished jobs, so a killed study
+goes on. Beside the shipped recipes there are two with one of the method's halves switched off: `tdac-only` (no losses
+of the layers inside a block) and `fbr-only` (equal counts over the steps); `default` has both, `q-diffusion` neither.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Settings:
 
 
 def study_recipe(name: str, iterations: int | None) -> Recipe:
-    """A shipped recipe, or `default` with half of the method switched off; `iterations` replaces what is learned with."""
+    """A shipped recipe, or `default` with half of the method switched off; `iterations` replaces the recipe's own."""
     recipe = load_recipe("default" if name in ABLATIONS else name)
     learn, select = recipe.learn, recipe.select
     if name == "tdac-only":

@@ -18,8 +18,8 @@ from edadm_cli.artifacts import (
     save_json,
 )
 from edadm_cli.config import ExportConfig
-from edadm_cli.errors import EdadmError
 from edadm_cli.engines.reference import LAYER_BOUND, layer_parity, use_arithmetic
+from edadm_cli.errors import EdadmError
 from edadm_cli.export.folder import component_sizes, write_pipeline
 from edadm_cli.export.parity import ExportParity, compare
 from edadm_cli.integrations.quantizer import FORMAT_VERSION, METHOD

@@ -30,8 +30,8 @@ def _add_quantizer(registry: ModuleType) -> None:
         return  # that module is what imports diffusers just now; it registers itself when it is complete
     from edadm_cli.integrations.quantizer import METHOD, EdadmConfig, EdadmQuantizer
 
-    registry.AUTO_QUANTIZER_MAPPING[METHOD] = EdadmQuantizer  # type: ignore[attr-defined]
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = EdadmConfig  # type: ignore[attr-defined]
+    registry.AUTO_QUANTIZER_MAPPING[METHOD] = EdadmQuantizer
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = EdadmConfig
 
 
 class _Watch(MetaPathFinder):

@@ -1,9 +1,12 @@
-"""The diffusers quantizer of exported denoisers: rebuilds the quantized layers before the weights are read, and keeps
-scales in float32 whatever dtype the rest is loaded in."""
+"""The diffusers quantizer of exported denoisers.
+
+It rebuilds the quantized layers before the weights are read, and keeps scales in float32 whatever dtype the rest is
+loaded in.
+"""
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from edadm_cli.errors import InputError
 from edadm_cli.integrations.autoload import register
 from edadm_cli.quant.attention import QuantizedAttention
-from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
+from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.network import quantize_network
 from edadm_cli.quant.plan import QuantizationPlan
 
@@ -23,12 +26,11 @@ METHOD = "edadm"
 FORMAT_VERSION = 1
 
 
-class _Method(str, Enum):
-    EDADM = METHOD
-    __hash__ = str.__hash__  # diffusers looks the method up among plain strings
+class _Method(StrEnum):
+    EDADM = METHOD  # equals and hashes as the plain string that diffusers looks up
 
 
-class EdadmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class EdadmConfig(QuantizationConfigMixin):
     """`quantization_config` of an exported denoiser.
 
     Args:
@@ -72,7 +74,7 @@ class EdadmConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise InputError(f"quantization_config holds no valid plan: {error.errors()[0]['msg']}.") from error
 
 
-class EdadmQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class EdadmQuantizer(DiffusersQuantizer):
     """Loads exported denoisers for `from_pretrained`, saves them again for `save_pretrained`."""
 
     requires_calibration = True
@@ -112,14 +114,13 @@ class EdadmQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         quantize_network(model, self.quantization_config.quantization_plan())
-        model.config["quantization_config"] = self.quantization_config
+        config: Any = model.config
+        config["quantization_config"] = self.quantization_config
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for name, layer in quantized_layers(model).items():
-            for key in ("weight_scale", "input_scale"):
-                scale = getattr(layer, key, None)
-                if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                    raise InputError(f"'{name}.{key}' has a scale that is not a positive number.")
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLayer | QuantizedAttention):
+                _require_sound(name, module)
         return model
 
     @property
@@ -144,6 +145,15 @@ def _require_fit(name: str, found: Tensor, wanted: Tensor | None) -> None:
         raise InputError(
             f"'{name}' is {found.dtype} {list(found.shape)} in the export; wanted {wanted.dtype} {list(wanted.shape)}."
         )
+
+
+def _require_sound(name: str, module: QuantizedLayer | QuantizedAttention) -> None:
+    for key, buffer in module.named_buffers(recurse=False):
+        if key.endswith("_scale") and not bool((torch.isfinite(buffer) & (buffer > 0)).all()):
+            raise InputError(f"'{name}.{key}' has a scale that is not a positive number.")
+    grid = module.plan.input_grid if isinstance(module, QuantizedLayer) else None
+    if grid is not None and not grid.quant_min <= int(module.input_zero_point) <= grid.quant_max:
+        raise InputError(f"'{name}' has a zero-point outside {grid.quant_min}..{grid.quant_max}.")
 
 
 register()

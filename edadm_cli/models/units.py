@@ -42,8 +42,6 @@ class TracedLayer:
     module: nn.Module
     in_time_embedding: bool
     channel_parts: tuple[int, ...] | None
-    output_elements: int
-    macs: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class Trace:
 
     @property
     def names(self) -> list[str]:
+        """Names of the layers that ran, in order."""
         return [layer.name for layer in self.layers]
 
 
@@ -91,12 +90,9 @@ def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
                 runs[name] = runs.get(name, 0) + 1
                 x = inputs[0]
-                macs = output.numel() * (module.weight.numel() // module.weight.shape[0])  # type: ignore[union-attr,operator]
                 parts = concatenated.sizes_of(x)
                 embedded = any(name.startswith(prefix + ".") for prefix in embeddings)
-                result.layers.append(
-                    TracedLayer(name, module, embedded, parts, output.numel() // x.shape[0], macs // x.shape[0])
-                )
+                result.layers.append(TracedLayer(name, module, embedded, parts))
 
             return hook
 

@@ -8,6 +8,7 @@ Queries, keys and values lie on signed symmetric grids, probabilities on an unsi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,12 @@ class AttentionProducts(nn.Module):
     """
 
     def touch(self, operand: str, tensor: Tensor) -> Tensor:
+        """Return what the product uses in place of an operand."""
         return tensor
 
-    def __call__(  # noqa: PLR0913  (the signature of diffusers' processors)
+    def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -44,6 +46,7 @@ class AttentionProducts(nn.Module):
         *args: object,
         **kwargs: object,
     ) -> Tensor:
+        """Attend as diffusers' own processors do; `attn` is the `Attention` module."""
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -87,6 +90,7 @@ class QuantizedAttention(AttentionProducts):
             self.register_buffer(f"{operand}_scale", scale)
 
     def touch(self, operand: str, tensor: Tensor) -> Tensor:
+        """Fake-quantize an operand."""
         scale: Tensor = getattr(self, f"{operand}_scale")
         zero = torch.zeros((), dtype=torch.int32, device=tensor.device)
         return fake_quantize(tensor, scale, zero, operand_grid(self.plan, operand))

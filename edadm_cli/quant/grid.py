@@ -26,10 +26,12 @@ class Grid:
 
     @property
     def quant_min(self) -> int:
+        """Smallest code."""
         return -(1 << (self.num_bits - 1)) if self.signed else 0
 
     @property
     def quant_max(self) -> int:
+        """Largest code."""
         return (1 << (self.num_bits - 1)) - 1 if self.signed else (1 << self.num_bits) - 1
 
 

@@ -68,6 +68,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def codes_dtype(self) -> torch.dtype:
+        """Element type of `weight_codes`."""
         return torch.uint8 if is_packed(self.plan.weight_bits) else torch.int8
 
     def set_parameters(
@@ -104,6 +105,7 @@ class QuantizedLayer(nn.Module):
             yield "input_zero_point", self.input_zero_point
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute in the arithmetic that is set, in the dtype of `x`."""
         if self.arithmetic == "integer" and self.plan.input_grid is not None:
             return self._integer(x)
         grid = self.plan.input_grid
@@ -138,10 +140,11 @@ class QuantizedLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
         self._weight = None
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
         return f"{self.operation.kind}, weight {list(self.weight_shape)}, {self.plan}"
 
 
@@ -160,9 +163,11 @@ class SplitLayer(nn.Module):
 
     @property
     def parts(self) -> list[nn.Module]:
+        """The layers of the channel ranges, in order."""
         return [getattr(self, f"part{index}") for index in range(len(self.sizes))]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Sum the products of the channel ranges."""
         pieces = x.split(self.sizes, dim=self.channel_dim)
         first, *rest = (part(piece) for part, piece in zip(self.parts, pieces, strict=True))
         total: Tensor = first

@@ -19,6 +19,12 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def set_processor(attention: nn.Module, processor: object) -> None:
+    """Exchange the processor of a diffusers attention module, whether either is a module or a plain object."""
+    attention._modules.pop("processor", None)  # a processor that is a module would shadow one that is not
+    attention.processor = processor  # type: ignore[assignment]
+
+
 def quantize_network(model: nn.Module, plan: QuantizationPlan) -> None:
     """Replace every planned layer and attention processor of `model` by an empty quantized one, in place.
 
@@ -37,7 +43,7 @@ def quantize_network(model: nn.Module, plan: QuantizationPlan) -> None:
         if name not in modules:
             raise InputError(f"The plan names the attention '{name}', which {type(model).__name__} does not have.")
         device = next(modules[name].parameters()).device
-        modules[name].set_processor(QuantizedAttention(attention_plan).to(device))  # type: ignore[operator]
+        set_processor(modules[name], QuantizedAttention(attention_plan).to(device))
 
 
 def quant_params(model: nn.Module) -> dict[str, Tensor]:

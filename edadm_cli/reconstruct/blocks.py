@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from edadm_cli.models.units import Trace, Unit
+from edadm_cli.models.units import Unit
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layer
 from edadm_cli.quant.plan import QuantizationPlan
@@ -45,7 +45,6 @@ class BlockReconstruction:
 
     Args:
         network: The denoiser; when done, every planned layer in it is quantized.
-        traced: Its trace, for the sizes of layer outputs.
         plan: Bits of every layer.
         ranges: Initial parameters.
         batches: The calibration set.
@@ -58,7 +57,6 @@ class BlockReconstruction:
     def __init__(
         self,
         network: SwitchableNetwork,
-        traced: Trace,
         plan: QuantizationPlan,
         ranges: Mapping[str, Tensor],
         batches: Batches,
@@ -69,7 +67,6 @@ class BlockReconstruction:
     ) -> None:
         self.network, self.plan, self.ranges, self.batches = network, plan, ranges, batches
         self.recipe, self.seed, self.memory_budget, self.checkpoints = recipe, seed, memory_budget, checkpoints
-        self.output_elements = {layer.name: layer.output_elements for layer in traced.layers}
 
     def run(self, units: Sequence[Unit], advance: Callable[[int], None]) -> dict[str, UnitResult]:
         """Learn all units; `advance` is told of each one that is done."""

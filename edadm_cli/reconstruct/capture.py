@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class UnitCalls:
 
     @property
     def rows(self) -> int:
+        """Number of captured rows."""
         return self.tensors[0].shape[0]
 
     def call(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -79,10 +80,8 @@ def capture_units(denoiser: nn.Module, units: Sequence[Unit], batches: Batches, 
             rows = batches.rows(args, kwargs)
             for pieces in kept:
                 pieces.rows = rows
-            try:
+            with suppress(_EnoughError):
                 denoiser(*args, **kwargs)
-            except _EnoughError:
-                pass
     return [pieces.joined() for pieces in kept]
 
 

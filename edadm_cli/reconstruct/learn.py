@@ -25,10 +25,10 @@ from edadm_cli.models.units import Unit
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.quant.rounding import rounding_regularizer
 from edadm_cli.reconstruct.capture import UnitCalls, flatten, layer_outputs
+from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.learned import Drop, LearnedUnit
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import Optimization, make_step
-from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 
 _CURVE_POINTS = 50
 _REGULARIZER_START = 0.2
@@ -55,7 +55,7 @@ class UnitResult:
 
 
 def channel_loss(output: Tensor, target: Tensor) -> Tensor:
-    """|output - target|^2: summed over channels (dimension 1 of `[N, C, H, W]`, else the last), averaged over the rest."""
+    """|output - target|^2, summed over channels (dimension 1 of `[N, C, H, W]`, else the last), averaged else."""
     channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
     return torch.nn.functional.mse_loss(output, target) * channels
 
@@ -165,8 +165,10 @@ class UnitLearner:
 
     @torch.no_grad()
     def reconstruction_loss(self) -> float:
-        """The block loss as deployed: rounding decided, every activation quantized, on the partly quantized network's
-        inputs, over all rows."""
+        """The block loss as deployed, over all rows of the partly quantized network's inputs.
+
+        Rounding is decided and every activation quantized.
+        """
         self.activation_drop.active, self.learned.decided = False, True
         self.learned.materialize()
         total, calls = 0.0, self.data.quantized

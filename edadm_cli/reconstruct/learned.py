@@ -62,6 +62,7 @@ class LearnedLayer(nn.Module):
         self.input_zero_point = zero_point
 
     def forward(self, x: Tensor) -> Tensor:
+        """Quantize the input, but for what is dropped, and multiply."""
         grid = self.plan.input_grid
         if grid is not None:
             assert self.input_zero_point is not None
@@ -78,6 +79,7 @@ class LearnedAttention(AttentionProducts):
         self.scales: dict[str, Tensor] = {}
 
     def touch(self, operand: str, tensor: Tensor) -> Tensor:
+        """Quantize an operand, but for what is dropped."""
         zero = torch.zeros((), dtype=torch.int32, device=tensor.device)
         grid = operand_grid(self.plan, operand)
         return learned_fake_quantize(tensor, self.scales[operand], zero, grid, self.drop.mask(tensor))

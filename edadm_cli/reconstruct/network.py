@@ -1,5 +1,7 @@
-"""One denoiser that is now the full-precision one, now the partly quantized one: layers are swapped, weights are not
-copied."""
+"""One denoiser that is now the full-precision one, now the partly quantized one.
+
+Layers are swapped, weights are not copied.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from edadm_cli.quant.network import set_module
+from edadm_cli.quant.network import set_module, set_processor
 
 
 class SwitchableNetwork:
@@ -23,7 +25,9 @@ class SwitchableNetwork:
     def __init__(self, denoiser: nn.Module, layers: list[str], attentions: list[str]) -> None:
         self.denoiser = denoiser
         self.float_layers = {name: denoiser.get_submodule(name) for name in layers}
-        self._float_processors = {name: denoiser.get_submodule(name).processor for name in attentions}
+        self._float_processors: dict[str, object] = {
+            name: denoiser.get_submodule(name).processor for name in attentions
+        }
         self._layers: dict[str, nn.Module] = {}
         self._processors: dict[str, object] = {}
 
@@ -35,7 +39,7 @@ class SwitchableNetwork:
     def put_processor(self, name: str, processor: object) -> None:
         """Exchange one attention processor until further notice."""
         self._processors[name] = processor
-        _set_processor(self.denoiser, name, processor)
+        set_processor(self.denoiser.get_submodule(name), processor)
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -50,10 +54,5 @@ class SwitchableNetwork:
         for name in self._layers if only else layers:
             set_module(self.denoiser, name, layers[name])
         for name in self._processors if only else processors:
-            _set_processor(self.denoiser, name, processors[name])
+            set_processor(self.denoiser.get_submodule(name), processors[name])
 
-
-def _set_processor(denoiser: nn.Module, name: str, processor: object) -> None:
-    attention = denoiser.get_submodule(name)
-    attention._modules.pop("processor", None)  # a processor that is a module shadows one that is not
-    attention.processor = processor  # type: ignore[assignment]

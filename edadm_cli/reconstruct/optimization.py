@@ -73,7 +73,7 @@ def make_step(learner: UnitLearner, optimization: Optimization) -> Callable[[], 
 
     def compute() -> Tensor:
         loss = learner.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimization.adam.step()
         learner.learned.scales.keep_positive()
         return loss.detach()

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from edadm_cli.errors import InputError
 from edadm_cli.models.units import Trace
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
+from edadm_cli.quant.network import set_processor
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
 from edadm_cli.quant.search import Range, activation_range, symmetric_scale, weight_scales
+from edadm_cli.recipe import RangeRecipe
 from edadm_cli.reconstruct.capture import Batches
 from edadm_cli.reconstruct.network import SwitchableNetwork
-from edadm_cli.recipe import RangeRecipe
 
 
 def part_names(name: str, plan: LayerPlan) -> list[str]:
@@ -153,13 +154,11 @@ class _ObservedAttention(AttentionProducts):
 @contextmanager
 def _observed_attention(module: nn.Module, name: str, plan: AttentionPlan, observed: _Observations) -> Iterator[None]:
     processor = module.processor
-    module._modules.pop("processor", None)
-    module.processor = _ObservedAttention(name, plan, observed)
+    set_processor(module, _ObservedAttention(name, plan, observed))
     try:
         yield
     finally:
-        module._modules.pop("processor", None)
-        module.processor = processor
+        set_processor(module, processor)
 
 
 def _require_finite(tensor: Tensor, what: str) -> None:

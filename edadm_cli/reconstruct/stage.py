@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from edadm_cli.reconstruct.learn import UnitResult
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import repeatable_convolutions
 from edadm_cli.reconstruct.planning import count, plan_network
-from edadm_cli.reconstruct.ranges import search_ranges
+from edadm_cli.reconstruct.ranges import part_names, search_ranges
 
 PARAMS_FILE = "quant_params.safetensors"
 PLAN_FILE = "plan.json"
@@ -93,8 +93,10 @@ def run(
 
 
 def estimate(config: ReconstructConfig, run: RunFolder) -> Estimate:
-    """Time one forward of the denoiser and scale it: two passes a unit, and three and a half forwards' worth of the
-    unit's share an iteration."""
+    """Time one forward of the denoiser and scale it.
+
+    A unit takes two passes, and an iteration three and a half forwards' worth of the unit's share.
+    """
     selection = run.open("select")
     setting = _prepare(config, run, selection)
     (args, kwargs), *_ = iter(setting.batches)
@@ -139,7 +141,7 @@ def _prepare(config: ReconstructConfig, run: RunFolder, selection: Artifact) -> 
     traced = trace(model.denoiser, args, kwargs)
     plan = plan_network(traced, config.recipe, config.bits)
     network = SwitchableNetwork(model.denoiser, list(plan.layers), list(plan.attentions))
-    granularity = "layer" if config.recipe.learn.granularity == "layer" else "block"
+    granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
     found = units(model.denoiser, traced, set(plan.layers), granularity)
     return _Setting(network, traced, plan, found, batches, _hyperparameters(config, selection))
 
@@ -151,10 +153,10 @@ def _build(
     setting = _prepare(config, run, selection)
     with repeatable_convolutions():
         params, results = _reconstruct(config, setting, build.path, reporter)
-    _require_coverage(setting.plan, params)
+    quantized = _quantized(setting.plan, params)
     save_tensors(build.path / PARAMS_FILE, params)
     save_json(build.path / PLAN_FILE, setting.plan.model_dump(mode="json", exclude_none=True))
-    save_json(build.path / UNITS_FILE, _summary(setting, results))
+    save_json(build.path / UNITS_FILE, _summary(setting, results, len(quantized)))
     build.discard([UNITS_FOLDER, _RANGES_FILE])
     device = str(setting.batches.device)
     return build.commit(environment={"device": device, "seconds": round(time.monotonic() - started, 3)})
@@ -169,7 +171,6 @@ def _reconstruct(
     if config.recipe.learn.granularity != "none":
         reconstruction = BlockReconstruction(
             setting.network,
-            setting.traced,
             setting.plan,
             ranges,
             setting.batches,
@@ -197,22 +198,22 @@ def _ranges(config: ReconstructConfig, setting: _Setting, folder: Path, reporter
     return found
 
 
-def _require_coverage(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> None:
-    missing = [
-        name
-        for name, layer in plan.layers.items()
-        if f"{name}.{'part0.' if layer.channel_parts else ''}weight_int" not in params
-    ]
-    missing += [name for name in plan.attentions if f"{name}.q_scale" not in params]
+def _quantized(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> list[str]:
+    """Names of the planned layers and attentions that have parameters: all of them, or it is an error."""
+    keys = {
+        name: f"{part_names(name, layer)[-1]}.weight_int" for name, layer in plan.layers.items()
+    } | {name: f"{name}.q_scale" for name in plan.attentions}
+    missing = [name for name, key in keys.items() if key not in params]
     if missing:
         raise EdadmError(f"{len(missing)} planned layers were not quantized: {', '.join(missing)}.")
+    return list(keys)
 
 
-def _summary(setting: _Setting, results: Mapping[str, UnitResult]) -> dict[str, Any]:
+def _summary(setting: _Setting, results: Mapping[str, UnitResult], num_quantized: int) -> dict[str, Any]:
     rows = []
     for unit in setting.units:
         result = results.get(unit.name)
-        losses = {"loss_before": None, "loss_after": None, "curve": []}
+        losses: dict[str, Any] = {"loss_before": None, "loss_after": None, "curve": []}
         if result is not None:
             losses = {"loss_before": result.loss_before, "loss_after": result.loss_after, "curve": result.curve}
         rows.append({"name": unit.name, "kind": unit.kind, "layers": list(unit.layers), **losses})
@@ -221,7 +222,7 @@ def _summary(setting: _Setting, results: Mapping[str, UnitResult]) -> dict[str, 
     last = sum(result.loss_after for result in results.values()) if results else None
     return {
         "units": rows,
-        "coverage": {"planned": planned, "quantized": planned, "kept": len(setting.plan.kept)},
+        "coverage": {"planned": planned, "quantized": num_quantized, "kept": len(setting.plan.kept)},
         "by_kind": count(setting.plan, setting.traced),
         "loss": {"first": first, "last": last},
     }

@@ -43,7 +43,6 @@ def _learner(setting: Any, name: str, seed: int = 0) -> UnitLearner:
 def _reconstruction(setting: Any, folder: Path, budget: int = BUDGET) -> BlockReconstruction:
     return BlockReconstruction(
         setting.network,
-        setting.traced,
         setting.plan,
         setting.ranges,
         setting.batches,
