@@ -117,6 +117,7 @@ class RunMaker:
         self.run = RunFolder(root)
         self.model = ModelRef(id=model, fingerprint="f" * 64)
         self.recipe = "default"
+        self.brightness = 0
         self.facts: dict[str, dict[str, Any]] = copy.deepcopy(
             {
                 "sampling.json": SAMPLING,
@@ -169,7 +170,8 @@ class RunMaker:
 
     def _write_images(self, folder: Path, shade: int) -> None:
         for place, entry in enumerate(self.facts["evaluation.json"]["shown"]):
-            for kind, level in (("full_precision", 10 * place), ("quantized", 10 * place + shade)):
+            base = 10 * place + self.brightness
+            for kind, level in (("full_precision", base), ("quantized", base + shade)):
                 path = folder / entry[kind]
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(png(level))

@@ -172,6 +172,14 @@ def test_full_precision_of_other_seeds_gets_a_wall_of_its_own(maker: RunMaker) -
     assert len(page.all("img")) == 4 * NUM_SHOWN
 
 
+def test_other_images_of_the_same_seeds_get_a_wall_of_their_own(maker: RunMaker) -> None:
+    """As after an evaluation with another number of steps."""
+    maker.calibration().width("w8a8")
+    maker.brightness = 100
+    page = _page(maker.width("w4a8"))
+    assert len(page.all("div", class_="wall")) == 2
+
+
 def test_images_without_prompts_are_named_by_their_seeds(maker: RunMaker) -> None:
     maker.facts["sampling.json"].update(prompts=None, guidance_scale=None)
     maker.facts["evaluation.json"]["guidance_scale"] = None
