@@ -151,7 +151,9 @@ def _require_sound(name: str, module: QuantizedLayer | QuantizedAttention) -> No
     for key, buffer in module.named_buffers(recurse=False):
         if key.endswith("_scale") and not bool((torch.isfinite(buffer) & (buffer > 0)).all()):
             raise InputError(f"'{name}.{key}' has a scale that is not a positive number.")
-    grid = module.plan.input_grid if isinstance(module, QuantizedLayer) else None
+    if not isinstance(module, QuantizedLayer):
+        return
+    grid = module.plan.input_grid
     if grid is not None and not grid.quant_min <= int(module.input_zero_point) <= grid.quant_max:
         raise InputError(f"'{name}' has a zero-point outside {grid.quant_min}..{grid.quant_max}.")
 

@@ -1,0 +1,53 @@
+"""Runs of the tiny pipelines, collected and selected once a session."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.config import CollectConfig, SelectConfig
+
+
+@pytest.fixture(scope="session")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """`selected(model)`: a run folder with four trajectories of three steps, selected from; not to be changed."""
+    from edadm_cli.collect import stage as collect
+    from edadm_cli.select import stage as select
+
+    made: dict[Path, Path] = {}
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("one\ntwo\nthree\n")
+
+    def make(model: Path) -> Path:
+        if model not in made:
+            run = RunFolder(tmp_path_factory.mktemp("runs") / model.name)
+            config = CollectConfig(
+                model=str(model),
+                prompts=prompts if model.name == "tiny-sd" else None,
+                num_trajectories=4,
+                num_steps=3,
+                batch_size=2,
+                device="cpu",
+            )
+            collect.run(config, run)
+            select.run(SelectConfig(device="cpu"), run)
+            made[model] = run.root
+        return made[model]
+
+    return make
+
+
+@pytest.fixture
+def fresh_run(selected: Callable[[Path], Path], tmp_path: Path) -> Callable[[Path], RunFolder]:
+    """`fresh_run(model)`: a copy of `selected(model)` of the test's own."""
+
+    def make(model: Path) -> RunFolder:
+        place = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(selected(model), place)
+        return RunFolder(place)
+
+    return make

@@ -1,0 +1,272 @@
+"""An export is a diffusers folder like any other: loaded in a fresh interpreter, saved again, refused when broken."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
+from edadm_cli.errors import InputError
+from edadm_cli.export import stage as export
+from edadm_cli.integrations import autoload
+from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.loading import load_model
+from edadm_cli.models.sampling import sample
+from edadm_cli.quant.attention import QuantizedAttention
+from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
+from edadm_cli.quant.network import load_quant_params, quantize_network
+from edadm_cli.quant.plan import QuantizationPlan
+from edadm_cli.recipe import load_recipe
+from edadm_cli.reconstruct import stage as reconstruct
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SEEDS, PROMPTS, STEPS, GUIDANCE = [11, 12], ["one", "two"], 3, 4.0
+SAMPLING = """
+import sys
+{imports}
+import torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+generators = [torch.Generator().manual_seed(seed) for seed in (11, 12)]
+latents = pipeline(
+    ["one", "two"], num_inference_steps=3, guidance_scale=4.0, generator=generators, output_type="latent"
+).images
+layers = sum(type(module).__name__ == "QuantizedLayer" for module in pipeline.unet.modules())
+print(layers, "edadm_cli" in sys.modules)
+torch.save(latents, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tiny_sd: Path, selected: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run with an export whose attention is quantized too."""
+    place = tmp_path_factory.mktemp("exported") / "run"
+    shutil.copytree(selected(tiny_sd), place)
+    folder, bits = RunFolder(place), BitWidth.parse("w4a8")
+    recipe = load_recipe("paper")
+    parts = {
+        "learn": recipe.learn.model_copy(update={"iterations": 2, "batch_size": 4}),
+        "ranges": recipe.ranges.model_copy(update={"num_candidates": 8}),
+    }
+    config = ReconstructConfig(bits=bits, recipe=recipe.model_copy(update=parts), device="cpu")
+    reconstruct.run(config, folder)
+    export.run(ExportConfig(bits=bits, device="cpu", parity_samples=1), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(run: RunFolder, tmp_path: Path) -> Path:
+    """A copy of the export that a test may break."""
+    return shutil.copytree(run.path("export", "w4a8"), tmp_path / "export")
+
+
+def _latents(pipeline: Any) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    latents: torch.Tensor = pipeline(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=generators,
+        output_type="latent",
+    ).images
+    return latents
+
+
+def _images(pipeline: Any) -> list[Any]:
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    found = pipeline(PROMPTS, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators)
+    return list(found.images)
+
+
+def _reconstructed(run: RunFolder) -> Any:
+    """The full-precision pipeline with the reconstruction's parameters put in: what was before the export."""
+    source, model = run.open("reconstruct", "w4a8"), load_collected_model(run, CPU, torch.float32)
+    quantize_network(model.denoiser, QuantizationPlan.model_validate(source.json("plan.json")))
+    load_quant_params(model.denoiser, source.tensors("quant_params.safetensors"))
+    return model
+
+
+def test_images_are_those_of_the_reconstruction_bit_for_bit(run: RunFolder) -> None:
+    reconstructed = _reconstructed(run)
+    loaded = DiffusionPipeline.from_pretrained(run.path("export", "w4a8"))
+    assert torch.equal(_latents(loaded), _latents(reconstructed.pipeline))
+    for ours, theirs in zip(_images(loaded), _images(reconstructed.pipeline), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    through_us = load_model(str(run.path("export", "w4a8")), CPU, torch.float32)
+    arguments: dict[str, Any] = {"seeds": SEEDS, "prompts": PROMPTS, "num_steps": STEPS, "guidance_scale": GUIDANCE}
+    assert torch.equal(sample(through_us, **arguments).images, sample(reconstructed, **arguments).images)
+
+
+def _is_installed() -> bool:
+    return any(entry.name == "edadm" for entry in importlib.metadata.entry_points(group="torch.backends"))
+
+
+# Installed, the package is found through its entry point, without an import.
+@pytest.mark.parametrize("imports", ["" if _is_installed() else "import edadm_cli", "import diffusers, edadm_cli"])
+def test_a_fresh_interpreter_loads_it_with_plain_diffusers(run: RunFolder, imports: str, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", SAMPLING.format(imports=imports), run.path("export", "w4a8"), tmp_path / "latents.pt"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    reconstructed = _reconstructed(run)
+    assert found.stdout.split() == [str(len(quantized_layers(reconstructed.denoiser))), "True"]
+    latents = torch.load(tmp_path / "latents.pt", weights_only=True)
+    if torch.get_num_threads() == 1 or os.environ.get("OMP_NUM_THREADS") == "1":
+        assert torch.equal(latents, _latents(reconstructed.pipeline))
+    else:
+        torch.testing.assert_close(latents, _latents(reconstructed.pipeline))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_stay_float32_in_narrow_arithmetic(run: RunFolder, dtype: torch.dtype) -> None:
+    folder = run.path("export", "w4a8")
+    exact = DiffusionPipeline.from_pretrained(folder).unet
+    narrow = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).unet
+    buffers = dict(narrow.named_buffers())
+    for name, buffer in exact.named_buffers():
+        assert torch.equal(buffers[name], buffer)
+        assert buffers[name].dtype == buffer.dtype
+    assert {parameter.dtype for parameter in narrow.parameters()} == {dtype}
+    generator = torch.Generator().manual_seed(0)
+    inputs = (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([7, 7]), torch.randn(2, 8, 16))
+    with torch.no_grad():
+        found = narrow(inputs[0].to(dtype), inputs[1], inputs[2].to(dtype)).sample
+        wanted = exact(*inputs).sample
+    assert found.dtype == dtype
+    assert float((found.float() - wanted).norm() / wanted.norm()) < 0.2
+
+
+def test_a_loaded_pipeline_is_saved_and_loaded_again(run: RunFolder, tmp_path: Path) -> None:
+    loaded = DiffusionPipeline.from_pretrained(run.path("export", "w4a8"))
+    loaded.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    first, second = loaded.unet.state_dict(), again.unet.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(first[name].dtype == second[name].dtype for name in first)
+    assert torch.equal(_latents(loaded), _latents(again))
+    configs = [
+        json.loads((place / "unet" / "config.json").read_text())["quantization_config"]
+        for place in (run.path("export", "w4a8"), tmp_path / "again")
+    ]
+    assert configs[0] == configs[1]
+
+
+def test_what_is_quantized_is_known_from_the_folder(run: RunFolder) -> None:
+    unet = DiffusionPipeline.from_pretrained(run.path("export", "w4a8")).unet
+    assert isinstance(unet.mid_block.resnets[0].conv1, QuantizedLayer)
+    assert unet.mid_block.resnets[0].conv1.weight_codes.dtype == torch.uint8
+    processor = unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+    assert isinstance(processor, QuantizedAttention)
+    config = json.loads((run.path("export", "w4a8") / "unet" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["recipe"]) == ("edadm", "w4a8", "paper")
+
+
+def _change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def _change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(changes)
+    path.write_text(json.dumps(config))
+
+
+LAYER = "mid_block.resnets.0.conv1"
+SCALE, CODES = f"{LAYER}.weight_scale", f"{LAYER}.weight_codes"
+
+
+def _set(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return lambda folder: _change_weights(folder, lambda tensors: tensors.update({name: value(tensors[name])}))
+
+
+BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing scale": (lambda f: _change_weights(f, lambda t: t.pop(SCALE)), f"lack.*{SCALE}"),
+    "missing codes": (lambda f: _change_weights(f, lambda t: t.pop(CODES)), f"lack.*{CODES}"),
+    "missing bias": (lambda f: _change_weights(f, lambda t: t.pop("conv_norm_out.bias")), "lack.*conv_norm_out.bias"),
+    "shape": (_set(CODES, lambda t: t[:-1].clone()), rf"'{CODES}' is torch.uint8 \["),
+    "dtype": (_set(SCALE, lambda t: t.half()), rf"'{SCALE}' is torch.float16"),
+    "unpacked": (_set(CODES, lambda t: t.to(torch.int8)), f"'{CODES}' is torch.int8"),
+    "negative scale": (_set(SCALE, lambda t: -t), "not a positive number"),
+    "infinite scale": (_set(f"{LAYER}.input_scale", lambda t: t / 0), "not a positive number"),
+    "attention scale": (
+        _set("mid_block.attentions.0.transformer_blocks.0.attn1.processor.q_scale", lambda t: t * 0),
+        "not a positive number",
+    ),
+    "zero-point": (_set(f"{LAYER}.input_zero_point", lambda t: t * 0 + 256), "zero-point outside 0..255"),
+    "future": (lambda f: _change_config(f, format_version=2), "format 2; this version of edadm reads format 1"),
+    "plan": (lambda f: _change_config(f, plan={"layers": {LAYER: {"weight_bits": 40}}}), "no valid plan"),
+    "stranger": (
+        lambda f: _change_config(f, plan={"layers": {"nowhere": {"weight_bits": 4}}}),
+        "'nowhere', which UNet2DConditionModel does not have",
+    ),
+    "not a layer": (
+        lambda f: _change_config(f, plan={"layers": {"conv_norm_out": {"weight_bits": 4}}}),
+        "'conv_norm_out' cannot be quantized",
+    ),
+}
+
+
+@pytest.mark.parametrize(("break_it", "sentence"), BREAKS.values(), ids=BREAKS.keys())
+def test_a_broken_export_is_refused_in_one_sentence(
+    folder: Path, break_it: Callable[[Path], None], sentence: str
+) -> None:
+    break_it(folder)
+    with pytest.raises(InputError, match=sentence) as caught:
+        load_model(str(folder), CPU, torch.float32)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=sentence):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+def test_the_quantizer_is_registered_once() -> None:
+    from diffusers.quantizers import auto
+
+    before = dict(auto.AUTO_QUANTIZER_MAPPING), list(sys.meta_path)
+    autoload.register()
+    autoload.register()
+    assert (dict(auto.AUTO_QUANTIZER_MAPPING), list(sys.meta_path)) == before
+    assert auto.AUTO_QUANTIZER_MAPPING["edadm"].__name__ == "EdadmQuantizer"
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["edadm"].__name__ == "EdadmConfig"
+
+
+def test_registering_is_light_and_waits_for_diffusers() -> None:
+    script = (
+        "import sys, edadm_cli\n"
+        "from edadm_cli.integrations.autoload import register\n"
+        "register(); register()\n"
+        "print(sum(type(finder).__name__ == '_Watch' for finder in sys.meta_path),"
+        " 'torch' in sys.modules, 'diffusers' in sys.modules)\n"
+        "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "print('edadm' in AUTO_QUANTIZER_MAPPING,"
+        " sum(type(finder).__name__ == '_Watch' for finder in sys.meta_path))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1", "False", "False", "True", "0"]
