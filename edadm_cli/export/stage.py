@@ -101,7 +101,7 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
     sizes["denoiser_fp32"] = num_parameters * _FLOAT_BYTES / 2**20
     sizes["ratio"] = sizes["denoiser_fp32"] / sizes[loaded.denoiser_name]
     save_json(build.path / EXPORT_FILE, {"size_mib": sizes, "parity": _parity(parity)})
-    return build.commit(environment={"device": config.device})
+    return build.commit(environment={"device": str(device)})
 
 
 def _quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int]:
