@@ -100,7 +100,8 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
     sizes = component_sizes(build.path)
     sizes["denoiser_fp32"] = num_parameters * _FLOAT_BYTES / 2**20
     sizes["ratio"] = sizes["denoiser_fp32"] / sizes[loaded.denoiser_name]
-    save_json(build.path / EXPORT_FILE, {"size_mib": sizes, "parity": _parity(parity)})
+    facts = {"denoiser": loaded.denoiser_name, "size_mib": sizes, "parity": _parity(parity)}
+    save_json(build.path / EXPORT_FILE, facts)
     return build.commit(environment={"device": str(device)})
 
 

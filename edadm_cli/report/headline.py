@@ -60,13 +60,6 @@ def comparison(contents: RunContents) -> Html | None:
     )
 
 
-def denoiser_of(sizes: Mapping[str, float]) -> str:
-    """The component that an export's size ratio is about."""
-    wanted = sizes["denoiser_fp32"] / sizes["ratio"]
-    components = [name for name in sizes if name not in ("denoiser_fp32", "ratio")]
-    return min(components, key=lambda name: abs(sizes[name] - wanted))
-
-
 def _lead(contents: RunContents) -> Html:
     if contents.collect is None:
         return element("p", "What this run holds, with the figures of each stage.", class_="lead")
@@ -82,7 +75,7 @@ def _lead(contents: RunContents) -> Html:
 def _cards(width: Width) -> Iterator[Html]:
     if width.export is not None:
         sizes = width.export.facts["size_mib"]
-        size, full = mebibytes(sizes[denoiser_of(sizes)]), mebibytes(sizes["denoiser_fp32"])
+        size, full = mebibytes(sizes[width.export.facts["denoiser"]]), mebibytes(sizes["denoiser_fp32"])
         note = f"denoiser {size} on disk, {full} in fp32"
         yield _card("Smaller by", f"{number(sizes['ratio'], 3)}\u00d7", None, note)
     if width.evaluate is None:
@@ -125,7 +118,7 @@ def _column(width: Width) -> _Column:
     column = _Column(recipe=width.recipe or "")
     if width.export is not None:
         sizes = width.export.facts["size_mib"]
-        size = mebibytes(sizes[denoiser_of(sizes)])
+        size = mebibytes(sizes[width.export.facts["denoiser"]])
         column = replace(column, size=size, ratio=f"{number(sizes['ratio'], 3)}\u00d7")
     if width.evaluate is not None:
         facts = width.evaluate.facts

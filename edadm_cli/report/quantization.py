@@ -7,7 +7,6 @@ from typing import Any
 
 from edadm_cli.report.contents import Part, RunContents, Width
 from edadm_cli.report.formats import count, mebibytes, number, plain, seconds
-from edadm_cli.report.headline import denoiser_of
 from edadm_cli.report.html import Html, Node, code, details, element, facts, section, table
 from edadm_cli.report.notices import missing
 from edadm_cli.report.plots import bar, curve_plot, loss_plot
@@ -133,7 +132,7 @@ def _layers(width: Width, plan: dict[str, Any]) -> Html:
 
 def _export(width: Width, part: Part, heading: str) -> Html:
     sizes, parity = part.facts["size_mib"], part.facts["parity"]
-    name = denoiser_of(sizes)
+    name = part.facts["denoiser"]
     full = sizes["denoiser_fp32"]
     components = {key: size for key, size in sizes.items() if key not in ("denoiser_fp32", "ratio")}
     largest = max(full, *components.values())

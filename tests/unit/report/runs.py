@@ -60,6 +60,7 @@ PLAN: dict[str, Any] = {
     "kept": {"mid.skip": "excluded by the recipe's pattern 'mid.s*'"},
 }
 EXPORT: dict[str, Any] = {
+    "denoiser": "unet",
     "size_mib": {"unet": 2.0, "vae": 0.5, "scheduler": 0.0004, "denoiser_fp32": 13.0, "ratio": 6.5},
     "parity": {
         "images_bit_equal": True,
