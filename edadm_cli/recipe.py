@@ -154,7 +154,8 @@ def _read(name_or_path: str, depth: int) -> dict[str, Any]:
         return fields
     if depth >= 8:
         raise UsageError(f"The recipe {path} extends itself, or a chain of more than eight recipes.")
-    return _merge(_read(str(base), depth + 1), fields)
+    is_shipped = str(base) in shipped_recipes()
+    return _merge(_read(str(base) if is_shipped else str(path.parent / str(base)), depth + 1), fields)
 
 
 def _nulls(table: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,18 @@ class QuantizedLayer(nn.Module):
         return (self.weight_shape[0], (per_row + 1) // 2)
 
     @property
+    def in_features(self) -> int:
+        """Input channels under the name of `nn.Linear`, which some pipelines read (Stable Diffusion XL)."""
+        return self.weight_shape[1] * self.operation.groups
+
+    @property
+    def out_features(self) -> int:
+        """Output channels under the name of `nn.Linear`."""
+        return self.weight_shape[0]
+
+    in_channels, out_channels = in_features, out_features  # the names of `nn.Conv2d`
+
+    @property
     def codes_dtype(self) -> torch.dtype:
         """Element type of `weight_codes`."""
         return torch.uint8 if is_packed(self.plan.weight_bits) else torch.int8
@@ -125,13 +137,14 @@ class QuantizedLayer(nn.Module):
         return y.to(x.dtype)
 
     def _float_weight(self) -> Tensor:
-        if self._weight is None or torch.compiler.is_compiling():
-            scale = self.weight_scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
-            weight = dequantize(self.weight_int, scale, torch.zeros((), device=scale.device))
-            if torch.compiler.is_compiling():
-                return weight
+        kept = self._weight
+        if kept is not None and kept.device == self.weight_codes.device and not torch.compiler.is_compiling():
+            return kept  # offloading moves buffers one by one, so the device is compared
+        scale = self.weight_scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
+        weight = dequantize(self.weight_int, scale, torch.zeros((), device=scale.device))
+        if not torch.compiler.is_compiling():
             self._weight = weight
-        return self._weight
+        return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move with the model, but let no cast touch the scales."""

@@ -27,7 +27,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]
             run = RunFolder(tmp_path_factory.mktemp("runs") / model.name)
             config = CollectConfig(
                 model=str(model),
-                prompts=prompts if model.name == "tiny-sd" else None,
+                prompts=prompts if model.name.startswith("tiny-sd") else None,
                 num_trajectories=4,
                 num_steps=3,
                 batch_size=2,

@@ -273,3 +273,14 @@ def test_integer_arithmetic_is_near_and_not_the_same_code_path(tiny_ddpm: Path, 
         integer = model(*call).sample
     assert not torch.equal(fake, integer)
     assert float((fake - integer).norm() / fake.norm()) < 0.05
+
+
+@pytest.mark.parametrize("model", ["tiny_dit", "tiny_sdxl"])
+def test_other_architectures_go_the_same_way(model: str, fresh_run: FreshRun, request: pytest.FixtureRequest) -> None:
+    """A transformer that embeds the timestep twice; a denoiser with nested conditions that its pipeline looks into."""
+    run = fresh_run(request.getfixturevalue(model))
+    record = reconstruct.run(config_of(recipe=quick("paper")), run)
+    kept = run.open("reconstruct", "w4a8").json("plan.json").get("kept", {})
+    reasons = {"runs more than once a forward"} if model == "tiny_dit" else set()
+    assert (set(kept.values()), record.coverage.kept) == (reasons, 2 * len(reasons))
+    assert exported(run).parity.images_bit_equal

@@ -85,6 +85,13 @@ def test_a_users_recipe_changes_only_what_it_names(tmp_path: Path) -> None:
     assert [rule.pattern for rule in recipe.layers] == ["conv_in"]
 
 
+def test_a_recipe_finds_its_base_beside_itself(tmp_path: Path) -> None:
+    _written(tmp_path, 'extends = "rtn"\nedge_weight_bits = 6\n', "base.toml")
+    recipe = load_recipe(_written(tmp_path, 'extends = "base.toml"\nedge_activation_bits = 7\n'))
+    assert (recipe.edge_weight_bits, recipe.edge_activation_bits, recipe.name) == (6, 7, "own")
+    assert recipe.learn.granularity == "none"
+
+
 @pytest.mark.parametrize(
     ("text", "error", "sentence"),
     [
@@ -95,7 +102,7 @@ def test_a_users_recipe_changes_only_what_it_names(tmp_path: Path) -> None:
         ('[[layers]]\npattern = "a"\nweight_bits = 9', UsageError, r"layers\.0\.weight_bits"),
         ("[[layers]]\nweight_bits = 4", UsageError, r"layers\.0\.pattern"),
         ('[[layers]]\npattern = "a"\nexclude = true\nweight_bits = 4', UsageError, "both excludes"),
-        ('extends = "nothing"', UsageError, "no recipe 'nothing'"),
+        ('extends = "nothing"', UsageError, "no recipe '.*nothing'"),
         ("[learn\n", InputError, "not readable TOML"),
         ("iterations 5", InputError, "not readable TOML"),
     ],

@@ -200,6 +200,13 @@ def test_a_state_dict_restores_a_layer(plan: LayerPlan) -> None:
     assert set(layer.state_dict()) == {name for name, _ in (*layer.named_buffers(), *layer.named_parameters())}
 
 
+@each_case
+def test_sizes_are_read_as_those_of_the_layer_that_was(case: Case) -> None:
+    layer = _quantized(case, PLANS["w4a8"])
+    names = ("in_channels", "out_channels") if isinstance(case.layer, nn.Conv2d) else ("in_features", "out_features")
+    assert [getattr(layer, name) for name in names] == [getattr(case.layer, name) for name in names]
+
+
 def test_new_codes_replace_the_cached_weight() -> None:
     layer, x = _quantized(CASES["linear"], PLANS["w4a8"]), _input(CASES["linear"].shape)
     first = layer(x)
