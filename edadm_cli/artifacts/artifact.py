@@ -88,6 +88,4 @@ def check_file(folder: Path, entry: PayloadFile) -> None:
         if size != entry.bytes:
             raise InputError(f"{path} has {size} bytes; the manifest says {entry.bytes}.")
         if file_sha256(path) != entry.sha256:
-            raise InputError(
-                f"{path} was changed after it was written: its hash differs from the manifest's."
-            )
+            raise InputError(f"{path} was changed after it was written: its hash differs from the manifest's.")

@@ -32,9 +32,7 @@ def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None
     named = f"{where}: " if where is not None else ""
     if error.errno in _MACHINE_REASONS:
         hint = (
-            "free some space, or use another folder with --run"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else None
+            "free some space, or use another folder with --run" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
         )
         return MachineError(f"{named}{_MACHINE_REASONS[error.errno]}.", hint=hint)
     if isinstance(error, FileNotFoundError):
@@ -99,14 +97,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_json(path: Path, value: Any) -> None:
+def save_json(path: Path, value: Any, indent: int = 2) -> None:
     """Write a JSON file, indented, with a fixed order of keys.
 
     Raises:
         MachineError: The disk is full or permission is denied.
         ValueError: A number is NaN or infinite, which JSON cannot hold.
     """
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

@@ -56,9 +56,7 @@ class PayloadFile(_Frozen):
     path: str
     sha256: str
     bytes: int = Field(ge=0)
-    tensors: dict[str, TensorInfo] | None = Field(
-        None, description="contents of a safetensors file; null for others"
-    )
+    tensors: dict[str, TensorInfo] | None = Field(None, description="contents of a safetensors file; null for others")
 
     @field_validator("path")
     @classmethod
@@ -113,9 +111,7 @@ def read_manifest(folder: Path) -> Manifest:
     content = load_json(path)
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version is not None and version != SCHEMA_VERSION:
-        raise InputError(
-            f"{path} has schema version {version}; this edadm {__version__} reads {SCHEMA_VERSION}."
-        )
+        raise InputError(f"{path} has schema version {version}; this edadm {__version__} reads {SCHEMA_VERSION}.")
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:

@@ -81,9 +81,7 @@ class RunFolder:
         folder = self.path(kind)
         if not folder.is_dir():
             return []
-        return sorted(
-            child.name for child in folder.iterdir() if _NAME.match(child.name) and has_manifest(child)
-        )
+        return sorted(child.name for child in folder.iterdir() if _NAME.match(child.name) and has_manifest(child))
 
     def open(self, kind: str, name: str | None = None) -> Artifact:
         """Open an artifact: its files are checked, and so is its descent from what the run holds now.
@@ -93,15 +91,11 @@ class RunFolder:
         """
         path = self.path(kind, name)
         if not has_manifest(path):
-            raise InputError(
-                f"There is no {_title(kind, name)} in the run {self.root}.", hint=self.command(kind, name)
-            )
+            raise InputError(f"There is no {_title(kind, name)} in the run {self.root}.", hint=self.command(kind, name))
         try:
             artifact = open_artifact(path, kind)
         except InputError as error:
-            raise InputError(
-                error.message, hint=error.hint or self.command(kind, name, force=True)
-            ) from error
+            raise InputError(error.message, hint=error.hint or self.command(kind, name, force=True)) from error
         self.check_descent(artifact.manifest, name)
         return artifact
 
@@ -160,9 +154,7 @@ class RunFolder:
                 yield Build(path=path, target=path, manifest=finished.manifest, artifact=finished)
                 return
             partial = self._partial(path, plan, force)
-            build = adopt(partial, path, plan.kind) or Build(
-                path=partial, target=path, manifest=self._draft(plan)
-            )
+            build = adopt(partial, path, plan.kind) or Build(path=partial, target=path, manifest=self._draft(plan))
             try:
                 yield build
             finally:
@@ -171,9 +163,7 @@ class RunFolder:
 
     def _check_unchanged(self, parent: Artifact) -> None:
         if not has_manifest(parent.path) or read_manifest(parent.path).identity != parent.identity:
-            raise InputError(
-                f"{parent.path} changed while it was being read.", hint="type the same command again"
-            )
+            raise InputError(f"{parent.path} changed while it was being read.", hint="type the same command again")
 
     def _finished(self, path: Path, plan: Plan, force: bool) -> Artifact | None:
         """The artifact on disk, if it is the planned one and is not to be built again."""

@@ -74,9 +74,7 @@ def load_tensors(
         wanted = sorted(header) if keys is None else list(keys)
         for name in wanted:
             if name not in header:
-                raise InputError(
-                    f"{path} holds no tensor '{name}'; it holds {', '.join(sorted(header)) or 'none'}."
-                )
+                raise InputError(f"{path} holds no tensor '{name}'; it holds {', '.join(sorted(header)) or 'none'}.")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 return {name: file.get_tensor(name) for name in wanted}
@@ -111,8 +109,7 @@ def _check_extent(path: Path, entries: Mapping[str, Any], available: int) -> Non
     extent = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     if extent != available:
         raise InputError(
-            f"{path} is truncated or has foreign bytes: its tensors take {extent} bytes, "
-            f"the file has {available}."
+            f"{path} is truncated or has foreign bytes: its tensors take {extent} bytes, the file has {available}."
         )
 
 

@@ -68,9 +68,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
         if explained is not None:
             return explained
     kind = type(error).__name__
-    return EdadmError(
-        f"internal error: {kind}: {error}", hint="add --verbose to see where, and please report it"
-    )
+    return EdadmError(f"internal error: {kind}: {error}", hint="add --verbose to see where, and please report it")
 
 
 def failure_fields(error: EdadmError) -> dict[str, Any]:

@@ -138,9 +138,7 @@ class _Chain:
         from edadm_cli.reconstruct import stage as reconstruct
 
         stages = {"reconstruct": reconstruct, "export": export, "evaluate": evaluate}
-        return {
-            command: self._perform(command, bits, stages[command], configs[command]) for command in stages
-        }
+        return {command: self._perform(command, bits, stages[command], configs[command]) for command in stages}
 
     def _report(self, bits: list[str]) -> str:
         from edadm_cli.report import stage

@@ -63,10 +63,7 @@ def models(execution: Execution) -> None:
     """
     from edadm_cli.models.registry import known_models
 
-    rows = [
-        {**entry.model_dump(mode="json"), "available": _is_available(entry)}
-        for entry in known_models().values()
-    ]
+    rows = [{**entry.model_dump(mode="json"), "available": _is_available(entry)} for entry in known_models().values()]
     result = {
         "command": "models",
         "status": "done",

@@ -38,26 +38,20 @@ DeviceOption = Annotated[
 ]
 ForceOption = Annotated[
     bool,
-    typer.Option(
-        "--force", help="Build again, and replace an artifact of other settings.", rich_help_panel=_WHERE
-    ),
+    typer.Option("--force", help="Build again, and replace an artifact of other settings.", rich_help_panel=_WHERE),
 ]
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Estimate time, memory and disk; change nothing.", rich_help_panel=_WHERE),
 ]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=_OUTPUT)
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=_OUTPUT)]
 QuietOption = Annotated[
     bool,
     typer.Option("--quiet", "-q", help="Print one path on stdout, no progress.", rich_help_panel=_OUTPUT),
 ]
 VerboseOption = Annotated[
     bool,
-    typer.Option(
-        "--verbose", "-v", help="Tell details, and tracebacks of failures.", rich_help_panel=_OUTPUT
-    ),
+    typer.Option("--verbose", "-v", help="Tell details, and tracebacks of failures.", rich_help_panel=_OUTPUT),
 ]
 
 BitsOption = Annotated[

@@ -32,9 +32,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--metrics", metavar="NAME", help="Figures, repeatable or with commas; else all."),
     ] = None,
-    clip_model: Annotated[
-        str | None, typer.Option("--clip-model", help="open_clip model of the CLIP score.")
-    ] = None,
+    clip_model: Annotated[str | None, typer.Option("--clip-model", help="open_clip model of the CLIP score.")] = None,
     clip_pretrained: Annotated[
         str | None, typer.Option("--clip-pretrained", metavar="TAG|FILE", help="Its weights.")
     ] = None,
@@ -117,9 +115,7 @@ def report(
     execution: Execution,
     bits: Annotated[
         list[str] | None,
-        typer.Option(
-            "--bits", metavar="wXaY", help="Bit widths to show, repeatable or with commas; else all."
-        ),
+        typer.Option("--bits", metavar="wXaY", help="Bit widths to show, repeatable or with commas; else all."),
     ] = None,
 ) -> None:
     """Write report.html, one page that shows a run.
@@ -137,7 +133,5 @@ def report(
 
     with contextlib.redirect_stdout(sys.stderr):
         page = stage.run(run, names)
-    record = ReportRecord(
-        status="done", run=str(run.root), report=str(page), seconds=time.monotonic() - started
-    )
+    record = ReportRecord(status="done", run=str(run.root), report=str(page), seconds=time.monotonic() - started)
     execution.conclude(record, path=str(page))

@@ -78,11 +78,7 @@ def parse_requirements(texts: Iterable[str] | None) -> list[Requirement]:
 
 def unmet(outcomes: Iterable[Mapping[str, Any]]) -> RequirementError | None:
     """The failure that tells which requirements were not met; `None` when all were."""
-    missed = [
-        f"{outcome['require']} (found {_show(outcome['value'])})"
-        for outcome in outcomes
-        if not outcome["met"]
-    ]
+    missed = [f"{outcome['require']} (found {_show(outcome['value'])})" for outcome in outcomes if not outcome["met"]]
     if not missed:
         return None
     return RequirementError(f"Not met: {', '.join(missed)}.")

@@ -107,9 +107,7 @@ def reconstruct(
     """
     from edadm_cli.cli.settings import configure_reconstruct
 
-    config = configure_reconstruct(
-        execution, recipe, bits, batch_size=batch_size, memory_budget_mib=memory_budget_mib
-    )
+    config = configure_reconstruct(execution, recipe, bits, batch_size=batch_size, memory_budget_mib=memory_budget_mib)
     run = execution.run_used_last()
 
     from edadm_cli.reconstruct import stage

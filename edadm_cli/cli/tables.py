@@ -19,9 +19,7 @@ def render(result: Mapping[str, Any]) -> Iterator[Table]:
     """The tables of a result."""
     command = result.get("command")
     if command == "models":
-        yield _listing(
-            result["models"], ("name", "source", "location", "available", "num_steps", "image_size")
-        )
+        yield _listing(result["models"], ("name", "source", "location", "available", "num_steps", "image_size"))
     elif command == "inspect":
         yield from _inspection(result)
     elif command == "run":
@@ -41,9 +39,7 @@ def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
     table.add_column(overflow="fold")
     for name, value in _flat(fields):
         if value is not None:
-            table.add_row(
-                Text(name), Text(show_value(value[:_SHORT_IDENTITY] if name == "identity" else value))
-            )
+            table.add_row(Text(name), Text(show_value(value[:_SHORT_IDENTITY] if name == "identity" else value)))
     return table
 
 
@@ -90,19 +86,13 @@ def _metrics(result: Mapping[str, Any]) -> Table:
 
 def _chain(result: Mapping[str, Any]) -> Iterator[Table]:
     stages = [result["collect"], result["select"]]
-    stages += [
-        {**record, "bits": bits}
-        for bits, by_stage in result["results"].items()
-        for record in by_stage.values()
-    ]
+    stages += [{**record, "bits": bits} for bits, by_stage in result["results"].items() for record in by_stage.values()]
     columns: tuple[str, ...] = ("command", "bits", "status", "seconds", "artifact")
     if result["status"] == "planned":
         columns = ("command", "bits", "status", "estimate")
         stages = [{**stage, "estimate": _estimate(stage.get("estimate"))} for stage in stages]
     yield _listing(stages, columns, title="stages")
-    evaluated = {
-        bits: by["evaluate"] for bits, by in result["results"].items() if "metrics" in by.get("evaluate", {})
-    }
+    evaluated = {bits: by["evaluate"] for bits, by in result["results"].items() if "metrics" in by.get("evaluate", {})}
     for bits, record in evaluated.items():
         export = result["results"][bits].get("export", {})
         yield facts(
@@ -132,9 +122,7 @@ def _inspection(result: Mapping[str, Any]) -> Iterator[Table]:
         {
             **artifact,
             "identity": (artifact["identity"] or "")[:_SHORT_IDENTITY],
-            "parents": [
-                f"{parent['kind']}:{parent['identity'][:_SHORT_IDENTITY]}" for parent in artifact["parents"]
-            ],
+            "parents": [f"{parent['kind']}:{parent['identity'][:_SHORT_IDENTITY]}" for parent in artifact["parents"]],
         }
         for artifact in result["artifacts"]
     ]

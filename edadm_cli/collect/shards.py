@@ -70,9 +70,7 @@ def merge_parts(folder: Path, num_shards: int) -> None:
     columns = {name: [load_tensors(part, [name])[name] for part in parts] for name in names}
     for name in shared:
         if any(not torch.equal(tensor, columns[name][0]) for tensor in columns[name]):
-            raise InputError(
-                f"'{name}' differs between batches of trajectories, which cannot be put into one set."
-            )
+            raise InputError(f"'{name}' differs between batches of trajectories, which cannot be put into one set.")
     merged = {name: tensors[0] if name in shared else torch.cat(tensors) for name, tensors in columns.items()}
     timesteps = merged.pop("timesteps")
     with_features = [part for part in parts if "features" in read_tensor_header(part)]

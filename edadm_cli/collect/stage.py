@@ -107,9 +107,7 @@ class _Task:
             "pipeline_class": entry.pipeline_class,
             "scheduler_class": entry.scheduler_class,
             "scheduler_config": entry.scheduler_config,
-            "prompts_sha256": None
-            if self.prompts is None
-            else sha256("\n".join(self.prompts).encode()).hexdigest(),
+            "prompts_sha256": None if self.prompts is None else sha256("\n".join(self.prompts).encode()).hexdigest(),
         }
 
 

@@ -85,9 +85,7 @@ def load_clip(architecture: str, pretrained: str, device: torch.device) -> ClipS
             )
     except Exception as error:  # open_clip, torch, the hub and pickle each raise kinds of their own
         found = (
-            "do not fit it or are no file of tensors"
-            if is_file
-            else "are not in the cache and cannot be downloaded"
+            "do not fit it or are no file of tensors" if is_file else "are not in the cache and cannot be downloaded"
         )
         raise InputError(
             f"The CLIP model {architecture} was wanted with the weights '{pretrained}', which {found}.",

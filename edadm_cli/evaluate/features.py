@@ -138,9 +138,7 @@ def inception_space(weights: Path | None, device: torch.device) -> FeatureSpace:
     try:
         return _space("inception-v3-spatial", device, feature_extractor_weights_path=str(path))
     except RuntimeError as error:  # the names or the shapes do not fit
-        raise InputError(
-            f"{path} does not hold the weights of torch-fidelity's Inception network."
-        ) from error
+        raise InputError(f"{path} does not hold the weights of torch-fidelity's Inception network.") from error
 
 
 def check_inception_weights(path: Path) -> None:
@@ -180,9 +178,7 @@ def _downloaded_inception() -> Path:
         return path
     hint = f"download {URL_INCEPTION_V3} elsewhere and give it with --inception-weights FILE"
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise InputError(
-            f"The Inception weights were wanted in {path}; HF_HUB_OFFLINE forbids a download.", hint=hint
-        )
+        raise InputError(f"The Inception weights were wanted in {path}; HF_HUB_OFFLINE forbids a download.", hint=hint)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False)

@@ -70,9 +70,7 @@ def image_grid(rows: dict[str, Tensor], captions: Sequence[str], columns: int = 
         y = top + len(rows) * (height + _GAP)
         for place in places:
             text = "\n".join(_caption_lines(captions[place], width))
-            draw.multiline_text(
-                (margin + (place - places.start) * (width + _GAP), y), text, fill=_INK, font=font
-            )
+            draw.multiline_text((margin + (place - places.start) * (width + _GAP), y), text, fill=_INK, font=font)
     return picture
 
 

@@ -84,9 +84,7 @@ class MetricChoice:
             if name not in specs:
                 raise UsageError(f"There is no figure '{name}' for this model; there are {', '.join(specs)}.")
         self.named = frozenset(named)
-        self.wanted = {
-            name: spec for name, spec in specs.items() if (name in named if named else spec.by_default)
-        }
+        self.wanted = {name: spec for name, spec in specs.items() if (name in named if named else spec.by_default)}
         self.skipped: dict[str, str] = {}
 
     def drop(self, names: Iterable[str], reason: str) -> None:

@@ -89,9 +89,7 @@ def compare(images: SampledImages, reference: SampledImages) -> tuple[Tensor, Te
     return torch.cat(values), torch.cat(distances), identical
 
 
-def _write_pictures(
-    folder: Path, name: str, images: SampledImages, reference: SampledImages
-) -> list[dict[str, Any]]:
+def _write_pictures(folder: Path, name: str, images: SampledImages, reference: SampledImages) -> list[dict[str, Any]]:
     """Write the grid and the first images one by one; return what is shown, for a page to refer to."""
     is_large = max(images[0].shape[-2:]) >= _LARGE
     count = min(NUM_SHOWN_LARGE if is_large else NUM_SHOWN, len(images))

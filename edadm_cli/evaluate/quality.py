@@ -42,9 +42,7 @@ class RealFeatures:
             InputError: There are statistics only, or a file is no image.
         """
         if self._real.images is None:
-            raise InputError(
-                f"{self._real.name} holds statistics only, and the real images themselves were wanted."
-            )
+            raise InputError(f"{self._real.name} holds statistics only, and the real images themselves were wanted.")
         if size not in self._features:
             self._features[size] = self._space.extract(self._real.images(size))
         return self._features[size]
@@ -91,9 +89,7 @@ class Judge:
         figures = {name: measured.metric(spec) for name, spec in self.wanted.items()}
         for name, metric in figures.items():
             if not math.isfinite(metric.value):
-                raise InputError(
-                    f"{name} of {len(images)} images came out as {metric.value}, which is no figure."
-                )
+                raise InputError(f"{name} of {len(images)} images came out as {metric.value}, which is no figure.")
         return figures
 
     def cautions(self, num_images: int) -> list[str]:
@@ -101,9 +97,7 @@ class Judge:
         few = {
             name: size
             for name, spec in self.wanted.items()
-            if spec.quantity == "frechet"
-            and self.real
-            and num_images <= (size := self.real.num_features(spec.layer))
+            if spec.quantity == "frechet" and self.real and num_images <= (size := self.real.num_features(spec.layer))
         }
         return [
             f"{name} of {num_images} images in {size} features is far above that of many images; "

@@ -123,13 +123,10 @@ def open_real(place: str) -> RealImages:
 
 
 def _open_folder(folder: Path) -> RealImages:
-    files = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if len(files) <= NEIGHBOURS:
         raise InputError(
-            f"{folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}); "
-            f"more than {NEIGHBOURS} were wanted."
+            f"{folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}); more than {NEIGHBOURS} were wanted."
         )
     return RealImages(
         name=f"{len(files)} images in {folder.name}",

@@ -81,9 +81,7 @@ def _evaluate(request: Request, judging: Judging, build: Build, reporter: Report
     judge = judging.load(request.device)
     _warn(judging.choice.skipped, [], reporter)
     with full_precision_images(request, reporter) as reference:
-        images = sample_images(
-            request.sampling, build.path, request.load_quantized, reporter, f"Sampling {name}"
-        )
+        images = sample_images(request.sampling, build.path, request.load_quantized, reporter, f"Sampling {name}")
         with reporter.task("Comparing", 2) as advance:
             reference_figures = judge.figures(reference)
             advance(1)

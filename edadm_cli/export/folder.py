@@ -64,7 +64,8 @@ def component_sizes(folder: Path) -> dict[str, float]:
 def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mapping[str, Any]) -> None:
     denoiser.save_config(place)  # type: ignore[operator]
     config = load_json(place / "config.json")
-    save_json(place / "config.json", {**config, "quantization_config": dict(quantization_config)})
+    # a line a value, but little indentation: the plan of a small denoiser counts against its size
+    save_json(place / "config.json", {**config, "quantization_config": dict(quantization_config)}, indent=1)
     scales = {name for name, _ in denoiser.named_buffers()}
     tensors = {
         name: tensor if name in scales else exact_narrow(tensor) for name, tensor in denoiser.state_dict().items()

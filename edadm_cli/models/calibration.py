@@ -57,9 +57,7 @@ class CalibrationSet:
         """
         tensors = artifact.tensors(CALIBRATION_FILE)
         call = artifact.json(CALL_FILE)
-        condition = {
-            name: t for name, t in _below(tensors, CONDITION).items() if not name.startswith("unconditional.")
-        }
+        condition = {name: t for name, t in _below(tensors, CONDITION).items() if not name.startswith("unconditional.")}
         calibration_set = cls(
             sample=tensors["sample"],
             timestep=tensors["timestep"],
@@ -114,14 +112,8 @@ class CalibrationSet:
         sizes = {len(t) for t in (self.sample, self.timestep, self.step_index, self.trajectory_index)}
         sizes.update(len(t) for t in (*self.condition.values(), *self.unconditional.values()))
         names = set(self.template["dtypes"])
-        if (
-            len(sizes) != 1
-            or names != set(self.condition) | set(self.constants)
-            or self.branches not in (1, 2)
-        ):
-            raise InputError(
-                f"The tensors of {artifact.path} do not fit each other.", hint="edadm select --force"
-            )
+        if len(sizes) != 1 or names != set(self.condition) | set(self.constants) or self.branches not in (1, 2):
+            raise InputError(f"The tensors of {artifact.path} do not fit each other.", hint="edadm select --force")
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

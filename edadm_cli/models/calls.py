@@ -77,9 +77,7 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     bound = {**dict(zip(names, args, strict=True)), **kwargs}
     sample = bound[sample_name]
     if not isinstance(sample, Tensor) or sample.ndim < 2:
-        raise InputError(
-            f"{type(denoiser).__name__} was not called with a batched sample, so it cannot be recorded."
-        )
+        raise InputError(f"{type(denoiser).__name__} was not called with a batched sample, so it cannot be recorded.")
 
     tensors: dict[str, Tensor] = {}
 
@@ -131,9 +129,7 @@ def build_call(
                 return tuple(decode(item) for item in value)
         return {key: decode(value) for key, value in node.items()}
 
-    return tuple(decode(item) for item in template["args"]), {
-        k: decode(v) for k, v in template["kwargs"].items()
-    }
+    return tuple(decode(item) for item in template["args"]), {k: decode(v) for k, v in template["kwargs"].items()}
 
 
 @contextmanager
@@ -177,9 +173,7 @@ def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         items = [_encode(f"{name}.{i}", item, tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {_MARK + "tuple": items}
-    if isinstance(value, Mapping) and all(
-        isinstance(key, str) and not key.startswith(_MARK) for key in value
-    ):
+    if isinstance(value, Mapping) and all(isinstance(key, str) and not key.startswith(_MARK) for key in value):
         return {key: _encode(f"{name}.{key}", item, tensors) for key, item in value.items()}
     raise InputError(
         f"The denoiser is called with {name} of type {type(value).__name__}, which cannot be stored as data."
@@ -190,9 +184,7 @@ def _one_timestep(value: Any) -> Tensor:
     timestep = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
     timestep = timestep.to(torch.float32 if timestep.is_floating_point() else torch.int64).reshape(-1)
     if timestep.numel() == 0 or not bool((timestep == timestep[0]).all()):
-        raise InputError(
-            "The denoiser is called with different timesteps in one batch, which cannot be calibrated."
-        )
+        raise InputError("The denoiser is called with different timesteps in one batch, which cannot be calibrated.")
     return timestep[0]
 
 

@@ -71,9 +71,7 @@ class PipelineFolder:
         files = {self.path / INDEX_NAME}
         for component in self.components:
             files.update(component.weights)
-            files.update(
-                path for path in component.folder.iterdir() if path.suffix in _DESCRIPTIONS and path.is_file()
-            )
+            files.update(path for path in component.folder.iterdir() if path.suffix in _DESCRIPTIONS and path.is_file())
         digest = sha256()
         for path in sorted(files):
             digest.update(f"{path.relative_to(self.path).as_posix()}\0{file_sha256(path)}\n".encode())
@@ -124,9 +122,7 @@ def _constructor_options(
             options[name] = False
         elif name in index and not isinstance(value, list):
             options[name] = value
-        elif (
-            name in SKIPPED_COMPONENTS or name in pipeline_class._optional_components or value == [None, None]
-        ):
+        elif name in SKIPPED_COMPONENTS or name in pipeline_class._optional_components or value == [None, None]:
             options[name] = None
         elif parameter.default is inspect.Parameter.empty:
             raise InputError(f"{path / INDEX_NAME} names no '{name}', which {pipeline_class.__name__} needs.")
@@ -150,9 +146,7 @@ def _read_component(root: Path, name: str, library: str, class_name: str) -> Com
                 "a tokenizer nor a processor, and is not loaded."
             )
         return Component(name, cls, folder, (), None)
-    weights, variant = _find_weights(
-        folder, name, "model" if library == "transformers" else "diffusion_pytorch_model"
-    )
+    weights, variant = _find_weights(folder, name, "model" if library == "transformers" else "diffusion_pytorch_model")
     for file in weights:
         read_tensor_header(file)
     return Component(name, cls, folder, weights, variant)
@@ -189,8 +183,7 @@ def _class_of(root: Path, library: str, class_name: str) -> type:
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
         raise InputError(
-            f"{root / INDEX_NAME} asks for {library}.{class_name}, "
-            f"which the installed {library} does not have."
+            f"{root / INDEX_NAME} asks for {library}.{class_name}, which the installed {library} does not have."
         )
     return cls
 

@@ -39,9 +39,7 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = "" if revision is None else f" at revision '{revision}'"
-        raise InputError(
-            f"The hub has no model '{repo_id}'{at}, or keeps it private.", "edadm models"
-        ) from error
+        raise InputError(f"The hub has no model '{repo_id}'{at}, or keeps it private.", "edadm models") from error
     except Exception:  # noqa: BLE001 - no network, a proxy, offline mode, an outage: the cache will do
         local_only = True
     try:
@@ -51,8 +49,7 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     except Exception as error:
         if local_only:
             raise InputError(
-                f"'{repo_id}' is not in the local cache, "
-                "and the Hugging Face hub cannot be reached from here.",
+                f"'{repo_id}' is not in the local cache, and the Hugging Face hub cannot be reached from here.",
                 hint="give --model a diffusers folder, or a shipped model: digits-sd",
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

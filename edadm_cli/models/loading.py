@@ -70,8 +70,7 @@ def resolve_device(name: str) -> torch.device:
         raise MachineError(f"There is no device '{name}'; --device takes cpu, cuda, cuda:N or auto.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(
-            f"There is no device '{name}' on this machine, "
-            f"which has {torch.cuda.device_count()} CUDA devices.",
+            f"There is no device '{name}' on this machine, which has {torch.cuda.device_count()} CUDA devices.",
             hint="--device cpu",
         )
     if device.type == "cuda":
@@ -79,9 +78,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_model(
-    model: str, device: torch.device, dtype: torch.dtype, entry: ModelEntry | None = None
-) -> LoadedModel:
+def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: ModelEntry | None = None) -> LoadedModel:
     """Load a pipeline and check it.
 
     Args:
@@ -105,9 +102,7 @@ def load_model(
             raise MachineError(f"{model} does not fit into the memory of {device}.") from error
     denoiser_name = next((name for name in DENOISER_NAMES if _is_module(pipeline, name)), None)
     if denoiser_name is None:
-        raise InputError(
-            f"{path} has neither a 'unet' nor a 'transformer', so there is no denoiser to quantize."
-        )
+        raise InputError(f"{path} has neither a 'unet' nor a 'transformer', so there is no denoiser to quantize.")
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
@@ -131,9 +126,7 @@ def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
             raise InputError(f"{path} is not a diffusers pipeline: it has no {INDEX_NAME}.")
         return path.resolve(), None
     if path.is_file():
-        raise InputError(
-            f"{path} is a file; a diffusers folder, a hub id or a known name was wanted.", "edadm models"
-        )
+        raise InputError(f"{path} is a file; a diffusers folder, a hub id or a known name was wanted.", "edadm models")
     if looks_like_hub_id(model):
         return download(model, None)
     raise InputError(
@@ -195,17 +188,13 @@ def _load_module(component: Component, dtype: torch.dtype) -> nn.Module:
     except (EdadmError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise InputError(
-            f"{where} cannot be loaded as {component.cls.__name__}: {_first_sentence(error)}"
-        ) from error
+        raise InputError(f"{where} cannot be loaded as {component.cls.__name__}: {_first_sentence(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"{where} lacks the tensor '{missing[0]}', which {component.cls.__name__} needs.")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"{where}: the tensor '{name}' holds values that are not finite (NaN or infinity)."
-            )
+            raise InputError(f"{where}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
     return module
 
 

@@ -50,9 +50,7 @@ def read_prompts(path: Path) -> list[str]:
             raise InputError(f"The prompt file {path} has {size} bytes; at most {MAX_FILE_BYTES} are read.")
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"The prompt file {path} is not UTF-8: byte {error.start} does not decode."
-        ) from error
+        raise InputError(f"The prompt file {path} is not UTF-8: byte {error.start} does not decode.") from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"The prompt file {path} cannot be read: {reason}.") from error

@@ -39,9 +39,7 @@ class ModelEntry(_Frozen):
     sampler: str = Field(description="what samples, for people to read")
     pipeline_class: str | None = Field(None, description="pipeline to use instead of the model's own")
     scheduler_class: str | None = Field(None, description="scheduler to use instead of the model's own")
-    scheduler_config: dict[str, Any] = Field(
-        default_factory=dict, description="fields that differ from the model's"
-    )
+    scheduler_config: dict[str, Any] = Field(default_factory=dict, description="fields that differ from the model's")
     num_steps: int = Field(ge=1)
     guidance_scale: float | None = Field(None, description="null: the pipeline knows no guidance")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM's eta: share of fresh noise a step")
@@ -51,9 +49,7 @@ class ModelEntry(_Frozen):
     variety_weight: float = Field(1.0, ge=0, description="lambda of TDAC")
     density_radius: float | None = Field(None, description="the paper's r; used only when given as a flag")
     prompts: Literal["digits"] | None = Field(None, description="where prompts come from when none are given")
-    features: Literal["digits", "inception"] = Field(
-        "inception", description="features of the quality metrics"
-    )
+    features: Literal["digits", "inception"] = Field("inception", description="features of the quality metrics")
     image_size: int | None = Field(None, description="pixels a side")
     paper: PaperSettings | None = None
 

@@ -97,9 +97,7 @@ def sample(
         ) from error
     latents = last_sample[0][: len(seeds)].float().cpu()
     if not bool(latents.isfinite().all()):
-        raise InputError(
-            f"{model.ref.id}: sampling in {_dtype_name(model)} ended in values that are not finite."
-        )
+        raise InputError(f"{model.ref.id}: sampling in {_dtype_name(model)} ended in values that are not finite.")
     return Samples(_to_bytes(_images_of(pipeline, output)), latents)
 
 
@@ -179,9 +177,7 @@ def _class_label(model: LoadedModel, seed: int) -> int:
     config = model.denoiser.config
     num_classes = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
     if not num_classes:
-        raise InputError(
-            f"{model.ref.id} wants class labels, and its denoiser does not say how many there are."
-        )
+        raise InputError(f"{model.ref.id} wants class labels, and its denoiser does not say how many there are.")
     return int(torch.randint(num_classes, (1,), generator=torch.Generator().manual_seed(seed)))
 
 

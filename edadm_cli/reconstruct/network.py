@@ -55,4 +55,3 @@ class SwitchableNetwork:
             set_module(self.denoiser, name, layers[name])
         for name in self._processors if only else processors:
             set_processor(self.denoiser.get_submodule(name), processors[name])
-

@@ -200,9 +200,9 @@ def _ranges(config: ReconstructConfig, setting: _Setting, folder: Path, reporter
 
 def _quantized(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> list[str]:
     """Names of the planned layers and attentions that have parameters: all of them, or it is an error."""
-    keys = {
-        name: f"{part_names(name, layer)[-1]}.weight_int" for name, layer in plan.layers.items()
-    } | {name: f"{name}.q_scale" for name in plan.attentions}
+    keys = {name: f"{part_names(name, layer)[-1]}.weight_int" for name, layer in plan.layers.items()} | {
+        name: f"{name}.q_scale" for name in plan.attentions
+    }
     missing = [name for name, key in keys.items() if key not in params]
     if missing:
         raise EdadmError(f"{len(missing)} planned layers were not quantized: {', '.join(missing)}.")

@@ -44,9 +44,7 @@ class Picture:
     @property
     def file(self) -> str:
         """Name of its file: the seed, what of the prompt a file name can hold, and integer arithmetic."""
-        slug = (
-            re.sub(r"[^a-z0-9]+", "-", (self.prompt or "").lower()).strip("-")[:_SLUG_CHARACTERS].rstrip("-")
-        )
+        slug = re.sub(r"[^a-z0-9]+", "-", (self.prompt or "").lower()).strip("-")[:_SLUG_CHARACTERS].rstrip("-")
         parts = [f"{self.seed:06d}", slug, "integer" if self.arithmetic == "integer" else ""]
         return "-".join(part for part in parts if part) + ".png"
 
@@ -66,9 +64,7 @@ class _Task:
     pictures: list[Picture]
 
 
-def run(
-    config: SampleConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
-) -> SampleRecord:
+def run(config: SampleConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None) -> SampleRecord:
     """Sample images of the seeds `seed, seed + 1, ...` into `samples/<bits>/`; those that are there stay.
 
     Raises:
@@ -123,9 +119,7 @@ def _prepare(config: SampleConfig, run: RunFolder) -> _Task:
             seed=config.seed + index,
             prompt=None if prompts is None else prompts[index % len(prompts)],
             num_steps=config.num_steps or settings["num_steps"],
-            guidance_scale=settings["guidance_scale"]
-            if config.guidance_scale is None
-            else config.guidance_scale,
+            guidance_scale=settings["guidance_scale"] if config.guidance_scale is None else config.guidance_scale,
             arithmetic=config.arithmetic,
             export=export.identity,
         )
@@ -153,9 +147,7 @@ def _load(task: _Task) -> LoadedModel:
     device = resolve_device(task.config.device)
     model = load_model(str(task.export.path), device, task.dtype, task.entry)
     if task.config.arithmetic == "integer" and use_arithmetic(model.denoiser, "integer") == 0:
-        raise InputError(
-            f"{task.export.path} has no quantized layer, so there is nothing to compute in integers."
-        )
+        raise InputError(f"{task.export.path} has no quantized layer, so there is nothing to compute in integers.")
     return model
 
 

@@ -18,9 +18,7 @@ _GRID = "#7d859040"
 _DENSITY, _VARIETY, _COUNTS = "#2f81f7", "#db6d28", "#2da069"
 
 
-def draw_selection(
-    path: Path, title: str, timesteps: Tensor, density: Tensor, variety: Tensor, counts: Tensor
-) -> None:
+def draw_selection(path: Path, title: str, timesteps: Tensor, density: Tensor, variety: Tensor, counts: Tensor) -> None:
     """Draw density and variety above the counts, each over the steps in the sampler's order.
 
     Args:
@@ -42,9 +40,7 @@ def draw_selection(
     above.plot(steps, variety.tolist(), color=_VARIETY, linewidth=2, label="variety")
     above.set_ylabel("score (min-max)", color=_TEXT)
     above.set_ylim(-0.05, 1.05)
-    above.legend(
-        frameon=False, labelcolor=_TEXT, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0
-    )
+    above.legend(frameon=False, labelcolor=_TEXT, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
     above.set_title(title, color=_TEXT, loc="left", fontsize=11)
     below.bar(steps, counts.tolist(), color=_COUNTS, width=0.8)
     below.set_ylabel("samples", color=_TEXT)

@@ -41,9 +41,7 @@ PLOT_FILE = "selection.png"
 _MIB = 2**20
 
 
-def run(
-    config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
-) -> SelectRecord:
+def run(config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None) -> SelectRecord:
     """Score the steps, share the samples out, and write the `select` artifact.
 
     Raises:
@@ -54,9 +52,7 @@ def run(
     start = time.monotonic()
     reporter = reporter or SilentReporter()
     task = _prepare(config, run)
-    plan = Plan(
-        "select", None, task.identity_fields(), config.seed, (task.collected,), task.collected.manifest.model
-    )
+    plan = Plan("select", None, task.identity_fields(), config.seed, (task.collected,), task.collected.manifest.model)
     with run.build(plan, force) as build:
         is_done = build.up_to_date
         if not is_done:
@@ -124,8 +120,7 @@ def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
     num_samples = config.num_samples or num_trajectories
     if num_samples > num_trajectories:
         raise UsageError(
-            f"{num_samples} samples were asked for, "
-            f"and each of the {num_trajectories} trajectories gives one.",
+            f"{num_samples} samples were asked for, and each of the {num_trajectories} trajectories gives one.",
             hint=f"edadm collect --num-trajectories {num_samples} --force",
         )
     if config.strategy != "tdac":
@@ -134,9 +129,7 @@ def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
             ("variety-weight", config.variety_weight),
         ):
             if value is not None:
-                raise UsageError(
-                    f"--{flag} belongs to the strategy tdac and has no meaning for {config.strategy}."
-                )
+                raise UsageError(f"--{flag} belongs to the strategy tdac and has no meaning for {config.strategy}.")
     default_weight = sampling["entry"]["variety_weight"]
     return _Task(
         config=config,
@@ -157,23 +150,17 @@ def _select(task: _Task, build: Build, reporter: Reporter) -> None:
     allocation = allocate(scores, task.num_samples, task.variety_weight, task.config.density_radius)
     counts = _counts(task, allocation)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
-    save_tensors(
-        build.path / CALIBRATION_FILE, _calibration_set(task, step_index, trajectory_index, reporter)
-    )
+    save_tensors(build.path / CALIBRATION_FILE, _calibration_set(task, step_index, trajectory_index, reporter))
     scored = {"density": allocation.density, "variety": allocation.variety, "counts": counts}
     save_tensors(build.path / SCORES_FILE, scored)
     save_json(build.path / CALL_FILE, task.collected.json(CALL_FILE))
     save_json(build.path / SELECTION_FILE, _selection(task, allocation, counts))
     title = f"{task.config.strategy}: {task.num_samples} samples from {len(counts)} steps"
-    draw_selection(
-        build.path / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts
-    )
+    draw_selection(build.path / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts)
     build.commit()
 
 
-def assign_trajectories(
-    counts: Tensor, num_trajectories: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Decide by a random permutation which trajectory gives which step.
 
     Args:
@@ -246,9 +233,7 @@ def _selection(task: _Task, allocation: Allocation, counts: Tensor) -> dict[str,
         "num_samples": task.num_samples,
         "num_trajectories": task.num_trajectories,
         "density_radius": allocation.radius if task.is_tdac else None,
-        "density_radius_source": ("given" if given else "median of the pairwise distances")
-        if task.is_tdac
-        else None,
+        "density_radius_source": ("given" if given else "median of the pairwise distances") if task.is_tdac else None,
         "variety_weight": task.variety_weight if task.is_tdac else None,
         "steps_from_the_clean_end": {
             "mean": NORMAL_MEAN * num_steps,

@@ -34,9 +34,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """An `edadm` on the path that is this interpreter's, a configuration, and a run folder of its own."""
     program = tmp_path / "bin" / "edadm"
     program.parent.mkdir()
-    program.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom edadm_cli.cli.app import main\nsys.exit(main())\n"
-    )
+    program.write_text(f"#!{sys.executable}\nimport sys\nfrom edadm_cli.cli.app import main\nsys.exit(main())\n")
     program.chmod(0o755)
     (tmp_path / "edadm.toml").write_text(CONFIG)
     return {

@@ -132,16 +132,12 @@ def test_a_collection_holds_what_tools_outside_rely_on(
     assert files == shards | {"features.safetensors", "condition.safetensors", "call.json", "sampling.json"}
 
 
-def test_the_trajectories_are_those_of_a_plain_sampling(
-    collected: dict[str, RunFolder], tiny_sd: Path
-) -> None:
+def test_the_trajectories_are_those_of_a_plain_sampling(collected: dict[str, RunFolder], tiny_sd: Path) -> None:
     artifact = collected["tiny-sd"].open("collect")
     model, calls = load_model(str(tiny_sd), CPU, torch.float32), []
     seeds = [image_seed(0, index) for index in range(4)]
     with record_calls(model.denoiser, calls.append):
-        sample(
-            model, seeds=seeds, prompts=["one", "two", "three", "one"], num_steps=STEPS, guidance_scale=None
-        )
+        sample(model, seeds=seeds, prompts=["one", "two", "three", "one"], num_steps=STEPS, guidance_scale=None)
     expected = torch.stack([call.sample[4:] for call in calls])
     assert torch.equal(latents_of(artifact)[:, :4], expected)
     sampling = artifact.json("sampling.json")
@@ -246,9 +242,7 @@ def test_a_killed_collect_goes_on_at_its_shard_and_ends_with_the_same_bytes(
     assert collect.run(config, run).status == "done"
     assert hashes(run.path("collect")) == hashes(collected["tiny-sd"].path("collect"))
     for name, written in kept.items():
-        assert (run.path("collect") / name).stat().st_mtime_ns == written, (
-            "a finished shard was sampled again"
-        )
+        assert (run.path("collect") / name).stat().st_mtime_ns == written, "a finished shard was sampled again"
     assert not list(run.root.glob(".collect.partial-*"))
 
 
@@ -306,11 +300,7 @@ def test_every_strategy_fills_the_calibration_set(sd_run: RunFolder, strategy: s
     )
     steps, trajectories = chosen["step_index"], chosen["trajectory_index"]
     assert sum(record.counts) == 7
-    assert (
-        torch.bincount(steps, minlength=STEPS + 1).tolist()
-        == list(record.counts)
-        == scores["counts"].tolist()
-    )
+    assert torch.bincount(steps, minlength=STEPS + 1).tolist() == list(record.counts) == scores["counts"].tolist()
     assert torch.equal(chosen["sample"], latents[steps, trajectories])
     assert torch.equal(chosen["timestep"], timesteps[steps])
     condition = sd_run.open("collect").tensors("condition.safetensors")
@@ -356,9 +346,7 @@ def test_selecting_before_collecting_names_the_command(tmp_path: Path) -> None:
     assert "edadm collect" in (caught.value.hint or "")
 
 
-def test_another_collection_under_a_selection_is_told(
-    sd_run: RunFolder, tiny_sd: Path, prompts: Path
-) -> None:
+def test_another_collection_under_a_selection_is_told(sd_run: RunFolder, tiny_sd: Path, prompts: Path) -> None:
     select.run(SelectConfig(), sd_run)
     collect.run(config_of(tiny_sd, prompts, seed=5), sd_run, force=True)
     with pytest.raises(InputError):

@@ -83,9 +83,7 @@ class Fake(nn.Module):
         super().__init__()
         self.mid_block = nn.Identity()
 
-    def forward(
-        self, sample: Tensor, timestep: Any, text: Tensor | None = None, flag: bool = False
-    ) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Any, text: Tensor | None = None, flag: bool = False) -> Tensor:
         result: Tensor = self.mid_block(sample)
         return result
 

@@ -135,9 +135,7 @@ def test_merges_share_parts() -> None:
 
 def test_every_word_of_the_captions_is_one_token() -> None:
     tokenizer = build_tokenizer()
-    words = {
-        word for digit in range(10) for text in data.captions_of(digit) for word in re.findall(r"\w+", text)
-    }
+    words = {word for digit in range(10) for text in data.captions_of(digit) for word in re.findall(r"\w+", text)}
     assert {word for word in words if len(tokenizer.tokenize(word)) != 1} == set()
     assert len(tokenizer.tokenize("cats")) == 4
 

@@ -82,9 +82,7 @@ def _violations(path: Path) -> list[str]:
 
 
 def test_every_room_has_a_rule() -> None:
-    rooms = {
-        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
-    }
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert rooms - ALLOWED.keys() == set()
 
 

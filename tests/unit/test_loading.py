@@ -63,9 +63,7 @@ def test_a_folder_loads_in_the_wanted_dtype_ready_to_sample(tiny_sd: Path, dtype
     assert model.ref.id == str(tiny_sd)
 
 
-def test_loading_and_sampling_write_nothing_to_the_terminal(
-    tiny_sd: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_loading_and_sampling_write_nothing_to_the_terminal(tiny_sd: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = load_model(str(tiny_sd), CPU, torch.float16)
     too_long = "words " * 500  # the text encoder takes 8 tokens, and diffusers says so for each prompt
     sample(model, seeds=[0], prompts=[too_long], num_steps=1, guidance_scale=1.0)
@@ -188,9 +186,7 @@ def test_weights_that_are_not_finite_are_named(sd_copy: Path, value: float) -> N
     assert "'mid_block.resnets.0.conv1.weight'" in message
 
 
-@pytest.mark.parametrize(
-    "missing", ["unet", "tokenizer", "unet/config.json", "scheduler/scheduler_config.json"]
-)
+@pytest.mark.parametrize("missing", ["unet", "tokenizer", "unet/config.json", "scheduler/scheduler_config.json"])
 def test_missing_parts_are_named(sd_copy: Path, missing: str) -> None:
     path = sd_copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -55,9 +55,7 @@ def test_the_build_server_tests_in_an_environment_that_is_gone_afterwards(tmp_pa
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     places = set()
     for _ in range(2):
-        done = subprocess.run(
-            [str(ROOT / ".ci" / "run")], env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([str(ROOT / ".ci" / "run")], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         folder, target, variable = done.stdout.split()
         assert (folder, target) == (str(ROOT), "test")

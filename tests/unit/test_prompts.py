@@ -19,9 +19,7 @@ def stable_diffusion(tiny_sd: Path) -> LoadedModel:
 
 def test_lines_are_prompts_and_empty_ones_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_bytes(
-        "\ufeffa cat\r\n\r\n  <script>alert(1)</script>  \n\t\nein Bär 🐻\u2028two lines? no".encode()
-    )
+    path.write_bytes("\ufeffa cat\r\n\r\n  <script>alert(1)</script>  \n\t\nein Bär 🐻\u2028two lines? no".encode())
     assert read_prompts(path) == ["a cat", "<script>alert(1)</script>", "ein Bär 🐻\u2028two lines? no"]
 
 
@@ -62,9 +60,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
         read_prompts(path)
 
 
-def test_images_take_the_first_prompts_or_go_round_again(
-    stable_diffusion: LoadedModel, tmp_path: Path
-) -> None:
+def test_images_take_the_first_prompts_or_go_round_again(stable_diffusion: LoadedModel, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a\nb\nc\n")
     assert resolve_prompts(stable_diffusion, path, 2, seed=0) == ["a", "b"]
@@ -86,9 +82,7 @@ def test_a_model_that_takes_no_prompts_refuses_them(tiny_ddpm: Path, tmp_path: P
 
 def test_the_digits_entry_brings_its_prompts(stable_diffusion: LoadedModel) -> None:
     entry = stable_diffusion.entry.model_copy(update={"prompts": "digits"})
-    model = LoadedModel(
-        stable_diffusion.ref, entry, stable_diffusion.pipeline, "unet", stable_diffusion.folder
-    )
+    model = LoadedModel(stable_diffusion.ref, entry, stable_diffusion.pipeline, "unet", stable_diffusion.folder)
     first, again = (resolve_prompts(model, None, 20, seed=3) for _ in range(2))
     assert first is not None
     assert len(first) == 20

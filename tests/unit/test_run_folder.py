@@ -17,9 +17,7 @@ MODEL = ModelRef(id="digits", fingerprint="f" * 64)
 
 
 def _plan(kind: str = "collect", name: str | None = None, *parents: Artifact, **config: Any) -> Plan:
-    return Plan(
-        kind=kind, name=name, config={"num_steps": 20, **config}, seed=0, parents=parents, model=MODEL
-    )
+    return Plan(kind=kind, name=name, config={"num_steps": 20, **config}, seed=0, parents=parents, model=MODEL)
 
 
 def _build(run: RunFolder, plan: Plan, value: float = 1.0, force: bool = False) -> Artifact:

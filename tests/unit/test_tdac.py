@@ -29,9 +29,7 @@ def distances_by_definition(maps: Tensor) -> Tensor:
 
 def variety_by_definition(maps: Tensor) -> Tensor:
     rows = [
-        sum(
-            (1 - cosine_similarity(a.double(), b.double(), dim=1)).sum() for j, b in enumerate(maps) if j != i
-        )
+        sum((1 - cosine_similarity(a.double(), b.double(), dim=1)).sum() for j, b in enumerate(maps) if j != i)
         for i, a in enumerate(maps)
     ]
     return torch.stack([torch.as_tensor(row) for row in rows])

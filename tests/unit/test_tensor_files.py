@@ -123,12 +123,8 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
         load_tensors(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize(
-    "text", ["Error while serializing: I/O error: No space left on device (os error 28)"]
-)
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
+@pytest.mark.parametrize("text", ["Error while serializing: I/O error: No space left on device (os error 28)"])
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"a": torch.zeros(2)})
     before = path.read_bytes()

@@ -55,9 +55,7 @@ def tiny_models(tiny_sd: Path, tiny_ddpm: Path, monkeypatch: pytest.MonkeyPatch)
         torch.manual_seed(7)
         classifier = DigitClassifier().eval().requires_grad_(False)
     monkeypatch.setattr("edadm_cli.evaluate.features.load_classifier", lambda device="cpu": classifier)
-    images = torch.randint(
-        0, 256, (40, 1, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
+    images = torch.randint(0, 256, (40, 1, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     real = RealImages("random images", "0" * 64, {}, lambda size: ArrayImages(images))
     monkeypatch.setattr("edadm_cli.evaluate.judging.shipped_digits", lambda image_size: real)
 

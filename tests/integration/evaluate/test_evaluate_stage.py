@@ -67,9 +67,7 @@ def test_the_artifact_holds_what_a_page_shows(text_run: RunFolder) -> None:
     assert [entry["seed"] for entry in result["shown"]] == [image_seed(0, i, EVALUATION) for i in range(10)]
     distances = artifact.json("distances.json")
     assert np.mean(distances["psnr_db"]) == pytest.approx(result["distance_to_full_precision"]["psnr_db"])
-    reference = load_tensors(text_run.path("evaluate", "full-precision") / "batch-00000.safetensors")[
-        "images"
-    ]
+    reference = load_tensors(text_run.path("evaluate", "full-precision") / "batch-00000.safetensors")["images"]
     shown = np.asarray(Image.open(artifact.file(result["shown"][2]["full_precision"])).convert("L"))
     np.testing.assert_array_equal(shown, reference[2, 0].numpy())
     assert Image.open(artifact.file(result["grid"])).width > 10 * 96
@@ -183,9 +181,7 @@ def test_only_named_figures_are_computed_and_unknown_ones_refused(text_run: RunF
         stage.run(_config(metrics=("fid",)), text_run)
 
 
-def test_figures_about_prompts_are_left_out_where_no_prompt_names_a_digit(
-    text_run: RunFolder, tmp_path: Path
-) -> None:
+def test_figures_about_prompts_are_left_out_where_no_prompt_names_a_digit(text_run: RunFolder, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("<script>alert(x)</script>\na cat\n", encoding="utf-8")
     record = stage.run(_config(prompts=file), text_run)

@@ -79,9 +79,7 @@ def test_a_second_builder_is_told_who_is_at_it(run: Path, tiny_ddpm: Path, capsy
     }
 
 
-def test_a_parent_is_not_replaced_while_its_child_is_built(
-    run: Path, tiny_ddpm: Path, capsys: Capture
-) -> None:
+def test_a_parent_is_not_replaced_while_its_child_is_built(run: Path, tiny_ddpm: Path, capsys: Capture) -> None:
     before = hashes(run / "collect")
     replace = ["collect", "--model", str(tiny_ddpm), *OPTIONS, "--seed", "5", "--run", str(run), "--force"]
     with _process(HOLDER, str(run), "reconstruct", "select", "collect") as holder:
@@ -97,9 +95,7 @@ def test_two_writers_at_once_leave_one_whole_artifact(tmp_path: Path) -> None:
         root = tmp_path / f"run-{attempt}"
         command = [sys.executable, "-c", SLOW_WRITER, str(root)]
         pair = [
-            subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-            )
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
             for _ in range(2)
         ]
         errors = [process.communicate()[1] for process in pair]

@@ -61,9 +61,7 @@ def test_a_manifest_edited_by_hand_is_refused(run: Path, capsys: Capture, key: s
     assert f"edadm select --run {run} --force" in message
 
 
-def test_a_parent_that_changed_under_its_child_is_noticed(
-    run: Path, tiny_ddpm: Path, capsys: Capture
-) -> None:
+def test_a_parent_that_changed_under_its_child_is_noticed(run: Path, tiny_ddpm: Path, capsys: Capture) -> None:
     again = ["collect", "--model", str(tiny_ddpm), *OPTIONS, "--seed", "1", "--run", str(run)]
     message = failure(capsys, again, 3)
     assert "seed: 0 -> 1" in message

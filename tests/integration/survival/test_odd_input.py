@@ -72,9 +72,7 @@ class _Code:
         return os.mkdir, (str(self.trace),)
 
 
-def test_a_pickled_checkpoint_with_code_in_it_runs_nothing(
-    tiny_ddpm: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_pickled_checkpoint_with_code_in_it_runs_nothing(tiny_ddpm: Path, tmp_path: Path, capsys: Capture) -> None:
     import torch
 
     trace = tmp_path / "the-code-ran"

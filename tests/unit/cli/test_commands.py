@@ -54,9 +54,7 @@ def test_json_is_one_object_with_the_keys_of_every_command(
     assert _json(capsys)["status"] == "up_to_date"
 
 
-def test_quiet_prints_one_path_and_the_default_a_table(
-    stages: FakeStages, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quiet_prints_one_path_and_the_default_a_table(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["collect", "--model", "tiny", "--quiet"]) == 0
     assert capsys.readouterr().out == "runs/tiny/collect\n"
     assert main(["collect", "--model", "tiny"]) == 0
@@ -74,9 +72,7 @@ def test_numbers_that_json_lacks_are_null(stages: FakeStages, capsys: pytest.Cap
     assert json.loads(out)["distance_to_full_precision"]["latent_rel_l2"] is None
 
 
-def test_a_dry_run_estimates_and_leaves_no_trace(
-    stages: FakeStages, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_estimates_and_leaves_no_trace(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["collect", "--model", "tiny", "--dry-run", "--json"]) == 0
     result = _json(capsys)
     assert result["status"] == "planned"
@@ -114,9 +110,7 @@ def test_run_does_the_chain_for_each_bit_width_and_skips_what_is_up_to_date(
     assert _json(capsys)["status"] == "up_to_date"
 
 
-def test_run_prints_a_table_with_every_bit_width(
-    stages: FakeStages, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_prints_a_table_with_every_bit_width(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--model", "tiny", "--bits", "w8a8,w4a8"]) == 0
     table = capsys.readouterr().out
     for text in ("w8a8", "w4a8", "prompt_accuracy", "0.97", "report.html"):
@@ -131,9 +125,7 @@ def test_run_settles_every_stage_before_the_first_one_starts(
     assert stages.calls == []
 
 
-def test_a_warning_of_one_stage_is_not_one_of_the_next(
-    stages: FakeStages, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_warning_of_one_stage_is_not_one_of_the_next(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
     stages.behaviour["collect"] = lambda reporter: reporter.warn("few trajectories")
     assert main(["run", "--model", "tiny", "--bits", "w4a8", "--json"]) == 0
     captured = capsys.readouterr()
@@ -235,9 +227,7 @@ def test_a_missing_stage_names_the_command_that_makes_it(
     assert "hint: edadm select --run runs/tiny" in captured.err
 
 
-def test_require_gates_after_the_result_is_printed(
-    stages: FakeStages, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_require_gates_after_the_result_is_printed(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
     _chain("w4a8")
     capsys.readouterr()
     assert main(["evaluate", "--json", "--require", "prompt_accuracy>=0.9"]) == 0
@@ -251,18 +241,14 @@ def test_require_gates_after_the_result_is_printed(
     assert "prompt_accuracy >= 0.99 (found 0.97)" in captured.err
 
 
-def test_require_of_run_holds_for_each_bit_width(
-    stages: FakeStages, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_require_of_run_holds_for_each_bit_width(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["run", "--model", "tiny", "--bits", "w8a8,w4a8", "--json", "--require"]
     assert main([*command, "prompt_accuracy>=0.99"]) == 5
     assert [outcome["bits"] for outcome in _json(capsys)["requirements"]] == ["w8a8", "w4a8"]
     assert main([*command, "prompt_accuracy>=0.9"]) == 0
 
 
-@pytest.mark.parametrize(
-    "text", ["", "prompt_accuracy", "prompt_accuracy=>1", ">=1", "a>=b", "a>=nan", "a>=1 b"]
-)
+@pytest.mark.parametrize("text", ["", "prompt_accuracy", "prompt_accuracy=>1", ">=1", "a>=b", "a>=nan", "a>=1 b"])
 def test_a_requirement_that_does_not_parse_stops_before_any_work(
     stages: FakeStages, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:

@@ -9,9 +9,7 @@ from edadm_cli.evaluate.distances import num_identical, psnr, psnr_ceiling, rela
 
 
 def _images(seed: int, count: int = 3) -> torch.Tensor:
-    return torch.randint(
-        0, 200, (count, 3, 9, 7), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
+    return torch.randint(0, 200, (count, 3, 9, 7), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("shift", [1, 5, 50])

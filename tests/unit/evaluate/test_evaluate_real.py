@@ -69,9 +69,7 @@ def test_arrays_give_statistics_or_images_or_both(tmp_path: Path, random_images:
         ({"mu": np.array([{"code": 1}], dtype=object), "sigma": np.zeros((1, 1))}, "plain arrays"),
     ],
 )
-def test_unusable_arrays_end_in_one_sentence(
-    tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str
-) -> None:
+def test_unusable_arrays_end_in_one_sentence(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str) -> None:
     np.savez(tmp_path / "real.npz", **arrays)
     with pytest.raises(InputError, match=sentence):
         open_real(str(tmp_path / "real.npz"))

@@ -78,18 +78,14 @@ def train(options: argparse.Namespace, settings: TrainSettings) -> None:
     """Run the wanted stages."""
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(STAGES):
-        raise UsageError(
-            f"Stages out of {', '.join(STAGES)} were wanted, found {', '.join(sorted(unknown))}."
-        )
+        raise UsageError(f"Stages out of {', '.join(STAGES)} were wanted, found {', '.join(sorted(unknown))}.")
     if options.data is None:
         raise UsageError("MNIST was wanted, found no --data.", hint="--data mnist.npz")
     corpus = load_corpus(options.data)
     for name in (name for name in STAGES if name in wanted):
         for needed in NEEDS[name]:
             if not (settings.weights / needed / "training.json").is_file():
-                raise InputError(
-                    f"{name} needs {needed} in {settings.weights}, found none.", hint="leave out --only"
-                )
+                raise InputError(f"{name} needs {needed} in {settings.weights}, found none.", hint="leave out --only")
         STAGES[name](corpus, settings)
         print(f"{name}: done", file=sys.stderr, flush=True)
 

@@ -110,12 +110,8 @@ def measure_autoencoder(corpus: Corpus, settings: TrainSettings) -> dict[str, An
     classifier = load_classifier(settings.device, settings.weights)
     right = classify(classifier, rebuilt).argmax(dim=1) == corpus.test_labels
     mean_square = ((rebuilt.double() - images.double()) / 255).square().mean()
-    distances = frechet_distances(
-        feature_statistics(classifier, images), feature_statistics(classifier, rebuilt)
-    )
-    to_train = frechet_distances(
-        real_statistics(32, settings.weights), feature_statistics(classifier, rebuilt)
-    )
+    distances = frechet_distances(feature_statistics(classifier, images), feature_statistics(classifier, rebuilt))
+    to_train = frechet_distances(real_statistics(32, settings.weights), feature_statistics(classifier, rebuilt))
     return {
         "psnr_db": (-10 * mean_square.log10()).item(),
         "test_accuracy_after_decoding": right.double().mean().item(),

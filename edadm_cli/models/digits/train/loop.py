@@ -62,9 +62,7 @@ class Schedule:
     def rate_at(self, step: int, num_steps: int) -> float:
         """Return the learning rate of a step: linear warm-up, then linear decay to zero."""
         warmup = max(1, min(self.warmup_steps, num_steps // 10))
-        return self.learning_rate * min(
-            (step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup), 1.0
-        )
+        return self.learning_rate * min((step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup), 1.0)
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,7 @@ class _RecordedBackward:
             for _ in range(3):
                 task.loss(*self._inputs).backward()
         torch.cuda.current_stream().wait_stream(stream)
-        task.module.zero_grad(
-            set_to_none=True
-        )  # the recording then writes gradients instead of adding to them
+        task.module.zero_grad(set_to_none=True)  # the recording then writes gradients instead of adding to them
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._loss = task.loss(*self._inputs)
@@ -132,9 +128,7 @@ class _RecordedBackward:
 class _Run:
     """State of one optimisation, and its checkpoint."""
 
-    def __init__(
-        self, task: Task, schedule: Schedule, num_samples: int, settings: TrainSettings, name: str
-    ) -> None:
+    def __init__(self, task: Task, schedule: Schedule, num_samples: int, settings: TrainSettings, name: str) -> None:
         self.task, self.schedule, self.settings, self.name = task, schedule, settings, name
         self.num_steps = schedule.num_steps(num_samples)
         self.shuffler = _Shuffler(num_samples, settings, name)

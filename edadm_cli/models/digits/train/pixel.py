@@ -54,9 +54,7 @@ class PixelTask:
         """Return noisy images, timesteps and the noise."""
         images = self._images[index].float() / 127.5 - 1
         noise = torch.randn(images.shape, generator=generator, device=generator.device)
-        timestep = torch.randint(
-            len(self._signal), (len(index),), generator=generator, device=generator.device
-        )
+        timestep = torch.randint(len(self._signal), (len(index),), generator=generator, device=generator.device)
         signal = self._signal[timestep].view(-1, 1, 1, 1)
         return signal.sqrt() * images + (1 - signal).sqrt() * noise, timestep, noise
 

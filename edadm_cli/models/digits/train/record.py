@@ -69,12 +69,9 @@ def write_record(
         "steps": fitted.steps,
         "final_loss": fitted.final_loss,
         "seconds": round(fitted.seconds, 1),
-        "parameters": {
-            name: sum(value.numel() for value in module.parameters()) for name, module in modules.items()
-        },
+        "parameters": {name: sum(value.numel() for value in module.parameters()) for name, module in modules.items()},
         "machine": machine(settings.device),
-        "versions": {name: metadata.version(name) for name in _PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "measurements": measurements,
     }
     write_json(folder / RECORD_FILE, record)

@@ -119,9 +119,7 @@ def caption_tokens(tokenizer: CLIPTokenizer) -> Tensor:
     captions = [captions_of(digit) for digit in range(10)]
     captions.append(("",) * len(captions[0]))
     flat = [caption for row in captions for caption in row]
-    tokens = tokenizer(
-        flat, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
-    )
+    tokens = tokenizer(flat, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
     rows: Tensor = tokens.input_ids.view(len(captions), -1, MAX_LENGTH)
     return rows
 
@@ -138,9 +136,7 @@ def save_pipeline(task: TextToImageTask, folder: Path) -> None:
         requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(folder)  # fmt: skip
     weights, config = folder / "text_encoder" / "model.safetensors", folder / "text_encoder" / "config.json"
-    state = {
-        f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()
-    }
+    state = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
     save_file(state, weights, metadata={"format": "pt"})
     write_json(config, json.loads(config.read_text()) | {"dtype": "float32"})
 

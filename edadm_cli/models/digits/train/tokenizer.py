@@ -52,9 +52,7 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 def build_tokenizer() -> CLIPTokenizer:
     """Build the tokenizer: 512 byte symbols, merges for the captions' words, start and end."""
-    words = sorted(
-        {word for digit in range(10) for text in captions_of(digit) for word in re.findall("[a-z]+", text)}
-    )
+    words = sorted({word for digit in range(10) for text in captions_of(digit) for word in re.findall("[a-z]+", text)})
     merges = learn_merges(words)
     symbols = byte_symbols()
     tokens = [
