@@ -156,6 +156,9 @@ def _require_sound(name: str, module: QuantizedLayer | QuantizedAttention) -> No
     grid = module.plan.input_grid
     if grid is not None and not grid.quant_min <= int(module.input_zero_point) <= grid.quant_max:
         raise InputError(f"'{name}' has a zero-point outside {grid.quant_min}..{grid.quant_max}.")
+    codes, allowed = module.weight_int, module.plan.weight_grid
+    if codes.min() < allowed.quant_min or codes.max() > allowed.quant_max:
+        raise InputError(f"'{name}' has codes outside {allowed.quant_min}..{allowed.quant_max}.")
 
 
 register()
