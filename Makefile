@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 SOURCES := edadm_cli tests docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint type format docs clean
+.PHONY: help demo test lint type format docs study clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
-	@echo 'make lint | type | format | docs | clean'
+	@echo 'make lint | type | format | docs | study | clean'
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("edadm needs Python 3.11 or newer; say which with PYTHON=") \
@@ -49,6 +49,11 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/cli_reference.py --check
+
+# Every recipe, bit width and seed on both shipped models: hours on a CPU, goes on after a kill.
+study: $(VENV)/.installed
+	$(BIN)/python docs/studies/recipes.py --model digits-sd --out studies/digits-sd
+	$(BIN)/python docs/studies/recipes.py --model digits-ddpm --out studies/digits-ddpm
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -167,7 +167,7 @@ def read_results(out: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Means and sample standard deviations over the seeds, as a Markdown table."""
+    """Means over the seeds, and sample standard deviations where there are several, as a Markdown table."""
     rows = defaultdict(list)
     for result in results:
         rows[result["bits"], result["recipe"]].append(result)
@@ -183,8 +183,8 @@ def table(results: list[dict[str, Any]]) -> str:
 def _cell(values: list[float]) -> str:
     if not values:
         return ""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4g} ± {spread:.2g}"
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
 
 
 def run_study(options: argparse.Namespace, settings: Settings) -> None:
@@ -203,6 +203,8 @@ def run_study(options: argparse.Namespace, settings: Settings) -> None:
                 log.write(json.dumps(result) + "\n")
                 log.flush()
                 print(json.dumps(result), file=sys.stderr, flush=True)
+        pool.close()
+        pool.join()
 
 
 def main() -> None:
