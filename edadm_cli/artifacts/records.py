@@ -122,7 +122,7 @@ class Metric(_Record):
 class Distance(_Record):
     """Each image against the full-precision image of the same seed, on average."""
 
-    psnr_db: float | None = Field(description="null when the images are equal")
+    psnr_db: float = Field(description="equal images count as the largest finite value their size allows")
     latent_rel_l2: float
 
 

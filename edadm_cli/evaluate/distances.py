@@ -35,8 +35,7 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """
     _check_same_shape(images, reference)
     error = (images.double() - reference.double()).square().flatten(1).mean(dim=1)  # [N]
-    num_values = images[0].numel()
-    return 10.0 * torch.log10(PEAK**2 / error.clamp(min=1.0 / num_values))
+    return (10.0 * torch.log10(PEAK**2 / error)).clamp(max=psnr_ceiling(images[0].numel()))
 
 
 def num_identical(images: Tensor, reference: Tensor) -> int:

@@ -55,7 +55,7 @@ def resolve_device(name: str) -> torch.device:
     """Turn `cpu`, `cuda`, `cuda:N` or `auto` into a device of this machine.
 
     On CUDA, float32 is made to mean float32: torch would let convolutions round their factors to TF32, whose error is
-    a hundred times the bound that engines are held to.
+    far above the bound that engines are held to.
 
     Raises:
         MachineError: There is no such device here.
