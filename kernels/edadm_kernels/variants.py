@@ -1,0 +1,35 @@
+"""One compilation of one kernel, described well enough to compile it on a machine with no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """What the launcher would compile for some shapes, written down.
+
+    Every kernel module offers `variants(arch) -> list[KernelVariant]` and uses the same tables for its launches, so that
+    the code-generation gate sees the code that runs.
+
+    Args:
+        name: Unique in the package, such as `gemm-128x128x64`.
+        fn: The `triton.jit` function.
+        signature: Triton type of every argument, in order, such as `{"x": "*i8", "rows": "i32", "BLOCK": "constexpr"}`.
+        constexprs: Value of every compile-time argument.
+        num_warps: Warps a program.
+        num_stages: Stages of the software pipeline.
+        attrs: Attributes of arguments by index path, such as `{(0,): [["tt.divisibility", 16]]}`.
+        options: Further compile options, such as `{"enable_fp_fusion": False}`.
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+    attrs: Mapping[tuple[int, ...], list[list[Any]]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
