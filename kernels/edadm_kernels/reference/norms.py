@@ -1,0 +1,89 @@
+r"""Quantization and the normalizations before it, in plain torch: what the kernels are checked against.
+
+    u = clamp(rne(x * (1 / scale)) + zero_point, 0, 2^num_bits - 1)        s = u - 128
+
+`rne` rounds to nearest, ties to even; the reciprocal is taken in float32. Codes leave as int8 `s`, so that the tensor
+cores can multiply them; the zero-point stays in the convention of `u`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CODE_OFFSET = 128  # s = u - 128
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
+    """Codes `s` of `x`, int8, with the strides of `x`.
+
+    Args:
+        x: Any shape, floating point.
+        scale: float32, one element.
+        zero_point: int32, one element, unsigned convention.
+        num_bits: 2 to 8.
+    """
+    rounded = torch.round(x.float() * scale.reshape(()).reciprocal())
+    codes = (rounded + zero_point.reshape(())).clamp_(0, (1 << num_bits) - 1)
+    return codes.sub_(CODE_OFFSET).to(torch.int8)
+
+
+def silu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
+    """`quantize(x * sigmoid(x))`, the activation in float64."""
+    return quantize(torch.nn.functional.silu(x.double()), scale, zero_point, num_bits)
+
+
+def group_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    scales: Tensor,
+    zero_points: Tensor,
+    num_bits: int = 8,
+) -> list[Tensor]:
+    """Codes of GroupNorm(x), or of SiLU(GroupNorm(x)), once a quantizer; statistics and activation in float64.
+
+    Args:
+        x: `[N, C, H, W]`, channels last.
+        weight: `[C]`.
+        bias: `[C]`.
+        num_groups: Divides C.
+        eps: Added to the variance.
+        silu: Apply SiLU before quantizing.
+        scales: `[q]` float32.
+        zero_points: `[q]` int32.
+        num_bits: 2 to 8.
+    """
+    y = torch.nn.functional.group_norm(x.double(), num_groups, weight.double(), bias.double(), eps)
+    if silu:
+        y = torch.nn.functional.silu(y)
+    y = y.contiguous(memory_format=torch.channels_last)
+    return _quantize_each(y, scales, zero_points, num_bits)
+
+
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, scales: Tensor, zero_points: Tensor, num_bits: int = 8
+) -> list[Tensor]:
+    """Codes of LayerNorm(x) over the last dimension, once a quantizer; statistics in float64.
+
+    Args:
+        x: `[..., C]`, contiguous.
+        weight: `[C]`.
+        bias: `[C]`.
+        eps: Added to the variance.
+        scales: `[q]` float32.
+        zero_points: `[q]` int32.
+        num_bits: 2 to 8.
+    """
+    y = torch.nn.functional.layer_norm(x.double(), x.shape[-1:], weight.double(), bias.double(), eps)
+    return _quantize_each(y, scales, zero_points, num_bits)
+
+
+def _quantize_each(y: Tensor, scales: Tensor, zero_points: Tensor, num_bits: int) -> list[Tensor]:
+    return [
+        quantize(y, scale, zero_point, num_bits)
+        for scale, zero_point in zip(scales.unbind(), zero_points.unbind(), strict=True)
+    ]
