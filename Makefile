@@ -6,7 +6,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SOURCES := edadm_cli tests docs
+SOURCES := edadm_cli kernels tests docs
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint type format docs study clean

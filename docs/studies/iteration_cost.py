@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.artifacts import RunFolder
+from edadm_cli.calibrate.planning import plan_network
+from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import BitWidth, CollectConfig, SelectConfig
 from edadm_cli.models.calibration import CalibrationSet
@@ -39,8 +41,6 @@ from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.learn import UnitData, UnitLearner, channel_loss, layer_targets
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import Optimization, make_step
-from edadm_cli.reconstruct.planning import plan_network
-from edadm_cli.reconstruct.ranges import search_ranges
 from edadm_cli.select import stage as select
 
 WARM_UP = 5
@@ -89,7 +89,7 @@ def prepare(model: str, bits: BitWidth, device: torch.device, num_samples: int, 
     traced = trace(denoiser, args, kwargs)
     plan = plan_network(traced, recipe, bits)
     network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
-    ranges = search_ranges(network, traced, plan, recipe.ranges, batches, lambda _: None)
+    ranges = search_ranges(denoiser, traced, plan, recipe.ranges, batches)
     found = units(denoiser, traced, set(plan.layers), "block")
     return Study(network, plan, found, batches, ranges, resolve(learn, None, bits))
 

@@ -15,7 +15,6 @@ from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.learn import UnitData, UnitLearner, UnitResult, layer_targets
 from edadm_cli.reconstruct.network import SwitchableNetwork
-from edadm_cli.reconstruct.ranges import nearest_codes, part_names, split_channels
 
 _SEED_STRIDE = 1_000_003
 _BYTES = 4  # captured tensors are float32
@@ -24,20 +23,6 @@ _BYTES = 4  # captured tensors are float32
 def unit_seed(seed: int, index: int) -> int:
     """Seed of one unit's randomness, so that a resume draws what an undisturbed run draws."""
     return (seed * _SEED_STRIDE + index) % 2**63
-
-
-def nearest_params(
-    network: SwitchableNetwork, plan: QuantizationPlan, ranges: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Parameters without learning: searched ranges, weights rounded to nearest."""
-    params = dict(ranges)
-    for name, layer_plan in plan.layers.items():
-        weight = network.float_layers[name].weight
-        assert isinstance(weight, Tensor)
-        pieces = split_channels(weight.detach().cpu(), layer_plan, 1)
-        for part, piece in zip(part_names(name, layer_plan), pieces, strict=True):
-            params[f"{part}.weight_int"] = nearest_codes(piece, ranges[f"{part}.weight_scale"], layer_plan)
-    return params
 
 
 class BlockReconstruction:

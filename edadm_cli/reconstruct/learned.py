@@ -11,13 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.calibrate.ranges import part_names, split_channels
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import learned_fake_quantize
 from edadm_cli.quant.layers import SplitLayer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan
 from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid
-from edadm_cli.reconstruct.ranges import part_names, split_channels
 
 _DROP_LEVELS = 256
 _SMALLEST_SHARE = 1e-2

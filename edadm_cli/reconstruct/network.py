@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from edadm_cli.quant.network import set_module, set_processor
 
@@ -30,6 +30,10 @@ class SwitchableNetwork:
         }
         self._layers: dict[str, nn.Module] = {}
         self._processors: dict[str, object] = {}
+
+    def float_weight(self, name: str) -> Tensor:
+        """The full-precision weight of a planned layer."""
+        return self.float_layers[name].get_parameter("weight")
 
     def put_layer(self, name: str, module: nn.Module) -> None:
         """Exchange one layer until further notice."""

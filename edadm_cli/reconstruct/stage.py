@@ -24,6 +24,9 @@ from edadm_cli.artifacts import (
     save_json,
     save_tensors,
 )
+from edadm_cli.calibrate.nearest import nearest_params
+from edadm_cli.calibrate.planning import count, plan_network
+from edadm_cli.calibrate.ranges import part_names, search_ranges
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.errors import EdadmError
 from edadm_cli.models.calibration import CalibrationSet
@@ -33,15 +36,13 @@ from edadm_cli.models.registry import known_models
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import QuantizationPlan
-from edadm_cli.reconstruct.blocks import BlockReconstruction, nearest_params
+from edadm_cli.reconstruct.blocks import BlockReconstruction
 from edadm_cli.reconstruct.capture import Batches
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.learn import UnitResult
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import repeatable_convolutions
-from edadm_cli.reconstruct.planning import count, plan_network
-from edadm_cli.reconstruct.ranges import part_names, search_ranges
 
 PARAMS_FILE = "quant_params.safetensors"
 PLAN_FILE = "plan.json"
@@ -166,7 +167,7 @@ def _reconstruct(
     config: ReconstructConfig, setting: _Setting, folder: Path, reporter: Reporter
 ) -> tuple[dict[str, Tensor], dict[str, UnitResult]]:
     ranges = _ranges(config, setting, folder, reporter)
-    params = nearest_params(setting.network, setting.plan, ranges)
+    params = nearest_params(setting.network.float_weight, setting.plan, ranges)
     results: dict[str, UnitResult] = {}
     if config.recipe.learn.granularity != "none":
         reconstruction = BlockReconstruction(
@@ -190,9 +191,10 @@ def _ranges(config: ReconstructConfig, setting: _Setting, folder: Path, reporter
     kept = folder / _RANGES_FILE
     if kept.is_file():
         return load_tensors(kept)
-    with reporter.task("search ranges", len(setting.batches)) as advance:
+    network = setting.network
+    with reporter.task("search ranges", len(setting.batches)) as advance, network.full_precision():
         found = search_ranges(
-            setting.network, setting.traced, setting.plan, config.recipe.ranges, setting.batches, advance
+            network.denoiser, setting.traced, setting.plan, config.recipe.ranges, setting.batches, advance
         )
     save_tensors(kept, found)
     return found

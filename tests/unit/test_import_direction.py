@@ -13,7 +13,7 @@ PACKAGE = ROOT / "edadm_cli"
 KERNELS = ROOT / "kernels"
 
 STAGES = {"collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "bench"}
-MIDDLE = {"models", "engines", "artifacts", "integrations"}
+MIDDLE = {"models", "engines", "artifacts", "calibrate", "integrations"}
 GROUND = {"config", "recipe", "errors", "progress", "version"}
 # Which rooms a room may import, besides itself.
 ALLOWED = {

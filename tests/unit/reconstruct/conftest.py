@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.calibrate.nearest import nearest_params
+from edadm_cli.calibrate.planning import plan_network
+from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.config import BitWidth
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import Recipe
-from edadm_cli.reconstruct.blocks import nearest_params
 from edadm_cli.reconstruct.capture import Batches
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.network import SwitchableNetwork
-from edadm_cli.reconstruct.planning import plan_network
-from edadm_cli.reconstruct.ranges import search_ranges
 
 CPU = torch.device("cpu")
 NUM_SAMPLES, BATCH = 5, 3  # the last batch is smaller
@@ -63,7 +62,7 @@ class Setting:
             self.network.put_processor(name, processor)
 
     def nearest(self) -> dict[str, Tensor]:
-        return nearest_params(self.network, self.plan, self.ranges)
+        return nearest_params(self.network.float_weight, self.plan, self.ranges)
 
 
 def calibration_set() -> CalibrationSet:
@@ -80,16 +79,6 @@ def calibration_set() -> CalibrationSet:
         branches=2,
         collected_in="float32",
     )
-
-
-@pytest.fixture
-def denoiser(tiny_sd: Path) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
-    unet.eval().requires_grad_(False)
-    assert isinstance(unet, nn.Module)
-    return unet
 
 
 @pytest.fixture
@@ -110,7 +99,7 @@ def make_setting(denoiser: nn.Module) -> Callable[..., Setting]:
         traced = trace(denoiser, args, kwargs)
         plan = plan_network(traced, recipe, width)
         network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
-        ranges = search_ranges(network, traced, plan, recipe.ranges, batches, lambda _: None)
+        ranges = search_ranges(denoiser, traced, plan, recipe.ranges, batches)
         return Setting(network, traced, plan, recipe, batches, ranges, resolve(recipe.learn, None, width))
 
     return make

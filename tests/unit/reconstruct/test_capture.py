@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.errors import InputError
 from edadm_cli.quant.layers import quantized_layer
 from edadm_cli.reconstruct.blocks import fill_layer
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units, flatten, unflatten
 from edadm_cli.reconstruct.learn import channel_loss, layer_targets
-from edadm_cli.reconstruct.ranges import search_ranges
 
 MakeSetting = Callable[..., Any]
 ROWS = 10  # five samples, two branches
@@ -145,11 +145,4 @@ def test_values_that_are_not_finite_are_refused_by_name(make_setting: MakeSettin
         setting.batches.calibration.sample[3, 0, 0, 0] = float("inf")
         sentence = "the input of 'conv_in'"
     with pytest.raises(InputError, match=sentence):
-        search_ranges(
-            setting.network,
-            setting.traced,
-            setting.plan,
-            setting.recipe.ranges,
-            setting.batches,
-            lambda _: None,
-        )
+        search_ranges(setting.denoiser, setting.traced, setting.plan, setting.recipe.ranges, setting.batches)

@@ -7,7 +7,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,8 +21,6 @@ from edadm_cli.quant.network import set_processor
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
 from edadm_cli.quant.search import Range, activation_range, symmetric_scale, weight_scales
 from edadm_cli.recipe import RangeRecipe
-from edadm_cli.reconstruct.capture import Batches
-from edadm_cli.reconstruct.network import SwitchableNetwork
 
 
 def part_names(name: str, plan: LayerPlan) -> list[str]:
@@ -38,32 +36,38 @@ def split_channels(tensor: Tensor, plan: LayerPlan, dim: int) -> list[Tensor]:
 
 
 def search_ranges(
-    network: SwitchableNetwork,
+    denoiser: nn.Module,
     traced: Trace,
     plan: QuantizationPlan,
     recipe: RangeRecipe,
-    batches: Batches,
-    advance: Callable[[int], None],
+    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """Initial quantization parameters without the codes: `<layer>.weight_scale`, `.input_scale`,
     `.input_zero_point`, `<attention>.{q,k,v,p}_scale`.
+
+    Args:
+        denoiser: With its full-precision layers in place.
+        traced: Its trace.
+        plan: Bits of every layer.
+        recipe: How ranges are found.
+        calls: `(args, kwargs)` of the denoiser, over the calibration set.
+        advance: Told of every call that is done.
 
     Raises:
         InputError: A weight or an activation is not finite.
     """
     params = _weight_params(traced, plan, recipe)
     observed = _Observations(recipe)
-    with network.full_precision(), ExitStack() as stack:
+    with ExitStack() as stack:
         for layer in traced.layers:
             if layer.name in plan.layers and plan.layers[layer.name].input_grid is not None:
                 stack.enter_context(_observed_layer(layer.name, layer.module, plan.layers[layer.name], observed))
         for name, attention_plan in plan.attentions.items():
-            stack.enter_context(
-                _observed_attention(network.denoiser.get_submodule(name), name, attention_plan, observed)
-            )
+            stack.enter_context(_observed_attention(denoiser.get_submodule(name), name, attention_plan, observed))
         with torch.no_grad():
-            for args, kwargs in batches:
-                network.denoiser(*args, **kwargs)
+            for args, kwargs in calls:
+                denoiser(*args, **kwargs)
                 advance(1)
     for name, layer_plan in plan.layers.items():
         if layer_plan.input_grid is None:
@@ -76,13 +80,6 @@ def search_ranges(
         for operand in OPERANDS:
             params[f"{name}.{operand}_scale"] = torch.tensor(observed.scales[f"{name}.{operand}"])
     return params
-
-
-def nearest_codes(weight: Tensor, scale: Tensor, plan: LayerPlan) -> Tensor:
-    """Codes by rounding to nearest, int8, shape of `weight`."""
-    grid = plan.weight_grid
-    per_channel = scale.reshape(-1, *[1] * (weight.dim() - 1))
-    return (weight / per_channel).round().clamp(grid.quant_min, grid.quant_max).to(torch.int8)
 
 
 def _weight_params(traced: Trace, plan: QuantizationPlan, recipe: RangeRecipe) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.calibrate.planning import count, plan_network
 from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
 from edadm_cli.models.units import Trace, trace
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import AttentionRecipe, LayerRule, RangeRecipe, Recipe
-from edadm_cli.reconstruct.planning import count, plan_network
 
 EDGES = {"time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out"}
 W3A5 = BitWidth.parse("w3a5")

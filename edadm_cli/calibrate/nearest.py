@@ -1,0 +1,66 @@
+"""Quantization without learning: weights rounded to nearest on their initial grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.calibrate.planning import plan_network
+from edadm_cli.calibrate.ranges import part_names, search_ranges, split_channels
+from edadm_cli.config import BitWidth
+from edadm_cli.models.units import trace
+from edadm_cli.quant.network import load_quant_params, quantize_network
+from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
+from edadm_cli.recipe import Recipe
+
+
+def nearest_codes(weight: Tensor, scale: Tensor, plan: LayerPlan) -> Tensor:
+    """Codes by rounding to nearest, int8, shape of `weight`."""
+    grid = plan.weight_grid
+    per_channel = scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return (weight / per_channel).round().clamp(grid.quant_min, grid.quant_max).to(torch.int8)
+
+
+def nearest_params(
+    weight_of: Callable[[str], Tensor], plan: QuantizationPlan, ranges: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Quantization parameters with codes: the given ranges, and weights rounded to nearest.
+
+    Args:
+        weight_of: The full-precision weight of a layer, by name.
+        plan: Bits of every layer.
+        ranges: As `search_ranges` found them.
+    """
+    params = dict(ranges)
+    for name, layer_plan in plan.layers.items():
+        pieces = split_channels(weight_of(name).detach().cpu(), layer_plan, 1)
+        for part, piece in zip(part_names(name, layer_plan), pieces, strict=True):
+            params[f"{part}.weight_int"] = nearest_codes(piece, ranges[f"{part}.weight_scale"], layer_plan)
+    return params
+
+
+def quantize_to_nearest(
+    denoiser: nn.Module, recipe: Recipe, bits: BitWidth, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> QuantizationPlan:
+    """Quantize a denoiser in place from a few calls, without learning anything: for speed, not for quality.
+
+    Args:
+        denoiser: Full precision, float32.
+        recipe: Which layers, and how ranges are found; what it says of learning is not used.
+        bits: Of weights and activations.
+        calls: Arguments of calls whose activations give the ranges.
+
+    Returns:
+        What was quantized.
+    """
+    calls = list(calls)
+    traced = trace(denoiser, *calls[0])
+    plan = plan_network(traced, recipe, bits)
+    ranges = search_ranges(denoiser, traced, plan, recipe.ranges, calls)
+    params = nearest_params(lambda name: denoiser.get_submodule(name).get_parameter("weight"), plan, ranges)
+    quantize_network(denoiser, plan)
+    load_quant_params(denoiser, params)
+    return plan

@@ -1,0 +1,170 @@
+"""What an engine is: something that runs an exported denoiser in its own way and says layer by layer what it did.
+
+The meaning of a quantized denoiser is that of `engines.reference`: exact integer sums, float32 epilogue. Every other
+engine is held against it before it is timed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.errors import MachineError
+from edadm_cli.quant.layers import QuantizedLayer
+
+LayerKind = Literal["conv2d", "linear", "attention"]
+FLOAT = "float"
+"""What a layer is planned as that the recipe keeps in floating point."""
+
+
+@dataclass(frozen=True)
+class LayerExecution:
+    """How one layer of a denoiser runs.
+
+    Attributes:
+        name: Dotted name; the parts of a split layer have names of their own.
+        kind: What is multiplied.
+        planned: Bits such as `w4a8`, or `float`.
+        precision: What really ran: `int8`, or the floating-point type.
+        reason: Why a planned layer does not run in integers; `None` where the plan is met.
+    """
+
+    name: str
+    kind: LayerKind
+    planned: str
+    precision: str
+    reason: str | None = None
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the layer runs as planned."""
+        return self.planned == FLOAT or self.precision == "int8"
+
+
+@dataclass(frozen=True)
+class OperationTime:
+    """Time of one operation of one call.
+
+    Attributes:
+        name: The engine's name of the operation; the layer's where it is one.
+        kind: Such as `conv2d`, `linear`, `attention`, `norm`, `elementwise`, `reorder`.
+        precision: Of its arithmetic.
+        milliseconds: Of one call.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is to run.
+
+    Attributes:
+        device: Where.
+        rest_dtype: Element type of everything that is not quantized.
+        num_threads: CPU threads; `None` leaves it to the engine.
+    """
+
+    device: torch.device
+    rest_dtype: torch.dtype = torch.float32
+    num_threads: int | None = None
+
+
+class CompiledDenoiser(ABC):
+    """A denoiser on an engine. Calls take and return what the denoiser itself does."""
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the denoiser: the same output class, `return_dict` honoured."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[LayerExecution, ...]:
+        """How each layer runs, in the order of the denoiser's modules."""
+
+    @abstractmethod
+    def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
+        """Time of each operation of one call, in execution order."""
+
+
+class Engine(ABC):
+    """One way to run quantized denoisers.
+
+    Attributes:
+        name: As users type it.
+        description: One line for people.
+        device_types: Of the devices it runs on, such as `cpu`.
+        layer_bound: Largest relative L2 distance of one layer from exact integer arithmetic on equal inputs, with a
+            float32 rest: what an engine's way of rounding and scaling may cost.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    device_types: ClassVar[tuple[str, ...]]
+    layer_bound: ClassVar[float]
+
+    @abstractmethod
+    def refusal(self, device: torch.device) -> str | None:
+        """Why the engine cannot run on `device` of this machine, as a sentence; `None` when it can."""
+
+    @abstractmethod
+    def layer_refusal(self, layer: QuantizedLayer) -> str | None:
+        """Why the engine cannot run a layer in integers, as half a sentence; `None` when it can."""
+
+    @abstractmethod
+    def compile(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
+    ) -> CompiledDenoiser:
+        """Make a quantized denoiser run on this engine.
+
+        Args:
+            denoiser: With quantized layers, on the CPU or on the engine's device; it is not changed.
+            args: Of a call like those to come; other batch and image sizes are allowed later.
+            kwargs: Of that call.
+            options: Device and precision of the rest.
+
+        Raises:
+            MachineError: The engine cannot run here; see `refusal`.
+            EdadmError: The denoiser holds something that the engine cannot express.
+        """
+
+    @abstractmethod
+    def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
+        """Make one quantized layer run on this engine, for inputs shaped as `x`."""
+
+    def require(self, device: torch.device) -> None:
+        """Refuse a machine that the engine cannot run on.
+
+        Raises:
+            MachineError: With `refusal`'s sentence.
+        """
+        reason = self.refusal(device)
+        if reason is not None:
+            raise MachineError(reason, hint="edadm models --engines")
+
+
+class FileEngine(Engine):
+    """An engine that keeps a compiled denoiser in files, so that loading it needs no conversion."""
+
+    @abstractmethod
+    def save(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
+    ) -> None:
+        """Write the engine's files of a quantized denoiser to `folder`; see `compile`."""
+
+    @abstractmethod
+    def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: The files are missing, broken, or of another version.
+        """
