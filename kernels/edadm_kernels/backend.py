@@ -1,0 +1,62 @@
+"""Which implementation an operation runs: the Triton kernel or the plain torch reference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import triton
+from torch import Tensor
+
+Backend = Literal["triton", "reference"]
+
+ENVIRONMENT = "EDADM_KERNELS_BACKEND"
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # read by `triton.jit` when a kernel is defined
+
+
+def _from_environment() -> Backend | None:
+    name = os.environ.get(ENVIRONMENT)
+    if name is None or name == "triton" or name == "reference":
+        return name  # type: ignore[return-value]
+    raise ValueError(f"{ENVIRONMENT} is wanted as triton or reference, found {name!r}")
+
+
+_default = _from_environment()
+_forced: ContextVar[Backend | None] = ContextVar("edadm_kernels_backend", default=None)
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Run the operations of a block by the kernel (`triton`) or by the reference (`reference`).
+
+    Without it, or EDADM_KERNELS_BACKEND, tensors on CUDA and all tensors under TRITON_INTERPRET=1 go to the kernels,
+    others to the reference.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if name not in ("triton", "reference"):
+        raise ValueError(f"the backend triton or reference is wanted, found {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether an operation on `x` runs its kernel.
+
+    Raises:
+        RuntimeError: The kernel is demanded where it cannot run.
+    """
+    runs = x.is_cuda or INTERPRETED
+    forced = _forced.get() or _default
+    if forced == "triton" and not runs:
+        raise RuntimeError(
+            f"the triton backend wants a CUDA tensor, found one on {x.device}; set TRITON_INTERPRET=1 to interpret it"
+        )
+    return runs if forced is None else forced == "triton"

@@ -1,0 +1,145 @@
+"""Convolutions on integer codes: an implicit matrix product over NHWC, from codes to the next layer's input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from edadm_kernels import reference
+from edadm_kernels.pack import Padding, border_class_count, output_size
+from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
+
+
+@torch.library.custom_op("edadm::conv2d", mutates_args=())
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    upsample: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    out = _prepare(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
+    top, bottom, left, right = padding
+    return out.copy_(
+        reference.conv2d(
+            x, weight, scale, correction, bias, sample_bias, residual, stride, (top, bottom, left, right), upsample,
+            out_dtype,
+        )
+    )  # fmt: skip
+
+
+@_conv2d.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    upsample: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return _prepare(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None = None,
+    sample_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: Padding = (0, 0, 0, 0),
+    upsample: bool = False,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """A convolution: `y = (sum x w - correction) * scale + bias + sample_bias + residual`.
+
+    Padding stands for the real value 0 and is left out of the sum; `correction` knows which taps fell outside. The sum
+    is exact (int32); what follows is float32, rounded once to `out_dtype`.
+
+    Args:
+        x: Codes `[N, C, H, W]`, int8, channels last.
+        weight: Codes `[O, kh, kw, C]` int8, or `[O, kh, kw, C / 2]` uint8 from `pack.pack_w4`.
+        scale: float32 `[O]`, input scale times weight scale.
+        correction: int32 `[classes, O]`, from `pack.conv_border_table` with the same padding.
+        bias: `[O]`, floating point.
+        sample_bias: `[N, O]`, floating point, contiguous (the time embedding of a residual block).
+        residual: `[N, O, H', W']`, floating point, channels last.
+        stride: Of both axes.
+        padding: Top, bottom, left, right.
+        upsample: Convolve the input enlarged twice by nearest neighbour, without writing it.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        `[N, O, H', W']`, channels last.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one, or a sum could overflow.
+    """
+    return _conv2d(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
+
+
+def _prepare(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    upsample: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Check the arguments and make an empty output."""
+    if x.ndim != 4 or weight.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"channels-last codes [N, C, H, W] and weights [O, kh, kw, C] are wanted, found {tuple(x.shape)} with "
+            f"strides {x.stride()} and {tuple(weight.shape)}; call .contiguous(memory_format=torch.channels_last) on the codes"
+        )
+    if stride < 1 or len(padding) != 4 or min(padding) < 0:
+        raise ValueError(f"a positive stride and four paddings are wanted, found {stride} and {tuple(padding)}")
+    top, bottom, left, right = padding
+    samples, channels, height, width = x.shape
+    outputs, kh, kw = weight.shape[:3]
+    grown = 2 if upsample else 1
+    out_height = output_size(height * grown, kh, stride, top, bottom)
+    out_width = output_size(width * grown, kw, stride, left, right)
+    if out_height < 1 or out_width < 1:
+        raise ValueError(f"an input that a {kh}x{kw} kernel fits into is wanted, found {height}x{width}")
+    check_codes(x, weight, channels)
+    check_epilogue(scale, correction, bias, outputs, (border_class_count((top, bottom, left, right)), outputs))
+    out = x.new_empty((samples, out_height, out_width, outputs), dtype=out_dtype).permute(0, 3, 1, 2)
+    _check_added(out, sample_bias, residual)
+    check_output(out_dtype, x, weight, out)
+    return out
+
+
+def _check_added(out: Tensor, sample_bias: Tensor | None, residual: Tensor | None) -> None:
+    if sample_bias is not None and (sample_bias.shape != out.shape[:2] or not sample_bias.is_contiguous()):
+        raise ValueError(
+            f"a contiguous sample_bias of shape {tuple(out.shape[:2])} is wanted, found {tuple(sample_bias.shape)}"
+        )
+    if residual is not None and (
+        residual.shape != out.shape or not residual.is_contiguous(memory_format=torch.channels_last)
+    ):
+        raise ValueError(
+            f"a channels-last residual of shape {tuple(out.shape)} is wanted, found {tuple(residual.shape)} with "
+            f"strides {residual.stride()}"
+        )

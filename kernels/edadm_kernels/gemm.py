@@ -1,0 +1,187 @@
+"""Linear layers on integer codes: one kernel from codes to the next layer's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edadm_kernels import reference
+from edadm_kernels.checks import check_bits, check_quantizers
+from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
+
+
+@torch.library.custom_op("edadm::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    out = _prepare_linear(x, weight, scale, correction, bias, residual, out_dtype)
+    return out.copy_(reference.linear(x, weight, scale, correction, bias, residual, out_dtype))
+
+
+@_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return _prepare_linear(x, weight, scale, correction, bias, residual, out_dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """A linear layer: `y = (sum_k x[m, k] weight[n, k] - correction[n]) * scale[n] + bias[n] + residual[m, n]`.
+
+    The sum is exact (int32); what follows is float32, rounded once to `out_dtype`.
+
+    Args:
+        x: Codes `[M, K]`, int8, contiguous.
+        weight: Codes `[N, K]` int8, or `[N, K / 2]` uint8 from `pack.pack_w4`.
+        scale: float32 `[N]`, input scale times weight scale.
+        correction: int32 `[N]`, from `pack.linear_correction`.
+        bias: `[N]`, floating point.
+        residual: `[M, N]`, floating point, contiguous.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        `[M, N]`, contiguous.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one, or a sum could overflow.
+    """
+    return _linear(x, weight, scale, correction, bias, residual, out_dtype)
+
+
+@torch.library.custom_op("edadm::linear_geglu", mutates_args=())
+def _linear_geglu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int,
+) -> Tensor:
+    out = _prepare_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
+    return out.copy_(reference.linear_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits))
+
+
+@_linear_geglu.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int,
+) -> Tensor:
+    return _prepare_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
+
+
+def linear_geglu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """The gated half of a feed-forward layer, quantized for the next: `quantize(value * gelu(gate))`.
+
+    Value and gate are columns 2j and 2j + 1 of `linear(...)`, kept in float32; gelu is the exact one (erf).
+
+    Args:
+        x: Codes `[M, K]`, int8, contiguous.
+        weight: Codes `[2 F, K]` int8, or `[2 F, K / 2]` uint8, rows interleaved by `pack.pack_geglu`.
+        scale: float32 `[2 F]`, interleaved.
+        correction: int32 `[2 F]`, interleaved.
+        bias: `[2 F]`, floating point, interleaved.
+        out_scale: float32, one element.
+        out_zero_point: int32, one element, convention of the unsigned code.
+        num_bits: 2 to 8.
+
+    Returns:
+        Codes `[M, F]`, int8, contiguous.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one, or a sum could overflow.
+
+    References:
+        GEGLU, arXiv 2002.05202; GELU, arXiv 1606.08415.
+    """
+    return _linear_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
+
+
+def _prepare_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Check the arguments and make an empty output."""
+    _check_matrices(x, weight, scale, correction, bias)
+    out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+    if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
+        raise ValueError(
+            f"a contiguous residual of shape {tuple(out.shape)} is wanted, found {tuple(residual.shape)} with strides "
+            f"{residual.stride()}"
+        )
+    check_output(out_dtype, x, weight, out)
+    return out
+
+
+def _prepare_geglu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int,
+) -> Tensor:
+    """Check the arguments and make an empty output."""
+    check_bits(num_bits)
+    check_quantizers(out_scale, out_zero_point, count=1)
+    _check_matrices(x, weight, scale, correction, bias)
+    if weight.shape[0] % 2:
+        raise ValueError(f"value and gate rows in pairs are wanted, found {weight.shape[0]} rows")
+    out = x.new_empty((x.shape[0], weight.shape[0] // 2), dtype=torch.int8)
+    check_output(torch.float32, x, weight, out)
+    return out
+
+
+def _check_matrices(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None) -> None:
+    if x.ndim != 2 or weight.ndim != 2 or not x.is_contiguous():
+        raise ValueError(
+            f"contiguous codes [M, K] and weights [N, K] are wanted, found {tuple(x.shape)} with strides {x.stride()} "
+            f"and {tuple(weight.shape)}"
+        )
+    check_codes(x, weight, x.shape[1])
+    check_epilogue(scale, correction, bias, weight.shape[0], (weight.shape[0],))

@@ -1,0 +1,14 @@
+"""Every operation in plain torch, exact where the operation is: the ground truth of the kernels."""
+
+from edadm_kernels.reference.norms import group_norm_quantize, layer_norm_quantize, quantize, silu_quantize
+from edadm_kernels.reference.products import conv2d, linear, linear_geglu
+
+__all__ = [
+    "conv2d",
+    "group_norm_quantize",
+    "layer_norm_quantize",
+    "linear",
+    "linear_geglu",
+    "quantize",
+    "silu_quantize",
+]

@@ -1,0 +1,109 @@
+r"""The integer products in plain torch: what the kernels are checked against.
+
+    y = (sum s w - correction) * scale + bias + sample_bias + residual
+
+The sum is taken in float64, where it is exact; everything after it in float32, in this order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edadm_kernels.pack import Padding, border_classes, unpack_w4
+from edadm_kernels.reference.norms import quantize
+
+
+def accumulate_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`sum_k x[m, k] weight[n, k]` in float64, exact, `[M, N]`; weights int8 or packed by `pack_w4`."""
+    return x.double() @ _codes(weight).double().T
+
+
+def accumulate_conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding, upsample: bool) -> Tensor:
+    """The sums of a convolution in float64, exact, `[N, O, H', W']`; weights `[O, kh, kw, C]`."""
+    top, bottom, left, right = padding
+    inputs = x.double()
+    if upsample:
+        inputs = inputs.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    kernel = _codes(weight).double().permute(0, 3, 1, 2)
+    return F.conv2d(F.pad(inputs, (left, right, top, bottom)), kernel, stride=stride)
+
+
+def conv_correction(
+    table: Tensor, height: int, width: int, kernel: tuple[int, int], stride: int, padding: Padding
+) -> Tensor:
+    """Spread a border table over an output: int32 `[O, H', W']` for an input of `height` and `width`."""
+    top, bottom, left, right = padding
+    rows = border_classes(height, kernel[0], stride, top, bottom, table.device)
+    columns = border_classes(width, kernel[1], stride, left, right, table.device)
+    classes = rows[:, None] * ((left + 1) * (right + 1)) + columns  # [H', W']
+    return table[classes].permute(2, 0, 1)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """`edadm_kernels.linear`."""
+    y = (accumulate_linear(x, weight) - correction).float() * scale
+    return _add(y, bias, residual).to(out_dtype)
+
+
+def linear_geglu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """`edadm_kernels.linear_geglu`; the activation in float64."""
+    y = linear(x, weight, scale, correction, bias, out_dtype=torch.float32)
+    value, gate = y.double().unflatten(1, (-1, 2)).unbind(2)
+    return quantize(value * F.gelu(gate), out_scale, out_zero_point, num_bits)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None = None,
+    sample_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: Padding = (0, 0, 0, 0),
+    upsample: bool = False,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """`edadm_kernels.conv2d`."""
+    grown = 2 if upsample else 1
+    kernel = (weight.shape[1], weight.shape[2])
+    spread = conv_correction(correction, x.shape[2] * grown, x.shape[3] * grown, kernel, stride, padding)
+    y = (accumulate_conv2d(x, weight, stride, padding, upsample) - spread).float() * _channel(scale)
+    y = _add(y, None if bias is None else _channel(bias), None)
+    y = _add(y, None if sample_bias is None else sample_bias[:, :, None, None], residual)
+    return y.to(out_dtype, memory_format=torch.channels_last)
+
+
+def _codes(weight: Tensor) -> Tensor:
+    return unpack_w4(weight) if weight.dtype == torch.uint8 else weight
+
+
+def _channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def _add(y: Tensor, *terms: Tensor | None) -> Tensor:
+    for term in terms:
+        if term is not None:
+            y = y + term.float()
+    return y
