@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,3 +33,35 @@ class KernelVariant:
     num_stages: int = 1
     attrs: Mapping[tuple[int, ...], list[list[Any]]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def aligned(
+    name: str,
+    fn: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    *,
+    unaligned: Collection[str] = (),
+    num_warps: int = 4,
+    num_stages: int = 1,
+    options: Mapping[str, Any] | None = None,
+) -> KernelVariant:
+    """A variant whose pointers and integers are multiples of 16, as the launcher finds them on the denoiser's shapes.
+
+    Args:
+        name: As in `KernelVariant`.
+        fn: As in `KernelVariant`.
+        signature: Types of the run-time arguments; the compile-time ones are added from `constexprs`.
+        constexprs: As in `KernelVariant`.
+        unaligned: Run-time arguments that are not multiples of 16.
+        num_warps: As in `KernelVariant`.
+        num_stages: As in `KernelVariant`.
+        options: As in `KernelVariant`.
+    """
+    types = {argument: signature.get(argument, "constexpr") for argument in fn.arg_names}
+    attrs = {
+        (position,): [["tt.divisibility", 16]]
+        for position, (argument, kind) in enumerate(types.items())
+        if argument not in unaligned and (kind.startswith("*") or kind in ("i32", "i64"))
+    }
+    return KernelVariant(name, fn, types, dict(constexprs), num_warps, num_stages, attrs, dict(options or {}))

@@ -57,7 +57,7 @@ def group_norm_quantize(
         zero_points: `[q]` int32.
         num_bits: 2 to 8.
     """
-    y = torch.nn.functional.group_norm(x.double(), num_groups, weight.double(), bias.double(), eps)
+    y = torch.group_norm(x.double(), num_groups, weight.double(), bias.double(), eps)
     if silu:
         y = torch.nn.functional.silu(y)
     y = y.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,42 @@
+"""What the operations demand of their arguments, each in one sentence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_QUANTIZERS = 3  # query, key and value of one input
+
+
+def check_floating(x: Tensor) -> None:
+    """Raise TypeError unless `x` is float16, bfloat16 or float32."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"a float16, bfloat16 or float32 input is wanted, found {x.dtype}; convert it with .to()")
+
+
+def check_bits(num_bits: int) -> None:
+    """Raise ValueError unless codes of `num_bits` fit an int8."""
+    if not 2 <= num_bits <= 8:
+        raise ValueError(f"2 to 8 bits are wanted, found {num_bits}")
+
+
+def check_quantizers(scales: Tensor, zero_points: Tensor, count: int | None = None) -> None:
+    """Raise unless `scales` is float32, `zero_points` int32, and both hold `count` elements (None: 1 to 3)."""
+    if scales.dtype != torch.float32 or zero_points.dtype != torch.int32:
+        raise TypeError(
+            f"float32 scales and int32 zero-points are wanted, found {scales.dtype} and {zero_points.dtype}; "
+            "convert them with .to()"
+        )
+    sizes = (scales.numel(), zero_points.numel())
+    if count is not None and sizes != (count, count):
+        raise ValueError(f"{count} scale and zero-point are wanted, found {sizes[0]} and {sizes[1]}")
+    if sizes[0] != sizes[1] or not 1 <= sizes[0] <= MAX_QUANTIZERS:
+        raise ValueError(f"1 to {MAX_QUANTIZERS} scales and as many zero-points are wanted, found {sizes}")
+
+
+def check_affine(weight: Tensor, bias: Tensor, channels: int) -> None:
+    """Raise ValueError unless `weight` and `bias` hold one element a channel."""
+    if weight.shape != (channels,) or bias.shape != (channels,):
+        raise ValueError(
+            f"weight and bias of shape ({channels},) are wanted, found {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )

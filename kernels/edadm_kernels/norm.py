@@ -1,0 +1,303 @@
+"""GroupNorm (with SiLU) and LayerNorm straight to int8 codes: one read of the state, one byte an element written."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from edadm_kernels.backend import uses_triton
+from edadm_kernels.checks import check_affine, check_bits, check_floating, check_quantizers
+from edadm_kernels.norm_kernels import group_apply, group_fused, group_partials, layer_rows
+from edadm_kernels.norm_plans import GroupPlan, group_plan, layer_plan, next_power_of_two
+from edadm_kernels.reference import norms as reference
+from edadm_kernels.variants import KernelVariant, aligned
+
+
+@torch.library.custom_op("edadm::group_norm_quantize", mutates_args=())
+def _group_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    scales: Tensor,
+    zero_points: Tensor,
+    num_bits: int,
+) -> list[Tensor]:
+    codes = _prepare_group(x, weight, bias, num_groups, scales, zero_points, num_bits)
+    if not uses_triton(x):
+        computed = reference.group_norm_quantize(
+            x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits
+        )
+        for target, value in zip(codes, computed, strict=True):
+            target.copy_(value)
+    elif x.numel():
+        _launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes)
+    return codes
+
+
+@_group_norm_quantize.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    scales: Tensor,
+    zero_points: Tensor,
+    num_bits: int,
+) -> list[Tensor]:
+    return _prepare_group(x, weight, bias, num_groups, scales, zero_points, num_bits)
+
+
+def group_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    scales: Tensor,
+    zero_points: Tensor,
+    num_bits: int = 8,
+) -> list[Tensor]:
+    """Codes of GroupNorm(x), or of SiLU(GroupNorm(x)), one tensor a quantizer.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias        s = quantize(y) or quantize(y * sigmoid(y))
+
+    Statistics and activation in float32, with nothing rounded to the input's dtype in between. A sample's codes do not
+    depend on the others of its batch.
+
+    Args:
+        x: `[N, C, H, W]` with channels-last strides, float16, bfloat16 or float32.
+        weight: `[C]`, floating point.
+        bias: `[C]`, floating point.
+        num_groups: Divides C.
+        eps: Added to the variance.
+        silu: Apply SiLU before quantizing.
+        scales: `[q]` float32, q of 1 to 3.
+        zero_points: `[q]` int32, convention of the unsigned code.
+        num_bits: 2 to 8.
+
+    Returns:
+        q tensors `[N, C, H, W]`, int8, channels last.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one.
+
+    References:
+        GroupNorm, arXiv 1803.08494; SiLU, arXiv 1606.08415; joining partial variances: Chan, Golub and LeVeque, 1983.
+    """
+    return _group_norm_quantize(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits)
+
+
+@torch.library.custom_op("edadm::layer_norm_quantize", mutates_args=())
+def _layer_norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, scales: Tensor, zero_points: Tensor, num_bits: int
+) -> list[Tensor]:
+    codes = _prepare_layer(x, weight, bias, scales, zero_points, num_bits)
+    if not uses_triton(x):
+        computed = reference.layer_norm_quantize(x, weight, bias, eps, scales, zero_points, num_bits)
+        for target, value in zip(codes, computed, strict=True):
+            target.copy_(value)
+    elif x.numel():
+        channels = x.shape[-1]
+        plan = layer_plan(channels)
+        rows = x.numel() // channels
+        layer_rows[(triton.cdiv(rows, plan.block_rows),)](
+            x,
+            weight,
+            bias,
+            scales,
+            zero_points,
+            *_three(codes),
+            rows,
+            channels,
+            eps,
+            QUANT_MAX=(1 << num_bits) - 1,
+            QUANTIZERS=len(codes),
+            **plan.constexprs(),
+            num_warps=plan.num_warps,
+        )
+    return codes
+
+
+@_layer_norm_quantize.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, scales: Tensor, zero_points: Tensor, num_bits: int
+) -> list[Tensor]:
+    return _prepare_layer(x, weight, bias, scales, zero_points, num_bits)
+
+
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, scales: Tensor, zero_points: Tensor, num_bits: int = 8
+) -> list[Tensor]:
+    """Codes of LayerNorm(x) over the last dimension, one tensor a quantizer.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias        s = quantize(y)
+
+    Statistics in float32. Query, key and value of one input may have a scale each; pass one where they are equal.
+
+    Args:
+        x: `[..., C]`, contiguous, float16, bfloat16 or float32.
+        weight: `[C]`, floating point.
+        bias: `[C]`, floating point.
+        eps: Added to the variance.
+        scales: `[q]` float32, q of 1 to 3.
+        zero_points: `[q]` int32, convention of the unsigned code.
+        num_bits: 2 to 8.
+
+    Returns:
+        q tensors of the shape of `x`, int8, contiguous.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one.
+
+    References:
+        LayerNorm, arXiv 1607.06450.
+    """
+    return _layer_norm_quantize(x, weight, bias, eps, scales, zero_points, num_bits)
+
+
+def _launch_group(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    scales: Tensor,
+    zero_points: Tensor,
+    num_bits: int,
+    codes: list[Tensor],
+) -> None:
+    samples, channels = x.shape[0], x.shape[1]
+    rows = x.shape[2] * x.shape[3]
+    plan = group_plan(rows, channels, num_groups)
+    ends = {"QUANT_MAX": (1 << num_bits) - 1, "QUANTIZERS": len(codes), "SILU": silu}
+    if plan.fused:
+        group_fused[(plan.group_blocks, samples)](
+            x, weight, bias, scales, zero_points, *_three(codes), rows, channels, eps,
+            **ends, **plan.fused_constexprs(), num_warps=plan.fused_warps,
+        )  # fmt: skip
+        return
+    partials = torch.empty((samples, 2, plan.num_chunks, num_groups), dtype=torch.float32, device=x.device)
+    group_partials[(plan.num_chunks, plan.group_blocks, samples)](
+        x, partials, rows, channels, plan.num_chunks, plan.rows_per_chunk,
+        **plan.partial_constexprs(), num_warps=plan.num_warps,
+    )  # fmt: skip
+    group_apply[(triton.cdiv(rows, plan.apply_rows), triton.cdiv(channels, plan.apply_channels), samples)](
+        x, partials, weight, bias, scales, zero_points, *_three(codes), rows, channels,
+        plan.num_chunks, plan.rows_per_chunk, eps,
+        **ends, **plan.apply_constexprs(), num_warps=plan.num_warps,
+    )  # fmt: skip
+
+
+def _three(codes: list[Tensor]) -> list[Tensor]:
+    """Three outputs for a kernel that writes the first `QUANTIZERS` of them."""
+    return (codes + [codes[0]] * 2)[:3]
+
+
+def _prepare_group(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, scales: Tensor, zero_points: Tensor, num_bits: int
+) -> list[Tensor]:
+    check_floating(x)
+    check_bits(num_bits)
+    check_quantizers(scales, zero_points)
+    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"group_norm_quantize wants [N, C, H, W] with channels-last strides, found shape {tuple(x.shape)} with "
+            f"strides {x.stride()}; call .contiguous(memory_format=torch.channels_last) on it first"
+        )
+    check_affine(weight, bias, x.shape[1])
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(f"a number of groups that divides {x.shape[1]} channels is wanted, found {num_groups}")
+    return [
+        torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last) for _ in range(scales.numel())
+    ]
+
+
+def _prepare_layer(
+    x: Tensor, weight: Tensor, bias: Tensor, scales: Tensor, zero_points: Tensor, num_bits: int
+) -> list[Tensor]:
+    check_floating(x)
+    check_bits(num_bits)
+    check_quantizers(scales, zero_points)
+    if x.ndim < 1 or not x.is_contiguous():
+        raise ValueError(
+            f"layer_norm_quantize wants contiguous rows, found shape {tuple(x.shape)} with strides {x.stride()}; "
+            "call .contiguous() on it first"
+        )
+    check_affine(weight, bias, x.shape[-1])
+    return [torch.empty_like(x, dtype=torch.int8) for _ in range(scales.numel())]
+
+
+# Height (and width) and channels where the U-Net of Stable Diffusion 1.x normalizes; 32 groups.
+_GROUP_SHAPES = [(64, 320), (64, 640), (64, 960), (32, 640), (32, 960), (32, 1280), (32, 1920)]
+_GROUP_SHAPES += [(16, 640), (16, 1280), (16, 1920), (16, 2560), (8, 1280), (8, 2560)]
+_STATE = {"x": "*fp16", "weight": "*fp32", "bias": "*fp32", "scales": "*fp32", "zero_points": "*i32"}
+_CODES = {"out0": "*i8", "out1": "*i8", "out2": "*i8"}
+_SIZES = {"rows": "i32", "channels": "i32", "eps": "fp32"}
+
+
+def variants(arch: int) -> list[KernelVariant]:
+    """What the normalizations of a float16 Stable Diffusion 1.x denoiser compile."""
+    del arch  # one table serves all
+    found: dict[str, KernelVariant] = {}
+    for size, channels in _GROUP_SHAPES:
+        plan = group_plan(size * size, channels, 32)
+        for silu in (True, False):
+            found.update({variant.name: variant for variant in _group_variants(plan, silu)})
+    for channels in (320, 640, 1280):
+        for quantizers in (1, 3):
+            variant = _layer_variant(channels, quantizers)
+            found[variant.name] = variant
+    return list(found.values())
+
+
+def _group_variants(plan: GroupPlan, silu: bool) -> list[KernelVariant]:
+    ends = {"QUANT_MAX": 255, "QUANTIZERS": 1, "SILU": silu}
+    tail = f"-c{plan.group_channels}{'-silu' if silu else ''}"
+    signature = {**_STATE, **_CODES, **_SIZES}
+    if plan.fused:
+        name = f"group-fused-{next_power_of_two(plan.rows)}x{plan.block_channels}{tail}"
+        constexprs = {**ends, **plan.fused_constexprs()}
+        return [aligned(name, group_fused, signature, constexprs, num_warps=plan.fused_warps)]
+    signature |= {"partials": "*fp32", "num_chunks": "i32", "rows_per_chunk": "i32"}
+    unaligned = ("num_chunks",)
+    return [
+        aligned(
+            f"group-partials-c{plan.group_channels}",
+            group_partials,
+            signature,
+            plan.partial_constexprs(),
+            unaligned=unaligned,
+            num_warps=plan.num_warps,
+        ),
+        aligned(
+            f"group-apply{tail}",
+            group_apply,
+            signature,
+            {**ends, **plan.apply_constexprs()},
+            unaligned=unaligned,
+            num_warps=plan.num_warps,
+        ),
+    ]
+
+
+def _layer_variant(channels: int, quantizers: int) -> KernelVariant:
+    plan = layer_plan(channels)
+    constexprs = {"QUANT_MAX": 255, "QUANTIZERS": quantizers, **plan.constexprs()}
+    return aligned(
+        f"layer-{channels}-{quantizers}",
+        layer_rows,
+        {**_STATE, **_CODES, **_SIZES},
+        constexprs,
+        unaligned=("rows",),
+        num_warps=plan.num_warps,
+    )

@@ -1,0 +1,254 @@
+"""The kernels of GroupNorm and LayerNorm to int8.
+
+A state is `[rows, channels]` a sample with the channels innermost. Groups are 10 to 80 channels wide, so they start
+anywhere in a 16-byte vector: the blocks hold several whole groups, the columns beyond them masked off, and sums over a
+group are sums over channels through a one-hot matrix of the few groups in a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from edadm_kernels.rounding import quantize_s8, reciprocal
+
+
+@triton.jit
+def _sum_groups(values, GROUP_CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Sums of `[BLOCK_CHANNELS]` over each group, `[BLOCK_GROUPS]`."""
+    group_of = tl.arange(0, BLOCK_CHANNELS) // GROUP_CHANNELS
+    member = group_of[:, None] == tl.arange(0, BLOCK_GROUPS)[None, :]
+    return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def _spread_groups(values, GROUP_CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Each channel's entry of `[BLOCK_GROUPS]`, `[BLOCK_CHANNELS]`."""
+    group_of = tl.arange(0, BLOCK_CHANNELS) // GROUP_CHANNELS
+    member = group_of[:, None] == tl.arange(0, BLOCK_GROUPS)[None, :]
+    return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def _store_codes(
+    y, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX: tl.constexpr, QUANTIZERS: tl.constexpr
+):
+    """Codes of `y`, once a quantizer."""
+    tl.store(out0 + offsets, quantize_s8(y, reciprocal(tl.load(scales)), tl.load(zero_points), QUANT_MAX), mask=mask)
+    if QUANTIZERS > 1:
+        inverse = reciprocal(tl.load(scales + 1))
+        tl.store(out1 + offsets, quantize_s8(y, inverse, tl.load(zero_points + 1), QUANT_MAX), mask=mask)
+    if QUANTIZERS > 2:
+        inverse = reciprocal(tl.load(scales + 2))
+        tl.store(out2 + offsets, quantize_s8(y, inverse, tl.load(zero_points + 2), QUANT_MAX), mask=mask)
+
+
+@triton.jit
+def group_fused(
+    x,
+    weight,
+    bias,
+    scales,
+    zero_points,
+    out0,
+    out1,
+    out2,
+    rows,
+    channels,
+    eps,
+    QUANT_MAX: tl.constexpr,
+    QUANTIZERS: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Whole groups of one sample, held in registers between the statistics and the codes."""
+    column = tl.arange(0, BLOCK_CHANNELS)
+    channel = tl.program_id(0) * (GROUPS * GROUP_CHANNELS) + column
+    channel_mask = (column < GROUPS * GROUP_CHANNELS) & (channel < channels)
+    row = tl.arange(0, BLOCK_ROWS)
+    mask = (row < rows)[:, None] & channel_mask[None, :]
+    base = tl.program_id(1).to(tl.int64) * rows * channels
+    offsets = base + (row[:, None] * channels + channel[None, :])
+    value = tl.load(x + offsets, mask=mask, other=0).to(tl.float32)
+
+    count = rows * GROUP_CHANNELS
+    total = _sum_groups(tl.sum(value, axis=0), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
+    mean = _spread_groups(total / count, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
+    value = tl.where(mask, value - mean[None, :], 0.0)
+    squares = _sum_groups(tl.sum(value * value, axis=0), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
+    deviation = _spread_groups(tl.rsqrt(squares / count + eps), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
+
+    gain = deviation * tl.load(weight + channel, mask=channel_mask, other=0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=channel_mask, other=0).to(tl.float32)
+    y = value * gain[None, :] + shift[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    _store_codes(y, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+
+
+@triton.jit
+def group_partials(
+    x,
+    partials,
+    rows,
+    channels,
+    num_chunks,
+    rows_per_chunk,
+    BLOCK_ROWS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Mean and sum of squared deviations of some rows of each group: `partials [samples, 2, num_chunks, groups]`.
+
+    Sums are taken of the distance to the chunk's first row, a channel each, so that a large mean does not cancel.
+    """
+    chunk = tl.program_id(0)
+    sample = tl.program_id(2).to(tl.int64)
+    column = tl.arange(0, BLOCK_CHANNELS)
+    channel = tl.program_id(1) * (GROUPS * GROUP_CHANNELS) + column
+    channel_mask = (column < GROUPS * GROUP_CHANNELS) & (channel < channels)
+    start = chunk * rows_per_chunk
+    stop = tl.minimum(start + rows_per_chunk, rows)
+    source = x + sample * rows * channels + channel
+    pivot = tl.load(source + start * channels, mask=channel_mask, other=0).to(tl.float32)
+
+    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], dtype=tl.float32)
+    for first in range(start, stop, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        mask = (row < stop)[:, None] & channel_mask[None, :]
+        value = tl.load(source[None, :] + row[:, None] * channels, mask=mask, other=0).to(tl.float32)
+        distance = tl.where(mask, value - pivot[None, :], 0.0)
+        total += distance
+        squares += distance * distance
+
+    count = (stop - start).to(tl.float32)
+    offset = tl.sum(total, axis=0) / count
+    inner = tl.maximum(tl.sum(squares, axis=0) - offset * offset * count, 0.0)
+    channel_mean = pivot + offset
+    mean = _sum_groups(channel_mean, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS) / GROUP_CHANNELS
+    between = channel_mean - _spread_groups(mean, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
+    deviations = _sum_groups(
+        inner + count * between * between, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS
+    )
+
+    num_groups = channels // GROUP_CHANNELS
+    member = tl.arange(0, BLOCK_GROUPS)
+    group = tl.program_id(1) * GROUPS + member
+    group_mask = (member < GROUPS) & (group < num_groups)
+    target = partials + (sample * 2 * num_chunks + chunk) * num_groups + group
+    tl.store(target, mean, mask=group_mask)
+    tl.store(target + num_chunks * num_groups, deviations, mask=group_mask)
+
+
+@triton.jit
+def group_apply(
+    x,
+    partials,
+    weight,
+    bias,
+    scales,
+    zero_points,
+    out0,
+    out1,
+    out2,
+    rows,
+    channels,
+    num_chunks,
+    rows_per_chunk,
+    eps,
+    QUANT_MAX: tl.constexpr,
+    QUANTIZERS: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Joins the partial statistics of every channel's group, then normalizes and quantizes a block."""
+    sample = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel_mask = channel < channels
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask = (row < rows)[:, None] & channel_mask[None, :]
+    offsets = sample * rows * channels + (row[:, None] * channels + channel[None, :])
+    value = tl.load(x + offsets, mask=mask, other=0)
+
+    num_groups = channels // GROUP_CHANNELS
+    chunk = tl.arange(0, CHUNKS)
+    partial = partials + sample * 2 * num_chunks * num_groups
+    partial += chunk[:, None] * num_groups + (channel // GROUP_CHANNELS)[None, :]
+    partial_mask = (chunk < num_chunks)[:, None] & channel_mask[None, :]
+    means = tl.load(partial, mask=partial_mask, other=0)
+    deviations = tl.load(partial + num_chunks * num_groups, mask=partial_mask, other=0)
+    share = tl.minimum(tl.maximum(rows - chunk * rows_per_chunk, 0), rows_per_chunk).to(tl.float32) / rows
+    mean = tl.sum(means * share[:, None], axis=0)
+    between = means - mean[None, :]
+    spread = tl.sum(deviations / rows + (share[:, None] * GROUP_CHANNELS) * between * between, axis=0)
+
+    gain = tl.rsqrt(spread / GROUP_CHANNELS + eps) * tl.load(weight + channel, mask=channel_mask, other=0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=channel_mask, other=0).to(tl.float32)
+    y = (value.to(tl.float32) - mean[None, :]) * gain[None, :] + shift[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    _store_codes(y, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+
+
+@triton.jit
+def layer_rows(
+    x,
+    weight,
+    bias,
+    scales,
+    zero_points,
+    out0,
+    out1,
+    out2,
+    rows,
+    channels,
+    eps,
+    QUANT_MAX: tl.constexpr,
+    QUANTIZERS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Whole rows in registers, as a piece of `HEAD` columns and one of `TAIL` columns (none where it is 0)."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = (row < rows)[:, None]
+    start = row.to(tl.int64)[:, None] * channels
+
+    head_column = tl.arange(0, HEAD)
+    head_offsets = start + head_column[None, :]
+    head = tl.load(x + head_offsets, mask=row_mask, other=0).to(tl.float32)
+    total = tl.sum(head, axis=1)
+    if TAIL > 0:
+        tail_column = HEAD + tl.arange(0, TAIL)
+        tail_mask = row_mask & (tail_column < channels)[None, :]
+        tail_offsets = start + tail_column[None, :]
+        tail = tl.load(x + tail_offsets, mask=tail_mask, other=0).to(tl.float32)
+        total += tl.sum(tail, axis=1)
+
+    mean = total / channels
+    head -= mean[:, None]
+    squares = tl.sum(head * head, axis=1)
+    if TAIL > 0:
+        tail = tl.where(tail_mask, tail - mean[:, None], 0.0)
+        squares += tl.sum(tail * tail, axis=1)
+    deviation = tl.rsqrt(squares / channels + eps)[:, None]
+
+    gain = tl.load(weight + head_column).to(tl.float32)[None, :]
+    shift = tl.load(bias + head_column).to(tl.float32)[None, :]
+    y = head * deviation * gain + shift
+    _store_codes(y, head_offsets, row_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+    if TAIL > 0:
+        gain = tl.load(weight + tail_column, mask=tail_column < channels, other=0).to(tl.float32)[None, :]
+        shift = tl.load(bias + tail_column, mask=tail_column < channels, other=0).to(tl.float32)[None, :]
+        y = tail * deviation * gain + shift
+        _store_codes(y, tail_offsets, tail_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)

@@ -1,0 +1,132 @@
+"""Block sizes of the normalization kernels, chosen from the shape of one sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CHUNKS = 32  # partial statistics a group, at most
+CHUNK_ROWS = 64
+FUSED_ELEMENTS = 16384  # a block that stays in registers: 64 elements a thread of 8 warps
+VECTOR = 8  # channels in 16 bytes of float16
+
+
+def next_power_of_two(value: int) -> int:
+    """Smallest power of two that is at least `value`."""
+    return 1 << (value - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """How one sample's `[rows, channels]` is cut for GroupNorm.
+
+    Args:
+        rows: H * W.
+        group_channels: Channels a group.
+        groups_per_block: Whole groups in one block of the kernels that gather statistics.
+        group_blocks: Blocks that cover all groups.
+        fused: One kernel does it all, as a block's rows fit its registers.
+        rows_per_chunk: Rows whose statistics are summed in one program.
+        num_chunks: Programs along the rows.
+        apply_rows: Rows a program of the second kernel.
+        apply_channels: Channels a program of the second kernel.
+    """
+
+    rows: int
+    group_channels: int
+    groups_per_block: int
+    group_blocks: int
+    fused: bool
+    rows_per_chunk: int
+    num_chunks: int
+    apply_rows: int
+    apply_channels: int
+
+    num_warps: int = 8
+
+    @property
+    def block_channels(self) -> int:
+        """Columns of a block of whole groups, a power of two."""
+        return next_power_of_two(self.groups_per_block * self.group_channels)
+
+    @property
+    def fused_warps(self) -> int:
+        """Warps of the single kernel: about 32 elements a thread."""
+        return min(8, max(1, next_power_of_two(self.rows) * self.block_channels // 1024))
+
+    def fused_constexprs(self) -> dict[str, int]:
+        """Compile-time arguments of `group_fused`."""
+        return {"BLOCK_ROWS": next_power_of_two(self.rows), **self._groups()}
+
+    def partial_constexprs(self) -> dict[str, int]:
+        """Compile-time arguments of `group_partials`."""
+        return {"BLOCK_ROWS": CHUNK_ROWS, **self._groups()}
+
+    def apply_constexprs(self) -> dict[str, int]:
+        """Compile-time arguments of `group_apply`."""
+        return {
+            "GROUP_CHANNELS": self.group_channels,
+            "CHUNKS": CHUNKS,
+            "BLOCK_ROWS": self.apply_rows,
+            "BLOCK_CHANNELS": self.apply_channels,
+        }
+
+    def _groups(self) -> dict[str, int]:
+        return {
+            "GROUP_CHANNELS": self.group_channels,
+            "GROUPS": self.groups_per_block,
+            "BLOCK_GROUPS": next_power_of_two(self.groups_per_block),
+            "BLOCK_CHANNELS": self.block_channels,
+        }
+
+
+def group_plan(rows: int, channels: int, num_groups: int) -> GroupPlan:
+    """The cut for `[rows, channels]`; independent of the batch, so that a sample's codes are too."""
+    group_channels = channels // num_groups
+    smallest = _aligned_groups(num_groups, group_channels, widest=0)
+    fused = next_power_of_two(rows) * next_power_of_two(smallest * group_channels) <= FUSED_ELEMENTS
+    groups = smallest if fused else _aligned_groups(num_groups, group_channels, widest=256)
+    chunk = CHUNK_ROWS * -(-rows // (CHUNK_ROWS * CHUNKS))
+    return GroupPlan(
+        rows=rows,
+        group_channels=group_channels,
+        groups_per_block=groups,
+        group_blocks=-(-num_groups // groups),
+        fused=fused,
+        rows_per_chunk=chunk,
+        num_chunks=-(-rows // chunk),
+        apply_rows=128,
+        apply_channels=64,
+    )
+
+
+def _aligned_groups(num_groups: int, group_channels: int, widest: int) -> int:
+    """Groups a block: 16-byte rows if it can be; then the fewest idle columns up to `widest`; then the smallest block."""
+    candidates = [g for g in range(1, num_groups + 1) if g * group_channels % VECTOR == 0] or [1]
+    narrow = [g for g in candidates if next_power_of_two(g * group_channels) <= widest] or candidates[:1]
+
+    def covered(groups: int) -> int:
+        return -(-num_groups // groups) * next_power_of_two(groups * group_channels)
+
+    return min(narrow, key=lambda groups: (covered(groups), groups))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How rows of `channels` are cut for LayerNorm: two power-of-two pieces, so that 5 * 2^k columns leave none idle."""
+
+    channels: int
+    head: int
+    tail: int
+    block_rows: int
+    num_warps: int = 4
+
+    def constexprs(self) -> dict[str, int]:
+        """Compile-time arguments of `layer_rows`."""
+        return {"HEAD": self.head, "TAIL": self.tail, "BLOCK_ROWS": self.block_rows}
+
+
+def layer_plan(channels: int) -> LayerPlan:
+    """The cut for rows of `channels` elements: about 20 elements a thread."""
+    head = 1 << (channels.bit_length() - 1)
+    tail = next_power_of_two(channels - head) if channels > head else 0
+    return LayerPlan(channels, head, tail, block_rows=max(1, min(16, 2048 // head)))

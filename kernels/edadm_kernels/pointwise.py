@@ -1,0 +1,157 @@
+"""Quantization of a tensor as it stands, with or without a SiLU before it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from edadm_kernels.backend import uses_triton
+from edadm_kernels.checks import check_bits, check_floating, check_quantizers
+from edadm_kernels.reference import norms as reference
+from edadm_kernels.rounding import quantize_s8, reciprocal
+from edadm_kernels.variants import KernelVariant, aligned
+
+BLOCK = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def quantize_kernel(
+    x,
+    scale,
+    zero_point,
+    codes,
+    count,
+    columns,
+    row_stride,
+    QUANT_MAX: tl.constexpr,
+    SILU: tl.constexpr,
+    DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Codes of `count` elements; rows of `columns` elements lie `row_stride` apart unless the input is dense."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < count
+    if DENSE:
+        source = x + index
+    else:
+        source = x + (index // columns).to(tl.int64) * row_stride + index % columns
+    value = tl.load(source, mask=mask, other=0).to(tl.float32)
+    if SILU:
+        value = value * tl.sigmoid(value)
+    inverse_scale = reciprocal(tl.load(scale))
+    tl.store(codes + index, quantize_s8(value, inverse_scale, tl.load(zero_point), QUANT_MAX), mask=mask)
+
+
+@torch.library.custom_op("edadm::quantize", mutates_args=())
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu: bool) -> Tensor:
+    codes, columns, row_stride = _prepare(x, scale, zero_point, num_bits)
+    if not uses_triton(x):
+        compute = reference.silu_quantize if silu else reference.quantize
+        codes.copy_(compute(x, scale, zero_point, num_bits))
+    elif x.numel():
+        quantize_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            x,
+            scale,
+            zero_point,
+            codes,
+            x.numel(),
+            columns,
+            row_stride,
+            QUANT_MAX=(1 << num_bits) - 1,
+            SILU=silu,
+            DENSE=row_stride == columns,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+    return codes
+
+
+@_quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu: bool) -> Tensor:
+    return _prepare(x, scale, zero_point, num_bits)[0]
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
+    """Codes of a tensor: `s = clamp(rne(x * (1 / scale)) + zero_point, 0, 2^num_bits - 1) - 128`, int8.
+
+    Args:
+        x: Floating point. Dense in any order of dimensions (the codes get its strides), or rows of contiguous elements
+            at one stride, such as some channels of a channels-last tensor (the codes are dense, in the same order).
+        scale: float32, one element.
+        zero_point: int32, one element, convention of the unsigned code.
+        num_bits: 2 to 8.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: Another layout, another number of elements or bits.
+    """
+    return _quantize(x, scale, zero_point, num_bits, False)
+
+
+def silu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
+    """Codes of `x * sigmoid(x)`; arguments and errors as in `quantize`."""
+    return _quantize(x, scale, zero_point, num_bits, True)
+
+
+def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tuple[Tensor, int, int]:
+    """An empty tensor for the codes, and the length and stride of the input's rows."""
+    check_floating(x)
+    check_quantizers(scale, zero_point, count=1)
+    check_bits(num_bits)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    if codes.stride() == x.stride():
+        return codes, 1, 1
+    rows = x.permute(0, *range(2, x.ndim), 1) if x.ndim == 4 and x.stride(1) == 1 else x
+    columns, row_stride = rows.shape[-1], rows.stride(-2)
+    expected = row_stride
+    for size, stride in zip(reversed(rows.shape[:-1]), reversed(rows.stride()[:-1]), strict=True):
+        if stride != expected:
+            break
+        expected *= size
+    else:
+        if rows.stride(-1) == 1:
+            order = torch.channels_last if rows is not x else torch.contiguous_format
+            return torch.empty_like(x, dtype=torch.int8, memory_format=order), columns, row_stride
+    raise ValueError(
+        f"quantize wants a dense tensor or evenly spaced rows, found shape {tuple(x.shape)} with strides {x.stride()}; "
+        "call .contiguous() on it first"
+    )
+
+
+def variants(arch: int) -> list[KernelVariant]:
+    """What `quantize` and `silu_quantize` compile for float16 and float32 inputs of the denoiser."""
+    del arch  # one table serves all
+    result = []
+    for dtype, bits, silu, dense in [
+        ("fp16", 8, False, True),
+        ("bf16", 8, False, True),
+        ("fp32", 8, False, True),
+        ("fp16", 8, True, True),
+        ("fp16", 8, False, False),
+    ]:
+        constexprs = {"QUANT_MAX": (1 << bits) - 1, "SILU": silu, "DENSE": dense, "BLOCK": BLOCK}
+        signature = {
+            "x": f"*{dtype}",
+            "scale": "*fp32",
+            "zero_point": "*i32",
+            "codes": "*i8",
+            "count": "i32",
+            "columns": "i32",
+            "row_stride": "i32",
+        }
+        name = f"{'silu-' if silu else ''}quantize-{dtype}{'' if dense else '-rows'}"
+        result.append(
+            aligned(
+                name,
+                quantize_kernel,
+                signature,
+                constexprs,
+                num_warps=NUM_WARPS,
+                options={"enable_fp_fusion": False},
+            )
+        )
+    return result
