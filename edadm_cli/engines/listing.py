@@ -1,0 +1,60 @@
+"""Every layer of a quantized denoiser as a row of the report, whatever the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from edadm_cli.engines.base import FLOAT, LayerExecution
+from edadm_cli.quant.attention import QuantizedAttention
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.plan import AttentionPlan, LayerPlan
+
+Decision = Callable[[str, nn.Module], tuple[str, str | None]]
+"""From a layer's name and module (for attention its processor) to the precision it runs in, and the reason where a
+planned layer does not run in integers. Asked only about layers that are planned as integers."""
+
+
+def planned(plan: LayerPlan | AttentionPlan) -> str:
+    """What a plan asks for: `w4a8`; `float` for a layer whose input is not quantized, so that no integers meet."""
+    if isinstance(plan, AttentionPlan):
+        return f"w{plan.activation_bits}a{plan.probability_bits}"
+    return FLOAT if plan.activation_bits is None else f"w{plan.weight_bits}a{plan.activation_bits}"
+
+
+def list_layers(denoiser: nn.Module, rest_dtype: torch.dtype, decide: Decision) -> tuple[LayerExecution, ...]:
+    """Every convolution, linear layer and attention of a denoiser, in the order of its modules.
+
+    Args:
+        denoiser: With quantized layers.
+        rest_dtype: Element type of what is not quantized.
+        decide: How the engine runs a planned layer.
+    """
+    rows, rest = [], str(rest_dtype).removeprefix("torch.")
+    for name, module in denoiser.named_modules():
+        found = _kind_and_plan(module)
+        if found is None:
+            continue
+        kind, plan, subject = found
+        wanted = FLOAT if plan is None else planned(plan)
+        precision, reason = (rest, None) if wanted == FLOAT else decide(name, subject)
+        rows.append(LayerExecution(name, kind, wanted, precision, reason))
+    return tuple(rows)
+
+
+def _kind_and_plan(
+    module: nn.Module,
+) -> tuple[Literal["conv2d", "linear", "attention"], LayerPlan | AttentionPlan | None, nn.Module] | None:
+    if isinstance(module, QuantizedLayer):
+        return module.operation.kind, module.plan, module
+    if isinstance(module, nn.Conv2d):
+        return "conv2d", None, module
+    if isinstance(module, nn.Linear):
+        return "linear", None, module
+    processor = getattr(module, "processor", None)
+    if isinstance(processor, QuantizedAttention):
+        return "attention", processor.plan, processor
+    return ("attention", None, module) if processor is not None else None

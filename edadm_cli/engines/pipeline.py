@@ -1,0 +1,57 @@
+"""A diffusers pipeline whose denoiser runs on an engine: images, not only measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from edadm_cli.engines.base import CompiledDenoiser
+from edadm_cli.models.loading import LoadedModel
+
+
+class EngineDenoiser(nn.Module):
+    """Stands in for a pipeline's denoiser: called like it, looks like it, computes on an engine.
+
+    Args:
+        denoiser: The module that it replaces. Its weights are released; its configuration, and whatever else a
+            pipeline reads from it (`add_embedding.linear_1.in_features`), stays.
+        compiled: The same network on an engine.
+    """
+
+    def __init__(self, denoiser: nn.Module, compiled: CompiledDenoiser) -> None:
+        super().__init__()
+        self.__dict__["_shell"] = denoiser  # no submodule: it has no part in casts and moves
+        first = next(denoiser.parameters())
+        # pipelines take dtype and device from the denoiser's parameters; this one has no element
+        self.anchor = nn.Parameter(torch.empty(0, dtype=first.dtype, device=first.device), requires_grad=False)
+        nn.Module.to(denoiser, "meta")
+        self.compiled = compiled
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the denoiser on its engine."""
+        return self.compiled(*args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of inputs and prediction."""
+        return self.anchor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and prediction lie."""
+        return self.anchor.device
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_shell"], name)
+
+
+def put_on_engine(model: LoadedModel, compiled: CompiledDenoiser) -> LoadedModel:
+    """Put the denoiser of a pipeline on an engine, in place; the weights it had in torch are released."""
+    stand_in = EngineDenoiser(model.denoiser, compiled)
+    setattr(model.pipeline, model.denoiser_name, stand_in)
+    return model

@@ -1,0 +1,63 @@
+"""A pipeline whose denoiser runs on an engine draws what the denoiser itself draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.config import BitWidth
+from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.pipeline import EngineDenoiser, put_on_engine
+from edadm_cli.engines.reference import ReferenceEngine, use_arithmetic
+from edadm_cli.models.calls import DenoiserCall, build_call, record_calls
+from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.sampling import Samples, sample, takes_prompts
+from edadm_cli.recipe import RangeRecipe, Recipe
+
+RECIPE = Recipe(name="test", ranges=RangeRecipe(weight="minmax", activation="minmax"))
+CPU = torch.device("cpu")
+
+
+def draw(model: LoadedModel) -> Samples:
+    guidance = 2.0 if takes_prompts(model.pipeline) else None
+    prompts = ["one"] if takes_prompts(model.pipeline) else None
+    return sample(model, seeds=[3], prompts=prompts, num_steps=2, guidance_scale=guidance)
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_ddpm", "tiny_sdxl", "tiny_dit"])
+def test_any_pipeline_draws_the_same_images(name: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(name)
+    model = load_model(str(folder), CPU, torch.float32)
+    calls: list[DenoiserCall] = []
+    with record_calls(model.denoiser, calls.append):
+        draw(model)
+    made: list[Any] = [build_call(call.template, call.sample, call.timestep, call.tensors) for call in calls[:1]]
+    if name == "tiny_dit":  # a transformer takes one timestep a row
+        made = [((args[0],), {**kwargs, "timestep": torch.full((2,), 5)}) for args, kwargs in made]
+    quantize_to_nearest(model.denoiser, RECIPE, BitWidth.parse("w8a8"), made)
+    use_arithmetic(model.denoiser, "integer")
+    wanted = draw(model)
+    compiled = ReferenceEngine().compile(model.denoiser, *made[0], EngineOptions(CPU))
+    put_on_engine(model, compiled)
+    found = draw(model)
+    assert isinstance(model.denoiser, EngineDenoiser)
+    assert torch.equal(found.latents, wanted.latents)
+    assert torch.equal(found.images, wanted.images)
+
+
+def test_the_stand_in_holds_no_weights_but_tells_what_pipelines_ask(tiny_sdxl: Path) -> None:
+    model = load_model(str(tiny_sdxl), CPU, torch.float16)
+    before = model.denoiser
+    width = before.add_embedding.linear_1.in_features
+    stand_in = EngineDenoiser(before, ReferenceEngine())  # type: ignore[arg-type]
+    assert sum(parameter.numel() for parameter in stand_in.parameters()) == 0
+    assert (stand_in.dtype, stand_in.device) == (torch.float16, CPU)
+    assert stand_in.config.in_channels == 4
+    assert stand_in.add_embedding.linear_1.in_features == width
+    assert before.conv_in.weight.device.type == "meta"
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = stand_in.no_such_thing
