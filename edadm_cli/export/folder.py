@@ -23,14 +23,16 @@ _NARROW = (torch.float16, torch.bfloat16)
 def write_pipeline(model: LoadedModel, folder: Path, quantization_config: Mapping[str, Any]) -> None:
     """Write the pipeline of `model`, whose denoiser has quantized layers, as a diffusers folder.
 
-    Components other than the denoiser are copied as they lie in the source, byte for byte.
+    Components other than the denoiser are copied as they lie in the source, byte for byte, or saved where the model
+    has no folder.
 
     Raises:
         MachineError: The disk is full or permission is denied.
     """
     with explained_os_errors(folder), quiet_libraries():
         model.pipeline.save_config(folder)
-        sources = {component.name: component for component in read_folder(model.folder).components}
+        found = () if model.folder is None else read_folder(model.folder).components
+        sources = {component.name: component for component in found}
         for name, component in model.pipeline.components.items():
             place = folder / name
             if name == model.denoiser_name:
@@ -73,7 +75,7 @@ def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mappi
     save_tensors(place / _WEIGHTS_FILE, tensors)
 
 
-def _is_copyable(source: Component | None, root: Path, component: object) -> bool:
+def _is_copyable(source: Component | None, root: Path | None, component: object) -> bool:
     """Whether a component is unchanged, in a folder of its own, and not in a variant that must be asked for."""
     return (
         source is not None

@@ -73,7 +73,11 @@ def estimate(config: ExportConfig, run: RunFolder) -> Estimate:
     _sample(config, model, {**sampling, "num_steps": 1})
     seconds = (time.monotonic() - started) * sampling["num_steps"] * 4
     weights = num_parameters * _FLOAT_BYTES / 2**20
-    files = sum(file.stat().st_size for file in model.folder.rglob("*") if file.is_file()) / 2**20
+    if model.folder is not None:
+        files = sum(file.stat().st_size for file in model.folder.rglob("*") if file.is_file()) / 2**20
+    else:
+        parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        files = sum(parameter.nbytes for part in parts for parameter in part.parameters()) / 2**20
     return Estimate(seconds=seconds, memory_mib=3 * weights, disk_mib=files)
 
 

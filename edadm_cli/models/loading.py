@@ -1,29 +1,28 @@
-"""Loading a pipeline: by known name, from a diffusers folder, or from the hub."""
+"""Loading a pipeline: by known name, from a diffusers folder, from the hub, or with random weights."""
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from edadm_cli.artifacts import ModelRef
-from edadm_cli.errors import EdadmError, InputError, MachineError
-from edadm_cli.models.folder import INDEX_NAME, Component, PipelineFolder, read_folder
+from edadm_cli.errors import InputError, MachineError
+from edadm_cli.models.architecture import DENOISER_NAMES, load_architecture
+from edadm_cli.models.folder import INDEX_NAME, read_folder
+from edadm_cli.models.from_folder import load_folder
 from edadm_cli.models.hub import download, looks_like_hub_id
 from edadm_cli.models.quiet import quiet_libraries
+from edadm_cli.models.random_models import WEIGHTS_VERSION, build_random_pipeline
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.sampling import call_default, takes_guidance
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-_LONGEST_REASON = 400  # characters of another library's error
-DENOISER_NAMES = ("unet", "transformer")
 
 
 @dataclass
@@ -35,14 +34,14 @@ class LoadedModel:
         entry: Its own defaults.
         pipeline: The diffusers pipeline, in eval mode on its device, without progress bars or safety checker.
         denoiser_name: Component that is quantized: `unet` or `transformer`.
-        folder: Where its files lie.
+        folder: Where its files lie; `None` for one that was built or converted in memory.
     """
 
     ref: ModelRef
     entry: ModelEntry
     pipeline: DiffusionPipeline
     denoiser_name: str
-    folder: Path
+    folder: Path | None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -94,23 +93,54 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: Mode
     """
     entry = entry or known_models().get(model)
     with quiet_libraries():
-        path, revision = _locate(model, entry)
-        folder = read_folder(path)
         try:
-            pipeline = _load_pipeline(folder, dtype, entry).to(device)
+            source = _open(model, entry, dtype)
+            pipeline = _configured(source.pipeline, entry).to(device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise MachineError(f"{model} does not fit into the memory of {device}.") from error
     denoiser_name = next((name for name in DENOISER_NAMES if _is_module(pipeline, name)), None)
     if denoiser_name is None:
-        raise InputError(f"{path} has neither a 'unet' nor a 'transformer', so there is no denoiser to quantize.")
+        raise InputError(f"{model} has neither a 'unet' nor a 'transformer', so there is no denoiser to quantize.")
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
-    identifier = entry.name if entry and model == entry.name else _identifier(model, path)
-    ref = ModelRef(id=identifier, revision=revision, fingerprint=folder.fingerprint())
+    identifier = entry.name if entry and model == entry.name else _identifier(model)
+    ref = ModelRef(id=identifier, revision=source.revision, fingerprint=source.fingerprint)
     entry = entry or _entry_of(identifier, pipeline, denoiser_name)
-    return LoadedModel(ref, entry, pipeline, denoiser_name, path)
+    return LoadedModel(ref, entry, pipeline, denoiser_name, source.folder)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A pipeline as its source gives it."""
+
+    pipeline: DiffusionPipeline
+    fingerprint: str
+    revision: str | None = None
+    folder: Path | None = None
+
+
+def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> _Source:
+    if entry is not None and entry.name == model and entry.source == "random":
+        architecture = load_architecture(entry.location)
+        fingerprint = architecture.fingerprint(entry.weights_seed, WEIGHTS_VERSION)
+        return _Source(build_random_pipeline(architecture, entry.weights_seed, dtype), fingerprint)
+    path, revision = _locate(model, entry)
+    folder = read_folder(path)
+    return _Source(load_folder(folder, dtype), folder.fingerprint(), revision, path)
+
+
+def _configured(pipeline: DiffusionPipeline, entry: ModelEntry | None) -> DiffusionPipeline:
+    """The pipeline with the class and the scheduler that its entry wants."""
+    import diffusers
+
+    if entry is not None and entry.pipeline_class is not None:
+        pipeline = getattr(diffusers, entry.pipeline_class)(**pipeline.components)
+    if entry is not None and entry.scheduler_class is not None:
+        scheduler = getattr(diffusers, entry.scheduler_class)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **entry.scheduler_config)
+    return pipeline
 
 
 def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
@@ -136,66 +166,9 @@ def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
     )
 
 
-def _identifier(model: str, path: Path) -> str:
-    return str(path) if os.path.isdir(Path(model).expanduser()) else model
-
-
-def _load_pipeline(folder: PipelineFolder, dtype: torch.dtype, entry: ModelEntry | None) -> DiffusionPipeline:
-    """Build the pipeline from its parts; diffusers' own loader also looks for code beside a model."""
-    import diffusers
-
-    parts = {component.name: _load_component(component, dtype) for component in folder.components}
-    try:
-        pipeline = folder.pipeline_class(**folder.options, **parts)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{folder.path} has no working {folder.pipeline_class.__name__}: {_first_sentence(error)}"
-        ) from error
-    if entry is not None and entry.pipeline_class is not None:
-        pipeline = getattr(diffusers, entry.pipeline_class)(**parts)
-    if entry is not None and entry.scheduler_class is not None:
-        scheduler = getattr(diffusers, entry.scheduler_class)
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **entry.scheduler_config)
-    return pipeline
-
-
-def _load_component(component: Component, dtype: torch.dtype) -> Any:
-    if component.is_module:
-        return _load_module(component, dtype)
-    loader: Any = component.cls
-    try:
-        return loader.from_pretrained(component.folder, local_files_only=True)
-    except Exception as error:
-        raise InputError(
-            f"{component.folder} cannot be loaded as {component.cls.__name__}: {_first_sentence(error)}"
-        ) from error
-
-
-def _load_module(component: Component, dtype: torch.dtype) -> nn.Module:
-    from transformers import PreTrainedModel
-
-    where = component.weights[0] if len(component.weights) == 1 else component.folder
-    loader: Any = component.cls
-    try:
-        module, info = loader.from_pretrained(
-            component.folder,
-            use_safetensors=True,
-            variant=component.variant,
-            local_files_only=True,
-            output_loading_info=True,
-            **{"dtype" if issubclass(component.cls, PreTrainedModel) else "torch_dtype": dtype},
-        )
-    except (EdadmError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        raise InputError(f"{where} cannot be loaded as {component.cls.__name__}: {_first_sentence(error)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(f"{where} lacks the tensor '{missing[0]}', which {component.cls.__name__} needs.")
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{where}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
-    return module
+def _identifier(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
 
 
 def _entry_of(identifier: str, pipeline: DiffusionPipeline, denoiser_name: str) -> ModelEntry:
@@ -219,9 +192,3 @@ def _entry_of(identifier: str, pipeline: DiffusionPipeline, denoiser_name: str) 
 
 def _is_module(pipeline: DiffusionPipeline, name: str) -> bool:
     return isinstance(getattr(pipeline, name, None), nn.Module)
-
-
-def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    sentence = re.split(r"\.\s+(?=[A-Z])", text, maxsplit=1)[0][:_LONGEST_REASON]
-    return sentence if sentence.endswith(".") else f"{sentence}."

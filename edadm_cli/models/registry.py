@@ -6,10 +6,14 @@ References:
 
 from __future__ import annotations
 
+import tomllib
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+REGISTRY = Path(__file__).with_name("registry.toml")
 
 
 class _Frozen(BaseModel):
@@ -32,9 +36,11 @@ class ModelEntry(_Frozen):
 
     name: str
     description: str = ""
-    source: Literal["shipped", "hub", "folder"]
-    location: str = Field(description="name of a shipped model, hub id, or folder")
+    source: Literal["shipped", "hub", "folder", "random"]
+    location: str = Field(description="name of a shipped model, hub id, folder, or name of an architecture")
     revision: str | None = Field(None, description="hub revision; null: the newest")
+    architecture: str | None = Field(None, description="shipped architecture, to build it without its weights")
+    weights_seed: int = Field(0, description="seed of random weights")
     denoiser: str = Field(description="class of the denoiser")
     sampler: str = Field(description="what samples, for people to read")
     pipeline_class: str | None = Field(None, description="pipeline to use instead of the model's own")
@@ -57,92 +63,19 @@ class ModelEntry(_Frozen):
 @cache
 def known_models() -> dict[str, ModelEntry]:
     """Every model with a name of its own, by name, in the order in which they are listed."""
-    entries = (_DIGITS_SD, _DIGITS_DDPM, _DDPM_CIFAR10, _stable_diffusion("1.4"), _stable_diffusion("1.5"))
-    return {entry.name: entry for entry in entries}
+    with REGISTRY.open("rb") as file:
+        rows = tomllib.load(file)
+    entries = {name: ModelEntry(name=name, **row) for name, row in rows.items()}
+    randoms = [_with_random_weights(entry) for entry in entries.values() if entry.architecture is not None]
+    return entries | {entry.name: entry for entry in randoms}
 
 
-_DIGITS_SD = ModelEntry(
-    name="digits-sd",
-    description="Stable Diffusion in small: handwritten digits from a prompt, 32x32, shipped here",
-    source="shipped",
-    location="digits-sd",
-    denoiser="UNet2DConditionModel",
-    sampler="PNDM, 20 steps",
-    num_steps=20,
-    guidance_scale=2.0,
-    num_trajectories=256,
-    batch_size=64,
-    feature_batch=64,
-    prompts="digits",
-    features="digits",
-    image_size=32,
-)
-
-_DIGITS_DDPM = ModelEntry(
-    name="digits-ddpm",
-    description="handwritten digits in pixel space, unconditional, 16x16, shipped here",
-    source="shipped",
-    location="digits-ddpm",
-    denoiser="UNet2DModel",
-    sampler="DDIM, 20 steps, eta 0",
-    num_steps=20,
-    num_trajectories=256,
-    batch_size=64,
-    feature_batch=64,
-    features="digits",
-    image_size=16,
-)
-
-_DDPM_CIFAR10 = ModelEntry(
-    name="ddpm-cifar10",
-    description="DDIM on CIFAR-10, unconditional, 32x32: the paper's first system",
-    source="hub",
-    location="google/ddpm-cifar10-32",
-    denoiser="UNet2DModel",
-    sampler="DDIM, 100 steps, eta 0, uniform spacing (the paper's is quadratic)",
-    pipeline_class="DDIMPipeline",
-    scheduler_class="DDIMScheduler",
-    scheduler_config={"set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading"},
-    num_steps=100,
-    num_trajectories=1024,
-    batch_size=64,
-    feature_batch=256,
-    variety_weight=1.2,
-    density_radius=3.0,
-    image_size=32,
-    paper=PaperSettings(
-        iterations=5000,
-        batch_size=32,
-        layer_loss_weight=0.8,
-        learning_rates={"w4a8": (5e-1, 5e-4), "w8a8": (5e-2, 1e-3)},
-    ),
-)
-
-
-def _stable_diffusion(version: str) -> ModelEntry:
-    location = {
-        "1.4": "CompVis/stable-diffusion-v1-4",
-        "1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    }[version]
-    return ModelEntry(
-        name="sd" + version.replace(".", ""),
-        description=f"Stable Diffusion {version}, 512x512, from a prompt: the paper's fifth system",
-        source="hub",
-        location=location,
-        denoiser="UNet2DConditionModel",
-        sampler="PNDM (PLMS), 50 steps",
-        num_steps=50,
-        guidance_scale=7.5,
-        num_trajectories=256,
-        batch_size=4,
-        feature_batch=8,
-        variety_weight=5.0,
-        density_radius=0.3,
-        image_size=512,
-        paper=PaperSettings(
-            iterations=1000,
-            batch_size=2,
-            layer_loss_weight=0.8,
-            learning_rates={"w4a8": (3e-2, 1e-4), "w8a8": (5e-4, 1e-4)},
-        ),
-    )
+def _with_random_weights(entry: ModelEntry) -> ModelEntry:
+    change = {
+        "name": f"{entry.name}-random",
+        "description": f"the architecture of {entry.name} with seeded random weights, built offline",
+        "source": "random",
+        "location": entry.architecture,
+        "revision": None,
+    }
+    return entry.model_copy(update=change)

@@ -248,5 +248,6 @@ def test_every_known_model_is_complete() -> None:
         assert entry.description
         assert entry.sampler
         assert (entry.source == "shipped") == name.startswith("digits-")
+        assert (entry.source == "random") == name.endswith("-random")
     with pytest.raises(EdadmError):
         load_model("digits", CPU, torch.float32)

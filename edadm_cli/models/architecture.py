@@ -1,0 +1,57 @@
+"""Architectures of the known models as data: each component's class and configuration, without weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FOLDER = Path(__file__).parent / "architectures"
+DENOISER_NAMES = ("unet", "transformer")
+
+
+class Architecture(BaseModel):
+    """A pipeline without its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pipeline: str = Field(description="class of diffusers")
+    options: dict[str, Any] = Field(default_factory=dict, description="constructor arguments that are no components")
+    components: dict[str, tuple[str, dict[str, Any]]] = Field(
+        description="name -> class with its module, and the configuration it is built from"
+    )
+
+    @property
+    def denoiser_name(self) -> str:
+        """The component that is quantized."""
+        return next(name for name in DENOISER_NAMES if name in self.components)
+
+    def component_class(self, name: str) -> Any:
+        """The class of a component."""
+        module, _, cls = self.components[name][0].rpartition(".")
+        return getattr(importlib.import_module(module), cls)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The configuration of a component."""
+        return dict(self.components[name][1])
+
+    def fingerprint(self, seed: int, version: int) -> str:
+        """Hash of the architecture, a seed of weights, and the version of the rule that draws them."""
+        content = {"architecture": self.model_dump(mode="json"), "seed": seed, "weights": version}
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def load_architecture(name: str) -> Architecture:
+    """Read a shipped architecture, such as `sd15`."""
+    return Architecture.model_validate_json((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def known_architectures() -> list[str]:
+    """Names of the shipped architectures."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
