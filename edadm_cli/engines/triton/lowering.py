@@ -1,0 +1,130 @@
+"""From a denoiser's layers to products: what runs in integers, what does not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.engines.base import FLOAT, LayerExecution, LayerKind
+from edadm_cli.engines.triton.products import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
+from edadm_cli.engines.triton.quantizer import Quantizer
+from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.operation import Operation
+
+Padding = tuple[int, int, int, int]
+
+
+def refusal(layer: QuantizedLayer) -> str | None:
+    """Why the kernels cannot run a layer, as half a sentence; `None` when they can."""
+    operation = layer.operation
+    if layer.plan.input_grid is None:
+        return "its input stays in floating point"
+    if operation.kind == "linear":
+        return None
+    if operation.groups != 1:
+        return f"the kernels have no convolution in {operation.groups} groups"
+    if operation.dilation != (1, 1):
+        return f"the kernels have no convolution with dilation {operation.dilation}"
+    if operation.stride[0] != operation.stride[1]:
+        return f"the kernels have no convolution with strides {operation.stride}"
+    return None
+
+
+@dataclass
+class Lowering:
+    """Makes products of layers and notes how each runs.
+
+    Attributes:
+        device: Of the products.
+        dtype: Of everything that is not integer.
+        pack_weights: Multiply weights of at most four bits packed, instead of unpacking them once.
+        kept: Layers to keep in floating point although the kernels could run them: name to reason.
+        executions: How each layer runs, by name, filled in along the way.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    pack_weights: bool = False
+    kept: Mapping[str, str] = field(default_factory=dict)
+    executions: dict[str, LayerExecution] = field(default_factory=dict)
+
+    def product(self, name: str, layer: nn.Module, padding: Padding | None = None) -> Product:
+        """The product of an `nn.Linear`, `nn.Conv2d`, `QuantizedLayer` or `SplitLayer`.
+
+        Args:
+            name: Dotted name in the denoiser.
+            layer: What to run.
+            padding: Top, bottom, left, right, in place of a convolution's own.
+        """
+        if isinstance(layer, SplitLayer):
+            parts = [self.product(f"{name}.part{index}", part) for index, part in enumerate(layer.parts)]
+            product: Product = SplitProduct(parts, layer.sizes, layer.channel_dim)
+        elif isinstance(layer, QuantizedLayer):
+            product = self._quantized(name, layer, padding)
+        else:
+            product = self._float(name, layer)
+        product.label = name
+        return product
+
+    def can_pack(self, layer: QuantizedLayer) -> bool:
+        """Whether a layer's weights stay packed."""
+        return self.pack_weights and layer.plan.weight_bits <= 4
+
+    def codes(self, layer: QuantizedLayer) -> Tensor:
+        """A layer's weight codes, int8, on the device."""
+        return layer.weight_int.detach().to(self.device)
+
+    def attention(self, name: str, activation_bits: int | None) -> None:
+        """Note how the products of an attention module run."""
+        planned = FLOAT if activation_bits is None else f"a{activation_bits}"
+        reason = None if activation_bits is None else "the products run on operands rounded to their codes"
+        self._note(name, "attention", planned, self._float_name, reason)
+
+    @property
+    def _float_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def _note(self, name: str, kind: LayerKind, planned: str, precision: str, reason: str | None = None) -> None:
+        self.executions[name] = LayerExecution(name, kind, planned, precision, reason)
+
+    def _quantized(self, name: str, layer: QuantizedLayer, padding: Padding | None) -> Product:
+        operation, bits = layer.operation, layer.plan.activation_bits
+        planned = FLOAT if bits is None else f"w{layer.plan.weight_bits}a{bits}"
+        refused, kept = refusal(layer), self.kept.get(name)
+        if refused is not None or kept is not None:
+            self._note(name, operation.kind, planned, self._float_name, refused or kept)
+            weight = layer.weight_int.float() * layer.weight_scale.reshape(-1, *[1] * (len(layer.weight_shape) - 1))
+            rounded_to = layer if refused is not None else None
+            return FloatProduct(operation, weight.to(self.device), self._bias(layer), self.dtype, rounded_to)
+        self._note(name, operation.kind, planned, "int8")
+        return self._integer(layer, padding)
+
+    def _integer(self, layer: QuantizedLayer, padding: Padding | None) -> Product:
+        operation = layer.operation
+        quantizer, scale = Quantizer.of(layer, self.device), layer.weight_scale.detach().to(self.device)
+        codes, bias, packs = self.codes(layer), self._bias(layer), self.can_pack(layer)
+        if operation.kind == "linear" or _is_pointwise(operation, layer.weight_shape):
+            is_convolution = operation.kind == "conv2d"
+            return IntegerLinear(
+                codes.flatten(1), scale, bias, quantizer, self.dtype, is_convolution, packs
+            )
+        down, right = operation.padding
+        around = padding or (down, down, right, right)
+        return IntegerConv2d(codes, scale, bias, quantizer, self.dtype, operation.stride[0], around, packs)
+
+    def _float(self, name: str, layer: nn.Module) -> FloatProduct:
+        operation = Operation.of(layer)
+        assert isinstance(layer.weight, Tensor)
+        self._note(name, operation.kind, FLOAT, self._float_name)
+        bias = layer.bias.detach().to(self.device) if isinstance(layer.bias, Tensor) else None
+        return FloatProduct(operation, layer.weight.detach().to(self.device), bias, self.dtype)
+
+    def _bias(self, layer: QuantizedLayer) -> Tensor | None:
+        return None if layer.bias is None else layer.bias.detach().to(self.device)
+
+
+def _is_pointwise(operation: Operation, shape: tuple[int, ...]) -> bool:
+    return shape[2:] == (1, 1) and operation.stride == (1, 1) and operation.padding == (0, 0)

@@ -1,0 +1,40 @@
+"""The grid of one tensor of activations, as the kernels want it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edadm_cli.quant.layers import QuantizedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Quantizer:
+    """Scale, zero-point and width of a layer's input.
+
+    Attributes:
+        scale: float32, one element, on the device.
+        zero_point: int32, one element, convention of the unsigned code.
+        num_bits: Of the codes.
+        key: Equal for quantizers that give equal codes.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    num_bits: int
+    key: tuple[float, int, int]
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer, device: torch.device) -> Quantizer:
+        """The quantizer of a layer whose input is quantized."""
+        bits = layer.plan.activation_bits
+        assert bits is not None
+        key = (float(layer.input_scale), int(layer.input_zero_point), bits)
+        return cls(
+            layer.input_scale.detach().reshape(1).to(device, torch.float32),
+            layer.input_zero_point.detach().reshape(1).to(device, torch.int32),
+            bits,
+            key,
+        )
