@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from edadm_cli.engines.base import LayerExecution
+from edadm_cli.engines.listing import list_layers
 from edadm_cli.engines.triton.attention import FusedAttention
 from edadm_cli.engines.triton.lowering import Lowering
-from edadm_cli.engines.triton.products import FloatProduct, IntegerConv2d, IntegerLinear, Product
+from edadm_cli.engines.triton.products import IntegerConv2d, IntegerLinear
 from edadm_cli.engines.triton.residual import (
     FusedDownsample,
     FusedOutput,
@@ -33,6 +34,7 @@ from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 from edadm_cli.quant.network import set_module
 
 _LAYERS = (nn.Linear, nn.Conv2d, QuantizedLayer, SplitLayer)
+_ATTENTION_IS_FLOAT = "operands on the integer grids, products in floating point"
 _PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "QuantizedAttention")
 
 
@@ -60,7 +62,6 @@ class Assembly:
         """A copy of `denoiser` that runs on the kernels, and how each of its layers runs."""
         shared: dict[int, Any] = {id(m): m for m in denoiser.modules() if isinstance(m, QuantizedLayer)}
         model = copy.deepcopy(denoiser, shared)  # the copy's quantized layers are the originals, all exchanged below
-        order = [name for name, _ in model.named_modules()]
         self.state.prompt.is_active = _passes_prompt_on(model)
         self._output(model)
         self._walk("", model)
@@ -71,8 +72,13 @@ class Assembly:
         anchor = torch.empty(0, dtype=self.lowering.dtype, device=self.lowering.device)
         model.register_parameter("rest", nn.Parameter(anchor, requires_grad=False))
         self.state.time.freeze()
-        found = self.lowering.executions
-        return model.eval().requires_grad_(False), tuple(found[name] for name in order if name in found)
+        layers = list_layers(denoiser, self.lowering.dtype, self._decision)
+        return model.eval().requires_grad_(False), layers
+
+    def _decision(self, name: str, layer: nn.Module) -> tuple[str, str | None]:
+        if isinstance(layer, QuantizedAttention):
+            return self.lowering.float_name, _ATTENTION_IS_FLOAT
+        return self.lowering.decisions[name]
 
     def _walk(self, name: str, module: nn.Module) -> None:
         for child_name, child in list(module.named_children()):
@@ -90,10 +96,8 @@ class Assembly:
         return None if build is None else build(name, module)
 
     def _layer(self, name: str, layer: nn.Module) -> nn.Module:
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            self.lowering.product(name, layer)  # noted; the layer itself stays, since others may read its attributes
-            return layer
-        return self.lowering.product(name, layer)
+        # a layer in floating point stays as it is: others may read its attributes
+        return layer if isinstance(layer, nn.Linear | nn.Conv2d) else self.lowering.product(name, layer)
 
     def _residual_block(self, name: str, block: Any) -> nn.Module | None:
         resamples = block.upsample is not None or block.downsample is not None
@@ -149,9 +153,6 @@ class Assembly:
             return None
         names = ("to_q", "to_k", "to_v", "to_out.0")
         q, k, v, out = (self.lowering.product(f"{name}.{n}", layer) for n, layer in zip(names, own, strict=True))
-        processor = attention.processor
-        quantized = processor.plan.activation_bits if isinstance(processor, QuantizedAttention) else None
-        self.lowering.attention(name, quantized)
         prompt = self.state.prompt if attention.is_cross_attention else None
         fused = FusedAttention(attention, (q, k, v, out), prompt)
         if attention.group_norm is not None:
@@ -160,8 +161,10 @@ class Assembly:
 
     def _feed_forward(self, name: str, module: Any) -> FusedFeedForward | None:
         activation = _activation(module.net[0])
-        own = (getattr(module.net[0], "proj", None), module.net[2])
-        if activation is None or not all(isinstance(layer, nn.Linear | QuantizedLayer) for layer in own):
+        if activation is None:
+            return None
+        own: tuple[Any, Any] = (module.net[0].proj, module.net[2])
+        if not all(isinstance(layer, nn.Linear | QuantizedLayer) for layer in own):
             return None
         project = self.lowering.product(f"{name}.net.0.proj", own[0])
         out = self.lowering.product(f"{name}.net.2", own[1])
@@ -193,7 +196,8 @@ class Assembly:
         if any(isinstance(layer, SplitLayer) for layer in layers):
             return None
         proj_in, proj_out = (
-            self.lowering.product(f"{name}.{n}", layer) for n, layer in zip(("proj_in", "proj_out"), layers, strict=True)
+            self.lowering.product(f"{name}.{n}", layer)
+            for n, layer in zip(("proj_in", "proj_out"), layers, strict=True)
         )
         return FusedTransformer2D(model, (proj_in, proj_out), self.lowering.dtype)
 

@@ -129,9 +129,8 @@ class FusedAttention(nn.Module):
         return self.to_out.product(self.to_out.prepare(attended), residual)
 
     def _product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            *(self._split(x) for x in (q, k, v)), attn_mask=_broadcast(mask), scale=self.scale
-        )
+        heads = [self._split(x) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=_broadcast(mask), scale=self.scale)
         return out.transpose(1, 2).reshape(q.shape)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -156,8 +155,9 @@ class _Operands(nn.Module):
             touch(name, x.unflatten(-1, (heads, -1)).transpose(1, 2)) for name, x in (("q", q), ("k", k), ("v", v))
         )
         scores = torch.matmul(q, k.transpose(-1, -2)) * scale
-        if mask is not None:
-            scores = scores + _broadcast(mask)
+        bias = _broadcast(mask)
+        if bias is not None:
+            scores = scores + bias
         p = touch("p", scores.float().softmax(dim=-1).to(q.dtype))
         out: Tensor = torch.matmul(p, v)
         return out.transpose(1, 2).flatten(2)

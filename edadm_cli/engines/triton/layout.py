@@ -11,6 +11,13 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def quantizable(x: Tensor) -> Tensor:
+    """`x` in an order that the quantizing kernel reads as it stands; some channels of a channels-last image are."""
+    if x.ndim != 4:
+        return x.contiguous()
+    return x if x.stride(1) == 1 else channels_last(x)
+
+
 def rows_of(image: Tensor) -> Tensor:
     """`[N, C, H, W]` channels last as `[N * H * W, C]`."""
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.engines.base import FLOAT, LayerExecution, LayerKind
 from edadm_cli.engines.triton.products import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
 from edadm_cli.engines.triton.quantizer import Quantizer
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
@@ -42,14 +41,14 @@ class Lowering:
         dtype: Of everything that is not integer.
         pack_weights: Multiply weights of at most four bits packed, instead of unpacking them once.
         kept: Layers to keep in floating point although the kernels could run them: name to reason.
-        executions: How each layer runs, by name, filled in along the way.
+        decisions: How each planned layer runs: name to precision, and to the reason where it is no integer one.
     """
 
     device: torch.device
     dtype: torch.dtype
     pack_weights: bool = False
     kept: Mapping[str, str] = field(default_factory=dict)
-    executions: dict[str, LayerExecution] = field(default_factory=dict)
+    decisions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
     def product(self, name: str, layer: nn.Module, padding: Padding | None = None) -> Product:
         """The product of an `nn.Linear`, `nn.Conv2d`, `QuantizedLayer` or `SplitLayer`.
@@ -65,7 +64,7 @@ class Lowering:
         elif isinstance(layer, QuantizedLayer):
             product = self._quantized(name, layer, padding)
         else:
-            product = self._float(name, layer)
+            product = self._float(layer)
         product.label = name
         return product
 
@@ -77,29 +76,20 @@ class Lowering:
         """A layer's weight codes, int8, on the device."""
         return layer.weight_int.detach().to(self.device)
 
-    def attention(self, name: str, activation_bits: int | None) -> None:
-        """Note how the products of an attention module run."""
-        planned = FLOAT if activation_bits is None else f"a{activation_bits}"
-        reason = None if activation_bits is None else "the products run on operands rounded to their codes"
-        self._note(name, "attention", planned, self._float_name, reason)
-
     @property
-    def _float_name(self) -> str:
+    def float_name(self) -> str:
+        """Name of the floating-point type."""
         return str(self.dtype).removeprefix("torch.")
 
-    def _note(self, name: str, kind: LayerKind, planned: str, precision: str, reason: str | None = None) -> None:
-        self.executions[name] = LayerExecution(name, kind, planned, precision, reason)
-
     def _quantized(self, name: str, layer: QuantizedLayer, padding: Padding | None) -> Product:
-        operation, bits = layer.operation, layer.plan.activation_bits
-        planned = FLOAT if bits is None else f"w{layer.plan.weight_bits}a{bits}"
+        operation = layer.operation
         refused, kept = refusal(layer), self.kept.get(name)
         if refused is not None or kept is not None:
-            self._note(name, operation.kind, planned, self._float_name, refused or kept)
+            self.decisions[name] = (self.float_name, refused or kept)
             weight = layer.weight_int.float() * layer.weight_scale.reshape(-1, *[1] * (len(layer.weight_shape) - 1))
             rounded_to = layer if refused is not None else None
             return FloatProduct(operation, weight.to(self.device), self._bias(layer), self.dtype, rounded_to)
-        self._note(name, operation.kind, planned, "int8")
+        self.decisions[name] = ("int8", None)
         return self._integer(layer, padding)
 
     def _integer(self, layer: QuantizedLayer, padding: Padding | None) -> Product:
@@ -108,17 +98,14 @@ class Lowering:
         codes, bias, packs = self.codes(layer), self._bias(layer), self.can_pack(layer)
         if operation.kind == "linear" or _is_pointwise(operation, layer.weight_shape):
             is_convolution = operation.kind == "conv2d"
-            return IntegerLinear(
-                codes.flatten(1), scale, bias, quantizer, self.dtype, is_convolution, packs
-            )
+            return IntegerLinear(codes.flatten(1), scale, bias, quantizer, self.dtype, is_convolution, packs)
         down, right = operation.padding
         around = padding or (down, down, right, right)
         return IntegerConv2d(codes, scale, bias, quantizer, self.dtype, operation.stride[0], around, packs)
 
-    def _float(self, name: str, layer: nn.Module) -> FloatProduct:
+    def _float(self, layer: nn.Module) -> FloatProduct:
         operation = Operation.of(layer)
         assert isinstance(layer.weight, Tensor)
-        self._note(name, operation.kind, FLOAT, self._float_name)
         bias = layer.bias.detach().to(self.device) if isinstance(layer.bias, Tensor) else None
         return FloatProduct(operation, layer.weight.detach().to(self.device), bias, self.dtype)
 

@@ -1,7 +1,7 @@
 r"""Layers taken apart: what prepares an input (quantizes it), and the product with its fused epilogue.
 
-A block that knows the layer before or after a product calls the two halves on its own: a normalization hands over codes,
-and a sum with the hidden state happens in the epilogue. Called as a module, a layer does both.
+A block that knows the layer before or after a product calls the two halves on its own: a normalization hands over
+codes, and a sum with the hidden state happens in the epilogue. Called as a module, a layer does both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from edadm_kernels import pack
 from torch import Tensor, nn
 
-from edadm_cli.engines.triton.layout import channels_last, image_of, rows_of
+from edadm_cli.engines.triton.layout import channels_last, image_of, quantizable, rows_of
 from edadm_cli.engines.triton.quantizer import Quantizer
 from edadm_cli.quant.grid import fake_quantize
 from edadm_cli.quant.layers import QuantizedLayer
@@ -21,7 +21,7 @@ from edadm_cli.quant.operation import Operation
 class Product(nn.Module):
     """A convolution or linear layer: `forward(x)` is `product(prepare(x))`.
 
-    Inputs and outputs are `[..., C]` for a linear layer and `[N, C, H, W]` with channels-last strides for a convolution.
+    Inputs and outputs are `[..., C]` for a linear layer and `[N, C, H, W]`, channels last, for a convolution.
     """
 
     quantizer: Quantizer | None = None
@@ -34,7 +34,7 @@ class Product(nn.Module):
         raise NotImplementedError
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
-        """Multiply; then add the bias, `sample_bias` `[N, C_out]` (convolutions), and `residual`, shaped as the output."""
+        """Multiply; then add the bias, `sample_bias` `[N, C_out]` (convolutions), and `residual`, of output's shape."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class IntegerLinear(Product):
 
     def prepare(self, x: Tensor) -> Tensor:
         """Codes of `x`, in its shape."""
-        return kernels.quantize(x, self.quantizer.scale, self.quantizer.zero_point, self.quantizer.num_bits)
+        return self.quantizer(quantizable(x))
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """See `Product`; one GEMM."""
@@ -138,9 +138,7 @@ class IntegerConv2d(Product):
 
     def prepare(self, x: Tensor) -> Tensor:
         """Codes of `x`, channels last."""
-        return kernels.quantize(
-            channels_last(x), self.quantizer.scale, self.quantizer.zero_point, self.quantizer.num_bits
-        )
+        return self.quantizer(quantizable(x))
 
     def product(
         self,
@@ -220,7 +218,7 @@ class SplitProduct(Product):
 
     def prepare(self, x: Tensor) -> Tensor:
         """`x` itself: each part quantizes its own range."""
-        return x
+        return channels_last(x) if x.ndim == 4 else x
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """See `Product`."""

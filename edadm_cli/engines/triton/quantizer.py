@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import edadm_kernels as kernels
 import torch
 from torch import Tensor
 
@@ -25,6 +26,10 @@ class Quantizer:
     zero_point: Tensor
     num_bits: int
     key: tuple[float, int, int]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Codes of `x`, int8."""
+        return kernels.quantize(x, self.scale, self.zero_point, self.num_bits)
 
     @classmethod
     def of(cls, layer: QuantizedLayer, device: torch.device) -> Quantizer:

@@ -92,8 +92,8 @@ class TimeProjections:
 class PromptCache:
     """Keys and values of cross-attention, computed once a prompt.
 
-    They are kept in buffers of a fixed address for each shape of the prompt's states, so that a captured step reads what
-    the last prompt left there.
+    They are kept in buffers of a fixed address for each shape of the prompt's states, so that a captured step reads
+    what the last prompt left there.
     """
 
     def __init__(self) -> None:
