@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 SOURCES := edadm_cli kernels tests docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint type format docs study clean
+.PHONY: help demo test lint type format docs kernels study clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
-	@echo 'make lint | type | format | docs | study | clean'
+	@echo 'make lint | type | format | docs | kernels | study | clean'
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("edadm needs Python 3.11 or newer; say which with PYTHON=") \
@@ -49,6 +49,11 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/cli_reference.py --check
+
+# Every kernel compiled for the architectures given, its machine code judged; no GPU needed.
+ARCH ?= 80 86 89 90
+kernels: $(VENV)/.installed
+	$(BIN)/python -m edadm_kernels.codegen --arch $(ARCH)
 
 # Every recipe, bit width and seed on both shipped models: hours on a CPU, goes on after a kill.
 study: $(VENV)/.installed

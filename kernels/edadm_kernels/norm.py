@@ -13,6 +13,8 @@ from edadm_kernels.norm_plans import GroupPlan, group_plan, layer_plan, next_pow
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
 
+_OPTIONS = {"enable_fp_fusion": True}  # nothing here is compared bit for bit; said aloud as Triton's default changes
+
 
 @torch.library.custom_op("edadm::group_norm_quantize", mutates_args=())
 def _group_norm_quantize(
@@ -28,9 +30,7 @@ def _group_norm_quantize(
 ) -> list[Tensor]:
     codes = _prepare_group(x, weight, bias, num_groups, scales, zero_points, num_bits)
     if not uses_triton(x):
-        computed = reference.group_norm_quantize(
-            x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits
-        )
+        computed = reference.group_norm_quantize(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits)
         for target, value in zip(codes, computed, strict=True):
             target.copy_(value)
     elif x.numel():
@@ -122,6 +122,7 @@ def _layer_norm_quantize(
             QUANTIZERS=len(codes),
             **plan.constexprs(),
             num_warps=plan.num_warps,
+            **_OPTIONS,
         )
     return codes
 
@@ -183,18 +184,18 @@ def _launch_group(
     if plan.fused:
         group_fused[(plan.group_blocks, samples)](
             x, weight, bias, scales, zero_points, *_three(codes), rows, channels, eps,
-            **ends, **plan.fused_constexprs(), num_warps=plan.fused_warps,
+            **ends, **plan.fused_constexprs(), num_warps=plan.fused_warps, **_OPTIONS,
         )  # fmt: skip
         return
     partials = torch.empty((samples, 2, plan.num_chunks, num_groups), dtype=torch.float32, device=x.device)
     group_partials[(plan.num_chunks, plan.group_blocks, samples)](
         x, partials, rows, channels, plan.num_chunks, plan.rows_per_chunk,
-        **plan.partial_constexprs(), num_warps=plan.num_warps,
+        **plan.partial_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
     )  # fmt: skip
     group_apply[(triton.cdiv(rows, plan.apply_rows), triton.cdiv(channels, plan.apply_channels), samples)](
         x, partials, weight, bias, scales, zero_points, *_three(codes), rows, channels,
         plan.num_chunks, plan.rows_per_chunk, eps,
-        **ends, **plan.apply_constexprs(), num_warps=plan.num_warps,
+        **ends, **plan.apply_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
     )  # fmt: skip
 
 
@@ -217,9 +218,7 @@ def _prepare_group(
     check_affine(weight, bias, x.shape[1])
     if num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(f"a number of groups that divides {x.shape[1]} channels is wanted, found {num_groups}")
-    return [
-        torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last) for _ in range(scales.numel())
-    ]
+    return [torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last) for _ in range(scales.numel())]
 
 
 def _prepare_layer(
@@ -267,7 +266,7 @@ def _group_variants(plan: GroupPlan, silu: bool) -> list[KernelVariant]:
     if plan.fused:
         name = f"group-fused-{next_power_of_two(plan.rows)}x{plan.block_channels}{tail}"
         constexprs = {**ends, **plan.fused_constexprs()}
-        return [aligned(name, group_fused, signature, constexprs, num_warps=plan.fused_warps)]
+        return [aligned(name, group_fused, signature, constexprs, num_warps=plan.fused_warps, options=_OPTIONS)]
     signature |= {"partials": "*fp32", "num_chunks": "i32", "rows_per_chunk": "i32"}
     unaligned = ("num_chunks",)
     return [
@@ -278,6 +277,7 @@ def _group_variants(plan: GroupPlan, silu: bool) -> list[KernelVariant]:
             plan.partial_constexprs(),
             unaligned=unaligned,
             num_warps=plan.num_warps,
+            options=_OPTIONS,
         ),
         aligned(
             f"group-apply{tail}",
@@ -286,6 +286,7 @@ def _group_variants(plan: GroupPlan, silu: bool) -> list[KernelVariant]:
             {**ends, **plan.apply_constexprs()},
             unaligned=unaligned,
             num_warps=plan.num_warps,
+            options=_OPTIONS,
         ),
     ]
 
@@ -300,4 +301,5 @@ def _layer_variant(channels: int, quantizers: int) -> KernelVariant:
         constexprs,
         unaligned=("rows",),
         num_warps=plan.num_warps,
+        options=_OPTIONS,
     )

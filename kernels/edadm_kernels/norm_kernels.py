@@ -15,32 +15,33 @@ from edadm_kernels.rounding import quantize_s8, reciprocal
 
 @triton.jit
 def _sum_groups(values, GROUP_CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Sums of `[BLOCK_CHANNELS]` over each group, `[BLOCK_GROUPS]`."""
+    """Sums of `[BLOCK_CHANNELS]` over each group, `[BLOCK_GROUPS]`; the block starts with a group."""
     group_of = tl.arange(0, BLOCK_CHANNELS) // GROUP_CHANNELS
     member = group_of[:, None] == tl.arange(0, BLOCK_GROUPS)[None, :]
     return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
 
 
 @triton.jit
-def _spread_groups(values, GROUP_CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Each channel's entry of `[BLOCK_GROUPS]`, `[BLOCK_CHANNELS]`."""
-    group_of = tl.arange(0, BLOCK_CHANNELS) // GROUP_CHANNELS
+def _spread_groups(values, group_of, BLOCK_GROUPS: tl.constexpr):
+    """The entry of `values` `[BLOCK_GROUPS]` that `group_of` `[BLOCK_CHANNELS]` names for each channel."""
     member = group_of[:, None] == tl.arange(0, BLOCK_GROUPS)[None, :]
     return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
 
 
 @triton.jit
 def _store_codes(
-    y, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX: tl.constexpr, QUANTIZERS: tl.constexpr
+    y, base, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX: tl.constexpr, QUANTIZERS: tl.constexpr
 ):
-    """Codes of `y`, once a quantizer."""
-    tl.store(out0 + offsets, quantize_s8(y, reciprocal(tl.load(scales)), tl.load(zero_points), QUANT_MAX), mask=mask)
+    """Codes of `y` at `base + offsets`, once a quantizer."""
+    tl.store(
+        out0 + base + offsets, quantize_s8(y, reciprocal(tl.load(scales)), tl.load(zero_points), QUANT_MAX), mask=mask
+    )
     if QUANTIZERS > 1:
         inverse = reciprocal(tl.load(scales + 1))
-        tl.store(out1 + offsets, quantize_s8(y, inverse, tl.load(zero_points + 1), QUANT_MAX), mask=mask)
+        tl.store(out1 + base + offsets, quantize_s8(y, inverse, tl.load(zero_points + 1), QUANT_MAX), mask=mask)
     if QUANTIZERS > 2:
         inverse = reciprocal(tl.load(scales + 2))
-        tl.store(out2 + offsets, quantize_s8(y, inverse, tl.load(zero_points + 2), QUANT_MAX), mask=mask)
+        tl.store(out2 + base + offsets, quantize_s8(y, inverse, tl.load(zero_points + 2), QUANT_MAX), mask=mask)
 
 
 @triton.jit
@@ -72,22 +73,23 @@ def group_fused(
     row = tl.arange(0, BLOCK_ROWS)
     mask = (row < rows)[:, None] & channel_mask[None, :]
     base = tl.program_id(1).to(tl.int64) * rows * channels
-    offsets = base + (row[:, None] * channels + channel[None, :])
-    value = tl.load(x + offsets, mask=mask, other=0).to(tl.float32)
+    offsets = row[:, None] * channels + channel[None, :]
+    value = tl.load(x + base + offsets, mask=mask, other=0).to(tl.float32)
 
+    group_of = column // GROUP_CHANNELS
     count = rows * GROUP_CHANNELS
     total = _sum_groups(tl.sum(value, axis=0), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
-    mean = _spread_groups(total / count, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
+    mean = _spread_groups(total / count, group_of, BLOCK_GROUPS)
     value = tl.where(mask, value - mean[None, :], 0.0)
     squares = _sum_groups(tl.sum(value * value, axis=0), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
-    deviation = _spread_groups(tl.rsqrt(squares / count + eps), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
+    deviation = _spread_groups(tl.rsqrt(squares / count + eps), group_of, BLOCK_GROUPS)
 
     gain = deviation * tl.load(weight + channel, mask=channel_mask, other=0).to(tl.float32)
     shift = tl.load(bias + channel, mask=channel_mask, other=0).to(tl.float32)
     y = value * gain[None, :] + shift[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
-    _store_codes(y, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+    _store_codes(y, base, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
 
 
 @triton.jit
@@ -133,10 +135,8 @@ def group_partials(
     inner = tl.maximum(tl.sum(squares, axis=0) - offset * offset * count, 0.0)
     channel_mean = pivot + offset
     mean = _sum_groups(channel_mean, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS) / GROUP_CHANNELS
-    between = channel_mean - _spread_groups(mean, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
-    deviations = _sum_groups(
-        inner + count * between * between, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS
-    )
+    between = channel_mean - _spread_groups(mean, column // GROUP_CHANNELS, BLOCK_GROUPS)
+    deviations = _sum_groups(inner + count * between * between, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
 
     num_groups = channels // GROUP_CHANNELS
     member = tl.arange(0, BLOCK_GROUPS)
@@ -168,6 +168,7 @@ def group_apply(
     SILU: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -177,27 +178,32 @@ def group_apply(
     channel_mask = channel < channels
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask = (row < rows)[:, None] & channel_mask[None, :]
-    offsets = sample * rows * channels + (row[:, None] * channels + channel[None, :])
-    value = tl.load(x + offsets, mask=mask, other=0)
+    base = sample * rows * channels
+    offsets = row[:, None] * channels + channel[None, :]
+    value = tl.load(x + base + offsets, mask=mask, other=0)
 
     num_groups = channels // GROUP_CHANNELS
+    first_group = tl.program_id(1) * BLOCK_CHANNELS // GROUP_CHANNELS
+    group = first_group + tl.arange(0, BLOCK_GROUPS)
     chunk = tl.arange(0, CHUNKS)
-    partial = partials + sample * 2 * num_chunks * num_groups
-    partial += chunk[:, None] * num_groups + (channel // GROUP_CHANNELS)[None, :]
-    partial_mask = (chunk < num_chunks)[:, None] & channel_mask[None, :]
+    partial = partials + sample * 2 * num_chunks * num_groups + chunk[:, None] * num_groups + group[None, :]
+    partial_mask = (chunk < num_chunks)[:, None] & (group < num_groups)[None, :]
     means = tl.load(partial, mask=partial_mask, other=0)
     deviations = tl.load(partial + num_chunks * num_groups, mask=partial_mask, other=0)
     share = tl.minimum(tl.maximum(rows - chunk * rows_per_chunk, 0), rows_per_chunk).to(tl.float32) / rows
-    mean = tl.sum(means * share[:, None], axis=0)
-    between = means - mean[None, :]
-    spread = tl.sum(deviations / rows + (share[:, None] * GROUP_CHANNELS) * between * between, axis=0)
+    group_mean = tl.sum(means * share[:, None], axis=0)
+    between = means - group_mean[None, :]
+    variance = tl.sum(deviations / (rows * GROUP_CHANNELS) + share[:, None] * between * between, axis=0)
 
-    gain = tl.rsqrt(spread / GROUP_CHANNELS + eps) * tl.load(weight + channel, mask=channel_mask, other=0).to(tl.float32)
+    group_of = channel // GROUP_CHANNELS - first_group
+    mean = _spread_groups(group_mean, group_of, BLOCK_GROUPS)
+    gain = _spread_groups(tl.rsqrt(variance + eps), group_of, BLOCK_GROUPS)
+    gain *= tl.load(weight + channel, mask=channel_mask, other=0).to(tl.float32)
     shift = tl.load(bias + channel, mask=channel_mask, other=0).to(tl.float32)
     y = (value.to(tl.float32) - mean[None, :]) * gain[None, :] + shift[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
-    _store_codes(y, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+    _store_codes(y, base, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
 
 
 @triton.jit
@@ -220,19 +226,21 @@ def layer_rows(
     BLOCK_ROWS: tl.constexpr,
 ):
     """Whole rows in registers, as a piece of `HEAD` columns and one of `TAIL` columns (none where it is 0)."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_mask = (row < rows)[:, None]
-    start = row.to(tl.int64)[:, None] * channels
+    first = tl.program_id(0) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    row_mask = (first + row < rows)[:, None]
+    base = first.to(tl.int64) * channels
+    start = row[:, None] * channels
 
     head_column = tl.arange(0, HEAD)
     head_offsets = start + head_column[None, :]
-    head = tl.load(x + head_offsets, mask=row_mask, other=0).to(tl.float32)
+    head = tl.load(x + base + head_offsets, mask=row_mask, other=0).to(tl.float32)
     total = tl.sum(head, axis=1)
     if TAIL > 0:
         tail_column = HEAD + tl.arange(0, TAIL)
         tail_mask = row_mask & (tail_column < channels)[None, :]
         tail_offsets = start + tail_column[None, :]
-        tail = tl.load(x + tail_offsets, mask=tail_mask, other=0).to(tl.float32)
+        tail = tl.load(x + base + tail_offsets, mask=tail_mask, other=0).to(tl.float32)
         total += tl.sum(tail, axis=1)
 
     mean = total / channels
@@ -246,9 +254,9 @@ def layer_rows(
     gain = tl.load(weight + head_column).to(tl.float32)[None, :]
     shift = tl.load(bias + head_column).to(tl.float32)[None, :]
     y = head * deviation * gain + shift
-    _store_codes(y, head_offsets, row_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+    _store_codes(y, base, head_offsets, row_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
     if TAIL > 0:
         gain = tl.load(weight + tail_column, mask=tail_column < channels, other=0).to(tl.float32)[None, :]
         shift = tl.load(bias + tail_column, mask=tail_column < channels, other=0).to(tl.float32)[None, :]
         y = tail * deviation * gain + shift
-        _store_codes(y, tail_offsets, tail_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+        _store_codes(y, base, tail_offsets, tail_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)

@@ -59,13 +59,14 @@ class GroupPlan:
 
     def partial_constexprs(self) -> dict[str, int]:
         """Compile-time arguments of `group_partials`."""
-        return {"BLOCK_ROWS": CHUNK_ROWS, **self._groups()}
+        return {"BLOCK_ROWS": min(CHUNK_ROWS, 8192 // self.block_channels), **self._groups()}
 
     def apply_constexprs(self) -> dict[str, int]:
         """Compile-time arguments of `group_apply`."""
         return {
             "GROUP_CHANNELS": self.group_channels,
             "CHUNKS": CHUNKS,
+            "BLOCK_GROUPS": next_power_of_two((self.apply_channels - 2) // self.group_channels + 2),
             "BLOCK_ROWS": self.apply_rows,
             "BLOCK_CHANNELS": self.apply_channels,
         }
@@ -100,7 +101,7 @@ def group_plan(rows: int, channels: int, num_groups: int) -> GroupPlan:
 
 
 def _aligned_groups(num_groups: int, group_channels: int, widest: int) -> int:
-    """Groups a block: 16-byte rows if it can be; then the fewest idle columns up to `widest`; then the smallest block."""
+    """Groups a block: 16-byte rows if it can be, then the fewest idle columns up to `widest`, then the fewest."""
     candidates = [g for g in range(1, num_groups + 1) if g * group_channels % VECTOR == 0] or [1]
     narrow = [g for g in candidates if next_power_of_two(g * group_channels) <= widest] or candidates[:1]
 
@@ -112,7 +113,7 @@ def _aligned_groups(num_groups: int, group_channels: int, widest: int) -> int:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How rows of `channels` are cut for LayerNorm: two power-of-two pieces, so that 5 * 2^k columns leave none idle."""
+    """How rows of `channels` are cut for LayerNorm: two powers of two, so that 5 * 2^k columns leave none idle."""
 
     channels: int
     head: int

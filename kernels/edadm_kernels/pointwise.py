@@ -4,45 +4,16 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from edadm_kernels.backend import uses_triton
 from edadm_kernels.checks import check_bits, check_floating, check_quantizers
+from edadm_kernels.pointwise_kernels import quantize_kernel
 from edadm_kernels.reference import norms as reference
-from edadm_kernels.rounding import quantize_s8, reciprocal
 from edadm_kernels.variants import KernelVariant, aligned
 
 BLOCK = 4096
 NUM_WARPS = 8
-
-
-@triton.jit
-def quantize_kernel(
-    x,
-    scale,
-    zero_point,
-    codes,
-    count,
-    columns,
-    row_stride,
-    QUANT_MAX: tl.constexpr,
-    SILU: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Codes of `count` elements; rows of `columns` elements lie `row_stride` apart unless the input is dense."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < count
-    if DENSE:
-        source = x + index
-    else:
-        source = x + (index // columns).to(tl.int64) * row_stride + index % columns
-    value = tl.load(source, mask=mask, other=0).to(tl.float32)
-    if SILU:
-        value = value * tl.sigmoid(value)
-    inverse_scale = reciprocal(tl.load(scale))
-    tl.store(codes + index, quantize_s8(value, inverse_scale, tl.load(zero_point), QUANT_MAX), mask=mask)
 
 
 @torch.library.custom_op("edadm::quantize", mutates_args=())

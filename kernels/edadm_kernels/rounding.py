@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# 1.5 * 2^23: in x + MAGIC the unit in the last place is 1, so the sum is rounded to nearest even and the low bits of its
-# pattern are the integer. Holds for |x| <= 2^22.
+# 1.5 * 2^23: in x + MAGIC the unit in the last place is 1, so the sum is rounded to nearest even and the low bits of
+# its pattern are the integer. Holds for |x| <= 2^22.
 MAGIC = tl.constexpr(12582912.0)
 CODE_OFFSET = tl.constexpr(128)
 

@@ -11,8 +11,8 @@ from typing import Any
 class KernelVariant:
     """What the launcher would compile for some shapes, written down.
 
-    Every kernel module offers `variants(arch) -> list[KernelVariant]` and uses the same tables for its launches, so that
-    the code-generation gate sees the code that runs.
+    Every kernel module offers `variants(arch) -> list[KernelVariant]` and uses the same tables for its launches, so
+    that the code-generation gate sees the code that runs.
 
     Args:
         name: Unique in the package, such as `gemm-128x128x64`.

@@ -1,0 +1,27 @@
+"""Compiles every kernel for real architectures on a machine with no GPU, and judges the machine code.
+
+    python -m edadm_kernels.codegen --arch 90
+
+Triton needs no driver to compile, and ships the assembler and the disassembler. What the disassembly of a kernel shows
+is what will run: whether the integer tensor cores are used, whether the main loop spills registers or shuffles bytes,
+whether it is pipelined, whether loads are 16 bytes wide.
+"""
+
+from edadm_kernels.codegen.compilation import ARCHITECTURES, MODULES, compile_variant, list_variants
+from edadm_kernels.codegen.gate import violations
+from edadm_kernels.codegen.listing import Listing, parse
+from edadm_kernels.codegen.machine_code import MachineCode, describe
+from edadm_kernels.codegen.survey import survey
+
+__all__ = [
+    "ARCHITECTURES",
+    "MODULES",
+    "Listing",
+    "MachineCode",
+    "compile_variant",
+    "describe",
+    "list_variants",
+    "parse",
+    "survey",
+    "violations",
+]

@@ -1,0 +1,40 @@
+"""What machine code must show before a kernel is launched on real shapes."""
+
+from __future__ import annotations
+
+from edadm_kernels.codegen.machine_code import MachineCode
+
+WGMMA_ROWS = 64  # the smallest tile that Hopper's warp-group matrix instruction takes
+
+
+def violations(code: MachineCode) -> list[str]:
+    """Reasons to reject, each one clause; empty for sound code."""
+    return _product_violations(code) if code.has_dot else _stream_violations(code)
+
+
+def _product_violations(code: MachineCode) -> list[str]:
+    """A matrix product: integer tensor cores, fed by a pipelined loop that does nothing else."""
+    if not code.loop_mma:
+        return ["no loop has an integer matrix instruction"]
+    reasons = []
+    if code.arch == 90 and code.tile_rows >= WGMMA_ROWS and code.mma != "IGMMA":
+        reasons.append(f"{code.mma} where a tile of {code.tile_rows} rows should give IGMMA")
+    if code.loop_spills:
+        reasons.append(f"{code.loop_spills} LDL/STL (spilled registers) in the main loop")
+    if code.loop_prmt:
+        reasons.append(f"{code.loop_prmt} PRMT (byte shuffles) in the main loop")
+    if code.num_stages > 1 and not code.loop_copies:
+        reasons.append(f"no asynchronous copy in the main loop of a pipeline of {code.num_stages} stages")
+    if code.loop_narrow_copies:
+        reasons.append(f"{code.loop_narrow_copies} of {code.loop_copies} copies of the main loop under 16 bytes")
+    return reasons
+
+
+def _stream_violations(code: MachineCode) -> list[str]:
+    """A kernel bound by memory: 16-byte loads, nothing spilled."""
+    reasons = []
+    if code.spills:
+        reasons.append(f"{code.spills} LDL/STL (spilled registers)")
+    if not code.wide_loads:
+        reasons.append(f"none of {code.loads} loads is 16 bytes wide")
+    return reasons

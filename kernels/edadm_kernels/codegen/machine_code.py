@@ -1,0 +1,89 @@
+"""What a disassembly says about a kernel, as one row of the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edadm_kernels.codegen.compilation import Binary
+from edadm_kernels.codegen.listing import ASYNC_COPIES, MMA, SPILLS, count, parse
+from edadm_kernels.variants import KernelVariant
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One variant on one architecture.
+
+    Args:
+        module: Module of the kernel, such as "gemm".
+        name: The variant.
+        arch: Such as 90 for sm_90.
+        num_warps: Warps a program.
+        num_stages: Stages asked of the pipeline.
+        registers: Registers a thread.
+        shared_bytes: Shared memory a program.
+        has_dot: Whether the source multiplies matrices.
+        tile_rows: Rows of the tile of a matrix product, where the variant names them `BM`; else 0.
+        mma: Opcode family of the matrix instructions in the main loop, such as "IGMMA"; empty without.
+        loop_mma: Matrix instructions in the main loop.
+        loop_instructions: Instructions in the main loop.
+        loop_prmt: Byte shuffles in the main loop.
+        loop_spills: Loads and stores of spilled registers in the main loop.
+        loop_copies: Asynchronous copies to shared memory in the main loop.
+        loop_narrow_copies: Those of less than 16 bytes.
+        spills: Loads and stores of spilled registers in the whole kernel.
+        loads: Loads from global memory in the whole kernel.
+        wide_loads: Those of 16 bytes.
+    """
+
+    module: str
+    name: str
+    arch: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    shared_bytes: int
+    has_dot: bool
+    tile_rows: int
+    mma: str
+    loop_mma: int
+    loop_instructions: int
+    loop_prmt: int
+    loop_spills: int
+    loop_copies: int
+    loop_narrow_copies: int
+    spills: int
+    loads: int
+    wide_loads: int
+
+    @property
+    def instructions_per_mma(self) -> float:
+        """Instructions of the main loop a matrix instruction; 0 without any."""
+        return self.loop_instructions / self.loop_mma if self.loop_mma else 0.0
+
+
+def describe(module: str, variant: KernelVariant, arch: int, binary: Binary) -> MachineCode:
+    """Read the disassembly of `variant`."""
+    listing = parse(binary.disassembly)
+    everything, loop = listing.instructions, listing.main_loop()
+    copies = [instruction for instruction in loop if instruction.family in ASYNC_COPIES]
+    return MachineCode(
+        module=module,
+        name=variant.name,
+        arch=arch,
+        num_warps=variant.num_warps,
+        num_stages=variant.num_stages,
+        registers=binary.registers,
+        shared_bytes=binary.shared_bytes,
+        has_dot=binary.has_dot,
+        tile_rows=int(variant.constexprs.get("BM", 0)),
+        mma=next((instruction.family for instruction in loop if instruction.family in MMA), ""),
+        loop_mma=count(loop, *MMA),
+        loop_instructions=len(loop),
+        loop_prmt=count(loop, "PRMT"),
+        loop_spills=count(loop, *SPILLS),
+        loop_copies=len(copies),
+        loop_narrow_copies=sum(copy.family == "LDGSTS" and ".128" not in copy.opcode for copy in copies),
+        spills=count(everything, *SPILLS),
+        loads=count(everything, "LDG"),
+        wide_loads=sum(instruction.family == "LDG" and ".128" in instruction.opcode for instruction in everything),
+    )

@@ -1,0 +1,33 @@
+"""The kernel that quantizes a tensor as it stands."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from edadm_kernels.rounding import quantize_s8, reciprocal
+
+
+@triton.jit
+def quantize_kernel(
+    x,
+    scale,
+    zero_point,
+    codes,
+    count,
+    columns,
+    row_stride,
+    QUANT_MAX: tl.constexpr,
+    SILU: tl.constexpr,
+    DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Codes of `count` elements; rows of `columns` elements lie `row_stride` apart unless the input is dense."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < count
+    offset = index if DENSE else (index // columns).to(tl.int64) * row_stride + index % columns
+    value = tl.load(x + offset, mask=mask, other=0).to(tl.float32)
+    if SILU:
+        value = value * tl.sigmoid(value)
+    inverse_scale = reciprocal(tl.load(scale))
+    tl.store(codes + index, quantize_s8(value, inverse_scale, tl.load(zero_point), QUANT_MAX), mask=mask)

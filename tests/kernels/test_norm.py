@@ -1,0 +1,209 @@
+"""GroupNorm and LayerNorm to codes: within one code of statistics in float64, through Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from edadm_kernels import group_norm_quantize, layer_norm_quantize, reference
+from edadm_kernels.norm_plans import CHUNK_ROWS, CHUNKS, group_plan, layer_plan
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SCALES = [0.0313, 0.011, 0.25]
+ZERO_POINTS = [128, 3, 255]
+KINDS = ["normal", "shifted", "constant", "large", "outlier"]
+
+
+def state(shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """Values that a float32 sum could lose: far from zero, equal, near float16's end, one far from the rest."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if kind == "shifted":
+        x = x + 50
+    elif kind == "constant":
+        x = torch.full(shape, 3.3)
+    elif kind == "large":
+        x = x.clamp(-3, 3) * 20_000
+    elif kind == "outlier":
+        x[..., :1] = 1000.0
+        x = x.flip(-1) if seed % 2 else x
+    return x.to(dtype)
+
+
+def affine(channels: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(channels, generator=generator), torch.randn(channels, generator=generator)
+
+
+def quantizers(count: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor(SCALES[:count]), torch.tensor(ZERO_POINTS[:count], dtype=torch.int32)
+
+
+def assert_close(found: list[Tensor], wanted: list[Tensor], mismatches: float = 1.0) -> None:
+    """One code apart at most: float32 errs by under 2^-20 |mean| / sqrt(var + eps) |weight|, a tenth of a code."""
+    assert len(found) == len(wanted)
+    for codes, expected in zip(found, wanted, strict=True):
+        assert codes.ndim < 4 or codes.is_contiguous(memory_format=torch.channels_last)
+        difference = (codes.int() - expected.int()).abs()
+        assert difference.max() <= 1
+        assert difference.float().mean() <= mismatches
+
+
+def group_norm_codes(
+    shape: tuple[int, int, int, int],
+    groups: int,
+    *,
+    silu: bool = False,
+    count: int = 1,
+    kind: str = "normal",
+    dtype: torch.dtype = torch.float16,
+    num_bits: int = 8,
+    seed: int = 0,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Codes of the kernel and of the reference."""
+    samples, channels, height, width = shape
+    rows = state((samples, height, width, channels), kind, dtype, seed)
+    arguments = (rows.permute(0, 3, 1, 2), *affine(channels, seed), groups, 1e-5, silu, *quantizers(count), num_bits)
+    return group_norm_quantize(*arguments), reference.group_norm_quantize(*arguments)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    samples=st.integers(1, 2),
+    groups=st.integers(1, 5),
+    group_channels=st.integers(1, 12),
+    height=st.integers(1, 17),
+    width=st.integers(1, 17),
+    silu=st.booleans(),
+    count=st.integers(1, 3),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_group_norm_of_any_size(
+    samples: int,
+    groups: int,
+    group_channels: int,
+    height: int,
+    width: int,
+    silu: bool,
+    count: int,
+    kind: str,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    shape = (samples, groups * group_channels, height, width)
+    assert_close(*group_norm_codes(shape, groups, silu=silu, count=count, kind=kind, dtype=dtype, seed=seed))
+
+
+TWO_KERNELS = [
+    ((1, 320, 20, 20), 32),
+    ((1, 60, 31, 17), 2),
+    ((1, 51, 37, 21), 3),
+    ((1, 160, 24, 24), 2),
+    ((1, 24, 50, 43), 2),
+]
+
+
+@pytest.mark.parametrize(("shape", "groups"), TWO_KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_group_norm_in_two_kernels(shape: tuple[int, int, int, int], groups: int, kind: str) -> None:
+    assert not group_plan(shape[2] * shape[3], shape[1], groups).fused
+    assert_close(*group_norm_codes(shape, groups, silu=kind == "normal", kind=kind), mismatches=0.005)
+
+
+def test_chunks_grow_instead_of_their_number() -> None:
+    assert group_plan(50 * 43, 24, 2).rows_per_chunk == 2 * CHUNK_ROWS
+    for rows in (1, 64, 2048, 2049, 4096, 16384):
+        plan = group_plan(rows, 320, 32)
+        assert plan.num_chunks <= CHUNKS
+        assert (plan.num_chunks - 1) * plan.rows_per_chunk < rows <= plan.num_chunks * plan.rows_per_chunk
+
+
+@pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560])
+def test_blocks_of_groups_start_on_16_bytes_and_waste_few_columns(channels: int) -> None:
+    for rows in (64, 256, 1024, 4096):
+        plan = group_plan(rows, channels, 32)
+        assert plan.groups_per_block * plan.group_channels % 8 == 0
+        assert plan.group_blocks * plan.groups_per_block >= 32
+        if not plan.fused:
+            assert plan.group_blocks * plan.block_channels <= 1.25 * channels
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 6, 5), (3, 40, 40, 20)], ids=["one-kernel", "two-kernels"])
+def test_a_sample_does_not_see_its_batch(shape: tuple[int, int, int, int]) -> None:
+    x = state((3, *shape[2:], 40), "normal", torch.float16, seed=1).permute(0, 3, 1, 2)
+    arguments = (*affine(40, seed=1), 4, 1e-5, True, *quantizers(1))
+    together = group_norm_quantize(x, *arguments)[0]
+    assert torch.equal(group_norm_quantize(x[1:2], *arguments)[0], together[1:2])
+
+
+def test_codes_keep_to_their_bits() -> None:
+    found, wanted = group_norm_codes((1, 16, 9, 9), 4, num_bits=4)
+    assert_close(found, wanted, mismatches=0.005)
+    assert found[0].min() >= -128
+    assert found[0].max() <= 15 - 128
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    channels=st.integers(1, 200),
+    count=st.integers(1, 3),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_layer_norm_of_any_size(rows: int, channels: int, count: int, kind: str, dtype: torch.dtype, seed: int) -> None:
+    arguments = (state((rows, channels), kind, dtype, seed), *affine(channels, seed), 1e-5, *quantizers(count))
+    assert_close(layer_norm_quantize(*arguments), reference.layer_norm_quantize(*arguments))
+
+
+@pytest.mark.parametrize("channels", [320, 640, 768, 1024, 1280])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_of_real_widths(channels: int, dtype: torch.dtype) -> None:
+    x = state((2, 11, channels), "normal", dtype, seed=2)
+    arguments = (x, *affine(channels, seed=2), 1e-5, *quantizers(3))
+    assert_close(layer_norm_quantize(*arguments), reference.layer_norm_quantize(*arguments), mismatches=0.005)
+    plan = layer_plan(channels)
+    assert plan.head + plan.tail == channels
+
+
+def group_arguments(x: Tensor, groups: int = 2) -> tuple[object, ...]:
+    return (x, torch.ones(8), torch.zeros(8), groups, 1e-5, True, *quantizers(2), 8)
+
+
+def image() -> Tensor:
+    return torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+
+
+def test_registration_of_group_norm() -> None:
+    torch.library.opcheck(torch.ops.edadm.group_norm_quantize.default, group_arguments(image()))
+
+
+def test_registration_of_layer_norm() -> None:
+    x = image().permute(0, 2, 3, 1)
+    arguments = (x, torch.ones(8), torch.zeros(8), 1e-5, *quantizers(3), 8)
+    torch.library.opcheck(torch.ops.edadm.layer_norm_quantize.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (group_arguments(image().contiguous()), "channels-last"),
+        (group_arguments(image(), groups=3), "divides 8"),
+        (group_arguments(torch.zeros(1, 4, 3, 3).to(memory_format=torch.channels_last)), r"shape \(4,\)"),
+    ],
+)
+def test_refusals_of_group_norm(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_norm_quantize(*arguments)  # type: ignore[arg-type]
+
+
+def test_refusals_of_layer_norm() -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        layer_norm_quantize(torch.zeros(4, 8).t(), torch.ones(4), torch.zeros(4), 1e-5, *quantizers(1))
+    with pytest.raises(ValueError, match="1 to 3"):
+        layer_norm_quantize(torch.zeros(4, 8), torch.ones(8), torch.zeros(8), 1e-5, torch.ones(4), torch.ones(4).int())
