@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from edadm_kernels import reference
+from edadm_kernels.backend import uses_triton
+from edadm_kernels.conv_launch import Geometry, launch_conv
+from edadm_kernels.gemm_launch import arch_of
 from edadm_kernels.pack import Padding, border_class_count, output_size
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
+from edadm_kernels.tiles import Kind, choose
+
+MAX_KERNEL = 5  # one bit a tap in an int32
 
 
 @torch.library.custom_op("edadm::conv2d", mutates_args=())
@@ -28,12 +34,21 @@ def _conv2d(
 ) -> Tensor:
     out = _prepare(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
     top, bottom, left, right = padding
-    return out.copy_(
-        reference.conv2d(
-            x, weight, scale, correction, bias, sample_bias, residual, stride, (top, bottom, left, right), upsample,
-            out_dtype,
+    sides = (top, bottom, left, right)
+    if not uses_triton(x):
+        return out.copy_(
+            reference.conv2d(
+                x, weight, scale, correction, bias, sample_bias, residual, stride, sides, upsample, out_dtype
+            )
         )
-    )  # fmt: skip
+    if out.numel():
+        geometry = Geometry(stride, weight.shape[1], weight.shape[2], sides, upsample)
+        terms = x.shape[1] * geometry.kh * geometry.kw
+        kind: Kind = "linear" if geometry.pointwise else "conv"
+        pixels = out.numel() // out.shape[1]
+        tile = choose(arch_of(x), kind, pixels, out.shape[1], terms, x.shape[1], weight.dtype == torch.uint8)
+        launch_conv(tile, geometry, x, weight, scale, correction, bias, sample_bias, residual, out)
+    return out
 
 
 @_conv2d.register_fake
@@ -111,8 +126,11 @@ def _prepare(
     if x.ndim != 4 or weight.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
             f"channels-last codes [N, C, H, W] and weights [O, kh, kw, C] are wanted, found {tuple(x.shape)} with "
-            f"strides {x.stride()} and {tuple(weight.shape)}; call .contiguous(memory_format=torch.channels_last) on the codes"
+            f"strides {x.stride()} and {tuple(weight.shape)}; "
+            "call .contiguous(memory_format=torch.channels_last) on the codes"
         )
+    if max(weight.shape[1:3]) > MAX_KERNEL:
+        raise ValueError(f"kernels of at most {MAX_KERNEL}x{MAX_KERNEL} are wanted, found {tuple(weight.shape[1:3])}")
     if stride < 1 or len(padding) != 4 or min(padding) < 0:
         raise ValueError(f"a positive stride and four paddings are wanted, found {stride} and {tuple(padding)}")
     top, bottom, left, right = padding

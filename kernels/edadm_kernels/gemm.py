@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from edadm_kernels import reference
+from edadm_kernels.backend import uses_triton
 from edadm_kernels.checks import check_bits, check_quantizers
+from edadm_kernels.gemm_launch import arch_of, launch_gemm
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
+from edadm_kernels.tiles import choose
 
 
 @torch.library.custom_op("edadm::linear", mutates_args=())
@@ -21,7 +24,13 @@ def _linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     out = _prepare_linear(x, weight, scale, correction, bias, residual, out_dtype)
-    return out.copy_(reference.linear(x, weight, scale, correction, bias, residual, out_dtype))
+    if not uses_triton(x):
+        return out.copy_(reference.linear(x, weight, scale, correction, bias, residual, out_dtype))
+    if out.numel():
+        packed = weight.dtype == torch.uint8
+        tile = choose(arch_of(x), "linear", *out.shape, x.shape[1], packed=packed)
+        launch_gemm(tile, x, weight, scale, correction, bias, out, residual=residual)
+    return out
 
 
 @_linear.register_fake

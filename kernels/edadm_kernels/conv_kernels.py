@@ -1,0 +1,148 @@
+"""The convolution of int8 codes over NHWC as an implicit matrix product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from edadm_kernels.epilogue import finish, outside_taps, tile_of
+
+
+@triton.jit
+def input_offsets(base, top_row, left_column, dh, dw, width, C, UPSAMPLE: tl.constexpr):
+    """Offsets of a tap in the input, int32 `[BM]`; `base` is that of tap (0, 0), or of the sample when upsampling."""
+    if UPSAMPLE:
+        return base + (((top_row + dh) >> 1) * width + ((left_column + dw) >> 1)) * C
+    return base + (dh * width + dw) * C
+
+
+@triton.jit
+def next_step(tap, c, C, TAPS: tl.constexpr, BK: tl.constexpr, TAPS_INNER: tl.constexpr):
+    """Tap and first channel of the step that follows."""
+    if TAPS_INNER:
+        wraps = tap == TAPS - 1
+        return tl.where(wraps, 0, tap + 1), tl.where(wraps, c + BK, c)
+    wraps = c + BK >= C
+    return tl.where(wraps, tap + 1, tap), tl.where(wraps, 0, c + BK)
+
+
+@triton.jit
+def conv_kernel(
+    x,
+    weight,
+    scale,
+    correction,
+    bias,
+    sample_bias,
+    residual,
+    out,
+    M,
+    N,
+    C,
+    height,
+    width,
+    out_pixels,
+    out_width,
+    W4: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TOP: tl.constexpr,
+    BOTTOM: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    COLUMN_PARTS: tl.constexpr,
+    TAPS_INNER: tl.constexpr,
+):
+    """`x [samples, height, width, C]` with `weight [N, KH, KW, C]`: M output pixels times N channels.
+
+    A step of the sum is BK channels of one tap, so that every load is a run of one pixel's channels. `TAPS_INNER` takes
+    all taps of some channels before the next channels: neighbouring taps read the same pixels while the L1 has them.
+    `SPLIT_K > 1`: `out` is int32 `[SPLIT_K, M, N]` and gets the bare sums.
+    """
+    tl.static_assert((64 if W4 else 32) <= BK, "an int8 MMA takes 32 values of K")
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
+    rows = pid_m * BM + tl.arange(0, BM)
+    cols = pid_n * BN + tl.arange(0, BN)
+    sample = rows // out_pixels
+    pixel = rows % out_pixels
+    top_row = (pixel // out_width) * STRIDE - TOP
+    left_column = (pixel % out_width) * STRIDE - LEFT
+    seen_height = height * 2 if UPSAMPLE else height
+    seen_width = width * 2 if UPSAMPLE else width
+
+    columns_inside = tl.zeros((BM,), tl.int32)
+    for dw in tl.static_range(KW):
+        inside = (left_column + dw >= 0) & (left_column + dw < seen_width) & (rows < M)
+        columns_inside |= inside.to(tl.int32) << dw
+    taps_inside = tl.zeros((BM,), tl.int32)  # bit dh * KW + dw: the tap lies inside the input
+    for dh in tl.static_range(KH):
+        inside = (top_row + dh >= 0) & (top_row + dh < seen_height)
+        taps_inside |= tl.where(inside, columns_inside << (dh * KW), 0)
+    if UPSAMPLE:
+        base = sample * (height * width * C)
+    else:
+        base = ((sample * height + top_row) * width + left_column) * C
+
+    steps_per_tap = tl.cdiv(C, BK)
+    steps = KH * KW * steps_per_tap
+    per_split = tl.cdiv(steps, SPLIT_K)
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, steps)
+    if TAPS_INNER:
+        tap = first % (KH * KW)
+        c = first // (KH * KW) * BK
+    else:
+        tap = first // steps_per_tap
+        c = (first % steps_per_tap) * BK
+    w_rows = tl.where(cols < N, cols, 0)[:, None]
+    if W4:
+        half = tl.arange(0, BK // 2)
+        w_at = weight + w_rows * (KH * KW * (C // 2)) + half[None, :]
+        acc = tl.zeros((BN, BM), tl.int32)
+        for _ in range(first, last):
+            at = input_offsets(base, top_row, left_column, tap // KW, tap % KW, width, C, UPSAMPLE)
+            tap_inside = (((taps_inside >> tap) & 1) != 0)[:, None]
+            x_at = x + at[:, None] + c + half[None, :]
+            packed = tl.load(w_at + tap * (C // 2) + c // 2).to(tl.int8, bitcast=True)
+            low = tl.load(x_at, mask=tap_inside, other=0)
+            high = tl.load(x_at + BK // 2, mask=tap_inside, other=0)
+            acc = tl.dot(packed << 4, low.T, acc, out_dtype=tl.int32)
+            acc = tl.dot(packed & -16, high.T, acc, out_dtype=tl.int32)
+            tap, c = next_step(tap, c, C, KH * KW, BK, TAPS_INNER)
+        acc = (acc >> 4).T  # the codes were multiplied by sixteen
+    else:
+        ks = tl.arange(0, BK)
+        w_at = weight + w_rows * (KH * KW * C) + ks[None, :]
+        acc = tl.zeros((BM, BN), tl.int32)
+        for _ in range(first, last):
+            at = input_offsets(base, top_row, left_column, tap // KW, tap % KW, width, C, UPSAMPLE)
+            tap_inside = (((taps_inside >> tap) & 1) != 0)[:, None]
+            x_at = x + at[:, None] + c + ks[None, :]
+            if EVEN_C:
+                a = tl.load(x_at, mask=tap_inside, other=0)
+                b = tl.load(w_at + tap * C + c)
+            else:
+                a = tl.load(x_at, mask=tap_inside & (c + ks < C)[None, :], other=0)
+                b = tl.load(w_at + tap * C + c, mask=(c + ks < C)[None, :], other=0)
+            acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+            tap, c = next_step(tap, c, C, KH * KW, BK, TAPS_INNER)
+
+    if TOP + BOTTOM + LEFT + RIGHT > 0:
+        vertical = outside_taps(top_row, seen_height, KH, BOTTOM)
+        horizontal = outside_taps(left_column, seen_width, KW, RIGHT)
+        border = vertical * ((LEFT + 1) * (RIGHT + 1)) + horizontal
+    else:
+        border = None
+    finish(
+        acc, scale, correction, border, bias, sample_bias, residual, None, None, out, rows, pid_n * BN,
+        M, N, out_pixels, tl.program_id(1), ONE_SAMPLE, 0, SPLIT_K, COLUMN_PARTS,
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Launching the convolution: grid, compile-time arguments, and the pointwise case as a matrix product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from edadm_kernels.conv_kernels import conv_kernel
+from edadm_kernels.gemm_launch import join, launch_gemm, partial_sums
+from edadm_kernels.pack import Padding
+from edadm_kernels.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a convolution is besides its sizes."""
+
+    stride: int
+    kh: int
+    kw: int
+    padding: Padding
+    upsample: bool = False
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a matrix product of pixels."""
+        return self.kh * self.kw * self.stride == 1 and not any(self.padding) and not self.upsample
+
+    def constexprs(self) -> dict[str, int]:
+        """Compile-time arguments of `conv_kernel` and `join_kernel`."""
+        top, bottom, left, right = self.padding
+        sides = {"TOP": top, "BOTTOM": bottom, "LEFT": left, "RIGHT": right}
+        return {"STRIDE": self.stride, "KH": self.kh, "KW": self.kw, **sides}
+
+
+def launch_conv(
+    tile: Tile,
+    geometry: Geometry,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Fill `out` with the convolution; the arguments are those of `conv2d`, already checked."""
+    out_pixels = out.shape[2] * out.shape[3]
+    if geometry.pointwise:
+        launch_gemm(tile, x, weight, scale, correction, bias, out, sample_bias, residual, out_pixels)
+        return
+    samples, channels, height, width = x.shape
+    m, n = samples * out_pixels, weight.shape[0]
+    target = out if tile.split_k == 1 else partial_sums(tile, m, n, x.device)
+    grid = (triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn), tile.split_k)
+    conv_kernel[grid](
+        x, weight, scale, correction, bias, sample_bias, residual, target, m, n, channels, height, width,
+        out_pixels, out.shape[3],
+        **constexprs(tile, geometry, weight.dtype == torch.uint8, channels % tile.bk == 0, out_pixels % tile.bm == 0),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.launch_options(),
+    )  # fmt: skip
+    if tile.split_k > 1:
+        grown = 2 if geometry.upsample else 1
+        image = (out.shape[3], height * grown, width * grown)
+        join(
+            target, scale, correction, bias, sample_bias, residual, out, m, n, out_pixels, image, geometry.constexprs()
+        )
+
+
+def constexprs(tile: Tile, geometry: Geometry, packed: bool, even_c: bool, one_sample: bool) -> dict[str, Any]:
+    """Compile-time arguments of `conv_kernel`."""
+    return {
+        "W4": packed,
+        "EVEN_C": even_c,
+        "UPSAMPLE": geometry.upsample,
+        "ONE_SAMPLE": one_sample,
+        **geometry.constexprs(),
+        "SPLIT_K": tile.split_k,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "GROUP_M": tile.group_m,
+        "COLUMN_PARTS": tile.column_parts,
+        "TAPS_INNER": tile.taps_inner,
+    }

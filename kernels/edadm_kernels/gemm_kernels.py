@@ -1,0 +1,133 @@
+"""The matrix product of int8 codes, and the sum over the parts of a split one."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from edadm_kernels.epilogue import correct, finish, outside_taps, rescale, store_floats, tile_of
+
+
+@triton.jit
+def gemm_kernel(
+    x,
+    weight,
+    scale,
+    correction,
+    bias,
+    sample_bias,
+    residual,
+    out_scale,
+    out_zero_point,
+    out,
+    M,
+    N,
+    K,
+    rows_per_sample,
+    W4: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,
+    GEGLU_MAX: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    COLUMN_PARTS: tl.constexpr,
+):
+    """`x [M, K]` times `weight [N, K]` transposed, and its epilogue.
+
+    `SPLIT_K > 1`: `out` is int32 `[SPLIT_K, M, N]` and gets the bare sums. `GEGLU_MAX > 0`: `out` is int8 `[M, N / 2]`,
+    GEGLU_MAX the largest unsigned code. Rows and columns past the end repeat the first: only the store is masked.
+    """
+    tl.static_assert((64 if W4 else 32) <= BK, "an int8 MMA takes 32 values of K")
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
+    rows = pid_m * BM + tl.arange(0, BM)
+    cols = pid_n * BN + tl.arange(0, BN)
+    steps = tl.cdiv(K, BK)
+    per_split = tl.cdiv(steps, SPLIT_K)
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, steps)
+    x_rows = tl.where(rows < M, rows, 0)[:, None] * K
+    w_rows = tl.where(cols < N, cols, 0)[:, None]
+    if W4:
+        half = tl.arange(0, BK // 2)
+        x_low = x + x_rows + half[None, :] + first * BK
+        packed_at = weight + w_rows * (K // 2) + half[None, :] + first * (BK // 2)
+        acc = tl.zeros((BN, BM), tl.int32)
+        for _ in range(first, last):
+            packed = tl.load(packed_at).to(tl.int8, bitcast=True)
+            low = tl.load(x_low)
+            high = tl.load(x_low + BK // 2)
+            acc = tl.dot(packed << 4, low.T, acc, out_dtype=tl.int32)
+            acc = tl.dot(packed & -16, high.T, acc, out_dtype=tl.int32)
+            x_low += BK
+            packed_at += BK // 2
+        acc = (acc >> 4).T  # the codes were multiplied by sixteen
+    else:
+        ks = tl.arange(0, BK)
+        x_at = x + x_rows + ks[None, :] + first * BK
+        w_at = weight + w_rows * K + ks[None, :] + first * BK
+        acc = tl.zeros((BM, BN), tl.int32)
+        for step in range(first, last):
+            if EVEN_K:
+                a = tl.load(x_at)
+                b = tl.load(w_at)
+            else:
+                inside = (ks < K - step * BK)[None, :]
+                a = tl.load(x_at, mask=inside, other=0)
+                b = tl.load(w_at, mask=inside, other=0)
+            acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+            x_at += BK
+            w_at += BK
+
+    finish(
+        acc, scale, correction, None, bias, sample_bias, residual, out_scale, out_zero_point, out, rows, pid_n * BN,
+        M, N, rows_per_sample, tl.program_id(1), ONE_SAMPLE, GEGLU_MAX, SPLIT_K, COLUMN_PARTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def join_kernel(
+    parts,
+    scale,
+    correction,
+    bias,
+    sample_bias,
+    residual,
+    out,
+    M,
+    N,
+    rows_per_sample,
+    out_width,
+    height,
+    width,
+    STRIDE: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TOP: tl.constexpr,
+    BOTTOM: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Sum int32 `[PARTS, M, N]` and apply the epilogue of the product, with the border classes of a convolution."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    offsets = rows[:, None] * N + cols[None, :]
+    total = tl.zeros((BM, BN), tl.int32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * tl.cast(M, tl.int64) * N + offsets, mask=mask, other=0)
+    if TOP + BOTTOM + LEFT + RIGHT > 0:
+        pixel = rows % rows_per_sample
+        vertical = outside_taps((pixel // out_width) * STRIDE - TOP, height, KH, BOTTOM)
+        horizontal = outside_taps((pixel % out_width) * STRIDE - LEFT, width, KW, RIGHT)
+        border = vertical * ((LEFT + 1) * (RIGHT + 1)) + horizontal
+        total = correct(total, correction, border, cols, N)
+    else:
+        total = correct(total, correction, None, cols, N)
+    y = rescale(total, scale, bias, cols, N)
+    store_floats(y, sample_bias, residual, out, rows, cols, M, N, rows_per_sample, False)

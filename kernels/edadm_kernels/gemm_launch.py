@@ -1,0 +1,133 @@
+"""Launching the matrix product: grid, compile-time arguments, and the second kernel of a split sum."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from edadm_kernels.gemm_kernels import gemm_kernel, join_kernel
+from edadm_kernels.tiles import INTERPRETER, Tile, known_arch
+
+JOIN_ROWS, JOIN_COLUMNS = 8, 128
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return known_arch(10 * major + minor)
+
+
+def arch_of(x: Tensor) -> int:
+    """The architecture whose tiles serve `x`."""
+    return _capability(x.device) if x.is_cuda else INTERPRETER
+
+
+def launch_gemm(
+    tile: Tile,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sample_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    rows_per_sample: int = 1,
+    geglu: tuple[Tensor, Tensor, int] | None = None,
+) -> None:
+    """Fill `out` with the product of rows of codes; the arguments are those of `linear`, already checked.
+
+    Args:
+        tile: How the product is cut.
+        x: M rows of K codes, in memory order (channels last for an image).
+        weight: N rows of K codes, or of K / 2 bytes.
+        scale: `[N]`.
+        correction: `[N]`.
+        bias: `[N]`.
+        out: M rows of N elements in memory order, or of N / 2 codes.
+        sample_bias: `[samples, N]`.
+        residual: As `out`.
+        rows_per_sample: Rows that share a row of `sample_bias`.
+        geglu: Scale, zero-point and largest unsigned code of a gated output.
+    """
+    n = weight.shape[0]
+    packed = weight.dtype == torch.uint8
+    k = weight[0].numel() * (2 if packed else 1)
+    m = x.numel() // k
+    target = out if tile.split_k == 1 else partial_sums(tile, m, n, x.device)
+    out_scale, out_zero_point, geglu_max = geglu or (None, None, 0)
+    grid = (triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn), tile.split_k)
+    gemm_kernel[grid](
+        x, weight, scale, correction, bias, sample_bias, residual, out_scale, out_zero_point, target, m, n, k,
+        rows_per_sample,
+        **constexprs(tile, packed, k % tile.bk == 0, rows_per_sample % tile.bm == 0, geglu_max),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.launch_options(),
+    )  # fmt: skip
+    if tile.split_k > 1:
+        join(target, scale, correction, bias, sample_bias, residual, out, m, n, rows_per_sample)
+
+
+def partial_sums(tile: Tile, m: int, n: int, device: torch.device) -> Tensor:
+    """Memory for the parts of a split sum, int32 `[split_k, m, n]`."""
+    return torch.empty((tile.split_k, m, n), dtype=torch.int32, device=device)
+
+
+def join(
+    parts: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    m: int,
+    n: int,
+    rows_per_sample: int,
+    image: tuple[int, int, int] = (1, 1, 1),
+    convolution: dict[str, int] | None = None,
+) -> None:
+    """Sum the parts and apply the epilogue.
+
+    Args:
+        parts: int32 `[split_k, m, n]`.
+        scale: As in `launch_gemm`, and so the other arguments.
+        correction: `[n]`, or a border table.
+        bias: `[n]`.
+        sample_bias: `[samples, n]`.
+        residual: As `out`.
+        out: `m` rows of `n` elements in memory order.
+        m: Rows.
+        n: Columns.
+        rows_per_sample: Rows a sample.
+        image: Width of the output, height and width of the input that the taps see.
+        convolution: STRIDE, KH, KW, TOP, BOTTOM, LEFT, RIGHT; None: a matrix product.
+    """
+    grid = (triton.cdiv(m, JOIN_ROWS), triton.cdiv(n, JOIN_COLUMNS))
+    join_kernel[grid](
+        parts, scale, correction, bias, sample_bias, residual, out, m, n, rows_per_sample, *image,
+        **(convolution or MATRIX), PARTS=parts.shape[0], BM=JOIN_ROWS, BN=JOIN_COLUMNS,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+MATRIX = {"STRIDE": 1, "KH": 1, "KW": 1, "TOP": 0, "BOTTOM": 0, "LEFT": 0, "RIGHT": 0}
+
+
+def constexprs(tile: Tile, packed: bool, even_k: bool, one_sample: bool, geglu_max: int = 0) -> dict[str, Any]:
+    """Compile-time arguments of `gemm_kernel`."""
+    return {
+        "W4": packed,
+        "EVEN_K": even_k,
+        "ONE_SAMPLE": one_sample,
+        "GEGLU_MAX": geglu_max,
+        "SPLIT_K": tile.split_k,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "GROUP_M": tile.group_m,
+        "COLUMN_PARTS": tile.column_parts,
+    }
