@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edadm_cli.errors import UsageError
 from edadm_cli.recipe import Recipe, SelectStrategy
@@ -109,12 +109,24 @@ class ExportConfig(StageConfig):
 
     bits: BitWidth
     parity_samples: int = Field(2, ge=1, description="images sampled before and after packing and compared")
+    engine: str | None = local(None, description="engine whose files are written besides, as an artifact of their own")
 
 
-class EvaluateConfig(StageConfig):
-    """Quality against real images and against the full-precision images of the same seeds."""
+class EngineStageConfig(StageConfig):
+    """What stages take that run an export, in torch or on an engine."""
 
     bits: BitWidth
+    engine: str | None = Field(None, description="engine that runs the denoiser; null: torch, in floating point")
+
+    def identity_fields(self) -> dict[str, Any]:
+        """As for every stage; artifacts that no engine took part in keep the identity that they always had."""
+        fields = super().identity_fields()
+        return fields if self.engine is not None else {key: fields[key] for key in fields if key != "engine"}
+
+
+class EvaluateConfig(EngineStageConfig):
+    """Quality against real images and against the full-precision images of the same seeds."""
+
     num_images: int = Field(1000, ge=2, description="images sampled at each precision")
     batch_size: int = Field(50, ge=1, description="images sampled together")
     num_steps: int | None = Field(None, ge=1, description="sampler steps; null: as collected")
@@ -127,10 +139,9 @@ class EvaluateConfig(StageConfig):
     inception_weights: Path | None = local(None, description="file of Inception weights; null: torch-fidelity's own")
 
 
-class SampleConfig(StageConfig):
+class SampleConfig(EngineStageConfig):
     """Images from an export."""
 
-    bits: BitWidth
     num_images: int = Field(16, ge=1)
     batch_size: int = Field(16, ge=1)
     num_steps: int | None = Field(None, ge=1)
@@ -139,3 +150,31 @@ class SampleConfig(StageConfig):
     arithmetic: Literal["fake-quantize", "integer"] = Field(
         "fake-quantize", description="dequantize in floating point, or int8 products with int32 sums"
     )
+
+
+class BenchConfig(StageConfig):
+    """Speed, size and memory of a quantized denoiser against full precision."""
+
+    bits: tuple[BitWidth, ...] = Field(min_length=1, description="bit widths measured side by side")
+    model: str | None = local(None, description="known model measured without an export, its weights to nearest")
+    engine: str | None = Field(None, description="engine of the quantized denoiser; null: the device's own")
+    dtype: DTypeName | None = Field(
+        None, description="element type of what is not quantized; null: the fastest that the device has units for"
+    )
+    recipe: Recipe | None = Field(None, description="with model: which layers, and their ranges; null: min-max ranges")
+    batch_sizes: tuple[int, ...] = Field(
+        (1,), min_length=1, description="rows of a denoiser call; latency is that of the first, throughput of all"
+    )
+    size: tuple[int, int] | None = Field(None, description="height and width of the latents; null: the model's own")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null: one a physical core")
+    compiled: bool = Field(True, description="whether torch.compile is among the contenders")
+    against: tuple[Literal["nncf", "torchao"], ...] = Field((), description="quantized by other tools, where installed")
+    pipeline: bool = Field(False, description="whether whole images are timed too, with the model's own steps")
+    rounds: int = local(10, ge=1, description="turns of each contender; their order is rotated from round to round")
+
+    @model_validator(mode="after")
+    def _sizes_are_positive(self) -> BenchConfig:
+        for name in ("batch_sizes", "size"):
+            if any(number < 1 for number in getattr(self, name) or ()):
+                raise ValueError(f"{name} takes numbers from 1")
+        return self

@@ -5,9 +5,15 @@ Keys are part of the interface: tools outside rely on them, and they do not chan
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+if TYPE_CHECKING:
+    from edadm_cli.artifacts.artifact import Artifact
 
 Status = Literal["done", "up_to_date", "planned"]
 
@@ -42,6 +48,28 @@ class StageRecord(_Record):
         if self.estimate is None:
             fields.pop("estimate", None)
         return fields
+
+
+def shared_keys(
+    run: Path, artifact: Artifact, *, up_to_date: bool, started: float, warnings: Iterable[str]
+) -> dict[str, Any]:
+    """The keys of a record that every stage fills in the same way.
+
+    Args:
+        run: The run folder.
+        artifact: What the stage built or found.
+        up_to_date: Whether it found it.
+        started: `time.monotonic()` when the stage began.
+        warnings: What it warned of.
+    """
+    return {
+        "status": "up_to_date" if up_to_date else "done",
+        "run": str(run),
+        "artifact": str(artifact.path),
+        "identity": artifact.identity,
+        "seconds": time.monotonic() - started,
+        "warnings": tuple(warnings),
+    }
 
 
 class CollectRecord(StageRecord):
@@ -102,6 +130,15 @@ class Parity(_Record):
     integer_latent_rel_l2: float | None = Field(None, description="the same comparison of the final latents")
 
 
+class EngineFiles(_Record):
+    """Files from which an engine loads an export without converting it."""
+
+    name: str
+    artifact: str
+    identity: str
+    size_mib: float
+
+
 class ExportRecord(StageRecord):
     """A quantized pipeline."""
 
@@ -109,6 +146,7 @@ class ExportRecord(StageRecord):
     bits: str
     size_mib: dict[str, float] = Field(description="each component on disk, denoiser_fp32, and ratio")
     parity: Parity
+    engine: EngineFiles | None = Field(None, description="the engine's files, where some were asked for")
 
 
 class Metric(_Record):
@@ -134,6 +172,113 @@ class EvaluateRecord(StageRecord):
     metrics: dict[str, Metric]
     distance_to_full_precision: Distance
     full_precision: dict[str, Metric]
+    skipped: dict[str, str] = Field({}, description="figures that could not be had, with the reason")
+
+
+class Latency(_Record):
+    """Time of one call of the denoiser over all samples, in milliseconds."""
+
+    median: float
+    min: float
+    max: float
+    num_samples: int
+
+
+class PipelineTime(_Record):
+    """Time of one whole image, in seconds; `denoiser_share` is the part spent in the denoiser."""
+
+    seconds: float
+    num_steps: int
+    denoiser_share: float
+
+
+class Contender(_Record):
+    """One way to run the denoiser, as it was measured."""
+
+    name: str
+    engine: str = Field(description="torch, an engine, or another tool")
+    dtype: str = Field(description="element type of what is not quantized")
+    bits: str | None = Field(description="null: full precision")
+    compiled: bool = Field(description="by torch.compile, or ahead of time by an engine")
+    latency_ms: Latency
+    peak_memory_mib: float | None = Field(description="while it runs; null where it was not measured alone")
+    load_memory_mib: float | None = Field(description="while it is loaded and compiled")
+    load_seconds: float = Field(description="loading and compiling, up to the end of the first call")
+    size_mib: float = Field(description="of its weights or files on disk")
+    throughput: dict[str, float] = Field(description="batch size -> rows a second")
+    pipeline: PipelineTime | None = None
+
+
+class EngineParity(_Record):
+    """A quantized denoiser on an engine against exact integer arithmetic; checked before anything is timed."""
+
+    max_rel_l2: float = Field(description="largest relative L2 error of a layer on equal inputs")
+    bound: float = Field(description="what it must not exceed")
+    layer: str = Field(description="the layer with that error")
+    layers_checked: int
+    layers: int = Field(description="layers there are; where fewer are checked, one of each shape and operation is")
+    prediction_rel_l2: float = Field(description="the whole denoiser, as it is timed")
+    prediction_bound: float
+    quantization_rel_l2: float = Field(description="exact integers against full precision: what quantization costs")
+
+
+class Speedup(_Record):
+    """How many times faster than floating point, by medians; below 1 is slower."""
+
+    contender: str
+    vs_fp32_eager: float
+    vs_best_float: float
+    best_float: str
+
+
+class LayerRow(_Record):
+    """The precision that a layer really ran in."""
+
+    name: str
+    kind: str
+    planned: str
+    precision: str
+    reason: str | None
+
+
+class KindRow(_Record):
+    """Time of a call by kind of operation, from the engine's own profile."""
+
+    kind: str
+    precision: str
+    count: int
+    milliseconds: float
+    share: float
+    gmacs: float | None = Field(description="billions of multiply-accumulates; null for what multiplies nothing")
+    tops: float | None = Field(description="trillions of operations a second, two to a multiply-accumulate")
+    percent_of_peak: float | None = Field(description="of the largest rate that was measured here in that precision")
+
+
+class QuantizedFacts(_Record):
+    """What belongs to one bit width."""
+
+    coverage: Coverage
+    parity: EngineParity
+    speedup: Speedup
+    layers: tuple[LayerRow, ...]
+    by_kind: tuple[KindRow, ...]
+
+
+class BenchRecord(StageRecord):
+    """Speed, size and memory. `coverage`, `parity` and `speedup` are those of the first bit width."""
+
+    command: str = "bench"
+    subject: str = Field(description="what was measured, for people to read")
+    bits: tuple[str, ...]
+    machine: dict[str, Any]
+    engine: str
+    coverage: Coverage
+    parity: EngineParity
+    contenders: tuple[Contender, ...]
+    speedup: Speedup
+    by_bits: dict[str, QuantizedFacts]
+    peak_tops: dict[str, float] = Field(description="precision -> largest rate measured, 10^12 operations a second")
+    headline: str = Field(description="the outcome in a sentence or two")
 
 
 class SampleRecord(StageRecord):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from edadm_cli.artifacts import Build, CollectRecord, Estimate, Plan, RunFolder, save_json
+from edadm_cli.artifacts import Build, CollectRecord, Estimate, Plan, RunFolder, save_json, shared_keys
 from edadm_cli.collect.probe import probe
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.shards import is_written, merge_parts, part_name, write_shard
@@ -46,12 +46,7 @@ def run(
         artifact = build.artifact
         assert artifact is not None
     return CollectRecord(
-        status="up_to_date" if is_done else "done",
-        run=str(run.root),
-        artifact=str(artifact.path),
-        identity=artifact.identity,
-        seconds=time.monotonic() - start,
-        warnings=tuple(reporter.warnings),
+        **shared_keys(run.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
         model=task.model.ref.id,
         num_steps=task.num_steps,
         num_trajectories=task.num_trajectories,

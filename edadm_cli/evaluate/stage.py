@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from edadm_cli.artifacts import (
-    Artifact,
     Build,
     Distance,
     Estimate,
@@ -14,6 +13,7 @@ from edadm_cli.artifacts import (
     Metric,
     Plan,
     RunFolder,
+    shared_keys,
 )
 from edadm_cli.config import EvaluateConfig
 from edadm_cli.evaluate.full_precision import full_precision_images
@@ -61,9 +61,14 @@ def run(
     if is_done:
         result = artifact.json(RESULT_FILE)
         _warn(result["skipped"], result["cautions"], reporter)
-    record = _record(artifact, run, reporter.warnings)
-    return record.model_copy(
-        update={"status": "up_to_date" if is_done else "done", "seconds": time.monotonic() - start}
+    result = artifact.json(RESULT_FILE)
+    return EvaluateRecord(
+        **shared_keys(run.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
+        bits=result["bits"],
+        metrics=_in_order(result["metrics"]),
+        distance_to_full_precision=Distance(**result["distance_to_full_precision"]),
+        full_precision=_in_order(result["full_precision"]),
+        skipped=result["skipped"],
     )
 
 
@@ -107,21 +112,6 @@ def _warn(skipped: dict[str, str], cautions: list[str], reporter: Reporter) -> N
         reporter.warn(f"Without {names}: {reason}")
     for caution in cautions:
         reporter.warn(caution)
-
-
-def _record(artifact: Artifact, run: RunFolder, warnings: list[str]) -> EvaluateRecord:
-    result = artifact.json(RESULT_FILE)
-    return EvaluateRecord(
-        status="done",
-        run=str(run.root),
-        artifact=str(artifact.path),
-        identity=artifact.identity,
-        warnings=tuple(warnings),
-        bits=result["bits"],
-        metrics=_in_order(result["metrics"]),
-        distance_to_full_precision=Distance(**result["distance_to_full_precision"]),
-        full_precision=_in_order(result["full_precision"]),
-    )
 
 
 def _in_order(figures: dict[str, Any]) -> dict[str, Metric]:

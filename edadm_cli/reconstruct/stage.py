@@ -23,6 +23,7 @@ from edadm_cli.artifacts import (
     load_tensors,
     save_json,
     save_tensors,
+    shared_keys,
 )
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import count, plan_network
@@ -75,16 +76,11 @@ def run(
     started, reporter = time.monotonic(), reporter or SilentReporter()
     selection = run.open("select")
     with run.build(_plan(config, selection), force) as build:
-        status = "up_to_date" if build.up_to_date else "done"
+        is_done = build.up_to_date
         artifact = build.artifact or _build(config, run, selection, build, reporter)
     summary = artifact.json(UNITS_FILE)
     return ReconstructRecord(
-        status=status,
-        run=str(run.root),
-        artifact=str(artifact.path),
-        identity=artifact.identity,
-        seconds=time.monotonic() - started,
-        warnings=tuple(reporter.warnings),
+        **shared_keys(run.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
         bits=str(config.bits),
         recipe=config.recipe.name,
         units=len(summary["units"]),

@@ -19,6 +19,7 @@ from edadm_cli.artifacts import (
     read_tensor_header,
     save_json,
     save_tensors,
+    shared_keys,
 )
 from edadm_cli.config import SelectConfig
 from edadm_cli.errors import UsageError
@@ -61,12 +62,7 @@ def run(config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: 
         assert artifact is not None
     selection = artifact.json(SELECTION_FILE)
     return SelectRecord(
-        status="up_to_date" if is_done else "done",
-        run=str(run.root),
-        artifact=str(artifact.path),
-        identity=artifact.identity,
-        seconds=time.monotonic() - start,
-        warnings=tuple(reporter.warnings),
+        **shared_keys(run.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
         strategy=selection["strategy"],
         counts=tuple(selection["counts"]),
         density_radius=selection["density_radius"],

@@ -1,0 +1,47 @@
+"""Peak memory of a contender.
+
+On a CPU each contender has a process of its own, and what counts is the largest resident set of that process, Python
+and its libraries included: the kernel keeps it (`VmHWM`) and sets it back to the present size on request, so that
+loading and running are told apart. On CUDA it is torch's allocator that counts, from what was allocated before the contender came.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+
+
+class PeakMemory:
+    """Watches the peak of this process, or of one GPU.
+
+    Args:
+        device: Where the contender runs.
+        is_alone: Whether the process holds nothing but the contender; without that a CPU peak says nothing.
+    """
+
+    def __init__(self, device: torch.device, is_alone: bool) -> None:
+        self._device, self._is_alone = device, is_alone
+        self._before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new peak at the present size."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif self._is_alone:
+            _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
+
+    def peak_mib(self) -> float | None:
+        """The peak since the last reset, in MiB; `None` where it cannot be told."""
+        if self._device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self._device) - self._before) / 2**20
+        if not self._is_alone:
+            return None
+        match = re.search(r"^VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+        return None if match is None else int(match[1]) / 2**10
