@@ -43,10 +43,11 @@ class Assembly:
 
     Args:
         lowering: Makes products of layers.
+        prompt_cache: Compute cross-attention's keys and values once a prompt, where the denoiser allows it.
     """
 
-    def __init__(self, lowering: Lowering) -> None:
-        self.lowering = lowering
+    def __init__(self, lowering: Lowering, prompt_cache: bool) -> None:
+        self.lowering, self._prompt_cache = lowering, prompt_cache
         self.state = StepState()
         self._builders: dict[str, Callable[[str, Any], nn.Module | None]] = {
             "ResnetBlock2D": self._residual_block,
@@ -62,7 +63,7 @@ class Assembly:
         """A copy of `denoiser` that runs on the kernels, and how each of its layers runs."""
         shared: dict[int, Any] = {id(m): m for m in denoiser.modules() if isinstance(m, QuantizedLayer)}
         model = copy.deepcopy(denoiser, shared)  # the copy's quantized layers are the originals, all exchanged below
-        self.state.prompt.is_active = _passes_prompt_on(model)
+        self.state.prompt.is_active = self._prompt_cache and _passes_prompt_on(model)
         self._output(model)
         self._walk("", model)
         # diffusers' own `to` warns of modules that its models would rather keep in float32

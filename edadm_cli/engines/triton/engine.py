@@ -27,6 +27,7 @@ class TritonEngine(Engine):
         cuda_graphs: Record each step once and replay it; on CUDA only.
         pack_weights: Keep weights of at most four bits packed and unpack them inside the kernels: less memory, not
             less time. By default they are unpacked once.
+        prompt_cache: Compute keys and values of cross-attention once for each prompt tensor, not in every step.
         kept: Layers to keep in floating point though the kernels could run them, name to reason, such as layers that
             were measured to be slower in integers.
     """
@@ -39,9 +40,15 @@ class TritonEngine(Engine):
     layer_bound: ClassVar[float] = 1e-5
 
     def __init__(
-        self, *, cuda_graphs: bool = True, pack_weights: bool = False, kept: Mapping[str, str] | None = None
+        self,
+        *,
+        cuda_graphs: bool = True,
+        pack_weights: bool = False,
+        prompt_cache: bool = True,
+        kept: Mapping[str, str] | None = None,
     ) -> None:
-        self._cuda_graphs, self._pack_weights, self._kept = cuda_graphs, pack_weights, dict(kept or {})
+        self._cuda_graphs, self._pack_weights, self._prompt_cache = cuda_graphs, pack_weights, prompt_cache
+        self._kept = dict(kept or {})
 
     def refusal(self, device: torch.device) -> str | None:
         """Why the kernels cannot run on a device."""
@@ -68,7 +75,7 @@ class TritonEngine(Engine):
     ) -> CompiledDenoiser:
         """Pack the weights and assemble the blocks; the graph of a step is recorded at its first call."""
         self.require(options.device)
-        assembly = Assembly(self._lowering(options))
+        assembly = Assembly(self._lowering(options), self._prompt_cache)
         model, layers = assembly.build(denoiser)
         graphs = self._cuda_graphs and options.device.type == "cuda"
         return TritonDenoiser(model, layers, assembly.state, options, graphs)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import edadm_kernels as kernels
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import edadm_kernels as kernels
 from edadm_cli.engines.triton.layout import channels_last
 from edadm_cli.engines.triton.products import Product
 from edadm_cli.engines.triton.quantizer import Quantizer

@@ -6,16 +6,16 @@ codes, and a sum with the hidden state happens in the epilogue. Called as a modu
 
 from __future__ import annotations
 
-import edadm_kernels as kernels
 import torch
-from edadm_kernels import pack
 from torch import Tensor, nn
 
+import edadm_kernels as kernels
 from edadm_cli.engines.triton.layout import channels_last, image_of, quantizable, rows_of
 from edadm_cli.engines.triton.quantizer import Quantizer
 from edadm_cli.quant.grid import fake_quantize
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
+from edadm_kernels import pack
 
 
 class Product(nn.Module):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import edadm_kernels as kernels
 import torch
 from torch import Tensor
 
+import edadm_kernels as kernels
 from edadm_cli.quant.layers import QuantizedLayer
 
 

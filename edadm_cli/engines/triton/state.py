@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import edadm_kernels as kernels
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import edadm_kernels as kernels
 from edadm_cli.engines.triton.products import IntegerLinear, merge
 
 Pair = tuple[Tensor, Tensor]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import edadm_kernels as kernels
 import torch
-from edadm_kernels import pack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import edadm_kernels as kernels
 from edadm_cli.engines.triton.attention import FusedAttention
 from edadm_cli.engines.triton.layout import channels_last, image_of, rows_of
 from edadm_cli.engines.triton.norms import NormStage
 from edadm_cli.engines.triton.products import IntegerLinear, Product, packed
+from edadm_kernels import pack
 
 
 class GatedProduct(nn.Module):

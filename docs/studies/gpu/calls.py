@@ -1,0 +1,215 @@
+"""The kernel calls of a step, read off the step itself, and for each what a library would run in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PRODUCTS = ("linear", "linear_geglu", "conv2d")
+
+
+@dataclass(frozen=True)
+class TensorLike:
+    """Shape, strides and element type of an argument."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> TensorLike:
+        """Of a tensor."""
+        return cls(tuple(x.shape), tuple(x.stride()), x.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its elements."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def random(self, generator: torch.Generator) -> Tensor:
+        """A tensor like it: codes over their whole range, floats around zero, positive scales of a few hundredths."""
+        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=generator.device)
+        if self.dtype in (torch.int8, torch.uint8):
+            info = torch.iinfo(self.dtype)
+            return x.random_(info.min, info.max + 1, generator=generator)
+        if self.dtype == torch.int32:
+            return x.random_(100, 150, generator=generator)
+        return x.normal_(generator=generator)
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One operation of `edadm` with its arguments, tensors replaced by `TensorLike`."""
+
+    operation: str
+    arguments: tuple[Any, ...]
+
+    def make(self, generator: torch.Generator) -> list[Any]:
+        """Fresh random arguments; scales are positive and small."""
+        made = []
+        for index, argument in enumerate(self.arguments):
+            value = argument.random(generator) if isinstance(argument, TensorLike) else argument
+            if isinstance(value, Tensor) and index in _SCALES[self.operation]:
+                value = value.abs_().mul_(0.02).add_(0.005)
+            made.append(value)
+        return made
+
+    def run(self, arguments: list[Any]) -> Any:
+        """Call the operation."""
+        return getattr(torch.ops.edadm, self.operation)(*arguments)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its arguments."""
+        return sum(a.num_bytes for a in self.arguments if isinstance(a, TensorLike))
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies."""
+        return self.operation in PRODUCTS
+
+    @property
+    def packed(self) -> bool:
+        """Whether its weights are two codes a byte."""
+        return self.is_product and self.arguments[1].dtype == torch.uint8
+
+    def matrix(self) -> tuple[int, int, int]:
+        """M, N and K of a product."""
+        x, weight = self.arguments[0].shape, self.arguments[1].shape
+        k = torch.Size(weight[1:]).numel() * (2 if self.packed else 1)
+        if self.operation != "conv2d":
+            return x[0], weight[0], k
+        height, width = self.output_size()
+        return x[0] * height * width, weight[0], k
+
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of a convolution's output."""
+        x, weight = self.arguments[0].shape, self.arguments[1].shape
+        stride, (top, bottom, left, right), upsample = self.arguments[7:10]
+        grown = 2 if upsample else 1
+        return (
+            (x[2] * grown + top + bottom - weight[1]) // stride + 1,
+            (x[3] * grown + left + right - weight[2]) // stride + 1,
+        )
+
+    def kind(self) -> str:
+        """Which table of tiles serves a product."""
+        if self.operation != "conv2d":
+            return "geglu" if self.operation == "linear_geglu" else "linear"
+        stride, padding, upsample = self.arguments[7:10]
+        pointwise = self.arguments[1].shape[1:3] == (1, 1) and stride == 1 and not any(padding) and not upsample
+        return "linear" if pointwise else "conv"
+
+    def label(self) -> str:
+        """For people."""
+        x = "x".join(map(str, self.arguments[0].shape))
+        if not self.is_product:
+            return f"{self.operation} {x}"
+        extras = []
+        if self.operation == "conv2d":
+            stride, _, upsample = self.arguments[7:10]
+            extras = [f"/{stride}"] * (stride != 1) + ["up"] * upsample
+        weight = "x".join(map(str, self.arguments[1].shape))
+        return " ".join([self.operation, x, "*", weight, *extras])
+
+
+# Which arguments are scales, by operation
+_SCALES = {
+    "quantize": (1,),
+    "silu_quantize": (1,),
+    "linear": (2,),
+    "linear_geglu": (2, 5),
+    "conv2d": (2,),
+    "group_norm_quantize": (6,),
+    "layer_norm_quantize": (4,),
+}
+
+
+class CallRecorder(TorchDispatchMode):
+    """Notes every call of an `edadm` operation, and counts what else computes, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[KernelCall, int] = {}
+        self.others: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "edadm":
+            known = [_frozen(a) for a in args]
+            defaults = [
+                _frozen((kwargs or {}).get(a.name, a.default_value)) for a in func._schema.arguments[len(args) :]
+            ]
+            call = KernelCall(func._schema.name.split("::")[1], (*known, *defaults))
+            self.calls[call] = self.calls.get(call, 0) + 1
+        elif not func.is_view:
+            name = func._schema.name.split("::")[1]
+            self.others[name] = self.others.get(name, 0) + 1
+        return result
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return TensorLike.of(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
+    """What torch runs in float16 in the call's place: cuDNN and cuBLAS for products, its own norms, a copy."""
+    x = arguments[0]
+    if call.operation == "conv2d":
+        return _convolution(call, arguments)
+    if call.operation in ("linear", "linear_geglu"):
+        rows = torch.randn(x.shape, dtype=torch.float16, device=x.device)
+        matrix = _half_weight(call, arguments[1])
+        if call.operation == "linear_geglu":
+            return lambda: _geglu(F.linear(rows, matrix))
+        residual = arguments[5]
+        if residual is None:
+            return lambda: F.linear(rows, matrix)
+        half = residual.half()
+        return lambda: F.linear(rows, matrix) + half
+    half = x.half()
+    if call.operation == "group_norm_quantize":
+        weight, bias, groups, eps, silu = arguments[1].half(), arguments[2].half(), *arguments[3:6]
+        if silu:
+            return lambda: F.silu(F.group_norm(half, groups, weight, bias, eps))
+        return lambda: F.group_norm(half, groups, weight, bias, eps)
+    if call.operation == "layer_norm_quantize":
+        weight, bias, eps = arguments[1].half(), arguments[2].half(), arguments[3]
+        return lambda: F.layer_norm(half, weight.shape, weight, bias, eps)
+    return lambda: half.clone()
+
+
+def _convolution(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
+    x, residual = arguments[0], arguments[6]
+    stride, (top, bottom, left, right), upsample = arguments[7:10]
+    image = torch.randn(x.shape, dtype=torch.float16, device=x.device).to(memory_format=torch.channels_last)
+    weight = _half_weight(call, arguments[1]).permute(0, 3, 1, 2)
+    half = None if residual is None else residual.half()
+
+    def run() -> Tensor:
+        source = F.interpolate(image, scale_factor=2.0, mode="nearest") if upsample else image
+        if (top, left) != (bottom, right):
+            y = F.conv2d(F.pad(source, (left, right, top, bottom)), weight, stride=stride)
+        else:
+            y = F.conv2d(source, weight, stride=stride, padding=(top, left))
+        return y if half is None else y + half
+
+    return run
+
+
+def _half_weight(call: KernelCall, weight: Tensor) -> Tensor:
+    shape = (*weight.shape[:-1], weight.shape[-1] * (2 if call.packed else 1))
+    return torch.randn(shape, dtype=torch.float16, device=weight.device) * 0.02
+
+
+def _geglu(y: Tensor) -> Tensor:
+    value, gate = y.chunk(2, dim=-1)
+    return value * F.gelu(gate)

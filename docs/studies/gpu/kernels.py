@@ -1,0 +1,217 @@
+"""Sections about single kernels: exactness against the reference, tiles, and time beside torch in float16."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edadm_kernels import backend, tiles
+from edadm_kernels.gemm_launch import arch_of
+from gpu.calls import KernelCall, half_precision
+from gpu.timing import Clock, poison
+
+# The integers are exact. A float epilogue may contract or not, one unit in the last place of float16; a code may differ
+# by one where a float32 result lies in the middle between two.
+FLOAT_BOUND = 1e-3
+CODE_SHARE_BOUND = 1e-3
+SEED = 20
+
+
+class OutOfTime(Exception):
+    """A section's time is over."""
+
+
+class Budget:
+    """Seconds a section may take; asked before each piece of work."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raise `OutOfTime` when the seconds are over."""
+        if time.monotonic() > self._end:
+            raise OutOfTime
+
+
+def generator(device: torch.device, seed: int = SEED) -> torch.Generator:
+    """A seeded generator of a device."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def exactness(calls: dict[KernelCall, int], device: torch.device, budget: Budget) -> Iterator[dict[str, Any]]:
+    """Each call by the kernel and by the reference, fresh random inputs, the outputs' memory poisoned before.
+
+    With no GPU both are the reference unless TRITON_INTERPRET=1.
+    """
+    for index, call in enumerate(calls):
+        budget.check()
+        arguments = call.make(generator(device, SEED + index))
+        poison(device)
+        found = call.run(arguments)
+        with backend("reference"):
+            wanted = call.run(arguments)
+        yield {"call": call.label(), **_compared(_tensors(found), _tensors(wanted))}
+
+
+def _compared(found: list[Tensor], wanted: list[Tensor]) -> dict[str, Any]:
+    if wanted[0].dtype == torch.int8:
+        apart = [(f.int() - w.int()).abs() for f, w in zip(found, wanted, strict=True)]
+        largest = max(int(a.max()) for a in apart)
+        share = max(float((a > 0).float().mean()) for a in apart)
+        return {"max_codes": largest, "share": share, "ok": largest <= 1 and share <= CODE_SHARE_BOUND}
+    f, w = found[0].double(), wanted[0].double()
+    error = float((f - w).norm() / w.norm())
+    return {"relative_l2": error, "ok": error <= FLOAT_BOUND}  # not a number compares as false
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+Job = tuple[KernelCall, tiles.Tile]
+
+
+def shares(calls: dict[KernelCall, int], device: torch.device, limit: int, workers: int) -> list[list[Job]]:
+    """Every product with every candidate tile, in shares for as many processes; what compiles alike is in one share."""
+    alike: dict[tuple[Any, ...], list[Job]] = {}
+    for call in calls:
+        x, weight, *rest = call.arguments
+        absent = tuple(argument is None for argument in rest)
+        constants = call.arguments[7:10] if call.operation == "conv2d" else ()
+        sizes = tuple(size % 16 == 0 for size in (*x.shape, *weight.shape))
+        for tile in candidates_of(call, device, limit):
+            alike.setdefault((call.operation, tile, absent, constants, sizes), []).append((call, tile))
+    groups = list(alike.values())
+    return [[job for group in groups[first::workers] for job in group] for first in range(workers)]
+
+
+def compile_share(jobs: list[Job]) -> int:
+    """Run products once with given tiles, so that Triton's cache on disk holds their code; returns how many failed."""
+    device, failed = torch.device("cuda", torch.cuda.current_device()), 0
+    made: dict[KernelCall, list[Any]] = {}
+    for call, tile in jobs:
+        if call not in made:
+            made = {call: call.make(generator(device))}
+        with using(call, tile, device):
+            try:
+                call.run(made[call])
+            except Exception:  # noqa: BLE001  a tile that does not compile or launch is no candidate; `sweep` reports it
+                failed += 1
+    torch.cuda.synchronize(device)
+    return failed
+
+
+class using:
+    """Have a product run with a given tile, while it is entered."""
+
+    def __init__(self, call: KernelCall, tile: tiles.Tile | None, device: torch.device) -> None:
+        self._key = tile_key(call, device)
+        self._tile = tile
+
+    def __enter__(self) -> None:
+        table: Any = tiles.MEASURED
+        self._before = table.get(self._key)
+        if self._tile is not None:
+            table[self._key] = self._tile
+        tiles.choose.cache_clear()
+
+    def __exit__(self, *_: object) -> None:
+        table: Any = tiles.MEASURED
+        table.pop(self._key, None)
+        if self._before is not None:
+            table[self._key] = self._before
+        tiles.choose.cache_clear()
+
+
+def tile_key(call: KernelCall, device: torch.device) -> tuple[Any, ...]:
+    """The key of a product in the table of measured tiles."""
+    return (arch_of(torch.empty(0, device=device)), call.kind(), *call.matrix(), call.packed)
+
+
+def candidates_of(call: KernelCall, device: torch.device, limit: int) -> list[tiles.Tile]:
+    """Tiles that suit a product, the likeliest first, the one chosen without measuring among them."""
+    arch, kind, m, n, k, packed = tile_key(call, device)
+    channels = call.arguments[0].shape[1]
+    machine = tiles.MACHINES[tiles.known_arch(arch)]
+    found = tiles.candidates(arch, kind, m, k, channels, packed)
+    ordered = sorted(found, key=lambda tile: tiles._cost(machine, tile, m, n, k))
+    # the best of the cost model, and the best of every shape of tile in it: the model may be wrong about one
+    by_shape = {(tile.bm, tile.bn, tile.bk): tile for tile in reversed(ordered)}
+    both = [*ordered[: limit // 2], *sorted(by_shape.values(), key=ordered.index)]
+    return list(dict.fromkeys(both))[:limit]
+
+
+def sweep(
+    calls: dict[KernelCall, int], device: torch.device, clock: Clock, limit: int, budget: Budget
+) -> Iterator[dict[str, Any]]:
+    """Time every product with its candidate tiles, and what torch has for it in float16 and int8."""
+    for index, call in enumerate(calls):
+        budget.check()
+        made = [call.make(generator(device, index * 100 + s)) for s in range(clock.sets(call.num_bytes))]
+        times: dict[tiles.Tile, float] = {}
+        for tile in candidates_of(call, device, limit) if device.type == "cuda" else []:
+            with using(call, tile, device):
+                try:
+                    times[tile] = clock.launch_us([_launch(call, a) for a in made])
+                except Exception as error:  # noqa: BLE001  reported, and no candidate
+                    yield {"call": call.label(), "tile": repr(tile), "error": f"{type(error).__name__}: {error}"[:300]}
+                    torch.cuda.synchronize(device)
+        chosen_us = clock.launch_us([_launch(call, a) for a in made])
+        best = min(times, key=times.__getitem__) if times else None
+        m, n, k = call.matrix()
+        best_us = times[best] if best is not None else chosen_us
+        yield {
+            "call": call.label(),
+            "count": calls[call],
+            "key": tile_key(call, device),
+            "chosen_us": chosen_us,
+            "best_us": best_us,
+            "best_tile": repr(best),
+            "tops": 2 * m * n * k / best_us / 1e6,
+            "float16_us": clock.launch_us([half_precision(call, a) for a in made]),
+            "int_mm_us": _int_mm_us(call, made, clock),
+            "tiles": {_short(tile): round(us, 2) for tile, us in sorted(times.items(), key=lambda item: item[1])},
+        }
+
+
+def memory_bound(
+    calls: dict[KernelCall, int], device: torch.device, clock: Clock, budget: Budget
+) -> Iterator[dict[str, Any]]:
+    """Time every normalization and quantization beside torch's own in float16."""
+    for index, call in enumerate(calls):
+        budget.check()
+        made = [call.make(generator(device, index * 100 + s)) for s in range(clock.sets(call.num_bytes))]
+        us = clock.launch_us([_launch(call, a) for a in made])
+        outputs = len(_tensors(call.run(made[0])))
+        moved = call.arguments[0].num_bytes + outputs * torch.Size(call.arguments[0].shape).numel()
+        yield {
+            "call": call.label(),
+            "count": calls[call],
+            "us": us,
+            "gb_s": moved / us / 1e3,
+            "float16_us": clock.launch_us([half_precision(call, a) for a in made]),
+        }
+
+
+def _launch(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
+    return lambda: call.run(arguments)
+
+
+def _int_mm_us(call: KernelCall, made: list[list[Any]], clock: Clock) -> float | None:
+    """torch's bare int8 product, of a linear layer whose sizes it takes."""
+    m, n, k = call.matrix()
+    if call.operation != "linear" or call.packed or m <= 16 or n % 8 or k % 8:
+        return None
+    return clock.launch_us([_int_mm(a[0], a[1]) for a in made])
+
+
+def _int_mm(x: Tensor, weight: Tensor) -> Callable[[], Any]:
+    return lambda: torch._int_mm(x, weight.T)
+
+
+def _short(tile: tiles.Tile) -> str:
+    return f"{tile.bm}x{tile.bn}x{tile.bk} w{tile.num_warps} s{tile.num_stages} k{tile.split_k}"

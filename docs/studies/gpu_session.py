@@ -1,0 +1,295 @@
+"""A whole session on a GPU in one call: is it exact, which tiles are best, how fast is a step, where does its time go.
+
+    python docs/studies/gpu_session.py --out session.jsonl
+    python docs/studies/gpu_session.py --sections times,profile --compile --out compiled.jsonl
+    python docs/studies/gpu_session.py --smoke
+
+Every finding is a line of JSON, written when it is found, so that a call that is cut short keeps what it has. Nothing
+is downloaded. `--smoke` runs every section on a CPU with a tiny network and the kernels' torch reference: its times say
+nothing, its paths are those of the real run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import kernels, steps
+from gpu.kernels import Budget, OutOfTime
+from gpu.timing import Clock
+from torch import nn
+
+SECONDS = {
+    "environment": 30,
+    "tests": 120,
+    "parity": 90,
+    "exactness": 60,
+    "times": 120,
+    "profile": 40,
+    "memory": 30,
+    "sweep": 150,
+    "norms": 30,
+}
+PATIENCE = 560
+"""Seconds of the whole session: no section starts later than its own budget before this."""
+
+
+class Session:
+    """Runs sections and writes what they find.
+
+    Args:
+        options: Of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device("cpu" if options.smoke else "cuda")
+        self.clock = Clock(self.device)
+        self._out = open(options.out, "a", buffering=1) if options.out else None  # noqa: SIM115
+        self._started = time.monotonic()
+        self._networks: steps.Networks | None = None
+        self._calls: dict[int, dict[Any, int]] = {}
+        self.tiles: list[dict[str, Any]] = []
+
+    @property
+    def networks(self) -> steps.Networks:
+        """The network under test."""
+        if self._networks is None:
+            smoke = self.options.smoke
+            make = tiny if smoke else None
+            self._networks = steps.Networks(self.options.model, self.device, 8 if smoke else None, make)
+        return self._networks
+
+    def run(self, name: str) -> None:
+        """Run a section; its failure is written and does not keep the others from running."""
+        budget = self.options.seconds.get(name, SECONDS[name])
+        if time.monotonic() - self._started + budget > self.options.patience:
+            self.write(name, {"skipped": "no time left"})
+            return
+        started = time.monotonic()
+        try:
+            with torch.no_grad():
+                for row in getattr(self, f"_{name}")(Budget(budget)):
+                    self.write(name, row)
+        except OutOfTime:
+            self.write(name, {"stopped": f"after {budget} s"})
+        except Exception as error:  # noqa: BLE001
+            self.write(name, {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]})
+        self.write(name, {"seconds": round(time.monotonic() - started, 1)})
+
+    def write(self, section: str, row: dict[str, Any]) -> None:
+        """Write one finding, shortly to the terminal, whole to the file."""
+        line = json.dumps({"section": section, **row}, default=str)
+        if self._out:
+            self._out.write(line + "\n")
+        print(line if len(line) < 700 or "by_name" not in row else table(section, row), flush=True)
+
+    def calls(self, rows: int, products: bool) -> dict[Any, int]:
+        """The kernel calls of a W8A8 step with their counts."""
+        if rows not in self._calls:
+            compiled = self.networks.compiled("w8a8", rows, torch.float16, cuda_graphs=False)
+            recorder = steps.record_calls(compiled, self.networks.call(rows, torch.float16))
+            self._calls[rows] = recorder.calls
+            self.write("calls", {"rows": rows, "edadm": sum(recorder.calls.values()), "others": recorder.others})
+        return {call: count for call, count in self._calls[rows].items() if call.is_product == products}
+
+    def _environment(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        import diffusers
+        import triton
+
+        yield {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "diffusers": diffusers.__version__,
+            "cpus": os.cpu_count(),
+        }
+        if self.device.type != "cuda":
+            return
+        properties = torch.cuda.get_device_properties(self.device)
+        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        seen = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False
+        )
+        yield {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gb": properties.total_memory / 1e9,
+            "l2_mb": properties.L2_cache_size / 1e6,
+            "cudnn": torch.backends.cudnn.version(),
+            "nvidia_smi": seen.stdout.strip(),
+        }
+        yield peaks(self.device, self.clock)
+
+    def _tests(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        if self.device.type != "cuda":
+            yield {"skipped": "the tests in tests/gpu skip themselves without a GPU"}
+            return
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *self.options.tests]
+        seconds = self.options.seconds.get("tests", SECONDS["tests"])
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired as expired:
+            yield {"stopped": f"after {seconds} s", "tail": str(expired.stdout or "")[-3000:]}
+            return
+        yield {"code": done.returncode, "tail": (done.stdout + done.stderr)[-4000:]}
+
+    def _parity(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        for bits in ("w8a8", "w4a8"):
+            budget.check()
+            yield from steps.parity(self.networks, self.options.rows[0], bits)
+
+    def _exactness(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        rows = self.options.rows[0]
+        calls = {**self.calls(rows, True), **self.calls(rows, False)}
+        found = []
+        for row in kernels.exactness(calls, self.device, budget):
+            found.append(row)
+            if not row["ok"]:
+                yield row
+        worst = max((row.get("relative_l2", 0.0) for row in found), default=0.0)
+        share = max((row.get("share", 0.0) for row in found), default=0.0)
+        yield {
+            "calls": len(found),
+            "wrong": sum(not row["ok"] for row in found),
+            "worst_l2": worst,
+            "worst_share": share,
+        }
+
+    def _times(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        for rows in self.options.rows:
+            budget.check()
+            rounds = 2 if self.options.smoke else 12
+            yield from steps.times(self.networks, rows, self.clock, rounds, self.options.compile)
+
+    def _profile(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        for rows in self.options.rows:
+            for name, step in steps.contenders(self.networks, rows, wants_compile=False).items():
+                budget.check()
+                if name in ("fp16 in a CUDA graph", "w8a8"):
+                    step()
+                    yield {"contender": name, "rows": rows, **steps.kernel_table(step, self.device)}
+
+    def _memory(self, budget: Budget) -> Iterable[dict[str, Any]]:
+        return steps.memory(self.networks, self.options.rows[0])
+
+    def _sweep(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        for rows in self.options.rows:
+            calls = self.calls(rows, True)
+            if self.device.type == "cuda":
+                yield self._compile_ahead(calls)
+            for row in kernels.sweep(calls, self.device, self.clock, self.options.tiles, budget):
+                self.tiles.append(row)
+                yield row
+
+    def _compile_ahead(self, calls: dict[Any, int]) -> dict[str, Any]:
+        workers = max(1, (os.cpu_count() or 2) - 2)
+        jobs = kernels.shares(calls, self.device, self.options.tiles, workers)
+        started = time.monotonic()
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            failed = sum(pool.imap_unordered(kernels.compile_share, jobs))
+        seconds = round(time.monotonic() - started, 1)
+        return {"compiled": sum(map(len, jobs)), "failed": failed, "workers": workers, "compile_seconds": seconds}
+
+    def _norms(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        for rows in self.options.rows:
+            yield from kernels.memory_bound(self.calls(rows, False), self.device, self.clock, budget)
+
+
+def peaks(device: torch.device, clock: Clock) -> dict[str, float]:
+    """What this card reaches: a copy, a float16 and an int8 product, random data."""
+    source = torch.empty(1 << 30, dtype=torch.int32, device=device).random_()
+    copied = clock.launch_us([lambda: source.clone()], replays=3)
+    a = torch.randn(8192, 8192, device=device, dtype=torch.float16)
+    b = torch.randint(-128, 128, (8192, 8192), device=device, dtype=torch.int8)
+    operations = 2 * 8192**3
+    return {
+        "copy_gb_s": 2 * source.numel() * 4 / copied / 1e3,
+        "float16_tflops": operations / clock.launch_us([lambda: a @ a.T]) / 1e6,
+        "int8_tops": operations / clock.launch_us([lambda: torch._int_mm(b, b.T)]) / 1e6,
+    }
+
+
+def tiny() -> nn.Module:
+    """A UNet of 64 and 128 channels for a trial run."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def table(section: str, row: dict[str, Any]) -> str:
+    """A table of kernels for people."""
+    head = f"[{section}] {row['contender']}, {row['rows']} rows: {row['kernels']} kernels, {row['kernel_ms']:.3f} ms"
+    lines = [f"  {k['us']:9.1f} us  {k['count']:4d} x {k['us_each']:8.2f}  {k['name']}" for k in row["by_name"]]
+    return "\n".join([head, *lines])
+
+
+def tile_table(rows: list[dict[str, Any]]) -> str:
+    """The best tiles as Python, for `kernels/edadm_kernels/tiles.py`: those that gain at least 3%."""
+    lines = ["MEASURED: Mapping[tuple[int, Kind, int, int, int, bool], Tile] = {"]
+    for row in rows:
+        if row.get("best_tile", "None") != "None" and row["best_us"] < 0.97 * row["chosen_us"]:
+            lines.append(
+                f"    {row['key']!r}: {row['best_tile']},  # {row['chosen_us']:.1f} -> {row['best_us']:.1f} us"
+            )
+    return "\n".join([*lines, "}"])
+
+
+def seconds_of(text: str) -> tuple[str, float]:
+    """`sweep=120` as a pair."""
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="file that lines of JSON are added to")
+    parser.add_argument("--sections", default=",".join(SECONDS), help="which, in this order")
+    parser.add_argument("--seconds", type=seconds_of, nargs="*", default=[], help="budgets, such as sweep=120")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds of the whole session")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2, 16], help="batch sizes, guidance branches included")
+    parser.add_argument("--model", default="sd15-random")
+    parser.add_argument("--tiles", type=int, default=8, help="tiles to try a product")
+    parser.add_argument("--compile", action="store_true", help="torch.compile among the contenders: minutes")
+    parser.add_argument("--tests", nargs="+", default=["tests/gpu"], help="what pytest runs")
+    parser.add_argument("--smoke", action="store_true", help="every section on a CPU with a tiny network")
+    options = parser.parse_args()
+    options.seconds = dict(options.seconds)
+    if options.smoke:
+        options.rows = [2]
+    return options
+
+
+def main() -> None:
+    """Run the sections that are asked for."""
+    session = Session(arguments())
+    run: Callable[[str], None] = session.run
+    for name in session.options.sections.split(","):
+        run(name)
+    if session.tiles:
+        print(tile_table(session.tiles))
+
+
+if __name__ == "__main__":
+    main()
