@@ -1,0 +1,191 @@
+"""From a quantized denoiser in torch to an OpenVINO graph.
+
+The denoiser is traced with a stand-in for every quantized layer: one opaque operation that costs no arithmetic while
+tracing and becomes the nodes of `nodes.layer` in the graph, under the layer's own name. No floating-point weight of a
+quantized layer is ever made.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import openvino as ov
+import torch
+from openvino.frontend.pytorch import ConversionExtension
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from torch import Tensor, nn
+
+from edadm_cli.engines.openvino import nodes
+from edadm_cli.engines.openvino.interface import CallInterface, bind, flatten, rebuild
+from edadm_cli.errors import EdadmError
+from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention, operand_grid
+from edadm_cli.quant.layers import QuantizedLayer
+
+NAMESPACE = "edadm_openvino"
+WRAPPED = "denoiser"
+"""Attribute under which the traced wrapper holds the denoiser: part of the names that tracing gives to nodes."""
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LIBRARY.define("linear(Tensor x, int index, int features) -> Tensor")
+_LIBRARY.define(
+    "conv2d(Tensor x, int index, int features, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor"
+)
+_LIBRARY.define("fake_quantize(Tensor x, int index) -> Tensor")
+_OPERATIONS = ("linear", "conv2d", "fake_quantize")
+
+
+def _conv2d_like(
+    x: Tensor, index: int, features: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    sizes = [
+        (size + 2 * pad - span * (width - 1) - 1) // step + 1
+        for size, pad, span, width, step in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
+    ]
+    return x.new_zeros([x.shape[0], features, *sizes])
+
+
+_LIBRARY.impl("linear", lambda x, index, features: x.new_zeros([*x.shape[:-1], features]), "CompositeExplicitAutograd")
+_LIBRARY.impl("conv2d", _conv2d_like, "CompositeExplicitAutograd")
+_LIBRARY.impl("fake_quantize", lambda x, index: x.clone(), "CompositeExplicitAutograd")
+
+
+@torch.no_grad()
+def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ov.Model, CallInterface]:
+    """Convert a quantized denoiser; its inputs keep dynamic shapes, so that other sizes can be set later.
+
+    Args:
+        denoiser: With quantized layers, on any device; it is not changed.
+        args: Of an example call.
+        kwargs: Of that call.
+
+    Returns:
+        The graph, float32 where it is not quantized, with four-bit weights as i4 constants, and its call interface.
+
+    Raises:
+        EdadmError: OpenVINO cannot express the denoiser.
+    """
+    tracing = _Tracing(denoiser)
+    interface = CallInterface.of(denoiser, args, kwargs, None)
+    bound = bind(interface.parameters, args, kwargs)
+    wrapper = _Flat(tracing.model, bound, interface.inputs)
+    example = tuple(flatten(bound)[0].values())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tracing: constants from shapes, and that torch.jit is deprecated
+            # tracing once more to check the first trace would double its time
+            decoder = TorchScriptPythonDecoder(
+                wrapper, example_input=example, trace_kwargs={"check_trace": False}, skip_freeze=True
+            )
+            model = ov.convert_model(decoder, extension=tracing.extensions())
+    except Exception as error:  # noqa: BLE001 - whatever tracing or the converter raises is a refusal
+        raise EdadmError(f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}") from error
+    for name, port in zip(interface.inputs, model.inputs, strict=True):
+        port.set_names({name})
+        port.node.friendly_name = name
+    return model, interface.model_copy(update={"returns": wrapper.returns})
+
+
+def _reason(error: Exception) -> str:
+    """The line that says something; the converter puts what tracing raised after a line `Exception:`."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "Exception:" in lines[:-1]:
+        return lines[lines.index("Exception:") + 1]
+    return lines[0] if lines else type(error).__name__
+
+
+class _Tracing:
+    """A copy of a denoiser for tracing, and how its stand-ins become nodes. Tensors are shared, not copied."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.converters: list[Callable[[ov.Output], ov.Output]] = []
+        memo: dict[int, Any] = {}
+        for name, module in denoiser.named_modules():
+            if isinstance(module, QuantizedLayer):
+                memo[id(module)] = _LayerStandIn(module, self._register_layer(module, name))
+            elif isinstance(getattr(module, "processor", None), QuantizedAttention):
+                memo[id(module.processor)] = _AttentionStandIn(self._register_operands(module.processor))
+        # new parameters around the old storage: a cast of the copy must not reach the original
+        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in denoiser.parameters()}
+        memo |= {id(b): b.detach() for b in denoiser.buffers()}
+        self.model: nn.Module = copy.deepcopy(denoiser, memo).to("cpu", torch.float32).eval()
+
+    def extensions(self) -> list[ConversionExtension]:
+        """What the converter calls for each stand-in."""
+
+        def nodes_of(context: Any) -> list[ov.Output]:
+            return [self.converters[context.get_values_from_const_input(1)](context.get_input(0))]
+
+        return [ConversionExtension(f"{NAMESPACE}::{op}", nodes_of) for op in _OPERATIONS]
+
+    def _register(self, converter: Callable[[ov.Output], ov.Output]) -> int:
+        self.converters.append(converter)
+        return len(self.converters) - 1
+
+    def _register_layer(self, module: QuantizedLayer, name: str) -> int:
+        return self._register(lambda x: nodes.layer(x, module, name))
+
+    def _register_operands(self, processor: QuantizedAttention) -> dict[str, int]:
+        def converter(operand: str) -> Callable[[ov.Output], ov.Output]:
+            grid, scale = operand_grid(processor.plan, operand), getattr(processor, f"{operand}_scale")
+            return lambda x: nodes.fake_quantize(x, scale, None, grid)
+
+        return {operand: self._register(converter(operand)) for operand in ("q", "k", "v", "p")}
+
+
+class _Flat(nn.Module):
+    """A denoiser that takes its tensors one after another and returns its output tensor."""
+
+    def __init__(self, denoiser: nn.Module, bound: dict[str, Any], inputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.add_module(WRAPPED, denoiser)
+        self.bound, self.inputs = bound, inputs
+        self.returns: str | None = None
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Call the denoiser."""
+        given = dict(zip(self.inputs, tensors, strict=True))
+        output = self.get_submodule(WRAPPED)(**rebuild(self.bound, given.__getitem__))
+        if isinstance(output, tuple):
+            result: Tensor = output[0]
+            return result
+        self.returns = f"{type(output).__module__}.{type(output).__name__}"
+        result = output.sample
+        return result
+
+
+class _LayerStandIn(nn.Module):
+    """Stands where a quantized layer does, with the attributes that its surroundings read."""
+
+    def __init__(self, layer: QuantizedLayer, index: int) -> None:
+        super().__init__()
+        self.index, self.operation, self.weight_shape = index, layer.operation, layer.weight_shape
+        self.in_features = self.in_channels = layer.in_features
+        self.out_features = self.out_channels = layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros in the shape of the layer's output."""
+        op, result = self.operation, x
+        if op.kind == "linear":
+            result = torch.ops.edadm_openvino.linear(x, self.index, self.out_features)
+        else:
+            kernel = list(self.weight_shape[2:])
+            result = torch.ops.edadm_openvino.conv2d(
+                x, self.index, self.out_features, kernel, list(op.stride), list(op.padding), list(op.dilation)
+            )
+        return result
+
+
+class _AttentionStandIn(AttentionProducts):
+    """Attention whose operands pass through stand-ins for their quantizers."""
+
+    def __init__(self, indices: dict[str, int]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def touch(self, operand: str, tensor: Tensor) -> Tensor:
+        """Pass through."""
+        result: Tensor = torch.ops.edadm_openvino.fake_quantize(tensor, self.indices[operand])
+        return result

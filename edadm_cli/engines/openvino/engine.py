@@ -1,0 +1,94 @@
+"""OpenVINO as an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import torch
+from openvino import opset13 as ops
+from torch import Tensor, nn
+
+from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, FileEngine
+from edadm_cli.engines.openvino import files, nodes
+from edadm_cli.engines.openvino.convert import convert
+from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser, plugin_properties, shapes_of
+from edadm_cli.engines.openvino.execution import planned_layers
+from edadm_cli.engines.openvino.int4 import widen
+from edadm_cli.errors import MachineError
+from edadm_cli.quant.layers import QuantizedLayer
+
+_CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
+
+
+class OpenVinoEngine(FileEngine):
+    """OpenVINO's CPU plug-in: convolutions, linear layers and attention in INT8, the rest in float32 or bfloat16."""
+
+    name = "openvino"
+    description = "OpenVINO on the CPU: INT8 convolutions and products, the rest in float32 or bfloat16"
+    device_types = ("cpu",)
+    layer_bound = 1e-3
+
+    def refusal(self, device: torch.device) -> str | None:
+        """OpenVINO's CPU plug-in runs wherever it is installed."""
+        return None if device.type == "cpu" else f"The engine openvino runs on the cpu only, not on {device.type}."
+
+    def layer_refusal(self, layer: QuantizedLayer) -> str | None:
+        """A layer whose input is not quantized has nothing to multiply in integers."""
+        return "its input stays in floating point" if layer.plan.input_grid is None else None
+
+    def compile(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
+    ) -> CompiledDenoiser:
+        """Convert and compile; see `Engine.compile`."""
+        self._require(options)
+        graph, interface = convert(denoiser, args, kwargs)
+        widen(graph)
+        shapes = shapes_of(interface, args, kwargs)
+        return OpenVinoDenoiser(graph, interface, planned_layers(denoiser), options, shapes)
+
+    def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
+        """A graph of one layer."""
+        self._require(options)
+        parameter = ops.parameter(list(x.shape), ov.Type.f32)
+        graph = ov.Model([nodes.layer(parameter.output(0), layer, "layer")], [parameter])
+        widen(graph)
+        request = ov.Core().compile_model(graph, "CPU", plugin_properties(options)).create_infer_request()
+
+        def run(given: Tensor) -> Tensor:
+            request.infer([given.detach().float().contiguous().numpy()], share_inputs=True)
+            return torch.from_numpy(request.get_output_tensor(0).data.copy()).to(given.dtype)
+
+        return run
+
+    def save(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
+    ) -> None:
+        """Write the graph; options do not enter, since precision and threads are chosen on load."""
+        graph, interface = convert(denoiser, args, kwargs)
+        description = files.Description(
+            openvino=ov.get_version(),
+            interface=interface,
+            shapes=shapes_of(interface, args, kwargs),
+            layers=planned_layers(denoiser),
+        )
+        files.write(graph, description, folder)
+
+    def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
+        """Read the graph and compile it for the shapes of the example call."""
+        self._require(options)
+        graph, description = files.read(folder)
+        widen(graph)
+        return OpenVinoDenoiser(graph, description.interface, description.layers, options, description.shapes)
+
+    def _require(self, options: EngineOptions) -> None:
+        self.require(options.device)
+        capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if _CAPABILITIES.get(options.rest_dtype) not in capabilities:
+            wanted = str(options.rest_dtype).removeprefix("torch.")
+            raise MachineError(
+                f"OpenVINO does not compute in {wanted} on this CPU; it offers {', '.join(capabilities)}.",
+                hint="--dtype float32",
+            )

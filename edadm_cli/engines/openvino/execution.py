@@ -1,0 +1,119 @@
+"""What a compiled graph really runs, read from its runtime graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import openvino as ov
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from edadm_cli.engines.base import FLOAT, LayerExecution, LayerKind, OperationTime
+from edadm_cli.engines.listing import list_layers
+
+PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+NOT_RUN = "none"
+"""Precision of a layer that is not in the runtime graph."""
+
+_KINDS = {
+    "Convolution": "conv2d",
+    "FullyConnected": "linear",
+    "MatMul": "attention",
+    "ScaledDotProductAttention": "attention",
+    "Softmax": "attention",
+    "MVN": "norm",
+    "FakeQuantize": "quantize",
+    "Reorder": "reorder",
+    "Transpose": "reorder",
+    "Reshape": "reorder",
+    "Concatenation": "reorder",
+    "Split": "reorder",
+    "StridedSlice": "reorder",
+    "Convert": "reorder",
+    "Interpolate": "resize",
+}
+_PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "ScaledDotProductAttention", "Subgraph")
+_SHAPES_ONLY = ("Input", "Output", "Constant", "Reshape")
+
+
+class PlannedLayer(BaseModel):
+    """One layer of a denoiser as it was planned; what the files of a compiled denoiser remember of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: LayerKind
+    planned: str
+
+
+def planned_layers(denoiser: nn.Module) -> tuple[PlannedLayer, ...]:
+    """Every convolution, linear layer and attention of a denoiser, in the order of its modules."""
+    rows = list_layers(denoiser, torch.float32, lambda _name, _module: ("int8", None))
+    return tuple(PlannedLayer(name=row.name, kind=row.kind, planned=row.planned) for row in rows)
+
+
+class RuntimeNode:
+    """One node of a runtime graph."""
+
+    def __init__(self, node: ov.Node) -> None:
+        info = node.get_rt_info()
+        self.type = _text(info, "layerType")
+        self.precision = PRECISIONS.get(_text(info, "runtimePrecision").lower(), _text(info, "runtimePrecision"))
+        self.name: str = node.friendly_name
+        self.sources = tuple(filter(None, _text(info, "originalLayersNames").split(",")))
+        micros = _text(info, "execTimeMcs")
+        self.milliseconds = int(micros) / 1000 if micros.isdigit() else 0.0
+        order = _text(info, "execOrder")
+        self.order = int(order) if order.isdigit() else 0
+
+
+def runtime_nodes(compiled: ov.CompiledModel) -> list[RuntimeNode]:
+    """The nodes of a compiled graph in execution order; times are those of the last inference, if it counted them."""
+    nodes = [RuntimeNode(node) for node in compiled.get_runtime_model().get_ordered_ops()]
+    return sorted(nodes, key=lambda node: node.order)
+
+
+def executed_layers(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer]) -> tuple[LayerExecution, ...]:
+    """How each planned layer runs."""
+    products: dict[str, list[RuntimeNode]] = {}
+    for node in nodes:
+        if node.type in _PRODUCTS:
+            for name in dict.fromkeys(map(layer_name, node.sources)):
+                products.setdefault(name, []).append(node)
+    return tuple(_execution(layer, products.get(layer.name, [])) for layer in planned)
+
+
+def _execution(layer: PlannedLayer, nodes: list[RuntimeNode]) -> LayerExecution:
+    floating = [node for node in nodes if node.precision != "int8"]
+    precision, reason = "int8" if nodes else NOT_RUN, None
+    if floating:
+        precision = floating[0].precision
+        reason = f"OpenVINO runs it as {floating[0].type} in {precision}"
+    elif not nodes:
+        reason = "OpenVINO's runtime graph does not hold it"
+    return LayerExecution(layer.name, layer.kind, layer.planned, precision, None if layer.planned == FLOAT else reason)
+
+
+def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer]) -> list[OperationTime]:
+    """Time of each node that ran."""
+    names = {layer.name for layer in planned}
+    rows = []
+    for node in nodes:
+        if node.type in _SHAPES_ONLY and node.milliseconds == 0:
+            continue
+        layer = next((name for name in map(layer_name, node.sources) if name in names), node.name)
+        kind = _KINDS.get(node.type, "elementwise")
+        rows.append(OperationTime(layer, kind, node.precision, node.milliseconds))
+    return rows
+
+
+def layer_name(source: str) -> str:
+    """The layer that a node of the graph came from: tracing calls it `__module.denoiser.<layer>/aten::...`."""
+    return re.sub(r"^__module\.denoiser\.", "", source.partition("/")[0])
+
+
+def _text(info: Any, key: str) -> str:
+    return str(info[key].value) if key in info else ""
