@@ -21,11 +21,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu import kernels, steps
+from gpu.calls import CallRecorder
 from gpu.kernels import Budget, OutOfTime
 from gpu.timing import Clock
 from torch import nn
@@ -38,9 +40,13 @@ SECONDS = {
     "times": 120,
     "profile": 40,
     "memory": 30,
-    "sweep": 150,
+    "attention": 20,
     "norms": 30,
+    "sweep": 150,
+    "tuned": 60,
 }
+GAIN = 0.03
+"""A tile is exchanged for a measured one that saves at least this share of the time."""
 PATIENCE = 560
 """Seconds of the whole session: no section starts later than its own budget before this."""
 
@@ -59,8 +65,9 @@ class Session:
         self._out = open(options.out, "a", buffering=1) if options.out else None  # noqa: SIM115
         self._started = time.monotonic()
         self._networks: steps.Networks | None = None
-        self._calls: dict[int, dict[Any, int]] = {}
-        self.tiles: list[dict[str, Any]] = []
+        self._recorded: dict[int, CallRecorder] = {}
+        self._contenders: dict[int, dict[str, Callable[[], Any]]] = {}
+        self.swept: list[dict[str, Any]] = []
 
     @property
     def networks(self) -> steps.Networks:
@@ -95,14 +102,27 @@ class Session:
             self._out.write(line + "\n")
         print(line if len(line) < 700 or "by_name" not in row else table(section, row), flush=True)
 
+    def recorded(self, rows: int) -> CallRecorder:
+        """What a W8A8 step launches."""
+        if rows not in self._recorded:
+            compiled = self.networks.compiled("w8a8", rows, torch.float16, cuda_graphs=False)
+            found = steps.record_calls(compiled, self.networks.call(rows, torch.float16))
+            self._recorded[rows] = found
+            counts: dict[str, int] = {}
+            for call, count in found.calls.items():
+                counts[call.operation] = counts.get(call.operation, 0) + count
+            self.write("calls", {"rows": rows, "edadm": counts, "others": found.others})
+        return self._recorded[rows]
+
     def calls(self, rows: int, products: bool) -> dict[Any, int]:
         """The kernel calls of a W8A8 step with their counts."""
-        if rows not in self._calls:
-            compiled = self.networks.compiled("w8a8", rows, torch.float16, cuda_graphs=False)
-            recorder = steps.record_calls(compiled, self.networks.call(rows, torch.float16))
-            self._calls[rows] = recorder.calls
-            self.write("calls", {"rows": rows, "edadm": sum(recorder.calls.values()), "others": recorder.others})
-        return {call: count for call, count in self._calls[rows].items() if call.is_product == products}
+        return {call: count for call, count in self.recorded(rows).calls.items() if call.is_product == products}
+
+    def contenders(self, rows: int) -> dict[str, Callable[[], Any]]:
+        """Every contender's step."""
+        if rows not in self._contenders:
+            self._contenders[rows] = steps.contenders(self.networks, rows, self.options.compile)
+        return self._contenders[rows]
 
     def _environment(self, budget: Budget) -> Iterator[dict[str, Any]]:
         import diffusers
@@ -170,28 +190,49 @@ class Session:
     def _times(self, budget: Budget) -> Iterator[dict[str, Any]]:
         for rows in self.options.rows:
             budget.check()
-            rounds = 2 if self.options.smoke else 12
-            yield from steps.times(self.networks, rows, self.clock, rounds, self.options.compile)
+            yield from steps.times(self.contenders(rows), rows, self.clock, self.options.rounds)
 
     def _profile(self, budget: Budget) -> Iterator[dict[str, Any]]:
         for rows in self.options.rows:
-            for name, step in steps.contenders(self.networks, rows, wants_compile=False).items():
+            for name in ("fp16 in a CUDA graph", "fp16 compiled in a CUDA graph", "w8a8"):
                 budget.check()
-                if name in ("fp16 in a CUDA graph", "w8a8"):
-                    step()
-                    yield {"contender": name, "rows": rows, **steps.kernel_table(step, self.device)}
+                if name in self.contenders(rows):
+                    yield {
+                        "contender": name,
+                        "rows": rows,
+                        **steps.kernel_table(self.contenders(rows)[name], self.device),
+                    }
 
     def _memory(self, budget: Budget) -> Iterable[dict[str, Any]]:
         return steps.memory(self.networks, self.options.rows[0])
 
+    def _attention(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        for rows in self.options.rows:
+            budget.check()
+            for row in steps.attention_times(self.recorded(rows).attentions, self.device, self.clock):
+                yield {"rows": rows, **row}
+
     def _sweep(self, budget: Budget) -> Iterator[dict[str, Any]]:
         for rows in self.options.rows:
-            calls = self.calls(rows, True)
+            calls, layers = self.calls(rows, True), self.recorded(rows).layers
             if self.device.type == "cuda":
                 yield self._compile_ahead(calls)
-            for row in kernels.sweep(calls, self.device, self.clock, self.options.tiles, budget):
-                self.tiles.append(row)
-                yield row
+            for row in kernels.sweep(calls, layers, self.device, self.clock, self.options.tiles, budget):
+                self.swept.append(row)
+                yield {"rows": rows, **row}
+
+    def _tuned(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        """A step with the best tiles of the sweep beside the contenders that it is held against."""
+        used = kernels.use_tiles(kernels.best_tiles(self.swept), GAIN)
+        yield {"tiles": used}
+        for rows in self.options.rows:
+            budget.check()
+            ready = {name: call for name, call in self.contenders(rows).items() if name.startswith(("fp", "w8a8"))}
+            call = self.networks.call(rows, torch.float16)
+            tuned = self.networks.compiled("w8a8", rows, torch.float16)
+            ready["w8a8 tuned"] = partial(tuned, *call[0], **call[1])
+            yield from steps.times(ready, rows, self.clock, self.options.rounds)
+            yield {"contender": "w8a8 tuned", "rows": rows, **steps.kernel_table(ready["w8a8 tuned"], self.device)}
 
     def _compile_ahead(self, calls: dict[Any, int]) -> dict[str, Any]:
         workers = max(1, (os.cpu_count() or 2) - 2)
@@ -244,15 +285,18 @@ def table(section: str, row: dict[str, Any]) -> str:
     return "\n".join([head, *lines])
 
 
-def tile_table(rows: list[dict[str, Any]]) -> str:
-    """The best tiles as Python, for `kernels/edadm_kernels/tiles.py`: those that gain at least 3%."""
+def tile_table(swept: list[dict[str, Any]]) -> str:
+    """The best tiles as Python, for `kernels/edadm_kernels/tiles.py`, and the products that float16 runs faster."""
     lines = ["MEASURED: Mapping[tuple[int, Kind, int, int, int, bool], Tile] = {"]
-    for row in rows:
-        if row.get("best_tile", "None") != "None" and row["best_us"] < 0.97 * row["chosen_us"]:
-            lines.append(
-                f"    {row['key']!r}: {row['best_tile']},  # {row['chosen_us']:.1f} -> {row['best_us']:.1f} us"
-            )
-    return "\n".join([*lines, "}"])
+    for key, (tile, before, after) in kernels.best_tiles(swept).items():
+        if after < (1 - GAIN) * before:
+            lines.append(f"    {key!r}: {tile},  # {before:.1f} -> {after:.1f} us a step")
+    lines.append("}")
+    for row in swept:
+        if "best_us" in row and row["best_us"] > row["float16_us"]:
+            times = f"{row['best_us']:.1f} us, float16 {row['float16_us']:.1f} us, {row['count']} times a step"
+            lines.append(f"slower than float16: {row['call']}: {times}")
+    return "\n".join(lines)
 
 
 def seconds_of(text: str) -> tuple[str, float]:
@@ -270,6 +314,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds of the whole session")
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 16], help="batch sizes, guidance branches included")
     parser.add_argument("--model", default="sd15-random")
+    parser.add_argument("--rounds", type=int, default=12, help="turns that contenders take")
     parser.add_argument("--tiles", type=int, default=8, help="tiles to try a product")
     parser.add_argument("--compile", action="store_true", help="torch.compile among the contenders: minutes")
     parser.add_argument("--tests", nargs="+", default=["tests/gpu"], help="what pytest runs")
@@ -277,18 +322,19 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.seconds = dict(options.seconds)
     if options.smoke:
-        options.rows = [2]
+        options.rows, options.rounds = [2], 2
     return options
 
 
 def main() -> None:
     """Run the sections that are asked for."""
+    torch.backends.cudnn.benchmark = True  # float16 convolutions get the best algorithm there is
     session = Session(arguments())
     run: Callable[[str], None] = session.run
     for name in session.options.sections.split(","):
         run(name)
-    if session.tiles:
-        print(tile_table(session.tiles))
+    if session.swept:
+        print(tile_table(session.swept))
 
 
 if __name__ == "__main__":

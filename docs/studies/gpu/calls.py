@@ -137,7 +137,10 @@ class CallRecorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[KernelCall, int] = {}
+        self.layers: dict[KernelCall, set[str]] = {}
+        self.attentions: dict[tuple[TensorLike, ...], int] = {}
         self.others: dict[str, int] = {}
+        self._layer = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -148,10 +151,23 @@ class CallRecorder(TorchDispatchMode):
             ]
             call = KernelCall(func._schema.name.split("::")[1], (*known, *defaults))
             self.calls[call] = self.calls.get(call, 0) + 1
+            self.layers.setdefault(call, set()).add(self._layer)
         elif not func.is_view:
             name = func._schema.name.split("::")[1]
             self.others[name] = self.others.get(name, 0) + 1
+            if name.startswith("_scaled_dot_product"):
+                shapes = tuple(TensorLike.of(operand) for operand in args[:3])
+                self.attentions[shapes] = self.attentions.get(shapes, 0) + 1
         return result
+
+    def named(self, layer: str, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`product`, whose calls are those of `layer`."""
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            self._layer = layer
+            return product(*args, **kwargs)
+
+        return run
 
 
 def _frozen(value: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from edadm_cli.calibrate.nearest import quantize_to_nearest
@@ -19,9 +21,10 @@ from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.engines.triton import TritonEngine
 from edadm_cli.engines.triton.capture import GraphedFunction
 from edadm_cli.engines.triton.denoiser import TritonDenoiser
+from edadm_cli.engines.triton.profiling import wrapped_products
 from edadm_cli.models.random_models import build_denoiser, example_call
 from edadm_cli.recipe import RangeRecipe, Recipe
-from gpu.calls import CallRecorder
+from gpu.calls import CallRecorder, TensorLike
 from gpu.timing import Clock, spread
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -83,7 +86,8 @@ class Networks:
 def record_calls(compiled: TritonDenoiser, call: Call) -> CallRecorder:
     """What one step launches, eagerly, with the prompt's keys and values at hand."""
     compiled.call_eagerly(*call[0], **call[1])
-    with CallRecorder() as recorder:
+    recorder = CallRecorder()
+    with wrapped_products(compiled.model, recorder.named), recorder:
         compiled.call_eagerly(*call[0], **call[1])
     return recorder
 
@@ -157,15 +161,39 @@ def contenders(networks: Networks, rows: int, wants_compile: bool) -> dict[str, 
     return found
 
 
-def times(networks: Networks, rows: int, clock: Clock, rounds: int, wants_compile: bool) -> Iterator[dict[str, Any]]:
+def times(ready: dict[str, Callable[[], Any]], rows: int, clock: Clock, rounds: int) -> Iterator[dict[str, Any]]:
     """Step latency of every contender, in turns."""
-    ready = contenders(networks, rows, wants_compile)
     found = {name: spread(values) for name, values in clock.in_turns(ready, rounds).items()}
     half = min((row["median_ms"] for name, row in found.items() if name.startswith("fp16")), default=float("nan"))
     full = found["fp32 eager"]["median_ms"]
     for name, row in found.items():
         ratios = {"over_fp32": full / row["median_ms"], "over_best_fp16": half / row["median_ms"]}
         yield {"contender": name, "rows": rows, **row, **ratios}
+
+
+def attention_times(
+    attentions: dict[tuple[TensorLike, ...], int], device: torch.device, clock: Clock
+) -> Iterator[dict[str, Any]]:
+    """Attention of every shape by each of torch's implementations, on the strided operands of a step."""
+    on_cuda = device.type == "cuda"
+    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if on_cuda else ("MATH",)
+    for shapes, count in attentions.items():
+        generator = torch.Generator(device).manual_seed(0)
+        sets = [
+            [shape.random(generator) for shape in shapes] for _ in range(clock.sets(sum(s.num_bytes for s in shapes)))
+        ]
+        row: dict[str, Any] = {"query": shapes[0].shape, "key": shapes[1].shape, "count": count}
+        for name in names:
+            with sdpa_kernel(getattr(SDPBackend, name)):
+                try:
+                    row[name] = clock.launch_us([_attention(*operands) for operands in sets])
+                except RuntimeError as error:
+                    row[name] = str(error).splitlines()[0][:120]
+        yield row
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
+    return lambda: scaled_dot_product_attention(q, k, v)
 
 
 def memory(networks: Networks, rows: int) -> Iterator[dict[str, Any]]:
@@ -208,7 +236,7 @@ def kernel_table(step: Callable[[], Any], device: torch.device, top: int = 45) -
     for event in profiler.events():
         is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
         if is_kernel == on_cuda:
-            rows[event.name].append(event.device_time_total if on_cuda else event.self_cpu_time_total)
+            rows[event.name].append(event.time_range.elapsed_us() if on_cuda else event.self_cpu_time_total)
     ordered = sorted(rows.items(), key=lambda item: -sum(item[1]))
     return {
         "kernels": sum(map(len, rows.values())),

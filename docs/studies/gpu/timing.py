@@ -90,11 +90,3 @@ def spread(times: list[float]) -> dict[str, float]:
         "p90_ms": ordered[-1 - len(ordered) // 10],
         "calls": len(ordered),
     }
-
-
-def poison(device: torch.device, gigabytes: float = 4.0) -> None:
-    """Leave bytes that are no sensible result in the memory that the next allocations get."""
-    blocks = [torch.full((1 << 20,), 0x7F, dtype=torch.uint8, device=device) for _ in range(64)]
-    if device.type == "cuda":
-        blocks.append(torch.full((int(gigabytes * (1 << 30)),), 0x7F, dtype=torch.uint8, device=device))
-    del blocks

@@ -35,7 +35,7 @@ def operation_times(
     """
     on_cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with _named_layers(model), profile(activities=activities) as profiler:
+    with wrapped_products(model, _recorded), profile(activities=activities) as profiler:
         step()
         if on_cuda:
             torch.cuda.synchronize()
@@ -54,16 +54,17 @@ def operation_times(
 
 
 @contextmanager
-def _named_layers(model: nn.Module) -> Iterator[None]:
-    """Put every product of a model under its name in the profile."""
+def wrapped_products(
+    model: nn.Module, wrap: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]]
+) -> Iterator[None]:
+    """Put `wrap(layer name, product)` in the place of every product of a model."""
     products = [module for module in model.modules() if isinstance(module, Product) and module.label]
-    originals = [(module, module.product) for module in products]
-    for module, original in originals:
-        module.product = _recorded(module.label, original)  # type: ignore[method-assign]
+    for module in products:
+        module.product = wrap(module.label, module.product)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module, _ in originals:
+        for module in products:
             del module.product
 
 
