@@ -1,0 +1,181 @@
+"""ONNX Runtime: a quantized denoiser from a standard ONNX file, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from edadm_cli.artifacts import load_json, save_json
+from edadm_cli.engines.base import (
+    FLOAT,
+    CompiledDenoiser,
+    EngineOptions,
+    FileEngine,
+    LayerExecution,
+    LayerKind,
+    OperationTime,
+)
+from edadm_cli.engines.listing import list_layers
+from edadm_cli.engines.onnx.interface import GraphInterface
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.quant.layers import QuantizedLayer
+
+if TYPE_CHECKING:
+    from edadm_cli.engines.onnx.session import Session
+
+GRAPH_FILE, DESCRIPTION_FILE = "denoiser.onnx", "denoiser.json"
+FORMAT_VERSION = 1
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+# Codes and sums are exact; what is left is the rounding of one product and one sum in float32, 2^-24 each.
+LAYER_BOUND = 2.0**-22
+
+
+class _Layer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: LayerKind
+    planned: str
+
+
+class _Description(BaseModel):
+    """What is known of a graph besides its nodes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1]
+    interface: GraphInterface
+    layers: tuple[_Layer, ...]
+
+
+class OnnxRuntimeEngine(FileEngine):
+    """A standard ONNX file with QuantizeLinear and DequantizeLinear, run by ONNX Runtime in exact integers."""
+
+    name = "onnxruntime"
+    description = "a standard ONNX file (QuantizeLinear / DequantizeLinear), run on the CPU; to take elsewhere"
+    device_types = ("cpu",)
+    layer_bound = LAYER_BOUND
+
+    def refusal(self, device: torch.device) -> str | None:
+        """It needs a CPU and three packages."""
+        if device.type not in self.device_types:
+            return (
+                f"The engine '{self.name}' was to run on {device.type}, and ONNX Runtime multiplies integers on CPUs"
+                " only; the exported file runs in other providers, in floating point."
+            )
+        missing = [package for package in PACKAGES if find_spec(package) is None]
+        if missing:
+            return (
+                f"The engine '{self.name}' needs {', '.join(missing)}, which this Python does not have:"
+                " pip install 'edadm[onnx]'."
+            )
+        return None
+
+    def layer_refusal(self, layer: QuantizedLayer) -> str | None:
+        """Every layer with a quantized input runs in integers."""
+        return "its input is not quantized" if layer.plan.input_grid is None else None
+
+    def compile(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
+    ) -> CompiledDenoiser:
+        """Write the denoiser's file to a place that is gone afterwards, and load it."""
+        with TemporaryDirectory(prefix="edadm-onnx-") as folder:
+            self.save(denoiser, args, kwargs, options, Path(folder))
+            return self.load(Path(folder), options)
+
+    def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
+        """A graph of one layer."""
+        self._require(options)
+        from edadm_cli.engines.onnx.export import layer_graph
+        from edadm_cli.engines.onnx.integers import in_integers
+        from edadm_cli.engines.onnx.session import make_session
+
+        model = layer_graph(layer, x.dim())
+        in_integers(model)
+        session = make_session(model, options.num_threads)
+        return lambda x: session.run({"x": x.float()}).to(x.device, x.dtype)
+
+    def save(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
+    ) -> None:
+        """Write `denoiser.onnx`, checked by `onnx.checker`, and `denoiser.json`."""
+        self._require(options)
+        from edadm_cli.engines.onnx.export import export_onnx
+
+        rows = list_layers(denoiser, torch.float32, lambda *_: ("int8", None))
+        folder.mkdir(parents=True, exist_ok=True)
+        interface = export_onnx(denoiser, args, kwargs, folder / GRAPH_FILE)
+        layers = tuple(_Layer(name=row.name, kind=row.kind, planned=row.planned) for row in rows)
+        description = _Description(format_version=FORMAT_VERSION, interface=interface, layers=layers)
+        save_json(folder / DESCRIPTION_FILE, description.model_dump(mode="json"))
+
+    def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
+        """Read what `save` wrote."""
+        self._require(options)
+        from edadm_cli.engines.onnx.session import load_session
+
+        for name in (DESCRIPTION_FILE, GRAPH_FILE):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} holds no {name}.", hint="edadm export --engine onnxruntime")
+        try:
+            description = _Description.model_validate(load_json(folder / DESCRIPTION_FILE))
+        except ValidationError as error:
+            raise InputError(
+                f"{folder / DESCRIPTION_FILE} is broken or of another version: {error.errors()[0]['msg']}.",
+                hint="edadm export --engine onnxruntime --force",
+            ) from error
+        return _OnnxDenoiser(description, load_session(folder / GRAPH_FILE, options.num_threads), options)
+
+    def _require(self, options: EngineOptions) -> None:
+        self.require(options.device)
+        if options.rest_dtype != torch.float32:
+            raise UsageError(
+                f"The engine '{self.name}' computes what is not quantized in float32, not in"
+                f" {str(options.rest_dtype).removeprefix('torch.')}."
+            )
+
+
+class _OnnxDenoiser(CompiledDenoiser):
+    def __init__(self, description: _Description, session: Session, options: EngineOptions) -> None:
+        self._description, self._session, self._options = description, session, options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        interface = self._description.interface
+        prediction = self._session.run(interface.tensors(args, kwargs))
+        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return interface.output(prediction.to(given.device, given.dtype), kwargs)
+
+    @property
+    def layers(self) -> tuple[LayerExecution, ...]:
+        return tuple(self._execution(layer) for layer in self._description.layers)
+
+    def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
+        from edadm_cli.engines.onnx.session import profile
+
+        inputs = self._description.interface.tensors(args, kwargs)
+        return profile(self._session, inputs, self._options.num_threads)
+
+    def _execution(self, layer: _Layer) -> LayerExecution:
+        from edadm_cli.engines.onnx.export import product_name
+        from edadm_cli.engines.onnx.session import INTEGER_PRODUCTS
+
+        if layer.planned == FLOAT:
+            return LayerExecution(layer.name, layer.kind, layer.planned, "float32")
+        names = [layer.name]
+        if layer.kind == "attention":
+            names = [product_name(f"{layer.name}.{operand}") for operand in ("q", "p")]
+        found = {name: self._session.operator(name) for name in names}
+        floating = {name: operator for name, operator in found.items() if operator not in INTEGER_PRODUCTS}
+        if not floating:
+            return LayerExecution(layer.name, layer.kind, layer.planned, "int8")
+        name, operator = next(iter(floating.items()))
+        ran = f"runs it as {operator}" if operator else f"has no product '{name}' in its optimized graph"
+        return LayerExecution(layer.name, layer.kind, layer.planned, "float32", f"ONNX Runtime {ran}")

@@ -1,0 +1,143 @@
+"""A graph in ONNX Runtime, and what ONNX Runtime made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor
+
+from edadm_cli.engines.base import OperationTime
+from edadm_cli.engines.onnx.export import write
+from edadm_cli.engines.onnx.integers import in_integers
+from edadm_cli.errors import InputError
+
+INTEGER_PRODUCTS = (
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QGemm",
+    "QLinearConv",
+    "QLinearMatMul",
+)
+_FLOAT_PRODUCTS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_CONVOLUTIONS = ("ConvInteger", "QLinearConv", "Conv", "FusedConv", "NhwcFusedConv")
+_KINDS = {
+    "norm": ("LayerNormalization", "SkipLayerNormalization", "InstanceNormalization", "GroupNorm", "ReduceMean"),
+    "quantize": ("QuantizeLinear", "DequantizeLinear"),
+    "reorder": ("Transpose", "Reshape", "Concat", "Split", "Slice", "Expand", "Unsqueeze", "Squeeze", "Gather"),
+}
+_MODEL, _DATA, _OPTIMIZED = "model.onnx", "optimized.data", "optimized.onnx"
+_ERRORS_ONLY = 4  # what fails is raised, and reported as an error of ours
+
+
+@dataclass(frozen=True)
+class Session:
+    """A graph that is ready to run.
+
+    Attributes:
+        runtime: ONNX Runtime's own session.
+        operators: Node name to operator, of the optimized graph: what is executed.
+        model: The graph that was given to ONNX Runtime.
+    """
+
+    runtime: onnxruntime.InferenceSession
+    operators: dict[str, str]
+    model: ir.Model
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The one output of the graph for named inputs.
+
+        Raises:
+            InputError: The inputs do not fit the graph.
+        """
+        arrays = {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in inputs.items()}
+        try:
+            return torch.from_numpy(self.runtime.run(None, arrays)[0])
+        except Exception as error:  # ONNX Runtime's exceptions have no class of their own that is public
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"ONNX Runtime cannot run the graph with {shapes}: {reason}") from error
+
+    def operator(self, name: str) -> str | None:
+        """The operator that executes the product of a node's name; `None` when the optimizer left none."""
+        return self.operators.get(name)
+
+
+def load_session(path: Path, num_threads: int | None) -> Session:
+    """Load a graph written by `export_onnx`, rewrite it for integers and hand it to ONNX Runtime.
+
+    Raises:
+        InputError: The file is missing or broken.
+    """
+    try:
+        model = ir.load(path)
+        in_integers(model)
+    except Exception as error:  # protobuf, a missing second file, a graph of another origin
+        raise InputError(
+            f"{path} holds no ONNX graph of a quantized denoiser: {type(error).__name__}.", hint="edadm export --force"
+        ) from error
+    return make_session(model, num_threads)
+
+
+def make_session(model: ir.Model, num_threads: int | None) -> Session:
+    """Hand a graph to ONNX Runtime, on the CPU."""
+    with TemporaryDirectory(prefix="edadm-onnx-") as folder:
+        place = Path(folder)
+        write(model, place / _MODEL)
+        options = _options(num_threads)
+        options.optimized_model_filepath = str(place / _OPTIMIZED)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _DATA)
+        runtime = onnxruntime.InferenceSession(str(place / _MODEL), options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(place / _OPTIMIZED, load_external_data=False)
+    products = (*INTEGER_PRODUCTS, *_FLOAT_PRODUCTS)
+    # fusions append to the name: `<layer>/MatmulTransposeFusion/`
+    operators = {n.name.partition("/")[0]: n.op_type for n in optimized.graph.node if n.op_type in products}
+    return Session(runtime, operators, model)
+
+
+def profile(session: Session, inputs: Mapping[str, Tensor], num_threads: int | None) -> list[OperationTime]:
+    """Time of each node of one call, the second one, by ONNX Runtime's own profiler."""
+    with TemporaryDirectory(prefix="edadm-onnx-") as folder:
+        place = Path(folder)
+        write(session.model, place / _MODEL)
+        options = _options(num_threads)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(place / "profile")
+        runtime = onnxruntime.InferenceSession(str(place / _MODEL), options, providers=["CPUExecutionProvider"])
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        for _ in range(2):
+            runtime.run(None, arrays)
+        events = json.loads(Path(runtime.end_profiling()).read_text(encoding="utf-8"))
+    kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    kernels.sort(key=lambda event: event["ts"])
+    return [_operation(event) for event in kernels[len(kernels) // 2 :]]
+
+
+def _operation(event: dict[str, Any]) -> OperationTime:
+    name, operator = event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]
+    is_product = operator in INTEGER_PRODUCTS or operator in _FLOAT_PRODUCTS
+    kind = next((kind for kind, operators in _KINDS.items() if operator in operators), "elementwise")
+    if is_product:
+        kind = "conv2d" if operator in _CONVOLUTIONS else "attention" if name.endswith(".product") else "linear"
+    precision = "int8" if operator in INTEGER_PRODUCTS else "float32"
+    return OperationTime(name.partition("/")[0], kind, precision, event["dur"] / 1e3)
+
+
+def _options(num_threads: int | None) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    # without it, products of uint8 and int8 saturate at 16 bits on x86 processors that lack VNNI
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
