@@ -87,10 +87,8 @@ def conv_kernel(
     for dh in tl.static_range(KH):
         inside = (top_row + dh >= 0) & (top_row + dh < seen_height)
         taps_inside |= tl.where(inside, columns_inside << (dh * KW), 0)
-    if UPSAMPLE:
-        base = sample * (height * width * C)
-    else:
-        base = ((sample * height + top_row) * width + left_column) * C
+    origin = sample * height if UPSAMPLE else sample * height + top_row
+    base = origin * width * C if UPSAMPLE else (origin * width + left_column) * C
 
     steps_per_tap = tl.cdiv(C, BK)
     steps = KH * KW * steps_per_tap

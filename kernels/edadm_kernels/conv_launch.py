@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 
 from edadm_kernels.conv_kernels import conv_kernel
-from edadm_kernels.gemm_launch import join, launch_gemm, partial_sums
+from edadm_kernels.gemm_launch import join, join_variant, launch_gemm, partial_sums, product_types
 from edadm_kernels.pack import Padding
-from edadm_kernels.tiles import Tile
+from edadm_kernels.tiles import Tile, shipped
+from edadm_kernels.variants import KernelVariant, aligned
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,33 @@ def constexprs(tile: Tile, geometry: Geometry, packed: bool, even_c: bool, one_s
         "COLUMN_PARTS": tile.column_parts,
         "TAPS_INNER": tile.taps_inner,
     }
+
+
+def variants(arch: int) -> list[KernelVariant]:
+    """What `conv2d` compiles for the denoiser's shapes: every tile, whole and split, resampling, and packed weights."""
+    same = Geometry(1, 3, 3, (1, 1, 1, 1))
+    found = [join_variant(same.constexprs(), "join-3x3")]
+    for packed in (False, True):
+        tiles = shipped(arch, "conv", packed)
+        for tile in tiles:
+            name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
+            found.append(_variant(f"conv-{name}", tile, same, packed))
+            found.append(_variant(f"conv-split-{name}", replace(tile, split_k=4), same, packed))
+            found.append(_variant(f"conv-stride2-{name}", tile, Geometry(2, 3, 3, (1, 1, 1, 1)), packed))
+            found.append(_variant(f"conv-upsample-{name}", tile, Geometry(1, 3, 3, (1, 1, 1, 1), True), packed))
+    return found
+
+
+def _variant(name: str, tile: Tile, geometry: Geometry, packed: bool) -> KernelVariant:
+    types = product_types(packed, tile, added=True)
+    types |= dict.fromkeys(("C", "height", "width", "out_pixels", "out_width"), "i32")
+    return aligned(
+        name,
+        conv_kernel,
+        types,
+        constexprs(tile, geometry, packed, True, True),
+        unaligned=("height", "width", "out_width"),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        options=tile.launch_options(),
+    )

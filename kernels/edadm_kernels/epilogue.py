@@ -112,7 +112,7 @@ def finish(
     M, N, rows_per_sample, part, ONE_SAMPLE: tl.constexpr, GEGLU_MAX: tl.constexpr, SPLIT_K: tl.constexpr,
     COLUMN_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a tile, in `COLUMN_PARTS` (1, 2, 4) pieces: fewer registers, so two programs fit a multiprocessor.
+    """The epilogue of a tile, in `COLUMN_PARTS` (1, 2, 4) pieces: fewer registers, so more programs fit.
 
     Args:
         acc: int32 `[BM, BN]`.

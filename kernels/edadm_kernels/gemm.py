@@ -8,9 +8,11 @@ from torch import Tensor
 from edadm_kernels import reference
 from edadm_kernels.backend import uses_triton
 from edadm_kernels.checks import check_bits, check_quantizers
-from edadm_kernels.gemm_launch import arch_of, launch_gemm
+from edadm_kernels.gemm_launch import arch_of, launch_gemm, variants
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import choose
+
+__all__ = ["linear", "linear_geglu", "variants"]
 
 
 @torch.library.custom_op("edadm::linear", mutates_args=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +11,8 @@ import triton
 from torch import Tensor
 
 from edadm_kernels.gemm_kernels import gemm_kernel, join_kernel
-from edadm_kernels.tiles import INTERPRETER, Tile, known_arch
+from edadm_kernels.tiles import INTERPRETER, Tile, known_arch, shipped
+from edadm_kernels.variants import KernelVariant, aligned
 
 JOIN_ROWS, JOIN_COLUMNS = 8, 128
 
@@ -131,3 +133,57 @@ def constexprs(tile: Tile, packed: bool, even_k: bool, one_sample: bool, geglu_m
         "GROUP_M": tile.group_m,
         "COLUMN_PARTS": tile.column_parts,
     }
+
+
+def variants(arch: int) -> list[KernelVariant]:
+    """What `linear` and `linear_geglu` compile for the denoiser's shapes: every tile, whole and split, and packed."""
+    found = [join_variant(MATRIX, "join")]
+    for packed in (False, True):
+        for tile in shipped(arch, "linear", packed):
+            name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
+            found.append(_variant(f"gemm-{name}", tile, packed))
+            found.append(_variant(f"gemm-split-{name}", replace(tile, split_k=4), packed))
+        for tile in shipped(arch, "geglu", packed):
+            name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
+            found.append(_variant(f"geglu-{name}", tile, packed, geglu_max=255))
+    return found
+
+
+def product_types(packed: bool, tile: Tile, added: bool) -> dict[str, str]:
+    """Types of the pointers that the product kernels share; with or without sample bias and residual."""
+    types = {"x": "*i8", "weight": "*u8" if packed else "*i8", "scale": "*fp32", "correction": "*i32", "bias": "*fp16"}
+    if added:
+        types |= {"sample_bias": "*fp16", "residual": "*fp16"}
+    return types | {"out": "*i32" if tile.split_k > 1 else "*fp16", "M": "i32", "N": "i32"}
+
+
+def _variant(name: str, tile: Tile, packed: bool, geglu_max: int = 0) -> KernelVariant:
+    types = product_types(packed, tile, added=not geglu_max) | {"K": "i32", "rows_per_sample": "i32"}
+    if geglu_max:
+        types |= {"out_scale": "*fp32", "out_zero_point": "*i32", "out": "*i8"}
+    absent = {argument: None for argument in ("sample_bias", "residual", "out_scale", "out_zero_point")}
+    known = absent | constexprs(tile, packed, True, True, geglu_max)
+    return aligned(
+        name,
+        gemm_kernel,
+        types,
+        {argument: value for argument, value in known.items() if argument not in types},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        options=tile.launch_options(),
+    )
+
+
+def join_variant(convolution: dict[str, int], name: str) -> KernelVariant:
+    """What `join` compiles."""
+    types = {"parts": "*i32", "scale": "*fp32", "correction": "*i32", "bias": "*fp16", "sample_bias": "*fp16"}
+    types |= {"residual": "*fp16", "out": "*fp16"}
+    types |= dict.fromkeys(("M", "N", "rows_per_sample", "out_width", "height", "width"), "i32")
+    return aligned(
+        name,
+        join_kernel,
+        types,
+        {**convolution, "PARTS": 4, "BM": JOIN_ROWS, "BN": JOIN_COLUMNS},
+        unaligned=("out_width", "height", "width"),
+        options={"enable_fp_fusion": False},
+    )
