@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 CHUNKS = 32  # partial statistics a group, at most
 CHUNK_ROWS = 64
-FUSED_ELEMENTS = 16384  # a block that stays in registers: 64 elements a thread of 8 warps
+FUSED_ELEMENTS = 16384  # a block that stays in registers: 32 elements a thread of 16 warps
 VECTOR = 8  # channels in 16 bytes of float16
 
 
@@ -51,7 +51,7 @@ class GroupPlan:
     @property
     def fused_warps(self) -> int:
         """Warps of the single kernel: about 32 elements a thread."""
-        return min(8, max(1, next_power_of_two(self.rows) * self.block_channels // 1024))
+        return min(16, max(1, next_power_of_two(self.rows) * self.block_channels // 1024))
 
     def fused_constexprs(self) -> dict[str, int]:
         """Compile-time arguments of `group_fused`."""

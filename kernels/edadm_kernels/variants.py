@@ -59,7 +59,7 @@ def aligned(
         options: As in `KernelVariant`.
     """
     types = {argument: signature.get(argument, "constexpr") for argument in fn.arg_names}
-    attrs = {
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {
         (position,): [["tt.divisibility", 16]]
         for position, (argument, kind) in enumerate(types.items())
         if argument not in unaligned and (kind.startswith("*") or kind in ("i32", "i64"))

@@ -12,7 +12,7 @@ import triton
 from edadm_kernels.codegen.compilation import ARCHITECTURES, MODULES
 from edadm_kernels.codegen.gate import violations
 from edadm_kernels.codegen.machine_code import MachineCode
-from edadm_kernels.codegen.survey import list_jobs, survey, to_row
+from edadm_kernels.codegen.survey import list_jobs, spread_jobs, survey, to_row
 
 _COLUMNS = (
     "Variant",
@@ -36,7 +36,8 @@ def main() -> int:
     options = _parser().parse_args()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-    codes = list(survey(list_jobs(options.arch, options.module), processes=options.processes, out=options.out))
+    choose = spread_jobs if options.spread else list_jobs
+    codes = list(survey(choose(options.arch, options.module), processes=options.processes, out=options.out))
     rejected = [(code, violations(code)) for code in codes if violations(code)]
     rows = [{**to_row(code), "violations": violations(code)} for code in codes]
     report = json.dumps({"triton": triton.__version__, "kernels": rows}, indent=2)
@@ -54,7 +55,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m edadm_kernels.codegen",
-        description="Compile every kernel without a GPU and read its machine code; exits with 1 if the gate rejects it.",
+        description="Compile every kernel without a GPU and read its machine code; exit with 1 if the gate rejects it.",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), help="such as 90 for sm_90"
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--module", nargs="+", choices=MODULES, default=list(MODULES), help="only kernels of these modules"
     )
+    parser.add_argument("--spread", action="store_true", help="every kernel on every architecture, variants in turn")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, help="folder for cubin, PTX, SASS and codegen.json")
     parser.add_argument("--processes", type=int, default=2, help="compilations at a time")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +23,20 @@ def list_jobs(architectures: Iterable[int], modules: Iterable[str] = MODULES) ->
         for module in modules
         for variant in list_variants(module, arch)
     ]
+
+
+def spread_jobs(architectures: Sequence[int], modules: Iterable[str] = MODULES) -> list[Job]:
+    """Every kernel on every architecture, its variants taken in turn: a fraction of `list_jobs` for everyday tests."""
+    jobs = []
+    for turn, arch in enumerate(architectures):
+        for module in modules:
+            by_kernel: dict[str, list[str]] = {}
+            for variant in list_variants(module, arch):
+                by_kernel.setdefault(variant.fn.__name__, []).append(variant.name)
+            for names in by_kernel.values():
+                taken = names[turn :: len(architectures)] or names[:1]
+                jobs += [(module, name, arch) for name in taken]
+    return jobs
 
 
 def survey(jobs: list[Job], *, processes: int = 2, out: Path | None = None) -> Iterator[MachineCode]:

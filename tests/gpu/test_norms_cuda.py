@@ -1,0 +1,77 @@
+"""Normalization and quantization kernels on CUDA, on the shapes of Stable Diffusion 1.x, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from edadm_kernels import backend, group_norm_quantize, layer_norm_quantize, quantize, silu_quantize
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+GROUP_SHAPES = [(64, 320), (64, 960), (32, 640), (32, 1920), (16, 640), (16, 1280), (16, 2560), (8, 1280), (8, 2560)]
+
+
+def normal(*shape: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, device="cuda")
+
+
+def quantizers(count: int) -> tuple[Tensor, Tensor]:
+    scales = torch.tensor([0.0313, 0.011, 0.25][:count], device="cuda")
+    return scales, torch.tensor([128, 3, 255][:count], dtype=torch.int32, device="cuda")
+
+
+def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
+    """One code apart at most, and seldom: float32 statistics and fast division move few values over a boundary."""
+    for codes, expected in zip(found, wanted, strict=True):
+        assert codes.stride() == expected.stride()
+        difference = (codes.int() - expected.int()).abs()
+        assert difference.max() <= 1
+        assert difference.float().mean() < 0.002
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "channels"), GROUP_SHAPES)
+def test_group_norm(size: int, channels: int, dtype: torch.dtype) -> None:
+    x = normal(2, size, size, channels).add_(3).to(dtype).permute(0, 3, 1, 2)
+    for silu, count in ((True, 1), (False, 3)):
+        arguments = (x, normal(channels), normal(channels), 32, 1e-5, silu, *quantizers(count))
+        with backend("reference"):
+            wanted = group_norm_quantize(*arguments)
+        assert_close(group_norm_quantize(*arguments), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "channels"), [(8192, 320), (2048, 640), (512, 1280), (77, 768), (128, 1280)])
+def test_layer_norm(rows: int, channels: int, dtype: torch.dtype) -> None:
+    arguments = (normal(rows, channels).to(dtype), normal(channels), normal(channels), 1e-5, *quantizers(3))
+    with backend("reference"):
+        wanted = layer_norm_quantize(*arguments)
+    assert_close(layer_norm_quantize(*arguments), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 64, 64, 320), (3, 17, 5, 33)])
+def test_quantize_is_exact(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    scale, zero_point = quantizers(1)
+    x = (normal(*shape) * 8).to(dtype).permute(0, 3, 1, 2)
+    for view in (x, x[:, 8:24], x.contiguous()):
+        with backend("reference"):
+            wanted, wanted_silu = quantize(view, scale, zero_point), silu_quantize(view, scale, zero_point)
+        assert torch.equal(quantize(view, scale, zero_point), wanted)
+        assert_close([silu_quantize(view, scale, zero_point)], [wanted_silu])
+
+
+def test_a_graph_replays_the_two_kernels() -> None:
+    x = normal(2, 64, 64, 320).half().permute(0, 3, 1, 2)
+    arguments = (x, normal(320), normal(320), 32, 1e-5, True, *quantizers(1))
+    group_norm_quantize(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = group_norm_quantize(*arguments)[0]
+    x.copy_(normal(2, 320, 64, 64))
+    graph.replay()
+    assert torch.equal(captured, group_norm_quantize(*arguments)[0])

@@ -1,0 +1,150 @@
+"""The code-generation gate: what it reads, what it rejects, and that the kernels pass it on every architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edadm_kernels
+from edadm_kernels.codegen import ARCHITECTURES, MODULES, MachineCode, parse, violations
+from edadm_kernels.codegen.listing import count
+
+DISASSEMBLY = """
+kernel:
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R8.64] ;
+.L_x_2:
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R3], desc[UR4][R8.64] ;
+        /*0030*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
+        /*0040*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/                   PRMT R4, R5, 0x3340, R6 ;
+        /*0070*/               @P2 BRA `(.L_x_1) ;
+        /*0080*/              @!P3 BRA `(.L_x_4) ;
+.L_x_3:
+        /*0090*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
+        /*00a0*/               @P1 BRA `(.L_x_3) ;
+        /*00b0*/                   EXIT ;
+.L_x_4:
+        /*00c0*/                   BRA `(.L_x_4);
+"""
+
+
+def test_the_main_loop_is_the_innermost_with_most_products() -> None:
+    listing = parse(DISASSEMBLY)
+    assert [instruction.opcode for instruction in listing.main_loop()] == [
+        "LDGSTS.E.BYPASS.128",
+        "IMMA.16832.S8.S8",
+        "IMMA.16832.S8.S8",
+        "BRA",
+    ]
+    assert len(listing.loops()) == 3
+    assert count(listing.instructions, "LDG") == 1
+
+
+def test_code_without_a_loop_has_no_main_loop() -> None:
+    assert parse("        /*0000*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;").main_loop() == ()
+
+
+PRODUCT = MachineCode(
+    module="gemm",
+    name="made-up",
+    arch=90,
+    num_warps=4,
+    num_stages=3,
+    registers=168,
+    shared_bytes=98304,
+    has_dot=True,
+    tile_rows=128,
+    mma="IGMMA",
+    loop_mma=4,
+    loop_instructions=100,
+    loop_prmt=0,
+    loop_spills=0,
+    loop_copies=8,
+    loop_narrow_copies=0,
+    spills=0,
+    loads=2,
+    wide_loads=0,
+)
+STREAM = dataclasses.replace(PRODUCT, has_dot=False, mma="", loop_mma=0, tile_rows=0, wide_loads=2)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (dataclasses.replace(PRODUCT, loop_mma=0), "no loop has an integer matrix instruction"),
+        (dataclasses.replace(PRODUCT, mma="IMMA"), "IMMA where a tile of 128 rows"),
+        (dataclasses.replace(PRODUCT, loop_spills=286), "286 LDL/STL"),
+        (dataclasses.replace(PRODUCT, loop_prmt=265), "265 PRMT"),
+        (dataclasses.replace(PRODUCT, loop_copies=0), "no asynchronous copy"),
+        (dataclasses.replace(PRODUCT, loop_narrow_copies=4), "4 of 8 copies"),
+        (dataclasses.replace(STREAM, spills=2), "2 LDL/STL"),
+        (dataclasses.replace(STREAM, wide_loads=0), "none of 2 loads"),
+    ],
+)
+def test_rejections(code: MachineCode, reason: str) -> None:
+    assert [found for found in violations(code) if found.startswith(reason)]
+
+
+def test_sound_code_passes() -> None:
+    assert violations(PRODUCT) == []
+    assert violations(STREAM) == []
+    assert violations(dataclasses.replace(PRODUCT, mma="IMMA", tile_rows=32)) == []
+
+
+def test_every_module_with_variants_is_surveyed() -> None:
+    offering = {
+        module.name
+        for module in pkgutil.iter_modules(edadm_kernels.__path__)
+        if hasattr(importlib.import_module(f"edadm_kernels.{module.name}"), "variants")
+        and module.name not in ("variants", "codegen")
+    }
+    assert offering == set(MODULES)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("module", MODULES)
+def test_variant_names_are_unique(module: str, arch: int) -> None:
+    names = [variant.name for variant in importlib.import_module(f"edadm_kernels.{module}").variants(arch)]
+    assert names
+    assert len(names) == len(set(names))
+
+
+def run_codegen(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process whose Triton compiles: here it interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join(
+        [*map(str, {Path(p).parent for p in edadm_kernels.__path__}), os.environ.get("PYTHONPATH", "")]
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "edadm_kernels.codegen", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"PYTHONPATH": path},
+    )
+
+
+def test_kernels_pass_on_every_architecture(tmp_path: Path) -> None:
+    finished = run_codegen("--spread", "--out", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    kernels = json.loads((tmp_path / "codegen.json").read_text())["kernels"]
+    assert {(kernel["module"], kernel["arch"]) for kernel in kernels} == set(itertools.product(MODULES, ARCHITECTURES))
+    for kernel in kernels:
+        stem = f"{kernel['module']}-{kernel['name']}-sm_{kernel['arch']}"
+        assert kernel["name"] in finished.stdout
+        assert (tmp_path / f"{stem}.cubin").read_bytes().startswith(b"\x7fELF")
+        assert f".target sm_{kernel['arch']}" in (tmp_path / f"{stem}.ptx").read_text()
+        assert "EXIT" in (tmp_path / f"{stem}.sass").read_text()
