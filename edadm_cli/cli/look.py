@@ -59,7 +59,7 @@ def inspect(
 def models(execution: Execution) -> None:
     """List the known models.
 
-    And whether each lies on this machine: in the package, or in the hub's cache.
+    And whether each lies on this machine: built here, in the package, or in the hub's cache.
     """
     from edadm_cli.models.registry import known_models
 
@@ -78,7 +78,11 @@ def models(execution: Execution) -> None:
 
 
 def _is_available(entry: ModelEntry) -> bool:
-    """Whether a model lies on this machine: in the package, or in the hub's cache."""
+    """Whether a model lies on this machine: built here, in the package, or in the hub's cache."""
+    if entry.source == "random":
+        return True
+    if entry.source == "compvis":
+        return Path(entry.location).is_file()
     if entry.source == "hub":
         from huggingface_hub import try_to_load_from_cache
 

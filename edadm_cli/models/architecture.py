@@ -33,8 +33,7 @@ class Architecture(BaseModel):
 
     def component_class(self, name: str) -> Any:
         """The class of a component."""
-        module, _, cls = self.components[name][0].rpartition(".")
-        return getattr(importlib.import_module(module), cls)
+        return find_class(self.components[name][0])
 
     def config(self, name: str) -> dict[str, Any]:
         """The configuration of a component."""
@@ -44,6 +43,12 @@ class Architecture(BaseModel):
         """Hash of the architecture, a seed of weights, and the version of the rule that draws them."""
         content = {"architecture": self.model_dump(mode="json"), "seed": seed, "weights": version}
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find_class(path: str) -> Any:
+    """A class by its module and name; of diffusers where no module is named."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module or "diffusers"), name)
 
 
 @cache

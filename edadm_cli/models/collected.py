@@ -19,7 +19,7 @@ def load_collected_model(run: RunFolder, device: torch.device, dtype: torch.dtyp
     collect = run.open("collect")
     entry = ModelEntry.model_validate(collect.json("sampling.json")["entry"])
     wanted = collect.manifest.model
-    model = load_model(wanted.id, device, dtype, entry)
+    model = load_model(wanted.id, device, dtype, entry.model_copy(update={"revision": wanted.revision}))
     if model.ref.fingerprint != wanted.fingerprint:
         raise InputError(
             f"The model {wanted.id} has changed since it was collected from.",

@@ -82,6 +82,11 @@ def _conditional_unet(denoiser: nn.Module, values: _Values) -> Call:
     return (values.latents(), torch.tensor(_TIMESTEP, device=values.device)), kwargs
 
 
+def _labelled_unet(denoiser: nn.Module, values: _Values) -> Call:
+    num_classes: Any = denoiser.num_classes
+    return (values.latents(),), {"timestep": values.timestep(), "class_labels": values.labels(num_classes)}
+
+
 def _dit(denoiser: nn.Module, values: _Values) -> Call:
     labels = values.labels(values.config.num_embeds_ada_norm)
     return (values.latents(),), {"timestep": values.timestep(), "class_labels": labels}
@@ -131,6 +136,7 @@ def _flux(denoiser: nn.Module, values: _Values) -> Call:
 
 _BUILDERS: dict[str, Callable[[nn.Module, _Values], Call]] = {
     "UNet2DModel": _unet,
+    "ClassConditionalUNet": _labelled_unet,
     "UNet2DConditionModel": _conditional_unet,
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,

@@ -1,4 +1,4 @@
-"""Loading a pipeline: by known name, from a diffusers folder, from the hub, or with random weights."""
+"""Loading a pipeline: by known name, from a diffusers folder, a checkpoint file or the hub, or with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn
 
 from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, MachineError
-from edadm_cli.models.architecture import DENOISER_NAMES, load_architecture
+from edadm_cli.models.architecture import DENOISER_NAMES, find_class, load_architecture
+from edadm_cli.models.checkpoints.opening import open_checkpoint
 from edadm_cli.models.folder import INDEX_NAME, read_folder
 from edadm_cli.models.from_folder import load_folder
 from edadm_cli.models.hub import download, looks_like_hub_id
@@ -81,7 +82,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: Mode
     """Load a pipeline and check it.
 
     Args:
-        model: A known name, a diffusers folder, or a hub id.
+        model: A known name, a diffusers folder, a checkpoint file, or a hub id.
         device: Where it computes.
         dtype: Element type of its floating-point weights and activations.
         entry: Its defaults, where the caller knows them better than the registry: those of the model that a
@@ -107,7 +108,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: Mode
             component.eval().requires_grad_(False)
     identifier = entry.name if entry and model == entry.name else _identifier(model)
     ref = ModelRef(id=identifier, revision=source.revision, fingerprint=source.fingerprint)
-    entry = entry or _entry_of(identifier, pipeline, denoiser_name)
+    entry = entry or _entry_of(identifier, pipeline, denoiser_name, source.known_as)
     return LoadedModel(ref, entry, pipeline, denoiser_name, source.folder)
 
 
@@ -119,6 +120,7 @@ class _Source:
     fingerprint: str
     revision: str | None = None
     folder: Path | None = None
+    known_as: str | None = None
 
 
 def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> _Source:
@@ -127,41 +129,50 @@ def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> _Source:
         fingerprint = architecture.fingerprint(entry.weights_seed, WEIGHTS_VERSION)
         return _Source(build_random_pipeline(architecture, entry.weights_seed, dtype), fingerprint)
     path, revision = _locate(model, entry)
+    if path.is_file():
+        checkpoint = open_checkpoint(path, dtype)
+        return _Source(checkpoint.pipeline, checkpoint.fingerprint, known_as=checkpoint.known_as)
     folder = read_folder(path)
     return _Source(load_folder(folder, dtype), folder.fingerprint(), revision, path)
 
 
 def _configured(pipeline: DiffusionPipeline, entry: ModelEntry | None) -> DiffusionPipeline:
     """The pipeline with the class and the scheduler that its entry wants."""
-    import diffusers
-
     if entry is not None and entry.pipeline_class is not None:
-        pipeline = getattr(diffusers, entry.pipeline_class)(**pipeline.components)
+        pipeline = find_class(entry.pipeline_class)(**pipeline.components)
     if entry is not None and entry.scheduler_class is not None:
-        scheduler = getattr(diffusers, entry.scheduler_class)
+        scheduler = find_class(entry.scheduler_class)
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **entry.scheduler_config)
     return pipeline
 
 
 def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
-    if entry is not None and entry.name == model and entry.source != "folder":
-        if entry.source == "shipped":
-            from edadm_cli.models.digits.data import model_folder
+    """The folder or file of a model, and its revision on the hub."""
+    if entry is not None and entry.name == model and entry.source == "shipped":
+        from edadm_cli.models.digits.data import model_folder
 
-            return model_folder(entry.location), None
+        return model_folder(entry.location), None
+    if entry is not None and entry.name == model and entry.source == "hub":
         return download(entry.location, entry.revision)
     path = Path(model).expanduser()
+    if entry is not None and entry.name == model and entry.source == "compvis":
+        path = Path(entry.location)
+        if not path.is_file():
+            raise InputError(
+                f"The weights of {model} are a CompVis checkpoint, which was wanted at {path} and is not there.",
+                hint=f"unpack it there, give --model its path, or take {model}-random",
+            )
     if path.is_dir():
         if not (path / INDEX_NAME).is_file():
             raise InputError(f"{path} is not a diffusers pipeline: it has no {INDEX_NAME}.")
         return path.resolve(), None
     if path.is_file():
-        raise InputError(f"{path} is a file; a diffusers folder, a hub id or a known name was wanted.", "edadm models")
+        return path.resolve(), None
     if looks_like_hub_id(model):
         return download(model, None)
     raise InputError(
         f"There is no model '{model}': it is neither a known name ({', '.join(known_models())}), "
-        "nor a folder, nor a hub id such as owner/name.",
+        "nor a folder or a checkpoint file, nor a hub id such as owner/name.",
         hint="edadm models",
     )
 
@@ -171,17 +182,20 @@ def _identifier(model: str) -> str:
     return str(path.resolve()) if path.exists() else model
 
 
-def _entry_of(identifier: str, pipeline: DiffusionPipeline, denoiser_name: str) -> ModelEntry:
-    """Defaults for a model that is not in the registry: the pipeline's own where it has any."""
+def _entry_of(identifier: str, pipeline: DiffusionPipeline, denoiser_name: str, known_as: str | None) -> ModelEntry:
+    """Defaults for a model that is not in the registry: those of the model it is built like, or the pipeline's own."""
+    is_file = os.path.isfile(identifier)
+    place = {"name": identifier, "location": identifier, "architecture": None, "revision": None}
+    place["source"] = "file" if is_file else "folder" if os.path.isdir(identifier) else "hub"
+    if known_as is not None:
+        return known_models()[known_as].model_copy(update=place)
     denoiser = getattr(pipeline, denoiser_name)
     num_steps = call_default(pipeline, "num_inference_steps") or 50
     size = getattr(denoiser.config, "sample_size", None)
-    decoder = getattr(pipeline, "vae", None)
+    decoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
     scale = 2 ** (len(decoder.config.get("block_out_channels", (1,))) - 1) if decoder is not None else 1
     return ModelEntry(
-        name=identifier,
-        source="folder" if os.path.isdir(identifier) else "hub",
-        location=identifier,
+        **place,
         denoiser=type(denoiser).__name__,
         sampler=f"{type(pipeline.scheduler).__name__}, {num_steps} steps",
         num_steps=num_steps,

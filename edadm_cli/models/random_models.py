@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.models.architecture import Architecture, load_architecture
+from edadm_cli.models.architecture import Architecture, find_class, load_architecture
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.tokenizers import clip_tokenizer, letter_tokenizer
@@ -47,11 +47,9 @@ def build_denoiser(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float
 
 def build_random_pipeline(architecture: Architecture, seed: int, dtype: torch.dtype) -> DiffusionPipeline:
     """Build a whole pipeline with random weights: denoiser, text encoders, autoencoder, scheduler, tokenizers."""
-    import diffusers
-
     with quiet_libraries():
         parts = {name: _build_component(architecture, name, seed, dtype) for name in architecture.components}
-        return getattr(diffusers, architecture.pipeline)(**architecture.options, **parts)
+        return find_class(architecture.pipeline)(**architecture.options, **parts)
 
 
 @torch.no_grad()

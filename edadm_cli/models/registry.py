@@ -36,8 +36,10 @@ class ModelEntry(_Frozen):
 
     name: str
     description: str = ""
-    source: Literal["shipped", "hub", "folder", "random"]
-    location: str = Field(description="name of a shipped model, hub id, folder, or name of an architecture")
+    source: Literal["shipped", "hub", "compvis", "folder", "file", "random"] = Field(
+        description="compvis: a checkpoint that has to be fetched by hand"
+    )
+    location: str = Field(description="shipped model, hub id, path, or architecture")
     revision: str | None = Field(None, description="hub revision; null: the newest")
     architecture: str | None = Field(None, description="shipped architecture, to build it without its weights")
     weights_seed: int = Field(0, description="seed of random weights")

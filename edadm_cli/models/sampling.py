@@ -88,7 +88,7 @@ def sample(
     arguments = _call_arguments(model, list(seeds), prompts, num_steps, guidance_scale)
     last_sample: list[Tensor] = []
     try:
-        with torch.no_grad(), quiet_libraries(), _watch_scheduler(pipeline, last_sample):
+        with torch.no_grad(), quiet_libraries(), _watch_scheduler(pipeline, arguments, last_sample):
             output = pipeline(**arguments)
     except torch.OutOfMemoryError as error:
         raise MachineError(
@@ -175,20 +175,30 @@ def _require_known_parameters(pipeline: DiffusionPipeline, parameters: dict[str,
 
 def _class_label(model: LoadedModel, seed: int) -> int:
     config = model.denoiser.config
-    num_classes = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
+    own: Any = getattr(model.denoiser, "num_classes", None)
+    num_classes = own or getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
     if not num_classes:
         raise InputError(f"{model.ref.id} wants class labels, and its denoiser does not say how many there are.")
     return int(torch.randint(num_classes, (1,), generator=torch.Generator().manual_seed(seed)))
 
 
 @contextmanager
-def _watch_scheduler(pipeline: DiffusionPipeline, last_sample: list[Tensor]) -> Iterator[None]:
-    """Keep the sample that the scheduler returned last."""
+def _watch_scheduler(
+    pipeline: DiffusionPipeline, arguments: dict[str, Any], last_sample: list[Tensor]
+) -> Iterator[None]:
+    """Keep the sample that the scheduler returned last.
+
+    A pipeline that draws fresh noise at every step without handing its generators on (LDMPipeline) is mended: else the
+    noise would come from the global generator.
+    """
     scheduler = pipeline.scheduler
     step: Callable[..., Any] = scheduler.step
+    is_noisy = bool(arguments.get("eta")) and "generator" in inspect.signature(step).parameters
 
     @functools.wraps(step)  # pipelines inspect the signature
     def watched(*args: Any, **kwargs: Any) -> Any:
+        if is_noisy:
+            kwargs.setdefault("generator", arguments["generator"])
         output = step(*args, **kwargs)
         last_sample[:] = [output[0] if isinstance(output, tuple) else output.prev_sample]
         return output

@@ -210,9 +210,12 @@ def test_a_config_of_nonsense_is_told(sd_copy: Path) -> None:
 
 
 def test_what_is_no_model_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.txt").write_bytes(b"anything")
+    assert "is a file" in refusal(tmp_path / "model.txt").message
     (tmp_path / "model.ckpt").write_bytes(b"anything")
-    assert "is a file" in refusal(tmp_path / "model.ckpt").message
+    assert "no checkpoint" in refusal(tmp_path / "model.ckpt").message
     assert "neither a known name" in refusal("no-such-model").message
+    assert "models/ldm/lsun_beds256/model.ckpt" in refusal("ldm-bedroom").message
 
 
 @pytest.mark.parametrize("name", ["sd15", "nobody/nothing"])
@@ -232,12 +235,11 @@ def test_devices_are_resolved_or_refused() -> None:
         assert caught.value.exit_code == EXIT_MACHINE
 
 
-def test_an_entry_changes_pipeline_and_scheduler(tiny_ddpm: Path) -> None:
+def test_an_entry_changes_the_scheduler(tiny_ddpm: Path) -> None:
     entry = known_models()["ddpm-cifar10"]
     model = load_model(str(tiny_ddpm), CPU, torch.float32, entry=entry)
-    assert type(model.pipeline).__name__ == "DDIMPipeline"
-    assert type(model.pipeline.scheduler).__name__ == "DDIMScheduler"
-    assert model.pipeline.scheduler.config.timestep_spacing == "leading"
+    assert type(model.pipeline.scheduler).__name__ == "QuadraticDDIMScheduler"
+    assert model.pipeline.scheduler.config.clip_sample is False
     assert model.ref.id == str(tiny_ddpm)
     assert model.entry is entry
 

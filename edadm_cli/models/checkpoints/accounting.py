@@ -1,0 +1,149 @@
+"""Every tensor of a CompVis checkpoint accounted for: taken into a module, or named as missing, misshapen or extra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from edadm_cli.errors import InputError
+from edadm_cli.models.architecture import Architecture
+from edadm_cli.models.checkpoints.names import autoencoder_name, ema_name, level_of, unet_name
+
+DENOISER, FIRST_STAGE, LABELS, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
+# Parts of a checkpoint that only training uses.
+_TRAINING = (f"{FIRST_STAGE}loss.", f"{FIRST_STAGE}model_ema.", f"{EMA}decay", f"{EMA}num_updates")
+_SHOWN = 5
+
+
+def empty_module(architecture: Architecture, name: str) -> nn.Module:
+    """A component without memory for its weights."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        module: nn.Module = architecture.component_class(name)(**architecture.config(name))
+    return module
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A third of a tensor that holds query, key and value."""
+
+    index: int
+    num_heads: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies: the tensor's name, and the part of it."""
+
+    key: str
+    part: _Part | None = None
+
+
+def denoiser_places(denoiser: nn.Module) -> Callable[[str], _Place]:
+    """Where the parameters of a denoiser lie."""
+    config: Any = denoiser.config
+
+    def place(name: str) -> _Place:
+        if name.startswith("label_embedding."):
+            return _Place(f"{LABELS}embedding.{name.rpartition('.')[2]}")
+        level = level_of(name)
+        has_attention = level is not None and hasattr(denoiser.get_submodule(level), "attentions")
+        key = DENOISER + unet_name(name, config.layers_per_block, has_attention)
+        if ".qkv." not in key:
+            return _Place(key)
+        attention: Any = denoiser.get_submodule(name.rsplit(".", 2)[0])
+        return _Place(key, _Part("qkv".index(name.rsplit(".", 2)[1][-1]), attention.heads))
+
+    return place
+
+
+def autoencoder_places(autoencoder: nn.Module) -> Callable[[str], _Place]:
+    """Where the parameters of an autoencoder lie."""
+    config: Any = autoencoder.config
+    num_levels = len(config.block_out_channels)
+    return lambda name: _Place(FIRST_STAGE + autoencoder_name(name, num_levels))
+
+
+class TensorAccount:
+    """Takes tensors out of a checkpoint and keeps account of what is missing, misshapen or left over.
+
+    Args:
+        path: The checkpoint, for messages.
+        state: Its tensors.
+        averaged: Whether a denoiser's moving averages are taken.
+        heads_first: Whether query, key and value that share a tensor are grouped by head.
+    """
+
+    def __init__(self, path: Path, state: Mapping[str, Tensor], averaged: bool, heads_first: bool) -> None:
+        self._path, self._state, self._averaged, self._heads_first = path, state, averaged, heads_first
+        self._known: set[str] = set()
+        self._missing: list[str] = []
+        self._misshapen: list[str] = []
+        self._not_finite: list[str] = []
+
+    def collect(self, module: nn.Module, place_of: Callable[[str], _Place]) -> dict[str, Tensor]:
+        """The parameters of a module, by its own names."""
+        found = {}
+        for name, parameter in module.named_parameters():
+            tensor = self._take(place_of(name), parameter.shape)
+            if tensor is not None:
+                found[name] = tensor
+        return found
+
+    def require_all_fit(self) -> None:
+        """Raise where the checkpoint and the model differ."""
+        extra = sorted(name for name in self._state if name not in self._known and not _is_training(name))
+        if not self._averaged:
+            extra = [name for name in extra if not name.startswith(EMA)]
+        found = (
+            ("lacks", self._missing),
+            ("has tensors of another shape than wanted:", self._misshapen),
+            ("has tensors that its model does not take:", extra),
+            ("holds values that are not finite (NaN or infinity) in", self._not_finite),
+        )
+        for what, names in found:
+            if names:
+                raise InputError(f"{self._path} {what} {_listed(list(dict.fromkeys(names)))}.")
+
+    def _take(self, place: _Place, shape: Sequence[int]) -> Tensor | None:
+        self._known.add(place.key)
+        is_averaged = self._averaged and place.key.startswith(DENOISER)
+        key = ema_name(place.key) if is_averaged else place.key
+        self._known.add(key)
+        tensor = self._state.get(key)
+        if tensor is None:
+            self._missing.append(key)
+            return None
+        wanted = tuple(shape) if place.part is None else (3 * shape[0], *shape[1:])
+        if tensor.ndim > len(wanted) and all(size == 1 for size in tensor.shape[len(wanted) :]):
+            flat = tensor.reshape(tensor.shape[: len(wanted)])  # a convolution of size one as a linear layer
+        else:
+            flat = tensor
+        if tuple(flat.shape) != wanted:
+            self._misshapen.append(f"{key} {list(tensor.shape)} for {list(wanted)}")
+            return None
+        if flat.is_floating_point() and not bool(flat.isfinite().all()):
+            self._not_finite.append(key)
+        return flat if place.part is None else self._split(flat, place.part)
+
+    def _split(self, tensor: Tensor, part: _Part) -> Tensor:
+        """Query, key or value; the rows are grouped by head, inside a head by these three, or the other way round."""
+        if not self._heads_first:
+            return tensor.chunk(3)[part.index]
+        rows = tensor.shape[0] // 3
+        return tensor.unflatten(0, (part.num_heads, 3, -1))[:, part.index].reshape(rows, *tensor.shape[1:])
+
+
+def _is_training(name: str) -> bool:
+    """Whether only training needs a tensor: constants of the noise schedule have no dot in their names."""
+    return "." not in name or name.startswith(_TRAINING)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
