@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from edadm_kernels.epilogue import finish, outside_taps, tile_of
+from edadm_kernels.nibbles import high_nibbles, low_nibbles
 
 
 @triton.jit
@@ -104,17 +105,18 @@ def conv_kernel(
     w_rows = tl.where(cols < N, cols, 0)[:, None]
     if W4:
         half = tl.arange(0, BK // 2)
-        w_at = weight + w_rows * (KH * KW * (C // 2)) + half[None, :]
+        bytes_a_tap = tl.multiple_of(C // 2, BK // 2)  # lets loads be 16 bytes wide
+        w_at = weight + w_rows * (KH * KW * bytes_a_tap) + half[None, :]
         acc = tl.zeros((BN, BM), tl.int32)
         for _ in range(first, last):
             at = input_offsets(base, top_row, left_column, tap // KW, tap % KW, width, C, UPSAMPLE)
             tap_inside = (((taps_inside >> tap) & 1) != 0)[:, None]
             x_at = x + at[:, None] + c + half[None, :]
-            packed = tl.load(w_at + tap * (C // 2) + c // 2).to(tl.int8, bitcast=True)
+            packed = tl.load(w_at + tap * bytes_a_tap + tl.multiple_of(c // 2, BK // 2)).to(tl.int8, bitcast=True)
             low = tl.load(x_at, mask=tap_inside, other=0)
             high = tl.load(x_at + BK // 2, mask=tap_inside, other=0)
-            acc = tl.dot(packed << 4, low.T, acc, out_dtype=tl.int32)
-            acc = tl.dot(packed & -16, high.T, acc, out_dtype=tl.int32)
+            acc = tl.dot(low_nibbles(packed), low.T, acc, out_dtype=tl.int32)
+            acc = tl.dot(high_nibbles(packed), high.T, acc, out_dtype=tl.int32)
             tap, c = next_step(tap, c, C, KH * KW, BK, TAPS_INNER)
         acc = (acc >> 4).T  # the codes were multiplied by sixteen
     else:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from edadm_kernels.epilogue import correct, finish, outside_taps, rescale, store_floats, tile_of
+from edadm_kernels.nibbles import high_nibbles, low_nibbles
 
 
 @triton.jit
@@ -52,15 +53,16 @@ def gemm_kernel(
     w_rows = tl.where(cols < N, cols, 0)[:, None]
     if W4:
         half = tl.arange(0, BK // 2)
+        bytes_a_row = tl.multiple_of(K // 2, BK // 2)  # lets loads be 16 bytes wide
         x_low = x + x_rows + half[None, :] + first * BK
-        packed_at = weight + w_rows * (K // 2) + half[None, :] + first * (BK // 2)
+        packed_at = weight + w_rows * bytes_a_row + half[None, :] + first * (BK // 2)
         acc = tl.zeros((BN, BM), tl.int32)
         for _ in range(first, last):
             packed = tl.load(packed_at).to(tl.int8, bitcast=True)
             low = tl.load(x_low)
             high = tl.load(x_low + BK // 2)
-            acc = tl.dot(packed << 4, low.T, acc, out_dtype=tl.int32)
-            acc = tl.dot(packed & -16, high.T, acc, out_dtype=tl.int32)
+            acc = tl.dot(low_nibbles(packed), low.T, acc, out_dtype=tl.int32)
+            acc = tl.dot(high_nibbles(packed), high.T, acc, out_dtype=tl.int32)
             x_low += BK
             packed_at += BK // 2
         acc = (acc >> 4).T  # the codes were multiplied by sixteen
