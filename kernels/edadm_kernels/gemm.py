@@ -92,7 +92,16 @@ def _linear_geglu(
     num_bits: int,
 ) -> Tensor:
     out = _prepare_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
-    return out.copy_(reference.linear_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits))
+    if not uses_triton(x):
+        return out.copy_(
+            reference.linear_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
+        )
+    if out.numel():
+        packed = weight.dtype == torch.uint8
+        tile = choose(arch_of(x), "geglu", x.shape[0], weight.shape[0], x.shape[1], packed=packed)
+        geglu = (out_scale, out_zero_point, 2**num_bits - 1)
+        launch_gemm(tile, x, weight, scale, correction, bias, out, geglu=geglu)
+    return out
 
 
 @_linear_geglu.register_fake
