@@ -100,8 +100,28 @@ class ReconstructConfig(StageConfig):
 
     bits: BitWidth
     recipe: Recipe
-    batch_size: int = Field(64, ge=1, description="calibration samples a forward of the denoiser")
-    memory_budget_mib: int = local(4096, ge=64, description="memory for cached unit inputs and targets, in MiB")
+    batch_size: int | None = Field(
+        None, ge=1, description="calibration samples a forward of the denoiser; null: the model's own"
+    )
+    units: tuple[str, ...] = Field(
+        (),
+        description="shell patterns of the units that learn, the others keep their nearest rounding; none: all learn",
+    )
+    matmul: Literal["float32", "tf32"] = Field(
+        "float32", description="how a GPU multiplies float32 numbers; tf32 rounds factors to 10 bits"
+    )
+    memory_budget_mib: int | None = local(
+        None,
+        ge=1,
+        description="memory for cached unit inputs and targets, in MiB; what is beyond goes to disk;"
+        " null: 4096 on a CPU, half of the free memory on a GPU",
+    )
+
+    def identity_fields(self) -> dict[str, Any]:
+        """As for every stage; choices that are left at their defaults do not change the identity."""
+        fields = super().identity_fields()
+        plain = {"units": [], "matmul": "float32"}
+        return {key: value for key, value in fields.items() if key not in plain or value != plain[key]}
 
 
 class ExportConfig(StageConfig):

@@ -36,11 +36,13 @@ from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import load_recipe
-from edadm_cli.reconstruct.capture import Batches, capture_units, layer_outputs
+from edadm_cli.reconstruct.capture import Batches, capture_units, layer_outputs, probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.learn import UnitData, UnitLearner, channel_loss, layer_targets
+from edadm_cli.reconstruct.minibatch import MiniBatch
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import Optimization, make_step
+from edadm_cli.reconstruct.rows import RowCache
 from edadm_cli.select import stage as select
 
 WARM_UP = 5
@@ -97,10 +99,12 @@ def prepare(model: str, bits: BitWidth, device: torch.device, num_samples: int, 
 def make_learner(study: Study, unit: Unit) -> UnitLearner:
     """The unit with its stand-ins in place, and everything that it learns from."""
     denoiser, batches = study.network.denoiser, study.batches
+    cache = RowCache(Path(tempfile.gettempdir()), 2**62, batches.device)  # all of it in memory
     with study.network.full_precision():
-        (exact,) = capture_units(denoiser, [unit], batches, with_outputs=True)
-    (quantized,) = capture_units(denoiser, [unit], batches, with_outputs=False)
-    targets = layer_targets(study.network, unit, unit.layers[:-1], exact, batches.batch_size)
+        forms = probe_units(denoiser, [unit], batches)
+        (exact,) = capture_units(denoiser, [unit], forms, batches, cache, with_outputs=True)
+    (quantized,) = capture_units(denoiser, [unit], forms, batches, cache, with_outputs=False)
+    targets = layer_targets(study.network, unit, exact, batches.batch_size, cache)
     data = UnitData(exact, quantized, targets)
     return UnitLearner(study.network, unit, study.plan, study.ranges, data, study.hyperparameters, seed=0)
 
@@ -120,15 +124,19 @@ class ThreeForwards:
         self.learner, self.exact_unit, self.optimization = learner, exact_unit, optimization
         prefix = len(learner.unit.name) + 1
         self.inner = [name[prefix:] for name in learner.unit.layers[:-1]]
+        calls, device = learner.data.full_precision, learner.device
+        self.targets = MiniBatch(calls.outputs, learner.share.size, device)
+        self.exact = MiniBatch(calls.tensors, learner.share.size, device)
 
     def __call__(self) -> Tensor:
         """Take one step on the learner's chosen rows."""
         self.optimization.decay()
         self.optimization.adam.zero_grad(set_to_none=True)
-        calls, rows = self.learner.data.full_precision, self.learner.rows
-        (target,) = (output[rows] for output in calls.outputs)
-        exact = [tensor[rows] for tensor in calls.tensors]
-        mixed = [self._mix(x, other[rows]) for x, other in zip(exact, self.learner.data.quantized.tensors, strict=True)]
+        self.targets.load(self.learner.rows)
+        self.exact.load(self.learner.rows)
+        (target,) = self.targets.tensors
+        exact = self.exact.tensors
+        mixed = [self._mix(x, other) for x, other in zip(exact, self.learner.groups["inputs"], strict=True)]
         loss = channel_loss(self._forward(self.learner.module, mixed, quantized=True), target)
         with layer_outputs(self.learner.module, self.inner) as found:
             self._forward(self.learner.module, mixed, quantized=True)

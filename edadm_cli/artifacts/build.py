@@ -17,6 +17,7 @@ from edadm_cli.artifacts.manifest import (
     describe_payload,
     environment_facts,
     now,
+    read_manifest,
     remove_temporary_files,
     set_usual_modes,
     write_manifest,
@@ -44,6 +45,14 @@ class Build:
     def up_to_date(self) -> bool:
         """Whether the artifact is complete and nothing is to be built."""
         return self.artifact is not None
+
+    def finished(self) -> Artifact:
+        """The artifact once it is committed, also where another process committed it.
+
+        Raises:
+            InputError: It is not there.
+        """
+        return self.artifact or Artifact(self.target, read_manifest(self.target))
 
     def discard(self, names: Iterable[str]) -> None:
         """Remove scratch files or folders from the partial folder; absent ones are passed over."""

@@ -23,6 +23,7 @@ from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity, diffe
 from edadm_cli.artifacts.locks import read_lock, write_lock
 from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, now, read_manifest
 from edadm_cli.errors import InputError
+from edadm_cli.processes import ALONE, Processes
 
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
 
@@ -130,17 +131,35 @@ class RunFolder:
         return " ".join(words + (["--force"] if force else []))
 
     @contextmanager
-    def build(self, plan: Plan, force: bool = False) -> Iterator[Build]:
+    def build(self, plan: Plan, force: bool = False, processes: Processes = ALONE) -> Iterator[Build]:
         """Hold the artifact's lock and give the folder to fill, or the finished artifact.
 
         With `force`, an artifact of the same identity is built again from nothing, and one of another
-        identity is replaced (where a killed build is resumed, like any other).
+        identity is replaced (where a killed build is resumed, like any other). Of several processes the main one
+        locks, decides and commits; the others are given the same folder.
 
         Raises:
             InputError: Another process is at it, a parent changed, the artifact on disk has another identity
                 or is broken and `force` is not set, or something that is no artifact is in its place.
             MachineError: The run folder cannot be written.
         """
+        if not processes.is_main:
+            yield self._joined(plan, processes)
+            return
+        with self._led(plan, force) as build:
+            processes.share(build.up_to_date)
+            yield build
+
+    def _joined(self, plan: Plan, processes: Processes) -> Build:
+        """The build of a process that is not the main one."""
+        path = self.path(plan.kind, plan.name)
+        if processes.share(None):
+            manifest = read_manifest(path)
+            return Build(path=path, target=path, manifest=manifest, artifact=Artifact(path, manifest))
+        return Build(path=_partial_path(path, plan), target=path, manifest=self._draft(plan))
+
+    @contextmanager
+    def _led(self, plan: Plan, force: bool) -> Iterator[Build]:
         path = self.path(plan.kind, plan.name)
         with ExitStack() as stack:
             stack.enter_context(write_lock(path))
@@ -191,7 +210,7 @@ class RunFolder:
 
     def _partial(self, path: Path, plan: Plan, force: bool) -> Path:
         """The folder to build in; it keeps what an earlier, killed build of the same identity left."""
-        partial = path.with_name(f".{path.name}.partial-{plan.identity[:12]}")
+        partial = _partial_path(path, plan)
         with explained_os_errors(partial):
             if force and not self._is_another(path, plan):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -216,6 +235,10 @@ class RunFolder:
             created_at=now(),
             identity=plan.identity,
         )
+
+
+def _partial_path(path: Path, plan: Plan) -> Path:
+    return path.with_name(f".{path.name}.partial-{plan.identity[:12]}")
 
 
 def _parent_ref(parent: Artifact, root: Path) -> ParentRef:

@@ -19,6 +19,7 @@ from edadm_cli.errors import (
     MachineError,
     UsageError,
 )
+from edadm_cli.processes import LostProcessError, launched_index
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -87,6 +88,12 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in joined)
 
 
+def speaks(error: EdadmError) -> bool:
+    """Whether this process tells a failure: of several, the main one does, and the next where the main one is lost."""
+    index = launched_index()
+    return index == 0 or (index == 1 and isinstance(error, LostProcessError) and error.index == 0)
+
+
 def tell_error(error: EdadmError) -> None:
     """Write a failure to stderr: one sentence, and the hint below it."""
     lines = [f"error: {one_line(error.message)}"]
@@ -96,6 +103,8 @@ def tell_error(error: EdadmError) -> None:
 
 
 def _tell(arguments: Sequence[str], error: EdadmError) -> int:
+    if not speaks(error):
+        return error.exit_code
     tell_error(error)
     if "--json" in arguments:
         command = _command(arguments)

@@ -21,12 +21,14 @@ class ConsoleReporter:
     Args:
         bars: Whether progress bars are shown.
         verbose: Whether notes are shown.
+        silent: Whether nothing is shown at all: of several processes, the main one speaks.
     """
 
-    def __init__(self, *, bars: bool, verbose: bool) -> None:
+    def __init__(self, *, bars: bool, verbose: bool, silent: bool = False) -> None:
         self.warnings: list[str] = []
         self._bars = bars
         self._verbose = verbose
+        self._silent = silent
         self._progress: Progress | None = None
         self._open_tasks = 0
 
@@ -82,6 +84,8 @@ class ConsoleReporter:
         return self._progress
 
     def _line(self, message: str) -> None:
+        if self._silent:
+            return
         if self._progress is not None:
             self._progress.console.print(one_line(message), markup=False, highlight=False, soft_wrap=True)
         else:

@@ -21,7 +21,8 @@ from edadm_cli.cli.boundary import tell_error
 from edadm_cli.cli.console import ConsoleReporter, calm_libraries
 from edadm_cli.cli.require import Requirement, unmet
 from edadm_cli.cli.sink import Output, show
-from edadm_cli.errors import EdadmError
+from edadm_cli.errors import EdadmError, UsageError
+from edadm_cli.processes import launched_count, launched_index
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import Estimate, RunFolder, StageRecord
@@ -32,6 +33,7 @@ P = ParamSpec("P")
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
 ConfigT_contra = TypeVar("ConfigT_contra", bound="StageConfig", contravariant=True)
 
+_PARALLEL = ("collect", "reconstruct", "evaluate")
 _OUTPUT: dict[str, tuple[Any, Any]] = {
     "json_output": (options.JsonOption, False),
     "quiet": (options.QuietOption, False),
@@ -117,6 +119,8 @@ class Execution:
                 self.warnings += record.warnings
                 self._remember(run, name)
                 return record
+            if launched_index() > 0:
+                raise typer.Exit
             cost = estimate(config, run)
         return StageRecord(
             command=command,
@@ -130,6 +134,8 @@ class Execution:
 
     def _remember(self, run: RunFolder, name: str | None) -> None:
         """Note what was used last; where that cannot be written, the work is done all the same."""
+        if launched_index() > 0:
+            return
         from edadm_cli.cli import places
 
         try:
@@ -149,6 +155,8 @@ class Execution:
 
     def print(self, result: Mapping[str, Any], outcomes: list[dict[str, Any]], path: str | None) -> None:
         """Print a JSON object, with the outcomes of its requirements where there are some."""
+        if launched_index() > 0:
+            return
         show(self.output, {**result, "requirements": outcomes} if outcomes else result, path)
         missed = unmet(outcomes)
         if missed is not None:
@@ -210,12 +218,22 @@ def _begin(
 ) -> Execution:
     from edadm_cli.cli import settings
 
+    if launched_count() > 1 and command not in _PARALLEL:
+        raise UsageError(
+            f"edadm {command} runs in one process, and {launched_count()} were started; several share the work of "
+            f"{', '.join(_PARALLEL)}.",
+            hint=f"edadm {command}, without torchrun or accelerate launch",
+        )
     output = Output.of(json_output, quiet)
     calm_libraries(verbose)
     return Execution(
         command=command,
         output=output,
-        reporter=ConsoleReporter(bars=sys.stderr.isatty() and not quiet, verbose=verbose),
+        reporter=ConsoleReporter(
+            bars=sys.stderr.isatty() and not quiet and launched_index() == 0,
+            verbose=verbose,
+            silent=launched_index() > 0,
+        ),
         run_folder=run_folder,
         file=settings.read_config_file(config),
         flags=flags,

@@ -96,9 +96,23 @@ def reconstruct(
     ] = None,
     recipe: options.RecipeOption = None,
     batch_size: options.BatchSizeOption = None,
+    units: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--units", metavar="PATTERN", help="Units that learn, such as 'mid_block.*'; repeatable; else all."
+        ),
+    ] = None,
+    matmul: Annotated[
+        str | None, typer.Option("--matmul", help="float32 or tf32: how a GPU multiplies float32 numbers.")
+    ] = None,
     memory_budget_mib: Annotated[
         int | None,
-        typer.Option("--memory-budget-mib", help="Memory for cached inputs and targets of the units."),
+        typer.Option(
+            "--memory-budget",
+            "--memory-budget-mib",
+            metavar="MIB",
+            help="Memory for cached inputs and targets of the units; what is beyond goes to disk.",
+        ),
     ] = None,
 ) -> None:
     """Find the quantization parameters.
@@ -107,7 +121,15 @@ def reconstruct(
     """
     from edadm_cli.cli.settings import configure_reconstruct
 
-    config = configure_reconstruct(execution, recipe, bits, batch_size=batch_size, memory_budget_mib=memory_budget_mib)
+    config = configure_reconstruct(
+        execution,
+        recipe,
+        bits,
+        batch_size=batch_size,
+        units=tuple(units) if units else None,
+        matmul=matmul,
+        memory_budget_mib=memory_budget_mib,
+    )
     run = execution.run_used_last()
 
     from edadm_cli.reconstruct import stage

@@ -29,9 +29,10 @@ class BatchRecorder:
         num_features: How many of them, from the first on, have their mid-block features kept.
 
     Attributes:
-        latents: The model's input at each step, each with shape `(n, *)`, float32.
+        latents: The model's input at each step, each with shape `(n, *)`, in the denoiser's element type: half
+            the bytes where it computes in half precision, and no bit less.
         timesteps: The timestep at each step.
-        features: The mid-block feature at each step, float32, rows of the unconditional branch first.
+        features: The mid-block feature at each step, rows of the unconditional branch first.
         condition: Condition, one row a trajectory.
         unconditional: The other branch's condition; empty without guidance.
         constants: Tensors that all rows share.
@@ -86,7 +87,7 @@ class BatchRecorder:
         else:
             self._check_like_first(call, step)
         self.timesteps.append(call.timestep)
-        self.latents.append(self._halves(call.sample, "sample")[1].float().cpu())
+        self.latents.append(self._halves(call.sample, "sample")[1].cpu().clone())
 
     def _keep_first(self, call: DenoiserCall) -> None:
         rows = call.sample.shape[0]
@@ -118,7 +119,7 @@ class BatchRecorder:
 
     def _on_feature(self, feature: Tensor) -> None:
         kept = [half[: self.num_features] for half in self._order(feature)[2 - self.branches :]]
-        self.features.append(torch.cat(kept).float().cpu())
+        self.features.append(torch.cat(kept).cpu())
 
     def _halves(self, tensor: Tensor, name: str) -> Sequence[Tensor]:
         unconditional, conditional = self._order(tensor)
@@ -139,7 +140,6 @@ class BatchRecorder:
 
 
 def _storable(tensor: Tensor) -> Tensor:
-    tensor = tensor.float() if tensor.is_floating_point() else tensor
     return tensor.cpu().clone()
 
 

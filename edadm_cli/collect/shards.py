@@ -1,7 +1,8 @@
 """Trajectories on disk: one shard a batch, then what all shards share, merged.
 
-While the artifact is built, each batch leaves `part-*.safetensors` (timesteps, condition, features) and then
-`latents-*.safetensors`, whose presence says that the batch is done.
+While the artifact is built, each batch leaves `call-*.json`, `part-*.safetensors` (timesteps, condition, features) and
+then `latents-*.safetensors`, whose presence says that the batch is done. No batch reads what another wrote, so that
+several processes can write them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from edadm_cli.artifacts import load_json, load_tensors, read_tensor_header, save_json, save_tensors
+from edadm_cli.artifacts.streaming import joined, stream_tensors, whole
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.errors import InputError
 from edadm_cli.models.calibration import CALL_FILE, CONSTANT
@@ -31,49 +33,59 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}.safetensors"
 
 
+def call_name(index: int) -> str:
+    """Scratch file of how the denoiser is called in one batch."""
+    return f"call-{index:05d}.json"
+
+
 def is_written(folder: Path, index: int) -> bool:
     """Whether a batch is done."""
     return (folder / latents_name(index)).is_file()
 
 
-def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -> None:
-    """Write one batch.
+def scratch_names(index: int) -> tuple[str, str]:
+    """Files of one batch that are gone once the artifact is complete."""
+    return part_name(index), call_name(index)
 
-    Raises:
-        InputError: The denoiser was called in another way than in the batches before.
-    """
+
+def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -> None:
+    """Write one batch."""
     call: dict[str, Any] = {"branches": recorder.branches, "dtype": dtype, "template": recorder.template}
-    if (folder / CALL_FILE).is_file():
-        if load_json(folder / CALL_FILE) != call:
-            raise InputError(
-                f"{recorder.model.ref.id}: the denoiser is called differently in batch {index} than before, "
-                "so its calls cannot be put into one set.",
-                hint="another --batch-size",
-            )
-    else:
-        save_json(folder / CALL_FILE, call)
+    save_json(folder / call_name(index), call)
     save_tensors(folder / part_name(index), recorder.tensors())
     save_tensors(folder / latents_name(index), {"latents": torch.stack(recorder.latents)})
 
 
 def merge_parts(folder: Path, num_shards: int) -> None:
-    """Write `condition.safetensors` and `features.safetensors` from the parts; done already, it does nothing.
+    """Write `call.json`, `condition.safetensors` and `features.safetensors` from the parts, unless they are there.
+
+    The parts are copied piece by piece: neither the conditions nor the features of all batches are ever in memory.
 
     Raises:
-        InputError: Timesteps or constants differ between batches.
+        InputError: Timesteps, constants or the form of the denoiser's calls differ between batches.
     """
-    if (folder / FEATURES_FILE).is_file() and (folder / CONDITION_FILE).is_file():
+    if all((folder / name).is_file() for name in (CALL_FILE, CONDITION_FILE, FEATURES_FILE)):
         return
     parts = [folder / part_name(index) for index in range(num_shards)]
+    call = load_json(folder / call_name(0))
+    for index in range(num_shards):
+        if load_json(folder / call_name(index)) != call:
+            raise InputError(
+                f"The denoiser is called differently in batch {index} than before, so its calls cannot be put into "
+                "one set.",
+                hint="another --batch-size",
+            )
     names = [name for name in read_tensor_header(parts[0]) if name != "features"]
-    shared = {name for name in names if name.startswith(_SHARED)}
-    columns = {name: [load_tensors(part, [name])[name] for part in parts] for name in names}
-    for name in shared:
-        if any(not torch.equal(tensor, columns[name][0]) for tensor in columns[name]):
-            raise InputError(f"'{name}' differs between batches of trajectories, which cannot be put into one set.")
-    merged = {name: tensors[0] if name in shared else torch.cat(tensors) for name, tensors in columns.items()}
-    timesteps = merged.pop("timesteps")
+    shared = [name for name in names if name.startswith(_SHARED)]
+    first = load_tensors(parts[0], shared)
+    for part in parts[1:]:
+        for name, tensor in load_tensors(part, shared).items():
+            if not torch.equal(tensor, first[name]):
+                raise InputError(f"'{name}' differs between batches of trajectories, which cannot be put into one set.")
+    timesteps = first.pop("timesteps")
+    condition = {name: joined(parts, name, 0) for name in names if name not in shared}
+    stream_tensors(folder / CONDITION_FILE, {**condition, **{name: whole(tensor) for name, tensor in first.items()}})
     with_features = [part for part in parts if "features" in read_tensor_header(part)]
-    features = torch.cat([load_tensors(part, ["features"])["features"] for part in with_features], dim=1)
-    save_tensors(folder / CONDITION_FILE, merged)
-    save_tensors(folder / FEATURES_FILE, {"features": features, "timesteps": timesteps})
+    features = joined(with_features, "features", 1)
+    stream_tensors(folder / FEATURES_FILE, {"features": features, "timesteps": whole(timesteps)})
+    save_json(folder / CALL_FILE, call)

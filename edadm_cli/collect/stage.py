@@ -13,12 +13,13 @@ import torch
 from edadm_cli.artifacts import Build, CollectRecord, Estimate, Plan, RunFolder, save_json, shared_keys
 from edadm_cli.collect.probe import probe
 from edadm_cli.collect.recorder import BatchRecorder
-from edadm_cli.collect.shards import is_written, merge_parts, part_name, write_shard
+from edadm_cli.collect.shards import is_written, merge_parts, scratch_names, write_shard
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.prompts import resolve_prompts
 from edadm_cli.models.sampling import image_seed, sample, takes_guidance
+from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 
 SAMPLING_FILE = "sampling.json"
@@ -37,14 +38,15 @@ def run(
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
-    task = _prepare(config)
-    plan = Plan("collect", None, task.identity_fields(), config.seed, (), task.model.ref)
-    with run.build(plan, force) as build:
-        is_done = build.up_to_date
-        if not is_done:
-            _collect(task, build, reporter)
-        artifact = build.artifact
-        assert artifact is not None
+    processes = join(config.device)
+    with processes.together():
+        task = _prepare(config, processes)
+        plan = Plan("collect", None, task.identity_fields(), config.seed, (), task.model.ref)
+        with run.build(plan, force, processes) as build:
+            is_done = build.up_to_date
+            if not is_done:
+                _collect(task, build, processes, reporter)
+            artifact = build.finished()
     return CollectRecord(
         **shared_keys(run.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
         model=task.model.ref.id,
@@ -55,7 +57,7 @@ def run(
 
 def estimate(config: CollectConfig, run: RunFolder) -> Estimate:
     """Estimate time, memory and disk from a few short samplings; nothing is written."""
-    task = _prepare(config)
+    task = _prepare(config, ALONE)
     return probe(
         task.model,
         prompts=task.prompts,
@@ -106,8 +108,9 @@ class _Task:
         }
 
 
-def _prepare(config: CollectConfig) -> _Task:
-    model = load_model(config.model, resolve_device(config.device), getattr(torch, config.dtype))
+def _prepare(config: CollectConfig, processes: Processes) -> _Task:
+    device = resolve_device(processes.device_name(config.device))
+    model = load_model(config.model, device, getattr(torch, config.dtype))
     entry = model.entry
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
         raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
@@ -124,18 +127,24 @@ def _prepare(config: CollectConfig) -> _Task:
     )
 
 
-def _collect(task: _Task, build: Build, reporter: Reporter) -> None:
-    with reporter.task("Sampling trajectories", task.num_trajectories) as advance:
-        for shard in range(task.num_shards):
+def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter) -> None:
+    """Sample the shards, each in one of the processes, and put together what they share."""
+    shards = range(processes.index, task.num_shards, processes.count)
+    with reporter.task("Sampling trajectories", sum(len(task.seeds(shard)) for shard in shards)) as advance:
+        for shard in shards:
             if not is_written(build.path, shard):
                 _sample_shard(task, build.path, shard)
+            processes.check()
             advance(len(task.seeds(shard)))
-    merge_parts(build.path, task.num_shards)
-    save_json(build.path / SAMPLING_FILE, _sampling(task))
-    build.discard(part_name(shard) for shard in range(task.num_shards))
-    device = task.model.pipeline.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    build.commit(environment={"device": name})
+    processes.wait()
+    if processes.is_main:
+        merge_parts(build.path, task.num_shards)
+        save_json(build.path / SAMPLING_FILE, _sampling(task))
+        build.discard(name for shard in range(task.num_shards) for name in scratch_names(shard))
+        device = task.model.pipeline.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        build.commit(environment={"device": name, "processes": processes.count})
+    processes.wait()
 
 
 def _sample_shard(task: _Task, folder: Path, shard: int) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from edadm_cli.artifacts import Plan, RunFolder, open_artifact
 from edadm_cli.artifacts.locks import read_lock
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate.images import SampledImages, sample_images
 from edadm_cli.evaluate.request import Request
+from edadm_cli.processes import Processes
 from edadm_cli.progress import Reporter
 
 KIND, NAME = "evaluate", "full-precision"
 
 
 @contextmanager
-def full_precision_images(request: Request, reporter: Reporter) -> Iterator[SampledImages]:
+def full_precision_images(request: Request, processes: Processes, reporter: Reporter) -> Iterator[SampledImages]:
     """Give the full-precision images of a request, sampled unless the run has them, and locked while in use.
 
     They lie in an artifact of their own, `evaluate/full-precision`; one with other settings is replaced,
@@ -28,17 +29,20 @@ def full_precision_images(request: Request, reporter: Reporter) -> Iterator[Samp
     plan = Plan(KIND, NAME, request.identity_fields(), request.config.seed, (), request.model)
     run = request.run
     path = run.path(KIND, NAME)
-    with run.build(plan, force=_is_to_be_replaced(run, plan, reporter)) as build:
+    with run.build(plan, processes.is_main and _is_to_be_replaced(run, plan, reporter), processes) as build:
         if not build.up_to_date:
             sample_images(
                 request.sampling,
                 build.path,
                 request.load_full_precision,
+                processes,
                 reporter,
                 "Sampling at full precision",
             )
-            build.commit()
-    with read_lock(path):
+            if processes.is_main:
+                build.commit(environment={"processes": processes.count})
+            processes.wait()
+    with read_lock(path) if processes.is_main else nullcontext():
         yield SampledImages(path, request.sampling)
 
 

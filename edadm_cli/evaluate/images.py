@@ -14,6 +14,7 @@ from edadm_cli.artifacts import load_tensors, read_tensor_header, save_tensors
 from edadm_cli.errors import InputError
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.processes import Processes
 from edadm_cli.progress import Reporter
 
 BATCH_PATTERN = "batch-*.safetensors"
@@ -93,14 +94,20 @@ def to_rgb(image: Tensor) -> Tensor:
 
 
 def sample_images(
-    plan: SamplingPlan, folder: Path, load: Callable[[], LoadedModel], reporter: Reporter, description: str
+    plan: SamplingPlan,
+    folder: Path,
+    load: Callable[[], LoadedModel],
+    processes: Processes,
+    reporter: Reporter,
+    description: str,
 ) -> SampledImages:
-    """Sample the batches that are not on disk yet.
+    """Sample the batches that are not on disk yet, each in one of the processes.
 
     Args:
         plan: What to sample.
         folder: Where the batches go.
         load: Loads the pipeline; called only if a batch is missing.
+        processes: Those that share the work.
         reporter: Told of the progress.
         description: What is sampled, for people to read.
 
@@ -108,14 +115,17 @@ def sample_images(
         InputError: The pipeline makes broken images.
     """
     model: LoadedModel | None = None
-    with reporter.task(description, len(plan)) as advance:
-        for number, places in plan.batches():
+    own = [(number, places) for number, places in plan.batches() if number % processes.count == processes.index]
+    with reporter.task(description, sum(places.stop - places.start for _, places in own)) as advance:
+        for number, places in own:
             path = batch_path(folder, number)
             if not _is_complete(path, places.stop - places.start):
                 model = model if model is not None else load()
                 batch = sample_batch(model, plan, places)
                 save_tensors(path, {"images": batch.images, "latents": batch.latents})
+            processes.check()
             advance(places.stop - places.start)
+    processes.wait()
     return SampledImages(folder, plan)
 
 

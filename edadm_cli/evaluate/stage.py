@@ -17,15 +17,17 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.config import EvaluateConfig
 from edadm_cli.evaluate.full_precision import full_precision_images
-from edadm_cli.evaluate.images import BATCH_PATTERN, sample_images
+from edadm_cli.evaluate.images import BATCH_PATTERN, SampledImages, sample_images
 from edadm_cli.evaluate.metrics import METRICS
 from edadm_cli.evaluate.outcome import RESULT_FILE, write_outcome
 from edadm_cli.evaluate.probe import probe
 from edadm_cli.evaluate.request import Request, resolve
+from edadm_cli.processes import Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from edadm_cli.evaluate.judging import Judging
+    from edadm_cli.evaluate.quality import Judge
 
 
 def run(
@@ -42,22 +44,23 @@ def run(
 
     start = time.monotonic()
     reporter = reporter or SilentReporter()
-    request = resolve(config, run)
-    judging = Judging(request)
-    plan = Plan(
-        kind="evaluate",
-        name=str(config.bits),
-        config={**config.identity_fields(), **request.identity_fields(), **judging.identity_fields()},
-        seed=config.seed,
-        parents=(request.export,),
-        model=request.model,
-    )
-    with run.build(plan, force) as build:
-        is_done = build.up_to_date
-        if not is_done:
-            _evaluate(request, judging, build, reporter)
-        artifact = build.artifact
-        assert artifact is not None
+    processes = join(config.device)
+    with processes.together():
+        request = resolve(config.model_copy(update={"device": processes.device_name(config.device)}), run)
+        judging = Judging(request)
+        plan = Plan(
+            kind="evaluate",
+            name=str(config.bits),
+            config={**config.identity_fields(), **request.identity_fields(), **judging.identity_fields()},
+            seed=config.seed,
+            parents=(request.export,),
+            model=request.model,
+        )
+        with run.build(plan, force, processes) as build:
+            is_done = build.up_to_date
+            if not is_done:
+                _evaluate(request, judging, build, processes, reporter)
+            artifact = build.finished()
     if is_done:
         result = artifact.json(RESULT_FILE)
         _warn(result["skipped"], result["cautions"], reporter)
@@ -81,28 +84,45 @@ def estimate(config: EvaluateConfig, run: RunFolder) -> Estimate:
     return probe(resolve(config, run))
 
 
-def _evaluate(request: Request, judging: Judging, build: Build, reporter: Reporter) -> None:
+def _evaluate(request: Request, judging: Judging, build: Build, processes: Processes, reporter: Reporter) -> None:
+    """Sample in all processes; the main one compares."""
     name = str(request.config.bits)
-    judge = judging.load(request.device)
+    judge = judging.load(request.device) if processes.is_main else None
     _warn(judging.choice.skipped, [], reporter)
-    with full_precision_images(request, reporter) as reference:
-        images = sample_images(request.sampling, build.path, request.load_quantized, reporter, f"Sampling {name}")
-        with reporter.task("Comparing", 2) as advance:
-            reference_figures = judge.figures(reference)
-            advance(1)
-            figures = judge.figures(images)
-            advance(1)
-        cautions = judge.cautions(len(images))
-        _warn({}, cautions, reporter)
-        facts = {
-            "skipped": judging.choice.skipped,
-            "cautions": cautions,
-            "real": None if judging.real is None else judging.real.name,
-            "dtype": request.dtype,
-        }
-        write_outcome(build.path, name, images, reference, figures, reference_figures, facts)
-    build.discard(path.name for path in sorted(build.path.glob(BATCH_PATTERN)))
-    build.commit()
+    with full_precision_images(request, processes, reporter) as reference:
+        images = sample_images(
+            request.sampling, build.path, request.load_quantized, processes, reporter, f"Sampling {name}"
+        )
+        if judge is not None:
+            _compare(request, judging, judge, build, images, reference, reporter)
+            build.discard(path.name for path in sorted(build.path.glob(BATCH_PATTERN)))
+            build.commit(environment={"processes": processes.count})
+    processes.wait()
+
+
+def _compare(
+    request: Request,
+    judging: Judging,
+    judge: Judge,
+    build: Build,
+    images: SampledImages,
+    reference: SampledImages,
+    reporter: Reporter,
+) -> None:
+    with reporter.task("Comparing", 2) as advance:
+        reference_figures = judge.figures(reference)
+        advance(1)
+        figures = judge.figures(images)
+        advance(1)
+    cautions = judge.cautions(len(images))
+    _warn({}, cautions, reporter)
+    facts = {
+        "skipped": judging.choice.skipped,
+        "cautions": cautions,
+        "real": None if judging.real is None else judging.real.name,
+        "dtype": request.dtype,
+    }
+    write_outcome(build.path, str(request.config.bits), images, reference, figures, reference_figures, facts)
 
 
 def _warn(skipped: dict[str, str], cautions: list[str], reporter: Reporter) -> None:

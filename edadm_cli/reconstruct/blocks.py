@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from edadm_cli.models.units import Unit
+from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layer
 from edadm_cli.quant.plan import QuantizationPlan
-from edadm_cli.reconstruct.capture import Batches, UnitCalls, capture_units
+from edadm_cli.reconstruct.capture import Batches, UnitCalls, UnitForm, capture_units, probe_units
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.learn import UnitData, UnitLearner, UnitResult, layer_targets
 from edadm_cli.reconstruct.network import SwitchableNetwork
+from edadm_cli.reconstruct.rows import RowCache, Rows
 
 _SEED_STRIDE = 1_000_003
-_BYTES = 4  # captured tensors are float32
 
 
 def unit_seed(seed: int, index: int) -> int:
     """Seed of one unit's randomness, so that a resume draws what an undisturbed run draws."""
     return (seed * _SEED_STRIDE + index) % 2**63
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a reconstruction keeps things, and who takes part in it.
+
+    Args:
+        cache: Rows of inputs and targets.
+        checkpoints: Finished units.
+        processes: Those that share the work.
+    """
+
+    cache: RowCache
+    checkpoints: UnitCheckpoints
+    processes: Processes = ALONE
 
 
 class BlockReconstruction:
@@ -31,75 +48,136 @@ class BlockReconstruction:
     Args:
         network: The denoiser; when done, every planned layer in it is quantized.
         plan: Bits of every layer.
-        ranges: Initial parameters.
+        nearest: Initial parameters, with weights rounded to nearest.
         batches: The calibration set.
         recipe: How units learn.
         seed: Seed of the stage.
-        memory_budget: Bytes for captured tensors.
-        checkpoints: Where finished units are kept.
+        place: Memory, disk and processes.
     """
 
     def __init__(
         self,
         network: SwitchableNetwork,
         plan: QuantizationPlan,
-        ranges: Mapping[str, Tensor],
+        nearest: Mapping[str, Tensor],
         batches: Batches,
         recipe: Hyperparameters,
         seed: int,
-        memory_budget: int,
-        checkpoints: UnitCheckpoints,
+        place: Place,
     ) -> None:
-        self.network, self.plan, self.ranges, self.batches = network, plan, ranges, batches
-        self.recipe, self.seed, self.memory_budget, self.checkpoints = recipe, seed, memory_budget, checkpoints
+        self.network, self.plan, self.nearest, self.batches = network, plan, nearest, batches
+        self.recipe, self.seed, self.place = recipe, seed, place
+        self.passes = {"full_precision": 0, "quantized": 0}
+        self._forms: dict[str, UnitForm] = {}
 
-    def run(self, units: Sequence[Unit], advance: Callable[[int], None]) -> dict[str, UnitResult]:
-        """Learn all units; `advance` is told of each one that is done."""
-        results: dict[str, UnitResult] = {}
+    def run(
+        self, units: Sequence[Unit], advance: Callable[[int], None], learning: Collection[str] | None = None
+    ) -> dict[str, UnitResult]:
+        """Learn units; `advance` is told of each one that is done.
+
+        Args:
+            units: All of the denoiser, in execution order.
+            advance: Called after every unit.
+            learning: Names of those that learn, where not all do; the others keep their nearest rounding.
+
+        Returns:
+            What was learned, by unit.
+        """
+        place, chosen = self.place, [unit for unit in units if learning is None or unit.name in learning]
+        numbers = {unit.name: number for number, unit in enumerate(units)}
+        results = self._resume(numbers, chosen)
+        waiting = [unit for unit in chosen if unit.name not in results]
+        with self.network.full_precision():
+            self._forms = probe_units(self.network.denoiser, waiting, self.batches)
         captured: dict[str, UnitCalls] = {}
-        row_bytes = self._row_bytes(units)
         self._freeze_attentions([name for name in self.plan.attentions if not any(name in u.attentions for u in units)])
-        for index, unit in enumerate(units):
-            result = self.checkpoints.load(index, unit)
-            if result is None:
+        for number, unit in enumerate(units):
+            if waiting and waiting[0] is unit:
                 if unit.name not in captured:
-                    captured = self._capture_ahead(units[index:], row_bytes)
-                result = self._learn(index, unit, captured.pop(unit.name))
-                self.checkpoints.save(index, unit, result)
-            self._freeze(unit, result.params)
-            results[unit.name] = result
+                    captured = self._capture_ahead(waiting)
+                results[unit.name] = self._learn(number, waiting.pop(0), captured.pop(unit.name))
+            place.processes.check()
+            self._freeze(unit, results[unit.name].params if unit.name in results else self.nearest)
             advance(1)
         return results
 
-    def _learn(self, index: int, unit: Unit, exact: UnitCalls) -> UnitResult:
-        (quantized,) = capture_units(self.network.denoiser, [unit], self.batches, with_outputs=False)
-        inner = unit.layers[:-1] if self.recipe.layer_loss_weight > 0 else ()
-        targets = layer_targets(self.network, unit, inner, exact, self.batches.batch_size) if inner else None
-        data = UnitData(exact, quantized, targets)
-        seed = unit_seed(self.seed, index)
-        return UnitLearner(self.network, unit, self.plan, self.ranges, data, self.recipe, seed).learn()
+    def _resume(self, numbers: Mapping[str, int], chosen: Sequence[Unit]) -> dict[str, UnitResult]:
+        """Units that a killed run finished; every process looks before any of them writes."""
+        if self.place.processes.is_main:
+            self.place.cache.clear()
+        found = {unit.name: self.place.checkpoints.load(numbers[unit.name], unit) for unit in chosen}
+        self.place.processes.wait()
+        return {name: result for name, result in found.items() if result is not None}
 
-    def _capture_ahead(self, units: Sequence[Unit], row_bytes: Mapping[str, int]) -> dict[str, UnitCalls]:
-        """Full-precision calls of as many of the next units as half the budget holds, in one pass."""
-        rows = len(self.batches.calibration) * self.batches.calibration.branches
-        group, used = [units[0]], row_bytes[units[0].name] * rows
-        for unit in units[1:]:
-            used += row_bytes[unit.name] * rows
-            if used > self.memory_budget // 2:
+    def _learn(self, number: int, unit: Unit, exact: UnitCalls) -> UnitResult:
+        place = self.place
+        data = self._gather(unit, exact)
+        seed = unit_seed(self.seed, number)
+        learner = UnitLearner(
+            self.network, unit, self.plan, self.nearest, data, self.recipe, seed, processes=place.processes
+        )
+        result = learner.learn()
+        place.cache.release([*data.quantized.tensors, *data.layer_targets.values(), *exact.outputs])
+        if self._mixes_inputs:
+            place.cache.release(exact.tensors)
+        if place.processes.is_main:
+            place.checkpoints.save(number, unit, result)
+        place.processes.wait()
+        if not place.processes.is_main:  # all go on with the main process's bytes
+            result = place.checkpoints.load(number, unit) or result
+        return result
+
+    def _gather(self, unit: Unit, exact: UnitCalls) -> UnitData:
+        """Everything that a unit learns from, in this process's memory as far as the budget holds."""
+        cache, processes, size = self.place.cache, self.place.processes, self.batches.batch_size
+        targets: dict[str, Rows] = {}
+        if self.recipe.layer_loss_weight > 0:
+            targets = layer_targets(self.network, unit, exact, size, cache, processes)
+        if not self._mixes_inputs:
+            cache.release(exact.tensors)
+        (quantized,) = capture_units(
+            self.network.denoiser, [unit], self._forms, self.batches, cache, with_outputs=False, processes=processes
+        )
+        self.passes["quantized"] += 1
+        if cache.shared:
+            exact.outputs = [cache.settle(rows, size) for rows in exact.outputs]
+            quantized.tensors = [cache.settle(rows, size) for rows in quantized.tensors]
+            targets = {name: cache.settle(rows, size) for name, rows in targets.items()}
+            processes.wait()
+        return UnitData(exact, quantized, targets)
+
+    @property
+    def _mixes_inputs(self) -> bool:
+        return self.recipe.input_drop > 0
+
+    def _capture_ahead(self, units: Sequence[Unit]) -> dict[str, UnitCalls]:
+        """Full-precision calls of as many of the next units as the budget holds, in one pass.
+
+        Beside them it must hold what one of these units needs while it learns.
+        """
+        rows, cache = self.batches.num_rows, self.place.cache
+        group: list[Unit] = []
+        calls = learning = 0
+        for unit in units:
+            form = self._forms[unit.name]
+            calls += form.call_bytes * rows
+            learning = max(learning, form.learning_bytes(self.recipe.layer_loss_weight > 0) * rows)
+            if group and not cache.fits(calls + learning):
                 break
             group.append(unit)
         with self.network.full_precision():
-            calls = capture_units(self.network.denoiser, group, self.batches, with_outputs=True)
-        return {unit.name: call for unit, call in zip(group, calls, strict=True)}
-
-    def _row_bytes(self, units: Sequence[Unit]) -> dict[str, int]:
-        """Bytes that one row of a unit's inputs and outputs takes, by one forward of one sample."""
-        with self.network.full_precision():
-            calls = capture_units(self.network.denoiser, units, self.batches.one_sample(), with_outputs=True)
-        return {
-            unit.name: _BYTES * sum(t.numel() // call.rows for t in (*call.tensors, *call.outputs))
-            for unit, call in zip(units, calls, strict=True)
-        }
+            captured = capture_units(
+                self.network.denoiser,
+                group,
+                self._forms,
+                self.batches,
+                cache,
+                with_outputs=True,
+                reserve=0 if self._mixes_inputs else learning,
+                processes=self.place.processes,
+            )
+        self.passes["full_precision"] += 1
+        return {unit.name: call for unit, call in zip(group, captured, strict=True)}
 
     def _freeze(self, unit: Unit, params: Mapping[str, Tensor]) -> None:
         """Put the deployed form of a unit's layers into the network."""
@@ -114,7 +192,7 @@ class BlockReconstruction:
         """Quantize attention products for good: with what a unit learned, or, for those that lie in no unit because
         layers are learned one by one, with the searched ranges.
         """
-        found = self.ranges if params is None else params
+        found = self.nearest if params is None else params
         for name in names:
             scales = {operand: found[f"{name}.{operand}_scale"] for operand in OPERANDS}
             quantized = QuantizedAttention(self.plan.attentions[name], scales)

@@ -22,26 +22,33 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.models.units import Unit
+from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.quant.rounding import rounding_regularizer
-from edadm_cli.reconstruct.capture import UnitCalls, flatten, layer_outputs
+from edadm_cli.reconstruct.capture import UnitCalls, layer_outputs
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
-from edadm_cli.reconstruct.learned import Drop, LearnedUnit
+from edadm_cli.reconstruct.learned import Drop, LearnedUnit, Share
+from edadm_cli.reconstruct.minibatch import MiniBatch
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import Optimization, make_step
+from edadm_cli.reconstruct.rows import RowCache, Rows, chunks
 
 _CURVE_POINTS = 50
+_EVALUATED_ROWS = 64
 _REGULARIZER_START = 0.2
 _BETA_FROM, _BETA_TO = 20.0, 2.0
 
 
 @dataclass
 class UnitData:
-    """What one unit learns from: rows of inputs and targets."""
+    """What one unit learns from: rows of inputs and targets.
+
+    The full-precision inputs may be closed where none of them is mixed into the quantized network's.
+    """
 
     full_precision: UnitCalls
     quantized: UnitCalls
-    layer_targets: dict[str, Tensor] | None
+    layer_targets: dict[str, Rows]
 
 
 @dataclass
@@ -61,17 +68,33 @@ def channel_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def layer_targets(
-    network: SwitchableNetwork, unit: Unit, names: Sequence[str], calls: UnitCalls, batch_size: int
-) -> dict[str, Tensor]:
-    """Full-precision outputs of the named layers of a unit over all of its calls, `[rows, ...]` each."""
-    pieces: dict[str, list[Tensor]] = {name: [] for name in names}
-    with network.full_precision(), layer_outputs(network.denoiser, names) as outputs, torch.no_grad():
-        for start in range(0, calls.rows, batch_size):
-            args, kwargs = calls.call([tensor[start : start + batch_size] for tensor in calls.tensors])
+    network: SwitchableNetwork,
+    unit: Unit,
+    calls: UnitCalls,
+    batch_size: int,
+    cache: RowCache,
+    processes: Processes = ALONE,
+) -> dict[str, Rows]:
+    """Full-precision outputs of the layers inside a unit, but for the last, over all of its calls, `[rows, ...]` each.
+
+    Args:
+        network: With the unit in it.
+        unit: The unit.
+        calls: Its full-precision calls.
+        batch_size: Rows computed together.
+        cache: Where the outputs go.
+        processes: Those that share the rows.
+    """
+    targets = {name: cache.allocate(calls.rows, kind) for name, kind in calls.form.layers.items()}
+    own = chunks(calls.rows, batch_size)[processes.index :: processes.count]
+    with network.full_precision(), layer_outputs(network.denoiser, list(targets)) as outputs, torch.no_grad():
+        for places in own:
+            args, kwargs = calls.call(_on_device(calls.tensors, places, network.device))
             unit.module(*args, **kwargs)
-            for name in names:
-                pieces[name].append(outputs[name])
-    return {name: torch.cat(parts) for name, parts in pieces.items()}
+            for name, rows in targets.items():
+                rows.write(places, outputs[name])
+    processes.wait()
+    return targets
 
 
 class UnitLearner:
@@ -85,6 +108,7 @@ class UnitLearner:
         data: Inputs and targets.
         recipe: How it is learned.
         seed: Of the order of samples and of every mask; the unit's own, so that a resume changes nothing.
+        processes: Those that learn it together: each takes a part of the rows of every step.
     """
 
     def __init__(
@@ -96,13 +120,15 @@ class UnitLearner:
         data: UnitData,
         recipe: Hyperparameters,
         seed: int,
+        processes: Processes = ALONE,
     ) -> None:
-        self.network, self.unit, self.data, self.recipe = network, unit, data, recipe
-        self.device = data.full_precision.tensors[0].device
+        self.network, self.unit, self.data, self.recipe, self.processes = network, unit, data, recipe, processes
+        self.device = network.device
+        self.share = Share.of(recipe.batch_size, processes)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.order = torch.Generator().manual_seed(seed)
-        self.activation_drop = Drop(recipe.activation_drop, self.generator)
-        self.input_drop = Drop(recipe.input_drop, self.generator)
+        self.activation_drop = Drop(recipe.activation_drop, self.generator, self.share)
+        self.input_drop = Drop(recipe.input_drop, self.generator, self.share)
         self.learned = LearnedUnit(
             {name: network.float_layers[name] for name in unit.layers},
             plan.layers,
@@ -115,7 +141,19 @@ class UnitLearner:
             network.put_layer(name, module)
         for name, attention in self.learned.attentions.items():
             network.put_processor(name, attention)
-        self.rows = torch.zeros(recipe.batch_size, dtype=torch.int64, device=self.device)
+        exact = data.full_precision
+        groups: dict[str, list[Rows]] = {
+            "inputs": data.quantized.tensors,
+            "exact": exact.tensors if self.input_drop.level else [],
+            "outputs": exact.outputs,
+            "layers": list(data.layer_targets.values()),
+        }
+        self.batch = MiniBatch([rows for group in groups.values() for rows in group], self.share.size, self.device)
+        tensors = iter(self.batch.tensors)
+        self.groups = {name: [next(tensors) for _ in group] for name, group in groups.items()}
+        self.rows = [0] * self.share.size
+        self.batch.load(self.rows)  # a CUDA graph is warmed up on whatever is there
+        self._upcoming: list[int] | None = None
         self.pull, self.beta = torch.zeros((), device=self.device), torch.ones((), device=self.device)
         # A unit of one layer is that layer's stand-in, a block is the module around its layers.
         self.module: nn.Module = network.denoiser.get_submodule(unit.name)
@@ -134,7 +172,10 @@ class UnitLearner:
             self.set_iteration(iteration)
             loss = step()
             if iteration % every == 0:
+                loss = loss.clone()
+                self.processes.sum(loss)
                 curve.append(loss.item())
+        self.batch.close()
         after = self.reconstruction_loss()
         if not math.isfinite(after):
             raise InputError(
@@ -144,52 +185,68 @@ class UnitLearner:
         return UnitResult(self.learned.params(), before, after, curve)
 
     def loss(self) -> Tensor:
-        """The loss of the rows now chosen: one forward of the quantized unit."""
-        rows, up = self.rows, self.learned.materialize()
-        mixed = []
-        for exact, quantized in zip(self.data.full_precision.tensors, self.data.quantized.tensors, strict=True):
-            mask = self.input_drop.mask(exact[rows]) if exact.is_floating_point() else None
-            mixed.append(quantized[rows] if mask is None else torch.where(mask, exact[rows], quantized[rows]))
-        names = list(self.data.layer_targets or ())
-        args, kwargs = self.data.full_precision.call(mixed)
+        """This process's share of the loss of the rows now chosen: one forward of the quantized unit."""
+        up = self.learned.materialize()
+        names = list(self.data.layer_targets)
+        args, kwargs = self.data.full_precision.call(self._inputs())
         with layer_outputs(self.network.denoiser, names) as inner:
-            outputs = _tensors(self.module(*args, **kwargs), len(rows))
-        targets = self.data.full_precision.outputs
-        total = torch.stack([channel_loss(o, t[rows]) for o, t in zip(outputs, targets, strict=True)]).sum()
-        if self.data.layer_targets:
-            inner_losses = [channel_loss(inner[name], self.data.layer_targets[name][rows]) for name in names]
+            outputs = self.data.full_precision.outputs_of(self.module(*args, **kwargs))
+        targets = self.groups["outputs"]
+        total = torch.stack([channel_loss(o, t) for o, t in zip(outputs, targets, strict=True)]).sum()
+        if names:
+            layers = zip(names, self.groups["layers"], strict=True)
+            inner_losses = [channel_loss(inner[name], target) for name, target in layers]
             total = total + self.recipe.layer_loss_weight * torch.stack(inner_losses).sum()
         if self.recipe.rounding_regularizer:
             total = total + self.pull * rounding_regularizer(up, self.beta)
-        return total
+        return total if self.share.is_whole else total * self.share.weight
+
+    def _inputs(self) -> list[Tensor]:
+        """The quantized network's inputs, with elements of the full-precision ones mixed in."""
+        quantized, exact = self.groups["inputs"], self.groups["exact"]
+        if not exact:
+            return quantized
+        mixed = []
+        for x, other in zip(exact, quantized, strict=True):
+            mask = self.input_drop.mask(x) if x.is_floating_point() else None
+            mixed.append(other if mask is None else torch.where(mask, x, other))
+        return mixed
 
     @torch.no_grad()
     def reconstruction_loss(self) -> float:
         """The block loss as deployed, over all rows of the partly quantized network's inputs.
 
-        Rounding is decided and every activation quantized.
+        Rounding is decided and every activation quantized. Processes share the rows; the sum is the same however many.
         """
         self.activation_drop.active, self.learned.decided = False, True
         self.learned.materialize()
-        total, calls = 0.0, self.data.quantized
-        size = max(self.recipe.batch_size, 64)
-        for start in range(0, calls.rows, size):
-            args, kwargs = calls.call([tensor[start : start + size] for tensor in calls.tensors])
-            rows = min(size, calls.rows - start)
-            outputs = _tensors(self.module(*args, **kwargs), rows)
-            targets = [target[start : start + size] for target in self.data.full_precision.outputs]
-            total += rows * sum(channel_loss(o, t).item() for o, t in zip(outputs, targets, strict=True))
+        calls, exact = self.data.quantized, self.data.full_precision
+        parts = chunks(calls.rows, max(self.recipe.batch_size, _EVALUATED_ROWS))
+        losses = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
+        for number in range(self.processes.index, len(parts), self.processes.count):
+            places = parts[number]
+            args, kwargs = exact.call(_on_device(calls.tensors, places, self.device))
+            outputs = exact.outputs_of(self.module(*args, **kwargs))
+            targets = _on_device(exact.outputs, places, self.device)
+            losses[number] = len(places) * sum(channel_loss(o, t) for o, t in zip(outputs, targets, strict=True))
+        self.processes.sum(losses)
         self.activation_drop.active, self.learned.decided = True, False
-        return total / calls.rows
+        return sum(losses.tolist()) / calls.rows
 
     def set_iteration(self, iteration: int) -> None:
         """Choose the rows of an iteration and the strength of the rounding regularizer."""
-        num_rows = self.data.full_precision.rows
-        self.rows.copy_(torch.randint(num_rows, (self.recipe.batch_size,), generator=self.order))
+        self.rows = self._upcoming or self._draw()
+        self._upcoming = self._draw() if iteration + 1 < self.recipe.iterations else None
+        self.batch.load(self.rows, self._upcoming)
         start = _REGULARIZER_START * self.recipe.iterations
         progress = (iteration - start) / max(1.0, self.recipe.iterations - start)
         self.pull.fill_(self.recipe.rounding_regularizer if progress >= 0 else 0.0)
         self.beta.fill_(_BETA_TO + (_BETA_FROM - _BETA_TO) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0))))
+
+    def _draw(self) -> list[int]:
+        """Rows of the next step, drawn for all processes alike, of which this one takes its part."""
+        rows = torch.randint(self.data.quantized.rows, (self.recipe.batch_size,), generator=self.order)
+        return rows[self.share.start : self.share.stop].tolist()
 
     def _optimization(self) -> Optimization:
         rates: list[tuple[nn.Parameter, float]] = [(self.learned.rounding.alpha, self.recipe.weight_learning_rate)]
@@ -198,7 +255,5 @@ class UnitLearner:
         return Optimization(rates, max(1, self.recipe.iterations), self.device)
 
 
-def _tensors(output: object, rows: int) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    flatten(output, tensors, rows)
-    return tensors
+def _on_device(group: Sequence[Rows], places: Sequence[int], device: torch.device) -> list[Tensor]:
+    return [rows.read(places).to(device) for rows in group]

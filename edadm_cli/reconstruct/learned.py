@@ -7,11 +7,13 @@ few operations on long tensors instead of many on short ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.ranges import part_names, split_channels
+from edadm_cli.processes import Processes
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import learned_fake_quantize
 from edadm_cli.quant.layers import SplitLayer
@@ -23,17 +25,48 @@ _DROP_LEVELS = 256
 _SMALLEST_SHARE = 1e-2
 
 
+@dataclass(frozen=True)
+class Share:
+    """The rows of every step that one process takes: `start` to `stop` of `total`."""
+
+    start: int
+    stop: int
+    total: int
+
+    @classmethod
+    def of(cls, batch_size: int, processes: Processes) -> Share:
+        """Parts of nearly equal size, one a process."""
+        bounds = [round(batch_size * index / processes.count) for index in (processes.index, processes.index + 1)]
+        return cls(bounds[0], bounds[1], batch_size)
+
+    @property
+    def size(self) -> int:
+        """Rows of this process."""
+        return self.stop - self.start
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one process takes all rows."""
+        return self.size == self.total
+
+    @property
+    def weight(self) -> float:
+        """What this process's mean over its rows counts in the mean over all."""
+        return self.size / self.total
+
+
 class Drop:
     """Random masks, true with a probability that is a multiple of 1/256 (one random byte an element).
 
     Args:
         probability: Share of true elements.
         generator: On the device of the masks.
+        share: Rows that are here. Masks are drawn for those of all processes, so that their number changes no mask.
     """
 
-    def __init__(self, probability: float, generator: torch.Generator) -> None:
+    def __init__(self, probability: float, generator: torch.Generator, share: Share) -> None:
         self.level = round(probability * _DROP_LEVELS)
-        self.generator = generator
+        self.generator, self.share = generator, share
         self.active = True
 
     def mask(self, x: Tensor) -> Tensor | None:
@@ -42,10 +75,17 @@ class Drop:
             return None
         if self.level == _DROP_LEVELS:
             return torch.ones_like(x, dtype=torch.bool)
+        a_row = x.numel() // self.share.size
         words = torch.randint(
-            -(2**63), 2**63 - 1, (-(-x.numel() // 8),), generator=self.generator, device=x.device, dtype=torch.int64
+            -(2**63),
+            2**63 - 1,
+            (-(-a_row * self.share.total // 8),),
+            generator=self.generator,
+            device=x.device,
+            dtype=torch.int64,
         )
-        return (words.view(torch.uint8)[: x.numel()] < self.level).reshape(x.shape)
+        own = words.view(torch.uint8)[a_row * self.share.start : a_row * self.share.stop]
+        return (own < self.level).reshape(x.shape)
 
 
 class LearnedLayer(nn.Module):

@@ -5,9 +5,10 @@ Layers are swapped, weights are not copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from edadm_cli.quant.network import set_module, set_processor
@@ -31,6 +32,11 @@ class SwitchableNetwork:
         self._layers: dict[str, nn.Module] = {}
         self._processors: dict[str, object] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes."""
+        return next(iter(self.denoiser.parameters())).device
+
     def float_weight(self, name: str) -> Tensor:
         """The full-precision weight of a planned layer."""
         return self.float_layers[name].get_parameter("weight")
@@ -44,6 +50,15 @@ class SwitchableNetwork:
         """Exchange one attention processor until further notice."""
         self._processors[name] = processor
         set_processor(self.denoiser.get_submodule(name), processor)
+
+    def restore(self, layers: Iterable[str], attentions: Iterable[str]) -> None:
+        """Give some layers and attention modules their own form back for good."""
+        for name in layers:
+            self._layers.pop(name, None)
+            set_module(self.denoiser, name, self.float_layers[name])
+        for name in attentions:
+            if self._processors.pop(name, None) is not None:
+                set_processor(self.denoiser.get_submodule(name), self._float_processors[name])
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:

@@ -61,6 +61,10 @@ class Optimization:
         self.set_rates(0.5 * (1 + math.cos(math.pi * self._done / self._iterations)))
         self._done += 1
 
+    def params(self) -> list[nn.Parameter]:
+        """All that is learned."""
+        return [param for group in self.adam.param_groups for param in group["params"]]
+
     def forget(self) -> None:
         """Zero the moments."""
         for state in self.adam.state.values():
@@ -70,22 +74,41 @@ class Optimization:
 
 def make_step(learner: UnitLearner, optimization: Optimization) -> Callable[[], Tensor]:
     """A function that takes one step on the learner's chosen rows and returns the loss before it."""
+    alone = learner.processes.count == 1
 
     def compute() -> Tensor:
         loss = learner.loss()
         loss.backward()
+        if alone:
+            update()
+        return loss.detach()
+
+    def update() -> None:
         optimization.adam.step()
         learner.learned.scales.keep_positive()
-        return loss.detach()
+
+    def average() -> None:
+        """Losses are weighted by the rows of each process, so that the mean of the gradients is their sum."""
+        for param in optimization.params():
+            assert param.grad is not None
+            learner.processes.sum(param.grad)
+        update()
 
     def launch() -> Tensor:
         optimization.decay()
         optimization.adam.zero_grad(set_to_none=True)
         return compute()
 
-    if not optimization.capturable:
-        return launch
-    return _captured(learner, optimization, compute)
+    step = _captured(learner, optimization, compute) if optimization.capturable else launch
+    if alone:
+        return step
+
+    def step_together() -> Tensor:
+        loss = step()
+        average()
+        return loss
+
+    return step_together
 
 
 def _captured(learner: UnitLearner, optimization: Optimization, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,21 +31,24 @@ from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import count, plan_network
 from edadm_cli.calibrate.ranges import part_names, search_ranges
 from edadm_cli.config import ReconstructConfig
-from edadm_cli.errors import EdadmError
+from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import load_collected_model
 from edadm_cli.models.loading import resolve_device
-from edadm_cli.models.registry import known_models
+from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.units import Trace, Unit, trace, units
+from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import QuantizationPlan
-from edadm_cli.reconstruct.blocks import BlockReconstruction
+from edadm_cli.reconstruct.blocks import BlockReconstruction, Place
 from edadm_cli.reconstruct.capture import Batches
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.learn import UnitResult
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import repeatable_convolutions
+from edadm_cli.reconstruct.probe import probe
+from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache, memory_budget
 
 PARAMS_FILE = "quant_params.safetensors"
 PLAN_FILE = "plan.json"
@@ -59,8 +64,8 @@ class _Setting:
     traced: Trace
     plan: QuantizationPlan
     units: list[Unit]
+    learning: list[Unit]
     batches: Batches
-    hyperparameters: Hyperparameters
 
 
 def run(
@@ -70,14 +75,19 @@ def run(
 
     Raises:
         InputError: There is no calibration set, or the model is not the one it was collected from.
-        UsageError: A pattern of the recipe matches no layer.
+        UsageError: A pattern of the recipe matches no layer, or one of `units` no unit; or there are more processes
+            than rows in a step.
         EdadmError: A planned layer was not quantized.
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
-    selection = run.open("select")
-    with run.build(_plan(config, selection), force) as build:
-        is_done = build.up_to_date
-        artifact = build.artifact or _build(config, run, selection, build, reporter)
+    processes = join(config.device)
+    with processes.together():
+        task = _resolve(config, run, processes)
+        with run.build(task.plan(), force, processes) as build:
+            is_done = build.up_to_date
+            if not is_done:
+                _build(task, build, reporter)
+            artifact = build.finished()
     summary = artifact.json(UNITS_FILE)
     return ReconstructRecord(
         **shared_keys(run.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
@@ -90,110 +100,158 @@ def run(
 
 
 def estimate(config: ReconstructConfig, run: RunFolder) -> Estimate:
-    """Time one forward of the denoiser and scale it.
+    """Estimate time, memory and disk: a batch through the range search, and a few steps of a few units."""
+    task = _resolve(config, run, ALONE)
+    with _arithmetic(task):
+        setting = _prepare(task)
+        return probe(
+            setting.network,
+            setting.traced,
+            setting.plan,
+            setting.learning,
+            setting.batches,
+            task.config.recipe,
+            task.hyperparameters,
+            task.memory_budget,
+        )
 
-    A unit takes two passes, and an iteration three and a half forwards' worth of the unit's share.
-    """
+
+@dataclass(frozen=True)
+class _Task:
+    """The configuration with nothing left open."""
+
+    config: ReconstructConfig
+    run: RunFolder
+    selection: Artifact
+    batch_size: int
+    hyperparameters: Hyperparameters
+    device: torch.device
+    memory_budget: int
+    processes: Processes
+
+    def plan(self) -> Plan:
+        config = self.config
+        fields = {**config.identity_fields(), "batch_size": self.batch_size}
+        fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "select")}
+        fields["hyperparameters"] = self.hyperparameters.model_dump(mode="json")
+        model = self.selection.manifest.model
+        return Plan("reconstruct", str(config.bits), fields, config.seed, (self.selection,), model)
+
+
+def _resolve(config: ReconstructConfig, run: RunFolder, processes: Processes) -> _Task:
     selection = run.open("select")
-    setting = _prepare(config, run, selection)
-    (args, kwargs), *_ = iter(setting.batches)
-    rows = Batches.rows(args, kwargs)
-    with torch.no_grad():
-        setting.network.denoiser(*args, **kwargs)
-        started = time.monotonic()
-        setting.network.denoiser(*args, **kwargs)
-        row_seconds = (time.monotonic() - started) / rows
-    total_rows = len(setting.batches.calibration) * setting.batches.calibration.branches
-    passes = 1 if config.recipe.learn.granularity == "none" else 2 + len(setting.units) / 2
-    learning = 0.0
-    if config.recipe.learn.granularity != "none":
-        learned = setting.hyperparameters
-        learning = 3.5 * learned.iterations * learned.batch_size * row_seconds
-    weights = sum(p.numel() for p in setting.network.denoiser.parameters())
-    megabyte = 1024.0 * 1024.0
-    return Estimate(
-        seconds=passes * total_rows * row_seconds + learning,
-        memory_mib=config.memory_budget_mib + 4 * 4 * weights / megabyte,
-        disk_mib=2 * weights / megabyte,
-    )
-
-
-def _plan(config: ReconstructConfig, selection: Artifact) -> Plan:
-    fields = config.identity_fields()
-    fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "select")}
-    fields["hyperparameters"] = _hyperparameters(config, selection).model_dump(mode="json")
-    return Plan("reconstruct", str(config.bits), fields, config.seed, (selection,), selection.manifest.model)
-
-
-def _hyperparameters(config: ReconstructConfig, selection: Artifact) -> Hyperparameters:
+    device = resolve_device(processes.device_name(config.device))
+    if config.matmul == "tf32" and device.type != "cuda":
+        raise UsageError("--matmul tf32 is arithmetic of NVIDIA GPUs, and this reconstruction runs on the CPU.")
     entry = known_models().get(selection.manifest.model.id)
-    return resolve(config.recipe.learn, entry.paper if entry else None, config.bits)
+    hyperparameters = resolve(config.recipe.learn, entry.paper if entry else None, config.bits)
+    if hyperparameters.batch_size < processes.count:
+        raise UsageError(
+            f"A step takes {hyperparameters.batch_size} rows, which {processes.count} processes cannot share.",
+            hint="a larger batch_size in the recipe, or fewer processes",
+        )
+    batch_size = config.batch_size
+    if batch_size is None:
+        own = run.open("collect").json("sampling.json")["entry"]
+        batch_size = ModelEntry.model_validate(own).batch_size
+    budget = processes.share(memory_budget(config.memory_budget_mib, device))
+    return _Task(config, run, selection, batch_size, hyperparameters, device, budget, processes)
 
 
-def _prepare(config: ReconstructConfig, run: RunFolder, selection: Artifact) -> _Setting:
-    device = resolve_device(config.device)
-    model = load_collected_model(run, device, torch.float32)
-    batches = Batches(CalibrationSet.load(selection), config.batch_size, device)
+def _prepare(task: _Task) -> _Setting:
+    config = task.config
+    denoiser = load_collected_model(task.run, task.device, torch.float32).denoiser  # the rest of the pipeline is let go
+    batches = Batches(CalibrationSet.load(task.selection), task.batch_size, task.device)
     (args, kwargs), *_ = iter(batches.one_sample())
-    traced = trace(model.denoiser, args, kwargs)
+    traced = trace(denoiser, args, kwargs)
     plan = plan_network(traced, config.recipe, config.bits)
-    network = SwitchableNetwork(model.denoiser, list(plan.layers), list(plan.attentions))
+    network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
     granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
-    found = units(model.denoiser, traced, set(plan.layers), granularity)
-    return _Setting(network, traced, plan, found, batches, _hyperparameters(config, selection))
+    found = units(denoiser, traced, set(plan.layers), granularity)
+    return _Setting(network, traced, plan, found, _learning(found, config), batches)
 
 
-def _build(
-    config: ReconstructConfig, run: RunFolder, selection: Artifact, build: Build, reporter: Reporter
-) -> Artifact:
-    started = time.monotonic()
-    setting = _prepare(config, run, selection)
-    with repeatable_convolutions():
-        params, results = _reconstruct(config, setting, build.path, reporter)
+def _learning(found: list[Unit], config: ReconstructConfig) -> list[Unit]:
+    """The units that learn."""
+    if config.recipe.learn.granularity == "none":
+        return []
+    for pattern in config.units:
+        if not any(fnmatchcase(unit.name, pattern) for unit in found):
+            raise UsageError(
+                f"The pattern '{pattern}' of --units matches none of the {len(found)} units, such as"
+                f" '{found[len(found) // 2].name}'."
+            )
+    return [unit for unit in found if not config.units or any(fnmatchcase(unit.name, p) for p in config.units)]
+
+
+@contextmanager
+def _arithmetic(task: _Task) -> Iterator[None]:
+    """Repeatable convolutions, and TF32 only where it is asked for."""
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolutions.allow_tf32
+    matmul.allow_tf32 = convolutions.allow_tf32 = task.config.matmul == "tf32"
+    try:
+        with repeatable_convolutions():
+            yield
+    finally:
+        matmul.allow_tf32, convolutions.allow_tf32 = before
+
+
+def _build(task: _Task, build: Build, reporter: Reporter) -> None:
+    started, processes = time.monotonic(), task.processes
+    with _arithmetic(task):
+        setting = _prepare(task)
+        params, results, passes = _reconstruct(task, setting, build.path, reporter)
     quantized = _quantized(setting.plan, params)
-    save_tensors(build.path / PARAMS_FILE, params)
-    save_json(build.path / PLAN_FILE, setting.plan.model_dump(mode="json", exclude_none=True))
-    save_json(build.path / UNITS_FILE, _summary(setting, results, len(quantized)))
-    build.discard([UNITS_FOLDER, _RANGES_FILE])
-    device = str(setting.batches.device)
-    return build.commit(environment={"device": device, "seconds": round(time.monotonic() - started, 3)})
+    if processes.is_main:
+        save_tensors(build.path / PARAMS_FILE, params)
+        save_json(build.path / PLAN_FILE, setting.plan.model_dump(mode="json", exclude_none=True))
+        save_json(build.path / UNITS_FILE, _summary(setting, results, len(quantized)))
+        build.discard([UNITS_FOLDER, CACHE_FOLDER, _RANGES_FILE])
+        facts = {
+            "device": str(setting.batches.device),
+            "seconds": round(time.monotonic() - started, 3),
+            "processes": processes.count,
+            "passes": passes,
+        }
+        build.commit(environment=facts)
+    processes.wait()
 
 
 def _reconstruct(
-    config: ReconstructConfig, setting: _Setting, folder: Path, reporter: Reporter
-) -> tuple[dict[str, Tensor], dict[str, UnitResult]]:
-    ranges = _ranges(config, setting, folder, reporter)
-    params = nearest_params(setting.network.float_weight, setting.plan, ranges)
-    results: dict[str, UnitResult] = {}
-    if config.recipe.learn.granularity != "none":
-        reconstruction = BlockReconstruction(
-            setting.network,
-            setting.plan,
-            ranges,
-            setting.batches,
-            setting.hyperparameters,
-            config.seed,
-            config.memory_budget_mib * 1024 * 1024,
-            UnitCheckpoints(folder),
-        )
-        with reporter.task("reconstruct", len(setting.units)) as advance:
-            results = reconstruction.run(setting.units, advance)
-        for result in results.values():
-            params |= result.params
-    return params, results
+    task: _Task, setting: _Setting, folder: Path, reporter: Reporter
+) -> tuple[dict[str, Tensor], dict[str, UnitResult], dict[str, int]]:
+    """Parameters, what each unit learned, and how often the calibration set went through the denoiser for it."""
+    params = nearest_params(setting.network.float_weight, setting.plan, _ranges(task, setting, folder, reporter))
+    if not setting.learning:
+        return params, {}, {}
+    cache = RowCache(folder, task.memory_budget, task.device, shared=task.processes.count > 1)
+    reconstruction = BlockReconstruction(
+        setting.network,
+        setting.plan,
+        params,
+        setting.batches,
+        task.hyperparameters,
+        task.config.seed,
+        Place(cache, UnitCheckpoints(folder), task.processes),
+    )
+    with reporter.task("reconstruct", len(setting.units)) as advance:
+        results = reconstruction.run(setting.units, advance, {unit.name for unit in setting.learning})
+    for result in results.values():
+        params |= result.params
+    return params, results, reconstruction.passes
 
 
-def _ranges(config: ReconstructConfig, setting: _Setting, folder: Path, reporter: Reporter) -> dict[str, Tensor]:
-    kept = folder / _RANGES_FILE
-    if kept.is_file():
-        return load_tensors(kept)
-    network = setting.network
-    with reporter.task("search ranges", len(setting.batches)) as advance, network.full_precision():
-        found = search_ranges(
-            network.denoiser, setting.traced, setting.plan, config.recipe.ranges, setting.batches, advance
-        )
-    save_tensors(kept, found)
-    return found
+def _ranges(task: _Task, setting: _Setting, folder: Path, reporter: Reporter) -> dict[str, Tensor]:
+    """Initial ranges, found by the main process: batches are merged in their order."""
+    kept, network = folder / _RANGES_FILE, setting.network
+    if task.processes.is_main and not kept.is_file():
+        with reporter.task("search ranges", len(setting.batches)) as advance, network.full_precision():
+            recipe = task.config.recipe.ranges
+            found = search_ranges(network.denoiser, setting.traced, setting.plan, recipe, setting.batches, advance)
+        save_tensors(kept, found)
+    task.processes.wait()
+    return load_tensors(kept)
 
 
 def _quantized(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> list[str]:

@@ -14,7 +14,7 @@ KERNELS = ROOT / "kernels"
 
 STAGES = {"collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "bench"}
 MIDDLE = {"models", "engines", "artifacts", "calibrate", "integrations"}
-GROUND = {"config", "recipe", "errors", "progress", "version"}
+GROUND = {"config", "recipe", "errors", "progress", "processes", "version"}
 # Which rooms a room may import, besides itself.
 ALLOWED = {
     "cli": STAGES | MIDDLE | {"quant"} | GROUND,
@@ -23,9 +23,10 @@ ALLOWED = {
     "quant": GROUND,
     **{room: GROUND for room in GROUND},
     "__init__": {"integrations", "version"},
+    "__main__": {"cli"},
 }
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "matplotlib", "PIL"}
-LIGHT = ("cli", "artifacts", "config", "recipe", "errors", "progress", "version", "__init__")
+LIGHT = ("cli", "artifacts", "config", "recipe", "errors", "progress", "processes", "version", "__init__")
 
 
 def _sources(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,10 @@ from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import Recipe
-from edadm_cli.reconstruct.capture import Batches
+from edadm_cli.reconstruct.capture import Batches, UnitCalls, capture_units, probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.network import SwitchableNetwork
+from edadm_cli.reconstruct.rows import RowCache, Rows
 
 CPU = torch.device("cpu")
 NUM_SAMPLES, BATCH = 5, 3  # the last batch is smaller
@@ -61,8 +63,22 @@ class Setting:
         for name, processor in self.network._float_processors.items():
             self.network.put_processor(name, processor)
 
+    def cache(self, folder: Path, budget: int = 2**28) -> RowCache:
+        return RowCache(folder, budget, CPU)
+
+    def capture(self, found: list[Unit], cache: RowCache, with_outputs: bool = True) -> list[UnitCalls]:
+        """Calls of some units in the denoiser as it is now."""
+        with self.network.full_precision():
+            forms = probe_units(self.denoiser, found, self.batches)
+        return capture_units(self.denoiser, found, forms, self.batches, cache, with_outputs=with_outputs)
+
     def nearest(self) -> dict[str, Tensor]:
         return nearest_params(self.network.float_weight, self.plan, self.ranges)
+
+
+def all_rows(rows: Rows) -> Tensor:
+    """The whole tensor."""
+    return rows.read(range(rows.count))
 
 
 def calibration_set() -> CalibrationSet:
@@ -103,3 +119,8 @@ def make_setting(denoiser: nn.Module) -> Callable[..., Setting]:
         return Setting(network, traced, plan, recipe, batches, ranges, resolve(recipe.learn, None, width))
 
     return make
+
+
+@pytest.fixture
+def calibration() -> CalibrationSet:
+    return calibration_set()

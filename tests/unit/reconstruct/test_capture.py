@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,71 +11,177 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.ranges import search_ranges
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, MachineError
+from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.units import Unit
 from edadm_cli.quant.layers import quantized_layer
 from edadm_cli.reconstruct.blocks import fill_layer
-from edadm_cli.reconstruct.capture import UnitCalls, capture_units, flatten, unflatten
+from edadm_cli.reconstruct.capture import Batches, UnitCalls, capture_units, flatten, probe_units, unflatten
 from edadm_cli.reconstruct.learn import channel_loss, layer_targets
+from edadm_cli.reconstruct.rows import RowCache, Rows
 
 MakeSetting = Callable[..., Any]
 ROWS = 10  # five samples, two branches
 RESIDUAL = "up_blocks.0.resnets.0"
 
 
+def all_rows(rows: Rows) -> Tensor:
+    return rows.read(range(rows.count))
+
+
+def _tensors(calls: UnitCalls) -> list[Tensor]:
+    return [rows.read(range(rows.count)) for rows in (*calls.tensors, *calls.outputs)]
+
+
 def _equal(first: UnitCalls, second: UnitCalls) -> bool:
-    pairs = zip([*first.tensors, *first.outputs], [*second.tensors, *second.outputs], strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    return all(torch.equal(a, b) for a, b in zip(_tensors(first), _tensors(second), strict=True))
 
 
-def test_a_group_captures_what_single_passes_capture(make_setting: MakeSetting) -> None:
+def test_a_group_captures_what_single_passes_capture(make_setting: MakeSetting, tmp_path: Path) -> None:
     setting = make_setting()
     units = setting.units()
-    together = capture_units(setting.denoiser, units, setting.batches, with_outputs=True)
+    together = setting.capture(units, setting.cache(tmp_path))
     for unit, calls in list(zip(units, together, strict=True))[::4]:
-        (alone,) = capture_units(setting.denoiser, [unit], setting.batches, with_outputs=True)
+        (alone,) = setting.capture([unit], setting.cache(tmp_path))
         assert _equal(calls, alone), unit.name
         assert calls.rows == ROWS
 
 
-def test_captured_arguments_repeat_the_captured_output(make_setting: MakeSetting) -> None:
+def test_a_pass_onto_the_disk_captures_the_same_bytes(make_setting: MakeSetting, tmp_path: Path) -> None:
     setting = make_setting()
     units = setting.units()
-    for unit, calls in zip(
-        units, capture_units(setting.denoiser, units, setting.batches, with_outputs=True), strict=True
-    ):
-        args, kwargs = calls.call(calls.tensors)
-        found: list[Tensor] = []
+    in_memory = setting.capture(units, setting.cache(tmp_path / "memory"))
+    cache = setting.cache(tmp_path / "disk", budget=10_000)
+    on_disk = setting.capture(units, cache)
+    kinds = {rows.in_memory for calls in on_disk for rows in (*calls.tensors, *calls.outputs)}
+    assert kinds == {True, False}, "the budget holds some of it"
+    assert 0 < cache.used <= 10_000
+    assert all(_equal(a, b) for a, b in zip(in_memory, on_disk, strict=True))
+    cache.release(rows for calls in on_disk for rows in (*calls.tensors, *calls.outputs))
+    assert cache.used == 0
+    assert list((tmp_path / "disk").rglob("*.rows")) == []
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    make_setting: MakeSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = make_setting()
+    units = setting.units()[::5]
+    whole = setting.capture(units, setting.cache(tmp_path))
+    forward = setting.denoiser.forward
+    sizes: list[int] = []
+
+    def scarce(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(sample))
+        if len(sample) > 2:
+            raise torch.OutOfMemoryError("no")
+        return forward(sample, *args, **kwargs)
+
+    forms = probe_units(setting.denoiser, units, setting.batches)
+    monkeypatch.setattr(setting.denoiser, "forward", scarce)
+    halved = capture_units(setting.denoiser, units, forms, setting.batches, setting.cache(tmp_path), with_outputs=True)
+    assert sizes == [6, 2, 4, 2, 2, 4, 2, 2]
+    for first, second in zip(whole, halved, strict=True):
+        for ours, theirs in zip(_tensors(first), _tensors(second), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    monkeypatch.setattr(setting.denoiser, "forward", lambda *_, **__: scarce(torch.zeros(3)))
+    with pytest.raises(MachineError, match="no memory for the denoiser's forward of one sample"):
+        capture_units(setting.denoiser, units, forms, setting.batches, setting.cache(tmp_path), with_outputs=True)
+
+
+def test_captured_arguments_repeat_the_captured_output(make_setting: MakeSetting, tmp_path: Path) -> None:
+    setting = make_setting()
+    units = setting.units()
+    for unit, calls in zip(units, setting.capture(units, setting.cache(tmp_path)), strict=True):
+        args, kwargs = calls.call([all_rows(rows) for rows in calls.tensors])
         with torch.no_grad():
-            flatten(unit.module(*args, **kwargs), found, ROWS)
+            found = calls.outputs_of(unit.module(*args, **kwargs))
         for ours, theirs in zip(found, calls.outputs, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours, all_rows(theirs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_outputs", [False, True])
-def test_a_forward_ends_with_the_last_unit(make_setting: MakeSetting, with_outputs: bool) -> None:
+def test_a_forward_ends_with_the_last_unit(make_setting: MakeSetting, tmp_path: Path, with_outputs: bool) -> None:
     setting = make_setting()
+    unit = setting.unit("mid_block.resnets.0")
+    forms = probe_units(setting.denoiser, [unit], setting.batches)
     ran: list[str] = []
     for name in ("mid_block.resnets.0", "mid_block.resnets.1", "conv_out"):
         setting.denoiser.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-    unit = setting.unit("mid_block.resnets.0")
-    (calls,) = capture_units(setting.denoiser, [unit], setting.batches, with_outputs)
+    cache = setting.cache(tmp_path)
+    (calls,) = capture_units(setting.denoiser, [unit], forms, setting.batches, cache, with_outputs=with_outputs)
     assert set(ran) == ({unit.name} if with_outputs else set())
     assert bool(calls.outputs) == with_outputs
 
 
-def test_layers_inside_a_unit_are_targets_in_execution_order(make_setting: MakeSetting) -> None:
+def test_layers_inside_a_unit_are_targets_in_execution_order(make_setting: MakeSetting, tmp_path: Path) -> None:
     setting = make_setting()
     unit = setting.unit(RESIDUAL)
-    (calls,) = capture_units(setting.denoiser, [unit], setting.batches, with_outputs=True)
-    inner = unit.layers[:-1]
-    targets = layer_targets(setting.network, unit, inner, calls, batch_size=5)
+    cache = setting.cache(tmp_path)
+    (calls,) = setting.capture([unit], cache)
+    rows = layer_targets(setting.network, unit, calls, 5, cache)
+    targets = {name: all_rows(target) for name, target in rows.items()}
     assert list(targets) == [f"{RESIDUAL}.{name}" for name in ("conv1", "time_emb_proj", "conv2")]
     time = setting.denoiser.get_submodule(f"{RESIDUAL}.time_emb_proj")
-    silu = nn.functional.silu(calls.tensors[1])
-    torch.testing.assert_close(targets[f"{RESIDUAL}.time_emb_proj"], time(silu))
+    x, embedding = (all_rows(tensor) for tensor in calls.tensors)
+    torch.testing.assert_close(targets[f"{RESIDUAL}.time_emb_proj"], time(nn.functional.silu(embedding)))
     # the last layers add up to the output: conv2 is a target, conv_shortcut is not
-    shortcut = setting.denoiser.get_submodule(f"{RESIDUAL}.conv_shortcut")(calls.tensors[0])
-    torch.testing.assert_close(targets[f"{RESIDUAL}.conv2"] + shortcut, calls.outputs[0], rtol=1e-4, atol=1e-5)
+    shortcut = setting.denoiser.get_submodule(f"{RESIDUAL}.conv_shortcut")(x)
+    wanted = all_rows(calls.outputs[0])
+    torch.testing.assert_close(targets[f"{RESIDUAL}.conv2"] + shortcut, wanted, rtol=1e-4, atol=1e-5)
+
+
+class _Blend(nn.Module):
+    """Adds position ids to its input: a constant whose first dimension may be any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scale(x) + ids.sum(), ids
+
+
+class _Positions(nn.Module):
+    def __init__(self, grows: bool) -> None:
+        super().__init__()
+        self.grows, self.block = grows, _Blend()
+
+    def forward(self, sample: Tensor, timestep: Tensor, **_: Any) -> Tensor:
+        ids = torch.arange(float(ROWS) if not self.grows else 3.0 * len(sample))[:, None]
+        out: Tensor = self.block(sample.flatten(1)[:, :4], ids)[0]
+        return out
+
+
+def test_a_constant_as_long_as_there_are_rows_is_no_row_tensor(calibration: CalibrationSet, tmp_path: Path) -> None:
+    batches = Batches(calibration, 5, torch.device("cpu"))  # one forward of all ten rows
+    model = _Positions(grows=False)
+    unit = Unit("block", "layer", model.block, ("block.scale",))
+    forms = probe_units(model, [unit], batches)
+    assert forms["block"].input_mask == (True, False)
+    assert forms["block"].output_mask == (True, False)
+    cache = RowCache(tmp_path, 2**20, torch.device("cpu"))
+    (calls,) = capture_units(model, [unit], forms, batches, cache, with_outputs=True)
+    args, _ = calls.call([torch.zeros(2, 4)])
+    assert len(args[1]) == ROWS
+
+
+def test_a_tensor_that_grows_in_another_way_is_refused(calibration: CalibrationSet) -> None:
+    model = _Positions(grows=True)
+    unit = Unit("block", "layer", model.block, ("block.scale",))
+    with pytest.raises(InputError, match="A tensor of 'block' has shape"):
+        probe_units(model, [unit], Batches(calibration, 5, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_rows_are_numbered_batch_by_batch_with_the_branches_inside(
+    calibration: CalibrationSet, batch_size: int
+) -> None:
+    batches = Batches(calibration, batch_size, torch.device("cpu"))
+    numbers = [row for indices in batches.indices() for row in batches.rows(indices)]
+    assert numbers == list(range(ROWS))
+    first = batches.indices()[0]
+    assert sorted(batches.rows(first[:1]) + batches.rows(first[1:])) == batches.rows(first)
 
 
 def test_the_loss_sums_over_channels_and_averages_over_the_rest() -> None:
@@ -93,7 +200,7 @@ def test_a_tree_is_flattened_and_put_together_again() -> None:
     rows, fixed = torch.ones(4, 2), torch.ones(3)
     tree = ((rows, "text", [rows * 2, None]), {"a": {"b": rows * 3}, "ids": fixed, "flag": True})
     tensors: list[Tensor] = []
-    structure = flatten(tree, tensors, 4)
+    structure = flatten(tree, tensors, iter([True, True, True, False]))
     assert [float(t[0, 0]) for t in tensors] == [1, 2, 3]
     args, kwargs = unflatten(structure, iter([tensor * 10 for tensor in tensors]))
     assert float(args[0][0, 0]) == 10

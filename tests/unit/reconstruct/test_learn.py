@@ -16,41 +16,54 @@ from edadm_cli.models.units import Unit
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import quantized_layer, quantized_layers
 from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe
-from edadm_cli.reconstruct.blocks import BlockReconstruction, fill_layer, unit_seed
-from edadm_cli.reconstruct.capture import capture_units, layer_outputs
+from edadm_cli.reconstruct.blocks import BlockReconstruction, Place, fill_layer, unit_seed
+from edadm_cli.reconstruct.capture import layer_outputs
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.learn import UnitData, UnitLearner, UnitResult, channel_loss, layer_targets
-from edadm_cli.reconstruct.learned import Drop
+from edadm_cli.reconstruct.learned import Drop, Share
 
 MakeSetting = Callable[..., Any]
+Learner = Callable[..., UnitLearner]
 RESIDUAL = "up_blocks.0.resnets.0"
 TRANSFORMER = "mid_block.attentions.0.transformer_blocks.0"
 ATTENTION = Recipe(name="attention", attention=AttentionRecipe(quantize=True))
 BUDGET = 2**28
 
 
-def _learner(setting: Any, name: str, seed: int = 0) -> UnitLearner:
-    unit = setting.unit(name)
-    with setting.network.full_precision():
-        (exact,) = capture_units(setting.denoiser, [unit], setting.batches, with_outputs=True)
-    (quantized,) = capture_units(setting.denoiser, [unit], setting.batches, with_outputs=False)
-    gamma = setting.hyperparameters.layer_loss_weight
-    targets = layer_targets(setting.network, unit, unit.layers[:-1], exact, 5) if gamma else None
-    data = UnitData(exact, quantized, targets)
-    return UnitLearner(setting.network, unit, setting.plan, setting.ranges, data, setting.hyperparameters, seed)
+@pytest.fixture
+def learner_of(tmp_path: Path) -> Callable[..., UnitLearner]:
+    """`learner_of(setting, unit name, seed)`."""
+
+    def make(setting: Any, name: str, seed: int = 0) -> UnitLearner:
+        unit, cache = setting.unit(name), setting.cache(tmp_path)
+        with setting.network.full_precision():
+            (exact,) = setting.capture([unit], cache)
+        (quantized,) = setting.capture([unit], cache, with_outputs=False)
+        gamma = setting.hyperparameters.layer_loss_weight
+        targets = layer_targets(setting.network, unit, exact, 5, cache) if gamma else {}
+        data = UnitData(exact, quantized, targets)
+        return UnitLearner(setting.network, unit, setting.plan, setting.ranges, data, setting.hyperparameters, seed)
+
+    return make
 
 
 def _reconstruction(setting: Any, folder: Path, budget: int = BUDGET) -> BlockReconstruction:
     return BlockReconstruction(
         setting.network,
         setting.plan,
-        setting.ranges,
+        setting.nearest(),
         setting.batches,
         setting.hyperparameters,
         seed=3,
-        memory_budget=budget,
-        checkpoints=UnitCheckpoints(folder),
+        place=Place(setting.cache(folder, budget), UnitCheckpoints(folder)),
     )
+
+
+def _chosen(learner: UnitLearner) -> list[int]:
+    """The rows of the first iteration, drawn again."""
+    order = torch.Generator().manual_seed(0)
+    rows = learner.data.quantized.rows
+    return torch.randint(rows, (learner.recipe.batch_size,), generator=order).tolist()
 
 
 def _params(results: dict[str, UnitResult]) -> dict[str, Tensor]:
@@ -61,9 +74,9 @@ def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_without_iterations_weights_are_rounded_to_nearest(make_setting: MakeSetting) -> None:
+def test_without_iterations_weights_are_rounded_to_nearest(make_setting: MakeSetting, learner_of: Learner) -> None:
     setting = make_setting(iterations=0)
-    nearest, result = setting.nearest(), _learner(setting, RESIDUAL).learn()
+    nearest, result = setting.nearest(), learner_of(setting, RESIDUAL).learn()
     assert result.loss_before == result.loss_after
     for name, tensor in result.params.items():
         assert torch.equal(tensor, nearest[name]), name
@@ -71,7 +84,7 @@ def test_without_iterations_weights_are_rounded_to_nearest(make_setting: MakeSet
 
 @pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER, "conv_in"])
 @pytest.mark.parametrize("drop", [0.0, 0.5])
-def test_learning_lowers_the_loss(make_setting: MakeSetting, name: str, drop: float) -> None:
+def test_learning_lowers_the_loss(make_setting: MakeSetting, learner_of: Learner, name: str, drop: float) -> None:
     setting = make_setting(
         "w3a4",
         ATTENTION,
@@ -81,14 +94,16 @@ def test_learning_lowers_the_loss(make_setting: MakeSetting, name: str, drop: fl
         input_drop=drop,
         activation_drop=drop,
     )
-    result = _learner(setting, name).learn()
+    result = learner_of(setting, name).learn()
     assert result.loss_after < 0.98 * result.loss_before
     assert 1 <= len(result.curve) <= 40
 
 
-def test_learned_codes_are_within_one_of_nearest_and_scales_stay_positive(make_setting: MakeSetting) -> None:
+def test_learned_codes_are_within_one_of_nearest_and_scales_stay_positive(
+    make_setting: MakeSetting, learner_of: Learner
+) -> None:
     setting = make_setting("w4a4", iterations=20, weight_learning_rate=0.5, activation_learning_rate=5.0)
-    nearest, result = setting.nearest(), _learner(setting, RESIDUAL).learn()
+    nearest, result = setting.nearest(), learner_of(setting, RESIDUAL).learn()
     codes = [name for name in result.params if name.endswith("weight_int")]
     assert len(codes) == 5, "conv1, time_emb_proj, conv2, and two parts of conv_shortcut"
     changed = 0
@@ -104,37 +119,40 @@ def test_learned_codes_are_within_one_of_nearest_and_scales_stay_positive(make_s
             assert torch.equal(tensor, setting.ranges[name]), "these are not learned"
 
 
-def test_one_step_is_one_forward_and_its_loss_is_the_sum_of_the_terms(make_setting: MakeSetting) -> None:
+def test_one_step_is_one_forward_and_its_loss_is_the_sum_of_the_terms(
+    make_setting: MakeSetting, learner_of: Learner
+) -> None:
     setting = make_setting(input_drop=0.0, activation_drop=0.0, rounding_regularizer=0.0, layer_loss_weight=0.7)
-    learner, forwards = _learner(setting, RESIDUAL), []
+    learner, forwards = learner_of(setting, RESIDUAL), []
     handle = learner.module.register_forward_hook(lambda *_: forwards.append(1))
     learner.set_iteration(0)
     loss = float(learner.loss().detach())
     assert len(forwards) == 1
     handle.remove()
-    rows, exact, unit = learner.rows, learner.data.full_precision, learner.unit
-    args, kwargs = exact.call([tensor[rows] for tensor in learner.data.quantized.tensors])
+    rows, exact, unit = _chosen(learner), learner.data.full_precision, learner.unit
+    args, kwargs = exact.call([tensor.read(rows) for tensor in learner.data.quantized.tensors])
     inner = unit.layers[:-1]
     with layer_outputs(setting.denoiser, inner) as outputs, torch.no_grad():
         out = learner.module(*args, **kwargs)
     with setting.network.full_precision(), layer_outputs(setting.denoiser, inner) as wanted, torch.no_grad():
-        args, kwargs = exact.call([tensor[rows] for tensor in exact.tensors])
+        args, kwargs = exact.call([tensor.read(rows) for tensor in exact.tensors])
         target = unit.module(*args, **kwargs)
     terms = sum(float(channel_loss(outputs[name], wanted[name])) for name in inner)
     assert loss == pytest.approx(float(channel_loss(out, target)) + 0.7 * terms, rel=1e-4)
 
 
-def test_inputs_are_mixed_from_both_networks(make_setting: MakeSetting) -> None:
+def test_inputs_are_mixed_from_both_networks(make_setting: MakeSetting, learner_of: Learner) -> None:
     """QDrop: with probability one the exact inputs are used, with zero the quantized network's."""
     seen: dict[float, Tensor] = {}
     for share in (0.0, 0.5, 1.0):
         setting = make_setting(input_drop=share, layer_loss_weight=0.0)
-        learner = _learner(setting, "conv_out")
-        learner.data.quantized.tensors = [torch.full_like(t, 100.0) for t in learner.data.quantized.tensors]
+        learner = learner_of(setting, "conv_out")
+        for rows in learner.data.quantized.tensors:
+            rows.write(range(rows.count), torch.full((rows.count, *rows.kind.shape), 100.0))
         learner.module.register_forward_pre_hook(lambda _, args, share=share: seen.update({share: args[0]}))
         learner.set_iteration(0)
         learner.loss()
-        seen[-share - 1] = learner.data.full_precision.tensors[0][learner.rows]
+        seen[-share - 1] = learner.data.full_precision.tensors[0].read(_chosen(learner))
         setting.restore()
     assert bool((seen[0.0] == 100).all())
     assert torch.equal(seen[1.0], seen[-2.0])
@@ -145,7 +163,7 @@ def test_inputs_are_mixed_from_both_networks(make_setting: MakeSetting) -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
 def test_masks_are_true_as_often_as_asked(probability: float) -> None:
-    drop = Drop(probability, torch.Generator().manual_seed(0))
+    drop = Drop(probability, torch.Generator().manual_seed(0), Share(0, 1, 1))
     mask = drop.mask(torch.zeros(100, 501))
     if probability == 0:
         assert mask is None
@@ -158,11 +176,11 @@ def test_masks_are_true_as_often_as_asked(probability: float) -> None:
 
 
 @pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
-def test_a_seed_decides_every_byte(make_setting: MakeSetting, denoiser: Any, name: str) -> None:
+def test_a_seed_decides_every_byte(make_setting: MakeSetting, learner_of: Learner, denoiser: Any, name: str) -> None:
     results = []
     for seed in (0, 0, 1):
         setting = make_setting(recipe=ATTENTION, input_drop=0.5, activation_drop=0.5, weight_learning_rate=0.5)
-        results.append(_learner(setting, name, seed).learn())
+        results.append(learner_of(setting, name, seed).learn())
         setting.restore()
     assert _same(results[0].params, results[1].params)
     assert results[0].curve == results[1].curve
@@ -170,14 +188,14 @@ def test_a_seed_decides_every_byte(make_setting: MakeSetting, denoiser: Any, nam
 
 
 @pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
-def test_what_is_deployed_computes_what_was_decided(make_setting: MakeSetting, name: str) -> None:
+def test_what_is_deployed_computes_what_was_decided(make_setting: MakeSetting, learner_of: Learner, name: str) -> None:
     setting = make_setting("w4a8", ATTENTION, iterations=4)
-    learner = _learner(setting, name)
+    learner = learner_of(setting, name)
     params = learner.learn().params
     calls, unit = learner.data.quantized, learner.unit
     learner.activation_drop.active, learner.learned.decided = False, True
     learner.learned.materialize()
-    args, kwargs = calls.call(calls.tensors)
+    args, kwargs = calls.call([rows.read(range(rows.count)) for rows in calls.tensors])
     with torch.no_grad():
         wanted = setting.denoiser.get_submodule(name)(*args, **kwargs)
     for layer_name in unit.layers:
@@ -216,6 +234,21 @@ class TestTheWalk:
         assert all(torch.equal(denoiser.state_dict()[name], original[name]) for name in original)
         _, narrow_results = self._run(make_setting, tmp_path / "narrow", budget=1)
         assert _same(_params(wide_results), _params(narrow_results))
+        assert list(tmp_path.rglob("*.rows")) == []
+
+    def test_units_that_do_not_learn_keep_their_nearest_rounding(
+        self, make_setting: MakeSetting, tmp_path: Path
+    ) -> None:
+        setting = make_setting(iterations=20, weight_learning_rate=0.5)
+        nearest = setting.nearest()
+        results = _reconstruction(setting, tmp_path).run(setting.units(), lambda _: None, {RESIDUAL})
+        assert set(results) == {RESIDUAL}
+        layers = quantized_layers(setting.denoiser)
+        assert {name.split(".part")[0] for name in layers} == set(setting.plan.layers)
+        kept = {name for name, layer in layers.items() if torch.equal(layer.weight_int, nearest[f"{name}.weight_int"])}
+        changed = set(layers) - kept
+        assert changed
+        assert all(name.startswith(RESIDUAL + ".") for name in changed)
 
     def test_a_unit_that_was_finished_is_not_learned_again(
         self, make_setting: MakeSetting, tmp_path: Path, denoiser: Any
@@ -272,8 +305,8 @@ def test_a_finished_unit_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert kept.load(3, unit) is None, "what was not finished is done again"
 
 
-def test_ranges_may_be_shared_by_the_whole_shortcut(make_setting: MakeSetting) -> None:
+def test_ranges_may_be_shared_by_the_whole_shortcut(make_setting: MakeSetting, learner_of: Learner) -> None:
     setting = make_setting(recipe=Recipe(name="whole", ranges=RangeRecipe(channel_parts=False)), iterations=0)
-    result = _learner(setting, RESIDUAL).learn()
+    result = learner_of(setting, RESIDUAL).learn()
     assert f"{RESIDUAL}.conv_shortcut.weight_int" in result.params
     assert not any(".part" in name for name in result.params)

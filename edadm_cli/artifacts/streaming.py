@@ -1,0 +1,115 @@
+"""Safetensors files larger than memory: written piece by piece, and read slice by slice."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edadm_cli.artifacts.files import atomic_path, explained_os_errors
+from edadm_cli.artifacts.tensors import TensorInfo, read_tensor_header
+from edadm_cli.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that is written piece by piece.
+
+    Args:
+        info: Its element type and shape.
+        pieces: Gives contiguous pieces in the order of its elements.
+    """
+
+    info: TensorInfo
+    pieces: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk."""
+        return _BYTES[self.info.dtype] * math.prod(self.info.shape)
+
+
+def stream_tensors(path: Path, tensors: Mapping[str, Streamed]) -> None:
+    """Write a safetensors file, whole or not at all, with one piece in memory at a time.
+
+    Raises:
+        MachineError: The disk is full or permission is denied.
+        ValueError: Pieces do not add up to the shape.
+    """
+    import torch
+
+    ordered = sorted(tensors.items(), key=lambda item: (-_BYTES[item[1].info.dtype], item[0]))
+    header, offset = {}, 0
+    for name, tensor in ordered:
+        info = tensor.info
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, offset + tensor.bytes]}
+        offset += tensor.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in ordered:
+            written = 0
+            for piece in tensor.pieces():
+                written += file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if written != tensor.bytes:
+                raise ValueError(f"'{name}' takes {tensor.bytes} bytes, and its pieces have {written}")
+
+
+def whole(tensor: torch.Tensor) -> Streamed:
+    """A tensor in memory."""
+    names = {"float64": "F64", "int64": "I64", "float32": "F32", "int32": "I32", "float16": "F16", "bfloat16": "BF16"}
+    names |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+    dtype = names[str(tensor.dtype).removeprefix("torch.")]
+    return Streamed(TensorInfo(dtype=dtype, shape=tuple(tensor.shape)), lambda: [tensor])
+
+
+def joined(paths: Sequence[Path], name: str, dim: int) -> Streamed:
+    """The concatenation of a tensor of several files along dimension 0 or 1, read when it is written."""
+    infos = [read_tensor_header(path)[name] for path in paths]
+    shape = list(infos[0].shape)
+    shape[dim] = sum(info.shape[dim] for info in infos)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        if dim == 0:
+            for path in paths:
+                yield from slices(path, name, 0, 1)
+            return
+        for index in range(shape[0]):
+            for path in paths:
+                yield read_slice(path, name, (slice(index, index + 1),))
+
+    return Streamed(TensorInfo(dtype=infos[0].dtype, shape=tuple(shape)), pieces)
+
+
+def slices(path: Path, name: str, dim: int, size: int) -> Iterator[torch.Tensor]:
+    """Slices of a tensor along a dimension, `size` wide but for the last, one in memory at a time."""
+    length = read_tensor_header(path)[name].shape[dim]
+    for start in range(0, length, size):
+        yield read_slice(path, name, (*[slice(None)] * dim, slice(start, min(start + size, length))))
+
+
+def read_slice(path: Path, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+    """One slice of a tensor, without reading the rest.
+
+    Raises:
+        InputError: The file is no safetensors file or has no such tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with explained_os_errors(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_slice(name)[index]
+                return tensor
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a readable safetensors file: {error}.") from error

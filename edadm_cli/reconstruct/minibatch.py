@@ -1,0 +1,78 @@
+"""The rows of one optimizer step, brought to where the unit computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from edadm_cli.reconstruct.rows import MemoryRows, Rows
+
+_SETS = 2  # while one set of staging buffers is copied to the device, the other is filled from the disk
+
+
+class MiniBatch:
+    """Some rows of several tensors, in tensors that stay in place, so that a CUDA graph can read them.
+
+    Rows that lie in files are read ahead by a thread, on CUDA into pinned memory, while the step before computes.
+
+    Args:
+        sources: The tensors.
+        size: Rows of a step.
+        device: Where they are wanted.
+    """
+
+    def __init__(self, sources: Sequence[Rows], size: int, device: torch.device) -> None:
+        self._sources, self._device = list(sources), device
+        self.tensors = [torch.empty((size, *rows.kind.shape), dtype=rows.kind.dtype, device=device) for rows in sources]
+        self._filed = [number for number, rows in enumerate(sources) if not rows.in_memory]
+        pinned = device.type == "cuda"
+        self._staging = [
+            {number: torch.empty_like(self.tensors[number], device="cpu", pin_memory=pinned) for number in self._filed}
+            for _ in range(_SETS if self._filed else 0)
+        ]
+        self._copied = [torch.cuda.Event() for _ in self._staging] if pinned else []
+        self._turn = 0
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="rows") if self._filed else None
+        self._ahead: tuple[list[int], Future[dict[int, Tensor]]] | None = None
+
+    def load(self, places: list[int], upcoming: list[int] | None = None) -> None:
+        """Bring rows in.
+
+        Args:
+            places: Of this step.
+            upcoming: Of the next one, to be read meanwhile.
+        """
+        index = torch.tensor(places, dtype=torch.int64).to(self._device, non_blocking=True)
+        for rows, tensor in zip(self._sources, self.tensors, strict=True):
+            if isinstance(rows, MemoryRows):
+                torch.index_select(rows.tensor, 0, index, out=tensor)
+        if self._reader is None:
+            return
+        if self._ahead is None or self._ahead[0] != places:
+            self._ahead = (places, self._submit(places))
+        for number, staged in self._ahead[1].result().items():
+            self.tensors[number].copy_(staged, non_blocking=True)
+        if self._copied:
+            self._copied[self._turn - 1].record()
+        self._ahead = None if upcoming is None else (upcoming, self._submit(upcoming))
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, places: list[int]) -> Future[dict[int, Tensor]]:
+        assert self._reader is not None
+        turn, self._turn = self._turn, (self._turn + 1) % _SETS
+        return self._reader.submit(self._read, places, turn)
+
+    def _read(self, places: list[int], turn: int) -> dict[int, Tensor]:
+        if self._copied:
+            self._copied[turn].synchronize()
+        buffers = self._staging[turn]
+        for number in self._filed:
+            self._sources[number].read(places, buffers[number])
+        return buffers

@@ -1,0 +1,228 @@
+"""Tensors with a row for each sample and guidance branch, in memory within a budget and on disk beyond it.
+
+What units learn from is written row by row and read back by rows; whether a tensor lies in the device's memory or in a
+file makes no difference to its values. Files are plain bytes, read without mapping them, so that what is on disk does
+not count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edadm_cli.artifacts import explained_os_errors
+
+CACHE_FOLDER = "cache"
+_MIB = 2**20
+_CPU_BUDGET_MIB = 4096
+
+
+@dataclass(frozen=True)
+class RowType:
+    """Shape and element type of one row."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Rows(ABC):
+    """A tensor `[rows, *shape]` that is written and read by rows.
+
+    Args:
+        count: Number of rows.
+        kind: What a row is.
+    """
+
+    def __init__(self, count: int, kind: RowType) -> None:
+        self.count, self.kind = count, kind
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.count * self.kind.bytes
+
+    @property
+    @abstractmethod
+    def in_memory(self) -> bool:
+        """Whether reading is a copy within the device's memory."""
+
+    @abstractmethod
+    def write(self, places: Sequence[int], values: Tensor) -> None:
+        """Set some rows to `values`, `[len(places), *shape]`."""
+
+    @abstractmethod
+    def read(self, places: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Some rows, in any order, as `[len(places), *shape]`.
+
+        In memory they come on the device; from a file on the CPU, in `out` where one is given.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory or the file back."""
+
+
+class MemoryRows(Rows):
+    """Rows on the device."""
+
+    def __init__(self, count: int, kind: RowType, device: torch.device) -> None:
+        super().__init__(count, kind)
+        self.tensor = torch.empty((count, *kind.shape), dtype=kind.dtype, device=device)
+
+    @property
+    def in_memory(self) -> bool:
+        """Always."""
+        return True
+
+    def write(self, places: Sequence[int], values: Tensor) -> None:
+        """Copy on the device."""
+        self.tensor[self._index(places)] = values.to(self.kind.dtype)
+
+    def read(self, places: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Copy on the device."""
+        return torch.index_select(self.tensor, 0, self._index(places))
+
+    def close(self) -> None:
+        """Drop the tensor."""
+        self.tensor = self.tensor.new_empty(0)
+
+    def _index(self, places: Sequence[int]) -> Tensor:
+        return torch.tensor(list(places), dtype=torch.int64, device=self.tensor.device)
+
+
+class FileRows(Rows):
+    """Rows in a file.
+
+    Args:
+        count: Number of rows.
+        kind: What a row is.
+        path: The file; it is given its full size, so that a full disk shows before any work is done.
+    """
+
+    def __init__(self, count: int, kind: RowType, path: Path) -> None:
+        super().__init__(count, kind)
+        self.path = path
+        with explained_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            os.posix_fallocate(self._descriptor, 0, max(1, self.bytes))
+
+    @property
+    def in_memory(self) -> bool:
+        """Never."""
+        return False
+
+    def write(self, places: Sequence[int], values: Tensor) -> None:
+        """Write to the file."""
+        ready = _bytes_of(values.detach().to("cpu", self.kind.dtype).contiguous())
+        with explained_os_errors(self.path):
+            for number, place in enumerate(places):
+                row = ready[number * self.kind.bytes : (number + 1) * self.kind.bytes]
+                offset = place * self.kind.bytes
+                while row:
+                    written = os.pwrite(self._descriptor, row, offset)
+                    row, offset = row[written:], offset + written
+
+    def read(self, places: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Read from the file."""
+        shape = (len(places), *self.kind.shape)
+        result = torch.empty(shape, dtype=self.kind.dtype) if out is None else out
+        ready = _bytes_of(result)
+        with explained_os_errors(self.path):
+            for number, place in enumerate(places):
+                row = ready[number * self.kind.bytes : (number + 1) * self.kind.bytes]
+                offset = place * self.kind.bytes
+                while row:
+                    count = os.preadv(self._descriptor, [row], offset)
+                    if count == 0:
+                        raise OSError(5, "the file is shorter than its rows", str(self.path))
+                    row, offset = row[count:], offset + count
+        return result
+
+    def close(self) -> None:
+        """Close and remove the file; other processes that have it open keep what they see."""
+        os.close(self._descriptor)
+        self.path.unlink(missing_ok=True)
+
+
+class RowCache:
+    """Hands out rows: in memory as long as the budget holds, in files beyond.
+
+    Args:
+        folder: Where the files go.
+        budget: Bytes of memory for all rows that are alive.
+        device: Whose memory that is.
+        shared: Whether other processes write and read the same rows: all of them then lie in files, and each process
+            takes what it works on into its own memory with `settle`.
+    """
+
+    def __init__(self, folder: Path, budget: int, device: torch.device, shared: bool = False) -> None:
+        self.folder, self.budget, self.device, self.shared = folder / CACHE_FOLDER, budget, device, shared
+        self.used = 0
+        self._names = itertools.count()
+
+    def clear(self) -> None:
+        """Remove what a killed process left."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def allocate(self, count: int, kind: RowType, reserve: int = 0) -> Rows:
+        """Uninitialized rows, in memory where the budget holds them and `reserve` more bytes.
+
+        Raises:
+            MachineError: The disk is full.
+        """
+        if not self.shared and self.fits(count * kind.bytes + reserve):
+            self.used += count * kind.bytes
+            return MemoryRows(count, kind, self.device)
+        return FileRows(count, kind, self.folder / f"{next(self._names):06d}.rows")
+
+    def fits(self, size: int) -> bool:
+        """Whether so many more bytes stay within the budget."""
+        return self.used + size <= self.budget
+
+    def settle(self, rows: Rows, chunk: int) -> Rows:
+        """Rows that others wrote, in this process's memory where the budget holds, read `chunk` rows at a time."""
+        if rows.in_memory or not self.fits(rows.bytes):
+            return rows
+        self.used += rows.bytes
+        settled = MemoryRows(rows.count, rows.kind, self.device)
+        for places in chunks(rows.count, chunk):
+            settled.write(places, rows.read(places).to(self.device))
+        rows.close()
+        return settled
+
+    def release(self, group: Iterable[Rows]) -> None:
+        """Give rows back."""
+        for rows in group:
+            self.used -= rows.bytes if rows.in_memory else 0
+            rows.close()
+
+
+def memory_budget(mib: int | None, device: torch.device) -> int:
+    """Bytes for rows in memory: as given; else 4 GiB on a CPU, and half of what is free on a GPU."""
+    if mib is not None:
+        return mib * _MIB
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_BUDGET_MIB * _MIB
+
+
+def chunks(count: int, size: int) -> list[range]:
+    """Numbers from 0 to `count` in ranges of at most `size`."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,167 @@
+"""Two processes at a stage, as torchrun starts them: the same results, one voice, and an end when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edadm_cli.artifacts import Artifact, RunFolder
+from edadm_cli.collect import stage as collect
+from edadm_cli.config import BitWidth, CollectConfig, ReconstructConfig
+from edadm_cli.recipe import load_recipe
+from edadm_cli.reconstruct import stage as reconstruct
+
+ROOT = Path(__file__).parents[2]
+FreshRun = Callable[[Path], RunFolder]
+
+RECIPE = """
+extends = "paper"
+[learn]
+iterations = 6
+batch_size = 5
+[ranges]
+num_candidates = 8
+"""
+
+
+def torchrun(*words: str, count: int = 2) -> subprocess.Popen[str]:
+    """`torchrun --nproc-per-node COUNT -m edadm_cli WORDS`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "-m", "--", "edadm_cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def payload(artifact: Artifact) -> dict[str, str]:
+    return {entry.path: entry.sha256 for entry in artifact.manifest.payload}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    """Sums depend on how many threads share them, so the process of the test has one, like those that it starts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    fields = {"num_trajectories": 5, "num_steps": 2, "batch_size": 2, "feature_batch": 3}
+    alone = RunFolder(tmp_path / "alone")
+    collect.run(CollectConfig(model=str(tiny_sd), prompts=prompts, device="cpu", **fields), alone)
+    flags = [word for key, value in fields.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    place = ["--run", str(tmp_path / "two"), "--device", "cpu", "--json"]
+    done = torchrun("collect", "--model", str(tiny_sd), "--prompts", str(prompts), *flags, *place)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert json.loads(out)["status"] == "done", "one line, of the main process"
+    found = RunFolder(tmp_path / "two").open("collect")
+    assert payload(found) == payload(alone.open("collect"))
+    assert found.identity == alone.open("collect").identity
+    assert found.manifest.environment["processes"] == 2
+    assert err.strip() == ""
+
+
+def test_reconstruction_is_the_same_within_rounding(tiny_sd: Path, fresh_run: FreshRun, tmp_path: Path) -> None:
+    """Gradients of the two halves of a step's rows add up to those of all rows; only the order of the sums differs.
+
+    Adam divides gradients by their size, so that one of rounding noise moves a number as far as a real one would: single
+    codes and scales may differ. The bounds: one code in a thousand, by one step of the grid; half a percent of a scale,
+    and a thousandth of the loss.
+    """
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    run, other = fresh_run(tiny_sd), fresh_run(tiny_sd)
+    config = ReconstructConfig(bits=BitWidth.parse("w4a8"), recipe=load_recipe(str(recipe)), batch_size=3, device="cpu")
+    reconstruct.run(config, run)
+    flags = ["--bits", "w4a8", "--recipe", str(recipe), "--batch-size", "3", "--device", "cpu", "--quiet"]
+    done = torchrun("reconstruct", "--run", str(other.root), *flags)
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    alone, two = run.open("reconstruct", "w4a8"), other.open("reconstruct", "w4a8")
+    assert alone.identity == two.identity
+    assert {path.name for path in two.path.iterdir()} == {path.name for path in alone.path.iterdir()}
+    ours, theirs = (a.tensors("quant_params.safetensors") for a in (alone, two))
+    codes = [name for name in ours if name.endswith("weight_int")]
+    differ = sum(int((ours[name] != theirs[name]).sum()) for name in codes)
+    assert differ <= sum(ours[name].numel() for name in codes) / 1000
+    for name in ours:
+        if name in codes:
+            assert (ours[name].int() - theirs[name].int()).abs().max() <= 1
+        else:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=5e-3, atol=0)
+    losses = [a.json("units.json")["loss"]["last"] for a in (alone, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n")
+    flags = ["--num-trajectories", "160", "--num-steps", "3", "--batch-size", "2", "--device", "cpu"]
+    words = ["collect", "--model", str(tiny_sd), "--prompts", str(prompts), *flags, "--run", str(tmp_path / "run")]
+    started = torchrun(*words)
+    victim = _wait_for_a_worker(started, tmp_path / "run")
+    os.kill(victim, signal.SIGKILL)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode != 0
+    assert out == ""
+    told = [line for line in err.splitlines() if line.startswith(("error:", "hint:"))]
+    assert told == [
+        "error: Process 0 of the run was ended, or another one of it died.",
+        "hint: type the same command again: it goes on where it was",
+    ]
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "edadm_cli") not in err
+    (partial,) = (tmp_path / "run").glob(".collect.partial-*")
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("latents-*.safetensors")}
+    assert kept
+    again = collect.run(
+        CollectConfig(
+            model=str(tiny_sd), prompts=prompts, num_trajectories=160, num_steps=3, batch_size=2, device="cpu"
+        ),
+        RunFolder(tmp_path / "run"),
+    )
+    assert again.status == "done"
+    found = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "collect").glob("latents-*")}
+    assert {name: found[name] for name in kept} == kept, "what was there is not sampled again"
+
+
+def test_a_failure_of_one_process_is_told_once(tiny_sd: Path, tmp_path: Path) -> None:
+    done = torchrun("collect", "--model", str(tiny_sd), "--run", str(tmp_path / "run"), "--device", "cpu")
+    _, err = done.communicate(timeout=120)
+    assert done.returncode != 0
+    assert sum(line.startswith("error:") for line in err.splitlines()) == 1
+    done = torchrun("select", "--run", str(tmp_path / "run"))
+    _, err = done.communicate(timeout=120)
+    assert sum("edadm select runs in one process" in line for line in err.splitlines()) == 1
+
+
+def _wait_for_a_worker(started: subprocess.Popen[str], run: Path) -> int:
+    """Process id of the second process, once both have sampled."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if len(list(run.glob(".collect.partial-*/latents-*.safetensors"))) >= 4:
+            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+            for child in children:
+                if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                    return int(child)
+        time.sleep(0.05)
+    started.kill()
+    raise AssertionError(started.communicate()[1])
