@@ -1,0 +1,199 @@
+"""Linear layers through Triton's interpreter: sums exact, floats equal to the reference, codes within one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from edadm_kernels import backend, gemm, linear, linear_geglu, reference, uses_triton
+from edadm_kernels.gemm_launch import launch_gemm
+from edadm_kernels.pack import linear_correction, pack_w4
+from edadm_kernels.reference.products import accumulate_linear
+from edadm_kernels.tiles import Tile
+
+SMALL = {"bm": 32, "bn": 32, "num_warps": 4, "num_stages": 1}
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_codes(*shape: int, seed: int, limit: int = 128) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-limit, limit, shape, generator=generator).to(torch.int8)
+
+
+class Layer:
+    """Codes, packed where they have four bits, with all that the epilogue wants."""
+
+    def __init__(self, m: int, n: int, k: int, *, zero_point: int = 100, packed: bool = False, seed: int = 0) -> None:
+        self.x = random_codes(m, k, seed=seed)
+        codes = random_codes(n, k, seed=seed + 1, limit=8 if packed else 128)
+        self.weight = pack_w4(codes) if packed else codes
+        self.scale = random(n, seed=seed + 2).abs() * 1e-3
+        self.correction = linear_correction(codes, zero_point)
+        self.bias = random(n, seed=seed + 3)
+        self.residual = random(m, n, seed=seed + 4).half()
+
+    def sums(self, tile: Tile) -> Tensor:
+        """The parts of a split product, from a poisoned buffer."""
+        m, n = self.x.shape[0], self.weight.shape[0]
+        kept: list[Tensor] = []
+
+        def poisoned(tile: Tile, m: int, n: int, device: torch.device) -> Tensor:
+            kept.append(torch.full((tile.split_k, m, n), -(2**31), dtype=torch.int32))
+            return kept[0]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("edadm_kernels.gemm_launch.partial_sums", poisoned)
+            out = torch.empty(m, n)
+            launch_gemm(tile, self.x, self.weight, self.scale, self.correction, None, out)
+        return kept[0]
+
+
+def assert_equal(found: Tensor, wanted: Tensor) -> None:
+    """Equal, but for bfloat16: the interpreter truncates to it, so one unit (2^-7 of the value) may be missing."""
+    assert found.dtype == wanted.dtype
+    assert found.stride() == wanted.stride()
+    if found.dtype == torch.bfloat16:
+        torch.testing.assert_close(found.float(), wanted.float(), rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(found, wanted)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    n=st.sampled_from([1, 3, 32, 40]),
+    k=st.sampled_from([1, 31, 64, 100, 128]),
+    split_k=st.integers(2, 3),
+    seed=st.integers(0, 99),
+)
+def test_sums_are_exact(m: int, n: int, k: int, split_k: int, seed: int) -> None:
+    layer = Layer(m, n, k, seed=seed)
+    parts = layer.sums(Tile(bk=64, split_k=split_k, **SMALL))
+    assert torch.equal(parts.sum(0).double(), accumulate_linear(layer.x, layer.weight))
+
+
+@pytest.mark.parametrize("k", [64, 128, 192, 256])
+def test_sums_of_packed_weights_are_exact(k: int) -> None:
+    layer = Layer(33, 35, k, packed=True)
+    parts = layer.sums(Tile(bk=128 if k % 128 == 0 else 64, split_k=2, **SMALL))
+    assert torch.equal(parts.sum(0).double(), accumulate_linear(layer.x, layer.weight))
+
+
+@pytest.mark.parametrize("x_code", [-128, 127])
+@pytest.mark.parametrize("zero_point", [0, 255])
+def test_saturated_inputs_do_not_overflow(x_code: int, zero_point: int) -> None:
+    k = 23_040
+    x = torch.full((1, k), x_code, dtype=torch.int8)
+    weight = torch.full((2, k), -128, dtype=torch.int8)
+    ones = torch.ones(2)
+    y = linear(x, weight, ones, linear_correction(weight, zero_point), out_dtype=torch.float32)
+    exact = (x_code + 128 - zero_point) * -128 * k
+    assert torch.equal(y, torch.full((1, 2), float(exact)))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 3, 7), (5, 32, 64), (33, 40, 100)])
+@pytest.mark.parametrize("added", [False, True])
+def test_linear_equals_the_reference(out_dtype: torch.dtype, shape: tuple[int, int, int], added: bool) -> None:
+    layer = Layer(*shape)
+    arguments = (layer.x, layer.weight, layer.scale, layer.correction)
+    if added:
+        arguments += (layer.bias, layer.residual)
+    assert_equal(linear(*arguments, out_dtype=out_dtype), reference.linear(*arguments, out_dtype=out_dtype))
+
+
+@pytest.mark.parametrize("zero_point", [0, 128, 255])
+@pytest.mark.parametrize("k", [64, 128])
+def test_packed_linear_equals_the_reference(zero_point: int, k: int) -> None:
+    layer = Layer(20, 40, k, zero_point=zero_point, packed=True)
+    arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias, layer.residual)
+    assert_equal(linear(*arguments), reference.linear(*arguments))
+
+
+@pytest.mark.parametrize("split_k", [1, 2, 3])
+@pytest.mark.parametrize("column_parts", [1, 2, 4])
+def test_every_cut_gives_the_same(split_k: int, column_parts: int) -> None:
+    layer = Layer(40, 45, 160)
+    out = torch.full((40, 45), float("nan"), dtype=torch.float16)
+    tile = Tile(bk=64, split_k=split_k, column_parts=column_parts, **SMALL)
+    launch_gemm(tile, layer.x, layer.weight, layer.scale, layer.correction, layer.bias, out, residual=layer.residual)
+    arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias, layer.residual)
+    assert_equal(out, reference.linear(*arguments))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("out_scale", "out_zero_point", "num_bits"), [(0.02, 120, 8), (0.001, 0, 8), (0.3, 15, 4)])
+def test_geglu_is_within_one_code(packed: bool, out_scale: float, out_zero_point: int, num_bits: int) -> None:
+    layer = Layer(21, 44, 128, packed=packed)
+    quantizer = (torch.tensor(out_scale), torch.tensor(out_zero_point, dtype=torch.int32), num_bits)
+    arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias, *quantizer)
+    found, wanted = linear_geglu(*arguments), reference.linear_geglu(*arguments)
+    assert found.dtype == torch.int8
+    assert wanted.unique().numel() > 2
+    assert (found.int() - wanted.int()).abs().max() <= 1
+    assert (found != wanted).float().mean() < 0.01
+
+
+def test_nothing_in_nothing_out() -> None:
+    layer = Layer(1, 8, 32)
+    assert linear(layer.x[:0], layer.weight, layer.scale, layer.correction).shape == (0, 8)
+
+
+def test_the_backend_is_chosen() -> None:
+    x = torch.zeros(1)
+    assert uses_triton(x)
+    with backend("reference"):
+        assert not uses_triton(x)
+        with backend("triton"):
+            assert uses_triton(x)
+    with pytest.raises(ValueError, match="found 'cuda'"), backend("cuda"):  # type: ignore[arg-type]
+        pass
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_registration(packed: bool) -> None:
+    layer = Layer(5, 6, 64, packed=packed)
+    arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias)
+    torch.library.opcheck(gemm._linear, (*arguments, layer.residual[:5, :6].contiguous(), torch.float16))
+    torch.library.opcheck(gemm._linear_geglu, (*arguments, torch.tensor(0.1), torch.tensor(3, dtype=torch.int32), 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"x": torch.zeros(5, 64)}, TypeError, "int8 activations"),
+        ({"x": torch.zeros(64, 5, dtype=torch.int8).T}, ValueError, "contiguous codes"),
+        ({"weight": torch.zeros(6, 65, dtype=torch.int8)}, ValueError, "64 input channels"),
+        ({"weight": torch.zeros(64, 6, dtype=torch.int8).T}, ValueError, "contiguous weights"),
+        ({"scale": torch.ones(6).double()}, TypeError, "float32 scale"),
+        ({"scale": torch.ones(5)}, ValueError, "scale and bias"),
+        ({"correction": torch.zeros(5, dtype=torch.int32)}, ValueError, "correction of shape"),
+        ({"bias": torch.zeros(12)[::2]}, ValueError, "contiguous scale"),
+        ({"residual": torch.zeros(6, 5).T}, ValueError, "contiguous residual"),
+        ({"out_dtype": torch.int8}, TypeError, "output is wanted"),
+    ],
+)
+def test_refusals(change: dict[str, object], error: type[Exception], text: str) -> None:
+    layer = Layer(5, 6, 64)
+    arguments = {
+        "x": layer.x,
+        "weight": layer.weight,
+        "scale": layer.scale,
+        "correction": layer.correction,
+        "bias": layer.bias,
+        "residual": layer.residual,
+    }
+    with pytest.raises(error, match=text):
+        linear(**(arguments | change))  # type: ignore[arg-type]
+
+
+def test_sums_that_could_overflow_are_refused() -> None:
+    x = torch.zeros(1, 65_793, dtype=torch.int8)
+    with pytest.raises(ValueError, match="65792 products"):
+        linear(x, x, torch.ones(1), torch.zeros(1, dtype=torch.int32))
