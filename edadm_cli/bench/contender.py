@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Running:
             calls = self._calls[batch_size]
             args, kwargs = calls[self._turn % len(calls)]
             self._turn += 1
-            times.append(milliseconds(lambda a=args, k=kwargs: self._call(a, k), self._device))
+            times.append(milliseconds(partial(self._call, args, kwargs), self._device))
         return times
 
     def memory(self) -> tuple[float | None, float | None]:
@@ -176,13 +177,20 @@ def load(spec: Spec, setting: Setting) -> Callable[..., Any]:
         assert isinstance(engine, FileEngine)
         options = EngineOptions(device, dtype, setting.threads if device.type == "cpu" else None)
         return engine.load(spec.folder, options)
-    return torch_function(load_denoiser(spec.folder, dtype), spec, setting)
+    denoiser = load_denoiser(spec.folder, dtype)
+    if spec.engine == "torchao":
+        from edadm_cli.bench.peers import quantize_with_torchao
+
+        quantize_with_torchao(nn.Module.to(denoiser, device))
+    return torch_function(denoiser, spec, setting)
 
 
 def torch_function(denoiser: nn.Module, spec: Spec, setting: Setting) -> Callable[..., Any]:
     """A torch denoiser as a contender runs it: memory order, compilation, CUDA graphs."""
-    order = torch.channels_last if spec.channels_last else torch.preserve_format
-    function: Callable[..., Any] = nn.Module.to(denoiser, device=setting.device, memory_format=order)
+    nn.Module.to(denoiser, torch.device(setting.device))
+    if spec.channels_last:
+        nn.Module.to(denoiser, memory_format=torch.channels_last)
+    function: Callable[..., Any] = denoiser
     if spec.compiled:
         function = torch.compile(function, dynamic=False, mode=setting.compile_mode)
     if spec.graphs:
@@ -206,7 +214,7 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The tensors of a call on a device, in an element type; what has fewer than two dimensions (timesteps) keeps its own."""
+    """The tensors of a call on a device, in an element type; what has no two dimensions (timesteps) keeps its own."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() and value.ndim > 1 else value.dtype)
     if isinstance(value, Mapping):

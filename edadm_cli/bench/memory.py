@@ -2,7 +2,8 @@
 
 On a CPU each contender has a process of its own, and what counts is the largest resident set of that process, Python
 and its libraries included: the kernel keeps it (`VmHWM`) and sets it back to the present size on request, so that
-loading and running are told apart. On CUDA it is torch's allocator that counts, from what was allocated before the contender came.
+loading and running are told apart. On CUDA it is torch's allocator that counts, from what was allocated before the
+contender came.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -151,7 +152,7 @@ def _serve(connection: Connection, spec: Spec, setting: Setting, packed: dict[in
         if message == _STOP:
             return
         method, arguments = message
-        _answer(connection, lambda m=method, a=arguments: getattr(running, m)(*a))
+        _answer(connection, partial(getattr(running, method), *arguments))
 
 
 def _answer(connection: Connection, work: Callable[[], Any]) -> None:

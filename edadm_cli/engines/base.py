@@ -149,11 +149,17 @@ class Engine(ABC):
         """
         reason = self.refusal(device)
         if reason is not None:
-            raise MachineError(reason, hint="edadm models --engines")
+            raise MachineError(reason, hint="edadm engines")
 
 
 class FileEngine(Engine):
-    """An engine that keeps a compiled denoiser in files, so that loading it needs no conversion."""
+    """An engine that keeps a compiled denoiser in files, so that loading it needs no conversion.
+
+    Attributes:
+        files_format: Changes whenever files of an earlier version are to be made again.
+    """
+
+    files_format: ClassVar[int] = 1
 
     @abstractmethod
     def save(

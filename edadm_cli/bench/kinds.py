@@ -1,0 +1,71 @@
+"""Where the time of a call goes: an engine's profile by kind of operation, with the rate that is reached."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from edadm_cli.artifacts import KindRow
+from edadm_cli.bench.workload import WorkItem
+from edadm_cli.engines.base import OperationTime
+
+_PRODUCTS = ("conv2d", "linear", "attention")
+_PART = re.compile(r"\.part\d+$")
+
+
+@dataclass
+class _Group:
+    milliseconds: float = 0.0
+    names: list[str] = field(default_factory=list)
+
+
+def rows_by_kind(
+    times: Sequence[OperationTime], work: Sequence[WorkItem], peak_tops: Mapping[str, float]
+) -> tuple[KindRow, ...]:
+    """Sum a profile up, the longest first.
+
+    A kind's multiply-accumulates are those of the layers that its rows are named after. Where an engine names its
+    attention otherwise, and all of it runs in one precision, it is all of the attention's.
+
+    Args:
+        times: The profile of one call.
+        work: What the call multiplies.
+        peak_tops: Precision to the largest rate that was measured.
+    """
+    groups: dict[tuple[str, str], _Group] = {}
+    for time in times:
+        if time.milliseconds <= 0:
+            continue  # constants, and what was fused into a neighbour
+        group = groups.setdefault((time.kind, time.precision), _Group())
+        group.milliseconds += time.milliseconds
+        group.names.append(time.name)
+    total = sum(group.milliseconds for group in groups.values())
+    precisions = [precision for kind, precision in groups if kind == "attention"]
+    rows = []
+    for (kind, precision), group in groups.items():
+        macs = _macs(kind, group.names, work, is_only=len(precisions) == 1) if kind in _PRODUCTS else 0
+        tops = 2 * macs / (group.milliseconds * 1e9) if macs and group.milliseconds > 0 else None
+        peak = peak_tops.get(precision)
+        rows.append(
+            KindRow(
+                kind=kind,
+                precision=precision,
+                count=len(group.names),
+                milliseconds=group.milliseconds,
+                share=group.milliseconds / total if total > 0 else 0.0,
+                gmacs=macs / 1e9 if macs else None,
+                tops=tops,
+                percent_of_peak=100 * tops / peak if tops is not None and peak else None,
+            )
+        )
+    return tuple(sorted(rows, key=lambda row: row.milliseconds, reverse=True))
+
+
+def _macs(kind: str, names: Sequence[str], work: Sequence[WorkItem], is_only: bool) -> int:
+    is_attention = kind == "attention"
+    own = [item for item in work if item.macs and item.kind.endswith("attention") == is_attention]
+    if is_attention and is_only:
+        return sum(item.macs for item in own)
+    layers = {_PART.sub("", name.partition(":")[0]) for name in names}
+    return sum(item.macs for item in own if item.name in layers)

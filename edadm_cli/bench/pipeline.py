@@ -1,0 +1,105 @@
+"""A whole image, from prompt to pixels, with the denoiser that is measured in its pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edadm_cli.engines.base import CompiledDenoiser, LayerExecution, OperationTime
+from edadm_cli.engines.pipeline import put_on_engine
+from edadm_cli.models.loading import load_model
+from edadm_cli.models.registry import ModelEntry
+from edadm_cli.models.sampling import sample, takes_prompts
+
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class PipelineRequest:
+    """What is drawn.
+
+    Attributes:
+        model: A known name, a diffusers folder or a hub id.
+        entry: Its defaults, as plain data.
+        prompt: For pipelines that take one.
+        num_steps: Sampler steps.
+        guidance_scale: Classifier-free guidance; `None` for a pipeline without.
+        seed: Of the noise.
+    """
+
+    model: str
+    entry: dict[str, Any]
+    prompt: str | None
+    num_steps: int
+    guidance_scale: float | None
+    seed: int
+
+
+def draw(
+    request: PipelineRequest, function: Callable[..., Any], device: torch.device, is_torch: bool, dtype: str
+) -> tuple[float, float]:
+    """Draw one image after a short one that does not count.
+
+    Args:
+        request: What is drawn.
+        function: Runs the denoiser.
+        device: Of the pipeline.
+        is_torch: Whether torch runs the denoiser: then the whole pipeline is in its element type. Beside an engine the
+            rest of the pipeline stays in float32, on CUDA in the engine's.
+        dtype: Of the denoiser.
+
+    Returns:
+        Seconds in all, and of them in the denoiser.
+    """
+    rest = getattr(torch, dtype) if is_torch or device.type == "cuda" else torch.float32
+    model = load_model(request.model, device, rest, ModelEntry.model_validate(request.entry))
+    timed = _Timed(function, device)
+    put_on_engine(model, timed)
+
+    def once(num_steps: int) -> float:
+        _wait(device)
+        timed.seconds, started = 0.0, time.perf_counter()
+        sample(
+            model,
+            seeds=[request.seed],
+            prompts=[request.prompt or ""] if takes_prompts(model.pipeline) else None,
+            num_steps=num_steps,
+            guidance_scale=request.guidance_scale,
+        )
+        _wait(device)
+        return time.perf_counter() - started
+
+    once(min(_WARM_UP_STEPS, request.num_steps))
+    seconds = once(request.num_steps)
+    return seconds, timed.seconds
+
+
+class _Timed(CompiledDenoiser):
+    """Any way to run a denoiser, with the seconds spent in it."""
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self._function, self._device, self.seconds = function, device, 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _wait(self._device)
+        started = time.perf_counter()
+        output = self._function(*args, **kwargs)
+        _wait(self._device)
+        self.seconds += time.perf_counter() - started
+        return output
+
+    @property
+    def layers(self) -> tuple[LayerExecution, ...]:
+        return ()
+
+    def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
+        return []
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

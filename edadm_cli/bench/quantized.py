@@ -1,0 +1,191 @@
+"""A quantized denoiser on an engine: held against exact integers first, then made ready to be timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.artifacts import Coverage, EngineParity, LayerRow
+from edadm_cli.bench.contender import Call, Setting, Spec, placed
+from edadm_cli.config import BitWidth
+from edadm_cli.engines.base import FLOAT, CompiledDenoiser, Engine, EngineOptions, FileEngine, LayerExecution
+from edadm_cli.engines.parity import LayerParity, compare_layers, prediction_of, relative_l2
+from edadm_cli.engines.reference import use_arithmetic
+from edadm_cli.errors import EdadmError
+
+YARDSTICK_FACTOR = 2.0
+QUANTIZATION_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A quantized denoiser that may be timed once its prediction has been checked.
+
+    Attributes:
+        spec: The contender.
+        parity: Of its layers, and its exact prediction.
+        yardstick: Relative L2 distance of torch's quantize-dequantize with the same rest from the exact prediction.
+        source: The compiled denoiser, where the engine has no files.
+    """
+
+    spec: Spec
+    parity: LayerParity
+    yardstick: float
+    source: CompiledDenoiser | None
+
+
+def prepare(
+    engine: Engine,
+    denoiser: nn.Module,
+    bits: BitWidth,
+    call: Call,
+    setting: Setting,
+    dtype: torch.dtype,
+    folder: Path,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Prepared:
+    """Compare every layer with exact integers, then compile.
+
+    Args:
+        engine: What runs it.
+        denoiser: With quantized layers, float32, on the CPU; it is moved to the engine's device.
+        bits: Its bit width.
+        call: With float32 tensors.
+        setting: Device and threads.
+        dtype: Element type of the rest.
+        folder: For the engine's files; where files lie in it already, they are used.
+        advance: Told of every layer.
+
+    Raises:
+        EdadmError: A layer is out of the engine's bound.
+    """
+    device = torch.device(setting.device)
+    threads = setting.threads if device.type == "cpu" else None
+    denoiser = nn.Module.to(denoiser, device)
+    args, kwargs = placed(call, device, torch.float32)
+    exact = EngineOptions(device, torch.float32, threads)
+    parity = compare_layers(engine, denoiser, args, kwargs, exact, advance)
+    require_layers(engine, parity)
+    yardstick = relative_l2(_rounded(denoiser, call, device, dtype), parity.prediction)
+    options = EngineOptions(device, dtype, threads)
+    source: CompiledDenoiser | None = None
+    if isinstance(engine, FileEngine):
+        if not folder.is_dir():
+            engine.save(denoiser, args, kwargs, options, folder)
+        size = folder_mib(folder)
+    else:
+        source = engine.compile(denoiser, args, kwargs, options)
+        size = packed_mib(denoiser)
+    name = str(dtype).removeprefix("torch.")
+    spec = Spec(
+        name=f"{engine.name} {bits}",
+        engine=engine.name,
+        runs_on=engine.name,
+        dtype=name,
+        bits=str(bits),
+        compiled=True,
+        folder=folder if source is None else None,
+        size_mib=size,
+    )
+    return Prepared(spec, parity, yardstick, source)
+
+
+def require_layers(engine: Engine, parity: LayerParity) -> None:
+    """Refuse an engine whose arithmetic is not that of the reference.
+
+    Raises:
+        EdadmError: Naming the layer.
+    """
+    if not parity.errors:
+        return
+    name, error = parity.worst
+    if not error <= engine.layer_bound:
+        raise EdadmError(
+            f"The engine '{engine.name}' is not timed: its layer '{name}' is off by {error:.2e} from exact integers,"
+            f" the bound is {engine.layer_bound:.0e}."
+        )
+
+
+def check_prediction(prepared: Prepared, engine: Engine, found: Tensor, full_precision: Tensor) -> EngineParity:
+    """Compare the prediction of what is going to be timed.
+
+    An activation that lies at the edge between two codes may fall on either side with any change of rounding, and the
+    network carries that on; so the whole denoiser is not held to a layer's bound but to what such changes are worth:
+    half of what quantization itself costs, or twice what torch's own quantize-dequantize differs by with the same
+    element type of the rest, whichever is more.
+
+    Raises:
+        EdadmError: The prediction is farther off.
+    """
+    parity = prepared.parity
+    cost = relative_l2(parity.prediction, full_precision)
+    bound = max(QUANTIZATION_SHARE * cost, YARDSTICK_FACTOR * prepared.yardstick)
+    error = relative_l2(found, parity.prediction)
+    if not error <= bound:
+        raise EdadmError(
+            f"The engine '{engine.name}' is not timed: its prediction is off by {error:.2e} from exact integers, the"
+            f" bound is {bound:.2e}, and quantization costs {cost:.2e}."
+        )
+    layer, worst = parity.worst if parity.errors else ("none", 0.0)
+    return EngineParity(
+        max_rel_l2=worst,
+        bound=engine.layer_bound,
+        layer=layer,
+        layers_checked=len(parity.errors),
+        layers=parity.num_layers,
+        prediction_rel_l2=error,
+        prediction_bound=bound,
+        quantization_rel_l2=cost,
+    )
+
+
+def coverage_of(layers: Iterable[LayerExecution], engine: Engine) -> tuple[Coverage, tuple[LayerRow, ...]]:
+    """How many layers were planned, how many run in integers, and every one of them.
+
+    Raises:
+        EdadmError: A planned layer does not run in integers and the engine does not say why.
+    """
+    rows = tuple(layers)
+    for row in rows:
+        if not row.is_met and row.reason is None:
+            raise EdadmError(
+                f"The engine '{engine.name}' runs the layer '{row.name}' in {row.precision} though it is planned as"
+                f" {row.planned}, and does not say why."
+            )
+    planned = [row for row in rows if row.planned != FLOAT]
+    coverage = Coverage(
+        planned=len(planned),
+        quantized=sum(row.precision == "int8" for row in planned),
+        kept=len(rows) - len(planned),
+    )
+    listed = tuple(
+        LayerRow(name=row.name, kind=row.kind, planned=row.planned, precision=row.precision, reason=row.reason)
+        for row in rows
+    )
+    return coverage, listed
+
+
+def folder_mib(folder: Path) -> float:
+    """Size of a folder's files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
+
+
+def packed_mib(denoiser: nn.Module) -> float:
+    """Size of a quantized denoiser's tensors as they are stored: packed codes, float32 scales, the rest as it is."""
+    return sum(tensor.nbytes for tensor in denoiser.state_dict().values()) / 2**20
+
+
+@torch.no_grad()
+def _rounded(denoiser: nn.Module, call: Call, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The prediction of quantize-dequantize in torch, everything in `dtype`."""
+    own = denoiser if dtype == torch.float32 else nn.Module.to(copy.deepcopy(denoiser), dtype=dtype)
+    use_arithmetic(own, "fake-quantize")
+    args, kwargs = placed(call, device, dtype)
+    prediction = prediction_of(own(*args, **kwargs)).float()
+    nn.Module.to(own, device)  # layers let go of the float copies of their weights when they are moved
+    return prediction

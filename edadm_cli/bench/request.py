@@ -1,0 +1,88 @@
+"""A bench with nothing left open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.bench.contender import Setting
+from edadm_cli.bench.machine import has_fast_bfloat16, physical_cores
+from edadm_cli.bench.subject import Subject, subject_of
+from edadm_cli.config import BenchConfig
+from edadm_cli.engines.base import Engine
+from edadm_cli.engines.registry import default_engine
+from edadm_cli.engines.registry import engine as engine_of
+from edadm_cli.models.loading import resolve_device
+
+_COMPILE_MODE_ON_CUDA = "max-autotune-no-cudagraphs"  # the graphs are recorded by the bench, for all contenders alike
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is measured, on what, with which settings.
+
+    Attributes:
+        config: The configuration.
+        run: Where the artifacts lie.
+        device: Where the contenders run.
+        engine: Of the quantized denoiser.
+        subject: The denoiser.
+        dtype: Name of the element type of what is not quantized.
+        half: Name of the half-precision type of the full-precision contenders; `None` where there is no fast one.
+        threads: CPU threads.
+    """
+
+    config: BenchConfig
+    run: RunFolder
+    device: torch.device
+    engine: Engine
+    subject: Subject
+    dtype: str
+    half: str | None
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """The artifact's name."""
+        bits = "-".join(str(width) for width in self.config.bits)
+        return f"{bits}-{self.engine.name}-{self.device.type}"
+
+    @property
+    def setting(self) -> Setting:
+        """How contenders run. On a CPU each has a process of its own."""
+        is_cuda = self.device.type == "cuda"
+        mode = _COMPILE_MODE_ON_CUDA if is_cuda else None
+        return Setting(str(self.device), self.threads, mode, is_alone=not is_cuda)
+
+    def identity_fields(self) -> dict[str, Any]:
+        """The settings, with those that were left open as they were settled; no fact about the machine."""
+        fields = self.config.identity_fields()
+        fields |= {"engine": self.engine.name, "dtype": self.dtype, "device": self.device.type, "threads": self.threads}
+        return fields
+
+
+def resolve(config: BenchConfig, run: RunFolder) -> Request:
+    """Settle what a configuration leaves open.
+
+    Raises:
+        MachineError: There is no such device, or the engine cannot run on it.
+        UsageError: There is no such engine.
+        InputError: There is no such export or model.
+    """
+    device = resolve_device(config.device)
+    engine = default_engine(device) if config.engine is None else engine_of(config.engine)
+    engine.require(device)
+    half = "float16" if device.type == "cuda" else "bfloat16" if has_fast_bfloat16(device) else None
+    return Request(
+        config=config,
+        run=run,
+        device=device,
+        engine=engine,
+        subject=subject_of(config, run),
+        dtype=config.dtype or half or "float32",
+        half=half,
+        threads=config.threads or physical_cores(),
+    )

@@ -1,0 +1,105 @@
+"""`edadm bench`: parity first, then speed, memory and size of a quantized denoiser against full precision.
+
+A bench is a measurement: the same command measures again and replaces what it measured before. One with other settings
+(device, threads, sizes) is replaced with `--force` only, like any artifact.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edadm_cli.artifacts import BenchRecord, Build, Estimate, Plan, RunFolder, load_json, save_json, shared_keys
+from edadm_cli.artifacts.manifest import read_manifest
+from edadm_cli.bench.measurement import Measurement
+from edadm_cli.bench.peers import require_peers
+from edadm_cli.bench.plot import draw_contenders
+from edadm_cli.bench.request import Request, resolve
+from edadm_cli.config import BenchConfig
+from edadm_cli.errors import InputError
+from edadm_cli.progress import Reporter, SilentReporter
+
+KIND = "bench"
+RESULT_FILE = "bench.json"
+PLOT_FILE = "bench.png"
+_SCRATCH = "scratch"
+
+
+def run(config: BenchConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None) -> BenchRecord:
+    """Check parity, measure, and write `bench/<bits>-<engine>-<device>`.
+
+    Raises:
+        MachineError: The device is not there, the engine cannot run, or a peer is not installed.
+        InputError: There is no such export or model, or another bench is in its place.
+        EdadmError: The engine does not compute what exact integers give; nothing is timed then.
+    """
+    started, reporter = time.monotonic(), reporter or SilentReporter()
+    request = resolve(config, run)
+    require_peers(config.against, request.device)
+    subject = request.subject
+    plan = Plan(KIND, request.name, request.identity_fields(), config.seed, subject.parents, subject.model)
+    with run.build(plan, force or _is_the_same(run, plan)) as build:
+        _build(request, build, reporter)
+        artifact = build.artifact
+        assert artifact is not None
+    return BenchRecord(
+        **shared_keys(run.root, artifact, up_to_date=False, started=started, warnings=reporter.warnings),
+        **artifact.json(RESULT_FILE),
+    )
+
+
+def estimate(config: BenchConfig, run: RunFolder) -> Estimate:
+    """Estimate time, memory and disk from one call of the full-precision denoiser; nothing is written."""
+    request = resolve(config, run)
+    require_peers(config.against, request.device)
+    denoiser = request.subject.full_precision()
+    args, kwargs = request.subject.call(denoiser, config.batch_sizes[0], config.size)
+    torch.set_num_threads(request.threads)
+    begun = time.perf_counter()
+    with torch.no_grad():
+        denoiser(*args, **kwargs)
+    call = time.perf_counter() - begun
+    weights = sum(parameter.nbytes for parameter in denoiser.parameters()) / 2**20
+    # parity takes about ten calls a bit width, conversion three; of the contenders some are as slow as this call, most
+    # take half of it
+    rows = sum(config.batch_sizes)
+    contenders = 4 + len(config.bits)
+    seconds = len(config.bits) * 15 * call + 60 + config.rounds * contenders * 0.5 * max(call, 0.2) * rows
+    return Estimate(
+        seconds=seconds,
+        memory_mib=weights * (1 + 0.5 + 0.5 + 1 + 0.5 + 0.3 * len(config.bits)),
+        disk_mib=weights * (2 + 0.25 * len(config.bits)),
+    )
+
+
+def _is_the_same(run: RunFolder, plan: Plan) -> bool:
+    """Whether what is in its place was measured with the same settings, so that measuring again replaces it."""
+    path = run.path(KIND, plan.name)
+    if not run.has(KIND, plan.name):
+        return False
+    try:
+        return read_manifest(path).identity == plan.identity
+    except InputError:
+        return False
+
+
+def _build(request: Request, build: Build, reporter: Reporter) -> None:
+    scratch = build.path / _SCRATCH
+    try:
+        result = _measure(request, scratch, reporter)
+    finally:
+        build.discard([_SCRATCH])
+    save_json(build.path / RESULT_FILE, result)
+    record = BenchRecord(status="done", **load_json(build.path / RESULT_FILE))
+    title = f"{request.subject.model.id}, batch {request.config.batch_sizes[0]}, {request.device}"
+    draw_contenders(record.contenders, request.config.against, title, build.path / PLOT_FILE)
+    build.commit(environment={"device": str(request.device), "machine": record.machine})
+
+
+def _measure(request: Request, scratch: Path, reporter: Reporter) -> dict[str, Any]:
+    with Measurement(request, scratch, reporter) as measurement:
+        measurement.prepare()
+        return measurement.measure()

@@ -1,0 +1,212 @@
+"""What is measured: the denoiser of a run's exports, or of a model whose weights are rounded to nearest for it."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.artifacts import Artifact, ModelRef, RunFolder
+from edadm_cli.bench.contender import Call
+from edadm_cli.bench.pipeline import PipelineRequest
+from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.config import BenchConfig, BitWidth
+from edadm_cli.errors import InputError
+from edadm_cli.models.architecture import load_architecture
+from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.example_calls import example_call
+from edadm_cli.models.loading import load_model
+from edadm_cli.models.random_models import SUFFIX, WEIGHTS_VERSION, build_denoiser
+from edadm_cli.models.registry import ModelEntry, known_models
+from edadm_cli.recipe import RangeRecipe, Recipe, load_recipe
+
+NUM_INPUTS = 3
+"""Samples that a contender's calls go through in turn; the condition stays, as it does while an image is made."""
+NUM_RANGE_CALLS = 4
+_CPU = torch.device("cpu")
+_SAMPLE_NAMES = ("sample", "hidden_states", "x")
+_MIN_MAX = RangeRecipe(weight="minmax", activation="minmax")
+
+
+class Subject(ABC):
+    """A denoiser at full precision and quantized, and calls of it; everything float32 and on the CPU."""
+
+    title: str
+    model: ModelRef
+    parents: tuple[Artifact, ...]
+
+    @abstractmethod
+    def full_precision(self) -> nn.Module:
+        """The denoiser, loaded anew."""
+
+    @abstractmethod
+    def quantized(self, bits: BitWidth) -> nn.Module:
+        """The denoiser with quantized layers, loaded or made anew."""
+
+    @abstractmethod
+    def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
+        """One call of `batch_size` rows."""
+
+    @abstractmethod
+    def pipeline(self, seed: int) -> PipelineRequest:
+        """How to draw a whole image."""
+
+    def calls(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None, seed: int) -> list[Call]:
+        """Calls that differ in the sample: the first one's own, the others of noise."""
+        first = self.call(denoiser, batch_size, size)
+        sample = sample_of(denoiser, first)
+        calls = [first]
+        for index in range(1, NUM_INPUTS):
+            generator = torch.Generator().manual_seed(seed + index)
+            calls.append(exchanged(first, sample, torch.randn(sample.shape, generator=generator)))
+        return calls
+
+
+class ExportSubject(Subject):
+    """The exports of a run."""
+
+    def __init__(self, run: RunFolder, bits: tuple[BitWidth, ...]) -> None:
+        self._run = run
+        self._exports = {str(width): run.open("export", str(width)) for width in bits}
+        self._collect = run.open("collect")
+        self.parents = tuple(self._exports.values())
+        self.model = self._collect.manifest.model
+        self.title = f"the denoiser of {self.model.id}, as exported in {run.root}"
+
+    @property
+    def exports(self) -> dict[str, Artifact]:
+        """The export of each bit width."""
+        return self._exports
+
+    def full_precision(self) -> nn.Module:
+        """The denoiser that the run was collected from."""
+        return load_collected_model(self._run, _CPU, torch.float32).denoiser
+
+    def quantized(self, bits: BitWidth) -> nn.Module:
+        """The denoiser of an export."""
+        return load_model(str(self._exports[str(bits)].path), _CPU, torch.float32, self._entry).denoiser
+
+    def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
+        """Rows of the calibration set, gone through again where there are too few; with `size`, of noise."""
+        one_branch = replace(self._calibration, branches=1)
+        call = one_branch.call([index % len(one_branch) for index in range(batch_size)], _CPU, torch.float32)
+        if size is None:
+            return call
+        sample = sample_of(denoiser, call)
+        noise = torch.randn((*sample.shape[:2], *size), generator=torch.Generator().manual_seed(0))
+        return exchanged(call, sample, noise)
+
+    def pipeline(self, seed: int) -> PipelineRequest:
+        """As the run was collected."""
+        settings = self._collect.json("sampling.json")
+        prompts = settings["prompts"]
+        return PipelineRequest(
+            model=self.model.id,
+            entry=settings["entry"],
+            prompt=None if prompts is None else prompts[0],
+            num_steps=settings["num_steps"],
+            guidance_scale=settings["guidance_scale"],
+            seed=seed,
+        )
+
+    @cached_property
+    def _calibration(self) -> CalibrationSet:
+        return CalibrationSet.load(self._run.open("select"))
+
+    @cached_property
+    def _entry(self) -> ModelEntry:
+        return ModelEntry.model_validate(self._collect.json("sampling.json")["entry"])
+
+
+class NearestSubject(Subject):
+    """A model without a run: weights rounded to nearest, ranges of a few calls with random values. Speed, not quality.
+
+    Args:
+        name: A known name, a folder or a hub id.
+        recipe: Which layers, and how ranges are found; `None` for the default recipe's layers with min-max ranges.
+        seed: Of the calls that give the ranges.
+    """
+
+    def __init__(self, name: str, recipe: Recipe | None, seed: int) -> None:
+        self.name, self._seed = name, seed
+        self._entry = known_models().get(name)
+        self.recipe = recipe or load_recipe("default").model_copy(update={"ranges": _MIN_MAX})
+        self.parents = ()
+        if self._entry is not None and self._entry.source == "random":
+            architecture = load_architecture(self._entry.location)
+            fingerprint = architecture.fingerprint(self._entry.weights_seed, WEIGHTS_VERSION)
+            self.model = ModelRef(id=name, fingerprint=fingerprint)
+        else:
+            self.model = load_model(name, _CPU, torch.float32).ref
+        weights = "random weights" if name.endswith(SUFFIX) else "its weights"
+        self.title = f"the denoiser of {self.model.id}: {weights} rounded to nearest, ranges of random calls"
+
+    def full_precision(self) -> nn.Module:
+        """The denoiser alone, where it can be built without the rest."""
+        if self._entry is not None and self._entry.source == "random":
+            return build_denoiser(self._entry.location, seed=self._entry.weights_seed)
+        return load_model(self.name, _CPU, torch.float32).denoiser
+
+    def quantized(self, bits: BitWidth) -> nn.Module:
+        """Round to nearest, with ranges of a few seeded calls."""
+        denoiser = self.full_precision()
+        calls = [example_call(denoiser, batch_size=1, seed=self._seed + index) for index in range(NUM_RANGE_CALLS)]
+        quantize_to_nearest(denoiser, self.recipe, bits, calls)
+        return denoiser
+
+    def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
+        """Random values of the shapes that the architecture takes."""
+        return example_call(denoiser, batch_size=batch_size, seed=self._seed, size=size)
+
+    def pipeline(self, seed: int) -> PipelineRequest:
+        """With the model's own steps and guidance."""
+        entry = self._entry
+        if entry is None:
+            entry = load_model(self.name, _CPU, torch.float32).entry
+        return PipelineRequest(
+            model=self.name,
+            entry=entry.model_dump(mode="json"),
+            prompt="a photograph" if entry.prompts is None else "a handwritten seven",
+            num_steps=entry.num_steps,
+            guidance_scale=entry.guidance_scale,
+            seed=seed,
+        )
+
+
+def subject_of(config: BenchConfig, run: RunFolder) -> Subject:
+    """What a configuration asks to be measured.
+
+    Raises:
+        InputError: The run has no such export, or the model is not found.
+    """
+    if config.model is not None:
+        return NearestSubject(config.model, config.recipe, config.seed)
+    return ExportSubject(run, config.bits)
+
+
+def sample_of(denoiser: nn.Module, call: Call) -> Tensor:
+    """The noisy sample of a call."""
+    names = list(inspect.signature(denoiser.forward).parameters)
+    bound = {**dict(zip(names, call[0], strict=False)), **call[1]}
+    sample = next((bound[name] for name in _SAMPLE_NAMES if name in bound), None)
+    if not isinstance(sample, Tensor):
+        raise InputError(f"{type(denoiser).__name__} is called without a sample, so it cannot be measured.")
+    return sample
+
+
+def exchanged(value: Any, old: Tensor, new: Tensor) -> Any:
+    """A call with one tensor in another's place."""
+    if value is old:
+        return new
+    if isinstance(value, Mapping):
+        return {key: exchanged(item, old, new) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(exchanged(item, old, new) for item in value)
+    return value

@@ -1,0 +1,63 @@
+"""From measured times to ratios and a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edadm_cli.artifacts import Contender, Speedup
+from edadm_cli.errors import EdadmError
+
+FP32_EAGER = "torch float32"
+_LEVEL = 0.02
+"""Medians closer than that are called level."""
+
+
+def speedup_of(contender: Contender, contenders: Sequence[Contender]) -> Speedup:
+    """Ratio of medians: floating point's over the contender's.
+
+    `vs_best_float` is against the fastest contender at full precision, whatever runs it.
+    """
+    floats = [other for other in contenders if other.bits is None]
+    eager = next((other for other in floats if other.name == FP32_EAGER), None)
+    if eager is None:
+        raise EdadmError("There is no full-precision contender to compare with.")
+    best = min(floats, key=lambda other: other.latency_ms.median)
+    own = contender.latency_ms.median
+    return Speedup(
+        contender=contender.name,
+        vs_fp32_eager=eager.latency_ms.median / own,
+        vs_best_float=best.latency_ms.median / own,
+        best_float=best.name,
+    )
+
+
+def headline(speedups: Sequence[Speedup], contenders: Sequence[Contender], peers: Sequence[Contender]) -> str:
+    """The outcome in a sentence or two for each quantized contender; a loss is called one."""
+    by_name = {contender.name: contender for contender in contenders}
+    sentences = []
+    for speedup in speedups:
+        own = by_name[speedup.contender]
+        bits = (own.bits or "").upper()
+        sentences.append(
+            f"{bits} on {own.engine} takes {_ms(own.latency_ms.median)} a call:"
+            f" {_versus(speedup.vs_best_float)} the best floating point here ({speedup.best_float}), and"
+            f" {_versus(speedup.vs_fp32_eager)} float32 in eager torch."
+        )
+        sentences += [
+            f"It is {_versus(peer.latency_ms.median / own.latency_ms.median)} {peer.name}."
+            for peer in peers
+            if peer.bits == own.bits
+        ]
+        if speedup.vs_best_float < 1 - _LEVEL:
+            sentences.append(f"{bits} loses here: floating point is faster.")
+    return " ".join(sentences)
+
+
+def _versus(ratio: float) -> str:
+    if abs(ratio - 1) < _LEVEL:
+        return "level with"
+    return f"{ratio:.2f} times as fast as" if ratio > 1 else f"{1 / ratio:.2f} times slower than"
+
+
+def _ms(value: float) -> str:
+    return f"{value / 1000:.2f} s" if value >= 1000 else f"{value:.3g} ms"
