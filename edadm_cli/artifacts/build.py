@@ -22,6 +22,7 @@ from edadm_cli.artifacts.manifest import (
     set_usual_modes,
     write_manifest,
 )
+from edadm_cli.artifacts.peak import peak_memory
 from edadm_cli.errors import InputError
 
 
@@ -84,7 +85,7 @@ class Build:
             manifest = self.manifest.model_copy(
                 update={
                     "payload": describe_payload(self.path, ignore),
-                    "environment": {**environment_facts(), **(environment or {})},
+                    "environment": {**environment_facts(), **peak_memory(), **(environment or {})},
                     "created_at": now(),
                 }
             )

@@ -110,7 +110,9 @@ class Execution:
     ) -> StageRecord:
         """Run a stage, or estimate it with `--dry-run`; what a library prints meanwhile goes to stderr."""
         from edadm_cli.artifacts import StageRecord
+        from edadm_cli.artifacts.peak import reset_peak
 
+        reset_peak()
         started = time.monotonic()
         self.reporter.warnings = []
         with contextlib.redirect_stdout(sys.stderr):

@@ -32,6 +32,10 @@ class QuantizedLayer(nn.Module):
 
     The codes are held packed when they have at most four bits. Scales are float32 and stay so whatever dtype the
     model is cast to.
+
+    Attributes:
+        keeps_float_weight: Whether the dequantized weight stays in memory after the first forward. Without it a forward
+            costs a little more, and a whole denoiser four bytes a weight less.
     """
 
     weight_codes: Tensor
@@ -56,6 +60,7 @@ class QuantizedLayer(nn.Module):
             self.register_buffer("input_scale", torch.ones((), device=device))
             self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32, device=device))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.keeps_float_weight = True
         self._weight: Tensor | None = None
 
     @property
@@ -142,7 +147,7 @@ class QuantizedLayer(nn.Module):
             return kept  # offloading moves buffers one by one, so the device is compared
         scale = self.weight_scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
         weight = dequantize(self.weight_int, scale, torch.zeros((), device=scale.device))
-        if not torch.compiler.is_compiling():
+        if self.keeps_float_weight and not torch.compiler.is_compiling():
             self._weight = weight
         return weight
 

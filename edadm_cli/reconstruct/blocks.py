@@ -206,4 +206,5 @@ def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[st
         named = [(f"{name}.part{index}", part) for index, part in enumerate(layer.parts)]
     for key, part in named:
         assert isinstance(part, QuantizedLayer)
+        part.keeps_float_weight = False  # the full-precision weight is in memory already
         part.set_parameters(**{own: params[f"{key}.{own}"] for own, _ in part.parameters_by_name()})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from edadm_cli.artifacts import (
     save_tensors,
     shared_keys,
 )
+from edadm_cli.artifacts.streaming import slices
 from edadm_cli.config import SelectConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.models.calibration import CALIBRATION_FILE, CALL_FILE, CONSTANT
@@ -34,7 +37,7 @@ from edadm_cli.select.strategies import (
     random_counts,
     uniform_counts,
 )
-from edadm_cli.select.tdac import Allocation, allocate, score_steps
+from edadm_cli.select.tdac import Allocation, allocate, rows_at_once, score_slices
 
 SELECTION_FILE = "selection.json"
 SCORES_FILE = "scores.safetensors"
@@ -73,16 +76,18 @@ def run(config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: 
 def estimate(config: SelectConfig, run: RunFolder) -> Estimate:
     """Estimate time, memory and disk from sizes on disk and a timed part of the features."""
     task = _prepare(config, run)
-    header = read_tensor_header(task.collected.file("features.safetensors"))["features"]
-    features = task.collected.tensors("features.safetensors", ["features"])["features"]
+    shape, portions = _features(task.collected)
+    score_slices([next(portions)])  # the first call also warms up
+    again = next(portions, None)
     start = time.perf_counter()
-    score_steps(features[:, :1])
-    seconds = (time.perf_counter() - start) * header.shape[1]
+    score_slices([next(_features(task.collected)[1]) if again is None else again])
+    seconds = (time.perf_counter() - start) * math.ceil(shape[1] / rows_at_once(shape))
     payload = {entry.path: entry.bytes for entry in task.collected.manifest.payload}
     share = task.num_samples / task.num_trajectories
     latents = [size for name, size in payload.items() if name.startswith("latents-")]
     calibration = share * (sum(latents) / len(task.timesteps) + payload["condition.safetensors"])
-    memory = payload["features.safetensors"] + calibration + max(latents) + payload["condition.safetensors"]
+    portion = 8 * 3 * math.prod(shape[2:]) * shape[0] * rows_at_once(shape)
+    memory = portion + 2 * calibration + max(latents) + payload["condition.safetensors"]
     return Estimate(seconds=seconds, memory_mib=memory / _MIB, disk_mib=calibration / _MIB)
 
 
@@ -138,11 +143,9 @@ def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
 
 
 def _select(task: _Task, build: Build, reporter: Reporter) -> None:
-    features = task.collected.tensors("features.safetensors", ["features"])["features"]
-    with reporter.task("Comparing steps", 1) as advance:
-        scores = score_steps(features)
-        advance(1)
-    del features
+    shape, portions = _features(task.collected)
+    with reporter.task("Comparing steps", math.ceil(shape[1] / rows_at_once(shape))) as advance:
+        scores = score_slices(_counted(portions, advance))
     allocation = allocate(scores, task.num_samples, task.variety_weight, task.config.density_radius)
     counts = _counts(task, allocation)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
@@ -154,6 +157,19 @@ def _select(task: _Task, build: Build, reporter: Reporter) -> None:
     title = f"{task.config.strategy}: {task.num_samples} samples from {len(counts)} steps"
     draw_selection(build.path / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts)
     build.commit()
+
+
+def _features(collected: Artifact) -> tuple[tuple[int, ...], Iterator[Tensor]]:
+    """Shape of the mid-block features, and their rows in portions, read one after the other."""
+    path = collected.file("features.safetensors")
+    shape = read_tensor_header(path)["features"].shape
+    return shape, slices(path, "features", 1, rows_at_once(shape))
+
+
+def _counted(portions: Iterator[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    for portion in portions:
+        yield portion
+        advance(1)
 
 
 def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,15 +65,30 @@ def score_steps(features: Tensor) -> Scores:
     Args:
         features: Mid-block features with shape `(T, B, C, *)`.
     """
-    num_steps, num_channels = features.shape[0], features.shape[2]
-    maps = features.reshape(num_steps, features.shape[1], num_channels, -1)  # [T, B, C, P]
-    num_positions = maps.shape[1] * maps.shape[3]
-    inner = torch.zeros(num_steps, num_steps, dtype=torch.float64)
-    cosine = torch.zeros(num_steps, num_steps, dtype=torch.float64)
-    for part in _slices(maps):
-        unit = part / part.norm(dim=2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        inner += part.flatten(1) @ part.flatten(1).T
-        cosine += unit.flatten(1) @ unit.flatten(1).T
+    return score_slices(features.split(rows_at_once(features.shape), dim=1))
+
+
+def rows_at_once(shape: Sequence[int]) -> int:
+    """How many rows of features `(T, B, C, *)` are compared at a time."""
+    return max(1, _SLICE_ELEMENTS // (shape[0] * math.prod(shape[2:])))
+
+
+def score_slices(slices: Iterable[Tensor]) -> Scores:
+    """Compare the features of all pairs of steps, of which only a few rows need be in memory at a time.
+
+    Args:
+        slices: Mid-block features with shape `(T, b, C, *)`, the rows in any portions.
+    """
+    inner = cosine = torch.zeros((), dtype=torch.float64)
+    num_channels = num_positions = 0
+    for rows in slices:
+        num_channels = rows.shape[2]
+        maps = rows.reshape(*rows.shape[:3], -1)  # [T, b, C, P]
+        num_positions += maps.shape[1] * maps.shape[3]
+        for part in _positions(maps):
+            unit = part / part.norm(dim=2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+            inner = inner + part.flatten(1) @ part.flatten(1).T
+            cosine = cosine + unit.flatten(1) @ unit.flatten(1).T
     return Scores(_distances(inner, num_channels * num_positions), _variety(cosine, num_positions))
 
 
@@ -138,15 +154,12 @@ def integer_counts(weights: Tensor, num_samples: int) -> Tensor:
     return counts
 
 
-def _slices(maps: Tensor) -> Iterator[Tensor]:
-    """Yield maps `(T, B, C, P)` in double precision, a bounded number of rows and positions at a time."""
-    num_steps, num_rows, num_channels, num_positions = maps.shape
-    columns = max(1, _SLICE_ELEMENTS // (num_steps * num_channels))  # pairs of row and position
-    positions = min(num_positions, columns)
-    rows = max(1, columns // num_positions)
-    for row in range(0, num_rows, rows):
-        for position in range(0, num_positions, positions):
-            yield maps[:, row : row + rows, :, position : position + positions].double()
+def _positions(maps: Tensor) -> Iterator[Tensor]:
+    """Yield maps `(T, b, C, P)` in double precision, a bounded number of positions at a time."""
+    columns = max(1, _SLICE_ELEMENTS // (maps.shape[0] * maps.shape[2]))  # pairs of row and position
+    positions = min(maps.shape[3], columns)
+    for position in range(0, maps.shape[3], positions):
+        yield maps[:, :, :, position : position + positions].double()
 
 
 def _distances(inner: Tensor, num_elements: int) -> Tensor:

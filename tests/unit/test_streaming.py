@@ -1,0 +1,58 @@
+"""Files written piece by piece are the files that are written whole, and their parts are read alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from edadm_cli.artifacts import TensorInfo, load_tensors, save_tensors
+from edadm_cli.artifacts.streaming import Streamed, joined, read_slice, slices, stream_tensors, whole
+from edadm_cli.errors import InputError
+
+TENSORS = {
+    "features": torch.arange(60.0).reshape(3, 5, 4),
+    "timesteps": torch.tensor([3, 2, 1]),
+    "half": torch.arange(6).half().reshape(2, 3),
+    "brain": torch.arange(5).bfloat16(),
+    "flags": torch.tensor([True, False]),
+    "codes": torch.tensor([-8, 7], dtype=torch.int8),
+    "nothing": torch.zeros(0, 4),
+}
+
+
+def test_a_streamed_file_is_byte_for_byte_the_file_written_whole(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "whole", TENSORS)
+    stream_tensors(tmp_path / "streamed", {name: whole(tensor) for name, tensor in TENSORS.items()})
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_are_joined_along_a_dimension(tmp_path: Path, dim: int) -> None:
+    parts = list(torch.randn(4, 6, 3, 2).split([1, 2, 1] if dim == 0 else [1, 2, 3], dim=dim))
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path, part in zip(paths, parts, strict=True):
+        save_tensors(path, {"x": part, "other": torch.zeros(1)})
+    stream_tensors(tmp_path / "joined", {"x": joined(paths, "x", dim), "n": whole(torch.tensor(7))})
+    found = load_tensors(tmp_path / "joined")
+    assert torch.equal(found["x"], torch.cat(parts, dim=dim))
+    assert found["n"] == 7
+
+
+def test_slices_are_the_tensor_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    save_tensors(path, TENSORS)
+    found = list(slices(path, "features", 1, 2))
+    assert [piece.shape[1] for piece in found] == [2, 2, 1]
+    assert torch.equal(torch.cat(found, dim=1), TENSORS["features"])
+    assert torch.equal(read_slice(path, "features", (slice(1, 2),)), TENSORS["features"][1:2])
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        read_slice(path, "absent", (slice(0, 1),))
+
+
+def test_pieces_that_do_not_add_up_leave_no_file(tmp_path: Path) -> None:
+    short = Streamed(TensorInfo(dtype="F32", shape=(3,)), lambda: [torch.zeros(2)])
+    with pytest.raises(ValueError, match="'x' takes 12 bytes, and its pieces have 8"):
+        stream_tensors(tmp_path / "file", {"x": short})
+    assert list(tmp_path.iterdir()) == []
