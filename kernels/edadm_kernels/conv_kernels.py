@@ -55,7 +55,7 @@ def conv_kernel(
     BOTTOM: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -67,7 +67,7 @@ def conv_kernel(
 
     A step of the sum is BK channels of one tap, so that every load is a run of one pixel's channels. `TAPS_INNER` takes
     all taps of some channels before the next channels: neighbouring taps read the same pixels while the L1 has them.
-    `SPLIT_K > 1`: `out` is int32 `[SPLIT_K, M, N]` and gets the bare sums.
+    `SPLIT`: `out` is int32 `[parts, M, N]` and gets the bare sums.
     """
     tl.static_assert((64 if W4 else 32) <= BK, "an int8 MMA takes 32 values of K")
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -93,7 +93,7 @@ def conv_kernel(
 
     steps_per_tap = tl.cdiv(C, BK)
     steps = KH * KW * steps_per_tap
-    per_split = tl.cdiv(steps, SPLIT_K)
+    per_split = tl.cdiv(steps, tl.num_programs(1))
     first = tl.program_id(1) * per_split
     last = tl.minimum(first + per_split, steps)
     if TAPS_INNER:
@@ -144,5 +144,5 @@ def conv_kernel(
         border = None
     finish(
         acc, scale, correction, border, bias, sample_bias, residual, None, None, out, rows, pid_n * BN,
-        M, N, out_pixels, tl.program_id(1), ONE_SAMPLE, 0, SPLIT_K, COLUMN_PARTS,
+        M, N, out_pixels, tl.program_id(1), ONE_SAMPLE, 0, SPLIT, COLUMN_PARTS,
     )  # fmt: skip

@@ -81,7 +81,7 @@ def constexprs(tile: Tile, geometry: Geometry, packed: bool, even_c: bool, one_s
         "UPSAMPLE": geometry.upsample,
         "ONE_SAMPLE": one_sample,
         **geometry.constexprs(),
-        "SPLIT_K": tile.split_k,
+        "SPLIT": tile.split_k > 1,
         "BM": tile.bm,
         "BN": tile.bn,
         "BK": tile.bk,

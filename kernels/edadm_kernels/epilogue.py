@@ -84,11 +84,11 @@ def store_geglu(y, out_scale, out_zero_point, out, rows, first_col, M, N, QUANT_
 @triton.jit
 def finish_columns(
     acc, scale, correction, border, bias, sample_bias, residual, out_scale, out_zero_point, out, rows, first_col,
-    M, N, rows_per_sample, part, ONE_SAMPLE: tl.constexpr, GEGLU_MAX: tl.constexpr, SPLIT_K: tl.constexpr,
+    M, N, rows_per_sample, part, ONE_SAMPLE: tl.constexpr, GEGLU_MAX: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of the columns of `acc` `[BM, BN]`, which begin at `first_col`."""
     cols = first_col + tl.arange(0, acc.shape[1])
-    if SPLIT_K > 1:
+    if SPLIT:
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         tl.store(out + part.to(tl.int64) * M * N + rows[:, None] * N + cols[None, :], acc, mask=mask)
     else:
@@ -109,7 +109,7 @@ def halves(acc):
 @triton.jit
 def finish(
     acc, scale, correction, border, bias, sample_bias, residual, out_scale, out_zero_point, out, rows, first_col,
-    M, N, rows_per_sample, part, ONE_SAMPLE: tl.constexpr, GEGLU_MAX: tl.constexpr, SPLIT_K: tl.constexpr,
+    M, N, rows_per_sample, part, ONE_SAMPLE: tl.constexpr, GEGLU_MAX: tl.constexpr, SPLIT: tl.constexpr,
     COLUMN_PARTS: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of a tile, in `COLUMN_PARTS` (1, 2, 4) pieces: fewer registers, so more programs fit.
@@ -118,7 +118,7 @@ def finish(
         acc: int32 `[BM, BN]`.
         scale: As in `linear`, and so `correction`, `bias`, `sample_bias`, `residual`, `out_scale`, `out_zero_point`.
         border: Border class of each row, or None.
-        out: The output, or the partial sums when `SPLIT_K > 1`.
+        out: The output, or the partial sums when `SPLIT`.
         rows: Row of the output of each row of the tile.
         first_col: Column of the output of the tile's first.
         part: Index of the partial sum.
@@ -126,16 +126,16 @@ def finish(
     if COLUMN_PARTS == 1:
         finish_columns(
             acc, scale, correction, border, bias, sample_bias, residual, out_scale, out_zero_point, out, rows,
-            first_col, M, N, rows_per_sample, part, ONE_SAMPLE, GEGLU_MAX, SPLIT_K,
+            first_col, M, N, rows_per_sample, part, ONE_SAMPLE, GEGLU_MAX, SPLIT,
         )  # fmt: skip
     else:
         left, right = halves(acc)
         finish(
             left, scale, correction, border, bias, sample_bias, residual, out_scale, out_zero_point, out, rows,
-            first_col, M, N, rows_per_sample, part, ONE_SAMPLE, GEGLU_MAX, SPLIT_K, COLUMN_PARTS // 2,
+            first_col, M, N, rows_per_sample, part, ONE_SAMPLE, GEGLU_MAX, SPLIT, COLUMN_PARTS // 2,
         )  # fmt: skip
         finish(
             right, scale, correction, border, bias, sample_bias, residual, out_scale, out_zero_point, out, rows,
-            first_col + acc.shape[1] // 2, M, N, rows_per_sample, part, ONE_SAMPLE, GEGLU_MAX, SPLIT_K,
+            first_col + acc.shape[1] // 2, M, N, rows_per_sample, part, ONE_SAMPLE, GEGLU_MAX, SPLIT,
             COLUMN_PARTS // 2,
         )  # fmt: skip

@@ -29,7 +29,7 @@ def gemm_kernel(
     EVEN_K: tl.constexpr,
     ONE_SAMPLE: tl.constexpr,
     GEGLU_MAX: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -38,7 +38,7 @@ def gemm_kernel(
 ):
     """`x [M, K]` times `weight [N, K]` transposed, and its epilogue.
 
-    `SPLIT_K > 1`: `out` is int32 `[SPLIT_K, M, N]` and gets the bare sums. `GEGLU_MAX > 0`: `out` is int8 `[M, N / 2]`,
+    `SPLIT`: `out` is int32 `[parts, M, N]` and gets the bare sums. `GEGLU_MAX > 0`: `out` is int8 `[M, N / 2]`,
     GEGLU_MAX the largest unsigned code. Rows and columns past the end repeat the first: only the store is masked.
     """
     tl.static_assert((64 if W4 else 32) <= BK, "an int8 MMA takes 32 values of K")
@@ -46,7 +46,7 @@ def gemm_kernel(
     rows = pid_m * BM + tl.arange(0, BM)
     cols = pid_n * BN + tl.arange(0, BN)
     steps = tl.cdiv(K, BK)
-    per_split = tl.cdiv(steps, SPLIT_K)
+    per_split = tl.cdiv(steps, tl.num_programs(1))
     first = tl.program_id(1) * per_split
     last = tl.minimum(first + per_split, steps)
     x_rows = tl.where(rows < M, rows, 0)[:, None] * K
@@ -85,7 +85,7 @@ def gemm_kernel(
 
     finish(
         acc, scale, correction, None, bias, sample_bias, residual, out_scale, out_zero_point, out, rows, pid_n * BN,
-        M, N, rows_per_sample, tl.program_id(1), ONE_SAMPLE, GEGLU_MAX, SPLIT_K, COLUMN_PARTS,
+        M, N, rows_per_sample, tl.program_id(1), ONE_SAMPLE, GEGLU_MAX, SPLIT, COLUMN_PARTS,
     )  # fmt: skip
 
 

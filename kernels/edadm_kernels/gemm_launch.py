@@ -126,7 +126,7 @@ def constexprs(tile: Tile, packed: bool, even_k: bool, one_sample: bool, geglu_m
         "EVEN_K": even_k,
         "ONE_SAMPLE": one_sample,
         "GEGLU_MAX": geglu_max,
-        "SPLIT_K": tile.split_k,
+        "SPLIT": tile.split_k > 1,
         "BM": tile.bm,
         "BN": tile.bn,
         "BK": tile.bk,

@@ -1,0 +1,181 @@
+"""The integer products on a GPU at the shapes of Stable Diffusion 1.5: sums exact, floats equal, codes within one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from edadm_kernels import conv2d, linear, linear_geglu, reference
+from edadm_kernels.conv_launch import Geometry, launch_conv
+from edadm_kernels.gemm_launch import arch_of, launch_gemm
+from edadm_kernels.pack import conv_border_table, linear_correction, pack_geglu, pack_w4
+from edadm_kernels.tiles import Tile, candidates
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+CUDA = torch.device("cuda")
+LINEAR = [(8192, 320, 320), (8192, 960, 320), (2048, 640, 2560), (512, 1280, 5120), (128, 1280, 1280), (154, 640, 768)]
+ODD_LINEAR = [(1, 3, 7), (77, 45, 100), (130, 70, 36)]
+SAME = (1, 1, 1, 1)
+CONV = [  # samples, height, width, channels, outputs, geometry
+    (2, 64, 64, 320, 320, Geometry(1, 3, 3, SAME)),
+    (2, 64, 64, 960, 320, Geometry(1, 3, 3, SAME)),
+    (2, 32, 32, 640, 640, Geometry(1, 3, 3, SAME)),
+    (2, 16, 16, 2560, 1280, Geometry(1, 3, 3, SAME)),
+    (2, 8, 8, 1280, 1280, Geometry(1, 3, 3, SAME)),
+    (2, 64, 64, 320, 320, Geometry(2, 3, 3, SAME)),
+    (2, 64, 64, 320, 320, Geometry(2, 3, 3, (0, 1, 0, 1))),
+    (2, 16, 16, 1280, 1280, Geometry(1, 3, 3, SAME, upsample=True)),
+    (2, 32, 32, 960, 640, Geometry(1, 1, 1, (0, 0, 0, 0))),
+    (3, 17, 13, 20, 33, Geometry(1, 3, 3, SAME)),
+    (1, 1, 1, 4, 3, Geometry(1, 3, 3, SAME)),
+]
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    fresh = torch.Generator(CUDA)
+    fresh.seed()
+    print("seed", fresh.initial_seed())
+    return fresh
+
+
+def codes(shape: tuple[int, ...], generator: torch.Generator, limit: int = 128) -> Tensor:
+    return torch.randint(-limit, limit, shape, generator=generator, device=CUDA, dtype=torch.int8)
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=CUDA)
+
+
+def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Leave a block of this size full of nonsense where the allocator will take the output from."""
+    torch.full(shape, 99 if dtype == torch.int8 else float("nan"), dtype=dtype, device=CUDA)
+
+
+def epilogue(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return torch.rand(n, generator=generator, device=CUDA) * 1e-4, normal((n,), generator).half()
+
+
+@pytest.mark.parametrize("shape", LINEAR + ODD_LINEAR)
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("zero_point", [0, 131, 255])
+def test_linear(
+    shape: tuple[int, int, int], out_dtype: torch.dtype, zero_point: int, generator: torch.Generator
+) -> None:
+    m, n, k = shape
+    x, weight = codes((m, k), generator), codes((n, k), generator)
+    scale, bias = epilogue(n, generator)
+    residual = normal((m, n), generator).to(out_dtype)
+    arguments = (x, weight, scale, linear_correction(weight, zero_point), bias, residual, out_dtype)
+    poison((m, n), out_dtype)
+    assert torch.equal(linear(*arguments), reference.linear(*arguments))
+
+
+@pytest.mark.parametrize("shape", LINEAR + ODD_LINEAR)
+def test_every_linear_tile(shape: tuple[int, int, int], generator: torch.Generator) -> None:
+    m, n, k = shape
+    x, weight = codes((m, k), generator), codes((n, k), generator)
+    scale, bias = epilogue(n, generator)
+    correction = linear_correction(weight, 100)
+    wanted = reference.linear(x, weight, scale, correction, bias)
+    for tile in candidates(arch_of(x), "linear", m, k):
+        out = torch.full_like(wanted, float("nan"))
+        launch_gemm(tile, x, weight, scale, correction, bias, out)
+        assert torch.equal(out, wanted), tile
+
+
+@pytest.mark.parametrize("shape", LINEAR)
+def test_packed_linear(shape: tuple[int, int, int], generator: torch.Generator) -> None:
+    m, n, k = shape
+    x, weight = codes((m, k), generator), codes((n, k), generator, limit=8)
+    scale, bias = epilogue(n, generator)
+    correction = linear_correction(weight, 100)
+    wanted = reference.linear(x, weight, scale, correction, bias)
+    for tile in candidates(arch_of(x), "linear", m, k, packed=True):
+        out = torch.full_like(wanted, float("nan"))
+        launch_gemm(tile, x, pack_w4(weight), scale, correction, bias, out)
+        assert torch.equal(out, wanted), tile
+
+
+@pytest.mark.parametrize("shape", [(8192, 2560, 320), (2048, 5120, 640), (128, 10240, 1280), (33, 46, 100)])
+@pytest.mark.parametrize("num_bits", [8, 4])
+def test_geglu(shape: tuple[int, int, int], num_bits: int, generator: torch.Generator) -> None:
+    m, n, k = shape
+    x, weight = codes((m, k), generator), pack_geglu(codes((n, k), generator))
+    scale, bias = epilogue(n, generator)
+    quantizer = (
+        torch.tensor(0.05, device=CUDA),
+        torch.tensor(3 if num_bits == 4 else 120, dtype=torch.int32, device=CUDA),
+    )
+    arguments = (x, weight, scale, linear_correction(weight, 100), bias, *quantizer, num_bits)
+    poison((m, n // 2), torch.int8)
+    found, wanted = linear_geglu(*arguments), reference.linear_geglu(*arguments)
+    assert (found.int() - wanted.int()).abs().max() <= 1
+    assert (found != wanted).float().mean() < 1e-3  # float32 against float64: codes change at ties alone
+
+
+class Convolution:
+    """Random operands of a convolution."""
+
+    def __init__(self, case: tuple[int, int, int, int, int, Geometry], generator: torch.Generator, limit: int) -> None:
+        samples, height, width, channels, outputs, geometry = case
+        self.geometry = geometry
+        self.x = codes((samples, height, width, channels), generator).permute(0, 3, 1, 2)
+        self.weight = codes((outputs, geometry.kh, geometry.kw, channels), generator, limit)
+        self.scale, self.bias = epilogue(outputs, generator)
+        self.correction = conv_border_table(self.weight, 37, geometry.padding)
+        self.sample_bias = normal((samples, outputs), generator).half()
+        self.options = {"stride": geometry.stride, "padding": geometry.padding, "upsample": geometry.upsample}
+        vectors = (self.x, self.weight, self.scale, self.correction, self.bias, self.sample_bias)
+        shape = reference.conv2d(*vectors, **self.options).shape  # type: ignore[arg-type]
+        self.residual = normal(tuple(shape), generator).half().contiguous(memory_format=torch.channels_last)
+        self.arguments = (*vectors, self.residual)
+        self.wanted = reference.conv2d(*self.arguments, **self.options)  # type: ignore[arg-type]
+
+    def by(self, tile: Tile, weight: Tensor) -> Tensor:
+        out = torch.full_like(self.residual, float("nan"))
+        x, _, *rest, residual = self.arguments
+        launch_conv(tile, self.geometry, x, weight, *rest, residual, out)
+        return out
+
+
+@pytest.mark.parametrize("case", CONV)
+def test_conv(case: tuple[int, int, int, int, int, Geometry], generator: torch.Generator) -> None:
+    layer = Convolution(case, generator, 128)
+    poison(tuple(layer.wanted.shape), torch.float16)
+    found = conv2d(*layer.arguments, **layer.options)  # type: ignore[arg-type]
+    assert found.stride() == layer.wanted.stride()
+    assert torch.equal(found, layer.wanted)
+
+
+@pytest.mark.parametrize("case", CONV)
+def test_every_conv_tile(case: tuple[int, int, int, int, int, Geometry], generator: torch.Generator) -> None:
+    layer = Convolution(case, generator, 128)
+    m, k, channels = layer.wanted[:, 0].numel(), layer.weight[0].numel(), layer.x.shape[1]
+    for tile in candidates(arch_of(layer.x), "conv", m, k, channels):
+        assert torch.equal(layer.by(tile, layer.weight), layer.wanted), tile
+
+
+@pytest.mark.parametrize("case", CONV[:9])
+def test_packed_conv(case: tuple[int, int, int, int, int, Geometry], generator: torch.Generator) -> None:
+    layer = Convolution(case, generator, 8)
+    m, k, channels = layer.wanted[:, 0].numel(), layer.weight[0].numel(), layer.x.shape[1]
+    for tile in candidates(arch_of(layer.x), "conv", m, k, channels, packed=True):
+        assert torch.equal(layer.by(tile, pack_w4(layer.weight)), layer.wanted), tile
+
+
+def test_a_captured_graph_replays_on_new_input(generator: torch.Generator) -> None:
+    layer = Convolution(CONV[4], generator, 128)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        conv2d(*layer.arguments, **layer.options)  # type: ignore[arg-type]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = conv2d(*layer.arguments, **layer.options)  # type: ignore[arg-type]
+    layer.x.copy_(codes(tuple(layer.x.shape), generator))
+    graph.replay()
+    assert torch.equal(out, reference.conv2d(*layer.arguments, **layer.options))  # type: ignore[arg-type]
