@@ -147,6 +147,11 @@ class EngineStageConfig(StageConfig):
 class EvaluateConfig(EngineStageConfig):
     """Quality against real images and against the full-precision images of the same seeds."""
 
+    @property
+    def name(self) -> str:
+        """The artifact's name: the bit width, with the engine where there is one."""
+        return str(self.bits) if self.engine is None else f"{self.bits}-{self.engine}"
+
     num_images: int = Field(1000, ge=2, description="images sampled at each precision")
     batch_size: int = Field(50, ge=1, description="images sampled together")
     num_steps: int | None = Field(None, ge=1, description="sampler steps; null: as collected")

@@ -125,8 +125,10 @@ class RunFolder:
         words = ["edadm", kind]
         if kind == "collect":
             words += ["--model", "MODEL"]
+        if kind == "engine":
+            words[1] = "export"
         if name is not None:
-            words += ["--bits", name]
+            words += _flags_of_name(kind, name)
         words += ["--run", str(self.root)]
         return " ".join(words + (["--force"] if force else []))
 
@@ -279,3 +281,12 @@ def _changes(old: Manifest, plan: Plan) -> list[str]:
 
 def _title(kind: str, name: str | None) -> str:
     return f"'{kind}' artifact" if name is None else f"'{kind}' artifact {name}"
+
+
+def _flags_of_name(kind: str, name: str) -> list[str]:
+    """The flags behind an artifact's name: `w4a8`, `w4a8-openvino`, for a bench `w8a8-w4a8-openvino-cpu`."""
+    parts = name.split("-")
+    if kind == "bench" and len(parts) > 2:
+        *bits, engine, device = parts
+        return ["--bits", ",".join(bits), "--engine", engine, "--device", device]
+    return ["--bits", parts[0], *(["--engine", parts[1]] if len(parts) > 1 else [])]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from edadm_cli.cli import chain, look, quality, stages
+from edadm_cli.cli import chain, look, measure, quality, stages
 from edadm_cli.cli.boundary import guard
 from edadm_cli.version import __version__
 
@@ -28,11 +28,13 @@ app.command(rich_help_panel=_CHAIN)(stages.collect)
 app.command(rich_help_panel=_CHAIN)(stages.select)
 app.command(rich_help_panel=_CHAIN)(stages.reconstruct)
 app.command(rich_help_panel=_CHAIN)(stages.export)
+app.command(rich_help_panel=_CHAIN)(measure.bench)
 app.command(rich_help_panel=_CHAIN)(quality.evaluate)
 app.command(rich_help_panel=_LOOK)(quality.report)
 app.command(rich_help_panel=_LOOK)(quality.sample)
 app.command(rich_help_panel=_LOOK)(look.inspect)
 app.command(rich_help_panel=_LOOK)(look.models)
+app.command(rich_help_panel=_LOOK)(measure.engines)
 
 
 def _print_version(wanted: bool) -> None:

@@ -58,6 +58,10 @@ BitsOption = Annotated[
     str | None,
     typer.Option("--bits", metavar="wXaY", help="Bit width, such as w4a8; else the run's last one."),
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="NAME", help="What runs the denoiser (edadm engines)."),
+]
 RecipeOption = Annotated[
     str | None,
     typer.Option(

@@ -19,6 +19,7 @@ from edadm_cli.cli.require import parse_requirements
 def evaluate(
     execution: Execution,
     bits: options.BitsOption = None,
+    engine: options.EngineOption = None,
     num_images: options.NumImagesOption = None,
     batch_size: options.BatchSizeOption = None,
     num_steps: options.NumStepsOption = None,
@@ -53,6 +54,7 @@ def evaluate(
     config = execution.configure(
         EvaluateConfig,
         bits=bits_of(execution, bits, "export"),
+        engine=engine,
         num_images=num_images,
         batch_size=batch_size,
         num_steps=num_steps,
@@ -75,6 +77,7 @@ def evaluate(
 def sample(
     execution: Execution,
     bits: options.BitsOption = None,
+    engine: options.EngineOption = None,
     num_images: options.NumImagesOption = None,
     batch_size: options.BatchSizeOption = None,
     num_steps: options.NumStepsOption = None,
@@ -95,6 +98,7 @@ def sample(
     config = execution.configure(
         SampleConfig,
         bits=bits_of(execution, bits, "export"),
+        engine=engine,
         num_images=num_images,
         batch_size=batch_size,
         num_steps=num_steps,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edadm_cli.artifacts import explained_os_errors
 from edadm_cli.cli.places import bits_used_last
 from edadm_cli.config import (
+    BenchConfig,
     BitWidth,
     CollectConfig,
     EvaluateConfig,
@@ -37,6 +38,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "sample": SampleConfig,
+    "bench": BenchConfig,
 }
 StageT = TypeVar("StageT", bound=StageConfig)
 

@@ -145,6 +145,10 @@ def export(
     parity_samples: Annotated[
         int | None, typer.Option("--parity-samples", help="Images compared before and after packing.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="NAME", help="Write files that this engine loads besides (edadm engines)."),
+    ] = None,
 ) -> None:
     """Pack the integers into a diffusers folder.
 
@@ -155,7 +159,7 @@ def export(
 
     run = execution.run_used_last()
     config = execution.configure(
-        ExportConfig, bits=bits_of(execution, bits, "reconstruct"), parity_samples=parity_samples
+        ExportConfig, bits=bits_of(execution, bits, "reconstruct"), parity_samples=parity_samples, engine=engine
     )
 
     from edadm_cli.export import stage

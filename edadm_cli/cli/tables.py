@@ -8,20 +8,25 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from edadm_cli.cli.bench_tables import bench_tables
 from edadm_cli.cli.boundary import one_line
 
-_HIDDEN = frozenset({"command", "warnings", "requirements", "metrics", "full_precision"})
+_HIDDEN = frozenset({"command", "warnings", "requirements", "metrics", "full_precision", "skipped"})
 _SHORT_IDENTITY = 12
 _LONG_LIST = 64
 
 
-def render(result: Mapping[str, Any]) -> Iterator[Table]:
+def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
     """The tables of a result."""
     command = result.get("command")
     if command == "models":
         yield _listing(result["models"], ("name", "source", "location", "available", "num_steps", "image_size"))
     elif command == "inspect":
         yield from _inspection(result)
+    elif command == "engines":
+        yield _engines(result["engines"])
+    elif command == "bench" and "contenders" in result:
+        yield from bench_tables(result)
     elif command == "run":
         yield from _chain(result)
     else:
@@ -82,6 +87,20 @@ def _metrics(result: Mapping[str, Any]) -> Table:
     ]
     columns = ("metric", result.get("bits", "quantized"), "full precision", "features", "images")
     return _listing(rows, columns)
+
+
+def _engines(engines: Iterable[Mapping[str, Any]]) -> Table:
+    rows = [
+        {
+            "engine": engine["name"],
+            **{device: reason or "yes" for device, reason in engine["refusals"].items()},
+            "default for": ", ".join(engine["default_for"]),
+            "files": engine["has_files"],
+            "what it is": engine["description"],
+        }
+        for engine in engines
+    ]
+    return _listing(rows, ("engine", "cpu", "cuda", "default for", "files", "what it is"))
 
 
 def _chain(result: Mapping[str, Any]) -> Iterator[Table]:

@@ -36,8 +36,10 @@ def engine_artifact(
     name = f"{bits}-{engine.name}"
     fields = {"bits": bits, "engine": engine.name, "format": engine.files_format}
     plan = Plan(KIND, name, fields, 0, (export,), export.manifest.model)
-    replace = force or _is_to_be_replaced(run, plan, reporter)
-    with run.build(plan, replace) as build:
+    found = None if force else _current(run, plan, reporter)
+    if found is not None:
+        return found
+    with run.build(plan, force=run.has(KIND, name)) as build:
         if build.artifact is not None:
             return build.artifact
         reporter.note(f"{name}: converting the denoiser")
@@ -97,11 +99,13 @@ def _entry(run: RunFolder) -> ModelEntry:
     return ModelEntry.model_validate(run.open("collect").json("sampling.json")["entry"])
 
 
-def _is_to_be_replaced(run: RunFolder, plan: Plan, reporter: Reporter) -> bool:
+def _current(run: RunFolder, plan: Plan, reporter: Reporter) -> Artifact | None:
+    """The files that are there, if they are of this export and intact."""
     if not run.has(KIND, plan.name):
-        return False
+        return None
     try:
-        return open_artifact(run.path(KIND, plan.name), KIND).identity != plan.identity
+        found = open_artifact(run.path(KIND, plan.name), KIND)
     except InputError as error:
         reporter.warn(f"The kept files of the engine are damaged and made again: {error.message}")
-        return True
+        return None
+    return found if found.identity == plan.identity else None

@@ -11,6 +11,8 @@ import torch
 
 from edadm_cli.artifacts import Artifact, ModelRef, RunFolder
 from edadm_cli.config import EvaluateConfig
+from edadm_cli.engines.files import load_on_engine
+from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import UsageError
 from edadm_cli.evaluate.images import SamplingPlan
 from edadm_cli.models.collected import load_collected_model
@@ -18,6 +20,7 @@ from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.prompts import read_prompts
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import EVALUATION, image_seed
+from edadm_cli.progress import SilentReporter
 
 SAMPLING_FILE = "sampling.json"
 
@@ -69,7 +72,10 @@ class Request:
         return load_collected_model(self.run, self.device, self._torch_dtype)
 
     def load_quantized(self) -> LoadedModel:
-        """Load the exported pipeline."""
+        """Load the exported pipeline, on its engine where one is named."""
+        if self.config.engine is not None:
+            engine = engine_of(self.config.engine)
+            return load_on_engine(self.run, self.export, engine, self.device, self._torch_dtype, SilentReporter())
         return load_model(str(self.export.path), self.device, self._torch_dtype, self.entry)
 
     @property
@@ -91,7 +97,9 @@ def resolve(config: EvaluateConfig, run: RunFolder) -> Request:
         UsageError: Prompts or guidance are asked of a model that has none.
         MachineError: There is no such device.
     """
-    resolve_device(config.device)
+    device = resolve_device(config.device)
+    if config.engine is not None:
+        engine_of(config.engine).require(device)
     export = run.open("export", str(config.bits))
     collect = run.open("collect")
     settings = collect.json(SAMPLING_FILE)

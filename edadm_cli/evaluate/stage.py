@@ -50,7 +50,7 @@ def run(
         judging = Judging(request)
         plan = Plan(
             kind="evaluate",
-            name=str(config.bits),
+            name=config.name,
             config={**config.identity_fields(), **request.identity_fields(), **judging.identity_fields()},
             seed=config.seed,
             parents=(request.export,),

@@ -10,15 +10,20 @@ import torch
 from edadm_cli.artifacts import (
     Artifact,
     Build,
+    EngineFiles,
     Estimate,
     ExportRecord,
     Parity,
     Plan,
     RunFolder,
     save_json,
+    shared_keys,
 )
 from edadm_cli.config import ExportConfig
+from edadm_cli.engines.base import FileEngine
+from edadm_cli.engines.files import engine_artifact, file_engine
 from edadm_cli.engines.reference import LAYER_BOUND, layer_parity, use_arithmetic
+from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import EdadmError
 from edadm_cli.export.folder import component_sizes, write_pipeline
 from edadm_cli.export.parity import ExportParity, compare
@@ -44,24 +49,31 @@ def run(config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: 
         EdadmError: The export does not compute what the reconstruction computed.
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
+    engine = None if config.engine is None else file_engine(engine_of(config.engine))
     source = run.open("reconstruct", str(config.bits))
     fields = {**config.identity_fields(), "format_version": FORMAT_VERSION}
     plan = Plan("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
     with run.build(plan, force) as build:
-        status = "up_to_date" if build.up_to_date else "done"
+        is_done = build.up_to_date
         artifact = build.artifact or _build(config, run, source, build, reporter)
+    files = None if engine is None else _engine_files(run, artifact, engine, reporter, force)
     facts = artifact.json(EXPORT_FILE)
     return ExportRecord(
-        status=status,
-        run=str(run.root),
-        artifact=str(artifact.path),
-        identity=artifact.identity,
-        seconds=time.monotonic() - started,
-        warnings=tuple(reporter.warnings),
+        **shared_keys(run.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
         bits=str(config.bits),
         size_mib=facts["size_mib"],
         parity=Parity(**facts["parity"]),
+        engine=files,
     )
+
+
+def _engine_files(
+    run: RunFolder, export: Artifact, engine: FileEngine, reporter: Reporter, force: bool
+) -> EngineFiles:
+    """Files of the engine in an artifact beside the export, up to date if they are."""
+    artifact = engine_artifact(run, export, engine, reporter, force)
+    size = sum(entry.bytes for entry in artifact.manifest.payload) / 2**20
+    return EngineFiles(name=engine.name, artifact=str(artifact.path), identity=artifact.identity, size_mib=size)
 
 
 def estimate(config: ExportConfig, run: RunFolder) -> Estimate:

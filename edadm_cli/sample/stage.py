@@ -13,10 +13,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from edadm_cli.artifacts import Artifact, Estimate, RunFolder, SampleRecord, explained_os_errors
+from edadm_cli.artifacts import Artifact, Estimate, RunFolder, SampleRecord, explained_os_errors, shared_keys
 from edadm_cli.artifacts.files import atomic_path
 from edadm_cli.config import SampleConfig
+from edadm_cli.engines.files import load_on_engine
 from edadm_cli.engines.reference import use_arithmetic
+from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.registry import ModelEntry
@@ -40,17 +42,20 @@ class Picture:
     guidance_scale: float | None
     arithmetic: str
     export: str
+    engine: str | None = None
 
     @property
     def file(self) -> str:
-        """Name of its file: the seed, what of the prompt a file name can hold, and integer arithmetic."""
+        """Name of its file: the seed, what of the prompt a file name can hold, and what computed it."""
         slug = re.sub(r"[^a-z0-9]+", "-", (self.prompt or "").lower()).strip("-")[:_SLUG_CHARACTERS].rstrip("-")
-        parts = [f"{self.seed:06d}", slug, "integer" if self.arithmetic == "integer" else ""]
+        computed = self.engine or ("integer" if self.arithmetic == "integer" else "")
+        parts = [f"{self.seed:06d}", slug, computed]
         return "-".join(part for part in parts if part) + ".png"
 
     def facts(self) -> str:
         """What is written into the file, by which it is known again."""
-        return json.dumps(asdict(self), sort_keys=True)
+        known = {key: value for key, value in asdict(self).items() if key != "engine" or value is not None}
+        return json.dumps(known, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class _Task:
     """The configuration with nothing left open."""
 
     config: SampleConfig
+    run: RunFolder
     export: Artifact
     entry: ModelEntry
     dtype: torch.dtype
@@ -79,13 +85,9 @@ def run(config: SampleConfig, run: RunFolder, *, force: bool = False, reporter: 
     missing = [picture for picture in task.pictures if force or not _is_there(folder, picture)]
     if missing:
         _write_pictures(task, missing, folder, reporter)
+    shared = shared_keys(run.root, task.export, up_to_date=not missing, started=start, warnings=reporter.warnings)
     return SampleRecord(
-        status="done" if missing else "up_to_date",
-        run=str(run.root),
-        artifact=str(folder),
-        identity=task.export.identity,
-        seconds=time.monotonic() - start,
-        warnings=tuple(reporter.warnings),
+        **{**shared, "artifact": str(folder)},
         images=tuple(str(folder / picture.file) for picture in task.pictures),
     )
 
@@ -93,7 +95,7 @@ def run(config: SampleConfig, run: RunFolder, *, force: bool = False, reporter: 
 def estimate(config: SampleConfig, run: RunFolder) -> Estimate:
     """Estimate time, memory and disk from a short sampling of one image; nothing is written."""
     task = _prepare(config, run)
-    pictures, model = task.pictures, _load(task)
+    pictures, model = task.pictures, _load(task, SilentReporter())
     begin = time.perf_counter()
     samples = _sample(model, [replace(pictures[0], num_steps=_PROBE_STEPS)])
     seconds = (time.perf_counter() - begin) * pictures[0].num_steps / _PROBE_STEPS * len(pictures)
@@ -108,6 +110,10 @@ def estimate(config: SampleConfig, run: RunFolder) -> Estimate:
 
 def _prepare(config: SampleConfig, run: RunFolder) -> _Task:
     """Settle seed, prompt and sampler of each image."""
+    if config.engine is not None:
+        engine_of(config.engine).require(resolve_device(config.device))
+        if config.arithmetic == "integer":
+            raise UsageError("--arithmetic integer is the engine 'reference'; name one engine with --engine.")
     export = run.open("export", str(config.bits))
     settings = run.open("collect").json("sampling.json")
     entry = ModelEntry.model_validate(settings["entry"])
@@ -122,10 +128,11 @@ def _prepare(config: SampleConfig, run: RunFolder) -> _Task:
             guidance_scale=settings["guidance_scale"] if config.guidance_scale is None else config.guidance_scale,
             arithmetic=config.arithmetic,
             export=export.identity,
+            engine=config.engine,
         )
         for index in range(config.num_images)
     ]
-    return _Task(config, export, entry, getattr(torch, settings["dtype"]), pictures)
+    return _Task(config, run, export, entry, getattr(torch, settings["dtype"]), pictures)
 
 
 def _prompts(config: SampleConfig, entry: ModelEntry, collected: list[str] | None) -> Sequence[str] | None:
@@ -143,8 +150,10 @@ def _prompts(config: SampleConfig, entry: ModelEntry, collected: list[str] | Non
     return collected
 
 
-def _load(task: _Task) -> LoadedModel:
+def _load(task: _Task, reporter: Reporter) -> LoadedModel:
     device = resolve_device(task.config.device)
+    if task.config.engine is not None:
+        return load_on_engine(task.run, task.export, engine_of(task.config.engine), device, task.dtype, reporter)
     model = load_model(str(task.export.path), device, task.dtype, task.entry)
     if task.config.arithmetic == "integer" and use_arithmetic(model.denoiser, "integer") == 0:
         raise InputError(f"{task.export.path} has no quantized layer, so there is nothing to compute in integers.")
@@ -194,7 +203,7 @@ def _is_there(folder: Path, picture: Picture) -> bool:
 def _write_pictures(task: _Task, pictures: list[Picture], folder: Path, reporter: Reporter) -> None:
     with explained_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    model = _load(task)
+    model = _load(task, reporter)
     size = task.config.batch_size
     with reporter.task(f"Sampling {task.config.bits}", len(pictures)) as advance:
         for start in range(0, len(pictures), size):

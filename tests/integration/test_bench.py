@@ -1,0 +1,232 @@
+"""Engines through the whole chain on a tiny pipeline: files, images, quality, and a bench that refuses what is off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edadm_cli.artifacts import BenchRecord, RunFolder
+from edadm_cli.artifacts.inspection import inspect_run
+from edadm_cli.bench import stage as bench
+from edadm_cli.bench.contender import Setting
+from edadm_cli.bench.request import Request
+from edadm_cli.config import BenchConfig, BitWidth, EvaluateConfig, ExportConfig, ReconstructConfig, SampleConfig
+from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.openvino import OpenVinoEngine
+from edadm_cli.errors import EXIT_INTERNAL, EdadmError, InputError, UsageError
+from edadm_cli.evaluate import stage as evaluate
+from edadm_cli.export import stage as export
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.recipe import load_recipe
+from edadm_cli.reconstruct import stage as reconstruct
+from edadm_cli.sample import stage as sample
+
+W8A8, W4A8 = BitWidth.parse("w8a8"), BitWidth.parse("w4a8")
+
+
+@pytest.fixture(scope="module")
+def exported(selected: Callable[[Path], Path], tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with exports of two bit widths; not to be changed."""
+    root = tmp_path_factory.mktemp("bench") / "run"
+    shutil.copytree(selected(tiny_sd), root)
+    run = RunFolder(root)
+    for bits in (W8A8, W4A8):
+        reconstruct.run(ReconstructConfig(bits=bits, recipe=load_recipe("rtn"), device="cpu"), run)
+        export.run(ExportConfig(bits=bits, device="cpu", parity_samples=1), run)
+    return root
+
+
+@pytest.fixture
+def run(exported: Path, tmp_path: Path) -> RunFolder:
+    shutil.copytree(exported, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def in_one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Contenders in this process: the figures mean nothing, and no process has to start."""
+    setting = Setting("cpu", 1, None, is_alone=False)
+    monkeypatch.setattr(Request, "setting", property(lambda self: setting))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(**changes: Any) -> BenchConfig:
+    fields: dict[str, Any] = {"bits": (W8A8,), "device": "cpu", "dtype": "float32", "threads": 1, "rounds": 1}
+    return BenchConfig(**{**fields, "compiled": False, **changes})
+
+
+def test_the_files_of_an_engine_are_an_artifact_of_their_own(run: RunFolder) -> None:
+    before = run.open("export", "w8a8").identity
+    settings = ExportConfig(bits=W8A8, device="cpu", parity_samples=1, engine="openvino")
+    record = export.run(settings, run)
+    assert record.status == "up_to_date", "the export itself has not changed"
+    assert record.engine is not None
+    artifact = run.open("engine", "w8a8-openvino")
+    assert (record.engine.identity, record.engine.artifact) == (artifact.identity, str(artifact.path))
+    assert [(parent.kind, parent.name, parent.identity) for parent in artifact.manifest.parents] == [
+        ("export", "w8a8", before)
+    ]
+    made = artifact.manifest.created_at
+    again = export.run(settings, run).engine
+    assert again is not None
+    assert run.open("engine", "w8a8-openvino").manifest.created_at == made
+    assert [entry.kind for entry in inspect_run(run) if entry.kind == "engine" and entry.intact] == ["engine"]
+
+
+def test_damaged_files_of_an_engine_are_made_again(run: RunFolder) -> None:
+    settings = ExportConfig(bits=W8A8, device="cpu", parity_samples=1, engine="openvino")
+    export.run(settings, run)
+    path = run.path("engine", "w8a8-openvino") / "denoiser.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="bytes") as caught:
+        run.open("engine", "w8a8-openvino")
+    assert str(caught.value.hint).startswith("edadm export --bits w8a8 --engine openvino")
+    record = export.run(settings, run)
+    assert "damaged" in record.warnings[0]
+    assert run.open("engine", "w8a8-openvino")
+
+
+def test_an_engine_without_files_is_refused_by_export(run: RunFolder) -> None:
+    with pytest.raises(UsageError, match="keeps no files"):
+        export.run(ExportConfig(bits=W8A8, device="cpu", parity_samples=1, engine="reference"), run)
+
+
+def test_images_of_engines_lie_beside_each_other(run: RunFolder) -> None:
+    names = []
+    for engine in (None, "reference", "openvino"):
+        settings = SampleConfig(bits=W8A8, device="cpu", num_images=1, engine=engine)
+        record = sample.run(settings, run)
+        assert sample.run(settings, run).status == "up_to_date"
+        names.append(Path(record.images[0]).name)
+    assert len(set(names)) == 3
+    assert [name.rpartition("-")[2] for name in names[1:]] == ["reference.png", "openvino.png"]
+    with pytest.raises(UsageError, match="one engine"):
+        sample.run(SampleConfig(bits=W8A8, device="cpu", engine="reference", arithmetic="integer"), run)
+
+
+def test_quality_on_an_engine_is_an_evaluation_of_its_own(run: RunFolder) -> None:
+    fields: dict[str, Any] = {"bits": W8A8, "device": "cpu", "num_images": 2, "batch_size": 2}
+    plain = evaluate.run(EvaluateConfig(**fields), run)
+    integer = evaluate.run(EvaluateConfig(**fields, engine="openvino"), run)
+    assert Path(str(integer.artifact)).name == "w8a8-openvino"
+    assert plain.identity != integer.identity
+    assert integer.distance_to_full_precision.latent_rel_l2 == pytest.approx(
+        plain.distance_to_full_precision.latent_rel_l2, rel=0.5
+    )
+    assert integer.skipped.keys() == plain.skipped.keys()
+    assert "engine" not in run.open("evaluate", "w8a8").manifest.config, "older evaluations stay up to date"
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_a_bench_measures_every_contender_and_says_what_ran(run: RunFolder) -> None:
+    record = bench.run(config(bits=(W8A8, W4A8), batch_sizes=(1, 2), rounds=2), run)
+    assert record.status == "done"
+    assert record.bits == ("w8a8", "w4a8")
+    names = [contender.name for contender in record.contenders]
+    assert "torch float32" in names
+    assert "openvino float32" in names, "the engine's own merits are not taken for those of integers"
+    assert names[-2:] == ["openvino w8a8", "openvino w4a8"]
+    for contender in record.contenders:
+        latency = contender.latency_ms
+        assert 0 < latency.min <= latency.median <= latency.max
+        assert set(contender.throughput) == {"1", "2"}
+        assert contender.peak_memory_mib is None, "not measured where contenders share a process"
+    assert record.parity == record.by_bits["w8a8"].parity
+    assert record.parity.max_rel_l2 <= record.parity.bound == 1e-3
+    assert record.parity.prediction_rel_l2 <= record.parity.prediction_bound
+    for facts in record.by_bits.values():
+        assert facts.coverage.planned == sum(row.planned != "float" for row in facts.layers)
+        assert facts.coverage.quantized > 0.8 * facts.coverage.planned
+        assert all(row.precision == "int8" or row.reason for row in facts.layers if row.planned != "float")
+        assert sum(row.share for row in facts.by_kind) == pytest.approx(1)
+        products = [row for row in facts.by_kind if row.kind == "conv2d" and row.precision == "int8"]
+        assert products[0].gmacs is not None
+        assert products[0].percent_of_peak is not None
+    by_name = {contender.name: contender.latency_ms.median for contender in record.contenders}
+    ratio = by_name["torch float32"] / by_name["openvino w8a8"]
+    assert record.speedup.vs_fp32_eager == pytest.approx(ratio)
+    assert record.speedup.vs_best_float == pytest.approx(by_name[record.speedup.best_float] / by_name["openvino w8a8"])
+    artifact = run.open("bench", "w8a8-w4a8-openvino-cpu")
+    assert [parent.name for parent in artifact.manifest.parents] == ["w8a8", "w4a8"]
+    assert {entry.path for entry in artifact.manifest.payload} == {"bench.json", "bench.png"}
+    assert "machine" not in artifact.manifest.config
+    assert json.loads((artifact.path / "bench.json").read_text())["headline"] == record.headline
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_the_same_bench_measures_again_and_another_needs_force(run: RunFolder) -> None:
+    first = bench.run(config(), run)
+    again = bench.run(config(), run)
+    assert again.status == "done"
+    assert first.identity == again.identity
+    assert [c.latency_ms for c in first.contenders] != [c.latency_ms for c in again.contenders]
+    with pytest.raises(InputError, match="other settings") as caught:
+        bench.run(config(size=(16, 16)), run)
+    assert "--force" in str(caught.value.hint)
+    assert bench.run(config(size=(16, 16)), run, force=True).identity != first.identity
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_whole_images_are_timed_on_request(run: RunFolder) -> None:
+    record = bench.run(config(pipeline=True), run)
+    for contender in record.contenders:
+        assert contender.pipeline is not None
+        assert contender.pipeline.num_steps == 3
+        assert 0 < contender.pipeline.denoiser_share < 1
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_nothing_is_timed_when_a_layer_is_off(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_layer = OpenVinoEngine.compile_layer
+
+    def skewed(self: OpenVinoEngine, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Any:
+        made = compile_layer(self, layer, x, options)
+        return (lambda x: made(x) * 1.01) if x.shape[1] == 4 and x.ndim == 4 else made
+
+    monkeypatch.setattr(OpenVinoEngine, "compile_layer", skewed)
+    monkeypatch.setattr("edadm_cli.bench.measurement.time_in_rounds", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(EdadmError, match=r"'conv_in' is off by 1\.\de-02.*bound is 1e-03") as caught:
+        bench.run(config(), run)
+    assert caught.value.exit_code == EXIT_INTERNAL
+    assert not run.has("bench", "w8a8-openvino-cpu")
+    assert not list(run.root.glob("bench/*/scratch")), "nothing of it stays on disk"
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_nothing_is_timed_when_the_prediction_is_off(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser
+
+    call = OpenVinoDenoiser.__call__
+
+    def skewed(self: OpenVinoDenoiser, *args: Any, **kwargs: Any) -> Any:
+        output = call(self, *args, **kwargs)
+        output.sample.mul_(3)
+        return output
+
+    monkeypatch.setattr(OpenVinoDenoiser, "__call__", skewed)
+    with pytest.raises(EdadmError, match="its prediction is off by"):
+        bench.run(config(), run)
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_a_model_is_measured_without_a_run(tiny_ddpm: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    record: BenchRecord = bench.run(config(model=str(tiny_ddpm), bits=(W4A8,), engine="onnxruntime"), run)
+    assert "rounded to nearest" in record.subject
+    assert run.open("bench", "w4a8-onnxruntime-cpu").manifest.parents == ()
+    assert record.engine == "onnxruntime"
+
+
+def test_an_estimate_writes_nothing(run: RunFolder) -> None:
+    before = sorted(path for path in run.root.rglob("*"))
+    assert bench.estimate(config(), run).seconds > 0
+    assert sorted(path for path in run.root.rglob("*")) == before
