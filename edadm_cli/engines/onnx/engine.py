@@ -57,12 +57,19 @@ class _Description(BaseModel):
 
 
 class OnnxRuntimeEngine(FileEngine):
-    """A standard ONNX file with QuantizeLinear and DequantizeLinear, run by ONNX Runtime in exact integers."""
+    """A standard ONNX file with QuantizeLinear and DequantizeLinear, run by ONNX Runtime in exact integers.
+
+    Args:
+        fixed_sizes: Whether compiled denoisers take the sizes of their example only, and compile faster.
+    """
 
     name = "onnxruntime"
     description = "a standard ONNX file (QuantizeLinear / DequantizeLinear), run on the CPU; to take elsewhere"
     device_types = ("cpu",)
     layer_bound = LAYER_BOUND
+
+    def __init__(self, fixed_sizes: bool = False) -> None:
+        self._fixed_sizes = fixed_sizes
 
     def refusal(self, device: torch.device) -> str | None:
         """It needs a CPU and three packages."""
@@ -112,7 +119,7 @@ class OnnxRuntimeEngine(FileEngine):
 
         rows = list_layers(denoiser, torch.float32, lambda *_: ("int8", None))
         folder.mkdir(parents=True, exist_ok=True)
-        interface = export_onnx(denoiser, args, kwargs, folder / GRAPH_FILE)
+        interface = export_onnx(denoiser, args, kwargs, folder / GRAPH_FILE, fixed_sizes=self._fixed_sizes)
         layers = tuple(_Layer(name=row.name, kind=row.kind, planned=row.planned) for row in rows)
         description = _Description(format_version=FORMAT_VERSION, interface=interface, layers=layers)
         save_json(folder / DESCRIPTION_FILE, description.model_dump(mode="json"))

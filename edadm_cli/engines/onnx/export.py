@@ -31,7 +31,13 @@ _PASSES_THROUGH = ("Transpose", "Mul", "Cast", "Identity", "Reshape")
 
 
 def export_onnx(
-    denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, target: Target = "onnxruntime"
+    denoiser: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    path: Path,
+    target: Target = "onnxruntime",
+    *,
+    fixed_sizes: bool = False,
 ) -> GraphInterface:
     """Write a quantized denoiser as ONNX, checked by `onnx.checker`.
 
@@ -43,6 +49,7 @@ def export_onnx(
         kwargs: Of that call.
         path: Of the file; tensors beyond 1 GiB go to a second one beside it, `<name>.data`.
         target: `tensorrt` writes activations as int8 with zero-point 0, the only form that TensorRT reads.
+        fixed_sizes: Whether calls must have the sizes of the example; tracing then takes less than half the time.
 
     Returns:
         How calls become inputs of the graph.
@@ -55,7 +62,7 @@ def export_onnx(
         _require_symmetric(denoiser)
     interface = GraphInterface.of(denoiser, args, kwargs)
     wrapper = _Flat(with_stand_ins(denoiser), interface)
-    model = _traced(wrapper, interface.tensors(args, kwargs))
+    model = _traced(wrapper, interface.tensors(args, kwargs), fixed_sizes)
     _fill_in(model.graph, denoiser, Writer(symmetric=target == "tensorrt"))
     model.opset_imports.pop(DOMAIN, None)
     model.producer_name = "edadm"
@@ -106,8 +113,8 @@ class _Flat(nn.Module):
         return prediction
 
 
-def _traced(wrapper: _Flat, tensors: dict[str, Tensor]) -> ir.Model:
-    rows = tensors[SAMPLE].shape[0]
+def _traced(wrapper: _Flat, tensors: dict[str, Tensor], fixed_sizes: bool) -> ir.Model:
+    rows = 0 if fixed_sizes else tensors[SAMPLE].shape[0]
     free = torch.export.Dim.AUTO
     shapes = tuple(dict.fromkeys(_free_dims(name, tensor, rows), free) for name, tensor in tensors.items())
     if rows == 1:  # a size of one would be taken for a constant

@@ -9,7 +9,7 @@ inputs would run in floating point. So, when a file is loaded:
 - the weight of a layer whose input is not quantized is dequantized once;
 - where an attention's operand is transposed after its quantizer, it is transposed before, and the two can be fused;
 - codes come from `x * (1 / scale)`, as in every engine, and not from QuantizeLinear's own `x / scale`, which rounds to
-  another code once in some 100,000 values.
+  another code about once in a million values.
 """
 
 from __future__ import annotations

@@ -34,7 +34,19 @@ _CONVOLUTIONS = ("ConvInteger", "QLinearConv", "Conv", "FusedConv", "NhwcFusedCo
 _KINDS = {
     "norm": ("LayerNormalization", "SkipLayerNormalization", "InstanceNormalization", "GroupNorm", "ReduceMean"),
     "quantize": ("QuantizeLinear", "DequantizeLinear"),
-    "reorder": ("Transpose", "Reshape", "Concat", "Split", "Slice", "Expand", "Unsqueeze", "Squeeze", "Gather"),
+    "reorder": (
+        "Transpose",
+        "Reshape",
+        "Concat",
+        "Split",
+        "Slice",
+        "Expand",
+        "Unsqueeze",
+        "Squeeze",
+        "Gather",
+        "ReorderInput",
+        "ReorderOutput",
+    ),
 }
 _MODEL, _DATA, _OPTIMIZED = "model.onnx", "optimized.data", "optimized.onnx"
 _ERRORS_ONLY = 4  # what fails is raised, and reported as an error of ours
@@ -100,8 +112,7 @@ def make_session(model: ir.Model, num_threads: int | None) -> Session:
         runtime = onnxruntime.InferenceSession(str(place / _MODEL), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(place / _OPTIMIZED, load_external_data=False)
     products = (*INTEGER_PRODUCTS, *_FLOAT_PRODUCTS)
-    # fusions append to the name: `<layer>/MatmulTransposeFusion/`
-    operators = {n.name.partition("/")[0]: n.op_type for n in optimized.graph.node if n.op_type in products}
+    operators = {_own_name(node.name): node.op_type for node in optimized.graph.node if node.op_type in products}
     return Session(runtime, operators, model)
 
 
@@ -130,7 +141,12 @@ def _operation(event: dict[str, Any]) -> OperationTime:
     if is_product:
         kind = "conv2d" if operator in _CONVOLUTIONS else "attention" if name.endswith(".product") else "linear"
     precision = "int8" if operator in INTEGER_PRODUCTS else "float32"
-    return OperationTime(name.partition("/")[0], kind, precision, event["dur"] / 1e3)
+    return OperationTime(_own_name(name), kind, precision, event["dur"] / 1e3)
+
+
+def _own_name(name: str) -> str:
+    """The name a node had before the optimizer's: `<name>/MatmulTransposeFusion/`, or `<output>_nchwc`."""
+    return name.partition("/")[0].removesuffix("_nchwc").removesuffix(":0")
 
 
 def _options(num_threads: int | None) -> onnxruntime.SessionOptions:
