@@ -88,7 +88,7 @@ def probe(
         forms = probe_units(network.denoiser, learning, batches)
         forward = _time_forward(network.denoiser, learning, one)
         with_layers = hyperparameters.layer_loss_weight > 0
-        groups = _groups(learning, forms, batches.num_rows, memory_budget, with_layers)
+        groups = group_units(learning, forms, batches.num_rows, memory_budget, with_layers)
         passes = sum(forward.ends[group[-1].name] for group in groups) + sum(forward.ends.values())
         targets = sum(forward.units.values()) if with_layers else 0.0
         evaluations = 2 * sum(forward.units.values())
@@ -109,7 +109,7 @@ def probe(
     return Estimate(seconds=seconds, memory_mib=memory / _MIB, disk_mib=disk / _MIB)
 
 
-def _groups(
+def group_units(
     learning: Sequence[Unit], forms: dict[str, UnitForm], rows: int, budget: int, with_layers: bool
 ) -> list[list[Unit]]:
     """Units that are captured in one pass."""
