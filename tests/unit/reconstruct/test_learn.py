@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edadm_cli.models.units import Unit
+from edadm_cli.processes import Processes
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import quantized_layer, quantized_layers
 from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe
@@ -173,6 +174,26 @@ def test_masks_are_true_as_often_as_asked(probability: float) -> None:
     assert float(mask.float().mean()) == pytest.approx(probability, abs=0.01)
     drop.active = False
     assert drop.mask(torch.zeros(3)) is None
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_that_share_rows_share_one_mask(count: int) -> None:
+    rows, x = 5, torch.zeros(5, 3, 7)
+    whole = Drop(0.5, torch.Generator().manual_seed(1), Share(0, rows, rows)).mask(x)
+    shares = []
+    for index in range(count):
+        team = Processes()
+        team.index, team.count = index, count
+        shares.append(Share.of(rows, team))
+    assert [share.start for share in shares[1:]] == [share.stop for share in shares[:-1]]
+    assert sum(share.weight for share in shares) == pytest.approx(1)
+    pieces = [Drop(0.5, torch.Generator().manual_seed(1), share).mask(x[share.start : share.stop]) for share in shares]
+    assert whole is not None
+    assert torch.equal(torch.cat([piece for piece in pieces if piece is not None]), whole)
+    # heads of attention multiply the first dimension, rows stay together
+    heads = Drop(0.5, torch.Generator().manual_seed(1), shares[0]).mask(torch.zeros(2 * shares[0].size, 3, 7))
+    assert heads is not None
+    assert len(heads) == 2 * shares[0].size
 
 
 @pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
