@@ -17,7 +17,7 @@ from edadm_cli.collect.shards import is_written, merge_parts, scratch_names, wri
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
-from edadm_cli.models.prompts import resolve_prompts
+from edadm_cli.models.prompts import prompts_name, resolve_prompts
 from edadm_cli.models.sampling import image_seed, sample, takes_guidance
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
@@ -104,6 +104,7 @@ class _Task:
             "pipeline_class": entry.pipeline_class,
             "scheduler_class": entry.scheduler_class,
             "scheduler_config": entry.scheduler_config,
+            "prompts": prompts_name(self.model, self.config.prompts),
             "prompts_sha256": None if self.prompts is None else sha256("\n".join(self.prompts).encode()).hexdigest(),
         }
 

@@ -105,7 +105,7 @@ def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for name, module in denoiser.named_modules():
             if isinstance(module, _LAYER_TYPES):
                 stack.enter_context(_removed(module.register_forward_hook(note(name, module))))
-            elif type(module).__name__ == "Attention":
+            elif _is_attention(module):
                 stack.enter_context(_removed(module.register_forward_hook(note_attention(name))))
         with torch.no_grad():
             denoiser(*args, **kwargs)
@@ -143,6 +143,11 @@ def _outermost_blocks(denoiser: nn.Module) -> dict[str, UnitKind]:
         if kind is not None and not any(name.startswith(block + ".") for block in blocks):
             blocks[name] = kind
     return blocks
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module computes attention, by whatever processor: not all of diffusers' are of one class."""
+    return hasattr(module, "set_processor") and hasattr(module, "processor")
 
 
 class _Concatenations(TorchFunctionMode):

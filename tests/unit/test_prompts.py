@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from edadm_cli.errors import EXIT_INPUT, InputError, UsageError
 from edadm_cli.models.loading import LoadedModel, load_model
-from edadm_cli.models.prompts import MAX_PROMPT_CHARACTERS, read_prompts, resolve_prompts
+from edadm_cli.models.prompts import CAPTIONS, MAX_PROMPT_CHARACTERS, prompts_name, read_prompts, resolve_prompts
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +68,62 @@ def test_images_take_the_first_prompts_or_go_round_again(stable_diffusion: Loade
     assert resolve_prompts(stable_diffusion, path, 5, seed=0) == ["a", "b", "c", "a", "b"]
 
 
-def test_a_model_without_prompts_of_its_own_asks_for_a_file(stable_diffusion: LoadedModel) -> None:
-    with pytest.raises(InputError, match="none of its own") as caught:
-        resolve_prompts(stable_diffusion, None, 2, seed=0)
-    assert "--prompts" in (caught.value.hint or "")
+def test_without_a_file_the_built_in_captions_serve(stable_diffusion: LoadedModel, tmp_path: Path) -> None:
+    captions = read_prompts(CAPTIONS)
+    assert len(set(captions)) == len(captions) == 256
+    assert all(3 <= len(caption.split()) <= 20 for caption in captions)
+    assert resolve_prompts(stable_diffusion, None, 300, seed=0) == [*captions, *captions[:44]]
+    assert prompts_name(stable_diffusion, None) == "edadm-captions-256"
+    assert prompts_name(stable_diffusion, tmp_path) == "file"
+
+
+def test_coco_captions_give_each_image_its_first(tmp_path: Path) -> None:
+    path = tmp_path / "captions_val2014.json"
+    rows = [(7, "A cat.\n"), (7, "The same cat."), (9, " Two  dogs "), (3, "A boat.")]
+    annotations = [{"image_id": image, "id": i, "caption": text} for i, (image, text) in enumerate(rows)]
+    path.write_text(json.dumps({"images": [], "annotations": annotations}))
+    assert read_prompts(path) == ["A cat.", "Two dogs", "A boat."]
+    path.write_text(json.dumps(["one", "", "two"]))
+    assert read_prompts(path) == ["one", "two"]
+
+
+def test_tables_have_a_column_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text('id,caption,alt\n1,"a cat, asleep",x\n2,"two\nlines",y\n3,,z\n')
+    assert read_prompts(path) == ["a cat, asleep", "two lines"]
+    assert read_prompts(Path(f"{path}:alt")) == ["x", "y", "z"]
+    tabs = tmp_path / "prompts.tsv"
+    tabs.write_text("prompt\timage\na cat, asleep\ta.png\n")
+    assert read_prompts(tabs) == ["a cat, asleep"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "not readable JSON"),
+        ("a.json", "{}", "neither COCO"),
+        ("a.json", "[" * 100_000, "not readable JSON"),
+        ("a.json", '[{"image_id": 1}]', "Entry 1 .* no caption"),
+        ("a.json", "[]", "holds no prompt"),
+        ("a.csv", "a,b\n1,2\n", "it has a, b"),
+        ("a.csv", "", "none at all"),
+        ("a.csv", "caption\n" + "x" * (MAX_PROMPT_CHARACTERS + 1), "Line 2"),
+        ("a.csv", 'caption\n"open', "not a readable table"),
+        ("a.csv:nothing", "caption\nx\n", "no column 'nothing'"),
+    ],
+)
+def test_files_that_are_not_what_their_names_promise_are_refused(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name.partition(":")[0]).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_prompts(tmp_path / name)
 
 
 def test_a_model_that_takes_no_prompts_refuses_them(tiny_ddpm: Path, tmp_path: Path) -> None:
     model = load_model(str(tiny_ddpm), torch.device("cpu"), torch.float32)
     assert resolve_prompts(model, None, 2, seed=0) is None
+    assert prompts_name(model, None) is None
     with pytest.raises(UsageError, match="takes no prompts"):
         resolve_prompts(model, tmp_path / "prompts.txt", 2, seed=0)
 
@@ -87,4 +135,5 @@ def test_the_digits_entry_brings_its_prompts(stable_diffusion: LoadedModel) -> N
     assert first is not None
     assert len(first) == 20
     assert first == again
+    assert prompts_name(model, None) == "digits"
     assert first != resolve_prompts(model, None, 20, seed=4)
