@@ -108,35 +108,33 @@ def group_partials(
 ):
     """Mean and sum of squared deviations of some rows of each group: `partials [samples, 2, num_chunks, groups]`.
 
-    Sums are taken of the distance to the chunk's first row, a channel each, so that a large mean does not cancel.
+    A block's statistics are taken in registers, around its own mean, and merged with those before it (Chan et al. 1983).
     """
     chunk = tl.program_id(0)
     sample = tl.program_id(2).to(tl.int64)
     column = tl.arange(0, BLOCK_CHANNELS)
     channel = tl.program_id(1) * (GROUPS * GROUP_CHANNELS) + column
     channel_mask = (column < GROUPS * GROUP_CHANNELS) & (channel < channels)
+    group_of = column // GROUP_CHANNELS
     start = chunk * rows_per_chunk
     stop = tl.minimum(start + rows_per_chunk, rows)
     source = x + sample * rows * channels + channel
-    pivot = tl.load(source + start * channels, mask=channel_mask, other=0).to(tl.float32)
 
-    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], dtype=tl.float32)
+    mean = tl.zeros([BLOCK_GROUPS], dtype=tl.float32)
+    deviations = tl.zeros([BLOCK_GROUPS], dtype=tl.float32)
     for first in range(start, stop, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         mask = (row < stop)[:, None] & channel_mask[None, :]
         value = tl.load(source[None, :] + row[:, None] * channels, mask=mask, other=0).to(tl.float32)
-        distance = tl.where(mask, value - pivot[None, :], 0.0)
-        total += distance
-        squares += distance * distance
-
-    count = (stop - start).to(tl.float32)
-    offset = tl.sum(total, axis=0) / count
-    inner = tl.maximum(tl.sum(squares, axis=0) - offset * offset * count, 0.0)
-    channel_mean = pivot + offset
-    mean = _sum_groups(channel_mean, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS) / GROUP_CHANNELS
-    between = channel_mean - _spread_groups(mean, column // GROUP_CHANNELS, BLOCK_GROUPS)
-    deviations = _sum_groups(inner + count * between * between, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
+        before = ((first - start) * GROUP_CHANNELS).to(tl.float32)
+        here = (tl.minimum(stop - first, BLOCK_ROWS) * GROUP_CHANNELS).to(tl.float32)
+        block_mean = _sum_groups(tl.sum(value, axis=0), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS) / here
+        value = tl.where(mask, value - _spread_groups(block_mean, group_of, BLOCK_GROUPS)[None, :], 0.0)
+        inner = _sum_groups(tl.sum(value * value, axis=0), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
+        distance = block_mean - mean
+        share = here / (before + here)
+        mean += distance * share
+        deviations += inner + distance * distance * before * share
 
     num_groups = channels // GROUP_CHANNELS
     member = tl.arange(0, BLOCK_GROUPS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CHUNKS = 32  # partial statistics a group, at most
+CHUNKS = 64  # partial statistics a group, at most
 CHUNK_ROWS = 64
 FUSED_ELEMENTS = 16384  # a block that stays in registers: 32 elements a thread of 16 warps
 VECTOR = 8  # channels in 16 bytes of float16
