@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import openvino as ov
 import torch
+from diffusers.models.activations import GEGLU
 from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
@@ -33,8 +34,9 @@ _LIBRARY.define("linear(Tensor x, int index, int features) -> Tensor")
 _LIBRARY.define(
     "conv2d(Tensor x, int index, int features, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor"
 )
+_LIBRARY.define("geglu(Tensor x, int index, int features) -> Tensor")
 _LIBRARY.define("fake_quantize(Tensor x, int index) -> Tensor")
-_OPERATIONS = ("linear", "conv2d", "fake_quantize")
+_OPERATIONS = ("linear", "geglu", "conv2d", "fake_quantize")
 
 
 def _conv2d_like(
@@ -47,7 +49,8 @@ def _conv2d_like(
     return x.new_zeros([x.shape[0], features, *sizes])
 
 
-_LIBRARY.impl("linear", lambda x, index, features: x.new_zeros([*x.shape[:-1], features]), "CompositeExplicitAutograd")
+for _name in ("linear", "geglu"):
+    _LIBRARY.impl(_name, lambda x, index, features: x.new_zeros([*x.shape[:-1], features]), "CompositeExplicitAutograd")
 _LIBRARY.impl("conv2d", _conv2d_like, "CompositeExplicitAutograd")
 _LIBRARY.impl("fake_quantize", lambda x, index: x.clone(), "CompositeExplicitAutograd")
 
@@ -80,7 +83,7 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                 wrapper, example_input=example, trace_kwargs={"check_trace": False}, skip_freeze=True
             )
             model = ov.convert_model(decoder, extension=tracing.extensions())
-    except Exception as error:  # noqa: BLE001 - whatever tracing or the converter raises is a refusal
+    except Exception as error:  # whatever tracing or the converter raises is a refusal
         raise EdadmError(f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}") from error
     for name, port in zip(interface.inputs, model.inputs, strict=True):
         port.set_names({name})
@@ -103,14 +106,17 @@ class _Tracing:
         self.converters: list[Callable[[ov.Output], ov.Output]] = []
         memo: dict[int, Any] = {}
         for name, module in denoiser.named_modules():
-            if isinstance(module, QuantizedLayer):
+            if isinstance(module, GEGLU) and _is_integer(module.proj):
+                memo[id(module)] = _GegluStandIn(module.proj, self._register_geglu(module.proj, f"{name}.proj"))
+            elif isinstance(module, QuantizedLayer):
                 memo[id(module)] = _LayerStandIn(module, self._register_layer(module, name))
             elif isinstance(getattr(module, "processor", None), QuantizedAttention):
                 memo[id(module.processor)] = _AttentionStandIn(self._register_operands(module.processor))
         # new parameters around the old storage: a cast of the copy must not reach the original
         memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in denoiser.parameters()}
         memo |= {id(b): b.detach() for b in denoiser.buffers()}
-        self.model: nn.Module = copy.deepcopy(denoiser, memo).to("cpu", torch.float32).eval()
+        # diffusers' own `to` refuses casts of quantized models
+        self.model: nn.Module = nn.Module.to(copy.deepcopy(denoiser, memo), "cpu", torch.float32).eval()
 
     def extensions(self) -> list[ConversionExtension]:
         """What the converter calls for each stand-in."""
@@ -127,12 +133,19 @@ class _Tracing:
     def _register_layer(self, module: QuantizedLayer, name: str) -> int:
         return self._register(lambda x: nodes.layer(x, module, name))
 
+    def _register_geglu(self, module: QuantizedLayer, name: str) -> int:
+        return self._register(lambda x: nodes.geglu(x, module, name))
+
     def _register_operands(self, processor: QuantizedAttention) -> dict[str, int]:
         def converter(operand: str) -> Callable[[ov.Output], ov.Output]:
             grid, scale = operand_grid(processor.plan, operand), getattr(processor, f"{operand}_scale")
             return lambda x: nodes.fake_quantize(x, scale, None, grid)
 
         return {operand: self._register(converter(operand)) for operand in ("q", "k", "v", "p")}
+
+
+def _is_integer(layer: nn.Module) -> TypeGuard[QuantizedLayer]:
+    return isinstance(layer, QuantizedLayer) and layer.plan.input_grid is not None
 
 
 class _Flat(nn.Module):
@@ -175,6 +188,19 @@ class _LayerStandIn(nn.Module):
             result = torch.ops.edadm_openvino.conv2d(
                 x, self.index, self.out_features, kernel, list(op.stride), list(op.padding), list(op.dilation)
             )
+        return result
+
+
+class _GegluStandIn(nn.Module):
+    """Stands where a gated feed-forward layer does whose projection is quantized."""
+
+    def __init__(self, projection: QuantizedLayer, index: int) -> None:
+        super().__init__()
+        self.index, self.features = index, projection.out_features // 2
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Zeros in the shape of the gated output."""
+        result: Tensor = torch.ops.edadm_openvino.geglu(x, self.index, self.features)
         return result
 
 

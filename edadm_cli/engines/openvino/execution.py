@@ -36,6 +36,8 @@ _KINDS = {
     "Interpolate": "resize",
 }
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "ScaledDotProductAttention", "Subgraph")
+# a Subgraph is a compiled chain of operations; it multiplies matrices only where it holds attention's products
+_ATTENTION_SOURCES = ("MatMul", "ScaledDotProductAttention")
 _SHAPES_ONLY = ("Input", "Output", "Constant", "Reshape")
 
 
@@ -69,6 +71,13 @@ class RuntimeNode:
         order = _text(info, "execOrder")
         self.order = int(order) if order.isdigit() else 0
 
+    @property
+    def product_sources(self) -> list[str]:
+        """Sources that are products, where that is to be told apart."""
+        if self.type != "Subgraph":
+            return list(self.sources)
+        return [source for source in self.sources if source.rpartition("/")[2].startswith(_ATTENTION_SOURCES)]
+
 
 def runtime_nodes(compiled: ov.CompiledModel) -> list[RuntimeNode]:
     """The nodes of a compiled graph in execution order; times are those of the last inference, if it counted them."""
@@ -81,7 +90,7 @@ def executed_layers(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer
     products: dict[str, list[RuntimeNode]] = {}
     for node in nodes:
         if node.type in _PRODUCTS:
-            for name in dict.fromkeys(map(layer_name, node.sources)):
+            for name in dict.fromkeys(map(layer_name, node.product_sources)):
                 products.setdefault(name, []).append(node)
     return tuple(_execution(layer, products.get(layer.name, [])) for layer in planned)
 

@@ -26,46 +26,77 @@ def fake_quantize(x: ov.Output, scale: Tensor, zero_point: Tensor | None, grid: 
     """Codes of `x` on a grid of at most eight bits, as real values."""
     step = np.float32(scale.item())
     zero = 0 if zero_point is None else int(zero_point)
-    low = _constant((grid.quant_min - zero) * step)
     if grid.num_bits < 8:
         x = ops.clamp(x, float((grid.quant_min - zero) * step), float((grid.quant_max - zero) * step)).output(0)
-    high = _constant((grid.quant_min + _LEVELS - 1 - zero) * step)
+    # signed codes keep 0 in the middle of the 256, or they would need a zero-point
+    first = -_LEVELS // 2 if grid.signed else 0
+    low, high = _constant((first - zero) * step), _constant((first + _LEVELS - 1 - zero) * step)
     return ops.fake_quantize(x, low, high, low, high, _LEVELS).output(0)
 
 
 def layer(x: ov.Output, module: QuantizedLayer, name: str) -> ov.Output:
     """A quantized layer; its product carries `name`."""
+    product = _linear if module.operation.kind == "linear" else _convolution
+    return product(_input(x, module), module, _tensors(module), name)
+
+
+def geglu(x: ov.Output, module: QuantizedLayer, name: str) -> ov.Output:
+    """value * gelu(gate) of a linear layer whose output is both halves.
+
+    Two products instead of one that is cut: the cut would copy every element, and each half takes its own
+    element-wise work along.
+    """
+    x, (codes, scale, bias) = _input(x, module), _tensors(module)
+    half = module.out_features // 2
+
+    def product(rows: slice, part: str) -> ov.Output:
+        tensors = codes[rows], scale[rows], None if bias is None else bias[rows]
+        return _linear(x, module, tensors, f"{name}/{part}")
+
+    value, gate = product(slice(None, half), "value"), product(slice(half, None), "gate")
+    return ops.multiply(value, ops.gelu(gate, "erf")).output(0)
+
+
+Tensors = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+def _input(x: ov.Output, module: QuantizedLayer) -> ov.Output:
     grid = module.plan.input_grid
-    if grid is not None:
-        x = fake_quantize(x, module.input_scale, module.input_zero_point, grid)
-    operation, weight = module.operation, _weight(module)
-    if operation.kind == "linear":
-        product = ops.matmul(x, weight, transpose_a=False, transpose_b=True)
-    else:
-        (top, left), strides, dilations = operation.padding, list(operation.stride), list(operation.dilation)
-        pads = [top, left]
-        if operation.groups == 1:
-            product = ops.convolution(x, weight, strides, pads, pads, dilations)
-        else:
-            shape = [operation.groups, module.weight_shape[0] // operation.groups, *module.weight_shape[1:]]
-            weight = ops.reshape(weight, _ints(shape), special_zero=False).output(0)
-            product = ops.group_convolution(x, weight, strides, pads, pads, dilations)
+    return x if grid is None else fake_quantize(x, module.input_scale, module.input_zero_point, grid)
+
+
+def _tensors(module: QuantizedLayer) -> Tensors:
+    """Codes `weight_shape`, scales `[C_out]` and bias `[C_out]`."""
+    bias = None if module.bias is None else module.bias.detach().float().cpu().numpy()
+    return module.weight_int.cpu().numpy(), module.weight_scale.float().cpu().numpy(), bias
+
+
+def _linear(x: ov.Output, module: QuantizedLayer, tensors: Tensors, name: str) -> ov.Output:
+    codes, scale, bias = tensors
+    product = ops.matmul(x, _weight(module, codes, scale), transpose_a=False, transpose_b=True)
     product.friendly_name = name
-    if module.bias is None:
-        return product.output(0)
-    return ops.add(product, _constant(operation.per_channel(module.bias.detach().float()).cpu().numpy())).output(0)
+    return product.output(0) if bias is None else ops.add(product, _constant(bias)).output(0)
 
 
-def _weight(module: QuantizedLayer) -> ov.Output:
-    codes, scale = module.weight_int.cpu().numpy(), module.weight_scale.float().cpu().numpy()
-    per_channel = scale.reshape(-1, *[1] * (len(module.weight_shape) - 1))
+def _convolution(x: ov.Output, module: QuantizedLayer, tensors: Tensors, name: str) -> ov.Output:
+    codes, scale, bias = tensors
+    operation, weight = module.operation, _weight(module, codes, scale)
+    strides, pads, dilations = list(operation.stride), list(operation.padding), list(operation.dilation)
+    if operation.groups == 1:
+        product = ops.convolution(x, weight, strides, pads, pads, dilations)
+    else:
+        shape = [operation.groups, module.weight_shape[0] // operation.groups, *module.weight_shape[1:]]
+        weight = ops.reshape(weight, ops.constant(np.asarray(shape, np.int64)), special_zero=False).output(0)
+        product = ops.group_convolution(x, weight, strides, pads, pads, dilations)
+    product.friendly_name = name
+    return product.output(0) if bias is None else ops.add(product, _constant(bias.reshape(1, -1, 1, 1))).output(0)
+
+
+def _weight(module: QuantizedLayer, codes: np.ndarray, scale: np.ndarray) -> ov.Output:
+    per_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))
     constant = int4_constant(codes) if is_packed(module.plan.weight_bits) else ov.op.Constant(codes, shared_memory=True)
     return ops.multiply(ops.convert(constant, "f32"), _constant(per_channel)).output(0)
 
 
 def _constant(values: np.ndarray | np.float32) -> ov.Node:
     return ops.constant(np.asarray(values, np.float32))
-
-
-def _ints(values: list[int]) -> ov.Node:
-    return ops.constant(np.asarray(values, np.int64))

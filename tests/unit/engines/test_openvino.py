@@ -1,0 +1,206 @@
+"""A whole denoiser in OpenVINO: the same outputs, other sizes, files, and what ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.config import BitWidth
+from edadm_cli.engines.base import CompiledDenoiser, EngineOptions
+from edadm_cli.engines.openvino import OpenVinoEngine
+from edadm_cli.engines.openvino.files import DESCRIPTION_FILE, GRAPH_FILE, WEIGHTS_FILE
+from edadm_cli.engines.parity import relative_l2
+from edadm_cli.engines.reference import use_arithmetic
+from edadm_cli.errors import EdadmError, InputError, MachineError
+from edadm_cli.models.example_calls import example_call
+from edadm_cli.recipe import AttentionRecipe, LayerRule, RangeRecipe, Recipe
+
+CPU = EngineOptions(torch.device("cpu"), num_threads=1)
+RECIPE = Recipe(
+    name="test",
+    ranges=RangeRecipe(weight="minmax", activation="minmax"),
+    attention=AttentionRecipe(quantize=True),
+    output_float_input=True,
+    layers=(LayerRule(pattern="*time_emb_proj", exclude=True),),
+)
+# a code next to a tie may go the other way, and in these tiny networks one code is felt at the output
+CLOSE = 0.1
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _denoiser(folder: Path, bits: str, recipe: Recipe = RECIPE) -> tuple[nn.Module, Call]:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    call = example_call(denoiser, batch_size=2)
+    quantize_to_nearest(denoiser, recipe, BitWidth.parse(bits), [call])
+    use_arithmetic(denoiser, "integer")
+    return denoiser, call
+
+
+@pytest.fixture(scope="module")
+def denoiser_and_call(tiny_sd: Path) -> tuple[nn.Module, Call]:
+    """W4A8 with split shortcuts, quantized attention, a float input, excluded layers."""
+    return _denoiser(tiny_sd, "w4a8")
+
+
+@pytest.fixture(scope="module")
+def denoiser(denoiser_and_call: tuple[nn.Module, Call]) -> nn.Module:
+    return denoiser_and_call[0]
+
+
+@pytest.fixture(scope="module")
+def call(denoiser_and_call: tuple[nn.Module, Call]) -> Call:
+    return denoiser_and_call[1]
+
+
+@pytest.fixture(scope="module")
+def files(denoiser: nn.Module, call: Call, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openvino")
+    OpenVinoEngine().save(denoiser, *call, CPU, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(files: Path) -> CompiledDenoiser:
+    return OpenVinoEngine().load(files, CPU)
+
+
+@torch.no_grad()
+def _error(compiled: CompiledDenoiser, denoiser: nn.Module, call: Call) -> float:
+    args, kwargs = call
+    return relative_l2(compiled(*args, **kwargs).sample, denoiser(*args, **kwargs).sample)
+
+
+def test_the_denoiser_itself(denoiser: nn.Module, call: Call) -> None:
+    before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    modules = dict(denoiser.named_modules())
+    compiled = OpenVinoEngine().compile(denoiser, *call, CPU)
+    assert _error(compiled, denoiser, call) < CLOSE
+    assert dict(denoiser.named_modules()) == modules
+    assert all(torch.equal(tensor, before[name]) for name, tensor in denoiser.state_dict().items())
+
+
+def test_files_hold_the_same_denoiser(compiled: CompiledDenoiser, denoiser: nn.Module, call: Call) -> None:
+    assert _error(compiled, denoiser, call) < CLOSE
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, (8, 8)), (3, (16, 8))])
+def test_other_batch_and_image_sizes(
+    compiled: CompiledDenoiser, denoiser: nn.Module, rows: int, size: tuple[int, int]
+) -> None:
+    assert _error(compiled, denoiser, example_call(denoiser, batch_size=rows, seed=1, size=size)) < CLOSE
+
+
+def test_a_size_that_cannot_be_is_an_input_error(compiled: CompiledDenoiser, denoiser: nn.Module) -> None:
+    args, kwargs = example_call(denoiser, batch_size=1, size=(7, 7))
+    with pytest.raises(InputError, match=r"does not fit inputs of sample \[1, 4, 7, 7\]"):
+        compiled(*args, **kwargs)
+
+
+def test_output_class_and_element_type(compiled: CompiledDenoiser, denoiser: nn.Module, call: Call) -> None:
+    args, kwargs = call
+    assert type(compiled(*args, **kwargs)) is type(denoiser(*args, **kwargs))
+    output = compiled(args[0].bfloat16(), 5, **kwargs, return_dict=False)
+    assert isinstance(output, tuple)
+    assert output[0].dtype == torch.bfloat16
+
+
+def test_outputs_do_not_share_memory(compiled: CompiledDenoiser, call: Call) -> None:
+    args, kwargs = call
+    first = compiled(*args, **kwargs).sample
+    kept = first.clone()
+    compiled(args[0] + 1, args[1], **kwargs)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_labels": torch.zeros(2, dtype=torch.int64)}, "was made for calls without 'class_labels'"),
+        ({"encoder_hidden_states": None}, "was made for calls with 'encoder_hidden_states'"),
+        ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs.scale = 0.5"),
+    ],
+)
+def test_another_call_is_refused(compiled: CompiledDenoiser, call: Call, change: dict[str, Any], message: str) -> None:
+    args, kwargs = call
+    with pytest.raises(InputError, match=message):
+        compiled(*args, **kwargs | change)
+
+
+def test_every_layer_is_reported_with_what_ran(compiled: CompiledDenoiser) -> None:
+    rows = {row.name: row for row in compiled.layers}
+    assert all(row.is_met for row in rows.values())
+    assert {row.planned for row in rows.values()} == {"w4a8", "w8a8", "float"}
+    floating = {name for name, row in rows.items() if row.precision == "float32"}
+    assert floating == {name for name in rows if "time_emb_proj" in name} | {"conv_out"}
+    assert {row.kind for row in rows.values()} == {"conv2d", "linear", "attention"}
+    assert rows["mid_block.attentions.0.transformer_blocks.0.attn1"].precision == "int8"
+
+
+def test_profile_names_layers_and_times(compiled: CompiledDenoiser, call: Call) -> None:
+    args, kwargs = call
+    rows = compiled.profile(*args, **kwargs)
+    named = {row.name for row in rows}
+    assert {row.name for row in compiled.layers if row.kind != "attention"} <= named
+    assert sum(row.milliseconds for row in rows) > 0
+    kinds = {row.name: row.kind for row in rows}
+    assert kinds["down_blocks.0.resnets.0.conv1"] == "conv2d"
+
+
+def test_four_bit_weights_take_four_bits(files: Path, denoiser: nn.Module) -> None:
+    types = {
+        node.get_output_element_type(0).get_type_name()
+        for node in ov.Core().read_model(files / GRAPH_FILE).get_ops()
+        if node.get_type_name() == "Constant"
+    }
+    assert {"i4", "i8"} <= types
+    state = sum(tensor.nbytes for tensor in denoiser.state_dict().values())
+    assert (files / WEIGHTS_FILE).stat().st_size < 1.5 * state
+
+
+@pytest.mark.parametrize("name", [GRAPH_FILE, WEIGHTS_FILE, DESCRIPTION_FILE])
+def test_a_missing_or_broken_file_is_an_input_error(files: Path, tmp_path: Path, name: str) -> None:
+    for file in files.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(InputError):
+        OpenVinoEngine().load(tmp_path, CPU)
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=name):
+        OpenVinoEngine().load(tmp_path, CPU)
+
+
+@pytest.mark.parametrize(("fixture", "bits"), [("tiny_ddpm", "w8a8"), ("tiny_sdxl", "w8a8"), ("tiny_dit", "w6a6")])
+def test_other_architectures(fixture: str, bits: str, request: pytest.FixtureRequest) -> None:
+    recipe = Recipe(name="test", ranges=RECIPE.ranges)
+    denoiser, call = _denoiser(request.getfixturevalue(fixture), bits, recipe)
+    compiled = OpenVinoEngine().compile(denoiser, *call, CPU)
+    assert _error(compiled, denoiser, call) < CLOSE
+    assert all(row.is_met for row in compiled.layers)
+
+
+def test_what_cannot_be_traced_is_one_sentence() -> None:
+    class Untraceable(nn.Module):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            raise RuntimeError("this module does not trace")
+
+    with pytest.raises(EdadmError, match=r"OpenVINO cannot convert Untraceable: this module does not trace"):
+        OpenVinoEngine().compile(Untraceable(), (torch.zeros(1, 3), torch.tensor(1)), {}, CPU)
+
+
+def test_a_precision_or_device_that_the_machine_lacks() -> None:
+    engine = OpenVinoEngine()
+    assert engine.refusal(torch.device("cpu")) is None
+    with pytest.raises(MachineError, match="cpu only"):
+        engine.compile(nn.Identity(), (), {}, EngineOptions(torch.device("cuda")))
+    with pytest.raises(MachineError, match="does not compute in float64"):
+        engine.compile(nn.Identity(), (), {}, EngineOptions(torch.device("cpu"), torch.float64))
