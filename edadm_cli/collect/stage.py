@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from hashlib import sha256
@@ -57,8 +58,10 @@ def run(
 
 def estimate(config: CollectConfig, run: RunFolder) -> Estimate:
     """Estimate time, memory and disk from a few short samplings; nothing is written."""
+    started = time.monotonic()
     task = _prepare(config, ALONE)
-    return probe(
+    loading = time.monotonic() - started
+    found = probe(
         task.model,
         prompts=task.prompts,
         num_steps=task.num_steps,
@@ -67,6 +70,7 @@ def estimate(config: CollectConfig, run: RunFolder) -> Estimate:
         batch_size=task.batch_size,
         feature_batch=task.feature_batch,
     )
+    return found.model_copy(update={"seconds": found.seconds + loading})
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def _sample_shard(task: _Task, folder: Path, shard: int) -> None:
 def _sampling(task: _Task) -> dict[str, Any]:
     """How the trajectories were sampled, for later stages to load the model and sample in the same way."""
     scheduler = task.model.pipeline.scheduler
-    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    config = {key: _finite(value) for key, value in scheduler.config.items() if not key.startswith("_")}
     return {
         "model": task.model.ref.model_dump(mode="json"),
         "entry": task.model.entry.model_dump(mode="json"),
@@ -180,3 +184,8 @@ def _sampling(task: _Task) -> dict[str, Any]:
         "prompts": task.prompts,
         "seeds": [seed for shard in range(task.num_shards) for seed in task.seeds(shard)],
     }
+
+
+def _finite(value: Any) -> Any:
+    """A value that JSON has: DPM-Solver's configuration holds an infinity, which becomes a word."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

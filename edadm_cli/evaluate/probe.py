@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -13,8 +14,10 @@ from edadm_cli.evaluate.images import SamplingPlan
 from edadm_cli.evaluate.request import Request
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.quant.layers import quantized_layers
 
 _MIB = 2**20
+_FLOAT_BYTES = 4
 _SHORT, _LONG = 2, 4
 _PROBE_IMAGES = 4
 _ACTIVATIONS = 2.0
@@ -30,7 +33,9 @@ def probe(request: Request) -> Estimate:
         loaders.append(request.load_full_precision)
     seconds, weights, disk = 0.0, 0, 0
     for load in loaders:
+        started = time.perf_counter()
         model = load()
+        seconds += time.perf_counter() - started
         spent, samples = _seconds_an_image(model, request.sampling)
         seconds += spent * len(request.sampling)
         weights = max(weights, _weight_bytes(model))
@@ -70,4 +75,6 @@ def _bytes(samples: Samples) -> int:
 def _weight_bytes(model: LoadedModel) -> int:
     parts: dict[str, Any] = model.pipeline.components
     modules = [part for part in parts.values() if isinstance(part, nn.Module)]
-    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    held = sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    dequantized = [layer for module in modules for layer in quantized_layers(module).values()]
+    return held + sum(_FLOAT_BYTES * math.prod(layer.weight_shape) for layer in dequantized)

@@ -101,10 +101,12 @@ def run(
 
 def estimate(config: ReconstructConfig, run: RunFolder) -> Estimate:
     """Estimate time, memory and disk: a batch through the range search, and a few steps of a few units."""
+    started = time.monotonic()
     task = _resolve(config, run, ALONE)
     with _arithmetic(task):
         setting = _prepare(task)
-        return probe(
+        loading = time.monotonic() - started
+        found = probe(
             setting.network,
             setting.traced,
             setting.plan,
@@ -114,6 +116,7 @@ def estimate(config: ReconstructConfig, run: RunFolder) -> Estimate:
             task.hyperparameters,
             task.memory_budget,
         )
+    return found.model_copy(update={"seconds": found.seconds + loading})
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,6 +84,7 @@ def estimate(config: SelectConfig, run: RunFolder) -> Estimate:
     start = time.perf_counter()
     score_slices([next(_features(task.collected)[1]) if again is None else again])
     seconds = (time.perf_counter() - start) * math.ceil(shape[1] / rows_at_once(shape))
+    seconds += _plotting_seconds(len(task.timesteps))
     payload = {entry.path: entry.bytes for entry in task.collected.manifest.payload}
     share = task.num_samples / task.num_trajectories
     latents = [size for name, size in payload.items() if name.startswith("latents-")]
@@ -112,6 +115,15 @@ class _Task:
             "num_samples": self.num_samples,
             "variety_weight": self.variety_weight if self.is_tdac else None,
         }
+
+
+def _plotting_seconds(num_steps: int) -> float:
+    """Time of the plot, most of it the import of its library."""
+    nothing = torch.zeros(num_steps)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        draw_selection(Path(folder) / PLOT_FILE, "", nothing, nothing, nothing, nothing.long())
+    return time.perf_counter() - start
 
 
 def _prepare(config: SelectConfig, run: RunFolder) -> _Task:

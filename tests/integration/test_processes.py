@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import torch
 
 from edadm_cli.artifacts import Artifact, RunFolder
 from edadm_cli.collect import stage as collect
-from edadm_cli.config import BitWidth, CollectConfig, ReconstructConfig
+from edadm_cli.config import BitWidth, CollectConfig, EvaluateConfig, ExportConfig, ReconstructConfig
+from edadm_cli.evaluate import stage as evaluate
+from edadm_cli.export import stage as export
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
 
@@ -83,7 +86,7 @@ def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, t
 def test_reconstruction_is_the_same_within_rounding(tiny_sd: Path, fresh_run: FreshRun, tmp_path: Path) -> None:
     """Gradients of the two halves of a step's rows add up to those of all rows; only the order of the sums differs.
 
-    Adam divides gradients by their size, so that one of rounding noise moves a number as far as a real one would: single
+    Adam divides gradients by their size, so that one of rounding noise moves a number as far as a real one would: some
     codes and scales may differ. The bounds: one code in a thousand, by one step of the grid; half a percent of a scale,
     and a thousandth of the loss.
     """
@@ -110,6 +113,28 @@ def test_reconstruction_is_the_same_within_rounding(tiny_sd: Path, fresh_run: Fr
             torch.testing.assert_close(ours[name], theirs[name], rtol=5e-3, atol=0)
     losses = [a.json("units.json")["loss"]["last"] for a in (alone, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun) -> None:
+    run = fresh_run(tiny_ddpm)
+    bits = BitWidth.parse("w8a8")
+    recipe = load_recipe("rtn")
+    ranges = recipe.ranges.model_copy(update={"num_candidates": 5})
+    recipe = recipe.model_copy(update={"ranges": ranges})
+    reconstruct.run(ReconstructConfig(bits=bits, recipe=recipe, device="cpu"), run)
+    export.run(ExportConfig(bits=bits, parity_samples=1, device="cpu"), run)
+    other = RunFolder(run.root.with_name("other"))
+    shutil.copytree(run.root, other.root)
+    evaluate.run(EvaluateConfig(bits=bits, num_images=5, batch_size=2, device="cpu"), run)
+    flags = ["--bits", "w8a8", "--num-images", "5", "--batch-size", "2", "--device", "cpu", "--json"]
+    done = torchrun("evaluate", "--run", str(other.root), *flags)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert json.loads(out)["status"] == "done"
+    for name in ("w8a8", "full-precision"):
+        alone, two = run.open("evaluate", name), other.open("evaluate", name)
+        assert payload(alone) == payload(two)
+        assert two.manifest.environment["processes"] == 2
 
 
 def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, tmp_path: Path) -> None:
@@ -144,7 +169,8 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, t
 
 
 def test_a_failure_of_one_process_is_told_once(tiny_sd: Path, tmp_path: Path) -> None:
-    done = torchrun("collect", "--model", str(tiny_sd), "--run", str(tmp_path / "run"), "--device", "cpu")
+    absent = str(tmp_path / "absent.txt")
+    done = torchrun("collect", "--model", str(tiny_sd), "--prompts", absent, "--run", str(tmp_path / "run"))
     _, err = done.communicate(timeout=120)
     assert done.returncode != 0
     assert sum(line.startswith("error:") for line in err.splitlines()) == 1
