@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import openvino as ov
 import torch
 from diffusers.models.activations import GEGLU
+from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
@@ -82,13 +83,23 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             decoder = TorchScriptPythonDecoder(
                 wrapper, example_input=example, trace_kwargs={"check_trace": False}, skip_freeze=True
             )
-            model = ov.convert_model(decoder, extension=tracing.extensions())
+            model = _translate(decoder, tracing.extensions())
     except Exception as error:  # whatever tracing or the converter raises is a refusal
         raise EdadmError(f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}") from error
     for name, port in zip(interface.inputs, model.inputs, strict=True):
         port.set_names({name})
         port.node.friendly_name = name
     return model, interface.model_copy(update={"returns": wrapper.returns})
+
+
+def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExtension]) -> ov.Model:
+    """What `openvino.convert_model` does, without its passes over the graph, which compiling repeats anyway, and
+    without the usage reports that it sends.
+    """
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    for extension in extensions:
+        frontend.add_extension(extension)
+    return frontend.convert(frontend.load(decoder))
 
 
 def _reason(error: Exception) -> str:
