@@ -20,9 +20,9 @@ from edadm_cli.engines.openvino.int4 import widen
 from edadm_cli.errors import MachineError
 from edadm_cli.quant.layers import QuantizedLayer
 
-# OpenVINO rounds x / scale + zero_point where the reference rounds x / scale and adds then. Near 255 the sum loses up to
-# 2^-17, so about one code in 100,000 goes to the other side of a tie, by one: at eight bits about 1 % of the typical
-# code, so sqrt(1e-5) * 1e-2 = 3e-5 of a large layer, and 1e-3 of a layer of a thousand elements in which it happens once.
+# OpenVINO rounds x / scale + zero_point where the reference rounds x / scale and adds then. Near 255 the sum loses up
+# to 2^-17, so about one code in 100,000 goes to the other side of a tie, by one: at eight bits about 1 % of the typical
+# code, so sqrt(1e-5) * 1e-2 = 3e-5 of a large layer, and 1e-3 of one with a thousand elements in which it happens once.
 LAYER_BOUND = 2e-3
 
 _CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
