@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from gpu import kernels, steps
+from gpu.ahead import compile_ahead
 from gpu.calls import CallRecorder
 from gpu.kernels import Budget, OutOfTime
 from gpu.timing import Clock
@@ -35,6 +35,7 @@ from torch import nn
 SECONDS = {
     "environment": 30,
     "tests": 120,
+    "warm": 90,
     "parity": 90,
     "exactness": 60,
     "times": 120,
@@ -42,7 +43,7 @@ SECONDS = {
     "memory": 30,
     "attention": 20,
     "norms": 30,
-    "sweep": 150,
+    "sweep": 200,
     "tuned": 60,
 }
 GAIN = 0.03
@@ -105,13 +106,12 @@ class Session:
     def recorded(self, rows: int) -> CallRecorder:
         """What a W8A8 step launches."""
         if rows not in self._recorded:
-            compiled = self.networks.compiled("w8a8", rows, torch.float16, cuda_graphs=False)
-            found = steps.record_calls(compiled, self.networks.call(rows, torch.float16))
+            found = steps.record_calls(self.networks, "w8a8", rows, torch.float16)
             self._recorded[rows] = found
             counts: dict[str, int] = {}
             for call, count in found.calls.items():
                 counts[call.operation] = counts.get(call.operation, 0) + count
-            self.write("calls", {"rows": rows, "edadm": counts, "others": found.others})
+            self.write("calls", {"rows": rows, "edadm": counts, "names": len(found.calls)})
         return self._recorded[rows]
 
     def calls(self, rows: int, products: bool) -> dict[Any, int]:
@@ -209,15 +209,27 @@ class Session:
     def _attention(self, budget: Budget) -> Iterator[dict[str, Any]]:
         for rows in self.options.rows:
             budget.check()
-            for row in steps.attention_times(self.recorded(rows).attentions, self.device, self.clock):
+            attentions = steps.record_attention(self.networks, rows).attentions
+            for row in steps.attention_times(attentions, self.device, self.clock):
                 yield {"rows": rows, **row}
 
+    def _warm(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        """Compile, side by side, what the contenders and the parity check will run."""
+        first = self.options.rows[0]
+        recorded = [self.recorded(rows) for rows in self.options.rows]
+        recorded.append(steps.record_calls(self.networks, "w8a8", first, torch.float32))
+        recorded += [steps.record_calls(self.networks, "w4a8", r, torch.float16, True) for r in self.options.rows]
+        calls = dict.fromkeys(call for recorder in recorded for call in recorder.calls)
+        yield compile_ahead([(call, None) for call in calls], budget.left)
+
     def _sweep(self, budget: Budget) -> Iterator[dict[str, Any]]:
-        for rows in self.options.rows:
-            calls, layers = self.calls(rows, True), self.recorded(rows).layers
-            if self.device.type == "cuda":
-                yield self._compile_ahead(calls)
-            for row in kernels.sweep(calls, layers, self.device, self.clock, self.options.tiles, budget):
+        calls = [self.calls(rows, True) for rows in self.options.rows]
+        if self.device.type == "cuda":
+            jobs = [job for found in calls for job in kernels.sweep_jobs(found, self.device, self.options.tiles)]
+            yield compile_ahead(jobs, 0.6 * budget.left)
+        for rows, found in zip(self.options.rows, calls, strict=True):
+            layers = self.recorded(rows).layers
+            for row in kernels.sweep(found, layers, self.device, self.clock, self.options.tiles, budget):
                 self.swept.append(row)
                 yield {"rows": rows, **row}
 
@@ -233,15 +245,6 @@ class Session:
             ready["w8a8 tuned"] = partial(tuned, *call[0], **call[1])
             yield from steps.times(ready, rows, self.clock, self.options.rounds)
             yield {"contender": "w8a8 tuned", "rows": rows, **steps.kernel_table(ready["w8a8 tuned"], self.device)}
-
-    def _compile_ahead(self, calls: dict[Any, int]) -> dict[str, Any]:
-        workers = max(1, (os.cpu_count() or 2) - 2)
-        jobs = kernels.shares(calls, self.device, self.options.tiles, workers)
-        started = time.monotonic()
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            failed = sum(pool.imap_unordered(kernels.compile_share, jobs))
-        seconds = round(time.monotonic() - started, 1)
-        return {"compiled": sum(map(len, jobs)), "failed": failed, "workers": workers, "compile_seconds": seconds}
 
     def _norms(self, budget: Budget) -> Iterator[dict[str, Any]]:
         for rows in self.options.rows:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from edadm_kernels import backend, tiles
 from edadm_kernels.gemm_launch import arch_of
-from gpu.calls import KernelCall, half_precision
+from gpu.calls import KernelCall, TensorLike, half_precision
 from gpu.timing import Clock
 
 # The integers are exact. A float epilogue may contract or not, one unit in the last place of float16; a code may differ
@@ -30,6 +32,11 @@ class Budget:
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self._end - time.monotonic()
 
     def check(self) -> None:
         """Raise `OutOfTime` when the seconds are over."""
@@ -78,37 +85,44 @@ def _tensors(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, list | tuple) else [result]
 
 
-Job = tuple[KernelCall, tiles.Tile]
+Job = tuple[KernelCall, tiles.Tile | None]
+"""A call, and the tile to run it with; `None` for a call that is no product, or for the tile that it would get."""
 
 
-def shares(calls: dict[KernelCall, int], device: torch.device, limit: int, workers: int) -> list[list[Job]]:
-    """Every product with every candidate tile, in shares for as many processes; what compiles alike is in one share."""
+def shares(jobs: list[Job], workers: int) -> list[list[Job]]:
+    """Jobs in shares for as many processes; what compiles alike is in one share."""
     alike: dict[tuple[Any, ...], list[Job]] = {}
-    for call in calls:
-        x, weight, *rest = call.arguments
-        absent = tuple(argument is None for argument in rest)
-        constants = call.arguments[7:10] if call.operation == "conv2d" else ()
-        sizes = tuple(size % 16 == 0 for size in (*x.shape, *weight.shape))
-        for tile in candidates_of(call, device, limit):
-            alike.setdefault((call.operation, tile, absent, constants, sizes), []).append((call, tile))
-    groups = list(alike.values())
+    for call, tile in jobs:
+        what = tuple(_specialized(argument) for argument in call.arguments)
+        alike.setdefault((call.operation, tile, what), []).append((call, tile))
+    groups = sorted(alike.values(), key=len, reverse=True)
     return [[job for group in groups[first::workers] for job in group] for first in range(workers)]
 
 
-def compile_share(jobs: list[Job]) -> int:
-    """Run products once with given tiles, so that Triton's cache on disk holds their code; returns how many failed."""
-    device, failed = torch.device("cuda", torch.cuda.current_device()), 0
-    made: dict[KernelCall, list[Any]] = {}
+def _specialized(argument: Any) -> Any:
+    """What of an argument decides the code: element type and divisibility of a tensor's sizes, other values."""
+    if isinstance(argument, TensorLike):
+        return argument.dtype, tuple(size % 16 == 0 for size in argument.shape)
+    return argument
+
+
+def compile_share(jobs: list[Job], device: torch.device) -> int:
+    """Run calls once, so that Triton's cache on disk holds their code; returns how many failed."""
+    failed, made = 0, dict[KernelCall, list[Any]]()
     for call, tile in jobs:
         if call not in made:
             made = {call: call.make(generator(device))}
-        with using(call, tile, device):
+        with using(call, tile, device) if call.is_product else nullcontext():
             try:
                 call.run(made[call])
-            except Exception:  # noqa: BLE001  a tile that does not compile or launch is no candidate; `sweep` reports it
+            except Exception:  # noqa: BLE001  a tile that does not compile or launch is no candidate; `sweep` says so
                 failed += 1
-    torch.cuda.synchronize(device)
     return failed
+
+
+def sweep_jobs(calls: dict[KernelCall, int], device: torch.device, limit: int) -> list[Job]:
+    """Every product with every tile that `sweep` will try."""
+    return [(call, tile) for call in calls for tile in candidates_of(call, device, limit)]
 
 
 class using:
@@ -160,7 +174,8 @@ def sweep(
     budget: Budget,
 ) -> Iterator[dict[str, Any]]:
     """Time every product with its candidate tiles, and what torch has for it in float16 and int8."""
-    for index, call in enumerate(calls):
+    by_work = sorted(calls, key=lambda call: -calls[call] * math.prod(call.matrix()))
+    for index, call in enumerate(by_work):
         budget.check()
         made = [call.make(generator(device, index * 100 + s)) for s in range(clock.sets(call.num_bytes))]
         times: dict[tiles.Tile, float] = {}

@@ -19,8 +19,10 @@ from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.engines.triton import TritonEngine
+from edadm_cli.engines.triton.assembly import Assembly
 from edadm_cli.engines.triton.capture import GraphedFunction
 from edadm_cli.engines.triton.denoiser import TritonDenoiser
+from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.profiling import wrapped_products
 from edadm_cli.models.random_models import build_denoiser, example_call
 from edadm_cli.recipe import RangeRecipe, Recipe
@@ -83,10 +85,26 @@ class Networks:
         return result
 
 
-def record_calls(compiled: TritonDenoiser, call: Call) -> CallRecorder:
-    """What one step launches, eagerly, with the prompt's keys and values at hand."""
-    compiled.call_eagerly(*call[0], **call[1])
+def record_calls(
+    networks: Networks, bits: str, rows: int, dtype: torch.dtype, pack_weights: bool = False
+) -> CallRecorder:
+    """What one step launches, read off shapes alone: nothing is computed, compiled, or put on the device."""
+    meta = torch.device("meta")
+    assembly = Assembly(Lowering(meta, dtype, pack_weights), prompt_cache=True)
+    model, layers = assembly.build(networks.quantized(bits))
+    options = EngineOptions(device=meta, rest_dtype=dtype)
+    return _recorded(TritonDenoiser(model, layers, assembly.state, options, False), networks.call(rows, dtype))
+
+
+def record_attention(networks: Networks, rows: int) -> CallRecorder:
+    """The same of a step on the device, where attention is one operation."""
+    compiled = networks.compiled("w8a8", rows, torch.float16, cuda_graphs=False)
+    return _recorded(compiled, networks.call(rows, torch.float16))
+
+
+def _recorded(compiled: TritonDenoiser, call: Call) -> CallRecorder:
     recorder = CallRecorder()
+    compiled.call_eagerly(*call[0], **call[1])  # keys and values of the prompt are no part of a step
     with wrapped_products(compiled.model, recorder.named), recorder:
         compiled.call_eagerly(*call[0], **call[1])
     return recorder

@@ -17,6 +17,9 @@ from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
 from edadm_kernels import pack
 
+AND = " + "
+"""Between the names of layers that run as one."""
+
 
 class Product(nn.Module):
     """A convolution or linear layer: `forward(x)` is `product(prepare(x))`.
@@ -243,6 +246,7 @@ def merge(layers: list[IntegerLinear]) -> IntegerLinear:
     merged = IntegerLinear.__new__(IntegerLinear)
     nn.Module.__init__(merged)
     merged.quantizer, merged.out_dtype, merged.is_convolution = first.quantizer, first.out_dtype, False
+    merged.label = AND.join(layer.label for layer in layers)
     merged.weight = torch.cat([layer.weight for layer in layers])
     merged.scale = torch.cat([layer.scale for layer in layers])
     merged.correction = torch.cat([layer.correction for layer in layers])

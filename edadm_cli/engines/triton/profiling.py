@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from edadm_cli.engines.base import LayerExecution, OperationTime
-from edadm_cli.engines.triton.products import Product
+from edadm_cli.engines.triton.products import AND, Product
 
 _PREFIX = "layer:"
 _KINDS = (
@@ -43,7 +43,7 @@ def operation_times(
     events = sorted((e for e in profiler.events() if not e.is_async), key=lambda event: event.time_range.start)
     times = []
     for event in events:
-        layer = executions.get(_layer_of(event))
+        layer = executions.get(_layer_of(event).split(AND)[0])
         for name, microseconds in _work_of(event):
             known = layer is not None
             kind = _kind(name) if layer is None or not _is_product(name) else layer.kind

@@ -63,7 +63,7 @@ class TimeProjections:
 
     def _compute(self, embedding: Tensor) -> list[Tensor]:
         batch = embedding.shape[0]
-        y = self._merged.multiply(self._codes(embedding), None)  # [U * N, sum of C_out]
+        y = self._merged.product(self._codes(embedding))  # [U * N, sum of C_out]
         flat = y.view(-1)[self._places(batch)]
         pieces = flat.split([batch * size for size in self._sizes])
         return [piece.view(batch, size) for piece, size in zip(pieces, self._sizes, strict=True)]

@@ -16,7 +16,7 @@ from edadm_cli.engines.triton.products import IntegerLinear, Product, packed
 from edadm_kernels import pack
 
 
-class GatedProduct(nn.Module):
+class GatedProduct(Product):
     """GEGLU between two integer linear layers, in the first one's epilogue: codes in, codes out.
 
     Args:
@@ -28,15 +28,18 @@ class GatedProduct(nn.Module):
 
     def __init__(self, weight: Tensor, layer: IntegerLinear, consumer: IntegerLinear, pack_weight: bool) -> None:
         super().__init__()
+        self.quantizer, self.label = layer.quantizer, layer.label
         self.weight = packed(pack.pack_geglu(weight), pack_weight)
         self.scale, self.correction = pack.pack_geglu(layer.scale), pack.pack_geglu(layer.correction)
         self.bias = None if layer.bias is None else pack.pack_geglu(layer.bias)
         self.out = consumer.quantizer
 
-    def forward(self, codes: Tensor) -> Tensor:
+    def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """`[..., K]` to `[..., F]`, the second layer's codes."""
+        assert residual is None
+        assert sample_bias is None
         y = kernels.linear_geglu(
-            codes.reshape(-1, codes.shape[-1]),
+            prepared.reshape(-1, prepared.shape[-1]),
             self.weight,
             self.scale,
             self.correction,
@@ -45,7 +48,7 @@ class GatedProduct(nn.Module):
             self.out.zero_point,
             self.out.num_bits,
         )
-        return y.view(*codes.shape[:-1], y.shape[-1])
+        return y.view(*prepared.shape[:-1], y.shape[-1])
 
 
 class FusedFeedForward(nn.Module):
@@ -72,7 +75,7 @@ class FusedFeedForward(nn.Module):
     def feed(self, prepared: Tensor, residual: Tensor | None) -> Tensor:
         """Both layers from the first one's prepared input, plus `residual`."""
         if self.gated is not None:
-            return self.out.product(self.gated(prepared), residual)
+            return self.out.product(self.gated.product(prepared), residual)
         y = self.project.product(prepared)
         if self.activation == "geglu":
             value, gate = y.chunk(2, dim=-1)
