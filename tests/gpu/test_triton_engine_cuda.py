@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 RECIPE = Recipe(name="test", ranges=RangeRecipe(weight="minmax", activation="minmax"))
 CLASSES = {"tiny_sd": "UNet2DConditionModel", "tiny_ddpm": "UNet2DModel", "tiny_dit": "DiTTransformer2DModel"}
-# In networks of 8 to 16 channels one code that is turned by another order of summation is felt: a float32 rest differs by
-# a few such codes, a float16 rest by as much as quantization itself.
+# In networks of 8 to 16 channels one code that is turned by another order of summation is felt: a float32 rest differs
+# by a few such codes, a float16 rest by as much as quantization itself.
 BOUNDS = {torch.float32: 3e-2, torch.float16: 1e-1}
 
 
