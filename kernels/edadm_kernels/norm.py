@@ -8,8 +8,8 @@ from torch import Tensor
 
 from edadm_kernels.backend import uses_triton
 from edadm_kernels.checks import check_affine, check_bits, check_floating, check_quantizers
-from edadm_kernels.norm_kernels import group_apply, group_fused, group_partials, layer_rows
-from edadm_kernels.norm_plans import GroupPlan, group_plan, layer_plan, next_power_of_two
+from edadm_kernels.norm_kernels import group_apply, group_fused, group_partials, group_statistics, layer_rows
+from edadm_kernels.norm_plans import CHUNK_CHANNELS, CHUNK_ROWS, GroupPlan, group_plan, layer_plan, next_power_of_two
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
 
@@ -187,15 +187,20 @@ def _launch_group(
             **ends, **plan.fused_constexprs(), num_warps=plan.fused_warps, **_OPTIONS,
         )  # fmt: skip
         return
-    partials = torch.empty((samples, 2, plan.num_chunks, num_groups), dtype=torch.float32, device=x.device)
-    group_partials[(plan.num_chunks, plan.group_blocks, samples)](
+    partials = x.new_empty((samples, plan.num_chunks, 2, channels), dtype=torch.float32)
+    statistics = x.new_empty((samples, 2, channels), dtype=torch.float32)
+    column_blocks = triton.cdiv(channels, CHUNK_CHANNELS)
+    group_partials[(plan.num_chunks, column_blocks, samples)](
         x, partials, rows, channels, plan.num_chunks, plan.rows_per_chunk,
-        **plan.partial_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
+        **plan.block_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
     )  # fmt: skip
-    group_apply[(triton.cdiv(rows, plan.apply_rows), triton.cdiv(channels, plan.apply_channels), samples)](
-        x, partials, weight, bias, scales, zero_points, *_three(codes), rows, channels,
-        plan.num_chunks, plan.rows_per_chunk, eps,
-        **ends, **plan.apply_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
+    group_statistics[(plan.group_blocks, samples)](
+        partials, weight, statistics, rows, channels, plan.num_chunks, plan.rows_per_chunk, eps,
+        **plan.statistics_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
+    )  # fmt: skip
+    group_apply[(triton.cdiv(rows, CHUNK_ROWS), column_blocks, samples)](
+        x, statistics, bias, scales, zero_points, *_three(codes), rows, channels,
+        **ends, **plan.block_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
     )  # fmt: skip
 
 
@@ -267,27 +272,15 @@ def _group_variants(plan: GroupPlan, silu: bool) -> list[KernelVariant]:
         name = f"group-fused-{next_power_of_two(plan.rows)}x{plan.block_channels}{tail}"
         constexprs = {**ends, **plan.fused_constexprs()}
         return [aligned(name, group_fused, signature, constexprs, num_warps=plan.fused_warps, options=_OPTIONS)]
-    signature |= {"partials": "*fp32", "num_chunks": "i32", "rows_per_chunk": "i32"}
-    unaligned = ("num_chunks",)
+    signature |= {"partials": "*fp32", "statistics": "*fp32", "num_chunks": "i32", "rows_per_chunk": "i32"}
+    kernels = (
+        ("group-partials", group_partials, plan.block_constexprs()),
+        (f"group-statistics-c{plan.group_channels}", group_statistics, plan.statistics_constexprs()),
+        ("group-apply" + "-silu" * silu, group_apply, {**ends, **plan.block_constexprs()}),
+    )
     return [
-        aligned(
-            f"group-partials-c{plan.group_channels}",
-            group_partials,
-            signature,
-            plan.partial_constexprs(),
-            unaligned=unaligned,
-            num_warps=plan.num_warps,
-            options=_OPTIONS,
-        ),
-        aligned(
-            f"group-apply{tail}",
-            group_apply,
-            signature,
-            {**ends, **plan.apply_constexprs()},
-            unaligned=unaligned,
-            num_warps=plan.num_warps,
-            options=_OPTIONS,
-        ),
+        aligned(name, fn, signature, constexprs, unaligned=("num_chunks",), num_warps=plan.num_warps, options=_OPTIONS)
+        for name, fn, constexprs in kernels
     ]
 
 

@@ -101,55 +101,88 @@ def group_partials(
     num_chunks,
     rows_per_chunk,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Mean and sum of squared deviations of some rows of each channel: `partials [samples, num_chunks, 2, channels]`.
+
+    A block's statistics are taken in registers, around its own mean, and merged with those before (Chan et al. 1983).
+    """
+    chunk = tl.program_id(0)
+    sample = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel_mask = channel < channels
+    start = chunk * rows_per_chunk
+    stop = tl.minimum(start + rows_per_chunk, rows)
+    source = x + sample * rows * channels + channel
+
+    mean = tl.zeros([BLOCK_CHANNELS], dtype=tl.float32)
+    deviations = tl.zeros([BLOCK_CHANNELS], dtype=tl.float32)
+    for first in range(start, stop, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        mask = (row < stop)[:, None] & channel_mask[None, :]
+        value = tl.load(source[None, :] + row[:, None] * channels, mask=mask, other=0).to(tl.float32)
+        before = (first - start).to(tl.float32)
+        here = tl.minimum(stop - first, BLOCK_ROWS).to(tl.float32)
+        block_mean = tl.sum(value, axis=0) / here
+        value = tl.where(mask, value - block_mean[None, :], 0.0)
+        distance = block_mean - mean
+        share = here / (before + here)
+        mean += distance * share
+        deviations += tl.sum(value * value, axis=0) + distance * distance * before * share
+
+    target = partials + (sample * num_chunks + chunk) * 2 * channels + channel
+    tl.store(target, mean, mask=channel_mask)
+    tl.store(target + channels, deviations, mask=channel_mask)
+
+
+@triton.jit
+def group_statistics(
+    partials,
+    weight,
+    statistics,
+    rows,
+    channels,
+    num_chunks,
+    rows_per_chunk,
+    eps,
+    CHUNKS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of some rows of each group: `partials [samples, 2, num_chunks, groups]`.
-
-    A block's statistics are taken in registers, around its own mean, and merged with those before it (Chan et al. 1983).
-    """
-    chunk = tl.program_id(0)
-    sample = tl.program_id(2).to(tl.int64)
+    """Joins the partial statistics: `statistics [samples, 2, channels]`, each channel's group mean and its gain."""
+    sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK_CHANNELS)
-    channel = tl.program_id(1) * (GROUPS * GROUP_CHANNELS) + column
+    channel = tl.program_id(0) * (GROUPS * GROUP_CHANNELS) + column
     channel_mask = (column < GROUPS * GROUP_CHANNELS) & (channel < channels)
+    chunk = tl.arange(0, CHUNKS)
+    mask = (chunk < num_chunks)[:, None] & channel_mask[None, :]
+    partial = partials + sample * num_chunks * 2 * channels + chunk[:, None] * 2 * channels + channel[None, :]
+    means = tl.load(partial, mask=mask, other=0)
+    deviations = tl.load(partial + channels, mask=mask, other=0)
+
+    count = tl.minimum(tl.maximum(rows - chunk * rows_per_chunk, 0), rows_per_chunk).to(tl.float32)[:, None]
+    channel_mean = tl.sum(means * count, axis=0) / rows
+    between = means - channel_mean[None, :]
+    inner = tl.sum(tl.where(mask, deviations + count * between * between, 0.0), axis=0)
     group_of = column // GROUP_CHANNELS
-    start = chunk * rows_per_chunk
-    stop = tl.minimum(start + rows_per_chunk, rows)
-    source = x + sample * rows * channels + channel
+    group_mean = _sum_groups(channel_mean, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS) / GROUP_CHANNELS
+    mean = _spread_groups(group_mean, group_of, BLOCK_GROUPS)
+    inner += rows * (channel_mean - mean) * (channel_mean - mean)
+    variance = _sum_groups(inner, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS) / (rows * GROUP_CHANNELS)
+    gain = _spread_groups(tl.rsqrt(variance + eps), group_of, BLOCK_GROUPS)
+    gain *= tl.load(weight + channel, mask=channel_mask, other=0).to(tl.float32)
 
-    mean = tl.zeros([BLOCK_GROUPS], dtype=tl.float32)
-    deviations = tl.zeros([BLOCK_GROUPS], dtype=tl.float32)
-    for first in range(start, stop, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)
-        mask = (row < stop)[:, None] & channel_mask[None, :]
-        value = tl.load(source[None, :] + row[:, None] * channels, mask=mask, other=0).to(tl.float32)
-        before = ((first - start) * GROUP_CHANNELS).to(tl.float32)
-        here = (tl.minimum(stop - first, BLOCK_ROWS) * GROUP_CHANNELS).to(tl.float32)
-        block_mean = _sum_groups(tl.sum(value, axis=0), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS) / here
-        value = tl.where(mask, value - _spread_groups(block_mean, group_of, BLOCK_GROUPS)[None, :], 0.0)
-        inner = _sum_groups(tl.sum(value * value, axis=0), GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_CHANNELS)
-        distance = block_mean - mean
-        share = here / (before + here)
-        mean += distance * share
-        deviations += inner + distance * distance * before * share
-
-    num_groups = channels // GROUP_CHANNELS
-    member = tl.arange(0, BLOCK_GROUPS)
-    group = tl.program_id(1) * GROUPS + member
-    group_mask = (member < GROUPS) & (group < num_groups)
-    target = partials + (sample * 2 * num_chunks + chunk) * num_groups + group
-    tl.store(target, mean, mask=group_mask)
-    tl.store(target + num_chunks * num_groups, deviations, mask=group_mask)
+    target = statistics + sample * 2 * channels + channel
+    tl.store(target, mean, mask=channel_mask)
+    tl.store(target + channels, gain, mask=channel_mask)
 
 
 @triton.jit
 def group_apply(
     x,
-    partials,
-    weight,
+    statistics,
     bias,
     scales,
     zero_points,
@@ -158,19 +191,13 @@ def group_apply(
     out2,
     rows,
     channels,
-    num_chunks,
-    rows_per_chunk,
-    eps,
     QUANT_MAX: tl.constexpr,
     QUANTIZERS: tl.constexpr,
     SILU: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Joins the partial statistics of every channel's group, then normalizes and quantizes a block."""
+    """Normalizes and quantizes a block with the statistics of its channels."""
     sample = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     channel_mask = channel < channels
@@ -179,24 +206,9 @@ def group_apply(
     base = sample * rows * channels
     offsets = row[:, None] * channels + channel[None, :]
     value = tl.load(x + base + offsets, mask=mask, other=0)
-
-    num_groups = channels // GROUP_CHANNELS
-    first_group = tl.program_id(1) * BLOCK_CHANNELS // GROUP_CHANNELS
-    group = first_group + tl.arange(0, BLOCK_GROUPS)
-    chunk = tl.arange(0, CHUNKS)
-    partial = partials + sample * 2 * num_chunks * num_groups + chunk[:, None] * num_groups + group[None, :]
-    partial_mask = (chunk < num_chunks)[:, None] & (group < num_groups)[None, :]
-    means = tl.load(partial, mask=partial_mask, other=0)
-    deviations = tl.load(partial + num_chunks * num_groups, mask=partial_mask, other=0)
-    share = tl.minimum(tl.maximum(rows - chunk * rows_per_chunk, 0), rows_per_chunk).to(tl.float32) / rows
-    group_mean = tl.sum(means * share[:, None], axis=0)
-    between = means - group_mean[None, :]
-    variance = tl.sum(deviations / (rows * GROUP_CHANNELS) + share[:, None] * between * between, axis=0)
-
-    group_of = channel // GROUP_CHANNELS - first_group
-    mean = _spread_groups(group_mean, group_of, BLOCK_GROUPS)
-    gain = _spread_groups(tl.rsqrt(variance + eps), group_of, BLOCK_GROUPS)
-    gain *= tl.load(weight + channel, mask=channel_mask, other=0).to(tl.float32)
+    known = statistics + sample * 2 * channels + channel
+    mean = tl.load(known, mask=channel_mask, other=0)
+    gain = tl.load(known + channels, mask=channel_mask, other=0)
     shift = tl.load(bias + channel, mask=channel_mask, other=0).to(tl.float32)
     y = (value.to(tl.float32) - mean[None, :]) * gain[None, :] + shift[None, :]
     if SILU:

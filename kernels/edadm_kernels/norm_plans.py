@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CHUNKS = 64  # partial statistics a group, at most
-CHUNK_ROWS = 64
+CHUNK_ROWS, CHUNK_CHANNELS = 64, 64
 FUSED_ELEMENTS = 16384  # a block that stays in registers: 32 elements a thread of 16 warps
 VECTOR = 8  # channels in 16 bytes of float16
 
@@ -22,13 +22,11 @@ class GroupPlan:
     Args:
         rows: H * W.
         group_channels: Channels a group.
-        groups_per_block: Whole groups in one block of the kernels that gather statistics.
+        groups_per_block: Whole groups in one block of the kernels that join statistics.
         group_blocks: Blocks that cover all groups.
         fused: One kernel does it all, as a block's rows fit its registers.
         rows_per_chunk: Rows whose statistics are summed in one program.
         num_chunks: Programs along the rows.
-        apply_rows: Rows a program of the second kernel.
-        apply_channels: Channels a program of the second kernel.
     """
 
     rows: int
@@ -38,10 +36,8 @@ class GroupPlan:
     fused: bool
     rows_per_chunk: int
     num_chunks: int
-    apply_rows: int
-    apply_channels: int
 
-    num_warps: int = 8
+    num_warps: int = 4
 
     @property
     def block_channels(self) -> int:
@@ -57,19 +53,13 @@ class GroupPlan:
         """Compile-time arguments of `group_fused`."""
         return {"BLOCK_ROWS": next_power_of_two(self.rows), **self._groups()}
 
-    def partial_constexprs(self) -> dict[str, int]:
-        """Compile-time arguments of `group_partials`."""
-        return {"BLOCK_ROWS": min(CHUNK_ROWS, 8192 // self.block_channels), **self._groups()}
+    def block_constexprs(self) -> dict[str, int]:
+        """Compile-time arguments of `group_partials`, and of `group_apply`."""
+        return {"BLOCK_ROWS": CHUNK_ROWS, "BLOCK_CHANNELS": CHUNK_CHANNELS}
 
-    def apply_constexprs(self) -> dict[str, int]:
-        """Compile-time arguments of `group_apply`."""
-        return {
-            "GROUP_CHANNELS": self.group_channels,
-            "CHUNKS": CHUNKS,
-            "BLOCK_GROUPS": next_power_of_two((self.apply_channels - 2) // self.group_channels + 2),
-            "BLOCK_ROWS": self.apply_rows,
-            "BLOCK_CHANNELS": self.apply_channels,
-        }
+    def statistics_constexprs(self) -> dict[str, int]:
+        """Compile-time arguments of `group_statistics`."""
+        return {"CHUNKS": CHUNKS, **self._groups()}
 
     def _groups(self) -> dict[str, int]:
         return {
@@ -83,9 +73,8 @@ class GroupPlan:
 def group_plan(rows: int, channels: int, num_groups: int) -> GroupPlan:
     """The cut for `[rows, channels]`; independent of the batch, so that a sample's codes are too."""
     group_channels = channels // num_groups
-    smallest = _aligned_groups(num_groups, group_channels, widest=0)
-    fused = next_power_of_two(rows) * next_power_of_two(smallest * group_channels) <= FUSED_ELEMENTS
-    groups = smallest if fused else _aligned_groups(num_groups, group_channels, widest=256)
+    groups = _aligned_groups(num_groups, group_channels)
+    fused = next_power_of_two(rows) * next_power_of_two(groups * group_channels) <= FUSED_ELEMENTS
     chunk = CHUNK_ROWS * -(-rows // (CHUNK_ROWS * CHUNKS))
     return GroupPlan(
         rows=rows,
@@ -95,20 +84,13 @@ def group_plan(rows: int, channels: int, num_groups: int) -> GroupPlan:
         fused=fused,
         rows_per_chunk=chunk,
         num_chunks=-(-rows // chunk),
-        apply_rows=128,
-        apply_channels=64,
     )
 
 
-def _aligned_groups(num_groups: int, group_channels: int, widest: int) -> int:
-    """Groups a block: 16-byte rows if it can be, then the fewest idle columns up to `widest`, then the fewest."""
-    candidates = [g for g in range(1, num_groups + 1) if g * group_channels % VECTOR == 0] or [1]
-    narrow = [g for g in candidates if next_power_of_two(g * group_channels) <= widest] or candidates[:1]
-
-    def covered(groups: int) -> int:
-        return -(-num_groups // groups) * next_power_of_two(groups * group_channels)
-
-    return min(narrow, key=lambda groups: (covered(groups), groups))
+def _aligned_groups(num_groups: int, group_channels: int) -> int:
+    """The fewest groups a block whose rows are 16-byte vectors; 1 where none are."""
+    candidates = (g for g in range(1, num_groups + 1) if g * group_channels % VECTOR == 0)
+    return next(candidates, 1)
 
 
 @dataclass(frozen=True)

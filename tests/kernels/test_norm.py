@@ -98,7 +98,7 @@ def test_group_norm_of_any_size(
     assert_close(*group_norm_codes(shape, groups, silu=silu, count=count, kind=kind, dtype=dtype, seed=seed))
 
 
-TWO_KERNELS = [
+THREE_KERNELS = [
     ((1, 320, 20, 20), 32),
     ((1, 60, 31, 17), 2),
     ((1, 51, 37, 21), 3),
@@ -107,9 +107,9 @@ TWO_KERNELS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "groups"), TWO_KERNELS)
+@pytest.mark.parametrize(("shape", "groups"), THREE_KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_group_norm_in_two_kernels(shape: tuple[int, int, int, int], groups: int, kind: str) -> None:
+def test_group_norm_in_three_kernels(shape: tuple[int, int, int, int], groups: int, kind: str) -> None:
     assert not group_plan(shape[2] * shape[3], shape[1], groups).fused
     assert_close(*group_norm_codes(shape, groups, silu=kind == "normal", kind=kind), mismatches=0.005)
 
@@ -123,16 +123,14 @@ def test_chunks_grow_instead_of_their_number() -> None:
 
 
 @pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560])
-def test_blocks_of_groups_start_on_16_bytes_and_waste_few_columns(channels: int) -> None:
+def test_blocks_of_groups_start_on_16_bytes(channels: int) -> None:
     for rows in (64, 256, 1024, 4096):
         plan = group_plan(rows, channels, 32)
         assert plan.groups_per_block * plan.group_channels % 8 == 0
         assert plan.group_blocks * plan.groups_per_block >= 32
-        if not plan.fused:
-            assert plan.group_blocks * plan.block_channels <= 1.25 * channels
 
 
-@pytest.mark.parametrize("shape", [(3, 40, 6, 5), (3, 40, 40, 20)], ids=["one-kernel", "two-kernels"])
+@pytest.mark.parametrize("shape", [(3, 40, 6, 5), (3, 40, 40, 20)], ids=["one-kernel", "three-kernels"])
 def test_a_sample_does_not_see_its_batch(shape: tuple[int, int, int, int]) -> None:
     x = state((3, *shape[2:], 40), "normal", torch.float16, seed=1).permute(0, 3, 1, 2)
     arguments = (*affine(40, seed=1), 4, 1e-5, True, *quantizers(1))
