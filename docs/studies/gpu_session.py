@@ -289,12 +289,13 @@ def table(section: str, row: dict[str, Any]) -> str:
 
 
 def tile_table(swept: list[dict[str, Any]]) -> str:
-    """The best tiles as Python, for `kernels/edadm_kernels/tiles.py`, and the products that float16 runs faster."""
-    lines = ["MEASURED: Mapping[tuple[int, Kind, int, int, int, bool], Tile] = {"]
-    for key, (tile, before, after) in kernels.best_tiles(swept).items():
-        if after < (1 - GAIN) * before:
-            lines.append(f"    {key!r}: {tile},  # {before:.1f} -> {after:.1f} us a step")
-    lines.append("}")
+    """The best tiles as rows of `kernels/edadm_kernels/measured.py`, and the products that float16 runs faster."""
+    lines = []
+    for (_, *shape, packed), (text, before, after) in kernels.best_tiles(swept).items():
+        if after < (1 - GAIN) * before and not packed:
+            tile = kernels.tile_of(text)
+            cut = (tile.bm, tile.bn, tile.bk, tile.split_k)
+            lines.append(f"    {tuple(shape)!r}: {cut!r},  # {before:.1f} -> {after:.1f} us a step")
     for row in swept:
         if "best_us" in row and row["best_us"] > row["float16_us"]:
             times = f"{row['best_us']:.1f} us, float16 {row['float16_us']:.1f} us, {row['count']} times a step"

@@ -158,7 +158,7 @@ def candidates_of(call: KernelCall, device: torch.device, limit: int) -> list[ti
     channels = call.arguments[0].shape[1]
     machine = tiles.MACHINES[tiles.known_arch(arch)]
     found = tiles.candidates(arch, kind, m, k, channels, packed)
-    ordered = sorted(found, key=lambda tile: tiles._cost(machine, tile, m, n, k))
+    ordered = sorted(found, key=lambda tile: tiles._cost(machine, kind, tile, m, n, k))
     # the best of the cost model, and the best of every shape of tile in it: the model may be wrong about one
     by_shape = {(tile.bm, tile.bn, tile.bk): tile for tile in reversed(ordered)}
     both = [*ordered[: limit // 2], *sorted(by_shape.values(), key=ordered.index)]
@@ -257,10 +257,16 @@ def best_tiles(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], tuple[str, f
     return {key: (tile, chosen[key], totals[key][tile]) for key, tile in best.items()}
 
 
+def tile_of(text: str) -> tiles.Tile:
+    """A tile from its `repr`."""
+    tile: tiles.Tile = eval(text, {"Tile": tiles.Tile})
+    return tile
+
+
 def use_tiles(found: dict[tuple[Any, ...], tuple[str, float, float]], gain: float) -> int:
     """Have products run with measured tiles that gain at least `gain`; returns how many do."""
     table: Any = tiles.MEASURED
     used = {key: tile for key, (tile, before, after) in found.items() if after < (1 - gain) * before}
-    table.update({key: eval(tile, {"Tile": tiles.Tile}) for key, tile in used.items()})
+    table.update({key: tile_of(text) for key, text in used.items()})
     tiles.choose.cache_clear()
     return len(used)
