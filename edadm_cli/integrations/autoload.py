@@ -1,28 +1,32 @@
 """Makes `DiffusionPipeline.from_pretrained` understand `quant_method: "edadm"` without a line of code.
 
-diffusers looks quantization methods up in two dictionaries and offers no entry point to add to them. torch does: it
-calls every entry point of the group `torch.backends` when it is imported. Ours only sets a watch on the import of
-diffusers' dictionaries, so that it costs nothing to programs that do not use diffusers.
+diffusers looks quantization methods up in two dictionaries, and in a third the libraries that components of a pipeline
+may come from; it offers no entry point to add to them. torch does: it calls every entry point of the group
+`torch.backends` when it is imported. Ours only sets a watch on the import of diffusers' dictionaries, so that it costs
+nothing to programs that do not use diffusers.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_WATCHED = "diffusers.quantizers.auto"
 _QUANTIZER = "edadm_cli.integrations.quantizer"
+# Modules with components that exports may be made of, and the base class that says how these are loaded.
+_COMPONENTS = {"edadm_cli.models.latent_diffusion": "ModelMixin", "edadm_cli.models.schedulers": "SchedulerMixin"}
 
 
 def register() -> None:
-    """Register the quantizer now if diffusers' registry is loaded, else as soon as it is; more calls do nothing."""
-    if _WATCHED in sys.modules:
-        _add_quantizer(sys.modules[_WATCHED])
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    """Register now with what is loaded of diffusers' dictionaries, else as soon as it is; more calls do nothing."""
+    watched = {finder.name for finder in sys.meta_path if isinstance(finder, _Watch)}
+    for name, add in _WATCHED.items():
+        if name in sys.modules:
+            add(sys.modules[name])
+        elif name not in watched:
+            sys.meta_path.insert(0, _Watch(name, add))
 
 
 def _add_quantizer(registry: ModuleType) -> None:
@@ -34,28 +38,43 @@ def _add_quantizer(registry: ModuleType) -> None:
     registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = EdadmConfig
 
 
+def _add_components(registry: ModuleType) -> None:
+    loadable = getattr(registry, "LOADABLE_CLASSES", {})  # not there yet while that module is being imported
+    for name, base in _COMPONENTS.items():
+        loadable.setdefault(name, {base: ["save_pretrained", "from_pretrained"]})
+
+
+_WATCHED: dict[str, Callable[[ModuleType], None]] = {
+    "diffusers.quantizers.auto": _add_quantizer,
+    "diffusers.pipelines.pipeline_loading_utils": _add_components,
+}
+
+
 class _Watch(MetaPathFinder):
     """Finds the watched module as usual, and adds to it once it has run."""
+
+    def __init__(self, name: str, add: Callable[[ModuleType], None]) -> None:
+        self.name, self._add = name, add
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _WATCHED:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _AddingLoader(spec.loader)
+            spec.loader = _AddingLoader(spec.loader, self._add)
         return spec
 
 
 class _AddingLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, add: Callable[[ModuleType], None]) -> None:
+        self._loader, self._add = loader, add
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _add_quantizer(module)
+        self._add(module)

@@ -1,4 +1,4 @@
-"""Every architecture of the registry, small and with random weights, through collect, select, reconstruct and export."""
+"""Every architecture of the registry, small and with random weights, through the chain from collect to export."""
 
 from __future__ import annotations
 

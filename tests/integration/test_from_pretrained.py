@@ -264,9 +264,10 @@ def test_registering_is_light_and_waits_for_diffusers() -> None:
         "print(sum(type(finder).__name__ == '_Watch' for finder in sys.meta_path),"
         " 'torch' in sys.modules, 'diffusers' in sys.modules)\n"
         "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
-        "print('edadm' in AUTO_QUANTIZER_MAPPING,"
+        "from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES\n"
+        "print('edadm' in AUTO_QUANTIZER_MAPPING, 'edadm_cli.models.schedulers' in LOADABLE_CLASSES,"
         " sum(type(finder).__name__ == '_Watch' for finder in sys.meta_path))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["1", "False", "False", "True", "0"]
+    assert found.stdout.split() == ["2", "False", "False", "True", "True", "0"]
