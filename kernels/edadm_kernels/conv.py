@@ -10,7 +10,7 @@ from torch import Tensor
 from edadm_kernels import reference
 from edadm_kernels.backend import uses_triton
 from edadm_kernels.conv_launch import Geometry, launch_conv, variants
-from edadm_kernels.gemm_launch import arch_of
+from edadm_kernels.launching import arch_of
 from edadm_kernels.pack import Padding, border_class_count, output_size
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import Kind, choose

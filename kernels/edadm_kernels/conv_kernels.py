@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from edadm_kernels.epilogue import finish, outside_taps, tile_of
+from edadm_kernels.launching import await_previous
 from edadm_kernels.nibbles import high_nibbles, low_nibbles
 
 
@@ -62,6 +63,7 @@ def conv_kernel(
     GROUP_M: tl.constexpr,
     COLUMN_PARTS: tl.constexpr,
     TAPS_INNER: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """`x [samples, height, width, C]` with `weight [N, KH, KW, C]`: M output pixels times N channels.
 
@@ -103,6 +105,7 @@ def conv_kernel(
         tap = first // steps_per_tap
         c = (first % steps_per_tap) * BK
     w_rows = tl.where(cols < N, cols, 0)[:, None]
+    await_previous(OVERLAP)
     if W4:
         half = tl.arange(0, BK // 2)
         bytes_a_tap = tl.multiple_of(C // 2, BK // 2)  # lets loads be 16 bytes wide

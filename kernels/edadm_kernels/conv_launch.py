@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edadm_kernels.conv_kernels import conv_kernel
 from edadm_kernels.gemm_launch import join, join_variant, launch_gemm, partial_sums, product_types
+from edadm_kernels.launching import arch_of, overlap
 from edadm_kernels.pack import Padding
 from edadm_kernels.tiles import Tile, shipped
 from edadm_kernels.variants import KernelVariant, aligned
@@ -63,7 +64,7 @@ def launch_conv(
         x, weight, scale, correction, bias, sample_bias, residual, target, m, n, channels, height, width,
         out_pixels, out.shape[3],
         **constexprs(tile, geometry, weight.dtype == torch.uint8, channels % tile.bk == 0, out_pixels % tile.bm == 0),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.launch_options(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.launch_options(), **overlap(arch_of(x)),
     )  # fmt: skip
     if tile.split_k > 1:
         grown = 2 if geometry.upsample else 1
@@ -94,22 +95,23 @@ def constexprs(tile: Tile, geometry: Geometry, packed: bool, even_c: bool, one_s
 def variants(arch: int) -> list[KernelVariant]:
     """What `conv2d` compiles for the denoiser's shapes: every tile, whole and split, resampling, and packed weights."""
     same = Geometry(1, 3, 3, (1, 1, 1, 1))
-    found = [join_variant(same.constexprs(), "join-3x3")]
+    found = [join_variant(arch, same.constexprs(), "join-3x3")]
     for packed in (False, True):
         tiles = shipped(arch, "conv", packed)
         for tile in tiles:
             name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
-            found.append(_variant(f"conv-{name}", tile, same, packed))
-            found.append(_variant(f"conv-split-{name}", replace(tile, split_k=4), same, packed))
-            found.append(_variant(f"conv-stride2-{name}", tile, Geometry(2, 3, 3, (1, 1, 1, 1)), packed))
-            found.append(_variant(f"conv-upsample-{name}", tile, Geometry(1, 3, 3, (1, 1, 1, 1), True), packed))
+            found.append(_variant(arch, f"conv-{name}", tile, same, packed))
+            found.append(_variant(arch, f"conv-split-{name}", replace(tile, split_k=4), same, packed))
+            found.append(_variant(arch, f"conv-stride2-{name}", tile, Geometry(2, 3, 3, (1, 1, 1, 1)), packed))
+            found.append(_variant(arch, f"conv-upsample-{name}", tile, Geometry(1, 3, 3, (1, 1, 1, 1), True), packed))
     return found
 
 
-def _variant(name: str, tile: Tile, geometry: Geometry, packed: bool) -> KernelVariant:
+def _variant(arch: int, name: str, tile: Tile, geometry: Geometry, packed: bool) -> KernelVariant:
     types = product_types(packed, tile, added=True)
     types |= dict.fromkeys(("C", "height", "width", "out_pixels", "out_width"), "i32")
     return aligned(
+        arch,
         name,
         conv_kernel,
         types,

@@ -8,7 +8,8 @@ from torch import Tensor
 from edadm_kernels import reference
 from edadm_kernels.backend import uses_triton
 from edadm_kernels.checks import check_bits, check_quantizers
-from edadm_kernels.gemm_launch import arch_of, launch_gemm, variants
+from edadm_kernels.gemm_launch import launch_gemm, variants
+from edadm_kernels.launching import arch_of
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import choose
 

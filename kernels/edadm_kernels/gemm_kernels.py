@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from edadm_kernels.epilogue import correct, finish, outside_taps, rescale, store_floats, tile_of
+from edadm_kernels.launching import await_previous
 from edadm_kernels.nibbles import high_nibbles, low_nibbles
 
 
@@ -35,6 +36,7 @@ def gemm_kernel(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
     COLUMN_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """`x [M, K]` times `weight [N, K]` transposed, and its epilogue.
 
@@ -51,6 +53,7 @@ def gemm_kernel(
     last = tl.minimum(first + per_split, steps)
     x_rows = tl.where(rows < M, rows, 0)[:, None] * K
     w_rows = tl.where(cols < N, cols, 0)[:, None]
+    await_previous(OVERLAP)
     if W4:
         half = tl.arange(0, BK // 2)
         bytes_a_row = tl.multiple_of(K // 2, BK // 2)  # lets loads be 16 bytes wide
@@ -114,12 +117,14 @@ def join_kernel(
     PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Sum int32 `[PARTS, M, N]` and apply the epilogue of the product, with the border classes of a convolution."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     offsets = rows[:, None] * N + cols[None, :]
+    await_previous(OVERLAP)
     total = tl.zeros((BM, BN), tl.int32)
     for part in tl.static_range(PARTS):
         total += tl.load(parts + part * tl.cast(M, tl.int64) * N + offsets, mask=mask, other=0)

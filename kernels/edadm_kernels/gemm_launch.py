@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,21 +10,11 @@ import triton
 from torch import Tensor
 
 from edadm_kernels.gemm_kernels import gemm_kernel, join_kernel
-from edadm_kernels.tiles import INTERPRETER, Tile, known_arch, shipped
+from edadm_kernels.launching import arch_of, overlap
+from edadm_kernels.tiles import Tile, shipped
 from edadm_kernels.variants import KernelVariant, aligned
 
 JOIN_ROWS, JOIN_COLUMNS = 8, 128
-
-
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return known_arch(10 * major + minor)
-
-
-def arch_of(x: Tensor) -> int:
-    """The architecture whose tiles serve `x`."""
-    return _capability(x.device) if x.is_cuda else INTERPRETER
 
 
 def launch_gemm(
@@ -67,7 +56,7 @@ def launch_gemm(
         x, weight, scale, correction, bias, sample_bias, residual, out_scale, out_zero_point, target, m, n, k,
         rows_per_sample,
         **constexprs(tile, packed, k % tile.bk == 0, rows_per_sample % tile.bm == 0, geglu_max),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.launch_options(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.launch_options(), **overlap(arch_of(x)),
     )  # fmt: skip
     if tile.split_k > 1:
         join(target, scale, correction, bias, sample_bias, residual, out, m, n, rows_per_sample)
@@ -112,7 +101,7 @@ def join(
     join_kernel[grid](
         parts, scale, correction, bias, sample_bias, residual, out, m, n, rows_per_sample, *image,
         **(convolution or MATRIX), PARTS=parts.shape[0], BM=JOIN_ROWS, BN=JOIN_COLUMNS,
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=4, enable_fp_fusion=False, **overlap(arch_of(parts)),
     )  # fmt: skip
 
 
@@ -137,15 +126,15 @@ def constexprs(tile: Tile, packed: bool, even_k: bool, one_sample: bool, geglu_m
 
 def variants(arch: int) -> list[KernelVariant]:
     """What `linear` and `linear_geglu` compile for the denoiser's shapes: every tile, whole and split, and packed."""
-    found = [join_variant(MATRIX, "join")]
+    found = [join_variant(arch, MATRIX, "join")]
     for packed in (False, True):
         for tile in shipped(arch, "linear", packed):
             name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
-            found.append(_variant(f"gemm-{name}", tile, packed))
-            found.append(_variant(f"gemm-split-{name}", replace(tile, split_k=4), packed))
+            found.append(_variant(arch, f"gemm-{name}", tile, packed))
+            found.append(_variant(arch, f"gemm-split-{name}", replace(tile, split_k=4), packed))
         for tile in shipped(arch, "geglu", packed):
             name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
-            found.append(_variant(f"geglu-{name}", tile, packed, geglu_max=255))
+            found.append(_variant(arch, f"geglu-{name}", tile, packed, geglu_max=255))
     return found
 
 
@@ -157,13 +146,14 @@ def product_types(packed: bool, tile: Tile, added: bool) -> dict[str, str]:
     return types | {"out": "*i32" if tile.split_k > 1 else "*fp16", "M": "i32", "N": "i32"}
 
 
-def _variant(name: str, tile: Tile, packed: bool, geglu_max: int = 0) -> KernelVariant:
+def _variant(arch: int, name: str, tile: Tile, packed: bool, geglu_max: int = 0) -> KernelVariant:
     types = product_types(packed, tile, added=not geglu_max) | {"K": "i32", "rows_per_sample": "i32"}
     if geglu_max:
         types |= {"out_scale": "*fp32", "out_zero_point": "*i32", "out": "*i8"}
     absent = {argument: None for argument in ("sample_bias", "residual", "out_scale", "out_zero_point")}
     known = absent | constexprs(tile, packed, True, True, geglu_max)
     return aligned(
+        arch,
         name,
         gemm_kernel,
         types,
@@ -174,12 +164,13 @@ def _variant(name: str, tile: Tile, packed: bool, geglu_max: int = 0) -> KernelV
     )
 
 
-def join_variant(convolution: dict[str, int], name: str) -> KernelVariant:
+def join_variant(arch: int, convolution: dict[str, int], name: str) -> KernelVariant:
     """What `join` compiles."""
     types = {"parts": "*i32", "scale": "*fp32", "correction": "*i32", "bias": "*fp16", "sample_bias": "*fp16"}
     types |= {"residual": "*fp16", "out": "*fp16"}
     types |= dict.fromkeys(("M", "N", "rows_per_sample", "out_width", "height", "width"), "i32")
     return aligned(
+        arch,
         name,
         join_kernel,
         types,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from edadm_kernels.backend import uses_triton
 from edadm_kernels.checks import check_affine, check_bits, check_floating, check_quantizers
+from edadm_kernels.launching import arch_of, overlap
 from edadm_kernels.norm_kernels import group_apply, group_fused, group_partials, group_statistics, layer_rows
 from edadm_kernels.norm_plans import CHUNK_CHANNELS, CHUNK_ROWS, GroupPlan, group_plan, layer_plan, next_power_of_two
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
 
-_OPTIONS = {"enable_fp_fusion": True}  # nothing here is compared bit for bit; said aloud as Triton's default changes
+_OPTIONS: dict[str, Any] = {
+    "enable_fp_fusion": True
+}  # nothing here is compared bit for bit; said aloud as Triton's default changes
 
 
 @torch.library.custom_op("edadm::group_norm_quantize", mutates_args=())
@@ -123,6 +128,7 @@ def _layer_norm_quantize(
             **plan.constexprs(),
             num_warps=plan.num_warps,
             **_OPTIONS,
+            **overlap(arch_of(x)),
         )
     return codes
 
@@ -181,10 +187,11 @@ def _launch_group(
     rows = x.shape[2] * x.shape[3]
     plan = group_plan(rows, channels, num_groups)
     ends = {"QUANT_MAX": (1 << num_bits) - 1, "QUANTIZERS": len(codes), "SILU": silu}
+    together = overlap(arch_of(x))
     if plan.fused:
         group_fused[(plan.group_blocks, samples)](
             x, weight, bias, scales, zero_points, *_three(codes), rows, channels, eps,
-            **ends, **plan.fused_constexprs(), num_warps=plan.fused_warps, **_OPTIONS,
+            **ends, **plan.fused_constexprs(), num_warps=plan.fused_warps, **_OPTIONS, **together,
         )  # fmt: skip
         return
     partials = x.new_empty((samples, plan.num_chunks, 2, channels), dtype=torch.float32)
@@ -192,15 +199,15 @@ def _launch_group(
     column_blocks = triton.cdiv(channels, CHUNK_CHANNELS)
     group_partials[(plan.num_chunks, column_blocks, samples)](
         x, partials, rows, channels, plan.num_chunks, plan.rows_per_chunk,
-        **plan.block_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
+        **plan.block_constexprs(), num_warps=plan.num_warps, **_OPTIONS, **together,
     )  # fmt: skip
     group_statistics[(plan.group_blocks, samples)](
         partials, weight, statistics, rows, channels, plan.num_chunks, plan.rows_per_chunk, eps,
-        **plan.statistics_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
+        **plan.statistics_constexprs(), num_warps=plan.num_warps, **_OPTIONS, **together,
     )  # fmt: skip
     group_apply[(triton.cdiv(rows, CHUNK_ROWS), column_blocks, samples)](
         x, statistics, bias, scales, zero_points, *_three(codes), rows, channels,
-        **ends, **plan.block_constexprs(), num_warps=plan.num_warps, **_OPTIONS,
+        **ends, **plan.block_constexprs(), num_warps=plan.num_warps, **_OPTIONS, **together,
     )  # fmt: skip
 
 
@@ -251,27 +258,26 @@ _SIZES = {"rows": "i32", "channels": "i32", "eps": "fp32"}
 
 def variants(arch: int) -> list[KernelVariant]:
     """What the normalizations of a float16 Stable Diffusion 1.x denoiser compile."""
-    del arch  # one table serves all
     found: dict[str, KernelVariant] = {}
     for size, channels in _GROUP_SHAPES:
         plan = group_plan(size * size, channels, 32)
         for silu in (True, False):
-            found.update({variant.name: variant for variant in _group_variants(plan, silu)})
+            found.update({variant.name: variant for variant in _group_variants(arch, plan, silu)})
     for channels in (320, 640, 1280):
         for quantizers in (1, 3):
-            variant = _layer_variant(channels, quantizers)
+            variant = _layer_variant(arch, channels, quantizers)
             found[variant.name] = variant
     return list(found.values())
 
 
-def _group_variants(plan: GroupPlan, silu: bool) -> list[KernelVariant]:
+def _group_variants(arch: int, plan: GroupPlan, silu: bool) -> list[KernelVariant]:
     ends = {"QUANT_MAX": 255, "QUANTIZERS": 1, "SILU": silu}
     tail = f"-c{plan.group_channels}{'-silu' if silu else ''}"
     signature = {**_STATE, **_CODES, **_SIZES}
     if plan.fused:
         name = f"group-fused-{next_power_of_two(plan.rows)}x{plan.block_channels}{tail}"
         constexprs = {**ends, **plan.fused_constexprs()}
-        return [aligned(name, group_fused, signature, constexprs, num_warps=plan.fused_warps, options=_OPTIONS)]
+        return [aligned(arch, name, group_fused, signature, constexprs, num_warps=plan.fused_warps, options=_OPTIONS)]
     signature |= {"partials": "*fp32", "statistics": "*fp32", "num_chunks": "i32", "rows_per_chunk": "i32"}
     kernels = (
         ("group-partials", group_partials, plan.block_constexprs()),
@@ -279,15 +285,18 @@ def _group_variants(plan: GroupPlan, silu: bool) -> list[KernelVariant]:
         ("group-apply" + "-silu" * silu, group_apply, {**ends, **plan.block_constexprs()}),
     )
     return [
-        aligned(name, fn, signature, constexprs, unaligned=("num_chunks",), num_warps=plan.num_warps, options=_OPTIONS)
+        aligned(
+            arch, name, fn, signature, constexprs, unaligned=("num_chunks",), num_warps=plan.num_warps, options=_OPTIONS
+        )
         for name, fn, constexprs in kernels
     ]
 
 
-def _layer_variant(channels: int, quantizers: int) -> KernelVariant:
+def _layer_variant(arch: int, channels: int, quantizers: int) -> KernelVariant:
     plan = layer_plan(channels)
     constexprs = {"QUANT_MAX": 255, "QUANTIZERS": quantizers, **plan.constexprs()}
     return aligned(
+        arch,
         f"layer-{channels}-{quantizers}",
         layer_rows,
         {**_STATE, **_CODES, **_SIZES},

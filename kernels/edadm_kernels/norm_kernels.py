@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from edadm_kernels.launching import await_previous
 from edadm_kernels.rounding import quantize_s8, reciprocal
 
 
@@ -65,6 +66,7 @@ def group_fused(
     GROUPS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Whole groups of one sample, held in registers between the statistics and the codes."""
     column = tl.arange(0, BLOCK_CHANNELS)
@@ -74,6 +76,7 @@ def group_fused(
     mask = (row < rows)[:, None] & channel_mask[None, :]
     base = tl.program_id(1).to(tl.int64) * rows * channels
     offsets = row[:, None] * channels + channel[None, :]
+    await_previous(OVERLAP)
     value = tl.load(x + base + offsets, mask=mask, other=0).to(tl.float32)
 
     group_of = column // GROUP_CHANNELS
@@ -102,6 +105,7 @@ def group_partials(
     rows_per_chunk,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Mean and sum of squared deviations of some rows of each channel: `partials [samples, num_chunks, 2, channels]`.
 
@@ -115,6 +119,7 @@ def group_partials(
     stop = tl.minimum(start + rows_per_chunk, rows)
     source = x + sample * rows * channels + channel
 
+    await_previous(OVERLAP)
     mean = tl.zeros([BLOCK_CHANNELS], dtype=tl.float32)
     deviations = tl.zeros([BLOCK_CHANNELS], dtype=tl.float32)
     for first in range(start, stop, BLOCK_ROWS):
@@ -150,6 +155,7 @@ def group_statistics(
     GROUPS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Joins the partial statistics: `statistics [samples, 2, channels]`, each channel's group mean and its gain."""
     sample = tl.program_id(1).to(tl.int64)
@@ -159,6 +165,7 @@ def group_statistics(
     chunk = tl.arange(0, CHUNKS)
     mask = (chunk < num_chunks)[:, None] & channel_mask[None, :]
     partial = partials + sample * num_chunks * 2 * channels + chunk[:, None] * 2 * channels + channel[None, :]
+    await_previous(OVERLAP)
     means = tl.load(partial, mask=mask, other=0)
     deviations = tl.load(partial + channels, mask=mask, other=0)
 
@@ -196,6 +203,7 @@ def group_apply(
     SILU: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Normalizes and quantizes a block with the statistics of its channels."""
     sample = tl.program_id(2).to(tl.int64)
@@ -205,6 +213,7 @@ def group_apply(
     mask = (row < rows)[:, None] & channel_mask[None, :]
     base = sample * rows * channels
     offsets = row[:, None] * channels + channel[None, :]
+    await_previous(OVERLAP)
     value = tl.load(x + base + offsets, mask=mask, other=0)
     known = statistics + sample * 2 * channels + channel
     mean = tl.load(known, mask=channel_mask, other=0)
@@ -234,6 +243,7 @@ def layer_rows(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Whole rows in registers, as a piece of `HEAD` columns and one of `TAIL` columns (none where it is 0)."""
     first = tl.program_id(0) * BLOCK_ROWS
@@ -244,6 +254,7 @@ def layer_rows(
 
     head_column = tl.arange(0, HEAD)
     head_offsets = start + head_column[None, :]
+    await_previous(OVERLAP)
     head = tl.load(x + base + head_offsets, mask=row_mask, other=0).to(tl.float32)
     total = tl.sum(head, axis=1)
     if TAIL > 0:

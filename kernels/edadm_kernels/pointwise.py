@@ -8,6 +8,7 @@ from torch import Tensor
 
 from edadm_kernels.backend import uses_triton
 from edadm_kernels.checks import check_bits, check_floating, check_quantizers
+from edadm_kernels.launching import arch_of, overlap
 from edadm_kernels.pointwise_kernels import quantize_kernel
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
@@ -37,6 +38,7 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu:
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
+            **overlap(arch_of(x)),
         )
     return codes
 
@@ -95,7 +97,6 @@ def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tup
 
 def variants(arch: int) -> list[KernelVariant]:
     """What `quantize` and `silu_quantize` compile for float16 and float32 inputs of the denoiser."""
-    del arch  # one table serves all
     result = []
     for dtype, bits, silu, dense in [
         ("fp16", 8, False, True),
@@ -117,6 +118,7 @@ def variants(arch: int) -> list[KernelVariant]:
         name = f"{'silu-' if silu else ''}quantize-{dtype}{'' if dense else '-rows'}"
         result.append(
             aligned(
+                arch,
                 name,
                 quantize_kernel,
                 signature,

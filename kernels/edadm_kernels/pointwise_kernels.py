@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from edadm_kernels.launching import await_previous
 from edadm_kernels.rounding import quantize_s8, reciprocal
 
 
@@ -21,11 +22,13 @@ def quantize_kernel(
     SILU: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Codes of `count` elements; rows of `columns` elements lie `row_stride` apart unless the input is dense."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
     offset = index if DENSE else (index // columns).to(tl.int64) * row_stride + index % columns
+    await_previous(OVERLAP)
     value = tl.load(x + offset, mask=mask, other=0).to(tl.float32)
     if SILU:
         value = value * tl.sigmoid(value)

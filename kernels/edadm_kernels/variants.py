@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edadm_kernels.launching import overlap
+
 
 @dataclass(frozen=True)
 class KernelVariant:
@@ -36,6 +38,7 @@ class KernelVariant:
 
 
 def aligned(
+    arch: int,
     name: str,
     fn: Any,
     signature: Mapping[str, str],
@@ -49,6 +52,7 @@ def aligned(
     """A variant whose pointers and integers are multiples of 16, as the launcher finds them on the denoiser's shapes.
 
     Args:
+        arch: Compute capability, such as 90.
         name: As in `KernelVariant`.
         fn: As in `KernelVariant`.
         signature: Types of the run-time arguments; the compile-time ones are added from `constexprs`.
@@ -64,4 +68,6 @@ def aligned(
         for position, (argument, kind) in enumerate(types.items())
         if argument not in unaligned and (kind.startswith("*") or kind in ("i32", "i64"))
     }
-    return KernelVariant(name, fn, types, dict(constexprs), num_warps, num_stages, attrs, dict(options or {}))
+    shared = overlap(arch)
+    constants = {**constexprs, "OVERLAP": shared.pop("OVERLAP")}
+    return KernelVariant(name, fn, types, constants, num_warps, num_stages, attrs, {**(options or {}), **shared})

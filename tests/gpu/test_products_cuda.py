@@ -8,7 +8,8 @@ from torch import Tensor
 
 from edadm_kernels import conv2d, linear, linear_geglu, reference
 from edadm_kernels.conv_launch import Geometry, launch_conv
-from edadm_kernels.gemm_launch import arch_of, launch_gemm
+from edadm_kernels.gemm_launch import launch_gemm
+from edadm_kernels.launching import arch_of
 from edadm_kernels.pack import conv_border_table, linear_correction, pack_geglu, pack_w4
 from edadm_kernels.tiles import Tile, candidates
 

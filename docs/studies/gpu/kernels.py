@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edadm_kernels import backend, tiles
-from edadm_kernels.gemm_launch import arch_of
+from edadm_kernels.launching import arch_of
 from gpu.calls import KernelCall, TensorLike, half_precision
 from gpu.timing import Clock
 
