@@ -30,6 +30,7 @@ SAMPLE = "sample"
 TIMESTEP = "timestep"
 _TIMESTEP_PARAMETERS = ("timestep", "timesteps", "t")
 _SAMPLE_PARAMETERS = ("sample", "hidden_states", "x")
+_SHARED_PARAMETERS = ("img_ids", "txt_ids")  # positions of tokens (Flux): never one row an image
 _MARK = "$"
 
 Template = dict[str, Any]
@@ -93,7 +94,9 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         "kwargs": {name: encode_argument(name, value) for name, value in kwargs.items()},
     }
     rows = sample.shape[0]
-    template["constants"] = sorted(n for n, t in tensors.items() if t.ndim == 0 or t.shape[0] != rows)
+    template["constants"] = sorted(
+        name for name, t in tensors.items() if name in _SHARED_PARAMETERS or t.ndim == 0 or t.shape[0] != rows
+    )
     template["dtypes"] = {name: _dtype_name(tensor) for name, tensor in sorted(tensors.items())}
     return DenoiserCall(sample, _one_timestep(bound[timestep_name]), tensors, template)
 

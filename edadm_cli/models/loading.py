@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edadm_cli.artifacts import ModelRef
-from edadm_cli.errors import InputError, MachineError
+from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.architecture import DENOISER_NAMES, find_class, load_architecture
 from edadm_cli.models.checkpoints.opening import open_checkpoint
 from edadm_cli.models.folder import INDEX_NAME, read_folder
@@ -24,6 +24,8 @@ from edadm_cli.models.sampling import call_default, takes_guidance
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+_FLOAT32_PIPELINES = ("LDMPipeline",)
 
 
 @dataclass
@@ -91,6 +93,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: Mode
     Raises:
         InputError: It is not found, broken, pickled, has code of its own, or has weights that are not finite.
         MachineError: It does not fit into the device's memory.
+        UsageError: Its pipeline cannot sample in that element type.
     """
     entry = entry or known_models().get(model)
     with quiet_libraries():
@@ -99,6 +102,11 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: Mode
             pipeline = _configured(source.pipeline, entry).to(device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise MachineError(f"{model} does not fit into the memory of {device}.") from error
+    if dtype != torch.float32 and type(pipeline).__name__ in _FLOAT32_PIPELINES:
+        raise UsageError(
+            f"{type(pipeline).__name__} of diffusers samples in float32 only, so {model} is not loaded in {dtype}.",
+            hint="--dtype float32",
+        )
     denoiser_name = next((name for name in DENOISER_NAMES if _is_module(pipeline, name)), None)
     if denoiser_name is None:
         raise InputError(f"{model} has neither a 'unet' nor a 'transformer', so there is no denoiser to quantize.")

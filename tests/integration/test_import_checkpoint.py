@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edadm_cli.errors import EXIT_INPUT, InputError
+from edadm_cli.errors import EXIT_INPUT, InputError, UsageError
 from edadm_cli.models.architecture import load_architecture
 from edadm_cli.models.checkpoints.compvis_config import read_config
 from edadm_cli.models.loading import LoadedModel, load_model
@@ -159,6 +159,12 @@ def test_the_known_configurations_are_the_shipped_architectures(tmp_path: Path, 
     assert model.known_as == kind
     assert model.use_ema == (kind != "ldm-imagenet")
     assert model.scale_in_checkpoint == (kind == "ldm-church")
+
+
+def test_an_element_type_that_the_pipeline_cannot_sample_in_is_refused(tmp_path: Path) -> None:
+    _, state = build(tmp_path, "ldm-bedroom")
+    with pytest.raises(UsageError, match="float32 only"):
+        load_model(str(write_state(tmp_path / "model.ckpt", state)), CPU, torch.bfloat16)
 
 
 def refusal(path: Path) -> str:

@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from edadm_cli.errors import InputError
 from edadm_cli.models.architecture import Architecture, load_architecture
 from edadm_cli.models.checkpoints import opening
+from edadm_cli.models.checkpoints.accounting import autoencoder_places, denoiser_places, empty_module
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.random_models import build_random_pipeline
+from edadm_cli.models.registry import known_models
 from edadm_cli.models.sampling import sample
-from tests.unit.models.compvis import State, autoencoder_state, unet_state, with_schedule
+from tests.unit.models.compvis import State, autoencoder_state, open_clip_state, unet_state, with_schedule
+from tests.unit.models.tiny import shrunk
 
 CPU = torch.device("cpu")
 
@@ -71,6 +74,57 @@ def test_a_single_file_gives_the_images_of_its_weights(tmp_path: Path, small_sd1
     assert model.entry.guidance_scale == 7.5
     images = sample(model, seeds=[3], prompts=["a cat"], num_steps=2, guidance_scale=2.0).images
     assert images.shape == (1, 3, 16, 16)
+
+
+def small_of(name: str) -> Architecture:
+    components = dict(shrunk(name).components)
+    if name == "sdxl":  # two text encoders are told apart by their widths
+        for part, change in {
+            "text_encoder_2": {"hidden_size": 64},
+            "unet": {"cross_attention_dim": 96},
+        }.items():
+            components[part] = (components[part][0], {**components[part][1], **change})
+    return shrunk(name).model_copy(update={"components": components})
+
+
+@pytest.mark.parametrize("name", ["sd21", "sdxl"])
+def test_newer_versions_load_with_their_text_encoders(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = small_of(name)
+    monkeypatch.setattr(opening, "load_architecture", lambda known: {name: small}[known])
+    pipeline = build_random_pipeline(small, 0, torch.float32)
+    state = with_schedule(unet_state(pipeline.unet) | autoencoder_state(pipeline.vae))
+    if name == "sd21":
+        state |= open_clip_state(pipeline.text_encoder, "cond_stage_model.model.")
+    else:
+        state |= open_clip_state(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
+        for key, tensor in pipeline.text_encoder.state_dict().items():
+            state[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor.clone()
+    model = load_model(str(write(tmp_path / "model.safetensors", state)), CPU, torch.float32)
+    assert model.entry.num_steps == known_models()[name].num_steps
+    for part, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            loaded, original = model.pipeline.components[part].state_dict(), component.state_dict()
+            assert loaded.keys() == original.keys()
+            assert all(torch.equal(loaded[key], tensor) for key, tensor in original.items()), part
+    images = sample(model, seeds=[3], prompts=["a cat"], num_steps=2, guidance_scale=5.0).images
+    assert images.shape == (1, 3, 16, 16)
+
+
+# Tensors of the published checkpoints, of the denoiser and of the autoencoder.
+NUM_TENSORS = {"sd15": (686, 248), "sd21": (686, 248), "sdxl": (1680, 248)}
+
+
+@pytest.mark.parametrize("name", sorted(NUM_TENSORS))
+def test_full_size_names_are_as_many_as_in_the_published_checkpoints(name: str) -> None:
+    architecture = load_architecture(name)
+    found = []
+    for part, places in (("unet", denoiser_places), ("vae", autoencoder_places)):
+        module = empty_module(architecture, part)
+        place = places(module)
+        found.append(len({place(key).key for key, _ in module.named_parameters()}))
+    assert tuple(found) == NUM_TENSORS[name]
 
 
 @pytest.mark.parametrize(

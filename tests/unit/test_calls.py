@@ -64,6 +64,13 @@ def test_building_inverts_splitting(positional: bool) -> None:
     assert template["dtypes"]["pair.0"] == "bfloat16"
 
 
+def test_positions_of_tokens_are_shared_even_when_there_are_as_many_as_rows() -> None:
+    ids, states = torch.zeros(ROWS, 3), torch.zeros(ROWS, 3)
+    call = split_call(Denoiser(), (torch.zeros(ROWS, 4), 1), {"txt_ids": ids, "states": states})
+    assert list(call.constants) == ["txt_ids"]
+    assert list(call.condition) == ["states"]
+
+
 @pytest.mark.parametrize(
     "timestep",
     [

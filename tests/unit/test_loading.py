@@ -13,7 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.collect import stage as collect
+from edadm_cli.config import CollectConfig
 from edadm_cli.errors import EXIT_INPUT, EXIT_MACHINE, EdadmError, InputError, MachineError
+from edadm_cli.models import loading
+from edadm_cli.models.collected import load_collected_model
 from edadm_cli.models.folder import read_folder
 from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.registry import known_models
@@ -253,3 +258,21 @@ def test_every_known_model_is_complete() -> None:
         assert (entry.source == "random") == name.endswith("-random")
     with pytest.raises(EdadmError):
         load_model("digits", CPU, torch.float32)
+
+
+def test_a_hub_model_is_loaded_again_at_the_commit_it_was_collected_from(
+    tiny_ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
+        asked.append((repo_id, revision))
+        return tiny_ddpm, revision or "c0ffee"
+
+    monkeypatch.setattr(loading, "download", download)
+    run = RunFolder(tmp_path / "run")
+    config = CollectConfig(model="nobody/tiny", num_trajectories=1, num_steps=2, device="cpu")
+    collect.run(config, run)
+    assert run.open("collect").manifest.model.revision == "c0ffee"
+    assert load_collected_model(run, CPU, torch.float32).ref.revision == "c0ffee"
+    assert asked == [("nobody/tiny", None), ("nobody/tiny", "c0ffee")]

@@ -51,21 +51,21 @@ def open_checkpoint(path: Path, dtype: torch.dtype) -> OpenedCheckpoint:
             hint="edadm models",
         )
     state = read_checkpoint(path)
-    if compvis.is_latent_diffusion(state):
-        model = compvis.describe(path, state)
-        pipeline, known_as = compvis.convert(path, state, model, dtype), model.known_as
-    else:
-        known_as = stable_diffusion.known_as(state)
-        if known_as is None:
-            raise InputError(
-                f"{path} holds neither a Stable Diffusion (1, 2 or XL) nor a CompVis latent diffusion model; "
-                f"its first tensor is '{min(state)}'.",
-                hint="give --model a diffusers folder",
-            )
+    known_as = stable_diffusion.known_as(state)
+    if known_as is not None:
         architecture = load_architecture(known_as)
         stable_diffusion.require_fit(path, state, architecture)
         del state  # diffusers reads the file itself
         pipeline = stable_diffusion.convert(path, architecture, dtype)
+    elif compvis.is_latent_diffusion(state):
+        model = compvis.describe(path, state)
+        pipeline, known_as = compvis.convert(path, state, model, dtype), model.known_as
+    else:
+        raise InputError(
+            f"{path} holds neither a Stable Diffusion (1, 2 or XL) nor a CompVis latent diffusion model; "
+            f"its first tensor is '{min(state)}'.",
+            hint="give --model a diffusers folder",
+        )
     return OpenedCheckpoint(pipeline, _fingerprint(path), known_as)
 
 

@@ -52,6 +52,9 @@ def unet_state(unet: Any, heads_first: bool = True) -> State:
 
     put("time_embed.0", unet.time_embedding.linear_1)
     put("time_embed.2", unet.time_embedding.linear_2)
+    if getattr(unet, "add_embedding", None) is not None:
+        put("label_emb.0.0", unet.add_embedding.linear_1)
+        put("label_emb.0.2", unet.add_embedding.linear_2)
     put("input_blocks.0.0", unet.conv_in)
     number = 0
     for block in unet.down_blocks:
@@ -130,6 +133,34 @@ def autoencoder_state(autoencoder: Any) -> State:
     if hasattr(autoencoder, "quantize"):
         put("quantize", autoencoder.quantize)
     return state
+
+
+def open_clip_state(encoder: Any, prefix: str) -> State:
+    """Weights of a CLIP text encoder under the names of open_clip."""
+    model = getattr(encoder, "text_model", encoder)
+    state: State = {
+        "token_embedding.weight": model.embeddings.token_embedding.weight,
+        "positional_embedding": model.embeddings.position_embedding.weight,
+        "ln_final.weight": model.final_layer_norm.weight,
+        "ln_final.bias": model.final_layer_norm.bias,
+    }
+    if hasattr(encoder, "text_projection"):
+        state["text_projection"] = encoder.text_projection.weight.T
+    for number, layer in enumerate(model.encoder.layers):
+        place, attention = f"transformer.resblocks.{number}", layer.self_attn
+        parts = {
+            "ln_1": layer.layer_norm1,
+            "ln_2": layer.layer_norm2,
+            "attn.out_proj": attention.out_proj,
+            "mlp.c_fc": layer.mlp.fc1,
+            "mlp.c_proj": layer.mlp.fc2,
+        }
+        for name, module in parts.items():
+            state.update({f"{place}.{name}.{leaf}": tensor for leaf, tensor in module.state_dict().items()})
+        thirds = (attention.q_proj, attention.k_proj, attention.v_proj)
+        for leaf in ("weight", "bias"):
+            state[f"{place}.attn.in_proj_{leaf}"] = torch.cat([getattr(third, leaf) for third in thirds])
+    return {prefix + name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def with_schedule(state: State) -> State:
