@@ -114,9 +114,9 @@ class Measurement:
             EdadmError: The prediction of an engine is out of bound.
         """
         request, config = self.request, self.request.config
-        peaks = self._measure_peaks()
         self._start()
         parities = self._check_predictions()
+        peaks = self._measure_peaks()
         times = self._time(self._first, config.rounds)
         latencies = {name: summarize(found) for name, found in times.items()}
         memories = {name: participant.memory() for name, participant in self._running.items()}

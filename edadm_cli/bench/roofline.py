@@ -9,7 +9,7 @@ the latency of memory are left out, so what is measured lies above, and by most 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,6 +104,12 @@ class RooflineTable:
     def to_json(self) -> dict[str, Any]:
         """Plain data, under the names of the attributes."""
         return asdict(self)
+
+    @classmethod
+    def of_json(cls, data: Mapping[str, Any]) -> RooflineTable:
+        """What `to_json` gave."""
+        shapes = tuple(ShapeRoofline(**shape) for shape in data["shapes"])
+        return cls(**{**data, "shapes": shapes})
 
 
 def roofline_table(

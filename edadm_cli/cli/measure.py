@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +51,10 @@ def bench(
     pipeline: Annotated[
         bool | None, typer.Option("--pipeline", help="Time whole images too, with the model's own steps.")
     ] = None,
+    roofline: Annotated[
+        bool,
+        typer.Option("--roofline", help="Measure nothing: print the time that no kernel can beat, for some GPUs."),
+    ] = False,
     require: options.RequireOption = None,
 ) -> None:
     """Measure speed, memory and size against full precision.
@@ -62,6 +66,9 @@ def bench(
     from edadm_cli.config import BenchConfig
 
     requirements = parse_requirements(require)
+    if roofline:
+        _print_rooflines(execution, model, _numbers("--batch-sizes", batch_sizes) or (2,))
+        return
     widths = parse_bits(bits or _texts(execution.from_file("bench", "bits")))
     model = model or execution.from_file("bench", "model")
     run = execution.run_used_last() if model is None else run_of_model(execution.run_folder, model)
@@ -109,6 +116,26 @@ def engines(execution: Execution) -> None:
         "engines": facts,
     }
     execution.print(result, [], "\n".join(row["name"] for row in facts))
+
+
+def _print_rooflines(execution: Execution, model: str | None, batch_sizes: tuple[int, ...]) -> None:
+    from edadm_cli.bench.roofline import model_rooflines
+
+    if model is None:
+        raise UsageError("--roofline needs --model.", hint="edadm bench --roofline --model sd15-random")
+    tables = {str(batch): model_rooflines(model, batch).to_json() for batch in batch_sizes}
+    result: dict[str, Any] = {
+        "command": "bench",
+        "status": "done",
+        "run": None,
+        "artifact": None,
+        "identity": None,
+        "seconds": 0.0,
+        "warnings": [],
+        "model": model,
+        "rooflines": tables,
+    }
+    execution.print(result, [], None)
 
 
 def _texts(value: object) -> list[str]:

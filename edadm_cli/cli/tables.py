@@ -25,6 +25,12 @@ def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
         yield from _inspection(result)
     elif command == "engines":
         yield _engines(result["engines"])
+    elif command == "bench" and "rooflines" in result:
+        from edadm_cli.bench.roofline import RooflineTable, render_rooflines
+
+        for batch, table in result["rooflines"].items():
+            yield Text(f"{result['model']}, {batch} rows")
+            yield from render_rooflines(RooflineTable.of_json(table))
     elif command == "bench" and "contenders" in result:
         yield from bench_tables(result)
     elif command == "run":

@@ -14,6 +14,7 @@ _FLAGS: dict[str, tuple[str, ...]] = {
     "reconstruct": ("batch_size",),
     "export": ("parity_samples",),
     "evaluate": ("num_images", "batch_size", "num_steps", "guidance_scale"),
+    "bench": ("engine", "device", "dtype", "threads"),
 }
 """Settings that are flags of the same name, by stage."""
 
@@ -40,6 +41,8 @@ def _words(part: Part) -> Iterator[str]:
         yield from ("--model", manifest.model.id)
     if manifest.kind in BY_BITS:
         yield from ("--bits", part.artifact.path.name)
+    if manifest.kind == "bench":
+        yield from _words_of_bench(part)
     if manifest.kind == "reconstruct":
         yield from ("--recipe", str(manifest.config["recipe"]["name"]))
     for name in _FLAGS[manifest.kind]:
@@ -49,3 +52,19 @@ def _words(part: Part) -> Iterator[str]:
             yield f"{value:g}" if isinstance(value, float) else str(value)
     if manifest.seed:
         yield from ("--seed", str(manifest.seed))
+
+
+def _words_of_bench(part: Part) -> Iterator[str]:
+    config = part.config
+    if not part.artifact.manifest.parents:
+        yield from ("--model", part.artifact.manifest.model.id)
+    yield from ("--bits", ",".join(part.facts["bits"]))
+    yield from ("--batch-sizes", ",".join(str(size) for size in config.get("batch_sizes", [1])))
+    if config.get("size"):
+        yield from ("--size", "x".join(str(side) for side in config["size"]))
+    if config.get("against"):
+        yield from ("--against", ",".join(config["against"]))
+    if config.get("compiled") is False:
+        yield "--no-compiled"
+    if config.get("pipeline"):
+        yield "--pipeline"

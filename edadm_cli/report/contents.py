@@ -54,6 +54,7 @@ class RunContents:
     collect: Part | None
     select: Part | None
     widths: tuple[Width, ...]
+    benches: tuple[Part, ...] = ()
 
     def parts(self) -> Iterator[Part]:
         """Every artifact, in the order of the chain."""
@@ -64,6 +65,7 @@ class RunContents:
             for part in (width.reconstruct, width.export, width.evaluate):
                 if part is not None:
                     yield part
+        yield from self.benches
 
     @property
     def model(self) -> ModelRef:
@@ -97,6 +99,7 @@ def read_run(run: RunFolder, bits: Sequence[str] | None) -> RunContents:
         collect=_read(run, "collect", None, "sampling.json"),
         select=_read(run, "select", None, "selection.json"),
         widths=tuple(_read_width(run, name) for name in shown),
+        benches=_read_benches(run, None if bits is None else shown),
     )
     if next(contents.parts(), None) is None:
         raise InputError(f"The run {run.root} holds no artifact to report on.", hint=run.command("collect"))
@@ -121,6 +124,13 @@ def _read_width(run: RunFolder, bits: str) -> Width:
         export=_read(run, "export", bits, "export.json"),
         evaluate=_read(run, "evaluate", bits, "evaluation.json"),
     )
+
+
+def _read_benches(run: RunFolder, shown: Sequence[str] | None) -> tuple[Part, ...]:
+    """Benches of the bit widths that are shown; those of a model without an export with them."""
+    found = (_read(run, "bench", name, "bench.json") for name in run.names("bench"))
+    parts = (part for part in found if part is not None)
+    return tuple(part for part in parts if shown is None or set(part.facts["bits"]) & set(shown))
 
 
 def _read(run: RunFolder, kind: str, name: str | None, file: str) -> Part | None:

@@ -11,6 +11,7 @@ from edadm_cli.report.html import Html, element
 from edadm_cli.report.provenance import provenance_section
 from edadm_cli.report.quality import images_section, quality_section
 from edadm_cli.report.quantization import export_section, reconstruction_section
+from edadm_cli.report.speed import speed_section
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _FOOTER = (
@@ -25,6 +26,7 @@ _LINKS = {
     "selection": "Calibration",
     "reconstruction": "Reconstruction",
     "export": "Size",
+    "speed": "Speed",
     "provenance": "Provenance",
 }
 
@@ -49,6 +51,7 @@ def render(contents: RunContents) -> str:
         "selection": selection_section(contents),
         "reconstruction": reconstruction_section(contents),
         "export": export_section(contents),
+        "speed": speed_section(contents),
         **({} if evaluated else {"quality": quality}),
         "provenance": provenance_section(contents),
     }
