@@ -14,11 +14,13 @@ COMMANDS = (
     "select",
     "reconstruct",
     "export",
+    "bench",
     "evaluate",
     "report",
     "sample",
     "inspect",
     "models",
+    "engines",
 )
 HEAD = """# Commands
 

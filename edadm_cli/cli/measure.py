@@ -119,10 +119,11 @@ def engines(execution: Execution) -> None:
 
 
 def _print_rooflines(execution: Execution, model: str | None, batch_sizes: tuple[int, ...]) -> None:
-    from edadm_cli.bench.roofline import model_rooflines
-
     if model is None:
         raise UsageError("--roofline needs --model.", hint="edadm bench --roofline --model sd15-random")
+
+    from edadm_cli.bench.roofline import model_rooflines
+
     tables = {str(batch): model_rooflines(model, batch).to_json() for batch in batch_sizes}
     result: dict[str, Any] = {
         "command": "bench",
