@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from edadm_cli.bench.contender import Call, Running, Spec, placed
 from edadm_cli.bench.floats import openvino_specs, torch_specs
 from edadm_cli.bench.kinds import rows_by_kind
 from edadm_cli.bench.machine import machine_facts
+from edadm_cli.bench.memory import give_back_memory, require_memory
 from edadm_cli.bench.peak import measure_peaks
 from edadm_cli.bench.peers import NNCF, TORCHAO, nncf_spec, torchao_spec
 from edadm_cli.bench.quantized import Prepared, check_prediction, coverage_of, prepare
@@ -94,7 +94,7 @@ class Measurement:
         self._floats += openvino
         num_weights = sum(parameter.numel() for parameter in denoiser.parameters())
         del denoiser
-        gc.collect()
+        give_back_memory()
         for peer in config.against:
             if peer == NNCF:
                 calls = self._calls[self._first]
@@ -105,7 +105,7 @@ class Measurement:
                 self._peers.append(torchao_spec(folder, half, num_weights, request.device.type == "cuda"))
         for bits in config.bits:
             self._prepared.append(self._prepare_quantized(bits))
-            gc.collect()
+            give_back_memory()
 
     def measure(self) -> dict[str, Any]:
         """Compare predictions, time everything, and put the result together.
@@ -174,6 +174,7 @@ class Measurement:
 
     def _participant(self, spec: Spec, source: CompiledDenoiser | None) -> Participant:
         if self._setting.is_alone and source is None:
+            require_memory(spec.name, spec.size_mib)
             return RemoteRunning(spec, self._setting, self._calls)
         if self._setting.is_alone:
             self.reporter.warn(f"{spec.name} has no files and runs in the program itself: its memory is not measured.")

@@ -8,14 +8,22 @@ contender came.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 from pathlib import Path
 
 import torch
 
+from edadm_cli.errors import MachineError
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
+_PROCESS_MIB = 600.0
+"""Python, torch and the libraries behind a contender."""
+_LOADING = 1.3
+"""What a contender takes of its size on disk: its kernels' own layout of the weights, and activations."""
 
 
 class PeakMemory:
@@ -46,3 +54,40 @@ class PeakMemory:
             return None
         match = re.search(r"^VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
         return None if match is None else int(match[1]) / 2**10
+
+
+def give_back_memory() -> None:
+    """Return what is no longer used to the system: the C library keeps it, and the contenders need it."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def require_memory(name: str, size_mib: float) -> None:
+    """Refuse to load a contender that this machine has no room for: without swap it would come to a standstill.
+
+    Args:
+        name: The contender.
+        size_mib: On disk.
+
+    Raises:
+        MachineError: There is not enough left.
+    """
+    wanted, found = _PROCESS_MIB + _LOADING * size_mib, available_mib()
+    if found is not None and found < wanted:
+        raise MachineError(
+            f"'{name}' needs about {wanted:,.0f} MiB of memory besides the contenders that are loaded, and"
+            f" {found:,.0f} MiB are left.",
+            hint="--no-compiled, one of the --bits, or no --against",
+        )
+
+
+def available_mib() -> float | None:
+    """Memory that new processes can have, in MiB; `None` where the system does not tell."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    return None if match is None else int(match[1]) / 2**10

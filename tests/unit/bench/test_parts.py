@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edadm_cli.artifacts import Contender, Latency
 from edadm_cli.bench import contender as contender_module
-from edadm_cli.bench import machine, peers
+from edadm_cli.bench import machine, memory, peers
 from edadm_cli.bench.contender import Call, Running, Setting, Spec, milliseconds, placed, torch_function
 from edadm_cli.bench.floats import torch_specs
 from edadm_cli.bench.kinds import rows_by_kind
@@ -296,6 +296,22 @@ def test_on_cuda_memory_is_counted_from_before_the_contender(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350 * 2**20)
     assert PeakMemory(CUDA, is_alone=False).peak_mib() == 250.0
+
+
+def test_a_contender_that_memory_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_mib", lambda: 4000.0)
+    memory.require_memory("a small one", 1000.0)
+    with pytest.raises(MachineError, match=r"'torch float32' needs about 5,\d\d\d MiB .* 4,000 MiB are left"):
+        memory.require_memory("torch float32", 3400.0)
+    monkeypatch.setattr(memory, "available_mib", lambda: None)
+    memory.require_memory("torch float32", 3400.0)
+
+
+def test_the_memory_that_is_left_is_told() -> None:
+    memory.give_back_memory()
+    found = memory.available_mib()
+    assert found is not None
+    assert found > 10
 
 
 def test_peaks_are_measured_in_each_precision(monkeypatch: pytest.MonkeyPatch) -> None:
