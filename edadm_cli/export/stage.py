@@ -67,9 +67,7 @@ def run(config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: 
     )
 
 
-def _engine_files(
-    run: RunFolder, export: Artifact, engine: FileEngine, reporter: Reporter, force: bool
-) -> EngineFiles:
+def _engine_files(run: RunFolder, export: Artifact, engine: FileEngine, reporter: Reporter, force: bool) -> EngineFiles:
     """Files of the engine in an artifact beside the export, up to date if they are."""
     artifact = engine_artifact(run, export, engine, reporter, force)
     size = sum(entry.bytes for entry in artifact.manifest.payload) / 2**20

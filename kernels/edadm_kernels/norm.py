@@ -16,9 +16,8 @@ from edadm_kernels.norm_plans import CHUNK_CHANNELS, CHUNK_ROWS, GroupPlan, grou
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
 
-_OPTIONS: dict[str, Any] = {
-    "enable_fp_fusion": True
-}  # nothing here is compared bit for bit; said aloud as Triton's default changes
+# nothing here is compared bit for bit; said aloud as Triton's default changes
+_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 @torch.library.custom_op("edadm::group_norm_quantize", mutates_args=())

@@ -65,7 +65,7 @@ def test_quantize_is_exact(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert_close([silu_quantize(view, scale, zero_point)], [wanted_silu])
 
 
-def test_a_graph_replays_the_two_kernels() -> None:
+def test_a_graph_replays_all_kernels() -> None:
     x = normal(2, 64, 64, 320).half().permute(0, 3, 1, 2)
     arguments = (x, normal(320), normal(320), 32, 1e-5, True, *quantizers(1))
     group_norm_quantize(*arguments)

@@ -18,6 +18,7 @@ from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructC
 from edadm_cli.export import stage as export
 from edadm_cli.models import loading
 from edadm_cli.models.architecture import known_architectures
+from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import load_collected_model
 from edadm_cli.models.sampling import sample, takes_prompts
 from edadm_cli.quant.layers import quantized_layers
@@ -62,6 +63,9 @@ def test_an_architecture_goes_through_the_chain(name: str, tmp_path: Path) -> No
     assert record.coverage.planned == record.coverage.quantized > 10
     plan = run.open("reconstruct", str(BITS)).json("plan.json")
     model = load_collected_model(run, CPU, torch.float32)
+    kinds = [unit["kind"] for unit in run.open("reconstruct", str(BITS)).json("units.json")["units"]]
+    blocks = sum(len(getattr(model.denoiser, name, ())) for name in ("transformer_blocks", "single_transformer_blocks"))
+    assert kinds.count("transformer") == blocks or model.denoiser_name == "unet" or name == "ldm-imagenet"
     layers = [n for n, m in model.denoiser.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     assert sorted(layers) == sorted({*plan["layers"], *plan["kept"]} & set(layers)), "every layer is accounted for"
     attentions = [n for n, m in model.denoiser.named_modules() if "Attention" in type(m).__name__]
@@ -89,6 +93,28 @@ def test_flux_attention_products_are_said_to_be_kept(tmp_path: Path) -> None:
     reasons = {name: reason for name, reason in kept.items() if name.endswith(".attn")}
     assert len(reasons) == 4
     assert all("FluxAttnProcessor" in reason for reason in reasons.values())
+
+
+def test_guidance_that_is_embedded_is_part_of_the_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    components = dict(shrunk("flux-schnell").components)
+    cls, transformer = components["transformer"]
+    components["transformer"] = (cls, {**transformer, "guidance_embeds": True})
+    embedded = shrunk("flux-schnell").model_copy(update={"components": components})
+    monkeypatch.setattr(loading, "load_architecture", lambda name: embedded)
+    run = RunFolder(tmp_path / "run")
+    fields: dict[str, Any] = {"model": "flux-schnell-random", "num_trajectories": 2, "num_steps": 2, "device": "cpu"}
+    collect.run(CollectConfig(**fields, guidance_scale=3.5), run)
+    select.run(SelectConfig(device="cpu"), run)
+    calibration = CalibrationSet.load(run.open("select"))
+    assert calibration.branches == 1
+    assert calibration.condition["guidance"].tolist() == [3.5, 3.5]
+    assert set(calibration.constants) == {"img_ids", "txt_ids"}
+    args, kwargs = calibration.call(range(2), CPU, torch.float32)
+    model = load_collected_model(run, CPU, torch.float32)
+    with torch.no_grad():
+        guided = model.denoiser(*args, **kwargs)[0]
+        other = model.denoiser(*args, **{**kwargs, "guidance": torch.full((2,), 9.0)})[0]
+    assert not torch.allclose(guided, other)
 
 
 FRESH = """

@@ -38,7 +38,7 @@ _KINDS = {
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "ScaledDotProductAttention", "Subgraph")
 # a Subgraph is a compiled chain of operations; it multiplies matrices only where it holds attention's products
 _ATTENTION_SOURCES = ("MatMul", "ScaledDotProductAttention")
-_SHAPES_ONLY = ("Input", "Output", "Constant", "Reshape")
+_NOTHING_TO_DO = ("Const", "Input", "Output")
 
 
 class PlannedLayer(BaseModel):
@@ -67,7 +67,8 @@ class RuntimeNode:
         self.name: str = node.friendly_name
         self.sources = tuple(filter(None, _text(info, "originalLayersNames").split(",")))
         micros = _text(info, "execTimeMcs")
-        self.milliseconds = int(micros) / 1000 if micros.isdigit() else 0.0
+        self.ran = micros.isdigit() and self.type not in _NOTHING_TO_DO  # "not_executed" where memory is only renamed
+        self.milliseconds = int(micros) / 1000 if self.ran else 0.0
         order = _text(info, "execOrder")
         self.order = int(order) if order.isdigit() else 0
 
@@ -111,10 +112,10 @@ def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer
     names = {layer.name for layer in planned}
     rows = []
     for node in nodes:
-        if node.type in _SHAPES_ONLY and node.milliseconds == 0:
+        if not node.ran:
             continue
         layer = next((name for name in map(layer_name, node.sources) if name in names), node.name)
-        kind = _KINDS.get(node.type, "elementwise")
+        kind = "attention" if node.type == "Subgraph" and node.product_sources else _KINDS.get(node.type, "elementwise")
         rows.append(OperationTime(layer, kind, node.precision, node.milliseconds))
     return rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import triton
@@ -12,7 +13,7 @@ import triton
 from edadm_kernels.codegen.compilation import ARCHITECTURES, MODULES
 from edadm_kernels.codegen.gate import violations
 from edadm_kernels.codegen.machine_code import MachineCode
-from edadm_kernels.codegen.survey import list_jobs, spread_jobs, survey, to_row
+from edadm_kernels.codegen.survey import Job, list_jobs, spread_jobs, survey, to_row
 
 _COLUMNS = (
     "Variant",
@@ -37,7 +38,11 @@ def main() -> int:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     choose = spread_jobs if options.spread else list_jobs
-    codes = list(survey(choose(options.arch, options.module), processes=options.processes, out=options.out))
+    jobs = [job for job in choose(options.arch, options.module) if _wanted(job, options.only)]
+    if not jobs:
+        print(f"a variant that matches {' or '.join(options.only)} is wanted, found none; see --help", file=sys.stderr)
+        return 2
+    codes = list(survey(jobs, processes=options.processes, out=options.out))
     rejected = [(code, violations(code)) for code in codes if violations(code)]
     rows = [{**to_row(code), "violations": violations(code)} for code in codes]
     report = json.dumps({"triton": triton.__version__, "kernels": rows}, indent=2)
@@ -63,11 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--module", nargs="+", choices=MODULES, default=list(MODULES), help="only kernels of these modules"
     )
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="only variants such as 'gemm/geglu-*'")
     parser.add_argument("--spread", action="store_true", help="every kernel on every architecture, variants in turn")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, help="folder for cubin, PTX, SASS and codegen.json")
     parser.add_argument("--processes", type=int, default=2, help="compilations at a time")
     return parser
+
+
+def _wanted(job: Job, patterns: list[str] | None) -> bool:
+    return patterns is None or any(fnmatch(f"{job[0]}/{job[1]}", pattern) for pattern in patterns)
 
 
 def _print_table(codes: list[MachineCode]) -> None:

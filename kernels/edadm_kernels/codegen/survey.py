@@ -34,7 +34,8 @@ def spread_jobs(architectures: Sequence[int], modules: Iterable[str] = MODULES) 
             for variant in list_variants(module, arch):
                 by_kernel.setdefault(variant.fn.__name__, []).append(variant.name)
             for names in by_kernel.values():
-                taken = names[turn :: len(architectures)] or names[:1]
+                # one more than the architectures: names often come in fours, and each should meet each architecture
+                taken = names[turn :: len(architectures) + 1] or names[:1]
                 jobs += [(module, name, arch) for name in taken]
     return jobs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edadm_cli.cli import chain, quality
+from edadm_cli.cli import chain, measure, quality
 from edadm_cli.cli import stages as chain_stages
 from edadm_cli.cli.app import main
 from edadm_cli.cli.settings import STAGES
@@ -100,7 +100,7 @@ def test_a_file_that_does_not_fit_is_told(
         (["select", "--strategy", "nonsense", "--run", "r"], 2),
         (["reconstruct", "--run", "r"], 2),
         (["run", "--model", "tiny"], 2),
-        (["bench"], 2),
+        (["bench"], 3),
         (["--nonsense"], 2),
     ],
 )
@@ -122,6 +122,7 @@ def test_every_field_of_a_configuration_is_a_flag() -> None:
         "export": chain_stages.export,
         "evaluate": quality.evaluate,
         "sample": quality.sample,
+        "bench": measure.bench,
     }
     assert commands.keys() == STAGES.keys()
     for name, command in commands.items():

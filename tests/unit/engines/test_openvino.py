@@ -150,10 +150,11 @@ def test_profile_names_layers_and_times(compiled: CompiledDenoiser, call: Call) 
     args, kwargs = call
     rows = compiled.profile(*args, **kwargs)
     named = {row.name for row in rows}
-    assert {row.name for row in compiled.layers if row.kind != "attention"} <= named
+    assert {row.name for row in compiled.layers} <= named
     assert sum(row.milliseconds for row in rows) > 0
     kinds = {row.name: row.kind for row in rows}
     assert kinds["down_blocks.0.resnets.0.conv1"] == "conv2d"
+    assert kinds["mid_block.attentions.0.transformer_blocks.0.attn1"] == "attention"
 
 
 def test_four_bit_weights_take_four_bits(files: Path, denoiser: nn.Module) -> None:
