@@ -21,15 +21,12 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from edadm_cli.engines.openvino import nodes
-from edadm_cli.engines.openvino.interface import CallInterface, bind, flatten, rebuild
+from edadm_cli.engines.openvino.interface import WRAPPED, CallInterface, bind, flatten, rebuild
 from edadm_cli.errors import EdadmError
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer
 
 NAMESPACE = "edadm_openvino"
-WRAPPED = "denoiser"
-"""Attribute under which the traced wrapper holds the denoiser: part of the names that tracing gives to nodes."""
-
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _LIBRARY.define("linear(Tensor x, int index, int features) -> Tensor")
 _LIBRARY.define(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from edadm_cli.engines.base import FLOAT, LayerExecution, LayerKind, OperationTime
 from edadm_cli.engines.listing import list_layers
+from edadm_cli.engines.openvino.interface import WRAPPED
 
 PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 NOT_RUN = "none"
@@ -114,7 +114,10 @@ def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer
     for node in nodes:
         if not node.ran:
             continue
-        layer = next((name for name in map(layer_name, node.sources) if name in names), node.name)
+        # reorders inside an attention carry its name too; only its products are the layer
+        sources = node.product_sources if node.type in _PRODUCTS else []
+        own = _without_wrapper(node.name)
+        layer = next((name for name in map(layer_name, sources) if name in names), own)
         kind = "attention" if node.type == "Subgraph" and node.product_sources else _KINDS.get(node.type, "elementwise")
         rows.append(OperationTime(layer, kind, node.precision, node.milliseconds))
     return rows
@@ -122,7 +125,11 @@ def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer
 
 def layer_name(source: str) -> str:
     """The layer that a node of the graph came from: tracing calls it `__module.denoiser.<layer>/aten::...`."""
-    return re.sub(r"^__module\.denoiser\.", "", source.partition("/")[0])
+    return _without_wrapper(source.partition("/")[0])
+
+
+def _without_wrapper(name: str) -> str:
+    return name.removeprefix(f"__module.{WRAPPED}.")
 
 
 def _text(info: Any, key: str) -> str:

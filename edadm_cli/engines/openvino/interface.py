@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 
+WRAPPED = "denoiser"
+"""Attribute under which the traced wrapper holds the denoiser: part of the names that tracing gives to nodes."""
+
 _SAMPLE_NAMES = ("sample", "hidden_states", "x")
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 _RETURN_DICT = "return_dict"
