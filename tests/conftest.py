@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # tables have the width that they have in a log, wherever the tests run
 
 
 @pytest.fixture(scope="session")
