@@ -60,13 +60,8 @@ def nncf_spec(float_folder: Path, calls: Sequence[Call], dtype: str, folder: Pat
     nncf.set_log_level("ERROR")
     graph, description = files.read(float_folder)
     graph.reshape(dict(zip(description.interface.inputs, map(list, description.shapes), strict=True)))
-    inputs = [
-        {
-            name: tensor.numpy()
-            for name, tensor in zip(description.interface.inputs, description.interface.tensors(*call), strict=True)
-        }
-        for call in calls
-    ]
+    tensors = [description.interface.tensors(*call) for call in calls]
+    inputs = [{name: tensor.numpy() for name, tensor in found.items()} for found in tensors]
     quantized = nncf.quantize(
         graph, nncf.Dataset(inputs), subset_size=len(inputs), model_type=nncf.ModelType.TRANSFORMER
     )

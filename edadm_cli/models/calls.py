@@ -28,10 +28,11 @@ from edadm_cli.errors import InputError
 
 SAMPLE = "sample"
 TIMESTEP = "timestep"
-_TIMESTEP_PARAMETERS = ("timestep", "timesteps", "t")
+TIMESTEP_PARAMETERS = ("timestep", "timesteps", "t")
 _SAMPLE_PARAMETERS = ("sample", "hidden_states", "x")
 _SHARED_PARAMETERS = ("img_ids", "txt_ids")  # positions of tokens (Flux): never one row an image
 _MARK = "$"
+_TENSOR_MARKS = (_MARK + SAMPLE, _MARK + TIMESTEP, _MARK + "tensor")
 
 Template = dict[str, Any]
 """`{"args": [...], "kwargs": {...}, "constants": [names], "dtypes": {name: dtype}}`. A one-entry object whose
@@ -135,6 +136,11 @@ def build_call(
     return tuple(decode(item) for item in template["args"]), {k: decode(v) for k, v in template["kwargs"].items()}
 
 
+def is_tensor(node: Any) -> bool:
+    """Whether a node of a template stands for a tensor."""
+    return isinstance(node, Mapping) and len(node) == 1 and next(iter(node)) in _TENSOR_MARKS
+
+
 @contextmanager
 def record_calls(denoiser: nn.Module, on_call: Callable[[DenoiserCall], None]) -> Iterator[None]:
     """Hand each call of `denoiser` to `on_call`, taken apart, before it runs."""
@@ -158,7 +164,7 @@ def _positional_names(denoiser: nn.Module, count: int) -> list[str]:
 
 def _special_names(denoiser: nn.Module, given: list[str]) -> tuple[str, str]:
     sample = next((name for name in _SAMPLE_PARAMETERS if name in given), None)
-    timestep = next((name for name in _TIMESTEP_PARAMETERS if name in given), None)
+    timestep = next((name for name in TIMESTEP_PARAMETERS if name in given), None)
     if sample is None or timestep is None:
         raise InputError(
             f"{type(denoiser).__name__} is called with ({', '.join(given)}), "

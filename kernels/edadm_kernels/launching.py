@@ -20,7 +20,7 @@ _OVERLAPPING = 90
 
 
 @triton.jit
-def await_previous(OVERLAP: tl.constexpr):
+def await_previous(OVERLAP: tl.constexpr) -> None:
     """Stand before a kernel's first access to memory: wait for the kernel before, and let the next one be launched."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()

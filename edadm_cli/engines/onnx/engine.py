@@ -22,8 +22,8 @@ from edadm_cli.engines.base import (
     LayerKind,
     OperationTime,
 )
+from edadm_cli.engines.interface import GraphInterface
 from edadm_cli.engines.listing import list_layers
-from edadm_cli.engines.onnx.interface import GraphInterface
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.quant.layers import QuantizedLayer
 
@@ -157,8 +157,7 @@ class _OnnxDenoiser(CompiledDenoiser):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         interface = self._description.interface
         prediction = self._session.run(interface.tensors(args, kwargs))
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return interface.output(prediction.to(given.device, given.dtype), kwargs)
+        return interface.output(prediction, args, kwargs)
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
 
-from edadm_cli.engines.onnx.interface import OUTPUT, GraphInterface
+from edadm_cli.engines.interface import GraphInterface, class_path
 from edadm_cli.engines.onnx.nodes import Writer
 from edadm_cli.engines.onnx.standins import DOMAIN, LAYER, NAME, with_stand_ins
 from edadm_cli.errors import EdadmError, UsageError
@@ -22,6 +22,7 @@ from edadm_cli.quant.attention import QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 
 Target = Literal["onnxruntime", "tensorrt"]
+OUTPUT = "prediction"
 OPSET = 21
 """The first with four-bit integers."""
 
@@ -107,8 +108,7 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         """Call the denoiser."""
         output = self.denoiser(**self.interface.call(dict(zip(self.interface.inputs, tensors, strict=True))))
-        if not isinstance(output, tuple):
-            self.returned.path = f"{type(output).__module__}.{type(output).__name__}"
+        self.returned.path = class_path(output)
         prediction: Tensor = output[0]
         return prediction
 

@@ -20,8 +20,9 @@ from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
+from edadm_cli.engines.interface import GraphInterface, class_path
 from edadm_cli.engines.openvino import nodes
-from edadm_cli.engines.openvino.interface import WRAPPED, CallInterface, bind, flatten, rebuild
+from edadm_cli.engines.openvino.execution import WRAPPED
 from edadm_cli.errors import EdadmError
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer
@@ -54,7 +55,7 @@ _LIBRARY.impl("fake_quantize", lambda x, index: x.clone(), "CompositeExplicitAut
 
 
 @torch.no_grad()
-def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ov.Model, CallInterface]:
+def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ov.Model, GraphInterface]:
     """Convert a quantized denoiser; its inputs keep dynamic shapes, so that other sizes can be set later.
 
     Args:
@@ -69,10 +70,9 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         EdadmError: OpenVINO cannot express the denoiser.
     """
     tracing = _Tracing(denoiser)
-    interface = CallInterface.of(denoiser, args, kwargs, None)
-    bound = bind(interface.parameters, args, kwargs)
-    wrapper = _Flat(tracing.model, bound, interface.inputs)
-    example = tuple(flatten(bound)[0].values())
+    interface = GraphInterface.of(denoiser, args, kwargs)
+    wrapper = _Flat(tracing.model, interface)
+    example = tuple(interface.tensors(args, kwargs).values())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing: constants from shapes, and that torch.jit is deprecated
@@ -159,22 +159,19 @@ def _is_integer(layer: nn.Module) -> TypeGuard[QuantizedLayer]:
 class _Flat(nn.Module):
     """A denoiser that takes its tensors one after another and returns its output tensor."""
 
-    def __init__(self, denoiser: nn.Module, bound: dict[str, Any], inputs: tuple[str, ...]) -> None:
+    def __init__(self, denoiser: nn.Module, interface: GraphInterface) -> None:
         super().__init__()
         self.add_module(WRAPPED, denoiser)
-        self.bound, self.inputs = bound, inputs
+        self.interface = interface
         self.returns: str | None = None
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Call the denoiser."""
-        given = dict(zip(self.inputs, tensors, strict=True))
-        output = self.get_submodule(WRAPPED)(**rebuild(self.bound, given.__getitem__))
-        if isinstance(output, tuple):
-            result: Tensor = output[0]
-            return result
-        self.returns = f"{type(output).__module__}.{type(output).__name__}"
-        result = output.sample
-        return result
+        given = dict(zip(self.interface.inputs, tensors, strict=True))
+        output = self.get_submodule(WRAPPED)(**self.interface.call(given))
+        self.returns = class_path(output)
+        prediction: Tensor = output[0]
+        return prediction
 
 
 class _LayerStandIn(nn.Module):

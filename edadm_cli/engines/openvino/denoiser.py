@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import openvino as ov
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
+from edadm_cli.engines.interface import GraphInterface
 from edadm_cli.engines.openvino.execution import PlannedLayer, executed_layers, operation_times, runtime_nodes
-from edadm_cli.engines.openvino.interface import CallInterface
 from edadm_cli.errors import InputError
 
 # a graph compiled for one shape holds all weights in the layout of its kernels
@@ -46,7 +47,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
     def __init__(
         self,
         graph: ov.Model,
-        interface: CallInterface,
+        interface: GraphInterface,
         planned: tuple[PlannedLayer, ...],
         options: EngineOptions,
         shapes: Shapes,
@@ -58,9 +59,9 @@ class OpenVinoDenoiser(CompiledDenoiser):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the denoiser; another batch or image size is compiled when it first comes."""
-        tensors = self._interface.tensors(args, kwargs)
+        tensors = self._tensors(args, kwargs)
         output = _infer(self._request(_shapes(tensors)), tensors)
-        return self._interface.output(output.to(self._interface.dtype(args, kwargs)), kwargs)
+        return self._interface.output(output, args, kwargs)
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:
@@ -70,11 +71,14 @@ class OpenVinoDenoiser(CompiledDenoiser):
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
         """Time of each operation of one call, from a copy compiled with counters; the first call warms up."""
-        tensors = self._interface.tensors(args, kwargs)
+        tensors = self._tensors(args, kwargs)
         request = self._compile(_shapes(tensors), {"PERF_COUNT": True})
         for _ in range(2):
             _infer(request, tensors)
         return operation_times(runtime_nodes(request.get_compiled_model()), self._planned)
+
+    def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        return list(self._interface.tensors(args, kwargs).values())
 
     def _request(self, shapes: Shapes) -> ov.InferRequest:
         if shapes not in self._requests:
@@ -100,12 +104,12 @@ class OpenVinoDenoiser(CompiledDenoiser):
         return compiled.create_infer_request()
 
 
-def shapes_of(interface: CallInterface, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
+def shapes_of(interface: GraphInterface, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
     """Shapes of a call's inputs."""
-    return _shapes(interface.tensors(args, kwargs))
+    return _shapes(interface.tensors(args, kwargs).values())
 
 
-def _shapes(tensors: list[Tensor]) -> Shapes:
+def _shapes(tensors: Iterable[Tensor]) -> Shapes:
     return tuple(tuple(tensor.shape) for tensor in tensors)
 
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from edadm_cli.engines.base import FLOAT, LayerExecution, LayerKind, OperationTime
 from edadm_cli.engines.listing import list_layers
-from edadm_cli.engines.openvino.interface import WRAPPED
 
 PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+WRAPPED = "denoiser"
+"""Attribute under which the traced wrapper holds the denoiser: part of the names that tracing gives to nodes."""
 NOT_RUN = "none"
 """Precision of a layer that is not in the runtime graph."""
 

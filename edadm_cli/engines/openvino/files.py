@@ -7,12 +7,12 @@ from pathlib import Path
 import openvino as ov
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from edadm_cli.engines.interface import GraphInterface
 from edadm_cli.engines.openvino.denoiser import Shapes
 from edadm_cli.engines.openvino.execution import PlannedLayer
-from edadm_cli.engines.openvino.interface import CallInterface
 from edadm_cli.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GRAPH_FILE, WEIGHTS_FILE, DESCRIPTION_FILE = "denoiser.xml", "denoiser.bin", "denoiser.json"
 _AGAIN = "edadm export --engine openvino --force"
 
@@ -32,7 +32,7 @@ class Description(BaseModel):
 
     format_version: int = FORMAT_VERSION
     openvino: str
-    interface: CallInterface
+    interface: GraphInterface
     shapes: Shapes
     layers: tuple[PlannedLayer, ...]
 

@@ -181,10 +181,10 @@ def test_other_sizes_than_fixed_ones_are_refused(
 
 def test_a_call_with_other_arguments_is_refused(compiled: CompiledDenoiser) -> None:
     args, kwargs = _nested_call()
-    with pytest.raises(InputError, match="another 'cross_attention_kwargs'"):
+    with pytest.raises(InputError, match=r"'cross_attention_kwargs\.scale'"):
         compiled(*args, **kwargs, cross_attention_kwargs={"scale": 0.5})
     del kwargs["added_cond_kwargs"]["time_ids"]
-    with pytest.raises(InputError, match="another 'added_cond_kwargs'"):
+    with pytest.raises(InputError, match=r"no 'added_cond_kwargs\.time_ids'"):
         compiled(*args, **kwargs)
 
 

@@ -125,9 +125,15 @@ def test_outputs_do_not_share_memory(compiled: CompiledDenoiser, call: Call) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"class_labels": torch.zeros(2, dtype=torch.int64)}, "was made for calls without 'class_labels'"),
-        ({"encoder_hidden_states": None}, "was made for calls with 'encoder_hidden_states'"),
-        ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs.scale = 0.5"),
+        (
+            {"class_labels": torch.zeros(2, dtype=torch.int64)},
+            "'class_labels', but its graph was made for calls without",
+        ),
+        ({"encoder_hidden_states": None}, "no 'encoder_hidden_states', but its graph was made for calls with it"),
+        (
+            {"cross_attention_kwargs": {"scale": 0.5}},
+            "'cross_attention_kwargs.scale', but its graph was made for calls",
+        ),
     ],
 )
 def test_another_call_is_refused(compiled: CompiledDenoiser, call: Call, change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,145 @@
+"""A denoiser's call as the inputs of a graph: the sample, one timestep a row, and the tensors of the condition.
+
+What a call holds besides tensors is fixed when the graph is made; a call that brings anything else is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from edadm_cli.errors import InputError
+from edadm_cli.models.calls import (
+    SAMPLE,
+    TIMESTEP,
+    TIMESTEP_PARAMETERS,
+    DenoiserCall,
+    build_call,
+    is_tensor,
+    split_call,
+)
+
+_RETURN_DICT = "return_dict"
+_OUTPUT_LIBRARIES = ("diffusers", "edadm_cli")
+
+
+class GraphInterface(BaseModel):
+    """How the arguments of a call become the inputs of a graph.
+
+    Attributes:
+        denoiser: Class of the denoiser.
+        parameters: Names of its parameters, in order.
+        arguments: Of a call, in the form of `models.calls.Template`, all by keyword.
+        inputs: Names of the graph's inputs, in order.
+        returns: Import path of the class that the denoiser returns; `None`: it returns a tuple.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    denoiser: str
+    parameters: tuple[str, ...]
+    arguments: dict[str, Any] = Field(description="keyword -> place of a tensor, or a literal")
+    inputs: tuple[str, ...]
+    returns: str | None = None
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphInterface:
+        """The interface of calls like the given one."""
+        parameters = tuple(inspect.signature(denoiser.forward).parameters)
+        call, _ = _split(parameters, args, kwargs)
+        return cls(
+            denoiser=type(denoiser).__name__,
+            parameters=parameters,
+            arguments=call.template["kwargs"],
+            inputs=(SAMPLE, TIMESTEP, *call.tensors),
+        )
+
+    def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The inputs of the graph for a call by name and in order, on the CPU, float32 or int64.
+
+        Raises:
+            InputError: The call differs from the one that the graph was made from in more than its tensors.
+        """
+        call, timesteps = _split(self.parameters, args, kwargs)
+        found = call.template["kwargs"]
+        if found != self.arguments:
+            raise InputError(f"{self.denoiser} is called with {_difference(found, self.arguments)}.")
+        given = {SAMPLE: call.sample, TIMESTEP: timesteps, **call.tensors}
+        return {name: _graph_type(given[name]) for name in self.inputs}
+
+    def call(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The keyword arguments of the denoiser for inputs of the graph."""
+        template = {"args": [], "kwargs": self.arguments}
+        return build_call(template, tensors[SAMPLE], tensors[TIMESTEP], tensors)[1]
+
+    def output(self, prediction: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the denoiser itself would return for its prediction, where the call's sample is and of its type.
+
+        Raises:
+            InputError: The class that it returned is neither of diffusers nor of this package.
+        """
+        sample = _split(self.parameters, args, kwargs)[0].sample
+        prediction = prediction.to(sample.device, sample.dtype)
+        if self.returns is None or not kwargs.get(_RETURN_DICT, True):
+            return (prediction,)
+        module, _, name = self.returns.rpartition(".")
+        if module.partition(".")[0] not in _OUTPUT_LIBRARIES:
+            raise InputError(f"The engine's files name the output class '{self.returns}', which is not of diffusers.")
+        return getattr(import_module(module), name)(sample=prediction)
+
+
+def class_path(output: Any) -> str | None:
+    """Import path of what a denoiser returned; `None` for a tuple."""
+    return None if isinstance(output, tuple) else f"{type(output).__module__}.{type(output).__name__}"
+
+
+def _split(
+    parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[DenoiserCall, Tensor]:
+    """A call taken apart, and one timestep for each row of its sample."""
+    bound = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    bound.pop(_RETURN_DICT, None)
+    # what is None is left out: pipelines differ in whether they name it
+    bound = {name: value for name, value in bound.items() if value is not None}
+    timestep: Any = 0
+    for name in TIMESTEP_PARAMETERS:
+        if isinstance(bound.get(name), Tensor | int | float):
+            # rows may be at different timesteps, which a recorded call may not
+            timestep, bound[name] = bound[name], 0
+    call = split_call(nn.Module(), (), bound)
+    timesteps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
+    return call, timesteps.expand(call.sample.shape[0])
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first difference between the arguments of two calls, in words."""
+    given, expected = _by_dotted_name(found), _by_dotted_name(wanted)
+    name = min(key for key in given.keys() | expected.keys() if given.get(key) != expected.get(key))
+    if name not in expected:
+        return f"'{name}', but its graph was made for calls without it"
+    if name not in given:
+        return f"no '{name}', but its graph was made for calls with it"
+    return f"{name} = {given[name]}, but its graph was made for {expected[name]}"
+
+
+def _by_dotted_name(node: Any, name: str = "") -> dict[str, Any]:
+    """Literals of a template by dotted name; a tensor is its name."""
+    if isinstance(node, Mapping) and not is_tensor(node):
+        items: Iterable[tuple[Any, Any]] = node.items()
+    elif isinstance(node, list):
+        items = enumerate(node)
+    else:
+        return {name: "a tensor" if isinstance(node, Mapping) else node}
+    return {
+        key: leaf for part, item in items for key, leaf in _by_dotted_name(item, f"{name}.{part}".lstrip(".")).items()
+    }
+
+
+def _graph_type(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else torch.int64)
