@@ -130,7 +130,9 @@ def test_a_killed_build_resumes_and_ends_with_the_same_bytes(tmp_path: Path) -> 
 
 
 def test_an_interrupted_command_exits_with_130_and_resumes(tiny_ddpm: Path, tmp_path: Path) -> None:
-    script = "import sys; from edadm_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
+    # a shell's background jobs, and so all that they start, begin with this signal ignored
+    listening = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{listening}; from edadm_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["collect", "--model", str(tiny_ddpm), "--num-trajectories", "2000", "--num-steps", "50",
                  "--batch-size", "1", "--device", "cpu", "--run", str(tmp_path / "run")]  # fmt: skip
     command = [sys.executable, "-c", script, *arguments]
