@@ -25,14 +25,14 @@ from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.random_models import SUFFIX, WEIGHTS_VERSION, build_denoiser
 from edadm_cli.models.registry import ModelEntry, known_models
-from edadm_cli.recipe import RangeRecipe, Recipe, load_recipe
+from edadm_cli.recipe import Recipe, load_recipe
 
 NUM_INPUTS = 3
 """Samples that a contender's calls go through in turn; the condition stays, as it does while an image is made."""
 NUM_RANGE_CALLS = 4
 _CPU = torch.device("cpu")
 _SAMPLE_NAMES = ("sample", "hidden_states", "x")
-_MIN_MAX = RangeRecipe(weight="minmax", activation="minmax")
+_MIN_MAX = {"weight": "minmax", "activation": "minmax"}
 
 
 class Subject(ABC):
@@ -130,14 +130,15 @@ class NearestSubject(Subject):
 
     Args:
         name: A known name, a folder or a hub id.
-        recipe: Which layers, and how ranges are found; `None` for the default recipe's layers with min-max ranges.
+        recipe: Which layers, and whether attention's products; its ranges are not searched. `None`: the default recipe.
         seed: Of the calls that give the ranges.
     """
 
     def __init__(self, name: str, recipe: Recipe | None, seed: int) -> None:
         self.name, self._seed = name, seed
         self._entry = known_models().get(name)
-        self.recipe = recipe or load_recipe("default").model_copy(update={"ranges": _MIN_MAX})
+        recipe = recipe or load_recipe("default")
+        self.recipe = recipe.model_copy(update={"ranges": recipe.ranges.model_copy(update=_MIN_MAX)})
         self.parents = ()
         if self._entry is not None and self._entry.source == "random":
             architecture = load_architecture(self._entry.location)

@@ -67,7 +67,7 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME|FILE",
-        help="default, paper, q-diffusion, ptq4dm, rtn, or a TOML file of your own.",
+        help="default, default-attention, paper, q-diffusion, ptq4dm, rtn, or a TOML file of your own.",
     ),
 ]
 RequireOption = Annotated[

@@ -21,18 +21,24 @@ class ExportParity:
         images_bit_equal: Whether all images have the same bytes.
         integer_rel_l2: Worst layer's relative L2 error of integer arithmetic against quantize-dequantize.
         integer_layer: That layer.
-        integer_latent_rel_l2: Relative L2 distance of the final latents of the two arithmetics.
+        integer_latent_rel_l2: Relative L2 distance of the final latents of the two arithmetics; `None`: not sampled.
     """
 
     latent_max_abs: float
     images_bit_equal: bool
     integer_rel_l2: float
     integer_layer: str
-    integer_latent_rel_l2: float
+    integer_latent_rel_l2: float | None
 
 
-def compare(before: Samples, after: Samples, integer: Samples, layer_errors: dict[str, float]) -> ExportParity:
+def compare(before: Samples, after: Samples, integer: Samples | None, layer_errors: dict[str, float]) -> ExportParity:
     """Put the figures together.
+
+    Args:
+        before: Sampled by what was reconstructed.
+        after: Sampled by the export in the same arithmetic.
+        integer: Sampled by the export in exact integers, where that was not too slow.
+        layer_errors: Relative L2 error of each layer's integer arithmetic.
 
     Raises:
         EdadmError: The export does not compute what the stage before computed, or an integer layer is out of bound.
@@ -43,7 +49,7 @@ def compare(before: Samples, after: Samples, integer: Samples, layer_errors: dic
         images_bit_equal=torch.equal(before.images, after.images),
         integer_rel_l2=layer_errors[worst],
         integer_layer=worst,
-        integer_latent_rel_l2=_relative(integer.latents, after.latents),
+        integer_latent_rel_l2=None if integer is None else _relative(integer.latents, after.latents),
     )
     if not parity.images_bit_equal or parity.latent_max_abs != 0.0:
         raise EdadmError(

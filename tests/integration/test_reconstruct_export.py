@@ -28,7 +28,7 @@ from edadm_cli.reconstruct import stage as reconstruct
 FreshRun = Callable[[Path], RunFolder]
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-RECIPES = ("default", "paper", "ptq4dm", "q-diffusion", "rtn")
+RECIPES = ("default", "default-attention", "paper", "ptq4dm", "q-diffusion", "rtn")
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a5")
 
 
@@ -273,6 +273,19 @@ def test_integer_arithmetic_is_near_and_not_the_same_code_path(tiny_ddpm: Path, 
         integer = model(*call).sample
     assert not torch.equal(fake, integer)
     assert float((fake - integer).norm() / fake.norm()) < 0.05
+
+
+def test_slow_models_are_compared_in_integers_layer_by_layer_only(
+    tiny_ddpm: Path, fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_INTEGER_SAMPLING_LIMIT", 0.0)
+    run = fresh_run(tiny_ddpm)
+    reconstruct.run(config_of(), run)
+    record = exported(run)
+    assert record.parity.integer_latent_rel_l2 is None
+    assert record.parity.integer_rel_l2 is not None
+    assert len(record.warnings) == 1
+    assert "layer by layer" in record.warnings[0]
 
 
 @pytest.mark.parametrize("model", ["tiny_dit", "tiny_sdxl"])

@@ -12,7 +12,7 @@ from edadm_cli.models.registry import known_models
 from edadm_cli.recipe import LearnRecipe, Recipe, load_recipe, shipped_recipes
 from edadm_cli.reconstruct.hyperparameters import resolve
 
-SHIPPED = ("default", "paper", "ptq4dm", "q-diffusion", "rtn")
+SHIPPED = ("default", "default-attention", "paper", "ptq4dm", "q-diffusion", "rtn")
 
 
 def _written(folder: Path, text: str, name: str = "own.toml") -> str:
@@ -46,6 +46,11 @@ def test_shipped_recipes_are_what_they_are_named_after() -> None:
     assert (rtn.ranges.weight, rtn.ranges.activation, rtn.learn.granularity) == ("minmax", "minmax", "none")
     assert (ptq4dm.select.strategy, ptq4dm.learn.granularity) == ("normal", "layer")
     assert (q_diffusion.select.strategy, q_diffusion.learn.layer_loss_weight) == ("uniform", 0)
+    with_attention = load_recipe("default-attention").model_copy(
+        update={"name": "default", "description": default.description, "attention": default.attention}
+    )
+    assert load_recipe("default-attention").attention.quantize
+    assert with_attention == default
     assert default == Recipe(name="default", description=default.description), "the defaults of the fields"
 
 
