@@ -103,7 +103,10 @@ class Recipe(_Frozen):
         8, ge=2, le=8, description="weight bits of the first and last layer and the time embedding; null: as all"
     )
     edge_activation_bits: int | None = Field(8, ge=2, le=8, description="activation bits of those layers; null: as all")
-    output_float_input: bool = Field(False, description="leave the input of the last layer unquantized")
+    sample_float_input: bool = Field(
+        True, description="leave the input of the first layer, the noisy sample itself, unquantized"
+    )
+    output_float_input: bool = Field(True, description="leave the input of the last layer unquantized")
     layers: tuple[LayerRule, ...] = ()
 
     @model_validator(mode="after")

@@ -34,7 +34,11 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
             kept[layer.name] = reason
             continue
         is_edge = layer.name in (first, last) or layer.in_time_embedding
-        float_input = rule.float_input or (recipe.output_float_input and layer.name == last)
+        float_input = (
+            rule.float_input
+            or (recipe.sample_float_input and layer.name == first)
+            or (recipe.output_float_input and layer.name == last)
+        )
         weight_bits, activation_bits = _bits(rule, recipe, bits, is_edge)
         layers[layer.name] = LayerPlan(
             weight_bits=weight_bits,

@@ -193,11 +193,11 @@ def test_nothing_is_timed_when_a_layer_is_off(run: RunFolder, monkeypatch: pytes
 
     def skewed(self: OpenVinoEngine, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Any:
         made = compile_layer(self, layer, x, options)
-        return (lambda x: made(x) * 1.01) if x.shape[1] == 4 and x.ndim == 4 else made
+        return (lambda x: made(x) * 1.01) if x.ndim == 4 else made
 
     monkeypatch.setattr(OpenVinoEngine, "compile_layer", skewed)
     monkeypatch.setattr("edadm_cli.bench.measurement.time_in_rounds", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(EdadmError, match=r"'conv_in' is off by 1\.00e-02 .* the bound is") as caught:
+    with pytest.raises(EdadmError, match=r"'[\w.]+' is off by 1\.0\de-02 .* the bound is") as caught:
         bench.run(config(), run)
     assert caught.value.exit_code == EXIT_INTERNAL
     assert not run.has("bench", "w8a8-openvino-cpu")

@@ -18,6 +18,7 @@ from edadm_cli.recipe import AttentionRecipe, LayerRule, RangeRecipe, Recipe
 
 EDGES = {"time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out"}
 W3A5 = BitWidth.parse("w3a5")
+ALL_QUANTIZED = {"sample_float_input": False, "output_float_input": False}
 
 
 @pytest.fixture
@@ -39,21 +40,22 @@ def test_every_layer_is_planned_or_kept_with_a_reason(traced: Trace) -> None:
 
 
 def test_the_edges_of_the_network_have_eight_bits(traced: Trace) -> None:
-    plan = _plan(traced)
+    plan = _plan(traced, **ALL_QUANTIZED)
     for name, layer in plan.layers.items():
         wanted = (8, 8) if name in EDGES else (3, 5)
         assert (layer.weight_bits, layer.activation_bits) == wanted, name
 
 
 def test_edges_may_have_the_bits_of_all(traced: Trace) -> None:
-    plan = _plan(traced, edge_weight_bits=None, edge_activation_bits=None)
+    plan = _plan(traced, edge_weight_bits=None, edge_activation_bits=None, **ALL_QUANTIZED)
     assert {(layer.weight_bits, layer.activation_bits) for layer in plan.layers.values()} == {(3, 5)}
 
 
-def test_the_output_convolutions_input_may_stay_float(traced: Trace) -> None:
-    plan = _plan(traced, output_float_input=True)
-    assert [name for name, layer in plan.layers.items() if layer.activation_bits is None] == ["conv_out"]
-    assert plan.layers["conv_out"].weight_bits == 8
+@pytest.mark.parametrize(("field", "layer"), [("sample_float_input", "conv_in"), ("output_float_input", "conv_out")])
+def test_the_inputs_of_the_edges_may_stay_float(traced: Trace, field: str, layer: str) -> None:
+    plan = _plan(traced, **ALL_QUANTIZED | {field: True})
+    assert [name for name, planned in plan.layers.items() if planned.activation_bits is None] == [layer]
+    assert plan.layers[layer].weight_bits == 8
 
 
 def test_rules_raise_bits_and_the_last_match_wins(traced: Trace) -> None:
@@ -73,7 +75,7 @@ def test_rules_raise_bits_and_the_last_match_wins(traced: Trace) -> None:
     assert bits(f"mid_block.{block}.to_q") == (7, 5), "rules are not merged"
     assert bits(f"mid_block.{block}.to_k") == (3, None)
     assert bits(f"mid_block.{block}.to_v") == (3, 5)
-    assert bits("conv_in") == (5, 8)
+    assert bits("conv_in") == (5, None)
 
 
 def test_a_pattern_that_matches_nothing_is_a_usage_error(traced: Trace) -> None:
@@ -153,7 +155,7 @@ def test_a_transformers_ends_are_its_patches_and_its_last_linear_layer(tiny_dit:
 
     model = DiTTransformer2DModel.from_pretrained(tiny_dit / "transformer")
     found = trace(model, (torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.tensor([1])), {})
-    plan = _plan(found, output_float_input=True)
+    plan = _plan(found, sample_float_input=False)
     eight = {name for name, layer in plan.layers.items() if layer.weight_bits == 8}
     assert {"pos_embed.proj", "proj_out_2"} <= eight
     assert plan.layers["proj_out_2"].activation_bits is None

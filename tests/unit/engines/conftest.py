@@ -30,7 +30,13 @@ def call() -> Call:
 
 @pytest.fixture
 def quantized(denoiser: nn.Module) -> nn.Module:
-    """W4A8, split shortcuts, attention products quantized too."""
-    recipe = RECIPE.model_copy(update={"attention": AttentionRecipe(quantize=True)})
+    """W4A8, split shortcuts, attention products and the edges' inputs quantized too."""
+    recipe = RECIPE.model_copy(
+        update={
+            "attention": AttentionRecipe(quantize=True),
+            "sample_float_input": False,
+            "output_float_input": False,
+        }
+    )
     quantize_to_nearest(denoiser, recipe, BitWidth.parse("w4a8"), [call_of(seed) for seed in range(2)])
     return denoiser

@@ -36,6 +36,8 @@ RECIPE = Recipe(
     name="test",
     ranges=RangeRecipe(weight="minmax", activation="minmax"),
     attention=AttentionRecipe(quantize=True),
+    sample_float_input=False,
+    output_float_input=False,
 )
 # One code that falls to the other side of an edge, in some norm between two layers, and all that follows from it.
 PREDICTION_BOUND = 0.05
@@ -82,13 +84,13 @@ def _require_same(compiled: CompiledDenoiser, denoiser: nn.Module, call: Call) -
 
 @pytest.fixture(scope="module")
 def mixed(tiny_sdxl: Path) -> nn.Module:
-    """W4A8 with quantized attention, split shortcuts, an excluded kind of layers and a last layer with float input."""
+    """W4A8 with quantized attention, split shortcuts, an excluded kind of layers and edges with float inputs."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(tiny_sdxl / "unet")
     unet.eval().requires_grad_(False)
     rules = (LayerRule(pattern="*.attn2.to_out.0", exclude=True),)
-    recipe = RECIPE.model_copy(update={"layers": rules, "output_float_input": True})
+    recipe = RECIPE.model_copy(update={"layers": rules, "sample_float_input": True, "output_float_input": True})
     quantize_to_nearest(unet, recipe, BitWidth.parse("w4a8"), [_nested_call(seed) for seed in range(2)])
     assert isinstance(unet, nn.Module)
     return unet
@@ -122,7 +124,7 @@ def test_every_planned_layer_ran_in_integers_and_the_others_are_named(
     assert {row.precision for row in planned} == {"int8"}
     assert len([row for row in planned if row.kind == "attention"]) == 8
     floating = {row.name for row in rows.values() if row.planned == "float"}
-    assert floating == {"conv_out", *(name for name in rows if name.endswith("attn2.to_out.0"))}
+    assert floating == {"conv_in", "conv_out", *(name for name in rows if name.endswith("attn2.to_out.0"))}
     assert {rows[name].precision for name in floating} == {"float32"}
     assert quantized_layers(mixed).keys() <= rows.keys()
 
@@ -141,8 +143,9 @@ def test_a_profile_names_layers_and_precisions(compiled: CompiledDenoiser) -> No
     args, kwargs = _nested_call()
     rows = compiled.profile(*args, **kwargs)
     by_name = {row.name: row for row in rows}
-    assert (by_name["conv_in"].kind, by_name["conv_in"].precision) == ("conv2d", "int8")
-    assert [row.precision for row in rows if row.kind == "conv2d"].count("float32") == 1, "the last layer"
+    first = by_name["down_blocks.0.resnets.0.conv1"]
+    assert (first.kind, first.precision) == ("conv2d", "int8")
+    assert [row.precision for row in rows if row.kind == "conv2d"].count("float32") == 2, "the edges"
     assert {"conv2d", "linear", "attention", "norm", "quantize", "reorder", "elementwise"} == {row.kind for row in rows}
     assert all(row.milliseconds >= 0 for row in rows)
 

@@ -26,7 +26,7 @@ RECIPE = Recipe(
     name="test",
     ranges=RangeRecipe(weight="minmax", activation="minmax"),
     attention=AttentionRecipe(quantize=True),
-    output_float_input=True,
+    sample_float_input=False,
     layers=(LayerRule(pattern="*time_emb_proj", exclude=True),),
 )
 # a code next to a tie may go the other way, and in these tiny networks one code is felt at the output

@@ -15,6 +15,7 @@ from edadm_cli.errors import InputError, MachineError
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.units import Unit
 from edadm_cli.quant.layers import quantized_layer
+from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.blocks import fill_layer
 from edadm_cli.reconstruct.capture import Batches, UnitCalls, capture_units, flatten, probe_units, unflatten
 from edadm_cli.reconstruct.learn import channel_loss, layer_targets
@@ -229,7 +230,7 @@ def test_full_precision_comes_back_bit_for_bit(make_setting: MakeSetting) -> Non
 
 
 def test_ranges_are_found_for_every_quantizer(make_setting: MakeSetting) -> None:
-    setting = make_setting()
+    setting = make_setting(recipe=Recipe(name="all", sample_float_input=False, output_float_input=False))
     layers = [name for name, plan in setting.plan.layers.items() if plan.channel_parts is None]
     split = [name for name, plan in setting.plan.layers.items() if plan.channel_parts is not None]
     owners = layers + [f"{name}.part{index}" for name in split for index in (0, 1)]
@@ -244,7 +245,7 @@ def test_ranges_are_found_for_every_quantizer(make_setting: MakeSetting) -> None
 
 @pytest.mark.parametrize("where", ["weight", "activation"])
 def test_values_that_are_not_finite_are_refused_by_name(make_setting: MakeSetting, where: str) -> None:
-    setting = make_setting()
+    setting = make_setting(recipe=Recipe(name="edges too", sample_float_input=False))
     if where == "weight":
         setting.denoiser.conv_in.weight[0, 0, 0, 0] = float("nan")
         sentence = "the weight of 'conv_in'"

@@ -27,6 +27,7 @@ MakeSetting = Callable[..., Any]
 Learner = Callable[..., UnitLearner]
 RESIDUAL = "up_blocks.0.resnets.0"
 TRANSFORMER = "mid_block.attentions.0.transformer_blocks.0"
+ALONE = "down_blocks.0.downsamplers.0.conv"
 ATTENTION = Recipe(name="attention", attention=AttentionRecipe(quantize=True))
 BUDGET = 2**28
 
@@ -83,7 +84,7 @@ def test_without_iterations_weights_are_rounded_to_nearest(make_setting: MakeSet
         assert torch.equal(tensor, nearest[name]), name
 
 
-@pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER, "conv_in"])
+@pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER, ALONE])
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 def test_learning_lowers_the_loss(make_setting: MakeSetting, learner_of: Learner, name: str, drop: float) -> None:
     setting = make_setting(
