@@ -4,8 +4,9 @@
     python docs/studies/recipes.py --model digits-sd --out studies/digits-sd --table
 
 One line of JSON a finished job goes to `OUT/results.jsonl`; the same command skips finished jobs, so a killed study
-goes on. Beside the shipped recipes there are two with one of the method's halves switched off: `tdac-only` (no losses
-of the layers inside a block) and `fbr-only` (equal counts over the steps); `default` has both, `q-diffusion` neither.
+goes on. Beside the shipped recipes there are three that are `default` with one thing changed: `tdac-only` (no losses of
+the layers inside a block), `fbr-only` (equal counts over the steps), and `quantized-edges` (the inputs of the first and
+the last layer are quantized too).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from edadm_cli.config import BitWidth, CollectConfig, EvaluateConfig, ExportConf
 from edadm_cli.recipe import Recipe, load_recipe
 
 RECIPES = ("rtn", "ptq4dm", "q-diffusion", "paper", "default")
-ABLATIONS = ("tdac-only", "fbr-only")
+ABLATIONS = ("tdac-only", "fbr-only", "quantized-edges")
 FULL_PRECISION = ("evaluate", "full-precision")
 COLUMNS = ("latent_rel_l2", "frechet_distance", "prompt_accuracy", "reconstruct_seconds")
 
@@ -56,16 +57,18 @@ class Settings:
 
 
 def study_recipe(name: str, iterations: int | None) -> Recipe:
-    """A shipped recipe, or `default` with half of the method switched off; `iterations` replaces the recipe's own."""
+    """A shipped recipe, or `default` with one thing changed; `iterations` replaces the recipe's own."""
     recipe = load_recipe("default" if name in ABLATIONS else name)
-    learn, select = recipe.learn, recipe.select
+    learn, select, edges = recipe.learn, recipe.select, {}
     if name == "tdac-only":
         learn = learn.model_copy(update={"layer_loss_weight": 0.0})
     if name == "fbr-only":
         select = select.model_copy(update={"strategy": "uniform"})
+    if name == "quantized-edges":
+        edges = {"sample_float_input": False, "output_float_input": False}
     if iterations is not None:
         learn = learn.model_copy(update={"iterations": iterations})
-    return recipe.model_copy(update={"name": name, "learn": learn, "select": select})
+    return recipe.model_copy(update={"name": name, "learn": learn, "select": select, **edges})
 
 
 def shared_folder(settings: Settings, job: Job) -> RunFolder:
@@ -150,12 +153,14 @@ def work(task: tuple[Settings, Job]) -> dict[str, Any]:
     return {**result, "seconds": round(time.monotonic() - started, 1)}
 
 
-def jobs_of(model: str, seeds: list[int], bits: list[str], recipes: list[str], ablation_bits: list[str]) -> list[Job]:
+def jobs_of(
+    model: str, seeds: list[int], bits: list[str], recipes: list[str], ablations: list[str], ablation_bits: list[str]
+) -> list[Job]:
     """All jobs, a seed at a time."""
     jobs = []
     for seed in seeds:
         jobs += [Job(model, seed, recipe, width) for recipe in recipes for width in bits]
-        jobs += [Job(model, seed, recipe, width) for recipe in ABLATIONS for width in ablation_bits]
+        jobs += [Job(model, seed, recipe, width) for recipe in ablations for width in ablation_bits]
     return jobs
 
 
@@ -190,8 +195,8 @@ def _cell(values: list[float]) -> str:
 def run_study(options: argparse.Namespace, settings: Settings) -> None:
     """Collect each seed, then run what is not finished."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    ablation_bits = [width for width in options.ablation_bits.split(",") if width]
-    jobs = jobs_of(options.model, seeds, options.bits.split(","), options.recipes.split(","), ablation_bits)
+    lists = (options.bits, options.recipes, options.ablations, options.ablation_bits)
+    jobs = jobs_of(options.model, seeds, *([word for word in found.split(",") if word] for found in lists))
     finished = {(result["seed"], result["recipe"], result["bits"]) for result in read_results(settings.out)}
     jobs = [job for job in jobs if (job.seed, job.recipe, job.bits) not in finished]
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -215,7 +220,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--bits", default="w8a8,w4a8,w4a4")
     parser.add_argument("--recipes", default=",".join(RECIPES))
-    parser.add_argument("--ablation-bits", default="w4a8", help="bit widths of tdac-only and fbr-only")
+    parser.add_argument("--ablations", default=",".join(ABLATIONS))
+    parser.add_argument("--ablation-bits", default="w4a8", help="bit widths of the ablations")
     parser.add_argument("--iterations", type=int, help="optimizer steps a unit for every recipe that learns")
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=500, help="images sampled together")
