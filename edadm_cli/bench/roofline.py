@@ -162,6 +162,7 @@ def render_rooflines(table: RooflineTable) -> Iterator[Table]:
     """The rooflines for people: work by kind, every unique shape, the sums and what they allow."""
     yield _work(table)
     yield _shapes(table)
+    yield _times(table)
     yield _sums(table)
 
 
@@ -193,21 +194,22 @@ def _work(table: RooflineTable) -> Table:
 
 
 def _shapes(table: RooflineTable) -> Table:
-    names = tuple(table.milliseconds)
-    title = "Roofline of one layer in microseconds, fp16 > W8A8"
-    result = _titled(title, "kind", "M", "N", "K", "batch", "count", "MMAC", "MB fp16", "MB W8A8", *names)
-    for row in table.shapes:
+    titles = ("layer", "kind", "M", "N", "K", "batch", "count", "MMAC", "MB fp16", "MB W8A8")
+    result = _titled("Layers of different shapes", *titles)
+    for number, row in enumerate(table.shapes, 1):
         sizes = (str(size) if row.macs else "" for size in (row.m, row.n, row.k, row.batch))
+        macs = f"{row.macs / 1e6:.1f}" if row.macs else ""
+        megabytes = (f"{row.bytes[form] / 1e6:.2f}" for form in ("fp16", "w8a8"))
+        result.add_row(str(number), row.kind, *sizes, str(row.count), macs, *megabytes)
+    return result
+
+
+def _times(table: RooflineTable) -> Table:
+    names = tuple(table.milliseconds)
+    result = _titled("Roofline of one layer in microseconds, fp16 > W8A8", "layer", "kind", *names)
+    for number, row in enumerate(table.shapes, 1):
         times = (f"{row.microseconds[name]['fp16']:.2f} > {row.microseconds[name]['w8a8']:.2f}" for name in names)
-        result.add_row(
-            row.kind,
-            *sizes,
-            str(row.count),
-            f"{row.macs / 1e6:.1f}" if row.macs else "",
-            f"{row.bytes['fp16'] / 1e6:.2f}",
-            f"{row.bytes['w8a8'] / 1e6:.2f}",
-            *times,
-        )
+        result.add_row(str(number), row.kind, *times)
     return result
 
 

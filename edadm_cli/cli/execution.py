@@ -80,6 +80,7 @@ class Execution:
     force: bool = False
     dry_run: bool = False
     warnings: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
 
     def configure(self, kind: type[ConfigT], stage: str | None = None, **flags: Any) -> ConfigT:
         """A stage's configuration from the file, the shared flags and the stage's own."""
@@ -154,6 +155,11 @@ class Execution:
         result = json.loads(record.model_dump_json())  # numbers that JSON lacks become null
         due = [] if record.status == "planned" else requirements or []
         self.print(result, [requirement.check(result) for requirement in due], path or record.artifact)
+
+    def print_facts(self, facts: Mapping[str, Any], path: str | None) -> None:
+        """Print what was looked up, of no run: the keys that every command has, and these."""
+        common = {"command": self.command, "status": "done", "run": None, "artifact": None, "identity": None}
+        self.print({**common, "seconds": time.monotonic() - self.started, "warnings": [], **facts}, [], path)
 
     def print(self, result: Mapping[str, Any], outcomes: list[dict[str, Any]], path: str | None) -> None:
         """Print a JSON object, with the outcomes of its requirements where there are some."""

@@ -64,17 +64,7 @@ def models(execution: Execution) -> None:
     from edadm_cli.models.registry import known_models
 
     rows = [{**entry.model_dump(mode="json"), "available": _is_available(entry)} for entry in known_models().values()]
-    result = {
-        "command": "models",
-        "status": "done",
-        "run": None,
-        "artifact": None,
-        "identity": None,
-        "seconds": 0.0,
-        "warnings": [],
-        "models": rows,
-    }
-    execution.print(result, [], "\n".join(row["name"] for row in rows))
+    execution.print_facts({"models": rows}, "\n".join(row["name"] for row in rows))
 
 
 def _is_available(entry: ModelEntry) -> bool:

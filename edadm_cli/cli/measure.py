@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -105,17 +105,7 @@ def engines(execution: Execution) -> None:
     from edadm_cli.engines.registry import engine_facts
 
     facts = [found.model_dump(mode="json") for found in engine_facts()]
-    result = {
-        "command": "engines",
-        "status": "done",
-        "run": None,
-        "artifact": None,
-        "identity": None,
-        "seconds": 0.0,
-        "warnings": [],
-        "engines": facts,
-    }
-    execution.print(result, [], "\n".join(row["name"] for row in facts))
+    execution.print_facts({"engines": facts}, "\n".join(row["name"] for row in facts))
 
 
 def _print_rooflines(execution: Execution, model: str | None, batch_sizes: tuple[int, ...]) -> None:
@@ -125,18 +115,7 @@ def _print_rooflines(execution: Execution, model: str | None, batch_sizes: tuple
     from edadm_cli.bench.roofline import model_rooflines
 
     tables = {str(batch): model_rooflines(model, batch).to_json() for batch in batch_sizes}
-    result: dict[str, Any] = {
-        "command": "bench",
-        "status": "done",
-        "run": None,
-        "artifact": None,
-        "identity": None,
-        "seconds": 0.0,
-        "warnings": [],
-        "model": model,
-        "rooflines": tables,
-    }
-    execution.print(result, [], None)
+    execution.print_facts({"model": model, "rooflines": tables}, None)
 
 
 def _texts(value: object) -> list[str]:
