@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from edadm_cli.errors import UsageError
 from edadm_cli.recipe import Recipe, SelectStrategy
@@ -186,20 +186,15 @@ class BenchConfig(StageConfig):
     dtype: DTypeName | None = Field(
         None, description="element type of what is not quantized; null: the fastest that the device has units for"
     )
-    recipe: Recipe | None = Field(None, description="with model: which layers, and their ranges; null: min-max ranges")
-    batch_sizes: tuple[int, ...] = Field(
+    recipe: Recipe | None = Field(None, description="with model: which layers; their ranges are min-max; null: default")
+    batch_sizes: tuple[PositiveInt, ...] = Field(
         (1,), min_length=1, description="rows of a denoiser call; latency is that of the first, throughput of all"
     )
-    size: tuple[int, int] | None = Field(None, description="height and width of the latents; null: the model's own")
+    size: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height and width of the latents; null: the model's own"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; null: one a physical core")
     compiled: bool = Field(True, description="whether torch.compile is among the contenders")
     against: tuple[Literal["nncf", "torchao"], ...] = Field((), description="quantized by other tools, where installed")
     pipeline: bool = Field(False, description="whether whole images are timed too, with the model's own steps")
     rounds: int = local(10, ge=1, description="turns of each contender; their order is rotated from round to round")
-
-    @model_validator(mode="after")
-    def _sizes_are_positive(self) -> BenchConfig:
-        for name in ("batch_sizes", "size"):
-            if any(number < 1 for number in getattr(self, name) or ()):
-                raise ValueError(f"{name} takes numbers from 1")
-        return self
