@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from edadm_kernels import reference
-from edadm_kernels.backend import uses_triton
+from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.conv_launch import Geometry, launch_conv, variants
+from edadm_kernels.hopper import product
 from edadm_kernels.launching import arch_of
 from edadm_kernels.pack import Padding, border_class_count, output_size
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
@@ -18,6 +19,7 @@ from edadm_kernels.tiles import Kind, choose
 __all__ = ["conv2d", "variants"]
 
 MAX_KERNEL = 5  # one bit a tap in an int32
+FEW_PIXELS = 128  # a sum split over blocks that leave their parts in memory is faster up to so many
 
 
 @torch.library.custom_op("edadm::conv2d", mutates_args=())
@@ -37,14 +39,23 @@ def _conv2d(
     out = _prepare(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
     top, bottom, left, right = padding
     sides = (top, bottom, left, right)
-    if not uses_triton(x):
+    if not uses_kernel(x):
         return out.copy_(
             reference.conv2d(
                 x, weight, scale, correction, bias, sample_bias, residual, stride, sides, upsample, out_dtype
             )
         )
-    if out.numel():
-        geometry = Geometry(stride, weight.shape[1], weight.shape[2], sides, upsample)
+    if not out.numel():
+        return out
+    geometry = Geometry(stride, weight.shape[1], weight.shape[2], sides, upsample)
+    image = (out.shape[0], out.shape[2], out.shape[3])
+    if _runs_on_hopper(geometry, image, x, weight, bias, out, sample_bias, residual):
+        fast = product.choose("conv", image, geometry.kh * geometry.kw, x.shape[1], out.shape[1])
+        kernel = (geometry.kh, geometry.kw)
+        product.launch_product(
+            fast, x, weight, scale, correction, bias, out, sample_bias, residual, image, kernel, sides
+        )
+    else:
         terms = x.shape[1] * geometry.kh * geometry.kw
         kind: Kind = "linear" if geometry.pointwise else "conv"
         pixels = out.numel() // out.shape[1]
@@ -109,6 +120,22 @@ def conv2d(
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
     return _conv2d(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
+
+
+def _runs_on_hopper(
+    geometry: Geometry,
+    image: tuple[int, int, int],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+) -> bool:
+    """Whether the kernel in CUDA C++ takes it: images of the same size, and not so few pixels that Triton is faster."""
+    same = geometry.stride == 1 and not geometry.upsample and (image[1], image[2]) == tuple(x.shape[2:])
+    enough = image[0] * image[1] * image[2] > FEW_PIXELS
+    return same and enough and uses_hopper(x) and product.takes(x, weight, bias, out, sample_bias, residual)
 
 
 def _prepare(

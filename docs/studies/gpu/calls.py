@@ -129,6 +129,7 @@ _SCALES = {
     "linear": (2,),
     "linear_geglu": (2, 5),
     "conv2d": (2,),
+    "group_norm": (),
     "group_norm_quantize": (6,),
     "layer_norm_quantize": (4,),
 }
@@ -198,7 +199,7 @@ def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
         half = residual.half()
         return lambda: F.linear(rows, matrix) + half
     half = x.half()
-    if call.operation == "group_norm_quantize":
+    if call.operation in ("group_norm", "group_norm_quantize"):
         weight, bias, groups, eps, silu = arguments[1].half(), arguments[2].half(), *arguments[3:6]
         if silu:
             return lambda: F.silu(F.group_norm(half, groups, weight, bias, eps))

@@ -1,0 +1,10 @@
+"""Kernels in CUDA C++ for compute capability 9.0, beside the Triton ones: what Triton does not let a kernel say.
+
+Triton waits for every integer matrix instruction in the step that issues it, takes tiles of powers of two, and has no
+clusters of blocks. The products and the GroupNorm here do what those of `conv_kernels`, `gemm_kernels` and
+`norm_kernels` do, to the same bits where those are exact; shapes and types they do not take stay with Triton.
+"""
+
+from edadm_kernels.hopper.driver import is_available
+
+__all__ = ["is_available"]
