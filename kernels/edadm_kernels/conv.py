@@ -48,13 +48,16 @@ def _conv2d(
     if not out.numel():
         return out
     geometry = Geometry(stride, weight.shape[1], weight.shape[2], sides, upsample)
-    image = (out.shape[0], out.shape[2], out.shape[3])
-    if _runs_on_hopper(geometry, image, x, weight, bias, out, sample_bias, residual):
-        fast = product.choose("conv", image, geometry.kh * geometry.kw, x.shape[1], out.shape[1])
-        kernel = (geometry.kh, geometry.kw)
-        product.launch_product(
-            fast, x, weight, scale, correction, bias, out, sample_bias, residual, image, kernel, sides
-        )
+    if (
+        _suits_hopper(geometry, out)
+        and uses_hopper(x)
+        and product.takes(x, weight, scale, correction, bias, out, sample_bias, residual)
+    ):
+        samples, channels, height, width = x.shape
+        image, kernel = (samples, out.shape[2], out.shape[3]), (geometry.kh, geometry.kw)
+        shape = product.Shape(image, (height, width), channels, kernel, stride, sides, upsample)
+        fast = product.choose("conv", shape, out.shape[1])
+        product.launch_product(fast, x, weight, scale, correction, bias, out, sample_bias, residual, shape)
     else:
         terms = x.shape[1] * geometry.kh * geometry.kw
         kind: Kind = "linear" if geometry.pointwise else "conv"
@@ -122,20 +125,11 @@ def conv2d(
     return _conv2d(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
 
 
-def _runs_on_hopper(
-    geometry: Geometry,
-    image: tuple[int, int, int],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-) -> bool:
-    """Whether the kernel in CUDA C++ takes it: images of the same size, and not so few pixels that Triton is faster."""
-    same = geometry.stride == 1 and not geometry.upsample and (image[1], image[2]) == tuple(x.shape[2:])
-    enough = image[0] * image[1] * image[2] > FEW_PIXELS
-    return same and enough and uses_hopper(x) and product.takes(x, weight, bias, out, sample_bias, residual)
+def _suits_hopper(geometry: Geometry, out: Tensor) -> bool:
+    """Whether the copies of the kernel in CUDA C++ reach the input, and there are enough pixels for it to be faster."""
+    even = out.shape[2] % 2 == out.shape[3] % 2 == 0
+    reached = (geometry.stride == 1 and even) if geometry.upsample else geometry.stride <= 2
+    return reached and out.numel() // out.shape[1] > FEW_PIXELS
 
 
 def _prepare(

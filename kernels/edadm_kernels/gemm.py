@@ -32,10 +32,10 @@ def _linear(
         return out.copy_(reference.linear(x, weight, scale, correction, bias, residual, out_dtype))
     if not out.numel():
         return out
-    if uses_hopper(x) and product.takes(x, weight, bias, out, None, residual):
-        image = (1, 1, x.shape[0])
-        fast = product.choose("linear", image, 1, x.shape[1], weight.shape[0])
-        product.launch_product(fast, x, weight, scale, correction, bias, out, None, residual, image)
+    if uses_hopper(x) and product.takes(x, weight, scale, correction, bias, out, residual=residual):
+        shape = product.Shape.matrix(*x.shape)
+        fast = product.choose("linear", shape, weight.shape[0])
+        product.launch_product(fast, x, weight, scale, correction, bias, out, None, residual, shape)
     else:
         packed = weight.dtype == torch.uint8
         tile = choose(arch_of(x), "linear", *out.shape, x.shape[1], packed=packed)
@@ -107,10 +107,10 @@ def _linear_geglu(
     if not out.numel():
         return out
     geglu = (out_scale, out_zero_point, 2**num_bits - 1)
-    if uses_hopper(x) and product.takes(x, weight, bias, out, None, None):
-        image = (1, 1, x.shape[0])
-        fast = product.choose("geglu", image, 1, x.shape[1], weight.shape[0])
-        product.launch_product(fast, x, weight, scale, correction, bias, out, None, None, image, geglu=geglu)
+    if uses_hopper(x) and product.takes(x, weight, scale, correction, bias, out):
+        shape = product.Shape.matrix(*x.shape)
+        fast = product.choose("geglu", shape, weight.shape[0])
+        product.launch_product(fast, x, weight, scale, correction, bias, out, None, None, shape, geglu=geglu)
     else:
         packed = weight.dtype == torch.uint8
         tile = choose(arch_of(x), "geglu", x.shape[0], weight.shape[0], x.shape[1], packed=packed)

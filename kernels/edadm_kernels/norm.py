@@ -18,6 +18,7 @@ from edadm_kernels.norm_plans import CHUNK_CHANNELS, CHUNK_ROWS, GroupPlan, grou
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
 
+SMALL_STATE = 100_000  # elements of a sample up to which one kernel of Triton is faster than two in CUDA C++
 # nothing here is compared bit for bit; said aloud as Triton's default changes
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -226,6 +227,10 @@ def _launch_group(
 ) -> None:
     samples, channels = x.shape[0], x.shape[1]
     rows = x.shape[2] * x.shape[3]
+    if rows * channels > SMALL_STATE and uses_hopper(x) and hopper_norm.takes(x, weight, bias, num_groups):
+        quantizers = (scales, zero_points, num_bits)
+        hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, codes, quantizers)
+        return
     plan = group_plan(rows, channels, num_groups)
     ends = {"QUANT_MAX": (1 << num_bits) - 1, "QUANTIZERS": len(codes), "SILU": silu}
     together = overlap(arch_of(x))
@@ -234,10 +239,6 @@ def _launch_group(
             x, weight, bias, scales, zero_points, *_three(codes), rows, channels, eps,
             **ends, **plan.fused_constexprs(), num_warps=plan.fused_warps, **_OPTIONS, **together,
         )  # fmt: skip
-        return
-    if uses_hopper(x) and hopper_norm.takes(x, weight, bias, num_groups):
-        quantizers = (scales, zero_points, num_bits)
-        hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, codes, quantizers)
         return
     partials = x.new_empty((samples, plan.num_chunks, 2, channels), dtype=torch.float32)
     statistics = x.new_empty((samples, 2, channels), dtype=torch.float32)

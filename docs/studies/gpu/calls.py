@@ -112,6 +112,8 @@ class KernelCall:
     def label(self) -> str:
         """For people."""
         x = "x".join(map(str, self.arguments[0].shape))
+        if self.operation == "attention_quantize":
+            return f"{self.operation} {x}, {self.arguments[1].shape[1]} keys"
         if not self.is_product:
             return f"{self.operation} {x}"
         extras = []
@@ -124,6 +126,7 @@ class KernelCall:
 
 # Which arguments are scales, by operation
 _SCALES = {
+    "attention_quantize": (5,),
     "quantize": (1,),
     "silu_quantize": (1,),
     "linear": (2,),
@@ -198,6 +201,9 @@ def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
             return lambda: F.linear(rows, matrix)
         half = residual.half()
         return lambda: F.linear(rows, matrix) + half
+    if call.operation == "attention_quantize":
+        split = [operand.unflatten(-1, (arguments[3], -1)).transpose(1, 2) for operand in arguments[:3]]
+        return lambda: F.scaled_dot_product_attention(split[0], split[1], split[2], scale=arguments[4])
     half = x.half()
     if call.operation in ("group_norm", "group_norm_quantize"):
         weight, bias, groups, eps, silu = arguments[1].half(), arguments[2].half(), *arguments[3:6]

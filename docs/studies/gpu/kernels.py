@@ -19,7 +19,9 @@ from gpu.timing import Clock
 # The integers are exact. A float epilogue may contract or not, one unit in the last place of float16; a code may differ
 # by one where a float32 result lies in the middle between two.
 FLOAT_BOUND = 1e-3
+# Attention rounds the weights of the values to half precision, and its result before it is quantized.
 CODE_SHARE_BOUND = 1e-3
+ATTENTION_SHARE_BOUND = 1e-2
 SEED = 20
 
 
@@ -66,16 +68,17 @@ def exactness(calls: dict[KernelCall, int], device: torch.device, budget: Budget
         with backend("reference"):
             wanted = _tensors(call.run(arguments))
         repeats = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-        row = _compared(found, wanted)
+        row = _compared(found, wanted, call)
         yield {"call": call.label(), **row, "repeats": repeats, "ok": row["ok"] and repeats}
 
 
-def _compared(found: list[Tensor], wanted: list[Tensor]) -> dict[str, Any]:
+def _compared(found: list[Tensor], wanted: list[Tensor], call: KernelCall) -> dict[str, Any]:
     if wanted[0].dtype == torch.int8:
         apart = [(f.int() - w.int()).abs() for f, w in zip(found, wanted, strict=True)]
         largest = max(int(a.max()) for a in apart)
         share = max(float((a > 0).float().mean()) for a in apart)
-        return {"max_codes": largest, "share": share, "ok": largest <= 1 and share <= CODE_SHARE_BOUND}
+        bound = ATTENTION_SHARE_BOUND if call.operation == "attention_quantize" else CODE_SHARE_BOUND
+        return {"max_codes": largest, "share": share, "ok": largest <= 1 and share <= bound}
     f, w = found[0].double(), wanted[0].double()
     error = float((f - w).norm() / w.norm())
     return {"relative_l2": error, "ok": error <= FLOAT_BOUND}  # not a number compares as false

@@ -19,7 +19,7 @@ from edadm_kernels.backend import INTERPRETED
 from edadm_kernels.variants import KernelVariant
 
 ARCHITECTURES = (80, 86, 89, 90)
-MODULES = ("conv", "gemm", "norm", "pointwise")
+MODULES = ("attention", "conv", "gemm", "norm", "pointwise")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 
 

@@ -76,14 +76,17 @@ def launch(variant: Variant, blocks: int, arguments: list[Any], device: int) -> 
 
 
 @lru_cache(maxsize=4096)
-def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...], swizzle_bytes: int) -> Any:
+def tensor_map(
+    address: int, sizes: tuple[int, ...], box: tuple[int, ...], swizzle_bytes: int, steps: tuple[int, ...] | None = None
+) -> Any:
     """What the tensor memory accelerator is told of an int8 array whose first dimension is the innermost.
 
     Args:
         address: Of the array, aligned to 16 bytes.
         sizes: Elements a dimension, dense.
-        box: Elements that one copy takes of each dimension; what lies outside arrives as zeros.
+        box: Elements that one copy spans of each dimension; what lies outside arrives as zeros.
         swizzle_bytes: 64 or 128, the first of `box`.
+        steps: Elements from one that is taken to the next, in each dimension; `None`: all are.
 
     Raises:
         RuntimeError: The driver refused it.
@@ -103,7 +106,7 @@ def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...], swizz
             [driver.cuuint64_t(size) for size in sizes],
             strides,
             [driver.cuuint32_t(size) for size in box],
-            [driver.cuuint32_t(1)] * len(sizes),
+            [driver.cuuint32_t(step) for step in steps or (1,) * len(sizes)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzles.CU_TENSOR_MAP_SWIZZLE_128B if swizzle_bytes == 128 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

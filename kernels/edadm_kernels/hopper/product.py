@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -29,6 +29,7 @@ TILES = (
 )
 SPLITS = (1, 2, 4, 8)
 _SPLIT_PRODUCTS = 256  # a part of a sum has at least so many
+_LONGEST = 256  # pixels that a copy spans in any direction
 _ALIGNMENT = 16  # bytes of an address, and of a row of pixels, that the copies want
 
 # Fitted to 1,107 timings on an H200; the choice costs 2.3% over the best tile of each shape.
@@ -53,23 +54,59 @@ class _Problem(ctypes.Structure):
         *(
             (name, ctypes.c_int)
             for name in (
-                "samples", "height", "width", "channels", "outputs", "kernel_height", "kernel_width",
-                "top", "left", "bottom", "right", "box_width_log2", "box_height_log2", "tiles",
+                "samples", "height", "width", "channels", "outputs", "seen_height", "seen_width",
+                "kernel_height", "kernel_width", "stride", "top", "left", "bottom", "right",
+                "box_width_log2", "box_height_log2",
             )
         ),
         ("quant_max", ctypes.c_float),
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a product is besides its output channels.
+
+    Args:
+        image: Samples, height and width of the output.
+        source: Height and width of the input.
+        channels: Of the input.
+        kernel: Height and width.
+        stride: In both directions, 1 or 2.
+        padding: Top, bottom, left and right.
+        upsample: The input is enlarged twice by nearest neighbour first.
+    """
+
+    image: tuple[int, int, int]
+    source: tuple[int, int]
+    channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: Padding = (0, 0, 0, 0)
+    upsample: bool = False
+
+    @classmethod
+    def matrix(cls, rows: int, products: int) -> Shape:
+        """Of a matrix product: an image of one row of pixels."""
+        return cls((1, 1, rows), (1, rows), products)
+
+    def boxes(self, tile: ProductTile) -> tuple[int, int, int]:
+        """Columns and rows (as powers of two) of the boxes that the pixels are copied in, and the number of tiles."""
+        samples, height, width = self.image
+        if self.upsample:  # a tile is four boxes, one of each parity of row and column
+            return boxes(tile.bm // 4, height // 2, width // 2, samples, _LONGEST)
+        return boxes(tile.bm, height, width, samples, _LONGEST // self.stride)
+
+
 @lru_cache(maxsize=1024)
-def boxes(pixels: int, height: int, width: int, samples: int) -> tuple[int, int, int]:
+def boxes(pixels: int, height: int, width: int, samples: int, longest: int) -> tuple[int, int, int]:
     """Columns and rows (as powers of two) of the boxes of `pixels` pixels that cover the images, and their number."""
     best: tuple[int, int, int] | None = None
     most = pixels.bit_length() - 1
     for columns in range(most, -1, -1):
         for rows in range(most - columns, -1, -1):
             deep = pixels >> (columns + rows)
-            if max(1 << columns, 1 << rows, deep) > 256:
+            if max(1 << columns, 1 << rows, deep) > longest:
                 continue
             number = -(-width // (1 << columns)) * -(-height // (1 << rows)) * -(-samples // deep)
             if best is None or number < best[2]:
@@ -79,12 +116,20 @@ def boxes(pixels: int, height: int, width: int, samples: int) -> tuple[int, int,
 
 
 def takes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, sample_bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sample_bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> bool:
     """Whether `launch_product` serves these types and sizes; stride and upsampling are for the caller to check."""
     halves = all(t is None or t.dtype == torch.float16 for t in (sample_bias, residual))
     floats = bias is None or bias.dtype == torch.float32
-    aligned = all(t is None or t.data_ptr() % _ALIGNMENT == 0 for t in (x, weight, out, sample_bias, residual))
+    read = (x, weight, scale, correction, bias, out, sample_bias, residual)
+    aligned = all(t is None or t.data_ptr() % _ALIGNMENT == 0 for t in read)
     return (
         weight.dtype == torch.int8
         and out.dtype in (torch.float16, torch.int8)
@@ -97,37 +142,36 @@ def takes(
 
 
 @lru_cache(maxsize=4096)
-def choose(kind: Kind, image: tuple[int, int, int], taps: int, channels: int, outputs: int) -> ProductTile:
+def choose(kind: Kind, shape: Shape, outputs: int) -> ProductTile:
     """The tile of a product.
 
     Args:
         kind: `conv` for anything with an image; else the image is one row of M pixels.
-        image: Samples, height and width.
-        taps: Of the kernel.
-        channels: Of the input.
+        shape: Of the product.
         outputs: Channels of the output.
     """
-    found = candidates(kind, taps * channels)
-    return min(found, key=lambda tile: cost(kind, tile, image, taps, channels, outputs))
+    return min(candidates(kind, shape), key=lambda tile: cost(kind, tile, shape, outputs))
 
 
-def candidates(kind: Kind, products: int) -> list[ProductTile]:
-    """Every tile and split that suits a kind, and sums of so many products."""
-    # four threads together write whole words of a gated product's codes, 32 columns of its sums
-    suited = [tile for tile in TILES if kind != "geglu" or tile.bn % 32 == 0]
-    tiles = [replace(tile, geglu=kind == "geglu", convolution=kind == "conv") for tile in suited]
+def candidates(kind: Kind, shape: Shape) -> list[ProductTile]:
+    """Every tile and split that suits a product."""
+    # what follows a gated product is long: the other blocks of the multiprocessor multiply meanwhile
+    suited = [tile for tile in TILES if kind != "geglu" or tile.blocks > 1]
+    tiles = [
+        replace(tile, geglu=kind == "geglu", convolution=kind == "conv", upsample=shape.upsample) for tile in suited
+    ]
+    products = shape.kernel[0] * shape.kernel[1] * shape.channels
     splits = [split for split in SPLITS if split == 1 or (kind != "geglu" and products >= split * _SPLIT_PRODUCTS)]
     return [replace(tile, split=split) for tile in tiles for split in splits]
 
 
-def cost(kind: Kind, tile: ProductTile, image: tuple[int, int, int], taps: int, channels: int, outputs: int) -> float:
+def cost(kind: Kind, tile: ProductTile, shape: Shape, outputs: int) -> float:
     """Clocks that a product takes, roughly: rounds of blocks, each bound by its products, its loads, or latency."""
-    samples, height, width = image
-    blocks = boxes(tile.bm, height, width, samples)[2] * -(-outputs // tile.bn) * tile.split
+    blocks = shape.boxes(tile)[2] * -(-outputs // tile.bn) * tile.split
     room = _IN_CLUSTERS[tile.split]
     together = min(tile.blocks, -(-blocks // room))
     rounds = -(-blocks // (room * together))
-    steps = taps * -(-channels // tile.bk) / tile.split
+    steps = shape.kernel[0] * shape.kernel[1] * -(-shape.channels // tile.bk) / tile.split
     compute = tile.bm * tile.bn * tile.bk / _CLOCK
     loads = (tile.bm + tile.bn) * tile.bk / _BYTES
     step = max(compute * together, loads * together, _STEP)
@@ -146,12 +190,10 @@ def launch_product(
     out: Tensor,
     sample_bias: Tensor | None,
     residual: Tensor | None,
-    image: tuple[int, int, int],
-    kernel: tuple[int, int] = (1, 1),
-    padding: Padding = (0, 0, 0, 0),
+    shape: Shape,
     geglu: tuple[Tensor, Tensor, int] | None = None,
 ) -> None:
-    """Fill `out` with a convolution of stride 1 or a matrix product; the arguments are those of `conv2d`.
+    """Fill `out` with a convolution or a matrix product; the arguments are those of `conv2d`.
 
     Args:
         tile: How the product is cut.
@@ -163,29 +205,29 @@ def launch_product(
         out: float16, `[samples, height, width, O]` in memory order, or codes of half as many channels.
         sample_bias: float16 `[samples, O]`.
         residual: float16, as `out`.
-        image: Samples, height and width, of input and output alike.
-        kernel: Height and width.
-        padding: Top, bottom, left and right.
+        shape: Of the product.
         geglu: Scale, zero-point and largest unsigned code of a gated output.
     """
-    samples, height, width = image
-    outputs = weight.shape[0]
-    taps = kernel[0] * kernel[1]
-    channels = weight[0].numel() // taps
-    columns, rows, number = boxes(tile.bm, height, width, samples)
-    deep, tiles = tile.bm >> (columns + rows), number * -(-outputs // tile.bn)
+    outputs, taps = weight.shape[0], shape.kernel[0] * shape.kernel[1]
+    samples, height, width = shape.image
+    columns, rows, number = shape.boxes(tile)
+    deep = (tile.bm // (4 if shape.upsample else 1)) >> (columns + rows)
+    step = shape.stride
     x_map = tensor_map(
-        x.data_ptr(), (channels, width, height, samples), (tile.bk, 1 << columns, 1 << rows, deep), tile.bk
+        x.data_ptr(),
+        (shape.channels, shape.source[1], shape.source[0], samples),
+        (tile.bk, step << columns, step << rows, deep),
+        tile.bk,
+        (1, step, step, 1),
     )
-    w_map = tensor_map(weight.data_ptr(), (channels, taps, outputs), (tile.bk, 1, tile.bn), tile.bk)
-    top, bottom, left, right = padding
+    w_map = tensor_map(weight.data_ptr(), (shape.channels, taps, outputs), (tile.bk, 1, tile.bn), tile.bk)
+    top, bottom, left, right = shape.padding
+    grown = 2 if shape.upsample else 1
     out_scale, out_zero_point, quant_max = geglu or (None, None, 0)
     pointers = (scale, correction, bias, sample_bias, residual, out_scale, out_zero_point, out)
     problem = _Problem(
         *(None if pointer is None else pointer.data_ptr() for pointer in pointers),
-        samples, height, width, channels, outputs, *kernel, top, left, bottom, right, columns, rows, tiles,
-        float(quant_max),
+        samples, height, width, shape.channels, outputs, shape.source[0] * grown, shape.source[1] * grown,
+        *shape.kernel, step, top, left, bottom, right, columns, rows, float(quant_max),
     )  # fmt: skip
-    # blocks of a gated product take tile after tile
-    blocks = min(tiles, _MULTIPROCESSORS * tile.blocks) if tile.geglu else tiles * tile.split
-    launch(tile, blocks, [x_map, w_map, problem], x.device.index or 0)
+    launch(tile, number * -(-outputs // tile.bn) * tile.split, [x_map, w_map, problem], x.device.index or 0)

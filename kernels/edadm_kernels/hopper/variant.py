@@ -53,6 +53,7 @@ class ProductTile:
         blocks: A multiprocessor.
         geglu: Gated output, as codes.
         convolution: Pixels in boxes and taps outside the image; not a matrix product.
+        upsample: The image is enlarged twice by nearest neighbour.
     """
 
     bm: int
@@ -64,6 +65,7 @@ class ProductTile:
     blocks: int = 1
     geglu: bool = False
     convolution: bool = False
+    upsample: bool = False
 
     source = "product.cu"
     name = "product"
@@ -95,6 +97,7 @@ class ProductTile:
             "BLOCKS": self.blocks,
             "GEGLU": int(self.geglu),
             "CONV": int(self.convolution),
+            "UPSAMPLE": int(self.upsample),
         }
 
     def prelude(self) -> str:
