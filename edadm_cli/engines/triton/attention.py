@@ -15,8 +15,8 @@ from edadm_cli.engines.triton.products import IntegerLinear, Product, merge
 from edadm_cli.engines.triton.state import Pair, PromptCache
 from edadm_cli.quant.attention import QuantizedAttention
 
-FEW_KEYS = 512
-"""Up to so many keys the kernel of `edadm_kernels` runs attention; beyond, torch's own is faster."""
+SMALL_ATTENTION = 250_000_000
+"""Products of scores up to which the kernel of `edadm_kernels` runs attention; beyond, torch's own is faster."""
 
 
 class Projections(nn.Module):
@@ -126,7 +126,7 @@ class FusedAttention(nn.Module):
         else:
             assert context is not None
             k, v = self._pair(context)
-        if self._is_short(k, mask):
+        if self._is_small(q, k, mask):
             prepared_out = self._codes(q, k, v)
         elif self.operands is None:
             prepared_out = self.to_out.prepare(self._product(q, k, v, mask))
@@ -134,10 +134,11 @@ class FusedAttention(nn.Module):
             prepared_out = self.to_out.prepare(self.operands(q, k, v, mask, self.heads, self.scale))
         return self.to_out.product(prepared_out, residual)
 
-    def _is_short(self, k: Tensor, mask: Tensor | None) -> bool:
-        """Whether one kernel goes from the projections to the codes of the next; long attention is cuDNN's."""
+    def _is_small(self, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+        """Whether one kernel goes from the projections to the codes of the next; large attention is torch's."""
         plain = self.operands is None and mask is None and isinstance(self.to_out, IntegerLinear)
-        return plain and k.shape[1] <= FEW_KEYS and k.shape[2] // self.heads <= kernels.MAX_HEAD_WIDTH
+        small = q.numel() * k.shape[1] <= SMALL_ATTENTION
+        return plain and small and k.shape[2] // self.heads <= kernels.MAX_HEAD_WIDTH
 
     def _codes(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         quantizer = self.to_out.quantizer

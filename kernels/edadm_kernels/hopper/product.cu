@@ -11,9 +11,9 @@
 // SPLIT blocks of a cluster share a sum: each leaves its part in its shared memory, then each adds up and finishes
 // BM / SPLIT of the rows.
 //
-// Compiled with BM, BN, BK, STAGES, SPLIT, GEGLU, CONV (not a matrix product), UPSAMPLE, CONSUMERS (groups of four warps that
-// multiply) and BLOCKS (a multiprocessor) defined, and after the text of `multiply`, one wgmma instruction of BN
-// columns.
+// Compiled with BM, BN, BK, STAGES, SPLIT, GEGLU, FLOATS (written, and nothing added), CONV (not a matrix product), UPSAMPLE,
+// CONSUMERS (groups of four warps that multiply) and BLOCKS (a multiprocessor) defined, and after the text of
+// `multiply`, one wgmma instruction of BN columns.
 
 constexpr int THREADS = CONSUMERS * 128;          // that multiply
 constexpr int TILES = BM / (64 * CONSUMERS);      // instructions of 64 rows a group
@@ -32,7 +32,7 @@ struct Problem {
     const u16* residual;      // half [samples, height, width, outputs] or null
     const float* out_scale;   // GEGLU: of the codes
     const int* out_zero_point;
-    void* out;                // half like the residual, or codes [pixels, outputs / 2]
+    void* out;                // half like the residual, floats, or codes [pixels, outputs / 2]
     int samples, height, width, channels, outputs;  // height and width of the output
     int seen_height, seen_width;                    // of the image under the taps, enlarged already
     int kernel_height, kernel_width, stride, top, left, bottom, right;
@@ -321,6 +321,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
             const size_t to = static_cast<size_t>(pixel) * (p.outputs / 2) + output / 2;
             *reinterpret_cast<u32*>(static_cast<unsigned char*>(p.out) + to) =
                 four_bytes(codes[0], codes[1], codes[2], codes[3]);
+#elif FLOATS
+            float* const to = static_cast<float*>(p.out) + static_cast<size_t>(pixel) * p.outputs + output;
+            *reinterpret_cast<float4*>(to) = make_float4(y[0], y[1], y[2], y[3]);
+            *reinterpret_cast<float4*>(to + 4) = make_float4(y[4], y[5], y[6], y[7]);
 #else
             const size_t to = static_cast<size_t>(pixel) * p.outputs + output;
 #if CONV

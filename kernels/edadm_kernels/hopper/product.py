@@ -126,14 +126,15 @@ def takes(
     residual: Tensor | None = None,
 ) -> bool:
     """Whether `launch_product` serves these types and sizes; stride and upsampling are for the caller to check."""
-    halves = all(t is None or t.dtype == torch.float16 for t in (sample_bias, residual))
+    added = [t for t in (sample_bias, residual) if t is not None]
+    written = out.dtype in (torch.float16, torch.int8) or (out.dtype == torch.float32 and not added)
     floats = bias is None or bias.dtype == torch.float32
     read = (x, weight, scale, correction, bias, out, sample_bias, residual)
     aligned = all(t is None or t.data_ptr() % _ALIGNMENT == 0 for t in read)
     return (
         weight.dtype == torch.int8
-        and out.dtype in (torch.float16, torch.int8)
-        and halves
+        and written
+        and all(t.dtype == torch.float16 for t in added)
         and floats
         and aligned
         and weight.shape[-1] % _ALIGNMENT == 0
@@ -202,12 +203,14 @@ def launch_product(
         scale: `[O]`.
         correction: `[classes, O]`.
         bias: float32 `[O]`.
-        out: float16, `[samples, height, width, O]` in memory order, or codes of half as many channels.
+        out: float16, `[samples, height, width, O]` in memory order, or float32 where nothing is added; of a gated
+            product codes of half as many channels.
         sample_bias: float16 `[samples, O]`.
         residual: float16, as `out`.
         shape: Of the product.
         geglu: Scale, zero-point and largest unsigned code of a gated output.
     """
+    tile = replace(tile, floats=out.dtype == torch.float32)
     outputs, taps = weight.shape[0], shape.kernel[0] * shape.kernel[1]
     samples, height, width = shape.image
     columns, rows, number = shape.boxes(tile)

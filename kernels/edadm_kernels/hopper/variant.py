@@ -54,6 +54,7 @@ class ProductTile:
         geglu: Gated output, as codes.
         convolution: Pixels in boxes and taps outside the image; not a matrix product.
         upsample: The image is enlarged twice by nearest neighbour.
+        floats: float32 is written, and nothing added to it.
     """
 
     bm: int
@@ -66,6 +67,7 @@ class ProductTile:
     geglu: bool = False
     convolution: bool = False
     upsample: bool = False
+    floats: bool = False
 
     source = "product.cu"
     name = "product"
@@ -98,6 +100,7 @@ class ProductTile:
             "GEGLU": int(self.geglu),
             "CONV": int(self.convolution),
             "UPSAMPLE": int(self.upsample),
+            "FLOATS": int(self.floats),
         }
 
     def prelude(self) -> str:
