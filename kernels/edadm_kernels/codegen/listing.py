@@ -9,6 +9,7 @@ _LABEL = re.compile(r"^\s*(\.L_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 MMA = ("IMMA", "IGMMA")
+FLOAT_MMA = ("HMMA", "HGMMA")
 SPILLS = ("LDL", "STL")
 ASYNC_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edadm_kernels.codegen.compilation import Binary
-from edadm_kernels.codegen.listing import ASYNC_COPIES, MMA, SPILLS, count, parse
+from edadm_kernels.codegen.listing import ASYNC_COPIES, FLOAT_MMA, MMA, SPILLS, count, parse
 from edadm_kernels.variants import KernelVariant
 
 
@@ -24,7 +24,8 @@ class MachineCode:
         has_dot: Whether the source multiplies matrices.
         tile_rows: Rows of the tile of a matrix product, where the variant names them `BM`; else 0.
         mma: Opcode family of the matrix instructions in the main loop, such as "IGMMA"; empty without.
-        loop_mma: Matrix instructions in the main loop.
+        loop_mma: Integer matrix instructions in the main loop.
+        float_mma: Floating-point matrix instructions in the whole kernel.
         loop_instructions: Instructions in the main loop.
         loop_prmt: Byte shuffles in the main loop.
         loop_spills: Loads and stores of spilled registers in the main loop.
@@ -46,6 +47,7 @@ class MachineCode:
     tile_rows: int
     mma: str
     loop_mma: int
+    float_mma: int
     loop_instructions: int
     loop_prmt: int
     loop_spills: int
@@ -78,6 +80,7 @@ def describe(module: str, variant: KernelVariant, arch: int, binary: Binary) -> 
         tile_rows=int(variant.constexprs.get("BM", 0)),
         mma=next((instruction.family for instruction in loop if instruction.family in MMA), ""),
         loop_mma=count(loop, *MMA),
+        float_mma=count(everything, *FLOAT_MMA),
         loop_instructions=len(loop),
         loop_prmt=count(loop, "PRMT"),
         loop_spills=count(loop, *SPILLS),
