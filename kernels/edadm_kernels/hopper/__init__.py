@@ -6,5 +6,15 @@ clusters of blocks. The products and the GroupNorm here do what those of `conv_k
 """
 
 from edadm_kernels.hopper.driver import is_available
+from edadm_kernels.hopper.variant import Variant
 
-__all__ = ["is_available"]
+ARCHITECTURE = 90
+
+__all__ = ["ARCHITECTURE", "Variant", "is_available", "variants"]
+
+
+def variants(arch: int) -> list[Variant]:
+    """What the operations may compile for an architecture such as 90; nothing where there is no compiler for it."""
+    from edadm_kernels.hopper import group_norm, product  # they import what imports this package
+
+    return [*product.variants(), *group_norm.variants()] if arch == ARCHITECTURE and is_available() else []

@@ -17,13 +17,14 @@ class CompilationError(RuntimeError):
     """NVRTC refused a source; its message holds the compiler's log."""
 
 
-def compiled(source: str, defines: Mapping[str, int], prelude: str = "") -> bytes:
+def compiled(source: str, defines: Mapping[str, int], prelude: str = "", anew: bool = False) -> bytes:
     """The machine code of a source file beside this module, from the cache where it was compiled before.
 
     Args:
         source: Name of the file.
         defines: Macros.
         prelude: Text between the common header and the source.
+        anew: Compile even so, as what is kept does not load.
 
     Returns:
         A cubin for compute capability 9.0.
@@ -39,10 +40,11 @@ def compiled(source: str, defines: Mapping[str, int], prelude: str = "") -> byte
     version = nvrtc.nvrtcVersion()[1:]
     key = hashlib.sha256("\0".join([text, *options, str(version)]).encode()).hexdigest()
     kept = _cache_folder() / f"{key}.cubin"
-    try:
-        return kept.read_bytes()
-    except OSError:
-        pass
+    if not anew:
+        try:
+            return kept.read_bytes()
+        except OSError:
+            pass
     code = _compile(text, source, options)
     _keep(kept, code)
     return code

@@ -33,7 +33,11 @@ def function(variant: Variant, device: int) -> Any:
 
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # makes torch's context the current one
-        module = _checked(driver.cuModuleLoadData(compiled(variant.source, variant.defines(), variant.prelude())))
+        text = (variant.source, variant.defines(), variant.prelude())
+        loaded = driver.cuModuleLoadData(compiled(*text))
+        if loaded[0] != driver.CUresult.CUDA_SUCCESS:  # the cache may be damaged
+            loaded = driver.cuModuleLoadData(compiled(*text, anew=True))
+        module = _checked(loaded)
         found = _checked(driver.cuModuleGetFunction(module, variant.name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(found, attribute, variant.shared_bytes))

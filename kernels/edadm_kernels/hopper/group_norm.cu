@@ -8,7 +8,8 @@
 // (1983).
 //
 // Compiled for a shape: PIXELS, CHANNELS, GROUPS, CHUNKS (blocks of a sample), CHUNK_PIXELS and VECTORS defined; and
-// with THREADS, BLOCKS (a multiprocessor), QUANTIZERS (0: halves are written) and SILU.
+// with STATISTICS (which of the two kernels), THREADS, BLOCKS (a multiprocessor), QUANTIZERS (0: halves are written) and
+// SILU.
 
 constexpr int WARPS = THREADS / 32, GROUP_CHANNELS = CHANNELS / GROUPS;
 constexpr int ACROSS = CHANNELS / 8, STRIDE = THREADS / ACROSS;  // vectors in a row of channels; rows at once
@@ -81,6 +82,7 @@ __device__ __forceinline__ float2 by_group(const float (&values)[8], int in_firs
     return sum;
 }
 
+#if STATISTICS
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_statistics(const __grid_constant__ Problem p) {
     __shared__ float4 entries[THREADS];  // mean and squared deviations of a thread's values, of either group
     const Place at;
@@ -146,6 +148,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_statistics(c
         if (lane == 0) p.partials[(at.sample * GROUPS + group) * CHUNKS + at.chunk] = make_float2(mean, squares);
     }
 }
+
+#else
 
 __device__ __forceinline__ float silu(float y) {
     float e, r;
@@ -233,3 +237,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const 
 #endif
         }
 }
+#endif

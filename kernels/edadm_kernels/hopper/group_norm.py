@@ -67,6 +67,7 @@ class GroupNormVariant:
     def defines(self) -> dict[str, int]:
         """Macros of the source."""
         return {
+            "STATISTICS": int(self.name == "group_statistics"),
             "THREADS": THREADS,
             "BLOCKS": 2 if self.plan.vectors <= 4 else 1,
             "PIXELS": self.plan.pixels,
@@ -82,6 +83,11 @@ class GroupNormVariant:
     def prelude(self) -> str:
         """Nothing."""
         return ""
+
+    def label(self) -> str:
+        """For tables."""
+        end = "" if self.name == "group_statistics" else f"-q{self.quantizers}" + "-silu" * self.silu
+        return f"{self.name.replace('_', '-')}-{self.plan.pixels}x{self.plan.channels}{end}"
 
 
 @lru_cache(maxsize=256)
@@ -99,6 +105,17 @@ def group_norm_plan(pixels: int, channels: int, num_groups: int) -> GroupNormPla
         if vectors <= most_vectors:
             return GroupNormPlan(pixels, channels, num_groups, -(-pixels // chunk_pixels), chunk_pixels, vectors)
     return None
+
+
+# Height (and width) and channels where the U-Net of Stable Diffusion 1.x has more than Triton normalizes in one kernel.
+_SHAPES = ((64, 320), (64, 640), (64, 960), (32, 640), (32, 960), (32, 1280), (32, 1920), (16, 1280), (16, 2560))
+
+
+def variants() -> list[GroupNormVariant]:
+    """What the normalizations of a Stable Diffusion 1.x denoiser compile."""
+    plans = [plan for size, c in _SHAPES if (plan := group_norm_plan(size * size, c, 32)) is not None]
+    found = [GroupNormVariant("group_statistics", plan) for plan in plans]
+    return found + [GroupNormVariant("group_apply", plan, 1, silu) for plan in plans for silu in (False, True)]
 
 
 class _Problem(ctypes.Structure):

@@ -142,6 +142,17 @@ def takes(
     )
 
 
+def variants() -> list[ProductTile]:
+    """Every tile of every kind, whole and split."""
+    found = []
+    for tile in TILES:
+        forms: list[dict[str, bool]] = [{}, {"convolution": True}, {"convolution": True, "upsample": True}]
+        found += [replace(tile, split=split, **form) for form in forms for split in SPLITS]
+        found += [replace(tile, floats=True, **form) for form in forms]
+        found += [replace(tile, geglu=True)] if _suits(tile, "geglu") else []
+    return found
+
+
 @lru_cache(maxsize=4096)
 def choose(kind: Kind, shape: Shape, outputs: int) -> ProductTile:
     """The tile of a product.
@@ -156,14 +167,16 @@ def choose(kind: Kind, shape: Shape, outputs: int) -> ProductTile:
 
 def candidates(kind: Kind, shape: Shape) -> list[ProductTile]:
     """Every tile and split that suits a product."""
-    # what follows a gated product is long: the other blocks of the multiprocessor multiply meanwhile
-    suited = [tile for tile in TILES if kind != "geglu" or tile.blocks > 1]
-    tiles = [
-        replace(tile, geglu=kind == "geglu", convolution=kind == "conv", upsample=shape.upsample) for tile in suited
-    ]
+    form = {"geglu": kind == "geglu", "convolution": kind == "conv", "upsample": shape.upsample}
+    tiles = [replace(tile, **form) for tile in TILES if _suits(tile, kind)]
     products = shape.kernel[0] * shape.kernel[1] * shape.channels
     splits = [split for split in SPLITS if split == 1 or (kind != "geglu" and products >= split * _SPLIT_PRODUCTS)]
     return [replace(tile, split=split) for tile in tiles for split in splits]
+
+
+def _suits(tile: ProductTile, kind: Kind) -> bool:
+    # what follows a gated product is long: the other blocks of the multiprocessor multiply meanwhile
+    return kind != "geglu" or tile.blocks > 1
 
 
 def cost(kind: Kind, tile: ProductTile, shape: Shape, outputs: int) -> float:

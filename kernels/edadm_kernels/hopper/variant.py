@@ -35,6 +35,9 @@ class Variant(Protocol):
     def prelude(self) -> str:
         """Text before the source."""
 
+    def label(self) -> str:
+        """For tables; unique in the package."""
+
     def __hash__(self) -> int:
         """Equal variants are one."""
 
@@ -113,3 +116,9 @@ class ProductTile:
             f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{self.bn}k32.s32.s8.s8 {{{registers}}}, '
             f'%{count}, %{count + 1}, 1;" : {operands} : "l"(a), "l"(b));\n}}\n'
         )
+
+    def label(self) -> str:
+        """For tables."""
+        kind = "geglu" if self.geglu else "upsample" if self.upsample else "conv" if self.convolution else "linear"
+        extras = ("-f32" if self.floats else "") + (f"-split{self.split}" if self.split > 1 else "")
+        return f"{kind}-{self.bm}x{self.bn}x{self.bk}{extras}"
