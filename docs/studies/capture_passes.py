@@ -24,7 +24,8 @@ from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.calls import split_call
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.units import Unit, trace, units
-from edadm_cli.reconstruct.capture import Batches, UnitForm, probe_units
+from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.forms import UnitForm, probe_units
 from edadm_cli.reconstruct.probe import group_units
 
 GIB = 2**30
@@ -129,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     denoiser = build(options.model)
     batches = Batches(shapes_of_a_set(denoiser, options.samples), 4, META)
-    (args, kwargs), *_ = iter(batches.one_sample())
+    (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)
     found = units(denoiser, traced, set(traced.names), "block")
     forms = probe_units(denoiser, found, batches)

@@ -36,7 +36,9 @@ from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import load_recipe
-from edadm_cli.reconstruct.capture import Batches, capture_units, layer_outputs, probe_units
+from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.capture import capture_units, layer_outputs
+from edadm_cli.reconstruct.forms import probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.learn import UnitData, UnitLearner, channel_loss, layer_targets
 from edadm_cli.reconstruct.minibatch import MiniBatch
@@ -87,7 +89,7 @@ def prepare(model: str, bits: BitWidth, device: torch.device, num_samples: int, 
         select.run(SelectConfig(device=str(device)), run)
         denoiser = load_collected_model(run, device, torch.float32).denoiser
         batches = Batches(CalibrationSet.load(run.open("select")), num_samples, device)
-    (args, kwargs), *_ = iter(batches.one_sample())
+    (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)
     plan = plan_network(traced, recipe, bits)
     network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
@@ -107,14 +109,6 @@ def make_learner(study: Study, unit: Unit) -> UnitLearner:
     targets = layer_targets(study.network, unit, exact, batches.batch_size, cache)
     data = UnitData(exact, quantized, targets)
     return UnitLearner(study.network, unit, study.plan, study.ranges, data, study.hyperparameters, seed=0)
-
-
-def new_optimization(learner: UnitLearner) -> Optimization:
-    """Adam over the unit's rounding and scales."""
-    recipe, learned = learner.recipe, learner.learned
-    rates = [(learned.rounding.alpha, recipe.weight_learning_rate)]
-    rates.append((learned.scales.factor, recipe.activation_learning_rate))
-    return Optimization(rates, recipe.iterations, learner.device)
 
 
 class ThreeForwards:
@@ -166,8 +160,8 @@ def measure(study: Study, unit: Unit, steps: int) -> Cost:
     exact_unit = copy.deepcopy(unit.module)
     learner = make_learner(study, unit)
     versions: dict[str, Callable[[], Tensor]] = {
-        "one": make_step(learner, new_optimization(learner)),
-        "three": ThreeForwards(learner, exact_unit, new_optimization(learner)),
+        "one": make_step(learner, learner.optimization()),
+        "three": ThreeForwards(learner, exact_unit, learner.optimization()),
     }
     times: dict[str, list[float]] = {name: [] for name in versions}
     for iteration in range(WARM_UP + steps):

@@ -31,6 +31,7 @@ from edadm_cli.artifacts.records import (
     Speedup,
     StageRecord,
     shared_keys,
+    spent,
 )
 from edadm_cli.artifacts.store import Plan, RunFolder
 from edadm_cli.artifacts.tensors import TensorInfo, load_tensors, read_tensor_header, save_tensors
@@ -80,4 +81,5 @@ __all__ = [
     "save_json",
     "save_tensors",
     "shared_keys",
+    "spent",
 ]

@@ -1,40 +1,74 @@
-"""The most memory that this process has held: what a stage's manifest says of its appetite."""
+"""The most memory that this process has held: what a stage says of its appetite, in MiB.
+
+The system keeps the high-water mark of the resident set (`VmHWM`), torch that of what it allocated on a GPU; both are
+set back when a stage begins, so that of several stages in one process each has its own.
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FORGET_PEAK = "5"
 _KIB, _MIB = 2**10, 2**20
+_reached: dict[int, int] = {}  # bytes on each GPU, before a part of the stage began a peak of its own
 
 
 def reset_peak() -> None:
-    """Start measuring anew, where the system can: of several stages in one process each has its own peak."""
+    """Begin a stage's peak: in the resident set where the system can, and on every GPU."""
+    reset_resident_peak()
+    _reached.clear()
+    for index in _gpus():
+        sys.modules["torch"].cuda.reset_peak_memory_stats(index)
+
+
+def peak_memory() -> dict[str, float | None]:
+    """What was reached since `reset_peak`.
+
+    Returns:
+        `peak_memory_mib` of the resident set; `peak_cuda_memory_mib` of the GPU that took most, `None` where none
+        computed.
+    """
+    bytes_of = [max(_reached.get(index, 0), sys.modules["torch"].cuda.max_memory_allocated(index)) for index in _gpus()]
+    cuda = round(max(bytes_of) / _MIB, 1) if bytes_of else None
+    return {"peak_memory_mib": resident_peak_mib(), "peak_cuda_memory_mib": cuda}
+
+
+def reset_resident_peak() -> None:
+    """Set the resident set's mark back to its present size; a system that cannot keeps the old one."""
     try:
         _CLEAR.write_text(_FORGET_PEAK)
     except OSError:
         return
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
 
 
-def peak_memory() -> dict[str, float]:
-    """`peak_memory_mib`, the resident set's high-water mark, and `peak_cuda_memory_mib` where a GPU computed."""
-    found = {"peak_memory_mib": round(_resident_bytes() / _MIB, 1)}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        found["peak_cuda_memory_mib"] = round(torch.cuda.max_memory_allocated() / _MIB, 1)
-    return found
-
-
-def _resident_bytes() -> int:
+def resident_peak_mib() -> float:
+    """The resident set's high-water mark, MiB."""
     try:
         lines = _STATUS.read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * _KIB
+        found = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * _KIB
     except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * _KIB
+        mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = mark if sys.platform == "darwin" else mark * _KIB
+    return round(found / _MIB, 1)
+
+
+def reset_cuda_peak(device: torch.device) -> None:
+    """Begin the peak of a part of a stage on one GPU; the stage's own still counts what came before."""
+    import torch
+
+    index = device.index or 0
+    _reached[index] = max(_reached.get(index, 0), torch.cuda.max_memory_allocated(device))
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def _gpus() -> range:
+    """Numbers of the GPUs of a process that has used one; torch is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return range(torch.cuda.device_count() if torch is not None and torch.cuda.is_initialized() else 0)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from edadm_cli.artifacts.peak import peak_memory
+
 if TYPE_CHECKING:
     from edadm_cli.artifacts.artifact import Artifact
 
@@ -39,6 +41,8 @@ class StageRecord(_Record):
     artifact: str | None = Field(None, description="the artifact's folder")
     identity: str | None = Field(None, description="the artifact's identity")
     seconds: float = Field(0.0, ge=0, description="wall-clock time of the command")
+    peak_memory_mib: float | None = Field(None, description="most that the command's process had resident meanwhile")
+    peak_cuda_memory_mib: float | None = Field(None, description="most on a GPU; null where none computed")
     warnings: tuple[str, ...] = ()
     estimate: Estimate | None = Field(None, description="with status 'planned' only")
 
@@ -67,9 +71,18 @@ def shared_keys(
         "run": str(run),
         "artifact": str(artifact.path),
         "identity": artifact.identity,
-        "seconds": time.monotonic() - started,
         "warnings": tuple(warnings),
+        **spent(started),
     }
+
+
+def spent(started: float) -> dict[str, Any]:
+    """The keys of a record that say what the command took: `seconds`, `peak_memory_mib`, `peak_cuda_memory_mib`.
+
+    Args:
+        started: `time.monotonic()` when it began.
+    """
+    return {"seconds": time.monotonic() - started, **peak_memory()}
 
 
 class CollectRecord(StageRecord):

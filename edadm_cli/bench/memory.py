@@ -1,9 +1,8 @@
 """Peak memory of a contender.
 
 On a CPU each contender has a process of its own, and what counts is the largest resident set of that process, Python
-and its libraries included: the kernel keeps it (`VmHWM`) and sets it back to the present size on request, so that
-loading and running are told apart. On CUDA it is torch's allocator that counts, from what was allocated before the
-contender came.
+and its libraries included, set back in between so that loading and running are told apart. On CUDA it is torch's
+allocator that counts, from what was allocated before the contender came.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from pathlib import Path
 
 import torch
 
+from edadm_cli.artifacts.peak import reset_cuda_peak, reset_resident_peak, resident_peak_mib
 from edadm_cli.errors import MachineError
 
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"
 _PROCESS_MIB = 600.0
 """Python, torch and the libraries behind a contender."""
 _LOADING = 1.3
@@ -42,18 +39,15 @@ class PeakMemory:
     def reset(self) -> None:
         """Begin a new peak at the present size."""
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+            reset_cuda_peak(self._device)
         elif self._is_alone:
-            _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
+            reset_resident_peak()
 
     def peak_mib(self) -> float | None:
         """The peak since the last reset, in MiB; `None` where it cannot be told."""
         if self._device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self._device) - self._before) / 2**20
-        if not self._is_alone:
-            return None
-        match = re.search(r"^VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
-        return None if match is None else int(match[1]) / 2**10
+        return resident_peak_mib() if self._is_alone else None
 
 
 def give_back_memory() -> None:

@@ -57,14 +57,52 @@ def search_ranges(
     Raises:
         InputError: A weight or an activation is not finite.
     """
-    params = _weight_params(traced, plan, recipe)
+    scales = search_weight_scales(traced, plan, recipe)
+    return scales | search_activation_ranges(denoiser, traced, plan, recipe, calls, advance)
+
+
+def search_weight_scales(traced: Trace, plan: QuantizationPlan, recipe: RangeRecipe) -> dict[str, Tensor]:
+    """The part of `search_ranges` that needs no call: `<layer>.weight_scale` of every planned layer.
+
+    Raises:
+        InputError: A weight is not finite.
+    """
+    params = {}
+    for layer in traced.layers:
+        layer_plan = plan.layers.get(layer.name)
+        if layer_plan is None:
+            continue
+        weight = layer.module.weight
+        assert isinstance(weight, Tensor)
+        _require_finite(weight, f"the weight of '{layer.name}'")
+        for part, piece in zip(
+            part_names(layer.name, layer_plan), split_channels(weight.detach(), layer_plan, 1), strict=True
+        ):
+            params[f"{part}.weight_scale"] = weight_scales(piece, layer_plan.weight_grid, recipe).cpu()
+    return params
+
+
+def search_activation_ranges(
+    denoiser: nn.Module,
+    traced: Trace,
+    plan: QuantizationPlan,
+    recipe: RangeRecipe,
+    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Tensor]:
+    """The part of `search_ranges` that the calls decide; `denoiser` may be a part of one, with its own trace and plan.
+
+    Raises:
+        InputError: An activation is not finite.
+    """
+    params: dict[str, Tensor] = {}
     observed = _Observations(recipe)
     with ExitStack() as stack:
         for layer in traced.layers:
             if layer.name in plan.layers and plan.layers[layer.name].input_grid is not None:
                 stack.enter_context(_observed_layer(layer.name, layer.module, plan.layers[layer.name], observed))
         for name, attention_plan in plan.attentions.items():
-            stack.enter_context(_observed_attention(denoiser.get_submodule(name), name, attention_plan, observed))
+            stack.enter_context(_observed_attention(traced.attentions[name], name, attention_plan, observed))
         with torch.no_grad():
             for args, kwargs in calls:
                 denoiser(*args, **kwargs)
@@ -79,22 +117,6 @@ def search_ranges(
     for name in plan.attentions:
         for operand in OPERANDS:
             params[f"{name}.{operand}_scale"] = torch.tensor(observed.scales[f"{name}.{operand}"])
-    return params
-
-
-def _weight_params(traced: Trace, plan: QuantizationPlan, recipe: RangeRecipe) -> dict[str, Tensor]:
-    params = {}
-    for layer in traced.layers:
-        layer_plan = plan.layers.get(layer.name)
-        if layer_plan is None:
-            continue
-        weight = layer.module.weight
-        assert isinstance(weight, Tensor)
-        _require_finite(weight, f"the weight of '{layer.name}'")
-        for part, piece in zip(
-            part_names(layer.name, layer_plan), split_channels(weight.detach(), layer_plan, 1), strict=True
-        ):
-            params[f"{part}.weight_scale"] = weight_scales(piece, layer_plan.weight_grid, recipe).cpu()
     return params
 
 

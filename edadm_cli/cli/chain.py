@@ -115,8 +115,8 @@ class _Chain:
         return RunRecord(
             status=self._status(records),
             run=str(self.folder.root),
-            seconds=time.monotonic() - started,
             warnings=tuple(self.execution.warnings),
+            **_spent(started, records),
             collect=calibration[0],
             select=calibration[1],
             results=results,
@@ -163,6 +163,17 @@ class _Chain:
         if self.execution.dry_run:
             return "planned"
         return "up_to_date" if all(record.status == "up_to_date" for record in records) else "done"
+
+
+def _spent(started: float, records: list[StageRecord]) -> dict[str, Any]:
+    """What the chain took: its time, and the highest of the peaks, which begin anew with every stage."""
+    from edadm_cli.artifacts import spent
+
+    found = spent(started)
+    for key in ("peak_memory_mib", "peak_cuda_memory_mib"):
+        peaks = [found[key], *(getattr(record, key) for record in records)]
+        found[key] = max((peak for peak in peaks if peak is not None), default=None)
+    return found
 
 
 def _bits_of_file(execution: Execution) -> list[str]:

@@ -110,7 +110,7 @@ class Execution:
         place: Path | None = None,
     ) -> StageRecord:
         """Run a stage, or estimate it with `--dry-run`; what a library prints meanwhile goes to stderr."""
-        from edadm_cli.artifacts import StageRecord
+        from edadm_cli.artifacts import StageRecord, spent
         from edadm_cli.artifacts.peak import reset_peak
 
         reset_peak()
@@ -130,9 +130,9 @@ class Execution:
             status="planned",
             run=str(run.root),
             artifact=str(place or run.path(command, name)),
-            seconds=time.monotonic() - started,
             warnings=tuple(self.reporter.warnings),
             estimate=cost,
+            **spent(started),
         )
 
     def _remember(self, run: RunFolder, name: str | None) -> None:

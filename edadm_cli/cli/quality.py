@@ -126,7 +126,7 @@ def report(
 
     It holds the figures, plots and images, and links to nothing outside itself.
     """
-    from edadm_cli.artifacts import ReportRecord
+    from edadm_cli.artifacts import ReportRecord, spent
     from edadm_cli.cli.settings import parse_bits
 
     started = time.monotonic()
@@ -137,5 +137,5 @@ def report(
 
     with contextlib.redirect_stdout(sys.stderr):
         page = stage.run(run, names)
-    record = ReportRecord(status="done", run=str(run.root), report=str(page), seconds=time.monotonic() - started)
+    record = ReportRecord(status="done", run=str(run.root), report=str(page), **spent(started))
     execution.conclude(record, path=str(page))

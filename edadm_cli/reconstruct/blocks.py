@@ -12,8 +12,10 @@ from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layer
 from edadm_cli.quant.plan import QuantizationPlan
-from edadm_cli.reconstruct.capture import Batches, UnitCalls, UnitForm, capture_units, probe_units
+from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.capture import UnitCalls, capture_units
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
+from edadm_cli.reconstruct.forms import UnitForm, probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.learn import UnitData, UnitLearner, UnitResult, layer_targets
 from edadm_cli.reconstruct.network import SwitchableNetwork
@@ -90,14 +92,17 @@ class BlockReconstruction:
         with self.network.full_precision():
             self._forms = probe_units(self.network.denoiser, waiting, self.batches)
         captured: dict[str, UnitCalls] = {}
-        self._freeze_attentions([name for name in self.plan.attentions if not any(name in u.attentions for u in units)])
+        # Where layers are learned one by one, attentions lie in no unit and keep their searched ranges.
+        loose = [name for name in self.plan.attentions if not any(name in unit.attentions for unit in units)]
+        freeze_attentions(self.network, self.plan, loose, self.nearest)
         for number, unit in enumerate(units):
             if waiting and waiting[0] is unit:
                 if unit.name not in captured:
                     captured = self._capture_ahead(waiting)
                 results[unit.name] = self._learn(number, waiting.pop(0), captured.pop(unit.name))
             place.processes.check()
-            self._freeze(unit, results[unit.name].params if unit.name in results else self.nearest)
+            params = results[unit.name].params if unit.name in results else self.nearest
+            freeze_unit(self.network, self.plan, unit, params)
             advance(1)
         return results
 
@@ -179,24 +184,31 @@ class BlockReconstruction:
         self.passes["full_precision"] += 1
         return {unit.name: call for unit, call in zip(group, captured, strict=True)}
 
-    def _freeze(self, unit: Unit, params: Mapping[str, Tensor]) -> None:
-        """Put the deployed form of a unit's layers into the network."""
-        for name in unit.layers:
-            layer = self.network.float_layers[name]
-            frozen = quantized_layer(layer, self.plan.layers[name])
-            fill_layer(frozen, name, params)
-            self.network.put_layer(name, frozen)
-        self._freeze_attentions([name for name in unit.attentions if name in self.plan.attentions], params)
 
-    def _freeze_attentions(self, names: Sequence[str], params: Mapping[str, Tensor] | None = None) -> None:
-        """Quantize attention products for good: with what a unit learned, or, for those that lie in no unit because
-        layers are learned one by one, with the searched ranges.
-        """
-        found = self.nearest if params is None else params
-        for name in names:
-            scales = {operand: found[f"{name}.{operand}_scale"] for operand in OPERANDS}
-            quantized = QuantizedAttention(self.plan.attentions[name], scales)
-            self.network.put_processor(name, quantized.to(self.batches.device))
+def freeze_unit(network: SwitchableNetwork, plan: QuantizationPlan, unit: Unit, params: Mapping[str, Tensor]) -> None:
+    """Put the deployed form of a unit's layers and attention products into the network.
+
+    Args:
+        network: The denoiser.
+        plan: Bits of every layer.
+        unit: What is frozen.
+        params: What the unit learned, or weights rounded to nearest and searched ranges.
+    """
+    for name in unit.layers:
+        layer = network.float_layers[name]
+        frozen = quantized_layer(layer, plan.layers[name])
+        fill_layer(frozen, name, params)
+        network.put_layer(name, frozen)
+    freeze_attentions(network, plan, [name for name in unit.attentions if name in plan.attentions], params)
+
+
+def freeze_attentions(
+    network: SwitchableNetwork, plan: QuantizationPlan, names: Sequence[str], params: Mapping[str, Tensor]
+) -> None:
+    """Quantize attention products for good, with the scales among `params`."""
+    for name in names:
+        scales = {operand: params[f"{name}.{operand}_scale"] for operand in OPERANDS}
+        network.put_processor(name, QuantizedAttention(plan.attentions[name], scales).to(network.device))
 
 
 def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[str, Tensor]) -> None:

@@ -34,7 +34,7 @@ from edadm_cli.reconstruct.optimization import Optimization, make_step
 from edadm_cli.reconstruct.rows import RowCache, Rows, chunks
 
 _CURVE_POINTS = 50
-_EVALUATED_ROWS = 64
+EVALUATED_ROWS = 64
 _REGULARIZER_START = 0.2
 _BETA_FROM, _BETA_TO = 20.0, 2.0
 
@@ -165,7 +165,7 @@ class UnitLearner:
             InputError: The loss is not finite.
         """
         before = self.reconstruction_loss()  # h starts at the dropped fraction, so deciding now rounds to nearest
-        step = make_step(self, self._optimization())
+        step = make_step(self, self.optimization())
         every = max(1, self.recipe.iterations // _CURVE_POINTS)
         curve: list[float] = []
         for iteration in range(self.recipe.iterations):
@@ -221,7 +221,7 @@ class UnitLearner:
         self.activation_drop.active, self.learned.decided = False, True
         self.learned.materialize()
         calls, exact = self.data.quantized, self.data.full_precision
-        parts = chunks(calls.rows, max(self.recipe.batch_size, _EVALUATED_ROWS))
+        parts = chunks(calls.rows, max(self.recipe.batch_size, EVALUATED_ROWS))
         losses = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
         for number in range(self.processes.index, len(parts), self.processes.count):
             places = parts[number]
@@ -248,7 +248,8 @@ class UnitLearner:
         rows = torch.randint(self.data.quantized.rows, (self.recipe.batch_size,), generator=self.order)
         return rows[self.share.start : self.share.stop].tolist()
 
-    def _optimization(self) -> Optimization:
+    def optimization(self) -> Optimization:
+        """Adam over the unit's rounding and scales, at the recipe's first steps."""
         rates: list[tuple[nn.Parameter, float]] = [(self.learned.rounding.alpha, self.recipe.weight_learning_rate)]
         if self.learned.scales.names:
             rates.append((self.learned.scales.factor, self.recipe.activation_learning_rate))

@@ -36,12 +36,12 @@ from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import load_collected_model
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.registry import ModelEntry, known_models
-from edadm_cli.models.units import Trace, Unit, trace, units
+from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import QuantizationPlan
+from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Place
-from edadm_cli.reconstruct.capture import Batches
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.learn import UnitResult
@@ -49,23 +49,12 @@ from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import repeatable_convolutions
 from edadm_cli.reconstruct.probe import probe
 from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache, memory_budget
+from edadm_cli.reconstruct.setting import Setting
 
 PARAMS_FILE = "quant_params.safetensors"
 PLAN_FILE = "plan.json"
 UNITS_FILE = "units.json"
 _RANGES_FILE = "ranges.safetensors"
-
-
-@dataclass
-class _Setting:
-    """Everything a reconstruction works with, on its device."""
-
-    network: SwitchableNetwork
-    traced: Trace
-    plan: QuantizationPlan
-    units: list[Unit]
-    learning: list[Unit]
-    batches: Batches
 
 
 def run(
@@ -100,22 +89,13 @@ def run(
 
 
 def estimate(config: ReconstructConfig, run: RunFolder) -> Estimate:
-    """Estimate time, memory and disk: a batch through the range search, and a few steps of a few units."""
+    """Estimate time, memory and disk, from a forward of a few rows and every kind of work on a few units."""
     started = time.monotonic()
     task = _resolve(config, run, ALONE)
     with _arithmetic(task):
         setting = _prepare(task)
         loading = time.monotonic() - started
-        found = probe(
-            setting.network,
-            setting.traced,
-            setting.plan,
-            setting.learning,
-            setting.batches,
-            task.config.recipe,
-            task.hyperparameters,
-            task.memory_budget,
-        )
+        found = probe(setting, task.config.recipe.ranges, task.hyperparameters, task.memory_budget)
     return found.model_copy(update={"seconds": found.seconds + loading})
 
 
@@ -161,17 +141,17 @@ def _resolve(config: ReconstructConfig, run: RunFolder, processes: Processes) ->
     return _Task(config, run, selection, batch_size, hyperparameters, device, budget, processes)
 
 
-def _prepare(task: _Task) -> _Setting:
+def _prepare(task: _Task) -> Setting:
     config = task.config
     denoiser = load_collected_model(task.run, task.device, torch.float32).denoiser  # the rest of the pipeline is let go
     batches = Batches(CalibrationSet.load(task.selection), task.batch_size, task.device)
-    (args, kwargs), *_ = iter(batches.one_sample())
+    (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)
     plan = plan_network(traced, config.recipe, config.bits)
     network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
     granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
     found = units(denoiser, traced, set(plan.layers), granularity)
-    return _Setting(network, traced, plan, found, _learning(found, config), batches)
+    return Setting(network, traced, plan, found, _learning(found, config), batches)
 
 
 def _learning(found: list[Unit], config: ReconstructConfig) -> list[Unit]:
@@ -222,7 +202,7 @@ def _build(task: _Task, build: Build, reporter: Reporter) -> None:
 
 
 def _reconstruct(
-    task: _Task, setting: _Setting, folder: Path, reporter: Reporter
+    task: _Task, setting: Setting, folder: Path, reporter: Reporter
 ) -> tuple[dict[str, Tensor], dict[str, UnitResult], dict[str, int]]:
     """Parameters, what each unit learned, and how often the calibration set went through the denoiser for it."""
     params = nearest_params(setting.network.float_weight, setting.plan, _ranges(task, setting, folder, reporter))
@@ -245,7 +225,7 @@ def _reconstruct(
     return params, results, reconstruction.passes
 
 
-def _ranges(task: _Task, setting: _Setting, folder: Path, reporter: Reporter) -> dict[str, Tensor]:
+def _ranges(task: _Task, setting: Setting, folder: Path, reporter: Reporter) -> dict[str, Tensor]:
     """Initial ranges, found by the main process: batches are merged in their order."""
     kept, network = folder / _RANGES_FILE, setting.network
     if task.processes.is_main and not kept.is_file():
@@ -268,7 +248,7 @@ def _quantized(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> list[str
     return list(keys)
 
 
-def _summary(setting: _Setting, results: Mapping[str, UnitResult], num_quantized: int) -> dict[str, Any]:
+def _summary(setting: Setting, results: Mapping[str, UnitResult], num_quantized: int) -> dict[str, Any]:
     rows = []
     for unit in setting.units:
         result = results.get(unit.name)

@@ -8,7 +8,7 @@ from edadm_cli.report.formats import flat, plain
 from edadm_cli.report.html import Html, Node, code, details, element, escape, section, table
 
 _SHORT = 12
-_NO_VERSIONS = ("device", "seconds")
+_NO_VERSION = "device"
 
 
 def provenance_section(contents: RunContents) -> Html:
@@ -72,8 +72,8 @@ def _versions(contents: RunContents) -> Html:
         manifest = part.artifact.manifest
         facts = {manifest.tool.name: manifest.tool.version, **manifest.environment}
         for name, version in facts.items():
-            if name not in _NO_VERSIONS and str(version) not in found.setdefault(name, []):
-                found[name].append(str(version))
+            if name != _NO_VERSION and isinstance(version, str) and version not in found.setdefault(name, []):
+                found[name].append(version)
     rows = [(name, ", ".join(versions)) for name, versions in found.items()]
     return table(["", "version"], rows, "Versions")
 

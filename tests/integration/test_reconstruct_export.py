@@ -225,16 +225,17 @@ def test_steps_that_are_too_long_end_in_one_sentence(tiny_ddpm: Path, fresh_run:
         reconstruct.run(config_of(recipe=recipe), fresh_run(tiny_ddpm))
 
 
-def test_estimates_write_nothing(tiny_ddpm: Path, fresh_run: FreshRun) -> None:
+def test_estimates_write_nothing_and_are_near(tiny_ddpm: Path, fresh_run: FreshRun) -> None:
     run = fresh_run(tiny_ddpm)
 
     def files() -> list[Path]:
         return sorted(path for path in run.root.rglob("*") if not path.name.endswith(".lock"))
 
     before = files()
-    assert reconstruct.estimate(config_of(), run).seconds > 0
+    estimate = reconstruct.estimate(config_of(), run)
     assert files() == before
-    reconstruct.run(config_of(), run)
+    seconds = reconstruct.run(config_of(), run).seconds
+    assert seconds / 10 < estimate.seconds < 10 * seconds
     before = files()
     assert export.estimate(ExportConfig(bits=BitWidth.parse("w4a8"), device="cpu"), run).seconds > 0
     assert files() == before

@@ -42,6 +42,7 @@ PARENTS = {
 }
 WITH_BITS = ("reconstruct", "export")
 ACCURACY = 0.97
+PEAKS_MIB = dict(zip(PARENTS, (100.0, 200.0, 1e6, 300.0, 400.0, 500.0), strict=True))
 
 
 @dataclass
@@ -101,6 +102,7 @@ def _make_run(fakes: FakeStages, kind: str) -> Callable[..., StageRecord]:
             "artifact": str(run.path(kind, name)),
             "identity": plan.identity,
             "seconds": 0.5,
+            "peak_memory_mib": PEAKS_MIB[kind],
             "warnings": tuple(reporter.warnings),
         }
         return _record(kind, config, shared)

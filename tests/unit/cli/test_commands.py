@@ -10,7 +10,7 @@ import pytest
 
 from edadm_cli.cli.app import main
 from edadm_cli.errors import InputError
-from tests.unit.cli.conftest import FakeStages
+from tests.unit.cli.conftest import PEAKS_MIB, FakeStages
 
 
 def _json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def test_json_is_one_object_with_the_keys_of_every_command(
 ) -> None:
     assert main(["collect", "--model", "tiny", "--json"]) == 0
     result = _json(capsys)
-    shared = {"command", "status", "run", "artifact", "identity", "seconds", "warnings"}
+    peaks = {"peak_memory_mib", "peak_cuda_memory_mib"}
+    shared = {"command", "status", "run", "artifact", "identity", "seconds", "warnings"} | peaks
     assert set(result) == shared | {"model", "num_steps", "num_trajectories"}
     assert result["status"] == "done"
     assert result["artifact"] == "runs/tiny/collect"
@@ -77,6 +78,7 @@ def test_a_dry_run_estimates_and_leaves_no_trace(stages: FakeStages, capsys: pyt
     result = _json(capsys)
     assert result["status"] == "planned"
     assert result["estimate"] == {"seconds": 2.0, "memory_mib": 100.0, "disk_mib": 3.0}
+    assert result["peak_memory_mib"] > 0  # of the probe
     assert stages.calls == []
     assert list(Path().iterdir()) == []
 
@@ -89,6 +91,7 @@ def test_a_dry_run_of_the_chain_plans_what_it_cannot_probe_yet(
     assert result["status"] == "planned"
     assert result["collect"]["estimate"]["seconds"] == 2.0
     assert "estimate" not in result["results"]["w4a8"]["evaluate"]
+    assert result["results"]["w4a8"]["evaluate"]["peak_memory_mib"] is None
     assert main(["run", "--model", "tiny", "--bits", "w4a8", "--dry-run"]) == 0
     assert "2 s, 100 MiB of memory, 3 MiB of disk" in capsys.readouterr().out
     assert list(Path().iterdir()) == []
@@ -102,6 +105,8 @@ def test_run_does_the_chain_for_each_bit_width_and_skips_what_is_up_to_date(
     result = _json(capsys)
     assert list(result["results"]) == ["w8a8", "w4a8"]
     assert result["status"] == "done"
+    assert result["select"]["peak_memory_mib"] == PEAKS_MIB["select"]
+    assert result["peak_memory_mib"] == PEAKS_MIB["reconstruct"]  # the highest of all stages
     assert result["results"]["w4a8"]["export"]["size_mib"]["ratio"] == 8.0
     assert result["report"] == "runs/tiny/report.html"
     assert Path(result["report"]).read_text() == "<p>['w8a8', 'w4a8']</p>"

@@ -19,7 +19,9 @@ from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import Recipe
-from edadm_cli.reconstruct.capture import Batches, UnitCalls, capture_units, probe_units
+from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.capture import UnitCalls, capture_units
+from edadm_cli.reconstruct.forms import probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.rows import RowCache, Rows
@@ -111,7 +113,7 @@ def make_setting(denoiser: nn.Module) -> Callable[..., Setting]:
         recipe = recipe.model_copy(update=parts)
         width = BitWidth.parse(bits)
         batches = Batches(calibration_set(), BATCH, CPU)
-        (args, kwargs), *_ = iter(batches.one_sample())
+        (args, kwargs), *_ = iter(batches.few(1))
         traced = trace(denoiser, args, kwargs)
         plan = plan_network(traced, recipe, width)
         network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))

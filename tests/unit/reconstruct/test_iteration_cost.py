@@ -37,8 +37,8 @@ def test_both_versions_take_the_same_step(make_setting: Callable[..., Any], stud
     exact_unit, learner = copy.deepcopy(unit.module), study.make_learner(setting, unit)
     learner.set_iteration(0)
     versions = (
-        study.make_step(learner, _still(study, learner)),
-        study.ThreeForwards(learner, exact_unit, _still(study, learner)),
+        study.make_step(learner, _still(learner)),
+        study.ThreeForwards(learner, exact_unit, _still(learner)),
     )
     losses, gradients = [], []
     for step in versions:
@@ -48,8 +48,8 @@ def test_both_versions_take_the_same_step(make_setting: Callable[..., Any], stud
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
-def _still(study: ModuleType, learner: Any) -> Any:
+def _still(learner: Any) -> Any:
     """An optimizer that takes no step."""
-    optimization = study.new_optimization(learner)
+    optimization = learner.optimization()
     optimization.decay = lambda: optimization.set_rates(0.0)
     return optimization

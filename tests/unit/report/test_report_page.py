@@ -111,6 +111,12 @@ def test_equal_artifacts_give_equal_bytes_wherever_they_lie(maker: RunMaker, tmp
     assert str(tmp_path) not in first.read_text(encoding="utf-8")
 
 
+def test_of_the_environment_only_versions_are_listed(maker: RunMaker) -> None:
+    versions = _rows(_page(maker.calibration().width("w4a8")), "Versions")
+    assert {"edadm", "python", "torch"} <= set(versions)
+    assert not {"device", "seconds", "peak_memory_mib", "peak_cuda_memory_mib"} & set(versions)
+
+
 def test_every_figure_is_that_of_the_artifact(maker: RunMaker) -> None:
     page = _page(maker.calibration().width("w4a8"))
     cards = [(card.all("p")[0].text, card.all("p")[1].text) for card in page.all("div", class_="card")]

@@ -1,0 +1,199 @@
+"""What one row of a unit's calls is made of.
+
+Which tensors of a call have a row for each sample, and which belong to the architecture (position ids), is not read off
+one size that may coincide with another: two probes, of one row and of the same row twice, show what grows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.errors import InputError
+from edadm_cli.models.units import Unit
+from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.rows import RowType
+
+
+@dataclass(frozen=True)
+class UnitForm:
+    """What one row of a unit's calls is made of.
+
+    Attributes:
+        input_mask: For each tensor among the arguments, whether it has rows.
+        inputs: Those that have.
+        output_mask: The same of what comes out.
+        outputs: Targets of the unit.
+        layers: Outputs of the layers inside, but for the last: their targets.
+    """
+
+    input_mask: tuple[bool, ...]
+    inputs: tuple[RowType, ...]
+    output_mask: tuple[bool, ...]
+    outputs: tuple[RowType, ...]
+    layers: dict[str, RowType]
+
+    @property
+    def call_bytes(self) -> int:
+        """Bytes of one row's full-precision inputs and outputs."""
+        return sum(kind.bytes for kind in (*self.inputs, *self.outputs))
+
+    def learning_bytes(self, with_layers: bool) -> int:
+        """Bytes of what one row needs beside them while the unit learns."""
+        layers = self.layers.values() if with_layers else ()
+        return sum(kind.bytes for kind in (*self.inputs, *layers))
+
+
+@dataclass
+class Shapes:
+    """Sizes and element types of all tensors of one unit's call."""
+
+    inputs: list[RowType] = field(default_factory=list)
+    outputs: list[RowType] = field(default_factory=list)
+    layers: dict[str, list[RowType]] = field(default_factory=dict)
+
+    def form(self, name: str, rows: int) -> UnitForm:
+        """What one call of so many rows suggests: that a tensor has rows where its first dimension is as long.
+
+        Good enough to estimate with; a constant may be as long by chance, which `probe_units` tells apart.
+
+        Raises:
+            InputError: Nothing that goes into the unit `name` has rows.
+        """
+
+        def split(found: list[RowType]) -> tuple[tuple[bool, ...], tuple[RowType, ...]]:
+            mask = tuple(kind.shape[:1] == (rows,) for kind in found)
+            kinds = [RowType(kind.shape[1:], kind.dtype) for kind, own in zip(found, mask, strict=True) if own]
+            return mask, tuple(kinds)
+
+        input_mask, inputs = split(self.inputs)
+        if not inputs:
+            raise InputError(f"No tensor into '{name}' has a row for each sample, so the unit cannot be reconstructed.")
+        layers = {layer: kinds[0] for layer, found in self.layers.items() if (kinds := split(found)[1])}
+        return UnitForm(input_mask, inputs, *split(self.outputs), layers)
+
+
+@contextmanager
+def noted_shapes(denoiser: nn.Module, units: Sequence[Unit]) -> Iterator[dict[str, Shapes]]:
+    """Note the tensors of every unit's newest call, by the unit's name, while entered."""
+    notes = {unit.name: Shapes() for unit in units}
+
+    def shapes(tree: Any) -> list[RowType]:
+        tensors: list[Tensor] = []
+        flatten(tree, tensors, itertools.repeat(True))
+        return [RowType(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+
+    def inputs_into(note: Shapes) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            note.inputs = shapes((args, kwargs))
+
+        return hook
+
+    def outputs_into(note: Shapes) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            note.outputs = shapes(output)
+
+        return hook
+
+    def layer_into(note: Shapes, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            note.layers[name] = shapes(output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for unit in units:
+            note = notes[unit.name]
+            stack.callback(unit.module.register_forward_pre_hook(inputs_into(note), with_kwargs=True).remove)
+            stack.callback(unit.module.register_forward_hook(outputs_into(note)).remove)
+            for name in unit.layers[:-1]:
+                layer = denoiser.get_submodule(name)
+                stack.callback(layer.register_forward_hook(layer_into(note, name)).remove)
+        yield notes
+
+
+def probe_units(denoiser: nn.Module, units: Sequence[Unit], batches: Batches) -> dict[str, UnitForm]:
+    """Find the form of every unit's calls, by forwards of one row and of two.
+
+    Raises:
+        InputError: A tensor grows with the number of samples in another way than by rows.
+    """
+    notes = []
+    for count in (1, 2):
+        args, kwargs = batches.few(1).call([0] * count)
+        with noted_shapes(denoiser, units) as shapes, torch.no_grad():
+            denoiser(*args, **kwargs)
+        notes.append(shapes)
+    forms = {}
+    for unit in units:
+        one, two = (found[unit.name] for found in notes)
+        input_mask, inputs = _compare(unit.name, one.inputs, two.inputs)
+        output_mask, outputs = _compare(unit.name, one.outputs, two.outputs)
+        layers = {}
+        for name in unit.layers[:-1]:
+            (has_rows,), kinds = _compare(name, one.layers[name], two.layers[name])
+            if has_rows:
+                layers[name] = kinds[0]
+        forms[unit.name] = UnitForm(input_mask, inputs, output_mask, outputs, layers)
+    return forms
+
+
+def flatten(tree: Any, tensors: list[Tensor], mask: Iterator[bool]) -> Any:
+    """Move the tensors of a tree of tuples, lists and dictionaries to `tensors`; return the tree without them.
+
+    Args:
+        tree: The tree.
+        tensors: Receives them.
+        mask: For each tensor in turn, whether it is moved.
+    """
+    if isinstance(tree, Tensor):
+        if not next(mask):
+            return tree
+        tensors.append(tree)
+        return _PLACE
+    if isinstance(tree, tuple | list):
+        return type(tree)(flatten(item, tensors, mask) for item in tree)
+    if isinstance(tree, dict):
+        return {key: flatten(value, tensors, mask) for key, value in tree.items()}
+    return tree
+
+
+def unflatten(structure: Any, tensors: Iterator[Tensor]) -> Any:
+    """Undo `flatten`."""
+    if structure is _PLACE:
+        return next(tensors)
+    if isinstance(structure, tuple | list):
+        return type(structure)(unflatten(item, tensors) for item in structure)
+    if isinstance(structure, dict):
+        return {key: unflatten(value, tensors) for key, value in structure.items()}
+    return structure
+
+
+class _Place:
+    """Marks where a tensor stood in a flattened tree."""
+
+
+_PLACE = _Place()
+
+
+def _compare(name: str, one: list[RowType], two: list[RowType]) -> tuple[tuple[bool, ...], tuple[RowType, ...]]:
+    """Which tensors have rows, and what a row of those is, from calls of one row and of two."""
+    mask, kinds = [], []
+    for first, second in zip(one, two, strict=True):
+        grows = first != second
+        if grows:
+            expected = [(count, *first.shape[1:]) for count in (1, 2)]
+            if [first.shape, second.shape] != expected or first.dtype != second.dtype:
+                raise InputError(
+                    f"A tensor of '{name}' has shape {list(first.shape)} for one sample and {list(second.shape)} for "
+                    "two, so it has no row for each sample, and the unit cannot be reconstructed."
+                )
+            kinds.append(RowType(first.shape[1:], first.dtype))
+        mask.append(grows)
+    return tuple(mask), tuple(kinds)

@@ -1,0 +1,96 @@
+r"""How long a piece of work takes on any unit, from a few units on which it was measured.
+
+    seconds = ratio * sum over i of c_i * size_i,   c_i >= 0
+
+The sizes are the seconds of the unit's full-precision forward (which grow with the rows), its weights and its layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Measure = Literal["forward", "weights", "layers"]
+
+_SAME = 1e-9  # share of the squared seconds by which a fit must be better than one with fewer or earlier measures
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the time of work on a unit may depend on.
+
+    Attributes:
+        kind: Of the unit.
+        forward: Seconds of its full-precision forward, a row.
+        weights: Number of its weights.
+        layers: Number of its layers.
+    """
+
+    kind: str
+    forward: float
+    weights: int
+    layers: int
+
+    def of(self, measure: Measure, rows: float) -> float:
+        """One of these, for a call of so many rows."""
+        return {"forward": self.forward * rows, "weights": self.weights, "layers": self.layers}[measure]
+
+
+class Law:
+    """Seconds of one kind of work, fitted to what was measured.
+
+    A unit that was measured keeps its own ratio to the fit; another one has that of its kind, else 1.
+
+    Args:
+        sizes: Of all units, by name.
+        measured: Rows and seconds of a call of some of them, at least one.
+        measures: What the work may depend on; the first ones count where less was measured than would tell them apart.
+    """
+
+    def __init__(
+        self, sizes: Mapping[str, Size], measured: Mapping[str, tuple[int, float]], measures: Sequence[Measure]
+    ) -> None:
+        self._sizes = sizes
+        table = [[sizes[name].of(measure, rows) for measure in measures] for name, (rows, _) in measured.items()]
+        seconds = {name: spent for name, (_, spent) in measured.items()}
+        fit = _fit(np.array(table, float), np.array([*seconds.values()]))
+        self._coefficients = dict(zip(measures, fit, strict=True))
+        fitted = {name: self._fitted(name, rows) for name, (rows, _) in measured.items()}
+        groups = {name: [name] for name in measured}
+        for name in measured:
+            groups.setdefault(sizes[name].kind, []).append(name)
+        self._ratios = {
+            group: sum(seconds[name] for name in names) / total if (total := sum(fitted[n] for n in names)) else 1.0
+            for group, names in groups.items()
+        }
+
+    def seconds(self, name: str, rows: float = 1) -> float:
+        """Of one call of the unit `name` with so many rows."""
+        ratio = self._ratios.get(name, self._ratios.get(self._sizes[name].kind, 1.0))
+        return ratio * self._fitted(name, rows)
+
+    def _fitted(self, name: str, rows: float) -> float:
+        return sum(each * self._sizes[name].of(measure, rows) for measure, each in self._coefficients.items())
+
+
+def _fit(table: np.ndarray, seconds: np.ndarray) -> list[float]:
+    """Least squares with coefficients that are not negative: of every choice of columns, the one that fits best.
+
+    Errors count in proportion to the root of the seconds: between the sum's error and the ratios'.
+    """
+    samples, columns = table.shape
+    scale = 1 / np.sqrt(np.maximum(seconds, 1e-9))
+    table, wanted = table * scale[:, None], seconds * scale
+    best, least = np.zeros(columns), np.inf
+    for count in range(1, min(samples, columns) + 1):
+        for chosen in itertools.combinations(range(columns), count):
+            found = np.linalg.lstsq(table[:, chosen], wanted)[0]
+            error = float(np.square(table[:, chosen] @ found - wanted).sum())
+            if (found >= 0).all() and error < least - _SAME * float(np.square(wanted).sum()):
+                best, least = np.zeros(columns), error
+                best[list(chosen)] = found
+    return [float(each) for each in best]

@@ -1,0 +1,257 @@
+"""What an estimate is made of: one forward timed unit by unit, and every kind of work on a few units.
+
+The functions that a reconstruction itself calls are timed, on the calibration set's first samples. Where only values
+differ and not the time that they take, they come from somewhere quicker than the recipe's way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.calibrate.nearest import nearest_params
+from edadm_cli.calibrate.ranges import search_activation_ranges, search_ranges, search_weight_scales
+from edadm_cli.models.units import Trace, Unit
+from edadm_cli.quant.plan import QuantizationPlan
+from edadm_cli.recipe import RangeRecipe
+from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.blocks import freeze_unit
+from edadm_cli.reconstruct.capture import capture_call
+from edadm_cli.reconstruct.forms import Shapes, noted_shapes
+from edadm_cli.reconstruct.hyperparameters import Hyperparameters
+from edadm_cli.reconstruct.learn import UnitData, UnitLearner, layer_targets
+from edadm_cli.reconstruct.optimization import make_step
+from edadm_cli.reconstruct.rows import RowCache
+from edadm_cli.reconstruct.setting import Setting
+
+Work = Literal["weights", "activations", "nearest", "freeze", "frozen", "setup", "evaluation", "step"]
+
+_MOST_UNITS, _FEWEST_UNITS = 9, 3
+_FORWARD_S = 4.0  # a forward takes as many rows as fit into this
+_QUICK_S = 0.3  # what takes less is timed again, and the least counts
+_REPEATS = 3
+_STEP_S, _STEP_FORWARDS = 1.5, 4  # a step takes as many rows as fit, at about so many forwards
+_CANDIDATES = 4  # of a weight's thresholds: the others take as long
+
+T = TypeVar("T")
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Timed = tuple[int, float]  # rows and seconds
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward in full precision.
+
+    Attributes:
+        rows: Of its batch.
+        seconds: Of all of it.
+        begins: Seconds after its start at which each unit begins.
+        ends: The same of their ends.
+        shapes: Of every unit's call.
+        calls: Arguments of the units that were to be kept.
+    """
+
+    rows: int
+    seconds: float
+    begins: dict[str, float]
+    ends: dict[str, float]
+    shapes: dict[str, Shapes]
+    calls: dict[str, Call]
+
+
+def time_forward(denoiser: nn.Module, units: Sequence[Unit], kept: Collection[str], batches: Batches) -> Forward:
+    """Time a forward of one row, and where that is quick, one of as many of a batch's rows as take some seconds.
+
+    Args:
+        denoiser: In full precision.
+        units: All of its units.
+        kept: Names of those whose arguments are wanted.
+        batches: The calibration set.
+    """
+    found = _time_forward(denoiser, units, kept, batches.few(1))
+    rows = int(_FORWARD_S / found.seconds)
+    return found if rows < 2 else _time_forward(denoiser, units, kept, batches.few(rows))
+
+
+@torch.no_grad()
+def _time_forward(denoiser: nn.Module, units: Sequence[Unit], kept: Collection[str], one: Batches) -> Forward:
+    begins: dict[str, float] = {}
+    ends: dict[str, float] = {}
+    calls: dict[str, Call] = {}
+
+    def begin(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            begins[name] = _now()
+            if name in kept:
+                calls[name] = args, kwargs
+
+        return hook
+
+    def end(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            ends[name] = _now()
+
+        return hook
+
+    (args, kwargs), *_ = iter(one)
+    with noted_shapes(denoiser, units) as shapes, ExitStack() as stack:
+        for unit in units:
+            stack.callback(unit.module.register_forward_pre_hook(begin(unit.name), with_kwargs=True).remove)
+            stack.callback(unit.module.register_forward_hook(end(unit.name)).remove)
+        started = _now()
+        denoiser(*args, **kwargs)
+        seconds = _now() - started
+    begins, ends = ({name: when - started for name, when in found.items()} for found in (begins, ends))
+    return Forward(one.num_rows, seconds, begins, ends, shapes, calls)
+
+
+def spread(units: Sequence[Unit], setting: Setting) -> list[Unit]:
+    """At most `_MOST_UNITS` units, in the order in which they are to be measured: of each kind in turns the lightest in
+    weights, a middling one, and ones in between.
+
+    In a network that narrows towards its middle the light ones compute the largest images, so that the first few tell
+    apart what grows with the rows from what grows with the weights. The heaviest would take as long as many others.
+    """
+    kinds: dict[str, list[Unit]] = {}
+    for unit in sorted(units, key=setting.num_weights):
+        kinds.setdefault(unit.kind, []).append(unit)
+    order: list[Unit] = []
+    for place in (0.0, 0.5, 0.25, 0.75, 0.125, 0.375, 0.625):
+        for group in kinds.values():
+            unit = group[round(place * (len(group) - 1))]
+            order += [] if unit in order else [unit]
+    return order[:_MOST_UNITS]
+
+
+def time_units(
+    units: Sequence[Unit], measure: Callable[[Unit], dict[Work, Timed]], limit_s: float
+) -> dict[Work, dict[str, Timed]]:
+    """Measure units until the time is over, but `_FEWEST_UNITS`, by kind of work and by unit."""
+    found: dict[Work, dict[str, Timed]] = {}
+    started = time.perf_counter()
+    for number, unit in enumerate(units):
+        if number >= _FEWEST_UNITS and time.perf_counter() - started > limit_s:
+            break
+        for work, call in measure(unit).items():
+            found.setdefault(work, {})[unit.name] = call
+    return found
+
+
+class Stopwatch:
+    """Times work on single units, in their place in a network that is left as it was.
+
+    Args:
+        setting: The network in full precision, and its plan.
+        recipe: How ranges are found.
+        forward: Has the calls of all units that are measured.
+    """
+
+    def __init__(self, setting: Setting, recipe: RangeRecipe, forward: Forward) -> None:
+        self.network, self.traced, self.plan = setting.network, setting.traced, setting.plan
+        self.recipe, self.forward = recipe, forward
+
+    @torch.no_grad()
+    def ranging(self, unit: Unit) -> dict[Work, Timed]:
+        """Search for scales and ranges, round, freeze, and run once as deployed."""
+        traced, plan = self._part(unit)
+        args, kwargs = self.forward.calls[unit.name]
+        candidates = self.recipe.num_candidates
+        tried = min(candidates, _CANDIDATES) if self.recipe.weight == "search" else candidates
+        few = self.recipe.model_copy(update={"num_candidates": tried})
+        weights_s, scales = _timed(lambda: search_weight_scales(traced, plan, few))
+        activations_s, ranges = _timed(
+            lambda: search_activation_ranges(unit.module, traced, plan, self.recipe, [(args, kwargs)])
+        )
+        nearest_s, nearest = _timed(lambda: nearest_params(self.network.float_weight, plan, scales | ranges))
+        with self._restored(unit):
+            freeze_s, _ = _timed(lambda: freeze_unit(self.network, self.plan, unit, nearest))
+            module = self.network.denoiser.get_submodule(unit.name)
+            frozen_s, _ = _timed(lambda: module(*args, **kwargs))
+        seconds: dict[Work, float] = {
+            "weights": weights_s * candidates / tried,
+            "activations": activations_s,
+            "nearest": nearest_s,
+            "freeze": freeze_s,
+            "frozen": frozen_s,
+        }
+        return {work: (self.forward.rows, spent) for work, spent in seconds.items()}
+
+    def learning(self, unit: Unit, hyperparameters: Hyperparameters) -> dict[Work, Timed]:
+        """Set a unit up for learning, evaluate it, and take steps, on full-precision inputs."""
+        rows, batch_size = self.forward.rows, min(self._quick_rows(unit), hyperparameters.batch_size)
+        few = hyperparameters.model_copy(update={"iterations": _REPEATS + 1, "batch_size": batch_size})
+        with self._restored(unit):
+            params, data = self._data(unit, with_layers=few.layer_loss_weight > 0)
+            started = _now()
+            learner = UnitLearner(self.network, unit, self.plan, params, data, few, seed=0)
+            step = make_step(learner, learner.optimization())
+            learner.learned.params()
+            setup_s = _now() - started
+            evaluation_s, _ = _timed(learner.reconstruction_loss)
+
+            def take_step() -> Tensor:
+                learner.set_iteration(0)
+                return step()
+
+            step_s, _ = _timed(take_step, at_least=2)  # the first one makes the optimizer's state
+            learner.batch.close()
+        return {"setup": (rows, setup_s), "evaluation": (rows, evaluation_s), "step": (batch_size, step_s)}
+
+    def _quick_rows(self, unit: Unit) -> int:
+        """Rows of a step that is quick, going by the unit's forward; a step draws more than there are from those."""
+        a_row = (self.forward.ends[unit.name] - self.forward.begins[unit.name]) / self.forward.rows
+        return max(1, int(_STEP_S / (_STEP_FORWARDS * a_row)))
+
+    def _data(self, unit: Unit, with_layers: bool) -> tuple[dict[str, Tensor], UnitData]:
+        """Ranges of a unit, and what it learns from: the rows of the forward."""
+        traced, plan = self._part(unit)
+        (args, kwargs), rows = self.forward.calls[unit.name], self.forward.rows
+        minmax = self.recipe.model_copy(update={"weight": "minmax", "activation": "minmax"})
+        params = search_ranges(unit.module, traced, plan, minmax, [(args, kwargs)])
+        cache = RowCache(Path(), 2**62, self.network.device)  # all of it in memory
+        form = self.forward.shapes[unit.name].form(unit.name, rows)
+        call = capture_call(unit, form, args, kwargs, rows, cache)
+        return params, UnitData(call, call, layer_targets(self.network, unit, call, rows, cache) if with_layers else {})
+
+    def _part(self, unit: Unit) -> tuple[Trace, QuantizationPlan]:
+        """The trace and the plan of one unit."""
+        traced = Trace(
+            layers=[layer for layer in self.traced.layers if layer.name in unit.layers],
+            attentions={name: self.traced.attentions[name] for name in unit.attentions},
+        )
+        layers = {name: self.plan.layers[name] for name in unit.layers}
+        attentions = {name: self.plan.attentions[name] for name in unit.attentions if name in self.plan.attentions}
+        return traced, QuantizationPlan(layers=layers, attentions=attentions)
+
+    @contextmanager
+    def _restored(self, unit: Unit) -> Iterator[None]:
+        """Give a unit its own layers and processors back at the end."""
+        try:
+            yield
+        finally:
+            self.network.restore(unit.layers, unit.attentions)
+
+
+def _timed(work: Callable[[], T], at_least: int = 1) -> tuple[float, T]:
+    """Seconds of some work, the least of a few times where it is quick; and what it returned."""
+    least, spent = float("inf"), 0.0
+    for number in range(_REPEATS):
+        started = _now()
+        result = work()
+        least, spent = min(least, _now() - started), spent + _now() - started
+        if spent > _QUICK_S and number + 1 >= at_least:
+            break
+    return least, result
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
