@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edadm_kernels.tiles import Kind
+
 PRODUCTS = ("linear", "linear_geglu", "conv2d")
 
 
@@ -101,7 +103,7 @@ class KernelCall:
             (x[3] * grown + left + right - weight[2]) // stride + 1,
         )
 
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """Which table of tiles serves a product."""
         if self.operation != "conv2d":
             return "geglu" if self.operation == "linear_geglu" else "linear"

@@ -127,5 +127,6 @@ def _checked(result: tuple[Any, ...]) -> Any:
     from cuda.bindings import driver
 
     if result[0] != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the CUDA driver refused a kernel: {driver.cuGetErrorString(result[0])[1]!r}")
+        reason = driver.cuGetErrorString(result[0])[1].decode()
+        raise RuntimeError(f"the CUDA driver refused a kernel: {reason}; EDADM_KERNELS_BACKEND=triton does without it")
     return result[1] if len(result) > 1 else None
