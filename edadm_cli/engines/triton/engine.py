@@ -34,7 +34,7 @@ class TritonEngine(Engine):
 
     name: ClassVar[str] = "triton"
     description: ClassVar[str] = (
-        "INT8 kernels in Triton and CUDA C++ for NVIDIA GPUs, blocks fused, steps in CUDA graphs"
+        "INT8 kernels in Triton and CUDA C++ for NVIDIA GPUs, steps in CUDA graphs"
     )
     device_types: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
     # Sums are exact; the epilogue multiplies, subtracts and adds once each in float32, 2^-24 each of terms that can
