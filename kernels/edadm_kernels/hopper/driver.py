@@ -76,7 +76,8 @@ def launch(variant: Variant, blocks: int, arguments: list[Any], device: int) -> 
         attributes.append(cluster)
     config.attrs, config.numAttrs = attributes, len(attributes)
     addresses = (ctypes.c_void_p * len(arguments))(*(_address(argument) for argument in arguments))
-    _checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(addresses), 0))
+    with torch.cuda.device(device):
+        _checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(addresses), 0))
 
 
 @lru_cache(maxsize=4096)
