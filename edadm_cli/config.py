@@ -195,6 +195,9 @@ class BenchConfig(StageConfig):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; null: one a physical core")
     compiled: bool = Field(True, description="whether torch.compile is among the contenders")
+    autotune: bool = Field(
+        False, description="have torch.compile time kernels for every product: minutes, and perhaps a stronger opponent"
+    )
     against: tuple[Literal["nncf", "torchao"], ...] = Field((), description="quantized by other tools, where installed")
     pipeline: bool = Field(False, description="whether whole images are timed too, with the model's own steps")
     rounds: int = local(10, ge=1, description="turns of each contender; their order is rotated from round to round")

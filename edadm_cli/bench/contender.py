@@ -192,12 +192,22 @@ def torch_function(denoiser: nn.Module, spec: Spec, setting: Setting) -> Callabl
         nn.Module.to(denoiser, memory_format=torch.channels_last)
     function: Callable[..., Any] = denoiser
     if spec.compiled:
+        if setting.compile_mode is not None:
+            _silence_autotuning()
         function = torch.compile(function, dynamic=False, mode=setting.compile_mode)
     if spec.graphs:
         from edadm_cli.engines.triton.capture import GraphedFunction
 
         return GraphedFunction(function)
     return function
+
+
+def _silence_autotuning() -> None:
+    """Keep torch from writing a table of timings for every product to the terminal."""
+    from torch._inductor import config
+
+    config.autotune_num_choices_displayed = 0
+    config.max_autotune_report_choices_stats = False
 
 
 def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -17,7 +17,7 @@ from edadm_cli.engines.registry import default_engine
 from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.models.loading import resolve_device
 
-_COMPILE_MODE_ON_CUDA = "max-autotune-no-cudagraphs"  # the graphs are recorded by the bench, for all contenders alike
+_AUTOTUNED = "max-autotune-no-cudagraphs"  # graphs are recorded by the bench, for all contenders alike
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,8 @@ class Request:
     @property
     def setting(self) -> Setting:
         """How contenders run. On a CPU each has a process of its own."""
-        is_cuda = self.device.type == "cuda"
-        mode = _COMPILE_MODE_ON_CUDA if is_cuda else None
-        return Setting(str(self.device), self.threads, mode, is_alone=not is_cuda)
+        mode = _AUTOTUNED if self.config.autotune else None
+        return Setting(str(self.device), self.threads, mode, is_alone=self.device.type != "cuda")
 
     def identity_fields(self) -> dict[str, Any]:
         """The settings, with those that were left open as they were settled; no fact about the machine."""

@@ -48,6 +48,10 @@ def bench(
     compiled: Annotated[
         bool | None, typer.Option("--compiled/--no-compiled", help="Whether torch.compile is a contender.")
     ] = None,
+    autotune: Annotated[
+        bool | None,
+        typer.Option("--autotune", help="Have torch.compile time kernels for every product: minutes more."),
+    ] = None,
     pipeline: Annotated[
         bool | None, typer.Option("--pipeline", help="Time whole images too, with the model's own steps.")
     ] = None,
@@ -87,6 +91,7 @@ def bench(
         rounds=rounds,
         against=tuple(name for text in against for name in text.split(",")) if against else None,
         compiled=compiled,
+        autotune=autotune,
         pipeline=pipeline,
     )
 

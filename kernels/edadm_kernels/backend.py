@@ -1,4 +1,4 @@
-"""Which implementation an operation runs: the Triton kernel or the plain torch reference."""
+"""Which implementation an operation runs: a kernel, in CUDA C++ or in Triton, or the plain torch reference."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
+import torch
 import triton
 from torch import Tensor
 
+from edadm_kernels import hopper
+
 Backend = Literal["triton", "reference"]
 
+HOPPER = (9, 0)
 ENVIRONMENT = "EDADM_KERNELS_BACKEND"
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # read by `triton.jit` when a kernel is defined
 
@@ -30,10 +34,10 @@ _forced: ContextVar[Backend | None] = ContextVar("edadm_kernels_backend", defaul
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Run the operations of a block by the kernel (`triton`) or by the reference (`reference`).
+    """Run the operations of a block by the Triton kernels alone (`triton`) or by the reference (`reference`).
 
     Without it, or EDADM_KERNELS_BACKEND, tensors on CUDA and all tensors under TRITON_INTERPRET=1 go to the kernels,
-    others to the reference.
+    on compute capability 9.0 to those in CUDA C++ where these take the shape, and others to the reference.
 
     Raises:
         ValueError: Another name.
@@ -47,8 +51,8 @@ def backend(name: Backend) -> Iterator[None]:
         _forced.reset(token)
 
 
-def uses_triton(x: Tensor) -> bool:
-    """Whether an operation on `x` runs its kernel.
+def uses_kernel(x: Tensor) -> bool:
+    """Whether an operation on `x` runs a kernel, not the reference.
 
     Raises:
         RuntimeError: The kernel is demanded where it cannot run.
@@ -60,3 +64,10 @@ def uses_triton(x: Tensor) -> bool:
             f"the triton backend wants a CUDA tensor, found one on {x.device}; set TRITON_INTERPRET=1 to interpret it"
         )
     return runs if forced is None else forced == "triton"
+
+
+def uses_hopper(x: Tensor) -> bool:
+    """Whether an operation on `x` runs its kernel in CUDA C++, where there is one that takes its shape."""
+    if not x.is_cuda or (_forced.get() or _default) is not None:
+        return False
+    return torch.cuda.get_device_capability(x.device) == HOPPER and hopper.is_available()

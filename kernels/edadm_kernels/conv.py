@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from edadm_kernels import reference
-from edadm_kernels.backend import uses_triton
+from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.conv_launch import Geometry, launch_conv, variants
+from edadm_kernels.hopper import product
 from edadm_kernels.launching import arch_of
 from edadm_kernels.pack import Padding, border_class_count, output_size
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
@@ -18,6 +19,7 @@ from edadm_kernels.tiles import Kind, choose
 __all__ = ["conv2d", "variants"]
 
 MAX_KERNEL = 5  # one bit a tap in an int32
+FEW_PIXELS = 128  # a sum split over blocks that leave their parts in memory is faster up to so many
 
 
 @torch.library.custom_op("edadm::conv2d", mutates_args=())
@@ -37,14 +39,26 @@ def _conv2d(
     out = _prepare(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
     top, bottom, left, right = padding
     sides = (top, bottom, left, right)
-    if not uses_triton(x):
+    if not uses_kernel(x):
         return out.copy_(
             reference.conv2d(
                 x, weight, scale, correction, bias, sample_bias, residual, stride, sides, upsample, out_dtype
             )
         )
-    if out.numel():
-        geometry = Geometry(stride, weight.shape[1], weight.shape[2], sides, upsample)
+    if not out.numel():
+        return out
+    geometry = Geometry(stride, weight.shape[1], weight.shape[2], sides, upsample)
+    if (
+        _suits_hopper(geometry, out)
+        and uses_hopper(x)
+        and product.takes(x, weight, scale, correction, bias, out, sample_bias, residual)
+    ):
+        samples, channels, height, width = x.shape
+        image, kernel = (samples, out.shape[2], out.shape[3]), (geometry.kh, geometry.kw)
+        shape = product.Shape(image, (height, width), channels, kernel, stride, sides, upsample)
+        fast = product.choose("conv", shape, out.shape[1])
+        product.launch_product(fast, x, weight, scale, correction, bias, out, sample_bias, residual, shape)
+    else:
         terms = x.shape[1] * geometry.kh * geometry.kw
         kind: Kind = "linear" if geometry.pointwise else "conv"
         pixels = out.numel() // out.shape[1]
@@ -109,6 +123,13 @@ def conv2d(
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
     return _conv2d(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
+
+
+def _suits_hopper(geometry: Geometry, out: Tensor) -> bool:
+    """Whether the copies of the kernel in CUDA C++ reach the input, and there are enough pixels for it to be faster."""
+    even = out.shape[2] % 2 == out.shape[3] % 2 == 0
+    reached = (geometry.stride == 1 and even) if geometry.upsample else geometry.stride <= 2
+    return reached and out.numel() // out.shape[1] > FEW_PIXELS
 
 
 def _prepare(

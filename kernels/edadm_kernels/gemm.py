@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from edadm_kernels import reference
-from edadm_kernels.backend import uses_triton
+from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.checks import check_bits, check_quantizers
 from edadm_kernels.gemm_launch import launch_gemm, variants
+from edadm_kernels.hopper import product
 from edadm_kernels.launching import arch_of
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import choose
@@ -27,9 +28,15 @@ def _linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     out = _prepare_linear(x, weight, scale, correction, bias, residual, out_dtype)
-    if not uses_triton(x):
+    if not uses_kernel(x):
         return out.copy_(reference.linear(x, weight, scale, correction, bias, residual, out_dtype))
-    if out.numel():
+    if not out.numel():
+        return out
+    if uses_hopper(x) and product.takes(x, weight, scale, correction, bias, out, residual=residual):
+        shape = product.Shape.matrix(*x.shape)
+        fast = product.choose("linear", shape, weight.shape[0])
+        product.launch_product(fast, x, weight, scale, correction, bias, out, None, residual, shape)
+    else:
         packed = weight.dtype == torch.uint8
         tile = choose(arch_of(x), "linear", *out.shape, x.shape[1], packed=packed)
         launch_gemm(tile, x, weight, scale, correction, bias, out, residual=residual)
@@ -93,14 +100,20 @@ def _linear_geglu(
     num_bits: int,
 ) -> Tensor:
     out = _prepare_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
-    if not uses_triton(x):
+    if not uses_kernel(x):
         return out.copy_(
             reference.linear_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
         )
-    if out.numel():
+    if not out.numel():
+        return out
+    geglu = (out_scale, out_zero_point, 2**num_bits - 1)
+    if uses_hopper(x) and product.takes(x, weight, scale, correction, bias, out):
+        shape = product.Shape.matrix(*x.shape)
+        fast = product.choose("geglu", shape, weight.shape[0])
+        product.launch_product(fast, x, weight, scale, correction, bias, out, None, None, shape, geglu=geglu)
+    else:
         packed = weight.dtype == torch.uint8
         tile = choose(arch_of(x), "geglu", x.shape[0], weight.shape[0], x.shape[1], packed=packed)
-        geglu = (out_scale, out_zero_point, 2**num_bits - 1)
         launch_gemm(tile, x, weight, scale, correction, bias, out, geglu=geglu)
     return out
 

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
-from edadm_kernels.backend import uses_triton
+from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.checks import check_affine, check_bits, check_floating, check_quantizers
+from edadm_kernels.hopper import group_norm as hopper_norm
 from edadm_kernels.launching import arch_of, overlap
 from edadm_kernels.norm_kernels import group_apply, group_fused, group_partials, group_statistics, layer_rows
 from edadm_kernels.norm_plans import CHUNK_CHANNELS, CHUNK_ROWS, GroupPlan, group_plan, layer_plan, next_power_of_two
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
 
+SMALL_STATE = 100_000  # elements of a sample up to which one kernel of Triton is faster than two in CUDA C++
 # nothing here is compared bit for bit; said aloud as Triton's default changes
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -33,7 +36,7 @@ def _group_norm_quantize(
     num_bits: int,
 ) -> list[Tensor]:
     codes = _prepare_group(x, weight, bias, num_groups, scales, zero_points, num_bits)
-    if not uses_triton(x):
+    if not uses_kernel(x):
         computed = reference.group_norm_quantize(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits)
         for target, value in zip(codes, computed, strict=True):
             target.copy_(value)
@@ -99,12 +102,52 @@ def group_norm_quantize(
     return _group_norm_quantize(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits)
 
 
+@torch.library.custom_op("edadm::group_norm", mutates_args=())
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:
+    _check_group(x, weight, bias, num_groups)
+    if x.numel() and uses_hopper(x) and hopper_norm.takes(x, weight, bias, num_groups):
+        out = torch.empty_like(x)
+        hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, [out])
+        return out
+    y = F.group_norm(x, num_groups, weight.to(x), bias.to(x), eps)
+    y = F.silu(y) if silu else y
+    # `contiguous` may return a view of one pixel or one channel, which an operation must not
+    return torch.empty_like(x).copy_(y)
+
+
+@_group_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:
+    _check_group(x, weight, bias, num_groups)
+    return torch.empty_like(x)
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:
+    """GroupNorm(x), or SiLU of it, for a layer that takes floating point; torch's own but for compute capability 9.0.
+
+    Args:
+        x: `[N, C, H, W]` with channels-last strides, float16, bfloat16 or float32.
+        weight: `[C]`, floating point.
+        bias: `[C]`, floating point.
+        num_groups: Divides C.
+        eps: Added to the variance.
+        silu: Apply SiLU.
+
+    Returns:
+        As `x`.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one.
+    """
+    return _group_norm(x, weight, bias, num_groups, eps, silu)
+
+
 @torch.library.custom_op("edadm::layer_norm_quantize", mutates_args=())
 def _layer_norm_quantize(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, scales: Tensor, zero_points: Tensor, num_bits: int
 ) -> list[Tensor]:
     codes = _prepare_layer(x, weight, bias, scales, zero_points, num_bits)
-    if not uses_triton(x):
+    if not uses_kernel(x):
         computed = reference.layer_norm_quantize(x, weight, bias, eps, scales, zero_points, num_bits)
         for target, value in zip(codes, computed, strict=True):
             target.copy_(value)
@@ -184,6 +227,10 @@ def _launch_group(
 ) -> None:
     samples, channels = x.shape[0], x.shape[1]
     rows = x.shape[2] * x.shape[3]
+    if rows * channels > SMALL_STATE and uses_hopper(x) and hopper_norm.takes(x, weight, bias, num_groups):
+        quantizers = (scales, zero_points, num_bits)
+        hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, codes, quantizers)
+        return
     plan = group_plan(rows, channels, num_groups)
     ends = {"QUANT_MAX": (1 << num_bits) - 1, "QUANTIZERS": len(codes), "SILU": silu}
     together = overlap(arch_of(x))
@@ -218,18 +265,22 @@ def _three(codes: list[Tensor]) -> list[Tensor]:
 def _prepare_group(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, scales: Tensor, zero_points: Tensor, num_bits: int
 ) -> list[Tensor]:
-    check_floating(x)
     check_bits(num_bits)
     check_quantizers(scales, zero_points)
+    _check_group(x, weight, bias, num_groups)
+    return [torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last) for _ in range(scales.numel())]
+
+
+def _check_group(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
+    check_floating(x)
     if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
-            f"group_norm_quantize wants [N, C, H, W] with channels-last strides, found shape {tuple(x.shape)} with "
+            f"GroupNorm wants [N, C, H, W] with channels-last strides, found shape {tuple(x.shape)} with "
             f"strides {x.stride()}; call .contiguous(memory_format=torch.channels_last) on it first"
         )
     check_affine(weight, bias, x.shape[1])
     if num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(f"a number of groups that divides {x.shape[1]} channels is wanted, found {num_groups}")
-    return [torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last) for _ in range(scales.numel())]
 
 
 def _prepare_layer(

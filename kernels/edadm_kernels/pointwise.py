@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from edadm_kernels.backend import uses_triton
+from edadm_kernels.backend import uses_kernel
 from edadm_kernels.checks import check_bits, check_floating, check_quantizers
 from edadm_kernels.launching import arch_of, overlap
 from edadm_kernels.pointwise_kernels import quantize_kernel
@@ -20,7 +20,7 @@ NUM_WARPS = 8
 @torch.library.custom_op("edadm::quantize", mutates_args=())
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu: bool) -> Tensor:
     codes, columns, row_stride = _prepare(x, scale, zero_point, num_bits)
-    if not uses_triton(x):
+    if not uses_kernel(x):
         compute = reference.silu_quantize if silu else reference.quantize
         codes.copy_(compute(x, scale, zero_point, num_bits))
     elif x.numel():

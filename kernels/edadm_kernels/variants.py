@@ -36,6 +36,16 @@ class KernelVariant:
     attrs: Mapping[tuple[int, ...], list[list[Any]]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def kernel(self) -> str:
+        """Name of the function."""
+        return str(self.fn.__name__)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of the tile of a product, where the variant names them `BM`; else 0."""
+        return int(self.constexprs.get("BM", 0))
+
 
 def aligned(
     arch: int,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edadm_kernels import backend, group_norm_quantize, layer_norm_quantize, quantize, silu_quantize
+from edadm_kernels import backend, group_norm, group_norm_quantize, layer_norm_quantize, quantize, silu_quantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -42,6 +42,18 @@ def test_group_norm(size: int, channels: int, dtype: torch.dtype) -> None:
         with backend("reference"):
             wanted = group_norm_quantize(*arguments)
         assert_close(group_norm_quantize(*arguments), wanted)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("size", "channels"), GROUP_SHAPES)
+def test_group_norm_of_float16(size: int, channels: int, silu: bool) -> None:
+    x = normal(2, size, size, channels).add_(3).half().permute(0, 3, 1, 2)
+    weight, bias = normal(channels), normal(channels)
+    wanted = torch.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5)
+    wanted = torch.nn.functional.silu(wanted) if silu else wanted
+    found = group_norm(x, weight, bias, 32, 1e-5, silu)
+    assert found.stride() == x.stride()
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

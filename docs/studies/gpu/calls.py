@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edadm_kernels.tiles import Kind
+
 PRODUCTS = ("linear", "linear_geglu", "conv2d")
 
 
@@ -101,7 +103,7 @@ class KernelCall:
             (x[3] * grown + left + right - weight[2]) // stride + 1,
         )
 
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """Which table of tiles serves a product."""
         if self.operation != "conv2d":
             return "geglu" if self.operation == "linear_geglu" else "linear"
@@ -112,6 +114,8 @@ class KernelCall:
     def label(self) -> str:
         """For people."""
         x = "x".join(map(str, self.arguments[0].shape))
+        if self.operation == "attention_quantize":
+            return f"{self.operation} {x}, {self.arguments[1].shape[1]} keys"
         if not self.is_product:
             return f"{self.operation} {x}"
         extras = []
@@ -124,11 +128,13 @@ class KernelCall:
 
 # Which arguments are scales, by operation
 _SCALES = {
+    "attention_quantize": (5,),
     "quantize": (1,),
     "silu_quantize": (1,),
     "linear": (2,),
     "linear_geglu": (2, 5),
     "conv2d": (2,),
+    "group_norm": (),
     "group_norm_quantize": (6,),
     "layer_norm_quantize": (4,),
 }
@@ -197,8 +203,11 @@ def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
             return lambda: F.linear(rows, matrix)
         half = residual.half()
         return lambda: F.linear(rows, matrix) + half
+    if call.operation == "attention_quantize":
+        split = [operand.unflatten(-1, (arguments[3], -1)).transpose(1, 2) for operand in arguments[:3]]
+        return lambda: F.scaled_dot_product_attention(split[0], split[1], split[2], scale=arguments[4])
     half = x.half()
-    if call.operation == "group_norm_quantize":
+    if call.operation in ("group_norm", "group_norm_quantize"):
         weight, bias, groups, eps, silu = arguments[1].half(), arguments[2].half(), *arguments[3:6]
         if silu:
             return lambda: F.silu(F.group_norm(half, groups, weight, bias, eps))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from edadm_kernels import backend, tiles
+from edadm_kernels.backend import uses_hopper
+from edadm_kernels.conv import FEW_PIXELS
+from edadm_kernels.hopper import product
 from edadm_kernels.launching import arch_of
 from gpu.calls import KernelCall, TensorLike, half_precision
 from gpu.timing import Clock
@@ -19,7 +22,9 @@ from gpu.timing import Clock
 # The integers are exact. A float epilogue may contract or not, one unit in the last place of float16; a code may differ
 # by one where a float32 result lies in the middle between two.
 FLOAT_BOUND = 1e-3
+# Attention rounds the weights of the values to half precision, and its result before it is quantized.
 CODE_SHARE_BOUND = 1e-3
+ATTENTION_SHARE_BOUND = 1e-2
 SEED = 20
 
 
@@ -66,16 +71,17 @@ def exactness(calls: dict[KernelCall, int], device: torch.device, budget: Budget
         with backend("reference"):
             wanted = _tensors(call.run(arguments))
         repeats = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-        row = _compared(found, wanted)
+        row = _compared(found, wanted, call)
         yield {"call": call.label(), **row, "repeats": repeats, "ok": row["ok"] and repeats}
 
 
-def _compared(found: list[Tensor], wanted: list[Tensor]) -> dict[str, Any]:
+def _compared(found: list[Tensor], wanted: list[Tensor], call: KernelCall) -> dict[str, Any]:
     if wanted[0].dtype == torch.int8:
         apart = [(f.int() - w.int()).abs() for f, w in zip(found, wanted, strict=True)]
         largest = max(int(a.max()) for a in apart)
         share = max(float((a > 0).float().mean()) for a in apart)
-        return {"max_codes": largest, "share": share, "ok": largest <= 1 and share <= CODE_SHARE_BOUND}
+        bound = ATTENTION_SHARE_BOUND if call.operation == "attention_quantize" else CODE_SHARE_BOUND
+        return {"max_codes": largest, "share": share, "ok": largest <= 1 and share <= bound}
     f, w = found[0].double(), wanted[0].double()
     error = float((f - w).norm() / w.norm())
     return {"relative_l2": error, "ok": error <= FLOAT_BOUND}  # not a number compares as false
@@ -85,7 +91,8 @@ def _tensors(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, list | tuple) else [result]
 
 
-Job = tuple[KernelCall, tiles.Tile | None]
+AnyTile = tiles.Tile | product.ProductTile
+Job = tuple[KernelCall, AnyTile | None]
 """A call, and the tile to run it with; `None` for a call that is no product, or for the tile that it would get."""
 
 
@@ -125,25 +132,32 @@ def sweep_jobs(calls: dict[KernelCall, int], device: torch.device, limit: int) -
     return [(call, tile) for call in calls for tile in candidates_of(call, device, limit)]
 
 
-class using:
-    """Have a product run with a given tile, while it is entered."""
-
-    def __init__(self, call: KernelCall, tile: tiles.Tile | None, device: torch.device) -> None:
-        self._key = tile_key(call, device)
-        self._tile = tile
-
-    def __enter__(self) -> None:
-        table: Any = tiles.MEASURED
-        self._before = table.get(self._key)
-        if self._tile is not None:
-            table[self._key] = self._tile
-        tiles.choose.cache_clear()
-
-    def __exit__(self, *_: object) -> None:
-        table: Any = tiles.MEASURED
-        table.pop(self._key, None)
-        if self._before is not None:
-            table[self._key] = self._before
+@contextmanager
+def using(call: KernelCall, tile: AnyTile | None, device: torch.device) -> Iterator[None]:
+    """Have a product run with a given tile, and by the kernel whose tile it is."""
+    if isinstance(tile, product.ProductTile):
+        choose = product.choose
+        product.choose = lambda *_: tile  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            product.choose = choose
+        return
+    if tile is None:
+        yield
+        return
+    table: Any = tiles.MEASURED
+    key = tile_key(call, device)
+    before = table.get(key)
+    table[key] = tile
+    tiles.choose.cache_clear()
+    try:
+        with backend("triton"):
+            yield
+    finally:
+        table.pop(key, None)
+        if before is not None:
+            table[key] = before
         tiles.choose.cache_clear()
 
 
@@ -152,8 +166,30 @@ def tile_key(call: KernelCall, device: torch.device) -> tuple[Any, ...]:
     return (arch_of(torch.empty(0, device=device)), call.kind(), *call.matrix(), call.packed)
 
 
-def candidates_of(call: KernelCall, device: torch.device, limit: int) -> list[tiles.Tile]:
-    """Tiles that suit a product, the likeliest first, the one chosen without measuring among them."""
+def candidates_of(call: KernelCall, device: torch.device, limit: int) -> Sequence[AnyTile]:
+    """Tiles that suit a product, the likeliest of each kernel first, those chosen without measuring among them."""
+    return [*_triton_tiles(call, device, limit), *_hopper_tiles(call, device, limit)]
+
+
+def _hopper_tiles(call: KernelCall, device: torch.device, limit: int) -> list[product.ProductTile]:
+    if device.type != "cuda" or not uses_hopper(torch.empty(0, device=device)) or call.packed:
+        return []
+    kind: tiles.Kind = call.kind()
+    outputs = call.arguments[1].shape[0]
+    if kind != "conv":
+        shape = product.Shape.matrix(call.matrix()[0], call.matrix()[2])
+    else:
+        samples, channels, *source = call.arguments[0].shape
+        stride, padding, upsample = call.arguments[7:10]
+        image, kernel = (samples, *call.output_size()), tuple(call.arguments[1].shape[1:3])
+        if math.prod(image) <= FEW_PIXELS or stride > 2:
+            return []
+        shape = product.Shape(image, tuple(source), channels, kernel, stride, tuple(padding), upsample)
+    found = product.candidates(kind, shape)
+    return sorted(found, key=lambda tile: product.cost(kind, tile, shape, outputs))[:limit]
+
+
+def _triton_tiles(call: KernelCall, device: torch.device, limit: int) -> list[tiles.Tile]:
     arch, kind, m, n, k, packed = tile_key(call, device)
     channels = call.arguments[0].shape[1]
     machine = tiles.MACHINES[tiles.known_arch(arch)]
@@ -178,7 +214,7 @@ def sweep(
     for index, call in enumerate(by_work):
         budget.check()
         made = [call.make(generator(device, index * 100 + s)) for s in range(clock.sets(call.num_bytes))]
-        times: dict[tiles.Tile, float] = {}
+        times: dict[AnyTile, float] = {}
         for tile in candidates_of(call, device, limit) if device.type == "cuda" else []:
             with using(call, tile, device):
                 try:
@@ -257,16 +293,17 @@ def best_tiles(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], tuple[str, f
     return {key: (tile, chosen[key], totals[key][tile]) for key, tile in best.items()}
 
 
-def tile_of(text: str) -> tiles.Tile:
+def tile_of(text: str) -> AnyTile:
     """A tile from its `repr`."""
-    tile: tiles.Tile = eval(text, {"Tile": tiles.Tile})
+    tile: AnyTile = eval(text, {"Tile": tiles.Tile, "ProductTile": product.ProductTile})
     return tile
 
 
 def use_tiles(found: dict[tuple[Any, ...], tuple[str, float, float]], gain: float) -> int:
-    """Have products run with measured tiles that gain at least `gain`; returns how many do."""
+    """Have Triton's products run with measured tiles that gain at least `gain`; returns how many do."""
     table: Any = tiles.MEASURED
-    used = {key: tile for key, (tile, before, after) in found.items() if after < (1 - gain) * before}
-    table.update({key: tile_of(text) for key, text in used.items()})
+    gaining = {key: tile_of(text) for key, (text, before, after) in found.items() if after < (1 - gain) * before}
+    used = {key: tile for key, tile in gaining.items() if isinstance(tile, tiles.Tile)}
+    table.update(used)
     tiles.choose.cache_clear()
     return len(used)

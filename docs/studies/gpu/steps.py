@@ -244,17 +244,28 @@ def memory(networks: Networks, rows: int) -> Iterator[dict[str, Any]]:
 
 
 def kernel_table(step: Callable[[], Any], device: torch.device, top: int = 45) -> dict[str, Any]:
-    """Kernels of one step by name: how many, and their microseconds; a graph's replay on CUDA, operations on a CPU."""
+    """Kernels of one step by name: how many, and their microseconds; a graph's replay on CUDA, operations on a CPU.
+
+    A kernel that overlaps the one before waits for it: what counts for a kernel is the time from the end of the last
+    one to its own end, so that the sum is the time of the step.
+    """
     on_cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiler:
         step()
         if on_cuda:
             torch.cuda.synchronize()
     rows: dict[str, list[float]] = defaultdict(list)
-    for event in profiler.events():
-        is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
-        if is_kernel == on_cuda:
-            rows[event.name].append(event.time_range.elapsed_us() if on_cuda else event.self_cpu_time_total)
+    sequence: list[tuple[str, float]] = []
+    if on_cuda:
+        launched = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        launched.sort(key=lambda e: e.time_range.end)
+        ends = [launched[0].time_range.start, *(e.time_range.end for e in launched)] if launched else []
+        for event, before in zip(launched, ends, strict=False):
+            sequence.append((event.name[:40], round(event.time_range.end - before, 2)))
+            rows[event.name].append(event.time_range.end - before)
+    else:
+        for event in profiler.events():
+            rows[event.name].append(event.self_cpu_time_total)
     ordered = sorted(rows.items(), key=lambda item: -sum(item[1]))
     return {
         "kernels": sum(map(len, rows.values())),
@@ -263,4 +274,5 @@ def kernel_table(step: Callable[[], Any], device: torch.device, top: int = 45) -
             {"name": name[:110], "count": len(v), "us": round(sum(v), 1), "us_each": round(sum(v) / len(v), 2)}
             for name, v in ordered[:top]
         ],
+        "sequence": sequence,
     }

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import edadm_kernels as kernels
 from edadm_cli.engines.triton.layout import channels_last, image_of, rows_of
 from edadm_cli.engines.triton.norms import NormStage
 from edadm_cli.engines.triton.products import IntegerLinear, Product, merge
 from edadm_cli.engines.triton.state import Pair, PromptCache
 from edadm_cli.quant.attention import QuantizedAttention
+
+SMALL_ATTENTION = 250_000_000
+"""Products of scores up to which the kernel of `edadm_kernels` runs attention; beyond, torch's own is faster."""
 
 
 class Projections(nn.Module):
@@ -122,11 +126,25 @@ class FusedAttention(nn.Module):
         else:
             assert context is not None
             k, v = self._pair(context)
-        if self.operands is None:
-            attended = self._product(q, k, v, mask)
+        if self._is_small(q, k, mask):
+            prepared_out = self._codes(q, k, v)
+        elif self.operands is None:
+            prepared_out = self.to_out.prepare(self._product(q, k, v, mask))
         else:
-            attended = self.operands(q, k, v, mask, self.heads, self.scale)
-        return self.to_out.product(self.to_out.prepare(attended), residual)
+            prepared_out = self.to_out.prepare(self.operands(q, k, v, mask, self.heads, self.scale))
+        return self.to_out.product(prepared_out, residual)
+
+    def _is_small(self, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+        """Whether one kernel goes from the projections to the codes of the next; large attention is torch's."""
+        plain = self.operands is None and mask is None and isinstance(self.to_out, IntegerLinear)
+        small = q.numel() * k.shape[1] <= SMALL_ATTENTION
+        return plain and small and k.shape[2] // self.heads <= kernels.MAX_HEAD_WIDTH
+
+    def _codes(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        quantizer = self.to_out.quantizer
+        assert quantizer is not None
+        ends = (quantizer.scale, quantizer.zero_point, quantizer.num_bits)
+        return kernels.attention_quantize(q, k, v, self.heads, self.scale, *ends)
 
     def _product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         heads = [self._split(x) for x in (q, k, v)]

@@ -64,11 +64,9 @@ class NormStage(nn.Module):
         return kernels.group_norm_quantize(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, *ends)
 
     def _float(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x), self.bias.to(x)
         if self.num_groups is None:
-            return F.layer_norm(x, weight.shape, weight, bias, self.eps).to(self.dtype)
-        y = F.group_norm(x, self.num_groups, weight, bias, self.eps)
-        return channels_last(F.silu(y) if self.silu else y).to(self.dtype)
+            return F.layer_norm(x, self.weight.shape, self.weight.to(x), self.bias.to(x), self.eps).to(self.dtype)
+        return kernels.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu).to(self.dtype)
 
 
 def affine(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:

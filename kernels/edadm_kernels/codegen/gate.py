@@ -9,7 +9,14 @@ WGMMA_ROWS = 64  # the smallest tile that Hopper's warp-group matrix instruction
 
 def violations(code: MachineCode) -> list[str]:
     """Reasons to reject, each one clause; empty for sound code."""
+    if code.float_mma:
+        return _attention_violations(code)
     return _product_violations(code) if code.has_dot else _stream_violations(code)
+
+
+def _attention_violations(code: MachineCode) -> list[str]:
+    """Attention: its products are floating point, and its operands stay in registers."""
+    return [f"{code.spills} LDL/STL (spilled registers)"] if code.spills else []
 
 
 def _product_violations(code: MachineCode) -> list[str]:

@@ -9,6 +9,7 @@ _LABEL = re.compile(r"^\s*(\.L_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 MMA = ("IMMA", "IGMMA")
+FLOAT_MMA = ("HMMA", "HGMMA")
 SPILLS = ("LDL", "STL")
 ASYNC_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 
@@ -40,7 +41,10 @@ class Listing:
             start = self.labels.get(instruction.target or "")
             # a branch to itself is the trap behind the last instruction
             if instruction.family == "BRA" and start is not None and start < index:
-                bodies.append(self.instructions[start : index + 1])
+                body = self.instructions[start : index + 1]
+                # code that is seldom run stands behind the end of the kernel and jumps back into it: no loop
+                if not count(body, "EXIT"):
+                    bodies.append(body)
         return bodies
 
     def main_loop(self) -> tuple[Instruction, ...]:

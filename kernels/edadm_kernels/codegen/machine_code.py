@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edadm_kernels.codegen.compilation import Binary
-from edadm_kernels.codegen.listing import ASYNC_COPIES, MMA, SPILLS, count, parse
-from edadm_kernels.variants import KernelVariant
+from edadm_kernels.codegen.compilation import AnyVariant, Binary
+from edadm_kernels.codegen.listing import ASYNC_COPIES, FLOAT_MMA, MMA, SPILLS, count, parse
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,12 @@ class MachineCode:
         has_dot: Whether the source multiplies matrices.
         tile_rows: Rows of the tile of a matrix product, where the variant names them `BM`; else 0.
         mma: Opcode family of the matrix instructions in the main loop, such as "IGMMA"; empty without.
-        loop_mma: Matrix instructions in the main loop.
+        loop_mma: Integer matrix instructions in the main loop.
+        float_mma: Floating-point matrix instructions in the whole kernel.
         loop_instructions: Instructions in the main loop.
         loop_prmt: Byte shuffles in the main loop.
         loop_spills: Loads and stores of spilled registers in the main loop.
-        loop_copies: Asynchronous copies to shared memory in the main loop.
+        loop_copies: Asynchronous copies to shared memory in the main loop, or in the loop of the warp that copies.
         loop_narrow_copies: Those of less than 16 bytes.
         spills: Loads and stores of spilled registers in the whole kernel.
         loads: Loads from global memory in the whole kernel.
@@ -46,6 +46,7 @@ class MachineCode:
     tile_rows: int
     mma: str
     loop_mma: int
+    float_mma: int
     loop_instructions: int
     loop_prmt: int
     loop_spills: int
@@ -61,11 +62,13 @@ class MachineCode:
         return self.loop_instructions / self.loop_mma if self.loop_mma else 0.0
 
 
-def describe(module: str, variant: KernelVariant, arch: int, binary: Binary) -> MachineCode:
+def describe(module: str, variant: AnyVariant, arch: int, binary: Binary) -> MachineCode:
     """Read the disassembly of `variant`."""
     listing = parse(binary.disassembly)
     everything, loop = listing.instructions, listing.main_loop()
     copies = [instruction for instruction in loop if instruction.family in ASYNC_COPIES]
+    if not copies:  # a warp of its own may do the copying
+        copies = [instruction for instruction in everything if instruction.family == "UTMALDG"]
     return MachineCode(
         module=module,
         name=variant.name,
@@ -75,9 +78,10 @@ def describe(module: str, variant: KernelVariant, arch: int, binary: Binary) -> 
         registers=binary.registers,
         shared_bytes=binary.shared_bytes,
         has_dot=binary.has_dot,
-        tile_rows=int(variant.constexprs.get("BM", 0)),
+        tile_rows=variant.tile_rows,
         mma=next((instruction.family for instruction in loop if instruction.family in MMA), ""),
         loop_mma=count(loop, *MMA),
+        float_mma=count(everything, *FLOAT_MMA),
         loop_instructions=len(loop),
         loop_prmt=count(loop, "PRMT"),
         loop_spills=count(loop, *SPILLS),

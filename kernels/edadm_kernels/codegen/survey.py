@@ -32,7 +32,7 @@ def spread_jobs(architectures: Sequence[int], modules: Iterable[str] = MODULES) 
         for module in modules:
             by_kernel: dict[str, list[str]] = {}
             for variant in list_variants(module, arch):
-                by_kernel.setdefault(variant.fn.__name__, []).append(variant.name)
+                by_kernel.setdefault(variant.kernel, []).append(variant.name)
             for names in by_kernel.values():
                 # one more than the architectures: names often come in fours, and each should meet each architecture
                 taken = names[turn :: len(architectures) + 1] or names[:1]
@@ -70,6 +70,7 @@ def _compile_job(job: Job, out: Path | None) -> MachineCode:
     if out is not None:
         stem = out / f"{module}-{name}-sm_{arch}"
         stem.with_name(stem.name + ".cubin").write_bytes(binary.cubin)
-        stem.with_name(stem.name + ".ptx").write_text(binary.ptx)
+        if binary.ptx:
+            stem.with_name(stem.name + ".ptx").write_text(binary.ptx)
         stem.with_name(stem.name + ".sass").write_text(binary.disassembly)
     return describe(module, variant, arch, binary)

@@ -1,9 +1,16 @@
 """Every operation in plain torch, exact where the operation is: the ground truth of the kernels."""
 
-from edadm_kernels.reference.norms import group_norm_quantize, layer_norm_quantize, quantize, silu_quantize
+from edadm_kernels.reference.norms import (
+    attention_quantize,
+    group_norm_quantize,
+    layer_norm_quantize,
+    quantize,
+    silu_quantize,
+)
 from edadm_kernels.reference.products import conv2d, linear, linear_geglu
 
 __all__ = [
+    "attention_quantize",
     "conv2d",
     "group_norm_quantize",
     "layer_norm_quantize",

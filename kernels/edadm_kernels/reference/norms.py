@@ -33,6 +33,23 @@ def silu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 
     return quantize(torch.nn.functional.silu(x.double()), scale, zero_point, num_bits)
 
 
+def attention_quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Codes of attention over `[N, T, heads * d]`, computed in float64 and rounded once to the type of `q`."""
+    queries, keys, values = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    weights = (queries @ keys.transpose(-1, -2) * scale).softmax(dim=-1)
+    attended = (weights @ values).transpose(1, 2).flatten(2).to(q.dtype)
+    return quantize(attended, out_scale, out_zero_point, num_bits)
+
+
 def group_norm_quantize(
     x: Tensor,
     weight: Tensor,

@@ -19,9 +19,9 @@ from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.engines.triton import TritonEngine
 from edadm_cli.models.random_models import example_call
 from edadm_cli.recipe import RangeRecipe, Recipe
-from edadm_kernels import uses_triton
+from edadm_kernels import uses_kernel
 
-assert uses_triton(torch.zeros(1))
+assert uses_kernel(torch.zeros(1))
 denoiser = UNet2DConditionModel.from_pretrained(sys.argv[1]).eval().requires_grad_(False)
 call = example_call(denoiser, batch_size=1, size=(4, 4))
 call[1]["encoder_hidden_states"] = call[1]["encoder_hidden_states"][:, :5]

@@ -1,0 +1,151 @@
+"""Attention whose result is the codes of the projection behind it, in one kernel; for as many keys as pay."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from edadm_kernels import reference
+from edadm_kernels.attention_kernels import attention_kernel
+from edadm_kernels.backend import uses_kernel
+from edadm_kernels.checks import check_bits, check_quantizers
+from edadm_kernels.launching import arch_of, overlap
+from edadm_kernels.norm_plans import next_power_of_two
+from edadm_kernels.variants import KernelVariant, aligned
+
+__all__ = ["MAX_HEAD_WIDTH", "attention_quantize", "variants"]
+
+MAX_HEAD_WIDTH = 256  # channels of a head
+NARROWEST = 16  # columns of a matrix instruction's operand
+
+
+@torch.library.custom_op("edadm::attention_quantize", mutates_args=())
+def _attention_quantize(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, out_scale: Tensor, out_zero_point: Tensor, num_bits: int
+) -> Tensor:
+    out = _prepare(q, k, v, heads, out_scale, out_zero_point, num_bits)
+    if not uses_kernel(q):
+        return out.copy_(reference.attention_quantize(q, k, v, heads, scale, out_scale, out_zero_point, num_bits))
+    if q.dtype == torch.float32:  # the kernel multiplies in half precision
+        split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+        attended = F.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale).transpose(1, 2)
+        return torch.ops.edadm.quantize(
+            attended.reshape(q.shape).contiguous(), out_scale, out_zero_point, num_bits, False
+        )
+    if out.numel():
+        tile = _tile(q.shape[1], k.shape[1])
+        attention_kernel[(triton.cdiv(q.shape[1], tile["BM"]), q.shape[0] * heads)](
+            q, k, v, out_scale, out_zero_point, out, q.shape[1], k.shape[1], q.stride(1), k.stride(1), v.stride(1),
+            scale * math.log2(math.e), QUANT_MAX=(1 << num_bits) - 1, HEADS=heads, **_pieces(q.shape[2] // heads),
+            **tile, **_options(tile), **overlap(arch_of(q)),
+        )  # fmt: skip
+    return out
+
+
+@_attention_quantize.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, out_scale: Tensor, out_zero_point: Tensor, num_bits: int
+) -> Tensor:
+    return _prepare(q, k, v, heads, out_scale, out_zero_point, num_bits)
+
+
+def attention_quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Codes of `softmax(q k^T * scale) v`, head by head.
+
+    Scores, softmax and sums are float32; weights of the values and the result are rounded to the type of `q`, as in an
+    attention that writes its result.
+
+    Args:
+        q: Queries `[N, T, heads * d]`, floating point, d at most 256; rows contiguous and evenly spaced, such as some
+            columns of a larger product.
+        k: Keys `[N, S, heads * d]`, laid out alike.
+        v: Values `[N, S, heads * d]`, laid out alike.
+        heads: Number of heads.
+        scale: Of the scores.
+        out_scale: float32, one element.
+        out_zero_point: int32, one element, convention of the unsigned code.
+        num_bits: 2 to 8.
+
+    Returns:
+        `[N, T, heads * d]`, int8, contiguous.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one.
+
+    References:
+        FlashAttention-2, arXiv 2307.08691.
+    """
+    return _attention_quantize(q, k, v, heads, scale, out_scale, out_zero_point, num_bits)
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, out_scale: Tensor, out_zero_point: Tensor, num_bits: int
+) -> Tensor:
+    check_bits(num_bits)
+    check_quantizers(out_scale, out_zero_point, count=1)
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"operands of one floating-point type are wanted, found {q.dtype}, {k.dtype} and {v.dtype}")
+    alike = q.ndim == k.ndim == 3 and k.shape == v.shape and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])
+    if not alike or k.shape[1] < 1 or heads < 1 or q.shape[2] % heads or not 1 <= q.shape[2] // heads <= MAX_HEAD_WIDTH:
+        raise ValueError(
+            f"queries [N, T, C], keys and values [N, S, C] with {heads} heads of at most {MAX_HEAD_WIDTH} channels are "
+            f"wanted, found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    for x in (q, k, v):
+        if x.stride(2) != 1 or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
+            raise ValueError(f"evenly spaced rows are wanted, found strides {x.stride()}; call .contiguous() first")
+    return torch.empty(q.shape, dtype=torch.int8, device=q.device)
+
+
+def _pieces(width: int) -> dict[str, int]:
+    """A head's channels as two powers of two that instructions take."""
+    head = max(NARROWEST, 1 << (width.bit_length() - 1))
+    tail = max(NARROWEST, next_power_of_two(width - head)) if width > head else 0
+    return {"WIDTH": width, "HEAD": head, "TAIL": tail}
+
+
+def _tile(queries: int, keys: int) -> dict[str, int]:
+    """Queries a program, so that two samples of eight heads fill a GPU, and keys a turn."""
+    rows = 128 if queries >= 2048 else 64 if queries >= 512 else 16
+    return {"BM": rows, "BN": 128 if 64 < keys <= 128 else 64}
+
+
+def _options(tile: dict[str, int]) -> dict[str, int]:
+    return {"num_warps": 8 if tile["BM"] == 128 else 4, "num_stages": 2}
+
+
+def variants(arch: int) -> list[KernelVariant]:
+    """What the attentions of a float16 Stable Diffusion 1.x denoiser compile."""
+    found = []
+    for width, queries, keys in ((40, 4096, 77), (80, 1024, 77), (80, 1024, 1024), (160, 256, 256), (160, 64, 64)):
+        tile = _tile(queries, keys)
+        types = dict.fromkeys(("q", "k", "v"), "*fp16") | {"out_scale": "*fp32", "out_zero_point": "*i32", "out": "*i8"}
+        types |= dict.fromkeys(("queries", "keys", "q_stride", "k_stride", "v_stride"), "i32") | {"scale": "fp32"}
+        options = _options(tile)
+        found.append(
+            aligned(
+                arch,
+                f"attention-{width}-{queries}x{keys}",
+                attention_kernel,
+                types,
+                {"QUANT_MAX": 255, "HEADS": 8, **_pieces(width), **tile},
+                unaligned=("keys",),
+                num_warps=options["num_warps"],
+                num_stages=options["num_stages"],
+            )
+        )
+    return found

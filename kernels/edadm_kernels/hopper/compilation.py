@@ -1,0 +1,99 @@
+"""From CUDA C++ to machine code by NVRTC, which torch's CUDA builds bring along; no GPU is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
+CACHE_VARIABLE = "EDADM_KERNEL_CACHE"
+
+
+class CompilationError(RuntimeError):
+    """NVRTC refused a source; its message holds the compiler's log."""
+
+
+def compiled(source: str, defines: Mapping[str, int], prelude: str = "", anew: bool = False) -> bytes:
+    """The machine code of a source file beside this module, from the cache where it was compiled before.
+
+    Args:
+        source: Name of the file.
+        defines: Macros.
+        prelude: Text between the common header and the source.
+        anew: Compile even so, as what is kept does not load.
+
+    Returns:
+        A cubin for compute capability 9.0.
+
+    Raises:
+        CompilationError: The source does not compile.
+        ImportError: cuda-bindings is not installed.
+    """
+    from cuda.bindings import nvrtc
+
+    text = "\n".join([_text("common.cuh"), prelude, _text(source)])
+    options = [*OPTIONS, *(f"-D{name}={value}" for name, value in defines.items())]
+    version = nvrtc.nvrtcVersion()[1:]
+    key = hashlib.sha256("\0".join([text, *options, str(version)]).encode()).hexdigest()
+    kept = _cache_folder() / f"{key}.cubin"
+    if not anew:
+        try:
+            return kept.read_bytes()
+        except OSError:
+            pass
+    code = _compile(text, source, options)
+    _keep(kept, code)
+    return code
+
+
+def _text(name: str) -> str:
+    return files("edadm_kernels.hopper").joinpath(name).read_text(encoding="utf-8")
+
+
+def _compile(text: str, name: str, options: list[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    def checked(result: tuple[object, ...]) -> object:
+        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompilationError(f"NVRTC failed on {name} with {result[0]}")
+        return result[1] if len(result) > 1 else None
+
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))
+    try:
+        outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        size = checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * int(size)  # type: ignore[call-overload]
+        checked(nvrtc.nvrtcGetProgramLog(program, log))
+        message = log.decode(errors="replace").strip("\0 \n")
+        if outcome[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompilationError(f"NVRTC refused {name}: {message}")
+        if "C7512" in message or "serialized" in message:
+            raise CompilationError(f"the matrix instructions of {name} would not overlap: {message}")
+        size = checked(nvrtc.nvrtcGetCUBINSize(program))
+        code = b" " * int(size)  # type: ignore[call-overload]
+        checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _cache_folder() -> Path:
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edadm" / "kernels"
+
+
+def _keep(path: Path, code: bytes) -> None:
+    """Write whole or not at all; a cache that cannot be written is done without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as target:
+            target.write(code)
+        os.replace(target.name, path)
+    except OSError:
+        return

@@ -1,0 +1,132 @@
+"""Loading machine code and launching it through the CUDA driver."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from edadm_kernels.hopper.compilation import compiled
+from edadm_kernels.hopper.variant import Variant
+
+
+@lru_cache(maxsize=1)
+def is_available() -> bool:
+    """Whether cuda-bindings, which torch's CUDA builds depend on, can be imported."""
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=256)
+def function(variant: Variant, device: int) -> Any:
+    """A variant's kernel, compiled and loaded on a device once.
+
+    Raises:
+        RuntimeError: The driver refused it.
+    """
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # makes torch's context the current one
+        text = (variant.source, variant.defines(), variant.prelude())
+        loaded = driver.cuModuleLoadData(compiled(*text))
+        if loaded[0] != driver.CUresult.CUDA_SUCCESS:  # the cache may be damaged
+            loaded = driver.cuModuleLoadData(compiled(*text, anew=True))
+        module = _checked(loaded)
+        found = _checked(driver.cuModuleGetFunction(module, variant.name.encode()))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(found, attribute, variant.shared_bytes))
+    return found
+
+
+def launch(variant: Variant, blocks: int, arguments: list[Any], device: int) -> None:
+    """Launch on torch's current stream, overlapping the end of the kernel before.
+
+    Args:
+        variant: Which kernel, with its threads, shared memory and cluster.
+        blocks: A multiple of the cluster.
+        arguments: ctypes values, or objects with `getPtr`, in the kernel's order.
+        device: Index.
+
+    Raises:
+        RuntimeError: The driver refused it.
+    """
+    from cuda.bindings import driver
+
+    kernel = function(variant, device)
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = variant.threads, 1, 1
+    config.sharedMemBytes = variant.shared_bytes
+    config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    overlap = driver.CUlaunchAttribute()
+    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    attributes = [overlap]
+    if variant.cluster > 1:
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x = variant.cluster
+        cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
+        attributes.append(cluster)
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    addresses = (ctypes.c_void_p * len(arguments))(*(_address(argument) for argument in arguments))
+    _checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(addresses), 0))
+
+
+@lru_cache(maxsize=4096)
+def tensor_map(
+    address: int, sizes: tuple[int, ...], box: tuple[int, ...], swizzle_bytes: int, steps: tuple[int, ...] | None = None
+) -> Any:
+    """What the tensor memory accelerator is told of an int8 array whose first dimension is the innermost.
+
+    Args:
+        address: Of the array, aligned to 16 bytes.
+        sizes: Elements a dimension, dense.
+        box: Elements that one copy spans of each dimension; what lies outside arrives as zeros.
+        swizzle_bytes: 64 or 128, the first of `box`.
+        steps: Elements from one that is taken to the next, in each dimension; `None`: all are.
+
+    Raises:
+        RuntimeError: The driver refused it.
+    """
+    from cuda.bindings import driver
+
+    strides, stride = [], 1
+    for size in sizes[:-1]:
+        stride *= size
+        strides.append(driver.cuuint64_t(stride))
+    swizzles = driver.CUtensorMapSwizzle
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            len(sizes),
+            address,
+            [driver.cuuint64_t(size) for size in sizes],
+            strides,
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(step) for step in steps or (1,) * len(sizes)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if swizzle_bytes == 128 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def _address(argument: Any) -> int:
+    return int(argument.getPtr()) if hasattr(argument, "getPtr") else ctypes.addressof(argument)
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    from cuda.bindings import driver
+
+    if result[0] != driver.CUresult.CUDA_SUCCESS:
+        reason = driver.cuGetErrorString(result[0])[1].decode()
+        raise RuntimeError(f"the CUDA driver refused a kernel: {reason}; EDADM_KERNELS_BACKEND=triton does without it")
+    return result[1] if len(result) > 1 else None

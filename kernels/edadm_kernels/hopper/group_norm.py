@@ -1,0 +1,176 @@
+"""Which shapes the GroupNorm of `group_norm.cu` takes, how it cuts them, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from edadm_kernels.hopper.driver import launch
+
+_VECTOR = 8  # channels in 16 bytes of float16
+_MOST_GROUPS = 64
+_CUTS = ((64, 4), (128, 8), (256, 16))  # most blocks of a sample, most vectors a thread; the first that fits
+THREADS = 512
+
+
+@dataclass(frozen=True)
+class GroupNormPlan:
+    """How one sample's `[pixels, channels]` is cut; independent of the batch, so that a sample's codes are too.
+
+    Args:
+        pixels: Of a sample.
+        channels: Of a pixel.
+        groups: Of the channels.
+        chunks: Blocks a sample.
+        chunk_pixels: Pixels of a block, but perhaps the last.
+        vectors: 16-byte vectors a thread holds.
+    """
+
+    pixels: int
+    channels: int
+    groups: int
+    chunks: int
+    chunk_pixels: int
+    vectors: int
+
+
+@dataclass(frozen=True)
+class GroupNormVariant:
+    """Compile-time parameters of `group_norm.cu`.
+
+    Args:
+        name: Which of the two kernels.
+        plan: How a sample is cut.
+        quantizers: 1 to 3; 0: the result itself is written.
+        silu: Apply SiLU.
+    """
+
+    name: Literal["group_statistics", "group_apply"]
+    plan: GroupNormPlan
+    quantizers: int = 0
+    silu: bool = False
+
+    source = "group_norm.cu"
+    shared_bytes = 0
+    cluster = 1
+
+    @property
+    def threads(self) -> int:
+        """A block."""
+        return THREADS
+
+    def defines(self) -> dict[str, int]:
+        """Macros of the source."""
+        return {
+            "STATISTICS": int(self.name == "group_statistics"),
+            "THREADS": THREADS,
+            "BLOCKS": 2 if self.plan.vectors <= 4 else 1,
+            "PIXELS": self.plan.pixels,
+            "CHANNELS": self.plan.channels,
+            "GROUPS": self.plan.groups,
+            "CHUNKS": self.plan.chunks,
+            "CHUNK_PIXELS": self.plan.chunk_pixels,
+            "VECTORS": self.plan.vectors,
+            "QUANTIZERS": self.quantizers,
+            "SILU": int(self.silu),
+        }
+
+    def prelude(self) -> str:
+        """Nothing."""
+        return ""
+
+    def label(self) -> str:
+        """For tables."""
+        end = "" if self.name == "group_statistics" else f"-q{self.quantizers}" + "-silu" * self.silu
+        return f"{self.name.replace('_', '-')}-{self.plan.pixels}x{self.plan.channels}{end}"
+
+
+@lru_cache(maxsize=256)
+def group_norm_plan(pixels: int, channels: int, num_groups: int) -> GroupNormPlan | None:
+    """The cut, or `None` for a shape that the kernels do not take: groups too narrow, rows or images too large."""
+    across = channels // _VECTOR
+    if channels % _VECTOR or channels // num_groups < _VECTOR or num_groups > _MOST_GROUPS:
+        return None
+    if across > THREADS:
+        return None
+    rows_at_once = THREADS // across
+    for most_chunks, most_vectors in _CUTS:
+        chunk_pixels = -(-pixels // most_chunks)
+        vectors = -(-chunk_pixels // rows_at_once)
+        if vectors <= most_vectors:
+            return GroupNormPlan(pixels, channels, num_groups, -(-pixels // chunk_pixels), chunk_pixels, vectors)
+    return None
+
+
+# Height (and width) and channels where the U-Net of Stable Diffusion 1.x has more than Triton normalizes in one kernel.
+_SHAPES = ((64, 320), (64, 640), (64, 960), (32, 640), (32, 960), (32, 1280), (32, 1920), (16, 1280), (16, 2560))
+
+
+def variants() -> list[GroupNormVariant]:
+    """What the normalizations of a Stable Diffusion 1.x denoiser compile."""
+    plans = [plan for size, c in _SHAPES if (plan := group_norm_plan(size * size, c, 32)) is not None]
+    found = [GroupNormVariant("group_statistics", plan) for plan in plans]
+    return found + [GroupNormVariant("group_apply", plan, 1, silu) for plan in plans for silu in (False, True)]
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "scales", "zero_points", "partials")),
+        ("out", ctypes.c_void_p * 3),
+        ("eps", ctypes.c_float),
+        ("quant_max", ctypes.c_float),
+    )
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> bool:
+    """Whether `launch_group_norm` serves these types and shapes."""
+    kinds = x.dtype == torch.float16 and weight.dtype == bias.dtype == torch.float32
+    return (
+        kinds
+        and x.data_ptr() % 16 == 0
+        and group_norm_plan(x.shape[2] * x.shape[3], x.shape[1], num_groups) is not None
+    )
+
+
+def launch_group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    outputs: list[Tensor],
+    quantizers: tuple[Tensor, Tensor, int] | None = None,
+) -> None:
+    """Fill `outputs`; the arguments are those of `group_norm_quantize`, already checked and taken.
+
+    Args:
+        x: The image.
+        weight: `[C]`.
+        bias: `[C]`.
+        num_groups: Divides C.
+        eps: Added to the variance.
+        silu: Apply SiLU.
+        outputs: Codes, one tensor a quantizer; or one of float16.
+        quantizers: Scales, zero-points and bits; `None` for the result itself.
+    """
+    samples, channels, height, width = x.shape
+    plan = group_norm_plan(height * width, channels, num_groups)
+    assert plan is not None
+    partials = x.new_empty((samples, num_groups, plan.chunks, 2), dtype=torch.float32)
+    scales, zero_points, num_bits = quantizers or (None, None, 8)
+    problem = _Problem(
+        *(None if t is None else t.data_ptr() for t in (x, weight, bias, scales, zero_points, partials)),
+        (ctypes.c_void_p * 3)(*(output.data_ptr() for output in outputs)),
+        eps,
+        float((1 << num_bits) - 1),
+    )
+    blocks, device = samples * plan.chunks, x.device.index or 0
+    launch(GroupNormVariant("group_statistics", plan), blocks, [problem], device)
+    count = len(outputs) if quantizers else 0
+    launch(GroupNormVariant("group_apply", plan, count, silu), blocks, [problem], device)

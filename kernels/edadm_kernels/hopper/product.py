@@ -1,0 +1,249 @@
+"""Which products the kernel of `product.cu` takes, with which tile, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from edadm_kernels.hopper.driver import launch, tensor_map
+from edadm_kernels.hopper.variant import ProductTile
+from edadm_kernels.pack import Padding
+from edadm_kernels.tiles import Kind
+
+TILES = (
+    ProductTile(128, 160, 128, stages=5),
+    ProductTile(128, 160, 64, stages=9),
+    ProductTile(128, 256, 128, stages=4),
+    ProductTile(256, 128, 128, stages=4, groups=4),
+    ProductTile(128, 128, 128, stages=3, blocks=2),
+    ProductTile(128, 128, 64, stages=6, blocks=2),
+    ProductTile(128, 80, 128, stages=4, blocks=2),
+    ProductTile(128, 80, 64, stages=7, blocks=2),
+    ProductTile(128, 64, 128, stages=4, blocks=2),
+    ProductTile(64, 160, 128, stages=4, groups=1, blocks=2),
+    ProductTile(64, 80, 128, stages=4, groups=1, blocks=3),
+)
+SPLITS = (1, 2, 4, 8)
+_SPLIT_PRODUCTS = 256  # a part of a sum has at least so many
+_LONGEST = 256  # pixels that a copy spans in any direction
+_ALIGNMENT = 16  # bytes of an address, and of a row of pixels, that the copies want
+
+# Fitted to 1,107 timings on an H200; the choice costs 2.3% over the best tile of each shape.
+_MULTIPROCESSORS = 132
+_IN_CLUSTERS = {1: 132, 2: 132, 4: 120, 8: 112}  # multiprocessors that clusters of so many blocks can fill
+_CLOCK = 4096 * 0.891  # products a clock and multiprocessor
+_BYTES = 47.7  # that the L2 gives a clock and multiprocessor
+_STEP = 481.0  # clocks that a step takes at least
+_ELEMENT, _GATED = 0.263, 1.14  # clocks of the epilogue an element; how many times more with a gate
+_FILL = 1975.0  # clocks until the first step
+_JOIN, _JOIN_PART = 2233.0, 1816.0  # clocks of adding up a split sum, and for each part
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "scale", "correction", "bias", "sample_bias", "residual", "out_scale", "out_zero_point", "out"
+            )
+        ),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "samples", "height", "width", "channels", "outputs", "seen_height", "seen_width",
+                "kernel_height", "kernel_width", "stride", "top", "left", "bottom", "right",
+                "box_width_log2", "box_height_log2",
+            )
+        ),
+        ("quant_max", ctypes.c_float),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a product is besides its output channels.
+
+    Args:
+        image: Samples, height and width of the output.
+        source: Height and width of the input.
+        channels: Of the input.
+        kernel: Height and width.
+        stride: In both directions, 1 or 2.
+        padding: Top, bottom, left and right.
+        upsample: The input is enlarged twice by nearest neighbour first.
+    """
+
+    image: tuple[int, int, int]
+    source: tuple[int, int]
+    channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: Padding = (0, 0, 0, 0)
+    upsample: bool = False
+
+    @classmethod
+    def matrix(cls, rows: int, products: int) -> Shape:
+        """Of a matrix product: an image of one row of pixels."""
+        return cls((1, 1, rows), (1, rows), products)
+
+    def boxes(self, tile: ProductTile) -> tuple[int, int, int]:
+        """Columns and rows (as powers of two) of the boxes that the pixels are copied in, and the number of tiles."""
+        samples, height, width = self.image
+        if self.upsample:  # a tile is four boxes, one of each parity of row and column
+            return boxes(tile.bm // 4, height // 2, width // 2, samples, _LONGEST)
+        return boxes(tile.bm, height, width, samples, _LONGEST // self.stride)
+
+
+@lru_cache(maxsize=1024)
+def boxes(pixels: int, height: int, width: int, samples: int, longest: int) -> tuple[int, int, int]:
+    """Columns and rows (as powers of two) of the boxes of `pixels` pixels that cover the images, and their number."""
+    best: tuple[int, int, int] | None = None
+    most = pixels.bit_length() - 1
+    for columns in range(most, -1, -1):
+        for rows in range(most - columns, -1, -1):
+            deep = pixels >> (columns + rows)
+            if max(1 << columns, 1 << rows, deep) > longest:
+                continue
+            number = -(-width // (1 << columns)) * -(-height // (1 << rows)) * -(-samples // deep)
+            if best is None or number < best[2]:
+                best = (columns, rows, number)
+    assert best is not None
+    return best
+
+
+def takes(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sample_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> bool:
+    """Whether `launch_product` serves these types and sizes; stride and upsampling are for the caller to check."""
+    added = [t for t in (sample_bias, residual) if t is not None]
+    written = out.dtype in (torch.float16, torch.int8) or (out.dtype == torch.float32 and not added)
+    floats = bias is None or bias.dtype == torch.float32
+    read = (x, weight, scale, correction, bias, out, sample_bias, residual)
+    aligned = all(t is None or t.data_ptr() % _ALIGNMENT == 0 for t in read)
+    return (
+        weight.dtype == torch.int8
+        and written
+        and all(t.dtype == torch.float16 for t in added)
+        and floats
+        and aligned
+        and weight.shape[-1] % _ALIGNMENT == 0
+        and weight.shape[0] % 8 == 0
+    )
+
+
+def variants() -> list[ProductTile]:
+    """Every tile of every kind, whole and split."""
+    found = []
+    for tile in TILES:
+        forms: list[dict[str, bool]] = [{}, {"convolution": True}, {"convolution": True, "upsample": True}]
+        found += [replace(tile, split=split, **form) for form in forms for split in SPLITS]
+        found += [replace(tile, floats=True, **form) for form in forms]
+        found += [replace(tile, geglu=True)] if _suits(tile, "geglu") else []
+    return found
+
+
+@lru_cache(maxsize=4096)
+def choose(kind: Kind, shape: Shape, outputs: int) -> ProductTile:
+    """The tile of a product.
+
+    Args:
+        kind: `conv` for anything with an image; else the image is one row of M pixels.
+        shape: Of the product.
+        outputs: Channels of the output.
+    """
+    return min(candidates(kind, shape), key=lambda tile: cost(kind, tile, shape, outputs))
+
+
+def candidates(kind: Kind, shape: Shape) -> list[ProductTile]:
+    """Every tile and split that suits a product."""
+    form = {"geglu": kind == "geglu", "convolution": kind == "conv", "upsample": shape.upsample}
+    tiles = [replace(tile, **form) for tile in TILES if _suits(tile, kind)]
+    products = shape.kernel[0] * shape.kernel[1] * shape.channels
+    splits = [split for split in SPLITS if split == 1 or (kind != "geglu" and products >= split * _SPLIT_PRODUCTS)]
+    return [replace(tile, split=split) for tile in tiles for split in splits]
+
+
+def _suits(tile: ProductTile, kind: Kind) -> bool:
+    # what follows a gated product is long: the other blocks of the multiprocessor multiply meanwhile
+    return kind != "geglu" or tile.blocks > 1
+
+
+def cost(kind: Kind, tile: ProductTile, shape: Shape, outputs: int) -> float:
+    """Clocks that a product takes, roughly: rounds of blocks, each bound by its products, its loads, or latency."""
+    blocks = shape.boxes(tile)[2] * -(-outputs // tile.bn) * tile.split
+    room = _IN_CLUSTERS[tile.split]
+    together = min(tile.blocks, -(-blocks // room))
+    rounds = -(-blocks // (room * together))
+    steps = shape.kernel[0] * shape.kernel[1] * -(-shape.channels // tile.bk) / tile.split
+    compute = tile.bm * tile.bn * tile.bk / _CLOCK
+    loads = (tile.bm + tile.bn) * tile.bk / _BYTES
+    step = max(compute * together, loads * together, _STEP)
+    epilogue = _ELEMENT * (_GATED if kind == "geglu" else 1.0) * tile.bm * tile.bn * together / tile.split
+    join = _JOIN + _JOIN_PART * tile.split if tile.split > 1 else 0.0
+    return rounds * (_FILL + steps * step + epilogue + join)
+
+
+def launch_product(
+    tile: ProductTile,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    shape: Shape,
+    geglu: tuple[Tensor, Tensor, int] | None = None,
+) -> None:
+    """Fill `out` with a convolution or a matrix product; the arguments are those of `conv2d`.
+
+    Args:
+        tile: How the product is cut.
+        x: Codes, `[samples, height, width, C]` in memory order.
+        weight: Codes `[O, kh, kw, C]` in memory order, int8.
+        scale: `[O]`.
+        correction: `[classes, O]`.
+        bias: float32 `[O]`.
+        out: float16, `[samples, height, width, O]` in memory order, or float32 where nothing is added; of a gated
+            product codes of half as many channels.
+        sample_bias: float16 `[samples, O]`.
+        residual: float16, as `out`.
+        shape: Of the product.
+        geglu: Scale, zero-point and largest unsigned code of a gated output.
+    """
+    tile = replace(tile, floats=out.dtype == torch.float32)
+    outputs, taps = weight.shape[0], shape.kernel[0] * shape.kernel[1]
+    samples, height, width = shape.image
+    columns, rows, number = shape.boxes(tile)
+    deep = (tile.bm // (4 if shape.upsample else 1)) >> (columns + rows)
+    step = shape.stride
+    x_map = tensor_map(
+        x.data_ptr(),
+        (shape.channels, shape.source[1], shape.source[0], samples),
+        (tile.bk, step << columns, step << rows, deep),
+        tile.bk,
+        (1, step, step, 1),
+    )
+    w_map = tensor_map(weight.data_ptr(), (shape.channels, taps, outputs), (tile.bk, 1, tile.bn), tile.bk)
+    top, bottom, left, right = shape.padding
+    grown = 2 if shape.upsample else 1
+    out_scale, out_zero_point, quant_max = geglu or (None, None, 0)
+    pointers = (scale, correction, bias, sample_bias, residual, out_scale, out_zero_point, out)
+    problem = _Problem(
+        *(None if pointer is None else pointer.data_ptr() for pointer in pointers),
+        samples, height, width, shape.channels, outputs, shape.source[0] * grown, shape.source[1] * grown,
+        *shape.kernel, step, top, left, bottom, right, columns, rows, float(quant_max),
+    )  # fmt: skip
+    launch(tile, number * -(-outputs // tile.bn) * tile.split, [x_map, w_map, problem], x.device.index or 0)

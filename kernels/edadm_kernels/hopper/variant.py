@@ -1,0 +1,124 @@
+"""What a kernel in CUDA C++ is compiled and launched with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Variant(Protocol):
+    """A kernel with its compile-time parameters; hashable, so that each is compiled once."""
+
+    @property
+    def source(self) -> str:
+        """File with its text."""
+
+    @property
+    def name(self) -> str:
+        """Of the kernel in that file."""
+
+    @property
+    def threads(self) -> int:
+        """A block."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+
+    @property
+    def cluster(self) -> int:
+        """Blocks that share a cluster."""
+
+    def defines(self) -> dict[str, int]:
+        """Macros."""
+
+    def prelude(self) -> str:
+        """Text before the source."""
+
+    def label(self) -> str:
+        """For tables; unique in the package."""
+
+    def __hash__(self) -> int:
+        """Equal variants are one."""
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """Compile-time parameters of `product.cu`.
+
+    Args:
+        bm: Output pixels a block, a multiple of 64 times `groups`.
+        bn: Output channels a block: what the instruction takes, a multiple of 16 up to 256.
+        bk: Channels a step, 64 or 128.
+        stages: Steps whose operands are in shared memory.
+        split: Blocks that share a sum, a cluster; 1, 2, 4 or 8.
+        groups: Of four warps that multiply.
+        blocks: A multiprocessor.
+        geglu: Gated output, as codes.
+        convolution: Pixels in boxes and taps outside the image; not a matrix product.
+        upsample: The image is enlarged twice by nearest neighbour.
+        floats: float32 is written, and nothing added to it.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    stages: int
+    split: int = 1
+    groups: int = 2
+    blocks: int = 1
+    geglu: bool = False
+    convolution: bool = False
+    upsample: bool = False
+    floats: bool = False
+
+    source = "product.cu"
+    name = "product"
+
+    @property
+    def threads(self) -> int:
+        """A block: the warps that multiply, and one that copies."""
+        return self.groups * 128 + 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Operands of every stage and two barriers each."""
+        return self.stages * ((self.bm + self.bn) * self.bk + 16)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks that share a sum."""
+        return self.split
+
+    def defines(self) -> dict[str, int]:
+        """Macros of the source."""
+        return {
+            "BM": self.bm,
+            "BN": self.bn,
+            "BK": self.bk,
+            "STAGES": self.stages,
+            "SPLIT": self.split,
+            "CONSUMERS": self.groups,
+            "BLOCKS": self.blocks,
+            "GEGLU": int(self.geglu),
+            "CONV": int(self.convolution),
+            "UPSAMPLE": int(self.upsample),
+            "FLOATS": int(self.floats),
+        }
+
+    def prelude(self) -> str:
+        """`multiply`: `d += a b` by one matrix instruction of 64 rows, `bn` columns and 32 products."""
+        count = self.bn // 2
+        registers = ", ".join(f"%{i}" for i in range(count))
+        operands = ", ".join(f'"+r"(d[{i}])' for i in range(count))
+        return (
+            f"__device__ __forceinline__ void multiply(int (&d)[{count}], u64 a, u64 b) {{\n"
+            f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{self.bn}k32.s32.s8.s8 {{{registers}}}, '
+            f'%{count}, %{count + 1}, 1;" : {operands} : "l"(a), "l"(b));\n}}\n'
+        )
+
+    def label(self) -> str:
+        """For tables."""
+        kind = "geglu" if self.geglu else "upsample" if self.upsample else "conv" if self.convolution else "linear"
+        extras = ("-f32" if self.floats else "") + (f"-split{self.split}" if self.split > 1 else "")
+        return f"{kind}-{self.bm}x{self.bn}x{self.bk}{extras}"

@@ -1,0 +1,86 @@
+"""Attention to codes against the reference, by Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from edadm_kernels import attention_quantize, backend, reference
+
+SCALE = torch.tensor([0.013])
+ZERO_POINT = torch.tensor([120], dtype=torch.int32)
+
+
+def operands(samples: int, queries: int, keys: int, width: int, dtype: torch.dtype = torch.float16) -> list[Tensor]:
+    """Queries, keys and values as columns of larger products, as the engine has them."""
+    generator = torch.Generator().manual_seed(queries * keys + width)
+    q = torch.randn(samples, queries, 3 * width, generator=generator).to(dtype)[..., width : 2 * width]
+    pair = torch.randn(samples, keys, 2 * width, generator=generator).to(dtype)
+    return [q, pair[..., :width], pair[..., width:]]
+
+
+# One sample's queries fill a tile or not; keys are fewer than a turn, several turns, or end inside one; heads of 8, 16,
+# 40, 64, 80 and 160 channels are narrower than an instruction, a power of two, or two pieces.
+@pytest.mark.parametrize(
+    ("samples", "queries", "keys", "heads", "width"),
+    [
+        (2, 40, 77, 2, 40),
+        (1, 17, 64, 1, 160),
+        (2, 20, 33, 2, 16),
+        (1, 9, 5, 2, 8),
+        (1, 33, 130, 1, 80),
+        (1, 4, 3, 3, 64),
+    ],
+)
+def test_kernel_agrees_with_the_reference(samples: int, queries: int, keys: int, heads: int, width: int) -> None:
+    q, k, v = operands(samples, queries, keys, heads * width)
+    arguments = (q, k, v, heads, 1 / math.sqrt(width), SCALE, ZERO_POINT, 8)
+    found = attention_quantize(*arguments)
+    with backend("reference"):
+        wanted = attention_quantize(*arguments)
+    assert found.shape == q.shape
+    assert found.is_contiguous()
+    apart = (found.int() - wanted.int()).abs()
+    # weights of the values are rounded to float16, so a result may cross the edge between two codes
+    assert apart.max() <= 1
+    assert apart.float().mean() < 0.01
+    assert wanted.unique().numel() > 10
+
+
+def test_codes_are_those_of_torchs_attention() -> None:
+    q, k, v = operands(2, 12, 9, 32, torch.float32)
+    split = [x.unflatten(-1, (4, 8)).transpose(1, 2) for x in (q, k, v)]
+    attended = scaled_dot_product_attention(split[0], split[1], split[2], scale=0.3).transpose(1, 2).flatten(2)
+    wanted = reference.quantize(attended, SCALE, ZERO_POINT)
+    found = attention_quantize(q, k, v, 4, 0.3, SCALE, ZERO_POINT)
+    assert (found.int() - wanted.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_fewer_bits(bits: int) -> None:
+    q, k, v = operands(1, 8, 8, 16)
+    zero_point = torch.tensor([1 << (bits - 1)], dtype=torch.int32)
+    found = attention_quantize(q, k, v, 1, 0.25, torch.tensor([0.3]), zero_point, bits) + 128
+    assert found.to(torch.uint8).max() < 1 << bits
+
+
+def test_wrong_operands_are_named() -> None:
+    q, k, v = operands(1, 8, 8, 32)
+    with pytest.raises(ValueError, match="with 5 heads"):
+        attention_quantize(q, k, v, 5, 1.0, SCALE, ZERO_POINT)
+    with pytest.raises(ValueError, match="keys and values"):
+        attention_quantize(q, k, v[:, :4], 2, 1.0, SCALE, ZERO_POINT)
+    with pytest.raises(TypeError, match="one floating-point type"):
+        attention_quantize(q, k.float(), v, 2, 1.0, SCALE, ZERO_POINT)
+    with pytest.raises(ValueError, match="evenly spaced rows"):
+        attention_quantize(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 2, 1.0, SCALE, ZERO_POINT)
+
+
+def test_opcheck() -> None:
+    q, k, v = operands(1, 5, 6, 16)
+    with backend("reference"):
+        torch.library.opcheck(torch.ops.edadm.attention_quantize.default, (q, k, v, 2, 0.3, SCALE, ZERO_POINT, 8))

@@ -1,0 +1,142 @@
+"""The kernels in CUDA C++ as far as no GPU is needed: what they take, how they cut it, and that they compile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from edadm_kernels import hopper
+from edadm_kernels.backend import backend, uses_hopper
+from edadm_kernels.hopper import compilation, group_norm, product
+from edadm_kernels.hopper.product import SPLITS, TILES, Shape
+
+needs_compiler = pytest.mark.skipif(not hopper.is_available(), reason="no cuda-bindings")
+SAME = (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 32), (16, 16), (8, 8), (48, 48), (96, 64), (7, 5), (1, 8192), (1, 2)])
+@pytest.mark.parametrize("pixels", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("samples", [1, 2, 3, 16])
+def test_boxes_cover_the_images(size: tuple[int, int], pixels: int, samples: int) -> None:
+    height, width = size
+    columns, rows, number = product.boxes(pixels, height, width, samples, 256)
+    deep = pixels >> (columns + rows)
+    assert (deep << (columns + rows)) == pixels
+    assert number == -(-width // (1 << columns)) * -(-height // (1 << rows)) * -(-samples // deep)
+    assert number * pixels >= samples * height * width
+    if all(side & (side - 1) == 0 for side in (height, width, samples)) and samples * height * width % pixels == 0:
+        assert number * pixels == samples * height * width, "powers of two leave nothing over"
+
+
+def test_a_copy_spans_what_it_may() -> None:
+    tile = replace(TILES[3], convolution=True)
+    columns, rows, _ = Shape((1, 128, 256), (256, 512), 64, (3, 3), 2, SAME).boxes(tile)
+    assert max(2 << columns, 2 << rows) <= 256
+
+
+@pytest.mark.parametrize("kind", ["linear", "geglu", "conv"])
+@pytest.mark.parametrize("rows", [2, 77, 512, 8192, 65536])
+@pytest.mark.parametrize(("outputs", "products"), [(320, 320), (1280, 5120), (8, 16), (10240, 1280)])
+def test_a_tile_for_every_product(kind: str, rows: int, outputs: int, products: int) -> None:
+    shape = Shape.matrix(rows, products)
+    tile = product.choose(kind, shape, outputs)  # type: ignore[arg-type]
+    assert (tile.geglu, tile.convolution) == (kind == "geglu", kind == "conv")
+    assert tile.split in SPLITS
+    assert tile.bm % tile.split == 0
+    assert tile.cluster == tile.split
+
+
+def test_tiles_fit_a_multiprocessor() -> None:
+    for tile in TILES:
+        assert tile.blocks * (tile.shared_bytes + 1024) <= 228 * 1024, tile
+        assert (tile.bm + tile.bn) * tile.bk % 1024 == 0, "each stage is aligned to what the copies swizzle"
+        assert tile.bm * (tile.bn + 8) * 4 <= tile.stages * (tile.bm + tile.bn) * tile.bk, "the sums fit the stages"
+
+
+def operands(channels: int = 32, outputs: int = 16) -> dict[str, Tensor | None]:
+    return {
+        "x": torch.zeros(4, channels, dtype=torch.int8),
+        "weight": torch.zeros(outputs, channels, dtype=torch.int8),
+        "scale": torch.zeros(outputs),
+        "correction": torch.zeros(outputs, dtype=torch.int32),
+        "bias": torch.zeros(outputs),
+        "out": torch.zeros(4, outputs, dtype=torch.float16),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"bias": None}, True),
+        ({"residual": torch.zeros(4, 16, dtype=torch.float16)}, True),
+        ({"out": torch.zeros(4, 16)}, True),
+        ({"out": torch.zeros(4, 16), "residual": torch.zeros(4, 16, dtype=torch.float16)}, False),
+        ({"residual": torch.zeros(4, 16)}, False),
+        ({"out": torch.zeros(4, 16, dtype=torch.bfloat16)}, False),
+        ({"weight": torch.zeros(16, 16, dtype=torch.uint8)}, False),
+        ({"bias": torch.zeros(16, dtype=torch.float16)}, False),
+        ({"x": torch.zeros(4 * 32 + 1, dtype=torch.int8)[1:].view(4, 32)}, False),
+        (operands(channels=40), False),
+        (operands(outputs=12), False),
+    ],
+)
+def test_what_products_take(change: dict[str, Tensor | None], taken: bool) -> None:
+    assert product.takes(**{**operands(), **change}) is taken  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "channels", "groups"), [(4096, 320, 32), (16384, 960, 32), (1024, 1920, 32), (100, 64, 8), (3, 4096, 32)]
+)
+def test_group_norm_cuts_every_pixel_once(pixels: int, channels: int, groups: int) -> None:
+    plan = group_norm.group_norm_plan(pixels, channels, groups)
+    assert plan is not None
+    assert (plan.chunks - 1) * plan.chunk_pixels < pixels <= plan.chunks * plan.chunk_pixels
+    assert plan.vectors * (group_norm.THREADS // (channels // 8)) >= plan.chunk_pixels
+
+
+@pytest.mark.parametrize(
+    ("pixels", "channels", "groups"), [(64, 128, 32), (64, 36, 4), (64, 8192, 32), (64, 2048, 128), (10**7, 2048, 32)]
+)
+def test_shapes_that_stay_with_triton(pixels: int, channels: int, groups: int) -> None:
+    assert group_norm.group_norm_plan(pixels, channels, groups) is None
+
+
+def test_no_kernel_of_theirs_runs_elsewhere() -> None:
+    assert not uses_hopper(torch.zeros(1))
+    with backend("triton"):
+        assert not uses_hopper(torch.zeros(1))
+
+
+@needs_compiler
+def test_code_is_kept_and_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = group_norm.variants()[0]
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path / "kept"))
+    code = compilation.compiled(variant.source, variant.defines())
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert code.startswith(b"\x7fELF")
+    assert kept.read_bytes() == code
+    kept.write_bytes(b"what is kept is used")
+    assert compilation.compiled(variant.source, variant.defines()) == b"what is kept is used"
+    assert compilation.compiled(variant.source, variant.defines(), anew=True) == code
+    assert kept.read_bytes() == code
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path / "file"))
+    assert compilation.compiled(variant.source, variant.defines()) == code
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_is_an_error_with_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path))
+    variant = group_norm.variants()[0]
+    with pytest.raises(compilation.CompilationError, match="static assertion failed"):
+        compilation.compiled(variant.source, {**variant.defines(), "CHANNELS": 12})
+    assert list(tmp_path.iterdir()) == []
