@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -124,8 +125,9 @@ def _tile(queries: int, keys: int) -> dict[str, int]:
     return {"BM": rows, "BN": 128 if 64 < keys <= 128 else 64}
 
 
-def _options(tile: dict[str, int]) -> dict[str, int]:
-    return {"num_warps": 8 if tile["BM"] == 128 else 4, "num_stages": 2}
+def _options(tile: dict[str, int]) -> dict[str, Any]:
+    # fusion is said aloud as Triton's default changes
+    return {"num_warps": 8 if tile["BM"] == 128 else 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
 def variants(arch: int) -> list[KernelVariant]:
@@ -144,8 +146,9 @@ def variants(arch: int) -> list[KernelVariant]:
                 types,
                 {"QUANT_MAX": 255, "HEADS": 8, **_pieces(width), **tile},
                 unaligned=("keys",),
-                num_warps=options["num_warps"],
-                num_stages=options["num_stages"],
+                num_warps=options.pop("num_warps"),
+                num_stages=options.pop("num_stages"),
+                options=options,
             )
         )
     return found

@@ -33,9 +33,7 @@ class TritonEngine(Engine):
     """
 
     name: ClassVar[str] = "triton"
-    description: ClassVar[str] = (
-        "INT8 kernels in Triton and CUDA C++ for NVIDIA GPUs, steps in CUDA graphs"
-    )
+    description: ClassVar[str] = "INT8 kernels in Triton and CUDA C++ for NVIDIA GPUs, steps in CUDA graphs"
     device_types: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
     # Sums are exact; the epilogue multiplies, subtracts and adds once each in float32, 2^-24 each of terms that can
     # exceed the result where they cancel. Measured over random layers: below 1e-6.
