@@ -19,6 +19,7 @@ import typer
 from edadm_cli.cli import options
 from edadm_cli.cli.boundary import tell_error
 from edadm_cli.cli.console import ConsoleReporter, calm_libraries
+from edadm_cli.cli.contention import Scheduling
 from edadm_cli.cli.require import Requirement, unmet
 from edadm_cli.cli.sink import Output, show
 from edadm_cli.errors import EdadmError, UsageError
@@ -33,6 +34,7 @@ P = ParamSpec("P")
 ConfigT = TypeVar("ConfigT", bound="StageConfig")
 ConfigT_contra = TypeVar("ConfigT_contra", bound="StageConfig", contravariant=True)
 
+_BUSY = 0.1  # share of the processor time that a probe may lose to others
 _PARALLEL = ("collect", "reconstruct", "evaluate")
 _OUTPUT: dict[str, tuple[Any, Any]] = {
     "json_output": (options.JsonOption, False),
@@ -124,7 +126,13 @@ class Execution:
                 return record
             if launched_index() > 0:
                 raise typer.Exit
+            scheduling = Scheduling()
             cost = estimate(config, run)
+        if (lost := scheduling.share_lost()) > _BUSY:
+            self.reporter.warn(
+                f"Other work took {lost:.0%} of the processor time that the probe wanted, and the estimate takes that"
+                " to last."
+            )
         return StageRecord(
             command=command,
             status="planned",

@@ -24,7 +24,7 @@ class Size:
     """What the time of work on a unit may depend on.
 
     Attributes:
-        kind: Of the unit.
+        kind: Units of one kind spend their time alike.
         forward: Seconds of its full-precision forward, a row.
         weights: Number of its weights.
         layers: Number of its layers.

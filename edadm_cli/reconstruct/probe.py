@@ -18,7 +18,7 @@ from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.laws import Law, Measure, Size
 from edadm_cli.reconstruct.learn import EVALUATED_ROWS
 from edadm_cli.reconstruct.setting import Setting
-from edadm_cli.reconstruct.timing import Forward, Stopwatch, Timed, Work, spread, time_forward, time_units
+from edadm_cli.reconstruct.timing import Forward, Stopwatch, Timed, Work, kind_of, spread, time_forward, time_units
 
 _MIB = 2**20
 _RANGING_S, _LEARNING_S = 6.0, 10.0  # no further unit is measured after that
@@ -146,7 +146,7 @@ class _Parts:
 
     def _size(self, unit: Unit) -> Size:
         spent = self.forward.ends[unit.name] - self.forward.begins[unit.name]
-        return Size(unit.kind, spent / self.forward.rows, self.setting.num_weights(unit), len(unit.layers))
+        return Size(kind_of(unit), spent / self.forward.rows, self.setting.num_weights(unit), len(unit.layers))
 
     def _beside(self, seconds: float, names: Sequence[str] | Mapping[str, Size]) -> float:
         """Seconds a row of what a forward does outside of some units, in its first `seconds`."""

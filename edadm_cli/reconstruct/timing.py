@@ -33,7 +33,7 @@ from edadm_cli.reconstruct.setting import Setting
 
 Work = Literal["weights", "activations", "nearest", "freeze", "frozen", "setup", "evaluation", "step"]
 
-_MOST_UNITS, _FEWEST_UNITS = 9, 3
+_MOST_UNITS, _FEWEST_UNITS = 12, 4
 _FORWARD_S = 4.0  # a forward takes as many rows as fit into this
 _QUICK_S = 0.3  # what takes less is timed again, and the least counts
 _REPEATS = 3
@@ -112,6 +112,11 @@ def _time_forward(denoiser: nn.Module, units: Sequence[Unit], kept: Collection[s
     return Forward(one.num_rows, seconds, begins, ends, shapes, calls)
 
 
+def kind_of(unit: Unit) -> str:
+    """The class of a unit's module: what is built alike spends its time alike."""
+    return type(unit.module).__name__
+
+
 def spread(units: Sequence[Unit], setting: Setting) -> list[Unit]:
     """At most `_MOST_UNITS` units, in the order in which they are to be measured: of each kind in turns the lightest in
     weights, a middling one, and ones in between.
@@ -121,9 +126,9 @@ def spread(units: Sequence[Unit], setting: Setting) -> list[Unit]:
     """
     kinds: dict[str, list[Unit]] = {}
     for unit in sorted(units, key=setting.num_weights):
-        kinds.setdefault(unit.kind, []).append(unit)
+        kinds.setdefault(kind_of(unit), []).append(unit)
     order: list[Unit] = []
-    for place in (0.0, 0.5, 0.25, 0.75, 0.125, 0.375, 0.625):
+    for place in (0.0, 0.5, 0.25, 0.75, 0.125, 0.375, 0.625, 0.875):
         for group in kinds.values():
             unit = group[round(place * (len(group) - 1))]
             order += [] if unit in order else [unit]
