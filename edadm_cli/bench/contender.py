@@ -78,7 +78,7 @@ class Running:
         spec: What it is.
         setting: How it runs.
         calls: Batch size to a few calls with float32 tensors, gone through in turn.
-        source: What runs, for contenders that have no files: an engine's denoiser that was compiled in this process.
+        source: Compiles what runs, for contenders that have no files: an engine's denoiser in this process.
     """
 
     def __init__(
@@ -86,26 +86,30 @@ class Running:
         spec: Spec,
         setting: Setting,
         calls: Mapping[int, Sequence[Call]],
-        source: CompiledDenoiser | None = None,
+        source: Callable[[], CompiledDenoiser] | None = None,
     ) -> None:
         self.spec, self._device = spec, torch.device(setting.device)
         if setting.is_alone:
             torch.set_num_threads(setting.threads)
         self._memory = PeakMemory(self._device, setting.is_alone)
         started = time.perf_counter()
-        self._function = source if source is not None else load(spec, setting)
+        self._function = load(spec, setting) if source is None else source()
         self._is_torch = spec.runs_on == TORCH
         # OpenVINO takes and gives float32 whatever it computes in
         dtype = getattr(torch, spec.dtype) if self._is_torch or self._device.type == "cuda" else torch.float32
-        self._calls = {batch: [placed(call, self._device, dtype) for call in found] for batch, found in calls.items()}
+        # in one go: what the calls share, such as the prompt of all steps, is one tensor on the device too
+        self._calls = {batch: placed(list(found), self._device, dtype) for batch, found in calls.items()}
         self._turn = 0
-        if self._device.type == "cuda":
+        is_cuda = self._device.type == "cuda"
+        if is_cuda:
             self._load_peak = self._memory.peak_mib()
             self._memory.reset()  # a graph's memory is taken when it is recorded, in the first call
         first = next(iter(self._calls))
         self.prediction = self._predict(first)
         self.load_seconds = time.perf_counter() - started
-        if self._device.type != "cuda":
+        # on a GPU the others come next, in the same process
+        self._running_peak = self._memory.peak_mib() if is_cuda else None
+        if not is_cuda:
             self._load_peak = self._memory.peak_mib()
             self._memory.reset()
 
@@ -124,8 +128,8 @@ class Running:
         return times
 
     def memory(self) -> tuple[float | None, float | None]:
-        """Peak memory in MiB while running, and while loading."""
-        return self._memory.peak_mib(), self._load_peak
+        """Peak memory in MiB while running (on CUDA of the first batch size), and while loading."""
+        return self._running_peak or self._memory.peak_mib(), self._load_peak
 
     def layers(self) -> tuple[LayerExecution, ...]:
         """How each layer runs; empty for torch."""
@@ -224,11 +228,22 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The tensors of a call on a device, in an element type; what has no two dimensions (timesteps) keeps its own."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() and value.ndim > 1 else value.dtype)
-    if isinstance(value, Mapping):
-        return {key: placed(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(placed(item, device, dtype) for item in value)
-    return value
+    """The tensors of calls on a device, in an element type; what has no two dimensions (timesteps) keeps its own.
+
+    A tensor that stands in several places does so afterwards: an engine may keep what it computed of one.
+    """
+    found: dict[int, Tensor] = {}
+
+    def place(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in found:
+                own = dtype if value.is_floating_point() and value.ndim > 1 else value.dtype
+                found[id(value)] = value.to(device, own)
+            return found[id(value)]
+        if isinstance(value, Mapping):
+            return {key: place(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(place(item) for item in value)
+        return value
+
+    return place(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -113,6 +114,10 @@ class Measurement:
         Raises:
             EdadmError: The prediction of an engine is out of bound.
         """
+        with _torch_defaults():
+            return self._measure()
+
+    def _measure(self) -> dict[str, Any]:
         request, config = self.request, self.request.config
         self._start()
         parities = self._check_predictions()
@@ -172,7 +177,7 @@ class Measurement:
                 self._running[spec.name] = self._participant(spec, sources.get(spec.name))
                 advance(1)
 
-    def _participant(self, spec: Spec, source: CompiledDenoiser | None) -> Participant:
+    def _participant(self, spec: Spec, source: Callable[[], CompiledDenoiser] | None) -> Participant:
         if self._setting.is_alone and source is None:
             require_memory(spec.name, spec.size_mib)
             return RemoteRunning(spec, self._setting, self._calls)
@@ -216,7 +221,8 @@ class Measurement:
     def _measure_peaks(self) -> dict[str, float]:
         device, dtypes = self.request.device, tuple(dict.fromkeys(["float32", self.request.half or "float32"]))
         threads = self.request.threads if device.type == "cpu" else None
-        return measure_peaks(self.request.engine, EngineOptions(device, torch.float32, threads), dtypes)
+        rest = getattr(torch, self.request.dtype) if device.type == "cuda" else torch.float32
+        return measure_peaks(self.request.engine, EngineOptions(device, rest, threads), dtypes)
 
     def _quantized_facts(
         self, contenders: list[Contender], parities: Mapping[str, EngineParity], peaks: Mapping[str, float]
@@ -242,6 +248,21 @@ class Measurement:
                 f"{bits}: {count} planned layers do not run in integers on {self.request.engine.name}; by_bits.{bits}"
                 ".layers has the reasons."
             )
+
+
+@contextmanager
+def _torch_defaults() -> Iterator[None]:
+    """What users of torch run: float32 convolutions on CUDA in TF32, three times as fast, float32 products not.
+
+    Everything else of a stage has both off; see `resolve_device`.
+    """
+    convolutions = torch.backends.cudnn
+    before = convolutions.allow_tf32
+    convolutions.allow_tf32 = True
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32 = before
 
 
 def _contender(

@@ -6,13 +6,14 @@ counts, input quantization included in INT8. A denoiser's layers are held agains
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from edadm_cli.bench.contender import milliseconds
 from edadm_cli.engines.base import Engine, EngineOptions
@@ -20,72 +21,95 @@ from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import LayerPlan
 
-_CALLS = 12
-# rows, inputs, outputs of a linear layer; channels and size of a convolution: 6.7 and 7.5 billion multiply-accumulates
-_LINEAR = (1024, 2560, 2560)
-_CONVOLUTION = (640, 45)
-_SCALE_ON_CUDA = 4
-"""A GPU is filled by that many times the rows and images."""
+_TIMES = 12
 
 
-def measure_peaks(engine: Engine, options: EngineOptions, dtypes: tuple[str, ...]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed.
+
+    Attributes:
+        linear: Rows, inputs and outputs of a linear layer.
+        convolution: Images, channels, and height and width of a convolution.
+        in_a_row: Calls between two looks at the clock: a GPU computes while its next call is prepared.
+    """
+
+    linear: tuple[int, int, int]
+    convolution: tuple[int, int, int]
+    in_a_row: int = 1
+
+
+# 6.7 and 7.5 billion multiply-accumulates on a CPU; 550 and 483 on a GPU, beside which quantization is little
+SIZES = {"cpu": Sizes((1024, 2560, 2560), (1, 640, 45)), "cuda": Sizes((8192, 8192, 8192), (8, 1280, 64), 8)}
+
+
+def measure_peaks(
+    engine: Engine, options: EngineOptions, dtypes: tuple[str, ...], sizes: Sizes | None = None
+) -> dict[str, float]:
     """Largest rates in 10^12 operations a second, two to a multiply-accumulate: `int8` on the engine, others in torch.
 
     Args:
         engine: Multiplies integers.
         options: Device and threads.
         dtypes: Floating-point types, measured in torch.
+        sizes: Of the layers; `None` for those that fill the device.
     """
-    factor = _SCALE_ON_CUDA if options.device.type == "cuda" else 1
-    linear, convolution = _inputs(factor, options.device)
-    rates: dict[str, float] = {}
-    integer = [engine.compile_layer(_layer(x), x, options) for x in (linear, convolution)]
-    rates["int8"] = max(
-        _rate(partial(run, x), x, options.device) for run, x in zip(integer, (linear, convolution), strict=True)
-    )
+    device, sizes = options.device, sizes or SIZES[options.device.type]
+    layers = [_Layer(sizes.linear, device, is_linear=True), _Layer(sizes.convolution, device, is_linear=False)]
+    rates = {"int8": max(layer.rate(layer.on(engine, options), sizes.in_a_row) for layer in layers)}
     for name in dtypes:
-        dtype = getattr(torch, name)
-        rates[name] = max(_rate(_float(x, dtype), x, options.device) for x in (linear, convolution))
+        rates[name] = max(layer.rate(layer.in_torch(getattr(torch, name)), sizes.in_a_row) for layer in layers)
     return rates
 
 
-def _inputs(factor: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows, inputs, _ = _LINEAR
-    channels, size = _CONVOLUTION
-    generator = torch.Generator().manual_seed(0)
-    linear = torch.randn(factor * rows, inputs, generator=generator)
-    convolution = torch.randn(factor, channels, size, size, generator=generator)
-    return linear.to(device), convolution.to(device)
+class _Layer:
+    """A linear layer, or a 3x3 convolution, and an input of it.
 
+    Args:
+        size: As in `Sizes`.
+        device: Of everything.
+        is_linear: Which of the two.
+    """
 
-def _operation(x: Tensor) -> tuple[Operation, tuple[int, ...]]:
-    if x.ndim == 2:
-        return Operation("linear"), (_LINEAR[2], _LINEAR[1])
-    return Operation("conv2d", padding=(1, 1)), (_CONVOLUTION[0], _CONVOLUTION[0], 3, 3)
+    def __init__(self, size: tuple[int, int, int], device: torch.device, is_linear: bool) -> None:
+        self._device, self._is_linear = device, is_linear
+        self._shape: tuple[int, ...]
+        shape: tuple[int, ...]
+        if is_linear:
+            rows, inputs, outputs = size
+            self._operation, self._shape, shape = Operation("linear"), (outputs, inputs), (rows, inputs)
+        else:
+            images, channels, side = size
+            self._operation, self._shape = Operation("conv2d", padding=(1, 1)), (channels, channels, 3, 3)
+            shape = (images, channels, side, side)
+        self._x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
+    def on(self, engine: Engine, options: EngineOptions) -> Callable[[], Any]:
+        """Quantized to eight bits, on an engine."""
+        layer = QuantizedLayer(self._operation, LayerPlan(weight_bits=8, activation_bits=8), self._shape)
+        codes = torch.randint(-127, 128, self._shape, generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+        scale = torch.full((self._shape[0],), 1e-3)
+        layer.set_parameters(codes, scale, torch.tensor(8 / 255), torch.tensor(128, dtype=torch.int32))
+        nn.Module.to(layer, self._device)
+        x = self._in_memory_order(self._x.to(options.rest_dtype))
+        return partial(engine.compile_layer(layer, x, options), x)
 
-def _layer(x: Tensor) -> QuantizedLayer:
-    operation, shape = _operation(x)
-    layer = QuantizedLayer(operation, LayerPlan(weight_bits=8, activation_bits=8), shape, device=x.device)
-    codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(1), dtype=torch.int8)
-    scale = torch.full((shape[0],), 1e-3)
-    layer.set_parameters(codes, scale, torch.tensor(8 / 255), torch.tensor(128, dtype=torch.int32))
-    return layer
+    def in_torch(self, dtype: torch.dtype) -> Callable[[], Any]:
+        """In floating point."""
+        weight = torch.randn(self._shape, generator=torch.Generator().manual_seed(1)).to(self._device, dtype)
+        return partial(self._operation, self._in_memory_order(self._x.to(dtype)), self._in_memory_order(weight))
 
+    @torch.no_grad()
+    def rate(self, call: Callable[[], Any], in_a_row: int) -> float:
+        """Operations in 10^12 a second, of the shortest of several times."""
+        rows = self._x.numel() // self._x.shape[1]
 
-def _float(x: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
-    operation, shape = _operation(x)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(x.device, dtype)
-    own = x.to(dtype)
-    if operation.kind == "linear":
-        return lambda: F.linear(own, weight)
-    weight, own = (tensor.to(memory_format=torch.channels_last) for tensor in (weight, own))
-    return lambda: operation(own, weight)
+        def calls() -> None:
+            for _ in range(in_a_row):
+                call()
 
+        shortest = min(milliseconds(calls, self._device) for _ in range(_TIMES))
+        return 2 * rows * math.prod(self._shape) * in_a_row / (shortest * 1e9)
 
-@torch.no_grad()
-def _rate(call: Callable[[], Any], x: Tensor, device: torch.device) -> float:
-    operation, shape = _operation(x)
-    rows = x.shape[0] if operation.kind == "linear" else x.numel() // x.shape[1]
-    times = [milliseconds(call, device) for _ in range(_CALLS)]
-    return 2 * rows * torch.Size(shape).numel() / (min(times) * 1e9)
+    def _in_memory_order(self, x: Tensor) -> Tensor:
+        return x if self._is_linear else x.to(memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,13 +31,13 @@ class Prepared:
         spec: The contender.
         parity: Of its layers, and its exact prediction.
         yardstick: Relative L2 distance of torch's quantize-dequantize with the same rest from the exact prediction.
-        source: The compiled denoiser, where the engine has no files.
+        source: Compiles the denoiser, where the engine has no files.
     """
 
     spec: Spec
     parity: LayerParity
     yardstick: float
-    source: CompiledDenoiser | None
+    source: Callable[[], CompiledDenoiser] | None
 
 
 def prepare(
@@ -49,7 +50,7 @@ def prepare(
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Prepared:
-    """Compare every layer with exact integers, then compile.
+    """Compare every layer with exact integers, and write the engine's files where it has any.
 
     Args:
         engine: What runs it.
@@ -73,13 +74,14 @@ def prepare(
     require_layers(engine, parity)
     yardstick = relative_l2(_rounded(denoiser, call, device, dtype), parity.prediction)
     options = EngineOptions(device, dtype, threads)
-    source: CompiledDenoiser | None = None
+    source: Callable[[], CompiledDenoiser] | None = None
     if isinstance(engine, FileEngine):
         if not folder.is_dir():
             engine.save(denoiser, args, kwargs, options, folder)
         size = folder_mib(folder)
     else:
-        source = engine.compile(denoiser, args, kwargs, options)
+        # until then it waits where it takes no memory of the contenders
+        source = partial(engine.compile, nn.Module.to(denoiser, "cpu"), args, kwargs, options)
         size = packed_mib(denoiser)
     name = str(dtype).removeprefix("torch.")
     spec = Spec(

@@ -60,7 +60,9 @@ def test_a_recorded_step_is_close_to_exact_integers(network: tuple[nn.Module, Ca
 def test_every_layer_is_within_its_bound(network: tuple[nn.Module, Call]) -> None:
     denoiser, call = network
     parity = compare_layers(TritonEngine(), denoiser, *call, options())
-    assert not parity.refused
+    # the recipe leaves the inputs of the first and the last layer in floating point
+    assert set(parity.refused.values()) == {"its input stays in floating point"}
+    assert len(parity.refused) == 2
     assert parity.worst[1] <= TritonEngine.layer_bound
 
 

@@ -55,8 +55,7 @@ def in_one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Contenders in this process: the figures mean nothing, and no process has to start."""
     setting = Setting("cpu", 1, None, is_alone=False)
     monkeypatch.setattr(Request, "setting", property(lambda self: setting))
-    monkeypatch.setattr(peak, "_LINEAR", (16, 32, 32))
-    monkeypatch.setattr(peak, "_CONVOLUTION", (8, 9))
+    monkeypatch.setitem(peak.SIZES, "cpu", peak.Sizes(linear=(16, 32, 32), convolution=(1, 8, 8)))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

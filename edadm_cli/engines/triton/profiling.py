@@ -15,10 +15,11 @@ from edadm_cli.engines.triton.products import AND, Product
 
 _PREFIX = "layer:"
 _KINDS = (
-    ("linear", ("gemm", "linear", "addmm", "matmul", "bmm", "nvjet", "cutlass")),
-    ("conv2d", ("conv", "fprop")),
-    ("attention", ("flash", "attention", "fmha", "softmax")),
+    ("attention", ("flash", "attention", "fmha", "sdpa", "softmax")),
     ("norm", ("norm", "group_", "layer_rows")),
+    ("conv2d", ("conv", "fprop")),
+    # `product` and `join_kernel` serve convolutions too; those have a layer's name, and so its kind
+    ("linear", ("gemm", "linear", "addmm", "matmul", "bmm", "nvjet", "cutlass", "product", "join_kernel")),
     ("reorder", ("copy", "cat", "transpose", "nchw", "nhwc", "memcpy", "memset", "index")),
 )
 

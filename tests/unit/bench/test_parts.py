@@ -18,7 +18,7 @@ from edadm_cli.bench.contender import Call, Running, Setting, Spec, milliseconds
 from edadm_cli.bench.floats import torch_specs
 from edadm_cli.bench.kinds import rows_by_kind
 from edadm_cli.bench.memory import PeakMemory
-from edadm_cli.bench.peak import measure_peaks
+from edadm_cli.bench.peak import Sizes, measure_peaks
 from edadm_cli.bench.quantized import coverage_of
 from edadm_cli.bench.rounds import calls_of_turn, rotated, summarize, time_in_rounds
 from edadm_cli.bench.subject import exchanged, sample_of
@@ -291,6 +291,15 @@ def test_on_cuda_time_is_that_between_events(monkeypatch: pytest.MonkeyPatch) ->
     assert log == ["made", "made", "event 0", "call", "event 1", "wait"]
 
 
+def test_a_tensor_that_calls_share_is_one_tensor_on_the_device() -> None:
+    sample, states = torch.randn(2, 3), torch.randn(2, 3)
+    calls = [((sample,), {"states": states}), ((torch.randn(2, 3),), {"states": states})]
+    first, second = placed(calls, CPU, torch.float16)
+    assert first[1]["states"] is second[1]["states"], "an engine may keep what it computed of the prompt"
+    assert first[1]["states"].dtype == torch.float16
+    assert first[0][0] is not second[0][0]
+
+
 def test_on_cuda_memory_is_counted_from_before_the_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100 * 2**20)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
@@ -314,10 +323,10 @@ def test_the_memory_that_is_left_is_told() -> None:
     assert found > 10
 
 
-def test_peaks_are_measured_in_each_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edadm_cli.bench.peak._LINEAR", (4, 8, 8))
-    monkeypatch.setattr("edadm_cli.bench.peak._CONVOLUTION", (4, 5))
-    peaks = measure_peaks(ReferenceEngine(), EngineOptions(CPU), ("float32", "bfloat16"))
+@pytest.mark.parametrize("in_a_row", [1, 3])
+def test_peaks_are_measured_in_each_precision(in_a_row: int) -> None:
+    sizes = Sizes(linear=(4, 8, 8), convolution=(2, 4, 5), in_a_row=in_a_row)
+    peaks = measure_peaks(ReferenceEngine(), EngineOptions(CPU), ("float32", "bfloat16"), sizes)
     assert set(peaks) == {"int8", "float32", "bfloat16"}
     assert all(rate > 0 for rate in peaks.values())
 
