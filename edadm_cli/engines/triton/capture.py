@@ -25,7 +25,7 @@ class GraphedFunction:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+        self.function = function
         self._recorded: dict[Any, _Recording] = {}
         self._pool: Any = None
 
@@ -36,7 +36,7 @@ class GraphedFunction:
         if key not in self._recorded:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            self._recorded[key] = _Recording(self._function, leaves, spec, self._pool)
+            self._recorded[key] = _Recording(self.function, leaves, spec, self._pool)
         return self._recorded[key].replay(leaves)
 
 

@@ -257,7 +257,7 @@ def test_half_precision_is_channels_last_compiled_and_graphed(
             return self.function(*args, **kwargs)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr("edadm_cli.engines.triton.capture.GraphedFunction", Graph)
+    monkeypatch.setattr("edadm_cli.bench.contender.GraphedFunction", Graph)
     args, kwargs = call_of()
     wanted = denoiser(*args, **kwargs).sample
     spec = Spec("x", "torch", "torch", "float16", None, True, None, 1.0, graphs=True, channels_last=True)
