@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from edadm_kernels import reference
 from edadm_kernels.attention_kernels import attention_kernel
 from edadm_kernels.backend import uses_kernel
-from edadm_kernels.checks import check_bits, check_quantizers
+from edadm_kernels.checks import check_bits, check_device, check_quantizers
 from edadm_kernels.launching import arch_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
 from edadm_kernels.variants import KernelVariant, aligned
@@ -98,6 +98,7 @@ def _prepare(
 ) -> Tensor:
     check_bits(num_bits)
     check_quantizers(out_scale, out_zero_point, count=1)
+    check_device(q, k, v, out_scale, out_zero_point)
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"operands of one floating-point type are wanted, found {q.dtype}, {k.dtype} and {v.dtype}")
     alike = q.ndim == k.ndim == 3 and k.shape == v.shape and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])

@@ -14,6 +14,13 @@ def check_floating(x: Tensor) -> None:
         raise TypeError(f"a float16, bfloat16 or float32 input is wanted, found {x.dtype}; convert it with .to()")
 
 
+def check_device(x: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError unless all tensors lie where `x` does: a kernel is given addresses and nothing else."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"tensors on one device are wanted, found {x.device} and {other.device}")
+
+
 def check_bits(num_bits: int) -> None:
     """Raise ValueError unless codes of `num_bits` fit an int8."""
     if not 2 <= num_bits <= 8:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from edadm_kernels import reference
 from edadm_kernels.backend import uses_hopper, uses_kernel
+from edadm_kernels.checks import check_device
 from edadm_kernels.conv_launch import Geometry, launch_conv, variants
 from edadm_kernels.hopper import product
 from edadm_kernels.launching import arch_of
@@ -164,6 +165,7 @@ def _prepare(
     out_width = output_size(width * grown, kw, stride, left, right)
     if out_height < 1 or out_width < 1:
         raise ValueError(f"an input that a {kh}x{kw} kernel fits into is wanted, found {height}x{width}")
+    check_device(x, weight, scale, correction, bias, sample_bias, residual)
     check_codes(x, weight, channels)
     check_epilogue(scale, correction, bias, outputs, (border_class_count((top, bottom, left, right)), outputs))
     out = x.new_empty((samples, out_height, out_width, outputs), dtype=out_dtype).permute(0, 3, 1, 2)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from edadm_kernels import reference
 from edadm_kernels.backend import uses_hopper, uses_kernel
-from edadm_kernels.checks import check_bits, check_quantizers
+from edadm_kernels.checks import check_bits, check_device, check_quantizers
 from edadm_kernels.gemm_launch import launch_gemm, variants
 from edadm_kernels.hopper import product
 from edadm_kernels.launching import arch_of
@@ -179,6 +179,7 @@ def _prepare_linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Check the arguments and make an empty output."""
+    check_device(x, residual)
     _check_matrices(x, weight, scale, correction, bias)
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
     if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
@@ -203,6 +204,7 @@ def _prepare_geglu(
     """Check the arguments and make an empty output."""
     check_bits(num_bits)
     check_quantizers(out_scale, out_zero_point, count=1)
+    check_device(x, out_scale, out_zero_point)
     _check_matrices(x, weight, scale, correction, bias)
     if weight.shape[0] % 2:
         raise ValueError(f"value and gate rows in pairs are wanted, found {weight.shape[0]} rows")
@@ -217,5 +219,6 @@ def _check_matrices(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor
             f"contiguous codes [M, K] and weights [N, K] are wanted, found {tuple(x.shape)} with strides {x.stride()} "
             f"and {tuple(weight.shape)}"
         )
+    check_device(x, weight, scale, correction, bias)
     check_codes(x, weight, x.shape[1])
     check_epilogue(scale, correction, bias, weight.shape[0], (weight.shape[0],))

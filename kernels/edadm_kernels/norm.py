@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edadm_kernels.backend import uses_hopper, uses_kernel
-from edadm_kernels.checks import check_affine, check_bits, check_floating, check_quantizers
+from edadm_kernels.checks import check_affine, check_bits, check_device, check_floating, check_quantizers
 from edadm_kernels.hopper import group_norm as hopper_norm
 from edadm_kernels.launching import arch_of, overlap
 from edadm_kernels.norm_kernels import group_apply, group_fused, group_partials, group_statistics, layer_rows
@@ -267,12 +267,14 @@ def _prepare_group(
 ) -> list[Tensor]:
     check_bits(num_bits)
     check_quantizers(scales, zero_points)
+    check_device(x, scales, zero_points)
     _check_group(x, weight, bias, num_groups)
     return [torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last) for _ in range(scales.numel())]
 
 
 def _check_group(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
     check_floating(x)
+    check_device(x, weight, bias)
     if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
             f"GroupNorm wants [N, C, H, W] with channels-last strides, found shape {tuple(x.shape)} with "
@@ -289,6 +291,7 @@ def _prepare_layer(
     check_floating(x)
     check_bits(num_bits)
     check_quantizers(scales, zero_points)
+    check_device(x, weight, bias, scales, zero_points)
     if x.ndim < 1 or not x.is_contiguous():
         raise ValueError(
             f"layer_norm_quantize wants contiguous rows, found shape {tuple(x.shape)} with strides {x.stride()}; "

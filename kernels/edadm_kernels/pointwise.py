@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from edadm_kernels.backend import uses_kernel
-from edadm_kernels.checks import check_bits, check_floating, check_quantizers
+from edadm_kernels.checks import check_bits, check_device, check_floating, check_quantizers
 from edadm_kernels.launching import arch_of, overlap
 from edadm_kernels.pointwise_kernels import quantize_kernel
 from edadm_kernels.reference import norms as reference
@@ -74,6 +74,7 @@ def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tup
     """An empty tensor for the codes, and the length and stride of the input's rows."""
     check_floating(x)
     check_quantizers(scale, zero_point, count=1)
+    check_device(x, scale, zero_point)
     check_bits(num_bits)
     codes = torch.empty_like(x, dtype=torch.int8)
     if codes.stride() == x.stride():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -136,6 +138,15 @@ def test_a_sample_does_not_see_its_batch(shape: tuple[int, int, int, int]) -> No
     arguments = (*affine(40, seed=1), 4, 1e-5, True, *quantizers(1))
     together = group_norm_quantize(x, *arguments)[0]
     assert torch.equal(group_norm_quantize(x[1:2], *arguments)[0], together[1:2])
+
+
+@pytest.mark.parametrize("misplaced", [1, 2, 6, 7], ids=["weight", "bias", "scales", "zero-points"])
+def test_tensors_of_two_devices_are_refused(misplaced: int) -> None:
+    x = state((1, 4, 4, 16), "normal", torch.float16, seed=1).permute(0, 3, 1, 2)
+    arguments: list[Any] = [x, *affine(16, seed=1), 4, 1e-5, True, *quantizers(1)]
+    arguments[misplaced] = arguments[misplaced].to("meta")
+    with pytest.raises(ValueError, match="tensors on one device are wanted, found cpu and meta"):
+        group_norm_quantize(*arguments)
 
 
 def test_codes_keep_to_their_bits() -> None:

@@ -112,7 +112,7 @@ class Assembly:
         if block.conv_shortcut is not None:
             shortcut = self.lowering.product(f"{name}.conv_shortcut", block.conv_shortcut)
         time_bias = self._time_bias(f"{name}.time_emb_proj", block)
-        return FusedResidualBlock(block, (first, second), shortcut, time_bias, self.lowering.dtype)
+        return FusedResidualBlock(block, (first, second), shortcut, time_bias, self.lowering)
 
     def _time_bias(self, name: str, block: Any) -> TimeBias | None:
         if block.time_emb_proj is None:
@@ -157,7 +157,7 @@ class Assembly:
         prompt = self.state.prompt if attention.is_cross_attention else None
         fused = FusedAttention(attention, (q, k, v, out), prompt)
         if attention.group_norm is not None:
-            fused.use_norm(attention.group_norm, self.lowering.dtype)
+            fused.use_norm(attention.group_norm, self.lowering)
         return fused
 
     def _feed_forward(self, name: str, module: Any) -> FusedFeedForward | None:
@@ -187,7 +187,7 @@ class Assembly:
         parts = [block.attn1] if block.attn2 is None else [block.attn1, block.attn2]
         if not all(isinstance(part, FusedAttention) for part in parts) or not isinstance(block.ff, FusedFeedForward):
             return None
-        return FusedTransformerBlock(block, parts, block.ff, self.lowering.dtype)
+        return FusedTransformerBlock(block, parts, block.ff, self.lowering)
 
     def _transformer(self, name: str, model: Any) -> nn.Module | None:
         if not model.is_input_continuous or not _are_group_norms(model.norm):
@@ -200,7 +200,7 @@ class Assembly:
             self.lowering.product(f"{name}.{n}", layer)
             for n, layer in zip(("proj_in", "proj_out"), layers, strict=True)
         )
-        return FusedTransformer2D(model, (proj_in, proj_out), self.lowering.dtype)
+        return FusedTransformer2D(model, (proj_in, proj_out), self.lowering)
 
     def _output(self, model: Any) -> None:
         """Join the last normalization, SiLU and convolution of a UNet."""
@@ -209,7 +209,7 @@ class Assembly:
         if act != "SiLU" or not _are_group_norms(norm) or not isinstance(convolution, nn.Conv2d | QuantizedLayer):
             return
         product = self.lowering.product("conv_out", convolution)
-        model.conv_out = FusedOutput(norm, product, self.lowering.dtype)  # type: ignore[arg-type]
+        model.conv_out = FusedOutput(norm, product, self.lowering)  # type: ignore[arg-type]
         model.conv_norm_out, model.conv_act = nn.Identity(), nn.Identity()
 
 

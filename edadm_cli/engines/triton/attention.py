@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import edadm_kernels as kernels
 from edadm_cli.engines.triton.layout import channels_last, image_of, rows_of
+from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.norms import NormStage
 from edadm_cli.engines.triton.products import IntegerLinear, Product, merge
 from edadm_cli.engines.triton.state import Pair, PromptCache
@@ -80,9 +81,9 @@ class FusedAttention(nn.Module):
             self.place = prompt.add(self._pair)
         self.norm: NormStage | None = None
 
-    def use_norm(self, norm: nn.Module, dtype: torch.dtype) -> None:
+    def use_norm(self, norm: nn.Module, lowering: Lowering) -> None:
         """Put the attention's own GroupNorm before the projections."""
-        self.norm = NormStage(norm, self.inputs.consumers, silu=False, dtype=dtype)
+        self.norm = lowering.norm(norm, self.inputs.consumers, silu=False)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""From a denoiser's layers to products: what runs in integers, what does not, and why."""
+"""From layers to products, and from normalizations to stages before them: what runs in integers, what not, and why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.engines.triton.norms import NormStage
 from edadm_cli.engines.triton.products import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
 from edadm_cli.engines.triton.quantizer import Quantizer
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
@@ -34,7 +35,7 @@ def refusal(layer: QuantizedLayer) -> str | None:
 
 @dataclass
 class Lowering:
-    """Makes products of layers and notes how each runs.
+    """Makes products of layers and notes how each runs; and the normalizations before them.
 
     Attributes:
         device: Of the products.
@@ -67,6 +68,10 @@ class Lowering:
             product = self._float(layer)
         product.label = name
         return product
+
+    def norm(self, norm: nn.Module, consumers: list[Product], silu: bool) -> NormStage:
+        """A normalization that hands over what `consumers` take; see `NormStage`."""
+        return NormStage(norm, consumers, silu, self.dtype, self.device)
 
     def can_pack(self, layer: QuantizedLayer) -> bool:
         """Whether a layer's weights stay packed."""

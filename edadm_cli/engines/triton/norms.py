@@ -25,15 +25,18 @@ class NormStage(nn.Module):
         consumers: The layers behind it.
         silu: SiLU in between.
         dtype: Of floating-point inputs.
+        device: Where it runs.
     """
 
-    def __init__(self, norm: nn.Module, consumers: list[Product], silu: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, norm: nn.Module, consumers: list[Product], silu: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         assert isinstance(norm, nn.GroupNorm | nn.LayerNorm)
         self.num_groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else None
         self.eps, self.silu, self.dtype = norm.eps, silu, dtype
         channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[-1]
-        self.weight, self.bias = affine(norm, channels)
+        self.weight, self.bias = affine(norm, channels, device)
         self.consumers = tuple(consumers)
         quantizers = {c.quantizer.key: c.quantizer for c in consumers if c.quantizer is not None}
         self.is_fused = bool(quantizers) and len(quantizers) <= MAX_QUANTIZERS and _one_width(quantizers.values())
@@ -69,12 +72,12 @@ class NormStage(nn.Module):
         return kernels.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu).to(self.dtype)
 
 
-def affine(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a normalization in float32; ones and zeros where it has none."""
+def affine(norm: nn.Module, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a normalization in float32 on a device; ones and zeros where it has none."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    device = next((t.device for t in (weight, bias) if t is not None), torch.device("cpu"))
-    ones = torch.ones(channels, device=device) if weight is None else weight.detach().float()
-    return ones, torch.zeros(channels, device=device) if bias is None else bias.detach().float()
+    ones, zeros = torch.ones(channels), torch.zeros(channels)
+    kept = (ones if weight is None else weight.detach(), zeros if bias is None else bias.detach())
+    return kept[0].to(device, torch.float32), kept[1].to(device, torch.float32)
 
 
 def _one_width(quantizers: object) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edadm_cli.engines.triton.layout import channels_last
-from edadm_cli.engines.triton.norms import NormStage
+from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.products import IntegerConv2d, Product
 
 TimeBias = Callable[[Tensor], Tensor]
@@ -24,7 +23,7 @@ class FusedResidualBlock(nn.Module):
         convolutions: `conv1` and `conv2`.
         shortcut: Or `None`.
         time_bias: From the time embedding to what is added per sample and channel, `[N, C]`; `None` without one.
-        dtype: Of the hidden state.
+        lowering: Makes the normalizations.
     """
 
     def __init__(
@@ -33,13 +32,13 @@ class FusedResidualBlock(nn.Module):
         convolutions: tuple[Product, Product],
         shortcut: Product | None,
         time_bias: TimeBias | None,
-        dtype: torch.dtype,
+        lowering: Lowering,
     ) -> None:
         super().__init__()
         self.conv1, self.conv2 = convolutions
         self.shortcut, self.time_bias = shortcut, time_bias
-        self.norm1 = NormStage(block.norm1, [self.conv1], silu=True, dtype=dtype)
-        self.norm2 = NormStage(block.norm2, [self.conv2], silu=True, dtype=dtype)
+        self.norm1 = lowering.norm(block.norm1, [self.conv1], silu=True)
+        self.norm2 = lowering.norm(block.norm2, [self.conv2], silu=True)
         self.output_scale = float(block.output_scale_factor)
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *unused: Any, **ignored: Any) -> Tensor:
@@ -88,10 +87,10 @@ class FusedUpsample(nn.Module):
 class FusedOutput(nn.Module):
     """The end of a UNet: normalization, SiLU and the last convolution."""
 
-    def __init__(self, norm: nn.Module, convolution: Product, dtype: torch.dtype) -> None:
+    def __init__(self, norm: nn.Module, convolution: Product, lowering: Lowering) -> None:
         super().__init__()
         self.convolution = convolution
-        self.norm = NormStage(norm, [convolution], silu=True, dtype=dtype)
+        self.norm = lowering.norm(norm, [convolution], silu=True)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[N, C, H, W]` to `[N, C_out, H, W]`."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import edadm_kernels as kernels
 from edadm_cli.engines.triton.attention import FusedAttention
 from edadm_cli.engines.triton.layout import channels_last, image_of, rows_of
-from edadm_cli.engines.triton.norms import NormStage
+from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.products import IntegerLinear, Product, packed
 from edadm_kernels import pack
 
@@ -92,21 +92,21 @@ class FusedTransformerBlock(nn.Module):
         block: The original, for its norms.
         attentions: Self-attention, and cross-attention where the block has one.
         feed_forward: The rest.
-        dtype: Of the hidden state.
+        lowering: Makes the normalizations.
     """
 
     def __init__(
-        self, block: Any, attentions: list[FusedAttention], feed_forward: FusedFeedForward, dtype: torch.dtype
+        self, block: Any, attentions: list[FusedAttention], feed_forward: FusedFeedForward, lowering: Lowering
     ) -> None:
         super().__init__()
         self.attentions = nn.ModuleList(attentions)
         norms = (block.norm1, block.norm2)
         self.norms = [
-            NormStage(norm, attention.inputs.consumers, silu=False, dtype=dtype)
+            lowering.norm(norm, attention.inputs.consumers, silu=False)
             for norm, attention in zip(norms, attentions, strict=False)
         ]
         self.feed_forward = feed_forward
-        self.last_norm = NormStage(block.norm3, [feed_forward.project], silu=False, dtype=dtype)
+        self.last_norm = lowering.norm(block.norm3, [feed_forward.project], silu=False)
 
     def forward(
         self,
@@ -136,13 +136,13 @@ class FusedTransformer2D(nn.Module):
     Args:
         model: The original, for its norm and its blocks, which are already replaced.
         layers: `proj_in` and `proj_out`.
-        dtype: Of the hidden state.
+        lowering: Makes the normalization.
     """
 
-    def __init__(self, model: Any, layers: tuple[Product, Product], dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, layers: tuple[Product, Product], lowering: Lowering) -> None:
         super().__init__()
         self.proj_in, self.proj_out = layers
-        self.norm = NormStage(model.norm, [self.proj_in], silu=False, dtype=dtype)
+        self.norm = lowering.norm(model.norm, [self.proj_in], silu=False)
         self.transformer_blocks = model.transformer_blocks
         self.has_convolutions = not model.use_linear_projection
 

@@ -17,7 +17,10 @@ from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.parity import compare_layers, relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.engines.triton import TritonEngine
+from edadm_cli.engines.triton.assembly import Assembly
 from edadm_cli.engines.triton.attention import FusedAttention
+from edadm_cli.engines.triton.denoiser import TritonDenoiser
+from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.products import IntegerConv2d, IntegerLinear, Product
 from edadm_cli.engines.triton.residual import FusedResidualBlock
 from edadm_cli.engines.triton.transformer import FusedTransformer2D, FusedTransformerBlock
@@ -64,6 +67,17 @@ def network(request: pytest.FixtureRequest) -> tuple[nn.Module, Call]:
 def exact(denoiser: nn.Module, call: Call) -> Tensor:
     result: Tensor = ReferenceEngine().compile(denoiser, *call, CPU)(*call[0], **call[1])[0]
     return result
+
+
+def test_all_of_a_denoiser_moves_to_the_device_of_the_kernels(network: tuple[nn.Module, Call]) -> None:
+    """Operations refuse tensors of two devices; a kernel would read an address of the other one's memory."""
+    denoiser, (args, kwargs) = network
+    meta = torch.device("meta")
+    assembly = Assembly(Lowering(meta, torch.float16), prompt_cache=True)
+    model, layers = assembly.build(denoiser)
+    options = EngineOptions(device=meta, rest_dtype=torch.float16)
+    compiled = TritonDenoiser(model, layers, assembly.state, options, cuda_graphs=False)
+    assert compiled.call_eagerly(*args, **kwargs)[0].device == meta
 
 
 def test_a_float32_rest_gives_what_exact_integers_give(network: tuple[nn.Module, Call]) -> None:
