@@ -75,6 +75,12 @@ class KernelCall:
         return sum(a.num_bytes for a in self.arguments if isinstance(a, TensorLike))
 
     @property
+    def output_bytes(self) -> int:
+        """Bytes that a product writes: codes behind a gate, float16 else."""
+        m, n, _ = self.matrix()
+        return m * n // 2 if self.operation == "linear_geglu" else 2 * m * n
+
+    @property
     def is_product(self) -> bool:
         """Whether it multiplies."""
         return self.operation in PRODUCTS
