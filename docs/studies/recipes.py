@@ -6,7 +6,8 @@
 One line of JSON a finished job goes to `OUT/results.jsonl`; the same command skips finished jobs, so a killed study
 goes on. Beside the shipped recipes there are five that are `default` with something changed: `tdac-only` (no losses of
 the layers inside a block), `fbr-only` (equal counts over the steps), `neither` (both of these), `ranges-only` (nothing is
-learned), and `quantized-edges` (the inputs of the first and the last layer are quantized too).
+learned), and `quantized-edges` (the inputs of the first and the last layer are quantized too). `relative-G` and
+`absolute-G` are `default` with the losses of the layers inside a block weighted by G, scaled to the block's output or not.
 """
 
 from __future__ import annotations
@@ -58,8 +59,13 @@ class Settings:
 
 def study_recipe(name: str, iterations: int | None) -> Recipe:
     """A shipped recipe, or `default` with something changed; `iterations` replaces the recipe's own."""
-    recipe = load_recipe("default" if name in ABLATIONS else name)
+    scaling, _, weight = name.partition("-")
+    weighted = scaling in ("relative", "absolute")
+    recipe = load_recipe("default" if weighted or name in ABLATIONS else name)
     learn, select, edges = recipe.learn, recipe.select, {}
+    if weighted:
+        changes = {"layer_loss_weight": float(weight), "relative_layer_losses": scaling == "relative"}
+        learn = learn.model_copy(update=changes)
     if name in ("tdac-only", "neither"):
         learn = learn.model_copy(update={"layer_loss_weight": 0.0})
     if name in ("fbr-only", "neither"):
