@@ -41,7 +41,8 @@ class Lowering:
         device: Of the products.
         dtype: Of everything that is not integer.
         pack_weights: Multiply weights of at most four bits packed, instead of unpacking them once.
-        kept: Layers to keep in floating point although the kernels could run them: name to reason.
+        kept: Layers to keep in floating point although the kernels could run them: name to reason. They read their
+            input as it stands, as a layer does that the recipe keeps.
         decisions: How each planned layer runs: name to precision, and to the reason where it is no integer one.
     """
 
@@ -78,7 +79,9 @@ class Lowering:
         return self.pack_weights and layer.plan.weight_bits <= 4
 
     def codes(self, layer: QuantizedLayer) -> Tensor:
-        """A layer's weight codes, int8, on the device."""
+        """A layer's weight codes, int8, on the device; on `meta`, where shapes are enough, nothing is unpacked."""
+        if self.device.type == "meta":
+            return torch.empty(layer.weight_shape, dtype=torch.int8, device=self.device)
         return layer.weight_int.detach().to(self.device)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import edadm_kernels as kernels
 from edadm_cli.engines.triton.layout import channels_last, image_of, quantizable, rows_of
 from edadm_cli.engines.triton.quantizer import Quantizer
-from edadm_cli.quant.grid import fake_quantize
+from edadm_cli.quant.grid import Grid, fake_quantize
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
 from edadm_kernels import pack
@@ -190,11 +190,16 @@ class FloatProduct(Product):
         self.operation, self.rounded_to = operation, None
         self.weight = channels_last(weight) if operation.kind == "conv2d" else weight.contiguous()
         self.bias = None if bias is None else bias.to(dtype)
-        self.grid = None
+        self.grid: Grid | None = None
         if rounded_to is not None and rounded_to.plan.input_grid is not None:
             self.grid = rounded_to.plan.input_grid
             self.input_scale = rounded_to.input_scale.detach().to(weight.device)
             self.input_zero_point = rounded_to.input_zero_point.detach().to(weight.device)
+
+    @property
+    def num_outputs(self) -> int:
+        """Output features."""
+        return self.weight.shape[0]
 
     def prepare(self, x: Tensor) -> Tensor:
         """`x`, rounded to its codes where the layer has any."""
@@ -250,7 +255,21 @@ def merge(layers: list[IntegerLinear]) -> IntegerLinear:
     merged.weight = torch.cat([layer.weight for layer in layers])
     merged.scale = torch.cat([layer.scale for layer in layers])
     merged.correction = torch.cat([layer.correction for layer in layers])
-    merged.bias = None
-    if any(layer.bias is not None for layer in layers):
-        merged.bias = torch.cat([torch.zeros_like(x.scale) if x.bias is None else x.bias for x in layers])
+    merged.bias = _joined([layer.bias for layer in layers], [layer.scale for layer in layers])
     return merged
+
+
+def merge_floats(layers: list[FloatProduct]) -> FloatProduct:
+    """One product of linear layers in floating point that share an input as it stands: outputs side by side."""
+    first = layers[0]
+    bias = _joined([layer.bias for layer in layers], [layer.weight[:, 0] for layer in layers])
+    merged = FloatProduct(first.operation, torch.cat([layer.weight for layer in layers]), bias, first.weight.dtype)
+    merged.label = AND.join(layer.label for layer in layers)
+    return merged
+
+
+def _joined(biases: list[Tensor | None], like: list[Tensor]) -> Tensor | None:
+    """Biases side by side, zeros shaped as `like` where there is none; `None` where there is no bias at all."""
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat([torch.zeros_like(x) if bias is None else bias for bias, x in zip(biases, like, strict=True)])

@@ -1,0 +1,97 @@
+"""From a session on a GPU to the table of times that the CUDA engine decides by.
+
+    python docs/studies/gpu_session.py --rows 2 16 --sections environment,norms,sweep --out session.jsonl
+    python docs/studies/product_times.py session.jsonl
+
+Replaces what `edadm_cli/engines/triton/times.json` says of the session's GPU and leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from edadm_cli.engines.triton import times
+from edadm_cli.engines.triton.times import MeasuredTimes, ProductTime, QuantizeTime
+
+TARGET = Path(times.__file__).with_name(times.FILE)
+
+
+def read(lines: Iterable[str]) -> tuple[str, MeasuredTimes]:
+    """Name of the GPU, and what a session's lines of JSON say of it."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        row = json.loads(line)
+        rows[row["section"]].append(row)
+    facts = {key: value for row in rows["environment"] for key, value in row.items()}
+    if "gpu" not in facts:
+        raise SystemExit("The session does not say which GPU it ran on; run it with the section 'environment'.")
+    software = {name: facts[name] for name in ("torch", "triton")}
+    products, quantize = _products(rows["sweep"]), _quantize(rows["norms"])
+    return facts["gpu"], MeasuredTimes(software=software, products=products, quantize=quantize)
+
+
+def _products(rows: list[dict[str, Any]]) -> tuple[ProductTime, ...]:
+    """Means over the calls of a step that differ only in their epilogue, weighted by how often they occur."""
+    sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for row in rows:
+        if "chosen_us" not in row:
+            continue
+        _, *matrix, packed = row["key"]
+        if not packed:
+            values = (1.0, row["chosen_us"], row["float16_us"])
+            sums[tuple(matrix)] = [a + row["count"] * b for a, b in zip(sums[tuple(matrix)], values, strict=True)]
+    return tuple(
+        ProductTime(kind=kind, m=m, n=n, k=k, int8_us=round(own / count, 2), float16_us=round(half / count, 2))
+        for (kind, m, n, k), (count, own, half) in sorted(sums.items())
+    )
+
+
+def _quantize(rows: list[dict[str, Any]]) -> tuple[QuantizeTime, ...]:
+    """Of images `[N, C, H, W]` and of rows `[..., C]`; where several have a size, the fastest."""
+    found: dict[tuple[int, int], float] = {}
+    for row in rows:
+        operation, _, sizes = str(row.get("call", "")).partition(" ")
+        if operation == "quantize":
+            shape = [int(size) for size in sizes.split("x")]
+            channels = shape[1] if len(shape) == 4 else shape[-1]
+            key = (prod(shape) // channels, channels)
+            found[key] = min(row["us"], found.get(key, row["us"]))
+    return tuple(QuantizeTime(m=m, k=k, us=round(us, 2)) for (m, k), us in sorted(found.items()))
+
+
+def write(source: Path, target: Path = TARGET) -> None:
+    """Put a session's times into a table, one product a line."""
+    with source.open() as lines:
+        gpu, measured = read(lines)
+    table = json.loads(target.read_text()) if target.is_file() else {}
+    table[gpu] = measured.model_dump()
+    target.write_text(_text(table))
+
+
+def _text(table: Mapping[str, Mapping[str, Any]]) -> str:
+    entries = []
+    for gpu, measured in sorted(table.items()):
+        parts = [f'    "software": {json.dumps(measured["software"])}']
+        for key in ("products", "quantize"):
+            rows = ",\n".join(f"      {json.dumps(row)}" for row in measured[key])
+            parts.append(f'    "{key}": [\n{rows}\n    ]' if rows else f'    "{key}": []')
+        entries.append(f"  {json.dumps(gpu)}: {{\n" + ",\n".join(parts) + "\n  }")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def main() -> None:
+    """Read the session that is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("session", type=Path, help="lines of JSON that gpu_session.py wrote")
+    write(parser.parse_args().session)
+    print(TARGET)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Times of products in INT8 and in float16 as measured, by GPU; `docs/studies/product_times.py` fills them in.
+
+    {"NVIDIA H200": {
+        "software": {"torch": "2.11.0", "triton": "3.6.0"},
+        "products": [{"kind": "linear", "m": 512, "n": 1280, "k": 1280, "int8_us": 5.1, "float16_us": 6.0}],
+        "quantize": [{"m": 8192, "k": 320, "us": 3.1}]
+    }}
+
+What is not in the table is not known, and nothing is decided by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+from importlib.resources import files
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter
+
+from edadm_kernels.tiles import Kind
+
+Matrix = tuple[Kind, int, int, int]
+"""Which kernel, and M, N, K of what it multiplies: rows or output pixels, output channels, terms of a sum."""
+FILE = "times.json"
+
+
+class ProductTime(BaseModel):
+    """One product, its epilogue included, with inputs that do not lie in the cache."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    m: PositiveInt
+    n: PositiveInt
+    k: PositiveInt
+    int8_us: PositiveFloat = Field(description="microseconds from codes to the output, by the kernel that would run")
+    float16_us: PositiveFloat = Field(description="microseconds of torch's float16 in its place")
+
+
+class QuantizeTime(BaseModel):
+    """One quantization by itself, where no kernel before hands over codes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    m: PositiveInt
+    k: PositiveInt
+    us: PositiveFloat
+
+
+class MeasuredTimes(BaseModel):
+    """What was measured on one kind of GPU."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    software: dict[str, str] = Field(description="versions that it was measured with")
+    products: tuple[ProductTime, ...]
+    quantize: tuple[QuantizeTime, ...] = ()
+
+    @cached_property
+    def by_matrix(self) -> Mapping[Matrix, ProductTime]:
+        """The products by what they multiply."""
+        return {(time.kind, time.m, time.n, time.k): time for time in self.products}
+
+    @cached_property
+    def quantize_us(self) -> Mapping[tuple[int, int], float]:
+        """Microseconds of a quantization of `[m, k]`."""
+        return {(time.m, time.k): time.us for time in self.quantize}
+
+
+_TABLE = TypeAdapter(dict[str, MeasuredTimes])
+
+
+@lru_cache(maxsize=1)
+def table() -> Mapping[str, MeasuredTimes]:
+    """All that was measured, by the GPU's name as torch gives it."""
+    return _TABLE.validate_json(files(__package__).joinpath(FILE).read_bytes())
+
+
+def measured_times(device: torch.device, dtype: torch.dtype) -> tuple[str, MeasuredTimes] | None:
+    """The name of a GPU and its times; `None` where nothing was measured: another GPU, another type than float16."""
+    if device.type != "cuda" or dtype != torch.float16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = table().get(name)
+    return None if found is None else (name, found)
