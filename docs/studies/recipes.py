@@ -5,9 +5,10 @@
 
 One line of JSON a finished job goes to `OUT/results.jsonl`; the same command skips finished jobs, so a killed study
 goes on. Beside the shipped recipes there are five that are `default` with something changed: `tdac-only` (no losses of
-the layers inside a block), `fbr-only` (equal counts over the steps), `neither` (both of these), `ranges-only` (nothing is
-learned), and `quantized-edges` (the inputs of the first and the last layer are quantized too). `relative-G` and
-`absolute-G` are `default` with the losses of the layers inside a block weighted by G, scaled to the block's output or not.
+the layers inside a block), `fbr-only` (equal counts over the steps), `neither` (both of these), `ranges-only` (nothing
+is learned), and `quantized-edges` (the inputs of the first and the last layer are quantized too). `relative-G` and
+`absolute-G` are `default` with the losses of the layers inside a block weighted by G, scaled to the block's output or
+not.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ r"""Fine-grained block reconstruction of one unit.
     L_block = |out_q - out_fp|^2
     L       = L_block + gamma * sum over layers but the last of c_layer |layer_q - layer_fp|^2
 
-with |.|^2 the squared error summed over channels and averaged over the rest, and c_layer = 1, or |out_fp|^2 / |layer_fp|^2
-where losses are relative: layers of one block differ in the size of their outputs by orders of magnitude, and the largest
-would else be all that the sum sees. One quantized forward an iteration gives every term; the full-precision targets are
-computed once.
+with |.|^2 the squared error summed over channels and averaged over the rest, and c_layer = 1, or
+|out_fp|^2 / |layer_fp|^2 where losses are relative: layers of one block differ in the size of their outputs, and the
+largest would else be most of what the sum sees. One quantized forward an iteration gives every term; the full-precision
+targets are computed once.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.2; AdaRound, arXiv 2004.10568; QDrop, arXiv 2203.05740; LSQ, arXiv 1902.08153.

@@ -229,6 +229,7 @@ def sweep(
             "call": call.label(),
             "count": calls[call],
             "key": tile_key(call, device),
+            "adds": call.adds,
             "chosen_us": chosen_us,
             "best_us": best_us,
             "tops": 2 * m * n * k / best_us / 1e6,
