@@ -70,6 +70,9 @@ class LearnRecipe(_Frozen):
     layer_loss_weight: float | None = Field(
         0.8, ge=0, description="gamma: weight of the losses of the layers inside a block"
     )
+    relative_layer_losses: bool = Field(
+        True, description="whether each layer's loss is scaled to the size of the block's output, or taken as it is"
+    )
     weight_learning_rate: float | None = Field(1e-1, gt=0, description="Adam's step for the rounding variables alpha")
     activation_learning_rate: float | None = Field(1e-3, gt=0, description="Adam's step for activation scales")
     relative_scale_steps: bool = Field(

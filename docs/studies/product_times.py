@@ -1,6 +1,6 @@
 """From a session on a GPU to the table of times that the CUDA engine decides by.
 
-    python docs/studies/gpu_session.py --rows 2 16 --sections environment,norms,sweep --out session.jsonl
+    python docs/studies/gpu_session.py --rows 2 16 --sections environment,norms,layers --out session.jsonl
     python docs/studies/product_times.py session.jsonl
 
 Replaces what `edadm_cli/engines/triton/times.json` says of the session's GPU and leaves the others as they are.
@@ -32,12 +32,12 @@ def read(lines: Iterable[str]) -> tuple[str, MeasuredTimes]:
     if "gpu" not in facts:
         raise SystemExit("The session does not say which GPU it ran on; run it with the section 'environment'.")
     software = {name: facts[name] for name in ("torch", "triton")}
-    products, quantize = _products(rows["sweep"]), _quantize(rows["norms"])
+    products, quantize = _products(rows["layers"]), _quantize(rows["norms"])
     return facts["gpu"], MeasuredTimes(software=software, products=products, quantize=quantize)
 
 
 def _products(rows: list[dict[str, Any]]) -> tuple[ProductTime, ...]:
-    """Means over the calls of a step that differ only in their epilogue, weighted by how often they occur."""
+    """Means over the calls of a step that differ in nothing that is told here, weighted by how often they occur."""
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for row in rows:
         if "chosen_us" not in row:
@@ -45,10 +45,13 @@ def _products(rows: list[dict[str, Any]]) -> tuple[ProductTime, ...]:
         _, *matrix, packed = row["key"]
         if not packed:
             values = (1.0, row["chosen_us"], row["float16_us"])
-            sums[tuple(matrix)] = [a + row["count"] * b for a, b in zip(sums[tuple(matrix)], values, strict=True)]
+            key = (*matrix, row["adds"])
+            sums[key] = [a + row["count"] * b for a, b in zip(sums[key], values, strict=True)]
     return tuple(
-        ProductTime(kind=kind, m=m, n=n, k=k, int8_us=round(own / count, 2), float16_us=round(half / count, 2))
-        for (kind, m, n, k), (count, own, half) in sorted(sums.items())
+        ProductTime(
+            kind=kind, m=m, n=n, k=k, adds=adds, int8_us=round(own / count, 2), float16_us=round(half / count, 2)
+        )
+        for (kind, m, n, k, adds), (count, own, half) in sorted(sums.items())
     )
 
 

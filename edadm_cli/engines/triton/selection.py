@@ -22,6 +22,7 @@ from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.products import AND, IntegerConv2d, IntegerLinear, Product
 from edadm_cli.engines.triton.times import Matrix, MeasuredTimes
 from edadm_cli.engines.triton.transformer import FusedFeedForward, GatedProduct
+from edadm_kernels.tiles import Kind
 
 GAIN = 0.03
 """Times closer than that share are level: they differ by as much from one measurement to the next."""
@@ -140,16 +141,16 @@ def _noting_use(
 ) -> Callable[..., Tensor]:
     product = module.product
 
-    def run(prepared: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = product(prepared, *args, **kwargs)
-        use = Use(_matrix(module, prepared, result), pending.pop(module.label, None))
+    def run(prepared: Tensor, residual: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        result = product(prepared, residual, *args, **kwargs)
+        use = Use((*_matrix(module, prepared, result), residual is not None), pending.pop(module.label, None))
         uses.setdefault(module.label, []).append(use)
         return result
 
     return run
 
 
-def _matrix(module: Product, prepared: Tensor, result: Tensor) -> Matrix:
+def _matrix(module: Product, prepared: Tensor, result: Tensor) -> tuple[Kind, int, int, int]:
     channels = prepared.shape[1 if prepared.ndim == 4 else -1]
     if isinstance(module, IntegerConv2d):
         outputs, height, width = module.weight.shape[:3]

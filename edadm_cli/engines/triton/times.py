@@ -2,7 +2,9 @@
 
     {"NVIDIA H200": {
         "software": {"torch": "2.11.0", "triton": "3.6.0"},
-        "products": [{"kind": "linear", "m": 512, "n": 1280, "k": 1280, "int8_us": 5.1, "float16_us": 6.0}],
+        "products": [
+            {"kind": "linear", "m": 512, "n": 1280, "k": 1280, "adds": false, "int8_us": 5.1, "float16_us": 6.0}
+        ],
         "quantize": [{"m": 8192, "k": 320, "us": 3.1}]
     }}
 
@@ -20,8 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, T
 
 from edadm_kernels.tiles import Kind
 
-Matrix = tuple[Kind, int, int, int]
-"""Which kernel, and M, N, K of what it multiplies: rows or output pixels, output channels, terms of a sum."""
+Matrix = tuple[Kind, int, int, int, bool]
+"""Which kernel; M, N, K of what it multiplies: rows or output pixels, output channels, terms of a sum; and whether it
+adds a residual, which in floating point is a kernel of its own.
+"""
 FILE = "times.json"
 
 
@@ -34,6 +38,7 @@ class ProductTime(BaseModel):
     m: PositiveInt
     n: PositiveInt
     k: PositiveInt
+    adds: bool = Field(description="whether a residual is added")
     int8_us: PositiveFloat = Field(description="microseconds from codes to the output, by the kernel that would run")
     float16_us: PositiveFloat = Field(description="microseconds of torch's float16 in its place")
 
@@ -60,7 +65,7 @@ class MeasuredTimes(BaseModel):
     @cached_property
     def by_matrix(self) -> Mapping[Matrix, ProductTime]:
         """The products by what they multiply."""
-        return {(time.kind, time.m, time.n, time.k): time for time in self.products}
+        return {(time.kind, time.m, time.n, time.k, time.adds): time for time in self.products}
 
     @cached_property
     def quantize_us(self) -> Mapping[tuple[int, int], float]:

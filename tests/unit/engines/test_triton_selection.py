@@ -46,7 +46,10 @@ def times_of(uses: dict[str, list[Use]], slow: tuple[str, ...], quantize_us: flo
     """Times by which float16 is faster for the products of the labels `slow`, and twice as slow for all others."""
     found = {use.matrix: 10.0 for used in uses.values() for use in used}
     found |= {use.matrix: 4.0 for label in slow for use in uses[label]}
-    products = [ProductTime(kind=k[0], m=k[1], n=k[2], k=k[3], int8_us=5, float16_us=us) for k, us in found.items()]
+    products = [
+        ProductTime(kind=kind, m=m, n=n, k=k, adds=adds, int8_us=5, float16_us=us)
+        for (kind, m, n, k, adds), us in found.items()
+    ]
     quantize = {use.quantizes for used in uses.values() for use in used if use.quantizes is not None}
     before = [QuantizeTime(m=m, k=k, us=quantize_us) for m, k in quantize] if quantize_us else []
     return MeasuredTimes(software={}, products=tuple(products), quantize=tuple(before))
@@ -68,7 +71,8 @@ def test_the_products_of_a_step_are_those_of_its_layers(quantized: nn.Module, ca
     uses = uses_of(quantized, call)
     conv = quantized.get_submodule("mid_block.resnets.0.conv1")
     (use,) = uses["mid_block.resnets.0.conv1"]
-    kind, m, n, k = use.matrix
+    kind, m, n, k, adds = use.matrix
+    assert not adds
     assert (kind, n, k) == ("conv", conv.weight_shape[0], torch.Size(conv.weight_shape[1:]).numel())  # type: ignore[arg-type,index]
     assert call[0][0].shape[0] * call[0][0].shape[2] * call[0][0].shape[3] % m == 0
     assert use.quantizes is None, "the normalization before hands over codes"
@@ -203,10 +207,11 @@ def test_a_session_on_a_gpu_becomes_a_table(tmp_path: Path) -> None:
         {"section": "environment", "gpu": GPU},
         {"section": "norms", "call": "quantize 2x320x64x64", "count": 3, "us": 3.0, "float16_us": 1.0},
         {"section": "norms", "call": "layer_norm_quantize 2x8x4", "count": 3, "us": 3.0, "float16_us": 1.0},
-        sweep("linear", 512, 320, 640, count=1, chosen_us=6.0, float16_us=4.0),
-        sweep("linear", 512, 320, 640, count=3, chosen_us=4.0, float16_us=5.0),
-        {**sweep("conv", 8, 8, 8, count=1, chosen_us=1.0, float16_us=1.0), "key": [90, "conv", 8, 8, 8, True]},
-        {"section": "sweep", "seconds": 3.0},
+        layer("linear", 512, 320, 640, count=1, chosen_us=6.0, float16_us=4.0),
+        layer("linear", 512, 320, 640, count=3, chosen_us=4.0, float16_us=5.0),
+        {**layer("linear", 512, 320, 640, count=2, chosen_us=7.0, float16_us=9.0), "adds": True},
+        {**layer("conv", 8, 8, 8, count=1, chosen_us=1.0, float16_us=1.0), "key": [90, "conv", 8, 8, 8, True]},
+        {"section": "layers", "seconds": 3.0},
     ]
     source, target = tmp_path / "session.jsonl", tmp_path / "times.json"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -216,9 +221,11 @@ def test_a_session_on_a_gpu_becomes_a_table(tmp_path: Path) -> None:
     assert list(found) == [GPU, "other"]
     times = MeasuredTimes.model_validate(found[GPU])
     assert times.software == {"torch": "2.11.0", "triton": "3.6.0"}
-    assert times.products == (ProductTime(kind="linear", m=512, n=320, k=640, int8_us=4.5, float16_us=4.75),)
+    alone, added = times.products
+    assert alone == ProductTime(kind="linear", m=512, n=320, k=640, adds=False, int8_us=4.5, float16_us=4.75)
+    assert added == ProductTime(kind="linear", m=512, n=320, k=640, adds=True, int8_us=7.0, float16_us=9.0)
     assert times.quantize == (QuantizeTime(m=8192, k=320, us=3.0),)
 
 
-def sweep(kind: str, m: int, n: int, k: int, **values: float) -> dict[str, Any]:
-    return {"section": "sweep", "call": "a product", "key": [90, kind, m, n, k, False], **values}
+def layer(kind: str, m: int, n: int, k: int, **values: float) -> dict[str, Any]:
+    return {"section": "layers", "call": "a product", "key": [90, kind, m, n, k, False], "adds": False, **values}
