@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import edadm_kernels as kernels
 from edadm_cli.engines.triton.norms import NormStage
 from edadm_cli.engines.triton.products import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
 from edadm_cli.engines.triton.quantizer import Quantizer
@@ -22,8 +23,13 @@ def refusal(layer: QuantizedLayer) -> str | None:
     operation = layer.operation
     if layer.plan.input_grid is None:
         return "its input stays in floating point"
+    terms = torch.Size(layer.weight_shape[1:]).numel()
+    if terms > kernels.MAX_TERMS:
+        return f"a sum of {terms} products may not fit an int32"
     if operation.kind == "linear":
         return None
+    if max(layer.weight_shape[2:]) > kernels.MAX_KERNEL:
+        return f"the kernels have no convolution of {layer.weight_shape[2]}x{layer.weight_shape[3]} taps"
     if operation.groups != 1:
         return f"the kernels have no convolution in {operation.groups} groups"
     if operation.dilation != (1, 1):

@@ -205,6 +205,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "patches": (lambda: nn.Conv2d(4, 16, 2, stride=2), (2, 4, 6, 6), True),
     "groups": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4), (1, 8, 5, 5), False),
     "dilation": (lambda: nn.Conv2d(4, 8, 3, padding=2, dilation=2), (1, 4, 7, 7), False),
+    "taps": (lambda: nn.Conv2d(4, 8, 7, padding=3), (1, 4, 7, 7), False),
     "strides": (lambda: nn.Conv2d(4, 8, 3, stride=(1, 2)), (1, 4, 7, 7), False),
 }
 
