@@ -83,12 +83,16 @@ def faster_in_float(
 
 
 def _costs(uses: list[Use], times: MeasuredTimes) -> tuple[float, float] | None:
-    """Microseconds of some products and of what makes their inputs, in INT8 and in float16; `None`: not all known."""
+    """Microseconds of some products and of what makes their inputs, in INT8 and in float16; `None`: not all known.
+
+    A quantization by itself costs integers alone, so one that was not measured counts as nothing.
+    """
     products = [times.by_matrix.get(use.matrix) for use in uses]
     # each quantizes for itself, and a normalization serves all of them
     alone = [use.source for use in uses if use.source is not None and use.source[0] == "quantize"]
     shared = {use.source for use in uses if use.source is not None} - set(alone)
-    found = [*products, *(times.by_source.get(source) for source in (*alone, *shared))]
+    found = [*products, *(times.by_source.get(source) for source in shared)]
+    found += [times.by_source[source] for source in alone if source in times.by_source]
     known = [time for time in found if time is not None]
     if len(known) < len(found):
         return None
