@@ -49,5 +49,6 @@ def open_dataset(name: str) -> Any:
         return create(str(folder), True)
     except (RuntimeError, OSError, EOFError) as error:
         raise InputError(
-            f"The dataset {name} is not in {folder} and cannot be downloaded: {' '.join(str(error).split())}.", hint=hint
+            f"The dataset {name} is not in {folder} and cannot be downloaded: {' '.join(str(error).split())}.",
+            hint=hint,
         ) from error
