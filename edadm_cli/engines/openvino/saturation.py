@@ -26,7 +26,17 @@ REASON = "this processor adds products of bytes in 16 bits, which overflow"
 """Why a product does not run in integers, as half a sentence."""
 
 _KINDS: dict[str, LayerKind] = {"Convolution": "conv2d", "GroupConvolution": "conv2d", "MatMul": "linear"}
-_MOVES = ("Reshape", "Transpose")
+_MOVES = (
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Split",
+    "VariadicSplit",
+    "Slice",
+    "StridedSlice",
+    "Broadcast",
+)
 _UNSIGNED_MAX, _SIGNED_MAX, _DEPTH = 255, 127, 64
 
 
