@@ -164,7 +164,9 @@ class EvaluateConfig(EngineStageConfig):
     num_steps: int | None = Field(None, ge=1, description="sampler steps; null: as collected")
     guidance_scale: float | None = Field(None, ge=0, description="guidance; null: as collected")
     prompts: Path | None = local(None, description="text file, one prompt a line; null: the model's own prompts")
-    real: str | None = local(None, description="folder of real images or npz of statistics; null: the model's own")
+    real: str | None = local(
+        None, description="folder of real images, npz of statistics or named dataset; null: the model's own"
+    )
     metrics: tuple[str, ...] = Field((), description="figures to compute; none named: all that can be had here")
     clip_model: str = Field("ViT-L-14", description="open_clip model of the CLIP score")
     clip_pretrained: str = Field("openai", description="open_clip tag, or a file of weights")

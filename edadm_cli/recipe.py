@@ -68,7 +68,7 @@ class LearnRecipe(_Frozen):
     iterations: int | None = Field(300, ge=0, description="optimizer steps a unit")
     batch_size: int | None = Field(32, ge=1, description="rows an optimizer step")
     layer_loss_weight: float | None = Field(
-        0.8, ge=0, description="gamma: weight of the losses of the layers inside a block"
+        0.2, ge=0, description="gamma: weight of the losses of the layers inside a block"
     )
     relative_layer_losses: bool = Field(
         True, description="whether each layer's loss is scaled to the size of the block's output, or taken as it is"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edadm_cli.engines.triton import times
-from edadm_cli.engines.triton.times import MeasuredTimes, ProductTime, QuantizeTime
+from edadm_cli.engines.triton.times import MeasuredTimes, ProductTime, SourceTime
 
 TARGET = Path(times.__file__).with_name(times.FILE)
 
@@ -32,8 +32,8 @@ def read(lines: Iterable[str]) -> tuple[str, MeasuredTimes]:
     if "gpu" not in facts:
         raise SystemExit("The session does not say which GPU it ran on; run it with the section 'environment'.")
     software = {name: facts[name] for name in ("torch", "triton")}
-    products, quantize = _products(rows["layers"]), _quantize(rows["norms"])
-    return facts["gpu"], MeasuredTimes(software=software, products=products, quantize=quantize)
+    products, before = _products(rows["layers"]), _before(rows["norms"])
+    return facts["gpu"], MeasuredTimes(software=software, products=products, before=before)
 
 
 def _products(rows: list[dict[str, Any]]) -> tuple[ProductTime, ...]:
@@ -55,17 +55,26 @@ def _products(rows: list[dict[str, Any]]) -> tuple[ProductTime, ...]:
     )
 
 
-def _quantize(rows: list[dict[str, Any]]) -> tuple[QuantizeTime, ...]:
-    """Of images `[N, C, H, W]` and of rows `[..., C]`; where several have a size, the fastest."""
-    found: dict[tuple[int, int], float] = {}
+def _before(rows: list[dict[str, Any]]) -> tuple[SourceTime, ...]:
+    """Quantizations, which float16 does without, and layer norms beside torch's own, which float16 runs.
+
+    GroupNorm is left out: in float16 the engine runs a kernel of its own, which a session times at few sizes.
+    """
+    found: dict[tuple[str, int, int], tuple[float, float]] = {}
     for row in rows:
         operation, _, sizes = str(row.get("call", "")).partition(" ")
-        if operation == "quantize":
-            shape = [int(size) for size in sizes.split("x")]
-            channels = shape[1] if len(shape) == 4 else shape[-1]
-            key = (prod(shape) // channels, channels)
-            found[key] = min(row["us"], found.get(key, row["us"]))
-    return tuple(QuantizeTime(m=m, k=k, us=round(us, 2)) for (m, k), us in sorted(found.items()))
+        kind = {"quantize": "quantize", "layer_norm_quantize": "layer_norm"}.get(operation)
+        if kind is None:
+            continue
+        shape = [int(size) for size in sizes.split("x")]
+        channels = shape[1] if len(shape) == 4 else shape[-1]
+        key = (kind, prod(shape) // channels, channels)
+        times = (row["us"], row["float16_us"] if kind == "layer_norm" else 0.0)
+        found[key] = min(times, found.get(key, times))  # of several with a size, the fastest
+    return tuple(
+        SourceTime(kind=kind, m=m, k=k, int8_us=round(own, 2), float16_us=round(half, 2))
+        for (kind, m, k), (own, half) in sorted(found.items())
+    )
 
 
 def write(source: Path, target: Path = TARGET) -> None:
@@ -81,7 +90,7 @@ def _text(table: Mapping[str, Mapping[str, Any]]) -> str:
     entries = []
     for gpu, measured in sorted(table.items()):
         parts = [f'    "software": {json.dumps(measured["software"])}']
-        for key in ("products", "quantize"):
+        for key in ("products", "before"):
             rows = ",\n".join(f"      {json.dumps(row)}" for row in measured[key])
             parts.append(f'    "{key}": [\n{rows}\n    ]' if rows else f'    "{key}": []')
         entries.append(f"  {json.dumps(gpu)}: {{\n" + ",\n".join(parts) + "\n  }")

@@ -5,7 +5,10 @@
         "products": [
             {"kind": "linear", "m": 512, "n": 1280, "k": 1280, "adds": false, "int8_us": 5.1, "float16_us": 6.0}
         ],
-        "quantize": [{"m": 8192, "k": 320, "us": 3.1}]
+        "before": [
+            {"kind": "quantize", "m": 8192, "k": 320, "int8_us": 3.1, "float16_us": 0.0},
+            {"kind": "layer_norm", "m": 8192, "k": 320, "int8_us": 4.9, "float16_us": 6.2}
+        ]
     }}
 
 What is not in the table is not known, and nothing is decided by it.
@@ -16,9 +19,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from importlib.resources import files
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter
 
 from edadm_kernels.tiles import Kind
 
@@ -26,6 +30,9 @@ Matrix = tuple[Kind, int, int, int, bool]
 """Which kernel; M, N, K of what it multiplies: rows or output pixels, output channels, terms of a sum; and whether it
 adds a residual, which in floating point is a kernel of its own.
 """
+SourceKind = Literal["quantize", "layer_norm", "group_norm"]
+Source = tuple[SourceKind, int, int]
+"""What makes the input `[m, k]` of a product; of an image m counts its pixels."""
 FILE = "times.json"
 
 
@@ -43,14 +50,16 @@ class ProductTime(BaseModel):
     float16_us: PositiveFloat = Field(description="microseconds of torch's float16 in its place")
 
 
-class QuantizeTime(BaseModel):
-    """One quantization by itself, where no kernel before hands over codes."""
+class SourceTime(BaseModel):
+    """What makes the input of a product: a quantization by itself, or a normalization that hands over codes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: SourceKind
     m: PositiveInt
     k: PositiveInt
-    us: PositiveFloat
+    int8_us: PositiveFloat = Field(description="microseconds until the codes are there")
+    float16_us: NonNegativeFloat = Field(description="microseconds of the same in float16; 0: nothing is needed")
 
 
 class MeasuredTimes(BaseModel):
@@ -60,7 +69,7 @@ class MeasuredTimes(BaseModel):
 
     software: dict[str, str] = Field(description="versions that it was measured with")
     products: tuple[ProductTime, ...]
-    quantize: tuple[QuantizeTime, ...] = ()
+    before: tuple[SourceTime, ...] = ()
 
     @cached_property
     def by_matrix(self) -> Mapping[Matrix, ProductTime]:
@@ -68,9 +77,9 @@ class MeasuredTimes(BaseModel):
         return {(time.kind, time.m, time.n, time.k, time.adds): time for time in self.products}
 
     @cached_property
-    def quantize_us(self) -> Mapping[tuple[int, int], float]:
-        """Microseconds of a quantization of `[m, k]`."""
-        return {(time.m, time.k): time.us for time in self.quantize}
+    def by_source(self) -> Mapping[Source, SourceTime]:
+        """What stands before the products, by what it makes."""
+        return {(time.kind, time.m, time.k): time for time in self.before}
 
 
 _TABLE = TypeAdapter(dict[str, MeasuredTimes])
