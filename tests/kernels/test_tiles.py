@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from edadm_kernels.codegen.gate import PROGRAM_SHARED_BYTES
+from edadm_kernels.launching import PROGRAM_SHARED_BYTES
 from edadm_kernels.pack import w4_block
 from edadm_kernels.tiles import KINDS, MACHINES, SPLIT_ROWS, Kind, Tile, candidates, choose, known_arch, shipped
 
