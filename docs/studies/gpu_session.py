@@ -32,6 +32,7 @@ from gpu.kernels import Budget, OutOfTime
 from gpu.timing import Clock
 from torch import nn
 
+from edadm_cli.bench.roofline import DEVICES, DevicePeak
 from edadm_kernels.tiles import Tile
 
 SECONDS = {
@@ -72,7 +73,6 @@ class Session:
         self._recorded: dict[int, CallRecorder] = {}
         self._contenders: dict[int, dict[str, Callable[[], Any]]] = {}
         self.swept: list[dict[str, Any]] = []
-        self._peaks: dict[str, float] | None = None
 
     @property
     def networks(self) -> steps.Networks:
@@ -154,14 +154,17 @@ class Session:
             "cudnn": torch.backends.cudnn.version(),
             "nvidia_smi": seen.stdout.strip(),
         }
-        yield self.peaks
+        yield measured_peaks(self.device, self.clock)
 
     @property
-    def peaks(self) -> dict[str, float]:
-        """What this card reaches."""
-        if self._peaks is None:
-            self._peaks = measure_peaks(self.device, self.clock)
-        return self._peaks
+    def peak(self) -> DevicePeak:
+        """The card's data sheet, or what it is seen to reach where that is not known here."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        known = next((peak for peak in DEVICES if peak.name in name), None)
+        if known is None:
+            seen = measured_peaks(self.device, self.clock)
+            known = DevicePeak(name, seen["float16_tflops"], seen["int8_tops"], seen["copy_gb_s"])
+        return known
 
     def _tests(self, budget: Budget) -> Iterator[dict[str, Any]]:
         if self.device.type != "cuda":
@@ -234,9 +237,10 @@ class Session:
 
     def _layers(self, budget: Budget) -> Iterator[dict[str, Any]]:
         """Every product as it is, beside float16 and the roofline, the most work first."""
+        peak = self.peak
         for rows in self.options.rows:
             calls, names = self.calls(rows, True), self.recorded(rows).layers
-            for row in kernels.layer_times(calls, names, self.device, self.clock, self.peaks, budget):
+            for row in kernels.layer_times(calls, names, self.device, self.clock, peak, budget):
                 yield {"rows": rows, **row}
 
     def _sweep(self, budget: Budget) -> Iterator[dict[str, Any]]:
@@ -268,7 +272,7 @@ class Session:
             yield from kernels.memory_bound(self.calls(rows, False), self.device, self.clock, budget)
 
 
-def measure_peaks(device: torch.device, clock: Clock) -> dict[str, float]:
+def measured_peaks(device: torch.device, clock: Clock) -> dict[str, float]:
     """What a card reaches: a copy, a float16 and an int8 product, random data; smaller ones on a CPU."""
     on_cuda = device.type == "cuda"
     size = 8192 if on_cuda else 256

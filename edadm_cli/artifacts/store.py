@@ -25,6 +25,7 @@ from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, now, rea
 from edadm_cli.errors import InputError
 from edadm_cli.processes import ALONE, Processes
 
+_CHANGES_SHOWN = 5
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
 
 
@@ -203,9 +204,10 @@ class RunFolder:
         except InputError as error:
             raise InputError(error.message, hint=redo) from error
         if artifact.identity != plan.identity:
-            changes = "; ".join(_changes(artifact.manifest, plan))
+            changes = _changes(artifact.manifest, plan)
+            more = [f"and {len(changes) - _CHANGES_SHOWN} more"] if len(changes) > _CHANGES_SHOWN else []
             raise InputError(
-                f"{path} was made with other settings ({changes}).",
+                f"{path} was made with other settings ({'; '.join(changes[:_CHANGES_SHOWN] + more)}).",
                 hint="add --force to replace it, or use another --run",
             )
         return artifact

@@ -27,7 +27,11 @@ def evaluate(
     prompts: options.PromptsOption = None,
     real: Annotated[
         str | None,
-        typer.Option("--real", metavar="PATH", help="Folder of real images, or npz of their statistics."),
+        typer.Option(
+            "--real",
+            metavar="PATH|NAME",
+            help="Folder of real images, npz of their statistics, or a dataset of torch-fidelity, as cifar10-train.",
+        ),
     ] = None,
     metrics: Annotated[
         list[str] | None,

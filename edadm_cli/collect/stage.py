@@ -19,7 +19,7 @@ from edadm_cli.config import CollectConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.prompts import prompts_name, resolve_prompts
-from edadm_cli.models.sampling import image_seed, sample, takes_guidance
+from edadm_cli.models.sampling import image_seed, require_num_steps, sample, takes_guidance
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 
@@ -120,11 +120,13 @@ def _prepare(config: CollectConfig, processes: Processes) -> _Task:
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
         raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
     num_trajectories = config.num_trajectories or entry.num_trajectories
+    num_steps = config.num_steps or entry.num_steps
+    require_num_steps(model, num_steps)
     return _Task(
         config=config,
         model=model,
         num_trajectories=num_trajectories,
-        num_steps=config.num_steps or entry.num_steps,
+        num_steps=num_steps,
         guidance_scale=entry.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         batch_size=min(config.batch_size or entry.batch_size, num_trajectories),
         feature_batch=min(config.feature_batch or entry.feature_batch, num_trajectories),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edadm_cli.bench.roofline import DevicePeak
 from edadm_kernels import backend, tiles
 from edadm_kernels.backend import uses_hopper
 from edadm_kernels.conv import FEW_PIXELS
@@ -245,23 +246,23 @@ def layer_times(
     layers: dict[KernelCall, set[str]],
     device: torch.device,
     clock: Clock,
-    peaks: dict[str, float],
+    peak: DevicePeak,
     budget: Budget,
 ) -> Iterator[dict[str, Any]]:
-    """Every product as a step runs it, beside float16 and the least time that this card's own peaks allow.
+    """Every product as a step runs it, beside float16 and the least time that the card's peaks allow.
 
     Args:
         calls: The products of a step and how often each occurs.
         layers: Their names in the denoiser.
         device: Of the kernels.
         clock: Times them.
-        peaks: What the card reaches: `copy_gb_s`, `float16_tflops`, `int8_tops`.
+        peak: Of the card.
         budget: Of the section.
     """
     for row, call in _timed_as_chosen(calls, layers, device, clock, budget):
         m, n, k = call.matrix()
-        compute_us = 2 * m * n * k / peaks["int8_tops"] / 1e6
-        memory_us = (call.num_bytes + call.output_bytes) / peaks["copy_gb_s"] / 1e3
+        compute_us = 2 * m * n * k / peak.int8_tops / 1e6
+        memory_us = (call.num_bytes + call.output_bytes) / peak.bandwidth_gb_s / 1e3
         yield {
             **row,
             "macs": m * n * k,

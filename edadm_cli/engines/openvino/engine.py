@@ -12,7 +12,7 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, FileEngine
-from edadm_cli.engines.openvino import files, nodes
+from edadm_cli.engines.openvino import files, nodes, saturation
 from edadm_cli.engines.openvino.convert import convert
 from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser, plugin_properties, shapes_of
 from edadm_cli.engines.openvino.execution import planned_layers
@@ -42,8 +42,13 @@ class OpenVinoEngine(FileEngine):
         return None if device.type == "cpu" else f"The engine openvino runs on the cpu only, not on {device.type}."
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """A layer whose input is not quantized has nothing to multiply in integers."""
-        return "its input stays in floating point" if layer.plan.input_grid is None else None
+        """A layer whose input is not quantized has nothing to multiply in integers; one that saturates must not."""
+        if layer.plan.input_grid is None:
+            return "its input stays in floating point"
+        saturates = layer.operation.kind in saturation.saturating_kinds() and saturation.weights_saturate(
+            layer.weight_int.cpu().numpy()
+        )
+        return saturation.REASON if saturates else None
 
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
@@ -61,6 +66,7 @@ class OpenVinoEngine(FileEngine):
         parameter = ops.parameter(list(x.shape), ov.Type.f32)
         graph = ov.Model([nodes.layer(parameter.output(0), layer, "layer")], [parameter])
         widen(graph)
+        saturation.spare_products(graph, saturation.saturating_kinds())
         request = ov.Core().compile_model(graph, "CPU", plugin_properties(options)).create_infer_request()
 
         def run(given: Tensor) -> Tensor:
