@@ -110,7 +110,7 @@ class Lowering:
         operation = layer.operation
         quantizer, scale = Quantizer.of(layer, self.device), layer.weight_scale.detach().to(self.device)
         codes, bias, packs = self.codes(layer), self._bias(layer), self.can_pack(layer)
-        if operation.kind == "linear" or _is_pointwise(operation, layer.weight_shape):
+        if operation.kind == "linear" or operation.is_pointwise(layer.weight_shape):
             is_convolution = operation.kind == "conv2d"
             return IntegerLinear(codes.flatten(1), scale, bias, quantizer, self.dtype, is_convolution, packs)
         down, right = operation.padding
@@ -125,7 +125,3 @@ class Lowering:
 
     def _bias(self, layer: QuantizedLayer) -> Tensor | None:
         return None if layer.bias is None else layer.bias.detach().to(self.device)
-
-
-def _is_pointwise(operation: Operation, shape: tuple[int, ...]) -> bool:
-    return shape[2:] == (1, 1) and operation.stride == (1, 1) and operation.padding == (0, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import edadm_kernels as kernels
 from edadm_cli.engines.triton.layout import channels_last, image_of, quantizable, rows_of
@@ -187,7 +188,8 @@ class FloatProduct(Product):
     ) -> None:
         super().__init__()
         weight = weight.to(dtype)
-        self.operation, self.rounded_to = operation, None
+        self.operation = operation
+        self.is_pointwise = operation.is_pointwise(tuple(weight.shape))
         self.weight = channels_last(weight) if operation.kind == "conv2d" else weight.contiguous()
         self.bias = None if bias is None else bias.to(dtype)
         self.grid: Grid | None = None
@@ -210,10 +212,15 @@ class FloatProduct(Product):
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """See `Product`."""
-        y = self.operation(prepared, self.weight, self.bias)
+        y = self._pointwise(prepared) if self.is_pointwise else self.operation(prepared, self.weight, self.bias)
         if sample_bias is not None:
             y = y + sample_bias[:, :, None, None]
         return y if residual is None else y + residual
+
+    def _pointwise(self, x: Tensor) -> Tensor:
+        """A 1x1 convolution as a matrix product, which reads a range of an image's channels where they are."""
+        rows = F.linear(rows_of(x), self.weight.flatten(1), self.bias)
+        return image_of(rows, x.shape[0], *x.shape[2:])
 
 
 class SplitProduct(Product):

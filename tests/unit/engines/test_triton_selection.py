@@ -20,11 +20,13 @@ from edadm_cli.engines.triton import engine as engine_module
 from edadm_cli.engines.triton.assembly import Assembly
 from edadm_cli.engines.triton.attention import FusedAttention
 from edadm_cli.engines.triton.denoiser import TritonDenoiser
+from edadm_cli.engines.triton.layout import rows_of
 from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.norms import NormStage
 from edadm_cli.engines.triton.products import FloatProduct
 from edadm_cli.engines.triton.selection import Use, _recorded, faster_in_float
 from edadm_cli.engines.triton.times import MeasuredTimes, ProductTime, SourceTime, measured_times, table
+from edadm_cli.quant.operation import Operation
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 CPU = EngineOptions(device=torch.device("cpu"))
@@ -155,7 +157,7 @@ def test_a_gated_product_and_what_reads_it_are_decided_by_their_sum(quantized: n
 
 def test_a_quantization_by_itself_counts_for_the_integers(quantized: nn.Module, call: Call) -> None:
     uses = uses_of(quantized, call)
-    times = times_of(uses, (), quantize_us=6.0)
+    times = times_of(uses, (), quantize_us=8.0)
     kept = faster_in_float(quantized, *call, torch.float16, GPU, times)
     alone = {label for label, used in uses.items() if all(use.source and use.source[0] == "quantize" for use in used)}
     assert set(kept) == {name for label in alone for name in label.split(" + ")} != set()
@@ -254,3 +256,13 @@ def test_a_session_on_a_gpu_becomes_a_table(tmp_path: Path) -> None:
 
 def layer(kind: str, m: int, n: int, k: int, **values: float) -> dict[str, Any]:
     return {"section": "layers", "call": "a product", "key": [90, kind, m, n, k, False], "adds": False, **values}
+
+
+def test_a_pointwise_convolution_in_floating_point_reads_a_range_of_channels_in_place() -> None:
+    whole = torch.randn(2, 12, 5, 3).contiguous(memory_format=torch.channels_last)
+    piece = whole[:, 4:10]
+    weight, bias = torch.randn(7, 6, 1, 1), torch.randn(7)
+    found = FloatProduct(Operation("conv2d"), weight, bias, torch.float32).product(piece)
+    assert torch.allclose(found, torch.nn.functional.conv2d(piece, weight, bias), atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert rows_of(piece).data_ptr() == piece.data_ptr(), "a view: nothing is copied"
