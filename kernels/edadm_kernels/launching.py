@@ -17,6 +17,8 @@ from torch import Tensor
 
 from edadm_kernels.tiles import INTERPRETER, known_arch
 
+# By architecture; CUDA programming guide, table 27
+PROGRAM_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 _OVERLAPPING = 90
 
 

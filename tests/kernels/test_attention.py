@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from edadm_kernels import MAX_HEAD_WIDTH, attention_quantize, backend, reference
 from edadm_kernels.attention import _pieces, _tile
-from edadm_kernels.codegen.gate import PROGRAM_SHARED_BYTES
+from edadm_kernels.launching import PROGRAM_SHARED_BYTES
 
 SCALE = torch.tensor([0.013])
 ZERO_POINT = torch.tensor([120], dtype=torch.int32)
@@ -30,7 +31,7 @@ def operands(samples: int, queries: int, keys: int, width: int, dtype: torch.dty
 @pytest.mark.parametrize(
     ("samples", "queries", "keys", "heads", "width"),
     [
-        (2, 40, 77, 2, 40),
+        (1, 40, 77, 2, 40),
         (1, 17, 64, 1, 160),
         (2, 20, 33, 2, 16),
         (1, 9, 5, 2, 8),
@@ -84,11 +85,10 @@ def test_wrong_operands_are_named() -> None:
 
 
 def test_heads_of_every_width_fit_every_architecture() -> None:
-    for width in range(1, MAX_HEAD_WIDTH + 1):
-        for queries in (1, 600, 5000):
-            for keys in (1, 77, 200):
-                tile, pieces = _tile(width, queries, keys), _pieces(width)
-                padded = pieces["HEAD"] + pieces["TAIL"]
-                assert width <= padded
-                assert (tile["BM"] + 4 * tile["BN"]) * 2 * padded <= min(PROGRAM_SHARED_BYTES.values())
-                assert min(tile.values()) >= 16
+    sizes = itertools.product(PROGRAM_SHARED_BYTES, range(1, MAX_HEAD_WIDTH + 1), (1, 600, 5000), (1, 77, 200))
+    for arch, width, queries, keys in sizes:
+        tile, pieces = _tile(arch, width, queries, keys), _pieces(width)
+        padded = pieces["HEAD"] + pieces["TAIL"]
+        assert width <= padded
+        assert (tile["BM"] + 4 * tile["BN"]) * 2 * padded <= PROGRAM_SHARED_BYTES[arch]
+        assert min(tile.values()) >= 16

@@ -20,6 +20,8 @@ from edadm_kernels.codegen import ARCHITECTURES, MODULES, MachineCode, parse, vi
 from edadm_kernels.codegen.compilation import list_variants
 from edadm_kernels.codegen.listing import count
 
+INTERPRETED = False
+
 DISASSEMBLY = """
 kernel:
 .text.kernel:

@@ -109,8 +109,12 @@ THREE_KERNELS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "groups"), THREE_KERNELS)
-@pytest.mark.parametrize("kind", KINDS)
+# every kind of values on one of them, and each of the others with another kind
+@pytest.mark.parametrize(
+    ("shape", "groups", "kind"),
+    [(*THREE_KERNELS[1], kind) for kind in KINDS]
+    + [(*case, kind) for case, kind in zip(THREE_KERNELS[:1] + THREE_KERNELS[2:], KINDS, strict=False)],
+)
 def test_group_norm_in_three_kernels(shape: tuple[int, int, int, int], groups: int, kind: str) -> None:
     assert not group_plan(shape[2] * shape[3], shape[1], groups).fused
     assert_close(*group_norm_codes(shape, groups, silu=kind == "normal", kind=kind), mismatches=0.005)

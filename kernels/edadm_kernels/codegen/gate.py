@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from edadm_kernels.codegen.machine_code import MachineCode
+from edadm_kernels.launching import PROGRAM_SHARED_BYTES
 
-PROGRAM_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # CUDA programming guide, table 27
 WGMMA_ROWS = 64  # the smallest tile that Hopper's warp-group matrix instruction takes
 
 
