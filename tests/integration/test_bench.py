@@ -21,6 +21,7 @@ from edadm_cli.bench.request import Request
 from edadm_cli.config import BenchConfig, BitWidth, EvaluateConfig, ExportConfig, ReconstructConfig, SampleConfig
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.openvino import OpenVinoEngine
+from edadm_cli.engines.openvino.saturation import REASON, saturating_kinds
 from edadm_cli.errors import EXIT_INTERNAL, EdadmError, InputError, UsageError
 from edadm_cli.evaluate import stage as evaluate
 from edadm_cli.export import stage as export
@@ -147,10 +148,14 @@ def test_a_bench_measures_every_contender_and_says_what_ran(run: RunFolder) -> N
     assert record.parity.prediction_rel_l2 <= record.parity.prediction_bound
     for facts in record.by_bits.values():
         assert facts.coverage.planned == sum(row.planned != "float" for row in facts.layers)
-        assert facts.coverage.quantized > 0.8 * facts.coverage.planned
+        # on a processor that cannot sum wide weights exactly in bytes, those layers are in floating point and say so
+        spared = sum(row.reason == REASON for row in facts.layers)
+        assert not spared or saturating_kinds()
+        assert facts.coverage.quantized >= 0.8 * (facts.coverage.planned - spared)
         assert all(row.precision == "int8" or row.reason for row in facts.layers if row.planned != "float")
         assert sum(row.share for row in facts.by_kind) == pytest.approx(1)
-        products = [row for row in facts.by_kind if row.kind == "conv2d" and row.precision == "int8"]
+        precision = "int8" if facts.coverage.quantized else "float32"
+        products = [row for row in facts.by_kind if row.kind == "conv2d" and row.precision == precision]
         assert products[0].gmacs is not None
         assert products[0].percent_of_peak is not None
     by_name = {contender.name: contender.latency_ms.median for contender in record.contenders}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.interface import GraphInterface
+from edadm_cli.engines.openvino import saturation
 from edadm_cli.engines.openvino.execution import PlannedLayer, executed_layers, operation_times, runtime_nodes
 from edadm_cli.errors import InputError
 
@@ -55,6 +56,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         self._graph, self._interface, self._planned, self._options = graph, interface, planned, options
         self._core = ov.Core()
         self._requests: OrderedDict[Shapes, ov.InferRequest] = OrderedDict()
+        self._spared: frozenset[str] = frozenset()
         self._request(shapes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +69,8 @@ class OpenVinoDenoiser(CompiledDenoiser):
     def layers(self) -> tuple[LayerExecution, ...]:
         """How each layer runs, as the runtime graph of the shape used last says."""
         request = next(reversed(self._requests.values()))
-        return executed_layers(runtime_nodes(request.get_compiled_model()), self._planned)
+        reasons = dict.fromkeys(self._spared, saturation.REASON)
+        return executed_layers(runtime_nodes(request.get_compiled_model()), self._planned, reasons)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
         """Time of each operation of one call, from a copy compiled with counters; the first call warms up."""
@@ -89,7 +92,8 @@ class OpenVinoDenoiser(CompiledDenoiser):
         return self._requests[shapes]
 
     def _compile(self, shapes: Shapes, more: dict[str, Any]) -> ov.InferRequest:
-        graph = self._graph.clone()
+        graph = self._graph.clone()  # shares its constants
+        self._spared = saturation.spare_products(graph, saturation.saturating_kinds())
         try:
             graph.reshape(dict(zip(self._interface.inputs, map(list, shapes), strict=True)))
             compiled = self._core.compile_model(graph, "CPU", plugin_properties(self._options) | more)

@@ -12,7 +12,7 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, FileEngine
-from edadm_cli.engines.openvino import files, nodes
+from edadm_cli.engines.openvino import files, nodes, saturation
 from edadm_cli.engines.openvino.convert import convert
 from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser, plugin_properties, shapes_of
 from edadm_cli.engines.openvino.execution import planned_layers
@@ -42,7 +42,11 @@ class OpenVinoEngine(FileEngine):
         return None if device.type == "cpu" else f"The engine openvino runs on the cpu only, not on {device.type}."
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """A layer whose input is not quantized has nothing to multiply in integers."""
+        """A layer whose input is not quantized has nothing to multiply in integers.
+
+        Layers that this processor would sum inexactly are no refusal: they run, in floating point, and are held against
+        exact integers as all others are; a compiled denoiser's `layers` say so.
+        """
         return "its input stays in floating point" if layer.plan.input_grid is None else None
 
     def compile(
@@ -61,6 +65,7 @@ class OpenVinoEngine(FileEngine):
         parameter = ops.parameter(list(x.shape), ov.Type.f32)
         graph = ov.Model([nodes.layer(parameter.output(0), layer, "layer")], [parameter])
         widen(graph)
+        saturation.spare_products(graph, saturation.saturating_kinds())
         request = ov.Core().compile_model(graph, "CPU", plugin_properties(options)).create_infer_request()
 
         def run(given: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import openvino as ov
@@ -87,22 +87,30 @@ def runtime_nodes(compiled: ov.CompiledModel) -> list[RuntimeNode]:
     return sorted(nodes, key=lambda node: node.order)
 
 
-def executed_layers(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer]) -> tuple[LayerExecution, ...]:
-    """How each planned layer runs."""
+def executed_layers(
+    nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer], reasons: Mapping[str, str]
+) -> tuple[LayerExecution, ...]:
+    """How each planned layer runs.
+
+    Args:
+        nodes: Of the runtime graph.
+        planned: In the order of the denoiser's modules.
+        reasons: Layer name to why it is known not to run in integers.
+    """
     products: dict[str, list[RuntimeNode]] = {}
     for node in nodes:
         if node.type in _PRODUCTS:
             for name in dict.fromkeys(map(layer_name, node.product_sources)):
                 products.setdefault(name, []).append(node)
-    return tuple(_execution(layer, products.get(layer.name, [])) for layer in planned)
+    return tuple(_execution(layer, products.get(layer.name, []), reasons.get(layer.name)) for layer in planned)
 
 
-def _execution(layer: PlannedLayer, nodes: list[RuntimeNode]) -> LayerExecution:
+def _execution(layer: PlannedLayer, nodes: list[RuntimeNode], known: str | None) -> LayerExecution:
     floating = [node for node in nodes if node.precision != "int8"]
     precision, reason = "int8" if nodes else NOT_RUN, None
     if floating:
         precision = floating[0].precision
-        reason = f"OpenVINO runs it as {floating[0].type} in {precision}"
+        reason = known or f"OpenVINO runs it as {floating[0].type} in {precision}"
     elif not nodes:
         reason = "OpenVINO's runtime graph does not hold it"
     return LayerExecution(layer.name, layer.kind, layer.planned, precision, None if layer.planned == FLOAT else reason)

@@ -75,7 +75,7 @@ def _linear(x: ov.Output, module: QuantizedLayer, tensors: Tensors, name: str) -
     codes, scale, bias = tensors
     product = ops.matmul(x, _weight(module, codes, scale), transpose_a=False, transpose_b=True)
     product.friendly_name = name
-    return product.output(0) if bias is None else ops.add(product, _constant(bias)).output(0)
+    return product.output(0) if bias is None else _biased(product, bias, name)
 
 
 def _convolution(x: ov.Output, module: QuantizedLayer, tensors: Tensors, name: str) -> ov.Output:
@@ -89,7 +89,13 @@ def _convolution(x: ov.Output, module: QuantizedLayer, tensors: Tensors, name: s
         weight = ops.reshape(weight, ops.constant(np.asarray(shape, np.int64)), special_zero=False).output(0)
         product = ops.group_convolution(x, weight, strides, pads, pads, dilations)
     product.friendly_name = name
-    return product.output(0) if bias is None else ops.add(product, _constant(bias.reshape(1, -1, 1, 1))).output(0)
+    return product.output(0) if bias is None else _biased(product, bias.reshape(1, -1, 1, 1), name)
+
+
+def _biased(product: ov.Node, bias: np.ndarray, name: str) -> ov.Output:
+    total = ops.add(product, _constant(bias))
+    total.friendly_name = f"{name}/bias"  # in floating point a product takes the name of what is fused to it last
+    return total.output(0)
 
 
 def _weight(module: QuantizedLayer, codes: np.ndarray, scale: np.ndarray) -> ov.Output:

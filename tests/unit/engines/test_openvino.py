@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
-from edadm_cli.engines.base import CompiledDenoiser, EngineOptions
+from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution
 from edadm_cli.engines.openvino import OpenVinoEngine
 from edadm_cli.engines.openvino.files import DESCRIPTION_FILE, GRAPH_FILE, WEIGHTS_FILE
+from edadm_cli.engines.openvino.saturation import REASON, saturating_kinds
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.errors import EdadmError, InputError, MachineError
@@ -80,6 +81,11 @@ def _error(compiled: CompiledDenoiser, denoiser: nn.Module, call: Call) -> float
     return relative_l2(compiled(*args, **kwargs).sample, denoiser(*args, **kwargs).sample)
 
 
+def _runs_as_it_can(row: LayerExecution) -> bool:
+    """As planned, or in floating point since this processor would sum it inexactly."""
+    return row.is_met or (row.reason == REASON and row.kind in saturating_kinds())
+
+
 def test_the_denoiser_itself(denoiser: nn.Module, call: Call) -> None:
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     modules = dict(denoiser.named_modules())
@@ -98,6 +104,19 @@ def test_other_batch_and_image_sizes(
     compiled: CompiledDenoiser, denoiser: nn.Module, rows: int, size: tuple[int, int]
 ) -> None:
     assert _error(compiled, denoiser, example_call(denoiser, batch_size=rows, seed=1, size=size)) < CLOSE
+
+
+def test_masked_tokens_are_left_out(denoiser: nn.Module, call: Call) -> None:
+    args, kwargs = call
+    mask = torch.ones(kwargs["encoder_hidden_states"].shape[:2])
+    mask[1, 2:] = 0
+    masked: Call = args, {**kwargs, "encoder_attention_mask": mask}
+    compiled = OpenVinoEngine().compile(denoiser, *masked, CPU)
+    assert _error(compiled, denoiser, masked) < CLOSE
+    states = kwargs["encoder_hidden_states"].clone()
+    states[1, 2:] += 1
+    changed = compiled(*args, **{**masked[1], "encoder_hidden_states": states}).sample
+    assert torch.equal(changed, compiled(*args, **masked[1]).sample)
 
 
 def test_a_size_that_cannot_be_is_an_input_error(compiled: CompiledDenoiser, denoiser: nn.Module) -> None:
@@ -144,12 +163,13 @@ def test_another_call_is_refused(compiled: CompiledDenoiser, call: Call, change:
 
 def test_every_layer_is_reported_with_what_ran(compiled: CompiledDenoiser) -> None:
     rows = {row.name: row for row in compiled.layers}
-    assert all(row.is_met for row in rows.values())
+    assert all(map(_runs_as_it_can, rows.values()))
     assert {row.planned for row in rows.values()} == {"w4a8", "w8a8", "float"}
-    floating = {name for name, row in rows.items() if row.precision == "float32"}
+    floating = {name for name, row in rows.items() if row.precision == "float32" and row.reason is None}
     assert floating == {name for name in rows if "time_emb_proj" in name} | {"conv_out"}
     assert {row.kind for row in rows.values()} == {"conv2d", "linear", "attention"}
-    assert rows["mid_block.attentions.0.transformer_blocks.0.attn1"].precision == "int8"
+    attention = rows["mid_block.attentions.0.transformer_blocks.0.attn1"]
+    assert attention.precision == ("float32" if "attention" in saturating_kinds() else "int8")
 
 
 def test_profile_names_layers_and_times(compiled: CompiledDenoiser, call: Call) -> None:
@@ -192,7 +212,7 @@ def test_other_architectures(fixture: str, bits: str, request: pytest.FixtureReq
     denoiser, call = _denoiser(request.getfixturevalue(fixture), bits, recipe)
     compiled = OpenVinoEngine().compile(denoiser, *call, CPU)
     assert _error(compiled, denoiser, call) < CLOSE
-    assert all(row.is_met for row in compiled.layers)
+    assert all(map(_runs_as_it_can, compiled.layers))
 
 
 def test_what_cannot_be_traced_is_one_sentence() -> None:

@@ -1,0 +1,171 @@
+r"""Products that a processor cannot sum exactly in bytes, kept in float32 there.
+
+Without a dot product of bytes (VNNI) x86 adds two neighbouring products of an unsigned and a signed byte in 16 bits:
+
+    s = saturate_16(u_0 w_0 + u_1 w_1),    certain only where  2 * 255 * max|w| <= 32,767,  so  max|w| <= 64
+
+Weights of up to seven bits always fit. Wider ones are multiplied as float32 numbers of the same values, which is exact
+up to the rounding of float32 sums. Nothing faster is exact there: two byte products that fit, of the weights' halves,
+take as long for convolutions and twice as long for linear layers. Attention's products, signed on both sides, all go to
+float32, where OpenVINO runs them and the softmax between them as one kernel, faster than in bytes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from edadm_cli.engines.base import LayerKind
+from edadm_cli.engines.openvino.execution import layer_name
+
+LARGEST_WEIGHT_CODE = 64
+REASON = "this processor adds products of bytes in 16 bits, which overflow"
+"""Why a product does not run in integers, as half a sentence."""
+
+_KINDS: dict[str, LayerKind] = {"Convolution": "conv2d", "GroupConvolution": "conv2d", "MatMul": "linear"}
+_MOVES = (
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Split",
+    "VariadicSplit",
+    "Slice",
+    "StridedSlice",
+    "Broadcast",
+)
+_UNSIGNED_MAX, _SIGNED_MAX, _DEPTH = 255, 127, 64
+
+
+@cache
+def saturating_kinds() -> frozenset[LayerKind]:
+    """The kinds of products that OpenVINO sums inexactly on this processor, found by trying the largest codes."""
+    exact: dict[LayerKind, bool] = {
+        "conv2d": _convolution_is_exact(),
+        "linear": _linear_is_exact(),
+        "attention": _attention_is_exact(),
+    }
+    return frozenset(kind for kind, is_exact in exact.items() if not is_exact)
+
+
+def weights_saturate(codes: np.ndarray) -> bool:
+    """Whether some input makes two neighbouring products of these codes leave 16 bits."""
+    return bool(codes.size) and max(int(codes.max()), -int(codes.min())) > LARGEST_WEIGHT_CODE
+
+
+def spare_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[str]:
+    """Turn the products that may saturate into floating-point ones of the same values, in place.
+
+    Args:
+        graph: With int8 constants; four-bit ones are widened before.
+        kinds: Those that saturate here; see `saturating_kinds`.
+
+    Returns:
+        Names of the layers that are in floating point for this.
+    """
+    spared = set()
+    for node in graph.get_ordered_ops():
+        kind = _KINDS.get(node.get_type_name())
+        if kind is None:
+            continue
+        weight = _scaled_codes(node.input_value(1))
+        if weight is not None:
+            if kind in kinds and weights_saturate(_codes(weight)):
+                _use_real_weights(weight)
+                spared.add(layer_name(node.friendly_name))
+        elif "attention" in kinds:
+            quantizers = [_source(node.input_value(port)) for port in (0, 1)]
+            if all(quantizer.get_type_name() == "FakeQuantize" for quantizer in quantizers):
+                for quantizer in quantizers:
+                    _round_in_float(quantizer)
+                spared.add(layer_name(node.friendly_name))
+    return frozenset(spared)
+
+
+def _source(output: ov.Output) -> ov.Node:
+    """The node that an output's values come from, data movement left out."""
+    node = output.get_node()
+    while node.get_type_name() in _MOVES:
+        node = node.input_value(0).get_node()
+    return node
+
+
+def _scaled_codes(output: ov.Output) -> ov.Node | None:
+    """The multiplication of int8 codes by their scales, where an output is that."""
+    node = _source(output)
+    if node.get_type_name() != "Multiply" or node.input_value(0).get_node().get_type_name() != "Convert":
+        return None
+    constant = node.input_value(0).get_node().input_value(0).get_node()
+    is_codes = constant.get_type_name() == "Constant" and constant.get_output_element_type(0) == ov.Type.i8
+    return node if is_codes else None
+
+
+def _codes(scaled: ov.Node) -> np.ndarray:
+    found: np.ndarray = scaled.input_value(0).get_node().input_value(0).get_node().data
+    return found
+
+
+def _use_real_weights(scaled: ov.Node) -> None:
+    """Put a float32 constant in the place of codes and scales: no integer pattern is left to be found."""
+    values = _codes(scaled).astype(np.float32) * scaled.input_value(1).get_node().data
+    scaled.output(0).replace(ov.op.Constant(values).output(0))
+
+
+def _round_in_float(quantizer: ov.Node) -> None:
+    """Put plain arithmetic in the place of a FakeQuantize of 256 levels."""
+    low, high = (np.float32(quantizer.input_value(port).get_node().data.item()) for port in (1, 2))
+    step = np.float32((high - low) / np.float32(255))
+    first = float(np.round(low / step))
+    codes = ops.round(ops.multiply(quantizer.input_value(0), _constant(1 / step)), "half_to_even")
+    values = ops.multiply(ops.clamp(codes, first, first + 255), _constant(step))
+    quantizer.output(0).replace(values.output(0))
+
+
+def _constant(values: np.ndarray | np.float32) -> ov.Node:
+    return ops.constant(np.asarray(values, np.float32))
+
+
+def _byte_input(parameter: ov.Node, *, signed: bool) -> ov.Output:
+    """An input on the grid of all bytes, step one."""
+    low, high = (-128, 127) if signed else (0, 255)
+    bounds = [_constant(np.float32(value)) for value in (low, high, low, high)]
+    return ops.fake_quantize(parameter, *bounds, 256).output(0)
+
+
+def _largest_weight(*shape: int) -> ov.Output:
+    codes, scales = np.full(shape, _SIGNED_MAX, np.int8), np.ones([shape[0], *[1] * (len(shape) - 1)], np.float32)
+    return ops.multiply(ops.convert(ops.constant(codes), "f32"), _constant(scales)).output(0)
+
+
+def _convolution_is_exact() -> bool:
+    parameter = ops.parameter([1, _DEPTH, 8, 8], ov.Type.f32)
+    x, weight = _byte_input(parameter, signed=False), _largest_weight(_DEPTH, _DEPTH, 3, 3)
+    product = ops.convolution(x, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    return _gives(product, [parameter], 9 * _DEPTH * _UNSIGNED_MAX * _SIGNED_MAX)
+
+
+def _linear_is_exact() -> bool:
+    parameter = ops.parameter([16, _DEPTH], ov.Type.f32)
+    product = ops.matmul(_byte_input(parameter, signed=False), _largest_weight(_DEPTH, _DEPTH), False, True)
+    return _gives(product, [parameter], _DEPTH * _UNSIGNED_MAX * _SIGNED_MAX)
+
+
+def _attention_is_exact() -> bool:
+    """Of queries and keys, both signed, and of probabilities and values."""
+    exact = []
+    for signed, largest in ((True, _SIGNED_MAX), (False, _UNSIGNED_MAX)):
+        parameters = [ops.parameter([2, 16, _DEPTH], ov.Type.f32) for _ in range(2)]
+        left, right = _byte_input(parameters[0], signed=signed), _byte_input(parameters[1], signed=True)
+        product = ops.matmul(left, right, False, True)
+        exact.append(_gives(product, parameters, _DEPTH * largest * _SIGNED_MAX))
+    return all(exact)
+
+
+def _gives(product: ov.Node, parameters: list[ov.Node], wanted: int) -> bool:
+    """Whether every element of a product is `wanted` where all inputs are at the end of their grids."""
+    compiled = ov.Core().compile_model(ov.Model([product], parameters), "CPU", {"INFERENCE_NUM_THREADS": 1})
+    inputs = [np.full(list(parameter.get_output_shape(0)), _UNSIGNED_MAX, np.float32) for parameter in parameters]
+    return bool((compiled(inputs)[0] == np.float32(wanted)).all())
