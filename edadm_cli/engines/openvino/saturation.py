@@ -1,13 +1,16 @@
-r"""Products that a processor cannot sum exactly in bytes, kept in float32 there.
+r"""Products that a processor cannot sum exactly in bytes, made so that it can.
 
 Without a dot product of bytes (VNNI) x86 adds two neighbouring products of an unsigned and a signed byte in 16 bits:
 
     s = saturate_16(u_0 w_0 + u_1 w_1),    certain only where  2 * 255 * max|w| <= 32,767,  so  max|w| <= 64
 
-Weights of up to seven bits always fit. Wider ones are multiplied as float32 numbers of the same values, which is exact
-up to the rounding of float32 sums. Nothing faster is exact there: two byte products that fit, of the weights' halves,
-take as long for convolutions and twice as long for linear layers. Attention's products, signed on both sides, all go to
-float32, where OpenVINO runs them and the softmax between them as one kernel, faster than in bytes.
+Weights of up to seven bits always fit. Wider ones take the exact form that `docs/studies/cpu_bytes.py` finds fastest:
+
+    convolution    w = 2 h + r,   r in {0, 1}:   two products of bytes, each of which fits
+    linear layer   float32 numbers of the same values, exact up to the rounding of float32 sums
+
+Attention's products, signed on both sides, all go to float32, where OpenVINO makes one kernel of them and the softmax
+between them, faster than in bytes.
 """
 
 from __future__ import annotations
@@ -57,14 +60,14 @@ def weights_saturate(codes: np.ndarray) -> bool:
 
 
 def spare_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[str]:
-    """Turn the products that may saturate into floating-point ones of the same values, in place.
+    """Turn the products that may saturate into exact ones of the same values, in place.
 
     Args:
         graph: With int8 constants; four-bit ones are widened before.
         kinds: Those that saturate here; see `saturating_kinds`.
 
     Returns:
-        Names of the layers that are in floating point for this.
+        Names of the layers that are in floating point now.
     """
     spared = set()
     for node in graph.get_ordered_ops():
@@ -73,7 +76,11 @@ def spare_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[st
             continue
         weight = _scaled_codes(node.input_value(1))
         if weight is not None:
-            if kind in kinds and weights_saturate(_codes(weight)):
+            if kind not in kinds or not weights_saturate(_codes(weight)):
+                continue
+            if kind == "conv2d":
+                _add_halves(node, weight)
+            else:
                 _use_real_weights(weight)
                 spared.add(layer_name(node.friendly_name))
         elif "attention" in kinds:
@@ -108,6 +115,28 @@ def _codes(scaled: ov.Node) -> np.ndarray:
     return found
 
 
+def _add_halves(convolution: ov.Node, scaled: ov.Node) -> None:
+    """Put the sum of two convolutions, by h and by r, in the place of one by w = 2 h + r."""
+    codes, scales = _codes(scaled), scaled.input_value(1).get_node().data
+    source, readers = convolution.input_value(1).get_node(), convolution.output(0).get_target_inputs()
+    low = _scaled_constant(codes & 1, scales)
+    if source.get_type_name() == "Reshape":  # of a convolution in groups
+        low = ops.reshape(low, source.input_value(1), special_zero=False)
+    scaled.output(0).replace(_scaled_constant(codes >> 1, 2 * scales).output(0))
+    own = convolution.get_attributes()
+    make = ops.convolution if convolution.get_type_name() == "Convolution" else ops.group_convolution
+    places = (own[name] for name in ("strides", "pads_begin", "pads_end", "dilations"))
+    second = make(convolution.input_value(0), low, *places)
+    second.friendly_name = f"{convolution.friendly_name}/low"
+    total = ops.add(convolution, second)
+    for reader in readers:
+        reader.replace_source_output(total.output(0))
+
+
+def _scaled_constant(codes: np.ndarray, scales: np.ndarray) -> ov.Node:
+    return ops.multiply(ops.convert(ov.op.Constant(codes), "f32"), _constant(scales))
+
+
 def _use_real_weights(scaled: ov.Node) -> None:
     """Put a float32 constant in the place of codes and scales: no integer pattern is left to be found."""
     values = _codes(scaled).astype(np.float32) * scaled.input_value(1).get_node().data
@@ -136,8 +165,8 @@ def _byte_input(parameter: ov.Node, *, signed: bool) -> ov.Output:
 
 
 def _largest_weight(*shape: int) -> ov.Output:
-    codes, scales = np.full(shape, _SIGNED_MAX, np.int8), np.ones([shape[0], *[1] * (len(shape) - 1)], np.float32)
-    return ops.multiply(ops.convert(ops.constant(codes), "f32"), _constant(scales)).output(0)
+    scales = np.ones([shape[0], *[1] * (len(shape) - 1)], np.float32)
+    return _scaled_constant(np.full(shape, _SIGNED_MAX, np.int8), scales).output(0)
 
 
 def _convolution_is_exact() -> bool:
