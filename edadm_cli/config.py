@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from edadm_cli.errors import UsageError
 from edadm_cli.recipe import Recipe, SelectStrategy
 
+MAX_IMAGES = 1_000_000
+"""Images of one seed whose noise is their own (`edadm_cli/models/sampling.py`, `image_seed`)."""
+
 DTypeName = Literal["float32", "bfloat16", "float16"]
 _BITS = re.compile(r"^w([2-8])a([2-8])$")
 
@@ -27,7 +30,7 @@ def local(default: Any, **kwargs: Any) -> Any:
 class StageConfig(BaseModel):
     """What every stage takes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in the stage")
     device: str = local("auto", description="cpu, cuda, cuda:N, or auto: cuda where there is one, else cpu")
@@ -46,7 +49,9 @@ class CollectConfig(StageConfig):
     """Full-precision sampling: trajectories, conditioning, mid-block features."""
 
     model: str = local(description="known name, diffusers folder, hub id or checkpoint file", default=...)
-    num_trajectories: int | None = Field(None, ge=1, description="N, trajectories sampled; null: the model's own")
+    num_trajectories: int | None = Field(
+        None, ge=1, le=MAX_IMAGES, description="N, trajectories sampled; null: the model's own"
+    )
     num_steps: int | None = Field(None, ge=1, description="T, sampler steps; null: the model's own")
     guidance_scale: float | None = Field(None, ge=0, description="classifier-free guidance; null: the model's own")
     batch_size: int | None = Field(
@@ -128,7 +133,9 @@ class ExportConfig(StageConfig):
     """Packed integers in a diffusers folder, checked against the stage before."""
 
     bits: BitWidth
-    parity_samples: int = Field(2, ge=1, description="images sampled before and after packing and compared")
+    parity_samples: int = Field(
+        2, ge=1, le=MAX_IMAGES, description="images sampled before and after packing and compared"
+    )
     engine: str | None = local(None, description="engine whose files are written besides, as an artifact of their own")
 
 
@@ -152,12 +159,14 @@ class EvaluateConfig(EngineStageConfig):
         """The artifact's name: the bit width, with the engine where there is one."""
         return str(self.bits) if self.engine is None else f"{self.bits}-{self.engine}"
 
-    num_images: int = Field(1000, ge=2, description="images sampled at each precision")
+    num_images: int = Field(1000, ge=2, le=MAX_IMAGES, description="images sampled at each precision")
     batch_size: int = Field(50, ge=1, description="images sampled together")
     num_steps: int | None = Field(None, ge=1, description="sampler steps; null: as collected")
     guidance_scale: float | None = Field(None, ge=0, description="guidance; null: as collected")
     prompts: Path | None = local(None, description="text file, one prompt a line; null: the model's own prompts")
-    real: str | None = local(None, description="folder of real images or npz of statistics; null: the model's own")
+    real: str | None = local(
+        None, description="folder of real images, npz of statistics or named dataset; null: the model's own"
+    )
     metrics: tuple[str, ...] = Field((), description="figures to compute; none named: all that can be had here")
     clip_model: str = Field("ViT-L-14", description="open_clip model of the CLIP score")
     clip_pretrained: str = Field("openai", description="open_clip tag, or a file of weights")
@@ -167,7 +176,7 @@ class EvaluateConfig(EngineStageConfig):
 class SampleConfig(EngineStageConfig):
     """Images from an export."""
 
-    num_images: int = Field(16, ge=1)
+    num_images: int = Field(16, ge=1, le=MAX_IMAGES)
     batch_size: int = Field(16, ge=1)
     num_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0)

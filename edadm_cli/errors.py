@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 EXIT_DONE = 0
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
@@ -49,3 +54,27 @@ class RequirementError(EdadmError):
     """A `--require` was not met."""
 
     exit_code = EXIT_REQUIREMENT
+
+
+# pydantic names the classes of a program; a user writes tables and lists.
+_WANTED = {
+    "missing": "it is missing",
+    "extra_forbidden": "there is no such field",
+    "model_type": "a table is wanted",
+    "dict_type": "a table is wanted",
+    "tuple_type": "a list is wanted",
+    "list_type": "a list is wanted",
+    "model_attributes_type": "a table is wanted",
+}
+
+
+def explain_field(problem: ErrorDetails) -> str:
+    """What is wrong with a field's value, and the value: the end of a sentence about the field.
+
+    Args:
+        problem: One of `ValidationError.errors()`.
+    """
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    text = _WANTED.get(kind, message[:1].lower() + message[1:])
+    shows_value = kind not in ("missing", "extra_forbidden", "value_error")
+    return f"{text}; got {problem['input']!r}" if shows_value else text

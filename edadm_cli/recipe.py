@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.errors import InputError, UsageError, explain_field
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
@@ -28,7 +28,7 @@ Granularity = Literal["block", "layer", "none"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SelectRecipe(_Frozen):
@@ -68,7 +68,10 @@ class LearnRecipe(_Frozen):
     iterations: int | None = Field(300, ge=0, description="optimizer steps a unit")
     batch_size: int | None = Field(32, ge=1, description="rows an optimizer step")
     layer_loss_weight: float | None = Field(
-        0.8, ge=0, description="gamma: weight of the losses of the layers inside a block"
+        0.2, ge=0, description="gamma: weight of the losses of the layers inside a block"
+    )
+    relative_layer_losses: bool = Field(
+        True, description="whether each layer's loss is scaled to the size of the block's output, or taken as it is"
     )
     weight_learning_rate: float | None = Field(1e-1, gt=0, description="Adam's step for the rounding variables alpha")
     activation_learning_rate: float | None = Field(1e-3, gt=0, description="Adam's step for activation scales")
@@ -134,8 +137,8 @@ def load_recipe(name_or_path: str) -> Recipe:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise UsageError(f"The recipe '{name_or_path}' is not valid: {where}: {first['msg']}.") from error
+        where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
+        raise UsageError(f"The recipe '{name_or_path}' is not valid: {where}{explain_field(first)}.") from error
 
 
 def _read(name_or_path: str, depth: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from gpu.kernels import Budget, OutOfTime
 from gpu.timing import Clock
 from torch import nn
 
+from edadm_cli.bench.roofline import DEVICES, DevicePeak
 from edadm_kernels.tiles import Tile
 
 SECONDS = {
@@ -45,6 +46,7 @@ SECONDS = {
     "memory": 30,
     "attention": 20,
     "norms": 30,
+    "layers": 90,
     "sweep": 200,
     "tuned": 60,
 }
@@ -152,7 +154,17 @@ class Session:
             "cudnn": torch.backends.cudnn.version(),
             "nvidia_smi": seen.stdout.strip(),
         }
-        yield peaks(self.device, self.clock)
+        yield measured_peaks(self.device, self.clock)
+
+    @property
+    def peak(self) -> DevicePeak:
+        """The card's data sheet, or what it is seen to reach where that is not known here."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        known = next((peak for peak in DEVICES if peak.name in name), None)
+        if known is None:
+            seen = measured_peaks(self.device, self.clock)
+            known = DevicePeak(name, seen["float16_tflops"], seen["int8_tops"], seen["copy_gb_s"])
+        return known
 
     def _tests(self, budget: Budget) -> Iterator[dict[str, Any]]:
         if self.device.type != "cuda":
@@ -223,6 +235,14 @@ class Session:
         calls = dict.fromkeys(call for recorder in recorded for call in recorder.calls)
         yield compile_ahead([(call, None) for call in calls], budget.left)
 
+    def _layers(self, budget: Budget) -> Iterator[dict[str, Any]]:
+        """Every product as it is, beside float16 and the roofline, the most work first."""
+        peak = self.peak
+        for rows in self.options.rows:
+            calls, names = self.calls(rows, True), self.recorded(rows).layers
+            for row in kernels.layer_times(calls, names, self.device, self.clock, peak, budget):
+                yield {"rows": rows, **row}
+
     def _sweep(self, budget: Budget) -> Iterator[dict[str, Any]]:
         calls = [self.calls(rows, True) for rows in self.options.rows]
         if self.device.type == "cuda":
@@ -252,13 +272,15 @@ class Session:
             yield from kernels.memory_bound(self.calls(rows, False), self.device, self.clock, budget)
 
 
-def peaks(device: torch.device, clock: Clock) -> dict[str, float]:
-    """What this card reaches: a copy, a float16 and an int8 product, random data."""
-    source = torch.empty(1 << 30, dtype=torch.int32, device=device).random_()
+def measured_peaks(device: torch.device, clock: Clock) -> dict[str, float]:
+    """What a card reaches: a copy, a float16 and an int8 product, random data; smaller ones on a CPU."""
+    on_cuda = device.type == "cuda"
+    size = 8192 if on_cuda else 256
+    source = torch.empty(1 << (30 if on_cuda else 20), dtype=torch.int32, device=device).random_()
     copied = clock.launch_us([lambda: source.clone()], replays=3)
-    a = torch.randn(8192, 8192, device=device, dtype=torch.float16)
-    b = torch.randint(-128, 128, (8192, 8192), device=device, dtype=torch.int8)
-    operations = 2 * 8192**3
+    a = torch.randn(size, size, device=device, dtype=torch.float16)
+    b = torch.randint(-128, 128, (size, size), device=device, dtype=torch.int8)
+    operations = 2 * size**3
     return {
         "copy_gb_s": 2 * source.numel() * 4 / copied / 1e3,
         "float16_tflops": operations / clock.launch_us([lambda: a @ a.T]) / 1e6,

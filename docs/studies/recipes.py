@@ -4,9 +4,11 @@
     python docs/studies/recipes.py --model digits-sd --out studies/digits-sd --table
 
 One line of JSON a finished job goes to `OUT/results.jsonl`; the same command skips finished jobs, so a killed study
-goes on. Beside the shipped recipes there are three that are `default` with one thing changed: `tdac-only` (no losses of
-the layers inside a block), `fbr-only` (equal counts over the steps), and `quantized-edges` (the inputs of the first and
-the last layer are quantized too).
+goes on. Beside the shipped recipes there are five that are `default` with something changed: `tdac-only` (no losses of
+the layers inside a block), `fbr-only` (equal counts over the steps), `neither` (both of these), `ranges-only` (nothing
+is learned), and `quantized-edges` (the inputs of the first and the last layer are quantized too). `relative-G` and
+`absolute-G` are `default` with the losses of the layers inside a block weighted by G, scaled to the block's output or
+not.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from edadm_cli.config import BitWidth, CollectConfig, EvaluateConfig, ExportConf
 from edadm_cli.recipe import Recipe, load_recipe
 
 RECIPES = ("rtn", "ptq4dm", "q-diffusion", "paper", "default")
-ABLATIONS = ("tdac-only", "fbr-only", "quantized-edges")
+ABLATIONS = ("tdac-only", "fbr-only", "neither", "ranges-only", "quantized-edges")
 FULL_PRECISION = ("evaluate", "full-precision")
 COLUMNS = ("latent_rel_l2", "frechet_distance", "prompt_accuracy", "reconstruct_seconds")
 
@@ -57,13 +59,20 @@ class Settings:
 
 
 def study_recipe(name: str, iterations: int | None) -> Recipe:
-    """A shipped recipe, or `default` with one thing changed; `iterations` replaces the recipe's own."""
-    recipe = load_recipe("default" if name in ABLATIONS else name)
+    """A shipped recipe, or `default` with something changed; `iterations` replaces the recipe's own."""
+    scaling, _, weight = name.partition("-")
+    weighted = scaling in ("relative", "absolute")
+    recipe = load_recipe("default" if weighted or name in ABLATIONS else name)
     learn, select, edges = recipe.learn, recipe.select, {}
-    if name == "tdac-only":
+    if weighted:
+        changes = {"layer_loss_weight": float(weight), "relative_layer_losses": scaling == "relative"}
+        learn = learn.model_copy(update=changes)
+    if name in ("tdac-only", "neither"):
         learn = learn.model_copy(update={"layer_loss_weight": 0.0})
-    if name == "fbr-only":
+    if name in ("fbr-only", "neither"):
         select = select.model_copy(update={"strategy": "uniform"})
+    if name == "ranges-only":
+        learn = learn.model_copy(update={"granularity": "none"})
     if name == "quantized-edges":
         edges = {"sample_float_input": False, "output_float_input": False}
     if iterations is not None:
@@ -113,7 +122,7 @@ def measure(settings: Settings, job: Job) -> dict[str, Any]:
     link_artifact(common, folder, *FULL_PRECISION)
     shared = {"seed": job.seed, "device": settings.device}
     chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
-    select(SelectConfig(**chosen, **shared), folder)
+    selected = select(SelectConfig(**chosen, **shared), folder)
     learned = reconstruct(ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, **shared), folder)
     exported = export(ExportConfig(bits=bits, **shared), folder)
     wanted = ("frechet_distance", "prompt_accuracy") if job.model == "digits-sd" else ("frechet_distance",)
@@ -128,6 +137,11 @@ def measure(settings: Settings, job: Job) -> dict[str, Any]:
         **asdict(job),
         "iterations": settings.iterations,
         "reconstruct_seconds": learned.seconds,
+        "other_seconds": {
+            "select": selected.seconds,
+            "export": exported.seconds,
+            "evaluate": judged.seconds,
+        },
         "loss": learned.loss.model_dump(),
         "denoiser_ratio": exported.size_mib["ratio"],
         "latent_rel_l2": judged.distance_to_full_precision.latent_rel_l2,
@@ -193,7 +207,7 @@ def _cell(values: list[float]) -> str:
 
 
 def run_study(options: argparse.Namespace, settings: Settings) -> None:
-    """Collect each seed, then run what is not finished."""
+    """Collect each seed and draw its full-precision images beside one job, then run what is not finished."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
     lists = (options.bits, options.recipes, options.ablations, options.ablation_bits)
     jobs = jobs_of(options.model, seeds, *([word for word in found.split(",") if word] for found in lists))
@@ -202,8 +216,10 @@ def run_study(options: argparse.Namespace, settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.workers) as pool, (settings.out / "results.jsonl").open("a", encoding="utf-8") as log:
-        first = [Job(options.model, seed, None, None) for seed in sorted({job.seed for job in jobs})]
-        for group in (first, jobs):
+        open_seeds = sorted({job.seed for job in jobs})
+        collections = [Job(options.model, seed, None, None) for seed in open_seeds]
+        pioneers = [next(job for job in jobs if job.seed == seed) for seed in open_seeds]
+        for group in (collections, pioneers, [job for job in jobs if job not in pioneers]):
             for result in pool.imap_unordered(work, [(settings, job) for job in group]):
                 log.write(json.dumps(result) + "\n")
                 log.flush()

@@ -37,8 +37,10 @@ def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None
         return MachineError(f"{named}{_MACHINE_REASONS[error.errno]}.", hint=hint)
     if isinstance(error, FileNotFoundError):
         return InputError(f"{named}there is no such file or folder.")
-    if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
-        return InputError(f"{named}{str(error.strerror).lower()}.")
+    if isinstance(error, IsADirectoryError):
+        return InputError(f"{named}a file is wanted, and this is a folder.")
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        return InputError(f"{named}a folder is wanted, and there is a file.")
     return None
 
 

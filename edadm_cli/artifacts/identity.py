@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 SCHEMA_VERSION = 1
+_LONGEST_VALUE = 40
 
 
 def canonical_json(value: Any) -> bytes:
@@ -59,7 +60,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Name the keys whose values differ, as `key: old -> new`, with dotted keys for nested tables."""
     before, after = _flatten(old), _flatten(new)
     return [
-        f"{key}: {_show(before, key)} -> {_show(after, key)}"
+        f"{key}: {_short(_show(before, key))} -> {_short(_show(after, key))}"
         for key in sorted(before.keys() | after.keys())
         if _show(before, key) != _show(after, key)
     ]
@@ -73,6 +74,11 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = item
     return flat
+
+
+def _short(text: str) -> str:
+    """A hash or a long list by its beginning."""
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
 def _show(flat: Mapping[str, Any], key: str) -> str:

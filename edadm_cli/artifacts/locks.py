@@ -55,8 +55,9 @@ def read_lock(artifact: Path) -> Iterator[None]:
 @contextmanager
 def _opened(artifact: Path) -> Iterator[int]:
     path = lock_path(artifact)
-    with explained_os_errors(path):
+    with explained_os_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with explained_os_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         yield descriptor

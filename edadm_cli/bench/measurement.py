@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from edadm_cli.artifacts import (
     Contender,
     EngineParity,
     Latency,
+    LayerRow,
     PipelineTime,
     QuantizedFacts,
 )
@@ -33,7 +34,7 @@ from edadm_cli.bench.subject import ExportSubject
 from edadm_cli.bench.verdict import FP32_EAGER, headline, speedup_of
 from edadm_cli.bench.worker import RemoteRunning
 from edadm_cli.bench.workload import WorkItem, workload
-from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, FileEngine
+from edadm_cli.engines.base import FLOAT, CompiledDenoiser, EngineOptions, FileEngine
 from edadm_cli.engines.files import engine_artifact
 from edadm_cli.progress import Reporter
 from edadm_cli.quant.layers import quantized_layers
@@ -232,7 +233,7 @@ class Measurement:
         for prepared in self._prepared:
             participant, bits = self._running[prepared.spec.name], str(prepared.spec.bits)
             coverage, layers = coverage_of(participant.layers(), self.request.engine)
-            self._warn_of_floats(bits, coverage.planned - coverage.quantized)
+            self._warn_of_floats(bits, layers)
             facts[bits] = QuantizedFacts(
                 coverage=coverage,
                 parity=parities[bits],
@@ -242,11 +243,12 @@ class Measurement:
             )
         return facts
 
-    def _warn_of_floats(self, bits: str, count: int) -> None:
-        if count:
+    def _warn_of_floats(self, bits: str, layers: Sequence[LayerRow]) -> None:
+        floats = [row for row in layers if row.planned != FLOAT and row.precision != "int8"]
+        if floats:
             self.reporter.warn(
-                f"{bits}: {count} planned layers do not run in integers on {self.request.engine.name}; by_bits.{bits}"
-                ".layers has the reasons."
+                f"{bits}: {len(floats)} planned layers do not run in integers on {self.request.engine.name}, such as"
+                f" '{floats[0].name}' ({floats[0].reason}); by_bits.{bits}.layers has every reason."
             )
 
 

@@ -49,6 +49,8 @@ class DevicePeak:
 DEVICES = (
     # NVIDIA H200 Tensor Core GPU datasheet, SXM: 1,979 TFLOPS and 3,958 TOPS with sparsity, half of it dense
     DevicePeak("H200", 989.5, 1979, 4800),
+    # NVIDIA H100 Tensor Core GPU datasheet, SXM
+    DevicePeak("H100", 989.5, 1979, 3350),
     # NVIDIA A100 Tensor Core GPU datasheet, SXM, 80 GB and 40 GB
     DevicePeak("A100 80GB", 312, 624, 2039),
     DevicePeak("A100 40GB", 312, 624, 1555),

@@ -18,6 +18,7 @@ from edadm_cli.errors import (
     EdadmError,
     MachineError,
     UsageError,
+    explain_field,
 )
 from edadm_cli.processes import LostProcessError, launched_index
 
@@ -61,7 +62,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
     from edadm_cli.artifacts import explain_os_error
 
     if isinstance(error, ValidationError) and error.title.endswith(("Config", "BitWidth")):
-        return _explain_validation(error)
+        return _explain_validation(error, arguments)
     if isinstance(error, MemoryError) or _is_out_of_memory_in_torch(error):
         return MachineError("The memory is used up.", hint="try a smaller --batch-size, or another --device")
     if isinstance(error, OSError):
@@ -122,15 +123,16 @@ def _interrupted(arguments: Sequence[str]) -> EdadmError:
     return error
 
 
-def _explain_validation(error: ValidationError) -> UsageError:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+def _explain_validation(error: ValidationError, arguments: Sequence[str]) -> UsageError:
+    first, command = error.errors()[0], _command(arguments)
+    field = ".".join(part for part in first["loc"] if isinstance(part, str))  # an item of a list has no flag
     if first["type"] == "extra_forbidden":
         return UsageError(f"There is no setting '{field}' in {error.title}.")
     flag = f"--{field.replace('_', '-')}" if field else error.title
-    found = f"; got {first['input']!r}" if first["type"] != "missing" else ""
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    return UsageError(f"{flag}: {message}{found}.")
+    if first["type"] == "missing" and command:
+        hint = " ".join(["edadm", *command, "--model", "digits-sd"] if field == "model" else ["edadm", *command, "-h"])
+        return UsageError(f"{command[0]} needs {flag}.", hint=hint)
+    return UsageError(f"{flag}: {explain_field(first)}.")
 
 
 def _is_out_of_memory_in_torch(error: Exception) -> bool:

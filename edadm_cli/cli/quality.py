@@ -27,7 +27,11 @@ def evaluate(
     prompts: options.PromptsOption = None,
     real: Annotated[
         str | None,
-        typer.Option("--real", metavar="PATH", help="Folder of real images, or npz of their statistics."),
+        typer.Option(
+            "--real",
+            metavar="PATH|NAME",
+            help="Folder of real images, npz of their statistics, or a dataset of torch-fidelity, as cifar10-train.",
+        ),
     ] = None,
     metrics: Annotated[
         list[str] | None,
@@ -69,7 +73,7 @@ def evaluate(
 
     from edadm_cli.evaluate import stage
 
-    record = execution.perform("evaluate", run, str(config.bits), stage.run, stage.estimate, config)
+    record = execution.perform("evaluate", run, str(config.bits), stage.run, stage.estimate, config, stage.plan)
     execution.conclude(record, requirements=requirements)
 
 
@@ -111,7 +115,7 @@ def sample(
 
     name = str(config.bits)
     place = run.root / stage.FOLDER / name
-    execution.conclude(execution.perform("sample", run, name, stage.run, stage.estimate, config, place))
+    execution.conclude(execution.perform("sample", run, name, stage.run, stage.estimate, config, place=place))
 
 
 @place_command

@@ -83,17 +83,17 @@ def build_config(kind: type[StageT], fields: Mapping[str, Any]) -> StageT:
         ValidationError: A value does not fit its field.
     """
     resolved = dict(fields)
-    if isinstance(resolved.get("bits"), str):
-        resolved["bits"] = BitWidth.parse(resolved["bits"])
-    if isinstance(resolved.get("recipe"), str):
-        resolved["recipe"] = load_recipe(resolved["recipe"])
+    if "bits" in resolved and not isinstance(resolved["bits"], (BitWidth, tuple)):
+        resolved["bits"] = BitWidth.parse(str(resolved["bits"]))
+    if resolved.get("recipe") is not None:
+        resolved["recipe"] = load_recipe(_recipe_name(resolved["recipe"]))
     return kind.model_validate(resolved)
 
 
 def configure_select(execution: Execution, recipe: str | None, **flags: Any) -> SelectConfig:
     """The selection's configuration, whose defaults are those of a recipe where one is named."""
     chosen = recipe or execution.from_file("reconstruct", "recipe")
-    defaults = load_recipe(chosen).select.model_dump(exclude_none=True) if isinstance(chosen, str) else {}
+    defaults = {} if chosen is None else load_recipe(_recipe_name(chosen)).select.model_dump(exclude_none=True)
     given = execution.configure(SelectConfig, "select", **flags)
     merged = {**defaults, **given.model_dump(exclude_unset=True)}
     return SelectConfig.model_validate(merged)
@@ -112,6 +112,15 @@ def configure_reconstruct(
     if recipe is None and execution.from_file("reconstruct", "recipe") is None:
         recipe = "default"
     return execution.configure(ReconstructConfig, "reconstruct", recipe=recipe, bits=bits, **flags)
+
+
+def _recipe_name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(
+            f"A recipe is the name of one or a TOML file of its own; got {value!r}.",
+            hint="edadm reconstruct --recipe default",
+        )
+    return value
 
 
 def bits_of(execution: Execution, flag: str | None, kind: str) -> BitWidth:

@@ -80,7 +80,7 @@ class BatchRecorder:
             raise InputError(
                 f"{self.model.ref.id}: the trajectories are not finite (NaN or infinity) "
                 f"from step {step} on, timestep {call.timestep.item():g}.",
-                hint="edadm collect --dtype float32",
+                hint=None if call.sample.dtype == torch.float32 else "edadm collect --dtype float32",
             )
         if self._first is None:
             self._keep_first(call)

@@ -19,7 +19,7 @@ from edadm_cli.config import CollectConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.prompts import prompts_name, resolve_prompts
-from edadm_cli.models.sampling import image_seed, sample, takes_guidance
+from edadm_cli.models.sampling import image_seed, require_num_steps, sample, takes_guidance
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 
@@ -42,8 +42,7 @@ def run(
     processes = join(config.device)
     with processes.together():
         task = _prepare(config, processes)
-        plan = Plan("collect", None, task.identity_fields(), config.seed, (), task.model.ref)
-        with run.build(plan, force, processes) as build:
+        with run.build(task.plan(), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
                 _collect(task, build, processes, reporter)
@@ -54,6 +53,11 @@ def run(
         num_steps=task.num_steps,
         num_trajectories=task.num_trajectories,
     )
+
+
+def plan(config: CollectConfig, run: RunFolder) -> Plan:
+    """What `run` would build: whether it is there already is known without building it."""
+    return _prepare(config, ALONE).plan()
 
 
 def estimate(config: CollectConfig, run: RunFolder) -> Estimate:
@@ -95,9 +99,9 @@ class _Task:
         stop = min(start + self.batch_size, self.num_trajectories)
         return [image_seed(self.config.seed, index) for index in range(start, stop)]
 
-    def identity_fields(self) -> dict[str, Any]:
+    def plan(self) -> Plan:
         entry = self.model.entry
-        return {
+        fields = {
             **self.config.identity_fields(),
             "num_trajectories": self.num_trajectories,
             "num_steps": self.num_steps,
@@ -111,6 +115,7 @@ class _Task:
             "prompts": prompts_name(self.model, self.config.prompts),
             "prompts_sha256": None if self.prompts is None else sha256("\n".join(self.prompts).encode()).hexdigest(),
         }
+        return Plan("collect", None, fields, self.config.seed, (), self.model.ref)
 
 
 def _prepare(config: CollectConfig, processes: Processes) -> _Task:
@@ -120,11 +125,13 @@ def _prepare(config: CollectConfig, processes: Processes) -> _Task:
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
         raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
     num_trajectories = config.num_trajectories or entry.num_trajectories
+    num_steps = config.num_steps or entry.num_steps
+    require_num_steps(model, num_steps)
     return _Task(
         config=config,
         model=model,
         num_trajectories=num_trajectories,
-        num_steps=config.num_steps or entry.num_steps,
+        num_steps=num_steps,
         guidance_scale=entry.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         batch_size=min(config.batch_size or entry.batch_size, num_trajectories),
         feature_batch=min(config.feature_batch or entry.feature_batch, num_trajectories),

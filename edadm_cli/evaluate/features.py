@@ -11,7 +11,6 @@ References:
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from edadm_cli.errors import InputError
+from edadm_cli.evaluate.datasets import is_offline
 from edadm_cli.evaluate.representation import LAYERS, Features
 from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
 
@@ -177,7 +177,7 @@ def _downloaded_inception() -> Path:
     if path.is_file():
         return path
     hint = f"download {URL_INCEPTION_V3} elsewhere and give it with --inception-weights FILE"
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if is_offline():
         raise InputError(f"The Inception weights were wanted in {path}; HF_HUB_OFFLINE forbids a download.", hint=hint)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -74,11 +74,13 @@ class Judging:
         }
 
     def load(self, device: torch.device) -> Judge:
-        """Load the networks; figures whose network cannot be had are left out.
+        """Load the networks, and fetch the real images; figures whose network cannot be had are left out.
 
         Raises:
-            InputError: One of them was asked for by name.
+            InputError: One of them was asked for by name, or the real images cannot be had.
         """
+        if self.real is not None:
+            self.real.fetch()
         space = self._load_space(device)
         clip = self._load_clip(device)
         return Judge(

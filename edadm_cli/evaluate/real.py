@@ -1,11 +1,13 @@
-"""The real images that samples are compared with: shipped digits, a folder of images, or a file of arrays."""
+"""The real images that samples are compared with: shipped digits, a folder, a file of arrays, or a named dataset."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -14,9 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_pil_image
 
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.errors import InputError
+from edadm_cli.evaluate.datasets import DATASETS_REGISTRY, open_dataset
 from edadm_cli.evaluate.images import to_rgb
 from edadm_cli.evaluate.metrics import NEIGHBOURS
 from edadm_cli.evaluate.representation import Layer, Statistics
@@ -40,12 +44,14 @@ class RealImages:
             ready-made.
         images: Gives the images as a dataset of uint8 `(3, H, W)` for a height and a width; `None` where
             there are statistics only.
+        fetch: Makes the images available, where they may have to be downloaded first.
     """
 
     name: str
     digest: str
     statistics: Mapping[Layer, Statistics]
     images: ImageLoader | None
+    fetch: Callable[[], object] = lambda: None
 
 
 class ArrayImages(Dataset[Tensor]):
@@ -75,11 +81,31 @@ class FileImages(Dataset[Tensor]):
         path = self.files[index]
         try:
             with Image.open(path) as picture:
-                height, width = self.size
-                fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+                return fitted(picture, self.size)
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{path} is not a readable image.") from error
-        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+
+
+class DatasetImages(Dataset[Tensor]):
+    """A dataset of uint8 `(3, H, W)` at another size, as `FileImages`."""
+
+    def __init__(self, images: Any, size: tuple[int, int]) -> None:
+        self.images = images
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image: Tensor = self.images[index]
+        return image if image.shape[1:] == self.size else fitted(to_pil_image(image), self.size)
+
+
+def fitted(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture as uint8 `(3, H, W)`: the shorter side resized, the rest cut off evenly."""
+    height, width = size
+    pixels = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def shipped_digits(image_size: int) -> RealImages:
@@ -106,7 +132,7 @@ def shipped_digits(image_size: int) -> RealImages:
 
 
 def open_real(place: str) -> RealImages:
-    """Open a folder of images, or an npz file of statistics, of images, or of both.
+    """Open a folder of images, an npz file of statistics, of images, or of both, or a dataset of torch-fidelity.
 
     The arrays of a file are named as usual: `mu, sigma` and `mu_s, sigma_s` for mean and covariance of pooled
     and spatial features, `arr_0` for uint8 images with shape `(N, H, W, 3)`.
@@ -117,9 +143,26 @@ def open_real(place: str) -> RealImages:
     path = Path(place).expanduser()
     if path.is_dir():
         return _open_folder(path)
-    if not path.is_file():
-        raise InputError(f"Real images were wanted in {path} (--real), found no such folder or file.")
-    return _open_arrays(path)
+    if path.is_file():
+        return _open_arrays(path)
+    if place in DATASETS_REGISTRY:
+        return _named_dataset(place)
+    raise InputError(
+        f"Real images were wanted in {path} (--real), found no such folder or file, "
+        f"nor a dataset of that name ({', '.join(DATASETS_REGISTRY)})."
+    )
+
+
+def _named_dataset(name: str) -> RealImages:
+    """A dataset of torch-fidelity, whose content its name decides; opened when it is needed."""
+    opened = cache(lambda: open_dataset(name))
+    return RealImages(
+        name=name,
+        digest=_digest([("torch-fidelity", name)]),
+        statistics={},
+        images=lambda size: DatasetImages(opened(), size),
+        fetch=opened,
+    )
 
 
 def _open_folder(folder: Path) -> RealImages:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.integrations.autoload import register
+from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.network import quantize_network
@@ -121,6 +122,7 @@ class EdadmQuantizer(DiffusersQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLayer | QuantizedAttention):
                 _require_sound(name, module)
+        bind_methods(model)
         return model
 
     @property

@@ -81,10 +81,11 @@ def sample(
     Raises:
         InputError: The pipeline needs prompts and there are none, needs something that is not known here,
             returns no images, or its samples are not finite.
-        UsageError: `prompts` and `seeds` differ in number.
+        UsageError: `prompts` and `seeds` differ in number, or there are more steps than timesteps.
         MachineError: The device ran out of memory.
     """
     pipeline = model.pipeline
+    require_num_steps(model, num_steps)
     arguments = _call_arguments(model, list(seeds), prompts, num_steps, guidance_scale)
     last_sample: list[Tensor] = []
     try:
@@ -115,6 +116,20 @@ def call_default(pipeline: DiffusionPipeline, name: str) -> Any:
     """Default value of a parameter of the pipeline's `__call__`; `None` where there is none."""
     parameter = _parameters(pipeline).get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def require_num_steps(model: LoadedModel, num_steps: int) -> None:
+    """Refuse more steps than the model has timesteps: schedulers would repeat some, or fail in words of their own.
+
+    Raises:
+        UsageError: There are more.
+    """
+    known = model.pipeline.scheduler.config.get("num_train_timesteps")
+    if known is not None and num_steps > known:
+        raise UsageError(
+            f"{num_steps} sampler steps were asked for, and {model.ref.id} has {known} timesteps.",
+            hint=f"--num-steps {model.entry.num_steps}",
+        )
 
 
 def _parameters(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:

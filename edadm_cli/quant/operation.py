@@ -43,6 +43,11 @@ class Operation:
         """The dimension of the channels of input and output."""
         return 1 if self.kind == "conv2d" else -1
 
+    def is_pointwise(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether it is a convolution that multiplies the channels of each pixel alone: a matrix product."""
+        alone = self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+        return self.kind == "conv2d" and weight_shape[2:] == (1, 1) and alone
+
     def per_channel(self, values: Tensor) -> Tensor:
         """Shape `[C_out]` values so that they broadcast against an output."""
         return values.reshape(-1, 1, 1) if self.kind == "conv2d" else values

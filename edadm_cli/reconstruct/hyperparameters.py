@@ -26,6 +26,7 @@ class Hyperparameters(BaseModel):
     iterations: int
     batch_size: int
     layer_loss_weight: float
+    relative_layer_losses: bool
     weight_learning_rate: float
     activation_learning_rate: float
     relative_scale_steps: bool

@@ -2,10 +2,12 @@ r"""Fine-grained block reconstruction of one unit.
 
     input   = x~ with probability 0.5 elementwise, else x          (QDrop)
     L_block = |out_q - out_fp|^2
-    L       = L_block + gamma * sum over layers but the last of |layer_q - layer_fp|^2
+    L       = L_block + gamma * sum over layers but the last of c_layer |layer_q - layer_fp|^2
 
-with |.|^2 the squared error summed over channels and averaged over the rest. One quantized forward an iteration gives
-every term; the full-precision targets are computed once.
+with |.|^2 the squared error summed over channels and averaged over the rest, and c_layer = 1, or
+|out_fp|^2 / |layer_fp|^2 where losses are relative: layers of one block differ in the size of their outputs, and the
+largest would else be most of what the sum sees. One quantized forward an iteration gives every term; the full-precision
+targets are computed once.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.2; AdaRound, arXiv 2004.10568; QDrop, arXiv 2203.05740; LSQ, arXiv 1902.08153.
@@ -35,6 +37,7 @@ from edadm_cli.reconstruct.rows import RowCache, Rows, chunks
 
 _CURVE_POINTS = 50
 EVALUATED_ROWS = 64
+_TINY = 1e-12
 _REGULARIZER_START = 0.2
 _BETA_FROM, _BETA_TO = 20.0, 2.0
 
@@ -148,6 +151,7 @@ class UnitLearner:
             "outputs": exact.outputs,
             "layers": list(data.layer_targets.values()),
         }
+        self.layer_weights = self._weigh_layers()
         self.batch = MiniBatch([rows for group in groups.values() for rows in group], self.share.size, self.device)
         tensors = iter(self.batch.tensors)
         self.groups = {name: [next(tensors) for _ in group] for name, group in groups.items()}
@@ -194,12 +198,20 @@ class UnitLearner:
         targets = self.groups["outputs"]
         total = torch.stack([channel_loss(o, t) for o, t in zip(outputs, targets, strict=True)]).sum()
         if names:
-            layers = zip(names, self.groups["layers"], strict=True)
-            inner_losses = [channel_loss(inner[name], target) for name, target in layers]
-            total = total + self.recipe.layer_loss_weight * torch.stack(inner_losses).sum()
+            layers = zip(names, self.groups["layers"], self.layer_weights, strict=True)
+            inner_losses = [weight * channel_loss(inner[name], target) for name, target, weight in layers]
+            total = total + torch.stack(inner_losses).sum()
         if self.recipe.rounding_regularizer:
             total = total + self.pull * rounding_regularizer(up, self.beta)
         return total if self.share.is_whole else total * self.share.weight
+
+    def _weigh_layers(self) -> list[float]:
+        """gamma c_layer of every layer with a target; sizes are those of the first rows, the same for all processes."""
+        gamma, targets = self.recipe.layer_loss_weight, list(self.data.layer_targets.values())
+        if not self.recipe.relative_layer_losses:
+            return [gamma] * len(targets)
+        block = sum(map(_size, self.data.full_precision.outputs))
+        return [gamma * block / max(_size(rows), _TINY) for rows in targets]
 
     def _inputs(self) -> list[Tensor]:
         """The quantized network's inputs, with elements of the full-precision ones mixed in."""
@@ -254,6 +266,12 @@ class UnitLearner:
         if self.learned.scales.names:
             rates.append((self.learned.scales.factor, self.recipe.activation_learning_rate))
         return Optimization(rates, max(1, self.recipe.iterations), self.device)
+
+
+def _size(rows: Rows) -> float:
+    """|x|^2 of the first rows, as `channel_loss` has it."""
+    found = rows.read(range(min(rows.count, EVALUATED_ROWS))).float()
+    return float(channel_loss(found, torch.zeros_like(found)))
 
 
 def _on_device(group: Sequence[Rows], places: Sequence[int], device: torch.device) -> list[Tensor]:

@@ -2,13 +2,16 @@
 
 from edadm_kernels.attention import MAX_HEAD_WIDTH, attention_quantize
 from edadm_kernels.backend import backend, uses_kernel
-from edadm_kernels.conv import conv2d
+from edadm_kernels.conv import MAX_KERNEL, conv2d
 from edadm_kernels.gemm import linear, linear_geglu
 from edadm_kernels.norm import group_norm, group_norm_quantize, layer_norm_quantize
 from edadm_kernels.pointwise import quantize, silu_quantize
+from edadm_kernels.product_checks import MAX_TERMS
 
 __all__ = [
     "MAX_HEAD_WIDTH",
+    "MAX_KERNEL",
+    "MAX_TERMS",
     "attention_quantize",
     "backend",
     "conv2d",

@@ -14,7 +14,7 @@ from edadm_kernels import reference
 from edadm_kernels.attention_kernels import attention_kernel
 from edadm_kernels.backend import uses_kernel
 from edadm_kernels.checks import check_bits, check_device, check_quantizers
-from edadm_kernels.launching import arch_of, overlap
+from edadm_kernels.launching import PROGRAM_SHARED_BYTES, arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
 from edadm_kernels.variants import KernelVariant, aligned
 
@@ -22,6 +22,7 @@ __all__ = ["MAX_HEAD_WIDTH", "attention_quantize", "variants"]
 
 MAX_HEAD_WIDTH = 256  # channels of a head
 NARROWEST = 16  # columns of a matrix instruction's operand
+STAGES = 2  # turns whose keys and values are in shared memory
 
 
 @torch.library.custom_op("edadm::attention_quantize", mutates_args=())
@@ -38,12 +39,14 @@ def _attention_quantize(
             attended.reshape(q.shape).contiguous(), out_scale, out_zero_point, num_bits, False
         )
     if out.numel():
-        tile = _tile(q.shape[1], k.shape[1])
-        attention_kernel[(triton.cdiv(q.shape[1], tile["BM"]), q.shape[0] * heads)](
-            q, k, v, out_scale, out_zero_point, out, q.shape[1], k.shape[1], q.stride(1), k.stride(1), v.stride(1),
-            scale * math.log2(math.e), QUANT_MAX=(1 << num_bits) - 1, HEADS=heads, **_pieces(q.shape[2] // heads),
-            **tile, **_options(tile), **overlap(arch_of(q)),
-        )  # fmt: skip
+        width = q.shape[2] // heads
+        tile = _tile(arch_of(q), width, q.shape[1], k.shape[1])
+        with on_device_of(q):
+            attention_kernel[(triton.cdiv(q.shape[1], tile["BM"]), q.shape[0] * heads)](
+                q, k, v, out_scale, out_zero_point, out, q.shape[1], k.shape[1], q.stride(1), k.stride(1), v.stride(1),
+                scale * math.log2(math.e), QUANT_MAX=(1 << num_bits) - 1, HEADS=heads, **_pieces(width),
+                **tile, **_options(tile), **overlap(arch_of(q)),
+            )  # fmt: skip
     return out
 
 
@@ -120,22 +123,40 @@ def _pieces(width: int) -> dict[str, int]:
     return {"WIDTH": width, "HEAD": head, "TAIL": tail}
 
 
-def _tile(queries: int, keys: int) -> dict[str, int]:
-    """Queries a program, so that two samples of eight heads fill a GPU, and keys a turn."""
+def _tile(arch: int, width: int, queries: int, keys: int) -> dict[str, int]:
+    """Queries a program, so that two samples of eight heads fill a GPU, and keys a turn; fewer where room is short."""
     rows = 128 if queries >= 2048 else 64 if queries >= 512 else 16
-    return {"BM": rows, "BN": 128 if 64 < keys <= 128 else 64}
+    turn = 128 if 64 < keys <= 128 else 64
+    pieces = _pieces(width)
+    row_bytes = 2 * (pieces["HEAD"] + pieces["TAIL"])
+    room = PROGRAM_SHARED_BYTES.get(arch, min(PROGRAM_SHARED_BYTES.values()))
+    while (rows + 2 * STAGES * turn) * row_bytes > room:  # queries, and keys and values of every stage
+        rows, turn = (rows, turn // 2) if turn > 64 or rows == 16 else (max(16, rows // 2), turn)
+    return {"BM": rows, "BN": turn}
 
 
 def _options(tile: dict[str, int]) -> dict[str, Any]:
     # fusion is said aloud as Triton's default changes
-    return {"num_warps": 8 if tile["BM"] == 128 else 4, "num_stages": 2, "enable_fp_fusion": True}
+    return {"num_warps": 8 if tile["BM"] == 128 else 4, "num_stages": STAGES, "enable_fp_fusion": True}
+
+
+# Channels of a head, queries and keys of the attentions of Stable Diffusion 1.x, and the widest head there may be.
+_SHAPES = [(40, 4096, 77), (80, 1024, 77), (80, 1024, 1024), (160, 256, 77), (160, 256, 256), (160, 64, 77)]
+_SHAPES += [(160, 64, 64), (MAX_HEAD_WIDTH, 4096, 77)]
 
 
 def variants(arch: int) -> list[KernelVariant]:
-    """What the attentions of a float16 Stable Diffusion 1.x denoiser compile."""
+    """What the attentions of a float16 Stable Diffusion 1.x denoiser compile, and the widest heads there may be."""
     found = []
-    for width, queries, keys in ((40, 4096, 77), (80, 1024, 77), (80, 1024, 1024), (160, 256, 256), (160, 64, 64)):
-        tile = _tile(queries, keys)
+    for width, queries, keys in (
+        (40, 4096, 77),
+        (80, 1024, 77),
+        (80, 1024, 1024),
+        (160, 256, 256),
+        (160, 64, 64),
+        (256, 4096, 77),
+    ):
+        tile = _tile(arch, width, queries, keys)
         types = dict.fromkeys(("q", "k", "v"), "*fp16") | {"out_scale": "*fp32", "out_zero_point": "*i32", "out": "*i8"}
         types |= dict.fromkeys(("queries", "keys", "q_stride", "k_stride", "v_stride"), "i32") | {"scale": "fp32"}
         options = _options(tile)

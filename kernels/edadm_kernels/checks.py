@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 MAX_QUANTIZERS = 3  # query, key and value of one input
+MAX_ELEMENTS = 2**31 - 2**16  # offsets in the kernels are int32, and a program's block may reach beyond the last
 
 
 def check_floating(x: Tensor) -> None:
@@ -37,13 +38,24 @@ def check_quantizers(scales: Tensor, zero_points: Tensor, count: int | None = No
     sizes = (scales.numel(), zero_points.numel())
     if count is not None and sizes != (count, count):
         raise ValueError(f"{count} scale and zero-point are wanted, found {sizes[0]} and {sizes[1]}")
+    if not (scales.is_contiguous() and zero_points.is_contiguous()):
+        raise ValueError("contiguous scales and zero-points are wanted; call .contiguous() on them first")
     if sizes[0] != sizes[1] or not 1 <= sizes[0] <= MAX_QUANTIZERS:
         raise ValueError(f"1 to {MAX_QUANTIZERS} scales and as many zero-points are wanted, found {sizes}")
 
 
 def check_affine(weight: Tensor, bias: Tensor, channels: int) -> None:
-    """Raise ValueError unless `weight` and `bias` hold one element a channel."""
+    """Raise ValueError unless `weight` and `bias` hold one element a channel, one after another."""
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(
             f"weight and bias of shape ({channels},) are wanted, found {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
+    if not (weight.is_contiguous() and bias.is_contiguous()):
+        raise ValueError("contiguous weight and bias are wanted; call .contiguous() on them first")
+
+
+def check_size(*tensors: Tensor) -> None:
+    """Raise ValueError unless every offset fits an int32."""
+    largest = max(tensor.numel() for tensor in tensors)
+    if largest > MAX_ELEMENTS:
+        raise ValueError(f"tensors of at most {MAX_ELEMENTS} elements are wanted, found {largest}; split the batch")

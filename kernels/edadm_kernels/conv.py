@@ -12,7 +12,7 @@ from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.checks import check_device
 from edadm_kernels.conv_launch import Geometry, launch_conv, variants
 from edadm_kernels.hopper import product
-from edadm_kernels.launching import arch_of
+from edadm_kernels.launching import arch_of, on_device_of
 from edadm_kernels.pack import Padding, border_class_count, output_size
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import Kind, choose
@@ -64,7 +64,8 @@ def _conv2d(
         kind: Kind = "linear" if geometry.pointwise else "conv"
         pixels = out.numel() // out.shape[1]
         tile = choose(arch_of(x), kind, pixels, out.shape[1], terms, x.shape[1], weight.dtype == torch.uint8)
-        launch_conv(tile, geometry, x, weight, scale, correction, bias, sample_bias, residual, out)
+        with on_device_of(x):
+            launch_conv(tile, geometry, x, weight, scale, correction, bias, sample_bias, residual, out)
     return out
 
 

@@ -10,7 +10,7 @@ from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.checks import check_bits, check_device, check_quantizers
 from edadm_kernels.gemm_launch import launch_gemm, variants
 from edadm_kernels.hopper import product
-from edadm_kernels.launching import arch_of
+from edadm_kernels.launching import arch_of, on_device_of
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import choose
 
@@ -39,7 +39,8 @@ def _linear(
     else:
         packed = weight.dtype == torch.uint8
         tile = choose(arch_of(x), "linear", *out.shape, x.shape[1], packed=packed)
-        launch_gemm(tile, x, weight, scale, correction, bias, out, residual=residual)
+        with on_device_of(x):
+            launch_gemm(tile, x, weight, scale, correction, bias, out, residual=residual)
     return out
 
 
@@ -114,7 +115,8 @@ def _linear_geglu(
     else:
         packed = weight.dtype == torch.uint8
         tile = choose(arch_of(x), "geglu", x.shape[0], weight.shape[0], x.shape[1], packed=packed)
-        launch_gemm(tile, x, weight, scale, correction, bias, out, geglu=geglu)
+        with on_device_of(x):
+            launch_gemm(tile, x, weight, scale, correction, bias, out, geglu=geglu)
     return out
 
 

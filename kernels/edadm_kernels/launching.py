@@ -6,6 +6,7 @@ that one's results (programmatic dependent launch): its programs are in place wh
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from edadm_kernels.tiles import INTERPRETER, known_arch
 
+# By architecture; CUDA programming guide, table 27
+PROGRAM_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 _OVERLAPPING = 90
 
 
@@ -30,6 +33,11 @@ def await_previous(OVERLAP: tl.constexpr) -> None:
 def arch_of(x: Tensor) -> int:
     """The architecture whose tiles serve `x`, such as 90; 0 for the interpreter."""
     return _capability(x.device) if x.is_cuda else INTERPRETER
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """For launches: Triton launches on the current device and its stream, whatever its arguments lie on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def overlap(arch: int) -> dict[str, Any]:

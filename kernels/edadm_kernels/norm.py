@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.checks import check_affine, check_bits, check_device, check_floating, check_quantizers
 from edadm_kernels.hopper import group_norm as hopper_norm
-from edadm_kernels.launching import arch_of, overlap
+from edadm_kernels.launching import arch_of, on_device_of, overlap
 from edadm_kernels.norm_kernels import group_apply, group_fused, group_partials, group_statistics, layer_rows
 from edadm_kernels.norm_plans import CHUNK_CHANNELS, CHUNK_ROWS, GroupPlan, group_plan, layer_plan, next_power_of_two
 from edadm_kernels.reference import norms as reference
@@ -41,7 +41,8 @@ def _group_norm_quantize(
         for target, value in zip(codes, computed, strict=True):
             target.copy_(value)
     elif x.numel():
-        _launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes)
+        with on_device_of(x):
+            _launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes)
     return codes
 
 
@@ -155,23 +156,12 @@ def _layer_norm_quantize(
         channels = x.shape[-1]
         plan = layer_plan(channels)
         rows = x.numel() // channels
-        layer_rows[(triton.cdiv(rows, plan.block_rows),)](
-            x,
-            weight,
-            bias,
-            scales,
-            zero_points,
-            *_three(codes),
-            rows,
-            channels,
-            eps,
-            QUANT_MAX=(1 << num_bits) - 1,
-            QUANTIZERS=len(codes),
-            **plan.constexprs(),
-            num_warps=plan.num_warps,
-            **_OPTIONS,
-            **overlap(arch_of(x)),
-        )
+        with on_device_of(x):
+            layer_rows[(triton.cdiv(rows, plan.block_rows),)](
+                x, weight, bias, scales, zero_points, *_three(codes), rows, channels, eps,
+                QUANT_MAX=(1 << num_bits) - 1, QUANTIZERS=len(codes), **plan.constexprs(),
+                num_warps=plan.num_warps, **_OPTIONS, **overlap(arch_of(x)),
+            )  # fmt: skip
     return codes
 
 

@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 from edadm_kernels.backend import uses_kernel
-from edadm_kernels.checks import check_bits, check_device, check_floating, check_quantizers
-from edadm_kernels.launching import arch_of, overlap
+from edadm_kernels.checks import check_bits, check_device, check_floating, check_quantizers, check_size
+from edadm_kernels.launching import arch_of, on_device_of, overlap
 from edadm_kernels.pointwise_kernels import quantize_kernel
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
@@ -24,22 +24,12 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu:
         compute = reference.silu_quantize if silu else reference.quantize
         codes.copy_(compute(x, scale, zero_point, num_bits))
     elif x.numel():
-        quantize_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            x,
-            scale,
-            zero_point,
-            codes,
-            x.numel(),
-            columns,
-            row_stride,
-            QUANT_MAX=(1 << num_bits) - 1,
-            SILU=silu,
-            DENSE=row_stride == columns,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-            **overlap(arch_of(x)),
-        )
+        with on_device_of(x):
+            quantize_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+                x, scale, zero_point, codes, x.numel(), columns, row_stride,
+                QUANT_MAX=(1 << num_bits) - 1, SILU=silu, DENSE=row_stride == columns, BLOCK=BLOCK,
+                num_warps=NUM_WARPS, enable_fp_fusion=False, **overlap(arch_of(x)),
+            )  # fmt: skip
     return codes
 
 
@@ -76,6 +66,7 @@ def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tup
     check_quantizers(scale, zero_point, count=1)
     check_device(x, scale, zero_point)
     check_bits(num_bits)
+    check_size(x)
     codes = torch.empty_like(x, dtype=torch.int8)
     if codes.stride() == x.stride():
         return codes, 1, 1

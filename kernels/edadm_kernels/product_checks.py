@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edadm_kernels.checks import check_size
 from edadm_kernels.pack import w4_block
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TERMS = 65_792  # 255 * 128 * MAX_TERMS stays within an int32
-MAX_ELEMENTS = 2**31 - 1  # offsets in the kernels are int32
 
 
 def check_codes(x: Tensor, weight: Tensor, channels: int) -> int:
@@ -56,6 +56,4 @@ def check_output(out_dtype: torch.dtype, *tensors: Tensor) -> None:
     """Raise unless the output is floating point and every offset fits an int32."""
     if out_dtype not in FLOATS:
         raise TypeError(f"a float16, bfloat16 or float32 output is wanted, found {out_dtype}")
-    largest = max(tensor.numel() for tensor in tensors)
-    if largest > MAX_ELEMENTS:
-        raise ValueError(f"tensors of at most {MAX_ELEMENTS} elements are wanted, found {largest}; split the batch")
+    check_size(*tensors)

@@ -114,7 +114,8 @@ def test_geglu(shape: tuple[int, int, int], num_bits: int, generator: torch.Gene
     poison((m, n // 2), torch.int8)
     found, wanted = linear_geglu(*arguments), reference.linear_geglu(*arguments)
     assert (found.int() - wanted.int()).abs().max() <= 1
-    assert (found != wanted).float().mean() < 1e-3  # float32 against float64: codes change at ties alone
+    apart = int((found != wanted).sum())
+    assert apart <= 1 + 1e-3 * found.numel()  # float32 against float64: codes change at ties alone
 
 
 class Convolution:

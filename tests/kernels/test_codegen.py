@@ -20,6 +20,8 @@ from edadm_kernels.codegen import ARCHITECTURES, MODULES, MachineCode, parse, vi
 from edadm_kernels.codegen.compilation import list_variants
 from edadm_kernels.codegen.listing import count
 
+INTERPRETED = False
+
 DISASSEMBLY = """
 kernel:
 .text.kernel:
@@ -101,6 +103,10 @@ STREAM = dataclasses.replace(PRODUCT, has_dot=False, mma="", loop_mma=0, tile_ro
         (dataclasses.replace(PRODUCT, loop_prmt=265), "265 PRMT"),
         (dataclasses.replace(PRODUCT, loop_copies=0), "no asynchronous copy"),
         (dataclasses.replace(PRODUCT, loop_narrow_copies=4), "4 of 8 copies"),
+        (
+            dataclasses.replace(PRODUCT, shared_bytes=240_000),
+            "240000 bytes of shared memory where",
+        ),
         (dataclasses.replace(STREAM, spills=2), "2 LDL/STL"),
         (dataclasses.replace(ATTENTION, spills=37), "37 LDL/STL"),
         (dataclasses.replace(STREAM, wide_loads=0), "none of 2 loads"),

@@ -138,7 +138,7 @@ def test_sums_of_packed_weights_are_exact(kernel: int, upsample: bool) -> None:
 @pytest.mark.parametrize("split_k", [1, 3])
 @pytest.mark.parametrize("geometry", [Geometry(1, 3, 3, SAME, True), Geometry(2, 3, 3, DOWN), Geometry(1, 1, 1, NONE)])
 def test_every_cut_gives_the_same(taps_inner: bool, split_k: int, geometry: Geometry) -> None:
-    layer = Layer(5, 4, 130, 35, geometry)
+    layer = Layer(*((2, 4) if geometry.upsample else (5, 4)), 130, 35, geometry)
     out = torch.full_like(layer.residual, float("nan"))
     tile = Tile(**SMALL, split_k=split_k, taps_inner=taps_inner, column_parts=2)
     launch_conv(tile, geometry, *layer.everything(), out)
@@ -179,10 +179,10 @@ def test_saturated_inputs(x_code: int) -> None:
 
 @pytest.mark.parametrize(
     ("geometry", "packed"),
-    [(Geometry(1, 3, 3, SAME), False), (Geometry(2, 3, 3, DOWN), True), (Geometry(1, 1, 1, NONE), False)],
+    [(Geometry(2, 3, 3, DOWN), True), (Geometry(1, 1, 1, NONE), False)],
 )
 def test_registration(geometry: Geometry, packed: bool) -> None:
-    layer = Layer(4, 3, 64, 5, geometry, packed=packed)
+    layer = Layer(2, 3, 64, 5, geometry, packed=packed)
     tail = (geometry.stride, list(geometry.padding), geometry.upsample, torch.float16)
     torch.library.opcheck(conv._conv2d, (*layer.everything(), *tail))
 

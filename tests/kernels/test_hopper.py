@@ -14,6 +14,8 @@ from edadm_kernels.backend import backend, uses_hopper
 from edadm_kernels.hopper import compilation, group_norm, product
 from edadm_kernels.hopper.product import SPLITS, TILES, Shape
 
+INTERPRETED = False
+
 needs_compiler = pytest.mark.skipif(not hopper.is_available(), reason="no cuda-bindings")
 SAME = (1, 1, 1, 1)
 

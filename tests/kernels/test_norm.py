@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edadm_kernels import group_norm_quantize, layer_norm_quantize, reference
+from edadm_kernels import group_norm, group_norm_quantize, layer_norm_quantize, reference
 from edadm_kernels.norm_plans import CHUNK_ROWS, CHUNKS, group_plan, layer_plan
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -109,8 +109,12 @@ THREE_KERNELS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "groups"), THREE_KERNELS)
-@pytest.mark.parametrize("kind", KINDS)
+# every kind of values on one of them, and each of the others with another kind
+@pytest.mark.parametrize(
+    ("shape", "groups", "kind"),
+    [(*THREE_KERNELS[1], kind) for kind in KINDS]
+    + [(*case, kind) for case, kind in zip(THREE_KERNELS[:1] + THREE_KERNELS[2:], KINDS, strict=False)],
+)
 def test_group_norm_in_three_kernels(shape: tuple[int, int, int, int], groups: int, kind: str) -> None:
     assert not group_plan(shape[2] * shape[3], shape[1], groups).fused
     assert_close(*group_norm_codes(shape, groups, silu=kind == "normal", kind=kind), mismatches=0.005)
@@ -188,14 +192,17 @@ def image() -> Tensor:
     return torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
 
 
-def test_registration_of_group_norm() -> None:
-    torch.library.opcheck(torch.ops.edadm.group_norm_quantize.default, group_arguments(image()))
-
-
-def test_registration_of_layer_norm() -> None:
-    x = image().permute(0, 2, 3, 1)
-    arguments = (x, torch.ones(8), torch.zeros(8), 1e-5, *quantizers(3), 8)
-    torch.library.opcheck(torch.ops.edadm.layer_norm_quantize.default, arguments)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape", [(2, 8, 3, 5), (1, 6, 1, 1), (3, 4, 1, 7)])
+def test_group_norm_of_floats_keeps_the_layout(shape: tuple[int, ...], silu: bool) -> None:
+    x = state(shape, "normal", torch.float32, seed=4).contiguous(memory_format=torch.channels_last)
+    weight, bias = affine(shape[1], seed=4)
+    y = torch.nn.functional.group_norm(x.double(), 2, weight.double(), bias.double(), 1e-5)
+    wanted = torch.nn.functional.silu(y) if silu else y
+    found = group_norm(x, weight, bias, 2, 1e-5, silu)
+    assert found.stride() == x.stride()
+    assert found.data_ptr() != x.data_ptr()
+    assert torch.allclose(found.double(), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +211,8 @@ def test_registration_of_layer_norm() -> None:
         (group_arguments(image().contiguous()), "channels-last"),
         (group_arguments(image(), groups=3), "divides 8"),
         (group_arguments(torch.zeros(1, 4, 3, 3).to(memory_format=torch.channels_last)), r"shape \(4,\)"),
+        ((image(), torch.ones(16)[::2], *group_arguments(image())[2:]), "contiguous weight and bias"),
+        ((*group_arguments(image())[:6], torch.ones(4)[::2], *quantizers(2)[1:], 8), "contiguous scales"),
     ],
 )
 def test_refusals_of_group_norm(arguments: tuple[object, ...], message: str) -> None:

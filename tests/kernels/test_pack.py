@@ -12,6 +12,8 @@ from edadm_kernels import reference
 from edadm_kernels.pack import conv_border_table, linear_correction, pack_geglu, pack_w4, unpack_w4, w4_block
 from edadm_kernels.reference.products import accumulate_conv2d, accumulate_linear, conv_correction
 
+INTERPRETED = False
+
 
 def random_codes(shape: tuple[int, ...], low: int, high: int, seed: int) -> torch.Tensor:
     return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed))

@@ -100,8 +100,12 @@ def test_a_recipe_finds_its_base_beside_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "sentence"),
     [
-        ("iteration = 5", UsageError, "iteration: Extra inputs"),
+        ("iteration = 5", UsageError, "iteration: there is no such field"),
         ("[learn]\niterations = -1", UsageError, r"learn\.iterations"),
+        ("[learn]\niterations = 'many'", UsageError, r"learn\.iterations: .*got 'many'"),
+        ("[learn]\nweight_learning_rate = inf", UsageError, r"learn\.weight_learning_rate: .*finite"),
+        ("learn = 3", UsageError, r"learn: a table is wanted; got 3"),
+        ("layers = 3", UsageError, r"layers: a list is wanted; got 3"),
         ("[learn]\nrate = 5", UsageError, r"learn\.rate"),
         ('[select]\nstrategy = "best"', UsageError, r"select\.strategy"),
         ('[[layers]]\npattern = "a"\nweight_bits = 9', UsageError, r"layers\.0\.weight_bits"),

@@ -76,6 +76,11 @@ def test_prompts_that_are_missing_or_too_few_are_told(stable_diffusion: LoadedMo
         sample(stable_diffusion, seeds=[1, 2], prompts=["one"], num_steps=2, guidance_scale=2.0)
 
 
+def test_more_steps_than_timesteps_are_refused(pixels: LoadedModel) -> None:
+    with pytest.raises(UsageError, match=r"1001 sampler steps were asked for, and .* has 1000 timesteps"):
+        sample(pixels, seeds=[1], prompts=None, num_steps=1001, guidance_scale=None)
+
+
 def test_values_that_are_not_finite_are_told_and_the_scheduler_is_left_clean(pixels: LoadedModel) -> None:
     weight = pixels.denoiser.get_parameter("conv_out.bias")
     before = weight.clone()

@@ -75,9 +75,21 @@ class KernelCall:
         return sum(a.num_bytes for a in self.arguments if isinstance(a, TensorLike))
 
     @property
+    def output_bytes(self) -> int:
+        """Bytes that a product writes: codes behind a gate, float16 else."""
+        m, n, _ = self.matrix()
+        return m * n // 2 if self.operation == "linear_geglu" else 2 * m * n
+
+    @property
     def is_product(self) -> bool:
         """Whether it multiplies."""
         return self.operation in PRODUCTS
+
+    @property
+    def adds(self) -> bool:
+        """Whether a product adds a residual."""
+        index = {"linear": 5, "conv2d": 6}.get(self.operation)
+        return index is not None and self.arguments[index] is not None
 
     @property
     def packed(self) -> bool:
@@ -196,13 +208,14 @@ def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
     if call.operation in ("linear", "linear_geglu"):
         rows = torch.randn(x.shape, dtype=torch.float16, device=x.device)
         matrix = _half_weight(call, arguments[1])
+        bias = None if arguments[4] is None else arguments[4].half()
         if call.operation == "linear_geglu":
-            return lambda: _geglu(F.linear(rows, matrix))
+            return lambda: _geglu(F.linear(rows, matrix, bias))
         residual = arguments[5]
         if residual is None:
-            return lambda: F.linear(rows, matrix)
+            return lambda: F.linear(rows, matrix, bias)
         half = residual.half()
-        return lambda: F.linear(rows, matrix) + half
+        return lambda: F.linear(rows, matrix, bias) + half
     if call.operation == "attention_quantize":
         split = [operand.unflatten(-1, (arguments[3], -1)).transpose(1, 2) for operand in arguments[:3]]
         return lambda: F.scaled_dot_product_attention(split[0], split[1], split[2], scale=arguments[4])
@@ -219,19 +232,23 @@ def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
 
 
 def _convolution(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
-    x, residual = arguments[0], arguments[6]
+    x, bias, sample_bias, residual = arguments[0], *arguments[4:7]
     stride, (top, bottom, left, right), upsample = arguments[7:10]
     image = torch.randn(x.shape, dtype=torch.float16, device=x.device).to(memory_format=torch.channels_last)
     weight = _half_weight(call, arguments[1]).permute(0, 3, 1, 2)
-    half = None if residual is None else residual.half()
+    half_bias = None if bias is None else bias.half()
+    by_sample = None if sample_bias is None else sample_bias[:, :, None, None]
+    added = [tensor.half() for tensor in (by_sample, residual) if tensor is not None]
 
     def run() -> Tensor:
         source = F.interpolate(image, scale_factor=2.0, mode="nearest") if upsample else image
         if (top, left) != (bottom, right):
-            y = F.conv2d(F.pad(source, (left, right, top, bottom)), weight, stride=stride)
+            y = F.conv2d(F.pad(source, (left, right, top, bottom)), weight, half_bias, stride=stride)
         else:
-            y = F.conv2d(source, weight, stride=stride, padding=(top, left))
-        return y if half is None else y + half
+            y = F.conv2d(source, weight, half_bias, stride=stride, padding=(top, left))
+        for half in added:
+            y = y + half
+        return y
 
     return run
 

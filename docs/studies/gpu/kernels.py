@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edadm_cli.bench.roofline import DevicePeak
 from edadm_kernels import backend, tiles
 from edadm_kernels.backend import uses_hopper
 from edadm_kernels.conv import FEW_PIXELS
@@ -229,6 +230,7 @@ def sweep(
             "call": call.label(),
             "count": calls[call],
             "key": tile_key(call, device),
+            "adds": call.adds,
             "chosen_us": chosen_us,
             "best_us": best_us,
             "tops": 2 * m * n * k / best_us / 1e6,
@@ -237,6 +239,50 @@ def sweep(
             "int_mm_us": _int_mm_us(call, made, clock),
             "tiles": {repr(tile): round(us, 2) for tile, us in sorted(times.items(), key=lambda item: item[1])},
         }
+
+
+def layer_times(
+    calls: dict[KernelCall, int],
+    layers: dict[KernelCall, set[str]],
+    device: torch.device,
+    clock: Clock,
+    peak: DevicePeak,
+    budget: Budget,
+) -> Iterator[dict[str, Any]]:
+    """Every product as a step runs it, beside float16 and the least time that the card's peaks allow.
+
+    Args:
+        calls: The products of a step and how often each occurs.
+        layers: Their names in the denoiser.
+        device: Of the kernels.
+        clock: Times them.
+        peak: Of the card.
+        budget: Of the section.
+    """
+    for row, call in _timed_as_chosen(calls, layers, device, clock, budget):
+        m, n, k = call.matrix()
+        compute_us = 2 * m * n * k / peak.int8_tops / 1e6
+        memory_us = (call.num_bytes + call.output_bytes) / peak.bandwidth_gb_s / 1e3
+        yield {
+            **row,
+            "macs": m * n * k,
+            "bytes": call.num_bytes + call.output_bytes,
+            "roofline_us": max(compute_us, memory_us),
+            "of_roofline": max(compute_us, memory_us) / row["chosen_us"],
+            "over_float16": row["float16_us"] / row["chosen_us"],
+        }
+
+
+def _timed_as_chosen(
+    calls: dict[KernelCall, int],
+    layers: dict[KernelCall, set[str]],
+    device: torch.device,
+    clock: Clock,
+    budget: Budget,
+) -> Iterator[tuple[dict[str, Any], KernelCall]]:
+    for call in sorted(calls, key=lambda call: -calls[call] * math.prod(call.matrix())):
+        for row in sweep({call: calls[call]}, layers, device, clock, 0, budget):
+            yield row, call
 
 
 def memory_bound(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -170,6 +171,7 @@ def contenders(networks: Networks, rows: int, wants_compile: bool) -> dict[str, 
             add("fp16 compiled in a CUDA graph", no_grad(GraphedFunction(compiled)), half_call)
     for bits, options in (
         ("w8a8", {}),
+        ("w8a8", {"float_where_faster": False}),
         ("w8a8", {"prompt_cache": False}),
         ("w4a8", {}),
         ("w4a8", {"pack_weights": True}),
@@ -229,6 +231,7 @@ def memory(networks: Networks, rows: int) -> Iterator[dict[str, Any]]:
         ),
     }
     for name, (make, arguments) in forms.items():
+        gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         model = make()

@@ -12,7 +12,7 @@ import edadm_kernels as kernels
 from edadm_cli.engines.triton.layout import channels_last, image_of, rows_of
 from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.norms import NormStage
-from edadm_cli.engines.triton.products import IntegerLinear, Product, merge
+from edadm_cli.engines.triton.products import FloatProduct, IntegerLinear, Product, merge, merge_floats
 from edadm_cli.engines.triton.state import Pair, PromptCache
 from edadm_cli.quant.attention import QuantizedAttention
 
@@ -21,19 +21,16 @@ SMALL_ATTENTION = 250_000_000
 
 
 class Projections(nn.Module):
-    """Linear layers over one input; those with equal quantizers are one GEMM, their outputs columns of it."""
+    """Linear layers over one input: those that read it alike are one GEMM, their outputs columns of it."""
 
     def __init__(self, layers: list[Product]) -> None:
         super().__init__()
         clusters: dict[object, list[int]] = {}
         for index, layer in enumerate(layers):
-            is_integer = isinstance(layer, IntegerLinear) and layer.quantizer is not None
-            clusters.setdefault(layer.quantizer.key if is_integer else index, []).append(index)  # type: ignore[union-attr]
+            clusters.setdefault(_reads(layer) or index, []).append(index)
         self.members = list(clusters.values())
         self.sizes = [[_outputs(layers[i]) for i in members] if len(members) > 1 else [] for members in self.members]
-        products = [merge([layers[i] for i in members]) if len(members) > 1 else layers[members[0]]  # type: ignore[misc]
-                    for members in self.members]  # fmt: skip
-        self.products = nn.ModuleList(products)
+        self.products = nn.ModuleList(_merged([layers[i] for i in members]) for members in self.members)
         self.count = len(layers)
 
     @property
@@ -187,6 +184,21 @@ def _broadcast(mask: Tensor | None) -> Tensor | None:
     return mask[:, None] if mask is not None and mask.ndim == 3 else mask
 
 
+def _reads(layer: Product) -> object:
+    """What is equal for layers that take the same form of an input; `None` for one that takes a form of its own."""
+    if isinstance(layer, IntegerLinear):
+        return layer.quantizer.key
+    as_it_stands = isinstance(layer, FloatProduct) and layer.grid is None and layer.operation.kind == "linear"
+    return "as it stands" if as_it_stands else None
+
+
+def _merged(layers: list[Product]) -> Product:
+    if len(layers) == 1:
+        return layers[0]
+    integers = [layer for layer in layers if isinstance(layer, IntegerLinear)]
+    return merge(integers) if integers else merge_floats([x for x in layers if isinstance(x, FloatProduct)])
+
+
 def _outputs(layer: Product) -> int:
-    assert isinstance(layer, IntegerLinear)
+    assert isinstance(layer, IntegerLinear | FloatProduct)
     return layer.num_outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from edadm_cli.engines.triton.profiling import operation_times
 from edadm_cli.engines.triton.state import StepState
 
 PROMPT = "encoder_hidden_states"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one: graphs are recorded on its stream, whichever the caller works with."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class TritonDenoiser(CompiledDenoiser):
@@ -65,10 +71,12 @@ class TritonDenoiser(CompiledDenoiser):
         arguments = self._arguments(args, kwargs)
         prompt = arguments.get(PROMPT)
         if self._state.prompt.is_used and isinstance(prompt, Tensor):
-            self._state.prompt.hold(prompt, self._placed)
+            with on_device(self._options.device):
+                self._state.prompt.hold(prompt, self._placed)
         floats = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point())
         dtype = next(floats).dtype
-        outputs = step(**pytree.tree_map(self._placed, arguments))
+        with on_device(self._options.device):
+            outputs = step(**pytree.tree_map(self._placed, arguments))
         return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, outputs)
 
     def _eager(self, **arguments: Any) -> Any:

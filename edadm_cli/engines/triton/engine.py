@@ -12,6 +12,8 @@ from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions
 from edadm_cli.engines.triton.assembly import Assembly
 from edadm_cli.engines.triton.denoiser import TritonDenoiser
 from edadm_cli.engines.triton.lowering import Lowering, refusal
+from edadm_cli.engines.triton.selection import faster_in_float
+from edadm_cli.engines.triton.times import measured_times
 from edadm_cli.quant.layers import QuantizedLayer
 
 MIN_CAPABILITY = (8, 0)
@@ -28,8 +30,8 @@ class TritonEngine(Engine):
         pack_weights: Keep weights of at most four bits packed and unpack them inside the kernels: less memory, not
             less time. By default they are unpacked once.
         prompt_cache: Compute keys and values of cross-attention once for each prompt tensor, not in every step.
-        kept: Layers to keep in floating point though the kernels could run them, name to reason, such as layers that
-            were measured to be slower in integers.
+        float_where_faster: Keep layers in float16 that it runs faster at the size of the example call, by the times
+            that were measured on this GPU (`times.json`); without them, and with packed weights, none are.
     """
 
     name: ClassVar[str] = "triton"
@@ -45,10 +47,10 @@ class TritonEngine(Engine):
         cuda_graphs: bool = True,
         pack_weights: bool = False,
         prompt_cache: bool = True,
-        kept: Mapping[str, str] | None = None,
+        float_where_faster: bool = True,
     ) -> None:
         self._cuda_graphs, self._pack_weights, self._prompt_cache = cuda_graphs, pack_weights, prompt_cache
-        self._kept = dict(kept or {})
+        self._float_where_faster = float_where_faster
 
     def refusal(self, device: torch.device) -> str | None:
         """Why the kernels cannot run on a device."""
@@ -75,7 +77,7 @@ class TritonEngine(Engine):
     ) -> CompiledDenoiser:
         """Pack the weights and assemble the blocks; the graph of a step is recorded at its first call."""
         self.require(options.device)
-        assembly = Assembly(self._lowering(options), self._prompt_cache)
+        assembly = Assembly(self._lowering(options, self._kept(denoiser, args, kwargs, options)), self._prompt_cache)
         model, layers = assembly.build(denoiser)
         graphs = self._cuda_graphs and options.device.type == "cuda"
         return TritonDenoiser(model, layers, assembly.state, options, graphs)
@@ -92,5 +94,14 @@ class TritonEngine(Engine):
 
         return run
 
-    def _lowering(self, options: EngineOptions) -> Lowering:
-        return Lowering(options.device, options.rest_dtype, self._pack_weights, self._kept)
+    def _kept(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
+    ) -> dict[str, str]:
+        """Layers that float16 runs faster, each with the reason."""
+        found = measured_times(options.device, options.rest_dtype)
+        if found is None or self._pack_weights or not self._float_where_faster:
+            return {}
+        return faster_in_float(denoiser, args, kwargs, options.rest_dtype, *found, self._prompt_cache)
+
+    def _lowering(self, options: EngineOptions, kept: Mapping[str, str] | None = None) -> Lowering:
+        return Lowering(options.device, options.rest_dtype, self._pack_weights, kept or {})

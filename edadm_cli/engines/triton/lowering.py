@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import edadm_kernels as kernels
 from edadm_cli.engines.triton.norms import NormStage
 from edadm_cli.engines.triton.products import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
 from edadm_cli.engines.triton.quantizer import Quantizer
@@ -22,8 +23,13 @@ def refusal(layer: QuantizedLayer) -> str | None:
     operation = layer.operation
     if layer.plan.input_grid is None:
         return "its input stays in floating point"
+    terms = torch.Size(layer.weight_shape[1:]).numel()
+    if terms > kernels.MAX_TERMS:
+        return f"a sum of {terms} products may not fit an int32"
     if operation.kind == "linear":
         return None
+    if max(layer.weight_shape[2:]) > kernels.MAX_KERNEL:
+        return f"the kernels have no convolution of {layer.weight_shape[2]}x{layer.weight_shape[3]} taps"
     if operation.groups != 1:
         return f"the kernels have no convolution in {operation.groups} groups"
     if operation.dilation != (1, 1):
@@ -41,7 +47,8 @@ class Lowering:
         device: Of the products.
         dtype: Of everything that is not integer.
         pack_weights: Multiply weights of at most four bits packed, instead of unpacking them once.
-        kept: Layers to keep in floating point although the kernels could run them: name to reason.
+        kept: Layers to keep in floating point although the kernels could run them: name to reason. They read their
+            input as it stands, as a layer does that the recipe keeps.
         decisions: How each planned layer runs: name to precision, and to the reason where it is no integer one.
     """
 
@@ -78,7 +85,9 @@ class Lowering:
         return self.pack_weights and layer.plan.weight_bits <= 4
 
     def codes(self, layer: QuantizedLayer) -> Tensor:
-        """A layer's weight codes, int8, on the device."""
+        """A layer's weight codes, int8, on the device; on `meta`, where shapes are enough, nothing is unpacked."""
+        if self.device.type == "meta":
+            return torch.empty(layer.weight_shape, dtype=torch.int8, device=self.device)
         return layer.weight_int.detach().to(self.device)
 
     @property
@@ -101,7 +110,7 @@ class Lowering:
         operation = layer.operation
         quantizer, scale = Quantizer.of(layer, self.device), layer.weight_scale.detach().to(self.device)
         codes, bias, packs = self.codes(layer), self._bias(layer), self.can_pack(layer)
-        if operation.kind == "linear" or _is_pointwise(operation, layer.weight_shape):
+        if operation.kind == "linear" or operation.is_pointwise(layer.weight_shape):
             is_convolution = operation.kind == "conv2d"
             return IntegerLinear(codes.flatten(1), scale, bias, quantizer, self.dtype, is_convolution, packs)
         down, right = operation.padding
@@ -116,7 +125,3 @@ class Lowering:
 
     def _bias(self, layer: QuantizedLayer) -> Tensor | None:
         return None if layer.bias is None else layer.bias.detach().to(self.device)
-
-
-def _is_pointwise(operation: Operation, shape: tuple[int, ...]) -> bool:
-    return shape[2:] == (1, 1) and operation.stride == (1, 1) and operation.padding == (0, 0)

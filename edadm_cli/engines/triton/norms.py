@@ -41,6 +41,8 @@ class NormStage(nn.Module):
         quantizers = {c.quantizer.key: c.quantizer for c in consumers if c.quantizer is not None}
         self.is_fused = bool(quantizers) and len(quantizers) <= MAX_QUANTIZERS and _one_width(quantizers.values())
         self.needs_float = not self.is_fused or any(c.quantizer is None for c in consumers)
+        # of the element type that torch's layer norm wants them in; converted here, not in every step
+        self.float_affine = (self.weight.to(dtype), self.bias.to(dtype))
         if self.is_fused:
             self.places = {key: index for index, key in enumerate(quantizers)}
             self.scales = torch.cat([q.scale for q in quantizers.values()])
@@ -68,7 +70,7 @@ class NormStage(nn.Module):
 
     def _float(self, x: Tensor) -> Tensor:
         if self.num_groups is None:
-            return F.layer_norm(x, self.weight.shape, self.weight.to(x), self.bias.to(x), self.eps).to(self.dtype)
+            return F.layer_norm(x.to(self.dtype), self.weight.shape, *self.float_affine, self.eps)
         return kernels.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu).to(self.dtype)
 
 

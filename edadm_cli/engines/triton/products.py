@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import edadm_kernels as kernels
 from edadm_cli.engines.triton.layout import channels_last, image_of, quantizable, rows_of
 from edadm_cli.engines.triton.quantizer import Quantizer
-from edadm_cli.quant.grid import fake_quantize
+from edadm_cli.quant.grid import Grid, fake_quantize
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
 from edadm_kernels import pack
@@ -187,14 +188,20 @@ class FloatProduct(Product):
     ) -> None:
         super().__init__()
         weight = weight.to(dtype)
-        self.operation, self.rounded_to = operation, None
+        self.operation = operation
+        self.is_pointwise = operation.is_pointwise(tuple(weight.shape))
         self.weight = channels_last(weight) if operation.kind == "conv2d" else weight.contiguous()
         self.bias = None if bias is None else bias.to(dtype)
-        self.grid = None
+        self.grid: Grid | None = None
         if rounded_to is not None and rounded_to.plan.input_grid is not None:
             self.grid = rounded_to.plan.input_grid
             self.input_scale = rounded_to.input_scale.detach().to(weight.device)
             self.input_zero_point = rounded_to.input_zero_point.detach().to(weight.device)
+
+    @property
+    def num_outputs(self) -> int:
+        """Output features."""
+        return self.weight.shape[0]
 
     def prepare(self, x: Tensor) -> Tensor:
         """`x`, rounded to its codes where the layer has any."""
@@ -205,10 +212,15 @@ class FloatProduct(Product):
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """See `Product`."""
-        y = self.operation(prepared, self.weight, self.bias)
+        y = self._pointwise(prepared) if self.is_pointwise else self.operation(prepared, self.weight, self.bias)
         if sample_bias is not None:
             y = y + sample_bias[:, :, None, None]
         return y if residual is None else y + residual
+
+    def _pointwise(self, x: Tensor) -> Tensor:
+        """A 1x1 convolution as a matrix product, which reads a range of an image's channels where they are."""
+        rows = F.linear(rows_of(x), self.weight.flatten(1), self.bias)
+        return image_of(rows, x.shape[0], *x.shape[2:])
 
 
 class SplitProduct(Product):
@@ -250,7 +262,21 @@ def merge(layers: list[IntegerLinear]) -> IntegerLinear:
     merged.weight = torch.cat([layer.weight for layer in layers])
     merged.scale = torch.cat([layer.scale for layer in layers])
     merged.correction = torch.cat([layer.correction for layer in layers])
-    merged.bias = None
-    if any(layer.bias is not None for layer in layers):
-        merged.bias = torch.cat([torch.zeros_like(x.scale) if x.bias is None else x.bias for x in layers])
+    merged.bias = _joined([layer.bias for layer in layers], [layer.scale for layer in layers])
     return merged
+
+
+def merge_floats(layers: list[FloatProduct]) -> FloatProduct:
+    """One product of linear layers in floating point that share an input as it stands: outputs side by side."""
+    first = layers[0]
+    bias = _joined([layer.bias for layer in layers], [layer.weight[:, 0] for layer in layers])
+    merged = FloatProduct(first.operation, torch.cat([layer.weight for layer in layers]), bias, first.weight.dtype)
+    merged.label = AND.join(layer.label for layer in layers)
+    return merged
+
+
+def _joined(biases: list[Tensor | None], like: list[Tensor]) -> Tensor | None:
+    """Biases side by side, zeros shaped as `like` where there is none; `None` where there is no bias at all."""
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat([torch.zeros_like(x) if bias is None else bias for bias, x in zip(biases, like, strict=True)])

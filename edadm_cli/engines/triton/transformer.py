@@ -101,10 +101,10 @@ class FusedTransformerBlock(nn.Module):
         super().__init__()
         self.attentions = nn.ModuleList(attentions)
         norms = (block.norm1, block.norm2)
-        self.norms = [
+        self.norms = nn.ModuleList(
             lowering.norm(norm, attention.inputs.consumers, silu=False)
             for norm, attention in zip(norms, attentions, strict=False)
-        ]
+        )
         self.feed_forward = feed_forward
         self.last_norm = lowering.norm(block.norm3, [feed_forward.project], silu=False)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from edadm_kernels.codegen.machine_code import MachineCode
+from edadm_kernels.launching import PROGRAM_SHARED_BYTES
 
 WGMMA_ROWS = 64  # the smallest tile that Hopper's warp-group matrix instruction takes
 
 
 def violations(code: MachineCode) -> list[str]:
     """Reasons to reject, each one clause; empty for sound code."""
+    reasons = []
+    if code.shared_bytes > (most := PROGRAM_SHARED_BYTES[code.arch]):
+        reasons.append(f"{code.shared_bytes} bytes of shared memory where a program has {most}")
     if code.float_mma:
-        return _attention_violations(code)
-    return _product_violations(code) if code.has_dot else _stream_violations(code)
+        return reasons + _attention_violations(code)
+    return reasons + (_product_violations(code) if code.has_dot else _stream_violations(code))
 
 
 def _attention_violations(code: MachineCode) -> list[str]:

@@ -92,8 +92,9 @@ def _keep(path: Path, code: bytes) -> None:
     """Write whole or not at all; a cache that cannot be written is done without."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as target:
-            target.write(code)
-        os.replace(target.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+            target = Path(folder) / path.name
+            target.write_bytes(code)
+            os.replace(target, path)
     except OSError:
         return

@@ -14,12 +14,13 @@ from edadm_kernels.hopper.variant import Variant
 
 @lru_cache(maxsize=1)
 def is_available() -> bool:
-    """Whether cuda-bindings, which torch's CUDA builds depend on, can be imported."""
+    """Whether cuda-bindings, which torch's CUDA builds depend on, is installed and finds NVRTC."""
     try:
         from cuda.bindings import driver, nvrtc  # noqa: F401
-    except ImportError:
+
+        return bool(nvrtc.nvrtcVersion()[0] == nvrtc.nvrtcResult.NVRTC_SUCCESS)
+    except (ImportError, OSError, RuntimeError):  # the last two where the library itself is missing
         return False
-    return True
 
 
 @lru_cache(maxsize=256)
@@ -32,7 +33,7 @@ def function(variant: Variant, device: int) -> Any:
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # makes torch's context the current one
+        _enter_context(device)
         text = (variant.source, variant.defines(), variant.prelude())
         loaded = driver.cuModuleLoadData(compiled(*text))
         if loaded[0] != driver.CUresult.CUDA_SUCCESS:  # the cache may be damaged
@@ -77,6 +78,7 @@ def launch(variant: Variant, blocks: int, arguments: list[Any], device: int) -> 
     config.attrs, config.numAttrs = attributes, len(attributes)
     addresses = (ctypes.c_void_p * len(arguments))(*(_address(argument) for argument in arguments))
     with torch.cuda.device(device):
+        _enter_context(device)
         _checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(addresses), 0))
 
 
@@ -118,6 +120,16 @@ def tensor_map(
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
+
+
+def _enter_context(device: int) -> None:
+    """Make torch's context of a device the thread's own where it has none: a new thread may not have called CUDA."""
+    from cuda.bindings import driver
+
+    if int(_checked(driver.cuCtxGetCurrent())) == 0:
+        _checked(
+            driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device)))))
+        )
 
 
 def _address(argument: Any) -> int:

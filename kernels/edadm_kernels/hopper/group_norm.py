@@ -132,7 +132,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> bool:
     kinds = x.dtype == torch.float16 and weight.dtype == bias.dtype == torch.float32
     return (
         kinds
-        and x.data_ptr() % 16 == 0
+        and all(t.data_ptr() % 16 == 0 for t in (x, weight, bias))
         and group_norm_plan(x.shape[2] * x.shape[3], x.shape[1], num_groups) is not None
     )
 

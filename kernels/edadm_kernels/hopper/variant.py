@@ -120,5 +120,6 @@ class ProductTile:
     def label(self) -> str:
         """For tables."""
         kind = "geglu" if self.geglu else "upsample" if self.upsample else "conv" if self.convolution else "linear"
-        extras = ("-f32" if self.floats else "") + (f"-split{self.split}" if self.split > 1 else "")
+        extras = f"-x{self.blocks}" if self.blocks > 1 else ""
+        extras += ("-f32" if self.floats else "") + (f"-split{self.split}" if self.split > 1 else "")
         return f"{kind}-{self.bm}x{self.bn}x{self.bk}{extras}"

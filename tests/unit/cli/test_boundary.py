@@ -39,6 +39,8 @@ def _invalid(make: Callable[[], Any]) -> ValidationError:
         (PermissionError(errno.EACCES, "x", "/d"), 4, "/d: permission is denied."),
         (OSError(errno.EROFS, "x", "/d"), 4, "/d: the file system is read-only."),
         (FileNotFoundError(errno.ENOENT, "x", "/d"), 3, "/d: there is no such file or folder."),
+        (NotADirectoryError(errno.ENOTDIR, "x", "/d"), 3, "/d: a folder is wanted, and there is a file."),
+        (IsADirectoryError(errno.EISDIR, "x", "/d"), 3, "/d: a file is wanted, and this is a folder."),
         (OSError(errno.EPERM, "x"), 4, "the operation is not permitted."),
         (MemoryError(), 4, "memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 4, "memory"),

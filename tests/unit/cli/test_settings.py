@@ -71,6 +71,7 @@ def test_run_takes_the_same_file(stages: FakeStages, config: list[str]) -> None:
         ("select = 3", 2, "select"),
         ("[collect]\nnum_steps = 'many'", 2, "--num-steps"),
         ("[collect]\nnum_steps = 0", 2, "--num-steps"),
+        ("[collect]\nguidance_scale = inf", 2, "--guidance-scale"),
         ("[collect", 3, "TOML"),
         ("\xff", 3, "TOML"),
     ],
@@ -93,6 +94,11 @@ def test_a_file_that_does_not_fit_is_told(
         (["collect", "--model", "tiny", "--num-steps", "x"], 2),
         (["collect", "--model", "tiny", "--dtype", "int4"], 2),
         (["collect", "--model", "tiny", "--seed", "-1"], 2),
+        (["collect", "--model", "tiny", "--guidance-scale", "inf"], 2),
+        (["collect", "--model", "tiny", "--guidance-scale", "nan"], 2),
+        (["collect", "--model", "tiny", "--num-trajectories", "1000001"], 2),
+        (["select", "--variety-weight", "inf", "--run", "r"], 2),
+        (["sample", "--bits", "w4a8", "--num-images", "99999999999999999999", "--run", "r"], 2),
         (["collect", "--model", "tiny", "--config", "absent.toml"], 3),
         (["collect", "--model", "tiny", "--json", "--quiet"], 2),
         (["collect", "--model", "///"], 2),
@@ -112,6 +118,42 @@ def test_command_lines_that_cannot_be_are_refused_before_any_work(
     assert captured.err.startswith("error: ")
     assert "Traceback" not in captured.err
     assert stages.calls == []
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[reconstruct]\nbits = 48", "got '48'"),
+        ("[reconstruct]\nbits = ['w4a8', 'w8a8']", "--bits takes wXaY"),
+        ("[reconstruct]\nbits = 'w4a8'\nrecipe = 5", "got 5"),
+        ("[reconstruct]\nbits = 'w4a8'\n[reconstruct.recipe]\nname = 'mine'", "A recipe is the name of one"),
+    ],
+)
+def test_a_width_or_a_recipe_of_another_form_is_told(
+    stages: FakeStages, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, named: str
+) -> None:
+    path = tmp_path / "edadm.toml"
+    path.write_text(text)
+    assert main(["reconstruct", "--run", "r", "--config", str(path)]) == 2
+    assert named in capsys.readouterr().err
+    assert stages.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (["collect"], "collect needs --model.", "edadm collect --model digits-sd"),
+        (["bench", "--model", "tiny", "--batch-sizes", "2,0"], "--batch-sizes: input should be greater than 0", ""),
+        (["evaluate", "--bits", "w4a8", "--run", "r", "--num-images", "1"], "--num-images: input should be", ""),
+    ],
+)  # fmt: skip
+def test_a_value_that_does_not_fit_is_told_by_its_flag(
+    stages: FakeStages, capsys: pytest.CaptureFixture[str], arguments: list[str], error: str, hint: str
+) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {error}")
+    assert hint in told
 
 
 def test_every_field_of_a_configuration_is_a_flag() -> None:

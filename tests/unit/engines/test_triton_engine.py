@@ -187,16 +187,6 @@ def test_a_timestep_may_be_a_number(quantized: nn.Module, call: Call) -> None:
     assert torch.equal(compiled(sample, int(timestep), **kwargs)[0], compiled(sample, timestep, **kwargs)[0])
 
 
-def test_layers_kept_in_floating_point_say_so(quantized: nn.Module, call: Call) -> None:
-    name, reason = "mid_block.resnets.0.conv1", "slower in integers on this GPU"
-    engine = TritonEngine(kept={name: reason})
-    compiled = engine.compile(quantized, *call, CPU)
-    rows = {row.name: row for row in compiled.layers}
-    assert (rows[name].precision, rows[name].reason, rows[name].is_met) == ("float32", reason, False)
-    assert sum(not row.is_met for row in compiled.layers if row.kind != "attention") == 1
-    assert relative_l2(compiled(*call[0], **call[1])[0], exact(quantized, call)) < ROUNDED
-
-
 def test_the_profile_names_layers(quantized: nn.Module, call: Call) -> None:
     rows = TritonEngine().compile(quantized, *call, CPU).profile(*call[0], **call[1])
     assert any(row.name.startswith("mid_block.resnets.0.conv1: ") and row.precision == "int8" for row in rows)
@@ -215,6 +205,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "patches": (lambda: nn.Conv2d(4, 16, 2, stride=2), (2, 4, 6, 6), True),
     "groups": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4), (1, 8, 5, 5), False),
     "dilation": (lambda: nn.Conv2d(4, 8, 3, padding=2, dilation=2), (1, 4, 7, 7), False),
+    "taps": (lambda: nn.Conv2d(4, 8, 7, padding=3), (1, 4, 7, 7), False),
     "strides": (lambda: nn.Conv2d(4, 8, 3, stride=(1, 2)), (1, 4, 7, 7), False),
 }
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from edadm_cli.errors import InputError
+from edadm_cli.evaluate import datasets
 from edadm_cli.evaluate.real import open_real
 
 ImageMaker = Callable[..., torch.Tensor]
@@ -90,3 +91,47 @@ def test_missing_empty_and_broken_places_end_in_one_sentence(tmp_path: Path) -> 
     assert real.images is not None
     with pytest.raises(InputError, match=r"3\.png is not a readable image"):
         real.images((8, 8))[3]
+
+
+def test_a_dataset_of_torch_fidelity_is_opened_by_its_name(
+    tmp_path: Path, random_images: ImageMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "datasets_folder", lambda: tmp_path / "datasets")
+    opened: list[tuple[str, bool]] = []
+
+    def create(root: str, download: bool) -> torch.Tensor:
+        opened.append((root, download))
+        if not download and not Path(root).exists():
+            raise RuntimeError("Dataset not found or corrupted.")
+        return random_images(0, 5, channels=3)
+
+    monkeypatch.setitem(datasets.DATASETS_REGISTRY, "tiny", create)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    real = open_real("tiny")
+    assert opened == [], "an evaluation that is up to date does not need it"
+    real.fetch()
+    assert [download for _, download in opened] == [False, True]
+    assert real.images is not None
+    same, smaller = real.images((16, 16)), real.images((8, 8))
+    assert torch.equal(same[4], random_images(0, 5, channels=3)[4])
+    assert smaller[4].shape == (3, 8, 8)
+    assert len(smaller) == 5  # type: ignore[arg-type]
+    assert len(opened) == 2, "it is opened once"
+    assert real.digest != open_real("cifar10-val").digest
+
+
+def test_a_dataset_that_cannot_be_had_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "datasets_folder", lambda: tmp_path / "datasets")
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", _unreachable)
+    for offline, wanted in (("1", "HF_HUB_OFFLINE forbids"), ("0", "cannot be downloaded: no network")):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        with pytest.raises(InputError, match=rf"cifar10-train .*{wanted}") as caught:
+            open_real("cifar10-train").fetch()
+        assert "\n" not in caught.value.message
+        assert caught.value.hint is not None
+    with pytest.raises(InputError, match=r"nor a dataset of that name .*cifar10-train"):
+        open_real("cifar11-train")
+
+
+def _unreachable(*args: object) -> None:
+    raise OSError("no\nnetwork")

@@ -20,7 +20,7 @@ from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Place, fill_layer, unit_seed
 from edadm_cli.reconstruct.capture import layer_outputs
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
-from edadm_cli.reconstruct.learn import UnitData, UnitLearner, UnitResult, channel_loss, layer_targets
+from edadm_cli.reconstruct.learn import EVALUATED_ROWS, UnitData, UnitLearner, UnitResult, channel_loss, layer_targets
 from edadm_cli.reconstruct.learned import Drop, Share
 
 MakeSetting = Callable[..., Any]
@@ -121,10 +121,17 @@ def test_learned_codes_are_within_one_of_nearest_and_scales_stay_positive(
             assert torch.equal(tensor, setting.ranges[name]), "these are not learned"
 
 
+@pytest.mark.parametrize("relative", [False, True])
 def test_one_step_is_one_forward_and_its_loss_is_the_sum_of_the_terms(
-    make_setting: MakeSetting, learner_of: Learner
+    make_setting: MakeSetting, learner_of: Learner, relative: bool
 ) -> None:
-    setting = make_setting(input_drop=0.0, activation_drop=0.0, rounding_regularizer=0.0, layer_loss_weight=0.7)
+    setting = make_setting(
+        input_drop=0.0,
+        activation_drop=0.0,
+        rounding_regularizer=0.0,
+        layer_loss_weight=0.7,
+        relative_layer_losses=relative,
+    )
     learner, forwards = learner_of(setting, RESIDUAL), []
     handle = learner.module.register_forward_hook(lambda *_: forwards.append(1))
     learner.set_iteration(0)
@@ -139,7 +146,14 @@ def test_one_step_is_one_forward_and_its_loss_is_the_sum_of_the_terms(
     with setting.network.full_precision(), layer_outputs(setting.denoiser, inner) as wanted, torch.no_grad():
         args, kwargs = exact.call([tensor.read(rows) for tensor in exact.tensors])
         target = unit.module(*args, **kwargs)
-    terms = sum(float(channel_loss(outputs[name], wanted[name])) for name in inner)
+    sizes = dict.fromkeys(inner, 1.0)
+    if relative:
+        (whole,) = exact.outputs
+        assert whole.count <= EVALUATED_ROWS, "sizes are those of all rows then"
+        everything = {name: rows.read(range(rows.count)) for name, rows in learner.data.layer_targets.items()}
+        block = whole.read(range(whole.count)).square().sum(1).mean()
+        sizes = {name: float(block / tensor.square().sum(1).mean()) for name, tensor in everything.items()}
+    terms = sum(sizes[name] * float(channel_loss(outputs[name], wanted[name])) for name in inner)
     assert loss == pytest.approx(float(channel_loss(out, target)) + 0.7 * terms, rel=1e-4)
 
 

@@ -1,0 +1,83 @@
+"""Every operation of the namespace is a sound custom operation, by its kernel and by the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edadm_kernels import backend, pack
+
+ROWS, TERMS, OUTPUTS = 5, 24, 6
+SCALE, ZERO_POINT = torch.tensor([0.03]), torch.tensor([7], dtype=torch.int32)
+EPILOGUE = (torch.full((OUTPUTS,), 0.01), torch.arange(OUTPUTS, dtype=torch.int32), torch.ones(OUTPUTS))
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(len(shape))).to(torch.int8)
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+
+
+def image(*shape: int) -> Tensor:
+    return floats(*shape).contiguous(memory_format=torch.channels_last)
+
+
+def cases() -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operation; layouts that a fake could get wrong."""
+    weight = codes(OUTPUTS, 3, 3, TERMS)
+    table = pack.conv_border_table(weight, 7, (1, 0, 1, 0))
+    pixels = codes(2, TERMS, 4, 5).contiguous(memory_format=torch.channels_last)
+    affine = (torch.ones(8), torch.zeros(8))
+    two = (torch.tensor([0.03, 0.1]), torch.tensor([7, 128], dtype=torch.int32))
+    columns = floats(2, ROWS, 3 * 16)
+    return {
+        "linear": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, floats(ROWS, OUTPUTS), torch.float16),
+        "linear_geglu": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, SCALE, ZERO_POINT, 8),
+        "conv2d": (
+            pixels, weight, EPILOGUE[0], table, EPILOGUE[2], floats(2, OUTPUTS), image(2, OUTPUTS, 2, 2),
+            2, (1, 0, 1, 0), False, torch.float16,
+        ),
+        "group_norm": (image(2, 8, 3, 1), *affine, 2, 1e-5, True),
+        "group_norm_quantize": (image(2, 8, 3, 3), *affine, 2, 1e-5, True, *two, 8),
+        "layer_norm_quantize": (floats(2, 3, 8), *affine, 1e-5, *two, 8),
+        "attention_quantize": (*columns.split(16, dim=2), 2, 0.3, SCALE, ZERO_POINT, 8),
+        "quantize": (image(2, 24, 3, 5)[:, 3:16], SCALE, ZERO_POINT, 8, True),
+    }  # fmt: skip
+
+
+def test_no_operation_is_left_out() -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("edadm::")}
+    assert {name.removeprefix("edadm::") for name in registered} == set(cases())
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_the_kernel_is_a_sound_operation(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.edadm, name).default, cases()[name])
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_the_reference_is_a_sound_operation(name: str) -> None:
+    with backend("reference"):
+        torch.library.opcheck(getattr(torch.ops.edadm, name).default, cases()[name])
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_every_element_is_written(name: str) -> None:
+    operation, arguments = getattr(torch.ops.edadm, name).default, cases()[name]
+    wanted = outputs(operation(*arguments))
+    torch.use_deterministic_algorithms(True)  # torch fills what it allocates with NaN, or the largest integer
+    try:
+        assert torch.empty(3).isnan().all()
+        found = outputs(operation(*arguments))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def outputs(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, list | tuple) else [result]
