@@ -16,6 +16,7 @@ from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions, LayerKind
 from edadm_cli.engines.openvino import OpenVinoEngine, nodes, saturation
+from edadm_cli.engines.openvino.denoiser import plugin_properties
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.models.example_calls import example_call
@@ -131,7 +132,7 @@ def _product_of_ends(spared: frozenset[LayerKind]) -> tuple[Tensor, Tensor]:
     saturation.spare_products(graph, spared)
     signs = torch.randint(2, (2, 2, 24, 1), generator=torch.Generator().manual_seed(0)) * 255.0 - 128
     codes = signs.expand(2, 2, 24, 40).contiguous()
-    found = ov.Core().compile_model(graph, "CPU", {"INFERENCE_NUM_THREADS": 1})([*(codes * scale).numpy()])[0]
+    found = ov.Core().compile_model(graph, "CPU", plugin_properties(CPU))([*(codes * scale).numpy()])[0]
     return torch.from_numpy(found.copy()), codes[0].double() @ codes[1].double().mT * scale**2
 
 
