@@ -39,6 +39,7 @@ _MOVES = (
     "Slice",
     "StridedSlice",
     "Broadcast",
+    "Interpolate",
 )
 _UNSIGNED_MAX, _SIGNED_MAX, _DEPTH = 255, 127, 64
 
@@ -74,7 +75,10 @@ def spare_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[st
         kind = _KINDS.get(node.get_type_name())
         if kind is None:
             continue
+        left, right = (_source(node.input_value(port)) for port in (0, 1))
         weight = _scaled_codes(node.input_value(1))
+        if not _is_quantizer(left):
+            continue  # in floating point on any processor
         if weight is not None:
             if kind not in kinds or not weights_saturate(_codes(weight)):
                 continue
@@ -83,12 +87,10 @@ def spare_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[st
             else:
                 _use_real_weights(weight)
                 spared.add(layer_name(node.friendly_name))
-        elif "attention" in kinds:
-            quantizers = [_source(node.input_value(port)) for port in (0, 1)]
-            if all(quantizer.get_type_name() == "FakeQuantize" for quantizer in quantizers):
-                for quantizer in quantizers:
-                    _round_in_float(quantizer)
-                spared.add(layer_name(node.friendly_name))
+        elif "attention" in kinds and _is_quantizer(right):
+            _round_in_float(left)
+            _round_in_float(right)
+            spared.add(layer_name(node.friendly_name))
     return frozenset(spared)
 
 
@@ -98,6 +100,10 @@ def _source(output: ov.Output) -> ov.Node:
     while node.get_type_name() in _MOVES:
         node = node.input_value(0).get_node()
     return node
+
+
+def _is_quantizer(node: ov.Node) -> bool:
+    return bool(node.get_type_name() == "FakeQuantize")
 
 
 def _scaled_codes(output: ov.Output) -> ov.Node | None:
@@ -129,6 +135,7 @@ def _add_halves(convolution: ov.Node, scaled: ov.Node) -> None:
     second = make(convolution.input_value(0), low, *places)
     second.friendly_name = f"{convolution.friendly_name}/low"
     total = ops.add(convolution, second)
+    total.friendly_name = f"{convolution.friendly_name}/sum"
     for reader in readers:
         reader.replace_source_output(total.output(0))
 
@@ -148,7 +155,10 @@ def _round_in_float(quantizer: ov.Node) -> None:
     low, high = (np.float32(quantizer.input_value(port).get_node().data.item()) for port in (1, 2))
     step = np.float32((high - low) / np.float32(255))
     first = float(np.round(low / step))
-    codes = ops.round(ops.multiply(quantizer.input_value(0), _constant(1 / step)), "half_to_even")
+    scaled = ops.multiply(quantizer.input_value(0), _constant(1 / step))
+    # the product before it may be fused to it, and take its name
+    scaled.friendly_name = f"{quantizer.input_value(0).get_node().friendly_name}/scaled"
+    codes = ops.round(scaled, "half_to_even")
     values = ops.multiply(ops.clamp(codes, first, first + 255), _constant(step))
     quantizer.output(0).replace(values.output(0))
 

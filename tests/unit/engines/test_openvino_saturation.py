@@ -112,6 +112,15 @@ def test_no_wide_code_is_left_and_nothing_else_is_touched(name: str, spared: set
     assert not any(map(saturation.weights_saturate, _codes(graph)))
 
 
+def test_a_float_input_stays_as_it_is() -> None:
+    layer, x = quantized_layer(LAYERS["conv"][0], LayerPlan(weight_bits=8)), torch.zeros(LAYERS["conv"][1])
+    assert isinstance(layer, QuantizedLayer)
+    layer.set_parameters(torch.full(layer.weight_shape, 127), torch.ones(layer.weight_shape[0]))
+    graph = _graph(layer, x)
+    assert saturation.spare_products(graph, ALL) == frozenset()
+    assert len(_codes(graph)) == 1
+
+
 def _codes(graph: ov.Model) -> list[np.ndarray]:
     constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
     return [node.data for node in constants if node.get_output_element_type(0) == ov.Type.i8]
