@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -98,6 +99,19 @@ def test_a_copy_is_cast_by_itself_and_saved(folder: Path, pipeline: Any, tmp_pat
     copied.save_pretrained(tmp_path / "copy")
     again = UNet2DConditionModel.from_pretrained(tmp_path / "copy", torch_dtype=torch.float16)
     assert torch.equal(predict(again, torch.float16), predict(copied, torch.float16))
+
+
+def test_a_denoiser_is_moved_and_offloaded(pipeline: Any) -> None:
+    wanted = predict(pipeline.unet)
+    away = copy.deepcopy(pipeline.unet).to("meta", torch.float16)
+    assert {tensor.device.type for tensor in (*away.parameters(), *away.buffers())} == {"meta"}
+    assert {buffer.dtype for name, buffer in away.named_buffers() if name.endswith("_scale")} == {torch.float32}
+    in_turn = copy.deepcopy(pipeline.unet)
+    accelerate.cpu_offload(in_turn, execution_device=CPU)  # what enable_sequential_cpu_offload does
+    assert {parameter.device.type for parameter in in_turn.parameters()} == {"meta"}
+    assert torch.equal(predict(in_turn), wanted)
+    pipeline.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+    assert torch.equal(predict(pipeline.unet), wanted)
 
 
 def lora(module: str, size: int) -> dict[str, Tensor]:
