@@ -117,7 +117,7 @@ class ThreeForwards:
     def __init__(self, learner: UnitLearner, exact_unit: nn.Module, optimization: Optimization) -> None:
         self.learner, self.exact_unit, self.optimization = learner, exact_unit, optimization
         prefix = len(learner.unit.name) + 1
-        self.inner = [name[prefix:] for name in learner.unit.layers[:-1]]
+        self.inner = [name[prefix:] for name in learner.data.layer_targets]
         calls, device = learner.data.full_precision, learner.device
         self.targets = MiniBatch(calls.outputs, learner.share.size, device)
         self.exact = MiniBatch(calls.tensors, learner.share.size, device)
@@ -136,8 +136,8 @@ class ThreeForwards:
             self._forward(self.learner.module, mixed, quantized=True)
         with torch.no_grad(), layer_outputs(self.exact_unit, self.inner) as wanted:
             self._forward(self.exact_unit, exact, quantized=False)
-        terms = [channel_loss(found[name], wanted[name]) for name in self.inner]
-        loss = loss + self.learner.recipe.layer_loss_weight * torch.stack(terms).sum()
+        weighted = zip(self.inner, self.learner.layer_weights, strict=True)
+        loss = loss + torch.stack([weight * channel_loss(found[name], wanted[name]) for name, weight in weighted]).sum()
         loss.backward()
         self.optimization.adam.step()
         self.learner.learned.scales.keep_positive()

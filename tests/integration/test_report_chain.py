@@ -63,6 +63,12 @@ def test_the_whole_chain_ends_in_a_page(place: Path, tiny_sd: Path, capsys: pyte
             assert stage["identity"] in text
     assert main(["report", "--run", "run", "--bits", "w8a8,w4a8", "--quiet"]) == 0
     assert Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8") == text
+    assert main(["run", *words, "--bits", "w8a8,w4a8", "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["status"] == "up_to_date"
+    for bits, stages in result["results"].items():
+        for name, stage in stages.items():
+            assert planned["results"][bits][name]["identity"] == stage["identity"], f"{bits} {name}"
 
 
 def test_a_run_that_has_only_begun_has_a_page_too(
