@@ -274,9 +274,10 @@ def join(device: str) -> Processes:
         device: `--device`: `cpu` has the processes talk through gloo, a GPU through its own backend.
 
     Raises:
-        MachineError: They cannot be reached.
+        MachineError: They cannot be reached, or the launcher has started one process instead of several.
     """
     if launched_count() == 1:
+        _require_all_were_started()
         return ALONE
     import torch
     from accelerate import PartialState
@@ -288,6 +289,18 @@ def join(device: str) -> Processes:
     except (RuntimeError, ValueError) as error:
         raise MachineError(f"The {launched_count()} processes of the run cannot reach each other: {error}") from error
     return Team(store, state.process_index, state.num_processes, state.local_process_index)
+
+
+def _require_all_were_started() -> None:
+    """`accelerate launch` on a machine without several GPUs starts one process, however many were asked for.
+
+    It tells that one where the others would be met, but not that there are any.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
+        raise MachineError(
+            "accelerate launch was to start several processes and has started one, as it does without several GPUs.",
+            hint="accelerate launch --multi_gpu, also for CPUs; or torchrun",
+        )
 
 
 def _shared_store(state: PartialState) -> Store:

@@ -171,7 +171,7 @@ class RunFolder:
                 self._check_unchanged(parent)
             with explained_os_errors(path):
                 recover(path)
-            finished = self._finished(path, plan, force)
+            finished = self.finished(plan, force)
             if finished is not None:
                 yield Build(path=path, target=path, manifest=finished.manifest, artifact=finished)
                 return
@@ -187,8 +187,14 @@ class RunFolder:
         if not has_manifest(parent.path) or read_manifest(parent.path).identity != parent.identity:
             raise InputError(f"{parent.path} changed while it was being read.", hint="type the same command again")
 
-    def _finished(self, path: Path, plan: Plan, force: bool) -> Artifact | None:
-        """The artifact on disk, if it is the planned one and is not to be built again."""
+    def finished(self, plan: Plan, force: bool = False) -> Artifact | None:
+        """The artifact on disk, if it is the planned one and is not to be built again.
+
+        Raises:
+            InputError: Without `force`, it has another identity or is broken; or something that is no artifact is in
+                its place.
+        """
+        path = self.path(plan.kind, plan.name)
         if not has_manifest(path):
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise InputError(

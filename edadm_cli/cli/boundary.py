@@ -125,9 +125,7 @@ def _interrupted(arguments: Sequence[str]) -> EdadmError:
 
 def _explain_validation(error: ValidationError, arguments: Sequence[str]) -> UsageError:
     first, command = error.errors()[0], _command(arguments)
-    field = ".".join(
-        part for part in first["loc"] if isinstance(part, str)
-    )  # items of a list have no flag of their own
+    field = ".".join(part for part in first["loc"] if isinstance(part, str))  # an item of a list has no flag
     if first["type"] == "extra_forbidden":
         return UsageError(f"There is no setting '{field}' in {error.title}.")
     flag = f"--{field.replace('_', '-')}" if field else error.title

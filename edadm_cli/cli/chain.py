@@ -109,7 +109,7 @@ class _Chain:
 
         started = time.monotonic()
         calibration = self._calibrate(settings)
-        results = {bits: self._quantize(bits, configs) for bits, configs in settings.by_bits.items()}
+        results = {bits: self._quantize(bits, configs, calibration) for bits, configs in settings.by_bits.items()}
         page = None if self.execution.dry_run else self._report(list(results))
         records = [*calibration, *(record for stages in results.values() for record in stages.values())]
         return RunRecord(
@@ -127,18 +127,22 @@ class _Chain:
         from edadm_cli.collect import stage as collect
         from edadm_cli.select import stage as select
 
-        return [
-            self._perform("collect", None, collect, settings.collect),
-            self._perform("select", None, select, settings.select),
-        ]
+        collected = self._perform("collect", None, collect, settings.collect, [])
+        return [collected, self._perform("select", None, select, settings.select, [collected])]
 
-    def _quantize(self, bits: str, configs: dict[str, StageConfig]) -> dict[str, StageRecord]:
+    def _quantize(
+        self, bits: str, configs: dict[str, StageConfig], calibration: list[StageRecord]
+    ) -> dict[str, StageRecord]:
         from edadm_cli.evaluate import stage as evaluate
         from edadm_cli.export import stage as export
         from edadm_cli.reconstruct import stage as reconstruct
 
         stages = {"reconstruct": reconstruct, "export": export, "evaluate": evaluate}
-        return {command: self._perform(command, bits, stages[command], configs[command]) for command in stages}
+        records: dict[str, StageRecord] = {}
+        for command, stage in stages.items():
+            before = [*calibration, *records.values()]
+            records[command] = self._perform(command, bits, stage, configs[command], before)
+        return records
 
     def _report(self, bits: list[str]) -> str:
         from edadm_cli.report import stage
@@ -146,23 +150,27 @@ class _Chain:
         with contextlib.redirect_stdout(sys.stderr):
             return str(stage.run(self.folder, bits))
 
-    def _perform(self, command: str, bits: str | None, stage: Any, config: StageConfig) -> StageRecord:
+    def _perform(
+        self, command: str, bits: str | None, stage: Any, config: StageConfig, before: list[StageRecord]
+    ) -> StageRecord:
         from edadm_cli.artifacts import StageRecord
 
         self.execution.reporter.note(f"{command} {bits or ''}".strip())
+        is_on_new = any(record.status == "planned" for record in before)  # what it reads will be built anew
+        plan = None if is_on_new else stage.plan
         try:
-            return self.execution.perform(command, self.folder, bits, stage.run, stage.estimate, config)
+            return self.execution.perform(command, self.folder, bits, stage.run, stage.estimate, config, plan)
         except InputError:
-            if not self.execution.dry_run or command == "collect":
+            if not is_on_new:
                 raise
         # The stage before has not run yet, so that there is nothing to probe.
         artifact = str(self.folder.path(command, bits))
         return StageRecord(command=command, status="planned", run=str(self.folder.root), artifact=artifact)
 
     def _status(self, records: list[StageRecord]) -> Any:
-        if self.execution.dry_run:
-            return "planned"
-        return "up_to_date" if all(record.status == "up_to_date" for record in records) else "done"
+        if all(record.status == "up_to_date" for record in records):
+            return "up_to_date"
+        return "planned" if self.execution.dry_run else "done"
 
 
 def _spent(started: float, records: list[StageRecord]) -> dict[str, Any]:
@@ -184,7 +192,7 @@ def _bits_of_file(execution: Execution) -> list[str]:
 def _print(execution: Execution, record: RunRecord, requirements: list[Requirement]) -> None:
     result = json.loads(record.model_dump_json(serialize_as_any=True))
     outcomes = []
-    if record.status != "planned":
+    if not execution.dry_run:
         outcomes = [
             {"bits": bits, **requirement.check(by_stage["evaluate"])}
             for bits, by_stage in result["results"].items()

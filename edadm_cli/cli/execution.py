@@ -26,7 +26,7 @@ from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.processes import launched_count, launched_index
 
 if TYPE_CHECKING:
-    from edadm_cli.artifacts import Estimate, RunFolder, StageRecord
+    from edadm_cli.artifacts import Artifact, Estimate, Plan, RunFolder, StageRecord
     from edadm_cli.config import StageConfig
     from edadm_cli.progress import Reporter
 
@@ -69,6 +69,13 @@ class StageEstimate(Protocol[ConfigT_contra]):
         """Probe; write nothing."""
 
 
+class StagePlan(Protocol[ConfigT_contra]):
+    """What a stage would build."""
+
+    def __call__(self, config: ConfigT_contra, run: RunFolder) -> Plan:
+        """Settle what decides the artifact's identity; write nothing."""
+
+
 @dataclass
 class Execution:
     """One invocation of a command, with what the shared options say."""
@@ -109,9 +116,13 @@ class Execution:
         stage: StageRun[ConfigT],
         estimate: StageEstimate[ConfigT],
         config: ConfigT,
+        plan: StagePlan[ConfigT] | None = None,
         place: Path | None = None,
     ) -> StageRecord:
-        """Run a stage, or estimate it with `--dry-run`; what a library prints meanwhile goes to stderr."""
+        """Run a stage; with `--dry-run` see whether it is up to date, and else estimate it.
+
+        What a library prints meanwhile goes to stderr.
+        """
         from edadm_cli.artifacts import StageRecord, spent
         from edadm_cli.artifacts.peak import reset_peak
 
@@ -126,22 +137,34 @@ class Execution:
                 return record
             if launched_index() > 0:
                 raise typer.Exit
+            found = None if plan is None else self._finished(command, run, plan, config)
             scheduling = Scheduling()
-            cost = estimate(config, run)
-        if (lost := scheduling.share_lost()) > _BUSY:
+            cost = None if found else estimate(config, run)
+        if cost is not None and (lost := scheduling.share_lost()) > _BUSY:
             self.reporter.warn(
                 f"Other work took {lost:.0%} of the processor time that the probe wanted, and the estimate takes that"
                 " to last."
             )
         return StageRecord(
             command=command,
-            status="planned",
+            status="up_to_date" if found else "planned",
             run=str(run.root),
-            artifact=str(place or run.path(command, name)),
+            artifact=str(found.path if found else place or run.path(command, name)),
+            identity=found.identity if found else None,
             warnings=tuple(self.reporter.warnings),
             estimate=cost,
             **spent(started),
         )
+
+    def _finished(self, kind: str, run: RunFolder, plan: StagePlan[ConfigT], config: ConfigT) -> Artifact | None:
+        """The artifact that the stage would find up to date; nothing is resolved where the run holds none of the kind.
+
+        Raises:
+            InputError: The stage itself would refuse, for the same reason.
+        """
+        if self.force or not (run.has(kind) or run.names(kind)):
+            return None
+        return run.finished(plan(config, run))
 
     def _remember(self, run: RunFolder, name: str | None) -> None:
         """Note what was used last; where that cannot be written, the work is done all the same."""
@@ -161,7 +184,7 @@ class Execution:
     ) -> None:
         """Print a record; then exit with 5 when a requirement is not met."""
         result = json.loads(record.model_dump_json())  # numbers that JSON lacks become null
-        due = [] if record.status == "planned" else requirements or []
+        due = [] if self.dry_run else requirements or []
         self.print(result, [requirement.check(result) for requirement in due], path or record.artifact)
 
     def print_facts(self, facts: Mapping[str, Any], path: str | None) -> None:

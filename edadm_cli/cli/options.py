@@ -42,7 +42,11 @@ ForceOption = Annotated[
 ]
 DryRunOption = Annotated[
     bool,
-    typer.Option("--dry-run", help="Estimate time, memory and disk; change nothing.", rich_help_panel=_WHERE),
+    typer.Option(
+        "--dry-run",
+        help="Tell what is up to date, and estimate time, memory and disk of the rest; change nothing.",
+        rich_help_panel=_WHERE,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=_OUTPUT)]
 QuietOption = Annotated[

@@ -73,7 +73,7 @@ def evaluate(
 
     from edadm_cli.evaluate import stage
 
-    record = execution.perform("evaluate", run, str(config.bits), stage.run, stage.estimate, config)
+    record = execution.perform("evaluate", run, str(config.bits), stage.run, stage.estimate, config, stage.plan)
     execution.conclude(record, requirements=requirements)
 
 
@@ -115,7 +115,7 @@ def sample(
 
     name = str(config.bits)
     place = run.root / stage.FOLDER / name
-    execution.conclude(execution.perform("sample", run, name, stage.run, stage.estimate, config, place))
+    execution.conclude(execution.perform("sample", run, name, stage.run, stage.estimate, config, place=place))
 
 
 @place_command

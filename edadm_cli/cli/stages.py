@@ -46,7 +46,7 @@ def collect(
 
     from edadm_cli.collect import stage
 
-    execution.conclude(execution.perform("collect", run, None, stage.run, stage.estimate, config))
+    execution.conclude(execution.perform("collect", run, None, stage.run, stage.estimate, config, stage.plan))
 
 
 @stage_command
@@ -85,7 +85,7 @@ def select(
 
     from edadm_cli.select import stage
 
-    execution.conclude(execution.perform("select", run, None, stage.run, stage.estimate, config))
+    execution.conclude(execution.perform("select", run, None, stage.run, stage.estimate, config, stage.plan))
 
 
 @stage_command
@@ -135,7 +135,7 @@ def reconstruct(
     from edadm_cli.reconstruct import stage
 
     name = str(config.bits)
-    execution.conclude(execution.perform("reconstruct", run, name, stage.run, stage.estimate, config))
+    execution.conclude(execution.perform("reconstruct", run, name, stage.run, stage.estimate, config, stage.plan))
 
 
 @stage_command
@@ -165,4 +165,5 @@ def export(
     from edadm_cli.export import stage
 
     name = str(config.bits)
-    execution.conclude(execution.perform("export", run, name, stage.run, stage.estimate, config))
+    plan = stage.plan if config.engine is None else None  # an engine's files are an artifact besides
+    execution.conclude(execution.perform("export", run, name, stage.run, stage.estimate, config, plan))

@@ -115,7 +115,7 @@ def _chain(result: Mapping[str, Any]) -> Iterator[Table]:
     columns: tuple[str, ...] = ("command", "bits", "status", "seconds", "artifact")
     if result["status"] == "planned":
         columns = ("command", "bits", "status", "estimate")
-        stages = [{**stage, "estimate": _estimate(stage.get("estimate"))} for stage in stages]
+        stages = [{**stage, "estimate": _estimate(stage)} for stage in stages]
     yield _listing(stages, columns, title="stages")
     evaluated = {bits: by["evaluate"] for bits, by in result["results"].items() if "metrics" in by.get("evaluate", {})}
     for bits, record in evaluated.items():
@@ -132,9 +132,10 @@ def _chain(result: Mapping[str, Any]) -> Iterator[Table]:
     yield facts({key: result[key] for key in ("run", "report", "seconds")})
 
 
-def _estimate(estimate: Mapping[str, Any] | None) -> str:
+def _estimate(stage: Mapping[str, Any]) -> str:
+    estimate = stage.get("estimate")
     if estimate is None:
-        return "known once the stages before it are done"
+        return "" if stage["status"] == "up_to_date" else "known once the stages before it are done"
     return (
         f"{estimate['seconds']:.3g} s, {estimate['memory_mib']:.4g} MiB of memory, "
         f"{estimate['disk_mib']:.4g} MiB of disk"

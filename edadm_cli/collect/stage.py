@@ -42,8 +42,7 @@ def run(
     processes = join(config.device)
     with processes.together():
         task = _prepare(config, processes)
-        plan = Plan("collect", None, task.identity_fields(), config.seed, (), task.model.ref)
-        with run.build(plan, force, processes) as build:
+        with run.build(task.plan(), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
                 _collect(task, build, processes, reporter)
@@ -54,6 +53,11 @@ def run(
         num_steps=task.num_steps,
         num_trajectories=task.num_trajectories,
     )
+
+
+def plan(config: CollectConfig, run: RunFolder) -> Plan:
+    """What `run` would build: whether it is there already is known without building it."""
+    return _prepare(config, ALONE).plan()
 
 
 def estimate(config: CollectConfig, run: RunFolder) -> Estimate:
@@ -95,9 +99,9 @@ class _Task:
         stop = min(start + self.batch_size, self.num_trajectories)
         return [image_seed(self.config.seed, index) for index in range(start, stop)]
 
-    def identity_fields(self) -> dict[str, Any]:
+    def plan(self) -> Plan:
         entry = self.model.entry
-        return {
+        fields = {
             **self.config.identity_fields(),
             "num_trajectories": self.num_trajectories,
             "num_steps": self.num_steps,
@@ -111,6 +115,7 @@ class _Task:
             "prompts": prompts_name(self.model, self.config.prompts),
             "prompts_sha256": None if self.prompts is None else sha256("\n".join(self.prompts).encode()).hexdigest(),
         }
+        return Plan("collect", None, fields, self.config.seed, (), self.model.ref)
 
 
 def _prepare(config: CollectConfig, processes: Processes) -> _Task:

@@ -1,4 +1,4 @@
-"""The real images that samples are compared with: shipped digits, a folder of images, a file of arrays, or a dataset."""
+"""The real images that samples are compared with: shipped digits, a folder, a file of arrays, or a named dataset."""
 
 from __future__ import annotations
 

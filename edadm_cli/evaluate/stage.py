@@ -40,26 +40,15 @@ def run(
         UsageError: A figure, prompts or guidance are asked for that the model does not have.
         MachineError: The device is not there or its memory does not suffice, or the disk is full.
     """
-    from edadm_cli.evaluate.judging import Judging
-
     start = time.monotonic()
     reporter = reporter or SilentReporter()
     processes = join(config.device)
     with processes.together():
-        request = resolve(config.model_copy(update={"device": processes.device_name(config.device)}), run)
-        judging = Judging(request)
-        plan = Plan(
-            kind="evaluate",
-            name=config.name,
-            config={**config.identity_fields(), **request.identity_fields(), **judging.identity_fields()},
-            seed=config.seed,
-            parents=(request.export,),
-            model=request.model,
-        )
-        with run.build(plan, force, processes) as build:
+        judging = _judging(config.model_copy(update={"device": processes.device_name(config.device)}), run)
+        with run.build(_plan(judging), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
-                _evaluate(request, judging, build, processes, reporter)
+                _evaluate(judging.request, judging, build, processes, reporter)
             artifact = build.finished()
     if is_done:
         result = artifact.json(RESULT_FILE)
@@ -75,6 +64,11 @@ def run(
     )
 
 
+def plan(config: EvaluateConfig, run: RunFolder) -> Plan:
+    """What `run` would build: whether it is there already is known without building it."""
+    return _plan(_judging(config, run))
+
+
 def estimate(config: EvaluateConfig, run: RunFolder) -> Estimate:
     """Estimate time, memory and disk from two short samplings; nothing is written.
 
@@ -82,6 +76,25 @@ def estimate(config: EvaluateConfig, run: RunFolder) -> Estimate:
         InputError: What is to be evaluated is missing or broken.
     """
     return probe(resolve(config, run))
+
+
+def _judging(config: EvaluateConfig, run: RunFolder) -> Judging:
+    from edadm_cli.evaluate.judging import Judging
+
+    return Judging(resolve(config, run))
+
+
+def _plan(judging: Judging) -> Plan:
+    request = judging.request
+    config = request.config
+    return Plan(
+        kind="evaluate",
+        name=config.name,
+        config={**config.identity_fields(), **request.identity_fields(), **judging.identity_fields()},
+        seed=config.seed,
+        parents=(request.export,),
+        model=request.model,
+    )
 
 
 def _evaluate(request: Request, judging: Judging, build: Build, processes: Processes, reporter: Reporter) -> None:

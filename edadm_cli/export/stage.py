@@ -51,12 +51,10 @@ def run(config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: 
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
     engine = None if config.engine is None else file_engine(engine_of(config.engine))
-    source = run.open("reconstruct", str(config.bits))
-    fields = {**config.identity_fields(), "format_version": FORMAT_VERSION}
-    plan = Plan("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
-    with run.build(plan, force) as build:
+    planned = plan(config, run)
+    with run.build(planned, force) as build:
         is_done = build.up_to_date
-        artifact = build.artifact or _build(config, run, source, build, reporter)
+        artifact = build.artifact or _build(config, run, planned.parents[0], build, reporter)
     files = None if engine is None else _engine_files(run, artifact, engine, reporter, force)
     facts = artifact.json(EXPORT_FILE)
     return ExportRecord(
@@ -66,6 +64,13 @@ def run(config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: 
         parity=Parity(**facts["parity"]),
         engine=files,
     )
+
+
+def plan(config: ExportConfig, run: RunFolder) -> Plan:
+    """What `run` would build: whether it is there already is known without building it."""
+    source = run.open("reconstruct", str(config.bits))
+    fields = {**config.identity_fields(), "format_version": FORMAT_VERSION}
+    return Plan("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
 
 
 def _engine_files(run: RunFolder, export: Artifact, engine: FileEngine, reporter: Reporter, force: bool) -> EngineFiles:

@@ -40,7 +40,8 @@ def _load_lora_adapter(model: nn.Module, weights: Any, prefix: str | None = "tra
     """Refuse an adapter with weights for the denoiser; one for the text encoders alone has none."""
     is_elsewhere = isinstance(weights, Mapping) and prefix is not None
     if is_elsewhere and not any(name.startswith(f"{prefix}.") for name in weights):
-        type(model).load_lora_adapter(model, weights, prefix=prefix, **kwargs)  # type: ignore[operator]
+        of_diffusers: Any = type(model)
+        of_diffusers.load_lora_adapter(model, weights, prefix=prefix, **kwargs)
         return
     _refuse_adapter(model)
 

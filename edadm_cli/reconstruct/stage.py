@@ -88,6 +88,11 @@ def run(
     )
 
 
+def plan(config: ReconstructConfig, run: RunFolder) -> Plan:
+    """What `run` would build: whether it is there already is known without building it."""
+    return _resolve(config, run, ALONE).plan()
+
+
 def estimate(config: ReconstructConfig, run: RunFolder) -> Estimate:
     """Estimate time, memory and disk, from a forward of a few rows and every kind of work on a few units."""
     started = time.monotonic()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from edadm_cli.report.contents import Part, RunContents, Width
-from edadm_cli.report.formats import figure_of, figure_value, in_order, number
+from edadm_cli.report.formats import FIGURES, figure_of, figure_value, in_order, number
 from edadm_cli.report.html import Html, Node, code, element, section, table
 from edadm_cli.report.images import build_walls, show_wall
 from edadm_cli.report.notices import caution, missing
@@ -42,7 +42,7 @@ def _quality(contents: RunContents, width: Width) -> Html:
         element("p", _sampling(width.evaluate), class_="lead"),
         _figures(width, facts),
         *_skipped(facts.get("skipped", {})),
-        *(caution(text) for text in facts.get("cautions", [])),
+        *(caution(_with_label(text)) for text in facts.get("cautions", [])),
     ]
     return element("div", parts)
 
@@ -72,6 +72,12 @@ def _figures(width: Width, facts: dict[str, Any]) -> Html:
         rows.append([[label_text, element("small", _ARROWS[better])], "", value, features, number(facts["num_images"])])
     header = ["figure", "full precision", width.title, "features", "images"]
     return table(header, rows, f"Quality of {width.title}", numeric=(1, 2, 4))
+
+
+def _with_label(text: str) -> str:
+    """A caution that begins with a figure's name, with the label that the table has."""
+    name, space, rest = text.partition(" ")
+    return f"{figure_of(name).label}{space}{rest}" if name in FIGURES else text
 
 
 def _skipped(skipped: Mapping[str, str]) -> Iterator[Html]:

@@ -58,8 +58,7 @@ def run(config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: 
     start = time.monotonic()
     reporter = reporter or SilentReporter()
     task = _prepare(config, run)
-    plan = Plan("select", None, task.identity_fields(), config.seed, (task.collected,), task.collected.manifest.model)
-    with run.build(plan, force) as build:
+    with run.build(task.plan(), force) as build:
         is_done = build.up_to_date
         if not is_done:
             _select(task, build, reporter)
@@ -73,6 +72,11 @@ def run(config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: 
         density_radius=selection["density_radius"],
         variety_weight=selection["variety_weight"],
     )
+
+
+def plan(config: SelectConfig, run: RunFolder) -> Plan:
+    """What `run` would build: whether it is there already is known without building it."""
+    return _prepare(config, run).plan()
 
 
 def estimate(config: SelectConfig, run: RunFolder) -> Estimate:
@@ -109,12 +113,13 @@ class _Task:
     def is_tdac(self) -> bool:
         return self.config.strategy == "tdac"
 
-    def identity_fields(self) -> dict[str, Any]:
-        return {
+    def plan(self) -> Plan:
+        fields = {
             **self.config.identity_fields(),
             "num_samples": self.num_samples,
             "variety_weight": self.variety_weight if self.is_tdac else None,
         }
+        return Plan("select", None, fields, self.config.seed, (self.collected,), self.collected.manifest.model)
 
 
 def _plotting_seconds(num_steps: int) -> float:

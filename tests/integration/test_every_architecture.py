@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.collect import stage as collect
@@ -20,24 +17,42 @@ from edadm_cli.models import loading
 from edadm_cli.models.architecture import known_architectures
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import load_collected_model
-from edadm_cli.models.sampling import sample, takes_prompts
+from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.sampling import takes_guidance, takes_prompts
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
 from edadm_cli.select import stage as select
-from tests.unit.models.tiny import shrunk
+from tests.integration.fresh_interpreter import FreshInterpreter, image_digest
+from tests.unit.models.tiny import FLUX_SAMPLE_SIZE, shrink_flux, shrunk
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
 BITS = BitWidth.parse("w8a8")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "load_architecture", shrunk)
+    shrink_flux(monkeypatch)
 
 
-def chain(name: str, root: Path) -> tuple[RunFolder, Any]:
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """How many threads share a sum changes its last bits; the fresh interpreter has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def fresh_interpreter() -> Iterator[FreshInterpreter]:
+    interpreter = FreshInterpreter()
+    yield interpreter
+    interpreter.close()
+
+
+def chain(name: str, root: Path) -> RunFolder:
     run = RunFolder(root)
     steps = 2 if name == "flux-schnell" else 3
     collect.run(
@@ -48,51 +63,75 @@ def chain(name: str, root: Path) -> tuple[RunFolder, Any]:
     learn = recipe.learn.model_copy(update={"iterations": 2, "batch_size": 2})
     ranges = recipe.ranges.model_copy(update={"num_candidates": 4})
     quick = recipe.model_copy(update={"learn": learn, "ranges": ranges})
-    return run, reconstruct.run(ReconstructConfig(bits=BITS, recipe=quick, device="cpu", batch_size=2), run)
+    record = reconstruct.run(ReconstructConfig(bits=BITS, recipe=quick, device="cpu", batch_size=2), run)
+    assert record.coverage.planned == record.coverage.quantized > 10
+    assert export.run(ExportConfig(bits=BITS, device="cpu", parity_samples=1), run).parity.images_bit_equal
+    return run
 
 
 @pytest.mark.parametrize("name", known_architectures())
-def test_an_architecture_goes_through_the_chain(name: str, tmp_path: Path) -> None:
-    run, record = chain(name, tmp_path / "run")
-    manifest = run.open("collect").manifest
-    assert manifest.model.id == f"{name}-random"
+def test_an_architecture_goes_through_the_chain_and_round_trips(
+    name: str, fresh_interpreter: FreshInterpreter, tmp_path: Path
+) -> None:
+    run = chain(name, tmp_path / "run")
+    assert run.open("collect").manifest.model.id == f"{name}-random"
     features = run.open("collect").tensors("features.safetensors")["features"]
     assert features.shape[1] >= 2
     assert bool((features[0] - features[-1]).abs().max() > 0), "the features tell the steps apart"
-
-    assert record.coverage.planned == record.coverage.quantized > 10
-    plan = run.open("reconstruct", str(BITS)).json("plan.json")
     model = load_collected_model(run, CPU, torch.float32)
-    kinds = [unit["kind"] for unit in run.open("reconstruct", str(BITS)).json("units.json")["units"]]
-    blocks = sum(len(getattr(model.denoiser, name, ())) for name in ("transformer_blocks", "single_transformer_blocks"))
-    assert kinds.count("transformer") == blocks or model.denoiser_name == "unet" or name == "ldm-imagenet"
-    layers = [n for n, m in model.denoiser.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-    assert sorted(layers) == sorted({*plan["layers"], *plan["kept"]} & set(layers)), "every layer is accounted for"
-    attentions = [n for n, m in model.denoiser.named_modules() if "Attention" in type(m).__name__]
-    assert all(n in plan["attentions"] or n in plan["kept"] for n in attentions)
-
-    done = export.run(ExportConfig(bits=BITS, device="cpu", parity_samples=1), run)
-    assert done.parity.images_bit_equal
-    folder = run.open("export", str(BITS)).path
-    loaded = loading.load_model(str(folder), CPU, torch.float32, model.entry)
-    assert len(quantized_layers(loaded.denoiser)) >= len(plan["layers"])
-    assert type(loaded.denoiser) is type(model.denoiser)
-    plain = dataclasses.replace(loaded, pipeline=DiffusionPipeline.from_pretrained(folder))
-    plain.pipeline.set_progress_bar_config(disable=True)
-    assert torch.equal(*(images(each, model.entry.guidance_scale) for each in (plain, loaded)))
+    units = run.open("reconstruct", str(BITS)).json("units.json")["units"]
+    require_everything_is_planned(name, model, run.open("reconstruct", str(BITS)).json("plan.json"), units)
+    folder = str(run.open("export", str(BITS)).path)
+    ours = loading.load_model(folder, CPU, torch.float32, model.entry)
+    assert type(ours.denoiser) is type(model.denoiser)
+    arguments = arguments_of(ours)
+    found = fresh_interpreter.ask(folder=folder, again=str(tmp_path / "again"), arguments=arguments)
+    require_round_trip(found, ours, arguments)
 
 
-def images(model: loading.LoadedModel, guidance_scale: float | None) -> torch.Tensor:
-    prompts = ["a cat"] if takes_prompts(model.pipeline) else None
-    return sample(model, seeds=[4], prompts=prompts, num_steps=2, guidance_scale=guidance_scale).images
+# Attention whose products stay in floating point: how many blocks, and the processor that is the reason.
+KEPT_ATTENTION = {"flux-schnell": (4, "FluxAttnProcessor"), "sd3.5-medium": (4, "JointAttnProcessor2_0")}
 
 
-def test_flux_attention_products_are_said_to_be_kept(tmp_path: Path) -> None:
-    run, _ = chain("flux-schnell", tmp_path / "run")
-    kept = run.open("reconstruct", str(BITS)).json("plan.json")["kept"]
-    reasons = {name: reason for name, reason in kept.items() if name.endswith(".attn")}
-    assert len(reasons) == 4
-    assert all("FluxAttnProcessor" in reason for reason in reasons.values())
+def require_everything_is_planned(
+    name: str, model: LoadedModel, plan: dict[str, Any], units: list[dict[str, Any]]
+) -> None:
+    """Every layer, block and attention of the denoiser is in the plan, or kept with a reason."""
+    groups = ("transformer_blocks", "single_transformer_blocks")
+    blocks = sum(len(getattr(model.denoiser, group, ())) for group in groups)
+    if model.denoiser_name == "transformer" and name != "ldm-imagenet":
+        assert [unit["kind"] for unit in units].count("transformer") == blocks > 0
+    modules = dict(model.denoiser.named_modules())
+    layers = {n for n, m in modules.items() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+    assert layers == {*plan["layers"], *plan["kept"]} & layers
+    attentions = {n for n, m in modules.items() if "Attention" in type(m).__name__}
+    assert attentions <= {*plan["attentions"], *plan["kept"]}
+    count, reason = KEPT_ATTENTION.get(name, (0, ""))
+    kept = [plan["kept"][n] for n in attentions if n in plan["kept"]]
+    assert len(kept) == count
+    assert all(reason in text for text in kept)
+
+
+def arguments_of(model: LoadedModel) -> dict[str, Any]:
+    """What a call of the pipeline needs beside a seed."""
+    arguments: dict[str, Any] = {"prompt": ["a cat"]} if takes_prompts(model.pipeline) else {}
+    if type(model.pipeline).__name__ == "DiTPipeline":
+        arguments["class_labels"] = [3]
+    if takes_guidance(model.pipeline):
+        arguments["guidance_scale"] = model.entry.guidance_scale
+    if type(model.pipeline).__name__ == "FluxPipeline":
+        arguments["height"] = arguments["width"] = FLUX_SAMPLE_SIZE * model.pipeline.vae_scale_factor
+    return arguments
+
+
+def require_round_trip(found: dict[str, Any], ours: LoadedModel, arguments: dict[str, Any]) -> None:
+    """A fresh interpreter drew our image, drew it again from what it had saved, and a cast left the scales alone."""
+    assert found["classes"] == [type(part).__name__ for part in (ours.pipeline, ours.denoiser, ours.pipeline.scheduler)]
+    assert found["layers"] == len(quantized_layers(ours.denoiser)) > 10
+    assert found["images"] == [image_digest(ours.pipeline, arguments)] * 2
+    assert found["scales"] > found["layers"]
+    assert found["scales_kept"]
+    assert (found["scale_dtypes"], found["dtypes"]) == (["torch.float32"], ["torch.bfloat16"])
 
 
 def test_guidance_that_is_embedded_is_part_of_the_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,38 +154,3 @@ def test_guidance_that_is_embedded_is_part_of_the_condition(tmp_path: Path, monk
         guided = model.denoiser(*args, **kwargs)[0]
         other = model.denoiser(*args, **{**kwargs, "guidance": torch.full((2,), 9.0)})[0]
     assert not torch.allclose(guided, other)
-
-
-FRESH = """
-import sys
-import torch
-from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
-denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-layers = sum(type(module).__name__ == "QuantizedLayer" for module in denoiser.modules())
-print(type(pipeline).__name__, type(denoiser).__name__, type(pipeline.scheduler).__name__, layers)
-pipeline.save_pretrained(sys.argv[2])
-again = DiffusionPipeline.from_pretrained(sys.argv[2])
-same = (getattr(again, "unet", None) or again.transformer).state_dict()
-assert all(torch.equal(tensor, same[name]) for name, tensor in denoiser.state_dict().items())
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "classes"),
-    [
-        ("ddpm-cifar10", "DDPMPipeline UNet2DModel QuadraticDDIMScheduler"),
-        ("ldm-church", "LDMPipeline FixedHeadsUNet DDIMScheduler"),
-        ("ldm-imagenet", "DiTPipeline ClassConditionalUNet DDIMScheduler"),
-    ],
-)
-def test_components_of_ours_are_found_by_a_fresh_interpreter(name: str, classes: str, tmp_path: Path) -> None:
-    run, _ = chain(name, tmp_path / "run")
-    export.run(ExportConfig(bits=BITS, device="cpu", parity_samples=1), run)
-    folder = run.open("export", str(BITS)).path
-    program = [sys.executable, "-c", FRESH, str(folder), str(tmp_path / "again")]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    *found, layers = done.stdout.split()
-    assert " ".join(found) == classes
-    assert int(layers) > 10

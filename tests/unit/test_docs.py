@@ -84,3 +84,22 @@ def test_every_command_is_in_the_reference() -> None:
         section = page.split(f"## edadm {command}\n")[1].split("\n## ")[0]
         for option in _options(command):
             assert option in section, f"{command} {option}"
+
+
+def test_files_and_symbols_of_the_method_exist() -> None:
+    """`grid.quantize` is defined in a file `grid.py`, `learn.UnitLearner.loss` inside a class in `learn.py`."""
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    sources = {path.stem: path for path in sorted((ROOT / "edadm_cli").glob("*/*.py"))}
+    named = set(re.findall(r"`([\w/]+\.py|[a-z_]+(?:\.\w+)+)`", page))
+    symbols = {name for name in named if not name.endswith(".py") and not name.startswith(("torch.", "ranges."))}
+    assert len(symbols) > 15, "the page lost its symbols, or this test its way of finding them"
+    for name in named - symbols:
+        if name.endswith(".py"):
+            assert (ROOT / name).is_file() or (ROOT / "edadm_cli" / name).is_file(), name
+    for name in symbols:
+        module, *path = name.split(".")
+        body: list[ast.stmt] = ast.parse(sources[module].read_text(encoding="utf-8")).body
+        for part in path:
+            found = [node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == part]
+            assert found, name
+            body = found[0].body

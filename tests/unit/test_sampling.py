@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from hypothesis import given
@@ -37,6 +38,34 @@ def test_images_follow_their_seeds_whatever_the_batch(stable_diffusion: LoadedMo
     together = sample(stable_diffusion, seeds=[1, 2, 3], prompts=prompts, num_steps=3, guidance_scale=2.0)
     alone = sample(stable_diffusion, seeds=[2], prompts=["two"], num_steps=3, guidance_scale=2.0)
     torch.testing.assert_close(together.latents[1:2], alone.latents, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together.latents[0], together.latents[1], atol=1e-2)
+
+
+SCHEDULERS = {
+    "DDIMScheduler": {},
+    "DDPMScheduler": {},
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "DPMSolverMultistepScheduler": {"use_karras_sigmas": True},
+    "DPMSolverMultistepScheduler, with noise": {"algorithm_type": "sde-dpmsolver++"},
+    "DPMSolverSinglestepScheduler": {},
+    "UniPCMultistepScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {},
+    "LCMScheduler": {},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_whatever_scheduler_a_pipeline_carries_is_sampled_with(tiny_sd: Path, name: str) -> None:
+    """Noise that a scheduler draws on the way is that of the image, not of the batch."""
+    model = load_model(str(tiny_sd), CPU, torch.float32)
+    cls = getattr(diffusers, name.partition(",")[0])
+    model.pipeline.scheduler = cls.from_config(model.pipeline.scheduler.config, **SCHEDULERS[name])
+    together = sample(model, seeds=[1, 2], prompts=["one", "two"], num_steps=4, guidance_scale=2.0)
+    alone = sample(model, seeds=[2], prompts=["two"], num_steps=4, guidance_scale=2.0)
+    assert type(model.pipeline.scheduler) is cls
+    torch.testing.assert_close(together.latents[1:2], alone.latents, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together.latents[0], together.latents[1], atol=1e-2)
 
 

@@ -11,8 +11,8 @@ import pytest
 from torch.distributed import HashStore
 
 from edadm_cli import processes
-from edadm_cli.errors import InputError
-from edadm_cli.processes import ALONE, LostProcessError, Team
+from edadm_cli.errors import InputError, MachineError
+from edadm_cli.processes import ALONE, LostProcessError, Team, join
 
 
 def play(parts: list[Callable[[Team], Any]]) -> list[Future[Any]]:
@@ -116,3 +116,14 @@ def test_one_process_alone_waits_for_nobody() -> None:
         assert ALONE.share({"a": 1}) == {"a": 1}
     assert ALONE.device_name("auto") == "auto"
     assert ALONE.is_main
+
+
+def test_one_process_of_several_that_were_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate's launcher sets on a machine without GPUs, for several processes and for one."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert join("cpu") is ALONE
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(MachineError, match="has started one") as caught:
+        join("cpu")
+    assert "--multi_gpu" in str(caught.value.hint)

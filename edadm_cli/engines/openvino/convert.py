@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from edadm_cli.engines.interface import GraphInterface, class_path
 from edadm_cli.engines.openvino import nodes
 from edadm_cli.engines.openvino.execution import WRAPPED
+from edadm_cli.engines.openvino.movement import quantize_before_moving
 from edadm_cli.errors import EdadmError
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer
@@ -83,6 +84,7 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             model = _translate(decoder, tracing.extensions())
     except Exception as error:  # whatever tracing or the converter raises is a refusal
         raise EdadmError(f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}") from error
+    quantize_before_moving(model)
     for name, port in zip(interface.inputs, model.inputs, strict=True):
         port.set_names({name})
         port.node.friendly_name = name
@@ -210,7 +212,11 @@ class _GegluStandIn(nn.Module):
 
 
 class _AttentionStandIn(AttentionProducts):
-    """Attention whose operands pass through stand-ins for their quantizers."""
+    """Attention whose operands pass through stand-ins for their quantizers.
+
+    Heads stay a dimension of their own: the form that OpenVINO makes one kernel of, transposes included. Quantizers
+    come before the heads are parted, where they become part of the projections.
+    """
 
     def __init__(self, indices: dict[str, int]) -> None:
         super().__init__()
@@ -220,3 +226,16 @@ class _AttentionStandIn(AttentionProducts):
         """Pass through."""
         result: Tensor = torch.ops.edadm_openvino.fake_quantize(tensor, self.indices[operand])
         return result
+
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The same products on `[batch, heads, tokens, head_dim]`."""
+        batch, _, width = key.shape
+        q, k, v = (
+            self.touch(operand, projection).view(batch, -1, attn.heads, width // attn.heads).transpose(1, 2)
+            for operand, projection in (("q", query), ("k", key), ("v", value))
+        )
+        scores = torch.matmul(q, k.transpose(-1, -2)) * attn.scale
+        if mask is not None:  # [batch * heads, 1, tokens]
+            scores = scores + mask.view(batch, attn.heads, -1, mask.shape[-1])
+        p = self.touch("p", scores.softmax(dim=-1))
+        return torch.matmul(p, v).transpose(1, 2).reshape(batch, -1, width)

@@ -1,13 +1,16 @@
-r"""Products that a processor cannot sum exactly in bytes, kept in float32 there.
+r"""Products that a processor cannot sum exactly in bytes, made so that it can.
 
 Without a dot product of bytes (VNNI) x86 adds two neighbouring products of an unsigned and a signed byte in 16 bits:
 
     s = saturate_16(u_0 w_0 + u_1 w_1),    certain only where  2 * 255 * max|w| <= 32,767,  so  max|w| <= 64
 
-Weights of up to seven bits always fit. Wider ones are multiplied as float32 numbers of the same values, which is exact
-up to the rounding of float32 sums. Nothing faster is exact there: two byte products that fit, of the weights' halves,
-take as long for convolutions and twice as long for linear layers. Attention's products, signed on both sides, all go to
-float32, where OpenVINO runs them and the softmax between them as one kernel, faster than in bytes.
+Weights of up to seven bits always fit. Wider ones take the exact form that `docs/studies/cpu_bytes.py` finds fastest:
+
+    convolution    w = 2 h + r,   r in {0, 1}:   two products of bytes, each of which fits
+    linear layer   float32 numbers of the same values, exact up to the rounding of float32 sums
+
+Attention's products, signed on both sides, all go to float32, where OpenVINO makes one kernel of them and the softmax
+between them, faster than in bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +29,18 @@ REASON = "this processor adds products of bytes in 16 bits, which overflow"
 """Why a product does not run in integers, as half a sentence."""
 
 _KINDS: dict[str, LayerKind] = {"Convolution": "conv2d", "GroupConvolution": "conv2d", "MatMul": "linear"}
-_MOVES = ("Reshape", "Transpose")
+_MOVES = (
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Split",
+    "VariadicSplit",
+    "Slice",
+    "StridedSlice",
+    "Broadcast",
+    "Interpolate",
+)
 _UNSIGNED_MAX, _SIGNED_MAX, _DEPTH = 255, 127, 64
 
 
@@ -47,31 +61,36 @@ def weights_saturate(codes: np.ndarray) -> bool:
 
 
 def spare_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[str]:
-    """Turn the products that may saturate into floating-point ones of the same values, in place.
+    """Turn the products that may saturate into exact ones of the same values, in place.
 
     Args:
         graph: With int8 constants; four-bit ones are widened before.
         kinds: Those that saturate here; see `saturating_kinds`.
 
     Returns:
-        Names of the layers that are in floating point for this.
+        Names of the layers that are in floating point now.
     """
     spared = set()
     for node in graph.get_ordered_ops():
         kind = _KINDS.get(node.get_type_name())
         if kind is None:
             continue
+        left, right = (_source(node.input_value(port)) for port in (0, 1))
         weight = _scaled_codes(node.input_value(1))
+        if not _is_quantizer(left):
+            continue  # in floating point on any processor
         if weight is not None:
-            if kind in kinds and weights_saturate(_codes(weight)):
+            if kind not in kinds or not weights_saturate(_codes(weight)):
+                continue
+            if kind == "conv2d":
+                _add_halves(node, weight)
+            else:
                 _use_real_weights(weight)
                 spared.add(layer_name(node.friendly_name))
-        elif "attention" in kinds:
-            quantizers = [_source(node.input_value(port)) for port in (0, 1)]
-            if all(quantizer.get_type_name() == "FakeQuantize" for quantizer in quantizers):
-                for quantizer in quantizers:
-                    _round_in_float(quantizer)
-                spared.add(layer_name(node.friendly_name))
+        elif "attention" in kinds and _is_quantizer(right):
+            _round_in_float(left)
+            _round_in_float(right)
+            spared.add(layer_name(node.friendly_name))
     return frozenset(spared)
 
 
@@ -81,6 +100,10 @@ def _source(output: ov.Output) -> ov.Node:
     while node.get_type_name() in _MOVES:
         node = node.input_value(0).get_node()
     return node
+
+
+def _is_quantizer(node: ov.Node) -> bool:
+    return bool(node.get_type_name() == "FakeQuantize")
 
 
 def _scaled_codes(output: ov.Output) -> ov.Node | None:
@@ -98,6 +121,29 @@ def _codes(scaled: ov.Node) -> np.ndarray:
     return found
 
 
+def _add_halves(convolution: ov.Node, scaled: ov.Node) -> None:
+    """Put the sum of two convolutions, by h and by r, in the place of one by w = 2 h + r."""
+    codes, scales = _codes(scaled), scaled.input_value(1).get_node().data
+    source, readers = convolution.input_value(1).get_node(), convolution.output(0).get_target_inputs()
+    low = _scaled_constant(codes & 1, scales)
+    if source.get_type_name() == "Reshape":  # of a convolution in groups
+        low = ops.reshape(low, source.input_value(1), special_zero=False)
+    scaled.output(0).replace(_scaled_constant(codes >> 1, 2 * scales).output(0))
+    own = convolution.get_attributes()
+    make = ops.convolution if convolution.get_type_name() == "Convolution" else ops.group_convolution
+    places = (own[name] for name in ("strides", "pads_begin", "pads_end", "dilations"))
+    second = make(convolution.input_value(0), low, *places)
+    second.friendly_name = f"{convolution.friendly_name}/low"
+    total = ops.add(convolution, second)
+    total.friendly_name = f"{convolution.friendly_name}/sum"
+    for reader in readers:
+        reader.replace_source_output(total.output(0))
+
+
+def _scaled_constant(codes: np.ndarray, scales: np.ndarray) -> ov.Node:
+    return ops.multiply(ops.convert(ov.op.Constant(codes), "f32"), _constant(scales))
+
+
 def _use_real_weights(scaled: ov.Node) -> None:
     """Put a float32 constant in the place of codes and scales: no integer pattern is left to be found."""
     values = _codes(scaled).astype(np.float32) * scaled.input_value(1).get_node().data
@@ -109,7 +155,10 @@ def _round_in_float(quantizer: ov.Node) -> None:
     low, high = (np.float32(quantizer.input_value(port).get_node().data.item()) for port in (1, 2))
     step = np.float32((high - low) / np.float32(255))
     first = float(np.round(low / step))
-    codes = ops.round(ops.multiply(quantizer.input_value(0), _constant(1 / step)), "half_to_even")
+    scaled = ops.multiply(quantizer.input_value(0), _constant(1 / step))
+    # the product before it may be fused to it, and take its name
+    scaled.friendly_name = f"{quantizer.input_value(0).get_node().friendly_name}/scaled"
+    codes = ops.round(scaled, "half_to_even")
     values = ops.multiply(ops.clamp(codes, first, first + 255), _constant(step))
     quantizer.output(0).replace(values.output(0))
 
@@ -126,8 +175,8 @@ def _byte_input(parameter: ov.Node, *, signed: bool) -> ov.Output:
 
 
 def _largest_weight(*shape: int) -> ov.Output:
-    codes, scales = np.full(shape, _SIGNED_MAX, np.int8), np.ones([shape[0], *[1] * (len(shape) - 1)], np.float32)
-    return ops.multiply(ops.convert(ops.constant(codes), "f32"), _constant(scales)).output(0)
+    scales = np.ones([shape[0], *[1] * (len(shape) - 1)], np.float32)
+    return _scaled_constant(np.full(shape, _SIGNED_MAX, np.int8), scales).output(0)
 
 
 def _convolution_is_exact() -> bool:
@@ -156,6 +205,8 @@ def _attention_is_exact() -> bool:
 
 def _gives(product: ov.Node, parameters: list[ov.Node], wanted: int) -> bool:
     """Whether every element of a product is `wanted` where all inputs are at the end of their grids."""
-    compiled = ov.Core().compile_model(ov.Model([product], parameters), "CPU", {"INFERENCE_NUM_THREADS": 1})
+    # where a rest in bfloat16 is the plug-in's choice, it would round the sums
+    properties = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(ov.Model([product], parameters), "CPU", properties)
     inputs = [np.full(list(parameter.get_output_shape(0)), _UNSIGNED_MAX, np.float32) for parameter in parameters]
     return bool((compiled(inputs)[0] == np.float32(wanted)).all())

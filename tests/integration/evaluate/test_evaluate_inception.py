@@ -61,6 +61,8 @@ def test_without_weights_distances_remain_and_every_missing_figure_says_why(
     assert again.warnings == record.warnings
     with pytest.raises(InputError, match="inception_score cannot be computed"):
         stage.run(_config(metrics=("inception_score",)), folder_run, force=True)
+    with pytest.raises(InputError, match=r"dataset cifar10-train was wanted in .*HF_HUB_OFFLINE forbids a download"):
+        stage.run(_config(real="cifar10-train"), folder_run, force=True)
 
 
 def test_figures_in_inception_features_from_a_file_of_weights(folder_run: RunFolder, tmp_path: Path) -> None:

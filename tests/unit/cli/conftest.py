@@ -66,7 +66,9 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStages:
     """Put the stand-ins in the stages' places, in an empty working folder."""
     fakes = FakeStages()
     for name in PARENTS:
-        stage = SimpleNamespace(run=_make_run(fakes, name), estimate=_estimate_of(name), FOLDER="samples")
+        stage = SimpleNamespace(
+            run=_make_run(fakes, name), plan=_plan_of(name), estimate=_estimate_of(name), FOLDER="samples"
+        )
         _install(monkeypatch, name, stage)
     _install(monkeypatch, "report", SimpleNamespace(run=_write_report))
     monkeypatch.chdir(tmp_path)
@@ -86,11 +88,8 @@ def _make_run(fakes: FakeStages, kind: str) -> Callable[..., StageRecord]:
         print("a library prints this")
         if kind in fakes.behaviour:
             fakes.behaviour[kind](reporter)
-        name = str(config.bits) if hasattr(config, "bits") else None
-        above = PARENTS[kind]
-        parents = () if above is None else (run.open(above, name if above in WITH_BITS else None),)
-        model = ModelRef(id="tiny", fingerprint="f")
-        plan = Plan(kind, name, config.identity_fields(), config.seed, parents, model)
+        plan = _plan_of(kind)(config, run)
+        name = plan.name
         with run.build(plan, force) as build:
             status = "up_to_date" if build.up_to_date else "done"
             if not build.up_to_date:
@@ -108,6 +107,17 @@ def _make_run(fakes: FakeStages, kind: str) -> Callable[..., StageRecord]:
         return _record(kind, config, shared)
 
     return run
+
+
+def _plan_of(kind: str) -> Callable[[Any, RunFolder], Plan]:
+    def plan(config: Any, run: RunFolder) -> Plan:
+        name = str(config.bits) if hasattr(config, "bits") else None
+        above = PARENTS[kind]
+        parents = () if above is None else (run.open(above, name if above in WITH_BITS else None),)
+        model = ModelRef(id="tiny", fingerprint="f")
+        return Plan(kind, name, config.identity_fields(), config.seed, parents, model)
+
+    return plan
 
 
 def _record(kind: str, config: Any, shared: dict[str, Any]) -> StageRecord:

@@ -97,6 +97,44 @@ def test_a_dry_run_of_the_chain_plans_what_it_cannot_probe_yet(
     assert list(Path().iterdir()) == []
 
 
+def test_a_dry_run_tells_what_is_up_to_date_and_what_would_be_refused(
+    stages: FakeStages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _chain("w4a8")
+    calls = len(stages.calls)
+    capsys.readouterr()
+    assert main(["select", "--dry-run", "--json"]) == 0
+    result = _json(capsys)
+    assert (result["status"], result["artifact"]) == ("up_to_date", "runs/tiny/select")
+    assert result["identity"] is not None
+    assert "estimate" not in result
+    assert main(["select", "--dry-run", "--force", "--json"]) == 0
+    assert _json(capsys)["estimate"]["seconds"] == 2.0
+    assert main(["select", "--dry-run", "--seed", "3"]) == 3
+    assert "seed: 0 -> 3" in capsys.readouterr().err
+    assert main(["evaluate", "--dry-run", "--require", "prompt_accuracy>=2"]) == 0
+    assert len(stages.calls) == calls
+
+
+def test_a_dry_run_of_the_chain_skips_what_is_up_to_date(
+    stages: FakeStages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "--model", "tiny", "--bits", "w4a8", "--recipe", "rtn"]
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--dry-run", "--json", "--require", "prompt_accuracy>=2"]) == 0
+    assert _json(capsys)["status"] == "up_to_date"
+    assert main([*command, "--bits", "w8a8", "--dry-run", "--json"]) == 0
+    result = _json(capsys)
+    statuses = {bits: [stage["status"] for stage in by.values()] for bits, by in result["results"].items()}
+    assert result["status"] == "planned"
+    assert statuses == {"w4a8": ["up_to_date"] * 3, "w8a8": ["planned"] * 3}
+    assert main([*command, "--seed", "1", "--dry-run"]) == 3
+    assert "seed: 0 -> 1" in capsys.readouterr().err
+    assert main([*command, "--seed", "1", "--force", "--dry-run", "--json"]) == 0
+    assert _json(capsys)["results"]["w4a8"]["evaluate"]["status"] == "planned"
+
+
 def test_run_does_the_chain_for_each_bit_width_and_skips_what_is_up_to_date(
     stages: FakeStages, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,6 +106,19 @@ def test_other_batch_and_image_sizes(
     assert _error(compiled, denoiser, example_call(denoiser, batch_size=rows, seed=1, size=size)) < CLOSE
 
 
+def test_masked_tokens_are_left_out(denoiser: nn.Module, call: Call) -> None:
+    args, kwargs = call
+    mask = torch.ones(kwargs["encoder_hidden_states"].shape[:2])
+    mask[1, 2:] = 0
+    masked: Call = args, {**kwargs, "encoder_attention_mask": mask}
+    compiled = OpenVinoEngine().compile(denoiser, *masked, CPU)
+    assert _error(compiled, denoiser, masked) < CLOSE
+    states = kwargs["encoder_hidden_states"].clone()
+    states[1, 2:] += 1
+    changed = compiled(*args, **{**masked[1], "encoder_hidden_states": states}).sample
+    assert torch.equal(changed, compiled(*args, **masked[1]).sample)
+
+
 def test_a_size_that_cannot_be_is_an_input_error(compiled: CompiledDenoiser, denoiser: nn.Module) -> None:
     args, kwargs = example_call(denoiser, batch_size=1, size=(7, 7))
     with pytest.raises(InputError, match=r"does not fit inputs of sample \[1, 4, 7, 7\]"):

@@ -16,6 +16,7 @@ from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions, LayerKind
 from edadm_cli.engines.openvino import OpenVinoEngine, nodes, saturation
+from edadm_cli.engines.openvino.denoiser import plugin_properties
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.models.example_calls import example_call
@@ -84,9 +85,9 @@ def test_layers_are_exact_at_the_ends_of_their_grids(name: str, bits: int) -> No
 
 @pytest.mark.usefixtures("saturates")
 @pytest.mark.parametrize("name", LAYERS)
-def test_eight_bit_weights_are_exact_in_floating_point(name: str) -> None:
+def test_eight_bit_weights_are_exact_in_other_forms(name: str) -> None:
     layer, x = _at_the_ends(name, 8)
-    assert OpenVinoEngine().layer_refusal(layer) == saturation.REASON
+    assert OpenVinoEngine().layer_refusal(layer) is None, "it is held against exact integers like all others"
     assert _error(layer, x) < 2e-6
 
 
@@ -94,18 +95,35 @@ def test_eight_bit_weights_are_exact_in_floating_point(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_seven_bit_weights_stay_integers(name: str) -> None:
     layer, x = _at_the_ends(name, 7)
-    assert OpenVinoEngine().layer_refusal(layer) is None
     assert saturation.spare_products(_graph(layer, x), ALL) == frozenset()
     assert not saturation.weights_saturate(np.array([-64, 64], np.int8))
     assert saturation.weights_saturate(np.array([-65], np.int8))
 
 
-def test_a_kind_that_does_not_saturate_is_left_alone() -> None:
-    layer, x = _at_the_ends("conv", 8)
+@pytest.mark.parametrize(("name", "spared"), [("conv", set()), ("groups", set()), ("linear", {"layer"})])
+def test_no_wide_code_is_left_and_nothing_else_is_touched(name: str, spared: set[str]) -> None:
+    layer, x = _at_the_ends(name, 8)
     graph = _graph(layer, x)
-    assert saturation.spare_products(graph, frozenset({"linear", "attention"})) == frozenset()
-    assert saturation.spare_products(graph, ALL) == {"layer"}
-    assert not [node for node in graph.get_ops() if node.get_output_element_type(0) == ov.Type.i8]
+    others = ALL - {layer.operation.kind}
+    assert saturation.spare_products(graph, others) == frozenset()
+    assert [codes.tolist() for codes in _codes(graph)] == [layer.weight_int.reshape(_codes(graph)[0].shape).tolist()]
+    assert saturation.spare_products(graph, ALL) == spared
+    assert len(_codes(graph)) == (0 if spared else 2)
+    assert not any(map(saturation.weights_saturate, _codes(graph)))
+
+
+def test_a_float_input_stays_as_it_is() -> None:
+    layer, x = quantized_layer(LAYERS["conv"][0], LayerPlan(weight_bits=8)), torch.zeros(LAYERS["conv"][1])
+    assert isinstance(layer, QuantizedLayer)
+    layer.set_parameters(torch.full(layer.weight_shape, 127), torch.ones(layer.weight_shape[0]))
+    graph = _graph(layer, x)
+    assert saturation.spare_products(graph, ALL) == frozenset()
+    assert len(_codes(graph)) == 1
+
+
+def _codes(graph: ov.Model) -> list[np.ndarray]:
+    constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    return [node.data for node in constants if node.get_output_element_type(0) == ov.Type.i8]
 
 
 def test_what_was_found_out_holds_for_attention() -> None:
@@ -123,7 +141,7 @@ def _product_of_ends(spared: frozenset[LayerKind]) -> tuple[Tensor, Tensor]:
     saturation.spare_products(graph, spared)
     signs = torch.randint(2, (2, 2, 24, 1), generator=torch.Generator().manual_seed(0)) * 255.0 - 128
     codes = signs.expand(2, 2, 24, 40).contiguous()
-    found = ov.Core().compile_model(graph, "CPU", {"INFERENCE_NUM_THREADS": 1})([*(codes * scale).numpy()])[0]
+    found = ov.Core().compile_model(graph, "CPU", plugin_properties(CPU))([*(codes * scale).numpy()])[0]
     return torch.from_numpy(found.copy()), codes[0].double() @ codes[1].double().mT * scale**2
 
 
@@ -153,4 +171,6 @@ def test_a_whole_denoiser_says_what_stays_in_floating_point_and_why(tiny_sd: Pat
     assert {row.precision for row in rows if row.planned == "w4a8"} == {"int8"}
     wide = [row for row in rows if row.planned == "w8a8"]
     assert {row.kind for row in wide} == ALL
-    assert {(row.precision, row.reason) for row in wide} == {("float32", saturation.REASON)}
+    assert {(row.precision, row.reason) for row in wide if row.kind == "conv2d"} == {("int8", None)}
+    kept = {(row.precision, row.reason) for row in wide if row.kind != "conv2d"}
+    assert kept == {("float32", saturation.REASON)}

@@ -129,7 +129,7 @@ def test_a_dataset_that_cannot_be_had_ends_in_one_sentence(tmp_path: Path, monke
             open_real("cifar10-train").fetch()
         assert "\n" not in caught.value.message
         assert caught.value.hint is not None
-    with pytest.raises(InputError, match="nor a dataset of that name .*cifar10-train"):
+    with pytest.raises(InputError, match=r"nor a dataset of that name .*cifar10-train"):
         open_real("cifar11-train")
 
 

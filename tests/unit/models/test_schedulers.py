@@ -17,7 +17,12 @@ from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.sampling import sample
 from edadm_cli.models.schedulers import QuadraticDDIMScheduler
-from tests.unit.models.tiny import shrunk
+from tests.unit.models.tiny import shrink_flux, shrunk
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_flux(monkeypatch)
 
 
 def load(name: str, **changes: Any) -> LoadedModel:

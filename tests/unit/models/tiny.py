@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from diffusers import FluxPipeline
+
 from edadm_cli.models.architecture import Architecture, load_architecture
 
 _TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -55,7 +58,13 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "dit-xl-2": {"transformer": _TRANSFORMER},
     "pixart-sigma": {
-        "transformer": {**_TRANSFORMER, "sample_size": 32, "cross_attention_dim": 32, "caption_channels": 32}
+        "transformer": {**_TRANSFORMER, "sample_size": 32, "cross_attention_dim": 32, "caption_channels": 32},
+        # its images have 256 pixels a side at least: reduced by eight, they have 256 tokens instead of 4,096
+        "vae": {
+            "block_out_channels": [32] * 4,
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        },
     },
     "sd3.5-medium": {
         "transformer": {
@@ -81,6 +90,15 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+FLUX_SAMPLE_SIZE = 16
+
+
+def shrink_flux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Flux draw with 64 tokens; it decides on 4,096 without asking its transformer."""
+    size = property(lambda pipeline: FLUX_SAMPLE_SIZE, lambda pipeline, value: None)
+    monkeypatch.setattr(FluxPipeline, "default_sample_size", size, raising=False)
+
+
 def shrunk(name: str) -> Architecture:
     """A shipped architecture, small enough for a test."""
     real = load_architecture(name)
@@ -88,7 +106,7 @@ def shrunk(name: str) -> Architecture:
     for component, (cls, config) in real.components.items():
         change: dict[str, Any] = _CHANGES[name].get(component, {})
         if cls.endswith(("AutoencoderKL", "VQModel")):
-            change = {**_LATENTS, "num_vq_embeddings": 64} if cls.endswith("VQModel") else _LATENTS
+            change = {**_LATENTS, **({"num_vq_embeddings": 64} if cls.endswith("VQModel") else {}), **change}
         elif "T5Encoder" in cls:
             change = _T5
         elif "CLIPText" in cls:

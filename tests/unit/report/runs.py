@@ -89,7 +89,7 @@ EVALUATION: dict[str, Any] = {
     "guidance_scale": 2.5,
     "real": "some real images",
     "skipped": {"kid": "no weights", "fid": "no weights"},
-    "cautions": ["few images"],
+    "cautions": ["fid of few images"],
     "shown": [
         {
             "seed": 1000 + place,

@@ -140,7 +140,7 @@ def test_every_figure_is_that_of_the_artifact(maker: RunMaker) -> None:
     assert facts["integer arithmetic, worst layer's relative L2"] == f"2.50 {TIMES} 10⁻⁷"
     assert facts["quantized"] == "3 of 3 planned"
     assert facts["loss before"].startswith("20.50")
-    assert [p.text for p in page.all("p", class_="caution")] == ["Without FID, KID: no weights", "few images"]
+    assert [p.text for p in page.all("p", class_="caution")] == ["Without FID, KID: no weights", "FID of few images"]
 
 
 def test_every_layer_is_listed_with_what_became_of_it(maker: RunMaker) -> None:

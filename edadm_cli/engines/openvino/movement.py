@@ -1,0 +1,46 @@
+"""Quantizers before data movement instead of after it.
+
+    quantize(move(x)) = move(quantize(x))
+
+for anything that only moves elements, since all of them share one scale: the same values. Before it, a quantizer
+becomes the end of what makes the elements, and bytes are moved instead of floating-point numbers.
+"""
+
+from __future__ import annotations
+
+import openvino as ov
+
+_STEPS = ("Clamp", "FakeQuantize")
+_MOVES = ("Reshape", "Transpose")
+
+
+def quantize_before_moving(graph: ov.Model) -> None:
+    """Take every quantizer of a graph as far up through data movement as no other reader is affected, in place."""
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() in _STEPS and all(map(_is_scalar, node.input_values()[1:])):
+            while _moves_for_one(node.input_value(0)):
+                _swap(node, node.input_value(0).get_node())
+    graph.validate_nodes_and_infer_types()
+
+
+def _is_scalar(output: ov.Output) -> bool:
+    shape = output.get_partial_shape()
+    return shape.is_static and all(size == 1 for size in shape.to_shape())
+
+
+def _moves_for_one(output: ov.Output) -> bool:
+    """Whether an output is moved data with one reader."""
+    node = output.get_node()
+    moves = node.get_type_name() in _MOVES or (
+        node.get_type_name() == "Interpolate" and node.get_attributes()["mode"] == "nearest"
+    )
+    return moves and len(output.get_target_inputs()) == 1
+
+
+def _swap(step: ov.Node, move: ov.Node) -> None:
+    """move -> step becomes step -> move."""
+    readers = step.output(0).get_target_inputs()
+    step.input(0).replace_source_output(move.input_value(0))
+    move.input(0).replace_source_output(step.output(0))
+    for reader in readers:
+        reader.replace_source_output(move.output(0))

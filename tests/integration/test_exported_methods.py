@@ -1,0 +1,178 @@
+"""An exported denoiser among other libraries: moved and cast, compiled, copied, and asked to take a LoRA."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import USE_PEFT_BACKEND
+from torch import Tensor, nn
+from torch._inductor import config as inductor
+
+from edadm_cli.artifacts import ModelRef
+from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.config import BitWidth
+from edadm_cli.errors import UsageError
+from edadm_cli.export.folder import write_pipeline
+from edadm_cli.integrations.quantizer import FORMAT_VERSION, EdadmConfig
+from edadm_cli.models.example_calls import example_call
+from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.random_models import build_random_pipeline
+from edadm_cli.models.registry import known_models
+from edadm_cli.recipe import load_recipe
+from tests.unit.models.tiny import shrunk
+
+CPU = torch.device("cpu")
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def export(model: LoadedModel, folder: Path) -> Path:
+    """Write a pipeline with its denoiser at W4A8, attention included, rounded to nearest."""
+    recipe = load_recipe("paper")
+    recipe = recipe.model_copy(update={"ranges": recipe.ranges.model_copy(update={"num_candidates": 4})})
+    call = example_call(model.denoiser, batch_size=2)
+    plan = quantize_to_nearest(model.denoiser, recipe, BitWidth.parse("w4a8"), [call])
+    assert plan.attentions
+    config = EdadmConfig(FORMAT_VERSION, "w4a8", "paper", plan.model_dump(mode="json"))
+    write_pipeline(model, folder, config.to_dict())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the tiny Stable Diffusion."""
+    return export(load_model(str(tiny_sd), CPU, torch.float32), tmp_path_factory.mktemp("export") / "pipeline")
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> Any:
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def predict(unet: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 16, generator=generator)
+    with torch.no_grad():
+        output: Tensor = unet(x.to(dtype), torch.tensor(7), states.to(dtype)).sample
+    return output
+
+
+CASTS: dict[str, tuple[Callable[[Any], object], torch.dtype]] = {
+    "pipeline": (lambda p: p.to(torch.bfloat16), torch.bfloat16),
+    "pipeline, with a device": (lambda p: p.to("cpu", torch.float16), torch.float16),
+    "denoiser": (lambda p: p.unet.to(torch.bfloat16), torch.bfloat16),
+    "denoiser, by name": (lambda p: p.unet.to(device="cpu", dtype=torch.float16), torch.float16),
+    "denoiser, like a tensor": (lambda p: p.unet.to(torch.zeros(1, dtype=torch.bfloat16)), torch.bfloat16),
+    "half": (lambda p: p.unet.half(), torch.float16),
+    "there and back": (lambda p: p.unet.half().float(), torch.float32),
+}
+
+
+@pytest.mark.parametrize(("cast", "dtype"), CASTS.values(), ids=CASTS.keys())
+def test_a_cast_spares_codes_and_scales(
+    folder: Path, pipeline: Any, cast: Callable[[Any], object], dtype: torch.dtype
+) -> None:
+    before = {name: buffer.clone() for name, buffer in pipeline.unet.named_buffers()}
+    cast(pipeline)
+    after = dict(pipeline.unet.named_buffers())
+    assert {buffer.dtype for buffer in before.values()} == {torch.float32, torch.int32, torch.uint8, torch.int8}
+    assert all(
+        after[name].dtype == buffer.dtype and torch.equal(after[name], buffer) for name, buffer in before.items()
+    )
+    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {dtype}
+    if dtype != torch.float32:
+        loaded = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).unet
+        assert torch.equal(predict(pipeline.unet, dtype), predict(loaded, dtype)), "as if it had been loaded so"
+
+
+def test_a_copy_is_cast_by_itself_and_saved(folder: Path, pipeline: Any, tmp_path: Path) -> None:
+    copied = copy.deepcopy(pipeline.unet)
+    copied.half()
+    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.float16}
+    copied.save_pretrained(tmp_path / "copy")
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "copy", torch_dtype=torch.float16)
+    assert torch.equal(predict(again, torch.float16), predict(copied, torch.float16))
+
+
+def test_a_denoiser_is_moved_and_offloaded(pipeline: Any) -> None:
+    wanted = predict(pipeline.unet)
+    away = copy.deepcopy(pipeline.unet).to("meta", torch.float16)
+    assert {tensor.device.type for tensor in (*away.parameters(), *away.buffers())} == {"meta"}
+    assert {buffer.dtype for name, buffer in away.named_buffers() if name.endswith("_scale")} == {torch.float32}
+    in_turn = copy.deepcopy(pipeline.unet)
+    accelerate.cpu_offload(in_turn, execution_device=CPU)  # what enable_sequential_cpu_offload does
+    assert {parameter.device.type for parameter in in_turn.parameters()} == {"meta"}
+    assert torch.equal(predict(in_turn), wanted)
+    pipeline.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+    assert torch.equal(predict(pipeline.unet), wanted)
+
+
+def lora(module: str, size: int) -> dict[str, Tensor]:
+    """A LoRA of rank two for one layer."""
+    return {f"{module}.lora_A.weight": torch.ones(2, size), f"{module}.lora_B.weight": torch.ones(size, 2)}
+
+
+def test_a_lora_is_refused_with_the_way_round(pipeline: Any) -> None:
+    """Whether PEFT is installed or not; without it, diffusers asks for it before it asks the denoiser."""
+    before = predict(pipeline.unet)
+    weights = lora(f"unet.{TO_Q}", 8)
+    attempts = [
+        lambda: pipeline.unet.load_lora_adapter(weights, prefix="unet"),
+        lambda: pipeline.unet.load_lora_adapter("folder/of/a/lora"),
+        lambda: pipeline.unet.add_adapter(object()),
+    ]
+    if USE_PEFT_BACKEND:
+        attempts.append(lambda: pipeline.load_lora_weights(weights))
+    else:
+        with pytest.raises(ValueError, match="PEFT backend is required"):
+            pipeline.load_lora_weights(weights)
+    for attempt in attempts:
+        with pytest.raises(
+            UsageError, match=r"take no adapter: .*fuse_lora\(\).*edadm run --model FOLDER\.$"
+        ) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    assert torch.equal(predict(pipeline.unet), before)
+
+
+def test_a_lora_of_the_text_encoder_alone_is_none_of_the_denoisers(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[Any] = []
+    monkeypatch.setattr(UNet2DConditionModel, "load_lora_adapter", lambda *args, **kwargs: passed.append(kwargs))
+    pipeline.unet.load_lora_adapter(lora("text_encoder.q_proj", 16), prefix="unet", adapter_name="words")
+    assert passed == [{"prefix": "unet", "adapter_name": "words"}]
+
+
+def test_a_denoiser_is_one_graph_for_torch_compile(pipeline: Any) -> None:
+    """Nothing in a quantized denoiser breaks the graph, and the graph computes the same bytes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(pipeline.unet, backend="eager", fullgraph=True)
+    assert torch.equal(predict(compiled), predict(pipeline.unet))  # type: ignore[arg-type]
+
+
+def test_a_compiled_denoiser_computes_what_the_eager_one_does(tmp_path: Path) -> None:
+    """Inductor sums in another order: the last bits differ, and a code that lay between two may be the other one.
+
+    Few do: the bound is one step of the 8-bit grid, 1 / 255 of the range, on the whole.
+    """
+    architecture = shrunk("dit-xl-2")
+    cls, config = architecture.components["transformer"]
+    components = {**architecture.components, "transformer": (cls, {**config, "num_layers": 1})}
+    pipeline = build_random_pipeline(architecture.model_copy(update={"components": components}), 0, torch.float32)
+    ref, entry = ModelRef(id="dit", revision=None, fingerprint="0" * 64), known_models()["dit-xl-2-random"]
+    folder = export(LoadedModel(ref, entry, pipeline, "transformer", None), tmp_path / "pipeline")
+    transformer = DiffusionPipeline.from_pretrained(folder).transformer
+    args, kwargs = example_call(transformer, batch_size=2)
+    torch._dynamo.reset()
+    with torch.no_grad(), inductor.patch(compile_threads=1):  # else processes are started that import torch
+        eager = transformer(*args, **kwargs).sample
+        compiled = torch.compile(transformer, fullgraph=True)(*args, **kwargs).sample
+    assert float((compiled - eager).norm() / eager.norm()) < 1 / 255
