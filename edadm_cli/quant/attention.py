@@ -61,23 +61,22 @@ class AttentionProducts(nn.Module):
             context = hidden_states
         elif attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        out = self.attend(attn, attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context), mask)
+        q, k, v = (
+            self.touch(name, attn.head_to_batch_dim(project(source)))
+            for name, project, source in (
+                ("q", attn.to_q, hidden_states),
+                ("k", attn.to_k, context),
+                ("v", attn.to_v, context),
+            )
+        )
+        p = self.touch("p", attn.get_attention_scores(q, k, mask))
+        out: Tensor = attn.batch_to_head_dim(torch.bmm(p, v))
         out = attn.to_out[1](attn.to_out[0](out))
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             out = out + residual
         return out / attn.rescale_output_factor
-
-    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Both products of all heads; projections and result are `[batch, tokens, heads * head_dim]`."""
-        q, k, v = (
-            self.touch(operand, attn.head_to_batch_dim(projection))
-            for operand, projection in (("q", query), ("k", key), ("v", value))
-        )
-        p = self.touch("p", attn.get_attention_scores(q, k, mask))
-        out: Tensor = attn.batch_to_head_dim(torch.bmm(p, v))
-        return out
 
 
 class QuantizedAttention(AttentionProducts):

@@ -212,11 +212,7 @@ class _GegluStandIn(nn.Module):
 
 
 class _AttentionStandIn(AttentionProducts):
-    """Attention whose operands pass through stand-ins for their quantizers.
-
-    Heads stay a dimension of their own: the form that OpenVINO makes one kernel of, transposes included. Quantizers
-    come before the heads are parted, where they become part of the projections.
-    """
+    """Attention whose operands pass through stand-ins for their quantizers."""
 
     def __init__(self, indices: dict[str, int]) -> None:
         super().__init__()
@@ -226,16 +222,3 @@ class _AttentionStandIn(AttentionProducts):
         """Pass through."""
         result: Tensor = torch.ops.edadm_openvino.fake_quantize(tensor, self.indices[operand])
         return result
-
-    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The same products on `[batch, heads, tokens, head_dim]`."""
-        batch, _, width = key.shape
-        q, k, v = (
-            self.touch(operand, projection).view(batch, -1, attn.heads, width // attn.heads).transpose(1, 2)
-            for operand, projection in (("q", query), ("k", key), ("v", value))
-        )
-        scores = torch.matmul(q, k.transpose(-1, -2)) * attn.scale
-        if mask is not None:  # [batch * heads, 1, tokens]
-            scores = scores + mask.view(batch, attn.heads, -1, mask.shape[-1])
-        p = self.touch("p", scores.softmax(dim=-1))
-        return torch.matmul(p, v).transpose(1, 2).reshape(batch, -1, width)

@@ -3,12 +3,15 @@
     quantize(move(x)) = move(quantize(x))
 
 for anything that only moves elements, since all of them share one scale: the same values. Before it, a quantizer
-becomes the end of what makes the elements, and bytes are moved instead of floating-point numbers.
+becomes the end of what makes the elements, and bytes are moved instead of floating-point numbers. The operands of
+attention stay as they are: with their quantizers right before the products OpenVINO was seen to make one kernel of it.
 """
 
 from __future__ import annotations
 
 import openvino as ov
+
+from edadm_cli.engines.openvino.saturation import is_quantizer, source
 
 _STEPS = ("Clamp", "FakeQuantize")
 _MOVES = ("Reshape", "Transpose")
@@ -17,10 +20,22 @@ _MOVES = ("Reshape", "Transpose")
 def quantize_before_moving(graph: ov.Model) -> None:
     """Take every quantizer of a graph as far up through data movement as no other reader is affected, in place."""
     for node in graph.get_ordered_ops():
-        if node.get_type_name() in _STEPS and all(map(_is_scalar, node.input_values()[1:])):
+        is_step = node.get_type_name() in _STEPS and all(map(_is_scalar, node.input_values()[1:]))
+        if is_step and not _feeds_attention(node):
             while _moves_for_one(node.input_value(0)):
                 _swap(node, node.input_value(0).get_node())
     graph.validate_nodes_and_infer_types()
+
+
+def _feeds_attention(node: ov.Node) -> bool:
+    """Whether what a quantizer makes is multiplied with what another one makes."""
+    for reader in (target.get_node() for target in node.output(0).get_target_inputs()):
+        kind = reader.get_type_name()
+        if kind == "MatMul" and all(is_quantizer(source(value)) for value in reader.input_values()):
+            return True
+        if kind in (*_STEPS, *_MOVES) and _feeds_attention(reader):
+            return True
+    return False
 
 
 def _is_scalar(output: ov.Output) -> bool:

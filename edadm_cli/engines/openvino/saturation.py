@@ -75,9 +75,9 @@ def spare_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[st
         kind = _KINDS.get(node.get_type_name())
         if kind is None:
             continue
-        left, right = (_source(node.input_value(port)) for port in (0, 1))
+        left, right = (source(node.input_value(port)) for port in (0, 1))
         weight = _scaled_codes(node.input_value(1))
-        if not _is_quantizer(left):
+        if not is_quantizer(left):
             continue  # in floating point on any processor
         if weight is not None:
             if kind not in kinds or not weights_saturate(_codes(weight)):
@@ -87,14 +87,14 @@ def spare_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[st
             else:
                 _use_real_weights(weight)
                 spared.add(layer_name(node.friendly_name))
-        elif "attention" in kinds and _is_quantizer(right):
+        elif "attention" in kinds and is_quantizer(right):
             _round_in_float(left)
             _round_in_float(right)
             spared.add(layer_name(node.friendly_name))
     return frozenset(spared)
 
 
-def _source(output: ov.Output) -> ov.Node:
+def source(output: ov.Output) -> ov.Node:
     """The node that an output's values come from, data movement left out."""
     node = output.get_node()
     while node.get_type_name() in _MOVES:
@@ -102,13 +102,14 @@ def _source(output: ov.Output) -> ov.Node:
     return node
 
 
-def _is_quantizer(node: ov.Node) -> bool:
+def is_quantizer(node: ov.Node) -> bool:
+    """Whether a node turns numbers into codes."""
     return bool(node.get_type_name() == "FakeQuantize")
 
 
 def _scaled_codes(output: ov.Output) -> ov.Node | None:
     """The multiplication of int8 codes by their scales, where an output is that."""
-    node = _source(output)
+    node = source(output)
     if node.get_type_name() != "Multiply" or node.input_value(0).get_node().get_type_name() != "Convert":
         return None
     constant = node.input_value(0).get_node().input_value(0).get_node()

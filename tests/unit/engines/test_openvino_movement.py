@@ -97,3 +97,15 @@ def test_a_scale_for_each_channel_stays() -> None:
     graph = ov.Model([ops.fake_quantize(moved, 0 * high, high, 0 * high, high, 256)], [parameter])
     quantize_before_moving(graph)
     assert _types_above_quantizers(graph) == {"Transpose"}
+
+
+def test_operands_of_attention_keep_their_quantizers_before_the_product() -> None:
+    parameter = ops.parameter([-1, -1, 12], ov.Type.f32)
+    q, k = (
+        nodes.fake_quantize(_heads(ops.exp(parameter).output(0)).output(0), SCALE, None, weight_grid(8))
+        for _ in range(2)
+    )
+    scores = ops.matmul(q, ops.transpose(k, _sizes(0, 1, 3, 2)), transpose_a=False, transpose_b=False)
+    graph = ov.Model([scores], [parameter])
+    quantize_before_moving(graph)
+    assert _types_above_quantizers(graph) == {"Transpose"}
