@@ -148,14 +148,7 @@ _SHAPES += [(160, 64, 64), (MAX_HEAD_WIDTH, 4096, 77)]
 def variants(arch: int) -> list[KernelVariant]:
     """What the attentions of a float16 Stable Diffusion 1.x denoiser compile, and the widest heads there may be."""
     found = []
-    for width, queries, keys in (
-        (40, 4096, 77),
-        (80, 1024, 77),
-        (80, 1024, 1024),
-        (160, 256, 256),
-        (160, 64, 64),
-        (256, 4096, 77),
-    ):
+    for width, queries, keys in _SHAPES:
         tile = _tile(arch, width, queries, keys)
         types = dict.fromkeys(("q", "k", "v"), "*fp16") | {"out_scale": "*fp32", "out_zero_point": "*i32", "out": "*i8"}
         types |= dict.fromkeys(("queries", "keys", "q_stride", "k_stride", "v_stride"), "i32") | {"scale": "fp32"}

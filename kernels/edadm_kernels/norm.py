@@ -19,6 +19,7 @@ from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
 
 SMALL_STATE = 100_000  # elements of a sample up to which one kernel of Triton is faster than two in CUDA C++
+LAYER_REGISTERS, FUSED_REGISTERS = 72, 104  # of `layer_rows` and `group_fused` on 8.x; see `_options`
 # nothing here is compared bit for bit; said aloud as Triton's default changes
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -160,7 +161,7 @@ def _layer_norm_quantize(
             layer_rows[(triton.cdiv(rows, plan.block_rows),)](
                 x, weight, bias, scales, zero_points, *_three(codes), rows, channels, eps,
                 QUANT_MAX=(1 << num_bits) - 1, QUANTIZERS=len(codes), **plan.constexprs(),
-                num_warps=plan.num_warps, **_OPTIONS, **overlap(arch_of(x)),
+                num_warps=plan.num_warps, **_options(arch_of(x), LAYER_REGISTERS), **overlap(arch_of(x)),
             )  # fmt: skip
     return codes
 
@@ -203,6 +204,15 @@ def layer_norm_quantize(
     return _layer_norm_quantize(x, weight, bias, eps, scales, zero_points, num_bits)
 
 
+def _options(arch: int, registers: int) -> dict[str, Any]:
+    """Options of a kernel; on 8.x with as many registers a thread, since some releases of Triton spill a few there.
+
+    Left to itself the assembler takes fewer, so that more programs are resident: `layer_rows` spills with Triton 3.8,
+    `group_fused` with 3.6.
+    """
+    return {**_OPTIONS, "maxnreg": registers} if 80 <= arch < 90 else _OPTIONS
+
+
 def _launch_group(
     x: Tensor,
     weight: Tensor,
@@ -227,7 +237,8 @@ def _launch_group(
     if plan.fused:
         group_fused[(plan.group_blocks, samples)](
             x, weight, bias, scales, zero_points, *_three(codes), rows, channels, eps,
-            **ends, **plan.fused_constexprs(), num_warps=plan.fused_warps, **_OPTIONS, **together,
+            **ends, **plan.fused_constexprs(), num_warps=plan.fused_warps,
+            **_options(arch_of(x), FUSED_REGISTERS), **together,
         )  # fmt: skip
         return
     partials = x.new_empty((samples, plan.num_chunks, 2, channels), dtype=torch.float32)
@@ -320,7 +331,8 @@ def _group_variants(arch: int, plan: GroupPlan, silu: bool) -> list[KernelVarian
     if plan.fused:
         name = f"group-fused-{next_power_of_two(plan.rows)}x{plan.block_channels}{tail}"
         constexprs = {**ends, **plan.fused_constexprs()}
-        return [aligned(arch, name, group_fused, signature, constexprs, num_warps=plan.fused_warps, options=_OPTIONS)]
+        options = _options(arch, FUSED_REGISTERS)
+        return [aligned(arch, name, group_fused, signature, constexprs, num_warps=plan.fused_warps, options=options)]
     signature |= {"partials": "*fp32", "statistics": "*fp32", "num_chunks": "i32", "rows_per_chunk": "i32"}
     kernels = (
         ("group-partials", group_partials, plan.block_constexprs()),
@@ -346,5 +358,5 @@ def _layer_variant(arch: int, channels: int, quantizers: int) -> KernelVariant:
         constexprs,
         unaligned=("rows",),
         num_warps=plan.num_warps,
-        options=_OPTIONS,
+        options=_options(arch, LAYER_REGISTERS),
     )
