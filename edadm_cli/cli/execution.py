@@ -123,23 +123,35 @@ class Execution:
 
         What a library prints meanwhile goes to stderr.
         """
-        from edadm_cli.artifacts import StageRecord, spent
         from edadm_cli.artifacts.peak import reset_peak
 
         reset_peak()
-        started = time.monotonic()
         self.reporter.warnings = []
         with contextlib.redirect_stdout(sys.stderr):
-            if not self.dry_run:
-                record = stage(config, run, force=self.force, reporter=self.reporter)
-                self.warnings += record.warnings
-                self._remember(run, name)
-                return record
-            if launched_index() > 0:
-                raise typer.Exit
-            found = None if plan is None else self._finished(command, run, plan, config)
-            scheduling = Scheduling()
-            cost = None if found else estimate(config, run)
+            if self.dry_run:
+                found = None if plan is None else self._finished(command, run, plan, config)
+                return self._foresee(command, run, found, estimate, config, place or run.path(command, name))
+            record = stage(config, run, force=self.force, reporter=self.reporter)
+        self.warnings += record.warnings
+        self._remember(run, name)
+        return record
+
+    def _foresee(
+        self,
+        command: str,
+        run: RunFolder,
+        found: Artifact | None,
+        estimate: StageEstimate[ConfigT],
+        config: ConfigT,
+        place: Path,
+    ) -> StageRecord:
+        """What a stage would do: nothing where its artifact was found, else work of the estimated size."""
+        from edadm_cli.artifacts import StageRecord, spent
+
+        if launched_index() > 0:
+            raise typer.Exit
+        started, scheduling = time.monotonic(), Scheduling()
+        cost = None if found else estimate(config, run)
         if cost is not None and (lost := scheduling.share_lost()) > _BUSY:
             self.reporter.warn(
                 f"Other work took {lost:.0%} of the processor time that the probe wanted, and the estimate takes that"
@@ -149,7 +161,7 @@ class Execution:
             command=command,
             status="up_to_date" if found else "planned",
             run=str(run.root),
-            artifact=str(found.path if found else place or run.path(command, name)),
+            artifact=str(found.path if found else place),
             identity=found.identity if found else None,
             warnings=tuple(self.reporter.warnings),
             estimate=cost,
@@ -162,7 +174,7 @@ class Execution:
         Raises:
             InputError: The stage itself would refuse, for the same reason.
         """
-        if self.force or not (run.has(kind) or run.names(kind)):
+        if self.force or launched_index() > 0 or not (run.has(kind) or run.names(kind)):
             return None
         return run.finished(plan(config, run))
 
