@@ -30,7 +30,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed
-	$(BIN)/edadm run --model digits-sd --bits w4a8
+	$(BIN)/edadm run --model digits-sd --bits w4a8 --num-images 500
 	@echo "The report: $(CURDIR)/runs/digits-sd/report.html"
 
 # 24 GB of memory for Stable Diffusion; MODEL=digits-sd needs one.
