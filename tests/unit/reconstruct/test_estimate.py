@@ -121,7 +121,7 @@ def test_a_probe_leaves_the_network_as_it_was(make_setting: MakeSetting, granula
     assert dict(made.denoiser.named_modules()) == modules
     assert {name: module.processor for name, module in made.traced.attentions.items()} == processors
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in modules.values())
-    assert 0 < estimate.seconds < 600  # a busy machine is ten times as slow
+    assert 0 < estimate.seconds < 60
     assert estimate.memory_mib > 0
     assert estimate.disk_mib > 0
 
