@@ -23,7 +23,7 @@ from edadm_cli.cli.contention import Scheduling
 from edadm_cli.cli.require import Requirement, unmet
 from edadm_cli.cli.sink import Output, show
 from edadm_cli.errors import EdadmError, UsageError
-from edadm_cli.processes import launched_count, launched_index
+from edadm_cli.launching import launched, launched_index
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import Artifact, Estimate, Plan, RunFolder, StageRecord
@@ -269,11 +269,12 @@ def _begin(
 ) -> Execution:
     from edadm_cli.cli import settings
 
-    if launched_count() > 1 and command not in _PARALLEL:
+    launch = launched()
+    if launch.launcher is not None and command not in _PARALLEL:
         raise UsageError(
-            f"edadm {command} runs in one process, and {launched_count()} were started; several share the work of "
+            f"edadm {command} runs in one process, and {launch.count} were started; several share the work of "
             f"{', '.join(_PARALLEL)}.",
-            hint=f"edadm {command}, without torchrun or accelerate launch",
+            hint=f"edadm {command}, without {launch.launcher}",
         )
     output = Output.of(json_output, quiet)
     calm_libraries(verbose)
