@@ -171,7 +171,11 @@ def test_a_bench_measures_every_contender_and_says_what_ran(run: RunFolder) -> N
 
 @pytest.mark.usefixtures("in_one_process")
 def test_the_same_bench_measures_again_and_another_needs_force(run: RunFolder) -> None:
+    assert bench.finished(config(), run) is None
     first = bench.run(config(), run)
+    there = bench.finished(config(), run)
+    assert there is not None
+    assert there.identity == first.identity
     again = bench.run(config(), run)
     assert again.status == "done"
     assert first.identity == again.identity
@@ -179,6 +183,8 @@ def test_the_same_bench_measures_again_and_another_needs_force(run: RunFolder) -
     with pytest.raises(InputError, match="other settings") as caught:
         bench.run(config(size=(16, 16)), run)
     assert "--force" in str(caught.value.hint)
+    with pytest.raises(InputError, match="other settings"):
+        bench.finished(config(size=(16, 16)), run)
     assert bench.run(config(size=(16, 16)), run, force=True).identity != first.identity
 
 
