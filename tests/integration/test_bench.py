@@ -14,13 +14,15 @@ from torch import Tensor
 
 from edadm_cli.artifacts import BenchRecord, RunFolder
 from edadm_cli.artifacts.inspection import inspect_run
-from edadm_cli.bench import peak
+from edadm_cli.bench import contender as contender_module
+from edadm_cli.bench import measurement, peak
 from edadm_cli.bench import stage as bench
 from edadm_cli.bench.contender import Setting
 from edadm_cli.bench.request import Request
 from edadm_cli.config import BenchConfig, BitWidth, EvaluateConfig, ExportConfig, ReconstructConfig, SampleConfig
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.openvino import OpenVinoEngine
+from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser
 from edadm_cli.engines.openvino.saturation import REASON, saturating_kinds
 from edadm_cli.errors import EXIT_INTERNAL, EdadmError, InputError, UsageError
 from edadm_cli.evaluate import stage as evaluate
@@ -189,6 +191,38 @@ def test_the_same_bench_measures_again_and_another_needs_force(run: RunFolder) -
 
 
 @pytest.mark.usefixtures("in_one_process")
+def test_algorithms_are_tried_for_what_is_timed_and_nothing_else(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's search takes memory and changes last bits: neither is for what the contenders are held against."""
+    seen: dict[str, set[bool]] = {}
+
+    def record(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(name, set()).add(torch.backends.cudnn.benchmark)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(QuantizedLayer, "forward")
+    record(measurement, "check_prediction")
+    record(measurement, "coverage_of")
+    record(contender_module, "milliseconds")
+    record(OpenVinoDenoiser, "__call__")
+    bench.run(config(), run)
+    assert seen == {
+        "forward": {False},
+        "check_prediction": {False},
+        "coverage_of": {False},
+        "milliseconds": {True},
+        "__call__": {True},
+    }
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.usefixtures("in_one_process")
 def test_whole_images_are_timed_on_request(run: RunFolder) -> None:
     record = bench.run(config(pipeline=True), run)
     for contender in record.contenders:
@@ -216,8 +250,6 @@ def test_nothing_is_timed_when_a_layer_is_off(run: RunFolder, monkeypatch: pytes
 
 @pytest.mark.usefixtures("in_one_process")
 def test_nothing_is_timed_when_the_prediction_is_off(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser
-
     call = OpenVinoDenoiser.__call__
 
     def skewed(self: OpenVinoDenoiser, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""An exported denoiser among other libraries: moved, cast, offloaded, compiled, copied; asked for a LoRA, or to fuse."""
+"""An exported denoiser among other libraries: moved, cast, offloaded, compiled, copied; a LoRA, fused projections."""
 
 from __future__ import annotations
 
