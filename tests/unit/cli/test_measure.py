@@ -102,8 +102,13 @@ def test_a_speed_up_can_be_required(benches: list[Any], requirement: str, code: 
 def test_a_dry_run_measures_nothing(benches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--model", "digits-sd", "--dry-run", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["status"], result["warnings"]) == ("planned", [])
+    assert (result["status"], about_anew(result)) == ("planned", [])
     assert benches == []
+
+
+def about_anew(result: dict[str, Any]) -> list[str]:
+    """Warnings of a result that will be replaced; a busy machine brings others."""
+    return [warning for warning in result["warnings"] if warning.endswith("it will be made anew.")]
 
 
 def test_a_dry_run_says_what_would_be_measured_again(benches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,12 +120,10 @@ def test_a_dry_run_says_what_would_be_measured_again(benches: list[Any], capsys:
     assert (result["status"], result["estimate"]["seconds"]) == ("planned", 1.0), (
         "a bench measures whenever it is called"
     )
-    (warning,) = result["warnings"]
-    assert warning.endswith(
-        "runs/digits-sd/bench/w8a8-openvino-cpu is there, with the same settings; it will be made anew."
-    )
+    (warning,) = about_anew(result)
+    assert "runs/digits-sd/bench/w8a8-openvino-cpu is there, with the same settings" in warning
     assert main(["bench", "--model", "digits-sd", "--dry-run", "--force", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["warnings"] == []
+    assert about_anew(json.loads(capsys.readouterr().out)) == []
     assert benches == []
 
 
