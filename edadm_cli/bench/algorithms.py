@@ -49,11 +49,12 @@ def choose_algorithms(call: Callable[[], Result], device: torch.device) -> Resul
 @contextmanager
 def _limited(device: torch.device) -> Iterator[None]:
     """Let this process take no more of the card than it has and `_WORKSPACE_BYTES`."""
-    before = torch.cuda.get_per_process_memory_fraction(device)
-    total = torch.cuda.get_device_properties(device).total_memory
-    limit = (torch.cuda.memory_reserved(device) + _WORKSPACE_BYTES) / total
-    torch.cuda.set_per_process_memory_fraction(min(before, limit), device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    total = torch.cuda.get_device_properties(index).total_memory
+    limit = (torch.cuda.memory_reserved(index) + _WORKSPACE_BYTES) / total
+    torch.cuda.set_per_process_memory_fraction(min(before, limit), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before, index)
