@@ -1,4 +1,4 @@
-"""Attention whose result is the codes of the projection behind it, in one kernel; for as many keys as pay."""
+"""Attention whose result is the codes of the projection behind it, in one kernel."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from torch.nn import functional as F
 
 from edadm_kernels import reference
 from edadm_kernels.attention_kernels import attention_kernel
-from edadm_kernels.backend import uses_kernel
+from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.checks import check_bits, check_device, check_quantizers
+from edadm_kernels.hopper import attention as hopper_attention
 from edadm_kernels.launching import PROGRAM_SHARED_BYTES, arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
 from edadm_kernels.variants import KernelVariant, aligned
 
-__all__ = ["MAX_HEAD_WIDTH", "attention_quantize", "variants"]
+__all__ = ["MAX_HEAD_WIDTH", "attention_pays", "attention_quantize", "variants"]
 
 MAX_HEAD_WIDTH = 256  # channels of a head
+SMALL = 250_000_000
+"""Products of scores up to which the kernel in Triton is faster than torch's attention and a quantization."""
 NARROWEST = 16  # columns of a matrix instruction's operand
 STAGES = 2  # turns whose keys and values are in shared memory
 
@@ -38,7 +41,9 @@ def _attention_quantize(
         return torch.ops.edadm.quantize(
             attended.reshape(q.shape).contiguous(), out_scale, out_zero_point, num_bits, False
         )
-    if out.numel():
+    if out.numel() and uses_hopper(q) and hopper_attention.takes(q, k, v, heads, scale):
+        hopper_attention.launch_attention(q, k, v, heads, scale, out, out_scale, out_zero_point, num_bits)
+    elif out.numel():
         width = q.shape[2] // heads
         tile = _tile(arch_of(q), width, q.shape[1], k.shape[1])
         with on_device_of(q):
@@ -91,9 +96,19 @@ def attention_quantize(
         ValueError: A shape or a layout is not the stated one.
 
     References:
-        FlashAttention-2, arXiv 2307.08691.
+        FlashAttention-2, arXiv 2307.08691; on compute capability 9.0 FlashAttention-3, arXiv 2407.08608.
     """
     return _attention_quantize(q, k, v, heads, scale, out_scale, out_zero_point, num_bits)
+
+
+def attention_pays(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> bool:
+    """Whether `attention_quantize` takes these operands and is faster than torch's attention and a quantization.
+
+    What is asked about tensors on the meta device is answered for compute capability 9.0.
+    """
+    if (q.is_meta or uses_hopper(q)) and hopper_attention.takes(q, k, v, heads, scale):
+        return True
+    return q.shape[2] // heads <= MAX_HEAD_WIDTH and q.numel() * k.shape[1] <= SMALL
 
 
 def _prepare(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from edadm_kernels import MAX_HEAD_WIDTH, attention_quantize, backend, reference
-from edadm_kernels.attention import _pieces, _tile
+from edadm_kernels import attention_quantize, backend, reference
+from edadm_kernels.attention import MAX_HEAD_WIDTH, _pieces, _tile
 from edadm_kernels.launching import PROGRAM_SHARED_BYTES
 
 SCALE = torch.tensor([0.013])

@@ -16,9 +16,6 @@ from edadm_cli.engines.triton.products import FloatProduct, IntegerLinear, Produ
 from edadm_cli.engines.triton.state import Pair, PromptCache
 from edadm_cli.quant.attention import QuantizedAttention
 
-SMALL_ATTENTION = 250_000_000
-"""Products of scores up to which the kernel of `edadm_kernels` runs attention; beyond, torch's own is faster."""
-
 
 class Projections(nn.Module):
     """Linear layers over one input: those that read it alike are one GEMM, their outputs columns of it."""
@@ -124,7 +121,7 @@ class FusedAttention(nn.Module):
         else:
             assert context is not None
             k, v = self._pair(context)
-        if self._is_small(q, k, mask):
+        if self._pays(q, k, v, mask):
             prepared_out = self._codes(q, k, v)
         elif self.operands is None:
             prepared_out = self.to_out.prepare(self._product(q, k, v, mask))
@@ -132,11 +129,10 @@ class FusedAttention(nn.Module):
             prepared_out = self.to_out.prepare(self.operands(q, k, v, mask, self.heads, self.scale))
         return self.to_out.product(prepared_out, residual)
 
-    def _is_small(self, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-        """Whether one kernel goes from the projections to the codes of the next; large attention is torch's."""
+    def _pays(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+        """Whether one kernel goes from the projections to the codes of the next."""
         plain = self.operands is None and mask is None and isinstance(self.to_out, IntegerLinear)
-        small = q.numel() * k.shape[1] <= SMALL_ATTENTION
-        return plain and small and k.shape[2] // self.heads <= kernels.MAX_HEAD_WIDTH
+        return plain and kernels.attention_pays(q, k, v, self.heads, self.scale)
 
     def _codes(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         quantizer = self.to_out.quantizer

@@ -1,8 +1,8 @@
 """Kernels in CUDA C++ for compute capability 9.0, beside the Triton ones: what Triton does not let a kernel say.
 
 Triton waits for every integer matrix instruction in the step that issues it, takes tiles of powers of two, and has no
-clusters of blocks. The products and the GroupNorm here do what those of `conv_kernels`, `gemm_kernels` and
-`norm_kernels` do, to the same bits where those are exact; shapes and types they do not take stay with Triton.
+clusters of blocks. The products, the GroupNorm and the attention here do what those of `conv_kernels`, `gemm_kernels`,
+`norm_kernels` and `attention_kernels` do, to the same bits where those are exact; what they do not take stays with Triton.
 """
 
 from edadm_kernels.hopper.driver import is_available
@@ -15,6 +15,8 @@ __all__ = ["ARCHITECTURE", "Variant", "is_available", "variants"]
 
 def variants(arch: int) -> list[Variant]:
     """What the operations may compile for an architecture such as 90; nothing where there is no compiler for it."""
-    from edadm_kernels.hopper import group_norm, product  # they import what imports this package
+    if arch != ARCHITECTURE or not is_available():
+        return []
+    from edadm_kernels.hopper import attention, group_norm, product  # they import what imports this package
 
-    return [*product.variants(), *group_norm.variants()] if arch == ARCHITECTURE and is_available() else []
+    return [*product.variants(), *group_norm.variants(), *attention.variants()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import operator
 from functools import lru_cache
 from typing import Any
 
@@ -84,26 +86,30 @@ def launch(variant: Variant, blocks: int, arguments: list[Any], device: int) -> 
 
 @lru_cache(maxsize=4096)
 def tensor_map(
-    address: int, sizes: tuple[int, ...], box: tuple[int, ...], swizzle_bytes: int, steps: tuple[int, ...] | None = None
+    address: int,
+    sizes: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle_bytes: int,
+    steps: tuple[int, ...] | None = None,
+    strides: tuple[int, ...] | None = None,
 ) -> Any:
-    """What the tensor memory accelerator is told of an int8 array whose first dimension is the innermost.
+    """What the tensor memory accelerator is told of an array of bytes whose first dimension is the innermost.
 
     Args:
         address: Of the array, aligned to 16 bytes.
-        sizes: Elements a dimension, dense.
-        box: Elements that one copy spans of each dimension; what lies outside arrives as zeros.
+        sizes: Bytes of the first dimension, elements of the others.
+        box: Bytes and elements that one copy spans of each dimension; what lies outside arrives as zeros.
         swizzle_bytes: 64 or 128, the first of `box`.
         steps: Elements from one that is taken to the next, in each dimension; `None`: all are.
+        strides: Bytes from an element to the next in each dimension but the first; `None`: they lie densely.
 
     Raises:
         RuntimeError: The driver refused it.
     """
     from cuda.bindings import driver
 
-    strides, stride = [], 1
-    for size in sizes[:-1]:
-        stride *= size
-        strides.append(driver.cuuint64_t(stride))
+    if strides is None:
+        strides = tuple(itertools.accumulate(sizes[:-1], operator.mul))
     swizzles = driver.CUtensorMapSwizzle
     return _checked(
         driver.cuTensorMapEncodeTiled(
@@ -111,7 +117,7 @@ def tensor_map(
             len(sizes),
             address,
             [driver.cuuint64_t(size) for size in sizes],
-            strides,
+            [driver.cuuint64_t(stride) for stride in strides],
             [driver.cuuint32_t(size) for size in box],
             [driver.cuuint32_t(step) for step in steps or (1,) * len(sizes)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

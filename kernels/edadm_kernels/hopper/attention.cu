@@ -1,0 +1,308 @@
+// Attention of float16 heads on the tensor cores of compute capability 9.0, its result as codes of the layer behind it.
+//
+// A block takes 64 CONSUMERS queries of one head. One warp copies the queries, then keys and values KEYS at a turn, by
+// the tensor memory accelerator into STAGES buffers of each; a head's channels beyond WIDTH, and tokens beyond the last,
+// arrive as zeros. The last keys, of which some may be missing, come first. Each group of four warps has 64 queries:
+// while the values of a turn are multiplied with its weights, the scores of the next are there already and their
+// exponentials are taken; groups issue their products one after the other, so that some multiply while others take
+// exponentials (FlashAttention-3, arXiv 2407.08608). Where all keys fit one turn (SHORT) they stay, and the queries of
+// the next tile arrive while those of the last are at work.
+//
+// The largest score that weights refer to follows the true one only when that is ahead by more than a factor of 2^8:
+// sums are divided by the same weights in the end, so nothing but rounding depends on it.
+//
+// Compiled with WIDTH, KEYS, STAGES, CONSUMERS, BLOCKS (a multiprocessor), REGISTERS (of a thread that multiplies; 0:
+// those it starts with) and SHORT defined, and after the text of `multiply_scores` and `multiply_values`, a wgmma
+// instruction each.
+
+constexpr int THREADS = CONSUMERS * 128;       // that multiply
+constexpr int COPIERS = REGISTERS ? 128 : 32;  // threads, of which one copies; registers are given up by four warps
+constexpr int ROWS = CONSUMERS * 64;           // queries
+constexpr int CHUNKS = (WIDTH + 63) / 64;      // of 64 channels, which a swizzled row of 128 bytes holds
+constexpr int STEPS = (WIDTH + 15) / 16;       // instructions of a turn's scores
+constexpr int TILES = SHORT ? 2 : 1;           // of queries in shared memory
+constexpr int QUERY_BYTES = CHUNKS * ROWS * 128, TURN_BYTES = CHUNKS * KEYS * 128;
+constexpr float SLACK = 8.0f;                  // powers of two
+static_assert(WIDTH % 8 == 0 && KEYS % 16 == 0 && KEYS <= 256 && ROWS <= 256 && (!SHORT || STAGES == 1), "tile");
+
+struct Problem {
+    const float* out_scale;
+    const int* out_zero_point;
+    unsigned char* out;  // [samples, queries, heads * WIDTH]
+    int queries, keys, heads, tiles;
+    int parts;  // blocks a head; one takes every `parts`th of the head's tiles
+    float scale;  // of the scores, times log2(e)
+    float quant_max;
+};
+
+// What the instruction is told of an operand in shared memory, rows of 128 swizzled bytes: its address; for values, whose
+// rows are the products of a sum, how far the next 64 channels are; and how far the next 8 rows are.
+struct Operand {
+    u32 low;
+
+    __device__ __forceinline__ Operand(u32 address, u32 next_chunk)
+        : low((address & 0x3ffff) >> 4 | next_chunk >> 4 << 16) {}
+
+    __device__ __forceinline__ u64 at(u32 bytes) const {
+        constexpr u32 HIGH = 1024 >> 4 | 1u << 30;
+        return static_cast<u64>(HIGH) << 32 | (low + (bytes >> 4));
+    }
+};
+
+__device__ __forceinline__ void copy_rows(u32 target, const TensorMap* map, u32 barrier, int rows, int head, int token,
+                                          int sample) {
+    barrier_expect(barrier, CHUNKS * rows * 128);
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk)
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+            "[%2];" ::"r"(target + chunk * rows * 128),
+            "l"(map), "r"(barrier), "r"(chunk * 128), "r"(head), "r"(token), "r"(sample)
+            : "memory");
+}
+
+// All but the last PENDING that were committed.
+template <int PENDING>
+__device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// A group's turn to issue products, and the next group's.
+__device__ __forceinline__ void await_turn(int group) {
+    if (CONSUMERS > 1) asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory");
+}
+
+__device__ __forceinline__ void give_turn(int group) {
+    if (CONSUMERS > 1) asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory");
+}
+
+// Nothing of these moves to before what was waited for.
+template <int N>
+__device__ __forceinline__ void keep(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float largest_of_four(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float sum_of_four(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+__device__ __forceinline__ float lowest() { return __int_as_float(0xff800000); }
+
+// One thread's share of two rows: of every 8 columns two in row `lane / 4`, then two in row `lane / 4 + 8`.
+struct Softmax {
+    float reference[2] = {lowest(), lowest()}, sum[2] = {};
+
+    // Scores become weights. Whether everything so far is to be multiplied with `shrink`.
+    __device__ __forceinline__ bool operator()(float (&s)[KEYS / 2], float scale, float (&shrink)[2]) {
+        bool grows = false;
+        float most[2];
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            most[row] = fmaxf(s[2 * row], s[2 * row + 1]);
+#pragma unroll
+            for (int j = 1; j < KEYS / 8; ++j)
+                most[row] = fmaxf(most[row], fmaxf(s[4 * j + 2 * row], s[4 * j + 2 * row + 1]));
+            most[row] = largest_of_four(most[row]) * scale;
+            grows |= most[row] > reference[row] + SLACK;
+        }
+        grows = __any_sync(0xffffffffu, grows);
+        if (grows)
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                const float larger = fmaxf(most[row], reference[row]);
+                shrink[row] = power_of_two(reference[row] - larger);
+                reference[row] = larger;
+                sum[row] *= shrink[row];
+            }
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; ++i) {
+            const int row = i / 2 % 2;
+            s[i] = power_of_two(fmaf(s[i], scale, -reference[row]));
+            sum[row] += s[i];
+        }
+        return grows;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
+    attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+              const __grid_constant__ TensorMap v_map, const __grid_constant__ Problem p) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const u32 q_at = shared_address(shared), k_at = q_at + TILES * QUERY_BYTES, v_at = k_at + STAGES * TURN_BYTES;
+    const u32 q_full = v_at + STAGES * TURN_BYTES, q_empty = q_full + 8 * TILES;
+    const u32 k_full = q_empty + 8 * TILES, v_full = k_full + 8 * STAGES;
+    const u32 k_empty = v_full + 8 * STAGES, v_empty = k_empty + 8 * STAGES;
+    const int lane = threadIdx.x % 32;
+    const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    const int part = blockIdx.x % p.parts, head = blockIdx.x / p.parts % p.heads, sample = blockIdx.x / p.parts / p.heads;
+    const int turns = SHORT ? 1 : (p.keys + KEYS - 1) / KEYS;
+
+    if (threadIdx.x == 0) {
+        for (int tile = 0; tile < TILES; ++tile) {
+            barrier_init(q_full + 8 * tile, 1);
+            barrier_init(q_empty + 8 * tile, CONSUMERS * 4);
+        }
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(k_full + 8 * stage, 1);
+            barrier_init(v_full + 8 * stage, 1);
+            barrier_init(k_empty + 8 * stage, CONSUMERS * 4);
+            barrier_init(v_empty + 8 * stage, CONSUMERS * 4);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (group == CONSUMERS) {
+        if (REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == THREADS) {
+            await_previous();
+            copy_rows(q_at, &q_map, q_full, ROWS, head, part * ROWS, sample);
+            int stage = 0, phase = 1;
+            for (int turn = turns - 1; turn >= 0; --turn) {
+                barrier_wait(k_empty + 8 * stage, phase);
+                copy_rows(k_at + stage * TURN_BYTES, &k_map, k_full + 8 * stage, KEYS, head, turn * KEYS, sample);
+                barrier_wait(v_empty + 8 * stage, phase);
+                copy_rows(v_at + stage * TURN_BYTES, &v_map, v_full + 8 * stage, KEYS, head, turn * KEYS, sample);
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+            }
+            if (SHORT)
+                for (int tile = part + p.parts, at = 1, empty = 1; tile < p.tiles; tile += p.parts) {
+                    barrier_wait(q_empty + 8 * at, empty);
+                    copy_rows(q_at + at * QUERY_BYTES, &q_map, q_full + 8 * at, ROWS, head, tile * ROWS, sample);
+                    if ((at ^= 1) == 0) empty ^= 1;
+                }
+        }
+        return;
+    }
+
+    if (REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS ? REGISTERS : 24));
+    await_previous();
+    const Operand queries(q_at + group * 64 * 128, 16), keys(k_at, 16), values(v_at, KEYS * 128);
+    float scores[KEYS / 2], sums[WIDTH / 2];
+    u32 weights[KEYS / 4];
+    const auto multiply_keys = [&](int at, int stage, int phase) {
+        barrier_wait(k_full + 8 * stage, phase);
+        fence_registers();
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+            multiply_scores(scores, queries.at(at * QUERY_BYTES + step / 4 * ROWS * 128 + step % 4 * 32),
+                            keys.at(stage * TURN_BYTES + step / 4 * KEYS * 128 + step % 4 * 32), step > 0);
+        commit_products();
+    };
+    const auto multiply_weights = [&](int stage, int phase, bool first) {
+        barrier_wait(v_full + 8 * stage, phase);
+        fence_registers();
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; ++step)
+            multiply_values(sums, &weights[4 * step], values.at(stage * TURN_BYTES + step * 2048), !first || step > 0);
+        commit_products();
+    };
+    const auto mask = [&](int left) {
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; ++i)
+            if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= left) scores[i] = lowest();
+    };
+    const auto pack = [&]() {
+#pragma unroll
+        for (int i = 0; i < KEYS / 4; ++i) weights[i] = half_pair(scores[2 * i], scores[2 * i + 1]);
+    };
+    const Quantizer quantize(__ldg(p.out_scale), __ldg(p.out_zero_point), p.quant_max);
+    unsigned char* const codes = shared + (v_empty + 8 * STAGES - q_at) + threadIdx.x / 32 * (16 * WIDTH);
+    const auto write = [&](int tile, const Softmax& softmax) {  // a warp's 16 rows, by way of shared memory
+        __syncwarp();
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const float inverse = __frcp_rn(sum_of_four(softmax.sum[row]));
+#pragma unroll
+            for (int j = 0; j < WIDTH / 8; ++j) {
+                const u32 pair = half_pair(sums[4 * j + 2 * row] * inverse, sums[4 * j + 2 * row + 1] * inverse);
+                const u32 low = quantize(low_half(pair)), high = quantize(high_half(pair));
+                *reinterpret_cast<u16*>(codes + (lane / 4 + 8 * row) * WIDTH + 8 * j + lane % 4 * 2) =
+                    __byte_perm(low, high, 0x0040);
+            }
+        }
+        __syncwarp();
+        const int first = tile * ROWS + threadIdx.x / 32 * 16;
+        const size_t to = (static_cast<size_t>(sample) * p.queries + first) * (p.heads * WIDTH) + head * WIDTH;
+        for (int i = lane; i < 2 * WIDTH; i += 32) {
+            const int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
+            if (first + row < p.queries)
+                *reinterpret_cast<u64*>(p.out + to + static_cast<size_t>(row) * (p.heads * WIDTH) + column) =
+                    *reinterpret_cast<const u64*>(codes + i * 8);
+        }
+    };
+
+    float shrink[2];
+    const int last_keys = p.keys - (turns - 1) * KEYS;
+#if SHORT
+    for (int tile = part, at = 0, full = 0; tile < p.tiles; tile += p.parts) {
+        Softmax softmax;
+        barrier_wait(q_full + 8 * at, full);
+        multiply_keys(at, 0, 0);
+        wait_products<0>();
+        keep(scores);
+        if (lane == 0) barrier_arrive(q_empty + 8 * at);
+        if (last_keys < KEYS) mask(last_keys);
+        softmax(scores, p.scale, shrink);
+        pack();
+        multiply_weights(0, 0, true);
+        wait_products<0>();
+        keep(sums);
+        write(tile, softmax);
+        if ((at ^= 1) == 0) full ^= 1;
+    }
+#else
+    Softmax softmax;
+    barrier_wait(q_full, 0);
+    if (turns > 1 && group == CONSUMERS - 1) give_turn(0);
+    multiply_keys(0, 0, 0);
+    wait_products<0>();
+    keep(scores);
+    if (lane == 0) barrier_arrive(k_empty);
+    if (last_keys < KEYS) mask(last_keys);
+    softmax(scores, p.scale, shrink);
+    pack();
+    int before = 0, before_phase = 0, stage = STAGES > 1 ? 1 : 0, phase = STAGES > 1 ? 0 : 1;
+    for (int turn = 1; turn < turns; ++turn) {
+        await_turn(group);
+        multiply_keys(0, stage, phase);
+        multiply_weights(before, before_phase, turn == 1);
+        if (turn < turns - 1 || group < CONSUMERS - 1) give_turn((group + 1) % CONSUMERS);
+        wait_products<1>();
+        keep(scores);
+        if (lane == 0) barrier_arrive(k_empty + 8 * stage);
+        const bool grows = softmax(scores, p.scale, shrink);
+        wait_products<0>();
+        keep(sums);
+        if (lane == 0) barrier_arrive(v_empty + 8 * before);
+        if (grows)
+#pragma unroll
+            for (int i = 0; i < WIDTH / 2; ++i) sums[i] *= shrink[i / 2 % 2];
+        pack();
+        before = stage, before_phase = phase;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+    multiply_weights(before, before_phase, turns == 1);
+    wait_products<0>();
+    keep(sums);
+    write(part, softmax);
+#endif
+}
