@@ -34,7 +34,8 @@ def survey(jobs: Sequence[Job], *, processes: int = 2, out: Path | None = None) 
     Args:
         jobs: From `list_jobs`.
         processes: Compilations at a time; 1 compiles in this process.
-        out: Folder for `<module>-<variant>-sm_<arch>.{cubin,ptx,sass}`; None writes nothing.
+        out: Folder for `<module>-<variant>-sm_<arch>.{cubin,ptx,sass}`; None writes nothing. Addresses in a .sass
+            count from the first kernel of its batch.
     """
     run: Callable[[Sequence[Job]], list[MachineCode]] = partial(_compile_batch, out=out)
     batches = batch(jobs)
