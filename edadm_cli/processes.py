@@ -1,4 +1,4 @@
-"""Several processes at one stage, as `torchrun` or `accelerate launch` start them.
+"""Several processes at one stage, as a launcher starts them (see `launching`).
 
 The processes meet through accelerate's `PartialState`, which reads the launcher's environment variables; accelerate's
 own configuration file is not needed. Beside the process group they share a small store of keys, through which they wait
@@ -21,6 +21,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from edadm_cli.errors import EXIT_INTERNAL, EdadmError, MachineError
+from edadm_cli.launching import launched_count, require_meeting_place
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -257,16 +258,6 @@ ALONE = Processes()
 _JOINED = itertools.count()  # the stages of one command meet in the same order everywhere
 
 
-def launched_index() -> int:
-    """Index that the launcher gave this process; 0 without one."""
-    return int(os.environ.get("RANK", "0")) if launched_count() > 1 else 0
-
-
-def launched_count() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def join(device: str) -> Processes:
     """Meet the other processes of the launcher, where there are some.
 
@@ -276,8 +267,9 @@ def join(device: str) -> Processes:
     Raises:
         MachineError: They cannot be reached, or the launcher has started one process instead of several.
     """
-    if launched_count() == 1:
-        _require_all_were_started()
+    require_meeting_place()
+    count = launched_count()
+    if count == 1:
         return ALONE
     import torch
     from accelerate import PartialState
@@ -287,20 +279,8 @@ def join(device: str) -> Processes:
         state = PartialState(cpu=on_cpu, timeout=_COLLECTIVE_TIMEOUT)
         store = _shared_store(state)
     except (RuntimeError, ValueError) as error:
-        raise MachineError(f"The {launched_count()} processes of the run cannot reach each other: {error}") from error
+        raise MachineError(f"The {count} processes of the run cannot reach each other: {error}") from error
     return Team(store, state.process_index, state.num_processes, state.local_process_index)
-
-
-def _require_all_were_started() -> None:
-    """`accelerate launch` on a machine without several GPUs starts one process, however many were asked for.
-
-    It tells that one where the others would be met, but not that there are any.
-    """
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
-        raise MachineError(
-            "accelerate launch was to start several processes and has started one, as it does without several GPUs.",
-            hint="accelerate launch --multi_gpu, also for CPUs; or torchrun",
-        )
 
 
 def _shared_store(state: PartialState) -> Store:

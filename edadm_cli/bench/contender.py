@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.bench.algorithms import choose_algorithms, torch_at_its_best
 from edadm_cli.bench.memory import PeakMemory
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, FileEngine, LayerExecution, OperationTime
 from edadm_cli.engines.parity import prediction_of
@@ -101,12 +102,12 @@ class Running:
         # in one go: what the calls share, such as the prompt of all steps, is one tensor on the device too
         self._calls = {batch: placed(list(found), self._device, dtype) for batch, found in calls.items()}
         self._turn = 0
+        self._chosen: set[int] = set()
         is_cuda = self._device.type == "cuda"
         if is_cuda:
             self._load_peak = self._memory.peak_mib()
         first = next(iter(self._calls))
-        if is_cuda and self._is_torch:
-            self._choose_algorithms(first)
+        self._choose_algorithms(first)
         if is_cuda:
             self._memory.reset()  # a graph's memory is taken when it is recorded, in the first call
         self.prediction = self._predict(first)
@@ -119,16 +120,18 @@ class Running:
 
     def warm_up(self, batch_size: int) -> float:
         """Call until caches are warm; returns the last call's milliseconds."""
+        self._choose_algorithms(batch_size)
         return self.time(batch_size, WARM_UP_CALLS)[-1]
 
     def time(self, batch_size: int, count: int) -> list[float]:
         """Milliseconds of each of `count` calls, one after another, inputs in turn."""
         times = []
-        for _ in range(count):
-            calls = self._calls[batch_size]
-            args, kwargs = calls[self._turn % len(calls)]
-            self._turn += 1
-            times.append(milliseconds(partial(self._call, args, kwargs), self._device))
+        with torch_at_its_best():
+            for _ in range(count):
+                calls = self._calls[batch_size]
+                args, kwargs = calls[self._turn % len(calls)]
+                self._turn += 1
+                times.append(milliseconds(partial(self._call, args, kwargs), self._device))
         return times
 
     def memory(self) -> tuple[float | None, float | None]:
@@ -144,22 +147,29 @@ class Running:
         if not isinstance(self._function, CompiledDenoiser):
             return []
         args, kwargs = self._calls[batch_size][0]
-        self._function.profile(*args, **kwargs)
-        return self._function.profile(*args, **kwargs)
+        with torch_at_its_best():
+            self._function.profile(*args, **kwargs)
+            return self._function.profile(*args, **kwargs)
 
     def draw(self, request: Any) -> tuple[float, float]:
         """Sample one image with the pipeline that `request` names; see `bench.pipeline`."""
         from edadm_cli.bench.pipeline import draw
 
-        return draw(request, self._function, self._device, self._is_torch, self.spec.dtype)
+        drawing = partial(draw, request, self._function, self._device, self._is_torch, self.spec.dtype)
+        return choose_algorithms(drawing, self._device)
 
     @torch.no_grad()
     def _choose_algorithms(self, batch_size: int) -> None:
-        """One call kernel by kernel: cuDNN tries its convolutions, which takes memory that no later call needs."""
+        """At a new size, one call kernel by kernel in which cuDNN tries its convolutions: no later call needs memory
+        for that. An engine has hardly any.
+        """
+        if batch_size in self._chosen or not self._is_torch or self._device.type != "cuda":
+            return
+        self._chosen.add(batch_size)
         function = self._function
         eager = function.function if isinstance(function, GraphedFunction) else function
         args, kwargs = self._calls[batch_size][0]
-        eager(*args, **kwargs)
+        choose_algorithms(partial(eager, *args, **kwargs), self._device)
 
     @torch.no_grad()
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,7 +177,8 @@ class Running:
 
     def _predict(self, batch_size: int) -> Tensor:
         args, kwargs = self._calls[batch_size][0]
-        return prediction_of(self._call(args, kwargs)).detach().float().cpu()
+        with torch_at_its_best():
+            return prediction_of(self._call(args, kwargs)).detach().float().cpu()
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:

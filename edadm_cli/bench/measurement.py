@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -115,10 +114,6 @@ class Measurement:
         Raises:
             EdadmError: The prediction of an engine is out of bound.
         """
-        with _torch_at_its_best():
-            return self._measure()
-
-    def _measure(self) -> dict[str, Any]:
         request, config = self.request, self.request.config
         self._start()
         parities = self._check_predictions()
@@ -250,21 +245,6 @@ class Measurement:
                 f"{bits}: {len(floats)} planned layers do not run in integers on {self.request.engine.name}, such as"
                 f" '{floats[0].name}' ({floats[0].reason}); by_bits.{bits}.layers has every reason."
             )
-
-
-@contextmanager
-def _torch_at_its_best() -> Iterator[None]:
-    """Convolutions on CUDA as torch's users have them: TF32 in float32, and the algorithm that cuDNN finds fastest.
-
-    Both are off elsewhere: results are to repeat, and float32 is to mean float32 (see `resolve_device`).
-    """
-    convolutions = torch.backends.cudnn
-    before = convolutions.allow_tf32, convolutions.benchmark
-    convolutions.allow_tf32 = convolutions.benchmark = True
-    try:
-        yield
-    finally:
-        convolutions.allow_tf32, convolutions.benchmark = before
 
 
 def _contender(

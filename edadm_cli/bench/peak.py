@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.bench.algorithms import choose_algorithms
 from edadm_cli.bench.contender import milliseconds
 from edadm_cli.engines.base import Engine, EngineOptions
 from edadm_cli.quant.layers import QuantizedLayer
@@ -58,7 +59,8 @@ def measure_peaks(
     layers = [_Layer(sizes.linear, device, is_linear=True), _Layer(sizes.convolution, device, is_linear=False)]
     rates = {"int8": max(layer.rate(layer.on(engine, options), sizes.in_a_row) for layer in layers)}
     for name in dtypes:
-        rates[name] = max(layer.rate(layer.in_torch(getattr(torch, name)), sizes.in_a_row) for layer in layers)
+        calls = [(layer, layer.in_torch(getattr(torch, name))) for layer in layers]
+        rates[name] = max(choose_algorithms(partial(layer.rate, call, sizes.in_a_row), device) for layer, call in calls)
     return rates
 
 

@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-from edadm_cli.artifacts import BenchRecord, Build, Estimate, Plan, RunFolder, load_json, save_json, shared_keys
+from edadm_cli.artifacts import (
+    Artifact,
+    BenchRecord,
+    Build,
+    Estimate,
+    Plan,
+    RunFolder,
+    load_json,
+    save_json,
+    shared_keys,
+)
 from edadm_cli.artifacts.manifest import read_manifest
 from edadm_cli.bench.measurement import Measurement
 from edadm_cli.bench.peers import require_peers
@@ -39,8 +49,7 @@ def run(config: BenchConfig, run: RunFolder, *, force: bool = False, reporter: R
     started, reporter = time.monotonic(), reporter or SilentReporter()
     request = resolve(config, run)
     require_peers(config.against, request.device)
-    subject = request.subject
-    plan = Plan(KIND, request.name, request.identity_fields(), config.seed, subject.parents, subject.model)
+    plan = _plan(request)
     with run.build(plan, force or _is_the_same(run, plan)) as build:
         _build(request, build, reporter)
         artifact = build.artifact
@@ -49,6 +58,19 @@ def run(config: BenchConfig, run: RunFolder, *, force: bool = False, reporter: R
         **shared_keys(run.root, artifact, up_to_date=False, started=started, warnings=reporter.warnings),
         **artifact.json(RESULT_FILE),
     )
+
+
+def finished(config: BenchConfig, run: RunFolder) -> Artifact | None:
+    """The measurement with the same settings, which `run` would replace; nothing is resolved where there is none.
+
+    Raises:
+        InputError: Another bench is in its place; or there is no such export or model.
+    """
+    if not run.names(KIND):
+        return None
+    plan = _plan(resolve(config, run))
+    path = run.path(KIND, plan.name)
+    return Artifact(path, read_manifest(path)) if _is_the_same(run, plan) else run.finished(plan)
 
 
 def estimate(config: BenchConfig, run: RunFolder) -> Estimate:
@@ -73,6 +95,11 @@ def estimate(config: BenchConfig, run: RunFolder) -> Estimate:
         memory_mib=weights * (1 + 0.5 + 0.5 + 1 + 0.5 + 0.3 * len(config.bits)),
         disk_mib=weights * (2 + 0.25 * len(config.bits)),
     )
+
+
+def _plan(request: Request) -> Plan:
+    subject = request.subject
+    return Plan(KIND, request.name, request.identity_fields(), request.config.seed, subject.parents, subject.model)
 
 
 def _is_the_same(run: RunFolder, plan: Plan) -> bool:

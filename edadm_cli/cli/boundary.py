@@ -20,7 +20,8 @@ from edadm_cli.errors import (
     UsageError,
     explain_field,
 )
-from edadm_cli.processes import LostProcessError, launched_index
+from edadm_cli.launching import launched_index
+from edadm_cli.processes import LostProcessError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

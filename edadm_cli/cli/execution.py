@@ -23,7 +23,7 @@ from edadm_cli.cli.contention import Scheduling
 from edadm_cli.cli.require import Requirement, unmet
 from edadm_cli.cli.sink import Output, show
 from edadm_cli.errors import EdadmError, UsageError
-from edadm_cli.processes import launched_count, launched_index
+from edadm_cli.launching import launched, launched_index
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import Artifact, Estimate, Plan, RunFolder, StageRecord
@@ -76,6 +76,13 @@ class StagePlan(Protocol[ConfigT_contra]):
         """Settle what decides the artifact's identity; write nothing."""
 
 
+class StageFinished(Protocol[ConfigT_contra]):
+    """What a stage finds done that looks by other rules than a plan's identity."""
+
+    def __call__(self, config: ConfigT_contra, run: RunFolder) -> Artifact | None:
+        """Look; write nothing."""
+
+
 @dataclass
 class Execution:
     """One invocation of a command, with what the shared options say."""
@@ -118,10 +125,12 @@ class Execution:
         config: ConfigT,
         plan: StagePlan[ConfigT] | None = None,
         place: Path | None = None,
+        finished: StageFinished[ConfigT] | None = None,
+        always_anew: bool = False,
     ) -> StageRecord:
         """Run a stage; with `--dry-run` see whether it is up to date, and else estimate it.
 
-        What a library prints meanwhile goes to stderr.
+        What a library prints meanwhile goes to stderr. A stage that works `always_anew` is never up to date.
         """
         from edadm_cli.artifacts.peak import reset_peak
 
@@ -129,7 +138,10 @@ class Execution:
         self.reporter.warnings = []
         with contextlib.redirect_stdout(sys.stderr):
             if self.dry_run:
-                found = None if plan is None else self._finished(command, run, plan, config)
+                found = self._finished(command, run, plan, finished, config)
+                if found is not None and always_anew:
+                    self.reporter.warn(f"{found.path} is there, with the same settings; it will be made anew.")
+                    found = None
                 return self._foresee(command, run, found, estimate, config, place or run.path(command, name))
             record = stage(config, run, force=self.force, reporter=self.reporter)
         self.warnings += record.warnings
@@ -168,13 +180,24 @@ class Execution:
             **spent(started),
         )
 
-    def _finished(self, kind: str, run: RunFolder, plan: StagePlan[ConfigT], config: ConfigT) -> Artifact | None:
+    def _finished(
+        self,
+        kind: str,
+        run: RunFolder,
+        plan: StagePlan[ConfigT] | None,
+        finished: StageFinished[ConfigT] | None,
+        config: ConfigT,
+    ) -> Artifact | None:
         """The artifact that the stage would find up to date; nothing is resolved where the run holds none of the kind.
 
         Raises:
             InputError: The stage itself would refuse, for the same reason.
         """
-        if self.force or launched_index() > 0 or not (run.has(kind) or run.names(kind)):
+        if self.force or launched_index() > 0:
+            return None
+        if finished is not None:
+            return finished(config, run)
+        if plan is None or not (run.has(kind) or run.names(kind)):
             return None
         return run.finished(plan(config, run))
 
@@ -269,11 +292,12 @@ def _begin(
 ) -> Execution:
     from edadm_cli.cli import settings
 
-    if launched_count() > 1 and command not in _PARALLEL:
+    launch = launched()
+    if launch.launcher is not None and command not in _PARALLEL:
         raise UsageError(
-            f"edadm {command} runs in one process, and {launched_count()} were started; several share the work of "
+            f"edadm {command} runs in one process, and {launch.count} were started; several share the work of "
             f"{', '.join(_PARALLEL)}.",
-            hint=f"edadm {command}, without torchrun or accelerate launch",
+            hint=f"edadm {command}, without {launch.launcher}",
         )
     output = Output.of(json_output, quiet)
     calm_libraries(verbose)

@@ -97,7 +97,9 @@ def bench(
 
     from edadm_cli.bench import stage
 
-    record = execution.perform("bench", run, None, stage.run, stage.estimate, config)
+    record = execution.perform(
+        "bench", run, None, stage.run, stage.estimate, config, finished=stage.finished, always_anew=True
+    )
     execution.conclude(record, requirements=requirements)
 
 

@@ -115,7 +115,10 @@ def sample(
 
     name = str(config.bits)
     place = run.root / stage.FOLDER / name
-    execution.conclude(execution.perform("sample", run, name, stage.run, stage.estimate, config, place=place))
+    record = execution.perform(
+        "sample", run, name, stage.run, stage.estimate, config, place=place, finished=stage.finished
+    )
+    execution.conclude(record)
 
 
 @place_command

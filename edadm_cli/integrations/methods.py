@@ -1,7 +1,8 @@
 """Methods of an exported denoiser that differ from those that diffusers gives a quantized model.
 
 diffusers refuses to cast quantized models, since with most methods a cast would destroy the scales; ours keep theirs.
-It would let PEFT look for layers to adapt and find none; ours say what to do instead.
+It would let PEFT look for layers to adapt and find none, and fuse projections by their float weights, which are not
+there; ours say what to do instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from edadm_cli.errors import UsageError
+from edadm_cli.quant.attention import QuantizedAttention
+from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 
 _CASTS = ("half", "float")  # the casts of torch that diffusers refuses
 
@@ -23,6 +26,8 @@ def bind_methods(model: nn.Module) -> None:
     own: dict[str, Callable[..., Any]] = {"to": _to, **{name: getattr(nn.Module, name) for name in _CASTS}}
     if hasattr(model, "load_lora_adapter"):
         own |= {"load_lora_adapter": _load_lora_adapter, "add_adapter": _refuse_adapter}
+    if hasattr(model, "fuse_qkv_projections") and _has_quantized_attention(model):
+        own |= {"fuse_qkv_projections": _refuse_fusion, "unfuse_qkv_projections": _leave_as_it_is}
     for name, method in own.items():
         setattr(model, name, MethodType(method, model))
 
@@ -52,3 +57,21 @@ def _refuse_adapter(model: nn.Module, *_: Any, **__: Any) -> None:
         "full-precision pipeline, pipeline.fuse_lora(), pipeline.unload_lora_weights(), "
         "pipeline.save_pretrained(FOLDER), and quantize that: edadm run --model FOLDER."
     )
+
+
+def _has_quantized_attention(model: nn.Module) -> bool:
+    """Whether an attention module has a quantized projection or quantized products, which a fusion would replace."""
+    quantized = (QuantizedLayer, SplitLayer, QuantizedAttention)
+    attentions = (module for module in model.modules() if hasattr(module, "fuse_projections"))
+    return any(isinstance(child, quantized) for attention in attentions for child in attention.children())
+
+
+def _refuse_fusion(model: nn.Module) -> None:
+    raise UsageError(
+        f"The projections of this {type(model).__name__} are quantized, each with scales of its own, and cannot be "
+        "fused: leave fuse_qkv_projections() out; pipeline.fuse_qkv_projections(unet=False) fuses those of the VAE."
+    )
+
+
+def _leave_as_it_is(model: nn.Module) -> None:
+    """Undo nothing: there is no fused projection."""

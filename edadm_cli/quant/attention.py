@@ -8,6 +8,7 @@ Queries, keys and values lie on signed symmetric grids, probabilities on an unsi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class AttentionProducts(nn.Module):
         """Return what the product uses in place of an operand."""
         return tensor
 
+    def run(self, attend: Callable[[], Tensor]) -> Tensor:
+        """Have `attend` compute the output."""
+        return attend()
+
     def __call__(
         self,
         attn: Any,
@@ -47,6 +52,16 @@ class AttentionProducts(nn.Module):
         **kwargs: object,
     ) -> Tensor:
         """Attend as diffusers' own processors do; `attn` is the `Attention` module."""
+        return self.run(partial(self._attend, attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+
+    def _attend(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        temb: Tensor | None,
+    ) -> Tensor:
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -80,7 +95,12 @@ class AttentionProducts(nn.Module):
 
 
 class QuantizedAttention(AttentionProducts):
-    """Attention products on fixed grids; buffers `q_scale`, `k_scale`, `v_scale`, `p_scale`, float32."""
+    """Attention products on fixed grids; buffers `q_scale`, `k_scale`, `v_scale`, `p_scale`, float32.
+
+    What offloads a model hooks on to `forward` of its modules and brings their tensors in for it. diffusers calls a
+    processor with the `Attention` module, though, and hooks move what `forward` is given, which a module whose weights
+    are offloaded does not stand; so `forward` is given a function.
+    """
 
     def __init__(self, plan: AttentionPlan, scales: dict[str, Tensor] | None = None) -> None:
         super().__init__()
@@ -88,6 +108,15 @@ class QuantizedAttention(AttentionProducts):
         for operand in OPERANDS:
             scale = torch.ones(()) if scales is None else scales[operand].detach().clone().float().reshape(())
             self.register_buffer(f"{operand}_scale", scale)
+
+    def run(self, attend: Callable[[], Tensor]) -> Tensor:
+        """Have `attend` compute the output while the module's hooks have its buffers in place."""
+        output: Tensor = nn.Module.__call__(self, attend)
+        return output
+
+    def forward(self, attend: Callable[[], Tensor]) -> Tensor:
+        """Attend; called by `run` alone."""
+        return attend()
 
     def touch(self, operand: str, tensor: Tensor) -> Tensor:
         """Fake-quantize an operand."""

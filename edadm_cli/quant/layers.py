@@ -19,6 +19,9 @@ from edadm_cli.quant.plan import LayerPlan
 
 Arithmetic = Literal["fake-quantize", "integer"]
 
+_OFFLOADERS = {"_hf_hook", "_diffusers_hook"}
+"""Attributes of a layer whose tensors accelerate or diffusers bring in for every forward and take away after it."""
+
 
 class QuantizedLayer(nn.Module):
     """A convolution or linear layer with integer weights and a static input quantizer.
@@ -35,7 +38,7 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         keeps_float_weight: Whether the dequantized weight stays in memory after the first forward. Without it a forward
-            costs a little more, and a whole denoiser four bytes a weight less.
+            costs a little more, and a whole denoiser four bytes a weight less. A layer that is offloaded keeps none.
     """
 
     weight_codes: Tensor
@@ -142,14 +145,19 @@ class QuantizedLayer(nn.Module):
         return y.to(x.dtype)
 
     def _float_weight(self) -> Tensor:
-        kept = self._weight
-        if kept is not None and kept.device == self.weight_codes.device and not torch.compiler.is_compiling():
-            return kept  # offloading moves buffers one by one, so the device is compared
+        if torch.compiler.is_compiling():
+            return self._dequantized()
+        if not self.keeps_float_weight or not _OFFLOADERS.isdisjoint(self.__dict__):
+            self._weight = None
+            return self._dequantized()
+        # offloading may move buffers one by one, so the device is compared
+        if self._weight is None or self._weight.device != self.weight_codes.device:
+            self._weight = self._dequantized()
+        return self._weight
+
+    def _dequantized(self) -> Tensor:
         scale = self.weight_scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
-        weight = dequantize(self.weight_int, scale, torch.zeros((), device=scale.device))
-        if self.keeps_float_weight and not torch.compiler.is_compiling():
-            self._weight = weight
-        return weight
+        return dequantize(self.weight_int, scale, torch.zeros((), device=scale.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move with the model, but let no cast touch the scales."""

@@ -81,7 +81,7 @@ def run(config: SampleConfig, run: RunFolder, *, force: bool = False, reporter: 
     start = time.monotonic()
     reporter = reporter or SilentReporter()
     task = _prepare(config, run)
-    folder = run.root / FOLDER / str(config.bits)
+    folder = _folder(config, run)
     missing = [picture for picture in task.pictures if force or not _is_there(folder, picture)]
     if missing:
         _write_pictures(task, missing, folder, reporter)
@@ -90,6 +90,20 @@ def run(config: SampleConfig, run: RunFolder, *, force: bool = False, reporter: 
         **{**shared, "artifact": str(folder)},
         images=tuple(str(folder / picture.file) for picture in task.pictures),
     )
+
+
+def finished(config: SampleConfig, run: RunFolder) -> Artifact | None:
+    """The folder of the images, with the export's manifest, where `run` would find every one of them.
+
+    Raises:
+        InputError: The export is missing or broken, or another image's file is in the way.
+    """
+    folder = _folder(config, run)
+    if not folder.is_dir():
+        return None
+    task = _prepare(config, run)
+    there = [_is_there(folder, picture) for picture in task.pictures]
+    return Artifact(folder, task.export.manifest) if all(there) else None
 
 
 def estimate(config: SampleConfig, run: RunFolder) -> Estimate:
@@ -106,6 +120,10 @@ def estimate(config: SampleConfig, run: RunFolder) -> Estimate:
         memory_mib=2 * weights / 2**20,
         disk_mib=samples.images.nbytes * len(pictures) / 2**20,
     )
+
+
+def _folder(config: SampleConfig, run: RunFolder) -> Path:
+    return run.root / FOLDER / str(config.bits)
 
 
 def _prepare(config: SampleConfig, run: RunFolder) -> _Task:

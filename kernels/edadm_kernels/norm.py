@@ -35,15 +35,18 @@ def _group_norm_quantize(
     scales: Tensor,
     zero_points: Tensor,
     num_bits: int,
+    more: Tensor | None = None,
 ) -> list[Tensor]:
-    codes = _prepare_group(x, weight, bias, num_groups, scales, zero_points, num_bits)
+    codes = _prepare_group(x, weight, bias, num_groups, scales, zero_points, num_bits, more)
+    if more is not None and not _suits_hopper(x, weight, bias, num_groups, more):
+        x, more = torch.cat([x, more], dim=1).contiguous(memory_format=torch.channels_last), None
     if not uses_kernel(x):
         computed = reference.group_norm_quantize(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits)
         for target, value in zip(codes, computed, strict=True):
             target.copy_(value)
     elif x.numel():
         with on_device_of(x):
-            _launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes)
+            _launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes, more)
     return codes
 
 
@@ -58,8 +61,9 @@ def _(
     scales: Tensor,
     zero_points: Tensor,
     num_bits: int,
+    more: Tensor | None = None,
 ) -> list[Tensor]:
-    return _prepare_group(x, weight, bias, num_groups, scales, zero_points, num_bits)
+    return _prepare_group(x, weight, bias, num_groups, scales, zero_points, num_bits, more)
 
 
 def group_norm_quantize(
@@ -72,6 +76,7 @@ def group_norm_quantize(
     scales: Tensor,
     zero_points: Tensor,
     num_bits: int = 8,
+    more: Tensor | None = None,
 ) -> list[Tensor]:
     """Codes of GroupNorm(x), or of SiLU(GroupNorm(x)), one tensor a quantizer.
 
@@ -90,6 +95,7 @@ def group_norm_quantize(
         scales: `[q]` float32, q of 1 to 3.
         zero_points: `[q]` int32, convention of the unsigned code.
         num_bits: 2 to 8.
+        more: Channels that follow those of `x`, as if both were concatenated; C counts both.
 
     Returns:
         q tensors `[N, C, H, W]`, int8, channels last.
@@ -101,7 +107,7 @@ def group_norm_quantize(
     References:
         GroupNorm, arXiv 1803.08494; SiLU, arXiv 1606.08415; joining partial variances: Chan, Golub and LeVeque, 1983.
     """
-    return _group_norm_quantize(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits)
+    return _group_norm_quantize(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, more)
 
 
 @torch.library.custom_op("edadm::group_norm", mutates_args=())
@@ -224,12 +230,13 @@ def _launch_group(
     zero_points: Tensor,
     num_bits: int,
     codes: list[Tensor],
+    more: Tensor | None,
 ) -> None:
     samples, channels = x.shape[0], x.shape[1]
     rows = x.shape[2] * x.shape[3]
-    if rows * channels > SMALL_STATE and uses_hopper(x) and hopper_norm.takes(x, weight, bias, num_groups):
+    if more is not None or _suits_hopper(x, weight, bias, num_groups):
         quantizers = (scales, zero_points, num_bits)
-        hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, codes, quantizers)
+        hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, codes, quantizers, more)
         return
     plan = group_plan(rows, channels, num_groups)
     ends = {"QUANT_MAX": (1 << num_bits) - 1, "QUANTIZERS": len(codes), "SILU": silu}
@@ -258,32 +265,60 @@ def _launch_group(
     )  # fmt: skip
 
 
+def _suits_hopper(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, more: Tensor | None = None) -> bool:
+    """Whether the state is large enough for the kernels in CUDA C++, and they take it."""
+    elements = (x.numel() + (0 if more is None else more.numel())) // max(x.shape[0], 1)
+    large = elements > SMALL_STATE and uses_hopper(x)
+    return large and hopper_norm.takes(x, weight, bias, num_groups, more)
+
+
 def _three(codes: list[Tensor]) -> list[Tensor]:
     """Three outputs for a kernel that writes the first `QUANTIZERS` of them."""
     return (codes + [codes[0]] * 2)[:3]
 
 
 def _prepare_group(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, scales: Tensor, zero_points: Tensor, num_bits: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    scales: Tensor,
+    zero_points: Tensor,
+    num_bits: int,
+    more: Tensor | None,
 ) -> list[Tensor]:
     check_bits(num_bits)
     check_quantizers(scales, zero_points)
     check_device(x, scales, zero_points)
-    _check_group(x, weight, bias, num_groups)
-    return [torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last) for _ in range(scales.numel())]
+    _check_group(x, weight, bias, num_groups, more)
+    shape = x.shape if more is None else (x.shape[0], x.shape[1] + more.shape[1], *x.shape[2:])
+    return [
+        torch.empty(shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+        for _ in range(scales.numel())
+    ]
 
 
-def _check_group(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
-    check_floating(x)
-    check_device(x, weight, bias)
-    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"GroupNorm wants [N, C, H, W] with channels-last strides, found shape {tuple(x.shape)} with "
-            f"strides {x.stride()}; call .contiguous(memory_format=torch.channels_last) on it first"
-        )
-    check_affine(weight, bias, x.shape[1])
-    if num_groups < 1 or x.shape[1] % num_groups:
-        raise ValueError(f"a number of groups that divides {x.shape[1]} channels is wanted, found {num_groups}")
+def _check_group(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, more: Tensor | None = None) -> None:
+    channels = 0
+    for image in (x,) if more is None else (x, more):
+        check_floating(image)
+        check_device(image, weight, bias)
+        if image.ndim != 4 or not image.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(
+                f"GroupNorm wants [N, C, H, W] with channels-last strides, found shape {tuple(image.shape)} with "
+                f"strides {image.stride()}; call .contiguous(memory_format=torch.channels_last) on it first"
+            )
+        channels += image.shape[1]
+    if more is not None:
+        check_device(x, more)
+        if more.dtype != x.dtype or (more.shape[0], *more.shape[2:]) != (x.shape[0], *x.shape[2:]):
+            raise ValueError(
+                f"more channels of the same images are wanted, found {more.dtype} {tuple(more.shape)} beside {x.dtype} "
+                f"{tuple(x.shape)}"
+            )
+    check_affine(weight, bias, channels)
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"a number of groups that divides {channels} channels is wanted, found {num_groups}")
 
 
 def _prepare_layer(

@@ -44,6 +44,20 @@ def test_group_norm(size: int, channels: int, dtype: torch.dtype) -> None:
         assert_close(group_norm_quantize(*arguments), wanted)
 
 
+JOINED_SHAPES = [(64, 640, 320), (64, 320, 320), (32, 1280, 640), (32, 640, 320), (16, 1280, 1280), (16, 1280, 640)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "first", "second"), [*JOINED_SHAPES, (8, 1280, 1280)])
+def test_group_norm_of_two_images(size: int, first: int, second: int, dtype: torch.dtype) -> None:
+    x, more = (normal(2, size, size, c).add_(3).to(dtype).permute(0, 3, 1, 2) for c in (first, second))
+    for silu, count in ((True, 1), (False, 2)):
+        arguments = (normal(first + second), normal(first + second), 32, 1e-5, silu, *quantizers(count), 8)
+        with backend("reference"):
+            wanted = group_norm_quantize(torch.cat([x, more], dim=1), *arguments)
+        assert_close(group_norm_quantize(x, *arguments, more), wanted)
+
+
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(("size", "channels"), GROUP_SHAPES)
 def test_group_norm_of_float16(size: int, channels: int, silu: bool) -> None:

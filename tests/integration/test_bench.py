@@ -15,13 +15,15 @@ from torch import Tensor
 
 from edadm_cli.artifacts import BenchRecord, RunFolder
 from edadm_cli.artifacts.inspection import inspect_run
-from edadm_cli.bench import peak
+from edadm_cli.bench import contender as contender_module
+from edadm_cli.bench import measurement, peak
 from edadm_cli.bench import stage as bench
 from edadm_cli.bench.contender import Setting
 from edadm_cli.bench.request import Request
 from edadm_cli.config import BenchConfig, BitWidth, EvaluateConfig, ExportConfig, ReconstructConfig, SampleConfig
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.openvino import OpenVinoEngine
+from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser
 from edadm_cli.engines.openvino.saturation import REASON, saturating_kinds
 from edadm_cli.errors import EXIT_INTERNAL, EdadmError, InputError, UsageError
 from edadm_cli.evaluate import stage as evaluate
@@ -172,7 +174,12 @@ def test_a_bench_measures_every_contender_and_says_what_ran(run: RunFolder) -> N
 
 @pytest.mark.usefixtures("in_one_process")
 def test_the_same_bench_measures_again_and_another_needs_force(run: RunFolder) -> None:
-    first = bench.run(config(engine="reference"), run)  # which has least to compile
+    # the reference: of all engines it has least to compile
+    assert bench.finished(config(engine="reference"), run) is None
+    first = bench.run(config(engine="reference"), run)
+    there = bench.finished(config(engine="reference"), run)
+    assert there is not None
+    assert there.identity == first.identity
     again = bench.run(config(engine="reference"), run)
     assert again.status == "done"
     assert first.identity == again.identity
@@ -180,7 +187,41 @@ def test_the_same_bench_measures_again_and_another_needs_force(run: RunFolder) -
     with pytest.raises(InputError, match="other settings") as caught:
         bench.run(config(engine="reference", size=(16, 16)), run)
     assert "--force" in str(caught.value.hint)
+    with pytest.raises(InputError, match="other settings"):
+        bench.finished(config(engine="reference", size=(16, 16)), run)
     assert bench.run(config(engine="reference", size=(16, 16)), run, force=True).identity != first.identity
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_algorithms_are_tried_for_what_is_timed_and_nothing_else(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's search takes memory and changes last bits: neither is for what the contenders are held against."""
+    seen: dict[str, set[bool]] = {}
+
+    def record(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(name, set()).add(torch.backends.cudnn.benchmark)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(QuantizedLayer, "forward")
+    record(measurement, "check_prediction")
+    record(measurement, "coverage_of")
+    record(contender_module, "milliseconds")
+    record(OpenVinoDenoiser, "__call__")
+    bench.run(config(), run)
+    assert seen == {
+        "forward": {False},
+        "check_prediction": {False},
+        "coverage_of": {False},
+        "milliseconds": {True},
+        "__call__": {True},
+    }
+    assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.usefixtures("in_one_process")
@@ -211,8 +252,6 @@ def test_nothing_is_timed_when_a_layer_is_off(run: RunFolder, monkeypatch: pytes
 
 @pytest.mark.usefixtures("in_one_process")
 def test_nothing_is_timed_when_the_prediction_is_off(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser
-
     call = OpenVinoDenoiser.__call__
 
     def skewed(self: OpenVinoDenoiser, *args: Any, **kwargs: Any) -> Any:

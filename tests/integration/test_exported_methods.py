@@ -1,4 +1,4 @@
-"""An exported denoiser among other libraries: moved and cast, compiled, copied, and asked to take a LoRA."""
+"""An exported denoiser among other libraries: moved, cast, offloaded, compiled, copied; a LoRA, fused projections."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
 from edadm_cli.export.folder import write_pipeline
+from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.integrations.quantizer import FORMAT_VERSION, EdadmConfig
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import known_models
+from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import load_recipe
 from tests.unit.models.tiny import shrunk
 
@@ -61,6 +63,13 @@ def predict(unet: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.no_grad():
         output: Tensor = unet(x.to(dtype), torch.tensor(7), states.to(dtype)).sample
     return output
+
+
+def draw(pipeline: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        images: Tensor = pipeline("seven", num_inference_steps=2, generator=generator, output_type="pt").images
+    return images
 
 
 CASTS: dict[str, tuple[Callable[[Any], object], torch.dtype]] = {
@@ -101,17 +110,43 @@ def test_a_copy_is_cast_by_itself_and_saved(folder: Path, pipeline: Any, tmp_pat
     assert torch.equal(predict(again, torch.float16), predict(copied, torch.float16))
 
 
-def test_a_denoiser_is_moved_and_offloaded(pipeline: Any) -> None:
-    wanted = predict(pipeline.unet)
+def test_a_denoiser_is_moved_away(pipeline: Any) -> None:
+    predict(pipeline.unet)
     away = copy.deepcopy(pipeline.unet).to("meta", torch.float16)
     assert {tensor.device.type for tensor in (*away.parameters(), *away.buffers())} == {"meta"}
     assert {buffer.dtype for name, buffer in away.named_buffers() if name.endswith("_scale")} == {torch.float32}
-    in_turn = copy.deepcopy(pipeline.unet)
-    accelerate.cpu_offload(in_turn, execution_device=CPU)  # what enable_sequential_cpu_offload does
-    assert {parameter.device.type for parameter in in_turn.parameters()} == {"meta"}
-    assert torch.equal(predict(in_turn), wanted)
-    pipeline.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+@pytest.mark.parametrize(
+    "kind", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_a_denoiser_is_offloaded_in_groups(pipeline: Any, kind: dict[str, Any]) -> None:
+    wanted = predict(pipeline.unet)
+    pipeline.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, **kind)
     assert torch.equal(predict(pipeline.unet), wanted)
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_a_denoiser_is_offloaded_tensor_by_tensor(pipeline: Any, offload_buffers: bool) -> None:
+    """What `enable_sequential_cpu_offload` does; codes and scales are buffers."""
+    wanted = predict(pipeline.unet)
+    accelerate.cpu_offload(pipeline.unet, execution_device=CPU, offload_buffers=offload_buffers)
+    for _ in range(2):
+        assert {parameter.device.type for parameter in pipeline.unet.parameters()} == {"meta"}
+        if offload_buffers:
+            assert {buffer.device.type for buffer in pipeline.unet.buffers()} == {"meta"}
+        assert torch.equal(predict(pipeline.unet), wanted)
+    layers = quantized_layers(pipeline.unet).values()
+    assert all(layer._weight is None for layer in layers), "a float copy of the weight would stay where it was used"
+    accelerate.hooks.remove_hook_from_submodules(pipeline.unet)
+    assert torch.equal(predict(pipeline.unet), wanted)
+
+
+def test_a_whole_pipeline_is_offloaded_with_its_buffers(pipeline: Any) -> None:
+    wanted = draw(pipeline)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        accelerate.cpu_offload(part, execution_device=CPU, offload_buffers=True)
+    assert torch.equal(draw(pipeline), wanted)
 
 
 def lora(module: str, size: int) -> dict[str, Tensor]:
@@ -149,6 +184,33 @@ def test_a_lora_of_the_text_encoder_alone_is_none_of_the_denoisers(
     monkeypatch.setattr(UNet2DConditionModel, "load_lora_adapter", lambda *args, **kwargs: passed.append(kwargs))
     pipeline.unet.load_lora_adapter(lora("text_encoder.q_proj", 16), prefix="unet", adapter_name="words")
     assert passed == [{"prefix": "unet", "adapter_name": "words"}]
+
+
+def test_a_fusion_of_projections_is_refused_and_changes_nothing(pipeline: Any) -> None:
+    """A fused layer would be made of float weights, and its processor would take the place of quantized products."""
+    before, processors = predict(pipeline.unet), dict(pipeline.unet.attn_processors)
+    for attempt in (pipeline.fuse_qkv_projections, pipeline.unet.fuse_qkv_projections):
+        with pytest.raises(
+            UsageError, match=r"^The projections of this UNet2DConditionModel are quantized, .*"
+        ) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    pipeline.unfuse_qkv_projections(vae=False)
+    pipeline.unet.unfuse_qkv_projections()
+    assert pipeline.unet.attn_processors == processors
+    assert torch.equal(predict(pipeline.unet), before)
+    pipeline.fuse_qkv_projections(unet=False)  # what the sentence says
+    pipeline.unfuse_qkv_projections(unet=False)
+
+
+def test_projections_that_are_not_quantized_are_fused(tiny_sd: Path) -> None:
+    unet = load_model(str(tiny_sd), CPU, torch.float32).denoiser
+    wanted = predict(unet)
+    bind_methods(unet)
+    unet.fuse_qkv_projections()  # type: ignore[operator]
+    torch.testing.assert_close(predict(unet), wanted)
+    unet.unfuse_qkv_projections()  # type: ignore[operator]
+    torch.testing.assert_close(predict(unet), wanted)
 
 
 def test_a_denoiser_is_one_graph_for_torch_compile(pipeline: Any) -> None:

@@ -31,6 +31,7 @@ from edadm_kernels.codegen import (
     survey,
     violations,
 )
+from edadm_kernels.codegen import __main__ as command
 from edadm_kernels.codegen.listing import count
 from edadm_kernels.codegen.survey import Job
 
@@ -187,10 +188,17 @@ def test_the_gate_finds_what_the_products_avoid() -> None:
     assert any("PRMT" in reason for reason in verdict["columns"]) == PREFETCH_DEFECT[version]
 
 
-def test_only_keeps_what_matches() -> None:
-    finished = run_codegen("--only", "norm/nothing-*")
-    assert finished.returncode == 2
-    assert "norm/nothing-*" in finished.stderr
+def test_only_keeps_what_matches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["codegen", "--only", "norm/nothing-*"])
+    assert command.main() == 2
+    assert "norm/nothing-*" in capsys.readouterr().err
+
+
+def test_what_is_rejected_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["codegen", "--arch", "80", "--only", "pointwise/quantize-*", "--processes", "1"])
+    monkeypatch.setattr(command, "violations", lambda code: ["made up"] if code.name == "quantize-fp16" else [])
+    assert command.main() == 1
+    assert capsys.readouterr().err == "pointwise/quantize-fp16 on sm_80: made up\n"
 
 
 def test_the_command_writes_what_it_judges(tmp_path: Path) -> None:
@@ -232,8 +240,8 @@ def test_binaries_together_read_as_each_alone(arch: int, tmp_path: Path) -> None
     for cubin, together in zip(cubins, disassemble(cubins, arch), strict=True):
         path = tmp_path / "alone.cubin"
         path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(path)]
-        alone = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        words = [triton.knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        alone = subprocess.run(words, check=True, capture_output=True, text=True).stdout
         listing = parse(with_addresses(alone))
         assert any(instruction.target is not None for instruction in listing.instructions)
         assert parse(together) == listing

@@ -144,6 +144,23 @@ def test_a_sample_does_not_see_its_batch(shape: tuple[int, int, int, int]) -> No
     assert torch.equal(group_norm_quantize(x[1:2], *arguments)[0], together[1:2])
 
 
+def test_two_images_are_one_whose_channels_follow() -> None:
+    x, more = (state((2, 6, 5, c), "normal", torch.float16, seed=c).permute(0, 3, 1, 2) for c in (24, 16))
+    arguments = (*affine(40, seed=1), 4, 1e-5, True, *quantizers(2), 8)
+    joined = torch.cat([x, more], dim=1).contiguous(memory_format=torch.channels_last)
+    found, wanted = group_norm_quantize(x, *arguments, more), group_norm_quantize(joined, *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(codes.is_contiguous(memory_format=torch.channels_last) for codes in found)
+    for other, message in (
+        (more.float(), "more channels of the same images are wanted"),
+        (more[:, :, :5].contiguous(memory_format=torch.channels_last), "more channels of the same images are wanted"),
+        (more[:, :8].contiguous(memory_format=torch.channels_last), r"\[32\] are wanted|32"),
+        (more.contiguous(), "channels-last strides"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            group_norm_quantize(x, *arguments, other)
+
+
 @pytest.mark.parametrize("misplaced", [1, 2, 6, 7], ids=["weight", "bias", "scales", "zero-points"])
 def test_tensors_of_two_devices_are_refused(misplaced: int) -> None:
     x = state((1, 4, 4, 16), "normal", torch.float16, seed=1).permute(0, 3, 1, 2)

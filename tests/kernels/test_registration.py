@@ -43,7 +43,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
             2, (1, 0, 1, 0), False, torch.float16,
         ),
         "group_norm": (image(2, 8, 3, 1), *affine, 2, 1e-5, True),
-        "group_norm_quantize": (image(2, 8, 3, 3), *affine, 2, 1e-5, True, *two, 8),
+        "group_norm_quantize": (image(2, 5, 3, 3), *affine, 2, 1e-5, True, *two, 8, image(2, 3, 3, 3)),
         "layer_norm_quantize": (floats(2, 3, 8), *affine, 1e-5, *two, 8),
         "attention_quantize": (*columns.split(16, dim=2), 2, 0.3, SCALE, ZERO_POINT, 8),
         "quantize": (image(2, 24, 3, 5)[:, 3:16], SCALE, ZERO_POINT, 8, True),

@@ -120,7 +120,6 @@ def test_one_process_alone_waits_for_nobody() -> None:
 
 def test_one_process_of_several_that_were_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """What accelerate's launcher sets on a machine without GPUs, for several processes and for one."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert join("cpu") is ALONE
     monkeypatch.setenv("MASTER_PORT", "29500")

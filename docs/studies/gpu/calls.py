@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,11 +123,17 @@ class KernelCall:
         pointwise = self.arguments[1].shape[1:3] == (1, 1) and stride == 1 and not any(padding) and not upsample
         return "linear" if pointwise else "conv"
 
+    def joined(self, arguments: Sequence[Any]) -> Any:
+        """Of the arguments of a GroupNorm over two images the second; `None` of any other call."""
+        return arguments[9] if self.operation == "group_norm_quantize" and len(arguments) > 9 else None
+
     def label(self) -> str:
         """For people."""
         x = "x".join(map(str, self.arguments[0].shape))
         if self.operation == "attention_quantize":
             return f"{self.operation} {x}, {self.arguments[1].shape[1]} keys"
+        if (more := self.joined(self.arguments)) is not None:
+            x = "x".join(map(str, (more.shape[0], self.arguments[0].shape[1] + more.shape[1], *more.shape[2:])))
         if not self.is_product:
             return f"{self.operation} {x}"
         extras = []
@@ -222,9 +228,11 @@ def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
     half = x.half()
     if call.operation in ("group_norm", "group_norm_quantize"):
         weight, bias, groups, eps, silu = arguments[1].half(), arguments[2].half(), *arguments[3:6]
-        if silu:
-            return lambda: F.silu(F.group_norm(half, groups, weight, bias, eps))
-        return lambda: F.group_norm(half, groups, weight, bias, eps)
+        after = F.silu if silu else lambda y: y
+        if (more := call.joined(arguments)) is not None:
+            other = more.half()
+            return lambda: after(F.group_norm(torch.cat([half, other], dim=1), groups, weight, bias, eps))
+        return lambda: after(F.group_norm(half, groups, weight, bias, eps))
     if call.operation == "layer_norm_quantize":
         weight, bias, eps = arguments[1].half(), arguments[2].half(), arguments[3]
         return lambda: F.layer_norm(half, weight.shape, weight, bias, eps)

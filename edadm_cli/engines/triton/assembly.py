@@ -19,6 +19,7 @@ from edadm_cli.engines.triton.residual import (
     FusedDownsample,
     FusedOutput,
     FusedResidualBlock,
+    FusedUpBlock,
     FusedUpsample,
     TimeBias,
 )
@@ -53,6 +54,9 @@ class Assembly:
             "ResnetBlock2D": self._residual_block,
             "Downsample2D": self._downsample,
             "Upsample2D": self._upsample,
+            "UpBlock2D": self._up_block,
+            "CrossAttnUpBlock2D": self._up_block,
+            "AttnUpBlock2D": self._up_block,
             "Attention": self._attention,
             "FeedForward": self._feed_forward,
             "BasicTransformerBlock": self._transformer_block,
@@ -141,6 +145,10 @@ class Assembly:
             return None
         convolution = self.lowering.product(f"{name}.conv", module.conv)
         return FusedUpsample(convolution) if isinstance(convolution, IntegerConv2d) else None
+
+    def _up_block(self, name: str, block: Any) -> nn.Module:
+        self._walk(name, block)
+        return FusedUpBlock(block) if FusedUpBlock.joins(block) else block
 
     def _attention(self, name: str, attention: Any) -> FusedAttention | None:
         plain = type(attention.processor).__name__ in _PLAIN_PROCESSORS

@@ -49,11 +49,17 @@ class NormStage(nn.Module):
             self.zero_points = torch.cat([q.zero_point for q in quantizers.values()])
             self.num_bits = next(iter(quantizers.values())).num_bits
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """What each consumer's `product` takes, for `x` `[N, C, H, W]` (GroupNorm) or `[..., C]` (LayerNorm)."""
+    def forward(self, x: Tensor, more: Tensor | None = None) -> list[Tensor]:
+        """What each consumer's `product` takes, for `x` `[N, C, H, W]` (GroupNorm) or `[..., C]` (LayerNorm).
+
+        Args:
+            x: What is normalized.
+            more: Channels that follow those of an image, as if both were concatenated.
+        """
         x = channels_last(x) if self.num_groups is not None else x.contiguous()
-        codes = self._codes(x) if self.is_fused else []
-        real = self._float(x) if self.needs_float else x
+        more = None if more is None else channels_last(more)
+        codes = self._codes(x, more) if self.is_fused else []
+        real = self._float(x if more is None else channels_last(torch.cat([x, more], dim=1))) if self.needs_float else x
         inputs = []
         for consumer in self.consumers:
             if self.is_fused and consumer.quantizer is not None:
@@ -62,11 +68,11 @@ class NormStage(nn.Module):
                 inputs.append(consumer.prepare(real))
         return inputs
 
-    def _codes(self, x: Tensor) -> list[Tensor]:
+    def _codes(self, x: Tensor, more: Tensor | None) -> list[Tensor]:
         ends = (self.scales, self.zero_points, self.num_bits)
         if self.num_groups is None:
             return kernels.layer_norm_quantize(x, self.weight, self.bias, self.eps, *ends)
-        return kernels.group_norm_quantize(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, *ends)
+        return kernels.group_norm_quantize(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, *ends, more)
 
     def _float(self, x: Tensor) -> Tensor:
         if self.num_groups is None:

@@ -6,6 +6,8 @@ codes, and a sum with the hidden state happens in the epilogue. Called as a modu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -238,7 +240,11 @@ class SplitProduct(Product):
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """See `Product`."""
         assert sample_bias is None
-        for part, piece in zip(self.parts, prepared.split(self.sizes, dim=self.channel_dim), strict=True):
+        return self.join(prepared.split(self.sizes, dim=self.channel_dim), residual)
+
+    def join(self, pieces: Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
+        """The same of an input that was not concatenated, one tensor a part."""
+        for part, piece in zip(self.parts, pieces, strict=True):
             assert isinstance(part, Product)
             residual = part.product(part.prepare(piece), residual)
         assert residual is not None

@@ -143,7 +143,9 @@ def _noting_norm(pending: dict[str, Source]) -> Callable[[nn.Module, tuple[Any, 
         assert isinstance(stage, NormStage)
         if stage.is_fused:
             kind: SourceKind = "layer_norm" if stage.num_groups is None else "group_norm"
-            pending.update({consumer.label: (kind, *_rows(inputs[0])) for consumer in stage.consumers})
+            rows, channels = _rows(inputs[0])
+            channels += sum(_rows(more)[1] for more in inputs[1:])
+            pending.update({consumer.label: (kind, rows, channels) for consumer in stage.consumers})
 
     return hook
 

@@ -2,7 +2,8 @@
 
 Triton waits for every integer matrix instruction in the step that issues it, takes tiles of powers of two, and has no
 clusters of blocks. The products, the GroupNorm and the attention here do what those of `conv_kernels`, `gemm_kernels`,
-`norm_kernels` and `attention_kernels` do, to the same bits where those are exact; what they do not take stays with Triton.
+`norm_kernels` and `attention_kernels` do, to the same bits where those are exact; what they do not take stays with
+Triton.
 """
 
 from edadm_kernels.hopper.driver import is_available

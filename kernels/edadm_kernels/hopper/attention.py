@@ -145,8 +145,8 @@ def variants() -> list[AttentionVariant]:
 def _instruction(name: str, columns: int, values: bool) -> str:
     """A function of 64 rows, `columns` columns and 16 products; `accumulate` false overwrites.
 
-    Of values the left operand comes from registers, and what a sum goes over lies apart in the right one; of scores both
-    lie in shared memory, what a sum goes over side by side.
+    Of values the left operand comes from registers, and what a sum goes over lies apart in the right one; of scores
+    both lie in shared memory, what a sum goes over side by side.
     """
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))

@@ -7,23 +7,26 @@
 // sample, in the same order in every block, normalizes and writes. Statistics are joined after Chan, Golub and LeVeque
 // (1983).
 //
-// Compiled for a shape: PIXELS, CHANNELS, GROUPS, CHUNKS (blocks of a sample), CHUNK_PIXELS and VECTORS defined; and
+// The channels may come from two images, FIRST from one and the others from another.
+//
+// Compiled for a shape: PIXELS, CHANNELS, FIRST, GROUPS, CHUNKS (blocks of a sample), CHUNK_PIXELS and VECTORS defined; and
 // with STATISTICS (which of the two kernels), THREADS, BLOCKS (a multiprocessor), QUANTIZERS (0: halves are written) and
 // SILU.
 
 constexpr int WARPS = THREADS / 32, GROUP_CHANNELS = CHANNELS / GROUPS;
 constexpr int ACROSS = CHANNELS / 8, STRIDE = THREADS / ACROSS;  // vectors in a row of channels; rows at once
 constexpr int LOADS = (CHUNKS + 31) / 32;
-static_assert(GROUP_CHANNELS >= 8 && CHANNELS % 8 == 0 && STRIDE >= 1 && VECTORS * STRIDE >= CHUNK_PIXELS, "shape");
+static_assert(GROUP_CHANNELS >= 8 && CHANNELS % 8 == 0 && FIRST % 8 == 0 && STRIDE >= 1 && VECTORS * STRIDE >= CHUNK_PIXELS, "shape");
 
 struct Problem {
-    const u16* x;            // [samples, PIXELS, CHANNELS]
+    const u16* x;            // [samples, PIXELS, FIRST]
+    const u16* more;         // [samples, PIXELS, CHANNELS - FIRST]; null where these are none
     const float* weight;     // [CHANNELS]
     const float* bias;       // [CHANNELS]
     const float* scales;     // [QUANTIZERS]
     const int* zero_points;  // [QUANTIZERS]
     float2* partials;        // [samples, GROUPS, CHUNKS], mean and squared deviations
-    void* out[3];            // like x: codes, or halves
+    void* out[3];            // [samples, PIXELS, CHANNELS]: codes, or halves
     float eps, quant_max;
 };
 
@@ -46,17 +49,20 @@ struct Place {
         in_first = min(8, (group + 1) * GROUP_CHANNELS - channel);  // channels of the vector in its first group
     }
 
-    __device__ __forceinline__ size_t base() const {
-        return (static_cast<size_t>(sample) * PIXELS + chunk * CHUNK_PIXELS + row) * CHANNELS + channel;
+    __device__ __forceinline__ size_t pixel() const {
+        return static_cast<size_t>(sample) * PIXELS + chunk * CHUNK_PIXELS + row;
     }
 
     __device__ __forceinline__ bool has(int i) const { return row + i * STRIDE < pixels; }
 };
 
-__device__ __forceinline__ void fetch(uint4 (&held)[VECTORS], const u16* x, const Place& at) {
-    const uint4* const from = reinterpret_cast<const uint4*>(x + at.base());
+__device__ __forceinline__ void fetch(uint4 (&held)[VECTORS], const Problem& p, const Place& at) {
+    const bool is_first = FIRST == CHANNELS || at.channel < FIRST;
+    const int channels = is_first ? FIRST : CHANNELS - FIRST, channel = is_first ? at.channel : at.channel - FIRST;
+    const uint4* const from = reinterpret_cast<const uint4*>((is_first ? p.x : p.more) + at.pixel() * channels + channel);
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i) held[i] = at.has(i) ? __ldcg(from + i * STRIDE * ACROSS) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < VECTORS; ++i)
+        held[i] = at.has(i) ? __ldcg(from + i * STRIDE * (channels / 8)) : make_uint4(0, 0, 0, 0);
 }
 
 __device__ __forceinline__ void unpack(float (&x)[8], uint4 held) {
@@ -88,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_statistics(c
     const Place at;
     await_previous();
     uint4 held[VECTORS];
-    fetch(held, p.x, at);
+    fetch(held, p, at);
 
     float totals[8] = {}, x[8];
     int count = 0;
@@ -163,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const 
     const Place at;
     // All of this was there before `group_statistics` let this kernel be launched.
     uint4 held[VECTORS];
-    fetch(held, p.x, at);
+    fetch(held, p, at);
     float gain[8], shift[8];
 #pragma unroll
     for (int c = 0; c < 8; c += 4) {
@@ -206,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const 
         gain[c] *= c < at.in_first ? first.y : second.y;
         shift[c] -= (c < at.in_first ? first.x : second.x) * gain[c];
     }
-    const size_t base = at.base();
+    const size_t base = at.pixel() * CHANNELS + at.channel;
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i)
         if (at.has(i)) {

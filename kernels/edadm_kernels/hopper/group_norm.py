@@ -25,6 +25,7 @@ class GroupNormPlan:
     Args:
         pixels: Of a sample.
         channels: Of a pixel.
+        first: Of them, those that come first and lie in an image of their own; all of them where there is one image.
         groups: Of the channels.
         chunks: Blocks a sample.
         chunk_pixels: Pixels of a block, but perhaps the last.
@@ -33,6 +34,7 @@ class GroupNormPlan:
 
     pixels: int
     channels: int
+    first: int
     groups: int
     chunks: int
     chunk_pixels: int
@@ -72,6 +74,7 @@ class GroupNormVariant:
             "BLOCKS": 2 if self.plan.vectors <= 4 else 1,
             "PIXELS": self.plan.pixels,
             "CHANNELS": self.plan.channels,
+            "FIRST": self.plan.first,
             "GROUPS": self.plan.groups,
             "CHUNKS": self.plan.chunks,
             "CHUNK_PIXELS": self.plan.chunk_pixels,
@@ -87,14 +90,24 @@ class GroupNormVariant:
     def label(self) -> str:
         """For tables."""
         end = "" if self.name == "group_statistics" else f"-q{self.quantizers}" + "-silu" * self.silu
-        return f"{self.name.replace('_', '-')}-{self.plan.pixels}x{self.plan.channels}{end}"
+        channels = f"{self.plan.channels}"
+        if self.plan.first < self.plan.channels:
+            channels = f"{self.plan.first}+{self.plan.channels - self.plan.first}"
+        return f"{self.name.replace('_', '-')}-{self.plan.pixels}x{channels}{end}"
 
 
 @lru_cache(maxsize=256)
-def group_norm_plan(pixels: int, channels: int, num_groups: int) -> GroupNormPlan | None:
-    """The cut, or `None` for a shape that the kernels do not take: groups too narrow, rows or images too large."""
-    across = channels // _VECTOR
-    if channels % _VECTOR or channels // num_groups < _VECTOR or num_groups > _MOST_GROUPS:
+def group_norm_plan(pixels: int, channels: int, num_groups: int, first: int | None = None) -> GroupNormPlan | None:
+    """The cut, or `None` for a shape that the kernels do not take: groups too narrow, rows or images too large.
+
+    Args:
+        pixels: Of a sample.
+        channels: Of a pixel.
+        num_groups: Of the channels.
+        first: Channels that lie in an image of their own; `None`: there is one image.
+    """
+    across, first = channels // _VECTOR, channels if first is None else first
+    if channels % _VECTOR or first % _VECTOR or channels // num_groups < _VECTOR or num_groups > _MOST_GROUPS:
         return None
     if across > THREADS:
         return None
@@ -103,38 +116,51 @@ def group_norm_plan(pixels: int, channels: int, num_groups: int) -> GroupNormPla
         chunk_pixels = -(-pixels // most_chunks)
         vectors = -(-chunk_pixels // rows_at_once)
         if vectors <= most_vectors:
-            return GroupNormPlan(pixels, channels, num_groups, -(-pixels // chunk_pixels), chunk_pixels, vectors)
+            return GroupNormPlan(pixels, channels, first, num_groups, -(-pixels // chunk_pixels), chunk_pixels, vectors)
     return None
 
 
-# Height (and width) and channels where the U-Net of Stable Diffusion 1.x has more than Triton normalizes in one kernel.
-_SHAPES = ((64, 320), (64, 640), (64, 960), (32, 640), (32, 960), (32, 1280), (32, 1920), (16, 1280), (16, 2560))
+# Height (and width) and channels where the U-Net of Stable Diffusion 1.x has more than Triton normalizes in one kernel;
+# on the way up those of two images.
+_SHAPES = ((64, 320), (32, 640), (16, 1280))
+_JOINED = (
+    *((64, 640, 320), (64, 320, 320), (32, 1280, 640), (32, 640, 640), (32, 640, 320)),
+    *((16, 1280, 1280), (16, 1280, 640)),
+)
 
 
 def variants() -> list[GroupNormVariant]:
     """What the normalizations of a Stable Diffusion 1.x denoiser compile."""
-    plans = [plan for size, c in _SHAPES if (plan := group_norm_plan(size * size, c, 32)) is not None]
+    shapes = [(size, channels, channels) for size, channels in _SHAPES]
+    shapes += [(size, first + second, first) for size, first, second in _JOINED]
+    found_plans = (group_norm_plan(size * size, channels, 32, first) for size, channels, first in shapes)
+    plans = [plan for plan in found_plans if plan is not None]
     found = [GroupNormVariant("group_statistics", plan) for plan in plans]
     return found + [GroupNormVariant("group_apply", plan, 1, silu) for plan in plans for silu in (False, True)]
 
 
 class _Problem(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "scales", "zero_points", "partials")),
+        *((name, ctypes.c_void_p) for name in ("x", "more", "weight", "bias", "scales", "zero_points", "partials")),
         ("out", ctypes.c_void_p * 3),
         ("eps", ctypes.c_float),
         ("quant_max", ctypes.c_float),
     )
 
 
-def takes(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> bool:
+def takes(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, more: Tensor | None = None) -> bool:
     """Whether `launch_group_norm` serves these types and shapes."""
     kinds = x.dtype == torch.float16 and weight.dtype == bias.dtype == torch.float32
     return (
         kinds
-        and all(t.data_ptr() % 16 == 0 for t in (x, weight, bias))
-        and group_norm_plan(x.shape[2] * x.shape[3], x.shape[1], num_groups) is not None
+        and all(t is None or t.data_ptr() % 16 == 0 for t in (x, more, weight, bias))
+        and _plan(x, more, num_groups) is not None
     )
+
+
+def _plan(x: Tensor, more: Tensor | None, num_groups: int) -> GroupNormPlan | None:
+    channels = x.shape[1] + (0 if more is None else more.shape[1])
+    return group_norm_plan(x.shape[2] * x.shape[3], channels, num_groups, x.shape[1])
 
 
 def launch_group_norm(
@@ -146,6 +172,7 @@ def launch_group_norm(
     silu: bool,
     outputs: list[Tensor],
     quantizers: tuple[Tensor, Tensor, int] | None = None,
+    more: Tensor | None = None,
 ) -> None:
     """Fill `outputs`; the arguments are those of `group_norm_quantize`, already checked and taken.
 
@@ -158,14 +185,14 @@ def launch_group_norm(
         silu: Apply SiLU.
         outputs: Codes, one tensor a quantizer; or one of float16.
         quantizers: Scales, zero-points and bits; `None` for the result itself.
+        more: The image of the channels that follow.
     """
-    samples, channels, height, width = x.shape
-    plan = group_norm_plan(height * width, channels, num_groups)
+    samples, plan = x.shape[0], _plan(x, more, num_groups)
     assert plan is not None
     partials = x.new_empty((samples, num_groups, plan.chunks, 2), dtype=torch.float32)
     scales, zero_points, num_bits = quantizers or (None, None, 8)
     problem = _Problem(
-        *(None if t is None else t.data_ptr() for t in (x, weight, bias, scales, zero_points, partials)),
+        *(None if t is None else t.data_ptr() for t in (x, more, weight, bias, scales, zero_points, partials)),
         (ctypes.c_void_p * 3)(*(output.data_ptr() for output in outputs)),
         eps,
         float((1 << num_bits) - 1),

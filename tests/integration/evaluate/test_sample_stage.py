@@ -60,10 +60,21 @@ def test_what_is_there_is_not_sampled_again(pixel_run: RunFolder, monkeypatch: p
         return sample(model, **arguments)
 
     monkeypatch.setattr(stage, "sample", counted)
-    assert stage.run(_config(), pixel_run).status == "up_to_date"
-    assert sampled == []
+    again = stage.run(_config(), pixel_run)
+    assert (again.status, sampled) == ("up_to_date", [])
     assert stage.run(_config(num_images=5), pixel_run).status == "done"
     assert sampled == [3, 4]
+
+
+def test_a_plan_finds_what_a_run_would_find(pixel_run: RunFolder) -> None:
+    assert stage.finished(_config(), pixel_run) is None
+    record = stage.run(_config(), pixel_run)
+    found = stage.finished(_config(num_images=2), pixel_run)
+    assert found is not None
+    assert (str(found.path), found.identity) == (record.artifact, record.identity)
+    assert stage.finished(_config(num_images=4), pixel_run) is None
+    with pytest.raises(InputError, match="another image"):
+        stage.finished(_config(num_steps=3), pixel_run)
 
 
 def test_another_image_of_the_same_name_is_replaced_with_force_only(

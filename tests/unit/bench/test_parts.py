@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from edadm_cli.artifacts import Contender, Latency
 from edadm_cli.bench import contender as contender_module
 from edadm_cli.bench import machine, memory, peers
+from edadm_cli.bench.algorithms import choose_algorithms
 from edadm_cli.bench.contender import Call, Running, Setting, Spec, milliseconds, placed, torch_function
 from edadm_cli.bench.floats import torch_specs
 from edadm_cli.bench.kinds import rows_by_kind
@@ -321,6 +323,65 @@ def test_the_memory_that_is_left_is_told() -> None:
     found = memory.available_mib()
     assert found is not None
     assert found > 10
+
+
+def test_torchs_allocator_gives_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    memory.give_back_memory()
+    assert emptied == [], "no GPU was used"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    memory.give_back_memory()
+    assert emptied == [True]
+
+
+class Card:
+    """A card of 80 GiB, of which the process has 10, and 72 at most."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fraction = 0.9
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: self.fraction)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.limit)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * 2**30)
+        properties = SimpleNamespace(total_memory=80 * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def limit(self, fraction: float, device: torch.device) -> None:
+        self.fraction = fraction
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_algorithms_are_tried_within_bounds_of_memory(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+    card, limits = Card(monkeypatch), list[float]()
+
+    def call() -> str:
+        assert torch.backends.cudnn.benchmark
+        limits.append(card.fraction)
+        if not fits and len(limits) == 1:
+            raise torch.OutOfMemoryError
+        return "a prediction"
+
+    assert choose_algorithms(call, CUDA) == "a prediction"
+    assert limits == ([18 / 80] if fits else [18 / 80, 0.9]), "what the process has and eight GiB; then all it may have"
+    assert card.fraction == 0.9
+    assert not torch.backends.cudnn.benchmark
+    monkeypatch.undo()
+    assert choose_algorithms(lambda: torch.backends.cudnn.benchmark, CPU)
+
+
+def test_algorithms_are_chosen_once_a_size_before_anything_counts(
+    saved: Spec, denoiser: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    running = Running(saved, TOGETHER, {1: [call_of()], 2: [call_of()]})
+    monkeypatch.setattr(contender_module, "choose_algorithms", lambda call, device: chosen.append(len(chosen)))
+    monkeypatch.setattr(contender_module, "milliseconds", lambda call, device: 1.0)
+    running.warm_up(1)
+    assert chosen == [], "on a CPU there is nothing to choose"
+    monkeypatch.setattr(running, "_device", CUDA)
+    for batch_size in (1, 2, 2, 1):
+        running.warm_up(batch_size)
+    assert chosen == [0, 1]
 
 
 @pytest.mark.parametrize("in_a_row", [1, 3])

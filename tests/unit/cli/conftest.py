@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from edadm_cli.artifacts import (
+    Artifact,
     CollectRecord,
     Coverage,
     Distance,
@@ -66,9 +67,9 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStages:
     """Put the stand-ins in the stages' places, in an empty working folder."""
     fakes = FakeStages()
     for name in PARENTS:
-        stage = SimpleNamespace(
-            run=_make_run(fakes, name), plan=_plan_of(name), estimate=_estimate_of(name), FOLDER="samples"
-        )
+        stage = SimpleNamespace(run=_make_run(fakes, name), plan=_plan_of(name), estimate=_estimate_of(name))
+        if name == "sample":
+            stage.FOLDER, stage.finished = "samples", _finished_by(_plan_of(name))
         _install(monkeypatch, name, stage)
     _install(monkeypatch, "report", SimpleNamespace(run=_write_report))
     monkeypatch.chdir(tmp_path)
@@ -118,6 +119,10 @@ def _plan_of(kind: str) -> Callable[[Any, RunFolder], Plan]:
         return Plan(kind, name, config.identity_fields(), config.seed, parents, model)
 
     return plan
+
+
+def _finished_by(plan: Callable[[Any, RunFolder], Plan]) -> Callable[[Any, RunFolder], Artifact | None]:
+    return lambda config, run: run.finished(plan(config, run))
 
 
 def _record(kind: str, config: Any, shared: dict[str, Any]) -> StageRecord:

@@ -114,6 +114,17 @@ def test_a_dry_run_tells_what_is_up_to_date_and_what_would_be_refused(
     assert "seed: 0 -> 3" in capsys.readouterr().err
     assert main(["evaluate", "--dry-run", "--require", "prompt_accuracy>=2"]) == 0
     assert len(stages.calls) == calls
+    capsys.readouterr()
+    assert main(["sample", "--dry-run", "--json"]) == 0
+    assert _json(capsys)["status"] == "planned"
+    assert main(["sample"]) == 0
+    capsys.readouterr()
+    assert main(["sample", "--dry-run", "--json"]) == 0
+    result = _json(capsys)
+    assert result["status"] == "up_to_date"
+    assert "estimate" not in result
+    assert main(["sample", "--dry-run", "--force", "--json"]) == 0
+    assert _json(capsys)["status"] == "planned"
 
 
 def test_a_dry_run_of_the_chain_skips_what_is_up_to_date(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from edadm_cli.artifacts import BenchRecord, Estimate, RunFolder
+from edadm_cli.artifacts import Artifact, BenchRecord, Estimate, ModelRef, Plan, RunFolder
 from edadm_cli.cli.app import main
 from tests.unit.cli.conftest import FakeStages, _install
 
@@ -55,7 +56,13 @@ def benches(stages: FakeStages, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(config)
         return record(run)
 
-    stage = SimpleNamespace(run=run, estimate=lambda config, run: Estimate(seconds=1, memory_mib=1, disk_mib=1))
+    def finished(config: Any, run: RunFolder) -> Artifact | None:
+        return run.open("bench", "w8a8-openvino-cpu") if run.names("bench") else None
+
+    def estimate(config: Any, run: RunFolder) -> Estimate:
+        return Estimate(seconds=1, memory_mib=1, disk_mib=1)
+
+    stage = SimpleNamespace(run=run, estimate=estimate, finished=finished)
     _install(monkeypatch, "bench", stage)
     return seen
 
@@ -94,7 +101,29 @@ def test_a_speed_up_can_be_required(benches: list[Any], requirement: str, code: 
 
 def test_a_dry_run_measures_nothing(benches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--model", "digits-sd", "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["status"] == "planned"
+    result = json.loads(capsys.readouterr().out)
+    assert (result["status"], about_anew(result)) == ("planned", [])
+    assert benches == []
+
+
+def about_anew(result: dict[str, Any]) -> list[str]:
+    """Warnings of a result that will be replaced; a busy machine brings others."""
+    return [warning for warning in result["warnings"] if warning.endswith("it will be made anew.")]
+
+
+def test_a_dry_run_says_what_would_be_measured_again(benches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    model = ModelRef(id="digits-sd", fingerprint="f")
+    with RunFolder(Path("runs/digits-sd")).build(Plan("bench", "w8a8-openvino-cpu", {}, 0, (), model), False) as build:
+        build.commit()
+    assert main(["bench", "--model", "digits-sd", "--dry-run", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["status"], result["estimate"]["seconds"]) == ("planned", 1.0), (
+        "a bench measures whenever it is called"
+    )
+    (warning,) = about_anew(result)
+    assert "runs/digits-sd/bench/w8a8-openvino-cpu is there, with the same settings" in warning
+    assert main(["bench", "--model", "digits-sd", "--dry-run", "--force", "--json"]) == 0
+    assert about_anew(json.loads(capsys.readouterr().out)) == []
     assert benches == []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
@@ -22,7 +23,7 @@ from edadm_cli.engines.triton.attention import FusedAttention
 from edadm_cli.engines.triton.denoiser import TritonDenoiser
 from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.products import IntegerConv2d, IntegerLinear, Product
-from edadm_cli.engines.triton.residual import FusedResidualBlock
+from edadm_cli.engines.triton.residual import FusedResidualBlock, FusedUpBlock
 from edadm_cli.engines.triton.transformer import FusedTransformer2D, FusedTransformerBlock
 from edadm_cli.models.random_models import example_call
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
@@ -100,6 +101,43 @@ def test_a_float16_rest_stays_close(network: tuple[nn.Module, Call]) -> None:
     assert found.dtype == torch.float32, "outputs have the inputs' type"
     assert 0 < relative_l2(found, exact(denoiser, call)) < ROUNDED
     assert {row.precision for row in compiled.layers if row.planned == "float"} == {"float16"}
+
+
+class Concatenations(TorchDispatchMode):
+    """Counts copies that join images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.cat.default and args[0][0].ndim == 4:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_ddpm", "tiny_sdxl"])
+def test_skip_connections_are_not_copied(name: str, request: pytest.FixtureRequest) -> None:
+    denoiser = load(request.getfixturevalue(name), name)
+    call = example_call(denoiser, batch_size=2)
+    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
+    compiled = TritonEngine().compile(denoiser, *call, HALF)
+    assert all(isinstance(block, FusedUpBlock) for block in compiled.model.up_blocks)
+    with Concatenations() as found:
+        compiled.call_eagerly(*call[0], **call[1])
+    assert found.count == 0
+
+
+def test_blocks_that_change_their_skip_connections_concatenate(tiny_sd: Path) -> None:
+    denoiser = load(tiny_sd, "tiny_sd")
+    denoiser.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    call = example_call(denoiser, batch_size=2)
+    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
+    compiled = TritonEngine().compile(denoiser, *call, CPU)
+    assert not any(isinstance(block, FusedUpBlock) for block in compiled.model.up_blocks)
+    found, wanted = compiled(*call[0], **call[1])[0], exact(denoiser, call)
+    denoiser.disable_freeu()
+    assert relative_l2(found, wanted) < 10 * EXACT < 0.1 * relative_l2(exact(denoiser, call), wanted)
 
 
 def test_the_denoiser_is_left_as_it_was(network: tuple[nn.Module, Call]) -> None:

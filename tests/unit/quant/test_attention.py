@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, QuantizedAttention, operand_grid
 from edadm_cli.quant.plan import AttentionPlan
@@ -123,3 +125,36 @@ def test_a_cast_leaves_scales_alone(dtype: torch.dtype) -> None:
         assert found.dtype == torch.float32
         assert torch.equal(found, scale)
     assert {f"processor.{operand}_scale" for operand in OPERANDS} <= set(attention.state_dict())
+
+
+class _Hook(ModelHook):
+    """Puts scales in place before, as offloading does, and takes them away after."""
+
+    def __init__(self, scales: dict[str, Tensor]) -> None:
+        self.scales, self.calls = scales, 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.calls += 1
+        assert not any(hasattr(value, "to") for value in (*args, *kwargs.values())), "would be moved"
+        for operand, scale in self.scales.items():
+            module._buffers[f"{operand}_scale"] = scale
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        for operand in self.scales:
+            module._buffers[f"{operand}_scale"] = torch.ones((), device="meta")
+        return output
+
+
+@torch.no_grad()
+def test_hooks_have_the_scales_in_place_once_a_call() -> None:
+    """accelerate and diffusers exchange `forward`; diffusers passes on what the signature of `__call__` names."""
+    attention, inputs = _attention({}), _inputs((2, 10, 16), cross=False)
+    processor = QuantizedAttention(AttentionPlan(activation_bits=8), _scales())
+    attention.set_processor(processor)
+    wanted, hook = attention(**inputs), _Hook(_scales())
+    add_hook_to_module(processor, hook)
+    hook.post_forward(processor, None)
+    assert torch.equal(attention(**inputs), wanted)
+    assert hook.calls == 1
+    assert "temb" in inspect.signature(processor.__call__).parameters
