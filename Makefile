@@ -39,7 +39,7 @@ bench: $(VENV)/.installed
 	$(BIN)/edadm bench --model $(MODEL) --bits w8a8,w4a8
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -1,15 +1,24 @@
-"""Runs of the tiny pipelines, collected and selected once a session."""
+"""Runs of the tiny pipelines, collected and selected once a session, and processes without the price of imports."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.config import CollectConfig, SelectConfig
+from tests.integration.fresh_interpreter import FreshInterpreter
+
+
+@pytest.fixture(scope="session")
+def fresh_interpreter() -> Iterator[FreshInterpreter]:
+    """Runs scripts in processes of their own that have imported diffusers and nothing of ours."""
+    interpreter = FreshInterpreter()
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture(scope="session")

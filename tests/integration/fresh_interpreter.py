@@ -1,7 +1,7 @@
-"""A program that has imported diffusers and nothing of ours, and makes the round trip of an export on request.
+"""A program that has imported diffusers and nothing of ours, and forks for every script that it is asked to run.
 
-It forks for every request, a line of JSON: each export meets an interpreter in which no other has been loaded, and the
-imports are paid for once.
+Each script has a process of its own, which may die of it, and meets an interpreter in which nothing has been loaded;
+the imports are paid for once.
 """
 
 from __future__ import annotations
@@ -9,39 +9,114 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import traceback
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 SEED, NUM_STEPS = 4, 2
+ROUND_TRIP = """
+import json, sys
+from fresh_interpreter import round_trip
+print(json.dumps(round_trip(**json.loads(sys.argv[1]))))
+"""
+# A program that has its script run there: with its own arguments, folder, environment and streams.
+PROGRAM = """#!{python} -S
+import json, os, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({address!r})
+request = {{"script": {script!r}, "arguments": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ)}}
+socket.send_fds(connection, [json.dumps(request).encode() + b"\\n"], [0, 1, 2])
+sys.exit(int(connection.makefile().read().split()[1]))
+"""
+
+
+class Running:
+    """A script in a process of its own."""
+
+    def __init__(self, connection: socket.socket, output: int) -> None:
+        self._answers = connection.makefile()
+        self.stdout = os.fdopen(output)
+        self.pid = int(self._answers.readline())
+
+    def wait(self) -> int:
+        """The exit code, or minus the number of the signal that ended it."""
+        return int(self._answers.readline())
+
+    def kill(self) -> int:
+        """`kill -9`, and what `wait` gives."""
+        os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
+
+    def close(self) -> None:
+        """Let go of its output."""
+        self.stdout.close()
+        self._answers.close()
 
 
 class FreshInterpreter:
-    """The program, started; `ask` gives what `round_trip` returns there."""
+    """The program, started."""
 
     def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._address = str(Path(self._folder.name) / "socket")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__, self._address],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+
+    def start(self, script: str, *arguments: object, cwd: Path | None = None) -> Running:
+        """Run a script as `python -c SCRIPT ARGUMENTS` would."""
+        request = {"script": script, "arguments": list(map(str, arguments)), "cwd": str(cwd or ROOT)}
+        reading, writing = os.pipe()
+        with socket.socket(socket.AF_UNIX) as connection, open(os.devnull) as nothing:
+            connection.connect(self._address)
+            message = json.dumps(request).encode() + b"\n"
+            socket.send_fds(connection, [message], [nothing.fileno(), writing, 2])
+            os.close(writing)
+            return Running(connection, reading)
+
+    def run(self, script: str, *arguments: object, cwd: Path | None = None) -> int:
+        """Run a script to its end, for what `wait` gives."""
+        running = self.start(script, *arguments, cwd=cwd)
+        running.stdout.read()
+        code = running.wait()
+        running.close()
+        return code
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Make a round trip in an interpreter of its own."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        assert "failure" not in answer, answer["failure"]
+        """What `round_trip` returns there."""
+        running = self.start(ROUND_TRIP, json.dumps(request))
+        text = running.stdout.read()
+        code = running.wait()
+        running.close()
+        assert code == 0, "the round trip failed; what it says stands on stderr"
+        answer: dict[str, Any] = json.loads(text)
         return answer
+
+    def write_program(self, path: Path, script: str) -> None:
+        """Write a program that has `script` run there."""
+        path.write_text(PROGRAM.format(python=sys.executable, address=self._address, script=script))
+        path.chmod(0o755)
 
     def close(self) -> None:
         """End the program."""
         self._process.communicate()
+        self._folder.cleanup()
 
 
 def image_digest(pipeline: Any, arguments: dict[str, Any]) -> str:
@@ -80,25 +155,68 @@ def round_trip(folder: str, again: str, arguments: dict[str, Any]) -> dict[str, 
     }
 
 
-def _serve() -> None:
+def _serve(address: str) -> None:
     if not any(entry.name == "edadm" for entry in importlib.metadata.entry_points(group="torch.backends")):
         import edadm_cli  # noqa: F401 - installed, the package is found through its entry point
-    import diffusers  # noqa: F401
     import torch  # noqa: F401
-    import transformers  # noqa: F401
+    from diffusers import DDIMPipeline, StableDiffusionPipeline  # noqa: F401 - with the modules behind the names
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    for line in sys.stdin:
-        child = os.fork()
-        if child:
-            os.waitpid(child, 0)
-            continue
-        try:
-            answer = round_trip(**json.loads(line))
-        except BaseException:  # noqa: BLE001 - whatever it was, the test tells
-            answer = {"failure": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
-        os._exit(0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            ready, _, _ = select.select([listener, sys.stdin], [], [])
+            if sys.stdin in ready:  # its end: the tests are over
+                return
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _attend(connection)
+            connection.close()
+
+
+def _attend(connection: socket.socket) -> NoReturn:
+    """Start what a connection asks for, tell its process id, wait for it, and tell how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    while not message.endswith(b"\n"):
+        message += connection.recv(1 << 20)
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        _run(json.loads(message), streams)
+    for stream in streams:
+        os.close(stream)
+    connection.sendall(f"{child}\n".encode())
+    _, status = os.waitpid(child, 0)
+    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def _run(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
+    code: object = 1
+    try:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.chdir(request["cwd"])
+        if "environment" in request:
+            os.environ.clear()
+            os.environ.update(request["environment"])
+        sys.argv = ["-c", *request["arguments"]]
+        exec(compile(request["script"], "<script>", "exec"), {"__name__": "__main__"})
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:  # noqa: BLE001 - whatever it was, as the interpreter would have it
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

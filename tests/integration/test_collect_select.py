@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from edadm_cli.models.calls import DenoiserCall, record_calls
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.sampling import image_seed, sample
 from edadm_cli.select import stage as select
+from tests.integration.fresh_interpreter import FreshInterpreter
 
 CPU = torch.device("cpu")
 N, STEPS = 10, 4
@@ -220,20 +218,18 @@ def test_equal_settings_give_equal_bytes(
 
 
 def test_a_killed_collect_goes_on_at_its_shard_and_ends_with_the_same_bytes(
-    collected: dict[str, RunFolder], tiny_sd: Path, prompts: Path, tmp_path: Path
+    collected: dict[str, RunFolder],
+    tiny_sd: Path,
+    prompts: Path,
+    fresh_interpreter: FreshInterpreter,
+    tmp_path: Path,
 ) -> None:
     run = RunFolder(tmp_path / "killed")
     config = config_of(tiny_sd, prompts)
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_RUN, config.model_dump_json(), str(run.root)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"in shard 2\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    running = fresh_interpreter.start(KILLED_RUN, config.model_dump_json(), run.root)
+    assert running.stdout.readline() == "in shard 2\n"
+    assert running.kill() == -signal.SIGKILL
+    running.close()
     assert not run.path("collect").exists()
     (partial,) = run.root.glob(".collect.partial-*")
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("latents-*")}

@@ -45,13 +45,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def fresh_interpreter() -> Iterator[FreshInterpreter]:
-    interpreter = FreshInterpreter()
-    yield interpreter
-    interpreter.close()
-
-
 def chain(name: str, root: Path) -> RunFolder:
     run = RunFolder(root)
     steps = 2 if name == "flux-schnell" else 3

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.cli.app import main
+from tests.integration.fresh_interpreter import FreshInterpreter
 
-ROOT = Path(__file__).parents[2]
 BITS = "w4a8"
 # Kills itself in the middle of the write that is asked for: the N-th file, or the manifest.
 KILLED = """
@@ -75,19 +72,13 @@ def _command(stage: str, model: Path, place: Path, run: Path) -> list[str]:
     return [stage, *own, "--config", str(place / "edadm.toml"), "--run", str(run), "-q"]
 
 
-def _killed(when: str, run: Path, command: list[str]) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "-c", KILLED, str(run), when, *command]
-    return subprocess.run(arguments, env=environment, check=False, cwd=run.parent).returncode
-
-
 def _payload(run: Path, stage: str) -> dict[str, str]:
     artifact = RunFolder(run).open(stage, STAGES[stage])
     return {entry.path: entry.sha256 for entry in artifact.manifest.payload}
 
 
 def test_a_killed_chain_ends_like_an_undisturbed_one(
-    tiny_ddpm: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_ddpm: Path, place: Path, fresh_interpreter: FreshInterpreter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     calm, disturbed = place / "calm", place / "disturbed"
@@ -95,7 +86,8 @@ def test_a_killed_chain_ends_like_an_undisturbed_one(
         assert main(_command(stage, tiny_ddpm, place, calm)) == 0
         command = _command(stage, tiny_ddpm, place, disturbed)
         for when in ("2", "manifest.json"):
-            assert _killed(when, disturbed, command) == -signal.SIGKILL, f"{stage} was not killed at {when}"
+            code = fresh_interpreter.run(KILLED, disturbed, when, *command, cwd=place)
+            assert code == -signal.SIGKILL, f"{stage} was not killed at {when}"
             assert not RunFolder(disturbed).has(stage, name), "what is not complete is not there"
         assert main(command) == 0
         assert _payload(disturbed, stage) == _payload(calm, stage), stage

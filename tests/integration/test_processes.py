@@ -24,6 +24,7 @@ from edadm_cli.evaluate import stage as evaluate
 from edadm_cli.export import stage as export
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
+from tests.integration.fresh_interpreter import FreshInterpreter
 
 ROOT = Path(__file__).parents[2]
 FreshRun = Callable[[Path], RunFolder]
@@ -38,18 +39,26 @@ num_candidates = 8
 """
 
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "edadm_cli")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 
 
-def torchrun(*words: str) -> subprocess.Popen[str]:
-    """`torchrun --nproc-per-node 2 -m edadm_cli WORDS`."""
-    return start(*TORCHRUN, *words)
+@pytest.fixture
+def program(fresh_interpreter: FreshInterpreter, tmp_path: Path) -> Path:
+    """`edadm` without the price of its imports, for runs in which nobody dies: a signal ends the program, no more."""
+    path = tmp_path / "edadm"
+    fresh_interpreter.write_program(path, "import sys\nfrom edadm_cli.cli.app import main\nsys.exit(main())\n")
+    return path
 
 
-def accelerate_launch(*words: str) -> subprocess.Popen[str]:
-    """`accelerate launch --multi_gpu --num_processes 2 -m edadm_cli WORDS`."""
-    return start(*ACCELERATE, "-m", "edadm_cli", *words)
+def torchrun(*words: str, program: Path | None = None) -> subprocess.Popen[str]:
+    """`torchrun --nproc-per-node 2 -m edadm_cli WORDS`, or `PROGRAM WORDS`."""
+    return start(*TORCHRUN, *(["--no-python", "--", str(program)] if program else ["-m", "--", "edadm_cli"]), *words)
+
+
+def accelerate_launch(program: Path, *words: str) -> subprocess.Popen[str]:
+    """`accelerate launch --multi_gpu --num_processes 2 --no_python PROGRAM WORDS`."""
+    return start(*ACCELERATE, "--no_python", str(program), *words)
 
 
 def start(*words: str) -> subprocess.Popen[str]:
@@ -97,7 +106,9 @@ def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, t
     assert err.strip() == ""
 
 
-def test_reconstruction_is_the_same_within_rounding(tiny_sd: Path, fresh_run: FreshRun, tmp_path: Path) -> None:
+def test_reconstruction_is_the_same_within_rounding(
+    tiny_sd: Path, fresh_run: FreshRun, program: Path, tmp_path: Path
+) -> None:
     """Gradients of the two halves of a step's rows add up to those of all rows; only the order of the sums differs.
 
     Adam divides gradients by their size, so that one of rounding noise moves a number as far as a real one would, and
@@ -110,7 +121,7 @@ def test_reconstruction_is_the_same_within_rounding(tiny_sd: Path, fresh_run: Fr
     config = ReconstructConfig(bits=BitWidth.parse("w4a8"), recipe=load_recipe(str(recipe)), batch_size=3, device="cpu")
     reconstruct.run(config, run)
     flags = ["--bits", "w4a8", "--recipe", str(recipe), "--batch-size", "3", "--device", "cpu", "--quiet"]
-    done = torchrun("reconstruct", "--run", str(other.root), *flags)
+    done = torchrun("reconstruct", "--run", str(other.root), *flags, program=program)
     _, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     alone, two = run.open("reconstruct", "w4a8"), other.open("reconstruct", "w4a8")
@@ -140,7 +151,7 @@ def quantile_of_scales(ours: dict[str, Tensor], theirs: dict[str, Tensor], start
     return float(apart.double().quantile(share))
 
 
-def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun) -> None:
+def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun, program: Path) -> None:
     run = fresh_run(tiny_ddpm)
     bits = BitWidth.parse("w8a8")
     recipe = load_recipe("rtn")
@@ -152,7 +163,7 @@ def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun) -
     shutil.copytree(run.root, other.root)
     evaluate.run(EvaluateConfig(bits=bits, num_images=5, batch_size=2, device="cpu"), run)
     flags = ["--bits", "w8a8", "--num-images", "5", "--batch-size", "2", "--device", "cpu", "--json"]
-    done = accelerate_launch("evaluate", "--run", str(other.root), *flags)
+    done = accelerate_launch(program, "evaluate", "--run", str(other.root), *flags)
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     assert json.loads(out)["status"] == "done"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +21,9 @@ from edadm_cli.models.loading import load_model
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import LayerRule, LearnRecipe, Recipe, load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
+from tests.integration.fresh_interpreter import FreshInterpreter
 
 FreshRun = Callable[[Path], RunFolder]
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 RECIPES = ("default", "default-attention", "paper", "ptq4dm", "q-diffusion", "rtn")
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a5")
@@ -159,18 +156,13 @@ stage.run(ReconstructConfig.model_validate_json(sys.argv[1]), RunFolder(Path(sys
 
 @pytest.mark.parametrize(("model", "after"), [("tiny_sd", 9), ("tiny_ddpm", 2)])
 def test_killed_between_units_it_ends_with_the_bytes_of_an_undisturbed_run(
-    model: str, after: int, fresh_run: FreshRun, request: pytest.FixtureRequest
+    model: str, after: int, fresh_run: FreshRun, fresh_interpreter: FreshInterpreter, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(model)
     # everything random is on: dropped inputs, dropped activations, the order of rows
     config = config_of(recipe=quick("paper"))
     calm, disturbed = fresh_run(folder), fresh_run(folder)
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, config.model_dump_json(), str(disturbed.root), str(after)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert process.returncode == -signal.SIGKILL
+    assert fresh_interpreter.run(KILLED, config.model_dump_json(), disturbed.root, after) == -signal.SIGKILL
     assert not disturbed.has("reconstruct", "w4a8")
     results = [reconstruct.run(config, run) for run in (calm, disturbed)]
     assert results[0].identity == results[1].identity

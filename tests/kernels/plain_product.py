@@ -10,7 +10,7 @@ import json
 import triton
 import triton.language as tl
 
-from edadm_kernels.codegen import compile_variant, describe, violations
+from edadm_kernels.codegen import compile_variant, describe, disassemble, violations
 from edadm_kernels.variants import aligned
 
 
@@ -40,7 +40,8 @@ def judge(arch: int, rows: bool) -> list[str]:
     types = {"x": "*i8", "weight": "*i8", "out": "*i32", "K": "i32", "N": "i32"}
     blocks = {"ROWS": rows, "BM": 128, "BN": 128, "BK": 128}
     variant = aligned(arch, "plain", plain_product, types, blocks, num_warps=4, num_stages=3)
-    return violations(describe("plain", variant, arch, compile_variant(variant, arch)))
+    binary = compile_variant(variant, arch)
+    return violations(describe("plain", variant, arch, binary, *disassemble([binary.cubin], arch)))
 
 
 if __name__ == "__main__":

@@ -8,43 +8,51 @@ import itertools
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 import edadm_kernels
 from edadm_kernels import hopper
-from edadm_kernels.codegen import ARCHITECTURES, MODULES, MachineCode, parse, violations
-from edadm_kernels.codegen.compilation import list_variants
+from edadm_kernels.codegen import (
+    ARCHITECTURES,
+    MODULES,
+    MachineCode,
+    batch,
+    compile_variant,
+    disassemble,
+    list_jobs,
+    list_variants,
+    parse,
+    survey,
+    violations,
+)
+from edadm_kernels.codegen import __main__ as command
 from edadm_kernels.codegen.listing import count
+from edadm_kernels.codegen.survey import Job
 
 INTERPRETED = False
 
 DISASSEMBLY = """
-kernel:
-.text.kernel:
-        /*0000*/                   LDC R1, c[0x0][0x28] ;
-.L_x_1:
-        /*0010*/                   LDG.E.128 R4, desc[UR4][R8.64] ;
-.L_x_2:
-        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R3], desc[UR4][R8.64] ;
-        /*0030*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
-        /*0040*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
-        /*0050*/               @P1 BRA `(.L_x_2) ;
-        /*0060*/                   PRMT R4, R5, 0x3340, R6 ;
-        /*0070*/               @P2 BRA `(.L_x_1) ;
-        /*0080*/              @!P3 BRA `(.L_x_4) ;
-.L_x_3:
-        /*0090*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
-        /*00a0*/               @P1 BRA `(.L_x_3) ;
-        /*00b0*/                   EXIT ;
-.L_x_4:
-        /*00c0*/                   BRA `(.L_x_4);
-.L_x_5:
-        /*00d0*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
-        /*00e0*/                   BRA `(.L_x_1) ;
+        /*1000*/                   LDC R1, c[0x0][0x28] ;
+        /*1010*/                   LDG.E.128 R4, desc[UR4][R8.64] ;
+        /*1020*/              @!P0 LDGSTS.E.BYPASS.128 [R3], desc[UR4][R8.64] ;
+        /*1030*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
+        /*1040*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
+        /*1050*/               @P1 BRA 0x1020 ;
+        /*1060*/                   PRMT R4, R5, 0x3340, R6 ;
+        /*1070*/               @P2 BRA 0x1010 ;
+        /*1080*/              @!P3 BRA 0x10c0 ;
+        /*1090*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
+        /*10a0*/               @P1 BRA 0x1090 ;
+        /*10b0*/                   EXIT ;
+        /*10c0*/                   BRA 0x10c0;
+        /*10d0*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;
+        /*10e0*/                   BRA 0x1010 ;
 """
 
 
@@ -62,6 +70,11 @@ def test_the_main_loop_is_the_innermost_with_most_products() -> None:
 
 def test_code_without_a_loop_has_no_main_loop() -> None:
     assert parse("        /*0000*/                   IMMA.16832.S8.S8 R4, R8.ROW, R10.COL, R4 ;").main_loop() == ()
+
+
+def test_a_branch_out_of_the_listing_is_refused() -> None:
+    with pytest.raises(ValueError, match="behind BRA, found ' 0x2000 '"):
+        parse("        /*1000*/                   BRA 0x2000 ;")
 
 
 # The kernels in CUDA C++ are for one architecture.
@@ -175,17 +188,26 @@ def test_the_gate_finds_what_the_products_avoid() -> None:
     assert any("PRMT" in reason for reason in verdict["columns"]) == PREFETCH_DEFECT[version]
 
 
-def test_only_keeps_what_matches() -> None:
-    finished = run_codegen("--only", "norm/nothing-*")
-    assert finished.returncode == 2
-    assert "norm/nothing-*" in finished.stderr
+def test_only_keeps_what_matches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["codegen", "--only", "norm/nothing-*"])
+    assert command.main() == 2
+    assert "norm/nothing-*" in capsys.readouterr().err
 
 
-def test_kernels_pass_on_every_architecture(tmp_path: Path) -> None:
-    finished = run_codegen("--spread", "--out", str(tmp_path))
+def test_what_is_rejected_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["codegen", "--arch", "80", "--only", "pointwise/quantize-*", "--processes", "1"])
+    monkeypatch.setattr(command, "violations", lambda code: ["made up"] if code.name == "quantize-fp16" else [])
+    assert command.main() == 1
+    assert capsys.readouterr().err == "pointwise/quantize-fp16 on sm_80: made up\n"
+
+
+def test_the_command_writes_what_it_judges(tmp_path: Path) -> None:
+    patterns = ("pointwise/*", "norm/layer-1280-3", "hopper/group-statistics-4096x320")
+    finished = run_codegen("--arch", "86", "90", "--only", *patterns, "--out", str(tmp_path), "--processes", "1")
     assert finished.returncode == 0, finished.stderr
     kernels = json.loads((tmp_path / "codegen.json").read_text())["kernels"]
-    assert {(kernel["module"], kernel["arch"]) for kernel in kernels} == SURVEYED
+    wanted = {pair for pair in SURVEYED if pair[1] in (86, 90) and pair[0] in ("pointwise", "norm", "hopper")}
+    assert {(kernel["module"], kernel["arch"]) for kernel in kernels} == wanted
     for kernel in kernels:
         stem = f"{kernel['module']}-{kernel['name']}-sm_{kernel['arch']}"
         assert kernel["name"] in finished.stdout
@@ -193,3 +215,51 @@ def test_kernels_pass_on_every_architecture(tmp_path: Path) -> None:
         if kernel["module"] != "hopper":
             assert f".target sm_{kernel['arch']}" in (tmp_path / f"{stem}.ptx").read_text()
         assert "EXIT" in (tmp_path / f"{stem}.sass").read_text()
+
+
+def with_addresses(labelled: str) -> str:
+    """What `nvdisasm -c` prints, its labels replaced by the addresses of what stands behind them."""
+    addresses: dict[str, str] = {}
+    waiting: list[str] = []
+    for line in labelled.splitlines():
+        if found := re.match(r"(\.L_\w+):|\s*/\*([0-9a-f]+)\*/", line):
+            label, address = found.groups()
+            waiting += [label] if label else []
+            if address:
+                addresses |= dict.fromkeys(waiting, f"0x{address}")
+                waiting = []
+    return re.sub(r"`\((\.L_\w+)\)", lambda found: addresses[found.group(1)], labelled)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_binaries_together_read_as_each_alone(arch: int, tmp_path: Path) -> None:
+    names = {"quantize-fp16", "layer-1280-3", "attention-40-4096x77"}
+    variants = [variant for module in MODULES for variant in list_variants(module, arch) if variant.name in names]
+    cubins = [compile_variant(variant, arch).cubin for variant in variants]
+    assert len(cubins) == len(names)
+    for cubin, together in zip(cubins, disassemble(cubins, arch), strict=True):
+        path = tmp_path / "alone.cubin"
+        path.write_bytes(cubin)
+        words = [triton.knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        alone = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        listing = parse(with_addresses(alone))
+        assert any(instruction.target is not None for instruction in listing.instructions)
+        assert parse(together) == listing
+
+
+JOBS = list_jobs(ARCHITECTURES)
+BATCHES = batch(JOBS)
+
+
+def test_every_variant_is_in_a_batch() -> None:
+    assert [job for jobs in BATCHES for job in jobs] == JOBS
+    assert {(module, arch) for module, _, arch in JOBS} == SURVEYED
+    assert all(len({arch for _, _, arch in jobs}) == 1 for jobs in BATCHES)
+
+
+@pytest.mark.parametrize("jobs", BATCHES, ids=[f"sm_{jobs[0][2]}-{number}" for number, jobs in enumerate(BATCHES)])
+def test_every_variant_passes(jobs: list[Job]) -> None:
+    codes = list(survey(jobs, processes=1))
+    assert [(code.module, code.name, code.arch) for code in codes] == jobs
+    rejected = {f"{code.module}/{code.name} on sm_{code.arch}": violations(code) for code in codes}
+    assert {name: reasons for name, reasons in rejected.items() if reasons} == {}

@@ -8,18 +8,22 @@ whether it is pipelined, whether loads are 16 bytes wide.
 """
 
 from edadm_kernels.codegen.compilation import ARCHITECTURES, MODULES, compile_variant, list_variants
+from edadm_kernels.codegen.disassembly import disassemble
 from edadm_kernels.codegen.gate import violations
 from edadm_kernels.codegen.listing import Listing, parse
 from edadm_kernels.codegen.machine_code import MachineCode, describe
-from edadm_kernels.codegen.survey import survey
+from edadm_kernels.codegen.survey import batch, list_jobs, survey
 
 __all__ = [
     "ARCHITECTURES",
     "MODULES",
     "Listing",
     "MachineCode",
+    "batch",
     "compile_variant",
     "describe",
+    "disassemble",
+    "list_jobs",
     "list_variants",
     "parse",
     "survey",

@@ -13,7 +13,7 @@ import triton
 from edadm_kernels.codegen.compilation import ARCHITECTURES, MODULES
 from edadm_kernels.codegen.gate import violations
 from edadm_kernels.codegen.machine_code import MachineCode
-from edadm_kernels.codegen.survey import Job, list_jobs, spread_jobs, survey, to_row
+from edadm_kernels.codegen.survey import Job, list_jobs, survey, to_row
 
 _COLUMNS = (
     "Variant",
@@ -37,8 +37,7 @@ def main() -> int:
     options = _parser().parse_args()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-    choose = spread_jobs if options.spread else list_jobs
-    jobs = [job for job in choose(options.arch, options.module) if _wanted(job, options.only)]
+    jobs = [job for job in list_jobs(options.arch, options.module) if _wanted(job, options.only)]
     if not jobs:
         print(f"a variant that matches {' or '.join(options.only)} is wanted, found none; see --help", file=sys.stderr)
         return 2
@@ -69,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
         "--module", nargs="+", choices=MODULES, default=list(MODULES), help="only kernels of these modules"
     )
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="only variants such as 'gemm/geglu-*'")
-    parser.add_argument("--spread", action="store_true", help="every kernel on every architecture, variants in turn")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, help="folder for cubin, PTX, SASS and codegen.json")
     parser.add_argument("--processes", type=int, default=2, help="compilations at a time")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-_LABEL = re.compile(r"^\s*(\.L_\w+):")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
-_TARGET = re.compile(r"`\((\.L_\w+)\)")
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 MMA = ("IMMA", "IGMMA")
 FLOAT_MMA = ("HMMA", "HGMMA")
 SPILLS = ("LDL", "STL")
@@ -16,10 +16,10 @@ ASYNC_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction: its opcode with modifiers, such as `LDG.E.128`, and the label it branches to."""
+    """One machine instruction: its opcode with modifiers, such as `LDG.E.128`, and the index of what it branches to."""
 
     opcode: str
-    target: str | None
+    target: int | None
 
     @property
     def family(self) -> str:
@@ -29,18 +29,17 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Listing:
-    """A kernel's instructions in order, and the index at which each label stands."""
+    """A kernel's instructions in order."""
 
     instructions: tuple[Instruction, ...]
-    labels: dict[str, int]
 
     def loops(self) -> list[tuple[Instruction, ...]]:
         """Bodies of the loops, each from the target of a backward branch to the branch."""
         bodies = []
         for index, instruction in enumerate(self.instructions):
-            start = self.labels.get(instruction.target or "")
+            start = instruction.target
             # a branch to itself is the trap behind the last instruction
-            if instruction.family == "BRA" and start is not None and start < index:
+            if start is not None and start < index:
                 body = self.instructions[start : index + 1]
                 # code that is seldom run stands behind the end of the kernel and jumps back into it: no loop
                 if not count(body, "EXIT"):
@@ -62,13 +61,21 @@ def count(instructions: tuple[Instruction, ...], *families: str) -> int:
 
 
 def parse(disassembly: str) -> Listing:
-    """A listing of what `nvdisasm -c` prints for a binary with one kernel."""
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in disassembly.splitlines():
-        if label := _LABEL.match(line):
-            labels[label.group(1)] = len(instructions)
-        elif found := _INSTRUCTION.match(line):
-            target = _TARGET.search(found.group(2))
-            instructions.append(Instruction(found.group(1), target.group(1) if target else None))
-    return Listing(tuple(instructions), labels)
+    """A listing of what `disassemble` returns for a binary.
+
+    Raises:
+        ValueError: A branch leads to no instruction of the listing.
+    """
+    found = [match.groups() for line in disassembly.splitlines() if (match := _INSTRUCTION.match(line))]
+    indices = {int(address, 16): index for index, (address, _, _) in enumerate(found)}
+    return Listing(tuple(Instruction(opcode, _target(opcode, operands, indices)) for _, opcode, operands in found))
+
+
+def _target(opcode: str, operands: str, indices: Mapping[int, int]) -> int | None:
+    """Index of the instruction that one branches to; None for one that does not branch."""
+    if opcode.split(".", 1)[0] != "BRA":
+        return None
+    address = _TARGET.search(operands)
+    if address is None or int(address.group(1), 16) not in indices:
+        raise ValueError(f"the address of an instruction is wanted behind {opcode}, found {operands!r}")
+    return indices[int(address.group(1), 16)]

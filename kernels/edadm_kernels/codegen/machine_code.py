@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edadm_kernels.codegen.compilation import AnyVariant, Binary
+from edadm_kernels.codegen.disassembly import count_registers
 from edadm_kernels.codegen.listing import ASYNC_COPIES, FLOAT_MMA, MMA, SPILLS, count, parse
 
 
@@ -62,9 +63,9 @@ class MachineCode:
         return self.loop_instructions / self.loop_mma if self.loop_mma else 0.0
 
 
-def describe(module: str, variant: AnyVariant, arch: int, binary: Binary) -> MachineCode:
-    """Read the disassembly of `variant`."""
-    listing = parse(binary.disassembly)
+def describe(module: str, variant: AnyVariant, arch: int, binary: Binary, disassembly: str) -> MachineCode:
+    """Read the binary of `variant` and what `disassemble` returned for it."""
+    listing = parse(disassembly)
     everything, loop = listing.instructions, listing.main_loop()
     copies = [instruction for instruction in loop if instruction.family in ASYNC_COPIES]
     if not copies:  # a warp of its own may do the copying
@@ -75,7 +76,7 @@ def describe(module: str, variant: AnyVariant, arch: int, binary: Binary) -> Mac
         arch=arch,
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
-        registers=binary.registers,
+        registers=count_registers(binary.cubin),
         shared_bytes=binary.shared_bytes,
         has_dot=binary.has_dot,
         tile_rows=variant.tile_rows,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +14,7 @@ from edadm_cli.collect import stage as collect_stage
 from edadm_cli.config import BitWidth, CollectConfig, EvaluateConfig
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate import stage
+from tests.integration.fresh_interpreter import FreshInterpreter, Running
 
 Exporter = Callable[[RunFolder, float], Artifact]
 STOPS_IN_A_BATCH = """
@@ -52,18 +50,15 @@ CONFIG = EvaluateConfig(bits=BitWidth(weight=4, activation=8), num_images=9, bat
 
 
 @contextmanager
-def _stopped(run: RunFolder, allowed: int) -> Iterator[subprocess.Popen[str]]:
+def _stopped(interpreter: FreshInterpreter, run: RunFolder, allowed: int) -> Iterator[Running]:
     """Run an evaluation in another process that stops for good after some batches; kill it at the end."""
-    command = [sys.executable, "-c", STOPS_IN_A_BATCH, CONFIG.model_dump_json(), str(run.root), str(allowed)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    running = interpreter.start(STOPS_IN_A_BATCH, CONFIG.model_dump_json(), run.root, allowed)
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "in a batch\n"
-        yield process
+        assert running.stdout.readline() == "in a batch\n"
+        yield running
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert running.kill() == -signal.SIGKILL
+        running.close()
 
 
 def _payload(run: RunFolder) -> dict[str, str]:
@@ -73,10 +68,10 @@ def _payload(run: RunFolder) -> dict[str, str]:
 
 @pytest.mark.parametrize("allowed", [2, 4])  # of three batches at full precision and three quantized ones
 def test_a_killed_evaluation_ends_with_the_same_bytes(
-    folder_run: RunFolder, allowed: int, monkeypatch: pytest.MonkeyPatch
+    folder_run: RunFolder, allowed: int, fresh_interpreter: FreshInterpreter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with _stopped(folder_run, allowed):
+    with _stopped(fresh_interpreter, folder_run, allowed):
         pass
     assert not folder_run.has("evaluate", "w4a8")
     assert len(list(folder_run.path("evaluate").rglob("batch-*.safetensors"))) == allowed
@@ -86,8 +81,11 @@ def test_a_killed_evaluation_ends_with_the_same_bytes(
     assert _payload(folder_run) == resumed
 
 
-def test_a_second_evaluation_of_the_same_export_is_told_of_the_first(folder_run: RunFolder) -> None:
-    with _stopped(folder_run, 4) as process:
-        with pytest.raises(InputError, match=f"pid {process.pid}"):
-            stage.run(CONFIG, folder_run)
-        assert process.poll() is None
+def test_a_second_evaluation_of_the_same_export_is_told_of_the_first(
+    folder_run: RunFolder, fresh_interpreter: FreshInterpreter
+) -> None:
+    with (
+        _stopped(fresh_interpreter, folder_run, 4) as first,
+        pytest.raises(InputError, match=f"pid {first.pid}"),
+    ):
+        stage.run(CONFIG, folder_run)
