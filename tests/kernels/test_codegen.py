@@ -94,6 +94,7 @@ PRODUCT = MachineCode(
     mma="IGMMA",
     loop_mma=4,
     float_mma=0,
+    float_warp_groups=0,
     loop_instructions=100,
     loop_prmt=0,
     loop_spills=0,
@@ -103,7 +104,7 @@ PRODUCT = MachineCode(
     loads=2,
     wide_loads=0,
 )
-ATTENTION = dataclasses.replace(PRODUCT, mma="", loop_mma=0, float_mma=40)
+ATTENTION = dataclasses.replace(PRODUCT, mma="", loop_mma=0, float_mma=40, float_warp_groups=40)
 STREAM = dataclasses.replace(PRODUCT, has_dot=False, mma="", loop_mma=0, tile_rows=0, wide_loads=2)
 
 
@@ -122,6 +123,10 @@ STREAM = dataclasses.replace(PRODUCT, has_dot=False, mma="", loop_mma=0, tile_ro
         ),
         (dataclasses.replace(STREAM, spills=2), "2 LDL/STL"),
         (dataclasses.replace(ATTENTION, spills=37), "37 LDL/STL"),
+        (
+            dataclasses.replace(ATTENTION, module="hopper", float_warp_groups=8),
+            "32 matrix instructions that are not HGMMA",
+        ),
         (dataclasses.replace(STREAM, wide_loads=0), "none of 2 loads"),
     ],
 )
@@ -133,6 +138,8 @@ def test_sound_code_passes() -> None:
     assert violations(PRODUCT) == []
     assert violations(STREAM) == []
     assert violations(ATTENTION) == []
+    assert violations(dataclasses.replace(ATTENTION, float_warp_groups=0)) == [], "Triton's may have small tiles"
+    assert violations(dataclasses.replace(ATTENTION, module="hopper")) == []
     assert violations(dataclasses.replace(PRODUCT, mma="IMMA", tile_rows=32)) == []
 
 

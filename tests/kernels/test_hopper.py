@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from edadm_kernels import hopper
+from edadm_kernels import attention_pays, hopper
 from edadm_kernels.backend import backend, uses_hopper
-from edadm_kernels.hopper import compilation, group_norm, product
+from edadm_kernels.hopper import attention, compilation, group_norm, product
 from edadm_kernels.hopper.product import SPLITS, TILES, Shape
 
 INTERPRETED = False
@@ -101,11 +101,79 @@ def test_group_norm_cuts_every_pixel_once(pixels: int, channels: int, groups: in
     assert plan.vectors * (group_norm.THREADS // (channels // 8)) >= plan.chunk_pixels
 
 
+def test_group_norm_of_two_images_is_cut_between_vectors() -> None:
+    plan = group_norm.group_norm_plan(4096, 960, 32, 640)
+    assert plan is not None
+    assert plan == replace(group_norm.group_norm_plan(4096, 960, 32), first=640)  # type: ignore[type-var]
+    assert group_norm.group_norm_plan(4096, 960, 32, 644) is None
+
+
 @pytest.mark.parametrize(
     ("pixels", "channels", "groups"), [(64, 128, 32), (64, 36, 4), (64, 8192, 32), (64, 2048, 128), (10**7, 2048, 32)]
 )
 def test_shapes_that_stay_with_triton(pixels: int, channels: int, groups: int) -> None:
     assert group_norm.group_norm_plan(pixels, channels, groups) is None
+
+
+HEAD_WIDTHS = [8, 16, 40, 48, 64, 72, 88, 96, 128, 160]
+
+
+@pytest.mark.parametrize("keys", [1, 64, 65, 77, 80, 81, 1024, 4096])
+@pytest.mark.parametrize("queries", [1, 64, 300, 4096])
+@pytest.mark.parametrize("heads", [1, 16, 128])
+def test_a_cut_for_every_attention(heads: int, queries: int, keys: int) -> None:
+    for width in range(8, attention.MAX_WIDTH + 1, 8):
+        cut = attention.choose(width, queries, keys, heads)
+        assert cut.width == width
+        assert cut.blocks * (cut.shared_bytes + 1024) <= 228 * 1024, cut
+        assert not cut.short or keys <= cut.keys, "all keys fit the turn"
+        assert cut.short == (keys <= 80)
+
+
+def test_large_tiles_of_queries_fill_the_card_or_small_ones_are_taken() -> None:
+    assert attention.choose(40, 4096, 4096, 16).rows == 256
+    assert attention.choose(40, 300, 300, 16).rows == 128
+    assert attention.choose(80, 1024, 1024, 16).rows == 128
+    assert attention.choose(80, 1024, 1024, 128).rows == 192
+    assert attention.choose(160, 256, 256, 16).rows == 64
+
+
+@needs_compiler
+@pytest.mark.parametrize("keys", [77, 1024])
+@pytest.mark.parametrize("width", HEAD_WIDTHS)
+def test_heads_of_every_width_compile(width: int, keys: int) -> None:
+    """Registers are what they may run out of: then products no longer overlap, and the compiler's word is an error."""
+    for heads, queries in ((1, 64), (128, 4096)):
+        cut = attention.choose(width, queries, keys, heads)
+        assert compilation.compiled(cut.source, cut.defines(), cut.prelude()).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "heads", "scale", "taken"),
+    [
+        (torch.zeros(2, 9, 80).half(), torch.zeros(2, 5, 80).half(), 2, 0.1, True),
+        (torch.zeros(2, 9, 240).half()[..., 80:160], torch.zeros(2, 5, 80).half(), 2, 0.1, True),
+        (torch.zeros(2, 9, 80), torch.zeros(2, 5, 80), 2, 0.1, False),
+        (torch.zeros(2, 9, 80).bfloat16(), torch.zeros(2, 5, 80).bfloat16(), 2, 0.1, False),
+        (torch.zeros(2, 9, 80).half(), torch.zeros(2, 5, 80).half(), 2, -0.1, False),
+        (torch.zeros(2, 9, 80).half(), torch.zeros(2, 5, 80).half(), 4, 0.1, False),
+        (torch.zeros(2, 9, 168).half(), torch.zeros(2, 5, 168).half(), 1, 0.1, False),
+        (torch.zeros(2, 9, 81).half()[..., 1:], torch.zeros(2, 5, 80).half(), 2, 0.1, False),
+    ],
+    ids=["plain", "columns", "float32", "bfloat16", "negative-scale", "20-channels", "168-channels", "odd-rows"],
+)
+def test_what_attention_takes(q: Tensor, k: Tensor, heads: int, scale: float, taken: bool) -> None:
+    assert attention.takes(q, k, k, heads, scale) is taken
+    if taken:
+        assert attention_pays(q.to("meta"), k.to("meta"), k.to("meta"), heads, scale)
+
+
+def test_large_attention_is_torchs_where_triton_would_run_it() -> None:
+    small, large = (torch.zeros(1, tokens, 320).half() for tokens in (256, 4096))
+    assert attention_pays(small, small, small, 8, 0.1)
+    assert not attention_pays(large, large, large, 8, 0.1)
+    assert attention_pays(*(x.to("meta") for x in (large, large, large)), 8, 0.1)
+    assert not attention_pays(*(small[..., :300] for _ in range(3)), 1, 0.1), "heads wider than its kernel takes"
 
 
 def test_no_kernel_of_theirs_runs_elsewhere() -> None:

@@ -19,8 +19,11 @@ def violations(code: MachineCode) -> list[str]:
 
 
 def _attention_violations(code: MachineCode) -> list[str]:
-    """Attention: its products are floating point, and its operands stay in registers."""
-    return [f"{code.spills} LDL/STL (spilled registers)"] if code.spills else []
+    """Attention: its products are floating point, its operands stay in registers, and in CUDA C++ they are wgmma's."""
+    reasons = [f"{code.spills} LDL/STL (spilled registers)"] if code.spills else []
+    if code.module == "hopper" and code.float_warp_groups < code.float_mma:
+        reasons.append(f"{code.float_mma - code.float_warp_groups} matrix instructions that are not HGMMA")
+    return reasons
 
 
 def _product_violations(code: MachineCode) -> list[str]:

@@ -26,6 +26,7 @@ class MachineCode:
         mma: Opcode family of the matrix instructions in the main loop, such as "IGMMA"; empty without.
         loop_mma: Integer matrix instructions in the main loop.
         float_mma: Floating-point matrix instructions in the whole kernel.
+        float_warp_groups: Those of them that a group of four warps issues.
         loop_instructions: Instructions in the main loop.
         loop_prmt: Byte shuffles in the main loop.
         loop_spills: Loads and stores of spilled registers in the main loop.
@@ -48,6 +49,7 @@ class MachineCode:
     mma: str
     loop_mma: int
     float_mma: int
+    float_warp_groups: int
     loop_instructions: int
     loop_prmt: int
     loop_spills: int
@@ -83,6 +85,7 @@ def describe(module: str, variant: AnyVariant, arch: int, binary: Binary, disass
         mma=next((instruction.family for instruction in loop if instruction.family in MMA), ""),
         loop_mma=count(loop, *MMA),
         float_mma=count(everything, *FLOAT_MMA),
+        float_warp_groups=count(everything, "HGMMA"),
         loop_instructions=len(loop),
         loop_prmt=count(loop, "PRMT"),
         loop_spills=count(loop, *SPILLS),

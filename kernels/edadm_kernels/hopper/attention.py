@@ -132,13 +132,21 @@ def takes(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> bool:
     return q.dtype == torch.float16 and aligned and width % 8 == 0 and width <= MAX_WIDTH and scale > 0
 
 
-# Channels, queries, keys and heads of the attentions of Stable Diffusion 1.x and XL at one and at many samples.
+# Channels, queries and keys of the attentions of Stable Diffusion 1.x and XL, and of what else has a cut of its own.
 _SHAPES = [(40, 4096, 4096), (40, 4096, 77), (80, 1024, 1024), (80, 1024, 77), (160, 256, 256), (160, 256, 77)]
-_SHAPES += [(160, 64, 64), (64, 4096, 4096), (64, 1024, 77), (64, 64, 64)]
+_SHAPES += [
+    (160, 64, 64),
+    (64, 4096, 4096),
+    (64, 1024, 1024),
+    (64, 1024, 77),
+    (64, 64, 64),
+    (40, 300, 300),
+    (40, 300, 77),
+]
 
 
 def variants() -> list[AttentionVariant]:
-    """What the attentions of a Stable Diffusion denoiser compile."""
+    """What the attentions of a Stable Diffusion denoiser compile, and every other cut there is."""
     return list(dict.fromkeys(choose(*shape, heads) for shape in _SHAPES for heads in (8, 16, 128)))
 
 
