@@ -159,8 +159,12 @@ def test_heads_of_every_width_compile(width: int, keys: int) -> None:
         (torch.zeros(2, 9, 80).half(), torch.zeros(2, 5, 80).half(), 4, 0.1, False),
         (torch.zeros(2, 9, 168).half(), torch.zeros(2, 5, 168).half(), 1, 0.1, False),
         (torch.zeros(2, 9, 81).half()[..., 1:], torch.zeros(2, 5, 80).half(), 2, 0.1, False),
+        (torch.zeros(1, 9, 80).half(), torch.zeros(80).half().as_strided((1, 1, 80), (0, 0, 1)), 2, 0.1, False),
     ],
-    ids=["plain", "columns", "float32", "bfloat16", "negative-scale", "20-channels", "168-channels", "odd-rows"],
+    ids=[
+        *("plain", "columns", "float32", "bfloat16", "negative-scale", "20-channels", "168-channels", "odd-rows"),
+        "rows-on-top-of-each-other",
+    ],
 )
 def test_what_attention_takes(q: Tensor, k: Tensor, heads: int, scale: float, taken: bool) -> None:
     assert attention.takes(q, k, k, heads, scale) is taken

@@ -129,7 +129,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> bool:
     """Whether `launch_attention` serves these operands; shapes and layouts are those of `attention_quantize`."""
     width = q.shape[2] // heads
     aligned = all(x.data_ptr() % _ALIGNMENT == 0 and 2 * x.stride(1) % _ALIGNMENT == 0 for x in (q, k, v))
-    return q.dtype == torch.float16 and aligned and width % 8 == 0 and width <= MAX_WIDTH and scale > 0
+    apart = all(x.stride(1) >= x.shape[2] for x in (q, k, v))  # which a single token need not have
+    return q.dtype == torch.float16 and aligned and apart and width % 8 == 0 and width <= MAX_WIDTH and scale > 0
 
 
 # Channels, queries and keys of the attentions of Stable Diffusion 1.x and XL, and of what else has a cut of its own.

@@ -340,13 +340,19 @@ class Card:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fraction = 0.9
-        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: self.fraction)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", self.limited)
         monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.limit)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * 2**30)
         properties = SimpleNamespace(total_memory=80 * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
-    def limit(self, fraction: float, device: torch.device) -> None:
+    def limited(self, device: int) -> float:
+        assert device == 3, "torch wants an index, and 'cuda' is the current device"
+        return self.fraction
+
+    def limit(self, fraction: float, device: int) -> None:
+        assert device == 3
         self.fraction = fraction
 
 
