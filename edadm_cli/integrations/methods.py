@@ -1,8 +1,8 @@
 """Methods of an exported denoiser that differ from those that diffusers gives a quantized model.
 
 diffusers refuses to cast quantized models, since with most methods a cast would destroy the scales; ours keep theirs.
-It would let PEFT look for layers to adapt and find none, and fuse projections by their float weights, which are not
-there; ours say what to do instead.
+It would let PEFT look for layers to adapt and find none, fuse projections by their float weights, which are not there,
+and put other attention in the place of quantized products without a word; ours say what to do instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from edadm_cli.errors import UsageError
-from edadm_cli.quant.attention import QuantizedAttention
+from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 
 _CASTS = ("half", "float")  # the casts of torch that diffusers refuses
@@ -28,6 +28,11 @@ def bind_methods(model: nn.Module) -> None:
         own |= {"load_lora_adapter": _load_lora_adapter, "add_adapter": _refuse_adapter}
     if hasattr(model, "fuse_qkv_projections") and _has_quantized_attention(model):
         own |= {"fuse_qkv_projections": _refuse_fusion, "unfuse_qkv_projections": _leave_as_it_is}
+    attentions = [module for module in model.modules() if _is_quantized(module)]
+    if attentions:
+        own["set_attention_slice"] = _refuse_slices
+    for attention in attentions:
+        attention.set_processor = MethodType(_set_processor, attention)  # type: ignore[assignment]
     for name, method in own.items():
         setattr(model, name, MethodType(method, model))
 
@@ -56,6 +61,31 @@ def _refuse_adapter(model: nn.Module, *_: Any, **__: Any) -> None:
         f"The layers of this {type(model).__name__} are quantized and take no adapter: load the LoRA into the "
         "full-precision pipeline, pipeline.fuse_lora(), pipeline.unload_lora_weights(), "
         "pipeline.save_pretrained(FOLDER), and quantize that: edadm run --model FOLDER."
+    )
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "processor", None), QuantizedAttention)
+
+
+def _refuse_slices(model: nn.Module, slice_size: str | int | list[int] | None) -> None:
+    """Refuse attention in slices; `None` asks for the whole, which it is."""
+    if slice_size is not None:
+        _refuse_processor(type(model).__name__)
+
+
+def _set_processor(attention: nn.Module, processor: object, *args: Any) -> None:
+    """Take quantized attention alone, such as the attention's own given back."""
+    if not isinstance(processor, AttentionProducts):
+        _refuse_processor(type(processor).__name__)
+    of_diffusers: Any = type(attention)
+    of_diffusers.set_processor(attention, processor, *args)
+
+
+def _refuse_processor(found: str) -> None:
+    raise UsageError(
+        f"Attention is quantized here and would lose its scales to {found}: leave out enable_attention_slicing(), "
+        "set_attn_processor() and what else exchanges attention; recipes without attention.quantize keep it floating."
     )
 
 

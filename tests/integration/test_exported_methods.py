@@ -11,6 +11,7 @@ import accelerate
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.utils import USE_PEFT_BACKEND
 from torch import Tensor, nn
 from torch._inductor import config as inductor
@@ -201,6 +202,34 @@ def test_a_fusion_of_projections_is_refused_and_changes_nothing(pipeline: Any) -
     assert torch.equal(predict(pipeline.unet), before)
     pipeline.fuse_qkv_projections(unet=False)  # what the sentence says
     pipeline.unfuse_qkv_projections(unet=False)
+
+
+def test_another_processor_is_refused_where_attention_is_quantized(pipeline: Any) -> None:
+    before, processors = predict(pipeline.unet), dict(pipeline.unet.attn_processors)
+    attempts: list[Callable[[], Any]] = [
+        pipeline.enable_attention_slicing,
+        lambda: pipeline.enable_attention_slicing("max"),
+        lambda: pipeline.unet.set_attn_processor(AttnProcessor2_0()),
+        lambda: pipeline.unet.set_attn_processor(dict.fromkeys(processors, AttnProcessor())),
+    ]
+    for attempt in attempts:
+        with pytest.raises(UsageError, match=r"^Attention is quantized here") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    pipeline.disable_attention_slicing()
+    pipeline.unet.set_attn_processor(dict(processors))
+    assert pipeline.unet.attn_processors == processors
+    assert torch.equal(predict(pipeline.unet), before)
+
+
+def test_another_processor_is_taken_where_attention_is_not(tiny_sd: Path) -> None:
+    unet = load_model(str(tiny_sd), CPU, torch.float32).denoiser
+    wanted = predict(unet)
+    bind_methods(unet)
+    unet.set_attention_slice("max")  # type: ignore[operator]
+    torch.testing.assert_close(predict(unet), wanted)
+    unet.set_attn_processor(AttnProcessor())  # type: ignore[operator]
+    torch.testing.assert_close(predict(unet), wanted)
 
 
 def test_projections_that_are_not_quantized_are_fused(tiny_sd: Path) -> None:
