@@ -206,6 +206,17 @@ def test_code_is_kept_and_a_cache_that_cannot_be_written_is_done_without(
 
 
 @needs_compiler
+def test_a_log_of_nothing_is_written_to_no_bytes_of_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its one zero once went into the `b" "` of the whole process, which pads the headers of files."""
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path))
+    cut = attention.choose(40, 4096, 4096, 16)
+    assert compilation.compiled(cut.source, cut.defines(), cut.prelude(), anew=True).startswith(b"\x7fELF")
+    spaces = b" " * 3
+    assert spaces[:1] == "\N{SPACE}".encode()
+    assert list(spaces[:1] + b" ") == [32, 32]
+
+
+@needs_compiler
 def test_a_source_that_does_not_compile_is_an_error_with_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

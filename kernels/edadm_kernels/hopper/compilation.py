@@ -66,7 +66,8 @@ def _compile(text: str, name: str, options: list[str]) -> bytes:
     try:
         outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         size = checked(nvrtc.nvrtcGetProgramLogSize(program))
-        log = b" " * int(size)  # type: ignore[call-overload]
+        # written by NVRTC where it lies; bytes of length 1 are shared by all of Python, and an empty log is one zero
+        log = bytearray(int(size))  # type: ignore[call-overload]
         checked(nvrtc.nvrtcGetProgramLog(program, log))
         message = log.decode(errors="replace").strip("\0 \n")
         if outcome[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -74,9 +75,9 @@ def _compile(text: str, name: str, options: list[str]) -> bytes:
         if "C7512" in message or "serialized" in message:
             raise CompilationError(f"the matrix instructions of {name} would not overlap: {message}")
         size = checked(nvrtc.nvrtcGetCUBINSize(program))
-        code = b" " * int(size)  # type: ignore[call-overload]
+        code = bytearray(int(size))  # type: ignore[call-overload]
         checked(nvrtc.nvrtcGetCUBIN(program, code))
-        return code
+        return bytes(code)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
