@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from edadm_cli.engines.base import CompiledDenoiser
+from edadm_cli.errors import UsageError
 from edadm_cli.models.loading import LoadedModel
+
+_TOO_LATE = ("enable_freeu", "set_attn_processor")  # methods that change what a denoiser predicts
 
 
 class EngineDenoiser(nn.Module):
@@ -47,7 +51,15 @@ class EngineDenoiser(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_shell"], name)
+            found = getattr(self.__dict__["_shell"], name)
+        return partial(_refuse, name) if name in _TOO_LATE else found
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> None:
+    raise UsageError(
+        f"The denoiser is compiled on an engine already, and {name}() would change nothing: call it on the pipeline "
+        "that the engine is given."
+    )
 
 
 def put_on_engine(model: LoadedModel, compiled: CompiledDenoiser) -> LoadedModel:

@@ -13,6 +13,7 @@ from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.pipeline import EngineDenoiser, put_on_engine
 from edadm_cli.engines.reference import ReferenceEngine, use_arithmetic
+from edadm_cli.errors import UsageError
 from edadm_cli.models.calls import DenoiserCall, build_call, record_calls
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.sampling import Samples, sample, takes_prompts
@@ -61,3 +62,15 @@ def test_the_stand_in_holds_no_weights_but_tells_what_pipelines_ask(tiny_sdxl: P
     assert before.conv_in.weight.device.type == "meta"
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = stand_in.no_such_thing
+
+
+def test_what_would_change_a_prediction_comes_too_late(tiny_sd: Path) -> None:
+    model = load_model(str(tiny_sd), CPU, torch.float32)
+    stand_in = EngineDenoiser(model.denoiser, ReferenceEngine())  # type: ignore[arg-type]
+    setattr(model.pipeline, model.denoiser_name, stand_in)
+    for attempt in (
+        lambda: model.pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+        lambda: stand_in.set_attn_processor(object()),
+    ):
+        with pytest.raises(UsageError, match=r"would change nothing: call it on the pipeline that the engine is given"):
+            attempt()
