@@ -130,6 +130,19 @@ def test_a_cut_for_every_attention(heads: int, queries: int, keys: int) -> None:
         assert cut.short == (keys <= 80)
 
 
+def test_every_cut_of_the_table_is_among_the_variants() -> None:
+    """Widths between those of the table are cut as the widest of their class is."""
+    cuts = {replace(variant, width=0) for variant in attention.variants()}
+    chosen = {
+        replace(attention.choose(width, queries, keys, heads), width=0)
+        for width in (40, 64, 80, 160)
+        for queries in (1, 300, 1024, 4096)
+        for keys in (1, 64, 77, 80, 81, 4096)
+        for heads in (1, 16, 128)
+    }
+    assert chosen == cuts
+
+
 def test_large_tiles_of_queries_fill_the_card_or_small_ones_are_taken() -> None:
     assert attention.choose(40, 4096, 4096, 16).rows == 256
     assert attention.choose(40, 300, 300, 16).rows == 128

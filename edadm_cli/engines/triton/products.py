@@ -6,6 +6,7 @@ codes, and a sum with the hidden state happens in the epilogue. Called as a modu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ AND = " + "
 """Between the names of layers that run as one."""
 
 
-class Product(nn.Module):
+class Product(nn.Module, ABC):
     """A convolution or linear layer: `forward(x)` is `product(prepare(x))`.
 
     Inputs and outputs are `[..., C]` for a linear layer and `[N, C, H, W]`, channels last, for a convolution.
@@ -35,13 +36,13 @@ class Product(nn.Module):
     label: str = ""
     """The layer's name in the denoiser."""
 
+    @abstractmethod
     def prepare(self, x: Tensor) -> Tensor:
         """What `product` takes: the codes of `x`, or `x` itself."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """Multiply; then add the bias, `sample_bias` `[N, C_out]` (convolutions), and `residual`, of output's shape."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Prepare and multiply."""

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 import edadm_kernels as kernels
 from edadm_cli.engines.triton.attention import FusedAttention
-from edadm_cli.engines.triton.layout import channels_last, image_of, rows_of
+from edadm_cli.engines.triton.layout import channels_last, image_of, quantizable, rows_of
 from edadm_cli.engines.triton.lowering import Lowering
 from edadm_cli.engines.triton.products import IntegerLinear, Product, packed
+from edadm_cli.engines.triton.quantizer import Quantizer
 from edadm_kernels import pack
 
 
@@ -26,6 +27,8 @@ class GatedProduct(Product):
         pack_weight: As in `IntegerLinear`.
     """
 
+    quantizer: Quantizer
+
     def __init__(self, weight: Tensor, layer: IntegerLinear, consumer: IntegerLinear, pack_weight: bool) -> None:
         super().__init__()
         self.quantizer, self.label = layer.quantizer, layer.label
@@ -33,6 +36,10 @@ class GatedProduct(Product):
         self.scale, self.correction = pack.pack_geglu(layer.scale), pack.pack_geglu(layer.correction)
         self.bias = None if layer.bias is None else pack.pack_geglu(layer.bias)
         self.out = consumer.quantizer
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Codes of `x`, in its shape."""
+        return self.quantizer(quantizable(x))
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """`[..., K]` to `[..., F]`, the second layer's codes."""

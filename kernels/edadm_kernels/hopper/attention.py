@@ -135,15 +135,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> bool:
 
 # Channels, queries and keys of the attentions of Stable Diffusion 1.x and XL, and of what else has a cut of its own.
 _SHAPES = [(40, 4096, 4096), (40, 4096, 77), (80, 1024, 1024), (80, 1024, 77), (160, 256, 256), (160, 256, 77)]
-_SHAPES += [
-    (160, 64, 64),
-    (64, 4096, 4096),
-    (64, 1024, 1024),
-    (64, 1024, 77),
-    (64, 64, 64),
-    (40, 300, 300),
-    (40, 300, 77),
-]
+_SHAPES += [(160, 64, 64), (64, 4096, 4096), (64, 1024, 1024), (64, 1024, 77), (64, 64, 64), (40, 300, 300)]
+_SHAPES += [(40, 300, 77), (40, 4096, 64), (40, 300, 64), (80, 1024, 64)]
 
 
 def variants() -> list[AttentionVariant]:
