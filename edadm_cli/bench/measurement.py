@@ -242,8 +242,9 @@ class Measurement:
         floats = [row for row in layers if row.planned != FLOAT and row.precision != "int8"]
         if floats:
             self.reporter.warn(
-                f"{bits}: {len(floats)} planned layers do not run in integers on {self.request.engine.name}, such as"
-                f" '{floats[0].name}' ({floats[0].reason}); by_bits.{bits}.layers has every reason."
+                f"{bits}: {len(floats)} of {sum(row.planned != FLOAT for row in layers)} planned layers not in integers on"
+                f" {self.request.engine.name}, such as '{floats[0].name}' ({floats[0].reason});"
+                f" by_bits.{bits}.layers has every reason."
             )
 
 
