@@ -239,12 +239,12 @@ class Measurement:
         return facts
 
     def _warn_of_floats(self, bits: str, layers: Sequence[LayerRow]) -> None:
-        floats = [row for row in layers if row.planned != FLOAT and row.precision != "int8"]
+        planned = [row for row in layers if row.planned != FLOAT]
+        floats = [row for row in planned if row.precision != "int8"]
         if floats:
             self.reporter.warn(
-                f"{bits}: {len(floats)} of {sum(row.planned != FLOAT for row in layers)} planned layers not in integers on"
-                f" {self.request.engine.name}, such as '{floats[0].name}' ({floats[0].reason});"
-                f" by_bits.{bits}.layers has every reason."
+                f"{bits}: not in integers on {self.request.engine.name}: {len(floats)} of {len(planned)} planned"
+                f" layers, such as '{floats[0].name}' ({floats[0].reason}); by_bits.{bits}.layers has every reason."
             )
 
 
