@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -135,6 +137,8 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 def _serve(connection: Connection, spec: Spec, setting: Setting, packed: dict[int, list[Any]]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout carries the command's result and nothing else
+    if not _is_verbose():
+        calm_libraries()
     running: Running | None = None
 
     def begin() -> dict[str, Any]:
@@ -155,13 +159,24 @@ def _serve(connection: Connection, spec: Spec, setting: Setting, packed: dict[in
         _answer(connection, partial(getattr(running, method), *arguments))
 
 
+def calm_libraries() -> None:
+    """Keep off stderr what torch remarks on while it compiles; the filters of the parent are not inherited."""
+    warnings.simplefilter("ignore")
+    # that CUDA's compiler is there without a GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def _is_verbose() -> bool:
+    return "--verbose" in sys.argv or "-v" in sys.argv
+
+
 def _answer(connection: Connection, work: Callable[[], Any]) -> None:
     try:
         connection.send(("done", work()))
     except EdadmError as error:
         connection.send(("failed", (error.message, error.hint, error.exit_code)))
     except Exception as error:  # noqa: BLE001 - the other process tells it
-        if "--verbose" in sys.argv or "-v" in sys.argv:
+        if _is_verbose():
             traceback.print_exc()
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         connection.send(("failed", (reason, None, EdadmError.exit_code)))

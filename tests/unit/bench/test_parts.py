@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +222,27 @@ def test_a_contender_in_a_process_of_its_own_computes_the_same(saved: Spec, deno
         remote.close()
     with pytest.raises(MachineError, match=r"process of 'torch float32' ended"):
         remote.time(1, 1)
+
+
+def test_a_process_keeps_the_remarks_of_libraries_to_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    remarks = """
+import logging, sys, warnings
+from multiprocessing import Pipe
+from edadm_cli.bench import worker
+class Remarking:
+    def __init__(self, *arguments):
+        warnings.warn("of dynamo")
+        logging.getLogger("torch.utils.cpp_extension").warning("of CUDA")
+        raise KeyError("once")
+worker.Running = Remarking
+sys.argv[1:] = %r
+ours, theirs = Pipe()
+worker._serve(theirs, None, None, {})
+"""
+    for arguments, said in (([], False), (["--verbose"], True)):
+        subprocess.run([sys.executable, "-c", remarks % arguments], check=True)
+        text = capfd.readouterr().err
+        assert [word in text for word in ("of dynamo", "of CUDA", "Traceback")] == [said] * 3, text
 
 
 def test_a_contender_that_cannot_be_loaded_says_why(saved: Spec, tmp_path: Path) -> None:
