@@ -138,7 +138,7 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 def _serve(connection: Connection, spec: Spec, setting: Setting, packed: dict[int, list[Any]]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout carries the command's result and nothing else
     if not _is_verbose():
-        calm_libraries()
+        _calm_compiler()
     running: Running | None = None
 
     def begin() -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _serve(connection: Connection, spec: Spec, setting: Setting, packed: dict[in
         _answer(connection, partial(getattr(running, method), *arguments))
 
 
-def calm_libraries() -> None:
+def _calm_compiler() -> None:
     """Keep off stderr what torch remarks on while it compiles; the filters of the parent are not inherited."""
     warnings.simplefilter("ignore")
     # that CUDA's compiler is there without a GPU
