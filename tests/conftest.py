@@ -12,6 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("COLUMNS", None)  # tables have the width that they have in a log, wherever the tests run
 
 
+@pytest.fixture(autouse=True)
+def _audible_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that ran in this process has silenced the processes that come after it."""
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion whose denoiser has 52,000 parameters: text encoder, autoencoder, UNet, PNDM.

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -137,8 +136,8 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 def _serve(connection: Connection, spec: Spec, setting: Setting, packed: dict[int, list[Any]]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout carries the command's result and nothing else
-    if not _is_verbose():
-        _calm_compiler()
+    # torch remarks, while it compiles, on a CUDA compiler where no GPU is
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     running: Running | None = None
 
     def begin() -> dict[str, Any]:
@@ -159,24 +158,13 @@ def _serve(connection: Connection, spec: Spec, setting: Setting, packed: dict[in
         _answer(connection, partial(getattr(running, method), *arguments))
 
 
-def _calm_compiler() -> None:
-    """Keep off stderr what torch remarks on while it compiles; the filters of the parent are not inherited."""
-    warnings.simplefilter("ignore")
-    # that CUDA's compiler is there without a GPU
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
-def _is_verbose() -> bool:
-    return "--verbose" in sys.argv or "-v" in sys.argv
-
-
 def _answer(connection: Connection, work: Callable[[], Any]) -> None:
     try:
         connection.send(("done", work()))
     except EdadmError as error:
         connection.send(("failed", (error.message, error.hint, error.exit_code)))
     except Exception as error:  # noqa: BLE001 - the other process tells it
-        if _is_verbose():
+        if "--verbose" in sys.argv or "-v" in sys.argv:
             traceback.print_exc()
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         connection.send(("failed", (reason, None, EdadmError.exit_code)))

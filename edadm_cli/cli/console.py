@@ -98,6 +98,7 @@ def calm_libraries(verbose: bool) -> None:
     if verbose:
         return
     warnings.simplefilter("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that a stage begins
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells at length of a home that cannot be written
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")

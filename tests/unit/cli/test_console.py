@@ -43,6 +43,25 @@ def test_without_a_terminal_there_are_warnings_and_no_bars() -> None:
     assert done.stderr == "warning: take [care]\n" * 3
 
 
+WARNING = "import warnings; warnings.warn('of a library')"
+STARTING = f"""
+import subprocess, sys
+from edadm_cli.cli.console import calm_libraries
+calm_libraries(verbose=len(sys.argv) > 1)
+{WARNING}
+subprocess.run([sys.executable, "-c", {WARNING!r}], check=True)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "count"), [([], 0), (["--verbose"], 2)])
+def test_warnings_of_libraries_are_for_the_verbose_in_processes_that_are_begun_too(
+    arguments: list[str], count: int
+) -> None:
+    words = [sys.executable, "-c", STARTING, *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr.count("UserWarning: of a library") == count
+
+
 def test_on_a_terminal_there_are_bars_with_literal_text() -> None:
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
