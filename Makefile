@@ -7,7 +7,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SOURCES := edadm_cli kernels tests docs
+SOURCES := edadm_cli kernels tests docs benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench test lint type format docs kernels study clean
@@ -63,8 +63,8 @@ kernels: $(VENV)/.installed
 
 # Every recipe, bit width and seed on both shipped models: hours on a CPU, goes on after a kill.
 study: $(VENV)/.installed
-	$(BIN)/python docs/studies/recipes.py --model digits-sd --out studies/digits-sd
-	$(BIN)/python docs/studies/recipes.py --model digits-ddpm --out studies/digits-ddpm
+	$(BIN)/python benchmarks/recipes.py --model digits-sd --out studies/digits-sd
+	$(BIN)/python benchmarks/recipes.py --model digits-ddpm --out studies/digits-ddpm
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from edadm_cli.bench.algorithms import choose_algorithms, torch_at_its_best
 from edadm_cli.bench.memory import PeakMemory
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, FileEngine, LayerExecution, OperationTime
+from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.parity import prediction_of
 from edadm_cli.engines.registry import engine as engine_of
-from edadm_cli.engines.triton.capture import GraphedFunction
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 TORCH = "torch"

@@ -15,11 +15,12 @@ from edadm_cli.errors import MachineError, UsageError
 _ENGINES = {
     "reference": ("edadm_cli.engines.reference", "ReferenceEngine"),
     "openvino": ("edadm_cli.engines.openvino", "OpenVinoEngine"),
-    "triton": ("edadm_cli.engines.triton", "TritonEngine"),
+    "cuda": ("edadm_cli.engines.cuda", "CudaEngine"),
     "onnxruntime": ("edadm_cli.engines.onnx", "OnnxRuntimeEngine"),
 }
 ENGINE_NAMES = tuple(_ENGINES)
-_DEFAULTS = {"cpu": "openvino", "cuda": "triton"}
+_DEFAULTS = {"cpu": "openvino", "cuda": "cuda"}
+_FORMER_NAMES = {"triton": "cuda"}  # what version 0.1 called an engine; its artifacts still carry that name
 
 
 def engine(name: str) -> Engine:
@@ -29,6 +30,7 @@ def engine(name: str) -> Engine:
         UsageError: There is none of that name.
         MachineError: A library that it is built on is not installed.
     """
+    name = _FORMER_NAMES.get(name, name)
     if name not in _ENGINES:
         raise UsageError(f"There is no engine '{name}'; there are {', '.join(ENGINE_NAMES)}.")
     module, cls = _ENGINES[name]

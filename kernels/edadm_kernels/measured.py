@@ -1,7 +1,7 @@
 """The fastest tiles that were timed: architecture -> (kind, M, N, K) -> (bm, bn, bk, split_k), int8 weights.
 
 The shapes are those of Stable Diffusion 1.5 at 64x64 latents with two rows, on an H200 with Triton 3.6, found by
-`docs/studies/gpu_session.py --sections sweep`. Other shapes are left to the cost model in `tiles`.
+`benchmarks/gpu_session.py --sections sweep`. Other shapes are left to the cost model in `tiles`.
 """
 
 from __future__ import annotations

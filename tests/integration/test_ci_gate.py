@@ -1,4 +1,4 @@
-"""docs/examples/ci-gate.sh, run as a build would run it, on a tiny pipeline."""
+"""examples/ci-gate.sh, run as a build would run it, on a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.integration.fresh_interpreter import FreshInterpreter
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "docs" / "examples" / "ci-gate.sh"
+SCRIPT = ROOT / "examples" / "ci-gate.sh"
 CONFIG = """
 device = "cpu"
 recipe = "rtn"

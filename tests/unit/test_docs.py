@@ -42,7 +42,7 @@ def _command_lines(path: Path) -> Iterator[str]:
                     yield part
 
 
-@pytest.mark.parametrize("path", [*PAGES, ROOT / "docs/examples/ci-gate.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "examples/ci-gate.sh"], ids=lambda path: path.name)
 def test_commands_in_the_documentation_exist(path: Path) -> None:
     for line in _command_lines(path):
         words = shlex.split(line, comments=True)

@@ -4,7 +4,7 @@ Without a dot product of bytes (VNNI) x86 adds two neighbouring products of an u
 
     s = saturate_16(u_0 w_0 + u_1 w_1),    certain only where  2 * 255 * max|w| <= 32,767,  so  max|w| <= 64
 
-Weights of up to seven bits always fit. Wider ones take the exact form that `docs/studies/cpu_bytes.py` finds fastest:
+Weights of up to seven bits always fit. Wider ones take the exact form that `benchmarks/cpu_bytes.py` finds fastest:
 
     convolution    w = 2 h + r,   r in {0, 1}:   two products of bytes, each of which fits
     linear layer   float32 numbers of the same values, exact up to the rounding of float32 sums

@@ -23,7 +23,7 @@ def test_every_engine_is_one_and_has_the_name_it_is_listed_under() -> None:
 
 def test_each_device_has_an_engine() -> None:
     assert registry.default_engine(torch.device("cpu")).name == "openvino"
-    assert registry.default_engine(torch.device("cuda", 1)).name == "triton"
+    assert registry.default_engine(torch.device("cuda", 1)).name == "cuda"
 
 
 def test_an_unknown_engine_is_told_with_those_there_are() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from edadm_cli.recipe import AttentionRecipe, Recipe
 
-SCRIPT = Path(__file__).parents[3] / "docs" / "studies" / "iteration_cost.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "iteration_cost.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,109 @@
+"""From a session on a GPU to the table of times that the CUDA engine decides by.
+
+    python benchmarks/gpu_session.py --rows 2 16 --sections environment,norms,layers --out session.jsonl
+    python benchmarks/product_times.py session.jsonl
+
+Replaces what `edadm_cli/engines/cuda/times.json` says of the session's GPU and leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from edadm_cli.engines.cuda import times
+from edadm_cli.engines.cuda.times import MeasuredTimes, ProductTime, SourceTime
+
+TARGET = Path(times.__file__).with_name(times.FILE)
+
+
+def read(lines: Iterable[str]) -> tuple[str, MeasuredTimes]:
+    """Name of the GPU, and what a session's lines of JSON say of it."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        row = json.loads(line)
+        rows[row["section"]].append(row)
+    facts = {key: value for row in rows["environment"] for key, value in row.items()}
+    if "gpu" not in facts:
+        raise SystemExit("The session does not say which GPU it ran on; run it with the section 'environment'.")
+    software = {name: facts[name] for name in ("torch", "triton")}
+    products, before = _products(rows["layers"]), _before(rows["norms"])
+    return facts["gpu"], MeasuredTimes(software=software, products=products, before=before)
+
+
+def _products(rows: list[dict[str, Any]]) -> tuple[ProductTime, ...]:
+    """Means over the calls of a step that differ in nothing that is told here, weighted by how often they occur."""
+    sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for row in rows:
+        if "chosen_us" not in row:
+            continue
+        _, *matrix, packed = row["key"]
+        if not packed:
+            values = (1.0, row["chosen_us"], row["float16_us"])
+            key = (*matrix, row["adds"])
+            sums[key] = [a + row["count"] * b for a, b in zip(sums[key], values, strict=True)]
+    return tuple(
+        ProductTime(
+            kind=kind, m=m, n=n, k=k, adds=adds, int8_us=round(own / count, 2), float16_us=round(half / count, 2)
+        )
+        for (kind, m, n, k, adds), (count, own, half) in sorted(sums.items())
+    )
+
+
+def _before(rows: list[dict[str, Any]]) -> tuple[SourceTime, ...]:
+    """Quantizations, which float16 does without, and layer norms beside torch's own, which float16 runs.
+
+    GroupNorm is left out: in float16 the engine runs a kernel of its own, which a session times at few sizes.
+    """
+    found: dict[tuple[str, int, int], tuple[float, float]] = {}
+    for row in rows:
+        operation, _, sizes = str(row.get("call", "")).partition(" ")
+        kind = {"quantize": "quantize", "layer_norm_quantize": "layer_norm"}.get(operation)
+        if kind is None:
+            continue
+        shape = [int(size) for size in sizes.split("x")]
+        channels = shape[1] if len(shape) == 4 else shape[-1]
+        key = (kind, prod(shape) // channels, channels)
+        times = (row["us"], row["float16_us"] if kind == "layer_norm" else 0.0)
+        found[key] = min(times, found.get(key, times))  # of several with a size, the fastest
+    return tuple(
+        SourceTime(kind=kind, m=m, k=k, int8_us=round(own, 2), float16_us=round(half, 2))
+        for (kind, m, k), (own, half) in sorted(found.items())
+    )
+
+
+def write(source: Path, target: Path = TARGET) -> None:
+    """Put a session's times into a table, one product a line."""
+    with source.open() as lines:
+        gpu, measured = read(lines)
+    table = json.loads(target.read_text()) if target.is_file() else {}
+    table[gpu] = measured.model_dump()
+    target.write_text(_text(table))
+
+
+def _text(table: Mapping[str, Mapping[str, Any]]) -> str:
+    entries = []
+    for gpu, measured in sorted(table.items()):
+        parts = [f'    "software": {json.dumps(measured["software"])}']
+        for key in ("products", "before"):
+            rows = ",\n".join(f"      {json.dumps(row)}" for row in measured[key])
+            parts.append(f'    "{key}": [\n{rows}\n    ]' if rows else f'    "{key}": []')
+        entries.append(f"  {json.dumps(gpu)}: {{\n" + ",\n".join(parts) + "\n  }")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def main() -> None:
+    """Read the session that is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("session", type=Path, help="lines of JSON that gpu_session.py wrote")
+    write(parser.parse_args().session)
+    print(TARGET)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A denoiser assembled out of kernels, called like the original."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
+from edadm_cli.engines.cuda.capture import GraphedFunction
+from edadm_cli.engines.cuda.profiling import operation_times
+from edadm_cli.engines.cuda.state import StepState
+
+PROMPT = "encoder_hidden_states"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one: graphs are recorded on its stream, whichever the caller works with."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class CudaDenoiser(CompiledDenoiser):
+    """Runs an assembled model: inputs to the device and its element type, one step, outputs back.
+
+    Args:
+        model: As `Assembly.build` made it.
+        layers: How its layers run.
+        state: What its blocks share.
+        options: Device and element type.
+        cuda_graphs: Record the step and replay it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: tuple[LayerExecution, ...],
+        state: StepState,
+        options: EngineOptions,
+        cuda_graphs: bool,
+    ) -> None:
+        self.model, self._layers, self._state, self._options = model, layers, state, options
+        self._signature = inspect.signature(model.forward)
+        self._step: Callable[..., Any] = GraphedFunction(self._eager) if cuda_graphs else self._eager
+
+    @property
+    def layers(self) -> tuple[LayerExecution, ...]:
+        """How each layer runs, in the order of the denoiser's modules."""
+        return self._layers
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step; outputs have the element type of the call's first floating-point tensor."""
+        return self._call(self._step, args, kwargs)
+
+    @torch.no_grad()
+    def call_eagerly(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step kernel by kernel, without a graph."""
+        return self._call(self._eager, args, kwargs)
+
+    def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
+        """Time of each operation of one call: of its kernels on CUDA, of its operations on a CPU."""
+        self.call_eagerly(*args, **kwargs)
+        return operation_times(self.model, lambda: self.call_eagerly(*args, **kwargs), self._layers)
+
+    def _call(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = self._arguments(args, kwargs)
+        prompt = arguments.get(PROMPT)
+        if self._state.prompt.is_used and isinstance(prompt, Tensor):
+            with on_device(self._options.device):
+                self._state.prompt.hold(prompt, self._placed)
+        floats = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point())
+        dtype = next(floats).dtype
+        with on_device(self._options.device):
+            outputs = step(**pytree.tree_map(self._placed, arguments))
+        return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, outputs)
+
+    def _eager(self, **arguments: Any) -> Any:
+        self._state.begin()
+        return self.model(**arguments)
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name; a timestep that is a number becomes a tensor, so that a graph can read it."""
+        bound = dict(self._signature.bind(*args, **kwargs).arguments)
+        timestep = bound.get("timestep")
+        if isinstance(timestep, int | float):
+            dtype = torch.float32 if isinstance(timestep, float) else torch.int64
+            bound["timestep"] = torch.tensor(timestep, dtype=dtype)
+        return bound
+
+    def _placed(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dtype = self._options.rest_dtype if leaf.is_floating_point() and leaf.ndim > 1 else leaf.dtype
+        return leaf.to(self._options.device, dtype)

@@ -1,0 +1,107 @@
+"""The CUDA engine: integer kernels in Triton and CUDA C++, whole blocks fused, the step in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions
+from edadm_cli.engines.cuda.assembly import Assembly
+from edadm_cli.engines.cuda.denoiser import CudaDenoiser
+from edadm_cli.engines.cuda.lowering import Lowering, refusal
+from edadm_cli.engines.cuda.selection import faster_in_float
+from edadm_cli.engines.cuda.times import measured_times
+from edadm_cli.quant.layers import QuantizedLayer
+
+MIN_CAPABILITY = (8, 0)
+"""Integer tensor cores that the kernels are compiled for: sm_80 and later."""
+
+
+class CudaEngine(Engine):
+    """Runs quantized denoisers on the kernels of `edadm_kernels`.
+
+    On a CPU the kernels' plain torch reference computes the same sums: exact, slow, and what the tests compare.
+
+    Args:
+        cuda_graphs: Record each step once and replay it; on CUDA only.
+        pack_weights: Keep weights of at most four bits packed and unpack them inside the kernels: less memory, not
+            less time. By default they are unpacked once.
+        prompt_cache: Compute keys and values of cross-attention once for each prompt tensor, not in every step.
+        float_where_faster: Keep layers in float16 that it runs faster at the size of the example call, by the times
+            that were measured on this GPU (`times.json`); without them, and with packed weights, none are.
+    """
+
+    name: ClassVar[str] = "cuda"
+    description: ClassVar[str] = "INT8 kernels in Triton and CUDA C++ for NVIDIA GPUs, steps in CUDA graphs"
+    device_types: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
+    # Sums are exact; the epilogue multiplies, subtracts and adds once each in float32, 2^-24 each of terms that can
+    # exceed the result where they cancel. Measured over random layers: below 1e-6.
+    layer_bound: ClassVar[float] = 1e-5
+
+    def __init__(
+        self,
+        *,
+        cuda_graphs: bool = True,
+        pack_weights: bool = False,
+        prompt_cache: bool = True,
+        float_where_faster: bool = True,
+    ) -> None:
+        self._cuda_graphs, self._pack_weights, self._prompt_cache = cuda_graphs, pack_weights, prompt_cache
+        self._float_where_faster = float_where_faster
+
+    def refusal(self, device: torch.device) -> str | None:
+        """Why the kernels cannot run on a device."""
+        if device.type == "cpu":
+            return None
+        if device.type != "cuda":
+            return f"The CUDA engine runs on CUDA devices, not on {device.type}."
+        if not torch.cuda.is_available():
+            return "The CUDA engine needs a CUDA device, and this machine has none."
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            wanted = ".".join(map(str, MIN_CAPABILITY))
+            found = ".".join(map(str, capability))
+            return f"The CUDA engine needs compute capability {wanted} or later; this device has {found}."
+        return None
+
+    def layer_refusal(self, layer: QuantizedLayer) -> str | None:
+        """Why the kernels cannot run a layer."""
+        return refusal(layer)
+
+    @torch.no_grad()
+    def compile(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
+    ) -> CompiledDenoiser:
+        """Pack the weights and assemble the blocks; the graph of a step is recorded at its first call."""
+        self.require(options.device)
+        assembly = Assembly(self._lowering(options, self._kept(denoiser, args, kwargs, options)), self._prompt_cache)
+        model, layers = assembly.build(denoiser)
+        graphs = self._cuda_graphs and options.device.type == "cuda"
+        return CudaDenoiser(model, layers, assembly.state, options, graphs)
+
+    @torch.no_grad()
+    def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
+        """One layer as a product: quantize, multiply, epilogue."""
+        self.require(options.device)
+        product = self._lowering(options).product("", layer)
+
+        @torch.no_grad()
+        def run(x: Tensor) -> Tensor:
+            return product(x.to(options.device, options.rest_dtype))
+
+        return run
+
+    def _kept(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
+    ) -> dict[str, str]:
+        """Layers that float16 runs faster, each with the reason."""
+        found = measured_times(options.device, options.rest_dtype)
+        if found is None or self._pack_weights or not self._float_where_faster:
+            return {}
+        return faster_in_float(denoiser, args, kwargs, options.rest_dtype, *found, self._prompt_cache)
+
+    def _lowering(self, options: EngineOptions, kept: Mapping[str, str] | None = None) -> Lowering:
+        return Lowering(options.device, options.rest_dtype, self._pack_weights, kept or {})

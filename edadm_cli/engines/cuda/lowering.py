@@ -1,0 +1,127 @@
+"""From layers to products, and from normalizations to stages before them: what runs in integers, what not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import edadm_kernels as kernels
+from edadm_cli.engines.cuda.norms import NormStage
+from edadm_cli.engines.cuda.products import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
+from edadm_cli.engines.cuda.quantizer import Quantizer
+from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.quant.operation import Operation
+
+Padding = tuple[int, int, int, int]
+
+
+def refusal(layer: QuantizedLayer) -> str | None:
+    """Why the kernels cannot run a layer, as half a sentence; `None` when they can."""
+    operation = layer.operation
+    if layer.plan.input_grid is None:
+        return "its input stays in floating point"
+    terms = torch.Size(layer.weight_shape[1:]).numel()
+    if terms > kernels.MAX_TERMS:
+        return f"a sum of {terms} products may not fit an int32"
+    if operation.kind == "linear":
+        return None
+    if max(layer.weight_shape[2:]) > kernels.MAX_KERNEL:
+        return f"the kernels have no convolution of {layer.weight_shape[2]}x{layer.weight_shape[3]} taps"
+    if operation.groups != 1:
+        return f"the kernels have no convolution in {operation.groups} groups"
+    if operation.dilation != (1, 1):
+        return f"the kernels have no convolution with dilation {operation.dilation}"
+    if operation.stride[0] != operation.stride[1]:
+        return f"the kernels have no convolution with strides {operation.stride}"
+    return None
+
+
+@dataclass
+class Lowering:
+    """Makes products of layers and notes how each runs; and the normalizations before them.
+
+    Attributes:
+        device: Of the products.
+        dtype: Of everything that is not integer.
+        pack_weights: Multiply weights of at most four bits packed, instead of unpacking them once.
+        kept: Layers to keep in floating point although the kernels could run them: name to reason. They read their
+            input as it stands, as a layer does that the recipe keeps.
+        decisions: How each planned layer runs: name to precision, and to the reason where it is no integer one.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    pack_weights: bool = False
+    kept: Mapping[str, str] = field(default_factory=dict)
+    decisions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+
+    def product(self, name: str, layer: nn.Module, padding: Padding | None = None) -> Product:
+        """The product of an `nn.Linear`, `nn.Conv2d`, `QuantizedLayer` or `SplitLayer`.
+
+        Args:
+            name: Dotted name in the denoiser.
+            layer: What to run.
+            padding: Top, bottom, left, right, in place of a convolution's own.
+        """
+        if isinstance(layer, SplitLayer):
+            parts = [self.product(f"{name}.part{index}", part) for index, part in enumerate(layer.parts)]
+            product: Product = SplitProduct(parts, layer.sizes, layer.channel_dim)
+        elif isinstance(layer, QuantizedLayer):
+            product = self._quantized(name, layer, padding)
+        else:
+            product = self._float(layer)
+        product.label = name
+        return product
+
+    def norm(self, norm: nn.Module, consumers: list[Product], silu: bool) -> NormStage:
+        """A normalization that hands over what `consumers` take; see `NormStage`."""
+        return NormStage(norm, consumers, silu, self.dtype, self.device)
+
+    def can_pack(self, layer: QuantizedLayer) -> bool:
+        """Whether a layer's weights stay packed."""
+        return self.pack_weights and layer.plan.weight_bits <= 4
+
+    def codes(self, layer: QuantizedLayer) -> Tensor:
+        """A layer's weight codes, int8, on the device; on `meta`, where shapes are enough, nothing is unpacked."""
+        if self.device.type == "meta":
+            return torch.empty(layer.weight_shape, dtype=torch.int8, device=self.device)
+        return layer.weight_int.detach().to(self.device)
+
+    @property
+    def float_name(self) -> str:
+        """Name of the floating-point type."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def _quantized(self, name: str, layer: QuantizedLayer, padding: Padding | None) -> Product:
+        operation = layer.operation
+        refused, kept = refusal(layer), self.kept.get(name)
+        if refused is not None or kept is not None:
+            self.decisions[name] = (self.float_name, refused or kept)
+            weight = layer.weight_int.float() * layer.weight_scale.reshape(-1, *[1] * (len(layer.weight_shape) - 1))
+            rounded_to = layer if refused is not None else None
+            return FloatProduct(operation, weight.to(self.device), self._bias(layer), self.dtype, rounded_to)
+        self.decisions[name] = ("int8", None)
+        return self._integer(layer, padding)
+
+    def _integer(self, layer: QuantizedLayer, padding: Padding | None) -> Product:
+        operation = layer.operation
+        quantizer, scale = Quantizer.of(layer, self.device), layer.weight_scale.detach().to(self.device)
+        codes, bias, packs = self.codes(layer), self._bias(layer), self.can_pack(layer)
+        if operation.kind == "linear" or operation.is_pointwise(layer.weight_shape):
+            is_convolution = operation.kind == "conv2d"
+            return IntegerLinear(codes.flatten(1), scale, bias, quantizer, self.dtype, is_convolution, packs)
+        down, right = operation.padding
+        around = padding or (down, down, right, right)
+        return IntegerConv2d(codes, scale, bias, quantizer, self.dtype, operation.stride[0], around, packs)
+
+    def _float(self, layer: nn.Module) -> FloatProduct:
+        operation = Operation.of(layer)
+        assert isinstance(layer.weight, Tensor)
+        bias = layer.bias.detach().to(self.device) if isinstance(layer.bias, Tensor) else None
+        return FloatProduct(operation, layer.weight.detach().to(self.device), bias, self.dtype)
+
+    def _bias(self, layer: QuantizedLayer) -> Tensor | None:
+        return None if layer.bias is None else layer.bias.detach().to(self.device)

@@ -1,0 +1,289 @@
+r"""Layers taken apart: what prepares an input (quantizes it), and the product with its fused epilogue.
+
+A block that knows the layer before or after a product calls the two halves on its own: a normalization hands over
+codes, and a sum with the hidden state happens in the epilogue. Called as a module, a layer does both.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import edadm_kernels as kernels
+from edadm_cli.engines.cuda.layout import channels_last, image_of, quantizable, rows_of
+from edadm_cli.engines.cuda.quantizer import Quantizer
+from edadm_cli.quant.grid import Grid, fake_quantize
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.operation import Operation
+from edadm_kernels import pack
+
+AND = " + "
+"""Between the names of layers that run as one."""
+
+
+class Product(nn.Module, ABC):
+    """A convolution or linear layer: `forward(x)` is `product(prepare(x))`.
+
+    Inputs and outputs are `[..., C]` for a linear layer and `[N, C, H, W]`, channels last, for a convolution.
+    """
+
+    quantizer: Quantizer | None = None
+    """Of the input that `product` takes; `None` when it takes floating point."""
+    label: str = ""
+    """The layer's name in the denoiser."""
+
+    @abstractmethod
+    def prepare(self, x: Tensor) -> Tensor:
+        """What `product` takes: the codes of `x`, or `x` itself."""
+
+    @abstractmethod
+    def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
+        """Multiply; then add the bias, `sample_bias` `[N, C_out]` (convolutions), and `residual`, of output's shape."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Prepare and multiply."""
+        return self.product(self.prepare(x), residual)
+
+
+class IntegerLinear(Product):
+    """A linear layer, or a convolution with a 1x1 kernel, on int8 codes.
+
+    Args:
+        weight: int8 `[N, K]`.
+        weight_scale: float32 `[N]`.
+        bias: `[N]`, or `None`.
+        quantizer: Of the input.
+        out_dtype: Of the output.
+        is_convolution: Inputs and outputs are images.
+        pack_weight: Keep two codes of at most four bits in a byte, where K allows it.
+    """
+
+    quantizer: Quantizer
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        quantizer: Quantizer,
+        out_dtype: torch.dtype,
+        is_convolution: bool = False,
+        pack_weight: bool = False,
+    ) -> None:
+        super().__init__()
+        self.quantizer, self.out_dtype, self.is_convolution = quantizer, out_dtype, is_convolution
+        self.correction = pack.linear_correction(weight, quantizer.zero_point)
+        self.weight = packed(weight, pack_weight)
+        self.scale = (quantizer.scale * weight_scale.float()).contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
+
+    @property
+    def num_outputs(self) -> int:
+        """Output features."""
+        return self.weight.shape[0]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Codes of `x`, in its shape."""
+        return self.quantizer(quantizable(x))
+
+    def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
+        """See `Product`; one GEMM."""
+        assert sample_bias is None
+        if not self.is_convolution:
+            residual = None if residual is None else residual.reshape(-1, self.num_outputs)
+            y = self.multiply(prepared.reshape(-1, prepared.shape[-1]), residual)
+            return y.view(*prepared.shape[:-1], self.num_outputs)
+        batch, _, height, width = prepared.shape
+        y = self.multiply(rows_of(prepared), None if residual is None else rows_of(channels_last(residual)))
+        return image_of(y, batch, height, width)
+
+    def multiply(self, codes: Tensor, residual: Tensor | None) -> Tensor:
+        """`[M, K]` codes to `[M, N]`."""
+        return kernels.linear(
+            codes, self.weight, self.scale, self.correction, self.bias, residual, out_dtype=self.out_dtype
+        )
+
+
+class IntegerConv2d(Product):
+    """A convolution on int8 codes, stride, padding and nearest 2x upsampling in its addressing.
+
+    Args:
+        weight: int8 `[C_out, C_in, kh, kw]`.
+        weight_scale: float32 `[C_out]`.
+        bias: `[C_out]`, or `None`.
+        quantizer: Of the input.
+        out_dtype: Of the output.
+        stride: In both directions.
+        padding: Rows or columns of zeros at the top, bottom, left and right.
+        pack_weight: Keep two codes of at most four bits in a byte, where C_in allows it.
+    """
+
+    quantizer: Quantizer
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        quantizer: Quantizer,
+        out_dtype: torch.dtype,
+        stride: int,
+        padding: tuple[int, int, int, int],
+        pack_weight: bool = False,
+    ) -> None:
+        super().__init__()
+        self.quantizer, self.out_dtype, self.stride, self.padding = quantizer, out_dtype, stride, padding
+        rows = weight.permute(0, 2, 3, 1).contiguous()  # [O, kh, kw, C]
+        self.correction = pack.conv_border_table(rows, quantizer.zero_point, padding)
+        self.weight = packed(rows, pack_weight)
+        self.scale = (quantizer.scale * weight_scale.float()).contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Codes of `x`, channels last."""
+        return self.quantizer(quantizable(x))
+
+    def product(
+        self,
+        prepared: Tensor,
+        residual: Tensor | None = None,
+        sample_bias: Tensor | None = None,
+        upsample: bool = False,
+    ) -> Tensor:
+        """See `Product`; `upsample` doubles height and width of the input by repetition first."""
+        return kernels.conv2d(
+            prepared,
+            self.weight,
+            self.scale,
+            self.correction,
+            self.bias,
+            sample_bias,
+            None if residual is None else channels_last(residual),
+            stride=self.stride,
+            padding=self.padding,
+            upsample=upsample,
+            out_dtype=self.out_dtype,
+        )
+
+
+class FloatProduct(Product):
+    """A layer in floating point, with the interface of the integer ones.
+
+    Args:
+        operation: What is multiplied.
+        weight: In its own layout.
+        bias: Or `None`.
+        rounded_to: The layer's input quantizer when its input is still rounded to codes, though not multiplied as such.
+        dtype: Of the arithmetic.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        rounded_to: QuantizedLayer | None = None,
+    ) -> None:
+        super().__init__()
+        weight = weight.to(dtype)
+        self.operation = operation
+        self.is_pointwise = operation.is_pointwise(tuple(weight.shape))
+        self.weight = channels_last(weight) if operation.kind == "conv2d" else weight.contiguous()
+        self.bias = None if bias is None else bias.to(dtype)
+        self.grid: Grid | None = None
+        if rounded_to is not None and rounded_to.plan.input_grid is not None:
+            self.grid = rounded_to.plan.input_grid
+            self.input_scale = rounded_to.input_scale.detach().to(weight.device)
+            self.input_zero_point = rounded_to.input_zero_point.detach().to(weight.device)
+
+    @property
+    def num_outputs(self) -> int:
+        """Output features."""
+        return self.weight.shape[0]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """`x`, rounded to its codes where the layer has any."""
+        x = x.to(self.weight.dtype)
+        if self.grid is None:
+            return x
+        return fake_quantize(x, self.input_scale, self.input_zero_point, self.grid)
+
+    def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
+        """See `Product`."""
+        y = self._pointwise(prepared) if self.is_pointwise else self.operation(prepared, self.weight, self.bias)
+        if sample_bias is not None:
+            y = y + sample_bias[:, :, None, None]
+        return y if residual is None else y + residual
+
+    def _pointwise(self, x: Tensor) -> Tensor:
+        """A 1x1 convolution as a matrix product, which reads a range of an image's channels where they are."""
+        rows = F.linear(rows_of(x), self.weight.flatten(1), self.bias)
+        return image_of(rows, x.shape[0], *x.shape[2:])
+
+
+class SplitProduct(Product):
+    """A layer over a concatenated input: every channel range has a product of its own, summed in the epilogues."""
+
+    def __init__(self, parts: list[Product], sizes: tuple[int, ...], channel_dim: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.sizes, self.channel_dim = sizes, channel_dim
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """`x` itself: each part quantizes its own range."""
+        return channels_last(x) if x.ndim == 4 else x
+
+    def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
+        """See `Product`."""
+        assert sample_bias is None
+        return self.join(prepared.split(self.sizes, dim=self.channel_dim), residual)
+
+    def join(self, pieces: Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
+        """The same of an input that was not concatenated, one tensor a part."""
+        for part, piece in zip(self.parts, pieces, strict=True):
+            assert isinstance(part, Product)
+            residual = part.product(part.prepare(piece), residual)
+        assert residual is not None
+        return residual
+
+
+def packed(codes: Tensor, pack_weight: bool) -> Tensor:
+    """Codes as the kernels keep them: int8, or two in a byte where that is wanted and possible."""
+    if pack_weight and pack.w4_block(codes.shape[-1]) is not None:
+        return pack.pack_w4(codes)
+    return codes.contiguous()
+
+
+def merge(layers: list[IntegerLinear]) -> IntegerLinear:
+    """One product of layers that share an input and its quantizer: outputs side by side."""
+    first = layers[0]
+    merged = IntegerLinear.__new__(IntegerLinear)
+    nn.Module.__init__(merged)
+    merged.quantizer, merged.out_dtype, merged.is_convolution = first.quantizer, first.out_dtype, False
+    merged.label = AND.join(layer.label for layer in layers)
+    merged.weight = torch.cat([layer.weight for layer in layers])
+    merged.scale = torch.cat([layer.scale for layer in layers])
+    merged.correction = torch.cat([layer.correction for layer in layers])
+    merged.bias = _joined([layer.bias for layer in layers], [layer.scale for layer in layers])
+    return merged
+
+
+def merge_floats(layers: list[FloatProduct]) -> FloatProduct:
+    """One product of linear layers in floating point that share an input as it stands: outputs side by side."""
+    first = layers[0]
+    bias = _joined([layer.bias for layer in layers], [layer.weight[:, 0] for layer in layers])
+    merged = FloatProduct(first.operation, torch.cat([layer.weight for layer in layers]), bias, first.weight.dtype)
+    merged.label = AND.join(layer.label for layer in layers)
+    return merged
+
+
+def _joined(biases: list[Tensor | None], like: list[Tensor]) -> Tensor | None:
+    """Biases side by side, zeros shaped as `like` where there is none; `None` where there is no bias at all."""
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat([torch.zeros_like(x) if bias is None else bias for bias, x in zip(biases, like, strict=True)])

@@ -1,0 +1,102 @@
+"""Where the time of a step goes: kernels on CUDA, operations on a CPU, each under the layer that asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from edadm_cli.engines.base import LayerExecution, OperationTime
+from edadm_cli.engines.cuda.products import AND, Product
+
+_PREFIX = "layer:"
+_KINDS = (
+    ("attention", ("flash", "attention", "fmha", "sdpa", "softmax")),
+    ("norm", ("norm", "group_", "layer_rows")),
+    ("conv2d", ("conv", "fprop")),
+    # `product` and `join_kernel` serve convolutions too; those have a layer's name, and so its kind
+    ("linear", ("gemm", "linear", "addmm", "matmul", "bmm", "nvjet", "cutlass", "product", "join_kernel")),
+    ("reorder", ("copy", "cat", "transpose", "nchw", "nhwc", "memcpy", "memset", "index")),
+)
+
+
+def operation_times(
+    model: nn.Module, step: Callable[[], Any], layers: tuple[LayerExecution, ...]
+) -> list[OperationTime]:
+    """Time of every operation of one `step`, in execution order.
+
+    Args:
+        model: Its products are named in the profile.
+        step: Runs the model once, kernel by kernel (a graph's replay has no layers to name).
+        layers: How the layers run.
+    """
+    on_cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with wrapped_products(model, _recorded), profile(activities=activities) as profiler:
+        step()
+        if on_cuda:
+            torch.cuda.synchronize()
+    executions = {layer.name: layer for layer in layers}
+    events = sorted((e for e in profiler.events() if not e.is_async), key=lambda event: event.time_range.start)
+    times = []
+    for event in events:
+        layer = executions.get(_layer_of(event).split(AND)[0])
+        for name, microseconds in _work_of(event):
+            known = layer is not None
+            kind = _kind(name) if layer is None or not _is_product(name) else layer.kind
+            precision = layer.precision if known and _is_product(name) else "float"  # type: ignore[union-attr]
+            label = f"{layer.name}: {name}" if known else name  # type: ignore[union-attr]
+            times.append(OperationTime(label, kind, precision, microseconds / 1000))
+    return times
+
+
+@contextmanager
+def wrapped_products(
+    model: nn.Module, wrap: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]]
+) -> Iterator[None]:
+    """Put `wrap(layer name, product)` in the place of every product of a model."""
+    products = [module for module in model.modules() if isinstance(module, Product) and module.label]
+    for module in products:
+        module.product = wrap(module.label, module.product)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in products:
+            del module.product
+
+
+def _recorded(label: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with record_function(_PREFIX + label):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _layer_of(event: Any) -> str:
+    while event is not None:
+        if event.name.startswith(_PREFIX):
+            return str(event.name.removeprefix(_PREFIX))
+        event = event.cpu_parent
+    return ""
+
+
+def _work_of(event: Any) -> list[tuple[str, float]]:
+    """Kernels that an operation launched, with microseconds; on a CPU the operation itself, less what it called."""
+    if torch.cuda.is_available():
+        return [(kernel.name, kernel.duration) for kernel in event.kernels]
+    is_work = not event.name.startswith(_PREFIX) and event.self_cpu_time_total > 0
+    return [(event.name, event.self_cpu_time_total)] if is_work else []
+
+
+def _is_product(name: str) -> bool:
+    return _kind(name) in ("linear", "conv2d")
+
+
+def _kind(name: str) -> str:
+    lowered = name.lower()
+    return next((kind for kind, words in _KINDS if any(word in lowered for word in words)), "elementwise")

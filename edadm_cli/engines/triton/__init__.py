@@ -1,5 +1,0 @@
-"""The CUDA engine."""
-
-from edadm_cli.engines.triton.engine import TritonEngine
-
-__all__ = ["TritonEngine"]

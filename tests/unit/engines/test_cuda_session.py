@@ -1,0 +1,55 @@
+"""The script of a GPU session, section by section on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+STUDIES = Path(__file__).parents[3] / "benchmarks"
+SECTIONS = "environment,tests,exactness,times,profile,memory,attention,norms,sweep,tuned"
+
+
+@pytest.fixture
+def gpu_session(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(STUDIES))
+    import importlib
+
+    return importlib.import_module("gpu_session")
+
+
+def test_every_section_runs(gpu_session: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "session.jsonl"
+    monkeypatch.setattr("sys.argv", ["gpu_session.py", "--smoke", "--sections", SECTIONS, "--out", str(out)])
+    gpu_session.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert not [row for row in rows if "error" in row or "stopped" in row]
+    sections = {row["section"] for row in rows}
+    assert set(SECTIONS.split(",")) <= sections
+    exact = next(row for row in rows if row["section"] == "exactness" and "wrong" in row)
+    assert exact["calls"] > 30
+    assert exact["wrong"] == 0
+    contenders = [row["contender"] for row in rows if row["section"] == "times" and "contender" in row]
+    assert {"fp32 eager", "fp16 channels_last eager", "w8a8", "w4a8"} <= set(contenders)
+    swept = [row for row in rows if row["section"] == "sweep" and "call" in row]
+    assert all(row["layers"] and row["float16_us"] > 0 for row in swept)
+
+
+def test_no_time_left_is_said(gpu_session: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "session.jsonl"
+    arguments = ["--smoke", "--sections", "sweep", "--patience", "10", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["gpu_session.py", *arguments])
+    gpu_session.main()
+    assert json.loads(out.read_text()) == {"section": "sweep", "skipped": "no time left"}
+
+
+def test_the_best_tiles_are_those_of_a_whole_step(gpu_session: ModuleType) -> None:
+    key = (90, "linear", 512, 1280, 1280, False)
+    swept = [
+        {"key": key, "count": 3, "chosen_us": 10.0, "tiles": {"A": 8.0, "B": 9.0}},
+        {"key": key, "count": 1, "chosen_us": 10.0, "tiles": {"A": 14.0, "B": 9.0}},
+        {"call": "another", "error": "does not compile"},
+    ]
+    assert gpu_session.kernels.best_tiles(swept) == {key: ("B", 40.0, 36.0)}
