@@ -7,7 +7,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SOURCES := edadm_cli kernels tests docs benchmarks
+SOURCES := edadm_cli kernels tests docs benchmarks examples
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench test lint type format docs kernels study clean
@@ -27,6 +27,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[docs]'
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed
@@ -53,8 +57,10 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-docs: $(VENV)/.installed-dev
+# The reference of commands is compared with --help, and the site is built into site/; a warning is an error.
+docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/cli_reference.py --check
+	$(BIN)/mkdocs build --quiet
 
 # Every kernel compiled for the architectures given, its machine code judged; no GPU needed.
 ARCH ?= 80 86 89 90
@@ -67,5 +73,5 @@ study: $(VENV)/.installed
 	$(BIN)/python benchmarks/recipes.py --model digits-ddpm --out studies/digits-ddpm
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
