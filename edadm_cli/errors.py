@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ class RequirementError(EdadmError):
     """A `--require` was not met."""
 
     exit_code = EXIT_REQUIREMENT
+
+
+def quoted(*words: object) -> str:
+    """Returns a command line that a shell reads as these words: `quoted("edadm", "--run", "my run")`."""
+    return shlex.join(str(word) for word in words)
 
 
 # pydantic names the classes of a program; a user writes tables and lists.
