@@ -41,7 +41,7 @@ def open_dataset(name: str) -> Any:
     except (RuntimeError, OSError):  # torchvision: not found or corrupted
         if is_offline():
             raise InputError(
-                f"The dataset {name} was wanted in {folder} and is not there; HF_HUB_OFFLINE forbids a download.",
+                f"The dataset {name} was expected in {folder} and is not there; HF_HUB_OFFLINE forbids a download.",
                 hint=hint,
             ) from None
     try:

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import to_pil_image
 
 from edadm_cli.artifacts import file_sha256
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, UsageError
 from edadm_cli.evaluate.datasets import DATASETS_REGISTRY, open_dataset
-from edadm_cli.evaluate.images import to_rgb
 from edadm_cli.evaluate.metrics import NEIGHBOURS
+from edadm_cli.evaluate.real_files import (
+    IMAGE_SUFFIXES,
+    IMAGES_KEY,
+    ArrayImages,
+    DatasetImages,
+    FileImages,
+    check_headers,
+    read_arrays,
+)
 from edadm_cli.evaluate.representation import Layer, Statistics
 from edadm_cli.models.digits import data as digits
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-STATISTICS_KEYS: dict[Layer, tuple[str, str]] = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-IMAGES_KEY = "arr_0"
 
 ImageLoader = Callable[[tuple[int, int]], Dataset[Tensor]]
 
@@ -44,7 +42,7 @@ class RealImages:
             ready-made.
         images: Gives the images as a dataset of uint8 `(3, H, W)` for a height and a width; `None` where
             there are statistics only.
-        fetch: Makes the images available, where they may have to be downloaded first.
+        fetch: Makes the images available before anything is sampled: downloads them, or checks the files.
     """
 
     name: str
@@ -54,65 +52,11 @@ class RealImages:
     fetch: Callable[[], object] = lambda: None
 
 
-class ArrayImages(Dataset[Tensor]):
-    """Images in memory, uint8 with shape `(N, C, H, W)`, as a dataset of `(3, H, W)`."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return to_rgb(self.images[index])
-
-
-class FileImages(Dataset[Tensor]):
-    """Image files as a dataset of uint8 `(3, H, W)`: the shorter side resized, the rest cut off evenly."""
-
-    def __init__(self, files: list[Path], size: tuple[int, int]) -> None:
-        self.files = files
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        path = self.files[index]
-        try:
-            with Image.open(path) as picture:
-                return fitted(picture, self.size)
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path} is not a readable image.") from error
-
-
-class DatasetImages(Dataset[Tensor]):
-    """A dataset of uint8 `(3, H, W)` at another size, as `FileImages`."""
-
-    def __init__(self, images: Any, size: tuple[int, int]) -> None:
-        self.images = images
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        image: Tensor = self.images[index]
-        return image if image.shape[1:] == self.size else fitted(to_pil_image(image), self.size)
-
-
-def fitted(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A picture as uint8 `(3, H, W)`: the shorter side resized, the rest cut off evenly."""
-    height, width = size
-    pixels = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-
-
 def shipped_digits(image_size: int) -> RealImages:
     """Return MNIST: statistics of the 60,000 training images, and the 10,000 test images.
 
     Raises:
-        InputError: The shipped files are not there.
+        InputError: The shipped files are missing.
     """
     folder = digits.model_folder("data")
     files = [folder / digits.TEST_IMAGES_FILE, folder / digits.STATISTICS_FILE]
@@ -139,18 +83,31 @@ def open_real(place: str) -> RealImages:
 
     Raises:
         InputError: There is nothing there, or nothing that can be used.
+        UsageError: The text is empty or cannot be the name of a file.
     """
-    path = Path(place).expanduser()
-    if path.is_dir():
+    if not place.strip():
+        raise UsageError("--real expects a folder, a file or the name of a dataset, and got an empty text.")
+    path, is_folder, is_file = _kind_of(place)
+    if is_folder:
         return _open_folder(path)
-    if path.is_file():
+    if is_file:
         return _open_arrays(path)
     if place in DATASETS_REGISTRY:
         return _named_dataset(place)
     raise InputError(
-        f"Real images were wanted in {path} (--real), found no such folder or file, "
+        f"--real expects a folder of images, an npz file or a dataset; {path} is no such folder or file, "
         f"nor a dataset of that name ({', '.join(DATASETS_REGISTRY)})."
     )
+
+
+def _kind_of(place: str) -> tuple[Path, bool, bool]:
+    """The path of a text, and whether it is a folder or a regular file."""
+    try:
+        path = Path(place).expanduser()
+        return path, path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, no such user
+        shown = place if len(place) <= 80 else f"{place[:60]}... ({len(place):,} characters)"
+        raise UsageError(f"--real expects the path of a folder or a file; '{shown}' cannot be one.") from error
 
 
 def _named_dataset(name: str) -> RealImages:
@@ -169,62 +126,36 @@ def _open_folder(folder: Path) -> RealImages:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if len(files) <= NEIGHBOURS:
         raise InputError(
-            f"{folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}); more than {NEIGHBOURS} were wanted."
+            f"--real expects more than {NEIGHBOURS} images ({', '.join(IMAGE_SUFFIXES)}); {folder} holds {len(files)}."
         )
     return RealImages(
-        name=f"{len(files)} images in {folder.name}",
+        name=f"{len(files)} images in {_printable(folder.name)}",
         digest=_digest([(path.relative_to(folder).as_posix(), file_sha256(path)) for path in files]),
         statistics={},
         images=lambda size: FileImages(files, size),
+        fetch=partial(check_headers, files),
     )
 
 
 def _open_arrays(path: Path) -> RealImages:
-    wanted = [key for keys in STATISTICS_KEYS.values() for key in keys] + [IMAGES_KEY]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in wanted if key in file.files}
-    except (OSError, ValueError, BadZipFile, AttributeError, EOFError) as error:
-        raise InputError(f"{path} is not a readable npz file of plain arrays.") from error
-    statistics = {
-        layer: _check_statistics(path, arrays[mean], arrays[covariance])
-        for layer, (mean, covariance) in STATISTICS_KEYS.items()
-        if mean in arrays and covariance in arrays
-    }
-    if not statistics and IMAGES_KEY not in arrays:
+    statistics, images = read_arrays(path)
+    if not statistics and images is None:
         raise InputError(f"{path} holds neither statistics (mu, sigma) nor images ({IMAGES_KEY}).")
-    images = _check_array_images(path, arrays[IMAGES_KEY]) if IMAGES_KEY in arrays else None
     return RealImages(
-        name=path.name,
+        name=_printable(path.name),
         digest=file_sha256(path),
         statistics=statistics,
         images=None if images is None else lambda size: ArrayImages(images),
     )
 
 
-def _check_statistics(path: Path, mean: NDArray[np.generic], covariance: NDArray[np.generic]) -> Statistics:
-    size = mean.size
-    if mean.shape != (size,) or covariance.shape != (size, size):
-        raise InputError(
-            f"{path} holds a mean of shape {mean.shape} and a covariance of shape {covariance.shape}; "
-            "(D,) and (D, D) were wanted."
-        )
-    return Statistics(mean.astype(np.float64), covariance.astype(np.float64))
-
-
-def _check_array_images(path: Path, images: NDArray[np.generic]) -> Tensor:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise InputError(
-            f"{path} holds {IMAGES_KEY} as {images.dtype} with shape {images.shape}; "
-            "uint8 with shape (N, H, W, 3) was wanted."
-        )
-    if len(images) <= NEIGHBOURS:
-        raise InputError(f"{path} holds {len(images)} images; more than {NEIGHBOURS} were wanted.")
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+def _printable(name: str) -> str:
+    """A file name as text; the bytes that are no UTF-8 are written as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _digest(entries: list[tuple[str, str]]) -> str:
     digest = hashlib.sha256()
     for name, content in entries:
-        digest.update(f"{name}\0{content}\n".encode())
+        digest.update(os.fsencode(name) + f"\0{content}\n".encode())
     return digest.hexdigest()

@@ -61,7 +61,7 @@ def test_without_weights_distances_remain_and_every_missing_figure_says_why(
     assert again.warnings == record.warnings
     with pytest.raises(InputError, match="inception_score cannot be computed"):
         stage.run(_config(metrics=("inception_score",)), folder_run, force=True)
-    with pytest.raises(InputError, match=r"dataset cifar10-train was wanted in .*HF_HUB_OFFLINE forbids a download"):
+    with pytest.raises(InputError, match=r"dataset cifar10-train was expected in .*HF_HUB_OFFLINE forbids a download"):
         stage.run(_config(real="cifar10-train"), folder_run, force=True)
 
 

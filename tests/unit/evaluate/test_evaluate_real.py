@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from edadm_cli.errors import InputError
+from edadm_cli.errors import EdadmError, InputError
 from edadm_cli.evaluate import datasets
 from edadm_cli.evaluate.real import open_real
 
 ImageMaker = Callable[..., torch.Tensor]
+Maker = Callable[[Path], str]
 
 
 def _write_folder(folder: Path, count: int, size: tuple[int, int] = (20, 30)) -> None:
@@ -59,38 +63,127 @@ def test_arrays_give_statistics_or_images_or_both(tmp_path: Path, random_images:
     assert statistics.images is None
 
 
+def _arrays(**arrays: Any) -> Maker:
+    def make(folder: Path) -> str:
+        np.savez(folder / "real.npz", **arrays)
+        return str(folder / "real.npz")
+
+    return make
+
+
+def _patched_member(offsets: dict[int, bytes]) -> Maker:
+    """An archive of images whose local and central headers are changed at byte offsets of the central one."""
+
+    def make(folder: Path) -> str:
+        np.savez(folder / "real.npz", arr_0=_IMAGES)
+        data = bytearray((folder / "real.npz").read_bytes())
+        local, central = data.index(b"PK\x03\x04"), data.index(b"PK\x01\x02")
+        for offset, value in offsets.items():
+            data[central + offset : central + offset + len(value)] = value
+            data[local + offset - 2 : local + offset - 2 + len(value)] = value
+        (folder / "real.npz").write_bytes(data)
+        return str(folder / "real.npz")
+
+    return make
+
+
+def _file(name: str, content: bytes) -> Maker:
+    def make(folder: Path) -> str:
+        (folder / name).write_bytes(content)
+        return str(folder / name)
+
+    return make
+
+
+def _pictures(last: bytes, name: str = "z.png") -> Maker:
+    def make(folder: Path) -> str:
+        _write_folder(folder / "real", 4)
+        (folder / "real" / name).write_bytes(last)
+        return str(folder / "real")
+
+    return make
+
+
+def _saved(save: Callable[[Any], object]) -> bytes:
+    stream = io.BytesIO()
+    save(stream)
+    return stream.getvalue()
+
+
+def _text_bomb() -> bytes:
+    """A PNG file whose compressed comment is far larger than Pillow reads."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "a" * (PngImagePlugin.MAX_TEXT_CHUNK * 4), zip=True)
+    return _saved(lambda stream: Image.new("RGB", (8, 8)).save(stream, "PNG", pnginfo=info))
+
+
+def _without_area() -> bytes:
+    bitmap = bytearray(_saved(lambda stream: Image.new("RGB", (8, 8)).save(stream, "BMP")))
+    bitmap[18:22] = bytes(4)  # the width
+    return bytes(bitmap)
+
+
+_IMAGES = np.zeros((9, 8, 8, 3), np.uint8)
+_NPY = _saved(lambda stream: np.save(stream, _IMAGES))
+_COMMENT_BOMB = _text_bomb()
+
+
 @pytest.mark.parametrize(
-    ("arrays", "sentence"),
+    ("make", "sentence", "code"),
     [
-        ({"other": np.zeros(3)}, "holds neither"),
-        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, "were wanted"),
-        ({"arr_0": np.zeros((9, 8, 8, 3))}, "uint8"),
-        ({"arr_0": np.zeros((9, 8, 8), np.uint8)}, "uint8"),
-        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, "more than 3"),
-        ({"mu": np.array([{"code": 1}], dtype=object), "sigma": np.zeros((1, 1))}, "plain arrays"),
+        (_arrays(other=np.zeros(3)), "holds neither", 3),
+        (_arrays(mu=np.zeros(3), sigma=np.zeros((2, 2))), "were expected", 3),
+        (_arrays(mu=np.zeros(0), sigma=np.zeros((0, 0))), "were expected", 3),
+        (_arrays(mu=np.array(["a"]), sigma=np.eye(1)), "real numbers were expected", 3),
+        (_arrays(mu=np.array([b"a"]), sigma=np.eye(1)), "real numbers were expected", 3),
+        (_arrays(mu=np.zeros(1), sigma=np.zeros((1, 1), "V8")), "real numbers were expected", 3),
+        (_arrays(mu=np.zeros(1, complex), sigma=np.eye(1)), "real numbers were expected", 3),
+        (_arrays(mu=np.array([np.nan]), sigma=np.eye(1)), "not finite", 3),
+        (_arrays(mu=np.array([{"code": 1}], dtype=object), sigma=np.eye(1)), "plain arrays", 3),
+        (_arrays(arr_0=np.array([{"code": 1}], dtype=object)), "plain arrays", 3),
+        (_arrays(arr_0=_IMAGES.astype(float)), "uint8", 3),
+        (_arrays(arr_0=_IMAGES[..., 0]), "uint8", 3),
+        (_arrays(arr_0=_IMAGES.astype("S3")), "uint8", 3),
+        (_arrays(arr_0=_IMAGES[:, :0]), "uint8", 3),
+        (_arrays(arr_0=_IMAGES[:2]), "more than 3", 3),
+        (_patched_member({8: b"\1\0"}), "plain arrays", 3),  # encrypted
+        (_patched_member({10: b"\x63\0"}), "plain arrays", 3),  # a compression that nobody has
+        (_file("real.npy", _NPY), "plain arrays", 3),
+        (_file("real.npz", _NPY), "plain arrays", 3),
+        (_file("real.npz", _NPY.replace(b"(9, 8,", b"(10**9, 10**9,")), "plain arrays", 3),
+        (_file("real.npz", b""), "plain arrays", 3),
+        (_file("real.npz", b"no arrays"), "plain arrays", 3),
+        (_pictures(b"\x89PNG no"), r"z\.png is not a readable image", 3),
+        (_pictures(_COMMENT_BOMB), r"z\.png is not a readable image", 3),
+        (_pictures(_without_area(), "z.bmp"), r"z\.bmp is", 3),
+        (_pictures(b"no", os.fsdecode(b"\xff.png")), "is not a readable image", 3),
+        (lambda folder: str(folder), "holds 0", 3),
+        (lambda folder: str(folder / "none"), "no such folder or file", 3),
+        (lambda folder: "", "empty text", 2),
+        (lambda folder: " ", "empty text", 2),
+        (lambda folder: "a" * 5000, "cannot be one", 2),
+        (lambda folder: "~no-such-user/real", "cannot be one", 2),
+        (lambda folder: "\ud800", "no such folder or file", 3),
     ],
 )
-def test_unusable_arrays_end_in_one_sentence(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str) -> None:
-    np.savez(tmp_path / "real.npz", **arrays)
-    with pytest.raises(InputError, match=sentence):
-        open_real(str(tmp_path / "real.npz"))
+def test_what_cannot_be_used_ends_in_one_sentence_before_anything_is_sampled(
+    tmp_path: Path, make: Maker, sentence: str, code: int
+) -> None:
+    with pytest.raises(EdadmError, match=sentence) as caught:
+        open_real(make(tmp_path)).fetch()
+    assert caught.value.exit_code == code
+    assert "\n" not in caught.value.message
 
 
-def test_missing_empty_and_broken_places_end_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder or file"):
-        open_real(str(tmp_path / "none"))
-    _write_folder(tmp_path / "few", 3)
-    with pytest.raises(InputError, match="3 images"):
-        open_real(str(tmp_path / "few"))
-    (tmp_path / "text.npz").write_text("no arrays")
-    with pytest.raises(InputError, match="npz"):
-        open_real(str(tmp_path / "text.npz"))
-    _write_folder(tmp_path / "broken", 5)
-    (tmp_path / "broken" / "3.png").write_bytes(b"\x89PNG no")
-    real = open_real(str(tmp_path / "broken"))
+def test_names_that_are_no_text_are_names_like_any_other(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"real-\xff")
+    _write_folder(folder, 4)
+    (folder / "3.png").rename(folder / os.fsdecode(b"\xfe.png"))
+    real = open_real(str(folder))
+    real.fetch()
     assert real.images is not None
-    with pytest.raises(InputError, match=r"3\.png is not a readable image"):
-        real.images((8, 8))[3]
+    assert len(real.images((8, 8))) == 4  # type: ignore[arg-type]
+    assert real.name == "4 images in real-\\xff"
 
 
 def test_a_dataset_of_torch_fidelity_is_opened_by_its_name(
