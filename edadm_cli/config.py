@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from edadm_cli.errors import UsageError
-from edadm_cli.recipe import Recipe, SelectStrategy
+from edadm_cli.recipe import Recipe, SelectStrategy, without_later_defaults
 
 MAX_IMAGES = 1_000_000
 """Images of one seed whose noise is their own (`edadm_cli/models/sampling.py`, `image_seed`)."""
@@ -42,7 +42,7 @@ class StageConfig(BaseModel):
             for name, field in type(self).model_fields.items()
             if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False
         }
-        return self.model_dump(mode="json", exclude=is_local | {"seed"})
+        return without_later_defaults(self, self.model_dump(mode="json", exclude=is_local | {"seed"}))
 
 
 class CollectConfig(StageConfig):

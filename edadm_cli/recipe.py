@@ -31,6 +31,26 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def later(default: Any, **kwargs: Any) -> Any:
+    """Declares a field that earlier versions did not have; its default is what they did.
+
+    A field at its default is left out of an artifact's identity, so that artifacts of earlier versions stay valid.
+    """
+    return Field(default, json_schema_extra={"later": True}, **kwargs)
+
+
+def without_later_defaults(model: BaseModel, fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns `fields`, the dumped fields of `model`, without the later ones that are at their defaults."""
+    kept = {}
+    for name, value in fields.items():
+        field, current = type(model).model_fields[name], getattr(model, name)
+        is_later = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("later") is True
+        if is_later and current == field.default:
+            continue
+        kept[name] = without_later_defaults(current, value) if isinstance(current, BaseModel) else value
+    return kept
+
+
 class SelectRecipe(_Frozen):
     """Which steps the calibration samples are taken from."""
 
@@ -81,6 +101,13 @@ class LearnRecipe(_Frozen):
     input_drop: float = Field(0.0, ge=0, le=1, description="share of input elements taken from full precision (QDrop)")
     activation_drop: float = Field(0.0, ge=0, le=1, description="share of activations left unquantized while learning")
     rounding_regularizer: float = Field(1e-3, ge=0, description="weight of AdaRound's pull of h to 0 or 1; 0: off")
+    rounding_sharpness: float = later(
+        1.0,
+        ge=1,
+        le=1000,
+        description="tau at the end of learning: how sharply h turns from 0 to 1; 1: AdaRound's form",
+    )
+    rounding_sharpness_start: float = later(0.3, ge=0, lt=1, description="share of the iterations before tau grows")
 
 
 class LayerRule(_Frozen):

@@ -115,8 +115,10 @@ class Coverage(_Record):
 class Loss(_Record):
     """Reconstruction loss, summed over the units; null where nothing is learned."""
 
-    first: float | None = None
-    last: float | None = None
+    first: float | None = Field(None, description="with weights rounded to nearest")
+    last: float | None = Field(None, description="with the rounding that is deployed")
+    soft: float | None = Field(None, description="at the end of learning, before h is rounded to 0 or 1")
+    undecided: float | None = Field(None, description="share of the learned weights with 0.05 < h < 0.95 at that time")
 
 
 class ReconstructRecord(StageRecord):

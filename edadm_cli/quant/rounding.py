@@ -1,7 +1,10 @@
 r"""Learned rounding (AdaRound): every weight learns whether it is rounded down or up.
 
-    h(alpha) = clip(1.2 * sigmoid(alpha) - 0.1, 0, 1)
+    h(alpha) = clip(1.2 * sigmoid(tau * alpha) - 0.1, 0, 1)
     w_int    = clamp(floor(w / scale) + h(alpha), quant_min, quant_max)
+
+With tau = 1 this is AdaRound. A tau that grows while alpha is learned drives every h to 0 or 1, so that the weights
+that are learned are the weights that are deployed, where h >= 0.5 rounds up.
 
 References:
     AdaRound, arXiv 2004.10568, equations 16, 23 and 24.
@@ -13,11 +16,30 @@ import torch
 from torch import Tensor
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
+_UNDECIDED_LOW, _UNDECIDED_HIGH = 0.05, 0.95
 
 
-def rectified_sigmoid(alpha: Tensor) -> Tensor:
-    """h(alpha), between 0 (down) and 1 (up)."""
-    return (torch.sigmoid(alpha) * (_STRETCH_HIGH - _STRETCH_LOW) + _STRETCH_LOW).clamp(0, 1)
+def rectified_sigmoid(alpha: Tensor, sharpness: Tensor | float = 1.0) -> Tensor:
+    """Returns h(alpha), between 0 (down) and 1 (up); `sharpness` is tau."""
+    return (torch.sigmoid(sharpness * alpha) * (_STRETCH_HIGH - _STRETCH_LOW) + _STRETCH_LOW).clamp(0, 1)
+
+
+def sharpness_at(progress: float, last: float, start: float) -> float:
+    """Returns tau after a share `progress` of the iterations: 1 up to `start`, then a geometric growth to `last`.
+
+    tau = last ^ max(0, (progress - start) / (1 - start))
+
+    Args:
+        progress: Iterations done over all iterations, from 0 to 1.
+        last: The value of tau at the end; 1 leaves h as AdaRound has it.
+        start: The share of the iterations after which tau grows, at least 0 and less than 1.
+    """
+    return float(last ** max(0.0, (progress - start) / (1 - start)))
+
+
+def undecided_share(up: Tensor) -> float:
+    """Returns the share of weights whose h = `up` is neither down nor up: 0.05 < h < 0.95."""
+    return float(((up > _UNDECIDED_LOW) & (up < _UNDECIDED_HIGH)).float().mean())
 
 
 def initial_alpha(weight: Tensor, scale: Tensor) -> Tensor:

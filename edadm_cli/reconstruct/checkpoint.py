@@ -30,8 +30,7 @@ class UnitCheckpoints:
         place = self._place(index, unit)
         place.mkdir(parents=True, exist_ok=True)
         save_tensors(place / "params.safetensors", result.params)
-        losses = {"loss_before": result.loss_before, "loss_after": result.loss_after, "curve": result.curve}
-        save_json(place / "unit.json", losses)
+        save_json(place / "unit.json", result.losses())
 
     def _place(self, index: int, unit: Unit) -> Path:
         return self.folder / f"{index:04d}-{unit.name}"

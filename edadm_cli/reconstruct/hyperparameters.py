@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from edadm_cli.config import BitWidth
@@ -33,6 +35,12 @@ class Hyperparameters(BaseModel):
     input_drop: float
     activation_drop: float
     rounding_regularizer: float
+    rounding_sharpness: float = 1.0
+    rounding_sharpness_start: float = 0.3
+
+    def identity_fields(self) -> dict[str, Any]:
+        """Returns the fields that decide the result; those with a default came later and do not count at it."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
 
 def resolve(recipe: LearnRecipe, published: PaperSettings | None, bits: BitWidth) -> Hyperparameters:

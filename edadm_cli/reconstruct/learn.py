@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from edadm_cli.errors import InputError
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.plan import QuantizationPlan
-from edadm_cli.quant.rounding import rounding_regularizer
+from edadm_cli.quant.rounding import rounding_regularizer, sharpness_at, undecided_share
 from edadm_cli.reconstruct.capture import UnitCalls, layer_outputs
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.learned import Drop, LearnedUnit, Share
@@ -56,12 +57,29 @@ class UnitData:
 
 @dataclass
 class UnitResult:
-    """What one unit learned."""
+    """What one unit learned.
+
+    Attributes:
+        params: Its quantization parameters under the names of the artifact.
+        loss_before: The loss with weights rounded to nearest.
+        loss_after: The loss with the rounding that is deployed.
+        curve: What the optimizer minimised, at up to 50 iterations.
+        loss_soft: The loss at the end of learning, before h was rounded to 0 or 1.
+        undecided: The share of weights with 0.05 < h < 0.95 at that time.
+        is_nearest: Whether learning made the unit worse, so that it keeps its nearest rounding.
+    """
 
     params: dict[str, Tensor]
     loss_before: float
     loss_after: float
     curve: list[float] = field(default_factory=list)
+    loss_soft: float | None = None
+    undecided: float | None = None
+    is_nearest: bool = False
+
+    def losses(self) -> dict[str, Any]:
+        """Returns everything but the parameters, as plain JSON values."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "params"}
 
 
 def channel_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -163,12 +181,13 @@ class UnitLearner:
         self.module: nn.Module = network.denoiser.get_submodule(unit.name)
 
     def learn(self) -> UnitResult:
-        """Run the optimizer and decide the rounding.
+        """Runs the optimizer and decides the rounding; a unit that learning made worse keeps its nearest rounding.
 
         Raises:
             InputError: The loss is not finite.
         """
         before = self.reconstruction_loss()  # h starts at the dropped fraction, so deciding now rounds to nearest
+        nearest = self.learned.params()
         step = make_step(self, self.optimization())
         every = max(1, self.recipe.iterations // _CURVE_POINTS)
         curve: list[float] = []
@@ -180,13 +199,17 @@ class UnitLearner:
                 self.processes.sum(loss)
                 curve.append(loss.item())
         self.batch.close()
-        after = self.reconstruction_loss()
+        self.learned.rounding.sharpness.fill_(self._sharpness(self.recipe.iterations))
+        soft, after = self.reconstruction_loss(decided=False), self.reconstruction_loss()
         if not math.isfinite(after):
             raise InputError(
                 f"The reconstruction loss of '{self.unit.name}' is not finite.",
                 hint="lower weight_learning_rate or activation_learning_rate in the recipe",
             )
-        return UnitResult(self.learned.params(), before, after, curve)
+        undecided = undecided_share(self.learned.rounding.weights(decided=False)[1].detach())
+        if after > before:
+            return UnitResult(nearest, before, before, curve, soft, undecided, is_nearest=True)
+        return UnitResult(self.learned.params(), before, after, curve, soft, undecided)
 
     def loss(self) -> Tensor:
         """This process's share of the loss of the rows now chosen: one forward of the quantized unit."""
@@ -225,12 +248,15 @@ class UnitLearner:
         return mixed
 
     @torch.no_grad()
-    def reconstruction_loss(self) -> float:
-        """The block loss as deployed, over all rows of the partly quantized network's inputs.
+    def reconstruction_loss(self, decided: bool = True) -> float:
+        """Returns the block loss over all rows of the partly quantized network's inputs, every activation quantized.
 
-        Rounding is decided and every activation quantized. Processes share the rows; the sum is the same however many.
+        Processes share the rows; the sum is the same however many they are.
+
+        Args:
+            decided: Whether h is rounded to 0 or 1, as it is deployed.
         """
-        self.activation_drop.active, self.learned.decided = False, True
+        self.activation_drop.active, self.learned.decided = False, decided
         self.learned.materialize()
         calls, exact = self.data.quantized, self.data.full_precision
         parts = chunks(calls.rows, max(self.recipe.batch_size, EVALUATED_ROWS))
@@ -246,14 +272,21 @@ class UnitLearner:
         return sum(losses.tolist()) / calls.rows
 
     def set_iteration(self, iteration: int) -> None:
-        """Choose the rows of an iteration and the strength of the rounding regularizer."""
+        """Chooses the rows of an iteration, the sharpness of h and the strength of the rounding regularizer."""
         self.rows = self._upcoming or self._draw()
         self._upcoming = self._draw() if iteration + 1 < self.recipe.iterations else None
         self.batch.load(self.rows, self._upcoming)
         start = _REGULARIZER_START * self.recipe.iterations
         progress = (iteration - start) / max(1.0, self.recipe.iterations - start)
+        self.learned.rounding.sharpness.fill_(self._sharpness(iteration))
         self.pull.fill_(self.recipe.rounding_regularizer if progress >= 0 else 0.0)
         self.beta.fill_(_BETA_TO + (_BETA_FROM - _BETA_TO) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0))))
+
+    def _sharpness(self, iteration: int) -> float:
+        """Returns tau at the beginning of an iteration; the last value belongs to the end of the last one."""
+        recipe = self.recipe
+        progress = iteration / max(1, recipe.iterations)
+        return sharpness_at(progress, recipe.rounding_sharpness, recipe.rounding_sharpness_start)
 
     def _draw(self) -> list[int]:
         """Rows of the next step, drawn for all processes alike, of which this one takes its part."""

@@ -148,10 +148,11 @@ class LearnedRounding:
         self.low = self._per_element([grid.quant_min for grid in grids], flat)
         self.high = self._per_element([grid.quant_max for grid in grids], flat)
         self.alpha = nn.Parameter(initial_alpha(flat, self.scale))
+        self.sharpness = torch.ones((), device=flat.device)  # tau, in place, so that a CUDA graph reads its new value
 
     def weights(self, decided: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """Weights by part name, differentiable in alpha unless decided; and h, flat."""
-        up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha)
+        """Returns the weights by part name, differentiable in alpha unless decided, and h, flat."""
+        up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha, self.sharpness)
         return self._split((self.floor + up).clamp(self.low, self.high) * self.scale), up
 
     def codes(self) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ PARAMS_FILE = "quant_params.safetensors"
 PLAN_FILE = "plan.json"
 UNITS_FILE = "units.json"
 _RANGES_FILE = "ranges.safetensors"
+_LARGEST_GAP = 1.1  # of a loss with rounded h to the loss before, above which the user is warned
 
 
 def run(
@@ -121,7 +123,7 @@ class _Task:
         config = self.config
         fields = {**config.identity_fields(), "batch_size": self.batch_size}
         fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "select")}
-        fields["hyperparameters"] = self.hyperparameters.model_dump(mode="json")
+        fields["hyperparameters"] = self.hyperparameters.identity_fields()
         model = self.selection.manifest.model
         return Plan("reconstruct", str(config.bits), fields, config.seed, (self.selection,), model)
 
@@ -225,6 +227,7 @@ def _reconstruct(
     )
     with reporter.task("reconstruct", len(setting.units)) as advance:
         results = reconstruction.run(setting.units, advance, {unit.name for unit in setting.learning})
+    _report_gaps(results, task.hyperparameters, reporter)
     for result in results.values():
         params |= result.params
     return params, results, reconstruction.passes
@@ -257,16 +260,48 @@ def _summary(setting: Setting, results: Mapping[str, UnitResult], num_quantized:
     rows = []
     for unit in setting.units:
         result = results.get(unit.name)
-        losses: dict[str, Any] = {"loss_before": None, "loss_after": None, "curve": []}
-        if result is not None:
-            losses = {"loss_before": result.loss_before, "loss_after": result.loss_after, "curve": result.curve}
+        losses = (result or UnitResult({}, math.nan, math.nan)).losses()
+        if result is None:
+            losses |= {"loss_before": None, "loss_after": None}
         rows.append({"name": unit.name, "kind": unit.kind, "layers": list(unit.layers), **losses})
     planned = len(setting.plan.layers) + len(setting.plan.attentions)
-    first = sum(result.loss_before for result in results.values()) if results else None
-    last = sum(result.loss_after for result in results.values()) if results else None
     return {
         "units": rows,
         "coverage": {"planned": planned, "quantized": num_quantized, "kept": len(setting.plan.kept)},
         "by_kind": count(setting.plan, setting.traced),
-        "loss": {"first": first, "last": last},
+        "loss": _loss(setting, results),
     }
+
+
+def _loss(setting: Setting, results: Mapping[str, UnitResult]) -> dict[str, float | None]:
+    """Returns the losses summed over the units, and the share of all learned weights that were undecided."""
+    if not results:
+        return {"first": None, "last": None, "soft": None, "undecided": None}
+    sizes = {unit.name: setting.num_weights(unit) for unit in setting.units if unit.name in results}
+    undecided = sum(sizes[name] * (result.undecided or 0.0) for name, result in results.items())
+    return {
+        "first": sum(result.loss_before for result in results.values()),
+        "last": sum(result.loss_after for result in results.values()),
+        "soft": sum(result.loss_soft or 0.0 for result in results.values()),
+        "undecided": undecided / sum(sizes.values()),
+    }
+
+
+def _report_gaps(results: Mapping[str, UnitResult], hyperparameters: Hyperparameters, reporter: Reporter) -> None:
+    """Warns where rounding h at the end lost a part of what was learned, and notes units that keep nearest rounding."""
+    if not hyperparameters.iterations:
+        return
+    hard = sum(result.loss_after for result in results.values())
+    soft = sum(result.loss_soft or 0.0 for result in results.values())
+    if hard > _LARGEST_GAP * soft:
+        undecided = [
+            name for name, result in results.items() if result.loss_after > _LARGEST_GAP * (result.loss_soft or 0)
+        ]
+        reporter.warn(
+            f"Rounding was not decided when learning ended: the summed loss of the units is {hard:.4g} as deployed and"
+            f" {soft:.4g} before h was rounded; {len(undecided)} of {len(results)} units are more than 10% above, such"
+            f" as '{undecided[0]}'. A rounding_sharpness of 20 in the recipe decides it."
+        )
+    for name, result in results.items():
+        if result.is_nearest:
+            reporter.note(f"Learning did not improve '{name}', which keeps its weights rounded to nearest.")

@@ -52,6 +52,8 @@ def _reconstruction(width: Width, part: Part) -> Html:
         ("kept in floating point", f"{coverage['kept']:,}"),
         ("loss before", None if loss["first"] is None else f"{number(loss['first'])}, summed over the units"),
         ("loss after", None if loss["last"] is None else number(loss["last"])),
+        ("loss before h was rounded", None if loss.get("soft") is None else number(loss["soft"])),
+        ("undecided weights then", None if loss.get("undecided") is None else f"{loss['undecided']:.2%}"),
         ("time taken", seconds(environment.get("seconds"))),
         ("seed", str(part.artifact.manifest.seed)),
     ]
@@ -92,16 +94,19 @@ def _units(width: Width, units: list[dict[str, Any]]) -> Html:
             number(len(unit["layers"])),
             number(unit["loss_before"]),
             number(unit["loss_after"]),
+            number(unit["loss_soft"]) if unit.get("loss_soft") is not None else None,
+            f"{unit['undecided']:.1%}" if unit.get("undecided") is not None else None,
             curve_plot(unit["curve"], f"Loss curve of {unit['name']}") if len(unit["curve"]) > 1 else None,
         ]
         for unit in units
     ]
     note = (
         "A curve shows what the optimizer minimises, on a logarithmic scale of its own: besides the loss of the unit "
-        "also those of its layers and, if the recipe has it, the pull on the rounding, a jump where it sets in."
+        "also those of its layers and, if the recipe has it, the pull on the rounding, a jump where it sets in. "
+        "A weight is undecided where learning ended with 0.05 < h < 0.95."
     )
-    header = ["unit", "kind", "layers", "before", "after", "curve"]
-    return element("div", element("p", note), table(header, rows, f"Units of {width.title}", numeric=(2, 3, 4)))
+    header = ["unit", "kind", "layers", "before", "after", "before h was rounded", "undecided", "curve"]
+    return element("div", element("p", note), table(header, rows, f"Units of {width.title}", numeric=(2, 3, 4, 5, 6)))
 
 
 def _layers(width: Width, plan: dict[str, Any]) -> Html:

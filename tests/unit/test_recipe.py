@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edadm_cli.config import BitWidth
+from edadm_cli.config import BitWidth, ReconstructConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.registry import known_models
 from edadm_cli.recipe import LearnRecipe, Recipe, load_recipe, shipped_recipes
@@ -51,7 +51,23 @@ def test_shipped_recipes_are_what_they_are_named_after() -> None:
     )
     assert load_recipe("default-attention").attention.quantize
     assert with_attention == default
-    assert default == Recipe(name="default", description=default.description), "the defaults of the fields"
+    fields = Recipe(name="default", description=default.description)
+    learn = fields.learn.model_copy(update={"rounding_sharpness": 20.0})
+    assert default == fields.model_copy(update={"learn": learn}), "the defaults of the fields, and what came later"
+    assert paper.learn.rounding_sharpness == 20
+
+
+def test_a_later_field_changes_the_identity_only_where_it_changes_what_is_done() -> None:
+    def identity(recipe: Recipe) -> dict[str, object]:
+        config = ReconstructConfig(bits=BitWidth.parse("w4a8"), recipe=recipe)
+        learned: dict[str, object] = config.identity_fields()["recipe"]["learn"]
+        return learned
+
+    names = {"rounding_sharpness", "rounding_sharpness_start"}
+    assert not names & identity(Recipe(name="earlier")).keys()
+    assert identity(load_recipe("default"))["rounding_sharpness"] == 20
+    assert not names & resolve(LearnRecipe(), None, BitWidth.parse("w4a8")).identity_fields().keys()
+    assert "iterations" in resolve(LearnRecipe(), None, BitWidth.parse("w4a8")).identity_fields()
 
 
 @pytest.mark.parametrize(("bits", "rates"), [("w4a8", (5e-1, 5e-4)), ("w4a4", (5e-1, 5e-4)), ("w8a8", (5e-2, 1e-3))])

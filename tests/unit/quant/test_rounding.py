@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid, rounding_regularizer
+from edadm_cli.quant.rounding import (
+    initial_alpha,
+    rectified_sigmoid,
+    rounding_regularizer,
+    sharpness_at,
+    undecided_share,
+)
 
 
 def _case(seed: int) -> tuple[Tensor, Tensor]:
@@ -57,3 +63,23 @@ def test_the_regularizer_is_zero_once_decided_and_largest_at_a_half() -> None:
     rounding_regularizer(rectified_sigmoid(alpha), torch.tensor(2.0)).backward()
     assert alpha.grad is not None
     assert alpha.grad[0] > 0 > alpha.grad[1], "descent moves every h away from a half"
+
+
+def test_sharpness_is_one_until_it_grows_and_reaches_its_last_value() -> None:
+    values = [sharpness_at(step / 100, last=20.0, start=0.3) for step in range(101)]
+    assert values[:31] == [1.0] * 31
+    assert values == sorted(values)
+    assert abs(values[-1] - 20) < 1e-9
+    assert abs(values[65] - 20**0.5) < 1e-9, "geometric: half of the way is the square root"
+    assert {sharpness_at(step / 10, last=1.0, start=0.0) for step in range(11)} == {1.0}
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_a_sharper_h_is_more_decided_and_rounds_the_same_way(seed: int) -> None:
+    alpha = initial_alpha(*_case(seed))
+    plain, sharp = rectified_sigmoid(alpha), rectified_sigmoid(alpha, torch.tensor(20.0))
+    assert torch.equal(plain, rectified_sigmoid(alpha, torch.ones(())))
+    assert undecided_share(sharp) < undecided_share(plain)
+    away = (alpha.abs() > 1e-3) & (sharp != plain)
+    assert torch.equal((sharp > 0.5)[away], (alpha > 0)[away])

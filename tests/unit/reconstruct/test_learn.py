@@ -101,20 +101,51 @@ def test_learning_lowers_the_loss(make_setting: MakeSetting, learner_of: Learner
     assert 1 <= len(result.curve) <= 40
 
 
+def test_what_is_learned_is_what_is_deployed(make_setting: MakeSetting, learner_of: Learner) -> None:
+    """With a growing sharpness h is 0 or 1 when it is rounded, so the deployed loss is the soft loss."""
+    fields = {"iterations": 300, "batch_size": 10, "layer_loss_weight": 0.0}
+    results = {}
+    for sharpness in (1.0, 20.0):
+        setting = make_setting("w3a8", rounding_sharpness=sharpness, **fields)
+        results[sharpness] = learner_of(setting, RESIDUAL).learn()
+        setting.restore()
+    plain, sharp = results[1.0], results[20.0]
+    assert plain.loss_soft is not None
+    assert sharp.loss_soft is not None
+    assert plain.undecided is not None
+    assert sharp.undecided is not None
+    assert sharp.loss_after == pytest.approx(sharp.loss_soft, rel=0.05)
+    assert plain.loss_after > 1.2 * plain.loss_soft
+    assert sharp.loss_after < plain.loss_after
+    assert sharp.undecided < 0.05 < plain.undecided
+
+
+def test_a_unit_that_learning_makes_worse_keeps_its_nearest_rounding(
+    make_setting: MakeSetting, learner_of: Learner
+) -> None:
+    setting = make_setting("w4a8", iterations=3, weight_learning_rate=100.0, activation_learning_rate=50.0)
+    nearest, result = setting.nearest(), learner_of(setting, RESIDUAL).learn()
+    assert result.is_nearest
+    assert result.loss_after == result.loss_before
+    assert all(torch.equal(tensor, nearest[name]) for name, tensor in result.params.items())
+
+
 def test_learned_codes_are_within_one_of_nearest_and_scales_stay_positive(
     make_setting: MakeSetting, learner_of: Learner
 ) -> None:
     setting = make_setting("w4a4", iterations=20, weight_learning_rate=0.5, activation_learning_rate=5.0)
-    nearest, result = setting.nearest(), learner_of(setting, RESIDUAL).learn()
-    codes = [name for name in result.params if name.endswith("weight_int")]
+    nearest, learner = setting.nearest(), learner_of(setting, RESIDUAL)
+    learner.learn()
+    params = learner.learned.params()  # such rates make the unit worse, so that its result is nearest rounding
+    codes = [name for name in params if name.endswith("weight_int")]
     assert len(codes) == 5, "conv1, time_emb_proj, conv2, and two parts of conv_shortcut"
     changed = 0
     for name in codes:
-        difference = (result.params[name].int() - nearest[name].int()).abs()
+        difference = (params[name].int() - nearest[name].int()).abs()
         assert difference.max() <= 1
         changed += int(difference.sum())
     assert changed > 0
-    for name, tensor in result.params.items():
+    for name, tensor in params.items():
         if name.endswith("_scale"):
             assert bool((tensor > 0).all())
         if name.endswith(("weight_scale", "zero_point")):
@@ -213,14 +244,16 @@ def test_processes_that_share_rows_share_one_mask(count: int) -> None:
 
 @pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
 def test_a_seed_decides_every_byte(make_setting: MakeSetting, learner_of: Learner, denoiser: Any, name: str) -> None:
-    results = []
+    params, curves = [], []
     for seed in (0, 0, 1):
         setting = make_setting(recipe=ATTENTION, input_drop=0.5, activation_drop=0.5, weight_learning_rate=0.5)
-        results.append(learner_of(setting, name, seed).learn())
+        learner = learner_of(setting, name, seed)
+        curves.append(learner.learn().curve)
+        params.append(learner.learned.params())
         setting.restore()
-    assert _same(results[0].params, results[1].params)
-    assert results[0].curve == results[1].curve
-    assert not _same(results[0].params, results[2].params)
+    assert _same(params[0], params[1])
+    assert curves[0] == curves[1]
+    assert not _same(params[0], params[2])
 
 
 @pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
@@ -328,13 +361,15 @@ def test_units_draw_from_seeds_of_their_own() -> None:
 
 def test_a_finished_unit_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     unit = Unit("mid.block", "layer", torch.nn.Identity(), ("mid.block",))
-    result = UnitResult({"mid.block.weight_int": torch.tensor([1, -8], dtype=torch.int8)}, 0.1, 1e-17 / 3, [0.1 + 0.2])
+    codes = {"mid.block.weight_int": torch.tensor([1, -8], dtype=torch.int8)}
+    result = UnitResult(codes, 0.1, 1e-17 / 3, [0.1 + 0.2], loss_soft=0.3, undecided=0.25)
     kept = UnitCheckpoints(tmp_path)
     assert kept.load(3, unit) is None
     kept.save(3, unit, result)
     found = kept.load(3, unit)
     assert found is not None
     assert _same(found.params, result.params)
+    assert found.losses() == result.losses()
     assert (found.loss_before, found.loss_after, found.curve) == (0.1, 1e-17 / 3, [0.1 + 0.2])
     assert kept.load(4, unit) is None
     (tmp_path / "units" / "0003-mid.block" / "unit.json").unlink()
