@@ -12,35 +12,40 @@ from torch import Tensor, nn
 
 from edadm_cli.artifacts import load_json, save_json, save_tensors
 from edadm_cli.artifacts.files import explained_os_errors
-from edadm_cli.models.folder import Component, read_folder
+from edadm_cli.errors import InputError
+from edadm_cli.models.folder import INDEX_NAME, Component, PipelineFolder, read_folder
 from edadm_cli.models.loading import LoadedModel, quiet_libraries
 
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-_DESCRIPTIONS = (".json", ".txt", ".model")
 _NARROW = (torch.float16, torch.bfloat16)
 
 
-def write_pipeline(model: LoadedModel, folder: Path, quantization_config: Mapping[str, Any]) -> None:
+def write_pipeline(model: LoadedModel, folder: Path, quantization_config: Mapping[str, Any]) -> list[str]:
     """Write the pipeline of `model`, whose denoiser has quantized layers, as a diffusers folder.
 
-    Components other than the denoiser are copied as they lie in the source, byte for byte, or saved where the model
-    has no folder.
+    Components other than the denoiser are copied from the source byte for byte: the files that were checked when the
+    model was loaded, and no others. Components that changed after loading, and those of a model without a folder, are
+    saved. The safety checker and the feature extractor, which sampling skips, are copied as well.
+
+    Returns:
+        One sentence for each component that could not be copied and is left out.
 
     Raises:
         MachineError: The disk is full or permission is denied.
     """
     with explained_os_errors(folder), quiet_libraries():
         model.pipeline.save_config(folder)
-        found = () if model.folder is None else read_folder(model.folder).components
-        sources = {component.name: component for component in found}
+        source = None if model.folder is None else read_folder(model.folder)
+        sources = {} if source is None else {component.name: component for component in source.components}
         for name, component in model.pipeline.components.items():
             place = folder / name
             if name == model.denoiser_name:
                 _write_denoiser(model.denoiser, place, quantization_config)
-            elif component is not None and _is_copyable(sources.get(name), model.folder, component):
+            elif component is not None and _is_copyable(sources.get(name), source, component):
                 _copy(sources[name], place)
             elif component is not None:
                 component.save_pretrained(place)
+        return [] if source is None else _copy_skipped(source, folder)
 
 
 def exact_narrow(tensor: Tensor) -> Tensor:
@@ -75,11 +80,12 @@ def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mappi
     save_tensors(place / _WEIGHTS_FILE, tensors)
 
 
-def _is_copyable(source: Component | None, root: Path | None, component: object) -> bool:
-    """Whether a component is unchanged, in a folder of its own, and not in a variant that must be asked for."""
+def _is_copyable(source: Component | None, folder: PipelineFolder | None, component: object) -> bool:
+    """Whether a component is unchanged, in a folder of its own, and not in a variant that has to be asked for."""
     return (
         source is not None
-        and source.folder != root
+        and folder is not None
+        and source.folder != folder.path
         and source.variant is None
         and type(component) is source.cls
         and not hasattr(component, "set_timesteps")  # schedulers may have been exchanged or configured
@@ -87,7 +93,28 @@ def _is_copyable(source: Component | None, root: Path | None, component: object)
 
 
 def _copy(source: Component, place: Path) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    descriptions = [path for path in source.folder.iterdir() if path.suffix in _DESCRIPTIONS and path.is_file()]
-    for path in (*source.weights, *descriptions):
-        shutil.copyfile(path, place / path.name)
+    for relative, path in source.files().items():
+        (place / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place / relative)
+
+
+def _copy_skipped(source: PipelineFolder, folder: Path) -> list[str]:
+    """Copy the components that sampling skips, and name them in the index as the source does."""
+    skipped, left_out = {}, []
+    for name in source.skipped:
+        try:
+            skipped[name] = source.skipped_component(name)
+        except InputError as error:
+            left_out.append(f"The export has no '{name}', because it cannot be copied: {error.message}")
+    if "safety_checker" in skipped and "feature_extractor" in source.skipped and "feature_extractor" not in skipped:
+        del skipped["safety_checker"]
+        left_out.append("The export has no 'safety_checker', because a checker needs the 'feature_extractor'.")
+    for name, component in skipped.items():
+        _copy(component, folder / name)
+    saved = load_json(folder / INDEX_NAME)
+    index = saved | {name: [component.library, component.cls.__name__] for name, component in skipped.items()}
+    if source.requires_safety_checker is not None:
+        index["requires_safety_checker"] = source.requires_safety_checker
+    if index != saved:
+        save_json(folder / INDEX_NAME, index)
+    return left_out

@@ -106,7 +106,8 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         before = _sample(config, model, sampling)
         seconds = time.monotonic() - started
         advance(1)
-        write_pipeline(model, build.path, _quantization_config(config, source))
+        for warning in write_pipeline(model, build.path, _quantization_config(config, source)):
+            reporter.warn(warning)
         del model
         advance(1)
         device = resolve_device(config.device)

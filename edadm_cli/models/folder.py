@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,18 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from edadm_cli.artifacts import file_sha256, load_json, read_tensor_header
+from edadm_cli.artifacts import explained_os_errors, file_sha256
 from edadm_cli.errors import InputError
+from edadm_cli.models.files import (
+    description_files,
+    read_json_object,
+    refuse_code,
+    refuse_requests_for_code,
+    regular_file,
+)
+from edadm_cli.models.weights import WeightFiles, find_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 INDEX_NAME = "model_index.json"
-# Components that judge or describe images for people; arrays are sampled without them.
+# Components that judge or describe images for people; images are sampled without them where the pipeline allows it.
 SKIPPED_COMPONENTS = ("safety_checker", "feature_extractor")
 _LIBRARIES = ("diffusers", "transformers", "edadm_cli")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-_DESCRIPTIONS = (".json", ".txt", ".model")
+_OWN_MODULES = "edadm_cli.models."
+_SCHEDULER_CONFIG = "scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -32,22 +43,59 @@ class Component:
 
     Attributes:
         name: Its key, such as `unet`.
+        library: The library that the index names, such as `diffusers`.
         cls: Its class.
-        folder: Where its files lie.
-        weights: Its safetensors files; empty for what has none (schedulers, tokenizers).
-        variant: Infix of the weight files where only such exist (`fp16`).
+        folder: The folder of its files.
+        stem: Start of the names of its weight files; empty for a component without weights.
+        weight_files: The chosen weight files; `None` for a component without weights (schedulers, tokenizers).
+        descriptions: Every other file that is read: configurations, vocabularies, templates, the index of shards.
     """
 
     name: str
+    library: str
     cls: type
     folder: Path
-    weights: tuple[Path, ...]
-    variant: str | None
+    stem: str
+    weight_files: WeightFiles | None
+    descriptions: tuple[Path, ...]
 
     @property
     def is_module(self) -> bool:
         """Whether it carries weights."""
         return issubclass(self.cls, nn.Module)
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """Its safetensors files; empty for a component without weights."""
+        return () if self.weight_files is None else self.weight_files.files
+
+    @property
+    def variant(self) -> str | None:
+        """Infix of the weight files when only such files exist (`fp16`)."""
+        return None if self.weight_files is None else self.weight_files.variant
+
+    def files(self) -> dict[str, Path]:
+        """Returns every file that is read, under the name at which a library expects it: without a variant."""
+        named = {path.relative_to(self.folder).as_posix(): path for path in (*self.descriptions, *self.weights)}
+        if self.weight_files is None or self.variant is None:
+            return named
+        index = self.weight_files.index
+        chosen = self.weights[0] if index is None else index
+        named.pop(chosen.name)
+        return {**named, f"{self.stem}.safetensors{'' if index is None else '.index.json'}": chosen}
+
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """Give a temporary folder that holds links to exactly the files that are read.
+
+        A library that loads from this folder cannot see anything that was not checked and hashed.
+        """
+        with tempfile.TemporaryDirectory(prefix="edadm-") as name:
+            place = Path(name)
+            for relative, path in self.files().items():
+                (place / relative).parent.mkdir(exist_ok=True)
+                os.symlink(path.resolve(), place / relative)
+            yield place
 
 
 @dataclass(frozen=True)
@@ -59,36 +107,51 @@ class PipelineFolder:
         pipeline_class: One of diffusers' own pipelines.
         components: What the pipeline is built from.
         options: Its other constructor arguments; `None` for components that are absent or skipped.
+        skipped: Library and class of the components that images are sampled without.
+        requires_safety_checker: What the index says about it; `None` where it says nothing.
     """
 
     path: Path
     pipeline_class: type[DiffusionPipeline]
     components: tuple[Component, ...]
     options: dict[str, Any]
+    skipped: dict[str, tuple[str, str]]
+    requires_safety_checker: bool | None
 
     def fingerprint(self) -> str:
-        """Hash over relative path and content hash of each file that decides what the pipeline computes."""
+        """Hash over relative path and content hash of each file that is read to sample images."""
         files = {self.path / INDEX_NAME}
         for component in self.components:
-            files.update(component.weights)
-            files.update(path for path in component.folder.iterdir() if path.suffix in _DESCRIPTIONS and path.is_file())
+            files.update(component.weights, component.descriptions)
         digest = sha256()
         for path in sorted(files):
             digest.update(f"{path.relative_to(self.path).as_posix()}\0{file_sha256(path)}\n".encode())
         return digest.hexdigest()
+
+    def skipped_component(self, name: str) -> Component:
+        """Check the files of a component that images are sampled without, as those of the others are checked.
+
+        Raises:
+            InputError: It is missing, foreign, broken, or has no safetensors.
+        """
+        return _read_component(self.path, name, *self.skipped[name])
 
 
 def read_folder(path: Path) -> PipelineFolder:
     """Read a diffusers folder's index and check each component's files, without loading any.
 
     Raises:
-        InputError: Something is missing, foreign, truncated, pickled, or asks for code that is not the
-            libraries' own.
+        InputError: Something is missing, foreign, truncated, pickled, ambiguous, a link that leaves the folder, or
+            asks for code that is not the libraries' own.
     """
     from diffusers import DiffusionPipeline
 
-    index = load_json(path / INDEX_NAME)
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+    path = path.resolve()
+    if regular_file(path, path / INDEX_NAME) is None:
+        raise InputError(f"{path} is not a diffusers pipeline: it has no {INDEX_NAME}.")
+    refuse_requests_for_code((path / INDEX_NAME,))
+    index = read_json_object(path / INDEX_NAME)
+    if not isinstance(index.get("_class_name"), str):
         raise InputError(
             f"{path / INDEX_NAME} does not name one of diffusers' own pipelines; "
             "a pipeline with code of its own is not run."
@@ -96,17 +159,48 @@ def read_folder(path: Path) -> PipelineFolder:
     pipeline_class = _class_of(path, "diffusers", index["_class_name"])
     if not issubclass(pipeline_class, DiffusionPipeline):
         raise InputError(f"{path / INDEX_NAME} names {pipeline_class.__name__}, which is not a pipeline.")
-    components = []
+    named = _named_components(path, pipeline_class, index)
+    skipped = {
+        name: named.pop(name) for name in SKIPPED_COMPONENTS if name in named and _is_skipped(pipeline_class, name)
+    }
+    components = tuple(_read_component(path, name, *pair) for name, pair in named.items())
+    options = _constructor_options(path, pipeline_class, index, set(named))
+    required = index.get("requires_safety_checker")
+    return PipelineFolder(
+        path, pipeline_class, components, options, skipped, required if isinstance(required, bool) else None
+    )
+
+
+def _named_components(
+    path: Path, pipeline_class: type[DiffusionPipeline], index: dict[str, Any]
+) -> dict[str, tuple[str, str]]:
+    """Library and class of each component that an index names."""
+    parameters = inspect.signature(pipeline_class.__init__).parameters
+    named = {}
     for name, value in index.items():
-        if name.startswith("_") or name in SKIPPED_COMPONENTS or not isinstance(value, list):
+        if name.startswith("_") or not isinstance(value, list):
             continue
-        if len(value) != 2 or not all(part is None or isinstance(part, str) for part in value):
+        if name in parameters and inspect.Parameter.empty is not parameters[name].default and not _is_pair(value):
+            continue  # a list that is an option of the pipeline, not a component
+        if not _is_pair(value):
             raise InputError(f"{path / INDEX_NAME}: '{name}' is not a pair of library and class.")
-        if value[0] is not None and value[1] is not None:
-            components.append(_read_component(path, name, value[0], value[1]))
-    present = {component.name for component in components}
-    options = _constructor_options(path, pipeline_class, index, present)
-    return PipelineFolder(path, pipeline_class, tuple(components), options)
+        if value[0] is None or value[1] is None:
+            continue
+        if name not in parameters:
+            raise InputError(
+                f"{path / INDEX_NAME} names a component '{name[:80]}', which {pipeline_class.__name__} does not take."
+            )
+        named[name] = (value[0], value[1])
+    return named
+
+
+def _is_skipped(pipeline_class: type[DiffusionPipeline], name: str) -> bool:
+    """Whether images are sampled without a component: some pipelines encode images with a feature extractor."""
+    return name == "safety_checker" or name in pipeline_class._optional_components
+
+
+def _is_pair(value: list[Any]) -> bool:
+    return len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
 
 
 def _constructor_options(
@@ -131,29 +225,63 @@ def _constructor_options(
 
 def _read_component(root: Path, name: str, library: str, class_name: str) -> Component:
     cls = _class_of(root, library, class_name)
-    folder = root / name
-    if not folder.is_dir():
-        if not (root / "config.json").is_file() and not (root / "scheduler_config.json").is_file():
-            raise InputError(f"{root} has no folder '{name}', though {INDEX_NAME} names it ({class_name}).")
-        folder = root  # old layout: one model and its scheduler side by side
-    code = next(folder.glob("*.py"), None)
-    if code is not None and code.stem == library:
-        raise InputError(f"{code} is code that comes with the model, and such code is not run.")
+    folder = _component_folder(root, name, class_name)
+    refuse_code(folder)
     if not issubclass(cls, nn.Module):
-        if not issubclass(cls, _classes_without_weights()):
-            raise InputError(
-                f"{root / INDEX_NAME}: '{name}' is a {class_name}, which is neither a model, a scheduler, "
-                "a tokenizer nor a processor, and is not loaded."
-            )
-        return Component(name, cls, folder, (), None)
-    weights, variant = _find_weights(folder, name, "model" if library == "transformers" else "diffusion_pytorch_model")
-    for file in weights:
-        read_tensor_header(file)
-    return Component(name, cls, folder, weights, variant)
+        descriptions = _descriptions_without_weights(root, folder, name, cls)
+        refuse_requests_for_code(descriptions)
+        return Component(name, library, cls, folder, "", None, descriptions)
+    stem = _weights_stem(cls)
+    configs = [regular_file(root, folder / file) for file in ("config.json", "generation_config.json")]
+    if configs[0] is None:
+        raise InputError(f"{folder} has no config.json, which '{name}' ({class_name}) needs.")
+    descriptions = tuple(path for path in configs if path is not None)
+    refuse_requests_for_code(descriptions)
+    weights = find_weights(root, folder, name, stem)
+    index = () if weights.index is None else (weights.index,)
+    return Component(name, library, cls, folder, stem, weights, (*descriptions, *index))
+
+
+def _component_folder(root: Path, name: str, class_name: str) -> Path:
+    """The folder of a component; the older layout has a model and its scheduler side by side in the root."""
+    folder = root / name
+    with explained_os_errors(folder):
+        if not folder.is_dir():
+            if not (root / "config.json").is_file() and not (root / _SCHEDULER_CONFIG).is_file():
+                raise InputError(f"{root} has no folder '{name}', though {INDEX_NAME} names it ({class_name}).")
+            return root
+        target = folder.resolve()
+    if target != folder:
+        raise InputError(
+            f"{folder} is a link to the folder {target}, and such a link is not followed.",
+            hint=f"replace the link by a copy, or copy the model with: cp -rL {root} NEW_FOLDER",
+        )
+    return folder
+
+
+def _descriptions_without_weights(root: Path, folder: Path, name: str, cls: type) -> tuple[Path, ...]:
+    import diffusers
+
+    if issubclass(cls, diffusers.SchedulerMixin):
+        config = regular_file(root, folder / _SCHEDULER_CONFIG)
+        if config is None:
+            raise InputError(f"{folder} has no {_SCHEDULER_CONFIG}, which '{name}' ({cls.__name__}) needs.")
+        return (config,)
+    if not issubclass(cls, _classes_without_weights()):
+        raise InputError(
+            f"{root / INDEX_NAME}: '{name}' is a {cls.__name__}, which is neither a model, a scheduler, "
+            "a tokenizer nor a processor, and is not loaded."
+        )
+    return description_files(root, folder)
+
+
+def _weights_stem(cls: type) -> str:
+    from transformers import PreTrainedModel
+
+    return "model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model"
 
 
 def _classes_without_weights() -> tuple[type, ...]:
-    import diffusers
     import transformers
 
     processors = (
@@ -161,14 +289,16 @@ def _classes_without_weights() -> tuple[type, ...]:
         transformers.FeatureExtractionMixin,
         transformers.ProcessorMixin,
     )
-    return (diffusers.SchedulerMixin, transformers.PreTrainedTokenizerBase, *processors)
+    return (transformers.PreTrainedTokenizerBase, *processors)
 
 
 def _class_of(root: Path, library: str, class_name: str) -> type:
     """The class that an index names, from the libraries that are trusted and from nowhere else."""
     from diffusers import pipelines
 
-    if library.partition(".")[0] in _LIBRARIES and all(part.isidentifier() for part in library.split(".")):
+    parts = library.split(".")
+    is_private = any(not part.isidentifier() or part.startswith("_") for part in parts)
+    if parts[0] in _LIBRARIES and not is_private and (parts[0] != "edadm_cli" or library.startswith(_OWN_MODULES)):
         try:
             module: Any = importlib.import_module(library)
         except ImportError:
@@ -177,42 +307,13 @@ def _class_of(root: Path, library: str, class_name: str) -> type:
         module = getattr(pipelines, library, None) if library.isidentifier() else None
         if not getattr(module, "__name__", "").startswith("diffusers.pipelines."):
             raise InputError(
-                f"{root / INDEX_NAME} asks for {library}.{class_name}; "
+                f"{root / INDEX_NAME} asks for {library[:80]}.{class_name[:80]}; "
                 f"only classes of {', '.join(_LIBRARIES)} are loaded, so that no foreign code runs."
             )
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
         raise InputError(
-            f"{root / INDEX_NAME} asks for {library}.{class_name}, which the installed {library} does not have."
+            f"{root / INDEX_NAME} asks for {library[:80]}.{class_name[:80]}, which the installed {parts[0][:80]} "
+            "does not have."
         )
     return cls
-
-
-def _find_weights(folder: Path, name: str, stem: str) -> tuple[tuple[Path, ...], str | None]:
-    for variant in (None, "fp16", "bf16"):
-        infix = "" if variant is None else f".{variant}"
-        whole = folder / f"{stem}{infix}.safetensors"
-        if whole.is_file():
-            return (whole,), variant
-        index = folder / f"{stem}.safetensors.index{infix}.json"
-        if index.is_file():
-            return _shards(index), variant
-    pickle = next((path for path in sorted(folder.iterdir()) if path.suffix in _PICKLES), None)
-    if pickle is not None:
-        raise InputError(
-            f"{pickle} is a pickle, which can carry code and is not read; "
-            f"{stem}.safetensors was wanted beside it for '{name}'."
-        )
-    raise InputError(f"{folder} has no {stem}.safetensors, which '{name}' needs.")
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    weight_map = load_json(index).get("weight_map")
-    names: Iterable[Any] = weight_map.values() if isinstance(weight_map, dict) else ()
-    shards = sorted({str(name) for name in names})
-    if not shards or any(Path(name).name != name for name in shards):
-        raise InputError(f"{index} does not list the files of a sharded checkpoint.")
-    missing = next((name for name in shards if not (index.parent / name).is_file()), None)
-    if missing is not None:
-        raise InputError(f"{index.parent / missing} is missing, though {index.name} lists it.")
-    return tuple(index.parent / name for name in shards)

@@ -1,16 +1,19 @@
-"""A pipeline built from a checked diffusers folder, part by part: diffusers' own loader also looks for code beside a
-model.
+"""A pipeline built from a checked diffusers folder, component by component.
+
+diffusers' own loader is not used: it also looks for code beside a model.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from edadm_cli.errors import EdadmError, InputError
+from edadm_cli.models.containment import no_network, no_questions
 from edadm_cli.models.folder import Component, PipelineFolder
 
 if TYPE_CHECKING:
@@ -22,48 +25,61 @@ _LONGEST_REASON = 400  # characters of another library's error
 def load_folder(folder: PipelineFolder, dtype: torch.dtype) -> DiffusionPipeline:
     """Build the pipeline of a folder.
 
+    Each component is loaded from a temporary folder that holds links to the checked files and nothing else.
+
     Raises:
-        InputError: A part cannot be loaded, lacks a tensor, or holds values that are not finite.
+        InputError: A component cannot be loaded, lacks a tensor, or holds values that are not finite.
     """
-    parts = {component.name: _load_component(component, dtype) for component in folder.components}
-    try:
-        return folder.pipeline_class(**folder.options, **parts)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{folder.path} has no working {folder.pipeline_class.__name__}: {first_sentence(error)}"
-        ) from error
+    with no_questions(), no_network():
+        components = {component.name: _load_component(component, dtype) for component in folder.components}
+        try:
+            return folder.pipeline_class(**folder.options, **components)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{folder.path} has no working {folder.pipeline_class.__name__}: {first_sentence(error)}"
+            ) from error
 
 
 def _load_component(component: Component, dtype: torch.dtype) -> Any:
-    if component.is_module:
-        return _load_module(component, dtype)
+    with component.staged() as place:
+        try:
+            loaded = _load_module(component, place, dtype) if component.is_module else _load_rest(component, place)
+        except (EdadmError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            where = component.weights[0] if len(component.weights) == 1 else component.folder
+            reason = first_sentence(error).replace(str(place), str(component.folder))
+            raise InputError(f"{where} cannot be loaded as {component.cls.__name__}: {reason}") from error
+    return loaded
+
+
+def _load_rest(component: Component, place: Path) -> Any:
+    """A scheduler, a tokenizer or a processor."""
+    import diffusers
+
     loader: Any = component.cls
-    try:
-        return loader.from_pretrained(component.folder, local_files_only=True)
-    except Exception as error:
-        raise InputError(
-            f"{component.folder} cannot be loaded as {component.cls.__name__}: {first_sentence(error)}"
-        ) from error
+    if issubclass(component.cls, diffusers.SchedulerMixin):
+        return loader.from_pretrained(place, local_files_only=True)
+    loaded = loader.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    if hasattr(loaded, "name_or_path"):
+        loaded.name_or_path = str(component.folder)
+    return loaded
 
 
-def _load_module(component: Component, dtype: torch.dtype) -> nn.Module:
+def _load_module(component: Component, place: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import PreTrainedModel
 
-    where = component.weights[0] if len(component.weights) == 1 else component.folder
     loader: Any = component.cls
-    try:
-        module, info = loader.from_pretrained(
-            component.folder,
-            use_safetensors=True,
-            variant=component.variant,
-            local_files_only=True,
-            output_loading_info=True,
-            **{"dtype" if issubclass(component.cls, PreTrainedModel) else "torch_dtype": dtype},
-        )
-    except (EdadmError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        raise InputError(f"{where} cannot be loaded as {component.cls.__name__}: {first_sentence(error)}") from error
+    is_transformer = issubclass(component.cls, PreTrainedModel)
+    options = {"dtype": dtype, "trust_remote_code": False} if is_transformer else {"torch_dtype": dtype}
+    module, info = loader.from_pretrained(
+        place, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
+    if is_transformer:
+        module.config._name_or_path = module.name_or_path = str(component.folder)
+    else:
+        module.register_to_config(_name_or_path=str(component.folder))
+    where = component.weights[0] if len(component.weights) == 1 else component.folder
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"{where} lacks the tensor '{missing[0]}', which {component.cls.__name__} needs.")

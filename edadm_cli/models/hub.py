@@ -44,7 +44,11 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
         local_only = True
     try:
         folder = DiffusionPipeline.download(
-            repo_id, revision=revision, use_safetensors=True, local_files_only=local_only
+            repo_id,
+            revision=revision,
+            use_safetensors=True,
+            local_files_only=local_only,
+            trust_remote_code=False,
         )
     except Exception as error:
         if local_only:

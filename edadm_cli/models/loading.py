@@ -14,6 +14,7 @@ from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.architecture import DENOISER_NAMES, find_class, load_architecture
 from edadm_cli.models.checkpoints.opening import open_checkpoint
+from edadm_cli.models.containment import no_questions
 from edadm_cli.models.folder import INDEX_NAME, read_folder
 from edadm_cli.models.from_folder import load_folder
 from edadm_cli.models.hub import download, looks_like_hub_id
@@ -96,7 +97,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: Mode
         UsageError: Its pipeline cannot sample in that element type.
     """
     entry = entry or known_models().get(model)
-    with quiet_libraries():
+    with quiet_libraries(), no_questions():
         try:
             source = _open(model, entry, dtype)
             pipeline = _configured(source.pipeline, entry).to(device)

@@ -22,6 +22,7 @@ from edadm_cli.models.checkpoints.accounting import (
     empty_module,
 )
 from edadm_cli.models.checkpoints.reading import inert_globals
+from edadm_cli.models.containment import no_network
 from edadm_cli.models.from_folder import first_sentence
 from edadm_cli.models.tokenizers import clip_tokenizer
 
@@ -66,7 +67,7 @@ def convert(path: Path, architecture: Architecture, dtype: torch.dtype) -> Diffu
     with tempfile.TemporaryDirectory() as folder:
         write_configs(architecture, Path(folder))
         try:
-            with inert_globals():
+            with inert_globals(), no_network():
                 pipeline: DiffusionPipeline = pipeline_class.from_single_file(
                     str(path), config=folder, local_files_only=True, torch_dtype=dtype, **architecture.options
                 )
