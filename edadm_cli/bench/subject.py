@@ -22,6 +22,7 @@ from edadm_cli.models.architecture import load_architecture
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import load_collected_model
 from edadm_cli.models.example_calls import example_call
+from edadm_cli.models.families import family_of
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.random_models import SUFFIX, WEIGHTS_VERSION, build_denoiser
 from edadm_cli.models.registry import ModelEntry, known_models
@@ -31,7 +32,6 @@ NUM_INPUTS = 3
 """Samples that a contender's calls go through in turn; the condition stays, as it does while an image is made."""
 NUM_RANGE_CALLS = 4
 _CPU = torch.device("cpu")
-_SAMPLE_NAMES = ("sample", "hidden_states", "x")
 _MIN_MAX = {"weight": "minmax", "activation": "minmax"}
 
 
@@ -196,7 +196,7 @@ def sample_of(denoiser: nn.Module, call: Call) -> Tensor:
     """The noisy sample of a call."""
     names = list(inspect.signature(denoiser.forward).parameters)
     bound = {**dict(zip(names, call[0], strict=False)), **call[1]}
-    sample = next((bound[name] for name in _SAMPLE_NAMES if name in bound), None)
+    sample = next((bound[name] for name in family_of(denoiser).sample_arguments if name in bound), None)
     if not isinstance(sample, Tensor):
         raise InputError(f"{type(denoiser).__name__} is called without a sample, so it cannot be measured.")
     return sample

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edadm_cli.models.families.layers import ATTENTION, FEED_FORWARD, GATED_FEED_FORWARD, is_norm
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
 
@@ -36,7 +37,6 @@ FORMS: tuple[Form, ...] = ("fp16", "w8a8", "w4a8")
 _WEIGHT_BYTES: dict[Form, float] = {"fp16": 2, "w8a8": 1, "w4a8": 0.5}
 _HALF = 2
 _CHANNEL_BYTES = 12  # bias, scale and zero-point correction, four bytes each
-_NORMS = ("RMSNorm", "GlobalResponseNorm")
 _PRODUCTS = ("bmm", "baddbmm")
 _MOVES_NOTHING = ("_unsafe_view", "detach")
 
@@ -175,9 +175,9 @@ class _Observer:
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.modules.append((name, module))
-            if _is_layer(module) or _is_norm(module):
+            if _is_layer(module) or is_norm(module):
                 self.depth += 1
-            elif type(module).__name__ == "Attention":
+            elif type(module).__name__ == ATTENTION:
                 context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
                 is_joint = getattr(module, "added_kv_proj_dim", None) is not None
                 kind = "self_attention" if context is None or is_joint else "cross_attention"
@@ -191,12 +191,12 @@ class _Observer:
                 self.depth -= 1
                 if self.depth == 0:
                     self.items.append(self._layer(name, module, inputs[0], output))
-            elif _is_norm(module):
+            elif is_norm(module):
                 self.depth -= 1
                 weights = sum(parameter.numel() for parameter in module.parameters())
                 moved = inputs[0].numel()
                 self.items.append(WorkItem(name, "norm", 0, 0, 0, 1, 0, moved, weights, output.numel(), True))
-            elif type(module).__name__ == "Attention":
+            elif type(module).__name__ == ATTENTION:
                 products = self.attentions.pop()
                 if products.shapes:
                     self.items.append(products.item())
@@ -220,11 +220,11 @@ class _Observer:
         if operation.kind == "conv2d":
             return f"conv{shape[2]}x{shape[3]}"
         owners = [type(module).__name__ for _, module in self.modules]
-        if "GEGLU" in owners:
+        if GATED_FEED_FORWARD in owners:
             return "geglu"
-        if "FeedForward" in owners:
+        if FEED_FORWARD in owners:
             return "feed_forward"
-        return "attention_projection" if "Attention" in owners else "linear"
+        return "attention_projection" if ATTENTION in owners else "linear"
 
     def _attention_is_integer(self, module: nn.Module) -> bool:
         if not self._is_quantized:
@@ -306,10 +306,6 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLayer | nn.Linear | nn.Conv2d)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.GroupNorm | nn.LayerNorm) or type(module).__name__ in _NORMS
 
 
 def _description(module: nn.Module) -> tuple[Operation, tuple[int, ...], bool]:

@@ -8,12 +8,11 @@ from torch import nn
 
 from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
+from edadm_cli.models.families.attention import products_refusal
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
 from edadm_cli.recipe import LayerRule, Recipe
-
-PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
 
 def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationPlan:
@@ -27,6 +26,7 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
     layers: dict[str, LayerPlan] = {}
     kept = dict.fromkeys(traced.not_run, "never runs")
     kept |= dict.fromkeys(traced.repeated, "runs more than once a forward")
+    kept |= {name: f"layers of type {kind} are not quantized" for name, kind in traced.unsupported.items()}
     for layer in traced.layers:
         rule = _rule(layer.name, recipe)
         reason = _refusal(layer, rule)
@@ -52,8 +52,9 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
         )
     attentions = {}
     for name, module in traced.attentions.items() if recipe.attention.quantize else ():
-        if type(module.processor).__name__ not in PLAIN_PROCESSORS or getattr(module, "norm_q", None) is not None:
-            kept[name] = f"attention products of {type(module.processor).__name__} are not quantized"
+        refusal = products_refusal(module)
+        if refusal is not None:
+            kept[name] = refusal
             continue
         attentions[name] = AttentionPlan(
             activation_bits=bits.activation, probability_bits=recipe.attention.probability_bits

@@ -13,10 +13,8 @@ from edadm_cli.collect.features import record_features
 from edadm_cli.errors import InputError
 from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL
 from edadm_cli.models.calls import DenoiserCall, Template, record_calls
+from edadm_cli.models.families import family_of
 from edadm_cli.models.loading import LoadedModel
-
-# Pipelines that put the conditional rows of a guided batch before the unconditional ones.
-_CONDITIONAL_FIRST = ("DiTPipeline",)
 
 
 @dataclass
@@ -135,7 +133,7 @@ class BatchRecorder:
         if self.branches == 1:
             return tensor, tensor
         first, second = tensor.chunk(2)
-        is_swapped = type(self.model.pipeline).__name__ in _CONDITIONAL_FIRST
+        is_swapped = type(self.model.pipeline).__name__ in family_of(self.model.denoiser).conditional_first
         return (second, first) if is_swapped else (first, second)
 
 

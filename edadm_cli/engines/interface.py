@@ -18,12 +18,12 @@ from edadm_cli.errors import InputError
 from edadm_cli.models.calls import (
     SAMPLE,
     TIMESTEP,
-    TIMESTEP_PARAMETERS,
     DenoiserCall,
     build_call,
     is_tensor,
     split_call,
 )
+from edadm_cli.models.families.family import TIMESTEP_ARGUMENTS
 
 _RETURN_DICT = "return_dict"
 _OUTPUT_LIBRARIES = ("diffusers", "edadm_cli")
@@ -108,7 +108,7 @@ def _split(
     # what is None is left out: pipelines differ in whether they name it
     bound = {name: value for name, value in bound.items() if value is not None}
     timestep: Any = 0
-    for name in TIMESTEP_PARAMETERS:
+    for name in TIMESTEP_ARGUMENTS:
         if isinstance(bound.get(name), Tensor | int | float):
             # rows may be at different timesteps, which a recorded call may not
             timestep, bound[name] = bound[name], 0

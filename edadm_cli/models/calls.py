@@ -25,12 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
+from edadm_cli.models.families import family_of
 
 SAMPLE = "sample"
 TIMESTEP = "timestep"
-TIMESTEP_PARAMETERS = ("timestep", "timesteps", "t")
-_SAMPLE_PARAMETERS = ("sample", "hidden_states", "x")
-_SHARED_PARAMETERS = ("img_ids", "txt_ids")  # positions of tokens (Flux): never one row an image
 _MARK = "$"
 _TENSOR_MARKS = (_MARK + SAMPLE, _MARK + TIMESTEP, _MARK + "tensor")
 
@@ -94,9 +92,9 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         "args": [encode_argument(name, value) for name, value in zip(names, args, strict=True)],
         "kwargs": {name: encode_argument(name, value) for name, value in kwargs.items()},
     }
-    rows = sample.shape[0]
+    rows, shared = sample.shape[0], family_of(denoiser).shared_arguments
     template["constants"] = sorted(
-        name for name, t in tensors.items() if name in _SHARED_PARAMETERS or t.ndim == 0 or t.shape[0] != rows
+        name for name, t in tensors.items() if name in shared or t.ndim == 0 or t.shape[0] != rows
     )
     template["dtypes"] = {name: _dtype_name(tensor) for name, tensor in sorted(tensors.items())}
     return DenoiserCall(sample, _one_timestep(bound[timestep_name]), tensors, template)
@@ -163,8 +161,9 @@ def _positional_names(denoiser: nn.Module, count: int) -> list[str]:
 
 
 def _special_names(denoiser: nn.Module, given: list[str]) -> tuple[str, str]:
-    sample = next((name for name in _SAMPLE_PARAMETERS if name in given), None)
-    timestep = next((name for name in TIMESTEP_PARAMETERS if name in given), None)
+    family = family_of(denoiser)
+    sample = next((name for name in family.sample_arguments if name in given), None)
+    timestep = next((name for name in family.timestep_arguments if name in given), None)
     if sample is None or timestep is None:
         raise InputError(
             f"{type(denoiser).__name__} is called with ({', '.join(given)}), "

@@ -17,6 +17,7 @@ from torch import nn
 
 from edadm_cli.artifacts import explained_os_errors, file_sha256
 from edadm_cli.errors import InputError
+from edadm_cli.models.families.registry import trusted_packages
 from edadm_cli.models.files import (
     description_files,
     read_json_object,
@@ -298,7 +299,11 @@ def _class_of(root: Path, library: str, class_name: str) -> type:
 
     parts = library.split(".")
     is_private = any(not part.isidentifier() or part.startswith("_") for part in parts)
-    if parts[0] in _LIBRARIES and not is_private and (parts[0] != "edadm_cli" or library.startswith(_OWN_MODULES)):
+    if (
+        parts[0] in {*_LIBRARIES, *trusted_packages()}
+        and not is_private
+        and (parts[0] != "edadm_cli" or library.startswith(_OWN_MODULES))
+    ):
         try:
             module: Any = importlib.import_module(library)
         except ImportError:

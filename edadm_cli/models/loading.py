@@ -15,6 +15,7 @@ from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.architecture import DENOISER_NAMES, find_class, load_architecture
 from edadm_cli.models.checkpoints.opening import open_checkpoint
 from edadm_cli.models.containment import no_questions
+from edadm_cli.models.families.registry import float32_pipelines
 from edadm_cli.models.folder import INDEX_NAME, read_folder
 from edadm_cli.models.from_folder import load_folder
 from edadm_cli.models.hub import download, looks_like_hub_id
@@ -25,8 +26,6 @@ from edadm_cli.models.sampling import call_default, takes_guidance
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-_FLOAT32_PIPELINES = ("LDMPipeline",)
 
 
 @dataclass
@@ -103,7 +102,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: Mode
             pipeline = _configured(source.pipeline, entry).to(device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise MachineError(f"{model} does not fit into the memory of {device}.") from error
-    if dtype != torch.float32 and type(pipeline).__name__ in _FLOAT32_PIPELINES:
+    if dtype != torch.float32 and type(pipeline).__name__ in float32_pipelines():
         raise UsageError(
             f"{type(pipeline).__name__} of diffusers samples in float32 only, so {model} is not loaded in {dtype}.",
             hint="--dtype float32",

@@ -1,5 +1,6 @@
-"""Where a denoiser is quantized, and in which pieces it is reconstructed: found by walking the modules and by tracing
-one forward, so that no list of layer names is written down for any model.
+"""Which layers of a denoiser can be quantized, and in which units it is reconstructed.
+
+Both are read off the modules and one traced forward; what is peculiar to an architecture comes from its family.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.2 (reconstruction units); Q-Diffusion, arXiv 2302.04304, section 4.3 (shortcuts
@@ -17,21 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-UnitKind = Literal["residual", "transformer", "attention", "layer"]
+from edadm_cli.models.families import UnitKind, family_of, outermost_blocks
+from edadm_cli.models.families.attention import is_attention
+from edadm_cli.models.families.layers import is_weighted
 
-# Blocks of diffusers that are reconstructed as one: class name -> kind.
-BLOCKS: dict[str, UnitKind] = {
-    "ResnetBlock2D": "residual",
-    "ResnetBlockCondNorm2D": "residual",
-    "BasicTransformerBlock": "transformer",
-    "JointTransformerBlock": "transformer",
-    "FluxTransformerBlock": "transformer",
-    "FluxSingleTransformerBlock": "transformer",
-    "Attention": "attention",
-}
-# Modules that embed the timestep and other per-image vectors; their layers count as the network's edge.
-_EMBEDDINGS = ("TimestepEmbedding", "CombinedTimestepLabelEmbeddings", "CombinedTimestepTextProjEmbeddings")
-_LAYER_TYPES = (nn.Linear, nn.Conv2d)
+__all__ = ["Trace", "TracedLayer", "Unit", "UnitKind", "trace", "units"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class TracedLayer:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is reconstructed at once: a block, or a layer of its own."""
+    """What is reconstructed at once: a block, or a single layer."""
 
     name: str
     kind: UnitKind
@@ -66,12 +57,14 @@ class Trace:
         repeated: Layers that ran more than once. Their calls have no single place in the order and no inputs in common,
             so they are neither quantized nor reconstructed (a DiT embeds the timestep again with its first block's
             layers).
+        unsupported: Layers of a type that is not quantized, such as `Conv3d`: their type's name by their own.
     """
 
     layers: list[TracedLayer] = field(default_factory=list)
     attentions: dict[str, nn.Module] = field(default_factory=dict)
     not_run: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    unsupported: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -81,8 +74,8 @@ class Trace:
 
 def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     """Run `denoiser(*args, **kwargs)` once and note what ran, in order."""
-    result, runs = Trace(), dict[str, int]()
-    embeddings = [name for name, module in denoiser.named_modules() if type(module).__name__ in _EMBEDDINGS]
+    result, runs, family = Trace(), dict[str, int](), family_of(denoiser)
+    embeddings = [name for name, module in denoiser.named_modules() if type(module).__name__ in family.embeddings]
     with ExitStack() as stack:
         concatenated = stack.enter_context(_Concatenations())
 
@@ -103,51 +96,39 @@ def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return hook
 
         for name, module in denoiser.named_modules():
-            if isinstance(module, _LAYER_TYPES):
+            if isinstance(module, family.layer_types):
                 stack.enter_context(_removed(module.register_forward_hook(note(name, module))))
-            elif _is_attention(module):
+            elif is_attention(module):
                 stack.enter_context(_removed(module.register_forward_hook(note_attention(name))))
         with torch.no_grad():
             denoiser(*args, **kwargs)
     result.repeated = tuple(sorted(name for name, count in runs.items() if count > 1))
     result.layers = [layer for layer in result.layers if layer.name not in result.repeated]
-    walked = [name for name, module in denoiser.named_modules() if isinstance(module, _LAYER_TYPES)]
-    result.not_run = tuple(name for name in walked if name not in runs)
+    weighted = {name: module for name, module in denoiser.named_modules() if is_weighted(module)}
+    supported = [name for name, module in weighted.items() if isinstance(module, family.layer_types)]
+    result.not_run = tuple(name for name in supported if name not in runs)
+    result.unsupported = {n: type(m).__name__ for n, m in weighted.items() if not isinstance(m, family.layer_types)}
     return result
 
 
 def units(denoiser: nn.Module, traced: Trace, names: set[str], granularity: Literal["block", "layer"]) -> list[Unit]:
     """Split the layers in `names` into units, in execution order.
 
-    With `block`, the outermost module of a class in `BLOCKS` is a unit and every other layer is one of its own; with
-    `layer`, every layer is.
+    With `block`, each outermost block of the denoiser is one unit and every other layer is a unit too; with `layer`,
+    every layer is a unit.
     """
     order = [layer.name for layer in traced.layers if layer.name in names]
-    blocks = _outermost_blocks(denoiser) if granularity == "block" else {}
-    found: dict[str, list[str]] = {}
+    blocks = outermost_blocks(denoiser) if granularity == "block" else {}
+    members: dict[str, list[str]] = {}
     for name in order:
         owner = next((block for block in blocks if name.startswith(block + ".")), name)
-        found.setdefault(owner, []).append(name)
+        members.setdefault(owner, []).append(name)
     result = []
-    for owner, layers in found.items():
+    for owner, layers in members.items():
         module = denoiser.get_submodule(owner)
         attentions = tuple(name for name in traced.attentions if name == owner or name.startswith(owner + "."))
         result.append(Unit(owner, blocks.get(owner, "layer"), module, tuple(layers), attentions))
     return result
-
-
-def _outermost_blocks(denoiser: nn.Module) -> dict[str, UnitKind]:
-    blocks: dict[str, UnitKind] = {}
-    for name, module in denoiser.named_modules():  # parents come before their children
-        kind = BLOCKS.get(type(module).__name__)
-        if kind is not None and not any(name.startswith(block + ".") for block in blocks):
-            blocks[name] = kind
-    return blocks
-
-
-def _is_attention(module: nn.Module) -> bool:
-    """Whether a module computes attention, by whatever processor: not all of diffusers' are of one class."""
-    return hasattr(module, "set_processor") and hasattr(module, "processor")
 
 
 class _Concatenations(TorchFunctionMode):

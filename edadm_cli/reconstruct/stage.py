@@ -161,6 +161,18 @@ def _prepare(task: _Task) -> Setting:
     return Setting(network, traced, plan, found, _learning(found, config), batches)
 
 
+def _no_blocks(task: _Task, setting: Setting) -> list[str]:
+    """Returns a warning where blocks are to be reconstructed and the denoiser has none."""
+    learns_blocks = task.config.recipe.learn.granularity == "block"
+    if not learns_blocks or any(unit.kind != "layer" for unit in setting.units):
+        return []
+    return [
+        f"No block was found in {type(setting.network.denoiser).__name__}, so each of its {len(setting.units)} layers "
+        "is reconstructed by itself: errors that layers make together are not learned, and the quality may be lower. "
+        "A family names the blocks: docs/models.md, 'Describe a denoiser'."
+    ]
+
+
 def _learning(found: list[Unit], config: ReconstructConfig) -> list[Unit]:
     """The units that learn."""
     if config.recipe.learn.granularity == "none":
@@ -191,12 +203,15 @@ def _build(task: _Task, build: Build, reporter: Reporter) -> None:
     started, processes = time.monotonic(), task.processes
     with _arithmetic(task):
         setting = _prepare(task)
+        warnings = _no_blocks(task, setting)
+        for warning in warnings if processes.is_main else ():
+            reporter.warn(warning)
         params, results, passes = _reconstruct(task, setting, build.path, reporter)
     quantized = _quantized(setting.plan, params)
     if processes.is_main:
         save_tensors(build.path / PARAMS_FILE, params)
         save_json(build.path / PLAN_FILE, setting.plan.model_dump(mode="json", exclude_none=True))
-        save_json(build.path / UNITS_FILE, _summary(setting, results, len(quantized)))
+        save_json(build.path / UNITS_FILE, _summary(setting, results, len(quantized)) | {"warnings": warnings})
         build.discard([UNITS_FOLDER, CACHE_FOLDER, _RANGES_FILE])
         facts = {
             "device": str(setting.batches.device),

@@ -8,7 +8,7 @@ from typing import Any
 from edadm_cli.report.contents import Part, RunContents, Width
 from edadm_cli.report.formats import count, mebibytes, number, plain, seconds
 from edadm_cli.report.html import Html, Node, code, details, element, facts, section, table
-from edadm_cli.report.notices import missing
+from edadm_cli.report.notices import caution, missing
 from edadm_cli.report.plots import bar, curve_plot, loss_plot
 
 _KINDS = {"conv2d": "convolution", "linear": "linear layer", "attention_products": "attention product"}
@@ -67,6 +67,7 @@ def _reconstruction(width: Width, part: Part) -> Html:
     return element(
         "div",
         element("p", lead, class_="lead"),
+        *(caution(text) for text in part.facts.get("warnings", ())),
         _losses(learned) if learned else None,
         facts(pairs),
         details(summary, _units(width, learned)) if learned else None,

@@ -30,13 +30,14 @@ from edadm_cli.engines.cuda.transformer import (
     GatedProduct,
 )
 from edadm_cli.engines.listing import list_layers
+from edadm_cli.models.families.attention import PLAIN_PROCESSORS, QUANTIZED_PROCESSOR
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 from edadm_cli.quant.network import set_module
 
 _LAYERS = (nn.Linear, nn.Conv2d, QuantizedLayer, SplitLayer)
 _ATTENTION_IS_FLOAT = "operands on the integer grids, products in floating point"
-_PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "QuantizedAttention")
+_PLAIN_PROCESSORS = (*PLAIN_PROCESSORS, QUANTIZED_PROCESSOR)
 
 
 class Assembly:

@@ -1,0 +1,19 @@
+"""One module per family of denoisers: the only place that names an architecture."""
+
+from edadm_cli.models.families.blocks import block_kinds, middle_module, outermost_blocks
+from edadm_cli.models.families.family import Call, DenoiserFamily, UnitKind
+from edadm_cli.models.families.registry import families, family_of, register
+from edadm_cli.models.families.values import ExampleValues
+
+__all__ = [
+    "Call",
+    "DenoiserFamily",
+    "ExampleValues",
+    "UnitKind",
+    "block_kinds",
+    "families",
+    "family_of",
+    "middle_module",
+    "outermost_blocks",
+    "register",
+]

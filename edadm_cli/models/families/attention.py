@@ -1,0 +1,21 @@
+"""Which attention the tool understands: that of diffusers' plain processors, whose products it can quantize."""
+
+from __future__ import annotations
+
+from torch import nn
+
+PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+QUANTIZED_PROCESSOR = "QuantizedAttention"
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module computes attention through a processor: not all of diffusers' attentions share one class."""
+    return hasattr(module, "set_processor") and hasattr(module, "processor")
+
+
+def products_refusal(module: nn.Module) -> str | None:
+    """Returns why the products of an attention module stay in float; `None` where they can be quantized."""
+    processor = type(getattr(module, "processor", None)).__name__
+    if processor not in PLAIN_PROCESSORS or getattr(module, "norm_q", None) is not None:
+        return f"attention products of {processor} are not quantized"
+    return None

@@ -1,0 +1,21 @@
+"""Names of diffusers' building blocks that the cost of a call is reported by."""
+
+from __future__ import annotations
+
+from torch import nn
+
+ATTENTION = "Attention"
+FEED_FORWARD = "FeedForward"
+GATED_FEED_FORWARD = "GEGLU"
+_NORMS = ("RMSNorm", "GlobalResponseNorm")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes its input."""
+    return isinstance(module, nn.GroupNorm | nn.LayerNorm) or type(module).__name__ in _NORMS
+
+
+def is_weighted(module: nn.Module) -> bool:
+    """Whether a module multiplies its input with a matrix or a kernel of its own, whatever its type."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim >= 2 and not isinstance(module, nn.Embedding)

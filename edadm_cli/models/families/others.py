@@ -1,0 +1,52 @@
+"""Families whose only peculiarity is a name or the number of calls per step; all else is read off the model."""
+
+from __future__ import annotations
+
+from edadm_cli.models.families.family import DenoiserFamily
+
+Z_IMAGE = DenoiserFamily(
+    name="z-image",
+    denoisers=("ZImageTransformer2DModel",),
+    block_lists=("layers",),
+    calls_per_step=1,
+)
+QWEN_IMAGE = DenoiserFamily(name="qwen-image", denoisers=("QwenImageTransformer2DModel",), calls_per_step=2)
+LUMINA2 = DenoiserFamily(
+    name="lumina 2", denoisers=("Lumina2Transformer2DModel",), block_lists=("layers",), calls_per_step=2
+)
+COGVIEW4 = DenoiserFamily(name="cogview 4", denoisers=("CogView4Transformer2DModel",), calls_per_step=2)
+WAN = DenoiserFamily(
+    name="wan",
+    denoisers=("WanTransformer3DModel", "ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel"),
+    block_lists=("blocks",),
+    calls_per_step=2,
+)
+HIDREAM = DenoiserFamily(
+    name="hidream", denoisers=("HiDreamImageTransformer2DModel",), block_lists=("double_stream_blocks",)
+)
+KANDINSKY5 = DenoiserFamily(
+    name="kandinsky 5",
+    denoisers=("Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel"),
+    block_lists=("visual_transformer_blocks",),
+    calls_per_step=2,
+)
+AURAFLOW = DenoiserFamily(
+    name="auraflow",
+    denoisers=("AuraFlowTransformer2DModel",),
+    blocks={"AuraFlowJointTransformerBlock": "transformer", "AuraFlowSingleTransformerBlock": "transformer"},
+    block_lists=("single_transformer_blocks", "joint_transformer_blocks"),
+    calls_per_step=1,
+)
+CASCADE = DenoiserFamily(
+    name="stable cascade",
+    denoisers=("StableCascadeUNet",),
+    blocks={
+        "SDCascadeResBlock": "residual",
+        "SDCascadeTimestepBlock": "residual",
+        "SDCascadeAttnBlock": "attention",
+    },
+    block_lists=(),
+    timestep_arguments=("timestep_ratio",),
+    calls_per_step=1,
+)
+FAMILIES = (Z_IMAGE, QWEN_IMAGE, LUMINA2, COGVIEW4, WAN, HIDREAM, KANDINSKY5, AURAFLOW, CASCADE)

@@ -1,0 +1,100 @@
+"""Families: what a denoiser is known for, and what is read off a denoiser that nobody described."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.calibrate.planning import plan_network
+from edadm_cli.config import BitWidth
+from edadm_cli.errors import InputError
+from edadm_cli.models.families import DenoiserFamily, block_kinds, families, family_of, middle_module, registry
+from edadm_cli.models.units import trace, units
+from edadm_cli.recipe import load_recipe
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(self.one(x).relu())
+
+
+class _Unheard(nn.Module):
+    """A denoiser of no family, whose blocks lie in a list of an uncommon name, behind a convolution of clips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv3d(2, 8, 1)
+        self.parts = nn.ModuleList(_Block() for _ in range(3))
+        self.pair = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))  # no blocks: one layer each
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        x = self.patches(hidden_states).flatten(2).transpose(1, 2)
+        for module in (*self.parts, *self.pair):
+            x = module(x)
+        out: Tensor = self.out(x)
+        return out
+
+
+@pytest.fixture
+def clean_registry() -> Iterator[None]:
+    before = list(registry._registered)
+    yield
+    registry._registered[:] = before
+
+
+CALL = ((torch.zeros(1, 2, 1, 2, 2), torch.tensor(1)), {})
+
+
+def test_an_undescribed_denoiser_has_the_blocks_of_its_repeated_lists() -> None:
+    denoiser = _Unheard()
+    traced = trace(denoiser, *CALL)
+    assert block_kinds(denoiser) == {"_Block": "transformer"}
+    blocks = [unit.name for unit in units(denoiser, traced, set(traced.names), "block") if unit.kind != "layer"]
+    assert blocks == ["parts.0", "parts.1", "parts.2"]
+    assert middle_module(denoiser) is denoiser.parts[1]
+
+
+def test_a_layer_of_a_type_that_is_not_quantized_is_left_in_float_by_name() -> None:
+    traced = trace(_Unheard(), *CALL)
+    plan = plan_network(traced, load_recipe("default"), BitWidth.parse("w4a8"))
+    assert plan.kept["patches"] == "layers of type Conv3d are not quantized"
+    assert set(plan.layers) | set(plan.kept) == {"patches", "out", *(n for n in traced.names)}
+
+
+def test_diffusers_own_blocks_come_before_lists() -> None:
+    denoiser = _Unheard()
+    denoiser._repeated_blocks = ["Linear", "NotThere"]  # type: ignore[assignment]
+    assert set(block_kinds(denoiser)) == {"Linear"}
+
+
+def test_a_registered_family_decides_and_subclasses_belong_to_it(clean_registry: None) -> None:
+    class Derived(_Unheard):
+        pass
+
+    assert family_of(Derived()).name == "undescribed"
+    registry.register(DenoiserFamily("unheard", ("_Unheard",), blocks={"Linear": "attention"}, block_lists=("pair",)))
+    denoiser = Derived()
+    assert family_of(denoiser).name == "unheard"
+    assert middle_module(denoiser) is denoiser.pair[1]
+    assert dict(block_kinds(denoiser)) == {"Linear": "attention"}
+
+
+def test_without_blocks_there_is_no_middle_and_the_sentence_says_what_to_do() -> None:
+    with pytest.raises(InputError, match="neither a mid-block nor a list of blocks") as caught:
+        middle_module(nn.Sequential(nn.Linear(2, 2)))
+    assert "Describe a denoiser" in str(caught.value.hint)
+
+
+def test_every_class_that_a_family_names_exists() -> None:
+    own = {"ClassConditionalUNet"}
+    names = {name for family in families() for name in family.denoisers} - own
+    assert [name for name in sorted(names) if not hasattr(diffusers, name)] == []
