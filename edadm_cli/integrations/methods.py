@@ -8,7 +8,6 @@ and put other attention in the place of quantized products without a word; ours 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +16,21 @@ from torch import nn
 from edadm_cli.errors import UsageError
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+
+
+class _Method:
+    """A function bound to a module, on the instance.
+
+    Python would store a bound method by the name of its function, under which the instance does not have it; this one
+    is stored with its function and its module, so that a pickled denoiser can be read again.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.function, self.module = function, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
+
 
 _CASTS = ("half", "float")  # the casts of torch that diffusers refuses
 
@@ -32,9 +46,9 @@ def bind_methods(model: nn.Module) -> None:
     if attentions:
         own["set_attention_slice"] = _refuse_slices
     for attention in attentions:
-        attention.set_processor = MethodType(_set_processor, attention)  # type: ignore[assignment]
+        attention.set_processor = _Method(_set_processor, attention)  # type: ignore[assignment]
     for name, method in own.items():
-        setattr(model, name, MethodType(method, model))
+        setattr(model, name, _Method(method, model))
 
 
 def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.integrations.autoload import register
+from edadm_cli.integrations.deployment import layer_product
 from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.network import quantize_network
 from edadm_cli.quant.plan import QuantizationPlan
+from edadm_cli.quant.product import deploy
 
 METHOD = "edadm"
 FORMAT_VERSION = 1
@@ -123,6 +125,7 @@ class EdadmQuantizer(DiffusersQuantizer):
             if isinstance(module, QuantizedLayer | QuantizedAttention):
                 _require_sound(name, module)
         bind_methods(model)
+        deploy(model, layer_product())
         return model
 
     @property

@@ -15,6 +15,7 @@ from torch import nn
 from edadm_cli.errors import EdadmError, InputError
 from edadm_cli.models.containment import no_network, no_questions
 from edadm_cli.models.folder import Component, PipelineFolder
+from edadm_cli.quant.product import deploy
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -86,6 +87,7 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype) -> nn.Mo
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{where}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
+    deploy(module, None)  # stages name the arithmetic or the engine that they compute with
     return module
 
 

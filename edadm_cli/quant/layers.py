@@ -16,6 +16,7 @@ from edadm_cli.quant.grid import dequantize, fake_quantize, quantize
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.packing import is_packed, pack_int4, unpack_int4
 from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.product import LayerProduct
 
 Arithmetic = Literal["fake-quantize", "integer"]
 
@@ -39,6 +40,7 @@ class QuantizedLayer(nn.Module):
     Attributes:
         keeps_float_weight: Whether the dequantized weight stays in memory after the first forward. Without it a forward
             costs a little more, and a whole denoiser four bytes a weight less. A layer that is offloaded keeps none.
+        product: What multiplies the codes on devices that it serves, in place of quantize-dequantize; see `deploy`.
     """
 
     weight_codes: Tensor
@@ -64,6 +66,7 @@ class QuantizedLayer(nn.Module):
             self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32, device=device))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.keeps_float_weight = True
+        self.product: LayerProduct | None = None
         self._weight: Tensor | None = None
 
     @property
@@ -107,7 +110,15 @@ class QuantizedLayer(nn.Module):
                 raise ValueError("a layer with a quantized input needs its scale and zero-point")
             self.input_scale.copy_(input_scale.reshape(()))
             self.input_zero_point.copy_(input_zero_point.reshape(()))
-        self._weight = None
+        self._changed()
+
+    def deploy(self, product: LayerProduct | None) -> None:
+        """Multiply the codes by `product` where that runs, and keep no float weight anywhere; `None` undoes both.
+
+        Quantize-dequantize remains what the layer does on other devices, and `arithmetic = "integer"` the exact sum.
+        """
+        self.product, self.keeps_float_weight = product, product is None
+        self._changed()
 
     @property
     def weight_int(self) -> Tensor:
@@ -128,6 +139,11 @@ class QuantizedLayer(nn.Module):
         """Compute in the arithmetic that is set, in the dtype of `x`."""
         if self.arithmetic == "integer" and self.plan.input_grid is not None:
             return self._integer(x)
+        if self.product is not None:
+            if self.product.runs(self):
+                return self.product(self, x)
+            if not torch.compiler.is_compiling():
+                self.product.fall_back(self)
         grid = self.plan.input_grid
         if grid is not None:
             x = fake_quantize(x, self.input_scale, self.input_zero_point, grid)
@@ -162,12 +178,23 @@ class QuantizedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move with the model, but let no cast touch the scales."""
         super()._apply(keeping_float32(self, fn), recurse)
-        self._weight = None
+        self._changed()
         return self
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._changed()
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # codes of a convolution may lie channels last, which safetensors refuses
+        destination[f"{prefix}weight_codes"] = destination[f"{prefix}weight_codes"].contiguous()
+
+    def _changed(self) -> None:
+        """Drop or renew what was computed from the layer's tensors."""
         self._weight = None
+        if self.product is not None:
+            self.product.prepare(self)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer."""

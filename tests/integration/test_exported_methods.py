@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,3 +268,18 @@ def test_a_compiled_denoiser_computes_what_the_eager_one_does(tmp_path: Path) ->
         eager = transformer(*args, **kwargs).sample
         compiled = torch.compile(transformer, fullgraph=True)(*args, **kwargs).sample
     assert float((compiled - eager).norm() / eager.norm()) < 1 / 255
+
+
+def test_a_pickled_denoiser_is_read_again(pipeline: Any) -> None:
+    """As processes that are spawned hand it on; it keeps its own casts and refusals."""
+    call = example_call(pipeline.unet, batch_size=1)
+    file = io.BytesIO()
+    torch.save(pipeline.unet, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(again(*call[0], **call[1]).sample, pipeline.unet(*call[0], **call[1]).sample)
+    assert again.half().conv_in.weight_scale.dtype == torch.float32
+    assert next(pipeline.unet.parameters()).dtype == torch.float32, "a method acts on its own module"
+    with pytest.raises(UsageError, match="take no adapter"):
+        again.load_lora_adapter({"unet.x": torch.zeros(1)}, prefix="unet")

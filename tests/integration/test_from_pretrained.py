@@ -131,6 +131,7 @@ def test_a_fresh_interpreter_loads_it_with_plain_diffusers(run: RunFolder, impor
         check=False,
     )
     assert found.returncode == 0, found.stderr
+    assert found.stderr.count("edadm_cli.load(folder)") == 1, "where the fast way is, once"
     reconstructed = _reconstructed(run)
     assert found.stdout.split() == [str(len(quantized_layers(reconstructed.denoiser))), "True"]
     latents = torch.load(tmp_path / "latents.pt", weights_only=True)

@@ -1,0 +1,175 @@
+r"""Quantized layers of a loaded export that multiply their own codes, in eager torch and under `torch.compile`.
+
+    s = clamp(rne(x * (1 / x_scale)) + (zero_point - 128), -128, 2^bits - 129),   y = product(s, w_int)
+
+Compiled, the codes are computed by plain operations, which Inductor fuses into the normalization, gate or addition
+before the layer; in eager torch one kernel computes them. The product is a custom operation with its epilogue inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import edadm_kernels as kernels
+from edadm_cli.engines.cuda.layout import channels_last, image_of, quantizable, rows_of
+from edadm_cli.engines.cuda.lowering import refusal
+from edadm_cli.integrations.notices import say_once
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_kernels import pack
+
+MIN_CAPABILITY = (8, 0)
+"""Integer tensor cores that the kernels are compiled for: sm_80 and later."""
+ON_CPU = (
+    "On a CPU this exported denoiser computes in floating point, from its integer codes in every step: "
+    "edadm_cli.load(folder) is the fast way to run it there, in integers."
+)
+_FLOAT_INPUT = "its input stays in floating point"
+_OFFLOADED = "their weights are offloaded layer by layer; enable_model_cpu_offload() moves them as a whole"
+_BUFFERS = ("product_weight", "product_scale", "product_correction", "product_bias", "inverse_scale", "code_shift")
+
+
+def capability_refusal(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a CUDA device of this machine, as half a sentence; `None` when they can."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MIN_CAPABILITY:
+        return None
+    expected, found = ".".join(map(str, MIN_CAPABILITY)), ".".join(map(str, capability))
+    return f"the kernels need compute capability {expected} or later, and this device has {found}"
+
+
+class KernelProduct:
+    """Multiplies the codes of layers with the operations of `edadm_kernels`.
+
+    A layer that is served gets these buffers, which are not persistent: `product_scale` and `product_bias` float32
+    `[C_out]`, `product_correction` int32, `inverse_scale` and `code_shift` float32 `()`, and, where the codes are
+    stored two to a byte, `product_weight`, the same codes as int8. Codes of a convolution are stored channels last.
+
+    Args:
+        device_types: Types of the devices that are served. On a CPU the operations are exact and slow.
+    """
+
+    def __init__(self, device_types: tuple[str, ...] = ("cuda",)) -> None:
+        self.device_types = device_types
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelProduct:
+        """The object itself: compiled blocks are shared by layers that share their product."""
+        return self
+
+    def prepare(self, layer: QuantizedLayer) -> None:
+        """Compute the buffers of a layer on a device that is served, and remove those of another device."""
+        for name in _BUFFERS:
+            layer._buffers.pop(name, None)
+            layer._non_persistent_buffers_set.discard(name)
+        if self._refusal(layer) is None:
+            self._fill(layer)
+
+    def runs(self, layer: QuantizedLayer) -> bool:
+        """Whether the layer has its buffers where its codes are."""
+        scale: Tensor | None = getattr(layer, "product_scale", None)
+        return scale is not None and scale.device == layer.weight_codes.device
+
+    def fall_back(self, layer: QuantizedLayer) -> None:
+        """Report once that a layer computes in floating point, and why."""
+        device = layer.weight_codes.device
+        if device.type == "cpu":
+            say_once(ON_CPU)
+            return
+        reason = self._refusal(layer) or _OFFLOADED
+        if reason != _FLOAT_INPUT:  # as planned
+            say_once(f"Layers of this exported denoiser compute in floating point on {device.type}: {reason}.")
+
+    def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
+        """Quantize, multiply, add the bias."""
+        if layer.operation.kind == "linear":
+            codes = self._codes(layer, x)
+            rows = codes.reshape(-1, codes.shape[-1]).contiguous()
+            y = self._linear(layer, rows, x.dtype)
+            return y.view(*codes.shape[:-1], y.shape[-1])
+        codes = channels_last(self._codes(layer, x))
+        if layer.operation.is_pointwise(layer.weight_shape):
+            y = self._linear(layer, rows_of(codes), x.dtype)
+            return image_of(y, codes.shape[0], codes.shape[2], codes.shape[3])
+        return self._convolve(layer, codes, x.dtype)
+
+    def _refusal(self, layer: QuantizedLayer) -> str | None:
+        device = layer.weight_codes.device
+        if device.type not in self.device_types:
+            return f"the kernels do not run on {device.type}"
+        if layer.plan.input_grid is None:
+            return _FLOAT_INPUT
+        return (capability_refusal(device) if device.type == "cuda" else None) or refusal(layer)
+
+    def _fill(self, layer: QuantizedLayer) -> None:
+        codes, zero_point, operation = layer.weight_int, layer.input_zero_point, layer.operation
+        is_packed = codes is not layer.weight_codes
+        if operation.kind == "linear" or operation.is_pointwise(layer.weight_shape):
+            rows = codes.flatten(1)
+            correction = pack.linear_correction(rows, zero_point)
+        else:
+            rows = codes.permute(0, 2, 3, 1).contiguous()
+            correction = pack.conv_border_table(rows, zero_point, _sides(layer))
+            if not is_packed:
+                layer.weight_codes = rows.permute(0, 3, 1, 2)  # the same elements, in the order of the kernels
+        tensors = {
+            "product_weight": rows if is_packed else None,
+            "product_scale": layer.input_scale * layer.weight_scale,
+            "product_correction": correction,
+            "product_bias": None if layer.bias is None else layer.bias.detach().float().contiguous(),
+            "inverse_scale": layer.input_scale.reciprocal(),
+            "code_shift": zero_point.float() - pack.CODE_OFFSET,
+        }
+        for name, tensor in tensors.items():
+            layer.register_buffer(name, tensor, persistent=False)
+
+    def _codes(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
+        """Codes of `x`, int8, in its shape."""
+        bits = layer.plan.activation_bits
+        assert bits is not None
+        if not torch.compiler.is_compiling():
+            return kernels.quantize(quantizable(x), layer.input_scale, layer.input_zero_point, bits)
+        codes = torch.round(x.float() * _buffer(layer, "inverse_scale")) + _buffer(layer, "code_shift")
+        return codes.clamp(-pack.CODE_OFFSET, (1 << bits) - 1 - pack.CODE_OFFSET).to(torch.int8)
+
+    def _weight(self, layer: QuantizedLayer) -> Tensor:
+        """The codes in the order of the kernels: `[C_out, K]` or `[C_out, kh, kw, C_in]`, a view."""
+        unpacked: Tensor | None = getattr(layer, "product_weight", None)
+        if unpacked is not None:
+            return unpacked
+        codes = layer.weight_codes
+        is_matrix = codes.ndim == 2 or layer.operation.is_pointwise(layer.weight_shape)
+        return codes.flatten(1) if is_matrix else codes.permute(0, 2, 3, 1)
+
+    def _linear(self, layer: QuantizedLayer, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return kernels.linear(
+            rows,
+            self._weight(layer),
+            _buffer(layer, "product_scale"),
+            _buffer(layer, "product_correction"),
+            _buffer(layer, "product_bias"),
+            out_dtype=dtype,
+        )
+
+    def _convolve(self, layer: QuantizedLayer, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return kernels.conv2d(
+            codes,
+            self._weight(layer),
+            _buffer(layer, "product_scale"),
+            _buffer(layer, "product_correction"),
+            _buffer(layer, "product_bias"),
+            stride=layer.operation.stride[0],
+            padding=_sides(layer),
+            out_dtype=dtype,
+        )
+
+
+def _buffer(layer: QuantizedLayer, name: str) -> Any:
+    return getattr(layer, name)
+
+
+def _sides(layer: QuantizedLayer) -> tuple[int, int, int, int]:
+    """Padding at the top, bottom, left and right."""
+    down, right = layer.operation.padding
+    return down, down, right, right

@@ -1,0 +1,29 @@
+"""What multiplies the codes of a loaded export on this machine."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from edadm_cli.integrations.notices import say_once
+from edadm_cli.quant.product import LayerProduct
+
+
+def layer_product() -> LayerProduct | None:
+    """The product of every layer of every loaded export; `None` where Triton, which it is built on, is missing."""
+    try:
+        product, on_cpu = _kernel_product()
+    except ImportError as error:
+        say_once(f"Exported denoisers compute in floating point here: the package '{error.name}' is not installed.")
+        return None
+    if not torch.cuda.is_available():
+        say_once(on_cpu)
+    return product
+
+
+@cache
+def _kernel_product() -> tuple[LayerProduct, str]:
+    from edadm_cli.engines.cuda.layer_product import ON_CPU, KernelProduct
+
+    return KernelProduct(), ON_CPU
