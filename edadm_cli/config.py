@@ -18,6 +18,7 @@ from edadm_cli.recipe import Recipe, SelectStrategy, without_later_defaults
 MAX_IMAGES = 1_000_000
 """Images of one seed whose noise is their own (`edadm_cli/models/sampling.py`, `image_seed`)."""
 
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 _BITS = re.compile(r"^w([2-8])a([2-8])$")
 
@@ -62,6 +63,9 @@ class CollectConfig(StageConfig):
     )
     dtype: DTypeName = Field("float32", description="arithmetic of the full-precision denoiser")
     prompts: Path | None = local(None, description="text file, one prompt a line; null: the model's own prompts")
+    prediction_type: PredictionType | None = local(
+        None, description="what the denoiser predicts; null: what the model's files say"
+    )  # enters the identity as a field of the scheduler
 
 
 class SelectConfig(StageConfig):

@@ -35,6 +35,7 @@ def run(
     guidance_scale: options.GuidanceScaleOption = None,
     dtype: options.DTypeOption = None,
     prompts: options.PromptsOption = None,
+    prediction_type: options.PredictionTypeOption = None,
     num_images: options.NumImagesOption = None,
     require: options.RequireOption = None,
 ) -> None:
@@ -53,6 +54,7 @@ def run(
         "guidance_scale": guidance_scale,
         "dtype": dtype,
         "prompts": prompts,
+        "prediction_type": prediction_type,
     }
     evaluation = {"num_images": num_images, "prompts": prompts}
     widths = parse_bits(bits or _bits_of_file(execution))

@@ -86,6 +86,12 @@ PromptsOption = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE", help="Text file, one prompt a line; else the model's own."),
 ]
+PredictionTypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prediction-type", help="epsilon, v_prediction or sample: what the denoiser predicts; else as its files say."
+    ),
+]
 NumStepsOption = Annotated[
     int | None, typer.Option("--num-steps", help="Sampler steps; else the model's own, or as collected.")
 ]

@@ -23,6 +23,7 @@ def collect(
     ] = None,
     dtype: options.DTypeOption = None,
     prompts: options.PromptsOption = None,
+    prediction_type: options.PredictionTypeOption = None,
 ) -> None:
     """Sample at full precision and record the trajectories.
 
@@ -41,6 +42,7 @@ def collect(
         feature_batch=feature_batch,
         dtype=dtype,
         prompts=prompts,
+        prediction_type=prediction_type,
     )
     run = run_of_model(execution.run_folder, config.model)
 

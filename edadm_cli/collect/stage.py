@@ -42,6 +42,8 @@ def run(
     processes = join(config.device)
     with processes.together():
         task = _prepare(config, processes)
+        for remark in task.model.remarks:
+            reporter.warn(remark)
         with run.build(task.plan(), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
@@ -120,7 +122,7 @@ class _Task:
 
 def _prepare(config: CollectConfig, processes: Processes) -> _Task:
     device = resolve_device(processes.device_name(config.device))
-    model = load_model(config.model, device, getattr(torch, config.dtype))
+    model = load_model(config.model, device, getattr(torch, config.dtype), prediction_type=config.prediction_type)
     entry = model.entry
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
         raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")

@@ -9,6 +9,8 @@ from edadm_cli.errors import InputError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _TIMEOUT_S = 10.0
+_VARIANTS = (None, "fp16", "bf16")
+_LACKS_WEIGHTS = "necessary `safetensors` weights"  # in what diffusers says of a repository without such files
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -20,13 +22,12 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     """Fetch a pipeline's folder, safetensors only, or find it in the cache.
 
     Returns:
-        The folder, and the commit it is of.
+        The folder and its commit.
 
     Raises:
-        InputError: The model is not in the cache and the hub cannot be reached, has no such model, or keeps
-            it back.
+        InputError: The model is not in the cache and the hub cannot be reached, or the hub has no such model, refuses
+            it, or has no safetensors weights of it.
     """
-    from diffusers import DiffusionPipeline
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -43,13 +44,9 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     except Exception:  # noqa: BLE001 - no network, a proxy, offline mode, an outage: the cache will do
         local_only = True
     try:
-        folder = DiffusionPipeline.download(
-            repo_id,
-            revision=revision,
-            use_safetensors=True,
-            local_files_only=local_only,
-            trust_remote_code=False,
-        )
+        folder = _download_safetensors(repo_id, revision, local_only)
+    except InputError:
+        raise
     except Exception as error:
         if local_only:
             raise InputError(
@@ -58,4 +55,26 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"'{repo_id}' cannot be downloaded from the hub: {reason}") from error
-    return Path(folder), Path(folder).name
+    return folder, folder.name
+
+
+def _download_safetensors(repo_id: str, revision: str | None, local_only: bool) -> Path:
+    """Fetch the weights without a variant, or else the first variant that the repository has."""
+    from diffusers import DiffusionPipeline
+
+    for variant in _VARIANTS:
+        try:
+            folder = DiffusionPipeline.download(
+                repo_id,
+                revision=revision,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=local_only,
+                trust_remote_code=False,
+            )
+            return Path(folder)
+        except OSError as error:
+            if _LACKS_WEIGHTS not in str(error):
+                raise
+    names = ", ".join(name for name in _VARIANTS if name is not None)
+    raise InputError(f"'{repo_id}' has no safetensors weights on the hub, neither plain ones nor a variant of {names}.")

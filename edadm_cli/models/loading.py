@@ -38,6 +38,7 @@ class LoadedModel:
         pipeline: The diffusers pipeline, in eval mode on its device, without progress bars or safety checker.
         denoiser_name: Component that is quantized: `unet` or `transformer`.
         folder: Where its files lie; `None` for one that was built or converted in memory.
+        remarks: What was assumed about it or left aside, one sentence each, for the user to read.
     """
 
     ref: ModelRef
@@ -45,6 +46,7 @@ class LoadedModel:
     pipeline: DiffusionPipeline
     denoiser_name: str
     folder: Path | None
+    remarks: tuple[str, ...] = ()
 
     @property
     def denoiser(self) -> nn.Module:
@@ -80,7 +82,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: ModelEntry | None = None) -> LoadedModel:
+def load_model(
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    entry: ModelEntry | None = None,
+    prediction_type: str | None = None,
+) -> LoadedModel:
     """Load a pipeline and check it.
 
     Args:
@@ -89,11 +97,13 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: Mode
         dtype: Element type of its floating-point weights and activations.
         entry: Its defaults, where the caller knows them better than the registry: those of the model that a
             folder was exported from.
+        prediction_type: What the denoiser predicts (`epsilon`, `v_prediction` or `sample`), where the caller knows it
+            better than the model's files.
 
     Raises:
         InputError: It is not found, broken, pickled, has code of its own, or has weights that are not finite.
         MachineError: It does not fit into the device's memory.
-        UsageError: Its pipeline cannot sample in that element type.
+        UsageError: Its pipeline cannot sample in that element type, or its scheduler has no prediction type.
     """
     entry = entry or known_models().get(model)
     with quiet_libraries(), no_questions():
@@ -117,7 +127,11 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype, entry: Mode
     identifier = entry.name if entry and model == entry.name else _identifier(model)
     ref = ModelRef(id=identifier, revision=source.revision, fingerprint=source.fingerprint)
     entry = entry or _entry_of(identifier, pipeline, denoiser_name, source.known_as)
-    return LoadedModel(ref, entry, pipeline, denoiser_name, source.folder)
+    remarks = source.remarks
+    if prediction_type is not None:
+        entry = _with_prediction_type(pipeline, entry, prediction_type)
+        remarks = tuple(remark for remark in remarks if "--prediction-type" not in remark)
+    return LoadedModel(ref, entry, pipeline, denoiser_name, source.folder, remarks)
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,7 @@ class _Source:
     revision: str | None = None
     folder: Path | None = None
     known_as: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> _Source:
@@ -139,7 +154,9 @@ def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> _Source:
     path, revision = _locate(model, entry)
     if path.is_file():
         checkpoint = open_checkpoint(path, dtype)
-        return _Source(checkpoint.pipeline, checkpoint.fingerprint, known_as=checkpoint.known_as)
+        return _Source(
+            checkpoint.pipeline, checkpoint.fingerprint, known_as=checkpoint.known_as, remarks=checkpoint.remarks
+        )
     folder = read_folder(path)
     return _Source(load_folder(folder, dtype), folder.fingerprint(), revision, path)
 
@@ -148,10 +165,23 @@ def _configured(pipeline: DiffusionPipeline, entry: ModelEntry | None) -> Diffus
     """The pipeline with the class and the scheduler that its entry wants."""
     if entry is not None and entry.pipeline_class is not None:
         pipeline = find_class(entry.pipeline_class)(**pipeline.components)
-    if entry is not None and entry.scheduler_class is not None:
-        scheduler = find_class(entry.scheduler_class)
+    if entry is not None and (entry.scheduler_class is not None or entry.scheduler_config):
+        name = entry.scheduler_class
+        scheduler = type(pipeline.scheduler) if name is None else find_class(name)
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **entry.scheduler_config)
     return pipeline
+
+
+def _with_prediction_type(pipeline: DiffusionPipeline, entry: ModelEntry, prediction_type: str) -> ModelEntry:
+    """Have the scheduler take the denoiser's output for what it is, and the entry remember it for later stages."""
+    scheduler = pipeline.scheduler
+    if "prediction_type" not in scheduler.config:
+        raise UsageError(
+            f"{type(scheduler).__name__} has no prediction type, so --prediction-type has no meaning for this model."
+        )
+    change = {"prediction_type": prediction_type}
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **change)
+    return entry.model_copy(update={"scheduler_config": {**entry.scheduler_config, **change}})
 
 
 def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
@@ -175,7 +205,7 @@ def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
             raise InputError(f"{path} is not a diffusers pipeline: it has no {INDEX_NAME}.")
         return path.resolve(), None
     if path.is_file():
-        return path.resolve(), None
+        return path.absolute(), None  # a link keeps its name: in the hub's cache, the file behind it has none
     if looks_like_hub_id(model):
         return download(model, None)
     raise InputError(
@@ -187,6 +217,8 @@ def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
 
 def _identifier(model: str) -> str:
     path = Path(model).expanduser()
+    if path.is_file():
+        return str(path.absolute())
     return str(path.resolve()) if path.exists() else model
 
 

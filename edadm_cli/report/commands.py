@@ -50,6 +50,9 @@ def _words(part: Part) -> Iterator[str]:
         if value is not None:
             yield f"--{name.replace('_', '-')}"
             yield f"{value:g}" if isinstance(value, float) else str(value)
+    scheduler = manifest.config.get("scheduler_config")
+    if manifest.kind == "collect" and isinstance(scheduler, dict) and "prediction_type" in scheduler:
+        yield from ("--prediction-type", str(scheduler["prediction_type"]))
     if manifest.seed:
         yield from ("--seed", str(manifest.seed))
 

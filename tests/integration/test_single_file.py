@@ -9,11 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from edadm_cli.errors import InputError
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.collect import stage as collect
+from edadm_cli.config import CollectConfig
+from edadm_cli.errors import EXIT_INPUT, InputError
 from edadm_cli.models.architecture import Architecture, load_architecture
 from edadm_cli.models.checkpoints import opening
 from edadm_cli.models.checkpoints.accounting import autoencoder_places, denoiser_places, empty_module
-from edadm_cli.models.loading import load_model
+from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import known_models
 from edadm_cli.models.sampling import sample
@@ -158,3 +162,126 @@ def test_every_bit_of_the_content_counts_in_the_fingerprint(tmp_path: Path, smal
     other = load_model(str(write(tmp_path / "c.safetensors", state)), CPU, torch.float32).ref
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.id == str(tmp_path / "a.safetensors")
+
+
+def load(path: Path, state: State, **options: Any) -> LoadedModel:
+    return load_model(str(write(path, state)), CPU, torch.float32, **options)
+
+
+def refusal(path: Path, state: State) -> str:
+    with pytest.raises(InputError) as caught:
+        load(path, state)
+    assert caught.value.exit_code == EXIT_INPUT
+    return f"{caught.value.message} {caught.value.hint}"
+
+
+def test_marker_tensors_decide_the_prediction_type_and_the_noise_schedule(
+    tmp_path: Path, small_sd15: Architecture
+) -> None:
+    state = state_of(build_random_pipeline(small_sd15, 0, torch.float32))
+    plain = load(tmp_path / "plain.safetensors", state)
+    assert plain.pipeline.scheduler.config.prediction_type == "epsilon"
+    marked = load(tmp_path / "v.safetensors", {**state, "v_pred": torch.zeros(0)})
+    assert marked.pipeline.scheduler.config.prediction_type == "v_prediction"
+    zero = load(tmp_path / "zero.safetensors", {**state, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
+    scheduler = zero.pipeline.scheduler
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert float(scheduler.alphas_cumprod[-1]) < 1e-6
+    assert "EDM" in refusal(tmp_path / "edm.safetensors", {**state, "edm_vpred.sigma_max": torch.ones(())})
+    assert len({plain.ref.fingerprint, marked.ref.fingerprint, zero.ref.fingerprint}) == 3
+
+
+def test_the_prediction_type_of_stable_diffusion_2_is_said_or_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = small_of("sd21")
+    monkeypatch.setattr(opening, "load_architecture", lambda known: {"sd21": small}[known])
+    pipeline = build_random_pipeline(small, 0, torch.float32)
+    state = with_schedule(unet_state(pipeline.unet) | autoencoder_state(pipeline.vae))
+    state |= open_clip_state(pipeline.text_encoder, "cond_stage_model.model.")
+    path = write(tmp_path / "model.safetensors", state)
+    run = RunFolder(tmp_path / "run")
+    config = CollectConfig(model=str(path), num_trajectories=1, num_steps=2, device="cpu")
+    assert any("--prediction-type epsilon" in warning for warning in collect.run(config, run).warnings)
+    assert load_collected_model(run, CPU, torch.float32).pipeline.scheduler.config.prediction_type == "v_prediction"
+    other = RunFolder(tmp_path / "other")
+    record = collect.run(config.model_copy(update={"prediction_type": "epsilon"}), other)
+    assert record.warnings == ()
+    assert load_collected_model(other, CPU, torch.float32).pipeline.scheduler.config.prediction_type == "epsilon"
+    assert record.identity != run.open("collect").identity
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_narrow_checkpoints_load(tmp_path: Path, small_sd15: Architecture, dtype: torch.dtype) -> None:
+    state = state_of(build_random_pipeline(small_sd15, 0, torch.float32))
+    narrow = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    model = load(tmp_path / "model.safetensors", narrow)
+    expected = narrow["model.diffusion_model.out.2.weight"].float()
+    assert torch.equal(model.denoiser.conv_out.weight, expected)
+    name = "model.diffusion_model.out.2.weight"
+    narrow[name] = torch.full_like(expected, float("nan")).to(dtype)
+    assert "not finite" in refusal(tmp_path / "nan.safetensors", narrow)
+
+
+def test_a_file_is_read_under_the_name_that_it_is_given_by(tmp_path: Path, small_sd15: Architecture) -> None:
+    state = state_of(build_random_pipeline(small_sd15, 0, torch.float32))
+    snapshot = tmp_path / "snapshots/abc"
+    snapshot.mkdir(parents=True)
+    blob = write(tmp_path / "blob.safetensors", state).rename(tmp_path / "6ce0161689b3")
+    (snapshot / "model.SAFETENSORS").symlink_to("../../6ce0161689b3")
+    model = load_model(str(snapshot / "model.SAFETENSORS"), CPU, torch.float32)
+    assert model.ref.id == str(snapshot / "model.SAFETENSORS")
+    assert torch.equal(model.denoiser.conv_out.weight, state["model.diffusion_model.out.2.weight"])
+    assert blob.is_file()
+
+
+@pytest.mark.parametrize("name", ["lora_unet_down.weight", "control_model.zero.weight", "embedding_manager.a.weight"])
+def test_tensors_that_change_a_model_are_refused_and_others_are_reported(
+    tmp_path: Path, small_sd15: Architecture, name: str
+) -> None:
+    state = state_of(build_random_pipeline(small_sd15, 0, torch.float32))
+    assert name in refusal(tmp_path / "model.safetensors", {**state, name: torch.zeros(1)})
+    extra = {"model_ema.decay": torch.zeros(()), "training.step.count": torch.zeros(1)}
+    remarks = load(tmp_path / "trained.safetensors", {**state, **extra}).remarks
+    assert len(remarks) == 1
+    assert "'training.step.count'" in remarks[0]
+
+
+def test_inpainting_and_editing_versions_load_as_their_pipelines(tmp_path: Path, small_sd15: Architecture) -> None:
+    state = state_of(build_random_pipeline(small_sd15, 0, torch.float32))
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    kinds = {9: "StableDiffusionInpaintPipeline", 8: "StableDiffusionInstructPix2PixPipeline"}
+    for channels, pipeline in kinds.items():
+        weight = torch.randn(state[first].shape[0], channels, 3, 3)
+        model = load(tmp_path / f"{channels}.safetensors", {**state, first: weight})
+        assert type(model.pipeline).__name__ == pipeline
+        assert torch.equal(model.denoiser.conv_in.weight, weight)
+    assert "5 input channels" in refusal(tmp_path / "5.safetensors", {**state, first: torch.zeros(32, 5, 3, 3)})
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["lora_unet_down_blocks_0.lora_down.weight"], "is a LoRA"),
+        (["unet.down_blocks.0.attn.lora_A.weight"], "is a LoRA"),
+        (["control_model.input_blocks.0.0.weight"], "is a ControlNet"),
+        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "the transformer of a Flux"),
+        (["double_blocks.0.img_attn.qkv.weight"], "the transformer of a Flux"),
+        (["model.diffusion_model.joint_blocks.0.x.weight"], "Stable Diffusion 3"),
+        (["conditioner.embedders.0.model.ln.weight", "model.diffusion_model.input_blocks.0.0.weight"], "XL refiner"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "holds a denoiser"),
+        (["input_blocks.0.0.weight"], "holds a denoiser"),
+        (["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"], "holds a denoiser"),
+        (["encoder.conv_in.weight", "decoder.conv_in.weight"], "is an autoencoder"),
+        (["something.else"], "first tensor is 'something.else'"),
+    ],
+)
+def test_a_file_that_is_no_pipeline_is_called_what_it_is(tmp_path: Path, names: list[str], said: str) -> None:
+    assert said in refusal(tmp_path / "model.safetensors", {name: torch.zeros(4, 4, 3, 3) for name in names})
+
+
+def test_a_file_without_an_autoencoder_is_said_to_have_none(tmp_path: Path, small_sd15: Architecture) -> None:
+    state = state_of(build_random_pipeline(small_sd15, 0, torch.float32))
+    without = {name: tensor for name, tensor in state.items() if not name.startswith("first_stage_model.")}
+    assert "without an autoencoder (VAE)" in refusal(tmp_path / "model.safetensors", without)

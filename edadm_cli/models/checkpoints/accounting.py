@@ -108,7 +108,7 @@ class TensorAccount:
         )
         for what, names in found:
             if names:
-                raise InputError(f"{self._path} {what} {_listed(list(dict.fromkeys(names)))}.")
+                raise InputError(f"{self._path} {what} {listed(list(dict.fromkeys(names)))}.")
 
     def _take(self, place: _Place, shape: Sequence[int]) -> Tensor | None:
         self._known.add(place.key)
@@ -127,7 +127,7 @@ class TensorAccount:
         if tuple(flat.shape) != wanted:
             self._misshapen.append(f"{key} {list(tensor.shape)} for {list(wanted)}")
             return None
-        if flat.is_floating_point() and not bool(flat.isfinite().all()):
+        if not is_finite(flat):
             self._not_finite.append(key)
         return flat if place.part is None else self._split(flat, place.part)
 
@@ -144,6 +144,14 @@ def _is_training(name: str) -> bool:
     return "." not in name or name.startswith(_TRAINING)
 
 
-def _listed(names: list[str]) -> str:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; float8 values are cast first, which torch cannot test."""
+    if not tensor.is_floating_point():
+        return True
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list, quoted, and how many more there are."""
     shown = ", ".join(f"'{name}'" for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

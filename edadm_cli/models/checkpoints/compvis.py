@@ -18,6 +18,7 @@ from edadm_cli.models.architecture import Architecture, find_class
 from edadm_cli.models.checkpoints.accounting import (
     DENOISER,
     EMA,
+    FIRST_STAGE,
     LABELS,
     TensorAccount,
     autoencoder_places,
@@ -34,9 +35,10 @@ _SCALE = "scale_factor"
 
 
 def is_latent_diffusion(state: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint is a CompVis model without a text encoder."""
-    conditions = [name for name in state if name.startswith(LABELS)]
-    return _INPUT in state and all(name == f"{LABELS}embedding.weight" for name in conditions)
+    """Whether a checkpoint is a CompVis model with a first stage and without a text encoder."""
+    conditions = [name for name in state if name.startswith((LABELS, "conditioner."))]
+    has_first_stage = any(name.startswith(FIRST_STAGE) for name in state)
+    return _INPUT in state and has_first_stage and all(name == f"{LABELS}embedding.weight" for name in conditions)
 
 
 def describe(path: Path, state: Mapping[str, Tensor]) -> CompVisModel:

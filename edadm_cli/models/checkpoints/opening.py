@@ -12,7 +12,7 @@ import torch
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.errors import InputError
 from edadm_cli.models.architecture import load_architecture
-from edadm_cli.models.checkpoints import compvis, stable_diffusion
+from edadm_cli.models.checkpoints import compvis, kinds, stable_diffusion
 from edadm_cli.models.checkpoints.compvis_config import CONFIG_NAME
 from edadm_cli.models.checkpoints.reading import SUFFIXES, read_checkpoint
 
@@ -31,11 +31,13 @@ class OpenedCheckpoint:
         pipeline: The pipeline, on the CPU.
         fingerprint: Hash of the file and of the configuration beside it.
         known_as: Name of the known model that it is built like.
+        remarks: What was assumed or left aside, one sentence each.
     """
 
     pipeline: DiffusionPipeline
     fingerprint: str
     known_as: str | None
+    remarks: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: Path, dtype: torch.dtype) -> OpenedCheckpoint:
@@ -44,32 +46,28 @@ def open_checkpoint(path: Path, dtype: torch.dtype) -> OpenedCheckpoint:
     Raises:
         InputError: The file is broken, carries code, or holds no model that is known here.
     """
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise InputError(
-            f"{path} is a file; a diffusers folder, a checkpoint ({', '.join(SUFFIXES)}), a hub id or a known name "
-            "was wanted.",
+            f"{path} is a file, but not one of the kinds that are read; expected a diffusers folder, a checkpoint "
+            f"({', '.join(SUFFIXES)}), a hub id or a known name.",
             hint="edadm models",
         )
     state = read_checkpoint(path)
     known_as = stable_diffusion.known_as(state)
     if known_as is not None:
-        architecture = load_architecture(known_as)
-        stable_diffusion.require_fit(path, state, architecture)
+        model = stable_diffusion.describe(path, state, known_as, load_architecture(known_as))
         del state  # diffusers reads the file itself
-        pipeline = stable_diffusion.convert(path, architecture, dtype)
-    elif compvis.is_latent_diffusion(state):
-        model = compvis.describe(path, state)
-        pipeline, known_as = compvis.convert(path, state, model, dtype), model.known_as
-    else:
-        raise InputError(
-            f"{path} holds neither a Stable Diffusion (1, 2 or XL) nor a CompVis latent diffusion model; "
-            f"its first tensor is '{min(state)}'.",
-            hint="give --model a diffusers folder",
-        )
-    return OpenedCheckpoint(pipeline, _fingerprint(path), known_as)
+        pipeline = stable_diffusion.convert(path, model.architecture, dtype)
+        return OpenedCheckpoint(pipeline, _fingerprint(path, model.markers), known_as, model.remarks)
+    if not compvis.is_latent_diffusion(state):
+        raise kinds.refusal(path, state)
+    description = compvis.describe(path, state)
+    pipeline = compvis.convert(path, state, description, dtype)
+    return OpenedCheckpoint(pipeline, _fingerprint(path), description.known_as)
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(path: Path, markers: tuple[str, ...] = ()) -> str:
     config = path.with_name(CONFIG_NAME)
-    parts = [str(_CONVERSION_VERSION), file_sha256(path), file_sha256(config) if config.is_file() else ""]
-    return sha256("\n".join(parts).encode()).hexdigest()
+    configuration = file_sha256(config) if config.is_file() else ""
+    lines = [str(_CONVERSION_VERSION), file_sha256(path), configuration, *markers]
+    return sha256("\n".join(lines).encode()).hexdigest()

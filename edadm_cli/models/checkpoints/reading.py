@@ -35,7 +35,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: The file is truncated, foreign, carries code, or holds no named tensors.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         read_tensor_header(path)
         content: Any = load_file(path)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,16 @@ from edadm_cli.errors import InputError
 from edadm_cli.models.architecture import Architecture, find_class
 from edadm_cli.models.checkpoints.accounting import (
     DENOISER,
+    EMA,
     FIRST_STAGE,
     TensorAccount,
     autoencoder_places,
     denoiser_places,
     empty_module,
+    is_finite,
+    listed,
 )
+from edadm_cli.models.checkpoints.kinds import no_autoencoder
 from edadm_cli.models.checkpoints.reading import inert_globals
 from edadm_cli.models.containment import no_network
 from edadm_cli.models.from_folder import first_sentence
@@ -34,6 +39,36 @@ _TEXT = {
     "cond_stage_model.model.": "sd21",
     "conditioner.embedders.1.": "sdxl",
 }
+_TITLES = {"sd15": "Stable Diffusion 1", "sd21": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
+_INPUT = f"{DENOISER}input_blocks.0.0.weight"
+# Pipelines by the channels of the denoiser's input: with a mask and an image, or with an image, beside the latents.
+_BY_CHANNELS = {
+    9: {"StableDiffusionPipeline": "StableDiffusionInpaintPipeline"}
+    | {"StableDiffusionXLPipeline": "StableDiffusionXLInpaintPipeline"},
+    8: {"StableDiffusionPipeline": "StableDiffusionInstructPix2PixPipeline"}
+    | {"StableDiffusionXLPipeline": "StableDiffusionXLInstructPix2PixPipeline"},
+}
+# Tensors without a meaning of their own, by which authors mark a v-prediction model and its rescaled noise schedule.
+_V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
+_OTHER_SCHEDULES = ("edm_vpred.", "edm_mean", "edm_std")
+_KNOWN_PREFIXES = (DENOISER, FIRST_STAGE, EMA, "cond_stage_model.", "conditioner.", "denoiser.", "loss.")
+# Parts that change what a model computes, and that the pipeline would not contain.
+_CHANGES_OF_A_MODEL = ("lora_", "control_model.", "embedding_manager.", "hypernetwork")
+
+
+@dataclass(frozen=True)
+class StableDiffusionFile:
+    """What a checkpoint holds.
+
+    Attributes:
+        architecture: The pipeline in diffusers' terms.
+        markers: What marker tensors say about the noise schedule; part of the fingerprint.
+        remarks: What was assumed or left aside, one sentence each.
+    """
+
+    architecture: Architecture
+    markers: tuple[str, ...]
+    remarks: tuple[str, ...]
 
 
 def known_as(state: Mapping[str, Tensor]) -> str | None:
@@ -43,18 +78,94 @@ def known_as(state: Mapping[str, Tensor]) -> str | None:
     return next((model for prefix, model in _TEXT.items() if any(name.startswith(prefix) for name in state)), None)
 
 
-def require_fit(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> None:
-    """Check denoiser and autoencoder of a checkpoint against an architecture, tensor by tensor.
+def describe(path: Path, state: Mapping[str, Tensor], name: str, architecture: Architecture) -> StableDiffusionFile:
+    """Say what a checkpoint holds that is built like the known model `name`, and check each of its tensors.
 
     Raises:
-        InputError: Tensors are missing, left over, misshapen or not finite.
+        InputError: Tensors are missing, left over, misshapen or not finite, or belong to another kind of model.
     """
+    if not any(tensor.startswith(FIRST_STAGE) for tensor in state):
+        raise no_autoencoder(path, f"{_TITLES[name]} checkpoint")
+    architecture = _with_input(path, state, architecture)
+    architecture, markers = _with_schedule(path, state, architecture)
+    _require_fit(path, state, architecture)
+    remarks = [*_left_aside(path, state)]
+    if name == "sd21" and not markers and architecture.config("unet")["in_channels"] == 4:
+        remarks.append(
+            f"{path.name} is taken for a v-prediction model, as the 768-pixel versions of Stable Diffusion 2 are; "
+            "the base versions need --prediction-type epsilon."
+        )
+    return StableDiffusionFile(architecture, markers, tuple(remarks))
+
+
+def _with_input(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> Architecture:
+    """The architecture with the file's input channels, and the pipeline that fills them."""
+    weight = state.get(_INPUT)
+    channels = architecture.config("unet")["in_channels"]
+    if weight is None or weight.ndim != 4 or weight.shape[1] == channels:
+        return architecture
+    pipeline = _BY_CHANNELS.get(weight.shape[1], {}).get(architecture.pipeline)
+    if pipeline is None:
+        raise InputError(
+            f"{path} has a denoiser with {weight.shape[1]} input channels; {channels} (text to image), 8 "
+            "(InstructPix2Pix) and 9 (inpainting) are converted."
+        )
+    changed = _changed(architecture, "unet", {"in_channels": weight.shape[1]})
+    if architecture.config("scheduler").get("prediction_type") == "v_prediction":
+        changed = _changed(changed, "scheduler", {"prediction_type": "epsilon"})  # as Stable Diffusion 2's inpainting
+    return changed.model_copy(update={"pipeline": pipeline})
+
+
+def _with_schedule(
+    path: Path, state: Mapping[str, Tensor], architecture: Architecture
+) -> tuple[Architecture, tuple[str, ...]]:
+    """The architecture with the prediction type and the noise schedule that marker tensors ask for."""
+    other = next((name for name in sorted(state) if name.startswith(_OTHER_SCHEDULES)), None)
+    if other is not None:
+        raise InputError(f"{path} is marked by '{other}' as a model of the EDM noise schedule, which is not converted.")
+    markers = tuple(name for name in (_V_PREDICTION, _ZERO_SNR) if name in state)
+    if _V_PREDICTION in markers:
+        architecture = _changed(architecture, "scheduler", {"prediction_type": "v_prediction"})
+    if _ZERO_SNR in markers:
+        scheduler, config = architecture.components["scheduler"]
+        if scheduler.endswith("PNDMScheduler"):  # which cannot rescale its noise schedule
+            config = {key: value for key, value in config.items() if key != "skip_prk_steps"} | {"clip_sample": False}
+            architecture = _replaced(architecture, "scheduler", ("diffusers.DDIMScheduler", config))
+        zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        architecture = _changed(architecture, "scheduler", zero_snr)
+    return architecture, markers
+
+
+def _left_aside(path: Path, state: Mapping[str, Tensor]) -> list[str]:
+    """Account for the tensors beside denoiser, autoencoder and text encoders."""
+    others = sorted(name for name in state if "." in name and not name.startswith(_KNOWN_PREFIXES))
+    changes = [name for name in (*others, *state) if name.startswith(_CHANGES_OF_A_MODEL)]
+    if changes:
+        raise InputError(
+            f"{path} has tensors that change the model and that no pipeline of diffusers takes from a checkpoint: "
+            f"{listed(sorted(set(changes)))}.",
+            hint="merge or remove them first",
+        )
+    return [f"{path.name} has tensors that its model does not use: {listed(others)}."] if others else []
+
+
+def _require_fit(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> None:
+    """Check denoiser and autoencoder of a checkpoint against an architecture, tensor by tensor."""
     checked = {name: tensor for name, tensor in state.items() if name.startswith((DENOISER, FIRST_STAGE))}
     account = TensorAccount(path, checked, averaged=False, heads_first=True)
     for name, places in (("unet", denoiser_places), ("vae", autoencoder_places)):
         module = empty_module(architecture, name)
         account.collect(module, places(module))
     account.require_all_fit()
+
+
+def _changed(architecture: Architecture, name: str, change: dict[str, Any]) -> Architecture:
+    cls, config = architecture.components[name]
+    return _replaced(architecture, name, (cls, {**config, **change}))
+
+
+def _replaced(architecture: Architecture, name: str, component: tuple[str, dict[str, Any]]) -> Architecture:
+    return architecture.model_copy(update={"components": {**architecture.components, name: component}})
 
 
 def convert(path: Path, architecture: Architecture, dtype: torch.dtype) -> DiffusionPipeline:
@@ -64,20 +175,23 @@ def convert(path: Path, architecture: Architecture, dtype: torch.dtype) -> Diffu
         InputError: Diffusers cannot convert it, or its text encoder lacks tensors.
     """
     pipeline_class = find_class(architecture.pipeline)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="edadm-") as folder:
         write_configs(architecture, Path(folder))
+        file = Path(folder, f"checkpoint{path.suffix.lower()}")  # diffusers goes by the suffix
+        file.symlink_to(path.resolve())
         try:
             with inert_globals(), no_network():
                 pipeline: DiffusionPipeline = pipeline_class.from_single_file(
-                    str(path), config=folder, local_files_only=True, torch_dtype=dtype, **architecture.options
+                    str(file), config=folder, local_files_only=True, torch_dtype=dtype, **architecture.options
                 )
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            raise InputError(f"{path} cannot be loaded as {architecture.pipeline}: {first_sentence(error)}") from error
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            _require_whole(path, name, part)
+            reason = first_sentence(error).replace(str(file), str(path))
+            raise InputError(f"{path} cannot be loaded as {architecture.pipeline}: {reason}") from error
+    for name, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            _require_whole(path, name, module)
     return pipeline
 
 
@@ -105,9 +219,9 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     save_json(path, content)
 
 
-def _require_whole(path: Path, name: str, module: nn.Module) -> None:
-    for own, tensor in module.named_parameters():
+def _require_whole(path: Path, component: str, module: nn.Module) -> None:
+    for name, tensor in module.named_parameters():
         if tensor.is_meta:
-            raise InputError(f"{path} lacks the tensor of '{own}' of its {name}.")
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{path}: '{own}' of its {name} holds values that are not finite (NaN or infinity).")
+            raise InputError(f"{path} lacks the tensor of '{name}' of its {component}.")
+        if not is_finite(tensor):
+            raise InputError(f"{path}: '{name}' of its {component} holds values that are not finite (NaN or infinity).")

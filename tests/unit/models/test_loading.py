@@ -276,3 +276,27 @@ def test_a_hub_model_is_loaded_again_at_the_commit_it_was_collected_from(
     assert run.open("collect").manifest.model.revision == "c0ffee"
     assert load_collected_model(run, CPU, torch.float32).ref.revision == "c0ffee"
     assert asked == [("nobody/tiny", None), ("nobody/tiny", "c0ffee")]
+
+
+@pytest.mark.parametrize("variants", [("fp16",), ("bf16",), ()])
+def test_a_hub_repository_with_variants_only_is_fetched_as_such(
+    tiny_ddpm: Path, monkeypatch: pytest.MonkeyPatch, variants: tuple[str, ...]
+) -> None:
+    asked: list[str | None] = []
+
+    def fetch(repo_id: str, *, variant: str | None, **options: Any) -> str:
+        assert options["trust_remote_code"] is False
+        asked.append(variant)
+        if variant not in variants:
+            raise OSError(f"Could not find the necessary `safetensors` weights in {'x' * 900} (variant={variant})")
+        return str(tiny_ddpm)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", fetch)
+    if variants:
+        assert load_model("owner/name", CPU, torch.float32).denoiser_name == "unet"
+        assert asked[-1] == variants[0]
+    else:
+        message = refusal("owner/name").message
+        assert "no safetensors weights" in message
+        assert len(message) < 200
