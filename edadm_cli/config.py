@@ -1,7 +1,7 @@
-"""One frozen model a stage: a field is a command-line flag, a key of the TOML file, and a key of the manifest.
+"""One frozen model per stage: each field is a command-line flag, a key of the TOML file, and a key of the manifest.
 
-Fields marked `identity=False` say where or how fast a stage runs, not what it computes; they do not enter the
-artifact's identity.
+A field is written once, here. Its description is the help text of the flag, `setting` says how the flag is spelled,
+and which part the field has in an artifact's identity.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from edadm_cli.errors import UsageError
 from edadm_cli.recipe import Recipe, SelectStrategy, without_later_defaults
@@ -20,12 +20,39 @@ MAX_IMAGES = 1_000_000
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+Identity = Literal["always", "if_changed", "never"]
+"""When a field enters the identity of an artifact: always; only with another value than its default, as fields do that
+came after artifacts without them; or never, since it says where or how fast a stage runs and not what it computes."""
+
 _BITS = re.compile(r"^w([2-8])a([2-8])$")
+_SIZE = re.compile(r"^(\d+)(?:x(\d+))?$")
+_RECIPE = "default, default-attention, paper, q-diffusion, ptq4dm, rtn, or your own TOML file"
 
 
-def local(default: Any, **kwargs: Any) -> Any:
-    """A field that is no part of an artifact's identity: a place, a device, a budget."""
-    return Field(default, json_schema_extra={"identity": False}, **kwargs)
+def setting(
+    default: Any,
+    description: str,
+    *,
+    identity: Identity = "always",
+    metavar: str | None = None,
+    flags: tuple[str, ...] = (),
+    split: bool = False,
+    **limits: Any,
+) -> Any:
+    """Returns a field of a configuration, together with what the command line knows of it.
+
+    Args:
+        default: The default value; `...` where there is none.
+        description: One sentence, which is the help text of the flag as well.
+        identity: When the field enters the identity of an artifact.
+        metavar: How the help names the value; by default its type.
+        flags: Spellings of the flag; by default the name of the field.
+        split: Whether one value of the flag may hold several items with commas between them.
+        limits: Limits that pydantic checks, such as `ge=1`.
+    """
+    facts: dict[str, Any] = {"identity": identity, "metavar": metavar, "flags": list(flags), "split": split}
+    facts["later"] = identity == "if_changed"  # as `recipe.later` marks a field of a recipe
+    return Field(default, description=description, json_schema_extra=facts, **limits)
 
 
 class StageConfig(BaseModel):
@@ -33,48 +60,63 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in the stage")
-    device: str = local("auto", description="cpu, cuda, cuda:N, or auto: cuda where there is one, else cpu")
+    seed: int = setting(0, "Seed of everything random; 0 by default.", ge=0, lt=2**63)
+    device: str = setting("auto", "cpu, cuda, cuda:N, or auto: cuda if there is a GPU, else cpu.", identity="never")
 
     def identity_fields(self) -> dict[str, Any]:
-        """The fields that decide the result, as plain JSON values, without the seed (the manifest names it itself)."""
-        is_local = {
-            name
-            for name, field in type(self).model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False
-        }
-        return without_later_defaults(self, self.model_dump(mode="json", exclude=is_local | {"seed"}))
+        """Returns the fields that decide the result, as JSON values, without the seed, which the manifest names."""
+        never = {name for name in type(self).model_fields if field_facts(type(self), name)["identity"] == "never"}
+        return without_later_defaults(self, self.model_dump(mode="json", exclude=never | {"seed"}))
+
+
+def field_facts(config: type[StageConfig], name: str) -> dict[str, Any]:
+    """Returns what `setting` recorded of a field, or its defaults for a field that was made without it."""
+    extra = config.model_fields[name].json_schema_extra
+    defaults: dict[str, Any] = {"identity": "always", "metavar": None, "flags": [], "split": False}
+    return {**defaults, **extra} if isinstance(extra, dict) else defaults
 
 
 class CollectConfig(StageConfig):
-    """Full-precision sampling: trajectories, conditioning, mid-block features."""
+    """Full-precision sampling: trajectories, conditioning, features of the middle block."""
 
-    model: str = local(description="known name, diffusers folder, hub id or checkpoint file", default=...)
-    num_trajectories: int | None = Field(
-        None, ge=1, le=MAX_IMAGES, description="N, trajectories sampled; null: the model's own"
+    model: str = setting(
+        ..., "Known name (edadm models), diffusers folder, hub id, or checkpoint file.", identity="never", metavar="M"
     )
-    num_steps: int | None = Field(None, ge=1, description="T, sampler steps; null: the model's own")
-    guidance_scale: float | None = Field(None, ge=0, description="classifier-free guidance; null: the model's own")
-    batch_size: int | None = Field(
-        None, ge=1, description="trajectories sampled together, one shard each; null: the model's own"
+    num_trajectories: int | None = setting(
+        None, "N, the number of trajectories that are sampled; by default the model's own.", ge=1, le=MAX_IMAGES
     )
-    feature_batch: int | None = Field(
-        None, ge=1, description="B, trajectories whose mid-block features are kept; null: the model's own"
+    num_steps: int | None = setting(None, "T, the number of sampler steps; by default the model's own.", ge=1)
+    guidance_scale: float | None = setting(None, "Classifier-free guidance; by default the model's own.", ge=0)
+    batch_size: int | None = setting(
+        None, "Trajectories that are sampled together, one shard per batch; by default the model's own.", ge=1
     )
-    dtype: DTypeName = Field("float32", description="arithmetic of the full-precision denoiser")
-    prompts: Path | None = local(None, description="text file, one prompt a line; null: the model's own prompts")
-    prediction_type: PredictionType | None = local(
-        None, description="what the denoiser predicts; null: what the model's files say"
-    )  # enters the identity as a field of the scheduler
+    feature_batch: int | None = setting(
+        None, "B, the number of trajectories whose features are recorded; by default the model's own.", ge=1
+    )
+    dtype: DTypeName = setting("float32", "float32, bfloat16 or float16: arithmetic of the full-precision denoiser.")
+    prompts: Path | None = setting(
+        None, "Text file, one prompt per line; by default the model's own prompts.", identity="never", metavar="FILE"
+    )
+    prediction_type: PredictionType | None = setting(
+        None,
+        "epsilon, v_prediction or sample: what the denoiser predicts; by default what the model's files say.",
+        identity="never",  # enters the identity as a field of the scheduler
+    )
 
 
 class SelectConfig(StageConfig):
-    """TDAC or another strategy: which step of each trajectory calibrates."""
+    """TDAC or another strategy: which step of each trajectory is used for calibration."""
 
-    strategy: SelectStrategy = "tdac"
-    num_samples: int | None = Field(None, ge=1, description="N of the calibration set; null: one a trajectory")
-    density_radius: float | None = Field(None, gt=0, description="r; null: the median pairwise distance")
-    variety_weight: float | None = Field(None, ge=0, description="lambda; null: the model's own")
+    strategy: SelectStrategy = setting("tdac", "tdac, uniform, normal, random or last; by default the recipe's.")
+    num_samples: int | None = setting(
+        None, "N, the size of the calibration set; by default one sample per trajectory.", ge=1
+    )
+    density_radius: float | None = setting(
+        None, "r of TDAC, the radius of the density; by default the median pairwise distance.", gt=0
+    )
+    variety_weight: float | None = setting(
+        None, "lambda of TDAC, the weight of the variety; by default the model's own.", ge=0
+    )
 
 
 class BitWidth(BaseModel):
@@ -85,9 +127,14 @@ class BitWidth(BaseModel):
     weight: int = Field(ge=2, le=8)
     activation: int = Field(ge=2, le=8)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_text(cls, value: Any) -> Any:
+        return value if isinstance(value, (dict, BitWidth)) else cls.parse(str(value)).model_dump()
+
     @classmethod
     def parse(cls, text: str) -> BitWidth:
-        """Read `wXaY`.
+        """Reads `wXaY`.
 
         Raises:
             UsageError: The text is not of that form, or X or Y is not within 2..8.
@@ -100,6 +147,15 @@ class BitWidth(BaseModel):
             )
         return cls(weight=int(match[1]), activation=int(match[2]))
 
+    @classmethod
+    def parse_several(cls, text: str) -> tuple[BitWidth, ...]:
+        """Reads bit widths with commas between them, in order and each once.
+
+        Raises:
+            UsageError: One is not of the form `wXaY`.
+        """
+        return tuple(dict.fromkeys(cls.parse(part) for part in text.split(",")))
+
     def __str__(self) -> str:
         return f"w{self.weight}a{self.activation}"
 
@@ -107,52 +163,68 @@ class BitWidth(BaseModel):
 class ReconstructConfig(StageConfig):
     """Range search and fine-grained block reconstruction."""
 
-    bits: BitWidth
-    recipe: Recipe
-    batch_size: int | None = Field(
-        None, ge=1, description="calibration samples a forward of the denoiser; null: the model's own"
+    bits: BitWidth = setting(..., "Bit width, 2 to 8 each, such as w4a8.", metavar="wXaY")
+    recipe: Recipe = setting(..., f"{_RECIPE}.", metavar="NAME|FILE")
+    batch_size: int | None = setting(
+        None, "Calibration samples per call of the denoiser; by default the model's own.", ge=1
     )
-    units: tuple[str, ...] = Field(
+    units: tuple[str, ...] = setting(
         (),
-        description="shell patterns of the units that learn, the others keep their nearest rounding; none: all learn",
+        "Units that learn, such as 'mid_block.*', the others are rounded to nearest; repeatable; by default all.",
+        identity="if_changed",
+        metavar="PATTERN",
     )
-    matmul: Literal["float32", "tf32"] = Field(
-        "float32", description="how a GPU multiplies float32 numbers; tf32 rounds factors to 10 bits"
+    matmul: Literal["float32", "tf32"] = setting(
+        "float32",
+        "float32 or tf32: how a GPU multiplies float32 numbers; tf32 rounds factors to 10 bits.",
+        identity="if_changed",
     )
-    memory_budget_mib: int | None = local(
+    memory_budget_mib: int | None = setting(
         None,
+        "Memory for cached inputs and targets of the units, in MiB; more goes to disk. By default 4096 on a CPU, half"
+        " of the free memory on a GPU.",
+        identity="never",
+        metavar="MIB",
+        flags=("--memory-budget", "--memory-budget-mib"),
         ge=1,
-        description="memory for cached unit inputs and targets, in MiB; what is beyond goes to disk;"
-        " null: 4096 on a CPU, half of the free memory on a GPU",
     )
 
-    def identity_fields(self) -> dict[str, Any]:
-        """As for every stage; choices that are left at their defaults do not change the identity."""
-        fields = super().identity_fields()
-        plain = {"units": [], "matmul": "float32"}
-        return {key: value for key, value in fields.items() if key not in plain or value != plain[key]}
+    @property
+    def name(self) -> str:
+        """The artifact's name."""
+        return str(self.bits)
 
 
 class ExportConfig(StageConfig):
-    """Packed integers in a diffusers folder, checked against the stage before."""
+    """Packed integers in a diffusers folder, checked against the reconstruction."""
 
-    bits: BitWidth
-    parity_samples: int = Field(
-        2, ge=1, le=MAX_IMAGES, description="images sampled before and after packing and compared"
+    bits: BitWidth = setting(..., "Bit width, such as w4a8; by default the run's last one.", metavar="wXaY")
+    parity_samples: int = setting(
+        2, "Images that are sampled before and after packing and compared; 2 by default.", ge=1, le=MAX_IMAGES
     )
-    engine: str | None = local(None, description="engine whose files are written besides, as an artifact of their own")
+    engine: str | None = setting(
+        None,
+        "Also write the files that this engine loads (edadm engines), as their own artifact.",
+        identity="never",
+        metavar="NAME",
+    )
+
+    @property
+    def name(self) -> str:
+        """The artifact's name."""
+        return str(self.bits)
 
 
 class EngineStageConfig(StageConfig):
     """What stages take that run an export, in torch or on an engine."""
 
-    bits: BitWidth
-    engine: str | None = Field(None, description="engine that runs the denoiser; null: torch, in floating point")
-
-    def identity_fields(self) -> dict[str, Any]:
-        """As for every stage; artifacts that no engine took part in keep the identity that they always had."""
-        fields = super().identity_fields()
-        return fields if self.engine is not None else {key: fields[key] for key in fields if key != "engine"}
+    bits: BitWidth = setting(..., "Bit width, such as w4a8; by default the run's last one.", metavar="wXaY")
+    engine: str | None = setting(
+        None,
+        "Engine that runs the denoiser (edadm engines); by default torch, in floating point.",
+        identity="if_changed",
+        metavar="NAME",
+    )
 
 
 class EvaluateConfig(EngineStageConfig):
@@ -163,54 +235,111 @@ class EvaluateConfig(EngineStageConfig):
         """The artifact's name: the bit width, with the engine where there is one."""
         return str(self.bits) if self.engine is None else f"{self.bits}-{self.engine}"
 
-    num_images: int = Field(1000, ge=2, le=MAX_IMAGES, description="images sampled at each precision")
-    batch_size: int = Field(50, ge=1, description="images sampled together")
-    num_steps: int | None = Field(None, ge=1, description="sampler steps; null: as collected")
-    guidance_scale: float | None = Field(None, ge=0, description="guidance; null: as collected")
-    prompts: Path | None = local(None, description="text file, one prompt a line; null: the model's own prompts")
-    real: str | None = local(
-        None, description="folder of real images, npz of statistics or named dataset; null: the model's own"
+    num_images: int = setting(1000, "Images that are sampled at each precision; 1000 by default.", ge=2, le=MAX_IMAGES)
+    batch_size: int = setting(50, "Images that are sampled together; 50 by default.", ge=1)
+    num_steps: int | None = setting(None, "Sampler steps; by default as collected.", ge=1)
+    guidance_scale: float | None = setting(None, "Classifier-free guidance; by default as collected.", ge=0)
+    prompts: Path | None = setting(
+        None, "Text file, one prompt per line; by default the model's own prompts.", identity="never", metavar="FILE"
     )
-    metrics: tuple[str, ...] = Field((), description="figures to compute; none named: all that can be had here")
-    clip_model: str = Field("ViT-L-14", description="open_clip model of the CLIP score")
-    clip_pretrained: str = Field("openai", description="open_clip tag, or a file of weights")
-    inception_weights: Path | None = local(None, description="file of Inception weights; null: torch-fidelity's own")
+    real: str | None = setting(
+        None,
+        "Real images: a folder, an npz file of their statistics, or a dataset of torch-fidelity such as cifar10-train;"
+        " by default the model's own.",
+        identity="never",
+        metavar="PATH|NAME",
+    )
+    metrics: tuple[str, ...] = setting(
+        (),
+        "Metrics to compute, repeatable or with commas; by default all that can be computed here.",
+        metavar="NAME",
+        split=True,
+    )
+    clip_model: str = setting("ViT-L-14", "open_clip model of the CLIP score; ViT-L-14 by default.")
+    clip_pretrained: str = setting(
+        "openai", "Weights of the CLIP model: a tag of open_clip, or a file; openai by default.", metavar="TAG|FILE"
+    )
+    inception_weights: Path | None = setting(
+        None, "File of Inception weights; by default torch-fidelity's own.", metavar="FILE"
+    )
 
 
 class SampleConfig(EngineStageConfig):
     """Images from an export."""
 
-    num_images: int = Field(16, ge=1, le=MAX_IMAGES)
-    batch_size: int = Field(16, ge=1)
-    num_steps: int | None = Field(None, ge=1)
-    guidance_scale: float | None = Field(None, ge=0)
-    prompt: tuple[str, ...] = ()
-    arithmetic: Literal["fake-quantize", "integer"] = Field(
-        "fake-quantize", description="dequantize in floating point, or int8 products with int32 sums"
+    num_images: int = setting(16, "Images that are sampled; 16 by default.", ge=1, le=MAX_IMAGES)
+    batch_size: int = setting(16, "Images that are sampled together; 16 by default.", ge=1)
+    num_steps: int | None = setting(None, "Sampler steps; by default as collected.", ge=1)
+    guidance_scale: float | None = setting(None, "Classifier-free guidance; by default as collected.", ge=0)
+    prompt: tuple[str, ...] = setting(
+        (), "What an image shows; repeatable; by default the model's own prompts.", metavar="TEXT"
+    )
+    arithmetic: Literal["fake-quantize", "integer"] = setting(
+        "fake-quantize", "fake-quantize (dequantized, floating point) or integer (int8 products with int32 sums)."
     )
 
 
 class BenchConfig(StageConfig):
     """Speed, size and memory of a quantized denoiser against full precision."""
 
-    bits: tuple[BitWidth, ...] = Field(min_length=1, description="bit widths measured side by side")
-    model: str | None = local(None, description="known model measured without an export, its weights to nearest")
-    engine: str | None = Field(None, description="engine of the quantized denoiser; null: the device's own")
-    dtype: DTypeName | None = Field(
-        None, description="element type of what is not quantized; null: the fastest that the device has units for"
+    bits: tuple[BitWidth, ...] = setting(
+        ...,
+        "Bit widths that are measured side by side, repeatable or with commas; by default the run's last one.",
+        metavar="wXaY",
+        split=True,
+        min_length=1,
     )
-    recipe: Recipe | None = Field(None, description="with model: which layers; their ranges are min-max; null: default")
-    batch_sizes: tuple[PositiveInt, ...] = Field(
-        (1,), min_length=1, description="rows of a denoiser call; latency is that of the first, throughput of all"
+    model: str | None = setting(
+        None, "Measure a model without a run; its weights are rounded to nearest.", identity="never", metavar="M"
     )
-    size: tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="height and width of the latents; null: the model's own"
+    engine: str | None = setting(
+        None, "Engine of the quantized denoiser (edadm engines); by default the device's own.", metavar="NAME"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; null: one a physical core")
-    compiled: bool = Field(True, description="whether torch.compile is among the contenders")
-    autotune: bool = Field(
-        False, description="have torch.compile time kernels for every product: minutes, and perhaps a stronger opponent"
+    dtype: DTypeName | None = setting(
+        None,
+        "float32, bfloat16 or float16: element type of what is not quantized; by default the fastest that the device"
+        " has units for.",
     )
-    against: tuple[Literal["nncf", "torchao"], ...] = Field((), description="quantized by other tools, where installed")
-    pipeline: bool = Field(False, description="whether whole images are timed too, with the model's own steps")
-    rounds: int = local(10, ge=1, description="turns of each contender; their order is rotated from round to round")
+    recipe: Recipe | None = setting(
+        None, f"With --model, which layers are quantized, with min-max ranges: {_RECIPE}.", metavar="NAME|FILE"
+    )
+    batch_sizes: tuple[PositiveInt, ...] = setting(
+        (1,),
+        "Rows per call of the denoiser; latency is that of the first, throughput is measured for all.",
+        metavar="1,2,...",
+        split=True,
+        min_length=1,
+    )
+    size: tuple[PositiveInt, PositiveInt] | None = setting(
+        None, "Height and width of the latents; by default the model's own.", metavar="N|HxW"
+    )
+    threads: int | None = setting(None, "CPU threads; by default one per physical core.", ge=1)
+    rounds: int = setting(
+        10, "Measurements of each contender; their order rotates from round to round.", identity="never", ge=1
+    )
+    against: tuple[Literal["nncf", "torchao"], ...] = setting(
+        (),
+        "nncf or torchao, where installed: also measure what they quantize; repeatable or with commas.",
+        metavar="PEER",
+        split=True,
+    )
+    compiled: bool = setting(True, "Whether torch.compile is a contender.")
+    autotune: bool = setting(
+        False, "Let torch.compile time kernels for every product: minutes more, and perhaps a faster contender."
+    )
+    pipeline: bool = setting(False, "Also time whole images, with the model's own steps.")
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return BitWidth.parse_several(value) if isinstance(value, str) else value
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        if not isinstance(value, (str, int)):
+            return value
+        match = _SIZE.match(str(value).strip())
+        if match is None:
+            raise ValueError(f"a number or HxW is expected, such as 64 or 64x96; got '{value}'")
+        return int(match[1]), int(match[2] or match[1])

@@ -33,6 +33,7 @@ from edadm_cli.artifacts.records import (
     shared_keys,
     spent,
 )
+from edadm_cli.artifacts.stage import Stage
 from edadm_cli.artifacts.store import Plan, RunFolder
 from edadm_cli.artifacts.tensors import TensorInfo, load_tensors, read_tensor_header, save_tensors
 
@@ -69,6 +70,7 @@ __all__ = [
     "SampleRecord",
     "SelectRecord",
     "Speedup",
+    "Stage",
     "StageRecord",
     "TensorInfo",
     "explain_os_error",

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from edadm_cli.processes import ALONE, Processes
 
 _CHANGES_SHOWN = 5
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
+_BITS = re.compile(r"^w\da\d$")
 
 
 @dataclass(frozen=True)
@@ -292,9 +294,14 @@ def _title(kind: str, name: str | None) -> str:
 
 
 def _flags_of_name(kind: str, name: str) -> list[str]:
-    """The flags behind an artifact's name: `w4a8`, `w4a8-openvino`, for a bench `w8a8-w4a8-openvino-cpu`."""
+    """The flags behind an artifact's name: `w4a8`, `w4a8-openvino`, for a bench `w8a8-w4a8-openvino-cpu`.
+
+    The name of an engine may have hyphens.
+    """
     parts = name.split("-")
-    if kind == "bench" and len(parts) > 2:
-        *bits, engine, device = parts
-        return ["--bits", ",".join(bits), "--engine", engine, "--device", device]
-    return ["--bits", parts[0], *(["--engine", parts[1]] if len(parts) > 1 else [])]
+    bits = list(takewhile(_BITS.match, parts))
+    rest = parts[len(bits) :]
+    flags = ["--bits", ",".join(bits)] if bits else []
+    if kind == "bench" and len(rest) > 1:
+        return [*flags, "--engine", "-".join(rest[:-1]), "--device", rest[-1]]
+    return [*flags, "--engine", "-".join(rest)] if bits and rest else flags

@@ -47,8 +47,7 @@ class Request:
     @property
     def name(self) -> str:
         """The artifact's name."""
-        bits = "-".join(str(width) for width in self.config.bits)
-        return f"{bits}-{self.engine.name}-{self.device.type}"
+        return name_of(self.config, self.engine, self.device)
 
     @property
     def setting(self) -> Setting:
@@ -63,6 +62,23 @@ class Request:
         return fields
 
 
+def name_of(config: BenchConfig, engine: Engine, device: torch.device) -> str:
+    """Returns the name of an artifact that holds such a measurement: `w8a8-w4a8-openvino-cpu`."""
+    bits = "-".join(str(width) for width in config.bits)
+    return f"{bits}-{engine.name}-{device.type}"
+
+
+def settle_engine(config: BenchConfig) -> tuple[torch.device, Engine]:
+    """Returns the device and the engine, which is the device's own where the configuration names none.
+
+    Raises:
+        MachineError: There is no such device.
+        UsageError: There is no such engine.
+    """
+    device = resolve_device(config.device)
+    return device, default_engine(device) if config.engine is None else engine_of(config.engine)
+
+
 def resolve(config: BenchConfig, run: RunFolder) -> Request:
     """Settle what a configuration leaves open.
 
@@ -71,8 +87,7 @@ def resolve(config: BenchConfig, run: RunFolder) -> Request:
         UsageError: There is no such engine.
         InputError: There is no such export or model.
     """
-    device = resolve_device(config.device)
-    engine = default_engine(device) if config.engine is None else engine_of(config.engine)
+    device, engine = settle_engine(config)
     engine.require(device)
     half = "float16" if device.type == "cuda" else "bfloat16" if has_fast_bfloat16(device) else None
     return Request(

@@ -27,7 +27,7 @@ from edadm_cli.artifacts.manifest import read_manifest
 from edadm_cli.bench.measurement import Measurement
 from edadm_cli.bench.peers import require_peers
 from edadm_cli.bench.plot import draw_contenders
-from edadm_cli.bench.request import Request, resolve
+from edadm_cli.bench.request import Request, name_of, resolve, settle_engine
 from edadm_cli.config import BenchConfig
 from edadm_cli.errors import InputError
 from edadm_cli.progress import Reporter, SilentReporter
@@ -38,7 +38,9 @@ PLOT_FILE = "bench.png"
 _SCRATCH = "scratch"
 
 
-def run(config: BenchConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None) -> BenchRecord:
+def run(
+    config: BenchConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+) -> BenchRecord:
     """Check parity, measure, and write `bench/<bits>-<engine>-<device>`.
 
     Raises:
@@ -47,35 +49,51 @@ def run(config: BenchConfig, run: RunFolder, *, force: bool = False, reporter: R
         EdadmError: The engine does not compute what exact integers give; nothing is timed then.
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
-    request = resolve(config, run)
+    request = resolve(config, run_folder)
     require_peers(config.against, request.device)
-    plan = _plan(request)
-    with run.build(plan, force or _is_the_same(run, plan)) as build:
+    planned = _plan(request)
+    with run_folder.build(planned, force or _is_the_same(run_folder, planned)) as build:
         _build(request, build, reporter)
         artifact = build.artifact
         assert artifact is not None
     return BenchRecord(
-        **shared_keys(run.root, artifact, up_to_date=False, started=started, warnings=reporter.warnings),
+        **shared_keys(run_folder.root, artifact, up_to_date=False, started=started, warnings=reporter.warnings),
         **artifact.json(RESULT_FILE),
     )
 
 
-def finished(config: BenchConfig, run: RunFolder) -> Artifact | None:
+def finished(config: BenchConfig, run_folder: RunFolder) -> Artifact | None:
     """The measurement with the same settings, which `run` would replace; nothing is resolved where there is none.
 
     Raises:
         InputError: Another bench is in its place; or there is no such export or model.
     """
-    if not run.names(KIND):
+    if not run_folder.names(KIND):
         return None
-    plan = _plan(resolve(config, run))
-    path = run.path(KIND, plan.name)
-    return Artifact(path, read_manifest(path)) if _is_the_same(run, plan) else run.finished(plan)
+    planned = plan(config, run_folder)
+    path = run_folder.path(KIND, planned.name)
+    return Artifact(path, read_manifest(path)) if _is_the_same(run_folder, planned) else run_folder.finished(planned)
 
 
-def estimate(config: BenchConfig, run: RunFolder) -> Estimate:
+def plan(config: BenchConfig, run_folder: RunFolder) -> Plan:
+    """Settles which artifact `run` would write."""
+    return _plan(resolve(config, run_folder))
+
+
+def artifact_name(config: BenchConfig) -> str:
+    """Returns the artifact's name: bit widths, engine and device, the last two as this machine settles them.
+
+    Raises:
+        MachineError: There is no such device.
+        UsageError: There is no such engine.
+    """
+    device, engine = settle_engine(config)
+    return name_of(config, engine, device)
+
+
+def estimate(config: BenchConfig, run_folder: RunFolder) -> Estimate:
     """Estimate time, memory and disk from one call of the full-precision denoiser; nothing is written."""
-    request = resolve(config, run)
+    request = resolve(config, run_folder)
     require_peers(config.against, request.device)
     denoiser = request.subject.full_precision()
     args, kwargs = request.subject.call(denoiser, config.batch_sizes[0], config.size)

@@ -1,44 +1,148 @@
-"""The program `edadm`."""
+"""The program `edadm`: the list of its commands, each of which is imported when it is called."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from edadm_cli.cli import chain, look, measure, quality, stages
 from edadm_cli.cli.boundary import guard
 from edadm_cli.version import __version__
 
 _CHAIN = "The chain, stage by stage"
 _WHOLE = "The chain at once"
-_LOOK = "Looking"
+_SHOW = "Use and inspect"
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as `edadm --help` lists it; the function of its name lies in the module `edadm_cli.cli.<module>`."""
+
+    name: str
+    module: str
+    panel: str
+    help: str
+
+    def load(self) -> Any:
+        """Imports the command and returns it with its options."""
+        function = getattr(importlib.import_module(f"edadm_cli.cli.{self.module}"), self.name)
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_CONTEXT)
+        single.command(self.name, help=self.help)(function)
+        return typer.main.get_command(single)
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
+            "run",
+            "chain",
+            _WHOLE,
+            "Run the whole chain.\n\nCollect, select, reconstruct, export, evaluate, report; what is up to date is"
+            " skipped.",
+        ),
+        Command(
+            "collect",
+            "stages",
+            _CHAIN,
+            "Sample at full precision and record the trajectories.\n\nThe conditioning and the features of the"
+            " denoiser's middle block are recorded too.",
+        ),
+        Command(
+            "select",
+            "stages",
+            _CHAIN,
+            "Choose the calibration samples.\n\nTDAC, or another strategy, decides how many of them each sampler step"
+            " contributes.",
+        ),
+        Command(
+            "reconstruct",
+            "stages",
+            _CHAIN,
+            "Find the quantization parameters.\n\nThe ranges are searched first; then rounding and scales are learned,"
+            " block by block.",
+        ),
+        Command(
+            "export",
+            "stages",
+            _CHAIN,
+            "Pack the integers into a diffusers folder.\n\nThe folder is loaded back and compared with the"
+            " reconstruction.",
+        ),
+        Command(
+            "bench",
+            "stages",
+            _CHAIN,
+            "Measure speed, memory and size against full precision.\n\nEvery layer is first compared with exact"
+            " integers; nothing is timed that does not match.",
+        ),
+        Command(
+            "evaluate",
+            "stages",
+            _CHAIN,
+            "Measure an export's quality.\n\nIts images are compared with real images, and one by one with the"
+            " full-precision images of the same seeds.",
+        ),
+        Command(
+            "report",
+            "look",
+            _SHOW,
+            "Write report.html, one page that shows a run.\n\nIt holds the metrics, plots and images, and links to"
+            " nothing outside itself.",
+        ),
+        Command("sample", "stages", _SHOW, "Sample images from an export."),
+        Command(
+            "inspect",
+            "look",
+            _SHOW,
+            "Show and check an artifact or a run.\n\nWhat it holds, what it was made from, and whether every file is as"
+            " it was written.",
+        ),
+        Command(
+            "models",
+            "look",
+            _SHOW,
+            "List the known models.\n\nAnd whether each is on this machine: built here, in the package, or in the hub's"
+            " cache.",
+        ),
+        Command(
+            "engines",
+            "look",
+            _SHOW,
+            "List the engines.\n\nWhat each can do on this machine, and why one cannot run here.",
+        ),
+    )
+}
+
+
+class _LazyGroup(TyperGroup):
+    """Lists commands by their descriptions, and imports the one that is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, COMMANDS[name].load() if name in COMMANDS else listed, rest
+
 
 app = typer.Typer(
     name="edadm",
-    help="Quantize a diffusion model after training, with the proof that it still draws.",
+    cls=_LazyGroup,
+    help="Quantize a diffusion model after training, and measure what is gained and lost.",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_CONTEXT,
 )
-app.command(rich_help_panel=_WHOLE)(chain.run)
-app.command(rich_help_panel=_CHAIN)(stages.collect)
-app.command(rich_help_panel=_CHAIN)(stages.select)
-app.command(rich_help_panel=_CHAIN)(stages.reconstruct)
-app.command(rich_help_panel=_CHAIN)(stages.export)
-app.command(rich_help_panel=_CHAIN)(measure.bench)
-app.command(rich_help_panel=_CHAIN)(quality.evaluate)
-app.command(rich_help_panel=_LOOK)(quality.report)
-app.command(rich_help_panel=_LOOK)(quality.sample)
-app.command(rich_help_panel=_LOOK)(look.inspect)
-app.command(rich_help_panel=_LOOK)(look.models)
-app.command(rich_help_panel=_LOOK)(measure.engines)
+for _command in COMMANDS.values():
+    app.command(_command.name, rich_help_panel=_command.panel, help=_command.help)(lambda: None)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         print(f"edadm {__version__}")
         raise typer.Exit
 
@@ -54,7 +158,7 @@ def _program(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and give its exit code."""
+    """Runs a command line and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from edadm_cli.cli.sink import write_line
+from edadm_cli.cli.text import one_line
 from edadm_cli.errors import (
     EXIT_DONE,
     EXIT_INTERNAL,
@@ -84,19 +85,13 @@ def failure_fields(error: EdadmError) -> dict[str, Any]:
     }
 
 
-def one_line(text: str) -> str:
-    """Put a text on one line and make control characters visible, so that it cannot steer a terminal."""
-    joined = " ".join(text.split())
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in joined)
-
-
 def speaks(error: EdadmError) -> bool:
     """Whether this process tells a failure: of several, the main one does, and the next where the main one is lost."""
     index = launched_index()
     return index == 0 or (index == 1 and isinstance(error, LostProcessError) and error.index == 0)
 
 
-def tell_error(error: EdadmError) -> None:
+def report_error(error: EdadmError) -> None:
     """Write a failure to stderr: one sentence, and the hint below it."""
     lines = [f"error: {one_line(error.message)}"]
     if error.hint:
@@ -107,7 +102,7 @@ def tell_error(error: EdadmError) -> None:
 def _tell(arguments: Sequence[str], error: EdadmError) -> int:
     if not speaks(error):
         return error.exit_code
-    tell_error(error)
+    report_error(error)
     if "--json" in arguments:
         command = _command(arguments)
         write_line(json.dumps({"command": command[0] if command else None, **failure_fields(error)}))

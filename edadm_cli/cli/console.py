@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from edadm_cli.cli.boundary import one_line
+from edadm_cli.cli.text import one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -3,84 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import json
 import sys
 import time
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import typer
 
-from edadm_cli.cli import options
-from edadm_cli.cli.boundary import tell_error
+from edadm_cli.artifacts import Artifact, RunFolder, Stage, StageRecord, spent
+from edadm_cli.artifacts.peak import reset_peak
+from edadm_cli.cli import flags, places, settings
+from edadm_cli.cli.boundary import report_error
 from edadm_cli.cli.console import ConsoleReporter, calm_libraries
 from edadm_cli.cli.contention import Scheduling
 from edadm_cli.cli.require import Requirement, unmet
 from edadm_cli.cli.sink import Output, show
+from edadm_cli.config import BitWidth, StageConfig
 from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.launching import launched, launched_index
 
-if TYPE_CHECKING:
-    from edadm_cli.artifacts import Artifact, Estimate, Plan, RunFolder, StageRecord
-    from edadm_cli.config import StageConfig
-    from edadm_cli.progress import Reporter
-
-P = ParamSpec("P")
-ConfigT = TypeVar("ConfigT", bound="StageConfig")
-ConfigT_contra = TypeVar("ConfigT_contra", bound="StageConfig", contravariant=True)
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 _BUSY = 0.1  # share of the processor time that a probe may lose to others
-_PARALLEL = ("collect", "reconstruct", "evaluate")
-_OUTPUT: dict[str, tuple[Any, Any]] = {
-    "json_output": (options.JsonOption, False),
-    "quiet": (options.QuietOption, False),
-    "verbose": (options.VerboseOption, False),
-}
-_PLACE: dict[str, tuple[Any, Any]] = {"run_folder": (options.RunOption, None), **_OUTPUT}
-_STAGE: dict[str, tuple[Any, Any]] = {
-    "run_folder": (options.RunOption, None),
-    "config": (options.ConfigOption, None),
-    "seed": (options.SeedOption, None),
-    "device": (options.DeviceOption, None),
-    "force": (options.ForceOption, False),
-    "dry_run": (options.DryRunOption, False),
-    **_OUTPUT,
-}
-
-
-class StageRun(Protocol[ConfigT_contra]):
-    """The entry point of a stage."""
-
-    def __call__(
-        self, config: ConfigT_contra, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
-    ) -> StageRecord:
-        """Build the stage's artifact, or find it up to date."""
-
-
-class StageEstimate(Protocol[ConfigT_contra]):
-    """What a stage would cost."""
-
-    def __call__(self, config: ConfigT_contra, run: RunFolder) -> Estimate:
-        """Probe; write nothing."""
-
-
-class StagePlan(Protocol[ConfigT_contra]):
-    """What a stage would build."""
-
-    def __call__(self, config: ConfigT_contra, run: RunFolder) -> Plan:
-        """Settle what decides the artifact's identity; write nothing."""
-
-
-class StageFinished(Protocol[ConfigT_contra]):
-    """What a stage finds done that looks by other rules than a plan's identity."""
-
-    def __call__(self, config: ConfigT_contra, run: RunFolder) -> Artifact | None:
-        """Look; write nothing."""
 
 
 @dataclass
@@ -92,190 +40,160 @@ class Execution:
     reporter: ConsoleReporter
     run_folder: Path | None = None
     file: dict[str, Any] = field(default_factory=dict)
-    flags: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     force: bool = False
     dry_run: bool = False
     warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def configure(self, kind: type[ConfigT], stage: str | None = None, **flags: Any) -> ConfigT:
-        """A stage's configuration from the file, the shared flags and the stage's own."""
-        from edadm_cli.cli import settings
-
-        fields = settings.stage_fields(self.file, stage or self.command, {**self.flags, **flags})
-        return settings.build_config(kind, fields)
+    def configure(self, stage: Stage[ConfigT], given: Mapping[str, Any]) -> ConfigT:
+        """Returns a stage's configuration from the file, the shared flags and the stage's own flags."""
+        values = flags.field_values(stage.config, {**self.shared, **given})
+        return settings.build_config(stage, self.file, values)
 
     def from_file(self, stage: str, key: str) -> Any:
-        """What the configuration file says of a stage's field; `None` where it says nothing."""
-        return self.file.get(stage, {}).get(key, self.file.get(key))
+        """Returns what the configuration file says of a stage's field; `None` where it says nothing."""
+        return settings.from_file(self.file, stage, key)
 
     def run_used_last(self) -> RunFolder:
-        """The run that the command continues."""
-        from edadm_cli.cli import places
-
+        """Returns the run that the command continues."""
         return places.run_used_last(self.run_folder)
 
+    def run_of_model(self, model: str) -> RunFolder:
+        """Returns the run of a command that names a model."""
+        return places.run_of_model(self.run_folder, model)
+
     def perform(
-        self,
-        command: str,
-        run: RunFolder,
-        name: str | None,
-        stage: StageRun[ConfigT],
-        estimate: StageEstimate[ConfigT],
-        config: ConfigT,
-        plan: StagePlan[ConfigT] | None = None,
-        place: Path | None = None,
-        finished: StageFinished[ConfigT] | None = None,
-        always_anew: bool = False,
+        self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT, *, may_be_finished: bool = True
     ) -> StageRecord:
-        """Run a stage; with `--dry-run` see whether it is up to date, and else estimate it.
+        """Runs a stage; with `--dry-run` sees whether it is up to date, and else estimates it.
 
-        What a library prints meanwhile goes to stderr. A stage that works `always_anew` is never up to date.
+        What a library prints meanwhile goes to stderr.
+
+        Args:
+            stage: The stage.
+            run_folder: The run.
+            config: The stage's configuration.
+            may_be_finished: Whether a dry run looks for finished work; without use where what it reads will change.
         """
-        from edadm_cli.artifacts.peak import reset_peak
-
         reset_peak()
         self.reporter.warnings = []
         with contextlib.redirect_stdout(sys.stderr):
             if self.dry_run:
-                found = self._finished(command, run, plan, finished, config)
-                if found is not None and always_anew:
-                    self.reporter.warn(f"{found.path} is there, with the same settings; it will be made anew.")
-                    found = None
-                return self._foresee(command, run, found, estimate, config, place or run.path(command, name))
-            record = stage(config, run, force=self.force, reporter=self.reporter)
+                finished = self._finished(stage, run_folder, config) if may_be_finished else None
+                return self._foresee(stage, run_folder, config, finished)
+            record = stage.run(config, run_folder, force=self.force, reporter=self.reporter)
         self.warnings += record.warnings
-        self._remember(run, name)
+        self._remember(run_folder, config)
         return record
 
-    def _foresee(
-        self,
-        command: str,
-        run: RunFolder,
-        found: Artifact | None,
-        estimate: StageEstimate[ConfigT],
-        config: ConfigT,
-        place: Path,
-    ) -> StageRecord:
-        """What a stage would do: nothing where its artifact was found, else work of the estimated size."""
-        from edadm_cli.artifacts import StageRecord, spent
+    def _finished(self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT) -> Artifact | None:
+        """The work that the stage would find finished and leave as it is."""
+        if self.force or launched_index() > 0:
+            return None
+        finished = stage.finished(config, run_folder)
+        if finished is not None and stage.repeats:
+            self.reporter.warn(f"{finished.path} is there, with the same settings; it will be made anew.")
+            return None
+        return finished
 
+    def _foresee(
+        self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT, finished: Artifact | None
+    ) -> StageRecord:
+        """What a stage would do: nothing where its work is finished, else work of the estimated size."""
         if launched_index() > 0:
             raise typer.Exit
         started, scheduling = time.monotonic(), Scheduling()
-        cost = None if found else estimate(config, run)
+        cost = None if finished else stage.estimate(config, run_folder)
         if cost is not None and (lost := scheduling.share_lost()) > _BUSY:
             self.reporter.warn(
-                f"Other work took {lost:.0%} of the processor time that the probe wanted, and the estimate takes that"
-                " to last."
+                f"Other work took {lost:.0%} of the processor time that the probe needed, and the estimate assumes that"
+                " this goes on."
             )
         return StageRecord(
-            command=command,
-            status="up_to_date" if found else "planned",
-            run=str(run.root),
-            artifact=str(found.path if found else place),
-            identity=found.identity if found else None,
+            command=stage.kind,
+            status="up_to_date" if finished else "planned",
+            run=str(run_folder.root),
+            artifact=str(finished.path if finished else stage.path(config, run_folder)),
+            identity=finished.identity if finished else None,
             warnings=tuple(self.reporter.warnings),
             estimate=cost,
             **spent(started),
         )
 
-    def _finished(
-        self,
-        kind: str,
-        run: RunFolder,
-        plan: StagePlan[ConfigT] | None,
-        finished: StageFinished[ConfigT] | None,
-        config: ConfigT,
-    ) -> Artifact | None:
-        """The artifact that the stage would find up to date; nothing is resolved where the run holds none of the kind.
-
-        Raises:
-            InputError: The stage itself would refuse, for the same reason.
-        """
-        if self.force or launched_index() > 0:
-            return None
-        if finished is not None:
-            return finished(config, run)
-        if plan is None or not (run.has(kind) or run.names(kind)):
-            return None
-        return run.finished(plan(config, run))
-
-    def _remember(self, run: RunFolder, name: str | None) -> None:
-        """Note what was used last; where that cannot be written, the work is done all the same."""
+    def _remember(self, run_folder: RunFolder, config: StageConfig) -> None:
+        """Notes what was used last; where that cannot be written, the work is done all the same."""
         if launched_index() > 0:
             return
-        from edadm_cli.cli import places
-
+        bits = getattr(config, "bits", None)
         try:
-            places.remember_run(run)
-            if name is not None:
-                places.remember_bits(run, name)
+            places.remember_run(run_folder)
+            if isinstance(bits, BitWidth):
+                places.remember_bits(run_folder, str(bits))
         except EdadmError as error:
             self.reporter.note(f"What was used last is not remembered: {error.message}")
 
     def conclude(
-        self, record: StageRecord, path: str | None = None, requirements: list[Requirement] | None = None
+        self, record: StageRecord, path: str | None = None, requirements: Iterable[Requirement] | None = None
     ) -> None:
-        """Print a record; then exit with 5 when a requirement is not met."""
+        """Prints a record; then exits with 5 when a requirement is not met."""
         result = json.loads(record.model_dump_json())  # numbers that JSON lacks become null
         due = [] if self.dry_run else requirements or []
         self.print(result, [requirement.check(result) for requirement in due], path or record.artifact)
 
     def print_facts(self, facts: Mapping[str, Any], path: str | None) -> None:
-        """Print what was looked up, of no run: the keys that every command has, and these."""
+        """Prints facts that belong to no run: the keys that every command has, and these."""
         common = {"command": self.command, "status": "done", "run": None, "artifact": None, "identity": None}
         self.print({**common, "seconds": time.monotonic() - self.started, "warnings": [], **facts}, [], path)
 
     def print(self, result: Mapping[str, Any], outcomes: list[dict[str, Any]], path: str | None) -> None:
-        """Print a JSON object, with the outcomes of its requirements where there are some."""
+        """Prints a JSON object, with the outcomes of its requirements where there are some."""
         if launched_index() > 0:
             return
         show(self.output, {**result, "requirements": outcomes} if outcomes else result, path)
         missed = unmet(outcomes)
         if missed is not None:
-            tell_error(missed)
+            report_error(missed)
             raise typer.Exit(missed.exit_code)
 
 
-def stage_command(function: Callable[Concatenate[Execution, P], None]) -> Callable[..., None]:
-    """A command that builds something in a run: all shared options."""
-    return _with_shared(function, _STAGE)
+Body = Callable[[Execution, dict[str, Any]], None]
 
 
-def place_command(function: Callable[Concatenate[Execution, P], None]) -> Callable[..., None]:
-    """A command that reads a run: `--run` and the form of the output."""
-    return _with_shared(function, _PLACE)
+def stage_command(config: type[StageConfig] | None, *more: flags.Parameter) -> Callable[[Body], Callable[..., None]]:
+    """Makes a command that builds something in a run: the configuration's options, then `more`, then the shared."""
+    own = flags.stage_parameters(config) if config is not None else []
+    return _command([*own, *more], flags.STAGE)
 
 
-def output_command(function: Callable[Concatenate[Execution, P], None]) -> Callable[..., None]:
-    """A command that needs no run: the form of the output."""
-    return _with_shared(function, _OUTPUT)
+def run_command(*own: flags.Parameter) -> Callable[[Body], Callable[..., None]]:
+    """Makes a command that reads a run: its own options, `--run`, and the form of the output."""
+    return _command(own, (flags.RUN, *flags.OUTPUT))
 
 
-def _with_shared(
-    function: Callable[Concatenate[Execution, P], None], shared: Mapping[str, tuple[Any, Any]]
-) -> Callable[..., None]:
-    """Give a command the shared options after its own, and an `Execution` made of them."""
-    name = function.__name__.rstrip("_")
+def output_command() -> Callable[[Body], Callable[..., None]]:
+    """Makes a command that needs no run: the form of the output."""
+    return _command((), flags.OUTPUT)
 
-    @functools.wraps(function)
-    def command(**values: Any) -> None:
-        execution = _begin(name, **{key: values.pop(key) for key in shared})
-        function(execution, **values)  # type: ignore[call-arg]
 
-    hints = typing.get_type_hints(function, include_extras=True)
-    own = list(inspect.signature(function).parameters.values())[1:]
-    parameters = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name]) for parameter in own
-    ] + [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for key, (annotation, default) in shared.items()
-    ]
-    del command.__wrapped__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
+def _command(
+    own: Iterable[flags.Parameter], shared: Iterable[flags.Parameter]
+) -> Callable[[Body], Callable[..., None]]:
+    """Gives a command's body its own options as a dictionary, and an `Execution` made of the shared ones."""
+    names = [option.name for option in shared]
+    parameters = [*own, *shared]
+
+    def decorate(body: Body) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            execution = _begin(body.__name__, **{name: values.pop(name) for name in names})
+            body(execution, values)
+
+        command.__doc__ = body.__doc__
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {option.name: option.annotation for option in parameters}
+        return command
+
+    return decorate
 
 
 def _begin(
@@ -285,18 +203,17 @@ def _begin(
     quiet: bool,
     verbose: bool,
     run_folder: Path | None = None,
-    config: Path | None = None,
+    config_file: Path | None = None,
     force: bool = False,
     dry_run: bool = False,
-    **flags: Any,
+    **shared: Any,
 ) -> Execution:
-    from edadm_cli.cli import settings
-
     launch = launched()
-    if launch.launcher is not None and command not in _PARALLEL:
+    parallel = [stage.kind for stage in settings.STAGES.values() if stage.parallel]
+    if launch.launcher is not None and command not in parallel:
         raise UsageError(
             f"edadm {command} runs in one process, and {launch.count} were started; several share the work of "
-            f"{', '.join(_PARALLEL)}.",
+            f"{', '.join(parallel)}.",
             hint=f"edadm {command}, without {launch.launcher}",
         )
     output = Output.of(json_output, quiet)
@@ -310,8 +227,8 @@ def _begin(
             silent=launched_index() > 0,
         ),
         run_folder=run_folder,
-        file=settings.read_config_file(config),
-        flags=flags,
+        file=settings.read_config_file(config_file),
+        shared=shared,
         force=force,
         dry_run=dry_run,
     )

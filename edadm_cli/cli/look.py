@@ -1,37 +1,55 @@
-"""The commands that only look: inspect and models."""
+"""The commands that only look: report, inspect, models and engines."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edadm_cli.cli.boundary import failure_fields, tell_error
-from edadm_cli.cli.execution import Execution, output_command, place_command
+from edadm_cli.artifacts import ReportRecord, RunFolder, spent
+from edadm_cli.artifacts.inspection import inspect_artifact, inspect_run, is_artifact, run_of_artifact
+from edadm_cli.cli import flags
+from edadm_cli.cli.boundary import failure_fields, report_error
+from edadm_cli.cli.execution import Execution, output_command, run_command
 from edadm_cli.errors import InputError
 
 if TYPE_CHECKING:
     from edadm_cli.models.registry import ModelEntry
 
 
-@place_command
-def inspect(
-    execution: Execution,
-    path: Annotated[
-        Path | None, typer.Argument(metavar="[PATH]", help="An artifact or a run folder; else the run.")
-    ] = None,
-) -> None:
-    """Show and check an artifact or a run.
+_PATH = flags.Parameter(
+    "path",
+    flags.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None, typer.Argument(metavar="[PATH]", help="An artifact or a run folder; by default the run.")
+    ],
+)
 
-    What it holds, what it descends from, and whether every file is as it was written.
-    """
-    from edadm_cli.artifacts import RunFolder
-    from edadm_cli.artifacts.inspection import inspect_artifact, inspect_run, is_artifact, run_of_artifact
+
+@run_command(flags.several_bits("Bit widths to show, repeatable or with commas; by default all."))
+def report(execution: Execution, given: dict[str, Any]) -> None:
+    """Writes report.html."""
+    from edadm_cli.report import stage  # imports what draws the plots
 
     started = time.monotonic()
-    folder = path if path is not None else execution.run_used_last().root
+    names = [str(width) for width in flags.widths_of(given["bits"])] or None
+    run_folder = execution.run_used_last()
+    with contextlib.redirect_stdout(sys.stderr):
+        page = stage.run(run_folder, names)
+    record = ReportRecord(status="done", run=str(run_folder.root), report=str(page), **spent(started))
+    execution.conclude(record, path=str(page))
+
+
+@run_command(_PATH)
+def inspect(execution: Execution, given: dict[str, Any]) -> None:
+    """Shows and checks an artifact or a run."""
+    started = time.monotonic()
+    folder = given["path"] if given["path"] is not None else execution.run_used_last().root
     single = is_artifact(folder)
     artifacts = inspect_artifact(folder) if single else inspect_run(RunFolder(folder))
     run = run_of_artifact(folder)[0] if single else RunFolder(folder)
@@ -51,20 +69,26 @@ def inspect(
         return
     error = InputError(str(broken.problem), hint=broken.hint)
     execution.print({**result, **failure_fields(error)}, [], str(folder))
-    tell_error(error)
+    report_error(error)
     raise typer.Exit(error.exit_code)
 
 
-@output_command
-def models(execution: Execution) -> None:
-    """List the known models.
-
-    And whether each lies on this machine: built here, in the package, or in the hub's cache.
-    """
+@output_command()
+def models(execution: Execution, given: dict[str, Any]) -> None:
+    """Lists the known models."""
     from edadm_cli.models.registry import known_models
 
     rows = [{**entry.model_dump(mode="json"), "available": _is_available(entry)} for entry in known_models().values()]
     execution.print_facts({"models": rows}, "\n".join(row["name"] for row in rows))
+
+
+@output_command()
+def engines(execution: Execution, given: dict[str, Any]) -> None:
+    """Lists the engines, with what each can do on this machine."""
+    from edadm_cli.engines.registry import engine_facts
+
+    facts = [entry.model_dump(mode="json") for entry in engine_facts()]
+    execution.print_facts({"engines": facts}, "\n".join(row["name"] for row in facts))
 
 
 def _is_available(entry: ModelEntry) -> bool:

@@ -1,171 +1,143 @@
-"""The commands of the chain: collect, select, reconstruct, export."""
+"""The commands of the stages: each configures one, runs or plans it, and prints its record."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Any
 
-import typer
+from edadm_cli import bench as bench_package
+from edadm_cli import collect as collect_package
+from edadm_cli import evaluate as evaluate_package
+from edadm_cli import export as export_package
+from edadm_cli import reconstruct as reconstruct_package
+from edadm_cli import sample as sample_package
+from edadm_cli import select as select_package
+from edadm_cli.artifacts import RunFolder, Stage
+from edadm_cli.cli import flags
+from edadm_cli.cli.execution import ConfigT, Execution, stage_command
+from edadm_cli.cli.places import bits_used_last
+from edadm_cli.cli.require import Requirement, parse_requirements
+from edadm_cli.cli.settings import recipe_name
+from edadm_cli.config import BitWidth, ReconstructConfig, SelectConfig
+from edadm_cli.errors import UsageError
+from edadm_cli.recipe import load_recipe
 
-from edadm_cli.cli import options
-from edadm_cli.cli.execution import Execution, stage_command
+COLLECT, SELECT, RECONSTRUCT = collect_package.STAGE, select_package.STAGE, reconstruct_package.STAGE
+EXPORT, EVALUATE, SAMPLE, BENCH = (
+    export_package.STAGE,
+    evaluate_package.STAGE,
+    sample_package.STAGE,
+    bench_package.STAGE,
+)
 
 
-@stage_command
-def collect(
-    execution: Execution,
-    model: options.ModelOption = None,
-    num_trajectories: options.NumTrajectoriesOption = None,
-    num_steps: options.NumStepsOption = None,
-    guidance_scale: options.GuidanceScaleOption = None,
-    batch_size: options.BatchSizeOption = None,
-    feature_batch: Annotated[
-        int | None, typer.Option("--feature-batch", help="Trajectories whose mid-block features are kept.")
-    ] = None,
-    dtype: options.DTypeOption = None,
-    prompts: options.PromptsOption = None,
-    prediction_type: options.PredictionTypeOption = None,
-) -> None:
-    """Sample at full precision and record the trajectories.
+@stage_command(COLLECT.config)
+def collect(execution: Execution, given: dict[str, Any]) -> None:
+    """Samples at full precision and records the trajectories."""
+    config = execution.configure(COLLECT, given)
+    execution.conclude(execution.perform(COLLECT, execution.run_of_model(config.model), config))
 
-    With them the conditioning and the features of the denoiser's middle block.
+
+@stage_command(SELECT.config, flags.RECIPE)
+def select(execution: Execution, given: dict[str, Any]) -> None:
+    """Chooses the calibration samples."""
+    config = configure_select(execution, given)
+    execution.conclude(execution.perform(SELECT, execution.run_used_last(), config))
+
+
+@stage_command(RECONSTRUCT.config)
+def reconstruct(execution: Execution, given: dict[str, Any]) -> None:
+    """Finds the quantization parameters."""
+    config = configure_reconstruct(execution, given)
+    execution.conclude(execution.perform(RECONSTRUCT, execution.run_used_last(), config))
+
+
+@stage_command(EXPORT.config)
+def export(execution: Execution, given: dict[str, Any]) -> None:
+    """Packs the integers into a diffusers folder."""
+    _continue(execution, EXPORT, given, reads="reconstruct")
+
+
+@stage_command(EVALUATE.config, flags.REQUIRE)
+def evaluate(execution: Execution, given: dict[str, Any]) -> None:
+    """Measures an export's quality."""
+    _continue(execution, EVALUATE, given, reads="export", requirements=parse_requirements(given["require"]))
+
+
+@stage_command(SAMPLE.config)
+def sample(execution: Execution, given: dict[str, Any]) -> None:
+    """Samples images from an export."""
+    _continue(execution, SAMPLE, given, reads="export")
+
+
+_ROOFLINE = flags.parameter(
+    "roofline", bool, default=False, help="Measure nothing: print the time that no kernel can beat, for some GPUs."
+)
+
+
+@stage_command(BENCH.config, _ROOFLINE, flags.REQUIRE)
+def bench(execution: Execution, given: dict[str, Any]) -> None:
+    """Measures speed, memory and size against full precision."""
+    requirements = parse_requirements(given["require"])
+    if given["roofline"]:
+        _print_rooflines(execution, given)
+        return
+    model = given["model"] or execution.from_file("bench", "model")
+    run_folder = execution.run_used_last() if model is None else execution.run_of_model(model)
+    bits: dict[str, Any] = {}
+    if not given["bits"] and execution.from_file("bench", "bits") is None:
+        width = BitWidth(weight=8, activation=8) if model is not None else bits_used_last(run_folder, "export")
+        bits = {"bits": [(width,)]}
+    config = execution.configure(BENCH, {**given, **bits})
+    execution.conclude(execution.perform(BENCH, run_folder, config), requirements=requirements)
+
+
+def configure_select(execution: Execution, given: dict[str, Any]) -> SelectConfig:
+    """Returns the selection's configuration, whose defaults are those of a recipe where one is named."""
+    recipe = given["recipe"] or execution.from_file("reconstruct", "recipe")
+    defaults = {} if recipe is None else load_recipe(recipe_name(recipe)).select.model_dump(exclude_none=True)
+    chosen = execution.configure(SELECT, given).model_dump(exclude_unset=True)
+    return SelectConfig.model_validate({**defaults, **chosen})
+
+
+def configure_reconstruct(execution: Execution, given: dict[str, Any]) -> ReconstructConfig:
+    """Returns the reconstruction's configuration, with the recipe `default` where none is named.
+
+    Raises:
+        UsageError: No bit width is given.
     """
-    from edadm_cli.cli.places import run_of_model
-    from edadm_cli.config import CollectConfig
-
-    config = execution.configure(
-        CollectConfig,
-        model=model,
-        num_trajectories=num_trajectories,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        feature_batch=feature_batch,
-        dtype=dtype,
-        prompts=prompts,
-        prediction_type=prediction_type,
-    )
-    run = run_of_model(execution.run_folder, config.model)
-
-    from edadm_cli.collect import stage
-
-    execution.conclude(execution.perform("collect", run, None, stage.run, stage.estimate, config, stage.plan))
+    if given["bits"] is None and execution.from_file("reconstruct", "bits") is None:
+        raise UsageError("reconstruct needs --bits.", hint="edadm reconstruct --bits w4a8")
+    recipe = given["recipe"] or execution.from_file("reconstruct", "recipe") or "default"
+    return execution.configure(RECONSTRUCT, {**given, "recipe": recipe})
 
 
-@stage_command
-def select(
+def _continue(
     execution: Execution,
-    strategy: Annotated[
-        str | None,
-        typer.Option("--strategy", help="tdac, uniform, normal, random or last; else the recipe's."),
-    ] = None,
-    num_samples: Annotated[
-        int | None, typer.Option("--num-samples", help="Size of the set; else one sample a trajectory.")
-    ] = None,
-    density_radius: Annotated[
-        float | None, typer.Option("--density-radius", help="r of TDAC; else the median pairwise distance.")
-    ] = None,
-    variety_weight: Annotated[
-        float | None, typer.Option("--variety-weight", help="lambda of TDAC; else the model's own.")
-    ] = None,
-    recipe: options.RecipeOption = None,
+    stage: Stage[ConfigT],
+    given: dict[str, Any],
+    *,
+    reads: str,
+    requirements: Iterable[Requirement] = (),
 ) -> None:
-    """Choose the calibration samples.
-
-    TDAC, or another strategy, says how many of them each step of the sampler gives.
-    """
-    from edadm_cli.cli.settings import configure_select
-
-    config = configure_select(
-        execution,
-        recipe,
-        strategy=strategy,
-        num_samples=num_samples,
-        density_radius=density_radius,
-        variety_weight=variety_weight,
-    )
-    run = execution.run_used_last()
-
-    from edadm_cli.select import stage
-
-    execution.conclude(execution.perform("select", run, None, stage.run, stage.estimate, config, stage.plan))
+    """Performs a stage that continues a run, with the run's last bit width where none is given."""
+    run_folder = execution.run_used_last()
+    config = execution.configure(stage, {**given, **_bits(execution, given, run_folder, reads)})
+    execution.conclude(execution.perform(stage, run_folder, config), requirements=requirements)
 
 
-@stage_command
-def reconstruct(
-    execution: Execution,
-    bits: Annotated[
-        str | None, typer.Option("--bits", metavar="wXaY", help="Bit width, 2 to 8 each, such as w4a8.")
-    ] = None,
-    recipe: options.RecipeOption = None,
-    batch_size: options.BatchSizeOption = None,
-    units: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--units", metavar="PATTERN", help="Units that learn, such as 'mid_block.*'; repeatable; else all."
-        ),
-    ] = None,
-    matmul: Annotated[
-        str | None, typer.Option("--matmul", help="float32 or tf32: how a GPU multiplies float32 numbers.")
-    ] = None,
-    memory_budget_mib: Annotated[
-        int | None,
-        typer.Option(
-            "--memory-budget",
-            "--memory-budget-mib",
-            metavar="MIB",
-            help="Memory for cached inputs and targets of the units; what is beyond goes to disk.",
-        ),
-    ] = None,
-) -> None:
-    """Find the quantization parameters.
-
-    First a search for the ranges, then learned rounding and scales, block by block.
-    """
-    from edadm_cli.cli.settings import configure_reconstruct
-
-    config = configure_reconstruct(
-        execution,
-        recipe,
-        bits,
-        batch_size=batch_size,
-        units=tuple(units) if units else None,
-        matmul=matmul,
-        memory_budget_mib=memory_budget_mib,
-    )
-    run = execution.run_used_last()
-
-    from edadm_cli.reconstruct import stage
-
-    name = str(config.bits)
-    execution.conclude(execution.perform("reconstruct", run, name, stage.run, stage.estimate, config, stage.plan))
+def _bits(execution: Execution, given: dict[str, Any], run_folder: RunFolder, reads: str) -> dict[str, Any]:
+    if given["bits"] is not None or execution.from_file(execution.command, "bits") is not None:
+        return {}
+    return {"bits": bits_used_last(run_folder, reads)}
 
 
-@stage_command
-def export(
-    execution: Execution,
-    bits: options.BitsOption = None,
-    parity_samples: Annotated[
-        int | None, typer.Option("--parity-samples", help="Images compared before and after packing.")
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option("--engine", metavar="NAME", help="Write files that this engine loads besides (edadm engines)."),
-    ] = None,
-) -> None:
-    """Pack the integers into a diffusers folder.
+def _print_rooflines(execution: Execution, given: dict[str, Any]) -> None:
+    from edadm_cli.bench.roofline import model_rooflines
 
-    It is loaded back and compared with the stage before.
-    """
-    from edadm_cli.cli.settings import bits_of
-    from edadm_cli.config import ExportConfig
-
-    run = execution.run_used_last()
-    config = execution.configure(
-        ExportConfig, bits=bits_of(execution, bits, "reconstruct"), parity_samples=parity_samples, engine=engine
-    )
-
-    from edadm_cli.export import stage
-
-    name = str(config.bits)
-    plan = stage.plan if config.engine is None else None  # an engine's files are an artifact besides
-    execution.conclude(execution.perform("export", run, name, stage.run, stage.estimate, config, plan))
+    if given["model"] is None:
+        raise UsageError("--roofline needs --model.", hint="edadm bench --roofline --model sd15-random")
+    values = {"bits": [(BitWidth(weight=8, activation=8),)], "batch_sizes": given["batch_sizes"] or ["2"]}
+    batch_sizes = execution.configure(BENCH, values).batch_sizes
+    tables = {str(batch): model_rooflines(given["model"], batch).to_json() for batch in batch_sizes}
+    execution.print_facts({"model": given["model"], "rooflines": tables}, None)

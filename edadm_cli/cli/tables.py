@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edadm_cli.cli.bench_tables import bench_tables
-from edadm_cli.cli.boundary import one_line
+from edadm_cli.cli.text import one_line
 
 _HIDDEN = frozenset({"command", "warnings", "requirements", "metrics", "full_precision", "skipped"})
 _SHORT_IDENTITY = 12

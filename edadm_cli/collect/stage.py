@@ -27,7 +27,7 @@ SAMPLING_FILE = "sampling.json"
 
 
 def run(
-    config: CollectConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+    config: CollectConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> CollectRecord:
     """Sample `num_trajectories` trajectories and write the `collect` artifact.
 
@@ -44,25 +44,30 @@ def run(
         task = _prepare(config, processes)
         for remark in task.model.remarks:
             reporter.warn(remark)
-        with run.build(task.plan(), force, processes) as build:
+        with run_folder.build(task.plan(), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
                 _collect(task, build, processes, reporter)
             artifact = build.finished()
     return CollectRecord(
-        **shared_keys(run.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
+        **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
         model=task.model.ref.id,
         num_steps=task.num_steps,
         num_trajectories=task.num_trajectories,
     )
 
 
-def plan(config: CollectConfig, run: RunFolder) -> Plan:
+def plan(config: CollectConfig, run_folder: RunFolder) -> Plan:
     """What `run` would build: whether it is there already is known without building it."""
     return _prepare(config, ALONE).plan()
 
 
-def estimate(config: CollectConfig, run: RunFolder) -> Estimate:
+def artifact_name(config: CollectConfig) -> None:
+    """`None`: a run holds one artifact of this kind."""
+    return None
+
+
+def estimate(config: CollectConfig, run_folder: RunFolder) -> Estimate:
     """Estimate time, memory and disk from a few short samplings; nothing is written."""
     started = time.monotonic()
     task = _prepare(config, ALONE)

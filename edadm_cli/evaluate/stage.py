@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: EvaluateConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+    config: EvaluateConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> EvaluateRecord:
     """Sample at both precisions, compute every figure that can be had, and write the `evaluate` artifact.
 
@@ -44,8 +44,8 @@ def run(
     reporter = reporter or SilentReporter()
     processes = join(config.device)
     with processes.together():
-        judging = _judging(config.model_copy(update={"device": processes.device_name(config.device)}), run)
-        with run.build(_plan(judging), force, processes) as build:
+        judging = _judging(config.model_copy(update={"device": processes.device_name(config.device)}), run_folder)
+        with run_folder.build(_plan(judging), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
                 _evaluate(judging.request, judging, build, processes, reporter)
@@ -55,7 +55,7 @@ def run(
         _warn(result["skipped"], result["cautions"], reporter)
     result = artifact.json(RESULT_FILE)
     return EvaluateRecord(
-        **shared_keys(run.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
+        **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
         bits=result["bits"],
         metrics=_in_order(result["metrics"]),
         distance_to_full_precision=Distance(**result["distance_to_full_precision"]),
@@ -64,18 +64,23 @@ def run(
     )
 
 
-def plan(config: EvaluateConfig, run: RunFolder) -> Plan:
+def plan(config: EvaluateConfig, run_folder: RunFolder) -> Plan:
     """What `run` would build: whether it is there already is known without building it."""
-    return _plan(_judging(config, run))
+    return _plan(_judging(config, run_folder))
 
 
-def estimate(config: EvaluateConfig, run: RunFolder) -> Estimate:
+def artifact_name(config: EvaluateConfig) -> str:
+    """Returns the artifact's name within its kind."""
+    return config.name
+
+
+def estimate(config: EvaluateConfig, run_folder: RunFolder) -> Estimate:
     """Estimate time, memory and disk from two short samplings; nothing is written.
 
     Raises:
         InputError: What is to be evaluated is missing or broken.
     """
-    return probe(resolve(config, run))
+    return probe(resolve(config, run_folder))
 
 
 def _judging(config: EvaluateConfig, run: RunFolder) -> Judging:

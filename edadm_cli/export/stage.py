@@ -42,7 +42,9 @@ _FLOAT_BYTES = 4
 _INTEGER_SAMPLING_LIMIT = 120.0  # seconds of sampling in quantize-dequantize, beyond which integers take too long
 
 
-def run(config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None) -> ExportRecord:
+def run(
+    config: ExportConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+) -> ExportRecord:
     """Pack, write, load back with diffusers, compare.
 
     Raises:
@@ -51,14 +53,14 @@ def run(config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: 
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
     engine = None if config.engine is None else file_engine(engine_of(config.engine))
-    planned = plan(config, run)
-    with run.build(planned, force) as build:
+    planned = plan(config, run_folder)
+    with run_folder.build(planned, force) as build:
         is_done = build.up_to_date
-        artifact = build.artifact or _build(config, run, planned.parents[0], build, reporter)
-    files = None if engine is None else _engine_files(run, artifact, engine, reporter, force)
+        artifact = build.artifact or _build(config, run_folder, planned.parents[0], build, reporter)
+    files = None if engine is None else _engine_files(run_folder, artifact, engine, reporter, force)
     facts = artifact.json(EXPORT_FILE)
     return ExportRecord(
-        **shared_keys(run.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
+        **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
         bits=str(config.bits),
         size_mib=facts["size_mib"],
         parity=Parity(**facts["parity"]),
@@ -66,9 +68,9 @@ def run(config: ExportConfig, run: RunFolder, *, force: bool = False, reporter: 
     )
 
 
-def plan(config: ExportConfig, run: RunFolder) -> Plan:
+def plan(config: ExportConfig, run_folder: RunFolder) -> Plan:
     """What `run` would build: whether it is there already is known without building it."""
-    source = run.open("reconstruct", str(config.bits))
+    source = run_folder.open("reconstruct", str(config.bits))
     fields = {**config.identity_fields(), "format_version": FORMAT_VERSION}
     return Plan("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
 
@@ -80,11 +82,26 @@ def _engine_files(run: RunFolder, export: Artifact, engine: FileEngine, reporter
     return EngineFiles(name=engine.name, artifact=str(artifact.path), identity=artifact.identity, size_mib=size)
 
 
-def estimate(config: ExportConfig, run: RunFolder) -> Estimate:
+def finished(config: ExportConfig, run_folder: RunFolder) -> Artifact | None:
+    """Returns the export that `run` would find; with an engine, whose files are another artifact, always `None`.
+
+    Raises:
+        InputError: An export with other settings is in its place; or there is no reconstruction.
+    """
+    is_empty = not run_folder.names("export")
+    return None if config.engine is not None or is_empty else run_folder.finished(plan(config, run_folder))
+
+
+def artifact_name(config: ExportConfig) -> str:
+    """Returns the artifact's name within its kind."""
+    return config.name
+
+
+def estimate(config: ExportConfig, run_folder: RunFolder) -> Estimate:
     """Time a short sampling: the pipeline samples twice, and once more in integers where that is not too slow."""
-    source = run.open("reconstruct", str(config.bits))
-    model, num_parameters = _quantized_model(config, run, source)
-    sampling = run.open("collect").json("sampling.json")
+    source = run_folder.open("reconstruct", str(config.bits))
+    model, num_parameters = _quantized_model(config, run_folder, source)
+    sampling = run_folder.open("collect").json("sampling.json")
     started = time.monotonic()
     _sample(config, model, {**sampling, "num_steps": 1})
     once = (time.monotonic() - started) * sampling["num_steps"]

@@ -60,7 +60,7 @@ _LARGEST_GAP = 1.1  # of a loss with rounded h to the loss before, above which t
 
 
 def run(
-    config: ReconstructConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+    config: ReconstructConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> ReconstructRecord:
     """Search ranges and learn rounding and scales, unit by unit.
 
@@ -73,15 +73,15 @@ def run(
     started, reporter = time.monotonic(), reporter or SilentReporter()
     processes = join(config.device)
     with processes.together():
-        task = _resolve(config, run, processes)
-        with run.build(task.plan(), force, processes) as build:
+        task = _resolve(config, run_folder, processes)
+        with run_folder.build(task.plan(), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
                 _build(task, build, reporter)
             artifact = build.finished()
     summary = artifact.json(UNITS_FILE)
     return ReconstructRecord(
-        **shared_keys(run.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
+        **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
         bits=str(config.bits),
         recipe=config.recipe.name,
         units=len(summary["units"]),
@@ -90,15 +90,20 @@ def run(
     )
 
 
-def plan(config: ReconstructConfig, run: RunFolder) -> Plan:
+def plan(config: ReconstructConfig, run_folder: RunFolder) -> Plan:
     """What `run` would build: whether it is there already is known without building it."""
-    return _resolve(config, run, ALONE).plan()
+    return _resolve(config, run_folder, ALONE).plan()
 
 
-def estimate(config: ReconstructConfig, run: RunFolder) -> Estimate:
+def artifact_name(config: ReconstructConfig) -> str:
+    """Returns the artifact's name within its kind."""
+    return config.name
+
+
+def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
     """Estimate time, memory and disk, from a forward of a few rows and every kind of work on a few units."""
     started = time.monotonic()
-    task = _resolve(config, run, ALONE)
+    task = _resolve(config, run_folder, ALONE)
     with _arithmetic(task):
         setting = _prepare(task)
         loading = time.monotonic() - started

@@ -13,14 +13,14 @@ from edadm_cli.report.page import render
 REPORT_FILE = "report.html"
 
 
-def run(run: RunFolder, bits: Sequence[str] | None = None) -> Path:
+def run(run_folder: RunFolder, bits: Sequence[str] | None = None) -> Path:
     """Write `report.html` into a run folder, whole or not at all.
 
     Stages that were not run are named on the page, with the command that runs them. Equal artifacts give equal
     bytes: nothing of the page comes from the clock, the machine or the folder's place.
 
     Args:
-        run: The run folder.
+        run_folder: The run folder.
         bits: Bit widths to show, in this order; `None` shows all, the widest first.
 
     Returns:
@@ -31,8 +31,8 @@ def run(run: RunFolder, bits: Sequence[str] | None = None) -> Path:
             or was made from something that has changed since.
         MachineError: The disk is full or permission is denied.
     """
-    page = render(read_run(run, bits))
-    path = run.root / REPORT_FILE
+    page = render(read_run(run_folder, bits))
+    path = run_folder.root / REPORT_FILE
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return path

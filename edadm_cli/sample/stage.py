@@ -70,7 +70,9 @@ class _Task:
     pictures: list[Picture]
 
 
-def run(config: SampleConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None) -> SampleRecord:
+def run(
+    config: SampleConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+) -> SampleRecord:
     """Sample images of the seeds `seed, seed + 1, ...` into `samples/<bits>/`; those that are there stay.
 
     Raises:
@@ -80,35 +82,42 @@ def run(config: SampleConfig, run: RunFolder, *, force: bool = False, reporter: 
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
-    task = _prepare(config, run)
-    folder = _folder(config, run)
+    task = _prepare(config, run_folder)
+    folder = _folder(config, run_folder)
     missing = [picture for picture in task.pictures if force or not _is_there(folder, picture)]
     if missing:
         _write_pictures(task, missing, folder, reporter)
-    shared = shared_keys(run.root, task.export, up_to_date=not missing, started=start, warnings=reporter.warnings)
+    shared = shared_keys(
+        run_folder.root, task.export, up_to_date=not missing, started=start, warnings=reporter.warnings
+    )
     return SampleRecord(
         **{**shared, "artifact": str(folder)},
         images=tuple(str(folder / picture.file) for picture in task.pictures),
     )
 
 
-def finished(config: SampleConfig, run: RunFolder) -> Artifact | None:
+def finished(config: SampleConfig, run_folder: RunFolder) -> Artifact | None:
     """The folder of the images, with the export's manifest, where `run` would find every one of them.
 
     Raises:
         InputError: The export is missing or broken, or another image's file is in the way.
     """
-    folder = _folder(config, run)
+    folder = _folder(config, run_folder)
     if not folder.is_dir():
         return None
-    task = _prepare(config, run)
+    task = _prepare(config, run_folder)
     there = [_is_there(folder, picture) for picture in task.pictures]
     return Artifact(folder, task.export.manifest) if all(there) else None
 
 
-def estimate(config: SampleConfig, run: RunFolder) -> Estimate:
+def artifact_name(config: SampleConfig) -> str:
+    """Returns the name of the folder within `samples/`."""
+    return str(config.bits)
+
+
+def estimate(config: SampleConfig, run_folder: RunFolder) -> Estimate:
     """Estimate time, memory and disk from a short sampling of one image; nothing is written."""
-    task = _prepare(config, run)
+    task = _prepare(config, run_folder)
     pictures, model = task.pictures, _load(task, SilentReporter())
     begin = time.perf_counter()
     samples = _sample(model, [replace(pictures[0], num_steps=_PROBE_STEPS)])

@@ -47,7 +47,9 @@ PLOT_FILE = "selection.png"
 _MIB = 2**20
 
 
-def run(config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: Reporter | None = None) -> SelectRecord:
+def run(
+    config: SelectConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
+) -> SelectRecord:
     """Score the steps, share the samples out, and write the `select` artifact.
 
     Raises:
@@ -57,8 +59,8 @@ def run(config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: 
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
-    task = _prepare(config, run)
-    with run.build(task.plan(), force) as build:
+    task = _prepare(config, run_folder)
+    with run_folder.build(task.plan(), force) as build:
         is_done = build.up_to_date
         if not is_done:
             _select(task, build, reporter)
@@ -66,7 +68,7 @@ def run(config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: 
         assert artifact is not None
     selection = artifact.json(SELECTION_FILE)
     return SelectRecord(
-        **shared_keys(run.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
+        **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
         strategy=selection["strategy"],
         counts=tuple(selection["counts"]),
         density_radius=selection["density_radius"],
@@ -74,14 +76,19 @@ def run(config: SelectConfig, run: RunFolder, *, force: bool = False, reporter: 
     )
 
 
-def plan(config: SelectConfig, run: RunFolder) -> Plan:
+def plan(config: SelectConfig, run_folder: RunFolder) -> Plan:
     """What `run` would build: whether it is there already is known without building it."""
-    return _prepare(config, run).plan()
+    return _prepare(config, run_folder).plan()
 
 
-def estimate(config: SelectConfig, run: RunFolder) -> Estimate:
+def artifact_name(config: SelectConfig) -> None:
+    """`None`: a run holds one artifact of this kind."""
+    return None
+
+
+def estimate(config: SelectConfig, run_folder: RunFolder) -> Estimate:
     """Estimate time, memory and disk from sizes on disk and a timed part of the features."""
-    task = _prepare(config, run)
+    task = _prepare(config, run_folder)
     shape, portions = _features(task.collected)
     score_slices([next(portions)])  # the first call also warms up
     again = next(portions, None)

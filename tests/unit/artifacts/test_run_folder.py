@@ -288,3 +288,18 @@ def test_bit_widths_live_side_by_side(run: RunFolder) -> None:
 def test_names_cannot_leave_the_run_folder(run: RunFolder, name: str) -> None:
     with pytest.raises(ValueError, match="cannot name"):
         run.path("export", name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "flags"),
+    [
+        ("reconstruct", "w4a8", "--bits w4a8"),
+        ("evaluate", "w4a8-my-own-engine", "--bits w4a8 --engine my-own-engine"),
+        ("engine", "w4a8-my-own-engine", "--bits w4a8 --engine my-own-engine"),
+        ("bench", "w8a8-w4a8-my-own-engine-cpu", "--bits w8a8,w4a8 --engine my-own-engine --device cpu"),
+        ("evaluate", "full-precision", ""),
+    ],
+)
+def test_the_name_of_an_engine_may_have_hyphens(run: RunFolder, kind: str, name: str, flags: str) -> None:
+    words = run.command(kind, name).split()
+    assert " ".join(words[2 : words.index("--run")]) == flags

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,9 +68,13 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStages:
     """Put the stand-ins in the stages' places, in an empty working folder."""
     fakes = FakeStages()
     for name in PARENTS:
-        stage = SimpleNamespace(run=_make_run(fakes, name), plan=_plan_of(name), estimate=_estimate_of(name))
-        if name == "sample":
-            stage.FOLDER, stage.finished = "samples", _finished_by(_plan_of(name))
+        stage = SimpleNamespace(
+            run=_make_run(fakes, name),
+            plan=_plan_of(name),
+            estimate=_estimate_of(name),
+            artifact_name=_name_of,
+            finished=_finished_by(_plan_of(name)),
+        )
         _install(monkeypatch, name, stage)
     _install(monkeypatch, "report", SimpleNamespace(run=_write_report))
     monkeypatch.chdir(tmp_path)
@@ -78,9 +83,12 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStages:
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, name: str, stage: Any) -> None:
-    package = ModuleType(f"edadm_cli.{name}")
-    package.stage = stage  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, f"edadm_cli.{name}", package)
+    monkeypatch.setitem(sys.modules, f"edadm_cli.{name}.stage", stage)
+    monkeypatch.setattr(importlib.import_module(f"edadm_cli.{name}"), "stage", stage, raising=False)
+
+
+def _name_of(config: Any) -> str | None:
+    return getattr(config, "name", str(config.bits)) if hasattr(config, "bits") else None
 
 
 def _make_run(fakes: FakeStages, kind: str) -> Callable[..., StageRecord]:
@@ -112,9 +120,9 @@ def _make_run(fakes: FakeStages, kind: str) -> Callable[..., StageRecord]:
 
 def _plan_of(kind: str) -> Callable[[Any, RunFolder], Plan]:
     def plan(config: Any, run: RunFolder) -> Plan:
-        name = str(config.bits) if hasattr(config, "bits") else None
+        name = _name_of(config)
         above = PARENTS[kind]
-        parents = () if above is None else (run.open(above, name if above in WITH_BITS else None),)
+        parents = () if above is None else (run.open(above, str(config.bits) if above in WITH_BITS else None),)
         model = ModelRef(id="tiny", fingerprint="f")
         return Plan(kind, name, config.identity_fields(), config.seed, parents, model)
 

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from edadm_cli.artifacts import CollectRecord
 from edadm_cli.cli.app import main
-from edadm_cli.cli.boundary import explain, one_line
+from edadm_cli.cli.boundary import explain
+from edadm_cli.cli.text import one_line
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import InputError, MachineError, RequirementError, UsageError
 from tests.unit.cli.conftest import FakeStages

@@ -127,6 +127,17 @@ def test_a_dry_run_tells_what_is_up_to_date_and_what_would_be_refused(
     assert _json(capsys)["status"] == "planned"
 
 
+def test_a_dry_run_names_the_artifact_that_it_would_build(
+    stages: FakeStages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _chain("w4a8")
+    capsys.readouterr()
+    assert main(["evaluate", "--engine", "openvino", "--dry-run", "--json"]) == 0
+    assert _json(capsys)["artifact"] == "runs/tiny/evaluate/w4a8-openvino"
+    assert main(["sample", "--dry-run", "--json"]) == 0
+    assert _json(capsys)["artifact"] == "runs/tiny/samples/w4a8"
+
+
 def test_a_dry_run_of_the_chain_skips_what_is_up_to_date(
     stages: FakeStages, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,4 +73,4 @@ def test_an_estimate_made_meanwhile_comes_with_a_warning(
         assert main(["collect", "--model", "tiny", "--dry-run", "--json"]) == 0
         captured = capsys.readouterr()
         assert any("45%" in text for text in json.loads(captured.out)["warnings"]) == warned
-        assert ("the estimate takes that to last." in captured.err) == warned
+        assert ("the estimate assumes that this goes on." in captured.err) == warned

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from edadm_cli.artifacts import Artifact, BenchRecord, Estimate, ModelRef, Plan, RunFolder
+from edadm_cli.bench import STAGE
 from edadm_cli.cli.app import main
+from edadm_cli.config import BenchConfig
 from tests.unit.cli.conftest import FakeStages, _install
 
 
@@ -62,7 +64,7 @@ def benches(stages: FakeStages, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def estimate(config: Any, run: RunFolder) -> Estimate:
         return Estimate(seconds=1, memory_mib=1, disk_mib=1)
 
-    stage = SimpleNamespace(run=run, estimate=estimate, finished=finished)
+    stage = SimpleNamespace(run=run, estimate=estimate, finished=finished, artifact_name=lambda config: "w8a8-x-cpu")
     _install(monkeypatch, "bench", stage)
     return seen
 
@@ -103,6 +105,7 @@ def test_a_dry_run_measures_nothing(benches: list[Any], capsys: pytest.CaptureFi
     assert main(["bench", "--model", "digits-sd", "--dry-run", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["status"], about_anew(result)) == ("planned", [])
+    assert result["artifact"] == "runs/digits-sd/bench/w8a8-x-cpu"
     assert benches == []
 
 
@@ -167,7 +170,7 @@ def test_no_gpu_is_one_sentence_and_exit_code_4(
 def test_engines_are_listed_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["engines", "--json"]) == 0
     engines = {row["name"]: row for row in json.loads(capsys.readouterr().out)["engines"]}
-    assert set(engines) == {"reference", "openvino", "triton", "onnxruntime"}
+    assert set(engines) == {"reference", "openvino", "cuda", "onnxruntime"}
     assert engines["openvino"]["refusals"]["cpu"] is None
     assert main(["engines"]) == 0
     assert "openvino" in capsys.readouterr().out
@@ -178,3 +181,11 @@ def test_rooflines_are_printed_without_a_run(capsys: pytest.CaptureFixture[str],
     tables = json.loads(capsys.readouterr().out)["rooflines"]
     assert set(tables) == {"1", "2"}
     assert 1 < tables["2"]["speedup"]["H200"]["w8a8"] < 2
+
+
+def test_a_bench_is_named_by_what_it_measures_and_where() -> None:
+    """By the stage itself, whose name a dry run reports."""
+    assert STAGE.artifact_name(BenchConfig(bits="w8a8,w4a8", engine="reference", device="cpu")) == (
+        "w8a8-w4a8-reference-cpu"
+    )
+    assert STAGE.artifact_name(BenchConfig(bits="w8a8", device="cpu")).endswith("-openvino-cpu")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import pytest
 
-from edadm_cli.cli import chain, measure, quality
-from edadm_cli.cli import stages as chain_stages
-from edadm_cli.cli.app import main
-from edadm_cli.cli.settings import STAGES
+from edadm_cli.cli.app import COMMANDS, main
+from edadm_cli.cli.settings import STAGES, build_config
+from edadm_cli.config import BitWidth, ReconstructConfig, SampleConfig
+from edadm_cli.recipe import load_recipe
 from tests.unit.cli.conftest import FakeStages
 
 CONFIG = """
@@ -157,16 +156,31 @@ def test_a_value_that_does_not_fit_is_told_by_its_flag(
 
 
 def test_every_field_of_a_configuration_is_a_flag() -> None:
-    commands = {
-        "collect": chain_stages.collect,
-        "select": chain_stages.select,
-        "reconstruct": chain_stages.reconstruct,
-        "export": chain_stages.export,
-        "evaluate": quality.evaluate,
-        "sample": quality.sample,
-        "bench": measure.bench,
-    }
-    assert commands.keys() == STAGES.keys()
-    for name, command in commands.items():
-        assert STAGES[name].model_fields.keys() - inspect.signature(command).parameters.keys() == set(), name
-    assert {"model", "bits", "recipe", "seed", "device"} <= inspect.signature(chain.run).parameters.keys()
+    for name, stage in STAGES.items():
+        flags = _flags_in_help(name)
+        for field in stage.config.model_fields:
+            assert f"--{field.replace('_', '-')}" in flags, (name, field)
+            assert stage.config.model_fields[field].description, "which is the help text"
+    assert {"--model", "--bits", "--recipe", "--seed", "--device"} <= _flags_in_help("run")
+
+
+def _flags_in_help(command: str) -> set[str]:
+    return {flag for option in COMMANDS[command].load().params for flag in option.opts}
+
+
+def test_a_field_of_a_file_has_the_short_forms_of_its_flag(stages: FakeStages, tmp_path: Path) -> None:
+    """Both are read by the configuration, and nowhere else."""
+    content = {"bits": "w8a8,w4a8", "batch_sizes": ["1", "4"], "size": "32x48"}
+    file = build_config(STAGES["bench"], content, {})
+    assert file.bits == (BitWidth(weight=8, activation=8), BitWidth(weight=4, activation=8))
+    assert (file.batch_sizes, file.size) == ((1, 4), (32, 48))
+
+
+def test_fields_that_came_later_do_not_change_an_identity_at_their_default() -> None:
+    bits, recipe = BitWidth.parse("w4a8"), load_recipe("rtn")
+    plain = ReconstructConfig(bits=bits, recipe=recipe).identity_fields()
+    assert plain.keys() == {"bits", "recipe", "batch_size"}
+    changed = ReconstructConfig(bits=bits, recipe=recipe, units=("mid.*",), matmul="tf32", memory_budget_mib=5)
+    assert changed.identity_fields().keys() - plain.keys() == {"units", "matmul"}
+    assert "engine" not in SampleConfig(bits=bits).identity_fields()
+    assert "engine" in SampleConfig(bits=bits, engine="openvino").identity_fields()
