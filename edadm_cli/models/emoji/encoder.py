@@ -1,0 +1,86 @@
+"""The picture-and-name encoder: features, prompt score and retrieval of the emoji models.
+
+A small convolutional network maps a picture, and the text encoder that both pipelines share maps a prompt, to unit
+vectors of one space. They were trained together on pictures and captions with a contrastive loss.
+
+References:
+    Learning transferable visual models from natural language supervision, arXiv 2103.00020, section 2.3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edadm_cli.errors import UsageError
+
+EMBEDDING = 192
+INPUT_SIZE = 64
+SPATIAL_CHANNELS = 4
+_WIDTHS = (32, 64, 96, 160)
+
+
+class PictureFeatures(NamedTuple):
+    """What the encoder makes of `B` pictures.
+
+    Attributes:
+        features: Globally averaged activations with shape `(B, 160)`.
+        spatial: Part of an early feature map with shape `(B, 4, 8, 8)`.
+        embedding: Unit vectors with shape `(B, 192)`.
+    """
+
+    features: Tensor
+    spatial: Tensor
+    embedding: Tensor
+
+
+class _Residual(nn.Module):
+    """Two normalised convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return a feature map of the same height and width."""
+        hidden = self.conv1(functional.silu(self.norm1(images)))
+        shortcut: Tensor = self.shortcut(images)
+        return shortcut + self.conv2(functional.silu(self.norm2(hidden)))
+
+
+class PictureEncoder(nn.Module):
+    """Map pictures to features of two depths and to the space that they share with prompts."""
+
+    num_features = _WIDTHS[-1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, _WIDTHS[0], 3, padding=1)
+        pairs = zip((_WIDTHS[0], *_WIDTHS), _WIDTHS, strict=False)
+        self.stages = nn.ModuleList([_Residual(before, after) for before, after in pairs])
+        self.norm = nn.GroupNorm(8, self.num_features)
+        self.projection = nn.Linear(self.num_features, EMBEDDING, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(2.3))
+
+    def forward(self, images: Tensor) -> PictureFeatures:
+        """Return features and embeddings of pictures with shape `(B, 3, H, W)` and values in [0, 1]."""
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            actual = f"{images.dtype} with shape {tuple(images.shape)}"
+            raise UsageError(f"The encoder takes floating-point pictures with shape (B, 3, H, W), found {actual}.")
+        if images.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
+            images = functional.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
+        hidden = self.stem(images * 2 - 1)  # [B, 32, 64, 64]
+        spatial = hidden
+        for number, stage in enumerate(self.stages):
+            hidden = functional.avg_pool2d(stage(hidden), 2)
+            if number == 2:
+                spatial = hidden[:, :SPATIAL_CHANNELS]  # [B, 4, 8, 8]
+        features = functional.silu(self.norm(hidden)).mean(dim=(2, 3))
+        return PictureFeatures(features, spatial, functional.normalize(self.projection(features), dim=-1))

@@ -1,0 +1,175 @@
+"""Command line of the training: one stage per call, each of which continues where it was stopped.
+
+    python -m edadm_cli.models.emoji.train STAGE --data prepared --out training
+
+In this order: `pixels`, `encoder` and `autoencoder`, then `emoji-sd`, `emoji-dit` and `ddpm-emoji`, then `measure`.
+With torchrun, several GPUs train one network. `benchmarks` and docs/models.md say how the shipped weights were made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from edadm_cli.errors import EdadmError
+from edadm_cli.models.emoji.train import autoencoder, denoisers, pair
+from edadm_cli.models.emoji.train.corpus import Corpus, load_corpus
+from edadm_cli.models.emoji.train.loop import FitResult, Schedule, Task, fit
+from edadm_cli.models.emoji.train.pipelines import PIXEL, TRANSFORMER, UNET, write_json, write_text_encoder
+from edadm_cli.models.emoji.train.settings import TrainSettings
+
+_PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "resvg-py")
+STAGES: dict[str, tuple[Callable[[Corpus, TrainSettings], Any], Schedule]] = {
+    pair.NAME: (pair.PairTask, pair.SCHEDULE),
+    autoencoder.NAME: (autoencoder.AutoencoderTask, autoencoder.SCHEDULE),
+    UNET: (denoisers.UNetTask, denoisers.UNET_SCHEDULE),
+    TRANSFORMER: (denoisers.TransformerTask, denoisers.TRANSFORMER_SCHEDULE),
+    PIXEL: (denoisers.PixelTask, denoisers.PIXEL_SCHEDULE),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m edadm_cli.models.emoji.train", description="Train the emoji models."
+    )
+    parser.add_argument("stage", choices=["pixels", *STAGES, "sheets", "measure"])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder that edadm_cli.models.emoji.train.prepare wrote"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="gets weights/, samples/, checkpoints/")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="time that the stage may train, all calls together")
+    parser.add_argument("--finish", action="store_true", help="let the stage's training end at --until")
+    parser.add_argument("--wait", action="store_true", help="wait for the stages that the stage needs")
+    parser.add_argument("--steps", type=int, help="number of steps instead of a time")
+    parser.add_argument("--until", type=float, help="time of day, in seconds of time.time(), at which this call stops")
+    parser.add_argument("--batch-size", type=int, help="pictures per step, all GPUs together")
+    parser.add_argument("--limit", type=int, help="number of pictures to use, for tests")
+    parser.add_argument("--small", action="store_true", help="tiny networks, for tests")
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that rasterise")
+    parser.add_argument("--pictures", type=int, default=2000, help="pictures that are generated to measure a model")
+    parser.add_argument("--models", default=f"{UNET},{TRANSFORMER},{PIXEL}", help="models to measure or to show")
+    parser.add_argument("--guidance", default="3", help="guidance scales to measure or to show, comma-separated")
+    return parser
+
+
+def settings_of(options: argparse.Namespace) -> TrainSettings:
+    """Turn the options into settings; under torchrun, join the other processes."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    left = None if options.until is None else max(0.0, options.until - time.time())
+    return TrainSettings(
+        data=options.data, out=options.out, device=device, rank=rank, world=world, seed=options.seed,
+        seconds=options.seconds, steps=options.steps, stop_after=left,
+        finish=options.finish, wait=options.wait, batch_size=options.batch_size,
+        limit=options.limit, small=options.small, compile=options.compile,
+    )  # fmt: skip
+
+
+def train(stage: str, corpus: Corpus, settings: TrainSettings, until: float | None) -> None:
+    """Run a stage and write its averaged weights and its record."""
+    build, schedule = STAGES[stage]
+    task: Task = build(corpus, settings)
+    if until is not None:  # loading took its time
+        settings = replace(settings, stop_after=max(0.0, until - time.time()))
+    fitted = fit(task, schedule, settings, stage)
+    if settings.rank:
+        return
+    module: Any = task.module
+    shared = settings.weights / "shared"
+    extra: dict[str, Any] = {}
+    if stage == pair.NAME:
+        from safetensors.torch import save_file
+
+        write_text_encoder(module["text"].cpu().eval(), shared / "text_encoder")
+        (shared / "picture_encoder").mkdir(parents=True, exist_ok=True)
+        state = {name: value.cpu().contiguous() for name, value in module["picture"].state_dict().items()}
+        save_file(state, shared / "picture_encoder" / "model.safetensors")
+    elif stage == autoencoder.NAME:
+        extra = autoencoder.finish_autoencoder(task, corpus, settings)  # type: ignore[arg-type]
+    else:
+        module.to(memory_format=torch.contiguous_format)
+        module.save_pretrained(settings.weights / stage / ("transformer" if stage == TRANSFORMER else "unet"))
+    write_json(settings.out / "records" / f"{stage}.json", record_of(corpus, settings, schedule, fitted, module, extra))
+
+
+def record_of(
+    corpus: Corpus, settings: TrainSettings, schedule: Schedule, fitted: FitResult, module: Any, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a stage's training record."""
+    cuda = settings.device.type == "cuda"
+    batch = settings.batch_size or schedule.batch_size
+    return {
+        "seed": settings.seed,
+        "pictures": len(corpus.train),
+        "held_out_pictures": len(corpus.held_out),
+        "schedule": vars(schedule) | {"batch_size": batch},
+        "finished": fitted.done,
+        "steps": fitted.steps,
+        "epochs": round(fitted.steps * batch / len(corpus.train), 1),
+        "seconds": round(fitted.seconds, 1),
+        "final_loss": fitted.loss,
+        "parameters": sum(value.numel() for value in module.parameters()),
+        "machine": f"{settings.world} x {torch.cuda.get_device_name()}" if cuda else f"{platform.machine()} CPU",
+        "precision": "bfloat16 autocast" if cuda else "float32",
+        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "measurements": extra,
+        "curve": fitted.curve,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> int:
+    """Run one stage; return the exit code."""
+    options = build_parser().parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        settings = settings_of(options)
+        corpus = load_corpus(settings, options.processes)
+        if options.stage in STAGES:
+            train(options.stage, corpus, settings, options.until)
+        elif options.stage != "pixels":
+            from edadm_cli.models.emoji.train.results import measure, show
+
+            (show if options.stage == "sheets" else measure)(corpus, settings, options)
+    except EdadmError as error:
+        print(f"{error.message}\n{error.hint or ''}".rstrip(), file=sys.stderr)
+        return error.exit_code
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Writing what the stages trained, and putting the two pipelines together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from edadm_cli.models.emoji.train.networks import flow_scheduler, noise_scheduler, pixel_scheduler
+from edadm_cli.models.emoji.train.prepare import TOKENIZER
+from edadm_cli.models.emoji.train.settings import TrainSettings
+
+UNET, TRANSFORMER, PIXEL = "emoji-sd", "emoji-dit", "ddpm-emoji"
+
+
+def write_text_encoder(encoder: CLIPTextModelWithProjection, folder: Path) -> None:
+    """Write the text encoder with names under `text_model.`, which every release of transformers reads."""
+    encoder.save_pretrained(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    state = {}
+    for name, value in load_file(weights).items():
+        bare = name.removeprefix("text_model.")
+        state[bare if bare.startswith("text_projection") else f"text_model.{bare}"] = value
+    save_file(state, weights, metadata={"format": "pt"})
+    settings = json.loads(config.read_text()) | {"dtype": "float32"}
+    config.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def text_to_image_pipeline(settings: TrainSettings, denoiser: UNet2DConditionModel | None = None) -> DiffusionPipeline:
+    """Return the Stable Diffusion pipeline of the trained parts."""
+    shared = settings.weights / "shared"
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(shared / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(shared / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(settings.data / TOKENIZER),
+        unet=denoiser or UNet2DConditionModel.from_pretrained(settings.weights / UNET / "unet"),
+        scheduler=noise_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def flow_pipeline(settings: TrainSettings, denoiser: SD3Transformer2DModel | None = None) -> DiffusionPipeline:
+    """Return the Stable Diffusion 3 pipeline of the trained parts; one text encoder serves twice."""
+    shared = settings.weights / "shared"
+    encoder = CLIPTextModelWithProjection.from_pretrained(shared / "text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(settings.data / TOKENIZER)
+    autoencoder = AutoencoderKL.from_pretrained(shared / "vae")
+    return StableDiffusion3Pipeline(
+        transformer=denoiser or SD3Transformer2DModel.from_pretrained(settings.weights / TRANSFORMER / "transformer"),
+        scheduler=flow_scheduler(),
+        vae=autoencoder,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def pixel_pipeline(settings: TrainSettings) -> DiffusionPipeline:
+    """Return the unconditional pixel pipeline."""
+    network = UNet2DModel.from_pretrained(settings.weights / PIXEL / "unet")
+    return DDPMPipeline(network, pixel_scheduler())
+
+
+def faster_pixel_scheduler() -> DDIMScheduler:
+    """Return the scheduler that `ddpm-emoji` is measured with."""
+    return DDIMScheduler.from_config(pixel_scheduler().config)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON beside its final place, then put it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+def in_half(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a module's state with floating-point tensors in float16."""
+    return {
+        name: value.detach().cpu().half().contiguous() if value.is_floating_point() else value.cpu()
+        for name, value in module.state_dict().items()
+    }
