@@ -182,25 +182,26 @@ def judge(settings: Settings, job: Job, folder: RunFolder, device: str) -> dict[
     """Compares a quantized denoiser with full precision: on the steps of other trajectories, and at their ends."""
     import torch
 
-    from edadm_cli.models.collected import load_collected_model
+    from edadm_cli.artifacts import Units
+    from edadm_cli.artifacts.quantization import load_plan
+    from edadm_cli.models.collected import CollectedRun, load_collected_model
     from edadm_cli.models.sampling import EVALUATION, image_seed, sample
     from edadm_cli.quant.network import load_quant_params, quantize_network
-    from edadm_cli.quant.plan import QuantizationPlan
 
-    artifact, sampling = folder.open("reconstruct", job.bits), folder.open("collect").json("sampling.json")
+    artifact, sampling = folder.open("reconstruct", job.bits), CollectedRun.open(folder)
     exact, quantized = (load_collected_model(folder, torch.device(device), torch.float32) for _ in range(2))
-    quantize_network(quantized.denoiser, QuantizationPlan.model_validate(artifact.json("plan.json")))
+    quantize_network(quantized.denoiser, load_plan(artifact))
     load_quant_params(quantized.denoiser, artifact.tensors("quant_params.safetensors"))
-    prompts = sampling["prompts"]
-    guidance = sampling["guidance_scale"]
+    prompts = sampling.prompts
+    guidance = sampling.guidance_scale
     call = {
         "seeds": [image_seed(job.seed, index, EVALUATION) for index in range(settings.images)],
         "prompts": None if prompts is None else [prompts[index % len(prompts)] for index in range(settings.images)],
-        "num_steps": sampling["num_steps"],
+        "num_steps": sampling.num_steps,
         "guidance_scale": guidance,
     }
-    units = artifact.json("units.json")["units"]
-    with one_step_errors(exact, quantized.denoiser, [unit["name"] for unit in units], guidance) as errors:
+    units = Units.load(artifact).units
+    with one_step_errors(exact, quantized.denoiser, [unit.name for unit in units], guidance) as errors:
         reference = sample(exact, **call)
     final = sample(quantized, **call).latents
     distance = (final - reference.latents).flatten(1).norm(dim=1) / reference.latents.flatten(1).norm(dim=1)

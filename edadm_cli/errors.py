@@ -15,6 +15,7 @@ EXIT_INPUT = 3
 EXIT_MACHINE = 4
 EXIT_REQUIREMENT = 5
 EXIT_INTERRUPTED = 130
+_LONGEST_SHOWN = 120
 
 
 class EdadmError(Exception):
@@ -83,4 +84,13 @@ def explain_field(problem: ErrorDetails) -> str:
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
     text = _WANTED.get(kind, message[:1].lower() + message[1:])
     shows_value = kind not in ("missing", "extra_forbidden", "value_error")
-    return f"{text}; got {problem['input']!r}" if shows_value else text
+    return f"{text}; got {_short(problem['input'])}" if shows_value else text
+
+
+def _short(value: object) -> str:
+    """A value as Python shows it, cut to a length that fits into a sentence."""
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer of thousands of digits has no text
+        return f"a value of type {type(value).__name__} that is too long to show"
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."

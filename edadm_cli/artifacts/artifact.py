@@ -22,6 +22,8 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+    remedy: str | None = None
+    """The command that makes it again, where its run is known: the hint of what is wrong with its files."""
 
     @property
     def identity(self) -> str:

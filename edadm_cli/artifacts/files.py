@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from edadm_cli.artifacts.json_text import dump_json, parse_json
 from edadm_cli.errors import EdadmError, InputError, MachineError
 
+MAX_JSON_BYTES = 2**29
 _MACHINE_REASONS = {
     errno.ENOSPC: "the disk is full",
+    errno.EFBIG: "the file would be larger than this process may write (`ulimit -f`)",
     errno.EDQUOT: "the disk quota is used up",
     errno.EACCES: "permission is denied",
     errno.EPERM: "the operation is not permitted",
@@ -93,9 +97,47 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def open_regular(path: Path) -> Iterator[BufferedReader]:
+    """Open a file for reading in binary; a pipe, a device or a socket is refused, and never waited for.
+
+    Raises:
+        InputError: Something that is no regular file is at the path.
+        OSError: The file is missing or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    with open(descriptor, "rb") as file:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise InputError(f"{path} is not a regular file but a pipe, a device or a socket.")
+        yield file
+
+
+def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
+    """Read a text file in UTF-8.
+
+    Args:
+        path: The file.
+        limit: The largest size that is read, in bytes.
+
+    Raises:
+        InputError: The file is missing, no regular file, larger than `limit`, or not UTF-8.
+    """
+    with explained_os_errors(path), open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise InputError(f"{path} has more than {limit} bytes, which is too large for a file of its kind.")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8: {error}.") from error
+
+
 def file_sha256(path: Path) -> str:
     """Hash a file's bytes."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -106,7 +148,7 @@ def save_json(path: Path, value: Any, indent: int = 2) -> None:
         MachineError: The disk is full or permission is denied.
         ValueError: A number is NaN or infinite, which JSON cannot hold.
     """
-    text = json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = dump_json(value, indent)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -115,10 +157,6 @@ def load_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: The file is missing or holds no JSON.
+        InputError: The file is missing or holds no JSON, or JSON that no program of ours writes: see `parse_json`.
     """
-    with explained_os_errors(path):
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path} is not readable JSON: {error}.") from error
+    return parse_json(read_text(path), str(path))

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -16,14 +16,15 @@ from edadm_cli.artifacts.files import (
     TEMPORARY,
     file_sha256,
     is_temporary,
-    load_json,
+    read_text,
     save_json,
     sync,
     usual_mode,
 )
 from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity
+from edadm_cli.artifacts.json_text import parse_json
 from edadm_cli.artifacts.tensors import TensorInfo, read_tensor_header
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, explain_field
 from edadm_cli.version import __version__
 
 MANIFEST_NAME = "manifest.json"
@@ -32,6 +33,10 @@ _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+ArtifactName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+"""What an artifact's kind and name consist of: each is the name of a folder."""
 
 
 class ModelRef(_Frozen):
@@ -45,8 +50,8 @@ class ModelRef(_Frozen):
 class ParentRef(_Frozen):
     """An artifact that was read: `name` is the bit width where a run holds several of the kind."""
 
-    kind: str
-    name: str | None = None
+    kind: ArtifactName
+    name: ArtifactName | None = None
     identity: str
 
 
@@ -62,8 +67,8 @@ class PayloadFile(_Frozen):
     @classmethod
     def _stays_inside(cls, value: str) -> str:
         path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise ValueError("a payload path must lie inside the artifact's folder")
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in value:
+            raise ValueError("a payload path must be a name inside the artifact's folder")
         return value
 
 
@@ -78,7 +83,7 @@ class Manifest(_Frozen):
     """`manifest.json`, written last: its presence means that the artifact is complete."""
 
     schema_version: int = SCHEMA_VERSION
-    kind: str
+    kind: ArtifactName
     tool: Tool = Tool()
     config: dict[str, Any]
     seed: int
@@ -108,16 +113,19 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: It is missing, does not parse, has another schema version, or was changed by hand.
     """
     path = folder / MANIFEST_NAME
-    content = load_json(path)
+    text = read_text(path)
+    content = parse_json(text, str(path))
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version is not None and version != SCHEMA_VERSION:
-        raise InputError(f"{path} has schema version {version}; this edadm {__version__} reads {SCHEMA_VERSION}.")
+        raise InputError(
+            f"{path} has schema version {str(version)[:40]}; this edadm {__version__} reads {SCHEMA_VERSION}."
+        )
     try:
-        manifest = Manifest.model_validate(content)
+        manifest = Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise InputError(f"{path} is not a manifest of edadm: {where}: {first['msg']}.") from error
+        raise InputError(f"{path} is not a manifest of edadm: {where[:200]}: {explain_field(first)}.") from error
     if manifest.identity != manifest.expected_identity():
         raise InputError(
             f"{path} was changed after it was written: its identity is {manifest.identity[:12]}, "

@@ -279,10 +279,9 @@ class QuantizedFacts(_Record):
     by_kind: tuple[KindRow, ...]
 
 
-class BenchRecord(StageRecord):
-    """Speed, size and memory. `coverage`, `parity` and `speedup` are those of the first bit width."""
+class BenchFacts(_Record):
+    """What a bench measured. `coverage`, `parity` and `speedup` are those of the first bit width."""
 
-    command: str = "bench"
     subject: str = Field(description="what was measured, for people to read")
     bits: tuple[str, ...]
     machine: dict[str, Any]
@@ -294,6 +293,12 @@ class BenchRecord(StageRecord):
     by_bits: dict[str, QuantizedFacts]
     peak_tops: dict[str, float] = Field(description="precision -> largest rate measured, 10^12 operations a second")
     headline: str = Field(description="the outcome in a sentence or two")
+
+
+class BenchRecord(BenchFacts, StageRecord):
+    """Speed, size and memory."""
+
+    command: str = "bench"
 
 
 class SampleRecord(StageRecord):

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from edadm_cli.artifacts.files import explained_os_errors
 from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity, differences
 from edadm_cli.artifacts.locks import read_lock, write_lock
 from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, now, read_manifest
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, quoted
 from edadm_cli.processes import ALONE, Processes
 
 _CHANGES_SHOWN = 5
@@ -101,7 +101,7 @@ class RunFolder:
         except InputError as error:
             raise InputError(error.message, hint=error.hint or self.command(kind, name, force=True)) from error
         self.check_descent(artifact.manifest, name)
-        return artifact
+        return replace(artifact, remedy=self.command(kind, name, force=True))
 
     def check_descent(self, manifest: Manifest, name: str | None) -> None:
         """Compare the parents that a manifest names, and theirs, with those on disk that are there.
@@ -133,7 +133,7 @@ class RunFolder:
         if name is not None:
             words += _flags_of_name(kind, name)
         words += ["--run", str(self.root)]
-        return " ".join(words + (["--force"] if force else []))
+        return quoted(*words, *(["--force"] if force else []))
 
     @contextmanager
     def build(self, plan: Plan, force: bool = False, processes: Processes = ALONE) -> Iterator[Build]:

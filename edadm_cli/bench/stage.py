@@ -15,12 +15,11 @@ import torch
 from edadm_cli.artifacts import (
     Artifact,
     BenchRecord,
+    BenchResult,
     Build,
     Estimate,
     Plan,
     RunFolder,
-    load_json,
-    save_json,
     shared_keys,
 )
 from edadm_cli.artifacts.manifest import read_manifest
@@ -33,7 +32,6 @@ from edadm_cli.errors import InputError
 from edadm_cli.progress import Reporter, SilentReporter
 
 KIND = "bench"
-RESULT_FILE = "bench.json"
 PLOT_FILE = "bench.png"
 _SCRATCH = "scratch"
 
@@ -58,7 +56,7 @@ def run(
         assert artifact is not None
     return BenchRecord(
         **shared_keys(run_folder.root, artifact, up_to_date=False, started=started, warnings=reporter.warnings),
-        **artifact.json(RESULT_FILE),
+        **dict(BenchResult.load(artifact)),
     )
 
 
@@ -137,8 +135,8 @@ def _build(request: Request, build: Build, reporter: Reporter) -> None:
         result = _measure(request, scratch, reporter)
     finally:
         build.discard([_SCRATCH])
-    save_json(build.path / RESULT_FILE, result)
-    record = BenchRecord(status="done", **load_json(build.path / RESULT_FILE))
+    record = BenchResult.model_validate(result)
+    record.save(build.path)
     title = f"{request.subject.model.id}, batch {request.config.batch_sizes[0]}, {request.device}"
     draw_contenders(record.contenders, request.config.against, title, build.path / PLOT_FILE)
     build.commit(environment={"device": str(request.device), "machine": record.machine})

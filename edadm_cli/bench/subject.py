@@ -20,7 +20,7 @@ from edadm_cli.config import BenchConfig, BitWidth
 from edadm_cli.errors import InputError
 from edadm_cli.models.architecture import load_architecture
 from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.families import family_of
 from edadm_cli.models.loading import load_model
@@ -75,9 +75,9 @@ class ExportSubject(Subject):
     def __init__(self, run: RunFolder, bits: tuple[BitWidth, ...]) -> None:
         self._run = run
         self._exports = {str(width): run.open("export", str(width)) for width in bits}
-        self._collect = run.open("collect")
+        self._collected = CollectedRun.open(run)
         self.parents = tuple(self._exports.values())
-        self.model = self._collect.manifest.model
+        self.model = self._collected.model
         self.title = f"the denoiser of {self.model.id}, as exported in {run.root}"
 
     @property
@@ -87,7 +87,7 @@ class ExportSubject(Subject):
 
     def full_precision(self) -> nn.Module:
         """The denoiser that the run was collected from."""
-        return load_collected_model(self._run, _CPU, torch.float32).denoiser
+        return self._collected.load(_CPU, torch.float32).denoiser
 
     def quantized(self, bits: BitWidth) -> nn.Module:
         """The denoiser of an export."""
@@ -105,14 +105,13 @@ class ExportSubject(Subject):
 
     def pipeline(self, seed: int) -> PipelineRequest:
         """As the run was collected."""
-        settings = self._collect.json("sampling.json")
-        prompts = settings["prompts"]
+        prompts = self._collected.prompts
         return PipelineRequest(
             model=self.model.id,
-            entry=settings["entry"],
+            entry=self._collected.entry.model_dump(mode="json"),
             prompt=None if prompts is None else prompts[0],
-            num_steps=settings["num_steps"],
-            guidance_scale=settings["guidance_scale"],
+            num_steps=self._collected.num_steps,
+            guidance_scale=self._collected.guidance_scale,
             seed=seed,
         )
 
@@ -120,9 +119,9 @@ class ExportSubject(Subject):
     def _calibration(self) -> CalibrationSet:
         return CalibrationSet.load(self._run.open("select"))
 
-    @cached_property
+    @property
     def _entry(self) -> ModelEntry:
-        return ModelEntry.model_validate(self._collect.json("sampling.json")["entry"])
+        return self._collected.entry
 
 
 class NearestSubject(Subject):

@@ -8,15 +8,14 @@ several processes can write them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from edadm_cli.artifacts import load_json, load_tensors, read_tensor_header, save_json, save_tensors
+from edadm_cli.artifacts import load_tensors, read_model, read_tensor_header, save_json, save_tensors
 from edadm_cli.artifacts.streaming import joined, stream_tensors, whole
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.errors import InputError
-from edadm_cli.models.calibration import CALL_FILE, CONSTANT
+from edadm_cli.models.calibration import CONSTANT, CallForm
 
 CONDITION_FILE = "condition.safetensors"
 FEATURES_FILE = "features.safetensors"
@@ -50,8 +49,8 @@ def scratch_names(index: int) -> tuple[str, str]:
 
 def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -> None:
     """Write one batch."""
-    call: dict[str, Any] = {"branches": recorder.branches, "dtype": dtype, "template": recorder.template}
-    save_json(folder / call_name(index), call)
+    form = CallForm.model_validate({"branches": recorder.branches, "dtype": dtype, "template": recorder.template})
+    save_json(folder / call_name(index), form.model_dump(mode="json"))
     save_tensors(folder / part_name(index), recorder.tensors())
     save_tensors(folder / latents_name(index), {"latents": torch.stack(recorder.latents)})
 
@@ -64,12 +63,12 @@ def merge_parts(folder: Path, num_shards: int) -> None:
     Raises:
         InputError: Timesteps, constants or the form of the denoiser's calls differ between batches.
     """
-    if all((folder / name).is_file() for name in (CALL_FILE, CONDITION_FILE, FEATURES_FILE)):
+    if all((folder / name).is_file() for name in (CallForm.FILE, CONDITION_FILE, FEATURES_FILE)):
         return
     parts = [folder / part_name(index) for index in range(num_shards)]
-    call = load_json(folder / call_name(0))
+    call = read_model(folder / call_name(0), CallForm)
     for index in range(num_shards):
-        if load_json(folder / call_name(index)) != call:
+        if read_model(folder / call_name(index), CallForm) != call:
             raise InputError(
                 f"The denoiser is called differently in batch {index} than before, so its calls cannot be put into "
                 "one set.",
@@ -88,4 +87,4 @@ def merge_parts(folder: Path, num_shards: int) -> None:
     with_features = [part for part in parts if "features" in read_tensor_header(part)]
     features = joined(with_features, "features", 1)
     stream_tensors(folder / FEATURES_FILE, {"features": features, "timesteps": whole(timesteps)})
-    save_json(folder / CALL_FILE, call)
+    call.save(folder)

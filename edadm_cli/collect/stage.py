@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 
-from edadm_cli.artifacts import Build, CollectRecord, Estimate, Plan, RunFolder, save_json, shared_keys
+from edadm_cli.artifacts import Build, CollectRecord, Estimate, Plan, RunFolder, shared_keys
 from edadm_cli.collect.probe import probe
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.shards import is_written, merge_parts, scratch_names, write_shard
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import UsageError
+from edadm_cli.models.collected import Sampling, SchedulerFacts
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.prompts import prompts_name, resolve_prompts
 from edadm_cli.models.sampling import image_seed, require_num_steps, sample, takes_guidance
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
-
-SAMPLING_FILE = "sampling.json"
 
 
 def run(
@@ -158,7 +157,7 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
     processes.wait()
     if processes.is_main:
         merge_parts(build.path, task.num_shards)
-        save_json(build.path / SAMPLING_FILE, _sampling(task))
+        _sampling(task).save(build.path)
         build.discard(name for shard in range(task.num_shards) for name in scratch_names(shard))
         device = task.model.pipeline.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -183,21 +182,21 @@ def _sample_shard(task: _Task, folder: Path, shard: int) -> None:
     write_shard(folder, shard, recorder, task.config.dtype)
 
 
-def _sampling(task: _Task) -> dict[str, Any]:
+def _sampling(task: _Task) -> Sampling:
     """How the trajectories were sampled, for later stages to load the model and sample in the same way."""
     scheduler = task.model.pipeline.scheduler
     config = {key: _finite(value) for key, value in scheduler.config.items() if not key.startswith("_")}
-    return {
-        "model": task.model.ref.model_dump(mode="json"),
-        "entry": task.model.entry.model_dump(mode="json"),
-        "dtype": task.config.dtype,
-        "num_steps": task.num_steps,
-        "guidance_scale": task.guidance_scale,
-        "eta": task.model.entry.eta,
-        "scheduler": {"class": type(scheduler).__name__, "config": config},
-        "prompts": task.prompts,
-        "seeds": [seed for shard in range(task.num_shards) for seed in task.seeds(shard)],
-    }
+    return Sampling(
+        model=task.model.ref,
+        entry=task.model.entry,
+        dtype=task.config.dtype,
+        num_steps=task.num_steps,
+        guidance_scale=task.guidance_scale,
+        eta=task.model.entry.eta,
+        scheduler=SchedulerFacts(class_name=type(scheduler).__name__, config=config),
+        prompts=None if task.prompts is None else tuple(task.prompts),
+        seeds=tuple(seed for shard in range(task.num_shards) for seed in task.seeds(shard)),
+    )
 
 
 def _finite(value: Any) -> Any:

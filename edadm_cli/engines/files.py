@@ -16,6 +16,7 @@ from edadm_cli.engines.base import Engine, EngineOptions, FileEngine
 from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.progress import Reporter
@@ -96,7 +97,7 @@ def example(run: RunFolder, device: torch.device, dtype: torch.dtype) -> tuple[t
 
 
 def _entry(run: RunFolder) -> ModelEntry:
-    return ModelEntry.model_validate(run.open("collect").json("sampling.json")["entry"])
+    return CollectedRun.open(run).entry
 
 
 def _current(run: RunFolder, plan: Plan, reporter: Reporter) -> Artifact | None:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edadm_cli.artifacts import Metric, save_json
+from edadm_cli.artifacts import Distance, Evaluation, Metric, ShownImage, save_json
 from edadm_cli.evaluate.distances import num_identical, psnr, relative_l2
 from edadm_cli.evaluate.grid import COLUMNS, image_grid, save_png, to_pil
 from edadm_cli.evaluate.images import SampledImages
 
-RESULT_FILE = "evaluation.json"
 DISTANCES_FILE = "distances.json"
 GRID_FILE = "grid.png"
 IMAGES_FOLDER = "images"
@@ -53,25 +52,25 @@ def write_outcome(
             "latent_rel_l2": latent_rel_l2.tolist(),
         },
     )
-    shown = _write_pictures(folder, name, images, reference)
-    for entry, psnr_of_image, distance in zip(shown, psnr_db.tolist(), latent_rel_l2.tolist(), strict=False):
-        entry.update({"psnr_db": psnr_of_image, "latent_rel_l2": distance})
-    result = {
-        "bits": name,
-        "metrics": {key: metric.model_dump() for key, metric in figures.items()},
-        "full_precision": {key: metric.model_dump() for key, metric in reference_figures.items()},
-        "distance_to_full_precision": {
-            "psnr_db": float(psnr_db.mean()),
-            "latent_rel_l2": float(latent_rel_l2.mean()),
-        },
-        "num_images": len(images),
-        "num_identical_images": identical,
-        "num_steps": plan.num_steps,
-        "guidance_scale": plan.guidance_scale,
-        "grid": GRID_FILE,
-        "shown": shown,
-    }
-    save_json(folder / RESULT_FILE, {**result, **facts})
+    shown = [
+        image.model_copy(update={"psnr_db": psnr_of_image, "latent_rel_l2": distance})
+        for image, psnr_of_image, distance in zip(
+            _write_pictures(folder, name, images, reference), psnr_db.tolist(), latent_rel_l2.tolist(), strict=False
+        )
+    ]
+    Evaluation(
+        bits=name,
+        metrics=figures,
+        full_precision=reference_figures,
+        distance_to_full_precision=Distance(psnr_db=float(psnr_db.mean()), latent_rel_l2=float(latent_rel_l2.mean())),
+        num_images=len(images),
+        num_identical_images=identical,
+        num_steps=plan.num_steps,
+        guidance_scale=plan.guidance_scale,
+        grid=GRID_FILE,
+        shown=tuple(shown),
+        **facts,
+    ).save(folder)
 
 
 def compare(images: SampledImages, reference: SampledImages) -> tuple[Tensor, Tensor, int]:
@@ -89,7 +88,7 @@ def compare(images: SampledImages, reference: SampledImages) -> tuple[Tensor, Te
     return torch.cat(values), torch.cat(distances), identical
 
 
-def _write_pictures(folder: Path, name: str, images: SampledImages, reference: SampledImages) -> list[dict[str, Any]]:
+def _write_pictures(folder: Path, name: str, images: SampledImages, reference: SampledImages) -> list[ShownImage]:
     """Write the grid and the first images one by one; return what is shown, for a page to refer to."""
     is_large = max(images[0].shape[-2:]) >= _LARGE
     count = min(NUM_SHOWN_LARGE if is_large else NUM_SHOWN, len(images))
@@ -97,16 +96,18 @@ def _write_pictures(folder: Path, name: str, images: SampledImages, reference: S
     prompts = images.plan.prompts
     shown = []
     for place in range(count):
-        files = {"full_precision": full[place], "quantized": quantized[place]}
-        entry: dict[str, Any] = {
-            "seed": images.plan.seeds[place],
-            "prompt": None if prompts is None else prompts[place],
-        }
-        for kind, image in files.items():
-            entry[kind] = f"{IMAGES_FOLDER}/{place:02d}-{kind.replace('_', '-')}.png"
-            save_png(folder / entry[kind], to_pil(image))
-        shown.append(entry)
-    captions = [str(entry["prompt"] or f"seed {entry['seed']}") for entry in shown]
+        names = {kind: f"{IMAGES_FOLDER}/{place:02d}-{kind}.png" for kind in ("full-precision", "quantized")}
+        save_png(folder / names["full-precision"], to_pil(full[place]))
+        save_png(folder / names["quantized"], to_pil(quantized[place]))
+        shown.append(
+            ShownImage(
+                seed=images.plan.seeds[place],
+                prompt=None if prompts is None else prompts[place],
+                full_precision=names["full-precision"],
+                quantized=names["quantized"],
+            )
+        )
+    captions = [image.prompt or f"seed {image.seed}" for image in shown]
     columns = NUM_SHOWN_LARGE if is_large else COLUMNS
     save_png(folder / GRID_FILE, image_grid({"full precision": full, name: quantized}, captions, columns))
     return shown

@@ -15,14 +15,12 @@ from edadm_cli.engines.files import load_on_engine
 from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import UsageError
 from edadm_cli.evaluate.images import SamplingPlan
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.prompts import read_prompts
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import EVALUATION, image_seed
 from edadm_cli.progress import SilentReporter
-
-SAMPLING_FILE = "sampling.json"
 
 
 @dataclass(frozen=True)
@@ -33,19 +31,30 @@ class Request:
         config: The configuration.
         run: Where the artifacts lie.
         export: The quantized pipeline.
-        model: The model behind it.
-        entry: The model's own defaults.
-        dtype: Element type that both pipelines compute in, as collected.
+        collected: The full-precision pipeline that it was made from.
         sampling: The images, at either precision.
     """
 
     config: EvaluateConfig
     run: RunFolder
     export: Artifact
-    model: ModelRef
-    entry: ModelEntry
-    dtype: str
+    collected: CollectedRun
     sampling: SamplingPlan
+
+    @property
+    def model(self) -> ModelRef:
+        """The model that was quantized."""
+        return self.collected.model
+
+    @property
+    def entry(self) -> ModelEntry:
+        """The model's own defaults."""
+        return self.collected.entry
+
+    @property
+    def dtype(self) -> str:
+        """Name of the element type that both pipelines compute in, as collected."""
+        return self.collected.sampling.dtype
 
     def identity_fields(self) -> dict[str, Any]:
         """What decides the images of a pipeline, as plain JSON values."""
@@ -69,24 +78,19 @@ class Request:
         Raises:
             InputError: Its files are gone or have changed since.
         """
-        return load_collected_model(self.run, self.device, self._torch_dtype)
+        return self.collected.load(self.device, self.collected.dtype)
 
     def load_quantized(self) -> LoadedModel:
         """Load the exported pipeline, on its engine where one is named."""
         if self.config.engine is not None:
             engine = engine_of(self.config.engine)
-            return load_on_engine(self.run, self.export, engine, self.device, self._torch_dtype, SilentReporter())
-        return load_model(str(self.export.path), self.device, self._torch_dtype, self.entry)
+            return load_on_engine(self.run, self.export, engine, self.device, self.collected.dtype, SilentReporter())
+        return load_model(str(self.export.path), self.device, self.collected.dtype, self.entry)
 
     @property
     def device(self) -> torch.device:
         """Where the pipelines and the feature extractors compute."""
         return resolve_device(self.config.device)
-
-    @property
-    def _torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
 
 
 def resolve(config: EvaluateConfig, run: RunFolder) -> Request:
@@ -101,20 +105,19 @@ def resolve(config: EvaluateConfig, run: RunFolder) -> Request:
     if config.engine is not None:
         engine_of(config.engine).require(device)
     export = run.open("export", str(config.bits))
-    collect = run.open("collect")
-    settings = collect.json(SAMPLING_FILE)
-    entry = ModelEntry.model_validate(settings["entry"])
-    if config.guidance_scale is not None and settings["guidance_scale"] is None:
+    collected = CollectedRun.open(run)
+    entry = collected.entry
+    if config.guidance_scale is not None and collected.guidance_scale is None:
         raise UsageError(f"{entry.name} has no guidance, so --guidance-scale has no meaning for it.")
-    prompts = _resolve_prompts(entry, settings["prompts"], config.prompts, config.num_images, config.seed)
+    prompts = _resolve_prompts(entry, collected.prompts, config.prompts, config.num_images, config.seed)
     sampling = SamplingPlan(
         seeds=tuple(image_seed(config.seed, index, EVALUATION) for index in range(config.num_images)),
         prompts=prompts,
-        num_steps=config.num_steps or settings["num_steps"],
-        guidance_scale=settings["guidance_scale"] if config.guidance_scale is None else config.guidance_scale,
+        num_steps=config.num_steps or collected.num_steps,
+        guidance_scale=collected.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         batch_size=min(config.batch_size, config.num_images),
     )
-    return Request(config, run, export, collect.manifest.model, entry, settings["dtype"], sampling)
+    return Request(config, run, export, collected, sampling)
 
 
 def _resolve_prompts(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from edadm_cli.artifacts import (
     Build,
-    Distance,
     Estimate,
     EvaluateRecord,
+    Evaluation,
     Metric,
     Plan,
     RunFolder,
@@ -19,7 +20,7 @@ from edadm_cli.config import EvaluateConfig
 from edadm_cli.evaluate.full_precision import full_precision_images
 from edadm_cli.evaluate.images import BATCH_PATTERN, SampledImages, sample_images
 from edadm_cli.evaluate.metrics import METRICS
-from edadm_cli.evaluate.outcome import RESULT_FILE, write_outcome
+from edadm_cli.evaluate.outcome import write_outcome
 from edadm_cli.evaluate.probe import probe
 from edadm_cli.evaluate.request import Request, resolve
 from edadm_cli.processes import Processes, join
@@ -50,17 +51,16 @@ def run(
             if not is_done:
                 _evaluate(judging.request, judging, build, processes, reporter)
             artifact = build.finished()
+    result = Evaluation.load(artifact)
     if is_done:
-        result = artifact.json(RESULT_FILE)
-        _warn(result["skipped"], result["cautions"], reporter)
-    result = artifact.json(RESULT_FILE)
+        _warn(result.skipped, result.cautions, reporter)
     return EvaluateRecord(
         **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
-        bits=result["bits"],
-        metrics=_in_order(result["metrics"]),
-        distance_to_full_precision=Distance(**result["distance_to_full_precision"]),
-        full_precision=_in_order(result["full_precision"]),
-        skipped=result["skipped"],
+        bits=result.bits,
+        metrics=_in_order(result.metrics),
+        distance_to_full_precision=result.distance_to_full_precision,
+        full_precision=_in_order(result.full_precision),
+        skipped=result.skipped,
     )
 
 
@@ -136,14 +136,14 @@ def _compare(
     _warn({}, cautions, reporter)
     facts = {
         "skipped": judging.choice.skipped,
-        "cautions": cautions,
+        "cautions": tuple(cautions),
         "real": None if judging.real is None else judging.real.name,
         "dtype": request.dtype,
     }
     write_outcome(build.path, str(request.config.bits), images, reference, figures, reference_figures, facts)
 
 
-def _warn(skipped: dict[str, str], cautions: list[str], reporter: Reporter) -> None:
+def _warn(skipped: Mapping[str, str], cautions: Iterable[str], reporter: Reporter) -> None:
     """Name the figures that are missing, once for each reason, and say what speaks against the others."""
     for reason in sorted(set(skipped.values())):
         names = ", ".join(sorted(name for name, why in skipped.items() if why == reason))
@@ -152,7 +152,8 @@ def _warn(skipped: dict[str, str], cautions: list[str], reporter: Reporter) -> N
         reporter.warn(caution)
 
 
-def _in_order(figures: dict[str, Any]) -> dict[str, Metric]:
+def _in_order(figures: dict[str, Metric]) -> dict[str, Metric]:
     """Figures as people read them: distances first, what needs prompts last."""
     order = [name for specs in METRICS.values() for name in specs]
-    return {name: Metric(**figures[name]) for name in sorted(figures, key=order.index)}
+    known = [name for name in order if name in figures]
+    return {name: figures[name] for name in (*known, *sorted(set(figures) - set(known)))}

@@ -12,13 +12,15 @@ from edadm_cli.artifacts import (
     Build,
     EngineFiles,
     Estimate,
+    ExportFacts,
     ExportRecord,
     Parity,
     Plan,
     RunFolder,
-    save_json,
+    recipe_name,
     shared_keys,
 )
+from edadm_cli.artifacts.quantization import load_params, load_plan
 from edadm_cli.config import ExportConfig
 from edadm_cli.engines.base import FileEngine
 from edadm_cli.engines.files import engine_artifact, file_engine
@@ -29,15 +31,12 @@ from edadm_cli.export.folder import component_sizes, write_pipeline
 from edadm_cli.export.parity import ExportParity, compare
 from edadm_cli.integrations.quantizer import FORMAT_VERSION, METHOD
 from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun, load_collected_model
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
-from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.network import load_quant_params, quantize_network, unquantized
-from edadm_cli.quant.plan import QuantizationPlan
 
-EXPORT_FILE = "export.json"
 _FLOAT_BYTES = 4
 _INTEGER_SAMPLING_LIMIT = 120.0  # seconds of sampling in quantize-dequantize, beyond which integers take too long
 
@@ -58,12 +57,12 @@ def run(
         is_done = build.up_to_date
         artifact = build.artifact or _build(config, run_folder, planned.parents[0], build, reporter)
     files = None if engine is None else _engine_files(run_folder, artifact, engine, reporter, force)
-    facts = artifact.json(EXPORT_FILE)
+    facts = ExportFacts.load(artifact)
     return ExportRecord(
         **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
         bits=str(config.bits),
-        size_mib=facts["size_mib"],
-        parity=Parity(**facts["parity"]),
+        size_mib=facts.size_mib,
+        parity=facts.parity,
         engine=files,
     )
 
@@ -101,10 +100,10 @@ def estimate(config: ExportConfig, run_folder: RunFolder) -> Estimate:
     """Time a short sampling: the pipeline samples twice, and once more in integers where that is not too slow."""
     source = run_folder.open("reconstruct", str(config.bits))
     model, num_parameters = _quantized_model(config, run_folder, source)
-    sampling = run_folder.open("collect").json("sampling.json")
+    collected = CollectedRun.open(run_folder)
     started = time.monotonic()
-    _sample(config, model, {**sampling, "num_steps": 1})
-    once = (time.monotonic() - started) * sampling["num_steps"]
+    _sample(config, model, collected, num_steps=1)
+    once = (time.monotonic() - started) * collected.num_steps
     seconds = once * (4 if once <= _INTEGER_SAMPLING_LIMIT else 2)
     weights = num_parameters * _FLOAT_BYTES / 2**20
     if model.folder is not None:
@@ -116,11 +115,11 @@ def estimate(config: ExportConfig, run_folder: RunFolder) -> Estimate:
 
 
 def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build, reporter: Reporter) -> Artifact:
-    sampling = run.open("collect").json("sampling.json")
+    collected = CollectedRun.open(run)
     with reporter.task("export", 4) as advance:
         model, num_parameters = _quantized_model(config, run, source)
         started = time.monotonic()
-        before = _sample(config, model, sampling)
+        before = _sample(config, model, collected)
         seconds = time.monotonic() - started
         advance(1)
         for warning in write_pipeline(model, build.path, _quantization_config(config, source)):
@@ -128,17 +127,16 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         del model
         advance(1)
         device = resolve_device(config.device)
-        entry = ModelEntry.model_validate(sampling["entry"])
-        loaded = load_model(str(build.path), device, torch.float32, entry)
+        loaded = load_model(str(build.path), device, torch.float32, collected.entry)
         _require_coverage(loaded, source)
-        after = _sample(config, loaded, sampling)
+        after = _sample(config, loaded, collected)
         advance(1)
         calls = CalibrationSet.load(run.open("select")).call(range(1), device, torch.float32)
         errors = layer_parity(loaded.denoiser, *calls)
         integer = None
         if seconds <= _INTEGER_SAMPLING_LIMIT:
             use_arithmetic(loaded.denoiser, "integer")
-            integer = _sample(config, loaded, sampling)
+            integer = _sample(config, loaded, collected)
         else:
             reporter.warn(
                 f"Sampling took {seconds:.0f} s, and exact integers are several times as slow: they were compared layer"
@@ -149,8 +147,7 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
     sizes = component_sizes(build.path)
     sizes["denoiser_fp32"] = num_parameters * _FLOAT_BYTES / 2**20
     sizes["ratio"] = sizes["denoiser_fp32"] / sizes[loaded.denoiser_name]
-    facts = {"denoiser": loaded.denoiser_name, "size_mib": sizes, "parity": _parity(parity)}
-    save_json(build.path / EXPORT_FILE, facts)
+    ExportFacts(denoiser=loaded.denoiser_name, size_mib=sizes, parity=_parity(parity)).save(build.path)
     return build.commit(environment={"device": str(device)})
 
 
@@ -158,38 +155,37 @@ def _quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> 
     """The pipeline with the reconstruction's parameters in its denoiser, and how many weights it had before."""
     model = load_collected_model(run, resolve_device(config.device), torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
-    quantize_network(model.denoiser, QuantizationPlan.model_validate(source.json("plan.json")))
-    load_quant_params(model.denoiser, source.tensors("quant_params.safetensors"))
+    quantize_network(model.denoiser, load_plan(source))
+    load_quant_params(model.denoiser, load_params(source))
     return model, num_parameters
 
 
 def _require_coverage(loaded: LoadedModel, source: Artifact) -> None:
-    missing = unquantized(loaded.denoiser, QuantizationPlan.model_validate(source.json("plan.json")))
+    missing = unquantized(loaded.denoiser, load_plan(source))
     if missing:
         raise EdadmError(f"{len(missing)} planned layers are not quantized in the export: {', '.join(missing)}.")
 
 
-def _sample(config: ExportConfig, model: LoadedModel, sampling: dict[str, Any]) -> Samples:
-    count = config.parity_samples
-    prompts = sampling["prompts"]
+def _sample(config: ExportConfig, model: LoadedModel, collected: CollectedRun, num_steps: int | None = None) -> Samples:
+    count, prompts = config.parity_samples, collected.prompts
     return sample(
         model,
         seeds=[image_seed(config.seed, index, EVALUATION) for index in range(count)],
         prompts=None if prompts is None else [prompts[index % len(prompts)] for index in range(count)],
-        num_steps=sampling["num_steps"],
-        guidance_scale=sampling["guidance_scale"],
+        num_steps=num_steps or collected.num_steps,
+        guidance_scale=collected.guidance_scale,
     )
 
 
-def _parity(parity: ExportParity) -> dict[str, Any]:
-    return {
-        "images_bit_equal": parity.images_bit_equal,
-        "latent_max_abs": parity.latent_max_abs,
-        "integer_rel_l2": parity.integer_rel_l2,
-        "integer_bound": LAYER_BOUND,
-        "integer_layer": parity.integer_layer,
-        "integer_latent_rel_l2": parity.integer_latent_rel_l2,
-    }
+def _parity(parity: ExportParity) -> Parity:
+    return Parity(
+        images_bit_equal=parity.images_bit_equal,
+        latent_max_abs=parity.latent_max_abs,
+        integer_rel_l2=parity.integer_rel_l2,
+        integer_bound=LAYER_BOUND,
+        integer_layer=parity.integer_layer,
+        integer_latent_rel_l2=parity.integer_latent_rel_l2,
+    )
 
 
 def _quantization_config(config: ExportConfig, source: Artifact) -> dict[str, Any]:
@@ -197,6 +193,6 @@ def _quantization_config(config: ExportConfig, source: Artifact) -> dict[str, An
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "bits": str(config.bits),
-        "recipe": source.manifest.config["recipe"]["name"],
-        "plan": source.json("plan.json"),
+        "recipe": recipe_name(source),
+        "plan": load_plan(source).model_dump(mode="json", exclude_none=True),
     }

@@ -4,20 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from edadm_cli.artifacts import Artifact
+from edadm_cli.artifacts import Artifact, Payload
+from edadm_cli.config import DTypeName
 from edadm_cli.errors import InputError
-from edadm_cli.models.calls import Template, build_call
+from edadm_cli.models.calls import Template, build_call, placed_tensors
 
-CALL_FILE = "call.json"
 CALIBRATION_FILE = "calibration.safetensors"
 CONDITION = "condition."
 UNCONDITIONAL = "condition.unconditional."
 CONSTANT = "constant."
+TensorTypeName = Literal[
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
+]
+
+
+class TemplateModel(BaseModel):
+    """The outer shape of a `Template`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+    constants: list[str]
+    dtypes: dict[str, TensorTypeName]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        places = placed_tensors({"args": self.args, "kwargs": self.kwargs})
+        if places != set(self.dtypes):
+            raise ValueError("the tensors in args and kwargs are not those that dtypes names")
+        if not set(self.constants) <= places:
+            raise ValueError("a constant is not among the tensors")
+        return self
+
+
+class CallForm(Payload):
+    """`call.json` of `collect` and `select`: how the denoiser is called."""
+
+    FILE: ClassVar[str] = "call.json"
+
+    branches: Literal[1, 2] = Field(description="2 with guidance, else 1")
+    dtype: DTypeName = Field(description="element type that the denoiser computed in")
+    template: TemplateModel
 
 
 @dataclass(frozen=True)
@@ -56,7 +90,7 @@ class CalibrationSet:
             InputError: A tensor is missing or does not fit the others.
         """
         tensors = artifact.tensors(CALIBRATION_FILE)
-        call = artifact.json(CALL_FILE)
+        call = CallForm.load(artifact)
         condition = {name: t for name, t in _below(tensors, CONDITION).items() if not name.startswith("unconditional.")}
         calibration_set = cls(
             sample=tensors["sample"],
@@ -66,9 +100,9 @@ class CalibrationSet:
             condition=condition,
             unconditional=_below(tensors, UNCONDITIONAL),
             constants=_below(tensors, CONSTANT),
-            template=call["template"],
-            branches=call["branches"],
-            collected_in=call["dtype"],
+            template=call.template.model_dump(),
+            branches=call.branches,
+            collected_in=call.dtype,
         )
         calibration_set._check(artifact)
         return calibration_set

@@ -139,6 +139,26 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, Mapping) and len(node) == 1 and next(iter(node)) in _TENSOR_MARKS
 
 
+def placed_tensors(node: Any) -> set[str]:
+    """Names of the tensors, besides sample and timestep, that a template or a part of it has places for.
+
+    Raises:
+        ValueError: A place has no name, or a tuple no items.
+    """
+    if isinstance(node, list):
+        return set().union(*(placed_tensors(item) for item in node))
+    if not isinstance(node, dict):
+        return set()
+    name = node.get(_MARK + "tensor")
+    if len(node) == 1 and name is not None:
+        if not isinstance(name, str):
+            raise ValueError("the name of a tensor is not a text")
+        return {name}
+    if len(node) == 1 and not isinstance(node.get(_MARK + "tuple", []), list):
+        raise ValueError("a tuple is not a list of items")
+    return set().union(*(placed_tensors(item) for item in node.values()))
+
+
 @contextmanager
 def record_calls(denoiser: nn.Module, on_call: Callable[[DenoiserCall], None]) -> Iterator[None]:
     """Hand each call of `denoiser` to `on_call`, taken apart, before it runs."""

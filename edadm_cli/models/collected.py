@@ -1,13 +1,115 @@
-"""The model that a run was collected from, loaded again by a later stage."""
+"""The run that everything descends from: how its trajectories were sampled, and the model, loaded again."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
 
-from edadm_cli.artifacts import RunFolder
-from edadm_cli.errors import InputError
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
+from edadm_cli.artifacts.payloads import NumSteps, Scale
+from edadm_cli.config import DTypeName
+from edadm_cli.errors import InputError, quoted
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.registry import ModelEntry
+
+
+class SchedulerFacts(BaseModel):
+    """The scheduler that sampled, for people to read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    class_name: str = Field(alias="class")
+    config: dict[str, Any] = {}
+
+
+class Sampling(Payload):
+    """`sampling.json` of `collect`: how the trajectories were sampled."""
+
+    FILE: ClassVar[str] = "sampling.json"
+
+    model: ModelRef
+    entry: ModelEntry
+    dtype: DTypeName = Field(description="element type that the pipeline computed in")
+    num_steps: NumSteps
+    guidance_scale: Scale | None
+    eta: Annotated[float, Field(ge=0, le=1)]
+    scheduler: SchedulerFacts
+    prompts: tuple[str, ...] | None = Field(min_length=1, description="one per trajectory; null: the model takes none")
+    seeds: tuple[int, ...] = Field(min_length=1, description="one per trajectory")
+
+
+@dataclass(frozen=True)
+class CollectedRun:
+    """A run folder with its `collect` artifact, opened and checked once."""
+
+    run: RunFolder
+    artifact: Artifact
+    sampling: Sampling
+
+    @classmethod
+    def open(cls, run: RunFolder) -> CollectedRun:
+        """Open the `collect` artifact of a run.
+
+        Raises:
+            InputError: There is none, or it is broken.
+        """
+        artifact = run.open("collect")
+        return cls(run, artifact, Sampling.load(artifact))
+
+    @property
+    def model(self) -> ModelRef:
+        """The model that was sampled."""
+        return self.artifact.manifest.model
+
+    @property
+    def entry(self) -> ModelEntry:
+        """The model's own defaults."""
+        return self.sampling.entry
+
+    @property
+    def num_trajectories(self) -> int:
+        """N, how many trajectories there are."""
+        return len(self.sampling.seeds)
+
+    @property
+    def num_steps(self) -> int:
+        """T, how many sampler steps each has."""
+        return self.sampling.num_steps
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Scale of classifier-free guidance; `None` where the pipeline has none."""
+        return self.sampling.guidance_scale
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The prompt of each trajectory; `None` where the pipeline takes none."""
+        return None if self.sampling.prompts is None else list(self.sampling.prompts)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Element type that the pipeline computed in."""
+        dtype: torch.dtype = getattr(torch, self.sampling.dtype)
+        return dtype
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+        """Load the full-precision pipeline that was sampled.
+
+        Raises:
+            InputError: The model is gone, or its files are not those that were collected from.
+        """
+        entry = self.entry.model_copy(update={"revision": self.model.revision})
+        model = load_model(self.model.id, device, dtype, entry)
+        if model.ref.fingerprint != self.model.fingerprint:
+            raise InputError(
+                f"The model {self.model.id} has changed since it was collected from.",
+                hint=quoted("edadm", "collect", "--model", self.model.id, "--run", self.run.root, "--force"),
+            )
+        return model
 
 
 def load_collected_model(run: RunFolder, device: torch.device, dtype: torch.dtype) -> LoadedModel:
@@ -16,13 +118,4 @@ def load_collected_model(run: RunFolder, device: torch.device, dtype: torch.dtyp
     Raises:
         InputError: The model is gone, or its files are not those that were collected from.
     """
-    collect = run.open("collect")
-    entry = ModelEntry.model_validate(collect.json("sampling.json")["entry"])
-    wanted = collect.manifest.model
-    model = load_model(wanted.id, device, dtype, entry.model_copy(update={"revision": wanted.revision}))
-    if model.ref.fingerprint != wanted.fingerprint:
-        raise InputError(
-            f"The model {wanted.id} has changed since it was collected from.",
-            hint=f"edadm collect --model {wanted.id} --run {run.root} --force",
-        )
-    return model
+    return CollectedRun.open(run).load(device, dtype)

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edadm_cli.artifacts import load_json, load_tensors, save_json, save_tensors
+from pydantic import BaseModel, ConfigDict
+
+from edadm_cli.artifacts import load_tensors, read_model, save_json, save_tensors
 from edadm_cli.models.units import Unit
 from edadm_cli.reconstruct.learn import UnitResult
 
 UNITS_FOLDER = "units"
+
+
+class _Losses(BaseModel):
+    """What a finished unit learned, besides its parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss_before: float
+    loss_after: float
+    curve: list[float]
+    loss_soft: float | None = None
+    undecided: float | None = None
+    is_nearest: bool = False
 
 
 class UnitCheckpoints:
@@ -22,8 +37,8 @@ class UnitCheckpoints:
         place = self._place(index, unit)
         if not (place / "unit.json").is_file():
             return None
-        losses = load_json(place / "unit.json")
-        return UnitResult(params=load_tensors(place / "params.safetensors"), **losses)
+        losses = read_model(place / "unit.json", _Losses)
+        return UnitResult(params=load_tensors(place / "params.safetensors"), **dict(losses))
 
     def save(self, index: int, unit: Unit, result: UnitResult) -> None:
         """Keep the result of a finished unit."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,20 +22,22 @@ from edadm_cli.artifacts import (
     Plan,
     ReconstructRecord,
     RunFolder,
+    UnitRow,
+    Units,
     load_tensors,
-    save_json,
     save_tensors,
     shared_keys,
 )
+from edadm_cli.artifacts.quantization import PARAMS_FILE, save_plan
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import count, plan_network
 from edadm_cli.calibrate.ranges import part_names, search_ranges
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun, load_collected_model
 from edadm_cli.models.loading import resolve_device
-from edadm_cli.models.registry import ModelEntry, known_models
+from edadm_cli.models.registry import known_models
 from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
@@ -52,9 +53,6 @@ from edadm_cli.reconstruct.probe import probe
 from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache, memory_budget
 from edadm_cli.reconstruct.setting import Setting
 
-PARAMS_FILE = "quant_params.safetensors"
-PLAN_FILE = "plan.json"
-UNITS_FILE = "units.json"
 _RANGES_FILE = "ranges.safetensors"
 _LARGEST_GAP = 1.1  # of a loss with rounded h to the loss before, above which the user is warned
 
@@ -79,14 +77,14 @@ def run(
             if not is_done:
                 _build(task, build, reporter)
             artifact = build.finished()
-    summary = artifact.json(UNITS_FILE)
+    summary = Units.load(artifact)
     return ReconstructRecord(
         **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
         bits=str(config.bits),
         recipe=config.recipe.name,
-        units=len(summary["units"]),
-        coverage=Coverage(**summary["coverage"]),
-        loss=Loss(**summary["loss"]),
+        units=len(summary.units),
+        coverage=summary.coverage,
+        loss=summary.loss,
     )
 
 
@@ -147,8 +145,7 @@ def _resolve(config: ReconstructConfig, run: RunFolder, processes: Processes) ->
         )
     batch_size = config.batch_size
     if batch_size is None:
-        own = run.open("collect").json("sampling.json")["entry"]
-        batch_size = ModelEntry.model_validate(own).batch_size
+        batch_size = CollectedRun.open(run).entry.batch_size
     budget = processes.share(memory_budget(config.memory_budget_mib, device))
     return _Task(config, run, selection, batch_size, hyperparameters, device, budget, processes)
 
@@ -215,8 +212,8 @@ def _build(task: _Task, build: Build, reporter: Reporter) -> None:
     quantized = _quantized(setting.plan, params)
     if processes.is_main:
         save_tensors(build.path / PARAMS_FILE, params)
-        save_json(build.path / PLAN_FILE, setting.plan.model_dump(mode="json", exclude_none=True))
-        save_json(build.path / UNITS_FILE, _summary(setting, results, len(quantized)) | {"warnings": warnings})
+        save_plan(build.path, setting.plan)
+        _summary(setting, results, len(quantized), warnings).save(build.path)
         build.discard([UNITS_FOLDER, CACHE_FOLDER, _RANGES_FILE])
         facts = {
             "device": str(setting.batches.device),
@@ -276,35 +273,34 @@ def _quantized(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> list[str
     return list(keys)
 
 
-def _summary(setting: Setting, results: Mapping[str, UnitResult], num_quantized: int) -> dict[str, Any]:
+def _summary(setting: Setting, results: Mapping[str, UnitResult], num_quantized: int, warnings: Sequence[str]) -> Units:
     rows = []
     for unit in setting.units:
         result = results.get(unit.name)
-        losses = (result or UnitResult({}, math.nan, math.nan)).losses()
-        if result is None:
-            losses |= {"loss_before": None, "loss_after": None}
-        rows.append({"name": unit.name, "kind": unit.kind, "layers": list(unit.layers), **losses})
+        learned = {"loss_before": None, "loss_after": None} if result is None else result.losses()
+        rows.append(UnitRow(name=unit.name, kind=unit.kind, layers=unit.layers, **learned))
     planned = len(setting.plan.layers) + len(setting.plan.attentions)
-    return {
-        "units": rows,
-        "coverage": {"planned": planned, "quantized": num_quantized, "kept": len(setting.plan.kept)},
-        "by_kind": count(setting.plan, setting.traced),
-        "loss": _loss(setting, results),
-    }
+    return Units(
+        units=tuple(rows),
+        coverage=Coverage(planned=planned, quantized=num_quantized, kept=len(setting.plan.kept)),
+        by_kind=count(setting.plan, setting.traced),
+        loss=_loss(setting, results),
+        warnings=tuple(warnings),
+    )
 
 
-def _loss(setting: Setting, results: Mapping[str, UnitResult]) -> dict[str, float | None]:
+def _loss(setting: Setting, results: Mapping[str, UnitResult]) -> Loss:
     """Returns the losses summed over the units, and the share of all learned weights that were undecided."""
     if not results:
-        return {"first": None, "last": None, "soft": None, "undecided": None}
+        return Loss()
     sizes = {unit.name: setting.num_weights(unit) for unit in setting.units if unit.name in results}
     undecided = sum(sizes[name] * (result.undecided or 0.0) for name, result in results.items())
-    return {
-        "first": sum(result.loss_before for result in results.values()),
-        "last": sum(result.loss_after for result in results.values()),
-        "soft": sum(result.loss_soft or 0.0 for result in results.values()),
-        "undecided": undecided / sum(sizes.values()),
-    }
+    return Loss(
+        first=sum(result.loss_before for result in results.values()),
+        last=sum(result.loss_after for result in results.values()),
+        soft=sum(result.loss_soft or 0.0 for result in results.values()),
+        undecided=undecided / sum(sizes.values()),
+    )
 
 
 def _report_gaps(results: Mapping[str, UnitResult], hyperparameters: Hyperparameters, reporter: Reporter) -> None:

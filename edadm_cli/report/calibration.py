@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edadm_cli.artifacts import Selection
 from edadm_cli.report.contents import RunContents
 from edadm_cli.report.formats import count, flat, number, plain
 from edadm_cli.report.html import Html, code, details, element, facts, section, table
@@ -30,20 +31,19 @@ def model_section(contents: RunContents) -> Html:
     if contents.collect is None:
         return section("model", "Model and sampling", facts(pairs), missing(contents, "collect"))
     sampling = contents.collect.facts
-    scheduler = sampling.get("scheduler", {})
-    prompts = sampling["prompts"]
+    scheduler, prompts = sampling.scheduler, sampling.prompts
     pairs += [
-        ("denoiser", sampling["entry"].get("denoiser")),
-        ("scheduler", scheduler.get("class")),
-        ("sampler steps", str(sampling["num_steps"])),
-        ("guidance", _optional(sampling["guidance_scale"])),
-        ("eta", plain(sampling["eta"])),
-        ("trajectories", f"{len(sampling['seeds']):,}"),
+        ("denoiser", sampling.entry.denoiser),
+        ("scheduler", scheduler.class_name),
+        ("sampler steps", str(sampling.num_steps)),
+        ("guidance", _optional(sampling.guidance_scale)),
+        ("eta", plain(sampling.eta)),
+        ("trajectories", f"{len(sampling.seeds):,}"),
         ("prompts", None if prompts is None else f"{len(prompts):,}, {len(set(prompts)):,} of them different"),
-        ("arithmetic", sampling["dtype"]),
+        ("arithmetic", sampling.dtype),
         ("seed", str(contents.collect.artifact.manifest.seed)),
     ]
-    rows = [(code(name), plain(value)) for name, value in flat(scheduler.get("config", {}))]
+    rows = [(code(name), plain(value)) for name, value in flat(scheduler.config)]
     more = details("Scheduler settings", table(["setting", "value"], rows, "Scheduler settings")) if rows else None
     return section("model", "Model and sampling", facts(pairs), more)
 
@@ -53,21 +53,21 @@ def selection_section(contents: RunContents) -> Html:
     if contents.select is None:
         return section("selection", "Calibration set", missing(contents, "select"))
     chosen = contents.select.facts
-    timesteps, counts = chosen["timesteps"], chosen["counts"]
+    timesteps, counts = chosen.timesteps, chosen.counts
     lead = (
-        f"{count(chosen['num_samples'], 'sample')} from {count(len(counts), 'step')} of "
-        f"{chosen['num_trajectories']:,} trajectories. {_STRATEGIES.get(chosen['strategy'], '')}"
+        f"{count(chosen.num_samples, 'sample')} from {count(len(counts), 'step')} of "
+        f"{chosen.num_trajectories:,} trajectories. {_STRATEGIES.get(chosen.strategy, '')}"
     )
     plots = element(
         "div",
         _figure("Samples a step", counts_plot(timesteps, counts), []),
-        _figure("Scores", score_plot(timesteps, chosen["density"], chosen["variety"]), ["density", "variety"]),
+        _figure("Scores", score_plot(timesteps, chosen.density, chosen.variety), ["density", "variety"]),
         class_="plots",
     )
     pairs = [
-        ("strategy", chosen["strategy"]),
+        ("strategy", chosen.strategy),
         ("density radius", _radius(chosen)),
-        ("variety weight", _optional(chosen["variety_weight"])),
+        ("variety weight", _optional(chosen.variety_weight)),
         ("fewest and most samples a step", f"{min(counts)} and {max(counts)}"),
         ("seed", str(contents.select.artifact.manifest.seed)),
     ]
@@ -79,10 +79,10 @@ def _figure(title: str, plot: Html, legend: list[str]) -> Html:
     return element("figure", element("figcaption", element("span", title, class_="title"), keys), plot)
 
 
-def _radius(chosen: dict[str, Any]) -> str | None:
-    if chosen["density_radius"] is None:
+def _radius(chosen: Selection) -> str | None:
+    if chosen.density_radius is None:
         return None
-    return f"{number(chosen['density_radius'])} ({chosen['density_radius_source']})"
+    return f"{number(chosen.density_radius)} ({chosen.density_radius_source})"
 
 
 def _optional(value: float | None) -> str | None:

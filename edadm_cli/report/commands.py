@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from edadm_cli.artifacts import Manifest
+from edadm_cli.artifacts import BenchResult, Manifest, Payload, recipe_name
 from edadm_cli.report.contents import BY_BITS, Part, RunContents
 
 _FLAGS: dict[str, tuple[str, ...]] = {
@@ -34,17 +34,17 @@ def repeating_commands(contents: RunContents) -> list[str]:
     return [shlex.join(_words(part)) for part in contents.parts()]
 
 
-def _words(part: Part) -> Iterator[str]:
+def _words(part: Part[Payload]) -> Iterator[str]:
     manifest: Manifest = part.artifact.manifest
     yield from ("edadm", manifest.kind)
     if manifest.kind == "collect":
         yield from ("--model", manifest.model.id)
     if manifest.kind in BY_BITS:
         yield from ("--bits", part.artifact.path.name)
-    if manifest.kind == "bench":
-        yield from _words_of_bench(part)
+    if isinstance(part.facts, BenchResult):
+        yield from _words_of_bench(Part(part.artifact, part.facts))
     if manifest.kind == "reconstruct":
-        yield from ("--recipe", str(manifest.config["recipe"]["name"]))
+        yield from ("--recipe", recipe_name(part.artifact))
     for name in _FLAGS[manifest.kind]:
         value = manifest.config.get(name)
         if value is not None:
@@ -57,11 +57,11 @@ def _words(part: Part) -> Iterator[str]:
         yield from ("--seed", str(manifest.seed))
 
 
-def _words_of_bench(part: Part) -> Iterator[str]:
+def _words_of_bench(part: Part[BenchResult]) -> Iterator[str]:
     config = part.config
     if not part.artifact.manifest.parents:
         yield from ("--model", part.artifact.manifest.model.id)
-    yield from ("--bits", ",".join(part.facts["bits"]))
+    yield from ("--bits", ",".join(part.facts.bits))
     yield from ("--batch-sizes", ",".join(str(size) for size in config.get("batch_sizes", [1])))
     if config.get("size"):
         yield from ("--size", "x".join(str(side) for side in config["size"]))

@@ -5,21 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from edadm_cli.artifacts import Artifact, ModelRef, RunFolder
+from edadm_cli.artifacts import (
+    Artifact,
+    BenchResult,
+    Evaluation,
+    ExportFacts,
+    ModelRef,
+    Payload,
+    RunFolder,
+    Selection,
+    Units,
+    recipe_name,
+)
 from edadm_cli.config import BitWidth
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.collected import Sampling
 
 BY_BITS = ("reconstruct", "export", "evaluate")
 
 
+Facts = TypeVar("Facts", bound=Payload, covariant=True)
+
+
 @dataclass(frozen=True)
-class Part:
+class Part(Generic[Facts]):
     """An artifact and its main JSON file."""
 
     artifact: Artifact
-    facts: dict[str, Any]
+    facts: Facts
 
     @property
     def config(self) -> dict[str, Any]:
@@ -32,9 +47,9 @@ class Width:
     """What a run holds of one bit width; `None` for a stage that was not run."""
 
     bits: str
-    reconstruct: Part | None
-    export: Part | None
-    evaluate: Part | None
+    reconstruct: Part[Units] | None
+    export: Part[ExportFacts] | None
+    evaluate: Part[Evaluation] | None
 
     @property
     def title(self) -> str:
@@ -44,27 +59,24 @@ class Width:
     @property
     def recipe(self) -> str | None:
         """Name of the recipe."""
-        return None if self.reconstruct is None else str(self.reconstruct.config["recipe"]["name"])
+        return None if self.reconstruct is None else recipe_name(self.reconstruct.artifact)
 
 
 @dataclass(frozen=True)
 class RunContents:
     """Everything that the page shows; `None` for a stage that was not run."""
 
-    collect: Part | None
-    select: Part | None
+    collect: Part[Sampling] | None
+    select: Part[Selection] | None
     widths: tuple[Width, ...]
-    benches: tuple[Part, ...] = ()
+    benches: tuple[Part[BenchResult], ...] = ()
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[Part[Payload]]:
         """Every artifact, in the order of the chain."""
-        for part in (self.collect, self.select):
-            if part is not None:
-                yield part
+        stages: list[Part[Payload] | None] = [self.collect, self.select]
         for width in self.widths:
-            for part in (width.reconstruct, width.export, width.evaluate):
-                if part is not None:
-                    yield part
+            stages += [width.reconstruct, width.export, width.evaluate]
+        yield from (part for part in stages if part is not None)
         yield from self.benches
 
     @property
@@ -96,8 +108,8 @@ def read_run(run: RunFolder, bits: Sequence[str] | None) -> RunContents:
         if name not in held:
             run.open("reconstruct", name)  # says what is missing, and with which command it is made
     contents = RunContents(
-        collect=_read(run, "collect", None, "sampling.json"),
-        select=_read(run, "select", None, "selection.json"),
+        collect=_read(run, "collect", None, Sampling),
+        select=_read(run, "select", None, Selection),
         widths=tuple(_read_width(run, name) for name in shown),
         benches=_read_benches(run, None if bits is None else shown),
     )
@@ -120,21 +132,21 @@ def _widths_held(run: RunFolder) -> list[str]:
 def _read_width(run: RunFolder, bits: str) -> Width:
     return Width(
         bits=bits,
-        reconstruct=_read(run, "reconstruct", bits, "units.json"),
-        export=_read(run, "export", bits, "export.json"),
-        evaluate=_read(run, "evaluate", bits, "evaluation.json"),
+        reconstruct=_read(run, "reconstruct", bits, Units),
+        export=_read(run, "export", bits, ExportFacts),
+        evaluate=_read(run, "evaluate", bits, Evaluation),
     )
 
 
-def _read_benches(run: RunFolder, shown: Sequence[str] | None) -> tuple[Part, ...]:
+def _read_benches(run: RunFolder, shown: Sequence[str] | None) -> tuple[Part[BenchResult], ...]:
     """Benches of the bit widths that are shown; those of a model without an export with them."""
-    found = (_read(run, "bench", name, "bench.json") for name in run.names("bench"))
+    found = (_read(run, "bench", name, BenchResult) for name in run.names("bench"))
     parts = (part for part in found if part is not None)
-    return tuple(part for part in parts if shown is None or set(part.facts["bits"]) & set(shown))
+    return tuple(part for part in parts if shown is None or set(part.facts.bits) & set(shown))
 
 
-def _read(run: RunFolder, kind: str, name: str | None, file: str) -> Part | None:
+def _read(run: RunFolder, kind: str, name: str | None, payload: type[Facts]) -> Part[Facts] | None:
     if not run.has(kind, name):
         return None
     artifact = run.open(kind, name)
-    return Part(artifact, artifact.json(file))
+    return Part(artifact, payload.load(artifact))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from edadm_cli.artifacts import Evaluation, Metric
 from edadm_cli.report.contents import RunContents, Width
 from edadm_cli.report.formats import figure_of, figure_value, in_order, mebibytes, number
 from edadm_cli.report.html import Html, Node, element, section, table
@@ -63,8 +63,8 @@ def comparison(contents: RunContents) -> Html | None:
 def _lead(contents: RunContents) -> Html:
     if contents.collect is None:
         return element("p", "What this run holds, with the figures of each stage.", class_="lead")
-    entry = contents.collect.facts["entry"]
-    sentence = f"{entry['description'].rstrip('.')}." if entry.get("description") else ""
+    entry = contents.collect.facts.entry
+    sentence = f"{entry.description.rstrip('.')}." if entry.description else ""
     if contents.widths:
         aim = "Its denoiser was quantized after training; the rest of the pipeline is as it was."
     else:
@@ -74,26 +74,26 @@ def _lead(contents: RunContents) -> Html:
 
 def _cards(width: Width) -> Iterator[Html]:
     if width.export is not None:
-        sizes = width.export.facts["size_mib"]
-        size, full = mebibytes(sizes[width.export.facts["denoiser"]]), mebibytes(sizes["denoiser_fp32"])
+        sizes = width.export.facts.size_mib
+        size, full = mebibytes(sizes[width.export.facts.denoiser]), mebibytes(sizes["denoiser_fp32"])
         note = f"denoiser {size} on disk, {full} in fp32"
         yield _card("Smaller by", f"{number(sizes['ratio'], 3)}\u00d7", None, note)
     if width.evaluate is None:
         return
     facts = width.evaluate.facts
     for name in (*_DISTANCES, "prompt_accuracy"):
-        if name in facts["metrics"]:
+        if name in facts.metrics:
             yield _metric_card(name, facts)
-    distance, images = facts["distance_to_full_precision"], f"to {_FULL}, mean of {facts['num_images']:,} images"
-    yield _card("Relative L2", number(distance["latent_rel_l2"], 3), None, f"of the latent {images}")
-    yield _card("PSNR", number(distance["psnr_db"], 3), "dB", images)
+    distance, images = facts.distance_to_full_precision, f"to {_FULL}, mean of {facts.num_images:,} images"
+    yield _card("Relative L2", number(distance.latent_rel_l2, 3), None, f"of the latent {images}")
+    yield _card("PSNR", number(distance.psnr_db, 3), "dB", images)
 
 
-def _metric_card(name: str, facts: dict[str, Any]) -> Html:
-    metric, full = facts["metrics"][name], facts["full_precision"].get(name)
-    note = f"{_FULL} {figure_value(name, full['value'])}" if full else ""
-    note = f"{note}; {metric['features']}, {metric['num_images']:,} images".lstrip("; ")
-    return _card(figure_of(name).label, figure_value(name, metric["value"]), None, note)
+def _metric_card(name: str, facts: Evaluation) -> Html:
+    metric, full = facts.metrics[name], facts.full_precision.get(name)
+    note = f"{_FULL} {figure_value(name, full.value)}" if full else ""
+    note = f"{note}; {metric.features}, {metric.num_images:,} images".lstrip("; ")
+    return _card(figure_of(name).label, figure_value(name, metric.value), None, note)
 
 
 def _card(label: str, value: str, unit: str | None, note: str) -> Html:
@@ -117,26 +117,26 @@ class _Column:
 def _column(width: Width) -> _Column:
     column = _Column(recipe=width.recipe or "")
     if width.export is not None:
-        sizes = width.export.facts["size_mib"]
-        size = mebibytes(sizes[width.export.facts["denoiser"]])
+        sizes = width.export.facts.size_mib
+        size = mebibytes(sizes[width.export.facts.denoiser])
         column = replace(column, size=size, ratio=f"{number(sizes['ratio'], 3)}\u00d7")
     if width.evaluate is not None:
         facts = width.evaluate.facts
-        distance = facts["distance_to_full_precision"]
+        distance = facts.distance_to_full_precision
         column = replace(
             column,
-            images=number(facts["num_images"]),
-            psnr=f"{number(distance['psnr_db'])}\u00a0dB",
-            distance=number(distance["latent_rel_l2"]),
-            figures=_values(facts["metrics"]),
+            images=number(facts.num_images),
+            psnr=f"{number(distance.psnr_db)}\u00a0dB",
+            distance=number(distance.latent_rel_l2),
+            figures=_values(facts.metrics),
         )
     return column
 
 
 def _full_precision_column(contents: RunContents) -> _Column:
     """What all bit widths were compared with; empty where they were compared with different things."""
-    evaluated = [w.evaluate.facts["full_precision"] for w in contents.widths if w.evaluate is not None]
-    sizes = {w.export.facts["size_mib"]["denoiser_fp32"] for w in contents.widths if w.export is not None}
+    evaluated = [w.evaluate.facts.full_precision for w in contents.widths if w.evaluate is not None]
+    sizes = {w.export.facts.size_mib["denoiser_fp32"] for w in contents.widths if w.export is not None}
     same = bool(evaluated) and all(figures == evaluated[0] for figures in evaluated)
     return _Column(
         size=mebibytes(sizes.pop()) if len(sizes) == 1 else "",
@@ -144,5 +144,5 @@ def _full_precision_column(contents: RunContents) -> _Column:
     )
 
 
-def _values(metrics: Mapping[str, Any]) -> dict[str, str]:
-    return {name: figure_value(name, metric["value"]) for name, metric in metrics.items()}
+def _values(metrics: Mapping[str, Metric]) -> dict[str, str]:
+    return {name: figure_value(name, metric.value) for name, metric in metrics.items()}

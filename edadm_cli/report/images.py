@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from edadm_cli.artifacts import Artifact, explained_os_errors
+from edadm_cli.artifacts import Artifact, ShownImage, explained_os_errors
 from edadm_cli.report.contents import Width
 from edadm_cli.report.formats import NOTHING, number
 from edadm_cli.report.html import Html, Node, element
@@ -47,9 +46,9 @@ class Picture:
 class Wall:
     """Evaluations that show the same full-precision images, so that they share one set."""
 
-    shown: list[dict[str, Any]]
+    shown: Sequence[ShownImage]
     full_precision: list[Picture]
-    quantized: list[tuple[Width, list[dict[str, Any]], list[Picture]]]
+    quantized: list[tuple[Width, Sequence[ShownImage], list[Picture]]]
 
 
 def build_walls(widths: Sequence[Width]) -> list[Wall]:
@@ -58,13 +57,13 @@ def build_walls(widths: Sequence[Width]) -> list[Wall]:
     for width in widths:
         if width.evaluate is None:
             continue
-        shown = width.evaluate.facts["shown"]
-        full = _read(width.evaluate.artifact, shown, "full_precision")
+        shown = width.evaluate.facts.shown
+        full = _read(width.evaluate.artifact, [image.full_precision for image in shown])
         wall = next((w for w in walls if _captions(w.shown) == _captions(shown) and w.full_precision == full), None)
         if wall is None:
             wall = Wall(shown, full, [])
             walls.append(wall)
-        wall.quantized.append((width, shown, _read(width.evaluate.artifact, shown, "quantized")))
+        wall.quantized.append((width, shown, _read(width.evaluate.artifact, [image.quantized for image in shown])))
     return walls
 
 
@@ -78,13 +77,13 @@ def show_wall(wall: Wall) -> Html:
 
 def _figure(wall: Wall, place: int) -> Html:
     entry = wall.shown[place]
-    subject = f"\u201c{entry['prompt']}\u201d" if entry["prompt"] is not None else f"seed {entry['seed']}"
+    subject = f"\u201c{entry.prompt}\u201d" if entry.prompt is not None else f"seed {entry.seed}"
     tiles = [_tile(wall.full_precision[place], "full precision", None, f"{subject} at full precision")]
     for width, shown, pictures in wall.quantized:
-        psnr = f"{number(shown[place].get('psnr_db'), 3)}\u00a0dB"
+        psnr = f"{number(shown[place].psnr_db, 3)}\u00a0dB"
         tiles.append(_tile(pictures[place], width.title, psnr, f"{subject} quantized to {width.title}"))
-    caption: Node = entry["prompt"] if entry["prompt"] is not None else NOTHING
-    text = element("bdi", caption) if entry["prompt"] is not None else f"seed {entry['seed']}"
+    caption: Node = entry.prompt if entry.prompt is not None else NOTHING
+    text = element("bdi", caption) if entry.prompt is not None else f"seed {entry.seed}"
     return element("figure", element("div", tiles, class_="tiles"), element("figcaption", text))
 
 
@@ -93,14 +92,14 @@ def _tile(picture: Picture, label: str, note: str | None, alt: str) -> Html:
     return element("div", picture.show(alt), below, class_="tile")
 
 
-def _read(artifact: Artifact, shown: Sequence[dict[str, Any]], kind: str) -> list[Picture]:
+def _read(artifact: Artifact, names: Sequence[str]) -> list[Picture]:
     pictures = []
-    for entry in shown:
-        path = artifact.file(entry[kind])
+    for name in names:
+        path = artifact.file(name)
         with explained_os_errors(path):
             pictures.append(Picture(path.read_bytes()))
     return pictures
 
 
-def _captions(shown: Sequence[dict[str, Any]]) -> list[tuple[Any, Any]]:
-    return [(entry["seed"], entry["prompt"]) for entry in shown]
+def _captions(shown: Sequence[ShownImage]) -> list[tuple[int, str | None]]:
+    return [(entry.seed, entry.prompt) for entry in shown]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edadm_cli.artifacts import Payload
 from edadm_cli.report.commands import repeating_commands
 from edadm_cli.report.contents import Part, RunContents
 from edadm_cli.report.formats import flat, plain
@@ -31,12 +32,12 @@ def provenance_section(contents: RunContents) -> Html:
     )
 
 
-def _title(part: Part) -> str:
+def _title(part: Part[Payload]) -> str:
     kind, folder = part.artifact.kind, part.artifact.path.name
     return kind if folder == kind else f"{kind} {folder.upper()}"
 
 
-def _lineage(part: Part) -> list[Node]:
+def _lineage(part: Part[Payload]) -> list[Node]:
     manifest = part.artifact.manifest
     parents = [f"{parent.kind} {parent.identity[:_SHORT]}" for parent in manifest.parents]
     return [
@@ -60,7 +61,7 @@ def _commands(contents: RunContents) -> Html:
     return Html(block + element("p", note))
 
 
-def _settings(part: Part) -> Html:
+def _settings(part: Part[Payload]) -> Html:
     rows: list[list[Node]] = [[code(name), _breakable(plain(value))] for name, value in flat(part.config)]
     return table(["setting", "value"], rows, f"Settings of {_title(part)}")
 

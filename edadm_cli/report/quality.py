@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from edadm_cli.artifacts import Evaluation
 from edadm_cli.report.contents import Part, RunContents, Width
 from edadm_cli.report.formats import FIGURES, figure_of, figure_value, in_order, number
 from edadm_cli.report.html import Html, Node, code, element, section, table
@@ -41,35 +41,35 @@ def _quality(contents: RunContents, width: Width) -> Html:
     parts = [
         element("p", _sampling(width.evaluate), class_="lead"),
         _figures(width, facts),
-        *_skipped(facts.get("skipped", {})),
-        *(caution(_with_label(text)) for text in facts.get("cautions", [])),
+        *_skipped(facts.skipped),
+        *(caution(_with_label(text)) for text in facts.cautions),
     ]
     return element("div", parts)
 
 
-def _sampling(part: Part) -> str:
+def _sampling(part: Part[Evaluation]) -> str:
     facts = part.facts
-    guidance = f", guidance {facts['guidance_scale']:g}" if facts["guidance_scale"] is not None else ""
-    real = f" Real images: {facts['real']}." if facts.get("real") else ""
-    same = facts.get("num_identical_images")
+    guidance = f", guidance {facts.guidance_scale:g}" if facts.guidance_scale is not None else ""
+    real = f" Real images: {facts.real}." if facts.real else ""
+    same = facts.num_identical_images
     equal = f" {same:,} of the images equal full precision bit for bit." if same else ""
-    return f"{facts['num_images']:,} images at each precision, {facts['num_steps']} steps{guidance}.{real}{equal}"
+    return f"{facts.num_images:,} images at each precision, {facts.num_steps} steps{guidance}.{real}{equal}"
 
 
-def _figures(width: Width, facts: dict[str, Any]) -> Html:
+def _figures(width: Width, facts: Evaluation) -> Html:
     rows: list[list[Node]] = []
-    for name in in_order(facts["metrics"]):
-        metric, full, figure = facts["metrics"][name], facts["full_precision"].get(name), figure_of(name)
+    for name in in_order(facts.metrics):
+        metric, full, figure = facts.metrics[name], facts.full_precision.get(name), figure_of(name)
         label = [figure.label, element("small", _ARROWS[figure.better]) if figure.better else None]
-        values = [figure_value(name, full["value"] if full else None), figure_value(name, metric["value"])]
-        rows.append([label, *values, code(metric["features"]), number(metric["num_images"])])
-    distance = facts["distance_to_full_precision"]
+        values = [figure_value(name, full.value if full else None), figure_value(name, metric.value)]
+        rows.append([label, *values, code(metric.features), number(metric.num_images)])
+    distance = facts.distance_to_full_precision
     for label_text, better, value in (
-        ("PSNR to full precision", "higher", f"{number(distance['psnr_db'])}\u00a0dB"),
-        ("Relative L2 to full precision", "lower", number(distance["latent_rel_l2"])),
+        ("PSNR to full precision", "higher", f"{number(distance.psnr_db)}\u00a0dB"),
+        ("Relative L2 to full precision", "lower", number(distance.latent_rel_l2)),
     ):
         features = "pixels" if better == "higher" else "final latent"
-        rows.append([[label_text, element("small", _ARROWS[better])], "", value, features, number(facts["num_images"])])
+        rows.append([[label_text, element("small", _ARROWS[better])], "", value, features, number(facts.num_images)])
     header = ["figure", "full precision", width.title, "features", "images"]
     return table(header, rows, f"Quality of {width.title}", numeric=(1, 2, 4))
 

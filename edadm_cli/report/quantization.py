@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
 
+from edadm_cli.artifacts import ExportFacts, Parity, UnitRow, Units
+from edadm_cli.artifacts.quantization import load_plan
+from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.report.contents import Part, RunContents, Width
 from edadm_cli.report.formats import count, mebibytes, number, plain, seconds
 from edadm_cli.report.html import Html, Node, code, details, element, facts, section, table
@@ -41,23 +44,23 @@ def export_section(contents: RunContents) -> Html:
     return section("export", "Size and export", parts)
 
 
-def _reconstruction(width: Width, part: Part) -> Html:
-    coverage, loss = part.facts["coverage"], part.facts["loss"]
-    kinds = ", ".join(count(amount, _KINDS.get(kind, kind)) for kind, amount in part.facts["by_kind"].items() if amount)
+def _reconstruction(width: Width, part: Part[Units]) -> Html:
+    coverage, loss = part.facts.coverage, part.facts.loss
+    kinds = ", ".join(count(amount, _KINDS.get(kind, kind)) for kind, amount in part.facts.by_kind.items() if amount)
     environment = part.artifact.manifest.environment
     pairs = [
         ("recipe", width.recipe),
-        ("quantized", f"{coverage['quantized']:,} of {coverage['planned']:,} planned"),
+        ("quantized", f"{coverage.quantized:,} of {coverage.planned:,} planned"),
         ("of which", kinds),
-        ("kept in floating point", f"{coverage['kept']:,}"),
-        ("loss before", None if loss["first"] is None else f"{number(loss['first'])}, summed over the units"),
-        ("loss after", None if loss["last"] is None else number(loss["last"])),
-        ("loss before h was rounded", None if loss.get("soft") is None else number(loss["soft"])),
-        ("undecided weights then", None if loss.get("undecided") is None else f"{loss['undecided']:.2%}"),
+        ("kept in floating point", f"{coverage.kept:,}"),
+        ("loss before", None if loss.first is None else f"{number(loss.first)}, summed over the units"),
+        ("loss after", None if loss.last is None else number(loss.last)),
+        ("loss before h was rounded", None if loss.soft is None else number(loss.soft)),
+        ("undecided weights then", None if loss.undecided is None else f"{loss.undecided:.2%}"),
         ("time taken", seconds(environment.get("seconds"))),
         ("seed", str(part.artifact.manifest.seed)),
     ]
-    learned = [unit for unit in part.facts["units"] if unit["loss_before"] is not None]
+    learned = [unit for unit in part.facts.units if unit.loss_before is not None]
     lead = (
         "Loss of each unit against full precision: rounded to nearest, and after learning."
         if learned
@@ -67,37 +70,37 @@ def _reconstruction(width: Width, part: Part) -> Html:
     return element(
         "div",
         element("p", lead, class_="lead"),
-        *(caution(text) for text in part.facts.get("warnings", ())),
+        *(caution(text) for text in part.facts.warnings),
         _losses(learned) if learned else None,
         facts(pairs),
         details(summary, _units(width, learned)) if learned else None,
-        _layers(width, part.artifact.json("plan.json")),
+        _layers(width, load_plan(part.artifact)),
     )
 
 
-def _losses(units: list[dict[str, Any]]) -> Html:
+def _losses(units: Sequence[UnitRow]) -> Html:
     keys = [element("span", f"{kind} learning", class_=f"key {kind}") for kind in ("before", "after")]
     title = element("span", "Reconstruction loss", class_="title")
     plot = loss_plot(
-        [unit["name"] for unit in units],
-        [unit["loss_before"] for unit in units],
-        [unit["loss_after"] for unit in units],
+        [unit.name for unit in units],
+        [unit.loss_before or 0.0 for unit in units],
+        [unit.loss_after or 0.0 for unit in units],
     )
     frame = element("div", plot, class_="scroll plain", role="region", aria_label="Loss of each unit", tabindex=0)
     return element("figure", element("figcaption", title, keys), frame, class_="wide")
 
 
-def _units(width: Width, units: list[dict[str, Any]]) -> Html:
+def _units(width: Width, units: Sequence[UnitRow]) -> Html:
     rows: list[list[Node]] = [
         [
-            code(unit["name"]),
-            unit["kind"],
-            number(len(unit["layers"])),
-            number(unit["loss_before"]),
-            number(unit["loss_after"]),
-            number(unit["loss_soft"]) if unit.get("loss_soft") is not None else None,
-            f"{unit['undecided']:.1%}" if unit.get("undecided") is not None else None,
-            curve_plot(unit["curve"], f"Loss curve of {unit['name']}") if len(unit["curve"]) > 1 else None,
+            code(unit.name),
+            unit.kind,
+            number(len(unit.layers)),
+            number(unit.loss_before),
+            number(unit.loss_after),
+            number(unit.loss_soft) if unit.loss_soft is not None else None,
+            f"{unit.undecided:.1%}" if unit.undecided is not None else None,
+            curve_plot(unit.curve, f"Loss curve of {unit.name}") if len(unit.curve) > 1 else None,
         ]
         for unit in units
     ]
@@ -110,35 +113,35 @@ def _units(width: Width, units: list[dict[str, Any]]) -> Html:
     return element("div", element("p", note), table(header, rows, f"Units of {width.title}", numeric=(2, 3, 4, 5, 6)))
 
 
-def _layers(width: Width, plan: dict[str, Any]) -> Html:
+def _layers(width: Width, plan: QuantizationPlan) -> Html:
     """Every layer of the plan, and those left out with the reason; bits or parts that a layer has not are not named."""
     rows: list[list[Node]] = [
         [
             code(name),
-            str(layer["weight_bits"]),
-            plain(layer.get("activation_bits") or "float"),
-            " + ".join(str(size) for size in layer.get("channel_parts") or []),
+            str(layer.weight_bits),
+            plain(layer.activation_bits or "float"),
+            " + ".join(str(size) for size in layer.channel_parts or ()),
             None,
         ]
-        for name, layer in plan["layers"].items()
+        for name, layer in plan.layers.items()
     ]
-    for name, attention in plan["attentions"].items():
-        bits = f"{attention['activation_bits']}, probabilities {attention['probability_bits']}"
+    for name, attention in plan.attentions.items():
+        bits = f"{attention.activation_bits}, probabilities {attention.probability_bits}"
         rows.append([code(name), "", bits, "", "both products of the attention"])
-    rows += [[code(name), "", "", "", f"kept: {reason}"] for name, reason in plan["kept"].items()]
+    rows += [[code(name), "", "", "", f"kept: {reason}"] for name, reason in plan.kept.items()]
     header = ["layer", "weight bits", "activation bits", "channel parts", "note"]
-    widths = Counter((layer["weight_bits"], layer.get("activation_bits")) for layer in plan["layers"].values())
+    widths = Counter((layer.weight_bits, layer.activation_bits) for layer in plan.layers.values())
     mixture = ", ".join(
         f"{amount:,} at W{weight}{f'A{activation}' if activation else ', float inputs'}"
         for (weight, activation), amount in sorted(widths.items(), key=str)
     )
-    summary = f"All {count(len(plan['layers']), 'layer')}: {mixture}"
+    summary = f"All {count(len(plan.layers), 'layer')}: {mixture}"
     return details(summary, table(header, rows, f"Layers of {width.title}", numeric=(1, 2)))
 
 
-def _export(width: Width, part: Part, heading: str) -> Html:
-    sizes, parity = part.facts["size_mib"], part.facts["parity"]
-    name = part.facts["denoiser"]
+def _export(width: Width, part: Part[ExportFacts], heading: str) -> Html:
+    sizes, parity = part.facts.size_mib, part.facts.parity
+    name = part.facts.denoiser
     full = sizes["denoiser_fp32"]
     components = {key: size for key, size in sizes.items() if key not in ("denoiser_fp32", "ratio")}
     largest = max(full, *components.values())
@@ -155,17 +158,17 @@ def _export(width: Width, part: Part, heading: str) -> Html:
     )
 
 
-def _parity(parity: dict[str, Any]) -> list[tuple[Node, Node]]:
-    equal = "equal bit for bit" if parity["images_bit_equal"] else "not equal"
+def _parity(parity: Parity) -> list[tuple[Node, Node]]:
+    equal = "equal bit for bit" if parity.images_bit_equal else "not equal"
     pairs: list[tuple[Node, Node]] = [
         ("images before and after packing", equal),
-        ("largest difference of a latent", number(parity["latent_max_abs"])),
+        ("largest difference of a latent", number(parity.latent_max_abs)),
     ]
-    if parity.get("integer_rel_l2") is not None:
+    if parity.integer_rel_l2 is not None:
         pairs += [
-            ("integer arithmetic, worst layer's relative L2", number(parity["integer_rel_l2"])),
-            ("bound on it", number(parity["integer_bound"], 2)),
-            ("that layer", code(str(parity["integer_layer"]))),
-            ("integer arithmetic, relative L2 of the final latent", number(parity["integer_latent_rel_l2"])),
+            ("integer arithmetic, worst layer's relative L2", number(parity.integer_rel_l2)),
+            ("bound on it", number(parity.integer_bound, 2)),
+            ("that layer", code(str(parity.integer_layer))),
+            ("integer arithmetic, relative L2 of the final latent", number(parity.integer_latent_rel_l2)),
         ]
     return pairs

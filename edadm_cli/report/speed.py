@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from edadm_cli.artifacts import BenchResult, QuantizedFacts
 from edadm_cli.report.contents import Part, RunContents
-from edadm_cli.report.formats import NOTHING, count, mebibytes, number, percentage, seconds
+from edadm_cli.report.formats import NOTHING, count, mebibytes, number, percentage, plain, seconds
 from edadm_cli.report.html import Html, Node, code, details, element, facts, section, table
 from edadm_cli.report.plots import bar
 
@@ -26,42 +24,42 @@ def speed_section(contents: RunContents) -> Html | None:
     return section("speed", "Speed", parts)
 
 
-def _title(bench: Part) -> str:
-    bits = ", ".join(width.upper() for width in bench.facts["bits"])
-    return f"{bits} on {bench.facts['engine']}, {bench.config['device']}"
+def _title(bench: Part[BenchResult]) -> str:
+    bits = ", ".join(width.upper() for width in bench.facts.bits)
+    return f"{bits} on {bench.facts.engine}, {plain(bench.config.get('device'))}"
 
 
-def _bench(bench: Part) -> list[Node]:
+def _bench(bench: Part[BenchResult]) -> list[Node]:
     found = bench.facts
     return [
-        element("p", element("strong", found["headline"])),
+        element("p", element("strong", found.headline)),
         _contenders(bench),
         facts(_machine(found)),
-        *(_width(bits, width) for bits, width in found["by_bits"].items()),
+        *(_width(bits, width) for bits, width in found.by_bits.items()),
     ]
 
 
-def _contenders(bench: Part) -> Html:
+def _contenders(bench: Part[BenchResult]) -> Html:
     rows: list[list[Node]] = []
-    contenders = sorted(bench.facts["contenders"], key=lambda row: row["latency_ms"]["median"])
-    slowest = contenders[-1]["latency_ms"]["median"]
-    eager = next((row["latency_ms"]["median"] for row in contenders if row["name"] == "torch float32"), None)
-    batches = list(contenders[0]["throughput"])
-    has_images = any(row.get("pipeline") for row in contenders)
+    contenders = sorted(bench.facts.contenders, key=lambda row: row.latency_ms.median)
+    slowest = contenders[-1].latency_ms.median
+    eager = next((row.latency_ms.median for row in contenders if row.name == "torch float32"), None)
+    batches = list(contenders[0].throughput)
+    has_images = any(row.pipeline for row in contenders)
     for row in contenders:
-        latency = row["latency_ms"]
-        spread = f"{number(latency['min'], 3)} to {number(latency['max'], 3)}"
+        latency = row.latency_ms
+        spread = f"{number(latency.min, 3)} to {number(latency.max, 3)}"
         cells: list[Node] = [
-            row["name"],
-            [number(latency["median"], 3), element("small", spread)],
-            bar(latency["median"] / slowest, "before" if row["bits"] is None else "after"),
-            NOTHING if eager is None else f"{eager / latency['median']:.2f}\u00d7",
-            mebibytes(row["peak_memory_mib"]),
-            mebibytes(row["size_mib"]),
+            row.name,
+            [number(latency.median, 3), element("small", spread)],
+            bar(latency.median / slowest, "before" if row.bits is None else "after"),
+            NOTHING if eager is None else f"{eager / latency.median:.2f}\u00d7",
+            mebibytes(row.peak_memory_mib),
+            mebibytes(row.size_mib),
         ]
-        cells += [number(row["throughput"].get(batch), 3) for batch in batches[1:]]
+        cells += [number(row.throughput.get(batch), 3) for batch in batches[1:]]
         if has_images:
-            cells.append(seconds((row.get("pipeline") or {}).get("seconds")) or NOTHING)
+            cells.append(seconds(row.pipeline.seconds if row.pipeline else None) or NOTHING)
         rows.append(cells)
     header = ["contender", "milliseconds", "to scale", "against fp32", "memory", "on disk"]
     header += [f"rows/s at {batch}" for batch in batches[1:]] + (["an image"] if has_images else [])
@@ -69,13 +67,13 @@ def _contenders(bench: Part) -> Html:
     return table(header, rows, f"Contenders of {_title(bench)}, batch {batches[0]}", numeric=numeric)
 
 
-def _machine(found: Mapping[str, Any]) -> list[tuple[Node, Node]]:
-    machine = found["machine"]
+def _machine(found: BenchResult) -> list[tuple[Node, Node]]:
+    machine = found.machine
     gpu = machine.get("gpu") or {}
-    rates = ", ".join(f"{name} {number(rate, 3)}" for name, rate in found["peak_tops"].items())
+    rates = ", ".join(f"{name} {number(rate, 3)}" for name, rate in found.peak_tops.items())
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return [
-        ("measured", found["subject"]),
+        ("measured", found.subject),
         ("processor", f"{machine['cpu']}, {machine['threads']} of {count(machine['logical_cores'], 'core')}"),
         ("instructions", ", ".join(machine["cpu_flags"])),
         ("GPU", gpu.get("name")),
@@ -85,32 +83,32 @@ def _machine(found: Mapping[str, Any]) -> list[tuple[Node, Node]]:
     ]
 
 
-def _width(bits: str, width: Mapping[str, Any]) -> Html:
+def _width(bits: str, width: QuantizedFacts) -> Html:
     title = bits.upper()
-    parity, coverage = width["parity"], width["coverage"]
+    parity, coverage = width.parity, width.coverage
     pairs: list[tuple[Node, Node]] = [
-        ("layers in INT8", f"{coverage['quantized']:,} of {coverage['planned']:,} planned"),
-        ("worst layer, relative L2 from exact integers", number(parity["max_rel_l2"], 3)),
-        ("bound on it", number(parity["bound"], 2)),
-        ("that layer", code(parity["layer"])),
-        ("the prediction, relative L2", number(parity["prediction_rel_l2"], 3)),
-        ("bound on it ", number(parity["prediction_bound"], 3)),
-        ("what quantization itself costs", number(parity["quantization_rel_l2"], 3)),
+        ("layers in INT8", f"{coverage.quantized:,} of {coverage.planned:,} planned"),
+        ("worst layer, relative L2 from exact integers", number(parity.max_rel_l2, 3)),
+        ("bound on it", number(parity.bound, 2)),
+        ("that layer", code(parity.layer)),
+        ("the prediction, relative L2", number(parity.prediction_rel_l2, 3)),
+        ("bound on it ", number(parity.prediction_bound, 3)),
+        ("what quantization itself costs", number(parity.quantization_rel_l2, 3)),
     ]
     kinds: list[list[Node]] = [
         [
-            row["kind"],
-            row["precision"],
-            number(row["count"]),
-            number(row["milliseconds"], 3),
-            percentage(row["share"]),
-            number(row["tops"], 3),
-            NOTHING if row["percent_of_peak"] is None else f"{row['percent_of_peak']:.0f}\u00a0%",
+            row.kind,
+            row.precision,
+            number(row.count),
+            number(row.milliseconds, 3),
+            percentage(row.share),
+            number(row.tops, 3),
+            NOTHING if row.percent_of_peak is None else f"{row.percent_of_peak:.0f}\u00a0%",
         ]
-        for row in width["by_kind"]
+        for row in width.by_kind
     ]
     layers: list[list[Node]] = [
-        [code(row["name"]), row["kind"], row["planned"], row["precision"], row["reason"]] for row in width["layers"]
+        [code(row.name), row.kind, row.planned, row.precision, row.reason] for row in width.layers
     ]
     kind_header = ["kind", "precision", "operations", "ms", "share", "TOPS", "of peak"]
     layer_header = ["layer", "kind", "planned", "ran in", "why not as planned"]

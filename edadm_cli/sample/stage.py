@@ -20,6 +20,7 @@ from edadm_cli.engines.files import load_on_engine
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import Samples, sample
@@ -142,24 +143,24 @@ def _prepare(config: SampleConfig, run: RunFolder) -> _Task:
         if config.arithmetic == "integer":
             raise UsageError("--arithmetic integer is the engine 'reference'; name one engine with --engine.")
     export = run.open("export", str(config.bits))
-    settings = run.open("collect").json("sampling.json")
-    entry = ModelEntry.model_validate(settings["entry"])
-    if config.guidance_scale is not None and settings["guidance_scale"] is None:
+    collected = CollectedRun.open(run)
+    entry = collected.entry
+    if config.guidance_scale is not None and collected.guidance_scale is None:
         raise UsageError(f"{entry.name} has no guidance, so --guidance-scale has no meaning for it.")
-    prompts = _prompts(config, entry, settings["prompts"])
+    prompts = _prompts(config, entry, collected.prompts)
     pictures = [
         Picture(
             seed=config.seed + index,
             prompt=None if prompts is None else prompts[index % len(prompts)],
-            num_steps=config.num_steps or settings["num_steps"],
-            guidance_scale=settings["guidance_scale"] if config.guidance_scale is None else config.guidance_scale,
+            num_steps=config.num_steps or collected.num_steps,
+            guidance_scale=collected.guidance_scale if config.guidance_scale is None else config.guidance_scale,
             arithmetic=config.arithmetic,
             export=export.identity,
             engine=config.engine,
         )
         for index in range(config.num_images)
     ]
-    return _Task(config, run, export, entry, getattr(torch, settings["dtype"]), pictures)
+    return _Task(config, run, export, entry, collected.dtype, pictures)
 
 
 def _prompts(config: SampleConfig, entry: ModelEntry, collected: list[str] | None) -> Sequence[str] | None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +18,17 @@ from edadm_cli.artifacts import (
     Estimate,
     Plan,
     RunFolder,
+    Selection,
     SelectRecord,
     read_tensor_header,
-    save_json,
     save_tensors,
     shared_keys,
 )
 from edadm_cli.artifacts.streaming import slices
 from edadm_cli.config import SelectConfig
 from edadm_cli.errors import UsageError
-from edadm_cli.models.calibration import CALIBRATION_FILE, CALL_FILE, CONSTANT
+from edadm_cli.models.calibration import CALIBRATION_FILE, CONSTANT, CallForm
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.select.plot import draw_selection
 from edadm_cli.select.strategies import (
@@ -41,7 +41,6 @@ from edadm_cli.select.strategies import (
 )
 from edadm_cli.select.tdac import Allocation, allocate, rows_at_once, score_slices
 
-SELECTION_FILE = "selection.json"
 SCORES_FILE = "scores.safetensors"
 PLOT_FILE = "selection.png"
 _MIB = 2**20
@@ -66,13 +65,13 @@ def run(
             _select(task, build, reporter)
         artifact = build.artifact
         assert artifact is not None
-    selection = artifact.json(SELECTION_FILE)
+    selection = Selection.load(artifact)
     return SelectRecord(
         **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=start, warnings=reporter.warnings),
-        strategy=selection["strategy"],
-        counts=tuple(selection["counts"]),
-        density_radius=selection["density_radius"],
-        variety_weight=selection["variety_weight"],
+        strategy=selection.strategy,
+        counts=selection.counts,
+        density_radius=selection.density_radius,
+        variety_weight=selection.variety_weight,
     )
 
 
@@ -139,9 +138,8 @@ def _plotting_seconds(num_steps: int) -> float:
 
 
 def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
-    collected = run.open("collect")
-    sampling = collected.json("sampling.json")
-    num_trajectories = len(sampling["seeds"])
+    collected = CollectedRun.open(run)
+    num_trajectories = collected.num_trajectories
     num_samples = config.num_samples or num_trajectories
     if num_samples > num_trajectories:
         raise UsageError(
@@ -155,11 +153,11 @@ def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
         ):
             if value is not None:
                 raise UsageError(f"--{flag} belongs to the strategy tdac and has no meaning for {config.strategy}.")
-    default_weight = sampling["entry"]["variety_weight"]
+    default_weight = collected.entry.variety_weight
     return _Task(
         config=config,
-        collected=collected,
-        timesteps=collected.tensors("features.safetensors", ["timesteps"])["timesteps"],
+        collected=collected.artifact,
+        timesteps=collected.artifact.tensors("features.safetensors", ["timesteps"])["timesteps"],
         num_trajectories=num_trajectories,
         num_samples=num_samples,
         variety_weight=default_weight if config.variety_weight is None else config.variety_weight,
@@ -176,8 +174,8 @@ def _select(task: _Task, build: Build, reporter: Reporter) -> None:
     save_tensors(build.path / CALIBRATION_FILE, _calibration_set(task, step_index, trajectory_index, reporter))
     scored = {"density": allocation.density, "variety": allocation.variety, "counts": counts}
     save_tensors(build.path / SCORES_FILE, scored)
-    save_json(build.path / CALL_FILE, task.collected.json(CALL_FILE))
-    save_json(build.path / SELECTION_FILE, _selection(task, allocation, counts))
+    CallForm.load(task.collected).save(build.path)
+    _selection(task, allocation, counts).save(build.path)
     title = f"{task.config.strategy}: {task.num_samples} samples from {len(counts)} steps"
     draw_selection(build.path / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts)
     build.commit()
@@ -260,25 +258,20 @@ def _calibration_set(
     }
 
 
-def _selection(task: _Task, allocation: Allocation, counts: Tensor) -> dict[str, Any]:
+def _selection(task: _Task, allocation: Allocation, counts: Tensor) -> Selection:
     num_steps = len(counts)
     given = task.config.density_radius is not None
-    is_normal = task.config.strategy == "normal"
-    return {
-        "strategy": task.config.strategy,
-        "num_samples": task.num_samples,
-        "num_trajectories": task.num_trajectories,
-        "density_radius": allocation.radius if task.is_tdac else None,
-        "density_radius_source": ("given" if given else "median of the pairwise distances") if task.is_tdac else None,
-        "variety_weight": task.variety_weight if task.is_tdac else None,
-        "steps_from_the_clean_end": {
-            "mean": NORMAL_MEAN * num_steps,
-            "deviation": NORMAL_DEVIATION * num_steps,
-        }
-        if is_normal
-        else None,
-        "timesteps": task.timesteps.tolist(),
-        "counts": counts.tolist(),
-        "density": allocation.density.tolist(),
-        "variety": allocation.variety.tolist(),
-    }
+    deviation = {"mean": NORMAL_MEAN * num_steps, "deviation": NORMAL_DEVIATION * num_steps}
+    return Selection(
+        strategy=task.config.strategy,
+        num_samples=task.num_samples,
+        num_trajectories=task.num_trajectories,
+        density_radius=allocation.radius if task.is_tdac else None,
+        density_radius_source=("given" if given else "median of the pairwise distances") if task.is_tdac else None,
+        variety_weight=task.variety_weight if task.is_tdac else None,
+        steps_from_the_clean_end=deviation if task.config.strategy == "normal" else None,
+        timesteps=tuple(task.timesteps.tolist()),
+        counts=tuple(counts.tolist()),
+        density=tuple(allocation.density.tolist()),
+        variety=tuple(allocation.variety.tolist()),
+    )

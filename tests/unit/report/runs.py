@@ -18,7 +18,16 @@ PARENTS = {"select": "collect", "reconstruct": "select", "export": "reconstruct"
 WITH_BITS = ("reconstruct", "export", "evaluate")
 
 SAMPLING: dict[str, Any] = {
-    "entry": {"description": "A model of two layers", "denoiser": "UNet2DModel"},
+    "model": {"id": "tiny-model", "revision": None, "fingerprint": "f" * 64},
+    "entry": {
+        "name": "tiny-model",
+        "description": "A model of two layers",
+        "source": "folder",
+        "location": "tiny-model",
+        "denoiser": "UNet2DModel",
+        "sampler": "DDIM",
+        "num_steps": 4,
+    },
     "scheduler": {"class": "DDIMScheduler", "config": {"beta_end": 0.02, "trained_betas": None}},
     "prompts": ["a seven", "a cat", "a seven"],
     "seeds": [0, 1, 2],

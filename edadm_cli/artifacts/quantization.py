@@ -1,0 +1,43 @@
+"""What a reconstruction hands on: the plan of the layers, and the parameters of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edadm_cli.artifacts.artifact import Artifact
+from edadm_cli.artifacts.files import save_json
+from edadm_cli.artifacts.payloads import load_payload
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edadm_cli.quant.plan import QuantizationPlan
+
+PARAMS_FILE = "quant_params.safetensors"
+PLAN_FILE = "plan.json"
+
+
+def save_plan(folder: Path, plan: QuantizationPlan) -> None:
+    """Write `plan.json`; fields that are null are left out."""
+    save_json(folder / PLAN_FILE, plan.model_dump(mode="json", exclude_none=True))
+
+
+def load_plan(reconstruction: Artifact) -> QuantizationPlan:
+    """Which layers of a reconstruction are quantized, to how many bits, and which are not.
+
+    Raises:
+        InputError: `plan.json` is missing or not a plan.
+    """
+    from edadm_cli.quant.plan import QuantizationPlan
+
+    return load_payload(reconstruction, PLAN_FILE, QuantizationPlan)
+
+
+def load_params(reconstruction: Artifact) -> dict[str, Tensor]:
+    """The quantization parameters of a reconstruction by name, on the CPU.
+
+    Raises:
+        InputError: `quant_params.safetensors` is missing or not readable.
+    """
+    return reconstruction.tensors(PARAMS_FILE)
