@@ -317,9 +317,9 @@ class BenchConfig(StageConfig):
     rounds: int = setting(
         10, "Measurements of each contender; their order rotates from round to round.", identity="never", ge=1
     )
-    against: tuple[Literal["nncf", "torchao"], ...] = setting(
+    against: tuple[str, ...] = setting(
         (),
-        "nncf or torchao, where installed: also measure what they quantize; repeatable or with commas.",
+        "Also measure what other tools quantize: nncf, torchao, sdnq, comfy-kitchen, float8; repeatable or with commas.",
         metavar="PEER",
         split=True,
     )

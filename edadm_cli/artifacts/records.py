@@ -289,6 +289,7 @@ class BenchFacts(_Record):
     coverage: Coverage
     parity: EngineParity
     contenders: tuple[Contender, ...]
+    left_out: dict[str, str] = Field({}, description="contenders that could not be measured, with the reason")
     speedup: Speedup
     by_bits: dict[str, QuantizedFacts]
     peak_tops: dict[str, float] = Field(description="precision -> largest rate measured, 10^12 operations a second")

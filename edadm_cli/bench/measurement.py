@@ -1,9 +1,8 @@
-"""The measurement itself: parity of every bit width, then all contenders in turns."""
+"""The measurement itself: first parity of every bit width, then the times of all contenders in turns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,26 +18,25 @@ from edadm_cli.artifacts import (
     PipelineTime,
     QuantizedFacts,
 )
-from edadm_cli.bench.contender import Call, Running, Spec, placed
-from edadm_cli.bench.floats import openvino_specs, torch_specs
+from edadm_cli.bench.contenders.base import DenoiserFacts, Preparation
+from edadm_cli.bench.contenders.registry import FLOATS, peers
 from edadm_cli.bench.kinds import rows_by_kind
 from edadm_cli.bench.machine import machine_facts
-from edadm_cli.bench.memory import give_back_memory, require_memory
+from edadm_cli.bench.memory import give_back_memory
+from edadm_cli.bench.participants import Participant, Participants, reason_of_error
 from edadm_cli.bench.peak import measure_peaks
-from edadm_cli.bench.peers import NNCF, TORCHAO, nncf_spec, torchao_spec
 from edadm_cli.bench.quantized import Prepared, check_prediction, coverage_of, prepare
 from edadm_cli.bench.request import Request
-from edadm_cli.bench.rounds import summarize, time_in_rounds
-from edadm_cli.bench.subject import ExportSubject
+from edadm_cli.bench.rounds import is_unsteady, summarize
+from edadm_cli.bench.spec import Call, Spec, placed
+from edadm_cli.bench.subject import ExportSubject, sample_of
 from edadm_cli.bench.verdict import FP32_EAGER, headline, speedup_of
-from edadm_cli.bench.worker import RemoteRunning
 from edadm_cli.bench.workload import WorkItem, workload
-from edadm_cli.engines.base import FLOAT, CompiledDenoiser, EngineOptions, FileEngine
+from edadm_cli.engines.base import FLOAT, EngineOptions, FileEngine
 from edadm_cli.engines.files import engine_artifact
+from edadm_cli.errors import InputError
 from edadm_cli.progress import Reporter
 from edadm_cli.quant.layers import quantized_layers
-
-Participant = Running | RemoteRunning
 
 
 class Measurement:
@@ -46,19 +44,19 @@ class Measurement:
 
     Args:
         request: What is measured.
-        scratch: Folder for files that are not kept.
-        reporter: Told of the progress.
+        scratch: Folder for temporary files.
+        reporter: Receives progress and warnings.
     """
 
     def __init__(self, request: Request, scratch: Path, reporter: Reporter) -> None:
         self.request, self.scratch, self.reporter = request, scratch, reporter
-        self._setting = request.setting
+        self._environment = request.environment
         self._calls: dict[int, list[Call]] = {}
         self._work: list[WorkItem] = []
-        self._floats: list[Spec] = []
+        self._specs: list[Spec] = []
         self._prepared: list[Prepared] = []
-        self._peers: list[Spec] = []
-        self._running: dict[str, Participant] = {}
+        self._not_prepared: dict[str, str] = {}
+        self._participants: Participants | None = None
 
     def __enter__(self) -> Measurement:
         return self
@@ -66,10 +64,8 @@ class Measurement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for participant in self._running.values():
-            if isinstance(participant, RemoteRunning):
-                participant.close()
-        self._running.clear()
+        if self._participants is not None:
+            self._participants.close()
 
     @property
     def _first(self) -> int:
@@ -79,7 +75,8 @@ class Measurement:
         """Write the contenders' files, and compare every layer of the quantized ones with exact integers.
 
         Raises:
-            EdadmError: A layer of the engine is out of bound.
+            EdadmError: A layer of the engine exceeds its bound.
+            InputError: The denoiser cannot be called with samples of this size.
         """
         request, config = self.request, self.request.config
         torch.set_num_threads(request.threads)
@@ -89,48 +86,52 @@ class Measurement:
         self._work = _work_of(denoiser, self._calls[self._first][0])
         folder = self.scratch / "float"
         denoiser.save_pretrained(folder)  # type: ignore[operator]
-        self._floats = torch_specs(denoiser, folder, request.device, request.half, config.compiled)
-        call = self._calls[self._first][0]
-        openvino = openvino_specs(denoiser, call, self._setting, request.half, self.scratch / "openvino")
-        self._floats += openvino
-        num_weights = sum(parameter.numel() for parameter in denoiser.parameters())
+        context = Preparation(
+            facts=DenoiserFacts.of(denoiser),
+            denoiser_folder=folder,
+            scratch=self.scratch,
+            calls=self._calls[self._first],
+            environment=self._environment,
+            dtype=request.dtype,
+            half=request.half,
+            compiled=config.compiled,
+        )
         del denoiser
         give_back_memory()
-        for peer in config.against:
-            if peer == NNCF:
-                calls = self._calls[self._first]
-                place = self.scratch / NNCF
-                self._peers.append(nncf_spec(self.scratch / "openvino", calls, request.dtype, place))
-            elif peer == TORCHAO:
-                half = request.half or "float32"
-                self._peers.append(torchao_spec(folder, half, num_weights, request.device.type == "cuda"))
+        for contender in FLOATS:
+            self._specs += contender.prepare(context)
+        peer_specs = [spec for name in config.against for spec in self._prepare_peer(name, context)]
+        give_back_memory()
         for bits in config.bits:
             self._prepared.append(self._prepare_quantized(bits))
             give_back_memory()
+        self._specs += [*(prepared.spec for prepared in self._prepared), *peer_specs]
 
     def measure(self) -> dict[str, Any]:
         """Compare predictions, time everything, and put the result together.
 
         Raises:
-            EdadmError: The prediction of an engine is out of bound.
+            EdadmError: The prediction of an engine exceeds its bound.
         """
         request, config = self.request, self.request.config
-        self._start()
-        parities = self._check_predictions()
+        participants = self._started()
+        parities = self._check_predictions(participants)
         peaks = self._measure_peaks()
-        times = self._time(self._first, config.rounds)
-        latencies = {name: summarize(found) for name, found in times.items()}
-        memories = {name: participant.memory() for name, participant in self._running.items()}
-        rates = self._throughput(latencies)
-        drawn = self._draw() if config.pipeline else {}
+        times = participants.time(self._first, config.rounds)
+        latencies = {name: summarize(group) for name, group in times.items()}
+        self._warn_of_a_busy_machine(latencies)
+        memories = participants.each(lambda participant: participant.memory())
+        rates = self._throughput(participants, latencies)
+        images = self._time_images(participants) if config.pipeline else {}
         contenders = [
-            _contender(self._running[name], latencies[name], memories[name], rates[name], drawn.get(name))
-            for name in self._running
+            _contender(participants[name], latencies[name], memories[name], rates[name], images.get(name))
+            for name in participants
         ]
-        facts = self._quantized_facts(contenders, parities, peaks)
+        facts = self._quantized_facts(participants, contenders, parities, peaks)
         main = facts[str(config.bits[0])]
-        peers = [contender for contender in contenders if contender.engine in config.against]
-        speedups = [found.speedup for found in facts.values()]
+        against = [contender for contender in contenders if contender.engine in config.against]
+        speedups = [facts_of_bits.speedup for facts_of_bits in facts.values()]
+        left_out = {**self._not_prepared, **participants.left_out}
         return {
             "subject": request.subject.title,
             "bits": [str(width) for width in config.bits],
@@ -139,11 +140,20 @@ class Measurement:
             "coverage": main.coverage.model_dump(),
             "parity": main.parity.model_dump(),
             "contenders": [contender.model_dump() for contender in contenders],
+            "left_out": left_out,
             "speedup": main.speedup.model_dump(),
-            "by_bits": {name: found.model_dump() for name, found in facts.items()},
+            "by_bits": {name: facts_of_bits.model_dump() for name, facts_of_bits in facts.items()},
             "peak_tops": peaks,
-            "headline": headline(speedups, contenders, peers),
+            "headline": headline(speedups, contenders, against, left_out),
         }
+
+    def _prepare_peer(self, name: str, context: Preparation) -> list[Spec]:
+        try:
+            return peers()[name].prepare(context)
+        except Exception as error:  # noqa: BLE001 - whatever another tool raises must not cost the measurement
+            self._not_prepared[name] = reason_of_error(error)
+            self.reporter.warn(f"{name} is left out: {self._not_prepared[name]}.")
+            return []
 
     def _prepare_quantized(self, bits: Any) -> Prepared:
         request = self.request
@@ -158,61 +168,61 @@ class Measurement:
                 denoiser,
                 bits,
                 self._calls[self._first][0],
-                self._setting,
+                self._environment,
                 getattr(torch, request.dtype),
                 folder,
                 advance,
             )
 
-    def _start(self) -> None:
+    def _started(self) -> Participants:
         sources = {prepared.spec.name: prepared.source for prepared in self._prepared}
-        specs = [*self._floats, *(prepared.spec for prepared in self._prepared), *self._peers]
-        with self.reporter.task("Loading", len(specs)) as advance:
-            for spec in specs:
-                self.reporter.note(f"loading {spec.name}")
-                self._running[spec.name] = self._participant(spec, sources.get(spec.name))
+        required = {FP32_EAGER, *sources}
+        config = self.request.config
+        participants = Participants(self._environment, self._calls, required, config.against, self.reporter)
+        self._participants = participants
+        with self.reporter.task("Loading", len(self._specs)) as advance:
+            for spec in self._specs:
+                participants.start(spec, sources.get(spec.name))
                 advance(1)
+        return participants
 
-    def _participant(self, spec: Spec, source: Callable[[], CompiledDenoiser] | None) -> Participant:
-        if self._setting.is_alone and source is None:
-            require_memory(spec.name, spec.size_mib)
-            return RemoteRunning(spec, self._setting, self._calls)
-        if self._setting.is_alone:
-            self.reporter.warn(f"{spec.name} has no files and runs in the program itself: its memory is not measured.")
-        return Running(spec, replace(self._setting, is_alone=False), self._calls, source)
-
-    def _check_predictions(self) -> dict[str, EngineParity]:
-        reference = self._running[FP32_EAGER].prediction
+    def _check_predictions(self, participants: Participants) -> dict[str, EngineParity]:
+        reference = participants[FP32_EAGER].prediction
         return {
             str(prepared.spec.bits): check_prediction(
-                prepared, self.request.engine, self._running[prepared.spec.name].prediction, reference
+                prepared, self.request.engine, participants[prepared.spec.name].prediction, reference
             )
             for prepared in self._prepared
         }
 
-    def _time(self, batch: int, rounds: int) -> dict[str, list[float]]:
-        with self.reporter.task(f"Timing, batch {batch}", rounds * len(self._running)) as advance:
-            return time_in_rounds(self._running, batch, rounds, advance)
+    def _warn_of_a_busy_machine(self, latencies: Mapping[str, Latency]) -> None:
+        unsteady = {name: latency for name, latency in latencies.items() if is_unsteady(latency)}
+        if unsteady:
+            name, latency = max(unsteady.items(), key=lambda item: item[1].max / item[1].min)
+            self.reporter.warn(
+                f"The calls of {len(unsteady)} of {len(latencies)} contenders differ too much for a verdict: those of"
+                f" {name} took {latency.min:.3g} to {latency.max:.3g} ms. Other work kept the machine busy; measure"
+                " again when it is idle."
+            )
 
-    def _throughput(self, latencies: Mapping[str, Latency]) -> dict[str, dict[str, float]]:
-        """Rows a second at every batch size, from medians."""
+    def _throughput(self, participants: Participants, latencies: Mapping[str, Latency]) -> dict[str, dict[str, float]]:
+        """Rows per second at every batch size, from medians."""
         config = self.request.config
-        rates = {name: {str(self._first): 1e3 * self._first / latencies[name].median} for name in self._running}
+        rates = {name: {str(self._first): 1e3 * self._first / latencies[name].median} for name in participants}
         for batch in config.batch_sizes[1:]:
-            for name, times in self._time(batch, max(1, config.rounds // 2)).items():
+            for name, times in participants.time(batch, max(1, config.rounds // 2)).items():
                 rates[name][str(batch)] = 1e3 * batch / summarize(times).median
         return rates
 
-    def _draw(self) -> dict[str, PipelineTime]:
+    def _time_images(self, participants: Participants) -> dict[str, PipelineTime]:
         request = self.request.subject.pipeline(self.request.config.seed)
-        found = {}
-        with self.reporter.task("Drawing", len(self._running)) as advance:
-            for name, participant in self._running.items():
-                seconds, in_denoiser = participant.draw(request)
-                share = in_denoiser / seconds
-                found[name] = PipelineTime(seconds=seconds, num_steps=request.num_steps, denoiser_share=share)
-                advance(1)
-        return found
+
+        def timed(participant: Participant) -> PipelineTime:
+            seconds, in_denoiser = participant.time_image(request)
+            return PipelineTime(seconds=seconds, num_steps=request.num_steps, denoiser_share=in_denoiser / seconds)
+
+        with self.reporter.task("Generating images", len(participants)) as advance:
+            return participants.each(timed, advance)
 
     def _measure_peaks(self) -> dict[str, float]:
         device, dtypes = self.request.device, tuple(dict.fromkeys(["float32", self.request.half or "float32"]))
@@ -221,12 +231,16 @@ class Measurement:
         return measure_peaks(self.request.engine, EngineOptions(device, rest, threads), dtypes)
 
     def _quantized_facts(
-        self, contenders: list[Contender], parities: Mapping[str, EngineParity], peaks: Mapping[str, float]
+        self,
+        participants: Participants,
+        contenders: list[Contender],
+        parities: Mapping[str, EngineParity],
+        peaks: Mapping[str, float],
     ) -> dict[str, QuantizedFacts]:
         by_name = {contender.name: contender for contender in contenders}
         facts = {}
         for prepared in self._prepared:
-            participant, bits = self._running[prepared.spec.name], str(prepared.spec.bits)
+            participant, bits = participants[prepared.spec.name], str(prepared.spec.bits)
             coverage, layers = coverage_of(participant.layers(), self.request.engine)
             self._warn_of_floats(bits, layers)
             facts[bits] = QuantizedFacts(
@@ -273,9 +287,21 @@ def _contender(
 
 
 def _work_of(denoiser: nn.Module, call: Call) -> list[WorkItem]:
-    """What a call multiplies, from shapes alone."""
+    """What a call multiplies, from shapes alone.
+
+    Raises:
+        InputError: The denoiser cannot be called with a sample of this size.
+    """
     kind: Any = type(denoiser)
     with torch.device("meta"):
         shell = kind.from_config(getattr(denoiser, "config"))  # noqa: B009 - diffusers' own attribute
     args, kwargs = placed(call, torch.device("meta"), torch.float32)
-    return workload(shell, args, kwargs)
+    try:
+        return workload(shell, args, kwargs)
+    except (RuntimeError, ValueError) as error:
+        shape = tuple(sample_of(denoiser, call).shape)
+        raise InputError(
+            f"{type(denoiser).__name__} cannot be called with a sample of shape {shape}: "
+            f"{' '.join(str(error).split()).removesuffix('.')}.",
+            hint="--size N or HxW, with sides that fit the denoiser",
+        ) from error

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.bench.algorithms import choose_algorithms
-from edadm_cli.bench.contender import milliseconds
+from edadm_cli.bench.spec import milliseconds
 from edadm_cli.engines.base import Engine, EngineOptions
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation

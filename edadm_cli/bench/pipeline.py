@@ -1,4 +1,4 @@
-"""A whole image, from prompt to pixels, with the denoiser that is measured in its pipeline."""
+"""The time of a whole image, from prompt to pixels, with the measured denoiser in its pipeline."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class PipelineRequest:
-    """What is drawn.
+    """Which image is generated.
 
     Attributes:
         model: A known name, a diffusers folder or a hub id.
         entry: Its defaults, as plain data.
-        prompt: For pipelines that take one.
+        prompt: Its prompt, for pipelines that take one.
         num_steps: Sampler steps.
         guidance_scale: Classifier-free guidance; `None` for a pipeline without.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     model: str
@@ -39,21 +39,21 @@ class PipelineRequest:
     seed: int
 
 
-def draw(
+def time_image(
     request: PipelineRequest, function: Callable[..., Any], device: torch.device, is_torch: bool, dtype: str
 ) -> tuple[float, float]:
-    """Draw one image after a short one that does not count.
+    """Generate one image after a short one that does not count.
 
     Args:
-        request: What is drawn.
+        request: Which image.
         function: Runs the denoiser.
-        device: Of the pipeline.
+        device: Where the pipeline runs.
         is_torch: Whether torch runs the denoiser: then the whole pipeline is in its element type. Beside an engine the
             rest of the pipeline stays in float32, on CUDA in the engine's.
-        dtype: Of the denoiser.
+        dtype: Element type of the denoiser.
 
     Returns:
-        Seconds in all, and of them in the denoiser.
+        The seconds of the image, and how many of them were spent in the denoiser.
     """
     rest = getattr(torch, dtype) if is_torch or device.type == "cuda" else torch.float32
     model = load_model(request.model, device, rest, ModelEntry.model_validate(request.entry))

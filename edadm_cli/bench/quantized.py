@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.artifacts import Coverage, EngineParity, LayerRow
-from edadm_cli.bench.contender import Call, Setting, Spec, placed
+from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec, folder_mib, placed
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import FLOAT, CompiledDenoiser, Engine, EngineOptions, FileEngine, LayerExecution
 from edadm_cli.engines.parity import LayerParity, compare_layers, prediction_of, relative_l2
@@ -45,7 +45,7 @@ def prepare(
     denoiser: nn.Module,
     bits: BitWidth,
     call: Call,
-    setting: Setting,
+    environment: ContenderEnvironment,
     dtype: torch.dtype,
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
@@ -57,7 +57,7 @@ def prepare(
         denoiser: With quantized layers, float32, on the CPU; it is moved to the engine's device.
         bits: Its bit width.
         call: With float32 tensors.
-        setting: Device and threads.
+        environment: Device and threads.
         dtype: Element type of the rest.
         folder: For the engine's files; where files lie in it already, they are used.
         advance: Told of every layer.
@@ -65,8 +65,8 @@ def prepare(
     Raises:
         EdadmError: A layer is out of the engine's bound.
     """
-    device = torch.device(setting.device)
-    threads = setting.threads if device.type == "cpu" else None
+    device = torch.device(environment.device)
+    threads = environment.threads if device.type == "cpu" else None
     denoiser = nn.Module.to(denoiser, device)
     args, kwargs = placed(call, device, torch.float32)
     exact = EngineOptions(device, torch.float32, threads)
@@ -170,11 +170,6 @@ def coverage_of(layers: Iterable[LayerExecution], engine: Engine) -> tuple[Cover
         for row in rows
     )
     return coverage, listed
-
-
-def folder_mib(folder: Path) -> float:
-    """Size of a folder's files."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
 
 
 def packed_mib(denoiser: nn.Module) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from edadm_cli.artifacts import RunFolder
-from edadm_cli.bench.contender import Setting
 from edadm_cli.bench.machine import has_fast_bfloat16, physical_cores
+from edadm_cli.bench.spec import ContenderEnvironment
 from edadm_cli.bench.subject import Subject, subject_of
 from edadm_cli.config import BenchConfig
 from edadm_cli.engines.base import Engine
@@ -50,10 +50,10 @@ class Request:
         return name_of(self.config, self.engine, self.device)
 
     @property
-    def setting(self) -> Setting:
-        """How contenders run. On a CPU each has a process of its own."""
+    def environment(self) -> ContenderEnvironment:
+        """How contenders run; on a CPU each has a process to itself."""
         mode = _AUTOTUNED if self.config.autotune else None
-        return Setting(str(self.device), self.threads, mode, is_alone=self.device.type != "cuda")
+        return ContenderEnvironment(str(self.device), self.threads, mode, is_alone=self.device.type != "cuda")
 
     def identity_fields(self) -> dict[str, Any]:
         """The settings, with those that were left open as they were settled; no fact about the machine."""

@@ -1,39 +1,44 @@
-"""Contenders timed in turns, so that whatever slows the machine down for a while slows them all.
+"""Contenders are timed in turns, so that whatever slows the machine down for a while slows them all.
 
-Each round gives every contender one turn, and each round begins with another one. A turn is one call, or as many short
-calls as fill a fifth of a second, after one that does not count.
+Each round gives every contender one turn, and each round begins with another contender. A turn is one call, or as many
+short calls as fill a fifth of a second, after one that does not count.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from edadm_cli.artifacts import Latency
 
 _TURN_MS = 200.0
 _MOST_CALLS = 50
+_STEADY_MEDIAN, _STEADY_MAX = 2.0, 10.0
+"""Largest median and largest time of a machine at rest, in multiples of the smallest time."""
+
+Attempt = Callable[[str, Callable[[], Any]], Any]
 
 
 class Timed(Protocol):
-    """What is timed; `Running` here or in another process."""
+    """What is timed: a `Running` in this process or in another one."""
 
     def time(self, batch_size: int, count: int) -> list[float]:
-        """Milliseconds of `count` calls."""
+        """Return the milliseconds of `count` calls."""
 
     def warm_up(self, batch_size: int) -> float:
-        """Warm caches up; milliseconds of the last call."""
+        """Warm the caches up, and return the milliseconds of the last call."""
 
 
 def calls_of_turn(call_ms: float) -> int:
-    """How many calls a turn has, from the time of one."""
+    """Return the number of calls per turn, from the time of one call."""
     return max(1, min(_MOST_CALLS, int(_TURN_MS / max(call_ms, 1e-3))))
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:
-    """The names in an order that begins `by` places later."""
-    start = by % len(names)
+    """Return the names in an order that begins `by` places later."""
+    start = by % max(1, len(names))
     return [*names[start:], *names[:start]]
 
 
@@ -42,26 +47,40 @@ def time_in_rounds(
     batch_size: int,
     rounds: int,
     advance: Callable[[int], None] = lambda _: None,
+    attempt: Attempt = lambda _, call: call(),
 ) -> dict[str, list[float]]:
-    """Milliseconds of every counted call of every contender.
+    """Return the milliseconds of every counted call of every contender.
 
     Args:
-        contenders: By name.
-        batch_size: Rows of a call.
-        rounds: Turns of each.
-        advance: Told of every turn.
+        contenders: The contenders by name.
+        batch_size: Rows per call.
+        rounds: How often each contender has a turn.
+        advance: Progress callback, called after every turn.
+        attempt: Makes the calls of a contender; where it returns `None`, the contender is lost and has no more turns.
     """
-    counts = {name: calls_of_turn(contender.warm_up(batch_size)) for name, contender in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    counts: dict[str, int] = {}
+    for name, contender in contenders.items():
+        call_ms = attempt(name, partial(contender.warm_up, batch_size))
+        if call_ms is not None:
+            counts[name] = calls_of_turn(call_ms)
+    times: dict[str, list[float]] = {name: [] for name in counts}
     for number in range(rounds):
-        for name in rotated(list(contenders), number):
-            count = counts[name]
-            skipped = 1 if count > 1 else 0
-            times[name] += contenders[name].time(batch_size, count + skipped)[skipped:]
+        for name in rotated(list(times), number):
+            skipped = 1 if counts[name] > 1 else 0
+            turn = attempt(name, partial(contenders[name].time, batch_size, counts[name] + skipped))
+            if turn is None:
+                del times[name]
+            else:
+                times[name] += turn[skipped:]
             advance(1)
     return times
 
 
 def summarize(times: Sequence[float]) -> Latency:
-    """Median and spread."""
+    """Return the median and the spread of times in milliseconds."""
     return Latency(median=statistics.median(times), min=min(times), max=max(times), num_samples=len(times))
+
+
+def is_unsteady(latency: Latency) -> bool:
+    """Whether times differ so much that other work must have kept the machine busy."""
+    return latency.median > _STEADY_MEDIAN * latency.min or latency.max > _STEADY_MAX * latency.min

@@ -23,8 +23,8 @@ from edadm_cli.artifacts import (
     shared_keys,
 )
 from edadm_cli.artifacts.manifest import read_manifest
+from edadm_cli.bench.contenders.registry import require_peers
 from edadm_cli.bench.measurement import Measurement
-from edadm_cli.bench.peers import require_peers
 from edadm_cli.bench.plot import draw_contenders
 from edadm_cli.bench.request import Request, name_of, resolve, settle_engine
 from edadm_cli.config import BenchConfig

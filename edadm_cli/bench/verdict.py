@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from edadm_cli.artifacts import Contender, Speedup
 from edadm_cli.errors import EdadmError
@@ -31,25 +31,39 @@ def speedup_of(contender: Contender, contenders: Sequence[Contender]) -> Speedup
     )
 
 
-def headline(speedups: Sequence[Speedup], contenders: Sequence[Contender], peers: Sequence[Contender]) -> str:
-    """The outcome in a sentence or two for each quantized contender; a loss is called one."""
+def headline(
+    speedups: Sequence[Speedup],
+    contenders: Sequence[Contender],
+    peers: Sequence[Contender],
+    left_out: Mapping[str, str] | None = None,
+) -> str:
+    """Say the outcome in a sentence or two for each quantized contender; a loss is called one.
+
+    Args:
+        speedups: Of the quantized contenders.
+        contenders: All contenders.
+        peers: Those of other tools. One with integers is compared at its own bit width, float8 with every one.
+        left_out: Contenders that could not be measured, and why.
+    """
     by_name = {contender.name: contender for contender in contenders}
     sentences = []
     for speedup in speedups:
-        own = by_name[speedup.contender]
-        bits = (own.bits or "").upper()
+        ours = by_name[speedup.contender]
+        bits = (ours.bits or "").upper()
         sentences.append(
-            f"{bits} on {own.engine} takes {_ms(own.latency_ms.median)} a call:"
+            f"{bits} on {ours.engine} takes {_ms(ours.latency_ms.median)} per call:"
             f" {_versus(speedup.vs_best_float)} the best floating point here ({speedup.best_float}), and"
             f" {_versus(speedup.vs_fp32_eager)} float32 in eager torch."
         )
-        sentences += [
-            f"It is {_versus(peer.latency_ms.median / own.latency_ms.median)} {peer.name}."
-            for peer in peers
-            if peer.bits == own.bits
-        ]
+        for peer in peers:
+            if peer.bits in (ours.bits, "float8"):
+                ratio = peer.latency_ms.median / ours.latency_ms.median
+                sentences.append(f"It is {_versus(ratio)} {peer.name}.")
+                if ratio < 1 - _LEVEL:
+                    sentences.append(f"{peer.name} wins here.")
         if speedup.vs_best_float < 1 - _LEVEL:
             sentences.append(f"{bits} loses here: floating point is faster.")
+    sentences += [f"Left out: {name} ({reason})." for name, reason in (left_out or {}).items()]
     return " ".join(sentences)
 
 

@@ -1,10 +1,11 @@
-"""A contender in a process of its own: nothing of the others is in its memory, and their threads are not in its way."""
+"""A contender in a process to itself: the others are neither in its memory nor in the way of its threads."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edadm_cli.bench.contender import Call, Running, Setting, Spec
+from edadm_cli.bench.pipeline import PipelineRequest
+from edadm_cli.bench.running import Running
+from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec
 from edadm_cli.engines.base import LayerExecution, OperationTime
 from edadm_cli.errors import EdadmError, MachineError
 
@@ -25,20 +28,49 @@ _STOP = "stop"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-class RemoteRunning:
-    """A `Running` in a process of its own; what goes wrong there is raised here.
+class ContenderLostError(MachineError):
+    """The process of a contender ended before it was asked to.
 
-    Raises:
-        MachineError: The process was killed, most often for its memory.
+    Args:
+        name: The contender.
+        exit_status: Of its process; negative for a signal, `None` where it is not known.
     """
 
-    def __init__(self, spec: Spec, setting: Setting, calls: Mapping[int, Sequence[Call]]) -> None:
+    def __init__(self, name: str, exit_status: int | None) -> None:
+        self.reason = reason_of(exit_status)
+        super().__init__(
+            f"The process of '{name}' ended before its time: {self.reason}.",
+            hint="--no-compiled, or fewer --bits, if the memory does not suffice" if _is_killed(exit_status) else None,
+        )
+
+
+def reason_of(exit_status: int | None) -> str:
+    """Say why a process ended, as the end of a sentence."""
+    if _is_killed(exit_status):
+        return f"signal {signal.SIGKILL}, killed, which happens where memory is used up"
+    if exit_status is not None and exit_status < 0:
+        return f"signal {-exit_status}, crashed"
+    return f"exit code {exit_status}"
+
+
+def _is_killed(exit_status: int | None) -> bool:
+    return exit_status == -signal.SIGKILL
+
+
+class RemoteRunning:
+    """A `Running` in a process to itself; what goes wrong there is raised here.
+
+    Raises:
+        ContenderLostError: The process crashed or was killed.
+    """
+
+    def __init__(self, spec: Spec, environment: ContenderEnvironment, calls: Mapping[int, Sequence[Call]]) -> None:
         self.spec = spec
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        packed = {batch: [pack(call) for call in found] for batch, found in calls.items()}
-        self._process = context.Process(target=_serve, args=(theirs, spec, setting, packed), daemon=True)
-        with _threads_in_environment(setting.threads):
+        packed = {batch: [pack(call) for call in group] for batch, group in calls.items()}
+        self._process = context.Process(target=_serve, args=(theirs, spec, environment, packed), daemon=True)
+        with _threads_in_environment(environment.threads):
             self._process.start()
         theirs.close()
         try:
@@ -70,9 +102,9 @@ class RemoteRunning:
         """See `Running.profile`."""
         return list(self._ask("profile", batch_size))
 
-    def draw(self, request: Any) -> tuple[float, float]:
-        """See `Running.draw`."""
-        seconds, in_denoiser = self._ask("draw", request)
+    def time_image(self, request: PipelineRequest) -> tuple[float, float]:
+        """See `Running.time_image`."""
+        seconds, in_denoiser = self._ask("time_image", request)
         return seconds, in_denoiser
 
     def close(self) -> None:
@@ -104,23 +136,20 @@ class RemoteRunning:
         failure.exit_code = code
         raise failure
 
-    def _gone(self) -> EdadmError:
+    def _gone(self) -> ContenderLostError:
         self._process.join(timeout=5)
-        return MachineError(
-            f"The process of '{self.spec.name}' ended with {self._process.exitcode}; its memory may have been used up.",
-            hint="--no-compiled, or fewer --bits",
-        )
+        return ContenderLostError(self.spec.name, self._process.exitcode)
 
 
 def pack(value: Any) -> Any:
-    """The tensors of a call as arrays, which any process reads; bfloat16 has none, and no call comes in it."""
+    """Turn the tensors of a call into arrays, which any process reads; calls never hold bfloat16, which has none."""
     if isinstance(value, Tensor):
         return value.detach().cpu().numpy()
     return _mapped(value, pack)
 
 
 def unpack(value: Any) -> Any:
-    """The inverse of `pack`."""
+    """Undo `pack`."""
     if isinstance(value, np.ndarray | np.generic):
         return torch.from_numpy(np.array(value))
     return _mapped(value, unpack)
@@ -134,16 +163,16 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     return value
 
 
-def _serve(connection: Connection, spec: Spec, setting: Setting, packed: dict[int, list[Any]]) -> None:
+def _serve(connection: Connection, spec: Spec, environment: ContenderEnvironment, packed: dict[int, list[Any]]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout carries the command's result and nothing else
-    # torch remarks, while it compiles, on a CUDA compiler where no GPU is
+    # while it compiles, torch warns of a missing CUDA compiler even where there is no GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     running: Running | None = None
 
     def begin() -> dict[str, Any]:
         nonlocal running
-        calls = {batch: [unpack(call) for call in found] for batch, found in packed.items()}
-        running = Running(spec, setting, calls)
+        calls = {batch: [unpack(call) for call in group] for batch, group in packed.items()}
+        running = Running(spec, environment, calls)
         return {"prediction": running.prediction.numpy(), "load_seconds": running.load_seconds}
 
     _answer(connection, begin)
@@ -163,7 +192,7 @@ def _answer(connection: Connection, work: Callable[[], Any]) -> None:
         connection.send(("done", work()))
     except EdadmError as error:
         connection.send(("failed", (error.message, error.hint, error.exit_code)))
-    except Exception as error:  # noqa: BLE001 - the other process tells it
+    except Exception as error:  # noqa: BLE001 - the other process reports it
         if "--verbose" in sys.argv or "-v" in sys.argv:
             traceback.print_exc()
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -172,7 +201,7 @@ def _answer(connection: Connection, work: Callable[[], Any]) -> None:
 
 @contextmanager
 def _threads_in_environment(threads: int) -> Iterator[None]:
-    """What a new process reads its number of threads from, before it imports anything."""
+    """Set the variables from which a new process reads its number of threads before it imports anything."""
     before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     try:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from edadm_cli.artifacts import BenchRecord, RunFolder
 from edadm_cli.artifacts.inspection import inspect_run
-from edadm_cli.bench import contender as contender_module
-from edadm_cli.bench import measurement, peak
+from edadm_cli.bench import measurement, participants, peak
+from edadm_cli.bench import running as running_module
 from edadm_cli.bench import stage as bench
-from edadm_cli.bench.contender import Setting
 from edadm_cli.bench.request import Request
+from edadm_cli.bench.spec import ContenderEnvironment, Spec
+from edadm_cli.bench.subject import NearestSubject
+from edadm_cli.bench.worker import ContenderLostError
 from edadm_cli.config import BenchConfig, BitWidth, EvaluateConfig, ExportConfig, ReconstructConfig, SampleConfig
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.openvino import OpenVinoEngine
@@ -57,8 +59,8 @@ def run(exported: Path, tmp_path: Path) -> RunFolder:
 @pytest.fixture
 def in_one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Contenders in this process: the figures mean nothing, and no process has to start."""
-    setting = Setting("cpu", 1, None, is_alone=False)
-    monkeypatch.setattr(Request, "setting", property(lambda self: setting))
+    environment = ContenderEnvironment("cpu", 1, None, is_alone=False)
+    monkeypatch.setattr(Request, "environment", property(lambda self: environment))
     monkeypatch.setitem(peak.SIZES, "cpu", peak.Sizes(linear=(16, 32, 32), convolution=(1, 8, 8)))
     threads = torch.get_num_threads()
     yield
@@ -211,7 +213,7 @@ def test_algorithms_are_tried_for_what_is_timed_and_nothing_else(
     record(QuantizedLayer, "forward")
     record(measurement, "check_prediction")
     record(measurement, "coverage_of")
-    record(contender_module, "milliseconds")
+    record(running_module, "milliseconds")
     record(OpenVinoDenoiser, "__call__")
     bench.run(config(), run)
     assert seen == {
@@ -242,7 +244,7 @@ def test_nothing_is_timed_when_a_layer_is_off(run: RunFolder, monkeypatch: pytes
         return (lambda x: made(x) * 1.01) if x.ndim == 4 else made
 
     monkeypatch.setattr(OpenVinoEngine, "compile_layer", skewed)
-    monkeypatch.setattr("edadm_cli.bench.measurement.time_in_rounds", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr("edadm_cli.bench.participants.time_in_rounds", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(EdadmError, match=r"'[\w.]+' is off by 1\.0\de-02 .* the bound is") as caught:
         bench.run(config(), run)
     assert caught.value.exit_code == EXIT_INTERNAL
@@ -278,3 +280,61 @@ def test_an_estimate_writes_nothing(run: RunFolder) -> None:
     before = sorted(path for path in run.root.rglob("*"))
     assert bench.estimate(config(), run).seconds > 0
     assert sorted(path for path in run.root.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_a_contender_that_crashes_leaves_the_results_of_the_others(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = participants.Running
+
+    def crashing(spec: Spec, *arguments: Any) -> Any:
+        if spec.name == "openvino float32":
+            raise ContenderLostError(spec.name, -11)
+        return started(spec, *arguments)
+
+    monkeypatch.setattr(participants, "Running", crashing)
+    record = bench.run(config(engine="reference"), run)
+    assert record.left_out == {"openvino float32": "signal 11, crashed"}
+    names = [contender.name for contender in record.contenders]
+    assert {"torch float32", "reference w8a8"} <= set(names)
+    assert "openvino float32" not in names
+    assert "Left out: openvino float32 (signal 11, crashed)." in record.headline
+    assert record.speedup.best_float in names
+
+
+class CustomUNet(UNet2DModel):
+    """A class that diffusers does not have, as those of latent-diffusion models are."""
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_a_denoiser_whose_class_is_not_one_of_diffusers_is_measured(tmp_path: Path, monkeypatch: Any) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    options: dict[str, Any] = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "norm_num_groups": 4, **blocks}
+    unet = CustomUNet(layers_per_block=1, **options).eval().requires_grad_(False)
+    monkeypatch.setattr(NearestSubject, "full_precision", lambda self: unet)
+    DDIMPipeline(unet=UNet2DModel(layers_per_block=1, **options), scheduler=DDIMScheduler()).save_pretrained(
+        tmp_path / "model"
+    )
+    record = bench.run(config(model=str(tmp_path / "model"), engine="reference"), RunFolder(tmp_path / "run"))
+    assert record.contenders[0].name == "torch float32"
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_a_size_that_the_denoiser_cannot_take_and_a_class_without_a_call_are_bad_input(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_small(*_: Any) -> Any:
+        raise RuntimeError("Output size is too small")
+
+    monkeypatch.setattr(measurement, "workload", too_small)
+    with pytest.raises(InputError, match=r"cannot be called with a sample of shape \(1, 4, 1, 1\): Output size is too"):
+        bench.run(config(size=(1, 1)), run)
+
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise TypeError("There is no example call for X.")
+
+    monkeypatch.setattr("edadm_cli.bench.subject.example_call", unknown)
+    with pytest.raises(InputError, match="a run of the model has calls") as caught:
+        bench.run(config(model="digits-ddpm"), RunFolder(tmp_path / "other"))
+    assert caught.value.exit_code == 3

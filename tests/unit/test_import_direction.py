@@ -14,7 +14,7 @@ KERNELS = ROOT / "kernels"
 
 STAGES = {"collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "bench"}
 MIDDLE = {"models", "engines", "artifacts", "calibrate", "integrations"}
-GROUND = {"config", "recipe", "errors", "launching", "progress", "processes", "version"}
+GROUND = {"config", "recipe", "errors", "launching", "plugins", "progress", "processes", "version"}
 # Which rooms a room may import, besides itself.
 ALLOWED = {
     "cli": STAGES | MIDDLE | {"quant"} | GROUND,

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.artifacts import Contender, Latency
-from edadm_cli.bench import contender as contender_module
-from edadm_cli.bench import machine, memory, peers
+from edadm_cli.bench import machine, memory
+from edadm_cli.bench import running as running_module
 from edadm_cli.bench.algorithms import choose_algorithms
-from edadm_cli.bench.contender import Call, Running, Setting, Spec, milliseconds, placed, torch_function
-from edadm_cli.bench.floats import torch_specs
+from edadm_cli.bench.contenders import base
+from edadm_cli.bench.contenders.base import DenoiserFacts, Preparation, torch_function
+from edadm_cli.bench.contenders.full_precision import TorchFloat
+from edadm_cli.bench.contenders.registry import require_peers
 from edadm_cli.bench.kinds import rows_by_kind
 from edadm_cli.bench.memory import PeakMemory
 from edadm_cli.bench.peak import Sizes, measure_peaks
 from edadm_cli.bench.quantized import coverage_of
 from edadm_cli.bench.rounds import calls_of_turn, rotated, summarize, time_in_rounds
+from edadm_cli.bench.running import Running
+from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec, milliseconds, placed
 from edadm_cli.bench.subject import exchanged, sample_of
 from edadm_cli.bench.verdict import headline, speedup_of
 from edadm_cli.bench.worker import RemoteRunning, pack, unpack
@@ -34,13 +38,31 @@ from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.errors import EdadmError, MachineError, UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-ALONE, TOGETHER = Setting("cpu", 1, None, is_alone=True), Setting("cpu", 1, None, is_alone=False)
+ALONE, TOGETHER = (
+    ContenderEnvironment("cpu", 1, None, is_alone=True),
+    ContenderEnvironment("cpu", 1, None, is_alone=False),
+)
 
 
 def call_of(seed: int = 0) -> Call:
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(1, 8, 16, generator=generator)
     return (torch.randn(1, 4, 8, 8, generator=generator), torch.tensor(5)), {"encoder_hidden_states": states}
+
+
+def preparation(
+    denoiser: nn.Module, folder: Path, device: torch.device, half: str | None, compiled: bool = False
+) -> Preparation:
+    return Preparation(
+        facts=DenoiserFacts.of(denoiser),
+        denoiser_folder=folder / "float",
+        scratch=folder,
+        calls=[call_of(seed) for seed in range(2)],
+        environment=replace(TOGETHER, device=str(device)),
+        dtype=half or "float32",
+        half=half,
+        compiled=compiled,
+    )
 
 
 def result(name: str, median: float, bits: str | None = None, engine: str = "torch") -> Contender:
@@ -199,7 +221,7 @@ def test_calls_pass_between_processes_unchanged() -> None:
 @pytest.fixture
 def saved(denoiser: nn.Module, tmp_path: Path) -> Spec:
     denoiser.save_pretrained(tmp_path / "float")  # type: ignore[operator]
-    return torch_specs(denoiser, tmp_path / "float", CPU, "bfloat16", compiled=False)[0]
+    return TorchFloat().prepare(preparation(denoiser, tmp_path, CPU, "bfloat16"))[0]
 
 
 def test_a_contender_in_a_process_of_its_own_computes_the_same(saved: Spec, denoiser: nn.Module) -> None:
@@ -220,7 +242,7 @@ def test_a_contender_in_a_process_of_its_own_computes_the_same(saved: Spec, deno
             remote.time(7, 1)
     finally:
         remote.close()
-    with pytest.raises(MachineError, match=r"process of 'torch float32' ended"):
+    with pytest.raises(MachineError, match=r"process of 'torch float32' ended before its time: exit code 0"):
         remote.time(1, 1)
 
 
@@ -252,7 +274,7 @@ def test_a_contender_that_cannot_be_loaded_says_why(saved: Spec, tmp_path: Path)
 
 
 def test_the_contenders_on_cuda_are_those_that_a_sceptic_asks_for(denoiser: nn.Module, tmp_path: Path) -> None:
-    specs = torch_specs(denoiser, tmp_path, CUDA, "float16", compiled=True)
+    specs = TorchFloat().prepare(preparation(denoiser, tmp_path, CUDA, "float16", compiled=True))
     assert [(spec.name, spec.compiled, spec.graphs, spec.channels_last) for spec in specs] == [
         ("torch float32", False, False, False),
         ("torch float16", False, False, True),
@@ -260,7 +282,7 @@ def test_the_contenders_on_cuda_are_those_that_a_sceptic_asks_for(denoiser: nn.M
         ("torch float16, compiled, CUDA graph", True, True, True),
     ]
     assert specs[1].size_mib == specs[0].size_mib / 2
-    on_old_cpu = torch_specs(denoiser, tmp_path, CPU, None, compiled=True)
+    on_old_cpu = TorchFloat().prepare(preparation(denoiser, tmp_path, CPU, None, compiled=True))
     assert [spec.name for spec in on_old_cpu] == ["torch float32", "torch float32, compiled"]
 
 
@@ -281,7 +303,7 @@ def test_half_precision_is_channels_last_compiled_and_graphed(
             return self.function(*args, **kwargs)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr("edadm_cli.bench.contender.GraphedFunction", Graph)
+    monkeypatch.setattr("edadm_cli.bench.contenders.base.GraphedFunction", Graph)
     args, kwargs = call_of()
     wanted = denoiser(*args, **kwargs).sample
     spec = Spec("x", "torch", "torch", "float16", None, True, None, 1.0, graphs=True, channels_last=True)
@@ -402,8 +424,8 @@ def test_algorithms_are_chosen_once_a_size_before_anything_counts(
 ) -> None:
     chosen: list[int] = []
     running = Running(saved, TOGETHER, {1: [call_of()], 2: [call_of()]})
-    monkeypatch.setattr(contender_module, "choose_algorithms", lambda call, device: chosen.append(len(chosen)))
-    monkeypatch.setattr(contender_module, "milliseconds", lambda call, device: 1.0)
+    monkeypatch.setattr(running_module, "choose_algorithms", lambda call, device: chosen.append(len(chosen)))
+    monkeypatch.setattr(running_module, "milliseconds", lambda call, device: 1.0)
     running.warm_up(1)
     assert chosen == [], "on a CPU there is nothing to choose"
     monkeypatch.setattr(running, "_device", CUDA)
@@ -438,14 +460,14 @@ def test_bfloat16_is_fast_where_the_processor_has_instructions_for_it(monkeypatc
 
 
 def test_a_peer_that_is_not_installed_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match="--against nncf needs the package 'nncf'") as caught:
-        peers.require_peers(["nncf"], CPU)
+        require_peers(["nncf"], CPU)
     assert caught.value.exit_code == 4
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
-    peers.require_peers(["nncf", "torchao"], CPU)
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: object())
+    require_peers(["nncf", "torchao"], CPU)
     with pytest.raises(UsageError, match="on the CPU"):
-        peers.require_peers(["nncf"], CUDA)
+        require_peers(["nncf"], CUDA)
 
 
 def test_calls_of_a_contender_go_through_its_inputs_in_turn(saved: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +477,7 @@ def test_calls_of_a_contender_go_through_its_inputs_in_turn(saved: Spec, monkeyp
         seen.append(float(sample.flatten()[0]))
         return (sample,)
 
-    monkeypatch.setattr(contender_module, "load", lambda spec, setting: function)
+    monkeypatch.setattr(running_module, "load", lambda spec, environment: function)
     calls = {1: [call_of(seed) for seed in range(3)]}
     running = Running(saved, TOGETHER, calls)
     seen.clear()

@@ -1,0 +1,56 @@
+"""NNCF: post-training quantization of the OpenVINO graph of the full-precision denoiser, which OpenVINO runs."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from edadm_cli.bench.contenders.base import Contender, Preparation
+from edadm_cli.bench.spec import Spec, folder_mib
+from edadm_cli.errors import UsageError
+
+
+class Nncf(Contender):
+    """INT8 with ranges of NNCF's own, from the same weights and the same calls."""
+
+    name = "nncf"
+    packages = ("nncf", "openvino")
+
+    def require(self, device: torch.device) -> None:
+        """Refuse a GPU: OpenVINO runs the graph on the CPU."""
+        super().require(device)
+        if device.type != "cpu":
+            raise UsageError("--against nncf compares on the CPU; this bench runs on a GPU.", hint="--against torchao")
+
+    def prepare(self, context: Preparation) -> list[Spec]:
+        """Quantize the graph that the full-precision contender of OpenVINO runs."""
+        import nncf
+        import openvino as ov
+
+        from edadm_cli.engines.openvino import files
+
+        nncf.set_log_level("ERROR")
+        source, folder = context.folder("openvino"), context.folder(self.name)
+        graph, description = files.read(source)
+        graph.reshape(dict(zip(description.interface.inputs, map(list, description.shapes), strict=True)))
+        calls = [description.interface.tensors(*call) for call in context.calls]
+        inputs = [{name: tensor.numpy() for name, tensor in tensors.items()} for tensors in calls]
+        quantized = nncf.quantize(
+            graph, nncf.Dataset(inputs), subset_size=len(inputs), model_type=nncf.ModelType.TRANSFORMER
+        )
+        folder.mkdir(parents=True)
+        ov.save_model(quantized, folder / files.GRAPH_FILE, compress_to_fp16=False)
+        shutil.copyfile(source / files.DESCRIPTION_FILE, folder / files.DESCRIPTION_FILE)
+        return [
+            Spec(
+                name=f"{self.name} w8a8",
+                engine=self.name,
+                runs_on="openvino",
+                dtype=context.dtype,
+                bits="w8a8",
+                compiled=True,
+                folder=folder,
+                size_mib=folder_mib(folder),
+            )
+        ]

@@ -1,0 +1,141 @@
+"""The contenders that run: started one after the other, timed together, and left out where their process is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from edadm_cli.bench.memory import require_memory
+from edadm_cli.bench.rounds import time_in_rounds
+from edadm_cli.bench.running import Running
+from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec
+from edadm_cli.bench.worker import ContenderLostError, RemoteRunning
+from edadm_cli.engines.base import CompiledDenoiser
+from edadm_cli.errors import EdadmError
+from edadm_cli.progress import Reporter
+
+Participant = Running | RemoteRunning
+T = TypeVar("T")
+
+
+class Participants:
+    """The contenders of a bench while they run.
+
+    A contender whose process crashes or is killed is left out with its reason, and the others go on. The same holds
+    for whatever goes wrong with a peer. Without a required contender there is nothing to report, so its error is
+    raised.
+
+    Args:
+        environment: How they run.
+        calls: For each batch size the calls that are timed.
+        required: Names of the contenders that a bench is about: the quantized ones, and float32 in eager torch.
+        peers: Names of the tools that `--against` names.
+        reporter: Receives progress and warnings.
+    """
+
+    def __init__(
+        self,
+        environment: ContenderEnvironment,
+        calls: Mapping[int, Sequence[Call]],
+        required: Collection[str],
+        peers: Collection[str],
+        reporter: Reporter,
+    ) -> None:
+        self._environment, self._calls, self._reporter = environment, calls, reporter
+        self._required, self._peers = required, peers
+        self._running: dict[str, Participant] = {}
+        self.left_out: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Participant:
+        return self._running[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._running))
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, spec: Spec, source: Callable[[], CompiledDenoiser] | None) -> None:
+        """Load a contender and call it once, in a process to itself where the environment says so.
+
+        Args:
+            spec: The contender.
+            source: Compiles it in this process, where it has no files.
+        """
+        self._reporter.note(f"loading {spec.name}")
+        is_peer = spec.engine in self._peers
+        participant = self._attempt(spec.name, is_peer, partial(self._started, spec, source))
+        if participant is not None:
+            self._running[spec.name] = participant
+
+    def each(
+        self, function: Callable[[Participant], T], advance: Callable[[int], None] = lambda _: None
+    ) -> dict[str, T]:
+        """Apply a function to every contender, and return the results by name."""
+        results = {}
+        for name in self:
+            result = self._attempt(name, self._is_peer(name), partial(function, self._running[name]))
+            if result is not None:
+                results[name] = result
+            advance(1)
+        return results
+
+    def time(self, batch_size: int, rounds: int) -> dict[str, list[float]]:
+        """Time all contenders in turns; see `bench.rounds`."""
+        with self._reporter.task(f"Timing, batch {batch_size}", rounds * len(self)) as advance:
+            return time_in_rounds(
+                dict(self._running),
+                batch_size,
+                rounds,
+                advance,
+                lambda name, call: self._attempt(name, self._is_peer(name), call),
+            )
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Do without a contender, and say why."""
+        participant = self._running.pop(name, None)
+        if isinstance(participant, RemoteRunning):
+            participant.close()
+        self.left_out[name] = reason
+        self._reporter.warn(f"{name} is left out: {reason}.")
+
+    def close(self) -> None:
+        """End the contenders' processes."""
+        for participant in self._running.values():
+            if isinstance(participant, RemoteRunning):
+                participant.close()
+        self._running.clear()
+
+    def _is_peer(self, name: str) -> bool:
+        return self._running[name].spec.engine in self._peers
+
+    def _attempt(self, name: str, is_peer: bool, call: Callable[[], T]) -> T | None:
+        """Call a function of a contender; `None` where the contender is left out because of what it raised."""
+        try:
+            return call()
+        except ContenderLostError as error:
+            if name in self._required:
+                raise
+            self.leave_out(name, error.reason)
+        except Exception as error:
+            if not is_peer:
+                raise
+            self.leave_out(name, reason_of_error(error))
+        return None
+
+    def _started(self, spec: Spec, source: Callable[[], CompiledDenoiser] | None) -> Participant:
+        environment = self._environment
+        if environment.is_alone and source is None:
+            require_memory(spec.name, spec.size_mib)
+            return RemoteRunning(spec, environment, self._calls)
+        if environment.is_alone:
+            self._reporter.warn(f"{spec.name} has no files and runs in the program itself: its memory is not measured.")
+        return Running(spec, replace(environment, is_alone=False), self._calls, source)
+
+
+def reason_of_error(error: Exception) -> str:
+    """Say in half a line what went wrong with a contender."""
+    text = error.message if isinstance(error, EdadmError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split()).removesuffix(".")[:300]
