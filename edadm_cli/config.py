@@ -319,7 +319,7 @@ class BenchConfig(StageConfig):
     )
     against: tuple[str, ...] = setting(
         (),
-        "Also measure what other tools quantize: nncf, torchao, sdnq, comfy-kitchen, float8; repeatable or with commas.",
+        "Other tools to measure: nncf, torchao, sdnq, comfy-kitchen, float8; repeatable or with commas.",
         metavar="PEER",
         split=True,
     )

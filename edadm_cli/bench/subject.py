@@ -157,13 +157,13 @@ class NearestSubject(Subject):
     def quantized(self, bits: BitWidth) -> nn.Module:
         """Round to nearest, with ranges of a few seeded calls."""
         denoiser = self.full_precision()
-        calls = [_example_call(denoiser, 1, self._seed + index, None) for index in range(NUM_RANGE_CALLS)]
+        calls = [example_call(denoiser, batch_size=1, seed=self._seed + index) for index in range(NUM_RANGE_CALLS)]
         quantize_to_nearest(denoiser, self.recipe, bits, calls)
         return denoiser
 
     def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
         """Random values of the shapes that the architecture takes."""
-        return _example_call(denoiser, batch_size, self._seed, size)
+        return example_call(denoiser, batch_size=batch_size, seed=self._seed, size=size)
 
     def pipeline(self, seed: int) -> PipelineRequest:
         """With the model's own steps and guidance."""
@@ -189,19 +189,6 @@ def subject_of(config: BenchConfig, run: RunFolder) -> Subject:
     if config.model is not None:
         return NearestSubject(config.model, config.recipe, config.seed)
     return ExportSubject(run, config.bits)
-
-
-def _example_call(denoiser: nn.Module, batch_size: int, seed: int, size: tuple[int, int] | None) -> Call:
-    try:
-        return example_call(denoiser, batch_size=batch_size, seed=seed, size=size)
-    except TypeError as error:
-        if "no example call" not in str(error):
-            raise
-        raise InputError(
-            f"bench --model needs an example call of the denoiser, and there is none for {type(denoiser).__name__}; "
-            "a run of the model has calls.",
-            hint="edadm run --model M --bits w8a8, then edadm bench without --model",
-        ) from error
 
 
 def sample_of(denoiser: nn.Module, call: Call) -> Tensor:

@@ -321,20 +321,10 @@ def test_a_denoiser_whose_class_is_not_one_of_diffusers_is_measured(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("in_one_process")
-def test_a_size_that_the_denoiser_cannot_take_and_a_class_without_a_call_are_bad_input(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_size_that_the_denoiser_cannot_take_is_bad_input(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_small(*_: Any) -> Any:
         raise RuntimeError("Output size is too small")
 
     monkeypatch.setattr(measurement, "workload", too_small)
     with pytest.raises(InputError, match=r"cannot be called with a sample of shape \(1, 4, 1, 1\): Output size is too"):
         bench.run(config(size=(1, 1)), run)
-
-    def unknown(*_: Any, **__: Any) -> Any:
-        raise TypeError("There is no example call for X.")
-
-    monkeypatch.setattr("edadm_cli.bench.subject.example_call", unknown)
-    with pytest.raises(InputError, match="a run of the model has calls") as caught:
-        bench.run(config(model="digits-ddpm"), RunFolder(tmp_path / "other"))
-    assert caught.value.exit_code == 3
