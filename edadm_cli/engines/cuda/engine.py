@@ -1,4 +1,7 @@
-"""The CUDA engine: integer kernels in Triton and CUDA C++, whole blocks fused, the step in a CUDA graph."""
+"""The CUDA engine: integer kernels in Triton and CUDA C++, a step in a CUDA graph.
+
+UNets are assembled out of fused stages; every other denoiser is compiled by torch around the same kernels.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from torch import Tensor, nn
 from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions
 from edadm_cli.engines.cuda.assembly import Assembly
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
+from edadm_cli.engines.cuda.layer_product import capability_refusal
 from edadm_cli.engines.cuda.lowering import Lowering, refusal
+from edadm_cli.engines.cuda.plain import build_plain, compile_blocks, has_fused_stages
 from edadm_cli.engines.cuda.selection import faster_in_float
+from edadm_cli.engines.cuda.state import StepState
 from edadm_cli.engines.cuda.times import measured_times
 from edadm_cli.quant.layers import QuantizedLayer
-
-MIN_CAPABILITY = (8, 0)
-"""Integer tensor cores that the kernels are compiled for: sm_80 and later."""
 
 
 class CudaEngine(Engine):
@@ -60,12 +63,8 @@ class CudaEngine(Engine):
             return f"The CUDA engine runs on CUDA devices, not on {device.type}."
         if not torch.cuda.is_available():
             return "The CUDA engine needs a CUDA device, and this machine has none."
-        capability = torch.cuda.get_device_capability(device)
-        if capability < MIN_CAPABILITY:
-            wanted = ".".join(map(str, MIN_CAPABILITY))
-            found = ".".join(map(str, capability))
-            return f"The CUDA engine needs compute capability {wanted} or later; this device has {found}."
-        return None
+        reason = capability_refusal(device)
+        return None if reason is None else f"The CUDA engine cannot run on this device: {reason}."
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
         """Why the kernels cannot run a layer."""
@@ -75,12 +74,17 @@ class CudaEngine(Engine):
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Pack the weights and assemble the blocks; the graph of a step is recorded at its first call."""
+        """Assemble fused stages, or have torch compile the denoiser; a step's graph is recorded at its first call."""
         self.require(options.device)
+        on_cuda = options.device.type == "cuda"
+        if not has_fused_stages(denoiser):
+            model, layers = build_plain(denoiser, options.device, options.rest_dtype)
+            if on_cuda:
+                compile_blocks(model)
+            return CudaDenoiser(model, layers, StepState(), options, self._cuda_graphs and on_cuda)
         assembly = Assembly(self._lowering(options, self._kept(denoiser, args, kwargs, options)), self._prompt_cache)
         model, layers = assembly.build(denoiser)
-        graphs = self._cuda_graphs and options.device.type == "cuda"
-        return CudaDenoiser(model, layers, assembly.state, options, graphs)
+        return CudaDenoiser(model, layers, assembly.state, options, self._cuda_graphs and on_cuda)
 
     @torch.no_grad()
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from edadm_cli.engines.base import LayerExecution, OperationTime
 from edadm_cli.engines.cuda.products import AND, Product
+from edadm_cli.quant.layers import QuantizedLayer
 
 _PREFIX = "layer:"
 _KINDS = (
@@ -36,7 +37,8 @@ def operation_times(
     """
     on_cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with wrapped_products(model, _recorded), profile(activities=activities) as profiler:
+    eager = torch.compiler.set_stance("force_eager")  # a compiled block has no layers to name
+    with eager, wrapped_products(model, _recorded), profile(activities=activities) as profiler:
         step()
         if on_cuda:
             torch.cuda.synchronize()
@@ -60,13 +62,18 @@ def wrapped_products(
 ) -> Iterator[None]:
     """Put `wrap(layer name, product)` in the place of every product of a model."""
     products = [module for module in model.modules() if isinstance(module, Product) and module.label]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     for module in products:
         module.product = wrap(module.label, module.product)  # type: ignore[method-assign]
+    for name, layer in layers.items():
+        layer.forward = wrap(name, layer.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for module in products:
             del module.product
+        for layer in layers.values():
+            del layer.forward
 
 
 def _recorded(label: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -94,6 +94,12 @@ __device__ __forceinline__ u32 half_pair(float low, float high) {
     return pair;
 }
 
+__device__ __forceinline__ u32 bfloat_pair(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 // clamp(rne(x * inverse) + zero_point, 0, quant_max) - 128 in the low byte, as `rounding.quantize_s8` has it.
 struct Quantizer {
     float inverse, low, high;

@@ -11,7 +11,7 @@
 // SPLIT blocks of a cluster share a sum: each leaves its part in its shared memory, then each adds up and finishes
 // BM / SPLIT of the rows.
 //
-// Compiled with BM, BN, BK, STAGES, SPLIT, GEGLU, FLOATS (written, and nothing added), CONV (not a matrix product), UPSAMPLE,
+// Compiled with BM, BN, BK, STAGES, SPLIT, GEGLU, FLOATS or BFLOATS (written, and nothing added), CONV (not a matrix product), UPSAMPLE,
 // CONSUMERS (groups of four warps that multiply) and BLOCKS (a multiprocessor) defined, and after the text of
 // `multiply`, one wgmma instruction of BN columns.
 
@@ -32,7 +32,7 @@ struct Problem {
     const u16* residual;      // half [samples, height, width, outputs] or null
     const float* out_scale;   // GEGLU: of the codes
     const int* out_zero_point;
-    void* out;                // half like the residual, floats, or codes [pixels, outputs / 2]
+    void* out;                // half like the residual, floats, bfloats, or codes [pixels, outputs / 2]
     int samples, height, width, channels, outputs;  // height and width of the output
     int seen_height, seen_width;                    // of the image under the taps, enlarged already
     int kernel_height, kernel_width, stride, top, left, bottom, right;
@@ -325,6 +325,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
             float* const to = static_cast<float*>(p.out) + static_cast<size_t>(pixel) * p.outputs + output;
             *reinterpret_cast<float4*>(to) = make_float4(y[0], y[1], y[2], y[3]);
             *reinterpret_cast<float4*>(to + 4) = make_float4(y[4], y[5], y[6], y[7]);
+#elif BFLOATS
+            const size_t to = static_cast<size_t>(pixel) * p.outputs + output;
+            *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + to) = make_uint4(
+                bfloat_pair(y[0], y[1]), bfloat_pair(y[2], y[3]), bfloat_pair(y[4], y[5]), bfloat_pair(y[6], y[7]));
 #else
             const size_t to = static_cast<size_t>(pixel) * p.outputs + output;
 #if CONV

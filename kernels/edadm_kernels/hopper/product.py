@@ -127,7 +127,7 @@ def takes(
 ) -> bool:
     """Whether `launch_product` serves these types and sizes; stride and upsampling are for the caller to check."""
     added = [t for t in (sample_bias, residual) if t is not None]
-    written = out.dtype in (torch.float16, torch.int8) or (out.dtype == torch.float32 and not added)
+    written = out.dtype in (torch.float16, torch.int8) or (out.dtype in (torch.float32, torch.bfloat16) and not added)
     floats = bias is None or bias.dtype == torch.float32
     read = (x, weight, scale, correction, bias, out, sample_bias, residual)
     aligned = all(t is None or t.data_ptr() % _ALIGNMENT == 0 for t in read)
@@ -149,6 +149,7 @@ def variants() -> list[ProductTile]:
         forms: list[dict[str, bool]] = [{}, {"convolution": True}, {"convolution": True, "upsample": True}]
         found += [replace(tile, split=split, **form) for form in forms for split in SPLITS]
         found += [replace(tile, floats=True, **form) for form in forms]
+        found.append(replace(tile, bfloats=True))
         found += [replace(tile, geglu=True)] if _suits(tile, "geglu") else []
     return found
 
@@ -216,14 +217,14 @@ def launch_product(
         scale: `[O]`.
         correction: `[classes, O]`.
         bias: float32 `[O]`.
-        out: float16, `[samples, height, width, O]` in memory order, or float32 where nothing is added; of a gated
-            product codes of half as many channels.
+        out: float16, `[samples, height, width, O]` in memory order, or float32 or bfloat16 where nothing is added; of a
+            gated product codes of half as many channels.
         sample_bias: float16 `[samples, O]`.
         residual: float16, as `out`.
         shape: Of the product.
         geglu: Scale, zero-point and largest unsigned code of a gated output.
     """
-    tile = replace(tile, floats=out.dtype == torch.float32)
+    tile = replace(tile, floats=out.dtype == torch.float32, bfloats=out.dtype == torch.bfloat16)
     outputs, taps = weight.shape[0], shape.kernel[0] * shape.kernel[1]
     samples, height, width = shape.image
     columns, rows, number = shape.boxes(tile)

@@ -58,6 +58,7 @@ class ProductTile:
         convolution: Pixels in boxes and taps outside the image; not a matrix product.
         upsample: The image is enlarged twice by nearest neighbour.
         floats: float32 is written, and nothing added to it.
+        bfloats: bfloat16 is written, and nothing added to it.
     """
 
     bm: int
@@ -71,6 +72,7 @@ class ProductTile:
     convolution: bool = False
     upsample: bool = False
     floats: bool = False
+    bfloats: bool = False
 
     source = "product.cu"
     name = "product"
@@ -104,6 +106,7 @@ class ProductTile:
             "CONV": int(self.convolution),
             "UPSAMPLE": int(self.upsample),
             "FLOATS": int(self.floats),
+            "BFLOATS": int(self.bfloats),
         }
 
     def prelude(self) -> str:
@@ -121,5 +124,5 @@ class ProductTile:
         """For tables."""
         kind = "geglu" if self.geglu else "upsample" if self.upsample else "conv" if self.convolution else "linear"
         extras = f"-x{self.blocks}" if self.blocks > 1 else ""
-        extras += ("-f32" if self.floats else "") + (f"-split{self.split}" if self.split > 1 else "")
+        extras += ("-f32" if self.floats else "-bf16" if self.bfloats else "") + (f"-split{self.split}" if self.split > 1 else "")
         return f"{kind}-{self.bm}x{self.bn}x{self.bk}{extras}"

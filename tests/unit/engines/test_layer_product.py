@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.parity import prediction_of, relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
@@ -54,6 +55,21 @@ def test_a_deployed_denoiser_compiles_as_one_graph(family: str) -> None:
     deploy(denoiser, ON_CPU)
     compiled = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
     assert relative_l2(prediction_of(compiled(*call[0], **call[1])), expected) < COMPILED
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_cuda_engine_takes_every_family(family: str) -> None:
+    denoiser, call = quantized_denoiser(family)
+    expected, before = exact(denoiser, call), dict(denoiser.state_dict())
+    compiled = CudaEngine().compile(denoiser, *call, CPU)
+    assert relative_l2(prediction_of(compiled(*call[0], **call[1])), expected) < 1e-3
+    assert all(row.is_met for row in compiled.layers if row.planned != "float")
+    assert any(row.precision == "int8" for row in compiled.layers)
+    after = denoiser.state_dict()
+    assert all(tensor is before[name] or torch.equal(tensor, before[name]) for name, tensor in after.items())
+    profile = compiled.profile(*call[0], **call[1])
+    assert any(": " in row.name and row.precision == "int8" for row in profile), "layers are named"
 
 
 @torch.no_grad()

@@ -1,0 +1,103 @@
+"""Any denoiser on the kernels: its own forward, with layers that multiply their codes, compiled by torch.
+
+Denoisers whose structure is known are assembled out of fused stages instead (`assembly`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from edadm_cli.engines.base import LayerExecution
+from edadm_cli.engines.cuda.layer_product import KernelProduct
+from edadm_cli.engines.cuda.lowering import refusal
+from edadm_cli.engines.listing import list_layers
+from edadm_cli.quant.attention import QuantizedAttention
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.product import deploy
+
+_ATTENTION_IS_FLOAT = "operands on the integer grids, products in floating point"
+_FUSED_STRUCTURE = "ResnetBlock2D"
+_MIN_REPEATS = 4
+"""Blocks of one class from which on they are compiled one by one: equal blocks share a compilation."""
+_MAX_SHAPES = 64
+"""Compilations of one block, each for other sizes of its inputs; torch's own limit is 8, and beyond it raises."""
+
+
+def has_fused_stages(denoiser: nn.Module) -> bool:
+    """Whether the assembly knows the structure: UNets of residual blocks."""
+    return any(type(module).__name__ == _FUSED_STRUCTURE for module in denoiser.modules())
+
+
+def build_plain(
+    denoiser: nn.Module, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, tuple[LayerExecution, ...]]:
+    """A copy of `denoiser` whose layers multiply their codes on `device`, and how each of its layers runs.
+
+    Tensors that lie on the device in the right element type already are shared with `denoiser`, not copied.
+    """
+    model = placed_copy(denoiser, device, dtype).eval().requires_grad_(False)
+    deploy(model, _SilentProduct((device.type,)))
+    float_name = str(dtype).removeprefix("torch.")
+
+    def decide(name: str, layer: nn.Module) -> tuple[str, str | None]:
+        if isinstance(layer, QuantizedAttention):
+            return float_name, _ATTENTION_IS_FLOAT
+        assert isinstance(layer, QuantizedLayer)
+        reason = refusal(layer)
+        return ("int8", None) if reason is None else (float_name, reason)
+
+    return model, list_layers(denoiser, dtype, decide)
+
+
+def placed_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of a quantized model on a device, in an element type; codes and scales keep theirs."""
+    placed: dict[int, Any] = {}
+    for module in model.modules():
+        keeps = isinstance(module, QuantizedLayer | QuantizedAttention)
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in placed:
+                placed[id(parameter)] = nn.Parameter(parameter.detach().to(device, dtype), requires_grad=False)
+        for buffer in module._buffers.values():
+            if buffer is not None and id(buffer) not in placed:
+                to = buffer.dtype if keeps or not buffer.is_floating_point() else dtype
+                placed[id(buffer)] = buffer.detach().to(device, to)
+        if isinstance(module, QuantizedLayer):
+            placed[id(module._weight)] = None
+    return copy.deepcopy(model, placed)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have torch compile a model in place: its repeated blocks, which share their compilation, or else the whole."""
+    blocks = repeated_blocks(model)
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MAX_SHAPES)
+    for block in blocks or [model]:
+        block.compile(fullgraph=bool(blocks), dynamic=False)
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Members of the outermost lists of blocks, of the classes that occur at least `_MIN_REPEATS` times in them."""
+    blocks: list[nn.Module] = []
+
+    def walk(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                blocks.extend(child)
+            else:
+                walk(child)
+
+    walk(model)
+    kinds = Counter(type(block) for block in blocks)
+    return [block for block in blocks if kinds[type(block)] >= _MIN_REPEATS]
+
+
+class _SilentProduct(KernelProduct):
+    """Reports nothing by itself: the engine lists every layer with the reason."""
+
+    def fall_back(self, layer: QuantizedLayer) -> None:
+        """Compute in floating point, as listed."""

@@ -1,0 +1,76 @@
+"""Every family on CUDA: layers that multiply their codes, eager, compiled as one graph, and on the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.cuda import CudaEngine
+from edadm_cli.engines.cuda.layer_product import KernelProduct
+from edadm_cli.engines.cuda.plain import placed_copy
+from edadm_cli.engines.parity import prediction_of, relative_l2
+from edadm_cli.engines.reference import ReferenceEngine
+from edadm_cli.quant.layers import quantized_layers
+from edadm_cli.quant.product import deploy
+from tests.tiny_denoisers import FAMILIES, Call, quantized_denoiser
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+# Normalizations that are fused or decomposed round otherwise, which turns single codes of networks this small.
+BOUNDS = {torch.float32: 3e-2, torch.float16: 1e-1, torch.bfloat16: 3e-1}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def on_cuda(call: Call) -> Call:
+    placed: Call = torch.utils._pytree.tree_map(lambda x: x.cuda() if isinstance(x, torch.Tensor) else x, call)
+    return placed
+
+
+def options(dtype: torch.dtype) -> EngineOptions:
+    return EngineOptions(device=torch.device("cuda"), rest_dtype=dtype)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_deployed_denoiser_eager_compiled_and_in_graphs(family: str, bits: str) -> None:
+    denoiser, call = quantized_denoiser(family, bits)
+    args, kwargs = on_cuda(call)
+    exact = prediction_of(ReferenceEngine().compile(denoiser, args, kwargs, options(torch.float32))(*args, **kwargs))
+    model = placed_copy(denoiser, torch.device("cuda"), torch.float32)
+    deploy(model, KernelProduct())
+    layers = quantized_layers(model).values()
+    assert any(layer.product.runs(layer) for layer in layers if layer.product is not None)
+    eager = prediction_of(model(*args, **kwargs))
+    assert relative_l2(eager, exact) < BOUNDS[torch.float32]
+    if bits == "w4a8":  # the compiled graph is the same
+        return
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):  # the third is a graph's replay
+        found = prediction_of(compiled(*args, **kwargs)).clone()
+    assert relative_l2(found, exact) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("dit", torch.float16), ("pixart", torch.float16), ("sd3", torch.bfloat16), ("flux", torch.bfloat16)],
+)
+@torch.no_grad()
+def test_the_engine_records_a_step_of_every_family(family: str, dtype: torch.dtype) -> None:
+    denoiser, call = quantized_denoiser(family)
+    args, kwargs = on_cuda(call)
+    exact = prediction_of(ReferenceEngine().compile(denoiser, args, kwargs, options(torch.float32))(*args, **kwargs))
+    compiled = CudaEngine().compile(denoiser, args, kwargs, options(dtype))
+    found = prediction_of(compiled(*args, **kwargs))
+    assert relative_l2(found, exact) < BOUNDS[dtype]
+    assert torch.equal(found, prediction_of(compiled(*args, **kwargs))), "a replay repeats"
+    assert compiled.profile(*args, **kwargs)
