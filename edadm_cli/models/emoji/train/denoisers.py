@@ -118,7 +118,7 @@ class UNetTask(_LatentTask):
         """Return the weighted mean squared error of the predicted noise."""
         noisy, timestep, tokens, noise, weight = inputs
         with torch.no_grad():
-            states = self._text_encoder(tokens).last_hidden_state
+            states = self._text_encoder(tokens).last_hidden_state.float()
         predicted = self._network(noisy, timestep, states, return_dict=False)[0]
         return (weight * (predicted.float() - noise).square()).mean()
 
@@ -161,8 +161,8 @@ def flow_condition(text_encoder: CLIPTextModelWithProjection, tokens: Tensor) ->
         third encoder that is left out. Pooled vectors with shape `(B, 384)`.
     """
     output = text_encoder(tokens, output_hidden_states=True)
-    states = output.hidden_states[-2].repeat(1, 1, 2)
-    return torch.cat([states, torch.zeros_like(states)], dim=1), output.text_embeds.repeat(1, 2)
+    states = output.hidden_states[-2].float().repeat(1, 1, 2)
+    return torch.cat([states, torch.zeros_like(states)], dim=1), output.text_embeds.float().repeat(1, 2)
 
 
 class PixelTask:

@@ -74,7 +74,7 @@ def measure(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace
                 measure_text_model(pipeline, judge, corpus, float(guidance), options.pictures)
                 for guidance in options.guidance.split(",")
             ]
-        write_json(settings.out / "records" / f"measure-{model}.json", result)
+        write_json(settings.out / "records" / f"measure-{model}-{options.guidance}.json", result)
 
 
 def text_to_image_tokenizer(settings: TrainSettings) -> Any:
