@@ -9,13 +9,13 @@ References:
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edadm_cli.errors import InputError, UsageError, explain_field
+from edadm_cli.errors import UsageError, explain_field
+from edadm_cli.plain_data import read_toml
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
@@ -171,16 +171,13 @@ def load_recipe(name_or_path: str) -> Recipe:
 def _read(name_or_path: str, depth: int) -> dict[str, Any]:
     shipped = RECIPE_FOLDER / f"{name_or_path}.toml"
     path = shipped if name_or_path in shipped_recipes() else Path(name_or_path)
-    if not path.is_file():
+    if not _is_file(path):
         raise UsageError(
-            f"There is no recipe '{name_or_path}': it is neither a file nor one of {', '.join(shipped_recipes())}.",
+            f"There is no recipe '{name_or_path[:200]}': it is neither a file nor one of "
+            f"{', '.join(shipped_recipes())}.",
             hint="edadm reconstruct --recipe default",
         )
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"The recipe {path} is not readable TOML: {error}.") from error
-    fields = _nulls(fields)
+    fields = _nulls(read_toml(path, "The recipe"))
     fields.setdefault("name", path.stem)
     base = fields.pop("extends", None)
     if base is None:
@@ -189,6 +186,13 @@ def _read(name_or_path: str, depth: int) -> dict[str, Any]:
         raise UsageError(f"The recipe {path} extends itself, or a chain of more than eight recipes.")
     is_shipped = str(base) in shipped_recipes()
     return _merge(_read(str(base) if is_shipped else str(path.parent / str(base)), depth + 1), fields)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _nulls(table: dict[str, Any]) -> dict[str, Any]:

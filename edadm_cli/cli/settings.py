@@ -7,15 +7,15 @@ num_trajectories = 512
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edadm_cli import bench, collect, evaluate, export, reconstruct, sample, select
-from edadm_cli.artifacts import Stage, explained_os_errors
+from edadm_cli.artifacts import Stage
 from edadm_cli.config import StageConfig
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.errors import UsageError
+from edadm_cli.plain_data import read_toml
 from edadm_cli.recipe import load_recipe
 
 _ALL = (collect.STAGE, select.STAGE, reconstruct.STAGE, export.STAGE, bench.STAGE, evaluate.STAGE, sample.STAGE)
@@ -32,11 +32,7 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    with explained_os_errors(path):
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"The configuration {path} is not readable TOML: {error}.") from error
+    content = read_toml(path, "The configuration")
     for key, value in content.items():
         if key in STAGES and isinstance(value, dict):
             for name in value:

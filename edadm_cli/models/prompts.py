@@ -25,6 +25,7 @@ MAX_PROMPT_CHARACTERS = 4000
 CAPTIONS = Path(__file__).with_name("captions.txt")
 CAPTIONS_NAME = "edadm-captions-256"
 
+_PIPES = ("dev", "proc")  # places where a shell puts what another command writes
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _USUAL_COLUMNS = ("caption", "prompt", "text")
 
@@ -86,13 +87,22 @@ def read_prompts(path: Path) -> list[str]:
 
 def _split_column(path: Path) -> tuple[Path, str | None]:
     stem, colon, column = path.name.rpartition(":")
-    if colon and Path(stem).suffix.lower() in _TABLES and not path.exists():
+    if colon and Path(stem).suffix.lower() in _TABLES and not _exists(path):
         return path.with_name(stem), column
     return path, None
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
+
+
 def _read_text(path: Path) -> str:
     try:
+        if not path.is_file() and path.exists() and path.absolute().parts[1] not in _PIPES:
+            raise InputError(f"The prompt file {path} cannot be read: it is not a regular file.")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise InputError(f"The prompt file {path} has {size} bytes; at most {MAX_FILE_BYTES} are read.")
@@ -107,6 +117,8 @@ def _read_text(path: Path) -> str:
 def _checked(path: Path, entries: Iterable[tuple[str, str]]) -> Iterable[str]:
     for place, entry in entries:
         prompt = entry.strip()
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(f"{place} of the prompt file {path} has half of a character, which no text may hold.")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise InputError(
                 f"{place} of the prompt file {path} has {len(prompt)} characters; "
@@ -120,7 +132,8 @@ def _captions_of_json(path: Path, text: str) -> Iterable[tuple[str, str]]:
     try:
         content: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"The prompt file {path} is not readable JSON: {error}.") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        raise InputError(f"The prompt file {path} is not readable JSON: {reason}.") from error
     rows = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise InputError(f"The prompt file {path} has neither COCO 'annotations' nor a list of texts.")
@@ -130,6 +143,8 @@ def _captions_of_json(path: Path, text: str) -> Iterable[tuple[str, str]]:
         if not isinstance(caption, str):
             raise InputError(f"Entry {number} of the prompt file {path} has no caption.")
         image = row.get("image_id") if isinstance(row, dict) else None
+        if not isinstance(image, (int, str, type(None))):
+            raise InputError(f"Entry {number} of the prompt file {path} has an 'image_id' that is no number.")
         if image is None or image not in seen:
             seen.add(image)
             yield f"Entry {number}", " ".join(caption.split())

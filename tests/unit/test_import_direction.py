@@ -14,7 +14,7 @@ KERNELS = ROOT / "kernels"
 
 STAGES = {"collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "bench"}
 MIDDLE = {"models", "engines", "artifacts", "calibrate", "integrations"}
-GROUND = {"config", "recipe", "errors", "launching", "plugins", "progress", "processes", "version"}
+GROUND = {"config", "recipe", "errors", "launching", "plain_data", "plugins", "progress", "processes", "version"}
 # Which rooms a room may import, besides itself.
 ALLOWED = {
     "cli": STAGES | MIDDLE | {"quant"} | GROUND,
@@ -26,7 +26,19 @@ ALLOWED = {
     "__main__": {"cli"},
 }
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "matplotlib", "PIL"}
-LIGHT = ("cli", "artifacts", "config", "recipe", "errors", "launching", "progress", "processes", "version", "__init__")
+LIGHT = (
+    "cli",
+    "artifacts",
+    "config",
+    "recipe",
+    "errors",
+    "launching",
+    "plain_data",
+    "progress",
+    "processes",
+    "version",
+    "__init__",
+)
 
 
 def _sources(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
@@ -20,11 +21,23 @@ _SHOWN = 5
 
 
 def empty_module(architecture: Architecture, name: str) -> nn.Module:
-    """A component without memory for its weights."""
+    """A component without memory for its weights.
+
+    Raises:
+        InputError: Its configuration describes nothing that can be built.
+    """
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        module: nn.Module = architecture.component_class(name)(**architecture.config(name))
+    cls, config = architecture.component_class(name), architecture.config(name)
+    try:
+        with torch.device("meta"):  # first without touching memory, however large the model claims to be
+            module: nn.Module = cls(**config)
+        if any(buffer.is_meta for buffer in module.buffers()):
+            with init_empty_weights(include_buffers=False):
+                module = cls(**config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise InputError(f"No {cls.__name__} can be built from the configuration of the '{name}': {reason}.") from error
     return module
 
 

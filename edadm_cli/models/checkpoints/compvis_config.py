@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from edadm_cli.errors import InputError
 from edadm_cli.models.architecture import Architecture, load_architecture
+from edadm_cli.plain_data import read_yaml
 
 CONFIG_NAME = "config.yaml"
 NUM_LABELS = 1001  # classes of ImageNet and "no class"
-_LARGEST_BYTES = 2**20
 _GROUPS = 32
+# Bounds of what is built: far above every published model.
+_MAX_LEVELS, _MAX_MULTIPLE, _MAX_LAYERS = 16, 64, 64
+_MAX_WIDTH, _MAX_PIXELS, _MAX_CODES, _MAX_TIMESTEPS = 65_536, 65_536, 10_000_000, 100_000
 # Denoisers of the checkpoints that are known without a configuration: the shape of the first convolution's weight.
 _KNOWN = {"ldm-bedroom": (224, 3), "ldm-church": (192, 4), "ldm-imagenet": (192, 3)}
 _WITH_EMA = ("ldm-bedroom", "ldm-church")
@@ -58,20 +59,15 @@ def read_config(path: Path) -> CompVisModel:
     """Read a configuration.
 
     Raises:
-        InputError: The file is no plain YAML, or describes something else than a latent diffusion model of the
-            kinds that are converted.
+        InputError: The file is no plain YAML, has values that no such model has, or describes something else than a
+            latent diffusion model of the kinds that are converted.
     """
-    try:
-        if path.stat().st_size > _LARGEST_BYTES:
-            raise InputError(f"{path} is too large for a configuration.")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is not readable as plain YAML.") from error
+    content = read_yaml(path, "The configuration")
     try:
         model = _model(content["model"]["params"])
     except KeyError as error:
         raise InputError(f"{path} is not the configuration of a latent diffusion model: it has no {error}.") from error
-    except (TypeError, ValueError, ZeroDivisionError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, IndexError, AttributeError) as error:
         raise InputError(f"{path} is not the configuration of a latent diffusion model: {error}.") from error
     except InputError as error:
         raise InputError(f"{path}: {error.message}") from error
@@ -86,7 +82,7 @@ def _model(params: dict[str, Any]) -> CompVisModel:
     if bool(unet.get("use_spatial_transformer")) != is_conditional:
         raise InputError("only unconditional models, and class-conditional ones with cross-attention, are converted.")
     _require(unet, {"dims": (2, None), "num_classes": (None,), "conv_resample": (True, None)})
-    decoder = _autoencoder(params["first_stage_config"], float(params.get("scale_factor", 1.0)))
+    decoder = _autoencoder(params["first_stage_config"], _real(params, "scale_factor", 1.0, 1e6))
     scheduler = _scheduler(params)
     if is_conditional:
         components = {"transformer": _conditional_unet(unet), "vae": decoder, "scheduler": scheduler}
@@ -113,12 +109,40 @@ def _num_labels(condition: Any) -> int | None:
     return count
 
 
+def _whole(params: dict[str, Any], name: str, largest: int, default: int | None = None) -> int:
+    """A positive integer of a configuration."""
+    return _positive(params[name] if default is None else params.get(name, default), name, largest)
+
+
+def _positive(value: Any, name: str, largest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise InputError(f"{name} is {value!r}; an integer from 1 to {largest} was expected.")
+    return value
+
+
+def _multiples(params: dict[str, Any], name: str) -> list[int]:
+    """The widths of the levels, as multiples of the first one."""
+    values = params[name]
+    if not isinstance(values, list) or not 1 <= len(values) <= _MAX_LEVELS:
+        raise InputError(f"{name} is not a list of 1 to {_MAX_LEVELS} numbers.")
+    return [_positive(value, name, _MAX_MULTIPLE) for value in values]
+
+
+def _real(params: dict[str, Any], name: str, default: float, largest: float) -> float:
+    """A positive number of a configuration."""
+    value = params.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= largest:
+        raise InputError(f"{name} is {value!r}; a number above 0 and up to {largest:g} was expected.")
+    return float(value)
+
+
 def _common_unet(unet: dict[str, Any]) -> dict[str, Any]:
-    channels = [int(unet["model_channels"]) * int(multiple) for multiple in unet["channel_mult"]]
+    width = _whole(unet, "model_channels", _MAX_WIDTH)
+    channels = [width * multiple for multiple in _multiples(unet, "channel_mult")]
     return {
-        "sample_size": int(unet["image_size"]),
-        "in_channels": int(unet["in_channels"]),
-        "out_channels": int(unet["out_channels"]),
+        "sample_size": _whole(unet, "image_size", _MAX_PIXELS),
+        "in_channels": _whole(unet, "in_channels", _MAX_WIDTH),
+        "out_channels": _whole(unet, "out_channels", _MAX_WIDTH),
         "block_out_channels": channels,
         "act_fn": "silu",
         "center_input_sample": False,
@@ -128,7 +152,7 @@ def _common_unet(unet: dict[str, Any]) -> dict[str, Any]:
         "mid_block_scale_factor": 1,
         "norm_eps": 1e-5,
         "norm_num_groups": _GROUPS,
-        "layers_per_block": int(unet["num_res_blocks"]),
+        "layers_per_block": _whole(unet, "num_res_blocks", _MAX_LAYERS),
     }
 
 
@@ -143,9 +167,11 @@ def _unconditional_unet(unet: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     channels, is_resnet = config["block_out_channels"], bool(unet.get("resblock_updown", False))
     plain = "Resnet{}sampleBlock2D" if is_resnet else "{}Block2D"
     levels = _attended(unet)
-    head_size, cls = int(unet.get("num_head_channels", -1)), "diffusers.UNet2DModel"
-    if head_size == -1:
-        num_heads = int(unet["num_heads"])
+    head_size, cls = unet.get("num_head_channels", -1), "diffusers.UNet2DModel"
+    if head_size != -1:
+        head_size = _positive(head_size, "num_head_channels", _MAX_WIDTH)
+    else:
+        num_heads = _whole(unet, "num_heads", _MAX_WIDTH)
         head_size = channels[0] // num_heads
         if any(width != channels[0] for width in channels):
             cls = "edadm_cli.models.latent_diffusion.FixedHeadsUNet"
@@ -168,14 +194,17 @@ def _conditional_unet(unet: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     _require(unet, {"use_scale_shift_norm": (False, None), "resblock_updown": (False, None)})
     config, levels = _common_unet(unet), _attended(unet)
     # diffusers calls the number of heads "attention_head_dim" here
-    heads: Any = int(unet.get("num_heads", -1))
+    heads: Any = unet.get("num_heads", -1)
     if heads == -1:
-        heads = [width // int(unet["num_head_channels"]) for width in config["block_out_channels"]]
-    depth = int(unet.get("transformer_depth", 1))
+        head_size = _whole(unet, "num_head_channels", _MAX_WIDTH)
+        heads = [width // head_size for width in config["block_out_channels"]]
+    else:
+        heads = _positive(heads, "num_heads", _MAX_WIDTH)
+    depth = _whole(unet, "transformer_depth", _MAX_LAYERS, default=1)
     return "edadm_cli.models.latent_diffusion.ClassConditionalUNet", {
         **config,
         "attention_head_dim": heads,
-        "cross_attention_dim": int(unet["context_dim"]),
+        "cross_attention_dim": _whole(unet, "context_dim", _MAX_WIDTH),
         "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in levels],
         "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(levels)],
         **({} if depth == 1 else {"transformer_layers_per_block": depth}),
@@ -185,15 +214,16 @@ def _conditional_unet(unet: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def _autoencoder(stage: dict[str, Any], scale: float) -> tuple[str, dict[str, Any]]:
     kind, params = str(stage["target"]).rpartition(".")[2], stage["params"]
     shape = params["ddconfig"]
-    multiples, resolution = shape["ch_mult"], int(shape["resolution"])
-    channels = [int(shape["ch"]) * int(multiple) for multiple in multiples]
+    multiples = _multiples(shape, "ch_mult")
+    resolution, width = _whole(shape, "resolution", _MAX_PIXELS), _whole(shape, "ch", _MAX_WIDTH)
+    channels = [width * multiple for multiple in multiples]
     attended = [resolution // 2**level in shape["attn_resolutions"] for level in range(len(channels))]
     config: dict[str, Any] = {
-        "in_channels": int(shape["in_channels"]),
-        "out_channels": int(shape["out_ch"]),
-        "latent_channels": int(shape["z_channels"]),
+        "in_channels": _whole(shape, "in_channels", _MAX_WIDTH),
+        "out_channels": _whole(shape, "out_ch", _MAX_WIDTH),
+        "latent_channels": _whole(shape, "z_channels", _MAX_WIDTH),
         "block_out_channels": channels,
-        "layers_per_block": int(shape["num_res_blocks"]),
+        "layers_per_block": _whole(shape, "num_res_blocks", _MAX_LAYERS),
         "norm_num_groups": _GROUPS,
         "sample_size": resolution,
         "scaling_factor": scale,
@@ -201,10 +231,13 @@ def _autoencoder(stage: dict[str, Any], scale: float) -> tuple[str, dict[str, An
         "up_block_types": ["AttnUpDecoderBlock2D" if has else "UpDecoderBlock2D" for has in reversed(attended)],
     }
     if kind in ("VQModel", "VQModelInterface"):
-        config |= {"num_vq_embeddings": int(params["n_embed"]), "vq_embed_dim": int(params["embed_dim"])}
+        config |= {
+            "num_vq_embeddings": _whole(params, "n_embed", _MAX_CODES),
+            "vq_embed_dim": _whole(params, "embed_dim", _MAX_WIDTH),
+        }
         return "diffusers.VQModel", config
     if kind == "AutoencoderKL":
-        if int(params["embed_dim"]) != config["latent_channels"]:
+        if params["embed_dim"] != config["latent_channels"]:
             raise InputError("a KL autoencoder whose embed_dim differs from its z_channels is not converted.")
         return "diffusers.AutoencoderKL", {**config, "act_fn": "silu"}
     raise InputError(f"the first stage {kind} is not known; VQModelInterface and AutoencoderKL are converted.")
@@ -213,9 +246,9 @@ def _autoencoder(stage: dict[str, Any], scale: float) -> tuple[str, dict[str, An
 def _scheduler(params: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     _require(params, {"beta_schedule": ("linear", None), "parameterization": ("eps", "x0", None)})
     config = {
-        "num_train_timesteps": int(params.get("timesteps", 1000)),
-        "beta_start": float(params.get("linear_start", 1e-4)),
-        "beta_end": float(params.get("linear_end", 2e-2)),
+        "num_train_timesteps": _whole(params, "timesteps", _MAX_TIMESTEPS, default=1000),
+        "beta_start": _real(params, "linear_start", 1e-4, 1.0),
+        "beta_end": _real(params, "linear_end", 2e-2, 1.0),
         "beta_schedule": "scaled_linear",  # what CompVis calls linear is linear in the square roots
         "clip_sample": False,
         "set_alpha_to_one": False,

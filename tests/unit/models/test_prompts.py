@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,31 @@ def test_the_digits_entry_brings_its_prompts(stable_diffusion: LoadedModel) -> N
     assert first == again
     assert prompts_name(model, None) == "digits"
     assert first != resolve_prompts(model, None, 20, seed=4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[["one", "two"]]',
+        "[[[]]]",
+        '{"annotations": [{"image_id": [1], "caption": "a"}]}',
+        '{"annotations": [{"image_id": {}, "caption": "a"}]}',
+        '{"annotations": [["a"]]}',
+        '["half \\ud800"]',
+        "[" + "9" * 5000 + "]",
+        "[" * 100_000,
+    ],
+)
+def test_json_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_prompts(path)
+    assert len(caught.value.message) < 500
+
+
+def test_a_prompt_file_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "prompts.txt")
+    for path in (tmp_path / "prompts.txt", tmp_path, tmp_path / ("a" * 5000), tmp_path / f"{'a' * 300}.csv:b"):
+        with pytest.raises(InputError):
+            read_prompts(path)
