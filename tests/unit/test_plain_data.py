@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import accelerate  # noqa: F401 - so that its import is not timed
 import pytest
 import yaml
+from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel  # noqa: F401
 
 from edadm_cli.cli.settings import read_config_file
 from edadm_cli.errors import EXIT_INPUT, EXIT_USAGE, EdadmError
+from edadm_cli.models.checkpoints.accounting import empty_module
 from edadm_cli.models.checkpoints.compvis_config import read_config
 from edadm_cli.recipe import load_recipe
 from tests.unit.models.configs import tiny
 
-AT_ONCE = 5.0  # seconds on a busy machine; a hang takes minutes
+AT_ONCE = 10.0  # seconds on a busy machine; a hang takes minutes
 
 TOML = {
     "an impossible date": "name = 2024-13-45",
@@ -100,8 +103,6 @@ def test_the_configuration_of_a_checkpoint_that_hurts_is_refused_at_once(tmp_pat
     path.write_text(YAML[kind])
 
     def read_and_build() -> None:
-        from edadm_cli.models.checkpoints.accounting import empty_module
-
         architecture = read_config(path).architecture
         for name in ("transformer", "vae"):
             empty_module(architecture, name)
