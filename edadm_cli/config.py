@@ -260,7 +260,7 @@ class EvaluateConfig(EngineStageConfig):
         "openai", "Weights of the CLIP model: a tag of open_clip, or a file; openai by default.", metavar="TAG|FILE"
     )
     inception_weights: Path | None = setting(
-        None, "File of Inception weights; by default torch-fidelity's own.", metavar="FILE"
+        None, "File of Inception weights; by default torch-fidelity's own.", identity="never", metavar="FILE"
     )
 
 

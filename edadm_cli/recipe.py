@@ -40,15 +40,28 @@ def later(default: Any, **kwargs: Any) -> Any:
 
 
 def without_later_defaults(model: BaseModel, fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns `fields`, the dumped fields of `model`, without the later ones that are at their defaults."""
+    """Returns `fields`, the dumped fields of `model`, without the later ones that are at their defaults.
+
+    The rule holds for tables within the model as well, also for those in its lists and tables.
+    """
     kept = {}
     for name, value in fields.items():
         field, current = type(model).model_fields[name], getattr(model, name)
         is_later = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("later") is True
-        if is_later and current == field.default:
-            continue
-        kept[name] = without_later_defaults(current, value) if isinstance(current, BaseModel) else value
+        if not (is_later and current == field.default):
+            kept[name] = _without_later_defaults(current, value)
     return kept
+
+
+def _without_later_defaults(current: Any, dumped: Any) -> Any:
+    if isinstance(current, BaseModel) and isinstance(dumped, dict):
+        return without_later_defaults(current, dumped)
+    if isinstance(current, dict):
+        pairs = zip(current.values(), dumped.items(), strict=True)
+        return {key: _without_later_defaults(item, plain) for item, (key, plain) in pairs}
+    if isinstance(current, list | tuple):
+        return [_without_later_defaults(item, plain) for item, plain in zip(current, dumped, strict=True)]
+    return dumped
 
 
 class SelectRecipe(_Frozen):
