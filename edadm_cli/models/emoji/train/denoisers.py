@@ -26,9 +26,10 @@ from edadm_cli.models.emoji.train.networks import (
 from edadm_cli.models.emoji.train.settings import TrainSettings
 
 UNET_SCHEDULE = Schedule(batch_size=1024, learning_rate=1e-3)
-TRANSFORMER_SCHEDULE = Schedule(batch_size=1024, learning_rate=1e-3)
+TRANSFORMER_SCHEDULE = Schedule(batch_size=512, learning_rate=1e-3)
 PIXEL_SCHEDULE = Schedule(batch_size=512, learning_rate=4e-4, average_decay=0.9995)
 _EMPTY_PROMPT_SHARE = 0.1
+_ABSENT_TOKENS = 256  # what StableDiffusion3Pipeline puts in the place of a third encoder's tokens: its default length
 _SNR_LIMIT = 5.0
 
 
@@ -133,7 +134,10 @@ class TransformerTask(_LatentTask):
     def __init__(self, corpus: Corpus, settings: TrainSettings) -> None:
         torch.manual_seed(settings.seed)
         count = (settings.batch_size or TRANSFORMER_SCHEDULE.batch_size) // settings.world
-        states, pooled = torch.zeros(count, 2 * MAX_TOKENS, 2 * TEXT_WIDTH), torch.zeros(count, 2 * EMBEDDING)
+        states, pooled = (
+            torch.zeros(count, MAX_TOKENS + _ABSENT_TOKENS, 2 * TEXT_WIDTH),
+            torch.zeros(count, 2 * EMBEDDING),
+        )
         network = build_transformer(settings.small)
         super().__init__(corpus, settings, network, torch.zeros(count, 4, 16, 16), states, pooled, torch.zeros(count))
 
@@ -157,12 +161,13 @@ def flow_condition(text_encoder: CLIPTextModelWithProjection, tokens: Tensor) ->
     """Return states and pooled vectors as StableDiffusion3Pipeline makes them of one text encoder that it holds twice.
 
     Returns:
-        States with shape `(B, 48, 384)`: 24 tokens with both encoders' states side by side, then 24 zeros for the
+        States with shape `(B, 280, 384)`: 24 tokens with both encoders' states side by side, then 256 zeros for the
         third encoder that is left out. Pooled vectors with shape `(B, 384)`.
     """
     output = text_encoder(tokens, output_hidden_states=True)
     states = output.hidden_states[-2].float().repeat(1, 1, 2)
-    return torch.cat([states, torch.zeros_like(states)], dim=1), output.text_embeds.float().repeat(1, 2)
+    absent = states.new_zeros(len(states), _ABSENT_TOKENS, states.shape[2])
+    return torch.cat([states, absent], dim=1), output.text_embeds.float().repeat(1, 2)
 
 
 class PixelTask:
