@@ -23,6 +23,7 @@ _MACHINE_REASONS = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "the operation is not permitted",
     errno.EROFS: "the file system is read-only",
+    errno.EFBIG: "the file would be larger than this process may write (ulimit -f)",
     errno.EMFILE: "too many files are open",
     errno.EIO: "the disk reports an input/output error",
     errno.ENOMEM: "memory is used up",

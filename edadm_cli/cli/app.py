@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from edadm_cli.cli.boundary import guard
+from edadm_cli.cli.signals import heard_signals
+from edadm_cli.cli.streams import forgiving_streams
 from edadm_cli.version import __version__
 
 _CHAIN = "The chain, stage by stage"
@@ -158,8 +159,10 @@ def _program(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code."""
+    """Runs a command line and returns its exit code; without `arguments`, that of the process, which then ends."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    return guard(words, lambda: app(args=words, prog_name="edadm", standalone_mode=False))
+    with heard_signals(is_program=arguments is None) as signals, forgiving_streams():
+        try:
+            return guard(words, lambda: app(args=words, prog_name="edadm", standalone_mode=False), signals)
+        except KeyboardInterrupt:  # while a failure was being reported
+            return signals.explain().exit_code

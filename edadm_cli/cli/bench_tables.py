@@ -8,13 +8,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from edadm_cli.cli.text import one_line
+
 _OURS = "bold"
 _FASTEST = "green"
 
 
 def bench_tables(result: Mapping[str, Any]) -> Iterator[Table | Text]:
     """The tables of a bench, and its headline below them."""
-    yield Text(f"{result['subject']}\n{_machine(result['machine'])}")
+    yield Text(f"{one_line(result['subject'])}\n{one_line(_machine(result['machine']))}")
     yield _contenders(result)
     for bits, facts in result["by_bits"].items():
         yield _kinds(bits, facts["by_kind"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from edadm_cli.cli.signals import Signals
 from edadm_cli.cli.sink import write_line
 from edadm_cli.cli.text import one_line
 from edadm_cli.errors import (
@@ -28,26 +29,33 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-def guard(arguments: Sequence[str], work: Callable[[], Any]) -> int:
-    """Run a command line and give its exit code; a failure is told on stderr, and on stdout with `--json`.
+_NO_MEMORY = ("can't allocate memory", "bad_alloc", "Cannot allocate memory", "bad allocation")
+_NO_MAPPING = ("failed to map segment", "cannot map", "cannot allocate memory", "cannot enable executable stack")
+
+
+def guard(arguments: Sequence[str], work: Callable[[], Any], signals: Signals) -> int:
+    """Runs a command line and returns its exit code; a failure is reported on stderr, and on stdout with `--json`.
 
     Args:
-        arguments: The command line, which tells of `--json` and `--verbose` even when it does not parse.
+        arguments: The command line, which shows `--json` and `--verbose` even when it does not parse.
         work: Parses and runs it; its value is an exit code or nothing.
+        signals: What was heard meanwhile.
     """
     try:
         code = work()
+        if signals.number is None and code != EXIT_INTERRUPTED:
+            sys.stdout.flush()
+            return code if isinstance(code, int) else EXIT_DONE
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else EXIT_INTERNAL
     except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
+        pass
     except Exception as error:  # noqa: BLE001 - this is the place where every failure ends
-        if "--verbose" in arguments or "-v" in arguments:
-            traceback.print_exc(file=sys.stderr)
-        return _tell(arguments, explain(error, arguments))
-    if code == EXIT_INTERRUPTED:
-        return _tell(arguments, _interrupted(arguments))
-    return code if isinstance(code, int) else EXIT_DONE
+        if signals.number is None:
+            if "--verbose" in arguments or "-v" in arguments:
+                traceback.print_exc(file=sys.stderr)
+            return _report(arguments, explain(error, arguments))
+    return _report(arguments, signals.explain())
 
 
 def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
@@ -65,8 +73,9 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
 
     if isinstance(error, ValidationError) and error.title.endswith(("Config", "BitWidth")):
         return _explain_validation(error, arguments)
-    if isinstance(error, MemoryError) or _is_out_of_memory_in_torch(error):
-        return MachineError("The memory is used up.", hint="try a smaller --batch-size, or another --device")
+    limit = _explain_limit(error)
+    if limit is not None:
+        return limit
     if isinstance(error, OSError):
         explained = explain_os_error(error)
         if explained is not None:
@@ -99,7 +108,7 @@ def report_error(error: EdadmError) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _tell(arguments: Sequence[str], error: EdadmError) -> int:
+def _report(arguments: Sequence[str], error: EdadmError) -> int:
     if not speaks(error):
         return error.exit_code
     report_error(error)
@@ -111,12 +120,6 @@ def _tell(arguments: Sequence[str], error: EdadmError) -> int:
 
 def _command(arguments: Sequence[str]) -> list[str]:
     return [argument for argument in arguments[:1] if not argument.startswith("-")]
-
-
-def _interrupted(arguments: Sequence[str]) -> EdadmError:
-    error = EdadmError("Interrupted.", hint="the same command resumes where it was")
-    error.exit_code = EXIT_INTERRUPTED
-    return error
 
 
 def _explain_validation(error: ValidationError, arguments: Sequence[str]) -> UsageError:
@@ -131,8 +134,25 @@ def _explain_validation(error: ValidationError, arguments: Sequence[str]) -> Usa
     return UsageError(f"{flag}: {explain_field(first)}.")
 
 
-def _is_out_of_memory_in_torch(error: Exception) -> bool:
-    """Whether torch found no memory, without importing it: by its class on CUDA, by its text on the CPU."""
-    kind = type(error)
+def _explain_limit(error: Exception) -> MachineError | None:
+    """The sentence for memory or threads that this process may not have.
+
+    torch is not imported for it: its errors are known by their class on CUDA, by their text on the CPU. A library that
+    cannot be mapped may come as the error of whoever imported it.
+    """
+    kind, text = type(error), str(error)
     on_cuda = kind.__name__ == "OutOfMemoryError" and kind.__module__.startswith("torch")
-    return on_cuda or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    if isinstance(error, MemoryError) or on_cuda or (isinstance(error, RuntimeError) and _is_any(text, _NO_MEMORY)):
+        return MachineError("The memory is used up.", hint="try a smaller --batch-size, or another --device")
+    if isinstance(error, (ImportError, OSError, RuntimeError)) and _is_any(text, _NO_MAPPING):
+        return MachineError(
+            f"A library cannot be loaded into the memory that this process may use: {text}.",
+            hint="raise the limit of the address space (ulimit -v)",
+        )
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return MachineError("This process may not start another thread.", hint="raise the limit (ulimit -u)")
+    return None
+
+
+def _is_any(text: str, parts: tuple[str, ...]) -> bool:
+    return any(part in text for part in parts)

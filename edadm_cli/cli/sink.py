@@ -57,14 +57,8 @@ def show(output: Output, result: Mapping[str, Any], path: str | None) -> None:
 
 
 def write_line(text: str) -> None:
-    """Write to stdout; a reader that has gone away is no failure of the work that was done."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Without this the interpreter would complain when it flushes stdout at exit.
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+    """Writes a line to stdout."""
+    print(text, flush=True)
 
 
 def _width() -> int | None:

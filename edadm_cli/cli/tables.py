@@ -50,7 +50,9 @@ def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
     table.add_column(overflow="fold")
     for name, value in _flat(fields):
         if value is not None:
-            table.add_row(Text(name), Text(show_value(value[:_SHORT_IDENTITY] if name == "identity" else value)))
+            table.add_row(
+                Text(one_line(name)), Text(show_value(value[:_SHORT_IDENTITY] if name == "identity" else value))
+            )
     return table
 
 

@@ -7,7 +7,9 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -30,6 +32,8 @@ FOLDER = "samples"
 FACTS_KEY = "edadm"
 """Key of the text in a PNG file that says what decided the image."""
 _SLUG_CHARACTERS = 48
+_HASH_CHARACTERS = 8
+_PLAIN_PROMPT = re.compile(r"^[a-z0-9]+( [a-z0-9]+)*$")
 _PROBE_STEPS = 2
 
 
@@ -47,16 +51,44 @@ class Picture:
 
     @property
     def file(self) -> str:
-        """Name of its file: the seed, what of the prompt a file name can hold, and what computed it."""
-        slug = re.sub(r"[^a-z0-9]+", "-", (self.prompt or "").lower()).strip("-")[:_SLUG_CHARACTERS].rstrip("-")
+        """Returns the name of its file: the seed, the prompt, and what computed it; another prompt has another name.
+
+        A prompt of few plain words stands in the name as it is. Of any other there is what a file name can hold, and
+        the beginning of a hash of the whole.
+        """
         computed = self.engine or ("integer" if self.arithmetic == "integer" else "")
-        parts = [f"{self.seed:06d}", slug, computed]
+        parts = [f"{self.seed:06d}", _slug(self.prompt or ""), computed]
         return "-".join(part for part in parts if part) + ".png"
 
     def facts(self) -> str:
-        """What is written into the file, by which it is known again."""
-        known = {key: value for key, value in asdict(self).items() if key != "engine" or value is not None}
-        return json.dumps(known, sort_keys=True)
+        """Returns what is written into the file, by which it is known again."""
+        return json.dumps(self._known(), sort_keys=True)
+
+    def _known(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "engine" or value is not None}
+
+    def differences(self, facts: str | None) -> str:
+        """Returns in words how the facts in a file differ from those of this image."""
+        try:
+            held = json.loads(facts or "")
+        except ValueError:
+            held = None
+        if not isinstance(held, dict):
+            return "a file that edadm did not write"
+        known = self._known()
+        names = [name for name in sorted(held.keys() | known.keys()) if held.get(name) != known.get(name)]
+        parts = [f"its {name.replace('_', ' ')} is {held.get(name)!r} and not {known.get(name)!r}" for name in names]
+        return f"another image: {', '.join(parts)}"
+
+
+def _slug(prompt: str) -> str:
+    if not prompt:
+        return ""
+    text = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:_SLUG_CHARACTERS].rstrip("-")
+    if _PLAIN_PROMPT.match(prompt) and len(prompt) <= _SLUG_CHARACTERS:
+        return text
+    digest = sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_CHARACTERS]
+    return f"{text}-{digest}" if text else digest
 
 
 @dataclass(frozen=True)
@@ -222,10 +254,7 @@ def _is_there(folder: Path, picture: Picture) -> bool:
         facts = None
     if facts == picture.facts():
         return True
-    raise InputError(
-        f"{path} is another image: other steps, guidance or export.",
-        hint="add --force to replace it",
-    )
+    raise InputError(f"{path} is {picture.differences(facts)}.", hint="add --force to replace it")
 
 
 def _write_pictures(task: _Task, pictures: list[Picture], folder: Path, reporter: Reporter) -> None:

@@ -1,0 +1,98 @@
+"""Standard output and standard error that cannot make finished work fail.
+
+Whoever reads them may go away, they may be closed, and what standard error is written to may be full. The work goes on,
+and the exit code is that of the work. A full disk under standard output is a failure: the result is lost there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+_GONE = (errno.EPIPE, errno.EBADF)
+
+
+class _Forgiving:
+    """A text stream that writes to nowhere once writing fails in a way that `forgives` accepts."""
+
+    def __init__(self, stream: TextIO, forgives: Callable[[Exception], bool]) -> None:
+        self._stream = stream
+        self._forgives = forgives
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            if not self._forgives(error):
+                raise
+            lead_nowhere(self._stream)
+
+
+def lead_nowhere(stream: TextIO) -> None:
+    """Points the stream's descriptor at the null device, also for what its buffer still holds."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+@contextmanager
+def forgiving_streams() -> Iterator[None]:
+    """Replaces `sys.stdout` and `sys.stderr` meanwhile, and flushes them at the end without failing."""
+    open_missing_descriptors()
+    out, error = _text_stream(sys.stdout), _text_stream(sys.stderr)
+    forgiving_out = _Forgiving(out, lambda problem: isinstance(problem, ValueError) or _is_gone(problem))
+    forgiving_error = _Forgiving(error, lambda problem: True)
+    with (
+        contextlib.redirect_stdout(cast(TextIO, forgiving_out)),
+        contextlib.redirect_stderr(cast(TextIO, forgiving_error)),
+    ):
+        try:
+            yield
+        finally:
+            for stream in (out, error):
+                try:
+                    stream.flush()
+                except (OSError, ValueError):
+                    lead_nowhere(stream)
+
+
+def open_missing_descriptors() -> None:
+    """Opens the null device for standard streams that are closed, so that no file takes their numbers."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+
+
+def _text_stream(stream: TextIO | None) -> TextIO:
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def _is_gone(problem: Exception) -> bool:
+    return isinstance(problem, OSError) and problem.errno in _GONE
