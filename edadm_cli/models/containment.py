@@ -1,4 +1,4 @@
-"""What libraries must not do while they load a model: ask the user, and reach the network behind the user's back."""
+"""What libraries must not do while they load a model: ask the user, use the network, or build more than is there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from edadm_cli.artifacts import read_tensor_header
+from edadm_cli.errors import InputError
+
+# A library registers a parameter once when it builds a module and once more when it fills it; packed codes take less
+# room than what they stand for.
+_TIMES = 8
+_SMALL_COUNT, _SMALL_SIZE = 1000, 10_000_000
 
 
 @contextmanager
@@ -28,3 +39,38 @@ def no_network() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def bounded_size(config: Path, weights: tuple[Path, ...]) -> Iterator[None]:
+    """Stop the building of a network that its weights could never fill, such as one of 100,000 layers.
+
+    Args:
+        config: The configuration that it is built from, for messages.
+        weights: Its weight files.
+
+    Raises:
+        InputError: Far more parameters are built than the files hold, in number or in size.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    shapes = [tensor.shape for file in weights for tensor in read_tensor_header(file).values()]
+    most = _TIMES * len(shapes) + _SMALL_COUNT
+    largest = _TIMES * sum(prod(shape) for shape in shapes) + _SMALL_SIZE
+    count = size = 0
+
+    def note(module: Any, name: str, parameter: Any) -> None:
+        nonlocal count, size
+        if parameter is not None:
+            count, size = count + 1, size + parameter.numel()
+        if count > most or size > largest:
+            raise InputError(
+                f"{config} describes a network far larger than its weights, which have {len(shapes)} tensors with "
+                f"{sum(prod(shape) for shape in shapes)} values."
+            )
+
+    handle = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()

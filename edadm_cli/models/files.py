@@ -103,7 +103,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not readable JSON: {_reason(error)}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {_kind(content)}; a JSON object was expected.")
-    for _, _, depth in _entries(content):
+    for _, _, depth in entries(content):
         if depth > _MAX_DEPTH:
             raise InputError(f"{path} is nested more than {_MAX_DEPTH} levels deep.")
     return content
@@ -118,7 +118,7 @@ def refuse_requests_for_code(files: tuple[Path, ...]) -> None:
     for path in files:
         if path.suffix.lower() != ".json" or path.name in _VOCABULARIES:
             continue
-        for key, value, _ in _entries(read_json_object(path)):
+        for key, value, _ in entries(read_json_object(path)):
             if key in ("auto_map", "custom_pipeline", "trust_remote_code") and value:
                 raise InputError(f"{path} asks for code that comes with the model ('{key}'), and such code is not run.")
             if key in _KERNELS and "/" in json.dumps(value):
@@ -132,7 +132,7 @@ def _allowed_folders(root: Path) -> tuple[Path, ...]:
     return (root, root.parent.parent / "blobs") if is_snapshot else (root,)
 
 
-def _entries(content: Any) -> Iterator[tuple[str, Any, int]]:
+def entries(content: Any) -> Iterator[tuple[str, Any, int]]:
     """Every key of nested objects with its value and its depth, without recursion."""
     pending: list[tuple[Any, int]] = [(content, 1)]
     while pending:

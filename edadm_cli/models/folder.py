@@ -17,6 +17,11 @@ from torch import nn
 
 from edadm_cli.artifacts import explained_os_errors, file_sha256
 from edadm_cli.errors import InputError
+from edadm_cli.models.component_config import (
+    require_fitting_classes,
+    require_sound_config,
+    require_sound_options,
+)
 from edadm_cli.models.families.registry import trusted_packages
 from edadm_cli.models.files import (
     description_files,
@@ -165,7 +170,9 @@ def read_folder(path: Path) -> PipelineFolder:
         name: named.pop(name) for name in SKIPPED_COMPONENTS if name in named and _is_skipped(pipeline_class, name)
     }
     components = tuple(_read_component(path, name, *pair) for name, pair in named.items())
+    require_fitting_classes(path / INDEX_NAME, pipeline_class, {part.name: part.cls for part in components})
     options = _constructor_options(path, pipeline_class, index, set(named))
+    require_sound_options(path / INDEX_NAME, pipeline_class, options)
     required = index.get("requires_safety_checker")
     return PipelineFolder(
         path, pipeline_class, components, options, skipped, required if isinstance(required, bool) else None
@@ -231,6 +238,7 @@ def _read_component(root: Path, name: str, library: str, class_name: str) -> Com
     if not issubclass(cls, nn.Module):
         descriptions = _descriptions_without_weights(root, folder, name, cls)
         refuse_requests_for_code(descriptions)
+        require_sound_config(name, cls, descriptions)
         return Component(name, library, cls, folder, "", None, descriptions)
     stem = _weights_stem(cls)
     configs = [regular_file(root, folder / file) for file in ("config.json", "generation_config.json")]
@@ -238,6 +246,7 @@ def _read_component(root: Path, name: str, library: str, class_name: str) -> Com
         raise InputError(f"{folder} has no config.json, which '{name}' ({class_name}) needs.")
     descriptions = tuple(path for path in configs if path is not None)
     refuse_requests_for_code(descriptions)
+    require_sound_config(name, cls, descriptions)
     weights = find_weights(root, folder, name, stem)
     index = () if weights.index is None else (weights.index,)
     return Component(name, library, cls, folder, stem, weights, (*descriptions, *index))

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from edadm_cli.errors import EdadmError, InputError
-from edadm_cli.models.containment import no_network, no_questions
+from edadm_cli.models.component_config import require_short_prompts
+from edadm_cli.models.containment import bounded_size, no_network, no_questions
 from edadm_cli.models.folder import Component, PipelineFolder
 from edadm_cli.quant.product import deploy
 
@@ -33,6 +34,7 @@ def load_folder(folder: PipelineFolder, dtype: torch.dtype) -> DiffusionPipeline
     """
     with no_questions(), no_network():
         components = {component.name: _load_component(component, dtype) for component in folder.components}
+        require_short_prompts(folder.path, components)
         try:
             return folder.pipeline_class(**folder.options, **components)
         except (TypeError, ValueError, AttributeError) as error:
@@ -73,9 +75,10 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype) -> nn.Mo
     loader: Any = component.cls
     is_transformer = issubclass(component.cls, PreTrainedModel)
     options = {"dtype": dtype, "trust_remote_code": False} if is_transformer else {"torch_dtype": dtype}
-    module, info = loader.from_pretrained(
-        place, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-    )
+    with bounded_size(component.descriptions[0], component.weights):
+        module, info = loader.from_pretrained(
+            place, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
     if is_transformer:
         module.config._name_or_path = module.name_or_path = str(component.folder)
     else:
