@@ -102,6 +102,12 @@ class CollectConfig(StageConfig):
         "epsilon, v_prediction or sample: what the denoiser predicts; by default what the model's files say.",
         identity="never",  # enters the identity as a field of the scheduler
     )
+    images: Path | None = setting(
+        None,
+        "Folder of the images that condition the pipeline; NAME.mask.png beside NAME.png is what is repainted.",
+        identity="never",  # enters the identity by the hash of its files
+        metavar="DIR",
+    )
 
 
 class SelectConfig(StageConfig):

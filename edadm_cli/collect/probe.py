@@ -55,7 +55,8 @@ def probe(
     calls = num_steps + len(single.recorder.latents) - _PROBE_STEPS
     seconds_a_call = _extrapolate(probes, [probe.seconds_a_call for probe in probes], batch_size)
     overhead = _extrapolate(probes, [probe.seconds_beside_calls for probe in probes], batch_size)
-    seconds = (seconds_a_call * calls + overhead) * math.ceil(num_trajectories / batch_size)
+    seconds_of_calls = seconds_a_call * calls * single.recorder.calls_per_step
+    seconds = (seconds_of_calls + overhead) * math.ceil(num_trajectories / batch_size)
 
     recorder = single.recorder
     latents = calls * _bytes(recorder.latents[:1])

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from edadm_cli.collect.branches import Conditions, are_branches, difference, of_calls, of_rows
 from edadm_cli.collect.features import record_features
 from edadm_cli.errors import InputError
 from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL
 from edadm_cli.models.calls import DenoiserCall, Template, record_calls
-from edadm_cli.models.families import family_of
+from edadm_cli.models.families import family_of, prepare_calls
 from edadm_cli.models.loading import LoadedModel
+
+_GUIDANCE_INPUTS = ("guidance", "timestep_cond")
+_NO_GUIDANCE = "--guidance-scale 1, which turns guidance off"
 
 
 @dataclass
@@ -24,18 +28,18 @@ class BatchRecorder:
     Args:
         model: The pipeline that samples.
         num_trajectories: n, trajectories of the batch.
-        num_features: How many of them, from the first on, have their mid-block features kept.
+        num_features: How many of them, from the first on, have their mid-block features stored.
 
     Attributes:
         latents: The model's input at each step, each with shape `(n, *)`, in the denoiser's element type: half
             the bytes where it computes in half precision, and no bit less.
         timesteps: The timestep at each step.
-        features: The mid-block feature at each step, rows of the unconditional branch first.
-        condition: Condition, one row a trajectory.
-        unconditional: The other branch's condition; empty without guidance.
+        condition: Condition, one row per trajectory.
+        unconditional: The condition of the branch without the prompt; empty without guidance.
         constants: Tensors that all rows share.
         template: How the denoiser is called.
         branches: 2 with guidance, else 1.
+        calls_per_step: 2 where each branch is a call of its own, else 1.
     """
 
     model: LoadedModel
@@ -43,18 +47,22 @@ class BatchRecorder:
     num_features: int
     latents: list[Tensor] = field(default_factory=list)
     timesteps: list[Tensor] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)
     condition: dict[str, Tensor] = field(default_factory=dict)
     unconditional: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     template: Template = field(default_factory=dict)
     branches: int = 1
+    calls_per_step: int = 1
     _first: DenoiserCall | None = None
+    _second: DenoiserCall | None = None
+    _second_is_due: bool = False
+    _features: list[list[Tensor]] = field(default_factory=list)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record while the body samples."""
         denoiser = self.model.denoiser
+        prepare_calls(denoiser)
         with record_calls(denoiser, self._on_call):
             if self.num_features == 0:
                 yield
@@ -62,8 +70,22 @@ class BatchRecorder:
             with record_features(denoiser, self._on_feature):
                 yield
 
+    @property
+    def features(self) -> list[Tensor]:
+        """The mid-block feature at each step, rows of the branch without the prompt first."""
+        if not any(self._features):
+            return []
+        if self.calls_per_step == 1:
+            return [torch.cat(step) for step in self._features]
+        return [torch.cat([step[-1], step[0]]) for step in self._features]
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the denoiser was called in two branches, or got the scale of the guidance as an input."""
+        return self.branches == 2 or any(name in _GUIDANCE_INPUTS for name in (*self.condition, *self.constants))
+
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the latents, by its name on disk."""
+        """Returns everything but the latents, by its name on disk."""
         named = {CONDITION + name: tensor for name, tensor in self.condition.items()}
         named.update({UNCONDITIONAL + name: tensor for name, tensor in self.unconditional.items()})
         named.update({CONSTANT + name: tensor for name, tensor in self.constants.items()})
@@ -82,33 +104,60 @@ class BatchRecorder:
             )
         if self._first is None:
             self._keep_first(call)
+        elif self._is_second(call):
+            return
         else:
             self._check_like_first(call, step)
+        self._second_is_due = True
+        self._features.append([])
         self.timesteps.append(call.timestep)
-        self.latents.append(self._halves(call.sample, "sample")[1].cpu().clone())
+        self.latents.append(self._one_sample(call.sample).cpu().clone())
 
     def _keep_first(self, call: DenoiserCall) -> None:
         rows = call.sample.shape[0]
         if rows not in (self.num_trajectories, 2 * self.num_trajectories):
             raise InputError(
                 f"{self.model.ref.id} calls its denoiser with {rows} rows for {self.num_trajectories} "
-                "images; one row an image, or two with guidance, can be calibrated."
+                "images; one row per image, or two with guidance, can be calibrated."
             )
         self._first, self.template = call, call.template
         self.branches = rows // self.num_trajectories
-        for name, tensor in call.condition.items():
-            unconditional, conditional = self._order(tensor)
-            self.condition[name] = _storable(conditional)
-            if self.branches == 2:
-                self.unconditional[name] = _storable(unconditional)
-        self.constants = {name: _storable(tensor) for name, tensor in call.constants.items()}
+        self._store(of_rows(call, self.branches, self._order))
+
+    def _is_second(self, call: DenoiserCall) -> bool:
+        """Take a call for the other branch of the newest step, where it is one."""
+        first, is_due = self._first, self._second_is_due
+        assert first is not None
+        if not is_due:
+            return False
+        if self._second is not None:
+            is_second = difference(call, self._second) is None and difference(call, first) is not None
+        else:
+            is_second = len(self.latents) == 1 and self.branches == 1 and are_branches(first, call)
+            if is_second:
+                self._keep_second(first, call)
+        if is_second:
+            self._second_is_due = False
+        return is_second
+
+    def _keep_second(self, first: DenoiserCall, call: DenoiserCall) -> None:
+        conditions = of_calls(first, call, family_of(self.model.denoiser).masks)
+        if isinstance(conditions, str):
+            raise InputError(
+                f"{self.model.ref.id} guides by a second call per step, and {conditions} has another size or value in "
+                "it, so the two branches cannot be calibrated together.",
+                hint=_NO_GUIDANCE,
+            )
+        self._second, self.branches, self.calls_per_step = call, 2, 2
+        self._store(conditions)
+
+    def _store(self, conditions: Conditions) -> None:
+        self.condition, self.unconditional = conditions.conditional, conditions.unconditional
+        self.constants = conditions.constants
 
     def _check_like_first(self, call: DenoiserCall, step: int) -> None:
-        first = self._first
-        assert first is not None
-        changed = next((n for n, t in call.tensors.items() if not _equal(t, first.tensors.get(n))), None)
-        if changed is None and (call.template != first.template or call.sample.shape != first.sample.shape):
-            changed = "the form of the call"
+        assert self._first is not None
+        changed = difference(call, self._first)
         if changed is not None:
             raise InputError(
                 f"{self.model.ref.id}: {changed} changes between the first step and step {step}; "
@@ -116,20 +165,29 @@ class BatchRecorder:
             )
 
     def _on_feature(self, feature: Tensor) -> None:
-        kept = [half[: self.num_features] for half in self._order(feature)[2 - self.branches :]]
-        self.features.append(torch.cat(kept).cpu())
+        rows = self.num_trajectories * self.branches // self.calls_per_step
+        feature = _by_rows(feature, rows)
+        if self.calls_per_step == 2 or self.branches == 1:
+            halves = [feature[: self.num_features]]
+        else:
+            halves = [half[: self.num_features] for half in self._order(feature)]
+        self._features[-1].extend(half.cpu() for half in halves)
 
-    def _halves(self, tensor: Tensor, name: str) -> Sequence[Tensor]:
-        unconditional, conditional = self._order(tensor)
-        if self.branches == 2 and not torch.equal(unconditional, conditional):
+    def _one_sample(self, sample: Tensor) -> Tensor:
+        """Returns the sample that both branches share."""
+        if self.branches == 1 or self.calls_per_step == 2:
+            return sample
+        unconditional, conditional = self._order(sample)
+        if not torch.equal(unconditional, conditional):
             raise InputError(
-                f"{self.model.ref.id}: the two guidance branches get different values of {name}, "
-                "which cannot be calibrated."
+                f"{self.model.ref.id}: the two guidance branches get different values of sample, "
+                "which cannot be calibrated together.",
+                hint=_NO_GUIDANCE,
             )
-        return unconditional, conditional
+        return conditional
 
     def _order(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Unconditional and conditional rows; without guidance both are all rows."""
+        """Returns the rows without the prompt and those with it; without guidance both are all rows."""
         if self.branches == 1:
             return tensor, tensor
         first, second = tensor.chunk(2)
@@ -137,9 +195,6 @@ class BatchRecorder:
         return (second, first) if is_swapped else (first, second)
 
 
-def _storable(tensor: Tensor) -> Tensor:
-    return tensor.cpu().clone()
-
-
-def _equal(tensor: Tensor, other: Tensor | None) -> bool:
-    return other is not None and tensor.shape == other.shape and torch.equal(tensor, other)
+def _by_rows(feature: Tensor, rows: int) -> Tensor:
+    """Returns features `(rows * k, C, *)`, as of the k frames of a clip, as `(rows, C, k, *)`."""
+    return feature if feature.shape[0] == rows else feature.unflatten(0, (rows, -1)).transpose(1, 2)

@@ -16,11 +16,13 @@ from edadm_cli.collect.probe import probe
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.shards import is_written, merge_parts, scratch_names, write_shard
 from edadm_cli.config import CollectConfig
-from edadm_cli.errors import UsageError
+from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import Sampling, SchedulerFacts
+from edadm_cli.models.from_folder import first_sentence
+from edadm_cli.models.images import images_sha256
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.prompts import prompts_name, resolve_prompts
-from edadm_cli.models.sampling import image_seed, require_num_steps, sample, takes_guidance
+from edadm_cli.models.sampling import Samples, image_seed, require_num_steps, sample, takes_guidance
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 
@@ -105,6 +107,15 @@ class _Task:
         stop = min(start + self.batch_size, self.num_trajectories)
         return [image_seed(self.config.seed, index) for index in range(start, stop)]
 
+    def _conditions(self) -> dict[str, Any]:
+        """What only some pipelines have; absent where it is not used, so that it changes no identity of before."""
+        entry, fields = self.model.entry, dict[str, Any]()
+        if entry.images is not None:
+            fields["images_sha256"] = images_sha256(Path(entry.images))
+        if entry.call_arguments:
+            fields["call_arguments"] = entry.call_arguments
+        return fields
+
     def plan(self) -> Plan:
         entry = self.model.entry
         fields = {
@@ -118,6 +129,7 @@ class _Task:
             "pipeline_class": entry.pipeline_class,
             "scheduler_class": entry.scheduler_class,
             "scheduler_config": entry.scheduler_config,
+            **self._conditions(),
             "prompts": prompts_name(self.model, self.config.prompts),
             "prompts_sha256": None if self.prompts is None else sha256("\n".join(self.prompts).encode()).hexdigest(),
         }
@@ -127,6 +139,8 @@ class _Task:
 def _prepare(config: CollectConfig, processes: Processes) -> _Task:
     device = resolve_device(processes.device_name(config.device))
     model = load_model(config.model, device, getattr(torch, config.dtype), prediction_type=config.prediction_type)
+    if config.images is not None:
+        model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
     entry = model.entry
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
         raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
@@ -151,7 +165,7 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
     with reporter.task("Sampling trajectories", sum(len(task.seeds(shard)) for shard in shards)) as advance:
         for shard in shards:
             if not is_written(build.path, shard):
-                _sample_shard(task, build.path, shard)
+                _sample_shard(task, build.path, shard, reporter)
             processes.check()
             advance(len(task.seeds(shard)))
     processes.wait()
@@ -165,21 +179,43 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
     processes.wait()
 
 
-def _sample_shard(task: _Task, folder: Path, shard: int) -> None:
+def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> None:
     seeds = task.seeds(shard)
     first = shard * task.batch_size
     num_features = max(0, min(len(seeds), task.feature_batch - first))
     recorder = BatchRecorder(task.model, len(seeds), num_features)
     prompts = None if task.prompts is None else task.prompts[first : first + len(seeds)]
     with recorder.recording():
-        sample(
+        samples = sample(
             task.model,
             seeds=seeds,
             prompts=prompts,
             num_steps=task.num_steps,
             guidance_scale=task.guidance_scale,
         )
+    for warning in _warnings(task, recorder, samples):
+        if warning not in reporter.warnings:
+            reporter.warn(warning)
     write_shard(folder, shard, recorder, task.config.dtype)
+
+
+def _warnings(task: _Task, recorder: BatchRecorder, samples: Samples) -> list[str]:
+    """Returns what the pipeline warned of, and whether it guided as it was asked to.
+
+    Raises:
+        InputError: `--guidance-scale` asked for guidance, and the denoiser was called as without it.
+    """
+    name = type(task.model.pipeline).__name__
+    warnings = [f"{name}: {first_sentence(ValueError(text))}" for text in samples.warnings]
+    scale = task.guidance_scale
+    if scale is None or scale <= 1 or recorder.is_guided:
+        return warnings
+    reasons = [text for text in warnings if "guidance" in text.lower()]
+    problem = f"{task.model.ref.id} is sampled without guidance, though its scale is {scale:g}"
+    problem += f" ({reasons[0]})" if reasons else ""
+    if task.config.guidance_scale is not None:
+        raise InputError(f"{problem}.", hint="--guidance-scale 1")
+    return [f"{problem}.", *(text for text in warnings if text not in reasons)]
 
 
 def _sampling(task: _Task) -> Sampling:

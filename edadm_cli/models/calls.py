@@ -34,8 +34,9 @@ _TENSOR_MARKS = (_MARK + SAMPLE, _MARK + TIMESTEP, _MARK + "tensor")
 
 Template = dict[str, Any]
 """`{"args": [...], "kwargs": {...}, "constants": [names], "dtypes": {name: dtype}}`. A one-entry object whose
-key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`) or a
-tuple (`{"$tuple": [...]}`)."""
+key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`), a tuple
+(`{"$tuple": [...]}`), a list of the rows of a tensor (`{"$rows": place}`), or a list of rows of different length
+(`{"$ragged": name}`: the rows are padded with zeros, and the tensor `name.lengths` holds the length of each)."""
 
 
 @dataclass(frozen=True)
@@ -75,26 +76,33 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     names = _positional_names(denoiser, len(args))
     sample_name, timestep_name = _special_names(denoiser, [*names, *kwargs])
     bound = {**dict(zip(names, args, strict=True)), **kwargs}
-    sample = bound[sample_name]
-    if not isinstance(sample, Tensor) or sample.ndim < 2:
+    sample, is_list = _batched(bound[sample_name])
+    if sample is None:
         raise InputError(f"{type(denoiser).__name__} was not called with a batched sample, so it cannot be recorded.")
+    rows, family = sample.shape[0], family_of(denoiser)
+    missing_masks = {
+        name: torch.ones(bound[states].shape[:2], dtype=torch.int64, device=sample.device)
+        for name, states in family.masks.items()
+        if name in bound and bound[name] is None and isinstance(bound.get(states), Tensor)
+    }
 
     tensors: dict[str, Tensor] = {}
 
     def encode_argument(name: str, value: Any) -> Any:
         if name == sample_name:
-            return {_MARK + SAMPLE: None}
+            return {_MARK + "rows": {_MARK + SAMPLE: None}} if is_list else {_MARK + SAMPLE: None}
         if name == timestep_name:
             return {_MARK + TIMESTEP: None}
-        return _encode(name, value, tensors)
+        if is_list and _is_ragged(value, rows):
+            return _encode_rows(name, value, tensors)
+        return _encode(name, missing_masks.get(name, value), tensors)
 
     template: Template = {
         "args": [encode_argument(name, value) for name, value in zip(names, args, strict=True)],
         "kwargs": {name: encode_argument(name, value) for name, value in kwargs.items()},
     }
-    rows, shared = sample.shape[0], family_of(denoiser).shared_arguments
     template["constants"] = sorted(
-        name for name, t in tensors.items() if name in shared or t.ndim == 0 or t.shape[0] != rows
+        name for name, t in tensors.items() if name in family.shared_arguments or t.ndim == 0 or t.shape[0] != rows
     )
     template["dtypes"] = {name: _dtype_name(tensor) for name, tensor in sorted(tensors.items())}
     return DenoiserCall(sample, _one_timestep(bound[timestep_name]), tensors, template)
@@ -129,6 +137,11 @@ def build_call(
                 return tensors[value]
             if key == "$tuple":
                 return tuple(decode(item) for item in value)
+            if key == "$rows":
+                return list(decode(value))
+            if key == "$ragged":
+                lengths = tensors[_lengths(value)].tolist()
+                return [row[:length] for row, length in zip(tensors[value], lengths, strict=True)]
         return {key: decode(value) for key, value in node.items()}
 
     return tuple(decode(item) for item in template["args"]), {k: decode(v) for k, v in template["kwargs"].items()}
@@ -190,6 +203,32 @@ def _special_names(denoiser: nn.Module, given: list[str]) -> tuple[str, str]:
             "in which no sample and timestep are recognised, so it cannot be calibrated."
         )
     return sample, timestep
+
+
+def _batched(sample: Any) -> tuple[Tensor | None, bool]:
+    """Returns a sample with one row per image, and whether it came as a list of rows; `None` where it is neither."""
+    if isinstance(sample, Tensor):
+        return (sample, False) if sample.ndim >= 2 else (None, False)
+    is_list = isinstance(sample, list) and bool(sample) and all(isinstance(row, Tensor) for row in sample)
+    if not is_list or len({row.shape for row in sample}) != 1:
+        return None, False
+    return torch.stack(sample), True
+
+
+def _is_ragged(value: Any, rows: int) -> bool:
+    """Whether a value is a list of one tensor per row, which may differ in their first dimension."""
+    is_list = isinstance(value, list) and len(value) == rows and all(isinstance(row, Tensor) for row in value)
+    return is_list and len({row.shape[1:] for row in value}) == 1 and value[0].ndim >= 1
+
+
+def _encode_rows(name: str, value: list[Tensor], tensors: dict[str, Tensor]) -> Any:
+    tensors[name] = nn.utils.rnn.pad_sequence([row.detach() for row in value], batch_first=True)
+    tensors[_lengths(name)] = torch.tensor([len(row) for row in value], device=value[0].device)
+    return {_MARK + "ragged": name}
+
+
+def _lengths(name: str) -> str:
+    return f"{name}.lengths"
 
 
 def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -13,6 +13,7 @@ from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
 from edadm_cli.artifacts.payloads import NumSteps, Scale
 from edadm_cli.config import DTypeName
 from edadm_cli.errors import InputError, quoted
+from edadm_cli.models.families import prepare_calls
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.registry import ModelEntry
 
@@ -109,6 +110,7 @@ class CollectedRun:
                 f"The model {self.model.id} has changed since it was collected from.",
                 hint=quoted("edadm", "collect", "--model", self.model.id, "--run", self.run.root, "--force"),
             )
+        prepare_calls(model.denoiser)
         return model
 
 

@@ -22,7 +22,7 @@ from edadm_cli.models.hub import download, looks_like_hub_id
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_models import WEIGHTS_VERSION, build_random_pipeline
 from edadm_cli.models.registry import ModelEntry, known_models
-from edadm_cli.models.sampling import call_default, takes_guidance
+from edadm_cli.models.sampling import call_default, default_guidance, takes_guidance
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -239,7 +239,7 @@ def _entry_of(identifier: str, pipeline: DiffusionPipeline, denoiser_name: str, 
         denoiser=type(denoiser).__name__,
         sampler=f"{type(pipeline.scheduler).__name__}, {num_steps} steps",
         num_steps=num_steps,
-        guidance_scale=call_default(pipeline, "guidance_scale") if takes_guidance(pipeline) else None,
+        guidance_scale=default_guidance(pipeline, denoiser) if takes_guidance(pipeline) else None,
         image_size=size * scale if isinstance(size, int) else None,
     )
 

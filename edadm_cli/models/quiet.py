@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_PIPELINES = "diffusers.pipelines"
+_SAME_TEXT = 40  # characters that two warnings of one kind have in common; what follows are values
 
 
 @contextmanager
@@ -30,3 +34,27 @@ def quiet_libraries() -> Iterator[None]:
                 library.enable_progress_bar()
         if hub_bars_were_on:
             hub.enable_progress_bars()
+
+
+@contextmanager
+def pipeline_warnings() -> Iterator[list[str]]:
+    """Collect what diffusers' pipelines warn of while entered, each kind of warning once; nothing is printed."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = " ".join(record.getMessage().split())
+            if all(text[:_SAME_TEXT] != message[:_SAME_TEXT] for message in messages):
+                messages.append(text)
+
+    logger, handler = logging.getLogger(_PIPELINES), Collector(logging.WARNING)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

@@ -48,6 +48,10 @@ class ModelEntry(_Frozen):
     pipeline_class: str | None = Field(None, description="pipeline to use instead of the model's own")
     scheduler_class: str | None = Field(None, description="scheduler to use instead of the model's own")
     scheduler_config: dict[str, Any] = Field(default_factory=dict, description="fields that differ from the model's")
+    call_arguments: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of the pipeline's call, such as num_frames"
+    )
+    images: str | None = Field(None, description="folder of the images that condition the pipeline")
     num_steps: int = Field(ge=1)
     guidance_scale: float | None = Field(None, description="null: the pipeline knows no guidance")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM's eta: share of fresh noise a step")

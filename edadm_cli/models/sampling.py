@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edadm_cli.errors import InputError, MachineError, UsageError
-from edadm_cli.models.quiet import quiet_libraries
+from edadm_cli.models.from_folder import first_sentence
+from edadm_cli.models.images import IMAGE_PARAMETERS, has_images, image_arguments, takes_images
+from edadm_cli.models.quiet import pipeline_warnings, quiet_libraries
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -33,7 +36,10 @@ _HANDLED = {
     "guidance_scale",
     "eta",
     "generator",
+    *IMAGE_PARAMETERS,
 }
+_NEGATIVE_PROMPT = " "  # what authors of models with true guidance recommend where there is nothing to avoid
+_NO_GUIDANCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,15 @@ class Samples:
     """Images and what they were decoded from.
 
     Attributes:
-        images: 8-bit images, with shape `(N, C, H, W)`, on the CPU.
+        images: 8-bit images, with shape `(N, C, H, W)`, on the CPU. Of a clip they are its frames side by side.
         latents: The sampler's last sample in float32: latents before decoding, or pixels in [-1, 1] for a
             pipeline without a decoder; with shape `(N, *)`, on the CPU.
+        warnings: What the pipeline warned of, each kind of warning once.
     """
 
     images: Tensor
     latents: Tensor
+    warnings: tuple[str, ...] = ()
 
 
 def image_seed(seed: int, index: int, stream: int = CALIBRATION) -> int:
@@ -79,8 +87,8 @@ def sample(
         guidance_scale: Classifier-free guidance; `None` for the pipeline's own, or for one without guidance.
 
     Raises:
-        InputError: The pipeline needs prompts and there are none, needs something that is not known here,
-            returns no images, or its samples are not finite.
+        InputError: The pipeline needs prompts or images and there are none, refuses its arguments, returns no images,
+            or its samples are not finite.
         UsageError: `prompts` and `seeds` differ in number, or there are more steps than timesteps.
         MachineError: The device ran out of memory.
     """
@@ -89,17 +97,27 @@ def sample(
     arguments = _call_arguments(model, list(seeds), prompts, num_steps, guidance_scale)
     last_sample: list[Tensor] = []
     try:
-        with torch.no_grad(), quiet_libraries(), _watch_scheduler(pipeline, arguments, last_sample):
+        with (
+            torch.no_grad(),
+            quiet_libraries(),
+            pipeline_warnings() as warnings,
+            _watch_scheduler(pipeline, arguments, last_sample),
+            _explained_refusals(model),
+        ):
             output = pipeline(**arguments)
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"{model.ref.id}: the device ran out of memory with {len(seeds)} images at a time.",
             hint="a smaller --batch-size",
         ) from error
+    if not last_sample:
+        raise InputError(
+            f"{type(pipeline).__name__} samples without steps of its scheduler, so it cannot be calibrated."
+        )
     latents = last_sample[0][: len(seeds)].float().cpu()
     if not bool(latents.isfinite().all()):
         raise InputError(f"{model.ref.id}: sampling in {_dtype_name(model)} ended in values that are not finite.")
-    return Samples(_to_bytes(_images_of(pipeline, output)), latents)
+    return Samples(_to_bytes(_images_of(pipeline, output)), latents, tuple(warnings))
 
 
 def takes_prompts(pipeline: DiffusionPipeline) -> bool:
@@ -108,8 +126,22 @@ def takes_prompts(pipeline: DiffusionPipeline) -> bool:
 
 
 def takes_guidance(pipeline: DiffusionPipeline) -> bool:
-    """Whether this pipeline has classifier-free guidance."""
-    return "guidance_scale" in _parameters(pipeline)
+    """Whether this pipeline has guidance with a scale."""
+    return not {"guidance_scale", "true_cfg_scale"}.isdisjoint(_parameters(pipeline))
+
+
+def default_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> float | None:
+    """Returns the guidance scale that a pipeline has without being asked; `None` where it knows none."""
+    name = "true_cfg_scale" if _has_true_guidance(pipeline, denoiser) else "guidance_scale"
+    default = call_default(pipeline, name)
+    return default if isinstance(default, int | float) else call_default(pipeline, "guidance_scale")
+
+
+def _has_true_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> bool:
+    """Whether guidance means a second prediction with a negative prompt, under a name of its own: a denoiser that takes
+    the scale as an input is guided by that instead.
+    """
+    return "true_cfg_scale" in _parameters(pipeline) and not getattr(denoiser.config, "guidance_embeds", False)
 
 
 def call_default(pipeline: DiffusionPipeline, name: str) -> Any:
@@ -149,7 +181,9 @@ def _call_arguments(
     arguments: dict[str, Any] = {
         "num_inference_steps": num_steps,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "output_type": "pt",
+        "output_type": "np",  # as the pictures that a pipeline returns: some bring only these to [0, 1]
+        **model.entry.call_arguments,
+        **image_arguments(pipeline, model.entry, seeds),
     }
     if takes_prompts(pipeline):
         if prompts is None:
@@ -161,10 +195,17 @@ def _call_arguments(
             raise UsageError(f"{len(seeds)} images need as many prompts, not {len(prompts)}.")
         arguments["prompt"] = list(prompts)
     if "class_labels" in parameters:
-        arguments["class_labels"] = [_class_label(model, seed) for seed in seeds]
+        labels = [_class_label(model, seed) for seed in seeds]
+        if None not in labels:
+            arguments["class_labels"] = labels
+        elif parameters["class_labels"].default is inspect.Parameter.empty:
+            raise InputError(f"{model.ref.id} needs class labels, and its denoiser does not say how many there are.")
     if "batch_size" in parameters:
         arguments["batch_size"] = len(seeds)
-    if guidance_scale is not None and "guidance_scale" in parameters:
+    if guidance_scale is not None and guidance_scale > _NO_GUIDANCE and _has_true_guidance(pipeline, model.denoiser):
+        arguments["true_cfg_scale"] = guidance_scale
+        arguments["negative_prompt"] = [_NEGATIVE_PROMPT] * len(seeds)
+    elif guidance_scale is not None and "guidance_scale" in parameters:
         arguments["guidance_scale"] = guidance_scale
     if "eta" in parameters:
         arguments["eta"] = model.entry.eta
@@ -184,17 +225,46 @@ def _require_known_parameters(pipeline: DiffusionPipeline, parameters: dict[str,
     if unknown:
         raise InputError(
             f"{type(pipeline).__name__} needs '{unknown[0]}' for every image, and only pipelines that start "
-            "from noise, with or without prompts or class labels, are supported."
+            "from noise, with or without prompts, class labels or images, are supported."
         )
 
 
-def _class_label(model: LoadedModel, seed: int) -> int:
+def _class_label(model: LoadedModel, seed: int) -> int | None:
+    """Returns the class of an image; `None` for a denoiser that says of no classes."""
     config = model.denoiser.config
     own: Any = getattr(model.denoiser, "num_classes", None)
     num_classes = own or getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
     if not num_classes:
-        raise InputError(f"{model.ref.id} wants class labels, and its denoiser does not say how many there are.")
+        return None
     return int(torch.randint(num_classes, (1,), generator=torch.Generator().manual_seed(seed)))
+
+
+@contextmanager
+def _explained_refusals(model: LoadedModel) -> Iterator[None]:
+    """Turn what a pipeline raises about its arguments into one sentence; errors inside the denoiser are left alone.
+
+    Raises:
+        InputError: The pipeline refused its arguments.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not _is_refusal(error):
+            raise
+        needs_images = not has_images(model.entry) and takes_images(model.pipeline)
+        raise InputError(
+            f"{type(model.pipeline).__name__} of {model.ref.id} does not sample with these arguments: "
+            f"{first_sentence(error)}",
+            hint="edadm collect --images DIR, for a pipeline that starts from images" if needs_images else None,
+        ) from error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether an error comes from a pipeline or its image processor rather than from a network."""
+    frames = traceback.extract_tb(error.__traceback__)
+    sources = [frame.filename.replace("\\", "/") for frame in frames]
+    in_pipeline = any("/diffusers/pipelines/" in source or "/diffusers/image_processor" in source for source in sources)
+    return in_pipeline and not any("/diffusers/models/" in source for source in sources)
 
 
 @contextmanager
@@ -227,10 +297,15 @@ def _watch_scheduler(
 
 def _images_of(pipeline: DiffusionPipeline, output: Any) -> Tensor:
     images = getattr(output, "images", None)
-    if isinstance(images, np.ndarray):  # older pipelines: channels last
-        images = torch.from_numpy(images).movedim(-1, 1)
+    images = getattr(output, "frames", None) if images is None else images
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images).movedim(-1, 1 if images.ndim == 4 else 2)
+    if isinstance(images, Tensor) and images.ndim == 5:  # a clip: [N, F, C, H, W] -> [N, C, H, F * W]
+        images = images.permute(0, 2, 3, 1, 4).flatten(3)
     if not isinstance(images, Tensor) or images.ndim != 4:
-        raise InputError(f"{type(pipeline).__name__} does not return images, and only images are supported.")
+        raise InputError(
+            f"{type(pipeline).__name__} returns neither images nor clips, and nothing else can be quantized here."
+        )
     return images
 
 

@@ -2,7 +2,7 @@
 
 from edadm_cli.models.families.blocks import block_kinds, middle_module, outermost_blocks
 from edadm_cli.models.families.family import Call, DenoiserFamily, UnitKind
-from edadm_cli.models.families.registry import families, family_of, register
+from edadm_cli.models.families.registry import families, family_of, prepare_calls, register
 from edadm_cli.models.families.values import ExampleValues
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "family_of",
     "middle_module",
     "outermost_blocks",
+    "prepare_calls",
     "register",
 ]

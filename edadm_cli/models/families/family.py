@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -34,6 +34,9 @@ class DenoiserFamily:
         sample_arguments: Names under which the noisy sample enters `forward`.
         timestep_arguments: Names under which the timestep enters `forward`.
         shared_arguments: Names of arguments that hold one tensor for all images, whatever its size.
+        masks: Names of mask arguments, each with the argument whose second dimension it masks. A pipeline that leaves
+            such a mask out means that everything counts; a mask of ones is recorded then, so that all calls have one
+            form and prompts of different length can be padded.
         conditional_first: Pipelines that put the conditional rows of a guided call before the unconditional ones.
         calls_per_step: How often a guided pipeline calls the denoiser per step: 1 where both branches are rows of one
             call, 2 where each branch is a call, `None` where pipelines of the family differ.
@@ -41,6 +44,8 @@ class DenoiserFamily:
             `edadm bench` measures models of the family by a run only.
         layer_types: Types of layers that are quantized. Layers of another type are listed as left in float.
         float32_pipelines: Pipelines that sample in float32 only.
+        prepare: Makes all calls of a denoiser alike before it is recorded or reconstructed, where it treats prompts of
+            different length differently; the predictions stay the same.
     """
 
     name: str
@@ -51,11 +56,13 @@ class DenoiserFamily:
     sample_arguments: tuple[str, ...] = ("sample", "hidden_states", "x")
     timestep_arguments: tuple[str, ...] = TIMESTEP_ARGUMENTS
     shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")
+    masks: Mapping[str, str] = field(default_factory=dict)
     conditional_first: tuple[str, ...] = ()
     calls_per_step: Literal[1, 2] | None = None
     example_call: Callable[[nn.Module, ExampleValues], Call] | None = None
     layer_types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
     float32_pipelines: tuple[str, ...] = ()
+    prepare: Callable[[nn.Module], None] | None = None
 
 
 UNDESCRIBED = DenoiserFamily("undescribed", ())

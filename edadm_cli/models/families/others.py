@@ -10,9 +10,11 @@ Z_IMAGE = DenoiserFamily(
     block_lists=("layers",),
     calls_per_step=1,
 )
-QWEN_IMAGE = DenoiserFamily(name="qwen-image", denoisers=("QwenImageTransformer2DModel",), calls_per_step=2)
-LUMINA2 = DenoiserFamily(
-    name="lumina 2", denoisers=("Lumina2Transformer2DModel",), block_lists=("layers",), calls_per_step=2
+QWEN_IMAGE = DenoiserFamily(
+    name="qwen-image",
+    denoisers=("QwenImageTransformer2DModel",),
+    masks={"encoder_hidden_states_mask": "encoder_hidden_states"},
+    calls_per_step=2,
 )
 COGVIEW4 = DenoiserFamily(name="cogview 4", denoisers=("CogView4Transformer2DModel",), calls_per_step=2)
 WAN = DenoiserFamily(
@@ -49,4 +51,4 @@ CASCADE = DenoiserFamily(
     timestep_arguments=("timestep_ratio",),
     calls_per_step=1,
 )
-FAMILIES = (Z_IMAGE, QWEN_IMAGE, LUMINA2, COGVIEW4, WAN, HIDREAM, KANDINSKY5, AURAFLOW, CASCADE)
+FAMILIES = (Z_IMAGE, QWEN_IMAGE, COGVIEW4, WAN, HIDREAM, KANDINSKY5, AURAFLOW, CASCADE)

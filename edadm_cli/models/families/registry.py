@@ -14,11 +14,11 @@ from typing import Any
 from torch import nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.models.families import dit, flux, others, sd3, unet
+from edadm_cli.models.families import dit, flux, lumina2, others, sd3, unet
 from edadm_cli.models.families.family import UNDESCRIBED, DenoiserFamily
 
 GROUP = "edadm.families"
-_SHIPPED = (*unet.FAMILIES, *dit.FAMILIES, *sd3.FAMILIES, *flux.FAMILIES, *others.FAMILIES)
+_SHIPPED = (*unet.FAMILIES, *dit.FAMILIES, *sd3.FAMILIES, *flux.FAMILIES, *lumina2.FAMILIES, *others.FAMILIES)
 _registered: list[DenoiserFamily] = []
 
 
@@ -39,6 +39,13 @@ def family_of(denoiser: nn.Module) -> DenoiserFamily:
             if cls.__name__ in family.denoisers:
                 return family
     return UNDESCRIBED
+
+
+def prepare_calls(denoiser: nn.Module) -> None:
+    """Make all calls of a denoiser alike, where its family knows how; see `DenoiserFamily.prepare`."""
+    prepare = family_of(denoiser).prepare
+    if prepare is not None:
+        prepare(denoiser)
 
 
 def trusted_packages() -> frozenset[str]:

@@ -12,9 +12,11 @@ from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from torch import Tensor, nn
 
+from edadm_cli.collect.branches import of_calls
 from edadm_cli.collect.features import middle_module, record_features
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.errors import InputError
+from edadm_cli.models.calls import split_call
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.sampling import sample
 
@@ -127,3 +129,39 @@ def test_three_rows_an_image_are_refused() -> None:
     denoiser = Fake()
     with recorder_of(denoiser, 2).recording(), pytest.raises(InputError, match="6 rows for 2"):
         denoiser(torch.zeros(6, 1, 2, 2), 9)
+
+
+def test_two_calls_per_step_are_two_branches_with_the_prompt_first() -> None:
+    denoiser = Fake()
+    recorder = recorder_of(denoiser, 2)
+    prompt, nothing = torch.ones(2, 3), torch.zeros(2, 3)
+    samples = [torch.full((2, 1, 2, 2), value) for value in (1.0, 2.0, 2.0)]  # a step may change nothing
+    with recorder.recording():
+        for timestep, sample in zip((9, 8, 8), samples, strict=True):
+            denoiser(sample, timestep, text=prompt)
+            denoiser(sample, timestep, text=nothing)
+    assert (recorder.branches, recorder.calls_per_step, len(recorder.latents)) == (2, 2, 3)
+    assert torch.equal(recorder.condition["text"], prompt)
+    assert torch.equal(recorder.unconditional["text"], nothing)
+    assert [feature.shape[0] for feature in recorder.features] == [2, 2, 2]
+
+
+def test_a_second_call_with_another_length_needs_a_mask() -> None:
+    denoiser = Fake()
+    with recorder_of(denoiser, 2).recording():
+        denoiser(torch.zeros(2, 1, 2, 2), 9, text=torch.ones(2, 3, 1))
+        with pytest.raises(InputError, match="guides by a second call per step, and text has another size"):
+            denoiser(torch.zeros(2, 1, 2, 2), 9, text=torch.zeros(2, 4, 1))
+
+
+def test_a_shorter_prompt_is_padded_where_a_mask_hides_the_padding() -> None:
+    masks = {"mask": "text"}
+    calls = []
+    for length in (3, 5):
+        text, mask = torch.ones(2, length, 4), torch.ones(2, length, dtype=torch.int64)
+        arguments = {"sample": torch.zeros(2, 1), "timestep": 1, "text": text, "mask": mask}
+        calls.append(split_call(nn.Module(), (), arguments))
+    conditions = of_calls(*calls, masks)
+    assert not isinstance(conditions, str)
+    assert conditions.conditional["mask"].sum(1).tolist() == [3, 3]
+    assert conditions.conditional["text"].shape == conditions.unconditional["text"].shape == (2, 5, 4)

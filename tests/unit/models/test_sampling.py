@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
 
+from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import CALIBRATION, EVALUATION, image_seed, sample
+from tests.denoisers.images import consistency, deepfloyd, inpainting
 
 CPU = torch.device("cpu")
 
@@ -120,3 +127,45 @@ def test_values_that_are_not_finite_are_told_and_the_scheduler_is_left_clean(pix
     finally:
         weight.copy_(before)
     assert "step" not in vars(pixels.pipeline.scheduler)
+
+
+def loaded(pipeline: Any) -> LoadedModel:
+    """A pipeline built in memory, as `load_model` would give it."""
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.eval()
+    entry = ModelEntry(name="tiny", source="folder", location="tiny", denoiser="", sampler="", num_steps=2)
+    return LoadedModel(ModelRef(id="tiny", fingerprint=""), entry, pipeline, "unet", None)
+
+
+def test_a_picture_is_what_the_pipeline_itself_shows() -> None:
+    """DeepFloyd IF brings only arrays and pictures to [0, 1], no tensors."""
+    torch.manual_seed(0)
+    pipeline = deepfloyd()
+    model = loaded(pipeline)
+    images = sample(model, seeds=[3], prompts=["a"], num_steps=2, guidance_scale=2.0).images
+    generator = [torch.Generator().manual_seed(3)]
+    shown = pipeline(prompt=["a"], num_inference_steps=2, guidance_scale=2.0, generator=generator).images[0]
+    assert np.array_equal(np.asarray(shown), images[0].movedim(0, -1).numpy())
+
+
+def test_an_unconditional_consistency_model_needs_no_labels() -> None:
+    pipeline = consistency()
+    model = loaded(pipeline)
+    assert sample(model, seeds=[1, 2], prompts=None, num_steps=2, guidance_scale=None).images.shape == (2, 3, 16, 16)
+
+
+def test_a_pipeline_that_needs_images_takes_them_from_a_folder(tmp_path: Path) -> None:
+    pipeline = inpainting()
+    model = loaded(pipeline)
+    arguments: dict[str, Any] = {"seeds": [1, 2], "prompts": ["a", "b"], "num_steps": 2, "guidance_scale": 2.0}
+    with pytest.raises(InputError, match="does not sample with these arguments") as caught:
+        sample(model, **arguments)
+    assert "--images DIR" in str(caught.value.hint)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "one.png")
+    model.entry = model.entry.model_copy(update={"images": str(tmp_path)})
+    with pytest.raises(InputError, match=r"one\.mask\.png is missing"):
+        sample(model, **arguments)
+    Image.new("L", (16, 16), 255).save(tmp_path / "one.mask.png")
+    assert sample(model, **arguments).images.shape == (2, 3, 16, 16)

@@ -1,0 +1,106 @@
+"""The two guidance branches of one step, as rows of one call or as two calls.
+
+Pipelines guide in one of two ways: they double the rows of one call, or they call the denoiser twice with the same
+sample, with the prompt first and without it second. What is stored is the same: one condition per branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edadm_cli.models.calls import DenoiserCall
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The tensors of a step besides its sample, by dotted name.
+
+    Attributes:
+        conditional: Condition of the branch with the prompt, one row per trajectory.
+        unconditional: Condition of the other branch; empty without guidance.
+        constants: Tensors that all rows share.
+    """
+
+    conditional: dict[str, Tensor]
+    unconditional: dict[str, Tensor]
+    constants: dict[str, Tensor]
+
+
+def are_branches(one: DenoiserCall, other: DenoiserCall) -> bool:
+    """Whether two calls in a row are the two branches of one step: same sample and timestep, another condition."""
+    same_input = torch.equal(one.timestep, other.timestep) and equal(one.sample, other.sample)
+    return same_input and difference(one, other) is not None
+
+
+def difference(call: DenoiserCall, other: DenoiserCall) -> str | None:
+    """Returns the name of the first tensor in which two calls differ, besides sample and timestep; `None`: in none."""
+    changed = next((n for n, tensor in call.tensors.items() if not equal(tensor, other.tensors.get(n))), None)
+    if changed is None and (call.template != other.template or call.sample.shape != other.sample.shape):
+        return "the form of the call"
+    return changed
+
+
+def of_rows(call: DenoiserCall, branches: int, order: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Conditions:
+    """Returns the conditions of one call that holds all branches.
+
+    Args:
+        call: The call.
+        branches: 2 with guidance, else 1.
+        order: Splits rows into those without the prompt and those with it.
+    """
+    pairs = {name: order(tensor) for name, tensor in call.condition.items()}
+    conditional = {name: storable(pair[1]) for name, pair in pairs.items()}
+    unconditional = {name: storable(pair[0]) for name, pair in pairs.items()} if branches == 2 else {}
+    return Conditions(conditional, unconditional, {name: storable(t) for name, t in call.constants.items()})
+
+
+def of_calls(first: DenoiserCall, second: DenoiserCall, masks: Mapping[str, str]) -> Conditions | str:
+    """Returns the conditions of a step of two calls, the one with the prompt first.
+
+    Prompts of different length are padded with zeros, which the model does not see, where a mask says so.
+
+    Args:
+        first: The call with the prompt.
+        second: The call without it.
+        masks: Mask arguments with the arguments that they mask; see `DenoiserFamily`.
+
+    Returns:
+        The conditions, or the name of a tensor that cannot be stored for both branches.
+    """
+    padded = {name for mask, states in masks.items() if mask in first.condition for name in (mask, states)}
+    padded |= {name.removesuffix(".lengths") for name in first.condition if name.endswith(".lengths")}
+    if first.template != second.template:
+        return "the form of the call"
+    conditional, unconditional = {}, {}
+    for name, tensor in first.condition.items():
+        other = second.condition[name]
+        if tensor.shape != other.shape:
+            if name not in padded:
+                return name
+            length = max(tensor.shape[1], other.shape[1])
+            tensor, other = pad(tensor, length), pad(other, length)
+        conditional[name], unconditional[name] = storable(tensor), storable(other)
+    for name, tensor in first.constants.items():
+        if not equal(tensor, second.constants.get(name)):
+            return name
+    return Conditions(conditional, unconditional, {name: storable(t) for name, t in first.constants.items()})
+
+
+def pad(tensor: Tensor, length: int) -> Tensor:
+    """Returns a tensor `[n, L, *]` with zeros up to `[n, length, *]`."""
+    return F.pad(tensor, [0, 0] * (tensor.ndim - 2) + [0, length - tensor.shape[1]])
+
+
+def storable(tensor: Tensor) -> Tensor:
+    """Returns a copy on the CPU."""
+    return tensor.cpu().clone()
+
+
+def equal(tensor: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors have the same shape and values."""
+    return tensor is not None and other is not None and tensor.shape == other.shape and torch.equal(tensor, other)

@@ -1,0 +1,555 @@
+"""Builders of tiny pipelines that make images: one function per row of the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers as d
+import transformers as tr
+
+from tests.denoisers import parts
+
+_NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def _stable_diffusion(name: str, *, scheduler: Any = None, **fields: Any) -> Any:
+    tokenizer, encoder = parts.clip()
+    return getattr(d, name)(
+        vae=parts.kl(levels=2),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=parts.unet(**fields),
+        scheduler=scheduler or parts.ddim(),
+        **_NO_CHECKER,
+    )
+
+
+def stable_diffusion() -> Any:
+    return _stable_diffusion("StableDiffusionPipeline")
+
+
+def inpainting() -> Any:
+    return _stable_diffusion("StableDiffusionInpaintPipeline", in_channels=9)
+
+
+def instruct_pix2pix() -> Any:
+    return _stable_diffusion("StableDiffusionInstructPix2PixPipeline", in_channels=8)
+
+
+def latent_consistency() -> Any:
+    return _stable_diffusion("LatentConsistencyModelPipeline", scheduler=d.LCMScheduler(), time_cond_proj_dim=8)
+
+
+def turbo() -> Any:
+    scheduler = d.EulerAncestralDiscreteScheduler(timestep_spacing="trailing")
+    return _stable_diffusion("StableDiffusionPipeline", scheduler=scheduler)
+
+
+def stable_diffusion_xl() -> Any:
+    tokenizer, encoder = parts.clip()
+    tokenizer_2, encoder_2 = parts.clip(projection=True)
+    return d.StableDiffusionXLPipeline(
+        vae=parts.kl(levels=2),
+        text_encoder=encoder,
+        text_encoder_2=encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=parts.xl_unet(),
+        scheduler=d.EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+
+
+def xl_refiner() -> Any:
+    tokenizer_2, encoder_2 = parts.clip(projection=True)
+    return d.StableDiffusionXLImg2ImgPipeline(
+        vae=parts.kl(levels=2),
+        text_encoder=None,
+        text_encoder_2=encoder_2,
+        tokenizer=None,
+        tokenizer_2=tokenizer_2,
+        unet=parts.xl_unet(cross_attention_dim=16, projection_class_embeddings_input_dim=5 * 8 + 16),
+        scheduler=d.EulerDiscreteScheduler(),
+        requires_aesthetics_score=True,
+        add_watermarker=False,
+    )
+
+
+def deepfloyd() -> Any:
+    tokenizer, encoder = parts.t5()
+    unet = d.UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        in_channels=3,
+        out_channels=6,
+        cross_attention_dim=32,
+        encoder_hid_dim=32,
+        attention_head_dim=8,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+        cross_attention_norm="group_norm",
+        resnet_time_scale_shift="scale_shift",
+        act_fn="gelu",
+        norm_num_groups=4,
+    )
+    scheduler = d.DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        thresholding=True,
+        dynamic_thresholding_ratio=0.95,
+        sample_max_value=1.0,
+        variance_type="learned_range",
+    )
+    return d.IFPipeline(
+        tokenizer=tokenizer, text_encoder=encoder, unet=unet, scheduler=scheduler, watermarker=None, **_NO_CHECKER
+    )
+
+
+def kandinsky22() -> Any:
+    tokenizer, encoder = parts.clip(projection=True, width=32)
+    unet = d.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=8,
+        addition_embed_type="image",
+        encoder_hid_dim=32,
+        encoder_hid_dim_type="image_proj",
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+    )
+    movq = d.VQModel(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+    prior = d.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=16, embedding_dim=32, num_layers=1, num_embeddings=8
+    )
+    return d.KandinskyV22CombinedPipeline(
+        unet=unet,
+        scheduler=d.DDPMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012),
+        movq=movq,
+        prior_prior=prior,
+        prior_image_encoder=parts.vision(32),
+        prior_text_encoder=encoder,
+        prior_tokenizer=tokenizer,
+        prior_scheduler=d.UnCLIPScheduler(
+            variance_type="fixed_small_log", prediction_type="sample", num_train_timesteps=1000
+        ),
+        prior_image_processor=parts.image_processor(),
+    )
+
+
+def pixels() -> Any:
+    unet = d.UNet2DModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return d.DDPMPipeline(unet=unet, scheduler=d.DDIMScheduler())
+
+
+def consistency() -> Any:
+    unet = d.UNet2DModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        resnet_time_scale_shift="scale_shift",
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    )
+    return d.ConsistencyModelPipeline(unet=unet, scheduler=d.CMStochasticIterativeScheduler(num_train_timesteps=40))
+
+
+def dit() -> Any:
+    transformer = d.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        sample_size=8,
+        out_channels=8,
+        num_embeds_ada_norm=1000,
+    )
+    return d.DiTPipeline(transformer=transformer, vae=parts.kl(levels=2), scheduler=d.DDIMScheduler())
+
+
+def pixart() -> Any:
+    tokenizer, encoder = parts.t5()
+    transformer = d.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        sample_size=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        out_channels=8,
+    )
+    return d.PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=parts.kl(),
+        transformer=transformer,
+        scheduler=d.DPMSolverMultistepScheduler(),
+    )
+
+
+def sd3() -> Any:
+    tokenizer, encoder = parts.clip(projection=True)
+    tokenizer_2, encoder_2 = parts.clip(projection=True)
+    tokenizer_3, encoder_3 = parts.t5()
+    transformer = d.SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return d.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=parts.flow(shift=3.0),
+        vae=parts.kl(shift_factor=0.1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def _flux(name: str, **fields: Any) -> Any:
+    tokenizer, encoder = parts.clip()
+    tokenizer_2, encoder_2 = parts.t5()
+    transformer = d.FluxTransformer2DModel(
+        **{
+            "patch_size": 1,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 16,
+            "axes_dims_rope": (4, 4, 8),
+            "guidance_embeds": True,
+            **fields,
+        }
+    )
+    return getattr(d, name)(
+        scheduler=parts.flow(),
+        vae=parts.kl(shift_factor=0.1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
+
+
+def flux_dev() -> Any:
+    return _flux("FluxPipeline")
+
+
+def flux_kontext() -> Any:
+    return _flux("FluxKontextPipeline")
+
+
+def flux_fill() -> Any:
+    return _flux("FluxFillPipeline", in_channels=16 + 16 + 4 * 64, out_channels=16)
+
+
+def _flux2(layers: int, is_distilled: bool) -> Any:
+    tokenizer, encoder = parts.qwen3(layers=28, causal=True)
+    transformer = d.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=96,
+        timestep_guidance_channels=256,
+        axes_dims_rope=[4, 4, 4, 4],
+        guidance_embeds=False,
+    )
+    vae = d.AutoencoderKLFlux2(
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return d.Flux2KleinPipeline(
+        scheduler=parts.flow(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=is_distilled,
+    )
+
+
+def flux2_klein() -> Any:
+    return _flux2(2, is_distilled=True)
+
+
+def flux2_base() -> Any:
+    return _flux2(2, is_distilled=False)
+
+
+def chroma() -> Any:
+    tokenizer, encoder = parts.t5()
+    transformer = d.ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        approximator_num_channels=8,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    )
+    return d.ChromaPipeline(
+        scheduler=parts.flow(),
+        vae=parts.kl(shift_factor=0.1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def qwen_image() -> Any:
+    tokenizer, encoder = parts.qwen_vl()
+    transformer = d.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = d.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return d.QwenImagePipeline(
+        scheduler=parts.flow(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer
+    )
+
+
+def z_image() -> Any:
+    tokenizer, encoder = parts.qwen3()
+    transformer = d.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    return d.ZImagePipeline(
+        scheduler=parts.flow(),
+        vae=parts.kl(shift_factor=0.1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def auraflow() -> Any:
+    tokenizer, encoder = parts.t5(multilingual=True)
+    transformer = d.AuraFlowTransformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pos_embed_max_size=256,
+    )
+    return d.AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=parts.kl(),
+        transformer=transformer,
+        scheduler=parts.flow(shift=1.73),
+    )
+
+
+def sana() -> Any:
+    tokenizer, encoder = parts.gemma()
+    transformer = d.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        sample_size=16,
+        patch_size=1,
+    )
+    vae = d.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 6,
+        decoder_block_types=("ResBlock",) * 6,
+        encoder_block_out_channels=(8,) * 6,
+        decoder_block_out_channels=(8,) * 6,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=[1] * 6,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    return d.SanaPipeline(
+        tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=transformer, scheduler=parts.flow(shift=3.0)
+    )
+
+
+def lumina2() -> Any:
+    tokenizer, encoder = parts.gemma()
+    transformer = d.Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=2,
+        ffn_dim_multiplier=None,
+        norm_eps=1e-5,
+        axes_dim_rope=[4, 2, 2],
+        axes_lens=[512, 128, 128],
+        cap_feat_dim=32,
+    )
+    return d.Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=parts.flow(),
+        vae=parts.kl(shift_factor=0.1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def cogview4() -> Any:
+    tokenizer, encoder = parts.glm()
+    transformer = d.CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        out_channels=4,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+        sample_size=8,
+        rope_axes_dim=(16, 16),
+    )
+    scheduler = parts.flow(
+        base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
+    )
+    return d.CogView4Pipeline(
+        tokenizer=tokenizer, text_encoder=encoder, vae=parts.kl(), transformer=transformer, scheduler=scheduler
+    )
+
+
+def hunyuan_dit() -> Any:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    tokenizer = tr.BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=77)
+    encoder = tr.BertModel(
+        tr.BertConfig(
+            vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+    )
+    tokenizer_2, encoder_2 = parts.t5()
+    transformer = d.HunyuanDiT2DModel(
+        sample_size=16,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        cross_attention_dim=32,
+        cross_attention_dim_t5=32,
+        pooled_projection_dim=16,
+        hidden_size=32,
+        activation_fn="gelu-approximate",
+        text_len=77,
+        text_len_t5=256,
+    )
+    return d.HunyuanDiTPipeline(
+        vae=parts.kl(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=d.DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        **_NO_CHECKER,
+    )

@@ -1,0 +1,185 @@
+"""What tiny pipelines are put together from: tokenizers, text encoders, autoencoders, schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers as d
+import transformers as tr
+
+from edadm_cli.models.tokenizers import _byte_symbols, letter_tokenizer
+
+Pair = tuple[Any, Any]
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789<>/()&;'\""
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
+def clip(*, projection: bool = False, width: int = 16, length: int = 8) -> Pair:
+    """A CLIP tokenizer of single letters, and a text encoder."""
+    tokens = [*_LETTERS, *(c + "</w>" for c in _LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = tr.CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=length)
+    config = tr.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, (tr.CLIPTextModelWithProjection if projection else tr.CLIPTextModel)(config)
+
+
+def t5(*, multilingual: bool = False, length: int = 16) -> Pair:
+    """A T5 tokenizer of single letters, and an encoder with 32 channels."""
+    tokenizer = letter_tokenizer(model_max_length=length)
+    config, model = (tr.UMT5Config, tr.UMT5EncoderModel) if multilingual else (tr.T5Config, tr.T5EncoderModel)
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return tokenizer, model(config(vocab_size=len(tokenizer), **size))
+
+
+def gemma() -> Pair:
+    """A Gemma 2 with 32 channels."""
+    tokenizer = letter_tokenizer(model_max_length=16)
+    tokenizer.padding_side = "right"
+    return tokenizer, tr.Gemma2Model(tr.Gemma2Config(vocab_size=len(tokenizer), **_SMALL))
+
+
+def glm() -> Pair:
+    """A GLM with 32 channels."""
+    tokenizer = letter_tokenizer(model_max_length=16)
+    return tokenizer, tr.GlmModel(tr.GlmConfig(vocab_size=len(tokenizer), pad_token_id=0, **_SMALL))
+
+
+def qwen_tokenizer() -> Any:
+    """A byte tokenizer with a chat template."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {symbol: number for number, symbol in enumerate([*_byte_symbols(), *special])}
+    tokenizer = tr.Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=special[1:])
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def qwen3(*, layers: int = 2, causal: bool = False) -> Pair:
+    """A Qwen 3 with 32 channels."""
+    tokenizer = qwen_tokenizer()
+    config = tr.Qwen3Config(
+        vocab_size=len(tokenizer), max_position_embeddings=4096, **(_SMALL | {"num_hidden_layers": layers})
+    )
+    return tokenizer, (tr.Qwen3ForCausalLM if causal else tr.Qwen3Model)(config)
+
+
+def qwen_vl() -> Pair:
+    """A Qwen 2.5 VL with 16 channels."""
+    tokenizer = qwen_tokenizer()
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "rope_scaling": rope, "rope_theta": 1e6}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    ids = {"vision_end_token_id": 1, "vision_start_token_id": 1, "vision_token_id": 1, "image_token_id": 2}
+    config = tr.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, hidden_size=16, vocab_size=len(tokenizer), video_token_id=3, **ids
+    )
+    return tokenizer, tr.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def vision(width: int = 32, size: int = 32) -> Any:
+    """A CLIP image encoder with a projection to `width` channels."""
+    config = tr.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=16,
+        projection_dim=width,
+    )
+    return tr.CLIPVisionModelWithProjection(config)
+
+
+def image_processor(size: int = 32) -> Any:
+    """The preprocessing of `vision`."""
+    return tr.CLIPImageProcessor(crop_size={"height": size, "width": size}, size={"shortest_edge": size})
+
+
+def kl(channels: int = 4, *, levels: int = 4, **fields: Any) -> Any:
+    """An autoencoder that halves `levels - 1` times."""
+    return d.AutoencoderKL(
+        block_out_channels=(8,) * levels,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **{"scaling_factor": 0.5, **fields},
+    )
+
+
+def flow(**fields: Any) -> Any:
+    """Flow matching."""
+    return d.FlowMatchEulerDiscreteScheduler(**fields)
+
+
+def ddim(**fields: Any) -> Any:
+    """The DDIM of Stable Diffusion."""
+    return d.DDIMScheduler(
+        **{
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            **fields,
+        }
+    )
+
+
+def unet(**fields: Any) -> Any:
+    """A UNet of Stable Diffusion, with 16 and 32 channels."""
+    return d.UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            **fields,
+        }
+    )
+
+
+def xl_unet(**fields: Any) -> Any:
+    """A UNet of SDXL for two text encoders with 16 channels each."""
+    return unet(
+        **{
+            "cross_attention_dim": 32,
+            "attention_head_dim": (2, 4),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 16,
+            "use_linear_projection": True,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            **fields,
+        }
+    )
