@@ -1,0 +1,315 @@
+"""The table of denoisers: each row is a tiny random pipeline that goes through the chain, or the reason why not.
+
+Run as `python -m tests.denoisers.table`, it writes the table into docs/models.md. With `--only NAME ...` it prints the
+rows of these builders alone and writes nothing; `--only` accepts the function names of `images.py` and `videos.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructConfig, SelectConfig
+from edadm_cli.errors import EdadmError
+from edadm_cli.models import loading
+from edadm_cli.models.families.layers import is_weighted
+from edadm_cli.models.registry import ModelEntry
+from edadm_cli.recipe import Recipe, load_recipe
+from tests.denoisers import images, videos
+
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+BEGIN, END = "<!-- table of denoisers: begin -->\n", "<!-- table of denoisers: end -->\n"
+W8A8, W4A8 = BitWidth.parse("w8a8"), BitWidth.parse("w4a8")
+LEAST_PSNR_DB = 20.0  # of an image at W8A8 against full precision of the same seed
+_SQUARE = {"height": 64, "width": 64}
+_CLIP = {"height": 16, "width": 16, "num_frames": 9}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of denoiser.
+
+    Attributes:
+        build: Makes the pipeline.
+        title: What people call it.
+        call: Arguments of the pipeline's call that keep the example small.
+        num_steps: Sampler steps.
+        guidance: Guidance scale; `None` takes the pipeline's own.
+        images: Whether images condition it.
+    """
+
+    build: Callable[[], Any]
+    title: str
+    call: dict[str, Any] = field(default_factory=dict)
+    num_steps: int = 3
+    guidance: float | None = None
+    images: bool = False
+
+
+ROWS = (
+    Row(images.stable_diffusion, "Stable Diffusion 1, 2"),
+    Row(images.turbo, "Stable Diffusion Turbo, one step", num_steps=1, guidance=0.0),
+    Row(images.latent_consistency, "latent consistency (`timestep_cond`)"),
+    Row(images.inpainting, "inpainting UNet, 9 channels", images=True),
+    Row(images.instruct_pix2pix, "InstructPix2Pix, 8 channels", images=True),
+    Row(images.stable_diffusion_xl, "Stable Diffusion XL"),
+    Row(images.xl_refiner, "Stable Diffusion XL refiner", images=True),
+    Row(images.deepfloyd, "DeepFloyd IF, first stage"),
+    Row(images.kandinsky22, "Kandinsky 2.2", call={"height": 16, "width": 16}),
+    Row(images.pixels, "DDPM in pixel space"),
+    Row(images.consistency, "consistency model"),
+    Row(images.dit, "DiT"),
+    Row(images.pixart, "PixArt-Sigma", call={"use_resolution_binning": False}),
+    Row(images.sd3, "Stable Diffusion 3, 3.5"),
+    Row(images.flux_dev, "FLUX.1 dev", call=_SQUARE),
+    Row(
+        images.flux_kontext, "FLUX.1 Kontext", call={**_SQUARE, "max_area": 64 * 64, "_auto_resize": False}, images=True
+    ),
+    Row(images.flux_fill, "FLUX.1 Fill", call=_SQUARE, images=True),
+    Row(images.flux2_klein, "FLUX.2 Klein, distilled", call=_SQUARE, guidance=1.0),
+    Row(images.flux2_base, "FLUX.2 Klein, base", call=_SQUARE),
+    Row(images.chroma, "Chroma", call=_SQUARE),
+    Row(images.qwen_image, "Qwen-Image", call={"height": 32, "width": 32}),
+    Row(images.z_image, "Z-Image", call=_SQUARE),
+    Row(images.auraflow, "AuraFlow", call=_SQUARE),
+    Row(images.sana, "Sana", call={**_SQUARE, "use_resolution_binning": False}),
+    Row(images.lumina2, "Lumina 2", call=_SQUARE),
+    Row(images.cogview4, "CogView 4", call=_SQUARE),
+    Row(images.hunyuan_dit, "HunyuanDiT", call={**_SQUARE, "use_resolution_binning": False}),
+    Row(videos.wan, "Wan 2.1", call=_CLIP),
+    Row(videos.wan22, "Wan 2.2, two transformers", call=_CLIP),
+    Row(videos.cogvideox, "CogVideoX", call={**_CLIP, "max_sequence_length": 16}),
+    Row(videos.ltx, "LTX-Video", call={"height": 32, "width": 32, "num_frames": 9}),
+    Row(videos.stable_video, "Stable Video Diffusion", call={"height": 32, "width": 32, "num_frames": 2}, images=True),
+    Row(videos.animatediff, "AnimateDiff", call={"num_frames": 4, "height": 16, "width": 16}),
+    Row(videos.text_to_video, "text-to-video UNet (3D)", call={"num_frames": 4, "height": 16, "width": 16}),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a row.
+
+    Attributes:
+        row: The row.
+        denoiser: Class of the denoiser.
+        pipeline: Class of the pipeline.
+        blocks: Number of units that are blocks.
+        layers: Number of layers that are quantized, and of all.
+        psnr_db: An image at W8A8 against full precision of the same seed, in a fresh interpreter with plain diffusers.
+        refusal: Why it does not work; `None` where it does.
+    """
+
+    row: Row
+    denoiser: str
+    pipeline: str
+    blocks: int = 0
+    layers: tuple[int, int] = (0, 0)
+    psnr_db: float = 0.0
+    refusal: str | None = None
+
+
+def quick_recipe(iterations: int) -> Recipe:
+    """The default recipe with a handful of iterations."""
+    recipe = load_recipe("default")
+    learn = recipe.learn.model_copy(update={"iterations": iterations, "batch_size": 2})
+    ranges = recipe.ranges.model_copy(update={"num_candidates": 8})
+    return recipe.model_copy(update={"learn": learn, "ranges": ranges})
+
+
+def measure(row: Row, folder: Path) -> Result:
+    """Take a row through the chain in `folder`."""
+    torch.manual_seed(0)
+    pipeline = row.build()
+    pipeline.save_pretrained(folder / "model")
+    name = "unet" if hasattr(pipeline, "unet") else "transformer"
+    result = Result(row, type(getattr(pipeline, name)).__name__, type(pipeline).__name__)
+    before = loading._entry_of
+    loading._entry_of = _entry_with(row.call)
+    try:
+        return _chain(row, folder, result, name)
+    except EdadmError as error:
+        return Result(row, result.denoiser, result.pipeline, refusal=error.message)
+    except Exception as error:  # noqa: BLE001 (a row of the table, not the end of it)
+        if os.environ.get("EDADM_TABLE_TRACEBACK"):
+            traceback.print_exc()
+        return Result(row, result.denoiser, result.pipeline, refusal=f"internal error: {type(error).__name__}: {error}")
+    finally:
+        loading._entry_of = before
+
+
+def _entry_with(call: dict[str, Any]) -> Callable[..., ModelEntry]:
+    build = loading._entry_of
+
+    def entry_of(*args: Any, **kwargs: Any) -> ModelEntry:
+        return build(*args, **kwargs).model_copy(
+            update={"call_arguments": call, "image_size": 16 if "height" not in call else call["height"]}
+        )
+
+    return entry_of
+
+
+def _chain(row: Row, folder: Path, result: Result, name: str) -> Result:
+    from edadm_cli.collect import stage as collect
+    from edadm_cli.export import stage as export
+    from edadm_cli.reconstruct import stage as reconstruct
+    from edadm_cli.select import stage as select
+
+    run = RunFolder(folder / "run")
+    pictures = example_images(folder / "images") if row.images else None
+    collect.run(
+        CollectConfig(
+            model=str(folder / "model"),
+            num_trajectories=4,
+            num_steps=row.num_steps,
+            batch_size=4,
+            guidance_scale=row.guidance,
+            images=pictures,
+            device="cpu",
+        ),
+        run,
+    )
+    select.run(SelectConfig(device="cpu"), run)
+    for bits, iterations in ((W8A8, 0), (W4A8, 3)):
+        recipe = quick_recipe(iterations)
+        if iterations == 0:
+            recipe = recipe.model_copy(update={"learn": recipe.learn.model_copy(update={"granularity": "none"})})
+        reconstruct.run(ReconstructConfig(bits=bits, recipe=recipe, device="cpu", batch_size=2), run)
+        export.run(ExportConfig(bits=bits, device="cpu", parity_samples=1), run)
+    units = run.open("reconstruct", str(W4A8)).json("units.json")["units"]
+    plan = run.open("reconstruct", str(W4A8)).json("plan.json")
+    model = loading.load_model(str(folder / "model"), torch.device("cpu"), torch.float32)
+    layers = {n for n, m in model.denoiser.named_modules() if is_weighted(m)}
+    forgotten = layers - plan["layers"].keys() - plan["kept"].keys()
+    assert not forgotten, f"{len(forgotten)} layers are neither quantized nor listed, such as {min(forgotten)}"
+    blocks = sum(unit["kind"] != "layer" for unit in units)
+    assert blocks, "no unit is a block"
+    psnr = compare(folder, run.open("export", str(W8A8)).path, row)
+    assert psnr > LEAST_PSNR_DB, f"an image at W8A8 differs from full precision: PSNR {psnr:.1f} dB"
+    counted = (len(layers & plan["layers"].keys()), len(layers))
+    return Result(row, result.denoiser, result.pipeline, blocks, counted, psnr)
+
+
+def example_images(folder: Path) -> Path:
+    """Two pictures with masks."""
+    from PIL import Image
+
+    folder.mkdir()
+    for name, colour in (("one", "red"), ("two", "blue")):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
+        mask = Image.new("L", (64, 64), 0)
+        mask.paste(255, (16, 16, 48, 48))
+        mask.save(folder / f"{name}.mask.png")
+    return folder
+
+
+_FRESH = """
+import json, sys
+import numpy as np
+import torch
+torch.set_num_threads(1)
+from diffusers import DiffusionPipeline
+full, quantized, call, out = sys.argv[1:5]
+call = json.loads(call)
+images = call.pop("images", {})
+from PIL import Image
+for name, path in images.items():
+    call[name] = Image.open(path).convert("RGB").resize((call.get("width", 16), call.get("height", 16)))
+pictures = []
+for folder in (full, quantized):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(**call, generator=torch.Generator().manual_seed(5), output_type="np")
+    pictures.append(np.asarray(getattr(output, "images", None) if hasattr(output, "images") else output.frames))
+    assert "edadm_cli.collect" not in sys.modules
+print(10 * np.log10(1 / max(float(((pictures[0] - pictures[1]) ** 2).mean()), 1e-12)))
+"""
+
+
+def compare(folder: Path, export: Path, row: Row) -> float:
+    """Returns the PSNR in dB of one image of an export against full precision, in a fresh interpreter."""
+    import json
+
+    import diffusers
+
+    index = json.loads((folder / "model" / "model_index.json").read_text())
+    parameters = inspect.signature(getattr(diffusers, index["_class_name"]).__call__).parameters
+    call = {**row.call, "num_inference_steps": row.num_steps}
+    if "prompt" in parameters:
+        call["prompt"] = "a cat"
+    if "class_labels" in parameters and parameters["class_labels"].default is inspect.Parameter.empty:
+        call["class_labels"] = [3]
+    if row.guidance is not None:
+        call["guidance_scale"] = row.guidance
+    if row.images:
+        files = {"image": "one.png", "mask_image": "one.mask.png"}
+        call["images"] = {name: str(folder / "images" / file) for name, file in files.items() if name in parameters}
+    command = [sys.executable, "-W", "ignore", "-c", _FRESH, str(folder / "model"), str(export), json.dumps(call), ""]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return float(process.stdout.split()[-1])
+
+
+def markdown(results: list[Result]) -> str:
+    """The table, one line per row."""
+    lines = [
+        "| denoiser | pipeline | as in | result | blocks | layers quantized | W8A8 against full precision |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        works = result.refusal is None
+        facts = [
+            f"`{result.denoiser}`",
+            f"`{result.pipeline}`",
+            result.row.title,
+            "works" if works else f"refused: {result.refusal}".replace("|", "/"),
+            str(result.blocks) if works else "",
+            f"{result.layers[0]} of {result.layers[1]}" if works else "",
+            f"{result.psnr_db:.1f} dB" if works else "",
+        ]
+        lines.append("| " + " | ".join(facts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def run_rows(rows: tuple[Row, ...]) -> list[Result]:
+    """Measure rows one after the other, and print each line as soon as it is there."""
+    results = []
+    for row in rows:
+        folder = Path(tempfile.mkdtemp(prefix="edadm-table-"))
+        try:
+            results.append(measure(row, folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        print(markdown(results[-1:]).splitlines()[-1], flush=True)
+    return results
+
+
+def main() -> None:
+    """Write the table, or print some rows of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=None, help="names of builders")
+    names = parser.parse_args().only
+    torch.set_num_threads(1)
+    rows = tuple(row for row in ROWS if names is None or row.build.__name__ in names)
+    results = run_rows(rows)
+    if names is None:
+        text = DOCS.read_text(encoding="utf-8")
+        start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
+        DOCS.write_text(text[:start] + markdown(results) + text[stop:], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Builders of tiny pipelines that make clips: one function per row of the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers as d
+
+from tests.denoisers import parts
+
+
+def _wan_vae() -> Any:
+    return d.AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+
+
+def _wan_transformer() -> Any:
+    return d.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+
+
+def wan() -> Any:
+    tokenizer, encoder = parts.t5(multilingual=True)
+    return d.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=_wan_vae(),
+        scheduler=parts.flow(shift=7.0),
+        transformer=_wan_transformer(),
+    )
+
+
+def wan22() -> Any:
+    tokenizer, encoder = parts.t5(multilingual=True)
+    return d.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=_wan_vae(),
+        scheduler=parts.flow(shift=7.0),
+        transformer=_wan_transformer(),
+        transformer_2=_wan_transformer(),
+        boundary_ratio=0.875,
+    )
+
+
+def cogvideox() -> Any:
+    tokenizer, encoder = parts.t5()
+    transformer = d.CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=2,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=16,
+    )
+    vae = d.AutoencoderKLCogVideoX(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    return d.CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=d.CogVideoXDDIMScheduler(),
+    )
+
+
+def ltx() -> Any:
+    tokenizer, encoder = parts.t5()
+    transformer = d.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        patch_size=1,
+        patch_size_t=1,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=32,
+    )
+    vae = d.AutoencoderKLLTXVideo(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False, False, False, False, False),
+        upsample_residual=(False, False, False, False),
+        upsample_factor=(1, 1, 1, 1),
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    return d.LTXPipeline(
+        scheduler=parts.flow(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer
+    )
+
+
+def stable_video() -> Any:
+    unet = d.UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=32,
+        num_attention_heads=8,
+        projection_class_embeddings_input_dim=96,
+        addition_time_embed_dim=32,
+    )
+    vae = d.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        latent_channels=4,
+        layers_per_block=1,
+        sample_size=16,
+    )
+    return d.StableVideoDiffusionPipeline(
+        vae=vae,
+        image_encoder=parts.vision(32),
+        unet=unet,
+        scheduler=d.EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            timestep_type="continuous",
+            prediction_type="v_prediction",
+            use_karras_sigmas=True,
+        ),
+        feature_extractor=parts.image_processor(),
+    )
+
+
+def animatediff() -> Any:
+    tokenizer, encoder = parts.clip()
+    adapter = d.MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=4
+    )
+    return d.AnimateDiffPipeline(
+        vae=parts.kl(levels=2),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=d.UNetMotionModel.from_unet2d(parts.unet(), adapter),
+        motion_adapter=adapter,
+        scheduler=parts.ddim(beta_schedule="linear"),
+    )
+
+
+def text_to_video() -> Any:
+    tokenizer, encoder = parts.clip(width=32)
+    unet = d.UNet3DConditionModel(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=2,
+    )
+    return d.TextToVideoSDPipeline(
+        vae=parts.kl(levels=2), text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=parts.ddim()
+    )
