@@ -71,7 +71,8 @@ class SampledImages(Dataset[Tensor]):
 
     def batch(self, number: int) -> Samples:
         """Read one batch."""
-        return Samples(**load_tensors(batch_path(self.folder, number)))
+        tensors = load_tensors(batch_path(self.folder, number))
+        return Samples(tensors["images"], tensors["latents"])
 
     def batches(self) -> Iterator[tuple[slice, Samples]]:
         """Yield the places of each batch's images in the set, and the batch."""

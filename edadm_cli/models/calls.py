@@ -167,6 +167,11 @@ def placed_tensors(node: Any) -> set[str]:
         if not isinstance(name, str):
             raise ValueError("the name of a tensor is not a text")
         return {name}
+    ragged = node.get(_MARK + "ragged")
+    if len(node) == 1 and ragged is not None:
+        if not isinstance(ragged, str):
+            raise ValueError("the name of a tensor is not a text")
+        return {ragged, _lengths(ragged)}
     if len(node) == 1 and not isinstance(node.get(_MARK + "tuple", []), list):
         raise ValueError("a tuple is not a list of items")
     return set().union(*(placed_tensors(item) for item in node.values()))

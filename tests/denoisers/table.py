@@ -1,7 +1,7 @@
 """The table of denoisers: each row is a tiny random pipeline that goes through the chain, or the reason why not.
 
-Run as `python -m tests.denoisers.table`, it writes the table into docs/models.md. With `--only NAME ...` it prints the
-rows of these builders alone and writes nothing; `--only` accepts the function names of `images.py` and `videos.py`.
+`python benchmarks/denoisers.py` writes the table into docs/models.md. With `--only NAME ...` it prints the rows of
+these builders alone and writes nothing; the names are those of the functions in `images.py` and `videos.py`.
 """
 
 from __future__ import annotations
@@ -155,9 +155,7 @@ def _entry_with(call: dict[str, Any]) -> Callable[..., ModelEntry]:
     build = loading._entry_of
 
     def entry_of(*args: Any, **kwargs: Any) -> ModelEntry:
-        return build(*args, **kwargs).model_copy(
-            update={"call_arguments": call, "image_size": 16 if "height" not in call else call["height"]}
-        )
+        return build(*args, **kwargs).model_copy(update={"call_arguments": call, "image_size": call.get("height", 16)})
 
     return entry_of
 

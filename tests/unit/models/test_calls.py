@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.models.calls import build_call, record_calls, split_call
+from edadm_cli.models.calls import build_call, placed_tensors, record_calls, split_call
 
 
 class Denoiser(nn.Module):
@@ -112,3 +112,26 @@ def test_recording_sees_each_call_and_ends_with_its_context() -> None:
     denoiser(torch.zeros(1, 1), 1)
     assert [int(call.timestep) for call in calls] == [3, 2]
     assert not denoiser._forward_pre_hooks
+
+
+def test_lists_of_rows_survive_with_their_lengths() -> None:
+    """Z-Image is called with one tensor per image, and with prompts of different length."""
+    sample = [torch.randn(2, 1, 4, 4) for _ in range(ROWS)]
+    prompts = [torch.randn(length, 5) for length in (2, 4, 3)]
+    call = split_call(nn.Module(), (), {"x": sample, "t": torch.tensor(0.5), "cap_feats": prompts})
+    assert call.sample.shape == (ROWS, 2, 1, 4, 4)
+    assert call.condition["cap_feats"].shape == (ROWS, 4, 5)
+    template = json.loads(json.dumps(call.template))
+    assert placed_tensors(template["kwargs"]) == set(template["dtypes"])
+    _, kwargs = build_call(template, call.sample, call.timestep, call.tensors)
+    assert same(kwargs["x"], sample)
+    assert same(kwargs["cap_feats"], prompts)
+
+
+def test_a_mask_that_a_pipeline_leaves_out_is_recorded_as_ones() -> None:
+    class QwenImageTransformer2DModel(nn.Module):
+        pass
+
+    kwargs = {"hidden_states": torch.zeros(2, 3, 4), "timestep": 1.0, "encoder_hidden_states": torch.zeros(2, 7, 4)}
+    call = split_call(QwenImageTransformer2DModel(), (), {**kwargs, "encoder_hidden_states_mask": None})
+    assert call.condition["encoder_hidden_states_mask"].tolist() == [[1] * 7] * 2
