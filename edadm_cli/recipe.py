@@ -22,7 +22,7 @@ RECIPE_FOLDER = Path(__file__).parent / "recipes"
 LEFT_TO_MODEL = "model"
 
 SelectStrategy = Literal["tdac", "uniform", "normal", "random", "last"]
-WeightRange = Literal["minmax", "search"]
+WeightRange = Literal["minmax", "search", "output-error"]
 ActivationRange = Literal["minmax", "search", "search-asymmetric"]
 Granularity = Literal["block", "layer", "none"]
 
@@ -79,9 +79,14 @@ class SelectRecipe(_Frozen):
 class RangeRecipe(_Frozen):
     """Where the quantization grids come from before anything is learned."""
 
-    weight: WeightRange = "search"
+    weight: WeightRange = Field(
+        "search",
+        description="min-max; or the scale with the least error of the weights, or of the outputs that they cause",
+    )
     activation: ActivationRange = "search-asymmetric"
-    norm: float = Field(2.4, gt=0, description="exponent of the error that a searched range minimises")
+    norm: float = Field(
+        2.4, gt=0, description="exponent of the error that a searched range minimises; that of outputs is squared"
+    )
     num_candidates: int = Field(100, ge=1, le=1000, description="thresholds tried by a search")
     ema_decay: float = Field(0.9, ge=0, lt=1, description="share of the old value when a batch's range is merged in")
     channel_parts: bool = Field(True, description="two quantizers for the two sources of a concatenated shortcut input")
@@ -120,6 +125,9 @@ class LearnRecipe(_Frozen):
         le=1000,
         description="tau at the end of learning: how sharply h turns from 0 to 1; 1: AdaRound's form",
     )
+    bias_correction: bool = later(
+        False, description="whether the mean error of each unit's output is added to the bias of its last layer"
+    )
     rounding_sharpness_start: float = later(0.3, ge=0, lt=1, description="share of the iterations before tau grows")
 
 
@@ -131,6 +139,17 @@ class LayerRule(_Frozen):
     activation_bits: int | None = Field(None, ge=2, le=8)
     exclude: bool = Field(False, description="leave the layer in floating point")
     float_input: bool = Field(False, description="quantize the layer's weights only")
+
+
+class TransformRule(_Frozen):
+    """A transform of the inputs of the layers whose names match a pattern; the last rule that matches wins.
+
+    Layers whose input stays in floating point, and grouped convolutions, have no transform.
+    """
+
+    name: str = Field(description="of the transform, such as 'input-channel-scale'")
+    pattern: str = Field("*", description="shell pattern over the layer's dotted name")
+    options: dict[str, float] = Field({}, description="numbers that the transform takes, in place of its own")
 
 
 class Recipe(_Frozen):
@@ -151,6 +170,7 @@ class Recipe(_Frozen):
     )
     output_float_input: bool = Field(True, description="leave the input of the last layer unquantized")
     layers: tuple[LayerRule, ...] = ()
+    transforms: tuple[TransformRule, ...] = later((), description="what happens to inputs before they are quantized")
 
     @model_validator(mode="after")
     def _excluded_rules_carry_no_bits(self) -> Recipe:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edadm_cli.artifacts import KindRow
 from edadm_cli.bench.workload import WorkItem
 from edadm_cli.engines.base import OperationTime
+from edadm_cli.quant.plan import layer_of_part
 
 _PRODUCTS = ("conv2d", "linear", "attention")
-_PART = re.compile(r"\.part\d+$")
 
 
 @dataclass
@@ -67,5 +66,5 @@ def _macs(kind: str, names: Sequence[str], work: Sequence[WorkItem], is_only: bo
     own = [item for item in work if item.macs and item.kind.endswith("attention") == is_attention]
     if is_attention and is_only:
         return sum(item.macs for item in own)
-    layers = {_PART.sub("", name.partition(":")[0]) for name in names}
+    layers = {layer_of_part(name.partition(":")[0]) for name in names}
     return sum(item.macs for item in own if item.name in layers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.planning import plan_network
-from edadm_cli.calibrate.ranges import part_names, search_ranges, split_channels
+from edadm_cli.calibrate.ranges import folded, search_ranges
 from edadm_cli.config import BitWidth
 from edadm_cli.models.units import trace
 from edadm_cli.quant.network import load_quant_params, quantize_network
@@ -36,9 +36,10 @@ def nearest_params(
     """
     params = dict(ranges)
     for name, layer_plan in plan.layers.items():
-        pieces = split_channels(weight_of(name).detach().cpu(), layer_plan, 1)
-        for part, piece in zip(part_names(name, layer_plan), pieces, strict=True):
-            params[f"{part}.weight_int"] = nearest_codes(piece, ranges[f"{part}.weight_scale"], layer_plan)
+        pieces = layer_plan.split(weight_of(name).detach().cpu())
+        for part, piece in zip(layer_plan.part_names(name), pieces, strict=True):
+            rounded = folded(piece, part, layer_plan, ranges)
+            params[f"{part}.weight_int"] = nearest_codes(rounded, ranges[f"{part}.weight_scale"], layer_plan)
     return params
 
 
@@ -59,7 +60,7 @@ def quantize_to_nearest(
     calls = list(calls)
     traced = trace(denoiser, *calls[0])
     plan = plan_network(traced, recipe, bits)
-    ranges = search_ranges(denoiser, traced, plan, recipe.ranges, calls)
+    ranges = search_ranges(denoiser, traced, plan, recipe.ranges, calls, transforms=recipe.transforms)
     params = nearest_params(lambda name: denoiser.get_submodule(name).get_parameter("weight"), plan, ranges)
     quantize_network(denoiser, plan)
     load_quant_params(denoiser, params)

@@ -12,14 +12,16 @@ from edadm_cli.models.families.attention import products_refusal
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
-from edadm_cli.recipe import LayerRule, Recipe
+from edadm_cli.quant.transforms import transform_named
+from edadm_cli.recipe import LayerRule, Recipe, TransformRule
 
 
 def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationPlan:
     """Plan every layer that ran.
 
     Raises:
-        UsageError: A pattern of the recipe matches no layer, or the recipe leaves none to quantize.
+        UsageError: A pattern of the recipe matches no layer, a transform is not known, or the recipe leaves no layer to
+            quantize.
     """
     _every_pattern_matches(traced, recipe)
     first, last = _ends(traced)
@@ -44,6 +46,7 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
             weight_bits=weight_bits,
             activation_bits=None if float_input else activation_bits,
             channel_parts=_parts(layer, recipe),
+            transform=None if float_input else _transform(layer, recipe),
         )
     if not layers:
         raise UsageError(
@@ -89,6 +92,19 @@ def _parts(layer: TracedLayer, recipe: Recipe) -> tuple[int, ...] | None:
     return layer.channel_parts if recipe.ranges.channel_parts and not is_grouped else None
 
 
+def _transform(layer: TracedLayer, recipe: Recipe) -> str | None:
+    """The transform of a layer's input; a grouped convolution has none, since its weight has no row per channel."""
+    rule = transform_rule(layer.name, recipe)
+    if rule is None or Operation.of(layer.module).groups != 1:
+        return None
+    return transform_named(rule.name).name
+
+
+def transform_rule(name: str, recipe: Recipe) -> TransformRule | None:
+    """Returns the rule of the recipe that decides on the transform of a layer's input."""
+    return next((rule for rule in reversed(recipe.transforms) if fnmatchcase(name, rule.pattern)), None)
+
+
 def _rule(name: str, recipe: Recipe) -> LayerRule:
     matching = [rule for rule in recipe.layers if fnmatchcase(name, rule.pattern)]
     return matching[-1] if matching else LayerRule(pattern="*")
@@ -111,10 +127,10 @@ def _bits(rule: LayerRule, recipe: Recipe, bits: BitWidth, is_edge: bool) -> tup
 
 
 def _every_pattern_matches(traced: Trace, recipe: Recipe) -> None:
-    for rule in recipe.layers:
-        if not any(fnmatchcase(name, rule.pattern) for name in traced.names):
+    for pattern in [rule.pattern for rule in recipe.layers] + [rule.pattern for rule in recipe.transforms]:
+        if not any(fnmatchcase(name, pattern) for name in traced.names):
             raise UsageError(
-                f"The pattern '{rule.pattern}' of the recipe '{recipe.name}' matches none of the"
+                f"The pattern '{pattern}' of the recipe '{recipe.name}' matches none of the"
                 f" {len(traced.names)} layers.",
                 hint="edadm inspect lists the layers of a reconstruction",
             )

@@ -7,32 +7,24 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.errors import InputError
-from edadm_cli.models.units import Trace
+from edadm_cli.calibrate.statistics import channel_statistics
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.network import set_processor
+from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
-from edadm_cli.quant.search import Range, activation_range, symmetric_scale, weight_scales
-from edadm_cli.recipe import RangeRecipe
-
-
-def part_names(name: str, plan: LayerPlan) -> list[str]:
-    """Names of the quantizers of a layer: its own, or one for each channel part."""
-    if plan.channel_parts is None:
-        return [name]
-    return [f"{name}.part{index}" for index in range(len(plan.channel_parts))]
-
-
-def split_channels(tensor: Tensor, plan: LayerPlan, dim: int) -> list[Tensor]:
-    """A weight (`dim` 1) or an input cut into the layer's channel parts."""
-    return [tensor] if plan.channel_parts is None else list(tensor.split(plan.channel_parts, dim=dim))
+from edadm_cli.quant.search import Range, activation_range, input_energy, symmetric_scale, weight_scales
+from edadm_cli.quant.transforms import ChannelStatistics, Transform, transform_named
+from edadm_cli.recipe import RangeRecipe, TransformRule
 
 
 def search_ranges(
@@ -42,44 +34,132 @@ def search_ranges(
     recipe: RangeRecipe,
     calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
     advance: Callable[[int], None] = lambda _: None,
+    transforms: Sequence[TransformRule] = (),
 ) -> dict[str, Tensor]:
-    """Initial quantization parameters without the codes: `<layer>.weight_scale`, `.input_scale`,
-    `.input_zero_point`, `<attention>.{q,k,v,p}_scale`.
+    """Returns initial quantization parameters without the codes: `<layer>.weight_scale`, `.input_scale`,
+    `.input_zero_point`, the tensors of the transforms, `<attention>.{q,k,v,p}_scale`.
 
     Args:
         denoiser: With its full-precision layers in place.
         traced: Its trace.
-        plan: Bits of every layer.
+        plan: Bits of every layer, and their transforms.
         recipe: How ranges are found.
-        calls: `(args, kwargs)` of the denoiser, over the calibration set.
-        advance: Told of every call that is done.
+        calls: `(args, kwargs)` of the denoiser, over the calibration set; iterated twice where channels are observed.
+        advance: Called after every call of the last pass.
+        transforms: The rules of the recipe, for the options of the transforms that the plan names.
 
     Raises:
         InputError: A weight or an activation is not finite.
+        UsageError: A transform does not have an option that the recipe gives it.
     """
-    scales = search_weight_scales(traced, plan, recipe)
-    return scales | search_activation_ranges(denoiser, traced, plan, recipe, calls, advance)
+    observed = {name for name, layer in plan.layers.items() if layer.transform is not None}
+    if recipe.weight == "output-error":
+        observed |= plan.layers.keys()
+    statistics = channel_statistics(denoiser, traced, plan, observed, calls) if observed else {}
+    params = calibrate_transforms(traced, plan, transforms, statistics)
+    params |= search_weight_scales(traced, plan, recipe, params, statistics)
+    return params | search_activation_ranges(denoiser, traced, plan, recipe, calls, advance, params)
 
 
-def search_weight_scales(traced: Trace, plan: QuantizationPlan, recipe: RangeRecipe) -> dict[str, Tensor]:
-    """The part of `search_ranges` that needs no call: `<layer>.weight_scale` of every planned layer.
+def calibrate_transforms(
+    traced: Trace,
+    plan: QuantizationPlan,
+    rules: Sequence[TransformRule],
+    statistics: Mapping[str, ChannelStatistics],
+) -> dict[str, Tensor]:
+    """Returns the tensors of all planned transforms, `<layer>.<tensor>`.
+
+    Raises:
+        UsageError: A transform does not have an option that the recipe gives it.
+    """
+    params: dict[str, Tensor] = {}
+    for layer in traced.layers:
+        layer_plan = plan.layers.get(layer.name)
+        if layer_plan is None or layer_plan.transform is None:
+            continue
+        transform = transform_named(layer_plan.transform)
+        options = {**transform.options, **rule_options(rules, layer.name)}
+        unknown = sorted(options.keys() - transform.options.keys())
+        if unknown:
+            known = ", ".join(transform.options) or "none"
+            raise UsageError(
+                f"The transform '{transform.name}' has no option '{unknown[0]}'; its options are: {known}."
+            )
+        pieces = layer_plan.split(_weight_of(layer))
+        for part, piece in zip(layer_plan.part_names(layer.name), pieces, strict=True):
+            tensors = transform.calibrate(piece.cpu(), statistics[part], options)
+            params |= {f"{part}.{name}": tensor.float().cpu() for name, tensor in tensors.items()}
+    return params
+
+
+def transform_tensors(transform: Transform, part: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a transform among parameters under their full names."""
+    return {name: params[f"{part}.{name}"] for name in transform.tensors}
+
+
+def folded(weight: Tensor, part: str, plan: LayerPlan, params: Mapping[str, Tensor]) -> Tensor:
+    """Returns what is rounded to codes: a weight with the inverse of its layer's transform folded in, if it has one."""
+    if plan.transform is None:
+        return weight
+    transform = transform_named(plan.transform)
+    return transform.fold(weight, transform_tensors(transform, part, params))
+
+
+def search_weight_scales(
+    traced: Trace,
+    plan: QuantizationPlan,
+    recipe: RangeRecipe,
+    params: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, ChannelStatistics] | None = None,
+) -> dict[str, Tensor]:
+    """Returns the part of `search_ranges` that needs no further call: `<layer>.weight_scale` of every planned layer.
+
+    Args:
+        traced: The trace of the denoiser.
+        plan: Bits of every layer, and their transforms.
+        recipe: How ranges are found.
+        params: Tensors of the transforms.
+        statistics: Of the inputs, where the recipe weighs errors of the outputs; without them those of weights count.
 
     Raises:
         InputError: A weight is not finite.
     """
-    params = {}
+    params, statistics = params or {}, statistics or {}
+    scales = {}
     for layer in traced.layers:
         layer_plan = plan.layers.get(layer.name)
         if layer_plan is None:
             continue
-        weight = layer.module.weight
-        assert isinstance(weight, Tensor)
+        weight = _weight_of(layer)
         _require_finite(weight, f"the weight of '{layer.name}'")
-        for part, piece in zip(
-            part_names(layer.name, layer_plan), split_channels(weight.detach(), layer_plan, 1), strict=True
-        ):
-            params[f"{part}.weight_scale"] = weight_scales(piece, layer_plan.weight_grid, recipe).cpu()
-    return params
+        for part, piece in zip(layer_plan.part_names(layer.name), layer_plan.split(weight), strict=True):
+            energy = None
+            if recipe.weight == "output-error" and part in statistics:
+                energy = _energy(part, layer_plan, params, statistics[part])
+                energy = input_energy(energy, piece, Operation.of(layer.module).groups)
+            rounded = folded(piece, part, layer_plan, params)
+            scales[f"{part}.weight_scale"] = weight_scales(rounded, layer_plan.weight_grid, recipe, energy).cpu()
+    return scales
+
+
+def _energy(part: str, plan: LayerPlan, params: Mapping[str, Tensor], statistics: ChannelStatistics) -> Tensor:
+    """E[x_c^2] of what the weight meets, with shape `(C_in,)`."""
+    if plan.transform is None:
+        return statistics.mean_square
+    transform = transform_named(plan.transform)
+    return transform.mean_square(statistics, transform_tensors(transform, part, params))
+
+
+def _weight_of(layer: TracedLayer) -> Tensor:
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def rule_options(rules: Sequence[TransformRule], name: str) -> dict[str, float]:
+    """Returns the options of the last rule that matches a layer."""
+    matching = [rule for rule in rules if fnmatchcase(name, rule.pattern)]
+    return matching[-1].options if matching else {}
 
 
 def search_activation_ranges(
@@ -89,8 +169,10 @@ def search_activation_ranges(
     recipe: RangeRecipe,
     calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
     advance: Callable[[int], None] = lambda _: None,
+    transforms: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The part of `search_ranges` that the calls decide; `denoiser` may be a part of one, with its own trace and plan.
+    """Returns the part of `search_ranges` that the calls decide; `denoiser` may be a part of one, with its own trace
+    and plan. `transforms` has the tensors of the planned transforms; without any, inputs are taken as they are.
 
     Raises:
         InputError: An activation is not finite.
@@ -100,7 +182,8 @@ def search_activation_ranges(
     with ExitStack() as stack:
         for layer in traced.layers:
             if layer.name in plan.layers and plan.layers[layer.name].input_grid is not None:
-                stack.enter_context(_observed_layer(layer.name, layer.module, plan.layers[layer.name], observed))
+                layer_plan = plan.layers[layer.name]
+                stack.enter_context(_observed_layer(layer.name, layer.module, layer_plan, observed, transforms or {}))
         for name, attention_plan in plan.attentions.items():
             stack.enter_context(_observed_attention(traced.attentions[name], name, attention_plan, observed))
         with torch.no_grad():
@@ -110,7 +193,7 @@ def search_activation_ranges(
     for name, layer_plan in plan.layers.items():
         if layer_plan.input_grid is None:
             continue
-        for part in part_names(name, layer_plan):
+        for part in layer_plan.part_names(name):
             scale, zero_point = observed.ranges[part].parameters(layer_plan.input_grid)
             params[f"{part}.input_scale"] = torch.tensor(scale)
             params[f"{part}.input_zero_point"] = torch.tensor(zero_point, dtype=torch.int32)
@@ -138,14 +221,24 @@ class _Observations:
 
 
 @contextmanager
-def _observed_layer(name: str, module: nn.Module, plan: LayerPlan, observed: _Observations) -> Iterator[None]:
-    grid, parts = plan.input_grid, part_names(name, plan)
+def _observed_layer(
+    name: str, module: nn.Module, plan: LayerPlan, observed: _Observations, transforms: Mapping[str, Tensor]
+) -> Iterator[None]:
+    grid, parts, dim = plan.input_grid, plan.part_names(name), Operation.of(module).channel_dim
     assert grid is not None
-    dim = 1 if isinstance(module, nn.Conv2d) else -1
+    transform = transform_named(plan.transform) if plan.transform is not None and transforms else None
+    device = next(module.parameters()).device
+    tensors = {
+        part: {key: tensor.to(device) for key, tensor in transform_tensors(transform, part, transforms).items()}
+        for part in parts
+        if transform is not None
+    }
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         _require_finite(inputs[0], f"the input of '{name}'")
-        for part, piece in zip(parts, split_channels(inputs[0], plan, dim), strict=True):
+        for part, piece in zip(parts, plan.split(inputs[0], dim), strict=True):
+            if transform is not None:
+                piece = transform.apply(piece, tensors[part], dim)
             observed.add_range(part, activation_range(piece, grid, observed.recipe))
 
     handle = module.register_forward_pre_hook(hook)

@@ -21,7 +21,7 @@ from edadm_cli.integrations.deployment import layer_product
 from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_cli.quant.network import quantize_network
+from edadm_cli.quant.network import quantize_network, require_sound
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.quant.product import deploy
 
@@ -123,7 +123,7 @@ class EdadmQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLayer | QuantizedAttention):
-                _require_sound(name, module)
+                require_sound(name, module)
         bind_methods(model)
         deploy(model, layer_product())
         return model
@@ -150,20 +150,6 @@ def _require_fit(name: str, found: Tensor, wanted: Tensor | None) -> None:
         raise InputError(
             f"'{name}' is {found.dtype} {list(found.shape)} in the export; wanted {wanted.dtype} {list(wanted.shape)}."
         )
-
-
-def _require_sound(name: str, module: QuantizedLayer | QuantizedAttention) -> None:
-    for key, buffer in module.named_buffers(recurse=False):
-        if key.endswith("_scale") and not bool((torch.isfinite(buffer) & (buffer > 0)).all()):
-            raise InputError(f"'{name}.{key}' has a scale that is not a positive number.")
-    if not isinstance(module, QuantizedLayer):
-        return
-    grid = module.plan.input_grid
-    if grid is not None and not grid.quant_min <= int(module.input_zero_point) <= grid.quant_max:
-        raise InputError(f"'{name}' has a zero-point outside {grid.quant_min}..{grid.quant_max}.")
-    codes, allowed = module.weight_int, module.plan.weight_grid
-    if codes.min() < allowed.quant_min or codes.max() > allowed.quant_max:
-        raise InputError(f"'{name}' has codes outside {allowed.quant_min}..{allowed.quant_max}.")
 
 
 register()

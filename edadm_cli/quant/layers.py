@@ -1,7 +1,9 @@
 r"""Quantized layers as they are deployed: integer codes, scales, and two arithmetics that mean the same.
 
-fake-quantize:  y = op(dequantize(quantize(x)), w_int * w_scale) + b
+fake-quantize:  y = op(dequantize(quantize(T x)), w_int * w_scale) + b
 integer:        y = op(q - zero_point, w_int) * (x_scale * w_scale) + b,   the sum exact, the epilogue float32
+
+T is the layer's transform, if it has one; its inverse is in the weight (see `edadm_cli/quant/transforms.py`).
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.quant.grid import dequantize, fake_quantize, quantize
+from edadm_cli.quant.grid import dequantize
+from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.packing import is_packed, pack_int4, unpack_int4
 from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.quant.product import LayerProduct
+from edadm_cli.quant.transforms import Transform, transform_named
 
 Arithmetic = Literal["fake-quantize", "integer"]
 
@@ -64,6 +68,9 @@ class QuantizedLayer(nn.Module):
         if plan.input_grid is not None:
             self.register_buffer("input_scale", torch.ones((), device=device))
             self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32, device=device))
+        self.transform: Transform | None = None if plan.transform is None else transform_named(plan.transform)
+        for name in self.transform_tensors:
+            self.register_buffer(name, torch.ones(self.in_features, device=device))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.keeps_float_weight = True
         self.product: LayerProduct | None = None
@@ -100,8 +107,10 @@ class QuantizedLayer(nn.Module):
         weight_scale: Tensor,
         input_scale: Tensor | None = None,
         input_zero_point: Tensor | None = None,
+        bias: Tensor | None = None,
+        **transform_tensors: Tensor,
     ) -> None:
-        """Fill in the codes (int8, `weight_shape`) and scales."""
+        """Fills in the codes (int8, `weight_shape`), scales, the transform's tensors, and a bias that was corrected."""
         packed = pack_int4(weight_int) if is_packed(self.plan.weight_bits) else weight_int.to(torch.int8)
         self.weight_codes.copy_(packed)
         self.weight_scale.copy_(weight_scale)
@@ -110,6 +119,12 @@ class QuantizedLayer(nn.Module):
                 raise ValueError("a layer with a quantized input needs its scale and zero-point")
             self.input_scale.copy_(input_scale.reshape(()))
             self.input_zero_point.copy_(input_zero_point.reshape(()))
+        for name in self.transform_tensors:
+            getattr(self, name).copy_(transform_tensors[name])
+        if bias is not None:
+            if self.bias is None:
+                raise ValueError("a layer without a bias cannot have it corrected")
+            self.bias.copy_(bias)
         self._changed()
 
     def deploy(self, product: LayerProduct | None) -> None:
@@ -119,6 +134,21 @@ class QuantizedLayer(nn.Module):
         """
         self.product, self.keeps_float_weight = product, product is None
         self._changed()
+
+    @property
+    def transform_tensors(self) -> tuple[str, ...]:
+        """Names of the buffers of the input's transform."""
+        return () if self.transform is None else self.transform.tensors
+
+    @property
+    def input_quantizer(self) -> InputQuantizer | None:
+        """How the input becomes codes; `None` where it stays in floating point."""
+        grid = self.plan.input_grid
+        if grid is None:
+            return None
+        tensors = {name: getattr(self, name) for name in self.transform_tensors}
+        dim = self.operation.channel_dim
+        return InputQuantizer(grid, self.input_scale, self.input_zero_point, dim, self.transform, tensors)
 
     @property
     def weight_int(self) -> Tensor:
@@ -134,25 +164,25 @@ class QuantizedLayer(nn.Module):
         if self.plan.input_grid is not None:
             yield "input_scale", self.input_scale
             yield "input_zero_point", self.input_zero_point
+        for name in self.transform_tensors:
+            yield name, getattr(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute in the arithmetic that is set, in the dtype of `x`."""
-        if self.arithmetic == "integer" and self.plan.input_grid is not None:
-            return self._integer(x)
+        quantizer = self.input_quantizer
+        if quantizer is not None and self.arithmetic == "integer":
+            return self._integer(x, quantizer)
         if self.product is not None:
             if self.product.runs(self):
                 return self.product(self, x)
             if not torch.compiler.is_compiling():
                 self.product.fall_back(self)
-        grid = self.plan.input_grid
-        if grid is not None:
-            x = fake_quantize(x, self.input_scale, self.input_zero_point, grid)
+        if quantizer is not None:
+            x = quantizer.fake_quantize(x)
         return self.operation(x, self._float_weight().to(x.dtype), self.bias)
 
-    def _integer(self, x: Tensor) -> Tensor:
-        grid = self.plan.input_grid
-        assert grid is not None
-        codes = quantize(x, self.input_scale, self.input_zero_point, grid) - self.input_zero_point
+    def _integer(self, x: Tensor, quantizer: InputQuantizer) -> Tensor:
+        codes = quantizer.codes(x) - quantizer.zero_point
         # whole numbers below 2^53 are exact in float64, so this is the int32 sum whatever the order of summation
         accumulated = self.operation(codes.double(), self.weight_int.double())
         y = accumulated.float() * self.operation.per_channel(self.input_scale * self.weight_scale)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from edadm_cli.errors import InputError
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layer, quantized_layers
-from edadm_cli.quant.plan import QuantizationPlan
+from edadm_cli.quant.plan import QuantizationPlan, part_name
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -65,25 +65,67 @@ def load_quant_params(model: nn.Module, params: Mapping[str, Tensor]) -> None:
     Raises:
         InputError: A tensor is missing, left over, misshapen, not finite, or a code does not fit its bits.
     """
+    layers = quantized_layers(model)
     expected = quant_params(model)
+    biases = {f"{name}.bias": layer.bias for name, layer in layers.items() if layer.bias is not None}
+    expected |= {name: bias for name, bias in biases.items() if name in params}  # corrected ones only
     missing, extra = sorted(expected.keys() - params.keys()), sorted(params.keys() - expected.keys())
     if missing or extra:
         what, name = ("lack", missing[0]) if missing else ("hold an unknown tensor", extra[0])
         raise InputError(f"The quantization parameters {what} '{name}' ({len(missing) + len(extra)} in all).")
     for name, tensor in params.items():
         if tensor.shape != expected[name].shape:
-            raise InputError(f"'{name}' has shape {list(tensor.shape)}, wanted {list(expected[name].shape)}.")
-        if name.endswith("_scale") and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-            raise InputError(f"'{name}' has a scale that is not a positive number.")
-    for name, layer in quantized_layers(model).items():
-        own = {key: params[f"{name}.{key}"] for key, _ in layer.parameters_by_name()}
-        grid = layer.plan.weight_grid
-        if own["weight_int"].min() < grid.quant_min or own["weight_int"].max() > grid.quant_max:
-            raise InputError(f"'{name}.weight_int' has codes outside {grid.quant_min}..{grid.quant_max}.")
-        layer.set_parameters(**own)
+            raise InputError(f"'{name}' has shape {list(tensor.shape)}, expected is {list(expected[name].shape)}.")
+    for name, layer in layers.items():
+        fill_layer(layer, name, params)
+        require_sound(name, layer)
     for name, attention in _attentions(model).items():
         for operand in OPERANDS:
             getattr(attention, f"{operand}_scale").copy_(params[f"{name}.{operand}_scale"].reshape(()))
+        require_sound(name, attention)
+
+
+def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[str, Tensor]) -> None:
+    """Sets the parameters of one layer, or of its parts, from the tensors of `quant_params`.
+
+    Args:
+        layer: As `quantized_layer` makes it.
+        name: Its name in the denoiser.
+        params: Tensors by full name; a `<layer>.bias` among them is a corrected bias.
+
+    Raises:
+        InputError: A code does not fit its bits.
+    """
+    parts: list[nn.Module] = list(layer.parts) if isinstance(layer, SplitLayer) else [layer]
+    names = [part_name(name, index) for index in range(len(parts))] if isinstance(layer, SplitLayer) else [name]
+    for own, part in zip(names, parts, strict=True):
+        assert isinstance(part, QuantizedLayer)
+        tensors = {key: params[f"{own}.{key}"] for key, _ in part.parameters_by_name()}
+        codes, grid = tensors["weight_int"], part.plan.weight_grid
+        if codes.min() < grid.quant_min or codes.max() > grid.quant_max:  # packing would wrap them
+            raise InputError(f"'{own}.weight_int' has codes outside {grid.quant_min}..{grid.quant_max}.")
+        part.set_parameters(**tensors, bias=params.get(f"{own}.bias"))
+
+
+def require_sound(name: str, module: QuantizedLayer | QuantizedAttention) -> None:
+    """Checks the tensors of a filled layer or attention.
+
+    Raises:
+        InputError: A scale is not a positive number, or a code or zero-point does not fit its bits.
+    """
+    for key, buffer in module.named_buffers(recurse=False):
+        if key.endswith("_scale") and not bool((torch.isfinite(buffer) & (buffer > 0)).all()):
+            raise InputError(f"'{name}.{key}' has a scale that is not a positive number.")
+    if not isinstance(module, QuantizedLayer):
+        return
+    grid = module.plan.input_grid
+    if grid is not None and not grid.quant_min <= int(module.input_zero_point) <= grid.quant_max:
+        raise InputError(f"'{name}' has a zero-point outside {grid.quant_min}..{grid.quant_max}.")
+    codes, allowed = module.weight_int, module.plan.weight_grid
+    if codes.min() < allowed.quant_min or codes.max() > allowed.quant_max:
+        raise InputError(f"'{name}.weight_int' has codes outside {allowed.quant_min}..{allowed.quant_max}.")
+    if module.bias is not None and not bool(torch.isfinite(module.bias).all()):
+        raise InputError(f"'{name}.bias' is not finite.")
 
 
 def unquantized(model: nn.Module, plan: QuantizationPlan) -> list[str]:

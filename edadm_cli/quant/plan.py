@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import re
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
 from edadm_cli.quant.grid import Grid, activation_grid, weight_grid
 
+_PART = re.compile(r"\.part\d+$")
+
+
+def part_name(layer: str, index: int) -> str:
+    """Returns the name of one channel part of a split layer."""
+    return f"{layer}.part{index}"
+
+
+def layer_of_part(name: str) -> str:
+    """Returns the layer that a part belongs to; the name itself where it is no part's."""
+    return _PART.sub("", name)
+
 
 class LayerPlan(BaseModel):
-    """Bits of one convolution or linear layer."""
+    """Bits of one convolution or linear layer, and what happens to its input before it is quantized."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -17,6 +32,14 @@ class LayerPlan(BaseModel):
     channel_parts: tuple[int, ...] | None = Field(
         None, description="sizes of the channel ranges of a concatenated input that have quantizers of their own"
     )
+
+    transform: str | None = Field(None, description="name of the transform of the input; its inverse is in the weight")
+
+    @model_validator(mode="after")
+    def _a_transform_belongs_to_codes(self) -> LayerPlan:
+        if self.transform is not None and self.activation_bits is None:
+            raise ValueError("a layer whose input stays in floating point has no transform")
+        return self
 
     @property
     def weight_grid(self) -> Grid:
@@ -29,8 +52,18 @@ class LayerPlan(BaseModel):
         return None if self.activation_bits is None else activation_grid(self.activation_bits)
 
     def part(self) -> LayerPlan:
-        """The plan of one channel range of this layer."""
+        """Returns the plan of one channel range of this layer."""
         return self.model_copy(update={"channel_parts": None})
+
+    def part_names(self, layer: str) -> list[str]:
+        """Returns the names under which a layer's quantizers are stored: its own, or one per channel part."""
+        if self.channel_parts is None:
+            return [layer]
+        return [part_name(layer, index) for index in range(len(self.channel_parts))]
+
+    def split(self, tensor: Tensor, dim: int = 1) -> list[Tensor]:
+        """Returns a weight (`dim` 1) or an input, cut into the layer's channel parts."""
+        return [tensor] if self.channel_parts is None else list(tensor.split(self.channel_parts, dim=dim))
 
 
 class AttentionPlan(BaseModel):

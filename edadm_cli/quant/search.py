@@ -1,6 +1,7 @@
 r"""Where the grid of a tensor lies: min-max, or the range that minimises an L_p error.
 
-    weights:      scale_c = argmin over thresholds t of sum |w_c - w_hat_c(t)|^p, one scale an output channel
+    weights:      scale_c = argmin over thresholds t of sum |w_c - w_hat_c(t)|^p, one scale per output channel; or of
+                  sum_k E[x_k^2] (w_ck - w_hat_ck(t))^2, the error of the outputs
     activations:  symmetric, or one-sided where all values have one sign: the same over one threshold a tensor
     asymmetric:   argmin over (width, zero-point) pairs
 
@@ -47,18 +48,49 @@ class Range:
         return scale, int(min(max(zero_point, grid.quant_min), grid.quant_max))
 
 
-def weight_scales(weight: Tensor, grid: Grid, recipe: RangeRecipe) -> Tensor:
-    """One scale an output channel, shape `[C_out]`, float32, for `weight` of shape `[C_out, ...]`."""
+def input_energy(energy: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """Returns E[x^2] of what each weight meets, in the shape of `weight` `(C_out, C_in / groups, ...)`, from E[x_c^2].
+
+    It is the diagonal of the Hessian of |W x - W_hat x|^2 in the weights of an output channel, where the taps of a
+    convolution share the energy of their channel.
+
+    Args:
+        energy: E[x_c^2] with shape `(C_in,)`.
+        weight: The weight.
+        groups: Of a convolution: each meets its own input channels.
+    """
+    by_group = energy.to(weight.device, torch.float32).reshape(groups, 1, -1)  # [groups, 1, C_in / groups]
+    rows = by_group.expand(groups, weight.shape[0] // groups, -1).flatten(0, 1)  # [C_out, C_in / groups]
+    return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2)).expand_as(weight)
+
+
+def weight_scales(weight: Tensor, grid: Grid, recipe: RangeRecipe, energy: Tensor | None = None) -> Tensor:
+    """Returns one scale per output channel, with shape `(C_out,)`, float32, for a weight with shape `(C_out, ...)`.
+
+    With `energy` the error of the outputs is minimised, sum_k E[x_k^2] (w_k - w_hat_k)^2, else that of the weights,
+    sum_k |w_k - w_hat_k|^norm.
+
+    Args:
+        weight: The weight.
+        grid: Its codes.
+        recipe: How ranges are found.
+        energy: E[x^2] of what each weight meets, in the shape of `weight`; see `input_energy`.
+    """
     rows = weight.detach().float().reshape(weight.shape[0], -1)
     largest = rows.abs().amax(dim=1).clamp_min(_TINY)
     full = largest / grid.quant_max
     if recipe.weight == "minmax":
         return full
+    importance = None if energy is None else energy.reshape(rows.shape)
     best_scale, best_error = full, torch.full_like(full, torch.inf)
     for candidate in range(1, recipe.num_candidates + 1):
         scale = full * (candidate / recipe.num_candidates)
         codes = (rows / scale[:, None]).round_().clamp_(grid.quant_min, grid.quant_max)
-        error = (codes.mul_(scale[:, None]).sub_(rows)).abs_().pow_(recipe.norm).sum(dim=1)
+        difference = codes.mul_(scale[:, None]).sub_(rows)
+        if importance is None:
+            error = difference.abs_().pow_(recipe.norm).sum(dim=1)
+        else:
+            error = difference.square_().mul_(importance).sum(dim=1)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)

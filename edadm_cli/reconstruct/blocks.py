@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layer
+from edadm_cli.quant.layers import quantized_layer, quantized_layers
+from edadm_cli.quant.network import fill_layer
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
@@ -197,6 +198,8 @@ def freeze_unit(network: SwitchableNetwork, plan: QuantizationPlan, unit: Unit, 
     for name in unit.layers:
         layer = network.float_layers[name]
         frozen = quantized_layer(layer, plan.layers[name])
+        for part in quantized_layers(frozen).values():
+            part.keeps_float_weight = False  # the full-precision weight is in memory already
         fill_layer(frozen, name, params)
         network.put_layer(name, frozen)
     freeze_attentions(network, plan, [name for name in unit.attentions if name in plan.attentions], params)
@@ -209,14 +212,3 @@ def freeze_attentions(
     for name in names:
         scales = {operand: params[f"{name}.{operand}_scale"] for operand in OPERANDS}
         network.put_processor(name, QuantizedAttention(plan.attentions[name], scales).to(network.device))
-
-
-def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[str, Tensor]) -> None:
-    """Set the parameters of one deployed layer, or of its parts."""
-    named: list[tuple[str, nn.Module]] = [(name, layer)]
-    if isinstance(layer, SplitLayer):
-        named = [(f"{name}.part{index}", part) for index, part in enumerate(layer.parts)]
-    for key, part in named:
-        assert isinstance(part, QuantizedLayer)
-        part.keeps_float_weight = False  # the full-precision weight is in memory already
-        part.set_parameters(**{own: params[f"{key}.{own}"] for own, _ in part.parameters_by_name()})

@@ -37,6 +37,7 @@ class Hyperparameters(BaseModel):
     rounding_regularizer: float
     rounding_sharpness: float = 1.0
     rounding_sharpness_start: float = 0.3
+    bias_correction: bool = False
 
     def identity_fields(self) -> dict[str, Any]:
         """Returns the fields that decide the result; those with a default came later and do not count at it."""

@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -209,7 +209,40 @@ class UnitLearner:
         undecided = undecided_share(self.learned.rounding.weights(decided=False)[1].detach())
         if after > before:
             return UnitResult(nearest, before, before, curve, soft, undecided, is_nearest=True)
+        if self.recipe.bias_correction:
+            after = self.correct_bias(after)
         return UnitResult(self.learned.params(), before, after, curve, soft, undecided)
+
+    def correct_bias(self, loss: float) -> float:
+        """Adds the mean error of the unit's output to the bias of its last layer, where that lowers the loss.
+
+            b += mean over rows and positions of (out_fp - out_q)
+
+        The last layer of a block adds to the block's output, so that the loss falls by the square of what is added.
+
+        Args:
+            loss: The deployed loss without the correction.
+
+        Returns:
+            The deployed loss.
+
+        References:
+            Data-free quantization, arXiv 1906.04721, section 4.2 (bias correction); PTQD, arXiv 2305.10657.
+        """
+        part = self.learned.last_part(self.unit.layers[-1])
+        if part.bias is None:
+            return loss
+        before = part.bias
+        error = self._mean_error()
+        if error.shape != before.shape:  # the unit's output has other channels than its last layer's
+            return loss
+        part.bias = nn.Parameter(before.detach() + error, requires_grad=False)
+        corrected = self.reconstruction_loss()
+        if corrected < loss:
+            self.learned.corrected_biases[self.unit.layers[-1]] = part.bias
+            return corrected
+        part.bias = before
+        return loss
 
     def loss(self) -> Tensor:
         """This process's share of the loss of the rows now chosen: one forward of the quantized unit."""
@@ -256,20 +289,46 @@ class UnitLearner:
         Args:
             decided: Whether h is rounded to 0 or 1, as it is deployed.
         """
+        losses: dict[int, Tensor] = {}
+        for number, count, outputs, targets in self._outputs(decided):
+            each = [channel_loss(output, target) for output, target in zip(outputs, targets, strict=True)]
+            losses[number] = count * torch.stack(each).sum()
+        return float(self._summed(losses, ())) / self.data.quantized.rows
+
+    @torch.no_grad()
+    def _mean_error(self) -> Tensor:
+        """The mean over rows and positions of target minus deployed output, with shape `(C_out,)`."""
+        kind = self.data.full_precision.form.outputs[0]
+        channels = kind.shape[0] if len(kind.shape) == 3 else kind.shape[-1]
+        sums: dict[int, Tensor] = {}
+        for number, count, (output, *_), (target, *_) in self._outputs(decided=True):
+            error = target - output
+            sums[number] = count * error.movedim(1 if error.dim() == 4 else -1, 0).flatten(1).mean(dim=1)
+        return (self._summed(sums, (channels,)) / self.data.quantized.rows).to(torch.float32)
+
+    def _outputs(self, decided: bool) -> Iterator[tuple[int, int, list[Tensor], list[Tensor]]]:
+        """Yields the outputs and targets of this process's part of the rows: number, rows, outputs, targets."""
         self.activation_drop.active, self.learned.decided = False, decided
         self.learned.materialize()
         calls, exact = self.data.quantized, self.data.full_precision
-        parts = chunks(calls.rows, max(self.recipe.batch_size, EVALUATED_ROWS))
-        losses = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
+        parts = self._row_parts()
         for number in range(self.processes.index, len(parts), self.processes.count):
             places = parts[number]
             args, kwargs = exact.call(_on_device(calls.tensors, places, self.device))
             outputs = exact.outputs_of(self.module(*args, **kwargs))
-            targets = _on_device(exact.outputs, places, self.device)
-            losses[number] = len(places) * sum(channel_loss(o, t) for o, t in zip(outputs, targets, strict=True))
-        self.processes.sum(losses)
+            yield number, len(places), outputs, _on_device(exact.outputs, places, self.device)
         self.activation_drop.active, self.learned.decided = True, False
-        return sum(losses.tolist()) / calls.rows
+
+    def _row_parts(self) -> list[range]:
+        return chunks(self.data.quantized.rows, max(self.recipe.batch_size, EVALUATED_ROWS))
+
+    def _summed(self, values: Mapping[int, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """The sum over all parts of the rows, float64: each process has some, and all add them up in one order."""
+        table = torch.zeros((len(self._row_parts()), *shape), dtype=torch.float64, device=self.device)
+        for number, value in values.items():
+            table[number] = value
+        self.processes.sum(table)
+        return table.cpu().cumsum(dim=0)[-1]
 
     def set_iteration(self, iteration: int) -> None:
         """Chooses the rows of an iteration, the sharpness of h and the strength of the rounding regularizer."""

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.calibrate.ranges import part_names, split_channels
+from edadm_cli.calibrate.ranges import folded, transform_tensors
 from edadm_cli.processes import Processes
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import learned_fake_quantize
+from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.layers import SplitLayer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan
 from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid
+from edadm_cli.quant.transforms import transform_named
 
 _DROP_LEVELS = 256
 _SMALLEST_SHARE = 1e-2
@@ -95,18 +97,36 @@ class LearnedLayer(nn.Module):
     input_scale: Tensor
 
     def __init__(
-        self, operation: Operation, plan: LayerPlan, bias: Tensor | None, zero_point: Tensor | None, drop: Drop
+        self,
+        operation: Operation,
+        plan: LayerPlan,
+        bias: Tensor | None,
+        zero_point: Tensor | None,
+        drop: Drop,
+        transform_tensors: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
         self.operation, self.plan, self.bias, self.drop = operation, plan, bias, drop
-        self.input_zero_point = zero_point
+        self.input_zero_point, self.transform_tensors = zero_point, transform_tensors
+        self.transform = None if plan.transform is None else transform_named(plan.transform)
+
+    @property
+    def input_quantizer(self) -> InputQuantizer | None:
+        """How the input becomes codes, with the scale that is learned; `None` where it stays in floating point."""
+        grid = self.plan.input_grid
+        if grid is None:
+            return None
+        assert self.input_zero_point is not None
+        dim = self.operation.channel_dim
+        return InputQuantizer(
+            grid, self.input_scale, self.input_zero_point, dim, self.transform, self.transform_tensors
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input, but for what is dropped, and multiply."""
-        grid = self.plan.input_grid
-        if grid is not None:
-            assert self.input_zero_point is not None
-            x = learned_fake_quantize(x, self.input_scale, self.input_zero_point, grid, self.drop.mask(x))
+        quantizer = self.input_quantizer
+        if quantizer is not None:
+            x = quantizer.learned(x, self.drop.mask(x))
         return self.operation(x, self.weight, self.bias)
 
 
@@ -211,7 +231,9 @@ class LearnedUnit:
         self.modules: dict[str, nn.Module] = {}
         self.attentions = {name: LearnedAttention(plan, drop) for name, plan in attentions.items()}
         self.decided = False
+        self.corrected_biases: dict[str, Tensor] = {}
         self._parts: dict[str, LearnedLayer] = {}
+        self._parts_of = {name: plans[name].part_names(name) for name in layers}
         weights: dict[str, Tensor] = {}
         for name, layer in layers.items():
             weights |= self._add_layer(name, layer, plans[name], params, drop)
@@ -236,14 +258,20 @@ class LearnedUnit:
             attention.scales = {operand: scales[f"{name}.{operand}_scale"] for operand in OPERANDS}
         return up
 
+    def last_part(self, layer: str) -> LearnedLayer:
+        """Returns the stand-in that holds a layer's bias: the layer's own, or that of its first channel part."""
+        return self._parts[self._parts_of[layer][0]]
+
     def params(self) -> dict[str, Tensor]:
         """What was learned, rounding decided, under the names of the artifact, on the CPU."""
         found = {f"{name}.weight_int": codes for name, codes in self.rounding.codes().items()}
         found |= {f"{name}.weight_scale": scale for name, scale in self._weight_scales.items()}
+        found |= {f"{self._parts_of[name][0]}.bias": bias.detach() for name, bias in self.corrected_biases.items()}
         found |= {name: scale.detach() for name, scale in self.scales.values().items()}
         for name, part in self._parts.items():
             if part.input_zero_point is not None:
                 found[f"{name}.input_zero_point"] = part.input_zero_point
+            found |= {f"{name}.{key}": tensor for key, tensor in part.transform_tensors.items()}
         return {name: tensor.cpu().clone() for name, tensor in found.items()}
 
     def _add_layer(
@@ -251,19 +279,22 @@ class LearnedUnit:
     ) -> dict[str, Tensor]:
         weight, operation = layer.weight, Operation.of(layer)
         assert isinstance(weight, Tensor)
-        names = part_names(name, plan)
-        for part in names:
+        names, part_plan, rounded = plan.part_names(name), plan.part(), {}
+        for part, piece in zip(names, plan.split(weight.detach()), strict=True):
             zero_point = params.get(f"{part}.input_zero_point")
+            tensors = {} if plan.transform is None else transform_tensors(transform_named(plan.transform), part, params)
+            rounded[part] = folded(piece, part, plan, params)
             self._parts[part] = LearnedLayer(
                 operation,
-                plan.part(),
+                part_plan,
                 layer.bias if part == names[0] and isinstance(layer.bias, Tensor) else None,
                 None if zero_point is None else zero_point.to(weight.device).reshape(()),
                 drop,
+                {key: tensor.to(weight.device) for key, tensor in tensors.items()},
             )
         stand_ins: list[nn.Module] = [self._parts[part] for part in names]
         is_split = plan.channel_parts is not None
         self.modules[name] = (
             SplitLayer(stand_ins, plan.channel_parts or (), operation.channel_dim) if is_split else stand_ins[0]
         )
-        return dict(zip(names, split_channels(weight.detach(), plan, 1), strict=True))
+        return rounded

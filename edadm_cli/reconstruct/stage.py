@@ -31,7 +31,7 @@ from edadm_cli.artifacts import (
 from edadm_cli.artifacts.quantization import PARAMS_FILE, save_plan
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import count, plan_network
-from edadm_cli.calibrate.ranges import part_names, search_ranges
+from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.models.calibration import CalibrationSet
@@ -255,8 +255,10 @@ def _ranges(task: _Task, setting: Setting, folder: Path, reporter: Reporter) -> 
     kept, network = folder / _RANGES_FILE, setting.network
     if task.processes.is_main and not kept.is_file():
         with reporter.task("search ranges", len(setting.batches)) as advance, network.full_precision():
-            recipe = task.config.recipe.ranges
-            found = search_ranges(network.denoiser, setting.traced, setting.plan, recipe, setting.batches, advance)
+            recipe, plan, batches = task.config.recipe, setting.plan, setting.batches
+            found = search_ranges(
+                network.denoiser, setting.traced, plan, recipe.ranges, batches, advance, recipe.transforms
+            )
         save_tensors(kept, found)
     task.processes.wait()
     return load_tensors(kept)
@@ -264,7 +266,7 @@ def _ranges(task: _Task, setting: Setting, folder: Path, reporter: Reporter) -> 
 
 def _quantized(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> list[str]:
     """Names of the planned layers and attentions that have parameters: all of them, or it is an error."""
-    keys = {name: f"{part_names(name, layer)[-1]}.weight_int" for name, layer in plan.layers.items()} | {
+    keys = {name: f"{layer.part_names(name)[-1]}.weight_int" for name, layer in plan.layers.items()} | {
         name: f"{name}.q_scale" for name in plan.attentions
     }
     missing = [name for name, key in keys.items() if key not in params]

@@ -14,6 +14,7 @@ from edadm_cli.engines.cuda.products import FloatProduct, IntegerConv2d, Integer
 from edadm_cli.engines.cuda.quantizer import Quantizer
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 from edadm_cli.quant.operation import Operation
+from edadm_cli.quant.plan import part_name
 
 Padding = tuple[int, int, int, int]
 
@@ -23,6 +24,8 @@ def refusal(layer: QuantizedLayer) -> str | None:
     operation = layer.operation
     if layer.plan.input_grid is None:
         return "its input stays in floating point"
+    if layer.transform is not None:
+        return f"the kernels do not have the transform '{layer.transform.name}' of its input"
     terms = torch.Size(layer.weight_shape[1:]).numel()
     if terms > kernels.MAX_TERMS:
         return f"a sum of {terms} products may not fit an int32"
@@ -67,7 +70,7 @@ class Lowering:
             padding: Top, bottom, left, right, in place of a convolution's own.
         """
         if isinstance(layer, SplitLayer):
-            parts = [self.product(f"{name}.part{index}", part) for index, part in enumerate(layer.parts)]
+            parts = [self.product(part_name(name, index), part) for index, part in enumerate(layer.parts)]
             product: Product = SplitProduct(parts, layer.sizes, layer.channel_dim)
         elif isinstance(layer, QuantizedLayer):
             product = self._quantized(name, layer, padding)

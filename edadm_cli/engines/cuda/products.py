@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import edadm_kernels as kernels
 from edadm_cli.engines.cuda.layout import channels_last, image_of, quantizable, rows_of
 from edadm_cli.engines.cuda.quantizer import Quantizer
-from edadm_cli.quant.grid import Grid, fake_quantize
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
 from edadm_kernels import pack
@@ -195,11 +194,8 @@ class FloatProduct(Product):
         self.is_pointwise = operation.is_pointwise(tuple(weight.shape))
         self.weight = channels_last(weight) if operation.kind == "conv2d" else weight.contiguous()
         self.bias = None if bias is None else bias.to(dtype)
-        self.grid: Grid | None = None
-        if rounded_to is not None and rounded_to.plan.input_grid is not None:
-            self.grid = rounded_to.plan.input_grid
-            self.input_scale = rounded_to.input_scale.detach().to(weight.device)
-            self.input_zero_point = rounded_to.input_zero_point.detach().to(weight.device)
+        quantizer = None if rounded_to is None else rounded_to.input_quantizer
+        self.input_quantizer = None if quantizer is None else quantizer.to(weight.device)
 
     @property
     def num_outputs(self) -> int:
@@ -209,9 +205,7 @@ class FloatProduct(Product):
     def prepare(self, x: Tensor) -> Tensor:
         """`x`, rounded to its codes where the layer has any."""
         x = x.to(self.weight.dtype)
-        if self.grid is None:
-            return x
-        return fake_quantize(x, self.input_scale, self.input_zero_point, self.grid)
+        return x if self.input_quantizer is None else self.input_quantizer.fake_quantize(x)
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """See `Product`."""

@@ -87,8 +87,9 @@ class OnnxRuntimeEngine(FileEngine):
         return None
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """Every layer with a quantized input runs in integers."""
-        return "its input is not quantized" if layer.plan.input_grid is None else None
+        """A layer runs in integers where its input is quantized, after factors per channel at most."""
+        quantizer = layer.input_quantizer
+        return "its input is not quantized" if quantizer is None else quantizer.factors_refusal
 
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions

@@ -37,9 +37,15 @@ class Writer:
 
     def layer(self, x: ir.Value, module: QuantizedLayer, name: str) -> ir.Value:
         """A quantized layer; its product carries `name`."""
-        grid = module.plan.input_grid
-        if grid is not None:
-            x = self.fake_quantize(x, module.input_scale, int(module.input_zero_point), grid, f"{name}.input")
+        quantizer = module.input_quantizer
+        if quantizer is not None:
+            factors = quantizer.channel_factors()
+            if factors is not None:
+                shape = (-1,) if quantizer.channel_dim == -1 else (1, -1, 1, 1)
+                values = self._constant(f"{name}.input.factors", _array(factors.float()).reshape(shape))
+                x = self._add("Mul", [x, values], f"{name}.input.transform")
+            zero_point = int(quantizer.zero_point)
+            x = self.fake_quantize(x, quantizer.scale, zero_point, quantizer.grid, f"{name}.input")
         weight, operation = self._weight(module, name), module.operation
         bias = None if module.bias is None else self._constant(f"{name}.bias", _array(module.bias.float()))
         if operation.kind == "conv2d":

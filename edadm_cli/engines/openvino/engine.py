@@ -47,7 +47,8 @@ class OpenVinoEngine(FileEngine):
         Layers that this processor would sum inexactly are no refusal: they run, in floating point, and are held against
         exact integers as all others are; a compiled denoiser's `layers` say so.
         """
-        return "its input stays in floating point" if layer.plan.input_grid is None else None
+        quantizer = layer.input_quantizer
+        return "its input stays in floating point" if quantizer is None else quantizer.factors_refusal
 
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions

@@ -61,8 +61,14 @@ Tensors = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def _input(x: ov.Output, module: QuantizedLayer) -> ov.Output:
-    grid = module.plan.input_grid
-    return x if grid is None else fake_quantize(x, module.input_scale, module.input_zero_point, grid)
+    quantizer = module.input_quantizer
+    if quantizer is None:
+        return x
+    factors = quantizer.channel_factors()
+    if factors is not None:
+        shape = (-1,) if quantizer.channel_dim == -1 else (1, -1, 1, 1)
+        x = ops.multiply(x, _constant(factors.detach().float().cpu().numpy().reshape(shape))).output(0)
+    return fake_quantize(x, quantizer.scale, quantizer.zero_point, quantizer.grid)
 
 
 def _tensors(module: QuantizedLayer) -> Tensors:

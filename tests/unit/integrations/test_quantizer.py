@@ -29,7 +29,7 @@ def _check(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("code", [-33, 32, 127])
 def test_codes_that_six_bits_do_not_have_are_refused(code: int) -> None:
-    with pytest.raises(InputError, match=r"'0' has codes outside -32\.\.31"):
+    with pytest.raises(InputError, match=r"'0.weight_int' has codes outside -32\.\.31"):
         _check(_loaded(6, code))
 
 

@@ -253,7 +253,7 @@ class TestParametersOfANetwork:
         [
             (lambda p: p.pop("0.weight_scale"), "lack '0.weight_scale'"),
             (lambda p: p.update(other=torch.ones(1)), "unknown tensor 'other'"),
-            (lambda p: p.update({"0.weight_scale": torch.ones(3)}), r"shape \[3\], wanted \[7\]"),
+            (lambda p: p.update({"0.weight_scale": torch.ones(3)}), r"shape \[3\], expected is \[7\]"),
             (lambda p: p["0.weight_scale"].fill_(float("nan")), "not a positive number"),
             (lambda p: p["1.input_scale"].zero_(), "not a positive number"),
             (lambda p: p["0.weight_int"].fill_(8), "codes outside -8..7"),

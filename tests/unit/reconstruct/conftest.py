@@ -117,7 +117,7 @@ def make_setting(denoiser: nn.Module) -> Callable[..., Setting]:
         traced = trace(denoiser, args, kwargs)
         plan = plan_network(traced, recipe, width)
         network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
-        ranges = search_ranges(denoiser, traced, plan, recipe.ranges, batches)
+        ranges = search_ranges(denoiser, traced, plan, recipe.ranges, batches, transforms=recipe.transforms)
         return Setting(network, traced, plan, recipe, batches, ranges, resolve(recipe.learn, None, width))
 
     return make

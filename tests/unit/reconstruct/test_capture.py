@@ -15,9 +15,9 @@ from edadm_cli.errors import InputError, MachineError
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.units import Unit
 from edadm_cli.quant.layers import quantized_layer
+from edadm_cli.quant.network import fill_layer
 from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.batches import Batches
-from edadm_cli.reconstruct.blocks import fill_layer
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
 from edadm_cli.reconstruct.forms import flatten, probe_units, unflatten
 from edadm_cli.reconstruct.learn import channel_loss, layer_targets

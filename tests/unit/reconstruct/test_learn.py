@@ -16,8 +16,9 @@ from edadm_cli.models.units import Unit
 from edadm_cli.processes import Processes
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import quantized_layer, quantized_layers
-from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe
-from edadm_cli.reconstruct.blocks import BlockReconstruction, Place, fill_layer, unit_seed
+from edadm_cli.quant.network import fill_layer
+from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe, TransformRule
+from edadm_cli.reconstruct.blocks import BlockReconstruction, Place, unit_seed
 from edadm_cli.reconstruct.capture import layer_outputs
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.learn import EVALUATED_ROWS, UnitData, UnitLearner, UnitResult, channel_loss, layer_targets
@@ -381,3 +382,48 @@ def test_ranges_may_be_shared_by_the_whole_shortcut(make_setting: MakeSetting, l
     result = learner_of(setting, RESIDUAL).learn()
     assert f"{RESIDUAL}.conv_shortcut.weight_int" in result.params
     assert not any(".part" in name for name in result.params)
+
+
+@pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER, ALONE])
+def test_the_bias_of_the_last_layer_takes_the_mean_error_of_the_unit(
+    make_setting: MakeSetting, learner_of: Learner, name: str
+) -> None:
+    """The loss falls by exactly the square of what is added, and what is deployed has the corrected bias."""
+    setting = make_setting("w3a4", iterations=0, bias_correction=True)
+    learner = learner_of(setting, name)
+    result = learner.learn()
+    last = learner.unit.layers[-1]
+    (key,) = [key for key in result.params if key.endswith(".bias")]
+    assert key in (f"{last}.bias", f"{last}.part0.bias")
+    added = result.params[key] - setting.network.float_layers[last].bias
+    assert result.loss_after == pytest.approx(result.loss_before - float(added.square().sum()), rel=1e-4)
+    assert result.loss_after < result.loss_before
+    layer = quantized_layer(setting.network.float_layers[last], setting.plan.layers[last])
+    fill_layer(layer, last, result.params)
+    deployed = layer.part0.bias if key.endswith(".part0.bias") else layer.bias
+    assert torch.equal(deployed, result.params[key])
+
+
+@pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
+def test_a_transform_of_inputs_goes_through_learning_and_into_what_is_deployed(
+    make_setting: MakeSetting, learner_of: Learner, name: str
+) -> None:
+    recipe = Recipe(name="scaled", transforms=(TransformRule(name="input-channel-scale"),))
+    setting = make_setting("w4a6", recipe, iterations=30, batch_size=10, rounding_sharpness=20.0)
+    learner = learner_of(setting, name)
+    result = learner.learn()
+    layer = learner.unit.layers[0]
+    scale = result.params[f"{layer}.input_channel_scale"]
+    assert scale.shape == (setting.network.float_weight(layer).shape[1],)
+    assert bool((scale >= 1).all())
+    assert bool((scale > 1).any())
+    assert result.loss_after < result.loss_before
+    if not result.is_nearest:
+        deployed = quantized_layer(setting.network.float_layers[layer], setting.plan.layers[layer])
+        fill_layer(deployed, layer, result.params)
+        learner.learned.decided = True
+        learner.activation_drop.active = False
+        learner.learned.materialize()
+        x = learner.data.full_precision.tensors[0].read(range(2))
+        if x.shape[1] == scale.shape[0] and x.dim() == 4:
+            torch.testing.assert_close(deployed(x), learner.learned.modules[layer](x), atol=1e-5, rtol=1e-5)

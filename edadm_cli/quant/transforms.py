@@ -1,0 +1,186 @@
+r"""What happens to a layer's input before it is quantized, with its inverse folded into the layer's weight.
+
+    y = W x = (W T^-1) (T x):   codes of T x on the input grid, codes of W T^-1 on the weight grid
+
+A transform is an object of a class derived from `Transform`, known by its name: `register` adds one, and other packages
+add theirs by an entry point of the group `edadm.transforms`. A recipe names it in `[[transforms]]`.
+
+References:
+    SmoothQuant, arXiv 2211.10438, equation 4 (scales per input channel); DMQ, arXiv 2507.12933 (the same for diffusion,
+    learned); DilateQuant, arXiv 2409.14307 (bounded so that no output channel's weight range grows).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from edadm_cli.errors import InputError, UsageError
+
+GROUP = "edadm.transforms"
+_TINY = 1e-8
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What is known of the input channels of a layer, over the calibration set.
+
+    Attributes:
+        mean_square: E[x_c^2], with shape `(C_in,)`, float32.
+        largest: The value that 99.9% of |x_c| do not exceed, with shape `(C_in,)`, float32.
+    """
+
+    mean_square: Tensor
+    largest: Tensor
+
+
+class Transform(ABC):
+    """An invertible linear map of a layer's input channels.
+
+    Attributes:
+        name: As recipes and plans name it.
+        tensors: The names of its tensors, without the layer's name; each has the shape `(C_in,)` and stays float32.
+        options: The numbers that a recipe may give it, with their defaults.
+    """
+
+    name: ClassVar[str]
+    tensors: ClassVar[tuple[str, ...]]
+    options: ClassVar[Mapping[str, float]] = {}
+
+    @abstractmethod
+    def calibrate(
+        self, weight: Tensor, statistics: ChannelStatistics, options: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Returns the tensors of one layer.
+
+        Args:
+            weight: In full precision, with shape `(C_out, C_in, ...)`.
+            statistics: Of the layer's input.
+            options: The numbers of the recipe, complete.
+        """
+
+    @abstractmethod
+    def apply(self, x: Tensor, tensors: Mapping[str, Tensor], channel_dim: int) -> Tensor:
+        """Returns T x, float32, for an input whose channels are dimension `channel_dim` (1 or -1)."""
+
+    @abstractmethod
+    def fold(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns W T^-1 for a weight with shape `(C_out, C_in, ...)`."""
+
+    def mean_square(self, statistics: ChannelStatistics, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns E[(T x)_c^2] from E[x_c^2], with shape `(C_in,)`; a map that mixes channels overrides this."""
+        ones = statistics.mean_square.sqrt()[None]
+        return self.apply(ones, tensors, -1)[0].square()
+
+    def channel_factors(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Returns the factors `(C_in,)` where T x is no more than x times a factor per channel, else `None`.
+
+        An engine that has no other way to run a transform runs these.
+        """
+        return None
+
+
+class InputChannelScale(Transform):
+    r"""Divides every input channel by a scale s_c that the weight takes over.
+
+        s_c = clip((a_c / median(a)) ^ exponent, 1 or less, bound_c),   bound_c = min over o of max_k |W_ok| / |W_oc|
+
+    with a_c the value that 99.9% of |x_c| do not exceed. Within the bound no output channel's largest weight grows, so
+    the weight grid stays, and a scaled-up channel is rounded less coarsely in relation to its size.
+    """
+
+    name = "input-channel-scale"
+    tensors = ("input_channel_scale",)
+    options: ClassVar[Mapping[str, float]] = {"exponent": 0.5, "smallest": 1.0, "bounded": 1.0}
+
+    def calibrate(
+        self, weight: Tensor, statistics: ChannelStatistics, options: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Returns `input_channel_scale`, with shape `(C_in,)`; see the class for the formula."""
+        largest = statistics.largest.float().clamp_min(_TINY)
+        scale = (largest / largest.median()).pow(options["exponent"]).clamp_min(options["smallest"])
+        if options["bounded"]:
+            scale = torch.minimum(scale, dilation_bound(weight.float()).to(scale.device))
+        return {"input_channel_scale": scale}
+
+    def apply(self, x: Tensor, tensors: Mapping[str, Tensor], channel_dim: int) -> Tensor:
+        """Returns x / s as x times the reciprocal, in float32: every engine computes exactly this."""
+        factors = self.channel_factors(tensors)
+        return x.float() * (factors if channel_dim == -1 else factors.reshape(-1, *[1] * (x.dim() - 2)))
+
+    def fold(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the weight with its input channels multiplied by s."""
+        scale = tensors["input_channel_scale"].to(weight.device)
+        return weight * scale.reshape(-1, *[1] * (weight.dim() - 2))
+
+    def channel_factors(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns 1 / s."""
+        return tensors["input_channel_scale"].reciprocal()
+
+
+def dilation_bound(weight: Tensor) -> Tensor:
+    """Returns the largest scale of each input channel that no output channel's range notices, with shape `(C_in,)`.
+
+    bound_c = min over o of (max over k of |W_ok|) / |W_oc|, at least 1
+
+    Args:
+        weight: With shape `(C_out, C_in, ...)`; of the taps of a convolution the largest counts.
+
+    References:
+        DilateQuant, arXiv 2409.14307, section 4 (weight dilation).
+    """
+    magnitudes = weight.abs().flatten(2).amax(dim=2) if weight.dim() > 2 else weight.abs()  # [C_out, C_in]
+    return (magnitudes.amax(dim=1, keepdim=True).clamp_min(_TINY) / magnitudes.clamp_min(_TINY)).amin(dim=0)
+
+
+_registered: dict[str, Transform] = {}
+
+
+def register(transform: Transform) -> None:
+    """Makes a transform known by its name."""
+    _registered[transform.name] = transform
+
+
+def transforms() -> dict[str, Transform]:
+    """Returns all transforms by name: those of this package, of other packages, and those that were registered."""
+    return {InputChannelScale.name: InputChannelScale(), **_from_packages(), **_registered}
+
+
+def transform_named(name: str) -> Transform:
+    """Returns a transform.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    known = transforms()
+    if name not in known:
+        raise UsageError(
+            f"There is no transform '{name}'; known are {', '.join(sorted(known))}.",
+            hint=f"a package that registers it, by an entry point of the group {GROUP}",
+        )
+    return known[name]
+
+
+@cache
+def _from_packages() -> dict[str, Transform]:
+    loaded: dict[str, Transform] = {}
+    for point in entry_points(group=GROUP):
+        try:
+            value: Any = point.load()
+        except Exception as error:
+            raise InputError(
+                f"The transform '{point.name}' of another package ({point.value}) cannot be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        transform = value() if isinstance(value, type) else value
+        if not isinstance(transform, Transform):
+            raise InputError(f"The entry point '{point.name}' ({point.value}) of {GROUP} is no Transform.")
+        loaded[transform.name] = transform
+    return loaded
