@@ -68,8 +68,16 @@ FIELDS = {
     "regularizer 0": "default+learn.rounding_regularizer=0",
     "regularizer 0.01": "default+learn.rounding_regularizer=0.01",
 }
-GROUPS = {"ladder": LADDER, "iterations": ITERATIONS, "samples": SAMPLES, "fields": FIELDS}
-WIDTHS = {"ladder": ("w4a8", "w3a8", "w4a4")}
+CHANNEL_SCALES = 'transforms=[{"name":"input-channel-scale"}]'
+INGREDIENTS = {
+    "weight scales by output error": "default+ranges.weight=output-error",
+    "bias correction": "default+learn.bias_correction=true",
+    "channel scales": f"default+{CHANNEL_SCALES}",
+    "channel scales, exponent 1": 'default+transforms=[{"name":"input-channel-scale","options":{"exponent":1}}]',
+    "all three": f"default+ranges.weight=output-error+learn.bias_correction=true+{CHANNEL_SCALES}",
+}
+GROUPS = {"ladder": LADDER, "ingredients": INGREDIENTS, "iterations": ITERATIONS, "samples": SAMPLES, "fields": FIELDS}
+WIDTHS = {"ladder": ("w4a8", "w3a8", "w4a4"), "ingredients": ("w4a8", "w4a4")}
 METRICS = ("undecided", "first", "soft", "hard", "held_out", "one_step", "guided", "bias", "final", "seconds")
 
 
