@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edadm_cli.errors import EXIT_INPUT, InputError, UsageError
 from edadm_cli.models.architecture import load_architecture
+from edadm_cli.models.checkpoints import compvis
 from edadm_cli.models.checkpoints.compvis_config import read_config
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.random_models import build_random_pipeline
@@ -293,3 +294,33 @@ def test_a_mention_of_a_lightning_callback_is_no_obstacle(tmp_path: Path) -> Non
         for name in names:
             del sys.modules[name]
     load_model(str(tmp_path / "model.ckpt"), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("num_labels", [11, 1203])
+@pytest.mark.parametrize("has_config", [True, False])
+def test_any_number_of_classes_is_converted(
+    tmp_path: Path, num_labels: int, has_config: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(params: dict[str, Any]) -> None:
+        params["cond_stage_config"]["params"]["n_classes"] = num_labels
+
+    _, state = build(tmp_path, "ldm-imagenet", count)
+    embedding = state["cond_stage_model.embedding.weight"]
+    assert embedding.shape[0] == num_labels
+    if not has_config:  # the number shows in the checkpoint
+        plain = read_config(write_config(tmp_path, tiny("ldm-imagenet")))
+        (tmp_path / "config.yaml").unlink()
+        monkeypatch.setattr(compvis, "known_model", lambda shape: plain)
+    model = load_model(str(write_state(tmp_path / "model.ckpt", state)), CPU, torch.float32)
+    assert model.denoiser.num_classes == num_labels - 1
+
+    x = torch.randn(2, model.denoiser.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    for label, row in ((3, 3), (1000, num_labels - 1)):  # 1000 is what DiTPipeline calls no class
+        expected = run_unet(state, x, 321, **FORMS["ldm-imagenet"], context=embedding[row].expand(2, 1, -1))
+        torch.testing.assert_close(predict(model, x, label), expected, atol=2e-5, rtol=1e-4)
+
+    model.pipeline.save_pretrained(tmp_path / "saved")
+    again = load_model(str(tmp_path / "saved"), CPU, torch.float32)
+    assert torch.equal(predict(again, x, 1000), predict(model, x, 1000))
+    images = sample(model, seeds=[1, 2], prompts=None, num_steps=2, guidance_scale=3.0).images
+    assert images.shape[0] == 2

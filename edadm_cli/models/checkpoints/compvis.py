@@ -7,6 +7,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from edadm_cli.models.checkpoints.accounting import (
     denoiser_places,
     empty_module,
 )
-from edadm_cli.models.checkpoints.compvis_config import CONFIG_NAME, CompVisModel, known_model, read_config
+from edadm_cli.models.checkpoints.compvis_config import CONFIG_NAME, NUM_LABELS, CompVisModel, known_model, read_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -56,7 +57,18 @@ def describe(path: Path, state: Mapping[str, Tensor]) -> CompVisModel:
             f"{path} is none of the latent diffusion checkpoints that are known without a configuration.",
             hint=f"put the model's {CONFIG_NAME} beside it",
         )
-    return model
+    return _with_labels(model, state)
+
+
+def _with_labels(model: CompVisModel, state: Mapping[str, Tensor]) -> CompVisModel:
+    """A known model with as many classes as the checkpoint has."""
+    embedding = state.get(f"{LABELS}embedding.weight")
+    name = model.architecture.denoiser_name
+    cls, config = model.architecture.components[name]
+    if embedding is None or not cls.endswith("ClassConditionalUNet") or embedding.shape[0] == NUM_LABELS:
+        return model
+    components = {**model.architecture.components, name: (cls, {**config, "num_labels": embedding.shape[0]})}
+    return replace(model, architecture=model.architecture.model_copy(update={"components": components}))
 
 
 def convert(path: Path, state: Mapping[str, Tensor], model: CompVisModel, dtype: torch.dtype) -> DiffusionPipeline:

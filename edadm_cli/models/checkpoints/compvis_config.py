@@ -15,7 +15,7 @@ from edadm_cli.models.architecture import Architecture, load_architecture
 from edadm_cli.plain_data import read_yaml
 
 CONFIG_NAME = "config.yaml"
-NUM_LABELS = 1001  # classes of ImageNet and "no class"
+NUM_LABELS = 1001  # as in `latent_diffusion`, which is heavy to import
 _GROUPS = 32
 # Bounds of what is built: far above every published model.
 _MAX_LEVELS, _MAX_MULTIPLE, _MAX_LAYERS = 16, 64, 64
@@ -78,17 +78,16 @@ def read_config(path: Path) -> CompVisModel:
 def _model(params: dict[str, Any]) -> CompVisModel:
     unet = params["unet_config"]["params"]
     num_labels = _num_labels(params.get("cond_stage_config"))
-    is_conditional = num_labels is not None
-    if bool(unet.get("use_spatial_transformer")) != is_conditional:
+    if bool(unet.get("use_spatial_transformer")) != (num_labels is not None):
         raise InputError("only unconditional models, and class-conditional ones with cross-attention, are converted.")
     _require(unet, {"dims": (2, None), "num_classes": (None,), "conv_resample": (True, None)})
     decoder = _autoencoder(params["first_stage_config"], _real(params, "scale_factor", 1.0, 1e6))
     scheduler = _scheduler(params)
-    if is_conditional:
-        components = {"transformer": _conditional_unet(unet), "vae": decoder, "scheduler": scheduler}
+    if num_labels is not None:
+        components = {"transformer": _conditional_unet(unet, num_labels), "vae": decoder, "scheduler": scheduler}
     else:
         components = {"unet": _unconditional_unet(unet), "vqvae": decoder, "scheduler": scheduler}
-    architecture = Architecture(pipeline="DiTPipeline" if is_conditional else "LDMPipeline", components=components)
+    architecture = Architecture(pipeline="LDMPipeline" if num_labels is None else "DiTPipeline", components=components)
     return CompVisModel(
         architecture,
         use_ema=bool(params.get("use_ema", True)),
@@ -98,14 +97,15 @@ def _model(params: dict[str, Any]) -> CompVisModel:
 
 
 def _num_labels(condition: Any) -> int | None:
+    """Number of a model's class embeddings, the last of them for no class; `None` for an unconditional model."""
     if condition in (None, "__is_unconditional__"):
         return None
     kind = str(condition["target"]).rpartition(".")[2]
     if kind != "ClassEmbedder":
         raise InputError(f"the condition {kind} is not known; only classes are converted.")
-    count = int(condition["params"].get("n_classes", 1000))
-    if count != NUM_LABELS:
-        raise InputError(f"{count} classes are given; {NUM_LABELS}, the last of them for none, are converted.")
+    count = _whole(condition["params"], "n_classes", _MAX_CODES, default=1000)
+    if count == 1:
+        raise InputError("n_classes is 1; a class and one more embedding, that of no class, were expected.")
     return count
 
 
@@ -190,7 +190,7 @@ def _unconditional_unet(unet: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _conditional_unet(unet: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _conditional_unet(unet: dict[str, Any], num_labels: int) -> tuple[str, dict[str, Any]]:
     _require(unet, {"use_scale_shift_norm": (False, None), "resblock_updown": (False, None)})
     config, levels = _common_unet(unet), _attended(unet)
     # diffusers calls the number of heads "attention_head_dim" here
@@ -208,6 +208,7 @@ def _conditional_unet(unet: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in levels],
         "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(levels)],
         **({} if depth == 1 else {"transformer_layers_per_block": depth}),
+        **({} if num_labels == NUM_LABELS else {"num_labels": num_labels}),
     }
 
 
