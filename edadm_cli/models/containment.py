@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from edadm_cli.artifacts import read_tensor_header
 from edadm_cli.errors import InputError
 
 # A library registers a parameter once when it builds a module and once more when it fills it; packed codes take less
 # room than what they stand for.
 _TIMES = 8
 _SMALL_COUNT, _SMALL_SIZE = 1000, 10_000_000
+
+
+class _Shaped(Protocol):
+    """A tensor, or what the header of a file says of one."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its sizes."""
 
 
 @contextmanager
@@ -42,19 +49,19 @@ def no_network() -> Iterator[None]:
 
 
 @contextmanager
-def bounded_size(config: Path, weights: tuple[Path, ...]) -> Iterator[None]:
+def bounded_size(config: Path, tensors: Iterable[_Shaped]) -> Iterator[None]:
     """Stop the building of a network that its weights could never fill, such as one of 100,000 layers.
 
     Args:
         config: The configuration that it is built from, for messages.
-        weights: Its weight files.
+        tensors: Its weights, or what the headers of their files say of them.
 
     Raises:
-        InputError: Far more parameters are built than the files hold, in number or in size.
+        InputError: Far more parameters are built than there are weights, in number or in size.
     """
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
-    shapes = [tensor.shape for file in weights for tensor in read_tensor_header(file).values()]
+    shapes = [tuple(tensor.shape) for tensor in tensors]
     most = _TIMES * len(shapes) + _SMALL_COUNT
     largest = _TIMES * sum(prod(shape) for shape in shapes) + _SMALL_SIZE
     count = size = 0

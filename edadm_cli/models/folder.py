@@ -17,6 +17,7 @@ from torch import nn
 
 from edadm_cli.artifacts import explained_os_errors, file_sha256
 from edadm_cli.errors import InputError
+from edadm_cli.models.architecture import DENOISER_NAMES
 from edadm_cli.models.component_config import (
     require_fitting_classes,
     require_sound_config,
@@ -53,7 +54,8 @@ class Component:
         cls: Its class.
         folder: The folder of its files.
         stem: Start of the names of its weight files; empty for a component without weights.
-        weight_files: The chosen weight files; `None` for a component without weights (schedulers, tokenizers).
+        weight_files: The chosen weight files; `None` for a component without weights (schedulers, tokenizers), and
+            for one whose weights come from elsewhere.
         descriptions: Every other file that is read: configurations, vocabularies, templates, the index of shards.
     """
 
@@ -143,8 +145,12 @@ class PipelineFolder:
         return _read_component(self.path, name, *self.skipped[name])
 
 
-def read_folder(path: Path) -> PipelineFolder:
+def read_folder(path: Path, *, weights_of_denoiser: bool = True) -> PipelineFolder:
     """Read a diffusers folder's index and check each component's files, without loading any.
+
+    Args:
+        path: The folder.
+        weights_of_denoiser: Whether the denoiser's weights are there; else they come from elsewhere.
 
     Raises:
         InputError: Something is missing, foreign, truncated, pickled, ambiguous, a link that leaves the folder, or
@@ -169,7 +175,10 @@ def read_folder(path: Path) -> PipelineFolder:
     skipped = {
         name: named.pop(name) for name in SKIPPED_COMPONENTS if name in named and _is_skipped(pipeline_class, name)
     }
-    components = tuple(_read_component(path, name, *pair) for name, pair in named.items())
+    components = tuple(
+        _read_component(path, name, *pair, has_weights=weights_of_denoiser or name not in DENOISER_NAMES)
+        for name, pair in named.items()
+    )
     require_fitting_classes(path / INDEX_NAME, pipeline_class, {part.name: part.cls for part in components})
     options = _constructor_options(path, pipeline_class, index, set(named))
     require_sound_options(path / INDEX_NAME, pipeline_class, options)
@@ -231,7 +240,7 @@ def _constructor_options(
     return options
 
 
-def _read_component(root: Path, name: str, library: str, class_name: str) -> Component:
+def _read_component(root: Path, name: str, library: str, class_name: str, *, has_weights: bool = True) -> Component:
     cls = _class_of(root, library, class_name)
     folder = _component_folder(root, name, class_name)
     refuse_code(folder)
@@ -247,6 +256,8 @@ def _read_component(root: Path, name: str, library: str, class_name: str) -> Com
     descriptions = tuple(path for path in configs if path is not None)
     refuse_requests_for_code(descriptions)
     require_sound_config(name, cls, descriptions)
+    if not has_weights:
+        return Component(name, library, cls, folder, stem, None, descriptions)
     weights = find_weights(root, folder, name, stem)
     index = () if weights.index is None else (weights.index,)
     return Component(name, library, cls, folder, stem, weights, (*descriptions, *index))

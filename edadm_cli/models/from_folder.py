@@ -6,12 +6,14 @@ diffusers' own loader is not used: it also looks for code beside a model.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from edadm_cli.artifacts import read_tensor_header
 from edadm_cli.errors import EdadmError, InputError
 from edadm_cli.models.component_config import require_short_prompts
 from edadm_cli.models.containment import bounded_size, no_network, no_questions
@@ -24,16 +26,26 @@ if TYPE_CHECKING:
 _LONGEST_REASON = 400  # characters of another library's error
 
 
-def load_folder(folder: PipelineFolder, dtype: torch.dtype) -> DiffusionPipeline:
+def load_folder(
+    folder: PipelineFolder, dtype: torch.dtype, ready: Mapping[str, nn.Module] | None = None
+) -> DiffusionPipeline:
     """Build the pipeline of a folder.
 
     Each component is loaded from a temporary folder that holds links to the checked files and nothing else.
+
+    Args:
+        folder: The checked folder.
+        dtype: Element type of the floating-point weights.
+        ready: Components that are there already, by name.
 
     Raises:
         InputError: A component cannot be loaded, lacks a tensor, or holds values that are not finite.
     """
     with no_questions(), no_network():
-        components = {component.name: _load_component(component, dtype) for component in folder.components}
+        components: dict[str, Any] = dict(ready or {})
+        for component in folder.components:
+            if component.name not in components:
+                components[component.name] = _load_component(component, dtype)
         require_short_prompts(folder.path, components)
         try:
             return folder.pipeline_class(**folder.options, **components)
@@ -75,7 +87,8 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype) -> nn.Mo
     loader: Any = component.cls
     is_transformer = issubclass(component.cls, PreTrainedModel)
     options = {"dtype": dtype, "trust_remote_code": False} if is_transformer else {"torch_dtype": dtype}
-    with bounded_size(component.descriptions[0], component.weights):
+    headers = [tensor for file in component.weights for tensor in read_tensor_header(file).values()]
+    with bounded_size(component.descriptions[0], headers):
         module, info = loader.from_pretrained(
             place, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,48 @@ def test_a_file_without_an_autoencoder_is_said_to_have_none(tmp_path: Path, smal
     state = state_of(build_random_pipeline(small_sd15, 0, torch.float32))
     without = {name: tensor for name, tensor in state.items() if not name.startswith("first_stage_model.")}
     assert "without an autoencoder (VAE)" in refusal(tmp_path / "model.safetensors", without)
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_a_denoiser_alone_is_completed_by_the_folder_beside_it(
+    tmp_path: Path, tiny_sd: Path, prefix: str, dtype: torch.dtype
+) -> None:
+    whole = load_model(str(tiny_sd), CPU, torch.float32)
+    folder = Path(shutil.copytree(tiny_sd, tmp_path / "mine"))
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    names = {name: name.replace("model.diffusion_model.", prefix) for name in unet_state(whole.denoiser)}
+    state = {names[name]: tensor.to(dtype) for name, tensor in unet_state(whole.denoiser).items()}
+    path = tmp_path / "mine.safetensors"
+    model = load(path, state)
+    for name, tensor in whole.denoiser.state_dict().items():
+        assert torch.equal(model.denoiser.state_dict()[name], tensor.to(dtype).float()), name
+    assert model.ref.id == str(path)
+    images = sample(model, seeds=[3], prompts=["one"], num_steps=2, guidance_scale=2.0).images
+    if dtype == torch.float32:
+        assert torch.equal(images, sample(whole, seeds=[3], prompts=["one"], num_steps=2, guidance_scale=2.0).images)
+    scheduler = folder / "scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("0.012", "0.013"))
+    assert load_model(str(path), CPU, torch.float32).ref.fingerprint != model.ref.fingerprint
+    del state[names["model.diffusion_model.out.2.bias"]]
+    assert "mine.safetensors" in refusal(path, state)
+
+
+def test_a_transformer_under_the_names_of_diffusers_is_completed_by_its_folder(tmp_path: Path) -> None:
+    pipeline = build_random_pipeline(shrunk("sd3.5-medium"), 0, torch.float32)
+    pipeline.save_pretrained(tmp_path / "mine")
+    weights = tmp_path / "mine/transformer/diffusion_pytorch_model.safetensors"
+    weights.rename(tmp_path / "mine.safetensors")
+    model = load_model(str(tmp_path / "mine.safetensors"), CPU, torch.float32)
+    assert type(model.pipeline).__name__ == "StableDiffusion3Pipeline"
+    for name, tensor in pipeline.transformer.state_dict().items():
+        assert torch.equal(model.denoiser.state_dict()[name], tensor), name
+    edit = tmp_path / "mine/transformer/config.json"
+    edit.write_text(edit.read_text().replace('"num_layers": 3', '"num_layers": 4'))
+    with pytest.raises(InputError, match=r"mine\.safetensors"):
+        load_model(str(tmp_path / "mine.safetensors"), CPU, torch.float32)
+
+
+def test_a_lora_beside_a_folder_stays_a_lora(tmp_path: Path, tiny_sd: Path) -> None:
+    shutil.copytree(tiny_sd, tmp_path / "mine")
+    assert "is a LoRA" in refusal(tmp_path / "mine.safetensors", {"lora_unet_a.lora_down.weight": torch.zeros(1)})

@@ -19,7 +19,6 @@ from edadm_cli.models.architecture import Architecture, find_class
 from edadm_cli.models.checkpoints.accounting import (
     DENOISER,
     EMA,
-    FIRST_STAGE,
     LABELS,
     TensorAccount,
     autoencoder_places,
@@ -36,10 +35,9 @@ _SCALE = "scale_factor"
 
 
 def is_latent_diffusion(state: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint is a CompVis model with a first stage and without a text encoder."""
+    """Whether a checkpoint is a CompVis model without a text encoder."""
     conditions = [name for name in state if name.startswith((LABELS, "conditioner."))]
-    has_first_stage = any(name.startswith(FIRST_STAGE) for name in state)
-    return _INPUT in state and has_first_stage and all(name == f"{LABELS}embedding.weight" for name in conditions)
+    return _INPUT in state and all(name == f"{LABELS}embedding.weight" for name in conditions)
 
 
 def describe(path: Path, state: Mapping[str, Tensor]) -> CompVisModel:

@@ -33,9 +33,14 @@ def is_lora(state: Mapping[str, Tensor]) -> bool:
     return any(_LORA[0] in name or name.startswith(_LORA[:3]) or any(part in name for part in _LORA) for name in names)
 
 
+def has_autoencoder(state: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds an autoencoder under the names of a whole pipeline."""
+    return any(name.startswith(FIRST_STAGE) for name in state)
+
+
 def holds_denoiser_only(state: Mapping[str, Tensor]) -> bool:
     """Whether a file holds a denoiser, under the names of its authors or those of diffusers, and no autoencoder."""
-    if any(name.startswith(FIRST_STAGE) for name in state):
+    if has_autoencoder(state):
         return False
     names = [name.removeprefix(DENOISER).removeprefix("model.") for name in state]
     starts = ("input_blocks.0.", _FLUX, _SD3, *_DIFFUSERS)

@@ -12,7 +12,7 @@ import torch
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.errors import InputError
 from edadm_cli.models.architecture import load_architecture
-from edadm_cli.models.checkpoints import compvis, kinds, stable_diffusion
+from edadm_cli.models.checkpoints import beside, compvis, kinds, stable_diffusion
 from edadm_cli.models.checkpoints.compvis_config import CONFIG_NAME
 from edadm_cli.models.checkpoints.reading import SUFFIXES, read_checkpoint
 
@@ -53,21 +53,25 @@ def open_checkpoint(path: Path, dtype: torch.dtype) -> OpenedCheckpoint:
             hint="edadm models",
         )
     state = read_checkpoint(path)
-    known_as = stable_diffusion.known_as(state)
+    known_as, folder = stable_diffusion.known_as(state), beside.folder_beside(path)
+    is_whole = kinds.has_autoencoder(state) and (known_as is not None or compvis.is_latent_diffusion(state))
+    if not is_whole and folder is not None and not kinds.is_lora(state):
+        completed = beside.complete(path, state, folder, dtype)
+        return OpenedCheckpoint(completed.pipeline, _fingerprint(path, (completed.fingerprint,)), None)
     if known_as is not None:
         model = stable_diffusion.describe(path, state, known_as, load_architecture(known_as))
         del state  # diffusers reads the file itself
         pipeline = stable_diffusion.convert(path, model.architecture, dtype)
         return OpenedCheckpoint(pipeline, _fingerprint(path, model.markers), known_as, model.remarks)
-    if not compvis.is_latent_diffusion(state):
+    if not is_whole:
         raise kinds.refusal(path, state)
     description = compvis.describe(path, state)
     pipeline = compvis.convert(path, state, description, dtype)
     return OpenedCheckpoint(pipeline, _fingerprint(path), description.known_as)
 
 
-def _fingerprint(path: Path, markers: tuple[str, ...] = ()) -> str:
+def _fingerprint(path: Path, others: tuple[str, ...] = ()) -> str:
     config = path.with_name(CONFIG_NAME)
     configuration = file_sha256(config) if config.is_file() else ""
-    lines = [str(_CONVERSION_VERSION), file_sha256(path), configuration, *markers]
+    lines = [str(_CONVERSION_VERSION), file_sha256(path), configuration, *others]
     return sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,89 @@
+"""A checkpoint file that holds a denoiser alone, completed by the diffusers folder beside it.
+
+`flux.safetensors` goes with the folder `flux/`: its `model_index.json` names the pipeline, its other components are
+loaded from there, and `transformer/config.json` (or `unet/config.json`) describes the denoiser that the file holds.
+Nothing is fetched. diffusers converts the names of the tensors, for the classes that its `from_single_file` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.errors import EdadmError, InputError
+from edadm_cli.models.architecture import DENOISER_NAMES
+from edadm_cli.models.checkpoints.accounting import DENOISER, is_finite
+from edadm_cli.models.containment import bounded_size, no_network, no_questions
+from edadm_cli.models.folder import INDEX_NAME, Component, read_folder
+from edadm_cli.models.from_folder import first_sentence, load_folder
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class CompletedFile:
+    """A pipeline from a file and a folder.
+
+    Attributes:
+        pipeline: The pipeline, on the CPU.
+        fingerprint: Hash of the folder's files, without the denoiser's own weights.
+    """
+
+    pipeline: DiffusionPipeline
+    fingerprint: str
+
+
+def folder_beside(path: Path) -> Path | None:
+    """The diffusers folder that belongs to a checkpoint file: the file's name without its suffix."""
+    folder = path.with_suffix("")
+    return folder if (folder / INDEX_NAME).is_file() else None
+
+
+def complete(path: Path, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> CompletedFile:
+    """Build the pipeline of a folder around the denoiser of a file.
+
+    Raises:
+        InputError: The folder is not usable, or the file does not hold the denoiser that the folder describes.
+    """
+    source = read_folder(folder, weights_of_denoiser=False)
+    component = next((part for part in source.components if part.name in DENOISER_NAMES), None)
+    if component is None:
+        raise InputError(f"{folder} has neither a 'unet' nor a 'transformer', so it does not say what {path} holds.")
+    with no_questions(), no_network():
+        denoiser = _convert(path, state, component, dtype)
+    return CompletedFile(load_folder(source, dtype, {component.name: denoiser}), source.fingerprint())
+
+
+def _convert(path: Path, state: Mapping[str, Tensor], component: Component, dtype: torch.dtype) -> nn.Module:
+    loader: Any = component.cls
+    if not hasattr(loader, "from_single_file"):
+        raise InputError(
+            f"diffusers does not convert single files of {component.cls.__name__}, so {path} is not loaded.",
+            hint="give --model a diffusers folder with all weights",
+        )
+    prefix = DENOISER if any(name.startswith("input_blocks.") for name in state) else ""  # diffusers expects it
+    wide = {prefix + name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    try:
+        with component.staged() as place, bounded_size(component.descriptions[0], state.values()):
+            module: nn.Module = loader.from_single_file(
+                wide, config=str(place), local_files_only=True, torch_dtype=dtype
+            )
+    except (EdadmError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path} does not hold the {component.cls.__name__} that {component.folder} describes: "
+            f"{first_sentence(error)}"
+        ) from error
+    for name, tensor in module.named_parameters():
+        if tensor.is_meta:
+            raise InputError(f"{path} lacks the tensor '{name}', which {component.folder} describes.")
+        if not is_finite(tensor):
+            raise InputError(f"{path}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
+    return module
