@@ -79,7 +79,11 @@ def operands(channels: int = 32, outputs: int = 16) -> dict[str, Tensor | None]:
         ({"out": torch.zeros(4, 16)}, True),
         ({"out": torch.zeros(4, 16), "residual": torch.zeros(4, 16, dtype=torch.float16)}, False),
         ({"residual": torch.zeros(4, 16)}, False),
-        ({"out": torch.zeros(4, 16, dtype=torch.bfloat16)}, False),
+        ({"out": torch.zeros(4, 16, dtype=torch.bfloat16)}, True),
+        (
+            {"out": torch.zeros(4, 16, dtype=torch.bfloat16), "residual": torch.zeros(4, 16, dtype=torch.bfloat16)},
+            False,
+        ),
         ({"weight": torch.zeros(16, 16, dtype=torch.uint8)}, False),
         ({"bias": torch.zeros(16, dtype=torch.float16)}, False),
         ({"x": torch.zeros(4 * 32 + 1, dtype=torch.int8)[1:].view(4, 32)}, False),

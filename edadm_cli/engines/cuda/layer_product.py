@@ -74,7 +74,7 @@ class KernelProduct:
     def fall_back(self, layer: QuantizedLayer) -> None:
         """Report once that a layer computes in floating point, and why."""
         device = layer.weight_codes.device
-        if device.type == "cpu":
+        if device.type == "cpu" and "cpu" not in self.device_types:
             say_once(ON_CPU)
             return
         reason = self._refusal(layer) or _OFFLOADED
