@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +26,18 @@ from edadm_cli.quant.attention import QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 
 Target = Literal["onnxruntime", "tensorrt"]
+Freedom = Literal["sizes", "batch", "fixed"]
+"""Which sizes calls may have: any; any batch and prompt length, but the example's height and width; the example's."""
 OUTPUT = "prediction"
 OPSET = 21
 """The first with four-bit integers."""
 
 _IR_VERSION = 10  # the one that came with the opset
 _LARGEST_INLINE = 1 << 30  # a protobuf ends at 2 GiB; beyond one, tensors go to a file beside it
+_FREEDOMS: tuple[Freedom, ...] = ("sizes", "batch", "fixed")
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+_NO_REASONS = ("This is step", "-", "Refer to", "##", "*", "Please", "(Refer", "To ", "<class", "Failed to export")
+_LONGEST_REASON = 300  # characters of another library's error
 _PASSES_THROUGH = ("Transpose", "Mul", "Cast", "Identity", "Reshape")
 
 
@@ -42,7 +52,9 @@ def export_onnx(
 ) -> GraphInterface:
     """Write a quantized denoiser as ONNX, checked by `onnx.checker`.
 
-    Batch, height, width and the number of tokens are free wherever the architecture leaves them free.
+    Batch, height, width and the number of tokens are free wherever the architecture leaves them free. Where the
+    exporter finds no form with a free height and width, as for latents that a UNet cannot halve evenly, these are
+    fixed at the example's; where it finds none with a free batch either, all sizes are.
 
     Args:
         denoiser: With quantized layers; it is not changed.
@@ -63,7 +75,7 @@ def export_onnx(
         _require_symmetric(denoiser)
     interface = GraphInterface.of(denoiser, args, kwargs)
     wrapper = _Flat(with_stand_ins(denoiser), interface)
-    model = _traced(wrapper, interface.tensors(args, kwargs), fixed_sizes)
+    model = _traced(wrapper, interface.tensors(args, kwargs), ("fixed",) if fixed_sizes else _FREEDOMS)
     _fill_in(model.graph, denoiser, Writer(symmetric=target == "tensorrt"))
     model.opset_imports.pop(DOMAIN, None)
     model.producer_name = "edadm"
@@ -113,43 +125,73 @@ class _Flat(nn.Module):
         return prediction
 
 
-def _traced(wrapper: _Flat, tensors: dict[str, Tensor], fixed_sizes: bool) -> ir.Model:
-    rows = 0 if fixed_sizes else tensors[SAMPLE].shape[0]
+def _traced(wrapper: _Flat, tensors: dict[str, Tensor], freedoms: Sequence[Freedom]) -> ir.Model:
+    """The graph with the first of `freedoms` that the exporter has a form for."""
+    failure: Exception | None = None
+    for freedom in freedoms:
+        try:
+            with _silent_exporter():
+                return _export(wrapper, tensors, freedom)
+        except Exception as error:  # noqa: BLE001 - whatever the exporter raises is a refusal
+            failure = error
+    raise EdadmError(
+        f"{wrapper.interface.denoiser} has no form in ONNX: {_reason(failure)}",
+        hint="edadm engines",
+    ) from failure
+
+
+@contextmanager
+def _silent_exporter() -> Iterator[None]:
+    """Keep torch's exporter from warning and logging: what fails is tried in another form, or raised."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.fx", "torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: how constants and versions are handled
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _export(wrapper: _Flat, tensors: dict[str, Tensor], freedom: Freedom) -> ir.Model:
+    rows = 0 if freedom == "fixed" else tensors[SAMPLE].shape[0]
     free = torch.export.Dim.AUTO
-    shapes = tuple(dict.fromkeys(_free_dims(name, tensor, rows), free) for name, tensor in tensors.items())
+    dims = {name: _free_dims(name, tensor, rows, freedom) for name, tensor in tensors.items()}
     if rows == 1:  # a size of one would be taken for a constant
-        tensors = {
-            name: torch.cat([t, t]) if 0 in dims else t for (name, t), dims in zip(tensors.items(), shapes, strict=True)
-        }
-    try:
-        # without `use_duck_shape`, sizes that happen to be equal in the example are not taken for the same
-        with warnings.catch_warnings(), shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            warnings.simplefilter("ignore")  # of tracing: how constants and versions are handled
-            program = torch.onnx.export(
-                wrapper.eval(),
-                tuple(tensors.values()),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(tensors),
-                output_names=[OUTPUT],
-                dynamic_shapes=(shapes,),
-                verbose=False,
-            )
-    except Exception as error:  # whatever the exporter raises is a refusal
-        reason = str(error).strip().splitlines()
-        raise EdadmError(
-            f"{wrapper.interface.denoiser} has no form in ONNX: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        tensors = {name: torch.cat([t, t]) if 0 in dims[name] else t for name, t in tensors.items()}
+    # without `use_duck_shape`, sizes that happen to be equal in the example are not taken for the same
+    with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        program = torch.onnx.export(
+            wrapper.eval(),
+            tuple(tensors.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(tensors),
+            output_names=[OUTPUT],
+            dynamic_shapes=(tuple(dict.fromkeys(dims[name], free) for name in tensors),),
+            verbose=False,
+        )
     assert program is not None
     return program.model
 
 
-def _free_dims(name: str, tensor: Tensor, rows: int) -> list[int]:
+def _reason(error: Exception | None) -> str:
+    """The sentence of an exporter's error that says what failed: no colours, no steps, no advice to its developers."""
+    lines = [_ESCAPES.sub("", line).strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(_NO_REASONS)]
+    name = type(error.__cause__ or error).__name__
+    return lines[-1][:_LONGEST_REASON] if lines else name
+
+
+def _free_dims(name: str, tensor: Tensor, rows: int, freedom: Freedom) -> list[int]:
     """Dimensions that may change: rows; of the sample all but its channels; of sequences their length."""
     if tensor.dim() == 0 or tensor.shape[0] != rows:
         return []
     if tensor.dim() == 4 and name == SAMPLE:
-        return [0, 2, 3]
+        return [0, 2, 3] if freedom == "sizes" else [0]
     return [0, 1] if tensor.dim() == 3 else [0]
 
 

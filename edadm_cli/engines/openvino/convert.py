@@ -24,6 +24,7 @@ from edadm_cli.engines.interface import GraphInterface, class_path
 from edadm_cli.engines.openvino import nodes
 from edadm_cli.engines.openvino.execution import WRAPPED
 from edadm_cli.engines.openvino.movement import quantize_before_moving
+from edadm_cli.engines.openvino.scale_shift import distribute_scales
 from edadm_cli.errors import EdadmError
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer
@@ -85,6 +86,7 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     except Exception as error:  # whatever tracing or the converter raises is a refusal
         raise EdadmError(f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}") from error
     quantize_before_moving(model)
+    distribute_scales(model)
     for name, port in zip(interface.inputs, model.inputs, strict=True):
         port.set_names({name})
         port.node.friendly_name = name

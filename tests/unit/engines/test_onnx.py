@@ -304,3 +304,29 @@ def test_the_engine_is_registered_and_refuses_what_it_cannot_do(monkeypatch: pyt
     with pytest.raises(MachineError, match=r"needs onnx, onnxruntime, onnxscript.*edadm\[onnx\]") as refused:
         found.compile(denoiser, *call, CPU)
     assert refused.value.exit_code == EXIT_MACHINE
+
+
+def test_latents_that_a_unet_cannot_halve_are_fixed_in_their_size_only(
+    quantized: nn.Module, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tests.unit.engines.conftest import call_of
+
+    call = call_of(seed=1, rows=2, size=9)
+    compiled = OnnxRuntimeEngine().compile(quantized, *call, CPU)
+    exact = ReferenceEngine().compile(quantized, *call, CPU)
+    for other in (call, call_of(seed=2, rows=3, size=9)):
+        found = prediction_of(compiled(*other[0], **other[1]))
+        assert relative_l2(found, prediction_of(exact(*other[0], **other[1]))) < PREDICTION_BOUND
+    assert capfd.readouterr().err == "", "the form that was tried first leaves no word on the terminal"
+    with pytest.raises(InputError, match="ONNX Runtime cannot run the graph with"):
+        even = call_of(seed=2, rows=2, size=8)
+        compiled(*even[0], **even[1])
+
+
+def test_what_has_no_form_is_said_in_one_plain_sentence() -> None:
+    from edadm_cli.engines.onnx import export
+
+    colours = (
+        "Failed to export the model. \x1b[96mThis is step 1/3\x1b[0m\n\n## Please report\n\nint_truediv has no size"
+    )
+    assert export._reason(RuntimeError(colours)) == "int_truediv has no size"
