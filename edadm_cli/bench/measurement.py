@@ -32,7 +32,7 @@ from edadm_cli.bench.spec import Call, Spec, placed
 from edadm_cli.bench.subject import ExportSubject, sample_of
 from edadm_cli.bench.verdict import FP32_EAGER, headline, speedup_of
 from edadm_cli.bench.workload import WorkItem, workload
-from edadm_cli.engines.base import FLOAT, EngineOptions, FileEngine
+from edadm_cli.engines.base import FLOAT, EngineOptions, FileEngine, is_quantized
 from edadm_cli.engines.files import engine_artifact
 from edadm_cli.errors import InputError
 from edadm_cli.progress import Reporter
@@ -254,7 +254,7 @@ class Measurement:
 
     def _warn_of_floats(self, bits: str, layers: Sequence[LayerRow]) -> None:
         planned = [row for row in layers if row.planned != FLOAT]
-        floats = [row for row in planned if row.precision != "int8"]
+        floats = [row for row in planned if not is_quantized(row.precision)]
         if floats:
             self.reporter.warn(
                 f"{bits}: not in integers on {self.request.engine.name}: {len(floats)} of {len(planned)} planned"

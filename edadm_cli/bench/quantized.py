@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from edadm_cli.artifacts import Coverage, EngineParity, LayerRow
 from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec, folder_mib, placed
 from edadm_cli.config import BitWidth
-from edadm_cli.engines.base import FLOAT, CompiledDenoiser, Engine, EngineOptions, FileEngine, LayerExecution
+from edadm_cli.engines.base import (
+    FLOAT,
+    CompiledDenoiser,
+    Engine,
+    EngineOptions,
+    FileEngine,
+    LayerExecution,
+    is_quantized,
+)
 from edadm_cli.engines.parity import LayerParity, compare_layers, prediction_of, relative_l2
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.errors import EdadmError
@@ -162,7 +170,7 @@ def coverage_of(layers: Iterable[LayerExecution], engine: Engine) -> tuple[Cover
     planned = [row for row in rows if row.planned != FLOAT]
     coverage = Coverage(
         planned=len(planned),
-        quantized=sum(row.precision == "int8" for row in planned),
+        quantized=sum(is_quantized(row.precision) for row in planned),
         kept=len(rows) - len(planned),
     )
     listed = tuple(

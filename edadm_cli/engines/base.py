@@ -1,11 +1,12 @@
 """What an engine is: something that runs an exported denoiser in its own way and says layer by layer what it did.
 
 The meaning of a quantized denoiser is that of `engines.reference`: exact integer sums, float32 epilogue. Every other
-engine is held against it before it is timed.
+engine is compared with it before it is timed.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,21 @@ from edadm_cli.quant.layers import QuantizedLayer
 
 LayerKind = Literal["conv2d", "linear", "attention"]
 FLOAT = "float"
-"""What a layer is planned as that the recipe keeps in floating point."""
+"""What a layer is planned as that the recipe leaves in floating point."""
+MAX_QUANTIZED_BITS = 8
+"""A layer whose products are computed on elements of at most so many bits meets its plan: int8, int4, float8."""
+
+
+def bits_of(precision: str) -> int | None:
+    """Bits of an element type by its name, such as 8 of `int8` and `float8_e4m3fn`; `None` for other words."""
+    match = re.match(r"(?:u?int|b?float)(\d+)", precision)
+    return None if match is None else int(match[1])
+
+
+def is_quantized(precision: str) -> bool:
+    """Whether products in an element type are what a plan of integers or of eight-bit floating point asks for."""
+    bits = bits_of(precision)
+    return bits is not None and bits <= MAX_QUANTIZED_BITS
 
 
 @dataclass(frozen=True)
@@ -31,8 +46,8 @@ class LayerExecution:
         name: Dotted name; the parts of a split layer have names of their own.
         kind: What is multiplied.
         planned: Bits such as `w4a8`, or `float`.
-        precision: What really ran: `int8`, or the floating-point type.
-        reason: Why a planned layer does not run in integers; `None` where the plan is met.
+        precision: Element type of the products that really ran, such as `int8`, `float8_e4m3fn` or `float16`.
+        reason: Why a planned layer does not run quantized; `None` where the plan is met.
     """
 
     name: str
@@ -44,7 +59,7 @@ class LayerExecution:
     @property
     def is_met(self) -> bool:
         """Whether the layer runs as planned."""
-        return self.planned == FLOAT or self.precision == "int8"
+        return self.planned == FLOAT or is_quantized(self.precision)
 
 
 @dataclass(frozen=True)

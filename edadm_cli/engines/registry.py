@@ -1,9 +1,17 @@
-"""The engines there are."""
+"""The engines there are: those of this package, and those of packages that name some in the group `edadm.engines`.
+
+    [project.entry-points."edadm.engines"]
+    mine = "my_package.engine:MyEngine"
+
+The value names a class derived from `engines.base.Engine`, or anything that returns an engine when it is called.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,7 +28,14 @@ _ENGINES = {
 }
 ENGINE_NAMES = tuple(_ENGINES)
 _DEFAULTS = {"cpu": "openvino", "cuda": "cuda"}
+ENTRY_POINTS = "edadm.engines"
+_NAME = re.compile(r"[a-z][a-z0-9_]*")  # names of artifacts hold it between hyphens
 _FORMER_NAMES = {"triton": "cuda"}  # what version 0.1 called an engine; its artifacts still carry that name
+
+
+def engine_names() -> tuple[str, ...]:
+    """Names of all engines: of this package first, then of other packages in the order of their names."""
+    return *ENGINE_NAMES, *sorted(_outside())
 
 
 def engine(name: str) -> Engine:
@@ -28,19 +43,37 @@ def engine(name: str) -> Engine:
 
     Raises:
         UsageError: There is none of that name.
-        MachineError: A library that it is built on is not installed.
+        MachineError: A library that it is built on is not installed, or what another package calls an engine is none.
     """
     name = _FORMER_NAMES.get(name, name)
-    if name not in _ENGINES:
-        raise UsageError(f"There is no engine '{name}'; there are {', '.join(ENGINE_NAMES)}.")
-    module, cls = _ENGINES[name]
+    outside = {} if name in _ENGINES else _outside()
+    if name not in _ENGINES and name not in outside:
+        raise UsageError(f"There is no engine '{name}'; there are {', '.join(engine_names())}.", hint="edadm engines")
     try:
-        make: Callable[[], Engine] = getattr(import_module(module), cls)
+        if name in outside:
+            make: Callable[[], object] = outside[name].load()
+        else:
+            module, cls = _ENGINES[name]
+            make = getattr(import_module(module), cls)
     except ImportError as error:
         raise MachineError(
             f"The engine '{name}' needs the package '{error.name}', which is not installed here.", hint="edadm engines"
         ) from error
-    return make()
+    except AttributeError as error:
+        raise MachineError(f"{outside[name].value} of the group {ENTRY_POINTS} does not exist.") from error
+    try:
+        found = make()
+    except TypeError:
+        found = None
+    if not isinstance(found, Engine) or found.name != name:
+        raise MachineError(f"{outside[name].value} of the group {ENTRY_POINTS} is no engine with the name '{name}'.")
+    return found
+
+
+def _outside() -> dict[str, EntryPoint]:
+    """Engines that other packages name, but for those that this package has."""
+    points = entry_points(group=ENTRY_POINTS)
+    return {point.name: point for point in points if point.name not in _ENGINES and _NAME.fullmatch(point.name)}
 
 
 def default_engine(device: torch.device) -> Engine:
@@ -65,7 +98,7 @@ class EngineFacts(BaseModel):
 
 def engine_facts() -> list[EngineFacts]:
     """Every engine, with what it can do on this machine and why it is refused."""
-    return [_facts(name) for name in ENGINE_NAMES]
+    return [_facts(name) for name in engine_names()]
 
 
 def _facts(name: str) -> EngineFacts:

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from edadm_cli.artifacts import RunFolder
+from edadm_cli.cli.app import main
 from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
 from edadm_cli.errors import InputError
 from edadm_cli.export import stage as export
@@ -31,6 +33,7 @@ from edadm_cli.quant.network import load_quant_params, quantize_network
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
+from tests.unit.engines import toy_engine
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -41,6 +44,7 @@ import sys
 {imports}
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
 pipeline.set_progress_bar_config(disable=True)
 generators = [torch.Generator().manual_seed(seed) for seed in (11, 12)]
@@ -272,3 +276,35 @@ def test_registering_is_light_and_waits_for_diffusers() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["2", "False", "False", "True", "True", "0"]
+
+
+@pytest.fixture
+def toy_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module and its metadata, laid out as pip does."""
+    site = tmp_path / "site"
+    metadata = site / "toy-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    shutil.copy(toy_engine.__file__, site / "a_toy_engine.py")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[edadm.engines]\ntoy = a_toy_engine:ToyEngine\nbroken = a_toy_engine:replace\nwith-hyphen = a:b\n"
+    )
+    monkeypatch.syspath_prepend(site)
+
+
+@pytest.mark.usefixtures("toy_package")
+def test_an_engine_of_another_package_generates_images(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["engines", "--json"]) == 0
+    listed = {row["name"]: row for row in json.loads(capsys.readouterr().out)["engines"]}
+    assert listed["toy"]["description"] == "an engine of another package"
+    assert listed["toy"]["refusals"]["cpu"] is None
+    assert "with-hyphen" not in listed
+    assert "edadm.engines" in listed["broken"]["refusals"]["cpu"]
+    command = ["sample", "--run", str(run.root), "--bits", "w4a8", "--num-images", "1", "--device", "cpu"]
+    images = []
+    for engine in ("toy", "reference"):
+        assert main([*command, "--engine", engine, "--json"]) == 0
+        images.append(Path(json.loads(capsys.readouterr().out)["images"][0]))
+    assert images[0] != images[1]
+    assert Image.open(images[0]).tobytes() == Image.open(images[1]).tobytes()
+    assert main([*command, "--engine", "broken"]) == 4

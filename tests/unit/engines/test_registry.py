@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edadm_cli.engines import registry
-from edadm_cli.engines.base import Engine
+from edadm_cli.engines.base import Engine, LayerExecution
 from edadm_cli.errors import MachineError, UsageError
 
 
@@ -56,3 +56,12 @@ def test_an_engine_without_its_library_is_refused_and_listed(monkeypatch: pytest
     facts = {found.name: found for found in registry.engine_facts()}["openvino"]
     assert facts.layer_bound is None
     assert all("a_library_that_nobody_has" in str(reason) for reason in facts.refusals.values())
+
+
+@pytest.mark.parametrize(
+    ("precision", "is_met"),
+    [("int8", True), ("int4", True), ("float8_e4m3fn", True), ("bfloat16", False), ("float32", False), ("none", False)],
+)
+def test_a_plan_is_met_by_any_element_type_of_eight_bits_or_fewer(precision: str, is_met: bool) -> None:
+    assert LayerExecution("a", "linear", "w8a8", precision).is_met == is_met
+    assert LayerExecution("a", "linear", "float", precision).is_met
