@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from edadm_cli.models.loading import LoadedModel
     from edadm_cli.recipe import Recipe
 
-BEFORE = "default+learn.rounding_sharpness=1"
+BEFORE = "default+learn.rounding_sharpness=1+select.density_quantile=0.5"
 LADDER = {
     "before": BEFORE,
     "default": "default",
@@ -63,6 +63,7 @@ SAMPLES = {
 FIELDS = {
     "gamma 0": "default+learn.layer_loss_weight=0",
     "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
+    "median radius": "default+select.density_quantile=0.5",
     "uniform steps": "default+select.strategy=uniform",
     "input drop 0.5": "default+learn.input_drop=0.5",
     "regularizer 0": "default+learn.rounding_regularizer=0",

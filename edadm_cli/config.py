@@ -26,7 +26,9 @@ came after artifacts without them; or never, since it says where or how fast a s
 
 _BITS = re.compile(r"^w([2-8])a([2-8])$")
 _SIZE = re.compile(r"^(\d+)(?:x(\d+))?$")
-_RECIPE = "default, default-attention, paper, q-diffusion, ptq4dm, rtn, or your own TOML file"
+_RECIPE = (
+    "default, default-attention, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, rtn, or your own TOML file"
+)
 
 
 def setting(
@@ -118,7 +120,17 @@ class SelectConfig(StageConfig):
         None, "N, the size of the calibration set; by default one sample per trajectory.", ge=1
     )
     density_radius: float | None = setting(
-        None, "r of TDAC, the radius of the density; by default the median pairwise distance.", gt=0
+        None, "r of TDAC, the radius of the density; by default a low quantile of the pairwise distances.", gt=0
+    )
+    model_radius: bool = setting(
+        False, "Take r from the model's published settings, where it has any.", identity="if_changed"
+    )
+    density_quantile: float | None = setting(
+        None,
+        "Share of the pairs of steps that lie within r, where no r is given; 0.05 by default.",
+        identity="if_changed",
+        gt=0,
+        le=1,
     )
     variety_weight: float | None = setting(
         None, "lambda of TDAC, the weight of the variety; by default the model's own.", ge=0

@@ -72,7 +72,11 @@ class SelectRecipe(_Frozen):
         None, ge=0, description="lambda of TDAC, the weight of variety against density; null: the model's own"
     )
     density_radius: float | None = Field(
-        None, gt=0, description="r of TDAC, absolute, in squared feature units; null: the median of the distances"
+        None, gt=0, description="r of TDAC, absolute, in squared feature units; null: a low quantile of the distances"
+    )
+    model_radius: bool = later(False, description="whether r is the model's published one, where it has one")
+    density_quantile: float | None = later(
+        None, gt=0, le=1, description="share of the pairs of steps within r, where no r is given; null: 0.05"
     )
 
 
@@ -116,6 +120,17 @@ class LearnRecipe(_Frozen):
     relative_scale_steps: bool = Field(
         True, description="whether the activation step is a share of each scale's first value, or an absolute number"
     )
+    mixed_inputs: Literal["all", "hidden"] = later(
+        "all", description="which inputs of a unit input_drop mixes: all that are floating, or the hidden state alone"
+    )
+    rounding_first: float = later(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the iterations that learn rounding alone, with float activations, before the rest learn"
+        " the scales alone; 0: both are learned together",
+    )
+    rate_decay: Literal["cosine", "constant"] = later("cosine", description="how the optimizer's steps change")
     input_drop: float = Field(0.0, ge=0, le=1, description="share of input elements taken from full precision (QDrop)")
     activation_drop: float = Field(0.0, ge=0, le=1, description="share of activations left unquantized while learning")
     rounding_regularizer: float = Field(1e-3, ge=0, description="weight of AdaRound's pull of h to 0 or 1; 0: off")

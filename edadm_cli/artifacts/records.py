@@ -102,6 +102,9 @@ class SelectRecord(StageRecord):
     counts: tuple[int, ...] = Field(description="samples taken at each step; they sum to the set's size")
     density_radius: float | None = Field(description="r of TDAC; null for strategies without one")
     variety_weight: float | None = Field(description="lambda of TDAC; null for strategies without one")
+    total_variation: float | None = Field(
+        None, description="how far the counts are from equal ones: half the sum of |n_i / N - 1 / T|"
+    )
 
 
 class Coverage(_Record):

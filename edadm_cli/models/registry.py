@@ -59,7 +59,7 @@ class ModelEntry(_Frozen):
     batch_size: int = Field(32, ge=1, description="trajectories sampled together")
     feature_batch: int = Field(64, ge=1, description="B, trajectories whose mid-block features are kept")
     variety_weight: float = Field(1.0, ge=0, description="lambda of TDAC")
-    density_radius: float | None = Field(None, description="the paper's r; used only when given as a flag")
+    density_radius: float | None = Field(None, description="the paper's r, which the recipe `paper` takes")
     prompts: Literal["digits"] | None = Field(None, description="where prompts come from when none are given")
     features: Literal["digits", "inception"] = Field("inception", description="features of the quality metrics")
     image_size: int | None = Field(None, description="pixels a side")

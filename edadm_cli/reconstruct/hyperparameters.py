@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -10,12 +10,14 @@ from edadm_cli.config import BitWidth
 from edadm_cli.models.registry import PaperSettings
 from edadm_cli.recipe import LearnRecipe
 
-# For a model without published settings: those of Stable Diffusion in the paper, at a batch of 32 rows.
+# For a model without published settings: batch, iterations and gamma as the paper's systems have them. Over a cosine
+# Adam moves an alpha by at most half the step times the iterations, so 1,000 iterations need a larger step than the
+# published 1e-2 to 5e-2 of 5,000; scales learn as slowly as those of the paper's larger systems.
 _FALLBACK = PaperSettings(
     iterations=1000,
     batch_size=32,
     layer_loss_weight=0.8,
-    learning_rates={"w4a8": (3e-2, 1e-4), "w8a8": (5e-4, 1e-4)},
+    learning_rates={"w4a8": (1e-1, 1e-4), "w8a8": (5e-2, 1e-4)},
 )
 _LOW_BITS = 6  # below this, weights learn at the published four-bit rate, else at the eight-bit rate
 
@@ -38,6 +40,9 @@ class Hyperparameters(BaseModel):
     rounding_sharpness: float = 1.0
     rounding_sharpness_start: float = 0.3
     bias_correction: bool = False
+    mixed_inputs: Literal["all", "hidden"] = "all"
+    rounding_first: float = 0.0
+    rate_decay: Literal["cosine", "constant"] = "cosine"
 
     def identity_fields(self) -> dict[str, Any]:
         """Returns the fields that decide the result; those with a default came later and do not count at it."""

@@ -30,7 +30,7 @@ from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.quant.rounding import rounding_regularizer, sharpness_at, undecided_share
 from edadm_cli.reconstruct.capture import UnitCalls, layer_outputs
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
-from edadm_cli.reconstruct.learned import Drop, LearnedUnit, Share
+from edadm_cli.reconstruct.learned import Drop, LearnedUnit, Share, round_level
 from edadm_cli.reconstruct.minibatch import MiniBatch
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import Optimization, make_step
@@ -118,6 +118,16 @@ def layer_targets(
     return targets
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Iterations `start` to `stop`, and whether rounding and activation scales are learned in them."""
+
+    start: int
+    stop: int
+    rounding: bool
+    scales: bool
+
+
 class UnitLearner:
     """One unit with learnable rounding and scales, in its place in the network.
 
@@ -188,16 +198,10 @@ class UnitLearner:
         """
         before = self.reconstruction_loss()  # h starts at the dropped fraction, so deciding now rounds to nearest
         nearest = self.learned.params()
-        step = make_step(self, self.optimization())
-        every = max(1, self.recipe.iterations // _CURVE_POINTS)
         curve: list[float] = []
-        for iteration in range(self.recipe.iterations):
-            self.set_iteration(iteration)
-            loss = step()
-            if iteration % every == 0:
-                loss = loss.clone()
-                self.processes.sum(loss)
-                curve.append(loss.item())
+        for phase in self.phases():
+            curve += self._learn_phase(phase)
+        self.learned.decided, self.activation_drop.level = False, round_level(self.recipe.activation_drop)
         self.batch.close()
         self.learned.rounding.sharpness.fill_(self._sharpness(self.recipe.iterations))
         soft, after = self.reconstruction_loss(decided=False), self.reconstruction_loss()
@@ -212,6 +216,39 @@ class UnitLearner:
         if self.recipe.bias_correction:
             after = self.correct_bias(after)
         return UnitResult(self.learned.params(), before, after, curve, soft, undecided)
+
+    def phases(self) -> list[Phase]:
+        """Returns what is learned when: all together, or rounding with float activations first and then the scales."""
+        count, first = self.recipe.iterations, self.rounding_iterations
+        if not self.recipe.rounding_first:
+            return [Phase(0, count, rounding=True, scales=bool(self.learned.scales.names))]
+        phases = [Phase(0, first, rounding=True, scales=False)]
+        return phases + ([Phase(first, count, rounding=False, scales=True)] if self.learned.scales.names else [])
+
+    @property
+    def rounding_iterations(self) -> int:
+        """The iterations in which rounding is learned."""
+        share = self.recipe.rounding_first
+        return round(self.recipe.iterations * share) if share else self.recipe.iterations
+
+    def _learn_phase(self, phase: Phase) -> list[float]:
+        """Runs the iterations of a phase; returns the loss at some of them."""
+        self.learned.decided = not phase.rounding
+        # Where rounding is learned alone, every activation is dropped to full precision.
+        self.activation_drop.level = round_level(
+            self.recipe.activation_drop if phase.scales or not self.recipe.rounding_first else 1.0
+        )
+        step = make_step(self, self.optimization(phase))
+        every = max(1, self.recipe.iterations // _CURVE_POINTS)
+        curve: list[float] = []
+        for iteration in range(phase.start, phase.stop):
+            self.set_iteration(iteration)
+            loss = step()
+            if iteration % every == 0:
+                loss = loss.clone()
+                self.processes.sum(loss)
+                curve.append(loss.item())
+        return curve
 
     def correct_bias(self, loss: float) -> float:
         """Adds the mean error of the unit's output to the bias of its last layer, where that lowers the loss.
@@ -274,10 +311,13 @@ class UnitLearner:
         quantized, exact = self.groups["inputs"], self.groups["exact"]
         if not exact:
             return quantized
-        mixed = []
-        for x, other in zip(exact, quantized, strict=True):
-            mask = self.input_drop.mask(x) if x.is_floating_point() else None
-            mixed.append(other if mask is None else torch.where(mask, x, other))
+        floating = [number for number, x in enumerate(exact) if x.is_floating_point()]
+        chosen = floating[:1] if self.recipe.mixed_inputs == "hidden" else floating  # the hidden state comes first
+        mixed = list(quantized)
+        for number in chosen:
+            mask = self.input_drop.mask(exact[number])
+            if mask is not None:
+                mixed[number] = torch.where(mask, exact[number], quantized[number])
         return mixed
 
     @torch.no_grad()
@@ -335,8 +375,8 @@ class UnitLearner:
         self.rows = self._upcoming or self._draw()
         self._upcoming = self._draw() if iteration + 1 < self.recipe.iterations else None
         self.batch.load(self.rows, self._upcoming)
-        start = _REGULARIZER_START * self.recipe.iterations
-        progress = (iteration - start) / max(1.0, self.recipe.iterations - start)
+        start = _REGULARIZER_START * self.rounding_iterations
+        progress = min(1.0, (iteration - start) / max(1.0, self.rounding_iterations - start))
         self.learned.rounding.sharpness.fill_(self._sharpness(iteration))
         self.pull.fill_(self.recipe.rounding_regularizer if progress >= 0 else 0.0)
         self.beta.fill_(_BETA_TO + (_BETA_FROM - _BETA_TO) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0))))
@@ -344,7 +384,7 @@ class UnitLearner:
     def _sharpness(self, iteration: int) -> float:
         """Returns tau at the beginning of an iteration; the last value belongs to the end of the last one."""
         recipe = self.recipe
-        progress = iteration / max(1, recipe.iterations)
+        progress = min(1.0, iteration / max(1, self.rounding_iterations))
         return sharpness_at(progress, recipe.rounding_sharpness, recipe.rounding_sharpness_start)
 
     def _draw(self) -> list[int]:
@@ -352,12 +392,16 @@ class UnitLearner:
         rows = torch.randint(self.data.quantized.rows, (self.recipe.batch_size,), generator=self.order)
         return rows[self.share.start : self.share.stop].tolist()
 
-    def optimization(self) -> Optimization:
-        """Adam over the unit's rounding and scales, at the recipe's first steps."""
-        rates: list[tuple[nn.Parameter, float]] = [(self.learned.rounding.alpha, self.recipe.weight_learning_rate)]
-        if self.learned.scales.names:
+    def optimization(self, phase: Phase | None = None) -> Optimization:
+        """Returns Adam over what a phase learns, at the recipe's first steps; without one, over all."""
+        phase = phase or Phase(0, self.recipe.iterations, rounding=True, scales=bool(self.learned.scales.names))
+        rates: list[tuple[nn.Parameter, float]] = []
+        if phase.rounding:
+            rates.append((self.learned.rounding.alpha, self.recipe.weight_learning_rate))
+        if phase.scales:
             rates.append((self.learned.scales.factor, self.recipe.activation_learning_rate))
-        return Optimization(rates, max(1, self.recipe.iterations), self.device)
+        decays = self.recipe.rate_decay == "cosine"
+        return Optimization(rates, max(1, phase.stop - phase.start), self.device, decays)
 
 
 def _size(rows: Rows) -> float:

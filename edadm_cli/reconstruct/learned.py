@@ -57,6 +57,11 @@ class Share:
         return self.size / self.total
 
 
+def round_level(probability: float) -> int:
+    """Returns a probability in multiples of 1/256, as `Drop` takes it."""
+    return round(probability * _DROP_LEVELS)
+
+
 class Drop:
     """Random masks, true with a probability that is a multiple of 1/256 (one random byte an element).
 
@@ -67,7 +72,7 @@ class Drop:
     """
 
     def __init__(self, probability: float, generator: torch.Generator, share: Share) -> None:
-        self.level = round(probability * _DROP_LEVELS)
+        self.level = round_level(probability)
         self.generator, self.share = generator, share
         self.active = True
 

@@ -31,21 +31,25 @@ def repeatable_convolutions() -> Iterator[None]:
 
 
 class Optimization:
-    """Adam with one step size a group, all decaying to zero along a cosine.
+    """Adam with one step size per group, all decaying to zero along a cosine, or constant.
 
     Args:
         rates: Each parameter and the step it starts with.
         iterations: Length of the decay.
+        decays: Whether the steps decay.
         device: On CUDA the optimizer keeps its state and step sizes there, so that a graph can hold it.
     """
 
-    def __init__(self, rates: list[tuple[nn.Parameter, float]], iterations: int, device: torch.device) -> None:
+    def __init__(
+        self, rates: list[tuple[nn.Parameter, float]], iterations: int, device: torch.device, decays: bool = True
+    ) -> None:
         self.capturable = device.type == "cuda"
         groups = [
             {"params": [param], "lr": torch.tensor(rate, device=device) if self.capturable else rate}
             for param, rate in rates
         ]
         self.adam = torch.optim.Adam(groups, capturable=self.capturable, fused=True)
+        self._decays = decays
         self._rates, self._iterations, self._done = [rate for _, rate in rates], iterations, 0
 
     def set_rates(self, factor: float) -> None:
@@ -58,7 +62,7 @@ class Optimization:
 
     def decay(self) -> None:
         """Set the steps of the next iteration."""
-        self.set_rates(0.5 * (1 + math.cos(math.pi * self._done / self._iterations)))
+        self.set_rates(0.5 * (1 + math.cos(math.pi * self._done / self._iterations)) if self._decays else 1.0)
         self._done += 1
 
     def params(self) -> list[nn.Parameter]:

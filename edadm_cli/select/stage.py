@@ -39,7 +39,14 @@ from edadm_cli.select.strategies import (
     random_counts,
     uniform_counts,
 )
-from edadm_cli.select.tdac import Allocation, allocate, rows_at_once, score_slices
+from edadm_cli.select.tdac import (
+    LOCAL_QUANTILE,
+    Allocation,
+    allocate,
+    rows_at_once,
+    score_slices,
+    total_variation,
+)
 
 SCORES_FILE = "scores.safetensors"
 PLOT_FILE = "selection.png"
@@ -72,6 +79,7 @@ def run(
         counts=selection.counts,
         density_radius=selection.density_radius,
         variety_weight=selection.variety_weight,
+        total_variation=total_variation(torch.tensor(selection.counts)),
     )
 
 
@@ -104,6 +112,9 @@ def estimate(config: SelectConfig, run_folder: RunFolder) -> Estimate:
     return Estimate(seconds=seconds, memory_mib=memory / _MIB, disk_mib=calibration / _MIB)
 
 
+_EARLIER_QUANTILE = 0.5  # of version 0.1, whose artifacts do not name one: the lower median
+
+
 @dataclass(frozen=True)
 class _Task:
     """The configuration with nothing left open, and the trajectories it is about."""
@@ -114,6 +125,24 @@ class _Task:
     num_trajectories: int
     num_samples: int
     variety_weight: float
+    radius: float | None
+
+    @property
+    def quantile(self) -> float:
+        """The share of the pairs of steps within the radius, where no radius is given."""
+        return LOCAL_QUANTILE if self.config.density_quantile is None else self.config.density_quantile
+
+    @property
+    def radius_source(self) -> str | None:
+        """Where r comes from, for people to read; `None` for strategies without one."""
+        if not self.is_tdac:
+            return None
+        if self.config.density_radius is not None:
+            return "given"
+        if self.radius is not None:
+            return "the model's published one"
+        missing = "the model has no published one: " if self.config.model_radius else ""
+        return f"{missing}{self.quantile:.0%} quantile of the pairwise distances"
 
     @property
     def is_tdac(self) -> bool:
@@ -125,6 +154,12 @@ class _Task:
             "num_samples": self.num_samples,
             "variety_weight": self.variety_weight if self.is_tdac else None,
         }
+        fields.pop("model_radius", None)
+        fields.pop("density_quantile", None)
+        if self.is_tdac:
+            fields["density_radius"] = self.radius
+            if self.radius is None and self.quantile != _EARLIER_QUANTILE:
+                fields["density_quantile"] = self.quantile
         return Plan("select", None, fields, self.config.seed, (self.collected,), self.collected.manifest.model)
 
 
@@ -150,10 +185,12 @@ def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
         for flag, value in (
             ("density-radius", config.density_radius),
             ("variety-weight", config.variety_weight),
+            ("density-quantile", config.density_quantile),
         ):
             if value is not None:
                 raise UsageError(f"--{flag} belongs to the strategy tdac and has no meaning for {config.strategy}.")
     default_weight = collected.entry.variety_weight
+    radius = collected.entry.density_radius if config.model_radius and config.strategy == "tdac" else None
     return _Task(
         config=config,
         collected=collected.artifact,
@@ -161,6 +198,7 @@ def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
         num_trajectories=num_trajectories,
         num_samples=num_samples,
         variety_weight=default_weight if config.variety_weight is None else config.variety_weight,
+        radius=radius if config.density_radius is None else config.density_radius,
     )
 
 
@@ -168,7 +206,7 @@ def _select(task: _Task, build: Build, reporter: Reporter) -> None:
     shape, portions = _features(task.collected)
     with reporter.task("Comparing steps", math.ceil(shape[1] / rows_at_once(shape))) as advance:
         scores = score_slices(_counted(portions, advance))
-    allocation = allocate(scores, task.num_samples, task.variety_weight, task.config.density_radius)
+    allocation = allocate(scores, task.num_samples, task.variety_weight, task.radius, task.quantile)
     counts = _counts(task, allocation)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
     save_tensors(build.path / CALIBRATION_FILE, _calibration_set(task, step_index, trajectory_index, reporter))
@@ -260,14 +298,13 @@ def _calibration_set(
 
 def _selection(task: _Task, allocation: Allocation, counts: Tensor) -> Selection:
     num_steps = len(counts)
-    given = task.config.density_radius is not None
     deviation = {"mean": NORMAL_MEAN * num_steps, "deviation": NORMAL_DEVIATION * num_steps}
     return Selection(
         strategy=task.config.strategy,
         num_samples=task.num_samples,
         num_trajectories=task.num_trajectories,
         density_radius=allocation.radius if task.is_tdac else None,
-        density_radius_source=("given" if given else "median of the pairwise distances") if task.is_tdac else None,
+        density_radius_source=task.radius_source,
         variety_weight=task.variety_weight if task.is_tdac else None,
         steps_from_the_clean_end=deviation if task.config.strategy == "normal" else None,
         timesteps=tuple(task.timesteps.tolist()),

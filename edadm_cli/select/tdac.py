@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LOCAL_QUANTILE = 0.05
+"""Share of the pairs of steps that lie within the radius of density where no radius is given."""
 _SLICE_ELEMENTS = 2**22  # elements of the double-precision slice that is held at a time
 _ROUNDING = 1e-12  # relative size below which a difference of inner products is rounding
 _TIE = 1e-9  # relative spread below which scores count as equal
@@ -92,10 +94,22 @@ def score_slices(slices: Iterable[Tensor]) -> Scores:
     return Scores(_distances(inner, num_channels * num_positions), _variety(cosine, num_positions))
 
 
-def median_distance(distances: Tensor) -> float:
-    """The scale-free default of r: the (lower) median distance of two steps; 0 for a single step."""
+def quantile_distance(distances: Tensor, quantile: float) -> float:
+    """Returns the distance that a share `quantile` of the pairs of steps does not exceed; 0 for a single step.
+
+    A low quantile makes the density local, so that it says something else than the variety: with the median the two
+    mirror each other, and their sum is nearly flat.
+    """
     pairs = distances[torch.ones_like(distances, dtype=torch.bool).triu(1)]
-    return float(pairs.median()) if pairs.numel() else 0.0
+    if not pairs.numel():
+        return 0.0
+    return float(pairs.kthvalue(max(1, math.ceil(quantile * pairs.numel()))).values)
+
+
+def total_variation(counts: Tensor) -> float:
+    """Returns how far counts are from equal ones: half the sum of |n_i / N - 1 / T|, from 0 to 1."""
+    shares = counts.double() / counts.sum()
+    return float((shares - 1 / len(counts)).abs().sum() / 2)
 
 
 def density(distances: Tensor, radius: float) -> Tensor:
@@ -112,16 +126,19 @@ def normalise(scores: Tensor) -> Tensor:
     return (scores - low) / (high - low)
 
 
-def allocate(scores: Scores, num_samples: int, variety_weight: float, radius: float | None) -> Allocation:
+def allocate(
+    scores: Scores, num_samples: int, variety_weight: float, radius: float | None, quantile: float = LOCAL_QUANTILE
+) -> Allocation:
     """Share `num_samples` out over the steps.
 
     Args:
         scores: What `score_steps` found.
         num_samples: N.
         variety_weight: lambda.
-        radius: r; `None` for the median distance.
+        radius: r; `None` for the distance that a share `quantile` of the pairs of steps does not exceed.
+        quantile: That share.
     """
-    radius = median_distance(scores.distances) if radius is None else radius
+    radius = quantile_distance(scores.distances, quantile) if radius is None else radius
     dense = normalise(density(scores.distances, radius))
     varied = normalise(scores.variety)
     return Allocation(dense, varied, integer_counts(dense + variety_weight * varied, num_samples), radius)

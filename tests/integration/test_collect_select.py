@@ -306,7 +306,7 @@ def test_every_strategy_fills_the_calibration_set(sd_run: RunFolder, strategy: s
     assert (record.density_radius is not None) == (record.variety_weight is not None) == is_tdac
     selection = artifact.json("selection.json")
     assert selection["strategy"] == strategy
-    assert selection["density_radius_source"] == ("median of the pairwise distances" if is_tdac else None)
+    assert selection["density_radius_source"] == ("5% quantile of the pairwise distances" if is_tdac else None)
     assert (selection["steps_from_the_clean_end"] is not None) == (strategy == "normal")
 
 
@@ -315,6 +315,12 @@ def test_a_given_radius_and_weight_are_used_and_named(sd_run: RunFolder) -> None
     assert record.density_radius == 1e9
     assert record.counts == (2,) * (STEPS + 1)  # all steps alike within that radius
     assert sd_run.open("select").json("selection.json")["density_radius_source"] == "given"
+    record = select.run(SelectConfig(model_radius=True), sd_run, force=True)
+    source = sd_run.open("select").json("selection.json")["density_radius_source"]
+    assert source == "the model has no published one: 5% quantile of the pairwise distances"
+    assert record.total_variation is not None
+    earlier = select.plan(SelectConfig(density_quantile=0.5), sd_run).config
+    assert not {"density_quantile", "model_radius"} & earlier.keys(), "as artifacts of version 0.1 name it"
 
 
 def test_the_plot_shows_something_on_a_transparent_ground(sd_run: RunFolder) -> None:

@@ -12,7 +12,16 @@ from edadm_cli.models.registry import known_models
 from edadm_cli.recipe import LearnRecipe, Recipe, load_recipe, shipped_recipes
 from edadm_cli.reconstruct.hyperparameters import resolve
 
-SHIPPED = ("default", "default-attention", "paper", "ptq4dm", "q-diffusion", "rtn")
+SHIPPED = (
+    "default",
+    "default-attention",
+    "normal-steps",
+    "paper",
+    "ptq4dm",
+    "q-diffusion",
+    "rtn",
+    "uniform-steps",
+)
 
 
 def _written(folder: Path, text: str, name: str = "own.toml") -> str:
@@ -44,8 +53,10 @@ def test_shipped_recipes_are_what_they_are_named_after() -> None:
         0,
     )
     assert (rtn.ranges.weight, rtn.ranges.activation, rtn.learn.granularity) == ("minmax", "minmax", "none")
-    assert (ptq4dm.select.strategy, ptq4dm.learn.granularity) == ("normal", "layer")
+    assert (ptq4dm.select.strategy, ptq4dm.learn.granularity) == ("normal", "none")
     assert (q_diffusion.select.strategy, q_diffusion.learn.layer_loss_weight) == ("uniform", 0)
+    assert (q_diffusion.learn.rounding_first, q_diffusion.edge_weight_bits) == (0.8, None)
+    assert (paper.select.model_radius, paper.learn.mixed_inputs) == (True, "hidden")
     with_attention = load_recipe("default-attention").model_copy(
         update={"name": "default", "description": default.description, "attention": default.attention}
     )
@@ -55,6 +66,14 @@ def test_shipped_recipes_are_what_they_are_named_after() -> None:
     learn = fields.learn.model_copy(update={"rounding_sharpness": 20.0})
     assert default == fields.model_copy(update={"learn": learn}), "the defaults of the fields, and what came later"
     assert paper.learn.rounding_sharpness == 20
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("uniform-steps", "uniform"), ("normal-steps", "normal")])
+def test_an_ablation_differs_from_default_in_one_field(name: str, strategy: str) -> None:
+    recipe, default = load_recipe(name), load_recipe("default")
+    as_default = {"name": "default", "description": default.description, "select": default.select}
+    assert recipe.model_copy(update=as_default) == default
+    assert recipe.select == default.select.model_copy(update={"strategy": strategy})
 
 
 def test_a_later_field_changes_the_identity_only_where_it_changes_what_is_done() -> None:
@@ -98,8 +117,8 @@ def test_the_word_model_in_a_users_recipe_leaves_a_number_open(tmp_path: Path) -
 
 
 def test_a_users_recipe_changes_only_what_it_names(tmp_path: Path) -> None:
-    text = 'extends = "q-diffusion"\n[learn]\niterations = 5\n[[layers]]\npattern = "conv_in"\nexclude = true\n'
-    recipe, base = load_recipe(_written(tmp_path, text)), load_recipe("q-diffusion")
+    text = 'extends = "ptq4dm"\n[learn]\niterations = 5\n[[layers]]\npattern = "conv_in"\nexclude = true\n'
+    recipe, base = load_recipe(_written(tmp_path, text)), load_recipe("ptq4dm")
     assert recipe.name == "own"
     assert recipe.learn == base.learn.model_copy(update={"iterations": 5})
     assert recipe.select == base.select

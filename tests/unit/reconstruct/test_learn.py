@@ -427,3 +427,38 @@ def test_a_transform_of_inputs_goes_through_learning_and_into_what_is_deployed(
         x = learner.data.full_precision.tensors[0].read(range(2))
         if x.shape[1] == scale.shape[0] and x.dim() == 4:
             torch.testing.assert_close(deployed(x), learner.learned.modules[layer](x), atol=1e-5, rtol=1e-5)
+
+
+def test_rounding_may_be_learned_before_the_scales(make_setting: MakeSetting, learner_of: Learner) -> None:
+    """Two phases: the first leaves the scales and quantizes no activation, the second leaves the rounding."""
+    fields = {"iterations": 20, "rounding_first": 0.5, "rate_decay": "constant", "weight_learning_rate": 0.3}
+    setting = make_setting("w4a6", **fields)
+    learner = learner_of(setting, RESIDUAL)
+    rounding, scales = learner.phases()
+    assert (rounding.start, rounding.stop, scales.start, scales.stop) == (0, 10, 10, 20)
+    first = learner.learned.scales.factor.detach().clone()
+    learner._learn_phase(rounding)
+    assert torch.equal(learner.learned.scales.factor.detach(), first)
+    alpha = learner.learned.rounding.alpha.detach().clone()
+    assert not torch.equal(
+        learner.learned.rounding.codes()[f"{RESIDUAL}.conv1"],
+        setting.nearest()[f"{RESIDUAL}.conv1.weight_int"],
+    )
+    learner._learn_phase(scales)
+    assert torch.equal(learner.learned.rounding.alpha.detach(), alpha)
+    assert not torch.equal(learner.learned.scales.factor.detach(), first)
+
+
+def test_only_the_hidden_state_is_mixed_where_the_recipe_says_so(
+    make_setting: MakeSetting, learner_of: Learner
+) -> None:
+    for mixed, embedding_is_mixed in (("all", True), ("hidden", False)):
+        setting = make_setting(input_drop=1.0, mixed_inputs=mixed, layer_loss_weight=0.0)
+        learner = learner_of(setting, RESIDUAL)
+        for rows in learner.data.quantized.tensors:
+            rows.write(range(rows.count), torch.full((rows.count, *rows.kind.shape), 100.0))
+        learner.set_iteration(0)
+        hidden, embedding = learner._inputs()
+        assert not bool((hidden == 100).any())
+        assert bool((embedding == 100).all()) != embedding_is_mixed
+        setting.restore()

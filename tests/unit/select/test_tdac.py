@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from edadm_cli.select import tdac
-from edadm_cli.select.tdac import allocate, density, integer_counts, median_distance, normalise, score_steps
+from edadm_cli.select.tdac import (
+    Scores,
+    allocate,
+    density,
+    integer_counts,
+    normalise,
+    quantile_distance,
+    score_steps,
+    total_variation,
+)
 
 weights_lists = st.lists(st.floats(0, 1e6, allow_nan=False, allow_subnormal=False), min_size=1, max_size=60)
 
@@ -51,7 +60,23 @@ def test_density_counts_the_other_steps_within_the_radius() -> None:
     assert density(distances, 1.0).tolist() == [1, 1, 0]  # a distance of exactly r is within
     assert density(distances, 0.5).tolist() == [0, 0, 0]
     assert density(distances, 9.0).tolist() == [2, 2, 2]
-    assert median_distance(distances) == 2.0
+    assert [quantile_distance(distances, share) for share in (0.05, 0.34, 0.5, 1.0)] == [1.0, 2.0, 2.0, 4.0]
+    assert quantile_distance(torch.zeros(1, 1, dtype=torch.float64), 0.05) == 0.0
+
+
+def test_a_local_radius_tells_steps_apart_where_the_median_does_not() -> None:
+    """Steps along a path: with the median, density mirrors variety and the counts are flat."""
+    place = torch.cumsum(torch.linspace(0.5, 2.0, 21), 0)
+    distances = (place[:, None] - place[None, :]).square().double()
+    scores = Scores(distances, distances.sqrt().sum(1))
+    far = {share: total_variation(allocate(scores, 256, 1.0, None, share).counts) for share in (0.05, 0.5)}
+    assert allocate(scores, 256, 1.0, None).radius == quantile_distance(distances, 0.05)
+    assert far[0.05] > 2 * far[0.5]
+
+
+def test_total_variation_of_equal_counts_is_zero() -> None:
+    assert total_variation(torch.tensor([3, 3, 3])) == 0
+    assert total_variation(torch.tensor([9, 0, 0])) == pytest.approx(2 / 3)
 
 
 def test_token_features_are_scored_like_maps() -> None:
