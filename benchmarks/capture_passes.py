@@ -25,8 +25,8 @@ from edadm_cli.models.calls import split_call
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.capture_groups import capture_groups
 from edadm_cli.reconstruct.forms import UnitForm, probe_units
-from edadm_cli.reconstruct.probe import group_units
 
 GIB = 2**30
 META = torch.device("meta")
@@ -114,7 +114,7 @@ def report(found: list[Unit], forms: dict[str, UnitForm], counts: Counts, rows: 
     print("\n| budget, GiB | full-precision passes | quantized passes | in whole forwards | two a unit |")
     print("|---|---|---|---|---|")
     for budget in budgets:
-        groups = group_units(found, forms, rows, int(budget * GIB), with_layers=True)
+        groups = capture_groups(found, forms, rows, int(budget * GIB), with_layers=True)
         exact = sum(counts.ends[group[-1].name] for group in groups)
         print(f"| {budget:g} | {len(groups)} | {number} | {exact + quantized:.1f} | {2 * number} |")
     inside = sum(counts.units.values()) / 1e12

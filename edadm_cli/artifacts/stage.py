@@ -31,11 +31,15 @@ class _StageModule(Protocol):
 
     def plan(self, config: Any, run_folder: RunFolder) -> Plan: ...
 
-    def estimate(self, config: Any, run_folder: RunFolder) -> Estimate: ...
-
     def artifact_name(self, config: Any) -> str | None: ...
 
     def finished(self, config: Any, run_folder: RunFolder) -> Artifact | None: ...
+
+
+class _EstimateModule(Protocol):
+    """The function of the module of a stage in `edadm_cli.estimates`."""
+
+    def estimate(self, config: Any, run_folder: RunFolder) -> Estimate: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Stage(Generic[ConfigT]):
 
     def estimate(self, config: ConfigT, run_folder: RunFolder) -> Estimate:
         """Estimates time, memory and disk with short probes; writes nothing."""
-        return self._module.estimate(config, run_folder)
+        module = cast(_EstimateModule, importlib.import_module(f"edadm_cli.estimates.{self.kind}"))
+        return module.estimate(config, run_folder)
 
     def artifact_name(self, config: ConfigT) -> str | None:
         """Returns the artifact's name within its kind; `None` where a run holds one artifact of the kind."""

@@ -10,14 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edadm_cli.artifacts import (
     Artifact,
     BenchRecord,
     BenchResult,
     Build,
-    Estimate,
     Plan,
     RunFolder,
     shared_keys,
@@ -87,30 +84,6 @@ def artifact_name(config: BenchConfig) -> str:
     """
     device, engine = settle_engine(config)
     return name_of(config, engine, device)
-
-
-def estimate(config: BenchConfig, run_folder: RunFolder) -> Estimate:
-    """Estimate time, memory and disk from one call of the full-precision denoiser; nothing is written."""
-    request = resolve(config, run_folder)
-    require_peers(config.against, request.device)
-    denoiser = request.subject.full_precision()
-    args, kwargs = request.subject.call(denoiser, config.batch_sizes[0], config.size)
-    torch.set_num_threads(request.threads)
-    begun = time.perf_counter()
-    with torch.no_grad():
-        denoiser(*args, **kwargs)
-    call = time.perf_counter() - begun
-    weights = sum(parameter.nbytes for parameter in denoiser.parameters()) / 2**20
-    # parity takes about ten calls a bit width, conversion three; of the contenders some are as slow as this call, most
-    # take half of it
-    rows = sum(config.batch_sizes)
-    contenders = 4 + len(config.bits)
-    seconds = len(config.bits) * 15 * call + 60 + config.rounds * contenders * 0.5 * max(call, 0.2) * rows
-    return Estimate(
-        seconds=seconds,
-        memory_mib=weights * (1 + 0.5 + 0.5 + 1 + 0.5 + 0.3 * len(config.bits)),
-        disk_mib=weights * (2 + 0.25 * len(config.bits)),
-    )
 
 
 def _plan(request: Request) -> Plan:

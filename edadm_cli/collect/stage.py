@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from edadm_cli.artifacts import Build, CollectRecord, Estimate, Plan, RunFolder, shared_keys
-from edadm_cli.collect.probe import probe
+from edadm_cli.artifacts import Build, CollectRecord, Plan, RunFolder, shared_keys
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.shards import is_written, merge_parts, scratch_names, write_shard
 from edadm_cli.config import CollectConfig
@@ -42,7 +41,7 @@ def run(
     reporter = reporter or SilentReporter()
     processes = join(config.device)
     with processes.together():
-        task = _prepare(config, processes)
+        task = prepare(config, processes)
         for remark in task.model.remarks:
             reporter.warn(remark)
         with run_folder.build(task.plan(), force, processes) as build:
@@ -60,29 +59,12 @@ def run(
 
 def plan(config: CollectConfig, run_folder: RunFolder) -> Plan:
     """What `run` would build: whether it is there already is known without building it."""
-    return _prepare(config, ALONE).plan()
+    return prepare(config, ALONE).plan()
 
 
 def artifact_name(config: CollectConfig) -> None:
     """`None`: a run holds one artifact of this kind."""
     return None
-
-
-def estimate(config: CollectConfig, run_folder: RunFolder) -> Estimate:
-    """Estimate time, memory and disk from a few short samplings; nothing is written."""
-    started = time.monotonic()
-    task = _prepare(config, ALONE)
-    loading = time.monotonic() - started
-    found = probe(
-        task.model,
-        prompts=task.prompts,
-        num_steps=task.num_steps,
-        guidance_scale=task.guidance_scale,
-        num_trajectories=task.num_trajectories,
-        batch_size=task.batch_size,
-        feature_batch=task.feature_batch,
-    )
-    return found.model_copy(update={"seconds": found.seconds + loading})
 
 
 @dataclass(frozen=True)
@@ -136,7 +118,8 @@ class _Task:
         return Plan("collect", None, fields, self.config.seed, (), self.model.ref)
 
 
-def _prepare(config: CollectConfig, processes: Processes) -> _Task:
+def prepare(config: CollectConfig, processes: Processes) -> _Task:
+    """Loads the model and settles what the configuration leaves open."""
     device = resolve_device(processes.device_name(config.device))
     model = load_model(config.model, device, getattr(torch, config.dtype), prediction_type=config.prediction_type)
     if config.images is not None:

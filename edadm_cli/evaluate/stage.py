@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from edadm_cli.artifacts import (
     Build,
-    Estimate,
     EvaluateRecord,
     Evaluation,
     Metric,
@@ -21,7 +20,6 @@ from edadm_cli.evaluate.full_precision import full_precision_images
 from edadm_cli.evaluate.images import BATCH_PATTERN, SampledImages, sample_images
 from edadm_cli.evaluate.metrics import METRICS
 from edadm_cli.evaluate.outcome import write_outcome
-from edadm_cli.evaluate.probe import probe
 from edadm_cli.evaluate.request import Request, resolve
 from edadm_cli.processes import Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
@@ -72,15 +70,6 @@ def plan(config: EvaluateConfig, run_folder: RunFolder) -> Plan:
 def artifact_name(config: EvaluateConfig) -> str:
     """Returns the artifact's name within its kind."""
     return config.name
-
-
-def estimate(config: EvaluateConfig, run_folder: RunFolder) -> Estimate:
-    """Estimate time, memory and disk from two short samplings; nothing is written.
-
-    Raises:
-        InputError: What is to be evaluated is missing or broken.
-    """
-    return probe(resolve(config, run_folder))
 
 
 def _judging(config: EvaluateConfig, run: RunFolder) -> Judging:

@@ -11,7 +11,6 @@ from edadm_cli.artifacts import (
     Artifact,
     Build,
     EngineFiles,
-    Estimate,
     ExportFacts,
     ExportRecord,
     Parity,
@@ -37,8 +36,8 @@ from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.network import load_quant_params, quantize_network, unquantized
 
-_FLOAT_BYTES = 4
-_INTEGER_SAMPLING_LIMIT = 120.0  # seconds of sampling in quantize-dequantize, beyond which integers take too long
+FLOAT_BYTES = 4
+INTEGER_SAMPLING_LIMIT = 120.0  # seconds of sampling in quantize-dequantize, beyond which integers take too long
 
 
 def run(
@@ -96,30 +95,12 @@ def artifact_name(config: ExportConfig) -> str:
     return config.name
 
 
-def estimate(config: ExportConfig, run_folder: RunFolder) -> Estimate:
-    """Time a short sampling: the pipeline samples twice, and once more in integers where that is not too slow."""
-    source = run_folder.open("reconstruct", str(config.bits))
-    model, num_parameters = _quantized_model(config, run_folder, source)
-    collected = CollectedRun.open(run_folder)
-    started = time.monotonic()
-    _sample(config, model, collected, num_steps=1)
-    once = (time.monotonic() - started) * collected.num_steps
-    seconds = once * (4 if once <= _INTEGER_SAMPLING_LIMIT else 2)
-    weights = num_parameters * _FLOAT_BYTES / 2**20
-    if model.folder is not None:
-        files = sum(file.stat().st_size for file in model.folder.rglob("*") if file.is_file()) / 2**20
-    else:
-        parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        files = sum(parameter.nbytes for part in parts for parameter in part.parameters()) / 2**20
-    return Estimate(seconds=seconds, memory_mib=3 * weights, disk_mib=files)
-
-
 def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build, reporter: Reporter) -> Artifact:
     collected = CollectedRun.open(run)
     with reporter.task("export", 4) as advance:
-        model, num_parameters = _quantized_model(config, run, source)
+        model, num_parameters = quantized_model(config, run, source)
         started = time.monotonic()
-        before = _sample(config, model, collected)
+        before = sample_images(config, model, collected)
         seconds = time.monotonic() - started
         advance(1)
         for warning in write_pipeline(model, build.path, _quantization_config(config, source)):
@@ -129,14 +110,14 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         device = resolve_device(config.device)
         loaded = load_model(str(build.path), device, torch.float32, collected.entry)
         _require_coverage(loaded, source)
-        after = _sample(config, loaded, collected)
+        after = sample_images(config, loaded, collected)
         advance(1)
         calls = CalibrationSet.load(run.open("select")).call(range(1), device, torch.float32)
         errors = layer_parity(loaded.denoiser, *calls)
         integer = None
-        if seconds <= _INTEGER_SAMPLING_LIMIT:
+        if seconds <= INTEGER_SAMPLING_LIMIT:
             use_arithmetic(loaded.denoiser, "integer")
-            integer = _sample(config, loaded, collected)
+            integer = sample_images(config, loaded, collected)
         else:
             reporter.warn(
                 f"Sampling took {seconds:.0f} s, and exact integers are several times as slow: they were compared layer"
@@ -145,13 +126,13 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         parity = compare(before, after, integer, errors)
         advance(1)
     sizes = component_sizes(build.path)
-    sizes["denoiser_fp32"] = num_parameters * _FLOAT_BYTES / 2**20
+    sizes["denoiser_fp32"] = num_parameters * FLOAT_BYTES / 2**20
     sizes["ratio"] = sizes["denoiser_fp32"] / sizes[loaded.denoiser_name]
     ExportFacts(denoiser=loaded.denoiser_name, size_mib=sizes, parity=_parity(parity)).save(build.path)
     return build.commit(environment={"device": str(device)})
 
 
-def _quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int]:
+def quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int]:
     """The pipeline with the reconstruction's parameters in its denoiser, and how many weights it had before."""
     model = load_collected_model(run, resolve_device(config.device), torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
@@ -166,7 +147,10 @@ def _require_coverage(loaded: LoadedModel, source: Artifact) -> None:
         raise EdadmError(f"{len(missing)} planned layers are not quantized in the export: {', '.join(missing)}.")
 
 
-def _sample(config: ExportConfig, model: LoadedModel, collected: CollectedRun, num_steps: int | None = None) -> Samples:
+def sample_images(
+    config: ExportConfig, model: LoadedModel, collected: CollectedRun, num_steps: int | None = None
+) -> Samples:
+    """Samples the images that are compared, with the steps of the collection or with `num_steps`."""
     count, prompts = config.parity_samples, collected.prompts
     return sample(
         model,

@@ -15,6 +15,7 @@ from edadm_cli.quant.network import fill_layer
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
+from edadm_cli.reconstruct.capture_groups import next_group
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.forms import UnitForm, probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
@@ -157,20 +158,9 @@ class BlockReconstruction:
         return self.recipe.input_drop > 0
 
     def _capture_ahead(self, units: Sequence[Unit]) -> dict[str, UnitCalls]:
-        """Full-precision calls of as many of the next units as the budget holds, in one pass.
-
-        Beside them it must hold what one of these units needs while it learns.
-        """
-        rows, cache = self.batches.num_rows, self.place.cache
-        group: list[Unit] = []
-        calls = learning = 0
-        for unit in units:
-            form = self._forms[unit.name]
-            calls += form.call_bytes * rows
-            learning = max(learning, form.learning_bytes(self.recipe.layer_loss_weight > 0) * rows)
-            if group and not cache.fits(calls + learning):
-                break
-            group.append(unit)
+        """Full-precision calls of as many of the next units as the budget holds, in one pass."""
+        cache, with_layers = self.place.cache, self.recipe.layer_loss_weight > 0
+        group, learning = next_group(units, self._forms, self.batches.num_rows, with_layers, cache.fits)
         with self.network.full_precision():
             captured = capture_units(
                 self.network.denoiser,

@@ -17,7 +17,6 @@ from edadm_cli.artifacts import (
     Artifact,
     Build,
     Coverage,
-    Estimate,
     Loss,
     Plan,
     ReconstructRecord,
@@ -49,7 +48,6 @@ from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.learn import UnitResult
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import repeatable_convolutions
-from edadm_cli.reconstruct.probe import probe
 from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache, memory_budget
 from edadm_cli.reconstruct.setting import Setting
 
@@ -71,7 +69,7 @@ def run(
     started, reporter = time.monotonic(), reporter or SilentReporter()
     processes = join(config.device)
     with processes.together():
-        task = _resolve(config, run_folder, processes)
+        task = resolve_task(config, run_folder, processes)
         with run_folder.build(task.plan(), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
@@ -90,23 +88,12 @@ def run(
 
 def plan(config: ReconstructConfig, run_folder: RunFolder) -> Plan:
     """What `run` would build: whether it is there already is known without building it."""
-    return _resolve(config, run_folder, ALONE).plan()
+    return resolve_task(config, run_folder, ALONE).plan()
 
 
 def artifact_name(config: ReconstructConfig) -> str:
     """Returns the artifact's name within its kind."""
     return config.name
-
-
-def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
-    """Estimate time, memory and disk, from a forward of a few rows and every kind of work on a few units."""
-    started = time.monotonic()
-    task = _resolve(config, run_folder, ALONE)
-    with _arithmetic(task):
-        setting = _prepare(task)
-        loading = time.monotonic() - started
-        found = probe(setting, task.config.recipe.ranges, task.hyperparameters, task.memory_budget)
-    return found.model_copy(update={"seconds": found.seconds + loading})
 
 
 @dataclass(frozen=True)
@@ -131,7 +118,8 @@ class _Task:
         return Plan("reconstruct", str(config.bits), fields, config.seed, (self.selection,), model)
 
 
-def _resolve(config: ReconstructConfig, run: RunFolder, processes: Processes) -> _Task:
+def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes) -> _Task:
+    """Settles what the configuration leaves open, without loading the model."""
     selection = run.open("select")
     device = resolve_device(processes.device_name(config.device))
     if config.matmul == "tf32" and device.type != "cuda":
@@ -150,7 +138,8 @@ def _resolve(config: ReconstructConfig, run: RunFolder, processes: Processes) ->
     return _Task(config, run, selection, batch_size, hyperparameters, device, budget, processes)
 
 
-def _prepare(task: _Task) -> Setting:
+def prepare(task: _Task) -> Setting:
+    """Loads the denoiser and plans its layers and units."""
     config = task.config
     denoiser = load_collected_model(task.run, task.device, torch.float32).denoiser  # the rest of the pipeline is let go
     batches = Batches(CalibrationSet.load(task.selection), task.batch_size, task.device)
@@ -189,7 +178,7 @@ def _learning(found: list[Unit], config: ReconstructConfig) -> list[Unit]:
 
 
 @contextmanager
-def _arithmetic(task: _Task) -> Iterator[None]:
+def arithmetic(task: _Task) -> Iterator[None]:
     """Repeatable convolutions, and TF32 only where it is asked for."""
     matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, convolutions.allow_tf32
@@ -203,8 +192,8 @@ def _arithmetic(task: _Task) -> Iterator[None]:
 
 def _build(task: _Task, build: Build, reporter: Reporter) -> None:
     started, processes = time.monotonic(), task.processes
-    with _arithmetic(task):
-        setting = _prepare(task)
+    with arithmetic(task):
+        setting = prepare(task)
         warnings = _no_blocks(task, setting)
         for warning in warnings if processes.is_main else ():
             reporter.warn(warning)

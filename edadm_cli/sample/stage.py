@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from edadm_cli.artifacts import Artifact, Estimate, RunFolder, SampleRecord, explained_os_errors, shared_keys
+from edadm_cli.artifacts import Artifact, RunFolder, SampleRecord, explained_os_errors, shared_keys
 from edadm_cli.artifacts.files import atomic_path
 from edadm_cli.config import SampleConfig
 from edadm_cli.engines.files import load_on_engine
@@ -115,7 +115,7 @@ def run(
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
-    task = _prepare(config, run_folder)
+    task = prepare(config, run_folder)
     folder = _folder(config, run_folder)
     missing = [picture for picture in task.pictures if force or not _is_there(folder, picture)]
     if missing:
@@ -138,7 +138,7 @@ def finished(config: SampleConfig, run_folder: RunFolder) -> Artifact | None:
     folder = _folder(config, run_folder)
     if not folder.is_dir():
         return None
-    task = _prepare(config, run_folder)
+    task = prepare(config, run_folder)
     there = [_is_there(folder, picture) for picture in task.pictures]
     return Artifact(folder, task.export.manifest) if all(there) else None
 
@@ -148,27 +148,11 @@ def artifact_name(config: SampleConfig) -> str:
     return str(config.bits)
 
 
-def estimate(config: SampleConfig, run_folder: RunFolder) -> Estimate:
-    """Estimate time, memory and disk from a short sampling of one image; nothing is written."""
-    task = _prepare(config, run_folder)
-    pictures, model = task.pictures, _load(task, SilentReporter())
-    begin = time.perf_counter()
-    samples = _sample(model, [replace(pictures[0], num_steps=_PROBE_STEPS)])
-    seconds = (time.perf_counter() - begin) * pictures[0].num_steps / _PROBE_STEPS * len(pictures)
-    parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    weights = sum(parameter.nbytes for part in parts for parameter in part.parameters())
-    return Estimate(
-        seconds=seconds,
-        memory_mib=2 * weights / 2**20,
-        disk_mib=samples.images.nbytes * len(pictures) / 2**20,
-    )
-
-
 def _folder(config: SampleConfig, run: RunFolder) -> Path:
     return run.root / FOLDER / str(config.bits)
 
 
-def _prepare(config: SampleConfig, run: RunFolder) -> _Task:
+def prepare(config: SampleConfig, run: RunFolder) -> _Task:
     """Settle seed, prompt and sampler of each image."""
     if config.engine is not None:
         engine_of(config.engine).require(resolve_device(config.device))
@@ -210,7 +194,8 @@ def _prompts(config: SampleConfig, entry: ModelEntry, collected: list[str] | Non
     return collected
 
 
-def _load(task: _Task, reporter: Reporter) -> LoadedModel:
+def load(task: _Task, reporter: Reporter) -> LoadedModel:
+    """Loads the export, on its engine where one is named."""
     device = resolve_device(task.config.device)
     if task.config.engine is not None:
         return load_on_engine(task.run, task.export, engine_of(task.config.engine), device, task.dtype, reporter)
@@ -220,7 +205,8 @@ def _load(task: _Task, reporter: Reporter) -> LoadedModel:
     return model
 
 
-def _sample(model: LoadedModel, pictures: Sequence[Picture]) -> Samples:
+def sample_pictures(model: LoadedModel, pictures: Sequence[Picture]) -> Samples:
+    """Samples images that share steps and guidance."""
     first = pictures[0]
     prompts = None if first.prompt is None else [picture.prompt or "" for picture in pictures]
     samples = sample(
@@ -260,12 +246,12 @@ def _is_there(folder: Path, picture: Picture) -> bool:
 def _write_pictures(task: _Task, pictures: list[Picture], folder: Path, reporter: Reporter) -> None:
     with explained_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    model = _load(task, reporter)
+    model = load(task, reporter)
     size = task.config.batch_size
     with reporter.task(f"Sampling {task.config.bits}", len(pictures)) as advance:
         for start in range(0, len(pictures), size):
             batch = pictures[start : start + size]
-            for picture, image in zip(batch, _sample(model, batch).images, strict=True):
+            for picture, image in zip(batch, sample_pictures(model, batch).images, strict=True):
                 _save_png(folder / picture.file, image, picture.facts())
             advance(len(batch))
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from torch import Tensor
 from edadm_cli.artifacts import (
     Artifact,
     Build,
-    Estimate,
     Plan,
     RunFolder,
     Selection,
@@ -65,7 +62,7 @@ def run(
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
-    task = _prepare(config, run_folder)
+    task = prepare(config, run_folder)
     with run_folder.build(task.plan(), force) as build:
         is_done = build.up_to_date
         if not is_done:
@@ -85,31 +82,12 @@ def run(
 
 def plan(config: SelectConfig, run_folder: RunFolder) -> Plan:
     """What `run` would build: whether it is there already is known without building it."""
-    return _prepare(config, run_folder).plan()
+    return prepare(config, run_folder).plan()
 
 
 def artifact_name(config: SelectConfig) -> None:
     """`None`: a run holds one artifact of this kind."""
     return None
-
-
-def estimate(config: SelectConfig, run_folder: RunFolder) -> Estimate:
-    """Estimate time, memory and disk from sizes on disk and a timed part of the features."""
-    task = _prepare(config, run_folder)
-    shape, portions = _features(task.collected)
-    score_slices([next(portions)])  # the first call also warms up
-    again = next(portions, None)
-    start = time.perf_counter()
-    score_slices([next(_features(task.collected)[1]) if again is None else again])
-    seconds = (time.perf_counter() - start) * math.ceil(shape[1] / rows_at_once(shape))
-    seconds += _plotting_seconds(len(task.timesteps))
-    payload = {entry.path: entry.bytes for entry in task.collected.manifest.payload}
-    share = task.num_samples / task.num_trajectories
-    latents = [size for name, size in payload.items() if name.startswith("latents-")]
-    calibration = share * (sum(latents) / len(task.timesteps) + payload["condition.safetensors"])
-    portion = 8 * 3 * math.prod(shape[2:]) * shape[0] * rows_at_once(shape)
-    memory = portion + 2 * calibration + max(latents) + payload["condition.safetensors"]
-    return Estimate(seconds=seconds, memory_mib=memory / _MIB, disk_mib=calibration / _MIB)
 
 
 _EARLIER_QUANTILE = 0.5  # of version 0.1, whose artifacts do not name one: the lower median
@@ -163,16 +141,8 @@ class _Task:
         return Plan("select", None, fields, self.config.seed, (self.collected,), self.collected.manifest.model)
 
 
-def _plotting_seconds(num_steps: int) -> float:
-    """Time of the plot, most of it the import of its library."""
-    nothing = torch.zeros(num_steps)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        draw_selection(Path(folder) / PLOT_FILE, "", nothing, nothing, nothing, nothing.long())
-    return time.perf_counter() - start
-
-
-def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
+def prepare(config: SelectConfig, run: RunFolder) -> _Task:
+    """Opens the trajectories and settles what the configuration leaves open."""
     collected = CollectedRun.open(run)
     num_trajectories = collected.num_trajectories
     num_samples = config.num_samples or num_trajectories
@@ -203,7 +173,7 @@ def _prepare(config: SelectConfig, run: RunFolder) -> _Task:
 
 
 def _select(task: _Task, build: Build, reporter: Reporter) -> None:
-    shape, portions = _features(task.collected)
+    shape, portions = feature_slices(task.collected)
     with reporter.task("Comparing steps", math.ceil(shape[1] / rows_at_once(shape))) as advance:
         scores = score_slices(_counted(portions, advance))
     allocation = allocate(scores, task.num_samples, task.variety_weight, task.radius, task.quantile)
@@ -219,7 +189,7 @@ def _select(task: _Task, build: Build, reporter: Reporter) -> None:
     build.commit()
 
 
-def _features(collected: Artifact) -> tuple[tuple[int, ...], Iterator[Tensor]]:
+def feature_slices(collected: Artifact) -> tuple[tuple[int, ...], Iterator[Tensor]]:
     """Shape of the mid-block features, and their rows in portions, read one after the other."""
     path = collected.file("features.safetensors")
     shape = read_tensor_header(path)["features"].shape

@@ -11,6 +11,7 @@ from torch import Tensor
 from edadm_cli.artifacts import Artifact, RunFolder
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig, SelectConfig
+from edadm_cli.estimates import collect as collect_estimates
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.loading import load_model
 from edadm_cli.select import stage as select
@@ -46,7 +47,7 @@ def test_cuda_collects_what_the_cpu_collects(
             dtype=dtype,  # type: ignore[arg-type]
         )
         assert collect.run(config, run).status == "done"
-        assert collect.estimate(config, run).seconds > 0
+        assert collect_estimates.estimate(config, run).seconds > 0
         select.run(SelectConfig(strategy="uniform"), run)
     on_cpu, on_cuda = (latents_of(run.open("collect")) for run in runs.values())
     assert torch.equal(on_cpu[0], on_cuda[0])

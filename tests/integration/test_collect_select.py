@@ -20,6 +20,8 @@ from edadm_cli.artifacts import Artifact, RunFolder
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig, SelectConfig
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.estimates import collect as collect_estimates
+from edadm_cli.estimates import select as select_estimates
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.calls import DenoiserCall, record_calls
 from edadm_cli.models.loading import load_model
@@ -380,7 +382,7 @@ def test_an_estimate_writes_nothing_and_is_near(
     name: str, request: pytest.FixtureRequest, prompts: Path, tmp_path: Path
 ) -> None:
     run, config = RunFolder(tmp_path / "run"), config_of(request.getfixturevalue(name), prompts)
-    estimate = collect.estimate(config, run)
+    estimate = collect_estimates.estimate(config, run)
     assert not run.root.exists()
     start = time.perf_counter()
     collect.run(config, run)
@@ -389,7 +391,7 @@ def test_an_estimate_writes_nothing_and_is_near(
     assert estimate.memory_mib > 0
     on_disk = sum(path.stat().st_size for path in run.path("collect").rglob("*.safetensors")) / 2**20
     assert on_disk < 1.1 * estimate.disk_mib < 3 * on_disk + 0.1
-    chosen = select.estimate(SelectConfig(), run)
+    chosen = select_estimates.estimate(SelectConfig(), run)
     assert not run.path("select").exists()
     select.run(SelectConfig(), run)
     size = (run.path("select") / "calibration.safetensors").stat().st_size / 2**20

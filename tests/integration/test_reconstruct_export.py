@@ -15,6 +15,8 @@ from edadm_cli.artifacts import Artifact, RunFolder, load_tensors
 from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
 from edadm_cli.engines.reference import layer_parity, use_arithmetic
 from edadm_cli.errors import EdadmError, InputError, UsageError
+from edadm_cli.estimates import export as export_estimates
+from edadm_cli.estimates import reconstruct as reconstruct_estimates
 from edadm_cli.export import stage as export
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.loading import load_model
@@ -224,12 +226,12 @@ def test_estimates_write_nothing_and_are_near(tiny_ddpm: Path, fresh_run: FreshR
         return sorted(path for path in run.root.rglob("*") if not path.name.endswith(".lock"))
 
     before = files()
-    estimate = reconstruct.estimate(config_of(), run)
+    estimate = reconstruct_estimates.estimate(config_of(), run)
     assert files() == before
     seconds = reconstruct.run(config_of(), run).seconds
     assert seconds / 10 < estimate.seconds < 10 * seconds
     before = files()
-    assert export.estimate(ExportConfig(bits=BitWidth.parse("w4a8"), device="cpu"), run).seconds > 0
+    assert export_estimates.estimate(ExportConfig(bits=BitWidth.parse("w4a8"), device="cpu"), run).seconds > 0
     assert files() == before
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from edadm_cli.artifacts import Artifact, EvaluateRecord, RunFolder, load_tensors, save_tensors
 from edadm_cli.config import BitWidth, EvaluateConfig
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.estimates import evaluate as evaluate_estimates
 from edadm_cli.evaluate import images as images_module
 from edadm_cli.evaluate import stage
 from edadm_cli.models.loading import LoadedModel, load_model
@@ -213,7 +214,7 @@ def test_a_changed_parent_is_noticed(text_run: RunFolder, export_noisy: Exporter
 
 def test_estimate_writes_nothing(text_run: RunFolder) -> None:
     before = sorted(text_run.root.rglob("*"))
-    estimate = stage.estimate(_config(), text_run)
+    estimate = evaluate_estimates.estimate(_config(), text_run)
     assert estimate.seconds > 0
     assert estimate.disk_mib > 0
     assert sorted(text_run.root.rglob("*")) == before

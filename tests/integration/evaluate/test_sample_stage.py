@@ -15,6 +15,7 @@ from PIL import Image
 from edadm_cli.artifacts import Artifact, RunFolder
 from edadm_cli.config import BitWidth, SampleConfig
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.estimates import sample as sample_estimates
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.sampling import Samples, sample
 from edadm_cli.sample import stage
@@ -113,5 +114,5 @@ def test_a_missing_export_names_the_command_that_makes_it(pixel_run: RunFolder) 
 
 def test_estimate_writes_nothing(pixel_run: RunFolder) -> None:
     before = sorted(pixel_run.root.rglob("*"))
-    assert stage.estimate(_config(), pixel_run).seconds > 0
+    assert sample_estimates.estimate(_config(), pixel_run).seconds > 0
     assert sorted(pixel_run.root.rglob("*")) == before

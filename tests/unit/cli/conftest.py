@@ -71,11 +71,11 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStages:
         stage = SimpleNamespace(
             run=_make_run(fakes, name),
             plan=_plan_of(name),
-            estimate=_estimate_of(name),
             artifact_name=_name_of,
             finished=_finished_by(_plan_of(name)),
         )
         _install(monkeypatch, name, stage)
+        _install_estimate(monkeypatch, name, _estimate_of(name))
     _install(monkeypatch, "report", SimpleNamespace(run=_write_report))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EDADM_RUN", raising=False)
@@ -85,6 +85,10 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStages:
 def _install(monkeypatch: pytest.MonkeyPatch, name: str, stage: Any) -> None:
     monkeypatch.setitem(sys.modules, f"edadm_cli.{name}.stage", stage)
     monkeypatch.setattr(importlib.import_module(f"edadm_cli.{name}"), "stage", stage, raising=False)
+
+
+def _install_estimate(monkeypatch: pytest.MonkeyPatch, name: str, estimate: Callable[..., Estimate]) -> None:
+    monkeypatch.setitem(sys.modules, f"edadm_cli.estimates.{name}", SimpleNamespace(estimate=estimate))
 
 
 def _name_of(config: Any) -> str | None:

@@ -13,7 +13,7 @@ from edadm_cli.artifacts import Artifact, BenchRecord, Estimate, ModelRef, Plan,
 from edadm_cli.bench import STAGE
 from edadm_cli.cli.app import main
 from edadm_cli.config import BenchConfig
-from tests.unit.cli.conftest import FakeStages, _install
+from tests.unit.cli.conftest import FakeStages, _install, _install_estimate
 
 
 def record(run: RunFolder) -> BenchRecord:
@@ -64,8 +64,9 @@ def benches(stages: FakeStages, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def estimate(config: Any, run: RunFolder) -> Estimate:
         return Estimate(seconds=1, memory_mib=1, disk_mib=1)
 
-    stage = SimpleNamespace(run=run, estimate=estimate, finished=finished, artifact_name=lambda config: "w8a8-x-cpu")
+    stage = SimpleNamespace(run=run, finished=finished, artifact_name=lambda config: "w8a8-x-cpu")
     _install(monkeypatch, "bench", stage)
+    _install_estimate(monkeypatch, "bench", estimate)
     return seen
 
 
@@ -136,7 +137,6 @@ def test_a_dry_run_says_what_would_be_measured_again(benches: list[Any], capsys:
         "--batch-sizes 1,x",
         "--batch-sizes 0",
         "--size 3x",
-        "--against tensorrt",
         "--dtype int8",
         "--bits w9a8",
         "--roofline",

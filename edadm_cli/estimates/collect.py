@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.artifacts import Estimate
+from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.collect.recorder import BatchRecorder
+from edadm_cli.collect.stage import prepare
+from edadm_cli.config import CollectConfig
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.sampling import sample
+from edadm_cli.processes import ALONE
 
 _MIB = 2**20
 _PROBE_STEPS = 2
@@ -33,6 +36,23 @@ class _Probe:
     seconds: float
     largest_output_bytes: int
     recorder: BatchRecorder
+
+
+def estimate(config: CollectConfig, run_folder: RunFolder) -> Estimate:
+    """Estimates time, memory and disk from a few short samplings; nothing is written."""
+    started = time.monotonic()
+    task = prepare(config, ALONE)
+    loading = time.monotonic() - started
+    found = probe(
+        task.model,
+        prompts=task.prompts,
+        num_steps=task.num_steps,
+        guidance_scale=task.guidance_scale,
+        num_trajectories=task.num_trajectories,
+        batch_size=task.batch_size,
+        feature_batch=task.feature_batch,
+    )
+    return found.model_copy(update={"seconds": found.seconds + loading})
 
 
 def probe(

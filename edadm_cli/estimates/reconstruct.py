@@ -1,24 +1,30 @@
 """What a reconstruction would cost, from a short probe.
 
-Measured: one forward of a few rows with the time at which each unit begins and ends, and every kind of work on a few
-units (`timing`). The rest is arithmetic: the same work on the other units (`laws`), how many passes the memory budget
-takes, and how far into the denoiser each of them goes. Not counted are rows that are written to disk and read back.
+One forward of a few rows is measured, with the time at which each unit begins and ends, and every kind of work on a few
+units (`unit_timing`). The rest is arithmetic: the same work on the other units (`cost_model`), how many passes the
+memory budget takes, and how far into the denoiser each of them goes. Rows that are written to disk and read back are
+not counted.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from edadm_cli.artifacts import Estimate
+from edadm_cli.artifacts import Estimate, RunFolder
+from edadm_cli.config import ReconstructConfig
+from edadm_cli.estimates.cost_model import Law, Measure, Size
+from edadm_cli.estimates.unit_timing import Forward, Stopwatch, Timed, Work, kind_of, spread, time_forward, time_units
 from edadm_cli.models.units import Unit
+from edadm_cli.processes import ALONE
 from edadm_cli.recipe import RangeRecipe
+from edadm_cli.reconstruct.capture_groups import capture_groups
 from edadm_cli.reconstruct.forms import UnitForm
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
-from edadm_cli.reconstruct.laws import Law, Measure, Size
 from edadm_cli.reconstruct.learn import EVALUATED_ROWS
 from edadm_cli.reconstruct.setting import Setting
-from edadm_cli.reconstruct.timing import Forward, Stopwatch, Timed, Work, kind_of, spread, time_forward, time_units
+from edadm_cli.reconstruct.stage import arithmetic, prepare, resolve_task
 
 _MIB = 2**20
 _RANGING_S, _LEARNING_S = 6.0, 10.0  # no further unit is measured after that
@@ -37,6 +43,17 @@ _DEPENDS: dict[Work, tuple[Measure, ...]] = {
     "evaluation": ("forward", "weights"),
     "step": ("forward", "weights"),
 }
+
+
+def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
+    """Estimates time, memory and disk, from a forward of a few rows and every kind of work on a few units."""
+    started = time.monotonic()
+    task = resolve_task(config, run_folder, ALONE)
+    with arithmetic(task):
+        setting = prepare(task)
+        loading = time.monotonic() - started
+        found = probe(setting, task.config.recipe.ranges, task.hyperparameters, task.memory_budget)
+    return found.model_copy(update={"seconds": found.seconds + loading})
 
 
 def probe(setting: Setting, recipe: RangeRecipe, hyperparameters: Hyperparameters, memory_budget: int) -> Estimate:
@@ -64,24 +81,6 @@ def probe(setting: Setting, recipe: RangeRecipe, hyperparameters: Hyperparameter
         own_memory, own_disk = _room(setting, hyperparameters, forms, memory_budget)
         memory, disk = memory + own_memory, disk + own_disk
     return Estimate(seconds=seconds, memory_mib=memory / _MIB, disk_mib=disk / _MIB)
-
-
-def group_units(
-    learning: Sequence[Unit], forms: dict[str, UnitForm], rows: int, budget: int, with_layers: bool
-) -> list[list[Unit]]:
-    """Units that are captured in one pass."""
-    groups: list[list[Unit]] = []
-    calls = widest = 0
-    for unit in learning:
-        form = forms[unit.name]
-        calls += form.call_bytes * rows
-        widest = max(widest, form.learning_bytes(with_layers) * rows)
-        if groups and calls + widest <= budget:
-            groups[-1].append(unit)
-        else:
-            groups.append([unit])
-            calls, widest = form.call_bytes * rows, form.learning_bytes(with_layers) * rows
-    return groups
 
 
 class _Parts:
@@ -118,7 +117,7 @@ class _Parts:
         """All passes that capture something, in full precision and partly quantized; and the forms before them."""
         units, learning = self.setting.units, self.setting.learning
         a_row = 1 / self.forward.rows
-        groups = group_units(learning, forms, self.rows, memory_budget, self._with_layers)
+        groups = capture_groups(learning, forms, self.rows, memory_budget, self._with_layers)
         exact = a_row * sum(self.forward.ends[group[-1].name] for group in groups)
         quantized = frozen = 0.0  # of a call: all passes, and all units before the one
         for number, unit in enumerate(units):

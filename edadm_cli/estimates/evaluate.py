@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from edadm_cli.artifacts import Estimate
+from edadm_cli.artifacts import Estimate, RunFolder
+from edadm_cli.config import EvaluateConfig
 from edadm_cli.evaluate.full_precision import KIND, NAME
 from edadm_cli.evaluate.images import SamplingPlan
-from edadm_cli.evaluate.request import Request
+from edadm_cli.evaluate.request import Request, resolve
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.sampling import Samples, sample
 from edadm_cli.quant.layers import quantized_layers
@@ -24,6 +25,15 @@ _ACTIVATIONS = 2.0
 """Peak memory in multiples of the weights: them, and as much again for activations and decoding."""
 _COMPARISON_MIB = 200.0
 """Features of 10,000 real images, and the distances of 1,000 rows of them to all others."""
+
+
+def estimate(config: EvaluateConfig, run_folder: RunFolder) -> Estimate:
+    """Estimates time, memory and disk from two short samplings; nothing is written.
+
+    Raises:
+        InputError: What is to be evaluated is missing or broken.
+    """
+    return probe(resolve(config, run_folder))
 
 
 def probe(request: Request) -> Estimate:

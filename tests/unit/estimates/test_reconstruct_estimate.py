@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from edadm_cli.errors import InputError
+from edadm_cli.estimates import unit_timing
+from edadm_cli.estimates.cost_model import Law, Size
+from edadm_cli.estimates.reconstruct import probe
 from edadm_cli.models.units import Unit
 from edadm_cli.recipe import AttentionRecipe, Recipe
-from edadm_cli.reconstruct import timing
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Place
+from edadm_cli.reconstruct.capture_groups import capture_groups
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.forms import Shapes, noted_shapes, probe_units
-from edadm_cli.reconstruct.laws import Law, Size
-from edadm_cli.reconstruct.probe import group_units, probe
 from edadm_cli.reconstruct.rows import RowType
 from edadm_cli.reconstruct.setting import Setting
 
@@ -42,14 +43,14 @@ def _estimate(made: Any, setting: Setting, **changes: Any) -> Any:
 def by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward and work whose times are known: a second a row and unit, and between units; what a unit takes."""
 
-    def time_forward(denoiser: Any, units: Any, kept: Any, batches: Any) -> timing.Forward:
+    def time_forward(denoiser: Any, units: Any, kept: Any, batches: Any) -> unit_timing.Forward:
         one = batches.few(1)
         (args, kwargs), *_ = iter(one)
         with noted_shapes(denoiser, units) as shapes, torch.no_grad():
             denoiser(*args, **kwargs)
         begins = {unit.name: 2.0 * number + 1 for number, unit in enumerate(units)}
         ends = {name: begin + 1 for name, begin in begins.items()}
-        return timing.Forward(1, 2.0 * len(units) + 1, begins, ends, shapes, {})
+        return unit_timing.Forward(1, 2.0 * len(units) + 1, begins, ends, shapes, {})
 
     def time_units(units: Any, measure: Any, limit_s: float) -> dict[str, dict[str, tuple[int, float]]]:
         seconds = {"weights": 0.0, "activations": 3.0, "nearest": 0.0, "freeze": 0.0, "frozen": 2.0}
@@ -57,9 +58,9 @@ def by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
             seconds = {"setup": 0.0, "evaluation": 5.0, "step": 7.0}
         return {work: {unit.name: (1, spent) for unit in units} for work, spent in seconds.items()}
 
-    monkeypatch.setattr("edadm_cli.reconstruct.probe.time_forward", time_forward)
-    monkeypatch.setattr("edadm_cli.reconstruct.probe.time_units", time_units)
-    monkeypatch.setattr("edadm_cli.reconstruct.probe.spread", lambda units, setting: list(units))
+    monkeypatch.setattr("edadm_cli.estimates.reconstruct.time_forward", time_forward)
+    monkeypatch.setattr("edadm_cli.estimates.reconstruct.time_units", time_units)
+    monkeypatch.setattr("edadm_cli.estimates.reconstruct.spread", lambda units, setting: list(units))
 
 
 @pytest.mark.usefixtures("by_formula")
@@ -97,7 +98,7 @@ def test_units_that_learn_pay_for_those_before_them(make_setting: MakeSetting) -
 def test_passes_are_counted_as_they_are_made(make_setting: MakeSetting, tmp_path: Path, budget: int) -> None:
     made = make_setting(iterations=1)
     forms = probe_units(made.denoiser, made.units(), made.batches)
-    planned = group_units(made.units(), forms, ROWS, budget, with_layers=True)
+    planned = capture_groups(made.units(), forms, ROWS, budget, with_layers=True)
     place = Place(made.cache(tmp_path, budget), UnitCheckpoints(tmp_path))
     reconstruction = BlockReconstruction(
         made.network, made.plan, made.nearest(), made.batches, made.hyperparameters, 0, place
@@ -128,21 +129,21 @@ def test_a_probe_leaves_the_network_as_it_was(make_setting: MakeSetting, granula
 
 def test_every_kind_is_measured_and_of_each_the_lightest_first(make_setting: MakeSetting) -> None:
     setting = _setting(make_setting())
-    order = timing.spread(setting.units, setting)
-    kinds = {timing.kind_of(unit) for unit in setting.units}
+    order = unit_timing.spread(setting.units, setting)
+    kinds = {unit_timing.kind_of(unit) for unit in setting.units}
     assert {"Conv2d", "Linear", "ResnetBlock2D", "BasicTransformerBlock"} == kinds
-    first = {timing.kind_of(unit): setting.num_weights(unit) for unit in order[: len(kinds)]}
+    first = {unit_timing.kind_of(unit): setting.num_weights(unit) for unit in order[: len(kinds)]}
     assert set(first) == kinds
-    assert all(first[timing.kind_of(unit)] <= setting.num_weights(unit) for unit in setting.units)
+    assert all(first[unit_timing.kind_of(unit)] <= setting.num_weights(unit) for unit in setting.units)
     assert len(set(order)) == len(order) <= 12
 
 
 def test_units_are_measured_until_the_time_is_over(make_setting: MakeSetting, monkeypatch: pytest.MonkeyPatch) -> None:
     found, clock = make_setting().units(), iter(range(100))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    measured = timing.time_units(found, lambda unit: {"step": (4, 1.0)}, limit_s=2.0)
+    monkeypatch.setattr(unit_timing.time, "perf_counter", lambda: float(next(clock)))
+    measured = unit_timing.time_units(found, lambda unit: {"step": (4, 1.0)}, limit_s=2.0)
     assert list(measured["step"]) == [unit.name for unit in found[:6]]
-    assert len(timing.time_units(found, lambda unit: {"step": (4, 1.0)}, limit_s=-1.0)["step"]) == 4
+    assert len(unit_timing.time_units(found, lambda unit: {"step": (4, 1.0)}, limit_s=-1.0)["step"]) == 4
 
 
 def test_one_forward_shows_the_form_that_two_prove(make_setting: MakeSetting) -> None:

@@ -1,0 +1,46 @@
+"""What a selection would cost, from sizes on disk and a timed part of the features."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from edadm_cli.artifacts import Estimate, RunFolder
+from edadm_cli.config import SelectConfig
+from edadm_cli.select.plot import draw_selection
+from edadm_cli.select.stage import PLOT_FILE, feature_slices, prepare
+from edadm_cli.select.tdac import rows_at_once, score_slices
+
+_MIB = 2**20
+
+
+def estimate(config: SelectConfig, run_folder: RunFolder) -> Estimate:
+    """Estimates time, memory and disk from sizes on disk and a timed part of the features."""
+    task = prepare(config, run_folder)
+    shape, portions = feature_slices(task.collected)
+    score_slices([next(portions)])  # the first call also warms up
+    again = next(portions, None)
+    start = time.perf_counter()
+    score_slices([next(feature_slices(task.collected)[1]) if again is None else again])
+    seconds = (time.perf_counter() - start) * math.ceil(shape[1] / rows_at_once(shape))
+    seconds += _plotting_seconds(len(task.timesteps))
+    payload = {entry.path: entry.bytes for entry in task.collected.manifest.payload}
+    share = task.num_samples / task.num_trajectories
+    latents = [size for name, size in payload.items() if name.startswith("latents-")]
+    calibration = share * (sum(latents) / len(task.timesteps) + payload["condition.safetensors"])
+    portion = 8 * 3 * math.prod(shape[2:]) * shape[0] * rows_at_once(shape)
+    memory = portion + 2 * calibration + max(latents) + payload["condition.safetensors"]
+    return Estimate(seconds=seconds, memory_mib=memory / _MIB, disk_mib=calibration / _MIB)
+
+
+def _plotting_seconds(num_steps: int) -> float:
+    """Time of the plot, most of it the import of its library."""
+    nothing = torch.zeros(num_steps)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        draw_selection(Path(folder) / PLOT_FILE, "", nothing, nothing, nothing, nothing.long())
+    return time.perf_counter() - start
