@@ -40,6 +40,7 @@ class BatchRecorder:
         template: How the denoiser is called.
         branches: 2 with guidance, else 1.
         calls_per_step: 2 where each branch is a call of its own, else 1.
+        warnings: What the user should know about the guidance.
     """
 
     model: LoadedModel
@@ -53,6 +54,8 @@ class BatchRecorder:
     template: Template = field(default_factory=dict)
     branches: int = 1
     calls_per_step: int = 1
+    warnings: list[str] = field(default_factory=list)
+    _row_groups: int = 1
     _first: DenoiserCall | None = None
     _second: DenoiserCall | None = None
     _second_is_due: bool = False
@@ -75,6 +78,8 @@ class BatchRecorder:
         """The mid-block feature at each step, rows of the branch without the prompt first."""
         if not any(self._features):
             return []
+        if self.calls_per_step == 2 and self.branches == 1:
+            return [step[0] for step in self._features]
         if self.calls_per_step == 1:
             return [torch.cat(step) for step in self._features]
         return [torch.cat([step[-1], step[0]]) for step in self._features]
@@ -82,7 +87,12 @@ class BatchRecorder:
     @property
     def is_guided(self) -> bool:
         """Whether the denoiser was called in two branches, or got the scale of the guidance as an input."""
-        return self.branches == 2 or any(name in _GUIDANCE_INPUTS for name in (*self.condition, *self.constants))
+        is_called_twice = self.branches == 2 or self.calls_per_step == 2
+        return (
+            is_called_twice
+            or self._row_groups > 1
+            or any(name in _GUIDANCE_INPUTS for name in (*self.condition, *self.constants))
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns everything but the latents, by its name on disk."""
@@ -115,13 +125,21 @@ class BatchRecorder:
 
     def _keep_first(self, call: DenoiserCall) -> None:
         rows = call.sample.shape[0]
-        if rows not in (self.num_trajectories, 2 * self.num_trajectories):
+        if rows % self.num_trajectories != 0:
             raise InputError(
                 f"{self.model.ref.id} calls its denoiser with {rows} rows for {self.num_trajectories} "
-                "images; one row per image, or two with guidance, can be calibrated."
+                "images; as many rows for each image can be calibrated."
             )
         self._first, self.template = call, call.template
-        self.branches = rows // self.num_trajectories
+        self._row_groups = rows // self.num_trajectories
+        unconditional, conditional = self._order(call.sample)
+        if self._row_groups == 2 and torch.equal(unconditional, conditional):
+            self.branches = 2
+        elif self._row_groups > 1:
+            self.warnings.append(
+                f"{self.model.ref.id} guides with {self._row_groups} rows per image that have different samples; only "
+                "those with the prompt or the image calibrate."
+            )
         self._store(of_rows(call, self.branches, self._order))
 
     def _is_second(self, call: DenoiserCall) -> bool:
@@ -130,10 +148,10 @@ class BatchRecorder:
         assert first is not None
         if not is_due:
             return False
-        if self._second is not None:
+        if self._second is not None and call.sample.shape == self._second.sample.shape:
             is_second = difference(call, self._second) is None and difference(call, first) is not None
         else:
-            is_second = len(self.latents) == 1 and self.branches == 1 and are_branches(first, call)
+            is_second = len(self.latents) == 1 and self._row_groups == 1 and are_branches(first, call)
             if is_second:
                 self._keep_second(first, call)
         if is_second:
@@ -141,14 +159,15 @@ class BatchRecorder:
         return is_second
 
     def _keep_second(self, first: DenoiserCall, call: DenoiserCall) -> None:
+        self._second, self.calls_per_step = call, 2
         conditions = of_calls(first, call, family_of(self.model.denoiser).masks)
         if isinstance(conditions, str):
-            raise InputError(
-                f"{self.model.ref.id} guides by a second call per step, and {conditions} has another size or value in "
-                "it, so the two branches cannot be calibrated together.",
-                hint=_NO_GUIDANCE,
+            self.warnings.append(
+                f"{self.model.ref.id} guides by a second call per step, in which {conditions} has another size or "
+                "value; only the calls with the prompt calibrate."
             )
-        self._second, self.branches, self.calls_per_step = call, 2, 2
+            return
+        self.branches = 2
         self._store(conditions)
 
     def _store(self, conditions: Conditions) -> None:
@@ -165,20 +184,19 @@ class BatchRecorder:
             )
 
     def _on_feature(self, feature: Tensor) -> None:
-        rows = self.num_trajectories * self.branches // self.calls_per_step
-        feature = _by_rows(feature, rows)
-        if self.calls_per_step == 2 or self.branches == 1:
-            halves = [feature[: self.num_features]]
-        else:
-            halves = [half[: self.num_features] for half in self._order(feature)]
-        self._features[-1].extend(half.cpu() for half in halves)
+        unconditional, conditional = self._order(_by_rows(feature, self.num_trajectories * self._row_groups))
+        is_guided_by_rows = self.branches == 2 and self.calls_per_step == 1
+        parts = [unconditional, conditional] if is_guided_by_rows else [conditional]
+        self._features[-1].extend(part[: self.num_features].cpu() for part in parts)
 
     def _one_sample(self, sample: Tensor) -> Tensor:
-        """Returns the sample that both branches share."""
-        if self.branches == 1 or self.calls_per_step == 2:
-            return sample
+        """Returns the sample that both branches share, or that of the branch that calibrates.
+
+        Raises:
+            InputError: The branches shared their sample in the first step, and do so no longer.
+        """
         unconditional, conditional = self._order(sample)
-        if not torch.equal(unconditional, conditional):
+        if self.branches == 2 and not torch.equal(unconditional, conditional):
             raise InputError(
                 f"{self.model.ref.id}: the two guidance branches get different values of sample, "
                 "which cannot be calibrated together.",
@@ -187,12 +205,10 @@ class BatchRecorder:
         return conditional
 
     def _order(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the rows without the prompt and those with it; without guidance both are all rows."""
-        if self.branches == 1:
-            return tensor, tensor
-        first, second = tensor.chunk(2)
+        """Returns the rows without the prompt and those with it; without guidance in rows both are all rows."""
+        groups = tensor.chunk(self._row_groups)
         is_swapped = type(self.model.pipeline).__name__ in family_of(self.model.denoiser).conditional_first
-        return (second, first) if is_swapped else (first, second)
+        return (groups[-1], groups[0]) if is_swapped else (groups[0], groups[-1])
 
 
 def _by_rows(feature: Tensor, rows: int) -> Tensor:

@@ -189,7 +189,7 @@ def _warnings(task: _Task, recorder: BatchRecorder, samples: Samples) -> list[st
         InputError: `--guidance-scale` asked for guidance, and the denoiser was called as without it.
     """
     name = type(task.model.pipeline).__name__
-    warnings = [f"{name}: {first_sentence(ValueError(text))}" for text in samples.warnings]
+    warnings = [*recorder.warnings, *(f"{name}: {first_sentence(ValueError(text))}" for text in samples.warnings)]
     scale = task.guidance_scale
     if scale is None or scale <= 1 or recorder.is_guided:
         return warnings

@@ -97,6 +97,11 @@ class QuantizedLayer(nn.Module):
     in_channels, out_channels = in_features, out_features  # the names of `nn.Conv2d`
 
     @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, in the element type of the bias, for networks that read a layer's own (Z-Image)."""
+        return self._float_weight().to(torch.float32 if self.bias is None else self.bias.dtype)
+
+    @property
     def codes_dtype(self) -> torch.dtype:
         """Element type of `weight_codes`."""
         return torch.uint8 if is_packed(self.plan.weight_bits) else torch.int8

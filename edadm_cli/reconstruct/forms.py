@@ -20,6 +20,8 @@ from edadm_cli.models.units import Unit
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.rows import RowType
 
+_REPEATS = 1e-3  # rows of one call and of another differ by rounding
+
 
 @dataclass(frozen=True)
 class UnitForm:
@@ -67,9 +69,13 @@ class Shapes:
             InputError: Nothing that goes into the unit `name` has rows.
         """
 
-        def split(found: list[RowType]) -> tuple[tuple[bool, ...], tuple[RowType, ...]]:
-            mask = tuple(kind.shape[:1] == (rows,) for kind in found)
-            kinds = [RowType(kind.shape[1:], kind.dtype) for kind, own in zip(found, mask, strict=True) if own]
+        def split(tensors: list[RowType]) -> tuple[tuple[bool, ...], tuple[RowType, ...]]:
+            mask = tuple(kind.shape[:1] == (rows,) for kind in tensors)
+            if not any(mask):  # as of the frames of a clip: several entries per row
+                mask = tuple(
+                    kind.shape[:1] != () and kind.shape[0] > 0 and kind.shape[0] % rows == 0 for kind in tensors
+                )
+            kinds = [_row(kind, rows) for kind, has_rows in zip(tensors, mask, strict=True) if has_rows]
             return mask, tuple(kinds)
 
         input_mask, inputs = split(self.inputs)
@@ -87,7 +93,7 @@ def noted_shapes(denoiser: nn.Module, units: Sequence[Unit]) -> Iterator[dict[st
     def shapes(tree: Any) -> list[RowType]:
         tensors: list[Tensor] = []
         flatten(tree, tensors, itertools.repeat(True))
-        return [RowType(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        return [_note(tensor) for tensor in tensors]
 
     def inputs_into(note: Shapes) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -182,18 +188,40 @@ class _Place:
 _PLACE = _Place()
 
 
+def _row(kind: RowType, rows: int) -> RowType:
+    """Returns what a row is of a tensor for so many rows."""
+    entries, rest = kind.shape[0] // rows, kind.shape[1:]
+    return RowType(rest if entries == 1 else (entries, *rest), kind.dtype, entries)
+
+
 def _compare(name: str, one: list[RowType], two: list[RowType]) -> tuple[tuple[bool, ...], tuple[RowType, ...]]:
-    """Which tensors have rows, and what a row of those is, from calls of one row and of two."""
+    """Which tensors have rows, and what a row of those is, from calls of one row and of that row twice."""
     mask, kinds = [], []
     for first, second in zip(one, two, strict=True):
-        grows = first != second
+        grows = (first.shape, first.dtype) != (second.shape, second.dtype)
         if grows:
-            expected = [(count, *first.shape[1:]) for count in (1, 2)]
-            if [first.shape, second.shape] != expected or first.dtype != second.dtype:
+            count = first.shape[0] if first.shape else 0
+            is_multiple = count > 0 and second.shape == (2 * count, *first.shape[1:]) and first.dtype == second.dtype
+            # several entries per row follow each other only where the second half repeats the first
+            if not is_multiple or (count > 1 and not getattr(second, "repeats", False)):
                 raise InputError(
                     f"A tensor of '{name}' has shape {list(first.shape)} for one sample and {list(second.shape)} for "
-                    "two, so it has no row for each sample, and the unit cannot be reconstructed."
+                    "two, so it has no row for each sample, and the unit cannot be reconstructed.",
+                    hint=f'a recipe with [[layers]] pattern = "{name}*" and exclude = true leaves it in float',
                 )
-            kinds.append(RowType(first.shape[1:], first.dtype))
+            kinds.append(_row(first, 1))
         mask.append(grows)
     return tuple(mask), tuple(kinds)
+
+
+@dataclass(frozen=True)
+class _Noted(RowType):
+    """The type of a whole tensor, and whether its second half repeats its first."""
+
+    repeats: bool = field(default=False, compare=False)
+
+
+def _note(tensor: Tensor) -> RowType:
+    half, odd = divmod(tensor.shape[0] if tensor.ndim else 1, 2)
+    repeats = not odd and torch.allclose(tensor[:half], tensor[half:], rtol=_REPEATS, atol=_REPEATS)
+    return _Noted(tuple(tensor.shape), tensor.dtype, repeats=repeats)

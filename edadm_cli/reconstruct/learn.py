@@ -181,7 +181,7 @@ class UnitLearner:
         }
         self.layer_weights = self._weigh_layers()
         self.batch = MiniBatch([rows for group in groups.values() for rows in group], self.share.size, self.device)
-        tensors = iter(self.batch.tensors)
+        tensors = iter(self.batch.calls)
         self.groups = {name: [next(tensors) for _ in group] for name, group in groups.items()}
         self.rows = [0] * self.share.size
         self.batch.load(self.rows)  # a CUDA graph is warmed up on whatever is there
@@ -406,9 +406,9 @@ class UnitLearner:
 
 def _size(rows: Rows) -> float:
     """|x|^2 of the first rows, as `channel_loss` has it."""
-    found = rows.read(range(min(rows.count, EVALUATED_ROWS))).float()
-    return float(channel_loss(found, torch.zeros_like(found)))
+    first = rows.kind.joined(rows.read(range(min(rows.count, EVALUATED_ROWS)))).float()
+    return float(channel_loss(first, torch.zeros_like(first)))
 
 
 def _on_device(group: Sequence[Rows], places: Sequence[int], device: torch.device) -> list[Tensor]:
-    return [rows.read(places).to(device) for rows in group]
+    return [rows.kind.joined(rows.read(places).to(device)) for rows in group]

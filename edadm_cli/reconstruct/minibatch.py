@@ -18,6 +18,8 @@ class MiniBatch:
 
     Rows that lie in files are read ahead by a thread, on CUDA into pinned memory, while the step before computes.
 
+    `calls` has the same memory as `tensors`, in the shapes of a call.
+
     Args:
         sources: The tensors.
         size: Rows of a step.
@@ -27,6 +29,7 @@ class MiniBatch:
     def __init__(self, sources: Sequence[Rows], size: int, device: torch.device) -> None:
         self._sources, self._device = list(sources), device
         self.tensors = [torch.empty((size, *rows.kind.shape), dtype=rows.kind.dtype, device=device) for rows in sources]
+        self.calls = [rows.kind.joined(tensor) for rows, tensor in zip(sources, self.tensors, strict=True)]
         self._filed = [number for number, rows in enumerate(sources) if not rows.in_memory]
         pinned = device.type == "cuda"
         self._staging = [

@@ -28,10 +28,19 @@ _CPU_BUDGET_MIB = 4096
 
 @dataclass(frozen=True)
 class RowType:
-    """Shape and element type of one row."""
+    """Shape and element type of one row.
+
+    A row may be several consecutive entries of a tensor's first dimension: the frames of a clip, or the tokens of a
+    prompt where a network puts those of all prompts one after the other. Then `shape` begins with `entries`.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    entries: int = 1
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """Returns rows `[n, *shape]` as the tensor of a call, `[n * entries, ...]`; of one entry, as they are."""
+        return rows if self.entries == 1 else rows.flatten(0, 1)
 
     @property
     def bytes(self) -> int:
@@ -62,7 +71,7 @@ class Rows(ABC):
 
     @abstractmethod
     def write(self, places: Sequence[int], values: Tensor) -> None:
-        """Set some rows to `values`, `[len(places), *shape]`."""
+        """Set some rows to `values`, `[len(places), *shape]`, or as `RowType.joined` has them."""
 
     @abstractmethod
     def read(self, places: Sequence[int], out: Tensor | None = None) -> Tensor:
@@ -90,7 +99,7 @@ class MemoryRows(Rows):
 
     def write(self, places: Sequence[int], values: Tensor) -> None:
         """Copy on the device."""
-        self.tensor[self._index(places)] = values.to(self.kind.dtype)
+        self.tensor[self._index(places)] = values.to(self.kind.dtype).reshape(len(places), *self.kind.shape)
 
     def read(self, places: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Copy on the device."""

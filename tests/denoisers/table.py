@@ -66,7 +66,7 @@ ROWS = (
     Row(images.inpainting, "inpainting UNet, 9 channels", images=True),
     Row(images.instruct_pix2pix, "InstructPix2Pix, 8 channels", images=True),
     Row(images.stable_diffusion_xl, "Stable Diffusion XL"),
-    Row(images.xl_refiner, "Stable Diffusion XL refiner", images=True),
+    Row(images.xl_refiner, "Stable Diffusion XL refiner", call={"strength": 1.0}, images=True),
     Row(images.deepfloyd, "DeepFloyd IF, first stage"),
     Row(images.kandinsky22, "Kandinsky 2.2", call={"height": 16, "width": 16}),
     Row(images.pixels, "DDPM in pixel space"),

@@ -154,7 +154,7 @@ def stable_video() -> Any:
     )
     return d.StableVideoDiffusionPipeline(
         vae=vae,
-        image_encoder=parts.vision(32),
+        image_encoder=parts.vision(32, size=224),
         unet=unet,
         scheduler=d.EulerDiscreteScheduler(
             beta_schedule="scaled_linear",
@@ -162,7 +162,7 @@ def stable_video() -> Any:
             prediction_type="v_prediction",
             use_karras_sigmas=True,
         ),
-        feature_extractor=parts.image_processor(),
+        feature_extractor=parts.image_processor(224),
     )
 
 

@@ -68,6 +68,7 @@ CONDITIONAL = DenoiserFamily(
     denoisers=("UNet2DConditionModel",),
     blocks=BLOCKS,
     block_lists=(),
+    conditional_first=("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"),
     calls_per_step=1,
     example_call=_conditional,
 )

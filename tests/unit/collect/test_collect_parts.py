@@ -119,16 +119,23 @@ def test_the_step_that_is_not_finite_is_named() -> None:
             denoiser(torch.full((2, 1, 2, 2), float("inf")), 8)
 
 
-def test_branches_with_different_samples_are_refused() -> None:
+@pytest.mark.parametrize("groups", [2, 3])
+def test_branches_with_different_samples_leave_the_one_with_the_prompt(groups: int) -> None:
+    """As of pipelines whose unconditional branch gets no image either."""
     denoiser = Fake()
-    with recorder_of(denoiser, 2).recording(), pytest.raises(InputError, match="different values of sample"):
-        denoiser(torch.arange(4.0).reshape(4, 1, 1, 1), 9)
+    recorder = recorder_of(denoiser, 2)
+    with recorder.recording():
+        denoiser(torch.arange(2.0 * groups).reshape(-1, 1, 1, 1), 9)
+    assert recorder.branches == 1
+    assert recorder.latents[0].flatten().tolist() == [2.0 * groups - 2, 2.0 * groups - 1]
+    assert [feature.shape[0] for feature in recorder.features] == [1]
+    assert "have different samples" in recorder.warnings[0]
 
 
-def test_three_rows_an_image_are_refused() -> None:
+def test_rows_that_are_no_multiple_of_the_images_are_refused() -> None:
     denoiser = Fake()
-    with recorder_of(denoiser, 2).recording(), pytest.raises(InputError, match="6 rows for 2"):
-        denoiser(torch.zeros(6, 1, 2, 2), 9)
+    with recorder_of(denoiser, 2).recording(), pytest.raises(InputError, match="3 rows for 2"):
+        denoiser(torch.zeros(3, 1, 2, 2), 9)
 
 
 def test_two_calls_per_step_are_two_branches_with_the_prompt_first() -> None:
@@ -146,12 +153,17 @@ def test_two_calls_per_step_are_two_branches_with_the_prompt_first() -> None:
     assert [feature.shape[0] for feature in recorder.features] == [2, 2, 2]
 
 
-def test_a_second_call_with_another_length_needs_a_mask() -> None:
+def test_a_second_call_with_another_length_is_left_out_with_a_warning() -> None:
     denoiser = Fake()
-    with recorder_of(denoiser, 2).recording():
-        denoiser(torch.zeros(2, 1, 2, 2), 9, text=torch.ones(2, 3, 1))
-        with pytest.raises(InputError, match="guides by a second call per step, and text has another size"):
-            denoiser(torch.zeros(2, 1, 2, 2), 9, text=torch.zeros(2, 4, 1))
+    recorder = recorder_of(denoiser, 2)
+    with recorder.recording():
+        for timestep in (9, 8):
+            denoiser(torch.zeros(2, 1, 2, 2), timestep, text=torch.ones(2, 3, 1))
+            denoiser(torch.zeros(2, 1, 2, 2), timestep, text=torch.zeros(2, 4, 1))
+    assert (recorder.branches, len(recorder.latents)) == (1, 2)
+    assert recorder.is_guided
+    assert [feature.shape[0] for feature in recorder.features] == [1, 1]
+    assert "text has another size" in recorder.warnings[0]
 
 
 def test_a_shorter_prompt_is_padded_where_a_mask_hides_the_padding() -> None:

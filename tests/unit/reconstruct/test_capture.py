@@ -151,7 +151,7 @@ class _Positions(nn.Module):
         self.grows, self.block = grows, _Blend()
 
     def forward(self, sample: Tensor, timestep: Tensor, **_: Any) -> Tensor:
-        ids = torch.arange(float(ROWS) if not self.grows else 3.0 * len(sample))[:, None]
+        ids = torch.arange(float(ROWS) if not self.grows else 2.0 * len(sample) + 1)[:, None]
         out: Tensor = self.block(sample.flatten(1)[:, :4], ids)[0]
         return out
 
@@ -256,3 +256,38 @@ def test_values_that_are_not_finite_are_refused_by_name(make_setting: MakeSettin
         sentence = "the input of 'conv_in'"
     with pytest.raises(InputError, match=sentence):
         search_ranges(setting.denoiser, setting.traced, setting.plan, setting.recipe.ranges, setting.batches)
+
+
+class _Frames(nn.Module):
+    """Works on the frames of a clip, those of one clip after the other or those of one moment."""
+
+    def __init__(self, by_clip: bool) -> None:
+        super().__init__()
+        self.by_clip, self.block = by_clip, _Blend()
+
+    def forward(self, sample: Tensor, timestep: Tensor, **_: Any) -> Tensor:
+        frames = torch.stack([sample.flatten(1)[:, :4], 2 * sample.flatten(1)[:, :4]], dim=1 if self.by_clip else 0)
+        out: Tensor = self.block(frames.flatten(0, 1), torch.zeros(1, 1))[0]
+        return out
+
+
+def test_frames_of_a_clip_are_one_row(calibration: CalibrationSet, tmp_path: Path) -> None:
+    batches = Batches(calibration, 3, torch.device("cpu"))
+    model = _Frames(by_clip=True)
+    unit = Unit("block", "layer", model.block, ("block.scale",))
+    forms = probe_units(model, [unit], batches)
+    assert [(kind.shape, kind.entries) for kind in forms["block"].inputs] == [((2, 4), 2)]
+    cache = RowCache(tmp_path, 2**20, torch.device("cpu"))
+    (calls,) = capture_units(model, [unit], forms, batches, cache, with_outputs=True)
+    rows = calls.tensors[0].read([0, calls.rows - 1])
+    assert torch.equal(rows[:, 1], 2 * rows[:, 0])
+    args, _ = calls.call([calls.tensors[0].kind.joined(rows)])
+    assert args[0].shape == (4, 4)
+
+
+def test_frames_of_one_moment_are_no_rows(calibration: CalibrationSet) -> None:
+    model = _Frames(by_clip=False)
+    unit = Unit("block", "layer", model.block, ("block.scale",))
+    with pytest.raises(InputError, match="A tensor of 'block' has shape") as caught:
+        probe_units(model, [unit], Batches(calibration, 5, torch.device("cpu")))
+    assert "exclude = true" in str(caught.value.hint)
