@@ -174,14 +174,14 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute in the arithmetic that is set, in the dtype of `x`."""
-        quantizer = self.input_quantizer
-        if quantizer is not None and self.arithmetic == "integer":
-            return self._integer(x, quantizer)
-        if self.product is not None:
+        if self.product is not None and self.arithmetic == "fake-quantize":
             if self.product.runs(self):
                 return self.product(self, x)
             if not torch.compiler.is_compiling():
                 self.product.fall_back(self)
+        quantizer = self.input_quantizer
+        if quantizer is not None and self.arithmetic == "integer":
+            return self._integer(x, quantizer)
         if quantizer is not None:
             x = quantizer.fake_quantize(x)
         return self.operation(x, self._float_weight().to(x.dtype), self.bias)

@@ -184,7 +184,9 @@ def _reads(layer: Product) -> object:
     """What is equal for layers that take the same form of an input; `None` for one that takes a form of its own."""
     if isinstance(layer, IntegerLinear):
         return layer.quantizer.key
-    as_it_stands = isinstance(layer, FloatProduct) and layer.grid is None and layer.operation.kind == "linear"
+    as_it_stands = (
+        isinstance(layer, FloatProduct) and layer.input_quantizer is None and layer.operation.kind == "linear"
+    )
     return "as it stands" if as_it_stands else None
 
 

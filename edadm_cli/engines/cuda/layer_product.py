@@ -15,7 +15,7 @@ from torch import Tensor
 
 import edadm_kernels as kernels
 from edadm_cli.engines.cuda.layout import channels_last, image_of, quantizable, rows_of
-from edadm_cli.engines.cuda.lowering import refusal
+from edadm_cli.engines.cuda.lowering import product_refusal
 from edadm_cli.integrations.notices import say_once
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_kernels import pack
@@ -100,7 +100,7 @@ class KernelProduct:
             return f"the kernels do not run on {device.type}"
         if layer.plan.input_grid is None:
             return _FLOAT_INPUT
-        return (capability_refusal(device) if device.type == "cuda" else None) or refusal(layer)
+        return (capability_refusal(device) if device.type == "cuda" else None) or product_refusal(layer)
 
     def _fill(self, layer: QuantizedLayer) -> None:
         codes, zero_point, operation = layer.weight_int, layer.input_zero_point, layer.operation
@@ -128,6 +128,10 @@ class KernelProduct:
         """Codes of `x`, int8, in its shape."""
         bits = layer.plan.activation_bits
         assert bits is not None
+        if layer.transform is not None:
+            quantizer = layer.input_quantizer
+            assert quantizer is not None
+            x = quantizer.transformed(x)
         if not torch.compiler.is_compiling():
             return kernels.quantize(quantizable(x), layer.input_scale, layer.input_zero_point, bits)
         codes = torch.round(x.float() * _buffer(layer, "inverse_scale")) + _buffer(layer, "code_shift")

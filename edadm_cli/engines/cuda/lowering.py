@@ -20,12 +20,17 @@ Padding = tuple[int, int, int, int]
 
 
 def refusal(layer: QuantizedLayer) -> str | None:
-    """Why the kernels cannot run a layer, as half a sentence; `None` when they can."""
+    """Why the fused stages cannot run a layer, as half a sentence; `None` when they can."""
+    if layer.transform is not None:
+        return f"the fused stages do not have the transform '{layer.transform.name}' of its input"
+    return product_refusal(layer)
+
+
+def product_refusal(layer: QuantizedLayer) -> str | None:
+    """Why the kernels cannot multiply the codes of a layer, as half a sentence; `None` when they can."""
     operation = layer.operation
     if layer.plan.input_grid is None:
         return "its input stays in floating point"
-    if layer.transform is not None:
-        return f"the kernels do not have the transform '{layer.transform.name}' of its input"
     terms = torch.Size(layer.weight_shape[1:]).numel()
     if terms > kernels.MAX_TERMS:
         return f"a sum of {terms} products may not fit an int32"

@@ -14,7 +14,7 @@ from torch import nn
 
 from edadm_cli.engines.base import LayerExecution
 from edadm_cli.engines.cuda.layer_product import KernelProduct
-from edadm_cli.engines.cuda.lowering import refusal
+from edadm_cli.engines.cuda.lowering import product_refusal
 from edadm_cli.engines.listing import list_layers
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
@@ -48,7 +48,7 @@ def build_plain(
         if isinstance(layer, QuantizedAttention):
             return float_name, _ATTENTION_IS_FLOAT
         assert isinstance(layer, QuantizedLayer)
-        reason = refusal(layer)
+        reason = product_refusal(layer)
         return ("int8", None) if reason is None else (float_name, reason)
 
     return model, list_layers(denoiser, dtype, decide)

@@ -182,8 +182,7 @@ def _reason(error: Exception | None) -> str:
     """The sentence of an exporter's error that says what failed: no colours, no steps, no advice to its developers."""
     lines = [_ESCAPES.sub("", line).strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(_NO_REASONS)]
-    name = type(error.__cause__ or error).__name__
-    return lines[-1][:_LONGEST_REASON] if lines else name
+    return lines[-1][:_LONGEST_REASON] if lines else type(error).__name__
 
 
 def _free_dims(name: str, tensor: Tensor, rows: int, freedom: Freedom) -> list[int]:

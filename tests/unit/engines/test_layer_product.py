@@ -164,3 +164,24 @@ def test_what_the_kernels_cannot_run_says_so_once(
         "Layers of this exported denoiser compute in floating point on meta: "
         "the kernels have no convolution in 4 groups."
     ]
+
+
+@pytest.mark.parametrize("module", [CONVOLUTION, LINEAR], ids=["conv2d", "linear"])
+@torch.no_grad()
+def test_a_transform_of_the_input_is_part_of_the_product(module: nn.Module) -> None:
+    plan = LayerPlan(weight_bits=8, activation_bits=8, transform="input-channel-scale")
+    layer = quantized_layer(module, plan)
+    assert isinstance(layer, QuantizedLayer)
+    shape = layer.weight_shape
+    scales = {"input_channel_scale": torch.rand(shape[1]) + 0.5}
+    codes = torch.randint(-128, 128, shape)
+    layer.set_parameters(codes, torch.rand(shape[0]) + 0.1, torch.tensor(0.05), torch.tensor(120), **scales)
+    x = torch.randn(1, 6, 4, 4) if len(shape) == 4 else torch.randn(1, 20)
+    deploy(layer, ON_CPU)
+    assert layer.product is not None
+    assert layer.product.runs(layer)
+    found = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    layer.arithmetic = "integer"
+    assert relative_l2(found, layer(x)) < EXACT
+    assert relative_l2(compiled, layer(x)) < EXACT
