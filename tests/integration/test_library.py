@@ -14,18 +14,20 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_program_of_the_readme_runs(
-    tiny_ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As it stands there, but for a tiny model and a recipe that takes no time."""
     (tmp_path / "quick.toml").write_text('extends = "rtn"\n[ranges]\nnum_candidates = 4\n')
     (program,) = re.findall(r"^## As a library$.*?^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
     assert len(program.split("\n")) <= 13
-    small = f'model={str(tiny_ddpm)!r}, num_trajectories=4, num_steps=2, batch_size=4, device="cpu"'
-    for words, others in (('model="digits-sd"', small), ('load_recipe("default")', 'load_recipe("quick.toml")')):
-        assert program.count(words) == 1
-        program = program.replace(words, others)
+    small = f'{str(tiny_sd)!r}, num_trajectories=4, num_steps=2, batch_size=4, device="cpu", recipe="quick.toml"'
+    assert program.count('"digits-sd"') == 1
+    program = program.replace('"digits-sd"', small)
     monkeypatch.chdir(tmp_path)
     exec(compile(program, str(README), "exec"), {})
-    assert "images_bit_equal=True" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "images_bit_equal=True" in shown
+    assert "openvino" in shown
+    assert (tmp_path / "seven.png").is_file()
     folder = RunFolder(Path("runs/mine")).open("export", "w4a8").path
     assert DiffusionPipeline.from_pretrained(folder).unet.hf_quantizer.quantization_config.bits == "w4a8"

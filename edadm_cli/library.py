@@ -1,0 +1,169 @@
+"""The two calls that most programs need: `quantize` makes an export, `load` gives a pipeline that runs it.
+
+Both are attributes of `edadm_cli`. What they do in one call, the stages do one by one: each stage package exports a
+`STAGE` with `run(config, run_folder)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from edadm_cli import collect, export, reconstruct, select
+from edadm_cli.artifacts import (
+    CollectRecord,
+    ExportRecord,
+    ReconstructRecord,
+    RunFolder,
+    SelectRecord,
+)
+from edadm_cli.artifacts.inspection import run_of_artifact
+from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructConfig, SelectConfig
+from edadm_cli.errors import EdadmError, InputError
+from edadm_cli.progress import Reporter, SilentReporter
+from edadm_cli.recipe import load_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from edadm_cli.engines.base import Engine
+    from edadm_cli.models.loading import LoadedModel
+
+TORCH = "torch"
+"""What `load` calls the export as diffusers loads it, without an engine."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` made: the record of each stage, with the keys of the command's JSON object.
+
+    Attributes:
+        run: The run folder.
+        folder: The diffusers folder with the quantized pipeline.
+        collect: Record of the full-precision sampling.
+        select: Record of the calibration set.
+        reconstruct: Record of the quantization parameters.
+        export: Record of the export, with its sizes and its parity.
+    """
+
+    run: Path
+    folder: Path
+    collect: CollectRecord
+    select: SelectRecord
+    reconstruct: ReconstructRecord
+    export: ExportRecord
+
+
+def quantize(
+    model: str | Path,
+    *,
+    bits: str,
+    run: str | Path,
+    recipe: str | Path = "default",
+    device: str = "auto",
+    seed: int = 0,
+    force: bool = False,
+    reporter: Reporter | None = None,
+    **sampling: Any,
+) -> Quantized:
+    """Quantizes a model: collects, selects, reconstructs and exports, and skips what is up to date.
+
+    Args:
+        model: A known name, a diffusers folder, a hub id or a checkpoint file.
+        bits: Bits of weights and activations, such as `w4a8`.
+        run: The run folder, which is made if it is not there.
+        recipe: Name or TOML file of a recipe.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto`.
+        seed: Seed of everything random.
+        force: Whether artifacts are built again, and those with other settings replaced.
+        reporter: Receives progress and warnings; by default they are only kept in the records.
+        sampling: Further fields of `CollectConfig`, such as `num_trajectories` and `num_steps`.
+
+    Raises:
+        EdadmError: With one sentence, a hint and an exit code; `UsageError`, `InputError` and `MachineError` are its
+            kinds.
+    """
+    width, chosen, run_folder = BitWidth.parse(bits), load_recipe(str(recipe)), RunFolder(Path(run))
+    common: dict[str, Any] = {"device": device, "seed": seed}
+    options: dict[str, Any] = {"force": force, "reporter": reporter or SilentReporter()}
+    collecting = CollectConfig(model=str(model), **common, **sampling)
+    selecting = SelectConfig(**common, **chosen.select.model_dump(exclude_none=True))
+    reconstructing = ReconstructConfig(bits=width, recipe=chosen, **common)
+    exporting = ExportConfig(bits=width, **common)
+    return Quantized(
+        run=run_folder.root,
+        folder=export.STAGE.path(exporting, run_folder),
+        collect=cast(CollectRecord, collect.STAGE.run(collecting, run_folder, **options)),
+        select=cast(SelectRecord, select.STAGE.run(selecting, run_folder, **options)),
+        reconstruct=cast(ReconstructRecord, reconstruct.STAGE.run(reconstructing, run_folder, **options)),
+        export=cast(ExportRecord, export.STAGE.run(exporting, run_folder, **options)),
+    )
+
+
+def load(
+    folder: str | Path,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    dtype: str = "float32",
+    reporter: Reporter | None = None,
+) -> DiffusionPipeline:
+    """Loads an exported pipeline that generates with an engine, by default with the fastest one of this machine.
+
+    Args:
+        folder: The export, in its run folder or moved elsewhere.
+        engine: A name of `edadm engines`; `torch` for the export as diffusers loads it; `auto` for the engine of the
+            device where it can run the export, else `torch`.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto`.
+        dtype: Element type of what is not quantized.
+        reporter: Receives the warning that says why `auto` chose `torch`.
+
+    Returns:
+        The diffusers pipeline. Its attribute `edadm_engine` is the name of what runs the denoiser.
+
+    Raises:
+        InputError: There is no export in the folder, or it is broken.
+        MachineError: There is no such device, or the engine that is named cannot run here.
+        UsageError: There is no such engine.
+    """
+    import torch
+
+    from edadm_cli.engines.registry import default_engine
+    from edadm_cli.engines.registry import engine as engine_of
+    from edadm_cli.models.loading import load_model, resolve_device
+
+    path, place, reporter = Path(folder), resolve_device(device), reporter or SilentReporter()
+    if not (path / "model_index.json").is_file():
+        raise InputError(f"{path} holds no exported pipeline.", hint="edadm export")
+    element: torch.dtype = getattr(torch, dtype)
+    chosen = None if engine == TORCH else default_engine(place) if engine == "auto" else engine_of(engine)
+    model = None
+    if chosen is not None:
+        try:
+            model = _on_engine(path, chosen, place, element, reporter)
+        except EdadmError as error:
+            if engine != "auto":
+                raise
+            reporter.warn(f"The engine '{chosen.name}' cannot run {path}, and torch runs it: {error.message}")
+    pipeline = (model or load_model(str(path), place, element)).pipeline
+    pipeline.edadm_engine = chosen.name if chosen is not None and model is not None else TORCH
+    return cast("DiffusionPipeline", pipeline)
+
+
+def _on_engine(path: Path, engine: Engine, device: torch.device, dtype: torch.dtype, reporter: Reporter) -> LoadedModel:
+    """The export on an engine: from the engine's files in its run, elsewhere compiled for a usual call."""
+    from edadm_cli.engines.base import EngineOptions
+    from edadm_cli.engines.files import load_on_engine
+    from edadm_cli.engines.pipeline import put_on_engine
+    from edadm_cli.models.example_calls import example_call
+    from edadm_cli.models.loading import load_model
+
+    run_folder, kind, name = run_of_artifact(path)
+    if run_folder is not None and kind == "export" and run_folder.has("select"):
+        return load_on_engine(run_folder, run_folder.open("export", name), engine, device, dtype, reporter)
+    engine.require(device)
+    model = load_model(str(path), device, dtype)
+    args, kwargs = example_call(model.denoiser, batch_size=1)
+    return put_on_engine(model, engine.compile(model.denoiser, args, kwargs, EngineOptions(device, dtype)))

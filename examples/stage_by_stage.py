@@ -1,0 +1,24 @@
+"""Runs the stages one by one, and reads the artifact of one of them.
+
+python examples/stage_by_stage.py [MODEL] [RUN]
+"""
+
+import sys
+from pathlib import Path
+
+from edadm_cli import collect, select
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.config import CollectConfig, SelectConfig
+
+model = sys.argv[1] if len(sys.argv) > 1 else "digits-sd"
+run_folder = RunFolder(Path(sys.argv[2] if len(sys.argv) > 2 else "runs/example"))
+
+config = CollectConfig(model=model, num_trajectories=8, num_steps=4, batch_size=4)
+print(collect.STAGE.estimate(config, run_folder))
+collect.STAGE.run(config, run_folder)
+record = select.STAGE.run(SelectConfig(strategy="uniform"), run_folder)
+print(f"samples per sampler step: {record.counts}")
+
+artifact = run_folder.open("select")
+tensors = artifact.tensors("calibration.safetensors", ["sample", "timestep"])
+print(f"calibration set {tuple(tensors['sample'].shape)}, identity {artifact.identity[:12]}")
