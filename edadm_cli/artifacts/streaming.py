@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     import torch
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_NAMES = {
+    "float64": "F64",
+    "int64": "I64",
+    "float32": "F32",
+    "int32": "I32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 _ALIGNMENT = 8
 
 
@@ -67,28 +79,52 @@ def stream_tensors(path: Path, tensors: Mapping[str, Streamed]) -> None:
 
 def whole(tensor: torch.Tensor) -> Streamed:
     """A tensor in memory."""
-    names = {"float64": "F64", "int64": "I64", "float32": "F32", "int32": "I32", "float16": "F16", "bfloat16": "BF16"}
-    names |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
-    dtype = names[str(tensor.dtype).removeprefix("torch.")]
+    dtype = _NAMES[str(tensor.dtype).removeprefix("torch.")]
     return Streamed(TensorInfo(dtype=dtype, shape=tuple(tensor.shape)), lambda: [tensor])
 
 
-def joined(paths: Sequence[Path], name: str, dim: int) -> Streamed:
-    """The concatenation of a tensor of several files along dimension 0 or 1, read when it is written."""
+def torch_type(name: str) -> torch.dtype:
+    """The element type that safetensors calls `name`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, next(key for key, value in _NAMES.items() if value == name))
+    return dtype
+
+
+def joined(paths: Sequence[Path], name: str, dim: int, shape: Sequence[int] | None = None) -> Streamed:
+    """The concatenation of a tensor of several files along dimension 0 or 1, read when it is written.
+
+    Args:
+        paths: The files.
+        name: The tensor's name in each of them.
+        dim: The dimension.
+        shape: The shape of the dimensions after `dim`; a tensor that is smaller is padded with zeros. `None`: all have
+            the shape of the first.
+    """
     infos = [read_tensor_header(path)[name] for path in paths]
-    shape = list(infos[0].shape)
-    shape[dim] = sum(info.shape[dim] for info in infos)
+    row = tuple(infos[0].shape[dim + 1 :] if shape is None else shape)
+    rows = sum(info.shape[dim] for info in infos)
 
     def pieces() -> Iterator[torch.Tensor]:
         if dim == 0:
             for path in paths:
-                yield from slices(path, name, 0, 1)
+                yield from (padded(piece, row) for piece in slices(path, name, 0, 1))
             return
-        for index in range(shape[0]):
+        for index in range(infos[0].shape[0]):
             for path in paths:
-                yield read_slice(path, name, (slice(index, index + 1),))
+                yield padded(read_slice(path, name, (slice(index, index + 1),)), row)
 
-    return Streamed(TensorInfo(dtype=infos[0].dtype, shape=tuple(shape)), pieces)
+    return Streamed(TensorInfo(dtype=infos[0].dtype, shape=(*infos[0].shape[:dim], rows, *row)), pieces)
+
+
+def padded(tensor: torch.Tensor, row: Sequence[int]) -> torch.Tensor:
+    """The tensor with its last dimensions extended by zeros to those of `row`."""
+    import torch
+
+    missing = [size - present for size, present in zip(row, tensor.shape[-len(row) :], strict=True)] if row else []
+    if not any(missing):
+        return tensor
+    return torch.nn.functional.pad(tensor, [side for size in reversed(missing) for side in (0, size)])
 
 
 def slices(path: Path, name: str, dim: int, size: int) -> Iterator[torch.Tensor]:

@@ -85,6 +85,11 @@ class BatchRecorder:
         return [torch.cat([step[-1], step[0]]) for step in self._features]
 
     @property
+    def rows(self) -> int:
+        """Rows of the sample in each call of the denoiser."""
+        return self.num_trajectories * self._row_groups
+
+    @property
     def is_guided(self) -> bool:
         """Whether the denoiser was called in two branches, or got the scale of the guidance as an input."""
         is_called_twice = self.branches == 2 or self.calls_per_step == 2

@@ -7,19 +7,19 @@ several processes can write them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from edadm_cli.artifacts import load_tensors, read_model, read_tensor_header, save_json, save_tensors
-from edadm_cli.artifacts.streaming import joined, stream_tensors, whole
+from edadm_cli.artifacts import TensorInfo, load_tensors, read_model, save_json, save_tensors
+from edadm_cli.artifacts.streaming import Streamed, joined, padded, stream_tensors, torch_type, whole
+from edadm_cli.collect.merging import FEATURES, TIMESTEPS, Batch, Merged, merge, per_row
 from edadm_cli.collect.recorder import BatchRecorder
-from edadm_cli.errors import InputError
-from edadm_cli.models.calibration import CONSTANT, CallForm
+from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
 
 CONDITION_FILE = "condition.safetensors"
 FEATURES_FILE = "features.safetensors"
-_SHARED = ("timesteps", CONSTANT)
 
 
 def latents_name(index: int) -> str:
@@ -49,10 +49,23 @@ def scratch_names(index: int) -> tuple[str, str]:
 
 def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -> None:
     """Write one batch."""
-    form = CallForm.model_validate({"branches": recorder.branches, "dtype": dtype, "template": recorder.template})
+    template = per_row(recorder.template, recorder.rows)
+    form = CallForm.model_validate({"branches": recorder.branches, "dtype": dtype, "template": template})
     save_json(folder / call_name(index), form.model_dump(mode="json"))
     save_tensors(folder / part_name(index), recorder.tensors())
     save_tensors(folder / latents_name(index), {"latents": torch.stack(recorder.latents)})
+
+
+def require_mergeable(folder: Path, first: int, index: int) -> None:
+    """Compare two batches that are written, so that what cannot be merged is refused before the others are sampled.
+
+    Once all are merged, their scratch files may be gone, and nothing is compared.
+
+    Raises:
+        InputError: They do not fit into one set.
+    """
+    if all((folder / part_name(number)).is_file() for number in (first, index)):
+        merge([_batch(folder, first), _batch(folder, index)])
 
 
 def merge_parts(folder: Path, num_shards: int) -> None:
@@ -61,30 +74,44 @@ def merge_parts(folder: Path, num_shards: int) -> None:
     The parts are copied piece by piece: neither the conditions nor the features of all batches are ever in memory.
 
     Raises:
-        InputError: Timesteps, constants or the form of the denoiser's calls differ between batches.
+        InputError: The batches do not fit into one set.
     """
     if all((folder / name).is_file() for name in (CallForm.FILE, CONDITION_FILE, FEATURES_FILE)):
         return
-    parts = [folder / part_name(index) for index in range(num_shards)]
-    call = read_model(folder / call_name(0), CallForm)
-    for index in range(num_shards):
-        if read_model(folder / call_name(index), CallForm) != call:
-            raise InputError(
-                f"The denoiser is called differently in batch {index} than before, so its calls cannot be put into "
-                "one set.",
-                hint="another --batch-size",
-            )
-    names = [name for name in read_tensor_header(parts[0]) if name != "features"]
-    shared = [name for name in names if name.startswith(_SHARED)]
-    first = load_tensors(parts[0], shared)
-    for part in parts[1:]:
-        for name, tensor in load_tensors(part, shared).items():
-            if not torch.equal(tensor, first[name]):
-                raise InputError(f"'{name}' differs between batches of trajectories, which cannot be put into one set.")
-    timesteps = first.pop("timesteps")
-    condition = {name: joined(parts, name, 0) for name in names if name not in shared}
-    stream_tensors(folder / CONDITION_FILE, {**condition, **{name: whole(tensor) for name, tensor in first.items()}})
-    with_features = [part for part in parts if "features" in read_tensor_header(part)]
-    features = joined(with_features, "features", 1)
-    stream_tensors(folder / FEATURES_FILE, {"features": features, "timesteps": whole(timesteps)})
-    call.save(folder)
+    batches = [_batch(folder, index) for index in range(num_shards)]
+    merged = merge(batches)
+    streams = {
+        prefix + name: _joined(batches, prefix, name, merged)
+        for prefix in (CONDITION, UNCONDITIONAL)[: merged.form.branches]
+        for name in merged.conditions
+    }
+    constants = [CONSTANT + name for name in merged.form.template.constants]
+    streams |= {name: whole(tensor) for name, tensor in load_tensors(batches[0].path, constants).items()}
+    stream_tensors(folder / CONDITION_FILE, streams)
+    featured = [batch.path for batch in batches if FEATURES in batch.tensors]
+    features = joined(featured, FEATURES, 1, merged.features.shape)
+    timesteps = load_tensors(batches[0].path, [TIMESTEPS])[TIMESTEPS]
+    stream_tensors(folder / FEATURES_FILE, {FEATURES: features, TIMESTEPS: whole(timesteps)})
+    merged.form.save(folder)
+
+
+def _batch(folder: Path, index: int) -> Batch:
+    return Batch.open(read_model(folder / call_name(index), CallForm), folder / part_name(index), index)
+
+
+def _joined(batches: Sequence[Batch], prefix: str, name: str, merged: Merged) -> Streamed:
+    """A condition of all batches, padded with zeros; a mask that a batch lacks is ones over its states."""
+    info, paths = merged.conditions[name], [batch.path for batch in batches]
+    if name not in merged.masks:
+        return joined(paths, prefix + name, 0, info.shape)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for batch in batches:
+            if prefix + name in batch.tensors:
+                yield padded(load_tensors(batch.path, [prefix + name])[prefix + name], info.shape)
+            else:
+                states = batch.tensors[prefix + merged.masks[name]]
+                yield padded(torch.ones(states.shape[:2], dtype=torch_type(info.dtype)), info.shape)
+
+    rows = sum(batch.tensors[prefix + merged.masks[name]].shape[0] for batch in batches)
+    return Streamed(TensorInfo(dtype=info.dtype, shape=(rows, *info.shape)), pieces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from edadm_cli.artifacts import Build, CollectRecord, Plan, RunFolder, shared_keys
 from edadm_cli.collect.recorder import BatchRecorder
-from edadm_cli.collect.shards import is_written, merge_parts, scratch_names, write_shard
+from edadm_cli.collect.shards import is_written, merge_parts, require_mergeable, scratch_names, write_shard
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import Sampling, SchedulerFacts
@@ -144,11 +145,12 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
 
 def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter) -> None:
     """Sample the shards, each in one of the processes, and put together what they share."""
-    shards = range(processes.index, task.num_shards, processes.count)
+    shards = _in_order(task, range(processes.index, task.num_shards, processes.count))
     with reporter.task("Sampling trajectories", sum(len(task.seeds(shard)) for shard in shards)) as advance:
         for shard in shards:
             if not is_written(build.path, shard):
                 _sample_shard(task, build.path, shard, reporter)
+            require_mergeable(build.path, shards[0], shard)
             processes.check()
             advance(len(task.seeds(shard)))
     processes.wait()
@@ -160,6 +162,17 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         build.commit(environment={"device": name, "processes": processes.count})
     processes.wait()
+
+
+def _in_order(task: _Task, shards: Iterable[int]) -> list[int]:
+    """Shards in the order in which they are sampled: a last one that is smaller is the second.
+
+    Whether its calls fit those of the others is then known before the others are sampled.
+    """
+    ordered = list(shards)
+    if len(ordered) > 2 and len(task.seeds(ordered[-1])) != len(task.seeds(ordered[0])):
+        ordered.insert(1, ordered.pop())
+    return ordered
 
 
 def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> None:

@@ -35,8 +35,9 @@ _TENSOR_MARKS = (_MARK + SAMPLE, _MARK + TIMESTEP, _MARK + "tensor")
 Template = dict[str, Any]
 """`{"args": [...], "kwargs": {...}, "constants": [names], "dtypes": {name: dtype}}`. A one-entry object whose
 key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`), a tuple
-(`{"$tuple": [...]}`), a list of the rows of a tensor (`{"$rows": place}`), or a list of rows of different length
-(`{"$ragged": name}`: the rows are padded with zeros, and the tensor `name.lengths` holds the length of each)."""
+(`{"$tuple": [...]}`), a list of the rows of a tensor (`{"$rows": place}`), a list with one equal item per row
+(`{"$each": item}`), or a list of rows of different length (`{"$ragged": name}`: the rows are padded with zeros, and the
+tensor `name.lengths` holds the length of each)."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def build_call(
             if key == "$ragged":
                 lengths = tensors[_lengths(value)].tolist()
                 return [row[:length] for row, length in zip(tensors[value], lengths, strict=True)]
+            if key == "$each":
+                return [decode(value) for _ in range(sample.shape[0])]
         return {key: decode(value) for key, value in node.items()}
 
     return tuple(decode(item) for item in template["args"]), {k: decode(v) for k, v in template["kwargs"].items()}

@@ -41,8 +41,8 @@ from edadm_cli.config import CollectConfig
 
 write_shard = stage.write_shard
 def slow(folder, index, recorder, dtype):
-    if index == 2:
-        print("in shard 2", flush=True)
+    if index == 1:  # the smaller one, 2, comes before it
+        print("in the last shard", flush=True)
         time.sleep(600)
     write_shard(folder, index, recorder, dtype)
 stage.write_shard = slow
@@ -229,7 +229,7 @@ def test_a_killed_collect_goes_on_at_its_shard_and_ends_with_the_same_bytes(
     run = RunFolder(tmp_path / "killed")
     config = config_of(tiny_sd, prompts)
     running = fresh_interpreter.start(KILLED_RUN, config.model_dump_json(), run.root)
-    assert running.stdout.readline() == "in shard 2\n"
+    assert running.stdout.readline() == "in the last shard\n"
     assert running.kill() == -signal.SIGKILL
     running.close()
     assert not run.path("collect").exists()

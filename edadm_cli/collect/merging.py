@@ -1,0 +1,278 @@
+"""One form and one shape for what batches of trajectories recorded, also where pipelines pad prompts to each batch.
+
+Many pipelines pad prompts to the longest of the batch, so that the text states of two batches differ in length. With
+a mask (1: a token; 0: padding) the shorter ones are padded further: states with zeros, the mask with 0. Such a mask is
+passed only where a batch has padding, so that one may be missing or null in some batches, or in all; it is ones there.
+Without a mask, padding would change what the network computes, and the batches are refused.
+
+Mid-block features are padded with zeros, which changes neither the order of the distances between steps nor, once
+they are normalised, the scores of TDAC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edadm_cli.artifacts import TensorInfo, load_tensors, read_tensor_header
+from edadm_cli.errors import InputError
+from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
+
+FEATURES = "features"
+TIMESTEPS = "timesteps"
+_MASK = "mask"
+_SUFFIX = "_mask"
+_SIZE_HINT = "another --batch-size: one that divides --num-trajectories, or that takes all at once"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one batch recorded: the form of its calls, and its tensors by name in a file.
+
+    Args:
+        form: How the denoiser is called.
+        path: The file of the tensors.
+        tensors: Their types and shapes.
+        index: Which batch it is, for messages.
+    """
+
+    form: CallForm
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    index: int
+
+    @classmethod
+    def open(cls, form: CallForm, path: Path, index: int) -> Batch:
+        """Read the header of a batch's file."""
+        return cls(form, path, read_tensor_header(path), index)
+
+    @property
+    def branches(self) -> list[Branch]:
+        """Its conditions, by branch of guidance."""
+        prefixes = (CONDITION, UNCONDITIONAL)[: self.form.branches]
+        return [Branch(self, prefix) for prefix in prefixes]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The conditions of a batch in one branch of guidance.
+
+    Args:
+        batch: The batch.
+        prefix: What the names of the conditions begin with in the file.
+    """
+
+    batch: Batch
+    prefix: str
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Type and shape of a condition; `None` where it was not passed."""
+        return self.batch.tensors.get(self.prefix + name)
+
+    def length(self, name: str) -> int | None:
+        """Size of a condition's dimension 1; `None` where it has none or was not passed."""
+        info = self.info(name)
+        return None if info is None or len(info.shape) < 2 else info.shape[1]
+
+    def tensor(self, name: str) -> Tensor:
+        """A condition."""
+        return load_tensors(self.batch.path, [self.prefix + name])[self.prefix + name]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What all batches have in common.
+
+    Args:
+        form: How the denoiser is called.
+        conditions: Type and shape of one row of each condition, the same in both branches of guidance.
+        features: Type and shape of the features of one step and row.
+        masks: Masks that may be missing from a batch, and the condition whose length they have there.
+    """
+
+    form: CallForm
+    conditions: dict[str, TensorInfo]
+    features: TensorInfo
+    masks: dict[str, str]
+
+
+def merge(batches: Sequence[Batch]) -> Merged:
+    """Find the form and the shapes into which every batch fits.
+
+    Raises:
+        InputError: There are none: timesteps, constants, types or the form of the calls differ, or lengths differ
+            without a mask.
+    """
+    _require_equal_tensors(batches)
+    branches = [branch for batch in batches for branch in batch.branches]
+    form = _common_form(batches, branches)
+    masks = _missing_masks(branches, form)
+    names = [name for name in form.template.dtypes if name not in form.template.constants]
+    conditions = {name: _condition(name, branches, masks) for name in names}
+    featured = [(batch.tensors[FEATURES], batch) for batch in batches if FEATURES in batch.tensors]
+    features = _common_info(FEATURES, featured, fixed=(0, 2))
+    return Merged(form, conditions, TensorInfo(dtype=features.dtype, shape=features.shape[2:]), masks)
+
+
+def _common_form(batches: Sequence[Batch], branches: Sequence[Branch]) -> CallForm:
+    """The form of the batch that passes most tensors, if the others differ from it in null masks only."""
+    fullest = max(batches, key=lambda batch: len(batch.form.template.dtypes))
+    for batch in batches:
+        if not _is_like(batch.form, fullest.form):
+            raise InputError(
+                f"The denoiser is called differently in batch {batch.index} than in batch {fullest.index} of the"
+                " trajectories, so that their calls cannot be put into one set.",
+                hint=_SIZE_HINT,
+            )
+    return _with_masks(fullest.form, branches)
+
+
+def _is_like(form: CallForm, fullest: CallForm) -> bool:
+    ours, theirs = form.template, fullest.template
+    return (
+        (form.branches, form.dtype, ours.args, ours.constants)
+        == (fullest.branches, fullest.dtype, theirs.args, theirs.constants)
+        and ours.kwargs.keys() == theirs.kwargs.keys()
+        and all(value == theirs.kwargs[name] or _is_null_mask(name, value) for name, value in ours.kwargs.items())
+        and ours.dtypes.items() <= theirs.dtypes.items()
+    )
+
+
+def _is_null_mask(name: str, value: Any) -> bool:
+    return value is None and name.endswith(_SUFFIX)
+
+
+def _with_masks(form: CallForm, branches: Sequence[Branch]) -> CallForm:
+    """The form with a tensor for each null mask of states that differ in length."""
+    template = form.template
+    kwargs, dtypes = dict(template.kwargs), dict(template.dtypes)
+    for name, value in template.kwargs.items():
+        states = name.removesuffix(_SUFFIX)
+        if _is_null_mask(name, value) and len({branch.length(states) for branch in branches}) > 1:
+            kwargs[name], dtypes[name] = {"$tensor": name}, "int64"
+    changed = template.model_copy(update={"kwargs": kwargs, "dtypes": dict(sorted(dtypes.items()))})
+    return form.model_copy(update={"template": changed})
+
+
+def _missing_masks(branches: Sequence[Branch], form: CallForm) -> dict[str, str]:
+    masks = {}
+    for name in form.template.dtypes:
+        if name in form.template.constants or all(branch.info(name) for branch in branches):
+            continue
+        states = name.removesuffix(_SUFFIX)
+        if states == name or any(branch.length(states) is None for branch in branches):
+            raise InputError(
+                f"The denoiser is given '{name}' in some batches of trajectories only, so that they cannot be put into"
+                " one set.",
+                hint=_SIZE_HINT,
+            )
+        masks[name] = states
+    return masks
+
+
+def _require_equal_tensors(batches: Sequence[Batch]) -> None:
+    """Raises an `InputError` where timesteps or constants differ between batches."""
+
+    def shared(batch: Batch) -> dict[str, Tensor]:
+        names = [name for name in batch.tensors if name == TIMESTEPS or name.startswith(CONSTANT)]
+        return load_tensors(batch.path, names)
+
+    first = shared(batches[0])
+    for batch in batches[1:]:
+        tensors = shared(batch)
+        for name in sorted(first.keys() | tensors.keys()):
+            one, other = first.get(name), tensors.get(name)
+            if one is None or other is None or one.dtype != other.dtype or not torch.equal(one, other):
+                raise _differs(f"'{name}'", batch)
+
+
+def _condition(name: str, branches: Sequence[Branch], masks: Mapping[str, str]) -> TensorInfo:
+    """Type and shape of one row of a condition, padded to the longest where there is a mask of its lengths."""
+    infos = [(info, branch.batch) for branch in branches if (info := branch.info(name)) is not None]
+    if not infos:  # a mask that no batch has
+        longest = max(branch.length(masks[name]) or 0 for branch in branches)
+        return TensorInfo(dtype="I64", shape=(longest,))
+    common = _common_info(name, infos, fixed=())
+    row = TensorInfo(dtype=common.dtype, shape=common.shape[1:])
+    other = next((batch for info, batch in infos if info.shape[1:] != infos[0][0].shape[1:]), None)
+    if other is None and name not in masks:
+        return row
+    if any(info.shape[2:] != row.shape[1:] for info, _ in infos) or not _has_mask(name, branches, masks):
+        where = "one batch" if other is None else f"batch {other.index}"
+        raise InputError(
+            f"The length of '{name}' differs between batches of trajectories (in {where}): the pipeline pads prompts to"
+            " the longest of a batch and passes no mask of them, so that the batches cannot be put into one set.",
+            hint="a --batch-size that takes all trajectories at once, or --prompts with prompts of one length",
+        )
+    if name in masks:
+        return TensorInfo(dtype=row.dtype, shape=(max(branch.length(masks[name]) or 0 for branch in branches),))
+    return row
+
+
+def _has_mask(name: str, branches: Sequence[Branch], masks: Mapping[str, str]) -> bool:
+    """Whether a mask has the length of a condition in every batch, or the lengths of its rows are recorded with it."""
+    if all(branch.info(f"{name}.lengths") is not None for branch in branches):
+        return True
+    passed = {key.removeprefix(branch.prefix) for branch in branches for key in branch.batch.tensors}
+    candidates = sorted(key for key in passed | masks.keys() if _MASK in key)
+    return any(all(_is_mask_of(mask, name, branch, masks) for branch in branches) for mask in candidates)
+
+
+def _is_mask_of(mask: str, name: str, branch: Branch, masks: Mapping[str, str]) -> bool:
+    info = branch.info(mask)
+    states = masks.get(mask, name) if name == mask else name
+    if info is None:
+        return mask in masks and branch.length(masks[mask]) == branch.length(states)
+    return len(info.shape) == 2 and info.shape[1] == branch.length(states) and _is_right_padded(branch.tensor(mask))
+
+
+def _is_right_padded(mask: Tensor) -> bool:
+    """Whether a mask, with shape `(n, L)`, has ones and then zeros in every row."""
+    values = mask.to(torch.float32)
+    is_binary = bool(((values == 0) | (values == 1)).all())
+    return is_binary and bool((values[:, 1:] <= values[:, :-1]).all())
+
+
+def _common_info(name: str, infos: Sequence[tuple[TensorInfo, Batch]], fixed: Sequence[int]) -> TensorInfo:
+    """One type, and the largest extent of each dimension; those in `fixed` have to be equal."""
+    if not infos:
+        raise InputError(f"No batch of trajectories recorded '{name}'.", hint="edadm collect --force")
+    start = infos[0][0]
+    for info, batch in infos:
+        if info.dtype != start.dtype:
+            raise _differs(f"the element type of '{name}'", batch)
+        if len(info.shape) != len(start.shape) or any(info.shape[dim] != start.shape[dim] for dim in fixed):
+            raise _differs(f"the shape of '{name}'", batch)
+    extents = zip(*(info.shape for info, _ in infos), strict=True)
+    return TensorInfo(dtype=start.dtype, shape=tuple(max(extent) for extent in extents))
+
+
+def _differs(what: str, batch: Batch) -> InputError:
+    return InputError(
+        f"In batch {batch.index} of the trajectories {what} differs from that of other batches, so that they cannot be"
+        " put into one set.",
+        hint=_SIZE_HINT,
+    )
+
+
+def per_row(template: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A template in which lists with an equal item for each row of the batch are the item itself, as `$each`.
+
+    Pipelines pass sizes of images in that way; as literals, they would make every batch of another size differ.
+
+    Args:
+        template: As `edadm_cli.models.calls.split_call` makes it.
+        rows: Rows of the sample.
+    """
+
+    def shortened(value: Any) -> Any:
+        is_per_row = isinstance(value, list) and len(value) == rows and all(item == value[0] for item in value)
+        return {"$each": value[0]} if is_per_row and isinstance(value[0], list | dict) else value
+
+    kwargs = {name: shortened(value) for name, value in template["kwargs"].items()}
+    return {**template, "kwargs": kwargs}
