@@ -59,6 +59,30 @@ class RequirementError(EdadmError):
     exit_code = EXIT_REQUIREMENT
 
 
+# What is installed under another name than it is imported by.
+_DISTRIBUTIONS = {
+    "open_clip": "open_clip_torch",
+    "torch_fidelity": "torch-fidelity",
+    "onnx": "'edadm[onnx]'",
+    "onnxruntime": "'edadm[onnx]'",
+    "onnxscript": "'edadm[onnx]'",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+}
+
+
+def missing_package(error: ModuleNotFoundError, what: str = "This") -> MachineError:
+    """Returns the failure of a package that is not installed, with the line that installs it.
+
+    Args:
+        error: What the import raised.
+        what: What needs the package: the subject of the sentence.
+    """
+    package = (error.name or "").partition(".")[0]
+    hint = f"pip install {_DISTRIBUTIONS.get(package, package)}" if package else None
+    return MachineError(f"{what} needs the package '{package}', which is not installed here.", hint=hint)
+
+
 def quoted(*words: object) -> str:
     """Returns a command line that a shell reads as these words: `quoted("edadm", "--run", "my run")`."""
     return shlex.join(str(word) for word in words)

@@ -21,6 +21,7 @@ from edadm_cli.errors import (
     MachineError,
     UsageError,
     explain_field,
+    missing_package,
 )
 from edadm_cli.launching import launched_index
 from edadm_cli.processes import LostProcessError
@@ -73,6 +74,8 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
 
     if isinstance(error, ValidationError) and error.title.endswith(("Config", "BitWidth")):
         return _explain_validation(error, arguments)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("edadm"):
+        return missing_package(error)
     limit = _explain_limit(error)
     if limit is not None:
         return limit
@@ -149,6 +152,8 @@ def _explain_limit(error: Exception) -> MachineError | None:
             f"A library cannot be loaded into the memory that this process may use: {text}.",
             hint="raise the limit of the address space (ulimit -v)",
         )
+    if isinstance(error, (ImportError, OSError)) and "cannot open shared object file" in text:
+        return MachineError(f"A library cannot be loaded: {text}.")
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return MachineError("This process may not start another thread.", hint="raise the limit (ulimit -u)")
     return None

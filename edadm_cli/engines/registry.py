@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from edadm_cli.engines.base import Engine, FileEngine
-from edadm_cli.errors import MachineError, UsageError
+from edadm_cli.errors import MachineError, UsageError, missing_package
 
 # name -> module and class; imported when asked for, since each brings libraries of its own
 _ENGINES = {
@@ -55,10 +55,10 @@ def engine(name: str) -> Engine:
         else:
             module, cls = _ENGINES[name]
             make = getattr(import_module(module), cls)
+    except ModuleNotFoundError as error:
+        raise missing_package(error, f"The engine '{name}'") from error
     except ImportError as error:
-        raise MachineError(
-            f"The engine '{name}' needs the package '{error.name}', which is not installed here.", hint="edadm engines"
-        ) from error
+        raise MachineError(f"The libraries of the engine '{name}' cannot be loaded: {error}.") from error
     except AttributeError as error:
         raise MachineError(f"{outside[name].value} of the group {ENTRY_POINTS} does not exist.") from error
     try:

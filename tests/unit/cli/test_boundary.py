@@ -51,6 +51,7 @@ def _invalid(make: Callable[[], Any]) -> ValidationError:
         (_invalid(lambda: CollectRecord(status="done")), 1, "internal error: ValidationError"),
         (RuntimeError("first\nsecond"), 1, "internal error: RuntimeError: first second"),
         (OSError(errno.ELOOP, "strange"), 1, "internal error: OSError"),
+        (ModuleNotFoundError("no", name="torch_fidelity.registry"), 4, "needs the package 'torch_fidelity'"),
         (RecursionError("deep"), 1, "internal error: RecursionError"),
     ],
 )
@@ -112,3 +113,19 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
     done = subprocess.run([*command, "models", "--json"], stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("openvino", "pip install openvino"),
+        ("open_clip", "pip install open_clip_torch"),
+        ("torch_fidelity", "pip install torch-fidelity"),
+        ("matplotlib.figure", "pip install matplotlib"),
+        ("onnxruntime", "pip install 'edadm[onnx]'"),
+    ],
+)
+def test_a_package_that_is_not_installed_comes_with_the_line_that_installs_it(module: str, command: str) -> None:
+    explained = explain(ModuleNotFoundError(f"No module named '{module}'", name=module))
+    assert isinstance(explained, MachineError)
+    assert explained.hint == command
