@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from edadm_cli.errors import InputError
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
@@ -17,6 +19,7 @@ from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
 from edadm_cli.reconstruct.capture_groups import next_group
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
+from edadm_cli.reconstruct.finished import FinishedUnits, find_links
 from edadm_cli.reconstruct.forms import UnitForm, probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.learn import UnitData, UnitLearner, UnitResult, layer_targets
@@ -93,6 +96,7 @@ class BlockReconstruction:
         waiting = [unit for unit in chosen if unit.name not in results]
         with self.network.full_precision():
             self._forms = probe_units(self.network.denoiser, waiting, self.batches)
+            finished = self._finished_units(units) if waiting else None
         captured: dict[str, UnitCalls] = {}
         # Where layers are learned one by one, attentions lie in no unit and keep their searched ranges.
         loose = [name for name in self.plan.attentions if not any(name in unit.attentions for unit in units)]
@@ -101,11 +105,15 @@ class BlockReconstruction:
             if waiting and waiting[0] is unit:
                 if unit.name not in captured:
                     captured = self._capture_ahead(waiting)
-                results[unit.name] = self._learn(number, waiting.pop(0), captured.pop(unit.name))
+                results[unit.name] = self._learn(number, waiting.pop(0), captured.pop(unit.name), finished)
             place.processes.check()
             params = results[unit.name].params if unit.name in results else self.nearest
             freeze_unit(self.network, self.plan, unit, params)
+            if finished is not None:
+                finished.add(unit)
             advance(1)
+        if finished is not None:
+            finished.close()
         return results
 
     def _resume(self, numbers: Mapping[str, int], chosen: Sequence[Unit]) -> dict[str, UnitResult]:
@@ -116,9 +124,19 @@ class BlockReconstruction:
         self.place.processes.wait()
         return {name: result for name, result in found.items() if result is not None}
 
-    def _learn(self, number: int, unit: Unit, exact: UnitCalls) -> UnitResult:
+    def _finished_units(self, units: Sequence[Unit]) -> FinishedUnits:
+        """The units in their passes after they are finished: what they compute is kept, not computed again."""
+        denoiser, forms = self.network.denoiser, dict(self._forms)
+        for unit in units:
+            if unit.name not in forms:
+                with suppress(InputError):  # a unit that cannot be captured runs in every pass
+                    forms |= probe_units(denoiser, [unit], self.batches)
+        links = find_links(denoiser, units, forms, self.batches)
+        return FinishedUnits(denoiser, units, links, self.place.cache, self.batches.num_rows)
+
+    def _learn(self, number: int, unit: Unit, exact: UnitCalls, finished: FinishedUnits | None) -> UnitResult:
         place = self.place
-        data = self._gather(unit, exact)
+        data = self._gather(unit, exact, finished)
         seed = unit_seed(self.seed, number)
         learner = UnitLearner(
             self.network, unit, self.plan, self.nearest, data, self.recipe, seed, processes=place.processes
@@ -134,7 +152,7 @@ class BlockReconstruction:
             result = place.checkpoints.load(number, unit) or result
         return result
 
-    def _gather(self, unit: Unit, exact: UnitCalls) -> UnitData:
+    def _gather(self, unit: Unit, exact: UnitCalls, finished: FinishedUnits | None) -> UnitData:
         """Everything that a unit learns from, in this process's memory as far as the budget holds."""
         cache, processes, size = self.place.cache, self.place.processes, self.batches.batch_size
         targets: dict[str, Rows] = {}
@@ -143,7 +161,14 @@ class BlockReconstruction:
         if not self._mixes_inputs:
             cache.release(exact.tensors)
         (quantized,) = capture_units(
-            self.network.denoiser, [unit], self._forms, self.batches, cache, with_outputs=False, processes=processes
+            self.network.denoiser,
+            [unit],
+            self._forms,
+            self.batches,
+            cache,
+            with_outputs=False,
+            processes=processes,
+            finished=finished,
         )
         self.passes["quantized"] += 1
         if cache.shared:

@@ -14,6 +14,7 @@ from edadm_cli.errors import MachineError
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.finished import FinishedUnits
 from edadm_cli.reconstruct.forms import UnitForm, flatten, unflatten
 from edadm_cli.reconstruct.rows import RowCache, Rows
 
@@ -58,6 +59,7 @@ def capture_units(
     with_outputs: bool,
     reserve: int = 0,
     processes: Processes = ALONE,
+    finished: FinishedUnits | None = None,
 ) -> list[UnitCalls]:
     """Run the denoiser over the calibration set and keep the calls of `units`.
 
@@ -72,6 +74,7 @@ def capture_units(
         with_outputs: Whether outputs are kept too.
         reserve: Bytes of the budget that inputs leave to what comes after.
         processes: Those that share the batches.
+        finished: Units before the first of `units` whose outputs need not be computed again.
 
     Raises:
         MachineError: The device has no memory for one sample, or the disk is full.
@@ -86,6 +89,8 @@ def capture_units(
     with torch.no_grad(), ExitStack() as stack:
         for position, (unit, call) in enumerate(zip(units, calls, strict=True)):
             stack.enter_context(_recorded(unit.module, call, writer, is_last=position == len(units) - 1))
+        if finished is not None:
+            stack.enter_context(finished.replaced(units[0], lambda: writer.places))
         own = range(processes.index, len(batches), processes.count)
         for number in own or (0,):  # also a process without a batch learns the structure of the calls
             _run(denoiser, batches, batches.indices()[number], writer)

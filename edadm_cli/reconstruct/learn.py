@@ -339,7 +339,8 @@ class UnitLearner:
     def _mean_error(self) -> Tensor:
         """The mean over rows and positions of target minus deployed output, with shape `(C_out,)`."""
         kind = self.data.full_precision.form.outputs[0]
-        channels = kind.shape[0] if len(kind.shape) == 3 else kind.shape[-1]
+        shape = kind.shape if kind.entries == 1 else kind.shape[1:]
+        channels = shape[0] if len(shape) == 3 else shape[-1]
         sums: dict[int, Tensor] = {}
         for number, count, (output, *_), (target, *_) in self._outputs(decided=True):
             error = target - output

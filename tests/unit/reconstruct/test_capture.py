@@ -14,11 +14,14 @@ from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.errors import InputError, MachineError
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.units import Unit
-from edadm_cli.quant.layers import quantized_layer
+from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.network import fill_layer
 from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.blocks import BlockReconstruction, Place, freeze_unit
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
+from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
+from edadm_cli.reconstruct.finished import FinishedUnits, find_links
 from edadm_cli.reconstruct.forms import flatten, probe_units, unflatten
 from edadm_cli.reconstruct.learn import channel_loss, layer_targets
 from edadm_cli.reconstruct.rows import RowCache, Rows
@@ -291,3 +294,61 @@ def test_frames_of_one_moment_are_no_rows(calibration: CalibrationSet) -> None:
     with pytest.raises(InputError, match="A tensor of 'block' has shape") as caught:
         probe_units(model, [unit], Batches(calibration, 5, torch.device("cpu")))
     assert "exclude = true" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("budget", [2**28, 1])
+def test_passes_with_stubs_capture_what_passes_from_the_start_capture(
+    make_setting: MakeSetting, tmp_path: Path, budget: int
+) -> None:
+    """Every unit is frozen in turn; the inputs of the next one are the same bytes, and no unit runs more than twice."""
+    setting = make_setting()
+    denoiser, units, nearest = setting.denoiser, setting.units(), setting.nearest()
+    forms = probe_units(denoiser, units, setting.batches)
+    links = find_links(denoiser, units, forms, setting.batches)
+    assert links.keys() == {unit.name for unit in units}
+    skips = [name for name, link in links.items() if len(link.readers) > 1]
+    assert skips, "outputs of the way down go to the way up as well"
+    cache = setting.cache(tmp_path, budget)
+    finished = FinishedUnits(denoiser, units, links, cache, setting.batches.num_rows)
+    for unit in units:
+        plain, stubbed = (
+            capture_units(denoiser, [unit], forms, setting.batches, cache, with_outputs=False, finished=stubs)[0]
+            for stubs in (None, finished)
+        )
+        for first, second in zip(plain.tensors, stubbed.tensors, strict=True):
+            assert torch.equal(all_rows(first), all_rows(second)), unit.name
+        cache.release([*plain.tensors, *stubbed.tensors])
+        freeze_unit(setting.network, setting.plan, unit, nearest)
+        finished.add(unit)
+    finished.close()
+    assert not list(tmp_path.rglob("*.rows"))
+    assert not any("forward" in vars(module) for module in denoiser.modules())
+    setting.restore()
+
+
+def test_a_unit_that_is_finished_runs_in_one_more_pass(make_setting: MakeSetting, tmp_path: Path) -> None:
+    setting = make_setting(iterations=0)
+    units = setting.units()
+    reconstruction = BlockReconstruction(
+        setting.network,
+        setting.plan,
+        setting.nearest(),
+        setting.batches,
+        setting.hyperparameters,
+        seed=0,
+        place=Place(setting.cache(tmp_path), UnitCheckpoints(tmp_path)),
+    )
+    runs = []
+    original = QuantizedLayer.forward
+
+    def counted(layer: QuantizedLayer, x: Tensor) -> Tensor:
+        runs.append(layer)
+        return original(layer, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuantizedLayer, "forward", counted)
+        reconstruction.run(units, lambda _: None)
+    layers = quantized_layers(setting.denoiser)
+    batches = len(setting.batches)
+    counts = {name: sum(run is layer for run in runs) for name, layer in layers.items()}
+    assert set(counts.values()) <= {0, batches}, "not once per unit that comes after"

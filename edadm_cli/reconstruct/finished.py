@@ -1,0 +1,233 @@
+"""Finished units in the passes that capture the inputs of the next one: their outputs are not computed again.
+
+Without this, every unit would cost a forward of the denoiser from its start. Here a unit runs in one pass after it is
+finished, which keeps its outputs; in later passes it is a stub. A stub gives the rows that it keeps where the pass
+needs them, and zeros where nothing that the pass computes depends on them. What depends on what, other than through
+units, is found once: one unit after the other gives NaN, and the inputs of later units show where it goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.models.units import Unit
+from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.forms import UnitForm, flatten, unflatten
+from edadm_cli.reconstruct.rows import RowCache, Rows
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where the output of a unit goes.
+
+    Attributes:
+        form: What one row of its calls is made of.
+        structure: The output without its tensors; see `forms.flatten`.
+        readers: Positions of the units whose inputs depend on it, other than through units.
+    """
+
+    form: UnitForm
+    structure: Any
+    readers: frozenset[int]
+
+
+def find_links(
+    denoiser: nn.Module, units: Sequence[Unit], forms: Mapping[str, UnitForm], batches: Batches
+) -> dict[str, Link]:
+    """Returns the links of the units that can be stubs: those all of whose output tensors have rows.
+
+    Args:
+        denoiser: In full precision.
+        units: All of them, in execution order.
+        forms: Of as many of them as can be stubs.
+        batches: The calibration set, for one row.
+    """
+    args, kwargs = batches.few(1).call([0])
+    able = [unit for unit in units if unit.name in forms and all(forms[unit.name].output_mask)]
+    outputs: dict[str, tuple[Any, list[Tensor]]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            tensors: list[Tensor] = []
+            outputs[name] = flatten(output, tensors, iter(forms[name].output_mask)), [t.clone() for t in tensors]
+
+        return hook
+
+    with torch.no_grad(), ExitStack() as stack:
+        for unit in able:
+            stack.callback(unit.module.register_forward_hook(keep(unit.name)).remove)
+        denoiser(*args, **kwargs)
+    return {
+        unit.name: Link(forms[unit.name], outputs[unit.name][0], _readers(denoiser, units, outputs, unit, args, kwargs))
+        for unit in able
+        if unit.name in outputs
+    }
+
+
+def _readers(
+    denoiser: nn.Module,
+    units: Sequence[Unit],
+    outputs: Mapping[str, tuple[Any, list[Tensor]]],
+    poisoned: Unit,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> frozenset[int]:
+    """Positions of the units that NaN in the output of `poisoned` reaches while all others give what they gave."""
+    readers: set[int] = set()
+
+    def look(position: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors: list[Tensor] = []
+            flatten((args, kwargs), tensors, _always())
+            if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors):
+                readers.add(position)
+
+        return hook
+
+    def give(name: str) -> Callable[..., Any]:
+        structure, kept = outputs[name]
+        spoils = name == poisoned.name
+
+        def forward(*_: Any, **__: Any) -> Any:
+            tensors = (torch.full_like(t, math.nan) if spoils and t.is_floating_point() else t.clone() for t in kept)
+            return unflatten(structure, iter(tensors))
+
+        return forward
+
+    with torch.no_grad(), ExitStack() as stack:
+        for position, unit in enumerate(units):
+            stack.callback(unit.module.register_forward_pre_hook(look(position), with_kwargs=True).remove)
+            if unit.name in outputs:
+                stack.enter_context(_forward_of(unit.module, give(unit.name)))
+        denoiser(*args, **kwargs)
+    return frozenset(readers)
+
+
+class FinishedUnits:
+    """The finished units of a partly quantized denoiser, in passes that run up to the next unit.
+
+    Args:
+        denoiser: The denoiser.
+        units: All units, in execution order.
+        links: Of those that can be stubs.
+        cache: Where kept outputs go.
+        num_rows: Rows of the calibration set.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        units: Sequence[Unit],
+        links: Mapping[str, Link],
+        cache: RowCache,
+        num_rows: int,
+    ) -> None:
+        self.denoiser, self.links, self.cache, self.num_rows = denoiser, links, cache, num_rows
+        self.positions = {unit.name: position for position, unit in enumerate(units)}
+        self._finished: dict[str, list[Rows] | None] = {}  # None: not kept yet
+        # Beside kept outputs there must be memory for what one unit learns from, so that they do not displace it.
+        needs = [link.form.call_bytes + link.form.learning_bytes(True) for link in links.values()]
+        self._reserve = 2 * num_rows * max(needs, default=0)
+
+    def add(self, unit: Unit) -> None:
+        """Notes that a unit is finished; its outputs are kept in the next pass."""
+        self._finished[unit.name] = None
+
+    @contextmanager
+    def replaced(self, upcoming: Unit, places: Callable[[], Sequence[int]]) -> Iterator[None]:
+        """Makes stubs of the finished units, and keeps outputs of those that no pass has kept yet.
+
+        Args:
+            upcoming: The unit whose inputs the pass is for.
+            places: Returns the rows of the running forward.
+        """
+        running = [name for name, rows in self._finished.items() if rows is None]
+        computed = {self.positions[name] for name in running} | {self.positions[upcoming.name]}
+        self._give_back(min(computed))
+        with ExitStack() as stack:
+            for name, rows in self._finished.items():
+                if name in running:
+                    continue
+                is_read = bool(self.links[name].readers & computed)
+                stub = self._stub(name, rows if is_read else None, places)
+                stack.enter_context(_forward_of(self.denoiser.get_submodule(name), stub))
+            for name in running:
+                stack.callback(self._keep(name, self.positions[upcoming.name], places))
+            yield
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self._give_back(len(self.positions))
+
+    def _keep(self, name: str, position: int, places: Callable[[], Sequence[int]]) -> Callable[[], None]:
+        """Keeps the outputs of a unit that runs, where a later unit reads them; returns what ends that."""
+        link = self.links.get(name)
+        if link is None:
+            return lambda: None  # it runs in every pass
+        kept = (
+            [self.cache.allocate(self.num_rows, kind, self._reserve) for kind in link.form.outputs]
+            if max(link.readers, default=-1) >= position
+            else []
+        )
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            tensors: list[Tensor] = []
+            flatten(output, tensors, iter(link.form.output_mask))
+            for tensor, rows in zip(tensors, kept, strict=True):
+                rows.write(places(), tensor)
+
+        handle = self.denoiser.get_submodule(name).register_forward_hook(hook) if kept else None
+
+        def end() -> None:
+            if handle is not None:
+                handle.remove()
+            self._finished[name] = kept
+
+        return end
+
+    def _stub(self, name: str, kept: list[Rows] | None, places: Callable[[], Sequence[int]]) -> Callable[..., Any]:
+        link, device = self.links[name], next(self.denoiser.parameters()).device
+
+        def forward(*_: Any, **__: Any) -> Any:
+            count = len(places())
+            if kept:
+                tensors = [rows.kind.joined(rows.read(places()).to(device)) for rows in kept]
+            else:
+                kinds = link.form.outputs
+                zeros = [torch.zeros((count, *kind.shape), dtype=kind.dtype, device=device) for kind in kinds]
+                tensors = [kind.joined(zero) for kind, zero in zip(kinds, zeros, strict=True)]
+            return unflatten(link.structure, iter(tensors))
+
+        return forward
+
+    def _give_back(self, earliest: int) -> None:
+        """Releases what no unit from `earliest` on reads."""
+        for name, rows in self._finished.items():
+            if rows and max(self.links[name].readers, default=-1) < earliest:
+                self.cache.release(rows)
+                self._finished[name] = []
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Has `forward` compute what a module returns while entered; its hooks run as ever."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _always() -> Iterator[bool]:
+    while True:
+        yield True
