@@ -162,7 +162,8 @@ def require_short_prompts(folder: Path, components: dict[str, Any]) -> None:
         InputError: A tokenizer gives more tokens.
     """
     for suffix in ("", "_2", "_3"):
-        tokenizer, encoder = components.get(f"tokenizer{suffix}"), components.get(f"text_encoder{suffix}")
+        tokenizer: Any = components.get(f"tokenizer{suffix}")
+        encoder: Any = components.get(f"text_encoder{suffix}")
         if not type(encoder).__name__.startswith("CLIPText") or not hasattr(tokenizer, "model_max_length"):
             continue
         positions = getattr(encoder.config, "max_position_embeddings", None)
