@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError, MachineError, UsageError
+from edadm_cli.models.failures import KINDS, is_fault_of_model
 from edadm_cli.models.from_folder import first_sentence
 from edadm_cli.models.images import IMAGE_PARAMETERS, has_images, image_arguments, takes_images
 from edadm_cli.models.quiet import pipeline_warnings, quiet_libraries
@@ -241,16 +242,21 @@ def _class_label(model: LoadedModel, seed: int) -> int | None:
 
 @contextmanager
 def _explained_refusals(model: LoadedModel) -> Iterator[None]:
-    """Turn what a pipeline raises about its arguments into one sentence; errors inside the denoiser are left alone.
+    """Turn what a pipeline raises about its arguments, or about components that do not fit, into one sentence.
 
     Raises:
-        InputError: The pipeline refused its arguments.
+        InputError: The pipeline refused its arguments, or a component failed inside of its library.
     """
     try:
         yield
-    except (ValueError, TypeError) as error:
-        if not _is_refusal(error):
-            raise
+    except KINDS as error:
+        if not isinstance(error, (ValueError, TypeError)) or not _is_refusal(error):
+            if not is_fault_of_model(model.denoiser, error):
+                raise
+            raise InputError(
+                f"{type(model.pipeline).__name__} of {model.ref.id} fails while it samples at full precision, so its "
+                f"components or their configurations do not fit: {first_sentence(error)}"
+            ) from error
         needs_images = not has_images(model.entry) and takes_images(model.pipeline)
         raise InputError(
             f"{type(model.pipeline).__name__} of {model.ref.id} does not sample with these arguments: "

@@ -1,0 +1,38 @@
+"""Is a failed sampling the fault of the model? Components that do not fit each other fail inside of a library."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+_LIBRARIES = ("/diffusers/", "/transformers/", "/tokenizers/", "/torch/nn/", "/torch/_")
+_OWN = str(Path(__file__).parents[1]).replace("\\", "/")
+KINDS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+)
+"""What libraries raise about sizes, types and names."""
+
+
+def is_fault_of_model(denoiser: nn.Module, error: BaseException) -> bool:
+    """Whether an error was raised inside of a library while a model of that library's own layers computed.
+
+    Errors of a quantized denoiser, of the device, and those raised in code of this package are not: they are reported
+    as internal errors.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+        return False
+    if any(type(module).__module__.startswith("edadm_cli.quant") for module in denoiser.modules()):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    innermost = frames[-1].filename.replace("\\", "/") if frames else ""
+    return not innermost.startswith(_OWN) and any(library in innermost for library in _LIBRARIES)
