@@ -38,8 +38,7 @@ from edadm_cli.models.architecture import load_architecture
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.units import trace
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
-from edadm_cli.quant.network import set_module
-from edadm_cli.quant.product import deploy
+from edadm_cli.quant.network import deploy, set_module
 from edadm_cli.recipe import RangeRecipe, Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _QUANTIZER = "edadm_cli.integrations.quantizer"
+_REGISTRY = "diffusers.quantizers.auto"
 # Modules with components that exports may be made of, and the base class that says how these are loaded.
 _COMPONENTS = {"edadm_cli.models.latent_diffusion": "ModelMixin", "edadm_cli.models.schedulers": "SchedulerMixin"}
 
@@ -30,12 +32,16 @@ def register() -> None:
 
 
 def _add_quantizer(registry: ModuleType) -> None:
-    if _QUANTIZER in sys.modules and not hasattr(sys.modules[_QUANTIZER], "EdadmQuantizer"):
-        return  # that module is what imports diffusers just now; it registers itself when it is complete
-    from edadm_cli.integrations.quantizer import METHOD, EdadmConfig, EdadmQuantizer
+    """Import our quantizer, unless its own import is what loads diffusers' dictionaries; `_complete` adds it."""
+    _complete(import_module(_QUANTIZER))
 
-    registry.AUTO_QUANTIZER_MAPPING[METHOD] = EdadmQuantizer
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = EdadmConfig
+
+def _complete(quantizer: ModuleType) -> None:
+    """Add the classes of our quantizer's module to diffusers' dictionaries, where both are complete."""
+    registry, is_complete = sys.modules.get(_REGISTRY), hasattr(quantizer, "EdadmQuantizer")
+    if is_complete and hasattr(registry, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        registry.AUTO_QUANTIZER_MAPPING[quantizer.METHOD] = quantizer.EdadmQuantizer  # type: ignore[union-attr]
+        registry.AUTO_QUANTIZATION_CONFIG_MAPPING[quantizer.METHOD] = quantizer.EdadmConfig  # type: ignore[union-attr]
 
 
 def _add_components(registry: ModuleType) -> None:
@@ -45,7 +51,8 @@ def _add_components(registry: ModuleType) -> None:
 
 
 _WATCHED: dict[str, Callable[[ModuleType], None]] = {
-    "diffusers.quantizers.auto": _add_quantizer,
+    _REGISTRY: _add_quantizer,
+    _QUANTIZER: _complete,
     "diffusers.pipelines.pipeline_loading_utils": _add_components,
 }
 

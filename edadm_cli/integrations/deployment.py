@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from edadm_cli.integrations.notices import say_once
-from edadm_cli.quant.product import LayerProduct
+from edadm_cli.quant.layers import LayerProduct
 
 
 def layer_product() -> LayerProduct | None:

@@ -16,14 +16,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.integrations.autoload import register
 from edadm_cli.integrations.deployment import layer_product
 from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_cli.quant.network import quantize_network, require_sound
+from edadm_cli.quant.network import deploy, quantize_network, require_sound
 from edadm_cli.quant.plan import QuantizationPlan
-from edadm_cli.quant.product import deploy
 
 METHOD = "edadm"
 FORMAT_VERSION = 1
@@ -150,6 +148,3 @@ def _require_fit(name: str, found: Tensor, wanted: Tensor | None) -> None:
         raise InputError(
             f"'{name}' is {found.dtype} {list(found.shape)} in the export; wanted {wanted.dtype} {list(wanted.shape)}."
         )
-
-
-register()

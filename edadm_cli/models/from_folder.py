@@ -18,7 +18,7 @@ from edadm_cli.errors import EdadmError, InputError
 from edadm_cli.models.component_config import require_short_prompts
 from edadm_cli.models.containment import bounded_size, no_network, no_questions
 from edadm_cli.models.folder import Component, PipelineFolder
-from edadm_cli.quant.product import deploy
+from edadm_cli.quant.network import deploy
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

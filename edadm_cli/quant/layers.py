@@ -9,7 +9,7 @@ T is the layer's transform, if it has one; its inverse is in the weight (see `ed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,35 @@ from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.packing import is_packed, pack_int4, unpack_int4
 from edadm_cli.quant.plan import LayerPlan
-from edadm_cli.quant.product import LayerProduct
 from edadm_cli.quant.transforms import Transform, transform_named
 
 Arithmetic = Literal["fake-quantize", "integer"]
 
 _OFFLOADERS = {"_hf_hook", "_diffusers_hook"}
 """Attributes of a layer whose tensors accelerate or diffusers bring in for every forward and take away after it."""
+
+
+class LayerProduct(Protocol):
+    """Multiplies the codes of layers in integers; one object serves all layers of a network.
+
+    A layer asks its product whenever its tensors have moved or changed (`prepare`) and in every forward (`runs`,
+    then the call), so `runs` and the call are written such that `torch.compile` can trace them.
+    """
+
+    def prepare(self, layer: QuantizedLayer) -> None:
+        """Compute what a call needs besides the layer's own tensors, where the layer lies on a device that is served.
+
+        Such tensors are buffers of the layer that are not persistent; buffers of an earlier call are replaced.
+        """
+
+    def runs(self, layer: QuantizedLayer) -> bool:
+        """Whether the layer is prepared on the device where its codes lie."""
+
+    def fall_back(self, layer: QuantizedLayer) -> None:
+        """Report once why a layer computes in floating point; called by eager forwards that do."""
+
+    def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
+        """The layer's output for `x`, in the element type of `x`."""
 
 
 class QuantizedLayer(nn.Module):

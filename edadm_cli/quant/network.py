@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
-from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layer, quantized_layers
+from edadm_cli.quant.layers import LayerProduct, QuantizedLayer, SplitLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.plan import QuantizationPlan, part_name
 
 
@@ -44,6 +44,13 @@ def quantize_network(model: nn.Module, plan: QuantizationPlan) -> None:
             raise InputError(f"The plan names the attention '{name}', which {type(model).__name__} does not have.")
         device = next(modules[name].parameters()).device
         set_processor(modules[name], QuantizedAttention(attention_plan).to(device))
+
+
+def deploy(model: nn.Module, product: LayerProduct | None) -> None:
+    """Have every quantized layer of `model` multiply its codes by `product`; `None`: quantize-dequantize again."""
+    with torch.no_grad():
+        for layer in quantized_layers(model).values():
+            layer.deploy(product)
 
 
 def quant_params(model: nn.Module) -> dict[str, Tensor]:

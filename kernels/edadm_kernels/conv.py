@@ -69,23 +69,6 @@ def _conv2d(
     return out
 
 
-@_conv2d.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor,
-    bias: Tensor | None,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    upsample: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return _prepare(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
-
-
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -187,3 +170,6 @@ def _check_added(out: Tensor, sample_bias: Tensor | None, residual: Tensor | Non
             f"a channels-last residual of shape {tuple(out.shape)} is wanted, found {tuple(residual.shape)} with "
             f"strides {residual.stride()}"
         )
+
+
+_conv2d.register_fake(_prepare)

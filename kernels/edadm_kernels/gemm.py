@@ -44,19 +44,6 @@ def _linear(
     return out
 
 
-@_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return _prepare_linear(x, weight, scale, correction, bias, residual, out_dtype)
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -118,20 +105,6 @@ def _linear_geglu(
         with on_device_of(x):
             launch_gemm(tile, x, weight, scale, correction, bias, out, geglu=geglu)
     return out
-
-
-@_linear_geglu.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor,
-    bias: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    num_bits: int,
-) -> Tensor:
-    return _prepare_geglu(x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
 
 
 def linear_geglu(
@@ -224,3 +197,9 @@ def _check_matrices(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor
     check_device(x, weight, scale, correction, bias)
     check_codes(x, weight, x.shape[1])
     check_epilogue(scale, correction, bias, weight.shape[0], (weight.shape[0],))
+
+
+_linear.register_fake(_prepare_linear)
+
+
+_linear_geglu.register_fake(_prepare_geglu)

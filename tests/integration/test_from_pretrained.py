@@ -275,7 +275,7 @@ def test_registering_is_light_and_waits_for_diffusers() -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["2", "False", "False", "True", "True", "0"]
+    assert found.stdout.split() == ["3", "False", "False", "True", "True", "0"]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from edadm_cli.engines.cuda.lowering import product_refusal
 from edadm_cli.engines.listing import list_layers
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_cli.quant.product import deploy
+from edadm_cli.quant.network import deploy
 
 _ATTENTION_IS_FLOAT = "operands on the integer grids, products in floating point"
 _FUSED_STRUCTURE = "ResnetBlock2D"

@@ -124,5 +124,7 @@ class ProductTile:
         """For tables."""
         kind = "geglu" if self.geglu else "upsample" if self.upsample else "conv" if self.convolution else "linear"
         extras = f"-x{self.blocks}" if self.blocks > 1 else ""
-        extras += ("-f32" if self.floats else "-bf16" if self.bfloats else "") + (f"-split{self.split}" if self.split > 1 else "")
+        extras += ("-f32" if self.floats else "-bf16" if self.bfloats else "") + (
+            f"-split{self.split}" if self.split > 1 else ""
+        )
         return f"{kind}-{self.bm}x{self.bn}x{self.bk}{extras}"

@@ -16,8 +16,8 @@ from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.parity import prediction_of, relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
+from edadm_cli.quant.network import deploy
 from edadm_cli.quant.plan import LayerPlan
-from edadm_cli.quant.product import deploy
 from tests.tiny_denoisers import FAMILIES, Call, quantized_denoiser, tiny_denoiser
 
 CPU = EngineOptions(device=torch.device("cpu"))
