@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from edadm_cli.artifacts.artifact import Artifact
 from edadm_cli.artifacts.files import read_text, save_json
 from edadm_cli.artifacts.json_text import parse_json
-from edadm_cli.artifacts.records import BenchFacts, Coverage, Distance, Loss, Metric, Parity
+from edadm_cli.artifacts.records import BenchFacts, Coverage, Distance, Loss, Metric, OneStepError, Parity
 from edadm_cli.errors import InputError, explain_field
 from edadm_cli.recipe import SelectStrategy
 
@@ -198,6 +198,8 @@ class Evaluation(Payload):
     cautions: tuple[str, ...] = Field((), description="what the metrics do not say")
     real: str | None = Field(None, description="the real images that were compared with")
     dtype: str | None = None
+    one_step: OneStepError | None = None
+    verdict: tuple[str, ...] = Field((), description="the outcome in plain sentences")
 
 
 class BenchResult(Payload, BenchFacts):

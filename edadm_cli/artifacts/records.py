@@ -168,7 +168,7 @@ class ExportRecord(StageRecord):
 
 
 class Metric(_Record):
-    """One figure of quality, with the features it was computed in."""
+    """One metric of quality, with the features that it was computed in."""
 
     value: float
     features: str
@@ -176,10 +176,33 @@ class Metric(_Record):
 
 
 class Distance(_Record):
-    """Each image against the full-precision image of the same seed, on average."""
+    """Each image against the full-precision image of the same seed, on average.
+
+    Paired metrics of other packages stand here under their own names.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, float]
 
     psnr_db: float = Field(description="equal images count as the largest finite value their size allows")
     latent_rel_l2: float
+    ssim: float | None = Field(None, description="structural similarity of the pixels")
+    perceptual_distance: float | None = Field(None, description="in the features of the other metrics")
+    one_step_rel_l2: float | None = Field(
+        None, description="error of single predictions on full-precision trajectories that were not learned from"
+    )
+    guided_one_step_rel_l2: float | None = Field(None, description="the same of the guided prediction")
+
+
+class OneStepError(_Record):
+    """Relative L2 errors of single predictions, and of the trajectories that they add up to."""
+
+    num_images: int = Field(ge=1)
+    rel_l2: float = Field(description="over all steps")
+    guided_rel_l2: float | None = Field(description="of the guided prediction; null without guidance in one call")
+    by_step: tuple[float, ...]
+    guided_by_step: tuple[float, ...]
+    growth: tuple[float, ...] = Field(description="distance of the two pipelines' own trajectories before each step")
 
 
 class EvaluateRecord(StageRecord):
@@ -190,7 +213,8 @@ class EvaluateRecord(StageRecord):
     metrics: dict[str, Metric]
     distance_to_full_precision: Distance
     full_precision: dict[str, Metric]
-    skipped: dict[str, str] = Field({}, description="figures that could not be had, with the reason")
+    skipped: dict[str, str] = Field({}, description="metrics that could not be computed, with the reason")
+    verdict: tuple[str, ...] = Field((), description="the outcome in plain sentences")
 
 
 class Latency(_Record):

@@ -27,7 +27,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate.datasets import is_offline
-from edadm_cli.evaluate.representation import LAYERS, Features
+from edadm_cli.metrics.representation import LAYERS, Features
 from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
 
 SPATIAL_CHANNELS = 7

@@ -79,6 +79,11 @@ class SampledImages(Dataset[Tensor]):
         for number, places in self.plan.batches():
             yield places, self.batch(number)
 
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images `(n, C, H, W)`, gray ones with one channel, and the latents of each batch."""
+        for _, batch in self.batches():
+            yield batch.images, batch.latents
+
     def first(self, count: int) -> Tensor:
         """Return the first images, uint8 with shape `(count, 3, H, W)`."""
         return torch.stack([self[index] for index in range(min(count, len(self)))])

@@ -1,17 +1,16 @@
-"""What an evaluation leaves behind: figures, distances image by image, and pictures to look at."""
+"""What an evaluation leaves behind: metrics, distances image by image, and pictures to look at."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from edadm_cli.artifacts import Distance, Evaluation, Metric, ShownImage, save_json
-from edadm_cli.evaluate.distances import num_identical, psnr, relative_l2
+from edadm_cli.artifacts import Distance, Evaluation, Metric, OneStepError, ShownImage, save_json
 from edadm_cli.evaluate.grid import COLUMNS, image_grid, save_png, to_pil
 from edadm_cli.evaluate.images import SampledImages
+from edadm_cli.metrics.base import Value
+from edadm_cli.metrics.distances import num_identical
 
 DISTANCES_FILE = "distances.json"
 GRID_FILE = "grid.png"
@@ -26,45 +25,47 @@ def write_outcome(
     name: str,
     images: SampledImages,
     reference: SampledImages,
-    figures: dict[str, Metric],
-    reference_figures: dict[str, Metric],
+    values: Mapping[str, Value],
+    full_precision: Mapping[str, Value],
+    distances: Mapping[str, Value],
     facts: dict[str, Any],
 ) -> None:
-    """Compare two sets of images and write everything an evaluation leaves.
+    """Write everything that an evaluation leaves behind.
 
     Args:
         folder: Where the files go.
         name: What the quantized pipeline is called, such as `w4a8`.
         images: The quantized pipeline's images.
         reference: The full-precision images of the same seeds and prompts.
-        figures: Figures of `images`.
-        reference_figures: The same figures of `reference`.
-        facts: More for the result file.
+        values: Metrics of `images`.
+        full_precision: The same metrics of `reference`.
+        distances: Paired metrics of both.
+        facts: Further fields of the result file.
     """
-    psnr_db, latent_rel_l2, identical = compare(images, reference)
     plan = images.plan
     save_json(
         folder / DISTANCES_FILE,
         {
             "seeds": list(plan.seeds),
             "prompts": None if plan.prompts is None else list(plan.prompts),
-            "psnr_db": psnr_db.tolist(),
-            "latent_rel_l2": latent_rel_l2.tolist(),
+            **{key: list(value.per_image) for key, value in distances.items()},
         },
     )
     shown = [
-        image.model_copy(update={"psnr_db": psnr_of_image, "latent_rel_l2": distance})
-        for image, psnr_of_image, distance in zip(
-            _write_pictures(folder, name, images, reference), psnr_db.tolist(), latent_rel_l2.tolist(), strict=False
-        )
+        image.model_copy(update={key: distances[key].per_image[place] for key in ("psnr_db", "latent_rel_l2")})
+        for place, image in enumerate(_write_pictures(folder, name, images, reference))
     ]
+    one_step: OneStepError | None = facts.get("one_step")
+    distance: dict[str, Any] = {key: value.value for key, value in distances.items()}
+    if one_step is not None:
+        distance |= {"one_step_rel_l2": one_step.rel_l2, "guided_one_step_rel_l2": one_step.guided_rel_l2}
     Evaluation(
         bits=name,
-        metrics=figures,
-        full_precision=reference_figures,
-        distance_to_full_precision=Distance(psnr_db=float(psnr_db.mean()), latent_rel_l2=float(latent_rel_l2.mean())),
+        metrics=_metrics(values),
+        full_precision=_metrics(full_precision),
+        distance_to_full_precision=Distance(**distance),
         num_images=len(images),
-        num_identical_images=identical,
+        num_identical_images=_num_identical(images, reference),
         num_steps=plan.num_steps,
         guidance_scale=plan.guidance_scale,
         grid=GRID_FILE,
@@ -73,19 +74,17 @@ def write_outcome(
     ).save(folder)
 
 
-def compare(images: SampledImages, reference: SampledImages) -> tuple[Tensor, Tensor, int]:
-    """Compare image by image.
+def _metrics(values: Mapping[str, Value]) -> dict[str, Metric]:
+    return {
+        name: Metric(value=value.value, features=value.features, num_images=value.num_images)
+        for name, value in values.items()
+    }
 
-    Returns:
-        PSNR in dB and relative L2 of the latents, both float64 with shape `(N,)`, and the number of equal
-        images.
-    """
-    values, distances, identical = [], [], 0
-    for (_, batch), (_, other) in zip(images.batches(), reference.batches(), strict=True):
-        values.append(psnr(batch.images, other.images))
-        distances.append(relative_l2(batch.latents, other.latents))
-        identical += num_identical(batch.images, other.images)
-    return torch.cat(values), torch.cat(distances), identical
+
+def _num_identical(images: SampledImages, reference: SampledImages) -> int:
+    """Count the images that equal those of full precision in every level."""
+    batches = zip(images.batches(), reference.batches(), strict=True)
+    return sum(num_identical(batch.images, other.images) for (_, batch), (_, other) in batches)
 
 
 def _write_pictures(folder: Path, name: str, images: SampledImages, reference: SampledImages) -> list[ShownImage]:

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.evaluate.datasets import DATASETS_REGISTRY, open_dataset
-from edadm_cli.evaluate.metrics import NEIGHBOURS
 from edadm_cli.evaluate.real_files import (
     IMAGE_SUFFIXES,
     IMAGES_KEY,
@@ -25,7 +24,8 @@ from edadm_cli.evaluate.real_files import (
     check_headers,
     read_arrays,
 )
-from edadm_cli.evaluate.representation import Layer, Statistics
+from edadm_cli.metrics.base import NEIGHBOURS
+from edadm_cli.metrics.representation import Layer, Statistics
 from edadm_cli.models.digits import data as digits
 
 ImageLoader = Callable[[tuple[int, int]], Dataset[Tensor]]

@@ -21,8 +21,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate.images import to_rgb
-from edadm_cli.evaluate.metrics import NEIGHBOURS
-from edadm_cli.evaluate.representation import Layer, Statistics
+from edadm_cli.metrics.base import NEIGHBOURS
+from edadm_cli.metrics.representation import Layer, Statistics
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 STATISTICS_KEYS: dict[Layer, tuple[str, str]] = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

@@ -11,43 +11,48 @@ from edadm_cli.artifacts import (
     EvaluateRecord,
     Evaluation,
     Metric,
+    OneStepError,
     Plan,
     RunFolder,
     shared_keys,
 )
 from edadm_cli.config import EvaluateConfig
+from edadm_cli.errors import InputError
 from edadm_cli.evaluate.full_precision import full_precision_images
 from edadm_cli.evaluate.images import BATCH_PATTERN, SampledImages, sample_images
-from edadm_cli.evaluate.metrics import METRICS
+from edadm_cli.evaluate.one_step import one_step_error
 from edadm_cli.evaluate.outcome import write_outcome
 from edadm_cli.evaluate.request import Request, resolve
+from edadm_cli.evaluate.verdict import verdict
 from edadm_cli.processes import Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 
 if TYPE_CHECKING:
-    from edadm_cli.evaluate.judging import Judging
-    from edadm_cli.evaluate.quality import Judge
+    from edadm_cli.evaluate.evaluator import Evaluator
+    from edadm_cli.evaluate.plan import EvaluationPlan
 
 
 def run(
     config: EvaluateConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> EvaluateRecord:
-    """Sample at both precisions, compute every figure that can be had, and write the `evaluate` artifact.
+    """Sample at both precisions, compute every metric that can be had, and write the `evaluate` artifact.
 
     Raises:
-        InputError: What is evaluated is missing or broken, or a figure asked for by name lacks its weights.
-        UsageError: A figure, prompts or guidance are asked for that the model does not have.
+        InputError: What is evaluated is missing or broken, or a metric that was named lacks its weights.
+        UsageError: A metric, prompts or guidance are asked for that the model does not have.
         MachineError: The device is not there or its memory does not suffice, or the disk is full.
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
     processes = join(config.device)
     with processes.together():
-        judging = _judging(config.model_copy(update={"device": processes.device_name(config.device)}), run_folder)
-        with run_folder.build(_plan(judging), force, processes) as build:
+        evaluation = _evaluation_plan(
+            config.model_copy(update={"device": processes.device_name(config.device)}), run_folder
+        )
+        with run_folder.build(_plan(evaluation), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
-                _evaluate(judging.request, judging, build, processes, reporter)
+                _evaluate(evaluation, build, processes, reporter)
             artifact = build.finished()
     result = Evaluation.load(artifact)
     if is_done:
@@ -59,12 +64,13 @@ def run(
         distance_to_full_precision=result.distance_to_full_precision,
         full_precision=_in_order(result.full_precision),
         skipped=result.skipped,
+        verdict=result.verdict,
     )
 
 
 def plan(config: EvaluateConfig, run_folder: RunFolder) -> Plan:
     """What `run` would build: whether it is there already is known without building it."""
-    return _plan(_judging(config, run_folder))
+    return _plan(_evaluation_plan(config, run_folder))
 
 
 def artifact_name(config: EvaluateConfig) -> str:
@@ -72,68 +78,89 @@ def artifact_name(config: EvaluateConfig) -> str:
     return config.name
 
 
-def _judging(config: EvaluateConfig, run: RunFolder) -> Judging:
-    from edadm_cli.evaluate.judging import Judging
+def _evaluation_plan(config: EvaluateConfig, run: RunFolder) -> EvaluationPlan:
+    from edadm_cli.evaluate.plan import EvaluationPlan
 
-    return Judging(resolve(config, run))
+    return EvaluationPlan(resolve(config, run))
 
 
-def _plan(judging: Judging) -> Plan:
-    request = judging.request
+def _plan(evaluation: EvaluationPlan) -> Plan:
+    request = evaluation.request
     config = request.config
     return Plan(
         kind="evaluate",
         name=config.name,
-        config={**config.identity_fields(), **request.identity_fields(), **judging.identity_fields()},
+        config={**config.identity_fields(), **request.identity_fields(), **evaluation.identity_fields()},
         seed=config.seed,
         parents=(request.export,),
         model=request.model,
     )
 
 
-def _evaluate(request: Request, judging: Judging, build: Build, processes: Processes, reporter: Reporter) -> None:
+def _evaluate(evaluation: EvaluationPlan, build: Build, processes: Processes, reporter: Reporter) -> None:
     """Sample in all processes; the main one compares."""
-    name = str(request.config.bits)
-    judge = judging.load(request.device) if processes.is_main else None
-    _warn(judging.choice.skipped, [], reporter)
+    request = evaluation.request
+    evaluator = evaluation.load(request.device) if processes.is_main else None
+    _warn(evaluation.selection.skipped, [], reporter)
     with full_precision_images(request, processes, reporter) as reference:
         images = sample_images(
-            request.sampling, build.path, request.load_quantized, processes, reporter, f"Sampling {name}"
+            request.sampling,
+            build.path,
+            request.load_quantized,
+            processes,
+            reporter,
+            f"Sampling {request.config.bits}",
         )
-        if judge is not None:
-            _compare(request, judging, judge, build, images, reference, reporter)
+        if evaluator is not None:
+            _compare(evaluation, evaluator, build, images, reference, reporter)
             build.discard(path.name for path in sorted(build.path.glob(BATCH_PATTERN)))
             build.commit(environment={"processes": processes.count})
     processes.wait()
 
 
 def _compare(
-    request: Request,
-    judging: Judging,
-    judge: Judge,
+    evaluation: EvaluationPlan,
+    evaluator: Evaluator,
     build: Build,
     images: SampledImages,
     reference: SampledImages,
     reporter: Reporter,
 ) -> None:
-    with reporter.task("Comparing", 2) as advance:
-        reference_figures = judge.figures(reference)
+    request, skipped = evaluation.request, dict(evaluation.selection.skipped)
+    with reporter.task("Comparing", 4) as advance:
+        full_precision = evaluator.values(reference, reference, paired=False)
         advance(1)
-        figures = judge.figures(images)
+        values = evaluator.values(images, reference, paired=False)
         advance(1)
-    cautions = judge.cautions(len(images))
+        distances = evaluator.values(images, reference, paired=True)
+        advance(1)
+        one_step = _one_step_error(request, skipped, reporter)
+        advance(1)
+    cautions = evaluator.cautions(len(images))
     _warn({}, cautions, reporter)
+    sentences = verdict(images, reference, one_step)
     facts = {
-        "skipped": judging.choice.skipped,
+        "skipped": skipped,
         "cautions": tuple(cautions),
-        "real": None if judging.real is None else judging.real.name,
+        "real": None if evaluation.real is None else evaluation.real.name,
         "dtype": request.dtype,
+        "one_step": one_step,
+        "verdict": tuple(sentences),
     }
-    write_outcome(build.path, str(request.config.bits), images, reference, figures, reference_figures, facts)
+    write_outcome(build.path, str(request.config.bits), images, reference, values, full_precision, distances, facts)
+
+
+def _one_step_error(request: Request, skipped: dict[str, str], reporter: Reporter) -> OneStepError | None:
+    try:
+        return one_step_error(request.sampling, request.load_full_precision, request.load_quantized)
+    except InputError as error:
+        skipped["one_step_rel_l2"] = error.message
+        reporter.warn(f"Without one_step_rel_l2: {error.message}")
+        return None
 
 
 def _warn(skipped: Mapping[str, str], cautions: Iterable[str], reporter: Reporter) -> None:
-    """Name the figures that are missing, once for each reason, and say what speaks against the others."""
+    """Name the metrics that are left out, once per reason, and what limits the meaning of the others."""
     for reason in sorted(set(skipped.values())):
         names = ", ".join(sorted(name for name, why in skipped.items() if why == reason))
         reporter.warn(f"Without {names}: {reason}")
@@ -141,8 +168,8 @@ def _warn(skipped: Mapping[str, str], cautions: Iterable[str], reporter: Reporte
         reporter.warn(caution)
 
 
-def _in_order(figures: dict[str, Metric]) -> dict[str, Metric]:
-    """Figures as people read them: distances first, what needs prompts last."""
-    order = [name for specs in METRICS.values() for name in specs]
-    known = [name for name in order if name in figures]
-    return {name: figures[name] for name in (*known, *sorted(set(figures) - set(known)))}
+def _in_order(values: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Return metrics in the order in which people read them."""
+    from edadm_cli.metrics.registry import in_order
+
+    return {name: values[name] for name in in_order(values)}

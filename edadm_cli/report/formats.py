@@ -1,11 +1,13 @@
-"""Figures as people read them."""
+"""Metrics, numbers and settings as people read them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from edadm_cli.metrics.registry import metrics
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MINUS = "\u2212"
@@ -13,45 +15,42 @@ NOTHING = "\u2013"
 
 
 @dataclass(frozen=True)
-class Figure:
-    """How a figure of quality is called and read."""
+class MetricLabel:
+    """How people call and read a metric.
+
+    Attributes:
+        label: Its name for people.
+        better: `lower`, `higher`, or empty where nobody knows.
+        percent: Whether it is shown as a percentage.
+        unit: Its unit; empty where it has none.
+    """
 
     label: str
     better: str
     percent: bool = False
+    unit: str = ""
 
 
-FIGURES: dict[str, Figure] = {
-    "frechet_distance": Figure("Fréchet distance", "lower"),
-    "spatial_frechet_distance": Figure("Fréchet distance, spatial", "lower"),
-    "fid": Figure("FID", "lower"),
-    "sfid": Figure("sFID", "lower"),
-    "kernel_distance": Figure("Kernel distance", "lower"),
-    "kid": Figure("KID", "lower"),
-    "classifier_score": Figure("Classifier score", "higher"),
-    "inception_score": Figure("Inception score", "higher"),
-    "precision": Figure("Precision", "higher"),
-    "recall": Figure("Recall", "higher"),
-    "prompt_accuracy": Figure("Prompt accuracy", "higher", percent=True),
-    "clip_score": Figure("CLIP score", "higher"),
+_ONE_STEP = {
+    "one_step_rel_l2": MetricLabel("One-step error", "lower"),
+    "guided_one_step_rel_l2": MetricLabel("Guided one-step error", "lower"),
 }
-"""In the order in which they are shown."""
 
 
-def figure_of(name: str) -> Figure:
-    """How a figure is called; one that is not known here keeps its name."""
-    return FIGURES.get(name) or Figure(name.replace("_", " "), "")
+def label_of(name: str) -> MetricLabel:
+    """Return how a metric is called; one that no installed package registers keeps its name."""
+    metric = metrics().get(name)
+    if metric is None:
+        return _ONE_STEP.get(name) or MetricLabel(name.replace("_", " "), "")
+    return MetricLabel(metric.label, metric.better, metric.percent, metric.unit)
 
 
-def in_order(figures: Iterable[str]) -> list[str]:
-    """Names of figures in the order in which they are shown, unknown ones last."""
-    known = list(FIGURES)
-    return sorted(figures, key=lambda name: (known.index(name) if name in FIGURES else len(known), name))
-
-
-def figure_value(name: str, value: float | None) -> str:
-    """A figure of quality: a share as a percentage, any other as a number."""
-    return percentage(value) if figure_of(name).percent else number(value)
+def metric_value(name: str, value: float | None) -> str:
+    """Return a metric's value as people read it: a share as a percentage, any other as a number with its unit."""
+    label = label_of(name)
+    if label.percent:
+        return percentage(value)
+    return f"{number(value)}\u00a0{label.unit}" if label.unit and value is not None else number(value)
 
 
 def number(value: float | None, digits: int = 4) -> str:

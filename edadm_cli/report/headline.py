@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from edadm_cli.artifacts import Evaluation, Metric
+from edadm_cli.metrics.registry import in_order
 from edadm_cli.report.contents import RunContents, Width
-from edadm_cli.report.formats import figure_of, figure_value, in_order, mebibytes, number
+from edadm_cli.report.formats import label_of, mebibytes, metric_value, number
 from edadm_cli.report.html import Html, Node, element, section, table
+from edadm_cli.report.quality import distances_of
 
 _DISTANCES = ("frechet_distance", "fid")
 _FULL = "full precision"
@@ -41,18 +43,20 @@ def comparison(contents: RunContents) -> Html | None:
         return None
     columns = [_column(width) for width in contents.widths]
     full = _full_precision_column(contents)
-    names = in_order({name for column in columns for name in column.figures})
+    names = in_order({name for column in columns for name in column.metrics})
+    distances = in_order({name for column in columns for name in column.distances})
     rows: list[list[Node]] = [
         ["recipe", "", *(column.recipe for column in columns)],
         ["images", "", *(column.images for column in columns)],
         ["denoiser", full.size, *(column.size for column in columns)],
         ["smaller by", "", *(column.ratio for column in columns)],
-        ["PSNR to full precision", "", *(column.psnr for column in columns)],
-        ["Relative L2 to full precision", "", *(column.distance for column in columns)],
     ]
+    for name in distances:
+        label = f"{label_of(name).label} to {_FULL}"
+        rows.append([label, "", *(column.distances.get(name, "") for column in columns)])
     for name in names:
-        rows.append([figure_of(name).label, *(column.figures.get(name, "") for column in (full, *columns))])
-    header = ["figure", _FULL, *(width.title for width in contents.widths)]
+        rows.append([label_of(name).label, *(column.metrics.get(name, "") for column in (full, *columns))])
+    header = ["metric", _FULL, *(width.title for width in contents.widths)]
     return section(
         "comparison",
         "Bit widths compared",
@@ -87,13 +91,19 @@ def _cards(width: Width) -> Iterator[Html]:
     distance, images = facts.distance_to_full_precision, f"to {_FULL}, mean of {facts.num_images:,} images"
     yield _card("Relative L2", number(distance.latent_rel_l2, 3), None, f"of the latent {images}")
     yield _card("PSNR", number(distance.psnr_db, 3), "dB", images)
+    if facts.one_step is not None:
+        error, kind = facts.one_step.guided_rel_l2, "guided prediction"
+        if error is None:
+            error, kind = facts.one_step.rel_l2, "prediction"
+        note = f"of the {kind}, {facts.one_step.num_images:,} trajectories that were not learned from"
+        yield _card("One-step error", number(error, 3), None, note)
 
 
 def _metric_card(name: str, facts: Evaluation) -> Html:
     metric, full = facts.metrics[name], facts.full_precision.get(name)
-    note = f"{_FULL} {figure_value(name, full.value)}" if full else ""
+    note = f"{_FULL} {metric_value(name, full.value)}" if full else ""
     note = f"{note}; {metric.features}, {metric.num_images:,} images".lstrip("; ")
-    return _card(figure_of(name).label, figure_value(name, metric.value), None, note)
+    return _card(label_of(name).label, metric_value(name, metric.value), None, note)
 
 
 def _card(label: str, value: str, unit: str | None, note: str) -> Html:
@@ -103,15 +113,14 @@ def _card(label: str, value: str, unit: str | None, note: str) -> Html:
 
 @dataclass(frozen=True)
 class _Column:
-    """One bit width, or full precision, in the comparison; empty where there is no figure."""
+    """One bit width, or full precision, in the comparison; empty where there is no metric."""
 
     recipe: str = ""
     images: str = ""
     size: str = ""
     ratio: str = ""
-    psnr: str = ""
-    distance: str = ""
-    figures: Mapping[str, str] = field(default_factory=dict)
+    distances: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
 
 def _column(width: Width) -> _Column:
@@ -122,13 +131,11 @@ def _column(width: Width) -> _Column:
         column = replace(column, size=size, ratio=f"{number(sizes['ratio'], 3)}\u00d7")
     if width.evaluate is not None:
         facts = width.evaluate.facts
-        distance = facts.distance_to_full_precision
         column = replace(
             column,
             images=number(facts.num_images),
-            psnr=f"{number(distance.psnr_db)}\u00a0dB",
-            distance=number(distance.latent_rel_l2),
-            figures=_values(facts.metrics),
+            distances={name: metric_value(name, value) for name, value in distances_of(facts).items()},
+            metrics=_values(facts.metrics),
         )
     return column
 
@@ -137,12 +144,12 @@ def _full_precision_column(contents: RunContents) -> _Column:
     """What all bit widths were compared with; empty where they were compared with different things."""
     evaluated = [w.evaluate.facts.full_precision for w in contents.widths if w.evaluate is not None]
     sizes = {w.export.facts.size_mib["denoiser_fp32"] for w in contents.widths if w.export is not None}
-    same = bool(evaluated) and all(figures == evaluated[0] for figures in evaluated)
+    same = bool(evaluated) and all(metrics == evaluated[0] for metrics in evaluated)
     return _Column(
         size=mebibytes(sizes.pop()) if len(sizes) == 1 else "",
-        figures=_values(evaluated[0]) if same else {},
+        metrics=_values(evaluated[0]) if same else {},
     )
 
 
 def _values(metrics: Mapping[str, Metric]) -> dict[str, str]:
-    return {name: figure_value(name, metric.value) for name, metric in metrics.items()}
+    return {name: metric_value(name, metric.value) for name, metric in metrics.items()}

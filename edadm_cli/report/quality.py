@@ -1,13 +1,14 @@
-"""The sections about what the quantized pipeline draws: figures and images."""
+"""The sections about what the quantized pipeline generates: metrics and images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 from edadm_cli.artifacts import Evaluation
+from edadm_cli.metrics.registry import in_order, metrics
 from edadm_cli.report.contents import Part, RunContents, Width
-from edadm_cli.report.formats import FIGURES, figure_of, figure_value, in_order, number
-from edadm_cli.report.html import Html, Node, code, element, section, table
+from edadm_cli.report.formats import label_of, metric_value, number
+from edadm_cli.report.html import Html, Node, code, details, element, section, table
 from edadm_cli.report.images import build_walls, show_wall
 from edadm_cli.report.notices import caution, missing
 
@@ -24,7 +25,7 @@ def images_section(contents: RunContents) -> Html | None:
 
 
 def quality_section(contents: RunContents) -> Html:
-    """Every figure of every evaluation, with the features it was computed in."""
+    """Every metric of every evaluation, with the features that it was computed in."""
     parts: list[Node] = []
     if not contents.widths:
         parts.append(missing(contents, "evaluate", None))
@@ -40,7 +41,9 @@ def _quality(contents: RunContents, width: Width) -> Html:
     facts = width.evaluate.facts
     parts = [
         element("p", _sampling(width.evaluate), class_="lead"),
-        _figures(width, facts),
+        *(element("p", text) for text in facts.verdict),
+        _metrics(width, facts),
+        _growth(facts),
         *_skipped(facts.skipped),
         *(caution(_with_label(text)) for text in facts.cautions),
     ]
@@ -56,32 +59,54 @@ def _sampling(part: Part[Evaluation]) -> str:
     return f"{facts.num_images:,} images at each precision, {facts.num_steps} steps{guidance}.{real}{equal}"
 
 
-def _figures(width: Width, facts: Evaluation) -> Html:
+def _metrics(width: Width, facts: Evaluation) -> Html:
     rows: list[list[Node]] = []
     for name in in_order(facts.metrics):
-        metric, full, figure = facts.metrics[name], facts.full_precision.get(name), figure_of(name)
-        label = [figure.label, element("small", _ARROWS[figure.better]) if figure.better else None]
-        values = [figure_value(name, full.value if full else None), figure_value(name, metric.value)]
-        rows.append([label, *values, code(metric.features), number(metric.num_images)])
-    distance = facts.distance_to_full_precision
-    for label_text, better, value in (
-        ("PSNR to full precision", "higher", f"{number(distance.psnr_db)}\u00a0dB"),
-        ("Relative L2 to full precision", "lower", number(distance.latent_rel_l2)),
-    ):
-        features = "pixels" if better == "higher" else "final latent"
-        rows.append([[label_text, element("small", _ARROWS[better])], "", value, features, number(facts.num_images)])
-    header = ["figure", "full precision", width.title, "features", "images"]
+        metric, full = facts.metrics[name], facts.full_precision.get(name)
+        values = [metric_value(name, full.value if full else None), metric_value(name, metric.value)]
+        rows.append([_labelled(name), *values, code(metric.features), number(metric.num_images)])
+    for name, value in distances_of(facts).items():
+        is_one_step = "one_step" in name and facts.one_step is not None
+        num_images = facts.one_step.num_images if is_one_step and facts.one_step else facts.num_images
+        what = "predictions" if is_one_step else metrics()[name].compared if name in metrics() else ""
+        rows.append([_labelled(name, " to full precision"), "", metric_value(name, value), what, number(num_images)])
+    header = ["metric", "full precision", width.title, "features", "images"]
     return table(header, rows, f"Quality of {width.title}", numeric=(1, 2, 4))
 
 
+def _growth(facts: Evaluation) -> Html | None:
+    """The errors step by step, where they were measured."""
+    error = facts.one_step
+    if error is None or not error.growth:
+        return None
+    rows: list[list[Node]] = []
+    for step, (one, growth) in enumerate(zip(error.by_step, error.growth, strict=False)):
+        guided = number(error.guided_by_step[step]) if step < len(error.guided_by_step) else ""
+        rows.append([str(step), number(one), guided, number(growth)])
+    header = ["step", "one-step error", "guided", "distance of the trajectories before it"]
+    note = f"Relative L2 over {error.num_images:,} trajectories that were not learned from."
+    return details("Errors step by step", element("p", note), table(header, rows, "Errors step by step", range(4)))
+
+
+def distances_of(facts: Evaluation) -> dict[str, float]:
+    """Return the distances to full precision that were measured, by name, in the order in which they are shown."""
+    measured = facts.distance_to_full_precision.model_dump(exclude_none=True)
+    return {name: measured[name] for name in in_order(measured)}
+
+
+def _labelled(name: str, more: str = "") -> list[Node]:
+    label = label_of(name)
+    return [f"{label.label}{more}", element("small", _ARROWS[label.better]) if label.better else None]
+
+
 def _with_label(text: str) -> str:
-    """A caution that begins with a figure's name, with the label that the table has."""
+    """A caution that begins with a metric's name, with the label that the table has."""
     name, space, rest = text.partition(" ")
-    return f"{figure_of(name).label}{space}{rest}" if name in FIGURES else text
+    return f"{label_of(name).label}{space}{rest}" if name in metrics() else text
 
 
 def _skipped(skipped: Mapping[str, str]) -> Iterator[Html]:
-    """Name the figures that could not be had, once for each reason."""
+    """Name the metrics that could not be computed, once per reason."""
     for reason in sorted(set(skipped.values())):
-        labels = [figure_of(name).label for name in in_order(skipped) if skipped[name] == reason]
+        labels = [label_of(name).label for name in in_order(skipped) if skipped[name] == reason]
         yield caution(f"Without {', '.join(labels)}: {reason}")

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "edadm_cli"
 KERNELS = ROOT / "kernels"
 
 STAGES = {"collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "bench"}
-MIDDLE = {"models", "engines", "artifacts", "calibrate", "integrations"}
+MIDDLE = {"metrics", "models", "engines", "artifacts", "calibrate", "integrations"}
 GROUND = {"config", "recipe", "errors", "launching", "plain_data", "plugins", "progress", "processes", "version"}
 # Which packages a package may import, besides itself.
 ALLOWED = {

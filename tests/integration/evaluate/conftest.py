@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edadm_cli.artifacts import Artifact, Plan, RunFolder, load_tensors, save_tensors
+from edadm_cli.artifacts import Artifact, ExportFacts, Parity, Plan, RunFolder, load_tensors, save_tensors
 from edadm_cli.collect import stage as collect_stage
 from edadm_cli.config import CollectConfig
 from edadm_cli.evaluate.real import ArrayImages, RealImages
@@ -57,7 +57,7 @@ def tiny_models(tiny_sd: Path, tiny_ddpm: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("edadm_cli.evaluate.features.load_classifier", lambda device="cpu": classifier)
     images = torch.randint(0, 256, (40, 1, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     real = RealImages("random images", "0" * 64, {}, lambda size: ArrayImages(images))
-    monkeypatch.setattr("edadm_cli.evaluate.judging.shipped_digits", lambda image_size: real)
+    monkeypatch.setattr("edadm_cli.evaluate.spaces.shipped_digits", lambda image_size: real)
 
 
 def collected(root: Path, model: str) -> RunFolder:
@@ -87,6 +87,9 @@ def export_noisy() -> Exporter:
                     for name, tensor in load_tensors(path).items()
                 },
             )
+            sizes = {"unet": 1.0, "denoiser_fp32": 4.0, "ratio": 4.0}
+            parity = Parity(images_bit_equal=True, latent_max_abs=0.0)
+            ExportFacts(denoiser="unet", size_mib=sizes, parity=parity).save(build.path)
             return build.commit()
 
     return export

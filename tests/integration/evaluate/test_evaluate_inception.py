@@ -51,7 +51,16 @@ def test_without_weights_distances_remain_and_every_missing_figure_says_why(
     assert record.metrics == {}
     assert record.distance_to_full_precision.latent_rel_l2 > 0
     skipped = folder_run.open("evaluate", "w4a8").json("evaluation.json")["skipped"]
-    assert set(skipped) == {"fid", "sfid", "kid", "inception_score", "precision", "recall", "clip_score"}
+    assert set(skipped) == {
+        "fid",
+        "sfid",
+        "kid",
+        "inception_score",
+        "precision",
+        "recall",
+        "clip_score",
+        "perceptual_distance",
+    }
     assert "real images" in skipped["fid"]
     assert "HF_HUB_OFFLINE" in skipped["inception_score"]
     assert "cannot be downloaded" in skipped["clip_score"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from edadm_cli import plugins
 from edadm_cli.artifacts import Artifact, EvaluateRecord, RunFolder, load_tensors, save_tensors
+from edadm_cli.cli.app import main
 from edadm_cli.config import BitWidth, EvaluateConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.estimates import evaluate as evaluate_estimates
 from edadm_cli.evaluate import images as images_module
 from edadm_cli.evaluate import stage
+from edadm_cli.metrics import registry
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.progress import SilentReporter
@@ -96,6 +101,10 @@ def test_an_export_equal_to_full_precision_has_distance_zero(
     export_noisy(pixel_run, 0.0)
     record = stage.run(_config(), pixel_run)
     assert record.distance_to_full_precision.latent_rel_l2 == 0.0
+    assert record.distance_to_full_precision.ssim == 1.0
+    assert record.distance_to_full_precision.perceptual_distance == 0.0
+    assert record.distance_to_full_precision.one_step_rel_l2 == 0.0
+    assert record.distance_to_full_precision.guided_one_step_rel_l2 is None
     ceiling = 10 * np.log10(255**2 * 8 * 8)
     assert record.distance_to_full_precision.psnr_db == pytest.approx(ceiling)
     assert record.metrics == record.full_precision
@@ -178,7 +187,7 @@ def test_broken_models_end_in_one_sentence(text_run: RunFolder, monkeypatch: pyt
 def test_only_named_figures_are_computed_and_unknown_ones_refused(text_run: RunFolder) -> None:
     record = stage.run(_config(metrics=("prompt_accuracy",)), text_run)
     assert set(record.metrics) == {"prompt_accuracy"}
-    with pytest.raises(UsageError, match="no figure 'fid'"):
+    with pytest.raises(UsageError, match="no metric 'fid'"):
         stage.run(_config(metrics=("fid",)), text_run)
 
 
@@ -260,3 +269,78 @@ def _fail_after(patch: pytest.MonkeyPatch, allowed: int) -> None:
         return sample(model, **arguments)
 
     patch.setattr(images_module, "sample", failing)
+
+
+def test_the_one_step_error_is_that_of_both_denoisers_on_the_same_inputs(text_run: RunFolder) -> None:
+    record = stage.run(_config(), text_run)
+    error = text_run.open("evaluate", "w4a8").json("evaluation.json")["one_step"]
+    distance = record.distance_to_full_precision
+    assert error["num_images"] == 5, "a batch of the evaluation's own images, which no calibration has seen"
+    assert (distance.one_step_rel_l2, distance.guided_one_step_rel_l2) == (error["rel_l2"], error["guided_rel_l2"])
+    assert 0 < error["rel_l2"] < error["guided_rel_l2"], "guidance amplifies the difference of the branches"
+    assert min(error["by_step"]) <= error["rel_l2"] <= max(error["by_step"])
+    assert len(error["by_step"]) == len(error["guided_by_step"]) == len(error["growth"])
+    assert error["growth"][0] == 0.0, "both begin with the same noise"
+    assert error["growth"][-1] > 0
+    assert any(f"{error['guided_rel_l2']:.3g}" in sentence for sentence in record.verdict)
+
+
+def test_images_that_became_black_are_counted_in_the_verdict(
+    text_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def darkened(model: LoadedModel, **fields: Any) -> Samples:
+        samples = sample(model, **fields)
+        if model.ref.id != text_run.open("collect").manifest.model.id:
+            samples.images[0] = 0
+        return samples
+
+    monkeypatch.setattr(images_module, "sample", darkened)
+    record = stage.run(_config(), text_run)
+    assert "3 of 12 images are black" in record.verdict[0]
+
+
+TOY = """
+from edadm_cli.metrics.base import Metric, Value
+class MeanLevel(Metric):
+    name, label, better = "mean_level", "Mean level", "higher"
+    def compute(self, context, resource):
+        means = [float(images.float().mean()) for images, _ in context.images.pairs()]
+        return Value(sum(means) / len(means), "pixels", len(context.images))
+class LargestDifference(Metric):
+    name, label, better, paired, compared = "largest_difference", "Largest difference", "lower", True, "pixels"
+    def compute(self, context, resource):
+        both = zip(context.images.pairs(), context.reference.pairs())
+        pairs = [pair for (images, _), (others, _) in both for pair in zip(images, others)]
+        values = [int((a.int() - b.int()).abs().max()) for a, b in pairs]
+        return Value(max(values), self.compared, len(values), tuple(float(value) for value in values))
+"""
+
+
+def test_metrics_of_another_package_are_computed_by_the_command_and_shown_by_the_report(
+    text_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "toy_metrics.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    points = [
+        importlib.metadata.EntryPoint(name, f"toy_metrics:{name}", "edadm.metrics")
+        for name in ("MeanLevel", "LargestDifference")
+    ]
+    known = plugins.entry_points
+    monkeypatch.setattr(
+        plugins, "entry_points", lambda group: points if group == "edadm.metrics" else known(group=group)
+    )
+    registry.metrics.cache_clear()
+    run, device = ["--run", str(text_run.root)], ["--device", "cpu"]
+    try:
+        assert main(["evaluate", "--bits", "w4a8", "--num-images", "4", "--json", *run, *device]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert main(["report", "--quiet", *run]) == 0
+    finally:
+        registry.metrics.cache_clear()
+    assert 0 < record["metrics"]["mean_level"]["value"] < 255
+    assert record["distance_to_full_precision"]["largest_difference"] > 0
+    distances = text_run.open("evaluate", "w4a8").json("distances.json")
+    assert max(distances["largest_difference"]) == record["distance_to_full_precision"]["largest_difference"]
+    page = Path(capsys.readouterr().out.strip()).read_text()
+    assert "Mean level" in page
+    assert "Largest difference to full precision" in page

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edadm_cli.errors import InputError
-from edadm_cli.evaluate.clip_score import load_clip
+from edadm_cli.metrics.clip_score import load_clip
 
 ImageMaker = Callable[..., torch.Tensor]
 CPU = torch.device("cpu")

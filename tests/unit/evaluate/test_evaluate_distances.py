@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from edadm_cli.evaluate.distances import num_identical, psnr, psnr_ceiling, relative_l2
+from edadm_cli.metrics.distances import num_identical, psnr, psnr_ceiling, relative_l2
 
 
 def _images(seed: int, count: int = 3) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch_fidelity
 from torch_fidelity import FeatureExtractorInceptionV3
 
 from edadm_cli.errors import InputError
-from edadm_cli.evaluate import fidelity
 from edadm_cli.evaluate.features import digits_digest, digits_space, inception_space
 from edadm_cli.evaluate.real import ArrayImages
+from edadm_cli.metrics import fidelity
 from edadm_cli.models.digits.classifier import DigitClassifier
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edadm_cli.evaluate import fidelity
+from edadm_cli.metrics import fidelity
 
 
 def _normal(seed: int, count: int, size: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:

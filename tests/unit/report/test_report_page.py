@@ -205,7 +205,7 @@ def test_several_bit_widths_are_compared_the_widest_first(maker: RunMaker) -> No
     page = _page(maker.width("w8a8"))
     assert "comparison" in _ids(page)
     table = _rows(page, "Bit widths compared")
-    assert table["figure"] == ["full precision", "W8A8", "W4A8"]
+    assert table["metric"] == ["full precision", "W8A8", "W4A8"]
     assert table["recipe"] == ["", "rtn", "default"]
     assert table["denoiser"] == ["13.00\u00a0MiB", "3.25\u00a0MiB", "2.00\u00a0MiB"]
     assert table["smaller by"] == ["", f"4.00{TIMES}", f"6.50{TIMES}"]

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from edadm_cli.report.formats import MINUS, NOTHING, count, flat, in_order, mebibytes, number, percentage, plain
+from edadm_cli.metrics.registry import in_order
+from edadm_cli.report.formats import MINUS, NOTHING, count, flat, mebibytes, number, percentage, plain
 from edadm_cli.report.html import Html, element, escape, table
 from edadm_cli.report.plots import counts_plot, curve_plot, decades, linear_ticks, loss_plot, score_plot
 

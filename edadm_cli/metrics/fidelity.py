@@ -16,8 +16,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
-from edadm_cli.evaluate.metrics import NEIGHBOURS
-from edadm_cli.evaluate.representation import Statistics
+from edadm_cli.metrics.base import NEIGHBOURS
+from edadm_cli.metrics.representation import Statistics
 
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
@@ -28,8 +28,8 @@ _DISTANCE_ROWS = 1000
 
 def feature_statistics(features: Tensor) -> Statistics:
     """Return mean and covariance of features with shape `(N, D)`, accumulated in float64."""
-    found = metric_fid.fid_features_to_statistics(features.double().cpu())
-    return Statistics(found["mu"], found["sigma"])
+    results = metric_fid.fid_features_to_statistics(features.double().cpu())
+    return Statistics(results["mu"], results["sigma"])
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
@@ -47,14 +47,14 @@ def kernel_distance(features: Tensor, real: Tensor) -> float:
         features: Shape `(N, D)`.
         real: Shape `(M, D)`.
     """
-    found = metric_kid.kid_features_to_metric(
+    results = metric_kid.kid_features_to_metric(
         features.double().cpu(),
         real.double().cpu(),
         kid_subsets=KERNEL_SUBSETS,
         kid_subset_size=min(KERNEL_SUBSET_SIZE, len(features), len(real)),
         verbose=False,
     )
-    return float(found[metric_kid.KEY_METRIC_KID_MEAN])
+    return float(results[metric_kid.KEY_METRIC_KID_MEAN])
 
 
 def score_splits(num_images: int) -> int:
@@ -64,8 +64,8 @@ def score_splits(num_images: int) -> int:
 
 def inception_score(logits: Tensor) -> float:
     """Return the Inception score of a classifier's logits with shape `(N, K)`; it lies in `[1, K]`."""
-    found = metric_isc.isc_features_to_metric(logits.cpu(), splits=score_splits(len(logits)))
-    return float(found[metric_isc.KEY_METRIC_ISC_MEAN])
+    results = metric_isc.isc_features_to_metric(logits.cpu(), splits=score_splits(len(logits)))
+    return float(results[metric_isc.KEY_METRIC_ISC_MEAN])
 
 
 def precision_recall(features: Tensor, real: Tensor) -> tuple[float, float]:
@@ -77,7 +77,7 @@ def precision_recall(features: Tensor, real: Tensor) -> tuple[float, float]:
         features: Shape `(N, D)`, N at least 4.
         real: Shape `(M, D)`, M at least 4.
     """
-    found = metric_prc.prc_features_to_metric(
+    results = metric_prc.prc_features_to_metric(
         features.double().cpu(),
         real.double().cpu(),
         prc_neighborhood=NEIGHBOURS,
@@ -86,8 +86,8 @@ def precision_recall(features: Tensor, real: Tensor) -> tuple[float, float]:
         verbose=False,
     )
     return (
-        _share(found[metric_prc.KEY_METRIC_PRECISION], len(features)),
-        _share(found[metric_prc.KEY_METRIC_RECALL], len(real)),
+        _share(results[metric_prc.KEY_METRIC_PRECISION], len(features)),
+        _share(results[metric_prc.KEY_METRIC_RECALL], len(real)),
     )
 
 

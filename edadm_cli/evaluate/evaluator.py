@@ -1,0 +1,163 @@
+"""Computes metrics of sets of images; each set passes through the feature extractor once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from edadm_cli.errors import InputError
+from edadm_cli.evaluate.features import FeatureSpace
+from edadm_cli.evaluate.images import SampledImages
+from edadm_cli.evaluate.real import RealImages
+from edadm_cli.metrics.base import Metric, Value
+from edadm_cli.metrics.fidelity import feature_statistics
+from edadm_cli.metrics.representation import Features, Layer, Statistics
+
+T = TypeVar("T")
+
+
+class RealFeatures:
+    """The real images in a feature space; nothing is computed before it is asked for.
+
+    Args:
+        real: The real images.
+        space: The feature extractor.
+    """
+
+    def __init__(self, real: RealImages, space: FeatureSpace) -> None:
+        self._real = real
+        self._space = space
+        self._features: dict[tuple[int, int], Features] = {}
+        self._statistics: dict[Layer, Statistics] = dict(real.statistics)
+
+    def features(self, size: tuple[int, int]) -> Features:
+        """Return the features of the real images, where these are files: at the height and width of the samples.
+
+        Raises:
+            InputError: There are statistics only, or a file is no image.
+        """
+        if self._real.images is None:
+            raise InputError(f"{self._real.name} holds statistics only; the real images themselves were expected.")
+        if size not in self._features:
+            self._features[size] = self._space.extract(self._real.images(size))
+        return self._features[size]
+
+    def num_features(self, layer: Layer) -> int:
+        """Return the number of features of a layer, once its statistics are known; 0 before."""
+        return self._statistics[layer].mean.size if layer in self._statistics else 0
+
+    def statistics(self, layer: Layer, size: tuple[int, int]) -> Statistics:
+        """Return mean and covariance of a layer's features: ready-made where there are such, else of the images."""
+        if layer not in self._statistics:
+            self._statistics[layer] = feature_statistics(self.features(size).layer(layer))
+        return self._statistics[layer]
+
+
+@dataclass
+class Evaluator:
+    """Computes the same metrics for several sets of images.
+
+    Args:
+        metrics: The metrics, by name.
+        resources: What each metric loaded for itself.
+        feature_name: Name of the features in results, such as `digits`.
+        space: The feature extractor; `None` where no metric needs one.
+        real: The real images in the features; `None` where no metric needs them.
+        prompts: One prompt per image; `None` for models without prompts.
+        labels: Class that each prompt names, -1 for none; `None` where no prompt names one.
+    """
+
+    metrics: Mapping[str, Metric]
+    resources: Mapping[str, Any]
+    feature_name: str
+    space: FeatureSpace | None
+    real: RealFeatures | None
+    prompts: Sequence[str] | None
+    labels: Tensor | None
+    _features: dict[int, Features] = field(default_factory=dict)
+
+    def values(self, images: SampledImages, reference: SampledImages, paired: bool) -> dict[str, Value]:
+        """Compute the paired or the other metrics of a set of images.
+
+        Args:
+            images: The images.
+            reference: The full-precision images of the same seeds.
+            paired: Which of the metrics: those that compare the two sets, or those of `images` alone.
+
+        Raises:
+            InputError: A value is not finite, or the real statistics belong to other features.
+        """
+        context = EvaluationContext(self, images, reference)
+        values = {
+            name: metric.compute(context, self.resources.get(name))
+            for name, metric in self.metrics.items()
+            if metric.paired == paired
+        }
+        for name, value in values.items():
+            if not math.isfinite(value.value):
+                raise InputError(f"{name} of {len(images)} images is {value.value}, which is no result.")
+        return values
+
+    def features(self, images: SampledImages) -> Features:
+        """Return the features of a set of images."""
+        assert self.space is not None, "a metric in features needs a feature extractor"
+        if id(images) not in self._features:
+            self._features[id(images)] = self.space.extract(images)
+        return self._features[id(images)]
+
+    def cautions(self, num_images: int) -> list[str]:
+        """Return a sentence for each metric that compares only with values of as few images."""
+        few = {
+            name: size
+            for name, metric in self.metrics.items()
+            if "real_statistics" in metric.needs
+            and self.real
+            and num_images <= (size := self.real.num_features(metric.layer))
+        }
+        return [
+            f"{name} of {num_images} images in {size} features is far above that of many images; "
+            "compare it with values of as many images only."
+            for name, size in few.items()
+        ]
+
+
+class EvaluationContext:
+    """What metrics may ask for; see `edadm_cli.metrics.base.Context`."""
+
+    def __init__(self, evaluator: Evaluator, images: SampledImages, reference: SampledImages) -> None:
+        self._evaluator = evaluator
+        self.images: Any = images
+        self.reference: Any = reference
+        self.prompts, self.labels = evaluator.prompts, evaluator.labels
+        self.feature_name = evaluator.feature_name
+        height, width = images[0].shape[-2:]
+        self._size = (height, width)
+        self._shared: dict[str, Any] = {}
+
+    def features(self, images: Any) -> Features:
+        """Return the features of the images or of the reference."""
+        return self._evaluator.features(images)
+
+    def real_features(self) -> Features:
+        """Return the features of the real images."""
+        return self._real.features(self._size)
+
+    def real_statistics(self, layer: Layer) -> Statistics:
+        """Return mean and covariance of a layer's features over the real images."""
+        return self._real.statistics(layer, self._size)
+
+    def once(self, key: str, compute: Callable[[], T]) -> T:
+        """Return the result of a function that several metrics share."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        result: T = self._shared[key]
+        return result
+
+    @property
+    def _real(self) -> RealFeatures:
+        assert self._evaluator.real is not None, "the metric needs real images"
+        return self._evaluator.real

@@ -1,0 +1,115 @@
+"""The feature spaces that images are judged in: the network, the real images, and the classes that prompts name.
+
+`ModelEntry.features` names the space of a model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from edadm_cli.artifacts import file_sha256
+from edadm_cli.config import EvaluateConfig
+from edadm_cli.evaluate.features import (
+    FeatureSpace,
+    check_inception_weights,
+    digits_digest,
+    digits_space,
+    inception_space,
+)
+from edadm_cli.evaluate.real import RealImages, shipped_digits
+from edadm_cli.models.digits.data import label_of_prompt
+from edadm_cli.models.registry import ModelEntry
+
+INCEPTION_VERSION = "2015-12-05-6726825d"
+"""Date and hash of the Inception weights that torch-fidelity downloads."""
+
+
+class Space(ABC):
+    """One feature space.
+
+    Attributes:
+        feature_name: What its features are called in results.
+        is_shipped: Whether the network is part of this package, so that it is never missing.
+    """
+
+    feature_name: str
+    is_shipped: bool = True
+
+    def check(self, config: EvaluateConfig) -> None:  # noqa: B027 - most spaces have nothing to check
+        """Refuse weights that cannot be used, before anything is sampled.
+
+        Raises:
+            InputError: A file that the configuration names is missing or broken.
+        """
+
+    @abstractmethod
+    def digest(self, config: EvaluateConfig) -> str:
+        """Return what identifies the network's weights."""
+
+    @abstractmethod
+    def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
+        """Load the network.
+
+        Raises:
+            InputError: Its weights are missing and cannot be downloaded.
+        """
+
+    def real_images(self, entry: ModelEntry) -> RealImages | None:
+        """Return the real images that come with the package; `None` where there are none."""
+        return None
+
+    def label_of(self, prompt: str) -> int | None:
+        """Return the class that a prompt names; `None` where it names none."""
+        return None
+
+
+class DigitsSpace(Space):
+    """The shipped digit classifier, and MNIST."""
+
+    feature_name = "digits"
+
+    def digest(self, config: EvaluateConfig) -> str:
+        """Return the hash of the classifier's weights."""
+        return digits_digest()
+
+    def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
+        """Load the classifier."""
+        return digits_space(device)
+
+    def real_images(self, entry: ModelEntry) -> RealImages:
+        """Return MNIST at the size of the model's images."""
+        return shipped_digits(entry.image_size or 32)
+
+    def label_of(self, prompt: str) -> int | None:
+        """Return the digit that a prompt names."""
+        return label_of_prompt(prompt)
+
+
+class InceptionSpace(Space):
+    """The Inception network of 2015, in torch-fidelity's port."""
+
+    feature_name = "inception-v3"
+    is_shipped = False
+
+    def check(self, config: EvaluateConfig) -> None:
+        """Read the file of weights, where one is named."""
+        if config.inception_weights is not None:
+            check_inception_weights(config.inception_weights)
+
+    def digest(self, config: EvaluateConfig) -> str:
+        """Return the version of torch-fidelity's weights, or the hash of the file."""
+        return INCEPTION_VERSION if config.inception_weights is None else file_sha256(config.inception_weights)
+
+    def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
+        """Load the network."""
+        return inception_space(config.inception_weights, device)
+
+
+SPACES: dict[str, Space] = {"digits": DigitsSpace(), "inception": InceptionSpace()}
+
+
+def space_of(entry: ModelEntry) -> Space:
+    """Return the feature space of a model."""
+    return SPACES[entry.features]

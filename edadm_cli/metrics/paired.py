@@ -1,0 +1,99 @@
+"""Metrics that compare each image with the full-precision image of the same seed.
+
+The arithmetic is in `edadm_cli.metrics.distances`, and that of features in `perceptual_distance` below.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from edadm_cli.metrics.base import Context, Metric, Need, Value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Paired(Metric):
+    """A metric with one value per image, whose mean is reported."""
+
+    paired = True
+    compared = "pixels"
+
+    def compute(self, context: Context, resource: Any) -> Value:
+        """Compare batch by batch."""
+        import torch
+
+        batches = zip(context.images.pairs(), context.reference.pairs(), strict=True)
+        values = torch.cat([self.of_batch(*images, *reference) for images, reference in batches])
+        return Value(float(values.mean()), self.compared, len(values), tuple(values.tolist()))
+
+    @abstractmethod
+    def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
+        """Return one value per image, as float64 with shape `(n,)`."""
+
+
+class Psnr(Paired):
+    """The peak signal-to-noise ratio in dB."""
+
+    name, label, unit = "psnr_db", "PSNR", "dB"
+    better = "higher"
+    description = "peak signal-to-noise ratio of the pixels"
+
+    def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
+        """See `distances.psnr`."""
+        from edadm_cli.metrics.distances import psnr
+
+        return psnr(images, reference)
+
+
+class LatentRelativeL2(Paired):
+    """The relative L2 distance of the final latents."""
+
+    name, label, compared = "latent_rel_l2", "Relative L2", "final latent"
+    better = "lower"
+    description = "relative L2 distance of the final latents"
+
+    def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
+        """See `distances.relative_l2`."""
+        from edadm_cli.metrics.distances import relative_l2
+
+        return relative_l2(latents, reference_latents)
+
+
+class Ssim(Paired):
+    """The structural similarity."""
+
+    name, label = "ssim", "SSIM"
+    better = "higher"
+    description = "structural similarity of the pixels"
+
+    def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
+        """See `distances.ssim`."""
+        from edadm_cli.metrics.distances import ssim
+
+        return ssim(images, reference)
+
+
+class PerceptualDistance(Metric):
+    """The distance of the two images in the features of the network that the other metrics are computed in."""
+
+    name, label = "perceptual_distance", "Perceptual distance"
+    better = "lower"
+    description = "distance of unit-length features, spatial and pooled"
+    needs: frozenset[Need] = frozenset({"features"})
+    paired = True
+    compared = "features"
+
+    def compute(self, context: Context, resource: Any) -> Value:
+        """See `distances.perceptual_distance`."""
+        from edadm_cli.metrics.distances import perceptual_distance
+
+        values = perceptual_distance(context.features(context.images), context.features(context.reference))
+        name = f"{context.feature_name}/spatial+pooled"
+        return Value(float(values.mean()), name, len(values), tuple(values.tolist()))
+
+
+METRICS: tuple[Metric, ...] = (Psnr(), LatentRelativeL2(), Ssim(), PerceptualDistance())
+ALWAYS = frozenset({"psnr_db", "latent_rel_l2"})
+"""Paired metrics that cost nothing and are computed whatever `--metrics` names."""

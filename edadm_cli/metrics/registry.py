@@ -1,0 +1,44 @@
+"""All metrics: those of this package in the order in which they are shown, then those of other packages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+from edadm_cli.errors import MachineError
+from edadm_cli.metrics import clip, in_features, paired
+from edadm_cli.metrics.base import Metric
+from edadm_cli.plugins import load_plugins
+
+GROUP = "edadm.metrics"
+_SHIPPED: tuple[Metric, ...] = (*in_features.METRICS, *clip.METRICS, *paired.METRICS)
+
+
+@cache
+def metrics() -> dict[str, Metric]:
+    """Return all metrics by name.
+
+    Raises:
+        MachineError: Another package's metric cannot be loaded, or takes a name that is taken.
+    """
+    known = {metric.name: metric for metric in _SHIPPED}
+    for metric in load_plugins(GROUP, Metric):
+        if metric.name in known:
+            raise MachineError(
+                f"Two metrics have the name '{metric.name}': {type(metric).__module__}.{type(metric).__qualname__} "
+                f"and {type(known[metric.name]).__module__}.{type(known[metric.name]).__qualname__}.",
+                hint="uninstall the package that adds one of them",
+            )
+        known[metric.name] = metric
+    return known
+
+
+def metrics_of(space: str) -> dict[str, Metric]:
+    """Return the metrics of models that are judged in a feature space, by name."""
+    return {name: metric for name, metric in metrics().items() if metric.applies(space)}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names of metrics in the order in which they are shown; those that nobody registered come last."""
+    known = list(metrics())
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
