@@ -1,19 +1,20 @@
 """Methods of an exported denoiser that differ from those that diffusers gives a quantized model.
 
 diffusers refuses to cast quantized models, since with most methods a cast would destroy the scales; ours keep theirs.
-It would let PEFT look for layers to adapt and find none, fuse projections by their float weights, which are not there,
-and put other attention in the place of quantized products without a word; ours say what to do instead.
+PEFT has to be told how to adapt a quantized layer. diffusers would fuse projections by their float weights, which are
+not there, and put other attention in the place of quantized products without a word; these methods say what to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from edadm_cli.errors import UsageError
+from edadm_cli.integrations import lora
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 
@@ -39,7 +40,7 @@ def bind_methods(model: nn.Module) -> None:
     """Give a loaded denoiser its own casts and its own refusals, on the instance: its class stays diffusers'."""
     own: dict[str, Callable[..., Any]] = {"to": _to, **{name: getattr(nn.Module, name) for name in _CASTS}}
     if hasattr(model, "load_lora_adapter"):
-        own |= {"load_lora_adapter": _load_lora_adapter, "add_adapter": _refuse_adapter}
+        own |= {"load_lora_adapter": lora.load_lora_adapter, "add_adapter": lora.add_adapter}
     if hasattr(model, "fuse_qkv_projections") and _has_quantized_attention(model):
         own |= {"fuse_qkv_projections": _refuse_fusion, "unfuse_qkv_projections": _leave_as_it_is}
     attentions = [module for module in model.modules() if _is_quantized(module)]
@@ -58,24 +59,6 @@ def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     if dtype is not None:
         nn.Module.to(model, dtype=dtype)
     return type(model).to(model, *rest, **kwargs) if rest or kwargs else model
-
-
-def _load_lora_adapter(model: nn.Module, weights: Any, prefix: str | None = "transformer", **kwargs: Any) -> None:
-    """Refuse an adapter with weights for the denoiser; one for the text encoders alone has none."""
-    is_elsewhere = isinstance(weights, Mapping) and prefix is not None
-    if is_elsewhere and not any(name.startswith(f"{prefix}.") for name in weights):
-        of_diffusers: Any = type(model)
-        of_diffusers.load_lora_adapter(model, weights, prefix=prefix, **kwargs)
-        return
-    _refuse_adapter(model)
-
-
-def _refuse_adapter(model: nn.Module, *_: Any, **__: Any) -> None:
-    raise UsageError(
-        f"The layers of this {type(model).__name__} are quantized and take no adapter: load the LoRA into the "
-        "full-precision pipeline, pipeline.fuse_lora(), pipeline.unload_lora_weights(), "
-        "pipeline.save_pretrained(FOLDER), and quantize that: edadm run --model FOLDER."
-    )
 
 
 def _is_quantized(module: nn.Module) -> bool:

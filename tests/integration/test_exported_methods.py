@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers.utils import USE_PEFT_BACKEND
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
@@ -151,43 +150,6 @@ def test_a_whole_pipeline_is_offloaded_with_its_buffers(pipeline: Any) -> None:
     assert torch.equal(draw(pipeline), wanted)
 
 
-def lora(module: str, size: int) -> dict[str, Tensor]:
-    """A LoRA of rank two for one layer."""
-    return {f"{module}.lora_A.weight": torch.ones(2, size), f"{module}.lora_B.weight": torch.ones(size, 2)}
-
-
-def test_a_lora_is_refused_with_the_way_round(pipeline: Any) -> None:
-    """Whether PEFT is installed or not; without it, diffusers asks for it before it asks the denoiser."""
-    before = predict(pipeline.unet)
-    weights = lora(f"unet.{TO_Q}", 8)
-    attempts = [
-        lambda: pipeline.unet.load_lora_adapter(weights, prefix="unet"),
-        lambda: pipeline.unet.load_lora_adapter("folder/of/a/lora"),
-        lambda: pipeline.unet.add_adapter(object()),
-    ]
-    if USE_PEFT_BACKEND:
-        attempts.append(lambda: pipeline.load_lora_weights(weights))
-    else:
-        with pytest.raises(ValueError, match="PEFT backend is required"):
-            pipeline.load_lora_weights(weights)
-    for attempt in attempts:
-        with pytest.raises(
-            UsageError, match=r"take no adapter: .*fuse_lora\(\).*edadm run --model FOLDER\.$"
-        ) as caught:
-            attempt()
-        assert "\n" not in str(caught.value)
-    assert torch.equal(predict(pipeline.unet), before)
-
-
-def test_a_lora_of_the_text_encoder_alone_is_none_of_the_denoisers(
-    pipeline: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passed: list[Any] = []
-    monkeypatch.setattr(UNet2DConditionModel, "load_lora_adapter", lambda *args, **kwargs: passed.append(kwargs))
-    pipeline.unet.load_lora_adapter(lora("text_encoder.q_proj", 16), prefix="unet", adapter_name="words")
-    assert passed == [{"prefix": "unet", "adapter_name": "words"}]
-
-
 def test_a_fusion_of_projections_is_refused_and_changes_nothing(pipeline: Any) -> None:
     """A fused layer would be made of float weights, and its processor would take the place of quantized products."""
     before, processors = predict(pipeline.unet), dict(pipeline.unet.attn_processors)
@@ -281,5 +243,5 @@ def test_a_pickled_denoiser_is_read_again(pipeline: Any) -> None:
         assert torch.equal(again(*call[0], **call[1]).sample, pipeline.unet(*call[0], **call[1]).sample)
     assert again.half().conv_in.weight_scale.dtype == torch.float32
     assert next(pipeline.unet.parameters()).dtype == torch.float32, "a method acts on its own module"
-    with pytest.raises(UsageError, match="take no adapter"):
-        again.load_lora_adapter({"unet.x": torch.zeros(1)}, prefix="unet")
+    with pytest.raises(UsageError, match="cannot be fused"):
+        again.fuse_qkv_projections()

@@ -1,0 +1,161 @@
+r"""LoRA on a quantized denoiser: a side branch in floating point beside the layer's integers.
+
+    y = Q(x) + scaling * B (A x)
+
+Q is the quantized layer as it was exported, and A and B see the layer's own input before it is quantized. No code and
+no range changes, so an adapter can be loaded, weighted, exchanged and unloaded at any time. PEFT does all of that; what
+it lacks is how to wrap a layer that has no float weight, which this module tells it.
+
+References:
+    LoRA, arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from edadm_cli.errors import UsageError
+from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+
+
+def load_lora_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Load a LoRA as diffusers' `load_lora_adapter` does, with quantized layers among those that can be adapted."""
+    from diffusers.loaders import peft
+
+    create: Callable[..., Any] = peft._create_lora_config
+
+    def create_registered(*config_args: Any, **config_kwargs: Any) -> Any:
+        return _register(create(*config_args, **config_kwargs))
+
+    of_diffusers: Any = type(model)
+    peft._create_lora_config = create_registered
+    try:
+        with _visible_weights(model):
+            of_diffusers.load_lora_adapter(model, *args, **kwargs)
+    finally:
+        peft._create_lora_config = create
+
+
+def add_adapter(model: nn.Module, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
+    """Add a new adapter as diffusers' `add_adapter` does, with quantized layers among those that can be adapted."""
+    of_diffusers: Any = type(model)
+    with _visible_weights(model):
+        of_diffusers.add_adapter(model, _register(adapter_config), *args, **kwargs)
+
+
+def _register(config: Any) -> Any:
+    """Let PEFT know how quantized layers are wrapped."""
+    if hasattr(config, "_register_custom_module"):
+        config._register_custom_module({QuantizedLayer: _wrapped, SplitLayer: _wrapped})
+    return config
+
+
+def _wrapped(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
+    """The PEFT layer around a quantized layer, which may be wrapped already."""
+    linear, convolution = _side_branches()
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    kind = linear if len(weight_shape(base)) == 2 else convolution
+    return kind(target, adapter_name, **kwargs)
+
+
+@cache
+def _side_branches() -> tuple[type[nn.Module], type[nn.Module]]:
+    from peft.tuners import lora
+
+    class SideBranch:
+        """What differs from PEFT's layers: there is no float weight that an adapter could be merged into."""
+
+        def merge(self, *args: Any, **kwargs: Any) -> None:
+            raise UsageError(
+                "The weights of this denoiser are quantized, and a LoRA cannot be merged into them: leave fuse_lora() "
+                "out, or fuse it into the full-precision pipeline, save that, and run: edadm run --model FOLDER."
+            )
+
+    class QuantizedLoraLinear(SideBranch, lora.Linear):  # type: ignore[misc]
+        """A LoRA beside a quantized linear layer."""
+
+    class QuantizedLoraConv2d(SideBranch, lora.Conv2d):  # type: ignore[misc]
+        """A LoRA beside a quantized convolution."""
+
+        _float_layer: nn.Module | None = None
+
+        def update_layer(self, *args: Any, **kwargs: Any) -> None:
+            """PEFT makes A of the class of the base layer, which has to be that of a float convolution."""
+            self.__dict__["_float_layer"] = _float_convolution(self.base_layer)
+            try:
+                super().update_layer(*args, **kwargs)
+            finally:
+                del self.__dict__["_float_layer"]
+
+        def get_base_layer(self) -> nn.Module:
+            base: nn.Module = super().get_base_layer()
+            return self._float_layer or base
+
+    return QuantizedLoraLinear, QuantizedLoraConv2d
+
+
+@contextmanager
+def _visible_weights(model: nn.Module) -> Iterator[None]:
+    """Show the attributes of float layers while PEFT sets up an adapter.
+
+    PEFT reads the shape, device and element type of `weight`, not its values: the tensor has one number's memory. The
+    attributes are no parameters, buffers or submodules, and are gone afterwards.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer | SplitLayer)]
+    for layer in layers:
+        layer.__dict__.update(_float_attributes(layer))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+            yield
+    finally:
+        for layer in layers:
+            for name in _float_attributes(layer):
+                del layer.__dict__[name]
+
+
+def _float_attributes(layer: nn.Module) -> dict[str, Any]:
+    first = layer.parts[0] if isinstance(layer, SplitLayer) else layer
+    assert isinstance(first, QuantizedLayer)
+    operation, shape = first.operation, weight_shape(layer)
+    dtype = torch.float32 if first.bias is None else first.bias.dtype
+    number = torch.zeros((), dtype=dtype, device=first.weight_codes.device)
+    shown: dict[str, Any] = {"weight": number.expand(shape)}
+    if isinstance(layer, SplitLayer):
+        shown |= {"in_features": shape[1], "out_features": shape[0]}
+    if operation.kind == "conv2d":
+        shown |= {
+            "kernel_size": shape[2:],
+            "stride": operation.stride,
+            "padding": operation.padding,
+            "dilation": operation.dilation,
+            "groups": operation.groups,
+        }
+    return shown
+
+
+def _float_convolution(layer: nn.Module) -> nn.Conv2d:
+    """A convolution with the attributes of a quantized one; its weight has one number's memory."""
+    shown = _float_attributes(layer)
+    rows, channels = shown["weight"].shape[:2]
+    options = {name: shown[name] for name in ("kernel_size", "stride", "padding", "dilation", "groups")}
+    convolution = nn.Conv2d(channels * options["groups"], rows, **options, bias=False, device="meta")
+    convolution.weight = nn.Parameter(shown["weight"], requires_grad=False)
+    return convolution
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of the weight of a quantized layer, all channel parts together."""
+    if isinstance(layer, SplitLayer):
+        first = layer.parts[0]
+        assert isinstance(first, QuantizedLayer)
+        return (first.weight_shape[0], sum(layer.sizes), *first.weight_shape[2:])
+    assert isinstance(layer, QuantizedLayer)
+    return layer.weight_shape

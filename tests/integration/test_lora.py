@@ -1,0 +1,183 @@
+"""A LoRA beside quantized layers adds what it would add to the float layer's output, and is weighted and unloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from torch import Tensor, nn
+
+from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.config import BitWidth
+from edadm_cli.errors import UsageError
+from edadm_cli.integrations.methods import bind_methods
+from edadm_cli.models.example_calls import example_call
+from edadm_cli.models.loading import load_model
+from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+from edadm_cli.recipe import load_recipe
+from tests.integration.test_exported_methods import CPU, export, predict
+
+pytest.importorskip("peft")
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+TARGETS = (
+    f"{BLOCK}.attn1.to_q",
+    f"{BLOCK}.ff.net.2",
+    "mid_block.resnets.0.conv1",
+    "up_blocks.1.resnets.0.conv_shortcut",
+)
+RANK = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(load_model(str(tiny_sd), CPU, torch.float32), tmp_path_factory.mktemp("export") / "pipeline")
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> Any:
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    if isinstance(layer, SplitLayer):
+        first = layer.parts[0]
+        assert isinstance(first, QuantizedLayer)
+        return (first.weight_shape[0], sum(layer.sizes), *first.weight_shape[2:])
+    return tuple(layer.weight_shape if isinstance(layer, QuantizedLayer) else layer.weight.shape)
+
+
+def _factors(denoiser: nn.Module, targets: tuple[str, ...], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name in targets:
+        rows, channels, *kernel = _shape(denoiser.get_submodule(name))
+        a = 0.2 * torch.randn(RANK, channels, *kernel, generator=generator)
+        factors[name] = (a, torch.randn(rows, RANK, *[1] * len(kernel), generator=generator))
+    return factors
+
+
+def _peft_keys(factors: dict[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str, Tensor]:
+    state = {}
+    for name, (a, b) in factors.items():
+        state[f"{prefix}.{name}.lora_A.weight"], state[f"{prefix}.{name}.lora_B.weight"] = a, b
+    return state
+
+
+def _kohya_keys(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    state = {}
+    for name, (a, b) in factors.items():
+        stem = f"lora_unet_{name.replace('.', '_')}"
+        state[f"{stem}.lora_down.weight"], state[f"{stem}.lora_up.weight"] = a, b
+        state[f"{stem}.alpha"] = torch.tensor(float(RANK))
+    return state
+
+
+class SideBranches:
+    """What the adapters are to add, by hooks on the layers as they were exported."""
+
+    def __init__(self, denoiser: nn.Module, adapters: list[tuple[dict[str, tuple[Tensor, Tensor]], float]]) -> None:
+        self.handles = [
+            denoiser.get_submodule(name).register_forward_hook(self._hook(a, b, scale))
+            for factors, scale in adapters
+            for name, (a, b) in factors.items()
+        ]
+
+    @staticmethod
+    def _hook(a: Tensor, b: Tensor, scale: float) -> Any:
+        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if a.ndim == 2:
+                return output + scale * nn.functional.linear(nn.functional.linear(args[0], a), b)
+            inner = nn.functional.conv2d(args[0], a, padding=a.shape[-1] // 2)
+            return output + scale * nn.functional.conv2d(inner, b)
+
+        return add
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _expected(denoiser: nn.Module, *adapters: tuple[dict[str, tuple[Tensor, Tensor]], float]) -> Tensor:
+    with SideBranches(denoiser, list(adapters)):
+        return predict(denoiser)
+
+
+def test_adapters_are_loaded_weighted_exchanged_and_unloaded(pipeline: Any) -> None:
+    unet = pipeline.unet
+    assert isinstance(unet.get_submodule(TARGETS[-1]), SplitLayer)
+    before = predict(unet)
+    first, second = _factors(unet, TARGETS, 1), _factors(unet, TARGETS[:2], 2)
+    with_first = _expected(unet, (first, 1.0))
+    with_both = _expected(unet, (first, 0.5), (second, 0.25))
+    assert (with_first - before).norm() > 0.05 * before.norm()
+
+    pipeline.load_lora_weights(_peft_keys(first, "unet"), adapter_name="first")
+    torch.testing.assert_close(predict(unet), with_first)
+    pipeline.load_lora_weights(_kohya_keys(second), adapter_name="second")
+    pipeline.set_adapters(["first", "second"], adapter_weights=[0.5, 0.25])
+    torch.testing.assert_close(predict(unet), with_both)
+    pipeline.disable_lora()
+    assert torch.equal(predict(unet), before)
+    pipeline.enable_lora()
+    pipeline.delete_adapters("second")
+    pipeline.set_adapters("first", 1.0)
+    torch.testing.assert_close(predict(unet), with_first)
+    pipeline.unload_lora_weights()
+    assert torch.equal(predict(unet), before)
+    assert isinstance(unet.get_submodule(TARGETS[0]), QuantizedLayer)
+
+
+def test_a_lora_runs_in_one_compiled_graph(pipeline: Any) -> None:
+    factors = _factors(pipeline.unet, TARGETS, 1)
+    expected = _expected(pipeline.unet, (factors, 1.0))
+    pipeline.load_lora_weights(_peft_keys(factors, "unet"))
+    compiled = torch.compile(pipeline.unet, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(predict(compiled), expected)
+
+
+def test_a_merge_is_refused_and_the_adapter_stays(pipeline: Any) -> None:
+    pipeline.load_lora_weights(_peft_keys(_factors(pipeline.unet, TARGETS, 1), "unet"))
+    before = predict(pipeline.unet)
+    with pytest.raises(UsageError, match="cannot be merged"):
+        pipeline.fuse_lora()
+    assert torch.equal(predict(pipeline.unet), before)
+
+
+TRANSFORMERS: dict[str, Any] = {
+    "flux": lambda: FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+    ),
+    "sd3": lambda: SD3Transformer2DModel(
+        sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_transformers_take_a_lora(kind: str) -> None:
+    torch.manual_seed(0)
+    denoiser = TRANSFORMERS[kind]().eval()
+    args, kwargs = example_call(denoiser, batch_size=2)
+    quantize_to_nearest(denoiser, load_recipe("rtn"), BitWidth.parse("w8a8"), [(args, kwargs)])
+    bind_methods(denoiser)
+    targets = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.0.proj")
+    factors = _factors(denoiser, targets, 3)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            output: Tensor = denoiser(*args, **kwargs)[0]
+        return output
+
+    with SideBranches(denoiser, [(factors, 1.0)]):
+        expected = run()
+    denoiser.load_lora_adapter(_peft_keys(factors, "transformer"), prefix="transformer")
+    torch.testing.assert_close(run(), expected)
