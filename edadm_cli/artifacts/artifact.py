@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edadm_cli.artifacts.files import explained_os_errors, file_sha256, load_json
 from edadm_cli.artifacts.manifest import MANIFEST_NAME, Manifest, PayloadFile, read_manifest
-from edadm_cli.artifacts.tensors import load_tensors
+from edadm_cli.artifacts.tensors import load_tensors, read_tensor_header
 from edadm_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Artifact:
         """
         if all(entry.path != name for entry in self.manifest.payload):
             listed = ", ".join(entry.path for entry in self.manifest.payload) or "nothing"
-            raise InputError(f"{self.path} has no file '{name}'; it has {listed}.")
+            raise InputError(f"{self.path} has no file '{name}'; it has {listed}.", hint=self.remedy)
         return self.path / name
 
     def tensors(self, name: str, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -56,8 +57,8 @@ class Artifact:
 
 
 def has_manifest(path: Path) -> bool:
-    """Whether a folder claims to be a complete artifact."""
-    return (path / MANIFEST_NAME).is_file()
+    """Whether a folder claims to be a complete artifact: a manifest that is no file is a broken one, not none."""
+    return os.path.lexists(path / MANIFEST_NAME)
 
 
 def open_artifact(path: Path, kind: str) -> Artifact:
@@ -91,3 +92,5 @@ def check_file(folder: Path, entry: PayloadFile) -> None:
             raise InputError(f"{path} has {size} bytes; the manifest says {entry.bytes}.")
         if file_sha256(path) != entry.sha256:
             raise InputError(f"{path} was changed after it was written: its hash differs from the manifest's.")
+    if entry.tensors is not None and read_tensor_header(path) != entry.tensors:
+        raise InputError(f"{path} does not hold the tensors that the manifest lists for it.")

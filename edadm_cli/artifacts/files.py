@@ -18,7 +18,6 @@ from edadm_cli.errors import EdadmError, InputError, MachineError
 MAX_JSON_BYTES = 2**29
 _MACHINE_REASONS = {
     errno.ENOSPC: "the disk is full",
-    errno.EFBIG: "the file would be larger than this process may write (`ulimit -f`)",
     errno.EDQUOT: "the disk quota is used up",
     errno.EACCES: "permission is denied",
     errno.EPERM: "the operation is not permitted",

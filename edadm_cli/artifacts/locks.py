@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edadm_cli.artifacts.files import explained_os_errors
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, quoted
 
 
 def lock_path(artifact: Path) -> Path:
@@ -58,8 +59,10 @@ def _opened(artifact: Path) -> Iterator[int]:
     with explained_os_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     with explained_os_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{path} is not a regular file, so it cannot be a lock.", hint=quoted("rm", path))
         yield descriptor
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a forked child that inherited the descriptor

@@ -147,5 +147,5 @@ def read_slice(path: Path, name: str, index: tuple[slice, ...]) -> torch.Tensor:
             with safe_open(path, framework="pt") as file:
                 tensor: torch.Tensor = file.get_slice(name)[index]
                 return tensor
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(f"{path} is not a readable safetensors file: {error}.") from error

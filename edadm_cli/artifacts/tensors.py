@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import errno
-import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edadm_cli.artifacts.files import atomic_path, explained_os_errors
-from edadm_cli.errors import InputError
+from edadm_cli.artifacts.files import atomic_path, explained_os_errors, open_regular
+from edadm_cli.artifacts.json_text import parse_json
+from edadm_cli.errors import InputError, explain_field
 
 if TYPE_CHECKING:
     import torch
 
 _MAX_HEADER_BYTES = 100_000_000
+_LARGEST_SIZE = 2**63 - 1
+_BITS = (
+    dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
+    | dict.fromkeys(("F32", "I32", "U32"), 32)
+    | dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
+    | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+    | {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+)
 _OS_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
@@ -71,14 +80,14 @@ def load_tensors(
 
     with explained_os_errors(path):
         header = read_tensor_header(path)
-        wanted = sorted(header) if keys is None else list(keys)
-        for name in wanted:
+        names = sorted(header) if keys is None else list(keys)
+        for name in names:
             if name not in header:
                 raise InputError(f"{path} holds no tensor '{name}'; it holds {', '.join(sorted(header)) or 'none'}.")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                return {name: file.get_tensor(name) for name in wanted}
-        except SafetensorError as error:
+                return {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
@@ -86,30 +95,64 @@ def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
     """Read the names, element types and shapes of a safetensors file without its tensors.
 
     Raises:
-        InputError: The file is missing, truncated or no safetensors file.
+        InputError: The file is missing, no regular file, truncated, or its header is not what safetensors defines:
+            tensors of a known type, one after the other, each as long as its shape says.
     """
-    with explained_os_errors(path), open(path, "rb") as file:
+    with explained_os_errors(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise InputError(f"{path} is truncated or not a safetensors file.")
-        try:
-            header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            _check_extent(path, entries, size - 8 - length)
-            return {
-                name: TensorInfo(dtype=entry["dtype"], shape=tuple(entry["shape"]))
-                for name, entry in sorted(entries.items())
-            }
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} is not a safetensors file: its header does not parse.") from error
+        content = file.read(length)
+    try:
+        header = parse_json(content.decode("utf-8"), "the header")
+        if not isinstance(header, dict):
+            raise ValueError("the header is no table")
+        _check_metadata(header.pop("__metadata__", {}))
+        entries = {name: _Entry.model_validate(entry, strict=True) for name, entry in sorted(header.items())}
+    except ValidationError as error:
+        raise InputError(f"{path} is not a safetensors file: {_problem(error)}.") from error
+    except InputError as error:
+        raise InputError(f"{path} is not a safetensors file: {error.message.rstrip('.')}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not a safetensors file: {error}.") from error
+    _check_extents(path, entries, size - 8 - length)
+    return {name: TensorInfo(dtype=entry.dtype, shape=tuple(entry.shape)) for name, entry in entries.items()}
 
 
-def _check_extent(path: Path, entries: Mapping[str, Any], available: int) -> None:
-    extent = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    if extent != available:
+class _Entry(BaseModel):
+    """A tensor as the header of a safetensors file describes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0, le=_LARGEST_SIZE)]]
+    data_offsets: Annotated[list[Annotated[int, Field(ge=0, le=_LARGEST_SIZE)]], Field(min_length=2, max_length=2)]
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is not a table of texts")
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"'{'.'.join(str(part) for part in first['loc'])}' of a tensor: {explain_field(first)}"
+
+
+def _check_extents(path: Path, entries: Mapping[str, _Entry], available: int) -> None:
+    """Raises an `InputError` unless the tensors fill the file, one after the other without gaps."""
+    reached = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        begin, end = entry.data_offsets
+        if entry.dtype not in _BITS:
+            raise InputError(f"{path} has the tensor '{name}' of the unknown type {entry.dtype[:40]!r}.")
+        if begin != reached or end - begin != (math.prod(entry.shape) * _BITS[entry.dtype] + 7) // 8:
+            raise InputError(f"{path} is damaged: the tensor '{name}' has not the place that its shape and type need.")
+        reached = end
+    if reached != available:
         raise InputError(
-            f"{path} is truncated or has foreign bytes: its tensors take {extent} bytes, the file has {available}."
+            f"{path} is truncated or has foreign bytes: its tensors take {reached} bytes, the file has {available}."
         )
 
 

@@ -11,12 +11,14 @@ import re
 from pathlib import Path
 
 from edadm_cli.artifacts import RunFolder, explained_os_errors
+from edadm_cli.artifacts.files import read_text
 from edadm_cli.config import BitWidth
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.errors import InputError, UsageError, quoted
 
 RUNS = Path("runs")
 LATEST = ".latest"
 RUN_VARIABLE = "EDADM_RUN"
+_LONGEST_MEMORY = 2**16  # bytes of a path or a bit width
 
 
 def run_of_model(flag: Path | None, model: str) -> RunFolder:
@@ -98,12 +100,12 @@ def _named(flag: Path | None) -> Path | None:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return ""
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a text file.", hint=f"remove {path}") from error
+    try:
+        return read_text(path, _LONGEST_MEMORY).strip().replace("\0", "")
+    except InputError as error:
+        raise InputError(error.message, hint=quoted("rm", path)) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -17,9 +17,7 @@ from edadm_cli.artifacts.streaming import Streamed, joined, padded, stream_tenso
 from edadm_cli.collect.merging import FEATURES, TIMESTEPS, Batch, Merged, merge, per_row
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
-
-CONDITION_FILE = "condition.safetensors"
-FEATURES_FILE = "features.safetensors"
+from edadm_cli.models.collected import CONDITION_FILE, FEATURES_FILE
 
 
 def latents_name(index: int) -> str:

@@ -19,6 +19,7 @@ CALIBRATION_FILE = "calibration.safetensors"
 CONDITION = "condition."
 UNCONDITIONAL = "condition.unconditional."
 CONSTANT = "constant."
+_NAMES = ("sample", "timestep", "step_index", "trajectory_index")
 TensorTypeName = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
 ]
@@ -90,6 +91,9 @@ class CalibrationSet:
             InputError: A tensor is missing or does not fit the others.
         """
         tensors = artifact.tensors(CALIBRATION_FILE)
+        missing = next((name for name in _NAMES if name not in tensors), None)
+        if missing is not None:
+            raise InputError(f"{artifact.file(CALIBRATION_FILE)} has no '{missing}'.", hint=artifact.remedy)
         call = CallForm.load(artifact)
         condition = {name: t for name, t in _below(tensors, CONDITION).items() if not name.startswith("unconditional.")}
         calibration_set = cls(
@@ -143,11 +147,34 @@ class CalibrationSet:
         return tensor.to(device, dtype if recorded == self.collected_in else getattr(torch, recorded))
 
     def _check(self, artifact: Artifact) -> None:
-        sizes = {len(t) for t in (self.sample, self.timestep, self.step_index, self.trajectory_index)}
-        sizes.update(len(t) for t in (*self.condition.values(), *self.unconditional.values()))
-        names = set(self.template["dtypes"])
-        if len(sizes) != 1 or names != set(self.condition) | set(self.constants) or self.branches not in (1, 2):
-            raise InputError(f"The tensors of {artifact.path} do not fit each other.", hint="edadm select --force")
+        problem = self._misfit()
+        if problem is not None:
+            raise InputError(f"The tensors of {artifact.path} do not fit each other: {problem}.", hint=artifact.remedy)
+
+    def _misfit(self) -> str | None:
+        """What is wrong with the set; `None` where its tensors fit each other."""
+        rows = {"sample": self.sample, "timestep": self.timestep, "step_index": self.step_index}
+        rows |= {"trajectory_index": self.trajectory_index, **self.condition}
+        rows |= {f"unconditional {name}": tensor for name, tensor in self.unconditional.items()}
+        for name, tensor in rows.items():
+            if tensor.ndim == 0 or len(tensor) != len(self.sample) or tensor.numel() == 0:
+                return f"'{name}' has not one row for each sample"
+            if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                return f"'{name}' is not a number everywhere"
+        if self.sample.ndim < 2 or not bool(self.sample.isfinite().all() and self.timestep.isfinite().all()):
+            return "the samples or timesteps are not finite"
+        if any(
+            index.is_floating_point() or bool((index < 0).any()) for index in (self.step_index, self.trajectory_index)
+        ):
+            return "step_index or trajectory_index are not indices"
+        if set(self.template["dtypes"]) != set(self.condition) | set(self.constants):
+            return "the call has other tensors than the set"
+        if self.branches == 2 and any(
+            name not in self.condition or tensor.shape != self.condition[name].shape
+            for name, tensor in self.unconditional.items()
+        ):
+            return "the two branches of guidance differ in shape"
+        return None
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

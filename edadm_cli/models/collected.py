@@ -13,9 +13,14 @@ from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
 from edadm_cli.artifacts.payloads import NumSteps, Scale
 from edadm_cli.config import DTypeName
 from edadm_cli.errors import InputError, quoted
+from edadm_cli.models.calibration import CONSTANT
 from edadm_cli.models.families import prepare_calls
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.registry import ModelEntry
+
+CONDITION_FILE = "condition.safetensors"
+FEATURES_FILE = "features.safetensors"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class SchedulerFacts(BaseModel):
@@ -59,7 +64,11 @@ class CollectedRun:
             InputError: There is none, or it is broken.
         """
         artifact = run.open("collect")
-        return cls(run, artifact, Sampling.load(artifact))
+        sampling = Sampling.load(artifact)
+        problem = _misfit(artifact, len(sampling.seeds))
+        if problem is not None:
+            raise InputError(f"The files of {artifact.path} do not fit each other: {problem}.", hint=artifact.remedy)
+        return cls(run, artifact, sampling)
 
     @property
     def model(self) -> ModelRef:
@@ -112,6 +121,35 @@ class CollectedRun:
             )
         prepare_calls(model.denoiser)
         return model
+
+
+def _misfit(artifact: Artifact, num_trajectories: int) -> str | None:
+    """What is wrong with the shapes of the tensors of a `collect` artifact; `None` where they fit each other."""
+    files = {entry.path: entry.tensors or {} for entry in artifact.manifest.payload}
+    steps = files.get(FEATURES_FILE, {}).get("timesteps")
+    features = files.get(FEATURES_FILE, {}).get("features")
+    if steps is None or len(steps.shape) != 1 or not steps.shape[0]:
+        return f"{FEATURES_FILE} has no timesteps"
+    if features is None or len(features.shape) < 3 or features.shape[0] != steps.shape[0] or 0 in features.shape:
+        return f"{FEATURES_FILE} has not the features of {steps.shape[0]} steps"
+    if features.dtype not in _FLOATS or steps.dtype not in (*_FLOATS, "I64"):
+        return f"{FEATURES_FILE} has features of type {features.dtype} and timesteps of type {steps.dtype}"
+    latents = [tensors.get("latents") for name, tensors in sorted(files.items()) if name.startswith("latents-")]
+    shapes = [info.shape for info in latents if info is not None and len(info.shape) >= 3]
+    if (
+        not shapes
+        or len(shapes) != len(latents)
+        or {shape[:1] + shape[2:] for shape in shapes} != {steps.shape + shapes[0][2:]}
+    ):
+        return f"not every latents-*.safetensors has latents of one size at {steps.shape[0]} steps"
+    if any(info is None or info.dtype not in _FLOATS for info in latents):
+        return "the latents are not floating-point numbers"
+    if 0 in shapes[0] or sum(shape[1] for shape in shapes) != num_trajectories:
+        return f"the latents are not those of {num_trajectories} trajectories"
+    for name, info in files.get(CONDITION_FILE, {}).items():
+        if not name.startswith(CONSTANT) and info.shape[:1] != (num_trajectories,):
+            return f"'{name}' has not {num_trajectories} rows"
+    return None
 
 
 def load_collected_model(run: RunFolder, device: torch.device, dtype: torch.dtype) -> LoadedModel:

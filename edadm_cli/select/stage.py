@@ -23,7 +23,7 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.artifacts.streaming import slices
 from edadm_cli.config import SelectConfig
-from edadm_cli.errors import UsageError
+from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.calibration import CALIBRATION_FILE, CONSTANT, CallForm
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.progress import Reporter, SilentReporter
@@ -176,6 +176,8 @@ def _select(task: _Task, build: Build, reporter: Reporter) -> None:
     shape, portions = feature_slices(task.collected)
     with reporter.task("Comparing steps", math.ceil(shape[1] / rows_at_once(shape))) as advance:
         scores = score_slices(_counted(portions, advance))
+    if not bool(scores.distances.isfinite().all() and scores.variety.isfinite().all()):
+        raise InputError(f"The mid-block features of {task.collected.path} are not finite.", hint=task.collected.remedy)
     allocation = allocate(scores, task.num_samples, task.variety_weight, task.radius, task.quantile)
     counts = _counts(task, allocation)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
@@ -250,7 +252,12 @@ def _calibration_set(
         for name in names:
             latents = task.collected.tensors(name, ["latents"])["latents"]  # [T, n, *]
             is_here = (trajectory_index >= first) & (trajectory_index < first + latents.shape[1])
-            chosen.append(latents[step_index[is_here], trajectory_index[is_here] - first])
+            samples = latents[step_index[is_here], trajectory_index[is_here] - first]
+            if not bool(samples.isfinite().all()):
+                raise InputError(
+                    f"The latents in {task.collected.path / name} are not finite.", hint=task.collected.remedy
+                )
+            chosen.append(samples)
             first += latents.shape[1]
             advance(1)
     tensors = {
