@@ -326,7 +326,8 @@ def _class_of(root: Path, library: str, class_name: str) -> type:
     ):
         try:
             module: Any = importlib.import_module(library)
-        except ImportError:
+            getattr(module, class_name, None)  # a library may import the class only now
+        except Exception:  # noqa: BLE001 - a part of the library that cannot be imported here
             module = None
     else:
         module = getattr(pipelines, library, None) if library.isidentifier() else None
