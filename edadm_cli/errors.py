@@ -1,4 +1,4 @@
-"""The failures a user can meet: each is one sentence, a hint with the next command, and an exit code."""
+"""The failures that a user can meet: each has one sentence, a hint with the next command, and an exit code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EdadmError(Exception):
     """An expected failure.
 
     Args:
-        message: One sentence: what was wanted and what was found.
+        message: One sentence: what was expected and what was found.
         hint: The next command to type, or what to change; `None` where nothing helps.
     """
 
@@ -89,25 +89,25 @@ def quoted(*words: object) -> str:
 
 
 # pydantic names the classes of a program; a user writes tables and lists.
-_WANTED = {
+_EXPECTED = {
     "missing": "it is missing",
     "extra_forbidden": "there is no such field",
-    "model_type": "a table is wanted",
-    "dict_type": "a table is wanted",
-    "tuple_type": "a list is wanted",
-    "list_type": "a list is wanted",
-    "model_attributes_type": "a table is wanted",
+    "model_type": "a table is expected",
+    "dict_type": "a table is expected",
+    "tuple_type": "a list is expected",
+    "list_type": "a list is expected",
+    "model_attributes_type": "a table is expected",
 }
 
 
 def explain_field(problem: ErrorDetails) -> str:
-    """What is wrong with a field's value, and the value: the end of a sentence about the field.
+    """Returns the end of a sentence about a field: what is wrong with its value, and the value.
 
     Args:
         problem: One of `ValidationError.errors()`.
     """
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
-    text = _WANTED.get(kind, message[:1].lower() + message[1:])
+    text = _EXPECTED.get(kind, message[:1].lower() + message[1:])
     shows_value = kind not in ("missing", "extra_forbidden", "value_error")
     return f"{text}; got {_short(problem['input'])}" if shows_value else text
 

@@ -1,4 +1,4 @@
-"""How a stage tells what it is doing, without knowing whether a terminal, a log or nobody listens."""
+"""How a stage reports what it is doing, without knowing whether a terminal, a log or nobody listens."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """What a stage may say while it runs; results are returned, never reported."""
+    """Receives what a stage says while it runs; results are returned, never reported."""
 
     warnings: list[str]
 
     def warn(self, message: str) -> None:
-        """Tell the user what he should know about the result; it also enters the record's `warnings`."""
+        """Warns the user of something about the result; the message also enters the record's `warnings`."""
 
     def note(self, message: str) -> None:
-        """Tell a curious user one detail; shown with `--verbose` only."""
+        """Reports a detail, which is shown with `--verbose` only."""
 
     def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Open a progress bar of `total` steps; the value is called with the number of steps just done."""
+        """Opens a progress bar of `total` steps; its value is the progress callback, called with steps just done."""
 
 
 class SilentReporter:
-    """Keeps warnings and shows nothing: for library use and tests."""
+    """Records warnings and shows nothing, as a library does."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
     def warn(self, message: str) -> None:
-        """Keep the message."""
+        """Records the message."""
         self.warnings.append(message)
 
     def note(self, message: str) -> None:
-        """Drop the message."""
+        """Ignores the message."""
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Count nothing."""
+        """Shows nothing."""
 
         def advance(steps: int) -> None:
             return None

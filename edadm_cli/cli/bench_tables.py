@@ -1,4 +1,4 @@
-"""A bench as people read it: who was measured on what, the contenders, where the time goes, and the outcome."""
+"""The tables of a bench: what was measured on which machine, the contenders, where the time goes, the outcome."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FASTEST = "green"
 
 
 def bench_tables(result: Mapping[str, Any]) -> Iterator[Table | Text]:
-    """The tables of a bench, and its headline below them."""
+    """Yields the tables of a bench, and its headline below them."""
     yield Text(f"{one_line(result['subject'])}\n{one_line(_machine(result['machine']))}")
     yield _contenders(result)
     for bits, facts in result["by_bits"].items():
@@ -53,16 +53,16 @@ def _contenders(result: Mapping[str, Any]) -> Table:
         latency = row["latency_ms"]
         cells = [
             row["name"],
-            _figure(latency["median"]),
-            f"{_figure(latency['min'])} - {_figure(latency['max'])}",
+            _number(latency["median"]),
+            f"{_number(latency['min'])} - {_number(latency['max'])}",
             "" if eager is None else f"{eager / latency['median']:.2f}",
-            _figure(row["peak_memory_mib"]),
-            _figure(row["size_mib"]),
-            _figure(row["load_seconds"]),
+            _number(row["peak_memory_mib"]),
+            _number(row["size_mib"]),
+            _number(row["load_seconds"]),
         ]
-        cells += [_figure(row["throughput"].get(batch)) for batch in batches[1:]]
+        cells += [_number(row["throughput"].get(batch)) for batch in batches[1:]]
         if has_pipeline:
-            cells.append(_figure((row.get("pipeline") or {}).get("seconds")))
+            cells.append(_number((row.get("pipeline") or {}).get("seconds")))
         is_ours = row["engine"] == result["engine"] and row["bits"] is not None
         style = _FASTEST if latency["median"] == fastest else _OURS if is_ours else ""
         table.add_row(*(Text(cell) for cell in cells), style=style)
@@ -79,9 +79,9 @@ def _kinds(bits: str, rows: Iterable[Mapping[str, Any]]) -> Table:
             row["kind"],
             row["precision"],
             str(row["count"]),
-            _figure(row["milliseconds"]),
+            _number(row["milliseconds"]),
             f"{row['share']:.1%}",
-            _figure(row["tops"]),
+            _number(row["tops"]),
             "" if percent is None else f"{percent:.0f}%",
         )
     return table
@@ -93,14 +93,14 @@ def _parity(bits: str, facts: Mapping[str, Any]) -> str:
     reasons = sorted({row["reason"] for row in floats})
     text = (
         f"{bits.upper()}: {coverage['quantized']} of {coverage['planned']} planned layers in INT8, {coverage['kept']}"
-        f" kept in floating point; worst layer {parity['max_rel_l2']:.1e} of {parity['bound']:.0e} from exact integers"
+        f" left in float; worst layer {parity['max_rel_l2']:.1e} of {parity['bound']:.0e} from exact integers"
         f" ({parity['layers_checked']} of {parity['layers']} checked), the prediction {parity['prediction_rel_l2']:.1e}"
         f" of {parity['prediction_bound']:.1e} (quantization itself costs {parity['quantization_rel_l2']:.1e})"
     )
     return text + "".join(f"\n  {reason}" for reason in reasons[:5])
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -60,7 +60,7 @@ def guard(arguments: Sequence[str], work: Callable[[], Any], signals: Signals) -
 
 
 def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
-    """Turn any exception into the failure that a user is told."""
+    """Turns any exception into the failure that is reported to the user."""
     if isinstance(error, EdadmError):
         return error
     if isinstance(error, typer.TyperException):
@@ -88,7 +88,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
 
 
 def failure_fields(error: EdadmError) -> dict[str, Any]:
-    """The keys of a JSON object that tell a failure."""
+    """Returns the keys of a JSON object that describe a failure."""
     return {
         "status": "failed",
         "error": one_line(error.message),
@@ -97,14 +97,14 @@ def failure_fields(error: EdadmError) -> dict[str, Any]:
     }
 
 
-def speaks(error: EdadmError) -> bool:
-    """Whether this process tells a failure: of several, the main one does, and the next where the main one is lost."""
+def is_reporting_process(error: EdadmError) -> bool:
+    """Returns whether this process reports a failure: the main one does, or the next one when the main one is lost."""
     index = launched_index()
     return index == 0 or (index == 1 and isinstance(error, LostProcessError) and error.index == 0)
 
 
 def report_error(error: EdadmError) -> None:
-    """Write a failure to stderr: one sentence, and the hint below it."""
+    """Writes a failure to stderr: one sentence, and the hint below it."""
     lines = [f"error: {one_line(error.message)}"]
     if error.hint:
         lines.append(f"hint: {one_line(error.hint)}")
@@ -112,7 +112,7 @@ def report_error(error: EdadmError) -> None:
 
 
 def _report(arguments: Sequence[str], error: EdadmError) -> int:
-    if not speaks(error):
+    if not is_reporting_process(error):
         return error.exit_code
     report_error(error)
     if "--json" in arguments:

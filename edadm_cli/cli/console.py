@@ -1,4 +1,4 @@
-"""What a stage says while it runs, on stderr: bars on a terminal, warnings always, details when asked for."""
+"""Reports on stderr while a stage runs: bars on a terminal, warnings always, details with `--verbose`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ConsoleReporter:
     Args:
         bars: Whether progress bars are shown.
         verbose: Whether notes are shown.
-        silent: Whether nothing is shown at all: of several processes, the main one speaks.
+        silent: Whether nothing is shown at all: only the main one of several processes reports.
     """
 
     def __init__(self, *, bars: bool, verbose: bool, silent: bool = False) -> None:
@@ -34,18 +34,18 @@ class ConsoleReporter:
         self._open_tasks = 0
 
     def warn(self, message: str) -> None:
-        """Write a warning and keep it for the record."""
+        """Writes a warning and records it."""
         self.warnings.append(message)
         self._line(f"warning: {message}")
 
     def note(self, message: str) -> None:
-        """Write a detail, with `--verbose` only."""
+        """Writes a detail, with `--verbose` only."""
         if self._verbose:
             self._line(message)
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show one bar; several tasks at once share one display."""
+        """Shows one bar; several tasks at once share one display."""
         if not self._bars:
             yield lambda steps: None
             return

@@ -1,4 +1,4 @@
-"""Did other work keep this process from its processors? An estimate that was measured meanwhile says little."""
+"""Measures how much other work kept this process from the processors, which makes an estimate unreliable."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _TASKS = Path("/proc/self/task")
 
 @dataclass(frozen=True)
 class Scheduling:
-    """Nanoseconds that the threads of this process have run, and waited for a processor, until it was made."""
+    """Nanoseconds that the threads of this process have run, and waited for a processor, up to now."""
 
     ran: int = field(default_factory=lambda: _sum(0))
     waited: int = field(default_factory=lambda: _sum(1))
 
     def share_lost(self) -> float:
-        """Share of the processor time wanted since then that went to others; 0 where the system does not tell."""
+        """Returns the share of the processor time that others took since then; 0 where it is not recorded."""
         now = Scheduling()
         ran, waited = now.ran - self.ran, now.waited - self.waited
         return max(0.0, waited / (ran + waited)) if ran + waited > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Which run folder a command works in, and what was used last.
+"""Finds the run folder that a command works in, and remembers what was used last.
 
 `--run DIR`; else `$EDADM_RUN`; else `runs/<model>` where a command names a model, and the run that was used
 last (`runs/.latest`) where it does not. A run remembers its last bit width in the same way (`<run>/.latest`).
@@ -22,12 +22,12 @@ _LONGEST_MEMORY = 2**16  # bytes of a path or a bit width
 
 
 def run_of_model(flag: Path | None, model: str) -> RunFolder:
-    """The run folder of a command that names a model."""
+    """Returns the run folder of a command that names a model."""
     return RunFolder(_named(flag) or RUNS / folder_name(model))
 
 
 def run_used_last(flag: Path | None) -> RunFolder:
-    """The run folder of a command that continues a run.
+    """Returns the run folder of a command that continues a run.
 
     Raises:
         InputError: None is named and none was used before.
@@ -42,27 +42,29 @@ def run_used_last(flag: Path | None) -> RunFolder:
             hint="edadm collect --model digits-sd",
         )
     if not Path(text).is_dir():
-        raise InputError(f"The run that was used last, {text}, is gone.", hint="name another one with --run")
+        raise InputError(
+            f"The run that was used last, {text}, does not exist any more.", hint="name another one with --run"
+        )
     return RunFolder(Path(text))
 
 
 def remember_run(run: RunFolder) -> None:
-    """Make a run the one that was used last; `$EDADM_RUN` needs no memory."""
+    """Remembers a run as the one that was used last; with `$EDADM_RUN` there is nothing to remember."""
     if not os.environ.get(RUN_VARIABLE):
         _write(RUNS / LATEST, str(run.root))
 
 
 def remember_bits(run: RunFolder, bits: str) -> None:
-    """Make a bit width the run's last one."""
+    """Remembers a bit width as the run's last one."""
     _write(run.root / LATEST, bits)
 
 
 def bits_used_last(run: RunFolder, kind: str) -> BitWidth:
-    """The bit width of a command that continues a run.
+    """Returns the bit width of a command that continues a run.
 
     Args:
         run: The run.
-        kind: The artifact that the command reads; without a memory, its only bit width is taken.
+        kind: The artifact that the command reads; if no width is remembered, its only one is taken.
 
     Raises:
         UsageError: The run holds several and none was used last.
@@ -83,12 +85,12 @@ def bits_used_last(run: RunFolder, kind: str) -> BitWidth:
 
 
 def folder_name(model: str) -> str:
-    """A run's name for a model: a known name as it is, a folder by its name, a hub id with `--` for `/`."""
+    """Returns the name of a model's run: a known name as it is, a folder's name, a hub id with `--` for `/`."""
     path = Path(model)
     text = path.resolve().name if path.exists() else model
     name = re.sub(r"[^A-Za-z0-9._-]+", "--", text).strip("-.")
     if not name:
-        raise UsageError(f"'{model}' gives no name for a run folder.", hint="name one with --run")
+        raise UsageError(f"No name for a run folder can be made of the model '{model}'.", hint="name one with --run")
     return name
 
 

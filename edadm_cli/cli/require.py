@@ -1,4 +1,4 @@
-"""`--require 'KEY>=NUMBER'`: a gate on the figures of a command's JSON object.
+"""`--require 'KEY>=NUMBER'`: a gate on the numbers of a command's JSON object.
 
 A key is dotted (`distance_to_full_precision.psnr_db`). It is looked up from the top, then among the metrics,
 and an object with a `value` stands for that value: `prompt_accuracy` is `metrics.prompt_accuracy.value`.
@@ -36,7 +36,7 @@ class Requirement:
 
     @classmethod
     def parse(cls, text: str) -> Requirement:
-        """Read `KEY>=NUMBER`.
+        """Reads `KEY>=NUMBER`.
 
         Raises:
             UsageError: It is not of that form.
@@ -51,10 +51,10 @@ class Requirement:
         return cls(text=text.strip(), key=match[1], comparison=match[2], bound=bound)
 
     def check(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Compare, and give the outcome as it stands in the JSON object.
+        """Compares, and returns the outcome as the JSON object has it.
 
         Raises:
-            UsageError: The result has no such figure.
+            UsageError: The result has no such number.
         """
         value = self._find(result)
         met = value is not None and _OPERATORS[self.comparison](value, self.bound)
@@ -62,23 +62,23 @@ class Requirement:
 
     def _find(self, result: Mapping[str, Any]) -> float | None:
         for root in (result, result.get("metrics", {})):
-            found, value = _look_up(root, self.key.split("."))
+            exists, value = _look_up(root, self.key.split("."))
             if isinstance(value, Mapping) and "value" in value:
                 value = value["value"]
-            if found and (value is None or isinstance(value, (int, float))):
+            if exists and (value is None or isinstance(value, (int, float))):
                 return None if value is None else float(value)
-        known = ", ".join(sorted(_figures(result)))
-        raise UsageError(f"--require '{self.text}': the result has no figure '{self.key}'; it has {known}.")
+        known = ", ".join(sorted(_numbers(result)))
+        raise UsageError(f"--require '{self.text}': the result has no number '{self.key}'; it has {known}.")
 
 
 def parse_requirements(texts: Iterable[str] | None) -> list[Requirement]:
-    """Read every `--require`, before any work is done."""
+    """Reads every `--require`, before any work is done."""
     return [Requirement.parse(text) for text in texts or ()]
 
 
 def unmet(outcomes: Iterable[Mapping[str, Any]]) -> RequirementError | None:
-    """The failure that tells which requirements were not met; `None` when all were."""
-    missed = [f"{outcome['require']} (found {_show(outcome['value'])})" for outcome in outcomes if not outcome["met"]]
+    """Returns the failure that names the requirements that were not met; `None` when all were."""
+    missed = [f"{outcome['require']} (got {_show(outcome['value'])})" for outcome in outcomes if not outcome["met"]]
     if not missed:
         return None
     return RequirementError(f"Not met: {', '.join(missed)}.")
@@ -106,9 +106,9 @@ def _look_up(root: Any, parts: list[str]) -> tuple[bool, Any]:
     return True, root
 
 
-def _figures(result: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+def _numbers(result: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
     for key, value in result.items():
         if isinstance(value, Mapping) and "value" not in value:
-            yield from _figures(value, f"{prefix}{key}.")
+            yield from _numbers(value, f"{prefix}{key}.")
         elif isinstance(value, (int, float, Mapping)):
             yield f"{prefix}{key}"

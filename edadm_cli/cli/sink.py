@@ -13,7 +13,7 @@ from edadm_cli.errors import UsageError
 
 
 class Output(Enum):
-    """The form of a result."""
+    """The form in which a result is printed."""
 
     TABLE = "table"
     JSON = "json"
@@ -21,7 +21,7 @@ class Output(Enum):
 
     @classmethod
     def of(cls, json_output: bool, quiet: bool) -> Output:
-        """The form that the flags ask for.
+        """Returns the form that the flags ask for.
 
         Raises:
             UsageError: They ask for two.
@@ -32,7 +32,7 @@ class Output(Enum):
 
 
 def show(output: Output, result: Mapping[str, Any], path: str | None) -> None:
-    """Print a result.
+    """Prints a result.
 
     Args:
         output: The form.

@@ -89,8 +89,9 @@ def open_missing_descriptors() -> None:
 def _text_stream(stream: TextIO | None) -> TextIO:
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")
+    if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+        with contextlib.suppress(OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
     return stream
 
 

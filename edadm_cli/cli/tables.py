@@ -1,4 +1,4 @@
-"""A command's JSON object as tables for people; every text is shown literally, whatever markup it holds."""
+"""A command's JSON object as tables for people; text is shown literally, whatever markup it holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONG_LIST = 64
 
 
 def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
-    """The tables of a result."""
+    """Yields the tables of a result."""
     command = result.get("command")
     if command == "models":
         yield _listing(result["models"], ("name", "source", "location", "available", "num_steps", "image_size"))
@@ -44,7 +44,7 @@ def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
 
 
 def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
-    """A table of names and values, nested names dotted."""
+    """Returns a table of names and values, nested names dotted."""
     table = Table(title=Text(title) if title else None, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -57,7 +57,7 @@ def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
 
 
 def show_value(value: Any) -> str:
-    """A value as people read it: five significant digits, lists with spaces, nothing for null."""
+    """Returns a value as people read it: five significant digits, lists with spaces, nothing for null."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -43,7 +43,7 @@ def estimate(config: CollectConfig, run_folder: RunFolder) -> Estimate:
     started = time.monotonic()
     task = prepare(config, ALONE)
     loading = time.monotonic() - started
-    found = probe(
+    cost = probe(
         task.model,
         prompts=task.prompts,
         num_steps=task.num_steps,
@@ -52,7 +52,7 @@ def estimate(config: CollectConfig, run_folder: RunFolder) -> Estimate:
         batch_size=task.batch_size,
         feature_batch=task.feature_batch,
     )
-    return found.model_copy(update={"seconds": found.seconds + loading})
+    return cost.model_copy(update={"seconds": cost.seconds + loading})
 
 
 def probe(

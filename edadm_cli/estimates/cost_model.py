@@ -1,4 +1,4 @@
-r"""How long a piece of work takes on any unit, from a few units on which it was measured.
+r"""The cost model: how long a piece of work takes on any unit, from a few units on which it was measured.
 
     seconds = ratio * sum over i of c_i * size_i,   c_i >= 0
 
@@ -21,7 +21,7 @@ _SAME = 1e-9  # share of the squared seconds by which a fit must be better than 
 
 @dataclass(frozen=True)
 class Size:
-    """What the time of work on a unit may depend on.
+    """The sizes of a unit that the time of work on it may depend on.
 
     Attributes:
         kind: Units of one kind spend their time alike.
@@ -36,7 +36,7 @@ class Size:
     layers: int
 
     def of(self, measure: Measure, rows: float) -> float:
-        """One of these, for a call of so many rows."""
+        """Returns the value of `measure` for a call of `rows` rows."""
         return {"forward": self.forward * rows, "weights": self.weights, "layers": self.layers}[measure]
 
 
@@ -48,7 +48,7 @@ class Law:
     Args:
         sizes: Of all units, by name.
         measured: Rows and seconds of a call of some of them, at least one.
-        measures: What the work may depend on; the first ones count where less was measured than would tell them apart.
+        measures: What the work may depend on; the first ones count where too little was measured to separate them.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Law:
         }
 
     def seconds(self, name: str, rows: float = 1) -> float:
-        """Of one call of the unit `name` with so many rows."""
+        """Returns the estimated seconds of one call of unit `name` with `rows` rows."""
         ratio = self._ratios.get(name, self._ratios.get(self._sizes[name].kind, 1.0))
         return ratio * self._fitted(name, rows)
 
@@ -84,13 +84,13 @@ def _fit(table: np.ndarray, seconds: np.ndarray) -> list[float]:
     """
     samples, columns = table.shape
     scale = 1 / np.sqrt(np.maximum(seconds, 1e-9))
-    table, wanted = table * scale[:, None], seconds * scale
+    table, targets = table * scale[:, None], seconds * scale
     best, least = np.zeros(columns), np.inf
     for count in range(1, min(samples, columns) + 1):
         for chosen in itertools.combinations(range(columns), count):
-            found = np.linalg.lstsq(table[:, chosen], wanted)[0]
-            error = float(np.square(table[:, chosen] @ found - wanted).sum())
-            if (found >= 0).all() and error < least - _SAME * float(np.square(wanted).sum()):
+            fit = np.linalg.lstsq(table[:, chosen], targets)[0]
+            error = float(np.square(table[:, chosen] @ fit - targets).sum())
+            if (fit >= 0).all() and error < least - _SAME * float(np.square(targets).sum()):
                 best, least = np.zeros(columns), error
-                best[list(chosen)] = found
+                best[list(chosen)] = fit
     return [float(each) for each in best]

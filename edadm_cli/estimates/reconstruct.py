@@ -52,12 +52,12 @@ def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
     with arithmetic(task):
         setting = prepare(task)
         loading = time.monotonic() - started
-        found = probe(setting, task.config.recipe.ranges, task.hyperparameters, task.memory_budget)
-    return found.model_copy(update={"seconds": found.seconds + loading})
+        cost = probe(setting, task.config.recipe.ranges, task.hyperparameters, task.memory_budget)
+    return cost.model_copy(update={"seconds": cost.seconds + loading})
 
 
 def probe(setting: Setting, recipe: RangeRecipe, hyperparameters: Hyperparameters, memory_budget: int) -> Estimate:
-    """Estimate a reconstruction; the network is left as it was.
+    """Estimates a reconstruction; the network is left as it was.
 
     Args:
         setting: What is reconstructed.
@@ -66,8 +66,8 @@ def probe(setting: Setting, recipe: RangeRecipe, hyperparameters: Hyperparameter
         memory_budget: Bytes for rows.
     """
     every, some = spread(setting.units, setting), spread(setting.learning, setting)
-    kept = {unit.name for unit in (*every, *some)}
-    forward = time_forward(setting.network.denoiser, setting.units, kept, setting.batches)
+    captured = {unit.name for unit in (*every, *some)}
+    forward = time_forward(setting.network.denoiser, setting.units, captured, setting.batches)
     stopwatch = Stopwatch(setting, recipe, forward)
     parts = _Parts(setting, hyperparameters, forward)
     parts.add(time_units(every, stopwatch.ranging, _RANGING_S))
@@ -78,8 +78,8 @@ def probe(setting: Setting, recipe: RangeRecipe, hyperparameters: Hyperparameter
         parts.add(time_units(some, partial(stopwatch.learning, hyperparameters=hyperparameters), _LEARNING_S))
         forms = {unit.name: forward.shapes[unit.name].form(unit.name, forward.rows) for unit in setting.learning}
         seconds += parts.passes(forms, memory_budget) + parts.learning()
-        own_memory, own_disk = _room(setting, hyperparameters, forms, memory_budget)
-        memory, disk = memory + own_memory, disk + own_disk
+        more_memory, more_disk = _space(setting, hyperparameters, forms, memory_budget)
+        memory, disk = memory + more_memory, disk + more_disk
     return Estimate(seconds=seconds, memory_mib=memory / _MIB, disk_mib=disk / _MIB)
 
 
@@ -102,19 +102,19 @@ class _Parts:
         self.calls = self.rows / self.batch_rows
 
     def add(self, measured: Mapping[Work, Mapping[str, Timed]]) -> None:
-        """Learn of more kinds of work."""
+        """Adds measurements of more kinds of work."""
         for work, calls in measured.items():
             self.laws[work] = Law(self.sizes, calls, _DEPENDS[work])
 
     def ranging(self) -> float:
-        """The search for scales and ranges, and rounding to nearest."""
+        """Returns the seconds of the search for scales and ranges, and of rounding to nearest."""
         laws, names = self.laws, self.sizes
         once = sum(laws["weights"].seconds(name) + laws["nearest"].seconds(name) for name in names)
         a_call = sum(laws["activations"].seconds(name, self.batch_rows) for name in names)  # with the units' forwards
         return once + self.calls * (a_call + self.batch_rows * self._beside(self.forward.seconds, names))
 
     def passes(self, forms: dict[str, UnitForm], memory_budget: int) -> float:
-        """All passes that capture something, in full precision and partly quantized; and the forms before them."""
+        """Returns the seconds of all passes that capture something, and of the probe of the forms before them."""
         units, learning = self.setting.units, self.setting.learning
         a_row = 1 / self.forward.rows
         groups = capture_groups(learning, forms, self.rows, memory_budget, self._with_layers)
@@ -128,7 +128,7 @@ class _Parts:
         return _PROBED_ROWS * a_row * self.forward.seconds + self.rows * exact + self.calls * quantized
 
     def learning(self) -> float:
-        """All that happens between the passes: targets inside units, set-up, evaluations, steps, freezing."""
+        """Returns the seconds of what happens between the passes: targets, set-up, evaluations, steps, freezing."""
         laws, recipe = self.laws, self.recipe
         chunk = min(self.rows, max(recipe.batch_size, EVALUATED_ROWS, self.forward.rows))
         total = sum(laws["freeze"].seconds(name) for name in self.sizes)
@@ -148,14 +148,14 @@ class _Parts:
         return Size(kind_of(unit), spent / self.forward.rows, self.setting.num_weights(unit), len(unit.layers))
 
     def _beside(self, seconds: float, names: Sequence[str] | Mapping[str, Size]) -> float:
-        """Seconds a row of what a forward does outside of some units, in its first `seconds`."""
+        """Returns the seconds per row that a forward spends outside of some units, within its first `seconds`."""
         return max(0.0, seconds / self.forward.rows - sum(self.sizes[name].forward for name in names))
 
 
-def _room(
+def _space(
     setting: Setting, recipe: Hyperparameters, forms: dict[str, UnitForm], memory_budget: int
 ) -> tuple[float, float]:
-    """Bytes of memory and of disk that learning takes."""
+    """Returns the bytes of memory and of disk that learning takes."""
     batches, with_layers = setting.batches, recipe.layer_loss_weight > 0
     needs = max(batches.num_rows * (form.call_bytes + form.learning_bytes(with_layers)) for form in forms.values())
     largest = max(4 * setting.num_weights(unit) for unit in setting.learning)

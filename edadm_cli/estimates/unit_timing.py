@@ -55,7 +55,7 @@ class Forward:
         begins: Seconds after its start at which each unit begins.
         ends: The same of their ends.
         shapes: Of every unit's call.
-        calls: Arguments of the units that were to be kept.
+        calls: Arguments of the units that were to be captured.
     """
 
     rows: int
@@ -66,22 +66,22 @@ class Forward:
     calls: dict[str, Call]
 
 
-def time_forward(denoiser: nn.Module, units: Sequence[Unit], kept: Collection[str], batches: Batches) -> Forward:
+def time_forward(denoiser: nn.Module, units: Sequence[Unit], captured: Collection[str], batches: Batches) -> Forward:
     """Time a forward of one row, and where that is quick, one of as many of a batch's rows as take some seconds.
 
     Args:
         denoiser: In full precision.
         units: All of its units.
-        kept: Names of those whose arguments are wanted.
+        captured: Names of the units whose arguments are captured.
         batches: The calibration set.
     """
-    found = _time_forward(denoiser, units, kept, batches.few(1))
-    rows = int(_FORWARD_S / found.seconds)
-    return found if rows < 2 else _time_forward(denoiser, units, kept, batches.few(rows))
+    forward = _time_forward(denoiser, units, captured, batches.few(1))
+    rows = int(_FORWARD_S / forward.seconds)
+    return forward if rows < 2 else _time_forward(denoiser, units, captured, batches.few(rows))
 
 
 @torch.no_grad()
-def _time_forward(denoiser: nn.Module, units: Sequence[Unit], kept: Collection[str], one: Batches) -> Forward:
+def _time_forward(denoiser: nn.Module, units: Sequence[Unit], captured: Collection[str], one: Batches) -> Forward:
     begins: dict[str, float] = {}
     ends: dict[str, float] = {}
     calls: dict[str, Call] = {}
@@ -89,7 +89,7 @@ def _time_forward(denoiser: nn.Module, units: Sequence[Unit], kept: Collection[s
     def begin(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             begins[name] = _now()
-            if name in kept:
+            if name in captured:
                 calls[name] = args, kwargs
 
         return hook
@@ -108,7 +108,7 @@ def _time_forward(denoiser: nn.Module, units: Sequence[Unit], kept: Collection[s
         started = _now()
         denoiser(*args, **kwargs)
         seconds = _now() - started
-    begins, ends = ({name: when - started for name, when in found.items()} for found in (begins, ends))
+    begins, ends = ({name: when - started for name, when in times.items()} for times in (begins, ends))
     return Forward(one.num_rows, seconds, begins, ends, shapes, calls)
 
 
@@ -139,14 +139,14 @@ def time_units(
     units: Sequence[Unit], measure: Callable[[Unit], dict[Work, Timed]], limit_s: float
 ) -> dict[Work, dict[str, Timed]]:
     """Measure units until the time is over, but `_FEWEST_UNITS`, by kind of work and by unit."""
-    found: dict[Work, dict[str, Timed]] = {}
+    measured: dict[Work, dict[str, Timed]] = {}
     started = time.perf_counter()
     for number, unit in enumerate(units):
         if number >= _FEWEST_UNITS and time.perf_counter() - started > limit_s:
             break
         for work, call in measure(unit).items():
-            found.setdefault(work, {})[unit.name] = call
-    return found
+            measured.setdefault(work, {})[unit.name] = call
+    return measured
 
 
 class Stopwatch:
@@ -210,7 +210,7 @@ class Stopwatch:
         return {"setup": (rows, setup_s), "evaluation": (rows, evaluation_s), "step": (batch_size, step_s)}
 
     def _quick_rows(self, unit: Unit) -> int:
-        """Rows of a step that is quick, going by the unit's forward; a step draws more than there are from those."""
+        """Returns the rows of a quick step, judged by the forward of the unit; rows repeat where there are fewer."""
         a_row = (self.forward.ends[unit.name] - self.forward.begins[unit.name]) / self.forward.rows
         return max(1, int(_STEP_S / (_STEP_FORWARDS * a_row)))
 
@@ -237,7 +237,7 @@ class Stopwatch:
 
     @contextmanager
     def _restored(self, unit: Unit) -> Iterator[None]:
-        """Give a unit its own layers and processors back at the end."""
+        """Restores the layers and processors of a unit at the end."""
         try:
             yield
         finally:

@@ -106,7 +106,7 @@ class _Task:
 def run(
     config: SampleConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> SampleRecord:
-    """Sample images of the seeds `seed, seed + 1, ...` into `samples/<bits>/`; those that are there stay.
+    """Samples images of the seeds `seed, seed + 1, ...` into `samples/<bits>/`; images that are there already stay.
 
     Raises:
         InputError: The export is missing or broken, or another image's file is in the way.
@@ -130,7 +130,7 @@ def run(
 
 
 def finished(config: SampleConfig, run_folder: RunFolder) -> Artifact | None:
-    """The folder of the images, with the export's manifest, where `run` would find every one of them.
+    """Returns the folder of the images, with the export's manifest, where `run` would find every one of them.
 
     Raises:
         InputError: The export is missing or broken, or another image's file is in the way.
@@ -153,7 +153,7 @@ def _folder(config: SampleConfig, run: RunFolder) -> Path:
 
 
 def prepare(config: SampleConfig, run: RunFolder) -> _Task:
-    """Settle seed, prompt and sampler of each image."""
+    """Settles seed, prompt and sampler of each image."""
     if config.engine is not None:
         engine_of(config.engine).require(resolve_device(config.device))
         if config.arithmetic == "integer":

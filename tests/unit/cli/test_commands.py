@@ -303,7 +303,7 @@ def test_require_gates_after_the_result_is_printed(stages: FakeStages, capsys: p
     result = json.loads(captured.out)
     assert result["status"] == "up_to_date"
     assert [outcome["met"] for outcome in result["requirements"]] == [False, True]
-    assert "prompt_accuracy >= 0.99 (found 0.97)" in captured.err
+    assert "prompt_accuracy >= 0.99 (got 0.97)" in captured.err
 
 
 def test_require_of_run_holds_for_each_bit_width(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
