@@ -101,9 +101,9 @@ def _is_available(entry: ModelEntry) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
         return isinstance(try_to_load_from_cache(entry.location, "model_index.json"), str)
-    from edadm_cli.models.digits.data import model_folder
+    from edadm_cli.models.shipped import shipped_folder
 
     try:
-        return model_folder(entry.location).is_dir()
+        return shipped_folder(entry.location).is_dir()
     except InputError:
         return False

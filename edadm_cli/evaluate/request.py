@@ -20,6 +20,7 @@ from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.prompts import read_prompts
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import EVALUATION, image_seed
+from edadm_cli.models.shipped import shipped_prompts
 from edadm_cli.progress import SilentReporter
 
 
@@ -128,9 +129,7 @@ def _resolve_prompts(
         if path is not None:
             raise UsageError(f"{entry.name} takes no prompts, so --prompts has no meaning for it.")
         return None
-    if path is None and entry.prompts == "digits":
-        from edadm_cli.models.digits.data import prompts
-
-        return tuple(prompts(num_images, seed))
+    if path is None and entry.prompts is not None:
+        return tuple(shipped_prompts(entry.prompts, num_images, seed))
     lines = collected if path is None else read_prompts(path)
     return tuple(lines[index % len(lines)] for index in range(num_images))

@@ -31,6 +31,7 @@ from edadm_cli.models.files import (
     refuse_requests_for_code,
     regular_file,
 )
+from edadm_cli.models.shipped import shared_parts
 from edadm_cli.models.weights import WeightFiles, find_weights
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ class PipelineFolder:
             files.update(component.weights, component.descriptions)
         digest = sha256()
         for path in sorted(files):
-            digest.update(f"{path.relative_to(self.path).as_posix()}\0{file_sha256(path)}\n".encode())
+            name = path.relative_to(self.path) if path.is_relative_to(self.path) else path.relative_to(self.path.parent)
+            digest.update(f"{name.as_posix()}\0{file_sha256(path)}\n".encode())
         return digest.hexdigest()
 
     def skipped_component(self, name: str) -> Component:
@@ -242,7 +244,9 @@ def _constructor_options(
 
 def _read_component(root: Path, name: str, library: str, class_name: str, *, has_weights: bool = True) -> Component:
     cls = _class_of(root, library, class_name)
-    folder = _component_folder(root, name, class_name)
+    shared = shared_parts(root).get(name)
+    folder = _component_folder(root, name, class_name) if shared is None else shared
+    root = root if shared is None else shared
     refuse_code(folder)
     if not issubclass(cls, nn.Module):
         descriptions = _descriptions_without_weights(root, folder, name, cls)

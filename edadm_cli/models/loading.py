@@ -23,6 +23,7 @@ from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_models import WEIGHTS_VERSION, build_random_pipeline
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.sampling import call_default, default_guidance, takes_guidance
+from edadm_cli.models.shipped import shipped_folder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -187,9 +188,7 @@ def _with_prediction_type(pipeline: DiffusionPipeline, entry: ModelEntry, predic
 def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
     """The folder or file of a model, and its revision on the hub."""
     if entry is not None and entry.name == model and entry.source == "shipped":
-        from edadm_cli.models.digits.data import model_folder
-
-        return model_folder(entry.location), None
+        return shipped_folder(entry.location), None
     if entry is not None and entry.name == model and entry.source == "hub":
         return download(entry.location, entry.revision)
     path = Path(model).expanduser()

@@ -19,6 +19,7 @@ from typing import Any
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.sampling import takes_prompts
+from edadm_cli.models.shipped import shipped_prompts
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_PROMPT_CHARACTERS = 4000
@@ -43,10 +44,8 @@ def resolve_prompts(model: LoadedModel, path: Path | None, num_prompts: int, see
         if path is not None:
             raise UsageError(f"{model.ref.id} takes no prompts, so --prompts has no meaning for it.")
         return None
-    if path is None and model.entry.prompts == "digits":
-        from edadm_cli.models.digits.data import prompts
-
-        return prompts(num_prompts, seed)
+    if path is None and model.entry.prompts is not None:
+        return shipped_prompts(model.entry.prompts, num_prompts, seed)
     lines = read_prompts(CAPTIONS if path is None else path)
     return [lines[i % len(lines)] for i in range(num_prompts)]
 

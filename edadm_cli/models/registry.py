@@ -60,8 +60,8 @@ class ModelEntry(_Frozen):
     feature_batch: int = Field(64, ge=1, description="B, trajectories whose mid-block features are kept")
     variety_weight: float = Field(1.0, ge=0, description="lambda of TDAC")
     density_radius: float | None = Field(None, description="the paper's r, which the recipe `paper` takes")
-    prompts: Literal["digits"] | None = Field(None, description="where prompts come from when none are given")
-    features: Literal["digits", "inception"] = Field("inception", description="features of the quality metrics")
+    prompts: Literal["digits", "emoji"] | None = Field(None, description="source of the prompts when none are given")
+    features: Literal["digits", "emoji", "inception"] = Field("inception", description="features of the metrics")
     image_size: int | None = Field(None, description="pixels a side")
     paper: PaperSettings | None = None
 

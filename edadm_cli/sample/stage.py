@@ -26,6 +26,7 @@ from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.models.shipped import shipped_prompts
 from edadm_cli.progress import Reporter, SilentReporter
 
 FOLDER = "samples"
@@ -187,10 +188,8 @@ def _prompts(config: SampleConfig, entry: ModelEntry, collected: list[str] | Non
         return None
     if config.prompt:
         return config.prompt
-    if entry.prompts == "digits":
-        from edadm_cli.models.digits.data import prompts
-
-        return prompts(config.num_images, config.seed)
+    if entry.prompts is not None:
+        return shipped_prompts(entry.prompts, config.num_images, config.seed)
     return collected
 
 

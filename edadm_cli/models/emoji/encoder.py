@@ -9,13 +9,17 @@ References:
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edadm_cli.errors import UsageError
+from edadm_cli.models.emoji.captions import MAX_TOKENS, STYLES, prompt_of
+from edadm_cli.models.emoji.data import WEIGHTS, model_folder, names
 
 EMBEDDING = 192
 INPUT_SIZE = 64
@@ -84,3 +88,34 @@ class PictureEncoder(nn.Module):
                 spatial = hidden[:, :SPATIAL_CHANNELS]  # [B, 4, 8, 8]
         features = functional.silu(self.norm(hidden)).mean(dim=(2, 3))
         return PictureFeatures(features, spatial, functional.normalize(self.projection(features), dim=-1))
+
+
+def load_picture_encoder(device: str | torch.device = "cpu", root: Path = WEIGHTS) -> PictureEncoder:
+    """Load the trained picture encoder in float32, ready for evaluation.
+
+    Raises:
+        InputError: The weights are missing.
+    """
+    encoder = PictureEncoder()
+    state = load_file(model_folder("shared", root) / "picture_encoder" / "model.safetensors")
+    encoder.load_state_dict({name: value.float() for name, value in state.items()})
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def name_vectors(root: Path = WEIGHTS) -> Tensor:
+    """Return a unit vector per retrieval name with shape `(500, 192)`: the mean over its prompts in all styles."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    shared = model_folder("shared", root)
+    tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer", local_files_only=True)
+    text_encoder = CLIPTextModelWithProjection.from_pretrained(
+        shared / "text_encoder", local_files_only=True, dtype=torch.float32
+    ).eval()
+    retrieval = names(root)["retrieval"]
+    total = torch.zeros(len(retrieval), EMBEDDING)
+    for style in STYLES.values():
+        prompts = [prompt_of(name, style) for name in retrieval]
+        tokens = tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        total += functional.normalize(text_encoder(tokens.input_ids).text_embeds, dim=-1)
+    return functional.normalize(total, dim=-1)

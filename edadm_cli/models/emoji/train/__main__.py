@@ -2,8 +2,8 @@
 
     python -m edadm_cli.models.emoji.train STAGE --data prepared --out training
 
-In this order: `pixels`, `encoder` and `autoencoder`, then `emoji-sd`, `emoji-dit` and `ddpm-emoji`, then `measure`.
-With torchrun, several GPUs train one network. `benchmarks` and docs/models.md say how the shipped weights were made.
+In this order: `pixels`, `encoder` and `autoencoder`, then `emoji-sd`, `emoji-dit` and `ddpm-emoji`, then `measure` and
+`package`. With torchrun, several GPUs train one network. docs/models.md says how the shipped weights were made.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from edadm_cli.errors import EdadmError
+from edadm_cli.models.emoji.data import WEIGHTS
 from edadm_cli.models.emoji.train import autoencoder, denoisers, pair
 from edadm_cli.models.emoji.train.corpus import Corpus, load_corpus
 from edadm_cli.models.emoji.train.loop import FitResult, Schedule, Task, fit
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m edadm_cli.models.emoji.train", description="Train the emoji models."
     )
-    parser.add_argument("stage", choices=["pixels", *STAGES, "sheets", "measure"])
+    parser.add_argument("stage", choices=["pixels", *STAGES, "sheets", "measure", "package"])
     parser.add_argument(
         "--data", type=Path, required=True, help="folder that edadm_cli.models.emoji.train.prepare wrote"
     )
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that rasterise")
     parser.add_argument("--pictures", type=int, default=2000, help="pictures that are generated to measure a model")
     parser.add_argument("--models", default=f"{UNET},{TRANSFORMER},{PIXEL}", help="models to measure or to show")
+    parser.add_argument("--ship", type=Path, default=WEIGHTS, help="folder that package writes: %(default)s")
     parser.add_argument("--guidance", default="3", help="guidance scales to measure or to show, comma-separated")
     return parser
 
@@ -158,6 +160,10 @@ def main() -> int:
         corpus = load_corpus(settings, options.processes)
         if options.stage in STAGES:
             train(options.stage, corpus, settings, options.until)
+        elif options.stage == "package":
+            from edadm_cli.models.emoji.train.package import package
+
+            package(corpus, settings, options.ship)
         elif options.stage != "pixels":
             from edadm_cli.models.emoji.train.results import measure, show
 
