@@ -18,6 +18,7 @@ COMMANDS = (
     "evaluate",
     "report",
     "sample",
+    "push",
     "inspect",
     "models",
     "engines",

@@ -100,6 +100,13 @@ COMMANDS = {
         ),
         Command("sample", "stages", _SHOW, "Sample images from an export."),
         Command(
+            "push",
+            "share",
+            _SHOW,
+            "Send an export to the Hugging Face hub.\n\nIts model card has the metrics and the picture grid of its"
+            " evaluation, and nothing of this machine.",
+        ),
+        Command(
             "inspect",
             "look",
             _SHOW,

@@ -171,9 +171,9 @@ def run_command(*own: flags.Parameter) -> Callable[[Body], Callable[..., None]]:
     return _command(own, (flags.RUN, *flags.OUTPUT))
 
 
-def output_command() -> Callable[[Body], Callable[..., None]]:
-    """Makes a command that needs no run: the form of the output."""
-    return _command((), flags.OUTPUT)
+def output_command(*own: flags.Parameter) -> Callable[[Body], Callable[..., None]]:
+    """Makes a command that needs no run: its own options, then the form of the output."""
+    return _command(own, flags.OUTPUT)
 
 
 def _command(

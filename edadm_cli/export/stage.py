@@ -26,6 +26,7 @@ from edadm_cli.engines.files import engine_artifact, file_engine
 from edadm_cli.engines.reference import LAYER_BOUND, layer_parity, use_arithmetic
 from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import EdadmError
+from edadm_cli.export.card import CARD_FILE, CardFacts, model_card
 from edadm_cli.export.folder import component_sizes, write_pipeline
 from edadm_cli.export.parity import ExportParity, compare
 from edadm_cli.integrations.quantizer import FORMAT_VERSION, METHOD
@@ -128,7 +129,9 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
     sizes = component_sizes(build.path)
     sizes["denoiser_fp32"] = num_parameters * FLOAT_BYTES / 2**20
     sizes["ratio"] = sizes["denoiser_fp32"] / sizes[loaded.denoiser_name]
-    ExportFacts(denoiser=loaded.denoiser_name, size_mib=sizes, parity=_parity(parity)).save(build.path)
+    facts = ExportFacts(denoiser=loaded.denoiser_name, size_mib=sizes, parity=_parity(parity))
+    facts.save(build.path)
+    (build.path / CARD_FILE).write_text(model_card(CardFacts.of_run(run, source, facts)), encoding="utf-8")
     return build.commit(environment={"device": str(device)})
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     "run", "collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "inspect", "models",
-    "bench", "engines",
+    "bench", "engines", "push",
 }  # fmt: skip
 
 

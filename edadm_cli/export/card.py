@@ -1,0 +1,198 @@
+"""The model card of an export: a README.md with the metadata that the Hugging Face hub reads.
+
+The card names what was done and how good the result is. It names nothing of the machine that made it: no path, no host,
+no time. Text that a user typed is escaped, so that it stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, Selection, Units, recipe_name
+from edadm_cli.metrics.registry import in_order, metrics
+from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.hub import looks_like_hub_id
+
+CARD_FILE = "README.md"
+GRID_FILE = "grid.png"
+HERE = "PATH/OF/THIS/FOLDER"
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$&:@])")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says.
+
+    Attributes:
+        bits: The bit width, such as `w4a8`.
+        recipe: Name of the recipe.
+        base: Name of the model that was quantized; `None` for one without a public name.
+        base_repository: Its repository on the hub; `None` for a model from elsewhere.
+        takes_prompts: Whether images are asked for in words.
+        units: What was quantized.
+        selection: The calibration set.
+        num_steps: Sampler steps of the calibration trajectories.
+        export: Sizes and parity.
+        evaluation: Metrics; `None` before `edadm evaluate`.
+    """
+
+    bits: str
+    recipe: str
+    base: str | None
+    base_repository: str | None
+    takes_prompts: bool
+    units: Units
+    selection: Selection
+    num_steps: int
+    export: ExportFacts
+    evaluation: Evaluation | None
+
+    @classmethod
+    def of_run(
+        cls, run: RunFolder, source: Artifact, export: ExportFacts, evaluation: Evaluation | None = None
+    ) -> CardFacts:
+        """Read the facts of a run.
+
+        Args:
+            run: The run.
+            source: The reconstruction that the export was made from.
+            export: The export's facts.
+            evaluation: The export's metrics, where there are some.
+        """
+        collected = CollectedRun.open(run)
+        entry, model = collected.entry, collected.model.id
+        is_on_hub = entry.source == "hub"
+        repository = entry.location if is_on_hub and looks_like_hub_id(entry.location) else None
+        is_named = is_on_hub or entry.source in ("shipped", "random", "compvis")
+        return cls(
+            bits=source.path.name,
+            recipe=recipe_name(source),
+            base=model if is_named else None,
+            base_repository=repository,
+            takes_prompts=collected.prompts is not None,
+            units=Units.load(source),
+            selection=Selection.load(run.open("select")),
+            num_steps=collected.num_steps,
+            export=export,
+            evaluation=evaluation,
+        )
+
+
+def model_card(facts: CardFacts, place: str = HERE, base_license: str | None = None, has_grid: bool = False) -> str:
+    """Return the text of a model card.
+
+    Args:
+        facts: What it says.
+        place: From where the three lines load the pipeline: a repository, or a placeholder for a folder.
+        base_license: Licence of the base model, as the hub names it; `None` where it is not known.
+        has_grid: Whether a picture grid lies beside the card.
+    """
+    base = escape(facts.base) if facts.base else "a diffusion pipeline"
+    title = f"{base}, {facts.bits.upper()}" if facts.base else f"A diffusion pipeline in {facts.bits.upper()}"
+    parts = [
+        _metadata(facts, base_license),
+        f"# {title}",
+        f"The denoiser of {base} in {facts.bits.upper()} ({_bits(facts.bits)}), quantized after training with"
+        " [EDA-DM](https://arxiv.org/abs/2401.04585) by `edadm`. The rest of the pipeline is unchanged.",
+        "## Use",
+        _usage(facts, place),
+        "## How it was made",
+        _table(("", ""), list(_facts(facts))),
+    ]
+    if facts.evaluation is not None:
+        parts += ["## Quality", _quality(facts.evaluation)]
+        if has_grid:
+            parts.append(f"![Full precision above, {facts.bits.upper()} below, of the same seeds]({GRID_FILE})")
+    licence = f"The licence of the base model holds: {escape(base_license)}." if base_license else None
+    parts += ["## Licence", licence or "The licence of the base model holds; it is not repeated here."]
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str) -> str:
+    """Return a text as Markdown that shows it as it is, on one line."""
+    line = " ".join(text.split())
+    line = "".join(char for char in line if char.isprintable())
+    return _SPECIAL.sub(r"\\\1", line)
+
+
+def _metadata(facts: CardFacts, base_license: str | None) -> str:
+    """The YAML block of the hub; JSON strings are YAML, whatever they hold."""
+    fields: dict[str, object] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image" if facts.takes_prompts else "unconditional-image-generation",
+    }
+    if facts.base_repository is not None:
+        fields |= {"base_model": facts.base_repository, "base_model_relation": "quantized"}
+    if base_license is not None:
+        fields["license"] = base_license
+    fields["tags"] = ["edadm", "quantized", facts.bits]
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
+
+
+def _usage(facts: CardFacts, place: str) -> str:
+    prompt = '"a prompt"' if facts.takes_prompts else ""
+    return "\n".join(
+        [
+            "`pip install edadm diffusers`, then",
+            "",
+            "```python",
+            "from diffusers import DiffusionPipeline",
+            f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(place)})",
+            f"image = pipeline({prompt}).images[0]",
+            "```",
+        ]
+    )
+
+
+def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
+    coverage, sizes, selection = facts.units.coverage, facts.export.size_mib, facts.selection
+    yield "bits", _bits(facts.bits)
+    yield "recipe", escape(facts.recipe)
+    yield (
+        "calibration",
+        f"{selection.num_samples:,} samples of {selection.num_trajectories:,} trajectories with {facts.num_steps}"
+        f" steps, strategy {selection.strategy}",
+    )
+    yield (
+        "quantized layers",
+        f"{coverage.quantized:,} of {coverage.planned:,} planned; {coverage.kept:,} are left in floating point",
+    )
+    yield (
+        "denoiser on disk",
+        f"{sizes[facts.export.denoiser]:,.1f} MiB; {sizes['denoiser_fp32']:,.1f} MiB in float32"
+        f" ({sizes['ratio']:.2f} times smaller)",
+    )
+
+
+def _quality(evaluation: Evaluation) -> str:
+    rows = []
+    for name in in_order(evaluation.metrics):
+        metric, full = evaluation.metrics[name], evaluation.full_precision.get(name)
+        before = "" if full is None else f"{full.value:.4g}"
+        rows.append((_label(name), before, f"{metric.value:.4g}", metric.features, f"{metric.num_images:,}"))
+    distance = evaluation.distance_to_full_precision.model_dump(exclude_none=True)
+    for name in in_order(distance):
+        count = evaluation.num_images
+        if "one_step" in name and evaluation.one_step is not None:
+            count = evaluation.one_step.num_images
+        rows.append((f"{_label(name)} to full precision", "", f"{distance[name]:.4g}", "", f"{count:,}"))
+    header = ("metric", "full precision", evaluation.bits.upper(), "features", "images")
+    sentences = "".join(f"\n\n{escape(text)}" for text in evaluation.verdict)
+    return _table(header, [tuple(map(escape, row)) for row in rows]) + sentences
+
+
+def _label(name: str) -> str:
+    return metrics()[name].label if name in metrics() else name.replace("_", " ")
+
+
+def _bits(bits: str) -> str:
+    weight, _, activation = bits.removeprefix("w").partition("a")
+    return f"{weight}-bit weights, {activation}-bit activations"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

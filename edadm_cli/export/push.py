@@ -1,0 +1,118 @@
+"""`edadm push`: an export with its model card as one commit to a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, open_artifact
+from edadm_cli.artifacts.inspection import run_of_artifact
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.export.card import CARD_FILE, GRID_FILE, CardFacts, model_card
+from edadm_cli.models.hub import looks_like_hub_id
+
+_TIMEOUT_S = 10.0
+_HINT = "edadm push --dry-run shows what would be sent"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is sent.
+
+    Attributes:
+        repository: `owner/name`.
+        files: Name in the repository -> file.
+        facts: What the card says.
+    """
+
+    repository: str
+    files: dict[str, Path]
+    facts: CardFacts
+
+    def card(self, base_license: str | None) -> str:
+        """Return the model card."""
+        return model_card(self.facts, self.repository, base_license, has_grid=GRID_FILE in self.files)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size of each file in bytes; the card is that without a licence."""
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        return {CARD_FILE: len(self.card(None).encode()), **sizes}
+
+
+def prepare(folder: Path, repository: str) -> Upload:
+    """Check an export and collect what is sent: its files, the card, and the picture grid of its evaluation.
+
+    The manifest stays behind, since it says on which machine the export was made.
+
+    Raises:
+        UsageError: The repository is not named `owner/name`.
+        InputError: The folder is no export of a run, or is broken.
+    """
+    if not looks_like_hub_id(repository):
+        raise UsageError(f"edadm push expects a repository as owner/name; got '{repository}'.")
+    run, kind, bits = run_of_artifact(folder)
+    if run is None or kind != "export" or bits is None:
+        raise InputError(
+            f"edadm push expects an export inside its run, such as runs/digits-sd/export/w4a8; {folder} is none.",
+            hint="edadm inspect",
+        )
+    export = run.open("export", bits)
+    evaluation = _evaluation(run, export, bits)
+    files = {entry.path: export.file(entry.path) for entry in export.manifest.payload if entry.path != CARD_FILE}
+    facts = ExportFacts.load(export)
+    metrics = None
+    if evaluation is not None:
+        metrics = Evaluation.load(evaluation)
+        files[GRID_FILE] = evaluation.file(metrics.grid)
+    return Upload(repository, files, CardFacts.of_run(run, run.open("reconstruct", bits), facts, metrics))
+
+
+def push(upload: Upload, private: bool) -> str:
+    """Send everything in one commit, and return its address.
+
+    Raises:
+        InputError: The hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.whoami()  # asks once, and before anything is read
+        base_license = _license_of(upload.facts.base_repository)
+        api.create_repo(upload.repository, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, path) for name, path in upload.files.items()]
+        operations.append(CommitOperationAdd(CARD_FILE, upload.card(base_license).encode()))
+        commit = api.create_commit(
+            upload.repository, operations, commit_message=f"Export in {upload.facts.bits.upper()} by edadm"
+        )
+    except LocalTokenNotFoundError as error:
+        raise InputError("The hub takes uploads only from who is logged in, and nobody is.", "hf auth login") from error
+    except HfHubHTTPError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"The hub refuses the upload to '{upload.repository}': {reason}", "hf auth login") from error
+    except Exception as error:
+        raise InputError(
+            f"The Hugging Face hub cannot be reached from here, so '{upload.repository}' is unchanged.", _HINT
+        ) from error
+    return str(commit.commit_url)
+
+
+def _evaluation(run: RunFolder, export: Artifact, bits: str) -> Artifact | None:
+    """The evaluation of exactly this export; `None` where there is none."""
+    if not run.has("evaluate", bits):
+        return None
+    artifact = open_artifact(run.path("evaluate", bits), "evaluate")
+    is_of_it = any(parent.identity == export.identity for parent in artifact.manifest.parents)
+    return artifact if is_of_it else None
+
+
+def _license_of(repository: str | None) -> str | None:
+    """The licence that the base model's card on the hub names."""
+    from huggingface_hub import HfApi
+
+    if repository is None:
+        return None
+    card = HfApi().model_info(repository, timeout=_TIMEOUT_S).card_data
+    licence = getattr(card, "license", None)
+    return licence if isinstance(licence, str) else None

@@ -1,0 +1,99 @@
+"""The model card of an export, and what `edadm push` would send."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from edadm_cli.cli.app import main
+from edadm_cli.export.card import CARD_FILE, CardFacts, escape, model_card
+from edadm_cli.export.push import prepare
+from tests.unit.report.runs import RunMaker
+
+REPOSITORY = "someone/tiny-w4a8"
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    """An export with its evaluation in a run of a model from a local folder."""
+    maker = RunMaker(tmp_path / "run")
+    maker.facts["evaluation.json"]["grid"] = "images/0-full.png"
+    maker.calibration().width("w4a8")
+    return maker.run.path("export", "w4a8")
+
+
+def _metadata(card: str) -> dict[str, Any]:
+    fields: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return fields
+
+
+def test_a_card_has_the_hubs_metadata_and_what_was_measured(export: Path) -> None:
+    upload = prepare(export, REPOSITORY)
+    card = upload.card("apache-2.0")
+    fields = _metadata(card)
+    assert fields["library_name"] == "diffusers"
+    assert fields["pipeline_tag"] in ("text-to-image", "unconditional-image-generation")
+    assert fields["license"] == "apache-2.0"
+    assert "w4a8" in fields["tags"]
+    for text in ("4-bit weights, 8-bit activations", "calibration", "PSNR to full precision"):
+        assert text in card
+    assert f'from_pretrained("{REPOSITORY}")' in card
+    assert "![Full precision above" in card
+    assert "grid.png" in upload.files
+
+
+def test_nothing_of_the_machine_is_sent(export: Path, tmp_path: Path) -> None:
+    upload = prepare(export, REPOSITORY)
+    assert "manifest.json" not in upload.files
+    card = upload.card(None)
+    assert str(tmp_path) not in card
+    assert "license" not in _metadata(card)
+
+
+def test_what_users_typed_stays_text(export: Path) -> None:
+    facts = prepare(export, REPOSITORY).facts
+    changed = CardFacts(**{**vars(facts), "recipe": "a|b\n---\n<script>", "base": "[x](javascript:y)"})
+    card = model_card(changed)
+    assert "<script>" not in card.replace("\\<script\\>", "")
+    assert "\n---\n" not in card.split("---\n", 2)[2]
+    assert "[x](javascript:y)" not in card
+    assert escape("a\x1b[31m") == "a\\[31m"
+    hostile = model_card(CardFacts(**{**vars(facts), "base_repository": 'a/b"\nlicense: mit'}))
+    assert "license" not in _metadata(hostile)
+
+
+def test_a_dry_run_needs_no_network_and_an_upload_without_one_is_bad_input(
+    export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", unreachable)
+    assert main(["push", str(export), REPOSITORY, "--dry-run", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["status"] == "planned"
+    assert facts["files"][CARD_FILE] > 0
+    assert main(["push", str(export), REPOSITORY, "--dry-run"]) == 0
+    assert "grid.png" in capsys.readouterr().out
+    assert main(["push", str(export), REPOSITORY]) == 3
+    assert "cannot be reached from here, so 'someone/tiny-w4a8' is unchanged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ([], 2, "needs an export and a repository"),
+        (["{export}", "no-owner"], 2, "a repository as owner/name"),
+        (["{export}/unet", REPOSITORY], 3, "an export inside its run"),
+        (["nowhere", REPOSITORY], 3, "an export inside its run"),
+    ],
+)
+def test_what_cannot_be_pushed_ends_in_one_sentence(
+    arguments: list[str], code: int, sentence: str, export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", *(argument.format(export=export) for argument in arguments)]) == code
+    assert sentence in capsys.readouterr().err
