@@ -273,7 +273,7 @@ def test_integer_arithmetic_is_near_and_not_the_same_code_path(tiny_ddpm: Path, 
 def test_slow_models_are_compared_in_integers_layer_by_layer_only(
     tiny_ddpm: Path, fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "_INTEGER_SAMPLING_LIMIT", 0.0)
+    monkeypatch.setattr(export, "INTEGER_SAMPLING_LIMIT", 0.0)
     run = fresh_run(tiny_ddpm)
     reconstruct.run(config_of(), run)
     record = exported(run)
