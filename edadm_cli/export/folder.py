@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder whose denoiser is packed."""
+"""Writes a diffusers pipeline folder whose denoiser is packed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_pipeline(model: LoadedModel, folder: Path, quantization_config: Mappin
 
 
 def exact_narrow(tensor: Tensor) -> Tensor:
-    """The tensor in the narrowest of float16, bfloat16 and its own dtype that holds every value exactly."""
+    """Returns the tensor in float16 or bfloat16 if that holds every value exactly, else as it is."""
     if not tensor.is_floating_point():
         return tensor
     for dtype in _NARROW:
@@ -60,7 +60,7 @@ def exact_narrow(tensor: Tensor) -> Tensor:
 
 
 def component_sizes(folder: Path) -> dict[str, float]:
-    """MiB on disk of each component's folder."""
+    """Returns the size on disk of each component's folder, in MiB."""
     return {
         child.name: sum(file.stat().st_size for file in child.rglob("*") if file.is_file()) / 2**20
         for child in sorted(folder.iterdir())
@@ -71,7 +71,7 @@ def component_sizes(folder: Path) -> dict[str, float]:
 def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mapping[str, Any]) -> None:
     denoiser.save_config(place)  # type: ignore[operator]
     config = load_json(place / "config.json")
-    # a line a value, but little indentation: the plan of a small denoiser counts against its size
+    # one line per value, but little indentation: for a small denoiser, the plan is a good part of the export's size
     save_json(place / "config.json", {**config, "quantization_config": dict(quantization_config)}, indent=1)
     scales = {name for name, _ in denoiser.named_buffers()}
     tensors = {

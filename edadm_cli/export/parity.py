@@ -1,4 +1,4 @@
-"""An export held against the stage before it."""
+"""Compares an export with the reconstruction that it was made from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from edadm_cli.models.sampling import Samples
 
 @dataclass(frozen=True)
 class ExportParity:
-    """What the comparison found.
+    """The result of the comparison.
 
     Attributes:
         latent_max_abs: Largest difference of final latents, same arithmetic before and after.
         images_bit_equal: Whether all images have the same bytes.
-        integer_rel_l2: Worst layer's relative L2 error of integer arithmetic against quantize-dequantize.
-        integer_layer: That layer.
-        integer_latent_rel_l2: Relative L2 distance of the final latents of the two arithmetics; `None`: not sampled.
+        integer_rel_l2: Largest relative L2 error of a layer's integer arithmetic against quantize-dequantize.
+        integer_layer: The layer with that error.
+        integer_latent_rel_l2: Relative L2 distance of the final latents of the two arithmetics; `None` when the integer
+            arithmetic was not sampled.
     """
 
     latent_max_abs: float
@@ -32,12 +33,12 @@ class ExportParity:
 
 
 def compare(before: Samples, after: Samples, integer: Samples | None, layer_errors: dict[str, float]) -> ExportParity:
-    """Put the figures together.
+    """Compute the metrics of the comparison and check them.
 
     Args:
-        before: Sampled by what was reconstructed.
-        after: Sampled by the export in the same arithmetic.
-        integer: Sampled by the export in exact integers, where that was not too slow.
+        before: Samples of the reconstruction.
+        after: Samples of the export in the same arithmetic.
+        integer: Samples of the export in exact integers; `None` when that would take too long.
         layer_errors: Relative L2 error of each layer's integer arithmetic.
 
     Raises:
@@ -57,10 +58,10 @@ def compare(before: Samples, after: Samples, integer: Samples | None, layer_erro
         )
     if parity.integer_rel_l2 > LAYER_BOUND:
         raise EdadmError(
-            f"Integer arithmetic of '{worst}' is off by {parity.integer_rel_l2:.2e}, the bound is {LAYER_BOUND:.0e}."
+            f"Integer arithmetic of '{worst}' differs by {parity.integer_rel_l2:.2e}, the bound is {LAYER_BOUND:.0e}."
         )
     return parity
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+def _relative(values: Tensor, expected: Tensor) -> float:
+    return float((values.float() - expected.float()).norm() / expected.float().norm())

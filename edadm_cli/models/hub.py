@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, through its own client and cache."""
+"""Fetches models from the Hugging Face hub with its client, huggingface_hub, and its cache."""
 
 from __future__ import annotations
 

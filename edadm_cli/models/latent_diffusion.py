@@ -1,4 +1,4 @@
-"""Denoisers of the CompVis latent-diffusion checkpoints that no class of diffusers' own describes.
+"""Denoisers of CompVis latent-diffusion checkpoints that no class of diffusers describes.
 
 They are components of stock pipelines (`LDMPipeline`, `DiTPipeline`), saved with this module's name in the pipeline's
 index, so that `DiffusionPipeline.from_pretrained` finds them.

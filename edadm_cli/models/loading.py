@@ -1,4 +1,4 @@
-"""Loading a pipeline: by known name, from a diffusers folder, a checkpoint file or the hub, or with random weights."""
+"""Loads a pipeline: by known name, from a diffusers folder, a checkpoint file or the hub, or with random weights."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class LoadedModel:
     """A pipeline in memory, ready to sample.
 
     Attributes:
-        ref: What it is: id, revision, fingerprint of its files.
-        entry: Its own defaults.
+        ref: Its identity: id, revision and the fingerprint of its files.
+        entry: Its defaults: steps, guidance, sampler.
         pipeline: The diffusers pipeline, in eval mode on its device, without progress bars or safety checker.
         denoiser_name: Component that is quantized: `unet` or `transformer`.
-        folder: Where its files lie; `None` for one that was built or converted in memory.
+        folder: The folder of its files; `None` for a pipeline that was built or converted in memory.
         remarks: What was assumed about it or left aside, one sentence each, for the user to read.
     """
 
@@ -59,11 +59,11 @@ class LoadedModel:
 def resolve_device(name: str) -> torch.device:
     """Turn `cpu`, `cuda`, `cuda:N` or `auto` into a device of this machine.
 
-    On CUDA, float32 is made to mean float32: torch would let convolutions round their factors to TF32, whose error is
-    far above the bound that engines are held to.
+    On CUDA, this turns TF32 off: torch lets convolutions round their factors to TF32 by default, whose error is far
+    above the bound that engines have to meet.
 
     Raises:
-        MachineError: There is no such device here.
+        MachineError: This machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,15 +94,15 @@ def load_model(
 
     Args:
         model: A known name, a diffusers folder, a checkpoint file, or a hub id.
-        device: Where it computes.
+        device: The device that it computes on.
         dtype: Element type of its floating-point weights and activations.
-        entry: Its defaults, where the caller knows them better than the registry: those of the model that a
-            folder was exported from.
-        prediction_type: What the denoiser predicts (`epsilon`, `v_prediction` or `sample`), where the caller knows it
+        entry: Its defaults, when the caller knows them better than the registry: an exported folder has those of the
+            model that it was exported from.
+        prediction_type: What the denoiser predicts (`epsilon`, `v_prediction` or `sample`), when the caller knows it
             better than the model's files.
 
     Raises:
-        InputError: It is not found, broken, pickled, has code of its own, or has weights that are not finite.
+        InputError: The model is missing, broken or pickled, comes with code, or has weights that are not finite.
         MachineError: It does not fit into the device's memory.
         UsageError: Its pipeline cannot sample in that element type, or its scheduler has no prediction type.
     """
@@ -137,7 +137,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class _Source:
-    """A pipeline as its source gives it."""
+    """A pipeline as it comes from its source, before the entry's scheduler is applied."""
 
     pipeline: DiffusionPipeline
     fingerprint: str
@@ -163,7 +163,7 @@ def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> _Source:
 
 
 def _configured(pipeline: DiffusionPipeline, entry: ModelEntry | None) -> DiffusionPipeline:
-    """The pipeline with the class and the scheduler that its entry wants."""
+    """Returns the pipeline with the class and the scheduler that its entry names."""
     if entry is not None and entry.pipeline_class is not None:
         pipeline = find_class(entry.pipeline_class)(**pipeline.components)
     if entry is not None and (entry.scheduler_class is not None or entry.scheduler_config):
@@ -174,7 +174,7 @@ def _configured(pipeline: DiffusionPipeline, entry: ModelEntry | None) -> Diffus
 
 
 def _with_prediction_type(pipeline: DiffusionPipeline, entry: ModelEntry, prediction_type: str) -> ModelEntry:
-    """Have the scheduler take the denoiser's output for what it is, and the entry remember it for later stages."""
+    """Set what the scheduler takes the denoiser's output for; later stages read it from the entry."""
     scheduler = pipeline.scheduler
     if "prediction_type" not in scheduler.config:
         raise UsageError(
@@ -186,7 +186,7 @@ def _with_prediction_type(pipeline: DiffusionPipeline, entry: ModelEntry, predic
 
 
 def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
-    """The folder or file of a model, and its revision on the hub."""
+    """Returns the folder or file of a model, and its revision on the hub."""
     if entry is not None and entry.name == model and entry.source == "shipped":
         return shipped_folder(entry.location), None
     if entry is not None and entry.name == model and entry.source == "hub":
@@ -196,7 +196,7 @@ def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
         path = Path(entry.location)
         if not path.is_file():
             raise InputError(
-                f"The weights of {model} are a CompVis checkpoint, which was wanted at {path} and is not there.",
+                f"The weights of {model} are a CompVis checkpoint, which was expected at {path} and is not there.",
                 hint=f"unpack it there, give --model its path, or take {model}-random",
             )
     if path.is_dir():
@@ -222,7 +222,7 @@ def _identifier(model: str) -> str:
 
 
 def _entry_of(identifier: str, pipeline: DiffusionPipeline, denoiser_name: str, known_as: str | None) -> ModelEntry:
-    """Defaults for a model that is not in the registry: those of the model it is built like, or the pipeline's own."""
+    """Returns defaults for a model outside of the registry: of the known model it is built like, or of its pipeline."""
     is_file = os.path.isfile(identifier)
     place = {"name": identifier, "location": identifier, "architecture": None, "revision": None}
     place["source"] = "file" if is_file else "folder" if os.path.isdir(identifier) else "hub"

@@ -1,7 +1,7 @@
 """The prompts of a batch of images: from the user's file, the model's own, or the built-in captions.
 
-A file is read by its kind: text has one prompt a line; `.json` holds COCO captions (or a list of texts); `.csv` and
-`.tsv` have a header and a column of prompts, which `FILE:COLUMN` names.
+The suffix of a file decides how it is read: a text file has one prompt per line; `.json` holds COCO captions (or a list
+of texts); `.csv` and `.tsv` have a header and a column of prompts, which `FILE:COLUMN` names.
 
 References:
     COCO captions, arXiv 1504.00325.
@@ -32,9 +32,9 @@ _USUAL_COLUMNS = ("caption", "prompt", "text")
 
 
 def resolve_prompts(model: LoadedModel, path: Path | None, num_prompts: int, seed: int) -> list[str] | None:
-    """Prompts for `num_prompts` images; `None` for a model that takes none.
+    """Returns prompts for `num_prompts` images; `None` for a model that takes none.
 
-    A list with more prompts than images gives its first ones, one with fewer is gone through again.
+    Of a list with more prompts than images, the first ones are used; a list with fewer is repeated.
 
     Raises:
         UsageError: There is a file, and the model takes no prompts.
@@ -60,11 +60,11 @@ def prompts_name(model: LoadedModel, path: Path | None) -> str | None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file; empty ones are passed over.
+    """Read the prompts of a file; empty ones are left out.
 
     Args:
-        path: A text file with one prompt a line; a JSON file with COCO captions, of which each image's first is taken,
-            or with a list of texts; or a table, `FILE.csv` or `FILE.csv:COLUMN`.
+        path: A text file with one prompt per line; a JSON file with COCO captions, of which the first of each image
+            is taken, or with a list of texts; or a table, `FILE.csv` or `FILE.csv:COLUMN`.
 
     Raises:
         InputError: The file is missing, too large, not UTF-8, empty, has a prompt that is too long, or is not of the
@@ -80,7 +80,7 @@ def read_prompts(path: Path) -> list[str]:
         entries = ((f"Line {number}", line) for number, line in enumerate(text.split("\n"), start=1))
     prompts = list(_checked(file, entries))
     if not prompts:
-        raise InputError(f"The prompt file {file} holds no prompt; one a line was wanted.")
+        raise InputError(f"The prompt file {file} holds no prompt; one per line was expected.")
     return prompts
 
 
@@ -155,9 +155,9 @@ def _column_of_table(path: Path, text: str, column: str | None) -> Iterable[tupl
         columns = reader.fieldnames or ()
         name = column or next((usual for usual in _USUAL_COLUMNS if usual in columns), None)
         if name is None or name not in columns:
-            wanted = f"no column '{column}'" if column else "no column called caption, prompt or text"
+            problem = f"no column '{column}'" if column else "no column called caption, prompt or text"
             raise InputError(
-                f"The prompt file {path} has {wanted}; it has {', '.join(columns) or 'none at all'}.",
+                f"The prompt file {path} has {problem}; it has {', '.join(columns) or 'none at all'}.",
                 hint=f"--prompts {path}:COLUMN",
             )
         for row in reader:

@@ -23,8 +23,8 @@ class _Frozen(BaseModel):
 class PaperSettings(_Frozen):
     """What the authors' scripts set for a system."""
 
-    iterations: int = Field(description="optimizer steps a unit")
-    batch_size: int = Field(description="calibration samples an optimizer step")
+    iterations: int = Field(description="optimizer steps per unit")
+    batch_size: int = Field(description="calibration samples per optimizer step")
     layer_loss_weight: float = Field(description="gamma")
     learning_rates: dict[str, tuple[float, float]] = Field(
         description="bit width -> step of the rounding variables, step of the activation scales"
@@ -32,7 +32,7 @@ class PaperSettings(_Frozen):
 
 
 class ModelEntry(_Frozen):
-    """A model and its own defaults."""
+    """A model and its defaults."""
 
     name: str
     description: str = ""
@@ -44,7 +44,7 @@ class ModelEntry(_Frozen):
     architecture: str | None = Field(None, description="shipped architecture, to build it without its weights")
     weights_seed: int = Field(0, description="seed of random weights")
     denoiser: str = Field(description="class of the denoiser")
-    sampler: str = Field(description="what samples, for people to read")
+    sampler: str = Field(description="name of the sampler and its number of steps, for people to read")
     pipeline_class: str | None = Field(None, description="pipeline to use instead of the model's own")
     scheduler_class: str | None = Field(None, description="scheduler to use instead of the model's own")
     scheduler_config: dict[str, Any] = Field(default_factory=dict, description="fields that differ from the model's")
@@ -53,22 +53,22 @@ class ModelEntry(_Frozen):
     )
     images: str | None = Field(None, description="folder of the images that condition the pipeline")
     num_steps: int = Field(ge=1)
-    guidance_scale: float | None = Field(None, description="null: the pipeline knows no guidance")
-    eta: float = Field(0.0, ge=0, le=1, description="DDIM's eta: share of fresh noise a step")
+    guidance_scale: float | None = Field(None, description="null: the pipeline has no guidance")
+    eta: float = Field(0.0, ge=0, le=1, description="DDIM's eta: share of fresh noise per step")
     num_trajectories: int = Field(256, ge=1, description="N")
     batch_size: int = Field(32, ge=1, description="trajectories sampled together")
-    feature_batch: int = Field(64, ge=1, description="B, trajectories whose mid-block features are kept")
+    feature_batch: int = Field(64, ge=1, description="B, trajectories whose mid-block features are stored")
     variety_weight: float = Field(1.0, ge=0, description="lambda of TDAC")
     density_radius: float | None = Field(None, description="the paper's r, which the recipe `paper` takes")
     prompts: Literal["digits", "emoji"] | None = Field(None, description="source of the prompts when none are given")
     features: Literal["digits", "emoji", "inception"] = Field("inception", description="features of the metrics")
-    image_size: int | None = Field(None, description="pixels a side")
+    image_size: int | None = Field(None, description="pixels per side")
     paper: PaperSettings | None = None
 
 
 @cache
 def known_models() -> dict[str, ModelEntry]:
-    """Every model with a name of its own, by name, in the order in which they are listed."""
+    """Returns the known models by name, in the order of the list that `edadm models` prints."""
     with REGISTRY.open("rb") as file:
         rows = tomllib.load(file)
     entries = {name: ModelEntry(name=name, **row) for name, row in rows.items()}

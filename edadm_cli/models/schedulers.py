@@ -28,7 +28,7 @@ class QuadraticDDIMScheduler(DDIMScheduler):
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Set the timesteps of a sampling, from noise to data."""
+        """Set the timesteps of one sampling, from noise to data."""
         self.num_inference_steps = num_inference_steps
         end = (_SHARE * self.config.num_train_timesteps) ** 0.5
         ascending = torch.linspace(0, end, num_inference_steps, dtype=torch.float64).square().floor().long()
@@ -46,10 +46,10 @@ class QuadraticDDIMScheduler(DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Go to the next timestep; arguments and result as those of `DDIMScheduler.step`."""
+        """Take one step; the arguments and the result are those of `DDIMScheduler.step`."""
         timesteps = self.timesteps.tolist()
         if self._next >= len(timesteps) or int(timestep) != timesteps[self._next]:
-            raise ValueError(f"The step at timestep {int(timestep)} is out of turn.")
+            raise ValueError(f"The timestep {int(timestep)} is not the next one of this sampling.")
         self._next += 1
         alpha = self.alphas_cumprod[int(timestep)]
         is_last = self._next == len(timesteps)
@@ -69,7 +69,7 @@ class QuadraticDDIMScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(result, clean) if return_dict else (result, clean)
 
     def _predictions(self, model_output: Tensor, sample: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean sample and the noise that the model sees in a noisy one."""
+        """Returns the clean sample and the noise that the model predicts from a noisy sample."""
         if self.config.prediction_type == "epsilon":
             noise = model_output
             clean = (sample - (1 - alpha).sqrt() * noise) / alpha.sqrt()

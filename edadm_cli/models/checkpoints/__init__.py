@@ -1,1 +1,1 @@
-"""Models that lie in one checkpoint file rather than in a diffusers folder."""
+"""Converts models that are stored in one checkpoint file into pipelines of diffusers."""

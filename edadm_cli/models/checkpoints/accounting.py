@@ -1,4 +1,4 @@
-"""Every tensor of a CompVis checkpoint accounted for: taken into a module, or named as missing, misshapen or extra."""
+"""Accounts for every tensor of a CompVis checkpoint: it goes into a module, or is missing, misshapen or left over."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter lies: the tensor's name, and the part of it."""
+    """The place of a parameter in a checkpoint: the name of its tensor, and the part of that tensor."""
 
     key: str
     part: _Part | None = None
 
 
 def denoiser_places(denoiser: nn.Module) -> Callable[[str], _Place]:
-    """Where the parameters of a denoiser lie."""
+    """Returns a function from a denoiser's parameter name to its place in a checkpoint."""
     config: Any = denoiser.config
 
     def place(name: str) -> _Place:
@@ -76,19 +76,19 @@ def denoiser_places(denoiser: nn.Module) -> Callable[[str], _Place]:
 
 
 def autoencoder_places(autoencoder: nn.Module) -> Callable[[str], _Place]:
-    """Where the parameters of an autoencoder lie."""
+    """Returns a function from an autoencoder's parameter name to its place in a checkpoint."""
     config: Any = autoencoder.config
     num_levels = len(config.block_out_channels)
     return lambda name: _Place(FIRST_STAGE + autoencoder_name(name, num_levels))
 
 
 class TensorAccount:
-    """Takes tensors out of a checkpoint and keeps account of what is missing, misshapen or left over.
+    """Takes tensors out of a checkpoint and records which are missing, misshapen or left over.
 
     Args:
         path: The checkpoint, for messages.
         state: Its tensors.
-        averaged: Whether a denoiser's moving averages are taken.
+        averaged: Whether the moving averages of the denoiser's weights are taken.
         heads_first: Whether query, key and value that share a tensor are grouped by head.
     """
 
@@ -100,26 +100,30 @@ class TensorAccount:
         self._not_finite: list[str] = []
 
     def collect(self, module: nn.Module, place_of: Callable[[str], _Place]) -> dict[str, Tensor]:
-        """The parameters of a module, by its own names."""
-        found = {}
+        """Returns the parameters of a module by the module's names, without those that are missing or misshapen."""
+        tensors = {}
         for name, parameter in module.named_parameters():
             tensor = self._take(place_of(name), parameter.shape)
             if tensor is not None:
-                found[name] = tensor
-        return found
+                tensors[name] = tensor
+        return tensors
 
     def require_all_fit(self) -> None:
-        """Raise where the checkpoint and the model differ."""
+        """Raise an error that names the tensors in which the checkpoint and the model differ.
+
+        Raises:
+            InputError: They differ, or a value is not finite.
+        """
         extra = sorted(name for name in self._state if name not in self._known and not _is_training(name))
         if not self._averaged:
             extra = [name for name in extra if not name.startswith(EMA)]
-        found = (
+        problems = (
             ("lacks", self._missing),
-            ("has tensors of another shape than wanted:", self._misshapen),
+            ("has tensors of another shape than expected:", self._misshapen),
             ("has tensors that its model does not take:", extra),
             ("holds values that are not finite (NaN or infinity) in", self._not_finite),
         )
-        for what, names in found:
+        for what, names in problems:
             if names:
                 raise InputError(f"{self._path} {what} {listed(list(dict.fromkeys(names)))}.")
 
@@ -132,13 +136,13 @@ class TensorAccount:
         if tensor is None:
             self._missing.append(key)
             return None
-        wanted = tuple(shape) if place.part is None else (3 * shape[0], *shape[1:])
-        if tensor.ndim > len(wanted) and all(size == 1 for size in tensor.shape[len(wanted) :]):
-            flat = tensor.reshape(tensor.shape[: len(wanted)])  # a convolution of size one as a linear layer
+        expected = tuple(shape) if place.part is None else (3 * shape[0], *shape[1:])
+        if tensor.ndim > len(expected) and all(size == 1 for size in tensor.shape[len(expected) :]):
+            flat = tensor.reshape(tensor.shape[: len(expected)])  # a convolution of size one as a linear layer
         else:
             flat = tensor
-        if tuple(flat.shape) != wanted:
-            self._misshapen.append(f"{key} {list(tensor.shape)} for {list(wanted)}")
+        if tuple(flat.shape) != expected:
+            self._misshapen.append(f"{key} {list(tensor.shape)} for {list(expected)}")
             return None
         if not is_finite(flat):
             self._not_finite.append(key)

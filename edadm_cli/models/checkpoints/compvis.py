@@ -41,7 +41,7 @@ def is_latent_diffusion(state: Mapping[str, Tensor]) -> bool:
 
 
 def describe(path: Path, state: Mapping[str, Tensor]) -> CompVisModel:
-    """What a checkpoint holds, by the configuration beside it or as one of the known ones.
+    """Returns what a checkpoint holds, from the configuration beside it or as one of the known checkpoints.
 
     Raises:
         InputError: The configuration is not usable, or there is none and the checkpoint is not a known one.
@@ -59,7 +59,7 @@ def describe(path: Path, state: Mapping[str, Tensor]) -> CompVisModel:
 
 
 def _with_labels(model: CompVisModel, state: Mapping[str, Tensor]) -> CompVisModel:
-    """A known model with as many classes as the checkpoint has."""
+    """Returns a known model with as many classes as the checkpoint has."""
     embedding = state.get(f"{LABELS}embedding.weight")
     name = model.architecture.denoiser_name
     cls, config = model.architecture.components[name]
@@ -94,7 +94,7 @@ def convert(path: Path, state: Mapping[str, Tensor], model: CompVisModel, dtype:
 
 
 def _with_scale(path: Path, model: CompVisModel, state: Mapping[str, Tensor]) -> Architecture:
-    """The architecture with the latents' scale, where that lies in the checkpoint."""
+    """Returns the architecture with the scale of the latents, if the checkpoint has it."""
     architecture = model.architecture
     if _SCALE not in state:
         if model.scale_in_checkpoint:

@@ -32,9 +32,9 @@ class CompVisModel:
 
     Attributes:
         architecture: The pipeline in diffusers' terms.
-        use_ema: Whether the moving averages are sampled with.
+        use_ema: Whether images are sampled with the moving averages of the weights.
         heads_first: Whether query, key and value of attention blocks are grouped by head (the older order).
-        scale_in_checkpoint: Whether the latents' scale was measured in training and lies in the checkpoint.
+        scale_in_checkpoint: Whether the checkpoint has a tensor with the measured scale of the latents.
         known_as: Name of the known model that it is built like.
     """
 
@@ -46,7 +46,7 @@ class CompVisModel:
 
 
 def known_model(input_shape: tuple[int, ...]) -> CompVisModel | None:
-    """A known checkpoint by the shape `(channels, inputs)` of its first convolution."""
+    """Returns the known checkpoint whose first convolution has the shape `(channels, inputs)`, or `None`."""
     name = next((name for name, shape in _KNOWN.items() if shape == input_shape), None)
     if name is None:
         return None

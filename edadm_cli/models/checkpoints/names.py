@@ -1,4 +1,4 @@
-"""Where the parameters of diffusers' modules lie in a CompVis checkpoint.
+"""Names of the parameters of diffusers' modules in a CompVis checkpoint.
 
 Each function maps a name of diffusers to the one in the checkpoint. Attention blocks keep query, key and value in one
 tensor there; all three names of diffusers lead to it.
@@ -32,12 +32,12 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def unet_name(name: str, num_res_blocks: int, has_attention: bool) -> str:
-    """Name of a UNet's parameter below `model.diffusion_model.`.
+    """Returns the name of a UNet's parameter below `model.diffusion_model.`.
 
     Args:
         name: The parameter's name in diffusers.
-        num_res_blocks: Residual blocks a level, on the way down.
-        has_attention: Whether the level that the parameter belongs to has attention, behind which upsampling stands.
+        num_res_blocks: Residual blocks per level, on the way down.
+        has_attention: Whether the parameter's level has attention, which upsampling follows.
     """
     stem, _, leaf = name.rpartition(".")
     if stem in _UNET_ENDS:
@@ -64,13 +64,13 @@ def unet_name(name: str, num_res_blocks: int, has_attention: bool) -> str:
 
 
 def level_of(name: str) -> str | None:
-    """The block of the way down or up that a parameter of a UNet belongs to, such as `up_blocks.0`."""
+    """Returns the level that a UNet's parameter belongs to, such as `up_blocks.0`; `None` outside of the levels."""
     match = _PLACE.fullmatch(name)
     return f"{match[1]}_blocks.{match[2]}" if match else None
 
 
 def autoencoder_name(name: str, num_levels: int) -> str:
-    """Name of an autoencoder's parameter below `first_stage_model.`."""
+    """Returns the name of an autoencoder's parameter below `first_stage_model.`."""
     half, _, rest = name.partition(".")
     if half not in ("encoder", "decoder"):
         return name
@@ -92,7 +92,7 @@ def autoencoder_name(name: str, num_levels: int) -> str:
 
 
 def ema_name(name: str) -> str:
-    """Name of the moving average of a denoiser's parameter `model.diffusion_model.*`."""
+    """Returns the name of the moving average of a denoiser's parameter `model.diffusion_model.*`."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 

@@ -1,4 +1,4 @@
-"""A pipeline from one checkpoint file, whatever kind it is."""
+"""Makes a pipeline from one checkpoint file, whatever kind it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _CONVERSION_VERSION = 1
-"""Changes whenever the same file would give another pipeline."""
+"""Changes whenever a later version makes another pipeline of the same file."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint file: safetensors, or a pickle that holds nothing but tensors and plain data."""
+"""Reads the tensors of a checkpoint file: safetensors, or a pickle that holds nothing but tensors and plain data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", *PICKLES)
 
 
 class _Inert:
-    """Stands for a class of another library that a checkpoint only mentions."""
+    """Replaces a class of another library that a checkpoint mentions and does not need."""
 
 
 # Checkpoints of PyTorch Lightning mention the classes of their callbacks. They are never instantiated.
@@ -55,7 +55,7 @@ def inert_globals() -> Any:
 def _read_pickle(path: Path) -> Any:
     try:
         with inert_globals(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on old pickle protocols
+            warnings.simplefilter("ignore")  # torch warns of old pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error):

@@ -1,4 +1,4 @@
-"""Single-file Stable Diffusion checkpoints, converted by diffusers with configurations that ship here: offline."""
+"""Converts single-file Stable Diffusion checkpoints with diffusers, offline: the configurations ship here."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _BY_CHANNELS = {
     8: {"StableDiffusionPipeline": "StableDiffusionInstructPix2PixPipeline"}
     | {"StableDiffusionXLPipeline": "StableDiffusionXLInstructPix2PixPipeline"},
 }
-# Tensors without a meaning of their own, by which authors mark a v-prediction model and its rescaled noise schedule.
+# Tensors whose values mean nothing, by which authors mark a v-prediction model and its rescaled noise schedule.
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 _OTHER_SCHEDULES = ("edm_vpred.", "edm_mean", "edm_std")
 _KNOWN_PREFIXES = (DENOISER, FIRST_STAGE, EMA, "cond_stage_model.", "conditioner.", "denoiser.", "loss.")
@@ -72,7 +72,7 @@ class StableDiffusionFile:
 
 
 def known_as(state: Mapping[str, Tensor]) -> str | None:
-    """The known model that a Stable Diffusion checkpoint is built like, by its text encoder."""
+    """Returns the known model that a Stable Diffusion checkpoint is built like; its text encoder shows it."""
     if not any(name.startswith(DENOISER) for name in state):
         return None
     return next((model for prefix, model in _TEXT.items() if any(name.startswith(prefix) for name in state)), None)
@@ -99,7 +99,7 @@ def describe(path: Path, state: Mapping[str, Tensor], name: str, architecture: A
 
 
 def _with_input(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> Architecture:
-    """The architecture with the file's input channels, and the pipeline that fills them."""
+    """Returns the architecture with the file's input channels, and the pipeline that fills them."""
     weight = state.get(_INPUT)
     channels = architecture.config("unet")["in_channels"]
     if weight is None or weight.ndim != 4 or weight.shape[1] == channels:
@@ -119,7 +119,7 @@ def _with_input(path: Path, state: Mapping[str, Tensor], architecture: Architect
 def _with_schedule(
     path: Path, state: Mapping[str, Tensor], architecture: Architecture
 ) -> tuple[Architecture, tuple[str, ...]]:
-    """The architecture with the prediction type and the noise schedule that marker tensors ask for."""
+    """Returns the architecture with the prediction type and the noise schedule that marker tensors ask for."""
     other = next((name for name in sorted(state) if name.startswith(_OTHER_SCHEDULES)), None)
     if other is not None:
         raise InputError(f"{path} is marked by '{other}' as a model of the EDM noise schedule, which is not converted.")

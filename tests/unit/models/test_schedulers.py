@@ -116,7 +116,7 @@ def test_steps_that_coincide_change_nothing() -> None:
 def test_a_step_out_of_turn_is_an_error() -> None:
     scheduler = QuadraticDDIMScheduler()
     scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match="out of turn"):
+    with pytest.raises(ValueError, match="not the next one"):
         scheduler.step(torch.zeros(1, 1), 5, torch.zeros(1, 1))
 
 
