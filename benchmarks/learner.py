@@ -29,7 +29,6 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -292,11 +291,14 @@ def _bias(error: Tensor) -> float:
 
 
 def begin(devices: Any, threads: int) -> None:
-    """Gives a process of the pool its device."""
+    """Gives a process of the pool its device; of several GPUs it sees its own alone."""
+    device = devices.get()
+    if device != "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"], device = device, "cuda:0"
+    os.environ["EDADM_STUDY_DEVICE"] = device
     import torch
 
     torch.set_num_threads(threads)
-    os.environ["EDADM_STUDY_DEVICE"] = devices.get()
 
 
 def work(task: tuple[Settings, Job]) -> dict[str, Any]:
@@ -348,28 +350,13 @@ def run_study(options: argparse.Namespace, settings: Settings) -> None:
 
 
 def _devices(text: str) -> list[str]:
+    """Names of the GPUs as CUDA_VISIBLE_DEVICES takes them, or `cpu`."""
     import torch
 
     if text != "auto":
         return text.split(",")
-    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-
-
-@contextmanager
-def shared_gpu(wanted: bool) -> Iterator[None]:
-    """Lets the processes compute on a GPU at the same time, by NVIDIA's multi-process service, if it is here."""
-    program = shutil.which("nvidia-cuda-mps-control") if wanted else None
-    if program is None:
-        yield
-        return
-    place = Path(f"/tmp/edadm-mps-{os.getpid()}")
-    place.mkdir()
-    os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": str(place), "CUDA_MPS_LOG_DIRECTORY": str(place)}
-    subprocess.run([program, "-d"], check=False)
-    try:
-        yield
-    finally:
-        subprocess.run([program], input="quit\n", text=True, check=False)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return visible.split(",") if torch.cuda.is_available() else ["cpu"]
 
 
 def table(out: Path) -> str:
@@ -407,16 +394,16 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, help="of a collection; else the model's own number")
     parser.add_argument("--images", type=int, default=128, help="held-out trajectories")
     parser.add_argument("--iterations", type=int, help="at most so many optimizer steps per unit: for a trial")
-    parser.add_argument("--devices", default="auto", help="such as cuda:0,cuda:1; auto takes all there are")
+    parser.add_argument(
+        "--devices", default="auto", help="cpu, or numbers of GPUs such as 0,1; auto takes all that are visible"
+    )
     parser.add_argument("--workers", type=int, default=1, help="jobs at a time, over all devices")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per job")
-    parser.add_argument("--mps", action="store_true", help="share each GPU through NVIDIA's multi-process service")
     parser.add_argument("--table", action="store_true", help="print the tables of what is finished, run nothing")
     options = parser.parse_args()
     settings = Settings(options.out, options.trajectories, options.images, options.iterations, options.threads)
     if not options.table:
-        with shared_gpu(options.mps):
-            run_study(options, settings)
+        run_study(options, settings)
     print(table(options.out))
 
 
