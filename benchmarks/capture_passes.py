@@ -25,8 +25,8 @@ from edadm_cli.models.calls import split_call
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.call_signatures import UnitForm, probe_units
 from edadm_cli.reconstruct.capture_groups import capture_groups
-from edadm_cli.reconstruct.forms import UnitForm, probe_units
 
 GIB = 2**30
 META = torch.device("meta")

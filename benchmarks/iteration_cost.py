@@ -37,14 +37,15 @@ from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.call_signatures import probe_units
 from edadm_cli.reconstruct.capture import capture_units, layer_outputs
-from edadm_cli.reconstruct.forms import probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
-from edadm_cli.reconstruct.learn import UnitData, UnitLearner, channel_loss, layer_targets
 from edadm_cli.reconstruct.minibatch import MiniBatch
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import Optimization, make_step
 from edadm_cli.reconstruct.rows import RowCache
+from edadm_cli.reconstruct.trainer import UnitLearner
+from edadm_cli.reconstruct.unit_data import UnitData, channel_loss, layer_targets
 from edadm_cli.select import stage as select
 
 WARM_UP = 5

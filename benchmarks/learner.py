@@ -257,7 +257,7 @@ def one_step_errors(
     model: LoadedModel, quantized: nn.Module, units: Sequence[str], guidance: float | None
 ) -> Iterator[Errors]:
     """Runs the quantized denoiser on every call of the full-precision one while entered."""
-    from edadm_cli.reconstruct.learn import channel_loss
+    from edadm_cli.reconstruct.unit_data import channel_loss
 
     errors, outputs = Errors(guidance), [{}, {}]  # type: ignore[var-annotated]
 

@@ -19,12 +19,12 @@ from edadm_cli.estimates.unit_timing import Forward, Stopwatch, Timed, Work, kin
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE
 from edadm_cli.recipe import RangeRecipe
+from edadm_cli.reconstruct.call_signatures import UnitForm
 from edadm_cli.reconstruct.capture_groups import capture_groups
-from edadm_cli.reconstruct.forms import UnitForm
+from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
-from edadm_cli.reconstruct.learn import EVALUATED_ROWS
-from edadm_cli.reconstruct.setting import Setting
 from edadm_cli.reconstruct.stage import arithmetic, prepare, resolve_task
+from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS
 
 _MIB = 2**20
 _RANGING_S, _LEARNING_S = 6.0, 10.0  # no further unit is measured after that
@@ -56,7 +56,9 @@ def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
     return cost.model_copy(update={"seconds": cost.seconds + loading})
 
 
-def probe(setting: Setting, recipe: RangeRecipe, hyperparameters: Hyperparameters, memory_budget: int) -> Estimate:
+def probe(
+    setting: ReconstructionContext, recipe: RangeRecipe, hyperparameters: Hyperparameters, memory_budget: int
+) -> Estimate:
     """Estimates a reconstruction; the network is left as it was.
 
     Args:
@@ -92,7 +94,7 @@ class _Parts:
         forward: A timed forward.
     """
 
-    def __init__(self, setting: Setting, recipe: Hyperparameters, forward: Forward) -> None:
+    def __init__(self, setting: ReconstructionContext, recipe: Hyperparameters, forward: Forward) -> None:
         self.setting, self.recipe, self.forward = setting, recipe, forward
         self.sizes = {unit.name: self._size(unit) for unit in setting.units}
         self.laws: dict[Work, Law] = {}
@@ -153,7 +155,7 @@ class _Parts:
 
 
 def _space(
-    setting: Setting, recipe: Hyperparameters, forms: dict[str, UnitForm], memory_budget: int
+    setting: ReconstructionContext, recipe: Hyperparameters, forms: dict[str, UnitForm], memory_budget: int
 ) -> tuple[float, float]:
     """Returns the bytes of memory and of disk that learning takes."""
     batches, with_layers = setting.batches, recipe.layer_loss_weight > 0

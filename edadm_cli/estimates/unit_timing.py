@@ -23,13 +23,14 @@ from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import RangeRecipe
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.blocks import freeze_unit
+from edadm_cli.reconstruct.call_signatures import Shapes, noted_shapes
 from edadm_cli.reconstruct.capture import capture_call
-from edadm_cli.reconstruct.forms import Shapes, noted_shapes
+from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
-from edadm_cli.reconstruct.learn import UnitData, UnitLearner, layer_targets
 from edadm_cli.reconstruct.optimization import make_step
 from edadm_cli.reconstruct.rows import RowCache
-from edadm_cli.reconstruct.setting import Setting
+from edadm_cli.reconstruct.trainer import UnitLearner
+from edadm_cli.reconstruct.unit_data import UnitData, layer_targets
 
 Work = Literal["weights", "activations", "nearest", "freeze", "frozen", "setup", "evaluation", "step"]
 
@@ -117,7 +118,7 @@ def kind_of(unit: Unit) -> str:
     return type(unit.module).__name__
 
 
-def spread(units: Sequence[Unit], setting: Setting) -> list[Unit]:
+def spread(units: Sequence[Unit], setting: ReconstructionContext) -> list[Unit]:
     """At most `_MOST_UNITS` units, in the order in which they are to be measured: of each kind in turns the lightest in
     weights, a middling one, and ones in between.
 
@@ -158,7 +159,7 @@ class Stopwatch:
         forward: Has the calls of all units that are measured.
     """
 
-    def __init__(self, setting: Setting, recipe: RangeRecipe, forward: Forward) -> None:
+    def __init__(self, setting: ReconstructionContext, recipe: RangeRecipe, forward: Forward) -> None:
         self.network, self.traced, self.plan = setting.network, setting.traced, setting.plan
         self.recipe, self.forward = recipe, forward
 

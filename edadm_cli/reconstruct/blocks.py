@@ -16,15 +16,16 @@ from edadm_cli.quant.layers import quantized_layer, quantized_layers
 from edadm_cli.quant.network import fill_layer
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.call_signatures import UnitForm, probe_units
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
 from edadm_cli.reconstruct.capture_groups import next_group
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.finished import FinishedUnits, find_links
-from edadm_cli.reconstruct.forms import UnitForm, probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
-from edadm_cli.reconstruct.learn import UnitData, UnitLearner, UnitResult, layer_targets
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.rows import RowCache, Rows
+from edadm_cli.reconstruct.trainer import UnitLearner
+from edadm_cli.reconstruct.unit_data import UnitData, UnitResult, layer_targets
 
 _SEED_STRIDE = 1_000_003
 
@@ -57,7 +58,7 @@ class BlockReconstruction:
         plan: Bits of every layer.
         nearest: Initial parameters, with weights rounded to nearest.
         batches: The calibration set.
-        recipe: How units learn.
+        hyperparameters: How units learn.
         seed: Seed of the stage.
         place: Memory, disk and processes.
     """
@@ -68,12 +69,12 @@ class BlockReconstruction:
         plan: QuantizationPlan,
         nearest: Mapping[str, Tensor],
         batches: Batches,
-        recipe: Hyperparameters,
+        hyperparameters: Hyperparameters,
         seed: int,
         place: Place,
     ) -> None:
         self.network, self.plan, self.nearest, self.batches = network, plan, nearest, batches
-        self.recipe, self.seed, self.place = recipe, seed, place
+        self.hyperparameters, self.seed, self.place = hyperparameters, seed, place
         self.passes = {"full_precision": 0, "quantized": 0}
         self._forms: dict[str, UnitForm] = {}
 
@@ -134,17 +135,17 @@ class BlockReconstruction:
         links = find_links(denoiser, units, forms, self.batches)
         return FinishedUnits(denoiser, units, links, self.place.cache, self.batches.num_rows)
 
-    def _learn(self, number: int, unit: Unit, exact: UnitCalls, finished: FinishedUnits | None) -> UnitResult:
+    def _learn(self, number: int, unit: Unit, float_calls: UnitCalls, finished: FinishedUnits | None) -> UnitResult:
         place = self.place
-        data = self._gather(unit, exact, finished)
+        data = self._gather(unit, float_calls, finished)
         seed = unit_seed(self.seed, number)
         learner = UnitLearner(
-            self.network, unit, self.plan, self.nearest, data, self.recipe, seed, processes=place.processes
+            self.network, unit, self.plan, self.nearest, data, self.hyperparameters, seed, processes=place.processes
         )
         result = learner.learn()
-        place.cache.release([*data.quantized.tensors, *data.layer_targets.values(), *exact.outputs])
+        place.cache.release([*data.quantized.tensors, *data.layer_targets.values(), *float_calls.outputs])
         if self._mixes_inputs:
-            place.cache.release(exact.tensors)
+            place.cache.release(float_calls.tensors)
         if place.processes.is_main:
             place.checkpoints.save(number, unit, result)
         place.processes.wait()
@@ -152,14 +153,14 @@ class BlockReconstruction:
             result = place.checkpoints.load(number, unit) or result
         return result
 
-    def _gather(self, unit: Unit, exact: UnitCalls, finished: FinishedUnits | None) -> UnitData:
+    def _gather(self, unit: Unit, float_calls: UnitCalls, finished: FinishedUnits | None) -> UnitData:
         """Everything that a unit learns from, in this process's memory as far as the budget holds."""
         cache, processes, size = self.place.cache, self.place.processes, self.batches.batch_size
         targets: dict[str, Rows] = {}
-        if self.recipe.layer_loss_weight > 0:
-            targets = layer_targets(self.network, unit, exact, size, cache, processes)
+        if self.hyperparameters.layer_loss_weight > 0:
+            targets = layer_targets(self.network, unit, float_calls, size, cache, processes)
         if not self._mixes_inputs:
-            cache.release(exact.tensors)
+            cache.release(float_calls.tensors)
         (quantized,) = capture_units(
             self.network.denoiser,
             [unit],
@@ -172,19 +173,19 @@ class BlockReconstruction:
         )
         self.passes["quantized"] += 1
         if cache.shared:
-            exact.outputs = [cache.settle(rows, size) for rows in exact.outputs]
+            float_calls.outputs = [cache.settle(rows, size) for rows in float_calls.outputs]
             quantized.tensors = [cache.settle(rows, size) for rows in quantized.tensors]
             targets = {name: cache.settle(rows, size) for name, rows in targets.items()}
             processes.wait()
-        return UnitData(exact, quantized, targets)
+        return UnitData(float_calls, quantized, targets)
 
     @property
     def _mixes_inputs(self) -> bool:
-        return self.recipe.input_drop > 0
+        return self.hyperparameters.input_drop > 0
 
     def _capture_ahead(self, units: Sequence[Unit]) -> dict[str, UnitCalls]:
         """Full-precision calls of as many of the next units as the budget holds, in one pass."""
-        cache, with_layers = self.place.cache, self.recipe.layer_loss_weight > 0
+        cache, with_layers = self.place.cache, self.hyperparameters.layer_loss_weight > 0
         group, learning = next_group(units, self._forms, self.batches.num_rows, with_layers, cache.fits)
         with self.network.full_precision():
             captured = capture_units(

@@ -14,8 +14,8 @@ from edadm_cli.errors import MachineError
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.call_signatures import UnitForm, flatten, unflatten
 from edadm_cli.reconstruct.finished import FinishedUnits
-from edadm_cli.reconstruct.forms import UnitForm, flatten, unflatten
 from edadm_cli.reconstruct.rows import RowCache, Rows
 
 

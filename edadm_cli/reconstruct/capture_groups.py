@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from edadm_cli.models.units import Unit
-from edadm_cli.reconstruct.forms import UnitForm
+from edadm_cli.reconstruct.call_signatures import UnitForm
 
 
 def next_group(

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from edadm_cli.artifacts import load_tensors, read_model, save_json, save_tensors
 from edadm_cli.models.units import Unit
-from edadm_cli.reconstruct.learn import UnitResult
+from edadm_cli.reconstruct.unit_data import UnitResult
 
 UNITS_FOLDER = "units"
 

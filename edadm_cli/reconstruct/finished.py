@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edadm_cli.models.units import Unit
 from edadm_cli.reconstruct.batches import Batches
-from edadm_cli.reconstruct.forms import UnitForm, flatten, unflatten
+from edadm_cli.reconstruct.call_signatures import UnitForm, flatten, unflatten
 from edadm_cli.reconstruct.rows import RowCache, Rows
 
 

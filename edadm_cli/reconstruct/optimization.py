@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from edadm_cli.reconstruct.learn import UnitLearner
+from edadm_cli.processes import Processes
 
 _WARM_UP_STEPS = 3
 
@@ -76,7 +75,27 @@ class Optimization:
                 value.zero_()
 
 
-def make_step(learner: UnitLearner, optimization: Optimization) -> Callable[[], Tensor]:
+class Learner(Protocol):
+    """What an optimizer step is taken for.
+
+    Attributes:
+        device: Where it computes.
+        generator: Of its masks, on that device.
+        processes: Those that learn together.
+    """
+
+    device: torch.device
+    generator: torch.Generator
+    processes: Processes
+
+    def loss(self) -> Tensor:
+        """Returns this process's share of the loss on the chosen rows."""
+
+    def after_step(self) -> None:
+        """Does what the optimizer's change of the parameters asks for."""
+
+
+def make_step(learner: Learner, optimization: Optimization) -> Callable[[], Tensor]:
     """A function that takes one step on the learner's chosen rows and returns the loss before it."""
     alone = learner.processes.count == 1
 
@@ -89,7 +108,7 @@ def make_step(learner: UnitLearner, optimization: Optimization) -> Callable[[], 
 
     def update() -> None:
         optimization.adam.step()
-        learner.learned.scales.keep_positive()
+        learner.after_step()
 
     def average() -> None:
         """Losses are weighted by the rows of each process, so that the mean of the gradients is their sum."""
@@ -115,7 +134,7 @@ def make_step(learner: UnitLearner, optimization: Optimization) -> Callable[[], 
     return step_together
 
 
-def _captured(learner: UnitLearner, optimization: Optimization, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def _captured(learner: Learner, optimization: Optimization, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     stream = torch.cuda.Stream(learner.device)
     stream.wait_stream(torch.cuda.current_stream(learner.device))
     with torch.cuda.stream(stream):

@@ -44,12 +44,12 @@ from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Place
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
+from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
-from edadm_cli.reconstruct.learn import UnitResult
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import repeatable_convolutions
 from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache, memory_budget
-from edadm_cli.reconstruct.setting import Setting
+from edadm_cli.reconstruct.unit_data import UnitResult
 
 _RANGES_FILE = "ranges.safetensors"
 _LARGEST_GAP = 1.1  # of a loss with rounded h to the loss before, above which the user is warned
@@ -138,7 +138,7 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
     return _Task(config, run, selection, batch_size, hyperparameters, device, budget, processes)
 
 
-def prepare(task: _Task) -> Setting:
+def prepare(task: _Task) -> ReconstructionContext:
     """Loads the denoiser and plans its layers and units."""
     config = task.config
     denoiser = load_collected_model(task.run, task.device, torch.float32).denoiser  # the rest of the pipeline is let go
@@ -149,16 +149,16 @@ def prepare(task: _Task) -> Setting:
     network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
     granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
     found = units(denoiser, traced, set(plan.layers), granularity)
-    return Setting(network, traced, plan, found, _learning(found, config), batches)
+    return ReconstructionContext(network, traced, plan, found, _learning(found, config), batches)
 
 
-def _no_blocks(task: _Task, setting: Setting) -> list[str]:
+def _no_blocks(task: _Task, context: ReconstructionContext) -> list[str]:
     """Returns a warning where blocks are to be reconstructed and the denoiser has none."""
     learns_blocks = task.config.recipe.learn.granularity == "block"
-    if not learns_blocks or any(unit.kind != "layer" for unit in setting.units):
+    if not learns_blocks or any(unit.kind != "layer" for unit in context.units):
         return []
     return [
-        f"No block was found in {type(setting.network.denoiser).__name__}, so each of its {len(setting.units)} layers "
+        f"No block was found in {type(context.network.denoiser).__name__}, so each of its {len(context.units)} layers "
         "is reconstructed by itself: errors that layers make together are not learned, and the quality may be lower. "
         "A family names the blocks: docs/models.md, 'Describe a denoiser'."
     ]
@@ -193,19 +193,19 @@ def arithmetic(task: _Task) -> Iterator[None]:
 def _build(task: _Task, build: Build, reporter: Reporter) -> None:
     started, processes = time.monotonic(), task.processes
     with arithmetic(task):
-        setting = prepare(task)
-        warnings = _no_blocks(task, setting)
+        context = prepare(task)
+        warnings = _no_blocks(task, context)
         for warning in warnings if processes.is_main else ():
             reporter.warn(warning)
-        params, results, passes = _reconstruct(task, setting, build.path, reporter)
-    quantized = _quantized(setting.plan, params)
+        params, results, passes = _reconstruct(task, context, build.path, reporter)
+    quantized = _quantized(context.plan, params)
     if processes.is_main:
         save_tensors(build.path / PARAMS_FILE, params)
-        save_plan(build.path, setting.plan)
-        _summary(setting, results, len(quantized), warnings).save(build.path)
+        save_plan(build.path, context.plan)
+        _summary(context, results, len(quantized), warnings).save(build.path)
         build.discard([UNITS_FOLDER, CACHE_FOLDER, _RANGES_FILE])
         facts = {
-            "device": str(setting.batches.device),
+            "device": str(context.batches.device),
             "seconds": round(time.monotonic() - started, 3),
             "processes": processes.count,
             "passes": passes,
@@ -215,38 +215,38 @@ def _build(task: _Task, build: Build, reporter: Reporter) -> None:
 
 
 def _reconstruct(
-    task: _Task, setting: Setting, folder: Path, reporter: Reporter
+    task: _Task, context: ReconstructionContext, folder: Path, reporter: Reporter
 ) -> tuple[dict[str, Tensor], dict[str, UnitResult], dict[str, int]]:
     """Parameters, what each unit learned, and how often the calibration set went through the denoiser for it."""
-    params = nearest_params(setting.network.float_weight, setting.plan, _ranges(task, setting, folder, reporter))
-    if not setting.learning:
+    params = nearest_params(context.network.float_weight, context.plan, _ranges(task, context, folder, reporter))
+    if not context.learning:
         return params, {}, {}
     cache = RowCache(folder, task.memory_budget, task.device, shared=task.processes.count > 1)
     reconstruction = BlockReconstruction(
-        setting.network,
-        setting.plan,
+        context.network,
+        context.plan,
         params,
-        setting.batches,
+        context.batches,
         task.hyperparameters,
         task.config.seed,
         Place(cache, UnitCheckpoints(folder), task.processes),
     )
-    with reporter.task("reconstruct", len(setting.units)) as advance:
-        results = reconstruction.run(setting.units, advance, {unit.name for unit in setting.learning})
+    with reporter.task("reconstruct", len(context.units)) as advance:
+        results = reconstruction.run(context.units, advance, {unit.name for unit in context.learning})
     _report_gaps(results, task.hyperparameters, reporter)
     for result in results.values():
         params |= result.params
     return params, results, reconstruction.passes
 
 
-def _ranges(task: _Task, setting: Setting, folder: Path, reporter: Reporter) -> dict[str, Tensor]:
+def _ranges(task: _Task, context: ReconstructionContext, folder: Path, reporter: Reporter) -> dict[str, Tensor]:
     """Initial ranges, found by the main process: batches are merged in their order."""
-    kept, network = folder / _RANGES_FILE, setting.network
+    kept, network = folder / _RANGES_FILE, context.network
     if task.processes.is_main and not kept.is_file():
-        with reporter.task("search ranges", len(setting.batches)) as advance, network.full_precision():
-            recipe, plan, batches = task.config.recipe, setting.plan, setting.batches
+        with reporter.task("search ranges", len(context.batches)) as advance, network.full_precision():
+            recipe, plan, batches = task.config.recipe, context.plan, context.batches
             found = search_ranges(
-                network.denoiser, setting.traced, plan, recipe.ranges, batches, advance, recipe.transforms
+                network.denoiser, context.traced, plan, recipe.ranges, batches, advance, recipe.transforms
             )
         save_tensors(kept, found)
     task.processes.wait()
@@ -264,27 +264,29 @@ def _quantized(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> list[str
     return list(keys)
 
 
-def _summary(setting: Setting, results: Mapping[str, UnitResult], num_quantized: int, warnings: Sequence[str]) -> Units:
+def _summary(
+    context: ReconstructionContext, results: Mapping[str, UnitResult], num_quantized: int, warnings: Sequence[str]
+) -> Units:
     rows = []
-    for unit in setting.units:
+    for unit in context.units:
         result = results.get(unit.name)
         learned = {"loss_before": None, "loss_after": None} if result is None else result.losses()
         rows.append(UnitRow(name=unit.name, kind=unit.kind, layers=unit.layers, **learned))
-    planned = len(setting.plan.layers) + len(setting.plan.attentions)
+    planned = len(context.plan.layers) + len(context.plan.attentions)
     return Units(
         units=tuple(rows),
-        coverage=Coverage(planned=planned, quantized=num_quantized, kept=len(setting.plan.kept)),
-        by_kind=count(setting.plan, setting.traced),
-        loss=_loss(setting, results),
+        coverage=Coverage(planned=planned, quantized=num_quantized, kept=len(context.plan.kept)),
+        by_kind=count(context.plan, context.traced),
+        loss=_loss(context, results),
         warnings=tuple(warnings),
     )
 
 
-def _loss(setting: Setting, results: Mapping[str, UnitResult]) -> Loss:
+def _loss(context: ReconstructionContext, results: Mapping[str, UnitResult]) -> Loss:
     """Returns the losses summed over the units, and the share of all learned weights that were undecided."""
     if not results:
         return Loss()
-    sizes = {unit.name: setting.num_weights(unit) for unit in setting.units if unit.name in results}
+    sizes = {unit.name: context.num_weights(unit) for unit in context.units if unit.name in results}
     undecided = sum(sizes[name] * (result.undecided or 0.0) for name, result in results.items())
     return Loss(
         first=sum(result.loss_before for result in results.values()),

@@ -17,24 +17,24 @@ from edadm_cli.estimates.reconstruct import probe
 from edadm_cli.models.units import Unit
 from edadm_cli.recipe import AttentionRecipe, Recipe
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Place
+from edadm_cli.reconstruct.call_signatures import Shapes, noted_shapes, probe_units
 from edadm_cli.reconstruct.capture_groups import capture_groups
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
-from edadm_cli.reconstruct.forms import Shapes, noted_shapes, probe_units
+from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.rows import RowType
-from edadm_cli.reconstruct.setting import Setting
 
 MakeSetting = Callable[..., Any]
 ROWS = 10  # five samples in two branches
 BUDGET = 2**28
 
 
-def _setting(made: Any, learning: Callable[[Unit], bool] = lambda unit: True) -> Setting:
+def _setting(made: Any, learning: Callable[[Unit], bool] = lambda unit: True) -> ReconstructionContext:
     found = made.units()
     chosen = [unit for unit in found if learning(unit)]
-    return Setting(made.network, made.traced, made.plan, found, chosen, made.batches)
+    return ReconstructionContext(made.network, made.traced, made.plan, found, chosen, made.batches)
 
 
-def _estimate(made: Any, setting: Setting, **changes: Any) -> Any:
+def _estimate(made: Any, setting: ReconstructionContext, **changes: Any) -> Any:
     hyperparameters = made.hyperparameters.model_copy(update=changes)
     return probe(setting, made.recipe.ranges, hyperparameters, BUDGET)
 
@@ -112,7 +112,7 @@ def test_a_probe_leaves_the_network_as_it_was(make_setting: MakeSetting, granula
     recipe = Recipe(name="attention", attention=AttentionRecipe(quantize=True))
     made = make_setting(recipe=recipe)
     found = made.units(granularity)
-    setting = Setting(made.network, made.traced, made.plan, found, found, made.batches)
+    setting = ReconstructionContext(made.network, made.traced, made.plan, found, found, made.batches)
     (args, kwargs), *_ = iter(made.batches)
     modules = dict(made.denoiser.named_modules())
     processors = {name: module.processor for name, module in made.traced.attentions.items()}

@@ -20,8 +20,8 @@ from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.call_signatures import probe_units
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
-from edadm_cli.reconstruct.forms import probe_units
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.rows import RowCache, Rows

@@ -19,12 +19,12 @@ from edadm_cli.quant.network import fill_layer
 from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Place, freeze_unit
+from edadm_cli.reconstruct.call_signatures import flatten, probe_units, unflatten
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.finished import FinishedUnits, find_links
-from edadm_cli.reconstruct.forms import flatten, probe_units, unflatten
-from edadm_cli.reconstruct.learn import channel_loss, layer_targets
 from edadm_cli.reconstruct.rows import RowCache, Rows
+from edadm_cli.reconstruct.unit_data import channel_loss, layer_targets
 
 MakeSetting = Callable[..., Any]
 ROWS = 10  # five samples, two branches

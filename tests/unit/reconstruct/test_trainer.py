@@ -21,8 +21,9 @@ from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe, TransformRule
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Place, unit_seed
 from edadm_cli.reconstruct.capture import layer_outputs
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
-from edadm_cli.reconstruct.learn import EVALUATED_ROWS, UnitData, UnitLearner, UnitResult, channel_loss, layer_targets
-from edadm_cli.reconstruct.learned import Drop, Share
+from edadm_cli.reconstruct.trainable_layers import Drop, Share
+from edadm_cli.reconstruct.trainer import UnitLearner
+from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS, UnitData, UnitResult, channel_loss, layer_targets
 
 MakeSetting = Callable[..., Any]
 Learner = Callable[..., UnitLearner]
@@ -66,7 +67,7 @@ def _chosen(learner: UnitLearner) -> list[int]:
     """The rows of the first iteration, drawn again."""
     order = torch.Generator().manual_seed(0)
     rows = learner.data.quantized.rows
-    return torch.randint(rows, (learner.recipe.batch_size,), generator=order).tolist()
+    return torch.randint(rows, (learner.hyperparameters.batch_size,), generator=order).tolist()
 
 
 def _params(results: dict[str, UnitResult]) -> dict[str, Tensor]:

@@ -16,9 +16,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,94 +27,26 @@ from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.quant.rounding import rounding_regularizer, sharpness_at, undecided_share
-from edadm_cli.reconstruct.capture import UnitCalls, layer_outputs
+from edadm_cli.reconstruct.capture import layer_outputs
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
-from edadm_cli.reconstruct.learned import Drop, LearnedUnit, Share, round_level
 from edadm_cli.reconstruct.minibatch import MiniBatch
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import Optimization, make_step
-from edadm_cli.reconstruct.rows import RowCache, Rows, chunks
+from edadm_cli.reconstruct.rows import Rows, chunks
+from edadm_cli.reconstruct.trainable_layers import Drop, LearnedUnit, Share, round_level
+from edadm_cli.reconstruct.unit_data import (
+    EVALUATED_ROWS,
+    UnitData,
+    UnitResult,
+    channel_loss,
+    on_device,
+    size_of,
+)
 
 _CURVE_POINTS = 50
-EVALUATED_ROWS = 64
 _TINY = 1e-12
 _REGULARIZER_START = 0.2
 _BETA_FROM, _BETA_TO = 20.0, 2.0
-
-
-@dataclass
-class UnitData:
-    """What one unit learns from: rows of inputs and targets.
-
-    The full-precision inputs may be closed where none of them is mixed into the quantized network's.
-    """
-
-    full_precision: UnitCalls
-    quantized: UnitCalls
-    layer_targets: dict[str, Rows]
-
-
-@dataclass
-class UnitResult:
-    """What one unit learned.
-
-    Attributes:
-        params: Its quantization parameters under the names of the artifact.
-        loss_before: The loss with weights rounded to nearest.
-        loss_after: The loss with the rounding that is deployed.
-        curve: What the optimizer minimised, at up to 50 iterations.
-        loss_soft: The loss at the end of learning, before h was rounded to 0 or 1.
-        undecided: The share of weights with 0.05 < h < 0.95 at that time.
-        is_nearest: Whether learning made the unit worse, so that it keeps its nearest rounding.
-    """
-
-    params: dict[str, Tensor]
-    loss_before: float
-    loss_after: float
-    curve: list[float] = field(default_factory=list)
-    loss_soft: float | None = None
-    undecided: float | None = None
-    is_nearest: bool = False
-
-    def losses(self) -> dict[str, Any]:
-        """Returns everything but the parameters, as plain JSON values."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "params"}
-
-
-def channel_loss(output: Tensor, target: Tensor) -> Tensor:
-    """|output - target|^2, summed over channels (dimension 1 of `[N, C, H, W]`, else the last), averaged else."""
-    channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
-    return torch.nn.functional.mse_loss(output, target) * channels
-
-
-def layer_targets(
-    network: SwitchableNetwork,
-    unit: Unit,
-    calls: UnitCalls,
-    batch_size: int,
-    cache: RowCache,
-    processes: Processes = ALONE,
-) -> dict[str, Rows]:
-    """Full-precision outputs of the layers inside a unit, but for the last, over all of its calls, `[rows, ...]` each.
-
-    Args:
-        network: With the unit in it.
-        unit: The unit.
-        calls: Its full-precision calls.
-        batch_size: Rows computed together.
-        cache: Where the outputs go.
-        processes: Those that share the rows.
-    """
-    targets = {name: cache.allocate(calls.rows, kind) for name, kind in calls.form.layers.items()}
-    own = chunks(calls.rows, batch_size)[processes.index :: processes.count]
-    with network.full_precision(), layer_outputs(network.denoiser, list(targets)) as outputs, torch.no_grad():
-        for places in own:
-            args, kwargs = calls.call(_on_device(calls.tensors, places, network.device))
-            unit.module(*args, **kwargs)
-            for name, rows in targets.items():
-                rows.write(places, outputs[name])
-    processes.wait()
-    return targets
 
 
 @dataclass(frozen=True)
@@ -137,7 +68,7 @@ class UnitLearner:
         plan: Bits of every layer.
         params: Ranges found before, `<layer>.weight_scale` and so on.
         data: Inputs and targets.
-        recipe: How it is learned.
+        hyperparameters: How it is learned.
         seed: Of the order of samples and of every mask; the unit's own, so that a resume changes nothing.
         processes: Those that learn it together: each takes a part of the rows of every step.
     """
@@ -149,34 +80,40 @@ class UnitLearner:
         plan: QuantizationPlan,
         params: Mapping[str, Tensor],
         data: UnitData,
-        recipe: Hyperparameters,
+        hyperparameters: Hyperparameters,
         seed: int,
         processes: Processes = ALONE,
     ) -> None:
-        self.network, self.unit, self.data, self.recipe, self.processes = network, unit, data, recipe, processes
+        self.network, self.unit, self.data, self.hyperparameters, self.processes = (
+            network,
+            unit,
+            data,
+            hyperparameters,
+            processes,
+        )
         self.device = network.device
-        self.share = Share.of(recipe.batch_size, processes)
+        self.share = Share.of(hyperparameters.batch_size, processes)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.order = torch.Generator().manual_seed(seed)
-        self.activation_drop = Drop(recipe.activation_drop, self.generator, self.share)
-        self.input_drop = Drop(recipe.input_drop, self.generator, self.share)
+        self.activation_drop = Drop(hyperparameters.activation_drop, self.generator, self.share)
+        self.input_drop = Drop(hyperparameters.input_drop, self.generator, self.share)
         self.learned = LearnedUnit(
             {name: network.float_layers[name] for name in unit.layers},
             plan.layers,
             {name: plan.attentions[name] for name in unit.attentions if name in plan.attentions},
             params,
             self.activation_drop,
-            recipe.relative_scale_steps,
+            hyperparameters.relative_scale_steps,
         )
         for name, module in self.learned.modules.items():
             network.put_layer(name, module)
         for name, attention in self.learned.attentions.items():
             network.put_processor(name, attention)
-        exact = data.full_precision
+        float_calls = data.full_precision
         groups: dict[str, list[Rows]] = {
             "inputs": data.quantized.tensors,
-            "exact": exact.tensors if self.input_drop.level else [],
-            "outputs": exact.outputs,
+            "float": float_calls.tensors if self.input_drop.level else [],
+            "outputs": float_calls.outputs,
             "layers": list(data.layer_targets.values()),
         }
         self.layer_weights = self._weigh_layers()
@@ -201,9 +138,9 @@ class UnitLearner:
         curve: list[float] = []
         for phase in self.phases():
             curve += self._learn_phase(phase)
-        self.learned.decided, self.activation_drop.level = False, round_level(self.recipe.activation_drop)
+        self.learned.decided, self.activation_drop.level = False, round_level(self.hyperparameters.activation_drop)
         self.batch.close()
-        self.learned.rounding.sharpness.fill_(self._sharpness(self.recipe.iterations))
+        self.learned.rounding.sharpness.fill_(self._sharpness(self.hyperparameters.iterations))
         soft, after = self.reconstruction_loss(decided=False), self.reconstruction_loss()
         if not math.isfinite(after):
             raise InputError(
@@ -213,14 +150,14 @@ class UnitLearner:
         undecided = undecided_share(self.learned.rounding.weights(decided=False)[1].detach())
         if after > before:
             return UnitResult(nearest, before, before, curve, soft, undecided, is_nearest=True)
-        if self.recipe.bias_correction:
+        if self.hyperparameters.bias_correction:
             after = self.correct_bias(after)
         return UnitResult(self.learned.params(), before, after, curve, soft, undecided)
 
     def phases(self) -> list[Phase]:
         """Returns what is learned when: all together, or rounding with float activations first and then the scales."""
-        count, first = self.recipe.iterations, self.rounding_iterations
-        if not self.recipe.rounding_first:
+        count, first = self.hyperparameters.iterations, self.rounding_iterations
+        if not self.hyperparameters.rounding_first:
             return [Phase(0, count, rounding=True, scales=bool(self.learned.scales.names))]
         phases = [Phase(0, first, rounding=True, scales=False)]
         return phases + ([Phase(first, count, rounding=False, scales=True)] if self.learned.scales.names else [])
@@ -228,18 +165,18 @@ class UnitLearner:
     @property
     def rounding_iterations(self) -> int:
         """The iterations in which rounding is learned."""
-        share = self.recipe.rounding_first
-        return round(self.recipe.iterations * share) if share else self.recipe.iterations
+        share = self.hyperparameters.rounding_first
+        return round(self.hyperparameters.iterations * share) if share else self.hyperparameters.iterations
 
     def _learn_phase(self, phase: Phase) -> list[float]:
         """Runs the iterations of a phase; returns the loss at some of them."""
         self.learned.decided = not phase.rounding
         # Where rounding is learned alone, every activation is dropped to full precision.
         self.activation_drop.level = round_level(
-            self.recipe.activation_drop if phase.scales or not self.recipe.rounding_first else 1.0
+            self.hyperparameters.activation_drop if phase.scales or not self.hyperparameters.rounding_first else 1.0
         )
         step = make_step(self, self.optimization(phase))
-        every = max(1, self.recipe.iterations // _CURVE_POINTS)
+        every = max(1, self.hyperparameters.iterations // _CURVE_POINTS)
         curve: list[float] = []
         for iteration in range(phase.start, phase.stop):
             self.set_iteration(iteration)
@@ -294,30 +231,32 @@ class UnitLearner:
             layers = zip(names, self.groups["layers"], self.layer_weights, strict=True)
             inner_losses = [weight * channel_loss(inner[name], target) for name, target, weight in layers]
             total = total + torch.stack(inner_losses).sum()
-        if self.recipe.rounding_regularizer:
+        if self.hyperparameters.rounding_regularizer:
             total = total + self.pull * rounding_regularizer(up, self.beta)
         return total if self.share.is_whole else total * self.share.weight
 
     def _weigh_layers(self) -> list[float]:
         """gamma c_layer of every layer with a target; sizes are those of the first rows, the same for all processes."""
-        gamma, targets = self.recipe.layer_loss_weight, list(self.data.layer_targets.values())
-        if not self.recipe.relative_layer_losses:
+        gamma, targets = self.hyperparameters.layer_loss_weight, list(self.data.layer_targets.values())
+        if not self.hyperparameters.relative_layer_losses:
             return [gamma] * len(targets)
-        block = sum(map(_size, self.data.full_precision.outputs))
-        return [gamma * block / max(_size(rows), _TINY) for rows in targets]
+        block = sum(map(size_of, self.data.full_precision.outputs))
+        return [gamma * block / max(size_of(rows), _TINY) for rows in targets]
 
     def _inputs(self) -> list[Tensor]:
         """The quantized network's inputs, with elements of the full-precision ones mixed in."""
-        quantized, exact = self.groups["inputs"], self.groups["exact"]
-        if not exact:
+        quantized, float_calls = self.groups["inputs"], self.groups["float"]
+        if not float_calls:
             return quantized
-        floating = [number for number, x in enumerate(exact) if x.is_floating_point()]
-        chosen = floating[:1] if self.recipe.mixed_inputs == "hidden" else floating  # the hidden state comes first
+        floating = [number for number, x in enumerate(float_calls) if x.is_floating_point()]
+        chosen = (
+            floating[:1] if self.hyperparameters.mixed_inputs == "hidden" else floating
+        )  # the hidden state comes first
         mixed = list(quantized)
         for number in chosen:
-            mask = self.input_drop.mask(exact[number])
+            mask = self.input_drop.mask(float_calls[number])
             if mask is not None:
-                mixed[number] = torch.where(mask, exact[number], quantized[number])
+                mixed[number] = torch.where(mask, float_calls[number], quantized[number])
         return mixed
 
     @torch.no_grad()
@@ -351,17 +290,17 @@ class UnitLearner:
         """Yields the outputs and targets of this process's part of the rows: number, rows, outputs, targets."""
         self.activation_drop.active, self.learned.decided = False, decided
         self.learned.materialize()
-        calls, exact = self.data.quantized, self.data.full_precision
+        calls, float_calls = self.data.quantized, self.data.full_precision
         parts = self._row_parts()
         for number in range(self.processes.index, len(parts), self.processes.count):
             places = parts[number]
-            args, kwargs = exact.call(_on_device(calls.tensors, places, self.device))
-            outputs = exact.outputs_of(self.module(*args, **kwargs))
-            yield number, len(places), outputs, _on_device(exact.outputs, places, self.device)
+            args, kwargs = float_calls.call(on_device(calls.tensors, places, self.device))
+            outputs = float_calls.outputs_of(self.module(*args, **kwargs))
+            yield number, len(places), outputs, on_device(float_calls.outputs, places, self.device)
         self.activation_drop.active, self.learned.decided = True, False
 
     def _row_parts(self) -> list[range]:
-        return chunks(self.data.quantized.rows, max(self.recipe.batch_size, EVALUATED_ROWS))
+        return chunks(self.data.quantized.rows, max(self.hyperparameters.batch_size, EVALUATED_ROWS))
 
     def _summed(self, values: Mapping[int, Tensor], shape: tuple[int, ...]) -> Tensor:
         """The sum over all parts of the rows, float64: each process has some, and all add them up in one order."""
@@ -374,42 +313,38 @@ class UnitLearner:
     def set_iteration(self, iteration: int) -> None:
         """Chooses the rows of an iteration, the sharpness of h and the strength of the rounding regularizer."""
         self.rows = self._upcoming or self._draw()
-        self._upcoming = self._draw() if iteration + 1 < self.recipe.iterations else None
+        self._upcoming = self._draw() if iteration + 1 < self.hyperparameters.iterations else None
         self.batch.load(self.rows, self._upcoming)
         start = _REGULARIZER_START * self.rounding_iterations
         progress = min(1.0, (iteration - start) / max(1.0, self.rounding_iterations - start))
         self.learned.rounding.sharpness.fill_(self._sharpness(iteration))
-        self.pull.fill_(self.recipe.rounding_regularizer if progress >= 0 else 0.0)
+        self.pull.fill_(self.hyperparameters.rounding_regularizer if progress >= 0 else 0.0)
         self.beta.fill_(_BETA_TO + (_BETA_FROM - _BETA_TO) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0))))
 
     def _sharpness(self, iteration: int) -> float:
         """Returns tau at the beginning of an iteration; the last value belongs to the end of the last one."""
-        recipe = self.recipe
+        recipe = self.hyperparameters
         progress = min(1.0, iteration / max(1, self.rounding_iterations))
         return sharpness_at(progress, recipe.rounding_sharpness, recipe.rounding_sharpness_start)
 
+    def after_step(self) -> None:
+        """Keeps scales positive once the optimizer has changed them."""
+        self.learned.scales.keep_positive()
+
     def _draw(self) -> list[int]:
         """Rows of the next step, drawn for all processes alike, of which this one takes its part."""
-        rows = torch.randint(self.data.quantized.rows, (self.recipe.batch_size,), generator=self.order)
+        rows = torch.randint(self.data.quantized.rows, (self.hyperparameters.batch_size,), generator=self.order)
         return rows[self.share.start : self.share.stop].tolist()
 
     def optimization(self, phase: Phase | None = None) -> Optimization:
         """Returns Adam over what a phase learns, at the recipe's first steps; without one, over all."""
-        phase = phase or Phase(0, self.recipe.iterations, rounding=True, scales=bool(self.learned.scales.names))
+        phase = phase or Phase(
+            0, self.hyperparameters.iterations, rounding=True, scales=bool(self.learned.scales.names)
+        )
         rates: list[tuple[nn.Parameter, float]] = []
         if phase.rounding:
-            rates.append((self.learned.rounding.alpha, self.recipe.weight_learning_rate))
+            rates.append((self.learned.rounding.alpha, self.hyperparameters.weight_learning_rate))
         if phase.scales:
-            rates.append((self.learned.scales.factor, self.recipe.activation_learning_rate))
-        decays = self.recipe.rate_decay == "cosine"
+            rates.append((self.learned.scales.factor, self.hyperparameters.activation_learning_rate))
+        decays = self.hyperparameters.rate_decay == "cosine"
         return Optimization(rates, max(1, phase.stop - phase.start), self.device, decays)
-
-
-def _size(rows: Rows) -> float:
-    """|x|^2 of the first rows, as `channel_loss` has it."""
-    first = rows.kind.joined(rows.read(range(min(rows.count, EVALUATED_ROWS)))).float()
-    return float(channel_loss(first, torch.zeros_like(first)))
-
-
-def _on_device(group: Sequence[Rows], places: Sequence[int], device: torch.device) -> list[Tensor]:
-    return [rows.kind.joined(rows.read(places).to(device)) for rows in group]

@@ -12,7 +12,7 @@ from edadm_cli.reconstruct.network import SwitchableNetwork
 
 
 @dataclass(frozen=True)
-class Setting:
+class ReconstructionContext:
     """Everything that a reconstruction works with, on its device.
 
     Attributes:

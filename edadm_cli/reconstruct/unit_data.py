@@ -1,0 +1,104 @@
+"""What one unit learns from and what comes out of it: rows of inputs and targets, losses, results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edadm_cli.models.units import Unit
+from edadm_cli.processes import ALONE, Processes
+from edadm_cli.reconstruct.capture import UnitCalls, layer_outputs
+from edadm_cli.reconstruct.network import SwitchableNetwork
+from edadm_cli.reconstruct.rows import RowCache, Rows, chunks
+
+EVALUATED_ROWS = 64
+
+
+@dataclass
+class UnitData:
+    """What one unit learns from: rows of inputs and targets.
+
+    The full-precision inputs may be closed where none of them is mixed into the quantized network's.
+    """
+
+    full_precision: UnitCalls
+    quantized: UnitCalls
+    layer_targets: dict[str, Rows]
+
+
+@dataclass
+class UnitResult:
+    """What one unit learned.
+
+    Attributes:
+        params: Its quantization parameters under the names of the artifact.
+        loss_before: The loss with weights rounded to nearest.
+        loss_after: The loss with the rounding that is deployed.
+        curve: What the optimizer minimised, at up to 50 iterations.
+        loss_soft: The loss at the end of learning, before h was rounded to 0 or 1.
+        undecided: The share of weights with 0.05 < h < 0.95 at that time.
+        is_nearest: Whether learning made the unit worse, so that it keeps its nearest rounding.
+    """
+
+    params: dict[str, Tensor]
+    loss_before: float
+    loss_after: float
+    curve: list[float] = field(default_factory=list)
+    loss_soft: float | None = None
+    undecided: float | None = None
+    is_nearest: bool = False
+
+    def losses(self) -> dict[str, Any]:
+        """Returns everything but the parameters, as plain JSON values."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "params"}
+
+
+def channel_loss(output: Tensor, target: Tensor) -> Tensor:
+    """|output - target|^2, summed over channels (dimension 1 of `[N, C, H, W]`, else the last), averaged else."""
+    channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
+    return torch.nn.functional.mse_loss(output, target) * channels
+
+
+def layer_targets(
+    network: SwitchableNetwork,
+    unit: Unit,
+    calls: UnitCalls,
+    batch_size: int,
+    cache: RowCache,
+    processes: Processes = ALONE,
+) -> dict[str, Rows]:
+    """Full-precision outputs of the layers inside a unit, but for the last, over all of its calls, `[rows, ...]` each.
+
+    Args:
+        network: With the unit in it.
+        unit: The unit.
+        calls: Its full-precision calls.
+        batch_size: Rows computed together.
+        cache: Where the outputs go.
+        processes: Those that share the rows.
+    """
+    targets = {name: cache.allocate(calls.rows, kind) for name, kind in calls.form.layers.items()}
+    own = chunks(calls.rows, batch_size)[processes.index :: processes.count]
+    with network.full_precision(), layer_outputs(network.denoiser, list(targets)) as outputs, torch.no_grad():
+        for places in own:
+            args, kwargs = calls.call(on_device(calls.tensors, places, network.device))
+            unit.module(*args, **kwargs)
+            for name, rows in targets.items():
+                rows.write(places, outputs[name])
+    processes.wait()
+    return targets
+
+
+def size_of(rows: Rows) -> float:
+    """|x|^2 of the first rows, as `channel_loss` has it."""
+    first = rows.kind.joined(rows.read(range(min(rows.count, EVALUATED_ROWS)))).float()
+    return float(channel_loss(first, torch.zeros_like(first)))
+
+
+def on_device(group: Sequence[Rows], places: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Returns some rows of several tensors as the tensors of a call on `device`."""
+    return [rows.kind.joined(rows.read(places).to(device)) for rows in group]
