@@ -202,6 +202,19 @@ class Evaluation(Payload):
     verdict: tuple[str, ...] = Field((), description="the outcome in plain sentences")
 
 
+class _Machine(BaseModel):
+    """What a report reads of the facts about a machine; there are more of them."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    cpu: str
+    threads: Count
+    logical_cores: Count | None
+    cpu_flags: list[str]
+    versions: dict[str, str]
+    gpu: dict[str, Any] | None = None
+
+
 class BenchResult(Payload, BenchFacts):
     """`bench.json` of `bench`: speed, size and memory."""
 
@@ -211,6 +224,10 @@ class BenchResult(Payload, BenchFacts):
     def _fits(self) -> Self:
         if not self.contenders:
             raise ValueError("there are no contenders")
+        try:
+            _Machine.model_validate(self.machine)
+        except ValidationError as error:
+            raise ValueError(f"machine: {explain_validation(error)}") from error
         return self
 
 

@@ -72,9 +72,13 @@ def _machine(found: BenchResult) -> list[tuple[Node, Node]]:
     gpu = machine.get("gpu") or {}
     rates = ", ".join(f"{name} {number(rate, 3)}" for name, rate in found.peak_tops.items())
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    cores = machine["logical_cores"] or machine["threads"]
     return [
         ("measured", found.subject),
-        ("processor", f"{machine['cpu']}, {machine['threads']} of {count(machine['logical_cores'], 'core')}"),
+        (
+            "processor",
+            f"{machine['cpu']}, {machine['threads']} of {count(machine['logical_cores'] or machine['threads'], 'core')}",
+        ),
         ("instructions", ", ".join(machine["cpu_flags"])),
         ("GPU", gpu.get("name")),
         ("driver", gpu.get("driver")),
