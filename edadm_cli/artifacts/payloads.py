@@ -157,6 +157,8 @@ class ExportFacts(Payload):
     denoiser: str = Field(description="the component that is quantized, a key of size_mib")
     size_mib: dict[str, Annotated[float, Field(ge=0)]]
     parity: Parity
+    layers_by_width: dict[str, Count] = Field({}, description="width such as w4a8, or float -> number of layers")
+    verdict: tuple[str, ...] = Field((), description="the outcome in plain sentences")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

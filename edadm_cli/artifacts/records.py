@@ -164,6 +164,8 @@ class ExportRecord(StageRecord):
     bits: str
     size_mib: dict[str, float] = Field(description="each component on disk, denoiser_fp32, and ratio")
     parity: Parity
+    layers_by_width: dict[str, int] = Field({}, description="width such as w4a8, or float -> number of layers")
+    verdict: tuple[str, ...] = Field((), description="the outcome in plain sentences")
     engine: EngineFiles | None = Field(None, description="the engine's files, where some were asked for")
 
 

@@ -10,6 +10,7 @@ from edadm_cli.errors import EdadmError
 FP32_EAGER = "torch float32"
 _LEVEL = 0.02
 """Medians closer than that are called level."""
+_WORTHWHILE = 1.1
 
 
 def speedup_of(contender: Contender, contenders: Sequence[Contender]) -> Speedup:
@@ -63,6 +64,8 @@ def headline(
                     sentences.append(f"{peer.name} wins here.")
         if speedup.vs_best_float < 1 - _LEVEL:
             sentences.append(f"{bits} loses here: floating point is faster.")
+        elif speedup.vs_best_float < _WORTHWHILE:
+            sentences.append(f"{bits} gains little speed here: less than {_WORTHWHILE} times.")
     sentences += [f"Left out: {name} ({reason})." for name, reason in (left_out or {}).items()]
     return " ".join(sentences)
 

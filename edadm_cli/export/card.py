@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, Selection, Units, recipe_name
 from edadm_cli.metrics.registry import in_order, metrics
-from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.collected import Sampling
 from edadm_cli.models.hub import looks_like_hub_id
 
 CARD_FILE = "README.md"
@@ -62,8 +62,9 @@ class CardFacts:
             export: The export's facts.
             evaluation: The export's metrics, where there are some.
         """
-        collected = CollectedRun.open(run)
-        entry, model = collected.entry, collected.model.id
+        collect = run.open("collect")
+        sampling = Sampling.load(collect)
+        entry, model = sampling.entry, collect.manifest.model.id
         is_on_hub = entry.source == "hub"
         repository = entry.location if is_on_hub and looks_like_hub_id(entry.location) else None
         is_named = is_on_hub or entry.source in ("shipped", "random", "compvis")
@@ -72,10 +73,10 @@ class CardFacts:
             recipe=recipe_name(source),
             base=model if is_named else None,
             base_repository=repository,
-            takes_prompts=collected.prompts is not None,
+            takes_prompts=sampling.prompts is not None,
             units=Units.load(source),
             selection=Selection.load(run.open("select")),
-            num_steps=collected.num_steps,
+            num_steps=sampling.num_steps,
             export=export,
             evaluation=evaluation,
         )

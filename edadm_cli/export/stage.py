@@ -29,6 +29,7 @@ from edadm_cli.errors import EdadmError
 from edadm_cli.export.card import CARD_FILE, CardFacts, model_card
 from edadm_cli.export.folder import component_sizes, write_pipeline
 from edadm_cli.export.parity import ExportParity, compare
+from edadm_cli.export.verdict import layers_by_width, verdict
 from edadm_cli.integrations.quantizer import FORMAT_VERSION, METHOD
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun, load_collected_model
@@ -63,6 +64,8 @@ def run(
         bits=str(config.bits),
         size_mib=facts.size_mib,
         parity=facts.parity,
+        layers_by_width=facts.layers_by_width,
+        verdict=facts.verdict,
         engine=files,
     )
 
@@ -129,7 +132,14 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
     sizes = component_sizes(build.path)
     sizes["denoiser_fp32"] = num_parameters * FLOAT_BYTES / 2**20
     sizes["ratio"] = sizes["denoiser_fp32"] / sizes[loaded.denoiser_name]
-    facts = ExportFacts(denoiser=loaded.denoiser_name, size_mib=sizes, parity=_parity(parity))
+    layers = load_plan(source)
+    facts = ExportFacts(
+        denoiser=loaded.denoiser_name,
+        size_mib=sizes,
+        parity=_parity(parity),
+        layers_by_width=layers_by_width(layers),
+        verdict=tuple(verdict(after.images, layers)),
+    )
     facts.save(build.path)
     (build.path / CARD_FILE).write_text(model_card(CardFacts.of_run(run, source, facts)), encoding="utf-8")
     return build.commit(environment={"device": str(device)})

@@ -152,6 +152,7 @@ def _export(width: Width, part: Part[ExportFacts], heading: str) -> Html:
     return element(
         "div",
         element("p", _SIZES.format(ratio=number(sizes["ratio"], 3)), class_="lead"),
+        *(element("p", text) for text in part.facts.verdict),
         table(["component", "size", "to scale"], rows, f"Sizes of {width.title}", numeric=(1,)),
         element(heading, "Parity"),
         facts(_parity(parity)),

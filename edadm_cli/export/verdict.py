@@ -1,0 +1,47 @@
+"""What an export came to, in plain sentences: which layers compute in which width, whether images are broken."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import Tensor
+
+from edadm_cli.quant.plan import QuantizationPlan
+
+_BLACK_LEVEL = 4.0
+"""Mean level, of 255, below which people see a black picture."""
+
+
+def layers_by_width(plan: QuantizationPlan) -> dict[str, int]:
+    """Return how many layers compute in which width, such as `w4a8`; `float` counts those left in floating point."""
+    widths = Counter(
+        f"w{layer.weight_bits}" + (f"a{layer.activation_bits}" if layer.activation_bits else " with float inputs")
+        for layer in plan.layers.values()
+    )
+    counts = dict(sorted(widths.items()))
+    return {**counts, "float": len(plan.kept)} if plan.kept else counts
+
+
+def verdict(images: Tensor, plan: QuantizationPlan) -> list[str]:
+    """Return sentences about an export, what is wrong first.
+
+    Values that are not finite never come here: sampling refuses them.
+
+    Args:
+        images: 8-bit levels with shape `(N, C, H, W)` that the export sampled.
+        plan: Which layers are quantized.
+    """
+    levels = images.float().flatten(1)
+    black = int((levels.mean(dim=1) < _BLACK_LEVEL).sum())
+    flat = int((levels.amax(dim=1) == levels.amin(dim=1)).sum())
+    sentences = []
+    if black or flat:
+        kind = "black" if black else "of one flat colour"
+        sentences.append(
+            f"{black or flat} of {len(images)} sampled images are {kind}: compare with full precision (edadm evaluate)."
+        )
+    widths = layers_by_width(plan)
+    quantized = ", ".join(f"{count:,} in {width.upper()}" for width, count in widths.items() if width != "float")
+    left = widths.get("float", 0)
+    sentences.append(f"Layers: {quantized or 'none quantized'}{f', {left:,} left in floating point' if left else ''}.")
+    return sentences
