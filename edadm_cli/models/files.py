@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edadm_cli.artifacts import explained_os_errors
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, quoted
 
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 DESCRIPTIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
@@ -47,7 +47,7 @@ def regular_file(root: Path, path: Path) -> Path | None:
         if not any(target.is_relative_to(folder) for folder in _allowed_folders(root)):
             raise InputError(
                 f"{path} is a link to {target}, outside of the model's folder, and such a link is not followed.",
-                hint=f"replace the link by a copy of the file, or copy the folder with: cp -rL {root} NEW_FOLDER",
+                hint=f"replace the link by a copy, or copy the model with: {quoted('cp', '-rL', root, 'NEW_FOLDER')}",
             )
         if not stat.S_ISREG(target.stat().st_mode):
             raise InputError(f"{path} is not a regular file; a model consists of regular files.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edadm_cli.artifacts import explained_os_errors, file_sha256
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, quoted
 from edadm_cli.models.architecture import DENOISER_NAMES
 from edadm_cli.models.component_config import (
     require_fitting_classes,
@@ -279,7 +279,7 @@ def _component_folder(root: Path, name: str, class_name: str) -> Path:
     if target != folder:
         raise InputError(
             f"{folder} is a link to the folder {target}, and such a link is not followed.",
-            hint=f"replace the link by a copy, or copy the model with: cp -rL {root} NEW_FOLDER",
+            hint=f"replace the link by a copy, or copy the model with: {quoted('cp', '-rL', root, 'NEW_FOLDER')}",
         )
     return folder
 
