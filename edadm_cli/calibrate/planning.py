@@ -28,6 +28,7 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
     layers: dict[str, LayerPlan] = {}
     kept = dict.fromkeys(traced.not_run, "never runs")
     kept |= dict.fromkeys(traced.repeated, "runs more than once a forward")
+    kept |= traced.left_out
     kept |= {name: f"layers of type {kind} are not quantized" for name, kind in traced.unsupported.items()}
     for layer in traced.layers:
         rule = _rule(layer.name, recipe)

@@ -195,6 +195,17 @@ def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> 
     write_shard(folder, shard, recorder, task.config.dtype)
 
 
+def _other_denoisers(task: _Task) -> list[str]:
+    """Returns a warning where a pipeline has a second denoiser, as Wan 2.2 has one for the early steps."""
+    name = f"{task.model.denoiser_name}_2"
+    if not isinstance(getattr(task.model.pipeline, name, None), torch.nn.Module):
+        return []
+    return [
+        f"{task.model.ref.id} has a second denoiser, '{name}', for some of its timesteps: it stays at full precision, "
+        f"and only the steps of '{task.model.denoiser_name}' calibrate."
+    ]
+
+
 def _warnings(task: _Task, recorder: BatchRecorder, samples: Samples) -> list[str]:
     """Returns what the pipeline warned of, and whether it guided as it was asked to.
 
@@ -202,7 +213,8 @@ def _warnings(task: _Task, recorder: BatchRecorder, samples: Samples) -> list[st
         InputError: `--guidance-scale` asked for guidance, and the denoiser was called as without it.
     """
     name = type(task.model.pipeline).__name__
-    warnings = [*recorder.warnings, *(f"{name}: {first_sentence(ValueError(text))}" for text in samples.warnings)]
+    warnings = [*_other_denoisers(task), *recorder.warnings]
+    warnings += [f"{name}: {first_sentence(ValueError(text))}" for text in samples.warnings]
     scale = task.guidance_scale
     if scale is None or scale <= 1 or recorder.is_guided:
         return warnings

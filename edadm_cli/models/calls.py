@@ -36,8 +36,9 @@ Template = dict[str, Any]
 """`{"args": [...], "kwargs": {...}, "constants": [names], "dtypes": {name: dtype}}`. A one-entry object whose
 key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`), a tuple
 (`{"$tuple": [...]}`), a list of the rows of a tensor (`{"$rows": place}`), a list with one equal item per row
-(`{"$each": item}`), or a list of rows of different length (`{"$ragged": name}`: the rows are padded with zeros, and the
-tensor `name.lengths` holds the length of each)."""
+(`{"$each": item}`), a list of rows of different length (`{"$ragged": name}`: they are padded with zeros, and the tensor
+`name.lengths` holds the length of each), or a tensor with several entries per row in its first dimension
+(`{"$joined": name}`, which is stored as `(R, entries, *)`)."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             return {_MARK + TIMESTEP: None}
         if is_list and _is_ragged(value, rows):
             return _encode_rows(name, value, tensors)
+        if name in family.joined_arguments and isinstance(value, Tensor) and _is_joined(value, rows):
+            tensors[name] = value.detach().unflatten(0, (rows, -1))
+            return {_MARK + "joined": name}
         return _encode(name, missing_masks.get(name, value), tensors)
 
     template: Template = {
@@ -140,6 +144,8 @@ def build_call(
                 return tuple(decode(item) for item in value)
             if key == "$rows":
                 return list(decode(value))
+            if key == "$joined":
+                return tensors[value].flatten(0, 1)
             if key == "$ragged":
                 lengths = tensors[_lengths(value)].tolist()
                 return [row[:length] for row, length in zip(tensors[value], lengths, strict=True)]
@@ -165,7 +171,7 @@ def placed_tensors(node: Any) -> set[str]:
         return set().union(*(placed_tensors(item) for item in node))
     if not isinstance(node, dict):
         return set()
-    name = node.get(_MARK + "tensor")
+    name = node.get(_MARK + "tensor", node.get(_MARK + "joined"))
     if len(node) == 1 and name is not None:
         if not isinstance(name, str):
             raise ValueError("the name of a tensor is not a text")
@@ -221,6 +227,11 @@ def _batched(sample: Any) -> tuple[Tensor | None, bool]:
     if not is_list or len({row.shape for row in sample}) != 1:
         return None, False
     return torch.stack(sample), True
+
+
+def _is_joined(value: Tensor, rows: int) -> bool:
+    """Whether a tensor has several entries per row in its first dimension."""
+    return value.ndim >= 2 and value.shape[0] > rows and value.shape[0] % rows == 0
 
 
 def _is_ragged(value: Any, rows: int) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from edadm_cli.models.families import UnitKind, family_of, outermost_blocks
+from edadm_cli.models.families import DenoiserFamily, UnitKind, family_of, outermost_blocks
 from edadm_cli.models.families.attention import is_attention
 from edadm_cli.models.families.layers import is_weighted
 
@@ -58,6 +58,7 @@ class Trace:
             so they are neither quantized nor reconstructed (a DiT embeds the timestep again with its first block's
             layers).
         unsupported: Layers of a type that is not quantized, such as `Conv3d`: their type's name by their own.
+        left_out: Layers whose calls cannot be recorded row by row, with the reason.
     """
 
     layers: list[TracedLayer] = field(default_factory=list)
@@ -65,6 +66,7 @@ class Trace:
     not_run: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     unsupported: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -82,6 +84,10 @@ def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         def note(name: str, module: nn.Module) -> Callable[..., None]:
             def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
                 runs[name] = runs.get(name, 0) + 1
+                reason = _left_out(name, inputs, family)
+                if reason is not None:
+                    result.left_out[name] = reason
+                    return
                 x = inputs[0]
                 parts = concatenated.sizes_of(x)
                 embedded = any(name.startswith(prefix + ".") for prefix in embeddings)
@@ -129,6 +135,15 @@ def units(denoiser: nn.Module, traced: Trace, names: set[str], granularity: Lite
         attentions = tuple(name for name in traced.attentions if name == owner or name.startswith(owner + "."))
         result.append(Unit(owner, blocks.get(owner, "layer"), module, tuple(layers), attentions))
     return result
+
+
+def _left_out(name: str, inputs: tuple[Any, ...], family: DenoiserFamily) -> str | None:
+    """Returns why the calls of a layer cannot be recorded row by row; `None` where they can."""
+    if not inputs:
+        return "is called with its input as a keyword"
+    if any(name.startswith(part) for part in family.ragged_layers):
+        return "multiplies the tokens of all prompts at once, and their number differs from image to image"
+    return None
 
 
 class _Concatenations(TorchFunctionMode):

@@ -34,6 +34,10 @@ class DenoiserFamily:
         sample_arguments: Names under which the noisy sample enters `forward`.
         timestep_arguments: Names under which the timestep enters `forward`.
         shared_arguments: Names of arguments that hold one tensor for all images, whatever its size.
+        ragged_layers: Beginnings of the names of layers that multiply the tokens of all prompts at once. They are left
+            in float.
+        joined_arguments: Names of arguments that may hold several entries per image one after the other in their first
+            dimension, such as a prompt for each frame of a clip.
         masks: Names of mask arguments, each with the argument whose second dimension it masks. A pipeline that leaves
             such a mask out means that everything counts; a mask of ones is recorded then, so that all calls have one
             form and prompts of different length can be padded.
@@ -56,6 +60,8 @@ class DenoiserFamily:
     sample_arguments: tuple[str, ...] = ("sample", "hidden_states", "x")
     timestep_arguments: tuple[str, ...] = TIMESTEP_ARGUMENTS
     shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")
+    ragged_layers: tuple[str, ...] = ()
+    joined_arguments: tuple[str, ...] = ()
     masks: Mapping[str, str] = field(default_factory=dict)
     conditional_first: tuple[str, ...] = ()
     calls_per_step: Literal[1, 2] | None = None

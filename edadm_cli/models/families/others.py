@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from edadm_cli.models.families.family import DenoiserFamily
 
-Z_IMAGE = DenoiserFamily(
-    name="z-image",
-    denoisers=("ZImageTransformer2DModel",),
-    block_lists=("layers",),
-    calls_per_step=1,
-)
 QWEN_IMAGE = DenoiserFamily(
     name="qwen-image",
     denoisers=("QwenImageTransformer2DModel",),
@@ -51,4 +45,4 @@ CASCADE = DenoiserFamily(
     timestep_arguments=("timestep_ratio",),
     calls_per_step=1,
 )
-FAMILIES = (Z_IMAGE, QWEN_IMAGE, COGVIEW4, WAN, HIDREAM, KANDINSKY5, AURAFLOW, CASCADE)
+FAMILIES = (QWEN_IMAGE, COGVIEW4, WAN, HIDREAM, KANDINSKY5, AURAFLOW, CASCADE)

@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.models.families import dit, flux, lumina2, others, sd3, unet
+from edadm_cli.models.families import dit, flux, lumina2, others, sd3, unet, z_image
 from edadm_cli.models.families.family import UNDESCRIBED, DenoiserFamily
 
 GROUP = "edadm.families"
-_SHIPPED = (*unet.FAMILIES, *dit.FAMILIES, *sd3.FAMILIES, *flux.FAMILIES, *lumina2.FAMILIES, *others.FAMILIES)
+_MODULES = (unet, dit, sd3, flux, lumina2, z_image, others)
+_SHIPPED: tuple[DenoiserFamily, ...] = tuple(family for module in _MODULES for family in module.FAMILIES)
 _registered: list[DenoiserFamily] = []
 
 

@@ -92,6 +92,7 @@ VIDEO = DenoiserFamily(
         "FreeNoiseTransformerBlock": "transformer",
     },
     block_lists=(),
+    joined_arguments=("encoder_hidden_states",),
     calls_per_step=1,
 )
 KANDINSKY3 = DenoiserFamily(
