@@ -10,11 +10,11 @@ BIN := $(VENV)/bin
 SOURCES := edadm_cli kernels tests docs benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test lint type format docs kernels study clean
+.PHONY: help demo bench test lint type format docs kernels study table clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
-	@echo 'make lint | type | format | docs | kernels | study | clean'
+	@echo 'make lint | type | format | docs | kernels | study | table | clean'
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("edadm needs Python 3.11 or newer; say which with PYTHON=") \
@@ -61,6 +61,10 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/cli_reference.py --check
 	$(BIN)/mkdocs build --quiet
+
+# Which denoisers of diffusers work, from tiny random pipelines: the table in docs/models.md.
+table: $(VENV)/.installed
+	$(BIN)/python benchmarks/denoisers.py
 
 # Every kernel compiled for the architectures given, its machine code judged; no GPU needed.
 ARCH ?= 80 86 89 90

@@ -83,7 +83,11 @@ def test_an_architecture_goes_through_the_chain_and_round_trips(
 
 
 # Attention whose products stay in floating point: how many blocks, and the processor that is the reason.
-KEPT_ATTENTION = {"flux-schnell": (4, "FluxAttnProcessor"), "sd3.5-medium": (4, "JointAttnProcessor2_0")}
+KEPT_ATTENTION = {
+    "flux-dev": (4, "FluxAttnProcessor"),
+    "flux-schnell": (4, "FluxAttnProcessor"),
+    "sd3.5-medium": (4, "JointAttnProcessor2_0"),
+}
 
 
 def require_everything_is_planned(

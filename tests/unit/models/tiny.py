@@ -88,6 +88,7 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
 }
+_CHANGES["flux-dev"] = _CHANGES["flux-schnell"]
 
 
 FLUX_SAMPLE_SIZE = 16
