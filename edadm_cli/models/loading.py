@@ -19,6 +19,7 @@ from edadm_cli.models.families.registry import float32_pipelines
 from edadm_cli.models.folder import INDEX_NAME, read_folder
 from edadm_cli.models.from_folder import load_folder
 from edadm_cli.models.hub import download, looks_like_hub_id
+from edadm_cli.models.loaded import LoadedModel as LoadedModel  # where everyone imports it from
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_models import WEIGHTS_VERSION, build_random_pipeline
 from edadm_cli.models.registry import ModelEntry, known_models
@@ -27,33 +28,6 @@ from edadm_cli.models.shipped import shipped_folder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-@dataclass
-class LoadedModel:
-    """A pipeline in memory, ready to sample.
-
-    Attributes:
-        ref: Its identity: id, revision and the fingerprint of its files.
-        entry: Its defaults: steps, guidance, sampler.
-        pipeline: The diffusers pipeline, in eval mode on its device, without progress bars or safety checker.
-        denoiser_name: Component that is quantized: `unet` or `transformer`.
-        folder: The folder of its files; `None` for a pipeline that was built or converted in memory.
-        remarks: What was assumed about it or left aside, one sentence each, for the user to read.
-    """
-
-    ref: ModelRef
-    entry: ModelEntry
-    pipeline: DiffusionPipeline
-    denoiser_name: str
-    folder: Path | None
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The network that is quantized."""
-        module: nn.Module = getattr(self.pipeline, self.denoiser_name)
-        return module
 
 
 def resolve_device(name: str) -> torch.device:

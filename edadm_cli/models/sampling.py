@@ -23,7 +23,7 @@ from edadm_cli.models.quiet import pipeline_warnings, quiet_libraries
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from edadm_cli.models.loading import LoadedModel
+    from edadm_cli.models.loaded import LoadedModel
 
 CALIBRATION, EVALUATION = 0, 1
 """Streams of image seeds: images that calibrate and images that judge never share their noise."""

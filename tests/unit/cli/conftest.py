@@ -163,7 +163,7 @@ def _record(kind: str, config: Any, shared: dict[str, Any]) -> StageRecord:
             **shared,
             bits=bits,
             metrics=accuracy,
-            distance_to_full_precision=Distance(psnr_db=31.0, latent_rel_l2=float("nan")),
+            distance_to_full_precision=Distance.model_construct(psnr_db=31.0, latent_rel_l2=float("nan")),
             full_precision=accuracy,
         ),
         "sample": lambda: SampleRecord(**shared, images=("0.png",)),
