@@ -77,7 +77,7 @@ def _machine(found: BenchResult) -> list[tuple[Node, Node]]:
         ("measured", found.subject),
         (
             "processor",
-            f"{machine['cpu']}, {machine['threads']} of {count(machine['logical_cores'] or machine['threads'], 'core')}",
+            f"{machine['cpu']}, {machine['threads']} of {count(cores, 'core')}",
         ),
         ("instructions", ", ".join(machine["cpu_flags"])),
         ("GPU", gpu.get("name")),
