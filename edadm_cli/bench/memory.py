@@ -44,7 +44,7 @@ class PeakMemory:
             reset_resident_peak()
 
     def peak_mib(self) -> float | None:
-        """The peak since the last reset, in MiB; `None` where it cannot be told."""
+        """The peak since the last reset, in MiB; `None` where it is not known."""
         if self._device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self._device) - self._before) / 2**20
         return resident_peak_mib() if self._is_alone else None
@@ -80,7 +80,7 @@ def require_memory(name: str, size_mib: float) -> None:
 
 
 def available_mib() -> float | None:
-    """Memory that new processes can have, in MiB; `None` where the system does not tell."""
+    """Memory that new processes can have, in MiB; `None` where the system does not report it."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:

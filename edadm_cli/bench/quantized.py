@@ -1,4 +1,4 @@
-"""A quantized denoiser on an engine: held against exact integers first, then made ready to be timed."""
+"""A quantized denoiser on an engine: it is compared with exact integers first, and then made ready to be timed."""
 
 from __future__ import annotations
 

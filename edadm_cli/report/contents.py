@@ -1,4 +1,4 @@
-"""What a run holds, read once: the page's only source of figures."""
+"""What a run holds, read once: the page's only source of numbers."""
 
 from __future__ import annotations
 

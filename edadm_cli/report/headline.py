@@ -1,4 +1,4 @@
-"""The top of the page: what was done to which model, and the figures that count."""
+"""The top of the page: what was done to which model, and the most important metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def headline(contents: RunContents) -> Html:
 
 
 def cards(contents: RunContents) -> Html | None:
-    """The headline figures of each bit width that has any."""
+    """The headline metrics of each bit width that has any."""
     rows: list[Node] = []
     for width in contents.widths:
         shown = list(_cards(width))
@@ -66,7 +66,7 @@ def comparison(contents: RunContents) -> Html | None:
 
 def _lead(contents: RunContents) -> Html:
     if contents.collect is None:
-        return element("p", "What this run holds, with the figures of each stage.", class_="lead")
+        return element("p", "What this run holds, with the results of each stage.", class_="lead")
     entry = contents.collect.facts.entry
     sentence = f"{entry.description.rstrip('.')}." if entry.description else ""
     if contents.widths:

@@ -16,7 +16,7 @@ _ARROWS = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
 
 
 def images_section(contents: RunContents) -> Html | None:
-    """Images of the same seeds at full precision and quantized."""
+    """Returns images of the same seeds at full precision and quantized."""
     walls = build_walls(contents.widths)
     if not walls:
         return None

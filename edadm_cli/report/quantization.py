@@ -32,7 +32,7 @@ def reconstruction_section(contents: RunContents) -> Html:
 
 
 def export_section(contents: RunContents) -> Html:
-    """Sizes on disk, and what the export was held against."""
+    """Sizes on disk, and what the export was compared with."""
     parts: list[Node] = [] if contents.widths else [missing(contents, "export")]
     for width in contents.widths:
         parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
