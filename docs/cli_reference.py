@@ -12,6 +12,7 @@ COMMANDS = (
     "run",
     "collect",
     "select",
+    "sensitivity",
     "reconstruct",
     "export",
     "bench",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from edadm_cli.errors import UsageError
-from edadm_cli.recipe import Recipe, SelectStrategy, without_later_defaults
+from edadm_cli.recipe import Recipe, SelectStrategy, later, without_later_defaults
 
 MAX_IMAGES = 1_000_000
 """Images of one seed whose noise is their own (`edadm_cli/models/sampling.py`, `image_seed`)."""
@@ -25,6 +25,7 @@ Identity = Literal["always", "if_changed", "never"]
 came after artifacts without them; or never, since it says where or how fast a stage runs and not what it computes."""
 
 _BITS = re.compile(r"^w([2-8])a([2-8])$")
+_AVERAGE_BITS = re.compile(r"^(?:auto:|w)([2-8](?:\.\d{1,2})?)a([2-8])$")
 _SIZE = re.compile(r"^(\d+)(?:x(\d+))?$")
 _RECIPE = (
     "default, default-attention, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, rtn, or your own TOML file"
@@ -138,12 +139,15 @@ class SelectConfig(StageConfig):
 
 
 class BitWidth(BaseModel):
-    """Bits of weights and activations, written `w4a8`."""
+    """Bits of weights and activations, written `w4a8`; `w4.5a8` is an average that each layer has its own share of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: int = Field(ge=2, le=8)
     activation: int = Field(ge=2, le=8)
+    average: float | None = later(
+        None, ge=2, le=8, description="bits per weight on average, where layers have their own; null: all have `weight`"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -152,18 +156,23 @@ class BitWidth(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> BitWidth:
-        """Reads `wXaY`.
+        """Reads `wXaY`, or an average number of weight bits: `auto:4.5a8`, which is written `w4.5a8`.
 
         Raises:
             UsageError: The text is not of that form, or X or Y is not within 2..8.
         """
-        match = _BITS.match(text.strip().lower())
-        if match is None:
+        plain = text.strip().lower()
+        if match := _BITS.match(plain):
+            return cls(weight=int(match[1]), activation=int(match[2]))
+        match = _AVERAGE_BITS.match(plain)
+        if match is None or float(match[1]) > 8:
             raise UsageError(
-                f"--bits takes wXaY with X and Y from 2 to 8, such as w8a8 or w4a8; got '{text}'.",
+                f"--bits takes wXaY with X and Y from 2 to 8, such as w8a8 or w4a8, or an average such as auto:4.5a8;"
+                f" got '{text}'.",
                 hint="edadm reconstruct --bits w4a8",
             )
-        return cls(weight=int(match[1]), activation=int(match[2]))
+        average = float(match[1])
+        return cls(weight=int(average), activation=int(match[2]), average=average)
 
     @classmethod
     def parse_several(cls, text: str) -> tuple[BitWidth, ...]:
@@ -175,7 +184,7 @@ class BitWidth(BaseModel):
         return tuple(dict.fromkeys(cls.parse(part) for part in text.split(",")))
 
     def __str__(self) -> str:
-        return f"w{self.weight}a{self.activation}"
+        return f"w{self.weight if self.average is None else f'{self.average:g}'}a{self.activation}"
 
 
 class ReconstructConfig(StageConfig):
@@ -211,6 +220,30 @@ class ReconstructConfig(StageConfig):
     def name(self) -> str:
         """The artifact's name."""
         return str(self.bits)
+
+
+class SensitivityConfig(StageConfig):
+    """What each layer costs at each number of bits."""
+
+    recipe: Recipe = setting(..., f"{_RECIPE}: which layers, and how ranges are searched.", metavar="NAME|FILE")
+    weight_bits: tuple[int, ...] = setting(
+        (2, 3, 4, 6, 8), "Numbers of weight bits that are measured; 2,3,4,6,8 by default.", split=True
+    )
+    activation_bits: tuple[int, ...] = setting(
+        (4, 6, 8), "Numbers of activation bits that are measured; 4,6,8 by default.", split=True
+    )
+    num_samples: int = setting(64, "Calibration samples that each layer is measured on; 64 by default.", ge=1)
+    num_images: int = setting(
+        4, "Images whose sampling shows what an error at each step does; 4 by default.", ge=1, le=MAX_IMAGES
+    )
+    batch_size: int | None = setting(None, "Samples per call of the denoiser; by default the model's own.", ge=1)
+
+    @field_validator("weight_bits", "activation_bits")
+    @classmethod
+    def _are_widths(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        if not bits or any(not 2 <= number <= 8 for number in bits):
+            raise ValueError("numbers of bits lie from 2 to 8")
+        return tuple(sorted(set(bits)))
 
 
 class ExportConfig(StageConfig):

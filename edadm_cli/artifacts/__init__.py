@@ -44,11 +44,13 @@ from edadm_cli.artifacts.records import (
     RunRecord,
     SampleRecord,
     SelectRecord,
+    SensitivityRecord,
     Speedup,
     StageRecord,
     shared_keys,
     spent,
 )
+from edadm_cli.artifacts.sensitivity import LayerSensitivity, Sensitivity
 from edadm_cli.artifacts.stage import Stage
 from edadm_cli.artifacts.store import Plan, RunFolder
 from edadm_cli.artifacts.tensors import TensorInfo, load_tensors, read_tensor_header, save_tensors
@@ -73,6 +75,7 @@ __all__ = [
     "KindRow",
     "Latency",
     "LayerRow",
+    "LayerSensitivity",
     "Loss",
     "Manifest",
     "Metric",
@@ -92,6 +95,8 @@ __all__ = [
     "SampleRecord",
     "SelectRecord",
     "Selection",
+    "Sensitivity",
+    "SensitivityRecord",
     "ShownImage",
     "Speedup",
     "Stage",

@@ -13,7 +13,7 @@ from edadm_cli.artifacts.manifest import ModelRef, ParentRef, PayloadFile, read_
 from edadm_cli.artifacts.store import RunFolder
 from edadm_cli.errors import InputError
 
-KINDS = ("collect", "select", "reconstruct", "export", "engine", "bench", "evaluate")
+KINDS = ("collect", "select", "sensitivity", "reconstruct", "export", "engine", "bench", "evaluate")
 
 
 class InspectedArtifact(BaseModel):

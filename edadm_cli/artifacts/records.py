@@ -135,6 +135,16 @@ class ReconstructRecord(StageRecord):
     loss: Loss
 
 
+class SensitivityRecord(StageRecord):
+    """What each layer costs at each number of bits."""
+
+    command: str = "sensitivity"
+    layers: int = Field(description="layers that were measured")
+    most_sensitive: dict[str, float] = Field(
+        description="the ten layers that hurt most with the fewest weight bits -> the error that each causes alone"
+    )
+
+
 class Parity(_Record):
     """An export against the stage before it."""
 

@@ -64,6 +64,13 @@ COMMANDS = {
             " contributes.",
         ),
         Command(
+            "sensitivity",
+            "stages",
+            _CHAIN,
+            "Measure what each layer costs at each number of bits.\n\nAfterwards --bits auto:4.5a8 spends an average of"
+            " 4.5 bits per weight where they lower the error most.",
+        ),
+        Command(
             "reconstruct",
             "stages",
             _CHAIN,

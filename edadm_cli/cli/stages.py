@@ -12,6 +12,7 @@ from edadm_cli import export as export_package
 from edadm_cli import reconstruct as reconstruct_package
 from edadm_cli import sample as sample_package
 from edadm_cli import select as select_package
+from edadm_cli import sensitivity as sensitivity_package
 from edadm_cli.artifacts import RunFolder, Stage
 from edadm_cli.cli import flags
 from edadm_cli.cli.execution import ConfigT, Execution, stage_command
@@ -23,6 +24,7 @@ from edadm_cli.errors import UsageError
 from edadm_cli.recipe import load_recipe
 
 COLLECT, SELECT, RECONSTRUCT = collect_package.STAGE, select_package.STAGE, reconstruct_package.STAGE
+SENSITIVITY = sensitivity_package.STAGE
 EXPORT, EVALUATE, SAMPLE, BENCH = (
     export_package.STAGE,
     evaluate_package.STAGE,
@@ -43,6 +45,14 @@ def select(execution: Execution, given: dict[str, Any]) -> None:
     """Chooses the calibration samples."""
     config = configure_select(execution, given)
     execution.conclude(execution.perform(SELECT, execution.run_used_last(), config))
+
+
+@stage_command(SENSITIVITY.config)
+def sensitivity(execution: Execution, given: dict[str, Any]) -> None:
+    """Measures what each layer costs at each number of bits."""
+    recipe = given["recipe"] or execution.from_file("sensitivity", "recipe") or "default"
+    config = execution.configure(SENSITIVITY, {**given, "recipe": recipe})
+    execution.conclude(execution.perform(SENSITIVITY, execution.run_used_last(), config))
 
 
 @stage_command(RECONSTRUCT.config)

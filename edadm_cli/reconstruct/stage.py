@@ -21,6 +21,7 @@ from edadm_cli.artifacts import (
     Plan,
     ReconstructRecord,
     RunFolder,
+    Sensitivity,
     UnitRow,
     Units,
     load_tensors,
@@ -28,6 +29,7 @@ from edadm_cli.artifacts import (
     shared_keys,
 )
 from edadm_cli.artifacts.quantization import PARAMS_FILE, save_plan
+from edadm_cli.calibrate.bit_budget import assign_bits
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import count, plan_network
 from edadm_cli.calibrate.ranges import search_ranges
@@ -41,6 +43,7 @@ from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import QuantizationPlan
+from edadm_cli.recipe import LayerRule, Recipe
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Place
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
@@ -103,6 +106,7 @@ class _Task:
     config: ReconstructConfig
     run: RunFolder
     selection: Artifact
+    sensitivity: Artifact | None
     batch_size: int
     hyperparameters: Hyperparameters
     device: torch.device
@@ -115,7 +119,20 @@ class _Task:
         fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "select")}
         fields["hyperparameters"] = self.hyperparameters.identity_fields()
         model = self.selection.manifest.model
-        return Plan("reconstruct", str(config.bits), fields, config.seed, (self.selection,), model)
+        parents = (self.selection,) if self.sensitivity is None else (self.selection, self.sensitivity)
+        return Plan("reconstruct", str(config.bits), fields, config.seed, parents, model)
+
+    def recipe(self) -> Recipe:
+        """Returns the recipe, with a rule per layer where an average number of bits is spent by sensitivity."""
+        recipe, average = self.config.recipe, self.config.bits.average
+        if self.sensitivity is None or average is None:
+            return recipe
+        layers = Sensitivity.load(self.sensitivity).layers
+        sizes = {layer.name: layer.num_weights for layer in layers}
+        errors = {layer.name: layer.weight_errors for layer in layers}
+        bits = assign_bits(errors, sizes, average * sum(sizes.values()))
+        rules = tuple(LayerRule(pattern=name, weight_bits=number) for name, number in bits.items())
+        return recipe.model_copy(update={"layers": (*rules, *recipe.layers)})
 
 
 def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes) -> _Task:
@@ -135,7 +152,8 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
     if batch_size is None:
         batch_size = CollectedRun.open(run).entry.batch_size
     budget = processes.share(memory_budget(config.memory_budget_mib, device))
-    return _Task(config, run, selection, batch_size, hyperparameters, device, budget, processes)
+    sensitivity = None if config.bits.average is None else run.open("sensitivity")
+    return _Task(config, run, selection, sensitivity, batch_size, hyperparameters, device, budget, processes)
 
 
 def prepare(task: _Task) -> ReconstructionContext:
@@ -145,7 +163,7 @@ def prepare(task: _Task) -> ReconstructionContext:
     batches = Batches(CalibrationSet.load(task.selection), task.batch_size, task.device)
     (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)
-    plan = plan_network(traced, config.recipe, config.bits)
+    plan = plan_network(traced, task.recipe(), config.bits)
     network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
     granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
     found = units(denoiser, traced, set(plan.layers), granularity)

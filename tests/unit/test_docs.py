@@ -19,8 +19,8 @@ from edadm_cli.cli.app import main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
-    "run", "collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "inspect", "models",
-    "bench", "engines", "push",
+    "run", "collect", "select", "sensitivity", "reconstruct", "export", "evaluate", "sample", "report", "inspect",
+    "models", "bench", "engines", "push",
 }  # fmt: skip
 
 

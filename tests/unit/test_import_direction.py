@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "edadm_cli"
 KERNELS = ROOT / "kernels"
 
-STAGES = {"collect", "select", "reconstruct", "export", "evaluate", "sample", "report", "bench"}
+STAGES = {"collect", "select", "sensitivity", "reconstruct", "export", "evaluate", "sample", "report", "bench"}
 MIDDLE = {"metrics", "models", "engines", "artifacts", "calibrate", "integrations"}
 GROUND = {"config", "recipe", "errors", "launching", "plain_data", "plugins", "progress", "processes", "version"}
 # Which packages a package may import, besides itself.

@@ -1,0 +1,86 @@
+"""`edadm sensitivity` on a tiny pipeline: every layer is measured, bits follow, and a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from edadm_cli.artifacts import RunFolder, Sensitivity
+from edadm_cli.cli.app import main
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.sensitivity import stage
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sensitivity") / "run"
+    common = ["--run", str(folder), "--device", "cpu", "--quiet"]
+    collect = ["collect", "--model", str(tiny_sd), "--num-trajectories", "8", "--num-steps", "4", "--batch-size", "8"]
+    assert main([*collect, *common]) == 0
+    assert main(["select", *common]) == 0
+    assert main(["sensitivity", "--num-samples", "8", "--weight-bits", "2,4,8", "--activation-bits", "8", *common]) == 0
+    return folder
+
+
+def test_every_layer_is_measured_and_fewer_bits_cost_more(run_folder: Path) -> None:
+    result = Sensitivity.load(RunFolder(run_folder).open("sensitivity"))
+    assert all(set(layer.weight_errors) == {2, 4, 8} for layer in result.layers)
+    totals = [sum(layer.weight_errors[bits] for layer in result.layers) for bits in (2, 4, 8)]
+    assert totals[0] > totals[1] > totals[2] > 0
+    assert {layer.name for layer in result.layers} >= {"conv_in", "conv_out"}
+    assert len(result.step_gains) >= 4
+
+
+def test_bits_follow_the_measurement_and_keep_to_the_budget(run_folder: Path) -> None:
+    common = ["--run", str(run_folder), "--device", "cpu", "--quiet"]
+    assert main(["reconstruct", "--bits", "auto:3.5a8", "--recipe", "rtn", *common]) == 0
+    run = RunFolder(run_folder)
+    plan = json.loads((run.path("reconstruct", "w3.5a8") / "plan.json").read_text())["layers"]
+    layers = {layer.name: layer for layer in Sensitivity.load(run.open("sensitivity")).layers}
+    spent = sum(plan[name]["weight_bits"] * layer.num_weights for name, layer in layers.items())
+    assert spent <= 3.5 * sum(layer.num_weights for layer in layers.values())
+    assert len({layer["weight_bits"] for layer in plan.values()}) > 1
+    assert [parent.kind for parent in run.open("reconstruct", "w3.5a8").manifest.parents] == ["select", "sensitivity"]
+
+
+def test_an_average_needs_the_measurement(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "run"
+    for kind in ("collect", "select"):
+        (other / kind).parent.mkdir(parents=True, exist_ok=True)
+        (other / kind).symlink_to(run_folder / kind)
+    assert main(["reconstruct", "--bits", "auto:3.5a8", "--run", str(other), "--device", "cpu"]) == InputError.exit_code
+    assert "edadm sensitivity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", ["auto:9a8", "auto:4.5", "w4.567a8", "auto:1.5a8"])
+def test_impossible_averages_are_usage_errors(bits: str, run_folder: Path) -> None:
+    assert main(["reconstruct", "--bits", bits, "--run", str(run_folder)]) == UsageError.exit_code
+
+
+def test_a_killed_measurement_goes_on(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is not measured again, and the outcome is that of an undisturbed one."""
+    measured = Sensitivity.load(RunFolder(run_folder).open("sensitivity"))
+    for kind in ("collect", "select"):
+        shutil.copytree(run_folder / kind, tmp_path / "run" / kind)
+    again = ["sensitivity", "--num-samples", "8", "--weight-bits", "2,4,8", "--activation-bits", "8"]
+    calls: list[str] = []
+    original = stage.layer_errors
+
+    def interrupted(error: object, name: str, *args: object) -> object:
+        calls.append(name)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(error, name, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "layer_errors", interrupted)
+    common = ["--run", str(tmp_path / "run"), "--device", "cpu", "--quiet"]
+    assert main([*again, *common]) == 130
+    assert main([*again, *common]) == 0
+    assert calls.count(measured.layers[0].name) == 2, "weights and activations, once each"
+    resumed = Sensitivity.load(RunFolder(tmp_path / "run").open("sensitivity"))
+    assert torch.allclose(torch.tensor(resumed.step_gains), torch.tensor(measured.step_gains))
+    assert resumed.layers == measured.layers
