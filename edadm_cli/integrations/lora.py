@@ -60,7 +60,8 @@ def _register(config: Any) -> Any:
 def _wrapped(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
     """The PEFT layer around a quantized layer, which may be wrapped already."""
     linear, convolution = _side_branches()
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    wrapper: Any = target
+    base = wrapper.get_base_layer() if hasattr(target, "get_base_layer") else target
     kind = linear if len(weight_shape(base)) == 2 else convolution
     return kind(target, adapter_name, **kwargs)
 
@@ -78,10 +79,10 @@ def _side_branches() -> tuple[type[nn.Module], type[nn.Module]]:
                 "out, or fuse it into the full-precision pipeline, save that, and run: edadm run --model FOLDER."
             )
 
-    class QuantizedLoraLinear(SideBranch, lora.Linear):  # type: ignore[misc]
+    class QuantizedLoraLinear(SideBranch, lora.Linear):
         """A LoRA beside a quantized linear layer."""
 
-    class QuantizedLoraConv2d(SideBranch, lora.Conv2d):  # type: ignore[misc]
+    class QuantizedLoraConv2d(SideBranch, lora.Conv2d):
         """A LoRA beside a quantized convolution."""
 
         _float_layer: nn.Module | None = None

@@ -33,7 +33,7 @@ from edadm_cli.models.units import Trace, trace, units
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 from edadm_cli.sensitivity.gains import StepGains, measure_gains
-from edadm_cli.sensitivity.layers import Call, PredictionError, layer_errors
+from edadm_cli.sensitivity.layer_errors import Call, PredictionError, layer_errors
 from edadm_cli.sensitivity.plot import plot_sensitivity
 
 PLOT_FILE = "sensitivity.png"

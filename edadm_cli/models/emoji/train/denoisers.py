@@ -45,7 +45,7 @@ def compiled(network: nn.Module, settings: TrainSettings, *inputs: Tensor) -> nn
         return network
     start = time.monotonic()
     try:
-        fast: nn.Module = torch.compile(network)
+        fast: nn.Module = torch.compile(network)  # type: ignore[assignment]
         with torch.autocast("cuda", torch.bfloat16, enabled=settings.device.type == "cuda"):
             output = fast(*(value.to(settings.device) for value in inputs), return_dict=False)[0]
         output.float().square().mean().backward()
