@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.sampling import takes_prompts
 from edadm_cli.models.shipped import shipped_prompts
@@ -158,7 +158,7 @@ def _column_of_table(path: Path, text: str, column: str | None) -> Iterable[tupl
             problem = f"no column '{column}'" if column else "no column called caption, prompt or text"
             raise InputError(
                 f"The prompt file {path} has {problem}; it has {', '.join(columns) or 'none at all'}.",
-                hint=f"--prompts {path}:COLUMN",
+                hint=quoted("--prompts", f"{path}:COLUMN"),
             )
         for row in reader:
             yield f"Line {reader.line_num}", " ".join((row[name] or "").split())
