@@ -259,6 +259,11 @@ class ExportConfig(StageConfig):
         identity="never",
         metavar="NAME",
     )
+    format: Literal["diffusers", "comfyui"] = setting(
+        "diffusers",
+        "diffusers or comfyui: also write the denoiser as one file that ComfyUI reads; diffusers by default.",
+        identity="never",
+    )
 
     @property
     def name(self) -> str:

@@ -6,9 +6,11 @@ that are damaged or outdated are replaced.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 
 from edadm_cli.artifacts import Artifact, RunFolder, open_artifact
 from edadm_cli.artifacts.store import Plan
@@ -24,8 +26,20 @@ from edadm_cli.progress import Reporter
 KIND = "engine"
 
 
+class FileWriter(Protocol):
+    """What writes files of an export: an engine that has files, or a format that other programs read."""
+
+    name: ClassVar[str]
+    files_format: ClassVar[int]
+
+    def save(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
+    ) -> None:
+        """Write the files into an empty folder."""
+
+
 def engine_artifact(
-    run: RunFolder, export: Artifact, engine: FileEngine, reporter: Reporter, force: bool = False
+    run: RunFolder, export: Artifact, engine: FileWriter, reporter: Reporter, force: bool = False
 ) -> Artifact:
     """The engine's files of an export: found, or made.
 

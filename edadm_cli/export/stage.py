@@ -21,15 +21,15 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.artifacts.quantization import load_params, load_plan
 from edadm_cli.config import ExportConfig
-from edadm_cli.engines.base import FileEngine
-from edadm_cli.engines.files import engine_artifact, file_engine
+from edadm_cli.engines.files import FileWriter, engine_artifact, file_engine
 from edadm_cli.engines.reference import LAYER_BOUND, layer_parity, use_arithmetic
 from edadm_cli.engines.registry import engine as engine_of
-from edadm_cli.errors import EdadmError
+from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.export.card import CARD_FILE, CardFacts, model_card
 from edadm_cli.export.folder import component_sizes, write_pipeline
 from edadm_cli.export.parity import ExportParity, compare
 from edadm_cli.export.verdict import layers_by_width, verdict
+from edadm_cli.integrations.comfyui.writing import ComfyUiFile
 from edadm_cli.integrations.quantizer import FORMAT_VERSION, METHOD
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun, load_collected_model
@@ -52,12 +52,12 @@ def run(
         EdadmError: The export does not compute what the reconstruction computed.
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
-    engine = None if config.engine is None else file_engine(engine_of(config.engine))
+    writer = _writer(config)
     planned = plan(config, run_folder)
     with run_folder.build(planned, force) as build:
         is_done = build.up_to_date
         artifact = build.artifact or _build(config, run_folder, planned.parents[0], build, reporter)
-    files = None if engine is None else _engine_files(run_folder, artifact, engine, reporter, force)
+    files = None if writer is None else _files(run_folder, artifact, writer, reporter, force)
     facts = ExportFacts.load(artifact)
     return ExportRecord(
         **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
@@ -77,21 +77,35 @@ def plan(config: ExportConfig, run_folder: RunFolder) -> Plan:
     return Plan("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
 
 
-def _engine_files(run: RunFolder, export: Artifact, engine: FileEngine, reporter: Reporter, force: bool) -> EngineFiles:
-    """Files of the engine in an artifact beside the export, up to date if they are."""
-    artifact = engine_artifact(run, export, engine, reporter, force)
+def _writer(config: ExportConfig) -> FileWriter | None:
+    """What writes further files of the export, in an artifact of their own.
+
+    Raises:
+        UsageError: An engine and a format are both asked for, or the engine has no files.
+    """
+    if config.format == "comfyui":
+        if config.engine is not None:
+            raise UsageError("--engine and --format comfyui each write files of their own: ask for one at a time.")
+        return ComfyUiFile()
+    return None if config.engine is None else file_engine(engine_of(config.engine))
+
+
+def _files(run: RunFolder, export: Artifact, writer: FileWriter, reporter: Reporter, force: bool) -> EngineFiles:
+    """Files in an artifact beside the export, up to date if they are."""
+    artifact = engine_artifact(run, export, writer, reporter, force)
     size = sum(entry.bytes for entry in artifact.manifest.payload) / 2**20
-    return EngineFiles(name=engine.name, artifact=str(artifact.path), identity=artifact.identity, size_mib=size)
+    return EngineFiles(name=writer.name, artifact=str(artifact.path), identity=artifact.identity, size_mib=size)
 
 
 def finished(config: ExportConfig, run_folder: RunFolder) -> Artifact | None:
-    """Returns the export that `run` would find; with an engine, whose files are another artifact, always `None`.
+    """Returns the export that `run` would find; `None` where files besides it are asked for, another artifact.
 
     Raises:
         InputError: An export with other settings is in its place; or there is no reconstruction.
     """
     is_empty = not run_folder.names("export")
-    return None if config.engine is not None or is_empty else run_folder.finished(plan(config, run_folder))
+    has_files = config.engine is not None or config.format != "diffusers"
+    return None if has_files or is_empty else run_folder.finished(plan(config, run_folder))
 
 
 def artifact_name(config: ExportConfig) -> str:

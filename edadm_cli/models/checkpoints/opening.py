@@ -11,6 +11,7 @@ import torch
 
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.errors import InputError
+from edadm_cli.integrations.comfyui.reading import dequantized_state, is_quantized_state
 from edadm_cli.models.architecture import load_architecture
 from edadm_cli.models.checkpoints import beside, compvis, kinds, stable_diffusion
 from edadm_cli.models.checkpoints.compvis_config import CONFIG_NAME
@@ -53,6 +54,8 @@ def open_checkpoint(path: Path, dtype: torch.dtype) -> OpenedCheckpoint:
             hint="edadm models",
         )
     state = read_checkpoint(path)
+    if is_quantized_state(state):
+        state = dequantized_state(state, str(path))
     known_as, folder = stable_diffusion.known_as(state), beside.folder_beside(path)
     is_whole = kinds.has_autoencoder(state) and (known_as is not None or compvis.is_latent_diffusion(state))
     if not is_whole and folder is not None and not kinds.is_lora(state):

@@ -1,0 +1,1 @@
+"""Files that ComfyUI reads: one safetensors file per denoiser, with its original tensor names and eight-bit weights."""

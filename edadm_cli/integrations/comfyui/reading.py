@@ -1,0 +1,104 @@
+r"""ComfyUI's eight-bit files back to floating point, rotated ones included.
+
+A rotated ("convrot") weight W' holds W H^T for groups of g input channels, with H the regular Hadamard matrix of size
+g: the Kronecker power of [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]], divided by the square root of g. H is
+orthogonal, so W = W' H.
+
+References:
+    ConvRot, arXiv 2512.03673 (regular Hadamard rotation by groups).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from edadm_cli.errors import InputError, explain_field
+from edadm_cli.integrations.comfyui.writing import FORMAT
+
+_MARK = ".comfy_quant"
+_MAX_ABOUT_BYTES = 4096
+
+
+class _About(BaseModel):
+    """What `X.comfy_quant` says of a layer."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: str
+    convrot: bool = False
+    convrot_groupsize: int = Field(256, ge=4, le=65536)
+
+
+def is_quantized_state(names: Any) -> bool:
+    """Whether tensors of these names are a file with ComfyUI's quantized layers."""
+    return any(name.endswith(_MARK) for name in names)
+
+
+def dequantized_state(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The same tensors with every quantized weight as float32, and without the marks and scales.
+
+    Args:
+        state: Tensors of a file by name.
+        where: The file's path, for messages.
+
+    Raises:
+        InputError: A layer has another format than `int8_tensorwise`, or its tensors do not fit each other.
+    """
+    result = dict(state)
+    for name in state:
+        if not name.endswith(_MARK):
+            continue
+        stem = name.removesuffix(_MARK)
+        about = _about(result.pop(name), f"{where}: '{name}'")
+        weight, scale = result.get(f"{stem}.weight"), result.pop(f"{stem}.weight_scale", None)
+        if weight is None or scale is None or weight.dtype != torch.int8 or weight.ndim != 2:
+            raise InputError(f"{where}: '{stem}' needs an int8 'weight' of two dimensions and a 'weight_scale'.")
+        if scale.numel() not in (1, len(weight)) or not bool(scale.isfinite().all()):
+            raise InputError(
+                f"{where}: '{stem}.weight_scale' must hold one finite number, or one per row of {len(weight)};"
+                f" its shape is {list(scale.shape)}."
+            )
+        value = weight.float() * scale.float().reshape(-1, 1)
+        if about.convrot:
+            value = _unrotated(value, about.convrot_groupsize, f"{where}: '{stem}'")
+        result[f"{stem}.weight"] = value
+    return result
+
+
+def _about(tensor: Tensor, where: str) -> _About:
+    if tensor.dtype != torch.uint8 or tensor.numel() > _MAX_ABOUT_BYTES:
+        raise InputError(f"{where} must hold the bytes of a short JSON object.")
+    try:
+        about = _About.model_validate(json.loads(bytes(tensor.flatten().tolist())))
+    except ValidationError as error:
+        raise InputError(f"{where} is not understood: {explain_field(error.errors()[0])}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} must hold the bytes of a JSON object.") from error
+    if about.format != FORMAT:
+        raise InputError(f"{where} has the format '{about.format[:40]}'; only '{FORMAT}' can be read.")
+    return about
+
+
+def _unrotated(weight: Tensor, group_size: int, where: str) -> Tensor:
+    if weight.shape[1] % group_size or 4 ** round(torch.tensor(float(group_size)).log2().item() / 2) != group_size:
+        raise InputError(
+            f"{where} is rotated in groups of {group_size} channels, which must be a power of 4 that divides"
+            f" {weight.shape[1]}."
+        )
+    grouped = weight.reshape(len(weight), -1, group_size)
+    return (grouped @ regular_hadamard(group_size)).reshape(weight.shape)
+
+
+def regular_hadamard(size: int) -> Tensor:
+    """The orthogonal regular Hadamard matrix of a size that is a power of 4, with shape `(size, size)`, float32."""
+    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    return matrix / size**0.5

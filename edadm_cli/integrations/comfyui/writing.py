@@ -1,0 +1,126 @@
+r"""A quantized denoiser as ComfyUI's `int8_tensorwise` tensors.
+
+A linear layer is three tensors: `X.weight` (int8, `[C_out, C_in]`), `X.weight_scale` (float32, `[C_out, 1]`), and
+`X.comfy_quant` (the bytes of a JSON object that names the format). ComfyUI quantizes inputs itself, row by row, so that
+the input scales of the export are not part of the file. Codes of fewer than eight bits are stored in eight. Everything
+else, convolutions included, is float16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.artifacts import save_tensors
+from edadm_cli.integrations.comfyui.names import PREFIX, Source, original_names
+from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+
+FORMAT = "int8_tensorwise"
+FILE = "denoiser.safetensors"
+
+
+class ComfyUiFile:
+    """Writes the file of a denoiser that goes into ComfyUI's folder `models/diffusion_models`."""
+
+    name: ClassVar[str] = "comfyui"
+    files_format: ClassVar[int] = 1
+
+    def save(self, denoiser: nn.Module, args: Any, kwargs: Any, options: Any, folder: Path) -> None:
+        """Write `denoiser.safetensors` into a folder; the example call and the options are not needed.
+
+        Raises:
+            InputError: ComfyUI's names of this denoiser are not known.
+        """
+        save_tensors(folder / FILE, comfyui_state(denoiser))
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """The weight of a linear layer in eight-bit codes: weight = codes * scale."""
+
+    codes: Tensor  # int8 [C_out, C_in]
+    scale: Tensor  # float32 [C_out]
+
+    def dequantized(self) -> Tensor:
+        return self.codes.float() * self.scale[:, None]
+
+
+def comfyui_state(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ComfyUI's file of a denoiser, by name.
+
+    Args:
+        denoiser: A quantized denoiser, on any device.
+
+    Raises:
+        InputError: ComfyUI's names of this denoiser are not known.
+    """
+    tensors = _float_names(denoiser)
+    state: dict[str, Tensor] = {}
+    for name, source in original_names(denoiser, tensors).items():
+        values = [tensors[part] for part in source.names]
+        codes = [value for value in values if isinstance(value, _Codes)]
+        if len(codes) == len(values):
+            state.update(_quantized(PREFIX + name, codes, source))
+        else:
+            floats = [value.dequantized() if isinstance(value, _Codes) else value for value in values]
+            state[PREFIX + name] = _arranged(floats, source).to(torch.float16).contiguous()
+    return state
+
+
+def _quantized(name: str, parts: Sequence[_Codes], source: Source) -> dict[str, Tensor]:
+    stem = name.removesuffix(".weight")
+    about = json.dumps({"format": FORMAT}, separators=(",", ":")).encode()
+    return {
+        name: _arranged([part.codes for part in parts], source).contiguous(),
+        f"{stem}.weight_scale": _arranged([part.scale for part in parts], source)[:, None].contiguous(),
+        f"{stem}.comfy_quant": torch.tensor(list(about), dtype=torch.uint8),
+    }
+
+
+def _arranged(parts: Sequence[Tensor], source: Source) -> Tensor:
+    joined = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    return torch.cat(joined.chunk(2)[::-1]) if source.swaps_halves else joined
+
+
+def _float_names(denoiser: nn.Module) -> dict[str, Tensor | _Codes]:
+    """Every parameter under the name that it has in a float denoiser, quantized weights as codes where they can be."""
+    tensors: dict[str, Tensor | _Codes] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in denoiser.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, QuantizedLayer | SplitLayer):
+            inside += (f"{name}.",)
+            tensors[f"{name}.weight"] = _weight(module)
+            bias = module.bias if isinstance(module, QuantizedLayer) else module.parts[0].bias
+            if isinstance(bias, Tensor):
+                tensors[f"{name}.bias"] = bias.detach().cpu()
+            continue
+        own = [*module.named_parameters(recurse=False), *_persistent_buffers(module)]
+        tensors.update({f"{name}.{key}" if name else key: value.detach().cpu() for key, value in own})
+    return tensors
+
+
+def _persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    hidden = module._non_persistent_buffers_set
+    return [(key, buffer) for key, buffer in module.named_buffers(recurse=False) if key not in hidden]
+
+
+def _weight(layer: QuantizedLayer | SplitLayer) -> Tensor | _Codes:
+    if isinstance(layer, SplitLayer):
+        parts = [_float_weight(part) for part in layer.parts if isinstance(part, QuantizedLayer)]
+        return torch.cat(parts, dim=1)
+    if len(layer.weight_shape) == 2:
+        return _Codes(layer.weight_int.cpu(), layer.weight_scale.float().cpu())
+    return _float_weight(layer)
+
+
+def _float_weight(layer: QuantizedLayer) -> Tensor:
+    scale = layer.weight_scale.float().reshape(-1, *[1] * (len(layer.weight_shape) - 1))
+    return (layer.weight_int.float() * scale).cpu()

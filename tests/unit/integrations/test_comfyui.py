@@ -1,0 +1,186 @@
+"""ComfyUI's file of a denoiser holds the export's own weights under the names of the published checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
+from diffusers.loaders import single_file_utils
+from torch import Tensor, nn
+
+from edadm_cli.cli.app import main
+from edadm_cli.errors import InputError
+from edadm_cli.integrations.comfyui.reading import dequantized_state, is_quantized_state, regular_hadamard
+from edadm_cli.integrations.comfyui.writing import comfyui_state
+from edadm_cli.models.loading import load_model
+from edadm_cli.quant.layers import SplitLayer, quantized_layer, quantized_layers
+from edadm_cli.quant.network import set_module
+from edadm_cli.quant.plan import LayerPlan
+
+FLUX = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+KINDS: dict[str, Any] = {
+    "flux": lambda: FluxTransformer2DModel(
+        **FLUX, in_channels=8, joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+        guidance_embeds=True,
+    ),
+    "sd3": lambda: SD3Transformer2DModel(
+        sample_size=8, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8, dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ),
+    "unet": lambda: UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2,
+        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ),
+    "qwen": lambda: QwenImageTransformer2DModel(
+        in_channels=8, out_channels=2, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+    ),
+    "z_image": lambda: ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[64, 64, 64],
+    ),
+}  # fmt: skip
+
+
+def _restored(kind: str, state: dict[str, Tensor], denoiser: nn.Module) -> dict[str, Tensor]:
+    """The names of diffusers again, by diffusers' own reading of the published checkpoints."""
+    if kind == "unet":
+        return single_file_utils.convert_ldm_unet_checkpoint(state, dict(denoiser.config))
+    convert = {
+        "flux": _narrow_flux_conversion(),
+        "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+        "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+    }.get(kind)
+    if convert is None:
+        return {name.removeprefix("model.diffusion_model."): tensor for name, tensor in state.items()}
+    if kind == "sd3":
+        state = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in state.items()}
+    return convert(state)
+
+
+def _narrow_flux_conversion() -> Any:
+    """The conversion that diffusers has for FLUX knows one width of the network only: here it gets the test's."""
+    source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
+    assert source.count("inner_dim = 3072") == 1
+    scope = vars(single_file_utils).copy()
+    exec(source.replace("inner_dim = 3072", "inner_dim = 32"), scope)
+    return scope["convert_flux_transformer_checkpoint_to_diffusers"]
+
+
+def _quantize(denoiser: nn.Module) -> dict[str, Tensor]:
+    """Quantize every layer to nearest at eight bits, in place; returns the dequantized weights by name."""
+    weights = {}
+    for name, layer in list(denoiser.named_modules()):
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            continue
+        rows = layer.weight.detach().flatten(1)
+        scale = rows.abs().amax(1).clamp_min(1e-6) / 127
+        codes = (rows / scale[:, None]).round().reshape(layer.weight.shape).to(torch.int8)
+        quantized = quantized_layer(layer, LayerPlan(weight_bits=8))
+        assert not isinstance(quantized, SplitLayer)
+        quantized.set_parameters(codes, scale)
+        set_module(denoiser, name, quantized)
+        weights[f"{name}.weight"] = (codes.flatten(1) * scale[:, None]).reshape(layer.weight.shape)
+    return weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_read_back_as_the_same_denoiser(kind: str) -> None:
+    torch.manual_seed(0)
+    denoiser = KINDS[kind]()
+    expected = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    expected.update(_quantize(denoiser))
+    state = comfyui_state(denoiser)
+    assert is_quantized_state(state)
+    marked = [name for name in state if name.endswith(".comfy_quant")]
+    assert all(state[name.replace("comfy_quant", "weight")].dtype == torch.int8 for name in marked)
+    assert all(state[name.replace("comfy_quant", "weight_scale")].shape[1:] == (1,) for name in marked)
+    restored = _restored(kind, dequantized_state(state, "file"), denoiser)
+    assert restored.keys() == expected.keys()
+    for name, tensor in restored.items():
+        is_codes = tensor.dtype == torch.float32 and expected[name].ndim == 2
+        bound = 0 if is_codes else 1e-3  # float16 has 11 bits
+        assert torch.allclose(tensor.float(), expected[name].float(), rtol=bound, atol=bound), name
+
+
+def test_rotated_weights_are_rotated_back() -> None:
+    hadamard = regular_hadamard(16)
+    torch.testing.assert_close(hadamard @ hadamard.T, torch.eye(16))
+    assert torch.equal(hadamard, hadamard.T)
+    assert hadamard.abs().unique().tolist() == [0.25]
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    rotated = (weight.reshape(6, 2, 16) @ hadamard.T).reshape(6, 32)
+    scale = rotated.abs().amax(1, keepdim=True) / 127
+    about = b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":16}'
+    state = {
+        "a.weight": (rotated / scale).round().to(torch.int8),
+        "a.weight_scale": scale,
+        "a.comfy_quant": torch.tensor(list(about), dtype=torch.uint8),
+    }
+    restored = dequantized_state(state, "file")
+    assert restored.keys() == {"a.weight"}
+    assert (restored["a.weight"] - weight).abs().max() < 4 * scale.max()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("a.comfy_quant", b'{"format":"mxfp8"}', "only 'int8_tensorwise'"),
+        ("a.comfy_quant", b"{", "JSON object"),
+        ("a.comfy_quant", b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":12}', "power of 4"),
+        ("a.weight_scale", torch.ones(3, 1), "one per row"),
+        ("a.weight_scale", torch.tensor([[float("nan")]] * 4), "finite"),
+        ("a.weight", torch.zeros(4, 12), "int8"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, value: Any, words: str) -> None:
+    state = {
+        "a.weight": torch.zeros(4, 12, dtype=torch.int8),
+        "a.weight_scale": torch.ones(4, 1),
+        "a.comfy_quant": torch.tensor(list(b'{"format":"int8_tensorwise"}'), dtype=torch.uint8),
+    }
+    state[name] = torch.tensor(list(value), dtype=torch.uint8) if isinstance(value, bytes) else value
+    with pytest.raises(InputError, match=words):
+        dequantized_state(state, "file")
+
+
+def test_a_denoiser_that_comfyui_has_no_names_for_is_refused() -> None:
+    with pytest.raises(InputError, match="Linear"):
+        comfyui_state(nn.Linear(2, 2))
+
+
+def test_a_run_writes_the_file_and_it_is_a_model_again(tiny_sd: Path, tmp_path: Path) -> None:
+    """The file is read with the pipeline's folder beside it, which names everything but the denoiser's weights."""
+    run = tmp_path / "run"
+    common = ["--run", str(run), "--device", "cpu", "--quiet"]
+    collect = ["collect", "--model", str(tiny_sd), "--num-trajectories", "2", "--num-steps", "2"]
+    assert main([*collect, *common]) == 0
+    assert main(["select", *common]) == 0
+    assert main(["reconstruct", "--bits", "w8a8", "--recipe", "rtn", *common]) == 0
+    assert main(["export", "--bits", "w8a8", "--format", "comfyui", *common]) == 0
+    assert main(["export", "--bits", "w8a8", "--format", "comfyui", "--engine", "openvino", *common]) == 2
+    file = run / "engine" / "w8a8-comfyui" / "denoiser.safetensors"
+    copied = tmp_path / "mine.safetensors"
+    shutil.copy(file, copied)
+    shutil.copytree(tiny_sd, tmp_path / "mine")
+    loaded = load_model(str(copied), torch.device("cpu"), torch.float32).denoiser
+    exported = load_model(str(run / "export" / "w8a8"), torch.device("cpu"), torch.float32).denoiser
+    layers = quantized_layers(exported)
+    assert len(layers) > 20
+    for name, layer in layers.items():
+        if ".part" not in name:
+            weight = loaded.get_submodule(name).weight
+            torch.testing.assert_close(weight, layer.weight.float(), rtol=1e-3, atol=1e-4)
