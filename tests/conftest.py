@@ -15,7 +15,8 @@ os.environ.pop("COLUMNS", None)  # tables have the width that they have in a log
 @pytest.fixture(autouse=True)
 def _audible_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that ran in this process has silenced the processes that come after it."""
-    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    for name in ("PYTHONWARNINGS", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

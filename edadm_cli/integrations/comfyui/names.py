@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -60,7 +61,8 @@ def original_names(denoiser: nn.Module, names: Iterable[str]) -> Sources:
 
 def _unet(denoiser: nn.Module, names: list[str]) -> Sources:
     levels_with_attention = {level_of(name) for name in names if ".attentions." in name}
-    per_level = denoiser.config.layers_per_block
+    config: Any = denoiser.config
+    per_level = config.layers_per_block
     if not isinstance(per_level, int):
         raise InputError("ComfyUI reads UNets with the same number of residual blocks on every level.")
     sources: Sources = {}
@@ -203,7 +205,8 @@ def _sd3(denoiser: nn.Module, names: list[str]) -> Sources:
         (block + r"attn(2?)\.to_q", to + r"x_block.attn\2.qkv", ("to_k", "to_v")),
         (block + r"attn\.add_q_proj", to + "context_block.attn.qkv", ("add_k_proj", "add_v_proj")),
     ]
-    last = f"transformer_blocks.{denoiser.config.num_layers - 1}.norm1_context.linear"
+    config: Any = denoiser.config
+    last = f"transformer_blocks.{config.num_layers - 1}.norm1_context.linear"
     return _by_rules(names, rules, joined, lambda name: name.startswith(("norm_out.linear", last)))
 
 
