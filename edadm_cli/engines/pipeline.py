@@ -38,6 +38,12 @@ class EngineDenoiser(nn.Module):
         return self.compiled(*args, **kwargs)
 
     @property
+    def stands_for(self) -> nn.Module:
+        """The denoiser whose arguments the calls have; its weights are released."""
+        shell: nn.Module = self.__dict__["_shell"]
+        return shell
+
+    @property
     def dtype(self) -> torch.dtype:
         """Element type of inputs and prediction."""
         return self.anchor.dtype

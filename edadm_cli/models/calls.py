@@ -188,10 +188,14 @@ def placed_tensors(node: Any) -> set[str]:
 
 @contextmanager
 def record_calls(denoiser: nn.Module, on_call: Callable[[DenoiserCall], None]) -> Iterator[None]:
-    """Hand each call of `denoiser` to `on_call`, taken apart, before it runs."""
+    """Hand each call of `denoiser` to `on_call`, taken apart, before it runs.
+
+    A denoiser on an engine names the module that it stands for, which says what its arguments are called.
+    """
+    described: nn.Module = getattr(denoiser, "stands_for", denoiser)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        on_call(split_call(module, args, kwargs))
+        on_call(split_call(described, args, kwargs))
 
     handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
     try:

@@ -15,7 +15,7 @@ from edadm_cli.version import __version__
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "edadm_cli"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MAX_SHIPPED_BYTES = 12_000_000
+MAX_SHIPPED_BYTES = 64_000_000
 
 
 def _data_files() -> set[Path]:

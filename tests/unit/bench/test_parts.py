@@ -402,6 +402,7 @@ class Card:
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_algorithms_are_tried_within_bounds_of_memory(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     card, limits = Card(monkeypatch), list[float]()
 
     def call() -> str:

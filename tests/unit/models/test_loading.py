@@ -254,7 +254,7 @@ def test_every_known_model_is_complete() -> None:
         assert entry.name == name
         assert entry.description
         assert entry.sampler
-        assert (entry.source == "shipped") == name.startswith("digits-")
+        assert (entry.source == "shipped") == name.startswith(("digits-", "emoji-"))
         assert (entry.source == "random") == name.endswith("-random")
     with pytest.raises(EdadmError):
         load_model("digits", CPU, torch.float32)
