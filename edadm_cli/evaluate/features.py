@@ -93,9 +93,6 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
         return "logits" if metric == "isc" else "pooled"
 
 
-EXTRACTORS = {"digits": DigitsExtractor, "inception-v3-spatial": InceptionExtractor}
-
-
 @dataclass(frozen=True)
 class FeatureSpace:
     """A feature extractor on its device.
@@ -124,7 +121,7 @@ def digits_space(device: torch.device) -> FeatureSpace:
     Raises:
         InputError: Its weights are not there.
     """
-    return _space("digits", device)
+    return open_extractor("digits", device, DigitsExtractor)
 
 
 def inception_space(weights: Path | None, device: torch.device) -> FeatureSpace:
@@ -136,7 +133,9 @@ def inception_space(weights: Path | None, device: torch.device) -> FeatureSpace:
     path = weights if weights is not None else _downloaded_inception()
     check_inception_weights(path)
     try:
-        return _space("inception-v3-spatial", device, feature_extractor_weights_path=str(path))
+        return open_extractor(
+            "inception-v3-spatial", device, InceptionExtractor, feature_extractor_weights_path=str(path)
+        )
     except RuntimeError as error:  # the names or the shapes do not fit
         raise InputError(f"{path} does not hold the weights of torch-fidelity's Inception network.") from error
 
@@ -164,9 +163,12 @@ def digits_digest() -> str:
     return digest.hexdigest()
 
 
-def _space(name: str, device: torch.device, **kwargs: Any) -> FeatureSpace:
+def open_extractor(
+    name: str, device: torch.device, extractor_class: type[FeatureExtractorBase], **kwargs: Any
+) -> FeatureSpace:
+    """Register a feature extractor with torch-fidelity under a name, where that was not done, and create it."""
     if name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(name, EXTRACTORS[name])
+        register_feature_extractor(name, extractor_class)
     extractor = create_feature_extractor(name, list(LAYERS), cuda=False, verbose=False, **kwargs)
     return FeatureSpace(extractor.to(device), device)
 

@@ -69,7 +69,7 @@ def shipped_digits(image_size: int) -> RealImages:
     images = digits.real_images(image_size)
     return RealImages(
         name="MNIST (Fréchet distances: 60,000 training images; others: 10,000 test images)",
-        digest=_digest([(path.name, file_sha256(path)) for path in files]),
+        digest=files_digest([(path.name, file_sha256(path)) for path in files]),
         statistics=statistics,
         images=lambda size: ArrayImages(images),
     )
@@ -115,7 +115,7 @@ def _named_dataset(name: str) -> RealImages:
     opened = cache(lambda: open_dataset(name))
     return RealImages(
         name=name,
-        digest=_digest([("torch-fidelity", name)]),
+        digest=files_digest([("torch-fidelity", name)]),
         statistics={},
         images=lambda size: DatasetImages(opened(), size),
         fetch=opened,
@@ -130,7 +130,7 @@ def _open_folder(folder: Path) -> RealImages:
         )
     return RealImages(
         name=f"{len(files)} images in {_printable(folder.name)}",
-        digest=_digest([(path.relative_to(folder).as_posix(), file_sha256(path)) for path in files]),
+        digest=files_digest([(path.relative_to(folder).as_posix(), file_sha256(path)) for path in files]),
         statistics={},
         images=lambda size: FileImages(files, size),
         fetch=partial(check_headers, files),
@@ -154,7 +154,8 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _digest(entries: list[tuple[str, str]]) -> str:
+def files_digest(entries: list[tuple[str, str]]) -> str:
+    """Return one hash over names and content hashes."""
     digest = hashlib.sha256()
     for name, content in entries:
         digest.update(os.fsencode(name) + f"\0{content}\n".encode())

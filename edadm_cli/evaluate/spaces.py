@@ -11,6 +11,7 @@ import torch
 
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.config import EvaluateConfig
+from edadm_cli.evaluate.emoji_features import FEATURE_NAME, emoji_digest, emoji_space, shipped_emoji
 from edadm_cli.evaluate.features import (
     FeatureSpace,
     check_inception_weights,
@@ -20,6 +21,7 @@ from edadm_cli.evaluate.features import (
 )
 from edadm_cli.evaluate.real import RealImages, shipped_digits
 from edadm_cli.models.digits.data import label_of_prompt
+from edadm_cli.models.emoji import data as emoji
 from edadm_cli.models.registry import ModelEntry
 
 INCEPTION_VERSION = "2015-12-05-6726825d"
@@ -87,6 +89,28 @@ class DigitsSpace(Space):
         return label_of_prompt(prompt)
 
 
+class EmojiSpace(Space):
+    """The picture-and-name encoder of the emoji models, and the real emoji; a class is one of 500 names."""
+
+    feature_name = FEATURE_NAME
+
+    def digest(self, config: EvaluateConfig) -> str:
+        """Return the hash of the encoders' weights."""
+        return emoji_digest()
+
+    def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
+        """Load the encoder."""
+        return emoji_space(device)
+
+    def real_images(self, entry: ModelEntry) -> RealImages:
+        """Return the real emoji."""
+        return shipped_emoji()
+
+    def label_of(self, prompt: str) -> int | None:
+        """Return the number of the name that a prompt asks for."""
+        return emoji.label_of_prompt(prompt)
+
+
 class InceptionSpace(Space):
     """The Inception network of 2015, in torch-fidelity's port."""
 
@@ -107,7 +131,7 @@ class InceptionSpace(Space):
         return inception_space(config.inception_weights, device)
 
 
-SPACES: dict[str, Space] = {"digits": DigitsSpace(), "inception": InceptionSpace()}
+SPACES: dict[str, Space] = {"digits": DigitsSpace(), "emoji": EmojiSpace(), "inception": InceptionSpace()}
 
 
 def space_of(entry: ModelEntry) -> Space:

@@ -141,6 +141,24 @@ class PromptAccuracy(InFeatures):
         return self._value(context, prompt_accuracy(logits[named], context.labels[named]), int(named.sum()))
 
 
+class PromptAmongFive(PromptAccuracy):
+    """The share of prompts that name a class which is among the five best of the image, for 500 classes and more."""
+
+    description = "share of images for which the name of the prompt is among the five best"
+
+    def applies(self, space: str) -> bool:
+        """Whether the classes are many: those of the emoji."""
+        return space == "emoji"
+
+    def compute(self, context: Context, resource: Any) -> Value:
+        """Count the images whose prompted class has one of the five highest logits."""
+        assert context.labels is not None
+        named = context.labels >= 0
+        logits, labels = context.features(context.images).logits[named], context.labels[named]
+        hits = (logits.topk(5).indices == labels.to(logits.device)[:, None]).any(1)
+        return self._value(context, float(hits.double().mean()), int(named.sum()))
+
+
 METRICS: tuple[Metric, ...] = (
     FrechetDistance("frechet_distance", "Fréchet distance", inception=False),
     FrechetDistance("spatial_frechet_distance", "Fréchet distance, spatial", inception=False, layer="spatial"),
@@ -153,4 +171,5 @@ METRICS: tuple[Metric, ...] = (
     Manifold("precision", "Precision", 0),
     Manifold("recall", "Recall", 1),
     PromptAccuracy("prompt_accuracy", "Prompt accuracy", inception=False),
+    PromptAmongFive("prompt_among_five", "Prompt among five", inception=False),
 )
