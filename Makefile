@@ -60,7 +60,7 @@ format: $(VENV)/.installed-dev
 # The reference of commands is compared with --help, and the site is built into site/; a warning is an error.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/cli_reference.py --check
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Which denoisers of diffusers work, from tiny random pipelines: the table in docs/models.md.
 table: $(VENV)/.installed
