@@ -324,3 +324,17 @@ def test_any_number_of_classes_is_converted(
     assert torch.equal(predict(again, x, 1000), predict(model, x, 1000))
     images = sample(model, seeds=[1, 2], prompts=None, num_steps=2, guidance_scale=3.0).images
     assert images.shape[0] == 2
+
+
+def test_a_configuration_is_found_beside_a_link_to_the_checkpoint(tmp_path: Path) -> None:
+    """As the hub's cache keeps files: links to files whose names say nothing."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    _, state = build(blobs, "ldm-church")
+    write_state(blobs / "model.ckpt", state).rename(blobs / "6ce0161689b3")
+    (blobs / "config.yaml").rename(blobs / "0a1b2c3d4e5f")
+    (snapshot / "model.ckpt").symlink_to(blobs / "6ce0161689b3")
+    (snapshot / "config.yaml").symlink_to(blobs / "0a1b2c3d4e5f")
+    model = load_model(str(snapshot / "model.ckpt"), CPU, torch.float32)
+    assert decoder_of(model).config.scaling_factor == 0.75
