@@ -170,6 +170,7 @@ def real_floor(judge: Judge, corpus: Corpus, count: int) -> dict[str, Any]:
     features, _ = judge.pictures(corpus.pixels[order])
     return {
         "frechet_real_to_real": frechet(features[:half], features[half:]),
+        "frechet_real_to_train": frechet(features[:half], judge.pictures(corpus.pixels[corpus.train])[0]),
         "pictures_per_half": half,
         "train": retrieval_of(judge, corpus, "train", count, None),
         "held_out": retrieval_of(judge, corpus, "held_out", count, None),
