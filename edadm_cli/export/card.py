@@ -87,7 +87,7 @@ def model_card(facts: CardFacts, place: str = HERE, base_license: str | None = N
 
     Args:
         facts: What it says.
-        place: From where the three lines load the pipeline: a repository, or a placeholder for a folder.
+        place: From where the three lines load the pipeline: a repository, or words that stand for a folder.
         base_license: Licence of the base model, as the hub names it; `None` where it is not known.
         has_grid: Whether a picture grid lies beside the card.
     """
