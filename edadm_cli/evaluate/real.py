@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class RealImages:
         images: Gives the images as a dataset of uint8 `(3, H, W)` for a height and a width; `None` where
             there are statistics only.
         fetch: Makes the images available before anything is sampled: downloads them, or checks the files.
+        images_name: What the images alone are, where the statistics are of other images.
     """
 
     name: str
@@ -50,6 +51,11 @@ class RealImages:
     statistics: Mapping[Layer, Statistics]
     images: ImageLoader | None
     fetch: Callable[[], object] = lambda: None
+    images_name: str = ""
+
+    def without_statistics(self) -> RealImages:
+        """Returns the images alone, for features that the statistics are not of."""
+        return replace(self, name=self.images_name or self.name, statistics={})
 
 
 def shipped_digits(image_size: int) -> RealImages:
@@ -69,6 +75,7 @@ def shipped_digits(image_size: int) -> RealImages:
     images = digits.real_images(image_size)
     return RealImages(
         name="MNIST (Fréchet distances: 60,000 training images; others: 10,000 test images)",
+        images_name="MNIST, 10,000 test images",
         digest=files_digest([(path.name, file_sha256(path)) for path in files]),
         statistics=statistics,
         images=lambda size: ArrayImages(images),

@@ -11,6 +11,8 @@ import torch
 
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.config import EvaluateConfig
+from edadm_cli.evaluate.efficientnet import FEATURE_NAME as EFFICIENTNET
+from edadm_cli.evaluate.efficientnet import WEIGHTS_SHA256, efficientnet_space, weights_path
 from edadm_cli.evaluate.emoji_features import FEATURE_NAME, emoji_digest, emoji_space, shipped_emoji
 from edadm_cli.evaluate.features import (
     FeatureSpace,
@@ -131,9 +133,39 @@ class InceptionSpace(Space):
         return inception_space(config.inception_weights, device)
 
 
-SPACES: dict[str, Space] = {"digits": DigitsSpace(), "emoji": EmojiSpace(), "inception": InceptionSpace()}
+class EfficientNetSpace(Space):
+    """EfficientNet-Lite0 with ImageNet weights, from an optional package; no shipped model was made with it."""
+
+    feature_name = EFFICIENTNET
+
+    def check(self, config: EvaluateConfig) -> None:
+        """Refuse to begin without the weights, which only a user who names the features needs."""
+        weights_path()
+
+    def digest(self, config: EvaluateConfig) -> str:
+        """Return the hash of the weights."""
+        return WEIGHTS_SHA256
+
+    def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
+        """Load the network."""
+        return efficientnet_space(device)
 
 
-def space_of(entry: ModelEntry) -> Space:
-    """Return the feature space of a model."""
-    return SPACES[entry.features]
+SPACES: dict[str, Space] = {
+    "digits": DigitsSpace(),
+    "emoji": EmojiSpace(),
+    "inception": InceptionSpace(),
+    EFFICIENTNET: EfficientNetSpace(),
+}
+
+
+def space_of(entry: ModelEntry, features: str | None = None) -> Space:
+    """Return a feature space: that of a model, or the one that is named."""
+    return SPACES[features or entry.features]
+
+
+def real_images(entry: ModelEntry, space: Space) -> RealImages | None:
+    """Return the real images that come with a model; in features other than its own without their statistics."""
+    own_space = SPACES[entry.features]
+    real = own_space.real_images(entry)
+    return real if real is None or space is own_space else real.without_statistics()

@@ -20,6 +20,7 @@ from torch.nn import functional
 from edadm_cli.errors import UsageError
 from edadm_cli.models.emoji.captions import MAX_TOKENS, STYLES, prompt_of
 from edadm_cli.models.emoji.data import WEIGHTS, model_folder, names
+from edadm_cli.models.quiet import quiet_libraries
 
 EMBEDDING = 192
 INPUT_SIZE = 64
@@ -108,10 +109,11 @@ def name_vectors(root: Path = WEIGHTS) -> Tensor:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     shared = model_folder("shared", root)
-    tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer", local_files_only=True)
-    text_encoder = CLIPTextModelWithProjection.from_pretrained(
-        shared / "text_encoder", local_files_only=True, dtype=torch.float32
-    ).eval()
+    with quiet_libraries():
+        tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer", local_files_only=True)
+        text_encoder = CLIPTextModelWithProjection.from_pretrained(
+            shared / "text_encoder", local_files_only=True, dtype=torch.float32
+        ).eval()
     retrieval = names(root)["retrieval"]
     total = torch.zeros(len(retrieval), EMBEDDING)
     for style in STYLES.values():

