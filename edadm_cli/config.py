@@ -322,6 +322,12 @@ class EvaluateConfig(EngineStageConfig):
     clip_pretrained: str = setting(
         "openai", "Weights of the CLIP model: a tag of open_clip, or a file; openai by default.", metavar="TAG|FILE"
     )
+    lpips_weights: Path | None = setting(
+        None,
+        "File of AlexNet's weights for --metrics lpips; by default the one in torch's cache.",
+        identity="never",
+        metavar="FILE",
+    )
     inception_weights: Path | None = setting(
         None, "File of Inception weights; by default torch-fidelity's own.", identity="never", metavar="FILE"
     )

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from functools import cache
 
 from edadm_cli.errors import MachineError
-from edadm_cli.metrics import clip, in_features, paired
+from edadm_cli.metrics import clip, in_features, lpips, paired
 from edadm_cli.metrics.base import Metric
 from edadm_cli.plugins import load_plugins
 
 GROUP = "edadm.metrics"
-_SHIPPED: tuple[Metric, ...] = (*in_features.METRICS, *clip.METRICS, *paired.METRICS)
+_SHIPPED: tuple[Metric, ...] = (*in_features.METRICS, *clip.METRICS, *paired.METRICS, *lpips.METRICS)
 
 
 @cache
