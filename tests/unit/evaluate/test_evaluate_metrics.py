@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from edadm_cli.cli.settings import STAGES, build_config, read_config_file
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.evaluate.selection import MetricSelection
 from edadm_cli.metrics.registry import metrics_of
+from edadm_cli.models.registry import known_models
 
 
 def selection(space: str, named: tuple[str, ...]) -> MetricSelection:
@@ -62,3 +66,13 @@ def test_neighbours_need_images() -> None:
     choice = selection("digits", ())
     choice.drop_too_few(4)
     assert choice.skipped == {}
+
+
+def test_the_protocol_of_mlperf_is_a_configuration_that_its_stages_take() -> None:
+    content = read_config_file(Path(__file__).parents[3] / "examples" / "mlperf-sdxl.toml")
+    evaluate = build_config(STAGES["evaluate"], content, {"bits": "w8a8"})
+    assert (evaluate.num_images, evaluate.metrics) == (5000, ("fid", "clip_score"))
+    assert build_config(STAGES["collect"], content, {"model": "sdxl-mlperf"}).dtype == "float16"
+    entry = known_models()["sdxl-mlperf"]
+    assert (entry.num_steps, entry.guidance_scale) == (20, 8.0)
+    assert "low quality" in entry.call_arguments["negative_prompt"]
