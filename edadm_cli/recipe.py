@@ -25,6 +25,7 @@ SelectStrategy = Literal["tdac", "uniform", "normal", "random", "last"]
 WeightRange = Literal["minmax", "search", "output-error"]
 ActivationRange = Literal["minmax", "search", "search-asymmetric"]
 Granularity = Literal["block", "layer", "none"]
+ChannelValue = Literal["weight-scale", "bias", "input-channel-scale"]
 
 
 class _Frozen(BaseModel):
@@ -144,6 +145,25 @@ class LearnRecipe(_Frozen):
         False, description="whether the mean error of each unit's output is added to the bias of its last layer"
     )
     rounding_sharpness_start: float = later(0.3, ge=0, lt=1, description="share of the iterations before tau grows")
+    rounding: Literal["sigmoid", "straight-through"] = later(
+        "sigmoid",
+        description="what is learned of a weight: h of AdaRound, or a shift with a straight-through gradient",
+    )
+    step_weight_exponent: float = later(
+        0.0,
+        ge=0,
+        le=2,
+        description="rows of a step are chosen in proportion to the measured effect of its errors on the final sample"
+        " to this power; 0: all alike",
+    )
+    channel_values: tuple[ChannelValue, ...] = later(
+        (), description="what is learned per channel: scales of weights, biases, scales of input channels"
+    )
+    channel_learning_rate: float = later(
+        1e-3,
+        gt=0,
+        description="Adam's step for values per channel, as a share of a scale or of the norm of a weight row",
+    )
 
 
 class LayerRule(_Frozen):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from edadm_cli.config import BitWidth
 from edadm_cli.models.registry import PaperSettings
-from edadm_cli.recipe import LearnRecipe
+from edadm_cli.recipe import ChannelValue, LearnRecipe
 
 # For a model without published settings: batch, iterations and gamma as the paper's systems have them. Over a cosine
 # Adam moves an alpha by at most half the step times the iterations, so 1,000 iterations need a larger step than the
@@ -43,6 +43,10 @@ class Hyperparameters(BaseModel):
     mixed_inputs: Literal["all", "hidden"] = "all"
     rounding_first: float = 0.0
     rate_decay: Literal["cosine", "constant"] = "cosine"
+    rounding: Literal["sigmoid", "straight-through"] = "sigmoid"
+    channel_values: tuple[ChannelValue, ...] = ()
+    channel_learning_rate: float = 1e-3
+    step_weight_exponent: float = 0.0
 
     def identity_fields(self) -> dict[str, Any]:
         """Returns the fields that decide the result; those with a default came later and do not count at it."""

@@ -1,12 +1,8 @@
-"""Layers, attention, rounding and scales while a unit learns.
-
-What is learned lies flat: one tensor of rounding variables and one of scales for the whole unit, so that a step costs a
-few operations on long tensors instead of many on short ones.
-"""
+"""Layers and attention products while their unit learns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +16,11 @@ from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.layers import SplitLayer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan
-from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid
 from edadm_cli.quant.transforms import transform_named
+from edadm_cli.reconstruct.hyperparameters import Hyperparameters
+from edadm_cli.reconstruct.learned_values import LearnedRounding, LearnedScales, LearnedVectors
 
 _DROP_LEVELS = 256
-_SMALLEST_SHARE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -150,77 +146,6 @@ class LearnedAttention(AttentionProducts):
         return learned_fake_quantize(tensor, self.scales[operand], zero, grid, self.drop.mask(tensor))
 
 
-class LearnedRounding:
-    """AdaRound's variables of all weights of a unit, as one tensor.
-
-    Args:
-        weights: Full-precision weights by part name.
-        scales: Their scales, `[C_out]` each.
-        plans: Their bits.
-    """
-
-    def __init__(
-        self, weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], plans: Mapping[str, LayerPlan]
-    ) -> None:
-        self.shapes = {name: weight.shape for name, weight in weights.items()}
-        self.sizes = [weight.numel() for weight in weights.values()]
-        flat = torch.cat([weight.flatten() for weight in weights.values()])
-        self.scale = torch.cat(
-            [scales[name].to(flat).repeat_interleave(weight[0].numel()) for name, weight in weights.items()]
-        )
-        self.floor = (flat / self.scale).floor()
-        grids = [plans[name].weight_grid for name in weights]
-        self.low = self._per_element([grid.quant_min for grid in grids], flat)
-        self.high = self._per_element([grid.quant_max for grid in grids], flat)
-        self.alpha = nn.Parameter(initial_alpha(flat, self.scale))
-        self.sharpness = torch.ones((), device=flat.device)  # tau, in place, so that a CUDA graph reads its new value
-
-    def weights(self, decided: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns the weights by part name, differentiable in alpha unless decided, and h, flat."""
-        up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha, self.sharpness)
-        return self._split((self.floor + up).clamp(self.low, self.high) * self.scale), up
-
-    def codes(self) -> dict[str, Tensor]:
-        """Decided codes by part name, int8: up where h >= 0.5."""
-        codes = (self.floor + (self.alpha.detach() >= 0)).clamp(self.low, self.high)
-        return self._split(codes.to(torch.int8))
-
-    def _split(self, flat: Tensor) -> dict[str, Tensor]:
-        pieces = flat.split(self.sizes)
-        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
-
-    def _per_element(self, bounds: list[int], like: Tensor) -> Tensor:
-        sizes = torch.tensor(self.sizes, device=like.device)
-        return torch.tensor(bounds, device=like.device, dtype=like.dtype).repeat_interleave(sizes)
-
-
-class LearnedScales:
-    """All activation scales of a unit, as one tensor.
-
-    Args:
-        first: Initial scales by name.
-        relative: Whether a step is a share of each scale's first value, or an absolute number.
-        device: Where they live.
-    """
-
-    def __init__(self, first: Mapping[str, Tensor], relative: bool, device: torch.device) -> None:
-        self.names = list(first)
-        values = torch.stack([scale.reshape(()) for scale in first.values()]) if first else torch.zeros(0)
-        values = values.to(device)
-        self.unit = values if relative else torch.ones_like(values)
-        self.factor = nn.Parameter(values / self.unit)
-        self.smallest = self.factor.detach() * _SMALLEST_SHARE
-
-    def values(self) -> dict[str, Tensor]:
-        """Scales by name, differentiable in `factor`."""
-        return dict(zip(self.names, (self.factor * self.unit).unbind(), strict=True))
-
-    @torch.no_grad()
-    def keep_positive(self) -> None:
-        """Let no step take a scale below a hundredth of its first value."""
-        self.factor.clamp_(min=self.smallest)
-
-
 class LearnedUnit:
     """The learnable stand-ins of one unit's layers and attentions, and what they learn."""
 
@@ -231,12 +156,12 @@ class LearnedUnit:
         attentions: Mapping[str, AttentionPlan],
         params: Mapping[str, Tensor],
         drop: Drop,
-        relative_scales: bool,
+        hyperparameters: Hyperparameters,
     ) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.attentions = {name: LearnedAttention(plan, drop) for name, plan in attentions.items()}
         self.decided = False
-        self.corrected_biases: dict[str, Tensor] = {}
+        self.bias_corrections: dict[str, Tensor] = {}
         self._parts: dict[str, LearnedLayer] = {}
         self._parts_of = {name: plans[name].part_names(name) for name in layers}
         weights: dict[str, Tensor] = {}
@@ -244,40 +169,79 @@ class LearnedUnit:
             weights |= self._add_layer(name, layer, plans[name], params, drop)
         device = next(iter(weights.values())).device
         self._weight_scales = {name: params[f"{name}.weight_scale"] for name in weights}
+        self._biases = {name: part.bias.detach() for name, part in self._parts.items() if part.bias is not None}
+        plan_of_part = {name: part.plan for name, part in self._parts.items()}
         self.rounding = LearnedRounding(
-            weights, self._weight_scales, {name: part.plan for name, part in self._parts.items()}
+            weights, self._weight_scales, plan_of_part, hyperparameters.rounding == "straight-through"
         )
         named = [f"{name}.input_scale" for name, part in self._parts.items() if part.plan.input_grid is not None]
         named += [f"{name}.{operand}_scale" for name in attentions for operand in OPERANDS]
-        self.scales = LearnedScales({name: params[name] for name in named}, relative_scales, device)
+        relative = hyperparameters.relative_scale_steps
+        self.scales = LearnedScales({name: params[name] for name in named}, relative, device)
+        self.vectors = self._vectors(weights, hyperparameters.channel_values, device)
+
+    def _vectors(self, weights: Mapping[str, Tensor], kinds: Collection[str], device: torch.device) -> LearnedVectors:
+        """What has a value per channel and is learned; a bias is measured in the norms of the rows of its weight."""
+        first: dict[str, Tensor] = {}
+        units: dict[str, Tensor] = {}
+        for name, part in self._parts.items():
+            if "weight-scale" in kinds:
+                first[f"{name}.weight_scale"] = self._weight_scales[name]
+            if "bias" in kinds and name in self._biases:
+                first[f"{name}.bias"] = self._biases[name]
+                units[f"{name}.bias"] = weights[name].detach().flatten(1).norm(dim=1)
+            if "input-channel-scale" in kinds:
+                first |= {f"{name}.{key}": tensor for key, tensor in part.transform_tensors.items()}
+        return LearnedVectors(first, units, device)
 
     def materialize(self) -> Tensor:
-        """Give every stand-in its weight and scales for the next forward; returns h, flat."""
-        weights, up = self.rounding.weights(self.decided)
-        scales = self.scales.values()
+        """Gives every stand-in its weight, bias and scales for the next forward; returns h, flat."""
+        vectors, scales = self.vectors.values(), self.scales.values()
+        keys = {name: f"{name}.weight_scale" for name in self._parts}
+        learned = {name: vectors[key] for name, key in keys.items() if key in vectors}
+        weights, up = self.rounding.weights(self.decided, learned or None)
         for name, part in self._parts.items():
             part.weight = weights[name]
+            if name in self._biases:
+                part.bias = self._bias(name, vectors)
             if part.plan.input_grid is not None:
                 part.input_scale = scales[f"{name}.input_scale"]
+            part.transform_tensors = {
+                key: vectors.get(f"{name}.{key}", tensor) for key, tensor in part.transform_tensors.items()
+            }
         for name, attention in self.attentions.items():
             attention.scales = {operand: scales[f"{name}.{operand}_scale"] for operand in OPERANDS}
         return up
 
-    def last_part(self, layer: str) -> LearnedLayer:
-        """Returns the stand-in that holds a layer's bias: the layer's own, or that of its first channel part."""
-        return self._parts[self._parts_of[layer][0]]
+    def _bias(self, part: str, vectors: Mapping[str, Tensor]) -> Tensor:
+        bias, correction = vectors.get(f"{part}.bias", self._biases[part]), self.bias_corrections.get(part)
+        return bias if correction is None else bias + correction
 
+    def last_bias(self, layer: str) -> tuple[str, Tensor] | None:
+        """Returns a layer's bias with the name of the channel part that holds it; `None`: it has none."""
+        part = self._parts_of[layer][0]
+        return (part, self._biases[part]) if part in self._biases else None
+
+    def keep_in_range(self) -> None:
+        """Does what the optimizer's change of the parameters asks for: scales stay positive."""
+        self.scales.keep_positive()
+        self.vectors.keep_positive()
+        self.rounding.keep_near()
+
+    @torch.no_grad()
     def params(self) -> dict[str, Tensor]:
-        """What was learned, rounding decided, under the names of the artifact, on the CPU."""
-        found = {f"{name}.weight_int": codes for name, codes in self.rounding.codes().items()}
-        found |= {f"{name}.weight_scale": scale for name, scale in self._weight_scales.items()}
-        found |= {f"{self._parts_of[name][0]}.bias": bias.detach() for name, bias in self.corrected_biases.items()}
-        found |= {name: scale.detach() for name, scale in self.scales.values().items()}
+        """Returns what was learned, rounding decided, under the names of the artifact, on the CPU."""
+        vectors = self.vectors.values()
+        params = {f"{name}.weight_int": codes for name, codes in self.rounding.codes().items()}
+        params |= {f"{name}.weight_scale": scale for name, scale in self._weight_scales.items()}
+        params |= self.scales.values()
         for name, part in self._parts.items():
             if part.input_zero_point is not None:
-                found[f"{name}.input_zero_point"] = part.input_zero_point
-            found |= {f"{name}.{key}": tensor for key, tensor in part.transform_tensors.items()}
-        return {name: tensor.cpu().clone() for name, tensor in found.items()}
+                params[f"{name}.input_zero_point"] = part.input_zero_point
+            params |= {f"{name}.{key}": tensor for key, tensor in part.transform_tensors.items()}
+        params |= vectors
+        params |= {f"{part}.bias": self._bias(part, vectors) for part in self.bias_corrections}
+        return {name: tensor.detach().cpu().clone() for name, tensor in params.items()}
 
     def _add_layer(
         self, name: str, layer: nn.Module, plan: LayerPlan, params: Mapping[str, Tensor], drop: Drop
@@ -292,7 +256,7 @@ class LearnedUnit:
             self._parts[part] = LearnedLayer(
                 operation,
                 part_plan,
-                layer.bias if part == names[0] and isinstance(layer.bias, Tensor) else None,
+                layer.bias.detach() if part == names[0] and isinstance(layer.bias, Tensor) else None,
                 None if zero_point is None else zero_point.to(weight.device).reshape(()),
                 drop,
                 {key: tensor.to(weight.device) for key, tensor in tensors.items()},

@@ -103,7 +103,7 @@ class UnitLearner:
             {name: plan.attentions[name] for name in unit.attentions if name in plan.attentions},
             params,
             self.activation_drop,
-            hyperparameters.relative_scale_steps,
+            hyperparameters,
         )
         for name, module in self.learned.modules.items():
             network.put_layer(name, module)
@@ -203,19 +203,15 @@ class UnitLearner:
         References:
             Data-free quantization, arXiv 1906.04721, section 4.2 (bias correction); PTQD, arXiv 2305.10657.
         """
-        part = self.learned.last_part(self.unit.layers[-1])
-        if part.bias is None:
+        last = self.learned.last_bias(self.unit.layers[-1])
+        error = None if last is None else self._mean_error()
+        if last is None or error is None or error.shape != last[1].shape:  # the output may have other channels
             return loss
-        before = part.bias
-        error = self._mean_error()
-        if error.shape != before.shape:  # the unit's output has other channels than its last layer's
-            return loss
-        part.bias = nn.Parameter(before.detach() + error, requires_grad=False)
+        self.learned.bias_corrections[last[0]] = error
         corrected = self.reconstruction_loss()
         if corrected < loss:
-            self.learned.corrected_biases[self.unit.layers[-1]] = part.bias
             return corrected
-        part.bias = before
+        del self.learned.bias_corrections[last[0]]
         return loss
 
     def loss(self) -> Tensor:
@@ -329,11 +325,15 @@ class UnitLearner:
 
     def after_step(self) -> None:
         """Keeps scales positive once the optimizer has changed them."""
-        self.learned.scales.keep_positive()
+        self.learned.keep_in_range()
 
     def _draw(self) -> list[int]:
         """Rows of the next step, drawn for all processes alike, of which this one takes its part."""
-        rows = torch.randint(self.data.quantized.rows, (self.hyperparameters.batch_size,), generator=self.order)
+        size, weights = self.hyperparameters.batch_size, self.data.row_weights
+        if weights is None:
+            rows = torch.randint(self.data.quantized.rows, (size,), generator=self.order)
+        else:
+            rows = torch.multinomial(weights, size, replacement=True, generator=self.order)
         return rows[self.share.start : self.share.stop].tolist()
 
     def optimization(self, phase: Phase | None = None) -> Optimization:
@@ -346,5 +346,7 @@ class UnitLearner:
             rates.append((self.learned.rounding.alpha, self.hyperparameters.weight_learning_rate))
         if phase.scales:
             rates.append((self.learned.scales.factor, self.hyperparameters.activation_learning_rate))
+        if self.learned.vectors.names:
+            rates.append((self.learned.vectors.delta, self.hyperparameters.channel_learning_rate))
         decays = self.hyperparameters.rate_decay == "cosine"
         return Optimization(rates, max(1, phase.stop - phase.start), self.device, decays)

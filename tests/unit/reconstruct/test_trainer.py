@@ -258,11 +258,22 @@ def test_a_seed_decides_every_byte(make_setting: MakeSetting, learner_of: Learne
     assert not _same(params[0], params[2])
 
 
+SCALED = ATTENTION.model_copy(update={"transforms": (TransformRule(name="input-channel-scale"),)})
+PER_CHANNEL = {"channel_values": ("weight-scale", "bias", "input-channel-scale"), "channel_learning_rate": 0.01}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, PER_CHANNEL, {"rounding": "straight-through"}], ids=lambda fields: str(len(fields))
+)
 @pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
-def test_what_is_deployed_computes_what_was_decided(make_setting: MakeSetting, learner_of: Learner, name: str) -> None:
-    setting = make_setting("w4a8", ATTENTION, iterations=4)
+def test_what_is_deployed_computes_what_was_decided(
+    make_setting: MakeSetting, learner_of: Learner, name: str, fields: dict[str, Any]
+) -> None:
+    setting = make_setting("w3a8", SCALED, iterations=25, batch_size=10, rounding_sharpness=20.0, **fields)
     learner = learner_of(setting, name)
-    params = learner.learn().params
+    result = learner.learn()
+    assert not result.is_nearest
+    params = result.params
     calls, unit = learner.data.quantized, learner.unit
     learner.activation_drop.active, learner.learned.decided = False, True
     learner.learned.materialize()
@@ -463,3 +474,27 @@ def test_only_the_hidden_state_is_mixed_where_the_recipe_says_so(
         assert not bool((hidden == 100).any())
         assert bool((embedding == 100).all()) != embedding_is_mixed
         setting.restore()
+
+
+@pytest.mark.parametrize("kind", ["weight-scale", "bias", "input-channel-scale"])
+def test_values_per_channel_are_learned_where_the_recipe_says_so(
+    make_setting: MakeSetting, learner_of: Learner, kind: str
+) -> None:
+    """Each kind alone changes its own tensors and no other of that kind, and scales stay positive at any rate."""
+    fields = {"iterations": 3, "weight_learning_rate": 1e-9, "activation_learning_rate": 1e-9}
+    setting = make_setting("w3a4", SCALED, channel_values=(kind,), channel_learning_rate=10.0, **fields)
+    learner = learner_of(setting, RESIDUAL)
+    for iteration in range(3):
+        learner.set_iteration(iteration)
+        learner.loss().backward()
+        optimization = learner.optimization()
+        optimization.adam.step()
+        learner.after_step()
+    params, first = learner.learned.params(), setting.ranges
+    suffixes = {"weight-scale": ".weight_scale", "input-channel-scale": ".input_channel_scale"}
+    for name, suffix in suffixes.items():
+        keys = [key for key in params if key.endswith(suffix)]
+        assert keys
+        assert any(not torch.equal(params[key], first[key]) for key in keys) is (name == kind)
+        assert all(bool((params[key] > 0).all()) for key in keys)
+    assert any(key.endswith(".bias") for key in params) is (kind == "bias")

@@ -1,0 +1,123 @@
+"""The variants that `benchmarks/learner.py` compares, in groups.
+
+A variant is a shipped recipe with some fields changed, such as `default+learn.rounding_sharpness=1`; `samples=16` is
+the size of the calibration set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BEFORE = "default+learn.rounding_sharpness=1+select.density_quantile=0.5"
+FEW_ITERATIONS = "+learn.iterations=2500+learn.weight_learning_rate=0.01+learn.activation_learning_rate=0.004"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variants by label, the bit widths at which they run, and the seeds."""
+
+    variants: dict[str, str]
+    widths: tuple[str, ...] = ("w4a8",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def channels(*kinds: str, base: str = "default") -> str:
+    """Returns the variant that learns values per channel of some kinds."""
+    names = ",".join(f'"{kind}"' for kind in kinds)
+    return f"{base}+learn.channel_values=[{names}]"
+
+
+INPUT_SCALES = '+transforms=[{"name":"input-channel-scale"}]'
+MAIN = {
+    "before": BEFORE,
+    "default": "default",
+    "paper": "paper",
+    "ptq4dm": "ptq4dm",
+    "rtn": "rtn",
+    "ranges-only": "default+learn.granularity=none",
+}
+PUBLISHED = {
+    "q-diffusion, 2,500 iterations": f"q-diffusion{FEW_ITERATIONS}",
+    "paper, tau 1": "paper+learn.rounding_sharpness=1",
+    "paper-uniform-g0": "paper+select.strategy=uniform+learn.layer_loss_weight=0",
+}
+INGREDIENTS = {
+    "weight scales": channels("weight-scale"),
+    "biases": channels("bias"),
+    "weight scales and biases": channels("weight-scale", "bias"),
+    "channel scales by formula": f"default{INPUT_SCALES}",
+    "channel scales, learned": channels("input-channel-scale") + INPUT_SCALES,
+    "all per channel": channels("weight-scale", "bias", "input-channel-scale") + INPUT_SCALES,
+    "all per channel, rate 3e-3": channels("weight-scale", "bias", "input-channel-scale")
+    + f"{INPUT_SCALES}+learn.channel_learning_rate=0.003",
+    "all per channel, 1,000 iterations": channels("weight-scale", "bias", "input-channel-scale")
+    + f"{INPUT_SCALES}+learn.iterations=1000",
+    "output-error scales": "default+ranges.weight=output-error",
+    "bias correction": "default+learn.bias_correction=true",
+    "straight-through": "default+learn.rounding=straight-through+learn.weight_learning_rate=0.01",
+    "step weights 0.5": "default+learn.step_weight_exponent=0.5",
+    "step weights 1": "default+learn.step_weight_exponent=1",
+    "1,000 iterations": "default+learn.iterations=1000",
+    "100 iterations": "default+learn.iterations=100",
+    "batch 64": "default+learn.batch_size=64",
+    "1,024 samples": "default+samples=1024",
+    "activation rate 3e-3": "default+learn.activation_learning_rate=0.003",
+    "input drop 0.5": "default+learn.input_drop=0.5",
+}
+SHARPNESS = {
+    "tau 10": "default+learn.rounding_sharpness=10",
+    "tau 50": "default+learn.rounding_sharpness=50",
+    "tau from the start": "default+learn.rounding_sharpness_start=0",
+    "tau from half": "default+learn.rounding_sharpness_start=0.5",
+    "regularizer 0": "default+learn.rounding_regularizer=0",
+    "regularizer 0.003": "default+learn.rounding_regularizer=0.003",
+    "rate 0.03": "default+learn.weight_learning_rate=0.03",
+    "rate 0.3": "default+learn.weight_learning_rate=0.3",
+    "straight-through, rate 0.003": "default+learn.rounding=straight-through+learn.weight_learning_rate=0.003",
+}
+STEPS = {
+    "uniform": "default+select.strategy=uniform",
+    "TDAC, median radius": "default+select.density_quantile=0.5",
+    "TDAC, lambda 5": "default+select.variety_weight=5",
+    "normal": "default+select.strategy=normal",
+    "last": "default+select.strategy=last",
+}
+GAMMAS = {
+    "gamma 0": "+learn.layer_loss_weight=0",
+    "gamma 0.2, relative": "",
+    "gamma 0.8, absolute": "+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
+}
+FAIR = {label: variant for label, variant in STEPS.items()} | {
+    "gamma 0": "default+learn.layer_loss_weight=0",
+    "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
+    "uniform, gamma 0": "default+select.strategy=uniform+learn.layer_loss_weight=0",
+    "symmetric ranges": "default+ranges.activation=search",
+    "quantized attention": "default+attention.quantize=true",
+    "QDrop": "default+learn.input_drop=0.5+learn.activation_drop=0.5",
+}
+FAIR_PAPER = {
+    "paper, uniform": "paper+select.strategy=uniform",
+    "paper, local radius": "paper+select.model_radius=false+select.density_quantile=0.05",
+    "paper, gamma 0": "paper+learn.layer_loss_weight=0",
+    "paper, gamma 0.2, relative": "paper+learn.layer_loss_weight=0.2+learn.relative_layer_losses=true",
+    "paper, no QDrop": "paper+learn.input_drop=0+learn.activation_drop=0",
+    "paper, asymmetric ranges": "paper+ranges.activation=search-asymmetric",
+}
+SAMPLES = {
+    f"{steps}, {name}, N {samples}": f"default+samples={samples}{change}"
+    + ("" if steps == "TDAC" else f"+select.strategy={steps}")
+    for samples in (8, 16, 32, 256)
+    for steps in ("TDAC", "uniform")
+    for name, change in GAMMAS.items()
+}
+GROUPS = {
+    "main": Group(MAIN, seeds=(0, 1, 2, 3, 4)),
+    "published": Group(PUBLISHED, seeds=(0, 1, 2, 3, 4)),
+    "ingredients": Group(INGREDIENTS, ("w4a8", "w3a8")),
+    "sharpness": Group(SHARPNESS),
+    "fair": Group(FAIR),
+    "fair-paper": Group(FAIR_PAPER),
+    "samples": Group(SAMPLES, ("w4a8", "w3a8")),
+    "widths": Group({"before": BEFORE, "default": "default", "paper": "paper"}, ("w8a8", "w3a8", "w4a4")),
+    "mixed": Group({"default": "default"}, ("auto:4.5a8", "auto:3.5a8")),
+}

@@ -1,0 +1,150 @@
+"""What a unit learns, each kind as one flat tensor: rounding, activation scales, and vectors with a value per channel.
+
+A step then costs a few operations on long tensors instead of many on short ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid, round_through
+
+_SMALLEST_SHARE = 1e-2
+_LARGEST_SHIFT = 0.5
+
+
+class LearnedRounding:
+    """The rounding variables of all weights of a unit.
+
+    Args:
+        weights: Full-precision weights by part name.
+        scales: Their scales, `[C_out]` each.
+        plans: Their bits.
+        is_straight_through: Whether a shift of each weight is learned through a plain rounding, not AdaRound's h.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        scales: Mapping[str, Tensor],
+        plans: Mapping[str, LayerPlan],
+        is_straight_through: bool = False,
+    ) -> None:
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        self.sizes = [weight.numel() for weight in weights.values()]
+        flat = torch.cat([weight.flatten() for weight in weights.values()])
+        self.scale = torch.cat(
+            [scales[name].to(flat).repeat_interleave(weight[0].numel()) for name, weight in weights.items()]
+        )
+        self.is_straight_through = is_straight_through
+        self.base = flat / self.scale if is_straight_through else (flat / self.scale).floor()
+        grids = [plans[name].weight_grid for name in weights]
+        self.low = self._per_element([grid.quant_min for grid in grids], flat)
+        self.high = self._per_element([grid.quant_max for grid in grids], flat)
+        self.alpha = nn.Parameter(torch.zeros_like(flat) if is_straight_through else initial_alpha(flat, self.scale))
+        self.sharpness = torch.ones((), device=flat.device)  # tau, in place, so that a CUDA graph reads its new value
+
+    def weights(self, decided: bool, scales: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns the weights by part name, differentiable in alpha unless decided, and h, flat.
+
+        Args:
+            decided: Whether the codes are those that are deployed.
+            scales: The scales of the parts, `[C_out]` each, where they are learned.
+        """
+        if self.is_straight_through:
+            shifted, up = self.base + self.alpha, torch.zeros((), device=self.alpha.device)
+            codes = shifted.detach().round() if decided else round_through(shifted)
+        else:
+            up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha, self.sharpness)
+            codes = self.base + up
+        codes = codes.clamp(self.low, self.high)
+        if scales is None:
+            return self._split(codes * self.scale), up
+        pieces = self._split(codes)
+        return {name: piece * scales[name].view(-1, *[1] * (piece.dim() - 1)) for name, piece in pieces.items()}, up
+
+    def codes(self) -> dict[str, Tensor]:
+        """Returns the codes by part name that are deployed, int8: up where h >= 0.5."""
+        alpha = self.alpha.detach()
+        codes = (self.base + alpha).round() if self.is_straight_through else self.base + (alpha >= 0)
+        return self._split(codes.clamp(self.low, self.high).to(torch.int8))
+
+    @torch.no_grad()
+    def keep_near(self) -> None:
+        """Lets no shift take a weight further than half a step."""
+        if self.is_straight_through:
+            self.alpha.clamp_(-_LARGEST_SHIFT, _LARGEST_SHIFT)
+
+    def _split(self, flat: Tensor) -> dict[str, Tensor]:
+        pieces = flat.split(self.sizes)
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+
+    def _per_element(self, bounds: list[int], like: Tensor) -> Tensor:
+        sizes = torch.tensor(self.sizes, device=like.device)
+        return torch.tensor(bounds, device=like.device, dtype=like.dtype).repeat_interleave(sizes)
+
+
+class LearnedScales:
+    """All activation scales of a unit.
+
+    Args:
+        first: Initial scales by name.
+        relative: Whether a step is a share of each scale's first value, or an absolute number.
+        device: Where they live.
+    """
+
+    def __init__(self, first: Mapping[str, Tensor], relative: bool, device: torch.device) -> None:
+        self.names = list(first)
+        values = torch.stack([scale.reshape(()) for scale in first.values()]) if first else torch.zeros(0)
+        values = values.to(device)
+        self.unit = values if relative else torch.ones_like(values)
+        self.factor = nn.Parameter(values / self.unit)
+        self.smallest = self.factor.detach() * _SMALLEST_SHARE
+
+    def values(self) -> dict[str, Tensor]:
+        """Returns the scales by name, differentiable in `factor`."""
+        return dict(zip(self.names, (self.factor * self.unit).unbind(), strict=True))
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """Lets no step take a scale below a hundredth of its first value."""
+        self.factor.clamp_(min=self.smallest)
+
+
+class LearnedVectors:
+    """Vectors of a unit with a value per channel: v = v_0 + u * delta, where delta is learned and starts at zero.
+
+    Args:
+        first: v_0 by name.
+        units: u by name, what a step is measured in; a vector without one is a scale, whose u is v_0.
+        device: Where they live.
+    """
+
+    def __init__(self, first: Mapping[str, Tensor], units: Mapping[str, Tensor], device: torch.device) -> None:
+        self.names, self.sizes = list(first), [vector.numel() for vector in first.values()]
+        self.first = self._flat(first, device)
+        self.unit = self._flat({name: units.get(name, vector) for name, vector in first.items()}, device)
+        bound = {
+            name: torch.full_like(vector, -torch.inf if name in units else _SMALLEST_SHARE - 1)
+            for name, vector in first.items()
+        }
+        self.smallest = self._flat(bound, device)
+        self.delta = nn.Parameter(torch.zeros_like(self.first))
+
+    def values(self) -> dict[str, Tensor]:
+        """Returns the vectors by name, differentiable in `delta`."""
+        return dict(zip(self.names, (self.first + self.unit * self.delta).split(self.sizes), strict=True))
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """Lets no step take a scale below a hundredth of its first value."""
+        self.delta.clamp_(min=self.smallest)
+
+    @staticmethod
+    def _flat(vectors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        empty = torch.zeros(0, device=device)
+        return torch.cat([empty, *(vector.detach().to(device, torch.float32) for vector in vectors.values())])
