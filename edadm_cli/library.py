@@ -155,7 +155,7 @@ def load(
 def _on_engine(path: Path, engine: Engine, device: torch.device, dtype: torch.dtype, reporter: Reporter) -> LoadedModel:
     """The export on an engine: from the engine's files in its run, elsewhere compiled for a usual call."""
     from edadm_cli.engines.base import EngineOptions
-    from edadm_cli.engines.files import load_on_engine
+    from edadm_cli.engines.files import compile_new, load_on_engine
     from edadm_cli.engines.pipeline import put_on_engine
     from edadm_cli.models.example_calls import example_call
     from edadm_cli.models.loading import load_model
@@ -166,4 +166,4 @@ def _on_engine(path: Path, engine: Engine, device: torch.device, dtype: torch.dt
     engine.require(device)
     model = load_model(str(path), device, dtype)
     args, kwargs = example_call(model.denoiser, batch_size=1)
-    return put_on_engine(model, engine.compile(model.denoiser, args, kwargs, EngineOptions(device, dtype)))
+    return put_on_engine(model, compile_new(engine, model.denoiser, args, kwargs, EngineOptions(device, dtype)))

@@ -6,7 +6,9 @@ that are damaged or outdated are replaced.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,7 +16,8 @@ from torch import nn
 
 from edadm_cli.artifacts import Artifact, RunFolder, open_artifact
 from edadm_cli.artifacts.store import Plan
-from edadm_cli.engines.base import Engine, EngineOptions, FileEngine
+from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions, FileEngine
+from edadm_cli.engines.isolation import IsolatedProcess, ProcessLostError, pack, unpack
 from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.calibration import CalibrationSet
@@ -41,11 +44,12 @@ class FileWriter(Protocol):
 def engine_artifact(
     run: RunFolder, export: Artifact, engine: FileWriter, reporter: Reporter, force: bool = False
 ) -> Artifact:
-    """The engine's files of an export: found, or made.
+    """Returns the engine's files of an export: those that are there, or new ones that have been called once.
 
     Raises:
         UsageError: The engine cannot express the denoiser.
         InputError: Another process is making them.
+        MachineError: The engine's library crashed at the first call.
     """
     bits = export.path.name
     name = f"{bits}-{engine.name}"
@@ -61,8 +65,53 @@ def engine_artifact(
         device = torch.device("cpu")
         model = load_model(str(export.path), device, torch.float32, _entry(run))
         args, kwargs = example(run, device, torch.float32)
-        engine.save(model.denoiser, args, kwargs, EngineOptions(device), build.path)
+        options = EngineOptions(device)
+        engine.save(model.denoiser, args, kwargs, options, build.path)
+        if isinstance(engine, FileEngine) and engine.refusal(device) is None:
+            require_first_call(engine, build.path, args, kwargs, options)
         return build.commit()
+
+
+def compile_new(
+    engine: Engine, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
+) -> CompiledDenoiser:
+    """Compiles a denoiser that has no files in a run; an engine with files calls it once before it is loaded here.
+
+    Raises:
+        MachineError: The engine's library crashed at the first call.
+    """
+    if not isinstance(engine, FileEngine):
+        return engine.compile(denoiser, args, kwargs, options)
+    with TemporaryDirectory(prefix="edadm-engine-") as folder:
+        engine.save(denoiser, args, kwargs, options, Path(folder))
+        require_first_call(engine, Path(folder), args, kwargs, options)
+        return engine.load(Path(folder), options)
+
+
+def require_first_call(
+    engine: FileEngine, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
+) -> None:
+    """Loads new files of an engine and calls the denoiser once, in a process of its own.
+
+    A library that compiles graphs can crash on a graph that it has not met before. Here that is an error.
+
+    Raises:
+        MachineError: The process crashed or was killed.
+        EdadmError: The files cannot be loaded or called.
+    """
+    lost = partial(
+        ProcessLostError,
+        f"The first call of the denoiser on the engine '{engine.name}'",
+        hint="edadm engines lists the other engines; without --engine, torch computes",
+        hint_if_killed="free some memory; without --engine, torch computes",
+    )
+    IsolatedProcess(lost, _first_call, engine, folder, pack((args, kwargs)), options).close()
+
+
+def _first_call(engine: FileEngine, folder: Path, packed: Any, options: EngineOptions) -> None:
+    args, kwargs = unpack(packed)
+    with torch.no_grad():
+        engine.load(folder, options)(*args, **kwargs)
 
 
 def load_on_engine(

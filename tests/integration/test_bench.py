@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor
 
+import edadm_cli
 from edadm_cli.artifacts import BenchRecord, RunFolder
 from edadm_cli.artifacts.inspection import inspect_run
 from edadm_cli.bench import measurement, participants, peak
@@ -23,11 +24,12 @@ from edadm_cli.bench.spec import ContenderEnvironment, Spec
 from edadm_cli.bench.subject import NearestSubject
 from edadm_cli.bench.worker import ContenderLostError
 from edadm_cli.config import BenchConfig, BitWidth, EvaluateConfig, ExportConfig, ReconstructConfig, SampleConfig
+from edadm_cli.engines import registry
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.openvino import OpenVinoEngine
 from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser
 from edadm_cli.engines.openvino.saturation import REASON, saturating_kinds
-from edadm_cli.errors import EXIT_INTERNAL, EdadmError, InputError, UsageError
+from edadm_cli.errors import EXIT_INTERNAL, EXIT_MACHINE, EdadmError, InputError, MachineError, UsageError
 from edadm_cli.estimates import bench as bench_estimates
 from edadm_cli.evaluate import stage as evaluate
 from edadm_cli.export import stage as export
@@ -107,6 +109,33 @@ def test_damaged_files_of_an_engine_are_made_again(run: RunFolder) -> None:
 def test_an_engine_without_files_is_refused_by_export(run: RunFolder) -> None:
     with pytest.raises(UsageError, match="keeps no files"):
         export.run(ExportConfig(bits=W8A8, device="cpu", parity_samples=1, engine="reference"), run)
+
+
+CRASHING = """
+import os, signal
+from edadm_cli.engines.openvino import OpenVinoEngine
+class CrashingEngine(OpenVinoEngine):
+    name = "crashing"
+    def load(self, folder, options):
+        return lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+def test_a_library_that_crashes_at_the_first_call_is_an_error_and_leaves_no_files(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for an export outside of its run, which has no place for files."""
+    (tmp_path / "crashing_engine.py").write_text(CRASHING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(registry._ENGINES, "crashing", ("crashing_engine", "CrashingEngine"))
+    sentence = r"The first call of the denoiser on the engine 'crashing' ended before its time: signal 11, crashed\.$"
+    with pytest.raises(MachineError, match=sentence) as caught:
+        sample.run(SampleConfig(bits=W8A8, device="cpu", num_images=1, engine="crashing"), run)
+    assert caught.value.exit_code == EXIT_MACHINE
+    assert not run.has("engine", "w8a8-crashing")
+    shutil.copytree(run.path("export", "w8a8"), tmp_path / "moved")
+    with pytest.raises(MachineError, match=sentence):
+        edadm_cli.load(tmp_path / "moved", engine="crashing", device="cpu")
 
 
 def test_images_of_engines_lie_beside_each_other(run: RunFolder) -> None:

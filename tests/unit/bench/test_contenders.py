@@ -21,7 +21,8 @@ from edadm_cli.bench.contenders.torchao import TorchAo
 from edadm_cli.bench.participants import Participants
 from edadm_cli.bench.rounds import is_unsteady, time_in_rounds
 from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec
-from edadm_cli.bench.worker import ContenderLostError, reason_of
+from edadm_cli.bench.worker import ContenderLostError
+from edadm_cli.engines.isolation import reason_of
 from edadm_cli.errors import EdadmError, MachineError, UsageError
 from edadm_cli.progress import SilentReporter
 

@@ -31,9 +31,10 @@ from edadm_cli.bench.running import Running
 from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec, milliseconds, placed
 from edadm_cli.bench.subject import exchanged, sample_of
 from edadm_cli.bench.verdict import headline, speedup_of
-from edadm_cli.bench.worker import RemoteRunning, pack, unpack
+from edadm_cli.bench.worker import RemoteRunning
 from edadm_cli.bench.workload import WorkItem
 from edadm_cli.engines.base import EngineOptions, LayerExecution, OperationTime
+from edadm_cli.engines.isolation import pack, unpack
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.errors import EdadmError, MachineError, UsageError
 
@@ -249,14 +250,13 @@ def test_a_contender_in_a_process_of_its_own_computes_the_same(saved: Spec, deno
 REMARKING = """
 import logging
 from multiprocessing import Pipe
-from edadm_cli.bench import worker
+from edadm_cli.engines import isolation
 def remarking(*arguments):
     logging.getLogger("torch.utils.cpp_extension").warning("of CUDA's compiler")
     logging.getLogger("torch").warning("of something else")
     raise KeyError("that ends it")
-worker.Running = remarking
 ours, theirs = Pipe()
-worker._serve(theirs, None, None, {})
+isolation._serve(theirs, remarking)
 """
 
 

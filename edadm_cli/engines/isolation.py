@@ -1,0 +1,223 @@
+"""Work in a process of its own: a library that crashes there ends that process and not the command."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edadm_cli.errors import EdadmError, MachineError
+
+_STOP = "stop"
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_PATIENCE_S = 5  # how long a process that was asked to end may take
+_STDOUT, _STDERR = 1, 2
+
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+class IsolatedProcess(Generic[T]):
+    """One object in a process of its own, and calls of it. What goes wrong there is raised here.
+
+    The process is a fresh interpreter, so that it shares no threads with this one. It imports nothing of the program
+    that asks for it: a script needs no `if __name__ == "__main__"`.
+
+    Args:
+        lost: Makes the error for a process that crashed or was killed from its exit status, which is negative for a
+            signal and `None` where it is not known.
+        make: Makes the object there; a function of a module. Tensors among its arguments must be packed.
+        arguments: Its arguments.
+        threads: Threads of the process; by default what the environment says.
+
+    Raises:
+        EdadmError: What `make` raised, or what `lost` makes.
+    """
+
+    def __init__(
+        self,
+        lost: Callable[[int | None], EdadmError],
+        make: Callable[..., T],
+        *arguments: Any,
+        threads: int | None = None,
+    ) -> None:
+        self._lost = lost
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, partial(make, *arguments)), daemon=True)
+        with _threads_in_environment(threads), _no_main_module():
+            self._process.start()
+        theirs.close()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, function: Callable[Concatenate[T, P], R], *arguments: P.args, **named: P.kwargs) -> R:
+        """Returns `function(object, *arguments)`, computed there; the result holds no tensors, or packed ones."""
+        try:
+            self._connection.send((function, arguments, named))
+        except (BrokenPipeError, OSError) as error:
+            raise self._gone() from error
+        result: R = self._receive()
+        return result
+
+    def close(self) -> None:
+        """Ends the process."""
+        with suppress(BrokenPipeError, OSError):
+            self._connection.send(_STOP)
+        self._process.join(timeout=_PATIENCE_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._connection.close()
+
+    def _receive(self) -> Any:
+        try:
+            kind, value = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._gone() from error
+        if kind == "done":
+            return value
+        message, hint, code = value
+        failure = EdadmError(message, hint)
+        failure.exit_code = code
+        raise failure
+
+    def _gone(self) -> EdadmError:
+        self._process.join(timeout=_PATIENCE_S)
+        return self._lost(self._process.exitcode)
+
+
+class ProcessLostError(MachineError):
+    """A process ended before it was asked to.
+
+    Args:
+        what: What the process was doing, as the subject of a sentence.
+        exit_status: Exit status of the process; negative for a signal, `None` where it is not known.
+        hint: The next command.
+        hint_if_killed: The next command where memory may not have sufficed.
+    """
+
+    def __init__(
+        self, what: str, exit_status: int | None, hint: str | None = None, hint_if_killed: str | None = None
+    ) -> None:
+        self.reason = reason_of(exit_status)
+        chosen = hint_if_killed if _is_killed(exit_status) else hint
+        super().__init__(f"{what} ended before its time: {self.reason}.", hint=chosen)
+
+
+def reason_of(exit_status: int | None) -> str:
+    """Says why a process ended, as the end of a sentence."""
+    if _is_killed(exit_status):
+        return f"signal {signal.SIGKILL}, killed, which happens where memory is used up"
+    if exit_status is not None and exit_status < 0:
+        return f"signal {-exit_status}, crashed"
+    return f"exit code {exit_status}"
+
+
+def _is_killed(exit_status: int | None) -> bool:
+    return exit_status == -signal.SIGKILL
+
+
+def pack(value: Any) -> Any:
+    """Turns the tensors of a call into arrays, which any process reads; bfloat16, which has none, into float32."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return _mapped(value, pack)
+
+
+def unpack(value: Any) -> Any:
+    """Undoes `pack`."""
+    if isinstance(value, np.ndarray | np.generic):
+        return torch.from_numpy(np.array(value))
+    return _mapped(value, unpack)
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: function(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(function(item) for item in value)
+    return value
+
+
+def _serve(connection: Connection, make: Callable[[], Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asked for the process reports the interrupt
+    _write_to_stderr()
+    # while it compiles, torch warns of a missing CUDA compiler even where there is no GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    served: list[Any] = []
+    _answer(connection, lambda: served.append(make()))
+    while served:
+        try:
+            message = connection.recv()
+        except EOFError:
+            return
+        if message == _STOP:
+            return
+        function, arguments, named = message
+        _answer(connection, partial(function, served[0], *arguments, **named))
+
+
+def _write_to_stderr() -> None:
+    """stdout carries the command's result and nothing else."""
+    try:
+        os.dup2(_STDERR, _STDOUT)
+    except OSError:  # the command has no standard error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+
+
+def _answer(connection: Connection, work: Callable[[], Any]) -> None:
+    try:
+        connection.send(("done", work()))
+    except EdadmError as error:
+        connection.send(("failed", (error.message, error.hint, error.exit_code)))
+    except Exception as error:  # noqa: BLE001 - the other process reports it
+        if "--verbose" in sys.argv or "-v" in sys.argv:
+            traceback.print_exc()
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        connection.send(("failed", (reason, None, EdadmError.exit_code)))
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Keeps a new process from importing the program's main module, which would run an unguarded script again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextmanager
+def _threads_in_environment(threads: int | None) -> Iterator[None]:
+    """Sets the variables from which a new process reads its number of threads before it imports anything."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    if threads is not None:
+        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
