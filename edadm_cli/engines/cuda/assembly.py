@@ -103,7 +103,8 @@ class Assembly:
 
     def _layer(self, name: str, layer: nn.Module) -> nn.Module:
         # a layer in floating point stays as it is: others may read its attributes
-        return layer if isinstance(layer, nn.Linear | nn.Conv2d) else self.lowering.product(name, layer)
+        is_float = isinstance(layer, nn.Linear | nn.Conv2d)
+        return layer if is_float and name not in self.lowering.adapters else self.lowering.product(name, layer)
 
     def _residual_block(self, name: str, block: Any) -> nn.Module | None:
         resamples = block.upsample is not None or block.downsample is not None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import edadm_kernels as kernels
+from edadm_cli.engines.cuda.adapted import AdaptedProduct, base_of, merge_adapted
 from edadm_cli.engines.cuda.layout import channels_last, image_of, rows_of
 from edadm_cli.engines.cuda.lowering import Lowering
 from edadm_cli.engines.cuda.norms import NormStage
@@ -182,8 +183,9 @@ def _broadcast(mask: Tensor | None) -> Tensor | None:
 
 def _reads(layer: Product) -> object:
     """What is equal for layers that take the same form of an input; `None` for one that takes a form of its own."""
-    if isinstance(layer, IntegerLinear):
-        return layer.quantizer.key
+    base = base_of(layer)
+    if isinstance(base, IntegerLinear):
+        return base.quantizer.key
     as_it_stands = (
         isinstance(layer, FloatProduct) and layer.input_quantizer is None and layer.operation.kind == "linear"
     )
@@ -193,10 +195,12 @@ def _reads(layer: Product) -> object:
 def _merged(layers: list[Product]) -> Product:
     if len(layers) == 1:
         return layers[0]
+    if any(isinstance(layer, AdaptedProduct) for layer in layers):
+        return merge_adapted(layers)
     integers = [layer for layer in layers if isinstance(layer, IntegerLinear)]
     return merge(integers) if integers else merge_floats([x for x in layers if isinstance(x, FloatProduct)])
 
 
 def _outputs(layer: Product) -> int:
-    assert isinstance(layer, IntegerLinear | FloatProduct)
+    assert isinstance(layer, IntegerLinear | FloatProduct | AdaptedProduct)
     return layer.num_outputs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from edadm_cli.engines.adapters import SideBranch, Strengths
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.cuda.profiling import operation_times
@@ -51,6 +52,14 @@ class CudaDenoiser(CompiledDenoiser):
     def layers(self) -> tuple[LayerExecution, ...]:
         """How each layer runs, in the order of the denoiser's modules."""
         return self._layers
+
+    @torch.no_grad()
+    def set_strengths(self, strengths: Strengths) -> None:
+        """Weight the adapters that the denoiser was compiled with, in place: no graph is made again."""
+        for module in self.model.modules():
+            if isinstance(module, SideBranch):
+                module.set_strengths(strengths)
+        self._state.prompt.forget()
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.engines.adapters import AdaptedLayer, SideBranch, strengths_of, take_adapters
 from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions
 from edadm_cli.engines.cuda.assembly import Assembly
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
@@ -21,6 +22,7 @@ from edadm_cli.engines.cuda.selection import faster_in_float
 from edadm_cli.engines.cuda.state import StepState
 from edadm_cli.engines.cuda.times import measured_times
 from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.network import set_module
 
 
 class CudaEngine(Engine):
@@ -77,14 +79,22 @@ class CudaEngine(Engine):
         """Assemble fused stages, or have torch compile the denoiser; a step's graph is recorded at its first call."""
         self.require(options.device)
         on_cuda = options.device.type == "cuda"
+        strengths = strengths_of(denoiser)
+        denoiser, adapters = take_adapters(denoiser)
         if not has_fused_stages(denoiser):
             model, layers = build_plain(denoiser, options.device, options.rest_dtype)
+            _put_beside(model, adapters, options)
             if on_cuda:
                 compile_blocks(model)
-            return CudaDenoiser(model, layers, StepState(), options, self._cuda_graphs and on_cuda)
-        assembly = Assembly(self._lowering(options, self._kept(denoiser, args, kwargs, options)), self._prompt_cache)
-        model, layers = assembly.build(denoiser)
-        return CudaDenoiser(model, layers, assembly.state, options, self._cuda_graphs and on_cuda)
+            state = StepState()
+        else:
+            kept = self._kept(denoiser, args, kwargs, options)
+            assembly = Assembly(self._lowering(options, kept, adapters), self._prompt_cache)
+            model, layers = assembly.build(denoiser)
+            state = assembly.state
+        compiled = CudaDenoiser(model, layers, state, options, self._cuda_graphs and on_cuda)
+        compiled.set_strengths(strengths)
+        return compiled
 
     @torch.no_grad()
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
@@ -107,5 +117,17 @@ class CudaEngine(Engine):
             return {}
         return faster_in_float(denoiser, args, kwargs, options.rest_dtype, *found, self._prompt_cache)
 
-    def _lowering(self, options: EngineOptions, kept: Mapping[str, str] | None = None) -> Lowering:
-        return Lowering(options.device, options.rest_dtype, self._pack_weights, kept or {})
+    def _lowering(
+        self,
+        options: EngineOptions,
+        kept: Mapping[str, str] | None = None,
+        adapters: Mapping[str, SideBranch] | None = None,
+    ) -> Lowering:
+        return Lowering(options.device, options.rest_dtype, self._pack_weights, kept or {}, adapters or {})
+
+
+def _put_beside(model: nn.Module, adapters: Mapping[str, SideBranch], options: EngineOptions) -> None:
+    """Put side branches beside layers of a denoiser that runs its own forward, in place."""
+    for name, branch in adapters.items():
+        layer = model.get_submodule(name)
+        set_module(model, name, AdaptedLayer(layer, branch.to(options.device, options.rest_dtype)))

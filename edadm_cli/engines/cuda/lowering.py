@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import edadm_kernels as kernels
+from edadm_cli.engines.adapters import SideBranch
+from edadm_cli.engines.cuda.adapted import AdaptedProduct
 from edadm_cli.engines.cuda.norms import NormStage
 from edadm_cli.engines.cuda.products import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
 from edadm_cli.engines.cuda.quantizer import Quantizer
@@ -57,6 +59,7 @@ class Lowering:
         pack_weights: Multiply weights of at most four bits packed, instead of unpacking them once.
         kept: Layers to keep in floating point although the kernels could run them: name to reason. They read their
             input as it stands, as a layer does that the recipe keeps.
+        adapters: LoRA adapters beside layers: name to side branch.
         decisions: How each planned layer runs: name to precision, and to the reason where it is no integer one.
     """
 
@@ -64,6 +67,7 @@ class Lowering:
     dtype: torch.dtype
     pack_weights: bool = False
     kept: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, SideBranch] = field(default_factory=dict)
     decisions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
     def product(self, name: str, layer: nn.Module, padding: Padding | None = None) -> Product:
@@ -74,6 +78,9 @@ class Lowering:
             layer: What to run.
             padding: Top, bottom, left, right, in place of a convolution's own.
         """
+        branch = self.adapters.get(name)
+        if branch is not None:
+            padding = None  # the block pads, for the branch reads the input too
         if isinstance(layer, SplitLayer):
             parts = [self.product(part_name(name, index), part) for index, part in enumerate(layer.parts)]
             product: Product = SplitProduct(parts, layer.sizes, layer.channel_dim)
@@ -82,7 +89,9 @@ class Lowering:
         else:
             product = self._float(layer)
         product.label = name
-        return product
+        if branch is None:
+            return product
+        return AdaptedProduct(product, branch.to(self.device, self.dtype))
 
     def norm(self, norm: nn.Module, consumers: list[Product], silu: bool) -> NormStage:
         """A normalization that hands over what `consumers` take; see `NormStage`."""

@@ -135,6 +135,10 @@ class PromptCache:
             self._buffers[key] = [(k.clone(), v.clone()) for k, v in pairs]
         self._prompt, self._version, self._pairs = prompt, version, self._buffers[key]
 
+    def forget(self) -> None:
+        """Have the next prompt computed again, even if it is the one of the last call: layers have changed."""
+        self._prompt = None
+
     def pair(self, place: int) -> Pair:
         """Key and value of the prompt that is held."""
         return self._pairs[place]

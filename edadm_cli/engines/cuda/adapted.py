@@ -1,0 +1,60 @@
+"""Products with a LoRA beside them: the side branch is what the product's epilogue adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from edadm_cli.engines.adapters import SideBranch, side_by_side
+from edadm_cli.engines.cuda.layout import channels_last, image_of, rows_of
+from edadm_cli.engines.cuda.products import IntegerLinear, Product, merge
+
+
+class AdaptedProduct(Product):
+    """A product that takes its input in floating point, which both the product and the side branch read.
+
+    Args:
+        base: The product without adapters.
+        branch: The adapters.
+    """
+
+    def __init__(self, base: Product, branch: SideBranch) -> None:
+        super().__init__()
+        self.base, self.branch, self.label = base, branch, base.label
+
+    @property
+    def num_outputs(self) -> int:
+        """Output features."""
+        return self.branch.up.shape[0]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        return channels_last(x) if x.ndim == 4 else x
+
+    def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
+        """See `Product`; the branch and `residual` are added in the epilogue."""
+        added = self._branch(prepared, residual)
+        return self.base.product(self.base.prepare(prepared), added, sample_bias)
+
+    def _branch(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        is_pointwise = self.branch.is_convolution and self.branch.down.shape[2:].numel() == 1
+        if not is_pointwise or self.branch.stride != (1, 1):
+            return self.branch(x, residual)
+        # a 1x1 convolution as a matrix product over the rows of the image
+        rows = None if residual is None else rows_of(channels_last(residual))
+        down = self.branch.down.flatten(1)
+        added = self.branch.raise_to(rows_of(channels_last(x)).to(down.dtype) @ down.T, rows)
+        return image_of(added, x.shape[0], *x.shape[2:])
+
+
+def base_of(layer: Product) -> Product:
+    """The product itself, without the adapters beside it."""
+    return layer.base if isinstance(layer, AdaptedProduct) else layer
+
+
+def merge_adapted(layers: Sequence[Product]) -> AdaptedProduct:
+    """One product of integer linear layers that share an input and its quantizer, some with adapters beside them."""
+    bases = [base for base in map(base_of, layers) if isinstance(base, IntegerLinear)]
+    branches = [layer.branch if isinstance(layer, AdaptedProduct) else None for layer in layers]
+    return AdaptedProduct(merge(bases), side_by_side(branches, [base.num_outputs for base in bases]))
