@@ -1,4 +1,4 @@
-"""A LoRA on the CUDA engine: the same sums as PEFT's side branch around the exact layers, weighted without recompiling."""
+"""A LoRA on the CUDA engine: the sums of PEFT's side branches, weighted without compiling again."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from edadm_cli.recipe import load_recipe
 
 peft = pytest.importorskip("peft")
 CPU = EngineOptions(device=torch.device("cpu"))
-# Each kind of layer by itself is equal to the bit. Together, sums in another order turn codes here and there by one, which
-# is much in a network of 8 to 16 channels, and far from what a misplaced adapter does.
+# Each kind of layer by itself is equal to the bit. Together, sums in another order turn codes here and there by one,
+# which is much in a network of 8 to 16 channels, and far from what a misplaced adapter does.
 TURNED = 0.03
 
 
