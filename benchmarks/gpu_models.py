@@ -32,7 +32,7 @@ from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.cuda.layer_product import KernelProduct
-from edadm_cli.engines.cuda.plain import compile_blocks, placed_copy
+from edadm_cli.engines.cuda.plain import compile_blocks, many_shapes, placed_copy
 from edadm_cli.engines.parity import prediction_of, relative_l2
 from edadm_cli.models.architecture import load_architecture
 from edadm_cli.models.example_calls import example_call
@@ -140,7 +140,12 @@ class Model:
         floating = self.full
         if self.device.type == "cuda":
             compile_blocks(floating)
-        contenders: dict[str, Callable[..., Any]] = {"float": graphed(floating)}
+
+        def in_many_shapes(*args: Any, **kwargs: Any) -> Any:
+            with many_shapes():
+                return floating(*args, **kwargs)
+
+        contenders: dict[str, Callable[..., Any]] = {"float": graphed(in_many_shapes)}
         options = EngineOptions(device=self.device, rest_dtype=self.dtype)
         engine = CudaEngine(float_where_faster=False)
         contenders["int8 engine"] = engine.compile(quantized, *self.call, options)

@@ -9,9 +9,12 @@ r"""Uniform affine grids: integer codes, a scale and a zero-point.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from edadm_cli.quant.fusion import fused
 
 
 @dataclass(frozen=True)
@@ -78,30 +81,43 @@ def _clamp_codes(codes: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     return codes.clamp_(grid.quant_min - shift, grid.quant_max - shift)
 
 
+def _forward(x: Tensor, reciprocal: Tensor, scale: Tensor, low: Tensor, high: Tensor, dropped: Tensor | None) -> Any:
+    """Returns `x` on the grid but for what is dropped, and which elements the grid does not clip."""
+    rounded = (x * reciprocal).round_()
+    codes = torch.clamp(rounded, low, high)
+    in_range = codes == rounded
+    quantized = codes.mul_(scale)
+    return (quantized if dropped is None else torch.where(dropped, x, quantized)), in_range
+
+
+def _backward(grad: Tensor, x: Tensor, output: Tensor, in_range: Tensor, dropped: Tensor | None) -> Any:
+    """Returns the gradient to `x`, and `scale` times the gradient to `scale`."""
+    # Inside the range the slope is code - x / scale; clipped, it is the code. Dropped elements do not see the scale.
+    slope = output - x * in_range
+    if dropped is None:
+        return grad * in_range, (slope * grad).sum()
+    return grad * (in_range | dropped), (slope * grad.masked_fill(dropped, 0)).sum()
+
+
 class _LearnedFakeQuantize(torch.autograd.Function):
     """Fake-quantize with a straight-through gradient to `x` and the LSQ gradient to `scale`."""
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, grid, dropped):  # type: ignore[no-untyped-def]
-        rounded = (x * scale.reciprocal()).round_()
-        codes = _clamp_codes(rounded.clone(), zero_point, grid)
-        in_range = codes == rounded
-        quantized = codes.mul_(scale)
-        ctx.save_for_backward(x, scale, quantized, in_range, dropped)
-        return quantized if dropped is None else torch.where(dropped, x, quantized)
+        ctx.scale_shape, scale, zero_point = scale.shape, scale.reshape(()), zero_point.reshape(())
+        low, high = grid.quant_min - zero_point, grid.quant_max - zero_point
+        x, dropped = x.contiguous(), None if dropped is None else dropped.contiguous().view(-1)
+        output, in_range = fused(_forward, x)(x.view(-1), scale.reciprocal(), scale, low, high, dropped)
+        output = output.view_as(x)
+        ctx.save_for_backward(x, scale, output, in_range, dropped)
+        return output
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, scale, quantized, in_range, dropped = ctx.saved_tensors
-        passes = in_range if dropped is None else in_range | dropped
-        grad_x = grad * passes if ctx.needs_input_grad[0] else None
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            # inside the range: code - x / scale; clipped: code. Dropped elements do not see the scale.
-            slope = quantized - x * in_range
-            through = grad if dropped is None else grad.masked_fill(dropped, 0)
-            grad_scale = ((through * slope).sum() / scale).reshape(scale.shape)
-        return grad_x, grad_scale, None, None, None
+        x, scale, output, in_range, dropped = ctx.saved_tensors
+        flat = grad.reshape(-1), x.view(-1), output.view(-1)
+        grad_x, product = fused(_backward, x)(*flat, in_range, dropped)
+        return grad_x.view_as(x), (product / scale).reshape(ctx.scale_shape), None, None, None
 
 
 def learned_fake_quantize(

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from edadm_cli.engines.adapters import SideBranch, Strengths
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.cuda.capture import GraphedFunction
+from edadm_cli.engines.cuda.plain import many_shapes
 from edadm_cli.engines.cuda.profiling import operation_times
 from edadm_cli.engines.cuda.state import StepState
 
@@ -90,7 +91,8 @@ class CudaDenoiser(CompiledDenoiser):
 
     def _eager(self, **arguments: Any) -> Any:
         self._state.begin()
-        return self.model(**arguments)
+        with many_shapes():
+            return self.model(**arguments)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name; a timestep that is a number becomes a tensor, so that a graph can read it."""

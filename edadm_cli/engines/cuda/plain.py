@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -72,12 +73,20 @@ def placed_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> n
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Have torch compile a model in place: its repeated blocks, which share their compilation, or else the whole."""
+    """Have torch compile a model in place: its repeated blocks, which share their compilation, or else the whole.
+
+    Calls belong into `many_shapes`.
+    """
     blocks = repeated_blocks(model)
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _MAX_SHAPES)
     for block in blocks or [model]:
         block.compile(fullgraph=bool(blocks), dynamic=False)
+
+
+def many_shapes() -> AbstractContextManager[object]:
+    """Lets torch compile a function for more shapes than it does of itself, while entered."""
+    dynamo: Any = torch._dynamo.config
+    limited: AbstractContextManager[object] = dynamo.patch(recompile_limit=max(dynamo.recompile_limit, _MAX_SHAPES))
+    return limited
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -144,3 +144,23 @@ def test_clipped_values_teach_their_input_nothing() -> None:
     learned_fake_quantize(x, torch.tensor(0.25), zero, activation_grid(4)).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_compiled_as_on_a_gpu_it_gives_the_same_values_and_gradients(
+    drop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = activation_grid(4)
+    x, scale, zero, dropped = _learned_case(grid, 7, drop)
+    results = []
+    for compiles in (False, True):
+        if compiles:  # one graph whatever the sizes, through the tracing that a GPU's kernels come from
+            options = {"backend": "aot_eager", "dynamic": True, "fullgraph": True}
+            monkeypatch.setattr("edadm_cli.quant.grid.fused", lambda f, _: torch.compile(f, **options))
+        xs, scales = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        output = learned_fake_quantize(xs, scales, zero, grid, dropped)
+        output.square().sum().backward()
+        results.append((output.detach(), xs.grad, scales.grad))
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
