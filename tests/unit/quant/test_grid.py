@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,6 +149,10 @@ def test_clipped_values_teach_their_input_nothing() -> None:
     assert x.grad.tolist() == [0, 1, 0]
 
 
+def _traced(function: Callable[..., Any], _: Tensor) -> Callable[..., Any]:
+    return torch.compile(function, backend="aot_eager", dynamic=True, fullgraph=True)
+
+
 @pytest.mark.parametrize("drop", [False, True])
 def test_compiled_as_on_a_gpu_it_gives_the_same_values_and_gradients(
     drop: bool, monkeypatch: pytest.MonkeyPatch
@@ -155,8 +162,7 @@ def test_compiled_as_on_a_gpu_it_gives_the_same_values_and_gradients(
     results = []
     for compiles in (False, True):
         if compiles:  # one graph whatever the sizes, through the tracing that a GPU's kernels come from
-            options = {"backend": "aot_eager", "dynamic": True, "fullgraph": True}
-            monkeypatch.setattr("edadm_cli.quant.grid.fused", lambda f, _: torch.compile(f, **options))
+            monkeypatch.setattr("edadm_cli.quant.grid.fused", _traced)
         xs, scales = x.clone().requires_grad_(), scale.clone().requires_grad_()
         output = learned_fake_quantize(xs, scales, zero, grid, dropped)
         output.square().sum().backward()
