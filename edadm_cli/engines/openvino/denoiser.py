@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import openvino as ov
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.interface import GraphInterface
-from edadm_cli.engines.openvino import saturation
+from edadm_cli.engines.openvino import saturation, sinusoids
 from edadm_cli.engines.openvino.execution import PlannedLayer, executed_layers, operation_times, runtime_nodes
 from edadm_cli.errors import InputError
 
@@ -55,35 +56,35 @@ class OpenVinoDenoiser(CompiledDenoiser):
     ) -> None:
         self._graph, self._interface, self._planned, self._options = graph, interface, planned, options
         self._core = ov.Core()
-        self._requests: OrderedDict[Shapes, ov.InferRequest] = OrderedDict()
+        self._requests: OrderedDict[Shapes, _Compiled] = OrderedDict()
         self._spared: frozenset[str] = frozenset()
         self._request(shapes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the denoiser; another batch or image size is compiled when it first comes."""
         tensors = self._tensors(args, kwargs)
-        output = _infer(self._request(_shapes(tensors)), tensors)
+        output = self._request(_shapes(tensors)).infer(tensors)
         return self._interface.output(output, args, kwargs)
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:
         """How each layer runs, as the runtime graph of the shape used last says."""
-        request = next(reversed(self._requests.values()))
+        compiled = next(reversed(self._requests.values()))
         reasons = dict.fromkeys(self._spared, saturation.REASON)
-        return executed_layers(runtime_nodes(request.get_compiled_model()), self._planned, reasons)
+        return executed_layers(runtime_nodes(compiled.model), self._planned, reasons)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
         """Time of each operation of one call, from a copy compiled with counters; the first call warms up."""
         tensors = self._tensors(args, kwargs)
-        request = self._compile(_shapes(tensors), {"PERF_COUNT": True})
+        compiled = self._compile(_shapes(tensors), {"PERF_COUNT": True})
         for _ in range(2):
-            _infer(request, tensors)
-        return operation_times(runtime_nodes(request.get_compiled_model()), self._planned)
+            compiled.infer(tensors)
+        return operation_times(runtime_nodes(compiled.model), self._planned)
 
     def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         return list(self._interface.tensors(args, kwargs).values())
 
-    def _request(self, shapes: Shapes) -> ov.InferRequest:
+    def _request(self, shapes: Shapes) -> _Compiled:
         if shapes not in self._requests:
             self._requests[shapes] = self._compile(shapes, {})
             while len(self._requests) > _SHAPES_KEPT:
@@ -91,12 +92,12 @@ class OpenVinoDenoiser(CompiledDenoiser):
         self._requests.move_to_end(shapes)
         return self._requests[shapes]
 
-    def _compile(self, shapes: Shapes, more: dict[str, Any]) -> ov.InferRequest:
+    def _compile(self, shapes: Shapes, more: dict[str, Any]) -> _Compiled:
         graph = self._graph.clone()  # shares its constants
         self._spared = saturation.spare_products(graph, saturation.saturating_kinds())
         try:
             graph.reshape(dict(zip(self._interface.inputs, map(list, shapes), strict=True)))
-            compiled = self._core.compile_model(graph, "CPU", plugin_properties(self._options) | more)
+            return _Compiled(self._core, graph, self._options, more)
         except RuntimeError as error:
             sizes = ", ".join(
                 f"{name} {list(shape)}" for name, shape in zip(self._interface.inputs, shapes, strict=True)
@@ -105,7 +106,39 @@ class OpenVinoDenoiser(CompiledDenoiser):
                 f"The OpenVINO graph of {self._interface.denoiser} does not fit inputs of {sizes}:"
                 f" {str(error).strip().splitlines()[-1]}"
             ) from error
-        return compiled.create_infer_request()
+
+
+class _Compiled:
+    """A graph compiled for one shape, and where the rest is not float32 the graph of its sinusoids.
+
+    Args:
+        core: OpenVINO's.
+        graph: Of static shapes; its sinusoids are taken out of it.
+        options: Precision of the rest and threads.
+        more: Further properties of the plug-in.
+
+    Raises:
+        RuntimeError: OpenVINO's own error.
+    """
+
+    def __init__(self, core: ov.Core, graph: ov.Model, options: EngineOptions, more: dict[str, Any]) -> None:
+        head = None if options.rest_dtype == torch.float32 else sinusoids.take_out(graph)
+        self.model = core.compile_model(graph, "CPU", plugin_properties(options) | more)
+        self._request = self.model.create_infer_request()
+        self._head: ov.InferRequest | None = None
+        if head is not None:
+            properties = plugin_properties(replace(options, rest_dtype=torch.float32))
+            self._head = core.compile_model(head, "CPU", properties).create_infer_request()
+
+    def infer(self, tensors: list[Tensor]) -> Tensor:
+        """The output for the graph's inputs, in memory of its own."""
+        inputs = [tensor.contiguous().numpy() for tensor in tensors]
+        if self._head is not None:
+            self._head.infer(inputs, share_inputs=True)
+            inputs = inputs + [output.data for output in self._head.output_tensors]
+        self._request.infer(inputs, share_inputs=True)
+        # the request writes its next output to the same memory
+        return torch.from_numpy(self._request.get_output_tensor(0).data.copy())
 
 
 def shapes_of(interface: GraphInterface, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
@@ -115,9 +148,3 @@ def shapes_of(interface: GraphInterface, args: tuple[Any, ...], kwargs: dict[str
 
 def _shapes(tensors: Iterable[Tensor]) -> Shapes:
     return tuple(tuple(tensor.shape) for tensor in tensors)
-
-
-def _infer(request: ov.InferRequest, tensors: list[Tensor]) -> Tensor:
-    request.infer([tensor.contiguous().numpy() for tensor in tensors], share_inputs=True)
-    # the request writes its next output to the same memory
-    return torch.from_numpy(request.get_output_tensor(0).data.copy())

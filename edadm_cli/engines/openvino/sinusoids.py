@@ -1,0 +1,63 @@
+"""Sines and cosines of timesteps and positions, computed in float32 by a graph of their own.
+
+With `INFERENCE_PRECISION_HINT` bfloat16 or float16, OpenVINO rounds their arguments too. A timestep of 987 in bfloat16 is
+off by up to 2 radians, so that the embedding of a timestep has hardly anything to do with it (OpenVINO 2026.4). The
+attribute with which a node of OpenVINO can ask for its own precision has no effect on the CPU.
+"""
+
+from __future__ import annotations
+
+import openvino as ov
+from openvino import opset13 as ops
+
+_SINUSOIDS = ("Sin", "Cos")
+_PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
+"""A sine of what a layer computes is no embedding, and its arguments are left to the engine."""
+
+
+def take_out(graph: ov.Model) -> ov.Model | None:
+    """Replace the sines and cosines of a graph's inputs by new inputs, in place.
+
+    Args:
+        graph: Of static shapes. Its inputs keep their places; one input per sine and cosine follows them.
+
+    Returns:
+        A graph with the original inputs, whose outputs are the new inputs in their order; None where there are none.
+    """
+    names = [node.get_friendly_name() for node in graph.get_ordered_ops() if _is_embedding(node)]
+    if not names:
+        return None
+    twin = graph.clone()  # shares the constants
+    sources = {node.get_friendly_name(): node for node in twin.get_ops()}
+    head = ov.Model([ops.result(sources[name].output(0)) for name in names], twin.get_parameters(), "sinusoids")
+    nodes = {node.get_friendly_name(): node for node in graph.get_ops()}
+    parameters = [_replace(nodes[name].output(0)) for name in names]
+    graph.add_parameters(parameters)
+    graph.validate_nodes_and_infer_types()
+    return head
+
+
+def _is_embedding(node: ov.Node) -> bool:
+    """Whether a node is a sine or cosine of a graph's inputs that no layer has touched."""
+    if node.get_type_name() not in _SINUSOIDS:
+        return False
+    depends, waiting, seen = False, [node], set[str]()
+    while waiting:
+        current = waiting.pop()
+        if current.get_friendly_name() in seen:
+            continue
+        seen.add(current.get_friendly_name())
+        kind = current.get_type_name()
+        if kind in _PRODUCTS:
+            return False
+        depends = depends or kind == "Parameter"
+        waiting.extend(value.get_node() for value in current.input_values())
+    return depends
+
+
+def _replace(output: ov.Output) -> ov.op.Parameter:
+    parameter = ops.parameter(output.get_shape(), output.get_element_type())
+    parameter.set_friendly_name(f"{output.get_node().get_friendly_name()}/value")
+    for reader in list(output.get_target_inputs()):
+        reader.replace_source_output(parameter.output(0))
+    return parameter
