@@ -1,7 +1,7 @@
 """Sines and cosines of timesteps and positions, computed in float32 by a graph of their own.
 
-With `INFERENCE_PRECISION_HINT` bfloat16 or float16, OpenVINO rounds their arguments too. A timestep of 987 in bfloat16 is
-off by up to 2 radians, so that the embedding of a timestep has hardly anything to do with it (OpenVINO 2026.4). The
+With `INFERENCE_PRECISION_HINT` bfloat16 or float16, OpenVINO rounds their arguments too. A timestep of 987 in bfloat16
+is off by up to 2 radians, so that the embedding of a timestep has hardly anything to do with it (OpenVINO 2026.4). The
 attribute with which a node of OpenVINO can ask for its own precision has no effect on the CPU.
 """
 
