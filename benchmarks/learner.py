@@ -140,9 +140,10 @@ def measure(settings: Settings, job: Job, device: str) -> dict[str, Any]:
     link_collection(shared_folder(settings, job), folder)
     shared = {"seed": job.seed, "device": device}
     chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
-    selected = select(SelectConfig(num_samples=min(samples, settings.trajectories), **chosen, **shared), folder)
+    samples = samples if settings.trajectories >= NUM_SAMPLES else min(samples, settings.trajectories)  # a trial
+    selected = select(SelectConfig(num_samples=samples, **chosen, **shared), folder)
     bits = BitWidth.parse(job.bits)
-    if bits.average is not None:
+    if bits.is_mixed:
         measure_sensitivity(SensitivityConfig(recipe=recipe, **shared), folder)
     learned = reconstruct(ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, **shared), folder)
     result = {

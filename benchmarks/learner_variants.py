@@ -64,6 +64,26 @@ INGREDIENTS = {
     "activation rate 3e-3": "default+learn.activation_learning_rate=0.003",
     "input drop 0.5": "default+learn.input_drop=0.5",
 }
+CHANNELS = channels("weight-scale", "bias", "input-channel-scale") + INPUT_SCALES
+NO_INPUT_SCALES = channels("weight-scale", "bias")
+TOGETHER = {
+    "X: all per channel, 1,024 samples": f"{CHANNELS}+samples=1024",
+    "X, 1,000 iterations": f"{CHANNELS}+samples=1024+learn.iterations=1000",
+    "X, 2,500 iterations": f"{CHANNELS}+samples=1024+learn.iterations=2500",
+    "X, 1,000 iterations, channel rate 3e-3": f"{CHANNELS}+samples=1024+learn.iterations=1000"
+    "+learn.channel_learning_rate=0.003",
+    "X, 1,000 iterations, no input scales": f"{NO_INPUT_SCALES}+samples=1024+learn.iterations=1000",
+    "X, 1,000 iterations, gamma 0": f"{CHANNELS}+samples=1024+learn.iterations=1000+learn.layer_loss_weight=0",
+    "X, 1,000 iterations, rate 0.03": f"{CHANNELS}+samples=1024+learn.iterations=1000+learn.weight_learning_rate=0.03",
+    "X, 1,000 iterations, tau from half": f"{CHANNELS}+samples=1024+learn.iterations=1000"
+    "+learn.rounding_sharpness_start=0.5",
+    "X, 1,000 iterations, uniform": f"{CHANNELS}+samples=1024+learn.iterations=1000+select.strategy=uniform",
+    "1,024 samples, 1,000 iterations": "default+samples=1024+learn.iterations=1000",
+}
+FLOORS = {
+    "weights only": 'default+layers=[{"pattern":"*","float_input":true}]',
+    "weights only, nearest": 'default+learn.granularity=none+layers=[{"pattern":"*","float_input":true}]',
+}
 SHARPNESS = {
     "tau 10": "default+learn.rounding_sharpness=10",
     "tau 50": "default+learn.rounding_sharpness=50",
@@ -114,6 +134,10 @@ GROUPS = {
     "main": Group(MAIN, seeds=(0, 1, 2, 3, 4)),
     "published": Group(PUBLISHED, seeds=(0, 1, 2, 3, 4)),
     "ingredients": Group(INGREDIENTS, ("w4a8", "w3a8")),
+    "together": Group(TOGETHER),
+    "together-w3a8": Group(TOGETHER, ("w3a8",)),
+    "floors": Group(FLOORS, seeds=(0,)),
+    "floors-w8a8": Group({"default": "default", "ranges-only": "default+learn.granularity=none"}, ("w8a8",), (0,)),
     "sharpness": Group(SHARPNESS),
     "fair": Group(FAIR),
     "fair-paper": Group(FAIR_PAPER),

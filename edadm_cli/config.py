@@ -27,6 +27,7 @@ came after artifacts without them; or never, since it says where or how fast a s
 
 _BITS = re.compile(r"^w([2-8])a([2-8])$")
 _AVERAGE_BITS = re.compile(r"^(?:auto:|w)([2-8](?:\.\d{1,2})?)a([2-8])$")
+_SIZE_BITS = re.compile(r"^(?:auto:|w)(\d{1,5}(?:\.\d{1,3})?)mib(?:a([2-8]))?$")
 _SIZE = re.compile(r"^(\d+)(?:x(\d+))?$")
 _RECIPE = (
     "default, default-attention, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, rtn, or your own TOML file"
@@ -119,7 +120,9 @@ class SelectConfig(StageConfig):
 
     strategy: SelectStrategy = setting("tdac", "tdac, uniform, normal, random or last; by default the recipe's.")
     num_samples: int | None = setting(
-        None, "N, the size of the calibration set; by default one sample per trajectory.", ge=1
+        None,
+        "N, the size of the calibration set; by default one sample per trajectory, and with more each gives several.",
+        ge=1,
     )
     density_radius: float | None = setting(
         None, "r of TDAC, the radius of the density; by default a low quantile of the pairwise distances.", gt=0
@@ -140,7 +143,10 @@ class SelectConfig(StageConfig):
 
 
 class BitWidth(BaseModel):
-    """Bits of weights and activations, written `w4a8`; `w4.5a8` is an average that each layer has its own share of."""
+    """Bits of weights and activations, written `w4a8`.
+
+    `w4.5a8` is an average that each layer has its own share of, `w1.5miba8` a size of the denoiser's file.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -148,6 +154,9 @@ class BitWidth(BaseModel):
     activation: int = Field(ge=2, le=8)
     average: float | None = later(
         None, ge=2, le=8, description="bits per weight on average, where layers have their own; null: all have `weight`"
+    )
+    size_mib: float | None = later(
+        None, gt=0, description="largest size of the quantized denoiser in MiB, where layers have their own bits"
     )
 
     @model_validator(mode="before")
@@ -157,7 +166,7 @@ class BitWidth(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> BitWidth:
-        """Reads `wXaY`, or an average number of weight bits: `auto:4.5a8`, which is written `w4.5a8`.
+        """Reads `wXaY`, an average number of weight bits such as `auto:4.5a8`, or a size such as `auto:1.5MiB`.
 
         Raises:
             UsageError: The text is not of that form, or X or Y is not within 2..8.
@@ -165,11 +174,13 @@ class BitWidth(BaseModel):
         plain = text.strip().lower()
         if match := _BITS.match(plain):
             return cls(weight=int(match[1]), activation=int(match[2]))
+        if (match := _SIZE_BITS.match(plain)) and float(match[1]) > 0:
+            return cls(weight=4, activation=int(match[2] or 8), size_mib=float(match[1]))
         match = _AVERAGE_BITS.match(plain)
         if match is None or float(match[1]) > 8:
             raise UsageError(
-                f"--bits takes wXaY with X and Y from 2 to 8, such as w8a8 or w4a8, or an average such as auto:4.5a8;"
-                f" got '{text}'.",
+                f"--bits takes wXaY with X and Y from 2 to 8, such as w8a8 or w4a8, an average such as auto:4.5a8, or"
+                f" the size of the denoiser such as auto:1.5MiB; got '{text}'.",
                 hint="edadm reconstruct --bits w4a8",
             )
         average = float(match[1])
@@ -185,13 +196,22 @@ class BitWidth(BaseModel):
         return tuple(dict.fromkeys(cls.parse(part) for part in text.split(",")))
 
     def __str__(self) -> str:
+        if self.size_mib is not None:
+            return f"w{self.size_mib:g}miba{self.activation}"
         return f"w{self.weight if self.average is None else f'{self.average:g}'}a{self.activation}"
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether layers have bits of their own, by their measured sensitivity."""
+        return self.average is not None or self.size_mib is not None
 
 
 class ReconstructConfig(StageConfig):
     """Range search and fine-grained block reconstruction."""
 
-    bits: BitWidth = setting(..., "Bit width, 2 to 8 each, such as w4a8.", metavar="wXaY")
+    bits: BitWidth = setting(
+        ..., "Bit width, 2 to 8 each, such as w4a8; auto:4.5a8 or auto:1.8MiB after edadm sensitivity.", metavar="wXaY"
+    )
     recipe: Recipe = setting(..., f"{_RECIPE}.", metavar="NAME|FILE")
     batch_size: int | None = setting(
         None, "Calibration samples per call of the denoiser; by default the model's own.", ge=1

@@ -110,8 +110,8 @@ class Selection(Payload):
             raise ValueError("timesteps, counts, density and variety differ in length")
         if sum(self.counts) != self.num_samples:
             raise ValueError(f"the counts sum to {sum(self.counts)}, and num_samples is {self.num_samples}")
-        if self.num_samples > self.num_trajectories:
-            raise ValueError("there are more samples than trajectories")
+        if max(self.counts) > self.num_trajectories:
+            raise ValueError("a step gives more samples than there are trajectories")
         return self
 
 

@@ -1,24 +1,35 @@
 r"""The bits of each layer that a budget is spent on best: an integer program.
 
     minimise    sum_l sum_b E_{l,b} x_{l,b}
-    subject to  sum_b x_{l,b} = 1 for every layer l,   sum_l sum_b n_l b x_{l,b} <= B,   x in {0, 1}
+    subject to  sum_b x_{l,b} = 1 for every layer l,   sum_l sum_b n_l c_b x_{l,b} <= B,   x in {0, 1}
 
-where E_{l,b} is the error of layer l at b bits, n_l its number of weights, and B the budget in bits. Errors of
-different layers are taken to add up.
+where E_{l,b} is the error of layer l at b bits, n_l its number of weights, c_b the bits that a code of b bits costs (b,
+or what it takes on disk), and B the budget in bits. Errors of different layers are taken to add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import nn
 
+from edadm_cli.artifacts import Sensitivity
+from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
+from edadm_cli.models.units import Trace
+from edadm_cli.quant.packing import stored_bits
+
+_FLOAT_BYTES, _HEADER_BYTES = 4, 140  # of a number, and of a tensor's entry in the header of a safetensors file
+_TENSORS_PER_LAYER = 3  # scale, input scale and zero-point beside the codes
 
 
 def assign_bits(
-    errors: Mapping[str, Mapping[int, float]], num_weights: Mapping[str, int], budget_bits: float
+    errors: Mapping[str, Mapping[int, float]],
+    num_weights: Mapping[str, int],
+    budget_bits: float,
+    cost_of: Callable[[int], int] = int,
 ) -> dict[str, int]:
     """Choose a number of bits per layer.
 
@@ -26,6 +37,7 @@ def assign_bits(
         errors: Layer -> number of bits -> error. Layers may have different candidates.
         num_weights: Layer -> number of weights.
         budget_bits: B, bits of all weights together.
+        cost_of: c_b, the bits that a code of b bits costs.
 
     Returns:
         Layer -> number of bits.
@@ -33,17 +45,17 @@ def assign_bits(
     Raises:
         UsageError: The budget is smaller than every layer at its fewest bits.
     """
-    fewest = sum(num_weights[name] * min(widths) for name, widths in errors.items())
+    fewest = sum(num_weights[name] * min(map(cost_of, widths)) for name, widths in errors.items())
     if budget_bits < fewest:
         total = sum(num_weights[name] for name in errors)
         raise UsageError(
-            f"A budget of {budget_bits / total:.3g} bits per weight is too small: the fewest that were measured are"
-            f" {fewest / total:.3g}.",
-            hint="a larger --average-bits",
+            f"A budget of {max(budget_bits, 0) / total:.3g} bits per weight is too small: the fewest that were measured"
+            f" are {fewest / total:.3g}.",
+            hint="a larger average or size in --bits",
         )
     columns = [(name, bits) for name, widths in errors.items() for bits in sorted(widths)]
     cost = np.array([errors[name][bits] for name, bits in columns])
-    size = np.array([float(num_weights[name] * bits) for name, bits in columns])
+    size = np.array([float(num_weights[name] * cost_of(bits)) for name, bits in columns])
     rows = {name: row for row, name in enumerate(errors)}
     choose_one = np.zeros((len(rows), len(columns)))
     for column, (name, _) in enumerate(columns):
@@ -62,3 +74,43 @@ def assign_bits(
     if solution.x is None:
         raise UsageError(f"No assignment of bits was found within a minute: {solution.message}")
     return {name: bits for (name, bits), chosen in zip(columns, solution.x, strict=True) if chosen > 0.5}
+
+
+def spend_budget(sensitivity: Sensitivity, bits: BitWidth, denoiser: nn.Module, traced: Trace) -> dict[str, int]:
+    """Returns the number of weight bits per layer for an average per weight, or for a size of the quantized denoiser.
+
+    Args:
+        sensitivity: The measured errors.
+        bits: With an average or a size.
+        denoiser: In full precision.
+        traced: Its trace.
+
+    Raises:
+        UsageError: The budget is too small.
+    """
+    sizes = {layer.name: layer.num_weights for layer in sensitivity.layers}
+    errors = {layer.name: layer.weight_errors for layer in sensitivity.layers}
+    if bits.size_mib is None:
+        assert bits.average is not None
+        return assign_bits(errors, sizes, bits.average * sum(sizes.values()))
+    beside = bytes_beside_codes(denoiser, traced, sizes)
+    smallest = (
+        beside + sum(sizes[name] * min(map(stored_bits, widths)) / 8 for name, widths in errors.items())
+    ) / 2**20
+    if bits.size_mib < smallest:
+        raise UsageError(
+            f"A size of {bits.size_mib:g} MiB is too small: with four bits per weight and {beside / 2**20:.3f} MiB of"
+            f" scales and float tensors the denoiser takes {smallest:.3f} MiB.",
+            hint="a larger size in --bits",
+        )
+    return assign_bits(errors, sizes, 8 * (bits.size_mib * 2**20 - beside), stored_bits)
+
+
+def bytes_beside_codes(denoiser: nn.Module, traced: Trace, quantized: Collection[str]) -> int:
+    """Returns the bytes of a quantized denoiser's file that are no codes: float tensors, scales, names of tensors."""
+    weights = {layer.name: layer.module.weight for layer in traced.layers if layer.name in quantized}
+    floats = sum(parameter.numel() for parameter in denoiser.parameters())
+    floats -= sum(weight.numel() for weight in weights.values())
+    scales = sum(weight.shape[0] + 2 for weight in weights.values())
+    tensors = len(list(denoiser.parameters())) + _TENSORS_PER_LAYER * len(weights)
+    return _FLOAT_BYTES * (floats + scales) + _HEADER_BYTES * tensors

@@ -13,6 +13,11 @@ def is_packed(num_bits: int) -> bool:
     return num_bits <= NIBBLE_BITS
 
 
+def stored_bits(num_bits: int) -> int:
+    """Returns how many bits a code of `num_bits` takes on disk."""
+    return NIBBLE_BITS if is_packed(num_bits) else 8
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """Pack signed codes in -8..7, shape `[C_out, ...]`, to uint8, shape `[C_out, ceil(K / 2)]`.
 

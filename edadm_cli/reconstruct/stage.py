@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edadm_cli.artifacts import (
     Artifact,
@@ -29,7 +29,7 @@ from edadm_cli.artifacts import (
     shared_keys,
 )
 from edadm_cli.artifacts.quantization import PARAMS_FILE, save_plan
-from edadm_cli.calibrate.bit_budget import assign_bits
+from edadm_cli.calibrate.bit_budget import spend_budget
 from edadm_cli.calibrate.gains import measure_gains
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import count, plan_network
@@ -41,7 +41,7 @@ from edadm_cli.models.collected import CollectedRun, load_collected_model
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.registry import known_models
 from edadm_cli.models.sampling import sample
-from edadm_cli.models.units import Unit, trace, units
+from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import QuantizationPlan
@@ -125,15 +125,12 @@ class _Task:
         parents = (self.selection,) if self.sensitivity is None else (self.selection, self.sensitivity)
         return Plan("reconstruct", str(config.bits), fields, config.seed, parents, model)
 
-    def recipe(self) -> Recipe:
-        """Returns the recipe, with a rule per layer where an average number of bits is spent by sensitivity."""
-        recipe, average = self.config.recipe, self.config.bits.average
-        if self.sensitivity is None or average is None:
+    def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
+        """Returns the recipe, with a rule per layer where a budget of bits is spent by sensitivity."""
+        recipe = self.config.recipe
+        if self.sensitivity is None:
             return recipe
-        layers = Sensitivity.load(self.sensitivity).layers
-        sizes = {layer.name: layer.num_weights for layer in layers}
-        errors = {layer.name: layer.weight_errors for layer in layers}
-        bits = assign_bits(errors, sizes, average * sum(sizes.values()))
+        bits = spend_budget(Sensitivity.load(self.sensitivity), self.config.bits, denoiser, traced)
         rules = tuple(LayerRule(pattern=name, weight_bits=number) for name, number in bits.items())
         return recipe.model_copy(update={"layers": (*rules, *recipe.layers)})
 
@@ -155,7 +152,7 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
     if batch_size is None:
         batch_size = CollectedRun.open(run).entry.batch_size
     budget = processes.share(memory_budget(config.memory_budget_mib, device))
-    sensitivity = None if config.bits.average is None else run.open("sensitivity")
+    sensitivity = run.open("sensitivity") if config.bits.is_mixed else None
     return _Task(config, run, selection, sensitivity, batch_size, hyperparameters, device, budget, processes)
 
 
@@ -166,7 +163,7 @@ def prepare(task: _Task) -> ReconstructionContext:
     batches = Batches(CalibrationSet.load(task.selection), task.batch_size, task.device)
     (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)
-    plan = plan_network(traced, task.recipe(), config.bits)
+    plan = plan_network(traced, task.recipe(denoiser, traced), config.bits)
     network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
     granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
     found = units(denoiser, traced, set(plan.layers), granularity)

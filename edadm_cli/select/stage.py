@@ -1,4 +1,4 @@
-"""`edadm select`: choose one step of each trajectory, and put the calibration set together."""
+"""`edadm select`: choose steps of the trajectories, one of each by default, and put the calibration set together."""
 
 from __future__ import annotations
 
@@ -146,10 +146,12 @@ def prepare(config: SelectConfig, run: RunFolder) -> _Task:
     collected = CollectedRun.open(run)
     num_trajectories = collected.num_trajectories
     num_samples = config.num_samples or num_trajectories
-    if num_samples > num_trajectories:
+    timesteps = collected.artifact.tensors("features.safetensors", ["timesteps"])["timesteps"]
+    if num_samples > num_trajectories * len(timesteps):
         raise UsageError(
-            f"{num_samples} samples were asked for, and each of the {num_trajectories} trajectories gives one.",
-            hint=f"edadm collect --num-trajectories {num_samples} --force",
+            f"{num_samples} samples were asked for, and {num_trajectories} trajectories of {len(timesteps)} steps have"
+            f" {num_trajectories * len(timesteps)}.",
+            hint=f"edadm collect --num-trajectories {-(-num_samples // len(timesteps))} --force",
         )
     if config.strategy != "tdac":
         for flag, value in (
@@ -164,7 +166,7 @@ def prepare(config: SelectConfig, run: RunFolder) -> _Task:
     return _Task(
         config=config,
         collected=collected.artifact,
-        timesteps=collected.artifact.tensors("features.safetensors", ["timesteps"])["timesteps"],
+        timesteps=timesteps,
         num_trajectories=num_trajectories,
         num_samples=num_samples,
         variety_weight=default_weight if config.variety_weight is None else config.variety_weight,
@@ -208,21 +210,38 @@ def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.
     """Decide by a random permutation which trajectory gives which step.
 
     Args:
-        counts: Samples a step, with shape `(T,)`; at most `num_trajectories` together.
+        counts: Samples per step, with shape `(T,)`; none above `num_trajectories`.
         num_trajectories: How many there are.
         generator: Draws the permutation.
 
     Returns:
-        Step and trajectory of each sample, in the order of the trajectories, so that neighbours in the set
-        are of different steps; no trajectory comes twice.
+        Step and trajectory of each sample, in the order of the trajectories. Every trajectory gives one sample before
+        any gives a second, and none gives a step twice.
     """
     step_index = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    trajectory_index = torch.randperm(num_trajectories, generator=generator)[: len(step_index)]
-    order = trajectory_index.argsort()
+    permutation = torch.randperm(num_trajectories, generator=generator)
+    trajectory_index = permutation[torch.arange(len(step_index)) % num_trajectories]
+    order = trajectory_index.argsort(stable=True)
     return step_index[order], trajectory_index[order]
 
 
 def _counts(task: _Task, allocation: Allocation) -> Tensor:
+    """How many samples each step gives.
+
+    Raises:
+        UsageError: A step is to give more samples than there are trajectories.
+    """
+    counts = _strategy_counts(task, allocation)
+    if int(counts.max()) > task.num_trajectories:
+        raise UsageError(
+            f"Step {int(counts.argmax())} would give {int(counts.max())} of {task.num_samples} samples, and each of the"
+            f" {task.num_trajectories} trajectories has that step once.",
+            hint=f"edadm collect --num-trajectories {int(counts.max())} --force, or fewer --num-samples",
+        )
+    return counts
+
+
+def _strategy_counts(task: _Task, allocation: Allocation) -> Tensor:
     num_steps, num_samples = len(task.timesteps), task.num_samples
     match task.config.strategy:
         case "tdac":

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from edadm_cli.artifacts import RunFolder, Sensitivity
+from edadm_cli.artifacts.quantization import load_plan
 from edadm_cli.cli.app import main
+from edadm_cli.config import BitWidth
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.collected import load_collected_model
+from edadm_cli.quant.network import quantize_network
 from edadm_cli.sensitivity import stage
 
 
@@ -47,6 +52,22 @@ def test_bits_follow_the_measurement_and_keep_to_the_budget(run_folder: Path) ->
     assert [parent.kind for parent in run.open("reconstruct", "w3.5a8").manifest.parents] == ["select", "sensitivity"]
 
 
+def test_a_size_is_kept_and_used(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layers get four or eight bits, which is what codes take on disk, until the file is as large as it may be."""
+    run = RunFolder(run_folder)
+    denoiser = load_collected_model(run, torch.device("cpu"), torch.float32).denoiser
+    common = ["--recipe", "rtn", "--run", str(run_folder), "--device", "cpu", "--quiet"]
+    assert main(["reconstruct", "--bits", "auto:0.001MiB", *common]) == UsageError.exit_code
+    smallest = float(capsys.readouterr().err.split("the denoiser takes ")[1].split(" MiB")[0])
+    size = 1.15 * smallest
+    assert main(["reconstruct", "--bits", f"auto:{size:.3f}MiB", *common]) == 0
+    plan = load_plan(run.open("reconstruct", str(BitWidth.parse(f"auto:{size:.3f}MiB"))))
+    assert {layer.weight_bits for layer in plan.layers.values()} == {4, 8}
+    quantize_network(denoiser, plan)
+    save_file(denoiser.state_dict(), run_folder / "denoiser.safetensors")
+    assert 0.9 * smallest < (run_folder / "denoiser.safetensors").stat().st_size / 2**20 <= size
+
+
 def test_an_average_needs_the_measurement(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "run"
     for kind in ("collect", "select"):
@@ -56,7 +77,7 @@ def test_an_average_needs_the_measurement(run_folder: Path, tmp_path: Path, caps
     assert "edadm sensitivity" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bits", ["auto:9a8", "auto:4.5", "w4.567a8", "auto:1.5a8"])
+@pytest.mark.parametrize("bits", ["auto:9a8", "auto:4.5", "w4.567a8", "auto:1.5a8", "auto:0MiB"])
 def test_impossible_averages_are_usage_errors(bits: str, run_folder: Path) -> None:
     assert main(["reconstruct", "--bits", bits, "--run", str(run_folder)]) == UsageError.exit_code
 

@@ -55,14 +55,16 @@ def test_drawn_counts_follow_their_generator() -> None:
         assert not torch.equal(draw(50, 500, seeded(3)), draw(50, 500, seeded(4)))
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 50), st.integers(0, 2**31))
-def test_each_trajectory_gives_one_step_at_most(counts: list[int], spare: int, seed: int) -> None:
-    num_trajectories = sum(counts) + spare
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 300), st.integers(0, 2**31))
+def test_trajectories_take_turns_and_give_no_step_twice(counts: list[int], number: int, seed: int) -> None:
+    num_trajectories = max(number, *counts)
     step_index, trajectory_index = assign_trajectories(torch.tensor(counts), num_trajectories, seeded(seed))
     assert torch.bincount(step_index, minlength=len(counts)).tolist() == counts
-    assert len(trajectory_index.unique()) == sum(counts)
+    assert len(set(zip(step_index.tolist(), trajectory_index.tolist(), strict=True))) == sum(counts)
+    given = torch.bincount(trajectory_index, minlength=num_trajectories)
+    assert int(given.max()) - int(given.min()) <= 1
+    assert len(given) == num_trajectories
     assert trajectory_index.tolist() == sorted(trajectory_index.tolist())
-    assert not len(trajectory_index) or int(trajectory_index.max()) < num_trajectories
 
 
 @pytest.mark.parametrize("seed", [0, 1])
