@@ -49,7 +49,7 @@ def attention(form: str, shape: tuple[int, ...], rows: int) -> ov.Model:
     slices = ops.variadic_split(q, np.int64(2), np.array(sizes, np.int64)).outputs() if len(sizes) > 1 else [q]
     graph = ov.Model([ops.concat([products(queries) for queries in slices], 2)], parameters)
     if form == "float codes":
-        saturation.spare_products(graph, frozenset({"attention"}))
+        saturation.replace_saturating_products(graph, frozenset({"attention"}))
     return graph
 
 

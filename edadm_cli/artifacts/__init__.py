@@ -52,7 +52,7 @@ from edadm_cli.artifacts.records import (
 )
 from edadm_cli.artifacts.sensitivity import LayerSensitivity, Sensitivity
 from edadm_cli.artifacts.stage import Stage
-from edadm_cli.artifacts.store import Plan, RunFolder
+from edadm_cli.artifacts.store import BuildSpec, RunFolder
 from edadm_cli.artifacts.tensors import TensorInfo, load_tensors, read_tensor_header, save_tensors
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "BenchRecord",
     "BenchResult",
     "Build",
+    "BuildSpec",
     "CollectRecord",
     "Contender",
     "Coverage",
@@ -86,7 +87,6 @@ __all__ = [
     "Payload",
     "PayloadFile",
     "PipelineTime",
-    "Plan",
     "QuantizedFacts",
     "ReconstructRecord",
     "ReportRecord",

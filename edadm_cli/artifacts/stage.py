@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from edadm_cli.artifacts.artifact import Artifact
 from edadm_cli.artifacts.records import Estimate, StageRecord
-from edadm_cli.artifacts.store import Plan, RunFolder
+from edadm_cli.artifacts.store import BuildSpec, RunFolder
 from edadm_cli.config import StageConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class _StageModule(Protocol):
         self, config: Any, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
     ) -> StageRecord: ...
 
-    def plan(self, config: Any, run_folder: RunFolder) -> Plan: ...
+    def build_spec(self, config: Any, run_folder: RunFolder) -> BuildSpec: ...
 
     def artifact_name(self, config: Any) -> str | None: ...
 
@@ -51,7 +51,7 @@ class Stage(Generic[ConfigT]):
         config: The stage's configuration.
         parallel: Whether several processes can share the work.
         repeats: Whether the stage works again when its artifact is there already, as a measurement does.
-        finds_itself: Whether the stage finds its finished work by other rules than the identity of a plan.
+        finds_itself: Whether the stage finds its finished work by other rules than the identity of a build.
         folder: Folder of the run that the stage writes to; by default its kind.
     """
 
@@ -72,9 +72,9 @@ class Stage(Generic[ConfigT]):
         """Builds the stage's artifact, or finds it up to date."""
         return self._module.run(config, run_folder, force=force, reporter=reporter)
 
-    def plan(self, config: ConfigT, run_folder: RunFolder) -> Plan:
+    def build_spec(self, config: ConfigT, run_folder: RunFolder) -> BuildSpec:
         """Settles everything that decides the artifact's identity; writes nothing."""
-        return self._module.plan(config, run_folder)
+        return self._module.build_spec(config, run_folder)
 
     def estimate(self, config: ConfigT, run_folder: RunFolder) -> Estimate:
         """Estimates time, memory and disk with short probes; writes nothing."""
@@ -99,4 +99,4 @@ class Stage(Generic[ConfigT]):
             return self._module.finished(config, run_folder)
         if not (run_folder.has(self.kind) or run_folder.names(self.kind)):
             return None
-        return run_folder.finished(self.plan(config, run_folder))
+        return run_folder.finished(self.build_spec(config, run_folder))

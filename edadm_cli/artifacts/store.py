@@ -33,7 +33,7 @@ _BITS = re.compile(r"^w\da\d$")
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildSpec:
     """What is to be built, and from what.
 
     Args:
@@ -137,7 +137,7 @@ class RunFolder:
         return quoted(*words, *(["--force"] if force else []))
 
     @contextmanager
-    def build(self, plan: Plan, force: bool = False, processes: Processes = ALONE) -> Iterator[Build]:
+    def build(self, spec: BuildSpec, force: bool = False, processes: Processes = ALONE) -> Iterator[Build]:
         """Hold the artifact's lock and give the folder to fill, or the finished artifact.
 
         With `force`, an artifact of the same identity is built again from nothing, and one of another
@@ -150,36 +150,36 @@ class RunFolder:
             MachineError: The run folder cannot be written.
         """
         if not processes.is_main:
-            yield self._joined(plan, processes)
+            yield self._joined(spec, processes)
             return
-        with self._led(plan, force) as build:
+        with self._led(spec, force) as build:
             processes.share(build.up_to_date)
             yield build
 
-    def _joined(self, plan: Plan, processes: Processes) -> Build:
+    def _joined(self, spec: BuildSpec, processes: Processes) -> Build:
         """The build of a process that is not the main one."""
-        path = self.path(plan.kind, plan.name)
+        path = self.path(spec.kind, spec.name)
         if processes.share(None):
             manifest = read_manifest(path)
             return Build(path=path, target=path, manifest=manifest, artifact=Artifact(path, manifest))
-        return Build(path=_partial_path(path, plan), target=path, manifest=self._draft(plan))
+        return Build(path=_partial_path(path, spec), target=path, manifest=self._draft(spec))
 
     @contextmanager
-    def _led(self, plan: Plan, force: bool) -> Iterator[Build]:
-        path = self.path(plan.kind, plan.name)
+    def _led(self, spec: BuildSpec, force: bool) -> Iterator[Build]:
+        path = self.path(spec.kind, spec.name)
         with ExitStack() as stack:
             stack.enter_context(write_lock(path))
-            for parent in plan.parents:
+            for parent in spec.parents:
                 stack.enter_context(read_lock(parent.path))
                 self._check_unchanged(parent)
             with explained_os_errors(path):
                 recover(path)
-            finished = self.finished(plan, force)
+            finished = self.finished(spec, force)
             if finished is not None:
                 yield Build(path=path, target=path, manifest=finished.manifest, artifact=finished)
                 return
-            partial = self._partial(path, plan, force)
-            build = adopt(partial, path, plan.kind) or Build(path=partial, target=path, manifest=self._draft(plan))
+            partial = self._partial(path, spec, force)
+            build = adopt(partial, path, spec.kind) or Build(path=partial, target=path, manifest=self._draft(spec))
             try:
                 yield build
             finally:
@@ -190,14 +190,14 @@ class RunFolder:
         if not has_manifest(parent.path) or read_manifest(parent.path).identity != parent.identity:
             raise InputError(f"{parent.path} changed while it was being read.", hint="type the same command again")
 
-    def finished(self, plan: Plan, force: bool = False) -> Artifact | None:
+    def finished(self, spec: BuildSpec, force: bool = False) -> Artifact | None:
         """The artifact on disk, if it is the planned one and is not to be built again.
 
         Raises:
             InputError: Without `force`, it has another identity or is broken; or something that is no artifact is in
                 its place.
         """
-        path = self.path(plan.kind, plan.name)
+        path = self.path(spec.kind, spec.name)
         if not has_manifest(path):
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise InputError(
@@ -207,13 +207,13 @@ class RunFolder:
             return None
         if force:
             return None
-        redo = self.command(plan.kind, plan.name, force=True)
+        redo = self.command(spec.kind, spec.name, force=True)
         try:
-            artifact = open_artifact(path, plan.kind)
+            artifact = open_artifact(path, spec.kind)
         except InputError as error:
             raise InputError(error.message, hint=redo) from error
-        if artifact.identity != plan.identity:
-            changes = _changes(artifact.manifest, plan)
+        if artifact.identity != spec.identity:
+            changes = _changes(artifact.manifest, spec)
             more = [f"and {len(changes) - _CHANGES_SHOWN} more"] if len(changes) > _CHANGES_SHOWN else []
             raise InputError(
                 f"{path} was made with other settings ({'; '.join(changes[:_CHANGES_SHOWN] + more)}).",
@@ -221,37 +221,37 @@ class RunFolder:
             )
         return artifact
 
-    def _partial(self, path: Path, plan: Plan, force: bool) -> Path:
+    def _partial(self, path: Path, spec: BuildSpec, force: bool) -> Path:
         """The folder to build in; it keeps what an earlier, killed build of the same identity left."""
-        partial = _partial_path(path, plan)
+        partial = _partial_path(path, spec)
         with explained_os_errors(partial):
-            if force and not self._is_another(path, plan):
+            if force and not self._is_another(path, spec):
                 shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, exist_ok=True)
         return partial
 
     @staticmethod
-    def _is_another(path: Path, plan: Plan) -> bool:
+    def _is_another(path: Path, spec: BuildSpec) -> bool:
         try:
-            return read_manifest(path).identity != plan.identity
+            return read_manifest(path).identity != spec.identity
         except InputError:
             return False
 
-    def _draft(self, plan: Plan) -> Manifest:
+    def _draft(self, spec: BuildSpec) -> Manifest:
         return Manifest(
-            kind=plan.kind,
-            config=plan.config,
-            seed=plan.seed,
-            parents=tuple(_parent_ref(parent, self.root) for parent in plan.parents),
-            model=plan.model,
+            kind=spec.kind,
+            config=spec.config,
+            seed=spec.seed,
+            parents=tuple(_parent_ref(parent, self.root) for parent in spec.parents),
+            model=spec.model,
             payload=(),
             created_at=now(),
-            identity=plan.identity,
+            identity=spec.identity,
         )
 
 
-def _partial_path(path: Path, plan: Plan) -> Path:
-    return path.with_name(f".{path.name}.partial-{plan.identity[:12]}")
+def _partial_path(path: Path, spec: BuildSpec) -> Path:
+    return path.with_name(f".{path.name}.partial-{spec.identity[:12]}")
 
 
 def _parent_ref(parent: Artifact, root: Path) -> ParentRef:
@@ -260,7 +260,7 @@ def _parent_ref(parent: Artifact, root: Path) -> ParentRef:
     return ParentRef(kind=parent.kind, name=name, identity=parent.identity)
 
 
-def _changes(old: Manifest, plan: Plan) -> list[str]:
+def _changes(old: Manifest, spec: BuildSpec) -> list[str]:
     def facts(
         config: dict[str, Any], seed: int, fingerprint: str, parents: Iterable[tuple[str, str]], schema: int
     ) -> dict[str, Any]:
@@ -281,10 +281,10 @@ def _changes(old: Manifest, plan: Plan) -> list[str]:
         old.schema_version,
     )
     after = facts(
-        plan.config,
-        plan.seed,
-        plan.model.fingerprint,
-        ((p.kind, p.identity) for p in plan.parents),
+        spec.config,
+        spec.seed,
+        spec.model.fingerprint,
+        ((p.kind, p.identity) for p in spec.parents),
         SCHEMA_VERSION,
     )
     return differences(before, after)

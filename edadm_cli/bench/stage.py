@@ -15,7 +15,7 @@ from edadm_cli.artifacts import (
     BenchRecord,
     BenchResult,
     Build,
-    Plan,
+    BuildSpec,
     RunFolder,
     shared_keys,
 )
@@ -46,8 +46,8 @@ def run(
     started, reporter = time.monotonic(), reporter or SilentReporter()
     request = resolve(config, run_folder)
     require_peers(config.against, request.device)
-    planned = _plan(request)
-    with run_folder.build(planned, force or _is_the_same(run_folder, planned)) as build:
+    spec = _build_spec(request)
+    with run_folder.build(spec, force or _is_the_same(run_folder, spec)) as build:
         _build(request, build, reporter)
         artifact = build.artifact
         assert artifact is not None
@@ -65,14 +65,14 @@ def finished(config: BenchConfig, run_folder: RunFolder) -> Artifact | None:
     """
     if not run_folder.names(KIND):
         return None
-    planned = plan(config, run_folder)
-    path = run_folder.path(KIND, planned.name)
-    return Artifact(path, read_manifest(path)) if _is_the_same(run_folder, planned) else run_folder.finished(planned)
+    spec = build_spec(config, run_folder)
+    path = run_folder.path(KIND, spec.name)
+    return Artifact(path, read_manifest(path)) if _is_the_same(run_folder, spec) else run_folder.finished(spec)
 
 
-def plan(config: BenchConfig, run_folder: RunFolder) -> Plan:
+def build_spec(config: BenchConfig, run_folder: RunFolder) -> BuildSpec:
     """Settles which artifact `run` would write."""
-    return _plan(resolve(config, run_folder))
+    return _build_spec(resolve(config, run_folder))
 
 
 def artifact_name(config: BenchConfig) -> str:
@@ -86,18 +86,18 @@ def artifact_name(config: BenchConfig) -> str:
     return name_of(config, engine, device)
 
 
-def _plan(request: Request) -> Plan:
+def _build_spec(request: Request) -> BuildSpec:
     subject = request.subject
-    return Plan(KIND, request.name, request.identity_fields(), request.config.seed, subject.parents, subject.model)
+    return BuildSpec(KIND, request.name, request.identity_fields(), request.config.seed, subject.parents, subject.model)
 
 
-def _is_the_same(run: RunFolder, plan: Plan) -> bool:
+def _is_the_same(run: RunFolder, spec: BuildSpec) -> bool:
     """Whether what is in its place was measured with the same settings, so that measuring again replaces it."""
-    path = run.path(KIND, plan.name)
-    if not run.has(KIND, plan.name):
+    path = run.path(KIND, spec.name)
+    if not run.has(KIND, spec.name):
         return False
     try:
-        return read_manifest(path).identity == plan.identity
+        return read_manifest(path).identity == spec.identity
     except InputError:
         return False
 

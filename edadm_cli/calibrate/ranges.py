@@ -253,7 +253,7 @@ class _ObservedAttention(AttentionProducts):
         super().__init__()
         self.name, self.plan, self.observed = name, plan, observed
 
-    def touch(self, operand: str, tensor: Tensor) -> Tensor:
+    def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
         grid, recipe = operand_grid(self.plan, operand), self.observed.recipe
         if operand == "p":
             scale = activation_range(tensor, grid, recipe).parameters(grid)[0]

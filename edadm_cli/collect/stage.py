@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from edadm_cli.artifacts import Build, CollectRecord, Plan, RunFolder, shared_keys
+from edadm_cli.artifacts import Build, BuildSpec, CollectRecord, RunFolder, shared_keys
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.shards import is_written, merge_parts, require_mergeable, scratch_names, write_shard
 from edadm_cli.config import CollectConfig
@@ -45,7 +45,7 @@ def run(
         task = prepare(config, processes)
         for remark in task.model.remarks:
             reporter.warn(remark)
-        with run_folder.build(task.plan(), force, processes) as build:
+        with run_folder.build(task.build_spec(), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
                 _collect(task, build, processes, reporter)
@@ -58,9 +58,9 @@ def run(
     )
 
 
-def plan(config: CollectConfig, run_folder: RunFolder) -> Plan:
+def build_spec(config: CollectConfig, run_folder: RunFolder) -> BuildSpec:
     """What `run` would build: whether it is there already is known without building it."""
-    return prepare(config, ALONE).plan()
+    return prepare(config, ALONE).build_spec()
 
 
 def artifact_name(config: CollectConfig) -> None:
@@ -99,7 +99,7 @@ class _Task:
             fields["call_arguments"] = entry.call_arguments
         return fields
 
-    def plan(self) -> Plan:
+    def build_spec(self) -> BuildSpec:
         entry = self.model.entry
         fields = {
             **self.config.identity_fields(),
@@ -116,7 +116,7 @@ class _Task:
             "prompts": prompts_name(self.model, self.config.prompts),
             "prompts_sha256": None if self.prompts is None else sha256("\n".join(self.prompts).encode()).hexdigest(),
         }
-        return Plan("collect", None, fields, self.config.seed, (), self.model.ref)
+        return BuildSpec("collect", None, fields, self.config.seed, (), self.model.ref)
 
 
 def prepare(config: CollectConfig, processes: Processes) -> _Task:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from edadm_cli.artifacts import Artifact, RunFolder, open_artifact
-from edadm_cli.artifacts.store import Plan
+from edadm_cli.artifacts.store import BuildSpec
 from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions, FileEngine
 from edadm_cli.engines.isolation import IsolatedProcess, ProcessLostError, pack, unpack
 from edadm_cli.engines.pipeline import put_on_engine
@@ -54,11 +54,11 @@ def engine_artifact(
     bits = export.path.name
     name = f"{bits}-{engine.name}"
     fields = {"bits": bits, "engine": engine.name, "format": engine.files_format}
-    plan = Plan(KIND, name, fields, 0, (export,), export.manifest.model)
-    found = None if force else _current(run, plan, reporter)
+    spec = BuildSpec(KIND, name, fields, 0, (export,), export.manifest.model)
+    found = None if force else _current(run, spec, reporter)
     if found is not None:
         return found
-    with run.build(plan, force=run.has(KIND, name)) as build:
+    with run.build(spec, force=run.has(KIND, name)) as build:
         if build.artifact is not None:
             return build.artifact
         reporter.note(f"{name}: converting the denoiser")
@@ -163,13 +163,13 @@ def _entry(run: RunFolder) -> ModelEntry:
     return CollectedRun.open(run).entry
 
 
-def _current(run: RunFolder, plan: Plan, reporter: Reporter) -> Artifact | None:
+def _current(run: RunFolder, spec: BuildSpec, reporter: Reporter) -> Artifact | None:
     """The files that are there, if they are of this export and intact."""
-    if not run.has(KIND, plan.name):
+    if not run.has(KIND, spec.name):
         return None
     try:
-        found = open_artifact(run.path(KIND, plan.name), KIND)
+        found = open_artifact(run.path(KIND, spec.name), KIND)
     except InputError as error:
         reporter.warn(f"The kept files of the engine are damaged and made again: {error.message}")
         return None
-    return found if found.identity == plan.identity else None
+    return found if found.identity == spec.identity else None

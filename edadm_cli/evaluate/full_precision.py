@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from edadm_cli.artifacts import Plan, RunFolder, open_artifact
+from edadm_cli.artifacts import BuildSpec, RunFolder, open_artifact
 from edadm_cli.artifacts.locks import read_lock
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate.images import SampledImages, sample_images
@@ -26,10 +26,10 @@ def full_precision_images(request: Request, processes: Processes, reporter: Repo
     Raises:
         InputError: The model's files have changed, or another process is sampling them.
     """
-    plan = Plan(KIND, NAME, request.identity_fields(), request.config.seed, (), request.model)
+    spec = BuildSpec(KIND, NAME, request.identity_fields(), request.config.seed, (), request.model)
     run = request.run
     path = run.path(KIND, NAME)
-    with run.build(plan, processes.is_main and _is_to_be_replaced(run, plan, reporter), processes) as build:
+    with run.build(spec, processes.is_main and _is_to_be_replaced(run, spec, reporter), processes) as build:
         if not build.up_to_date:
             sample_images(
                 request.sampling,
@@ -46,11 +46,11 @@ def full_precision_images(request: Request, processes: Processes, reporter: Repo
         yield SampledImages(path, request.sampling)
 
 
-def _is_to_be_replaced(run: RunFolder, plan: Plan, reporter: Reporter) -> bool:
+def _is_to_be_replaced(run: RunFolder, spec: BuildSpec, reporter: Reporter) -> bool:
     if not run.has(KIND, NAME):
         return False
     try:
-        return open_artifact(run.path(KIND, NAME), KIND).identity != plan.identity
+        return open_artifact(run.path(KIND, NAME), KIND).identity != spec.identity
     except InputError as error:
         reporter.warn(f"The kept full-precision images are damaged and sampled again: {error.message}")
         return True

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from edadm_cli.artifacts import (
     Build,
+    BuildSpec,
     EvaluateRecord,
     Evaluation,
     Metric,
     OneStepError,
-    Plan,
     RunFolder,
     shared_keys,
 )
@@ -49,7 +49,7 @@ def run(
         evaluation = _evaluation_plan(
             config.model_copy(update={"device": processes.device_name(config.device)}), run_folder
         )
-        with run_folder.build(_plan(evaluation), force, processes) as build:
+        with run_folder.build(_build_spec(evaluation), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
                 _evaluate(evaluation, build, processes, reporter)
@@ -68,9 +68,9 @@ def run(
     )
 
 
-def plan(config: EvaluateConfig, run_folder: RunFolder) -> Plan:
+def build_spec(config: EvaluateConfig, run_folder: RunFolder) -> BuildSpec:
     """What `run` would build: whether it is there already is known without building it."""
-    return _plan(_evaluation_plan(config, run_folder))
+    return _build_spec(_evaluation_plan(config, run_folder))
 
 
 def artifact_name(config: EvaluateConfig) -> str:
@@ -84,10 +84,10 @@ def _evaluation_plan(config: EvaluateConfig, run: RunFolder) -> EvaluationPlan:
     return EvaluationPlan(resolve(config, run))
 
 
-def _plan(evaluation: EvaluationPlan) -> Plan:
+def _build_spec(evaluation: EvaluationPlan) -> BuildSpec:
     request = evaluation.request
     config = request.config
-    return Plan(
+    return BuildSpec(
         kind="evaluate",
         name=config.name,
         config={**config.identity_fields(), **request.identity_fields(), **evaluation.identity_fields()},

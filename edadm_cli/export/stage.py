@@ -10,11 +10,11 @@ import torch
 from edadm_cli.artifacts import (
     Artifact,
     Build,
+    BuildSpec,
     EngineFiles,
     ExportFacts,
     ExportRecord,
     Parity,
-    Plan,
     RunFolder,
     recipe_name,
     shared_keys,
@@ -53,10 +53,10 @@ def run(
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
     writer = _writer(config)
-    planned = plan(config, run_folder)
-    with run_folder.build(planned, force) as build:
+    spec = build_spec(config, run_folder)
+    with run_folder.build(spec, force) as build:
         is_done = build.up_to_date
-        artifact = build.artifact or _build(config, run_folder, planned.parents[0], build, reporter)
+        artifact = build.artifact or _build(config, run_folder, spec.parents[0], build, reporter)
     files = None if writer is None else _files(run_folder, artifact, writer, reporter, force)
     facts = ExportFacts.load(artifact)
     return ExportRecord(
@@ -70,11 +70,11 @@ def run(
     )
 
 
-def plan(config: ExportConfig, run_folder: RunFolder) -> Plan:
+def build_spec(config: ExportConfig, run_folder: RunFolder) -> BuildSpec:
     """What `run` would build: whether it is there already is known without building it."""
     source = run_folder.open("reconstruct", str(config.bits))
     fields = {**config.identity_fields(), "format_version": FORMAT_VERSION}
-    return Plan("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
+    return BuildSpec("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
 
 
 def _writer(config: ExportConfig) -> FileWriter | None:
@@ -105,7 +105,7 @@ def finished(config: ExportConfig, run_folder: RunFolder) -> Artifact | None:
     """
     is_empty = not run_folder.names("export")
     has_files = config.engine is not None or config.format != "diffusers"
-    return None if has_files or is_empty else run_folder.finished(plan(config, run_folder))
+    return None if has_files or is_empty else run_folder.finished(build_spec(config, run_folder))
 
 
 def artifact_name(config: ExportConfig) -> str:

@@ -27,13 +27,13 @@ def operand_grid(plan: AttentionPlan, operand: str) -> Grid:
 
 
 class AttentionProducts(nn.Module):
-    """The processor of a diffusers `Attention` block, computed step by step so that its operands can be touched.
+    """The processor of a diffusers `Attention` block, computed step by step so that subclasses can change its operands.
 
-    `touch(operand, tensor)` sees q, k, v as `[batch * heads, tokens, head_dim]` and p as
+    `on_operand(operand, tensor)` sees q, k, v as `[batch * heads, tokens, head_dim]` and p as
     `[batch * heads, tokens, tokens]` and returns what the product uses.
     """
 
-    def touch(self, operand: str, tensor: Tensor) -> Tensor:
+    def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
         """Return what the product uses in place of an operand."""
         return tensor
 
@@ -77,14 +77,14 @@ class AttentionProducts(nn.Module):
         elif attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
         q, k, v = (
-            self.touch(name, attn.head_to_batch_dim(project(source)))
+            self.on_operand(name, attn.head_to_batch_dim(project(source)))
             for name, project, source in (
                 ("q", attn.to_q, hidden_states),
                 ("k", attn.to_k, context),
                 ("v", attn.to_v, context),
             )
         )
-        p = self.touch("p", attn.get_attention_scores(q, k, mask))
+        p = self.on_operand("p", attn.get_attention_scores(q, k, mask))
         out: Tensor = attn.batch_to_head_dim(torch.bmm(p, v))
         out = attn.to_out[1](attn.to_out[0](out))
         if len(shape) == 4:
@@ -118,7 +118,7 @@ class QuantizedAttention(AttentionProducts):
         """Attend; called by `run` alone."""
         return attend()
 
-    def touch(self, operand: str, tensor: Tensor) -> Tensor:
+    def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
         """Fake-quantize an operand."""
         scale: Tensor = getattr(self, f"{operand}_scale")
         zero = torch.zeros((), dtype=torch.int32, device=tensor.device)

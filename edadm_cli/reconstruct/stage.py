@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from edadm_cli.artifacts import (
     Artifact,
     Build,
+    BuildSpec,
     Coverage,
     Loss,
-    Plan,
     ReconstructRecord,
     RunFolder,
     Sensitivity,
@@ -76,7 +76,7 @@ def run(
     processes = join(config.device)
     with processes.together():
         task = resolve_task(config, run_folder, processes)
-        with run_folder.build(task.plan(), force, processes) as build:
+        with run_folder.build(task.build_spec(), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
                 _build(task, build, reporter)
@@ -92,9 +92,9 @@ def run(
     )
 
 
-def plan(config: ReconstructConfig, run_folder: RunFolder) -> Plan:
+def build_spec(config: ReconstructConfig, run_folder: RunFolder) -> BuildSpec:
     """What `run` would build: whether it is there already is known without building it."""
-    return resolve_task(config, run_folder, ALONE).plan()
+    return resolve_task(config, run_folder, ALONE).build_spec()
 
 
 def artifact_name(config: ReconstructConfig) -> str:
@@ -116,14 +116,14 @@ class _Task:
     memory_budget: int
     processes: Processes
 
-    def plan(self) -> Plan:
+    def build_spec(self) -> BuildSpec:
         config = self.config
         fields = {**config.identity_fields(), "batch_size": self.batch_size}
         fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "select")}
         fields["hyperparameters"] = self.hyperparameters.identity_fields()
         model = self.selection.manifest.model
         parents = (self.selection,) if self.sensitivity is None else (self.selection, self.sensitivity)
-        return Plan("reconstruct", str(config.bits), fields, config.seed, parents, model)
+        return BuildSpec("reconstruct", str(config.bits), fields, config.seed, parents, model)
 
     def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
         """Returns the recipe, with a rule per layer where a budget of bits is spent by sensitivity."""

@@ -139,7 +139,7 @@ class LearnedAttention(AttentionProducts):
         self.plan, self.drop = plan, drop
         self.scales: dict[str, Tensor] = {}
 
-    def touch(self, operand: str, tensor: Tensor) -> Tensor:
+    def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
         """Quantize an operand, but for what is dropped."""
         zero = torch.zeros((), dtype=torch.int32, device=tensor.device)
         grid = operand_grid(self.plan, operand)

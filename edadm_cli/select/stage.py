@@ -13,7 +13,7 @@ from torch import Tensor
 from edadm_cli.artifacts import (
     Artifact,
     Build,
-    Plan,
+    BuildSpec,
     RunFolder,
     Selection,
     SelectRecord,
@@ -63,7 +63,7 @@ def run(
     start = time.monotonic()
     reporter = reporter or SilentReporter()
     task = prepare(config, run_folder)
-    with run_folder.build(task.plan(), force) as build:
+    with run_folder.build(task.build_spec(), force) as build:
         is_done = build.up_to_date
         if not is_done:
             _select(task, build, reporter)
@@ -80,9 +80,9 @@ def run(
     )
 
 
-def plan(config: SelectConfig, run_folder: RunFolder) -> Plan:
+def build_spec(config: SelectConfig, run_folder: RunFolder) -> BuildSpec:
     """What `run` would build: whether it is there already is known without building it."""
-    return prepare(config, run_folder).plan()
+    return prepare(config, run_folder).build_spec()
 
 
 def artifact_name(config: SelectConfig) -> None:
@@ -126,7 +126,7 @@ class _Task:
     def is_tdac(self) -> bool:
         return self.config.strategy == "tdac"
 
-    def plan(self) -> Plan:
+    def build_spec(self) -> BuildSpec:
         fields = {
             **self.config.identity_fields(),
             "num_samples": self.num_samples,
@@ -138,7 +138,7 @@ class _Task:
             fields["density_radius"] = self.radius
             if self.radius is None and self.quantile != _EARLIER_QUANTILE:
                 fields["density_quantile"] = self.quantile
-        return Plan("select", None, fields, self.config.seed, (self.collected,), self.collected.manifest.model)
+        return BuildSpec("select", None, fields, self.config.seed, (self.collected,), self.collected.manifest.model)
 
 
 def prepare(config: SelectConfig, run: RunFolder) -> _Task:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from edadm_cli.artifacts import (
     Artifact,
     Build,
+    BuildSpec,
     LayerSensitivity,
-    Plan,
     RunFolder,
     Sensitivity,
     SensitivityRecord,
@@ -52,7 +52,7 @@ def run(
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
     task = resolve_task(config, run_folder)
-    with run_folder.build(task.plan(), force) as build:
+    with run_folder.build(task.build_spec(), force) as build:
         is_done = build.up_to_date
         if not is_done:
             _measure(task, build, reporter)
@@ -66,9 +66,9 @@ def run(
     )
 
 
-def plan(config: SensitivityConfig, run_folder: RunFolder) -> Plan:
+def build_spec(config: SensitivityConfig, run_folder: RunFolder) -> BuildSpec:
     """What `run` would build."""
-    return resolve_task(config, run_folder).plan()
+    return resolve_task(config, run_folder).build_spec()
 
 
 def artifact_name(config: SensitivityConfig) -> None:
@@ -95,11 +95,11 @@ class _Task:
         """Denoiser calls of one run of the sampler."""
         return int(self.calibration.step_index.max()) + 1
 
-    def plan(self) -> Plan:
+    def build_spec(self) -> BuildSpec:
         fields = {**self.config.identity_fields(), "batch_size": self.batch_size}
         fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "select", "learn")}
         model = self.selection.manifest.model
-        return Plan("sensitivity", None, fields, self.config.seed, (self.selection,), model)
+        return BuildSpec("sensitivity", None, fields, self.config.seed, (self.selection,), model)
 
     def calls(self) -> list[tuple[Call, Tensor]]:
         """The calibration samples in batches, spread evenly over the set, each with the steps they are from."""

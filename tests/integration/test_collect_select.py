@@ -321,7 +321,7 @@ def test_a_given_radius_and_weight_are_used_and_named(sd_run: RunFolder) -> None
     source = sd_run.open("select").json("selection.json")["density_radius_source"]
     assert source == "the model has no published one: 5% quantile of the pairwise distances"
     assert record.total_variation is not None
-    earlier = select.plan(SelectConfig(density_quantile=0.5), sd_run).config
+    earlier = select.build_spec(SelectConfig(density_quantile=0.5), sd_run).config
     assert not {"density_quantile", "model_radius"} & earlier.keys(), "as artifacts of version 0.1 name it"
 
 

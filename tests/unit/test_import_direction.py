@@ -172,7 +172,7 @@ def test_kernels_import_nothing_of_the_command_line() -> None:
         ("select", "from ..collect.stage import run", True),
         ("select", "import edadm_cli.cli.app", True),
         ("select", "def f():\n    from edadm_cli.reconstruct import stage", True),
-        ("select", "from edadm_cli.artifacts import Plan\nfrom edadm_cli.quant import grid", False),
+        ("select", "from edadm_cli.artifacts import BuildSpec\nfrom edadm_cli.quant import grid", False),
         ("select", "from . import tdac\nfrom .tdac import density", False),
         ("quant", "from edadm_cli.models import units", True),
         ("quant", "from edadm_cli.errors import InputError\nimport torch", False),

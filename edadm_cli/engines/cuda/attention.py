@@ -163,15 +163,15 @@ class _Operands(nn.Module):
         self.quantized = quantized
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, scale: float) -> Tensor:
-        touch = self.quantized.touch
+        on_operand = self.quantized.on_operand
         q, k, v = (
-            touch(name, x.unflatten(-1, (heads, -1)).transpose(1, 2)) for name, x in (("q", q), ("k", k), ("v", v))
+            on_operand(name, x.unflatten(-1, (heads, -1)).transpose(1, 2)) for name, x in (("q", q), ("k", k), ("v", v))
         )
         scores = torch.matmul(q, k.transpose(-1, -2)) * scale
         bias = _broadcast(mask)
         if bias is not None:
             scores = scores + bias
-        p = touch("p", scores.float().softmax(dim=-1).to(q.dtype))
+        p = on_operand("p", scores.float().softmax(dim=-1).to(q.dtype))
         out: Tensor = torch.matmul(p, v)
         return out.transpose(1, 2).flatten(2)
 

@@ -57,7 +57,7 @@ class _AttentionStandIn(AttentionProducts):
         super().__init__()
         self.attention_name = name
 
-    def touch(self, operand: str, tensor: Tensor) -> Tensor:
+    def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
         """A node that names the operand."""
         return _node(OPERAND, tensor, f"{self.attention_name}.{operand}", tensor.shape)
 

@@ -220,7 +220,7 @@ class _AttentionStandIn(AttentionProducts):
         super().__init__()
         self.indices = indices
 
-    def touch(self, operand: str, tensor: Tensor) -> Tensor:
+    def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
         """Pass through."""
         result: Tensor = torch.ops.edadm_openvino.fake_quantize(tensor, self.indices[operand])
         return result

@@ -94,7 +94,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
 
     def _compile(self, shapes: Shapes, more: dict[str, Any]) -> _Compiled:
         graph = self._graph.clone()  # shares its constants
-        self._spared = saturation.spare_products(graph, saturation.saturating_kinds())
+        self._spared = saturation.replace_saturating_products(graph, saturation.saturating_kinds())
         try:
             graph.reshape(dict(zip(self._interface.inputs, map(list, shapes), strict=True)))
             return _Compiled(self._core, graph, self._options, more)

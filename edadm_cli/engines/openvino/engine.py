@@ -66,7 +66,7 @@ class OpenVinoEngine(FileEngine):
         parameter = ops.parameter(list(x.shape), ov.Type.f32)
         graph = ov.Model([nodes.layer(parameter.output(0), layer, "layer")], [parameter])
         widen(graph)
-        saturation.spare_products(graph, saturation.saturating_kinds())
+        saturation.replace_saturating_products(graph, saturation.saturating_kinds())
         request = ov.Core().compile_model(graph, "CPU", plugin_properties(options)).create_infer_request()
 
         def run(given: Tensor) -> Tensor:

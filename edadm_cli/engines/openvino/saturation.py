@@ -60,7 +60,7 @@ def weights_saturate(codes: np.ndarray) -> bool:
     return bool(codes.size) and max(int(codes.max()), -int(codes.min())) > LARGEST_WEIGHT_CODE
 
 
-def spare_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[str]:
+def replace_saturating_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[str]:
     """Turn the products that may saturate into exact ones of the same values, in place.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edadm_cli.artifacts import Artifact, ExportFacts, Parity, Plan, RunFolder, load_tensors, save_tensors
+from edadm_cli.artifacts import Artifact, BuildSpec, ExportFacts, Parity, RunFolder, load_tensors, save_tensors
 from edadm_cli.collect import stage as collect_stage
 from edadm_cli.config import CollectConfig
 from edadm_cli.evaluate.real import ArrayImages, RealImages
@@ -75,7 +75,7 @@ def export_noisy() -> Exporter:
         collect = run.open("collect")
         model = collect.manifest.model.id
         source = Path(model) if Path(model).is_dir() else digits.model_folder(model)
-        plan = Plan("export", BITS, {"noise": noise}, 0, (collect,), collect.manifest.model)
+        plan = BuildSpec("export", BITS, {"noise": noise}, 0, (collect,), collect.manifest.model)
         with run.build(plan, force=True) as build:
             shutil.copytree(source, build.path, dirs_exist_ok=True)
             path = build.path / "unet" / "diffusion_pytorch_model.safetensors"

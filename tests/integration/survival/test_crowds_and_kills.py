@@ -24,10 +24,10 @@ from tests.integration.survival.helpers import (
 HOLDER = """
 import sys, time
 from pathlib import Path
-from edadm_cli.artifacts import ModelRef, Plan, RunFolder, save_json
+from edadm_cli.artifacts import ModelRef, BuildSpec, RunFolder, save_json
 run = RunFolder(Path(sys.argv[1]))
 parents = tuple(run.open(kind) for kind in sys.argv[3:])
-with run.build(Plan(sys.argv[2], None, {}, 0, parents, ModelRef(id="m", fingerprint="f"))) as build:
+with run.build(BuildSpec(sys.argv[2], None, {}, 0, parents, ModelRef(id="m", fingerprint="f"))) as build:
     save_json(build.path / "shard.json", [])
     print("holding", flush=True)
     time.sleep(600)
@@ -35,9 +35,9 @@ with run.build(Plan(sys.argv[2], None, {}, 0, parents, ModelRef(id="m", fingerpr
 SLOW_WRITER = """
 import os, sys
 from pathlib import Path
-from edadm_cli.artifacts import ModelRef, Plan, RunFolder, save_json
+from edadm_cli.artifacts import ModelRef, BuildSpec, RunFolder, save_json
 run = RunFolder(Path(sys.argv[1]))
-with run.build(Plan("collect", None, {"shards": 40}, 0, (), ModelRef(id="m", fingerprint="f"))) as build:
+with run.build(BuildSpec("collect", None, {"shards": 40}, 0, (), ModelRef(id="m", fingerprint="f"))) as build:
     for index in range(0 if build.up_to_date else 40):
         path = build.path / f"shard-{index}.json"
         if not path.exists():

@@ -24,11 +24,11 @@ from tests.integration.survival.helpers import (
 STRANGER = """
 import os, sys
 from pathlib import Path
-from edadm_cli.artifacts import ModelRef, Plan, RunFolder
+from edadm_cli.artifacts import ModelRef, BuildSpec, RunFolder
 from edadm_cli.cli.boundary import guard
 from edadm_cli.cli.signals import heard_signals
 def work():
-    plan = Plan("collect", None, {}, 0, (), ModelRef(id="m", fingerprint="f"))
+    plan = BuildSpec("collect", None, {}, 0, (), ModelRef(id="m", fingerprint="f"))
     with RunFolder(Path(sys.argv[1])).build(plan):
         print("written")
 os.setgroups([]); os.setgid(65534); os.setuid(65534)

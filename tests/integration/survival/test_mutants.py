@@ -52,11 +52,11 @@ def whole(pristine: Path, tiny_ddpm: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def _write_bench(maker: RunMaker) -> None:
-    from edadm_cli.artifacts import Plan, save_json
+    from edadm_cli.artifacts import BuildSpec, save_json
 
     config = {"bits": [{"weight": 8, "activation": 8}], "engine": "openvino", "device": "cpu", "batch_sizes": [1, 4]}
     parents = (maker.run.open("export", "w8a8"),)
-    with maker.run.build(Plan("bench", "b", config, 0, parents, maker.model)) as build:
+    with maker.run.build(BuildSpec("bench", "b", config, 0, parents, maker.model)) as build:
         save_json(build.path / "bench.json", bench())
         build.commit(environment={"device": "cpu"})
 

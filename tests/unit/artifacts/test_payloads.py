@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edadm_cli.artifacts import ModelRef, Plan, RunFolder, Selection
+from edadm_cli.artifacts import BuildSpec, ModelRef, RunFolder, Selection
 from edadm_cli.errors import EXIT_INPUT, InputError
 
 SELECTION: dict[str, Any] = {  # as version 0.1 wrote it
@@ -28,7 +28,7 @@ SELECTION: dict[str, Any] = {  # as version 0.1 wrote it
 
 def load(folder: Path, text: str) -> Selection:
     run = RunFolder(folder / "a run")
-    with run.build(Plan("select", None, {}, 0, (), ModelRef(id="m", fingerprint="f"))) as build:
+    with run.build(BuildSpec("select", None, {}, 0, (), ModelRef(id="m", fingerprint="f"))) as build:
         (build.path / "selection.json").write_text(text, encoding="utf-8")
         build.commit()
     return Selection.load(run.open("select"))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from edadm_cli.artifacts import ModelRef, Plan, RunFolder, shared_keys
+from edadm_cli.artifacts import BuildSpec, ModelRef, RunFolder, shared_keys
 from edadm_cli.artifacts import peak as peaks
 
 MIB = 2**20
@@ -63,7 +63,7 @@ def test_parts_of_a_stage_do_not_hide_its_peak_on_a_gpu(monkeypatch: pytest.Monk
 
 def test_the_record_and_the_manifest_say_it(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    plan = Plan("collect", None, {}, 0, (), ModelRef(id="tiny", fingerprint="f"))
+    plan = BuildSpec("collect", None, {}, 0, (), ModelRef(id="tiny", fingerprint="f"))
     peaks.reset_peak()
     _hold(64)
     with run.build(plan) as build:

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from edadm_cli.artifacts import Artifact, ModelRef, Plan, RunFolder, open_artifact, save_json, save_tensors
+from edadm_cli.artifacts import Artifact, BuildSpec, ModelRef, RunFolder, open_artifact, save_json, save_tensors
 from edadm_cli.errors import InputError, UsageError
 
 MODEL = ModelRef(id="digits", fingerprint="f" * 64)
 
 
-def _plan(kind: str = "collect", name: str | None = None, *parents: Artifact, **config: Any) -> Plan:
-    return Plan(kind=kind, name=name, config={"num_steps": 20, **config}, seed=0, parents=parents, model=MODEL)
+def _plan(kind: str = "collect", name: str | None = None, *parents: Artifact, **config: Any) -> BuildSpec:
+    return BuildSpec(kind=kind, name=name, config={"num_steps": 20, **config}, seed=0, parents=parents, model=MODEL)
 
 
-def _build(run: RunFolder, plan: Plan, value: float = 1.0, force: bool = False) -> Artifact:
+def _build(run: RunFolder, plan: BuildSpec, value: float = 1.0, force: bool = False) -> Artifact:
     with run.build(plan, force=force) as build:
         if build.artifact is not None:
             return build.artifact

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edadm_cli.artifacts import ModelRef, Plan, RunFolder, save_json
+from edadm_cli.artifacts import BuildSpec, ModelRef, RunFolder, save_json
 from edadm_cli.artifacts.inspection import inspect_run
 from edadm_cli.artifacts.locks import lock_path, read_lock
 from edadm_cli.cli.places import run_used_last
@@ -18,7 +18,7 @@ from edadm_cli.report.contents import read_run
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     run = RunFolder(tmp_path / "run")
-    with run.build(Plan("collect", None, {}, 0, (), ModelRef(id="m", fingerprint="f"))) as build:
+    with run.build(BuildSpec("collect", None, {}, 0, (), ModelRef(id="m", fingerprint="f"))) as build:
         save_json(build.path / "sampling.json", {})
         build.commit()
     return run

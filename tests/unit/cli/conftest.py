@@ -14,6 +14,7 @@ import pytest
 
 from edadm_cli.artifacts import (
     Artifact,
+    BuildSpec,
     CollectRecord,
     Coverage,
     Distance,
@@ -24,7 +25,6 @@ from edadm_cli.artifacts import (
     Metric,
     ModelRef,
     Parity,
-    Plan,
     ReconstructRecord,
     RunFolder,
     SampleRecord,
@@ -70,9 +70,9 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStages:
     for name in PARENTS:
         stage = SimpleNamespace(
             run=_make_run(fakes, name),
-            plan=_plan_of(name),
+            build_spec=_build_spec_of(name),
             artifact_name=_name_of,
-            finished=_finished_by(_plan_of(name)),
+            finished=_finished_by(_build_spec_of(name)),
         )
         _install(monkeypatch, name, stage)
         _install_estimate(monkeypatch, name, _estimate_of(name))
@@ -101,9 +101,9 @@ def _make_run(fakes: FakeStages, kind: str) -> Callable[..., StageRecord]:
         print("a library prints this")
         if kind in fakes.behaviour:
             fakes.behaviour[kind](reporter)
-        plan = _plan_of(kind)(config, run)
-        name = plan.name
-        with run.build(plan, force) as build:
+        spec = _build_spec_of(kind)(config, run)
+        name = spec.name
+        with run.build(spec, force) as build:
             status = "up_to_date" if build.up_to_date else "done"
             if not build.up_to_date:
                 save_json(build.path / "data.json", {"kind": kind})
@@ -112,7 +112,7 @@ def _make_run(fakes: FakeStages, kind: str) -> Callable[..., StageRecord]:
             "status": status,
             "run": str(run.root),
             "artifact": str(run.path(kind, name)),
-            "identity": plan.identity,
+            "identity": spec.identity,
             "seconds": 0.5,
             "peak_memory_mib": PEAKS_MIB[kind],
             "warnings": tuple(reporter.warnings),
@@ -122,19 +122,19 @@ def _make_run(fakes: FakeStages, kind: str) -> Callable[..., StageRecord]:
     return run
 
 
-def _plan_of(kind: str) -> Callable[[Any, RunFolder], Plan]:
-    def plan(config: Any, run: RunFolder) -> Plan:
+def _build_spec_of(kind: str) -> Callable[[Any, RunFolder], BuildSpec]:
+    def build_spec(config: Any, run: RunFolder) -> BuildSpec:
         name = _name_of(config)
         above = PARENTS[kind]
         parents = () if above is None else (run.open(above, str(config.bits) if above in WITH_BITS else None),)
         model = ModelRef(id="tiny", fingerprint="f")
-        return Plan(kind, name, config.identity_fields(), config.seed, parents, model)
+        return BuildSpec(kind, name, config.identity_fields(), config.seed, parents, model)
 
-    return plan
+    return build_spec
 
 
-def _finished_by(plan: Callable[[Any, RunFolder], Plan]) -> Callable[[Any, RunFolder], Artifact | None]:
-    return lambda config, run: run.finished(plan(config, run))
+def _finished_by(build_spec: Callable[[Any, RunFolder], BuildSpec]) -> Callable[[Any, RunFolder], Artifact | None]:
+    return lambda config, run: run.finished(build_spec(config, run))
 
 
 def _record(kind: str, config: Any, shared: dict[str, Any]) -> StageRecord:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edadm_cli.artifacts import Artifact, BenchRecord, Estimate, ModelRef, Plan, RunFolder
+from edadm_cli.artifacts import Artifact, BenchRecord, BuildSpec, Estimate, ModelRef, RunFolder
 from edadm_cli.bench import STAGE
 from edadm_cli.cli.app import main
 from edadm_cli.config import BenchConfig
@@ -117,7 +117,9 @@ def about_anew(result: dict[str, Any]) -> list[str]:
 
 def test_a_dry_run_says_what_would_be_measured_again(benches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     model = ModelRef(id="digits-sd", fingerprint="f")
-    with RunFolder(Path("runs/digits-sd")).build(Plan("bench", "w8a8-openvino-cpu", {}, 0, (), model), False) as build:
+    with RunFolder(Path("runs/digits-sd")).build(
+        BuildSpec("bench", "w8a8-openvino-cpu", {}, 0, (), model), False
+    ) as build:
         build.commit()
     assert main(["bench", "--model", "digits-sd", "--dry-run", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

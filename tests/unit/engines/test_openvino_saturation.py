@@ -95,7 +95,7 @@ def test_eight_bit_weights_are_exact_in_other_forms(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_seven_bit_weights_stay_integers(name: str) -> None:
     layer, x = _at_the_ends(name, 7)
-    assert saturation.spare_products(_graph(layer, x), ALL) == frozenset()
+    assert saturation.replace_saturating_products(_graph(layer, x), ALL) == frozenset()
     assert not saturation.weights_saturate(np.array([-64, 64], np.int8))
     assert saturation.weights_saturate(np.array([-65], np.int8))
 
@@ -105,9 +105,9 @@ def test_no_wide_code_is_left_and_nothing_else_is_touched(name: str, spared: set
     layer, x = _at_the_ends(name, 8)
     graph = _graph(layer, x)
     others = ALL - {layer.operation.kind}
-    assert saturation.spare_products(graph, others) == frozenset()
+    assert saturation.replace_saturating_products(graph, others) == frozenset()
     assert [codes.tolist() for codes in _codes(graph)] == [layer.weight_int.reshape(_codes(graph)[0].shape).tolist()]
-    assert saturation.spare_products(graph, ALL) == spared
+    assert saturation.replace_saturating_products(graph, ALL) == spared
     assert len(_codes(graph)) == (0 if spared else 2)
     assert not any(map(saturation.weights_saturate, _codes(graph)))
 
@@ -117,7 +117,7 @@ def test_a_float_input_stays_as_it_is() -> None:
     assert isinstance(layer, QuantizedLayer)
     layer.set_parameters(torch.full(layer.weight_shape, 127), torch.ones(layer.weight_shape[0]))
     graph = _graph(layer, x)
-    assert saturation.spare_products(graph, ALL) == frozenset()
+    assert saturation.replace_saturating_products(graph, ALL) == frozenset()
     assert len(_codes(graph)) == 1
 
 
@@ -138,7 +138,7 @@ def _product_of_ends(spared: frozenset[LayerKind]) -> tuple[Tensor, Tensor]:
     parameters = [ops.parameter([2, 24, 40], ov.Type.f32) for _ in range(2)]
     q, k = (nodes.fake_quantize(parameter.output(0), scale, None, grid) for parameter in parameters)
     graph = ov.Model([ops.matmul(q, ops.transpose(k, np.array([0, 2, 1])), False, False)], parameters)
-    saturation.spare_products(graph, spared)
+    saturation.replace_saturating_products(graph, spared)
     signs = torch.randint(2, (2, 2, 24, 1), generator=torch.Generator().manual_seed(0)) * 255.0 - 128
     codes = signs.expand(2, 2, 24, 40).contiguous()
     found = ov.Core().compile_model(graph, "CPU", plugin_properties(CPU))([*(codes * scale).numpy()])[0]

@@ -60,8 +60,8 @@ def test_it_computes_what_diffusers_computes(
 
 
 class _Seen(QuantizedAttention):
-    def touch(self, operand: str, tensor: Tensor) -> Tensor:
-        result = super().touch(operand, tensor)
+    def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
+        result = super().on_operand(operand, tensor)
         self.seen[operand] = (tensor, result)
         return result
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from edadm_cli.artifacts import Artifact, ModelRef, Plan, RunFolder, save_json
+from edadm_cli.artifacts import Artifact, BuildSpec, ModelRef, RunFolder, save_json
 from edadm_cli.config import BitWidth
 from edadm_cli.recipe import Recipe
 
@@ -155,7 +155,7 @@ class RunMaker:
         """Write one artifact."""
         parent = PARENTS.get(kind)
         parents = (self.run.open(parent, bits if parent in WITH_BITS else None),) if parent else ()
-        plan = Plan(kind, bits, self._config(kind, bits), 0, parents, self.model)
+        plan = BuildSpec(kind, bits, self._config(kind, bits), 0, parents, self.model)
         files = {
             "collect": ["sampling.json"],
             "select": ["selection.json"],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edadm_cli.artifacts import Plan, save_json
+from edadm_cli.artifacts import BuildSpec, save_json
 from edadm_cli.report.contents import read_run
 from edadm_cli.report.page import render
 from tests.unit.report.runs import RunMaker
@@ -78,7 +78,7 @@ def measure(maker: RunMaker, name: str = "w4a8-openvino-cpu") -> None:
     config = {"bits": [{"weight": 4, "activation": 8}], "engine": "openvino", "device": "cpu", "threads": 2}
     config |= {"batch_sizes": [1, 4], "compiled": False}
     parents = (maker.run.open("export", "w4a8"),)
-    with maker.run.build(Plan("bench", name, config, 0, parents, maker.model)) as build:
+    with maker.run.build(BuildSpec("bench", name, config, 0, parents, maker.model)) as build:
         save_json(build.path / "bench.json", bench())
         build.commit(environment={"device": "cpu"})
 
