@@ -32,17 +32,17 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learner import BEFORE, Errors, link_collection, variant_recipe
+from learner import link_collection, variant_recipe
+from learner_variants import BEFORE
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.metrics.representation import Features
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 VARIANTS = {
     "default": "default",
     "before": BEFORE,
-    "paper": "paper",
-    "q-diffusion, 1,000 iterations": "q-diffusion+learn.iterations=1000+learn.weight_learning_rate=0.01"
-    "+learn.activation_learning_rate=0.004",
+    "paper, 300 iterations": "paper+learn.iterations=300",
+    "q-diffusion, 300 iterations": "q-diffusion+learn.iterations=300+learn.weight_learning_rate=0.1"
+    "+learn.activation_learning_rate=0.001",
     "ptq4dm": "ptq4dm",
     "rtn": "rtn",
     "ranges-only": "default+learn.granularity=none",
@@ -114,22 +114,24 @@ class Row:
 
 def rows_in_order(models: list[str], seeds: list[int]) -> list[Row]:
     """Returns all rows, those that matter most first."""
-    main = ("default", "before", "paper", "q-diffusion, 1,000 iterations")
+    published = ("paper, 300 iterations", "q-diffusion, 300 iterations")
     unlearned = ("rtn", "ptq4dm", "ranges-only")
-    fields = [label for label in VARIANTS if label not in main + unlearned]
-    plan = [
+    claims = ("neither", "no layer losses", "no TDAC", "before")
+    fields = [label for label in VARIANTS if label not in (*published, *unlearned, *claims)]
+    plan: list[tuple[Sequence[str], Sequence[str], list[int]]] = [
         (("default", *unlearned), ("w4a8",), seeds[:1]),
-        (("default", *unlearned), ("w4a4",), seeds[:1]),
-        (("before", "no layer losses", "no TDAC"), ("w4a8",), seeds[:1]),
-        (("default", *unlearned), ("w4a8",), seeds),
-        (("default", *unlearned), ("w8a8", "w3a8", "w6a6"), seeds[:1]),
-        (("paper", "q-diffusion, 1,000 iterations"), ("w4a8",), seeds[:1]),
-        (("no layer losses", "no TDAC", "neither", "before"), ("w4a8",), seeds),
+        (("default", "rtn", "ptq4dm"), ("w4a4",), seeds[:1]),
+        (published[:1], ("w4a8",), seeds[:1]),
+        (("default", "rtn", "ptq4dm"), ("w4a8",), seeds[:2]),
+        (claims, ("w4a8",), seeds[:1]),
+        (("default", "rtn", "ptq4dm"), ("w4a8",), seeds),
+        (("default", "rtn", "ptq4dm"), ("w8a8", "w3a8", "w6a6"), seeds[:1]),
+        (published, ("w4a8",), seeds[:1]),
+        (claims, ("w4a8",), seeds),
         (("default", *unlearned), ("w4a4",), seeds),
-        (("paper", "q-diffusion, 1,000 iterations"), ("w4a8", "w4a4"), seeds[:1]),
-        (tuple(fields), ("w4a8",), seeds[:1]),
-        ((*main, *unlearned), ("w4a8", "w8a8", "w4a4", "w3a8", "w6a6"), seeds),
-        (tuple(fields), ("w4a8",), seeds),
+        (fields, ("w4a8",), seeds[:1]),
+        (("default", *published, *unlearned), ("w4a8", "w8a8", "w4a4", "w3a8", "w6a6"), seeds),
+        (fields, ("w4a8",), seeds),
     ]
     rows: dict[Row, None] = {}
     for labels, widths, few in plan:
@@ -150,6 +152,7 @@ class Study:
     batch: int
     trajectories: int | None
     iterations: int | None
+    expected: float
     device: str
 
     def shared(self, model: str, seed: int) -> Path:
@@ -164,21 +167,31 @@ class Study:
 # Full precision
 
 
-def prepare(study: Study, model: str, seed: int) -> dict[str, Any]:
-    """Collects the trajectories of a seed, generates its full-precision pictures, and judges them."""
+def collect_trajectories(study: Study, model: str, seed: int) -> dict[str, Any]:
+    """Collects the trajectories of a seed, of which all its rows learn."""
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.collect.stage import run
     from edadm_cli.config import CollectConfig
 
-    folder = RunFolder(study.shared(model, seed))
-    run(CollectConfig(model=model, seed=seed, device=study.device, num_trajectories=study.trajectories), folder)
+    config = CollectConfig(model=model, seed=seed, device=study.device, num_trajectories=study.trajectories)
+    run(config, RunFolder(study.shared(model, seed)))
+    return {"model": model, "seed": seed}
+
+
+def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
+    """Generates the full-precision pictures of a seed, and judges them."""
+    from edadm_cli.artifacts import RunFolder
+
+    started, folder = time.monotonic(), RunFolder(study.shared(model, seed))
     exact, collected = load(study, folder)
     pictures, latents = generate(study, exact, collected, seed)
     judged = judge(study.device)
     features = judged.features(pictures)
     save_exact(folder, pictures, latents, features)
     save_sheet(pictures, study.out / "pictures" / f"{model}-full-precision-{seed}.webp")
-    return judged.metrics(features, labels(prompts_of(collected, study.images, seed)))
+    facts = {"model": model, "seed": seed, "label": "full precision", "bits": "", "images": study.images}
+    facts["row_seconds"] = round(time.monotonic() - started, 1)
+    return {**facts, **judged.metrics(features, labels(prompts_of(collected, study.images, seed)))}
 
 
 def save_exact(folder: RunFolder, pictures: Tensor, latents: Tensor, features: dict[str, Features]) -> None:
@@ -347,11 +360,13 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     link_collection(source, folder)
     shared = {"seed": row.seed, "device": study.device}
     chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
-    selected = select(SelectConfig(num_samples=samples, **chosen, **shared), folder)
+    selected = select(SelectConfig(num_samples=min(samples, study.trajectories or samples), **chosen, **shared), folder)
     bits = BitWidth.parse(row.bits)
     config = ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, memory_budget_mib=4096, **shared)
     learned = reconstruct(config, folder)
     learned_at = time.monotonic()
+    say("learned", row=row.name, seconds=learned_at - started)
+    ready(study, row.model, row.seed, "pictures", generate_exact)
     artifact = folder.open("reconstruct", row.bits)
     exact, collected = load(study, folder)
     quantized, _ = load(study, folder)
@@ -372,19 +387,21 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
         "judge_seconds": round(time.monotonic() - learned_at, 1),
         "row_seconds": round(time.monotonic() - started, 1),
         **errors,
-        **paired(pictures, latents, features, load_exact(source)),
+        **paired(pictures, latents, features, load_exact(source), study.device),
         **judged.metrics(features, labels(prompts_of(collected, study.images, row.seed))),
     }
 
 
-def paired(pictures: Tensor, latents: Tensor, features: dict[str, Features], reference: Any) -> dict[str, float]:
+def paired(
+    pictures: Tensor, latents: Tensor, features: dict[str, Features], reference: Any, device: str
+) -> dict[str, float]:
     """Returns the distances to full precision of the same seeds."""
     from edadm_cli.metrics.distances import perceptual_distance, relative_l2, ssim
 
     exact, exact_latents, exact_features = reference
     return {
         "final": float(relative_l2(latents, exact_latents).mean()),
-        "ssim": float(ssim(pictures, exact).mean()),
+        "ssim": float(ssim(pictures.to(device), exact.to(device)).mean()),
         "perceptual": float(perceptual_distance(features["emoji"], exact_features["emoji"]).mean()),
         "perceptual_imagenet": float(perceptual_distance(features["imagenet"], exact_features["imagenet"]).mean()),
     }
@@ -394,12 +411,14 @@ def step_errors(
     study: Study, row: Row, exact: LoadedModel, quantized: LoadedModel, collected: CollectedRun, artifact: Any
 ) -> dict[str, Any]:
     """Returns the errors of single steps on full-precision trajectories that were not learned from."""
+    from learner_judge import one_step_errors
+
     from edadm_cli.artifacts import Units
     from edadm_cli.models.sampling import EVALUATION, image_seed, sample
 
     count = min(study.held_out, study.images)
     names = [unit.name for unit in Units.load(artifact).units]
-    with compared_calls(exact, quantized.denoiser, names, collected.guidance_scale) as errors:
+    with one_step_errors(exact, quantized.denoiser, names, collected.guidance_scale) as errors:
         sample(
             exact,
             seeds=[image_seed(row.seed, number, EVALUATION) for number in range(count)],
@@ -408,40 +427,6 @@ def step_errors(
             guidance_scale=collected.guidance_scale,
         )
     return {name: value for name, value in errors.summary().items() if name != "by_unit"}
-
-
-@contextmanager
-def compared_calls(
-    model: LoadedModel, quantized: nn.Module, units: list[str], guidance: float | None
-) -> Iterator[Errors]:
-    """Runs the quantized denoiser on every call of the full-precision one while entered."""
-    from torch import Tensor
-
-    from edadm_cli.reconstruct.unit_data import channel_loss
-
-    errors = Errors(guidance)
-    outputs: list[dict[str, list[Tensor]]] = [{}, {}]
-
-    def keep(side: int, name: str) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            outputs[side][name] = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-
-        return hook
-
-    def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        other = quantized(*args, **kwargs)
-        errors.add(*((each[0] if isinstance(each, tuple) else each.sample) for each in (output, other)))
-        for name in units:
-            pairs = zip(outputs[1][name], outputs[0][name], strict=True)
-            errors.units[name].append(sum(float(channel_loss(*pair)) for pair in pairs))
-
-    with ExitStack() as stack:
-        for side, denoiser in enumerate((model.denoiser, quantized)):
-            for name in units:
-                stack.callback(denoiser.get_submodule(name).register_forward_hook(keep(side, name)).remove)
-        stack.callback(model.denoiser.register_forward_hook(compare, with_kwargs=True).remove)
-        yield errors
 
 
 # Workers
@@ -468,44 +453,46 @@ def claim(study: Study, name: str) -> bool:
 
 def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) -> None:
     """Takes one row after the other until none is left or the time is over."""
-    started = time.time()
     while True:
         longest = [json.loads(path.read_text())["row_seconds"] for path in (study.out / "times").glob("*.json")]
         left = until - time.time()
-        may_learn = left > 1.1 * max(longest) if longest else time.time() - started < 90
+        may_learn = left > 1.1 * max(longest, default=study.expected)
         open_rows = [row for row in rows if not study.result(row).is_file() and (may_learn or not row.learns)]
         open_rows.sort(key=lambda row: row.learns != prefers_learning)
         row = next((row for row in open_rows if claim(study, row.name)), None)
         if row is None or left < 0:
             return
         try:
-            ready(study, row.model, row.seed)
+            ready(study, row.model, row.seed, "trajectories", collect_trajectories)
+            say("begun", row=row.name)
             result = {**asdict(row), "images": study.images, "variant": row.variant, **measure(study, row)}
         except Exception as error:  # noqa: BLE001 - one failed row must not end the study
-            print(json.dumps({"row": row.name, "error": f"{type(error).__name__}: {error}"}), flush=True)
+            say("failed", row=row.name, error=f"{type(error).__name__}: {error}")
             continue
         write(study.result(row), result)
         if row.learns:
             write(study.out / "times" / f"{row.name}.json", {"row_seconds": result["row_seconds"]})
         shown = ("row_seconds", "reconstruct_seconds", "one_step", "final", "frechet", "top1")
-        print(json.dumps({"row": row.name, **{name: round(result[name], 5) for name in shown}}), flush=True)
+        say("finished", row=row.name, **{name: result[name] for name in shown})
 
 
-def ready(study: Study, model: str, seed: int) -> None:
-    """Waits for the full precision of a model and seed, or makes it."""
-    path = study.shared(model, seed) / "ready.json"
-    if claim(study, f"{model}-{seed}"):
-        started = time.monotonic()
-        judged = prepare(study, model, seed)
-        seconds = round(time.monotonic() - started, 1)
-        facts = {"model": model, "seed": seed, "label": "full precision", "bits": "", "images": study.images}
-        write(
-            study.out / "results" / f"{model}-full-precision-{seed}.json", {**facts, "row_seconds": seconds, **judged}
-        )
-        write(path, judged)
-        print(json.dumps({"full precision": model, "seed": seed, "seconds": seconds, **judged}), flush=True)
+def ready(study: Study, model: str, seed: int, kind: str, make: Callable[[Study, str, int], dict[str, Any]]) -> None:
+    """Waits for something that all rows of a model and seed share, or makes it."""
+    path = study.shared(model, seed) / f"{kind}.json"
+    if not path.is_file() and claim(study, f"{model}-{seed}-{kind}"):
+        result = make(study, model, seed)
+        if "label" in result:
+            write(study.out / "results" / f"{model}-full-precision-{seed}.json", result)
+        write(path, result)
+        say(kind, **result)
     while not path.is_file():
         time.sleep(0.5)
+
+
+def say(event: str, **facts: Any) -> None:
+    """Prints a line of the log."""
+    short = {name: round(value, 5) if isinstance(value, float) else value for name, value in facts.items()}
+    print(json.dumps({"time": time.strftime("%H:%M:%S"), "event": event, **short}), flush=True)
 
 
 def start(options: argparse.Namespace, until: float) -> None:
@@ -574,14 +561,15 @@ def main() -> None:
         "--unlearned-workers", type=int, default=0, help="how many of them begin with rows that learn nothing"
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="no row is begun after this time")
+    parser.add_argument("--expected", type=float, default=150, help="seconds of the first row that learns")
     parser.add_argument("--mps", default="", help="start of the pipe directory of one MPS daemon per GPU")
     parser.add_argument("--table", action="store_true", help="print the tables of what is finished, run nothing")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = "cpu" if options.gpus == "cpu" else "cuda:0"
-    sizes = (options.images, options.held_out, options.batch, options.trajectories, options.iterations, device)
-    study = Study(options.out, *sizes)
+    sizes = (options.images, options.held_out, options.batch, options.trajectories, options.iterations)
+    study = Study(options.out, *sizes, options.expected, device)
     if options.worker is not None:
         rows = rows_in_order(options.models.split(","), [int(seed) for seed in options.seeds.split(",")])
         rows = [row for row in rows if re.search(options.only, row.name)]

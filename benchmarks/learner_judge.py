@@ -100,16 +100,18 @@ def one_step_errors(
     model: LoadedModel, quantized: nn.Module, units: Sequence[str], guidance: float | None
 ) -> Iterator[Errors]:
     """Runs the quantized denoiser on every call of the full-precision one while entered."""
-    errors, outputs = Errors(guidance), [{}, {}]  # type: ignore[var-annotated]
+    errors = Errors(guidance)
+    outputs: list[dict[str, list[Tensor]]] = [{}, {}]
 
     def keep(side: int, name: str) -> Any:
-        return lambda _, __, output: outputs[side].update({name: _first(output)})
+        return lambda _, __, output: outputs[side].update({name: _parts(output)})
 
     def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         other = quantized(*args, **kwargs)
         errors.add(_prediction(output), _prediction(other))
         for name in units:
-            errors.units[name].append(float(channel_loss(outputs[1][name], outputs[0][name])))
+            pairs = zip(outputs[1][name], outputs[0][name], strict=True)
+            errors.units[name].append(sum(float(channel_loss(*pair)) for pair in pairs))
 
     with ExitStack() as stack:
         for side, denoiser in enumerate((model.denoiser, quantized)):
@@ -120,10 +122,9 @@ def one_step_errors(
         yield errors
 
 
-def _first(output: Any) -> Tensor:
-    """Returns what a unit hands on, the first of several: the last block of SD 3 returns nothing for the text."""
-    parts = output if isinstance(output, tuple) else (output,)
-    return next(part for part in parts if part is not None)
+def _parts(output: Any) -> list[Tensor]:
+    """Returns all that a unit hands on: a block of SD 3 returns the text and the image, its last block no text."""
+    return [part for part in (output if isinstance(output, tuple) else (output,)) if part is not None]
 
 
 def _prediction(output: Any) -> Tensor:

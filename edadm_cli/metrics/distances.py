@@ -82,7 +82,7 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """
     _check_same_shape(images, reference)
     x, y = images.double(), reference.double()
-    kernel = _gaussian(min(_WINDOW, *x.shape[-2:]))
+    kernel = _gaussian(min(_WINDOW, *x.shape[-2:])).to(x.device)
 
     def blurred(values: Tensor) -> Tensor:
         channels = values.shape[1]

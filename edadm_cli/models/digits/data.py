@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.real_statistics import unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,6 @@ WEIGHTS = Path(__file__).parent / "weights"
 MODEL_NAMES = ("classifier", "digits-sd", "digits-ddpm", "data")
 TEST_IMAGES_FILE = "mnist_test.npz"
 STATISTICS_FILE = "statistics.safetensors"
-STATISTICS = ("features", "spatial")
 TRAIN_COMMAND = "python -m edadm_cli.models.digits.train --data mnist.npz --out DIR"
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -131,32 +131,10 @@ def real_statistics(image_size: int, root: Path = WEIGHTS) -> dict[str, Tensor]:
         `features_mean (D,)`, `features_cov (D, D)`, `spatial_mean (E,)`, `spatial_cov (E, E)` in float64;
         `spatial` is the flattened early feature map.
     """
-    import torch
     from safetensors.torch import load_file
 
     _check_image_size(image_size)
-    stored = load_file(model_folder("data", root) / STATISTICS_FILE)
-    statistics: dict[str, Tensor] = {}
-    for kind in STATISTICS:
-        mean = stored[f"{image_size}.{kind}_mean"]
-        rows, columns = torch.triu_indices(len(mean), len(mean))
-        covariance = mean.new_zeros(len(mean), len(mean))
-        covariance[rows, columns] = covariance[columns, rows] = stored[f"{image_size}.{kind}_cov_upper"]
-        statistics |= {f"{kind}_mean": mean, f"{kind}_cov": covariance}
-    return statistics
-
-
-def pack_statistics(image_size: int, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name and pack statistics as they ship: of a symmetric covariance, the upper triangle by rows."""
-    import torch
-
-    packed: dict[str, Tensor] = {}
-    for kind in STATISTICS:
-        covariance = statistics[f"{kind}_cov"]
-        rows, columns = torch.triu_indices(len(covariance), len(covariance))
-        packed[f"{image_size}.{kind}_mean"] = statistics[f"{kind}_mean"].contiguous()
-        packed[f"{image_size}.{kind}_cov_upper"] = covariance[rows, columns].contiguous()
-    return packed
+    return unpack(load_file(model_folder("data", root) / STATISTICS_FILE), f"{image_size}.")
 
 
 def _check_image_size(image_size: int) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.emoji.captions import STYLES, prompt_of
+from edadm_cli.models.real_statistics import unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,6 @@ PIPELINES = ("emoji-sd", "emoji-dit")
 STATISTICS_FILE = "statistics.safetensors"
 NAMES_FILE = "names.json.gz"
 PICTURES_FILE = "held_out.webp"
-STATISTICS = ("features", "spatial")
 TRAIN_COMMAND = "python -m edadm_cli.models.emoji.train --help"
 _SHARED = {
     "emoji-sd": {"vae": "vae", "text_encoder": "text_encoder", "tokenizer": "tokenizer"},
@@ -104,7 +104,7 @@ def real_statistics(root: Path = WEIGHTS) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    return {name: value.double() for name, value in load_file(model_folder("data", root) / STATISTICS_FILE).items()}
+    return unpack(load_file(model_folder("data", root) / STATISTICS_FILE))
 
 
 def real_pictures(root: Path = WEIGHTS) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.digits import data
 from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
+from edadm_cli.models.real_statistics import KINDS, pack
 
 shipped = pytest.mark.skipif(
     not (data.WEIGHTS / "data" / data.STATISTICS_FILE).is_file(),
@@ -79,15 +80,15 @@ def test_statistics_survive_packing(tmp_path: Path) -> None:
 
     generator = torch.Generator().manual_seed(0)
     statistics: dict[str, torch.Tensor] = {}
-    for kind, size in zip(data.STATISTICS, (5, 7), strict=True):
+    for kind, size in zip(KINDS, (5, 7), strict=True):
         values = torch.randn(20, size, generator=generator, dtype=torch.float64)
         statistics |= {f"{kind}_mean": values.mean(dim=0), f"{kind}_cov": torch.cov(values.T)}
     (tmp_path / "data").mkdir()
-    save_file(data.pack_statistics(16, statistics), tmp_path / "data" / data.STATISTICS_FILE)
+    save_file(pack(statistics, "16."), tmp_path / "data" / data.STATISTICS_FILE)
     read = data.real_statistics(16, tmp_path)
     assert read.keys() == statistics.keys()
     for name, value in statistics.items():
-        torch.testing.assert_close(read[name], value, rtol=0, atol=1e-14)  # torch.cov is symmetric to an ulp
+        torch.testing.assert_close(read[name], value, rtol=1e-6, atol=1e-7)  # it ships in float32
 
 
 def test_missing_files_name_the_training_command(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_shipped_real_data_matches_the_classifier() -> None:
     spread = real["features_cov"].diagonal().sqrt()
     assert ((found.features.double().mean(dim=0) - real["features_mean"]).abs() < spread).all()
     assert torch.equal(real["spatial_cov"], real["spatial_cov"].T)
-    assert torch.linalg.eigvalsh(real["features_cov"]).min() > -1e-9
+    assert torch.linalg.eigvalsh(real["features_cov"]).min() > -1e-6
 
 
 @shipped

@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
-from edadm_cli.models.digits.data import STATISTICS, label_of_prompt, model_folder, prompts, real_statistics
+from edadm_cli.models.digits.data import label_of_prompt, model_folder, prompts, real_statistics
 from edadm_cli.models.digits.train.settings import TrainSettings, seed_of
+from edadm_cli.models.real_statistics import KINDS
 
 NUM_STEPS = 20
 GUIDANCE_SCALE = 2.0
@@ -44,7 +45,7 @@ def feature_statistics(classifier: DigitClassifier, images: Tensor) -> dict[str,
     device = next(classifier.parameters()).device
     found = [classifier(part.to(device).float() / 255) for part in images.split(1000)]
     statistics: dict[str, Tensor] = {}
-    for kind in STATISTICS:
+    for kind in KINDS:
         values = torch.cat([getattr(part, kind).flatten(1) for part in found]).double().cpu()
         statistics |= {f"{kind}_mean": values.mean(dim=0), f"{kind}_cov": torch.cov(values.T)}
     return statistics
@@ -68,7 +69,7 @@ def frechet_distances(real: dict[str, Tensor], other: dict[str, Tensor]) -> dict
         f"frechet_{kind}": frechet_distance(
             real[f"{kind}_mean"], real[f"{kind}_cov"], other[f"{kind}_mean"], other[f"{kind}_cov"]
         )
-        for kind in STATISTICS
+        for kind in KINDS
     }
 
 
