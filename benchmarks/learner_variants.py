@@ -66,6 +66,24 @@ INGREDIENTS = {
 }
 CHANNELS = channels("weight-scale", "bias", "input-channel-scale") + INPUT_SCALES
 NO_INPUT_SCALES = channels("weight-scale", "bias")
+
+
+def scales(exponent: float, smallest: float = 0, bounded: int = 0) -> str:
+    """Returns the change that scales input channels with some options."""
+    options = f'{{"exponent":{exponent},"smallest":{smallest},"bounded":{bounded}}}'
+    return f'+transforms=[{{"name":"input-channel-scale","options":{options}}}]'
+
+
+ALL = channels("weight-scale", "bias", "input-channel-scale")
+UNBOUNDED = {
+    "channel scales, 0.5 unbounded": f"default{scales(0.5)}",
+    "channel scales, 0.25 unbounded": f"default{scales(0.25)}",
+    "Y: all per channel, 0.5 unbounded, 1,024 samples, 1,000 iterations": f"{ALL}{scales(0.5)}+samples=1024"
+    "+learn.iterations=1000",
+    "all per channel, 0.5 unbounded": f"{ALL}{scales(0.5)}",
+    "Y with 0.25": f"{ALL}{scales(0.25)}+samples=1024+learn.iterations=1000",
+    "Y with 0.75": f"{ALL}{scales(0.75)}+samples=1024+learn.iterations=1000",
+}
 TOGETHER = {
     "X: all per channel, 1,024 samples": f"{CHANNELS}+samples=1024",
     "X, 1,000 iterations": f"{CHANNELS}+samples=1024+learn.iterations=1000",
@@ -134,6 +152,8 @@ GROUPS = {
     "main": Group(MAIN, seeds=(0, 1, 2, 3, 4)),
     "published": Group(PUBLISHED, seeds=(0, 1, 2, 3, 4)),
     "ingredients": Group(INGREDIENTS, ("w4a8", "w3a8")),
+    "unbounded": Group(UNBOUNDED),
+    "unbounded-w3a8": Group(UNBOUNDED, ("w3a8",)),
     "together": Group(TOGETHER),
     "together-w3a8": Group(TOGETHER, ("w3a8",)),
     "floors": Group(FLOORS, seeds=(0,)),

@@ -108,9 +108,8 @@ def spend_budget(sensitivity: Sensitivity, bits: BitWidth, denoiser: nn.Module, 
 
 def bytes_beside_codes(denoiser: nn.Module, traced: Trace, quantized: Collection[str]) -> int:
     """Returns the bytes of a quantized denoiser's file that are no codes: float tensors, scales, names of tensors."""
-    weights = {layer.name: layer.module.weight for layer in traced.layers if layer.name in quantized}
-    floats = sum(parameter.numel() for parameter in denoiser.parameters())
-    floats -= sum(weight.numel() for weight in weights.values())
-    scales = sum(weight.shape[0] + 2 for weight in weights.values())
+    weights = [layer.module.get_parameter("weight") for layer in traced.layers if layer.name in quantized]
+    floats = sum(parameter.numel() for parameter in denoiser.parameters()) - sum(weight.numel() for weight in weights)
+    scales = sum(weight.shape[0] + 2 for weight in weights)
     tensors = len(list(denoiser.parameters())) + _TENSORS_PER_LAYER * len(weights)
     return _FLOAT_BYTES * (floats + scales) + _HEADER_BYTES * tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from typing import Any
 
 from edadm_cli.artifacts import BenchResult, Manifest, Payload, recipe_name
 from edadm_cli.report.contents import BY_BITS, Part, RunContents
@@ -11,6 +12,7 @@ from edadm_cli.report.contents import BY_BITS, Part, RunContents
 _FLAGS: dict[str, tuple[str, ...]] = {
     "collect": ("num_trajectories", "num_steps", "guidance_scale", "batch_size", "feature_batch", "dtype"),
     "select": ("strategy", "num_samples", "density_radius", "variety_weight"),
+    "sensitivity": ("weight_bits", "activation_bits", "num_samples", "num_images", "batch_size"),
     "reconstruct": ("batch_size",),
     "export": ("parity_samples",),
     "evaluate": ("num_images", "batch_size", "num_steps", "guidance_scale"),
@@ -43,18 +45,25 @@ def _words(part: Part[Payload]) -> Iterator[str]:
         yield from ("--bits", part.artifact.path.name)
     if isinstance(part.facts, BenchResult):
         yield from _words_of_bench(Part(part.artifact, part.facts))
-    if manifest.kind == "reconstruct":
+    if manifest.kind in ("sensitivity", "reconstruct"):
         yield from ("--recipe", recipe_name(part.artifact))
     for name in _FLAGS[manifest.kind]:
         value = manifest.config.get(name)
         if value is not None:
             yield f"--{name.replace('_', '-')}"
-            yield f"{value:g}" if isinstance(value, float) else str(value)
+            yield _setting(value)
     scheduler = manifest.config.get("scheduler_config")
     if manifest.kind == "collect" and isinstance(scheduler, dict) and "prediction_type" in scheduler:
         yield from ("--prediction-type", str(scheduler["prediction_type"]))
     if manifest.seed:
         yield from ("--seed", str(manifest.seed))
+
+
+def _setting(value: Any) -> str:
+    """A value as a flag takes it; several are written with commas."""
+    if isinstance(value, list):
+        return ",".join(map(_setting, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _words_of_bench(part: Part[BenchResult]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from edadm_cli.artifacts import (
     Payload,
     RunFolder,
     Selection,
+    Sensitivity,
     Units,
     recipe_name,
 )
@@ -70,10 +71,11 @@ class RunContents:
     select: Part[Selection] | None
     widths: tuple[Width, ...]
     benches: tuple[Part[BenchResult], ...] = ()
+    sensitivity: Part[Sensitivity] | None = None
 
     def parts(self) -> Iterator[Part[Payload]]:
         """Every artifact, in the order of the chain."""
-        stages: list[Part[Payload] | None] = [self.collect, self.select]
+        stages: list[Part[Payload] | None] = [self.collect, self.select, self.sensitivity]
         for width in self.widths:
             stages += [width.reconstruct, width.export, width.evaluate]
         yield from (part for part in stages if part is not None)
@@ -112,6 +114,7 @@ def read_run(run: RunFolder, bits: Sequence[str] | None) -> RunContents:
         select=_read(run, "select", None, Selection),
         widths=tuple(_read_width(run, name) for name in shown),
         benches=_read_benches(run, None if bits is None else shown),
+        sensitivity=_read(run, "sensitivity", None, Sensitivity),
     )
     if next(contents.parts(), None) is None:
         raise InputError(f"The run {run.root} holds no artifact to report on.", hint=run.command("collect"))

@@ -11,6 +11,7 @@ from edadm_cli.report.html import Html, element
 from edadm_cli.report.provenance import provenance_section
 from edadm_cli.report.quality import images_section, quality_section
 from edadm_cli.report.quantization import export_section, reconstruction_section
+from edadm_cli.report.sensitivity import sensitivity_section
 from edadm_cli.report.speed import speed_section
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -24,6 +25,7 @@ _LINKS = {
     "comparison": "Comparison",
     "model": "Model",
     "selection": "Calibration",
+    "sensitivity": "Sensitivity",
     "reconstruction": "Reconstruction",
     "export": "Size",
     "speed": "Speed",
@@ -49,6 +51,7 @@ def render(contents: RunContents) -> str:
         **({"quality": quality} if evaluated else {}),
         "model": model_section(contents),
         "selection": selection_section(contents),
+        "sensitivity": sensitivity_section(contents),
         "reconstruction": reconstruction_section(contents),
         "export": export_section(contents),
         "speed": speed_section(contents),

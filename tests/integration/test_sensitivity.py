@@ -17,6 +17,7 @@ from edadm_cli.config import BitWidth
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import load_collected_model
 from edadm_cli.quant.network import quantize_network
+from edadm_cli.report.stage import run as report
 from edadm_cli.sensitivity import stage
 
 
@@ -50,6 +51,15 @@ def test_bits_follow_the_measurement_and_keep_to_the_budget(run_folder: Path) ->
     assert spent <= 3.5 * sum(layer.num_weights for layer in layers.values())
     assert len({layer["weight_bits"] for layer in plan.values()}) > 1
     assert [parent.kind for parent in run.open("reconstruct", "w3.5a8").manifest.parents] == ["select", "sensitivity"]
+
+
+def test_the_report_ranks_the_layers(run_folder: Path) -> None:
+    run = RunFolder(run_folder)
+    page = report(run).read_text(encoding="utf-8")
+    shown = page.split('id="sensitivity"')[1].split("</section>")[0]
+    first, second = (layer.name for layer in Sensitivity.load(run.open("sensitivity")).ranked(2)[:2])
+    assert 0 < shown.index(first) < shown.index(second)
+    assert all(f">{width}<" in shown for width in ("W2", "W4", "W8", "A8"))
 
 
 def test_a_size_is_kept_and_used(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
