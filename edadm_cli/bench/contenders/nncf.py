@@ -28,6 +28,7 @@ class Nncf(Contender):
         import nncf
         import openvino as ov
 
+        from edadm_cli.engines.graph.description import DESCRIPTION_FILE
         from edadm_cli.engines.openvino import files
 
         nncf.set_log_level("ERROR")
@@ -41,7 +42,7 @@ class Nncf(Contender):
         )
         folder.mkdir(parents=True)
         ov.save_model(quantized, folder / files.GRAPH_FILE, compress_to_fp16=False)
-        shutil.copyfile(source / files.DESCRIPTION_FILE, folder / files.DESCRIPTION_FILE)
+        shutil.copyfile(source / DESCRIPTION_FILE, folder / DESCRIPTION_FILE)
         return [
             Spec(
                 name=f"{self.name} w8a8",

@@ -6,54 +6,32 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from edadm_cli.artifacts import load_json, save_json
 from edadm_cli.engines.base import (
     FLOAT,
     CompiledDenoiser,
     EngineOptions,
     FileEngine,
     LayerExecution,
-    LayerKind,
     OperationTime,
 )
-from edadm_cli.engines.interface import GraphInterface
-from edadm_cli.engines.listing import list_layers
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.engines.graph.description import GraphDescription, PlannedLayer, load_description, planned_layers
+from edadm_cli.errors import UsageError
 from edadm_cli.quant.layers import QuantizedLayer
 
 if TYPE_CHECKING:
     from edadm_cli.engines.onnx.session import Session
 
-GRAPH_FILE, DESCRIPTION_FILE = "denoiser.onnx", "denoiser.json"
+GRAPH_FILE = "denoiser.onnx"
 FORMAT_VERSION = 1
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 # Codes and sums are exact; what is left is the rounding of one product and one sum in float32, 2^-24 each.
 LAYER_BOUND = 2.0**-22
-
-
-class _Layer(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    kind: LayerKind
-    planned: str
-
-
-class _Description(BaseModel):
-    """What is known of a graph besides its nodes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1]
-    interface: GraphInterface
-    layers: tuple[_Layer, ...]
 
 
 class OnnxRuntimeEngine(FileEngine):
@@ -118,28 +96,17 @@ class OnnxRuntimeEngine(FileEngine):
         self._require(options)
         from edadm_cli.engines.onnx.export import export_onnx
 
-        rows = list_layers(denoiser, torch.float32, lambda *_: ("int8", None))
         folder.mkdir(parents=True, exist_ok=True)
         interface = export_onnx(denoiser, args, kwargs, folder / GRAPH_FILE, fixed_sizes=self._fixed_sizes)
-        layers = tuple(_Layer(name=row.name, kind=row.kind, planned=row.planned) for row in rows)
-        description = _Description(format_version=FORMAT_VERSION, interface=interface, layers=layers)
-        save_json(folder / DESCRIPTION_FILE, description.model_dump(mode="json"))
+        layers = planned_layers(denoiser)
+        GraphDescription(format_version=FORMAT_VERSION, interface=interface, layers=layers).save(folder)
 
     def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
         """Read what `save` wrote."""
         self._require(options)
         from edadm_cli.engines.onnx.session import load_session
 
-        for name in (DESCRIPTION_FILE, GRAPH_FILE):
-            if not (folder / name).is_file():
-                raise InputError(f"{folder} holds no {name}.", hint="edadm export --engine onnxruntime")
-        try:
-            description = _Description.model_validate(load_json(folder / DESCRIPTION_FILE))
-        except ValidationError as error:
-            raise InputError(
-                f"{folder / DESCRIPTION_FILE} is broken or of another version: {error.errors()[0]['msg']}.",
-                hint="edadm export --engine onnxruntime --force",
-            ) from error
+        description = load_description(folder, GraphDescription, FORMAT_VERSION, self.name, (GRAPH_FILE,))
         return _OnnxDenoiser(description, load_session(folder / GRAPH_FILE, options.num_threads), options)
 
     def _require(self, options: EngineOptions) -> None:
@@ -152,7 +119,7 @@ class OnnxRuntimeEngine(FileEngine):
 
 
 class _OnnxDenoiser(CompiledDenoiser):
-    def __init__(self, description: _Description, session: Session, options: EngineOptions) -> None:
+    def __init__(self, description: GraphDescription, session: Session, options: EngineOptions) -> None:
         self._description, self._session, self._options = description, session, options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +137,7 @@ class _OnnxDenoiser(CompiledDenoiser):
         inputs = self._description.interface.tensors(args, kwargs)
         return profile(self._session, inputs, self._options.num_threads)
 
-    def _execution(self, layer: _Layer) -> LayerExecution:
+    def _execution(self, layer: PlannedLayer) -> LayerExecution:
         from edadm_cli.engines.onnx.export import product_name
         from edadm_cli.engines.onnx.session import INTEGER_PRODUCTS
 

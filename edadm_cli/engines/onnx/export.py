@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
 
-from edadm_cli.engines.interface import GraphInterface, class_path
+from edadm_cli.engines.graph.interface import GraphInterface
+from edadm_cli.engines.graph.tracing import FlatDenoiser
 from edadm_cli.engines.onnx.nodes import Writer
 from edadm_cli.engines.onnx.standins import DOMAIN, LAYER, NAME, with_stand_ins
 from edadm_cli.errors import EdadmError, UsageError
@@ -74,14 +74,14 @@ def export_onnx(
     if target == "tensorrt":
         _require_symmetric(denoiser)
     interface = GraphInterface.of(denoiser, args, kwargs)
-    wrapper = _Flat(with_stand_ins(denoiser), interface)
+    wrapper = FlatDenoiser(with_stand_ins(denoiser), interface)
     model = _traced(wrapper, interface.tensors(args, kwargs), ("fixed",) if fixed_sizes else _FREEDOMS)
     _fill_in(model.graph, denoiser, Writer(symmetric=target == "tensorrt"))
     model.opset_imports.pop(DOMAIN, None)
     model.producer_name = "edadm"
     write(model, path)
     onnx.checker.check_model(str(path))
-    return interface.model_copy(update={"returns": wrapper.returned.path})
+    return wrapper.traced_interface()
 
 
 def write(model: ir.Model, path: Path) -> None:
@@ -89,13 +89,6 @@ def write(model: ir.Model, path: Path) -> None:
     values = (value.const_value for value in model.graph.initializers.values())
     size = sum(tensor.nbytes for tensor in values if tensor is not None)
     ir.save(model, path, external_data=f"{path.name}.data" if size > _LARGEST_INLINE else None)
-
-
-@dataclass(eq=False)
-class _Returned:
-    """Import path of what the denoiser returned: the exporter undoes what tracing sets on the module itself."""
-
-    path: str | None = None
 
 
 def layer_graph(layer: QuantizedLayer, num_dims: int) -> ir.Model:
@@ -110,22 +103,7 @@ def layer_graph(layer: QuantizedLayer, num_dims: int) -> ir.Model:
     return ir.Model(graph, ir_version=_IR_VERSION, producer_name="edadm")
 
 
-class _Flat(nn.Module):
-    """A denoiser that takes the inputs of its graph one after another and returns its prediction."""
-
-    def __init__(self, denoiser: nn.Module, interface: GraphInterface) -> None:
-        super().__init__()
-        self.denoiser, self.interface, self.returned = denoiser, interface, _Returned()
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Call the denoiser."""
-        output = self.denoiser(**self.interface.call(dict(zip(self.interface.inputs, tensors, strict=True))))
-        self.returned.path = class_path(output)
-        prediction: Tensor = output[0]
-        return prediction
-
-
-def _traced(wrapper: _Flat, tensors: dict[str, Tensor], freedoms: Sequence[Freedom]) -> ir.Model:
+def _traced(wrapper: FlatDenoiser, tensors: dict[str, Tensor], freedoms: Sequence[Freedom]) -> ir.Model:
     """The graph with the first of `freedoms` that the exporter has a form for."""
     failure: Exception | None = None
     for freedom in freedoms:
@@ -156,7 +134,7 @@ def _silent_exporter() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _export(wrapper: _Flat, tensors: dict[str, Tensor], freedom: Freedom) -> ir.Model:
+def _export(wrapper: FlatDenoiser, tensors: dict[str, Tensor], freedom: Freedom) -> ir.Model:
     rows = 0 if freedom == "fixed" else tensors[SAMPLE].shape[0]
     free = torch.export.Dim.AUTO
     dims = {name: _free_dims(name, tensor, rows, freedom) for name, tensor in tensors.items()}

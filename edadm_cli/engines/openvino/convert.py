@@ -7,7 +7,6 @@ quantized layer is ever made.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -20,9 +19,9 @@ from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
-from edadm_cli.engines.interface import GraphInterface, class_path
+from edadm_cli.engines.graph.interface import GraphInterface
+from edadm_cli.engines.graph.tracing import FlatDenoiser, LayerStandIn, convolved_sizes, copy_with_stand_ins
 from edadm_cli.engines.openvino import nodes
-from edadm_cli.engines.openvino.execution import WRAPPED
 from edadm_cli.engines.openvino.movement import quantize_before_moving
 from edadm_cli.engines.openvino.scale_shift import distribute_scales
 from edadm_cli.errors import EdadmError
@@ -43,10 +42,7 @@ _OPERATIONS = ("linear", "geglu", "conv2d", "fake_quantize")
 def _conv2d_like(
     x: Tensor, index: int, features: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    sizes = [
-        (size + 2 * pad - span * (width - 1) - 1) // step + 1
-        for size, pad, span, width, step in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
-    ]
+    sizes = convolved_sizes(x.shape[2:], kernel, stride, padding, dilation)
     return x.new_zeros([x.shape[0], features, *sizes])
 
 
@@ -73,7 +69,7 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     tracing = _Tracing(denoiser)
     interface = GraphInterface.of(denoiser, args, kwargs)
-    wrapper = _Flat(tracing.model, interface)
+    wrapper = FlatDenoiser(tracing.model, interface)
     example = tuple(interface.tensors(args, kwargs).values())
     try:
         with warnings.catch_warnings():
@@ -90,7 +86,7 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for name, port in zip(interface.inputs, model.inputs, strict=True):
         port.set_names({name})
         port.node.friendly_name = name
-    return model, interface.model_copy(update={"returns": wrapper.returns})
+    return model, wrapper.traced_interface()
 
 
 def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExtension]) -> ov.Model:
@@ -116,19 +112,15 @@ class _Tracing:
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.converters: list[Callable[[ov.Output], ov.Output]] = []
-        memo: dict[int, Any] = {}
+        stand_ins: dict[int, Any] = {}
         for name, module in denoiser.named_modules():
             if isinstance(module, GEGLU) and _is_integer(module.proj):
-                memo[id(module)] = _GegluStandIn(module.proj, self._register_geglu(module.proj, f"{name}.proj"))
+                stand_ins[id(module)] = _GegluStandIn(module.proj, self._register_geglu(module.proj, f"{name}.proj"))
             elif isinstance(module, QuantizedLayer):
-                memo[id(module)] = _LayerStandIn(module, self._register_layer(module, name))
+                stand_ins[id(module)] = _LayerStandIn(module, self._register_layer(module, name))
             elif isinstance(getattr(module, "processor", None), QuantizedAttention):
-                memo[id(module.processor)] = _AttentionStandIn(self._register_operands(module.processor))
-        # new parameters around the old storage: a cast of the copy must not reach the original
-        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in denoiser.parameters()}
-        memo |= {id(b): b.detach() for b in denoiser.buffers()}
-        # diffusers' own `to` refuses casts of quantized models
-        self.model: nn.Module = nn.Module.to(copy.deepcopy(denoiser, memo), "cpu", torch.float32).eval()
+                stand_ins[id(module.processor)] = _AttentionStandIn(self._register_operands(module.processor))
+        self.model = copy_with_stand_ins(denoiser, stand_ins)
 
     def extensions(self) -> list[ConversionExtension]:
         """What the converter calls for each stand-in."""
@@ -160,32 +152,12 @@ def _is_integer(layer: nn.Module) -> TypeGuard[QuantizedLayer]:
     return isinstance(layer, QuantizedLayer) and layer.plan.input_grid is not None
 
 
-class _Flat(nn.Module):
-    """A denoiser that takes its tensors one after another and returns its output tensor."""
-
-    def __init__(self, denoiser: nn.Module, interface: GraphInterface) -> None:
-        super().__init__()
-        self.add_module(WRAPPED, denoiser)
-        self.interface = interface
-        self.returns: str | None = None
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Call the denoiser."""
-        given = dict(zip(self.interface.inputs, tensors, strict=True))
-        output = self.get_submodule(WRAPPED)(**self.interface.call(given))
-        self.returns = class_path(output)
-        prediction: Tensor = output[0]
-        return prediction
-
-
-class _LayerStandIn(nn.Module):
-    """Stands where a quantized layer does, with the attributes that its surroundings read."""
+class _LayerStandIn(LayerStandIn):
+    """One operation with the layer's number in the list of converters."""
 
     def __init__(self, layer: QuantizedLayer, index: int) -> None:
-        super().__init__()
-        self.index, self.operation, self.weight_shape = index, layer.operation, layer.weight_shape
-        self.in_features = self.in_channels = layer.in_features
-        self.out_features = self.out_channels = layer.out_features
+        super().__init__(layer)
+        self.index = index
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros in the shape of the layer's output."""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
-from edadm_cli.engines.interface import GraphInterface
+from edadm_cli.engines.graph.description import PlannedLayer
+from edadm_cli.engines.graph.interface import GraphInterface
 from edadm_cli.engines.openvino import saturation, sinusoids
-from edadm_cli.engines.openvino.execution import PlannedLayer, executed_layers, operation_times, runtime_nodes
+from edadm_cli.engines.openvino.execution import executed_layers, operation_times, runtime_nodes
 from edadm_cli.errors import InputError
 
 # a graph compiled for one shape holds all weights in the layout of its kernels

@@ -12,10 +12,10 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, FileEngine
+from edadm_cli.engines.graph.description import planned_layers
 from edadm_cli.engines.openvino import files, nodes, saturation
 from edadm_cli.engines.openvino.convert import convert
 from edadm_cli.engines.openvino.denoiser import OpenVinoDenoiser, plugin_properties, shapes_of
-from edadm_cli.engines.openvino.execution import planned_layers
 from edadm_cli.engines.openvino.int4 import widen
 from edadm_cli.errors import MachineError
 from edadm_cli.quant.layers import QuantizedLayer

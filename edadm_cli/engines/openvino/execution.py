@@ -6,16 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import openvino as ov
-import torch
-from pydantic import BaseModel, ConfigDict
-from torch import nn
 
-from edadm_cli.engines.base import FLOAT, LayerExecution, LayerKind, OperationTime
-from edadm_cli.engines.listing import list_layers
+from edadm_cli.engines.base import FLOAT, LayerExecution, OperationTime
+from edadm_cli.engines.graph.description import PlannedLayer
+from edadm_cli.engines.graph.tracing import WRAPPED
 
 PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-WRAPPED = "denoiser"
-"""Attribute under which the traced wrapper holds the denoiser: part of the names that tracing gives to nodes."""
 NOT_RUN = "none"
 """Precision of a layer that is not in the runtime graph."""
 
@@ -40,22 +36,6 @@ _PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "ScaledDotProductAttenti
 # a Subgraph is a compiled chain of operations; it multiplies matrices only where it holds attention's products
 _ATTENTION_SOURCES = ("MatMul", "ScaledDotProductAttention")
 _NOTHING_TO_DO = ("Const", "Input", "Output")
-
-
-class PlannedLayer(BaseModel):
-    """One layer of a denoiser as it was planned; what the files of a compiled denoiser remember of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    kind: LayerKind
-    planned: str
-
-
-def planned_layers(denoiser: nn.Module) -> tuple[PlannedLayer, ...]:
-    """Every convolution, linear layer and attention of a denoiser, in the order of its modules."""
-    rows = list_layers(denoiser, torch.float32, lambda _name, _module: ("int8", None))
-    return tuple(PlannedLayer(name=row.name, kind=row.kind, planned=row.planned) for row in rows)
 
 
 class RuntimeNode:

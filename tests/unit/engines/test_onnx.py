@@ -26,8 +26,9 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from edadm_cli.engines.graph.description import DESCRIPTION_FILE  # noqa: E402
 from edadm_cli.engines.onnx import OnnxRuntimeEngine  # noqa: E402
-from edadm_cli.engines.onnx.engine import DESCRIPTION_FILE, GRAPH_FILE  # noqa: E402
+from edadm_cli.engines.onnx.engine import GRAPH_FILE  # noqa: E402
 from edadm_cli.engines.onnx.export import export_onnx  # noqa: E402
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

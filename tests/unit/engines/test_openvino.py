@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution
+from edadm_cli.engines.graph.description import DESCRIPTION_FILE
 from edadm_cli.engines.openvino import OpenVinoEngine
-from edadm_cli.engines.openvino.files import DESCRIPTION_FILE, GRAPH_FILE, WEIGHTS_FILE
+from edadm_cli.engines.openvino.files import GRAPH_FILE, WEIGHTS_FILE
 from edadm_cli.engines.openvino.saturation import REASON, saturating_kinds
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import use_arithmetic
