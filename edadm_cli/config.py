@@ -30,7 +30,8 @@ _AVERAGE_BITS = re.compile(r"^(?:auto:|w)([2-8](?:\.\d{1,2})?)a([2-8])$")
 _SIZE_BITS = re.compile(r"^(?:auto:|w)(\d{1,5}(?:\.\d{1,3})?)mib(?:a([2-8]))?$")
 _SIZE = re.compile(r"^(\d+)(?:x(\d+))?$")
 _RECIPE = (
-    "default, default-attention, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, rtn, or your own TOML file"
+    "default, default-attention, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, quick, rtn, or your own TOML"
+    " file"
 )
 
 

@@ -88,6 +88,7 @@ def quantize(
     width, chosen, run_folder = BitWidth.parse(bits), load_recipe(str(recipe)), RunFolder(Path(run))
     common: dict[str, Any] = {"device": device, "seed": seed}
     options: dict[str, Any] = {"force": force, "reporter": reporter or SilentReporter()}
+    sampling = {**chosen.collect.model_dump(exclude_none=True), **sampling}
     collecting = CollectConfig(model=str(model), **common, **sampling)
     selecting = SelectConfig(**common, **chosen.select.model_dump(exclude_none=True))
     reconstructing = ReconstructConfig(bits=width, recipe=chosen, **common)

@@ -65,10 +65,17 @@ def _without_later_defaults(current: Any, dumped: Any) -> Any:
     return dumped
 
 
+class CollectRecipe(_Frozen):
+    """How much is sampled at full precision, for the commands that collect and quantize in one go."""
+
+    num_trajectories: int | None = Field(None, ge=1, description="trajectories; null: the model's own number")
+
+
 class SelectRecipe(_Frozen):
     """Which steps the calibration samples are taken from."""
 
     strategy: SelectStrategy = "tdac"
+    num_samples: int | None = later(None, ge=1, description="samples; null: one per trajectory")
     variety_weight: float | None = Field(
         None, ge=0, description="lambda of TDAC, the weight of variety against density; null: the model's own"
     )
@@ -192,6 +199,7 @@ class Recipe(_Frozen):
 
     name: str
     description: str = ""
+    collect: CollectRecipe = later(CollectRecipe())
     select: SelectRecipe = SelectRecipe()
     ranges: RangeRecipe = RangeRecipe()
     attention: AttentionRecipe = AttentionRecipe()

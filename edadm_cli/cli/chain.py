@@ -19,6 +19,7 @@ from edadm_cli.cli.stages import (
     EXPORT,
     RECONSTRUCT,
     SELECT,
+    configure_collect,
     configure_reconstruct,
     configure_select,
 )
@@ -62,7 +63,7 @@ def _configure(execution: Execution, given: dict[str, Any]) -> _Settings:
         raise UsageError("run needs --bits.", hint="edadm run --model digits-sd --bits w4a8")
     evaluation = {"num_images": given["num_images"], "prompts": given["prompts"]}
     by_bits: dict[str, dict[Stage[Any], StageConfig]] = {}
-    collect = execution.configure(COLLECT, given)
+    collect = configure_collect(execution, given)
     for bits in widths:
         by_bits[str(bits)] = {
             RECONSTRUCT: configure_reconstruct(execution, {"recipe": given["recipe"], "bits": bits}),

@@ -19,7 +19,7 @@ from edadm_cli.cli.execution import ConfigT, Execution, stage_command
 from edadm_cli.cli.places import bits_used_last
 from edadm_cli.cli.require import Requirement, parse_requirements
 from edadm_cli.cli.settings import recipe_name
-from edadm_cli.config import BitWidth, ReconstructConfig, SelectConfig
+from edadm_cli.config import BitWidth, CollectConfig, ReconstructConfig, SelectConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.recipe import load_recipe
 
@@ -100,6 +100,14 @@ def bench(execution: Execution, given: dict[str, Any]) -> None:
         bits = {"bits": [(width,)]}
     config = execution.configure(BENCH, {**given, **bits})
     execution.conclude(execution.perform(BENCH, run_folder, config), requirements=requirements)
+
+
+def configure_collect(execution: Execution, given: dict[str, Any]) -> CollectConfig:
+    """Returns the collection's configuration, whose defaults are those of a recipe where one is named."""
+    recipe = given["recipe"] or execution.from_file("reconstruct", "recipe")
+    defaults = {} if recipe is None else load_recipe(recipe_name(recipe)).collect.model_dump(exclude_none=True)
+    chosen = execution.configure(COLLECT, given).model_dump(exclude_unset=True)
+    return CollectConfig.model_validate({**defaults, **chosen})
 
 
 def configure_select(execution: Execution, given: dict[str, Any]) -> SelectConfig:

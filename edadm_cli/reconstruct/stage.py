@@ -119,7 +119,7 @@ class _Task:
     def build_spec(self) -> BuildSpec:
         config = self.config
         fields = {**config.identity_fields(), "batch_size": self.batch_size}
-        fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "select")}
+        fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "collect", "select")}
         fields["hyperparameters"] = self.hyperparameters.identity_fields()
         model = self.selection.manifest.model
         parents = (self.selection,) if self.sensitivity is None else (self.selection, self.sensitivity)

@@ -97,7 +97,8 @@ class _Task:
 
     def build_spec(self) -> BuildSpec:
         fields = {**self.config.identity_fields(), "batch_size": self.batch_size}
-        fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "select", "learn")}
+        other = {"description", "collect", "select", "learn"}
+        fields["recipe"] = {key: value for key, value in fields["recipe"].items() if key not in other}
         model = self.selection.manifest.model
         return BuildSpec("sensitivity", None, fields, self.config.seed, (self.selection,), model)
 

@@ -19,6 +19,7 @@ SHIPPED = (
     "paper",
     "ptq4dm",
     "q-diffusion",
+    "quick",
     "rtn",
     "uniform-steps",
 )

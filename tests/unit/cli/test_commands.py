@@ -157,6 +157,15 @@ def test_a_dry_run_of_the_chain_skips_what_is_up_to_date(
     assert _json(capsys)["results"]["w4a8"]["evaluate"]["status"] == "planned"
 
 
+def test_run_with_the_quick_recipe_collects_few_trajectories_unless_told_otherwise(stages: FakeStages) -> None:
+    command = ["run", "--model", "tiny", "--bits", "w8a8", "--recipe", "quick"]
+    assert main(command) == 0
+    assert (stages.config("collect").num_trajectories, stages.config("select").num_samples) == (8, 16)
+    assert stages.config("reconstruct").recipe.learn.granularity == "none"
+    assert main([*command, "--num-trajectories", "12", "--force"]) == 0
+    assert stages.config("collect").num_trajectories == 12
+
+
 def test_run_does_the_chain_for_each_bit_width_and_skips_what_is_up_to_date(
     stages: FakeStages, capsys: pytest.CaptureFixture[str]
 ) -> None:
