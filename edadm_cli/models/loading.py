@@ -83,7 +83,7 @@ def load_model(
     entry = entry or known_models().get(model)
     with quiet_libraries(), no_questions():
         try:
-            source = _open(model, entry, dtype)
+            source = _open(model, entry, dtype, device)
             pipeline = _configured(source.pipeline, entry).to(device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise MachineError(f"{model} does not fit into the memory of {device}.") from error
@@ -121,11 +121,11 @@ class _Source:
     remarks: tuple[str, ...] = ()
 
 
-def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> _Source:
+def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype, device: torch.device) -> _Source:
     if entry is not None and entry.name == model and entry.source == "random":
         architecture = load_architecture(entry.location)
         fingerprint = architecture.fingerprint(entry.weights_seed, WEIGHTS_VERSION)
-        return _Source(build_random_pipeline(architecture, entry.weights_seed, dtype), fingerprint)
+        return _Source(build_random_pipeline(architecture, entry.weights_seed, dtype, device), fingerprint)
     path, revision = _locate(model, entry)
     if path.is_file():
         checkpoint = open_checkpoint(path, dtype)

@@ -1,12 +1,14 @@
 """Full-size architectures with seeded random weights, built offline: for speed, memory and plumbing without a download.
 
-Every weight matrix is drawn from a normal distribution with standard deviation 1 / sqrt(fan-in), norms lie around the
+Every weight matrix has nearly normal values of standard deviation 1 / sqrt(fan-in), the same on every device and in
+every element type but for rounding; a model is made where it computes, in its element type. Norms lie around the
 identity, and no output layer is zero, so that activations keep a scale of about one through the whole network and
 nothing collapses under quantization as it would with the zeros that networks are trained from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from edadm_cli.models.architecture import Architecture, find_class, load_architecture
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.quiet import quiet_libraries
+from edadm_cli.models.random_numbers import fill_nearly_normal
 from edadm_cli.models.tokenizers import clip_tokenizer, letter_tokenizer
 
 if TYPE_CHECKING:
@@ -24,70 +27,88 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIX", "WEIGHTS_VERSION", "build_denoiser", "build_random_pipeline", "example_call", "initialize"]
 
 SUFFIX = "-random"
-WEIGHTS_VERSION = 1
+WEIGHTS_VERSION = 2
 """Changes whenever the same seed would give other weights."""
 
 # The 24 layers of T5-XXL hold 4.7 billion parameters; two give states of the same shape.
 _CUT = {"T5EncoderModel": {"num_layers": 2}}
 _QUERY_GAIN = 2.0  # attention with unit logits would average everything away
+_CPU = torch.device("cpu")
 _SPREAD = 0.1  # of biases, and of norms around the identity
 
 
-def build_denoiser(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build_denoiser(
+    name: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = _CPU,
+    changes: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Build the denoiser of a known model with random weights, in eval mode.
 
     Args:
         name: An architecture such as `sd15`, or the model `sd15-random`.
-        seed: Seed of the weights; neither the number of threads nor the element type changes what is drawn.
+        seed: Seed of the weights.
         dtype: Element type of the weights.
+        device: Where they are made.
+        changes: Fields of the configuration that differ from the model's, such as fewer layers.
     """
     architecture = load_architecture(name.removesuffix(SUFFIX))
-    return _build_module(architecture, architecture.denoiser_name, seed, dtype)
+    return _build_module(architecture, architecture.denoiser_name, seed, dtype, device, changes or {})
 
 
-def build_random_pipeline(architecture: Architecture, seed: int, dtype: torch.dtype) -> DiffusionPipeline:
+def build_random_pipeline(
+    architecture: Architecture, seed: int, dtype: torch.dtype, device: torch.device = _CPU
+) -> DiffusionPipeline:
     """Build a whole pipeline with random weights: denoiser, text encoders, autoencoder, scheduler, tokenizers."""
     with quiet_libraries():
-        parts = {name: _build_component(architecture, name, seed, dtype) for name in architecture.components}
+        parts = {name: _build_component(architecture, name, seed, dtype, device) for name in architecture.components}
         return find_class(architecture.pipeline)(**architecture.options, **parts)
 
 
 @torch.no_grad()
 def initialize(module: nn.Module, seed: int) -> None:
-    """Draw every parameter of a module, each from a generator of its own."""
+    """Fill every parameter of a module, each with a seed of its own."""
     owners = dict(module.named_modules())
     for name, parameter in module.named_parameters():
-        owner, _, own = name.rpartition(".")
-        generator = torch.Generator().manual_seed(_seed_of(name, seed))
-        values = torch.empty(parameter.shape).normal_(generator=generator)
-        parameter.copy_(_scale_(values, owners[owner], owner, own))
+        owner, _, last = name.rpartition(".")
+        gain, mean = _spread(parameter, owners[owner], owner, last)
+        fill_nearly_normal(parameter, _seed_of(name, seed), gain, mean)
 
 
-def _build_component(architecture: Architecture, name: str, seed: int, dtype: torch.dtype) -> Any:
+def _build_component(architecture: Architecture, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> Any:
     cls = architecture.component_class(name)
     if issubclass(cls, nn.Module):
-        return _build_module(architecture, name, seed, dtype)
+        return _build_module(architecture, name, seed, dtype, device, {})
     config = architecture.config(name)
     if hasattr(cls, "set_timesteps"):
         return cls(**config)
     return clip_tokenizer(**config) if cls.__name__.startswith("CLIP") else letter_tokenizer(**config)
 
 
-def _build_module(architecture: Architecture, name: str, seed: int, dtype: torch.dtype) -> nn.Module:
+def _build_module(
+    architecture: Architecture,
+    name: str,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    changes: Mapping[str, Any],
+) -> nn.Module:
     from accelerate import init_empty_weights
 
     cls = architecture.component_class(name)
-    with init_empty_weights(include_buffers=False):  # no time is spent on weights that are drawn anew
-        module: nn.Module = _construct(cls, architecture.config(name))
+    with init_empty_weights(include_buffers=False):  # no time is spent on weights that are made anew
+        module: nn.Module = _construct(cls, {**architecture.config(name), **changes})
     for owner in module.modules():
         for own, parameter in owner.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=dtype)
+            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
             setattr(owner, own, nn.Parameter(empty, requires_grad=False))
     tie: Any = getattr(module, "tie_weights", None)
     if tie is not None:
         tie()
     initialize(module, _seed_of(name, seed))
-    return module.eval()
+    return module.to(device).eval()  # buffers were made on the CPU
 
 
 def _construct(cls: Any, config: dict[str, Any]) -> nn.Module:
@@ -101,17 +122,17 @@ def _construct(cls: Any, config: dict[str, Any]) -> nn.Module:
     return module
 
 
-def _scale_(values: Tensor, owner: nn.Module, path: str, name: str) -> Tensor:
-    """Bring standard normal values, in place, to the scale of the parameter `name` of a module."""
-    if values.ndim < 2:
+def _spread(parameter: Tensor, owner: nn.Module, path: str, name: str) -> tuple[float, float]:
+    """The standard deviation and the mean of the parameter `name` of a module."""
+    if parameter.ndim < 2:
         is_norm_weight = name == "weight" and "norm" in type(owner).__name__.lower()
-        return values.mul_(_SPREAD).add_(1.0 if is_norm_weight else 0.0)
+        return _SPREAD, 1.0 if is_norm_weight else 0.0
     if isinstance(owner, nn.Embedding):
-        return values
+        return 1.0, 0.0
     gain = _QUERY_GAIN if path.endswith(("to_q", "q_proj")) else 1.0
     if path.endswith("SelfAttention.q"):  # T5 does not divide its logits by sqrt(head size), here 64
         gain = _QUERY_GAIN / 8.0
-    return values.mul_(gain / values[0].numel() ** 0.5)
+    return gain / parameter[0].numel() ** 0.5, 0.0
 
 
 def _seed_of(name: str, seed: int) -> int:
