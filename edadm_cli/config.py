@@ -10,10 +10,28 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import PositiveInt, field_validator
 
-from edadm_cli.errors import UsageError
-from edadm_cli.recipe import Recipe, SelectStrategy, later, without_later_defaults
+from edadm_cli.bits import BitWidth
+from edadm_cli.recipe import Recipe, SelectStrategy
+from edadm_cli.stage_config import StageConfig, setting
+
+__all__ = [
+    "MAX_IMAGES",
+    "BenchConfig",
+    "BitWidth",
+    "CollectConfig",
+    "DTypeName",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FeaturesName",
+    "PredictionType",
+    "ReconstructConfig",
+    "SampleConfig",
+    "SelectConfig",
+    "SensitivityConfig",
+    "StageConfig",
+]
 
 MAX_IMAGES = 1_000_000
 """Images of one seed whose noise is their own (`edadm_cli/models/sampling.py`, `image_seed`)."""
@@ -21,65 +39,13 @@ MAX_IMAGES = 1_000_000
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 FeaturesName = Literal["inception", "efficientnet-lite0"]
-Identity = Literal["always", "if_changed", "never"]
-"""When a field enters the identity of an artifact: always; only with another value than its default, as fields do that
-came after artifacts without them; or never, since it says where or how fast a stage runs and not what it computes."""
 
-_BITS = re.compile(r"^w([2-8])a([2-8])$")
-_AVERAGE_BITS = re.compile(r"^(?:auto:|w)([2-8](?:\.\d{1,2})?)a([2-8])$")
-_SIZE_BITS = re.compile(r"^(?:auto:|w)(\d{1,5}(?:\.\d{1,3})?)mib(?:a([2-8]))?$")
+
 _SIZE = re.compile(r"^(\d+)(?:x(\d+))?$")
 _RECIPE = (
     "default, default-attention, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, quick, rtn, or your own TOML"
     " file"
 )
-
-
-def setting(
-    default: Any,
-    description: str,
-    *,
-    identity: Identity = "always",
-    metavar: str | None = None,
-    flags: tuple[str, ...] = (),
-    split: bool = False,
-    **limits: Any,
-) -> Any:
-    """Returns a field of a configuration, together with what the command line knows of it.
-
-    Args:
-        default: The default value; `...` where there is none.
-        description: One sentence, which is the help text of the flag as well.
-        identity: When the field enters the identity of an artifact.
-        metavar: How the help names the value; by default its type.
-        flags: Spellings of the flag; by default the name of the field.
-        split: Whether one value of the flag may hold several items with commas between them.
-        limits: Limits that pydantic checks, such as `ge=1`.
-    """
-    facts: dict[str, Any] = {"identity": identity, "metavar": metavar, "flags": list(flags), "split": split}
-    facts["later"] = identity == "if_changed"  # as `recipe.later` marks a field of a recipe
-    return Field(default, description=description, json_schema_extra=facts, **limits)
-
-
-class StageConfig(BaseModel):
-    """What every stage takes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    seed: int = setting(0, "Seed of everything random; 0 by default.", ge=0, lt=2**63)
-    device: str = setting("auto", "cpu, cuda, cuda:N, or auto: cuda if there is a GPU, else cpu.", identity="never")
-
-    def identity_fields(self) -> dict[str, Any]:
-        """Returns the fields that decide the result, as JSON values, without the seed, which the manifest names."""
-        never = {name for name in type(self).model_fields if field_facts(type(self), name)["identity"] == "never"}
-        return without_later_defaults(self, self.model_dump(mode="json", exclude=never | {"seed"}))
-
-
-def field_facts(config: type[StageConfig], name: str) -> dict[str, Any]:
-    """Returns what `setting` recorded of a field, or its defaults for a field that was made without it."""
-    extra = config.model_fields[name].json_schema_extra
-    defaults: dict[str, Any] = {"identity": "always", "metavar": None, "flags": [], "split": False}
-    return {**defaults, **extra} if isinstance(extra, dict) else defaults
 
 
 class CollectConfig(StageConfig):
@@ -141,70 +107,6 @@ class SelectConfig(StageConfig):
     variety_weight: float | None = setting(
         None, "lambda of TDAC, the weight of the variety; by default the model's own.", ge=0
     )
-
-
-class BitWidth(BaseModel):
-    """Bits of weights and activations, written `w4a8`.
-
-    `w4.5a8` is an average that each layer has its own share of, `w1.5miba8` a size of the denoiser's file.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    weight: int = Field(ge=2, le=8)
-    activation: int = Field(ge=2, le=8)
-    average: float | None = later(
-        None, ge=2, le=8, description="bits per weight on average, where layers have their own; null: all have `weight`"
-    )
-    size_mib: float | None = later(
-        None, gt=0, description="largest size of the quantized denoiser in MiB, where layers have their own bits"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_text(cls, value: Any) -> Any:
-        return value if isinstance(value, (dict, BitWidth)) else cls.parse(str(value)).model_dump()
-
-    @classmethod
-    def parse(cls, text: str) -> BitWidth:
-        """Reads `wXaY`, an average number of weight bits such as `auto:4.5a8`, or a size such as `auto:1.5MiB`.
-
-        Raises:
-            UsageError: The text is not of that form, or X or Y is not within 2..8.
-        """
-        plain = text.strip().lower()
-        if match := _BITS.match(plain):
-            return cls(weight=int(match[1]), activation=int(match[2]))
-        if (match := _SIZE_BITS.match(plain)) and float(match[1]) > 0:
-            return cls(weight=4, activation=int(match[2] or 8), size_mib=float(match[1]))
-        match = _AVERAGE_BITS.match(plain)
-        if match is None or float(match[1]) > 8:
-            raise UsageError(
-                f"--bits takes wXaY with X and Y from 2 to 8, such as w8a8 or w4a8, an average such as auto:4.5a8, or"
-                f" the size of the denoiser such as auto:1.5MiB; got '{text}'.",
-                hint="edadm reconstruct --bits w4a8",
-            )
-        average = float(match[1])
-        return cls(weight=int(average), activation=int(match[2]), average=average)
-
-    @classmethod
-    def parse_several(cls, text: str) -> tuple[BitWidth, ...]:
-        """Reads bit widths with commas between them, in order and each once.
-
-        Raises:
-            UsageError: One is not of the form `wXaY`.
-        """
-        return tuple(dict.fromkeys(cls.parse(part) for part in text.split(",")))
-
-    def __str__(self) -> str:
-        if self.size_mib is not None:
-            return f"w{self.size_mib:g}miba{self.activation}"
-        return f"w{self.weight if self.average is None else f'{self.average:g}'}a{self.activation}"
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether layers have bits of their own, by their measured sensitivity."""
-        return self.average is not None or self.size_mib is not None
 
 
 class ReconstructConfig(StageConfig):

@@ -1,6 +1,18 @@
 """Artifacts on disk: what a stage writes, how it is checked, and how it appears once complete."""
 
 from edadm_cli.artifacts.artifact import Artifact, open_artifact
+from edadm_cli.artifacts.bench_records import (
+    BenchFacts,
+    BenchRecord,
+    Contender,
+    EngineParity,
+    KindRow,
+    Latency,
+    LayerRow,
+    PipelineTime,
+    QuantizedFacts,
+    Speedup,
+)
 from edadm_cli.artifacts.build import Build
 from edadm_cli.artifacts.files import explain_os_error, explained_os_errors, file_sha256, load_json, save_json
 from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, PayloadFile
@@ -19,33 +31,23 @@ from edadm_cli.artifacts.payloads import (
     recipe_name,
 )
 from edadm_cli.artifacts.records import (
-    BenchFacts,
-    BenchRecord,
     CollectRecord,
-    Contender,
     Coverage,
     Distance,
     EngineFiles,
-    EngineParity,
     Estimate,
     EvaluateRecord,
     ExportRecord,
-    KindRow,
-    Latency,
-    LayerRow,
     Loss,
     Metric,
     OneStepError,
     Parity,
-    PipelineTime,
-    QuantizedFacts,
     ReconstructRecord,
     ReportRecord,
     RunRecord,
     SampleRecord,
     SelectRecord,
     SensitivityRecord,
-    Speedup,
     StageRecord,
     shared_keys,
     spent,

@@ -44,13 +44,19 @@ def is_artifact(path: Path) -> bool:
 
 
 def run_of_artifact(path: Path) -> tuple[RunFolder | None, str, str | None]:
-    """The run folder, kind and name that an artifact's place tells; a moved one has no run."""
+    """Returns the run folder, kind and name that an artifact's place implies; a moved artifact has no run."""
     whole = path.resolve()
     if whole.parent.name in KINDS:
-        return RunFolder(path.parent.parent), whole.parent.name, whole.name
+        return RunFolder(_above(path, 2)), whole.parent.name, whole.name
     if whole.name in KINDS:
-        return RunFolder(path.parent), whole.name, None
+        return RunFolder(_above(path, 1)), whole.name, None
     return None, whole.name, None
+
+
+def _above(path: Path, levels: int) -> Path:
+    """Returns the folder so many levels above, as it was typed where what was typed reaches that far."""
+    reaches = len(path.parts) >= levels and ".." not in path.parts
+    return (path if reaches else path.resolve()).parents[levels - 1]
 
 
 def inspect_artifact(path: Path) -> list[InspectedArtifact]:

@@ -13,9 +13,10 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edadm_cli.artifacts.artifact import Artifact
+from edadm_cli.artifacts.bench_records import BenchFacts
 from edadm_cli.artifacts.files import read_text, save_json
 from edadm_cli.artifacts.json_text import parse_json
-from edadm_cli.artifacts.records import BenchFacts, Coverage, Distance, Loss, Metric, OneStepError, Parity
+from edadm_cli.artifacts.records import Coverage, Distance, Loss, Metric, OneStepError, Parity
 from edadm_cli.errors import InputError, explain_field
 from edadm_cli.recipe import SelectStrategy
 

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 Status = Literal["done", "up_to_date", "planned"]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A part of what a command returns."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Estimate(_Record):
+class Estimate(Record):
     """What a stage would cost, from a short probe."""
 
     seconds: float = Field(ge=0)
@@ -32,7 +34,7 @@ class Estimate(_Record):
     disk_mib: float = Field(ge=0, description="the artifact, and what it needs while it is built")
 
 
-class StageRecord(_Record):
+class StageRecord(Record):
     """What every command returns; a planned stage returns just this, with its estimate."""
 
     command: str
@@ -57,14 +59,14 @@ class StageRecord(_Record):
 def shared_keys(
     run: Path, artifact: Artifact, *, up_to_date: bool, started: float, warnings: Iterable[str]
 ) -> dict[str, Any]:
-    """The keys of a record that every stage fills in the same way.
+    """Returns the keys of a record that every stage fills in the same way.
 
     Args:
         run: The run folder.
-        artifact: What the stage built or found.
-        up_to_date: Whether it found it.
+        artifact: The artifact that the stage built or found.
+        up_to_date: Whether the artifact was there already.
         started: `time.monotonic()` when the stage began.
-        warnings: What it warned of.
+        warnings: The warnings of the stage.
     """
     return {
         "status": "up_to_date" if up_to_date else "done",
@@ -77,7 +79,7 @@ def shared_keys(
 
 
 def spent(started: float) -> dict[str, Any]:
-    """The keys of a record that say what the command took: `seconds`, `peak_memory_mib`, `peak_cuda_memory_mib`.
+    """Returns the keys that say what the command took: `seconds`, `peak_memory_mib`, `peak_cuda_memory_mib`.
 
     Args:
         started: `time.monotonic()` when it began.
@@ -107,7 +109,7 @@ class SelectRecord(StageRecord):
     )
 
 
-class Coverage(_Record):
+class Coverage(Record):
     """How many layers were to be quantized, were quantized, and stay in floating point by the recipe."""
 
     planned: int
@@ -115,7 +117,7 @@ class Coverage(_Record):
     kept: int
 
 
-class Loss(_Record):
+class Loss(Record):
     """Reconstruction loss, summed over the units; null where nothing is learned."""
 
     first: float | None = Field(None, description="with weights rounded to nearest")
@@ -145,7 +147,7 @@ class SensitivityRecord(StageRecord):
     )
 
 
-class Parity(_Record):
+class Parity(Record):
     """An export against the stage before it."""
 
     images_bit_equal: bool
@@ -158,7 +160,7 @@ class Parity(_Record):
     integer_latent_rel_l2: float | None = Field(None, description="the same comparison of the final latents")
 
 
-class EngineFiles(_Record):
+class EngineFiles(Record):
     """Files from which an engine loads an export without converting it."""
 
     name: str
@@ -179,7 +181,7 @@ class ExportRecord(StageRecord):
     engine: EngineFiles | None = Field(None, description="the engine's files, where some were asked for")
 
 
-class Metric(_Record):
+class Metric(Record):
     """One metric of quality, with the features that it was computed in."""
 
     value: float
@@ -187,7 +189,7 @@ class Metric(_Record):
     num_images: int
 
 
-class Distance(_Record):
+class Distance(Record):
     """Each image against the full-precision image of the same seed, on average.
 
     Paired metrics of other packages stand here under their own names.
@@ -206,7 +208,7 @@ class Distance(_Record):
     guided_one_step_rel_l2: float | None = Field(None, description="the same of the guided prediction")
 
 
-class OneStepError(_Record):
+class OneStepError(Record):
     """Relative L2 errors of single predictions, and of the trajectories that they add up to."""
 
     num_images: int = Field(ge=1)
@@ -227,118 +229,6 @@ class EvaluateRecord(StageRecord):
     full_precision: dict[str, Metric]
     skipped: dict[str, str] = Field({}, description="metrics that could not be computed, with the reason")
     verdict: tuple[str, ...] = Field((), description="the outcome in plain sentences")
-
-
-class Latency(_Record):
-    """Time of one call of the denoiser over all samples, in milliseconds."""
-
-    median: float
-    min: float
-    max: float
-    num_samples: int
-
-
-class PipelineTime(_Record):
-    """Time of one whole image, in seconds; `denoiser_share` is the part spent in the denoiser."""
-
-    seconds: float
-    num_steps: int
-    denoiser_share: float
-
-
-class Contender(_Record):
-    """One way to run the denoiser, as it was measured."""
-
-    name: str
-    engine: str = Field(description="torch, an engine, or another tool")
-    dtype: str = Field(description="element type of what is not quantized")
-    bits: str | None = Field(description="null: full precision")
-    compiled: bool = Field(description="by torch.compile, or ahead of time by an engine")
-    latency_ms: Latency
-    peak_memory_mib: float | None = Field(description="while it runs; null where it was not measured alone")
-    load_memory_mib: float | None = Field(description="while it is loaded and compiled")
-    load_seconds: float = Field(description="loading and compiling, up to the end of the first call")
-    size_mib: float = Field(description="of its weights or files on disk")
-    throughput: dict[str, float] = Field(description="batch size -> rows a second")
-    pipeline: PipelineTime | None = None
-
-
-class EngineParity(_Record):
-    """A quantized denoiser on an engine against exact integer arithmetic; checked before anything is timed."""
-
-    max_rel_l2: float = Field(description="largest relative L2 error of a layer on equal inputs")
-    bound: float = Field(description="what it must not exceed")
-    layer: str = Field(description="the layer with that error")
-    layers_checked: int
-    layers: int = Field(description="layers there are; where fewer are checked, one of each shape and operation is")
-    prediction_rel_l2: float = Field(description="the whole denoiser, as it is timed")
-    prediction_bound: float
-    quantization_rel_l2: float = Field(description="exact integers against full precision: what quantization costs")
-
-
-class Speedup(_Record):
-    """How many times faster than floating point, by medians; below 1 is slower."""
-
-    contender: str
-    vs_fp32_eager: float
-    vs_best_float: float
-    best_float: str
-
-
-class LayerRow(_Record):
-    """The precision that a layer really ran in."""
-
-    name: str
-    kind: str
-    planned: str
-    precision: str
-    reason: str | None
-
-
-class KindRow(_Record):
-    """Time of a call by kind of operation, from the engine's own profile."""
-
-    kind: str
-    precision: str
-    count: int
-    milliseconds: float
-    share: float
-    gmacs: float | None = Field(description="billions of multiply-accumulates; null for what multiplies nothing")
-    tops: float | None = Field(description="trillions of operations a second, two to a multiply-accumulate")
-    percent_of_peak: float | None = Field(description="of the largest rate that was measured here in that precision")
-
-
-class QuantizedFacts(_Record):
-    """What belongs to one bit width."""
-
-    coverage: Coverage
-    parity: EngineParity
-    speedup: Speedup
-    layers: tuple[LayerRow, ...]
-    by_kind: tuple[KindRow, ...]
-
-
-class BenchFacts(_Record):
-    """What a bench measured. `coverage`, `parity` and `speedup` are those of the first bit width."""
-
-    subject: str = Field(description="what was measured, for people to read")
-    bits: tuple[str, ...]
-    machine: dict[str, Any]
-    engine: str
-    coverage: Coverage
-    parity: EngineParity
-    contenders: tuple[Contender, ...]
-    left_out: dict[str, str] = Field({}, description="contenders that could not be measured, with the reason")
-    speedup: Speedup
-    by_bits: dict[str, QuantizedFacts]
-    peak_tops: dict[str, float] = Field(description="precision -> largest rate measured, 10^12 operations a second")
-    headline: str = Field(description="the outcome in a sentence or two")
-
-
-class BenchRecord(BenchFacts, StageRecord):
-    """Speed, size and memory."""
-
-    command: str = "bench"
 
 
 class SampleRecord(StageRecord):

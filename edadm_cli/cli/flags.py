@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from edadm_cli.config import BitWidth, ReconstructConfig, StageConfig, field_facts
+from edadm_cli.config import BitWidth, ReconstructConfig, StageConfig
+from edadm_cli.stage_config import field_facts
 
 Parameter = inspect.Parameter
 

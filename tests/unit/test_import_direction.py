@@ -14,7 +14,19 @@ KERNELS = ROOT / "kernels"
 
 STAGES = {"collect", "select", "sensitivity", "reconstruct", "export", "evaluate", "sample", "report", "bench"}
 MIDDLE = {"metrics", "models", "engines", "artifacts", "calibrate", "integrations"}
-GROUND = {"config", "recipe", "errors", "launching", "plain_data", "plugins", "progress", "processes", "version"}
+GROUND = {
+    "bits",
+    "config",
+    "errors",
+    "launching",
+    "plain_data",
+    "plugins",
+    "processes",
+    "progress",
+    "recipe",
+    "stage_config",
+    "version",
+}
 # Which packages a package may import, besides itself.
 ALLOWED = {
     "cli": STAGES | MIDDLE | {"quant", "estimates"} | GROUND,
@@ -31,7 +43,9 @@ HEAVY = {"torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", 
 LIGHT = (
     "cli",
     "artifacts",
+    "bits",
     "config",
+    "stage_config",
     "recipe",
     "errors",
     "launching",

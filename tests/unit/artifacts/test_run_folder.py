@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edadm_cli.artifacts import Artifact, BuildSpec, ModelRef, RunFolder, open_artifact, save_json, save_tensors
+from edadm_cli.artifacts.inspection import inspect_artifact, run_of_artifact
 from edadm_cli.errors import InputError, UsageError
 
 MODEL = ModelRef(id="digits", fingerprint="f" * 64)
@@ -303,3 +304,15 @@ def test_names_cannot_leave_the_run_folder(run: RunFolder, name: str) -> None:
 def test_the_name_of_an_engine_may_have_hyphens(run: RunFolder, kind: str, name: str, flags: str) -> None:
     words = run.command(kind, name).split()
     assert " ".join(words[2 : words.index("--run")]) == flags
+
+
+@pytest.mark.parametrize("typed", ["reconstruct/w4a8", "w4a8", ".", "../w4a8", "../../reconstruct/w4a8"])
+def test_the_run_of_an_artifact_is_known_however_its_path_is_typed(
+    run: RunFolder, typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _chain(run).path
+    monkeypatch.chdir({"reconstruct/w4a8": run.root, "w4a8": folder.parent}.get(typed, folder))
+    found, kind, name = run_of_artifact(Path(typed))
+    assert found is not None
+    assert (found.root.resolve(), kind, name) == (run.root.resolve(), "reconstruct", "w4a8")
+    assert [entry.kind for entry in inspect_artifact(Path(typed))] == ["reconstruct", "select", "collect"]

@@ -1,0 +1,79 @@
+"""Bits of weights and activations, as the command line and the artifacts name them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from edadm_cli.errors import UsageError
+from edadm_cli.recipe import later
+
+_BITS = re.compile(r"^w([2-8])a([2-8])$")
+_AVERAGE_BITS = re.compile(r"^(?:auto:|w)([2-8](?:\.\d{1,2})?)a([2-8])$")
+_SIZE_BITS = re.compile(r"^(?:auto:|w)(\d{1,5}(?:\.\d{1,3})?)mib(?:a([2-8]))?$")
+
+
+class BitWidth(BaseModel):
+    """Bits of weights and activations, written `w4a8`.
+
+    `w4.5a8` is an average that each layer has its own share of, `w1.5miba8` a size of the denoiser's file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: int = Field(ge=2, le=8)
+    activation: int = Field(ge=2, le=8)
+    average: float | None = later(
+        None, ge=2, le=8, description="bits per weight on average, where layers have their own; null: all have `weight`"
+    )
+    size_mib: float | None = later(
+        None, gt=0, description="largest size of the quantized denoiser in MiB, where layers have their own bits"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_text(cls, value: Any) -> Any:
+        return value if isinstance(value, (dict, BitWidth)) else cls.parse(str(value)).model_dump()
+
+    @classmethod
+    def parse(cls, text: str) -> BitWidth:
+        """Reads `wXaY`, an average number of weight bits such as `auto:4.5a8`, or a size such as `auto:1.5MiB`.
+
+        Raises:
+            UsageError: The text is not of that form, or X or Y is not within 2..8.
+        """
+        plain = text.strip().lower()
+        if match := _BITS.match(plain):
+            return cls(weight=int(match[1]), activation=int(match[2]))
+        if (match := _SIZE_BITS.match(plain)) and float(match[1]) > 0:
+            return cls(weight=4, activation=int(match[2] or 8), size_mib=float(match[1]))
+        match = _AVERAGE_BITS.match(plain)
+        if match is None or float(match[1]) > 8:
+            raise UsageError(
+                f"--bits takes wXaY with X and Y from 2 to 8, such as w8a8 or w4a8, an average such as auto:4.5a8, or"
+                f" the size of the denoiser such as auto:1.5MiB; got '{text}'.",
+                hint="edadm reconstruct --bits w4a8",
+            )
+        average = float(match[1])
+        return cls(weight=int(average), activation=int(match[2]), average=average)
+
+    @classmethod
+    def parse_several(cls, text: str) -> tuple[BitWidth, ...]:
+        """Reads bit widths with commas between them, in order and each once.
+
+        Raises:
+            UsageError: One is not of the form `wXaY`.
+        """
+        return tuple(dict.fromkeys(cls.parse(part) for part in text.split(",")))
+
+    def __str__(self) -> str:
+        if self.size_mib is not None:
+            return f"w{self.size_mib:g}miba{self.activation}"
+        return f"w{self.weight if self.average is None else f'{self.average:g}'}a{self.activation}"
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether layers have bits of their own, by their measured sensitivity."""
+        return self.average is not None or self.size_mib is not None
