@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.errors import MachineError
+from edadm_cli.errors import MachineError, UsageError
 from edadm_cli.quant.layers import QuantizedLayer
 
 LayerKind = Literal["conv2d", "linear", "attention"]
@@ -105,6 +105,17 @@ class CompiledDenoiser(ABC):
     @abstractmethod
     def layers(self) -> tuple[LayerExecution, ...]:
         """How each layer runs, in the order of the denoiser's modules."""
+
+    def parts(self) -> nn.Module:
+        """Return the denoiser that runs, as modules whose calls can be left out one by one, for step caching.
+
+        Raises:
+            UsageError: A step runs as one graph.
+        """
+        raise UsageError(
+            "The engine runs each step as one graph, and a cache leaves out parts of a step: run the export in torch,"
+            " without --engine."
+        )
 
     @abstractmethod
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:

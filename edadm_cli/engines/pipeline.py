@@ -12,7 +12,8 @@ from edadm_cli.engines.base import CompiledDenoiser
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loading import LoadedModel
 
-_TOO_LATE = ("enable_freeu", "set_attn_processor")  # methods that change what a denoiser predicts
+_TOO_LATE = ("enable_freeu", "set_attn_processor", "enable_cache")  # methods that change what a denoiser predicts
+_OF_CACHES = ("cache_context", "_reset_stateful_cache", "is_cache_enabled")
 
 
 class EngineDenoiser(nn.Module):
@@ -32,6 +33,10 @@ class EngineDenoiser(nn.Module):
         self.anchor = nn.Parameter(torch.empty(0, dtype=first.dtype, device=first.device), requires_grad=False)
         nn.Module.to(denoiser, "meta")
         self.compiled = compiled
+
+    def use_cache_of(self, parts: nn.Module) -> None:
+        """Have pipelines name calls and forget them on the denoiser that runs; see `integrations.caching`."""
+        self.__dict__["_parts"] = parts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the denoiser on its engine."""
@@ -57,7 +62,8 @@ class EngineDenoiser(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            found = getattr(self.__dict__["_shell"], name)
+            owner = self.__dict__.get("_parts") if name in _OF_CACHES else None
+            found = getattr(owner or self.__dict__["_shell"], name)
         return partial(_refuse, name) if name in _TOO_LATE else found
 
 

@@ -35,6 +35,7 @@ class CudaDenoiser(CompiledDenoiser):
         state: What its blocks share.
         options: Device and element type.
         cuda_graphs: Record the step and replay it.
+        is_assembled: The model consists of fused stages; else it runs the denoiser's own forward.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class CudaDenoiser(CompiledDenoiser):
         state: StepState,
         options: EngineOptions,
         cuda_graphs: bool,
+        is_assembled: bool = True,
     ) -> None:
         self.model, self._layers, self._state, self._options = model, layers, state, options
+        self._is_assembled = is_assembled
         self._signature = inspect.signature(model.forward)
         self._step: Callable[..., Any] = GraphedFunction(self._eager) if cuda_graphs else self._eager
 
@@ -53,6 +56,13 @@ class CudaDenoiser(CompiledDenoiser):
     def layers(self) -> tuple[LayerExecution, ...]:
         """How each layer runs, in the order of the denoiser's modules."""
         return self._layers
+
+    def parts(self) -> nn.Module:
+        """Return the denoiser where it runs its own forward; from then on no graph is recorded of a whole step."""
+        if self._is_assembled:
+            return super().parts()
+        self._step = self._eager
+        return self.model
 
     @torch.no_grad()
     def set_strengths(self, strengths: Strengths) -> None:

@@ -81,7 +81,8 @@ class CudaEngine(Engine):
         on_cuda = options.device.type == "cuda"
         strengths = strengths_of(denoiser)
         denoiser, adapters = take_adapters(denoiser)
-        if not has_fused_stages(denoiser):
+        is_assembled = has_fused_stages(denoiser)
+        if not is_assembled:
             model, layers = build_plain(denoiser, options.device, options.rest_dtype)
             _put_beside(model, adapters, options)
             if on_cuda:
@@ -92,7 +93,7 @@ class CudaEngine(Engine):
             assembly = Assembly(self._lowering(options, kept, adapters), self._prompt_cache)
             model, layers = assembly.build(denoiser)
             state = assembly.state
-        compiled = CudaDenoiser(model, layers, state, options, self._cuda_graphs and on_cuda)
+        compiled = CudaDenoiser(model, layers, state, options, self._cuda_graphs and on_cuda, is_assembled)
         compiled.set_strengths(strengths)
         return compiled
 

@@ -1,0 +1,164 @@
+"""Step caching of diffusers on quantized denoisers: steps that change little reuse what an earlier step computed.
+
+A cache lies around blocks, or around attention and feed-forward layers, and leaves out their calls; what is inside them,
+quantized or not, makes no difference to it. diffusers' own `enable_cache` exists for some transformers only; here its
+hooks are put on any denoiser that has the parts that they look for.
+
+References:
+    TaylorSeer, arXiv 2503.06923. First-block cache: github.com/chengzeyi/ParaAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from edadm_cli.engines.pipeline import EngineDenoiser
+from edadm_cli.errors import UsageError
+from edadm_cli.models.loading import LoadedModel
+
+FIRST_BLOCK, TAYLORSEER = "first-block", "taylorseer"
+_DEFAULTS = {FIRST_BLOCK: 0.08, TAYLORSEER: 3.0}
+_WHOLE_STEPS = 2  # TaylorSeer extrapolates from the difference of two steps
+_PARTS = (r".*\.(attn\d?|ff|ff_context|attention|feed_forward|mlp)",)
+_BLOCK_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers")
+
+
+@dataclass(frozen=True)
+class StepCache:
+    """A cache and how far it goes.
+
+    Attributes:
+        name: `first-block` or `taylorseer`.
+        value: Of `first-block` the mean relative change of the first block's residual below which the other blocks are
+            left out; of `taylorseer` the number of steps from one that is computed to the next.
+    """
+
+    name: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> StepCache:
+        """Read `NAME` or `NAME:VALUE`.
+
+        Raises:
+            UsageError: There is no such cache, or the value has no meaning for it.
+        """
+        name, _, number = text.partition(":")
+        if name not in _DEFAULTS:
+            raise UsageError(f"There is no cache '{name[:40]}': expected {FIRST_BLOCK}[:0.08] or {TAYLORSEER}[:3].")
+        try:
+            value = float(number) if number else _DEFAULTS[name]
+        except ValueError as error:
+            raise UsageError(f"The value of a cache is a number, as in {name}:{_DEFAULTS[name]:g}.") from error
+        is_interval = value >= 2 and value == int(value)
+        if not (is_interval if name == TAYLORSEER else 0 < value < 10):
+            expected = "a whole number of steps from 2" if name == TAYLORSEER else "a threshold between 0 and 10"
+            raise UsageError(f"--cache {name} takes {expected}; {number} was given.")
+        return cls(name, value)
+
+
+def enable_cache(model: LoadedModel, setting: str) -> None:
+    """Put a cache on the denoiser of a pipeline, in place, whether torch or an engine runs it.
+
+    Args:
+        model: The pipeline.
+        setting: `NAME` or `NAME:VALUE`, see `StepCache`.
+
+    Raises:
+        UsageError: There is no such cache, the denoiser has not the parts that it needs, or the engine runs each step
+            as one graph.
+    """
+    cache, denoiser = StepCache.parse(setting), model.denoiser
+    if isinstance(denoiser, EngineDenoiser):
+        parts = denoiser.compiled.parts()
+        _apply(parts, cache)
+        denoiser.use_cache_of(parts)
+    else:
+        _apply(denoiser, cache)
+
+
+def _apply(denoiser: nn.Module, cache: StepCache) -> None:
+    """Put diffusers' hooks on a denoiser, and have the parts inside them compiled where they were before."""
+    from diffusers.hooks import HookRegistry
+
+    blocks = [len(child) for name, child in denoiser.named_children() if name in _BLOCK_LISTS]
+    if cache.name == FIRST_BLOCK and sum(blocks) < 2:
+        raise UsageError(
+            f"The first-block cache needs a transformer with a list of blocks, which {type(denoiser).__name__} has not.",
+            hint=f"--cache {TAYLORSEER}",
+        )
+    config, apply = _config(cache)
+    own: Any = getattr(type(denoiser), "enable_cache", None)
+    if own is not None:
+        own(denoiser, config)
+    else:
+        apply(_without_last_block(denoiser) if cache.name == FIRST_BLOCK else denoiser, config)
+        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        registry.invalidate_child_registries_cache()
+        _stay_in_one_context(denoiser)
+    if not any(hasattr(module, "_diffusers_hook") for module in denoiser.modules() if module is not denoiser):
+        raise UsageError(f"{type(denoiser).__name__} has no parts that the cache '{cache.name}' could leave out.")
+    _compile_inside_hooks(denoiser)
+
+
+def _config(cache: StepCache) -> tuple[Any, Callable[..., None]]:
+    from diffusers import hooks
+
+    if cache.name == FIRST_BLOCK:
+        return hooks.FirstBlockCacheConfig(threshold=cache.value), hooks.apply_first_block_cache
+    config = hooks.TaylorSeerCacheConfig(
+        cache_interval=int(cache.value),
+        disable_cache_before_step=_WHOLE_STEPS,
+        taylor_factors_dtype=torch.float32,
+        cache_identifiers=list(_PARTS),
+    )
+    return config, hooks.apply_taylorseer_cache
+
+
+def _without_last_block(denoiser: nn.Module) -> nn.Module:
+    """The lists of blocks without a last one that returns no text states (Stable Diffusion 3).
+
+    The first-block cache reads the residual of both streams from the last block that it knows; what is not in the lists
+    is computed in each step.
+    """
+    lists = {name: child for name, child in denoiser.named_children() if name in _BLOCK_LISTS}
+    if not any(getattr(child[-1], "context_pre_only", False) for child in lists.values()):  # type: ignore[index]
+        return denoiser
+    shown = nn.Module()
+    for name, child in lists.items():
+        shown.add_module(name, child[:-1])  # type: ignore[index]
+    return shown
+
+
+def _stay_in_one_context(denoiser: nn.Module) -> None:
+    """Do what pipelines do for denoisers with `enable_cache`: name the calls, and forget them after each image.
+
+    Such pipelines pass both branches of guidance in one call, so that there is one kind of call.
+    """
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    def forget() -> None:
+        HookRegistry.check_if_exists_or_initialize(denoiser).reset_stateful_hooks(recurse=True)
+        _set_cache_context(denoiser, CacheContext("call"))
+
+    forget()
+    denoiser.__dict__["_reset_stateful_cache"] = forget  # which a pipeline calls when an image is done
+
+
+def _compile_inside_hooks(denoiser: nn.Module) -> None:
+    """Hooks decide in Python what is left out, so that compilation goes inside of them."""
+    hooked = [module for module in denoiser.modules() if hasattr(module, "_diffusers_hook")]
+    for module in denoiser.modules():
+        if module._compiled_call_impl is None or not any(inner in hooked for inner in module.modules()):
+            continue
+        module._compiled_call_impl = None
+        for inner in module.modules():
+            for reference in inner._diffusers_hook._fn_refs if inner in hooked else ():
+                if reference.original_forward is not None:
+                    reference.original_forward = torch.compile(reference.original_forward, dynamic=False)

@@ -1,0 +1,133 @@
+"""Step caching leaves out the same calls of a quantized denoiser as of a float one, in torch and on an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.config import BitWidth
+from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.cuda import CudaEngine
+from edadm_cli.engines.pipeline import EngineDenoiser
+from edadm_cli.errors import UsageError
+from edadm_cli.integrations.caching import StepCache, enable_cache
+from edadm_cli.models.example_calls import example_call
+from edadm_cli.models.loading import LoadedModel
+from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.recipe import load_recipe
+
+STEPS = 5
+DENOISERS: dict[str, Any] = {
+    "flux": lambda: FluxTransformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+    ),
+    "sd3": lambda: SD3Transformer2DModel(
+        sample_size=8, in_channels=4, num_layers=4, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
+    ),
+    "unet": lambda: UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=2, cross_attention_dim=16, attention_head_dim=4,
+        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ),
+}  # fmt: skip
+
+
+def _quantized(kind: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    denoiser = DENOISERS[kind]().eval().requires_grad_(False)
+    call = example_call(denoiser, batch_size=2)
+    quantize_to_nearest(denoiser, load_recipe("rtn"), BitWidth.parse("w8a8"), [call])
+    return denoiser, call
+
+
+def _model(denoiser: nn.Module) -> LoadedModel:
+    return cast(LoadedModel, SimpleNamespace(denoiser=denoiser))
+
+
+@contextmanager
+def _counted(denoiser: nn.Module) -> Iterator[list[int]]:
+    calls = [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    handles = [m.register_forward_hook(count) for m in denoiser.modules() if isinstance(m, QuantizedLayer)]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+def _steps(denoiser: Any, call: Any, counted: nn.Module) -> tuple[list[int], list[Tensor]]:
+    """Layers that each step computes, and its prediction, as a pipeline asks for them."""
+    counts, predictions = [], []
+    with _counted(counted) as calls, torch.no_grad():
+        for _ in range(STEPS):
+            calls[0] = 0
+            if hasattr(denoiser, "cache_context"):
+                with denoiser.cache_context("cond"):
+                    predictions.append(denoiser(*call[0], **call[1])[0])
+            else:
+                predictions.append(denoiser(*call[0], **call[1])[0])
+            counts.append(calls[0])
+    denoiser._reset_stateful_cache()
+    return counts, predictions
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "computed"),
+    [
+        ("flux", "first-block", [True, False, False, False, False]),
+        ("flux", "taylorseer:2", [True, True, False, True, False]),
+        ("sd3", "first-block", [True, False, False, False, False]),
+        ("sd3", "taylorseer:3", [True, True, False, True, False]),
+        ("unet", "taylorseer:3", [True, True, False, True, False]),
+    ],
+)
+def test_a_cache_leaves_out_steps_and_starts_anew_with_each_image(
+    kind: str, setting: str, computed: list[bool]
+) -> None:
+    denoiser, call = _quantized(kind)
+    with torch.no_grad():
+        expected = denoiser(*call[0], **call[1])[0]
+    enable_cache(_model(denoiser), setting)
+    counts, predictions = _steps(denoiser, call, denoiser)
+    assert [count == max(counts) for count in counts] == computed
+    assert min(counts) < 0.7 * max(counts)
+    for prediction in predictions:  # all steps have one input, so that what is reused is right
+        torch.testing.assert_close(prediction, expected, rtol=1e-3, atol=1e-3)
+    assert _steps(denoiser, call, denoiser)[0] == counts
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_cache_works_on_the_engine_that_runs_the_denoisers_own_forward(kind: str) -> None:
+    denoiser, call = _quantized(kind)
+    compiled = CudaEngine().compile(denoiser, *call, EngineOptions(torch.device("cpu")))
+    expected = compiled(*call[0], **call[1])[0]
+    stand_in = EngineDenoiser(denoiser, compiled)
+    enable_cache(_model(stand_in), "first-block")
+    counts, predictions = _steps(stand_in, call, compiled.parts())
+    assert counts[1] < counts[0]
+    torch.testing.assert_close(predictions[-1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_cached_is_refused_with_the_reason() -> None:
+    denoiser, call = _quantized("unet")
+    with pytest.raises(UsageError, match="list of blocks"):
+        enable_cache(_model(denoiser), "first-block")
+    compiled = CudaEngine().compile(denoiser, *call, EngineOptions(torch.device("cpu")))
+    stand_in = EngineDenoiser(denoiser, compiled)
+    with pytest.raises(UsageError, match="one graph"):
+        enable_cache(_model(stand_in), "taylorseer")
+    for text in ("teacache", "taylorseer:1.5", "first-block:x", "first-block:0"):
+        with pytest.raises(UsageError):
+            StepCache.parse(text)
