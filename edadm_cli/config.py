@@ -195,6 +195,9 @@ class ExportConfig(StageConfig):
         return str(self.bits)
 
 
+_CACHE = "first-block[:0.08] or taylorseer[:3], step caching that is measured together with the quantization"
+
+
 class EngineStageConfig(StageConfig):
     """What stages take that run an export, in torch or on an engine."""
 
@@ -213,7 +216,10 @@ class EvaluateConfig(EngineStageConfig):
     @property
     def name(self) -> str:
         """The artifact's name: the bit width, with the engine and the features where they are named."""
-        return "-".join(part for part in (str(self.bits), self.engine, self.features) if part is not None)
+        cache = None if self.cache is None else self.cache.replace(":", "-")
+        return "-".join(part for part in (str(self.bits), self.engine, self.features, cache) if part is not None)
+
+    cache: str | None = setting(None, f"{_CACHE}; by default none.", identity="if_changed", metavar="NAME[:VALUE]")
 
     num_images: int = setting(1000, "Images that are sampled at each precision; 1000 by default.", ge=2, le=MAX_IMAGES)
     batch_size: int = setting(50, "Images that are sampled together; 50 by default.", ge=1)
@@ -320,6 +326,9 @@ class BenchConfig(StageConfig):
         False, "Let torch.compile time kernels for every product: minutes more, and perhaps a faster contender."
     )
     pipeline: bool = setting(False, "Also time whole images, with the model's own steps.")
+    cache: str | None = setting(
+        None, f"With --pipeline: {_CACHE}; by default none.", identity="if_changed", metavar="NAME[:VALUE]"
+    )
 
     @field_validator("bits", mode="before")
     @classmethod

@@ -24,6 +24,7 @@ class PipelineTime(Record):
     seconds: float
     num_steps: int
     denoiser_share: float
+    cache: str | None = Field(None, description="step cache with which the image was generated; null for none")
 
 
 class Contender(Record):

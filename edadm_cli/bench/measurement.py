@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -215,11 +216,21 @@ class Measurement:
         return rates
 
     def _time_images(self, participants: Participants) -> dict[str, PipelineTime]:
-        request = self.request.subject.pipeline(self.request.config.seed)
+        cache = self.request.config.cache
+        request = replace(self.request.subject.pipeline(self.request.config.seed), cache=cache)
 
         def timed(participant: Participant) -> PipelineTime:
-            seconds, in_denoiser = participant.time_image(request)
-            return PipelineTime(seconds=seconds, num_steps=request.num_steps, denoiser_share=in_denoiser / seconds)
+            time = participant.time_image(request)
+            if time.not_cached is not None:
+                self.reporter.warn(
+                    f"The image of {participant.spec.name} is timed without the cache: {time.not_cached}"
+                )
+            return PipelineTime(
+                seconds=time.seconds,
+                num_steps=request.num_steps,
+                denoiser_share=time.in_denoiser / time.seconds,
+                cache=None if time.not_cached is not None else cache,
+            )
 
         with self.reporter.task("Generating images", len(participants)) as advance:
             return participants.each(timed, advance)

@@ -8,9 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
 
 from edadm_cli.engines.base import CompiledDenoiser, LayerExecution, OperationTime
+from edadm_cli.engines.cuda.capture import GraphedFunction
+from edadm_cli.engines.cuda.plain import compile_blocks
 from edadm_cli.engines.pipeline import put_on_engine
+from edadm_cli.errors import UsageError
+from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import sample, takes_prompts
@@ -29,6 +35,7 @@ class PipelineRequest:
         num_steps: Sampler steps.
         guidance_scale: Classifier-free guidance; `None` for a pipeline without.
         seed: Seed of the noise.
+        cache: Step cache, `NAME` or `NAME:VALUE`; `None` for none.
     """
 
     model: str
@@ -37,11 +44,27 @@ class PipelineRequest:
     num_steps: int
     guidance_scale: float | None
     seed: int
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageTime:
+    """The time of an image.
+
+    Attributes:
+        seconds: Of the image.
+        in_denoiser: How many of them were spent in the denoiser.
+        not_cached: Why the step cache that was asked for is not on; `None` where it is, or none was asked for.
+    """
+
+    seconds: float
+    in_denoiser: float
+    not_cached: str | None = None
 
 
 def time_image(
     request: PipelineRequest, function: Callable[..., Any], device: torch.device, is_torch: bool, dtype: str
-) -> tuple[float, float]:
+) -> ImageTime:
     """Generate one image after a short one that does not count.
 
     Args:
@@ -51,14 +74,17 @@ def time_image(
         is_torch: Whether torch runs the denoiser: then the whole pipeline is in its element type. Beside an engine the
             rest of the pipeline stays in float32, on CUDA in the engine's.
         dtype: Element type of the denoiser.
-
-    Returns:
-        The seconds of the image, and how many of them were spent in the denoiser.
     """
     rest = getattr(torch, dtype) if is_torch or device.type == "cuda" else torch.float32
     model = load_model(request.model, device, rest, ModelEntry.model_validate(request.entry))
     timed = _Timed(function, device)
     put_on_engine(model, timed)
+    not_cached = None
+    if request.cache is not None:
+        try:
+            enable_cache(model, request.cache)
+        except UsageError as error:
+            not_cached = error.message
 
     def once(num_steps: int) -> float:
         _wait(device)
@@ -75,7 +101,7 @@ def time_image(
 
     once(min(_WARM_UP_STEPS, request.num_steps))
     seconds = once(request.num_steps)
-    return seconds, timed.seconds
+    return ImageTime(seconds, timed.seconds, not_cached)
 
 
 class _Timed(CompiledDenoiser):
@@ -91,6 +117,21 @@ class _Timed(CompiledDenoiser):
         _wait(self._device)
         self.seconds += time.perf_counter() - started
         return output
+
+    def parts(self) -> nn.Module:
+        """Return the denoiser as modules: of an engine what it gives, of torch the module without its step's graph."""
+        function = self._function
+        if isinstance(function, CompiledDenoiser):
+            return function.parts()
+        if isinstance(function, GraphedFunction):
+            function = function.function
+        if isinstance(function, OptimizedModule):
+            function = function._orig_mod
+            compile_blocks(function)
+        if not isinstance(function, nn.Module):
+            return super().parts()
+        self._function = function
+        return function
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:

@@ -15,6 +15,8 @@ from edadm_cli.config import BenchConfig
 from edadm_cli.engines.base import Engine
 from edadm_cli.engines.registry import default_engine
 from edadm_cli.engines.registry import engine as engine_of
+from edadm_cli.errors import UsageError
+from edadm_cli.integrations.caching import StepCache
 from edadm_cli.models.loading import resolve_device
 
 _AUTOTUNED = "max-autotune-no-cudagraphs"  # graphs are recorded by the bench, for all contenders alike
@@ -88,6 +90,10 @@ def resolve(config: BenchConfig, run: RunFolder) -> Request:
         InputError: There is no such export or model.
     """
     device, engine = settle_engine(config)
+    if config.cache is not None:
+        StepCache.parse(config.cache)
+        if not config.pipeline:
+            raise UsageError("--cache saves time over several steps of an image, so it needs --pipeline.")
     engine.require(device)
     half = "float16" if device.type == "cuda" else "bfloat16" if has_fast_bfloat16(device) else None
     return Request(

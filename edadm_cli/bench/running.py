@@ -13,7 +13,7 @@ from torch import Tensor
 from edadm_cli.bench.algorithms import choose_algorithms, torch_at_its_best
 from edadm_cli.bench.contenders.registry import load
 from edadm_cli.bench.memory import PeakMemory
-from edadm_cli.bench.pipeline import PipelineRequest, time_image
+from edadm_cli.bench.pipeline import ImageTime, PipelineRequest, time_image
 from edadm_cli.bench.spec import TORCH, Call, ContenderEnvironment, Spec, milliseconds, placed
 from edadm_cli.engines.base import CompiledDenoiser, LayerExecution, OperationTime
 from edadm_cli.engines.cuda.capture import GraphedFunction
@@ -101,8 +101,8 @@ class Running:
             self._function.profile(*args, **kwargs)
             return self._function.profile(*args, **kwargs)
 
-    def time_image(self, request: PipelineRequest) -> tuple[float, float]:
-        """Return the seconds of one whole image and of its denoiser calls; see `bench.pipeline`."""
+    def time_image(self, request: PipelineRequest) -> ImageTime:
+        """Return the time of one whole image; see `bench.pipeline`."""
         timing = partial(time_image, request, self._function, self._device, self._is_torch, self.spec.dtype)
         return choose_algorithms(timing, self._device)
 

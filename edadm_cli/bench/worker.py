@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from edadm_cli.bench.pipeline import PipelineRequest
+from edadm_cli.bench.pipeline import ImageTime, PipelineRequest
 from edadm_cli.bench.running import Running
 from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec
 from edadm_cli.engines.base import LayerExecution, OperationTime
@@ -63,7 +63,7 @@ class RemoteRunning:
         """See `Running.profile`."""
         return self._process.call(Running.profile, batch_size)
 
-    def time_image(self, request: PipelineRequest) -> tuple[float, float]:
+    def time_image(self, request: PipelineRequest) -> ImageTime:
         """See `Running.time_image`."""
         return self._process.call(Running.time_image, request)
 

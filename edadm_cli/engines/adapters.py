@@ -27,6 +27,10 @@ Strengths = Mapping[tuple[str, str], float]
 """The strength of each adapter in each layer: (layer, adapter) to a number that scales U D."""
 
 
+_ALIGNED = 16
+"""R is filled up with zeros to a multiple of this: a GPU multiplies a rank of 4 more slowly than one of 16."""
+
+
 class SideBranch(nn.Module):
     """The adapters of one layer, or of several layers that read one input.
 
@@ -47,7 +51,10 @@ class SideBranch(nn.Module):
         padding: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
-        self.owners, self.stride, self.padding = tuple(owners), stride, padding
+        missing = -down.shape[0] % _ALIGNED
+        self.owners, self.stride, self.padding = (*owners, *([("", "", missing)] if missing else [])), stride, padding
+        down = F.pad(down, (0, 0) * (down.ndim - 1) + (0, missing))
+        up = F.pad(up, (0, missing))
         is_image = down.ndim == 4
         self.register_buffer("down", down.contiguous(memory_format=torch.channels_last) if is_image else down)
         self.register_buffer("unscaled_up", up)
@@ -187,5 +194,5 @@ def _branch(name: str, wrapper: Any) -> SideBranch | None:
         owners.append((name, adapter, a.weight.shape[0]))
     if not downs:
         return None
-    options = {"stride": a.stride, "padding": a.padding} if isinstance(a, nn.Conv2d) else {}
+    options: dict[str, Any] = {"stride": a.stride, "padding": a.padding} if isinstance(a, nn.Conv2d) else {}
     return SideBranch(torch.cat(downs), torch.cat(ups, dim=1), owners, **options)

@@ -15,6 +15,7 @@ from edadm_cli.engines.files import load_on_engine
 from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import UsageError
 from edadm_cli.evaluate.images import SamplingPlan
+from edadm_cli.integrations.caching import StepCache, enable_cache
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.prompts import read_prompts
@@ -88,6 +89,17 @@ class Request:
             return load_on_engine(self.run, self.export, engine, self.device, self.collected.dtype, SilentReporter())
         return load_model(str(self.export.path), self.device, self.collected.dtype, self.entry)
 
+    def load_sampler(self) -> LoadedModel:
+        """Load the exported pipeline as it samples: with the step cache, where one is asked for.
+
+        Raises:
+            UsageError: The denoiser or its engine cannot be cached.
+        """
+        model = self.load_quantized()
+        if self.config.cache is not None:
+            enable_cache(model, self.config.cache)
+        return model
+
     @property
     def device(self) -> torch.device:
         """Where the pipelines and the feature extractors compute."""
@@ -103,6 +115,8 @@ def resolve(config: EvaluateConfig, run: RunFolder) -> Request:
         MachineError: There is no such device.
     """
     device = resolve_device(config.device)
+    if config.cache is not None:
+        StepCache.parse(config.cache)
     if config.engine is not None:
         engine_of(config.engine).require(device)
     export = run.open("export", str(config.bits))

@@ -106,7 +106,7 @@ def _evaluate(evaluation: EvaluationPlan, build: Build, processes: Processes, re
         images = sample_images(
             request.sampling,
             build.path,
-            request.load_quantized,
+            request.load_sampler,
             processes,
             reporter,
             f"Sampling {request.config.bits}",

@@ -1,8 +1,8 @@
 """Step caching of diffusers on quantized denoisers: steps that change little reuse what an earlier step computed.
 
-A cache lies around blocks, or around attention and feed-forward layers, and leaves out their calls; what is inside them,
-quantized or not, makes no difference to it. diffusers' own `enable_cache` exists for some transformers only; here its
-hooks are put on any denoiser that has the parts that they look for.
+A cache lies around blocks, or around attention and feed-forward layers, and leaves out their calls; what is inside
+them, quantized or not, makes no difference to it. diffusers' own `enable_cache` exists for some transformers only; here
+its hooks are put on any denoiser that has the parts that they look for.
 
 References:
     TaylorSeer, arXiv 2503.06923. First-block cache: github.com/chengzeyi/ParaAttention.
@@ -86,10 +86,9 @@ def _apply(denoiser: nn.Module, cache: StepCache) -> None:
     """Put diffusers' hooks on a denoiser, and have the parts inside them compiled where they were before."""
     from diffusers.hooks import HookRegistry
 
-    blocks = [len(child) for name, child in denoiser.named_children() if name in _BLOCK_LISTS]
-    if cache.name == FIRST_BLOCK and sum(blocks) < 2:
+    if cache.name == FIRST_BLOCK and sum(len(blocks) for blocks in _block_lists(denoiser).values()) < 2:
         raise UsageError(
-            f"The first-block cache needs a transformer with a list of blocks, which {type(denoiser).__name__} has not.",
+            f"The first-block cache needs a list of blocks, which {type(denoiser).__name__} does not have.",
             hint=f"--cache {TAYLORSEER}",
         )
     config, apply = _config(cache)
@@ -126,13 +125,18 @@ def _without_last_block(denoiser: nn.Module) -> nn.Module:
     The first-block cache reads the residual of both streams from the last block that it knows; what is not in the lists
     is computed in each step.
     """
-    lists = {name: child for name, child in denoiser.named_children() if name in _BLOCK_LISTS}
-    if not any(getattr(child[-1], "context_pre_only", False) for child in lists.values()):  # type: ignore[index]
+    lists = _block_lists(denoiser)
+    if not any(getattr(blocks[-1], "context_pre_only", False) for blocks in lists.values()):
         return denoiser
     shown = nn.Module()
-    for name, child in lists.items():
-        shown.add_module(name, child[:-1])  # type: ignore[index]
+    for name, blocks in lists.items():
+        shown.add_module(name, nn.ModuleList(list(blocks)[:-1]))
     return shown
+
+
+def _block_lists(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
+    children = denoiser.named_children()
+    return {name: child for name, child in children if name in _BLOCK_LISTS and isinstance(child, nn.ModuleList)}
 
 
 def _stay_in_one_context(denoiser: nn.Module) -> None:
@@ -159,6 +163,7 @@ def _compile_inside_hooks(denoiser: nn.Module) -> None:
             continue
         module._compiled_call_impl = None
         for inner in module.modules():
-            for reference in inner._diffusers_hook._fn_refs if inner in hooked else ():
+            registry: Any = getattr(inner, "_diffusers_hook", None)
+            for reference in () if registry is None else registry._fn_refs:
                 if reference.original_forward is not None:
                     reference.original_forward = torch.compile(reference.original_forward, dynamic=False)

@@ -154,9 +154,12 @@ def test_images_of_engines_lie_beside_each_other(run: RunFolder) -> None:
 def test_quality_on_an_engine_is_an_evaluation_of_its_own(run: RunFolder) -> None:
     fields: dict[str, Any] = {"bits": W8A8, "device": "cpu", "num_images": 2, "batch_size": 2}
     plain = evaluate.run(EvaluateConfig(**fields), run)
+    cached = evaluate.run(EvaluateConfig(**fields, cache="taylorseer:2"), run)
     integer = evaluate.run(EvaluateConfig(**fields, engine="openvino"), run)
     assert Path(str(integer.artifact)).name == "w8a8-openvino"
     assert plain.identity != integer.identity
+    assert Path(str(cached.artifact)).name == "w8a8-taylorseer-2"
+    assert cached.distance_to_full_precision.latent_rel_l2 != plain.distance_to_full_precision.latent_rel_l2
     assert integer.distance_to_full_precision.latent_rel_l2 == pytest.approx(
         plain.distance_to_full_precision.latent_rel_l2, rel=0.5
     )
@@ -258,7 +261,10 @@ def test_algorithms_are_tried_for_what_is_timed_and_nothing_else(
 
 @pytest.mark.usefixtures("in_one_process")
 def test_whole_images_are_timed_on_request(run: RunFolder) -> None:
-    record = bench.run(config(pipeline=True), run)
+    record = bench.run(config(pipeline=True, cache="taylorseer:2"), run)
+    cached = {contender.engine: contender.pipeline.cache for contender in record.contenders if contender.pipeline}
+    assert cached == {"torch": "taylorseer:2", "openvino": None}
+    assert any("without the cache: The engine runs each step as one graph" in text for text in record.warnings)
     for contender in record.contenders:
         assert contender.pipeline is not None
         assert contender.pipeline.num_steps == 3
