@@ -4,8 +4,7 @@
     python benchmarks/emoji.py --out studies/emoji --table
 
 A row is one variant of a recipe (`benchmarks/learner.py` says how a variant is written) on one model, at one bit width,
-with one seed. A row of a whole recipe generates all pictures, a row with one field changed a quarter of them and has no
-Fréchet distance. Each row leaves one JSON file below OUT/results; the same command skips what is there, so that a study
+with one seed. Each row leaves one JSON file below OUT/results; the same command skips what is there, so that a study
 that was killed goes on. `--seconds` ends it: no row that learns is begun when the time that is left is shorter than
 the longest one so far. Rows come in the order of their importance. Nothing is downloaded.
 
@@ -34,7 +33,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +66,6 @@ VARIANTS = {
     "output-error scales": "default+ranges.weight=output-error",
     "bias correction": "default+learn.bias_correction=true",
 }
-MAIN = ("default", "paper, 300 iterations", "q-diffusion, 300 iterations", "ptq4dm", "rtn", "ranges-only")
-CLAIMS = ("neither", "no layer losses", "no TDAC", "before")
-FEW = ("frechet", "frechet_spatial", "frechet_imagenet", "kernel_imagenet")  # metrics that need all the pictures
 MODELS = ("emoji-sd", "emoji-dit")
 METRICS = {
     "one_step": "one step",
@@ -111,11 +107,6 @@ class Row:
         return learn.granularity != "none" and learn.iterations != 0
 
     @property
-    def images(self) -> float:
-        """Share of the pictures that the row generates: a quarter where one field is changed."""
-        return 1.0 if self.label in MAIN else 0.25
-
-    @property
     def name(self) -> str:
         """Name of the row in file names."""
         return re.sub(r"[^a-z0-9.]+", "-", f"{self.model} {self.label} {self.bits} {self.seed}".lower())
@@ -125,19 +116,18 @@ def rows_in_order(models: list[str], seeds: list[int]) -> list[Row]:
     """Returns all rows, those that matter most first."""
     published = ("paper, 300 iterations", "q-diffusion, 300 iterations")
     unlearned = ("rtn", "ptq4dm", "ranges-only")
-    fields = [label for label in VARIANTS if label not in (*published, *unlearned, *CLAIMS)]
+    claims = ("neither", "no layer losses", "no TDAC", "before")
+    fields = [label for label in VARIANTS if label not in (*published, *unlearned, *claims)]
     plan: list[tuple[Sequence[str], Sequence[str], list[int]]] = [
         (("default", *unlearned), ("w4a8",), seeds[:1]),
         (("default", "rtn", "ptq4dm"), ("w4a4",), seeds[:1]),
         (published[:1], ("w4a8",), seeds[:1]),
-        (("neither", "no layer losses", "no TDAC"), ("w4a8",), seeds[:1]),
-        (("default", "rtn", "ptq4dm"), ("w8a8", "w3a8"), seeds[:1]),
         (("default", "rtn", "ptq4dm"), ("w4a8",), seeds[:2]),
-        (CLAIMS, ("w4a8",), seeds[:2]),
-        (published, ("w4a8", "w4a4"), seeds[:1]),
+        (claims, ("w4a8",), seeds[:1]),
         (("default", "rtn", "ptq4dm"), ("w4a8",), seeds),
-        (("default", *unlearned), ("w6a6",), seeds[:1]),
-        (CLAIMS, ("w4a8",), seeds),
+        (("default", "rtn", "ptq4dm"), ("w8a8", "w3a8", "w6a6"), seeds[:1]),
+        (published, ("w4a8",), seeds[:1]),
+        (claims, ("w4a8",), seeds),
         (("default", *unlearned), ("w4a4",), seeds),
         (fields, ("w4a8",), seeds[:1]),
         (("default", *published, *unlearned), ("w4a8", "w8a8", "w4a4", "w3a8", "w6a6"), seeds),
@@ -253,18 +243,15 @@ def labels(prompts: list[str]) -> Tensor:
     return torch.tensor([-1 if number is None else number for number in numbers])
 
 
-def generate(
-    study: Study, model: LoadedModel, collected: CollectedRun, seed: int, share: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def generate(study: Study, model: LoadedModel, collected: CollectedRun, seed: int) -> tuple[Tensor, Tensor]:
     """Returns the pictures (uint8) and final latents of the seeds that an evaluation uses."""
     import torch
 
     from edadm_cli.models.sampling import EVALUATION, image_seed, sample
 
-    count = round(study.images * share)
-    prompts, parts = prompts_of(collected, count, seed), []
-    for start in range(0, count, study.batch):
-        numbers = range(start, min(start + study.batch, count))
+    prompts, parts = prompts_of(collected, study.images, seed), []
+    for start in range(0, study.images, study.batch):
+        numbers = range(start, min(start + study.batch, study.images))
         parts.append(
             sample(
                 model,
@@ -386,10 +373,9 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     quantize_network(quantized.denoiser, load_plan(artifact))
     load_quant_params(quantized.denoiser, artifact.tensors("quant_params.safetensors"))
     errors = step_errors(study, row, exact, quantized, collected, artifact)
-    pictures, latents = generate(study, quantized, collected, row.seed, row.images)
+    pictures, latents = generate(study, quantized, collected, row.seed)
     judged = judge(study.device)
     features = judged.features(pictures)
-    alone = judged.metrics(features, labels(prompts_of(collected, len(pictures), row.seed)))
     if row.seed == 0:
         save_sheet(pictures, study.out / "pictures" / f"{row.name}.webp")
     shutil.rmtree(folder.root)
@@ -401,15 +387,9 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
         "judge_seconds": round(time.monotonic() - learned_at, 1),
         "row_seconds": round(time.monotonic() - started, 1),
         **errors,
-        "images": len(pictures),
         **paired(pictures, latents, features, load_exact(source), study.device),
-        **{name: value for name, value in alone.items() if row.images == 1 or name not in FEW},
+        **judged.metrics(features, labels(prompts_of(collected, study.images, row.seed))),
     }
-
-
-def first(features: Features, count: int) -> Features:
-    """Returns the features of the first pictures."""
-    return replace(features, pooled=features.pooled[:count], spatial=features.spatial[:count])
 
 
 def paired(
@@ -419,9 +399,6 @@ def paired(
     from edadm_cli.metrics.distances import perceptual_distance, relative_l2, ssim
 
     exact, exact_latents, exact_features = reference
-    count = len(pictures)
-    exact, exact_latents = exact[:count], exact_latents[:count]
-    exact_features = {name: first(values, count) for name, values in exact_features.items()}
     return {
         "final": float(relative_l2(latents, exact_latents).mean()),
         "ssim": float(ssim(pictures.to(device), exact.to(device)).mean()),
@@ -488,14 +465,14 @@ def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) ->
         try:
             ready(study, row.model, row.seed, "trajectories", collect_trajectories)
             say("begun", row=row.name)
-            result = {**asdict(row), "variant": row.variant, **measure(study, row)}
+            result = {**asdict(row), "images": study.images, "variant": row.variant, **measure(study, row)}
         except Exception as error:  # noqa: BLE001 - one failed row must not end the study
             say("failed", row=row.name, error=f"{type(error).__name__}: {error}")
             continue
         write(study.result(row), result)
         if row.learns:
             write(study.out / "times" / f"{row.name}.json", {"row_seconds": result["row_seconds"]})
-        shown = ("row_seconds", "reconstruct_seconds", "one_step", "held_out", "final", "top1")
+        shown = ("row_seconds", "reconstruct_seconds", "one_step", "final", "frechet", "top1")
         say("finished", row=row.name, **{name: result[name] for name in shown})
 
 

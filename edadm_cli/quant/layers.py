@@ -9,7 +9,7 @@ T is the layer's transform, if it has one; its inverse is in the weight (see `ed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ class LayerProduct(Protocol):
         Such tensors are buffers of the layer that are not persistent; buffers of an earlier call are replaced.
         """
 
+    def join(self, model: nn.Module) -> None:
+        """Note which layers of a model may be multiplied together; called once all of them have this product."""
+
     def runs(self, layer: QuantizedLayer) -> bool:
         """Whether the layer is prepared on the device where its codes lie."""
 
@@ -67,6 +70,7 @@ class QuantizedLayer(nn.Module):
         keeps_float_weight: Whether the dequantized weight stays in memory after the first forward. Without it a forward
             costs a little more, and a whole denoiser four bytes a weight less. A layer that is offloaded keeps none.
         product: What multiplies the codes on devices that it serves, in place of quantize-dequantize; see `deploy`.
+        member: What the product keeps of layers that share their input; `None` where the layer is multiplied alone.
     """
 
     weight_codes: Tensor
@@ -96,6 +100,7 @@ class QuantizedLayer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.keeps_float_weight = True
         self.product: LayerProduct | None = None
+        self.member: Any = None
         self._weight: Tensor | None = None
 
     @property
@@ -159,7 +164,7 @@ class QuantizedLayer(nn.Module):
 
         Quantize-dequantize remains what the layer does on other devices, and `arithmetic = "integer"` the exact sum.
         """
-        self.product, self.keeps_float_weight = product, product is None
+        self.product, self.keeps_float_weight, self.member = product, product is None, None
         self._changed()
 
     @property

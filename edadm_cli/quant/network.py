@@ -51,6 +51,8 @@ def deploy(model: nn.Module, product: LayerProduct | None) -> None:
     with torch.no_grad():
         for layer in quantized_layers(model).values():
             layer.deploy(product)
+        if product is not None:
+            product.join(model)
 
 
 def quant_params(model: nn.Module) -> dict[str, Tensor]:

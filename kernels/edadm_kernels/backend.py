@@ -71,3 +71,8 @@ def uses_hopper(x: Tensor) -> bool:
     if not x.is_cuda or (_forced.get() or _default) is not None:
         return False
     return torch.cuda.get_device_capability(x.device) == HOPPER and hopper.is_available()
+
+
+def fuses_gelu(x: Tensor) -> bool:
+    """Whether `linear_gelu` on the device of `x` is one launch; elsewhere it only stands for several."""
+    return not x.is_cuda or uses_hopper(x)

@@ -32,6 +32,8 @@ def latents_of(artifact: Artifact) -> Tensor:
 def test_cuda_collects_what_the_cpu_collects(
     name: str, dtype: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    if (name, dtype) == ("tiny_ddpm", "bfloat16"):
+        pytest.skip("diffusers' pipeline hands its images to numpy, which has no bfloat16")
     folder = request.getfixturevalue(name)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\nthree\n")

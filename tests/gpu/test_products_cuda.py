@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from edadm_kernels import conv2d, linear, linear_geglu, reference
+from edadm_kernels import conv2d, linear, linear_geglu, linear_gelu, linear_stack, linears, reference
 from edadm_kernels.conv_launch import Geometry, launch_conv
 from edadm_kernels.gemm_launch import launch_gemm
+from edadm_kernels.hopper import matrices
 from edadm_kernels.launching import arch_of
 from edadm_kernels.pack import conv_border_table, linear_correction, pack_geglu, pack_w4
 from edadm_kernels.tiles import Tile, candidates
@@ -16,7 +17,15 @@ from edadm_kernels.tiles import Tile, candidates
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 CUDA = torch.device("cuda")
-LINEAR = [(8192, 320, 320), (8192, 960, 320), (2048, 640, 2560), (512, 1280, 5120), (128, 1280, 1280), (154, 640, 768)]
+LINEAR = [
+    (2, 6912, 1152),
+    (8192, 320, 320),
+    (8192, 960, 320),
+    (2048, 640, 2560),
+    (512, 1280, 5120),
+    (128, 1280, 1280),
+    (154, 640, 768),
+]
 ODD_LINEAR = [(1, 3, 7), (77, 45, 100), (130, 70, 36)]
 SAME = (1, 1, 1, 1)
 CONV = [  # samples, height, width, channels, outputs, geometry
@@ -116,6 +125,75 @@ def test_geglu(shape: tuple[int, int, int], num_bits: int, generator: torch.Gene
     assert (found.int() - wanted.int()).abs().max() <= 1
     apart = int((found != wanted).sum())
     assert apart <= 1 + 1e-3 * found.numel()  # float32 against float64: codes change at ties alone
+
+
+@pytest.mark.parametrize(
+    ("m", "outputs", "k"),
+    [
+        (8192, (1152, 1152, 1152), 1152),
+        (4352, (3072, 40, 1000), 3072),
+        (300, (320, 320), 1136),
+        (130, (72, 8), 16),
+        (9, (7, 5), 24),
+    ],
+)
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_linears(m: int, outputs: tuple[int, ...], k: int, out_dtype: torch.dtype, generator: torch.Generator) -> None:
+    x, weights = codes((m, k), generator), [codes((n, k), generator) for n in outputs]
+    scales, biases = zip(*(epilogue(n, generator) for n in outputs), strict=True)
+    corrections = [linear_correction(weight, 131) for weight in weights]
+    arguments = (x, weights, scales, corrections, [biases[0].float(), *([None] * (len(outputs) - 1))], out_dtype)
+    poison((m, outputs[0]), out_dtype)
+    for found, wanted in zip(linears(*arguments), reference.linears(*arguments), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("tile", matrices.TILES, ids=lambda tile: tile.label())
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_tile_of_large_matrices(tile: matrices.MatrixTile, bias: bool, generator: torch.Generator) -> None:
+    for m, outputs, k in [(4096, (1024,), 512), (300, (1152, 40, 264), 1136), (130, (72,), 16), (2304, (3000,), 4608)]:
+        x, weights = codes((m, k), generator), [codes((n, k), generator) for n in outputs]
+        scales, biases = zip(*(epilogue(n, generator) for n in outputs), strict=True)
+        corrections = [linear_correction(weight, 7) for weight in weights]
+        floats = [own.float() if bias else None for own in biases]
+        members = (weights, scales, corrections, floats)
+        outs = [torch.full((m, n), float("nan"), dtype=torch.float16, device=CUDA) for n in outputs]
+        matrices.launch_matrices(tile, x, *members, outs)
+        for found, wanted in zip(outs, reference.linears(x, *members), strict=True):
+            assert torch.equal(found, wanted), (m, outputs, k)
+
+
+@pytest.mark.parametrize(
+    "shape", [(4352, 12288, 3072), (8192, 4608, 1152), (512, 4608, 1152), (300, 328, 1136), (33, 46, 100)]
+)
+@pytest.mark.parametrize("num_bits", [8, 4])
+def test_gelu(shape: tuple[int, int, int], num_bits: int, generator: torch.Generator) -> None:
+    m, n, k = shape
+    x, weight = codes((m, k), generator), codes((n, k), generator)
+    scale, bias = epilogue(n, generator)
+    zero_point = torch.tensor(3 if num_bits == 4 else 20, dtype=torch.int32, device=CUDA)
+    quantizer = (torch.tensor(0.05, device=CUDA).reshape(1), zero_point.reshape(1))
+    arguments = (x, weight, scale * 0.1, linear_correction(weight, 100), bias.float(), *quantizer, num_bits)
+    poison((m, n), torch.int8)
+    found, wanted = linear_gelu(*arguments), reference.linear_gelu(*arguments)
+    assert wanted.unique().numel() > 8
+    assert (found.int() - wanted.int()).abs().max() <= 1
+    apart = int((found != wanted).sum())
+    assert apart <= 1 + (1e-3 if k % 16 == 0 else 2e-2) * found.numel(), "float16 between where Triton multiplies"
+
+
+@pytest.mark.parametrize(
+    "shape", [(28, 2, 6912, 1152), (3, 1, 40, 48), (2, 8, 333, 4096), (2, 3, 8, 16), (2, 9, 72, 64)]
+)
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_linear_stack(shape: tuple[int, int, int, int], out_dtype: torch.dtype, generator: torch.Generator) -> None:
+    s, m, n, k = shape
+    x, weight = codes((s, m, k), generator), codes((s, n, k), generator)
+    scale, bias = torch.rand((s, n), generator=generator, device=CUDA) * 1e-4, normal((s, n), generator)
+    correction = torch.stack([linear_correction(own, 131) for own in weight])
+    arguments = (x, weight, scale, correction, bias, out_dtype)
+    poison((s, m, n), out_dtype)
+    assert torch.equal(linear_stack(*arguments), reference.linear_stack(*arguments))
 
 
 class Convolution:

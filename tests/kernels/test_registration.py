@@ -37,6 +37,20 @@ def cases() -> dict[str, tuple[Any, ...]]:
     columns = floats(2, ROWS, 3 * 16)
     return {
         "linear": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, floats(ROWS, OUTPUTS), torch.float16),
+        "linear_gelu": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, SCALE, ZERO_POINT, 8),
+        "linears": (
+            codes(ROWS, TERMS), [codes(OUTPUTS, TERMS)] * 2, [EPILOGUE[0]] * 2, [EPILOGUE[1]] * 2, [EPILOGUE[2], None],
+            torch.float16,
+        ),
+        "linears_gelu": (
+            codes(ROWS, TERMS), [codes(OUTPUTS, TERMS)] * 2, [EPILOGUE[0]] * 2, [EPILOGUE[1]] * 2, [EPILOGUE[2], None],
+            SCALE, ZERO_POINT, 8, torch.float16,
+        ),
+        "linear_joined": (codes(ROWS, 8), codes(ROWS, TERMS - 8), codes(OUTPUTS, TERMS), *EPILOGUE, torch.float16),
+        "linear_stack": (
+            codes(2, ROWS, TERMS), codes(2, OUTPUTS, TERMS), *(torch.stack([vector] * 2) for vector in EPILOGUE),
+            torch.float16,
+        ),
         "linear_geglu": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, SCALE, ZERO_POINT, 8),
         "conv2d": (
             pixels, weight, EPILOGUE[0], table, EPILOGUE[2], floats(2, OUTPUTS), image(2, OUTPUTS, 2, 2),

@@ -8,14 +8,16 @@ before the layer; in eager torch one kernel computes them. The product is a cust
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import edadm_kernels as kernels
 from edadm_cli.engines.cuda.layout import channels_last, image_of, quantizable, rows_of
 from edadm_cli.engines.cuda.lowering import product_refusal
+from edadm_cli.engines.cuda.shared_input import share_inputs
 from edadm_cli.integrations.notices import say_once
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_kernels import pack
@@ -65,6 +67,12 @@ class KernelProduct:
             layer._non_persistent_buffers_set.discard(name)
         if self._refusal(layer) is None:
             self._fill(layer)
+        if layer.member is not None:
+            layer.member.shared.renew()
+
+    def join(self, model: nn.Module) -> None:
+        """Find the layers that share their input."""
+        share_inputs(model)
 
     def runs(self, layer: QuantizedLayer) -> bool:
         """Whether the layer has its buffers where its codes are."""
@@ -83,14 +91,17 @@ class KernelProduct:
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Quantize, multiply, add the bias."""
+        if layer.member is not None and layer.member.shared.is_active:
+            y: Tensor | None = layer.member.shared.take(layer.member.place, x, self._linears)
+            if y is not None:
+                return y
         if layer.operation.kind == "linear":
-            codes = self._codes(layer, x)
-            rows = codes.reshape(-1, codes.shape[-1]).contiguous()
-            y = self._linear(layer, rows, x.dtype)
+            codes = self.codes(layer, x)
+            y = self.linear(layer, as_rows(codes), x.dtype)
             return y.view(*codes.shape[:-1], y.shape[-1])
-        codes = channels_last(self._codes(layer, x))
+        codes = channels_last(self.codes(layer, x))
         if layer.operation.is_pointwise(layer.weight_shape):
-            y = self._linear(layer, rows_of(codes), x.dtype)
+            y = self.linear(layer, rows_of(codes), x.dtype)
             return image_of(y, codes.shape[0], codes.shape[2], codes.shape[3])
         return self._convolve(layer, codes, x.dtype)
 
@@ -124,7 +135,7 @@ class KernelProduct:
         for name, tensor in tensors.items():
             layer.register_buffer(name, tensor, persistent=False)
 
-    def _codes(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
+    def codes(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Codes of `x`, int8, in its shape."""
         bits = layer.plan.activation_bits
         assert bits is not None
@@ -137,7 +148,7 @@ class KernelProduct:
         codes = torch.round(x.float() * _buffer(layer, "inverse_scale")) + _buffer(layer, "code_shift")
         return codes.clamp(-pack.CODE_OFFSET, (1 << bits) - 1 - pack.CODE_OFFSET).to(torch.int8)
 
-    def _weight(self, layer: QuantizedLayer) -> Tensor:
+    def weight(self, layer: QuantizedLayer) -> Tensor:
         """The codes in the order of the kernels: `[C_out, K]` or `[C_out, kh, kw, C_in]`, a view."""
         unpacked: Tensor | None = getattr(layer, "product_weight", None)
         if unpacked is not None:
@@ -146,10 +157,24 @@ class KernelProduct:
         is_matrix = codes.ndim == 2 or layer.operation.is_pointwise(layer.weight_shape)
         return codes.flatten(1) if is_matrix else codes.permute(0, 2, 3, 1)
 
-    def _linear(self, layer: QuantizedLayer, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def _linears(self, layers: Sequence[QuantizedLayer], x: Tensor) -> list[Tensor]:
+        """Outputs of linear layers with equal quantizers."""
+        codes = self.codes(layers[0], x)
+        outputs = kernels.linears(
+            as_rows(codes),
+            [self.weight(layer) for layer in layers],
+            [_buffer(layer, "product_scale") for layer in layers],
+            [_buffer(layer, "product_correction") for layer in layers],
+            [_buffer(layer, "product_bias") for layer in layers],
+            out_dtype=x.dtype,
+        )
+        return [y.view(*codes.shape[:-1], y.shape[-1]) for y in outputs]
+
+    def linear(self, layer: QuantizedLayer, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product of codes `[M, K]`, `[M, N]` in an element type."""
         return kernels.linear(
             rows,
-            self._weight(layer),
+            self.weight(layer),
             _buffer(layer, "product_scale"),
             _buffer(layer, "product_correction"),
             _buffer(layer, "product_bias"),
@@ -159,7 +184,7 @@ class KernelProduct:
     def _convolve(self, layer: QuantizedLayer, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return kernels.conv2d(
             codes,
-            self._weight(layer),
+            self.weight(layer),
             _buffer(layer, "product_scale"),
             _buffer(layer, "product_correction"),
             _buffer(layer, "product_bias"),
@@ -167,6 +192,11 @@ class KernelProduct:
             padding=_sides(layer),
             out_dtype=dtype,
         )
+
+
+def as_rows(codes: Tensor) -> Tensor:
+    """`[..., K]` as `[M, K]`."""
+    return codes.reshape(-1, codes.shape[-1]).contiguous()
 
 
 def _buffer(layer: QuantizedLayer, name: str) -> Any:

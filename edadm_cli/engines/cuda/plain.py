@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 from edadm_cli.engines.base import LayerExecution
+from edadm_cli.engines.cuda.conditioning import condition_at_once
+from edadm_cli.engines.cuda.feed_forward import fuse_feed_forwards
+from edadm_cli.engines.cuda.flux import fuse_single_blocks
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.cuda.lowering import product_refusal
 from edadm_cli.engines.listing import list_layers
@@ -42,7 +45,11 @@ def build_plain(
     Tensors that lie on the device in the right element type already are shared with `denoiser`, not copied.
     """
     model = placed_copy(denoiser, device, dtype).eval().requires_grad_(False)
-    deploy(model, _SilentProduct((device.type,)))
+    product = _SilentProduct((device.type,))
+    deploy(model, product)
+    fuse_feed_forwards(model, product)
+    fuse_single_blocks(model, product)
+    condition_at_once(model)
     float_name = str(dtype).removeprefix("torch.")
 
     def decide(name: str, layer: nn.Module) -> tuple[str, str | None]:
@@ -80,6 +87,9 @@ def compile_blocks(model: nn.Module) -> None:
     blocks = repeated_blocks(model)
     for block in blocks or [model]:
         block.compile(fullgraph=bool(blocks), dynamic=False)
+    conditioning = model._modules.get("conditioning")
+    if conditioning is not None:
+        conditioning.compile(fullgraph=True, dynamic=False)
 
 
 def many_shapes() -> AbstractContextManager[object]:

@@ -20,7 +20,22 @@ _KINDS = (
     ("norm", ("norm", "group_", "layer_rows")),
     ("conv2d", ("conv", "fprop")),
     # `product` and `join_kernel` serve convolutions too; those have a layer's name, and so its kind
-    ("linear", ("gemm", "linear", "addmm", "matmul", "bmm", "nvjet", "cutlass", "product", "join_kernel")),
+    (
+        "linear",
+        (
+            "gemm",
+            "linear",
+            "addmm",
+            "matmul",
+            "bmm",
+            "nvjet",
+            "cutlass",
+            "product",
+            "join_kernel",
+            "matrices",
+            "few_rows",
+        ),
+    ),
     ("reorder", ("copy", "cat", "transpose", "nchw", "nhwc", "memcpy", "memset", "index")),
 )
 

@@ -35,7 +35,11 @@ class Listing:
 
     def loops(self) -> list[tuple[Instruction, ...]]:
         """Bodies of the loops, each from the target of a backward branch to the branch."""
-        bodies = []
+        return [self.instructions[slice(*span)] for span in self._spans()]
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """First instruction of each loop, and the one behind its last."""
+        spans = []
         for index, instruction in enumerate(self.instructions):
             start = instruction.target
             # a branch to itself is the trap behind the last instruction
@@ -43,16 +47,21 @@ class Listing:
                 body = self.instructions[start : index + 1]
                 # code that is seldom run stands behind the end of the kernel and jumps back into it: no loop
                 if not count(body, "EXIT"):
-                    bodies.append(body)
-        return bodies
+                    spans.append((start, index + 1))
+        return spans
 
     def main_loop(self) -> tuple[Instruction, ...]:
         """The innermost loop with the most matrix instructions; empty where no loop has any."""
-        bodies = [body for body in self.loops() if count(body, *MMA)]
+        spans = [span for span in self._spans() if count(self.instructions[slice(*span)], *MMA)]
+        # a loop around the main one repeats its instructions, and may have more: a first step that was taken apart
+        innermost = [
+            (start, end)
+            for start, end in spans
+            if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in spans)
+        ]
+        bodies = [self.instructions[slice(*span)] for span in innermost]
         most = max((count(body, *MMA) for body in bodies), default=0)
-        # a loop around the main one repeats its instructions: of equal counts the shortest is the innermost
-        candidates = [body for body in bodies if count(body, *MMA) == most]
-        return min(candidates, key=len, default=())
+        return min((body for body in bodies if count(body, *MMA) == most), key=len, default=())
 
 
 def count(instructions: tuple[Instruction, ...], *families: str) -> int:

@@ -18,6 +18,13 @@ def variants(arch: int) -> list[Variant]:
     """What the operations may compile for an architecture such as 90; nothing where there is no compiler for it."""
     if arch != ARCHITECTURE or not is_available():
         return []
-    from edadm_kernels.hopper import attention, group_norm, product  # they import what imports this package
+    from edadm_kernels.hopper import (
+        attention,
+        few_rows,
+        group_norm,
+        matrices,
+        product,
+    )  # they import what imports this package
 
-    return [*product.variants(), *group_norm.variants(), *attention.variants()]
+    products: list[Variant] = [*product.variants(), *matrices.variants(), *few_rows.variants()]
+    return [*products, *group_norm.variants(), *attention.variants()]

@@ -99,7 +99,7 @@ def tensor_map(
         address: Of the array, aligned to 16 bytes.
         sizes: Bytes of the first dimension, elements of the others.
         box: Bytes and elements that one copy spans of each dimension; what lies outside arrives as zeros.
-        swizzle_bytes: 64 or 128, the first of `box`.
+        swizzle_bytes: 32, 64 or 128, the first of `box`.
         steps: Elements from one that is taken to the next, in each dimension; `None`: all are.
         strides: Bytes from an element to the next in each dimension but the first; `None`: they lie densely.
 
@@ -110,7 +110,6 @@ def tensor_map(
 
     if strides is None:
         strides = tuple(itertools.accumulate(sizes[:-1], operator.mul))
-    swizzles = driver.CUtensorMapSwizzle
     return _checked(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
@@ -121,7 +120,7 @@ def tensor_map(
             [driver.cuuint32_t(size) for size in box],
             [driver.cuuint32_t(step) for step in steps or (1,) * len(sizes)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if swizzle_bytes == 128 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{swizzle_bytes}B"),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -111,14 +111,7 @@ class ProductTile:
 
     def prelude(self) -> str:
         """`multiply`: `d += a b` by one matrix instruction of 64 rows, `bn` columns and 32 products."""
-        count = self.bn // 2
-        registers = ", ".join(f"%{i}" for i in range(count))
-        operands = ", ".join(f'"+r"(d[{i}])' for i in range(count))
-        return (
-            f"__device__ __forceinline__ void multiply(int (&d)[{count}], u64 a, u64 b) {{\n"
-            f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{self.bn}k32.s32.s8.s8 {{{registers}}}, '
-            f'%{count}, %{count + 1}, 1;" : {operands} : "l"(a), "l"(b));\n}}\n'
-        )
+        return wgmma(self.bn)
 
     def label(self) -> str:
         """For tables."""
@@ -128,3 +121,28 @@ class ProductTile:
             f"-split{self.split}" if self.split > 1 else ""
         )
         return f"{kind}-{self.bm}x{self.bn}x{self.bk}{extras}"
+
+
+def wgmma(columns: int, adds_always: bool = True) -> str:
+    """CUDA C++ of `multiply(d, a, b)`, one matrix instruction of 64 rows and 32 products: `d += a b`.
+
+    Args:
+        columns: Of the instruction.
+        adds_always: Without it `multiply` has a fourth argument; where that is zero it computes `d = a b`.
+    """
+    count = columns // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+r"(d[{i}])' for i in range(count))
+    instruction = (
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{registers}}}, %{count}, %{count + 1}, "
+        + ("1;" if adds_always else "p;")
+    )
+    if adds_always:
+        arguments, text, inputs = "u64 a, u64 b", instruction, '"l"(a), "l"(b)'
+    else:
+        arguments, inputs = "u64 a, u64 b, int adds", '"l"(a), "l"(b), "r"(adds)'
+        text = f"{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n{instruction}\\n}}\\n"
+    return (
+        f"__device__ __forceinline__ void multiply(int (&d)[{count}], {arguments}) {{\n"
+        f'    asm volatile("{text}" : {operands} : {inputs});\n}}\n'
+    )

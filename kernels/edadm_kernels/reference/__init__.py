@@ -7,7 +7,7 @@ from edadm_kernels.reference.norms import (
     quantize,
     silu_quantize,
 )
-from edadm_kernels.reference.products import conv2d, linear, linear_geglu
+from edadm_kernels.reference.products import conv2d, linear, linear_geglu, linear_gelu, linear_stack, linears
 
 __all__ = [
     "attention_quantize",
@@ -16,6 +16,9 @@ __all__ = [
     "layer_norm_quantize",
     "linear",
     "linear_geglu",
+    "linear_gelu",
+    "linear_stack",
+    "linears",
     "quantize",
     "silu_quantize",
 ]

@@ -7,6 +7,8 @@ The sum is taken in float64, where it is exact; everything after it in float32, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,6 +57,33 @@ def linear(
     return _add(y, bias, residual).to(out_dtype)
 
 
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_dtype: torch.dtype = torch.float16,
+) -> list[Tensor]:
+    """`edadm_kernels.linears`."""
+    members = zip(weights, scales, corrections, biases, strict=True)
+    return [linear(x, *member, out_dtype=out_dtype) for member in members]
+
+
+def linear_stack(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """`edadm_kernels.linear_stack`."""
+    biases = [None] * len(x) if bias is None else list(bias)
+    members = zip(x, weight, scale, correction, biases, strict=True)
+    return torch.stack([linear(*member, out_dtype=out_dtype) for member in members])
+
+
 def linear_geglu(
     x: Tensor,
     weight: Tensor,
@@ -69,6 +98,21 @@ def linear_geglu(
     y = linear(x, weight, scale, correction, bias, out_dtype=torch.float32)
     value, gate = y.double().unflatten(1, (-1, 2)).unbind(2)
     return quantize(value * F.gelu(gate), out_scale, out_zero_point, num_bits)
+
+
+def linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """`edadm_kernels.linear_gelu`; the activation in float64."""
+    y = linear(x, weight, scale, correction, bias, out_dtype=torch.float32).double()
+    return quantize(F.gelu(y, approximate="tanh"), out_scale, out_zero_point, num_bits)
 
 
 def conv2d(

@@ -1,0 +1,238 @@
+"""Products of large matrices, up to four of one left operand at once: tiles of `matrices.cu`, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edadm_kernels.hopper import product
+from edadm_kernels.hopper.driver import launch, tensor_map
+from edadm_kernels.hopper.product import Shape
+from edadm_kernels.hopper.variant import wgmma
+
+Gelu = tuple[Tensor, Tensor, int]
+"""Scale, zero-point and largest unsigned code of an output that is activated and quantized."""
+MOST_MEMBERS = 4
+"""Right operands of one launch."""
+MOST_CHANNELS = 128
+"""Of a step, in any tile."""
+_ROWS = 128  # of a block's tile
+_WARP_ROWS = 16  # of a warp
+_WARPS = 8  # that multiply
+_MULTIPROCESSORS = 132
+_ALIGNMENT = 16  # bytes of an address, and of a row
+
+_CLOCK = 4096 * 0.95  # products a clock and multiprocessor
+_START = 3000.0  # clocks until the first step, and after the last
+_TILE, _COLUMN = 500.0, 25.0  # clocks of a tile beside its products, and for each of its columns
+
+
+@dataclass(frozen=True)
+class MatrixTile:
+    """Compile-time parameters of `matrices.cu`.
+
+    Args:
+        bn: Columns of a block's tile, a multiple of 32 up to 256; its rows are 128.
+        bk: Channels of a step, 64 or 128.
+        stages: Steps whose operands are in shared memory.
+        cluster: Blocks that share the copies of the right operand, 1 or 2.
+        lag: Steps that the second group of warps stays behind the first; less than `stages`.
+        raster: Rows of tiles that are walked together.
+        bfloats: The output is bfloat16, not float16.
+    """
+
+    bn: int
+    bk: int
+    stages: int
+    cluster: int
+    lag: int
+    raster: int = 8
+    bfloats: bool = False
+
+    source = "matrices.cu"
+    name = "matrices"
+    threads = (_WARPS + 4) * 32
+
+    @property
+    def box(self) -> int:
+        """Columns that are written at once."""
+        return 64 if self.bn % 128 == 0 else 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Operands of every stage with two barriers each, two boxes of outputs of each warp, and one barrier."""
+        boxes = _WARPS * 2 * _WARP_ROWS * self.box * 2
+        return self.stages * ((_ROWS + self.bn) * self.bk + 16) + boxes + 8
+
+    def defines(self) -> dict[str, int]:
+        """Macros of the source."""
+        return {
+            "BM": _ROWS,
+            "BN": self.bn,
+            "BK": self.bk,
+            "STAGES": self.stages,
+            "CLUSTER": self.cluster,
+            "LAG": self.lag,
+            "RASTER": self.raster,
+            "BOX": self.box,
+            "BFLOATS": int(self.bfloats),
+        }
+
+    def prelude(self) -> str:
+        """`multiply`: `d = a b`, or `d += a b` where `adds` is not zero."""
+        return wgmma(self.bn, adds_always=False)
+
+    def label(self) -> str:
+        """For tables."""
+        dtype = "-bf16" if self.bfloats else ""
+        return f"matrices-{_ROWS}x{self.bn}x{self.bk}-cluster{self.cluster}{dtype}"
+
+
+TILES = (
+    MatrixTile(256, 128, stages=4, cluster=2, lag=2),
+    MatrixTile(224, 128, stages=4, cluster=2, lag=2),
+    MatrixTile(192, 128, stages=5, cluster=2, lag=3),
+    MatrixTile(160, 128, stages=5, cluster=2, lag=3),
+    MatrixTile(128, 128, stages=6, cluster=2, lag=3),
+)
+
+
+class _Columns(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scale", "correction", "bias", "out_scale", "out_zero_point")),
+        ("quant_max", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("outputs", "tiles")),
+    )
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        ("columns", _Columns * MOST_MEMBERS),
+        *((name, ctypes.c_int) for name in ("rows", "products", "row_tiles", "column_tiles", "first_products")),
+    )
+
+
+def takes(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> bool:
+    """Whether `launch_matrices` serves operands with these types and sizes.
+
+    Args:
+        x: Codes `[M, K]`.
+        weights: Codes `[N, K]` of each member.
+        vectors: Scales and corrections.
+        biases: Of each member.
+        dtype: Of the outputs.
+    """
+    read = (x, *weights, *vectors, *biases)
+    return (
+        len(weights) <= MOST_MEMBERS
+        and dtype in (torch.float16, torch.bfloat16)
+        and all(weight.dtype == torch.int8 and weight.shape[0] % 8 == 0 for weight in weights)
+        and all(bias is None or bias.dtype == torch.float32 for bias in biases)
+        and x.shape[1] % _ALIGNMENT == 0
+        and all(t is None or t.data_ptr() % _ALIGNMENT == 0 for t in read)
+    )
+
+
+def takes_codes(out: Tensor) -> bool:
+    """Whether the copies can write the rows of a matrix of codes."""
+    return out.stride(0) % _ALIGNMENT == 0
+
+
+@lru_cache(maxsize=4096)
+def choose(rows: int, outputs: tuple[int, ...], products: int) -> MatrixTile:
+    """The tile of products of `[rows, products]` with `[n, products]` for each n of `outputs`."""
+    return min(TILES, key=lambda tile: cost(tile, rows, outputs, products))
+
+
+def choose_over_single(rows: int, outputs: tuple[int, ...], products: int) -> MatrixTile | None:
+    """The tile of products that this kernel is expected to be faster at than one launch of `product.cu` for each."""
+    tile, shape = choose(rows, outputs, products), Shape.matrix(rows, products)
+    others = sum(product.cost("linear", product.choose("linear", shape, n), shape, n) for n in outputs)
+    return tile if cost(tile, rows, outputs, products) < others else None
+
+
+def cost(tile: MatrixTile, rows: int, outputs: tuple[int, ...], products: int) -> float:
+    """Clocks that the products take, roughly."""
+    columns = sum(-(-n // tile.bn) for n in outputs)
+    tiles = -(-rows // (_ROWS * tile.cluster)) * columns
+    rounds = -(-tiles // (_MULTIPROCESSORS // tile.cluster))
+    steps = -(-products // tile.bk)
+    return _START + rounds * (_TILE + _COLUMN * tile.bn + steps * _ROWS * tile.bn * tile.bk / _CLOCK)
+
+
+def launch_matrices(
+    tile: MatrixTile,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+    gelus: Sequence[Gelu | None] = (),
+    more: Tensor | None = None,
+) -> None:
+    """Fill `outs` with the products of `x` and each of `weights`.
+
+    Args:
+        tile: How the products are cut.
+        x: Codes `[M, K]`, int8, contiguous, as everything here.
+        weights: Codes `[N, K]`, int8, of each member.
+        scales: float32 `[N]`.
+        corrections: int32 `[N]`.
+        biases: float32 `[N]`.
+        outs: float16 or bfloat16 `[M, N]`, or int8 of a member with a quantizer; rows may lie apart.
+        more: Codes of the columns that follow those of `x`, of which there are a multiple of `tile.bk`.
+        gelus: Quantizers of the members that are activated and written as codes; by default there are none.
+    """
+    tile = replace(tile, bfloats=any(out.dtype == torch.bfloat16 for out in outs))
+    rows, first = x.shape
+    products = first if more is None else first + more.shape[1]
+    row_tiles = -(-rows // (_ROWS * tile.cluster))
+    problem = _Problem(
+        rows=rows, products=products, row_tiles=row_tiles, first_products=first if more is not None else 1 << 30
+    )
+    w_maps, y_maps = [], []
+    for place, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+        columns, gelu, bias = problem.columns[place], gelus[place] if gelus else None, biases[place]
+        columns.scale, columns.correction = scales[place].data_ptr(), corrections[place].data_ptr()
+        columns.bias = None if bias is None else bias.data_ptr()
+        if gelu is not None:
+            columns.out_scale, columns.out_zero_point = gelu[0].data_ptr(), gelu[1].data_ptr()
+            columns.quant_max = float(gelu[2])
+        columns.outputs, columns.tiles = weight.shape[0], -(-weight.shape[0] // tile.bn)
+        problem.column_tiles += columns.tiles
+        part = (tile.bk, tile.bn // tile.cluster)
+        w_maps.append(tensor_map(weight.data_ptr(), (products, weight.shape[0]), part, tile.bk))
+        y_maps.append(_output_map(out, tile.box * out.itemsize))
+    unused = [w_maps[0]] * (MOST_MEMBERS - len(w_maps)), [y_maps[0]] * (MOST_MEMBERS - len(y_maps))
+    x_maps = [
+        tensor_map(t.data_ptr(), (t.shape[1], rows), (tile.bk, _ROWS), tile.bk)
+        for t in (x, x if more is None else more)
+    ]
+    blocks = min(problem.row_tiles * problem.column_tiles, _MULTIPROCESSORS // tile.cluster) * tile.cluster
+    launch(tile, blocks, [*x_maps, *w_maps, *unused[0], *y_maps, *unused[1], problem], x.device.index or 0)
+
+
+def _output_map(out: Tensor, box_bytes: int) -> Any:
+    """What the copies are told of an output, as bytes."""
+    rows, columns = out.shape
+    size = out.itemsize
+    strides = (out.stride(0) * size,)
+    return tensor_map(out.data_ptr(), (columns * size, rows), (box_bytes, _WARP_ROWS), box_bytes, strides=strides)
+
+
+def variants() -> list[MatrixTile]:
+    """Every tile in both element types."""
+    return [replace(tile, bfloats=bfloats) for tile in TILES for bfloats in (False, True)]

@@ -1,0 +1,304 @@
+"""Several linear layers on integer codes in one launch: of one input, or each of an input of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from edadm_kernels import reference
+from edadm_kernels.backend import uses_hopper, uses_kernel
+from edadm_kernels.checks import check_bits, check_device, check_quantizers
+from edadm_kernels.gemm import check_matrices, fill_linear, linear, linear_gelu
+from edadm_kernels.hopper import few_rows, matrices
+from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
+
+__all__ = ["linear_joined", "linear_stack", "linears", "linears_gelu"]
+
+
+@torch.library.custom_op("edadm::linears", mutates_args=())
+def _linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    outs = _prepare_linears(x, weights, scales, corrections, biases, out_dtype)
+    if not uses_kernel(x):
+        exact = reference.linears(x, weights, scales, corrections, biases, out_dtype)
+        return [out.copy_(y) for out, y in zip(outs, exact, strict=True)]
+    if not x.shape[0]:
+        return outs
+    if uses_hopper(x) and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
+        tile = matrices.choose_over_single(x.shape[0], tuple(weight.shape[0] for weight in weights), x.shape[1])
+        if tile is not None:
+            matrices.launch_matrices(tile, x, weights, scales, corrections, biases, outs)
+            return outs
+    for out, weight, scale, correction, bias in zip(outs, weights, scales, corrections, biases, strict=True):
+        fill_linear(x, weight, scale, correction, bias, None, out)
+    return outs
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_dtype: torch.dtype = torch.float16,
+) -> list[Tensor]:
+    """`linear` of one input with several weights.
+
+    Args:
+        x: Codes `[M, K]`, int8, contiguous.
+        weights: Codes `[N, K]`, int8 or packed, of each layer.
+        scales: float32 `[N]` of each layer.
+        corrections: int32 `[N]` of each layer.
+        biases: `[N]`, floating point, or `None`, of each layer.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        `[M, N]` of each layer, contiguous.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one, or a sum could overflow.
+    """
+    return _linears(x, weights, scales, corrections, biases, out_dtype)
+
+
+@torch.library.custom_op("edadm::linears_gelu", mutates_args=())
+def _linears_gelu(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    members = (weights, scales, corrections, biases)
+    outs = _prepare_linears_gelu(x, *members, out_scale, out_zero_point, num_bits, out_dtype)
+    takes = uses_kernel(x) and x.shape[0] and uses_hopper(x) and matrices.takes_codes(outs[-1])
+    if takes and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
+        tile = matrices.choose(x.shape[0], tuple(weight.shape[0] for weight in weights), x.shape[1])
+        gelus = [*[None] * (len(weights) - 1), (out_scale, out_zero_point, 2**num_bits - 1)]
+        matrices.launch_matrices(tile, x, *members, outs, gelus)
+        return outs
+    *plain, gelu = zip(*members, strict=True)
+    codes = linear_gelu(x, *gelu, out_scale, out_zero_point, num_bits)
+    return [*(linear(x, *member, out_dtype=out_dtype) for member in plain), codes]
+
+
+def linears_gelu(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
+    out_dtype: torch.dtype = torch.float16,
+) -> list[Tensor]:
+    """`linears` whose last member is `linear_gelu`: activated, and quantized for the layer behind it.
+
+    Args:
+        x: As in `linears`, and so `weights`, `scales`, `corrections` and `biases`.
+        out_scale: As in `linear_gelu`, and so `out_zero_point` and `num_bits`.
+        out_dtype: Of the other members.
+
+    Returns:
+        `[M, N]` of each layer, contiguous; codes, int8, of the last.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one, or a sum could overflow.
+    """
+    return _linears_gelu(x, weights, scales, corrections, biases, out_scale, out_zero_point, num_bits, out_dtype)
+
+
+@torch.library.custom_op("edadm::linear_joined", mutates_args=())
+def _linear_joined(
+    x: Tensor,
+    more: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    out = _prepare_joined(x, more, weight, scale, correction, bias, out_dtype)
+    takes = uses_kernel(x) and x.shape[0] and uses_hopper(x) and x.shape[1] % matrices.MOST_CHANNELS == 0
+    if takes and matrices.takes(more, [weight], (x, scale, correction), [bias], out_dtype):
+        tile = matrices.choose(x.shape[0], (weight.shape[0],), x.shape[1] + more.shape[1])
+        matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], more=more)
+        return out
+    return linear(torch.cat([x, more], dim=1), weight, scale, correction, bias, out_dtype=out_dtype)
+
+
+def linear_joined(
+    x: Tensor,
+    more: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """`linear` of two inputs side by side, which are read where they lie.
+
+    Args:
+        x: Codes `[M, K]`, int8, contiguous.
+        more: Codes `[M, L]`, int8, contiguous.
+        weight: Codes `[N, K + L]`, int8 or packed.
+        scale: float32 `[N]`.
+        correction: int32 `[N]`.
+        bias: `[N]`, floating point.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        `[M, N]`, contiguous.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one, or a sum could overflow.
+    """
+    return _linear_joined(x, more, weight, scale, correction, bias, out_dtype)
+
+
+@torch.library.custom_op("edadm::linear_stack", mutates_args=())
+def _linear_stack(
+    x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    out = _prepare_stack(x, weight, scale, correction, bias, out_dtype)
+    if not uses_kernel(x):
+        return out.copy_(reference.linear_stack(x, weight, scale, correction, bias, out_dtype))
+    if not out.numel():
+        return out
+    if uses_hopper(x) and few_rows.takes(x, weight, scale, correction, bias):
+        few_rows.launch_few_rows(x, weight, scale, correction, bias, out)
+        return out
+    for place in range(len(x)):
+        own = None if bias is None else bias[place]
+        fill_linear(x[place], weight[place], scale[place], correction[place], own, None, out[place])
+    return out
+
+
+def linear_stack(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """Linear layers of equal sizes, each with an input of its own; meant for inputs of few rows.
+
+    Args:
+        x: Codes `[S, M, K]`, int8, contiguous.
+        weight: Codes `[S, N, K]`, int8, contiguous.
+        scale: float32 `[S, N]`, contiguous.
+        correction: int32 `[S, N]`, contiguous.
+        bias: `[S, N]`, floating point, contiguous.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        `[S, M, N]`, contiguous.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one, or a sum could overflow.
+    """
+    return _linear_stack(x, weight, scale, correction, bias, out_dtype)
+
+
+@_linears.register_fake
+def _prepare_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """Check the arguments and make empty outputs."""
+    outs = []
+    for weight, scale, correction, bias in zip(weights, scales, corrections, biases, strict=True):
+        check_matrices(x, weight, scale, correction, bias)
+        out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+        check_output(out_dtype, x, weight, out)
+        outs.append(out)
+    return outs
+
+
+@_linears_gelu.register_fake
+def _prepare_linears_gelu(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """Check the arguments and make empty outputs."""
+    check_bits(num_bits)
+    check_quantizers(out_scale, out_zero_point, count=1)
+    check_device(x, out_scale, out_zero_point)
+    *outs, last = _prepare_linears(x, weights, scales, corrections, biases, out_dtype)
+    return [*outs, x.new_empty(last.shape, dtype=torch.int8)]
+
+
+@_linear_joined.register_fake
+def _prepare_joined(
+    x: Tensor,
+    more: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Check the arguments and make an empty output."""
+    if x.ndim != 2 or more.ndim != 2 or len(x) != len(more) or not (x.is_contiguous() and more.is_contiguous()):
+        raise ValueError(
+            f"contiguous codes [M, K] and [M, L] are expected, found {tuple(x.shape)} with strides {x.stride()} and "
+            f"{tuple(more.shape)} with strides {more.stride()}"
+        )
+    if more.dtype != torch.int8:
+        raise TypeError(f"int8 codes are expected, found {more.dtype}")
+    check_device(x, more)
+    joined = x.new_empty((len(x), x.shape[1] + more.shape[1]))
+    check_matrices(joined, weight, scale, correction, bias)
+    out = x.new_empty((len(x), weight.shape[0]), dtype=out_dtype)
+    check_output(out_dtype, x, weight, out)
+    return out
+
+
+@_linear_stack.register_fake
+def _prepare_stack(
+    x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Check the arguments and make an empty output."""
+    if x.ndim != 3 or weight.ndim != 3 or len(x) != len(weight) or not x.is_contiguous():
+        raise ValueError(
+            f"contiguous codes [S, M, K] and weights [S, N, K] are expected, found {tuple(x.shape)} with strides "
+            f"{x.stride()} and {tuple(weight.shape)}"
+        )
+    if weight.dtype != torch.int8:
+        raise TypeError(f"int8 weights are expected, found {weight.dtype}")
+    check_device(x, weight, scale, correction, bias)
+    check_codes(x[0], weight[0], x.shape[2])
+    outputs = weight.shape[:2].numel()
+    check_epilogue(scale.flatten(), correction.flatten(), None if bias is None else bias.flatten(), outputs, (outputs,))
+    out = x.new_empty((len(x), x.shape[1], weight.shape[1]), dtype=out_dtype)
+    check_output(out_dtype, x, weight, out)
+    return out

@@ -1,0 +1,150 @@
+"""What the CUDA engine does to a transformer before torch compiles it: fewer launches, the same integers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.config import BitWidth
+from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.cuda import CudaEngine
+from edadm_cli.engines.cuda.layer_product import KernelProduct
+from edadm_cli.engines.cuda.plain import build_plain
+from edadm_cli.engines.parity import prediction_of, relative_l2
+from edadm_cli.engines.reference import ReferenceEngine
+from edadm_cli.models.example_calls import example_call
+from edadm_cli.models.random_models import initialize
+from edadm_cli.quant.layers import quantized_layers
+from edadm_cli.quant.network import deploy
+from tests.tiny_denoisers import RECIPE, Call, quantized_denoiser
+
+CPU = EngineOptions(device=torch.device("cpu"))
+ON_CPU = KernelProduct(("cpu",))
+COMPILED = 3e-2
+"""A normalization that torch decomposes rounds otherwise in its last bit, which turns single codes."""
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations of the namespace `edadm`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "edadm":
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    with Calls() as calls:
+        yield calls.counts
+
+
+def three_blocks() -> tuple[nn.Module, Call]:
+    denoiser = DiTTransformer2DModel(
+        sample_size=4, num_layers=3, attention_head_dim=8, num_attention_heads=2, out_channels=8, norm_num_groups=4
+    )
+    initialize(denoiser.eval().requires_grad_(False), 0)
+    call = example_call(denoiser, batch_size=2, size=(8, 8))
+    with torch.no_grad():
+        quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
+    return denoiser, call
+
+
+def exact(denoiser: nn.Module, call: Call) -> Tensor:
+    return prediction_of(ReferenceEngine().compile(denoiser, *call, CPU)(*call[0], **call[1]))
+
+
+@torch.no_grad()
+def test_blocks_with_embedders_of_their_own_are_conditioned_in_three_launches() -> None:
+    denoiser, call = three_blocks()
+    compiled = CudaEngine().compile(denoiser, *call, CPU)
+    with counted() as counts:
+        found = prediction_of(compiled(*call[0], **call[1]))
+    assert counts["linear_stack"] == 3
+    assert counts["linears"] == 3, "queries, keys and values of each block"
+    assert counts["linear_gelu"] == 3
+    assert counts["linear"] == 3 * 2 + 2, (
+        "attention's and the feed-forward layer's second; the first norm, the last layer"
+    )
+    assert relative_l2(found, exact(denoiser, call)) < 1e-3
+    later = {**call[1], "timestep": call[1]["timestep"] + 100}
+    again = prediction_of(compiled(*call[0], **later))
+    assert relative_l2(again, exact(denoiser, (call[0], later))) < 1e-3, "every step has its own"
+
+
+@pytest.mark.parametrize(("family", "launches"), [("unet", 6), ("pixart", 2), ("sd3", 3), ("flux", 5)])
+@torch.no_grad()
+def test_layers_that_read_one_tensor_are_multiplied_together(family: str, launches: int) -> None:
+    denoiser, call = quantized_denoiser(family)
+    expected = exact(denoiser, call)
+    deploy(denoiser, ON_CPU)
+    with counted() as counts:
+        found = prediction_of(denoiser(*call[0], **call[1]))
+    assert counts["linears"] == launches
+    assert relative_l2(found, expected) < 1e-5
+    held = [layer.member.shared for layer in quantized_layers(denoiser).values() if layer.member is not None]
+    assert all(shared.source is None and not shared.outputs for shared in held), "nothing stays in memory"
+
+
+@torch.no_grad()
+def test_layers_with_quantizers_of_their_own_are_multiplied_one_by_one() -> None:
+    denoiser, call = quantized_denoiser("dit")
+    denoiser.get_submodule("transformer_blocks.0.attn1.to_k").get_buffer("input_scale").mul_(1.5)
+    expected = exact(denoiser, call)
+    deploy(denoiser, ON_CPU)
+    with counted() as counts:
+        found = prediction_of(denoiser(*call[0], **call[1]))
+    assert counts["linears"] == 0
+    assert relative_l2(found, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_an_attention_over_two_tensors_is_seen_by_what_it_reads() -> None:
+    denoiser, _ = quantized_denoiser("dit")
+    attention: Any = denoiser.get_submodule("transformer_blocks.0.attn1")
+    deploy(denoiser, ON_CPU)
+    x, other = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    alone = [
+        ON_CPU.linear(layer, ON_CPU.codes(layer, y).view(-1, 16), y.dtype).view(2, 3, 16)
+        for layer, y in ((attention.to_q, x), (attention.to_k, other), (attention.to_v, other))
+    ]
+    for _ in range(2):
+        found = [attention.to_q(x), attention.to_k(other), attention.to_v(other)]
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert not attention.to_q.member.shared.is_active
+
+
+@torch.no_grad()
+def test_the_halves_of_a_single_block_of_flux_meet_as_codes() -> None:
+    denoiser, call = quantized_denoiser("flux")
+    compiled = CudaEngine().compile(denoiser, *call, CPU)
+    with counted() as counts:
+        found = prediction_of(compiled(*call[0], **call[1]))
+    assert (counts["linears_gelu"], counts["linear_joined"]) == (3, 3), "one of each a block"
+    assert relative_l2(found, exact(denoiser, call)) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["dit", "pixart", "sd3", "flux"])
+@torch.no_grad()
+def test_what_the_engine_compiles_is_one_graph(family: str) -> None:
+    """The path of a GPU, stages and all, by the reference kernels."""
+    denoiser, call = three_blocks() if family == "dit" else quantized_denoiser(family)
+    model, _ = build_plain(denoiser, torch.device("cpu"), torch.float32)
+    torch._dynamo.reset()
+    for part in (model, model._modules.get("conditioning")):
+        if part is not None:
+            part.compile(fullgraph=True, backend="aot_eager", dynamic=False)
+    assert relative_l2(prediction_of(model(*call[0], **call[1])), exact(denoiser, call)) < COMPILED
