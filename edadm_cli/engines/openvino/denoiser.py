@@ -14,7 +14,7 @@ from torch import Tensor
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.graph.description import PlannedLayer
 from edadm_cli.engines.graph.interface import GraphInterface
-from edadm_cli.engines.openvino import saturation, sinusoids
+from edadm_cli.engines.openvino import forms, saturation, sinusoids
 from edadm_cli.engines.openvino.execution import executed_layers, operation_times, runtime_nodes
 from edadm_cli.errors import InputError
 
@@ -58,7 +58,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         self._graph, self._interface, self._planned, self._options = graph, interface, planned, options
         self._core = ov.Core()
         self._requests: OrderedDict[Shapes, _Compiled] = OrderedDict()
-        self._spared: frozenset[str] = frozenset()
+        self._in_float: dict[str, str] = {}  # layer to the reason
         self._request(shapes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,8 +71,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
     def layers(self) -> tuple[LayerExecution, ...]:
         """How each layer runs, as the runtime graph of the shape used last says."""
         compiled = next(reversed(self._requests.values()))
-        reasons = dict.fromkeys(self._spared, saturation.REASON)
-        return executed_layers(runtime_nodes(compiled.model), self._planned, reasons)
+        return executed_layers(runtime_nodes(compiled.model), self._planned, self._in_float)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
         """Time of each operation of one call, from a copy compiled with counters; the first call warms up."""
@@ -95,9 +94,11 @@ class OpenVinoDenoiser(CompiledDenoiser):
 
     def _compile(self, shapes: Shapes, more: dict[str, Any]) -> _Compiled:
         graph = self._graph.clone()  # shares its constants
-        self._spared = saturation.replace_saturating_products(graph, saturation.saturating_kinds())
+        saturating = saturation.replace_saturating_products(graph, saturation.saturating_kinds())
         try:
             graph.reshape(dict(zip(self._interface.inputs, map(list, shapes), strict=True)))
+            faster = forms.use_faster_forms(graph, plugin_properties(self._options))
+            self._in_float = dict.fromkeys(saturating, saturation.REASON) | dict.fromkeys(faster, forms.REASON)
             return _Compiled(self._core, graph, self._options, more)
         except RuntimeError as error:
             sizes = ", ".join(

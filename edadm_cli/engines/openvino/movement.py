@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import openvino as ov
 
-from edadm_cli.engines.openvino.saturation import is_quantizer, source
+from edadm_cli.engines.openvino.products import is_quantizer, source
 
 _STEPS = ("Clamp", "FakeQuantize")
 _MOVES = ("Reshape", "Transpose")

@@ -22,25 +22,12 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from edadm_cli.engines.base import LayerKind
-from edadm_cli.engines.openvino.execution import layer_name
+from edadm_cli.engines.openvino.products import codes_of, quantized_products
 
 LARGEST_WEIGHT_CODE = 64
 REASON = "this processor adds products of bytes in 16 bits, which overflow"
 """Why a product does not run in integers, as half a sentence."""
 
-_KINDS: dict[str, LayerKind] = {"Convolution": "conv2d", "GroupConvolution": "conv2d", "MatMul": "linear"}
-_MOVES = (
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Split",
-    "VariadicSplit",
-    "Slice",
-    "StridedSlice",
-    "Broadcast",
-    "Interpolate",
-)
 _UNSIGNED_MAX, _SIGNED_MAX, _DEPTH = 255, 127, 64
 
 
@@ -71,60 +58,20 @@ def replace_saturating_products(graph: ov.Model, kinds: frozenset[LayerKind]) ->
         Names of the layers that are in floating point now.
     """
     spared = set()
-    for node in graph.get_ordered_ops():
-        kind = _KINDS.get(node.get_type_name())
-        if kind is None:
+    for product in quantized_products(graph):
+        if product.kind not in kinds or (product.weight is not None and not weights_saturate(codes_of(product.weight))):
             continue
-        left, right = (source(node.input_value(port)) for port in (0, 1))
-        weight = _scaled_codes(node.input_value(1))
-        if not is_quantizer(left):
-            continue  # in floating point on any processor
-        if weight is not None:
-            if kind not in kinds or not weights_saturate(_codes(weight)):
-                continue
-            if kind == "conv2d":
-                _add_halves(node, weight)
-            else:
-                _use_real_weights(weight)
-                spared.add(layer_name(node.friendly_name))
-        elif "attention" in kinds and is_quantizer(right):
-            _round_in_float(left)
-            _round_in_float(right)
-            spared.add(layer_name(node.friendly_name))
+        if product.kind == "conv2d" and product.weight is not None:
+            _add_halves(product.node, product.weight)
+        else:
+            product.compute_in_float()
+            spared.add(product.layer)
     return frozenset(spared)
-
-
-def source(output: ov.Output) -> ov.Node:
-    """The node that an output's values come from, data movement left out."""
-    node = output.get_node()
-    while node.get_type_name() in _MOVES:
-        node = node.input_value(0).get_node()
-    return node
-
-
-def is_quantizer(node: ov.Node) -> bool:
-    """Whether a node turns numbers into codes."""
-    return bool(node.get_type_name() == "FakeQuantize")
-
-
-def _scaled_codes(output: ov.Output) -> ov.Node | None:
-    """The multiplication of int8 codes by their scales, where an output is that."""
-    node = source(output)
-    if node.get_type_name() != "Multiply" or node.input_value(0).get_node().get_type_name() != "Convert":
-        return None
-    constant = node.input_value(0).get_node().input_value(0).get_node()
-    is_codes = constant.get_type_name() == "Constant" and constant.get_output_element_type(0) == ov.Type.i8
-    return node if is_codes else None
-
-
-def _codes(scaled: ov.Node) -> np.ndarray:
-    found: np.ndarray = scaled.input_value(0).get_node().input_value(0).get_node().data
-    return found
 
 
 def _add_halves(convolution: ov.Node, scaled: ov.Node) -> None:
     """Put the sum of two convolutions, by h and by r, in the place of one by w = 2 h + r."""
-    codes, scales = _codes(scaled), scaled.input_value(1).get_node().data
+    codes, scales = codes_of(scaled), scaled.input_value(1).get_node().data
     source, readers = convolution.input_value(1).get_node(), convolution.output(0).get_target_inputs()
     low = _scaled_constant(codes & 1, scales)
     if source.get_type_name() == "Reshape":  # of a convolution in groups
@@ -143,25 +90,6 @@ def _add_halves(convolution: ov.Node, scaled: ov.Node) -> None:
 
 def _scaled_constant(codes: np.ndarray, scales: np.ndarray) -> ov.Node:
     return ops.multiply(ops.convert(ov.op.Constant(codes), "f32"), _constant(scales))
-
-
-def _use_real_weights(scaled: ov.Node) -> None:
-    """Put a float32 constant in the place of codes and scales: no integer pattern is left to be found."""
-    values = _codes(scaled).astype(np.float32) * scaled.input_value(1).get_node().data
-    scaled.output(0).replace(ov.op.Constant(values).output(0))
-
-
-def _round_in_float(quantizer: ov.Node) -> None:
-    """Put plain arithmetic in the place of a FakeQuantize of 256 levels."""
-    low, high = (np.float32(quantizer.input_value(port).get_node().data.item()) for port in (1, 2))
-    step = np.float32((high - low) / np.float32(255))
-    first = float(np.round(low / step))
-    scaled = ops.multiply(quantizer.input_value(0), _constant(1 / step))
-    # the product before it may be fused to it, and take its name
-    scaled.friendly_name = f"{quantizer.input_value(0).get_node().friendly_name}/scaled"
-    codes = ops.round(scaled, "half_to_even")
-    values = ops.multiply(ops.clamp(codes, first, first + 255), _constant(step))
-    quantizer.output(0).replace(values.output(0))
 
 
 def _constant(values: np.ndarray | np.float32) -> ov.Node:

@@ -1,0 +1,219 @@
+"""Bytes or floating point: the form of each large product, decided by measurement on the processor at hand.
+
+Which form is faster depends on the processor. With tiles of bfloat16 (AMX), attention in bytes can take longer than in
+bfloat16; without them, bytes win. So every product that is large enough to time is compiled alone in both forms, and
+timed in turns. What was measured is remembered in a file per user, by processor, version of OpenVINO, element type,
+threads and shape: only the first run of a shape on a processor takes the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from edadm_cli.engines.openvino.products import QuantizedProduct, is_quantizer, quantized_products, source
+
+REASON = "this processor was measured to run it faster in floating point"
+"""Why a product does not run in integers, as half a sentence."""
+
+LEAST_WORK = 100_000_000
+"""Multiply-accumulates below which a product stays in bytes: under about a millisecond there is nothing to win."""
+
+_LEAST_SHARE = 0.05
+"""Share of the work of all products below which a shape stays in bytes."""
+_ROUNDS = 5
+_ADVANTAGE = 0.9
+"""Floating point is chosen where its shortest time is below this part of that in bytes."""
+_LARGEST_FILE = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """Products whose form is decided together: one layer's, or the two of an attention.
+
+    Attributes:
+        indices: Of the products, in the order of `quantized_products`.
+        layers: Names of their layers.
+        shape: Kind and sizes; operations of one shape take one form.
+        work: Multiply-accumulates.
+    """
+
+    indices: tuple[int, ...]
+    layers: tuple[str, ...]
+    shape: str
+    work: int
+
+
+def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[str]:
+    """Put the products in floating point that run faster so on this processor, in place.
+
+    Args:
+        graph: Of static shapes, with int8 constants.
+        properties: Of OpenVINO's CPU plug-in, as the graph will be compiled with.
+
+    Returns:
+        Names of the layers that are in floating point now.
+    """
+    products = list(quantized_products(graph))
+    operations = _operations(products)
+    total = sum(operation.work for operation in operations)
+    shapes: dict[str, list[_Operation]] = {}
+    for operation in operations:
+        shapes.setdefault(operation.shape, []).append(operation)
+    memory = _Memory(properties)
+    floating: set[str] = set()
+    for shape, members in shapes.items():
+        is_large = members[0].work >= LEAST_WORK and sum(each.work for each in members) >= _LEAST_SHARE * total
+        if not is_large:
+            continue
+        if shape not in memory.is_float_faster:
+            memory.is_float_faster[shape] = _is_float_faster(graph, members[0], properties)
+            memory.write()
+        if memory.is_float_faster[shape]:
+            for operation in members:
+                floating.update(operation.layers)
+                for index in operation.indices:
+                    products[index].compute_in_float()
+    return frozenset(floating)
+
+
+def _operations(products: list[QuantizedProduct]) -> list[_Operation]:
+    """The products of a graph, an attention's second one together with its first one."""
+    places = {product.node.friendly_name: index for index, product in enumerate(products)}
+    followed: dict[int, int] = {}
+    for index, product in enumerate(products):
+        first = places.get(_scores(product.node)) if product.kind == "attention" else None
+        if first is not None:
+            followed[index] = first
+    operations = []
+    for index, product in enumerate(products):
+        if index in followed.values():
+            continue
+        indices = (followed[index], index) if index in followed else (index,)
+        members = [products[each] for each in indices]
+        sizes = " ".join(
+            f"{list(member.node.get_input_shape(0))}x{list(member.node.get_input_shape(1))}" for member in members
+        )
+        layers = tuple(dict.fromkeys(member.layer for member in members))
+        work = sum(_work(member.node) for member in members)
+        operations.append(_Operation(indices, layers, f"{product.kind} {sizes}", work))
+    return operations
+
+
+def _scores(product: ov.Node) -> str:
+    """Name of the product whose softmax is a product's left operand; empty where there is none."""
+    node, has_softmax = source(product.input_value(0)), False
+    while node.get_input_size():
+        node = source(node.input_value(0))
+        has_softmax = has_softmax or node.get_type_name() == "Softmax"
+        if node.get_type_name() == "MatMul":
+            break
+    return str(node.friendly_name) if has_softmax and node.get_type_name() == "MatMul" else ""
+
+
+def _work(product: ov.Node) -> int:
+    outputs = int(np.prod(product.get_output_shape(0)))
+    if product.get_type_name() == "MatMul":
+        transposed = product.get_attributes()["transpose_a"]
+        return outputs * int(product.get_input_shape(0)[-2 if transposed else -1])
+    weight = product.get_input_shape(1)  # [outputs, inputs, height, width], with the groups before where there are any
+    first = 2 if product.get_type_name() == "GroupConvolution" else 1
+    return outputs * int(np.prod(weight[first:]))
+
+
+def _is_float_faster(graph: ov.Model, operation: _Operation, properties: dict[str, Any]) -> bool:
+    runs = [_compiled(graph, operation, properties, in_float=in_float) for in_float in (False, True)]
+    times: list[list[float]] = [[], []]
+    for turn in range(_ROUNDS + 1):
+        for (request, inputs), measured in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            request.infer(inputs, share_inputs=True)
+            if turn:  # the first call allocates
+                measured.append(time.perf_counter() - start)
+    return min(times[1]) < _ADVANTAGE * min(times[0])
+
+
+def _compiled(
+    graph: ov.Model, operation: _Operation, properties: dict[str, Any], *, in_float: bool
+) -> tuple[ov.InferRequest, list[np.ndarray]]:
+    """One operation of a graph, compiled alone from the inputs of its quantizers on, and random inputs."""
+    products = list(quantized_products(graph.clone()))  # shares its constants
+    members = [products[index] for index in operation.indices]
+    generator = np.random.default_rng(0)
+    parameters, inputs = [], []
+    for position, member in enumerate(members):
+        for port in (0, 1):
+            quantizer = source(member.node.input_value(port))
+            if not is_quantizer(quantizer) or (position and port == 0):
+                continue  # a weight, or the probabilities
+            low, high = (float(quantizer.input_value(bound).get_node().data.min()) for bound in (1, 2))
+            shape = list(quantizer.get_input_shape(0))
+            parameter = ops.parameter(shape, ov.Type.f32)
+            quantizer.input(0).replace_source_output(parameter.output(0))
+            parameters.append(parameter)
+            inputs.append(generator.uniform(low, high, shape).astype(np.float32))
+    model = ov.Model([members[-1].node], parameters)
+    if in_float:
+        for member in members:
+            member.compute_in_float()
+    return ov.Core().compile_model(model, "CPU", properties).create_infer_request(), inputs
+
+
+class _Memory:
+    """What was measured on this processor, in a file of the user.
+
+    A file that cannot be read or written is no error: the forms are measured again.
+
+    Args:
+        properties: Of the plug-in; the element type and the threads are part of what is remembered.
+    """
+
+    def __init__(self, properties: dict[str, Any]) -> None:
+        facts = [
+            str(ov.Core().get_property("CPU", "FULL_DEVICE_NAME")),
+            " ".join(sorted(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))),
+            ov.get_version(),
+            *(f"{name}={value}" for name, value in sorted(properties.items())),
+        ]
+        self._key = "; ".join(facts)
+        self.is_float_faster: dict[str, bool] = {
+            shape: value for shape, value in self._read().get(self._key, {}).items() if isinstance(value, bool)
+        }
+
+    def write(self) -> None:
+        """Add what was measured to the file."""
+        path, stored = _path(), self._read()
+        stored[self._key] = self.is_float_faster
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+    @staticmethod
+    def _read() -> dict[str, dict[str, Any]]:
+        path = _path()
+        try:
+            if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
+                return {}
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(stored, dict):
+            return {}
+        return {key: value for key, value in stored.items() if isinstance(value, dict)}
+
+
+def _path() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "edadm" / "openvino-forms.json"

@@ -1,0 +1,116 @@
+"""The products of a graph that run in bytes, and the same products in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from edadm_cli.engines.base import LayerKind
+from edadm_cli.engines.openvino.execution import layer_name
+
+_KINDS: dict[str, LayerKind] = {"Convolution": "conv2d", "GroupConvolution": "conv2d", "MatMul": "linear"}
+_MOVES = (
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Split",
+    "VariadicSplit",
+    "Slice",
+    "StridedSlice",
+    "Broadcast",
+    "Interpolate",
+)
+
+
+@dataclass(frozen=True)
+class QuantizedProduct:
+    """A product of two quantized operands.
+
+    Attributes:
+        node: The convolution or matrix product.
+        kind: What the layer is; `attention` where both operands are activations.
+        weight: The multiplication of int8 codes by their scales; `None` in attention.
+    """
+
+    node: ov.Node
+    kind: LayerKind
+    weight: ov.Node | None
+
+    @property
+    def layer(self) -> str:
+        """Name of the layer that the product belongs to."""
+        return layer_name(self.node.friendly_name)
+
+    def compute_in_float(self) -> None:
+        """Put floating-point numbers of the same values in the place of its codes: no integer pattern is left."""
+        if self.weight is not None:
+            _use_real_weights(self.weight)
+        else:
+            for port in (0, 1):
+                _round_in_float(source(self.node.input_value(port)))
+
+
+def quantized_products(graph: ov.Model) -> Iterator[QuantizedProduct]:
+    """The products of a graph whose operands are both quantized, in the order of execution."""
+    for node in graph.get_ordered_ops():
+        kind = _KINDS.get(node.get_type_name())
+        if kind is None or not is_quantizer(source(node.input_value(0))):
+            continue  # in floating point on any processor
+        weight = _scaled_codes(node.input_value(1))
+        if weight is not None:
+            yield QuantizedProduct(node, kind, weight)
+        elif is_quantizer(source(node.input_value(1))):
+            yield QuantizedProduct(node, "attention", None)
+
+
+def source(output: ov.Output) -> ov.Node:
+    """The node that an output's values come from, data movement left out."""
+    node = output.get_node()
+    while node.get_type_name() in _MOVES:
+        node = node.input_value(0).get_node()
+    return node
+
+
+def is_quantizer(node: ov.Node) -> bool:
+    """Whether a node turns numbers into codes."""
+    return bool(node.get_type_name() == "FakeQuantize")
+
+
+def _scaled_codes(output: ov.Output) -> ov.Node | None:
+    """The multiplication of int8 codes by their scales, where an output is that."""
+    node = source(output)
+    if node.get_type_name() != "Multiply" or node.input_value(0).get_node().get_type_name() != "Convert":
+        return None
+    constant = node.input_value(0).get_node().input_value(0).get_node()
+    is_codes = constant.get_type_name() == "Constant" and constant.get_output_element_type(0) == ov.Type.i8
+    return node if is_codes else None
+
+
+def codes_of(scaled: ov.Node) -> np.ndarray:
+    """Returns the int8 codes of a constant that is scaled."""
+    codes: np.ndarray = scaled.input_value(0).get_node().input_value(0).get_node().data
+    return codes
+
+
+def _use_real_weights(scaled: ov.Node) -> None:
+    """Put a float32 constant in the place of codes and scales: no integer pattern is left to be found."""
+    values = codes_of(scaled).astype(np.float32) * scaled.input_value(1).get_node().data
+    scaled.output(0).replace(ov.op.Constant(values).output(0))
+
+
+def _round_in_float(quantizer: ov.Node) -> None:
+    """Put plain arithmetic in the place of a FakeQuantize of 256 levels."""
+    low, high = (np.float32(quantizer.input_value(port).get_node().data.item()) for port in (1, 2))
+    step = np.float32((high - low) / np.float32(255))
+    first = float(np.round(low / step))
+    scaled = ops.multiply(quantizer.input_value(0), ops.constant(np.float32(1 / step)))
+    # the product before it may be fused to it, and take its name
+    scaled.friendly_name = f"{quantizer.input_value(0).get_node().friendly_name}/scaled"
+    codes = ops.round(scaled, "half_to_even")
+    values = ops.multiply(ops.clamp(codes, first, first + 255), ops.constant(np.float32(step)))
+    quantizer.output(0).replace(values.output(0))

@@ -1,0 +1,101 @@
+"""Each kind of product takes the form that is faster on this processor, which is measured once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from openvino import opset13 as ops
+from torch import nn
+
+from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.openvino import forms, nodes
+from edadm_cli.engines.openvino.denoiser import plugin_properties
+from edadm_cli.engines.openvino.products import quantized_products
+from edadm_cli.quant.grid import activation_grid, weight_grid
+from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
+from edadm_cli.quant.plan import LayerPlan
+
+PROPERTIES = plugin_properties(EngineOptions(torch.device("cpu"), num_threads=1))
+
+
+@pytest.fixture(autouse=True)
+def every_product_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Products of any size are measured, and the memory is empty."""
+    monkeypatch.setattr(forms, "LEAST_WORK", 0)
+    monkeypatch.setattr(forms, "_LEAST_SHARE", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def attention_graph() -> ov.Model:
+    """A linear layer and an attention with quantized products."""
+    torch.manual_seed(0)
+    layer = quantized_layer(nn.Linear(16, 16), LayerPlan(weight_bits=8, activation_bits=8))
+    assert isinstance(layer, QuantizedLayer)
+    codes = torch.randint(-128, 128, layer.weight_shape)
+    layer.set_parameters(codes, torch.full((16,), 0.01), torch.tensor(0.02), torch.tensor(128, dtype=torch.int32))
+    parameters = [ops.parameter([2, 24, 16], ov.Type.f32) for _ in range(2)]
+    hidden = nodes.layer(parameters[0].output(0), layer, "projection")
+    q, k, v = (
+        nodes.fake_quantize(value, torch.tensor(0.02), None, weight_grid(8))
+        for value in (hidden, parameters[1].output(0), parameters[1].output(0))
+    )
+    scores = ops.softmax(ops.matmul(q, k, False, True), -1)
+    zero = torch.tensor(0, dtype=torch.int32)
+    weights = nodes.fake_quantize(scores.output(0), torch.tensor(1 / 255), zero, activation_grid(8))
+    return ov.Model([ops.matmul(weights, v, False, False)], parameters)
+
+
+def values(graph: ov.Model) -> np.ndarray:
+    """What a graph computes of the same random numbers."""
+    inputs = [np.random.default_rng(1).standard_normal((2, 24, 16)).astype(np.float32) for _ in range(2)]
+    return np.array(ov.Core().compile_model(graph, "CPU", PROPERTIES)(inputs)[0])
+
+
+def kinds(graph: ov.Model) -> list[str]:
+    """The kinds of the products that are still quantized."""
+    return [product.kind for product in quantized_products(graph)]
+
+
+def test_the_faster_form_is_taken_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def attention_is_slow(graph: ov.Model, operation: Any, properties: Any) -> bool:
+        measured.append(operation.shape.split()[0])
+        return measured[-1] == "attention"
+
+    monkeypatch.setattr(forms, "_is_float_faster", attention_is_slow)
+    graph, expected = attention_graph(), values(attention_graph())
+    assert kinds(graph) == ["linear", "attention", "attention"]
+    forms.use_faster_forms(graph, PROPERTIES)
+    assert kinds(graph) == ["linear"]
+    assert measured == ["linear", "attention"], "both products of an attention take one form"
+    assert np.linalg.norm(values(graph) - expected) < 0.01 * np.linalg.norm(expected)
+    again = attention_graph()
+    forms.use_faster_forms(again, PROPERTIES)
+    assert kinds(again) == ["linear"]
+    assert len(measured) == 2, "what was measured is remembered"
+    forms.use_faster_forms(attention_graph(), PROPERTIES | {"INFERENCE_NUM_THREADS": 2})
+    assert len(measured) == 4, "another number of threads is measured anew"
+
+
+def test_both_forms_are_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations are really compiled and run in both forms; only the clock is a counter."""
+    graph = attention_graph()
+    expected = kinds(graph)
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(forms.time, "perf_counter", lambda: float(next(ticks)))
+    assert forms.use_faster_forms(graph, PROPERTIES) == frozenset(), "forms of equal times stay in bytes"
+    assert kinds(graph) == expected
+
+
+def test_a_damaged_memory_is_measured_anew(tmp_path: Path) -> None:
+    path = tmp_path / "edadm" / "openvino-forms.json"
+    path.parent.mkdir()
+    path.write_text('{"a": [1', encoding="utf-8")
+    forms.use_faster_forms(attention_graph(), PROPERTIES)
+    assert '"attention' in path.read_text(encoding="utf-8")
