@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.families.layers import ATTENTION, FEED_FORWARD, GATED_FEED_FORWARD, is_norm
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
@@ -162,15 +163,10 @@ class _Observer:
 
     @contextmanager
     def watching(self, name: str, module: nn.Module) -> Iterator[None]:
-        handles = [
-            module.register_forward_pre_hook(self._enter(name), with_kwargs=True),
-            module.register_forward_hook(self._leave(name)),
-        ]
-        try:
+        with Hooks() as hooks:
+            hooks.before(module, self._enter(name), with_kwargs=True)
+            hooks.after(module, self._leave(name))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

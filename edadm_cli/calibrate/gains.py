@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.hooks import Hooks
+
 NOISE_SHARE = 0.05
 """Root mean square of the added noise as a share of the prediction's."""
 
@@ -91,11 +93,9 @@ def _noise_at_call(denoiser: nn.Module, call: int, branches: int, seed: int, add
         output.sample = changed
         return output
 
-    handle = denoiser.register_forward_hook(hook)
-    try:
+    with Hooks() as hooks:
+        hooks.after(denoiser, hook)
         yield
-    finally:
-        handle.remove()
 
 
 def prediction_of(output: Any) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edadm_cli.calibrate.statistics import channel_statistics
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.network import set_processor
@@ -241,11 +242,9 @@ def _observed_layer(
                 piece = transform.apply(piece, tensors[part], dim)
             observed.add_range(part, activation_range(piece, grid, observed.recipe))
 
-    handle = module.register_forward_pre_hook(hook)
-    try:
+    with Hooks() as hooks:
+        hooks.before(module, hook)
         yield
-    finally:
-        handle.remove()
 
 
 class _ObservedAttention(AttentionProducts):

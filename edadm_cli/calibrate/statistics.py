@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.units import Trace
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import QuantizationPlan
@@ -58,11 +58,11 @@ def channel_statistics(
 
         return hook
 
-    with ExitStack() as stack, torch.no_grad():
+    with Hooks() as hooks, torch.no_grad():
         for layer in traced.layers:
             if layer.name in layers:
                 dim = Operation.of(layer.module).channel_dim
-                stack.callback(layer.module.register_forward_pre_hook(observe(layer.name, dim)).remove)
+                hooks.before(layer.module, observe(layer.name, dim))
         for args, kwargs in calls:
             denoiser(*args, **kwargs)
     return {name: ChannelStatistics((s.squares / s.count).cpu(), s.largest.cpu()) for name, s in sums.items()}

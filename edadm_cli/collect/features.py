@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import middle_module
 
 __all__ = ["middle_module", "record_features"]
@@ -25,11 +26,9 @@ def record_features(denoiser: nn.Module, on_feature: Callable[[Tensor], None]) -
         feature = _feature(args, kwargs).detach()
         on_feature(feature.transpose(1, 2) if feature.ndim == 3 else feature)
 
-    handle = middle_module(denoiser).register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with Hooks() as hooks:
+        hooks.before(middle_module(denoiser), hook, with_kwargs=True)
         yield
-    finally:
-        handle.remove()
 
 
 def _feature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

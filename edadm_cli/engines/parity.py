@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.engines.base import Engine, EngineOptions
+from edadm_cli.hooks import Hooks
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 
 ALL_LAYERS_UP_TO = 120
@@ -93,14 +94,13 @@ def compare_layers(
         return hook
 
     before = {name: layer.arithmetic for name, layer in layers.items()}
-    handles = [layer.register_forward_hook(check(name)) for name, layer in layers.items()]
     try:
-        for layer in layers.values():
-            layer.arithmetic = "integer"
-        output = denoiser(*args, **kwargs)
+        with Hooks() as hooks:
+            for name, layer in layers.items():
+                layer.arithmetic = "integer"
+                hooks.after(layer, check(name))
+            output = denoiser(*args, **kwargs)
     finally:
-        for handle in handles:
-            handle.remove()
         for name, layer in layers.items():
             layer.arithmetic = before[name]
     return LayerParity(errors, refused, len(layers), prediction_of(output))

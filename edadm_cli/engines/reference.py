@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.listing import list_layers
+from edadm_cli.hooks import Hooks
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import Arithmetic, QuantizedLayer, quantized_layers
 
@@ -91,10 +91,10 @@ class _ReferenceDenoiser(CompiledDenoiser):
             return lambda *_: times[name].append(times[name].pop() + _now())
 
         started = _now()
-        with ExitStack() as stack:
+        with Hooks() as hooks:
             for name, layer in layers.items():
-                stack.callback(layer.register_forward_pre_hook(begin(name)).remove)
-                stack.callback(layer.register_forward_hook(end(name)).remove)
+                hooks.before(layer, begin(name))
+                hooks.after(layer, end(name))
             self(*args, **kwargs)
         rows = [
             OperationTime(name, layers[name].operation.kind, "int8", 1e3 * sum(found)) for name, found in times.items()
@@ -136,10 +136,8 @@ def layer_parity(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
         return hook
 
-    handles = [layer.register_forward_hook(compare(name)) for name, layer in quantized_layers(model).items()]
-    try:
+    with Hooks() as hooks:
+        for name, layer in quantized_layers(model).items():
+            hooks.after(layer, compare(name))
         model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return errors

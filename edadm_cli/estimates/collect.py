@@ -16,6 +16,7 @@ from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.stage import prepare
 from edadm_cli.config import CollectConfig
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.sampling import sample
 from edadm_cli.processes import ALONE
@@ -146,12 +147,10 @@ def _timed_calls(denoiser: nn.Module) -> Iterator[list[float]]:
         _synchronize()
         times.append(time.perf_counter() - started)
 
-    handles = [denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after)]
-    try:
+    with Hooks() as hooks:
+        hooks.before(denoiser, before)
+        hooks.after(denoiser, after)
         yield times
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -164,12 +163,10 @@ def _largest_output(model: LoadedModel) -> Iterator[list[int]]:
             largest[0] = max(largest[0], _bytes([output]))
 
     leaves = [m for part in _modules(model) for m in part.modules() if next(m.children(), None) is None]
-    handles = [leaf.register_forward_hook(after) for leaf in leaves]
-    try:
+    with Hooks() as hooks:
+        for leaf in leaves:
+            hooks.after(leaf, after)
         yield largest
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _modules(model: LoadedModel) -> list[nn.Module]:

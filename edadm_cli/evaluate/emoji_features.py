@@ -6,48 +6,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch_fidelity import FeatureExtractorBase
 
 from edadm_cli.artifacts import file_sha256
-from edadm_cli.evaluate.features import FeatureSpace, open_extractor
+from edadm_cli.evaluate.features import FeatureSpace, NetworkExtractor, open_extractor
 from edadm_cli.evaluate.real import RealImages, files_digest
 from edadm_cli.evaluate.real_files import ArrayImages
-from edadm_cli.metrics.representation import LAYERS, Layer, Statistics
+from edadm_cli.metrics.representation import Layer, Statistics
 from edadm_cli.models.emoji import data
 from edadm_cli.models.emoji.encoder import load_picture_encoder, name_vectors
 
 FEATURE_NAME = "emoji"
 
 
-class EmojiExtractor(FeatureExtractorBase):
-    """The picture encoder, for uint8 images `(B, 3, H, W)`; `logits` are the scores of the 500 retrieval names."""
+class EmojiExtractor(NetworkExtractor):
+    """The picture encoder; `logits` are the scores of the 500 retrieval names."""
 
     def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
         super().__init__(name, features_list)
         self.encoder = load_picture_encoder("cpu")
         self.register_buffer("names", name_vectors())
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the requested features, each with shape `(B, *)` flattened to two dimensions."""
+    def named_features(self, images: Tensor) -> dict[str, Tensor]:
+        """See `NetworkExtractor.named_features`."""
         features = self.encoder(images.float() / 255.0)
         logits = self.encoder.log_scale.exp() * features.embedding @ self.names.T
-        named = {"pooled": features.features, "spatial": features.spatial.flatten(1), "logits": logits}
-        return tuple(named[layer] for layer in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Name the features that can be asked for."""
-        return LAYERS
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Name the features that a metric of torch-fidelity uses unless another is named."""
-        return "logits" if metric == "isc" else "pooled"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Return that the encoder is not compiled: it is small."""
-        return False
+        return {"pooled": features.features, "spatial": features.spatial, "logits": logits}
 
 
 def emoji_space(device: torch.device) -> FeatureSpace:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate.datasets import is_offline
+from edadm_cli.hooks import Hooks
 from edadm_cli.metrics.representation import LAYERS, Features
 from edadm_cli.models.digits.classifier import DigitClassifier, load_classifier
 
@@ -34,33 +36,48 @@ SPATIAL_CHANNELS = 7
 _BATCH_SIZE = 50
 
 
-class DigitsExtractor(FeatureExtractorBase):
-    """The digit classifier as a feature extractor of torch-fidelity, for uint8 images `(B, 3, H, W)`."""
+class NetworkExtractor(FeatureExtractorBase):
+    """A network of this package as a feature extractor of torch-fidelity, for uint8 images `(B, 3, H, W)`."""
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, features_list)
+
+    @abstractmethod
+    def named_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Returns pooled features, a map and logits under the names of `LAYERS`."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns the requested features, each with shape `(B, *)` flattened to two dimensions."""
+        features = self.named_features(images)
+        return tuple(features[layer].flatten(1) for layer in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Returns the names of the features that can be asked for."""
+        return LAYERS
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Returns the features that a metric of torch-fidelity uses unless another is named."""
+        return "logits" if metric == "isc" else "pooled"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Returns that the network is not compiled: it is small, and its values depend on no compiler."""
+        return False
+
+
+class DigitsExtractor(NetworkExtractor):
+    """The digit classifier."""
 
     def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
         super().__init__(name, features_list)
         self.classifier = load_classifier("cpu")
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the requested features, each with shape `(B, *)` flattened to two dimensions."""
-        found = self.classifier(images.float() / 255.0)
-        named = {"pooled": found.features, "spatial": found.spatial.flatten(1), "logits": found.logits}
-        return tuple(named[layer] for layer in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Name the features that can be asked for."""
-        return LAYERS
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Name the features a metric of torch-fidelity uses unless told otherwise."""
-        return "logits" if metric == "isc" else "pooled"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """The classifier is small: compiling it costs more than it saves."""
-        return False
+    def named_features(self, images: Tensor) -> dict[str, Tensor]:
+        """See `NetworkExtractor.named_features`."""
+        result = self.classifier(images.float() / 255.0)
+        return {"pooled": result.features, "spatial": result.spatial, "logits": result.logits}
 
 
 class InceptionExtractor(FeatureExtractorInceptionV3):
@@ -73,13 +90,12 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the requested features, each flattened to two dimensions."""
         maps: list[Tensor] = []
-        handle = self.Mixed_6d.branch1x1.register_forward_hook(
-            lambda module, inputs, output: maps.append(output[:, :SPATIAL_CHANNELS].flatten(1).float())
-        )
-        try:
+        with Hooks() as hooks:
+            hooks.after(
+                self.Mixed_6d.branch1x1,
+                lambda module, inputs, output: maps.append(output[:, :SPATIAL_CHANNELS].flatten(1).float()),
+            )
             pooled, logits = super().forward(images)
-        finally:
-            handle.remove()
         named = {"pooled": pooled, "spatial": maps[0], "logits": logits}  # [B, 2048], [B, 2023], [B, 1008]
         return tuple(named[layer] for layer in self.wanted)
 

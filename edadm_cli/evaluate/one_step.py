@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from edadm_cli.artifacts import OneStepError
 from edadm_cli.evaluate.images import SamplingPlan
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.calls import record_calls
 from edadm_cli.models.families import family_of
 from edadm_cli.models.loading import LoadedModel
@@ -101,11 +102,9 @@ def _recording_predictions(denoiser: nn.Module, trajectory: _Trajectory) -> Iter
         prediction = _prediction(output).detach().clone()
         trajectory.calls.append((_copied(args, copies), _copied(kwargs, copies), prediction))
 
-    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
-    try:
+    with Hooks() as hooks:
+        hooks.after(denoiser, keep, with_kwargs=True)
         yield
-    finally:
-        handle.remove()
 
 
 def _copied(value: Any, copies: dict[int, tuple[Tensor, Tensor]]) -> Any:

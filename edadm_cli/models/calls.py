@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import family_of
 
 SAMPLE = "sample"
@@ -197,11 +198,9 @@ def record_calls(denoiser: nn.Module, on_call: Callable[[DenoiserCall], None]) -
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         on_call(split_call(described, args, kwargs))
 
-    handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with Hooks() as hooks:
+        hooks.before(denoiser, hook, with_kwargs=True)
         yield
-    finally:
-        handle.remove()
 
 
 def _positional_names(denoiser: nn.Module, count: int) -> list[str]:

@@ -9,8 +9,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import DenoiserFamily, UnitKind, family_of, outermost_blocks
 from edadm_cli.models.families.attention import is_attention
 from edadm_cli.models.families.layers import is_weighted
@@ -78,8 +78,8 @@ def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Run `denoiser(*args, **kwargs)` once and note what ran, in order."""
     result, runs, family = Trace(), dict[str, int](), family_of(denoiser)
     embeddings = [name for name, module in denoiser.named_modules() if type(module).__name__ in family.embeddings]
-    with ExitStack() as stack:
-        concatenated = stack.enter_context(_Concatenations())
+    with Hooks() as hooks:
+        concatenated = hooks.enter_context(_Concatenations())
 
         def note(name: str, module: nn.Module) -> Callable[..., None]:
             def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -103,9 +103,9 @@ def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
         for name, module in denoiser.named_modules():
             if isinstance(module, family.layer_types):
-                stack.enter_context(_removed(module.register_forward_hook(note(name, module))))
+                hooks.after(module, note(name, module))
             elif is_attention(module):
-                stack.enter_context(_removed(module.register_forward_hook(note_attention(name))))
+                hooks.after(module, note_attention(name))
         with torch.no_grad():
             denoiser(*args, **kwargs)
     result.repeated = tuple(sorted(name for name, count in runs.items() if count > 1))
@@ -169,11 +169,3 @@ class _Concatenations(TorchFunctionMode):
             if made.data_ptr() == x.data_ptr() and made.shape == x.shape:
                 return sizes
         return None
-
-
-@contextmanager
-def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.units import Unit
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.rows import RowType
@@ -113,14 +114,13 @@ def noted_shapes(denoiser: nn.Module, units: Sequence[Unit]) -> Iterator[dict[st
 
         return hook
 
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for unit in units:
             note = notes[unit.name]
-            stack.callback(unit.module.register_forward_pre_hook(inputs_into(note), with_kwargs=True).remove)
-            stack.callback(unit.module.register_forward_hook(outputs_into(note)).remove)
+            hooks.before(unit.module, inputs_into(note), with_kwargs=True)
+            hooks.after(unit.module, outputs_into(note))
             for name in unit.layers[:-1]:
-                layer = denoiser.get_submodule(name)
-                stack.callback(layer.register_forward_hook(layer_into(note, name)).remove)
+                hooks.after(denoiser.get_submodule(name), layer_into(note, name))
         yield notes
 
 

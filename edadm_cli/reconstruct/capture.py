@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import MachineError
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.reconstruct.batches import Batches
@@ -122,12 +123,10 @@ def layer_outputs(denoiser: nn.Module, names: Sequence[str]) -> Iterator[dict[st
 
         return hook
 
-    handles = [denoiser.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
+    with Hooks() as hooks:
+        for name in names:
+            hooks.after(denoiser.get_submodule(name), keep(name))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _EnoughError(Exception):
@@ -178,11 +177,8 @@ def _recorded(module: nn.Module, call: UnitCalls, writer: _Writer, is_last: bool
         if is_last:
             raise _EnoughError
 
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
-    if call.outputs:
-        handles.append(module.register_forward_hook(after))
-    try:
+    with Hooks() as hooks:
+        hooks.before(module, before, with_kwargs=True)
+        if call.outputs:
+            hooks.after(module, after)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

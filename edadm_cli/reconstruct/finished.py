@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.hooks import Hooks
 from edadm_cli.models.units import Unit
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.call_signatures import UnitForm, flatten, unflatten
@@ -60,9 +61,9 @@ def find_links(
 
         return hook
 
-    with torch.no_grad(), ExitStack() as stack:
+    with torch.no_grad(), Hooks() as hooks:
         for unit in able:
-            stack.callback(unit.module.register_forward_hook(keep(unit.name)).remove)
+            hooks.after(unit.module, keep(unit.name))
         denoiser(*args, **kwargs)
     return {
         unit.name: Link(forms[unit.name], outputs[unit.name][0], _readers(denoiser, units, outputs, unit, args, kwargs))
@@ -101,11 +102,11 @@ def _readers(
 
         return forward
 
-    with torch.no_grad(), ExitStack() as stack:
+    with torch.no_grad(), Hooks() as hooks:
         for position, unit in enumerate(units):
-            stack.callback(unit.module.register_forward_pre_hook(look(position), with_kwargs=True).remove)
+            hooks.before(unit.module, look(position), with_kwargs=True)
             if unit.name in outputs:
-                stack.enter_context(_forward_of(unit.module, give(unit.name)))
+                hooks.enter_context(_forward_of(unit.module, give(unit.name)))
         denoiser(*args, **kwargs)
     return frozenset(readers)
 
@@ -183,11 +184,12 @@ class FinishedUnits:
             for tensor, rows in zip(tensors, kept, strict=True):
                 rows.write(places(), tensor)
 
-        handle = self.denoiser.get_submodule(name).register_forward_hook(hook) if kept else None
+        hooks = Hooks()
+        if kept:
+            hooks.after(self.denoiser.get_submodule(name), hook)
 
         def end() -> None:
-            if handle is not None:
-                handle.remove()
+            hooks.close()
             self._finished[name] = kept
 
         return end

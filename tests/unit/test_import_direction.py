@@ -18,6 +18,7 @@ GROUND = {
     "bits",
     "config",
     "errors",
+    "hooks",
     "launching",
     "plain_data",
     "plugins",

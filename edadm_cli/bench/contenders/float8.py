@@ -18,6 +18,7 @@ from edadm_cli.bench.contenders.base import Contender, Preparation
 from edadm_cli.bench.contenders.torch_peer import FLOAT8, has_float8, torch_spec
 from edadm_cli.bench.spec import Spec
 from edadm_cli.errors import MachineError
+from edadm_cli.hooks import Hooks
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _MULTIPLE = 16
@@ -106,11 +107,9 @@ def input_maxima(context: Preparation) -> dict[str, Tensor]:
         return hook
 
     layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
-    handles = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
-    try:
+    with Hooks() as hooks:
+        for name, layer in layers.items():
+            hooks.before(layer, observe(name))
         for args, kwargs in context.calls:
             denoiser(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return maxima

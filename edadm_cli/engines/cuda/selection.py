@@ -23,6 +23,7 @@ from edadm_cli.engines.cuda.norms import NormStage
 from edadm_cli.engines.cuda.products import AND, IntegerConv2d, IntegerLinear, Product
 from edadm_cli.engines.cuda.times import Matrix, MeasuredTimes, Source, SourceKind
 from edadm_cli.engines.cuda.transformer import FusedFeedForward, GatedProduct
+from edadm_cli.hooks import Hooks
 from edadm_kernels.tiles import Kind
 
 GAIN = 0.1
@@ -125,17 +126,17 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, list[Use]]]:
     products = [m for m in model.modules() if isinstance(m, IntegerLinear | IntegerConv2d | GatedProduct) and m.label]
     pending: dict[str, Source] = {}
     stages = [module for module in model.modules() if isinstance(module, NormStage)]
-    hooks = [stage.register_forward_pre_hook(_noting_norm(pending)) for stage in stages]
-    for module in products:
-        module.prepare = _noting_input(module, pending)  # type: ignore[method-assign, assignment]
-        module.product = _noting_use(module, pending, uses)  # type: ignore[method-assign]
-    try:
-        yield uses
-    finally:
+    with Hooks() as hooks:
+        for stage in stages:
+            hooks.before(stage, _noting_norm(pending))
         for module in products:
-            del module.prepare, module.product
-        for hook in hooks:
-            hook.remove()
+            module.prepare = _noting_input(module, pending)  # type: ignore[method-assign, assignment]
+            module.product = _noting_use(module, pending, uses)  # type: ignore[method-assign]
+        try:
+            yield uses
+        finally:
+            for module in products:
+                del module.prepare, module.product
 
 
 def _noting_norm(pending: dict[str, Source]) -> Callable[[nn.Module, tuple[Any, ...]], None]:

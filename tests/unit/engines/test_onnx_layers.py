@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
 from edadm_cli.quant.plan import LayerPlan
+from tests.unit.engines.graph_layers import LAYERS, filled
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -25,21 +25,6 @@ from edadm_cli.engines.onnx.session import make_session  # noqa: E402
 CPU = EngineOptions(torch.device("cpu"))
 
 
-def _conv(channels: int, out: int, **kwargs: Any) -> nn.Conv2d:
-    return nn.Conv2d(channels, out, **{"kernel_size": 3, "padding": 1, **kwargs})
-
-
-LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
-    "conv": (_conv(5, 7), (2, 5, 9, 11)),
-    "stride": (_conv(4, 6, stride=2), (2, 4, 9, 8)),
-    "padded outside": (_conv(4, 6, stride=2, padding=0), (1, 4, 9, 9)),
-    "padded unevenly": (_conv(4, 6, padding=(2, 0)), (1, 4, 5, 6)),
-    "pointwise, no bias": (_conv(6, 3, kernel_size=1, padding=0, bias=False), (1, 6, 5, 5)),
-    "groups": (_conv(6, 9, groups=3), (2, 6, 7, 7)),
-    "dilation": (_conv(3, 4, dilation=2, padding=2), (2, 3, 9, 9)),
-    "linear": (nn.Linear(13, 5), (7, 13)),
-    "tokens, no bias": (nn.Linear(12, 8, bias=False), (2, 6, 12)),
-}
 PLANS = {
     "w8a8": LayerPlan(weight_bits=8, activation_bits=8),
     "w4a8": LayerPlan(weight_bits=4, activation_bits=8),
@@ -49,20 +34,6 @@ PLANS = {
 WEIGHTS_ONLY = LayerPlan(weight_bits=4)
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-
-
-def _filled(name: str, plan: LayerPlan, zero_point: int | None = None) -> QuantizedLayer:
-    layer = quantized_layer(LAYERS[name][0], plan)
-    assert isinstance(layer, QuantizedLayer)
-    generator, grid = torch.Generator().manual_seed(len(name)), plan.weight_grid
-    codes = torch.randint(grid.quant_min, grid.quant_max + 1, layer.weight_shape, generator=generator)
-    scales = torch.rand(layer.weight_shape[0], generator=generator) * 0.02 + 0.001
-    if plan.input_grid is None:
-        layer.set_parameters(codes, scales)
-        return layer
-    zero = plan.input_grid.quant_max // 3 if zero_point is None else zero_point
-    layer.set_parameters(codes, scales, torch.tensor(3.0 / plan.input_grid.quant_max), torch.tensor(zero))
-    return layer
 
 
 def _input(name: str, layer: QuantizedLayer | None = None) -> Tensor:
@@ -83,7 +54,7 @@ def _exact(layer: QuantizedLayer, x: Tensor) -> Tensor:
 @each_plan
 @each_layer
 def test_a_layer_is_bit_equal_to_exact_integers(name: str, plan: LayerPlan) -> None:
-    layer, x = _filled(name, plan), _input(name)
+    layer, x = filled(name, plan), _input(name)
     assert OnnxRuntimeEngine().layer_refusal(layer) is None
     assert torch.equal(OnnxRuntimeEngine().compile_layer(layer, x, CPU)(x), _exact(layer, x))
 
@@ -91,7 +62,7 @@ def test_a_layer_is_bit_equal_to_exact_integers(name: str, plan: LayerPlan) -> N
 @pytest.mark.parametrize("zero_point", [0, 255])
 @pytest.mark.parametrize("name", ["conv", "linear"])
 def test_padding_is_zero_whatever_the_zero_point(name: str, zero_point: int) -> None:
-    layer, x = _filled(name, PLANS["w8a8"], zero_point), _input(name)
+    layer, x = filled(name, PLANS["w8a8"], zero_point), _input(name)
     assert torch.equal(OnnxRuntimeEngine().compile_layer(layer, x, CPU)(x), _exact(layer, x))
 
 
@@ -109,7 +80,7 @@ def test_sums_do_not_saturate() -> None:
 @each_layer
 def test_the_file_itself_means_the_same(name: str, plan: LayerPlan, tmp_path: Path) -> None:
     """As any runtime reads it: no rewriting, no optimizer, floating-point products of dequantized operands."""
-    layer = _filled(name, plan)
+    layer = filled(name, plan)
     path = tmp_path / "layer.onnx"
     write(layer_graph(layer, len(LAYERS[name][1])), path)
     onnx.checker.check_model(str(path), full_check=True)
@@ -140,7 +111,7 @@ def test_codes_of_the_file_differ_only_at_the_edge_of_rounding() -> None:
 
 def test_weights_of_at_most_four_bits_take_half_a_byte(tmp_path: Path) -> None:
     for plan, element, per_code in ((PLANS["w4a8"], "INT4", 0.5), (PLANS["w8a8"], "INT8", 1)):
-        layer = _filled("conv", plan)
+        layer = filled("conv", plan)
         path = tmp_path / f"{element}.onnx"
         write(layer_graph(layer, 4), path)
         tensors = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
@@ -169,7 +140,7 @@ def test_a_large_graph_keeps_its_tensors_in_a_second_file(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("name", ["conv", "linear"])
 def test_a_layer_with_a_float_input_multiplies_dequantized_weights(name: str) -> None:
-    layer, x = _filled(name, WEIGHTS_ONLY), _input(name)
+    layer, x = filled(name, WEIGHTS_ONLY), _input(name)
     engine = OnnxRuntimeEngine()
     assert engine.layer_refusal(layer) == "its input is not quantized"
     wanted = layer(x).detach()

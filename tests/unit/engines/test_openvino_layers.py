@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import openvino as ov
 import pytest
@@ -11,53 +9,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openvino import opset13 as ops
-from torch import Tensor, nn
+from torch import Tensor
 
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.openvino import OpenVinoEngine, nodes
 from edadm_cli.engines.openvino.int4 import int4_codes, int4_constant, widen
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.quant.grid import Grid, activation_grid, quantize, weight_grid
-from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
+from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.plan import LayerPlan
+from tests.unit.engines.graph_layers import LAYERS, filled
 
 CPU = EngineOptions(torch.device("cpu"), num_threads=1)
 
 
-def _conv(channels: int, out: int, **kwargs: Any) -> nn.Conv2d:
-    return nn.Conv2d(channels, out, **{"kernel_size": 3, "padding": 1, **kwargs})
-
-
-LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
-    "conv": (_conv(5, 7), (2, 5, 9, 11)),
-    "stride": (_conv(16, 24, stride=2), (2, 16, 9, 8)),
-    "padded outside": (_conv(16, 8, stride=2, padding=0), (1, 16, 9, 9)),
-    "padded unevenly": (_conv(4, 6, padding=(2, 0)), (1, 4, 5, 6)),
-    "pointwise, no bias": (_conv(32, 16, kernel_size=1, padding=0, bias=False), (1, 32, 5, 5)),
-    "groups": (_conv(6, 9, groups=3), (2, 6, 7, 7)),
-    "dilation": (_conv(3, 4, dilation=2, padding=2), (2, 3, 9, 9)),
-    "linear": (nn.Linear(13, 5), (7, 13)),
-    "tokens, no bias": (nn.Linear(32, 48, bias=False), (2, 6, 32)),
-}
 PLANS = {
     "w8a8": LayerPlan(weight_bits=8, activation_bits=8),
     "w4a8": LayerPlan(weight_bits=4, activation_bits=8),
     "w6a6": LayerPlan(weight_bits=6, activation_bits=6),
     "w3a4": LayerPlan(weight_bits=3, activation_bits=4),
 }
-
-
-def _filled(name: str, plan: LayerPlan, zero_point: int) -> QuantizedLayer:
-    layer = quantized_layer(LAYERS[name][0], plan)
-    assert isinstance(layer, QuantizedLayer)
-    generator, grid = torch.Generator().manual_seed(len(name)), plan.weight_grid
-    codes = torch.randint(grid.quant_min, grid.quant_max + 1, layer.weight_shape, generator=generator)
-    scales = torch.rand(layer.weight_shape[0], generator=generator) * 0.02 + 0.001
-    if plan.input_grid is None:
-        layer.set_parameters(codes, scales)
-    else:
-        layer.set_parameters(codes, scales, torch.tensor(0.037), torch.tensor(zero_point, dtype=torch.int32))
-    return layer
 
 
 def _between_ties(layer: QuantizedLayer, shape: tuple[int, ...]) -> Tensor:
@@ -75,7 +46,7 @@ def _between_ties(layer: QuantizedLayer, shape: tuple[int, ...]) -> Tensor:
 def test_codes_and_sums_are_the_exact_ones(name: str, plan: LayerPlan) -> None:
     assert plan.input_grid is not None
     for zero_point in (0, plan.input_grid.quant_max // 3, plan.input_grid.quant_max):
-        layer = _filled(name, plan, zero_point)
+        layer = filled(name, plan, zero_point, 0.037)
         x = _between_ties(layer, LAYERS[name][1])
         found = OpenVinoEngine().compile_layer(layer, x, CPU)(x)
         layer.arithmetic = "integer"
@@ -86,7 +57,7 @@ def test_codes_and_sums_are_the_exact_ones(name: str, plan: LayerPlan) -> None:
 @pytest.mark.parametrize("name", ["conv", "linear"])
 def test_a_float_input_meets_the_dequantized_weights(name: str) -> None:
     plan = LayerPlan(weight_bits=4)
-    layer, x = _filled(name, plan, 0), torch.randn(LAYERS[name][1], generator=torch.Generator().manual_seed(2))
+    layer, x = filled(name, plan, 0, 0.037), torch.randn(LAYERS[name][1], generator=torch.Generator().manual_seed(2))
     assert OpenVinoEngine().layer_refusal(layer) == "its input stays in floating point"
     assert relative_l2(OpenVinoEngine().compile_layer(layer, x, CPU)(x), layer(x)) < 1e-5
 

@@ -1,0 +1,31 @@
+"""Forward hooks that are gone at the end of a `with` block, whatever happens in it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+
+class Hooks(ExitStack):
+    """Hooks of any number of modules, for the time of a `with` block.
+
+    with Hooks() as hooks:
+        hooks.after(layer, lambda module, args, output: outputs.append(output))
+        denoiser(*args)
+    """
+
+    def before(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
+        """Calls `hook(module, args)` before each call of a module, with `with_kwargs` `hook(module, args, kwargs)`."""
+        self.callback(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs).remove)
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
+        """Calls `hook(module, args, output)` after each call, with `with_kwargs` `hook(module, args, kwargs, output)`.
+
+        The output of a call is what the hook returns, if that is not `None`.
+        """
+        self.callback(module.register_forward_hook(hook, with_kwargs=with_kwargs).remove)
