@@ -64,7 +64,6 @@ VARIANTS = {
     "radius median": "default+select.density_quantile=0.5",
     "layer losses 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
     "output-error scales": "default+ranges.weight=output-error",
-    "bias correction": "default+learn.bias_correction=true",
 }
 MODELS = ("emoji-sd", "emoji-dit")
 METRICS = {

@@ -53,10 +53,6 @@ INGREDIENTS = {
     "all per channel, 1,000 iterations": channels("weight-scale", "bias", "input-channel-scale")
     + f"{INPUT_SCALES}+learn.iterations=1000",
     "output-error scales": "default+ranges.weight=output-error",
-    "bias correction": "default+learn.bias_correction=true",
-    "straight-through": "default+learn.rounding=straight-through+learn.weight_learning_rate=0.01",
-    "step weights 0.5": "default+learn.step_weight_exponent=0.5",
-    "step weights 1": "default+learn.step_weight_exponent=1",
     "1,000 iterations": "default+learn.iterations=1000",
     "100 iterations": "default+learn.iterations=100",
     "batch 64": "default+learn.batch_size=64",
@@ -111,7 +107,6 @@ SHARPNESS = {
     "regularizer 0.003": "default+learn.rounding_regularizer=0.003",
     "rate 0.03": "default+learn.weight_learning_rate=0.03",
     "rate 0.3": "default+learn.weight_learning_rate=0.3",
-    "straight-through, rate 0.003": "default+learn.rounding=straight-through+learn.weight_learning_rate=0.003",
 }
 STEPS = {
     "uniform": "default+select.strategy=uniform",

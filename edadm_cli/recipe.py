@@ -148,21 +148,7 @@ class LearnRecipe(_Frozen):
         le=1000,
         description="tau at the end of learning: how sharply h turns from 0 to 1; 1: AdaRound's form",
     )
-    bias_correction: bool = later(
-        False, description="whether the mean error of each unit's output is added to the bias of its last layer"
-    )
     rounding_sharpness_start: float = later(0.3, ge=0, lt=1, description="share of the iterations before tau grows")
-    rounding: Literal["sigmoid", "straight-through"] = later(
-        "sigmoid",
-        description="what is learned of a weight: h of AdaRound, or a shift with a straight-through gradient",
-    )
-    step_weight_exponent: float = later(
-        0.0,
-        ge=0,
-        le=2,
-        description="rows of a step are chosen in proportion to the measured effect of its errors on the final sample"
-        " to this power; 0: all alike",
-    )
     channel_values: tuple[ChannelValue, ...] = later(
         (), description="what is learned per channel: scales of weights, biases, scales of input channels"
     )

@@ -52,8 +52,3 @@ def initial_alpha(weight: Tensor, scale: Tensor) -> Tensor:
 def rounding_regularizer(up: Tensor, beta: Tensor | float) -> Tensor:
     """sum(1 - |2 h - 1|^beta) over h(alpha) = `up`: zero once every weight has decided."""
     return (1 - (2 * up - 1).abs().pow(beta)).sum()
-
-
-def round_through(x: Tensor) -> Tensor:
-    """Returns `x` rounded to whole numbers; the gradient passes as if nothing were rounded."""
-    return x + (x.round() - x).detach()

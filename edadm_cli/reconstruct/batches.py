@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from edadm_cli.models.calibration import CalibrationSet
 
@@ -52,15 +51,6 @@ class Batches:
                 size = min(self.batch_size, self.num_samples - start)
                 found.append(start * self.calibration.branches + branch * size + index - start)
         return found
-
-    def row_weights(self, step_weights: Tensor) -> Tensor:
-        """Returns the weight of each row's step, with shape `(num_rows,)`, from those of the steps, `(T,)`."""
-        weights = torch.zeros(self.num_rows, dtype=torch.float64)
-        steps = self.calibration.step_index
-        for indices in self.indices():
-            rows = torch.tensor(self.rows(indices))
-            weights[rows] = step_weights.double()[steps[indices].repeat(self.calibration.branches)]
-        return weights
 
     def call(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the denoiser for some samples."""

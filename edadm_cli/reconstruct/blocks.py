@@ -61,7 +61,6 @@ class BlockReconstruction:
         hyperparameters: How units learn.
         seed: Seed of the stage.
         place: Memory, disk and processes.
-        step_gains: How often rows of each step are learned from, in relation, with shape `(T,)`; `None`: all alike.
     """
 
     def __init__(
@@ -73,10 +72,8 @@ class BlockReconstruction:
         hyperparameters: Hyperparameters,
         seed: int,
         place: Place,
-        step_gains: Tensor | None = None,
     ) -> None:
         self.network, self.plan, self.nearest, self.batches = network, plan, nearest, batches
-        self.row_weights = None if step_gains is None else batches.row_weights(step_gains)
         self.hyperparameters, self.seed, self.place = hyperparameters, seed, place
         self.passes = {"full_precision": 0, "quantized": 0}
         self._forms: dict[str, UnitForm] = {}
@@ -180,7 +177,7 @@ class BlockReconstruction:
             quantized.tensors = [cache.settle(rows, size) for rows in quantized.tensors]
             targets = {name: cache.settle(rows, size) for name, rows in targets.items()}
             processes.wait()
-        return UnitData(float_calls, quantized, targets, self.row_weights)
+        return UnitData(float_calls, quantized, targets)
 
     @property
     def _mixes_inputs(self) -> bool:

@@ -39,14 +39,11 @@ class Hyperparameters(BaseModel):
     rounding_regularizer: float
     rounding_sharpness: float = 1.0
     rounding_sharpness_start: float = 0.3
-    bias_correction: bool = False
     mixed_inputs: Literal["all", "hidden"] = "all"
     rounding_first: float = 0.0
     rate_decay: Literal["cosine", "constant"] = "cosine"
-    rounding: Literal["sigmoid", "straight-through"] = "sigmoid"
     channel_values: tuple[ChannelValue, ...] = ()
     channel_learning_rate: float = 1e-3
-    step_weight_exponent: float = 0.0
 
     def identity_fields(self) -> dict[str, Any]:
         """Returns the fields that decide the result; those with a default came later and do not count at it."""

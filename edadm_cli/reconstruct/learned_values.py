@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.quant.plan import LayerPlan
-from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid, round_through
+from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid
 
 _SMALLEST_SHARE = 1e-2
-_LARGEST_SHIFT = 0.5
 
 
 class LearnedRounding:
@@ -24,15 +23,10 @@ class LearnedRounding:
         weights: Full-precision weights by part name.
         scales: Their scales, `[C_out]` each.
         plans: Their bits.
-        is_straight_through: Whether a shift of each weight is learned through a plain rounding, not AdaRound's h.
     """
 
     def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        scales: Mapping[str, Tensor],
-        plans: Mapping[str, LayerPlan],
-        is_straight_through: bool = False,
+        self, weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], plans: Mapping[str, LayerPlan]
     ) -> None:
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.sizes = [weight.numel() for weight in weights.values()]
@@ -40,12 +34,11 @@ class LearnedRounding:
         self.scale = torch.cat(
             [scales[name].to(flat).repeat_interleave(weight[0].numel()) for name, weight in weights.items()]
         )
-        self.is_straight_through = is_straight_through
-        self.base = flat / self.scale if is_straight_through else (flat / self.scale).floor()
+        self.floor = (flat / self.scale).floor()
         grids = [plans[name].weight_grid for name in weights]
         self.low = self._per_element([grid.quant_min for grid in grids], flat)
         self.high = self._per_element([grid.quant_max for grid in grids], flat)
-        self.alpha = nn.Parameter(torch.zeros_like(flat) if is_straight_through else initial_alpha(flat, self.scale))
+        self.alpha = nn.Parameter(initial_alpha(flat, self.scale))
         self.sharpness = torch.ones((), device=flat.device)  # tau, in place, so that a CUDA graph reads its new value
 
     def weights(self, decided: bool, scales: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -55,13 +48,8 @@ class LearnedRounding:
             decided: Whether the codes are those that are deployed.
             scales: The scales of the parts, `[C_out]` each, where they are learned.
         """
-        if self.is_straight_through:
-            shifted, up = self.base + self.alpha, torch.zeros((), device=self.alpha.device)
-            codes = shifted.detach().round() if decided else round_through(shifted)
-        else:
-            up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha, self.sharpness)
-            codes = self.base + up
-        codes = codes.clamp(self.low, self.high)
+        up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha, self.sharpness)
+        codes = (self.floor + up).clamp(self.low, self.high)
         if scales is None:
             return self._split(codes * self.scale), up
         pieces = self._split(codes)
@@ -69,15 +57,8 @@ class LearnedRounding:
 
     def codes(self) -> dict[str, Tensor]:
         """Returns the codes by part name that are deployed, int8: up where h >= 0.5."""
-        alpha = self.alpha.detach()
-        codes = (self.base + alpha).round() if self.is_straight_through else self.base + (alpha >= 0)
-        return self._split(codes.clamp(self.low, self.high).to(torch.int8))
-
-    @torch.no_grad()
-    def keep_near(self) -> None:
-        """Lets no shift take a weight further than half a step."""
-        if self.is_straight_through:
-            self.alpha.clamp_(-_LARGEST_SHIFT, _LARGEST_SHIFT)
+        codes = (self.floor + (self.alpha.detach() >= 0)).clamp(self.low, self.high)
+        return self._split(codes.to(torch.int8))
 
     def _split(self, flat: Tensor) -> dict[str, Tensor]:
         pieces = flat.split(self.sizes)

@@ -30,7 +30,6 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.artifacts.quantization import PARAMS_FILE, save_plan
 from edadm_cli.calibrate.bit_budget import spend_budget
-from edadm_cli.calibrate.gains import measure_gains
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import count, plan_network
 from edadm_cli.calibrate.ranges import search_ranges
@@ -40,7 +39,6 @@ from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun, load_collected_model
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.registry import known_models
-from edadm_cli.models.sampling import sample
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
@@ -57,7 +55,6 @@ from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache, memory_budget
 from edadm_cli.reconstruct.unit_data import UnitResult
 
 _RANGES_FILE = "ranges.safetensors"
-_GAIN_IMAGES = 32  # samples over which the effect of each step is measured
 _LARGEST_GAP = 1.1  # of a loss with rounded h to the loss before, above which the user is warned
 
 
@@ -248,7 +245,6 @@ def _reconstruct(
         task.hyperparameters,
         task.config.seed,
         Place(cache, UnitCheckpoints(folder), task.processes),
-        _step_gains(task, reporter),
     )
     with reporter.task("reconstruct", len(context.units)) as advance:
         results = reconstruction.run(context.units, advance, {unit.name for unit in context.learning})
@@ -256,31 +252,6 @@ def _reconstruct(
     for result in results.values():
         params |= result.params
     return params, results, reconstruction.passes
-
-
-def _step_gains(task: _Task, reporter: Reporter) -> Tensor | None:
-    """How often rows of each step are learned from; `None`: all alike."""
-    exponent = task.hyperparameters.step_weight_exponent
-    if not exponent:
-        return None
-    collected = CollectedRun.open(task.run)
-    model = collected.load(task.device, torch.float32)
-    num_calls = int(CalibrationSet.load(task.selection).step_index.max()) + 1
-    seeds, prompts = collected.sampling.seeds[:_GAIN_IMAGES], collected.prompts
-    branches = CalibrationSet.load(task.selection).branches
-
-    def generate() -> Tensor:
-        return sample(
-            model,
-            seeds=seeds,
-            prompts=None if prompts is None else prompts[: len(seeds)],
-            num_steps=collected.num_steps,
-            guidance_scale=collected.guidance_scale,
-        ).latents
-
-    with reporter.task("Measuring the effect of each step", num_calls + 1) as advance:
-        gains = measure_gains(model.denoiser, generate, num_calls, branches, task.config.seed, advance)
-    return gains.gains.pow(exponent)
 
 
 def _ranges(task: _Task, context: ReconstructionContext, folder: Path, reporter: Reporter) -> dict[str, Tensor]:

@@ -161,7 +161,6 @@ class LearnedUnit:
         self.modules: dict[str, nn.Module] = {}
         self.attentions = {name: LearnedAttention(plan, drop) for name, plan in attentions.items()}
         self.decided = False
-        self.bias_corrections: dict[str, Tensor] = {}
         self._parts: dict[str, LearnedLayer] = {}
         self._parts_of = {name: plans[name].part_names(name) for name in layers}
         weights: dict[str, Tensor] = {}
@@ -171,9 +170,7 @@ class LearnedUnit:
         self._weight_scales = {name: params[f"{name}.weight_scale"] for name in weights}
         self._biases = {name: part.bias.detach() for name, part in self._parts.items() if part.bias is not None}
         plan_of_part = {name: part.plan for name, part in self._parts.items()}
-        self.rounding = LearnedRounding(
-            weights, self._weight_scales, plan_of_part, hyperparameters.rounding == "straight-through"
-        )
+        self.rounding = LearnedRounding(weights, self._weight_scales, plan_of_part)
         named = [f"{name}.input_scale" for name, part in self._parts.items() if part.plan.input_grid is not None]
         named += [f"{name}.{operand}_scale" for name in attentions for operand in OPERANDS]
         relative = hyperparameters.relative_scale_steps
@@ -203,7 +200,7 @@ class LearnedUnit:
         for name, part in self._parts.items():
             part.weight = weights[name]
             if name in self._biases:
-                part.bias = self._bias(name, vectors)
+                part.bias = vectors.get(f"{name}.bias", self._biases[name])
             if part.plan.input_grid is not None:
                 part.input_scale = scales[f"{name}.input_scale"]
             part.transform_tensors = {
@@ -213,20 +210,10 @@ class LearnedUnit:
             attention.scales = {operand: scales[f"{name}.{operand}_scale"] for operand in OPERANDS}
         return up
 
-    def _bias(self, part: str, vectors: Mapping[str, Tensor]) -> Tensor:
-        bias, correction = vectors.get(f"{part}.bias", self._biases[part]), self.bias_corrections.get(part)
-        return bias if correction is None else bias + correction
-
-    def last_bias(self, layer: str) -> tuple[str, Tensor] | None:
-        """Returns a layer's bias with the name of the channel part that holds it; `None`: it has none."""
-        part = self._parts_of[layer][0]
-        return (part, self._biases[part]) if part in self._biases else None
-
     def keep_in_range(self) -> None:
         """Does what the optimizer's change of the parameters asks for: scales stay positive."""
         self.scales.keep_positive()
         self.vectors.keep_positive()
-        self.rounding.keep_near()
 
     @torch.no_grad()
     def params(self) -> dict[str, Tensor]:
@@ -240,7 +227,6 @@ class LearnedUnit:
                 params[f"{name}.input_zero_point"] = part.input_zero_point
             params |= {f"{name}.{key}": tensor for key, tensor in part.transform_tensors.items()}
         params |= vectors
-        params |= {f"{part}.bias": self._bias(part, vectors) for part in self.bias_corrections}
         return {name: tensor.detach().cpu().clone() for name, tensor in params.items()}
 
     def _add_layer(

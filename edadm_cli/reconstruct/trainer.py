@@ -150,8 +150,6 @@ class UnitLearner:
         undecided = undecided_share(self.learned.rounding.weights(decided=False)[1].detach())
         if after > before:
             return UnitResult(nearest, before, before, curve, soft, undecided, is_nearest=True)
-        if self.hyperparameters.bias_correction:
-            after = self.correct_bias(after)
         return UnitResult(self.learned.params(), before, after, curve, soft, undecided)
 
     def phases(self) -> list[Phase]:
@@ -186,33 +184,6 @@ class UnitLearner:
                 self.processes.sum(loss)
                 curve.append(loss.item())
         return curve
-
-    def correct_bias(self, loss: float) -> float:
-        """Adds the mean error of the unit's output to the bias of its last layer, where that lowers the loss.
-
-            b += mean over rows and positions of (out_fp - out_q)
-
-        The last layer of a block adds to the block's output, so that the loss falls by the square of what is added.
-
-        Args:
-            loss: The deployed loss without the correction.
-
-        Returns:
-            The deployed loss.
-
-        References:
-            Data-free quantization, arXiv 1906.04721, section 4.2 (bias correction); PTQD, arXiv 2305.10657.
-        """
-        last = self.learned.last_bias(self.unit.layers[-1])
-        error = None if last is None else self._mean_error()
-        if last is None or error is None or error.shape != last[1].shape:  # the output may have other channels
-            return loss
-        self.learned.bias_corrections[last[0]] = error
-        corrected = self.reconstruction_loss()
-        if corrected < loss:
-            return corrected
-        del self.learned.bias_corrections[last[0]]
-        return loss
 
     def loss(self) -> Tensor:
         """This process's share of the loss of the rows now chosen: one forward of the quantized unit."""
@@ -268,19 +239,7 @@ class UnitLearner:
         for number, count, outputs, targets in self._outputs(decided):
             each = [channel_loss(output, target) for output, target in zip(outputs, targets, strict=True)]
             losses[number] = count * torch.stack(each).sum()
-        return float(self._summed(losses, ())) / self.data.quantized.rows
-
-    @torch.no_grad()
-    def _mean_error(self) -> Tensor:
-        """The mean over rows and positions of target minus deployed output, with shape `(C_out,)`."""
-        kind = self.data.full_precision.form.outputs[0]
-        shape = kind.shape if kind.entries == 1 else kind.shape[1:]
-        channels = shape[0] if len(shape) == 3 else shape[-1]
-        sums: dict[int, Tensor] = {}
-        for number, count, (output, *_), (target, *_) in self._outputs(decided=True):
-            error = target - output
-            sums[number] = count * error.movedim(1 if error.dim() == 4 else -1, 0).flatten(1).mean(dim=1)
-        return (self._summed(sums, (channels,)) / self.data.quantized.rows).to(torch.float32)
+        return float(self._summed(losses)) / self.data.quantized.rows
 
     def _outputs(self, decided: bool) -> Iterator[tuple[int, int, list[Tensor], list[Tensor]]]:
         """Yields the outputs and targets of this process's part of the rows: number, rows, outputs, targets."""
@@ -298,9 +257,9 @@ class UnitLearner:
     def _row_parts(self) -> list[range]:
         return chunks(self.data.quantized.rows, max(self.hyperparameters.batch_size, EVALUATED_ROWS))
 
-    def _summed(self, values: Mapping[int, Tensor], shape: tuple[int, ...]) -> Tensor:
+    def _summed(self, values: Mapping[int, Tensor]) -> Tensor:
         """The sum over all parts of the rows, float64: each process has some, and all add them up in one order."""
-        table = torch.zeros((len(self._row_parts()), *shape), dtype=torch.float64, device=self.device)
+        table = torch.zeros(len(self._row_parts()), dtype=torch.float64, device=self.device)
         for number, value in values.items():
             table[number] = value
         self.processes.sum(table)
@@ -329,11 +288,7 @@ class UnitLearner:
 
     def _draw(self) -> list[int]:
         """Rows of the next step, drawn for all processes alike, of which this one takes its part."""
-        size, weights = self.hyperparameters.batch_size, self.data.row_weights
-        if weights is None:
-            rows = torch.randint(self.data.quantized.rows, (size,), generator=self.order)
-        else:
-            rows = torch.multinomial(weights, size, replacement=True, generator=self.order)
+        rows = torch.randint(self.data.quantized.rows, (self.hyperparameters.batch_size,), generator=self.order)
         return rows[self.share.start : self.share.stop].tolist()
 
     def optimization(self, phase: Phase | None = None) -> Optimization:

@@ -22,14 +22,12 @@ EVALUATED_ROWS = 64
 class UnitData:
     """What one unit learns from: rows of inputs and targets.
 
-    The full-precision inputs may be closed where none of them is mixed into the quantized network's. Rows are chosen in
-    proportion to `row_weights`, with shape `(rows,)`; without them all alike.
+    The full-precision inputs may be closed where none of them is mixed into the quantized network's.
     """
 
     full_precision: UnitCalls
     quantized: UnitCalls
     layer_targets: dict[str, Rows]
-    row_weights: Tensor | None = None
 
 
 @dataclass

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.calibrate.gains import StepGains, prediction_of
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.quant.network import load_quant_params, quantize_network, set_module
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
+from edadm_cli.sensitivity.gains import StepGains, prediction_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

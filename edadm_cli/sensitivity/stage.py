@@ -22,7 +22,6 @@ from edadm_cli.artifacts import (
     save_json,
     shared_keys,
 )
-from edadm_cli.calibrate.gains import StepGains, measure_gains
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.calibrate.ranges import search_activation_ranges, search_weight_scales
 from edadm_cli.config import BitWidth, SensitivityConfig
@@ -33,6 +32,7 @@ from edadm_cli.models.sampling import sample
 from edadm_cli.models.units import Trace, trace, units
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
+from edadm_cli.sensitivity.gains import StepGains, measure_gains
 from edadm_cli.sensitivity.layer_errors import Call, PredictionError, layer_errors
 from edadm_cli.sensitivity.plot import plot_sensitivity
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.calibrate.gains import measure_gains
+from edadm_cli.sensitivity.gains import measure_gains
 
 FACTORS = ((0.9, 0.5), (0.8, -0.3), (1.1, 0.2))  # x <- a x + b prediction, step by step
 
