@@ -32,21 +32,19 @@ import multiprocessing
 import os
 import re
 import shutil
-import statistics
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learner_table import read_rows, table
 from learner_variants import GROUPS, Group
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.recipe import Recipe
 
-METRICS = ("undecided", "first", "soft", "hard", "held_out", "one_step", "guided", "bias", "coherence", "final")
 NUM_SAMPLES = 256  # of a calibration set, where a variant does not say
 
 
@@ -262,30 +260,6 @@ def _devices(text: str) -> list[str]:
     return visible.split(",") if torch.cuda.is_available() else ["cpu"]
 
 
-def table(out: Path) -> str:
-    """Returns means over the seeds and sample standard deviations as Markdown, one table per model and bit width."""
-    rows: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted((out / "results").rglob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        rows[result["model"], result["bits"]][result["label"]].append(result)
-    labels = [label for group in GROUPS.values() for label in group.variants]
-    lines: list[str] = []
-    for (model, bits), variants in sorted(rows.items()):
-        lines += ["", f"### {model} {bits}", "", "| variant | seeds | " + " | ".join(METRICS) + " |"]
-        lines.append("|---|---|" + "---|" * len(METRICS))
-        for label in sorted(variants, key=lambda label: labels.index(label) if label in labels else len(labels)):
-            cells = [_cell([r[name] for r in variants[label] if r.get(name) is not None]) for name in METRICS]
-            lines.append(f"| {label} | {len(variants[label])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4g}{spread}"
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -319,7 +293,7 @@ def main() -> None:
     )
     if not options.table:
         run_study(options, settings)
-    print(table(options.out))
+    print(table(read_rows([options.out])))
 
 
 if __name__ == "__main__":

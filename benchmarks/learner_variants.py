@@ -38,7 +38,8 @@ MAIN = {
 }
 PUBLISHED = {
     "q-diffusion, 2,500 iterations": f"q-diffusion{FEW_ITERATIONS}",
-    "paper, tau 1": "paper+learn.rounding_sharpness=1",
+    "paper, regularizer 0": "paper+learn.rounding_regularizer=0",
+    "paper, tau 1 and regularizer 0": "paper+learn.rounding_sharpness=1+learn.rounding_regularizer=0",
     "paper-uniform-g0": "paper+select.strategy=uniform+learn.layer_loss_weight=0",
 }
 INGREDIENTS = {
@@ -64,21 +65,35 @@ CHANNELS = channels("weight-scale", "bias", "input-channel-scale") + INPUT_SCALE
 NO_INPUT_SCALES = channels("weight-scale", "bias")
 
 
-def scales(exponent: float, smallest: float = 0, bounded: int = 0) -> str:
+def scales(exponent: float, smallest: float = 0.1, bounded: int = 0) -> str:
     """Returns the change that scales input channels with some options."""
     options = f'{{"exponent":{exponent},"smallest":{smallest},"bounded":{bounded}}}'
     return f'+transforms=[{{"name":"input-channel-scale","options":{options}}}]'
 
 
 ALL = channels("weight-scale", "bias", "input-channel-scale")
+PLAIN = f"{ALL}{scales(0.5)}+learn.layer_loss_weight=0"
+LONG = f"{PLAIN}+samples=1024+learn.iterations=1000"
 UNBOUNDED = {
-    "channel scales, 0.5 unbounded": f"default{scales(0.5)}",
-    "channel scales, 0.25 unbounded": f"default{scales(0.25)}",
-    "Y: all per channel, 0.5 unbounded, 1,024 samples, 1,000 iterations": f"{ALL}{scales(0.5)}+samples=1024"
-    "+learn.iterations=1000",
-    "all per channel, 0.5 unbounded": f"{ALL}{scales(0.5)}",
-    "Y with 0.25": f"{ALL}{scales(0.25)}+samples=1024+learn.iterations=1000",
-    "Y with 0.75": f"{ALL}{scales(0.75)}+samples=1024+learn.iterations=1000",
+    "Z, 1,000 iterations, N 1,024": LONG,
+    "Z, 300 iterations, N 256": PLAIN,
+    "Z, 300 iterations, N 1,024": f"{PLAIN}+samples=1024",
+    "Z, 1,000 iterations, N 256": f"{PLAIN}+learn.iterations=1000",
+    "Z, 600 iterations, N 1,024": f"{PLAIN}+samples=1024+learn.iterations=600",
+    "input scales by formula, unbounded": f"default{scales(0.5)}",
+    "Z, 300 iterations, N 256, gamma 0.2": f"{ALL}{scales(0.5)}",
+    "gamma 0": "default+learn.layer_loss_weight=0",
+    "Z, 1,000 iterations, N 1,024, exponent 0.25": LONG.replace(":0.5,", ":0.25,"),
+    "Z, 1,000 iterations, N 1,024, exponent 0.75": LONG.replace(":0.5,", ":0.75,"),
+    "Z, 1,000 iterations, N 1,024, channel rate 3e-3": f"{LONG}+learn.channel_learning_rate=0.003",
+    "Z, 1,000 iterations, N 1,024, uniform": f"{LONG}+select.strategy=uniform",
+    "Z, 1,000 iterations, N 1,024, batch 64": f"{LONG}+learn.batch_size=64",
+}
+CANDIDATES = {
+    "before": BEFORE,
+    "Z, 1,000 iterations, N 1,024": LONG,
+    "Z, 300 iterations, N 1,024": f"{PLAIN}+samples=1024",
+    "default": "default",
 }
 TOGETHER = {
     "X: all per channel, 1,024 samples": f"{CHANNELS}+samples=1024",
@@ -148,7 +163,8 @@ GROUPS = {
     "published": Group(PUBLISHED, seeds=(0, 1, 2, 3, 4)),
     "ingredients": Group(INGREDIENTS, ("w4a8", "w3a8")),
     "unbounded": Group(UNBOUNDED),
-    "unbounded-w3a8": Group(UNBOUNDED, ("w3a8",)),
+    "candidates": Group(CANDIDATES, ("w4a8",), (0, 1, 2, 3, 4)),
+    "candidates-w3a8": Group(CANDIDATES, ("w3a8",), (0, 1, 2)),
     "together": Group(TOGETHER),
     "together-w3a8": Group(TOGETHER, ("w3a8",)),
     "floors": Group(FLOORS, seeds=(0,)),

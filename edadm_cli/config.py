@@ -88,8 +88,15 @@ class SelectConfig(StageConfig):
     strategy: SelectStrategy = setting("tdac", "tdac, uniform, normal, random or last; by default the recipe's.")
     num_samples: int | None = setting(
         None,
-        "N, the size of the calibration set; by default one sample per trajectory, and with more each gives several.",
+        "N, the size of the calibration set; by default --samples-per-trajectory times the trajectories.",
         ge=1,
+    )
+    samples_per_trajectory: int = setting(
+        1,
+        "Steps that each trajectory gives, where no N is given; by default the recipe's.",
+        identity="never",
+        ge=1,
+        le=1000,
     )
     density_radius: float | None = setting(
         None, "r of TDAC, the radius of the density; by default a low quantile of the pairwise distances.", gt=0

@@ -86,6 +86,9 @@ class SelectRecipe(_Frozen):
     density_quantile: float | None = later(
         None, gt=0, le=1, description="share of the pairs of steps within r, where no r is given; null: 0.05"
     )
+    samples_per_trajectory: int = later(
+        1, ge=1, le=1000, description="steps that each trajectory gives, where no size of the calibration set is given"
+    )
 
 
 class RangeRecipe(_Frozen):
@@ -138,7 +141,9 @@ class LearnRecipe(_Frozen):
         description="share of the iterations that learn rounding alone, with float activations, before the rest learn"
         " the scales alone; 0: both are learned together",
     )
-    rate_decay: Literal["cosine", "constant"] = later("cosine", description="how the optimizer's steps change")
+    rate_decay: Literal["cosine", "constant"] = later(
+        "cosine", description="how the optimizer's steps change while rounding is learned; those of scales alone decay"
+    )
     input_drop: float = Field(0.0, ge=0, le=1, description="share of input elements taken from full precision (QDrop)")
     activation_drop: float = Field(0.0, ge=0, le=1, description="share of activations left unquantized while learning")
     rounding_regularizer: float = Field(1e-3, ge=0, description="weight of AdaRound's pull of h to 0 or 1; 0: off")

@@ -303,5 +303,5 @@ class UnitLearner:
             rates.append((self.learned.scales.factor, self.hyperparameters.activation_learning_rate))
         if self.learned.vectors.names:
             rates.append((self.learned.vectors.delta, self.hyperparameters.channel_learning_rate))
-        decays = self.hyperparameters.rate_decay == "cosine"
+        decays = self.hyperparameters.rate_decay == "cosine" or not phase.rounding
         return Optimization(rates, max(1, phase.stop - phase.start), self.device, decays)

@@ -145,8 +145,8 @@ def prepare(config: SelectConfig, run: RunFolder) -> _Task:
     """Opens the trajectories and settles what the configuration leaves open."""
     collected = CollectedRun.open(run)
     num_trajectories = collected.num_trajectories
-    num_samples = config.num_samples or num_trajectories
     timesteps = collected.artifact.tensors("features.safetensors", ["timesteps"])["timesteps"]
+    num_samples = config.num_samples or num_trajectories * min(config.samples_per_trajectory, len(timesteps))
     if num_samples > num_trajectories * len(timesteps):
         raise UsageError(
             f"{num_samples} samples were asked for, and {num_trajectories} trajectories of {len(timesteps)} steps have"

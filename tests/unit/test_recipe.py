@@ -51,7 +51,7 @@ def test_shipped_recipes_are_what_they_are_named_after() -> None:
     assert (paper.learn.input_drop, paper.learn.activation_drop, paper.learn.rounding_regularizer) == (
         0.5,
         0.5,
-        0,
+        0.001,
     )
     assert (rtn.ranges.weight, rtn.ranges.activation, rtn.learn.granularity) == ("minmax", "minmax", "none")
     assert (ptq4dm.select.strategy, ptq4dm.learn.granularity) == ("normal", "none")

@@ -1,0 +1,111 @@
+"""Tables of the study of the learner, from its results or from the compact rows in docs/data/learner.jsonl.
+
+python benchmarks/learner_table.py docs/data/learner.jsonl --bits w4a8 --groups ladder
+python benchmarks/learner_table.py studies/learner --export docs/data/learner.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from learner_variants import GROUPS
+
+METRICS = ("undecided", "first", "soft", "hard", "held_out", "one_step", "guided", "bias", "coherence", "final")
+BASELINE = "before"
+_KEYS = ("model", "bits", "label", "seed", *METRICS)
+_DIGITS = 5
+
+Row = dict[str, Any]
+
+
+def read_rows(places: Iterable[Path]) -> list[Row]:
+    """Returns the rows of result folders and of files of compact rows; of several of one job the last."""
+    rows: dict[tuple[str, str, str, int], Row] = {}
+    for place in places:
+        if place.is_dir():
+            texts = [path.read_text(encoding="utf-8") for path in sorted((place / "results").rglob("*.json"))]
+        else:
+            texts = place.read_text(encoding="utf-8").splitlines()
+        for row in map(json.loads, texts):
+            rows[row["model"], row["bits"], row["label"], row["seed"]] = row
+    return list(rows.values())
+
+
+def export(rows: Sequence[Row], path: Path) -> None:
+    """Writes the rows with their metrics alone, one JSON object per line, in a fixed order."""
+    lines = []
+    for row in sorted(rows, key=lambda row: tuple(row[key] for key in _KEYS[:4])):
+        values = {key: row[key] for key in _KEYS if row.get(key) is not None}
+        lines.append(
+            json.dumps({k: float(f"{v:.{_DIGITS}g}") if isinstance(v, float) else v for k, v in values.items()})
+        )
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def table(rows: Sequence[Row], columns: Sequence[str] = METRICS, labels: Sequence[str] = ()) -> str:
+    """Returns means over the seeds and sample standard deviations as Markdown, one table per model and bit width.
+
+    `ratio one_step` and `ratio final` are means relative to those of the variant `before` at the same bit width, over
+    the seeds that both have.
+
+    Args:
+        rows: The results.
+        columns: What is shown.
+        labels: The variants that are shown, in this order; without any, all.
+    """
+    tables: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if not labels or row["label"] in labels:
+            tables[row["model"], row["bits"]][row["label"]].append(row)
+    order = list(labels) or [label for group in GROUPS.values() for label in group.variants]
+    lines: list[str] = []
+    for (model, bits), variants in sorted(tables.items()):
+        baseline = [row for row in rows if (row["model"], row["bits"], row["label"]) == (model, bits, BASELINE)]
+        lines += ["", f"### {model} {bits}", "", "| variant | seeds | " + " | ".join(columns) + " |"]
+        lines.append("|---|---|" + "---|" * len(columns))
+        for label in sorted(variants, key=lambda label: order.index(label) if label in order else len(order)):
+            cells = [_cell(name, variants[label], baseline) for name in columns]
+            lines.append(f"| {label} | {len(variants[label])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(name: str, rows: Sequence[Row], baseline: Sequence[Row]) -> str:
+    kind, _, metric = name.rpartition(" ")
+    if kind == "ratio":
+        seeds = {row["seed"] for row in rows} & {row["seed"] for row in baseline}
+        pair = [[row[metric] for row in group if row["seed"] in seeds] for group in (rows, baseline)]
+        return f"{statistics.mean(pair[0]) / statistics.mean(pair[1]):.2f}" if seeds else ""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("places", type=Path, nargs="+", help="OUT of benchmarks/learner.py, or files of compact rows")
+    parser.add_argument("--groups", help="groups of variants that are shown, in this order; by default all")
+    parser.add_argument("--bits", help="bit widths that are shown, with commas; by default all")
+    parser.add_argument("--models", help="models that are shown, with commas; by default all")
+    parser.add_argument("--columns", default=",".join(METRICS), help="such as 'one_step,ratio one_step,final'")
+    parser.add_argument("--export", type=Path, help="write the rows with their metrics alone to this file")
+    options = parser.parse_args()
+    rows = read_rows(options.places)
+    if options.export is not None:
+        export(rows, options.export)
+    for key, text in (("bits", options.bits), ("model", options.models)):
+        rows = [row for row in rows if text is None or row[key] in text.split(",")]
+    labels = [label for name in (options.groups or "").split(",") if name for label in GROUPS[name].variants]
+    print(table(rows, options.columns.split(","), labels))
+
+
+if __name__ == "__main__":
+    main()
