@@ -361,7 +361,8 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
     selected = select(SelectConfig(num_samples=min(samples, study.trajectories or samples), **chosen, **shared), folder)
     bits = BitWidth.parse(row.bits)
-    config = ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, memory_budget_mib=4096, **shared)
+    arithmetic = {} if study.device == "cpu" else {"matmul": "float32"}  # as the first rows were measured
+    config = ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, memory_budget_mib=4096, **arithmetic, **shared)
     learned = reconstruct(config, folder)
     learned_at = time.monotonic()
     say("learned", row=row.name, seconds=learned_at - started)
