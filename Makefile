@@ -1,5 +1,6 @@
 # Every target makes its own virtual environment first and keeps it until pyproject.toml changes.
 #   make demo            the whole chain on a shipped model, from nothing to a report
+#   make demo-emoji      the same on coloured emoji
 #   make bench           parity, speed, memory and size of Stable Diffusion 1.5's denoiser on this machine
 #   make test            the tests
 #   make test VENV=DIR   the same in an environment of your own
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := edadm_cli kernels tests docs benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test lint type format docs kernels study table clean
+.PHONY: help demo demo-emoji bench test lint type format docs kernels study table clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +37,12 @@ $(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
 demo: $(VENV)/.installed
 	$(BIN)/edadm run --model digits-sd --bits w4a8 --num-images 500
 	@echo "The report: $(CURDIR)/runs/digits-sd/report.html"
+
+# Coloured emoji from words. The recipe quick learns nothing; RECIPE=default learns for an hour or more on two cores.
+RECIPE ?= quick
+demo-emoji: $(VENV)/.installed
+	$(BIN)/edadm run --model emoji-sd --bits w4a8 --recipe $(RECIPE) --num-images 32
+	@echo "The report: $(CURDIR)/runs/emoji-sd/report.html"
 
 # 24 GB of memory for Stable Diffusion; MODEL=digits-sd needs one.
 MODEL ?= sd15-random

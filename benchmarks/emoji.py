@@ -2,9 +2,11 @@
 
     python benchmarks/emoji.py --out studies/emoji --gpus 0,1 --workers 12
     python benchmarks/emoji.py --out studies/emoji --table
+    python benchmarks/emoji.py --out studies/emoji --picture emoji-sd.webp
 
 A row is one variant of a recipe (`benchmarks/learner.py` says how a variant is written) on one model, at one bit width,
-with one seed. Each row leaves one JSON file below OUT/results; the same command skips what is there, so that a study
+with one seed. A row of a whole recipe generates all pictures, a row with one field changed a quarter of them and has no
+Fréchet distance. Each row leaves one JSON file below OUT/results; the same command skips what is there, so that a study
 that was killed goes on. `--seconds` ends it: no row that learns is begun when the time that is left is shorter than
 the longest one so far. Rows come in the order of their importance. Nothing is downloaded.
 
@@ -32,40 +34,19 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emoji_rows import FEW, MODELS, VARIANTS, Row, rows_in_order
 from learner import link_collection, variant_recipe
-from learner_variants import BEFORE
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from edadm_cli.artifacts import RunFolder
-    from edadm_cli.metrics.representation import Features
     from edadm_cli.models.collected import CollectedRun
     from edadm_cli.models.loading import LoadedModel
 
-VARIANTS = {
-    "default": "default",
-    "before": BEFORE,
-    "paper, 300 iterations": "paper+learn.iterations=300",
-    "q-diffusion, 300 iterations": "q-diffusion+learn.iterations=300+learn.weight_learning_rate=0.1"
-    "+learn.activation_learning_rate=0.001",
-    "ptq4dm": "ptq4dm",
-    "rtn": "rtn",
-    "ranges-only": "default+learn.granularity=none",
-    "no TDAC": "default+select.strategy=uniform",
-    "no layer losses": "default+learn.layer_loss_weight=0",
-    "neither": "default+select.strategy=uniform+learn.layer_loss_weight=0",
-    "radius median": "default+select.density_quantile=0.5",
-    "layer losses 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
-    "output-error scales": "default+ranges.weight=output-error",
-}
-MODELS = ("emoji-sd", "emoji-dit")
 METRICS = {
     "one_step": "one step",
     "guided": "guided",
@@ -81,64 +62,6 @@ METRICS = {
     "top1": "top 1",
     "top5": "top 5",
 }
-EXACT = "full-precision.safetensors"
-SHOWN = 48  # pictures of a row that are saved
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variant on one model at one bit width with one seed."""
-
-    model: str
-    seed: int
-    label: str
-    bits: str
-
-    @property
-    def variant(self) -> str:
-        """The recipe and its changed fields."""
-        return VARIANTS[self.label]
-
-    @property
-    def learns(self) -> bool:
-        """Whether anything is learned, which takes most of a row's time."""
-        learn = variant_recipe(self.variant, None)[0].learn
-        return learn.granularity != "none" and learn.iterations != 0
-
-    @property
-    def name(self) -> str:
-        """Name of the row in file names."""
-        return re.sub(r"[^a-z0-9.]+", "-", f"{self.model} {self.label} {self.bits} {self.seed}".lower())
-
-
-def rows_in_order(models: list[str], seeds: list[int]) -> list[Row]:
-    """Returns all rows, those that matter most first."""
-    published = ("paper, 300 iterations", "q-diffusion, 300 iterations")
-    unlearned = ("rtn", "ptq4dm", "ranges-only")
-    claims = ("neither", "no layer losses", "no TDAC", "before")
-    fields = [label for label in VARIANTS if label not in (*published, *unlearned, *claims)]
-    plan: list[tuple[Sequence[str], Sequence[str], list[int]]] = [
-        (("default", *unlearned), ("w4a8",), seeds[:1]),
-        (("default", "rtn", "ptq4dm"), ("w4a4",), seeds[:1]),
-        (published[:1], ("w4a8",), seeds[:1]),
-        (("default", "rtn", "ptq4dm"), ("w4a8",), seeds[:2]),
-        (claims, ("w4a8",), seeds[:1]),
-        (("default", "rtn", "ptq4dm"), ("w4a8",), seeds),
-        (("default", "rtn", "ptq4dm"), ("w8a8", "w3a8", "w6a6"), seeds[:1]),
-        (published, ("w4a8",), seeds[:1]),
-        (claims, ("w4a8",), seeds),
-        (("default", *unlearned), ("w4a4",), seeds),
-        (fields, ("w4a8",), seeds[:1]),
-        (("default", *published, *unlearned), ("w4a8", "w8a8", "w4a4", "w3a8", "w6a6"), seeds),
-        (fields, ("w4a8",), seeds),
-    ]
-    rows: dict[Row, None] = {}
-    for labels, widths, few in plan:
-        for bits in widths:
-            for seed in few:
-                for label in labels:
-                    rows |= {Row(model, seed, label, bits): None for model in models}
-    return list(rows)
 
 
 @dataclass(frozen=True)
@@ -179,11 +102,13 @@ def collect_trajectories(study: Study, model: str, seed: int) -> dict[str, Any]:
 
 def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
     """Generates the full-precision pictures of a seed, and judges them."""
+    from emoji_judge import generate, judge, labels, prompts_of, save_exact, save_sheet
+
     from edadm_cli.artifacts import RunFolder
 
     started, folder = time.monotonic(), RunFolder(study.shared(model, seed))
     exact, collected = load(study, folder)
-    pictures, latents = generate(study, exact, collected, seed)
+    pictures, latents = generate(exact, collected, seed, study.images, study.batch)
     judged = judge(study.device)
     features = judged.features(pictures)
     save_exact(folder, pictures, latents, features)
@@ -191,28 +116,6 @@ def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
     facts = {"model": model, "seed": seed, "label": "full precision", "bits": "", "images": study.images}
     facts["row_seconds"] = round(time.monotonic() - started, 1)
     return {**facts, **judged.metrics(features, labels(prompts_of(collected, study.images, seed)))}
-
-
-def save_exact(folder: RunFolder, pictures: Tensor, latents: Tensor, features: dict[str, Features]) -> None:
-    """Saves what rows compare themselves with."""
-    from safetensors.torch import save_file
-
-    tensors = {"pictures": pictures, "latents": latents}
-    for space, values in features.items():
-        tensors |= {f"{space}.{layer}": values.layer(layer) for layer in ("pooled", "spatial", "logits")}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder.root / EXACT)
-
-
-def load_exact(folder: RunFolder) -> tuple[Tensor, Tensor, dict[str, Features]]:
-    """Returns the pictures, final latents and features of full precision."""
-    from safetensors.torch import load_file
-
-    from edadm_cli.metrics.representation import LAYERS, Features
-
-    tensors = load_file(folder.root / EXACT)
-    spaces = ("emoji", "imagenet")
-    features = {space: Features(**{layer: tensors[f"{space}.{layer}"] for layer in LAYERS}) for space in spaces}
-    return tensors["pictures"], tensors["latents"], features
 
 
 def load(study: Study, folder: RunFolder) -> tuple[LoadedModel, CollectedRun]:
@@ -224,128 +127,13 @@ def load(study: Study, folder: RunFolder) -> tuple[LoadedModel, CollectedRun]:
     return load_collected_model(folder, torch.device(study.device), torch.float32), CollectedRun.open(folder)
 
 
-def prompts_of(collected: CollectedRun, count: int, seed: int) -> list[str]:
-    """Returns the prompts that `edadm evaluate` would use."""
-    from edadm_cli.models.shipped import shipped_prompts
-
-    assert collected.entry.prompts is not None
-    return shipped_prompts(collected.entry.prompts, count, seed)
-
-
-def labels(prompts: list[str]) -> Tensor:
-    """Returns the number of the name that each prompt asks for, -1 for none."""
-    import torch
-
-    from edadm_cli.models.emoji.data import label_of_prompt
-
-    numbers = [label_of_prompt(prompt) for prompt in prompts]
-    return torch.tensor([-1 if number is None else number for number in numbers])
-
-
-def generate(study: Study, model: LoadedModel, collected: CollectedRun, seed: int) -> tuple[Tensor, Tensor]:
-    """Returns the pictures (uint8) and final latents of the seeds that an evaluation uses."""
-    import torch
-
-    from edadm_cli.models.sampling import EVALUATION, image_seed, sample
-
-    prompts, parts = prompts_of(collected, study.images, seed), []
-    for start in range(0, study.images, study.batch):
-        numbers = range(start, min(start + study.batch, study.images))
-        parts.append(
-            sample(
-                model,
-                seeds=[image_seed(seed, number, EVALUATION) for number in numbers],
-                prompts=[prompts[number] for number in numbers],
-                num_steps=collected.num_steps,
-                guidance_scale=collected.guidance_scale,
-            )
-        )
-    return torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts])
-
-
-def save_sheet(pictures: Tensor, path: Path) -> None:
-    """Saves the first pictures side by side, without loss."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shown = pictures[:SHOWN].permute(0, 2, 3, 1)
-    columns = 12
-    shown = shown[: len(shown) // columns * columns] if len(shown) >= columns else shown
-    rows = [
-        [*shown[start : start + columns]] for start in range(0, len(shown), min(columns, len(shown)))
-    ]  # [H, W, 3] each
-    import torch
-
-    Image.fromarray(torch.cat([torch.cat(row, 1) for row in rows]).numpy()).save(path, lossless=True)
-
-
-class Judge:
-    """Both feature extractors, and the real pictures."""
-
-    def __init__(self, device: str) -> None:
-        import torch
-
-        from edadm_cli.evaluate.efficientnet import efficientnet_space
-        from edadm_cli.evaluate.emoji_features import emoji_space
-        from edadm_cli.evaluate.real_files import ArrayImages
-        from edadm_cli.models.emoji.data import real_pictures
-
-        self.device = torch.device(device)
-        self.spaces = {"emoji": emoji_space(self.device), "imagenet": efficientnet_space(self.device)}
-        self.real = self.spaces["imagenet"].extract(ArrayImages(real_pictures())).pooled
-
-    def features(self, pictures: Tensor) -> dict[str, Features]:
-        """Returns the features of pictures in both spaces."""
-        from edadm_cli.evaluate.real_files import ArrayImages
-
-        return {name: space.extract(ArrayImages(pictures)) for name, space in self.spaces.items()}
-
-    def metrics(self, features: dict[str, Features], names: Tensor) -> dict[str, float]:
-        """Returns the metrics of a set of pictures by itself."""
-        from edadm_cli.evaluate.emoji_features import shipped_emoji
-        from edadm_cli.metrics.fidelity import feature_statistics, frechet_distance
-        from edadm_cli.models.emoji.train.measure import frechet
-
-        real = shipped_emoji().statistics
-        emoji = features["emoji"]
-        imagenet, imagenet_real = (each.to(self.device) for each in (features["imagenet"].pooled, self.real))
-        named = names >= 0
-        hits = emoji.logits.cpu()[named].topk(5).indices == names[named, None]
-        return {
-            "frechet": frechet_distance(feature_statistics(emoji.pooled), real["pooled"]),
-            "frechet_spatial": frechet_distance(feature_statistics(emoji.spatial), real["spatial"]),
-            "frechet_imagenet": frechet(imagenet, imagenet_real),
-            "kernel_imagenet": kernel_distance(imagenet, imagenet_real),
-            "top1": float(hits[:, 0].double().mean()),
-            "top5": float(hits.any(1).double().mean()),
-        }
-
-
-@cache
-def judge(device: str) -> Judge:
-    """Returns the judge of a process."""
-    return Judge(device)
-
-
-def kernel_distance(first: Tensor, second: Tensor) -> float:
-    """Returns the unbiased squared MMD with the kernel (x . y / D + 1)^3, over all rows at once."""
-    size = first.shape[1]
-
-    def kernel(one: Tensor, two: Tensor) -> Tensor:
-        return (one.double() @ two.double().T / size + 1) ** 3
-
-    def within(rows: Tensor) -> Tensor:
-        values = kernel(rows, rows)
-        return (values.sum() - values.trace()) / (len(rows) * (len(rows) - 1))
-
-    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
-
-
 # One row
 
 
 def measure(study: Study, row: Row) -> dict[str, Any]:
     """Selects, reconstructs and judges one row."""
+    from emoji_judge import generate, judge, labels, load_exact, paired, prompts_of, save_sheet
+
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.artifacts.quantization import load_plan
     from edadm_cli.config import BitWidth, ReconstructConfig, SelectConfig
@@ -373,9 +161,10 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     quantize_network(quantized.denoiser, load_plan(artifact))
     load_quant_params(quantized.denoiser, artifact.tensors("quant_params.safetensors"))
     errors = step_errors(study, row, exact, quantized, collected, artifact)
-    pictures, latents = generate(study, quantized, collected, row.seed)
+    pictures, latents = generate(quantized, collected, row.seed, round(study.images * row.images), study.batch)
     judged = judge(study.device)
     features = judged.features(pictures)
+    alone = judged.metrics(features, labels(prompts_of(collected, len(pictures), row.seed)))
     if row.seed == 0:
         save_sheet(pictures, study.out / "pictures" / f"{row.name}.webp")
     shutil.rmtree(folder.root)
@@ -387,23 +176,9 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
         "judge_seconds": round(time.monotonic() - learned_at, 1),
         "row_seconds": round(time.monotonic() - started, 1),
         **errors,
+        "images": len(pictures),
         **paired(pictures, latents, features, load_exact(source), study.device),
-        **judged.metrics(features, labels(prompts_of(collected, study.images, row.seed))),
-    }
-
-
-def paired(
-    pictures: Tensor, latents: Tensor, features: dict[str, Features], reference: Any, device: str
-) -> dict[str, float]:
-    """Returns the distances to full precision of the same seeds."""
-    from edadm_cli.metrics.distances import perceptual_distance, relative_l2, ssim
-
-    exact, exact_latents, exact_features = reference
-    return {
-        "final": float(relative_l2(latents, exact_latents).mean()),
-        "ssim": float(ssim(pictures.to(device), exact.to(device)).mean()),
-        "perceptual": float(perceptual_distance(features["emoji"], exact_features["emoji"]).mean()),
-        "perceptual_imagenet": float(perceptual_distance(features["imagenet"], exact_features["imagenet"]).mean()),
+        **{name: value for name, value in alone.items() if row.images == 1 or name not in FEW},
     }
 
 
@@ -411,6 +186,7 @@ def step_errors(
     study: Study, row: Row, exact: LoadedModel, quantized: LoadedModel, collected: CollectedRun, artifact: Any
 ) -> dict[str, Any]:
     """Returns the errors of single steps on full-precision trajectories that were not learned from."""
+    from emoji_judge import prompts_of
     from learner_judge import one_step_errors
 
     from edadm_cli.artifacts import Units
@@ -465,14 +241,14 @@ def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) ->
         try:
             ready(study, row.model, row.seed, "trajectories", collect_trajectories)
             say("begun", row=row.name)
-            result = {**asdict(row), "images": study.images, "variant": row.variant, **measure(study, row)}
+            result = {**asdict(row), "variant": row.variant, **measure(study, row)}
         except Exception as error:  # noqa: BLE001 - one failed row must not end the study
             say("failed", row=row.name, error=f"{type(error).__name__}: {error}")
             continue
         write(study.result(row), result)
         if row.learns:
             write(study.out / "times" / f"{row.name}.json", {"row_seconds": result["row_seconds"]})
-        shown = ("row_seconds", "reconstruct_seconds", "one_step", "final", "frechet", "top1")
+        shown = ("row_seconds", "reconstruct_seconds", "one_step", "held_out", "final", "top1")
         say("finished", row=row.name, **{name: result[name] for name in shown})
 
 
@@ -564,6 +340,7 @@ def main() -> None:
     parser.add_argument("--expected", type=float, default=150, help="seconds of the first row that learns")
     parser.add_argument("--mps", default="", help="start of the pipe directory of one MPS daemon per GPU")
     parser.add_argument("--table", action="store_true", help="print the tables of what is finished, run nothing")
+    parser.add_argument("--picture", type=Path, help="save a comparison of the first model here, run nothing")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -574,6 +351,11 @@ def main() -> None:
         rows = rows_in_order(options.models.split(","), [int(seed) for seed in options.seeds.split(",")])
         rows = [row for row in rows if re.search(options.only, row.name)]
         work(study, rows, options.until, options.worker >= options.unlearned_workers)
+        return
+    if options.picture is not None:
+        from emoji_judge import save_comparison
+
+        save_comparison(options.out, options.models.split(",")[0], options.picture)
         return
     if not options.table:
         start(options, time.time() + options.seconds)

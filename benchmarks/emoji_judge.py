@@ -1,0 +1,168 @@
+"""How `benchmarks/emoji.py` judges pictures: the two feature extractors, and what is compared with full precision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.evaluate.efficientnet import efficientnet_space
+from edadm_cli.evaluate.emoji_features import emoji_space, shipped_emoji
+from edadm_cli.evaluate.real_files import ArrayImages
+from edadm_cli.metrics.distances import perceptual_distance, relative_l2, ssim
+from edadm_cli.metrics.fidelity import feature_statistics, frechet_distance
+from edadm_cli.metrics.representation import LAYERS, Features
+from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.emoji.data import label_of_prompt, real_pictures
+from edadm_cli.models.emoji.train.measure import frechet
+from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.sampling import EVALUATION, image_seed, sample
+from edadm_cli.models.shipped import shipped_prompts
+
+EXACT = "full-precision.safetensors"
+COLUMNS = 12
+SHOWN = 48  # pictures of a row that are saved
+
+
+def prompts_of(collected: CollectedRun, count: int, seed: int) -> list[str]:
+    """Returns the prompts that `edadm evaluate` would use."""
+    assert collected.entry.prompts is not None
+    return shipped_prompts(collected.entry.prompts, count, seed)
+
+
+def labels(prompts: list[str]) -> Tensor:
+    """Returns the number of the name that each prompt asks for, -1 for none."""
+    numbers = [label_of_prompt(prompt) for prompt in prompts]
+    return torch.tensor([-1 if number is None else number for number in numbers])
+
+
+def generate(model: LoadedModel, collected: CollectedRun, seed: int, count: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Returns pictures (uint8) and final latents of the seeds that an evaluation uses, `batch` of them at a time."""
+    prompts, parts = prompts_of(collected, count, seed), []
+    for start in range(0, count, batch):
+        numbers = range(start, min(start + batch, count))
+        parts.append(
+            sample(
+                model,
+                seeds=[image_seed(seed, number, EVALUATION) for number in numbers],
+                prompts=[prompts[number] for number in numbers],
+                num_steps=collected.num_steps,
+                guidance_scale=collected.guidance_scale,
+            )
+        )
+    return torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts])
+
+
+def save_sheet(pictures: Tensor, path: Path) -> None:
+    """Saves the first pictures in rows of 12, without loss."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = min(COLUMNS, len(pictures))
+    shown = pictures[: min(SHOWN, len(pictures)) // columns * columns].permute(0, 2, 3, 1)  # [N, H, W, 3]
+    rows = [torch.cat([*row], 1) for row in shown.split(columns)]
+    Image.fromarray(torch.cat(rows).numpy()).save(path, lossless=True)
+
+
+def save_comparison(out: Path, model: str, path: Path) -> None:
+    """Saves the first pictures of seed 0 at full precision, and below them those of `default` at W4A8 and W4A4."""
+    names = ("full-precision-0", "default-w4a8-0", "default-w4a4-0")
+    sheets = [Image.open(out / "pictures" / f"{model}-{name}.webp") for name in names]
+    width, height = sheets[0].width, sheets[0].width // COLUMNS
+    gap = 8
+    comparison = Image.new("RGB", (width, (height + gap) * len(names) - gap), "white")
+    for number, sheet in enumerate(sheets):
+        comparison.paste(sheet.crop((0, 0, width, height)), (0, number * (height + gap)))
+    comparison.save(path, lossless=True, quality=100, method=6)
+
+
+class Judge:
+    """Both feature extractors, and the real pictures."""
+
+    def __init__(self, device: str) -> None:
+
+        self.device = torch.device(device)
+        self.spaces = {"emoji": emoji_space(self.device), "imagenet": efficientnet_space(self.device)}
+        self.real = self.spaces["imagenet"].extract(ArrayImages(real_pictures())).pooled
+
+    def features(self, pictures: Tensor) -> dict[str, Features]:
+        """Returns the features of pictures in both spaces."""
+        return {name: space.extract(ArrayImages(pictures)) for name, space in self.spaces.items()}
+
+    def metrics(self, features: dict[str, Features], names: Tensor) -> dict[str, float]:
+        """Returns the metrics of a set of pictures by itself."""
+        real = shipped_emoji().statistics
+        emoji = features["emoji"]
+        imagenet, imagenet_real = (each.to(self.device) for each in (features["imagenet"].pooled, self.real))
+        named = names >= 0
+        hits = emoji.logits.cpu()[named].topk(5).indices == names[named, None]
+        return {
+            "frechet": frechet_distance(feature_statistics(emoji.pooled), real["pooled"]),
+            "frechet_spatial": frechet_distance(feature_statistics(emoji.spatial), real["spatial"]),
+            "frechet_imagenet": frechet(imagenet, imagenet_real),
+            "kernel_imagenet": kernel_distance(imagenet, imagenet_real),
+            "top1": float(hits[:, 0].double().mean()),
+            "top5": float(hits.any(1).double().mean()),
+        }
+
+
+@cache
+def judge(device: str) -> Judge:
+    """Returns the judge of a process."""
+    return Judge(device)
+
+
+def kernel_distance(first: Tensor, second: Tensor) -> float:
+    """Returns the unbiased squared MMD with the kernel (x . y / D + 1)^3, over all rows at once."""
+    size = first.shape[1]
+
+    def kernel(one: Tensor, two: Tensor) -> Tensor:
+        return (one.double() @ two.double().T / size + 1) ** 3
+
+    def within(rows: Tensor) -> Tensor:
+        values = kernel(rows, rows)
+        return (values.sum() - values.trace()) / (len(rows) * (len(rows) - 1))
+
+    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
+
+
+def save_exact(folder: RunFolder, pictures: Tensor, latents: Tensor, features: dict[str, Features]) -> None:
+    """Saves what rows compare themselves with."""
+    tensors = {"pictures": pictures, "latents": latents}
+    for space, values in features.items():
+        tensors |= {f"{space}.{layer}": values.layer(layer) for layer in ("pooled", "spatial", "logits")}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder.root / EXACT)
+
+
+def load_exact(folder: RunFolder) -> tuple[Tensor, Tensor, dict[str, Features]]:
+    """Returns the pictures, final latents and features of full precision."""
+    tensors = load_file(folder.root / EXACT)
+    spaces = ("emoji", "imagenet")
+    features = {space: Features(**{layer: tensors[f"{space}.{layer}"] for layer in LAYERS}) for space in spaces}
+    return tensors["pictures"], tensors["latents"], features
+
+
+def first(features: Features, count: int) -> Features:
+    """Returns the features of the first pictures."""
+    return replace(features, pooled=features.pooled[:count], spatial=features.spatial[:count])
+
+
+def paired(
+    pictures: Tensor, latents: Tensor, features: dict[str, Features], reference: Any, device: str
+) -> dict[str, float]:
+    """Returns the distances to full precision of the same seeds."""
+    exact, exact_latents, exact_features = reference
+    count = len(pictures)
+    exact, exact_latents = exact[:count], exact_latents[:count]
+    exact_features = {name: first(values, count) for name, values in exact_features.items()}
+    return {
+        "final": float(relative_l2(latents, exact_latents).mean()),
+        "ssim": float(ssim(pictures.to(device), exact.to(device)).mean()),
+        "perceptual": float(perceptual_distance(features["emoji"], exact_features["emoji"]).mean()),
+        "perceptual_imagenet": float(perceptual_distance(features["imagenet"], exact_features["imagenet"]).mean()),
+    }
