@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +104,8 @@ def load_picture_encoder(device: str | torch.device = "cpu", root: Path = WEIGHT
     return encoder.to(device).eval().requires_grad_(False)
 
 
-@torch.inference_mode()
+@cache
+@torch.no_grad()
 def name_vectors(root: Path = WEIGHTS) -> Tensor:
     """Return a unit vector per retrieval name with shape `(500, 192)`: the mean over its prompts in all styles."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -118,6 +120,6 @@ def name_vectors(root: Path = WEIGHTS) -> Tensor:
     total = torch.zeros(len(retrieval), EMBEDDING)
     for style in STYLES.values():
         prompts = [prompt_of(name, style) for name in retrieval]
-        tokens = tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        tokens = tokenizer(prompts, padding=True, max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
         total += functional.normalize(text_encoder(tokens.input_ids).text_embeds, dim=-1)
     return functional.normalize(total, dim=-1)
