@@ -132,9 +132,9 @@ class ReconstructConfig(StageConfig):
         identity="if_changed",
         metavar="PATTERN",
     )
-    matmul: Literal["float32", "tf32"] = setting(
-        "float32",
-        "float32 or tf32: how a GPU multiplies float32 numbers; tf32 rounds factors to 10 bits.",
+    matmul: Literal["float32", "tf32"] | None = setting(
+        None,
+        "float32 or tf32: how a GPU multiplies float32 numbers; tf32, its default, rounds factors to 10 bits.",
         identity="if_changed",
     )
     memory_budget_mib: int | None = setting(

@@ -27,7 +27,7 @@ def nearest_codes(weight: Tensor, scale: Tensor, plan: LayerPlan) -> Tensor:
 def nearest_params(
     weight_of: Callable[[str], Tensor], plan: QuantizationPlan, ranges: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Quantization parameters with codes: the given ranges, and weights rounded to nearest.
+    """Quantization parameters with codes: the given ranges, and weights rounded to nearest where they lie.
 
     Args:
         weight_of: The full-precision weight of a layer, by name.
@@ -36,10 +36,11 @@ def nearest_params(
     """
     params = dict(ranges)
     for name, layer_plan in plan.layers.items():
-        pieces = layer_plan.split(weight_of(name).detach().cpu())
-        for part, piece in zip(layer_plan.part_names(name), pieces, strict=True):
+        weight = weight_of(name).detach()
+        for part, piece in zip(layer_plan.part_names(name), layer_plan.split(weight), strict=True):
             rounded = folded(piece, part, layer_plan, ranges)
-            params[f"{part}.weight_int"] = nearest_codes(rounded, ranges[f"{part}.weight_scale"], layer_plan)
+            scale = ranges[f"{part}.weight_scale"].to(weight.device)
+            params[f"{part}.weight_int"] = nearest_codes(rounded, scale, layer_plan).cpu()
     return params
 
 

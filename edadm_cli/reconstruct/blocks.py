@@ -128,8 +128,11 @@ class BlockReconstruction:
     def _finished_units(self, units: Sequence[Unit]) -> FinishedUnits:
         """The units in their passes after they are finished: what they compute is kept, not computed again."""
         denoiser, forms = self.network.denoiser, dict(self._forms)
-        for unit in units:
-            if unit.name not in forms:
+        rest = [unit for unit in units if unit.name not in forms]
+        try:
+            forms |= probe_units(denoiser, rest, self.batches) if rest else {}
+        except InputError:
+            for unit in rest:
                 with suppress(InputError):  # a unit that cannot be captured runs in every pass
                     forms |= probe_units(denoiser, [unit], self.batches)
         links = find_links(denoiser, units, forms, self.batches)

@@ -117,10 +117,18 @@ class _Task:
         config = self.config
         fields = {**config.identity_fields(), "batch_size": self.batch_size}
         fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "collect", "select")}
+        fields.pop("matmul", None)
+        if self.matmul == "tf32":  # float32 is what earlier versions computed in
+            fields["matmul"] = self.matmul
         fields["hyperparameters"] = self.hyperparameters.identity_fields()
         model = self.selection.manifest.model
         parents = (self.selection,) if self.sensitivity is None else (self.selection, self.sensitivity)
         return BuildSpec("reconstruct", str(config.bits), fields, config.seed, parents, model)
+
+    @property
+    def matmul(self) -> str:
+        """How float32 numbers are multiplied: rounded to TF32 on a GPU, unless the configuration says otherwise."""
+        return self.config.matmul or ("tf32" if self.device.type == "cuda" else "float32")
 
     def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
         """Returns the recipe, with a rule per layer where a budget of bits is spent by sensitivity."""
@@ -194,10 +202,10 @@ def _learning(found: list[Unit], config: ReconstructConfig) -> list[Unit]:
 
 @contextmanager
 def arithmetic(task: _Task) -> Iterator[None]:
-    """Repeatable convolutions, and TF32 only where it is asked for."""
+    """Repeatable convolutions, and TF32 where the task is to be computed in it."""
     matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, convolutions.allow_tf32
-    matmul.allow_tf32 = convolutions.allow_tf32 = task.config.matmul == "tf32"
+    matmul.allow_tf32 = convolutions.allow_tf32 = task.matmul == "tf32"
     try:
         with repeatable_convolutions():
             yield
