@@ -23,8 +23,6 @@ VARIANTS = {
     "neither": "default+select.strategy=uniform+learn.layer_loss_weight=0",
     "radius median": "default+select.density_quantile=0.5",
     "layer losses 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
-    "output-error scales": "default+ranges.weight=output-error",
-    "bias correction": "default+learn.bias_correction=true",
 }
 MAIN = ("default", "paper, 300 iterations", "q-diffusion, 300 iterations", "ptq4dm", "rtn", "ranges-only")
 CLAIMS = ("neither", "no layer losses", "no TDAC", "before")
