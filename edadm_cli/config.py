@@ -190,6 +190,12 @@ class ExportConfig(StageConfig):
         identity="never",
         metavar="NAME",
     )
+    lora: tuple[str, ...] = setting(
+        (),
+        "LoRA that is fused into the weights before they are packed; repeatable; the calibration stays.",
+        identity="never",  # enters the identity by the hash of the file and the weight
+        metavar="FILE[:WEIGHT]",
+    )
     format: Literal["diffusers", "comfyui"] = setting(
         "diffusers",
         "diffusers or comfyui: also write the denoiser as one file that ComfyUI reads; diffusers by default.",

@@ -150,6 +150,16 @@ class Units(Payload):
     warnings: tuple[str, ...] = Field((), description="what the user was warned of")
 
 
+class FusedLora(BaseModel):
+    """An adapter that was fused into the weights of an export."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    file: str = Field(description="name of its file, without folders")
+    sha256: str
+    weight: float = Field(description="what its change is multiplied by")
+
+
 class ExportFacts(Payload):
     """`export.json` of `export`: sizes on disk, and the comparison with the reconstruction."""
 
@@ -160,6 +170,7 @@ class ExportFacts(Payload):
     parity: Parity
     layers_by_width: dict[str, Count] = Field({}, description="width such as w4a8, or float -> number of layers")
     verdict: tuple[str, ...] = Field((), description="the outcome in plain sentences")
+    lora: tuple[FusedLora, ...] = Field((), description="adapters that were fused, in order")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

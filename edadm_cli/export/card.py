@@ -157,6 +157,8 @@ def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
         f"{selection.num_samples:,} samples of {selection.num_trajectories:,} trajectories with {facts.num_steps}"
         f" steps, strategy {selection.strategy}",
     )
+    if facts.export.lora:
+        yield "fused LoRA", ", ".join(f"{escape(lora.file)} at weight {lora.weight:g}" for lora in facts.export.lora)
     yield (
         "quantized layers",
         f"{coverage.quantized:,} of {coverage.planned:,} planned; {coverage.kept:,} are left in floating point",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,20 @@ _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _NARROW = (torch.float16, torch.bfloat16)
 
 
-def write_pipeline(model: LoadedModel, folder: Path, quantization_config: Mapping[str, Any]) -> list[str]:
+def write_pipeline(
+    model: LoadedModel, folder: Path, quantization_config: Mapping[str, Any], changed: Collection[str] = ()
+) -> list[str]:
     """Write the pipeline of `model`, whose denoiser has quantized layers, as a diffusers folder.
 
     Components other than the denoiser are copied from the source byte for byte: the files that were checked when the
     model was loaded, and no others. Components that changed after loading, and those of a model without a folder, are
     saved. The safety checker and the feature extractor, which sampling skips, are copied as well.
+
+    Args:
+        model: The pipeline.
+        folder: Where it is written to.
+        quantization_config: What `config.json` of the denoiser says of its quantization.
+        changed: Names of components whose weights differ from those of the source.
 
     Returns:
         One sentence for each component that could not be copied and is left out.
@@ -41,7 +49,7 @@ def write_pipeline(model: LoadedModel, folder: Path, quantization_config: Mappin
             place = folder / name
             if name == model.denoiser_name:
                 _write_denoiser(model.denoiser, place, quantization_config)
-            elif component is not None and _is_copyable(sources.get(name), source, component):
+            elif component is not None and name not in changed and _is_copyable(sources.get(name), source, component):
                 _copy(sources[name], place)
             elif component is not None:
                 component.save_pretrained(place)

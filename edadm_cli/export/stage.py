@@ -14,6 +14,7 @@ from edadm_cli.artifacts import (
     EngineFiles,
     ExportFacts,
     ExportRecord,
+    FusedLora,
     Parity,
     RunFolder,
     recipe_name,
@@ -27,6 +28,7 @@ from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.export.card import CARD_FILE, CardFacts, model_card
 from edadm_cli.export.folder import component_sizes, write_pipeline
+from edadm_cli.export.fusing import Fused, LoraFile, fuse, refit
 from edadm_cli.export.parity import ExportParity, compare
 from edadm_cli.export.verdict import layers_by_width, verdict
 from edadm_cli.integrations.comfyui.writing import ComfyUiFile
@@ -74,6 +76,8 @@ def build_spec(config: ExportConfig, run_folder: RunFolder) -> BuildSpec:
     """What `run` would build: whether it is there already is known without building it."""
     source = run_folder.open("reconstruct", str(config.bits))
     fields = {**config.identity_fields(), "format_version": FORMAT_VERSION}
+    if config.lora:
+        fields["lora"] = [LoraFile.parse(text).identity() for text in config.lora]
     return BuildSpec("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
 
 
@@ -116,12 +120,13 @@ def artifact_name(config: ExportConfig) -> str:
 def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build, reporter: Reporter) -> Artifact:
     collected = CollectedRun.open(run)
     with reporter.task("export", 4) as advance:
-        model, num_parameters = quantized_model(config, run, source)
+        model, num_parameters, fused = quantized_model(config, run, source)
+        _warn_of_adapters(fused, reporter)
         started = time.monotonic()
         before = sample_images(config, model, collected)
         seconds = time.monotonic() - started
         advance(1)
-        for warning in write_pipeline(model, build.path, _quantization_config(config, source)):
+        for warning in write_pipeline(model, build.path, _quantization_config(config, source), fused.components):
             reporter.warn(warning)
         del model
         advance(1)
@@ -153,19 +158,32 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         parity=_parity(parity),
         layers_by_width=layers_by_width(layers),
         verdict=tuple(verdict(after.images, layers)),
+        lora=tuple(FusedLora(file=file.path.name, **file.identity()) for file in map(LoraFile.parse, config.lora)),
     )
     facts.save(build.path)
     (build.path / CARD_FILE).write_text(model_card(CardFacts.of_run(run, source, facts)), encoding="utf-8")
     return build.commit(environment={"device": str(device)})
 
 
-def quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int]:
-    """The pipeline with the reconstruction's parameters in its denoiser, and how many weights it had before."""
+def quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int, Fused]:
+    """The pipeline with the reconstruction's parameters in its denoiser, its number of weights, and what was fused."""
     model = load_collected_model(run, resolve_device(config.device), torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
-    quantize_network(model.denoiser, load_plan(source))
-    load_quant_params(model.denoiser, load_params(source))
-    return model, num_parameters
+    layers, params = load_plan(source), load_params(source)
+    fused = fuse(model, [LoraFile.parse(text) for text in config.lora])
+    if fused.before:
+        params = refit(model.denoiser, layers, params, fused)
+    quantize_network(model.denoiser, layers)
+    load_quant_params(model.denoiser, params)
+    return model, num_parameters, fused
+
+
+def _warn_of_adapters(fused: Fused, reporter: Reporter) -> None:
+    if fused.before or fused.components:
+        reporter.warn(
+            f"The LoRA changed {fused.changed_codes:.1%} of the codes of its layers. Ranges are those without it, and"
+            " edadm evaluate compares with full precision without it."
+        )
 
 
 def _require_coverage(loaded: LoadedModel, source: Artifact) -> None:

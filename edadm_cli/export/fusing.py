@@ -1,0 +1,186 @@
+r"""Fuses LoRA adapters into a pipeline before it is packed, with the calibration of the pipeline without them.
+
+Activation ranges and corrected biases stay as they were found. The codes of a weight W that becomes W' are computed
+anew, on the same scale s:
+
+    c' = round(W' / s) + (c - round(W / s))   where |c' - W' / s| < 1,   else   round(W' / s),
+
+clamped to the grid. So a weight keeps the direction in which it was learned to be rounded, as long as that is still one
+of its two neighbours. (To leave c as it is wherever W' lies in the same step would lose the adapter: its change of a
+weight is mostly smaller than a step of four bits, and acts by the share of weights that it moves to another code.)
+
+An output channel with weights that now lie more than a step outside of the grid gets a scale that is larger by the
+factor of max |W'| to max |W|, and its weights are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.artifacts.tensors import load_tensors
+from edadm_cli.calibrate.nearest import nearest_codes
+from edadm_cli.calibrate.ranges import folded
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.from_folder import first_sentence
+from edadm_cli.models.loading import LoadedModel
+from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """One adapter file and how strongly it is fused.
+
+    Attributes:
+        path: A safetensors file.
+        weight: What the adapter's change is multiplied by.
+    """
+
+    path: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraFile:
+        """Read `FILE` or `FILE:WEIGHT`.
+
+        Raises:
+            UsageError: The weight is not a number.
+            InputError: There is no such safetensors file.
+        """
+        path, colon, number = text.rpartition(":")
+        try:
+            weight = float(number) if colon else 1.0
+        except ValueError:
+            path, colon, weight = text, "", 1.0
+        file = Path(path if colon else text)
+        if not file.is_file() or file.suffix != ".safetensors":
+            raise InputError(f"--lora expects a safetensors file, such as style.safetensors:0.8; {text} is none.")
+        if weight != weight or abs(weight) > 100:
+            raise UsageError(f"--lora {text}: the weight of an adapter is a number such as 0.8.")
+        return cls(file, weight)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights that come out: the hash of the file and the weight."""
+        return {"sha256": sha256(self.path.read_bytes()).hexdigest(), "weight": self.weight}
+
+
+@dataclass
+class Fused:
+    """What fusing changed.
+
+    Attributes:
+        before: The weights of adapted layers of the denoiser as they were calibrated, by name.
+        components: Other components that have changed, such as text encoders.
+        changed_codes: Share of the codes of adapted layers that are others than before.
+    """
+
+    before: dict[str, Tensor] = field(default_factory=dict)
+    components: set[str] = field(default_factory=set)
+    changed_codes: float = 0.0
+
+
+def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
+    """Add adapters to the weights of a full-precision pipeline, in place.
+
+    Raises:
+        InputError: A file is no LoRA, or belongs to another model.
+        UsageError: The pipeline takes no LoRA, or PEFT is not installed.
+    """
+    pipeline: Any = model.pipeline
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UsageError(f"{type(pipeline).__name__} takes no LoRA.")
+    fused = Fused()
+    for number, file in enumerate(files):
+        adapter = f"adapter{number}"
+        _load(pipeline, file, adapter)
+        adapted = {name: _adapted_layers(part) for name, part in pipeline.components.items() if _is_module(part)}
+        adapted = {name: layers for name, layers in adapted.items() if layers}
+        if not adapted:
+            raise InputError(
+                f"{file.path} adapts no layer of {type(pipeline).__name__}: it is a LoRA of another model."
+            )
+        for layer, base in adapted.get(model.denoiser_name, {}).items():
+            fused.before.setdefault(layer, base.get_parameter("weight").detach().clone())
+        fused.components |= adapted.keys() - {model.denoiser_name}
+        pipeline.set_adapters([adapter], adapter_weights=[file.weight])
+        pipeline.fuse_lora(components=sorted(adapted), adapter_names=[adapter])
+        pipeline.unload_lora_weights()
+    for name in (model.denoiser_name, *fused.components):
+        getattr(pipeline, name).requires_grad_(False)
+    return fused
+
+
+def refit(denoiser: nn.Module, plan: QuantizationPlan, params: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
+    """The quantization parameters for fused weights: new codes of the layers that changed; see this module.
+
+    Args:
+        denoiser: Full precision, with fused weights.
+        plan: Bits of every layer.
+        params: As reconstructed for the weights before.
+        fused: Its `changed_codes` is filled in.
+    """
+    result, changed, total = dict(params), 0, 0
+    for name in fused.before.keys() & plan.layers.keys():
+        layer = plan.layers[name]
+        weight = denoiser.get_submodule(name).get_parameter("weight").detach()
+        pieces = zip(layer.part_names(name), layer.split(fused.before[name]), layer.split(weight), strict=True)
+        for part, old, new in pieces:
+            scale, codes = params[f"{part}.weight_scale"], params[f"{part}.weight_int"]
+            old, new = (folded(piece.cpu(), part, layer, params) for piece in (old, new))
+            moved, widened = moved_codes(codes, old, new, scale, layer)
+            result[f"{part}.weight_int"], result[f"{part}.weight_scale"] = moved, widened
+            changed, total = changed + int((moved != codes).sum()), total + moved.numel()
+    fused.changed_codes = changed / max(total, 1)
+    return result
+
+
+def moved_codes(codes: Tensor, old: Tensor, new: Tensor, scale: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor]:
+    """Codes of a weight that changed, and the scale of each output channel.
+
+    Args:
+        codes: Of `old`, int8, learned or nearest.
+        old: The weight that was quantized, `[C_out, ...]`.
+        new: The weight now.
+        scale: Of each output channel.
+        layer: Bits.
+    """
+    grid = layer.weight_grid
+    before, after = (x.flatten(1).abs().amax(dim=1) for x in (old, new))
+    excess = (after - torch.maximum(before, -grid.quant_min * scale)) / scale
+    widens = excess > 1
+    scale = torch.where(widens, scale * after / before.clamp_min(torch.finfo(before.dtype).tiny), scale)
+    position = new / scale.reshape(-1, *[1] * (new.ndim - 1))
+    nearest = nearest_codes(new, scale, layer)
+    kept = nearest.int() + codes.int() - nearest_codes(old, scale, layer).int()
+    still_holds = ((kept - position).abs() < 1) & ~widens.reshape(-1, *[1] * (new.ndim - 1))
+    moved = torch.where(still_holds, kept, nearest.int()).clamp(grid.quant_min, grid.quant_max).to(torch.int8)
+    return moved, scale
+
+
+def _load(pipeline: Any, file: LoraFile, adapter: str) -> None:
+    tensors = load_tensors(file.path)
+    try:
+        pipeline.load_lora_weights(tensors, adapter_name=adapter)
+    except ImportError as error:
+        raise UsageError("--lora needs the package 'peft'.", hint="pip install peft") from error
+    except Exception as error:  # diffusers and PEFT raise errors of every kind for tensors that do not fit
+        raise InputError(f"{file.path} is no LoRA of {type(pipeline).__name__}: {first_sentence(error)}") from error
+
+
+def _adapted_layers(component: nn.Module) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, module in component.named_modules():
+        base = getattr(module, "base_layer", None)
+        if hasattr(module, "lora_A") and isinstance(base, nn.Module):
+            found[name] = base
+    return found
+
+
+def _is_module(component: object) -> bool:
+    return isinstance(component, nn.Module)

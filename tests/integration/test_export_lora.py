@@ -1,0 +1,110 @@
+"""A LoRA that is fused before packing: the weights that come out, what stays, and files that are refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+from edadm_cli import export, reconstruct
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
+from edadm_cli.errors import InputError
+from edadm_cli.export.fusing import LoraFile, moved_codes
+from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.recipe import load_recipe
+
+pytest.importorskip("peft")
+
+W8A8 = BitWidth.parse("w8a8")
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def reconstructed(selected: Callable[[Path], Path], tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to its reconstruction; not to be changed."""
+    root = tmp_path_factory.mktemp("lora") / "run"
+    shutil.copytree(selected(tiny_sd), root)
+    reconstruct.STAGE.run(ReconstructConfig(bits=W8A8, recipe=load_recipe("rtn"), device="cpu"), RunFolder(root))
+    return root
+
+
+@pytest.fixture
+def run(reconstructed: Path, tmp_path: Path) -> RunFolder:
+    shutil.copytree(reconstructed, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+def _export(run: RunFolder, *lora: str, force: bool = False) -> Any:
+    return export.STAGE.run(ExportConfig(bits=W8A8, device="cpu", parity_samples=1, lora=lora), run, force=force)
+
+
+def _lora(path: Path, rows: int, key: str, scale: float = 0.2) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (scale * torch.randn(shape, generator=generator) for shape in ((2, rows), (rows, 2)))
+    tensors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    if key.startswith("lora_"):
+        tensors = {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(2.0)}
+    save_file(tensors, path)
+    return path
+
+
+def test_codes_keep_their_learned_direction_where_it_is_still_a_neighbour() -> None:
+    layer, scale = LayerPlan(weight_bits=4, activation_bits=8), torch.tensor([1.0])
+    old = torch.tensor([[1.4, 1.4, 1.4, -2.2, 0.0, 6.0]])
+    codes = torch.tensor([[1, 2, 2, -2, 0, 6]], dtype=torch.int8)  # the second and third were learned upwards
+    new = torch.tensor([[1.4, 1.45, 2.9, -0.8, 0.6, 7.2]])
+    moved, same = moved_codes(codes, old, new, scale, layer)
+    assert moved.tolist() == [[1, 2, 3, -1, 1, 7]]
+    assert same == scale
+    _, wider = moved_codes(codes, old, 3 * old, scale, layer)
+    assert wider == 3 * scale
+
+
+@pytest.mark.parametrize("key", [f"unet.{LAYER}", f"lora_unet_{LAYER.replace('.', '_')}"])
+def test_an_export_holds_the_fused_weights_and_says_so(key: str, run: RunFolder, tiny_sd: Path, tmp_path: Path) -> None:
+    pipeline: Any = DiffusionPipeline.from_pretrained(tiny_sd)
+    rows = pipeline.unet.get_submodule(LAYER).weight.shape[0]
+    file = _lora(tmp_path / "style.safetensors", rows, key)
+    pipeline.load_lora_weights(str(file))
+    pipeline.fuse_lora(lora_scale=0.5)
+    expected = pipeline.unet.get_submodule(LAYER).base_layer.weight
+    plain = _export(run)
+    record = _export(run, f"{file}:0.5", force=True)
+    assert record.identity != plain.identity
+    assert _export(run, f"{file}:0.5").status == "up_to_date"
+    loaded: Any = DiffusionPipeline.from_pretrained(record.artifact)
+    layer = loaded.unet.get_submodule(LAYER)
+    assert (
+        layer.weight - expected
+    ).abs().max() <= layer.weight_scale.max() * 1.6  # a step and a half at the ends of the grid
+    fused = run.open("export", "w8a8")
+    assert "safetensors at weight 0.5" in (fused.path / "README.md").read_text()
+    assert any("of the codes of its layers" in text for text in record.warnings)
+
+
+def test_a_lora_of_the_text_encoder_is_in_the_export_too(run: RunFolder, tmp_path: Path) -> None:
+    before: Any = DiffusionPipeline.from_pretrained(_export(run).artifact).text_encoder
+    name, weight = next(
+        (name, module.weight) for name, module in before.named_modules() if name.endswith("layers.0.self_attn.q_proj")
+    )
+    file = _lora(tmp_path / "words.safetensors", weight.shape[0], f"text_encoder.{name.removeprefix('text_model.')}")
+    after: Any = DiffusionPipeline.from_pretrained(_export(run, str(file), force=True).artifact).text_encoder
+    assert not torch.equal(after.get_submodule(name).weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("rows", "key", "sentence"),
+    [(7, f"unet.{LAYER}", "is no LoRA of"), (8, "unet.nowhere.to_q", "LoRA of")],
+)
+def test_files_that_do_not_fit_are_refused(rows: int, key: str, sentence: str, run: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=sentence):
+        _export(run, str(_lora(tmp_path / "other.safetensors", rows, key)))
+    with pytest.raises(InputError, match="safetensors file"):
+        LoraFile.parse(str(tmp_path / "missing.ckpt"))
