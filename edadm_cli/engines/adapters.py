@@ -158,7 +158,7 @@ def take_adapters(denoiser: nn.Module) -> tuple[nn.Module, dict[str, SideBranch]
 
 def strengths_of(denoiser: nn.Module) -> dict[tuple[str, str], float]:
     """The strength of each adapter in each layer of a denoiser, as `set_adapters` and the like have left it."""
-    strengths = {}
+    strengths: dict[tuple[str, str], float] = {}
     for name, module in denoiser.named_modules():
         if not _is_adapted(module):
             continue
