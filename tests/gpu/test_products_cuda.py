@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from edadm_kernels import conv2d, linear, linear_geglu, linear_gelu, linear_stack, linears, reference
+from edadm_kernels import (
+    conv2d,
+    linear,
+    linear_geglu,
+    linear_gelu,
+    linear_joined,
+    linear_stack,
+    linears,
+    linears_gelu,
+    reference,
+)
 from edadm_kernels.conv_launch import Geometry, launch_conv
 from edadm_kernels.gemm_launch import launch_gemm
 from edadm_kernels.hopper import matrices
@@ -194,6 +204,34 @@ def test_linear_stack(shape: tuple[int, int, int, int], out_dtype: torch.dtype, 
     arguments = (x, weight, scale, correction, bias, out_dtype)
     poison((s, m, n), out_dtype)
     assert torch.equal(linear_stack(*arguments), reference.linear_stack(*arguments))
+
+
+@pytest.mark.parametrize("shape", [(4352, 3072, 15360, 3072), (300, 136, 1152, 128), (40, 24, 64, 32)])
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16])
+def test_linear_joined(shape: tuple[int, int, int, int], out_dtype: torch.dtype, generator: torch.Generator) -> None:
+    m, n, k, first = shape
+    x, weight = codes((m, k), generator), codes((n, k), generator)
+    scale, bias = epilogue(n, generator)
+    vectors = (weight, scale, linear_correction(weight, 131), bias.float())
+    poison((m, n), out_dtype)
+    found = linear_joined(x[:, :first].contiguous(), x[:, first:].contiguous(), *vectors, out_dtype)
+    assert torch.equal(found, reference.linear(x, *vectors, out_dtype=out_dtype))
+
+
+@pytest.mark.parametrize("shape", [(4352, (3072, 3072, 3072), 12288, 3072), (130, (72,), 48, 64)])
+def test_linears_gelu(shape: tuple[int, tuple[int, ...], int, int], generator: torch.Generator) -> None:
+    m, plain, last, k = shape
+    x, weights = codes((m, k), generator), [codes((n, k), generator) for n in (*plain, last)]
+    scales, halves = zip(*(epilogue(weight.shape[0], generator) for weight in weights), strict=True)
+    biases = [bias.float() for bias in halves]
+    members = (weights, [scale * 0.1 for scale in scales], [linear_correction(w, 100) for w in weights], biases)
+    quantizer = (torch.tensor([0.05], device=CUDA), torch.tensor([20], dtype=torch.int32, device=CUDA))
+    *found, hidden = linears_gelu(x, *members, *quantizer, 8)
+    *wanted, _ = reference.linears(x, *members)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    exact = reference.linear_gelu(x, *(own[-1] for own in members), *quantizer, 8)
+    assert (hidden.int() - exact.int()).abs().max() <= 1
+    assert int((hidden != exact).sum()) <= 1 + 1e-3 * hidden.numel()
 
 
 class Convolution:
