@@ -6,6 +6,7 @@ Both are attributes of `edadm_cli`. What they do in one call, the stages do one 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +21,7 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.artifacts.inspection import run_of_artifact
 from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructConfig, SelectConfig
-from edadm_cli.errors import EdadmError, InputError
+from edadm_cli.errors import EdadmError, InputError, UsageError
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.recipe import load_recipe
 
@@ -109,6 +110,7 @@ def load(
     engine: str = "auto",
     device: str = "auto",
     dtype: str = "float32",
+    lora: Mapping[str | Path, float] | None = None,
     reporter: Reporter | None = None,
 ) -> DiffusionPipeline:
     """Loads an exported pipeline that generates with an engine, by default with the fastest one of this machine.
@@ -119,6 +121,8 @@ def load(
             device where it can run the export, else `torch`.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`.
         dtype: Element type of what is not quantized.
+        lora: LoRA files, each with its weight. They run beside the quantized layers under the names of the files,
+            `style` for `style.safetensors`; `pipeline.set_adapters` weights them at any time.
         reporter: Receives the warning that says why `auto` chose `torch`.
 
     Returns:
@@ -133,6 +137,7 @@ def load(
 
     from edadm_cli.engines.registry import default_engine
     from edadm_cli.engines.registry import engine as engine_of
+    from edadm_cli.integrations.lora import load_loras
     from edadm_cli.models.loading import load_model, resolve_device
 
     path, place, reporter = Path(folder), resolve_device(device), reporter or SilentReporter()
@@ -143,28 +148,42 @@ def load(
     model = None
     if chosen is not None:
         try:
-            model = _on_engine(path, chosen, place, element, reporter)
+            model = _on_engine(path, chosen, place, element, lora or {}, reporter)
         except EdadmError as error:
             if engine != "auto":
                 raise
             reporter.warn(f"The engine '{chosen.name}' cannot run {path}, and torch runs it: {error.message}")
-    pipeline = (model or load_model(str(path), place, element)).pipeline
-    pipeline.edadm_engine = chosen.name if chosen is not None and model is not None else TORCH
+    if model is None:
+        model, chosen = load_model(str(path), place, element), None
+        load_loras(model, lora or {})
+    pipeline = model.pipeline
+    pipeline.edadm_engine = TORCH if chosen is None else chosen.name
     return cast("DiffusionPipeline", pipeline)
 
 
-def _on_engine(path: Path, engine: Engine, device: torch.device, dtype: torch.dtype, reporter: Reporter) -> LoadedModel:
+def _on_engine(
+    path: Path,
+    engine: Engine,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: Mapping[str | Path, float],
+    reporter: Reporter,
+) -> LoadedModel:
     """The export on an engine: from the engine's files in its run, elsewhere compiled for a usual call."""
     from edadm_cli.engines.base import EngineOptions
     from edadm_cli.engines.files import compile_new, load_on_engine
     from edadm_cli.engines.pipeline import put_on_engine
+    from edadm_cli.integrations.lora import load_loras
     from edadm_cli.models.example_calls import example_call
     from edadm_cli.models.loading import load_model
 
     run_folder, kind, name = run_of_artifact(path)
-    if run_folder is not None and kind == "export" and run_folder.has("select"):
+    if lora and not engine.takes_adapters:
+        raise UsageError(f"The engine '{engine.name}' runs no LoRA beside quantized layers.", hint="--engine cuda")
+    if not lora and run_folder is not None and kind == "export" and run_folder.has("select"):
         return load_on_engine(run_folder, run_folder.open("export", name), engine, device, dtype, reporter)
     engine.require(device)
     model = load_model(str(path), device, dtype)
+    load_loras(model, lora)
     args, kwargs = example_call(model.denoiser, batch_size=1)
     return put_on_engine(model, compile_new(engine, model.denoiser, args, kwargs, EngineOptions(device, dtype)))

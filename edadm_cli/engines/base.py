@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -106,6 +106,16 @@ class CompiledDenoiser(ABC):
     def layers(self) -> tuple[LayerExecution, ...]:
         """How each layer runs, in the order of the denoiser's modules."""
 
+    def set_strengths(self, strengths: Mapping[tuple[str, str], float]) -> None:
+        """Weight the adapters that the denoiser was compiled with; see `engines.adapters`.
+
+        Raises:
+            UsageError: The engine has none.
+        """
+        raise UsageError(
+            "The engine runs the denoiser without adapters.", hint="edadm_cli.load(FOLDER, engine='torch')"
+        )
+
     def parts(self) -> nn.Module:
         """Return the denoiser that runs, as modules whose calls can be left out one by one, for step caching.
 
@@ -131,12 +141,14 @@ class Engine(ABC):
         device_types: Of the devices it runs on, such as `cpu`.
         layer_bound: Largest relative L2 distance of one layer from exact integer arithmetic on equal inputs, with a
             float32 rest: what an engine's way of rounding and scaling may cost.
+        takes_adapters: Whether LoRA adapters of the denoiser run beside its layers; see `engines.adapters`.
     """
 
     name: ClassVar[str]
     description: ClassVar[str]
     device_types: ClassVar[tuple[str, ...]]
     layer_bound: ClassVar[float]
+    takes_adapters: ClassVar[bool] = False
 
     @abstractmethod
     def refusal(self, device: torch.device) -> str | None:

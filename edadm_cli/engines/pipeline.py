@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from edadm_cli.engines.adapters import strengths_of
 from edadm_cli.engines.base import CompiledDenoiser
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loading import LoadedModel
 
 _TOO_LATE = ("enable_freeu", "set_attn_processor", "enable_cache")  # methods that change what a denoiser predicts
+_ADAPTERS_TOO_LATE = ("load_lora_adapter", "add_adapter", "fuse_lora", "unload_lora", "delete_adapters")
+_OF_STRENGTHS = ("set_adapters", "enable_lora", "disable_lora", "enable_adapters", "disable_adapters")
 _OF_CACHES = ("cache_context", "_reset_stateful_cache", "is_cache_enabled")
 
 
@@ -64,10 +68,27 @@ class EngineDenoiser(nn.Module):
         except AttributeError:
             owner = self.__dict__.get("_parts") if name in _OF_CACHES else None
             found = getattr(owner or self.__dict__["_shell"], name)
-        return partial(_refuse, name) if name in _TOO_LATE else found
+        if name in _OF_STRENGTHS:
+            return partial(self._weight_adapters, found)
+        return partial(_refuse, name) if name in _TOO_LATE + _ADAPTERS_TOO_LATE else found
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The denoiser's class: pipelines of diffusers pass over what is not a model of theirs."""
+        return type(self.__dict__.get("_shell", self))
+
+    def _weight_adapters(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Weight the adapters that the engine was given; nothing is compiled again."""
+        method(*args, **kwargs)
+        self.compiled.set_strengths(strengths_of(self.stands_for))
 
 
 def _refuse(name: str, *_: Any, **__: Any) -> None:
+    if name in _ADAPTERS_TOO_LATE:
+        raise UsageError(
+            f"The denoiser is compiled on an engine already, and {name}() would change nothing.",
+            hint="edadm_cli.load(FOLDER, lora={'FILE.safetensors': 1.0})",
+        )
     raise UsageError(
         f"The denoiser is compiled on an engine already, and {name}() would change nothing: call it on the pipeline "
         "that the engine is given."

@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.artifacts.tensors import load_tensors
 from edadm_cli.calibrate.nearest import nearest_codes
 from edadm_cli.calibrate.ranges import folded
 from edadm_cli.errors import InputError, UsageError
-from edadm_cli.models.from_folder import first_sentence
+from edadm_cli.integrations.lora import load_lora_file
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 
@@ -98,7 +97,7 @@ def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
     fused = Fused()
     for number, file in enumerate(files):
         adapter = f"adapter{number}"
-        _load(pipeline, file, adapter)
+        load_lora_file(pipeline, file.path, adapter)
         adapted = {name: _adapted_layers(part) for name, part in pipeline.components.items() if _is_module(part)}
         adapted = {name: layers for name, layers in adapted.items() if layers}
         if not adapted:
@@ -161,16 +160,6 @@ def moved_codes(codes: Tensor, old: Tensor, new: Tensor, scale: Tensor, layer: L
     still_holds = ((kept - position).abs() < 1) & ~widens.reshape(-1, *[1] * (new.ndim - 1))
     moved = torch.where(still_holds, kept, nearest.int()).clamp(grid.quant_min, grid.quant_max).to(torch.int8)
     return moved, scale
-
-
-def _load(pipeline: Any, file: LoraFile, adapter: str) -> None:
-    tensors = load_tensors(file.path)
-    try:
-        pipeline.load_lora_weights(tensors, adapter_name=adapter)
-    except ImportError as error:
-        raise UsageError("--lora needs the package 'peft'.", hint="pip install peft") from error
-    except Exception as error:  # diffusers and PEFT raise errors of every kind for tensors that do not fit
-        raise InputError(f"{file.path} is no LoRA of {type(pipeline).__name__}: {first_sentence(error)}") from error
 
 
 def _adapted_layers(component: nn.Module) -> dict[str, nn.Module]:

@@ -13,16 +13,54 @@ References:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from edadm_cli.errors import UsageError
+from edadm_cli.artifacts.tensors import load_tensors
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.from_folder import first_sentence
+from edadm_cli.models.loading import LoadedModel
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
+
+
+def load_loras(model: LoadedModel, files: Mapping[str | Path, float]) -> None:
+    """Load adapters into a pipeline, each under the name of its file without the ending, and weight them.
+
+    Args:
+        model: The pipeline.
+        files: safetensors files, each with its weight.
+
+    Raises:
+        InputError: A file is no LoRA, or belongs to another model.
+        UsageError: PEFT is not installed.
+    """
+    for file in files:
+        load_lora_file(model.pipeline, Path(file), Path(file).stem)
+    if files:
+        pipeline: Any = model.pipeline
+        pipeline.set_adapters([Path(file).stem for file in files], adapter_weights=list(files.values()))
+
+
+def load_lora_file(pipeline: Any, path: Path, adapter: str) -> None:
+    """Load one adapter from a safetensors file.
+
+    Raises:
+        InputError: The file is no LoRA, or belongs to another model.
+        UsageError: PEFT is not installed.
+    """
+    tensors = load_tensors(path)
+    try:
+        pipeline.load_lora_weights(tensors, adapter_name=adapter)
+    except ImportError as error:
+        raise UsageError("A LoRA needs the package 'peft'.", hint="pip install peft") from error
+    except Exception as error:  # diffusers and PEFT raise errors of every kind for tensors that do not fit
+        raise InputError(f"{path} is no LoRA of {type(pipeline).__name__}: {first_sentence(error)}") from error
 
 
 def load_lora_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import edadm_cli
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
@@ -181,3 +183,24 @@ def test_transformers_take_a_lora(kind: str) -> None:
         expected = run()
     denoiser.load_lora_adapter(_peft_keys(factors, "transformer"), prefix="transformer")
     torch.testing.assert_close(run(), expected)
+
+
+def test_an_engine_takes_adapters_and_pipelines_weight_them(folder: Path, tmp_path: Path, pipeline: Any) -> None:
+    factors = _factors(pipeline.unet, TARGETS[:2], 1)
+    file = tmp_path / "style.safetensors"
+    save_file(_peft_keys(factors, "unet"), file)
+    loaded: Any = edadm_cli.load(folder, engine="cuda", device="cpu", lora={file: 0.5})
+    call = example_call(pipeline.unet, batch_size=1)
+    predictions = []
+    for weight in (0.5, 4.0, 0.0):
+        if weight != 0.5:
+            loaded.set_adapters("style", weight)
+        with torch.no_grad(), SideBranches(pipeline.unet, [(factors, weight)]):
+            expected = pipeline.unet(*call[0], **call[1])[0]
+        predictions.append(loaded.unet(*call[0], **call[1])[0])
+        assert (predictions[-1] - expected).norm() < 0.1 * expected.norm()
+    assert (predictions[1] - predictions[2]).norm() > 0.3 * predictions[2].norm()
+    with pytest.raises(UsageError, match="would change nothing"):
+        loaded.load_lora_weights(_peft_keys(factors, "unet"))
+    with pytest.raises(UsageError, match="runs no LoRA"):
+        edadm_cli.load(folder, engine="openvino", device="cpu", lora={file: 0.5})

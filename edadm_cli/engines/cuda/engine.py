@@ -42,6 +42,7 @@ class CudaEngine(Engine):
     name: ClassVar[str] = "cuda"
     description: ClassVar[str] = "INT8 kernels in Triton and CUDA C++ for NVIDIA GPUs, steps in CUDA graphs"
     device_types: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
+    takes_adapters: ClassVar[bool] = True
     # Sums are exact; the epilogue multiplies, subtracts and adds once each in float32, 2^-24 each of terms that can
     # exceed the result where they cancel. Measured over random layers: below 1e-6.
     layer_bound: ClassVar[float] = 1e-5
