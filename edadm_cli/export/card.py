@@ -168,6 +168,9 @@ def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
         f"{sizes[facts.export.denoiser]:,.1f} MiB; {sizes['denoiser_fp32']:,.1f} MiB in float32"
         f" ({sizes['ratio']:.2f} times smaller)",
     )
+    whole = sum(size for name, size in sizes.items() if name not in ("denoiser_fp32", "ratio"))
+    before = whole - sizes[facts.export.denoiser] + sizes["denoiser_fp32"]
+    yield "pipeline on disk", f"{whole:,.1f} MiB; {before:,.1f} MiB with the denoiser in float32"
 
 
 def _quality(evaluation: Evaluation) -> str:

@@ -44,6 +44,9 @@ def test_a_card_has_the_hubs_metadata_and_what_was_measured(export: Path) -> Non
     assert f'from_pretrained("{REPOSITORY}")' in card
     assert "![Full precision above" in card
     assert "grid.png" in upload.files
+    sizes = json.loads((export / "export.json").read_text())["size_mib"]
+    whole = sum(size for name, size in sizes.items() if name not in ("denoiser_fp32", "ratio"))
+    assert f"| pipeline on disk | {whole:,.1f} MiB" in card
 
 
 def test_nothing_of_the_machine_is_sent(export: Path, tmp_path: Path) -> None:
