@@ -29,8 +29,9 @@ _MULTIPROCESSORS = 132
 _ALIGNMENT = 16  # bytes of an address, and of a row
 
 _CLOCK = 4096 * 0.95  # products a clock and multiprocessor
-_START = 3000.0  # clocks until the first step, and after the last
-_TILE, _COLUMN = 500.0, 25.0  # clocks of a tile beside its products, and for each of its columns
+_BYTES = 46.0  # that arrive a clock and multiprocessor
+_START = 6000.0  # clocks until the first step, and after the last
+_TILE, _COLUMN = 500.0, 16.0  # clocks of a tile beside its products, and for each of its columns
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,11 @@ class MatrixTile:
 
 
 TILES = (
-    MatrixTile(256, 128, stages=4, cluster=2, lag=2),
-    MatrixTile(224, 128, stages=4, cluster=2, lag=2),
-    MatrixTile(192, 128, stages=5, cluster=2, lag=3),
-    MatrixTile(160, 128, stages=5, cluster=2, lag=3),
-    MatrixTile(128, 128, stages=6, cluster=2, lag=3),
+    MatrixTile(256, 128, stages=4, cluster=2, lag=0),
+    MatrixTile(224, 128, stages=4, cluster=2, lag=0),
+    MatrixTile(192, 128, stages=5, cluster=1, lag=0),
+    MatrixTile(160, 128, stages=5, cluster=1, lag=0),
+    MatrixTile(128, 128, stages=6, cluster=1, lag=0),
 )
 
 
@@ -169,7 +170,8 @@ def cost(tile: MatrixTile, rows: int, outputs: tuple[int, ...], products: int) -
     tiles = -(-rows // (_ROWS * tile.cluster)) * columns
     rounds = -(-tiles // (_MULTIPROCESSORS // tile.cluster))
     steps = -(-products // tile.bk)
-    return _START + rounds * (_TILE + _COLUMN * tile.bn + steps * _ROWS * tile.bn * tile.bk / _CLOCK)
+    step = max(_ROWS * tile.bn * tile.bk / _CLOCK, (_ROWS + tile.bn) * tile.bk / _BYTES)
+    return _START + rounds * (_TILE + _COLUMN * tile.bn + steps * step)
 
 
 def launch_matrices(
