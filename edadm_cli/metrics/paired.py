@@ -6,7 +6,7 @@ The arithmetic is in `edadm_cli.metrics.distances`, and that of features in `per
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edadm_cli.metrics.base import Context, Metric, Need, Value
 
@@ -33,46 +33,42 @@ class Paired(Metric):
         """Return one value per image, as float64 with shape `(n,)`."""
 
 
-class Psnr(Paired):
+class Formula(Paired):
+    """A paired metric that is one function of `metrics.distances`, of the images or of their final latents."""
+
+    function: ClassVar[str]
+
+    def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
+        """See the function."""
+        from edadm_cli.metrics import distances
+
+        pair = (images, reference) if self.compared == "pixels" else (latents, reference_latents)
+        values: Tensor = getattr(distances, self.function)(*pair)
+        return values
+
+
+class Psnr(Formula):
     """The peak signal-to-noise ratio in dB."""
 
-    name, label, unit = "psnr_db", "PSNR", "dB"
+    name, label, unit, function = "psnr_db", "PSNR", "dB", "psnr"
     better = "higher"
     description = "peak signal-to-noise ratio of the pixels"
 
-    def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
-        """See `distances.psnr`."""
-        from edadm_cli.metrics.distances import psnr
 
-        return psnr(images, reference)
-
-
-class LatentRelativeL2(Paired):
+class LatentRelativeL2(Formula):
     """The relative L2 distance of the final latents."""
 
-    name, label, compared = "latent_rel_l2", "Relative L2", "final latent"
+    name, label, compared, function = "latent_rel_l2", "Relative L2", "final latent", "relative_l2"
     better = "lower"
     description = "relative L2 distance of the final latents"
 
-    def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
-        """See `distances.relative_l2`."""
-        from edadm_cli.metrics.distances import relative_l2
 
-        return relative_l2(latents, reference_latents)
-
-
-class Ssim(Paired):
+class Ssim(Formula):
     """The structural similarity."""
 
-    name, label = "ssim", "SSIM"
+    name, label, function = "ssim", "SSIM", "ssim"
     better = "higher"
     description = "structural similarity of the pixels"
-
-    def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
-        """See `distances.ssim`."""
-        from edadm_cli.metrics.distances import ssim
-
-        return ssim(images, reference)
 
 
 class PerceptualDistance(Metric):
