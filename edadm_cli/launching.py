@@ -1,7 +1,7 @@
 """What started this process, and how many others: the environment of torchrun, accelerate, mpirun and srun.
 
-torchrun tells its processes where they meet (`MASTER_ADDR`, `MASTER_PORT`), and so does accelerate. mpirun and srun
-tell them only which of how many they are; where they meet, the user may say in the environment.
+torchrun and accelerate set where their processes meet (`MASTER_ADDR`, `MASTER_PORT`). mpirun and srun set only the
+index of each process and how many there are; the user can say in the environment where they meet.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Launch:
     """The place of this process among those that were started together.
 
     Attributes:
-        launcher: What started them, as a sentence names it; `None` for a process on its own.
-        index: Of this process, from 0.
-        count: How many there are.
-        local_index: Of this process on its own machine.
+        launcher: The name of the program that started them; `None` for a process on its own.
+        index: The index of this process, from 0.
+        count: The number of processes.
+        local_index: The index of this process on its own machine.
     """
 
     launcher: str | None = None
@@ -42,37 +42,37 @@ class Launch:
 
 
 def launched() -> Launch:
-    """What the innermost launcher says: torchrun may have been started by srun.
+    """Returns the facts of the innermost launcher: torchrun may have been started by srun.
 
-    A number of processes without an index is believed last: scripts for srun set `WORLD_SIZE` alone.
+    A launcher that gives a number of processes without an index counts last: scripts for srun set `WORLD_SIZE` alone.
     """
-    told = []
+    launches = []
     for launcher, *names in _VARIABLES:
         count, index, local_index = (_number(name) for name in names)
         if count is not None and not (launcher == "srun" and _TERMINAL_OF_SRUN in os.environ):
-            told.append((index is None, launcher, index or 0, count, local_index))
-    if not told:
+            launches.append((index is None, launcher, index or 0, count, local_index))
+    if not launches:
         return Launch()
-    _, launcher, index, count, local_index = min(told, key=lambda found: found[0])
+    _, launcher, index, count, local_index = min(launches, key=lambda launch: launch[0])
     if count == 1:
         return Launch()
     return Launch(launcher, index, count, index if local_index is None else local_index)
 
 
 def launched_index() -> int:
-    """Index that the launcher gave this process; 0 without one."""
+    """Returns the index that the launcher gave this process; 0 without a launcher."""
     return launched().index
 
 
 def launched_count() -> int:
-    """How many processes the launcher started."""
+    """Returns how many processes the launcher started."""
     return launched().count
 
 
 def require_meeting_place() -> None:
-    """Refuse processes that cannot meet: each would do the whole work, and all would write the same files.
+    """Refuses processes that cannot meet: each would do the whole work, and all would write the same files.
 
-    Those of mpirun and srun can where the environment says where; it is completed with what torchrun would say.
+    Processes of mpirun and srun can meet where the environment says where; what torchrun would set besides is added.
 
     Raises:
         MachineError: They do not know where to meet, or the launcher has started one process instead of several.
@@ -88,14 +88,14 @@ def require_meeting_place() -> None:
             hint=f"torchrun --nproc-per-node {launch.count} -m -- edadm_cli COMMAND, or set"
             f" {' and '.join(_MEETING_PLACE)} to a host and a free port of the first process",
         )
-    told = {"WORLD_SIZE": launch.count, "RANK": launch.index, "LOCAL_RANK": launch.local_index}
-    os.environ.update({name: str(value) for name, value in told.items()})
+    variables = {"WORLD_SIZE": launch.count, "RANK": launch.index, "LOCAL_RANK": launch.local_index}
+    os.environ.update({name: str(value) for name, value in variables.items()})
 
 
 def _require_all_were_started() -> None:
-    """`accelerate launch` on a machine without several GPUs starts one process, however many were asked for.
+    """Refuses the one process that `accelerate launch` starts on a machine without several GPUs.
 
-    It tells that one where the others would be met, but not that there are any.
+    accelerate sets where that process would meet the others, but not that there are others.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
         raise MachineError(

@@ -2,9 +2,9 @@
 
 The processes meet through accelerate's `PartialState`, which reads the launcher's environment variables; accelerate's
 own configuration file is not needed. Beside the process group they share a small store of keys, through which they wait
-for each other, pass small values from the main process to the others, and tell failures. A process that waits looks
-after the others: each of them leaves a sign of life every two seconds, and one that gives none for a minute is lost, so
-that the others end with a sentence instead of waiting for ever.
+for each other, pass small values from the main process to the others, and report failures. Each process writes a
+heartbeat every two seconds. A process that waits for the others checks their heartbeats: one without any for a minute
+is lost, and the others end with a sentence instead of waiting for ever.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 RESUME_HINT = "type the same command again: it goes on where it was"
-_PATIENCE_S = 60.0  # a process that gives no sign of life for so long is lost
+_PATIENCE_S = 60.0  # a process without a heartbeat for so long is lost
 _BEAT_S = 2.0
 _LOOK_S = 0.5
 _POLL_S = 0.02
@@ -45,10 +45,10 @@ class LostProcessError(MachineError):
 
 
 class Processes:
-    """One process on its own: nothing to wait for, nobody to tell.
+    """One process on its own, which waits for nobody.
 
     Attributes:
-        index: Of this process, from 0; process 0 is the main one, which alone writes artifacts and prints.
+        index: The index of this process, from 0; process 0 is the main one, which alone writes artifacts and prints.
         count: How many there are.
     """
 
@@ -61,30 +61,30 @@ class Processes:
         return self.index == 0
 
     def device_name(self, name: str) -> str:
-        """The device of this process for `--device` `name`: its own GPU where `cuda` or `auto` leaves the choice."""
+        """Returns the device of this process for `--device` `name`: a GPU of its own for `cuda` or `auto`."""
         return name
 
     def wait(self) -> None:
-        """Wait until all processes are here.
+        """Waits until all processes have called it.
 
         Raises:
             LostProcessError: One of them died.
-            EdadmError: One of them failed; its failure.
+            EdadmError: One of them failed, and this is its failure.
         """
 
     def check(self) -> None:
-        """Raise the failure of another process, if there is one; waits for nothing."""
+        """Raises the failure of another process, if there is one; does not wait."""
 
     def share(self, value: Any) -> Any:
-        """The main process's value in every process; a plain JSON value."""
+        """Returns the main process's value in every process; it must be a JSON value."""
         return value
 
     def sum(self, tensor: Tensor) -> None:
-        """Add up a tensor over all processes, in place."""
+        """Adds up a tensor over all processes, in place."""
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Tell the others when the body fails here, and leave together when it is done."""
+        """Reports a failure of the body to the others; where it succeeds, all leave together."""
         yield
 
 
@@ -92,10 +92,10 @@ class Team(Processes):
     """Several processes of one launcher.
 
     Args:
-        store: What they share.
-        index: Of this process.
-        count: How many there are.
-        local_index: Of this process on its own machine: its GPU.
+        store: The store of keys that all processes share.
+        index: The index of this process.
+        count: The number of processes.
+        local_index: The index of this process on its own machine, which is the index of its GPU.
     """
 
     def __init__(self, store: Store, index: int, count: int, local_index: int) -> None:
@@ -107,7 +107,7 @@ class Team(Processes):
         self._heart: threading.Thread | None = None
 
     def device_name(self, name: str) -> str:
-        """`cuda:N` of this process for `cuda`, and for `auto` on a machine with GPUs."""
+        """Returns `cuda:N` of this process for `cuda`, and for `auto` on a machine with GPUs."""
         import torch
 
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
@@ -115,21 +115,21 @@ class Team(Processes):
         return name
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Waits until all processes have called it."""
         self._meetings += 1
         self._set(f"here/{self._meetings}/{self.index}", "")
         for other in self._seen:
             self._await(f"here/{self._meetings}/{other}")
 
     def check(self) -> None:
-        """Raise another process's failure."""
+        """Raises another process's failure."""
         for other in self._seen:
-            told = self._get(f"failed/{other}")
-            if told is not None:
-                raise _failure(other, told)
+            failure = self._get(f"failed/{other}")
+            if failure is not None:
+                raise _failure(failure)
 
     def share(self, value: Any) -> Any:
-        """The main process's value in every process."""
+        """Returns the main process's value in every process."""
         self._meetings += 1
         key = f"value/{self._meetings}"
         if self.is_main:
@@ -138,7 +138,7 @@ class Team(Processes):
         return json.loads(self._await(key))
 
     def sum(self, tensor: Tensor) -> None:
-        """Add up a tensor over all processes, in place: the same bytes in each of them."""
+        """Adds up a tensor over all processes, in place: each gets the same bytes."""
         import torch
 
         try:
@@ -149,7 +149,7 @@ class Team(Processes):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Tell the others when the body fails here, and leave together when it is done."""
+        """Reports a failure of the body to the others; where it succeeds, all leave together."""
         self._start_heart()
         try:
             with self._told_to_end():
@@ -163,14 +163,14 @@ class Team(Processes):
             self._stop_heart()
 
     def _leave(self) -> None:
-        """The main process goes last: the store may be its own."""
+        """Makes the main process leave last: the store may live in it."""
         self._set(f"left/{self.index}", "")
         for other in self._seen if self.is_main else ():
             self._await(f"left/{other}")
 
     @contextmanager
     def _told_to_end(self) -> Iterator[None]:
-        """Turn SIGTERM, which launchers send to the processes that are left when one has died, into a failure."""
+        """Turns SIGTERM into a failure: launchers send it to the remaining processes when one has died."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -188,7 +188,7 @@ class Team(Processes):
 
     def _start_heart(self) -> None:
         self._stopped.clear()
-        self._heart = threading.Thread(target=self._beat, name="sign of life", daemon=True)
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
 
     def _stop_heart(self) -> None:
@@ -206,17 +206,19 @@ class Team(Processes):
                 return
 
     def _tell(self, error: BaseException) -> None:
-        """Leave word of a failure; where even that is impossible, the others miss the sign of life."""
-        told: dict[str, Any] = {"message": f"Process {self.index} of the run failed: {type(error).__name__}: {error}"}
+        """Reports a failure in the store; where that is impossible, the others miss the heartbeat."""
+        failure: dict[str, Any] = {
+            "message": f"Process {self.index} of the run failed: {type(error).__name__}: {error}"
+        }
         if isinstance(error, EdadmError):
-            told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            failure = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
         try:
-            self._store.set(f"failed/{self.index}", json.dumps(told))
+            self._store.set(f"failed/{self.index}", json.dumps(failure))
         except RuntimeError:
             return
 
     def _look_for_a_failure(self) -> None:
-        """A process that fails tells why before it goes; the word may be a moment behind the broken connection."""
+        """Looks for the report of a process that failed, which may come a moment after the broken connection."""
         until = time.monotonic() + _LOOK_S
         while time.monotonic() < until:
             self.check()
@@ -239,7 +241,7 @@ class Team(Processes):
             if newest != sign:
                 self._seen[other] = (newest, now)
             elif now - since > _PATIENCE_S:
-                raise LostProcessError(other, f"has given no sign of life for {_PATIENCE_S:.0f} seconds")
+                raise LostProcessError(other, f"has had no heartbeat for {_PATIENCE_S:.0f} seconds")
 
     def _get(self, key: str) -> str | None:
         try:
@@ -259,7 +261,7 @@ _JOINED = itertools.count()  # the stages of one command meet in the same order 
 
 
 def join(device: str) -> Processes:
-    """Meet the other processes of the launcher, where there are some.
+    """Meets the other processes of the launcher, where there are some.
 
     Args:
         device: `--device`: `cpu` has the processes talk through gloo, a GPU through its own backend.
@@ -284,7 +286,7 @@ def join(device: str) -> Processes:
 
 
 def _shared_store(state: PartialState) -> Store:
-    """The launcher's own store, which outlives every process, where it has one; else one of the main process."""
+    """Returns the launcher's own store, which outlives every process, or else a store of the main process."""
     from accelerate.utils import broadcast_object_list
     from torch.distributed import PrefixStore, TCPStore
 
@@ -292,13 +294,13 @@ def _shared_store(state: PartialState) -> Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         attempt = f"edadm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_JOINED)}"
         return PrefixStore(attempt, TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False))
-    own = TCPStore(host, 0, is_master=True, wait_for_workers=False) if state.is_main_process else None
-    (port,) = broadcast_object_list([None if own is None else own.port])
-    return own or TCPStore(host, port, is_master=False)
+    server = TCPStore(host, 0, is_master=True, wait_for_workers=False) if state.is_main_process else None
+    (port,) = broadcast_object_list([None if server is None else server.port])
+    return server or TCPStore(host, port, is_master=False)
 
 
-def _failure(index: int, told: str) -> EdadmError:
-    content = json.loads(told)
+def _failure(text: str) -> EdadmError:
+    content = json.loads(text)
     error = EdadmError(content["message"], hint=content.get("hint"))
     error.exit_code = content.get("exit_code", EXIT_INTERNAL)
     return error

@@ -71,7 +71,7 @@ def open_artifact(path: Path, kind: str) -> Artifact:
         raise InputError(f"There is no '{kind}' artifact at {path}.")
     manifest = read_manifest(path)
     if manifest.kind != kind:
-        raise InputError(f"{path} is a '{manifest.kind}' artifact; a '{kind}' artifact was wanted.")
+        raise InputError(f"{path} is a '{manifest.kind}' artifact; a '{kind}' artifact was expected.")
     for entry in manifest.payload:
         check_file(path, entry)
     return Artifact(path, manifest)

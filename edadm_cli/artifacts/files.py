@@ -42,9 +42,9 @@ def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None
     if isinstance(error, FileNotFoundError):
         return InputError(f"{named}there is no such file or folder.")
     if isinstance(error, IsADirectoryError):
-        return InputError(f"{named}a file is wanted, and this is a folder.")
+        return InputError(f"{named}a file was expected, and this is a folder.")
     if isinstance(error, (NotADirectoryError, FileExistsError)):
-        return InputError(f"{named}a folder is wanted, and there is a file.")
+        return InputError(f"{named}a folder was expected, and there is a file.")
     return None
 
 

@@ -60,24 +60,24 @@ def _above(path: Path, levels: int) -> Path:
 
 
 def inspect_artifact(path: Path) -> list[InspectedArtifact]:
-    """An artifact and then its ancestors that the run still holds, nearest first."""
+    """Returns an artifact and then its ancestors that the run still holds, nearest first."""
     run, kind, name = run_of_artifact(path)
     if run is None:
         return [_inspect(path, run, None, None)]
-    found: list[InspectedArtifact] = []
+    inspected: list[InspectedArtifact] = []
     pending: list[tuple[str, str | None]] = [(kind, name)]
     while pending:
         kind, name = pending.pop(0)
         place = run.path(kind, name)
-        if has_manifest(place) and all(entry.path != str(place) for entry in found):
+        if has_manifest(place) and all(entry.path != str(place) for entry in inspected):
             entry = _inspect(place, run, kind, name)
-            found.append(entry)
+            inspected.append(entry)
             pending += [(parent.kind, parent.name) for parent in entry.parents]
-    return found
+    return inspected
 
 
 def inspect_run(run: RunFolder) -> list[InspectedArtifact]:
-    """Every artifact of a run, in the order of the chain.
+    """Returns every artifact of a run, in the order of the chain.
 
     Raises:
         InputError: The folder is missing or holds none.

@@ -1,6 +1,6 @@
 """Who may write an artifact: one `flock` an artifact, exclusive to build, shared to read meanwhile.
 
-Nothing waits: a process that cannot have the lock is told who holds it. A lock ends with its process.
+Nothing waits: a process that cannot have the lock gets an error that names its holder. A lock ends with its process.
 """
 
 from __future__ import annotations

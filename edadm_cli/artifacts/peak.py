@@ -52,11 +52,11 @@ def resident_peak_mib() -> float:
     """The resident set's high-water mark, MiB."""
     try:
         lines = _STATUS.read_text().splitlines()
-        found = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * _KIB
+        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * _KIB
     except (OSError, StopIteration):
         mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = mark if sys.platform == "darwin" else mark * _KIB
-    return round(found / _MIB, 1)
+        peak = mark if sys.platform == "darwin" else mark * _KIB
+    return round(peak / _MIB, 1)
 
 
 def reset_cuda_peak(device: torch.device) -> None:

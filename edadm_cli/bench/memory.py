@@ -1,8 +1,8 @@
 """Peak memory of a contender.
 
-On a CPU each contender has a process of its own, and what counts is the largest resident set of that process, Python
-and its libraries included, set back in between so that loading and running are told apart. On CUDA it is torch's
-allocator that counts, from what was allocated before the contender came.
+On a CPU each contender has a process of its own. Its memory is the largest resident set of that process, Python and
+its libraries included; it is reset in between, so that loading and running have peaks of their own. On CUDA it is what
+torch's allocator holds beyond what was allocated before the contender was loaded.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def require_memory(name: str, size_mib: float) -> None:
     Raises:
         MachineError: There is not enough left.
     """
-    wanted, found = _PROCESS_MIB + _LOADING * size_mib, available_mib()
-    if found is not None and found < wanted:
+    needed, available = _PROCESS_MIB + _LOADING * size_mib, available_mib()
+    if available is not None and available < needed:
         raise MachineError(
-            f"'{name}' needs about {wanted:,.0f} MiB of memory besides the contenders that are loaded, and"
-            f" {found:,.0f} MiB are left.",
+            f"'{name}' needs about {needed:,.0f} MiB of memory besides the contenders that are loaded, and"
+            f" {available:,.0f} MiB are left.",
             hint="--no-compiled, one of the --bits, or no --against",
         )
 

@@ -1,7 +1,7 @@
 """The largest rate of multiplication that this machine is seen to reach, in each precision.
 
 A linear layer and a 3x3 convolution of sizes that fill the units are timed alone, and the shortest of several calls
-counts, input quantization included in INT8. A denoiser's layers are held against that, and not against a data sheet.
+counts, input quantization included in INT8. A denoiser's layers are compared with that, and not with a data sheet.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def require_layers(engine: Engine, parity: LayerParity) -> None:
         )
 
 
-def check_prediction(prepared: Prepared, engine: Engine, found: Tensor, full_precision: Tensor) -> EngineParity:
+def check_prediction(prepared: Prepared, engine: Engine, prediction: Tensor, full_precision: Tensor) -> EngineParity:
     """Compare the prediction of what is going to be timed.
 
     An activation that lies at the edge between two codes may fall on either side with any change of rounding, and the
@@ -135,7 +135,7 @@ def check_prediction(prepared: Prepared, engine: Engine, found: Tensor, full_pre
     parity = prepared.parity
     cost = relative_l2(parity.prediction, full_precision)
     bound = max(QUANTIZATION_SHARE * cost, YARDSTICK_FACTOR * prepared.yardstick)
-    error = relative_l2(found, parity.prediction)
+    error = relative_l2(prediction, parity.prediction)
     if not error <= bound:
         raise EdadmError(
             f"The engine '{engine.name}' is not timed: its prediction is off by {error:.2e} from exact integers, the"

@@ -1,9 +1,9 @@
-"""The ceiling a GPU measurement is held against: for each unique layer the time that no kernel can beat.
+"""The bound that a GPU measurement is compared with: for each unique layer the time that no kernel can beat.
 
     time = max(2 * MACs / peak, bytes / bandwidth)
 
 Peaks are those of the data sheets, dense, with float32 accumulation for half precision. Launches, tails of a wave and
-the latency of memory are left out, so what is measured lies above, and by most where layers are small.
+the latency of memory are left out, so measured times are longer, most of all where layers are small.
 """
 
 from __future__ import annotations

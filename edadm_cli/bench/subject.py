@@ -56,7 +56,7 @@ class Subject(ABC):
 
     @abstractmethod
     def pipeline(self, seed: int) -> PipelineRequest:
-        """How to draw a whole image."""
+        """Returns how a whole image is sampled."""
 
     def calls(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None, seed: int) -> list[Call]:
         """Calls that differ in the sample: the first one's own, the others of noise."""

@@ -4,7 +4,7 @@ A product is `batch` times `[M, K] x [K, N]`; a convolution is one with `M = N_i
 `K = C_in / groups * kh * kw`. Bytes are what a layer with a fused epilogue has to read and write once:
 
 - fp16: input, weight, bias, output, two bytes each;
-- W8A8: input and weight one byte (W4A8: half a byte a weight), bias, scale and correction four bytes a channel, the
+- W8A8: input and weight one byte (W4A8: half a byte per weight), bias, scale and correction four bytes per channel, the
   output two bytes, since norms, residuals and attention read it in half precision;
 - a GEGLU projection writes `value * gelu(gate)`, half its channels, and in integers writes codes, since the second
   linear of the feed-forward reads codes;
@@ -79,7 +79,7 @@ class WorkItem:
         return replace(self, name="")
 
     def bytes_read(self, form: Form) -> float:
-        """Bytes read of a call in `form`."""
+        """Returns the bytes that a call in `form` reads."""
         integer = self.is_integer and form != "fp16"
         activation = 1 if integer and self.kind != "norm" else _HALF
         weight = _WEIGHT_BYTES[form] if integer and self.kind != "norm" else _HALF
@@ -88,25 +88,25 @@ class WorkItem:
         return self.inputs * activation + self.weights * weight + channels * per_channel
 
     def bytes_written(self, form: Form) -> float:
-        """Bytes written of a call in `form`."""
+        """Returns the bytes that a call in `form` writes."""
         codes = self.is_integer and form != "fp16" and self.kind in ("geglu", "norm")
         return self.outputs * (1 if codes else _HALF)
 
     def bytes_moved(self, form: Form) -> float:
-        """Bytes read and written of a call in `form`."""
+        """Returns the bytes that a call in `form` reads and writes."""
         return self.bytes_read(form) + self.bytes_written(form)
 
 
 def workload(
     denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, attention_in_integers: bool = False
 ) -> list[WorkItem]:
-    """The work of `denoiser(*args, **kwargs)`, in execution order.
+    """Returns the work of `denoiser(*args, **kwargs)`, in execution order.
 
     Args:
-        denoiser: Full precision or quantized, on any device; on `meta` nothing is computed and no memory is taken. Of a
-            full-precision one every convolution and linear layer counts as integer, of a quantized one those that are.
-        args: Of the call.
-        kwargs: Of the call.
+        denoiser: Full precision or quantized, on any device; on `meta` nothing is computed and no memory is taken. In
+            full precision every convolution and linear layer counts as integer, else the quantized ones.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
         attention_in_integers: Whether the attention products of a full-precision denoiser count as integer.
     """
     is_quantized = any(isinstance(module, QuantizedLayer) for module in denoiser.modules())

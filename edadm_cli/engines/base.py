@@ -21,13 +21,13 @@ from edadm_cli.quant.layers import QuantizedLayer
 
 LayerKind = Literal["conv2d", "linear", "attention"]
 FLOAT = "float"
-"""What a layer is planned as that the recipe leaves in floating point."""
+"""What the plan says of a layer that the recipe leaves in floating point."""
 MAX_QUANTIZED_BITS = 8
 """A layer whose products are computed on elements of at most so many bits meets its plan: int8, int4, float8."""
 
 
 def bits_of(precision: str) -> int | None:
-    """Bits of an element type by its name, such as 8 of `int8` and `float8_e4m3fn`; `None` for other words."""
+    """Returns the bits of an element type, such as 8 of `int8` and `float8_e4m3fn`; `None` for other words."""
     match = re.match(r"(?:u?int|b?float)(\d+)", precision)
     return None if match is None else int(match[1])
 
@@ -67,10 +67,10 @@ class OperationTime:
     """Time of one operation of one call.
 
     Attributes:
-        name: The engine's name of the operation; the layer's where it is one.
-        kind: Such as `conv2d`, `linear`, `attention`, `norm`, `elementwise`, `reorder`.
-        precision: Of its arithmetic.
-        milliseconds: Of one call.
+        name: The name of the layer, or the engine's own name of an operation that is no layer.
+        kind: A word such as `conv2d`, `linear`, `attention`, `norm`, `elementwise`, `reorder`.
+        precision: The element type of its arithmetic.
+        milliseconds: Its time in one call.
     """
 
     name: str
@@ -84,9 +84,9 @@ class EngineOptions:
     """How an engine is to run.
 
     Attributes:
-        device: Where.
-        rest_dtype: Element type of everything that is not quantized.
-        num_threads: CPU threads; `None` leaves it to the engine.
+        device: The device that computes.
+        rest_dtype: The element type of everything that is not quantized.
+        num_threads: The number of CPU threads; `None` leaves it to the engine.
     """
 
     device: torch.device
@@ -99,12 +99,12 @@ class CompiledDenoiser(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the denoiser: the same output class, `return_dict` honoured."""
+        """Runs the denoiser; the output has the denoiser's own class, and `return_dict` is honoured."""
 
     @property
     @abstractmethod
     def layers(self) -> tuple[LayerExecution, ...]:
-        """How each layer runs, in the order of the denoiser's modules."""
+        """Returns how each layer runs, in the order of the denoiser's modules."""
 
     def set_strengths(self, strengths: Mapping[tuple[str, str], float]) -> None:
         """Weight the adapters that the denoiser was compiled with; see `engines.adapters`.
@@ -129,18 +129,18 @@ class CompiledDenoiser(ABC):
 
     @abstractmethod
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
-        """Time of each operation of one call, in execution order."""
+        """Returns the time of each operation of one call, in execution order."""
 
 
 class Engine(ABC):
     """One way to run quantized denoisers.
 
     Attributes:
-        name: As users type it.
+        name: The name that users type.
         description: One line for people.
-        device_types: Of the devices it runs on, such as `cpu`.
-        layer_bound: Largest relative L2 distance of one layer from exact integer arithmetic on equal inputs, with a
-            float32 rest: what an engine's way of rounding and scaling may cost.
+        device_types: The types of the devices that it runs on, such as `cpu`.
+        layer_bound: The largest relative L2 distance of one layer from exact integer arithmetic on equal inputs, with a
+            float32 rest. It bounds what the engine's way of rounding and scaling costs.
         takes_adapters: Whether LoRA adapters of the denoiser run beside its layers; see `engines.adapters`.
     """
 
@@ -152,23 +152,23 @@ class Engine(ABC):
 
     @abstractmethod
     def refusal(self, device: torch.device) -> str | None:
-        """Why the engine cannot run on `device` of this machine, as a sentence; `None` when it can."""
+        """Returns why the engine cannot run on `device` of this machine, as a sentence; `None` when it can."""
 
     @abstractmethod
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """Why the engine cannot run a layer in integers, as half a sentence; `None` when it can."""
+        """Returns why the engine cannot run a layer in integers, as half a sentence; `None` when it can."""
 
     @abstractmethod
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Make a quantized denoiser run on this engine.
+        """Compiles a quantized denoiser for this engine.
 
         Args:
-            denoiser: With quantized layers, on the CPU or on the engine's device; it is not changed.
-            args: Of a call like those to come; other batch and image sizes are allowed later.
-            kwargs: Of that call.
-            options: Device and precision of the rest.
+            denoiser: A denoiser with quantized layers, on the CPU or on the engine's device; it is not changed.
+            args: Positional arguments of a call like those to come; later calls may have other batch and image sizes.
+            kwargs: Keyword arguments of that call.
+            options: The device, and the precision of the rest.
 
         Raises:
             MachineError: The engine cannot run here; see `refusal`.
@@ -177,10 +177,10 @@ class Engine(ABC):
 
     @abstractmethod
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
-        """Make one quantized layer run on this engine, for inputs shaped as `x`."""
+        """Compiles one quantized layer for this engine, for inputs with the shape of `x`."""
 
     def require(self, device: torch.device) -> None:
-        """Refuse a machine that the engine cannot run on.
+        """Refuses a machine that the engine cannot run on.
 
         Raises:
             MachineError: With `refusal`'s sentence.
@@ -194,7 +194,7 @@ class FileEngine(Engine):
     """An engine that keeps a compiled denoiser in files, so that loading it needs no conversion.
 
     Attributes:
-        files_format: Changes whenever files of an earlier version are to be made again.
+        files_format: A number that grows whenever files of earlier versions must be made again.
     """
 
     files_format: ClassVar[int] = 1
@@ -203,11 +203,11 @@ class FileEngine(Engine):
     def save(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
     ) -> None:
-        """Write the engine's files of a quantized denoiser to `folder`; see `compile`."""
+        """Writes the engine's files of a quantized denoiser to `folder`; see `compile`."""
 
     @abstractmethod
     def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
-        """Read what `save` wrote.
+        """Reads what `save` wrote.
 
         Raises:
             InputError: The files are missing, broken, or of another version.

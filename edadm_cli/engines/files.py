@@ -1,7 +1,7 @@
 """An engine's files of an export, as an artifact of their own: `engine/<bits>-<engine>`, made from `export/<bits>`.
 
-Files added to a finished export would change what its manifest promises. They can be had again at any time, so those
-that are damaged or outdated are replaced.
+Files added to a finished export would change what its manifest promises. The files can be made again at any time, so
+damaged or outdated ones are replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KIND = "engine"
 
 
 class FileWriter(Protocol):
-    """What writes files of an export: an engine that has files, or a format that other programs read."""
+    """Writes files of an export: an engine that has files, or a format that other programs read."""
 
     name: ClassVar[str]
     files_format: ClassVar[int]
@@ -38,7 +38,7 @@ class FileWriter(Protocol):
     def save(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
     ) -> None:
-        """Write the files into an empty folder."""
+        """Writes the files into an empty folder."""
 
 
 def engine_artifact(
@@ -55,9 +55,9 @@ def engine_artifact(
     name = f"{bits}-{engine.name}"
     fields = {"bits": bits, "engine": engine.name, "format": engine.files_format}
     spec = BuildSpec(KIND, name, fields, 0, (export,), export.manifest.model)
-    found = None if force else _current(run, spec, reporter)
-    if found is not None:
-        return found
+    current = None if force else _current(run, spec, reporter)
+    if current is not None:
+        return current
     with run.build(spec, force=run.has(KIND, name)) as build:
         if build.artifact is not None:
             return build.artifact
@@ -117,15 +117,15 @@ def _first_call(engine: FileEngine, folder: Path, packed: Any, options: EngineOp
 def load_on_engine(
     run: RunFolder, export: Artifact, engine: Engine, device: torch.device, dtype: torch.dtype, reporter: Reporter
 ) -> LoadedModel:
-    """The exported pipeline with its denoiser on an engine.
+    """Returns the exported pipeline with its denoiser on an engine.
 
     Args:
         run: The run of the export.
         export: The quantized pipeline.
-        engine: What runs the denoiser; from its files, where it has any.
-        device: Of the pipeline.
-        dtype: Of the pipeline, and of what the engine does not quantize.
-        reporter: Told of a conversion.
+        engine: The engine, which loads its files where it has any.
+        device: The device of the pipeline.
+        dtype: The element type of the pipeline, and of what the engine does not quantize.
+        reporter: Receives a note where the denoiser is converted.
 
     Raises:
         MachineError: The engine cannot run here.
@@ -141,7 +141,7 @@ def load_on_engine(
 
 
 def file_engine(engine: Engine) -> FileEngine:
-    """The engine, if it has files.
+    """Returns the engine as one that has files.
 
     Raises:
         UsageError: It has none.
@@ -155,7 +155,7 @@ def file_engine(engine: Engine) -> FileEngine:
 
 
 def example(run: RunFolder, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call of the denoiser as the pipeline makes it for one image."""
+    """Returns a call of the denoiser as the pipeline makes it for one image."""
     return CalibrationSet.load(run.open("select")).call(range(1), device, dtype)
 
 
@@ -164,12 +164,12 @@ def _entry(run: RunFolder) -> ModelEntry:
 
 
 def _current(run: RunFolder, spec: BuildSpec, reporter: Reporter) -> Artifact | None:
-    """The files that are there, if they are of this export and intact."""
+    """Returns the files that are there, if they are of this export and intact."""
     if not run.has(KIND, spec.name):
         return None
     try:
-        found = open_artifact(run.path(KIND, spec.name), KIND)
+        artifact = open_artifact(run.path(KIND, spec.name), KIND)
     except InputError as error:
-        reporter.warn(f"The kept files of the engine are damaged and made again: {error.message}")
+        reporter.warn(f"The engine's files in the run are damaged and made again: {error.message}")
         return None
-    return found if found.identity == spec.identity else None
+    return artifact if artifact.identity == spec.identity else None

@@ -19,29 +19,29 @@ planned layer does not run in integers. Asked only about layers that are planned
 
 
 def planned(plan: LayerPlan | AttentionPlan) -> str:
-    """What a plan asks for: `w4a8`; `float` for a layer whose input is not quantized, so that no integers meet."""
+    """Returns the bits of a plan: `w4a8`; `float` for a layer whose input is not quantized."""
     if isinstance(plan, AttentionPlan):
         return f"w{plan.activation_bits}a{plan.probability_bits}"
     return FLOAT if plan.activation_bits is None else f"w{plan.weight_bits}a{plan.activation_bits}"
 
 
 def list_layers(denoiser: nn.Module, rest_dtype: torch.dtype, decide: Decision) -> tuple[LayerExecution, ...]:
-    """Every convolution, linear layer and attention of a denoiser, in the order of its modules.
+    """Returns a row for every convolution, linear layer and attention of a denoiser, in the order of its modules.
 
     Args:
-        denoiser: With quantized layers.
-        rest_dtype: Element type of what is not quantized.
-        decide: How the engine runs a planned layer.
+        denoiser: A denoiser with quantized layers.
+        rest_dtype: The element type of what is not quantized.
+        decide: Says how the engine runs a planned layer.
     """
     rows, rest = [], str(rest_dtype).removeprefix("torch.")
     for name, module in denoiser.named_modules():
-        found = _kind_and_plan(module)
-        if found is None:
+        product = _kind_and_plan(module)
+        if product is None:
             continue
-        kind, plan, subject = found
-        wanted = FLOAT if plan is None else planned(plan)
-        precision, reason = (rest, None) if wanted == FLOAT else decide(name, subject)
-        rows.append(LayerExecution(name, kind, wanted, precision, reason))
+        kind, plan, subject = product
+        bits = FLOAT if plan is None else planned(plan)
+        precision, reason = (rest, None) if bits == FLOAT else decide(name, subject)
+        rows.append(LayerExecution(name, kind, bits, precision, reason))
     return tuple(rows)
 
 

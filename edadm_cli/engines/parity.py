@@ -1,4 +1,4 @@
-r"""An engine held against exact integer arithmetic, layer by layer on equal inputs.
+r"""An engine compared with exact integer arithmetic, layer by layer on equal inputs.
 
     error = |y_engine - y_exact|_2 / |y_exact|_2
 
@@ -25,7 +25,7 @@ ALL_LAYERS_UP_TO = 120
 
 @dataclass(frozen=True)
 class LayerParity:
-    """What the comparison found.
+    """The result of the comparison.
 
     Attributes:
         errors: Layer name to relative L2 error, of the layers that were checked.
@@ -114,11 +114,11 @@ def prediction_of(output: Any) -> Tensor:
     return first
 
 
-def relative_l2(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted| in float64; of a zero `wanted` it is |found|."""
-    exact = wanted.detach().double().cpu()
+def relative_l2(values: Tensor, expected: Tensor) -> float:
+    """Returns |values - expected| / |expected| in float64; where `expected` is zero, |values|."""
+    exact = expected.detach().double().cpu()
     norm = float(exact.norm())
-    distance = float((found.detach().double().cpu() - exact).norm())
+    distance = float((values.detach().double().cpu() - exact).norm())
     return distance / norm if norm > 0 else distance
 
 

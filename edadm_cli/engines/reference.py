@@ -1,4 +1,4 @@
-"""The engine all others are held against: exact integer sums in torch, on any device.
+"""The engine that all others are compared with: exact integer sums in torch, on any device.
 
 Activations and weights are multiplied as whole numbers in float64, exact below 2^53, so every sum is the int32 sum of
 integer hardware; the epilogue (scale, bias) is float32.
@@ -97,7 +97,8 @@ class _ReferenceDenoiser(CompiledDenoiser):
                 hooks.after(layer, end(name))
             self(*args, **kwargs)
         rows = [
-            OperationTime(name, layers[name].operation.kind, "int8", 1e3 * sum(found)) for name, found in times.items()
+            OperationTime(name, layers[name].operation.kind, "int8", 1e3 * sum(seconds))
+            for name, seconds in times.items()
         ]
         rest = 1e3 * (_now() - started) - sum(row.milliseconds for row in rows)
         return [*rows, OperationTime("all else", "other", str(self._dtype).removeprefix("torch."), rest)]
@@ -110,7 +111,7 @@ def _now() -> float:
 
 
 def use_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> int:
-    """Have every quantized layer of `model` compute in `arithmetic`; returns how many there are."""
+    """Makes every quantized layer of `model` compute in `arithmetic`, and returns how many there are."""
     layers = quantized_layers(model)
     for layer in layers.values():
         layer.arithmetic = arithmetic
@@ -119,10 +120,10 @@ def use_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> int:
 
 @torch.no_grad()
 def layer_parity(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
-    """Compare integer arithmetic with quantize-dequantize, layer by layer on equal inputs, in one forward.
+    """Compares integer arithmetic with quantize-dequantize, layer by layer on equal inputs, in one forward.
 
     Returns:
-        Layer name to |y_int - y_fq| / |y_fq|, L2 norms.
+        The relative error |y_int - y_fq| / |y_fq| of each layer by name, in L2 norms.
     """
     errors: dict[str, float] = {}
 

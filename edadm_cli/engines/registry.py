@@ -34,12 +34,12 @@ _FORMER_NAMES = {"triton": "cuda"}  # what version 0.1 called an engine; its art
 
 
 def engine_names() -> tuple[str, ...]:
-    """Names of all engines: of this package first, then of other packages in the order of their names."""
+    """Returns the names of all engines: of this package first, then of other packages in the order of their names."""
     return *ENGINE_NAMES, *sorted(_outside())
 
 
 def engine(name: str) -> Engine:
-    """An engine by name.
+    """Returns an engine by name.
 
     Raises:
         UsageError: There is none of that name.
@@ -62,22 +62,22 @@ def engine(name: str) -> Engine:
     except AttributeError as error:
         raise MachineError(f"{outside[name].value} of the group {ENTRY_POINTS} does not exist.") from error
     try:
-        found = make()
+        made = make()
     except TypeError:
-        found = None
-    if not isinstance(found, Engine) or found.name != name:
+        made = None
+    if not isinstance(made, Engine) or made.name != name:
         raise MachineError(f"{outside[name].value} of the group {ENTRY_POINTS} is no engine with the name '{name}'.")
-    return found
+    return made
 
 
 def _outside() -> dict[str, EntryPoint]:
-    """Engines that other packages name, but for those that this package has."""
+    """Returns the engines that other packages name, but for those that this package has."""
     points = entry_points(group=ENTRY_POINTS)
     return {point.name: point for point in points if point.name not in _ENGINES and _NAME.fullmatch(point.name)}
 
 
 def default_engine(device: torch.device) -> Engine:
-    """The engine of a device when none is named."""
+    """Returns the engine of a device when none is named."""
     return engine(_DEFAULTS[device.type])
 
 
@@ -97,14 +97,14 @@ class EngineFacts(BaseModel):
 
 
 def engine_facts() -> list[EngineFacts]:
-    """Every engine, with what it can do on this machine and why it is refused."""
+    """Returns every engine, with what it can do on this machine and why it is refused."""
     return [_facts(name) for name in engine_names()]
 
 
 def _facts(name: str) -> EngineFacts:
-    default_for = tuple(device for device, own in _DEFAULTS.items() if own == name)
+    default_for = tuple(device for device, default in _DEFAULTS.items() if default == name)
     try:
-        found = engine(name)
+        known = engine(name)
     except MachineError as error:
         refusals = dict.fromkeys(_DEFAULTS, error.message)
         return EngineFacts(
@@ -112,9 +112,9 @@ def _facts(name: str) -> EngineFacts:
         )
     return EngineFacts(
         name=name,
-        description=found.description,
+        description=known.description,
         default_for=default_for,
-        layer_bound=found.layer_bound,
-        has_files=isinstance(found, FileEngine),
-        refusals={device: found.refusal(torch.device(device)) for device in _DEFAULTS},
+        layer_bound=known.layer_bound,
+        has_files=isinstance(known, FileEngine),
+        refusals={device: known.refusal(torch.device(device)) for device in _DEFAULTS},
     )

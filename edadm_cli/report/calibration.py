@@ -14,8 +14,8 @@ from edadm_cli.report.plots import counts_plot, score_plot
 _STRATEGIES = {
     "tdac": "TDAC shares the samples out by the density and variety of each step's features.",
     "uniform": "Every step gives about as many samples.",
-    "normal": "The steps were drawn from a normal distribution.",
-    "random": "The steps were drawn at random.",
+    "normal": "The steps were chosen from a normal distribution.",
+    "random": "The steps were chosen at random.",
     "last": "Every sample is of the last step.",
 }
 

@@ -143,8 +143,8 @@ def _read_width(run: RunFolder, bits: str) -> Width:
 
 def _read_benches(run: RunFolder, shown: Sequence[str] | None) -> tuple[Part[BenchResult], ...]:
     """Benches of the bit widths that are shown; those of a model without an export with them."""
-    found = (_read(run, "bench", name, BenchResult) for name in run.names("bench"))
-    parts = (part for part in found if part is not None)
+    results = (_read(run, "bench", name, BenchResult) for name in run.names("bench"))
+    parts = (part for part in results if part is not None)
     return tuple(part for part in parts if shown is None or set(part.facts.bits) & set(shown))
 
 

@@ -9,7 +9,7 @@ from edadm_cli.report.html import Html, code, element
 _MISSING = {
     "collect": "The full-precision trajectories are not in this run.",
     "select": "No calibration set has been selected.",
-    "reconstruct": "No quantization parameters have been found.",
+    "reconstruct": "There are no quantization parameters yet.",
     "export": "No quantized pipeline has been exported.",
     "evaluate": "The images have not been evaluated.",
 }

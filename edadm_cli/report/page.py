@@ -16,7 +16,7 @@ from edadm_cli.report.speed import speed_section
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _FOOTER = (
-    "Written by edadm report. Every figure is read from the run's artifacts. "
+    "Written by edadm report. Every number is read from the run's artifacts. "
     "Commands work in the run that was used last; --run names another."
 )
 _LINKS = {

@@ -68,14 +68,14 @@ def _settings(part: Part[Payload]) -> Html:
 
 def _versions(contents: RunContents) -> Html:
     """One line a program; several versions where stages were run with different ones."""
-    found: dict[str, list[str]] = {}
+    versions_of: dict[str, list[str]] = {}
     for part in contents.parts():
         manifest = part.artifact.manifest
         facts = {manifest.tool.name: manifest.tool.version, **manifest.environment}
         for name, version in facts.items():
-            if name != _NO_VERSION and isinstance(version, str) and version not in found.setdefault(name, []):
-                found[name].append(version)
-    rows = [(name, ", ".join(versions)) for name, versions in found.items()]
+            if name != _NO_VERSION and isinstance(version, str) and version not in versions_of.setdefault(name, []):
+                versions_of[name].append(version)
+    rows = [(name, ", ".join(versions)) for name, versions in versions_of.items()]
     return table(["", "version"], rows, "Versions")
 
 

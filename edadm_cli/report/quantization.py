@@ -64,7 +64,7 @@ def _reconstruction(width: Width, part: Part[Units]) -> Html:
     lead = (
         "Loss of each unit against full precision: rounded to nearest, and after learning."
         if learned
-        else "This recipe learns nothing: ranges were found and weights rounded to nearest."
+        else "This recipe learns nothing: ranges were searched and weights rounded to nearest."
     )
     summary = f"All {count(len(learned), 'unit')} with their loss curves"
     return element(

@@ -30,12 +30,12 @@ def _title(bench: Part[BenchResult]) -> str:
 
 
 def _bench(bench: Part[BenchResult]) -> list[Node]:
-    found = bench.facts
+    result = bench.facts
     return [
-        element("p", element("strong", found.headline)),
+        element("p", element("strong", result.headline)),
         _contenders(bench),
-        facts(_machine(found)),
-        *(_width(bits, width) for bits, width in found.by_bits.items()),
+        facts(_machine(result)),
+        *(_width(bits, width) for bits, width in result.by_bits.items()),
     ]
 
 
@@ -67,14 +67,14 @@ def _contenders(bench: Part[BenchResult]) -> Html:
     return table(header, rows, f"Contenders of {_title(bench)}, batch {batches[0]}", numeric=numeric)
 
 
-def _machine(found: BenchResult) -> list[tuple[Node, Node]]:
-    machine = found.machine
+def _machine(result: BenchResult) -> list[tuple[Node, Node]]:
+    machine = result.machine
     gpu = machine.get("gpu") or {}
-    rates = ", ".join(f"{name} {number(rate, 3)}" for name, rate in found.peak_tops.items())
+    rates = ", ".join(f"{name} {number(rate, 3)}" for name, rate in result.peak_tops.items())
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     cores = machine["logical_cores"] or machine["threads"]
     return [
-        ("measured", found.subject),
+        ("measured", result.subject),
         (
             "processor",
             f"{machine['cpu']}, {machine['threads']} of {count(cores, 'core')}",

@@ -25,7 +25,7 @@ def uniform_counts(num_steps: int, num_samples: int) -> Tensor:
 
 
 def random_counts(num_steps: int, num_samples: int, generator: torch.Generator) -> Tensor:
-    """Each sample's step is drawn uniformly."""
+    """Chooses each sample's step uniformly at random."""
     steps = torch.randint(num_steps, (num_samples,), generator=generator)
     return torch.bincount(steps, minlength=num_steps)
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 LOCAL_QUANTILE = 0.05
-"""Share of the pairs of steps that lie within the radius of density where no radius is given."""
+"""Share of the pairs of steps that are within the radius of density where no radius is given."""
 _SLICE_ELEMENTS = 2**22  # elements of the double-precision slice that is held at a time
 _ROUNDING = 1e-12  # relative size below which a difference of inner products is rounding
 _TIE = 1e-9  # relative spread below which scores count as equal
@@ -33,7 +33,7 @@ _TIE = 1e-9  # relative spread below which scores count as equal
 
 @dataclass(frozen=True)
 class Scores:
-    """What TDAC knows of each step.
+    """The scores of the steps.
 
     Attributes:
         distances: Mean squared difference of the features of two steps, with shape `(T, T)`, float64.
@@ -51,8 +51,8 @@ class Allocation:
     Attributes:
         density: D, normalised to [0, 1], with shape `(T,)`.
         variety: V, normalised to [0, 1], with shape `(T,)`.
-        counts: Samples a step, int64, with shape `(T,)`; they sum to N.
-        radius: The r that was used.
+        counts: Samples per step, int64, with shape `(T,)`; they sum to N.
+        radius: The radius r of the density.
     """
 
     density: Tensor
@@ -62,7 +62,7 @@ class Allocation:
 
 
 def score_steps(features: Tensor) -> Scores:
-    """Compare the features of all pairs of steps.
+    """Compares the features of all pairs of steps.
 
     Args:
         features: Mid-block features with shape `(T, B, C, *)`.
@@ -71,12 +71,12 @@ def score_steps(features: Tensor) -> Scores:
 
 
 def rows_at_once(shape: Sequence[int]) -> int:
-    """How many rows of features `(T, B, C, *)` are compared at a time."""
+    """Returns how many rows of features `(T, B, C, *)` are compared at a time."""
     return max(1, _SLICE_ELEMENTS // (shape[0] * math.prod(shape[2:])))
 
 
 def score_slices(slices: Iterable[Tensor]) -> Scores:
-    """Compare the features of all pairs of steps, of which only a few rows need be in memory at a time.
+    """Compares the features of all pairs of steps, of which only a few rows need be in memory at a time.
 
     Args:
         slices: Mid-block features with shape `(T, b, C, *)`, the rows in any portions.
@@ -113,12 +113,12 @@ def total_variation(counts: Tensor) -> float:
 
 
 def density(distances: Tensor, radius: float) -> Tensor:
-    """D before normalisation: for each step, how many others lie within `radius`."""
+    """Returns D before normalisation: for each step, how many others are within `radius`."""
     return (distances <= radius).sum(dim=1) - 1  # every step is within its own radius
 
 
 def normalise(scores: Tensor) -> Tensor:
-    """Min-max normalise; scores that are all equal tell no step from another and become zeros."""
+    """Normalises scores to [0, 1] by minimum and maximum; scores that are all equal become zeros."""
     scores = scores.double()
     low, high = scores.min(), scores.max()
     if float(high - low) <= _TIE * max(abs(float(high)), abs(float(low))):
@@ -132,7 +132,7 @@ def allocate(
     """Share `num_samples` out over the steps.
 
     Args:
-        scores: What `score_steps` found.
+        scores: The result of `score_steps`.
         num_samples: N.
         variety_weight: lambda.
         radius: r; `None` for the distance that a share `quantile` of the pairs of steps does not exceed.

@@ -1,4 +1,4 @@
-"""A denoiser's call as the inputs of a graph: the sample, one timestep a row, and the tensors of the condition.
+"""A denoiser's call as the inputs of a graph: the sample, one timestep per row, and the tensors of the condition.
 
 What a call holds besides tensors is fixed when the graph is made; a call that brings anything else is refused.
 """
@@ -33,9 +33,9 @@ class GraphInterface(BaseModel):
     """How the arguments of a call become the inputs of a graph.
 
     Attributes:
-        denoiser: Class of the denoiser.
-        parameters: Names of its parameters, in order.
-        arguments: Of a call, in the form of `models.calls.Template`, all by keyword.
+        denoiser: The class of the denoiser.
+        parameters: The names of its parameters, in order.
+        arguments: The arguments of a call, in the form of `models.calls.Template`, all by keyword.
         inputs: Names of the graph's inputs, in order.
         returns: Import path of the class that the denoiser returns; `None`: it returns a tuple.
     """
@@ -50,7 +50,7 @@ class GraphInterface(BaseModel):
 
     @classmethod
     def of(cls, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphInterface:
-        """The interface of calls like the given one."""
+        """Returns the interface of calls like the given one."""
         parameters = tuple(inspect.signature(denoiser.forward).parameters)
         call, _ = _split(parameters, args, kwargs)
         return cls(
@@ -61,25 +61,25 @@ class GraphInterface(BaseModel):
         )
 
     def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The inputs of the graph for a call by name and in order, on the CPU, float32 or int64.
+        """Returns the inputs of the graph for a call by name and in order, on the CPU, as float32 or int64.
 
         Raises:
             InputError: The call differs from the one that the graph was made from in more than its tensors.
         """
         call, timesteps = _split(self.parameters, args, kwargs)
-        found = call.template["kwargs"]
-        if found != self.arguments:
-            raise InputError(f"{self.denoiser} is called with {_difference(found, self.arguments)}.")
+        arguments = call.template["kwargs"]
+        if arguments != self.arguments:
+            raise InputError(f"{self.denoiser} is called with {_difference(arguments, self.arguments)}.")
         given = {SAMPLE: call.sample, TIMESTEP: timesteps, **call.tensors}
         return {name: _graph_type(given[name]) for name in self.inputs}
 
     def call(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The keyword arguments of the denoiser for inputs of the graph."""
+        """Returns the keyword arguments of the denoiser for inputs of the graph."""
         template = {"args": [], "kwargs": self.arguments}
         return build_call(template, tensors[SAMPLE], tensors[TIMESTEP], tensors)[1]
 
     def output(self, prediction: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the denoiser itself would return for its prediction, where the call's sample is and of its type.
+        """Returns what the denoiser itself would return, on the device and in the element type of the call's sample.
 
         Raises:
             InputError: The class that it returned is neither of diffusers nor of this package.
@@ -95,14 +95,14 @@ class GraphInterface(BaseModel):
 
 
 def class_path(output: Any) -> str | None:
-    """Import path of what a denoiser returned; `None` for a tuple."""
+    """Returns the import path of the class that a denoiser returned; `None` for a tuple."""
     return None if isinstance(output, tuple) else f"{type(output).__module__}.{type(output).__name__}"
 
 
 def _split(
     parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[DenoiserCall, Tensor]:
-    """A call taken apart, and one timestep for each row of its sample."""
+    """Returns a call taken apart, and one timestep per row of its sample."""
     bound = {**dict(zip(parameters, args, strict=False)), **kwargs}
     bound.pop(_RETURN_DICT, None)
     # what is None is left out: pipelines differ in whether they name it
@@ -117,9 +117,9 @@ def _split(
     return call, timesteps.expand(call.sample.shape[0])
 
 
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first difference between the arguments of two calls, in words."""
-    given, expected = _by_dotted_name(found), _by_dotted_name(wanted)
+def _difference(arguments: Mapping[str, Any], template: Mapping[str, Any]) -> str:
+    """Returns the first difference between the arguments of two calls, in words."""
+    given, expected = _by_dotted_name(arguments), _by_dotted_name(template)
     name = min(key for key in given.keys() | expected.keys() if given.get(key) != expected.get(key))
     if name not in expected:
         return f"'{name}', but its graph was made for calls without it"
@@ -129,7 +129,7 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def _by_dotted_name(node: Any, name: str = "") -> dict[str, Any]:
-    """Literals of a template by dotted name; a tensor is its name."""
+    """Returns the literals of a template by dotted name."""
     if isinstance(node, Mapping) and not is_tensor(node):
         items: Iterable[tuple[Any, Any]] = node.items()
     elif isinstance(node, list):

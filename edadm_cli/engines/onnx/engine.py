@@ -35,7 +35,7 @@ LAYER_BOUND = 2.0**-22
 
 
 class OnnxRuntimeEngine(FileEngine):
-    """A standard ONNX file with QuantizeLinear and DequantizeLinear, run by ONNX Runtime in exact integers.
+    """A standard ONNX file with QuantizeLinear and DequantizeLinear, which ONNX Runtime runs in exact integers.
 
     Args:
         fixed_sizes: Whether compiled denoisers take the sizes of their example only, and compile faster.
@@ -50,7 +50,7 @@ class OnnxRuntimeEngine(FileEngine):
         self._fixed_sizes = fixed_sizes
 
     def refusal(self, device: torch.device) -> str | None:
-        """It needs a CPU and three packages."""
+        """Refuses everything but a CPU with three packages installed."""
         if device.type not in self.device_types:
             return (
                 f"The engine '{self.name}' was to run on {device.type}, and ONNX Runtime multiplies integers on CPUs"
@@ -65,20 +65,20 @@ class OnnxRuntimeEngine(FileEngine):
         return None
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """A layer runs in integers where its input is quantized, after factors per channel at most."""
+        """Refuses a layer whose input is not quantized, or transformed by more than factors per channel."""
         quantizer = layer.input_quantizer
         return "its input is not quantized" if quantizer is None else quantizer.factors_refusal
 
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Write the denoiser's file to a place that is gone afterwards, and load it."""
+        """Writes the denoiser's file to a temporary folder and loads it."""
         with TemporaryDirectory(prefix="edadm-onnx-") as folder:
             self.save(denoiser, args, kwargs, options, Path(folder))
             return self.load(Path(folder), options)
 
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
-        """A graph of one layer."""
+        """Makes a session of one layer."""
         self._require(options)
         from edadm_cli.engines.onnx.export import layer_graph
         from edadm_cli.engines.onnx.integers import in_integers
@@ -92,7 +92,7 @@ class OnnxRuntimeEngine(FileEngine):
     def save(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
     ) -> None:
-        """Write `denoiser.onnx`, checked by `onnx.checker`, and `denoiser.json`."""
+        """Writes `denoiser.onnx`, which `onnx.checker` checks, and `denoiser.json`."""
         self._require(options)
         from edadm_cli.engines.onnx.export import export_onnx
 
@@ -102,7 +102,7 @@ class OnnxRuntimeEngine(FileEngine):
         GraphDescription(format_version=FORMAT_VERSION, interface=interface, layers=layers).save(folder)
 
     def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
-        """Read what `save` wrote."""
+        """Reads what `save` wrote."""
         self._require(options)
         from edadm_cli.engines.onnx.session import load_session
 
@@ -146,8 +146,8 @@ class _OnnxDenoiser(CompiledDenoiser):
         names = [layer.name]
         if layer.kind == "attention":
             names = [product_name(f"{layer.name}.{operand}") for operand in ("q", "p")]
-        found = {name: self._session.operator(name) for name in names}
-        floating = {name: operator for name, operator in found.items() if operator not in INTEGER_PRODUCTS}
+        operators = {name: self._session.operator(name) for name in names}
+        floating = {name: operator for name, operator in operators.items() if operator not in INTEGER_PRODUCTS}
         if not floating:
             return LayerExecution(layer.name, layer.kind, layer.planned, "int8")
         name, operator = next(iter(floating.items()))

@@ -50,17 +50,17 @@ def export_onnx(
     *,
     fixed_sizes: bool = False,
 ) -> GraphInterface:
-    """Write a quantized denoiser as ONNX, checked by `onnx.checker`.
+    """Writes a quantized denoiser as ONNX and has `onnx.checker` check it.
 
     Batch, height, width and the number of tokens are free wherever the architecture leaves them free. Where the
     exporter finds no form with a free height and width, as for latents that a UNet cannot halve evenly, these are
     fixed at the example's; where it finds none with a free batch either, all sizes are.
 
     Args:
-        denoiser: With quantized layers; it is not changed.
-        args: Of a call.
-        kwargs: Of that call.
-        path: Of the file; tensors beyond 1 GiB go to a second one beside it, `<name>.data`.
+        denoiser: A denoiser with quantized layers; it is not changed.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of that call.
+        path: The file; tensors beyond 1 GiB go to a second one beside it, `<name>.data`.
         target: `tensorrt` writes activations as int8 with zero-point 0, the only form that TensorRT reads.
         fixed_sizes: Whether calls must have the sizes of the example; tracing then takes less than half the time.
 
@@ -85,14 +85,14 @@ def export_onnx(
 
 
 def write(model: ir.Model, path: Path) -> None:
-    """Write a model, its tensors in a second file where one would be too large."""
+    """Writes a model; its tensors go to a second file where one file would be too large."""
     values = (value.const_value for value in model.graph.initializers.values())
     size = sum(tensor.nbytes for tensor in values if tensor is not None)
     ir.save(model, path, external_data=f"{path.name}.data" if size > _LARGEST_INLINE else None)
 
 
 def layer_graph(layer: QuantizedLayer, num_dims: int) -> ir.Model:
-    """The graph of one quantized layer, from `x` with any sizes to `y`."""
+    """Returns the graph of one quantized layer, from `x` with any sizes to `y`."""
     writer = Writer()
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([f"d{i}" for i in range(num_dims)]))
     y = writer.layer(x, layer, "layer")
@@ -104,7 +104,7 @@ def layer_graph(layer: QuantizedLayer, num_dims: int) -> ir.Model:
 
 
 def _traced(wrapper: FlatDenoiser, tensors: dict[str, Tensor], freedoms: Sequence[Freedom]) -> ir.Model:
-    """The graph with the first of `freedoms` that the exporter has a form for."""
+    """Returns the graph with the first of `freedoms` that the exporter has a form for."""
     failure: Exception | None = None
     for freedom in freedoms:
         try:
@@ -120,7 +120,7 @@ def _traced(wrapper: FlatDenoiser, tensors: dict[str, Tensor], freedoms: Sequenc
 
 @contextmanager
 def _silent_exporter() -> Iterator[None]:
-    """Keep torch's exporter from warning and logging: what fails is tried in another form, or raised."""
+    """Keeps torch's exporter from warning and logging: what fails is tried in another form, or raised."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.fx", "torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -157,14 +157,14 @@ def _export(wrapper: FlatDenoiser, tensors: dict[str, Tensor], freedom: Freedom)
 
 
 def _reason(error: Exception | None) -> str:
-    """The sentence of an exporter's error that says what failed: no colours, no steps, no advice to its developers."""
+    """Returns the line of an exporter's error that says what failed, without colours, steps and advice."""
     lines = [_ESCAPES.sub("", line).strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(_NO_REASONS)]
     return lines[-1][:_LONGEST_REASON] if lines else type(error).__name__
 
 
 def _free_dims(name: str, tensor: Tensor, rows: int, freedom: Freedom) -> list[int]:
-    """Dimensions that may change: rows; of the sample all but its channels; of sequences their length."""
+    """Returns the dimensions that may change: rows, height and width of the sample, and the length of sequences."""
     if tensor.dim() == 0 or tensor.shape[0] != rows:
         return []
     if tensor.dim() == 4 and name == SAMPLE:
@@ -173,7 +173,7 @@ def _free_dims(name: str, tensor: Tensor, rows: int, freedom: Freedom) -> list[i
 
 
 def _fill_in(graph: ir.Graph, denoiser: nn.Module, writer: Writer) -> None:
-    """Replace every symbolic node by the layer or the quantizer that it names."""
+    """Replaces every symbolic node with the layer or the quantizer that it names."""
     layers = quantized_layers(denoiser)
     for node in [node for node in graph if node.domain == DOMAIN]:
         name, x, old = node.attributes[NAME].as_string(), node.inputs[0], node.outputs[0]
@@ -197,7 +197,7 @@ def _operand(denoiser: nn.Module, x: ir.Value, name: str, writer: Writer) -> ir.
 
 
 def _name_product(value: ir.Value, name: str) -> None:
-    """Name the product that an attention's operand goes to after the operand."""
+    """Names the product that reads an attention's operand after that operand."""
     node = next(iter(value.consumers()), None)
     while node is not None and node.op_type in _PASSES_THROUGH:
         node = next(iter(node.outputs[0].consumers()), None)
@@ -206,20 +206,20 @@ def _name_product(value: ir.Value, name: str) -> None:
 
 
 def product_name(operand: str) -> str:
-    """Name of the product of attention's `<attention>.q` or `<attention>.p`."""
+    """Returns the name of the product that reads attention's operand `<attention>.q` or `<attention>.p`."""
     return f"{operand}.product"
 
 
 def _require_symmetric(denoiser: nn.Module) -> None:
-    found = [
+    asymmetric = [
         name
         for name, layer in quantized_layers(denoiser).items()
         if layer.plan.input_grid is not None and not _is_symmetric(layer)
     ]
-    if found:
+    if asymmetric:
         raise UsageError(
-            f"TensorRT reads symmetric activations only, and {len(found)} layers have a zero-point off the middle of"
-            f" their grid, such as '{found[0]}'.",
+            f"TensorRT reads symmetric activations only, and {len(asymmetric)} layers have a zero-point off the middle"
+            f" of their grid, such as '{asymmetric[0]}'.",
             hint="edadm export --engine onnxruntime",
         )
 

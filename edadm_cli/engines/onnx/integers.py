@@ -48,8 +48,12 @@ def _weight(node: ir.Node) -> ir.Node | None:
     producer = value.producer() if value is not None else None
     if producer is not None and producer.op_type == "Transpose":
         value = producer.inputs[0]
-    found = _dequantize(value)
-    return found if found is not None and found.inputs[0] is not None and found.inputs[0].is_initializer() else None
+    dequantize = _dequantize(value)
+    return (
+        dequantize
+        if dequantize is not None and dequantize.inputs[0] is not None and dequantize.inputs[0].is_initializer()
+        else None
+    )
 
 
 def _multiply_codes(graph: ir.Graph, node: ir.Node, weight: ir.Node) -> None:

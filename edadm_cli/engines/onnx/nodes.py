@@ -27,7 +27,7 @@ class Writer:
     """Collects nodes and initializers; names are those of the layers.
 
     Args:
-        symmetric: Write activations as int8 around zero, as TensorRT wants them, instead of uint8.
+        symmetric: Write activations as int8 around zero, as TensorRT reads them, instead of uint8.
     """
 
     def __init__(self, symmetric: bool = False) -> None:
@@ -36,7 +36,7 @@ class Writer:
         self.symmetric = symmetric
 
     def layer(self, x: ir.Value, module: QuantizedLayer, name: str) -> ir.Value:
-        """A quantized layer; its product carries `name`."""
+        """Returns the output of a quantized layer, whose product carries `name`."""
         quantizer = module.input_quantizer
         if quantizer is not None:
             factors = quantizer.channel_factors()
@@ -63,7 +63,7 @@ class Writer:
         return product if bias is None else self._add("Add", [product, bias], f"{name}.add_bias")
 
     def fake_quantize(self, x: ir.Value, scale: Tensor, zero_point: int, grid: Grid, name: str) -> ir.Value:
-        """Codes of `x` on a grid of at most eight bits, as real values."""
+        """Returns the real values of the codes of `x` on a grid of at most eight bits."""
         step = _array(scale.float()).reshape(())
         if grid.num_bits < _BYTE_BITS:
             low, high = (np.float32(code - zero_point) * step for code in (grid.quant_min, grid.quant_max))
@@ -77,7 +77,7 @@ class Writer:
         return self._add("DequantizeLinear", [codes, *parameters], f"{name}.dequantize")
 
     def _zero(self, zero_point: int, grid: Grid) -> np.ndarray:
-        """The code of zero: codes of a signed grid are moved up for uint8, those of an unsigned one down for int8."""
+        """Returns the code of zero: codes of a signed grid move up for uint8, of an unsigned grid down for int8."""
         half = 1 << (grid.num_bits - 1)
         if self.symmetric:
             return np.asarray(zero_point - (0 if grid.signed else half), np.int8)

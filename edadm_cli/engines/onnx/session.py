@@ -67,7 +67,7 @@ class Session:
     model: ir.Model
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The one output of the graph for named inputs.
+        """Returns the one output of the graph for named inputs.
 
         Raises:
             InputError: The inputs do not fit the graph.
@@ -81,12 +81,12 @@ class Session:
             raise InputError(f"ONNX Runtime cannot run the graph with {shapes}: {reason}") from error
 
     def operator(self, name: str) -> str | None:
-        """The operator that executes the product of a node's name; `None` when the optimizer left none."""
+        """Returns the operator that computes the product of a name; `None` where the optimizer left none."""
         return self.operators.get(name)
 
 
 def load_session(path: Path, num_threads: int | None) -> Session:
-    """Load a graph written by `export_onnx`, rewrite it for integers and hand it to ONNX Runtime.
+    """Loads a graph that `export_onnx` wrote, rewrites it for integers and hands it to ONNX Runtime.
 
     Raises:
         InputError: The file is missing or broken.
@@ -102,7 +102,7 @@ def load_session(path: Path, num_threads: int | None) -> Session:
 
 
 def make_session(model: ir.Model, num_threads: int | None) -> Session:
-    """Hand a graph to ONNX Runtime, on the CPU."""
+    """Hands a graph to ONNX Runtime on the CPU."""
     with TemporaryDirectory(prefix="edadm-onnx-") as folder:
         place = Path(folder)
         write(model, place / _MODEL)
@@ -117,7 +117,7 @@ def make_session(model: ir.Model, num_threads: int | None) -> Session:
 
 
 def profile(session: Session, inputs: Mapping[str, Tensor], num_threads: int | None) -> list[OperationTime]:
-    """Time of each node of one call, the second one, by ONNX Runtime's own profiler."""
+    """Returns the time of each node of the second call, from ONNX Runtime's own profiler."""
     with TemporaryDirectory(prefix="edadm-onnx-") as folder:
         place = Path(folder)
         write(session.model, place / _MODEL)
@@ -145,7 +145,7 @@ def _operation(event: dict[str, Any]) -> OperationTime:
 
 
 def _own_name(name: str) -> str:
-    """The name a node had before the optimizer's: `<name>/MatmulTransposeFusion/`, or `<output>_nchwc`."""
+    """Returns a node's name before the optimizer made it `<name>/MatmulTransposeFusion/` or `<output>_nchwc`."""
     return name.partition("/")[0].removesuffix("_nchwc").removesuffix(":0")
 
 

@@ -52,12 +52,12 @@ class _AttentionStandIn(AttentionProducts):
         self.attention_name = name
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
-        """A node that names the operand."""
+        """Returns the output of a node that names the operand."""
         return _node(OPERAND, tensor, f"{self.attention_name}.{operand}", tensor.shape)
 
 
 def output_shape(operation: Operation, weight_shape: tuple[int, ...], shape: torch.Size) -> list[Any]:
-    """Shape of a layer's output; sizes may be symbols."""
+    """Returns the shape of a layer's output; sizes may be symbols."""
     if operation.kind == "linear":
         return [*shape[:-1], weight_shape[0]]
     convolution = (operation.stride, operation.padding, operation.dilation)

@@ -54,15 +54,16 @@ _LIBRARY.impl("fake_quantize", lambda x, index: x.clone(), "CompositeExplicitAut
 
 @torch.no_grad()
 def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ov.Model, GraphInterface]:
-    """Convert a quantized denoiser; its inputs keep dynamic shapes, so that other sizes can be set later.
+    """Converts a quantized denoiser. The inputs keep dynamic shapes, so that other sizes can be set later.
 
     Args:
-        denoiser: With quantized layers, on any device; it is not changed.
-        args: Of an example call.
-        kwargs: Of that call.
+        denoiser: A denoiser with quantized layers, on any device; it is not changed.
+        args: Positional arguments of an example call.
+        kwargs: Keyword arguments of that call.
 
     Returns:
-        The graph, float32 where it is not quantized, with four-bit weights as i4 constants, and its call interface.
+        The graph, which is float32 where it is not quantized and has four-bit weights as i4 constants, and its call
+        interface.
 
     Raises:
         EdadmError: OpenVINO cannot express the denoiser.
@@ -90,8 +91,8 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExtension]) -> ov.Model:
-    """What `openvino.convert_model` does, without its passes over the graph, which compiling repeats anyway, and
-    without the usage reports that it sends.
+    """Converts as `openvino.convert_model` does, but sends no usage reports and leaves out its passes over the graph,
+    which compiling repeats anyway.
     """
     frontend = FrontEndManager().load_by_framework("pytorch")
     for extension in extensions:
@@ -100,7 +101,7 @@ def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExt
 
 
 def _reason(error: Exception) -> str:
-    """The line that says something; the converter puts what tracing raised after a line `Exception:`."""
+    """Returns the informative line of an error: the converter puts what tracing raised after a line `Exception:`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "Exception:" in lines[:-1]:
         return lines[lines.index("Exception:") + 1]
@@ -123,7 +124,7 @@ class _Tracing:
         self.model = copy_with_stand_ins(denoiser, stand_ins)
 
     def extensions(self) -> list[ConversionExtension]:
-        """What the converter calls for each stand-in."""
+        """Returns the functions that the converter calls for the stand-ins."""
 
         def nodes_of(context: Any) -> list[ov.Output]:
             return [self.converters[context.get_values_from_const_input(1)](context.get_input(0))]
@@ -160,7 +161,7 @@ class _LayerStandIn(LayerStandIn):
         self.index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zeros in the shape of the layer's output."""
+        """Returns zeros in the shape of the layer's output."""
         op, result = self.operation, x
         if op.kind == "linear":
             result = torch.ops.edadm_openvino.linear(x, self.index, self.out_features)
@@ -173,14 +174,14 @@ class _LayerStandIn(LayerStandIn):
 
 
 class _GegluStandIn(nn.Module):
-    """Stands where a gated feed-forward layer does whose projection is quantized."""
+    """Stands where a gated feed-forward layer with a quantized projection does."""
 
     def __init__(self, projection: QuantizedLayer, index: int) -> None:
         super().__init__()
         self.index, self.features = index, projection.out_features // 2
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Zeros in the shape of the gated output."""
+        """Returns zeros in the shape of the gated output."""
         result: Tensor = torch.ops.edadm_openvino.geglu(x, self.index, self.features)
         return result
 
@@ -193,6 +194,6 @@ class _AttentionStandIn(AttentionProducts):
         self.indices = indices
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
-        """Pass through."""
+        """Passes an operand through."""
         result: Tensor = torch.ops.edadm_openvino.fake_quantize(tensor, self.indices[operand])
         return result

@@ -38,14 +38,14 @@ class OpenVinoEngine(FileEngine):
     files_format = files.FORMAT_VERSION
 
     def refusal(self, device: torch.device) -> str | None:
-        """OpenVINO's CPU plug-in runs wherever it is installed."""
+        """Refuses everything but a CPU; OpenVINO's CPU plug-in runs wherever it is installed."""
         return None if device.type == "cpu" else f"The engine openvino runs on the cpu only, not on {device.type}."
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """A layer whose input is not quantized has nothing to multiply in integers.
+        """Refuses a layer whose input is not quantized: it has nothing to multiply in integers.
 
-        Layers that this processor would sum inexactly are no refusal: they run, in floating point, and are held against
-        exact integers as all others are; a compiled denoiser's `layers` say so.
+        A layer that this processor would sum inexactly is not refused: it runs in floating point and is compared with
+        exact integers as all others are. A compiled denoiser's `layers` say so.
         """
         quantizer = layer.input_quantizer
         return "its input stays in floating point" if quantizer is None else quantizer.factors_refusal
@@ -53,7 +53,7 @@ class OpenVinoEngine(FileEngine):
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Convert and compile; see `Engine.compile`."""
+        """Converts and compiles a denoiser; see `Engine.compile`."""
         self._require(options)
         graph, interface = convert(denoiser, args, kwargs)
         widen(graph)
@@ -61,7 +61,7 @@ class OpenVinoEngine(FileEngine):
         return OpenVinoDenoiser(graph, interface, planned_layers(denoiser), options, shapes)
 
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
-        """A graph of one layer."""
+        """Compiles a graph of one layer."""
         self._require(options)
         parameter = ops.parameter(list(x.shape), ov.Type.f32)
         graph = ov.Model([nodes.layer(parameter.output(0), layer, "layer")], [parameter])
@@ -78,7 +78,7 @@ class OpenVinoEngine(FileEngine):
     def save(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
     ) -> None:
-        """Write the graph; options do not enter, since precision and threads are chosen on load."""
+        """Writes the graph. The options have no effect: `load` chooses precision and threads."""
         graph, interface = convert(denoiser, args, kwargs)
         description = files.Description(
             openvino=ov.get_version(),
@@ -89,7 +89,7 @@ class OpenVinoEngine(FileEngine):
         files.write(graph, description, folder)
 
     def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
-        """Read the graph and compile it for the shapes of the example call."""
+        """Reads the graph and compiles it for the shapes of the example call."""
         self._require(options)
         graph, description = files.read(folder)
         widen(graph)
@@ -99,8 +99,8 @@ class OpenVinoEngine(FileEngine):
         self.require(options.device)
         capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if _CAPABILITIES.get(options.rest_dtype) not in capabilities:
-            wanted = str(options.rest_dtype).removeprefix("torch.")
+            asked = str(options.rest_dtype).removeprefix("torch.")
             raise MachineError(
-                f"OpenVINO does not compute in {wanted} on this CPU; it offers {', '.join(capabilities)}.",
+                f"OpenVINO does not compute in {asked} on this CPU; it offers {', '.join(capabilities)}.",
                 hint="--dtype float32",
             )

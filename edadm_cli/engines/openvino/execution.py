@@ -55,14 +55,14 @@ class RuntimeNode:
 
     @property
     def product_sources(self) -> list[str]:
-        """Sources that are products, where that is to be told apart."""
+        """Returns the sources that are products; a fused chain has others as well."""
         if self.type != "Subgraph":
             return list(self.sources)
         return [source for source in self.sources if source.rpartition("/")[2].startswith(_ATTENTION_SOURCES)]
 
 
 def runtime_nodes(compiled: ov.CompiledModel) -> list[RuntimeNode]:
-    """The nodes of a compiled graph in execution order; times are those of the last inference, if it counted them."""
+    """Returns the nodes of a compiled graph in execution order, with the times of the last profiled call."""
     nodes = [RuntimeNode(node) for node in compiled.get_runtime_model().get_ordered_ops()]
     return sorted(nodes, key=lambda node: node.order)
 
@@ -70,12 +70,12 @@ def runtime_nodes(compiled: ov.CompiledModel) -> list[RuntimeNode]:
 def executed_layers(
     nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer], reasons: Mapping[str, str]
 ) -> tuple[LayerExecution, ...]:
-    """How each planned layer runs.
+    """Returns how each planned layer runs.
 
     Args:
-        nodes: Of the runtime graph.
-        planned: In the order of the denoiser's modules.
-        reasons: Layer name to why it is known not to run in integers.
+        nodes: The nodes of the runtime graph.
+        planned: The layers in the order of the denoiser's modules.
+        reasons: The name of each layer that is known not to run in integers, with the reason.
     """
     products: dict[str, list[RuntimeNode]] = {}
     for node in nodes:
@@ -97,7 +97,7 @@ def _execution(layer: PlannedLayer, nodes: list[RuntimeNode], known: str | None)
 
 
 def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer]) -> list[OperationTime]:
-    """Time of each node that ran."""
+    """Returns the time of each node that ran."""
     names = {layer.name for layer in planned}
     rows = []
     for node in nodes:
@@ -105,15 +105,15 @@ def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer
             continue
         # reorders inside an attention carry its name too; only its products are the layer
         sources = node.product_sources if node.type in _PRODUCTS else []
-        own = _without_wrapper(node.name)
-        layer = next((name for name in map(layer_name, sources) if name in names), own)
+        node_name = _without_wrapper(node.name)
+        layer = next((name for name in map(layer_name, sources) if name in names), node_name)
         kind = "attention" if node.type == "Subgraph" and node.product_sources else _KINDS.get(node.type, "elementwise")
         rows.append(OperationTime(layer, kind, node.precision, node.milliseconds))
     return rows
 
 
 def layer_name(source: str) -> str:
-    """The layer that a node of the graph came from: tracing calls it `__module.denoiser.<layer>/aten::...`."""
+    """Returns the layer that a node of the graph came from: tracing calls it `__module.denoiser.<layer>/aten::...`."""
     return _without_wrapper(source.partition("/")[0])
 
 

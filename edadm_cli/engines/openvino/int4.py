@@ -1,4 +1,4 @@
-"""Four-bit constants: two codes a byte in the files, int8 when the graph is compiled.
+"""Four-bit constants: two codes per byte in the files, int8 when the graph is compiled.
 
 OpenVINO's low-precision transformations know no four-bit convolution weights, so the codes are widened on load.
 """
@@ -10,7 +10,7 @@ import openvino as ov
 
 
 def int4_constant(codes: np.ndarray) -> ov.Node:
-    """A constant of type i4 from int8 codes in -8..7, any shape; the earlier code is in a byte's low half."""
+    """Returns an i4 constant of int8 codes in -8..7, with any shape; the earlier code is in the low half of a byte."""
     flat = codes.reshape(-1)
     if flat.size % 2:
         flat = np.append(flat, np.int8(0))
@@ -22,7 +22,7 @@ def int4_constant(codes: np.ndarray) -> ov.Node:
 
 
 def int4_codes(constant: ov.op.Constant) -> np.ndarray:
-    """The int8 codes of an i4 constant."""
+    """Returns the int8 codes of an i4 constant."""
     packed = constant.data.view(np.uint8).reshape(-1)
     codes = np.empty((packed.size, 2), np.uint8)
     codes[:, 0], codes[:, 1] = packed & 0xF, packed >> 4
@@ -32,7 +32,7 @@ def int4_codes(constant: ov.op.Constant) -> np.ndarray:
 
 
 def widen(model: ov.Model) -> None:
-    """Replace every i4 constant of a graph by an int8 one, in place."""
+    """Replaces every i4 constant of a graph with an int8 one, in place."""
     for node in model.get_ops():
         if node.get_type_name() == "Constant" and node.get_output_element_type(0) == ov.Type.i4:
             wide = ov.op.Constant(int4_codes(node))

@@ -2,9 +2,10 @@
 
     quantize(move(x)) = move(quantize(x))
 
-for anything that only moves elements, since all of them share one scale: the same values. Before it, a quantizer
-becomes the end of what makes the elements, and bytes are moved instead of floating-point numbers. The operands of
-attention stay as they are: with their quantizers right before the products OpenVINO was seen to make one kernel of it.
+for anything that only moves elements, since all elements share one scale: the values are the same. A quantizer before
+the movement is fused with the operation that makes the elements, and bytes are moved instead of floating-point numbers.
+The operands of attention stay as they are: OpenVINO makes one kernel of attention where the quantizers come right
+before the products.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _MOVES = ("Reshape", "Transpose")
 
 
 def quantize_before_moving(graph: ov.Model) -> None:
-    """Take every quantizer of a graph as far up through data movement as no other reader is affected, in place."""
+    """Moves every quantizer of a graph up through data movement, in place, as far as no other reader is affected."""
     for node in graph.get_ordered_ops():
         is_step = node.get_type_name() in _STEPS and all(map(_is_scalar, node.input_values()[1:]))
         if is_step and not _feeds_attention(node):
@@ -28,7 +29,7 @@ def quantize_before_moving(graph: ov.Model) -> None:
 
 
 def _feeds_attention(node: ov.Node) -> bool:
-    """Whether what a quantizer makes is multiplied with what another one makes."""
+    """Whether the output of a quantizer is multiplied with the output of another one."""
     for reader in (target.get_node() for target in node.output(0).get_target_inputs()):
         kind = reader.get_type_name()
         if kind == "MatMul" and all(is_quantizer(source(value)) for value in reader.input_values()):
@@ -44,7 +45,7 @@ def _is_scalar(output: ov.Output) -> bool:
 
 
 def _moves_for_one(output: ov.Output) -> bool:
-    """Whether an output is moved data with one reader."""
+    """Whether an output comes from data movement and has one reader."""
     node = output.get_node()
     moves = node.get_type_name() in _MOVES or (
         node.get_type_name() == "Interpolate" and node.get_attributes()["mode"] == "nearest"
@@ -53,7 +54,7 @@ def _moves_for_one(output: ov.Output) -> bool:
 
 
 def _swap(step: ov.Node, move: ov.Node) -> None:
-    """move -> step becomes step -> move."""
+    """Turns move -> step into step -> move."""
     readers = step.output(0).get_target_inputs()
     step.input(0).replace_source_output(move.input_value(0))
     move.input(0).replace_source_output(step.output(0))

@@ -23,7 +23,7 @@ _LEVELS = 256
 
 
 def fake_quantize(x: ov.Output, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> ov.Output:
-    """Codes of `x` on a grid of at most eight bits, as real values."""
+    """Returns the real values of the codes of `x` on a grid of at most eight bits."""
     step = np.float32(scale.item())
     zero = 0 if zero_point is None else int(zero_point)
     if grid.num_bits < 8:
@@ -35,16 +35,16 @@ def fake_quantize(x: ov.Output, scale: Tensor, zero_point: Tensor | None, grid: 
 
 
 def layer(x: ov.Output, module: QuantizedLayer, name: str) -> ov.Output:
-    """A quantized layer; its product carries `name`."""
+    """Returns the output of a quantized layer, whose product carries `name`."""
     product = _linear if module.operation.kind == "linear" else _convolution
     return product(_input(x, module), module, _tensors(module), name)
 
 
 def geglu(x: ov.Output, module: QuantizedLayer, name: str) -> ov.Output:
-    """value * gelu(gate) of a linear layer whose output is both halves.
+    """Returns value * gelu(gate) of a linear layer whose output holds both halves.
 
-    Two products instead of one that is cut: the cut would copy every element, and each half takes its own
-    element-wise work along.
+    There are two products instead of one that is cut: the cut would copy every element, and OpenVINO fuses the
+    element-wise work of each half with its product.
     """
     x, (codes, scale, bias) = _input(x, module), _tensors(module)
     half = module.out_features // 2
@@ -72,7 +72,7 @@ def _input(x: ov.Output, module: QuantizedLayer) -> ov.Output:
 
 
 def _tensors(module: QuantizedLayer) -> Tensors:
-    """Codes `weight_shape`, scales `[C_out]` and bias `[C_out]`."""
+    """Returns codes with shape `weight_shape`, scales `[C_out]` and bias `[C_out]`."""
     bias = None if module.bias is None else module.bias.detach().float().cpu().numpy()
     return module.weight_int.cpu().numpy(), module.weight_scale.float().cpu().numpy(), bias
 

@@ -33,7 +33,7 @@ _UNSIGNED_MAX, _SIGNED_MAX, _DEPTH = 255, 127, 64
 
 @cache
 def saturating_kinds() -> frozenset[LayerKind]:
-    """The kinds of products that OpenVINO sums inexactly on this processor, found by trying the largest codes."""
+    """Returns the kinds of products that OpenVINO sums inexactly on this processor; the largest codes are tried."""
     exact: dict[LayerKind, bool] = {
         "conv2d": _convolution_is_exact(),
         "linear": _linear_is_exact(),
@@ -48,16 +48,16 @@ def weights_saturate(codes: np.ndarray) -> bool:
 
 
 def replace_saturating_products(graph: ov.Model, kinds: frozenset[LayerKind]) -> frozenset[str]:
-    """Turn the products that may saturate into exact ones of the same values, in place.
+    """Turns the products that may saturate into exact ones of the same values, in place.
 
     Args:
-        graph: With int8 constants; four-bit ones are widened before.
-        kinds: Those that saturate here; see `saturating_kinds`.
+        graph: A graph with int8 constants; four-bit ones are widened before.
+        kinds: The kinds that saturate here; see `saturating_kinds`.
 
     Returns:
-        Names of the layers that are in floating point now.
+        The names of the layers that are in floating point now.
     """
-    spared = set()
+    in_float = set()
     for product in quantized_products(graph):
         if product.kind not in kinds or (product.weight is not None and not weights_saturate(codes_of(product.weight))):
             continue
@@ -65,21 +65,21 @@ def replace_saturating_products(graph: ov.Model, kinds: frozenset[LayerKind]) ->
             _add_halves(product.node, product.weight)
         else:
             product.compute_in_float()
-            spared.add(product.layer)
-    return frozenset(spared)
+            in_float.add(product.layer)
+    return frozenset(in_float)
 
 
 def _add_halves(convolution: ov.Node, scaled: ov.Node) -> None:
-    """Put the sum of two convolutions, by h and by r, in the place of one by w = 2 h + r."""
+    """Replaces a convolution by w = 2 h + r with the sum of two convolutions, by h and by r."""
     codes, scales = codes_of(scaled), scaled.input_value(1).get_node().data
     source, readers = convolution.input_value(1).get_node(), convolution.output(0).get_target_inputs()
     low = _scaled_constant(codes & 1, scales)
     if source.get_type_name() == "Reshape":  # of a convolution in groups
         low = ops.reshape(low, source.input_value(1), special_zero=False)
     scaled.output(0).replace(_scaled_constant(codes >> 1, 2 * scales).output(0))
-    own = convolution.get_attributes()
+    attributes = convolution.get_attributes()
     make = ops.convolution if convolution.get_type_name() == "Convolution" else ops.group_convolution
-    places = (own[name] for name in ("strides", "pads_begin", "pads_end", "dilations"))
+    places = (attributes[name] for name in ("strides", "pads_begin", "pads_end", "dilations"))
     second = make(convolution.input_value(0), low, *places)
     second.friendly_name = f"{convolution.friendly_name}/low"
     total = ops.add(convolution, second)
@@ -97,7 +97,7 @@ def _constant(values: np.ndarray | np.float32) -> ov.Node:
 
 
 def _byte_input(parameter: ov.Node, *, signed: bool) -> ov.Output:
-    """An input on the grid of all bytes, step one."""
+    """Returns an input on the grid of all bytes with step one."""
     low, high = (-128, 127) if signed else (0, 255)
     bounds = [_constant(np.float32(value)) for value in (low, high, low, high)]
     return ops.fake_quantize(parameter, *bounds, 256).output(0)
@@ -122,7 +122,7 @@ def _linear_is_exact() -> bool:
 
 
 def _attention_is_exact() -> bool:
-    """Of queries and keys, both signed, and of probabilities and values."""
+    """Tries the product of queries and keys, both signed, and that of probabilities and values."""
     exact = []
     for signed, largest in ((True, _SIGNED_MAX), (False, _UNSIGNED_MAX)):
         parameters = [ops.parameter([2, 16, _DEPTH], ov.Type.f32) for _ in range(2)]
@@ -132,10 +132,10 @@ def _attention_is_exact() -> bool:
     return all(exact)
 
 
-def _gives(product: ov.Node, parameters: list[ov.Node], wanted: int) -> bool:
-    """Whether every element of a product is `wanted` where all inputs are at the end of their grids."""
+def _gives(product: ov.Node, parameters: list[ov.Node], expected: int) -> bool:
+    """Whether every element of a product is `expected` where all inputs are at the end of their grids."""
     # where a rest in bfloat16 is the plug-in's choice, it would round the sums
     properties = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = ov.Core().compile_model(ov.Model([product], parameters), "CPU", properties)
     inputs = [np.full(list(parameter.get_output_shape(0)), _UNSIGNED_MAX, np.float32) for parameter in parameters]
-    return bool((compiled(inputs)[0] == np.float32(wanted)).all())
+    return bool((compiled(inputs)[0] == np.float32(expected)).all())

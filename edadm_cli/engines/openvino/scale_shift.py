@@ -18,7 +18,7 @@ _KEEPS_ONE = ("Multiply", "Convert", "ConvertLike", "Reshape", "Unsqueeze", "Bro
 
 
 def distribute_scales(graph: ov.Model) -> int:
-    """Rewrite every such product in place; returns how many there were."""
+    """Rewrites every such product in place, and returns how many there were."""
     count = 0
     for norm in [node for node in graph.get_ops() if node.get_type_name() == _NORM]:
         for target in list(norm.output(0).get_target_inputs()):
@@ -36,7 +36,7 @@ def distribute_scales(graph: ov.Model) -> int:
 
 
 def _scale_beside_one(product: ov.Node, index: int) -> ov.Output | None:
-    """`s` where the other factor of a product is `1 + s`."""
+    """Returns `s` where the other factor of a product is `1 + s`."""
     factor = product.input_value(1 - index).get_node()
     if factor.get_type_name() != _SUM:
         return None
