@@ -137,6 +137,12 @@ class ReconstructConfig(StageConfig):
         "float32 or tf32: how a GPU multiplies float32 numbers; tf32, its default, rounds factors to 10 bits.",
         identity="if_changed",
     )
+    weights: Literal["auto", "memory", "disk"] = setting(
+        "auto",
+        "Where float weights are: memory; disk, read whenever they are used; or auto, disk for a denoiser that would"
+        " take more than 45% of the device's memory.",
+        identity="never",
+    )
     memory_budget_mib: int | None = setting(
         None,
         "Memory for cached inputs and targets of the units, in MiB; more goes to disk. By default 4096 on a CPU, half"

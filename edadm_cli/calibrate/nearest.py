@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,18 @@ def nearest_params(
             scale = ranges[f"{part}.weight_scale"].to(weight.device)
             params[f"{part}.weight_int"] = nearest_codes(rounded, scale, layer_plan).cpu()
     return params
+
+
+def nearest_params_of(
+    layers: Collection[str],
+    weight_of: Callable[[str], Tensor],
+    plan: QuantizationPlan,
+    ranges: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Returns codes and ranges of some layers, as `nearest_params` has those of all."""
+    part = QuantizationPlan(layers={name: plan.layers[name] for name in layers})
+    prefixes = tuple(f"{name}." for layer in layers for name in part.layers[layer].part_names(layer))
+    return nearest_params(weight_of, part, {key: value for key, value in ranges.items() if key.startswith(prefixes)})
 
 
 def quantize_to_nearest(

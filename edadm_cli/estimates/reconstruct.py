@@ -73,8 +73,9 @@ def probe(
     stopwatch = Stopwatch(setting, recipe, forward)
     parts = _Parts(setting, hyperparameters, forward)
     parts.add(time_units(every, stopwatch.ranging, _RANGING_S))
-    weights = 4 * sum(parameter.numel() for parameter in setting.network.denoiser.parameters())
-    memory, disk = 3 * weights / 2, weights / 4  # codes by rounding and learned ones beside the weights
+    held = 4 * sum(parameter.numel() for parameter in setting.network.denoiser.parameters())
+    codes = sum(setting.num_weights(unit) for unit in setting.units)  # a byte each, of the artifact and in the network
+    memory, disk = float(held + 2 * codes), float(codes)
     seconds = parts.ranging()
     if setting.learning:
         parts.add(time_units(some, partial(stopwatch.learning, hyperparameters=hyperparameters), _LEARNING_S))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
 
 from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
 from edadm_cli.artifacts.payloads import NumSteps, Scale
 from edadm_cli.config import DTypeName
-from edadm_cli.errors import InputError, quoted
+from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.models.calibration import CONSTANT
 from edadm_cli.models.families import prepare_calls
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loading import LoadedModel, load_model, open_stored
 from edadm_cli.models.registry import ModelEntry
+from edadm_cli.models.stored import place_stored
 
 CONDITION_FILE = "condition.safetensors"
 FEATURES_FILE = "features.safetensors"
+_LARGE_SHARE = 0.45  # of the memory: codes, rows and what learns need the rest
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -115,12 +119,49 @@ class CollectedRun:
         entry = self.entry.model_copy(update={"revision": self.model.revision})
         model = load_model(self.model.id, device, dtype, entry)
         if model.ref.fingerprint != self.model.fingerprint:
-            raise InputError(
-                f"The model {self.model.id} has changed since it was collected from.",
-                hint=quoted("edadm", "collect", "--model", self.model.id, "--run", self.run.root, "--force"),
-            )
+            raise self._changed()
         prepare_calls(model.denoiser)
         return model
+
+    def load_denoiser(self, device: torch.device, weights: Literal["auto", "memory", "disk"]) -> nn.Module:
+        """Load the denoiser alone, in float32, its large weights in memory or read whenever they are used.
+
+        Args:
+            device: Where it computes.
+            weights: `disk` leaves them where they are stored; `auto` does so where they would take more than 45% of
+                the device's memory. It does not change what is computed.
+
+        Raises:
+            InputError: The model is gone, or its files are not those that were collected from.
+            UsageError: They are to stay on disk, and the model is no folder.
+        """
+        entry = self.entry.model_copy(update={"revision": self.model.revision})
+        stored = None if weights == "memory" else open_stored(self.model.id, entry)
+        if stored is None and weights == "disk":
+            raise UsageError(
+                f"Weights are read from disk for models in diffusers' layout, and {self.model.id} is a single file.",
+                hint="--weights memory",
+            )
+        if stored is None or (weights == "auto" and stored.num_bytes <= _LARGE_SHARE * _memory_of(device)):
+            return self.load(device, torch.float32).denoiser
+        if stored.fingerprint != self.model.fingerprint:
+            raise self._changed()
+        place_stored(stored.module, stored.readers, device)
+        prepare_calls(stored.module)
+        return stored.module
+
+    def _changed(self) -> InputError:
+        return InputError(
+            f"The model {self.model.id} has changed since it was collected from.",
+            hint=quoted("edadm", "collect", "--model", self.model.id, "--run", self.run.root, "--force"),
+        )
+
+
+def _memory_of(device: torch.device) -> int:
+    """Bytes of a device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _misfit(artifact: Artifact, num_trajectories: int) -> str | None:

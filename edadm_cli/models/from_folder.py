@@ -68,6 +68,23 @@ def _load_component(component: Component, dtype: torch.dtype) -> Any:
     return loaded
 
 
+def empty_module(component: Component) -> nn.Module:
+    """Builds a component of diffusers with its parameters on the `meta` device and its buffers filled.
+
+    Raises:
+        InputError: Its configuration does not fit its class.
+    """
+    from accelerate import init_empty_weights
+
+    cls: Any = component.cls
+    try:
+        with component.staged() as place, no_network(), init_empty_weights(include_buffers=False):
+            module: nn.Module = cls.from_config(cls.load_config(place, local_files_only=True))
+    except (TypeError, ValueError, KeyError, OSError) as error:
+        raise InputError(f"{component.folder} cannot be built as {cls.__name__}: {first_sentence(error)}") from error
+    return module
+
+
 def _load_rest(component: Component, place: Path) -> Any:
     """A scheduler, a tokenizer or a processor."""
     import diffusers

@@ -13,18 +13,24 @@ from torch import nn
 from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.architecture import DENOISER_NAMES, find_class, load_architecture
+from edadm_cli.models.checkpoints.accounting import empty_module as empty_architecture
 from edadm_cli.models.checkpoints.opening import open_checkpoint
 from edadm_cli.models.containment import no_questions
 from edadm_cli.models.families.registry import float32_pipelines
 from edadm_cli.models.folder import INDEX_NAME, read_folder
-from edadm_cli.models.from_folder import load_folder
+from edadm_cli.models.from_folder import empty_module, load_folder
 from edadm_cli.models.hub import download, looks_like_hub_id
 from edadm_cli.models.loaded import LoadedModel as LoadedModel  # where everyone imports it from
 from edadm_cli.models.quiet import quiet_libraries
-from edadm_cli.models.random_models import WEIGHTS_VERSION, build_random_pipeline
+from edadm_cli.models.random_models import (
+    WEIGHTS_VERSION,
+    build_random_pipeline,
+    random_readers,
+)
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.sampling import call_default, default_guidance, takes_guidance
 from edadm_cli.models.shipped import shipped_folder
+from edadm_cli.models.stored import Reader, file_readers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -107,6 +113,49 @@ def load_model(
         entry = _with_prediction_type(pipeline, entry, prediction_type)
         remarks = tuple(remark for remark in remarks if "--prediction-type" not in remark)
     return LoadedModel(ref, entry, pipeline, denoiser_name, source.folder, remarks)
+
+
+@dataclass(frozen=True)
+class StoredDenoiser:
+    """A denoiser whose weights are not in memory yet.
+
+    Attributes:
+        module: Its parameters are on the `meta` device.
+        readers: What gives each of them.
+        fingerprint: Of the model.
+    """
+
+    module: nn.Module
+    readers: dict[str, Reader]
+    fingerprint: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parameters in float32."""
+        return 4 * sum(parameter.numel() for parameter in self.module.parameters())
+
+
+def open_stored(model: str, entry: ModelEntry) -> StoredDenoiser | None:
+    """Opens a model's denoiser without its weights; `None` where they are in a single file of another layout.
+
+    Raises:
+        InputError: The model is missing or broken.
+    """
+    if entry.name == model and entry.source == "random":
+        architecture = load_architecture(entry.location)
+        module = empty_architecture(architecture, architecture.denoiser_name)
+        readers = random_readers(module, architecture, entry.weights_seed)
+        return StoredDenoiser(module, readers, architecture.fingerprint(entry.weights_seed, WEIGHTS_VERSION))
+    path, _ = _locate(model, entry)
+    if path.is_file():
+        return None
+    folder = read_folder(path)
+    component = next((part for part in folder.components if part.name in DENOISER_NAMES and part.is_module), None)
+    if component is None or not component.weights:
+        return None
+    with quiet_libraries(), no_questions():
+        module = empty_module(component)
+    return StoredDenoiser(module, file_readers(component.weights), folder.fingerprint())
 
 
 @dataclass(frozen=True)

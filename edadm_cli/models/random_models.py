@@ -9,6 +9,7 @@ nothing collapses under quantization as it would with the zeros that networks ar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from edadm_cli.models.architecture import Architecture, find_class, load_archite
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_numbers import fill_nearly_normal
+from edadm_cli.models.stored import Reader
 from edadm_cli.models.tokenizers import clip_tokenizer, letter_tokenizer
 
 if TYPE_CHECKING:
@@ -75,6 +77,29 @@ def initialize(module: nn.Module, seed: int) -> None:
         owner, _, last = name.rpartition(".")
         gain, mean = _spread(parameter, owners[owner], owner, last)
         fill_nearly_normal(parameter, _seed_of(name, seed), gain, mean)
+
+
+def random_readers(module: nn.Module, architecture: Architecture, seed: int) -> dict[str, Reader]:
+    """Returns what makes each parameter of an architecture's denoiser, by name: the weights of `build_denoiser`.
+
+    Args:
+        module: The denoiser; its parameters may be on the `meta` device.
+        architecture: Its architecture.
+        seed: Seed of the weights.
+    """
+    owners, own_seed = dict(module.named_modules()), _seed_of(architecture.denoiser_name, seed)
+    readers: dict[str, Reader] = {}
+    for name, parameter in module.named_parameters():
+        owner, _, last = name.rpartition(".")
+        gain, mean = _spread(parameter, owners[owner], owner, last)
+        readers[name] = partial(_made, parameter.shape, _seed_of(name, own_seed), gain, mean)
+    return readers
+
+
+def _made(shape: torch.Size, seed: int, gain: float, mean: float, device: torch.device) -> Tensor:
+    values = torch.empty(shape, device=device)
+    fill_nearly_normal(values, seed, gain, mean)
+    return values
 
 
 def _build_component(architecture: Architecture, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from edadm_cli.calibrate.nearest import nearest_params_of
 from edadm_cli.errors import InputError
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
@@ -56,7 +57,7 @@ class BlockReconstruction:
     Args:
         network: The denoiser; when done, every planned layer in it is quantized.
         plan: Bits of every layer.
-        nearest: Initial parameters, with weights rounded to nearest.
+        ranges: Initial parameters; codes come from rounding to nearest, or are learned.
         batches: The calibration set.
         hyperparameters: How units learn.
         seed: Seed of the stage.
@@ -67,13 +68,14 @@ class BlockReconstruction:
         self,
         network: SwitchableNetwork,
         plan: QuantizationPlan,
-        nearest: Mapping[str, Tensor],
+        ranges: Mapping[str, Tensor],
         batches: Batches,
         hyperparameters: Hyperparameters,
         seed: int,
         place: Place,
     ) -> None:
-        self.network, self.plan, self.nearest, self.batches = network, plan, nearest, batches
+        self.network, self.plan, self.ranges, self.batches = network, plan, ranges, batches
+        self.params = dict(ranges)
         self.hyperparameters, self.seed, self.place = hyperparameters, seed, place
         self.passes = {"full_precision": 0, "quantized": 0}
         self._forms: dict[str, UnitForm] = {}
@@ -89,7 +91,7 @@ class BlockReconstruction:
             learning: Names of those that learn, where not all do; the others keep their nearest rounding.
 
         Returns:
-            What was learned, by unit.
+            What was learned, by unit; the parameters of all units are in `params` then.
         """
         place, chosen = self.place, [unit for unit in units if learning is None or unit.name in learning]
         numbers = {unit.name: number for number, unit in enumerate(units)}
@@ -101,21 +103,26 @@ class BlockReconstruction:
         captured: dict[str, UnitCalls] = {}
         # Where layers are learned one by one, attentions lie in no unit and keep their searched ranges.
         loose = [name for name in self.plan.attentions if not any(name in unit.attentions for unit in units)]
-        freeze_attentions(self.network, self.plan, loose, self.nearest)
+        freeze_attentions(self.network, self.plan, loose, self.ranges)
         for number, unit in enumerate(units):
             if waiting and waiting[0] is unit:
                 if unit.name not in captured:
                     captured = self._capture_ahead(waiting)
                 results[unit.name] = self._learn(number, waiting.pop(0), captured.pop(unit.name), finished)
             place.processes.check()
-            params = results[unit.name].params if unit.name in results else self.nearest
-            freeze_unit(self.network, self.plan, unit, params)
+            params = results[unit.name].params if unit.name in results else self._nearest(unit)
+            freeze_unit(self.network, self.plan, unit, {**self.ranges, **params})
+            self.params |= params
             if finished is not None:
                 finished.add(unit)
             advance(1)
         if finished is not None:
             finished.close()
         return results
+
+    def _nearest(self, unit: Unit) -> dict[str, Tensor]:
+        """The parameters of a unit that does not learn."""
+        return nearest_params_of(unit.layers, self.network.float_weight, self.plan, self.ranges)
 
     def _resume(self, numbers: Mapping[str, int], chosen: Sequence[Unit]) -> dict[str, UnitResult]:
         """Units that a killed run finished; every process looks before any of them writes."""
@@ -143,7 +150,7 @@ class BlockReconstruction:
         data = self._gather(unit, float_calls, finished)
         seed = unit_seed(self.seed, number)
         learner = UnitLearner(
-            self.network, unit, self.plan, self.nearest, data, self.hyperparameters, seed, processes=place.processes
+            self.network, unit, self.plan, self.ranges, data, self.hyperparameters, seed, processes=place.processes
         )
         result = learner.learn()
         place.cache.release([*data.quantized.tensors, *data.layer_targets.values(), *float_calls.outputs])

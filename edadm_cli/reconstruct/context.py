@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edadm_cli.models.stored import num_weights
 from edadm_cli.models.units import Trace, Unit
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.reconstruct.batches import Batches
@@ -33,4 +34,4 @@ class ReconstructionContext:
 
     def num_weights(self, unit: Unit) -> int:
         """Weights of a unit's planned layers."""
-        return sum(self.network.float_weight(name).numel() for name in unit.layers)
+        return sum(num_weights(self.network.float_layers[name]) for name in unit.layers)

@@ -39,7 +39,9 @@ class SwitchableNetwork:
 
     def float_weight(self, name: str) -> Tensor:
         """The full-precision weight of a planned layer."""
-        return self.float_layers[name].get_parameter("weight")
+        weight = self.float_layers[name].weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def put_layer(self, name: str, module: nn.Module) -> None:
         """Exchange one layer until further notice."""

@@ -36,7 +36,7 @@ from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.collected import CollectedRun, load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.registry import known_models
 from edadm_cli.models.units import Trace, Unit, trace, units
@@ -164,7 +164,7 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
 def prepare(task: _Task) -> ReconstructionContext:
     """Loads the denoiser and plans its layers and units."""
     config = task.config
-    denoiser = load_collected_model(task.run, task.device, torch.float32).denoiser  # the rest of the pipeline is let go
+    denoiser = CollectedRun.open(task.run).load_denoiser(task.device, config.weights)
     batches = Batches(CalibrationSet.load(task.selection), task.batch_size, task.device)
     (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)
@@ -241,14 +241,14 @@ def _reconstruct(
     task: _Task, context: ReconstructionContext, folder: Path, reporter: Reporter
 ) -> tuple[dict[str, Tensor], dict[str, UnitResult], dict[str, int]]:
     """Parameters, what each unit learned, and how often the calibration set went through the denoiser for it."""
-    params = nearest_params(context.network.float_weight, context.plan, _ranges(task, context, folder, reporter))
+    ranges = _ranges(task, context, folder, reporter)
     if not context.learning:
-        return params, {}, {}
+        return nearest_params(context.network.float_weight, context.plan, ranges), {}, {}
     cache = RowCache(folder, task.memory_budget, task.device, shared=task.processes.count > 1)
     reconstruction = BlockReconstruction(
         context.network,
         context.plan,
-        params,
+        ranges,
         context.batches,
         task.hyperparameters,
         task.config.seed,
@@ -257,9 +257,7 @@ def _reconstruct(
     with reporter.task("reconstruct", len(context.units)) as advance:
         results = reconstruction.run(context.units, advance, {unit.name for unit in context.learning})
     _report_gaps(results, task.hyperparameters, reporter)
-    for result in results.values():
-        params |= result.params
-    return params, results, reconstruction.passes
+    return reconstruction.params, results, reconstruction.passes
 
 
 def _ranges(task: _Task, context: ReconstructionContext, folder: Path, reporter: Reporter) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from edadm_cli.models.stored import is_stored
+
 ATTENTION = "Attention"
 FEED_FORWARD = "FeedForward"
 GATED_FEED_FORWARD = "GEGLU"
@@ -17,5 +19,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def is_weighted(module: nn.Module) -> bool:
     """Whether a module multiplies its input with a matrix or a kernel of its own, whatever its type."""
+    if is_stored(module):
+        return True
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim >= 2 and not isinstance(module, nn.Embedding)

@@ -1,0 +1,96 @@
+"""Denoisers whose large weights stay where they are stored, and are brought to the device whenever they are used.
+
+A layer whose weight is stored has no parameter of that name: each use of `layer.weight` reads it from its file, or
+makes it anew for a model with random weights, in float32 on the device. One layer's weight at a time is in memory
+then. Everything else, such as norms, biases and embeddings, is loaded as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from edadm_cli.artifacts import read_tensor_header
+from edadm_cli.errors import InputError
+
+Reader = Callable[[torch.device], Tensor]
+"""Returns a tensor in float32 on a device."""
+
+_READER = "stored_weight"
+_PLACE = "stored_weight_device"
+_COUNT = "stored_weight_count"
+
+
+def file_readers(files: tuple[Path, ...]) -> dict[str, Reader]:
+    """Returns a reader for every tensor of some safetensors files, by name."""
+    return {name: partial(_read, file, name) for file in files for name in read_tensor_header(file)}
+
+
+def place_stored(denoiser: nn.Module, readers: Mapping[str, Reader], device: torch.device) -> None:
+    """Fill a denoiser that was built without memory: linear layers and convolutions read their weights when used.
+
+    Args:
+        denoiser: Its parameters are on the `meta` device; buffers hold their values.
+        readers: One for each parameter, by name.
+        device: Where it computes.
+
+    Raises:
+        InputError: A parameter has no reader, or another shape than what is read.
+    """
+    for name, module in denoiser.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            full = f"{name}.{key}" if name else key
+            if full not in readers:
+                raise InputError(f"The model's files hold no tensor '{full}', which its denoiser needs.")
+            if key == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
+                _store(module, readers[full], device)
+                continue
+            values = readers[full](device)
+            if values.shape != parameter.shape:
+                raise InputError(f"'{full}' has shape {list(values.shape)}, expected {list(parameter.shape)}.")
+            setattr(module, key, nn.Parameter(values, requires_grad=False))
+    for name, module in denoiser.named_modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            reader = readers.get(f"{name}.{key}" if name else key)
+            setattr(module, key, buffer.to(device) if reader is None else reader(device).to(buffer.dtype))
+    denoiser.eval().requires_grad_(False)
+
+
+def is_stored(module: nn.Module) -> bool:
+    """Whether the weight of a layer is read when it is used."""
+    return _READER in vars(module)
+
+
+def num_weights(layer: nn.Module) -> int:
+    """Number of the elements of a layer's weight, which is not read for it."""
+    count: int = vars(layer).get(_COUNT) or layer.get_parameter("weight").numel()
+    return count
+
+
+def _store(layer: nn.Module, reader: Reader, device: torch.device) -> None:
+    count = layer.get_parameter("weight").numel()
+    del layer._parameters["weight"]
+    layer.__class__ = _stored_class(type(layer))
+    vars(layer).update({_READER: reader, _PLACE: device, _COUNT: count})
+
+
+@cache
+def _stored_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A layer class whose weight is read; it has the name of the plain one, which is what layers are recognized by."""
+    return type(cls.__name__, (cls,), {"weight": property(_weight), "__module__": cls.__module__})
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Tensor = vars(layer)[_READER](vars(layer)[_PLACE])
+    return weight
+
+
+def _read(file: Path, name: str, device: torch.device) -> Tensor:
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        values: Tensor = opened.get_tensor(name)
+    return values.to(device).float().clone() if device.type == "cpu" else values.to(device).float()

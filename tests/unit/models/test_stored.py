@@ -1,0 +1,63 @@
+"""Weights that are read whenever they are used: the same network, and less memory than its weights take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from edadm_cli.models.checkpoints.accounting import empty_module
+from edadm_cli.models.example_calls import example_call
+from edadm_cli.models.families.layers import is_weighted
+from edadm_cli.models.random_models import build_random_pipeline, random_readers
+from edadm_cli.models.stored import num_weights, place_stored
+from tests.unit.models.tiny import shrunk
+
+CPU = torch.device("cpu")
+CHILD = """
+import resource, sys, torch
+from pathlib import Path
+from torch import nn
+from edadm_cli.models.stored import file_readers, place_stored
+WIDTH, DEPTH = 1024, 24
+with torch.device("meta"):
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)))
+x = torch.ones(1, WIDTH)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+place_stored(model, file_readers((Path(sys.argv[1]),)), torch.device("cpu"))
+with torch.no_grad():
+    for _ in range(2):
+        assert model(x).isfinite().all()
+print(peak() - before, 4 * WIDTH * WIDTH * DEPTH)
+"""
+
+
+def test_a_denoiser_with_stored_weights_is_the_same_denoiser() -> None:
+    architecture = shrunk("flux-schnell")
+    built = build_random_pipeline(architecture, 3, torch.float32).transformer
+    stored = empty_module(architecture, architecture.denoiser_name)
+    place_stored(stored, random_readers(stored, architecture, 3), CPU)
+    layers = {name for name, module in built.named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name, module in stored.named_modules() if is_weighted(module)} >= layers
+    assert not layers & {name.removesuffix(".weight") for name, _ in stored.named_parameters() if "weight" in name}
+    assert all(num_weights(stored.get_submodule(name)) == built.get_submodule(name).weight.numel() for name in layers)
+    args, kwargs = example_call(built, batch_size=2)
+    with torch.no_grad():
+        assert torch.equal(stored(*args, **kwargs).sample, built(*args, **kwargs).sample)
+
+
+def test_a_forward_takes_less_memory_than_the_weights(tmp_path: Path) -> None:
+    width, depth = 1024, 24
+    layers = range(depth)
+    tensors = {f"{i}.weight": torch.full((width, width), 1e-3, dtype=torch.bfloat16) for i in layers}
+    save_file(tensors | {f"{i}.bias": torch.zeros(width) for i in layers}, tmp_path / "model.safetensors")
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "model.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    growth, weights = map(int, result.stdout.split())
+    assert growth < weights / 2
