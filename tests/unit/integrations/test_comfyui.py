@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,26 @@ def test_what_is_written_is_read_back_as_the_same_denoiser(kind: str) -> None:
         is_codes = tensor.dtype == torch.float32 and expected[name].ndim == 2
         bound = 0 if is_codes else 1e-3  # float16 has 11 bits
         assert torch.allclose(tensor.float(), expected[name].float(), rtol=bound, atol=bound), name
+
+
+GOLDEN = {
+    "flux": "130be1f153dccac0",
+    "sd3": "c7cd42a234990ddd",
+    "unet": "0b0e8644312967c9",
+    "qwen": "dbba7812ada3026b",
+    "z_image": "7be57a9da79f7820",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_types_and_shapes_of_a_file_do_not_change(kind: str) -> None:
+    """A digest per kind of the lines `name type shape`: files that users have made stay what ComfyUI reads."""
+    torch.manual_seed(0)
+    denoiser = KINDS[kind]()
+    _quantize(denoiser)
+    state = comfyui_state(denoiser)
+    lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in state.items())
+    assert sha256("\n".join(lines).encode()).hexdigest()[:16] == GOLDEN[kind]
 
 
 def test_rotated_weights_are_rotated_back() -> None:
