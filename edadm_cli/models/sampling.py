@@ -40,6 +40,7 @@ _HANDLED = {
     *IMAGE_PARAMETERS,
 }
 _NEGATIVE_PROMPT = " "  # what authors of models with true guidance recommend where there is nothing to avoid
+_IMAGES_HINT = "edadm collect --images DIR, for a pipeline that starts from images"
 _NO_GUIDANCE = 1.0
 
 
@@ -255,14 +256,26 @@ def _explained_refusals(model: LoadedModel) -> Iterator[None]:
                 raise
             raise InputError(
                 f"{type(model.pipeline).__name__} of {model.ref.id} fails while it samples at full precision, so its "
-                f"components or their configurations do not fit: {first_sentence(error)}"
+                f"components or their configurations do not fit: {first_sentence(error)}",
+                hint=_size_hint(model),
             ) from error
         needs_images = not has_images(model.entry) and takes_images(model.pipeline)
         raise InputError(
             f"{type(model.pipeline).__name__} of {model.ref.id} does not sample with these arguments: "
             f"{first_sentence(error)}",
-            hint="edadm collect --images DIR, for a pipeline that starts from images" if needs_images else None,
+            hint="edadm collect --images DIR, for a pipeline that starts from images"
+            if needs_images
+            else _size_hint(model),
         ) from error
+
+
+def _size_hint(model: LoadedModel) -> str | None:
+    """Returns the setting to look at where a denoiser says no size, or an odd one that it cannot halve."""
+    size = model.denoiser.config.get("sample_size", 0)
+    if size is not None and not (isinstance(size, int) and size % 2):
+        return None
+    text = "is missing" if size is None else f"is {size}"
+    return f"set sample_size in {model.denoiser_name}/config.json, which {text}, to the size of the model's latents"
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -169,3 +170,14 @@ def test_a_pipeline_that_needs_images_takes_them_from_a_folder(tmp_path: Path) -
         sample(model, **arguments)
     Image.new("L", (16, 16), 255).save(tmp_path / "one.mask.png")
     assert sample(model, **arguments).images.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("size", "reason"), [(9, "is 9"), (None, "is missing")])
+def test_a_size_that_is_missing_or_odd_is_named(
+    stable_diffusion: LoadedModel, size: int | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = stable_diffusion.denoiser
+    monkeypatch.setattr(denoiser, "_internal_dict", FrozenDict({**denoiser.config, "sample_size": size}))
+    with pytest.raises(InputError, match="does not sample with these arguments") as caught:
+        sample(stable_diffusion, seeds=[0], prompts=["a"], num_steps=1, guidance_scale=None)
+    assert f"sample_size in unet/config.json, which {reason}" in str(caught.value.hint)
