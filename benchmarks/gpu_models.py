@@ -123,7 +123,7 @@ class Model:
         self.dtype = torch.float32 if options.smoke else getattr(torch, options.dtype)
         self.clock = Clock(self.device)
         name, (rows, changes) = options.model, MODELS.get(options.model, (2, {}))
-        self.rows = options.rows or rows
+        self.rows, self.attention = options.rows or rows, options.attention
         if options.smoke:
             self.full, self.call = tiny_families().tiny_denoiser(name, self.rows)
         else:
@@ -143,7 +143,7 @@ class Model:
             compile_blocks(floating)
 
         contenders: dict[str, Callable[..., Any]] = {"float": graphed(in_many_shapes(floating))}
-        options = EngineOptions(device=self.device, rest_dtype=self.dtype)
+        options = EngineOptions(device=self.device, rest_dtype=self.dtype, attention=self.attention)
         engine = CudaEngine(float_where_faster=False)
         contenders["int8 engine"] = engine.compile(quantized, *self.call, options)
         if plain:
@@ -224,6 +224,9 @@ def main() -> None:
     parser.add_argument("--models", help="architectures, with commas; all by default")
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help="rows of the batch; each model's own by default")
+    parser.add_argument(
+        "--attention", default="float", choices=("float", "int8"), help="form of the engine's attention"
+    )
     parser.add_argument("--dtype", default="float16", help="of both sides' floating point")
     parser.add_argument("--plain", help="models of which the compiled loaded export is timed too", default="")
     parser.add_argument("--out", type=Path, help="file that every line is appended to")
@@ -250,6 +253,7 @@ def measured(name: str, options: argparse.Namespace, seconds: float) -> str:
     """The line of one model, or what kept it from having one."""
     command = [sys.executable, __file__, "--model", name, "--dtype", options.dtype]
     command += ["--rows", str(options.rows)] if options.rows else []
+    command += ["--attention", options.attention]
     command += ["--smoke"] if options.smoke else []
     command += ["--plain", name] if name in options.plain.split(",") else []
     try:

@@ -317,6 +317,13 @@ class BenchConfig(StageConfig):
         "float32, bfloat16 or float16: element type of what is not quantized; by default the fastest that the device"
         " has units for.",
     )
+    attention: Literal["float", "int8"] = setting(
+        "float",
+        "How attention is computed that the recipe leaves in floating point: float, or int8 on the CUDA engine"
+        " (compute capability 9.0), whose operands are quantized in every call.",
+        identity="if_changed",
+        metavar="FORM",
+    )
     recipe: Recipe | None = setting(
         None, f"With --model, which layers are quantized, with min-max ranges: {_RECIPE}.", metavar="NAME|FILE"
     )

@@ -173,6 +173,7 @@ class Measurement:
                 getattr(torch, request.dtype),
                 folder,
                 advance,
+                request.config.attention,
             )
 
     def _started(self) -> Participants:

@@ -16,6 +16,7 @@ from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec, folder_mib, p
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import (
     FLOAT,
+    AttentionForm,
     CompiledDenoiser,
     Engine,
     EngineOptions,
@@ -57,6 +58,7 @@ def prepare(
     dtype: torch.dtype,
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
+    attention: AttentionForm = "float",
 ) -> Prepared:
     """Compare every layer with exact integers, and write the engine's files where it has any.
 
@@ -69,6 +71,7 @@ def prepare(
         dtype: Element type of the rest.
         folder: For the engine's files; where files lie in it already, they are used.
         advance: Told of every layer.
+        attention: How attention is computed that the recipe leaves in floating point.
 
     Raises:
         EdadmError: A layer is out of the engine's bound.
@@ -81,7 +84,7 @@ def prepare(
     parity = compare_layers(engine, denoiser, args, kwargs, exact, advance)
     require_layers(engine, parity)
     yardstick = relative_l2(_rounded(denoiser, call, device, dtype), parity.prediction)
-    options = EngineOptions(device, dtype, threads)
+    options = EngineOptions(device, dtype, threads, attention)
     source: Callable[[], CompiledDenoiser] | None = None
     if isinstance(engine, FileEngine):
         if not folder.is_dir():
@@ -93,7 +96,7 @@ def prepare(
         size = packed_mib(denoiser)
     name = str(dtype).removeprefix("torch.")
     spec = Spec(
-        name=f"{engine.name} {bits}",
+        name=f"{engine.name} {bits}" + (f", attention {attention}" if attention != "float" else ""),
         engine=engine.name,
         runs_on=engine.name,
         dtype=name,

@@ -95,6 +95,7 @@ def resolve(config: BenchConfig, run: RunFolder) -> Request:
         if not config.pipeline:
             raise UsageError("--cache saves time over several steps of an image, so it needs --pipeline.")
     engine.require(device)
+    engine.require_attention(config.attention)
     half = "float16" if device.type == "cuda" else "bfloat16" if has_fast_bfloat16(device) else None
     return Request(
         config=config,

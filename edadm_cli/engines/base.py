@@ -20,6 +20,9 @@ from edadm_cli.errors import MachineError, UsageError
 from edadm_cli.quant.layers import QuantizedLayer
 
 LayerKind = Literal["conv2d", "linear", "attention"]
+AttentionForm = Literal["float", "int8"]
+"""How the products of attention are computed that the recipe leaves in floating point: in 16 bits or more, or with
+operands that are quantized in every call."""
 FLOAT = "float"
 """What the plan says of a layer that the recipe leaves in floating point."""
 MAX_QUANTIZED_BITS = 8
@@ -87,11 +90,13 @@ class EngineOptions:
         device: The device that computes.
         rest_dtype: The element type of everything that is not quantized.
         num_threads: The number of CPU threads; `None` leaves it to the engine.
+        attention: How attention is computed that the recipe leaves in floating point.
     """
 
     device: torch.device
     rest_dtype: torch.dtype = torch.float32
     num_threads: int | None = None
+    attention: AttentionForm = "float"
 
 
 class CompiledDenoiser(ABC):
@@ -142,6 +147,7 @@ class Engine(ABC):
         layer_bound: The largest relative L2 distance of one layer from exact integer arithmetic on equal inputs, with a
             float32 rest. It bounds what the engine's way of rounding and scaling costs.
         takes_adapters: Whether LoRA adapters of the denoiser run beside its layers; see `engines.adapters`.
+        attention_forms: What `EngineOptions.attention` may be.
     """
 
     name: ClassVar[str]
@@ -149,6 +155,7 @@ class Engine(ABC):
     device_types: ClassVar[tuple[str, ...]]
     layer_bound: ClassVar[float]
     takes_adapters: ClassVar[bool] = False
+    attention_forms: ClassVar[tuple[AttentionForm, ...]] = ("float",)
 
     @abstractmethod
     def refusal(self, device: torch.device) -> str | None:
@@ -188,6 +195,18 @@ class Engine(ABC):
         reason = self.refusal(device)
         if reason is not None:
             raise MachineError(reason, hint="edadm engines")
+
+    def require_attention(self, form: AttentionForm) -> None:
+        """Refuse a form of attention that the engine does not have.
+
+        Raises:
+            UsageError: Naming the form.
+        """
+        if form not in self.attention_forms:
+            raise UsageError(
+                f"The engine '{self.name}' computes attention in {' or '.join(self.attention_forms)}, not in {form}.",
+                hint="leave out --attention, or use --engine cuda",
+            )
 
 
 class FileEngine(Engine):

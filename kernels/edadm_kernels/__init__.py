@@ -1,6 +1,7 @@
 """INT8 and W4A8 kernels for diffusion models, as torch operations of the namespace `edadm`."""
 
-from edadm_kernels.attention import attention_pays, attention_quantize
+from edadm_kernels.attention import attend, attend_pays, attend_takes, attention_pays, attention_quantize
+from edadm_kernels.attention_int8 import attend_int8, attend_int8_takes, attend_on_grids
 from edadm_kernels.backend import backend, fuses_gelu, uses_kernel
 from edadm_kernels.conv import MAX_KERNEL, conv2d
 from edadm_kernels.gemm import linear, linear_geglu, linear_gelu
@@ -12,6 +13,12 @@ from edadm_kernels.product_checks import MAX_TERMS
 __all__ = [
     "MAX_KERNEL",
     "MAX_TERMS",
+    "attend",
+    "attend_int8",
+    "attend_int8_takes",
+    "attend_on_grids",
+    "attend_pays",
+    "attend_takes",
     "attention_pays",
     "attention_quantize",
     "backend",

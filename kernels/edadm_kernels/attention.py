@@ -19,11 +19,20 @@ from edadm_kernels.launching import PROGRAM_SHARED_BYTES, arch_of, on_device_of,
 from edadm_kernels.norm_plans import next_power_of_two
 from edadm_kernels.variants import KernelVariant, aligned
 
-__all__ = ["MAX_HEAD_WIDTH", "attention_pays", "attention_quantize", "variants"]
+__all__ = [
+    "MAX_HEAD_WIDTH",
+    "attend",
+    "attend_pays",
+    "attend_takes",
+    "attention_pays",
+    "attention_quantize",
+    "variants",
+]
 
 MAX_HEAD_WIDTH = 256  # channels of a head
 SMALL = 250_000_000
 """Products of scores up to which the kernel in Triton is faster than torch's attention and a quantization."""
+_EVEN_WIDTH, _SOME_KEYS = 64, 1024
 NARROWEST = 16  # columns of a matrix instruction's operand
 STAGES = 2  # turns whose keys and values are in shared memory
 
@@ -35,14 +44,15 @@ def _attention_quantize(
     out = _prepare(q, k, v, heads, out_scale, out_zero_point, num_bits)
     if not uses_kernel(q):
         return out.copy_(reference.attention_quantize(q, k, v, heads, scale, out_scale, out_zero_point, num_bits))
+    split = [_split(x, heads) for x in (q, k, v)]
     if q.dtype == torch.float32:  # the kernel multiplies in half precision
-        split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
         attended = F.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale).transpose(1, 2)
         return torch.ops.edadm.quantize(
             attended.reshape(q.shape).contiguous(), out_scale, out_zero_point, num_bits, False
         )
-    if out.numel() and uses_hopper(q) and hopper_attention.takes(q, k, v, heads, scale):
-        hopper_attention.launch_attention(q, k, v, heads, scale, out, out_scale, out_zero_point, num_bits)
+    if out.numel() and uses_hopper(q) and hopper_attention.takes(split[0], split[1], split[2], scale):
+        quantizer = (out_scale, out_zero_point, num_bits)
+        hopper_attention.launch_attention(split[0], split[1], split[2], scale, out, quantizer)
     elif out.numel():
         width = q.shape[2] // heads
         tile = _tile(arch_of(q), width, q.shape[1], k.shape[1])
@@ -101,14 +111,72 @@ def attention_quantize(
     return _attention_quantize(q, k, v, heads, scale, out_scale, out_zero_point, num_bits)
 
 
+@torch.library.custom_op("edadm::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    samples, heads, queries, width = q.shape
+    if q.numel() and attend_takes(q, k, v, scale):
+        out = torch.empty(samples, queries, heads, width, dtype=q.dtype, device=q.device)
+        hopper_attention.launch_attention(q, k, v, scale, out)
+        return out
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`softmax(q k^T * scale) v` in 16 bits, by our kernel where `attend_takes`, otherwise by torch's attention.
+
+    Args:
+        q: `[N, heads, T, d]`, floating point.
+        k: `[N, heads, S, d]`, of the same type.
+        v: `[N, heads, S, d]`, of the same type.
+        scale: Of the scores.
+
+    Returns:
+        `[N, heads, T, d]` in the type of `q`, stored as `[N, T, heads, d]`.
+    """
+    return _attend(q, k, v, scale).transpose(1, 2)
+
+
+def attend_takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether our kernel computes `attend`: compute capability 9.0, 16 bits, heads of 8 to 160 channels.
+
+    What is asked about tensors on the meta device is answered for compute capability 9.0.
+    """
+    return (q.is_meta or uses_hopper(q)) and hopper_attention.takes(q, k, v, scale, codes=False)
+
+
+def attend_pays(queries: int, keys: int, width: int, heads: int) -> bool:
+    """Whether our kernel computes `attend` faster than torch does, from what an H100 took.
+
+    cuDNN's is as fast where a head has 64 channels and the last blocks leave much of the GPU idle.
+
+    Args:
+        queries: A sample.
+        keys: A sample.
+        width: Channels of a head.
+        heads: Of all samples.
+    """
+    return width != _EVEN_WIDTH or keys <= _SOME_KEYS or hopper_attention.fills(width, queries, keys, heads)
+
+
 def attention_pays(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> bool:
     """Whether `attention_quantize` takes these operands and is faster than torch's attention and a quantization.
 
     What is asked about tensors on the meta device is answered for compute capability 9.0.
     """
-    if (q.is_meta or uses_hopper(q)) and hopper_attention.takes(q, k, v, heads, scale):
+    split = [_split(x, heads) for x in (q, k, v)]
+    if (q.is_meta or uses_hopper(q)) and hopper_attention.takes(split[0], split[1], split[2], scale):
         return True
     return q.shape[2] // heads <= MAX_HEAD_WIDTH and q.numel() * k.shape[1] <= SMALL
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """`[N, T, heads * d]` as `[N, heads, T, d]`."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _prepare(

@@ -105,11 +105,12 @@ def test_it_repeats() -> None:
 
 def test_what_stays_with_triton() -> None:
     q, k, v = operands(64, 64, 40)
-    assert takes(q, k, v, HEADS, 0.1) or not uses_hopper(q)
-    assert not takes(q, k, v, HEADS, -0.1)
-    assert not takes(q.bfloat16(), k.bfloat16(), v.bfloat16(), HEADS, 0.1)
+    heads = [x.unflatten(2, (HEADS, -1)).transpose(1, 2) for x in (q, k, v)]
+    assert takes(*heads, 0.1) or not uses_hopper(q)
+    assert not takes(*heads, -0.1)
+    assert not takes(*(x.bfloat16() for x in heads), 0.1)
     shifted = torch.randn(2, 64, 3 * 320 + 1, device="cuda", dtype=torch.float16)[..., 1:321]
-    assert not takes(shifted, k, v, HEADS, 0.1)
+    assert not takes(shifted.unflatten(2, (HEADS, -1)).transpose(1, 2), *heads[1:], 0.1)
     for qkv in [(shifted, k, v), operands(64, 64, 12), operands(64, 64, 168)]:
         apart = codes_apart(qkv, 0.1, 0.02)
         assert apart.max() <= 1

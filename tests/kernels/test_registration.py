@@ -60,6 +60,12 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "group_norm_quantize": (image(2, 5, 3, 3), *affine, 2, 1e-5, True, *two, 8, image(2, 3, 3, 3)),
         "layer_norm_quantize": (floats(2, 3, 8), *affine, 1e-5, *two, 8),
         "attention_quantize": (*columns.split(16, dim=2), 2, 0.3, SCALE, ZERO_POINT, 8),
+        "attend_int8": (*(x.unflatten(2, (2, 8)).transpose(1, 2) for x in columns.split(16, dim=2)), 0.3),
+        "attend_on_grids": (
+            *(x.unflatten(2, (2, 8)).transpose(1, 2) for x in columns.split(16, dim=2)),
+            *(0.3, SCALE, SCALE, SCALE, SCALE / 8, 8, 8),
+        ),
+        "attend": (*(x.unflatten(2, (2, 8)).transpose(1, 2) for x in columns.split(16, dim=2)), 0.3),
         "quantize": (image(2, 24, 3, 5)[:, 3:16], SCALE, ZERO_POINT, 8, True),
     }  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edadm_cli.engines.base import LayerExecution
+from edadm_cli.engines.base import AttentionForm, LayerExecution
 from edadm_cli.engines.cuda.attention import FusedAttention
 from edadm_cli.engines.cuda.lowering import Lowering
 from edadm_cli.engines.cuda.products import IntegerConv2d, IntegerLinear
@@ -46,10 +46,11 @@ class Assembly:
     Args:
         lowering: Makes products of layers.
         prompt_cache: Compute cross-attention's keys and values once a prompt, where the denoiser allows it.
+        attention: How attention is computed that the recipe leaves in floating point.
     """
 
-    def __init__(self, lowering: Lowering, prompt_cache: bool) -> None:
-        self.lowering, self._prompt_cache = lowering, prompt_cache
+    def __init__(self, lowering: Lowering, prompt_cache: bool, attention: AttentionForm = "float") -> None:
+        self.lowering, self._prompt_cache, self._attention_form = lowering, prompt_cache, attention
         self.state = StepState()
         self._builders: dict[str, Callable[[str, Any], nn.Module | None]] = {
             "ResnetBlock2D": self._residual_block,
@@ -165,7 +166,7 @@ class Assembly:
         names = ("to_q", "to_k", "to_v", "to_out.0")
         q, k, v, out = (self.lowering.product(f"{name}.{n}", layer) for n, layer in zip(names, own, strict=True))
         prompt = self.state.prompt if attention.is_cross_attention else None
-        fused = FusedAttention(attention, (q, k, v, out), prompt)
+        fused = FusedAttention(attention, (q, k, v, out), prompt, self._attention_form)
         if attention.group_norm is not None:
             fused.use_norm(attention.group_norm, self.lowering)
         return fused

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import edadm_kernels as kernels
+from edadm_cli.engines.base import AttentionForm
 from edadm_cli.engines.cuda.adapted import AdaptedProduct, base_of, merge_adapted
+from edadm_cli.engines.cuda.attention_graph import attend_int8_pays
 from edadm_cli.engines.cuda.layout import channels_last, image_of, rows_of
 from edadm_cli.engines.cuda.lowering import Lowering
 from edadm_cli.engines.cuda.norms import NormStage
@@ -58,12 +60,18 @@ class FusedAttention(nn.Module):
         layers: `to_q`, `to_k`, `to_v`, `to_out.0`.
         norm: The original's GroupNorm as a stage before the projections; `None` where it has none.
         prompt: Where keys and values of the prompt are kept; `None` for self-attention.
+        form: How the products of queries, keys and values are computed that the recipe leaves in floating point.
     """
 
     def __init__(
-        self, attention: Any, layers: tuple[Product, Product, Product, Product], prompt: PromptCache | None
+        self,
+        attention: Any,
+        layers: tuple[Product, Product, Product, Product],
+        prompt: PromptCache | None,
+        form: AttentionForm = "float",
     ) -> None:
         super().__init__()
+        self.form = form
         q, k, v, self.to_out = layers
         self.heads, self.scale = attention.heads, attention.scale
         self.adds_input, self.rescale = attention.residual_connection, attention.rescale_output_factor
@@ -122,7 +130,11 @@ class FusedAttention(nn.Module):
         else:
             assert context is not None
             k, v = self._pair(context)
-        if self._pays(q, k, v, mask):
+        if self._pays_in_int8(q, k, mask):
+            heads = [self._split(x) for x in (q, k, v)]
+            attended = kernels.attend_int8(heads[0], heads[1], heads[2], self.scale)
+            prepared_out = self.to_out.prepare(attended.transpose(1, 2).flatten(2))
+        elif self._pays(q, k, v, mask):
             prepared_out = self._codes(q, k, v)
         elif self.operands is None:
             prepared_out = self.to_out.prepare(self._product(q, k, v, mask))
@@ -134,6 +146,11 @@ class FusedAttention(nn.Module):
         """Whether one kernel goes from the projections to the codes of the next."""
         plain = self.operands is None and mask is None and isinstance(self.to_out, IntegerLinear)
         return plain and kernels.attention_pays(q, k, v, self.heads, self.scale)
+
+    def _pays_in_int8(self, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+        """Whether eight bits are asked for and faster."""
+        plain = self.form == "int8" and self.operands is None and mask is None
+        return plain and attend_int8_pays(self._split(q), self._split(k), self.scale)
 
     def _codes(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         quantizer = self.to_out.quantizer

@@ -6,14 +6,16 @@ UNets are assembled out of fused stages; every other denoiser is compiled by tor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from edadm_cli.engines.adapters import AdaptedLayer, SideBranch, strengths_of, take_adapters
-from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions
+from edadm_cli.engines.base import FLOAT, AttentionForm, CompiledDenoiser, Engine, EngineOptions, LayerExecution
 from edadm_cli.engines.cuda.assembly import Assembly
+from edadm_cli.engines.cuda.attention_graph import INT8_ATTENTION
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
 from edadm_cli.engines.cuda.layer_product import capability_refusal
 from edadm_cli.engines.cuda.lowering import Lowering, refusal
@@ -46,6 +48,7 @@ class CudaEngine(Engine):
     # Sums are exact; the epilogue multiplies, subtracts and adds once each in float32, 2^-24 each of terms that can
     # exceed the result where they cancel. Measured over random layers: below 1e-6.
     layer_bound: ClassVar[float] = 1e-5
+    attention_forms: ClassVar[tuple[AttentionForm, ...]] = ("float", "int8")
 
     def __init__(
         self,
@@ -87,13 +90,15 @@ class CudaEngine(Engine):
             model, layers = build_plain(denoiser, options.device, options.rest_dtype)
             _put_beside(model, adapters, options)
             if on_cuda:
-                compile_blocks(model)
+                compile_blocks(model, options.attention)
             state = StepState()
         else:
             kept = self._kept(denoiser, args, kwargs, options)
-            assembly = Assembly(self._lowering(options, kept, adapters), self._prompt_cache)
+            assembly = Assembly(self._lowering(options, kept, adapters), self._prompt_cache, options.attention)
             model, layers = assembly.build(denoiser)
             state = assembly.state
+        if options.attention == "int8" and on_cuda:
+            layers = tuple(_with_int8_attention(row) for row in layers)
         compiled = CudaDenoiser(model, layers, state, options, self._cuda_graphs and on_cuda, is_assembled)
         compiled.set_strengths(strengths)
         return compiled
@@ -126,6 +131,12 @@ class CudaEngine(Engine):
         adapters: Mapping[str, SideBranch] | None = None,
     ) -> Lowering:
         return Lowering(options.device, options.rest_dtype, self._pack_weights, kept or {}, adapters or {})
+
+
+def _with_int8_attention(row: LayerExecution) -> LayerExecution:
+    if row.kind != "attention" or row.planned != FLOAT:
+        return row
+    return replace(row, precision="int8", reason=INT8_ATTENTION)
 
 
 def _put_beside(model: nn.Module, adapters: Mapping[str, SideBranch], options: EngineOptions) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from edadm_cli.engines.base import LayerExecution
+from edadm_cli.engines.base import AttentionForm, LayerExecution
+from edadm_cli.engines.cuda.attention_graph import attention_backend
 from edadm_cli.engines.cuda.conditioning import condition_at_once
 from edadm_cli.engines.cuda.feed_forward import fuse_feed_forwards
 from edadm_cli.engines.cuda.flux import fuse_single_blocks
@@ -79,14 +80,19 @@ def placed_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> n
     return copy.deepcopy(model, placed)
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, attention: AttentionForm | None = None) -> None:
     """Have torch compile a model in place: its repeated blocks, which share their compilation, or else the whole.
 
     Calls belong into `many_shapes`.
+
+    Args:
+        model: In place.
+        attention: How our kernels compute its attention where they are faster; `None` leaves all of it to torch.
     """
+    backend = "inductor" if attention is None else attention_backend(attention)
     blocks = repeated_blocks(model)
     for block in blocks or [model]:
-        block.compile(fullgraph=bool(blocks), dynamic=False)
+        block.compile(fullgraph=bool(blocks), dynamic=False, backend=backend)
     conditioning = model._modules.get("conditioning")
     if conditioning is not None:
         conditioning.compile(fullgraph=True, dynamic=False)

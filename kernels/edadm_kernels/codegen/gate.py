@@ -13,14 +13,16 @@ def violations(code: MachineCode) -> list[str]:
     reasons = []
     if code.shared_bytes > (most := PROGRAM_SHARED_BYTES[code.arch]):
         reasons.append(f"{code.shared_bytes} bytes of shared memory where a program has {most}")
-    if code.float_mma:
+    if code.float_mma or (code.loop_mma and not code.has_dot):
         return reasons + _attention_violations(code)
     return reasons + (_product_violations(code) if code.has_dot else _stream_violations(code))
 
 
 def _attention_violations(code: MachineCode) -> list[str]:
-    """Attention: its products are floating point, its operands stay in registers, and in CUDA C++ they are wgmma's."""
+    """Attention: its operands stay in registers, and in CUDA C++ its products are wgmma's."""
     reasons = [f"{code.spills} LDL/STL (spilled registers)"] if code.spills else []
+    if code.loop_mma and code.mma != "IGMMA":
+        reasons.append(f"{code.mma} where attention of integers should give IGMMA")
     if code.module == "hopper" and code.float_warp_groups < code.float_mma:
         reasons.append(f"{code.float_mma - code.float_warp_groups} matrix instructions that are not HGMMA")
     return reasons

@@ -18,13 +18,8 @@ def variants(arch: int) -> list[Variant]:
     """What the operations may compile for an architecture such as 90; nothing where there is no compiler for it."""
     if arch != ARCHITECTURE or not is_available():
         return []
-    from edadm_kernels.hopper import (
-        attention,
-        few_rows,
-        group_norm,
-        matrices,
-        product,
-    )  # they import what imports this package
+    # they import what imports this package
+    from edadm_kernels.hopper import attention, attention_int8, few_rows, group_norm, matrices, product
 
     products: list[Variant] = [*product.variants(), *matrices.variants(), *few_rows.variants()]
-    return [*products, *group_norm.variants(), *attention.variants()]
+    return [*products, *group_norm.variants(), *attention.variants(), *attention_int8.variants()]

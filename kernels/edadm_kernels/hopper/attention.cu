@@ -1,4 +1,5 @@
-// Attention of float16 heads on the tensor cores of compute capability 9.0, its result as codes of the layer behind it.
+// Attention of 16-bit heads on the tensor cores of compute capability 9.0. Its result is written as codes of the layer
+// behind it, or as it is.
 //
 // A block takes 64 CONSUMERS queries of one head. One warp copies the queries, then keys and values KEYS at a turn, by
 // the tensor memory accelerator into STAGES buffers of each; a head's channels beyond WIDTH, and tokens beyond the last,
@@ -12,8 +13,8 @@
 // sums are divided by the same weights in the end, so nothing but rounding depends on it.
 //
 // Compiled with WIDTH, KEYS, STAGES, CONSUMERS, BLOCKS (a multiprocessor), REGISTERS (of a thread that multiplies; 0:
-// those it starts with) and SHORT defined, and after the text of `multiply_scores` and `multiply_values`, a wgmma
-// instruction each.
+// those it starts with), SHORT, CODES (are written) and BFLOATS (bfloat16, not float16) defined, and after
+// `attention.cuh` and the text of `multiply_scores` and `multiply_values`, a wgmma instruction each.
 
 constexpr int THREADS = CONSUMERS * 128;       // that multiply
 constexpr int COPIERS = REGISTERS ? 128 : 32;  // threads, of which one copies; registers are given up by four warps
@@ -22,13 +23,15 @@ constexpr int CHUNKS = (WIDTH + 63) / 64;      // of 64 channels, which a swizzl
 constexpr int STEPS = (WIDTH + 15) / 16;       // instructions of a turn's scores
 constexpr int TILES = SHORT ? 2 : 1;           // of queries in shared memory
 constexpr int QUERY_BYTES = CHUNKS * ROWS * 128, TURN_BYTES = CHUNKS * KEYS * 128;
+constexpr int RESULT = CODES ? 1 : 2;          // bytes
 constexpr float SLACK = 8.0f;                  // powers of two
+static_assert(!CODES || !BFLOATS, "codes of what is rounded to float16");
 static_assert(WIDTH % 8 == 0 && KEYS % 16 == 0 && KEYS <= 256 && ROWS <= 256 && (!SHORT || STAGES == 1), "tile");
 
 struct Problem {
     const float* out_scale;
     const int* out_zero_point;
-    unsigned char* out;  // [samples, queries, heads * WIDTH]
+    unsigned char* out;  // [samples, queries, heads * WIDTH] of RESULT bytes
     int queries, keys, heads, tiles;
     int parts;  // blocks a head; one takes every `parts`th of the head's tiles
     float scale;  // of the scores, times log2(e)
@@ -61,49 +64,14 @@ __device__ __forceinline__ void copy_rows(u32 target, const TensorMap* map, u32 
             : "memory");
 }
 
-// All but the last PENDING that were committed.
-template <int PENDING>
-__device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-// A group's turn to issue products, and the next group's.
-__device__ __forceinline__ void await_turn(int group) {
-    if (CONSUMERS > 1) asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory");
-}
-
-__device__ __forceinline__ void give_turn(int group) {
-    if (CONSUMERS > 1) asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory");
-}
-
-// Nothing of these moves to before what was waited for.
-template <int N>
-__device__ __forceinline__ void keep(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
-}
-
-__device__ __forceinline__ float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ float largest_of_four(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-__device__ __forceinline__ float sum_of_four(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+    return BFLOATS ? bfloat_pair(low, high) : half_pair(low, high);
 }
-
-__device__ __forceinline__ float lowest() { return __int_as_float(0xff800000); }
 
 // One thread's share of two rows: of every 8 columns two in row `lane / 4`, then two in row `lane / 4 + 8`.
 struct Softmax {
@@ -119,14 +87,13 @@ struct Softmax {
 #pragma unroll
             for (int j = 1; j < KEYS / 8; ++j)
                 most[row] = fmaxf(most[row], fmaxf(s[4 * j + 2 * row], s[4 * j + 2 * row + 1]));
-            most[row] = largest_of_four(most[row]) * scale;
-            grows |= most[row] > reference[row] + SLACK;
+            grows |= most[row] * scale > reference[row] + SLACK;
         }
         grows = __any_sync(0xffffffffu, grows);
         if (grows)
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                const float larger = fmaxf(most[row], reference[row]);
+                const float larger = fmaxf(largest_of_four(most[row]) * scale, reference[row]);
                 shrink[row] = power_of_two(reference[row] - larger);
                 reference[row] = larger;
                 sum[row] *= shrink[row];
@@ -222,10 +189,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
     };
     const auto pack = [&]() {
 #pragma unroll
-        for (int i = 0; i < KEYS / 4; ++i) weights[i] = half_pair(scores[2 * i], scores[2 * i + 1]);
+        for (int i = 0; i < KEYS / 4; ++i) weights[i] = pair_of(scores[2 * i], scores[2 * i + 1]);
     };
-    const Quantizer quantize(__ldg(p.out_scale), __ldg(p.out_zero_point), p.quant_max);
-    unsigned char* const codes = shared + (v_empty + 8 * STAGES - q_at) + threadIdx.x / 32 * (16 * WIDTH);
+    const Quantizer quantize(CODES ? __ldg(p.out_scale) : 1.0f, CODES ? __ldg(p.out_zero_point) : 0, p.quant_max);
+    unsigned char* const written =
+        shared + (v_empty + 8 * STAGES + 15) / 16 * 16 - q_at + threadIdx.x / 32 * (16 * WIDTH * RESULT);
     const auto write = [&](int tile, const Softmax& softmax) {  // a warp's 16 rows, by way of shared memory
         __syncwarp();
 #pragma unroll
@@ -233,10 +201,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
             const float inverse = __frcp_rn(sum_of_four(softmax.sum[row]));
 #pragma unroll
             for (int j = 0; j < WIDTH / 8; ++j) {
-                const u32 pair = half_pair(sums[4 * j + 2 * row] * inverse, sums[4 * j + 2 * row + 1] * inverse);
-                const u32 low = quantize(low_half(pair)), high = quantize(high_half(pair));
-                *reinterpret_cast<u16*>(codes + (lane / 4 + 8 * row) * WIDTH + 8 * j + lane % 4 * 2) =
-                    __byte_perm(low, high, 0x0040);
+                const u32 pair = pair_of(sums[4 * j + 2 * row] * inverse, sums[4 * j + 2 * row + 1] * inverse);
+                unsigned char* const to = written + ((lane / 4 + 8 * row) * WIDTH + 8 * j + lane % 4 * 2) * RESULT;
+                if (CODES) {
+                    const u32 low = quantize(low_half(pair)), high = quantize(high_half(pair));
+                    *reinterpret_cast<u16*>(to) = __byte_perm(low, high, 0x0040);
+                } else {
+                    *reinterpret_cast<u32*>(to) = pair;
+                }
             }
         }
         __syncwarp();
@@ -244,9 +216,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
         const size_t to = (static_cast<size_t>(sample) * p.queries + first) * (p.heads * WIDTH) + head * WIDTH;
         for (int i = lane; i < 2 * WIDTH; i += 32) {
             const int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
-            if (first + row < p.queries)
-                *reinterpret_cast<u64*>(p.out + to + static_cast<size_t>(row) * (p.heads * WIDTH) + column) =
-                    *reinterpret_cast<const u64*>(codes + i * 8);
+            if (first + row < p.queries) {
+                unsigned char* const at = p.out + (to + static_cast<size_t>(row) * (p.heads * WIDTH) + column) * RESULT;
+                if (CODES)
+                    *reinterpret_cast<u64*>(at) = *reinterpret_cast<const u64*>(written + i * 8);
+                else
+                    *reinterpret_cast<int4*>(at) = *reinterpret_cast<const int4*>(written + i * 16);
+            }
         }
     };
 
@@ -290,6 +266,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
         keep(scores);
         if (lane == 0) barrier_arrive(k_empty + 8 * stage);
         const bool grows = softmax(scores, p.scale, shrink);
+        const int next_stage = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
+#if LATE
+        keep(scores);
+        // a loop stands between the exponentials and the wait for the products that run meanwhile, or the assembler
+        // would have them change places
+        if (turn < turns - 1) barrier_wait(k_full + 8 * next_stage, next_phase);
+#endif
         wait_products<0>();
         keep(sums);
         if (lane == 0) barrier_arrive(v_empty + 8 * before);
@@ -298,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
             for (int i = 0; i < WIDTH / 2; ++i) sums[i] *= shrink[i / 2 % 2];
         pack();
         before = stage, before_phase = phase;
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        stage = next_stage, phase = next_phase;
     }
     multiply_weights(before, before_phase, turns == 1);
     wait_products<0>();

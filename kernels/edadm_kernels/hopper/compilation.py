@@ -35,7 +35,7 @@ def compiled(source: str, defines: Mapping[str, int], prelude: str = "", anew: b
     """
     from cuda.bindings import nvrtc
 
-    text = "\n".join([_text("common.cuh"), prelude, _text(source)])
+    text = "\n".join([source_text("common.cuh"), prelude, source_text(source)])
     options = [*OPTIONS, *(f"-D{name}={value}" for name, value in defines.items())]
     version = nvrtc.nvrtcVersion()[1:]
     key = hashlib.sha256("\0".join([text, *options, str(version)]).encode()).hexdigest()
@@ -50,7 +50,8 @@ def compiled(source: str, defines: Mapping[str, int], prelude: str = "", anew: b
     return code
 
 
-def _text(name: str) -> str:
+def source_text(name: str) -> str:
+    """The text of a file beside this module."""
     return files("edadm_kernels.hopper").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """Every operation in plain torch, exact where the operation is: the ground truth of the kernels."""
 
+from edadm_kernels.reference.attention import attend_codes, attend_on_grids, attention_codes
 from edadm_kernels.reference.norms import (
     attention_quantize,
     group_norm_quantize,
@@ -10,6 +11,9 @@ from edadm_kernels.reference.norms import (
 from edadm_kernels.reference.products import conv2d, linear, linear_geglu, linear_gelu, linear_stack, linears
 
 __all__ = [
+    "attend_codes",
+    "attend_on_grids",
+    "attention_codes",
     "attention_quantize",
     "conv2d",
     "group_norm_quantize",

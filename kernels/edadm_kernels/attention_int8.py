@@ -1,0 +1,252 @@
+"""Attention that multiplies in eight bits, quantizing its operands as they come."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from edadm_kernels import reference
+from edadm_kernels.attention_codes_kernels import codes_kernel, extremes_kernel, grid_codes_kernel
+from edadm_kernels.backend import uses_hopper, uses_kernel
+from edadm_kernels.checks import check_device, check_floating, check_size
+from edadm_kernels.hopper import attention_int8 as hopper
+from edadm_kernels.launching import arch_of, on_device_of, overlap
+from edadm_kernels.norm_plans import next_power_of_two
+from edadm_kernels.reference.attention import KEY_BLOCK, Codes, empty_codes, row_of
+from edadm_kernels.variants import KernelVariant, aligned
+
+__all__ = ["attend_int8", "attend_int8_takes", "attend_on_grids", "variants"]
+
+MAX_WIDTH = 160  # channels of a head
+CHUNK = 256  # tokens whose extremes one program takes, at least
+MAX_CHUNKS = 64
+TOKENS = 32  # of them at a time
+NUM_WARPS = 8
+
+
+@torch.library.custom_op("edadm::attend_int8", mutates_args=())
+def _attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out = _prepare(q, k, v)
+    if not out.numel():
+        return out
+    codes = _codes(q, k, v) if uses_kernel(q) else reference.attention_codes(q, k, v)
+    if uses_hopper(q) and hopper.takes(q.shape[3], scale, q.dtype):
+        hopper.launch_attention(codes, scale, out)
+        return out
+    return out.copy_(reference.attend_codes(codes, scale, q.dtype))
+
+
+@_attend_int8.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return _prepare(q, k, v)
+
+
+def attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`softmax(q k^T * scale) v` with int8 queries, keys and values and uint8 weights; sums of products are exact.
+
+    Queries are quantized per token, keys per block of 128 tokens and values per channel, each head by itself, by their
+    extremes. Keys and values are centered between the extremes of each channel first. Weights are rounded to steps of
+    at most 1/127 of the largest of their row, and divided by the sum of what they were rounded to.
+
+    Args:
+        q: `[N, heads, T, d]`, floating point, d at most 160; channels of a token contiguous.
+        k: `[N, heads, S, d]`, of the same type.
+        v: `[N, heads, S, d]`, of the same type.
+        scale: Of the scores.
+
+    Returns:
+        `[N, heads, T, d]` in the type of `q`, stored as `[N, T, heads, d]`.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one.
+
+    References:
+        SageAttention2, arXiv 2411.10958: centered keys, scales per token and block. FlashAttention-3, arXiv 2407.08608.
+    """
+    return _attend_int8(q, k, v, scale).transpose(1, 2)
+
+
+@torch.library.custom_op("edadm::attend_on_grids", mutates_args=())
+def _attend_on_grids(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    p_scale: Tensor,
+    operand_bits: int,
+    weight_bits: int,
+) -> Tensor:
+    out = _prepare(q, k, v)
+    scales = (q_scale, k_scale, v_scale, p_scale)
+    if not out.numel():
+        return out
+    if not (uses_hopper(q) and hopper.takes(q.shape[3], scale, q.dtype)):
+        return out.copy_(reference.attend_on_grids(q, k, v, scale, scales, (operand_bits, weight_bits)))
+    hopper.launch_on_grids(_grid_codes(q, k, v, scales, operand_bits), p_scale, weight_bits, scale, out)
+    return out
+
+
+@_attend_on_grids.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    p_scale: Tensor,
+    operand_bits: int,
+    weight_bits: int,
+) -> Tensor:
+    return _prepare(q, k, v)
+
+
+def attend_on_grids(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    scales: tuple[Tensor, Tensor, Tensor, Tensor],
+    operand_bits: int = 8,
+    weight_bits: int = 8,
+) -> Tensor:
+    r"""Attention whose operands are rounded to a model's own grids, in integers.
+
+        o = p_hat v_hat,   p_hat = s_p min(rne(softmax(q_hat k_hat^T scale) / s_p), 2^b - 1)
+
+    Sums of products are exact; weights are divided by their sum before they are rounded, so the kernel goes through
+    the keys twice. Off compute capability 9.0 the reference computes it.
+
+    Args:
+        q: `[N, heads, T, d]`, floating point, d at most 160; channels of a token contiguous.
+        k: `[N, heads, S, d]`, of the same type.
+        v: `[N, heads, S, d]`, of the same type.
+        scale: Of the scores.
+        scales: Of queries, keys and values (signed grids) and of weights (an unsigned one), one element each, float32.
+        operand_bits: Of the signed grids, 2 to 8.
+        weight_bits: Of the unsigned grid, 2 to 8.
+
+    Returns:
+        `[N, heads, T, d]` in the type of `q`, stored as `[N, T, heads, d]`.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one.
+    """
+    return _attend_on_grids(q, k, v, scale, *scales, operand_bits, weight_bits).transpose(1, 2)
+
+
+def attend_int8_takes(q: Tensor, scale: float) -> bool:
+    """Whether a kernel computes `attend_int8` for `q [N, heads, T, d]`.
+
+    What is asked about tensors on the meta device is answered for compute capability 9.0.
+    """
+    return (q.is_meta or uses_hopper(q)) and hopper.takes(q.shape[3], scale, q.dtype)
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    check_floating(q)
+    check_device(q, k, v)
+    check_size(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"operands of one type were expected, found {q.dtype}, {k.dtype} and {v.dtype}")
+    alike = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
+    if not alike or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[2] < 1:
+        raise ValueError(
+            "queries [N, heads, T, d], keys and values [N, heads, S, d] were expected, found "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if not 1 <= q.shape[3] <= MAX_WIDTH:
+        raise ValueError(f"heads of 1 to {MAX_WIDTH} channels were expected, found {q.shape[3]}")
+    for x in (q, k, v):
+        if x.stride(3) != 1:
+            raise ValueError(f"contiguous channels were expected, found strides {x.stride()}; call .contiguous() first")
+    samples, heads, queries, width = q.shape
+    return torch.empty(samples, queries, heads, width, dtype=q.dtype, device=q.device)
+
+
+def _codes(q: Tensor, k: Tensor, v: Tensor) -> Codes:
+    """The codes by two kernels: extremes of keys and values first, then all codes."""
+    samples, heads, queries, width = q.shape
+    keys = k.shape[2]
+    codes = empty_codes(q, k)
+    chunk = _chunk(keys)
+    chunks = triton.cdiv(keys, chunk)
+    extremes = torch.empty(2, samples * heads, chunks, 2, width, dtype=torch.float32, device=q.device)
+    sizes = {"WIDTH": width, "PADDED": next_power_of_two(width)}
+    blocks = (triton.cdiv(queries, KEY_BLOCK), triton.cdiv(keys, KEY_BLOCK))
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **overlap(arch_of(q))}
+    k_steps, v_steps = k.stride()[:3], v.stride()[:3]
+    with on_device_of(q):
+        extremes_kernel[(chunks, samples * heads, 2)](
+            k, v, extremes, keys, heads, chunks, *k_steps, *v_steps, **sizes, TOKENS=TOKENS, CHUNK=chunk, **options
+        )
+        codes_kernel[(blocks[0] + 2 * blocks[1], samples * heads)](
+            q, k, v, extremes, codes.q, codes.k, codes.v, codes.q_scale, codes.k_scale, codes.v_scale, codes.v_center,
+            queries, keys, heads, chunks, *blocks, codes.v.shape[3], *q.stride()[:3], *k_steps, *v_steps,
+            **sizes, ROW=row_of(width), TOKENS=KEY_BLOCK, CHUNKS=next_power_of_two(chunks), **options,
+        )  # fmt: skip
+    return codes
+
+
+def _grid_codes(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor, Tensor, Tensor], bits: int) -> Codes:
+    """Codes on grids of one scale each."""
+    samples, heads, queries, width = q.shape
+    keys = k.shape[2]
+    codes = replace(empty_codes(q, k), q_scale=scales[0], k_scale=scales[1], v_scale=scales[2])
+    blocks = (triton.cdiv(queries, KEY_BLOCK), triton.cdiv(keys, KEY_BLOCK))
+    with on_device_of(q):
+        grid_codes_kernel[(blocks[0] + 2 * blocks[1], samples * heads)](
+            q, k, v, codes.q, codes.k, codes.v, *scales[:3], queries, keys, heads, *blocks, codes.v.shape[3],
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], WIDTH=width, PADDED=next_power_of_two(width),
+            ROW=row_of(width), TOKENS=KEY_BLOCK, LOW=-(1 << (bits - 1)), HIGH=(1 << (bits - 1)) - 1,
+            num_warps=NUM_WARPS, enable_fp_fusion=False, **overlap(arch_of(q)),
+        )  # fmt: skip
+    return codes
+
+
+def _chunk(keys: int) -> int:
+    """Keys whose extremes one program takes, so that there are at most `MAX_CHUNKS` of them."""
+    return max(CHUNK, next_power_of_two(triton.cdiv(keys, MAX_CHUNKS)))
+
+
+# Channels of a head and tokens of DiT, PixArt, Stable Diffusion 3.5, FLUX and Stable Diffusion 1.x.
+_SHAPES = [(72, 256), (72, 4096), (64, 4429), (128, 4608), (40, 4096)]
+
+
+def variants(arch: int) -> list[KernelVariant]:
+    """What turns the operands of some transformers into codes."""
+    listed = []
+    steps = [f"{x}_{size}" for x in "qkv" for size in ("sample", "head", "token")]
+    options = {"enable_fp_fusion": False}
+    for width, tokens in _SHAPES:
+        sizes = {"WIDTH": width, "PADDED": next_power_of_two(width)}
+        chunk = _chunk(tokens)
+        chunks = triton.cdiv(tokens, chunk)
+        integers = ("keys", "queries", "heads", "chunks", "query_blocks", "key_blocks", "slots", *steps)
+        floats = ("extremes", "out", "q_scale", "k_scale", "v_scale", "v_center")
+        types = dict.fromkeys(("q", "k", "v"), "*fp16") | dict.fromkeys(integers, "i32")
+        types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("q_codes", "k_codes", "v_codes"), "*i8")
+        loose = ("keys", "queries", "heads", "chunks", "query_blocks", "key_blocks")
+        for name, kernel, constants in (
+            ("extremes", extremes_kernel, {**sizes, "TOKENS": TOKENS, "CHUNK": chunk}),
+            (
+                "codes",
+                codes_kernel,
+                {**sizes, "ROW": row_of(width), "TOKENS": KEY_BLOCK, "CHUNKS": next_power_of_two(chunks)},
+            ),
+        ):
+            label = f"attention-{name}-{width}-{tokens}"
+            present = {key: types[key] for key in kernel.arg_names if key in types}
+            listed.append(
+                aligned(arch, label, kernel, present, constants, unaligned=loose, num_warps=NUM_WARPS, options=options)
+            )
+    return listed

@@ -1,0 +1,242 @@
+"""Which attentions of eight-bit operands the kernel of `attention_int8.cu` takes, how it cuts them, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from edadm_kernels.hopper.attention import HEADER
+from edadm_kernels.hopper.compilation import source_text
+from edadm_kernels.hopper.driver import launch, tensor_map
+from edadm_kernels.reference.attention import Codes
+
+MAX_WIDTH = 160  # channels of a head
+_MULTIPROCESSORS = 132
+_FILLED = 0.8  # share of the multiprocessors that large tiles are to keep busy
+_COLUMNS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
+"""Columns that an integer matrix instruction takes (PTX ISA, wgmma)."""
+
+
+@dataclass(frozen=True)
+class AttentionInt8Variant:
+    """Compile-time parameters of `attention_int8.cu`.
+
+    Args:
+        width: Channels of a head, a multiple of 8.
+        groups: Of four warps, 64 queries each; 1 to 4.
+        keys: A turn, 64 or 128.
+        stages: Turns whose keys and values are in shared memory.
+        blocks: A multiprocessor.
+        registers: Of a thread that multiplies; 0: those it starts with.
+        bfloats: bfloat16 is written, not float16.
+        queries: Are in registers, not in shared memory, when they are multiplied.
+        static: The operands lie on a model's own grids.
+    """
+
+    width: int
+    groups: int
+    keys: int
+    stages: int
+    blocks: int = 1
+    registers: int = 0
+    bfloats: bool = False
+    queries: bool = False
+    static: bool = False
+    late: bool = False
+
+    source = "attention_int8.cu"
+    name = "attention_int8"
+    cluster = 1
+
+    @property
+    def threads(self) -> int:
+        """A block: the warps that multiply, and one that copies or, where it gives up registers, four."""
+        return self.groups * 128 + (128 if self.registers else 32)
+
+    @property
+    def rows(self) -> int:
+        """Queries a tile."""
+        return 64 * self.groups
+
+    @property
+    def line(self) -> int:
+        """Bytes of a swizzled row of queries or keys."""
+        return 64 if self.width <= 64 else 128
+
+    @property
+    def columns(self) -> int:
+        """Channels that the instruction adds up, zeros beyond the head's."""
+        return next(columns for columns in _COLUMNS if columns >= self.width)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Queries, keys and values of every stage, two barriers each, and the result in 16 bits."""
+        rows = -(-self.width // self.line) * self.line * (self.rows + self.stages * self.keys)
+        barriers = 8 + 32 * self.stages + 16
+        return rows + self.stages * self.columns * self.keys + barriers + 2 * self.rows * self.width
+
+    def defines(self) -> dict[str, int]:
+        """Macros of the source."""
+        return {
+            "WIDTH": self.width,
+            "KEYS": self.keys,
+            "STAGES": self.stages,
+            "CONSUMERS": self.groups,
+            "BLOCKS": self.blocks,
+            "LATE": int(self.late),
+            "REGISTERS": self.registers,
+            "COLUMNS": self.columns,
+            "BFLOATS": int(self.bfloats),
+            "QUERIES": int(self.queries),
+            "STATIC": int(self.static),
+        }
+
+    def prelude(self) -> str:
+        """What attentions share, and `multiply_scores` and `multiply_values`, `d (+)= a b^T`."""
+        products = (("multiply_scores", self.keys, "s8", self.queries), ("multiply_values", self.columns, "u8", True))
+        return "".join([source_text(HEADER), *(_instruction(*product) for product in products)])
+
+    def label(self) -> str:
+        """For tables."""
+        extras = (f"-x{self.blocks}" if self.blocks > 1 else "") + "-q" * self.queries
+        extras += "-static" * self.static + "-bf16" * self.bfloats
+        return f"attention-int8-{self.width}-{self.rows}x{self.keys}{extras}"
+
+
+# For heads of at most so many channels: large tiles of queries and small ones (groups, keys a turn, stages, blocks,
+# registers).
+_CUTS: dict[int, tuple[tuple[int, int, int, int, int], tuple[int, int, int, int, int]]] = {
+    64: ((3, 128, 3, 1, 160), (1, 64, 3, 3, 0)),
+    80: ((4, 64, 4, 1, 112), (1, 128, 2, 2, 0)),
+    MAX_WIDTH: ((2, 128, 3, 1, 240), (1, 64, 2, 2, 0)),
+}
+
+
+@lru_cache(maxsize=1024)
+def choose(width: int, queries: int, heads: int, bfloats: bool = False, static: bool = False) -> AttentionInt8Variant:
+    """How an attention is cut; nothing but the sizes decides.
+
+    Args:
+        width: Channels of a head, at most `MAX_WIDTH`.
+        queries: A sample.
+        heads: Of all samples.
+        bfloats: bfloat16 is written.
+        static: The operands lie on a model's own grids.
+    """
+    limit = min(most for most in _CUTS if width <= most)
+    large, small = (AttentionInt8Variant(width, *cut, bfloats, static=static) for cut in _CUTS[limit])
+    blocks = _MULTIPROCESSORS * large.blocks
+    tiles = heads * -(-queries // large.rows)
+    return large if tiles >= _FILLED * blocks * -(-tiles // blocks) else small
+
+
+def takes(width: int, scale: float, dtype: torch.dtype) -> bool:
+    """Whether `launch_attention` computes heads of `width` channels."""
+    return width % 8 == 0 and width <= MAX_WIDTH and scale > 0 and dtype in (torch.float16, torch.bfloat16)
+
+
+# Channels, queries and heads of the attentions of DiT, PixArt, Stable Diffusion 3.5, FLUX and Stable Diffusion 1.x.
+_SHAPES = [
+    (72, 4096, 32),
+    (72, 256, 32),
+    (64, 4429, 48),
+    (64, 256, 16),
+    (128, 4608, 24),
+    (128, 256, 24),
+    (40, 4096, 16),
+]
+
+
+def variants() -> list[AttentionInt8Variant]:
+    """What the attentions of some denoisers compile."""
+    chosen = [choose(*shape) for shape in _SHAPES]
+    return list(dict.fromkeys([*chosen, choose(128, 4608, 24, True), choose(40, 4096, 16, False, True)]))
+
+
+def _instruction(name: str, columns: int, left_type: str, from_registers: bool) -> str:
+    """A function of 64 rows, `columns` columns and 32 products; `accumulate` false overwrites."""
+    count = columns // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+r"(d[{i}])' for i in range(count))
+    if from_registers:
+        parameter, left = "const u32* a", "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+        inputs, used = ", ".join(f'"r"(a[{i}])' for i in range(4)), 4
+    else:
+        parameter, left, inputs, used = "u64 a", f"%{count}", '"l"(a)', 1
+    return (
+        f"__device__ __forceinline__ void {name}(int (&d)[{count}], {parameter}, u64 b, bool accumulate) {{\n"
+        f'    asm volatile("{{\\n.reg .pred more;\\nsetp.ne.b32 more, %{count + used + 1}, 0;\\n'
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.{left_type}.s8 {{{registers}}}, {left}, %{count + used}, "
+        f'more;\\n}}" : {outputs} : {inputs}, "l"(b), "r"(static_cast<int>(accumulate)));\n}}\n'
+    )
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q_scale", "k_scale", "v_scale", "v_center", "out")),
+        *((name, ctypes.c_int) for name in ("queries", "keys", "heads", "tiles")),
+        ("scale", ctypes.c_float),
+        ("most", ctypes.c_float),
+    )
+
+
+def launch_attention(codes: Codes, scale: float, out: Tensor) -> None:
+    """Fill `out`.
+
+    Args:
+        codes: Operands that `takes` accepts.
+        scale: Of the scores.
+        out: `[N, T, heads, d]`, float16 or bfloat16, contiguous.
+    """
+    _launch(codes, codes.v_center, 8, scale, out, static=False)
+
+
+def launch_on_grids(codes: Codes, weight_scale: Tensor, weight_bits: int, scale: float, out: Tensor) -> None:
+    """Fill `out` with attention on a model's own grids.
+
+    Args:
+        codes: Operands that `takes` accepts, with scales of one element.
+        weight_scale: Of the weights' grid, one element, float32.
+        weight_bits: Of the weights' grid.
+        scale: Of the scores.
+        out: `[N, T, heads, d]`, float16 or bfloat16, contiguous.
+    """
+    _launch(codes, weight_scale, weight_bits, scale, out, static=True)
+
+
+def _launch(codes: Codes, last: Tensor, bits: int, scale: float, out: Tensor, static: bool) -> None:
+    samples, queries, heads, width = out.shape
+    keys, slots = codes.k.shape[1], codes.v.shape[3]
+    variant = choose(width, queries, samples * heads, out.dtype == torch.bfloat16, static)
+    tiles = -(-queries // variant.rows)
+    problem = _Problem(
+        *(x.data_ptr() for x in (codes.q_scale, codes.k_scale, codes.v_scale, last, out)),
+        queries, keys, heads, tiles, scale * math.log2(math.e), float((1 << bits) - 1),
+    )  # fmt: skip
+    values = tensor_map(
+        codes.v.data_ptr(),
+        (slots, width, heads, samples),
+        (variant.keys, variant.columns, 1, 1),
+        variant.keys,
+        strides=(slots, slots * width, slots * width * heads),
+    )
+    maps = [_tokens(codes.q, variant, variant.rows), _tokens(codes.k, variant, variant.keys), values]
+    launch(variant, tiles * heads * samples, [*maps, problem], out.device.index or 0)
+
+
+def _tokens(x: Tensor, variant: AttentionInt8Variant, rows: int) -> object:
+    """Of `[samples, tokens, heads, channels]`, copied by a line of channels of some tokens of a head."""
+    samples, tokens, heads, width = x.shape
+    row, head = x.stride(1), x.stride(2)
+    return tensor_map(
+        x.data_ptr(),
+        (width, heads, tokens, samples),
+        (variant.line, 1, rows, 1),
+        variant.line,
+        strides=(head, row, tokens * row),
+    )
