@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from edadm_cli.engines.base import AttentionForm, LayerExecution
 from edadm_cli.engines.cuda.attention import FusedAttention
+from edadm_cli.engines.cuda.attention_graph import grid_kernel_runs
 from edadm_cli.engines.cuda.lowering import Lowering
 from edadm_cli.engines.cuda.products import IntegerConv2d, IntegerLinear
 from edadm_cli.engines.cuda.residual import (
@@ -52,6 +53,7 @@ class Assembly:
     def __init__(self, lowering: Lowering, prompt_cache: bool, attention: AttentionForm = "float") -> None:
         self.lowering, self._prompt_cache, self._attention_form = lowering, prompt_cache, attention
         self.state = StepState()
+        self._integer_attentions: set[str] = set()
         self._builders: dict[str, Callable[[str, Any], nn.Module | None]] = {
             "ResnetBlock2D": self._residual_block,
             "Downsample2D": self._downsample,
@@ -84,7 +86,9 @@ class Assembly:
 
     def _decision(self, name: str, layer: nn.Module) -> tuple[str, str | None]:
         if isinstance(layer, QuantizedAttention):
-            return self.lowering.float_name, _ATTENTION_IS_FLOAT
+            return (
+                ("int8", None) if name in self._integer_attentions else (self.lowering.float_name, _ATTENTION_IS_FLOAT)
+            )
         return self.lowering.decisions[name]
 
     def _walk(self, name: str, module: nn.Module) -> None:
@@ -167,6 +171,9 @@ class Assembly:
         q, k, v, out = (self.lowering.product(f"{name}.{n}", layer) for n, layer in zip(names, own, strict=True))
         prompt = self.state.prompt if attention.is_cross_attention else None
         fused = FusedAttention(attention, (q, k, v, out), prompt, self._attention_form)
+        width = attention.to_q.out_features // attention.heads
+        if fused.operands is not None and grid_kernel_runs(self.lowering.device, width):
+            self._integer_attentions.add(name)
         if attention.group_norm is not None:
             fused.use_norm(attention.group_norm, self.lowering)
         return fused

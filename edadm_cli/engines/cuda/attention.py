@@ -134,6 +134,10 @@ class FusedAttention(nn.Module):
             heads = [self._split(x) for x in (q, k, v)]
             attended = kernels.attend_int8(heads[0], heads[1], heads[2], self.scale)
             prepared_out = self.to_out.prepare(attended.transpose(1, 2).flatten(2))
+        elif self.operands is not None and mask is None and self._has_grid_kernel(q):
+            heads = [self._split(x) for x in (q, k, v)]
+            attended = self.operands.in_integers(heads[0], heads[1], heads[2], self.scale)
+            prepared_out = self.to_out.prepare(attended.transpose(1, 2).flatten(2))
         elif self._pays(q, k, v, mask):
             prepared_out = self._codes(q, k, v)
         elif self.operands is None:
@@ -146,6 +150,10 @@ class FusedAttention(nn.Module):
         """Whether one kernel goes from the projections to the codes of the next."""
         plain = self.operands is None and mask is None and isinstance(self.to_out, IntegerLinear)
         return plain and kernels.attention_pays(q, k, v, self.heads, self.scale)
+
+    def _has_grid_kernel(self, q: Tensor) -> bool:
+        """Whether a kernel multiplies operands on the model's own grids."""
+        return kernels.attend_int8_takes(self._split(q), self.scale)
 
     def _pays_in_int8(self, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
         """Whether eight bits are asked for and faster."""
@@ -178,6 +186,13 @@ class _Operands(nn.Module):
     def __init__(self, quantized: QuantizedAttention) -> None:
         super().__init__()
         self.quantized = quantized
+
+    def in_integers(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """`[N, heads, T, d]` of queries and as many keys and values; products of codes, without a mask."""
+        plan = self.quantized.plan
+        q_scale, k_scale, v_scale, p_scale = (getattr(self.quantized, f"{name}_scale").reshape(1) for name in "qkvp")
+        scales = (q_scale, k_scale, v_scale, p_scale)
+        return kernels.attend_on_grids(q, k, v, scale, scales, plan.activation_bits, plan.probability_bits)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, scale: float) -> Tensor:
         on_operand = self.quantized.on_operand

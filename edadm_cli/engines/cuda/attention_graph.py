@@ -71,6 +71,14 @@ def attend_pays(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     return kernels.attend_takes(meta[0], meta[1], meta[2], scale) and kernels.attend_pays(*sizes)
 
 
+def grid_kernel_runs(device: torch.device, width: int) -> bool:
+    """Whether a kernel computes attention on a model's own grids for heads of `width` channels."""
+    if device.type != "cuda":
+        return False
+    probe = torch.empty(1, 1, 1, width, dtype=torch.float16, device=device)
+    return kernels.attend_int8_takes(probe, 1.0)
+
+
 def _operation(q: Tensor, k: Tensor, v: Tensor, scale: float, form: AttentionForm) -> Any:
     """The operation that computes an attention instead of torch's; `None` where none is faster."""
     if form == "int8" and attend_int8_pays(q, k, scale):

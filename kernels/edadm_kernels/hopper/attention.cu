@@ -267,12 +267,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
         if (lane == 0) barrier_arrive(k_empty + 8 * stage);
         const bool grows = softmax(scores, p.scale, shrink);
         const int next_stage = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
-#if LATE
-        keep(scores);
-        // a loop stands between the exponentials and the wait for the products that run meanwhile, or the assembler
-        // would have them change places
-        if (turn < turns - 1) barrier_wait(k_full + 8 * next_stage, next_phase);
-#endif
         wait_products<0>();
         keep(sums);
         if (lane == 0) barrier_arrive(v_empty + 8 * before);

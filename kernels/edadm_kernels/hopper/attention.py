@@ -47,7 +47,6 @@ class AttentionVariant:
     short: bool = False
     codes: bool = True
     bfloats: bool = False
-    late: bool = False
 
     source = "attention.cu"
     name = "attention"
@@ -78,7 +77,6 @@ class AttentionVariant:
             "STAGES": self.stages,
             "CONSUMERS": self.groups,
             "BLOCKS": self.blocks,
-            "LATE": int(self.late),
             "REGISTERS": self.registers,
             "SHORT": int(self.short),
             "CODES": int(self.codes),

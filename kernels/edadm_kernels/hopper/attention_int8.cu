@@ -376,14 +376,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
     softmax.template weigh<true>(scores, weights, scale, last_keys, lane);
     softmax.add(weights);
     int before = 0, before_phase = 0, stage = STAGES > 1 ? 1 : 0, phase = STAGES > 1 ? 0 : 1;
-#if LATE
-    if (turns > 1) barrier_wait(k_full + 8 * stage, phase);
-#endif
     for (int turn = 1; turn < turns; ++turn) {
         await_turn(group);
-#if !LATE
         barrier_wait(k_full + 8 * stage, phase);
-#endif
         multiply_keys(stage);
         multiply_weights(before, before_phase, turn == 1);
         if (turn < turns - 1 || group < CONSUMERS - 1) give_turn((group + 1) % CONSUMERS);
@@ -398,12 +393,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
         softmax.template weigh<false>(scores, fresh, scale, 0, lane);
         softmax.add(fresh);
         const int next_stage = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
-#if LATE
-        keep(fresh);
-        // a loop stands between the exponentials and the wait for the products that run meanwhile, or the assembler
-        // would have them change places
-        if (turn < turns - 1) barrier_wait(k_full + 8 * next_stage, next_phase);
-#endif
         wait_products<0>();
         keep(sums);
         keep(weights);

@@ -47,7 +47,6 @@ class AttentionInt8Variant:
     bfloats: bool = False
     queries: bool = False
     static: bool = False
-    late: bool = False
 
     source = "attention_int8.cu"
     name = "attention_int8"
@@ -88,7 +87,6 @@ class AttentionInt8Variant:
             "STAGES": self.stages,
             "CONSUMERS": self.groups,
             "BLOCKS": self.blocks,
-            "LATE": int(self.late),
             "REGISTERS": self.registers,
             "COLUMNS": self.columns,
             "BFLOATS": int(self.bfloats),
