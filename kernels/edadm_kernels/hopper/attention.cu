@@ -266,7 +266,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
         keep(scores);
         if (lane == 0) barrier_arrive(k_empty + 8 * stage);
         const bool grows = softmax(scores, p.scale, shrink);
-        const int next_stage = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
         wait_products<0>();
         keep(sums);
         if (lane == 0) barrier_arrive(v_empty + 8 * before);
@@ -275,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
             for (int i = 0; i < WIDTH / 2; ++i) sums[i] *= shrink[i / 2 % 2];
         pack();
         before = stage, before_phase = phase;
-        stage = next_stage, phase = next_phase;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
     }
     multiply_weights(before, before_phase, turns == 1);
     wait_products<0>();

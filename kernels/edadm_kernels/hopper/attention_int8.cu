@@ -392,7 +392,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
         if (grows) softmax.raise(most, scale);
         softmax.template weigh<false>(scores, fresh, scale, 0, lane);
         softmax.add(fresh);
-        const int next_stage = stage + 1 == STAGES ? 0 : stage + 1, next_phase = stage + 1 == STAGES ? phase ^ 1 : phase;
         wait_products<0>();
         keep(sums);
         keep(weights);
@@ -403,7 +402,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < WEIGHTS; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(weights[i]) : "r"(fresh[i]) : "memory");
         before = stage, before_phase = phase;
-        stage = next_stage, phase = next_phase;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
     }
     multiply_weights(before, before_phase, turns == 1);
     wait_products<0>();
