@@ -47,18 +47,15 @@ if TYPE_CHECKING:
     from edadm_cli.models.collected import CollectedRun
     from edadm_cli.models.loading import LoadedModel
 
+WIDTHS = ("", "w8a8", "w6a6", "w4a8", "w3a8", "w4a4")  # in the order of the tables; "" is full precision
 METRICS = {
     "one_step": "one step",
-    "guided": "guided",
     "held_out": "held-out loss",
     "final": "relative L2",
     "ssim": "SSIM",
-    "perceptual": "perceptual, emoji",
     "perceptual_imagenet": "perceptual, ImageNet",
     "frechet": "Fréchet, emoji",
-    "frechet_spatial": "Fréchet, emoji spatial",
     "frechet_imagenet": "Fréchet, ImageNet",
-    "kernel_imagenet": "kernel, ImageNet",
     "top1": "top 1",
     "top5": "top 5",
 }
@@ -295,20 +292,19 @@ def read_results(out: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Returns means over the seeds and sample standard deviations as Markdown, one table per model and bit width."""
-    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    """Returns means over the seeds and sample standard deviations as Markdown, one table per model."""
+    groups: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
-        groups[result["model"], result["bits"]][result["label"]].append(result)
+        groups[result["model"]][result["bits"], result["label"]].append(result)
+    order = ["full precision", *VARIANTS]
     lines: list[str] = []
-    for (model, bits), variants in sorted(groups.items()):
-        heads = [head for name, head in METRICS.items() if any(name in r for rows in variants.values() for r in rows)]
-        keys = [name for name, head in METRICS.items() if head in heads]
-        lines += ["", f"### {model} {bits or 'full precision'}", "", "| variant | seeds | " + " | ".join(heads) + " |"]
-        lines.append("|---|---|" + "---|" * len(heads))
-        for label in sorted(variants, key=lambda label: list(VARIANTS).index(label) if label in VARIANTS else 99):
-            rows = variants[label]
-            cells = [_cell([row[key] for row in rows if key in row]) for key in keys]
-            lines.append(f"| {label} | {len(rows)} | " + " | ".join(cells) + " |")
+    for model, rows in sorted(groups.items(), reverse=True):
+        lines += ["", f"### {model}", "", "| bits | recipe | seeds | " + " | ".join(METRICS.values()) + " |"]
+        lines.append("|---|---|---|" + "---|" * len(METRICS))
+        for bits, label in sorted(rows, key=lambda row: (WIDTHS.index(row[0]), order.index(row[1]))):
+            seeds = rows[bits, label]
+            cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in METRICS]
+            lines.append(f"| {bits.upper()} | {label} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -341,6 +337,7 @@ def main() -> None:
     parser.add_argument("--mps", default="", help="start of the pipe directory of one MPS daemon per GPU")
     parser.add_argument("--table", action="store_true", help="print the tables of what is finished, run nothing")
     parser.add_argument("--picture", type=Path, help="save a comparison of the first model here, run nothing")
+    parser.add_argument("--pictured", default="default-w4a8,default-w4a4", help="rows that the comparison shows")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -355,7 +352,7 @@ def main() -> None:
     if options.picture is not None:
         from emoji_judge import save_comparison
 
-        save_comparison(options.out, options.models.split(",")[0], options.picture)
+        save_comparison(options.out, options.models.split(",")[0], options.pictured.split(","), options.picture)
         return
     if not options.table:
         start(options, time.time() + options.seconds)
