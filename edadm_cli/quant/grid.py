@@ -99,6 +99,15 @@ def _backward(grad: Tensor, x: Tensor, output: Tensor, in_range: Tensor, dropped
     return grad * (in_range | dropped), (slope * grad.masked_fill(dropped, 0)).sum()
 
 
+def _flat(x: Tensor) -> Tensor:
+    """Returns the elements in one dimension.
+
+    Detached, they are no view: of a view, torch.compile guards the shape of what it is a view of, and it compiles again
+    for each shape until it refuses.
+    """
+    return x.reshape(-1).detach()
+
+
 class _LearnedFakeQuantize(torch.autograd.Function):
     """Fake-quantize with a straight-through gradient to `x` and the LSQ gradient to `scale`."""
 
@@ -106,8 +115,8 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, grid, dropped):  # type: ignore[no-untyped-def]
         ctx.scale_shape, scale, zero_point = scale.shape, scale.reshape(()), zero_point.reshape(())
         low, high = grid.quant_min - zero_point, grid.quant_max - zero_point
-        x, dropped = x.contiguous(), None if dropped is None else dropped.contiguous().view(-1)
-        output, in_range = fused(_forward, x)(x.view(-1), scale.reciprocal(), scale, low, high, dropped)
+        x, dropped = x.contiguous(), None if dropped is None else _flat(dropped)
+        output, in_range = fused(_forward, x)(_flat(x), scale.reciprocal(), scale, low, high, dropped)
         output = output.view_as(x)
         ctx.save_for_backward(x, scale, output, in_range, dropped)
         return output
@@ -115,8 +124,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, scale, output, in_range, dropped = ctx.saved_tensors
-        flat = grad.reshape(-1), x.view(-1), output.view(-1)
-        grad_x, product = fused(_backward, x)(*flat, in_range, dropped)
+        grad_x, product = fused(_backward, x)(_flat(grad), _flat(x), _flat(output), in_range, dropped)
         return grad_x.view_as(x), (product / scale).reshape(ctx.scale_shape), None, None, None
 
 

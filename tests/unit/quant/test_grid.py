@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -170,3 +171,18 @@ def test_compiled_as_on_a_gpu_it_gives_the_same_values_and_gradients(
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)
     assert torch.equal(results[0][0], results[1][0])
+
+
+def test_learned_fake_quantize_compiles_once_for_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where each unit of a denoiser brings other shapes, and torch refuses after a few compilations."""
+    torch.compiler.reset()
+    compiled = cache(lambda function: torch.compile(function, dynamic=True, fullgraph=True, backend="eager"))
+    monkeypatch.setattr(
+        "edadm_cli.quant.grid.fused",
+        lambda function, _: compiled(function),
+    )
+    scale, zero_point = torch.tensor(0.1, requires_grad=True), torch.tensor(3, dtype=torch.int32)
+    for rank in range(1, 11):
+        x = torch.randn(*range(2, 2 + min(rank, 5)), *[2] * (rank - 5), requires_grad=True)
+        learned_fake_quantize(x, scale, zero_point, activation_grid(4)).sum().backward()
+    torch.compiler.reset()
