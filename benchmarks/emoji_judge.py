@@ -73,7 +73,8 @@ def save_comparison(out: Path, model: str, rows: list[str], path: Path) -> None:
     """Saves the first pictures of seed 0 at full precision, and below them those of some rows, without loss."""
     names = ["full-precision-0", *(f"{row}-0" for row in rows)]
     sheets = [Image.open(out / "pictures" / f"{model}-{name}.webp") for name in names]
-    width, height, gap = sheets[0].width, sheets[0].width // COLUMNS, 8
+    height, gap = sheets[0].width // COLUMNS, 8
+    width = 10 * height
     comparison = Image.new("RGB", (width, (height + gap) * len(names) - gap), "white")
     for number, sheet in enumerate(sheets):
         comparison.paste(sheet.crop((0, 0, width, height)), (0, number * (height + gap)))
