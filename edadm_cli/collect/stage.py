@@ -125,6 +125,7 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
     model = load_model(config.model, device, getattr(torch, config.dtype), prediction_type=config.prediction_type)
     if config.images is not None:
         model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
+    _require_one_denoiser(model)
     entry = model.entry
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
         raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
@@ -195,15 +196,27 @@ def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> 
     write_shard(folder, shard, recorder, task.config.dtype)
 
 
-def _other_denoisers(task: _Task) -> list[str]:
-    """Returns a warning where a pipeline has a second denoiser, as Wan 2.2 has one for the early steps."""
-    name = f"{task.model.denoiser_name}_2"
-    if not isinstance(getattr(task.model.pipeline, name, None), torch.nn.Module):
-        return []
-    return [
-        f"{task.model.ref.id} has a second denoiser, '{name}', for some of its timesteps: it stays at full precision, "
-        f"and only the steps of '{task.model.denoiser_name}' calibrate."
-    ]
+def _require_one_denoiser(model: LoadedModel) -> None:
+    """Refuses pipelines whose denoising is more than one network that the artifacts of a run could hold.
+
+    Raises:
+        InputError: A second denoiser takes some of the timesteps, or a control network feeds the denoiser.
+    """
+    components = {name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    second = f"{model.denoiser_name}_2"
+    if second in components:
+        raise InputError(
+            f"{model.ref.id} has a second denoiser, '{second}', for some of its timesteps, and the artifacts of a run "
+            "hold one denoiser: an export would compute the other timesteps at full precision.",
+            hint="a model with one denoiser, such as Wan 2.1 or Wan 2.2's TI2V-5B",
+        )
+    if "controlnet" in components:
+        raise InputError(
+            f"{model.ref.id} has a control network, which gives its denoiser other inputs at every step, and only "
+            "conditions that stay the same over a trajectory can be calibrated.",
+            hint="quantize the pipeline without the control network, then give the exported denoiser to the pipeline "
+            f"with it: from_pretrained(..., {model.denoiser_name}=...)",
+        )
 
 
 def _warnings(task: _Task, recorder: BatchRecorder, samples: Samples) -> list[str]:
@@ -213,7 +226,7 @@ def _warnings(task: _Task, recorder: BatchRecorder, samples: Samples) -> list[st
         InputError: `--guidance-scale` asked for guidance, and the denoiser was called as without it.
     """
     name = type(task.model.pipeline).__name__
-    warnings = [*_other_denoisers(task), *recorder.warnings]
+    warnings = list(recorder.warnings)
     warnings += [f"{name}: {first_sentence(ValueError(text))}" for text in samples.warnings]
     scale = task.guidance_scale
     if scale is None or scale <= 1 or recorder.is_guided:

@@ -233,7 +233,7 @@ def _constructor_options(
         value = index.get(name)
         if name == "requires_safety_checker":
             options[name] = False
-        elif name in index and not isinstance(value, list):
+        elif name in index and not (isinstance(value, list) and _is_pair(value)):
             options[name] = value
         elif name in SKIPPED_COMPONENTS or name in pipeline_class._optional_components or value == [None, None]:
             options[name] = None
@@ -287,14 +287,15 @@ def _component_folder(root: Path, name: str, class_name: str) -> Path:
 def _descriptions_without_weights(root: Path, folder: Path, name: str, cls: type) -> tuple[Path, ...]:
     import diffusers
 
-    if issubclass(cls, diffusers.SchedulerMixin):
-        config = regular_file(root, folder / _SCHEDULER_CONFIG)
+    if issubclass(cls, diffusers.SchedulerMixin | diffusers.BaseGuidance):
+        file_name: str = cls.config_name
+        config = regular_file(root, folder / file_name)
         if config is None:
-            raise InputError(f"{folder} has no {_SCHEDULER_CONFIG}, which '{name}' ({cls.__name__}) needs.")
+            raise InputError(f"{folder} has no {file_name}, which '{name}' ({cls.__name__}) needs.")
         return (config,)
     if not issubclass(cls, _classes_without_weights()):
         raise InputError(
-            f"{root / INDEX_NAME}: '{name}' is a {cls.__name__}, which is neither a model, a scheduler, "
+            f"{root / INDEX_NAME}: '{name}' is a {cls.__name__}, which is neither a model, a scheduler, a guider, "
             "a tokenizer nor a processor, and is not loaded."
         )
     return description_files(root, folder)

@@ -86,11 +86,11 @@ def empty_module(component: Component) -> nn.Module:
 
 
 def _load_rest(component: Component, place: Path) -> Any:
-    """A scheduler, a tokenizer or a processor."""
+    """Loads a scheduler, a guider, a tokenizer or a processor."""
     import diffusers
 
     loader: Any = component.cls
-    if issubclass(component.cls, diffusers.SchedulerMixin):
+    if issubclass(component.cls, diffusers.SchedulerMixin | diffusers.BaseGuidance):
         return loader.from_pretrained(place, local_files_only=True)
     loaded = loader.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     if hasattr(loaded, "name_or_path"):

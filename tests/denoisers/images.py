@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers as d
+import torch
 import transformers as tr
 
 from tests.denoisers import parts
@@ -356,9 +357,8 @@ def chroma() -> Any:
     )
 
 
-def qwen_image() -> Any:
-    tokenizer, encoder = parts.qwen_vl()
-    transformer = d.QwenImageTransformer2DModel(
+def _qwen_transformer() -> Any:
+    return d.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
@@ -369,17 +369,28 @@ def qwen_image() -> Any:
         guidance_embeds=False,
         axes_dims_rope=(8, 4, 4),
     )
-    vae = d.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+
+
+def qwen_image() -> Any:
+    tokenizer, encoder = parts.qwen_vl()
     return d.QwenImagePipeline(
-        scheduler=parts.flow(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer
+        scheduler=parts.flow(),
+        vae=parts.qwen_vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=_qwen_transformer(),
+    )
+
+
+def qwen_image_edit() -> Any:
+    tokenizer, encoder = parts.qwen_vl()
+    return d.QwenImageEditPipeline(
+        scheduler=parts.flow(),
+        vae=parts.qwen_vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        processor=parts.qwen_vl_processor(),
+        transformer=_qwen_transformer(),
     )
 
 
@@ -551,5 +562,172 @@ def hunyuan_dit() -> Any:
         scheduler=d.DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
         text_encoder_2=encoder_2,
         tokenizer_2=tokenizer_2,
+        **_NO_CHECKER,
+    )
+
+
+def hunyuan_image() -> Any:
+    tokenizer, encoder = parts.qwen_vl()
+    tokenizer_2, encoder_2 = parts.t5()
+    transformer = d.HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        patch_size=(1, 1),
+        guidance_embeds=False,
+        text_embed_dim=16,
+        text_embed_2_dim=32,
+        rope_axes_dim=(8, 8),
+    )
+    vae = d.AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 64, 64, 64),
+        layers_per_block=1,
+        spatial_compression_ratio=8,
+        sample_size=64,
+        scaling_factor=0.5,
+    )
+    guider = {"enabled": False}
+    return d.HunyuanImagePipeline(
+        scheduler=parts.flow(shift=7.0),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+        guider=d.AdaptiveProjectedMixGuidance(**guider),
+        ocr_guider=d.AdaptiveProjectedMixGuidance(**guider),
+    )
+
+
+def hidream() -> Any:
+    tokenizer, encoder = parts.clip(projection=True, length=128)
+    tokenizer_2, encoder_2 = parts.clip(projection=True, length=128)
+    tokenizer_3, encoder_3 = parts.t5()
+    tokenizer_4, encoder_4 = parts.llama()
+    transformer = d.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=[32, 32],
+        text_emb_dim=32,
+        num_routed_experts=4,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(16, 16),
+        llama_layers=[0, 1],
+        force_inference_output=True,
+    )
+    return d.HiDreamImagePipeline(
+        scheduler=parts.flow(shift=3.0),
+        vae=parts.kl(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=encoder_3,
+        tokenizer_3=tokenizer_3,
+        text_encoder_4=encoder_4,
+        tokenizer_4=tokenizer_4,
+        transformer=transformer,
+    )
+
+
+def krea2() -> Any:
+    tokenizer, encoder = parts.qwen3_vl()
+    transformer = d.Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        timestep_embed_dim=32,
+        text_hidden_dim=32,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=64,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return d.Krea2Pipeline(
+        scheduler=parts.flow(use_dynamic_shifting=True),
+        vae=parts.qwen_vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        text_encoder_select_layers=(1, 2),
+    )
+
+
+def prx() -> Any:
+    tokenizer, encoder = parts.gemma()
+    transformer = d.PRXTransformer2DModel(
+        in_channels=4,
+        patch_size=2,
+        context_in_dim=32,
+        hidden_size=32,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        axes_dim=[8, 8],
+    )
+    return d.PRXPipeline(
+        transformer=transformer,
+        scheduler=parts.flow(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        vae=parts.kl(shift_factor=0.0),
+        default_sample_size=64,
+    )
+
+
+def ovis() -> Any:
+    tokenizer, encoder = parts.qwen3()
+    transformer = d.OvisImageTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return d.OvisImagePipeline(
+        scheduler=parts.flow(use_dynamic_shifting=True),
+        vae=parts.kl(shift_factor=0.1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def controlnet() -> Any:
+    tokenizer, encoder = parts.clip()
+    unet = parts.unet()
+    control = d.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    for layer in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight, std=0.1)  # they begin at zero, where the control changes nothing
+    return d.StableDiffusionControlNetPipeline(
+        vae=parts.kl(levels=2),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        controlnet=control,
+        scheduler=parts.ddim(),
         **_NO_CHECKER,
     )

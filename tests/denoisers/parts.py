@@ -15,6 +15,7 @@ _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 _SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -67,7 +68,7 @@ def glm() -> Pair:
 
 def qwen_tokenizer() -> Any:
     """A byte tokenizer with a chat template."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *_VISION_TOKENS]
     vocabulary = {symbol: number for number, symbol in enumerate([*_byte_symbols(), *special])}
     tokenizer = tr.Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=special[1:])
     tokenizer.chat_template = _TEMPLATE
@@ -90,11 +91,49 @@ def qwen_vl() -> Pair:
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     text |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "rope_scaling": rope, "rope_theta": 1e6}
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    ids = {"vision_end_token_id": 1, "vision_start_token_id": 1, "vision_token_id": 1, "image_token_id": 2}
+    start, end, image, video = tokenizer.convert_tokens_to_ids(_VISION_TOKENS)
+    ids = {"vision_start_token_id": start, "vision_end_token_id": end, "image_token_id": image}
     config = tr.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, hidden_size=16, vocab_size=len(tokenizer), video_token_id=3, **ids
+        text_config=text, vision_config=vision, hidden_size=16, vocab_size=len(tokenizer), video_token_id=video, **ids
     )
     return tokenizer, tr.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen_vae() -> Any:
+    """The autoencoder of Qwen-Image, with 4 latent channels."""
+    return d.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+
+
+def qwen_vl_processor() -> Any:
+    """What prepares prompts and images for `qwen_vl`; the images have at most four patches."""
+    images = tr.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56)
+    return tr.Qwen2VLProcessor(
+        image_processor=images, tokenizer=qwen_tokenizer(), video_processor=tr.Qwen2VLVideoProcessor()
+    )
+
+
+def qwen3_vl() -> Pair:
+    """A Qwen 3 VL with 32 channels."""
+    tokenizer = qwen_tokenizer()
+    rope = {"mrope_section": [2, 3, 3], "rope_type": "default", "mrope_interleaved": True, "rope_theta": 1e6}
+    text = {**_SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 4096, "rope_parameters": rope}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"deepstack_visual_indexes": [0]}
+    return tokenizer, tr.Qwen3VLModel(tr.Qwen3VLConfig(text_config=text, vision_config=vision))
+
+
+def llama() -> Pair:
+    """A Llama with 32 channels and a head."""
+    tokenizer = letter_tokenizer(model_max_length=16)
+    return tokenizer, tr.LlamaForCausalLM(tr.LlamaConfig(vocab_size=len(tokenizer), **_SMALL))
 
 
 def vision(width: int = 32, size: int = 32) -> Any:

@@ -1,13 +1,15 @@
 """The table of denoisers: each row is a tiny random pipeline that goes through the chain, or the reason why not.
 
-`python benchmarks/denoisers.py` writes the table into docs/models.md. With `--only NAME ...` it prints the rows of
-these builders alone and writes nothing; the names are those of the functions in `images.py` and `videos.py`.
+`python benchmarks/denoisers.py` writes the table into docs/models.md. It notes each finished row in a file, so that a
+table that was interrupted goes on where it stopped. With `--only NAME ...` it prints the rows of these builders alone
+and writes nothing; the names are those of the functions in `images.py` and `videos.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import math
 import os
 import shutil
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,11 @@ from edadm_cli.models import loading
 from edadm_cli.models.families.layers import is_weighted
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.recipe import Recipe, load_recipe
-from tests.denoisers import images, videos
+from tests.denoisers import classes, images, videos
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-BEGIN, END = "<!-- table of denoisers: begin -->\n", "<!-- table of denoisers: end -->\n"
+NOTES = Path(__file__).parents[2] / "build" / "denoisers.jsonl"
+_TABLES = ("table of denoisers", "other classes of denoisers")
 W8A8, W4A8 = BitWidth.parse("w8a8"), BitWidth.parse("w4a8")
 LEAST_PSNR_DB = 20.0  # of an image at W8A8 against full precision of the same seed
 _SQUARE = {"height": 64, "width": 64}
@@ -66,6 +69,7 @@ ROWS = (
     Row(images.latent_consistency, "latent consistency (`timestep_cond`)"),
     Row(images.inpainting, "inpainting UNet, 9 channels", images=True),
     Row(images.instruct_pix2pix, "InstructPix2Pix, 8 channels", images=True),
+    Row(images.controlnet, "Stable Diffusion with a ControlNet", images=True),
     Row(images.stable_diffusion_xl, "Stable Diffusion XL"),
     Row(images.xl_refiner, "Stable Diffusion XL refiner", call={"strength": 1.0}, images=True),
     Row(images.deepfloyd, "DeepFloyd IF, first stage"),
@@ -84,14 +88,21 @@ ROWS = (
     Row(images.flux2_base, "FLUX.2 Klein, base", call=_SQUARE),
     Row(images.chroma, "Chroma", call=_SQUARE),
     Row(images.qwen_image, "Qwen-Image", call={"height": 32, "width": 32}),
+    Row(images.qwen_image_edit, "Qwen-Image-Edit", call={"height": 32, "width": 32}, images=True),
     Row(images.z_image, "Z-Image", call=_SQUARE),
     Row(images.auraflow, "AuraFlow", call=_SQUARE),
     Row(images.sana, "Sana", call={**_SQUARE, "use_resolution_binning": False}),
     Row(images.lumina2, "Lumina 2", call=_SQUARE),
     Row(images.cogview4, "CogView 4", call=_SQUARE),
     Row(images.hunyuan_dit, "HunyuanDiT", call={**_SQUARE, "use_resolution_binning": False}),
+    Row(images.hunyuan_image, "HunyuanImage 2.1", call=_SQUARE),
+    Row(images.hidream, "HiDream-I1", call=_SQUARE),
+    Row(images.krea2, "Krea 2", call=_SQUARE),
+    Row(images.prx, "PRX", call={**_SQUARE, "use_resolution_binning": False}),
+    Row(images.ovis, "Ovis-Image", call=_SQUARE),
     Row(videos.wan, "Wan 2.1", call=_CLIP),
     Row(videos.wan22, "Wan 2.2, two transformers", call=_CLIP),
+    Row(videos.hunyuan_video, "HunyuanVideo", call=_CLIP),
     Row(videos.cogvideox, "CogVideoX", call={**_CLIP, "max_sequence_length": 16}),
     Row(videos.ltx, "LTX-Video", call={"height": 32, "width": 32, "num_frames": 9}),
     Row(videos.stable_video, "Stable Video Diffusion", call={"height": 32, "width": 32, "num_frames": 2}, images=True),
@@ -149,7 +160,9 @@ def measure(row: Row, folder: Path, *, is_quick: bool = False) -> Result:
     try:
         return _chain(row, folder, result, is_quick)
     except EdadmError as error:
-        return Result(row, result.denoiser, result.pipeline, refusal=error.message)
+        return Result(
+            row, result.denoiser, result.pipeline, refusal=error.message.replace(str(folder / "model"), "the model")
+        )
     except Exception as error:  # noqa: BLE001 (a row of the table, not the end of it)
         if os.environ.get("EDADM_TABLE_TRACEBACK"):
             traceback.print_exc()
@@ -246,8 +259,6 @@ print(10 * np.log10(1 / max(float(((pictures[0] - pictures[1]) ** 2).mean()), 1e
 
 def compare(folder: Path, export: Path, row: Row) -> float:
     """Returns the PSNR in dB of one image of an export against full precision, in a fresh interpreter."""
-    import json
-
     import diffusers
 
     index = json.loads((folder / "model" / "model_index.json").read_text())
@@ -289,31 +300,68 @@ def markdown(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_rows(rows: tuple[Row, ...]) -> list[Result]:
-    """Measure rows one after the other, and print each line as soon as it is there."""
+def run_rows(rows: tuple[Row, ...], notes: Path | None = None) -> list[Result]:
+    """Measure rows one after the other, and print each line as soon as it is there.
+
+    Args:
+        rows: The rows.
+        notes: A file with one finished row per line. Rows that it holds are not measured again.
+    """
+    done = {} if notes is None or not notes.is_file() else _read_notes(notes)
     results = []
     for row in rows:
-        folder = Path(tempfile.mkdtemp(prefix="edadm-table-"))
-        try:
-            results.append(measure(row, folder))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        print(markdown(results[-1:]).splitlines()[-1], flush=True)
+        result = done.get(row.title)
+        if result is None:
+            folder = Path(tempfile.mkdtemp(prefix="edadm-table-"))
+            try:
+                result = measure(row, folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            if notes is not None:
+                notes.parent.mkdir(parents=True, exist_ok=True)
+                facts = asdict(result) | {"row": row.title}
+                with notes.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(facts) + "\n")
+        results.append(result)
+        print(markdown([result]).splitlines()[-1], flush=True)
     return results
+
+
+def _read_notes(notes: Path) -> dict[str, Result]:
+    """Returns the finished rows of a file by their titles; a title that is no row any more is left out."""
+    rows = {row.title: row for row in ROWS}
+    facts = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
+    return {
+        fact["row"]: Result(**{**fact, "row": rows[fact["row"]], "layers": tuple(fact["layers"])})
+        for fact in facts
+        if fact["row"] in rows
+    }
+
+
+def write_tables(results: list[Result]) -> None:
+    """Write the table of the rows, and that of the classes that no row measures, into docs/models.md."""
+    text = DOCS.read_text(encoding="utf-8")
+    others = classes.markdown({result.denoiser for result in results})
+    for name, table in zip(_TABLES, (markdown(results), others), strict=True):
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        start, stop = text.index(begin) + len(begin), text.index(end)
+        text = text[:start] + table + text[stop:]
+    DOCS.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     """Write the table, or print some rows of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=None, help="names of builders")
-    names = parser.parse_args().only
+    parser.add_argument("--notes", type=Path, default=NOTES, help="file of the rows that are finished")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = tuple(row for row in ROWS if names is None or row.build.__name__ in names)
-    results = run_rows(rows)
-    if names is None:
-        text = DOCS.read_text(encoding="utf-8")
-        start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-        DOCS.write_text(text[:start] + markdown(results) + text[stop:], encoding="utf-8")
+    if options.only is not None:
+        run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only))
+        return
+    results = run_rows(ROWS, options.notes)
+    write_tables(results)
+    options.notes.unlink()
 
 
 if __name__ == "__main__":

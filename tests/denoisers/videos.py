@@ -198,3 +198,47 @@ def text_to_video() -> Any:
     return d.TextToVideoSDPipeline(
         vae=parts.kl(levels=2), text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=parts.ddim()
     )
+
+
+def hunyuan_video() -> Any:
+    tokenizer, encoder = parts.llama()
+    tokenizer_2, encoder_2 = parts.clip(length=77)
+    transformer = d.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=32,
+        pooled_projection_dim=16,
+        rope_axes_dim=(2, 4, 4),
+    )
+    vae = d.AutoencoderKLHunyuanVideo(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        act_fn="silu",
+        norm_num_groups=4,
+        scaling_factor=0.476986,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+        mid_block_add_attention=True,
+    )
+    return d.HunyuanVideoPipeline(
+        text_encoder=encoder.model,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        vae=vae,
+        scheduler=parts.flow(shift=7.0),
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+    )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.denoisers.table import ROWS, measure
+from tests.denoisers.classes import VERDICTS, denoiser_classes
+from tests.denoisers.table import DOCS, ROWS, measure
 
 # one tensor per image and prompts of different length; guidance in two calls per step
 QUICK = ("z_image", "qwen_image")
@@ -20,3 +21,18 @@ def test_a_denoiser_goes_through_the_chain(name: str, tmp_path: Path) -> None:
     assert result.blocks >= 2
     quantized, layers = result.layers
     assert 0.8 * layers < quantized <= layers
+
+
+def test_every_denoiser_class_of_diffusers_has_a_line() -> None:
+    table = DOCS.read_text(encoding="utf-8")
+    lines = {line.split("`")[1] for line in table.splitlines() if line.startswith("| `")}
+    missing = denoiser_classes() - lines
+    assert not missing, f"write a verdict in tests/denoisers/classes.py, or a row, for {', '.join(sorted(missing))}"
+    assert not VERDICTS.keys() - denoiser_classes()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("wan22", "second denoiser"), ("controlnet", "control network")])
+def test_a_pipeline_with_another_network_beside_its_denoiser_is_refused(name: str, reason: str, tmp_path: Path) -> None:
+    row = next(row for row in ROWS if row.build.__name__ == name)
+    result = measure(row, tmp_path, is_quick=True)
+    assert reason in (result.refusal or "")

@@ -86,6 +86,7 @@ def test_an_architecture_goes_through_the_chain_and_round_trips(
 KEPT_ATTENTION = {
     "flux-dev": (4, "FluxAttnProcessor"),
     "flux-schnell": (4, "FluxAttnProcessor"),
+    "sd3.5-large": (3, "JointAttnProcessor2_0"),
     "sd3.5-medium": (4, "JointAttnProcessor2_0"),
 }
 

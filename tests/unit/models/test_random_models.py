@@ -29,6 +29,7 @@ PUBLISHED = {
     "sdxl": 2600,
     "pixart-sigma": 610,
     "flux-schnell": 12000,
+    "sd3.5-large": 8057,
 }
 
 

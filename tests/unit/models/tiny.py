@@ -89,6 +89,8 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 _CHANGES["flux-dev"] = _CHANGES["flux-schnell"]
+_MEDIUM = _CHANGES["sd3.5-medium"]["transformer"]
+_CHANGES["sd3.5-large"] = {"transformer": {k: v for k, v in _MEDIUM.items() if k != "dual_attention_layers"}}
 
 
 FLUX_SAMPLE_SIZE = 16
@@ -115,7 +117,7 @@ def shrunk(name: str) -> Architecture:
         elif cls.endswith("Tokenizer"):
             change = {"model_max_length": min(16, config["model_max_length"])} if "T5" in cls else {}
         components[component] = (cls, {**config, **change})
-    if name == "sd3.5-medium":  # the states of T5 are as wide as both of CLIP's together
+    if name.startswith("sd3.5"):  # the states of T5 are as wide as both of CLIP's together
         cls, config = components["text_encoder_3"]
         components["text_encoder_3"] = (cls, {**config, "d_model": 64})
     return real.model_copy(update={"components": components})

@@ -1,0 +1,96 @@
+"""Every denoiser class of diffusers, with what becomes of it where no row of the table measures it.
+
+A class of the installed diffusers that is neither measured by a row nor named here has no line in docs/models.md, and a
+test fails.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import diffusers
+from diffusers.models import transformers, unets
+
+NO_IMAGES = "not a denoiser of images or video"
+NO_PIPELINE = "refused: diffusers has no pipeline that samples with it, only modular blocks"
+UNTRIED = "untried: no row builds its pipeline"
+
+VERDICTS = {
+    "AceStepTransformer1DModel": f"{NO_IMAGES}: music",
+    "AllegroTransformer3DModel": UNTRIED,
+    "AnyFlowFARTransformer3DModel": UNTRIED,
+    "AnyFlowTransformer3DModel": UNTRIED,
+    "BriaFibo2Transformer2DModel": UNTRIED,
+    "BriaFiboTransformer2DModel": UNTRIED,
+    "BriaTransformer2DModel": UNTRIED,
+    "ChronoEditTransformer3DModel": UNTRIED,
+    "CogView3PlusTransformer2DModel": UNTRIED,
+    "ConsisIDTransformer3DModel": UNTRIED,
+    "Cosmos3OmniTransformer": UNTRIED,
+    "CosmosTransformer3DModel": UNTRIED,
+    "DreamLiteTransformer2DModel": f"{NO_IMAGES}: a layer of `DreamLiteUNetModel`",
+    "DreamLiteUNetModel": UNTRIED,
+    "EasyAnimateTransformer3DModel": UNTRIED,
+    "ErnieImageTransformer2DModel": UNTRIED,
+    "Flux3Transformer2DModel": NO_PIPELINE,
+    "GlmImageTransformer2DModel": UNTRIED,
+    "HeliosTransformer3DModel": UNTRIED,
+    "HunyuanVideo15Transformer3DModel": UNTRIED,
+    "HunyuanVideoFramepackTransformer3DModel": UNTRIED,
+    "I2VGenXLUNet": UNTRIED,
+    "Ideogram4Transformer2DModel": "refused: `Ideogram4Pipeline` guides with a second transformer of its own",
+    "JoyImageEditPlusTransformer3DModel": UNTRIED,
+    "JoyImageEditTransformer3DModel": UNTRIED,
+    "Kandinsky3UNet": UNTRIED,
+    "Kandinsky5Transformer3DModel": UNTRIED,
+    "Kandinsky6SRTransformer3DModel": "refused: `Kandinsky6SRPipeline` needs a video for every sample",
+    "Kandinsky6Transformer3DModel": UNTRIED,
+    "LTX2VideoTransformer3DModel": UNTRIED,
+    "LatteTransformer3DModel": UNTRIED,
+    "LongCatAudioDiTTransformer": f"{NO_IMAGES}: audio",
+    "LongCatImageTransformer2DModel": UNTRIED,
+    "LuminaNextDiT2DModel": UNTRIED,
+    "MiniMaxH3Transformer3DModel": NO_PIPELINE,
+    "MiniMaxMusic3RVQDepthDecoder": f"{NO_IMAGES}: music",
+    "MiniMaxMusic3Transformer1DModel": f"{NO_IMAGES}: music",
+    "MochiTransformer3DModel": UNTRIED,
+    "MotifVideoTransformer3DModel": UNTRIED,
+    "MotionAdapter": f"{NO_IMAGES}: weights that `UNetMotionModel` takes over",
+    "NucleusMoEImageTransformer2DModel": UNTRIED,
+    "OmniGenTransformer2DModel": UNTRIED,
+    "PriorTransformer": f"{NO_IMAGES}: embeddings of images; it stays at full precision beside a denoiser",
+    "QwenImage21Transformer2DModel": UNTRIED,
+    "RFD4ProteinaTransformer": f"{NO_IMAGES}: proteins",
+    "SanaVideoTransformer3DModel": UNTRIED,
+    "SanaWMLTX2RefinerTransformer3DModel": NO_PIPELINE,
+    "SanaWMTransformer3DModel": UNTRIED,
+    "SkyReelsV2Transformer3DModel": UNTRIED,
+    "StableAudio3DiTModel": f"{NO_IMAGES}: audio",
+    "StableAudioDiTModel": f"{NO_IMAGES}: audio",
+    "StableCascadeUNet": "refused: its pipelines call it `prior` or `decoder`, and a `unet` or `transformer` is expected",
+    "T5FilmDecoder": f"{NO_IMAGES}: audio",
+    "Transformer2DModel": f"{NO_IMAGES}: a layer of UNets",
+    "TransformerTemporalModel": f"{NO_IMAGES}: a layer of video UNets",
+    "UNet1DModel": f"{NO_IMAGES}: audio and trajectories",
+    "UVit2DModel": "refused: it predicts tokens of a codebook, not the noise of a continuous sample",
+    "WanAnimate2Transformer3DModel": NO_PIPELINE,
+    "WanAnimateTransformer3DModel": "refused: `WanAnimatePipeline` needs videos of a pose and a face for every sample",
+    "WanVACETransformer3DModel": UNTRIED,
+}
+
+
+def denoiser_classes() -> set[str]:
+    """Returns the names of the classes that diffusers lists among its transformers and UNets."""
+    classes = (value for module in (transformers, unets) for _, value in inspect.getmembers(module, inspect.isclass))
+    return {cls.__name__ for cls in classes if issubclass(cls, diffusers.ModelMixin)}
+
+
+def markdown(measured: set[str]) -> str:
+    """Returns a table with one line for each class that no row measures.
+
+    Args:
+        measured: The classes that rows measure.
+    """
+    lines = ["| denoiser | result |", "|---|---|"]
+    lines += [f"| `{name}` | {verdict} |" for name, verdict in sorted(VERDICTS.items()) if name not in measured]
+    return "\n".join(lines) + "\n"
