@@ -67,7 +67,7 @@ VERDICTS = {
     "SkyReelsV2Transformer3DModel": UNTRIED,
     "StableAudio3DiTModel": f"{NO_IMAGES}: audio",
     "StableAudioDiTModel": f"{NO_IMAGES}: audio",
-    "StableCascadeUNet": "refused: its pipelines call it `prior` or `decoder`, and a `unet` or `transformer` is expected",
+    "StableCascadeUNet": "refused: its pipelines have a `prior` or `decoder`; a `unet` or `transformer` is expected",
     "T5FilmDecoder": f"{NO_IMAGES}: audio",
     "Transformer2DModel": f"{NO_IMAGES}: a layer of UNets",
     "TransformerTemporalModel": f"{NO_IMAGES}: a layer of video UNets",

@@ -386,7 +386,7 @@ def qwen_image_edit() -> Any:
     tokenizer, encoder = parts.qwen_vl()
     return d.QwenImageEditPipeline(
         scheduler=parts.flow(),
-        vae=parts.qwen_vae(),
+        vae=parts.qwen_vae(levels=5),  # the pipeline brings its images to 1024 pixels a side
         text_encoder=encoder,
         tokenizer=tokenizer,
         processor=parts.qwen_vl_processor(),
@@ -631,7 +631,7 @@ def hidream() -> Any:
     )
     return d.HiDreamImagePipeline(
         scheduler=parts.flow(shift=3.0),
-        vae=parts.kl(),
+        vae=parts.kl(shift_factor=0.1),
         text_encoder=encoder,
         tokenizer=tokenizer,
         text_encoder_2=encoder_2,

@@ -99,14 +99,14 @@ def qwen_vl() -> Pair:
     return tokenizer, tr.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def qwen_vae() -> Any:
-    """The autoencoder of Qwen-Image, with 4 latent channels."""
+def qwen_vae(levels: int = 2) -> Any:
+    """The autoencoder of Qwen-Image, with 4 latent channels; it halves `levels` times."""
     return d.AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
-        dim_mult=[1, 2, 4],
+        dim_mult=[1, 2, 4] if levels == 2 else [1] * (levels + 1),
         num_res_blocks=1,
-        temperal_downsample=[False, True],
+        temperal_downsample=[False] * (levels - 1) + [True],
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )

@@ -53,6 +53,7 @@ class Row:
         num_steps: Sampler steps.
         guidance: Guidance scale; `None` takes the pipeline's own.
         images: Whether images condition it.
+        batch_size: How many of the four images are sampled together.
     """
 
     build: Callable[[], Any]
@@ -61,6 +62,7 @@ class Row:
     num_steps: int = 3
     guidance: float | None = None
     images: bool = False
+    batch_size: int = 4
 
 
 ROWS = (
@@ -88,7 +90,7 @@ ROWS = (
     Row(images.flux2_base, "FLUX.2 Klein, base", call=_SQUARE),
     Row(images.chroma, "Chroma", call=_SQUARE),
     Row(images.qwen_image, "Qwen-Image", call={"height": 32, "width": 32}),
-    Row(images.qwen_image_edit, "Qwen-Image-Edit", call={"height": 32, "width": 32}, images=True),
+    Row(images.qwen_image_edit, "Qwen-Image-Edit", call={"height": 128, "width": 128}, images=True),
     Row(images.z_image, "Z-Image", call=_SQUARE),
     Row(images.auraflow, "AuraFlow", call=_SQUARE),
     Row(images.sana, "Sana", call={**_SQUARE, "use_resolution_binning": False}),
@@ -98,7 +100,7 @@ ROWS = (
     Row(images.hunyuan_image, "HunyuanImage 2.1", call=_SQUARE),
     Row(images.hidream, "HiDream-I1", call=_SQUARE),
     Row(images.krea2, "Krea 2", call=_SQUARE),
-    Row(images.prx, "PRX", call={**_SQUARE, "use_resolution_binning": False}),
+    Row(images.prx, "PRX", call={**_SQUARE, "use_resolution_binning": False}, batch_size=1),  # guided, it takes one
     Row(images.ovis, "Ovis-Image", call=_SQUARE),
     Row(videos.wan, "Wan 2.1", call=_CLIP),
     Row(videos.wan22, "Wan 2.2, two transformers", call=_CLIP),
@@ -193,7 +195,7 @@ def _chain(row: Row, folder: Path, result: Result, is_quick: bool) -> Result:
             model=str(folder / "model"),
             num_trajectories=4,
             num_steps=row.num_steps,
-            batch_size=4,
+            batch_size=row.batch_size,
             guidance_scale=row.guidance,
             images=pictures,
             device="cpu",

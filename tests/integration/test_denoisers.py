@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,10 @@ def test_a_pipeline_with_another_network_beside_its_denoiser_is_refused(name: st
     row = next(row for row in ROWS if row.build.__name__ == name)
     result = measure(row, tmp_path, is_quick=True)
     assert reason in (result.refusal or "")
+
+
+def test_guidance_that_a_pipeline_ignores_ends_a_collection_with_its_own_reason(tmp_path: Path) -> None:
+    row = next(row for row in ROWS if row.build.__name__ == "flux2_klein")
+    result = measure(replace(row, guidance=4.0), tmp_path, is_quick=True)
+    assert "sampled without guidance, though its scale is 4" in (result.refusal or "")
+    assert "is ignored" in (result.refusal or "")

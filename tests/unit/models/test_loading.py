@@ -23,6 +23,7 @@ from edadm_cli.models.folder import read_folder
 from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.registry import known_models
 from edadm_cli.models.sampling import sample
+from tests.denoisers.images import hunyuan_image, krea2
 
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -300,3 +301,15 @@ def test_a_hub_repository_with_variants_only_is_fetched_as_such(
         message = refusal("owner/name").message
         assert "no safetensors weights" in message
         assert len(message) < 200
+
+
+def test_options_of_a_pipeline_that_are_lists_and_its_guiders_are_loaded(tmp_path: Path) -> None:
+    krea2().save_pretrained(tmp_path / "krea2")
+    pipeline: Any = load_model(str(tmp_path / "krea2"), CPU, torch.float32).pipeline
+    assert list(pipeline.text_encoder_select_layers) == [1, 2]
+    hunyuan_image().save_pretrained(tmp_path / "hunyuan")
+    loaded: Any = load_model(str(tmp_path / "hunyuan"), CPU, torch.float32).pipeline
+    assert loaded.guider.config["enabled"] is False
+    (tmp_path / "hunyuan" / "guider" / "guider_config.json").unlink()
+    with pytest.raises(InputError, match=r"guider_config\.json"):
+        load_model(str(tmp_path / "hunyuan"), CPU, torch.float32)
