@@ -141,8 +141,8 @@ def _left_out(name: str, inputs: tuple[Any, ...], family: DenoiserFamily) -> str
     """Returns why the calls of a layer cannot be recorded row by row; `None` where they can."""
     if not inputs:
         return "is called with its input as a keyword"
-    if any(name.startswith(part) for part in family.ragged_layers):
-        return "multiplies the tokens of all prompts at once, and their number differs from image to image"
+    if any(part in name for part in family.ragged_layers):
+        return "multiplies tokens of all images at once, and their number differs from image to image"
     return None
 
 

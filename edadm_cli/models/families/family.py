@@ -34,8 +34,8 @@ class DenoiserFamily:
         sample_arguments: Names under which the noisy sample enters `forward`.
         timestep_arguments: Names under which the timestep enters `forward`.
         shared_arguments: Names of arguments that hold one tensor for all images, whatever its size.
-        ragged_layers: Beginnings of the names of layers that multiply the tokens of all prompts at once. They are left
-            in float.
+        ragged_layers: Parts of the names of layers that multiply tokens of all images at once, in a number that differs
+            from image to image. They are left in float.
         joined_arguments: Names of arguments that may hold several entries per image one after the other in their first
             dimension, such as a prompt for each frame of a clip.
         masks: Names of mask arguments, each with the argument whose second dimension it masks. A pipeline that leaves

@@ -18,7 +18,11 @@ WAN = DenoiserFamily(
     calls_per_step=2,
 )
 HIDREAM = DenoiserFamily(
-    name="hidream", denoisers=("HiDreamImageTransformer2DModel",), block_lists=("double_stream_blocks",)
+    name="hidream",
+    denoisers=("HiDreamImageTransformer2DModel",),
+    block_lists=("double_stream_blocks",),
+    ragged_layers=(".experts.",),  # each gets the tokens that the gate sends to it
+    calls_per_step=1,
 )
 KANDINSKY5 = DenoiserFamily(
     name="kandinsky 5",
