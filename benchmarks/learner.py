@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.recipe import Recipe
 
-NUM_SAMPLES = 256  # of a calibration set, where a variant does not say
+NUM_SAMPLES = 256  # of a calibration set with one sample per trajectory, where a variant does not say
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def variant_recipe(variant: str, iterations: int | None) -> tuple[Recipe, int]:
     from edadm_cli.recipe import Recipe, load_recipe
 
     base, *changes = variant.split("+")
-    fields, samples = load_recipe(base).model_dump(), NUM_SAMPLES
+    fields, samples = load_recipe(base).model_dump(), None
     for change in changes:
         path, _, text = change.partition("=")
         value = json.loads(text) if re.fullmatch(r"[-0-9.]+|true|false|null|\[.*\]", text) else text
@@ -95,7 +95,8 @@ def variant_recipe(variant: str, iterations: int | None) -> tuple[Recipe, int]:
         table[name] = value
     if iterations is not None:
         fields["learn"]["iterations"] = min(iterations, fields["learn"]["iterations"] or iterations)
-    return Recipe.model_validate(fields), samples
+    recipe = Recipe.model_validate(fields)
+    return recipe, samples or NUM_SAMPLES * recipe.select.samples_per_trajectory
 
 
 def shared_folder(settings: Settings, job: Job) -> RunFolder:
@@ -270,7 +271,7 @@ def main() -> None:
     parser.add_argument("--variants", type=Path, help="JSON file of further variants by label: the group 'file'")
     parser.add_argument("--bits", default="", help="bit widths of all groups; else each group's own")
     parser.add_argument("--seeds", default="", help="such as 0-4, of groups that name none; else each group's own")
-    parser.add_argument("--trajectories", type=int, default=1024, help="of a collection")
+    parser.add_argument("--trajectories", type=int, default=NUM_SAMPLES, help="of a collection")
     parser.add_argument("--images", type=int, default=128, help="held-out trajectories")
     parser.add_argument("--iterations", type=int, help="at most so many optimizer steps per unit: for a trial")
     parser.add_argument(

@@ -43,8 +43,8 @@ FeaturesName = Literal["inception", "efficientnet-lite0"]
 
 _SIZE = re.compile(r"^(\d+)(?:x(\d+))?$")
 _RECIPE = (
-    "default, default-attention, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, quick, rtn, or your own TOML"
-    " file"
+    "default, default-attention, thorough, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, quick, rtn, or your"
+    " own TOML file"
 )
 
 
