@@ -29,7 +29,8 @@ def fused(function: _Function, x: Tensor) -> _Function:
 
 @cache
 def _compiled(function: _Function) -> _Function:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    # Not fullgraph: where torch has compiled too many forms of it, it runs operation by operation instead of failing.
+    return torch.compile(function, dynamic=True)
 
 
 @cache
