@@ -21,6 +21,7 @@ SHIPPED = (
     "q-diffusion",
     "quick",
     "rtn",
+    "thorough",
     "uniform-steps",
 )
 
