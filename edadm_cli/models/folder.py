@@ -288,7 +288,7 @@ def _descriptions_without_weights(root: Path, folder: Path, name: str, cls: type
     import diffusers
 
     if issubclass(cls, diffusers.SchedulerMixin | diffusers.BaseGuidance):
-        file_name: str = cls.config_name
+        file_name: str = cls.config_name  # type: ignore[attr-defined]
         config = regular_file(root, folder / file_name)
         if config is None:
             raise InputError(f"{folder} has no {file_name}, which '{name}' ({cls.__name__}) needs.")

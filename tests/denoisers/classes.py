@@ -35,7 +35,7 @@ VERDICTS = {
     "Flux3Transformer2DModel": NO_PIPELINE,
     "GlmImageTransformer2DModel": UNTRIED,
     "HeliosTransformer3DModel": UNTRIED,
-    "HiDreamImageTransformer2DModel": "untried: its row has not run since its experts are left in float",
+    "HiDreamImageTransformer2DModel": "does not work: its experts get another number of tokens per image",
     "HunyuanVideo15Transformer3DModel": UNTRIED,
     "HunyuanVideoFramepackTransformer3DModel": UNTRIED,
     "I2VGenXLUNet": UNTRIED,
