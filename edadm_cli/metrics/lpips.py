@@ -93,13 +93,14 @@ def load_lpips(weights: Path | None, device: torch.device) -> nn.Module:
     state = _alexnet(weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's old spelling of "without weights" in the package
-        network: nn.Module = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        network: Any = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     names = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}  # slice1.0.weight
     try:
         network.net.load_state_dict({name: state[source] for name, source in names.items()})
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{weights or CACHED_FILE} does not hold the weights of torchvision's AlexNet.") from error
-    return network.to(device).eval().requires_grad_(False)
+    ready: nn.Module = network.to(device).eval().requires_grad_(False)
+    return ready
 
 
 def _alexnet(path: Path | None) -> dict[str, Tensor]:
