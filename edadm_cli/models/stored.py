@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -80,7 +81,7 @@ def _store(layer: nn.Module, reader: Reader, device: torch.device) -> None:
 
 
 @cache
-def _stored_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _stored_class(cls: Any) -> Any:
     """A layer class whose weight is read; it has the name of the plain one, which is what layers are recognized by."""
     return type(cls.__name__, (cls,), {"weight": property(_weight), "__module__": cls.__module__})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ def fused(function: _Function, x: Tensor) -> _Function:
         function: Of flat tensors, whose lengths may differ from call to call; a module's own, as it is compiled once.
         x: One of its arguments.
     """
-    return _compiled(function) if x.is_cuda and _can_compile() else function
+    result: _Function = _compiled(function) if x.is_cuda and _can_compile() else function
+    return result
 
 
 @cache
-def _compiled(function: _Function) -> _Function:
+def _compiled(function: Callable[..., Any]) -> Any:
     # Not fullgraph: where torch has compiled too many forms of it, it runs operation by operation instead of failing.
     return torch.compile(function, dynamic=True)
 

@@ -127,8 +127,8 @@ class _Task:
 
     @property
     def matmul(self) -> str:
-        """How float32 numbers are multiplied: rounded to TF32 on a GPU, unless the configuration says otherwise."""
-        return self.config.matmul or ("tf32" if self.device.type == "cuda" else "float32")
+        """How float32 numbers are multiplied."""
+        return self.config.matmul or "float32"
 
     def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
         """Returns the recipe, with a rule per layer where a budget of bits is spent by sensitivity."""

@@ -26,8 +26,8 @@ def _task(device: str, matmul: str | None) -> _Task:
     return _Task(config, RunFolder(Path()), SELECTION, None, 4, learning, torch.device(device), 0, ALONE)
 
 
-@pytest.mark.parametrize(("matmul", "on_gpu"), [(None, "tf32"), ("tf32", "tf32"), ("float32", None)])
-def test_a_gpu_multiplies_in_tf32_unless_told_otherwise_and_the_identity_says_so(
+@pytest.mark.parametrize(("matmul", "on_gpu"), [(None, None), ("tf32", "tf32"), ("float32", None)])
+def test_a_gpu_multiplies_in_tf32_where_it_is_told_to_and_the_identity_says_so(
     matmul: str | None, on_gpu: str | None
 ) -> None:
     gpu = _task("cuda", matmul)
