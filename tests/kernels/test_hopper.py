@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edadm_kernels import attention_pays, hopper
 from edadm_kernels.backend import backend, uses_hopper
-from edadm_kernels.hopper import attention, compilation, group_norm, product
+from edadm_kernels.hopper import attention, attention_int8, compilation, group_norm, product
 from edadm_kernels.hopper.product import SPLITS, TILES, Shape
 
 INTERPRETED = False
@@ -243,3 +243,11 @@ def test_a_source_that_does_not_compile_is_an_error_with_the_log(
     with pytest.raises(compilation.CompilationError, match="static assertion failed"):
         compilation.compiled(variant.source, {**variant.defines(), "CHANNELS": 12})
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [40, 72])
+def test_eight_bit_attention_compiles_in_both_sizes(width: int) -> None:
+    for queries, heads, static in ((64, 1, False), (4096, 64, True)):
+        cut = attention_int8.choose(width, queries, heads, False, static)
+        assert compilation.compiled(cut.source, cut.defines(), cut.prelude()).startswith(b"\x7fELF")

@@ -15,7 +15,9 @@ from edadm_kernels.hopper.compilation import source_text
 from edadm_kernels.hopper.driver import launch, tensor_map
 from edadm_kernels.reference.attention import Codes
 
-MAX_WIDTH = 160  # channels of a head
+WIDTHS = (40, 64, 72, 80, 96, 128, 160)
+"""Channels of a head for which every cut compiles to products that overlap."""
+MAX_WIDTH = max(WIDTHS)
 _MULTIPROCESSORS = 132
 _FILLED = 0.8  # share of the multiprocessors that large tiles are to keep busy
 _COLUMNS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
@@ -135,7 +137,7 @@ def choose(width: int, queries: int, heads: int, bfloats: bool = False, static: 
 
 def takes(width: int, scale: float, dtype: torch.dtype) -> bool:
     """Whether `launch_attention` computes heads of `width` channels."""
-    return width % 8 == 0 and width <= MAX_WIDTH and scale > 0 and dtype in (torch.float16, torch.bfloat16)
+    return width in WIDTHS and scale > 0 and dtype in (torch.float16, torch.bfloat16)
 
 
 # Channels, queries and heads of the attentions of DiT, PixArt, Stable Diffusion 3.5, FLUX and Stable Diffusion 1.x.
