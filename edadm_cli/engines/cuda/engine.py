@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.engines.adapters import AdaptedLayer, SideBranch, strengths_of, take_adapters
+from edadm_cli.engines.adapters import SideBranch, strengths_of, take_adapters
 from edadm_cli.engines.base import FLOAT, AttentionForm, CompiledDenoiser, Engine, EngineOptions, LayerExecution
 from edadm_cli.engines.cuda.assembly import Assembly
 from edadm_cli.engines.cuda.attention_graph import INT8_ATTENTION
@@ -24,7 +24,6 @@ from edadm_cli.engines.cuda.selection import faster_in_float
 from edadm_cli.engines.cuda.state import StepState
 from edadm_cli.engines.cuda.times import measured_times
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_cli.quant.network import set_module
 
 
 class CudaEngine(Engine):
@@ -87,8 +86,7 @@ class CudaEngine(Engine):
         denoiser, adapters = take_adapters(denoiser)
         is_assembled = has_fused_stages(denoiser)
         if not is_assembled:
-            model, layers = build_plain(denoiser, options.device, options.rest_dtype)
-            _put_beside(model, adapters, options)
+            model, layers = build_plain(denoiser, options.device, options.rest_dtype, adapters)
             if on_cuda:
                 compile_blocks(model, options.attention)
             state = StepState()
@@ -137,10 +135,3 @@ def _with_int8_attention(row: LayerExecution) -> LayerExecution:
     if row.kind != "attention" or row.planned != FLOAT:
         return row
     return replace(row, precision="int8", reason=INT8_ATTENTION)
-
-
-def _put_beside(model: nn.Module, adapters: Mapping[str, SideBranch], options: EngineOptions) -> None:
-    """Put side branches beside layers of a denoiser that runs its own forward, in place."""
-    for name, branch in adapters.items():
-        layer = model.get_submodule(name)
-        set_module(model, name, AdaptedLayer(layer, branch.to(options.device, options.rest_dtype)))

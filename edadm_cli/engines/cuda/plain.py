@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from edadm_cli.engines.adapters import AdaptedLayer, SideBranch
 from edadm_cli.engines.base import AttentionForm, LayerExecution
 from edadm_cli.engines.cuda.attention_graph import attention_backend
 from edadm_cli.engines.cuda.conditioning import condition_at_once
@@ -23,7 +26,7 @@ from edadm_cli.engines.cuda.lowering import product_refusal
 from edadm_cli.engines.listing import list_layers
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_cli.quant.network import deploy
+from edadm_cli.quant.network import deploy, set_module
 
 _ATTENTION_IS_FLOAT = "operands on the integer grids, products in floating point"
 _FUSED_STRUCTURE = "ResnetBlock2D"
@@ -39,15 +42,22 @@ def has_fused_stages(denoiser: nn.Module) -> bool:
 
 
 def build_plain(
-    denoiser: nn.Module, device: torch.device, dtype: torch.dtype
+    denoiser: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapters: Mapping[str, SideBranch] = MappingProxyType({}),
 ) -> tuple[nn.Module, tuple[LayerExecution, ...]]:
     """A copy of `denoiser` whose layers multiply their codes on `device`, and how each of its layers runs.
+
+    Side branches of LoRA adapters, by the names of their layers, run beside those.
 
     Tensors that lie on the device in the right element type already are shared with `denoiser`, not copied.
     """
     model = placed_copy(denoiser, device, dtype).eval().requires_grad_(False)
     product = _SilentProduct((device.type,))
     deploy(model, product)
+    for name, branch in adapters.items():  # before layers are fused: an adapted one stays by itself
+        set_module(model, name, AdaptedLayer(model.get_submodule(name), branch.to(device, dtype)))
     fuse_feed_forwards(model, product)
     fuse_single_blocks(model, product)
     condition_at_once(model)

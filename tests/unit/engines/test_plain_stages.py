@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
+from edadm_cli.engines.adapters import SideBranch
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.layer_product import KernelProduct
@@ -148,3 +149,24 @@ def test_what_the_engine_compiles_is_one_graph(family: str) -> None:
         if part is not None:
             part.compile(fullgraph=True, backend="aot_eager", dynamic=False)
     assert relative_l2(prediction_of(model(*call[0], **call[1])), exact(denoiser, call)) < COMPILED
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer_blocks.0.ff.net.0.proj",
+        "single_transformer_blocks.0.proj_mlp",
+        "single_transformer_blocks.0.attn.to_k",
+    ],
+)
+@torch.no_grad()
+def test_a_layer_with_a_lora_is_not_fused_away(name: str) -> None:
+    denoiser, call = quantized_denoiser("flux")
+    outputs, inputs = denoiser.get_submodule(name).weight_shape
+    branch = SideBranch(torch.randn(4, inputs), torch.randn(outputs, 4), [(name, "style", 4)])
+    branch.set_strengths({(name, "style"): 1.0})
+    model, _ = build_plain(denoiser, torch.device("cpu"), torch.float32, {name: branch})
+    adapted = prediction_of(model(*call[0], **call[1]))
+    branch.set_strengths({})
+    assert relative_l2(adapted, exact(denoiser, call)) > 1e-2
+    assert relative_l2(prediction_of(model(*call[0], **call[1])), exact(denoiser, call)) < 1e-3
