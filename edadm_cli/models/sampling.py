@@ -271,7 +271,8 @@ def _explained_refusals(model: LoadedModel) -> Iterator[None]:
 
 def _size_hint(model: LoadedModel) -> str | None:
     """Returns the setting to look at where a denoiser says no size, or an odd one that it cannot halve."""
-    size = model.denoiser.config.get("sample_size", 0)
+    config: Any = model.denoiser.config
+    size = config.get("sample_size", 0)
     if size is not None and not (isinstance(size, int) and size % 2):
         return None
     text = "is missing" if size is None else f"is {size}"

@@ -76,7 +76,8 @@ def num_weights(layer: nn.Module) -> int:
 def _store(layer: nn.Module, reader: Reader, device: torch.device) -> None:
     count = layer.get_parameter("weight").numel()
     del layer._parameters["weight"]
-    layer.__class__ = _stored_class(type(layer))
+    cls: Any = type(layer)
+    layer.__class__ = _stored_class(cls)
     vars(layer).update({_READER: reader, _PLACE: device, _COUNT: count})
 
 
