@@ -92,7 +92,7 @@ def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
         UsageError: The pipeline takes no LoRA, or PEFT is not installed.
     """
     pipeline: Any = model.pipeline
-    if not hasattr(pipeline, "load_lora_weights"):
+    if files and not hasattr(pipeline, "load_lora_weights"):
         raise UsageError(f"{type(pipeline).__name__} takes no LoRA.")
     fused = Fused()
     for number, file in enumerate(files):

@@ -91,6 +91,7 @@ def _apply(denoiser: nn.Module, cache: StepCache) -> None:
             f"The first-block cache needs a list of blocks, which {type(denoiser).__name__} does not have.",
             hint=f"--cache {TAYLORSEER}",
         )
+    _register_replaced_blocks(denoiser)
     config, apply = _config(cache)
     own: Any = getattr(type(denoiser), "enable_cache", None)
     if own is not None:
@@ -103,6 +104,21 @@ def _apply(denoiser: nn.Module, cache: StepCache) -> None:
     if not any(hasattr(module, "_diffusers_hook") for module in denoiser.modules() if module is not denoiser):
         raise UsageError(f"{type(denoiser).__name__} has no parts that the cache '{cache.name}' could leave out.")
     _compile_inside_hooks(denoiser)
+
+
+def _register_replaced_blocks(denoiser: nn.Module) -> None:
+    """Tell diffusers' registry that an engine's block returns what the block returns that it replaces."""
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    for module in denoiser.modules():
+        replaced = vars(module).get("replaces")
+        if replaced is not None:
+            known = TransformerBlockRegistry.get(replaced)
+            metadata = TransformerBlockMetadata(
+                return_hidden_states_index=known.return_hidden_states_index,
+                return_encoder_hidden_states_index=known.return_encoder_hidden_states_index,
+            )
+            TransformerBlockRegistry.register(type(module), metadata)
 
 
 def _config(cache: StepCache) -> tuple[Any, Callable[..., None]]:

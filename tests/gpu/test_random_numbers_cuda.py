@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from edadm_cli.models.random_numbers import fill_nearly_normal
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def test_a_gpu_makes_the_numbers_of_a_cpu() -> None:

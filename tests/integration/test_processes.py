@@ -34,6 +34,7 @@ extends = "paper"
 [learn]
 iterations = 6
 batch_size = 5
+rounding_regularizer = 0.0
 [ranges]
 num_candidates = 8
 """

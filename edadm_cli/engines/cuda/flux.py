@@ -23,10 +23,14 @@ class FluxSingleStage(nn.Module):
     Args:
         block: The original, deployed; its `proj_mlp` shares its input with queries, keys and values.
         product: What multiplies its layers.
+
+    Attributes:
+        replaces: The class of the original, whose arguments and results it has.
     """
 
     def __init__(self, block: Any, product: KernelProduct) -> None:
         super().__init__()
+        self.replaces: type[nn.Module] = type(block)
         self.norm, self.attn, self.product = block.norm, block.attn, product
         self.proj_mlp, self.proj_out = block.proj_mlp, block.proj_out
 
