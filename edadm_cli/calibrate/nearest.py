@@ -18,7 +18,7 @@ from edadm_cli.recipe import Recipe
 
 
 def nearest_codes(weight: Tensor, scale: Tensor, plan: LayerPlan) -> Tensor:
-    """Codes by rounding to nearest, int8, shape of `weight`."""
+    """Returns the codes of `weight`, rounded to nearest, as int8 in its shape."""
     grid = plan.weight_grid
     per_channel = scale.reshape(-1, *[1] * (weight.dim() - 1))
     return (weight / per_channel).round().clamp(grid.quant_min, grid.quant_max).to(torch.int8)
@@ -32,7 +32,7 @@ def nearest_params(
     Args:
         weight_of: The full-precision weight of a layer, by name.
         plan: Bits of every layer.
-        ranges: As `search_ranges` found them.
+        ranges: The parameters that `search_ranges` returns.
     """
     params = dict(ranges)
     for name, layer_plan in plan.layers.items():
@@ -59,7 +59,7 @@ def nearest_params_of(
 def quantize_to_nearest(
     denoiser: nn.Module, recipe: Recipe, bits: BitWidth, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
 ) -> QuantizationPlan:
-    """Quantize a denoiser in place from a few calls, without learning anything: for speed, not for quality.
+    """Quantizes a denoiser in place from a few calls, without learning anything: for speed, not for quality.
 
     Args:
         denoiser: Full precision, float32.

@@ -17,7 +17,7 @@ from edadm_cli.recipe import LayerRule, Recipe, TransformRule
 
 
 def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationPlan:
-    """Plan every layer that ran.
+    """Returns the plan of every layer that ran.
 
     Raises:
         UsageError: A pattern of the recipe matches no layer, a transform is not known, or the recipe leaves no layer to
@@ -67,7 +67,7 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
 
 
 def count(plan: QuantizationPlan, traced: Trace) -> dict[str, int]:
-    """How many layers of each kind and how many attention products a plan quantizes."""
+    """Returns how many layers of each kind and how many attention products a plan quantizes."""
     kinds = {layer.name: "conv2d" if isinstance(layer.module, nn.Conv2d) else "linear" for layer in traced.layers}
     planned = [kinds[name] for name in plan.layers]
     return {

@@ -144,7 +144,7 @@ def search_weight_scales(
 
 
 def _energy(part: str, plan: LayerPlan, params: Mapping[str, Tensor], statistics: ChannelStatistics) -> Tensor:
-    """E[x_c^2] of what the weight meets, with shape `(C_in,)`."""
+    """Returns E[x_c^2] of the input that the weight multiplies, with shape `(C_in,)`."""
     if plan.transform is None:
         return statistics.mean_square
     transform = transform_named(plan.transform)

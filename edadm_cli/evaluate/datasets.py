@@ -19,12 +19,12 @@ __all__ = ["DATASETS_REGISTRY", "datasets_folder", "is_offline", "open_dataset"]
 
 
 def datasets_folder() -> Path:
-    """Where torch-fidelity keeps its datasets."""
+    """Return the folder where torch-fidelity keeps its datasets."""
     return Path(torch.hub.get_dir()).parent / "fidelity_datasets"
 
 
 def is_offline() -> bool:
-    """Whether the environment forbids downloads."""
+    """Return whether the environment forbids downloads."""
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 

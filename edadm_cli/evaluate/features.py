@@ -100,12 +100,12 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
         return tuple(named[layer] for layer in self.wanted)
 
     def convert_features_tuple_to_dict(self, features: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Name the features that `forward` returned."""
+        """Return the features of `forward` by name."""
         return dict(zip(self.wanted, features, strict=True))
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Name the features a metric of torch-fidelity uses unless told otherwise."""
+        """Return the features that a metric of torch-fidelity uses unless another is named."""
         return "logits" if metric == "isc" else "pooled"
 
 
@@ -171,7 +171,7 @@ def check_inception_weights(path: Path) -> None:
 
 
 def digits_digest() -> str:
-    """Hash the shipped classifier's weights: figures in its features compare only where they are equal."""
+    """Hash the shipped classifier's weights: metrics in its features compare only where they are equal."""
     classifier: DigitClassifier = load_classifier("cpu")
     digest = hashlib.sha256()
     for name, value in sorted(classifier.state_dict().items()):

@@ -1,4 +1,4 @@
-"""Full-precision images, sampled once a run: they do not depend on the bit width."""
+"""Samples full-precision images, once per run: they do not depend on the bit width."""
 
 from __future__ import annotations
 

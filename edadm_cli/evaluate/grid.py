@@ -40,11 +40,11 @@ def to_tile(image: Tensor) -> Image.Image:
 
 
 def image_grid(rows: dict[str, Tensor], captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
-    """Draw sets of images as rows, place by place above each other.
+    """Arrange sets of images as rows, so that images of the same seed are in one column.
 
     Args:
         rows: Name of each row, and its images, uint8 with shape `(N, 3, H, W)`; the same N for all.
-        captions: One an image place, drawn under it.
+        captions: One caption per column of images, shown under it.
         columns: Images side by side, after which the rows go on below.
     """
     tiles = {name: [to_tile(image) for image in images] for name, images in rows.items()}

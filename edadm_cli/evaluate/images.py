@@ -25,8 +25,8 @@ class SamplingPlan:
     """What is sampled, whatever the precision.
 
     Args:
-        seeds: One an image.
-        prompts: One an image; `None` for models without prompts.
+        seeds: One seed per image.
+        prompts: One prompt per image; `None` for models without prompts.
         num_steps: T, sampler steps.
         guidance_scale: Classifier-free guidance; `None` for models without.
         batch_size: Images sampled together; the last batch takes what is left.
@@ -51,7 +51,7 @@ class SampledImages(Dataset[Tensor]):
     """Images on disk as a dataset of uint8 `(3, H, W)`, with the latents they were decoded from.
 
     Args:
-        folder: Where the batches lie.
+        folder: The folder of the batches.
         plan: What was sampled.
     """
 
@@ -90,7 +90,7 @@ class SampledImages(Dataset[Tensor]):
 
 
 def batch_path(folder: Path, number: int) -> Path:
-    """Where a batch lies."""
+    """Return the path of a batch."""
     return folder / f"batch-{number:05d}.safetensors"
 
 
@@ -114,7 +114,7 @@ def sample_images(
         folder: Where the batches go.
         load: Loads the pipeline; called only if a batch is missing.
         processes: Those that share the work.
-        reporter: Told of the progress.
+        reporter: Receives the progress.
         description: What is sampled, for people to read.
 
     Raises:
@@ -160,7 +160,7 @@ def sample_batch(model: LoadedModel, plan: SamplingPlan, places: slice) -> Sampl
 
 
 def check_images(batch: Samples, seeds: Sequence[int], model: str) -> None:
-    """Refuse what no quality can be measured on.
+    """Refuse images whose quality cannot be measured.
 
     Raises:
         InputError: A latent is not finite or is zero throughout, or all of several images are of one colour.

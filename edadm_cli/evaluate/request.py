@@ -31,7 +31,7 @@ class Request:
 
     Args:
         config: The configuration.
-        run: Where the artifacts lie.
+        run: The run folder with the artifacts.
         export: The quantized pipeline.
         collected: The full-precision pipeline that it was made from.
         sampling: The images, at either precision.
@@ -59,7 +59,7 @@ class Request:
         return self.collected.sampling.dtype
 
     def identity_fields(self) -> dict[str, Any]:
-        """What decides the images of a pipeline, as plain JSON values."""
+        """Return what decides the images of a pipeline, as plain JSON values."""
         prompts = self.sampling.prompts
         return {
             "num_images": len(self.sampling),

@@ -69,7 +69,7 @@ def run(
 
 
 def build_spec(config: EvaluateConfig, run_folder: RunFolder) -> BuildSpec:
-    """What `run` would build: whether it is there already is known without building it."""
+    """Return the specification of the artifact that `run` would build, without building it."""
     return _build_spec(_evaluation_plan(config, run_folder))
 
 
@@ -98,7 +98,7 @@ def _build_spec(evaluation: EvaluationPlan) -> BuildSpec:
 
 
 def _evaluate(evaluation: EvaluationPlan, build: Build, processes: Processes, reporter: Reporter) -> None:
-    """Sample in all processes; the main one compares."""
+    """Sample images in all processes; the main process computes the metrics."""
     request = evaluation.request
     evaluator = evaluation.load(request.device) if processes.is_main else None
     _warn(evaluation.selection.skipped, [], reporter)

@@ -65,7 +65,7 @@ class LoraFile:
         return cls(file, weight)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights that come out: the hash of the file and the weight."""
+        """Returns what decides the fused weights: the hash of the file and the weight."""
         return {"sha256": sha256(self.path.read_bytes()).hexdigest(), "weight": self.weight}
 
 
@@ -143,10 +143,10 @@ def moved_codes(codes: Tensor, old: Tensor, new: Tensor, scale: Tensor, layer: L
     """Codes of a weight that changed, and the scale of each output channel.
 
     Args:
-        codes: Of `old`, int8, learned or nearest.
+        codes: The codes of `old`, int8, learned or rounded to nearest.
         old: The weight that was quantized, `[C_out, ...]`.
         new: The weight now.
-        scale: Of each output channel.
+        scale: The scale of each output channel.
         layer: Bits.
     """
     grid = layer.weight_grid

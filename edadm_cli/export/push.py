@@ -99,7 +99,7 @@ def push(upload: Upload, private: bool) -> str:
 
 
 def _evaluation(run: RunFolder, export: Artifact, bits: str) -> Artifact | None:
-    """The evaluation of exactly this export; `None` where there is none."""
+    """Return the evaluation of exactly this export; `None` where there is none."""
     if not run.has("evaluate", bits):
         return None
     artifact = open_artifact(run.path("evaluate", bits), "evaluate")
@@ -108,7 +108,7 @@ def _evaluation(run: RunFolder, export: Artifact, bits: str) -> Artifact | None:
 
 
 def _license_of(repository: str | None) -> str | None:
-    """The licence that the base model's card on the hub names."""
+    """Return the licence that the base model's card on the hub names."""
     from huggingface_hub import HfApi
 
     if repository is None:

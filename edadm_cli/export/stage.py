@@ -73,7 +73,7 @@ def run(
 
 
 def build_spec(config: ExportConfig, run_folder: RunFolder) -> BuildSpec:
-    """What `run` would build: whether it is there already is known without building it."""
+    """Returns the specification of the artifact that `run` would build, without building it."""
     source = run_folder.open("reconstruct", str(config.bits))
     fields = {**config.identity_fields(), "format_version": FORMAT_VERSION}
     if config.lora:

@@ -30,7 +30,7 @@ _BLOCK_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks", "la
 
 @dataclass(frozen=True)
 class StepCache:
-    """A cache and how far it goes.
+    """A step cache and its threshold or interval.
 
     Attributes:
         name: `first-block` or `taylorseer`.

@@ -1,4 +1,4 @@
-"""What multiplies the codes of a loaded export on this machine."""
+"""Chooses what multiplies the codes of a loaded export on this machine."""
 
 from __future__ import annotations
 

@@ -89,14 +89,14 @@ def add_adapter(model: nn.Module, adapter_config: Any, *args: Any, **kwargs: Any
 
 
 def _register(config: Any) -> Any:
-    """Let PEFT know how quantized layers are wrapped."""
+    """Registers with PEFT how quantized layers are wrapped."""
     if hasattr(config, "_register_custom_module"):
         config._register_custom_module({QuantizedLayer: _wrapped, SplitLayer: _wrapped})
     return config
 
 
 def _wrapped(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
-    """The PEFT layer around a quantized layer, which may be wrapped already."""
+    """Returns the PEFT layer around a quantized layer, which may be wrapped already."""
     linear, convolution = _side_branches()
     wrapper: Any = target
     base = wrapper.get_base_layer() if hasattr(target, "get_base_layer") else target
@@ -191,7 +191,7 @@ def _float_convolution(layer: nn.Module) -> nn.Conv2d:
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of the weight of a quantized layer, all channel parts together."""
+    """Returns the shape of the weight of a quantized layer, all channel parts together."""
     if isinstance(layer, SplitLayer):
         first = layer.parts[0]
         assert isinstance(first, QuantizedLayer)

@@ -66,13 +66,13 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _refuse_slices(model: nn.Module, slice_size: str | int | list[int] | None) -> None:
-    """Refuse attention in slices; `None` asks for the whole, which it is."""
+    """Refuses sliced attention; `None` asks for attention without slices, which it already is."""
     if slice_size is not None:
         _refuse_processor(type(model).__name__)
 
 
 def _set_processor(attention: nn.Module, processor: object, *args: Any) -> None:
-    """Take quantized attention alone, such as the attention's own given back."""
+    """Accepts only processors with quantized attention, such as the one that the module had before."""
     if not isinstance(processor, AttentionProducts):
         _refuse_processor(type(processor).__name__)
     of_diffusers: Any = type(attention)
@@ -101,4 +101,4 @@ def _refuse_fusion(model: nn.Module) -> None:
 
 
 def _leave_as_it_is(model: nn.Module) -> None:
-    """Undo nothing: there is no fused projection."""
+    """Does nothing, since there is no fused projection to undo."""

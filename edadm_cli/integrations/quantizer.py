@@ -35,9 +35,9 @@ class EdadmConfig(QuantizationConfigMixin):
     """`quantization_config` of an exported denoiser.
 
     Args:
-        format_version: Of the tensors' names and packing.
-        bits: Such as `w4a8`.
-        recipe: Name of the recipe it was made with.
+        format_version: The version of the tensors' names and packing.
+        bits: The bit width, such as `w4a8`.
+        recipe: The name of the recipe that the denoiser was quantized with.
         plan: `QuantizationPlan` as plain data.
     """
 
@@ -46,7 +46,7 @@ class EdadmConfig(QuantizationConfigMixin):
         self.format_version, self.bits, self.recipe, self.plan = format_version, bits, recipe, plan
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it stands in `config.json`."""
+        """Returns plain data, as `config.json` holds it."""
         return {
             "quant_method": METHOD,
             "format_version": self.format_version,
@@ -83,7 +83,7 @@ class EdadmQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
     ) -> bool:
-        """Whether a tensor is ours: a code, a scale or a zero-point, but not a bias."""
+        """Returns whether a tensor belongs to the quantization: a code, a scale or a zero-point, but not a bias."""
         owner, name = _owner(model, param_name)
         return isinstance(owner, QuantizedLayer | QuantizedAttention) and name in owner._buffers
 

@@ -23,7 +23,7 @@ class ClipScore(Metric):
     needs = frozenset({"prompts"})
 
     def default_in(self, space: str) -> bool:
-        """Whether CLIP says anything: photographs and drawings, not digits of 32 pixels."""
+        """Return whether CLIP is meaningful: for photographs and drawings, not for digits of 32 pixels."""
         return space == INCEPTION
 
     def identity(self, config: Any) -> dict[str, Any]:

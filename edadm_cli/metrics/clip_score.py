@@ -32,7 +32,7 @@ class ClipScorer:
     """A CLIP model on its device.
 
     Args:
-        name: `architecture/weights`, as figures name it.
+        name: `architecture/weights`, as results name it.
         model: The model in float32.
         preprocess: From a PIL image to the model's input.
         tokenizer: From texts to tokens with shape `(B, L)`.
@@ -51,7 +51,7 @@ class ClipScorer:
 
         Args:
             images: 8-bit levels with shape `(B, 3, H, W)`.
-            prompts: One an image.
+            prompts: One prompt per image.
         """
         pixels = torch.stack([self.preprocess(to_pil_image(image)) for image in images])  # [B, 3, S, S]
         tokens = self.tokenizer(list(prompts))

@@ -58,7 +58,7 @@ def kernel_distance(features: Tensor, real: Tensor) -> float:
 
 
 def score_splits(num_images: int) -> int:
-    """Number of parts that the score is a mean over: one a thousand images, from 1 to 10."""
+    """Return the number of parts that the score is a mean over: one per thousand images, from 1 to 10."""
     return max(1, min(SCORE_MAX_SPLITS, num_images // SCORE_SPLIT_SIZE))
 
 
@@ -102,5 +102,5 @@ def prompt_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def _share(value: float, count: int) -> float:
-    """The share of `count` that a mean in float32 stands for."""
+    """Return the share of `count` that a mean in float32 stands for."""
     return round(value * count) / count

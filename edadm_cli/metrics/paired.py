@@ -39,7 +39,7 @@ class Formula(Paired):
     function: ClassVar[str]
 
     def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
-        """See the function."""
+        """Return the values of the function, one per image."""
         from edadm_cli.metrics import distances
 
         pair = (images, reference) if self.compared == "pixels" else (latents, reference_latents)

@@ -22,7 +22,7 @@ OPERANDS = ("q", "k", "v", "p")
 
 
 def operand_grid(plan: AttentionPlan, operand: str) -> Grid:
-    """The grid of `q`, `k`, `v` (signed) or `p` (unsigned)."""
+    """Returns the grid of `q`, `k`, `v` (signed) or `p` (unsigned)."""
     return activation_grid(plan.probability_bits) if operand == "p" else weight_grid(plan.activation_bits)
 
 
@@ -38,7 +38,7 @@ class AttentionProducts(nn.Module):
         return tensor
 
     def run(self, attend: Callable[[], Tensor]) -> Tensor:
-        """Have `attend` compute the output."""
+        """Calls `attend` to compute the output."""
         return attend()
 
     def __call__(
@@ -97,9 +97,9 @@ class AttentionProducts(nn.Module):
 class QuantizedAttention(AttentionProducts):
     """Attention products on fixed grids; buffers `q_scale`, `k_scale`, `v_scale`, `p_scale`, float32.
 
-    What offloads a model hooks on to `forward` of its modules and brings their tensors in for it. diffusers calls a
-    processor with the `Attention` module, though, and hooks move what `forward` is given, which a module whose weights
-    are offloaded does not stand; so `forward` is given a function.
+    Offloading wraps `forward` of a module in hooks that load its tensors for the call, and moves what `forward` is
+    given. diffusers passes the `Attention` module to its processor, and a module whose weights are offloaded cannot be
+    moved so. Therefore `forward` receives a function instead.
     """
 
     def __init__(self, plan: AttentionPlan, scales: dict[str, Tensor] | None = None) -> None:
@@ -110,7 +110,7 @@ class QuantizedAttention(AttentionProducts):
             self.register_buffer(f"{operand}_scale", scale)
 
     def run(self, attend: Callable[[], Tensor]) -> Tensor:
-        """Have `attend` compute the output while the module's hooks have its buffers in place."""
+        """Calls `attend` to compute the output while the module's hooks have its buffers in place."""
         output: Tensor = nn.Module.__call__(self, attend)
         return output
 
@@ -119,7 +119,7 @@ class QuantizedAttention(AttentionProducts):
         return attend()
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
-        """Fake-quantize an operand."""
+        """Returns the fake-quantized operand."""
         scale: Tensor = getattr(self, f"{operand}_scale")
         zero = torch.zeros((), dtype=torch.int32, device=tensor.device)
         return fake_quantize(tensor, scale, zero, operand_grid(self.plan, operand))

@@ -29,38 +29,38 @@ class Grid:
 
     @property
     def quant_min(self) -> int:
-        """Smallest code."""
+        """The smallest code."""
         return -(1 << (self.num_bits - 1)) if self.signed else 0
 
     @property
     def quant_max(self) -> int:
-        """Largest code."""
+        """The largest code."""
         return (1 << (self.num_bits - 1)) - 1 if self.signed else (1 << self.num_bits) - 1
 
 
 def weight_grid(num_bits: int) -> Grid:
-    """Signed codes, such as -8..7 for four bits."""
+    """Returns the grid of signed codes, such as -8..7 for four bits."""
     return Grid(num_bits, signed=True)
 
 
 def activation_grid(num_bits: int) -> Grid:
-    """Unsigned codes, such as 0..255 for eight bits."""
+    """Returns the grid of unsigned codes, such as 0..255 for eight bits."""
     return Grid(num_bits, signed=False)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Codes of `x` as float32 whole numbers; `scale` and `zero_point` broadcast against `x`."""
+    """Returns the codes of `x` as float32 whole numbers; `scale` and `zero_point` broadcast against `x`."""
     codes = torch.round(x.float() * scale.reciprocal()) + zero_point
     return codes.clamp(grid.quant_min, grid.quant_max)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Real values of codes, float32."""
+    """Returns the real values of codes, float32."""
     return (codes.float() - zero_point) * scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """`dequantize(quantize(x))` for one scale and zero-point a tensor, in the dtype of `x`.
+    """`dequantize(quantize(x))` for one scale and zero-point per tensor, in the dtype of `x`.
 
     Plain operations instead of torch's fused one: the same values, and much faster on a CPU.
 

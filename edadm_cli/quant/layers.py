@@ -44,13 +44,13 @@ class LayerProduct(Protocol):
         """Note which layers of a model may be multiplied together; called once all of them have this product."""
 
     def runs(self, layer: QuantizedLayer) -> bool:
-        """Whether the layer is prepared on the device where its codes lie."""
+        """Returns whether the layer is prepared on the device where its codes lie."""
 
     def fall_back(self, layer: QuantizedLayer) -> None:
         """Report once why a layer computes in floating point; called by eager forwards that do."""
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
-        """The layer's output for `x`, in the element type of `x`."""
+        """Returns the layer's output for `x`, in the element type of `x`."""
 
 
 class QuantizedLayer(nn.Module):
@@ -105,7 +105,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def codes_shape(self) -> tuple[int, ...]:
-        """Shape of `weight_codes` as it is held and stored."""
+        """The shape of `weight_codes` as the layer holds and stores it."""
         if not is_packed(self.plan.weight_bits):
             return self.weight_shape
         per_row = torch.Size(self.weight_shape[1:]).numel()
@@ -118,7 +118,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """Output channels under the name of `nn.Linear`."""
+        """The number of output channels, under the name of `nn.Linear`."""
         return self.weight_shape[0]
 
     in_channels, out_channels = in_features, out_features  # the names of `nn.Conv2d`
@@ -130,7 +130,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def codes_dtype(self) -> torch.dtype:
-        """Element type of `weight_codes`."""
+        """The element type of `weight_codes`."""
         return torch.uint8 if is_packed(self.plan.weight_bits) else torch.int8
 
     def set_parameters(
@@ -169,12 +169,12 @@ class QuantizedLayer(nn.Module):
 
     @property
     def transform_tensors(self) -> tuple[str, ...]:
-        """Names of the buffers of the input's transform."""
+        """The names of the buffers that hold the input's transform."""
         return () if self.transform is None else self.transform.tensors
 
     @property
     def input_quantizer(self) -> InputQuantizer | None:
-        """How the input becomes codes; `None` where it stays in floating point."""
+        """The quantizer that turns the input into codes; `None` where it stays in floating point."""
         grid = self.plan.input_grid
         if grid is None:
             return None
@@ -190,7 +190,7 @@ class QuantizedLayer(nn.Module):
         return self.weight_codes
 
     def parameters_by_name(self) -> Iterator[tuple[str, Tensor]]:
-        """The quantization parameters under the names of the artifact."""
+        """Returns the quantization parameters under the names of the artifact."""
         yield "weight_int", self.weight_int
         yield "weight_scale", self.weight_scale
         if self.plan.input_grid is not None:
@@ -200,7 +200,7 @@ class QuantizedLayer(nn.Module):
             yield name, getattr(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute in the arithmetic that is set, in the dtype of `x`."""
+        """Returns the output, computed in the arithmetic that is set, in the dtype of `x`."""
         if self.product is not None and self.arithmetic == "fake-quantize":
             if self.product.runs(self):
                 return self.product(self, x)
@@ -238,7 +238,7 @@ class QuantizedLayer(nn.Module):
         return dequantize(self.weight_int, scale, torch.zeros((), device=scale.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        """Move with the model, but let no cast touch the scales."""
+        """Moves the layer with the model, but lets no cast change the scales."""
         super()._apply(keeping_float32(self, fn), recurse)
         self._changed()
         return self
@@ -253,13 +253,13 @@ class QuantizedLayer(nn.Module):
         destination[f"{prefix}weight_codes"] = destination[f"{prefix}weight_codes"].contiguous()
 
     def _changed(self) -> None:
-        """Drop or renew what was computed from the layer's tensors."""
+        """Drops or renews what was computed from the layer's tensors."""
         self._weight = None
         if self.product is not None:
             self.product.prepare(self)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows of the layer."""
+        """Returns what `print(model)` shows of the layer."""
         return f"{self.operation.kind}, weight {list(self.weight_shape)}, {self.plan}"
 
 
@@ -282,7 +282,7 @@ class SplitLayer(nn.Module):
         return [getattr(self, f"part{index}") for index in range(len(self.sizes))]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sum the products of the channel ranges."""
+        """Returns the sum of the products of the channel ranges."""
         pieces = x.split(self.sizes, dim=self.channel_dim)
         first, *rest = (part(piece) for part, piece in zip(self.parts, pieces, strict=True))
         total: Tensor = first
@@ -292,7 +292,7 @@ class SplitLayer(nn.Module):
 
 
 def quantized_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer | SplitLayer:
-    """An empty quantized layer for `layer` (`nn.Linear` or `nn.Conv2d`); its codes are zero until filled in."""
+    """Returns an empty quantized layer for `layer` (`nn.Linear` or `nn.Conv2d`); its codes are zero until filled in."""
     operation, weight = Operation.of(layer), layer.weight
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
     assert isinstance(weight, Tensor)
@@ -306,12 +306,12 @@ def quantized_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer | Split
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Every `QuantizedLayer` of a model by dotted name, the parts of split layers one by one."""
+    """Returns every `QuantizedLayer` of a model by dotted name, the parts of split layers one by one."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def keeping_float32(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wrap a `Module._apply` function so that the module's own float32 buffers change device but never dtype."""
+    """Wraps a `Module._apply` function so that the module's own float32 buffers change device but never dtype."""
     own = {id(buffer) for buffer in module.buffers(recurse=False)}
 
     def moved(tensor: Tensor) -> Tensor:

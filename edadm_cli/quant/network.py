@@ -14,7 +14,7 @@ from edadm_cli.quant.plan import QuantizationPlan, part_name
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule with dotted name `name`."""
+    """Puts `module` in the place of the submodule with dotted name `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -26,7 +26,7 @@ def set_processor(attention: nn.Module, processor: object) -> None:
 
 
 def quantize_network(model: nn.Module, plan: QuantizationPlan) -> None:
-    """Replace every planned layer and attention processor of `model` by an empty quantized one, in place.
+    """Replaces every planned layer and attention processor of `model` by an empty quantized one, in place.
 
     Raises:
         InputError: The plan names a layer that the model does not have, or that cannot be quantized.
@@ -47,7 +47,7 @@ def quantize_network(model: nn.Module, plan: QuantizationPlan) -> None:
 
 
 def deploy(model: nn.Module, product: LayerProduct | None) -> None:
-    """Have every quantized layer of `model` multiply its codes by `product`; `None`: quantize-dequantize again."""
+    """Makes every quantized layer multiply its codes by `product`; with `None` it quantizes and dequantizes again."""
     with torch.no_grad():
         for layer in quantized_layers(model).values():
             layer.deploy(product)
@@ -56,7 +56,7 @@ def deploy(model: nn.Module, product: LayerProduct | None) -> None:
 
 
 def quant_params(model: nn.Module) -> dict[str, Tensor]:
-    """The quantization parameters of a quantized model under the names of `quant_params.safetensors`."""
+    """Returns the quantization parameters of a quantized model under the names of `quant_params.safetensors`."""
     params = {
         f"{name}.{key}": tensor.detach()
         for name, layer in quantized_layers(model).items()
@@ -69,7 +69,7 @@ def quant_params(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_quant_params(model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Fill a model made by `quantize_network` with the tensors of `quant_params`.
+    """Fills a model made by `quantize_network` with the tensors of `quant_params`.
 
     Raises:
         InputError: A tensor is missing, left over, misshapen, not finite, or a code does not fit its bits.
@@ -138,7 +138,7 @@ def require_sound(name: str, module: QuantizedLayer | QuantizedAttention) -> Non
 
 
 def unquantized(model: nn.Module, plan: QuantizationPlan) -> list[str]:
-    """Names that are planned but not quantized in `model`: the coverage check."""
+    """Returns the names that are planned but not quantized in `model`; this is the coverage check."""
     modules = dict(model.named_modules())
     attentions = _attentions(model)
     layers = [name for name in plan.layers if not isinstance(modules.get(name), QuantizedLayer | SplitLayer)]

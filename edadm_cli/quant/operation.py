@@ -21,7 +21,7 @@ class Operation:
 
     @classmethod
     def of(cls, layer: nn.Module) -> Operation:
-        """The operation of an `nn.Linear` or `nn.Conv2d`.
+        """Returns the operation of an `nn.Linear` or `nn.Conv2d`.
 
         Raises:
             TypeError: Another kind of layer, or padding that is not by zeros and numbers.
@@ -44,7 +44,7 @@ class Operation:
         return 1 if self.kind == "conv2d" else -1
 
     def is_pointwise(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether it is a convolution that multiplies the channels of each pixel alone: a matrix product."""
+        """Whether this is a convolution with a kernel of one pixel, which is a matrix product."""
         alone = self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
         return self.kind == "conv2d" and weight_shape[2:] == (1, 1) and alone
 

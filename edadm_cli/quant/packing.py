@@ -9,7 +9,7 @@ NIBBLE_BITS = 4
 
 
 def is_packed(num_bits: int) -> bool:
-    """Whether codes of this width are stored two in a byte."""
+    """Returns whether two codes of this width are stored in one byte."""
     return num_bits <= NIBBLE_BITS
 
 
@@ -19,7 +19,7 @@ def stored_bits(num_bits: int) -> int:
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Pack signed codes in -8..7, shape `[C_out, ...]`, to uint8, shape `[C_out, ceil(K / 2)]`.
+    """Packs signed codes in -8..7, shape `[C_out, ...]`, to uint8, shape `[C_out, ceil(K / 2)]`.
 
     Byte j of a row holds code 2j in its low half and code 2j + 1 in its high half; an odd row ends with a zero half.
     """
@@ -31,7 +31,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The int8 codes of `pack_int4`, in `shape`."""
+    """Returns the int8 codes that `pack_int4` packed, in `shape`."""
     low, high = packed & 0xF, packed >> NIBBLE_BITS
     rows = torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1).to(torch.int8)
     signed = torch.where(rows > 7, rows - 16, rows)

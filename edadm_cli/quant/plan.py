@@ -43,12 +43,12 @@ class LayerPlan(BaseModel):
 
     @property
     def weight_grid(self) -> Grid:
-        """The codes of the weights."""
+        """The grid of the weights."""
         return weight_grid(self.weight_bits)
 
     @property
     def input_grid(self) -> Grid | None:
-        """The codes of the input; `None` when it stays in floating point."""
+        """The grid of the input; `None` when the input stays in floating point."""
         return None if self.activation_bits is None else activation_grid(self.activation_bits)
 
     def part(self) -> LayerPlan:

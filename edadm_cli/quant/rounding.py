@@ -43,7 +43,7 @@ def undecided_share(up: Tensor) -> float:
 
 
 def initial_alpha(weight: Tensor, scale: Tensor) -> Tensor:
-    """The alpha whose h is the fraction that flooring drops, so that learning starts at the float weights."""
+    """Returns the alpha whose h is the fraction that flooring drops, so that learning starts at the float weights."""
     scaled = weight / scale
     fraction = scaled - scaled.floor()
     return -torch.log((_STRETCH_HIGH - _STRETCH_LOW) / (fraction - _STRETCH_LOW) - 1)

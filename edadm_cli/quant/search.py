@@ -2,7 +2,7 @@ r"""Where the grid of a tensor lies: min-max, or the range that minimises an L_p
 
     weights:      scale_c = argmin over thresholds t of sum |w_c - w_hat_c(t)|^p, one scale per output channel; or of
                   sum_k E[x_k^2] (w_ck - w_hat_ck(t))^2, the error of the outputs
-    activations:  symmetric, or one-sided where all values have one sign: the same over one threshold a tensor
+    activations:  symmetric, or one-sided where all values have one sign: the same over one threshold per tensor
     asymmetric:   argmin over (width, zero-point) pairs
 
 Activation errors are taken over a histogram of the tensor, so their cost does not depend on its size.
@@ -34,14 +34,14 @@ class Range:
     high: float
 
     def merge(self, other: Range, decay: float) -> Range:
-        """Exponential moving average over calibration batches."""
+        """Returns the exponential moving average over calibration batches."""
         return Range(
             decay * self.low + (1 - decay) * other.low,
             decay * self.high + (1 - decay) * other.high,
         )
 
     def parameters(self, grid: Grid) -> tuple[float, int]:
-        """Scale and zero-point of an unsigned grid that covers the range, zero exactly representable."""
+        """Returns scale and zero-point of an unsigned grid that covers the range, zero exactly representable."""
         steps = grid.quant_max - grid.quant_min
         scale = max((self.high - self.low) / steps, _TINY)
         zero_point = round(grid.quant_min - self.low / scale)
@@ -98,7 +98,7 @@ def weight_scales(weight: Tensor, grid: Grid, recipe: RangeRecipe, energy: Tenso
 
 
 def activation_range(x: Tensor, grid: Grid, recipe: RangeRecipe) -> Range:
-    """The range of one batch of activations, by the recipe's method."""
+    """Returns the range of one batch of activations, found by the recipe's method."""
     x = x.detach().float()
     low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
     if recipe.activation == "minmax" or high - low < _TINY:
@@ -110,7 +110,7 @@ def activation_range(x: Tensor, grid: Grid, recipe: RangeRecipe) -> Range:
 
 
 def symmetric_scale(x: Tensor, grid: Grid, recipe: RangeRecipe) -> float:
-    """Scale of a signed grid with zero-point 0, for attention's queries, keys and values."""
+    """Returns the scale of a signed grid with zero-point 0, for attention's queries, keys and values."""
     largest = max(x.detach().float().abs().max().item(), _TINY)
     if recipe.activation == "minmax":
         return largest / grid.quant_max
@@ -131,7 +131,7 @@ def _histogram(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
 
 
 def _errors(centers: Tensor, weights: Tensor, scales: Tensor, zero_points: Tensor, grid: Grid, norm: float) -> Tensor:
-    """L_p error of each candidate grid, shape of `scales` `[K]`."""
+    """Returns the L_p error of each candidate grid, shape of `scales` `[K]`."""
     scales, zero_points = scales[:, None], zero_points[:, None]
     codes = ((centers / scales).round() + zero_points).clamp(grid.quant_min, grid.quant_max)
     error = ((codes - zero_points) * scales - centers).abs_().pow_(norm)

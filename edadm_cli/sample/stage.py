@@ -94,7 +94,7 @@ def _slug(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class _Task:
-    """The configuration with nothing left open."""
+    """The configuration with every open setting decided."""
 
     config: SampleConfig
     run: RunFolder
@@ -181,7 +181,7 @@ def prepare(config: SampleConfig, run: RunFolder) -> _Task:
 
 
 def _prompts(config: SampleConfig, entry: ModelEntry, collected: list[str] | None) -> Sequence[str] | None:
-    """The prompts given, else the model's own, else those it was collected with."""
+    """Returns the prompts given, else the model's own, else those it was collected with."""
     if collected is None:
         if config.prompt:
             raise UsageError(f"{entry.name} takes no prompts, so --prompt has no meaning for it.")
@@ -224,7 +224,7 @@ def sample_pictures(model: LoadedModel, pictures: Sequence[Picture]) -> Samples:
 
 
 def _is_there(folder: Path, picture: Picture) -> bool:
-    """Whether an image is on disk already.
+    """Returns whether an image is on disk already.
 
     Raises:
         InputError: A file of its name holds something else.

@@ -41,7 +41,7 @@ Sources = dict[str, Source]
 
 
 def original_names(denoiser: nn.Module, names: Iterable[str]) -> Sources:
-    """Where the original tensors of a denoiser come from.
+    """Returns where the original tensors of a denoiser come from.
 
     Args:
         denoiser: The denoiser, quantized or not.
@@ -127,7 +127,7 @@ def _by_rules(
 
 
 def _resolve(parent: str, other: str) -> str:
-    """A module beside another; `../name` is one level up."""
+    """Returns the name of a module beside another; `../name` is one level up."""
     while other.startswith("../"):
         parent, other = parent.rpartition(".")[0], other[3:]
     return f"{parent}.{other}"

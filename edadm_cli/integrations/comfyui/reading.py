@@ -36,7 +36,7 @@ class _About(BaseModel):
 
 
 def is_quantized_state(names: Any) -> bool:
-    """Whether tensors of these names are a file with ComfyUI's quantized layers."""
+    """Returns whether tensors of these names are a file with ComfyUI's quantized layers."""
     return any(name.endswith(_MARK) for name in names)
 
 

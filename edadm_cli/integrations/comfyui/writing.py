@@ -52,7 +52,7 @@ class _Codes:
 
 
 def comfyui_state(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ComfyUI's file of a denoiser, by name.
+    """Returns the tensors of ComfyUI's file of a denoiser, by name.
 
     Args:
         denoiser: A quantized denoiser, on any device.
