@@ -81,8 +81,8 @@ def spend_budget(sensitivity: Sensitivity, bits: BitWidth, denoiser: nn.Module, 
 
     Args:
         sensitivity: The measured errors.
-        bits: With an average or a size.
-        denoiser: In full precision.
+        bits: The bit width, with an average or a size.
+        denoiser: The denoiser in full precision.
         traced: Its trace.
 
     Raises:

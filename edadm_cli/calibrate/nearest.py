@@ -64,7 +64,7 @@ def quantize_to_nearest(
     Args:
         denoiser: Full precision, float32.
         recipe: Which layers, and how ranges are found; what it says of learning is not used.
-        bits: Of weights and activations.
+        bits: The bits of weights and activations.
         calls: Arguments of calls whose activations give the ranges.
 
     Returns:

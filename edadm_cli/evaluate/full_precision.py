@@ -20,7 +20,7 @@ KIND, NAME = "evaluate", "full-precision"
 def full_precision_images(request: Request, processes: Processes, reporter: Reporter) -> Iterator[SampledImages]:
     """Give the full-precision images of a request, sampled unless the run has them, and locked while in use.
 
-    They lie in an artifact of their own, `evaluate/full-precision`; one with other settings is replaced,
+    They are in an artifact of their own, `evaluate/full-precision`; one with other settings is replaced,
     since it can be had again.
 
     Raises:

@@ -44,7 +44,7 @@ def image_grid(rows: dict[str, Tensor], captions: Sequence[str], columns: int = 
 
     Args:
         rows: Name of each row, and its images, uint8 with shape `(N, 3, H, W)`; the same N for all.
-        captions: One caption per column of images, shown under it.
+        captions: One caption per image of a row, shown under its column.
         columns: Images side by side, after which the rows go on below.
     """
     tiles = {name: [to_tile(image) for image in images] for name, images in rows.items()}

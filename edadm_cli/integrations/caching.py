@@ -34,8 +34,8 @@ class StepCache:
 
     Attributes:
         name: `first-block` or `taylorseer`.
-        value: Of `first-block` the mean relative change of the first block's residual below which the other blocks are
-            left out; of `taylorseer` the number of steps from one that is computed to the next.
+        value: For `first-block` the mean relative change of the first block's residual below which the other blocks are
+            left out; for `taylorseer` the number of steps from one that is computed to the next.
     """
 
     name: str

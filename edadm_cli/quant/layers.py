@@ -57,11 +57,11 @@ class QuantizedLayer(nn.Module):
     """A convolution or linear layer with integer weights and a static input quantizer.
 
     Args:
-        operation: What is multiplied.
+        operation: The linear map or convolution that the layer computes.
         plan: Bits; `channel_parts` must be unset (see `SplitLayer`).
         weight_shape: `[C_out, C_in / groups, kh, kw]` or `[C_out, C_in]`.
         bias: The float bias, kept as it is.
-        device: Of the codes and scales.
+        device: The device of the codes and scales.
 
     The codes are held packed when they have at most four bits. Scales are float32 and stay so whatever dtype the
     model is cast to.

@@ -49,7 +49,7 @@ class Operation:
         return self.kind == "conv2d" and weight_shape[2:] == (1, 1) and alone
 
     def per_channel(self, values: Tensor) -> Tensor:
-        """Shape `[C_out]` values so that they broadcast against an output."""
+        """Returns values `[C_out]` shaped so that they broadcast against an output."""
         return values.reshape(-1, 1, 1) if self.kind == "conv2d" else values
 
 

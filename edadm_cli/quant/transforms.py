@@ -62,8 +62,8 @@ class Transform(ABC):
 
         Args:
             weight: In full precision, with shape `(C_out, C_in, ...)`.
-            statistics: Of the layer's input.
-            options: The numbers of the recipe, complete.
+            statistics: The statistics of the layer's input.
+            options: The numbers of the recipe, with defaults where it gives none.
         """
 
     @abstractmethod
