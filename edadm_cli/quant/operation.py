@@ -44,7 +44,7 @@ class Operation:
         return 1 if self.kind == "conv2d" else -1
 
     def is_pointwise(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether this is a convolution with a kernel of one pixel, which is a matrix product."""
+        """Whether this convolution is a matrix product: kernel 1x1, stride 1, no padding, one group."""
         alone = self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
         return self.kind == "conv2d" and weight_shape[2:] == (1, 1) and alone
 
