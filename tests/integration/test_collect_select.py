@@ -336,9 +336,9 @@ def test_the_plot_shows_something_on_a_transparent_ground(sd_run: RunFolder) -> 
 
 def test_more_samples_than_there_are_steps_are_refused(sd_run: RunFolder) -> None:
     with pytest.raises(UsageError, match="10 trajectories of"):
-        select.run(SelectConfig(num_samples=1000), sd_run)
+        select.run(SelectConfig(num_samples=1000), sd_run, force=True)
     with pytest.raises(UsageError, match="each of the 10 trajectories has that step once"):
-        select.run(SelectConfig(strategy="last", num_samples=N + 1), sd_run)
+        select.run(SelectConfig(strategy="last", num_samples=N + 1), sd_run, force=True)
 
 
 def test_settings_of_tdac_mean_nothing_elsewhere(sd_run: RunFolder) -> None:
