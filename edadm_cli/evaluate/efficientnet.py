@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edadm_cli.artifacts import file_sha256
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, MachineError
 from edadm_cli.evaluate.features import FeatureSpace, NetworkExtractor, open_extractor
 
 FEATURE_NAME = "efficientnet-lite0"
@@ -141,11 +141,12 @@ def weights_path() -> Path:
     """Returns the file of weights of the installed package, whose code is not run.
 
     Raises:
-        InputError: The package is not installed, or its file is not the known one.
+        MachineError: The package is not installed.
+        InputError: Its file is not the known one.
     """
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise InputError(
+        raise MachineError(
             "ImageNet features need the weights of EfficientNet-Lite0, and their package is not installed.",
             hint=INSTALL,
         )

