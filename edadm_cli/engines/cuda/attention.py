@@ -1,4 +1,4 @@
-"""Attention between integer projections."""
+"""Computes attention between integer projections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edadm_cli.quant.attention import QuantizedAttention
 
 
 class Projections(nn.Module):
-    """Linear layers over one input: those that read it alike are one GEMM, their outputs columns of it."""
+    """Linear layers that share an input; layers that prepare it in the same way form a cluster and run as one GEMM."""
 
     def __init__(self, layers: list[Product]) -> None:
         super().__init__()
@@ -35,11 +35,11 @@ class Projections(nn.Module):
 
     @property
     def consumers(self) -> list[Product]:
-        """What reads the input: one product a cluster."""
+        """Returns the products that read the input, one per cluster."""
         return list(self.products)  # type: ignore[arg-type]
 
     def forward(self, prepared: list[Tensor]) -> list[Tensor]:
-        """Outputs of all layers `[..., N]` from the prepared inputs of the clusters."""
+        """Returns the outputs `[..., N]` of all layers; `prepared` has one prepared input per cluster."""
         outputs: list[Tensor] = [prepared[0]] * self.count
         for product, members, sizes, x in zip(self.consumers, self.members, self.sizes, prepared, strict=True):
             y = product.product(x)
@@ -48,7 +48,7 @@ class Projections(nn.Module):
         return outputs
 
     def of(self, x: Tensor) -> list[Tensor]:
-        """Outputs of all layers for `x` as it stands."""
+        """Returns the outputs of all layers for `x`, which is not yet prepared."""
         return self([product.prepare(x) for product in self.consumers])
 
 
@@ -56,11 +56,10 @@ class FusedAttention(nn.Module):
     """A diffusers `Attention` whose projections are products; called like the original.
 
     Args:
-        attention: The original, for its sizes and its processor.
-        layers: `to_q`, `to_k`, `to_v`, `to_out.0`.
-        norm: The original's GroupNorm as a stage before the projections; `None` where it has none.
-        prompt: Where keys and values of the prompt are kept; `None` for self-attention.
-        form: How the products of queries, keys and values are computed that the recipe leaves in floating point.
+        attention: The original module, which supplies the sizes and the processor.
+        layers: The products of `to_q`, `to_k`, `to_v` and `to_out.0`.
+        prompt: The cache of the prompt's keys and values; `None` for self-attention.
+        form: The arithmetic of those products of queries, keys and values that the recipe leaves in float.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class FusedAttention(nn.Module):
         self.norm: NormStage | None = None
 
     def use_norm(self, norm: nn.Module, lowering: Lowering) -> None:
-        """Put the attention's own GroupNorm before the projections."""
+        """Runs the GroupNorm of the attention before the projections."""
         self.norm = lowering.norm(norm, self.inputs.consumers, silu=False)
 
     def forward(
@@ -96,7 +95,7 @@ class FusedAttention(nn.Module):
         temb: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Attend over `[N, T, C]` or `[N, C, H, W]`."""
+        """Returns the attention over `[N, T, C]` or `[N, C, H, W]`, in the shape of the input."""
         shape, image = hidden_states.shape, hidden_states
         if hidden_states.ndim == 4:
             image = channels_last(hidden_states)
@@ -121,7 +120,7 @@ class FusedAttention(nn.Module):
         mask: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        """Attention and output projection, `[N, T, C]`, plus `residual` of that shape."""
+        """Returns the attention after its output projection, `[N, T, C]`, plus `residual` of that shape."""
         q, *rest = self.inputs(prepared)
         if self.prompt is None:
             k, v = rest
@@ -147,16 +146,16 @@ class FusedAttention(nn.Module):
         return self.to_out.product(prepared_out, residual)
 
     def _pays(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-        """Whether one kernel goes from the projections to the codes of the next."""
+        """Returns whether one kernel computes the attention and the codes of `to_out`, and is faster."""
         plain = self.operands is None and mask is None and isinstance(self.to_out, IntegerLinear)
         return plain and kernels.attention_pays(q, k, v, self.heads, self.scale)
 
     def _has_grid_kernel(self, q: Tensor) -> bool:
-        """Whether a kernel multiplies operands on the model's own grids."""
+        """Returns whether a kernel multiplies operands on the model's own grids."""
         return kernels.attend_int8_takes(self._split(q), self.scale)
 
     def _pays_in_int8(self, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-        """Whether eight bits are asked for and faster."""
+        """Returns whether 8-bit attention is requested and faster."""
         plain = self.form == "int8" and self.operands is None and mask is None
         return plain and attend_int8_pays(self._split(q), self._split(k), self.scale)
 
@@ -172,7 +171,7 @@ class FusedAttention(nn.Module):
         return out.transpose(1, 2).reshape(q.shape)
 
     def _split(self, x: Tensor) -> Tensor:
-        """`[N, T, heads * d]` as `[N, heads, T, d]`."""
+        """Returns `[N, T, heads * d]` as `[N, heads, T, d]`."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _pair(self, context: Tensor) -> Pair:
@@ -181,14 +180,14 @@ class FusedAttention(nn.Module):
 
 
 class _Operands(nn.Module):
-    """Attention's products on operands rounded to their grids."""
+    """Computes the products of attention on operands that are rounded to their grids."""
 
     def __init__(self, quantized: QuantizedAttention) -> None:
         super().__init__()
         self.quantized = quantized
 
     def in_integers(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """`[N, heads, T, d]` of queries and as many keys and values; products of codes, without a mask."""
+        """Returns the attention of `[N, heads, T, d]` operands, computed with products of codes and without a mask."""
         plan = self.quantized.plan
         q_scale, k_scale, v_scale, p_scale = (getattr(self.quantized, f"{name}_scale").reshape(1) for name in "qkvp")
         scales = (q_scale, k_scale, v_scale, p_scale)
@@ -209,12 +208,12 @@ class _Operands(nn.Module):
 
 
 def _broadcast(mask: Tensor | None) -> Tensor | None:
-    """An additive mask `[N, 1, T]` over all heads and queries."""
+    """Returns the additive mask `[N, 1, T]` with an axis that broadcasts over the heads."""
     return mask[:, None] if mask is not None and mask.ndim == 3 else mask
 
 
 def _reads(layer: Product) -> object:
-    """What is equal for layers that take the same form of an input; `None` for one that takes a form of its own."""
+    """Returns a grouping key: layers with equal keys can share one GEMM, and a layer with `None` is never merged."""
     base = base_of(layer)
     if isinstance(base, IntegerLinear):
         return base.quantizer.key

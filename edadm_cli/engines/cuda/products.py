@@ -1,7 +1,7 @@
-r"""Layers taken apart: what prepares an input (quantizes it), and the product with its fused epilogue.
+r"""Splits each layer into two halves: the preparation (quantization) of its input, and the product with its epilogue.
 
-A block that knows the layer before or after a product calls the two halves on its own: a normalization hands over
-codes, and a sum with the hidden state happens in the epilogue. Called as a module, a layer does both.
+A block that knows the layer before or after a product calls the halves separately: a normalization can return codes,
+and the epilogue can add the hidden state. A layer that is called as a module runs both halves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edadm_cli.quant.operation import Operation
 from edadm_kernels import pack
 
 AND = " + "
-"""Between the names of layers that run as one."""
+"""The separator between the names of layers that run as one."""
 
 
 class Product(nn.Module, ABC):
@@ -31,20 +31,20 @@ class Product(nn.Module, ABC):
     """
 
     quantizer: Quantizer | None = None
-    """Of the input that `product` takes; `None` when it takes floating point."""
+    """The quantizer of the input of `product`; `None` where `product` expects floating point."""
     label: str = ""
     """The layer's name in the denoiser."""
 
     @abstractmethod
     def prepare(self, x: Tensor) -> Tensor:
-        """What `product` takes: the codes of `x`, or `x` itself."""
+        """Returns the input of `product`: the codes of `x`, or `x` itself."""
 
     @abstractmethod
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
-        """Multiply; then add the bias, `sample_bias` `[N, C_out]` (convolutions), and `residual`, of output's shape."""
+        """Multiplies, then adds the bias, `sample_bias` `[N, C_out]` (convolutions) and `residual` (output's shape)."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Prepare and multiply."""
+        """Prepares `x` and multiplies it."""
         return self.product(self.prepare(x), residual)
 
 
@@ -55,10 +55,10 @@ class IntegerLinear(Product):
         weight: int8 `[N, K]`.
         weight_scale: float32 `[N]`.
         bias: `[N]`, or `None`.
-        quantizer: Of the input.
-        out_dtype: Of the output.
-        is_convolution: Inputs and outputs are images.
-        pack_weight: Keep two codes of at most four bits in a byte, where K allows it.
+        quantizer: The quantizer of the input.
+        out_dtype: The type of the output.
+        is_convolution: Whether inputs and outputs are images.
+        pack_weight: Whether two codes of at most four bits are stored per byte where K allows it.
     """
 
     quantizer: Quantizer
@@ -82,15 +82,15 @@ class IntegerLinear(Product):
 
     @property
     def num_outputs(self) -> int:
-        """Output features."""
+        """Returns the number of output features."""
         return self.weight.shape[0]
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Codes of `x`, in its shape."""
+        """Returns the codes of `x` in its shape."""
         return self.quantizer(quantizable(x))
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
-        """See `Product`; one GEMM."""
+        """Runs one GEMM; see `Product`."""
         assert sample_bias is None
         if not self.is_convolution:
             residual = None if residual is None else residual.reshape(-1, self.num_outputs)
@@ -101,7 +101,7 @@ class IntegerLinear(Product):
         return image_of(y, batch, height, width)
 
     def multiply(self, codes: Tensor, residual: Tensor | None) -> Tensor:
-        """`[M, K]` codes to `[M, N]`."""
+        """Multiplies codes `[M, K]` and returns `[M, N]`."""
         return kernels.linear(
             codes, self.weight, self.scale, self.correction, self.bias, residual, out_dtype=self.out_dtype
         )
@@ -199,7 +199,7 @@ class FloatProduct(Product):
 
     @property
     def num_outputs(self) -> int:
-        """Output features."""
+        """Returns the number of output features."""
         return self.weight.shape[0]
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class SplitProduct(Product):
         self.sizes, self.channel_dim = sizes, channel_dim
 
     def prepare(self, x: Tensor) -> Tensor:
-        """`x` itself: each part quantizes its own range."""
+        """Returns `x` itself, because each part quantizes its own range."""
         return channels_last(x) if x.ndim == 4 else x
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
@@ -238,7 +238,7 @@ class SplitProduct(Product):
         return self.join(prepared.split(self.sizes, dim=self.channel_dim), residual)
 
     def join(self, pieces: Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
-        """The same of an input that was not concatenated, one tensor a part."""
+        """Does the same for an input that is not concatenated but given as one tensor per part."""
         for part, piece in zip(self.parts, pieces, strict=True):
             assert isinstance(part, Product)
             residual = part.product(part.prepare(piece), residual)
@@ -247,14 +247,14 @@ class SplitProduct(Product):
 
 
 def packed(codes: Tensor, pack_weight: bool) -> Tensor:
-    """Codes as the kernels keep them: int8, or two in a byte where that is wanted and possible."""
+    """Returns codes as the kernels store them: int8, or two per byte where `pack_weight` is set and K allows it."""
     if pack_weight and pack.w4_block(codes.shape[-1]) is not None:
         return pack.pack_w4(codes)
     return codes.contiguous()
 
 
 def merge(layers: list[IntegerLinear]) -> IntegerLinear:
-    """One product of layers that share an input and its quantizer: outputs side by side."""
+    """Merges layers that share an input and its quantizer into one product whose outputs are concatenated."""
     first = layers[0]
     merged = IntegerLinear.__new__(IntegerLinear)
     nn.Module.__init__(merged)
@@ -268,7 +268,7 @@ def merge(layers: list[IntegerLinear]) -> IntegerLinear:
 
 
 def merge_floats(layers: list[FloatProduct]) -> FloatProduct:
-    """One product of linear layers in floating point that share an input as it stands: outputs side by side."""
+    """Merges floating-point linear layers that share an unquantized input into one; its outputs are concatenated."""
     first = layers[0]
     bias = _joined([layer.bias for layer in layers], [layer.weight[:, 0] for layer in layers])
     merged = FloatProduct(first.operation, torch.cat([layer.weight for layer in layers]), bias, first.weight.dtype)
@@ -277,7 +277,7 @@ def merge_floats(layers: list[FloatProduct]) -> FloatProduct:
 
 
 def _joined(biases: list[Tensor | None], like: list[Tensor]) -> Tensor | None:
-    """Biases side by side, zeros shaped as `like` where there is none; `None` where there is no bias at all."""
+    """Concatenates biases, with zeros shaped as `like` for a missing one; returns `None` if all are missing."""
     if all(bias is None for bias in biases):
         return None
     return torch.cat([torch.zeros_like(x) if bias is None else bias for bias, x in zip(biases, like, strict=True)])

@@ -1,4 +1,4 @@
-"""Times of products in INT8 and in float16 as measured, by GPU; `benchmarks/product_times.py` fills them in.
+"""Reads the measured times of products in int8 and in float16 per GPU; `benchmarks/product_times.py` writes them.
 
     {"NVIDIA H200": {
         "software": {"torch": "2.11.0", "triton": "3.6.0"},
@@ -11,7 +11,7 @@
         ]
     }}
 
-What is not in the table is not known, and nothing is decided by it.
+A product that is not in the table has no known time, so no decision depends on it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from edadm_kernels.tiles import Kind
 
 Matrix = tuple[Kind, int, int, int, bool]
-"""Which kernel; M, N, K of what it multiplies: rows or output pixels, output channels, terms of a sum; and whether it
-adds a residual, which in floating point is a kernel of its own.
+"""A product: the kind of kernel; M (rows or output pixels), N (output channels) and K (terms per sum); and whether it
+adds a residual, for which floating point needs a separate kernel.
 """
 SourceKind = Literal["quantize", "layer_norm", "group_norm"]
 Source = tuple[SourceKind, int, int]
-"""What makes the input `[m, k]` of a product; of an image m counts its pixels."""
+"""The operation that computes the input `[m, k]` of a product; for an image, m is the number of pixels."""
 FILE = "times.json"
 
 
 class ProductTime(BaseModel):
-    """One product, its epilogue included, with inputs that do not lie in the cache."""
+    """The times of one product with its epilogue, for inputs that are not in the cache."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,7 +51,7 @@ class ProductTime(BaseModel):
 
 
 class SourceTime(BaseModel):
-    """What makes the input of a product: a quantization by itself, or a normalization that hands over codes."""
+    """The times of the operation before a product: a quantization, or a normalization that returns codes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,7 +63,7 @@ class SourceTime(BaseModel):
 
 
 class MeasuredTimes(BaseModel):
-    """What was measured on one kind of GPU."""
+    """All times that were measured on one kind of GPU."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,12 +73,12 @@ class MeasuredTimes(BaseModel):
 
     @cached_property
     def by_matrix(self) -> Mapping[Matrix, ProductTime]:
-        """The products by what they multiply."""
+        """Maps each product to its times."""
         return {(time.kind, time.m, time.n, time.k, time.adds): time for time in self.products}
 
     @cached_property
     def by_source(self) -> Mapping[Source, SourceTime]:
-        """What stands before the products, by what it makes."""
+        """Maps each operation that computes the input of a product to its times."""
         return {(time.kind, time.m, time.k): time for time in self.before}
 
 
@@ -87,12 +87,12 @@ _TABLE = TypeAdapter(dict[str, MeasuredTimes])
 
 @lru_cache(maxsize=1)
 def table() -> Mapping[str, MeasuredTimes]:
-    """All that was measured, by the GPU's name as torch gives it."""
+    """Returns all measured times by the name that torch reports for the GPU."""
     return _TABLE.validate_json(files(__package__).joinpath(FILE).read_bytes())
 
 
 def measured_times(device: torch.device, dtype: torch.dtype) -> tuple[str, MeasuredTimes] | None:
-    """The name of a GPU and its times; `None` where nothing was measured: another GPU, another type than float16."""
+    """Returns the GPU's name and its times; `None` for a GPU that is not in the table or a type other than float16."""
     if device.type != "cuda" or dtype != torch.float16:
         return None
     name = torch.cuda.get_device_name(device)

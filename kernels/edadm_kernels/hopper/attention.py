@@ -1,4 +1,4 @@
-"""Which attentions the kernel of `attention.cu` takes, how it cuts them, and its launch."""
+"""Decides which attentions the kernel of `attention.cu` computes and how it tiles them, and launches it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from edadm_kernels.hopper.compilation import source_text
 from edadm_kernels.hopper.driver import launch, tensor_map
 
 HEADER = "attention.cuh"
-MAX_WIDTH = 160  # channels of a head; wider ones leave no room for their sums
+MAX_WIDTH = 160  # channels per head; the sums of a wider head do not fit
 _MULTIPROCESSORS = 132
 _ROW_BYTES = 128  # a swizzled row of 64 channels
-_ALIGNMENT = 16  # bytes of an address, and of a row of tokens, that the copies want
+_ALIGNMENT = 16  # addresses and rows of tokens must be multiples of this many bytes to be copied
 _FULL = 0.9  # share of the last waves that are at work
 _FILLED = 0.8  # share of the multiprocessors that large tiles are to keep busy
 
@@ -27,15 +27,15 @@ class AttentionVariant:
     """Compile-time parameters of `attention.cu`.
 
     Args:
-        width: Channels of a head, a multiple of 8.
-        groups: Of four warps, 64 queries each; 1 to 4.
-        keys: A turn, a multiple of 16 up to 256.
-        stages: Turns whose keys and values are in shared memory.
-        blocks: A multiprocessor.
-        registers: Of a thread that multiplies; 0: those it starts with.
-        short: All keys fit a turn.
-        codes: Codes are written, not what they are rounded from.
-        bfloats: Operands and result are bfloat16, not float16.
+        width: Channels per head, a multiple of 8.
+        groups: Number of groups of four warps, 1 to 4; each group computes 64 queries.
+        keys: Keys per turn, a multiple of 16 up to 256.
+        stages: Number of turns whose keys and values are in shared memory at once.
+        blocks: Blocks per multiprocessor.
+        registers: Registers per thread that multiplies; 0 leaves the number that it starts with.
+        short: Whether all keys fit into one turn.
+        codes: Whether the kernel writes codes instead of the values that they are rounded from.
+        bfloats: Whether operands and result are bfloat16 instead of float16.
     """
 
     width: int
@@ -54,23 +54,23 @@ class AttentionVariant:
 
     @property
     def threads(self) -> int:
-        """A block: the warps that multiply, and one that copies or, where it gives up registers, four."""
+        """Returns threads per block: the warps that multiply and one that copies (four if it gives up registers)."""
         return self.groups * 128 + (128 if self.registers else 32)
 
     @property
     def rows(self) -> int:
-        """Queries a tile."""
+        """Returns the queries per tile."""
         return 64 * self.groups
 
     @property
     def shared_bytes(self) -> int:
-        """Queries, keys and values of every stage, two barriers each, and the result."""
+        """Returns bytes for queries, for every stage's keys and values with two barriers each, and for the result."""
         tiles = 2 if self.short else 1
         operands = -(-self.width // 64) * _ROW_BYTES * (tiles * self.rows + 2 * self.stages * self.keys)
         return operands + 16 * tiles + 32 * self.stages + 16 + self.rows * self.width * (1 if self.codes else 2)
 
     def defines(self) -> dict[str, int]:
-        """Macros of the source."""
+        """Returns the macros that the source is compiled with."""
         return {
             "WIDTH": self.width,
             "KEYS": self.keys,
@@ -84,21 +84,21 @@ class AttentionVariant:
         }
 
     def prelude(self) -> str:
-        """What attentions share, and `multiply_scores`, `d (+)= a b^T`, and `multiply_values`, `d (+)= a b`."""
+        """Returns the shared header, `multiply_scores` (`d (+)= a b^T`) and `multiply_values` (`d (+)= a b`)."""
         products = (("multiply_scores", self.keys, False), ("multiply_values", self.width, True))
         kind = "bf16" if self.bfloats else "f16"
         return "".join([source_text(HEADER), *(_instruction(*product, kind) for product in products)])
 
     def label(self) -> str:
-        """For tables."""
+        """Returns the name of the variant for tables."""
         extras = f"-x{self.blocks}" if self.blocks > 1 else ""
         extras += "-short" * self.short + ("" if self.codes else "-bf16" if self.bfloats else "-f16")
         return f"attention-{self.width}-{self.rows}x{self.keys}{extras}"
 
 
-# As timed on an H200, and on an H100 for 72 and 128 channels. For heads of at most so many channels: how many keys are
-# cut into large tiles of queries and into small ones (groups, keys a turn, stages, blocks, registers), and how few are
-# (groups, blocks, registers).
+# Chosen by timings on an H200, and on an H100 for 72 and 128 channels. The key is the largest number of channels per
+# head. Each value has the cut with large tiles of queries and the one with small tiles: (groups, keys per turn, stages,
+# blocks, registers) for many keys, (groups, blocks, registers) for keys that fit into one turn.
 _LONG: dict[int, tuple[tuple[int, int, int, int, int], tuple[int, int, int, int, int]]] = {
     40: ((4, 64, 3, 1, 0), (2, 64, 3, 2, 0)),
     64: ((4, 64, 3, 1, 112), (1, 64, 3, 3, 0)),
@@ -117,20 +117,20 @@ _SHORT: dict[int, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     128: ((1, 1, 0), (1, 1, 0)),
     MAX_WIDTH: ((1, 1, 0), (1, 1, 0)),
 }
-_FEW_KEYS = (64, 80)  # a turn that holds them all
+_FEW_KEYS = (64, 80)  # sizes of a turn that holds all keys
 
 
 @lru_cache(maxsize=1024)
 def choose(
     width: int, queries: int, keys: int, heads: int, codes: bool = True, bfloats: bool = False
 ) -> AttentionVariant:
-    """How an attention is cut; nothing but the sizes decides.
+    """Returns the variant that computes an attention; only the sizes and types decide.
 
     Args:
-        width: Channels of a head, at most `MAX_WIDTH`.
-        queries: A sample.
-        keys: A sample.
-        heads: Of all samples.
+        width: Channels per head, at most `MAX_WIDTH`.
+        queries: Queries per sample.
+        keys: Keys per sample.
+        heads: Total number of heads of all samples.
         codes: As in `AttentionVariant`.
         bfloats: As in `AttentionVariant`.
     """
@@ -149,21 +149,21 @@ def choose(
 
 
 def fills(width: int, queries: int, keys: int, heads: int) -> bool:
-    """Whether the blocks of an attention leave few multiprocessors idle in their last wave."""
+    """Returns whether the blocks of an attention leave few multiprocessors idle in their last wave."""
     variant = choose(width, queries, keys, heads)
     slots, blocks = _MULTIPROCESSORS * variant.blocks, heads * -(-queries // variant.rows)
     return blocks >= _FULL * slots * -(-blocks // slots)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, scale: float, codes: bool = True) -> bool:
-    """Whether `launch_attention` serves `q [N, heads, T, d]`, `k` and `v [N, heads, S, d]`.
+    """Returns whether `launch_attention` supports `q [N, heads, T, d]`, `k` and `v [N, heads, S, d]`.
 
     Args:
         q: Queries.
         k: Keys.
         v: Values.
-        scale: Of the scores.
-        codes: Whether codes are to be written; then the operands are float16, and otherwise bfloat16 too.
+        scale: Factor of the scores.
+        codes: Whether the kernel writes codes; the operands must then be float16, otherwise they may also be bfloat16.
     """
     width = q.shape[3]
     types = (torch.float16,) if codes else (torch.float16, torch.bfloat16)
@@ -172,40 +172,41 @@ def takes(q: Tensor, k: Tensor, v: Tensor, scale: float, codes: bool = True) -> 
 
 
 def _is_copied(x: Tensor) -> bool:
-    """Whether the copies take the layout of `[N, heads, tokens, d]`; a single token or head may have any stride."""
+    """Returns whether `[N, heads, tokens, d]` can be copied; a single token or head may have any stride."""
     is_aligned = all(2 * step % _ALIGNMENT == 0 for step in _steps(x)) and x.data_ptr() % _ALIGNMENT == 0
     return is_aligned and x.stride(3) == 1 and all(step >= x.shape[3] for step in _steps(x))
 
 
 def _steps(x: Tensor) -> tuple[int, int, int]:
-    """Elements from a head, a token and a sample of `[N, heads, tokens, d]` to the next."""
+    """Returns the strides of heads, tokens and samples of `[N, heads, tokens, d]`, in elements."""
     samples, heads, tokens, width = x.shape
     token = x.stride(2) if tokens > 1 else heads * width
     head = x.stride(1) if heads > 1 else width
     return head, token, x.stride(0) if samples > 1 else max(tokens * token, heads * head)
 
 
-# Channels, queries and keys of the attentions of Stable Diffusion 1.x and XL, and of what else has a cut of its own.
+# Channels, queries and keys of the attentions of Stable Diffusion 1.x and XL, and of other sizes with a separate cut.
 _SHAPES = [(40, 4096, 4096), (40, 4096, 77), (80, 1024, 1024), (80, 1024, 77), (160, 256, 256), (160, 256, 77)]
 _SHAPES += [(160, 64, 64), (64, 4096, 4096), (64, 1024, 1024), (64, 1024, 77), (64, 64, 64), (40, 300, 300)]
 _SHAPES += [(72, 4096, 4096), (72, 256, 256), (128, 4608, 4608), (128, 256, 256)]
 _SHAPES += [(40, 300, 77), (40, 4096, 64), (40, 300, 64), (80, 1024, 64)]
-# Of DiT, PixArt, Stable Diffusion 3.5 and FLUX, whose result is not written as codes.
+# The same of DiT, PixArt, Stable Diffusion 3.5 and FLUX, whose result is not written as codes.
 _FLOAT_SHAPES = [(72, 256, 256), (72, 4096, 4096), (64, 4429, 4429), (128, 4608, 4608)]
 
 
 def variants() -> list[AttentionVariant]:
-    """What the attentions of a Stable Diffusion denoiser compile, and every other cut there is."""
+    """Lists the variants that the attentions of a Stable Diffusion denoiser compile, and those of all other cuts."""
     listed = [choose(*shape, heads) for shape in _SHAPES for heads in (8, 16, 128)]
     listed += [choose(*shape, 32, False, bfloats) for shape in _FLOAT_SHAPES for bfloats in (False, True)]
     return list(dict.fromkeys(listed))
 
 
 def _instruction(name: str, columns: int, values: bool, kind: str) -> str:
-    """A function of 64 rows, `columns` columns and 16 products; `accumulate` false overwrites.
+    """Returns the source of a function for 64 rows, `columns` columns and 16 products per sum.
 
-    Of values the left operand comes from registers, and what a sum goes over lies apart in the right one; of scores
-    both lie in shared memory, what a sum goes over side by side.
+    The function overwrites `d` where `accumulate` is false. For values, the left operand is in registers and the terms
+    of a sum are strided in the right operand. For scores, both operands are in shared memory and the terms of a sum are
+    contiguous.
     """
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
@@ -240,15 +241,15 @@ def launch_attention(
     out: Tensor,
     quantizer: tuple[Tensor, Tensor, int] | None = None,
 ) -> None:
-    """Fill `out`; the operands are taken.
+    """Fills `out` with the attention of operands that `takes` accepts.
 
     Args:
         q: Queries `[N, heads, T, d]`.
         k: Keys `[N, heads, S, d]`.
         v: Values `[N, heads, S, d]`.
-        scale: Of the scores.
-        out: `[N, T, heads * d]`, contiguous: codes, or the type of `q`.
-        quantizer: Scale, zero-point and bits of the codes.
+        scale: Factor of the scores.
+        out: `[N, T, heads * d]`, contiguous: codes, or values in the type of `q`.
+        quantizer: Scale, zero-point and bits of the codes; `None` where `out` is not codes.
     """
     samples, heads, queries, width = q.shape
     keys = k.shape[2]
@@ -266,7 +267,7 @@ def launch_attention(
 
 
 def _map(x: Tensor, rows: int) -> object:
-    """Of `[samples, heads, tokens, d]` in 16 bits, copied by 64 channels of some tokens of a head."""
+    """Returns the tensor map of 16-bit `[samples, heads, tokens, d]`; one copy is 64 channels by `rows` tokens."""
     samples, heads, tokens, width = x.shape
     strides = tuple(2 * step for step in _steps(x))
     return tensor_map(

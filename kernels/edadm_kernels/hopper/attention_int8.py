@@ -1,4 +1,4 @@
-"""Which attentions of eight-bit operands the kernel of `attention_int8.cu` takes, how it cuts them, and its launch."""
+"""Decides which 8-bit attentions `attention_int8.cu` computes and how it tiles them, and launches it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from edadm_kernels.hopper.driver import launch, tensor_map
 from edadm_kernels.reference.attention import Codes
 
 WIDTHS = (40, 64, 72, 80, 96, 128, 160)
-"""Channels of a head for which every cut compiles to products that overlap."""
+"""Channels per head for which every cut compiles to products that overlap."""
 MAX_WIDTH = max(WIDTHS)
 _MULTIPROCESSORS = 132
 _FILLED = 0.8  # share of the multiprocessors that large tiles are to keep busy
 _COLUMNS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
-"""Columns that an integer matrix instruction takes (PTX ISA, wgmma)."""
+"""Numbers of columns that an integer matrix instruction supports (PTX ISA, wgmma)."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class AttentionInt8Variant:
     """Compile-time parameters of `attention_int8.cu`.
 
     Args:
-        width: Channels of a head, a multiple of 8.
-        groups: Of four warps, 64 queries each; 1 to 4.
-        keys: A turn, 64 or 128.
-        stages: Turns whose keys and values are in shared memory.
-        blocks: A multiprocessor.
-        registers: Of a thread that multiplies; 0: those it starts with.
-        bfloats: bfloat16 is written, not float16.
-        queries: Are in registers, not in shared memory, when they are multiplied.
-        static: The operands lie on a model's own grids.
+        width: Channels per head, a multiple of 8.
+        groups: Number of groups of four warps, 1 to 4; each group computes 64 queries.
+        keys: Keys per turn, 64 or 128.
+        stages: Number of turns whose keys and values are in shared memory at once.
+        blocks: Blocks per multiprocessor.
+        registers: Registers per thread that multiplies; 0 leaves the number that it starts with.
+        bfloats: Whether the kernel writes bfloat16 instead of float16.
+        queries: Whether queries are multiplied from registers instead of shared memory.
+        static: Whether the operands are on the model's own grids.
     """
 
     width: int
@@ -56,33 +56,33 @@ class AttentionInt8Variant:
 
     @property
     def threads(self) -> int:
-        """A block: the warps that multiply, and one that copies or, where it gives up registers, four."""
+        """Returns threads per block: the warps that multiply and one that copies (four if it gives up registers)."""
         return self.groups * 128 + (128 if self.registers else 32)
 
     @property
     def rows(self) -> int:
-        """Queries a tile."""
+        """Returns the queries per tile."""
         return 64 * self.groups
 
     @property
     def line(self) -> int:
-        """Bytes of a swizzled row of queries or keys."""
+        """Returns the bytes per swizzled row of queries or keys."""
         return 64 if self.width <= 64 else 128
 
     @property
     def columns(self) -> int:
-        """Channels that the instruction adds up, zeros beyond the head's."""
+        """Returns the channels that the instruction computes; those beyond the channels of the head are zeros."""
         return next(columns for columns in _COLUMNS if columns >= self.width)
 
     @property
     def shared_bytes(self) -> int:
-        """Queries, keys and values of every stage, two barriers each, and the result in 16 bits."""
+        """Returns bytes for queries, every stage's keys and values with two barriers each, and the 16-bit result."""
         rows = -(-self.width // self.line) * self.line * (self.rows + self.stages * self.keys)
         barriers = 8 + 32 * self.stages + 16
         return rows + self.stages * self.columns * self.keys + barriers + 2 * self.rows * self.width
 
     def defines(self) -> dict[str, int]:
-        """Macros of the source."""
+        """Returns the macros that the source is compiled with."""
         return {
             "WIDTH": self.width,
             "KEYS": self.keys,
@@ -97,19 +97,19 @@ class AttentionInt8Variant:
         }
 
     def prelude(self) -> str:
-        """What attentions share, and `multiply_scores` and `multiply_values`, `d (+)= a b^T`."""
+        """Returns the shared header, `multiply_scores` and `multiply_values`, which both compute `d (+)= a b^T`."""
         products = (("multiply_scores", self.keys, "s8", self.queries), ("multiply_values", self.columns, "u8", True))
         return "".join([source_text(HEADER), *(_instruction(*product) for product in products)])
 
     def label(self) -> str:
-        """For tables."""
+        """Returns the name of the variant for tables."""
         extras = (f"-x{self.blocks}" if self.blocks > 1 else "") + "-q" * self.queries
         extras += "-static" * self.static + "-bf16" * self.bfloats
         return f"attention-int8-{self.width}-{self.rows}x{self.keys}{extras}"
 
 
-# For heads of at most so many channels: large tiles of queries and small ones (groups, keys a turn, stages, blocks,
-# registers).
+# The key is the largest number of channels per head. Each value has the cut with large tiles of queries and the one
+# with small tiles, each as (groups, keys per turn, stages, blocks, registers).
 _CUTS: dict[int, tuple[tuple[int, int, int, int, int], tuple[int, int, int, int, int]]] = {
     64: ((3, 128, 3, 1, 160), (1, 64, 3, 3, 0)),
     80: ((4, 64, 4, 1, 112), (1, 128, 2, 2, 0)),
@@ -119,14 +119,14 @@ _CUTS: dict[int, tuple[tuple[int, int, int, int, int], tuple[int, int, int, int,
 
 @lru_cache(maxsize=1024)
 def choose(width: int, queries: int, heads: int, bfloats: bool = False, static: bool = False) -> AttentionInt8Variant:
-    """How an attention is cut; nothing but the sizes decides.
+    """Returns the variant that computes an attention; only the sizes and types decide.
 
     Args:
-        width: Channels of a head, at most `MAX_WIDTH`.
-        queries: A sample.
-        heads: Of all samples.
-        bfloats: bfloat16 is written.
-        static: The operands lie on a model's own grids.
+        width: Channels per head, at most `MAX_WIDTH`.
+        queries: Queries per sample.
+        heads: Total number of heads of all samples.
+        bfloats: Whether the kernel writes bfloat16.
+        static: Whether the operands are on the model's own grids.
     """
     limit = min(most for most in _CUTS if width <= most)
     large, small = (AttentionInt8Variant(width, *cut, bfloats, static=static) for cut in _CUTS[limit])
@@ -136,7 +136,7 @@ def choose(width: int, queries: int, heads: int, bfloats: bool = False, static: 
 
 
 def takes(width: int, scale: float, dtype: torch.dtype) -> bool:
-    """Whether `launch_attention` computes heads of `width` channels."""
+    """Returns whether `launch_attention` supports heads of `width` channels and an output of type `dtype`."""
     return width in WIDTHS and scale > 0 and dtype in (torch.float16, torch.bfloat16)
 
 
@@ -153,13 +153,16 @@ _SHAPES = [
 
 
 def variants() -> list[AttentionInt8Variant]:
-    """What the attentions of some denoisers compile."""
+    """Lists the variants that the attentions of some denoisers compile."""
     chosen = [choose(*shape) for shape in _SHAPES]
     return list(dict.fromkeys([*chosen, choose(128, 4608, 24, True), choose(40, 4096, 16, False, True)]))
 
 
 def _instruction(name: str, columns: int, left_type: str, from_registers: bool) -> str:
-    """A function of 64 rows, `columns` columns and 32 products; `accumulate` false overwrites."""
+    """Returns the source of a function for 64 rows, `columns` columns and 32 products per sum.
+
+    The function overwrites `d` where `accumulate` is false.
+    """
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+r"(d[{i}])' for i in range(count))
@@ -186,24 +189,24 @@ class _Problem(ctypes.Structure):
 
 
 def launch_attention(codes: Codes, scale: float, out: Tensor) -> None:
-    """Fill `out`.
+    """Fills `out` with the attention of `codes`.
 
     Args:
         codes: Operands that `takes` accepts.
-        scale: Of the scores.
+        scale: Factor of the scores.
         out: `[N, T, heads, d]`, float16 or bfloat16, contiguous.
     """
     _launch(codes, codes.v_center, 8, scale, out, static=False)
 
 
 def launch_on_grids(codes: Codes, weight_scale: Tensor, weight_bits: int, scale: float, out: Tensor) -> None:
-    """Fill `out` with attention on a model's own grids.
+    """Fills `out` with attention on the model's own grids.
 
     Args:
         codes: Operands that `takes` accepts, with scales of one element.
-        weight_scale: Of the weights' grid, one element, float32.
-        weight_bits: Of the weights' grid.
-        scale: Of the scores.
+        weight_scale: Scale of the grid of the attention weights, one float32 element.
+        weight_bits: Bits of the grid of the attention weights.
+        scale: Factor of the scores.
         out: `[N, T, heads, d]`, float16 or bfloat16, contiguous.
     """
     _launch(codes, weight_scale, weight_bits, scale, out, static=True)
@@ -230,7 +233,7 @@ def _launch(codes: Codes, last: Tensor, bits: int, scale: float, out: Tensor, st
 
 
 def _tokens(x: Tensor, variant: AttentionInt8Variant, rows: int) -> object:
-    """Of `[samples, tokens, heads, channels]`, copied by a line of channels of some tokens of a head."""
+    """Returns the tensor map of `[samples, tokens, heads, channels]`; a copy is one line of `rows` tokens of a head."""
     samples, tokens, heads, width = x.shape
     row, head = x.stride(1), x.stride(2)
     return tensor_map(

@@ -1,4 +1,4 @@
-"""Which products the kernel of `product.cu` takes, with which tile, and its launch."""
+"""Decides which products the kernel of `product.cu` computes and with which tile, and launches it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ TILES = (
     ProductTile(64, 80, 128, stages=4, groups=1, blocks=3),
 )
 SPLITS = (1, 2, 4, 8)
-_SPLIT_PRODUCTS = 256  # a part of a sum has at least so many
+_SPLIT_PRODUCTS = 256  # each part of a split sum has at least this many products
 _LONGEST = 256  # pixels that a copy spans in any direction
-_ALIGNMENT = 16  # bytes of an address, and of a row of pixels, that the copies want
+_ALIGNMENT = 16  # addresses and rows of pixels must be multiples of this many bytes to be copied
 
 # Fitted to 1,107 timings on an H200; the choice costs 2.3% over the best tile of each shape.
 _MULTIPROCESSORS = 132
-_IN_CLUSTERS = {1: 132, 2: 132, 4: 120, 8: 112}  # multiprocessors that clusters of so many blocks can fill
-_CLOCK = 4096 * 0.891  # products a clock and multiprocessor
-_BYTES = 47.7  # that the L2 gives a clock and multiprocessor
+_IN_CLUSTERS = {1: 132, 2: 132, 4: 120, 8: 112}  # cluster size in blocks -> multiprocessors that it can fill
+_CLOCK = 4096 * 0.891  # products per clock and multiprocessor
+_BYTES = 47.7  # bytes that the L2 delivers per clock and multiprocessor
 _STEP = 481.0  # clocks that a step takes at least
-_ELEMENT, _GATED = 0.263, 1.14  # clocks of the epilogue an element; how many times more with a gate
+_ELEMENT, _GATED = 0.263, 1.14  # clocks of the epilogue per element; the factor for a gated epilogue
 _FILL = 1975.0  # clocks until the first step
 _JOIN, _JOIN_PART = 2233.0, 1816.0  # clocks of adding up a split sum, and for each part
 
@@ -65,16 +65,16 @@ class _Problem(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a product is besides its output channels.
+    """Describes a product, except for its number of output channels.
 
     Args:
         image: Samples, height and width of the output.
         source: Height and width of the input.
-        channels: Of the input.
-        kernel: Height and width.
-        stride: In both directions, 1 or 2.
-        padding: Top, bottom, left and right.
-        upsample: The input is enlarged twice by nearest neighbour first.
+        channels: Number of input channels.
+        kernel: Height and width of the kernel.
+        stride: The stride in both directions, 1 or 2.
+        padding: Padding at the top, bottom, left and right.
+        upsample: Whether the input is first enlarged by a factor of two with nearest neighbour.
     """
 
     image: tuple[int, int, int]
@@ -87,11 +87,11 @@ class Shape:
 
     @classmethod
     def matrix(cls, rows: int, products: int) -> Shape:
-        """Of a matrix product: an image of one row of pixels."""
+        """Returns the shape of a matrix product, which is treated as one image with a single row of `rows` pixels."""
         return cls((1, 1, rows), (1, rows), products)
 
     def boxes(self, tile: ProductTile) -> tuple[int, int, int]:
-        """Columns and rows (as powers of two) of the boxes that the pixels are copied in, and the number of tiles."""
+        """Returns columns and rows (log2) of the boxes in which pixels are copied, and the number of tiles."""
         samples, height, width = self.image
         if self.upsample:  # a tile is four boxes, one of each parity of row and column
             return boxes(tile.bm // 4, height // 2, width // 2, samples, _LONGEST)
@@ -100,7 +100,7 @@ class Shape:
 
 @lru_cache(maxsize=1024)
 def boxes(pixels: int, height: int, width: int, samples: int, longest: int) -> tuple[int, int, int]:
-    """Columns and rows (as powers of two) of the boxes of `pixels` pixels that cover the images, and their number."""
+    """Returns columns and rows (log2) of the boxes of `pixels` pixels that cover the images, and their number."""
     best: tuple[int, int, int] | None = None
     most = pixels.bit_length() - 1
     for columns in range(most, -1, -1):
@@ -125,7 +125,7 @@ def takes(
     sample_bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> bool:
-    """Whether `launch_product` serves these types and sizes; stride and upsampling are for the caller to check."""
+    """Returns whether `launch_product` supports these types and sizes; the caller checks stride and upsampling."""
     added = [t for t in (sample_bias, residual) if t is not None]
     written = out.dtype in (torch.float16, torch.int8) or (out.dtype in (torch.float32, torch.bfloat16) and not added)
     floats = bias is None or bias.dtype == torch.float32
@@ -143,7 +143,7 @@ def takes(
 
 
 def variants() -> list[ProductTile]:
-    """Every tile of every kind, whole and split."""
+    """Lists every tile for every kind of product, whole and split."""
     found = []
     for tile in TILES:
         forms: list[dict[str, bool]] = [{}, {"convolution": True}, {"convolution": True, "upsample": True}]
@@ -156,18 +156,18 @@ def variants() -> list[ProductTile]:
 
 @lru_cache(maxsize=4096)
 def choose(kind: Kind, shape: Shape, outputs: int) -> ProductTile:
-    """The tile of a product.
+    """Returns the tile with the lowest estimated cost for a product.
 
     Args:
-        kind: `conv` for anything with an image; else the image is one row of M pixels.
-        shape: Of the product.
-        outputs: Channels of the output.
+        kind: `conv` for anything with an image; otherwise the image is one row of M pixels.
+        shape: The shape of the product.
+        outputs: Number of output channels.
     """
     return min(candidates(kind, shape), key=lambda tile: cost(kind, tile, shape, outputs))
 
 
 def candidates(kind: Kind, shape: Shape) -> list[ProductTile]:
-    """Every tile and split that suits a product."""
+    """Lists every tile and split that suits a product."""
     form = {"geglu": kind == "geglu", "convolution": kind == "conv", "upsample": shape.upsample}
     tiles = [replace(tile, **form) for tile in TILES if _suits(tile, kind)]
     products = shape.kernel[0] * shape.kernel[1] * shape.channels
@@ -176,12 +176,12 @@ def candidates(kind: Kind, shape: Shape) -> list[ProductTile]:
 
 
 def _suits(tile: ProductTile, kind: Kind) -> bool:
-    # what follows a gated product is long: the other blocks of the multiprocessor multiply meanwhile
+    # a gated product has a long epilogue, during which the multiprocessor's other blocks can multiply
     return kind != "geglu" or tile.blocks > 1
 
 
 def cost(kind: Kind, tile: ProductTile, shape: Shape, outputs: int) -> float:
-    """Clocks that a product takes, roughly: rounds of blocks, each bound by its products, its loads, or latency."""
+    """Estimates the clocks of a product: rounds of blocks, each bound by its products, its loads or latency."""
     blocks = shape.boxes(tile)[2] * -(-outputs // tile.bn) * tile.split
     room = _IN_CLUSTERS[tile.split]
     together = min(tile.blocks, -(-blocks // room))
@@ -208,21 +208,21 @@ def launch_product(
     shape: Shape,
     geglu: tuple[Tensor, Tensor, int] | None = None,
 ) -> None:
-    """Fill `out` with a convolution or a matrix product; the arguments are those of `conv2d`.
+    """Fills `out` with a convolution or a matrix product; the arguments are those of `conv2d`.
 
     Args:
         tile: How the product is cut.
         x: Codes, `[samples, height, width, C]` in memory order.
         weight: Codes `[O, kh, kw, C]` in memory order, int8.
-        scale: `[O]`.
-        correction: `[classes, O]`.
+        scale: Scales, `[O]`.
+        correction: Corrections, `[classes, O]`.
         bias: float32 `[O]`.
-        out: float16, `[samples, height, width, O]` in memory order, or float32 or bfloat16 where nothing is added; of a
-            gated product codes of half as many channels.
+        out: float16, `[samples, height, width, O]` in memory order, or float32 or bfloat16 where nothing is added; a
+            gated product writes codes of half as many channels.
         sample_bias: float16 `[samples, O]`.
-        residual: float16, as `out`.
-        shape: Of the product.
-        geglu: Scale, zero-point and largest unsigned code of a gated output.
+        residual: float16, in the shape of `out`.
+        shape: The shape of the product.
+        geglu: Scale, zero-point and largest unsigned code of the output, if the product is gated.
     """
     tile = replace(tile, floats=out.dtype == torch.float32, bfloats=out.dtype == torch.bfloat16)
     outputs, taps = weight.shape[0], shape.kernel[0] * shape.kernel[1]
