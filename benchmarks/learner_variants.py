@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The learner of version 0.1, and the same with rounding that is decided while it is learned and TDAC's local radius.
-DECIDED = (
-    "default+select.samples_per_trajectory=1+learn.iterations=300+learn.layer_loss_weight=0.2+learn.channel_values=[]"
-    "+transforms=[]"
-)
-BEFORE = f"{DECIDED}+learn.rounding_sharpness=1+select.density_quantile=0.5"
+# The recipe `default` of version 0.1: rounding is decided only when it is hardened, and TDAC's radius is the median.
+BEFORE = "default+learn.rounding_sharpness=1+select.density_quantile=0.5"
 FEW_ITERATIONS = "+learn.iterations=2500+learn.weight_learning_rate=0.01+learn.activation_learning_rate=0.004"
 
 
@@ -26,7 +22,7 @@ class Group:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-def channels(*kinds: str, base: str = DECIDED) -> str:
+def channels(*kinds: str, base: str = "default") -> str:
     """Returns the variant that learns values per channel of some kinds."""
     names = ",".join(f'"{kind}"' for kind in kinds)
     return f"{base}+learn.channel_values=[{names}]"
@@ -35,13 +31,13 @@ def channels(*kinds: str, base: str = DECIDED) -> str:
 INPUT_SCALES = '+transforms=[{"name":"input-channel-scale"}]'
 MAIN = {
     "before": BEFORE,
-    "decided rounding": DECIDED,
     "default": "default",
+    "default, gamma 0": "default+learn.layer_loss_weight=0",
     "thorough": "thorough",
     "paper": "paper",
     "ptq4dm": "ptq4dm",
     "rtn": "rtn",
-    "ranges-only": f"{DECIDED}+learn.granularity=none",
+    "ranges-only": "default+learn.granularity=none",
 }
 PUBLISHED = {
     "q-diffusion, 2,500 iterations": f"q-diffusion{FEW_ITERATIONS}",
@@ -53,20 +49,20 @@ INGREDIENTS = {
     "weight scales": channels("weight-scale"),
     "biases": channels("bias"),
     "weight scales and biases": channels("weight-scale", "bias"),
-    "channel scales by formula": f"{DECIDED}{INPUT_SCALES}",
+    "channel scales by formula": f"default{INPUT_SCALES}",
     "channel scales, learned": channels("input-channel-scale") + INPUT_SCALES,
     "all per channel": channels("weight-scale", "bias", "input-channel-scale") + INPUT_SCALES,
     "all per channel, rate 3e-3": channels("weight-scale", "bias", "input-channel-scale")
     + f"{INPUT_SCALES}+learn.channel_learning_rate=0.003",
     "all per channel, 1,000 iterations": channels("weight-scale", "bias", "input-channel-scale")
     + f"{INPUT_SCALES}+learn.iterations=1000",
-    "output-error scales": f"{DECIDED}+ranges.weight=output-error",
-    "1,000 iterations": f"{DECIDED}+learn.iterations=1000",
-    "100 iterations": f"{DECIDED}+learn.iterations=100",
-    "batch 64": f"{DECIDED}+learn.batch_size=64",
-    "1,024 samples": f"{DECIDED}+samples=1024",
-    "activation rate 3e-3": f"{DECIDED}+learn.activation_learning_rate=0.003",
-    "input drop 0.5": f"{DECIDED}+learn.input_drop=0.5",
+    "output-error scales": "default+ranges.weight=output-error",
+    "1,000 iterations": "default+learn.iterations=1000",
+    "100 iterations": "default+learn.iterations=100",
+    "batch 64": "default+learn.batch_size=64",
+    "1,024 samples": "default+samples=1024",
+    "activation rate 3e-3": "default+learn.activation_learning_rate=0.003",
+    "input drop 0.5": "default+learn.input_drop=0.5",
 }
 CHANNELS = channels("weight-scale", "bias", "input-channel-scale") + INPUT_SCALES
 NO_INPUT_SCALES = channels("weight-scale", "bias")
@@ -87,9 +83,8 @@ UNBOUNDED = {
     "Z, 300 iterations, N 1,024": f"{PLAIN}+samples=1024",
     "Z, 1,000 iterations, N 256": f"{PLAIN}+learn.iterations=1000",
     "Z, 600 iterations, N 1,024": f"{PLAIN}+samples=1024+learn.iterations=600",
-    "input scales by formula, unbounded": f"{DECIDED}{scales(0.5)}",
+    "input scales by formula, unbounded": f"default{scales(0.5)}",
     "Z, 300 iterations, N 256, gamma 0.2": f"{ALL}{scales(0.5)}",
-    "gamma 0": f"{DECIDED}+learn.layer_loss_weight=0",
     "Z, 1,000 iterations, N 1,024, exponent 0.25": LONG.replace(":0.5,", ":0.25,"),
     "Z, 1,000 iterations, N 1,024, exponent 0.75": LONG.replace(":0.5,", ":0.75,"),
     "Z, 1,000 iterations, N 1,024, channel rate 3e-3": f"{LONG}+learn.channel_learning_rate=0.003",
@@ -99,8 +94,8 @@ UNBOUNDED = {
 FREE = channels("weight-scale", "bias") + "+learn.layer_loss_weight=0"
 CANDIDATES = {
     "before": BEFORE,
-    "decided rounding": DECIDED,
     "default": "default",
+    "default, gamma 0": "default+learn.layer_loss_weight=0",
     "thorough": "thorough",
     "Z, 1,000 iterations, N 1,024": LONG,
     "Z, 300 iterations, N 256": PLAIN,
@@ -118,41 +113,40 @@ TOGETHER = {
     "X, 1,000 iterations, tau from half": f"{CHANNELS}+samples=1024+learn.iterations=1000"
     "+learn.rounding_sharpness_start=0.5",
     "X, 1,000 iterations, uniform": f"{CHANNELS}+samples=1024+learn.iterations=1000+select.strategy=uniform",
-    "1,024 samples, 1,000 iterations": f"{DECIDED}+samples=1024+learn.iterations=1000",
+    "1,024 samples, 1,000 iterations": "default+samples=1024+learn.iterations=1000",
 }
 FLOORS = {
-    "weights only": DECIDED + '+layers=[{"pattern":"*","float_input":true}]',
-    "weights only, nearest": DECIDED + '+learn.granularity=none+layers=[{"pattern":"*","float_input":true}]',
+    "weights only": 'default+layers=[{"pattern":"*","float_input":true}]',
+    "weights only, nearest": 'default+learn.granularity=none+layers=[{"pattern":"*","float_input":true}]',
 }
 SHARPNESS = {
-    "tau 10": f"{DECIDED}+learn.rounding_sharpness=10",
-    "tau 50": f"{DECIDED}+learn.rounding_sharpness=50",
-    "tau from the start": f"{DECIDED}+learn.rounding_sharpness_start=0",
-    "tau from half": f"{DECIDED}+learn.rounding_sharpness_start=0.5",
-    "regularizer 0": f"{DECIDED}+learn.rounding_regularizer=0",
-    "regularizer 0.003": f"{DECIDED}+learn.rounding_regularizer=0.003",
-    "rate 0.03": f"{DECIDED}+learn.weight_learning_rate=0.03",
-    "rate 0.3": f"{DECIDED}+learn.weight_learning_rate=0.3",
+    "tau 10": "default+learn.rounding_sharpness=10",
+    "tau 50": "default+learn.rounding_sharpness=50",
+    "tau from the start": "default+learn.rounding_sharpness_start=0",
+    "tau from half": "default+learn.rounding_sharpness_start=0.5",
+    "regularizer 0": "default+learn.rounding_regularizer=0",
+    "regularizer 0.003": "default+learn.rounding_regularizer=0.003",
+    "rate 0.03": "default+learn.weight_learning_rate=0.03",
+    "rate 0.3": "default+learn.weight_learning_rate=0.3",
 }
 STEPS = {
-    "uniform": f"{DECIDED}+select.strategy=uniform",
-    "TDAC, median radius": f"{DECIDED}+select.density_quantile=0.5",
-    "TDAC, lambda 5": f"{DECIDED}+select.variety_weight=5",
-    "normal": f"{DECIDED}+select.strategy=normal",
-    "last": f"{DECIDED}+select.strategy=last",
+    "uniform": "default+select.strategy=uniform",
+    "TDAC, median radius": "default+select.density_quantile=0.5",
+    "TDAC, lambda 5": "default+select.variety_weight=5",
+    "normal": "default+select.strategy=normal",
+    "last": "default+select.strategy=last",
 }
 GAMMAS = {
     "gamma 0": "+learn.layer_loss_weight=0",
     "gamma 0.2, relative": "",
     "gamma 0.8, absolute": "+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
 }
-FAIR = {label: variant for label, variant in STEPS.items()} | {
-    "gamma 0": f"{DECIDED}+learn.layer_loss_weight=0",
-    "gamma 0.8, absolute": f"{DECIDED}+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
-    "uniform, gamma 0": f"{DECIDED}+select.strategy=uniform+learn.layer_loss_weight=0",
-    "symmetric ranges": f"{DECIDED}+ranges.activation=search",
-    "quantized attention": f"{DECIDED}+attention.quantize=true",
-    "QDrop": f"{DECIDED}+learn.input_drop=0.5+learn.activation_drop=0.5",
+FAIR = STEPS | {
+    "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
+    "uniform, gamma 0": "default+select.strategy=uniform+learn.layer_loss_weight=0",
+    "symmetric ranges": "default+ranges.activation=search",
+    "quantized attention": "default+attention.quantize=true",
+    "QDrop": "default+learn.input_drop=0.5+learn.activation_drop=0.5",
 }
 FAIR_PAPER = {
     "paper, uniform": "paper+select.strategy=uniform",
@@ -163,7 +157,7 @@ FAIR_PAPER = {
     "paper, asymmetric ranges": "paper+ranges.activation=search-asymmetric",
 }
 SAMPLES = {
-    f"{steps}, {name}, N {samples}": f"{DECIDED}+samples={samples}{change}"
+    f"{steps}, {name}, N {samples}": f"default+samples={samples}{change}"
     + ("" if steps == "TDAC" else f"+select.strategy={steps}")
     for samples in (8, 16, 32, 256)
     for steps in ("TDAC", "uniform")
@@ -179,7 +173,7 @@ GROUPS = {
     "together": Group(TOGETHER),
     "together-w3a8": Group(TOGETHER, ("w3a8",)),
     "floors": Group(FLOORS, seeds=(0,)),
-    "floors-w8a8": Group({"default": "default", "ranges-only": f"{DECIDED}+learn.granularity=none"}, ("w8a8",), (0,)),
+    "floors-w8a8": Group({"default": "default", "ranges-only": "default+learn.granularity=none"}, ("w8a8",), (0,)),
     "sharpness": Group(SHARPNESS),
     "fair": Group(FAIR),
     "fair-paper": Group(FAIR_PAPER),
