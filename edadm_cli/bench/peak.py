@@ -47,13 +47,15 @@ SIZES = {"cpu": Sizes((1024, 2560, 2560), (1, 640, 45)), "cuda": Sizes((8192, 81
 def measure_peaks(
     engine: Engine, options: EngineOptions, dtypes: tuple[str, ...], sizes: Sizes | None = None
 ) -> dict[str, float]:
-    """Largest rates in 10^12 operations a second, two to a multiply-accumulate: `int8` on the engine, others in torch.
+    """Returns the largest rates in 10^12 operations per second (a multiply-accumulate is two): `int8` on the engine.
+
+    Other types are measured in torch.
 
     Args:
-        engine: Multiplies integers.
-        options: Device and threads.
+        engine: The engine that multiplies integers.
+        options: The device and the threads.
         dtypes: Floating-point types, measured in torch.
-        sizes: Of the layers; `None` for those that fill the device.
+        sizes: The sizes of the layers; `None` takes sizes that fill the device.
     """
     device, sizes = options.device, sizes or SIZES[options.device.type]
     layers = [_Layer(sizes.linear, device, is_linear=True), _Layer(sizes.convolution, device, is_linear=False)]
@@ -68,9 +70,9 @@ class _Layer:
     """A linear layer, or a 3x3 convolution, and an input of it.
 
     Args:
-        size: As in `Sizes`.
-        device: Of everything.
-        is_linear: Which of the two.
+        size: The size of the layer, as in `Sizes`.
+        device: The device of the layer and its input.
+        is_linear: Whether it is the linear layer.
     """
 
     def __init__(self, size: tuple[int, int, int], device: torch.device, is_linear: bool) -> None:

@@ -52,7 +52,7 @@ class ImageTime:
     """The time of an image.
 
     Attributes:
-        seconds: Of the image.
+        seconds: The seconds that the image takes.
         in_denoiser: How many of them were spent in the denoiser.
         not_cached: Why the step cache that was asked for is not on; `None` where it is, or none was asked for.
     """

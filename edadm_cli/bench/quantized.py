@@ -38,7 +38,7 @@ class Prepared:
 
     Attributes:
         spec: The contender.
-        parity: Of its layers, and its exact prediction.
+        parity: The parity of its layers, and its exact prediction.
         yardstick: Relative L2 distance of torch's quantize-dequantize with the same rest from the exact prediction.
         source: Compiles the denoiser, where the engine has no files.
     """

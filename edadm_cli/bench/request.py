@@ -30,7 +30,7 @@ class Request:
         config: The configuration.
         run: Where the artifacts lie.
         device: Where the contenders run.
-        engine: Of the quantized denoiser.
+        engine: The engine of the quantized denoiser.
         subject: The denoiser.
         dtype: Name of the element type of what is not quantized.
         half: Name of the half-precision type of the full-precision contenders; `None` where there is no fast one.

@@ -32,7 +32,7 @@ class DevicePeak:
         name: As people call it.
         fp16_tflops: Dense half-precision tensor operations, 10^12 a second.
         int8_tops: Dense INT8 tensor operations, 10^12 a second.
-        bandwidth_gb_s: Of its memory, 10^9 bytes a second.
+        bandwidth_gb_s: The bandwidth of its memory in 10^9 bytes per second.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ShapeRoofline:
 
     Attributes:
         kind: See `WorkItem.kind`.
-        m, n, k, batch: Of its product; see `WorkItem`.
+        m, n, k, batch: The sizes of its product; see `WorkItem`.
         count: How often it occurs in a call.
         is_integer: Whether it runs in integers in the quantized network.
         macs: Multiply-accumulates of one occurrence.

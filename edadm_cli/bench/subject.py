@@ -130,7 +130,7 @@ class NearestSubject(Subject):
     Args:
         name: A known name, a folder or a hub id.
         recipe: Which layers, and whether attention's products; its ranges are not searched. `None`: the default recipe.
-        seed: Of the calls that give the ranges.
+        seed: The seed of the calls that give the ranges.
     """
 
     def __init__(self, name: str, recipe: Recipe | None, seed: int) -> None:

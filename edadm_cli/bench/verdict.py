@@ -41,7 +41,7 @@ def headline(
     """Say the outcome in a sentence or two for each quantized contender; a loss is called one.
 
     Args:
-        speedups: Of the quantized contenders.
+        speedups: The speed-ups of the quantized contenders.
         contenders: All contenders.
         peers: Those of other tools. One with integers is compared at its own bit width, float8 with every one.
         left_out: Contenders that could not be measured, and why.

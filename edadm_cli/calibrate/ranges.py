@@ -120,7 +120,7 @@ def search_weight_scales(
         plan: Bits of every layer, and their transforms.
         recipe: How ranges are found.
         params: Tensors of the transforms.
-        statistics: Of the inputs, where the recipe weighs errors of the outputs; without them those of weights count.
+        statistics: The statistics of the inputs, where errors of outputs are weighed; without them, errors of weights.
 
     Raises:
         InputError: A weight is not finite.

@@ -38,8 +38,8 @@ class SideBranch(nn.Module):
         down: D, `[R, C_in]` or, beside a convolution, `[R, C_in, kh, kw]`.
         up: U, `[C_out, R]`.
         owners: The layer, the adapter and the rank of each range of R, in order.
-        stride: Of the convolution.
-        padding: Of the convolution, in both directions.
+        stride: The stride of the convolution.
+        padding: The padding of the convolution, in both directions.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ def side_by_side(branches: Sequence[SideBranch | None], widths: Sequence[int]) -
     """One branch of linear layers that read one input, whose outputs lie side by side.
 
     Args:
-        branches: Of each layer; `None` for a layer without adapters. At least one is given.
+        branches: The side branch of each layer; `None` for a layer without adapters. At least one is given.
         widths: Output features of each layer.
     """
     present = [branch for branch in branches if branch is not None]

@@ -66,9 +66,9 @@ def compare_layers(
     Args:
         engine: What is checked.
         denoiser: With quantized layers and a float32 rest; its arithmetic is restored.
-        args: Of the call.
-        kwargs: Of the call.
-        options: Of the engine; a float32 rest, which its `layer_bound` is about.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+        options: The options of the engine; its rest is float32, for which its `layer_bound` holds.
         advance: Told of every quantized layer that has run.
         all_layers_up_to: In a network with more layers, only the first of each `signature` is checked.
     """

@@ -46,7 +46,7 @@ class Law:
     A unit that was measured keeps its own ratio to the fit; another one has that of its kind, else 1.
 
     Args:
-        sizes: Of all units, by name.
+        sizes: The sizes of all units, by name.
         measured: Rows and seconds of a call of some of them, at least one.
         measures: What the work may depend on; the first ones count where too little was measured to separate them.
     """

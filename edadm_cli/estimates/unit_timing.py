@@ -52,11 +52,11 @@ class Forward:
     """One forward in full precision.
 
     Attributes:
-        rows: Of its batch.
-        seconds: Of all of it.
-        begins: Seconds after its start at which each unit begins.
-        ends: The same of their ends.
-        shapes: Of every unit's call.
+        rows: The rows of its batch.
+        seconds: The seconds that the whole forward takes.
+        begins: The seconds after its start at which each unit begins.
+        ends: The seconds after its start at which each unit ends.
+        shapes: The shapes of the arguments of every unit's call.
         calls: Arguments of the units that were to be captured.
     """
 

@@ -122,7 +122,7 @@ class StoredDenoiser:
     Attributes:
         module: Its parameters are on the `meta` device.
         readers: What gives each of them.
-        fingerprint: Of the model.
+        fingerprint: The fingerprint of the model.
     """
 
     module: nn.Module

@@ -21,7 +21,8 @@ def fused(function: _Function, x: Tensor) -> _Function:
     """Returns `function`, compiled where `x` lies on a GPU and this torch can compile for it.
 
     Args:
-        function: Of flat tensors, whose lengths may differ from call to call; a module's own, as it is compiled once.
+        function: A function of a module that takes flat tensors, whose lengths may differ between calls. It is compiled
+            once.
         x: One of its arguments.
     """
     result: _Function = _compiled(function) if x.is_cuda and _can_compile() else function

@@ -57,7 +57,7 @@ def input_energy(energy: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     Args:
         energy: E[x_c^2] with shape `(C_in,)`.
         weight: The weight.
-        groups: Of a convolution: each meets its own input channels.
+        groups: The groups of a convolution, each of which has input channels of its own.
     """
     by_group = energy.to(weight.device, torch.float32).reshape(groups, 1, -1)  # [groups, 1, C_in / groups]
     rows = by_group.expand(groups, weight.shape[0] // groups, -1).flatten(0, 1)  # [C_out, C_in / groups]

@@ -47,7 +47,7 @@ def find_links(
     Args:
         denoiser: In full precision.
         units: All of them, in execution order.
-        forms: Of as many of them as can be stubs.
+        forms: The forms of the units that can be stubs, by name.
         batches: The calibration set, for one row.
     """
     args, kwargs = batches.few(1).call([0])
@@ -117,8 +117,8 @@ class FinishedUnits:
     Args:
         denoiser: The denoiser.
         units: All units, in execution order.
-        links: Of those that can be stubs.
-        cache: Where kept outputs go.
+        links: The links of the units that can be stubs, by name.
+        cache: The place where the outputs of finished units are stored.
         num_rows: Rows of the calibration set.
     """
 

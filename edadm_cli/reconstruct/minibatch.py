@@ -45,8 +45,8 @@ class MiniBatch:
         """Bring rows in.
 
         Args:
-            places: Of this step.
-            upcoming: Of the next one, to be read meanwhile.
+            places: The numbers of the rows of this step.
+            upcoming: The numbers of the rows of the next step, which are read meanwhile.
         """
         index = torch.tensor(places, dtype=torch.int64).to(self._device, non_blocking=True)
         for rows, tensor in zip(self._sources, self.tensors, strict=True):

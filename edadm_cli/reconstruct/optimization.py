@@ -80,7 +80,7 @@ class Learner(Protocol):
 
     Attributes:
         device: Where it computes.
-        generator: Of its masks, on that device.
+        generator: The random generator of its masks, on that device.
         processes: Those that learn together.
     """
 

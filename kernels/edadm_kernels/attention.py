@@ -93,7 +93,7 @@ def attention_quantize(
         k: Keys `[N, S, heads * d]`, laid out alike.
         v: Values `[N, S, heads * d]`, laid out alike.
         heads: Number of heads.
-        scale: Of the scores.
+        scale: The factor of the scores.
         out_scale: float32, one element.
         out_zero_point: int32, one element, convention of the unsigned code.
         num_bits: 2 to 8.
@@ -133,7 +133,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q: `[N, heads, T, d]`, floating point.
         k: `[N, heads, S, d]`, of the same type.
         v: `[N, heads, S, d]`, of the same type.
-        scale: Of the scores.
+        scale: The factor of the scores.
 
     Returns:
         `[N, heads, T, d]` in the type of `q`, stored as `[N, T, heads, d]`.
@@ -155,10 +155,10 @@ def attend_pays(queries: int, keys: int, width: int, heads: int) -> bool:
     cuDNN's is as fast where a head has 64 channels and the last blocks leave much of the GPU idle.
 
     Args:
-        queries: A sample.
-        keys: A sample.
-        width: Channels of a head.
-        heads: Of all samples.
+        queries: The queries per sample.
+        keys: The keys per sample.
+        width: The channels per head.
+        heads: The heads of all samples together.
     """
     return width != _EVEN_WIDTH or keys <= _SOME_KEYS or hopper_attention.fills(width, queries, keys, heads)
 

@@ -55,7 +55,7 @@ def attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q: `[N, heads, T, d]`, floating point, d at most 160; channels of a token contiguous.
         k: `[N, heads, S, d]`, of the same type.
         v: `[N, heads, S, d]`, of the same type.
-        scale: Of the scores.
+        scale: The factor of the scores.
 
     Returns:
         `[N, heads, T, d]` in the type of `q`, stored as `[N, T, heads, d]`.
@@ -129,10 +129,10 @@ def attend_on_grids(
         q: `[N, heads, T, d]`, floating point, d at most 160; channels of a token contiguous.
         k: `[N, heads, S, d]`, of the same type.
         v: `[N, heads, S, d]`, of the same type.
-        scale: Of the scores.
-        scales: Of queries, keys and values (signed grids) and of weights (an unsigned one), one element each, float32.
-        operand_bits: Of the signed grids, 2 to 8.
-        weight_bits: Of the unsigned grid, 2 to 8.
+        scale: The factor of the scores.
+        scales: The scales of queries, keys, values (signed grids) and weights (unsigned), one element each, float32.
+        operand_bits: The bits of the signed grids, 2 to 8.
+        weight_bits: The bits of the unsigned grid, 2 to 8.
 
     Returns:
         `[N, heads, T, d]` in the type of `q`, stored as `[N, T, heads, d]`.

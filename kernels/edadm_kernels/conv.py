@@ -95,7 +95,7 @@ def conv2d(
         bias: `[O]`, floating point.
         sample_bias: `[N, O]`, floating point, contiguous (the time embedding of a residual block).
         residual: `[N, O, H', W']`, floating point, channels last.
-        stride: Of both axes.
+        stride: The stride of both axes.
         padding: Top, bottom, left, right.
         upsample: Convolve the input enlarged twice by nearest neighbour, without writing it.
         out_dtype: float16, bfloat16 or float32.

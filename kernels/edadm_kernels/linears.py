@@ -111,7 +111,7 @@ def linears_gelu(
     Args:
         x: As in `linears`, and so `weights`, `scales`, `corrections` and `biases`.
         out_scale: As in `linear_gelu`, and so `out_zero_point` and `num_bits`.
-        out_dtype: Of the other members.
+        out_dtype: The element type of the outputs of the other members.
 
     Returns:
         `[M, N]` of each layer, contiguous; codes, int8, of the last.

@@ -20,8 +20,8 @@ class GraphedFunction:
     later call does not overwrite them. All graphs share one memory pool: they never run at the same time.
 
     Args:
-        function: Of nested tensors and constants, returning nested tensors; launches work on one CUDA device and never
-            waits for it.
+        function: A function that takes nested tensors and constants and returns nested tensors. It launches work on one
+            CUDA device and never waits for it.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

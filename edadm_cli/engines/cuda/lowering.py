@@ -54,8 +54,8 @@ class Lowering:
     """Makes products of layers and notes how each runs; and the normalizations before them.
 
     Attributes:
-        device: Of the products.
-        dtype: Of everything that is not integer.
+        device: The device of the products.
+        dtype: The element type of everything that is not integer.
         pack_weights: Multiply weights of at most four bits packed, instead of unpacking them once.
         kept: Layers to keep in floating point although the kernels could run them: name to reason. They read their
             input as it stands, as a layer does that the recipe keeps.

@@ -24,7 +24,7 @@ class NormStage(nn.Module):
         norm: An `nn.GroupNorm` or `nn.LayerNorm`.
         consumers: The layers behind it.
         silu: SiLU in between.
-        dtype: Of floating-point inputs.
+        dtype: The element type of floating-point inputs.
         device: Where it runs.
     """
 

@@ -114,8 +114,8 @@ class IntegerConv2d(Product):
         weight: int8 `[C_out, C_in, kh, kw]`.
         weight_scale: float32 `[C_out]`.
         bias: `[C_out]`, or `None`.
-        quantizer: Of the input.
-        out_dtype: Of the output.
+        quantizer: The quantizer of the input.
+        out_dtype: The element type of the output.
         stride: In both directions.
         padding: Rows or columns of zeros at the top, bottom, left and right.
         pack_weight: Keep two codes of at most four bits in a byte, where C_in allows it.
@@ -177,7 +177,7 @@ class FloatProduct(Product):
         weight: In its own layout.
         bias: Or `None`.
         rounded_to: The layer's input quantizer when its input is still rounded to codes, though not multiplied as such.
-        dtype: Of the arithmetic.
+        dtype: The element type of the arithmetic.
     """
 
     def __init__(

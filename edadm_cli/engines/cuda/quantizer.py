@@ -18,7 +18,7 @@ class Quantizer:
     Attributes:
         scale: float32, one element, on the device.
         zero_point: int32, one element, convention of the unsigned code.
-        num_bits: Of the codes.
+        num_bits: The number of bits of a code.
         key: Equal for quantizers that give equal codes.
     """
 

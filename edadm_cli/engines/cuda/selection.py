@@ -56,8 +56,8 @@ def faster_in_float(
 
     Args:
         denoiser: With quantized layers.
-        args: Of a call.
-        kwargs: Of that call.
+        args: The positional arguments of an example call.
+        kwargs: The keyword arguments of that call.
         dtype: Element type of what is not quantized.
         gpu: Name of the GPU that the times are of.
         times: Measured.

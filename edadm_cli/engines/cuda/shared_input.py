@@ -32,7 +32,7 @@ class SharedInput:
         layers: In any order.
         is_active: Whether their quantizers are equal, and none of them was called with another input than the others.
         source: The input whose outputs are held; `None` between calls.
-        outputs: Of each layer.
+        outputs: The number of output features of each layer.
         num_left: Layers that have not taken theirs.
     """
 

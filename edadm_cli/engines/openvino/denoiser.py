@@ -44,7 +44,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         interface: How calls become inputs.
         planned: What the layers were planned as.
         options: Precision of the rest and threads.
-        shapes: Of the inputs, to compile for at once.
+        shapes: The shapes of the inputs for which the graph is compiled at once.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class _Compiled:
 
     Args:
         core: OpenVINO's.
-        graph: Of static shapes; its sinusoids are taken out of it.
+        graph: A graph of static shapes, whose sinusoids are taken out of it.
         options: Precision of the rest and threads.
         more: Further properties of the plug-in.
 

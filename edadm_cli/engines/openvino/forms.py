@@ -40,9 +40,9 @@ class _Operation:
     """Products whose form is decided together: one layer's, or the two of an attention.
 
     Attributes:
-        indices: Of the products, in the order of `quantized_products`.
-        layers: Names of their layers.
-        shape: Kind and sizes; operations of one shape take one form.
+        indices: The places of its products in the order of `quantized_products`.
+        layers: The names of the layers that the products belong to.
+        shape: The kind and the sizes; operations of one shape take one form.
         work: Multiply-accumulates.
     """
 
@@ -56,8 +56,8 @@ def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[s
     """Put the products in floating point that run faster so on this processor, in place.
 
     Args:
-        graph: Of static shapes, with int8 constants.
-        properties: Of OpenVINO's CPU plug-in, as the graph will be compiled with.
+        graph: A graph of static shapes, with int8 constants.
+        properties: The properties of OpenVINO's CPU plug-in with which the graph will be compiled.
 
     Returns:
         Names of the layers that are in floating point now.
@@ -173,7 +173,7 @@ class _Memory:
     A file that cannot be read or written is no error: the forms are measured again.
 
     Args:
-        properties: Of the plug-in; the element type and the threads are part of what is remembered.
+        properties: The properties of the plug-in; the element type and the threads are part of what is remembered.
     """
 
     def __init__(self, properties: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ def take_out(graph: ov.Model) -> ov.Model | None:
     """Replace the sines and cosines of a graph's inputs by new inputs, in place.
 
     Args:
-        graph: Of static shapes. Its inputs keep their places; one input per sine and cosine follows them.
+        graph: A graph of static shapes. Its inputs keep their places; one input per sine and cosine follows them.
 
     Returns:
         A graph with the original inputs, whose outputs are the new inputs in their order; None where there are none.

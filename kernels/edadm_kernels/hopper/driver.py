@@ -96,7 +96,7 @@ def tensor_map(
     """What the tensor memory accelerator is told of an array of bytes whose first dimension is the innermost.
 
     Args:
-        address: Of the array, aligned to 16 bytes.
+        address: The address of the array, aligned to 16 bytes.
         sizes: Bytes of the first dimension, elements of the others.
         box: Bytes and elements that one copy spans of each dimension; what lies outside arrives as zeros.
         swizzle_bytes: 32, 64 or 128, the first of `box`.

@@ -23,7 +23,7 @@ class FewRows:
 
     Args:
         most_rows: Rows of the left operand, at most.
-        dtype: Of the output: `float16`, `bfloat16` or `float32`.
+        dtype: The element type of the output: `float16`, `bfloat16` or `float32`.
         shared_bytes: Room for the codes of the left operand.
     """
 

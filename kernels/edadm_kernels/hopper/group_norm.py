@@ -23,10 +23,10 @@ class GroupNormPlan:
     """How one sample's `[pixels, channels]` is cut; independent of the batch, so that a sample's codes are too.
 
     Args:
-        pixels: Of a sample.
-        channels: Of a pixel.
-        first: Of them, those that come first and lie in an image of their own; all of them where there is one image.
-        groups: Of the channels.
+        pixels: The pixels per sample.
+        channels: The channels per pixel.
+        first: The number of channels that come first, from an image of their own; all channels where there is one image.
+        groups: The number of groups of channels.
         chunks: Blocks a sample.
         chunk_pixels: Pixels of a block, but perhaps the last.
         vectors: 16-byte vectors a thread holds.
@@ -101,9 +101,9 @@ def group_norm_plan(pixels: int, channels: int, num_groups: int, first: int | No
     """The cut, or `None` for a shape that the kernels do not take: groups too narrow, rows or images too large.
 
     Args:
-        pixels: Of a sample.
-        channels: Of a pixel.
-        num_groups: Of the channels.
+        pixels: The pixels per sample.
+        channels: The channels per pixel.
+        num_groups: The number of groups of channels.
         first: Channels that lie in an image of their own; `None`: there is one image.
     """
     across, first = channels // _VECTOR, channels if first is None else first

@@ -132,8 +132,8 @@ def takes(
         x: Codes `[M, K]`.
         weights: Codes `[N, K]` of each member.
         vectors: Scales and corrections.
-        biases: Of each member.
-        dtype: Of the outputs.
+        biases: The bias of each member.
+        dtype: The element type of the outputs.
     """
     read = (x, *weights, *vectors, *biases)
     return (

@@ -52,7 +52,7 @@ class ProductTile:
         bk: Channels a step, 64 or 128.
         stages: Steps whose operands are in shared memory.
         split: Blocks that share a sum, a cluster; 1, 2, 4 or 8.
-        groups: Of four warps that multiply.
+        groups: The number of warp groups (four warps each) that multiply.
         blocks: A multiprocessor.
         geglu: Gated output, as codes.
         convolution: Pixels in boxes and taps outside the image; not a matrix product.
@@ -127,7 +127,7 @@ def wgmma(columns: int, adds_always: bool = True) -> str:
     """CUDA C++ of `multiply(d, a, b)`, one matrix instruction of 64 rows and 32 products: `d += a b`.
 
     Args:
-        columns: Of the instruction.
+        columns: The number of columns of the instruction.
         adds_always: Without it `multiply` has a fourth argument; where that is zero it computes `d = a b`.
     """
     count = columns // 2

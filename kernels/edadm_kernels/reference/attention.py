@@ -124,9 +124,9 @@ def attend_on_grids(
         q: `[N, heads, T, d]`.
         k: `[N, heads, S, d]`.
         v: `[N, heads, S, d]`.
-        scale: Of the scores.
-        scales: Of queries, keys, values (signed grids) and weights (an unsigned one), one element each, float32.
-        bits: Of the signed grids and of the unsigned one, 2 to 8.
+        scale: The factor of the scores.
+        scales: The scales of queries, keys, values (signed grids) and weights (unsigned), one element each, float32.
+        bits: The bits of the signed grids and of the unsigned one, 2 to 8.
     """
     low, high = -(1 << (bits[0] - 1)), (1 << (bits[0] - 1)) - 1
 
