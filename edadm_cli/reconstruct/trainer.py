@@ -69,7 +69,7 @@ class UnitLearner:
         params: Ranges found before, `<layer>.weight_scale` and so on.
         data: Inputs and targets.
         hyperparameters: How it is learned.
-        seed: The seed of the order of samples and of every mask; each unit has its own, so that a resume changes nothing.
+        seed: The seed of the order of samples and of every mask; a unit has its own, so that a resume changes nothing.
         processes: Those that learn it together: each takes a part of the rows of every step.
     """
 

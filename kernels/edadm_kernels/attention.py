@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from edadm_kernels import reference
 from edadm_kernels.attention_kernels import attention_kernel
 from edadm_kernels.backend import uses_hopper, uses_kernel
-from edadm_kernels.checks import check_bits, check_device, check_quantizers
+from edadm_kernels.checks import check_output_grid
 from edadm_kernels.hopper import attention as hopper_attention
 from edadm_kernels.launching import PROGRAM_SHARED_BYTES, arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
@@ -182,9 +182,7 @@ def _split(x: Tensor, heads: int) -> Tensor:
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, heads: int, out_scale: Tensor, out_zero_point: Tensor, num_bits: int
 ) -> Tensor:
-    check_bits(num_bits)
-    check_quantizers(out_scale, out_zero_point, count=1)
-    check_device(q, k, v, out_scale, out_zero_point)
+    check_output_grid(num_bits, out_scale, out_zero_point, q, k, v)
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"operands of one floating-point type are wanted, found {q.dtype}, {k.dtype} and {v.dtype}")
     alike = q.ndim == k.ndim == 3 and k.shape == v.shape and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])

@@ -28,6 +28,13 @@ def check_bits(num_bits: int) -> None:
         raise ValueError(f"2 to 8 bits are wanted, found {num_bits}")
 
 
+def check_output_grid(num_bits: int, scale: Tensor, zero_point: Tensor, *inputs: Tensor) -> None:
+    """Raise unless the quantizer of an output has one scale and zero-point, where the inputs lie, and 2 to 8 bits."""
+    check_bits(num_bits)
+    check_quantizers(scale, zero_point, count=1)
+    check_device(*inputs, scale, zero_point)
+
+
 def check_quantizers(scales: Tensor, zero_points: Tensor, count: int | None = None) -> None:
     """Raise unless `scales` is float32, `zero_points` int32, and both hold `count` elements (None: 1 to 3)."""
     if scales.dtype != torch.float32 or zero_points.dtype != torch.int32:

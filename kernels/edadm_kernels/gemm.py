@@ -7,7 +7,7 @@ from torch import Tensor
 
 from edadm_kernels import reference
 from edadm_kernels.backend import uses_hopper, uses_kernel
-from edadm_kernels.checks import check_bits, check_device, check_quantizers
+from edadm_kernels.checks import check_device, check_output_grid
 from edadm_kernels.gemm_launch import launch_gemm, variants
 from edadm_kernels.hopper import few_rows, matrices, product
 from edadm_kernels.launching import arch_of, on_device_of
@@ -280,9 +280,7 @@ def _prepare_geglu(
     num_bits: int,
 ) -> Tensor:
     """Check the arguments and make an empty output."""
-    check_bits(num_bits)
-    check_quantizers(out_scale, out_zero_point, count=1)
-    check_device(x, out_scale, out_zero_point)
+    check_output_grid(num_bits, out_scale, out_zero_point, x)
     check_matrices(x, weight, scale, correction, bias)
     if weight.shape[0] % 2:
         raise ValueError(f"value and gate rows in pairs are wanted, found {weight.shape[0]} rows")
@@ -303,9 +301,7 @@ def _prepare_gelu(
     num_bits: int,
 ) -> Tensor:
     """Check the arguments and make an empty output."""
-    check_bits(num_bits)
-    check_quantizers(out_scale, out_zero_point, count=1)
-    check_device(x, out_scale, out_zero_point)
+    check_output_grid(num_bits, out_scale, out_zero_point, x)
     check_matrices(x, weight, scale, correction, bias)
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.int8)
     check_output(torch.float32, x, weight, out)

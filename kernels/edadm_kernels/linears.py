@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edadm_kernels import reference
 from edadm_kernels.backend import uses_hopper, uses_kernel
-from edadm_kernels.checks import check_bits, check_device, check_quantizers
+from edadm_kernels.checks import check_device, check_output_grid
 from edadm_kernels.gemm import check_matrices, fill_linear, linear, linear_gelu
 from edadm_kernels.hopper import few_rows, matrices
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
@@ -250,9 +250,7 @@ def _prepare_linears_gelu(
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     """Check the arguments and make empty outputs."""
-    check_bits(num_bits)
-    check_quantizers(out_scale, out_zero_point, count=1)
-    check_device(x, out_scale, out_zero_point)
+    check_output_grid(num_bits, out_scale, out_zero_point, x)
     *outs, last = _prepare_linears(x, weights, scales, corrections, biases, out_dtype)
     return [*outs, x.new_empty(last.shape, dtype=torch.int8)]
 

@@ -24,17 +24,20 @@ def take_out(graph: ov.Model) -> ov.Model | None:
     Returns:
         A graph with the original inputs, whose outputs are the new inputs in their order; None where there are none.
     """
-    names = [node.get_friendly_name() for node in graph.get_ordered_ops() if _is_embedding(node)]
-    if not names:
-        return None
     twin = graph.clone()  # shares the constants
-    sources = {node.get_friendly_name(): node for node in twin.get_ops()}
-    head = ov.Model([ops.result(sources[name].output(0)) for name in names], twin.get_parameters(), "sinusoids")
-    nodes = {node.get_friendly_name(): node for node in graph.get_ops()}
-    parameters = [_replace(nodes[name].output(0)) for name in names]
+    embeddings = _embeddings(graph)
+    if not embeddings:
+        return None
+    head = ov.Model([ops.result(node.output(0)) for node in _embeddings(twin)], twin.get_parameters(), "sinusoids")
+    parameters = [_replace(node.output(0)) for node in embeddings]
     graph.add_parameters(parameters)
     graph.validate_nodes_and_infer_types()
     return head
+
+
+def _embeddings(graph: ov.Model) -> list[ov.Node]:
+    """Returns the sines and cosines of a graph's inputs, in the order of execution, which a clone shares."""
+    return [node for node in graph.get_ordered_ops() if _is_embedding(node)]
 
 
 def _is_embedding(node: ov.Node) -> bool:

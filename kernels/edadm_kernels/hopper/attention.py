@@ -23,19 +23,16 @@ _FILLED = 0.8  # share of the multiprocessors that large tiles are to keep busy
 
 
 @dataclass(frozen=True)
-class AttentionVariant:
-    """Compile-time parameters of `attention.cu`.
+class AttentionTile:
+    """Compile-time parameters that both attention kernels have.
 
     Args:
         width: Channels per head, a multiple of 8.
         groups: Number of groups of four warps, 1 to 4; each group computes 64 queries.
-        keys: Keys per turn, a multiple of 16 up to 256.
+        keys: Keys per turn.
         stages: Number of turns whose keys and values are in shared memory at once.
         blocks: Blocks per multiprocessor.
         registers: Registers per thread that multiplies; 0 leaves the number that it starts with.
-        short: Whether all keys fit into one turn.
-        codes: Whether the kernel writes codes instead of the values that they are rounded from.
-        bfloats: Whether operands and result are bfloat16 instead of float16.
     """
 
     width: int
@@ -44,12 +41,7 @@ class AttentionVariant:
     stages: int
     blocks: int = 1
     registers: int = 0
-    short: bool = False
-    codes: bool = True
-    bfloats: bool = False
 
-    source = "attention.cu"
-    name = "attention"
     cluster = 1
 
     @property
@@ -61,6 +53,24 @@ class AttentionVariant:
     def rows(self) -> int:
         """Returns the queries per tile."""
         return 64 * self.groups
+
+
+@dataclass(frozen=True)
+class AttentionVariant(AttentionTile):
+    """Compile-time parameters of `attention.cu`; `keys` is a multiple of 16 up to 256.
+
+    Args:
+        short: Whether all keys fit into one turn.
+        codes: Whether the kernel writes codes instead of the values that they are rounded from.
+        bfloats: Whether operands and result are bfloat16 instead of float16.
+    """
+
+    short: bool = False
+    codes: bool = True
+    bfloats: bool = False
+
+    source = "attention.cu"
+    name = "attention"
 
     @property
     def shared_bytes(self) -> int:

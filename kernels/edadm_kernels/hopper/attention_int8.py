@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from edadm_kernels.hopper.attention import HEADER
+from edadm_kernels.hopper.attention import HEADER, AttentionTile
 from edadm_kernels.hopper.compilation import source_text
 from edadm_kernels.hopper.driver import launch, tensor_map
 from edadm_kernels.reference.attention import Codes
@@ -25,44 +25,21 @@ _COLUMNS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 
 
 @dataclass(frozen=True)
-class AttentionInt8Variant:
-    """Compile-time parameters of `attention_int8.cu`.
+class AttentionInt8Variant(AttentionTile):
+    """Compile-time parameters of `attention_int8.cu`; `keys` is 64 or 128.
 
     Args:
-        width: Channels per head, a multiple of 8.
-        groups: Number of groups of four warps, 1 to 4; each group computes 64 queries.
-        keys: Keys per turn, 64 or 128.
-        stages: Number of turns whose keys and values are in shared memory at once.
-        blocks: Blocks per multiprocessor.
-        registers: Registers per thread that multiplies; 0 leaves the number that it starts with.
         bfloats: Whether the kernel writes bfloat16 instead of float16.
         queries: Whether queries are multiplied from registers instead of shared memory.
         static: Whether the operands are on the model's own grids.
     """
 
-    width: int
-    groups: int
-    keys: int
-    stages: int
-    blocks: int = 1
-    registers: int = 0
     bfloats: bool = False
     queries: bool = False
     static: bool = False
 
     source = "attention_int8.cu"
     name = "attention_int8"
-    cluster = 1
-
-    @property
-    def threads(self) -> int:
-        """Returns threads per block: the warps that multiply and one that copies (four if it gives up registers)."""
-        return self.groups * 128 + (128 if self.registers else 32)
-
-    @property
-    def rows(self) -> int:
-        """Returns the queries per tile."""
-        return 64 * self.groups
 
     @property
     def line(self) -> int:

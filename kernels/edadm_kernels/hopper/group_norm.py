@@ -25,7 +25,7 @@ class GroupNormPlan:
     Args:
         pixels: The pixels per sample.
         channels: The channels per pixel.
-        first: The number of channels that come first, from an image of their own; all channels where there is one image.
+        first: The number of channels that come first, from an image of their own; all where there is one image.
         groups: The number of groups of channels.
         chunks: Blocks a sample.
         chunk_pixels: Pixels of a block, but perhaps the last.

@@ -11,35 +11,35 @@ class Variant(Protocol):
 
     @property
     def source(self) -> str:
-        """File with its text."""
+        """Returns the name of the source file."""
 
     @property
     def name(self) -> str:
-        """Of the kernel in that file."""
+        """Returns the name of the kernel in that file."""
 
     @property
     def threads(self) -> int:
-        """A block."""
+        """Returns the threads per block."""
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
+        """Returns the bytes of dynamic shared memory per block."""
 
     @property
     def cluster(self) -> int:
-        """Blocks that share a cluster."""
+        """Returns the number of blocks per cluster."""
 
     def defines(self) -> dict[str, int]:
-        """Macros."""
+        """Returns the macros that the source is compiled with."""
 
     def prelude(self) -> str:
-        """Text before the source."""
+        """Returns the text that stands before the source."""
 
     def label(self) -> str:
-        """For tables; unique in the package."""
+        """Returns the name for tables, which is unique in the package."""
 
     def __hash__(self) -> int:
-        """Equal variants are one."""
+        """Returns a hash: equal variants are compiled once."""
 
 
 @dataclass(frozen=True)
