@@ -24,7 +24,8 @@ Reader = Callable[[torch.device], Tensor]
 
 _READER = "stored_weight"
 _PLACE = "stored_weight_device"
-_COUNT = "stored_weight_count"
+_NAME = "stored_weight_name"
+_SHAPE = "stored_weight_shape"
 
 
 def file_readers(files: tuple[Path, ...]) -> dict[str, Reader]:
@@ -41,7 +42,8 @@ def place_stored(denoiser: nn.Module, readers: Mapping[str, Reader], device: tor
         device: Where it computes.
 
     Raises:
-        InputError: A parameter has no reader, or another shape than what is read.
+        InputError: A parameter has no reader, or another shape than what is read. The shape of a weight that stays
+            where it is stored is compared whenever it is read.
     """
     for name, module in denoiser.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -49,11 +51,9 @@ def place_stored(denoiser: nn.Module, readers: Mapping[str, Reader], device: tor
             if full not in readers:
                 raise InputError(f"The model's files hold no tensor '{full}', which its denoiser needs.")
             if key == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
-                _store(module, readers[full], device)
+                _store(module, full, readers[full], device)
                 continue
-            values = readers[full](device)
-            if values.shape != parameter.shape:
-                raise InputError(f"'{full}' has shape {list(values.shape)}, expected {list(parameter.shape)}.")
+            values = _of_shape(readers[full](device), parameter.shape, full)
             setattr(module, key, nn.Parameter(values, requires_grad=False))
     for name, module in denoiser.named_modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
@@ -69,16 +69,15 @@ def is_stored(module: nn.Module) -> bool:
 
 def num_weights(layer: nn.Module) -> int:
     """Number of the elements of a layer's weight, which is not read for it."""
-    count: int = vars(layer).get(_COUNT) or layer.get_parameter("weight").numel()
-    return count
+    return vars(layer)[_SHAPE].numel() if is_stored(layer) else layer.get_parameter("weight").numel()
 
 
-def _store(layer: nn.Module, reader: Reader, device: torch.device) -> None:
-    count = layer.get_parameter("weight").numel()
+def _store(layer: nn.Module, name: str, reader: Reader, device: torch.device) -> None:
+    shape = layer.get_parameter("weight").shape
     del layer._parameters["weight"]
     cls: Any = type(layer)
     layer.__class__ = _stored_class(cls)
-    vars(layer).update({_READER: reader, _PLACE: device, _COUNT: count})
+    vars(layer).update({_READER: reader, _PLACE: device, _NAME: name, _SHAPE: shape})
 
 
 @cache
@@ -88,8 +87,14 @@ def _stored_class(cls: Any) -> Any:
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    weight: Tensor = vars(layer)[_READER](vars(layer)[_PLACE])
-    return weight
+    facts = vars(layer)
+    return _of_shape(facts[_READER](facts[_PLACE]), facts[_SHAPE], facts[_NAME])
+
+
+def _of_shape(values: Tensor, shape: torch.Size, name: str) -> Tensor:
+    if values.shape != shape:
+        raise InputError(f"'{name}' has shape {list(values.shape)}, expected {list(shape)}.")
+    return values
 
 
 def _read(file: Path, name: str, device: torch.device) -> Tensor:

@@ -6,15 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from edadm_cli.errors import InputError
 from edadm_cli.models.checkpoints.accounting import empty_module
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.families.layers import is_weighted
 from edadm_cli.models.random_models import build_random_pipeline, random_readers
-from edadm_cli.models.stored import num_weights, place_stored
+from edadm_cli.models.stored import file_readers, num_weights, place_stored
 from tests.unit.models.tiny import shrunk
 
 CPU = torch.device("cpu")
@@ -61,3 +63,12 @@ def test_a_forward_takes_less_memory_than_the_weights(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     growth, weights = map(int, result.stdout.split())
     assert growth < weights / 2
+
+
+def test_a_weight_of_another_shape_is_refused_by_its_name(tmp_path: Path) -> None:
+    save_file({"0.weight": torch.zeros(3, 4), "0.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    place_stored(model, file_readers((tmp_path / "model.safetensors",)), CPU)
+    with pytest.raises(InputError, match=r"'0\.weight' has shape \[3, 4\], expected \[4, 4\]"):
+        model(torch.zeros(1, 4))
