@@ -113,7 +113,7 @@ def explain_field(problem: ErrorDetails) -> str:
 
 
 def _short(value: object) -> str:
-    """A value as Python shows it, cut to a length that fits into a sentence."""
+    """Returns a value as Python shows it, cut to a length that fits into a sentence."""
     try:
         shown = repr(value)
     except ValueError:  # an integer of thousands of digits has no text

@@ -169,7 +169,7 @@ def _on_engine(
     lora: Mapping[str | Path, float],
     reporter: Reporter,
 ) -> LoadedModel:
-    """The export on an engine: from the engine's files in its run, elsewhere compiled for a usual call."""
+    """Returns the export on an engine: from the engine's files in its run, elsewhere compiled for a usual call."""
     from edadm_cli.engines.base import EngineOptions
     from edadm_cli.engines.files import compile_new, load_on_engine
     from edadm_cli.engines.pipeline import put_on_engine

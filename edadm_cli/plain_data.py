@@ -22,7 +22,7 @@ MAX_INTEGER = 2**63 - 1
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file.
+    """Reads a TOML file.
 
     Args:
         path: The file.
@@ -40,7 +40,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Read a YAML file; dates are texts, and aliases are refused.
+    """Reads a YAML file; dates are texts, and aliases are refused.
 
     Raises:
         InputError: The file cannot be read, is no plain YAML, or is beyond the bounds.
@@ -66,7 +66,7 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def require_bounded(content: Any, what: str) -> None:
-    """Refuse plain data that is nested too deeply, or has too many or too large values.
+    """Refuses plain data that is nested too deeply, or has too many or too large values.
 
     Raises:
         InputError: Such a value is there.
@@ -95,7 +95,7 @@ def _read_text(path: Path, what: str, max_bytes: int) -> str:
 
 
 def _require_plain_events(events: Iterator[Any], what: str) -> None:
-    """Refuse aliases and deep nesting before anything is built from a YAML file."""
+    """Refuses aliases and deep nesting before anything is built from a YAML file."""
     import yaml
 
     depth = 0
@@ -111,7 +111,7 @@ def _require_plain_events(events: Iterator[Any], what: str) -> None:
 
 
 def _values(content: Any) -> Iterator[tuple[Any, int]]:
-    """Every key and value of nested plain data with its depth, without recursion."""
+    """Yields every key and value of nested plain data with its depth, without recursion."""
     pending = [(content, 0)]
     while pending:
         value, depth = pending.pop()

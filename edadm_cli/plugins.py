@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def load_plugins(group: str, kind: Callable[..., T]) -> list[T]:
-    """Load the objects of an entry-point group, in the order of their names.
+    """Loads the objects of an entry-point group, in the order of their names.
 
     Args:
         group: Name of the group, such as `edadm.metrics`.

@@ -215,12 +215,12 @@ class Recipe(_Frozen):
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes in the package."""
+    """Returns the names of the recipes in the package."""
     return sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """Read a shipped recipe by name or a user's recipe by path.
+    """Reads a shipped recipe by name or a user's recipe by path.
 
     Raises:
         UsageError: There is no such recipe, or a field is unknown or out of range.

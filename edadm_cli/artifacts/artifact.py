@@ -37,7 +37,7 @@ class Artifact:
         return self.manifest.kind
 
     def file(self, name: str) -> Path:
-        """Path of one file of the payload.
+        """Returns the path of one file of the payload.
 
         Raises:
             InputError: The artifact has no such file.
@@ -48,21 +48,21 @@ class Artifact:
         return self.path / name
 
     def tensors(self, name: str, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-        """Tensors of one safetensors file, on the CPU."""
+        """Returns the tensors of one safetensors file, on the CPU."""
         return load_tensors(self.file(name), keys)
 
     def json(self, name: str) -> Any:
-        """Content of one JSON file."""
+        """Returns the content of one JSON file."""
         return load_json(self.file(name))
 
 
 def has_manifest(path: Path) -> bool:
-    """Whether a folder claims to be a complete artifact: a manifest that is no file is a broken one, not none."""
+    """Returns whether a folder claims to be complete; a manifest that is no regular file counts as a broken one."""
     return os.path.lexists(path / MANIFEST_NAME)
 
 
 def open_artifact(path: Path, kind: str) -> Artifact:
-    """Open an artifact and check its manifest, its identity, and the size and hash of each file.
+    """Opens an artifact and checks its manifest, its identity, and the size and hash of each file.
 
     Raises:
         InputError: There is none, it is of another kind, or something in it was changed, lost or cut.
@@ -78,7 +78,7 @@ def open_artifact(path: Path, kind: str) -> Artifact:
 
 
 def check_file(folder: Path, entry: PayloadFile) -> None:
-    """Compare one file with what the manifest says of it.
+    """Compares one file with what the manifest says of it.
 
     Raises:
         InputError: The file is missing, or its size or hash differs.

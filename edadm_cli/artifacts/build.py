@@ -48,7 +48,7 @@ class Build:
         return self.artifact is not None
 
     def finished(self) -> Artifact:
-        """The artifact once it is committed, also where another process committed it.
+        """Returns the artifact once it is committed, also where another process committed it.
 
         Raises:
             InputError: It is not there.
@@ -56,7 +56,7 @@ class Build:
         return self.artifact or Artifact(self.target, read_manifest(self.target))
 
     def discard(self, names: Iterable[str]) -> None:
-        """Remove scratch files or folders from the partial folder; absent ones are passed over."""
+        """Removes scratch files or folders from the partial folder; absent ones are passed over."""
         with explained_os_errors(self.path):
             for name in names:
                 path = self.path / name
@@ -66,7 +66,7 @@ class Build:
                     path.unlink(missing_ok=True)
 
     def commit(self, environment: Mapping[str, Any] | None = None, ignore: Iterable[str] = ()) -> Artifact:
-        """Hash and sync every file, write the manifest, and rename the folder into its place.
+        """Hashes and syncs every file, writes the manifest, and renames the folder into its place.
 
         Args:
             environment: Facts worth keeping (device, versions) that do not decide the content.
@@ -96,7 +96,7 @@ class Build:
 
 
 def adopt(partial: Path, target: Path, kind: str) -> Build | None:
-    """Finish a build that was killed between its manifest and its rename; `None` where there is none."""
+    """Finishes a build that was killed between its manifest and its rename; `None` where there is none."""
     if not has_manifest(partial):
         return None
     try:
@@ -110,7 +110,7 @@ def adopt(partial: Path, target: Path, kind: str) -> Build | None:
 
 
 def recover(target: Path) -> None:
-    """Mend a commit that was killed while replacing an artifact: without a new one, the old goes back."""
+    """Mends a commit that was killed while replacing an artifact: without a new one, the old goes back."""
     for folder in target.parent.glob(f".{target.name}.replaced-*"):
         if target.exists() or not has_manifest(folder):
             shutil.rmtree(folder)
@@ -119,7 +119,7 @@ def recover(target: Path) -> None:
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
-    """Rename; an old artifact steps aside first, and is removed after with all other partial builds."""
+    """Renames; an old artifact steps aside first, and is removed after with all other partial builds."""
     aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
     if has_manifest(target):
         os.rename(target, aside)

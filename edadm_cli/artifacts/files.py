@@ -31,7 +31,7 @@ TEMPORARY = ".edadm-tmp"
 
 
 def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None) -> EdadmError | None:
-    """Turn an operating-system error that the user can mend into one sentence; `None` for any other."""
+    """Turns an operating-system error that the user can mend into one sentence; `None` for any other."""
     where = place if place is not None else error.filename
     named = f"{where}: " if where is not None else ""
     if error.errno in _MACHINE_REASONS:
@@ -50,7 +50,7 @@ def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None
 
 @contextmanager
 def explained_os_errors(place: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise the one-sentence form of an `OSError` that happens inside."""
+    """Raises the one-sentence form of an `OSError` that happens inside."""
     try:
         yield
     except OSError as error:
@@ -62,7 +62,7 @@ def explained_os_errors(place: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; on success it is synced and renamed, on failure removed."""
+    """Gives a temporary path in the same folder; on success it is synced and renamed, on failure removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with explained_os_errors(path):
         try:
@@ -78,18 +78,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def usual_mode(path: Path) -> int:
-    """Create an empty file and give its mode, which the umask decides; some writers choose their own."""
+    """Creates an empty file and gives its mode, which the umask decides; some writers choose their own."""
     path.touch()
     return path.stat().st_mode & 0o777
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file is the leftover of an `atomic_path` that was killed."""
+    """Returns whether a file is the leftover of an `atomic_path` that was killed."""
     return path.name.endswith(TEMPORARY)
 
 
 def sync(path: Path) -> None:
-    """Have the operating system write a file or a folder to the disk."""
+    """Has the operating system write a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,7 +99,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a file for reading in binary; a pipe, a device or a socket is refused, and never waited for.
+    """Opens a file for reading in binary; a pipe, a device or a socket is refused, and never waited for.
 
     Raises:
         InputError: Something that is no regular file is at the path.
@@ -116,7 +116,7 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
-    """Read a text file in UTF-8.
+    """Reads a text file in UTF-8.
 
     Args:
         path: The file.
@@ -136,13 +136,13 @@ def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hash a file's bytes."""
+    """Hashes a file's bytes."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_json(path: Path, value: Any, indent: int = 2) -> None:
-    """Write a JSON file, indented, with a fixed order of keys.
+    """Writes a JSON file, indented, with a fixed order of keys.
 
     Raises:
         MachineError: The disk is full or permission is denied.
@@ -154,7 +154,7 @@ def save_json(path: Path, value: Any, indent: int = 2) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Reads a JSON file.
 
     Raises:
         InputError: The file is missing or holds no JSON, or JSON that no program of ours writes: see `parse_json`.

@@ -16,7 +16,7 @@ _LONGEST_VALUE = 40
 
 
 def canonical_json(value: Any) -> bytes:
-    """Write a JSON value in the one form that is hashed: sorted keys, no spaces, ASCII, finite numbers.
+    """Writes a JSON value in the one form that is hashed: sorted keys, no spaces, ASCII, finite numbers.
 
     Raises:
         ValueError: A number is NaN or infinite.
@@ -35,7 +35,7 @@ def compute_identity(
     fingerprint: str,
     schema_version: int = SCHEMA_VERSION,
 ) -> str:
-    """Hash what decides an artifact's content.
+    """Hashes what decides an artifact's content.
 
     Args:
         kind: The stage that makes it.
@@ -57,7 +57,7 @@ def compute_identity(
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Name the keys whose values differ, as `key: old -> new`, with dotted keys for nested tables."""
+    """Names the keys whose values differ, as `key: old -> new`, with dotted keys for nested tables."""
     before, after = _flatten(old), _flatten(new)
     return [
         f"{key}: {_short(_show(before, key))} -> {_short(_show(after, key))}"
@@ -77,7 +77,7 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(text: str) -> str:
-    """A hash or a long list by its beginning."""
+    """Returns a hash or a long list by its beginning."""
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 

@@ -39,7 +39,7 @@ class InspectedArtifact(BaseModel):
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a folder is one artifact, intact or not, rather than a run."""
+    """Returns whether a folder is one artifact, intact or not, rather than a run."""
     return has_manifest(path)
 
 

@@ -14,7 +14,7 @@ _SURROGATES = ("\ud800", "\udfff")
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
-    """Write a value as JSON, with sorted keys.
+    """Writes a value as JSON, with sorted keys.
 
     Raises:
         ValueError: A number is NaN or infinite, which JSON cannot hold.
@@ -23,7 +23,7 @@ def dump_json(value: Any, indent: int | None = None) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Read JSON from text.
+    """Reads JSON from text.
 
     Python's own parser accepts more than JSON has, and more than later code survives: NaN and infinities, integers of
     thousands of digits (which cannot be printed), halves of surrogate pairs (which cannot be written) and, in keys,
@@ -66,7 +66,7 @@ def _no_number(text: str) -> float:
 
 
 def _check_strings(value: Any) -> None:
-    """Look at every string within a value.
+    """Looks at every string within a value.
 
     Raises:
         ValueError: One cannot be written as UTF-8, or a key has a null character.

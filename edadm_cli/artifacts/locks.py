@@ -17,13 +17,13 @@ from edadm_cli.errors import InputError, quoted
 
 
 def lock_path(artifact: Path) -> Path:
-    """The lock file of an artifact's folder: beside it, so that renaming the folder does not touch it."""
+    """Returns the lock file of an artifact's folder: beside it, so that renaming the folder does not touch it."""
     return artifact.with_name(f".{artifact.name}.lock")
 
 
 @contextmanager
 def write_lock(artifact: Path) -> Iterator[None]:
-    """Hold an artifact's exclusive lock.
+    """Holds an artifact's exclusive lock.
 
     Raises:
         InputError: Another process writes or reads the artifact.
@@ -42,7 +42,7 @@ def write_lock(artifact: Path) -> Iterator[None]:
 
 @contextmanager
 def read_lock(artifact: Path) -> Iterator[None]:
-    """Hold an artifact's shared lock, so that nobody replaces it.
+    """Holds an artifact's shared lock, so that nobody replaces it.
 
     Raises:
         InputError: Another process writes the artifact.

@@ -95,7 +95,7 @@ class Manifest(_Frozen):
     identity: str
 
     def expected_identity(self) -> str:
-        """The identity that the manifest's own fields give."""
+        """Returns the identity that the manifest's own fields give."""
         return compute_identity(
             schema_version=self.schema_version,
             kind=self.kind,
@@ -107,7 +107,7 @@ class Manifest(_Frozen):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json` and check that its identity is the one its fields give.
+    """Reads `manifest.json` and checks that its identity is the one its fields give.
 
     Raises:
         InputError: It is missing, does not parse, has another schema version, or was changed by hand.
@@ -135,12 +135,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, whole or not at all."""
+    """Writes `manifest.json`, whole or not at all."""
     save_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
 
 def describe_payload(folder: Path, ignore: Iterable[str] = ()) -> tuple[PayloadFile, ...]:
-    """Hash and sync every file under a folder, except the manifest.
+    """Hashes and syncs every file under a folder, except the manifest.
 
     Args:
         folder: The artifact's folder.
@@ -158,14 +158,14 @@ def describe_payload(folder: Path, ignore: Iterable[str] = ()) -> tuple[PayloadF
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what writes that were killed left behind."""
+    """Removes what writes that were killed left behind."""
     for path in list(folder.rglob("*")):
         if path.is_file() and is_temporary(path):
             path.unlink()
 
 
 def set_usual_modes(folder: Path) -> None:
-    """Give every file the mode that the user's umask says, where a library wrote it for its owner alone."""
+    """Gives every file the mode that the user's umask says, where a library wrote it for its owner alone."""
     probe = folder / f".mode{TEMPORARY}"
     mode = usual_mode(probe)
     probe.unlink()
@@ -175,7 +175,7 @@ def set_usual_modes(folder: Path) -> None:
 
 
 def environment_facts() -> dict[str, str]:
-    """Versions and the platform, for the record; no part of the identity."""
+    """Returns the versions and the platform, for the record; no part of the identity."""
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -186,7 +186,7 @@ def environment_facts() -> dict[str, str]:
 
 
 def now() -> datetime:
-    """The present time in UTC, to the second."""
+    """Returns the present time in UTC, to the second."""
     return datetime.now(UTC).replace(microsecond=0)
 
 

@@ -41,7 +41,7 @@ class Payload(BaseModel):
 
     @classmethod
     def load(cls, artifact: Artifact) -> Self:
-        """Read the file of an artifact.
+        """Reads the file of an artifact.
 
         Raises:
             InputError: The artifact has no such file, or a field of it is missing, unknown or not what it has to be.
@@ -49,12 +49,12 @@ class Payload(BaseModel):
         return load_payload(artifact, cls.FILE, cls)
 
     def save(self, folder: Path) -> None:
-        """Write the file into a folder, whole or not at all."""
+        """Writes the file into a folder, whole or not at all."""
         save_json(folder / self.FILE, self.model_dump(mode="json", by_alias=True))
 
 
 def load_payload(artifact: Artifact, name: str, model: type[Model]) -> Model:
-    """Read a JSON file of an artifact as a pydantic model.
+    """Reads a JSON file of an artifact as a pydantic model.
 
     Raises:
         InputError: The artifact has no such file, or the file does not fit the model.
@@ -67,7 +67,7 @@ def load_payload(artifact: Artifact, name: str, model: type[Model]) -> Model:
 
 
 def read_model(path: Path, model: type[Model]) -> Model:
-    """Read a JSON file as a pydantic model, without any conversion between types.
+    """Reads a JSON file as a pydantic model, without any conversion between types.
 
     Raises:
         InputError: The file is missing, holds no JSON, or does not fit the model.
@@ -81,7 +81,7 @@ def read_model(path: Path, model: type[Model]) -> Model:
 
 
 def explain_validation(error: ValidationError) -> str:
-    """The first field that is wrong, and what is wrong with it."""
+    """Returns the first field that is wrong, and what is wrong with it."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"field '{where[:200]}': {explain_field(first)}" if where else explain_field(first)
@@ -246,7 +246,7 @@ class BenchResult(Payload, BenchFacts):
 
 
 def recipe_name(reconstruction: Artifact) -> str:
-    """Name of the recipe that a reconstruction was made with.
+    """Returns the name of the recipe that a reconstruction was made with.
 
     Raises:
         InputError: Its manifest names none.

@@ -21,7 +21,7 @@ _reached: dict[int, int] = {}  # bytes on each GPU, before a part of the stage b
 
 
 def reset_peak() -> None:
-    """Begin a stage's peak: in the resident set where the system can, and on every GPU."""
+    """Begins a stage's peak: in the resident set where the system can, and on every GPU."""
     reset_resident_peak()
     _reached.clear()
     for index in _gpus():
@@ -29,7 +29,7 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> dict[str, float | None]:
-    """What was reached since `reset_peak`.
+    """Returns what was reached since `reset_peak`.
 
     Returns:
         `peak_memory_mib` of the resident set; `peak_cuda_memory_mib` of the GPU that took most, `None` where none
@@ -41,7 +41,7 @@ def peak_memory() -> dict[str, float | None]:
 
 
 def reset_resident_peak() -> None:
-    """Set the resident set's mark back to its present size; a system that cannot keeps the old one."""
+    """Sets the resident set's mark back to its present size; a system that cannot keeps the old one."""
     try:
         _CLEAR.write_text(_FORGET_PEAK)
     except OSError:
@@ -49,7 +49,7 @@ def reset_resident_peak() -> None:
 
 
 def resident_peak_mib() -> float:
-    """The resident set's high-water mark, MiB."""
+    """Returns the resident set's high-water mark, MiB."""
     try:
         lines = _STATUS.read_text().splitlines()
         peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * _KIB
@@ -60,7 +60,7 @@ def resident_peak_mib() -> float:
 
 
 def reset_cuda_peak(device: torch.device) -> None:
-    """Begin the peak of a part of a stage on one GPU; the stage's own still counts what came before."""
+    """Begins the peak of a part of a stage on one GPU; the stage's own still counts what came before."""
     import torch
 
     index = device.index or 0
@@ -69,6 +69,6 @@ def reset_cuda_peak(device: torch.device) -> None:
 
 
 def _gpus() -> range:
-    """Numbers of the GPUs of a process that has used one; torch is not imported to find out."""
+    """Returns the numbers of the GPUs of a process that has used one; torch is not imported to find out."""
     torch = sys.modules.get("torch")
     return range(torch.cuda.device_count() if torch is not None and torch.cuda.is_initialized() else 0)

@@ -19,12 +19,12 @@ PLAN_FILE = "plan.json"
 
 
 def save_plan(folder: Path, plan: QuantizationPlan) -> None:
-    """Write `plan.json`; fields that are null are left out."""
+    """Writes `plan.json`; fields that are null are left out."""
     save_json(folder / PLAN_FILE, plan.model_dump(mode="json", exclude_none=True))
 
 
 def load_plan(reconstruction: Artifact) -> QuantizationPlan:
-    """Which layers of a reconstruction are quantized, to how many bits, and which are not.
+    """Returns which layers of a reconstruction are quantized, to how many bits, and which are not.
 
     Raises:
         InputError: `plan.json` is missing or not a plan.
@@ -35,7 +35,7 @@ def load_plan(reconstruction: Artifact) -> QuantizationPlan:
 
 
 def load_params(reconstruction: Artifact) -> dict[str, Tensor]:
-    """The quantization parameters of a reconstruction by name, on the CPU.
+    """Returns the quantization parameters of a reconstruction by name, on the CPU.
 
     Raises:
         InputError: `quant_params.safetensors` is missing or not readable.

@@ -49,6 +49,6 @@ class Sensitivity(Payload):
         return self
 
     def ranked(self, bits: int) -> list[LayerSensitivity]:
-        """The layers that were measured with weights of `bits` bits, the most sensitive first."""
+        """Returns the layers that were measured with weights of `bits` bits, the most sensitive first."""
         measured = [layer for layer in self.layers if bits in layer.weight_errors]
         return sorted(measured, key=lambda layer: -layer.weight_errors[bits])

@@ -71,25 +71,25 @@ class RunFolder:
     root: Path
 
     def path(self, kind: str, name: str | None = None) -> Path:
-        """Where an artifact lies, whether it exists or not."""
+        """Returns where an artifact lies, whether it exists or not."""
         for part in (kind, name):
             if part is not None and not _NAME.match(part):
                 raise ValueError(f"'{part}' cannot name an artifact")
         return self.root / kind if name is None else self.root / kind / name
 
     def has(self, kind: str, name: str | None = None) -> bool:
-        """Whether the artifact is there; it is not checked."""
+        """Returns whether the artifact is there; it is not checked."""
         return has_manifest(self.path(kind, name))
 
     def names(self, kind: str) -> list[str]:
-        """Names of the complete artifacts of a kind that a run holds several of."""
+        """Returns the names of the complete artifacts of a kind that a run holds several of."""
         folder = self.path(kind)
         if not folder.is_dir():
             return []
         return sorted(child.name for child in folder.iterdir() if _NAME.match(child.name) and has_manifest(child))
 
     def open(self, kind: str, name: str | None = None) -> Artifact:
-        """Open an artifact: its files are checked, and so is its descent from what the run holds now.
+        """Opens an artifact: its files are checked, and so is its descent from what the run holds now.
 
         Raises:
             InputError: It is missing, broken, or was made from something that has changed since.
@@ -105,7 +105,7 @@ class RunFolder:
         return replace(artifact, remedy=self.command(kind, name, force=True))
 
     def check_descent(self, manifest: Manifest, name: str | None) -> None:
-        """Compare the parents that a manifest names, and theirs, with those on disk that are there.
+        """Compares the parents that a manifest names, and theirs, with those on disk that are there.
 
         Raises:
             InputError: A parent on disk is not the one that was read.
@@ -125,7 +125,7 @@ class RunFolder:
             self.check_descent(found, parent.name)
 
     def command(self, kind: str, name: str | None = None, force: bool = False) -> str:
-        """The command that makes an artifact of this run."""
+        """Returns the command that makes an artifact of this run."""
         words = ["edadm", kind]
         if kind == "collect":
             words += ["--model", "MODEL"]
@@ -138,7 +138,7 @@ class RunFolder:
 
     @contextmanager
     def build(self, spec: BuildSpec, force: bool = False, processes: Processes = ALONE) -> Iterator[Build]:
-        """Hold the artifact's lock and give the folder to fill, or the finished artifact.
+        """Holds the artifact's lock and gives the folder to fill, or the finished artifact.
 
         With `force`, an artifact of the same identity is built again from nothing, and one of another
         identity is replaced (where a killed build is resumed, like any other). Of several processes the main one
@@ -157,7 +157,7 @@ class RunFolder:
             yield build
 
     def _joined(self, spec: BuildSpec, processes: Processes) -> Build:
-        """The build of a process that is not the main one."""
+        """Returns the build of a process that is not the main one."""
         path = self.path(spec.kind, spec.name)
         if processes.share(None):
             manifest = read_manifest(path)
@@ -191,7 +191,7 @@ class RunFolder:
             raise InputError(f"{parent.path} changed while it was being read.", hint="type the same command again")
 
     def finished(self, spec: BuildSpec, force: bool = False) -> Artifact | None:
-        """The artifact on disk, if it is the planned one and is not to be built again.
+        """Returns the artifact on disk, if it is the planned one and is not to be built again.
 
         Raises:
             InputError: Without `force`, it has another identity or is broken; or something that is no artifact is in
@@ -222,7 +222,7 @@ class RunFolder:
         return artifact
 
     def _partial(self, path: Path, spec: BuildSpec, force: bool) -> Path:
-        """The folder to build in; it keeps what an earlier, killed build of the same identity left."""
+        """Returns the folder to build in; it keeps what an earlier, killed build of the same identity left."""
         partial = _partial_path(path, spec)
         with explained_os_errors(partial):
             if force and not self._is_another(path, spec):

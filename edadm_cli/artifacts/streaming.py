@@ -51,7 +51,7 @@ class Streamed:
 
 
 def stream_tensors(path: Path, tensors: Mapping[str, Streamed]) -> None:
-    """Write a safetensors file, whole or not at all, with one piece in memory at a time.
+    """Writes a safetensors file, whole or not at all, with one piece in memory at a time.
 
     Raises:
         MachineError: The disk is full or permission is denied.
@@ -78,13 +78,13 @@ def stream_tensors(path: Path, tensors: Mapping[str, Streamed]) -> None:
 
 
 def whole(tensor: torch.Tensor) -> Streamed:
-    """A tensor in memory."""
+    """Returns a tensor in memory."""
     dtype = _NAMES[str(tensor.dtype).removeprefix("torch.")]
     return Streamed(TensorInfo(dtype=dtype, shape=tuple(tensor.shape)), lambda: [tensor])
 
 
 def torch_type(name: str) -> torch.dtype:
-    """The element type that safetensors calls `name`."""
+    """Returns the element type that safetensors calls `name`."""
     import torch
 
     dtype: torch.dtype = getattr(torch, next(key for key, value in _NAMES.items() if value == name))
@@ -92,7 +92,7 @@ def torch_type(name: str) -> torch.dtype:
 
 
 def joined(paths: Sequence[Path], name: str, dim: int, shape: Sequence[int] | None = None) -> Streamed:
-    """The concatenation of a tensor of several files along dimension 0 or 1, read when it is written.
+    """Yields the concatenation of a tensor of several files along dimension 0 or 1, read when it is written.
 
     Args:
         paths: The files.
@@ -118,7 +118,7 @@ def joined(paths: Sequence[Path], name: str, dim: int, shape: Sequence[int] | No
 
 
 def padded(tensor: torch.Tensor, row: Sequence[int]) -> torch.Tensor:
-    """The tensor with its last dimensions extended by zeros to those of `row`."""
+    """Returns the tensor with its last dimensions extended by zeros to those of `row`."""
     import torch
 
     missing = [size - present for size, present in zip(row, tensor.shape[-len(row) :], strict=True)] if row else []
@@ -128,14 +128,14 @@ def padded(tensor: torch.Tensor, row: Sequence[int]) -> torch.Tensor:
 
 
 def slices(path: Path, name: str, dim: int, size: int) -> Iterator[torch.Tensor]:
-    """Slices of a tensor along a dimension, `size` wide but for the last, one in memory at a time."""
+    """Yields the slices of a tensor along a dimension, `size` wide but for the last, one in memory at a time."""
     length = read_tensor_header(path)[name].shape[dim]
     for start in range(0, length, size):
         yield read_slice(path, name, (*[slice(None)] * dim, slice(start, min(start + size, length))))
 
 
 def read_slice(path: Path, name: str, index: tuple[slice, ...]) -> torch.Tensor:
-    """One slice of a tensor, without reading the rest.
+    """Returns one slice of a tensor, without reading the rest.
 
     Raises:
         InputError: The file is no safetensors file or has no such tensor.

@@ -41,7 +41,7 @@ class TensorInfo(BaseModel):
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file, whole or not at all: contiguous, on the CPU, names sorted, no metadata.
+    """Writes a safetensors file, whole or not at all: contiguous, on the CPU, names sorted, no metadata.
 
     Raises:
         MachineError: The disk is full or permission is denied.
@@ -66,7 +66,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def load_tensors(
     path: Path, keys: Iterable[str] | None = None, device: str | torch.device = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Read tensors from a safetensors file.
+    """Reads tensors from a safetensors file.
 
     Args:
         path: The file.
@@ -92,7 +92,7 @@ def load_tensors(
 
 
 def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
-    """Read the names, element types and shapes of a safetensors file without its tensors.
+    """Reads the names, element types and shapes of a safetensors file without its tensors.
 
     Raises:
         InputError: The file is missing, no regular file, truncated, or its header is not what safetensors defines:
@@ -157,7 +157,7 @@ def _check_extents(path: Path, entries: Mapping[str, _Entry], available: int) ->
 
 
 def _os_error_within(error: Exception, path: Path) -> Exception:
-    """Find the operating-system error that safetensors reports as text."""
+    """Finds the operating-system error that safetensors reports as text."""
     match = _OS_ERROR_NUMBER.search(str(error))
     number = int(match[1]) if match else errno.ENOSPC if "No space left" in str(error) else None
     return error if number is None else OSError(number, os.strerror(number), str(path))

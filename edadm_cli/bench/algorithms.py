@@ -34,7 +34,7 @@ def torch_at_its_best() -> Iterator[None]:
 
 
 def choose_algorithms(call: Callable[[], Result], device: torch.device) -> Result:
-    """The result of a call in which cuDNN tries its algorithms; those that want too much memory are not tried.
+    """Returns the result of a call in which cuDNN tries its algorithms; those that want too much memory are not tried.
 
     torch halves the memory that it wants for them until it gets it. A call whose own tensors do not fit is made again
     with all of the card.
@@ -48,7 +48,7 @@ def choose_algorithms(call: Callable[[], Result], device: torch.device) -> Resul
 
 @contextmanager
 def _limited(device: torch.device) -> Iterator[None]:
-    """Let this process take no more of the card than it has and `_WORKSPACE_BYTES`."""
+    """Lets this process take no more of the card than it has and `_WORKSPACE_BYTES`."""
     index = torch.cuda.current_device() if device.index is None else device.index
     before = torch.cuda.get_per_process_memory_fraction(index)
     total = torch.cuda.get_device_properties(index).total_memory

@@ -22,7 +22,7 @@ class _Group:
 def rows_by_kind(
     times: Sequence[OperationTime], work: Sequence[WorkItem], peak_tops: Mapping[str, float]
 ) -> tuple[KindRow, ...]:
-    """Sum a profile up, the longest first.
+    """Sums a profile up by kind of operation, the longest first.
 
     A kind's multiply-accumulates are those of the layers that its rows are named after. Where an engine names its
     attention otherwise, and all of it runs in one precision, it is all of the attention's.

@@ -47,23 +47,23 @@ def machine_facts(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """Name of the processor."""
+    """Returns the name of the processor."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> list[str]:
-    """Those instruction sets that integer and half-precision arithmetic care for."""
+    """Returns those instruction sets that integer and half-precision arithmetic care for."""
     words = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     return [flag for flag in _FLAGS if flag in words]
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 in instructions of its own."""
+    """Returns whether the processor multiplies bfloat16 in instructions of its own."""
     return device.type == "cpu" and bool(_BFLOAT16_FLAGS & set(cpu_flags()))
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads of one core counted once."""
+    """Returns the cores that this process may use, hyper-threads of one core counted once."""
     allowed = os.sched_getaffinity(0)
     siblings = Path(f"/sys/devices/system/cpu/cpu{next(iter(allowed))}/topology/thread_siblings_list")
     if not siblings.is_file():
@@ -76,7 +76,7 @@ def physical_cores() -> int:
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
-    """Name, compute capability, memory, driver and CUDA version of a GPU."""
+    """Returns the name, compute capability, memory, driver and CUDA version of a GPU."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,

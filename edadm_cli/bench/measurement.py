@@ -73,7 +73,7 @@ class Measurement:
         return self.request.config.batch_sizes[0]
 
     def prepare(self) -> None:
-        """Write the contenders' files, and compare every layer of the quantized ones with exact integers.
+        """Writes the contenders' files, and compares every layer of the quantized ones with exact integers.
 
         Raises:
             EdadmError: A layer of the engine exceeds its bound.
@@ -109,7 +109,7 @@ class Measurement:
         self._specs += [*(prepared.spec for prepared in self._prepared), *peer_specs]
 
     def measure(self) -> dict[str, Any]:
-        """Compare predictions, time everything, and put the result together.
+        """Compares predictions, times everything, and puts the result together.
 
         Raises:
             EdadmError: The prediction of an engine exceeds its bound.
@@ -208,7 +208,7 @@ class Measurement:
             )
 
     def _throughput(self, participants: Participants, latencies: Mapping[str, Latency]) -> dict[str, dict[str, float]]:
-        """Rows per second at every batch size, from medians."""
+        """Returns the rows per second at every batch size, from medians."""
         config = self.request.config
         rates = {name: {str(self._first): 1e3 * self._first / latencies[name].median} for name in participants}
         for batch in config.batch_sizes[1:]:
@@ -299,7 +299,7 @@ def _contender(
 
 
 def _work_of(denoiser: nn.Module, call: Call) -> list[WorkItem]:
-    """What a call multiplies, from shapes alone.
+    """Returns what a call multiplies, from shapes alone.
 
     Raises:
         InputError: The denoiser cannot be called with a sample of this size.

@@ -37,21 +37,21 @@ class PeakMemory:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new peak at the present size."""
+        """Begins a new peak at the present size."""
         if self._device.type == "cuda":
             reset_cuda_peak(self._device)
         elif self._is_alone:
             reset_resident_peak()
 
     def peak_mib(self) -> float | None:
-        """The peak since the last reset, in MiB; `None` where it is not known."""
+        """Returns the peak since the last reset, in MiB; `None` where it is not known."""
         if self._device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self._device) - self._before) / 2**20
         return resident_peak_mib() if self._is_alone else None
 
 
 def give_back_memory() -> None:
-    """Return what is no longer used: the C library and torch's allocator on CUDA keep it, and contenders need it."""
+    """Returns what is no longer used: the C library and torch's allocator on CUDA keep it, and contenders need it."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -61,7 +61,7 @@ def give_back_memory() -> None:
 
 
 def require_memory(name: str, size_mib: float) -> None:
-    """Refuse to load a contender that this machine has no room for: without swap it would come to a standstill.
+    """Refuses to load a contender that this machine has no room for: without swap it would come to a standstill.
 
     Args:
         name: The contender.
@@ -80,7 +80,7 @@ def require_memory(name: str, size_mib: float) -> None:
 
 
 def available_mib() -> float | None:
-    """Memory that new processes can have, in MiB; `None` where the system does not report it."""
+    """Returns the memory that new processes can have, in MiB; `None` where the system does not report it."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:

@@ -58,7 +58,7 @@ class Participants:
         return len(self._running)
 
     def start(self, spec: Spec, source: Callable[[], CompiledDenoiser] | None) -> None:
-        """Load a contender and call it once, in a process to itself where the environment says so.
+        """Loads a contender and calls it once, in a process to itself where the environment says so.
 
         Args:
             spec: The contender.
@@ -73,7 +73,7 @@ class Participants:
     def each(
         self, function: Callable[[Participant], T], advance: Callable[[int], None] = lambda _: None
     ) -> dict[str, T]:
-        """Apply a function to every contender, and return the results by name."""
+        """Applies a function to every contender, and returns the results by name."""
         results = {}
         for name in self:
             result = self._attempt(name, self._is_peer(name), partial(function, self._running[name]))
@@ -83,7 +83,7 @@ class Participants:
         return results
 
     def time(self, batch_size: int, rounds: int) -> dict[str, list[float]]:
-        """Time all contenders in turns; see `bench.rounds`."""
+        """Times all contenders in turns; see `bench.rounds`."""
         with self._reporter.task(f"Timing, batch {batch_size}", rounds * len(self)) as advance:
             return time_in_rounds(
                 dict(self._running),
@@ -94,7 +94,7 @@ class Participants:
             )
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Do without a contender, and say why."""
+        """Does without a contender, and says why."""
         participant = self._running.pop(name, None)
         if isinstance(participant, RemoteRunning):
             participant.close()
@@ -102,7 +102,7 @@ class Participants:
         self._reporter.warn(f"{name} is left out: {reason}.")
 
     def close(self) -> None:
-        """End the contenders' processes."""
+        """Ends the contenders' processes."""
         for participant in self._running.values():
             if isinstance(participant, RemoteRunning):
                 participant.close()
@@ -112,7 +112,7 @@ class Participants:
         return self._running[name].spec.engine in self._peers
 
     def _attempt(self, name: str, is_peer: bool, call: Callable[[], T]) -> T | None:
-        """Call a function of a contender; `None` where the contender is left out because of what it raised."""
+        """Calls a function of a contender; `None` where the contender is left out because of what it raised."""
         try:
             return call()
         except ContenderLostError as error:
@@ -136,6 +136,6 @@ class Participants:
 
 
 def reason_of_error(error: Exception) -> str:
-    """Say in half a line what went wrong with a contender."""
+    """Says in half a line what went wrong with a contender."""
     text = error.message if isinstance(error, EdadmError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split()).removesuffix(".")[:300]

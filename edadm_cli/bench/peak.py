@@ -107,7 +107,7 @@ class _Layer:
 
     @torch.no_grad()
     def rate(self, call: Callable[[], Any], in_a_row: int) -> float:
-        """Operations in 10^12 a second, of the shortest of several times."""
+        """Returns the operations in 10^12 a second, of the shortest of several times."""
         rows = self._x.numel() // self._x.shape[1]
 
         def calls() -> None:

@@ -65,7 +65,7 @@ class ImageTime:
 def time_image(
     request: PipelineRequest, function: Callable[..., Any], device: torch.device, is_torch: bool, dtype: str
 ) -> ImageTime:
-    """Generate one image after a short one that does not count.
+    """Generates one image after a short one that does not count.
 
     Args:
         request: Which image.
@@ -119,7 +119,7 @@ class _Timed(CompiledDenoiser):
         return output
 
     def parts(self) -> nn.Module:
-        """Return the denoiser as modules: of an engine what it gives, of torch the module without its step's graph."""
+        """Returns the denoiser as modules: of an engine what it gives, of torch the module without its step's graph."""
         function = self._function
         if isinstance(function, CompiledDenoiser):
             return function.parts()

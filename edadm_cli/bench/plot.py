@@ -12,7 +12,7 @@ _LABELS = {"float": "full precision", "integer": "quantized here", "peer": "quan
 
 
 def draw_contenders(contenders: Sequence[Contender], peers: Sequence[str], title: str, path: Path) -> None:
-    """Draw medians as bars, with the spread from the shortest to the longest call.
+    """Draws medians as bars, with the spread from the shortest to the longest call.
 
     Args:
         contenders: All of them.

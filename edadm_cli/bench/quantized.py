@@ -60,7 +60,7 @@ def prepare(
     advance: Callable[[int], None] = lambda _: None,
     attention: AttentionForm = "float",
 ) -> Prepared:
-    """Compare every layer with exact integers, and write the engine's files where it has any.
+    """Compares every layer with exact integers, and writes the engine's files where it has any.
 
     Args:
         engine: What runs it.
@@ -109,7 +109,7 @@ def prepare(
 
 
 def require_layers(engine: Engine, parity: LayerParity) -> None:
-    """Refuse an engine whose arithmetic is not that of the reference.
+    """Refuses an engine whose arithmetic is not that of the reference.
 
     Raises:
         EdadmError: Naming the layer.
@@ -125,7 +125,7 @@ def require_layers(engine: Engine, parity: LayerParity) -> None:
 
 
 def check_prediction(prepared: Prepared, engine: Engine, prediction: Tensor, full_precision: Tensor) -> EngineParity:
-    """Compare the prediction of what is going to be timed.
+    """Compares the prediction of what is going to be timed.
 
     An activation that lies at the edge between two codes may fall on either side with any change of rounding, and the
     network carries that on; so the whole denoiser is not held to a layer's bound but to what such changes are worth:
@@ -158,7 +158,7 @@ def check_prediction(prepared: Prepared, engine: Engine, prediction: Tensor, ful
 
 
 def coverage_of(layers: Iterable[LayerExecution], engine: Engine) -> tuple[Coverage, tuple[LayerRow, ...]]:
-    """How many layers were planned, how many run in integers, and every one of them.
+    """Returns how many layers were planned, how many run in integers, and every one of them.
 
     Raises:
         EdadmError: A planned layer does not run in integers and the engine does not say why.
@@ -184,13 +184,13 @@ def coverage_of(layers: Iterable[LayerExecution], engine: Engine) -> tuple[Cover
 
 
 def packed_mib(denoiser: nn.Module) -> float:
-    """Size of a quantized denoiser's tensors as they are stored: packed codes, float32 scales, the rest as it is."""
+    """Returns the stored size of a quantized denoiser's tensors in MiB: packed codes, float32 scales, and the rest."""
     return sum(tensor.nbytes for tensor in denoiser.state_dict().values()) / 2**20
 
 
 @torch.no_grad()
 def _rounded(denoiser: nn.Module, call: Call, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The prediction of quantize-dequantize in torch, everything in `dtype`."""
+    """Returns the prediction of quantize-dequantize in torch, everything in `dtype`."""
     own = denoiser if dtype == torch.float32 else nn.Module.to(copy.deepcopy(denoiser), dtype=dtype)
     use_arithmetic(own, "fake-quantize")
     args, kwargs = placed(call, device, dtype)

@@ -58,7 +58,7 @@ class Request:
         return ContenderEnvironment(str(self.device), self.threads, mode, is_alone=self.device.type != "cuda")
 
     def identity_fields(self) -> dict[str, Any]:
-        """The settings, with those that were left open as they were settled; no fact about the machine."""
+        """Returns the settings, with those that were left open as they were settled; no fact about the machine."""
         fields = self.config.identity_fields()
         fields |= {"engine": self.engine.name, "dtype": self.dtype, "device": self.device.type, "threads": self.threads}
         return fields
@@ -82,7 +82,7 @@ def settle_engine(config: BenchConfig) -> tuple[torch.device, Engine]:
 
 
 def resolve(config: BenchConfig, run: RunFolder) -> Request:
-    """Settle what a configuration leaves open.
+    """Settles what a configuration leaves open.
 
     Raises:
         MachineError: There is no such device, or the engine cannot run on it.

@@ -41,7 +41,7 @@ class DevicePeak:
     bandwidth_gb_s: float
 
     def milliseconds(self, item: WorkItem, form: Form) -> float:
-        """The roofline time of one item."""
+        """Returns the roofline time of one item."""
         tops = self.int8_tops if item.is_integer and form != "fp16" else self.fp16_tflops
         return max(2 * item.macs / (tops * 1e9), item.bytes_moved(form) / (self.bandwidth_gb_s * 1e6))
 
@@ -109,7 +109,7 @@ class RooflineTable:
 
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> RooflineTable:
-        """What `to_json` gave."""
+        """Returns what `to_json` gave."""
         shapes = tuple(ShapeRoofline(**shape) for shape in data["shapes"])
         return cls(**{**data, "shapes": shapes})
 
@@ -122,7 +122,7 @@ def roofline_table(
     *,
     attention_in_integers: bool = False,
 ) -> RooflineTable:
-    """The rooflines of `denoiser(*args, **kwargs)`; see `workload` for what is counted."""
+    """Returns the rooflines of `denoiser(*args, **kwargs)`; see `workload` for what is counted."""
     items = workload(denoiser, args, kwargs, attention_in_integers=attention_in_integers)
     shapes = unique_shapes(item for item in items if item.kind != "elementwise")
     total: dict[str, dict[Form, float]] = {device.name: defaultdict(float) for device in devices}
@@ -144,7 +144,7 @@ def roofline_table(
 def model_rooflines(
     model: str, batch_size: int = 2, devices: Sequence[DevicePeak] = DEVICES, *, attention_in_integers: bool = False
 ) -> RooflineTable:
-    """The rooflines of a known architecture, such as `sd15` or `sd15-random`, without memory for its weights.
+    """Returns the rooflines of a known architecture, such as `sd15` or `sd15-random`, without memory for its weights.
 
     Args:
         model: Name of the architecture, with or without `-random`.
@@ -161,7 +161,7 @@ def model_rooflines(
 
 
 def render_rooflines(table: RooflineTable) -> Iterator[Table]:
-    """The rooflines for people: work by kind, every unique shape, the sums and what they allow."""
+    """Yields the rooflines for people: work by kind, every unique shape, the sums and what they allow."""
     yield _work(table)
     yield _shapes(table)
     yield _times(table)

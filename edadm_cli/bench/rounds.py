@@ -25,19 +25,19 @@ class Timed(Protocol):
     """What is timed: a `Running` in this process or in another one."""
 
     def time(self, batch_size: int, count: int) -> list[float]:
-        """Return the milliseconds of `count` calls."""
+        """Returns the milliseconds of `count` calls."""
 
     def warm_up(self, batch_size: int) -> float:
-        """Warm the caches up, and return the milliseconds of the last call."""
+        """Warms the caches up, and returns the milliseconds of the last call."""
 
 
 def calls_of_turn(call_ms: float) -> int:
-    """Return the number of calls per turn, from the time of one call."""
+    """Returns the number of calls per turn, from the time of one call."""
     return max(1, min(_MOST_CALLS, int(_TURN_MS / max(call_ms, 1e-3))))
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:
-    """Return the names in an order that begins `by` places later."""
+    """Returns the names in an order that begins `by` places later."""
     start = by % max(1, len(names))
     return [*names[start:], *names[:start]]
 
@@ -49,7 +49,7 @@ def time_in_rounds(
     advance: Callable[[int], None] = lambda _: None,
     attempt: Attempt = lambda _, call: call(),
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of every counted call of every contender.
+    """Returns the milliseconds of every counted call of every contender.
 
     Args:
         contenders: The contenders by name.
@@ -77,10 +77,10 @@ def time_in_rounds(
 
 
 def summarize(times: Sequence[float]) -> Latency:
-    """Return the median and the spread of times in milliseconds."""
+    """Returns the median and the spread of times in milliseconds."""
     return Latency(median=statistics.median(times), min=min(times), max=max(times), num_samples=len(times))
 
 
 def is_unsteady(latency: Latency) -> bool:
-    """Whether times differ so much that other work must have kept the machine busy."""
+    """Returns whether times differ so much that other work must have kept the machine busy."""
     return latency.median > _STEADY_MEDIAN * latency.min or latency.max > _STEADY_MAX * latency.min

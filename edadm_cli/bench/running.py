@@ -69,12 +69,12 @@ class Running:
             self._memory.reset()
 
     def warm_up(self, batch_size: int) -> float:
-        """Call until caches are warm, and return the last call's milliseconds."""
+        """Calls until caches are warm, and returns the last call's milliseconds."""
         self._choose_algorithms(batch_size)
         return self.time(batch_size, WARM_UP_CALLS)[-1]
 
     def time(self, batch_size: int, count: int) -> list[float]:
-        """Return the milliseconds of each of `count` successive calls, which take the inputs in turn."""
+        """Returns the milliseconds of each of `count` successive calls, which take the inputs in turn."""
         times = []
         with torch_at_its_best():
             for _ in range(count):
@@ -85,15 +85,15 @@ class Running:
         return times
 
     def memory(self) -> tuple[float | None, float | None]:
-        """Return the peak memory in MiB while running (on CUDA of the first batch size), and while loading."""
+        """Returns the peak memory in MiB while running (on CUDA of the first batch size), and while loading."""
         return self._running_peak or self._memory.peak_mib(), self._load_peak
 
     def layers(self) -> tuple[LayerExecution, ...]:
-        """Return how each layer runs; nothing for torch."""
+        """Returns how each layer runs; nothing for torch."""
         return self._function.layers if isinstance(self._function, CompiledDenoiser) else ()
 
     def profile(self, batch_size: int) -> list[OperationTime]:
-        """Return the time of each operation of one call; nothing for torch."""
+        """Returns the time of each operation of one call; nothing for torch."""
         if not isinstance(self._function, CompiledDenoiser):
             return []
         args, kwargs = self._calls[batch_size][0]
@@ -102,13 +102,13 @@ class Running:
             return self._function.profile(*args, **kwargs)
 
     def time_image(self, request: PipelineRequest) -> ImageTime:
-        """Return the time of one whole image; see `bench.pipeline`."""
+        """Returns the time of one whole image; see `bench.pipeline`."""
         timing = partial(time_image, request, self._function, self._device, self._is_torch, self.spec.dtype)
         return choose_algorithms(timing, self._device)
 
     @torch.no_grad()
     def _choose_algorithms(self, batch_size: int) -> None:
-        """Make one call at a new size in which cuDNN tries its algorithms, so that no later call needs memory for that.
+        """Lets cuDNN try its algorithms in one call at a new size, so that no later call needs memory for that.
 
         Engines have hardly any convolutions of cuDNN.
         """

@@ -69,7 +69,7 @@ class ContenderEnvironment:
 
 
 def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Move the tensors of calls to a device and an element type.
+    """Moves the tensors of calls to a device and an element type.
 
     Tensors without two dimensions (timesteps) keep their element type. A tensor that occurs in several places is one
     tensor afterwards too, because an engine may keep what it computed from it.
@@ -92,7 +92,7 @@ def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Measure the time of a call: by the clock on a CPU, by events in the stream on CUDA."""
+    """Measures the time of a call: by the clock on a CPU, by events in the stream on CUDA."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -106,5 +106,5 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def folder_mib(folder: Path) -> float:
-    """Return the size of a folder's files in MiB."""
+    """Returns the size of a folder's files in MiB."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20

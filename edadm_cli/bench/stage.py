@@ -36,7 +36,7 @@ _SCRATCH = "scratch"
 def run(
     config: BenchConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> BenchRecord:
-    """Check parity, measure, and write `bench/<bits>-<engine>-<device>`.
+    """Checks parity, measures, and writes `bench/<bits>-<engine>-<device>`.
 
     Raises:
         MachineError: The device is not there, the engine cannot run, or a peer is not installed.
@@ -58,7 +58,7 @@ def run(
 
 
 def finished(config: BenchConfig, run_folder: RunFolder) -> Artifact | None:
-    """The measurement with the same settings, which `run` would replace; nothing is resolved where there is none.
+    """Returns the measurement with the same settings, which `run` would replace; `None` where there is none.
 
     Raises:
         InputError: Another bench is in its place; or there is no such export or model.
@@ -92,7 +92,7 @@ def _build_spec(request: Request) -> BuildSpec:
 
 
 def _is_the_same(run: RunFolder, spec: BuildSpec) -> bool:
-    """Whether what is in its place was measured with the same settings, so that measuring again replaces it."""
+    """Returns whether what is in its place was measured with the same settings, so that measuring again replaces it."""
     path = run.path(KIND, spec.name)
     if not run.has(KIND, spec.name):
         return False

@@ -44,15 +44,15 @@ class Subject(ABC):
 
     @abstractmethod
     def full_precision(self) -> nn.Module:
-        """The denoiser, loaded anew."""
+        """Returns the denoiser, loaded anew."""
 
     @abstractmethod
     def quantized(self, bits: BitWidth) -> nn.Module:
-        """The denoiser with quantized layers, loaded or made anew."""
+        """Returns the denoiser with quantized layers, loaded or made anew."""
 
     @abstractmethod
     def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
-        """One call of `batch_size` rows."""
+        """Returns one call of `batch_size` rows."""
 
     @abstractmethod
     def pipeline(self, seed: int) -> PipelineRequest:
@@ -86,15 +86,15 @@ class ExportSubject(Subject):
         return self._exports
 
     def full_precision(self) -> nn.Module:
-        """The denoiser that the run was collected from."""
+        """Returns the denoiser that the run was collected from."""
         return self._collected.load(_CPU, torch.float32).denoiser
 
     def quantized(self, bits: BitWidth) -> nn.Module:
-        """The denoiser of an export."""
+        """Returns the denoiser of an export."""
         return load_model(str(self._exports[str(bits)].path), _CPU, torch.float32, self._entry).denoiser
 
     def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
-        """Rows of the calibration set, gone through again where there are too few; with `size`, of noise."""
+        """Returns a call with rows of the calibration set, repeated if there are too few; with `size`, with noise."""
         one_branch = replace(self._calibration, branches=1)
         call = one_branch.call([index % len(one_branch) for index in range(batch_size)], _CPU, torch.float32)
         if size is None:
@@ -149,13 +149,13 @@ class NearestSubject(Subject):
         self.title = f"the denoiser of {self.model.id}: {weights} rounded to nearest, ranges of random calls"
 
     def full_precision(self) -> nn.Module:
-        """The denoiser alone, where it can be built without the rest."""
+        """Returns the denoiser alone, where it can be built without the rest."""
         if self._entry is not None and self._entry.source == "random":
             return build_denoiser(self._entry.location, seed=self._entry.weights_seed)
         return load_model(self.name, _CPU, torch.float32).denoiser
 
     def quantized(self, bits: BitWidth) -> nn.Module:
-        """Round to nearest, with ranges of a few seeded calls."""
+        """Rounds to nearest, with ranges of a few seeded calls."""
         denoiser = self.full_precision()
         calls = [example_call(denoiser, batch_size=1, seed=self._seed + index) for index in range(NUM_RANGE_CALLS)]
         quantize_to_nearest(denoiser, self.recipe, bits, calls)
@@ -181,7 +181,7 @@ class NearestSubject(Subject):
 
 
 def subject_of(config: BenchConfig, run: RunFolder) -> Subject:
-    """What a configuration asks to be measured.
+    """Returns what a configuration asks to be measured.
 
     Raises:
         InputError: The run has no such export, or the model is not found.
@@ -192,7 +192,7 @@ def subject_of(config: BenchConfig, run: RunFolder) -> Subject:
 
 
 def sample_of(denoiser: nn.Module, call: Call) -> Tensor:
-    """The noisy sample of a call."""
+    """Returns the noisy sample of a call."""
     names = list(inspect.signature(denoiser.forward).parameters)
     bound = {**dict(zip(names, call[0], strict=False)), **call[1]}
     sample = next((bound[name] for name in family_of(denoiser).sample_arguments if name in bound), None)
@@ -202,7 +202,7 @@ def sample_of(denoiser: nn.Module, call: Call) -> Tensor:
 
 
 def exchanged(value: Any, old: Tensor, new: Tensor) -> Any:
-    """A call with one tensor in another's place."""
+    """Returns a call with one tensor in another's place."""
     if value is old:
         return new
     if isinstance(value, Mapping):

@@ -14,7 +14,7 @@ _WORTHWHILE = 1.1
 
 
 def speedup_of(contender: Contender, contenders: Sequence[Contender]) -> Speedup:
-    """Ratio of medians: floating point's over the contender's.
+    """Returns the ratio of medians: floating point's over the contender's.
 
     `vs_best_float` is against the fastest contender at full precision, whatever runs it.
     """
@@ -38,7 +38,7 @@ def headline(
     peers: Sequence[Contender],
     left_out: Mapping[str, str] | None = None,
 ) -> str:
-    """Say the outcome in a sentence or two for each quantized contender; a loss is called one.
+    """Says the outcome in a sentence or two for each quantized contender; a loss is called one.
 
     Args:
         speedups: The speed-ups of the quantized contenders.

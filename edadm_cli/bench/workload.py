@@ -122,7 +122,7 @@ def workload(
 
 
 def macs_by_kind(items: Iterable[WorkItem]) -> dict[str, int]:
-    """Multiply-accumulates of each kind that has any, the largest first."""
+    """Returns the multiply-accumulates of each kind that has any, the largest first."""
     total: Counter[str] = Counter()
     for item in items:
         total[item.kind] += item.macs
@@ -228,7 +228,7 @@ class _Observer:
         return type(getattr(module, "processor", None)).__name__ == "QuantizedAttention"
 
     def product(self, batch: int, m: int, n: int, k: int) -> None:
-        """Note a product of two activations, by itself or as one of an attention's."""
+        """Notes a product of two activations, by itself or as one of an attention's."""
         if self.attentions:
             self.attentions[-1].shapes.append((batch, m, n, k))
             return
@@ -236,7 +236,7 @@ class _Observer:
         self.items.append(alone.item())
 
     def elementwise(self, operator: str, operands: list[Tensor], result: Tensor) -> None:
-        """Note an operation that moves memory; those of an attention belong to its fused operation."""
+        """Notes an operation that moves memory; those of an attention belong to its fused operation."""
         if self.attentions:
             return
         name = ".".join(part for part in (self.modules[-1][0] if self.modules else "", operator) if part)

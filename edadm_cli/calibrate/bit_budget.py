@@ -31,7 +31,7 @@ def assign_bits(
     budget_bits: float,
     cost_of: Callable[[int], int] = int,
 ) -> dict[str, int]:
-    """Choose a number of bits per layer.
+    """Chooses a number of bits per layer.
 
     Args:
         errors: Layer -> number of bits -> error. Layers may have different candidates.

@@ -78,8 +78,10 @@ def count(plan: QuantizationPlan, traced: Trace) -> dict[str, int]:
 
 
 def _ends(traced: Trace) -> tuple[str, str]:
-    """Names of the layer that the noisy sample enters and of the one that the prediction leaves: a UNet's first and
-    last convolution, a transformer's patch embedding and its last linear layer.
+    """Returns the names of the layer that the noisy sample enters and of the one that the prediction leaves.
+
+    These are the first and the last convolution of a UNet, or the patch embedding and the last linear layer of a
+    transformer.
     """
     if not traced.layers:
         return "", ""
@@ -88,13 +90,13 @@ def _ends(traced: Trace) -> tuple[str, str]:
 
 
 def _parts(layer: TracedLayer, recipe: Recipe) -> tuple[int, ...] | None:
-    """Channel parts of a layer; a grouped convolution has none, since its groups cut the weight another way."""
+    """Returns a layer's channel parts; a grouped convolution has none: its groups split the weight another way."""
     is_grouped = Operation.of(layer.module).groups != 1
     return layer.channel_parts if recipe.ranges.channel_parts and not is_grouped else None
 
 
 def _transform(layer: TracedLayer, recipe: Recipe) -> str | None:
-    """The transform of a layer's input; a grouped convolution has none, since its weight has no row per channel."""
+    """Returns the transform of a layer's input; a grouped convolution has none: its weight has no row per channel."""
     rule = transform_rule(layer.name, recipe)
     if rule is None or Operation.of(layer.module).groups != 1:
         return None

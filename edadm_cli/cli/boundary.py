@@ -138,7 +138,7 @@ def _explain_validation(error: ValidationError, arguments: Sequence[str]) -> Usa
 
 
 def _explain_limit(error: Exception) -> MachineError | None:
-    """The sentence for memory or threads that this process may not have.
+    """Returns the sentence for memory or threads that this process may not have.
 
     torch is not imported for it: its errors are known by their class on CUDA, by their text on the CPU. A library that
     cannot be mapped may come as the error of whoever imported it.

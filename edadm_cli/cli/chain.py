@@ -140,7 +140,7 @@ class _Chain:
 
 
 def _spent(started: float, records: list[StageRecord]) -> dict[str, Any]:
-    """What the chain took: its time, and the highest of the peaks, which are measured anew for every stage."""
+    """Returns what the chain took: its time, and the highest of the peaks, which are measured anew for every stage."""
     whole = spent(started)
     for key in ("peak_memory_mib", "peak_cuda_memory_mib"):
         peaks = [whole[key], *(getattr(record, key) for record in records)]

@@ -94,7 +94,7 @@ class ConsoleReporter:
 
 
 def calm_libraries(verbose: bool) -> None:
-    """Keep the chatter of libraries off stderr; must run before they are imported."""
+    """Keeps the chatter of libraries off stderr; must run before they are imported."""
     if verbose:
         return
     warnings.simplefilter("ignore")

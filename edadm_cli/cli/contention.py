@@ -23,7 +23,7 @@ class Scheduling:
 
 
 def _sum(column: int) -> int:
-    """One column of `schedstat` (nanoseconds on a processor, in the queue for one, slices) over all threads."""
+    """Returns one column of `schedstat` (nanoseconds on a processor, in the queue for one, slices) over all threads."""
     total = 0
     for path in _TASKS.glob("*/schedstat"):
         try:

@@ -88,7 +88,7 @@ class Execution:
         return record
 
     def _finished(self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT) -> Artifact | None:
-        """The work that the stage would find finished and leave as it is."""
+        """Returns the work that the stage would find finished and leave as it is."""
         if self.force or launched_index() > 0:
             return None
         finished = stage.finished(config, run_folder)
@@ -100,7 +100,7 @@ class Execution:
     def _foresee(
         self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT, finished: Artifact | None
     ) -> StageRecord:
-        """What a stage would do: nothing where its work is finished, else work of the estimated size."""
+        """Returns what a stage would do: nothing where its work is finished, else work of the estimated size."""
         if launched_index() > 0:
             raise typer.Exit
         started, scheduling = time.monotonic(), Scheduling()

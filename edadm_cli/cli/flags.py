@@ -78,7 +78,7 @@ def _spelling(name: str) -> str:
 
 
 def _option_type(annotation: Any) -> tuple[Any, Any]:
-    """The type that Typer parses for a field's type, and a parser where the type has its own."""
+    """Returns the type that Typer parses for a field's type, and a parser where the type has its own."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return _option_type(next(part for part in arguments if part is not type(None)))

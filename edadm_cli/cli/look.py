@@ -92,7 +92,7 @@ def engines(execution: Execution, given: dict[str, Any]) -> None:
 
 
 def _is_available(entry: ModelEntry) -> bool:
-    """Whether a model is on this machine: built here, in the package, or in the hub's cache."""
+    """Returns whether a model is on this machine: built here, in the package, or in the hub's cache."""
     if entry.source == "random":
         return True
     if entry.source == "compvis":

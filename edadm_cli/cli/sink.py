@@ -62,5 +62,5 @@ def write_line(text: str) -> None:
 
 
 def _width() -> int | None:
-    """A fixed width where stdout is no terminal: a table in a log does not depend on where it was made."""
+    """Returns a fixed width where stdout is no terminal: a table in a log does not depend on where it was made."""
     return None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120

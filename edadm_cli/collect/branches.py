@@ -32,7 +32,7 @@ class Conditions:
 
 
 def are_branches(one: DenoiserCall, other: DenoiserCall) -> bool:
-    """Whether two calls in a row are the two branches of one step: same sample and timestep, another condition."""
+    """Returns whether two successive calls are one step's two branches: same sample, timestep, another condition."""
     same_input = torch.equal(one.timestep, other.timestep) and equal(one.sample, other.sample)
     return same_input and difference(one, other) is not None
 
@@ -102,5 +102,5 @@ def storable(tensor: Tensor) -> Tensor:
 
 
 def equal(tensor: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors have the same shape and values."""
+    """Returns whether two tensors have the same shape and values."""
     return tensor is not None and other is not None and tensor.shape == other.shape and torch.equal(tensor, other)

@@ -20,7 +20,7 @@ __all__ = ["middle_module", "record_features"]
 
 @contextmanager
 def record_features(denoiser: nn.Module, on_feature: Callable[[Tensor], None]) -> Iterator[None]:
-    """Pass the mid-block feature of each call to `on_feature`, with shape `(R, C, *)`: channels before positions."""
+    """Passes the mid-block feature of each call to `on_feature`, with shape `(R, C, *)`: channels before positions."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         feature = _feature(args, kwargs).detach()

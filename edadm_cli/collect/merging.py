@@ -48,7 +48,7 @@ class Batch:
 
     @classmethod
     def open(cls, form: CallForm, path: Path, index: int) -> Batch:
-        """Read the header of a batch's file."""
+        """Reads the header of a batch's file."""
         return cls(form, path, read_tensor_header(path), index)
 
     @property
@@ -71,16 +71,16 @@ class Branch:
     prefix: str
 
     def info(self, name: str) -> TensorInfo | None:
-        """Type and shape of a condition; `None` where it was not passed."""
+        """Returns the type and shape of a condition; `None` where it was not passed."""
         return self.batch.tensors.get(self.prefix + name)
 
     def length(self, name: str) -> int | None:
-        """Size of a condition's dimension 1; `None` where it has none or was not passed."""
+        """Returns the size of a condition's dimension 1; `None` where it has none or was not passed."""
         info = self.info(name)
         return None if info is None or len(info.shape) < 2 else info.shape[1]
 
     def tensor(self, name: str) -> Tensor:
-        """A condition."""
+        """Returns a condition."""
         return load_tensors(self.batch.path, [self.prefix + name])[self.prefix + name]
 
 
@@ -102,7 +102,7 @@ class Merged:
 
 
 def merge(batches: Sequence[Batch]) -> Merged:
-    """Find the form and the shapes into which every batch fits.
+    """Finds the form and the shapes into which every batch fits.
 
     Raises:
         InputError: There are none: timesteps, constants, types or the form of the calls differ, or lengths differ
@@ -120,7 +120,7 @@ def merge(batches: Sequence[Batch]) -> Merged:
 
 
 def _common_form(batches: Sequence[Batch], branches: Sequence[Branch]) -> CallForm:
-    """The form of the batch that passes most tensors, if the others differ from it in null masks only."""
+    """Returns the form of the batch that passes most tensors, if the others differ from it in null masks only."""
     fullest = max(batches, key=lambda batch: len(batch.form.template.dtypes))
     for batch in batches:
         if not _is_like(batch.form, fullest.form):
@@ -148,7 +148,7 @@ def _is_null_mask(name: str, value: Any) -> bool:
 
 
 def _with_masks(form: CallForm, branches: Sequence[Branch]) -> CallForm:
-    """The form with a tensor for each null mask of states that differ in length."""
+    """Returns the form with a tensor for each null mask of states that differ in length."""
     template = form.template
     kwargs, dtypes = dict(template.kwargs), dict(template.dtypes)
     for name, value in template.kwargs.items():
@@ -192,7 +192,7 @@ def _require_equal_tensors(batches: Sequence[Batch]) -> None:
 
 
 def _condition(name: str, branches: Sequence[Branch], masks: Mapping[str, str]) -> TensorInfo:
-    """Type and shape of one row of a condition, padded to the longest where there is a mask of its lengths."""
+    """Returns the type and shape of a condition's row, padded to the longest if there is a mask of the lengths."""
     infos = [(info, branch.batch) for branch in branches if (info := branch.info(name)) is not None]
     if not infos:  # a mask that no batch has
         longest = max(branch.length(masks[name]) or 0 for branch in branches)
@@ -215,7 +215,7 @@ def _condition(name: str, branches: Sequence[Branch], masks: Mapping[str, str]) 
 
 
 def _has_mask(name: str, branches: Sequence[Branch], masks: Mapping[str, str]) -> bool:
-    """Whether a mask has the length of a condition in every batch, or the lengths of its rows are recorded with it."""
+    """Returns whether the rows' lengths are known: by a mask of the condition's length in every batch, or recorded."""
     if all(branch.info(f"{name}.lengths") is not None for branch in branches):
         return True
     passed = {key.removeprefix(branch.prefix) for branch in branches for key in branch.batch.tensors}
@@ -232,14 +232,14 @@ def _is_mask_of(mask: str, name: str, branch: Branch, masks: Mapping[str, str]) 
 
 
 def _is_right_padded(mask: Tensor) -> bool:
-    """Whether a mask, with shape `(n, L)`, has ones and then zeros in every row."""
+    """Returns whether a mask, with shape `(n, L)`, has ones and then zeros in every row."""
     values = mask.to(torch.float32)
     is_binary = bool(((values == 0) | (values == 1)).all())
     return is_binary and bool((values[:, 1:] <= values[:, :-1]).all())
 
 
 def _common_info(name: str, infos: Sequence[tuple[TensorInfo, Batch]], fixed: Sequence[int]) -> TensorInfo:
-    """One type, and the largest extent of each dimension; those in `fixed` have to be equal."""
+    """Returns one type, and the largest extent of each dimension; those in `fixed` have to be equal."""
     if not infos:
         raise InputError(f"No batch of trajectories recorded '{name}'.", hint="edadm collect --force")
     start = infos[0][0]
@@ -261,7 +261,7 @@ def _differs(what: str, batch: Batch) -> InputError:
 
 
 def per_row(template: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """A template in which lists with an equal item for each row of the batch are the item itself, as `$each`.
+    """Returns a template in which lists with an equal item for each row of the batch are the item itself, as `$each`.
 
     Pipelines pass sizes of images in that way; as literals, they would make every batch of another size differ.
 

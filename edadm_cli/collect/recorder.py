@@ -63,7 +63,7 @@ class BatchRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record while the body samples."""
+        """Records while the body samples."""
         denoiser = self.model.denoiser
         prepare_calls(denoiser)
         with record_calls(denoiser, self._on_call):
@@ -148,7 +148,7 @@ class BatchRecorder:
         self._store(of_rows(call, self.branches, self._order))
 
     def _is_second(self, call: DenoiserCall) -> bool:
-        """Take a call for the other branch of the newest step, where it is one."""
+        """Takes a call for the other branch of the newest step, where it is one."""
         first, is_due = self._first, self._second_is_due
         assert first is not None
         if not is_due:

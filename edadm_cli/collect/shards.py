@@ -36,17 +36,17 @@ def call_name(index: int) -> str:
 
 
 def is_written(folder: Path, index: int) -> bool:
-    """Whether a batch is done."""
+    """Returns whether a batch is done."""
     return (folder / latents_name(index)).is_file()
 
 
 def scratch_names(index: int) -> tuple[str, str]:
-    """Files of one batch that are gone once the artifact is complete."""
+    """Returns the files of one batch that are gone once the artifact is complete."""
     return part_name(index), call_name(index)
 
 
 def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -> None:
-    """Write one batch."""
+    """Writes one batch."""
     template = per_row(recorder.template, recorder.rows)
     form = CallForm.model_validate({"branches": recorder.branches, "dtype": dtype, "template": template})
     save_json(folder / call_name(index), form.model_dump(mode="json"))
@@ -55,7 +55,7 @@ def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -
 
 
 def require_mergeable(folder: Path, first: int, index: int) -> None:
-    """Compare two batches that are written, so that what cannot be merged is refused before the others are sampled.
+    """Compares two batches that are written, so that what cannot be merged is refused before the others are sampled.
 
     Once all are merged, their scratch files may be gone, and nothing is compared.
 
@@ -67,7 +67,7 @@ def require_mergeable(folder: Path, first: int, index: int) -> None:
 
 
 def merge_parts(folder: Path, num_shards: int) -> None:
-    """Write `call.json`, `condition.safetensors` and `features.safetensors` from the parts, unless they are there.
+    """Writes `call.json`, `condition.safetensors` and `features.safetensors` from the parts, unless they are there.
 
     The parts are copied piece by piece: neither the conditions nor the features of all batches are ever in memory.
 
@@ -98,7 +98,7 @@ def _batch(folder: Path, index: int) -> Batch:
 
 
 def _joined(batches: Sequence[Batch], prefix: str, name: str, merged: Merged) -> Streamed:
-    """A condition of all batches, padded with zeros; a mask that a batch lacks is ones over its states."""
+    """Yields a condition of all batches, padded with zeros; a mask that a batch lacks is ones over its states."""
     info, paths = merged.conditions[name], [batch.path for batch in batches]
     if name not in merged.masks:
         return joined(paths, prefix + name, 0, info.shape)

@@ -30,7 +30,7 @@ from edadm_cli.progress import Reporter, SilentReporter
 def run(
     config: CollectConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> CollectRecord:
-    """Sample `num_trajectories` trajectories and write the `collect` artifact.
+    """Samples `num_trajectories` trajectories and writes the `collect` artifact.
 
     Raises:
         InputError: The model or the prompt file is not usable, or sampling ends in values that are not
@@ -59,7 +59,7 @@ def run(
 
 
 def build_spec(config: CollectConfig, run_folder: RunFolder) -> BuildSpec:
-    """What `run` would build: whether it is there already is known without building it."""
+    """Returns what `run` would build: whether it is there already is known without building it."""
     return prepare(config, ALONE).build_spec()
 
 
@@ -91,7 +91,7 @@ class _Task:
         return [image_seed(self.config.seed, index) for index in range(start, stop)]
 
     def _conditions(self) -> dict[str, Any]:
-        """What only some pipelines have; absent where it is not used, so that it changes no identity of before."""
+        """Returns the facts that only some pipelines have; one that is not used is absent and changes no identity."""
         entry, fields = self.model.entry, dict[str, Any]()
         if entry.images is not None:
             fields["images_sha256"] = images_sha256(Path(entry.images))
@@ -145,7 +145,7 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
 
 
 def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter) -> None:
-    """Sample the shards, each in one of the processes, and put together what they share."""
+    """Samples the shards, each in one of the processes, and puts together what they share."""
     shards = _in_order(task, range(processes.index, task.num_shards, processes.count))
     with reporter.task("Sampling trajectories", sum(len(task.seeds(shard)) for shard in shards)) as advance:
         for shard in shards:
@@ -166,7 +166,7 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
 
 
 def _in_order(task: _Task, shards: Iterable[int]) -> list[int]:
-    """Shards in the order in which they are sampled: a last one that is smaller is the second.
+    """Returns the shards in the order in which they are sampled: a last one that is smaller is the second.
 
     Whether its calls fit those of the others is then known before the others are sampled.
     """
@@ -240,7 +240,7 @@ def _warnings(task: _Task, recorder: BatchRecorder, samples: Samples) -> list[st
 
 
 def _sampling(task: _Task) -> Sampling:
-    """How the trajectories were sampled, for later stages to load the model and sample in the same way."""
+    """Returns how the trajectories were sampled, for later stages to load the model and sample in the same way."""
     scheduler = task.model.pipeline.scheduler
     config = {key: _finite(value) for key, value in scheduler.config.items() if not key.startswith("_")}
     return Sampling(
@@ -257,5 +257,5 @@ def _sampling(task: _Task) -> Sampling:
 
 
 def _finite(value: Any) -> Any:
-    """A value that JSON has: DPM-Solver's configuration holds an infinity, which becomes a word."""
+    """Returns a value that JSON has: DPM-Solver's configuration holds an infinity, which becomes a word."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

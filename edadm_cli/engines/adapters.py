@@ -65,7 +65,7 @@ class SideBranch(nn.Module):
     up: Tensor
 
     def set_strengths(self, strengths: Strengths) -> None:
-        """Write U diag(s); an adapter without a strength is switched off."""
+        """Writes U diag(s); an adapter without a strength is switched off."""
         ranges = [torch.full((rank,), strengths.get((layer, name), 0.0)) for layer, name, rank in self.owners]
         self.up.copy_(self.unscaled_up * torch.cat(ranges).to(self.up))
 
@@ -75,7 +75,7 @@ class SideBranch(nn.Module):
         return self.down.ndim == 4
 
     def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
-        """What the adapters add, of the output's shape, plus `more` of that shape."""
+        """Returns what the adapters add, of the output's shape, plus `more` of that shape."""
         x = x.to(self.down.dtype)
         if not self.is_convolution:
             return self.raise_to(F.linear(x, self.down), more)
@@ -98,7 +98,7 @@ class AdaptedLayer(nn.Module):
         self.base, self.branch = base, branch
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output plus what the adapters add."""
+        """Returns the layer's output plus what the adapters add."""
         y: Tensor = self.base(x)
         return self.branch(x, y)
 
@@ -110,7 +110,7 @@ class AdaptedLayer(nn.Module):
 
 
 def side_by_side(branches: Sequence[SideBranch | None], widths: Sequence[int]) -> SideBranch:
-    """One branch of linear layers that read one input, whose outputs lie side by side.
+    """Returns one branch of linear layers that read one input, whose outputs lie side by side.
 
     Args:
         branches: The side branch of each layer; `None` for a layer without adapters. At least one is given.
@@ -157,7 +157,7 @@ def take_adapters(denoiser: nn.Module) -> tuple[nn.Module, dict[str, SideBranch]
 
 
 def strengths_of(denoiser: nn.Module) -> dict[tuple[str, str], float]:
-    """The strength of each adapter in each layer of a denoiser, as `set_adapters` and the like have left it."""
+    """Returns the strength of each adapter in each layer of a denoiser, as `set_adapters` and the like have left it."""
     strengths: dict[tuple[str, str], float] = {}
     for name, module in denoiser.named_modules():
         if not _is_adapted(module):
@@ -171,7 +171,7 @@ def strengths_of(denoiser: nn.Module) -> dict[tuple[str, str], float]:
 
 
 def has_adapters(denoiser: nn.Module) -> bool:
-    """Whether PEFT has put adapters around layers of a denoiser."""
+    """Returns whether PEFT has put adapters around layers of a denoiser."""
     return any(_is_adapted(module) for module in denoiser.modules())
 
 
@@ -180,7 +180,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _branch(name: str, wrapper: Any) -> SideBranch | None:
-    """The adapters of one layer; `None` where all of them were deleted."""
+    """Returns the adapters of one layer; `None` where all of them were deleted."""
     downs, ups, owners = [], [], []
     for adapter, a in wrapper.lora_A.items():
         b = wrapper.lora_B[adapter]

@@ -36,7 +36,7 @@ def bits_of(precision: str) -> int | None:
 
 
 def is_quantized(precision: str) -> bool:
-    """Whether products in an element type are what a plan of integers or of eight-bit floating point asks for."""
+    """Returns whether an element type is one that a plan of integers or of eight-bit floating point asks for."""
     bits = bits_of(precision)
     return bits is not None and bits <= MAX_QUANTIZED_BITS
 
@@ -122,7 +122,7 @@ class CompiledDenoiser(ABC):
         )
 
     def parts(self) -> nn.Module:
-        """Return the denoiser that runs, as modules whose calls can be left out one by one, for step caching.
+        """Returns the denoiser that runs, as modules whose calls can be left out one by one, for step caching.
 
         Raises:
             UsageError: A step runs as one graph.
@@ -197,7 +197,7 @@ class Engine(ABC):
             raise MachineError(reason, hint="edadm engines")
 
     def require_attention(self, form: AttentionForm) -> None:
-        """Refuse a form of attention that the engine does not have.
+        """Refuses a form of attention that the engine does not have.
 
         Raises:
             UsageError: Naming the form.

@@ -47,7 +47,7 @@ class LayerParity:
 
 
 def signature(layer: QuantizedLayer, shape: tuple[int, ...]) -> tuple[object, ...]:
-    """What decides the code that runs a layer: operation, bits, shapes, whether there is a bias."""
+    """Returns what decides the code that runs a layer: operation, bits, shapes, whether there is a bias."""
     return layer.operation, layer.plan, layer.weight_shape, shape, layer.bias is not None
 
 
@@ -61,7 +61,7 @@ def compare_layers(
     advance: Callable[[int], None] = lambda _: None,
     all_layers_up_to: int = ALL_LAYERS_UP_TO,
 ) -> LayerParity:
-    """Run `denoiser` once in exact integers and each of its layers on `engine` besides.
+    """Runs `denoiser` once in exact integers and each of its layers on `engine` besides.
 
     Args:
         engine: What is checked.
@@ -107,7 +107,7 @@ def compare_layers(
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The prediction in what a denoiser returns: an output object, a tuple, or the tensor itself."""
+    """Returns the prediction in what a denoiser returns: an output object, a tuple, or the tensor itself."""
     if isinstance(output, Tensor):
         return output
     first: Tensor = output[0]

@@ -39,11 +39,11 @@ class EngineDenoiser(nn.Module):
         self.compiled = compiled
 
     def use_cache_of(self, parts: nn.Module) -> None:
-        """Have pipelines name calls and forget them on the denoiser that runs; see `integrations.caching`."""
+        """Has pipelines name calls and forget them on the denoiser that runs; see `integrations.caching`."""
         self.__dict__["_parts"] = parts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the denoiser on its engine."""
+        """Runs the denoiser on its engine."""
         return self.compiled(*args, **kwargs)
 
     @property
@@ -96,7 +96,7 @@ def _refuse(name: str, *_: Any, **__: Any) -> None:
 
 
 def put_on_engine(model: LoadedModel, compiled: CompiledDenoiser) -> LoadedModel:
-    """Put the denoiser of a pipeline on an engine, in place; the weights it had in torch are released."""
+    """Puts the denoiser of a pipeline on an engine, in place; the weights it had in torch are released."""
     stand_in = EngineDenoiser(model.denoiser, compiled)
     setattr(model.pipeline, model.denoiser_name, stand_in)
     return model

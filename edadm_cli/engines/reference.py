@@ -35,7 +35,7 @@ class ReferenceEngine(Engine):
     layer_bound = 0.0
 
     def refusal(self, device: torch.device) -> str | None:
-        """The reference runs wherever torch does."""
+        """Returns `None`: the reference runs wherever torch does."""
         if device.type == "cuda" and not torch.cuda.is_available():
             return "The engine 'reference' was to run on CUDA, and this machine has no CUDA device."
         return None
@@ -47,7 +47,7 @@ class ReferenceEngine(Engine):
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Copy the denoiser and switch its layers to integer arithmetic."""
+        """Copies the denoiser and switches its layers to integer arithmetic."""
         self.require(options.device)
         # a model of diffusers has a `to` of its own, which warns of casts that quantized layers know how to take
         own = nn.Module.to(copy.deepcopy(denoiser), device=options.device, dtype=options.rest_dtype)
@@ -56,7 +56,7 @@ class ReferenceEngine(Engine):
         return _ReferenceDenoiser(own, options.rest_dtype)
 
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
-        """Switch a copy of the layer to integer arithmetic."""
+        """Switches a copy of the layer to integer arithmetic."""
         own = copy.deepcopy(layer).to(device=options.device, dtype=options.rest_dtype)
         own.arithmetic = "integer"
         return torch.no_grad()(own.forward)
@@ -80,7 +80,7 @@ class _ReferenceDenoiser(CompiledDenoiser):
         return list_layers(self._denoiser, self._dtype, decide)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
-        """Time of each quantized layer, and of all else in one row; on CUDA with the waits that measuring costs."""
+        """Returns the time of each quantized layer, and of the rest in one row; on CUDA it includes synchronization."""
         times: dict[str, list[float]] = {}
         layers = quantized_layers(self._denoiser)
 

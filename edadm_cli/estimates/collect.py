@@ -66,7 +66,7 @@ def probe(
     batch_size: int,
     feature_batch: int,
 ) -> Estimate:
-    """Estimate a collection: time from timed denoiser calls, disk and memory from the shapes they saw.
+    """Estimates a collection: time from timed denoiser calls, disk and memory from the shapes they saw.
 
     One image is sampled over two steps, then more at a time as long as that is quick; the cost of a whole
     batch is read off the straight line through the last two.
@@ -106,7 +106,7 @@ def _growing_probes(
 
 
 def _extrapolate(probes: list[_Probe], seconds: list[float], batch_size: int) -> float:
-    """Seconds at `batch_size` on the line through the last two probes; in proportion where there is one."""
+    """Returns the seconds at `batch_size` on the line through the last two probes; in proportion where there is one."""
     last = probes[-1].size
     if len(probes) == 1:
         return seconds[-1] * batch_size

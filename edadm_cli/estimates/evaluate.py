@@ -37,7 +37,7 @@ def estimate(config: EvaluateConfig, run_folder: RunFolder) -> Estimate:
 
 
 def probe(request: Request) -> Estimate:
-    """Time a few steps of a few images with each pipeline that is still to be sampled."""
+    """Times a few steps of a few images with each pipeline that is still to be sampled."""
     loaders = [request.load_quantized]
     if not request.run.has(KIND, NAME):
         loaders.append(request.load_full_precision)
@@ -58,7 +58,7 @@ def probe(request: Request) -> Estimate:
 
 
 def _seconds_an_image(model: LoadedModel, plan: SamplingPlan) -> tuple[float, Samples]:
-    """Extrapolate from two samplings of different length: the cost of a step, and what comes on top."""
+    """Extrapolates from two samplings of different length: the cost of a step, and what comes on top."""
     count = min(_PROBE_IMAGES, plan.batch_size)
     short, _ = _timed(model, plan, count, _SHORT)
     long, samples = _timed(model, plan, count, _LONG)

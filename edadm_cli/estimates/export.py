@@ -13,7 +13,7 @@ from edadm_cli.models.collected import CollectedRun
 
 
 def estimate(config: ExportConfig, run_folder: RunFolder) -> Estimate:
-    """Times a short sampling: the pipeline samples twice, and once more in integers where that is not too slow."""
+    """Times a short sampling: the pipeline samples twice, and once more in integers if that is not too slow."""
     source = run_folder.open("reconstruct", str(config.bits))
     model, num_parameters, _ = quantized_model(config, run_folder, source)
     collected = CollectedRun.open(run_folder)

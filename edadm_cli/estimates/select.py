@@ -38,7 +38,7 @@ def estimate(config: SelectConfig, run_folder: RunFolder) -> Estimate:
 
 
 def _plotting_seconds(num_steps: int) -> float:
-    """Time of the plot, most of it the import of its library."""
+    """Returns the time of the plot, most of it the import of its library."""
     nothing = torch.zeros(num_steps)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -69,7 +69,7 @@ class Forward:
 
 
 def time_forward(denoiser: nn.Module, units: Sequence[Unit], captured: Collection[str], batches: Batches) -> Forward:
-    """Time a forward of one row, and where that is quick, one of as many of a batch's rows as take some seconds.
+    """Times a forward of one row, and where that is quick, one of as many of a batch's rows as take some seconds.
 
     Args:
         denoiser: In full precision.
@@ -115,7 +115,7 @@ def _time_forward(denoiser: nn.Module, units: Sequence[Unit], captured: Collecti
 
 
 def kind_of(unit: Unit) -> str:
-    """The class of a unit's module: what is built alike spends its time alike."""
+    """Returns the class of a unit's module: what is built alike spends its time alike."""
     return type(unit.module).__name__
 
 
@@ -140,7 +140,7 @@ def spread(units: Sequence[Unit], setting: ReconstructionContext) -> list[Unit]:
 def time_units(
     units: Sequence[Unit], measure: Callable[[Unit], dict[Work, Timed]], limit_s: float
 ) -> dict[Work, dict[str, Timed]]:
-    """Measure units until the time is over, but `_FEWEST_UNITS`, by kind of work and by unit."""
+    """Measures units until the time is over, but `_FEWEST_UNITS`, by kind of work and by unit."""
     measured: dict[Work, dict[str, Timed]] = {}
     started = time.perf_counter()
     for number, unit in enumerate(units):
@@ -166,7 +166,7 @@ class Stopwatch:
 
     @torch.no_grad()
     def ranging(self, unit: Unit) -> dict[Work, Timed]:
-        """Search for scales and ranges, round, freeze, and run once as deployed."""
+        """Searches for scales and ranges, rounds, freezes, and runs once as deployed."""
         traced, plan = self._part(unit)
         args, kwargs = self.forward.calls[unit.name]
         candidates = self.recipe.num_candidates
@@ -191,7 +191,7 @@ class Stopwatch:
         return {work: (self.forward.rows, spent) for work, spent in seconds.items()}
 
     def learning(self, unit: Unit, hyperparameters: Hyperparameters) -> dict[Work, Timed]:
-        """Set a unit up for learning, evaluate it, and take steps, on full-precision inputs."""
+        """Sets a unit up for learning, evaluates it, and takes steps, on full-precision inputs."""
         rows, batch_size = self.forward.rows, min(self._quick_rows(unit), hyperparameters.batch_size)
         few = hyperparameters.model_copy(update={"iterations": _REPEATS + 1, "batch_size": batch_size})
         with self._restored(unit):
@@ -217,7 +217,7 @@ class Stopwatch:
         return max(1, int(_STEP_S / (_STEP_FORWARDS * a_row)))
 
     def _data(self, unit: Unit, with_layers: bool) -> tuple[dict[str, Tensor], UnitData]:
-        """Ranges of a unit, and what it learns from: the rows of the forward."""
+        """Returns the ranges of a unit, and what it learns from: the rows of the forward."""
         traced, plan = self._part(unit)
         (args, kwargs), rows = self.forward.calls[unit.name], self.forward.rows
         minmax = self.recipe.model_copy(update={"weight": "minmax", "activation": "minmax"})
@@ -228,7 +228,7 @@ class Stopwatch:
         return params, UnitData(call, call, layer_targets(self.network, unit, call, rows, cache) if with_layers else {})
 
     def _part(self, unit: Unit) -> tuple[Trace, QuantizationPlan]:
-        """The trace and the plan of one unit."""
+        """Returns the trace and the plan of one unit."""
         traced = Trace(
             layers=[layer for layer in self.traced.layers if layer.name in unit.layers],
             attentions={name: self.traced.attentions[name] for name in unit.attentions},
@@ -247,7 +247,7 @@ class Stopwatch:
 
 
 def _timed(work: Callable[[], T], at_least: int = 1) -> tuple[float, T]:
-    """Seconds of some work, the least of a few times where it is quick; and what it returned."""
+    """Returns the seconds of some work, the least of a few times where it is quick; and what it returned."""
     least, spent = float("inf"), 0.0
     for number in range(_REPEATS):
         started = _now()

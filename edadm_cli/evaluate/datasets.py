@@ -19,17 +19,17 @@ __all__ = ["DATASETS_REGISTRY", "datasets_folder", "is_offline", "open_dataset"]
 
 
 def datasets_folder() -> Path:
-    """Return the folder where torch-fidelity keeps its datasets."""
+    """Returns the folder where torch-fidelity keeps its datasets."""
     return Path(torch.hub.get_dir()).parent / "fidelity_datasets"
 
 
 def is_offline() -> bool:
-    """Return whether the environment forbids downloads."""
+    """Returns whether the environment forbids downloads."""
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 
 def open_dataset(name: str) -> Any:
-    """The dataset of a name, whose items are uint8 with shape `(3, H, W)`; downloaded when it is not there.
+    """Returns the dataset of a name, whose items are uint8 with shape `(3, H, W)`; downloaded when it is not there.
 
     Raises:
         InputError: It is not there and cannot be downloaded.

@@ -34,7 +34,7 @@ class EmojiExtractor(NetworkExtractor):
 
 
 def emoji_space(device: torch.device) -> FeatureSpace:
-    """Load the picture encoder.
+    """Loads the picture encoder.
 
     Raises:
         InputError: Its weights are missing.
@@ -43,14 +43,14 @@ def emoji_space(device: torch.device) -> FeatureSpace:
 
 
 def emoji_digest() -> str:
-    """Return the hash of both encoders' weights: metrics in these features compare only where it is equal."""
+    """Returns the hash of both encoders' weights: metrics in these features compare only where it is equal."""
     shared = data.model_folder("shared")
     parts = [(name, file_sha256(shared / name / "model.safetensors")) for name in ("picture_encoder", "text_encoder")]
     return files_digest(parts)
 
 
 def shipped_emoji() -> RealImages:
-    """Return the real emoji: statistics of the training pictures, and the pictures with held-out names.
+    """Returns the real emoji: statistics of the training pictures, and the pictures with held-out names.
 
     Raises:
         InputError: The shipped files are missing.

@@ -35,7 +35,7 @@ class RealFeatures:
         self._statistics: dict[Layer, Statistics] = dict(real.statistics)
 
     def features(self, size: tuple[int, int]) -> Features:
-        """Return the features of the real images, where these are files: at the height and width of the samples.
+        """Returns the features of the real images, where these are files: at the height and width of the samples.
 
         Raises:
             InputError: There are statistics only, or a file is no image.
@@ -47,11 +47,11 @@ class RealFeatures:
         return self._features[size]
 
     def num_features(self, layer: Layer) -> int:
-        """Return the number of features of a layer, once its statistics are known; 0 before."""
+        """Returns the number of features of a layer, once its statistics are known; 0 before."""
         return self._statistics[layer].mean.size if layer in self._statistics else 0
 
     def statistics(self, layer: Layer, size: tuple[int, int]) -> Statistics:
-        """Return mean and covariance of a layer's features: ready-made where there are such, else of the images."""
+        """Returns mean and covariance of a layer's features: ready-made where there are such, else of the images."""
         if layer not in self._statistics:
             self._statistics[layer] = feature_statistics(self.features(size).layer(layer))
         return self._statistics[layer]
@@ -81,7 +81,7 @@ class Evaluator:
     _features: dict[int, Features] = field(default_factory=dict)
 
     def values(self, images: SampledImages, reference: SampledImages, paired: bool) -> dict[str, Value]:
-        """Compute the paired or the other metrics of a set of images.
+        """Computes the paired or the other metrics of a set of images.
 
         Args:
             images: The images.
@@ -103,14 +103,14 @@ class Evaluator:
         return values
 
     def features(self, images: SampledImages) -> Features:
-        """Return the features of a set of images."""
+        """Returns the features of a set of images."""
         assert self.space is not None, "a metric in features needs a feature extractor"
         if id(images) not in self._features:
             self._features[id(images)] = self.space.extract(images)
         return self._features[id(images)]
 
     def cautions(self, num_images: int) -> list[str]:
-        """Return a sentence for each metric that compares only with values of as few images."""
+        """Returns a sentence for each metric that compares only with values of as few images."""
         few = {
             name: size
             for name, metric in self.metrics.items()
@@ -139,19 +139,19 @@ class EvaluationContext:
         self._shared: dict[str, Any] = {}
 
     def features(self, images: Any) -> Features:
-        """Return the features of the images or of the reference."""
+        """Returns the features of the images or of the reference."""
         return self._evaluator.features(images)
 
     def real_features(self) -> Features:
-        """Return the features of the real images."""
+        """Returns the features of the real images."""
         return self._real.features(self._size)
 
     def real_statistics(self, layer: Layer) -> Statistics:
-        """Return mean and covariance of a layer's features over the real images."""
+        """Returns mean and covariance of a layer's features over the real images."""
         return self._real.statistics(layer, self._size)
 
     def once(self, key: str, compute: Callable[[], T]) -> T:
-        """Return the result of a function that several metrics share."""
+        """Returns the result of a function that several metrics share."""
         if key not in self._shared:
             self._shared[key] = compute()
         result: T = self._shared[key]

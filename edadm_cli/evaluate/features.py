@@ -88,7 +88,7 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
         self.wanted = list(features_list)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the requested features, each flattened to two dimensions."""
+        """Returns the requested features, each flattened to two dimensions."""
         maps: list[Tensor] = []
         with Hooks() as hooks:
             hooks.after(
@@ -100,12 +100,12 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
         return tuple(named[layer] for layer in self.wanted)
 
     def convert_features_tuple_to_dict(self, features: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Return the features of `forward` by name."""
+        """Returns the features of `forward` by name."""
         return dict(zip(self.wanted, features, strict=True))
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Return the features that a metric of torch-fidelity uses unless another is named."""
+        """Returns the features that a metric of torch-fidelity uses unless another is named."""
         return "logits" if metric == "isc" else "pooled"
 
 
@@ -122,7 +122,7 @@ class FeatureSpace:
     device: torch.device
 
     def extract(self, images: Dataset[Tensor]) -> Features:
-        """Return the features of a set of uint8 images with shape `(3, H, W)`."""
+        """Returns the features of a set of uint8 images with shape `(3, H, W)`."""
         is_cuda = self.device.type == "cuda"
         with torch.cuda.device(self.device) if is_cuda else nullcontext():
             found = get_featuresdict_from_dataset(
@@ -132,7 +132,7 @@ class FeatureSpace:
 
 
 def digits_space(device: torch.device) -> FeatureSpace:
-    """Load the shipped digit classifier.
+    """Loads the shipped digit classifier.
 
     Raises:
         InputError: Its weights are not there.
@@ -141,7 +141,7 @@ def digits_space(device: torch.device) -> FeatureSpace:
 
 
 def inception_space(weights: Path | None, device: torch.device) -> FeatureSpace:
-    """Load the Inception network of 2015 from a file, or as torch-fidelity keeps it (downloaded once).
+    """Loads the Inception network of 2015 from a file, or as torch-fidelity keeps it (downloaded once).
 
     Raises:
         InputError: The file is missing or holds something else, or none is given and none can be downloaded.
@@ -157,7 +157,7 @@ def inception_space(weights: Path | None, device: torch.device) -> FeatureSpace:
 
 
 def check_inception_weights(path: Path) -> None:
-    """Read a file of weights as tensors only; torch-fidelity itself would run what it says.
+    """Reads a file of weights as tensors only; torch-fidelity itself would run what it says.
 
     Raises:
         InputError: The file is missing, is no file of weights, or holds objects that are not tensors.
@@ -171,7 +171,7 @@ def check_inception_weights(path: Path) -> None:
 
 
 def digits_digest() -> str:
-    """Hash the shipped classifier's weights: metrics in its features compare only where they are equal."""
+    """Hashes the shipped classifier's weights: metrics in its features compare only where they are equal."""
     classifier: DigitClassifier = load_classifier("cpu")
     digest = hashlib.sha256()
     for name, value in sorted(classifier.state_dict().items()):
@@ -182,7 +182,7 @@ def digits_digest() -> str:
 def open_extractor(
     name: str, device: torch.device, extractor_class: type[FeatureExtractorBase], **kwargs: Any
 ) -> FeatureSpace:
-    """Register a feature extractor with torch-fidelity under a name, where that was not done, and create it."""
+    """Registers a feature extractor with torch-fidelity under a name, where that was not done, and create it."""
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(name, extractor_class)
     extractor = create_feature_extractor(name, list(LAYERS), cuda=False, verbose=False, **kwargs)
@@ -190,7 +190,7 @@ def open_extractor(
 
 
 def _downloaded_inception() -> Path:
-    """The file that torch-fidelity downloads, fetched when it is not there yet."""
+    """Returns the file that torch-fidelity downloads, fetched when it is not there yet."""
     path: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
     if path.is_file():
         return path

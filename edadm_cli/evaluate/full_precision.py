@@ -18,7 +18,7 @@ KIND, NAME = "evaluate", "full-precision"
 
 @contextmanager
 def full_precision_images(request: Request, processes: Processes, reporter: Reporter) -> Iterator[SampledImages]:
-    """Give the full-precision images of a request, sampled unless the run has them, and locked while in use.
+    """Gives the full-precision images of a request, sampled unless the run has them, and locked while in use.
 
     They are in an artifact of their own, `evaluate/full-precision`; one with other settings is replaced,
     since it can be had again.

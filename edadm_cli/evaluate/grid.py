@@ -23,13 +23,13 @@ _INK = (33, 37, 41)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Return an image of uint8 levels with shape `(3, H, W)` or `(1, H, W)` as a PIL image."""
+    """Returns an image of uint8 levels with shape `(3, H, W)` or `(1, H, W)` as a PIL image."""
     array = image.permute(1, 2, 0).numpy()  # [H, W, C]
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 def to_tile(image: Tensor) -> Image.Image:
-    """Return an image at a size for the eye: tiny ones enlarged pixel by pixel, large ones reduced."""
+    """Returns an image at a size for the eye: tiny ones enlarged pixel by pixel, large ones reduced."""
     picture = to_pil(image).convert("RGB")
     longest = max(picture.size)
     if longest < MIN_TILE:
@@ -40,7 +40,7 @@ def to_tile(image: Tensor) -> Image.Image:
 
 
 def image_grid(rows: dict[str, Tensor], captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
-    """Arrange sets of images as rows, so that images of the same seed are in one column.
+    """Arranges sets of images as rows, so that images of the same seed are in one column.
 
     Args:
         rows: Name of each row, and its images, uint8 with shape `(N, 3, H, W)`; the same N for all.
@@ -75,7 +75,7 @@ def image_grid(rows: dict[str, Tensor], captions: Sequence[str], columns: int = 
 
 
 def save_png(path: Path, picture: Image.Image) -> None:
-    """Write a PNG file, whole or not at all.
+    """Writes a PNG file, whole or not at all.
 
     Raises:
         MachineError: The disk is full or permission is denied.

@@ -42,7 +42,7 @@ class SamplingPlan:
         return len(self.seeds)
 
     def batches(self) -> Iterator[tuple[int, slice]]:
-        """Yield each batch's number and the images in it."""
+        """Yields each batch's number and the images in it."""
         for start in range(0, len(self), self.batch_size):
             yield start // self.batch_size, slice(start, min(start + self.batch_size, len(self)))
 
@@ -70,32 +70,32 @@ class SampledImages(Dataset[Tensor]):
         return to_rgb(self._cached[1][place])
 
     def batch(self, number: int) -> Samples:
-        """Read one batch."""
+        """Reads one batch."""
         tensors = load_tensors(batch_path(self.folder, number))
         return Samples(tensors["images"], tensors["latents"])
 
     def batches(self) -> Iterator[tuple[slice, Samples]]:
-        """Yield the places of each batch's images in the set, and the batch."""
+        """Yields the places of each batch's images in the set, and the batch."""
         for number, places in self.plan.batches():
             yield places, self.batch(number)
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the images `(n, C, H, W)`, gray ones with one channel, and the latents of each batch."""
+        """Yields the images `(n, C, H, W)`, gray ones with one channel, and the latents of each batch."""
         for _, batch in self.batches():
             yield batch.images, batch.latents
 
     def first(self, count: int) -> Tensor:
-        """Return the first images, uint8 with shape `(count, 3, H, W)`."""
+        """Returns the first images, uint8 with shape `(count, 3, H, W)`."""
         return torch.stack([self[index] for index in range(min(count, len(self)))])
 
 
 def batch_path(folder: Path, number: int) -> Path:
-    """Return the path of a batch."""
+    """Returns the path of a batch."""
     return folder / f"batch-{number:05d}.safetensors"
 
 
 def to_rgb(image: Tensor) -> Tensor:
-    """Repeat the one channel of a gray image `(1, H, W)`; colour images `(3, H, W)` stay as they are."""
+    """Repeats the one channel of a gray image `(1, H, W)`; colour images `(3, H, W)` stay as they are."""
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
@@ -107,7 +107,7 @@ def sample_images(
     reporter: Reporter,
     description: str,
 ) -> SampledImages:
-    """Sample the batches that are not on disk yet, each in one of the processes.
+    """Samples the batches that are not on disk yet, each in one of the processes.
 
     Args:
         plan: What to sample.
@@ -136,7 +136,7 @@ def sample_images(
 
 
 def _is_complete(path: Path, count: int) -> bool:
-    """Whether a batch is on disk; one that was cut short or is something else is to be sampled again."""
+    """Returns whether a batch is on disk; one that was cut short or is something else is to be sampled again."""
     if not path.is_file():
         return False
     try:
@@ -147,7 +147,7 @@ def _is_complete(path: Path, count: int) -> bool:
 
 
 def sample_batch(model: LoadedModel, plan: SamplingPlan, places: slice) -> Samples:
-    """Sample one batch and check it."""
+    """Samples one batch and checks it."""
     batch = sample(
         model,
         seeds=plan.seeds[places],
@@ -160,7 +160,7 @@ def sample_batch(model: LoadedModel, plan: SamplingPlan, places: slice) -> Sampl
 
 
 def check_images(batch: Samples, seeds: Sequence[int], model: str) -> None:
-    """Refuse images whose quality cannot be measured.
+    """Refuses images whose quality cannot be measured.
 
     Raises:
         InputError: A latent is not finite or is zero throughout, or all of several images are of one colour.

@@ -42,7 +42,7 @@ class _Trajectory:
 def one_step_error(
     plan: SamplingPlan, load_full_precision: Callable[[], LoadedModel], load_quantized: Callable[[], LoadedModel]
 ) -> OneStepError:
-    """Measure the one-step error and its growth; only one of the two pipelines is in memory at a time.
+    """Measures the one-step error and its growth; only one of the two pipelines is in memory at a time.
 
     Args:
         plan: Which images an evaluation samples; the first of them are sampled here.
@@ -108,7 +108,7 @@ def _recording_predictions(denoiser: nn.Module, trajectory: _Trajectory) -> Iter
 
 
 def _copied(value: Any, copies: dict[int, tuple[Tensor, Tensor]]) -> Any:
-    """Copy the tensors of a call, which a scheduler may change; one that all calls share, such as a prompt, once."""
+    """Copies the tensors of a call, which a scheduler may change; one that all calls share, such as a prompt, once."""
     if isinstance(value, Tensor):
         if id(value) not in copies:
             copies[id(value)] = (value, value.detach().clone())

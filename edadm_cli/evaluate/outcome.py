@@ -30,7 +30,7 @@ def write_outcome(
     distances: Mapping[str, Value],
     facts: dict[str, Any],
 ) -> None:
-    """Write everything that an evaluation leaves behind.
+    """Writes everything that an evaluation leaves behind.
 
     Args:
         folder: Where the files go.
@@ -82,13 +82,13 @@ def _metrics(values: Mapping[str, Value]) -> dict[str, Metric]:
 
 
 def _num_identical(images: SampledImages, reference: SampledImages) -> int:
-    """Count the images that equal those of full precision in every level."""
+    """Counts the images that equal those of full precision in every level."""
     batches = zip(images.batches(), reference.batches(), strict=True)
     return sum(num_identical(batch.images, other.images) for (_, batch), (_, other) in batches)
 
 
 def _write_pictures(folder: Path, name: str, images: SampledImages, reference: SampledImages) -> list[ShownImage]:
-    """Write the grid and the first images one by one; return what is shown, for a page to refer to."""
+    """Writes the grid and the first images one by one; returns what is shown, for a page to refer to."""
     is_large = max(images[0].shape[-2:]) >= _LARGE
     count = min(NUM_SHOWN_LARGE if is_large else NUM_SHOWN, len(images))
     quantized, full = images.first(count), reference.first(count)

@@ -47,7 +47,7 @@ class EvaluationPlan:
         self.selection.drop_too_few(len(request.sampling))
 
     def identity_fields(self) -> dict[str, Any]:
-        """Return what decides the metrics beside the images, as JSON values."""
+        """Returns what decides the metrics beside the images, as JSON values."""
         config = self.request.config
         fields: dict[str, Any] = {
             "real": None if self.real is None else self.real.digest,
@@ -58,7 +58,7 @@ class EvaluationPlan:
         return fields
 
     def load(self, device: torch.device) -> Evaluator:
-        """Load the networks and fetch the real images; metrics whose network is missing are left out.
+        """Loads the networks and fetch the real images; metrics whose network is missing are left out.
 
         Raises:
             InputError: The user named one of them, or the real images cannot be had.

@@ -59,7 +59,7 @@ class RealImages:
 
 
 def shipped_digits(image_size: int) -> RealImages:
-    """Return MNIST: statistics of the 60,000 training images, and the 10,000 test images.
+    """Returns MNIST: statistics of the 60,000 training images, and the 10,000 test images.
 
     Raises:
         InputError: The shipped files are missing.
@@ -83,7 +83,7 @@ def shipped_digits(image_size: int) -> RealImages:
 
 
 def open_real(place: str) -> RealImages:
-    """Open a folder of images, an npz file of statistics, of images, or of both, or a dataset of torch-fidelity.
+    """Opens a folder of images, an npz file of statistics, of images, or of both, or a dataset of torch-fidelity.
 
     The arrays of a file are named as usual: `mu, sigma` and `mu_s, sigma_s` for mean and covariance of pooled
     and spatial features, `arr_0` for uint8 images with shape `(N, H, W, 3)`.
@@ -108,7 +108,7 @@ def open_real(place: str) -> RealImages:
 
 
 def _kind_of(place: str) -> tuple[Path, bool, bool]:
-    """The path of a text, and whether it is a folder or a regular file."""
+    """Returns the path of a text, and whether it is a folder or a regular file."""
     try:
         path = Path(place).expanduser()
         return path, path.is_dir(), path.is_file()
@@ -118,7 +118,7 @@ def _kind_of(place: str) -> tuple[Path, bool, bool]:
 
 
 def _named_dataset(name: str) -> RealImages:
-    """A dataset of torch-fidelity, whose content its name decides; opened when it is needed."""
+    """Returns a dataset of torch-fidelity, whose content its name decides; opened when it is needed."""
     opened = cache(lambda: open_dataset(name))
     return RealImages(
         name=name,
@@ -157,12 +157,12 @@ def _open_arrays(path: Path) -> RealImages:
 
 
 def _printable(name: str) -> str:
-    """A file name as text; the bytes that are no UTF-8 are written as escapes."""
+    """Returns a file name as text; the bytes that are no UTF-8 are written as escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def files_digest(entries: list[tuple[str, str]]) -> str:
-    """Return one hash over names and content hashes."""
+    """Returns one hash over names and content hashes."""
     digest = hashlib.sha256()
     for name, content in entries:
         digest.update(os.fsencode(name) + f"\0{content}\n".encode())

@@ -73,14 +73,14 @@ class DatasetImages(Dataset[Tensor]):
 
 
 def fitted(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Return a picture as uint8 `(3, H, W)`: the shorter side resized, the rest cut off evenly."""
+    """Returns a picture as uint8 `(3, H, W)`: the shorter side resized, the rest cut off evenly."""
     height, width = size
     pixels = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def check_headers(files: Sequence[Path]) -> None:
-    """Open every picture without decoding its pixels, so that a broken file is known before anything is sampled.
+    """Opens every picture without decoding its pixels, so that a broken file is known before anything is sampled.
 
     Raises:
         InputError: A file is no image, or an image without area.
@@ -90,7 +90,7 @@ def check_headers(files: Sequence[Path]) -> None:
 
 
 def _read_picture(path: Path, size: tuple[int, int] | None) -> Tensor:
-    """The pixels of a file as uint8 `(3, H, W)`; with no size only its header is read, and nothing is returned."""
+    """Returns the pixels of a file as uint8 `(3, H, W)`; without a size it only reads the header, for `None`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images, which are allowed here
@@ -103,7 +103,7 @@ def _read_picture(path: Path, size: tuple[int, int] | None) -> Tensor:
 
 
 def read_arrays(path: Path) -> tuple[dict[Layer, Statistics], Tensor | None]:
-    """Read the statistics and the images of an npz file.
+    """Reads the statistics and the images of an npz file.
 
     Returns:
         Statistics by layer, and images as uint8 with shape `(N, C, H, W)`; `None` where the file has no images.

@@ -59,7 +59,7 @@ class Request:
         return self.collected.sampling.dtype
 
     def identity_fields(self) -> dict[str, Any]:
-        """Return what decides the images of a pipeline, as plain JSON values."""
+        """Returns what decides the images of a pipeline, as plain JSON values."""
         prompts = self.sampling.prompts
         return {
             "num_images": len(self.sampling),
@@ -75,7 +75,7 @@ class Request:
         }
 
     def load_full_precision(self) -> LoadedModel:
-        """Load the pipeline that was collected from.
+        """Loads the pipeline that was collected from.
 
         Raises:
             InputError: Its files are gone or have changed since.
@@ -83,14 +83,14 @@ class Request:
         return self.collected.load(self.device, self.collected.dtype)
 
     def load_quantized(self) -> LoadedModel:
-        """Load the exported pipeline, on its engine where one is named."""
+        """Loads the exported pipeline, on its engine where one is named."""
         if self.config.engine is not None:
             engine = engine_of(self.config.engine)
             return load_on_engine(self.run, self.export, engine, self.device, self.collected.dtype, SilentReporter())
         return load_model(str(self.export.path), self.device, self.collected.dtype, self.entry)
 
     def load_sampler(self) -> LoadedModel:
-        """Load the exported pipeline as it samples: with the step cache, where one is asked for.
+        """Loads the exported pipeline as it samples: with the step cache, where one is asked for.
 
         Raises:
             UsageError: The denoiser or its engine cannot be cached.
@@ -107,7 +107,7 @@ class Request:
 
 
 def resolve(config: EvaluateConfig, run: RunFolder) -> Request:
-    """Settle what is left open in a configuration.
+    """Settles what is left open in a configuration.
 
     Raises:
         InputError: The export or an ancestor of it is missing or broken, or the prompt file is not usable.
@@ -138,7 +138,7 @@ def resolve(config: EvaluateConfig, run: RunFolder) -> Request:
 def _resolve_prompts(
     entry: ModelEntry, collected: list[str] | None, path: Path | None, num_images: int, seed: int
 ) -> tuple[str, ...] | None:
-    """Prompts from a file, else the model's own, else the collected ones; too few are gone through again."""
+    """Returns the prompts of a file, else the model's own, else the collected ones, repeated if too few."""
     if collected is None:
         if path is not None:
             raise UsageError(f"{entry.name} takes no prompts, so --prompts has no meaning for it.")

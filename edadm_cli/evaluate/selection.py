@@ -34,7 +34,7 @@ class MetricSelection:
         self.skipped: dict[str, str] = {}
 
     def drop(self, names: Iterable[str], reason: str) -> None:
-        """Leave some metrics out, with the reason.
+        """Leaves some metrics out, with the reason.
 
         Raises:
             InputError: The user named one of them.
@@ -45,11 +45,11 @@ class MetricSelection:
             self.skipped[name] = reason
 
     def needing(self, *needs: Need) -> list[str]:
-        """Return the names of the selected metrics that need one of some things."""
+        """Returns the names of the selected metrics that need one of some things."""
         return [name for name, metric in self.selected.items() if metric.needs & set(needs)]
 
     def forget_prompts(self) -> None:
-        """Leave out what is about prompts, without a warning, for a model that takes none.
+        """Leaves out what is about prompts, without a warning, for a model that takes none.
 
         Raises:
             InputError: The user named one of them.
@@ -59,7 +59,7 @@ class MetricSelection:
             del self.selected[name]
 
     def drop_without_real(self, has_statistics: Iterable[str], has_images: bool) -> None:
-        """Leave out what the real images at hand do not allow.
+        """Leaves out what the real images at hand do not allow.
 
         Args:
             has_statistics: Layers whose real statistics are known.
@@ -78,7 +78,7 @@ class MetricSelection:
         self.drop(missing, reason)
 
     def drop_too_few(self, num_images: int) -> None:
-        """Leave out what needs more images than there are."""
+        """Leaves out what needs more images than there are."""
         few = [(name, metric.min_images) for name, metric in self.selected.items() if num_images < metric.min_images]
         for name, least in few:
             self.drop([name], f"it needs more than {least - 1} images.")

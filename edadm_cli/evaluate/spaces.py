@@ -42,7 +42,7 @@ class Space(ABC):
     is_shipped: bool = True
 
     def check(self, config: EvaluateConfig) -> None:  # noqa: B027 - most spaces have nothing to check
-        """Refuse weights that cannot be used, before anything is sampled.
+        """Refuses weights that cannot be used, before anything is sampled.
 
         Raises:
             InputError: A file that the configuration names is missing or broken.
@@ -50,22 +50,22 @@ class Space(ABC):
 
     @abstractmethod
     def digest(self, config: EvaluateConfig) -> str:
-        """Return what identifies the network's weights."""
+        """Returns what identifies the network's weights."""
 
     @abstractmethod
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
-        """Load the network.
+        """Loads the network.
 
         Raises:
             InputError: Its weights are missing and cannot be downloaded.
         """
 
     def real_images(self, entry: ModelEntry) -> RealImages | None:
-        """Return the real images that come with the package; `None` where there are none."""
+        """Returns the real images that come with the package; `None` where there are none."""
         return None
 
     def label_of(self, prompt: str) -> int | None:
-        """Return the class that a prompt names; `None` where it names none."""
+        """Returns the class that a prompt names; `None` where it names none."""
         return None
 
 
@@ -75,19 +75,19 @@ class DigitsSpace(Space):
     feature_name = "digits"
 
     def digest(self, config: EvaluateConfig) -> str:
-        """Return the hash of the classifier's weights."""
+        """Returns the hash of the classifier's weights."""
         return digits_digest()
 
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
-        """Load the classifier."""
+        """Loads the classifier."""
         return digits_space(device)
 
     def real_images(self, entry: ModelEntry) -> RealImages:
-        """Return MNIST at the size of the model's images."""
+        """Returns MNIST at the size of the model's images."""
         return shipped_digits(entry.image_size or 32)
 
     def label_of(self, prompt: str) -> int | None:
-        """Return the digit that a prompt names."""
+        """Returns the digit that a prompt names."""
         return label_of_prompt(prompt)
 
 
@@ -97,19 +97,19 @@ class EmojiSpace(Space):
     feature_name = FEATURE_NAME
 
     def digest(self, config: EvaluateConfig) -> str:
-        """Return the hash of the encoders' weights."""
+        """Returns the hash of the encoders' weights."""
         return emoji_digest()
 
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
-        """Load the encoder."""
+        """Loads the encoder."""
         return emoji_space(device)
 
     def real_images(self, entry: ModelEntry) -> RealImages:
-        """Return the real emoji."""
+        """Returns the real emoji."""
         return shipped_emoji()
 
     def label_of(self, prompt: str) -> int | None:
-        """Return the number of the name that a prompt asks for."""
+        """Returns the number of the name that a prompt asks for."""
         return emoji.label_of_prompt(prompt)
 
 
@@ -120,16 +120,16 @@ class InceptionSpace(Space):
     is_shipped = False
 
     def check(self, config: EvaluateConfig) -> None:
-        """Read the file of weights, where one is named."""
+        """Reads the file of weights, where one is named."""
         if config.inception_weights is not None:
             check_inception_weights(config.inception_weights)
 
     def digest(self, config: EvaluateConfig) -> str:
-        """Return the version of torch-fidelity's weights, or the hash of the file."""
+        """Returns the version of torch-fidelity's weights, or the hash of the file."""
         return INCEPTION_VERSION if config.inception_weights is None else file_sha256(config.inception_weights)
 
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
-        """Load the network."""
+        """Loads the network."""
         return inception_space(config.inception_weights, device)
 
 
@@ -139,15 +139,15 @@ class EfficientNetSpace(Space):
     feature_name = EFFICIENTNET
 
     def check(self, config: EvaluateConfig) -> None:
-        """Refuse to begin without the weights, which only a user who names the features needs."""
+        """Refuses to begin without the weights, which only a user who names the features needs."""
         weights_path()
 
     def digest(self, config: EvaluateConfig) -> str:
-        """Return the hash of the weights."""
+        """Returns the hash of the weights."""
         return WEIGHTS_SHA256
 
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
-        """Load the network."""
+        """Loads the network."""
         return efficientnet_space(device)
 
 
@@ -160,12 +160,12 @@ SPACES: dict[str, Space] = {
 
 
 def space_of(entry: ModelEntry, features: str | None = None) -> Space:
-    """Return a feature space: that of a model, or the one that is named."""
+    """Returns a feature space: that of a model, or the one that is named."""
     return SPACES[features or entry.features]
 
 
 def real_images(entry: ModelEntry, space: Space) -> RealImages | None:
-    """Return the real images that come with a model; in features other than its own without their statistics."""
+    """Returns the real images that come with a model; in features other than its own without their statistics."""
     own_space = SPACES[entry.features]
     real = own_space.real_images(entry)
     return real if real is None or space is own_space else real.without_statistics()

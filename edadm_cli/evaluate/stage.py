@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def run(
     config: EvaluateConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> EvaluateRecord:
-    """Sample at both precisions, compute every metric that can be had, and write the `evaluate` artifact.
+    """Samples at both precisions, computes every metric that can be computed, and writes the `evaluate` artifact.
 
     Raises:
         InputError: What is evaluated is missing or broken, or a metric that was named lacks its weights.
@@ -69,7 +69,7 @@ def run(
 
 
 def build_spec(config: EvaluateConfig, run_folder: RunFolder) -> BuildSpec:
-    """Return the specification of the artifact that `run` would build, without building it."""
+    """Returns the specification of the artifact that `run` would build, without building it."""
     return _build_spec(_evaluation_plan(config, run_folder))
 
 
@@ -98,7 +98,7 @@ def _build_spec(evaluation: EvaluationPlan) -> BuildSpec:
 
 
 def _evaluate(evaluation: EvaluationPlan, build: Build, processes: Processes, reporter: Reporter) -> None:
-    """Sample images in all processes; the main process computes the metrics."""
+    """Samples images in all processes; the main process computes the metrics."""
     request = evaluation.request
     evaluator = evaluation.load(request.device) if processes.is_main else None
     _warn(evaluation.selection.skipped, [], reporter)
@@ -160,7 +160,7 @@ def _one_step_error(request: Request, skipped: dict[str, str], reporter: Reporte
 
 
 def _warn(skipped: Mapping[str, str], cautions: Iterable[str], reporter: Reporter) -> None:
-    """Name the metrics that are left out, once per reason, and what limits the meaning of the others."""
+    """Names the metrics that are left out, once per reason, and what limits the meaning of the others."""
     for reason in sorted(set(skipped.values())):
         names = ", ".join(sorted(name for name, why in skipped.items() if why == reason))
         reporter.warn(f"Without {names}: {reason}")
@@ -169,7 +169,7 @@ def _warn(skipped: Mapping[str, str], cautions: Iterable[str], reporter: Reporte
 
 
 def _in_order(values: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Return metrics in the order in which people read them."""
+    """Returns metrics in the order in which people read them."""
     from edadm_cli.metrics.registry import in_order
 
     return {name: values[name] for name in in_order(values)}

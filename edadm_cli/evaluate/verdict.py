@@ -11,7 +11,7 @@ _LARGE_GROWTH = 4.0
 
 
 def verdict(images: SampledImages, reference: SampledImages, one_step: OneStepError | None) -> list[str]:
-    """Return sentences about a set of images, what is wrong first.
+    """Returns sentences about a set of images, what is wrong first.
 
     Values that are not finite never come here: sampling refuses them.
 
@@ -38,7 +38,7 @@ def verdict(images: SampledImages, reference: SampledImages, one_step: OneStepEr
 
 
 def _broken(images: SampledImages, reference: SampledImages) -> dict[str, int]:
-    """Count the images that are black or flat while the full-precision image of the same seed is not."""
+    """Counts the images that are black or flat while the full-precision image of the same seed is not."""
     black = flat = 0
     for (levels, _), (others, _) in zip(images.pairs(), reference.pairs(), strict=True):
         first, second = levels.float().flatten(1), others.float().flatten(1)

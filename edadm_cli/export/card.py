@@ -54,7 +54,7 @@ class CardFacts:
     def of_run(
         cls, run: RunFolder, source: Artifact, export: ExportFacts, evaluation: Evaluation | None = None
     ) -> CardFacts:
-        """Read the facts of a run.
+        """Reads the facts of a run.
 
         Args:
             run: The run.
@@ -83,7 +83,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, place: str = HERE, base_license: str | None = None, has_grid: bool = False) -> str:
-    """Return the text of a model card.
+    """Returns the text of a model card.
 
     Args:
         facts: What it says.
@@ -113,14 +113,14 @@ def model_card(facts: CardFacts, place: str = HERE, base_license: str | None = N
 
 
 def escape(text: str) -> str:
-    """Return a text as Markdown that shows it as it is, on one line."""
+    """Returns a text as Markdown that shows it as it is, on one line."""
     line = " ".join(text.split())
     line = "".join(char for char in line if char.isprintable())
     return _SPECIAL.sub(r"\\\1", line)
 
 
 def _metadata(facts: CardFacts, base_license: str | None) -> str:
-    """The YAML block of the hub; JSON strings are YAML, whatever they hold."""
+    """Returns the YAML block of the hub; JSON strings are YAML, whatever they hold."""
     fields: dict[str, object] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image" if facts.takes_prompts else "unconditional-image-generation",

@@ -23,7 +23,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 def write_pipeline(
     model: LoadedModel, folder: Path, quantization_config: Mapping[str, Any], changed: Collection[str] = ()
 ) -> list[str]:
-    """Write the pipeline of `model`, whose denoiser has quantized layers, as a diffusers folder.
+    """Writes the pipeline of `model`, whose denoiser has quantized layers, as a diffusers folder.
 
     Components other than the denoiser are copied from the source byte for byte: the files that were checked when the
     model was loaded, and no others. Components that changed after loading, and those of a model without a folder, are
@@ -89,7 +89,7 @@ def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mappi
 
 
 def _is_copyable(source: Component | None, folder: PipelineFolder | None, component: object) -> bool:
-    """Whether a component is unchanged, in a folder of its own, and not in a variant that has to be asked for."""
+    """Returns whether a component is unchanged, in a folder of its own, and not a variant that needs naming."""
     return (
         source is not None
         and folder is not None
@@ -107,7 +107,7 @@ def _copy(source: Component, place: Path) -> None:
 
 
 def _copy_skipped(source: PipelineFolder, folder: Path) -> list[str]:
-    """Copy the components that sampling skips, and name them in the index as the source does."""
+    """Copies the components that sampling skips, and names them in the index as the source does."""
     skipped, left_out = {}, []
     for name in source.skipped:
         try:

@@ -46,7 +46,7 @@ class LoraFile:
 
     @classmethod
     def parse(cls, text: str) -> LoraFile:
-        """Read `FILE` or `FILE:WEIGHT`.
+        """Reads `FILE` or `FILE:WEIGHT`.
 
         Raises:
             UsageError: The weight is not a number.
@@ -85,7 +85,7 @@ class Fused:
 
 
 def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
-    """Add adapters to the weights of a full-precision pipeline, in place.
+    """Adds adapters to the weights of a full-precision pipeline, in place.
 
     Raises:
         InputError: A file is no LoRA, or belongs to another model.
@@ -116,7 +116,7 @@ def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
 
 
 def refit(denoiser: nn.Module, plan: QuantizationPlan, params: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
-    """The quantization parameters for fused weights: new codes of the layers that changed; see this module.
+    """Returns the quantization parameters for fused weights: new codes of the layers that changed; see this module.
 
     Args:
         denoiser: Full precision, with fused weights.
@@ -140,7 +140,7 @@ def refit(denoiser: nn.Module, plan: QuantizationPlan, params: Mapping[str, Tens
 
 
 def moved_codes(codes: Tensor, old: Tensor, new: Tensor, scale: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor]:
-    """Codes of a weight that changed, and the scale of each output channel.
+    """Returns the codes of a weight that changed, and the scale of each output channel.
 
     Args:
         codes: The codes of `old`, int8, learned or rounded to nearest.

@@ -33,7 +33,7 @@ class ExportParity:
 
 
 def compare(before: Samples, after: Samples, integer: Samples | None, layer_errors: dict[str, float]) -> ExportParity:
-    """Compute the metrics of the comparison and check them.
+    """Computes the metrics of the comparison and checks them.
 
     Args:
         before: Samples of the reconstruction.

@@ -30,17 +30,17 @@ class Upload:
     facts: CardFacts
 
     def card(self, base_license: str | None) -> str:
-        """Return the model card."""
+        """Returns the model card."""
         return model_card(self.facts, self.repository, base_license, has_grid=GRID_FILE in self.files)
 
     def sizes(self) -> dict[str, int]:
-        """Return the size of each file in bytes; the card is that without a licence."""
+        """Returns the size of each file in bytes; the card is that without a licence."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         return {CARD_FILE: len(self.card(None).encode()), **sizes}
 
 
 def prepare(folder: Path, repository: str) -> Upload:
-    """Check an export and collect what is sent: its files, the card, and the picture grid of its evaluation.
+    """Checks an export and collect what is sent: its files, the card, and the picture grid of its evaluation.
 
     The manifest stays behind, since it says on which machine the export was made.
 
@@ -68,7 +68,7 @@ def prepare(folder: Path, repository: str) -> Upload:
 
 
 def push(upload: Upload, private: bool) -> str:
-    """Send everything in one commit, and return its address.
+    """Sends everything in one commit, and returns its address.
 
     Raises:
         InputError: The hub cannot be reached, or refuses.
@@ -99,7 +99,7 @@ def push(upload: Upload, private: bool) -> str:
 
 
 def _evaluation(run: RunFolder, export: Artifact, bits: str) -> Artifact | None:
-    """Return the evaluation of exactly this export; `None` where there is none."""
+    """Returns the evaluation of exactly this export; `None` where there is none."""
     if not run.has("evaluate", bits):
         return None
     artifact = open_artifact(run.path("evaluate", bits), "evaluate")
@@ -108,7 +108,7 @@ def _evaluation(run: RunFolder, export: Artifact, bits: str) -> Artifact | None:
 
 
 def _license_of(repository: str | None) -> str | None:
-    """Return the licence that the base model's card on the hub names."""
+    """Returns the licence that the base model's card on the hub names."""
     from huggingface_hub import HfApi
 
     if repository is None:

@@ -47,7 +47,7 @@ INTEGER_SAMPLING_LIMIT = 120.0  # seconds of sampling in quantize-dequantize, be
 def run(
     config: ExportConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> ExportRecord:
-    """Pack, write, load back with diffusers, compare.
+    """Packs, write, load back with diffusers, compare.
 
     Raises:
         InputError: There is no reconstruction, or the model is not the one it was made from.
@@ -82,7 +82,7 @@ def build_spec(config: ExportConfig, run_folder: RunFolder) -> BuildSpec:
 
 
 def _writer(config: ExportConfig) -> FileWriter | None:
-    """What writes further files of the export, in an artifact of their own.
+    """Returns what writes further files of the export, in an artifact of their own.
 
     Raises:
         UsageError: An engine and a format are both asked for, or the engine has no files.
@@ -95,7 +95,7 @@ def _writer(config: ExportConfig) -> FileWriter | None:
 
 
 def _files(run: RunFolder, export: Artifact, writer: FileWriter, reporter: Reporter, force: bool) -> EngineFiles:
-    """Files in an artifact beside the export, up to date if they are."""
+    """Returns the files in an artifact beside the export, up to date if they are."""
     artifact = engine_artifact(run, export, writer, reporter, force)
     size = sum(entry.bytes for entry in artifact.manifest.payload) / 2**20
     return EngineFiles(name=writer.name, artifact=str(artifact.path), identity=artifact.identity, size_mib=size)
@@ -166,7 +166,7 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
 
 
 def quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int, Fused]:
-    """The pipeline with the reconstruction's parameters in its denoiser, its number of weights, and what was fused."""
+    """Returns the pipeline with the reconstruction's parameters, its number of weights, and the fused LoRA."""
     model = load_collected_model(run, resolve_device(config.device), torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
     layers, params = load_plan(source), load_params(source)

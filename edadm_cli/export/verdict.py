@@ -13,7 +13,7 @@ _BLACK_LEVEL = 4.0
 
 
 def layers_by_width(plan: QuantizationPlan) -> dict[str, int]:
-    """Return how many layers compute in which width, such as `w4a8`; `float` counts those left in floating point."""
+    """Returns how many layers compute in which width, such as `w4a8`; `float` counts those left in floating point."""
     widths = Counter(
         f"w{layer.weight_bits}" + (f"a{layer.activation_bits}" if layer.activation_bits else " with float inputs")
         for layer in plan.layers.values()
@@ -23,7 +23,7 @@ def layers_by_width(plan: QuantizationPlan) -> dict[str, int]:
 
 
 def verdict(images: Tensor, plan: QuantizationPlan) -> list[str]:
-    """Return sentences about an export, what is wrong first.
+    """Returns sentences about an export, what is wrong first.
 
     Values that are not finite never come here: sampling refuses them.
 

@@ -22,7 +22,7 @@ _COMPONENTS = {"edadm_cli.models.latent_diffusion": "ModelMixin", "edadm_cli.mod
 
 
 def register() -> None:
-    """Register now with what is loaded of diffusers' dictionaries, else as soon as it is; more calls do nothing."""
+    """Registers now with what is loaded of diffusers' dictionaries, else as soon as it is; more calls do nothing."""
     watched = {finder.name for finder in sys.meta_path if isinstance(finder, _Watch)}
     for name, add in _WATCHED.items():
         if name in sys.modules:
@@ -32,12 +32,12 @@ def register() -> None:
 
 
 def _add_quantizer(registry: ModuleType) -> None:
-    """Import our quantizer, unless its own import is what loads diffusers' dictionaries; `_complete` adds it."""
+    """Imports our quantizer, unless its own import is what loads diffusers' dictionaries; `_complete` adds it."""
     _complete(import_module(_QUANTIZER))
 
 
 def _complete(quantizer: ModuleType) -> None:
-    """Add the classes of our quantizer's module to diffusers' dictionaries, where both are complete."""
+    """Adds the classes of our quantizer's module to diffusers' dictionaries, where both are complete."""
     registry, is_complete = sys.modules.get(_REGISTRY), hasattr(quantizer, "EdadmQuantizer")
     if is_complete and hasattr(registry, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
         registry.AUTO_QUANTIZER_MAPPING[quantizer.METHOD] = quantizer.EdadmQuantizer  # type: ignore[union-attr]

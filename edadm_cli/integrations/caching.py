@@ -43,7 +43,7 @@ class StepCache:
 
     @classmethod
     def parse(cls, text: str) -> StepCache:
-        """Read `NAME` or `NAME:VALUE`.
+        """Reads `NAME` or `NAME:VALUE`.
 
         Raises:
             UsageError: There is no such cache, or the value has no meaning for it.
@@ -63,7 +63,7 @@ class StepCache:
 
 
 def enable_cache(model: LoadedModel, setting: str) -> None:
-    """Put a cache on the denoiser of a pipeline, in place, whether torch or an engine runs it.
+    """Puts a cache on the denoiser of a pipeline, in place, whether torch or an engine runs it.
 
     Args:
         model: The pipeline.
@@ -83,7 +83,7 @@ def enable_cache(model: LoadedModel, setting: str) -> None:
 
 
 def _apply(denoiser: nn.Module, cache: StepCache) -> None:
-    """Put diffusers' hooks on a denoiser, and have the parts inside them compiled where they were before."""
+    """Puts diffusers' hooks on a denoiser, and have the parts inside them compiled where they were before."""
     from diffusers.hooks import HookRegistry
 
     if cache.name == FIRST_BLOCK and sum(len(blocks) for blocks in _block_lists(denoiser).values()) < 2:
@@ -107,7 +107,7 @@ def _apply(denoiser: nn.Module, cache: StepCache) -> None:
 
 
 def _register_replaced_blocks(denoiser: nn.Module) -> None:
-    """Tell diffusers' registry that an engine's block returns what the block returns that it replaces."""
+    """Tells diffusers' registry that an engine's block returns what the block returns that it replaces."""
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
     for module in denoiser.modules():
@@ -136,7 +136,7 @@ def _config(cache: StepCache) -> tuple[Any, Callable[..., None]]:
 
 
 def _without_last_block(denoiser: nn.Module) -> nn.Module:
-    """The lists of blocks without a last one that returns no text states (Stable Diffusion 3).
+    """Returns the lists of blocks without a last one that returns no text states (Stable Diffusion 3).
 
     The first-block cache reads the residual of both streams from the last block that it knows; what is not in the lists
     is computed in each step.
@@ -156,7 +156,7 @@ def _block_lists(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _stay_in_one_context(denoiser: nn.Module) -> None:
-    """Do what pipelines do for denoisers with `enable_cache`: name the calls, and forget them after each image.
+    """Does what pipelines do for denoisers with `enable_cache`: name the calls, and forget them after each image.
 
     Such pipelines pass both branches of guidance in one call, so that there is one kind of call.
     """

@@ -11,7 +11,7 @@ from edadm_cli.quant.layers import LayerProduct
 
 
 def layer_product() -> LayerProduct | None:
-    """The product of every layer of every loaded export; `None` where Triton, which it is built on, is missing."""
+    """Returns the product that the layers of all loaded exports share; `None` if Triton is not installed."""
     try:
         product, on_cpu = _kernel_product()
     except ImportError as error:

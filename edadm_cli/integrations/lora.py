@@ -30,7 +30,7 @@ from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 
 
 def load_loras(model: LoadedModel, files: Mapping[str | Path, float]) -> None:
-    """Load adapters into a pipeline, each under the name of its file without the ending, and weight them.
+    """Loads adapters into a pipeline, each under the name of its file without the ending, and weight them.
 
     Args:
         model: The pipeline.
@@ -48,7 +48,7 @@ def load_loras(model: LoadedModel, files: Mapping[str | Path, float]) -> None:
 
 
 def load_lora_file(pipeline: Any, path: Path, adapter: str) -> None:
-    """Load one adapter from a safetensors file.
+    """Loads one adapter from a safetensors file.
 
     Raises:
         InputError: The file is no LoRA, or belongs to another model.
@@ -64,7 +64,7 @@ def load_lora_file(pipeline: Any, path: Path, adapter: str) -> None:
 
 
 def load_lora_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Load a LoRA as diffusers' `load_lora_adapter` does, with quantized layers among those that can be adapted."""
+    """Loads a LoRA as diffusers' `load_lora_adapter` does, with quantized layers among those that can be adapted."""
     from diffusers.loaders import peft
 
     create: Callable[..., Any] = peft._create_lora_config
@@ -82,7 +82,7 @@ def load_lora_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 def add_adapter(model: nn.Module, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
-    """Add a new adapter as diffusers' `add_adapter` does, with quantized layers among those that can be adapted."""
+    """Adds a new adapter as diffusers' `add_adapter` does, with quantized layers among those that can be adapted."""
     of_diffusers: Any = type(model)
     with _visible_weights(model):
         of_diffusers.add_adapter(model, _register(adapter_config), *args, **kwargs)
@@ -142,7 +142,7 @@ def _side_branches() -> tuple[type[nn.Module], type[nn.Module]]:
 
 @contextmanager
 def _visible_weights(model: nn.Module) -> Iterator[None]:
-    """Show the attributes of float layers while PEFT sets up an adapter.
+    """Shows the attributes of float layers while PEFT sets up an adapter.
 
     PEFT reads the shape, device and element type of `weight`, not its values: the tensor has one number's memory. The
     attributes are no parameters, buffers or submodules, and are gone afterwards.
@@ -181,7 +181,7 @@ def _float_attributes(layer: nn.Module) -> dict[str, Any]:
 
 
 def _float_convolution(layer: nn.Module) -> nn.Conv2d:
-    """A convolution with the attributes of a quantized one; its weight has one number's memory."""
+    """Returns a convolution with the attributes of a quantized one; its weight has one number's memory."""
     shown = _float_attributes(layer)
     rows, channels = shown["weight"].shape[:2]
     options = {name: shown[name] for name in ("kernel_size", "stride", "padding", "dilation", "groups")}

@@ -37,7 +37,7 @@ _CASTS = ("half", "float")  # the casts of torch that diffusers refuses
 
 
 def bind_methods(model: nn.Module) -> None:
-    """Give a loaded denoiser its own casts and its own refusals, on the instance: its class stays diffusers'."""
+    """Gives a loaded denoiser its own casts and its own refusals, on the instance: its class stays diffusers'."""
     own: dict[str, Callable[..., Any]] = {"to": _to, **{name: getattr(nn.Module, name) for name in _CASTS}}
     if hasattr(model, "load_lora_adapter"):
         own |= {"load_lora_adapter": lora.load_lora_adapter, "add_adapter": lora.add_adapter}
@@ -53,7 +53,7 @@ def bind_methods(model: nn.Module) -> None:
 
 
 def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Move or cast, as `nn.Module.to`; the quantized layers keep their scales in float32."""
+    """Moves or cast, as `nn.Module.to`; the quantized layers keep their scales in float32."""
     dtype = kwargs.pop("dtype", None) or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
     rest = [arg for arg in args if not isinstance(arg, torch.dtype)]
     if dtype is not None:
@@ -87,7 +87,7 @@ def _refuse_processor(found: str) -> None:
 
 
 def _has_quantized_attention(model: nn.Module) -> bool:
-    """Whether an attention module has a quantized projection or quantized products, which a fusion would replace."""
+    """Returns whether an attention has a quantized projection or quantized products, which a fusion would replace."""
     quantized = (QuantizedLayer, SplitLayer, QuantizedAttention)
     attentions = (module for module in model.modules() if hasattr(module, "fuse_projections"))
     return any(isinstance(child, quantized) for attention in attentions for child in attention.children())

@@ -6,7 +6,7 @@ _said: set[str] = set()
 
 
 def say_once(message: str) -> None:
-    """Log a warning of diffusers, in whose name the export was loaded and whose verbosity is respected."""
+    """Logs a warning of diffusers, in whose name the export was loaded and whose verbosity is respected."""
     if message in _said:
         return
     from diffusers.utils import logging

@@ -59,7 +59,7 @@ class EdadmConfig(QuantizationConfigMixin):
         return f"{type(self).__name__}(bits={self.bits!r}, recipe={self.recipe!r}, {len(self.plan['layers'])} layers)"
 
     def quantization_plan(self) -> QuantizationPlan:
-        """The plan, checked.
+        """Returns the plan, checked.
 
         Raises:
             InputError: It was written by a newer version, or is not a plan.
@@ -97,18 +97,18 @@ class EdadmQuantizer(DiffusersQuantizer):
         *_: Any,
         **__: Any,
     ) -> None:
-        """Take a tensor as it lies in the file: diffusers has cast `param_value` to the dtype of the load."""
+        """Takes a tensor as it lies in the file: diffusers has cast `param_value` to the dtype of the load."""
         owner, name = _owner(model, param_name)
         stored = state_dict[param_name]
         _require_fit(param_name, stored, owner._buffers[name])
         owner._buffers[name] = stored.to(target_device)
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
-        """Leave shapes to `create_quantized_param`."""
+        """Leaves shapes to `create_quantized_param`."""
         return True
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """Refuse a file that lacks tensors: diffusers would go on with uninitialized ones."""
+        """Refuses a file that lacks tensors: diffusers would go on with uninitialized ones."""
         if missing_keys:
             raise InputError(f"The exported weights lack {len(missing_keys)} tensors, such as '{missing_keys[0]}'.")
         return missing_keys

@@ -47,10 +47,10 @@ class ImageSet(Protocol):
     """Images of one pipeline in a fixed order of seeds."""
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Returns the number of images."""
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches: 8-bit levels with shape `(n, C, H, W)`, C 1 or 3, and latents with shape `(n, *)`."""
+        """Yields batches: 8-bit levels with shape `(n, C, H, W)`, C 1 or 3, and latents with shape `(n, *)`."""
 
 
 class Context(Protocol):
@@ -71,16 +71,16 @@ class Context(Protocol):
     feature_name: str
 
     def features(self, images: ImageSet) -> Features:
-        """Return the features of the images or of the reference."""
+        """Returns the features of the images or of the reference."""
 
     def real_features(self) -> Features:
-        """Return the features of the real images."""
+        """Returns the features of the real images."""
 
     def real_statistics(self, layer: Layer) -> Statistics:
-        """Return mean and covariance of a layer's features over the real images."""
+        """Returns mean and covariance of a layer's features over the real images."""
 
     def once(self, key: str, compute: Callable[[], T]) -> T:
-        """Return the result of a function that several metrics share, computed for the first of them."""
+        """Returns the result of a function that several metrics share, computed for the first of them."""
 
 
 class Metric(ABC):
@@ -116,19 +116,19 @@ class Metric(ABC):
     compared: str = ""
 
     def applies(self, space: str) -> bool:
-        """Whether the metric exists for models that are judged in a feature space, such as `digits` or `inception`."""
+        """Returns whether the metric exists for models measured in a feature space, such as `digits` or `inception`."""
         return True
 
     def default_in(self, space: str) -> bool:
-        """Whether the metric is computed for such models unless other metrics are named."""
+        """Returns whether the metric is computed for such models unless other metrics are named."""
         return self.by_default
 
     def identity(self, config: Any) -> dict[str, Any]:
-        """Return what decides the value beside the images, as JSON values; `config` is an `EvaluateConfig`."""
+        """Returns what decides the value beside the images, as JSON values; `config` is an `EvaluateConfig`."""
         return {}
 
     def open(self, config: Any, device: torch.device) -> Any:
-        """Load what the metric needs of its own, such as a network; the result is handed to `compute`.
+        """Loads what the metric needs of its own, such as a network; the result is handed to `compute`.
 
         Raises:
             InputError: It is not there and cannot be downloaded. The metric is left out with this reason.
@@ -137,7 +137,7 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self, context: Context, resource: Any) -> Value:
-        """Compute the metric.
+        """Computes the metric.
 
         Args:
             context: The images, and everything that `needs` names.

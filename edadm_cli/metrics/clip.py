@@ -23,18 +23,18 @@ class ClipScore(Metric):
     needs = frozenset({"prompts"})
 
     def default_in(self, space: str) -> bool:
-        """Return whether CLIP is meaningful: for photographs and drawings, not for digits of 32 pixels."""
+        """Returns whether CLIP is meaningful: for photographs and drawings, not for digits of 32 pixels."""
         return space == INCEPTION
 
     def identity(self, config: Any) -> dict[str, Any]:
-        """Return the weights: their tag, or the hash of a file."""
+        """Returns the weights: their tag, or the hash of a file."""
         from edadm_cli.artifacts import file_sha256
 
         path = Path(config.clip_pretrained)
         return {"clip_pretrained": file_sha256(path) if path.is_file() else config.clip_pretrained}
 
     def open(self, config: Any, device: torch.device) -> ClipScorer:
-        """Load the CLIP model."""
+        """Loads the CLIP model."""
         from edadm_cli.metrics.clip_score import load_clip
 
         return load_clip(config.clip_model, config.clip_pretrained, device)

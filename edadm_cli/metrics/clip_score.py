@@ -47,7 +47,7 @@ class ClipScorer:
 
     @torch.inference_mode()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosine between each image and its prompt, as float64 with shape `(B,)`.
+        """Returns the cosine between each image and its prompt, as float64 with shape `(B,)`.
 
         Args:
             images: 8-bit levels with shape `(B, 3, H, W)`.
@@ -62,7 +62,7 @@ class ClipScorer:
 
 
 def load_clip(architecture: str, pretrained: str, device: torch.device) -> ClipScorer:
-    """Load a CLIP model by its open_clip name and a tag or a file of weights.
+    """Loads a CLIP model by its open_clip name and a tag or a file of weights.
 
     Raises:
         InputError: There is no such model or tag, the file does not fit, or the weights cannot be downloaded.
@@ -111,7 +111,7 @@ def _require_known(architecture: str, pretrained: str, is_file: bool) -> None:
 
 
 def _require_reachable(repository: str) -> None:
-    """Ask the hub once where its cache is empty: the client's own download would ask for most of a minute."""
+    """Asks the hub once where its cache is empty: the client's own download would ask for most of a minute."""
     from huggingface_hub import HfApi, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -125,7 +125,7 @@ def _require_reachable(repository: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep open_clip and the hub's client from writing to the terminal; a stage has its reporter."""
+    """Keeps open_clip and the hub's client from writing to the terminal; a stage has its reporter."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -32,7 +32,7 @@ _C1, _C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
 
 def psnr_ceiling(num_values: int) -> float:
-    """Return the PSNR in dB of two images of `num_values` levels that differ by one level in one place.
+    """Returns the PSNR in dB of two images of `num_values` levels that differ by one level in one place.
 
     It is the largest finite value that images of this size can have.
     """
@@ -40,7 +40,7 @@ def psnr_ceiling(num_values: int) -> float:
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Return the PSNR of each image in dB, as float64 with shape `(N,)`.
+    """Returns the PSNR of each image in dB, as float64 with shape `(N,)`.
 
     Equal images have no finite PSNR; they count as `psnr_ceiling`, so that a mean over images exists.
 
@@ -54,13 +54,13 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def num_identical(images: Tensor, reference: Tensor) -> int:
-    """Count the images that equal their reference in every level."""
+    """Counts the images that equal their reference in every level."""
     _check_same_shape(images, reference)
     return int((images == reference).flatten(1).all(dim=1).sum())
 
 
 def relative_l2(latents: Tensor, reference: Tensor) -> Tensor:
-    """Return the relative L2 distance of each latent to its reference, as float64 with shape `(N,)`.
+    """Returns the relative L2 distance of each latent to its reference, as float64 with shape `(N,)`.
 
     Args:
         latents: Shape `(N, ...)`.
@@ -72,7 +72,7 @@ def relative_l2(latents: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Return the structural similarity of each image, as float64 with shape `(N,)`; 1 for equal images.
+    """Returns the structural similarity of each image, as float64 with shape `(N,)`; 1 for equal images.
 
     Images with a side below 11 pixels have a smaller window.
 
@@ -101,7 +101,7 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def perceptual_distance(features: Features, reference: Features) -> Tensor:
-    """Return the perceptual distance of each image, as float64 with shape `(N,)`; 0 for equal features, at most 4.
+    """Returns the perceptual distance of each image, as float64 with shape `(N,)`; 0 for equal features, at most 4.
 
     It is the mean over the spatial and the pooled features of the squared distance between unit-length vectors.
 

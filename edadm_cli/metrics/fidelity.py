@@ -27,19 +27,19 @@ _DISTANCE_ROWS = 1000
 
 
 def feature_statistics(features: Tensor) -> Statistics:
-    """Return mean and covariance of features with shape `(N, D)`, accumulated in float64."""
+    """Returns mean and covariance of features with shape `(N, D)`, accumulated in float64."""
     results = metric_fid.fid_features_to_statistics(features.double().cpu())
     return Statistics(results["mu"], results["sigma"])
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
-    """Return the Fréchet distance of the normal distributions that have these statistics."""
+    """Returns the Fréchet distance of the normal distributions that have these statistics."""
     both = [{"mu": statistics.mean, "sigma": statistics.covariance} for statistics in (first, second)]
     return float(metric_fid.fid_statistics_to_metric(*both, verbose=False)[metric_fid.KEY_METRIC_FID])
 
 
 def kernel_distance(features: Tensor, real: Tensor) -> float:
-    """Return the unbiased squared maximum mean discrepancy, a mean over 100 pairs of random subsets.
+    """Returns the unbiased squared maximum mean discrepancy, a mean over 100 pairs of random subsets.
 
     A subset has 1,000 rows, or as many as the smaller set has. The value may be slightly negative.
 
@@ -58,18 +58,18 @@ def kernel_distance(features: Tensor, real: Tensor) -> float:
 
 
 def score_splits(num_images: int) -> int:
-    """Return the number of parts that the score is a mean over: one per thousand images, from 1 to 10."""
+    """Returns the number of parts that the score is a mean over: one per thousand images, from 1 to 10."""
     return max(1, min(SCORE_MAX_SPLITS, num_images // SCORE_SPLIT_SIZE))
 
 
 def inception_score(logits: Tensor) -> float:
-    """Return the Inception score of a classifier's logits with shape `(N, K)`; it lies in `[1, K]`."""
+    """Returns the Inception score of a classifier's logits with shape `(N, K)`; it lies in `[1, K]`."""
     results = metric_isc.isc_features_to_metric(logits.cpu(), splits=score_splits(len(logits)))
     return float(results[metric_isc.KEY_METRIC_ISC_MEAN])
 
 
 def precision_recall(features: Tensor, real: Tensor) -> tuple[float, float]:
-    """Return precision and recall of the manifolds spanned by the 3 nearest neighbours.
+    """Returns precision and recall of the manifolds spanned by the 3 nearest neighbours.
 
     Precision is the share of images within the real manifold; recall the share of real images within theirs.
 
@@ -92,7 +92,7 @@ def precision_recall(features: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def prompt_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the share of images that the classifier reads as the prompted class.
+    """Returns the share of images that the classifier reads as the prompted class.
 
     Args:
         logits: Shape `(N, K)`.
@@ -102,5 +102,5 @@ def prompt_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def _share(value: float, count: int) -> float:
-    """Return the share of `count` that a mean in float32 stands for."""
+    """Returns the share of `count` that a mean in float32 stands for."""
     return round(value * count) / count

@@ -24,7 +24,7 @@ class InFeatures(Metric):
         self.name, self.label, self._inception = name, label, inception
 
     def applies(self, space: str) -> bool:
-        """Whether the name belongs to the features: `fid`, `sfid` and `kid` mean Inception and nothing else."""
+        """Returns whether the name belongs to the features: `fid`, `sfid` and `kid` mean Inception and nothing else."""
         return self._inception is None or self._inception == (space == INCEPTION)
 
     def _value(self, context: Context, value: float, num_images: int | None = None) -> Value:
@@ -147,11 +147,11 @@ class PromptAmongFive(PromptAccuracy):
     description = "share of images for which the name of the prompt is among the five best"
 
     def applies(self, space: str) -> bool:
-        """Whether the classes are many: those of the emoji."""
+        """Returns whether the classes are many: those of the emoji."""
         return space == "emoji"
 
     def compute(self, context: Context, resource: Any) -> Value:
-        """Count the images whose prompted class has one of the five highest logits."""
+        """Counts the images whose prompted class has one of the five highest logits."""
         assert context.labels is not None
         named = context.labels >= 0
         logits, labels = context.features(context.images).logits[named], context.labels[named]

@@ -21,7 +21,7 @@ class Paired(Metric):
     compared = "pixels"
 
     def compute(self, context: Context, resource: Any) -> Value:
-        """Compare batch by batch."""
+        """Compares batch by batch."""
         import torch
 
         batches = zip(context.images.pairs(), context.reference.pairs(), strict=True)
@@ -30,7 +30,7 @@ class Paired(Metric):
 
     @abstractmethod
     def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
-        """Return one value per image, as float64 with shape `(n,)`."""
+        """Returns one value per image, as float64 with shape `(n,)`."""
 
 
 class Formula(Paired):
@@ -39,7 +39,7 @@ class Formula(Paired):
     function: ClassVar[str]
 
     def of_batch(self, images: Tensor, latents: Tensor, reference: Tensor, reference_latents: Tensor) -> Tensor:
-        """Return the values of the function, one per image."""
+        """Returns the values of the function, one per image."""
         from edadm_cli.metrics import distances
 
         pair = (images, reference) if self.compared == "pixels" else (latents, reference_latents)

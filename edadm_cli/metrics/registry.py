@@ -16,7 +16,7 @@ _SHIPPED: tuple[Metric, ...] = (*in_features.METRICS, *clip.METRICS, *paired.MET
 
 @cache
 def metrics() -> dict[str, Metric]:
-    """Return all metrics by name.
+    """Returns all metrics by name.
 
     Raises:
         MachineError: Another package's metric cannot be loaded, or takes a name that is taken.
@@ -34,11 +34,11 @@ def metrics() -> dict[str, Metric]:
 
 
 def metrics_of(space: str) -> dict[str, Metric]:
-    """Return the metrics of models that are judged in a feature space, by name."""
+    """Returns the metrics of models that are judged in a feature space, by name."""
     return {name: metric for name, metric in metrics().items() if metric.applies(space)}
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return names of metrics in the order in which they are shown; those that nobody registered come last."""
+    """Returns names of metrics in the order in which they are shown; those that nobody registered come last."""
     known = list(metrics())
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))

@@ -25,7 +25,7 @@ class Features:
         return len(self.pooled)
 
     def layer(self, name: Layer) -> Tensor:
-        """Return the features of one layer."""
+        """Returns the features of one layer."""
         return {"pooled": self.pooled, "spatial": self.spatial, "logits": self.logits}[name]
 
 

@@ -32,31 +32,31 @@ class Architecture(BaseModel):
         return next(name for name in DENOISER_NAMES if name in self.components)
 
     def component_class(self, name: str) -> Any:
-        """The class of a component."""
+        """Returns the class of a component."""
         return find_class(self.components[name][0])
 
     def config(self, name: str) -> dict[str, Any]:
-        """The configuration of a component."""
+        """Returns the configuration of a component."""
         return dict(self.components[name][1])
 
     def fingerprint(self, seed: int, version: int) -> str:
-        """Hash of the architecture, a seed of weights, and the version of the rule that draws them."""
+        """Returns the hash of the architecture, a seed of weights, and the version of the rule that draws them."""
         content = {"architecture": self.model_dump(mode="json"), "seed": seed, "weights": version}
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def find_class(path: str) -> Any:
-    """A class by its module and name; of diffusers where no module is named."""
+    """Returns a class by its module and name; of diffusers where no module is named."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module or "diffusers"), name)
 
 
 @cache
 def load_architecture(name: str) -> Architecture:
-    """Read a shipped architecture, such as `sd15`."""
+    """Reads a shipped architecture, such as `sd15`."""
     return Architecture.model_validate_json((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def known_architectures() -> list[str]:
-    """Names of the shipped architectures."""
+    """Returns the names of the shipped architectures."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))

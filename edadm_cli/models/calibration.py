@@ -85,7 +85,7 @@ class CalibrationSet:
 
     @classmethod
     def load(cls, artifact: Artifact) -> CalibrationSet:
-        """Read the calibration set of a `select` artifact.
+        """Reads the calibration set of a `select` artifact.
 
         Raises:
             InputError: A tensor is missing or does not fit the others.
@@ -117,7 +117,7 @@ class CalibrationSet:
     def call(
         self, indices: Tensor | Sequence[int], device: torch.device | str, dtype: torch.dtype
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of one denoiser call for some samples.
+        """Returns the arguments of one denoiser call for some samples.
 
         Args:
             indices: Which samples, `n` of them.
@@ -142,7 +142,7 @@ class CalibrationSet:
         return build_call(self.template, sample, rows(self.timestep, self.timestep).to(device), tensors)
 
     def _place(self, name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """Move a tensor; what had the denoiser's element type takes the new one, all else keeps its own."""
+        """Moves a tensor; what had the denoiser's element type takes the new one, all else keeps its own."""
         recorded = self.template["dtypes"][name]
         return tensor.to(device, dtype if recorded == self.collected_in else getattr(torch, recorded))
 
@@ -152,7 +152,7 @@ class CalibrationSet:
             raise InputError(f"The tensors of {artifact.path} do not fit each other: {problem}.", hint=artifact.remedy)
 
     def _misfit(self) -> str | None:
-        """What is wrong with the set; `None` where its tensors fit each other."""
+        """Returns what is wrong with the set; `None` where its tensors fit each other."""
         rows = {"sample": self.sample, "timestep": self.timestep, "step_index": self.step_index}
         rows |= {"trajectory_index": self.trajectory_index, **self.condition}
         rows |= {f"unconditional {name}": tensor for name, tensor in self.unconditional.items()}

@@ -70,7 +70,7 @@ class DenoiserCall:
 
 
 def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserCall:
-    """Take one call of `denoiser` apart.
+    """Takes one call of `denoiser` apart.
 
     Raises:
         InputError: There is no sample or timestep in the call, the timestep differs between rows, or an
@@ -117,7 +117,7 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 def build_call(
     template: Template, sample: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put a call together from a template; the inverse of `split_call`.
+    """Puts a call together from a template; the inverse of `split_call`.
 
     Args:
         template: As `split_call` made it.
@@ -158,12 +158,12 @@ def build_call(
 
 
 def is_tensor(node: Any) -> bool:
-    """Whether a node of a template stands for a tensor."""
+    """Returns whether a node of a template stands for a tensor."""
     return isinstance(node, Mapping) and len(node) == 1 and next(iter(node)) in _TENSOR_MARKS
 
 
 def placed_tensors(node: Any) -> set[str]:
-    """Names of the tensors, besides sample and timestep, that a template or a part of it has places for.
+    """Returns the names of the tensors, besides sample and timestep, that a template or a part of it has places for.
 
     Raises:
         ValueError: A place has no name, or a tuple no items.
@@ -189,7 +189,7 @@ def placed_tensors(node: Any) -> set[str]:
 
 @contextmanager
 def record_calls(denoiser: nn.Module, on_call: Callable[[DenoiserCall], None]) -> Iterator[None]:
-    """Hand each call of `denoiser` to `on_call`, taken apart, before it runs.
+    """Hands each call of `denoiser` to `on_call`, taken apart, before it runs.
 
     A denoiser on an engine names the module that it stands for, which says what its arguments are called.
     """
@@ -233,12 +233,12 @@ def _batched(sample: Any) -> tuple[Tensor | None, bool]:
 
 
 def _is_joined(value: Tensor, rows: int) -> bool:
-    """Whether a tensor has several entries per row in its first dimension."""
+    """Returns whether a tensor has several entries per row in its first dimension."""
     return value.ndim >= 2 and value.shape[0] > rows and value.shape[0] % rows == 0
 
 
 def _is_ragged(value: Any, rows: int) -> bool:
-    """Whether a value is a list of one tensor per row, which may differ in their first dimension."""
+    """Returns whether a value is a list of one tensor per row, which may differ in their first dimension."""
     is_list = isinstance(value, list) and len(value) == rows and all(isinstance(row, Tensor) for row in value)
     return is_list and len({row.shape[1:] for row in value}) == 1 and value[0].ndim >= 1
 

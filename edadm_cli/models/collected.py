@@ -62,7 +62,7 @@ class CollectedRun:
 
     @classmethod
     def open(cls, run: RunFolder) -> CollectedRun:
-        """Open the `collect` artifact of a run.
+        """Opens the `collect` artifact of a run.
 
         Raises:
             InputError: There is none, or it is broken.
@@ -111,7 +111,7 @@ class CollectedRun:
         return dtype
 
     def load(self, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-        """Load the full-precision pipeline that was sampled.
+        """Loads the full-precision pipeline that was sampled.
 
         Raises:
             InputError: The model is gone, or its files are not those that were collected from.
@@ -124,7 +124,7 @@ class CollectedRun:
         return model
 
     def load_denoiser(self, device: torch.device, weights: Literal["auto", "memory", "disk"]) -> nn.Module:
-        """Load the denoiser alone, in float32, its large weights in memory or read whenever they are used.
+        """Loads the denoiser alone, in float32, its large weights in memory or read whenever they are used.
 
         Args:
             device: Where it computes.
@@ -158,14 +158,14 @@ class CollectedRun:
 
 
 def _memory_of(device: torch.device) -> int:
-    """Bytes of a device's memory."""
+    """Returns the bytes of a device's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _misfit(artifact: Artifact, num_trajectories: int) -> str | None:
-    """What is wrong with the shapes of the tensors of a `collect` artifact; `None` where they fit each other."""
+    """Returns what is wrong with the shapes of a `collect` artifact's tensors; `None` where they fit each other."""
     files = {entry.path: entry.tensors or {} for entry in artifact.manifest.payload}
     steps = files.get(FEATURES_FILE, {}).get("timesteps")
     features = files.get(FEATURES_FILE, {}).get("features")
@@ -194,7 +194,7 @@ def _misfit(artifact: Artifact, num_trajectories: int) -> str | None:
 
 
 def load_collected_model(run: RunFolder, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Load the full-precision pipeline of a run.
+    """Loads the full-precision pipeline of a run.
 
     Raises:
         InputError: The model is gone, or its files are not those that were collected from.

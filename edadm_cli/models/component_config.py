@@ -87,7 +87,7 @@ _TOKENIZERS: dict[str, Rule] = {
 
 
 def require_sound_config(name: str, cls: type, descriptions: tuple[Path, ...]) -> None:
-    """Check the fields of a component's configuration for type and range.
+    """Checks the fields of a component's configuration for type and range.
 
     Args:
         name: The component's name, such as `vae`.
@@ -118,7 +118,7 @@ def require_sound_config(name: str, cls: type, descriptions: tuple[Path, ...]) -
 
 
 def require_fitting_classes(index: Path, pipeline_class: type[DiffusionPipeline], components: dict[str, type]) -> None:
-    """Refuse a denoiser of another class than the pipeline is made for, such as a video pipeline's for an image model.
+    """Refuses a denoiser of another class than the pipeline is made for, such as a video pipeline's for an image model.
 
     Raises:
         InputError: The classes do not fit.
@@ -140,7 +140,7 @@ def require_fitting_classes(index: Path, pipeline_class: type[DiffusionPipeline]
 
 
 def require_sound_options(index: Path, pipeline_class: type[DiffusionPipeline], options: dict[str, Any]) -> None:
-    """Check the type of a pipeline's own options by that of their default values.
+    """Checks the type of a pipeline's own options by that of their default values.
 
     Raises:
         InputError: An option has another type.
@@ -156,7 +156,7 @@ def require_sound_options(index: Path, pipeline_class: type[DiffusionPipeline], 
 
 
 def require_short_prompts(folder: Path, components: dict[str, Any]) -> None:
-    """Check that CLIP's text encoders have a position for every token that their tokenizers give.
+    """Checks that CLIP's text encoders have a position for every token that their tokenizers give.
 
     Raises:
         InputError: A tokenizer gives more tokens.

@@ -28,7 +28,7 @@ class _Shaped(Protocol):
 
 @contextmanager
 def no_questions() -> Iterator[None]:
-    """Give libraries an empty standard input: a question about custom code gets no answer from a script."""
+    """Gives libraries an empty standard input: a question about custom code gets no answer from a script."""
     before, sys.stdin = sys.stdin, io.StringIO()
     try:
         yield
@@ -38,7 +38,7 @@ def no_questions() -> Iterator[None]:
 
 @contextmanager
 def no_network() -> Iterator[None]:
-    """Keep the client of the Hugging Face hub offline: the configuration of a local model cannot have files fetched."""
+    """Keeps the client of the Hugging Face hub offline: no configuration of a local model makes it fetch files."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -50,7 +50,7 @@ def no_network() -> Iterator[None]:
 
 @contextmanager
 def bounded_size(config: Path, tensors: Iterable[_Shaped]) -> Iterator[None]:
-    """Stop the building of a network that its weights could never fill, such as one of 100,000 layers.
+    """Stops the building of a network that its weights could never fill, such as one of 100,000 layers.
 
     Args:
         config: The configuration that it is built from, for messages.

@@ -24,7 +24,7 @@ KINDS = (
 
 
 def is_fault_of_model(denoiser: nn.Module, error: BaseException) -> bool:
-    """Whether an error was raised inside of a library while a model of that library's own layers computed.
+    """Returns whether an error was raised inside of a library while a model of that library's own layers computed.
 
     Errors of a quantized denoiser, of the device, and those raised in code of this package are not: they are reported
     as internal errors.

@@ -72,7 +72,7 @@ def description_files(root: Path, folder: Path) -> tuple[Path, ...]:
 
 
 def refuse_code(folder: Path) -> None:
-    """Refuse a component's folder that contains program code.
+    """Refuses a component's folder that contains program code.
 
     Raises:
         InputError: There is such a file.
@@ -87,7 +87,7 @@ def refuse_code(folder: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object of bounded size and depth.
+    """Reads a JSON object of bounded size and depth.
 
     Raises:
         InputError: The file is too large, is no JSON, is nested too deeply, or holds something else than an object.
@@ -110,7 +110,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_requests_for_code(files: tuple[Path, ...]) -> None:
-    """Refuse configurations that ask a library to fetch or run code, or to load another model.
+    """Refuses configurations that ask a library to fetch or run code, or to load another model.
 
     Raises:
         InputError: A configuration contains `auto_map`, a kernel of the hub, or a backbone of its own.
@@ -133,7 +133,7 @@ def _allowed_folders(root: Path) -> tuple[Path, ...]:
 
 
 def entries(content: Any) -> Iterator[tuple[str, Any, int]]:
-    """Every key of nested objects with its value and its depth, without recursion."""
+    """Yields every key of nested objects with its value and its depth, without recursion."""
     pending: list[tuple[Any, int]] = [(content, 1)]
     while pending:
         value, depth = pending.pop()

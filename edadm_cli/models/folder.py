@@ -95,7 +95,7 @@ class Component:
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
-        """Give a temporary folder that holds links to exactly the files that are read.
+        """Gives a temporary folder that holds links to exactly the files that are read.
 
         A library that loads from this folder cannot see anything that was not checked and hashed.
         """
@@ -128,7 +128,7 @@ class PipelineFolder:
     requires_safety_checker: bool | None
 
     def fingerprint(self) -> str:
-        """Hash over relative path and content hash of each file that is read to sample images."""
+        """Returns a hash over relative path and content hash of each file that is read to sample images."""
         files = {self.path / INDEX_NAME}
         for component in self.components:
             files.update(component.weights, component.descriptions)
@@ -139,7 +139,7 @@ class PipelineFolder:
         return digest.hexdigest()
 
     def skipped_component(self, name: str) -> Component:
-        """Check the files of a component that images are sampled without, as those of the others are checked.
+        """Checks the files of a component that images are sampled without, as those of the others are checked.
 
         Raises:
             InputError: It is missing, foreign, broken, or has no safetensors.
@@ -148,7 +148,7 @@ class PipelineFolder:
 
 
 def read_folder(path: Path, *, weights_of_denoiser: bool = True) -> PipelineFolder:
-    """Read a diffusers folder's index and check each component's files, without loading any.
+    """Reads a diffusers folder's index and checks each component's files, without loading any.
 
     Args:
         path: The folder.
@@ -214,7 +214,7 @@ def _named_components(
 
 
 def _is_skipped(pipeline_class: type[DiffusionPipeline], name: str) -> bool:
-    """Whether images are sampled without a component: some pipelines encode images with a feature extractor."""
+    """Returns whether images are sampled without a component: some pipelines encode images with a feature extractor."""
     return name == "safety_checker" or name in pipeline_class._optional_components
 
 
@@ -268,7 +268,7 @@ def _read_component(root: Path, name: str, library: str, class_name: str, *, has
 
 
 def _component_folder(root: Path, name: str, class_name: str) -> Path:
-    """The folder of a component; the older layout has a model and its scheduler side by side in the root."""
+    """Returns the folder of a component; the older layout has a model and its scheduler side by side in the root."""
     folder = root / name
     with explained_os_errors(folder):
         if not folder.is_dir():
@@ -319,7 +319,7 @@ def _classes_without_weights() -> tuple[type, ...]:
 
 
 def _class_of(root: Path, library: str, class_name: str) -> type:
-    """The class that an index names, from the libraries that are trusted and from nowhere else."""
+    """Returns the class that an index names, from the libraries that are trusted and from nowhere else."""
     from diffusers import pipelines
 
     parts = library.split(".")

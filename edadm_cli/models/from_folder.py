@@ -29,7 +29,7 @@ _LONGEST_REASON = 400  # characters of another library's error
 def load_folder(
     folder: PipelineFolder, dtype: torch.dtype, ready: Mapping[str, nn.Module] | None = None
 ) -> DiffusionPipeline:
-    """Build the pipeline of a folder.
+    """Builds the pipeline of a folder.
 
     Each component is loaded from a temporary folder that holds links to the checked files and nothing else.
 
@@ -125,7 +125,7 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype) -> nn.Mo
 
 
 def first_sentence(error: BaseException) -> str:
-    """What another library says went wrong, on one line and not at length."""
+    """Returns what another library says went wrong, on one line and not at length."""
     text = " ".join(str(error).split()) or type(error).__name__
     sentence = re.split(r"\.\s+(?=[A-Z])", text, maxsplit=1)[0][:_LONGEST_REASON]
     return sentence if sentence.endswith(".") else f"{sentence}."

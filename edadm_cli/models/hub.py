@@ -14,12 +14,12 @@ _LACKS_WEIGHTS = "necessary `safetensors` weights"  # in what diffusers says of 
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether a text has the form `owner/name`."""
+    """Returns whether a text has the form `owner/name`."""
     return bool(_HUB_ID.match(text))
 
 
 def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
-    """Fetch a pipeline's folder, safetensors only, or find it in the cache.
+    """Fetches a pipeline's folder, safetensors only, or finds it in the cache.
 
     Returns:
         The folder and its commit.
@@ -59,7 +59,7 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _download_safetensors(repo_id: str, revision: str | None, local_only: bool) -> Path:
-    """Fetch the weights without a variant, or else the first variant that the repository has."""
+    """Fetches the weights without a variant, or else the first variant that the repository has."""
     from diffusers import DiffusionPipeline
 
     for variant in _VARIANTS:

@@ -29,12 +29,12 @@ _MASK_ENDING = ".mask.png"
 
 
 def takes_images(pipeline: DiffusionPipeline) -> bool:
-    """Whether images can condition a pipeline."""
+    """Returns whether images can condition a pipeline."""
     return not set(IMAGE_PARAMETERS).isdisjoint(inspect.signature(type(pipeline).__call__).parameters)
 
 
 def has_images(entry: ModelEntry) -> bool:
-    """Whether a folder of images was named."""
+    """Returns whether a folder of images was named."""
     return entry.images is not None
 
 

@@ -27,7 +27,7 @@ NUM_LABELS = 1001
 
 
 def _with_num_labels(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a constructor with `num_labels`: diffusers reads the configuration's keys from it."""
+    """Returns the signature of a constructor with `num_labels`: diffusers reads the configuration's keys from it."""
     signature = inspect.signature(function)
     extra = inspect.Parameter("num_labels", inspect.Parameter.KEYWORD_ONLY, default=NUM_LABELS)
     return signature.replace(parameters=[*signature.parameters.values(), extra])
@@ -69,7 +69,7 @@ class ClassConditionalUNet(UNet2DConditionModel):
     __init__.__signature__ = _with_num_labels(UNet2DConditionModel.__init__)  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor, timestep: Any, class_labels: Tensor, return_dict: bool = True) -> Any:
-        """Predict the noise.
+        """Predicts the noise.
 
         Args:
             hidden_states: Noisy latents, with shape `(N, C, H, W)`.
@@ -81,7 +81,7 @@ class ClassConditionalUNet(UNet2DConditionModel):
         return super().forward(hidden_states, timestep, encoder_hidden_states=context, return_dict=return_dict)
 
     def _rows(self, labels: Tensor) -> Tensor:
-        """The rows of the embedding for labels of `DiTPipeline`."""
+        """Returns the rows of the embedding for labels of `DiTPipeline`."""
         last, none = self.num_classes, NUM_LABELS - 1
         if last == none:
             return labels

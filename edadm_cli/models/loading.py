@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `cpu`, `cuda`, `cuda:N` or `auto` into a device of this machine.
+    """Turns `cpu`, `cuda`, `cuda:N` or `auto` into a device of this machine.
 
     On CUDA, this turns TF32 off: torch lets convolutions round their factors to TF32 by default, whose error is far
     above the bound that engines have to meet.
@@ -70,7 +70,7 @@ def load_model(
     entry: ModelEntry | None = None,
     prediction_type: str | None = None,
 ) -> LoadedModel:
-    """Load a pipeline and check it.
+    """Loads a pipeline and checks it.
 
     Args:
         model: A known name, a diffusers folder, a checkpoint file, or a hub id.
@@ -197,7 +197,7 @@ def _configured(pipeline: DiffusionPipeline, entry: ModelEntry | None) -> Diffus
 
 
 def _with_prediction_type(pipeline: DiffusionPipeline, entry: ModelEntry, prediction_type: str) -> ModelEntry:
-    """Set what the scheduler takes the denoiser's output for; later stages read it from the entry."""
+    """Sets what the scheduler takes the denoiser's output for; later stages read it from the entry."""
     scheduler = pipeline.scheduler
     if "prediction_type" not in scheduler.config:
         raise UsageError(

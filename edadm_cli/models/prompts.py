@@ -51,7 +51,7 @@ def resolve_prompts(model: LoadedModel, path: Path | None, num_prompts: int, see
 
 
 def prompts_name(model: LoadedModel, path: Path | None) -> str | None:
-    """What a manifest calls the source of the prompts: a built-in set, `file`, or `None` where there are none."""
+    """Returns the manifest's name for the source of the prompts: a built-in set, `file`, or `None` without prompts."""
     if not takes_prompts(model.pipeline):
         return None
     if path is not None:
@@ -60,7 +60,7 @@ def prompts_name(model: LoadedModel, path: Path | None) -> str | None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file; empty ones are left out.
+    """Reads the prompts of a file; empty ones are left out.
 
     Args:
         path: A text file with one prompt per line; a JSON file with COCO captions, of which the first of each image

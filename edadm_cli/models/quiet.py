@@ -13,7 +13,7 @@ _SAME_TEXT = 40  # characters that two warnings of one kind have in common; what
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep diffusers, transformers and huggingface_hub from writing to the terminal."""
+    """Keeps diffusers, transformers and huggingface_hub from writing to the terminal."""
     import diffusers.utils.logging as diffusers_logging
     import huggingface_hub.utils as hub
     import transformers.utils.logging as transformers_logging
@@ -38,7 +38,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def pipeline_warnings() -> Iterator[list[str]]:
-    """Collect what diffusers' pipelines warn of while entered, each kind of warning once; nothing is printed."""
+    """Collects what diffusers' pipelines warn of while entered, each kind of warning once; nothing is printed."""
     messages: list[str] = []
 
     class Collector(logging.Handler):

@@ -47,7 +47,7 @@ def build_denoiser(
     device: torch.device = _CPU,
     changes: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build the denoiser of a known model with random weights, in eval mode.
+    """Builds the denoiser of a known model with random weights, in eval mode.
 
     Args:
         name: An architecture such as `sd15`, or the model `sd15-random`.
@@ -63,7 +63,7 @@ def build_denoiser(
 def build_random_pipeline(
     architecture: Architecture, seed: int, dtype: torch.dtype, device: torch.device = _CPU
 ) -> DiffusionPipeline:
-    """Build a whole pipeline with random weights: denoiser, text encoders, autoencoder, scheduler, tokenizers."""
+    """Builds a whole pipeline with random weights: denoiser, text encoders, autoencoder, scheduler, tokenizers."""
     with quiet_libraries():
         parts = {name: _build_component(architecture, name, seed, dtype, device) for name in architecture.components}
         return find_class(architecture.pipeline)(**architecture.options, **parts)
@@ -71,7 +71,7 @@ def build_random_pipeline(
 
 @torch.no_grad()
 def initialize(module: nn.Module, seed: int) -> None:
-    """Fill every parameter of a module, each with a seed of its own."""
+    """Fills every parameter of a module, each with a seed of its own."""
     owners = dict(module.named_modules())
     for name, parameter in module.named_parameters():
         owner, _, last = name.rpartition(".")
@@ -148,7 +148,7 @@ def _construct(cls: Any, config: dict[str, Any]) -> nn.Module:
 
 
 def _spread(parameter: Tensor, owner: nn.Module, path: str, name: str) -> tuple[float, float]:
-    """The standard deviation and the mean of the parameter `name` of a module."""
+    """Returns the standard deviation and the mean of the parameter `name` of a module."""
     if parameter.ndim < 2:
         is_norm_weight = name == "weight" and "norm" in type(owner).__name__.lower()
         return _SPREAD, 1.0 if is_norm_weight else 0.0

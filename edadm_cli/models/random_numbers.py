@@ -40,7 +40,7 @@ def fill_nearly_normal(out: Tensor, seed: int, gain: float = 1.0, mean: float = 
 
 
 def _sums(words: Tensor, seed: int) -> Tensor:
-    """The sums of the parts of the mixed words, float32, which holds them exactly; `words` is overwritten."""
+    """Returns the sums of the parts of the mixed words, float32, which holds them exactly; `words` is overwritten."""
     words.mul_(_STEP).add_(_mixed_seed(seed))
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
         words.bitwise_xor_(_shifted(words, shift)).mul_(factor)
@@ -51,11 +51,11 @@ def _sums(words: Tensor, seed: int) -> Tensor:
 
 
 def _shifted(words: Tensor, shift: int) -> Tensor:
-    """Words shifted to the right as unsigned ones: torch's shift copies the sign."""
+    """Returns the words shifted to the right as unsigned ones: torch's shift copies the sign."""
     return (words >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
 def _mixed_seed(seed: int) -> int:
-    """A number far from those of other seeds, as a signed 64-bit number."""
+    """Returns a number far from those of other seeds, as a signed 64-bit number."""
     value = (seed * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) % 2**64
     return value - 2**64 if value >= 2**63 else value

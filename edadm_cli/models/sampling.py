@@ -61,7 +61,7 @@ class Samples:
 
 
 def image_seed(seed: int, index: int, stream: int = CALIBRATION) -> int:
-    r"""Seed of one image: $((2s + k)\, 1000003 + i) \bmod 2^{32}$ for seed $s$, stream $k$ and image $i$.
+    r"""Returns the seed of one image: $((2s + k)\, 1000003 + i) \bmod 2^{32}$ for seed $s$, stream $k$ and image $i$.
 
     Torch's CPU generator uses 32 bits of a seed, so distinct images keep distinct noise only within those.
     """
@@ -76,7 +76,7 @@ def sample(
     num_steps: int,
     guidance_scale: float | None,
 ) -> Samples:
-    """Sample one image for each seed.
+    """Samples one image for each seed.
 
     Noise is drawn image by image on the CPU, so neither the device nor the other images of the batch change
     it.
@@ -123,12 +123,12 @@ def sample(
 
 
 def takes_prompts(pipeline: DiffusionPipeline) -> bool:
-    """Whether images of this pipeline are asked for in words."""
+    """Returns whether images of this pipeline are asked for in words."""
     return "prompt" in _parameters(pipeline)
 
 
 def takes_guidance(pipeline: DiffusionPipeline) -> bool:
-    """Whether this pipeline has guidance with a scale."""
+    """Returns whether this pipeline has guidance with a scale."""
     return not {"guidance_scale", "true_cfg_scale"}.isdisjoint(_parameters(pipeline))
 
 
@@ -140,8 +140,9 @@ def default_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> float 
 
 
 def _has_true_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> bool:
-    """Whether guidance means a second prediction with a negative prompt, under a name of its own: a denoiser that takes
-    the scale as an input is guided by that instead.
+    """Returns whether guidance is a second prediction with a negative prompt whose scale is called `true_cfg_scale`.
+
+    A denoiser that takes the scale as an input is guided by that input instead.
     """
     return "true_cfg_scale" in _parameters(pipeline) and not getattr(denoiser.config, "guidance_embeds", False)
 
@@ -153,7 +154,7 @@ def call_default(pipeline: DiffusionPipeline, name: str) -> Any:
 
 
 def require_num_steps(model: LoadedModel, num_steps: int) -> None:
-    """Refuse more steps than the model has timesteps: schedulers would repeat some, or fail in words of their own.
+    """Refuses more steps than the model has timesteps: schedulers would repeat some, or fail in words of their own.
 
     Raises:
         UsageError: There are more.
@@ -243,7 +244,7 @@ def _class_label(model: LoadedModel, seed: int) -> int | None:
 
 @contextmanager
 def _explained_refusals(model: LoadedModel) -> Iterator[None]:
-    """Turn what a pipeline raises about its arguments, or about components that do not fit, into one sentence.
+    """Turns what a pipeline raises about its arguments, or about components that do not fit, into one sentence.
 
     Raises:
         InputError: The pipeline refused its arguments, or a component failed inside of its library.
@@ -280,7 +281,7 @@ def _size_hint(model: LoadedModel) -> str | None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether an error comes from a pipeline or its image processor rather than from a network."""
+    """Returns whether an error comes from a pipeline or its image processor rather than from a network."""
     frames = traceback.extract_tb(error.__traceback__)
     sources = [frame.filename.replace("\\", "/") for frame in frames]
     in_pipeline = any("/diffusers/pipelines/" in source or "/diffusers/image_processor" in source for source in sources)
@@ -291,7 +292,7 @@ def _is_refusal(error: BaseException) -> bool:
 def _watch_scheduler(
     pipeline: DiffusionPipeline, arguments: dict[str, Any], last_sample: list[Tensor]
 ) -> Iterator[None]:
-    """Keep the sample that the scheduler returned last.
+    """Keeps the sample that the scheduler returned last.
 
     A pipeline that draws fresh noise at every step without handing its generators on (LDMPipeline) is mended: else the
     noise would come from the global generator.

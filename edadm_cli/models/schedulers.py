@@ -28,7 +28,7 @@ class QuadraticDDIMScheduler(DDIMScheduler):
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Set the timesteps of one sampling, from noise to data."""
+        """Sets the timesteps of one sampling, from noise to data."""
         self.num_inference_steps = num_inference_steps
         end = (_SHARE * self.config.num_train_timesteps) ** 0.5
         ascending = torch.linspace(0, end, num_inference_steps, dtype=torch.float64).square().floor().long()
@@ -46,7 +46,7 @@ class QuadraticDDIMScheduler(DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Take one step; the arguments and the result are those of `DDIMScheduler.step`."""
+        """Takes one step; the arguments and the result are those of `DDIMScheduler.step`."""
         timesteps = self.timesteps.tolist()
         if self._next >= len(timesteps) or int(timestep) != timesteps[self._next]:
             raise ValueError(f"The timestep {int(timestep)} is not the next one of this sampling.")

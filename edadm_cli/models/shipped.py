@@ -9,7 +9,7 @@ from edadm_cli.models.emoji import data as emoji
 
 
 def shipped_folder(name: str) -> Path:
-    """Return the folder of a shipped model.
+    """Returns the folder of a shipped model.
 
     Raises:
         UsageError: There is no such model.
@@ -19,7 +19,7 @@ def shipped_folder(name: str) -> Path:
 
 
 def shared_parts(folder: Path) -> dict[str, Path]:
-    """Return the folders of those components that a shipped pipeline shares with another one, by component.
+    """Returns the folders of those components that a shipped pipeline shares with another one, by component.
 
     A folder outside this package shares nothing, so that no model can name files that are not its own.
     """
@@ -27,7 +27,7 @@ def shared_parts(folder: Path) -> dict[str, Path]:
 
 
 def shipped_prompts(source: str, num_prompts: int, seed: int) -> list[str]:
-    """Return prompts of a shipped model's own: `digits` or `emoji`.
+    """Returns prompts of a shipped model's own: `digits` or `emoji`.
 
     Raises:
         UsageError: The number is negative.

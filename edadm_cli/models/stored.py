@@ -34,7 +34,7 @@ def file_readers(files: tuple[Path, ...]) -> dict[str, Reader]:
 
 
 def place_stored(denoiser: nn.Module, readers: Mapping[str, Reader], device: torch.device) -> None:
-    """Fill a denoiser that was built without memory: linear layers and convolutions read their weights when used.
+    """Fills a denoiser that was built without memory: linear layers and convolutions read their weights when used.
 
     Args:
         denoiser: Its parameters are on the `meta` device; buffers hold their values.
@@ -63,12 +63,12 @@ def place_stored(denoiser: nn.Module, readers: Mapping[str, Reader], device: tor
 
 
 def is_stored(module: nn.Module) -> bool:
-    """Whether the weight of a layer is read when it is used."""
+    """Returns whether the weight of a layer is read when it is used."""
     return _READER in vars(module)
 
 
 def num_weights(layer: nn.Module) -> int:
-    """Number of the elements of a layer's weight, which is not read for it."""
+    """Returns the number of the elements of a layer's weight, which is not read for it."""
     return vars(layer)[_SHAPE].numel() if is_stored(layer) else layer.get_parameter("weight").numel()
 
 
@@ -82,7 +82,7 @@ def _store(layer: nn.Module, name: str, reader: Reader, device: torch.device) ->
 
 @cache
 def _stored_class(cls: Any) -> Any:
-    """A layer class whose weight is read; it has the name of the plain one, which is what layers are recognized by."""
+    """Returns a layer class whose weight is read from disk; it has the plain class's name, which identifies layers."""
     return type(cls.__name__, (cls,), {"weight": property(_weight), "__module__": cls.__module__})
 
 

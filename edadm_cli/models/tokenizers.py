@@ -32,7 +32,7 @@ def clip_tokenizer(**options: Any) -> Any:
 
 
 def letter_tokenizer(**options: Any) -> Any:
-    """A T5 tokenizer whose tokens are single characters: T5's own vocabulary has to be downloaded.
+    """Returns a T5 tokenizer whose tokens are single characters: T5's own vocabulary has to be downloaded.
 
     It serves text encoders with random weights, which only need different tokens for different words.
     """

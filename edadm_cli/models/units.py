@@ -75,7 +75,7 @@ class Trace:
 
 
 def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Run `denoiser(*args, **kwargs)` once and note what ran, in order."""
+    """Runs `denoiser(*args, **kwargs)` once and notes what ran, in order."""
     result, runs, family = Trace(), dict[str, int](), family_of(denoiser)
     embeddings = [name for name, module in denoiser.named_modules() if type(module).__name__ in family.embeddings]
     with Hooks() as hooks:
@@ -118,7 +118,7 @@ def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def units(denoiser: nn.Module, traced: Trace, names: set[str], granularity: Literal["block", "layer"]) -> list[Unit]:
-    """Split the layers in `names` into units, in execution order.
+    """Splits the layers in `names` into units, in execution order.
 
     With `block`, each outermost block of the denoiser is one unit and every other layer is a unit too; with `layer`,
     every layer is a unit.
@@ -164,7 +164,7 @@ class _Concatenations(TorchFunctionMode):
         return result
 
     def sizes_of(self, x: Tensor) -> tuple[int, ...] | None:
-        """Channel sizes of the tensors that were concatenated to `x`; `None` when `x` is no concatenation."""
+        """Returns the channel sizes of the tensors that were concatenated to `x`; `None` if `x` is no concatenation."""
         for made, sizes in self._made:
             if made.data_ptr() == x.data_ptr() and made.shape == x.shape:
                 return sizes

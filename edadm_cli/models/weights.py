@@ -29,7 +29,7 @@ class WeightFiles:
 
 
 def find_weights(root: Path, folder: Path, name: str, stem: str) -> WeightFiles:
-    """Choose and check the weight files of a component; the files without a variant come first.
+    """Chooses and checks the weight files of a component; the files without a variant come first.
 
     Args:
         root: The model's folder, with its own links resolved.
@@ -94,7 +94,7 @@ def _shards(root: Path, index: Path) -> tuple[Path, ...]:
 
 
 def _require_complete(index: Path, shards: tuple[Path, ...]) -> None:
-    """Check the header of every shard: each tensor is in the file where the index places it, and in no other."""
+    """Checks the header of every shard: each tensor is in the file where the index places it, and in no other."""
     held = {shard.name: set(read_tensor_header(shard)) for shard in shards}
     for tensor, shard in read_json_object(index)["weight_map"].items():
         if tensor not in held[shard]:

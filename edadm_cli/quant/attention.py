@@ -34,7 +34,7 @@ class AttentionProducts(nn.Module):
     """
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
-        """Return what the product uses in place of an operand."""
+        """Returns what the product uses in place of an operand."""
         return tensor
 
     def run(self, attend: Callable[[], Tensor]) -> Tensor:
@@ -51,7 +51,7 @@ class AttentionProducts(nn.Module):
         *args: object,
         **kwargs: object,
     ) -> Tensor:
-        """Attend as diffusers' own processors do; `attn` is the `Attention` module."""
+        """Attends as diffusers' own processors do; `attn` is the `Attention` module."""
         return self.run(partial(self._attend, attn, hidden_states, encoder_hidden_states, attention_mask, temb))
 
     def _attend(
@@ -115,7 +115,7 @@ class QuantizedAttention(AttentionProducts):
         return output
 
     def forward(self, attend: Callable[[], Tensor]) -> Tensor:
-        """Attend; called by `run` alone."""
+        """Attends; called by `run` alone."""
         return attend()
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
 
 
 def _clamp_codes(codes: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Clamp codes that lack their zero-point, in place."""
+    """Clamps codes that lack their zero-point, in place."""
     shift = zero_point.reshape(())
     return codes.clamp_(grid.quant_min - shift, grid.quant_max - shift)
 

@@ -35,7 +35,7 @@ class LayerProduct(Protocol):
     """
 
     def prepare(self, layer: QuantizedLayer) -> None:
-        """Compute what a call needs besides the layer's own tensors, where the layer lies on a device that is served.
+        """Computes what a call needs besides the layer's own tensors, where the layer lies on a device that is served.
 
         Such tensors are buffers of the layer that are not persistent; buffers of an earlier call are replaced.
         """
@@ -47,7 +47,7 @@ class LayerProduct(Protocol):
         """Returns whether the layer is prepared on the device where its codes lie."""
 
     def fall_back(self, layer: QuantizedLayer) -> None:
-        """Report once why a layer computes in floating point; called by eager forwards that do."""
+        """Reports once why a layer computes in floating point; called by eager forwards that do."""
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Returns the layer's output for `x`, in the element type of `x`."""
@@ -160,7 +160,7 @@ class QuantizedLayer(nn.Module):
         self._changed()
 
     def deploy(self, product: LayerProduct | None) -> None:
-        """Multiply the codes by `product` where that runs, and keep no float weight anywhere; `None` undoes both.
+        """Multiplies the codes by `product` where that runs, and keeps no float weight anywhere; `None` undoes both.
 
         Quantize-dequantize remains what the layer does on other devices, and `arithmetic = "integer"` the exact sum.
         """

@@ -20,7 +20,7 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def set_processor(attention: nn.Module, processor: object) -> None:
-    """Exchange the processor of a diffusers attention module, whether either is a module or a plain object."""
+    """Exchanges the processor of a diffusers attention module, whether either is a module or a plain object."""
     attention._modules.pop("processor", None)  # a processor that is a module would shadow one that is not
     attention.processor = processor  # type: ignore[assignment]
 

@@ -33,7 +33,7 @@ class Operation:
         raise TypeError(f"{type(layer).__name__} is not a linear layer or a zero-padded convolution")
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Apply to `x` `[N, C, H, W]` or `[..., C]` with weight `[C_out, C / groups, kh, kw]` or `[C_out, C]`."""
+        """Applies to `x` `[N, C, H, W]` or `[..., C]` with weight `[C_out, C / groups, kh, kw]` or `[C_out, C]`."""
         if self.kind == "linear":
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -44,7 +44,7 @@ class Operation:
         return 1 if self.kind == "conv2d" else -1
 
     def is_pointwise(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether this convolution is a matrix product: kernel 1x1, stride 1, no padding, one group."""
+        """Returns whether this convolution is a matrix product: kernel 1x1, stride 1, no padding, one group."""
         alone = self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
         return self.kind == "conv2d" and weight_shape[2:] == (1, 1) and alone
 

@@ -32,18 +32,18 @@ class Batches:
         return self.num_samples * self.calibration.branches
 
     def few(self, rows: int) -> Batches:
-        """The first samples in one batch of about so many rows, for probes: of one branch, where two are too many."""
+        """Returns the first samples in one batch of about `rows` rows; of one branch, where two are too many rows."""
         branches = min(rows, self.calibration.branches)
         samples = max(1, min(rows // branches, self.batch_size, self.num_samples))
         return Batches(replace(self.calibration, branches=branches), samples, self.device, samples)
 
     def indices(self) -> list[list[int]]:
-        """The samples of each batch."""
+        """Returns the samples of each batch."""
         starts = range(0, self.num_samples, self.batch_size)
         return [list(range(start, min(start + self.batch_size, self.num_samples))) for start in starts]
 
     def rows(self, indices: Sequence[int]) -> list[int]:
-        """Numbers of the rows of some samples, in the order in which the denoiser gets them."""
+        """Returns the numbers of the rows of some samples, in the order in which the denoiser gets them."""
         found = []
         for branch in range(self.calibration.branches):
             for index in indices:
@@ -53,7 +53,7 @@ class Batches:
         return found
 
     def call(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of the denoiser for some samples."""
+        """Returns the arguments of the denoiser for some samples."""
         return self.calibration.call(indices, self.device, torch.float32)
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -32,7 +32,7 @@ _SEED_STRIDE = 1_000_003
 
 
 def unit_seed(seed: int, index: int) -> int:
-    """Seed of one unit's randomness, so that a resume draws what an undisturbed run draws."""
+    """Returns the seed of one unit's randomness, so that a resume draws what an undisturbed run draws."""
     return (seed * _SEED_STRIDE + index) % 2**63
 
 
@@ -83,7 +83,7 @@ class BlockReconstruction:
     def run(
         self, units: Sequence[Unit], advance: Callable[[int], None], learning: Collection[str] | None = None
     ) -> dict[str, UnitResult]:
-        """Learn units; `advance` is told of each one that is done.
+        """Learns units; `advance` is told of each one that is done.
 
         Args:
             units: All of the denoiser, in execution order.
@@ -121,11 +121,11 @@ class BlockReconstruction:
         return results
 
     def _nearest(self, unit: Unit) -> dict[str, Tensor]:
-        """The parameters of a unit that does not learn."""
+        """Returns the parameters of a unit that does not learn."""
         return nearest_params_of(unit.layers, self.network.float_weight, self.plan, self.ranges)
 
     def _resume(self, numbers: Mapping[str, int], chosen: Sequence[Unit]) -> dict[str, UnitResult]:
-        """Units that a killed run finished; every process looks before any of them writes."""
+        """Returns the units that a killed run finished; every process looks before any of them writes."""
         if self.place.processes.is_main:
             self.place.cache.clear()
         found = {unit.name: self.place.checkpoints.load(numbers[unit.name], unit) for unit in chosen}
@@ -133,7 +133,7 @@ class BlockReconstruction:
         return {name: result for name, result in found.items() if result is not None}
 
     def _finished_units(self, units: Sequence[Unit]) -> FinishedUnits:
-        """The units in their passes after they are finished: what they compute is kept, not computed again."""
+        """Returns the units in their passes after they are finished: what they compute is kept, not computed again."""
         denoiser, forms = self.network.denoiser, dict(self._forms)
         rest = [unit for unit in units if unit.name not in forms]
         try:
@@ -213,7 +213,7 @@ class BlockReconstruction:
 
 
 def freeze_unit(network: SwitchableNetwork, plan: QuantizationPlan, unit: Unit, params: Mapping[str, Tensor]) -> None:
-    """Put the deployed form of a unit's layers and attention products into the network.
+    """Puts the deployed form of a unit's layers and attention products into the network.
 
     Args:
         network: The denoiser.
@@ -234,7 +234,7 @@ def freeze_unit(network: SwitchableNetwork, plan: QuantizationPlan, unit: Unit, 
 def freeze_attentions(
     network: SwitchableNetwork, plan: QuantizationPlan, names: Sequence[str], params: Mapping[str, Tensor]
 ) -> None:
-    """Quantize attention products for good, with the scales among `params`."""
+    """Quantizes attention products for good, with the scales among `params`."""
     for name in names:
         scales = {operand: params[f"{name}.{operand}_scale"] for operand in OPERANDS}
         network.put_processor(name, QuantizedAttention(plan.attentions[name], scales).to(network.device))

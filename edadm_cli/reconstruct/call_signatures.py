@@ -48,7 +48,7 @@ class UnitForm:
         return sum(kind.bytes for kind in (*self.inputs, *self.outputs))
 
     def learning_bytes(self, with_layers: bool) -> int:
-        """Bytes of what one row needs beside them while the unit learns."""
+        """Returns the bytes of what one row needs beside them while the unit learns."""
         layers = self.layers.values() if with_layers else ()
         return sum(kind.bytes for kind in (*self.inputs, *layers))
 
@@ -62,7 +62,7 @@ class Shapes:
     layers: dict[str, list[RowType]] = field(default_factory=dict)
 
     def form(self, name: str, rows: int) -> UnitForm:
-        """What one call of so many rows suggests: that a tensor has rows where its first dimension is as long.
+        """Returns what one call of so many rows suggests: that a tensor has rows where its first dimension is as long.
 
         Good enough to estimate with; a constant may be as long by chance, which `probe_units` tells apart.
 
@@ -88,7 +88,7 @@ class Shapes:
 
 @contextmanager
 def noted_shapes(denoiser: nn.Module, units: Sequence[Unit]) -> Iterator[dict[str, Shapes]]:
-    """Note the tensors of every unit's newest call, by the unit's name, while entered."""
+    """Notes the tensors of every unit's newest call, by the unit's name, while entered."""
     notes = {unit.name: Shapes() for unit in units}
 
     def shapes(tree: Any) -> list[RowType]:
@@ -125,7 +125,7 @@ def noted_shapes(denoiser: nn.Module, units: Sequence[Unit]) -> Iterator[dict[st
 
 
 def probe_units(denoiser: nn.Module, units: Sequence[Unit], batches: Batches) -> dict[str, UnitForm]:
-    """Find the form of every unit's calls, by forwards of one row and of two.
+    """Finds the form of every unit's calls, by forwards of one row and of two.
 
     Raises:
         InputError: A tensor grows with the number of samples in another way than by rows.
@@ -151,7 +151,7 @@ def probe_units(denoiser: nn.Module, units: Sequence[Unit], batches: Batches) ->
 
 
 def flatten(tree: Any, tensors: list[Tensor], mask: Iterator[bool]) -> Any:
-    """Move the tensors of a tree of tuples, lists and dictionaries to `tensors`; return the tree without them.
+    """Moves the tensors of a tree of tuples, lists and dictionaries to `tensors`; returns the tree without them.
 
     Args:
         tree: The tree.
@@ -171,7 +171,7 @@ def flatten(tree: Any, tensors: list[Tensor], mask: Iterator[bool]) -> Any:
 
 
 def unflatten(structure: Any, tensors: Iterator[Tensor]) -> Any:
-    """Undo `flatten`."""
+    """Undoes `flatten`."""
     if structure is _PLACE:
         return next(tensors)
     if isinstance(structure, tuple | list):
@@ -195,7 +195,7 @@ def _row(kind: RowType, rows: int) -> RowType:
 
 
 def _compare(name: str, one: list[RowType], two: list[RowType]) -> tuple[tuple[bool, ...], tuple[RowType, ...]]:
-    """Which tensors have rows, and what a row of those is, from calls of one row and of that row twice."""
+    """Returns which tensors have rows, and what a row of those is, from calls of one row and of that row twice."""
     mask, kinds = [], []
     for first, second in zip(one, two, strict=True):
         grows = (first.shape, first.dtype) != (second.shape, second.dtype)

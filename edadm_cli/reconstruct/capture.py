@@ -39,12 +39,12 @@ class UnitCalls:
         return self.tensors[0].count
 
     def call(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments `(args, kwargs)` of a call with these tensors in place of the captured ones."""
+        """Returns the arguments `(args, kwargs)` of a call with these tensors in place of the captured ones."""
         args, kwargs = unflatten(self.structure, iter(tensors))
         return args, kwargs
 
     def outputs_of(self, result: Any) -> list[Tensor]:
-        """The tensors with rows in what the unit returned."""
+        """Returns the tensors with rows in what the unit returned."""
         tensors: list[Tensor] = []
         flatten(result, tensors, iter(self.form.output_mask))
         return tensors
@@ -62,7 +62,7 @@ def capture_units(
     processes: Processes = ALONE,
     finished: FinishedUnits | None = None,
 ) -> list[UnitCalls]:
-    """Run the denoiser over the calibration set and keep the calls of `units`.
+    """Runs the denoiser over the calibration set and keeps the calls of `units`.
 
     Each forward stops as soon as the last of `units` has run. A batch that the device has no memory for is halved.
 
@@ -103,7 +103,7 @@ def capture_units(
 def capture_call(
     unit: Unit, form: UnitForm, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, cache: RowCache
 ) -> UnitCalls:
-    """Run one unit alone, with the arguments of a call of so many rows, and keep that call."""
+    """Runs one unit alone, with the arguments of a call of so many rows, and keeps that call."""
     inputs, outputs = ([cache.allocate(rows, kind) for kind in kinds] for kinds in (form.inputs, form.outputs))
     call, writer = UnitCalls(form, inputs, outputs), _Writer()
     writer.places = list(range(rows))
@@ -114,7 +114,7 @@ def capture_call(
 
 @contextmanager
 def layer_outputs(denoiser: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what the named layers give, newest call only, while entered."""
+    """Collects what the named layers give, newest call only, while entered."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:

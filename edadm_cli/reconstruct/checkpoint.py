@@ -33,7 +33,7 @@ class UnitCheckpoints:
         self.folder = folder / UNITS_FOLDER
 
     def load(self, index: int, unit: Unit) -> UnitResult | None:
-        """The result of a unit that was finished before, else `None`."""
+        """Returns the result of a unit that was finished before, else `None`."""
         place = self._place(index, unit)
         if not (place / "unit.json").is_file():
             return None
@@ -41,7 +41,7 @@ class UnitCheckpoints:
         return UnitResult(params=load_tensors(place / "params.safetensors"), **dict(losses))
 
     def save(self, index: int, unit: Unit, result: UnitResult) -> None:
-        """Keep the result of a finished unit."""
+        """Keeps the result of a finished unit."""
         place = self._place(index, unit)
         place.mkdir(parents=True, exist_ok=True)
         save_tensors(place / "params.safetensors", result.params)

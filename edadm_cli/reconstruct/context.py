@@ -33,5 +33,5 @@ class ReconstructionContext:
     batches: Batches
 
     def num_weights(self, unit: Unit) -> int:
-        """Weights of a unit's planned layers."""
+        """Returns the weights of a unit's planned layers."""
         return sum(num_weights(self.network.float_layers[name]) for name in unit.layers)

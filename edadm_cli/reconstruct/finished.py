@@ -80,7 +80,7 @@ def _readers(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> frozenset[int]:
-    """Positions of the units that NaN in the output of `poisoned` reaches while all others give what they gave."""
+    """Returns the positions of the units that a NaN in the output of `poisoned` reaches, all others replayed."""
     readers: set[int] = set()
 
     def look(position: int) -> Callable[..., None]:

@@ -51,7 +51,7 @@ class Hyperparameters(BaseModel):
 
 
 def resolve(recipe: LearnRecipe, published: PaperSettings | None, bits: BitWidth) -> Hyperparameters:
-    """Fill the recipe's open fields from the model's published settings."""
+    """Fills the recipe's open fields from the model's published settings."""
     settings = published or _FALLBACK
     rates = settings.learning_rates["w4a8" if bits.weight < _LOW_BITS else "w8a8"]
     defaults = {

@@ -42,7 +42,7 @@ class MiniBatch:
         self._ahead: tuple[list[int], Future[dict[int, Tensor]]] | None = None
 
     def load(self, places: list[int], upcoming: list[int] | None = None) -> None:
-        """Bring rows in.
+        """Brings rows in.
 
         Args:
             places: The numbers of the rows of this step.
@@ -63,7 +63,7 @@ class MiniBatch:
         self._ahead = None if upcoming is None else (upcoming, self._submit(upcoming))
 
     def close(self) -> None:
-        """End the thread."""
+        """Ends the thread."""
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
 

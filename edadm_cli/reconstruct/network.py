@@ -38,23 +38,23 @@ class SwitchableNetwork:
         return next(iter(self.denoiser.parameters())).device
 
     def float_weight(self, name: str) -> Tensor:
-        """The full-precision weight of a planned layer."""
+        """Returns the full-precision weight of a planned layer."""
         weight = self.float_layers[name].weight
         assert isinstance(weight, Tensor)
         return weight
 
     def put_layer(self, name: str, module: nn.Module) -> None:
-        """Exchange one layer until further notice."""
+        """Exchanges one layer until further notice."""
         self._layers[name] = module
         set_module(self.denoiser, name, module)
 
     def put_processor(self, name: str, processor: object) -> None:
-        """Exchange one attention processor until further notice."""
+        """Exchanges one attention processor until further notice."""
         self._processors[name] = processor
         set_processor(self.denoiser.get_submodule(name), processor)
 
     def restore(self, layers: Iterable[str], attentions: Iterable[str]) -> None:
-        """Give some layers and attention modules their own form back for good."""
+        """Gives some layers and attention modules their own form back for good."""
         for name in layers:
             self._layers.pop(name, None)
             set_module(self.denoiser, name, self.float_layers[name])

@@ -20,7 +20,7 @@ _WARM_UP_STEPS = 3
 
 @contextmanager
 def repeatable_convolutions() -> Iterator[None]:
-    """Have cuDNN use only algorithms that give the same bytes every time, so that a resume changes nothing on CUDA."""
+    """Has cuDNN use only algorithms that give the same bytes every time, so that a resume changes nothing on CUDA."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     try:
@@ -52,7 +52,7 @@ class Optimization:
         self._rates, self._iterations, self._done = [rate for _, rate in rates], iterations, 0
 
     def set_rates(self, factor: float) -> None:
-        """Set every group's step to `factor` times its first one."""
+        """Sets every group's step to `factor` times its first one."""
         for group, rate in zip(self.adam.param_groups, self._rates, strict=True):
             if self.capturable:
                 group["lr"].fill_(rate * factor)
@@ -60,16 +60,16 @@ class Optimization:
                 group["lr"] = rate * factor
 
     def decay(self) -> None:
-        """Set the steps of the next iteration."""
+        """Sets the steps of the next iteration."""
         self.set_rates(0.5 * (1 + math.cos(math.pi * self._done / self._iterations)) if self._decays else 1.0)
         self._done += 1
 
     def params(self) -> list[nn.Parameter]:
-        """All that is learned."""
+        """Returns all that is learned."""
         return [param for group in self.adam.param_groups for param in group["params"]]
 
     def forget(self) -> None:
-        """Zero the moments."""
+        """Zeroes the moments."""
         for state in self.adam.state.values():
             for value in state.values():
                 value.zero_()
@@ -96,7 +96,7 @@ class Learner(Protocol):
 
 
 def make_step(learner: Learner, optimization: Optimization) -> Callable[[], Tensor]:
-    """A function that takes one step on the learner's chosen rows and returns the loss before it."""
+    """Returns a function that takes one step on the learner's chosen rows and returns the loss before it."""
     alone = learner.processes.count == 1
 
     def compute() -> Tensor:

@@ -71,7 +71,7 @@ class Rows(ABC):
 
     @abstractmethod
     def write(self, places: Sequence[int], values: Tensor) -> None:
-        """Set some rows to `values`, `[len(places), *shape]`, or as `RowType.joined` has them."""
+        """Sets some rows to `values`, `[len(places), *shape]`, or as `RowType.joined` has them."""
 
     @abstractmethod
     def read(self, places: Sequence[int], out: Tensor | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class Rows(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give the memory or the file back."""
+        """Gives the memory or the file back."""
 
 
 class MemoryRows(Rows):
@@ -98,15 +98,15 @@ class MemoryRows(Rows):
         return True
 
     def write(self, places: Sequence[int], values: Tensor) -> None:
-        """Copy on the device."""
+        """Copies on the device."""
         self.tensor[self._index(places)] = values.to(self.kind.dtype).reshape(len(places), *self.kind.shape)
 
     def read(self, places: Sequence[int], out: Tensor | None = None) -> Tensor:
-        """Copy on the device."""
+        """Copies on the device."""
         return torch.index_select(self.tensor, 0, self._index(places))
 
     def close(self) -> None:
-        """Drop the tensor."""
+        """Drops the tensor."""
         self.tensor = self.tensor.new_empty(0)
 
     def _index(self, places: Sequence[int]) -> Tensor:
@@ -136,7 +136,7 @@ class FileRows(Rows):
         return False
 
     def write(self, places: Sequence[int], values: Tensor) -> None:
-        """Write to the file."""
+        """Writes to the file."""
         ready = _bytes_of(values.detach().to("cpu", self.kind.dtype).contiguous())
         with explained_os_errors(self.path):
             for number, place in enumerate(places):
@@ -147,7 +147,7 @@ class FileRows(Rows):
                     row, offset = row[written:], offset + written
 
     def read(self, places: Sequence[int], out: Tensor | None = None) -> Tensor:
-        """Read from the file."""
+        """Reads from the file."""
         shape = (len(places), *self.kind.shape)
         result = torch.empty(shape, dtype=self.kind.dtype) if out is None else out
         ready = _bytes_of(result)
@@ -163,7 +163,7 @@ class FileRows(Rows):
         return result
 
     def close(self) -> None:
-        """Close and remove the file; other processes that have it open keep what they see."""
+        """Closes and removes the file; other processes that have it open keep what they see."""
         os.close(self._descriptor)
         self.path.unlink(missing_ok=True)
 
@@ -185,7 +185,7 @@ class RowCache:
         self._names = itertools.count()
 
     def clear(self) -> None:
-        """Remove what a killed process left."""
+        """Removes what a killed process left."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def allocate(self, count: int, kind: RowType, reserve: int = 0) -> Rows:
@@ -200,11 +200,11 @@ class RowCache:
         return FileRows(count, kind, self.folder / f"{next(self._names):06d}.rows")
 
     def fits(self, size: int) -> bool:
-        """Whether so many more bytes stay within the budget."""
+        """Returns whether so many more bytes stay within the budget."""
         return self.used + size <= self.budget
 
     def settle(self, rows: Rows, chunk: int) -> Rows:
-        """Rows that others wrote, in this process's memory where the budget holds, read `chunk` rows at a time."""
+        """Returns the rows that others wrote, in memory if the budget holds, read `chunk` rows at a time."""
         if rows.in_memory or not self.fits(rows.bytes):
             return rows
         self.used += rows.bytes
@@ -215,21 +215,21 @@ class RowCache:
         return settled
 
     def release(self, group: Iterable[Rows]) -> None:
-        """Give rows back."""
+        """Gives rows back."""
         for rows in group:
             self.used -= rows.bytes if rows.in_memory else 0
             rows.close()
 
 
 def memory_budget(mib: int | None, device: torch.device) -> int:
-    """Bytes for rows in memory: as given; else 4 GiB on a CPU, and half of what is free on a GPU."""
+    """Returns the bytes for rows in memory: as given; else 4 GiB on a CPU, and half of what is free on a GPU."""
     if mib is not None:
         return mib * _MIB
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_BUDGET_MIB * _MIB
 
 
 def chunks(count: int, size: int) -> list[range]:
-    """Numbers from 0 to `count` in ranges of at most `size`."""
+    """Returns the numbers from 0 to `count` in ranges of at most `size`."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 

@@ -61,7 +61,7 @@ _LARGEST_GAP = 1.1  # of a loss with rounded h to the loss before, above which t
 def run(
     config: ReconstructConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> ReconstructRecord:
-    """Search ranges and learn rounding and scales, unit by unit.
+    """Searches ranges and learns rounding and scales, unit by unit.
 
     Raises:
         InputError: There is no calibration set, or the model is not the one it was collected from.
@@ -90,7 +90,7 @@ def run(
 
 
 def build_spec(config: ReconstructConfig, run_folder: RunFolder) -> BuildSpec:
-    """What `run` would build: whether it is there already is known without building it."""
+    """Returns what `run` would build: whether it is there already is known without building it."""
     return resolve_task(config, run_folder, ALONE).build_spec()
 
 
@@ -188,7 +188,7 @@ def _no_blocks(task: _Task, context: ReconstructionContext) -> list[str]:
 
 
 def _learning(found: list[Unit], config: ReconstructConfig) -> list[Unit]:
-    """The units that learn."""
+    """Returns the units that learn."""
     if config.recipe.learn.granularity == "none":
         return []
     for pattern in config.units:
@@ -275,7 +275,7 @@ def _ranges(task: _Task, context: ReconstructionContext, folder: Path, reporter:
 
 
 def _quantized(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> list[str]:
-    """Names of the planned layers and attentions that have parameters: all of them, or it is an error."""
+    """Returns the names of the planned layers and attentions that have parameters: all of them, or it is an error."""
     keys = {name: f"{layer.part_names(name)[-1]}.weight_int" for name, layer in plan.layers.items()} | {
         name: f"{name}.q_scale" for name in plan.attentions
     }

@@ -33,7 +33,7 @@ class Share:
 
     @classmethod
     def of(cls, batch_size: int, processes: Processes) -> Share:
-        """Parts of nearly equal size, one a process."""
+        """Returns the parts of nearly equal size, one a process."""
         bounds = [round(batch_size * index / processes.count) for index in (processes.index, processes.index + 1)]
         return cls(bounds[0], bounds[1], batch_size)
 
@@ -73,7 +73,7 @@ class Drop:
         self.active = True
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """A mask of the shape of `x`; `None` when nothing is dropped."""
+        """Returns a mask of the shape of `x`; `None` when nothing is dropped."""
         if not self.active or self.level == 0:
             return None
         if self.level == _DROP_LEVELS:
@@ -124,7 +124,7 @@ class LearnedLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input, but for what is dropped, and multiply."""
+        """Quantizes the input, but for what is dropped, and multiplies."""
         quantizer = self.input_quantizer
         if quantizer is not None:
             x = quantizer.learned(x, self.drop.mask(x))
@@ -140,7 +140,7 @@ class LearnedAttention(AttentionProducts):
         self.scales: dict[str, Tensor] = {}
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
-        """Quantize an operand, but for what is dropped."""
+        """Quantizes an operand, but for what is dropped."""
         zero = torch.zeros((), dtype=torch.int32, device=tensor.device)
         grid = operand_grid(self.plan, operand)
         return learned_fake_quantize(tensor, self.scales[operand], zero, grid, self.drop.mask(tensor))
@@ -178,7 +178,7 @@ class LearnedUnit:
         self.vectors = self._vectors(weights, hyperparameters.channel_values, device)
 
     def _vectors(self, weights: Mapping[str, Tensor], kinds: Collection[str], device: torch.device) -> LearnedVectors:
-        """What has a value per channel and is learned; a bias is measured in the norms of the rows of its weight."""
+        """Returns the learned values per channel; a bias is scaled by the norms of the rows of its weight."""
         first: dict[str, Tensor] = {}
         units: dict[str, Tensor] = {}
         for name, part in self._parts.items():

@@ -211,7 +211,7 @@ class UnitLearner:
         return [gamma * block / max(size_of(rows), _TINY) for rows in targets]
 
     def _inputs(self) -> list[Tensor]:
-        """The quantized network's inputs, with elements of the full-precision ones mixed in."""
+        """Returns the quantized network's inputs, with elements of the full-precision ones mixed in."""
         quantized, float_calls = self.groups["inputs"], self.groups["float"]
         if not float_calls:
             return quantized
@@ -258,7 +258,7 @@ class UnitLearner:
         return chunks(self.data.quantized.rows, max(self.hyperparameters.batch_size, EVALUATED_ROWS))
 
     def _summed(self, values: Mapping[int, Tensor]) -> Tensor:
-        """The sum over all parts of the rows, float64: each process has some, and all add them up in one order."""
+        """Returns the sum over all parts of the rows in float64: each process has some, and all add in one order."""
         table = torch.zeros(len(self._row_parts()), dtype=torch.float64, device=self.device)
         for number, value in values.items():
             table[number] = value
@@ -287,7 +287,7 @@ class UnitLearner:
         self.learned.keep_in_range()
 
     def _draw(self) -> list[int]:
-        """Rows of the next step, drawn for all processes alike, of which this one takes its part."""
+        """Returns the rows of the next step, drawn for all processes alike, of which this one takes its part."""
         rows = torch.randint(self.data.quantized.rows, (self.hyperparameters.batch_size,), generator=self.order)
         return rows[self.share.start : self.share.stop].tolist()
 

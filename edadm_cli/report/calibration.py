@@ -21,7 +21,7 @@ _STRATEGIES = {
 
 
 def model_section(contents: RunContents) -> Html:
-    """What the model is, and how it was sampled at full precision."""
+    """Returns what the model is, and how it was sampled at full precision."""
     model = contents.model
     pairs: list[tuple[Any, Any]] = [
         ("model", model.id),
@@ -49,7 +49,7 @@ def model_section(contents: RunContents) -> Html:
 
 
 def selection_section(contents: RunContents) -> Html:
-    """Which steps the calibration samples come from, and why."""
+    """Returns which steps the calibration samples come from, and why."""
     if contents.select is None:
         return section("selection", "Calibration set", missing(contents, "select"))
     chosen = contents.select.facts

@@ -22,7 +22,7 @@ _FLAGS: dict[str, tuple[str, ...]] = {
 
 
 def missing_command(contents: RunContents, kind: str, bits: str | None = None) -> str:
-    """The command that makes a stage's artifact."""
+    """Returns the command that makes a stage's artifact."""
     words = ["edadm", kind]
     if kind == "collect":
         words += ["--model", contents.model.id]
@@ -32,7 +32,7 @@ def missing_command(contents: RunContents, kind: str, bits: str | None = None) -
 
 
 def repeating_commands(contents: RunContents) -> list[str]:
-    """The commands that make every artifact of the run again, with the settings written out."""
+    """Returns the commands that make every artifact of the run again, with the settings written out."""
     return [shlex.join(_words(part)) for part in contents.parts()]
 
 
@@ -60,7 +60,7 @@ def _words(part: Part[Payload]) -> Iterator[str]:
 
 
 def _setting(value: Any) -> str:
-    """A value as a flag takes it; several are written with commas."""
+    """Returns a value as a flag takes it; several are written with commas."""
     if isinstance(value, list):
         return ",".join(map(_setting, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -74,7 +74,7 @@ class RunContents:
     sensitivity: Part[Sensitivity] | None = None
 
     def parts(self) -> Iterator[Part[Payload]]:
-        """Every artifact, in the order of the chain."""
+        """Yields every artifact, in the order of the chain."""
         stages: list[Part[Payload] | None] = [self.collect, self.select, self.sensitivity]
         for width in self.widths:
             stages += [width.reconstruct, width.export, width.evaluate]
@@ -94,7 +94,7 @@ class RunContents:
 
 
 def read_run(run: RunFolder, bits: Sequence[str] | None) -> RunContents:
-    """Read a run, checking each artifact and its descent.
+    """Reads a run, checking each artifact and its descent.
 
     Args:
         run: The run folder.

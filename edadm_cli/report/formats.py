@@ -38,7 +38,7 @@ _ONE_STEP = {
 
 
 def label_of(name: str) -> MetricLabel:
-    """Return how a metric is called; one that no installed package registers keeps its name."""
+    """Returns how a metric is called; one that no installed package registers keeps its name."""
     metric = metrics().get(name)
     if metric is None:
         return _ONE_STEP.get(name) or MetricLabel(name.replace("_", " "), "")
@@ -46,7 +46,7 @@ def label_of(name: str) -> MetricLabel:
 
 
 def metric_value(name: str, value: float | None) -> str:
-    """Return a metric's value as people read it: a share as a percentage, any other as a number with its unit."""
+    """Returns a metric's value as people read it: a share as a percentage, any other as a number with its unit."""
     label = label_of(name)
     if label.percent:
         return percentage(value)
@@ -54,7 +54,7 @@ def metric_value(name: str, value: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with some significant digits; very small and very large ones as a power of ten."""
+    """Returns a number with some significant digits; very small and very large ones as a power of ten."""
     if value is None:
         return NOTHING
     if isinstance(value, int) or value == 0:
@@ -68,17 +68,17 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def power_of_ten(value: float) -> str:
-    """A power of ten as one, short: 10⁻³."""
+    """Returns a power of ten as one, short: 10⁻³."""
     return f"10{str(round(math.log10(value))).translate(_SUPERSCRIPTS)}"
 
 
 def percentage(share: float | None) -> str:
-    """A share of one as a percentage."""
+    """Returns a share of one as a percentage."""
     return NOTHING if share is None else f"{100 * share:.4g}\u00a0%"
 
 
 def mebibytes(size: float | None) -> str:
-    """A size given in MiB."""
+    """Returns a size given in MiB."""
     if size is None:
         return NOTHING
     if size >= 0.01:
@@ -87,7 +87,7 @@ def mebibytes(size: float | None) -> str:
 
 
 def seconds(value: float | None) -> str | None:
-    """A duration given in seconds."""
+    """Returns a duration given in seconds."""
     if value is None:
         return None
     if value < 120:
@@ -96,7 +96,7 @@ def seconds(value: float | None) -> str | None:
 
 
 def plain(value: Any) -> str:
-    """A setting's value as it was given."""
+    """Returns a setting's value as it was given."""
     if value is None:
         return NOTHING
     if isinstance(value, bool):
@@ -121,5 +121,5 @@ def flat(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def count(amount: int, noun: str) -> str:
-    """An amount of things, in the plural where it is not one."""
+    """Returns an amount of things, in the plural where it is not one."""
     return f"{amount:,} {noun}{'' if amount == 1 else 's'}"

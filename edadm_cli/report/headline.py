@@ -18,7 +18,7 @@ _LONG_NAME = 24
 
 
 def headline(contents: RunContents) -> Html:
-    """The page's title and one sentence on what it shows."""
+    """Returns the page's title and one sentence on what it shows."""
     widths = ", ".join(width.title for width in contents.widths)
     arrow = [" ", element("span", f"→ {widths}", class_="to")] if widths else None
     title = element("h1", contents.name, arrow, class_="long" if len(contents.name) > _LONG_NAME else None)
@@ -26,7 +26,7 @@ def headline(contents: RunContents) -> Html:
 
 
 def cards(contents: RunContents) -> Html | None:
-    """The headline metrics of each bit width that has any."""
+    """Returns the headline metrics of each bit width that has any."""
     rows: list[Node] = []
     for width in contents.widths:
         shown = list(_cards(width))
@@ -38,7 +38,7 @@ def cards(contents: RunContents) -> Html | None:
 
 
 def comparison(contents: RunContents) -> Html | None:
-    """All bit widths in one table, where there are several."""
+    """Returns all bit widths in one table, where there are several."""
     if len(contents.widths) < 2:
         return None
     columns = [_column(width) for width in contents.widths]
@@ -141,7 +141,7 @@ def _column(width: Width) -> _Column:
 
 
 def _full_precision_column(contents: RunContents) -> _Column:
-    """What all bit widths were compared with; empty where they were compared with different things."""
+    """Returns what all bit widths were compared with; empty where they were compared with different things."""
     evaluated = [w.evaluate.facts.full_precision for w in contents.widths if w.evaluate is not None]
     sizes = {w.export.facts.size_mib["denoiser_fp32"] for w in contents.widths if w.export is not None}
     same = bool(evaluated) and all(metrics == evaluated[0] for metrics in evaluated)

@@ -27,17 +27,17 @@ Attribute = str | int | float | bool | None
 
 
 def escape(text: str) -> Html:
-    """Escape text for content and for quoted attributes alike; what HTML forbids becomes U+FFFD."""
+    """Escapes text for content and for quoted attributes alike; what HTML forbids becomes U+FFFD."""
     return Html(html.escape(_FORBIDDEN.sub("\ufffd", text), quote=True))
 
 
 def join(nodes: Iterable[Node]) -> Html:
-    """Put pieces one after the other."""
+    """Puts pieces one after the other."""
     return Html("".join(_render(node) for node in nodes))
 
 
 def element(tag: str, *children: Node, **attributes: Attribute) -> Html:
-    """Build an element.
+    """Builds an element.
 
     Args:
         tag: Its name.
@@ -50,7 +50,7 @@ def element(tag: str, *children: Node, **attributes: Attribute) -> Html:
 
 
 def table(header: Sequence[Node], rows: Iterable[Sequence[Node]], label: str, numeric: Iterable[int] = ()) -> Html:
-    """Build a table that scrolls inside its own frame; the first cell of a row is the row's header.
+    """Builds a table that scrolls inside its own frame; the first cell of a row is the row's header.
 
     Args:
         header: The columns' names.
@@ -74,12 +74,12 @@ def table(header: Sequence[Node], rows: Iterable[Sequence[Node]], label: str, nu
 
 
 def scroller(content: Html, label: str) -> Html:
-    """Frame something wide, so that it scrolls and the page does not; the keyboard reaches it too."""
+    """Frames something wide, so that it scrolls and the page does not; the keyboard reaches it too."""
     return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 
 def facts(pairs: Iterable[tuple[Node, Node]]) -> Html:
-    """Build a list of names and values; pairs without a value are left out."""
+    """Builds a list of names and values; pairs without a value are left out."""
     shown = [
         element("div", element("dt", name), element("dd", value)) for name, value in pairs if value not in (None, "")
     ]
@@ -87,18 +87,18 @@ def facts(pairs: Iterable[tuple[Node, Node]]) -> Html:
 
 
 def details(summary: Node, *children: Node) -> Html:
-    """Build a part that opens when asked."""
+    """Builds a part that opens when asked."""
     return element("details", element("summary", summary), element("div", *children, class_="inside"))
 
 
 def section(name: str, title: str, *children: Node) -> Html:
-    """Build a section of the page, with a heading to link to."""
+    """Builds a section of the page, with a heading to link to."""
     heading = element("h2", title, id=name)
     return element("section", heading, *children, aria_labelledby=name)
 
 
 def code(text: str) -> Html:
-    """Build a piece of code in a line."""
+    """Builds a piece of code in a line."""
     return element("code", text)
 
 

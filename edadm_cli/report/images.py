@@ -28,7 +28,7 @@ class Picture:
         return int.from_bytes(numbers[:4], "big"), int.from_bytes(numbers[4:], "big")
 
     def show(self, alt: str) -> Html:
-        """The image, in the page itself; a small one is enlarged pixel by pixel."""
+        """Returns the image, in the page itself; a small one is enlarged pixel by pixel."""
         width, height = self.size
         source = f"data:image/png;base64,{base64.b64encode(self.content).decode('ascii')}"
         return element(
@@ -52,7 +52,7 @@ class Wall:
 
 
 def build_walls(widths: Sequence[Width]) -> list[Wall]:
-    """Read the shown images of every evaluation, put together where full precision is the same."""
+    """Reads the shown images of every evaluation, put together where full precision is the same."""
     walls: list[Wall] = []
     for width in widths:
         if width.evaluate is None:
@@ -68,7 +68,7 @@ def build_walls(widths: Sequence[Width]) -> list[Wall]:
 
 
 def show_wall(wall: Wall) -> Html:
-    """A figure for each seed: full precision, then each bit width, with the prompt below."""
+    """Returns a figure for each seed: full precision, then each bit width, with the prompt below."""
     figures = [_figure(wall, place) for place in range(len(wall.shown))]
     large = any(max(picture.size) >= _SMALL for picture in wall.full_precision)
     tiles = 1 + len(wall.quantized)

@@ -16,11 +16,11 @@ _MISSING = {
 
 
 def missing(contents: RunContents, kind: str, bits: str | None = None) -> Html:
-    """Say that a stage was not run, and which command runs it."""
+    """Says that a stage was not run, and which command runs it."""
     command = code(missing_command(contents, kind, bits))
     return element("p", _MISSING[kind], " Next: ", command, class_="missing")
 
 
 def caution(text: str) -> Html:
-    """Repeat what a stage warned of."""
+    """Repeats what a stage warned of."""
     return element("p", text, class_="caution")

@@ -34,7 +34,7 @@ _LINKS = {
 
 
 def render(contents: RunContents) -> str:
-    """Build the page.
+    """Builds the page.
 
     Args:
         contents: What the run holds.

@@ -32,11 +32,11 @@ class Frame:
     logarithmic: bool = False
 
     def x(self, index: float, count: int) -> float:
-        """Place of the middle of one of `count` equal columns."""
+        """Returns the place of the middle of one of `count` equal columns."""
         return _LEFT + (index + 0.5) * (self.width - _LEFT - _RIGHT) / count
 
     def y(self, value: float) -> float:
-        """Place of a value; one below the axis lies on it."""
+        """Returns the place of a value; one below the axis lies on it."""
         measure: Callable[[float], float] = math.log10 if self.logarithmic else float
         low, high = measure(self.low), measure(self.high)
         share = (measure(max(value, self.low)) - low) / (high - low)
@@ -49,7 +49,7 @@ class Frame:
 
 
 def score_plot(timesteps: Sequence[float], density: Sequence[float], variety: Sequence[float]) -> Html:
-    """Draw density and variety over the sampler's steps."""
+    """Draws density and variety over the sampler's steps."""
     frame = Frame(460, 250, 0.0, 1.0)
     lines = [_line(frame, values, name) for name, values in (("density", density), ("variety", variety))]
     label = f"Density and variety at each of {len(timesteps)} steps, scaled to between 0 and 1."
@@ -57,7 +57,7 @@ def score_plot(timesteps: Sequence[float], density: Sequence[float], variety: Se
 
 
 def counts_plot(timesteps: Sequence[float], counts: Sequence[int]) -> Html:
-    """Draw how many samples each of the sampler's steps gives."""
+    """Draws how many samples each of the sampler's steps gives."""
     ticks = linear_ticks(max([*counts, 1]))
     frame = Frame(460, 250, 0.0, ticks[-1])
     width = 0.72 * (frame.width - _LEFT - _RIGHT) / len(counts)
@@ -75,7 +75,7 @@ def counts_plot(timesteps: Sequence[float], counts: Sequence[int]) -> Html:
 
 
 def loss_plot(names: Sequence[str], before: Sequence[float], after: Sequence[float]) -> Html:
-    """Draw each unit's reconstruction loss before and after learning, on a logarithmic axis."""
+    """Draws each unit's reconstruction loss before and after learning, on a logarithmic axis."""
     ticks = decades([*before, *after])
     frame = Frame(940, 330, ticks[0], ticks[-1], logarithmic=True)
     radius = min(5.0, max(2.0, 0.3 * (frame.width - _LEFT - _RIGHT) / len(names)))
@@ -92,7 +92,7 @@ def loss_plot(names: Sequence[str], before: Sequence[float], after: Sequence[flo
 
 
 def curve_plot(values: Sequence[float], label: str) -> Html:
-    """Draw a loss curve as a small line without axes, on a logarithmic scale."""
+    """Draws a loss curve as a small line without axes, on a logarithmic scale."""
     width, height, edge = 132.0, 30.0, 3.0
     smallest = min((value for value in values if value > 0), default=1.0)
     logs = [math.log10(max(value, smallest)) for value in values]
@@ -107,7 +107,7 @@ def curve_plot(values: Sequence[float], label: str) -> Html:
 
 
 def bar(share: float, kind: str) -> Html:
-    """Draw a horizontal bar that fills a share of its cell; the number stands beside it."""
+    """Draws a horizontal bar that fills a share of its cell; the number stands beside it."""
     filled = element("rect", width=_place(100 * share), height=10, rx=0.6, class_=kind)
     return element("svg", filled, viewBox="0 0 100 10", preserveAspectRatio="none", aria_hidden="true", class_="bar")
 
@@ -121,7 +121,7 @@ def linear_ticks(largest: float) -> list[float]:
 
 
 def decades(values: Sequence[float]) -> list[float]:
-    """Powers of ten around the values, at least two; what is not positive has no place on such an axis."""
+    """Returns the powers of ten around the values, at least two; what is not positive has no place on such an axis."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     return [10.0**exponent for exponent in range(low, max(high, low + 1) + 1)]
@@ -159,7 +159,7 @@ def _grid(frame: Frame, ticks: Sequence[float]) -> Html:
 
 
 def _steps(frame: Frame, timesteps: Sequence[float]) -> Html:
-    """Mark a few steps with the scheduler's values."""
+    """Marks a few steps with the scheduler's values."""
     every = math.ceil(len(timesteps) / _MAX_LABELS)
     labels = [
         element(
@@ -184,5 +184,5 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _place(value: float) -> str:
-    """A coordinate, short, and the same on every machine."""
+    """Returns a coordinate, short, and the same on every machine."""
     return f"{value:.2f}".rstrip("0").rstrip(".")

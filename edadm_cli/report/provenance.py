@@ -13,7 +13,7 @@ _NO_VERSION = "device"
 
 
 def provenance_section(contents: RunContents) -> Html:
-    """What was made from what, with which settings and versions, and how to make it again."""
+    """Returns what was made from what, with which settings and versions, and how to make it again."""
     lead = "An identity is a hash of all that decides an artifact: settings, seed, parents, the model's files."
     header = ["artifact", "identity", "made from", "seed", "device", "made"]
     lineage = table(header, [_lineage(part) for part in contents.parts()], "Lineage")
@@ -67,7 +67,7 @@ def _settings(part: Part[Payload]) -> Html:
 
 
 def _versions(contents: RunContents) -> Html:
-    """One line a program; several versions where stages were run with different ones."""
+    """Returns one line a program; several versions where stages were run with different ones."""
     versions_of: dict[str, list[str]] = {}
     for part in contents.parts():
         manifest = part.artifact.manifest

@@ -25,7 +25,7 @@ def images_section(contents: RunContents) -> Html | None:
 
 
 def quality_section(contents: RunContents) -> Html:
-    """Every metric of every evaluation, with the features that it was computed in."""
+    """Returns every metric of every evaluation, with the features that it was computed in."""
     parts: list[Node] = []
     if not contents.widths:
         parts.append(missing(contents, "evaluate", None))
@@ -75,7 +75,7 @@ def _metrics(width: Width, facts: Evaluation) -> Html:
 
 
 def _growth(facts: Evaluation) -> Html | None:
-    """The errors step by step, where they were measured."""
+    """Returns the errors step by step, where they were measured."""
     error = facts.one_step
     if error is None or not error.growth:
         return None
@@ -89,7 +89,7 @@ def _growth(facts: Evaluation) -> Html | None:
 
 
 def distances_of(facts: Evaluation) -> dict[str, float]:
-    """Return the distances to full precision that were measured, by name, in the order in which they are shown."""
+    """Returns the distances to full precision that were measured, by name, in the order in which they are shown."""
     measured = facts.distance_to_full_precision.model_dump(exclude_none=True)
     return {name: measured[name] for name in in_order(measured)}
 
@@ -100,13 +100,13 @@ def _labelled(name: str, more: str = "") -> list[Node]:
 
 
 def _with_label(text: str) -> str:
-    """A caution that begins with a metric's name, with the label that the table has."""
+    """Returns a caution that begins with a metric's name, with the label that the table has."""
     name, space, rest = text.partition(" ")
     return f"{label_of(name).label}{space}{rest}" if name in metrics() else text
 
 
 def _skipped(skipped: Mapping[str, str]) -> Iterator[Html]:
-    """Name the metrics that could not be computed, once per reason."""
+    """Names the metrics that could not be computed, once per reason."""
     for reason in sorted(set(skipped.values())):
         labels = [label_of(name).label for name in in_order(skipped) if skipped[name] == reason]
         yield caution(f"Without {', '.join(labels)}: {reason}")

@@ -19,7 +19,7 @@ _SIZES = "On disk the denoiser is {ratio} times smaller than its weights at four
 
 
 def reconstruction_section(contents: RunContents) -> Html:
-    """What was learned, unit by unit, and which layers were quantized to what."""
+    """Returns what was learned, unit by unit, and which layers were quantized to what."""
     parts: list[Node] = [] if contents.widths else [missing(contents, "reconstruct")]
     for width in contents.widths:
         parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
@@ -32,7 +32,7 @@ def reconstruction_section(contents: RunContents) -> Html:
 
 
 def export_section(contents: RunContents) -> Html:
-    """Sizes on disk, and what the export was compared with."""
+    """Returns the sizes on disk, and what the export was compared with."""
     parts: list[Node] = [] if contents.widths else [missing(contents, "export")]
     for width in contents.widths:
         parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
@@ -114,7 +114,7 @@ def _units(width: Width, units: Sequence[UnitRow]) -> Html:
 
 
 def _layers(width: Width, plan: QuantizationPlan) -> Html:
-    """Every layer of the plan, and those left out with the reason; bits or parts that a layer has not are not named."""
+    """Builds a table of the plan's layers, with the reason for those left out; what no layer has is omitted."""
     rows: list[list[Node]] = [
         [
             code(name),

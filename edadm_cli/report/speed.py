@@ -15,7 +15,7 @@ _LEAD = (
 
 
 def speed_section(contents: RunContents) -> Html | None:
-    """Every bench of the run; nothing where there is none."""
+    """Returns every bench of the run; nothing where there is none."""
     if not contents.benches:
         return None
     parts: list[Node] = [element("p", _LEAD, class_="lead")]

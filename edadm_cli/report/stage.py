@@ -14,7 +14,7 @@ REPORT_FILE = "report.html"
 
 
 def run(run_folder: RunFolder, bits: Sequence[str] | None = None) -> Path:
-    """Write `report.html` into a run folder, whole or not at all.
+    """Writes `report.html` into a run folder, whole or not at all.
 
     Stages that were not run are named on the page, with the command that runs them. Equal artifacts give equal
     bytes: nothing of the page comes from the clock, the machine or the folder's place.

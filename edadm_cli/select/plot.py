@@ -19,7 +19,7 @@ _DENSITY, _VARIETY, _COUNTS = "#2f81f7", "#db6d28", "#2da069"
 
 
 def draw_selection(path: Path, title: str, timesteps: Tensor, density: Tensor, variety: Tensor, counts: Tensor) -> None:
-    """Draw density and variety above the counts, each over the steps in the sampler's order.
+    """Draws density and variety above the counts, each over the steps in the sampler's order.
 
     Args:
         path: PNG file to write.
@@ -60,6 +60,6 @@ def draw_selection(path: Path, title: str, timesteps: Tensor, density: Tensor, v
 
 
 def _label_steps(axes: Axes, timesteps: Tensor) -> None:
-    """Mark about ten steps with the scheduler's values."""
+    """Marks about ten steps with the scheduler's values."""
     marked = range(0, len(timesteps), max(1, len(timesteps) // 10))
     axes.set_xticks(list(marked), [f"{timesteps[step].item():g}" for step in marked])

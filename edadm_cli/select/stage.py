@@ -53,7 +53,7 @@ _MIB = 2**20
 def run(
     config: SelectConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> SelectRecord:
-    """Score the steps, share the samples out, and write the `select` artifact.
+    """Scores the steps, shares the samples out, and writes the `select` artifact.
 
     Raises:
         InputError: There is no `collect` artifact, or it is broken.
@@ -81,7 +81,7 @@ def run(
 
 
 def build_spec(config: SelectConfig, run_folder: RunFolder) -> BuildSpec:
-    """What `run` would build: whether it is there already is known without building it."""
+    """Returns what `run` would build: whether it is there already is known without building it."""
     return prepare(config, run_folder).build_spec()
 
 
@@ -194,7 +194,7 @@ def _select(task: _Task, build: Build, reporter: Reporter) -> None:
 
 
 def feature_slices(collected: Artifact) -> tuple[tuple[int, ...], Iterator[Tensor]]:
-    """Shape of the mid-block features, and their rows in portions, read one after the other."""
+    """Returns the shape of the mid-block features, and their rows in portions, read one after the other."""
     path = collected.file("features.safetensors")
     shape = read_tensor_header(path)["features"].shape
     return shape, slices(path, "features", 1, rows_at_once(shape))
@@ -207,7 +207,7 @@ def _counted(portions: Iterator[Tensor], advance: Callable[[int], None]) -> Iter
 
 
 def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Decide by a random permutation which trajectory gives which step.
+    """Decides by a random permutation which trajectory gives which step.
 
     Args:
         counts: Samples per step, with shape `(T,)`; none above `num_trajectories`.
@@ -226,7 +226,7 @@ def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.
 
 
 def _counts(task: _Task, allocation: Allocation) -> Tensor:
-    """How many samples each step gives.
+    """Returns how many samples each step gives.
 
     Raises:
         UsageError: A step is to give more samples than there are trajectories.
@@ -257,14 +257,14 @@ def _strategy_counts(task: _Task, allocation: Allocation) -> Tensor:
 
 
 def _generator(task: _Task, stream: int) -> torch.Generator:
-    """One generator for the permutation (stream 0), another for drawn counts (stream 1)."""
+    """Returns one generator for the permutation (stream 0), another for drawn counts (stream 1)."""
     return torch.Generator().manual_seed((2 * task.config.seed + stream) % 2**32)
 
 
 def _calibration_set(
     task: _Task, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter
 ) -> dict[str, Tensor]:
-    """Gather the chosen steps, reading one shard of trajectories at a time."""
+    """Gathers the chosen steps, reading one shard of trajectories at a time."""
     names = sorted(e.path for e in task.collected.manifest.payload if e.path.startswith("latents-"))
     chosen, first = [], 0
     with reporter.task("Gathering samples", len(names)) as advance:

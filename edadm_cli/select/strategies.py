@@ -31,14 +31,14 @@ def random_counts(num_steps: int, num_samples: int, generator: torch.Generator) 
 
 
 def last_counts(num_steps: int, num_samples: int) -> Tensor:
-    """Every sample from the last, cleanest step."""
+    """Returns every sample from the last, cleanest step."""
     counts = torch.zeros(num_steps, dtype=torch.long)
     counts[-1] = num_samples
     return counts
 
 
 def normal_counts(num_steps: int, num_samples: int, generator: torch.Generator) -> Tensor:
-    r"""Draw each sample's step from a normal distribution that is skewed to the clean end.
+    r"""Draws each sample's step from a normal distribution that is skewed to the clean end.
 
     The distance from the clean end is $u \sim N(0.4\,T, (0.4\,T)^2)$, truncated to $[0, T)$ by inverting its
     cumulative distribution function, so that nothing piles up at the ends.

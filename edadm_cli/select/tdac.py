@@ -129,7 +129,7 @@ def normalise(scores: Tensor) -> Tensor:
 def allocate(
     scores: Scores, num_samples: int, variety_weight: float, radius: float | None, quantile: float = LOCAL_QUANTILE
 ) -> Allocation:
-    """Share `num_samples` out over the steps.
+    """Shares `num_samples` out over the steps.
 
     Args:
         scores: The result of `score_steps`.
@@ -172,7 +172,7 @@ def integer_counts(weights: Tensor, num_samples: int) -> Tensor:
 
 
 def _positions(maps: Tensor) -> Iterator[Tensor]:
-    """Yield maps `(T, b, C, P)` in double precision, a bounded number of positions at a time."""
+    """Yields maps `(T, b, C, P)` in double precision, a bounded number of positions at a time."""
     columns = max(1, _SLICE_ELEMENTS // (maps.shape[0] * maps.shape[2]))  # pairs of row and position
     positions = min(maps.shape[3], columns)
     for position in range(0, maps.shape[3], positions):

@@ -47,7 +47,7 @@ def measure_gains(
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> StepGains:
-    """Measure the gain of each step with `num_calls + 1` runs of the sampler.
+    """Measures the gain of each step with `num_calls + 1` runs of the sampler.
 
     Args:
         denoiser: The full-precision denoiser that `generate` calls.
@@ -72,7 +72,7 @@ def measure_gains(
 
 @contextmanager
 def _noise_at_call(denoiser: nn.Module, call: int, branches: int, seed: int, added: list[float]) -> Iterator[None]:
-    """Add noise to what the denoiser returns from its call number `call`; `added` receives the noise's mean square."""
+    """Adds noise to what the denoiser returns from its call number `call`; `added` receives the noise's mean square."""
     generator = torch.Generator().manual_seed(seed + call)
     number = 0
 
@@ -99,7 +99,7 @@ def _noise_at_call(denoiser: nn.Module, call: int, branches: int, seed: int, add
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The prediction in what a denoiser returns: the first entry of a tuple, or `.sample`."""
+    """Returns the prediction in what a denoiser returns: the first entry of a tuple, or `.sample`."""
     prediction = output[0] if isinstance(output, tuple) else output.sample
     assert isinstance(prediction, Tensor)
     return prediction

@@ -95,7 +95,7 @@ class PredictionError:
 def one_layer_quantized(
     denoiser: nn.Module, name: str, plan: LayerPlan, ranges: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Quantize one layer of a full-precision denoiser to nearest, and put the layer back afterwards.
+    """Quantizes one layer of a full-precision denoiser to nearest, and puts the layer back afterwards.
 
     Args:
         denoiser: The denoiser; all its other layers stay as they are.
@@ -122,7 +122,7 @@ def layer_errors(
     candidates: Mapping[int, tuple[LayerPlan, Mapping[str, Tensor]]],
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[int, float]:
-    """The predicted rise of the final error of one layer at each of several widths.
+    """Returns the predicted rise of the final error of one layer at each of several widths.
 
     Args:
         error: What measures the prediction.

@@ -12,7 +12,7 @@ NUM_SHOWN = 24
 
 
 def plot_sensitivity(path: Path, result: Sensitivity) -> None:
-    """Plot the relative L2 that the most sensitive layers cause alone, one dot per number of weight bits.
+    """Plots the relative L2 that the most sensitive layers cause alone, one dot per number of weight bits.
 
     Args:
         path: PNG file to write.

@@ -44,7 +44,7 @@ _PROGRESS_FILE = "progress.json"
 def run(
     config: SensitivityConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> SensitivityRecord:
-    """Measure every layer at every number of bits, and write the `sensitivity` artifact.
+    """Measures every layer at every number of bits, and writes the `sensitivity` artifact.
 
     Raises:
         InputError: There is no calibration set, or the model is not the one it was collected from.
@@ -67,7 +67,7 @@ def run(
 
 
 def build_spec(config: SensitivityConfig, run_folder: RunFolder) -> BuildSpec:
-    """What `run` would build."""
+    """Returns what `run` would build."""
     return resolve_task(config, run_folder).build_spec()
 
 
@@ -103,7 +103,7 @@ class _Task:
         return BuildSpec("sensitivity", None, fields, self.config.seed, (self.selection,), model)
 
     def calls(self) -> list[tuple[Call, Tensor]]:
-        """The calibration samples in batches, spread evenly over the set, each with the steps they are from."""
+        """Returns the calibration samples in batches, spread evenly over the set, each with the steps they are from."""
         order = torch.linspace(0, len(self.calibration) - 1, self.num_samples).round().long()
         return [
             (self.calibration.call(part, self.device, torch.float32), self.calibration.step_index[part])
@@ -138,7 +138,7 @@ def _measure(task: _Task, build: Build, reporter: Reporter) -> None:
 
 
 def _gains(task: _Task, model: LoadedModel, folder: Path, reporter: Reporter) -> StepGains:
-    """The gains of the steps, from a file where a killed run has left them."""
+    """Returns the gains of the steps, from a file where a killed run has left them."""
     path = folder / _GAINS_FILE
     if not path.is_file():
         sampling = task.collected.sampling
@@ -171,7 +171,7 @@ class _Candidates:
 
 
 def _candidates(task: _Task, denoiser: nn.Module, traced: Trace, calls: list[Call]) -> dict[str, _Candidates]:
-    """Every quantizable layer with its candidates, in the order of execution."""
+    """Returns every quantizable layer with its candidates, in the order of execution."""
     config, ranges = task.config, task.config.recipe.ranges
     if ranges.weight == "output-error":  # its statistics belong to a whole plan; here layers are compared
         ranges = ranges.model_copy(update={"weight": "search"})
@@ -205,7 +205,7 @@ def _measure_layers(
     progress: Path,
     reporter: Reporter,
 ) -> list[LayerSensitivity]:
-    """Measure layer by layer; a layer that a killed run has measured is read from `progress`."""
+    """Measures layer by layer; a layer that a killed run has measured is read from `progress`."""
     unit_of = {layer: unit.name for unit in units(denoiser, traced, set(candidates), "block") for layer in unit.layers}
     done = {
         row["name"]: LayerSensitivity.model_validate(row) for row in (load_json(progress) if progress.is_file() else [])

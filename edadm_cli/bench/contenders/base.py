@@ -40,7 +40,7 @@ class DenoiserFacts:
 
     @classmethod
     def of(cls, denoiser: nn.Module) -> DenoiserFacts:
-        """Count the weights of a denoiser."""
+        """Counts the weights of a denoiser."""
         modules = list(denoiser.modules())
         linear = [module.weight.numel() for module in modules if isinstance(module, nn.Linear)]
         convolutions = [module.weight.numel() for module in modules if isinstance(module, nn.Conv2d)]
@@ -83,19 +83,19 @@ class Preparation:
         return torch.device(self.environment.device)
 
     def folder(self, name: str) -> Path:
-        """Return the folder for the files of a contender."""
+        """Returns the folder for the files of a contender."""
         return self.scratch / name
 
     def denoiser(self) -> nn.Module:
-        """Load the denoiser at full precision, in float32 on the CPU."""
+        """Loads the denoiser at full precision, in float32 on the CPU."""
         return load_denoiser(self.denoiser_folder, self.facts.class_path, torch.float32)
 
     def float_mib(self, dtype: str) -> float:
-        """Return the size of the denoiser's weights in an element type, in MiB."""
+        """Returns the size of the denoiser's weights in an element type, in MiB."""
         return self.facts.num_weights * _bytes(dtype) / 2**20
 
     def eight_bit_mib(self, rest: str, num_weights: int) -> float:
-        """Return the size in MiB if `num_weights` weights take a byte each, and the others are `rest`."""
+        """Returns the size in MiB if `num_weights` weights take a byte each, and the others are `rest`."""
         return self.float_mib(rest) - num_weights * (_bytes(rest) - 1) / 2**20
 
 
@@ -111,7 +111,7 @@ class Contender(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
 
     def require(self, device: torch.device) -> None:
-        """Refuse a machine or a device that the contender cannot run on, before any work is done.
+        """Refuses a machine or a device that the contender cannot run on, before any work is done.
 
         Raises:
             MachineError: A package is not installed, or the device is not able to.
@@ -127,10 +127,10 @@ class Contender(ABC):
 
     @abstractmethod
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Write what the contender needs and return its forms; this runs once, in the command's own process."""
+        """Writes what the contender needs and returns its forms; this runs once, in the command's own process."""
 
     def load(self, spec: Spec, environment: ContenderEnvironment) -> Callable[..., Any]:
-        """Load one form where it runs; the returned function is called as the denoiser is."""
+        """Loads one form where it runs; the returned function is called as the denoiser is."""
         device, dtype = torch.device(environment.device), getattr(torch, spec.dtype)
         if spec.runs_on == TORCH:
             denoiser = load_denoiser(spec.folder, spec.denoiser_class, dtype)
@@ -142,12 +142,12 @@ class Contender(ABC):
         return engine.load(spec.folder, options)
 
     def quantized(self, denoiser: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
-        """Quantize a torch denoiser as this tool's users would; at full precision it stays as it is."""
+        """Quantizes a torch denoiser as this tool's users would; at full precision it stays as it is."""
         return denoiser
 
 
 def load_denoiser(folder: Path | None, class_path: str | None, dtype: torch.dtype) -> nn.Module:
-    """Read a denoiser at full precision from the folder that it was saved to.
+    """Reads a denoiser at full precision from the folder that it was saved to.
 
     Args:
         folder: The folder.
@@ -165,7 +165,7 @@ def load_denoiser(folder: Path | None, class_path: str | None, dtype: torch.dtyp
 
 
 def torch_function(denoiser: nn.Module, spec: Spec, environment: ContenderEnvironment) -> Callable[..., Any]:
-    """Return a torch denoiser as a contender runs it: with its memory order, compiled, in a CUDA graph."""
+    """Returns a torch denoiser as a contender runs it: with its memory order, compiled, in a CUDA graph."""
     nn.Module.to(denoiser, torch.device(environment.device))
     if spec.channels_last:
         nn.Module.to(denoiser, memory_format=torch.channels_last)
@@ -180,7 +180,7 @@ def torch_function(denoiser: nn.Module, spec: Spec, environment: ContenderEnviro
 
 
 def _silence_autotuning() -> None:
-    """Keep torch from writing a table of timings for every product to the terminal."""
+    """Keeps torch from writing a table of timings for every product to the terminal."""
     from torch._inductor import config
 
     config.autotune_num_choices_displayed = 0

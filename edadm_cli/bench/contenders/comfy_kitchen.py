@@ -20,7 +20,7 @@ class ComfyKitchen(Contender):
     packages = ("comfy_kitchen",)
 
     def require(self, device: torch.device) -> None:
-        """Refuse a CPU, for which comfy-kitchen has no kernels."""
+        """Refuses a CPU, for which comfy-kitchen has no kernels."""
         super().require(device)
         if device.type != "cuda":
             raise UsageError(
@@ -30,11 +30,11 @@ class ComfyKitchen(Contender):
             )
 
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Return the INT8 form."""
+        """Returns the INT8 form."""
         return [torch_spec(self.name, context, "w8a8", context.facts.linear_weights)]
 
     def quantized(self, denoiser: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
-        """Exchange the weights of the linear layers, on the device."""
+        """Exchanges the weights of the linear layers, on the device."""
         from comfy_kitchen.tensor import QuantizedTensor
 
         nn.Module.to(denoiser, device)

@@ -31,7 +31,7 @@ class Float8(Contender):
     name = FLOAT8
 
     def require(self, device: torch.device) -> None:
-        """Refuse what does not multiply float8."""
+        """Refuses what does not multiply float8."""
         if not has_float8(device):
             raise MachineError(
                 "--against float8 needs a GPU of compute capability 8.9 or later; "
@@ -40,7 +40,7 @@ class Float8(Contender):
             )
 
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Measure the largest input of each linear layer over the calls."""
+        """Measures the largest input of each linear layer over the calls."""
         folder = context.folder(self.name)
         folder.mkdir(parents=True)
         path = folder / "input_max.safetensors"
@@ -50,7 +50,7 @@ class Float8(Contender):
         ]
 
     def quantized(self, denoiser: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
-        """Exchange the linear layers whose sides float8 products allow."""
+        """Exchanges the linear layers whose sides float8 products allow."""
         assert spec.settings is not None
         nn.Module.to(denoiser, device)
         for name, largest in load_tensors(spec.settings).items():
@@ -79,7 +79,7 @@ class Float8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, in the element type of `x`, whose shape is `(*, K)`."""
+        """Returns the layer's output, in the element type of `x`, whose shape is `(*, K)`."""
         rows = x.reshape(-1, x.shape[-1]).float() / self.get_buffer("input_scale")
         codes = rows.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         y: Tensor = torch._scaled_mm(
@@ -95,7 +95,7 @@ class Float8Linear(nn.Module):
 
 @torch.no_grad()
 def input_maxima(context: Preparation) -> dict[str, Tensor]:
-    """Return the largest absolute input of each linear layer over the calls, by name."""
+    """Returns the largest absolute input of each linear layer over the calls, by name."""
     maxima: dict[str, Tensor] = {}
     denoiser = context.denoiser()
 

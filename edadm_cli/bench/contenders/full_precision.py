@@ -17,7 +17,7 @@ class TorchFloat(Contender):
     name = TORCH
 
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Return the forms that the device has; without a half-precision type float32 is what is compiled."""
+        """Returns the forms that the device has; without a half-precision type float32 is what is compiled."""
         is_cuda, half = context.device.type == "cuda", context.half
         forms = [(FP32_EAGER, "float32", False, False)]
         if half is not None:
@@ -51,7 +51,7 @@ class OpenVinoFloat(Contender):
     name = "openvino"
 
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Convert the denoiser once; on other devices there is no such contender, nor need OpenVINO be installed."""
+        """Converts the denoiser once; on other devices there is no such contender, nor need OpenVINO be installed."""
         if context.device.type != "cpu":
             return []
         engine = engine_of(self.name)

@@ -18,13 +18,13 @@ class Nncf(Contender):
     packages = ("nncf", "openvino")
 
     def require(self, device: torch.device) -> None:
-        """Refuse a GPU: OpenVINO runs the graph on the CPU."""
+        """Refuses a GPU: OpenVINO runs the graph on the CPU."""
         super().require(device)
         if device.type != "cpu":
             raise UsageError("--against nncf compares on the CPU; this bench runs on a GPU.", hint="--against torchao")
 
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Quantize the graph that the full-precision contender of OpenVINO runs."""
+        """Quantizes the graph that the full-precision contender of OpenVINO runs."""
         import nncf
         import openvino as ov
 

@@ -26,13 +26,13 @@ FLOATS: tuple[Contender, ...] = (TorchFloat(), OpenVinoFloat())
 
 @cache
 def peers() -> dict[str, Contender]:
-    """Return the contenders that `--against` takes, by name."""
+    """Returns the contenders that `--against` takes, by name."""
     built_in = (Nncf(), TorchAo(), Sdnq(), ComfyKitchen(), Float8())
     return {peer.name: peer for peer in (*built_in, *load_plugins(GROUP, Contender))}
 
 
 def require_peers(names: Sequence[str], device: torch.device) -> None:
-    """Refuse peers that cannot run here, before any work is done.
+    """Refuses peers that cannot run here, before any work is done.
 
     Raises:
         MachineError: One is not installed, or the device is not able to run it.
@@ -45,7 +45,7 @@ def require_peers(names: Sequence[str], device: torch.device) -> None:
 
 
 def load(spec: Spec, environment: ContenderEnvironment) -> Callable[..., Any]:
-    """Load a contender from its files, in the process that runs it."""
+    """Loads a contender from its files, in the process that runs it."""
     floats = {contender.name: contender for contender in FLOATS}
     contender = peers().get(spec.engine) or floats.get(spec.engine) or FLOATS[0]  # any engine loads its own files
     return contender.load(spec, environment)

@@ -21,7 +21,7 @@ class Sdnq(Contender):
     packages = ("sdnq",)
 
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Return the form with linear layers, and for UNets the form with convolutions too."""
+        """Returns the form with linear layers, and for UNets the form with convolutions too."""
         specs = [torch_spec(self.name, context, "w8a8", context.facts.linear_weights)]
         if context.facts.num_convolutions >= _MANY:
             num_weights = context.facts.linear_weights + context.facts.convolution_weights
@@ -29,7 +29,7 @@ class Sdnq(Contender):
         return specs
 
     def quantized(self, denoiser: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
-        """Exchange the layers, on the device."""
+        """Exchanges the layers, on the device."""
         from sdnq import sdnq_post_load_quant
 
         with_convolutions = spec.variant == _CONVOLUTIONS

@@ -12,12 +12,12 @@ _FLOAT8_CAPABILITY = (8, 9)
 
 
 def has_float8(device: torch.device) -> bool:
-    """Whether a device multiplies matrices of float8 numbers: GPUs of compute capability 8.9 and later."""
+    """Returns whether a device multiplies matrices of float8 numbers: GPUs of compute capability 8.9 and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
 
 
 def torch_spec(peer: str, context: Preparation, bits: str, num_weights: int, variant: str = "") -> Spec:
-    """Return the spec of a peer that quantizes some kinds of layers of a torch denoiser, compiled.
+    """Returns the spec of a peer that quantizes some kinds of layers of a torch denoiser, compiled.
 
     Args:
         peer: Name of the peer.

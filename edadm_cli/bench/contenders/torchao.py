@@ -17,12 +17,12 @@ class TorchAo(Contender):
     packages = ("torchao",)
 
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Return the INT8 form, and the float8 form where the GPU multiplies float8."""
+        """Returns the INT8 form, and the float8 form where the GPU multiplies float8."""
         widths = ["w8a8", *([FLOAT8] if has_float8(context.device) else [])]
         return [torch_spec(self.name, context, bits, context.facts.linear_weights) for bits in widths]
 
     def quantized(self, denoiser: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
-        """Exchange the linear layers, on the device."""
+        """Exchanges the linear layers, on the device."""
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,
             Int8DynamicActivationInt8WeightConfig,

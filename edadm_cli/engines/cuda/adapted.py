@@ -49,12 +49,12 @@ class AdaptedProduct(Product):
 
 
 def base_of(layer: Product) -> Product:
-    """The product itself, without the adapters beside it."""
+    """Returns the product itself, without the adapters beside it."""
     return layer.base if isinstance(layer, AdaptedProduct) else layer
 
 
 def merge_adapted(layers: Sequence[Product]) -> AdaptedProduct:
-    """One product of integer linear layers that share an input and its quantizer, some with adapters beside them."""
+    """Returns one product for integer linear layers that share an input and its quantizer, some with adapters."""
     bases = [base for base in map(base_of, layers) if isinstance(base, IntegerLinear)]
     branches = [layer.branch if isinstance(layer, AdaptedProduct) else None for layer in layers]
     return AdaptedProduct(merge(bases), side_by_side(branches, [base.num_outputs for base in bases]))

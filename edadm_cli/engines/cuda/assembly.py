@@ -68,7 +68,7 @@ class Assembly:
         }
 
     def build(self, denoiser: nn.Module) -> tuple[nn.Module, tuple[LayerExecution, ...]]:
-        """A copy of `denoiser` that runs on the kernels, and how each of its layers runs."""
+        """Returns a copy of `denoiser` that runs on the kernels, and how each of its layers runs."""
         shared: dict[int, Any] = {id(m): m for m in denoiser.modules() if isinstance(m, QuantizedLayer)}
         model = copy.deepcopy(denoiser, shared)  # the copy's quantized layers are the originals, all exchanged below
         self.state.prompt.is_active = self._prompt_cache and _passes_prompt_on(model)
@@ -221,7 +221,7 @@ class Assembly:
         return FusedTransformer2D(model, (proj_in, proj_out), self.lowering)
 
     def _output(self, model: Any) -> None:
-        """Join the last normalization, SiLU and convolution of a UNet."""
+        """Joins the last normalization, SiLU and convolution of a UNet."""
         norm, convolution = getattr(model, "conv_norm_out", None), getattr(model, "conv_out", None)
         act = type(getattr(model, "conv_act", None)).__name__
         if act != "SiLU" or not _are_group_norms(norm) or not isinstance(convolution, nn.Conv2d | QuantizedLayer):
@@ -236,7 +236,7 @@ def _are_group_norms(*norms: object) -> bool:
 
 
 def _activation(module: nn.Module) -> str | None:
-    """Which activation a feed-forward's first module is; `None` for one that is not known here."""
+    """Returns which activation a feed-forward's first module is; `None` for one that is not known here."""
     name = type(module).__name__
     if name == "GEGLU":
         return "geglu"
@@ -246,5 +246,5 @@ def _activation(module: nn.Module) -> str | None:
 
 
 def _passes_prompt_on(model: Any) -> bool:
-    """Whether cross-attention reads the very states that the denoiser is called with."""
+    """Returns whether cross-attention reads the very states that the denoiser is called with."""
     return type(model).__name__ == "UNet2DConditionModel" and getattr(model, "encoder_hid_proj", None) is None

@@ -30,7 +30,7 @@ Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
 @lru_cache(maxsize=8)
 def attention_backend(form: AttentionForm) -> Backend:
-    """What `torch.compile` is given as its backend: Inductor, with attention in a form of ours where that is faster.
+    """Returns a backend for `torch.compile`: Inductor, with attention by this package's kernel where that is faster.
 
     One object per form, so that equal blocks share a compilation.
     """
@@ -46,7 +46,7 @@ def attention_backend(form: AttentionForm) -> Backend:
 
 
 def replace_attention(graph: fx.GraphModule, form: AttentionForm) -> int:
-    """Replace what pays of the attentions in a graph of Dynamo's, in place; returns how many were replaced."""
+    """Replaces what pays of the attentions in a graph of Dynamo's, in place; returns how many were replaced."""
     replaced = 0
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention and _replace(node, form):
@@ -58,12 +58,12 @@ def replace_attention(graph: fx.GraphModule, form: AttentionForm) -> int:
 
 
 def attend_int8_pays(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Whether `attend_int8` takes `q [N, heads, T, d]` and `k [N, heads, S, d]` and is faster than float16."""
+    """Returns whether `attend_int8` takes `q [N, heads, T, d]` and `k [N, heads, S, d]` and is faster than float16."""
     return min(q.shape[2], k.shape[2]) >= MIN_TOKENS and kernels.attend_int8_takes(q, scale)
 
 
 def attend_pays(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
-    """Whether our kernel computes attention in 16 bits for `[N, heads, tokens, d]` on this GPU, faster than torch."""
+    """Returns whether our kernel does 16-bit attention for `[N, heads, tokens, d]` on this GPU faster than torch."""
     if not uses_hopper(q):
         return False
     meta = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (q, k, v)]
@@ -72,7 +72,7 @@ def attend_pays(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
 
 
 def grid_kernel_runs(device: torch.device, width: int) -> bool:
-    """Whether a kernel computes attention on a model's own grids for heads of `width` channels."""
+    """Returns whether a kernel computes attention on a model's own grids for heads of `width` channels."""
     if device.type != "cuda":
         return False
     probe = torch.empty(1, 1, 1, width, dtype=torch.float16, device=device)
@@ -80,7 +80,7 @@ def grid_kernel_runs(device: torch.device, width: int) -> bool:
 
 
 def _operation(q: Tensor, k: Tensor, v: Tensor, scale: float, form: AttentionForm) -> Any:
-    """The operation that computes an attention instead of torch's; `None` where none is faster."""
+    """Returns the operation that computes an attention instead of torch's; `None` where none is faster."""
     if form == "int8" and attend_int8_pays(q, k, scale):
         return torch.ops.edadm.attend_int8.default
     return torch.ops.edadm.attend.default if attend_pays(q, k, v, scale) else None

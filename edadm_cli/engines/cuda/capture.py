@@ -30,7 +30,7 @@ class GraphedFunction:
         self._pool: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replay, recording first where that is needed."""
+        """Replays, recording first where that is needed."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (str(spec), tuple(_signature(leaf) for leaf in leaves))
         if key not in self._recorded:

@@ -75,7 +75,7 @@ class Conditioning(nn.Module):
         self.register_buffer("classes", torch.stack([table.detach() for table in tables]))
 
     def forward(self, timestep: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings `[S, M, C]` and their projections `[S, M, 6 C]` for timesteps and classes `[M]`."""
+        """Returns the embeddings `[S, M, C]` and their projections `[S, M, 6 C]` for timesteps and classes `[M]`."""
         classes = self.get_buffer("classes")
         embedded = self.second(self.act(self.first(self.time_proj(timestep).to(classes.dtype))))
         embedded = embedded + classes[:, class_labels]
@@ -101,7 +101,7 @@ class ConditionedNorm(nn.Module):
         self.norm = norm
 
     def emb(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None) -> Tensor:
-        """The embedding of timestep and class, which the model's last layer reads from the first block."""
+        """Returns the embedding of timestep and class, which the model's last layer reads from the first block."""
         return self.embedded
 
     def forward(self, x: Tensor, *unused: Any, **ignored: Any) -> tuple[Tensor, ...]:
@@ -111,7 +111,7 @@ class ConditionedNorm(nn.Module):
 
 
 def condition_at_once(model: nn.Module) -> None:
-    """Have a deployed model compute the conditioning of all blocks at the beginning of each step, in place.
+    """Has a deployed model compute the conditioning of all blocks at the beginning of each step, in place.
 
     What computes it becomes the model's `conditioning`. Nothing is changed where the blocks share one embedder; a block
     with a layer there that is not multiplied in integers goes on by itself.
@@ -159,6 +159,6 @@ def _is_served(layer: nn.Module) -> bool:
 
 
 def _sizes(norm: Any) -> list[tuple[Any, ...]]:
-    """What layers that are stacked have in common."""
+    """Returns what layers that are stacked have in common."""
     layers: list[Any] = _layers(norm)
     return [(layer.weight_shape, layer.plan.activation_bits, layer.bias is None) for layer in layers]

@@ -22,7 +22,7 @@ PROMPT = "encoder_hidden_states"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a CUDA device the current one: graphs are recorded on its stream, whichever the caller works with."""
+    """Makes a CUDA device the current one: graphs are recorded on its stream, whichever the caller works with."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -58,7 +58,7 @@ class CudaDenoiser(CompiledDenoiser):
         return self._layers
 
     def parts(self) -> nn.Module:
-        """Return the denoiser where it runs its own forward; from then on no graph is recorded of a whole step."""
+        """Returns the denoiser where it runs its own forward; from then on no graph is recorded of a whole step."""
         if self._is_assembled:
             return super().parts()
         self._step = self._eager
@@ -74,16 +74,16 @@ class CudaDenoiser(CompiledDenoiser):
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one step; outputs have the element type of the call's first floating-point tensor."""
+        """Runs one step; outputs have the element type of the call's first floating-point tensor."""
         return self._call(self._step, args, kwargs)
 
     @torch.no_grad()
     def call_eagerly(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one step kernel by kernel, without a graph."""
+        """Runs one step kernel by kernel, without a graph."""
         return self._call(self._eager, args, kwargs)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
-        """Time of each operation of one call: of its kernels on CUDA, of its operations on a CPU."""
+        """Returns the time of each operation of one call: of its kernels on CUDA, of its operations on a CPU."""
         self.call_eagerly(*args, **kwargs)
         return operation_times(self.model, lambda: self.call_eagerly(*args, **kwargs), self._layers)
 
@@ -105,7 +105,7 @@ class CudaDenoiser(CompiledDenoiser):
             return self.model(**arguments)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments by name; a timestep that is a number becomes a tensor, so that a graph can read it."""
+        """Returns the call's arguments by name; a numeric timestep becomes a tensor, which a graph can read."""
         bound = dict(self._signature.bind(*args, **kwargs).arguments)
         timestep = bound.get("timestep")
         if isinstance(timestep, int | float):

@@ -61,7 +61,7 @@ class CudaEngine(Engine):
         self._float_where_faster = float_where_faster
 
     def refusal(self, device: torch.device) -> str | None:
-        """Why the kernels cannot run on a device."""
+        """Returns why the kernels cannot run on a device."""
         if device.type == "cpu":
             return None
         if device.type != "cuda":
@@ -72,14 +72,14 @@ class CudaEngine(Engine):
         return None if reason is None else f"The CUDA engine cannot run on this device: {reason}."
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """Why the kernels cannot run a layer."""
+        """Returns why the kernels cannot run a layer."""
         return refusal(layer)
 
     @torch.no_grad()
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Assemble fused stages, or have torch compile the denoiser; a step's graph is recorded at its first call."""
+        """Assembles fused stages, or have torch compile the denoiser; a step's graph is recorded at its first call."""
         self.require(options.device)
         on_cuda = options.device.type == "cuda"
         strengths = strengths_of(denoiser)
@@ -103,7 +103,7 @@ class CudaEngine(Engine):
 
     @torch.no_grad()
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
-        """One layer as a product: quantize, multiply, epilogue."""
+        """Returns one layer as a product: quantize, multiply, epilogue."""
         self.require(options.device)
         product = self._lowering(options).product("", layer)
 
@@ -116,7 +116,7 @@ class CudaEngine(Engine):
     def _kept(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> dict[str, str]:
-        """Layers that float16 runs faster, each with the reason."""
+        """Returns the layers that float16 runs faster, each with the reason."""
         found = measured_times(options.device, options.rest_dtype)
         if found is None or self._pack_weights or not self._float_where_faster:
             return {}

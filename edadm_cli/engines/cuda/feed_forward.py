@@ -45,7 +45,7 @@ class IntegerFeedForward(nn.Module):
 
 
 def fuse_feed_forwards(model: nn.Module, product: KernelProduct) -> None:
-    """Replace, in place, the feed-forward layers of a deployed model that `IntegerFeedForward` computes."""
+    """Replaces, in place, the feed-forward layers of a deployed model that `IntegerFeedForward` computes."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             layers = _layers_of(child)
@@ -66,7 +66,7 @@ def _layers_of(module: nn.Module) -> tuple[QuantizedLayer, QuantizedLayer] | Non
 
 
 def is_served(layer: nn.Module) -> bool:
-    """Whether a layer is an integer linear one on a device where its output can leave activated, as codes."""
+    """Returns whether a layer is an integer linear one on a device where its output can leave activated, as codes."""
     return (
         isinstance(layer, QuantizedLayer)
         and layer.operation.kind == "linear"

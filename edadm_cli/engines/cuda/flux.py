@@ -63,7 +63,7 @@ class FluxSingleStage(nn.Module):
         return out[:, :text_length], out[:, text_length:]
 
     def _feed(self, normed: Tensor) -> Tensor:
-        """Codes of the feed-forward half, `[M, F]`; queries, keys and values are held for their layers."""
+        """Returns the codes of the feed-forward half, `[M, F]`; queries, keys and values are held for their layers."""
         shared, last = self.proj_mlp.member.shared, self.proj_mlp.member.place
         layers = [*(layer for place, layer in enumerate(shared.layers) if place != last), self.proj_mlp]
         codes = self.product.codes(self.proj_mlp, normed)
@@ -84,7 +84,7 @@ class FluxSingleStage(nn.Module):
 
 
 def fuse_single_blocks(model: nn.Module, product: KernelProduct) -> None:
-    """Replace, in place, the single-stream blocks of a deployed FLUX that `FluxSingleStage` computes."""
+    """Replaces, in place, the single-stream blocks of a deployed FLUX that `FluxSingleStage` computes."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ == _BLOCK and _fits(child):

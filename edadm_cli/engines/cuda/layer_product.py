@@ -34,7 +34,7 @@ _BUFFERS = ("product_weight", "product_scale", "product_correction", "product_bi
 
 
 def capability_refusal(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a CUDA device of this machine, as half a sentence; `None` when they can."""
+    """Returns why the kernels cannot run on a CUDA device of this machine, as half a sentence; `None` when they can."""
     capability = torch.cuda.get_device_capability(device)
     if capability >= MIN_CAPABILITY:
         return None
@@ -57,11 +57,11 @@ class KernelProduct:
         self.device_types = device_types
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelProduct:
-        """The object itself: compiled blocks are shared by layers that share their product."""
+        """Returns the object itself: compiled blocks are shared by layers that share their product."""
         return self
 
     def prepare(self, layer: QuantizedLayer) -> None:
-        """Compute the buffers of a layer on a device that is served, and remove those of another device."""
+        """Computes the buffers of a layer on a device that is served, and removes those of another device."""
         for name in _BUFFERS:
             layer._buffers.pop(name, None)
             layer._non_persistent_buffers_set.discard(name)
@@ -71,16 +71,16 @@ class KernelProduct:
             layer.member.shared.renew()
 
     def join(self, model: nn.Module) -> None:
-        """Find the layers that share their input."""
+        """Finds the layers that share their input."""
         share_inputs(model)
 
     def runs(self, layer: QuantizedLayer) -> bool:
-        """Whether the layer has its buffers where its codes are."""
+        """Returns whether the layer has its buffers where its codes are."""
         scale: Tensor | None = getattr(layer, "product_scale", None)
         return scale is not None and scale.device == layer.weight_codes.device
 
     def fall_back(self, layer: QuantizedLayer) -> None:
-        """Report once that a layer computes in floating point, and why."""
+        """Reports once that a layer computes in floating point, and why."""
         device = layer.weight_codes.device
         if device.type == "cpu" and "cpu" not in self.device_types:
             say_once(ON_CPU)
@@ -90,7 +90,7 @@ class KernelProduct:
             say_once(f"Layers of this exported denoiser compute in floating point on {device.type}: {reason}.")
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
-        """Quantize, multiply, add the bias."""
+        """Quantizes, multiplies, and adds the bias."""
         if layer.member is not None and layer.member.shared.is_active:
             y: Tensor | None = layer.member.shared.take(layer.member.place, x, self._linears)
             if y is not None:
@@ -136,7 +136,7 @@ class KernelProduct:
             layer.register_buffer(name, tensor, persistent=False)
 
     def codes(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
-        """Codes of `x`, int8, in its shape."""
+        """Returns the codes of `x`, int8, in its shape."""
         bits = layer.plan.activation_bits
         assert bits is not None
         if layer.transform is not None:
@@ -149,7 +149,7 @@ class KernelProduct:
         return codes.clamp(-pack.CODE_OFFSET, (1 << bits) - 1 - pack.CODE_OFFSET).to(torch.int8)
 
     def weight(self, layer: QuantizedLayer) -> Tensor:
-        """The codes in the order of the kernels: `[C_out, K]` or `[C_out, kh, kw, C_in]`, a view."""
+        """Returns the codes in the order of the kernels: `[C_out, K]` or `[C_out, kh, kw, C_in]`, a view."""
         unpacked: Tensor | None = getattr(layer, "product_weight", None)
         if unpacked is not None:
             return unpacked
@@ -158,7 +158,7 @@ class KernelProduct:
         return codes.flatten(1) if is_matrix else codes.permute(0, 2, 3, 1)
 
     def _linears(self, layers: Sequence[QuantizedLayer], x: Tensor) -> list[Tensor]:
-        """Outputs of linear layers with equal quantizers."""
+        """Returns the outputs of linear layers with equal quantizers."""
         codes = self.codes(layers[0], x)
         outputs = kernels.linears(
             as_rows(codes),
@@ -171,7 +171,7 @@ class KernelProduct:
         return [y.view(*codes.shape[:-1], y.shape[-1]) for y in outputs]
 
     def linear(self, layer: QuantizedLayer, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product of codes `[M, K]`, `[M, N]` in an element type."""
+        """Returns the product of codes `[M, K]`, `[M, N]` in an element type."""
         return kernels.linear(
             rows,
             self.weight(layer),

@@ -22,14 +22,14 @@ Padding = tuple[int, int, int, int]
 
 
 def refusal(layer: QuantizedLayer) -> str | None:
-    """Why the fused stages cannot run a layer, as half a sentence; `None` when they can."""
+    """Returns why the fused stages cannot run a layer, as half a sentence; `None` when they can."""
     if layer.transform is not None:
         return f"the fused stages do not have the transform '{layer.transform.name}' of its input"
     return product_refusal(layer)
 
 
 def product_refusal(layer: QuantizedLayer) -> str | None:
-    """Why the kernels cannot multiply the codes of a layer, as half a sentence; `None` when they can."""
+    """Returns why the kernels cannot multiply the codes of a layer, as half a sentence; `None` when they can."""
     operation = layer.operation
     if layer.plan.input_grid is None:
         return "its input stays in floating point"
@@ -71,7 +71,7 @@ class Lowering:
     decisions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
     def product(self, name: str, layer: nn.Module, padding: Padding | None = None) -> Product:
-        """The product of an `nn.Linear`, `nn.Conv2d`, `QuantizedLayer` or `SplitLayer`.
+        """Returns the product of an `nn.Linear`, `nn.Conv2d`, `QuantizedLayer` or `SplitLayer`.
 
         Args:
             name: Dotted name in the denoiser.
@@ -94,15 +94,15 @@ class Lowering:
         return AdaptedProduct(product, branch.to(self.device, self.dtype))
 
     def norm(self, norm: nn.Module, consumers: list[Product], silu: bool) -> NormStage:
-        """A normalization that hands over what `consumers` take; see `NormStage`."""
+        """Returns a normalization that hands over what `consumers` take; see `NormStage`."""
         return NormStage(norm, consumers, silu, self.dtype, self.device)
 
     def can_pack(self, layer: QuantizedLayer) -> bool:
-        """Whether a layer's weights stay packed."""
+        """Returns whether a layer's weights stay packed."""
         return self.pack_weights and layer.plan.weight_bits <= 4
 
     def codes(self, layer: QuantizedLayer) -> Tensor:
-        """A layer's weight codes, int8, on the device; on `meta`, where shapes are enough, nothing is unpacked."""
+        """Returns a layer's int8 weight codes on the device; on `meta` nothing is unpacked, since shapes are enough."""
         if self.device.type == "meta":
             return torch.empty(layer.weight_shape, dtype=torch.int8, device=self.device)
         return layer.weight_int.detach().to(self.device)

@@ -50,7 +50,7 @@ class NormStage(nn.Module):
             self.num_bits = next(iter(quantizers.values())).num_bits
 
     def forward(self, x: Tensor, more: Tensor | None = None) -> list[Tensor]:
-        """What each consumer's `product` takes, for `x` `[N, C, H, W]` (GroupNorm) or `[..., C]` (LayerNorm).
+        """Returns what each consumer's `product` takes, for `x` `[N, C, H, W]` (GroupNorm) or `[..., C]` (LayerNorm).
 
         Args:
             x: What is normalized.

@@ -37,7 +37,7 @@ _MAX_SHAPES = 64
 
 
 def has_fused_stages(denoiser: nn.Module) -> bool:
-    """Whether the assembly knows the structure: UNets of residual blocks."""
+    """Returns whether the assembly knows the structure: UNets of residual blocks."""
     return any(type(module).__name__ == _FUSED_STRUCTURE for module in denoiser.modules())
 
 
@@ -47,7 +47,7 @@ def build_plain(
     dtype: torch.dtype,
     adapters: Mapping[str, SideBranch] = MappingProxyType({}),
 ) -> tuple[nn.Module, tuple[LayerExecution, ...]]:
-    """A copy of `denoiser` whose layers multiply their codes on `device`, and how each of its layers runs.
+    """Returns a copy of `denoiser` whose layers multiply their codes on `device`, and how each of its layers runs.
 
     Side branches of LoRA adapters, by the names of their layers, run beside those.
 
@@ -74,7 +74,7 @@ def build_plain(
 
 
 def placed_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a quantized model on a device, in an element type; codes and scales keep theirs."""
+    """Returns a copy of a quantized model on a device, in an element type; codes and scales keep theirs."""
     placed: dict[int, Any] = {}
     for module in model.modules():
         keeps = isinstance(module, QuantizedLayer | QuantizedAttention)
@@ -91,7 +91,7 @@ def placed_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> n
 
 
 def compile_blocks(model: nn.Module, attention: AttentionForm | None = None) -> None:
-    """Have torch compile a model in place: its repeated blocks, which share their compilation, or else the whole.
+    """Has torch compile a model in place: its repeated blocks, which share their compilation, or else the whole.
 
     Calls belong into `many_shapes`.
 
@@ -116,7 +116,7 @@ def many_shapes() -> AbstractContextManager[object]:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists of blocks, of the classes that occur at least `_MIN_REPEATS` times in them."""
+    """Returns the members of the outermost block lists whose classes occur at least `_MIN_REPEATS` times in them."""
     blocks: list[nn.Module] = []
 
     def walk(module: nn.Module) -> None:
@@ -135,4 +135,4 @@ class _SilentProduct(KernelProduct):
     """Reports nothing by itself: the engine lists every layer with the reason."""
 
     def fall_back(self, layer: QuantizedLayer) -> None:
-        """Compute in floating point, as listed."""
+        """Computes in floating point, as listed."""

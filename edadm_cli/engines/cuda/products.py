@@ -143,7 +143,7 @@ class IntegerConv2d(Product):
         self.bias = None if bias is None else bias.float().contiguous()
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Codes of `x`, channels last."""
+        """Returns the codes of `x`, channels last."""
         return self.quantizer(quantizable(x))
 
     def product(
@@ -215,7 +215,7 @@ class FloatProduct(Product):
         return y if residual is None else y + residual
 
     def _pointwise(self, x: Tensor) -> Tensor:
-        """A 1x1 convolution as a matrix product, which reads a range of an image's channels where they are."""
+        """Returns a 1x1 convolution as a matrix product, which reads a range of an image's channels where they are."""
         rows = F.linear(rows_of(x), self.weight.flatten(1), self.bias)
         return image_of(rows, x.shape[0], *x.shape[2:])
 

@@ -43,7 +43,7 @@ _KINDS = (
 def operation_times(
     model: nn.Module, step: Callable[[], Any], layers: tuple[LayerExecution, ...]
 ) -> list[OperationTime]:
-    """Time of every operation of one `step`, in execution order.
+    """Returns the time of every operation of one `step`, in execution order.
 
     Args:
         model: Its products are named in the profile.
@@ -75,7 +75,7 @@ def operation_times(
 def wrapped_products(
     model: nn.Module, wrap: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]]
 ) -> Iterator[None]:
-    """Put `wrap(layer name, product)` in the place of every product of a model."""
+    """Puts `wrap(layer name, product)` in the place of every product of a model."""
     products = [module for module in model.modules() if isinstance(module, Product) and module.label]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     for module in products:
@@ -108,7 +108,7 @@ def _layer_of(event: Any) -> str:
 
 
 def _work_of(event: Any) -> list[tuple[str, float]]:
-    """Kernels that an operation launched, with microseconds; on a CPU the operation itself, less what it called."""
+    """Returns an operation's kernels with microseconds; on a CPU the operation itself, without what it called."""
     if torch.cuda.is_available():
         return [(kernel.name, kernel.duration) for kernel in event.kernels]
     is_work = not event.name.startswith(_PREFIX) and event.self_cpu_time_total > 0

@@ -28,12 +28,12 @@ class Quantizer:
     key: tuple[float, int, int]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Codes of `x`, int8."""
+        """Returns the codes of `x`, int8."""
         return kernels.quantize(x, self.scale, self.zero_point, self.num_bits)
 
     @classmethod
     def of(cls, layer: QuantizedLayer, device: torch.device) -> Quantizer:
-        """The quantizer of a layer whose input is quantized."""
+        """Returns the quantizer of a layer whose input is quantized."""
         bits = layer.plan.activation_bits
         assert bits is not None
         key = (float(layer.input_scale), int(layer.input_zero_point), bits)

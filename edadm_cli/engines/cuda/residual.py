@@ -47,7 +47,7 @@ class FusedResidualBlock(nn.Module):
         return self._run((channels_last(input_tensor),), temb)
 
     def join(self, hidden_states: Tensor, skip: Tensor, temb: Tensor | None) -> Tensor:
-        """The same of both inputs' channels, the hidden state's first, with no copy of both."""
+        """Returns the same of both inputs' channels, the hidden state's first, with no copy of both."""
         return self._run((channels_last(hidden_states), channels_last(skip)), temb)
 
     def _run(self, images: tuple[Tensor, ...], temb: Tensor | None) -> Tensor:
@@ -83,7 +83,7 @@ class FusedUpBlock(nn.Module):
 
     @staticmethod
     def joins(block: Any) -> bool:
-        """Whether a block does nothing but concatenate, and its residual blocks can read both parts."""
+        """Returns whether a block does nothing but concatenate, and its residual blocks can read both parts."""
         rescales = any(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))  # FreeU
         plain = getattr(block, "upsample_type", "conv") != "resnet"
         return plain and not rescales and all(isinstance(resnet, FusedResidualBlock) for resnet in block.resnets)

@@ -52,7 +52,7 @@ def faster_in_float(
     times: MeasuredTimes,
     prompt_cache: bool = True,
 ) -> dict[str, str]:
-    """Names of the layers that are to stay in floating point, each with the reason.
+    """Returns the names of the layers that are to stay in floating point, each with the reason.
 
     Args:
         denoiser: With quantized layers.
@@ -84,7 +84,7 @@ def faster_in_float(
 
 
 def _costs(uses: list[Use], times: MeasuredTimes) -> tuple[float, float] | None:
-    """Microseconds of some products and of what makes their inputs, in INT8 and in float16; `None`: not all known.
+    """Returns the microseconds of products and their inputs, in INT8 and in float16; `None` if one is not known.
 
     A quantization by itself costs integers alone, so one that was not measured counts as nothing.
     """
@@ -101,7 +101,7 @@ def _costs(uses: list[Use], times: MeasuredTimes) -> tuple[float, float] | None:
 
 
 def _groups(model: nn.Module, uses: dict[str, list[Use]]) -> Iterator[tuple[str, ...]]:
-    """Labels that are decided together; what runs fused with a kernel that has no floating-point output is left out."""
+    """Yields the labels that are decided together, without those fused with a kernel that only gives codes."""
     taken: set[str] = set()
     for module in model.modules():
         if isinstance(module, FusedFeedForward) and module.gated is not None:
@@ -121,7 +121,7 @@ def _groups(model: nn.Module, uses: dict[str, list[Use]]) -> Iterator[tuple[str,
 
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[dict[str, list[Use]]]:
-    """Label to the uses of every integer product of a model while it is called."""
+    """Maps labels to the uses of every integer product of a model while it is called."""
     uses: dict[str, list[Use]] = {}
     products = [m for m in model.modules() if isinstance(m, IntegerLinear | IntegerConv2d | GatedProduct) and m.label]
     pending: dict[str, Source] = {}
@@ -183,6 +183,6 @@ def _matrix(module: Product, prepared: Tensor, result: Tensor) -> tuple[Kind, in
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
-    """Pixels and channels of an image `[N, C, H, W]`, rows and columns of `[..., C]`."""
+    """Returns the pixels and channels of an image `[N, C, H, W]`, rows and columns of `[..., C]`."""
     channels = x.shape[1 if x.ndim == 4 else -1]
     return x.numel() // channels, channels

@@ -43,13 +43,13 @@ class SharedInput:
     num_left: int = 0
 
     def renew(self) -> None:
-        """Compare the quantizers, which have been set or moved."""
+        """Compares the quantizers, which have been set or moved."""
         first = self.layers[0]
         self.is_active = all(_is_served(layer) and _equal_quantizers(first, layer) for layer in self.layers)
         self._release()
 
     def take(self, place: int, x: Tensor, together: Together) -> Tensor | None:
-        """The output of the layer at `place`; `None` where `x` is not the input that the others have read."""
+        """Returns the output of the layer at `place`; `None` where `x` is not the input that the others have read."""
         if self.source is None:
             self.hold(x, together(self.layers, x))
         elif self.source is not x:
@@ -64,7 +64,7 @@ class SharedInput:
         return y
 
     def hold(self, source: Tensor, outputs: Sequence[Tensor | None]) -> None:
-        """Keep the outputs for `source` until each is taken; `None` for a layer that is not going to be called."""
+        """Keeps the outputs for `source` until each is taken; `None` for a layer that is not going to be called."""
         self.source, self.outputs = source, list(outputs)
         self.num_left = sum(y is not None for y in outputs)
 
@@ -81,7 +81,7 @@ class Member:
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Put the layers of a model that may share an input together; each becomes a `member` of at most one group."""
+    """Puts the layers of a model that may share an input together; each becomes a `member` of at most one group."""
     taken: set[int] = set()
     for parent in model.modules():
         for layers in _candidates(parent):

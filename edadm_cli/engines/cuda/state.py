@@ -30,13 +30,13 @@ class TimeProjections:
         self._biases: list[Tensor] = []
 
     def add(self, layer: IntegerLinear) -> int:
-        """Join the group; returns the place of the layer's result."""
+        """Joins the group; returns the place of the layer's result."""
         self._layers.append(layer)
         self._sizes.append(layer.num_outputs)
         return len(self._layers) - 1
 
     def freeze(self) -> None:
-        """Merge the layers that joined."""
+        """Merges the layers that joined."""
         if not self._layers:
             return
         quantizers = {layer.quantizer.key: layer.quantizer for layer in self._layers}
@@ -52,11 +52,11 @@ class TimeProjections:
         self._layers = []
 
     def begin(self) -> None:
-        """Forget the last step's results."""
+        """Forgets the last step's results."""
         self._embedding, self._biases = None, []
 
     def bias(self, place: int, embedding: Tensor) -> Tensor:
-        """A layer's product with SiLU(`embedding`), `[N, C_out]`, contiguous."""
+        """Returns a layer's product with SiLU(`embedding`), `[N, C_out]`, contiguous."""
         if self._embedding is not embedding:
             self._biases, self._embedding = self._compute(embedding), embedding
         return self._biases[place]
@@ -78,7 +78,7 @@ class TimeProjections:
         return codes.view(-1, embedding.shape[1])
 
     def _places(self, batch: int) -> Tensor:
-        """Where the results of each layer stand in the flattened output, layer after layer."""
+        """Returns where the results of each layer stand in the flattened output, layer after layer."""
         if batch not in self._index:
             width, start, places = sum(self._sizes), 0, []
             for size, quantizer in zip(self._sizes, self._of_layer, strict=True):
@@ -105,7 +105,7 @@ class PromptCache:
         self._pairs: list[Pair] = []
 
     def add(self, project: Callable[[Tensor], Pair]) -> int:
-        """Join with a function of the prompt's states; returns the place of its result."""
+        """Joins with a function of the prompt's states; returns the place of its result."""
         self._projections.append(project)
         return len(self._projections) - 1
 
@@ -115,7 +115,7 @@ class PromptCache:
         return self.is_active and bool(self._projections)
 
     def hold(self, prompt: Tensor, place: Callable[[Tensor], Tensor]) -> None:
-        """Have the keys and values of `prompt` ready; free where it is the tensor of the last call, unchanged.
+        """Has the keys and values of `prompt` ready; free where it is the tensor of the last call, unchanged.
 
         Args:
             prompt: Text states `[N, T, C]`.
@@ -136,11 +136,11 @@ class PromptCache:
         self._prompt, self._version, self._pairs = prompt, version, self._buffers[key]
 
     def forget(self) -> None:
-        """Have the next prompt computed again, even if it is the one of the last call: layers have changed."""
+        """Has the next prompt computed again, even if it is the one of the last call: layers have changed."""
         self._prompt = None
 
     def pair(self, place: int) -> Pair:
-        """Key and value of the prompt that is held."""
+        """Returns the key and value of the prompt that is held."""
         return self._pairs[place]
 
 

@@ -38,7 +38,7 @@ class GatedProduct(Product):
         self.out = consumer.quantizer
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Codes of `x`, in its shape."""
+        """Returns the codes of `x`, in its shape."""
         return self.quantizer(quantizable(x))
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
@@ -198,7 +198,7 @@ class FusedTransformer2D(nn.Module):
 
 
 def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask `[N, T]` of ones and zeros as an additive one `[N, 1, T]`; others as they are."""
+    """Returns a mask `[N, T]` of ones and zeros as an additive one `[N, 1, T]`; others as they are."""
     if mask is None or mask.ndim != 2:
         return mask
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)

@@ -22,7 +22,7 @@ _CONVOLUTION = ("kernel_shape", "strides", "pads", "dilations", "group")
 
 
 def in_integers(model: ir.Model) -> None:
-    """Rewrite a graph written by `export_onnx`, in place."""
+    """Rewrites a graph written by `export_onnx`, in place."""
     graph = model.graph
     for node in list(graph):
         if node.op_type not in ("Conv", "MatMul"):
@@ -43,7 +43,7 @@ def in_integers(model: ir.Model) -> None:
 
 
 def _weight(node: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear of a constant that a product reads, through a Transpose where there is one."""
+    """Returns the DequantizeLinear of a constant that a product reads, through a Transpose where there is one."""
     value = node.inputs[1]
     producer = value.producer() if value is not None else None
     if producer is not None and producer.op_type == "Transpose":
@@ -88,7 +88,7 @@ def _dequantize_once(graph: ir.Graph, weight: ir.Node) -> None:
 
 
 def _quantize_last(graph: ir.Graph, product: ir.Node, side: int) -> None:
-    """Turn Quantize -> Dequantize -> Transpose -> MatMul into Transpose -> Quantize -> Dequantize -> MatMul."""
+    """Turns Quantize -> Dequantize -> Transpose -> MatMul into Transpose -> Quantize -> Dequantize -> MatMul."""
     value = product.inputs[side]
     transpose = value.producer() if value is not None else None
     dequantize = (

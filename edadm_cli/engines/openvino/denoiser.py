@@ -26,7 +26,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def plugin_properties(options: EngineOptions) -> dict[str, Any]:
-    """Properties of OpenVINO's CPU plug-in."""
+    """Returns the properties of OpenVINO's CPU plug-in."""
     properties: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _PRECISIONS[options.rest_dtype],
@@ -62,7 +62,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         self._request(shapes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the denoiser; another batch or image size is compiled when it first comes."""
+        """Runs the denoiser; another batch or image size is compiled when it first comes."""
         tensors = self._tensors(args, kwargs)
         output = self._request(_shapes(tensors)).infer(tensors)
         return self._interface.output(output, args, kwargs)
@@ -74,7 +74,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         return executed_layers(runtime_nodes(compiled.model), self._planned, self._in_float)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
-        """Time of each operation of one call, from a copy compiled with counters; the first call warms up."""
+        """Returns the time of each operation of one call, from a copy with counters; the first call warms up."""
         tensors = self._tensors(args, kwargs)
         compiled = self._compile(_shapes(tensors), {"PERF_COUNT": True})
         for _ in range(2):
@@ -133,7 +133,7 @@ class _Compiled:
             self._head = core.compile_model(head, "CPU", properties).create_infer_request()
 
     def infer(self, tensors: list[Tensor]) -> Tensor:
-        """The output for the graph's inputs, in memory of its own."""
+        """Returns the output for the graph's inputs, in memory of its own."""
         inputs = [tensor.contiguous().numpy() for tensor in tensors]
         if self._head is not None:
             self._head.infer(inputs, share_inputs=True)
@@ -144,7 +144,7 @@ class _Compiled:
 
 
 def shapes_of(interface: GraphInterface, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
-    """Shapes of a call's inputs."""
+    """Returns the shapes of a call's inputs."""
     return _shapes(interface.tensors(args, kwargs).values())
 
 

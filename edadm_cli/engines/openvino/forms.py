@@ -53,7 +53,7 @@ class _Operation:
 
 
 def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[str]:
-    """Put the products in floating point that run faster so on this processor, in place.
+    """Puts the products in floating point that run faster so on this processor, in place.
 
     Args:
         graph: A graph of static shapes, with int8 constants.
@@ -86,7 +86,7 @@ def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[s
 
 
 def _operations(products: list[QuantizedProduct]) -> list[_Operation]:
-    """The products of a graph, an attention's second one together with its first one."""
+    """Returns the products of a graph, an attention's second one together with its first one."""
     places = {product.node.friendly_name: index for index, product in enumerate(products)}
     followed: dict[int, int] = {}
     for index, product in enumerate(products):
@@ -109,7 +109,7 @@ def _operations(products: list[QuantizedProduct]) -> list[_Operation]:
 
 
 def _scores(product: ov.Node) -> str:
-    """Name of the product whose softmax is a product's left operand; empty where there is none."""
+    """Returns the name of the product whose softmax is a product's left operand; empty where there is none."""
     node, has_softmax = source(product.input_value(0)), False
     while node.get_input_size():
         node = source(node.input_value(0))
@@ -144,7 +144,7 @@ def _is_float_faster(graph: ov.Model, operation: _Operation, properties: dict[st
 def _compiled(
     graph: ov.Model, operation: _Operation, properties: dict[str, Any], *, in_float: bool
 ) -> tuple[ov.InferRequest, list[np.ndarray]]:
-    """One operation of a graph, compiled alone from the inputs of its quantizers on, and random inputs."""
+    """Returns one operation of a graph, compiled alone from the inputs of its quantizers on, and random inputs."""
     products = list(quantized_products(graph.clone()))  # shares its constants
     members = [products[index] for index in operation.indices]
     generator = np.random.default_rng(0)
@@ -189,7 +189,7 @@ class _Memory:
         }
 
     def write(self) -> None:
-        """Add what was measured to the file."""
+        """Adds what was measured to the file."""
         path, stored = _path(), self._read()
         stored[self._key] = self.is_float_faster
         partial = path.with_name(f"{path.name}.{os.getpid()}")

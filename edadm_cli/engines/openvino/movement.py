@@ -29,7 +29,7 @@ def quantize_before_moving(graph: ov.Model) -> None:
 
 
 def _feeds_attention(node: ov.Node) -> bool:
-    """Whether the output of a quantizer is multiplied with the output of another one."""
+    """Returns whether the output of a quantizer is multiplied with the output of another one."""
     for reader in (target.get_node() for target in node.output(0).get_target_inputs()):
         kind = reader.get_type_name()
         if kind == "MatMul" and all(is_quantizer(source(value)) for value in reader.input_values()):
@@ -45,7 +45,7 @@ def _is_scalar(output: ov.Output) -> bool:
 
 
 def _moves_for_one(output: ov.Output) -> bool:
-    """Whether an output comes from data movement and has one reader."""
+    """Returns whether an output comes from data movement and has one reader."""
     node = output.get_node()
     moves = node.get_type_name() in _MOVES or (
         node.get_type_name() == "Interpolate" and node.get_attributes()["mode"] == "nearest"

@@ -47,7 +47,7 @@ class QuantizedProduct:
         return layer_name(self.node.friendly_name)
 
     def compute_in_float(self) -> None:
-        """Put floating-point numbers of the same values in the place of its codes: no integer pattern is left."""
+        """Puts floating-point numbers of the same values in the place of its codes: no integer pattern is left."""
         if self.weight is not None:
             _use_real_weights(self.weight)
         else:
@@ -56,7 +56,7 @@ class QuantizedProduct:
 
 
 def quantized_products(graph: ov.Model) -> Iterator[QuantizedProduct]:
-    """The products of a graph whose operands are both quantized, in the order of execution."""
+    """Yields the products of a graph whose operands are both quantized, in the order of execution."""
     for node in graph.get_ordered_ops():
         kind = _KINDS.get(node.get_type_name())
         if kind is None or not is_quantizer(source(node.input_value(0))):
@@ -69,7 +69,7 @@ def quantized_products(graph: ov.Model) -> Iterator[QuantizedProduct]:
 
 
 def source(output: ov.Output) -> ov.Node:
-    """The node that an output's values come from, data movement left out."""
+    """Returns the node that an output's values come from, data movement left out."""
     node = output.get_node()
     while node.get_type_name() in _MOVES:
         node = node.input_value(0).get_node()
@@ -77,12 +77,12 @@ def source(output: ov.Output) -> ov.Node:
 
 
 def is_quantizer(node: ov.Node) -> bool:
-    """Whether a node turns numbers into codes."""
+    """Returns whether a node turns numbers into codes."""
     return bool(node.get_type_name() == "FakeQuantize")
 
 
 def _scaled_codes(output: ov.Output) -> ov.Node | None:
-    """The multiplication of int8 codes by their scales, where an output is that."""
+    """Returns the multiplication of int8 codes by their scales, where an output is that."""
     node = source(output)
     if node.get_type_name() != "Multiply" or node.input_value(0).get_node().get_type_name() != "Convert":
         return None
@@ -98,13 +98,13 @@ def codes_of(scaled: ov.Node) -> np.ndarray:
 
 
 def _use_real_weights(scaled: ov.Node) -> None:
-    """Put a float32 constant in the place of codes and scales: no integer pattern is left to be found."""
+    """Puts a float32 constant in the place of codes and scales: no integer pattern is left to be found."""
     values = codes_of(scaled).astype(np.float32) * scaled.input_value(1).get_node().data
     scaled.output(0).replace(ov.op.Constant(values).output(0))
 
 
 def _round_in_float(quantizer: ov.Node) -> None:
-    """Put plain arithmetic in the place of a FakeQuantize of 256 levels."""
+    """Puts plain arithmetic in the place of a FakeQuantize of 256 levels."""
     low, high = (np.float32(quantizer.input_value(port).get_node().data.item()) for port in (1, 2))
     step = np.float32((high - low) / np.float32(255))
     first = float(np.round(low / step))

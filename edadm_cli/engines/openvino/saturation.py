@@ -43,7 +43,7 @@ def saturating_kinds() -> frozenset[LayerKind]:
 
 
 def weights_saturate(codes: np.ndarray) -> bool:
-    """Whether some input makes two neighbouring products of these codes leave 16 bits."""
+    """Returns whether some input makes two neighbouring products of these codes leave 16 bits."""
     return bool(codes.size) and max(int(codes.max()), -int(codes.min())) > LARGEST_WEIGHT_CODE
 
 
@@ -133,7 +133,7 @@ def _attention_is_exact() -> bool:
 
 
 def _gives(product: ov.Node, parameters: list[ov.Node], expected: int) -> bool:
-    """Whether every element of a product is `expected` where all inputs are at the end of their grids."""
+    """Returns whether every element of a product is `expected` where all inputs are at the end of their grids."""
     # where a rest in bfloat16 is the plug-in's choice, it would round the sums
     properties = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = ov.Core().compile_model(ov.Model([product], parameters), "CPU", properties)

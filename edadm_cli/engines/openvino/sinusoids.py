@@ -16,7 +16,7 @@ _PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 
 
 def take_out(graph: ov.Model) -> ov.Model | None:
-    """Replace the sines and cosines of a graph's inputs by new inputs, in place.
+    """Replaces the sines and cosines of a graph's inputs by new inputs, in place.
 
     Args:
         graph: A graph of static shapes. Its inputs keep their places; one input per sine and cosine follows them.
@@ -41,7 +41,7 @@ def _embeddings(graph: ov.Model) -> list[ov.Node]:
 
 
 def _is_embedding(node: ov.Node) -> bool:
-    """Whether a node is a sine or cosine of a graph's inputs that no layer has touched."""
+    """Returns whether a node is a sine or cosine of a graph's inputs that no layer has touched."""
     if node.get_type_name() not in _SINUSOIDS:
         return False
     depends, waiting, seen = False, [node], set[str]()

@@ -93,7 +93,7 @@ def _by_rules(
     joined: Sequence[tuple[str, str, tuple[str, ...]]],
     swapped: Callable[[str], bool] = lambda _: False,
 ) -> Sources:
-    """Apply rules to the names.
+    """Applies rules to the names.
 
     Args:
         names: Names of diffusers.

@@ -41,7 +41,7 @@ def is_quantized_state(names: Any) -> bool:
 
 
 def dequantized_state(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The same tensors with every quantized weight as float32, and without the marks and scales.
+    """Returns the same tensors with every quantized weight as float32, and without the marks and scales.
 
     Args:
         state: Tensors of a file by name.
@@ -96,7 +96,7 @@ def _unrotated(weight: Tensor, group_size: int, where: str) -> Tensor:
 
 
 def regular_hadamard(size: int) -> Tensor:
-    """The orthogonal regular Hadamard matrix of a size that is a power of 4, with shape `(size, size)`, float32."""
+    """Returns the orthogonal regular Hadamard matrix `(size, size)` in float32; the size is a power of 4."""
     four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32)
     matrix = torch.ones(1, 1)
     while len(matrix) < size:

@@ -32,7 +32,7 @@ class ComfyUiFile:
     files_format: ClassVar[int] = 1
 
     def save(self, denoiser: nn.Module, args: Any, kwargs: Any, options: Any, folder: Path) -> None:
-        """Write `denoiser.safetensors` into a folder; the example call and the options are not needed.
+        """Writes `denoiser.safetensors` into a folder; the example call and the options are not needed.
 
         Raises:
             InputError: ComfyUI's names of this denoiser are not known.
@@ -89,7 +89,7 @@ def _arranged(parts: Sequence[Tensor], source: Source) -> Tensor:
 
 
 def _float_names(denoiser: nn.Module) -> dict[str, Tensor | _Codes]:
-    """Every parameter under the name that it has in a float denoiser, quantized weights as codes where they can be."""
+    """Returns every parameter under its name in a float denoiser, quantized weights as codes where possible."""
     tensors: dict[str, Tensor | _Codes] = {}
     inside: tuple[str, ...] = ()
     for name, module in denoiser.named_modules():

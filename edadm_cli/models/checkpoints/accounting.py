@@ -21,7 +21,7 @@ _SHOWN = 5
 
 
 def empty_module(architecture: Architecture, name: str) -> nn.Module:
-    """A component without memory for its weights.
+    """Returns a component without memory for its weights.
 
     Raises:
         InputError: Its configuration describes nothing that can be built.
@@ -109,7 +109,7 @@ class TensorAccount:
         return tensors
 
     def require_all_fit(self) -> None:
-        """Raise an error that names the tensors in which the checkpoint and the model differ.
+        """Raises an error that names the tensors in which the checkpoint and the model differ.
 
         Raises:
             InputError: They differ, or a value is not finite.
@@ -149,7 +149,7 @@ class TensorAccount:
         return flat if place.part is None else self._split(flat, place.part)
 
     def _split(self, tensor: Tensor, part: _Part) -> Tensor:
-        """Query, key or value; the rows are grouped by head, inside a head by these three, or the other way round."""
+        """Queries, key or value; the rows are grouped by head, inside a head by these three, or the other way round."""
         if not self._heads_first:
             return tensor.chunk(3)[part.index]
         rows = tensor.shape[0] // 3
@@ -157,18 +157,18 @@ class TensorAccount:
 
 
 def _is_training(name: str) -> bool:
-    """Whether only training needs a tensor: constants of the noise schedule have no dot in their names."""
+    """Returns whether only training needs a tensor: constants of the noise schedule have no dot in their names."""
     return "." not in name or name.startswith(_TRAINING)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; float8 values are cast first, which torch cannot test."""
+    """Returns whether a tensor holds neither NaN nor infinity; float8 values are cast first: torch cannot test them."""
     if not tensor.is_floating_point():
         return True
     return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
 def listed(names: list[str]) -> str:
-    """The first names of a list, quoted, and how many more there are."""
+    """Returns the first names of a list, quoted, and how many more there are."""
     shown = ", ".join(f"'{name}'" for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -40,13 +40,13 @@ class CompletedFile:
 
 
 def folder_beside(path: Path) -> Path | None:
-    """The diffusers folder that belongs to a checkpoint file: the file's name without its suffix."""
+    """Returns the diffusers folder that belongs to a checkpoint file: the file's name without its suffix."""
     folder = path.with_suffix("")
     return folder if (folder / INDEX_NAME).is_file() else None
 
 
 def complete(path: Path, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> CompletedFile:
-    """Build the pipeline of a folder around the denoiser of a file.
+    """Builds the pipeline of a folder around the denoiser of a file.
 
     Raises:
         InputError: The folder is not usable, or the file does not hold the denoiser that the folder describes.

@@ -35,7 +35,7 @@ _SCALE = "scale_factor"
 
 
 def is_latent_diffusion(state: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint is a CompVis model without a text encoder."""
+    """Returns whether a checkpoint is a CompVis model without a text encoder."""
     conditions = [name for name in state if name.startswith((LABELS, "conditioner."))]
     return _INPUT in state and all(name == f"{LABELS}embedding.weight" for name in conditions)
 
@@ -70,7 +70,7 @@ def _with_labels(model: CompVisModel, state: Mapping[str, Tensor]) -> CompVisMod
 
 
 def convert(path: Path, state: Mapping[str, Tensor], model: CompVisModel, dtype: torch.dtype) -> DiffusionPipeline:
-    """Build the pipeline of a checkpoint.
+    """Builds the pipeline of a checkpoint.
 
     Raises:
         InputError: Tensors are missing, left over, misshapen or not finite.

@@ -56,7 +56,7 @@ def known_model(input_shape: tuple[int, ...]) -> CompVisModel | None:
 
 
 def read_config(path: Path) -> CompVisModel:
-    """Read a configuration.
+    """Reads a configuration.
 
     Raises:
         InputError: The file is no plain YAML, has values that no such model has, or describes something else than a
@@ -97,7 +97,7 @@ def _model(params: dict[str, Any]) -> CompVisModel:
 
 
 def _num_labels(condition: Any) -> int | None:
-    """Number of a model's class embeddings, the last of them for no class; `None` for an unconditional model."""
+    """Returns the number of class embeddings, the last of them for no class; `None` for an unconditional model."""
     if condition in (None, "__is_unconditional__"):
         return None
     kind = str(condition["target"]).rpartition(".")[2]
@@ -110,7 +110,7 @@ def _num_labels(condition: Any) -> int | None:
 
 
 def _whole(params: dict[str, Any], name: str, largest: int, default: int | None = None) -> int:
-    """A positive integer of a configuration."""
+    """Returns a positive integer of a configuration."""
     return _positive(params[name] if default is None else params.get(name, default), name, largest)
 
 
@@ -121,7 +121,7 @@ def _positive(value: Any, name: str, largest: int) -> int:
 
 
 def _multiples(params: dict[str, Any], name: str) -> list[int]:
-    """The widths of the levels, as multiples of the first one."""
+    """Returns the widths of the levels, as multiples of the first one."""
     values = params[name]
     if not isinstance(values, list) or not 1 <= len(values) <= _MAX_LEVELS:
         raise InputError(f"{name} is not a list of 1 to {_MAX_LEVELS} numbers.")
@@ -129,7 +129,7 @@ def _multiples(params: dict[str, Any], name: str) -> list[int]:
 
 
 def _real(params: dict[str, Any], name: str, default: float, largest: float) -> float:
-    """A positive number of a configuration."""
+    """Returns a positive number of a configuration."""
     value = params.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= largest:
         raise InputError(f"{name} is {value!r}; a number above 0 and up to {largest:g} was expected.")
@@ -157,7 +157,7 @@ def _common_unet(unet: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attended(unet: dict[str, Any]) -> list[bool]:
-    """Whether each level has attention; the levels are named by their down-sampling factor."""
+    """Returns whether each level has attention; the levels are named by their down-sampling factor."""
     factors = {int(factor) for factor in unet["attention_resolutions"]}
     return [2**level in factors for level in range(len(unet["channel_mult"]))]
 

@@ -28,18 +28,18 @@ _LORA_HINT = "fuse it into its model and quantize the result (docs/models.md, Lo
 
 
 def is_lora(state: Mapping[str, Tensor]) -> bool:
-    """Whether a file holds the low-rank changes of a model, and no model."""
+    """Returns whether a file holds the low-rank changes of a model, and no model."""
     names = [name.removeprefix(DENOISER) for name in state]
     return any(_LORA[0] in name or name.startswith(_LORA[:3]) or any(part in name for part in _LORA) for name in names)
 
 
 def has_autoencoder(state: Mapping[str, Tensor]) -> bool:
-    """Whether a file holds an autoencoder under the names of a whole pipeline."""
+    """Returns whether a file holds an autoencoder under the names of a whole pipeline."""
     return any(name.startswith(FIRST_STAGE) for name in state)
 
 
 def holds_denoiser_only(state: Mapping[str, Tensor]) -> bool:
-    """Whether a file holds a denoiser, under the names of its authors or those of diffusers, and no autoencoder."""
+    """Returns whether a file holds a denoiser, by its authors' or by diffusers' names, and no autoencoder."""
     if has_autoencoder(state):
         return False
     names = [name.removeprefix(DENOISER).removeprefix("model.") for name in state]
@@ -48,7 +48,7 @@ def holds_denoiser_only(state: Mapping[str, Tensor]) -> bool:
 
 
 def refusal(path: Path, state: Mapping[str, Tensor]) -> InputError:
-    """The error for a file that is not a pipeline: it says what the file holds and what helps."""
+    """Returns the error for a file that is not a pipeline: it says what the file holds and what helps."""
     bare = [name.removeprefix(DENOISER) for name in state]
     if is_lora(state):
         return InputError(f"{path} is a LoRA, which changes a model and is not one.", hint=_LORA_HINT)
@@ -77,7 +77,7 @@ def refusal(path: Path, state: Mapping[str, Tensor]) -> InputError:
 
 
 def no_autoencoder(path: Path, what: str) -> InputError:
-    """The error for a Stable Diffusion file without its autoencoder."""
+    """Returns the error for a Stable Diffusion file without its autoencoder."""
     return InputError(
         f"{path} is a {what} without an autoencoder (VAE): it has no tensor '{FIRST_STAGE}...'.",
         hint=f"take a file that includes the VAE, or {_folder_hint(path)}",

@@ -108,7 +108,7 @@ def _inside_autoencoder(kind: str, rest: str) -> str:
 
 
 def _resampler(rest: str, convolution: str) -> str:
-    """A resampling convolution, or a residual block that resamples."""
+    """Returns a resampling convolution, or a residual block that resamples."""
     stem, _, leaf = rest.rpartition(".")
     return f"{convolution}.{leaf}" if stem == "conv" else _renamed(rest, _RESNET)
 

@@ -42,7 +42,7 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(path: Path, dtype: torch.dtype) -> OpenedCheckpoint:
-    """Convert a checkpoint file into a pipeline.
+    """Converts a checkpoint file into a pipeline.
 
     Raises:
         InputError: The file is broken, carries code, or holds no model that is known here.

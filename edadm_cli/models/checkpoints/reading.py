@@ -30,7 +30,7 @@ _MENTIONED = tuple(
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read the named tensors of a checkpoint, those under `state_dict` where there is such an entry.
+    """Reads the named tensors of a checkpoint, those under `state_dict` where there is such an entry.
 
     Raises:
         InputError: The file is truncated, foreign, carries code, or holds no named tensors.
@@ -48,7 +48,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def inert_globals() -> Any:
-    """A context in which a pickle may mention a few classes; each mention gives a class that does nothing."""
+    """Returns a context in which a pickle may mention a few classes; each mention gives a class that does nothing."""
     return torch.serialization.safe_globals([(_Inert, name) for name in _MENTIONED])
 
 

@@ -79,7 +79,7 @@ def known_as(state: Mapping[str, Tensor]) -> str | None:
 
 
 def describe(path: Path, state: Mapping[str, Tensor], name: str, architecture: Architecture) -> StableDiffusionFile:
-    """Say what a checkpoint holds that is built like the known model `name`, and check each of its tensors.
+    """Says what a checkpoint holds that is built like the known model `name`, and checks each of its tensors.
 
     Raises:
         InputError: Tensors are missing, left over, misshapen or not finite, or belong to another kind of model.
@@ -137,7 +137,7 @@ def _with_schedule(
 
 
 def _left_aside(path: Path, state: Mapping[str, Tensor]) -> list[str]:
-    """Account for the tensors beside denoiser, autoencoder and text encoders."""
+    """Accounts for the tensors beside denoiser, autoencoder and text encoders."""
     others = sorted(name for name in state if "." in name and not name.startswith(_KNOWN_PREFIXES))
     changes = [name for name in (*others, *state) if name.startswith(_CHANGES_OF_A_MODEL)]
     if changes:
@@ -150,7 +150,7 @@ def _left_aside(path: Path, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _require_fit(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> None:
-    """Check denoiser and autoencoder of a checkpoint against an architecture, tensor by tensor."""
+    """Checks denoiser and autoencoder of a checkpoint against an architecture, tensor by tensor."""
     checked = {name: tensor for name, tensor in state.items() if name.startswith((DENOISER, FIRST_STAGE))}
     account = TensorAccount(path, checked, averaged=False, heads_first=True)
     for name, places in (("unet", denoiser_places), ("vae", autoencoder_places)):
@@ -169,7 +169,7 @@ def _replaced(architecture: Architecture, name: str, component: tuple[str, dict[
 
 
 def convert(path: Path, architecture: Architecture, dtype: torch.dtype) -> DiffusionPipeline:
-    """Build the pipeline of a checkpoint.
+    """Builds the pipeline of a checkpoint.
 
     Raises:
         InputError: Diffusers cannot convert it, or its text encoder lacks tensors.
@@ -196,7 +196,7 @@ def convert(path: Path, architecture: Architecture, dtype: torch.dtype) -> Diffu
 
 
 def write_configs(architecture: Architecture, folder: Path) -> None:
-    """Write a pipeline's index, configurations and tokenizers, as a diffusers folder without weights."""
+    """Writes a pipeline's index, configurations and tokenizers, as a diffusers folder without weights."""
     index: dict[str, Any] = {"_class_name": architecture.pipeline}
     for name in architecture.components:
         cls = architecture.component_class(name)

@@ -62,7 +62,7 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
 
     def forward(self, images: Tensor) -> DigitFeatures:
-        """Return features and logits of images with shape `(B, 1 or 3, H, W)` and values in [0, 1]."""
+        """Returns features and logits of images with shape `(B, 1 or 3, H, W)` and values in [0, 1]."""
         early = self.early(_to_input(images))  # [B, 32, 8, 8]
         features = self.late(early).mean(dim=(2, 3))  # [B, 96]
         return DigitFeatures(features, early[:, :SPATIAL_CHANNELS], self.head(features))
@@ -79,7 +79,7 @@ def _to_input(images: Tensor) -> Tensor:
 
 
 def load_classifier(device: str | torch.device = "cpu", root: Path = WEIGHTS) -> DigitClassifier:
-    """Load the trained classifier in float32, ready for evaluation.
+    """Loads the trained classifier in float32, ready for evaluation.
 
     Raises:
         InputError: the weights are not there.

@@ -47,13 +47,13 @@ TEMPLATES = (
 
 
 def captions_of(digit: int) -> tuple[str, ...]:
-    """Return every caption of one digit: each template with the word, then each template with the numeral."""
+    """Returns every caption of one digit: each template with the word, then each template with the numeral."""
     names = (DIGIT_WORDS[digit], str(digit))
     return tuple(template.format(name) for name in names for template in TEMPLATES)
 
 
 def label_of_prompt(prompt: str) -> int | None:
-    """Return the digit that a prompt asks for, or `None` where it names none or more than one.
+    """Returns the digit that a prompt asks for, or `None` where it names none or more than one.
 
     Words and single numerals count, in any case; `17` names no single digit.
     """
@@ -63,7 +63,7 @@ def label_of_prompt(prompt: str) -> int | None:
 
 
 def prompts(num_prompts: int, seed: int) -> list[str]:
-    """Return `num_prompts` captions in which digits, and a digit's captions, differ in number by one at most.
+    """Returns `num_prompts` captions in which digits, and a digit's captions, differ in number by one at most.
 
     Every ten consecutive prompts that start at a multiple of ten name each digit once, in a seeded order. A
     longer list with the same seed starts with the shorter one.
@@ -85,7 +85,7 @@ def _endless_shuffle(captions: tuple[str, ...], seed: int, digit: int) -> Iterat
 
 
 def to_image_format(images: Tensor, image_size: int) -> Tensor:
-    """Bring MNIST images with shape `(N, 28, 28)` to 8-bit gray images with shape `(N, 1, S, S)`.
+    """Brings MNIST images with shape `(N, 28, 28)` to 8-bit gray images with shape `(N, 1, S, S)`.
 
     Raises:
         UsageError: `image_size` is no known format.
@@ -100,7 +100,7 @@ def to_image_format(images: Tensor, image_size: int) -> Tensor:
 
 
 def model_folder(name: str, root: Path = WEIGHTS) -> Path:
-    """Return the folder of a shipped model, of the classifier, or of the real data.
+    """Returns the folder of a shipped model, of the classifier, or of the real data.
 
     Raises:
         UsageError: no such model is known.
@@ -115,17 +115,17 @@ def model_folder(name: str, root: Path = WEIGHTS) -> Path:
 
 
 def real_images(image_size: int, root: Path = WEIGHTS) -> Tensor:
-    """Return the 10,000 MNIST test images as uint8 with shape `(10000, 1, S, S)`."""
+    """Returns the 10,000 MNIST test images as uint8 with shape `(10000, 1, S, S)`."""
     return to_image_format(_read_test_array("images", root), image_size)
 
 
 def real_labels(root: Path = WEIGHTS) -> Tensor:
-    """Return the labels of the MNIST test images as int64 with shape `(10000,)`."""
+    """Returns the labels of the MNIST test images as int64 with shape `(10000,)`."""
     return _read_test_array("labels", root).long()
 
 
 def real_statistics(image_size: int, root: Path = WEIGHTS) -> dict[str, Tensor]:
-    """Return mean and covariance of the classifier's features over the 60,000 MNIST training images.
+    """Returns mean and covariance of the classifier's features over the 60,000 MNIST training images.
 
     Returns:
         `features_mean (D,)`, `features_cov (D, D)`, `spatial_mean (E,)`, `spatial_cov (E, E)` in float64;

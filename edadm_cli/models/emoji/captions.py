@@ -35,10 +35,10 @@ MAX_TOKENS = 24
 
 
 def captions_of(name: str, style: str) -> tuple[str, ...]:
-    """Return every caption of a picture: the templates with the style first, then those without."""
+    """Returns every caption of a picture: the templates with the style first, then those without."""
     return tuple(template.format(name=name, style=style) for template in (*STYLED_TEMPLATES, *PLAIN_TEMPLATES))
 
 
 def prompt_of(name: str, style: str) -> str:
-    """Return the prompt that asks for a name in a style."""
+    """Returns the prompt that asks for a name in a style."""
     return PROMPT_TEMPLATE.format(name=name, style=style)

@@ -36,7 +36,7 @@ _PICTURE_SIZE = 64
 
 
 def model_folder(name: str, root: Path = WEIGHTS) -> Path:
-    """Return the folder of a shipped pipeline, of `shared` parts, or of the real `data`.
+    """Returns the folder of a shipped pipeline, of `shared` parts, or of the real `data`.
 
     Raises:
         UsageError: There is no such model.
@@ -51,13 +51,13 @@ def model_folder(name: str, root: Path = WEIGHTS) -> Path:
 
 
 def shared_parts(folder: Path) -> dict[str, Path]:
-    """Return the folders of the components that a pipeline shares with the other one, by component."""
+    """Returns the folders of the components that a pipeline shares with the other one, by component."""
     return {part: folder.parent / "shared" / place for part, place in _SHARED.get(folder.name, {}).items()}
 
 
 @cache
 def names(root: Path = WEIGHTS) -> dict[str, Any]:
-    """Return the names of the pictures.
+    """Returns the names of the pictures.
 
     Returns:
         `by_style`: the names that each style has; `held_out`: the names that were left out of the training, and
@@ -69,7 +69,7 @@ def names(root: Path = WEIGHTS) -> dict[str, Any]:
 
 
 def prompts(num_prompts: int, seed: int) -> list[str]:
-    """Return `num_prompts` prompts, each for one of the 500 retrieval names in a style that has the name.
+    """Returns `num_prompts` prompts, each for one of the 500 retrieval names in a style that has the name.
 
     The order is seeded; a longer list with the same seed starts with the shorter one, and no prompt comes twice before
     all have come once.
@@ -87,7 +87,7 @@ def prompts(num_prompts: int, seed: int) -> list[str]:
 
 
 def label_of_prompt(prompt: str) -> int | None:
-    """Return the number of the retrieval name that a prompt asks for; `None` where it asks for none of them.
+    """Returns the number of the retrieval name that a prompt asks for; `None` where it asks for none of them.
 
     The longest name that the prompt contains as whole words counts, so that `woman teacher` is not `teacher`.
     """
@@ -97,7 +97,7 @@ def label_of_prompt(prompt: str) -> int | None:
 
 
 def real_statistics(root: Path = WEIGHTS) -> dict[str, Tensor]:
-    """Return mean and covariance of the encoder's features over the training pictures.
+    """Returns mean and covariance of the encoder's features over the training pictures.
 
     Returns:
         `features_mean (160,)`, `features_cov (160, 160)`, `spatial_mean (256,)`, `spatial_cov (256, 256)` in float64.
@@ -108,7 +108,7 @@ def real_statistics(root: Path = WEIGHTS) -> dict[str, Tensor]:
 
 
 def real_pictures(root: Path = WEIGHTS) -> Tensor:
-    """Return the pictures whose names are held out, as uint8 with shape `(N, 3, 64, 64)`."""
+    """Returns the pictures whose names are held out, as uint8 with shape `(N, 3, 64, 64)`."""
     import numpy
     import torch
     from PIL import Image

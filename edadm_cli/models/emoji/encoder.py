@@ -55,7 +55,7 @@ class _Residual(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return a feature map of the same height and width."""
+        """Returns a feature map of the same height and width."""
         hidden = self.conv1(functional.silu(self.norm1(images)))
         shortcut: Tensor = self.shortcut(images)
         return shortcut + self.conv2(functional.silu(self.norm2(hidden)))
@@ -76,7 +76,7 @@ class PictureEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
     def forward(self, images: Tensor) -> PictureFeatures:
-        """Return features and embeddings of pictures with shape `(B, 3, H, W)` and values in [0, 1]."""
+        """Returns features and embeddings of pictures with shape `(B, 3, H, W)` and values in [0, 1]."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             actual = f"{images.dtype} with shape {tuple(images.shape)}"
             raise UsageError(f"The encoder takes floating-point pictures with shape (B, 3, H, W), found {actual}.")
@@ -93,7 +93,7 @@ class PictureEncoder(nn.Module):
 
 
 def load_picture_encoder(device: str | torch.device = "cpu", root: Path = WEIGHTS) -> PictureEncoder:
-    """Load the trained picture encoder in float32, ready for evaluation.
+    """Loads the trained picture encoder in float32, ready for evaluation.
 
     Raises:
         InputError: The weights are missing.
@@ -107,7 +107,7 @@ def load_picture_encoder(device: str | torch.device = "cpu", root: Path = WEIGHT
 @cache
 @torch.no_grad()
 def name_vectors(root: Path = WEIGHTS) -> Tensor:
-    """Return a unit vector per retrieval name with shape `(500, 192)`: the mean over its prompts in all styles."""
+    """Returns a unit vector per retrieval name with shape `(500, 192)`: the mean over its prompts in all styles."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     shared = model_folder("shared", root)

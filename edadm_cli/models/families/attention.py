@@ -9,7 +9,7 @@ QUANTIZED_PROCESSOR = "QuantizedAttention"
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module computes attention through a processor: not all of diffusers' attentions share one class."""
+    """Returns whether a module computes attention through a processor; diffusers has several such classes."""
     return hasattr(module, "set_processor") and hasattr(module, "processor")
 
 

@@ -13,12 +13,12 @@ _NORMS = ("RMSNorm", "GlobalResponseNorm")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes its input."""
+    """Returns whether a module normalizes its input."""
     return isinstance(module, nn.GroupNorm | nn.LayerNorm) or type(module).__name__ in _NORMS
 
 
 def is_weighted(module: nn.Module) -> bool:
-    """Whether a module multiplies its input with a matrix or a kernel of its own, whatever its type."""
+    """Returns whether a module multiplies its input with a matrix or a kernel of its own, whatever its type."""
     if is_stored(module):
         return True
     weight = module._parameters.get("weight")

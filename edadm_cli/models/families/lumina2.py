@@ -13,7 +13,7 @@ _PREPARED = "_edadm_sequences_of_one_length"
 
 
 def _prepare(denoiser: nn.Module) -> None:
-    """Make every joint sequence as long as the padded prompt and the image together, with a mask.
+    """Makes every joint sequence as long as the padded prompt and the image together, with a mask.
 
     The denoiser takes the longest prompt of a call for the length and leaves the mask out where all prompts are equally
     long. Its embedder returns the lengths; two more of them, which belong to no row, decide about both.

@@ -24,7 +24,7 @@ _registered: list[DenoiserFamily] = []
 
 
 def register(family: DenoiserFamily) -> None:
-    """Add a family; it comes before all families that are there."""
+    """Adds a family; it comes before all families that are there."""
     _registered.insert(0, family)
 
 
@@ -43,7 +43,7 @@ def family_of(denoiser: nn.Module) -> DenoiserFamily:
 
 
 def prepare_calls(denoiser: nn.Module) -> None:
-    """Make all calls of a denoiser alike, where its family knows how; see `DenoiserFamily.prepare`."""
+    """Makes all calls of a denoiser alike, where its family knows how; see `DenoiserFamily.prepare`."""
     prepare = family_of(denoiser).prepare
     if prepare is not None:
         prepare(denoiser)

@@ -14,7 +14,7 @@ _TOKENS = 512  # the longest prompt that the pipeline encodes
 
 
 def _prepare(denoiser: nn.Module) -> None:
-    """Pad the text of every call to one length, with masks; the denoiser leaves them out where all are equally long."""
+    """Pads the text of every call to one length, with masks; the denoiser omits them where all are equally long."""
     model: Any = denoiser
     if "_prepare_sequence" in vars(model):
         return

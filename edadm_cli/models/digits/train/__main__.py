@@ -38,7 +38,7 @@ NEEDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
+    """Builds the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m edadm_cli.models.digits.train",
         description="Train the digits models on MNIST; the same command goes on where a killed one stopped.",
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(options: argparse.Namespace) -> TrainSettings:
-    """Check the options and turn them into settings."""
+    """Checks the options and turns them into settings."""
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MachineError("A CUDA device was wanted, torch found none.", hint="--device cpu")
@@ -75,7 +75,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
 
 
 def train(options: argparse.Namespace, settings: TrainSettings) -> None:
-    """Run the wanted stages."""
+    """Runs the stages that were asked for."""
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(STAGES):
         raise UsageError(f"Stages out of {', '.join(STAGES)} were wanted, found {', '.join(sorted(unknown))}.")
@@ -91,7 +91,7 @@ def train(options: argparse.Namespace, settings: TrainSettings) -> None:
 
 
 def evaluate(options: argparse.Namespace, settings: TrainSettings) -> None:
-    """Measure finished models and print one JSON object."""
+    """Measures finished models and prints one JSON object."""
     wanted = options.only.split(",")
     measured: dict[str, object] = {"machine": machine(settings.device), "seed": settings.seed}
     if "digits-sd" in wanted:
@@ -102,14 +102,14 @@ def evaluate(options: argparse.Namespace, settings: TrainSettings) -> None:
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' bars and hints off stderr."""
+    """Keeps the libraries' bars and hints off stderr."""
     for logger in (diffusers.utils.logging, transformers.utils.logging):
         logger.set_verbosity_error()
         logger.disable_progress_bar()
 
 
 def main() -> int:
-    """Train or evaluate; return the exit code."""
+    """Trains or evaluates; returns the exit code."""
     options = build_parser().parse_args()
     try:
         settings = settings_of(options)

@@ -25,7 +25,7 @@ _BATCH = 1000
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """Build the untrained autoencoder."""
+    """Builds the untrained autoencoder."""
     return AutoencoderKL(
         sample_size=32,
         in_channels=3,
@@ -47,12 +47,12 @@ class AutoencoderTask:
         self._images = to_image_format(corpus.train_images, 32).to(settings.device)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return images `(B, 3, 32, 32)` in [-1, 1] and the noise of the latents `(B, 4, 8, 8)`."""
+        """Returns images `(B, 3, 32, 32)` in [-1, 1] and the noise of the latents `(B, 4, 8, 8)`."""
         noise = torch.randn(len(index), 4, 8, 8, generator=generator, device=generator.device)
         return to_model_input(self._images[index]), noise
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return reconstruction error plus weighted divergence."""
+        """Returns reconstruction error plus weighted divergence."""
         images, noise = inputs
         posterior = self.module.encode(images).latent_dist
         rebuilt = self.module.decode(posterior.mean + posterior.std * noise).sample
@@ -62,19 +62,19 @@ class AutoencoderTask:
 
 
 def to_model_input(images: Tensor) -> Tensor:
-    """Turn uint8 gray images `(B, 1, 32, 32)` into three equal channels in [-1, 1]."""
+    """Turns uint8 gray images `(B, 1, 32, 32)` into three equal channels in [-1, 1]."""
     return (images.float() / 127.5 - 1).expand(-1, 3, -1, -1)
 
 
 @torch.inference_mode()
 def encode(autoencoder: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation `(N, 4, 8, 8)` of the unscaled latents of uint8 `(N, 1, 32, 32)`."""
+    """Returns mean and standard deviation `(N, 4, 8, 8)` of the unscaled latents of uint8 `(N, 1, 32, 32)`."""
     posteriors = [autoencoder.encode(to_model_input(part)).latent_dist for part in images.split(_BATCH)]
     return torch.cat([part.mean for part in posteriors]), torch.cat([part.std for part in posteriors])
 
 
 def train_autoencoder(corpus: Corpus, settings: TrainSettings) -> None:
-    """Train the autoencoder, scale its latents to unit variance, write it into the pipeline's folder."""
+    """Trains the autoencoder, scales its latents to unit variance, and writes it into the pipeline's folder."""
     folder = settings.weights / "digits-sd" / "vae"
     if is_trained(folder, settings, corpus):
         return
@@ -92,7 +92,7 @@ def train_autoencoder(corpus: Corpus, settings: TrainSettings) -> None:
 
 
 def load_autoencoder(settings: TrainSettings) -> AutoencoderKL:
-    """Load the trained autoencoder in float32."""
+    """Loads the trained autoencoder in float32."""
     folder = settings.weights / "digits-sd" / "vae"
     autoencoder = AutoencoderKL.from_pretrained(folder)
     return autoencoder.to(settings.device, torch.float32).eval().requires_grad_(False)
@@ -100,7 +100,7 @@ def load_autoencoder(settings: TrainSettings) -> AutoencoderKL:
 
 @torch.inference_mode()
 def measure_autoencoder(corpus: Corpus, settings: TrainSettings) -> dict[str, Any]:
-    """Return how well the test images survive encoding to the latents' mean and decoding."""
+    """Returns how well the test images survive encoding to the latents' mean and decoding."""
     autoencoder = load_autoencoder(settings)
     images = to_image_format(corpus.test_images, 32)
     mean, _ = encode(autoencoder, images.to(settings.device))

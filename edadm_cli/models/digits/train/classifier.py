@@ -44,7 +44,7 @@ class ClassifierTask:
         self._labels = corpus.train_labels.to(settings.device)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return augmented images `(B, 1, 32, 32)` and labels `(B,)`."""
+        """Returns augmented images `(B, 1, 32, 32)` and labels `(B,)`."""
         images = self._images[index].float() / 255
         images = functional.grid_sample(images, _random_grid(len(index), generator), align_corners=False)
         coarse = functional.interpolate(functional.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
@@ -52,13 +52,13 @@ class ClassifierTask:
         return torch.where(chance < _SMALL_FORMAT_SHARE, coarse, images), self._labels[index]
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return the cross entropy."""
+        """Returns the cross entropy."""
         images, labels = inputs
         return functional.cross_entropy(self.module(images).logits, labels, label_smoothing=_LABEL_SMOOTHING)
 
 
 def _random_grid(num: int, generator: torch.Generator) -> Tensor:
-    """Draw sampling grids: rotation up to 12 degrees, scale 0.9 to 1.1, shift up to 2.5 pixels."""
+    """Draws sampling grids: rotation up to 12 degrees, scale 0.9 to 1.1, shift up to 2.5 pixels."""
     device = generator.device
     angle, scale, shift_x, shift_y = torch.rand(4, num, generator=generator, device=device) * 2 - 1
     angle, scale = angle * 0.21, 1 + 0.1 * scale
@@ -68,7 +68,7 @@ def _random_grid(num: int, generator: torch.Generator) -> Tensor:
 
 
 def train_classifier(corpus: Corpus, settings: TrainSettings) -> None:
-    """Train the classifier, then write the test images and the statistics of the training images."""
+    """Trains the classifier, then writes the test images and the statistics of the training images."""
     folder = settings.weights / NAME
     if is_trained(folder, settings, corpus):
         return
@@ -86,7 +86,7 @@ def train_classifier(corpus: Corpus, settings: TrainSettings) -> None:
 
 
 def measure_classifier(corpus: Corpus, settings: TrainSettings) -> dict[str, Any]:
-    """Return the accuracy on the test images in both formats, from the weights as they are stored."""
+    """Returns the accuracy on the test images in both formats, from the weights as they are stored."""
     classifier = load_classifier(settings.device, settings.weights)
     accuracy: dict[str, float] = {}
     for size in IMAGE_SIZES:
@@ -96,7 +96,7 @@ def measure_classifier(corpus: Corpus, settings: TrainSettings) -> dict[str, Any
 
 
 def _write_arrays(path: Path, **arrays: NDArray[numpy.uint8]) -> None:
-    """Write an npz file that `numpy.load` reads, packed with LZMA, which is a sixth smaller than what numpy writes."""
+    """Writes an npz file that `numpy.load` reads, packed with LZMA, which is a sixth smaller than what numpy writes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
         for name, array in arrays.items():
             content = io.BytesIO()

@@ -27,7 +27,7 @@ class Corpus:
 
 
 def load_corpus(path: Path) -> Corpus:
-    """Read MNIST from an `.npz` file with the arrays `x_train, y_train, x_test, y_test`.
+    """Reads MNIST from an `.npz` file with the arrays `x_train, y_train, x_test, y_test`.
 
     Raises:
         InputError: the file is missing, or not MNIST.

@@ -36,11 +36,11 @@ class Task(Protocol):
         ...
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return the inputs of one step for the training images `index`."""
+        """Returns the inputs of one step for the training images `index`."""
         ...
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return the scalar loss."""
+        """Returns the scalar loss."""
         ...
 
 
@@ -56,11 +56,11 @@ class Schedule:
     average_decay: float = 0.999
 
     def num_steps(self, num_samples: int) -> int:
-        """Return the number of optimiser steps; batches run on across the ends of epochs."""
+        """Returns the number of optimiser steps; batches run on across the ends of epochs."""
         return max(1, round(self.epochs * num_samples / self.batch_size))
 
     def rate_at(self, step: int, num_steps: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then linear decay to zero."""
+        """Returns the learning rate of a step: linear warm-up, then linear decay to zero."""
         warmup = max(1, min(self.warmup_steps, num_steps // 10))
         return self.learning_rate * min((step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup), 1.0)
 
@@ -82,7 +82,7 @@ class _Shuffler:
         self._orders: dict[int, Tensor] = {}
 
     def batch(self, step: int, batch_size: int) -> Tensor:
-        """Return the indices of a step's batch, on the run's device."""
+        """Returns the indices of a step's batch, on the run's device."""
         epoch, start = divmod(step * batch_size, self._num_samples)
         parts: list[Tensor] = []
         missing = batch_size
@@ -148,7 +148,7 @@ class _Run:
         self.identity = json.dumps(identity, sort_keys=True)
 
     def restore(self) -> None:
-        """Go on from the checkpoint, where there is one."""
+        """Goes on from the checkpoint, where there is one."""
         if not self.path.is_file():
             return
         saved: dict[str, Any] = torch.load(self.path, map_location=self.settings.device, weights_only=True)
@@ -163,7 +163,7 @@ class _Run:
         self.step, self.seconds, self.loss = saved["step"], saved["seconds"], saved["loss"]
 
     def save(self) -> None:
-        """Write the checkpoint beside the last one, then put it in its place."""
+        """Writes the checkpoint beside the last one, then puts it in its place."""
         saved = {
             "identity": self.identity, "module": self.task.module.state_dict(), "average": self.average,
             "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds,
@@ -178,7 +178,7 @@ class _Run:
         partial.replace(self.path)
 
     def advance(self) -> None:
-        """Take one optimiser step."""
+        """Takes one optimiser step."""
         index = self.shuffler.batch(self.step, self.schedule.batch_size)
         inputs = self.task.draw(index, self.settings.generator(self.name, "step", self.step))
         loss = self._backward(inputs)
@@ -202,14 +202,14 @@ class _Run:
         return self.recorded(inputs)
 
     def log(self) -> None:
-        """Tell how far the optimisation is."""
+        """Tells how far the optimisation is."""
         progress = f"step {self.step}/{self.num_steps}, loss {self.loss.item():.5f}, {self.seconds:.0f} s"
         print(f"{self.name}: {progress}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def tensor_cores() -> Iterator[None]:
-    """Let CUDA round the factors of float32 products to TF32, for training only."""
+    """Lets CUDA round the factors of float32 products to TF32, for training only."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
@@ -221,7 +221,7 @@ def tensor_cores() -> Iterator[None]:
 
 
 def fit(task: Task, schedule: Schedule, num_samples: int, settings: TrainSettings, name: str) -> FitResult:
-    """Optimise `task.module` and leave the averaged weights in it.
+    """Optimises `task.module` and leaves the averaged weights in it.
 
     Raises:
         InputError: the checkpoint in the output folder belongs to other settings.
@@ -255,5 +255,5 @@ def _advance_to_end(run: _Run) -> None:
 
 
 def discard_checkpoint(settings: TrainSettings, name: str) -> None:
-    """Remove a stage's checkpoint once its weights and its record are written."""
+    """Removes a stage's checkpoint once its weights and its record are written."""
     (settings.checkpoints / f"{name}.pt").unlink(missing_ok=True)

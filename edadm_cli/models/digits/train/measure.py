@@ -34,14 +34,14 @@ _GRID_IMAGES = 200
 
 @torch.inference_mode()
 def classify(classifier: DigitClassifier, images: Tensor) -> Tensor:
-    """Return the logits `(N, 10)` of uint8 images with shape `(N, 1, S, S)`, on the CPU."""
+    """Returns the logits `(N, 10)` of uint8 images with shape `(N, 1, S, S)`, on the CPU."""
     device = next(classifier.parameters()).device
     return torch.cat([classifier(part.to(device).float() / 255).logits.cpu() for part in images.split(1000)])
 
 
 @torch.inference_mode()
 def feature_statistics(classifier: DigitClassifier, images: Tensor) -> dict[str, Tensor]:
-    """Return mean and covariance, in float64, of both kinds of features of uint8 images `(N, 1, S, S)`."""
+    """Returns mean and covariance, in float64, of both kinds of features of uint8 images `(N, 1, S, S)`."""
     device = next(classifier.parameters()).device
     found = [classifier(part.to(device).float() / 255) for part in images.split(1000)]
     statistics: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ def feature_statistics(classifier: DigitClassifier, images: Tensor) -> dict[str,
 
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    r"""Return $d^2$ of two normal distributions; arguments are float64 with shapes `(D,)` and `(D, D)`.
+    r"""Returns $d^2$ of two normal distributions; arguments are float64 with shapes `(D,)` and `(D, D)`.
 
     The trace of the root is the sum of the roots of the eigenvalues of the symmetric
     $\Sigma_1^{1/2} \Sigma_2 \Sigma_1^{1/2}$.
@@ -64,7 +64,7 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
 
 
 def frechet_distances(real: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """Return the Fréchet distance of both kinds of features."""
+    """Returns the Fréchet distance of both kinds of features."""
     return {
         f"frechet_{kind}": frechet_distance(
             real[f"{kind}_mean"], real[f"{kind}_cov"], other[f"{kind}_mean"], other[f"{kind}_cov"]
@@ -74,7 +74,7 @@ def frechet_distances(real: dict[str, Tensor], other: dict[str, Tensor]) -> dict
 
 
 def sample_text_to_image(folder: Path, settings: TrainSettings, captions: list[str]) -> Tensor:
-    """Sample one image for each caption with PNDM; return uint8 with shape `(N, 1, 32, 32)`."""
+    """Samples one image for each caption with PNDM; returns uint8 with shape `(N, 1, 32, 32)`."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder).to(settings.device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     found: list[Tensor] = []
@@ -89,7 +89,7 @@ def sample_text_to_image(folder: Path, settings: TrainSettings, captions: list[s
 
 
 def sample_pixels(folder: Path, settings: TrainSettings, num_steps: int) -> Tensor:
-    """Sample images with DDIM at eta 0; return uint8 with shape `(N, 1, 16, 16)`."""
+    """Samples images with DDIM at eta 0; returns uint8 with shape `(N, 1, 16, 16)`."""
     pipeline = DDIMPipeline.from_pretrained(folder).to(settings.device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     found: list[Tensor] = []
@@ -104,7 +104,7 @@ def sample_pixels(folder: Path, settings: TrainSettings, num_steps: int) -> Tens
 
 
 def measure_text_to_image(settings: TrainSettings, root: Path) -> dict[str, Any]:
-    """Sample `digits-sd`, write a grid, and return prompt accuracy and Fréchet distances."""
+    """Samples `digits-sd`, writes a grid, and returns prompt accuracy and Fréchet distances."""
     captions = prompts(settings.num_images, settings.seed)
     images = sample_text_to_image(model_folder("digits-sd", root), settings, captions)
     write_grid(images, settings.samples / "digits-sd.png")
@@ -120,7 +120,7 @@ def measure_text_to_image(settings: TrainSettings, root: Path) -> dict[str, Any]
 
 
 def measure_pixels(settings: TrainSettings, root: Path) -> dict[str, Any]:
-    """Sample `digits-ddpm` with 20 and 50 steps, write grids, and return Fréchet distances."""
+    """Samples `digits-ddpm` with 20 and 50 steps, writes grids, and returns Fréchet distances."""
     classifier = load_classifier(settings.device, root)
     measured: dict[str, Any] = {"num_images": settings.num_images, "scheduler": "DDIM", "eta": 0.0}
     for num_steps in (20, 50):
@@ -133,7 +133,7 @@ def measure_pixels(settings: TrainSettings, root: Path) -> dict[str, Any]:
 
 
 def write_grid(images: Tensor, path: Path) -> None:
-    """Write the first images of uint8 `(N, 1, S, S)` as rows of twenty in one PNG file."""
+    """Writes the first images of uint8 `(N, 1, S, S)` as rows of twenty in one PNG file."""
     count = min(_GRID_IMAGES, len(images) // _GRID_COLUMNS * _GRID_COLUMNS)
     size = images.shape[-1]
     rows = images[:count].view(-1, _GRID_COLUMNS, size, size).permute(0, 2, 1, 3)
@@ -146,6 +146,6 @@ def _to_levels(images: Tensor) -> Tensor:
 
 
 def _generators(settings: TrainSettings, start: int, count: int) -> list[torch.Generator]:
-    """One generator an image, on the CPU: the batch size and the device change no noise."""
+    """Returns one generator an image, on the CPU: the batch size and the device change no noise."""
     seeds = [seed_of(settings.seed, "image", index) for index in range(start, start + count)]
     return [torch.Generator().manual_seed(seed) for seed in seeds]

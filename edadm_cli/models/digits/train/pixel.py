@@ -21,7 +21,7 @@ SCHEDULE = Schedule(epochs=120, batch_size=512, learning_rate=1e-3, warmup_steps
 
 
 def build_denoiser() -> UNet2DModel:
-    """Build the untrained denoiser: DDPM's blocks on two resolutions, attention on the lower one."""
+    """Builds the untrained denoiser: DDPM's blocks on two resolutions, attention on the lower one."""
     return UNet2DModel(
         sample_size=16,
         in_channels=1,
@@ -36,7 +36,7 @@ def build_denoiser() -> UNet2DModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Build the scheduler of the CIFAR-10 model: linear betas, clean images clipped to [-1, 1]."""
+    """Builds the scheduler of the CIFAR-10 model: linear betas, clean images clipped to [-1, 1]."""
     return DDIMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True
     )
@@ -51,7 +51,7 @@ class PixelTask:
         self._signal = build_scheduler().alphas_cumprod.to(settings.device)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return noisy images, timesteps and the noise."""
+        """Returns noisy images, timesteps and the noise."""
         images = self._images[index].float() / 127.5 - 1
         noise = torch.randn(images.shape, generator=generator, device=generator.device)
         timestep = torch.randint(len(self._signal), (len(index),), generator=generator, device=generator.device)
@@ -59,13 +59,13 @@ class PixelTask:
         return signal.sqrt() * images + (1 - signal).sqrt() * noise, timestep, noise
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return the mean squared error of the predicted noise."""
+        """Returns the mean squared error of the predicted noise."""
         noisy, timestep, noise = inputs
         return functional.mse_loss(self.module(noisy, timestep).sample, noise)
 
 
 def train_pixels(corpus: Corpus, settings: TrainSettings) -> None:
-    """Train the denoiser and write the pipeline."""
+    """Trains the denoiser and writes the pipeline."""
     folder = settings.weights / NAME
     if is_trained(folder, settings, corpus):
         return

@@ -23,12 +23,12 @@ _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", 
 
 
 def identity_of(settings: TrainSettings, corpus: Corpus) -> dict[str, Any]:
-    """Return what decides the outcome of a stage, beside the code and the machine."""
+    """Returns what decides the outcome of a stage, beside the code and the machine."""
     return {"data_sha256": corpus.sha256, "seed": settings.seed, "epochs_scale": settings.epochs_scale}
 
 
 def is_trained(folder: Path, settings: TrainSettings, corpus: Corpus) -> bool:
-    """Tell whether a stage is done with these settings.
+    """Tells whether a stage is done with these settings.
 
     Raises:
         InputError: it is done, but with other settings, and `--force` is not given.
@@ -43,7 +43,7 @@ def is_trained(folder: Path, settings: TrainSettings, corpus: Corpus) -> bool:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read a training record."""
+    """Reads a training record."""
     record: dict[str, Any] = json.loads((folder / RECORD_FILE).read_text())
     return record
 
@@ -57,7 +57,7 @@ def write_record(
     modules: dict[str, nn.Module],
     measurements: dict[str, Any],
 ) -> None:
-    """Write a stage's record last: its presence means that the stage is done."""
+    """Writes a stage's record last: its presence means that the stage is done."""
     record = {
         "identity": identity_of(settings, corpus),
         "data": {
@@ -78,7 +78,7 @@ def write_record(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON beside its final place, then put it there."""
+    """Writes JSON beside its final place, then puts it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(content, indent=2) + "\n")
@@ -86,7 +86,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """Name the device that a record speaks of."""
+    """Names the device that a record speaks of."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

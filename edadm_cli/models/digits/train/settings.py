@@ -49,12 +49,12 @@ class TrainSettings:
         return self.out / "checkpoints"
 
     def generator(self, *parts: str | int, device: str | torch.device | None = None) -> torch.Generator:
-        """Return a generator for one named piece of work, on the run's device unless told otherwise."""
+        """Returns a generator for one named piece of work, on the run's device unless told otherwise."""
         generator = torch.Generator(device=self.device if device is None else device)
         return generator.manual_seed(seed_of(self.seed, *parts))
 
 
 def seed_of(seed: int, *parts: str | int) -> int:
-    """Derive the seed of one piece of work (a stage, a step, an image) from the run's seed and its name."""
+    """Derives the seed of one piece of work (a stage, a step, an image) from the run's seed and its name."""
     digest = hashlib.sha256("/".join(map(str, (seed, *parts))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -29,7 +29,7 @@ _EMPTY_PROMPT_SHARE = 0.1
 
 
 def build_denoiser() -> UNet2DConditionModel:
-    """Build the untrained denoiser: Stable Diffusion's blocks on two resolutions."""
+    """Builds the untrained denoiser: Stable Diffusion's blocks on two resolutions."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -45,7 +45,7 @@ def build_denoiser() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Build the untrained text encoder."""
+    """Builds the untrained text encoder."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -62,7 +62,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_scheduler() -> PNDMScheduler:
-    """Build Stable Diffusion 1.5's scheduler."""
+    """Builds Stable Diffusion 1.5's scheduler."""
     return PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -95,7 +95,7 @@ class TextToImageTask:
         self._signal = build_scheduler().alphas_cumprod.to(settings.device)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return noisy latents, timesteps, caption tokens and the noise."""
+        """Returns noisy latents, timesteps, caption tokens and the noise."""
         device, count = generator.device, len(index)
         spread, noise = torch.randn(2, count, 4, 8, 8, generator=generator, device=device)
         latents = self._mean[index] + self._deviation[index] * spread
@@ -108,14 +108,14 @@ class TextToImageTask:
         return noisy, timestep, self._tokens[row, caption], noise
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return the mean squared error of the predicted noise."""
+        """Returns the mean squared error of the predicted noise."""
         noisy, timestep, tokens, noise = inputs
         states = self.text_encoder(tokens).last_hidden_state
         return functional.mse_loss(self.denoiser(noisy, timestep, states).sample, noise)
 
 
 def caption_tokens(tokenizer: CLIPTokenizer) -> Tensor:
-    """Return the tokens of every caption with shape `(11, captions, length)`; row 10 is the empty prompt."""
+    """Returns the tokens of every caption with shape `(11, captions, length)`; row 10 is the empty prompt."""
     captions = [captions_of(digit) for digit in range(10)]
     captions.append(("",) * len(captions[0]))
     flat = [caption for row in captions for caption in row]
@@ -125,7 +125,7 @@ def caption_tokens(tokenizer: CLIPTokenizer) -> Tensor:
 
 
 def save_pipeline(task: TextToImageTask, folder: Path) -> None:
-    """Write the complete pipeline with weights in float16.
+    """Writes the complete pipeline with weights in float16.
 
     The text encoder is written as every Stable Diffusion checkpoint has it, whatever the installed release of
     transformers: names under `text_model.`, and a configuration that loads into float32 like the other parts.
@@ -142,7 +142,7 @@ def save_pipeline(task: TextToImageTask, folder: Path) -> None:
 
 
 def train_text_to_image(corpus: Corpus, settings: TrainSettings) -> None:
-    """Train text encoder and denoiser, and write the complete pipeline."""
+    """Trains text encoder and denoiser, and writes the complete pipeline."""
     folder = settings.weights / NAME
     if is_trained(folder, settings, corpus):
         return

@@ -14,7 +14,7 @@ _WORD_END = "</w>"
 
 
 def byte_symbols() -> list[str]:
-    """Return the printable stand-ins of the 256 bytes, in CLIP's order."""
+    """Returns the printable stand-ins of the 256 bytes, in CLIP's order."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -24,7 +24,7 @@ def byte_symbols() -> list[str]:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Return byte-pair merges that make each word one token.
+    """Returns byte-pair merges that make each word one token.
 
     A word is split by the merges so far, then what is left is merged from the left. Later merges rank lower,
     so they never change how an earlier word is split.
@@ -51,7 +51,7 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Build the tokenizer: 512 byte symbols, merges for the captions' words, start and end."""
+    """Builds the tokenizer: 512 byte symbols, merges for the captions' words, start and ends."""
     words = sorted({word for digit in range(10) for text in captions_of(digit) for word in re.findall("[a-z]+", text)})
     merges = learn_merges(words)
     symbols = byte_symbols()

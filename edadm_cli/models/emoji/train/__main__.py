@@ -42,7 +42,7 @@ STAGES: dict[str, tuple[Callable[[Corpus, TrainSettings], Any], Schedule]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
+    """Builds the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m edadm_cli.models.emoji.train", description="Train the emoji models."
     )
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(options: argparse.Namespace) -> TrainSettings:
-    """Turn the options into settings; under torchrun, join the other processes."""
+    """Turns the options into settings; under torchrun, joins the other processes."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -92,7 +92,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
 
 
 def train(stage: str, corpus: Corpus, settings: TrainSettings, until: float | None) -> None:
-    """Run a stage and write its averaged weights and its record."""
+    """Runs a stage and writes its averaged weights and its record."""
     build, schedule = STAGES[stage]
     task: Task = build(corpus, settings)
     if until is not None:  # loading took its time
@@ -121,7 +121,7 @@ def train(stage: str, corpus: Corpus, settings: TrainSettings, until: float | No
 def record_of(
     corpus: Corpus, settings: TrainSettings, schedule: Schedule, fitted: FitResult, module: Any, extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return a stage's training record."""
+    """Returns a stage's training record."""
     cuda = settings.device.type == "cuda"
     batch = settings.batch_size or schedule.batch_size
     return {
@@ -151,7 +151,7 @@ def _version(name: str) -> str | None:
 
 
 def main() -> int:
-    """Run one stage; return the exit code."""
+    """Runs one stage; returns the exit code."""
     options = build_parser().parse_args()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()

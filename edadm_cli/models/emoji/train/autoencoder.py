@@ -38,7 +38,7 @@ class AutoencoderTask:
         self._corpus = corpus
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return pictures `(B, 3, 64, 64)` in [-1, 1], half of them mirrored, and the noise of their latents."""
+        """Returns pictures `(B, 3, 64, 64)` in [-1, 1], half of them mirrored, and the noise of their latents."""
         device, train = generator.device, self._corpus.train
         index = train[torch.randint(len(train), (count,), generator=generator, device=device)]
         pictures = to_model_input(self._corpus.pixels[index])
@@ -47,7 +47,7 @@ class AutoencoderTask:
         return pictures, torch.randn(count, 4, LATENT_SIZE, LATENT_SIZE, generator=generator, device=device)
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return reconstruction error plus weighted divergence."""
+        """Returns reconstruction error plus weighted divergence."""
         pictures, noise = inputs
         posterior = self.module.encode(pictures).latent_dist
         latents = posterior.mean + posterior.std * noise
@@ -68,31 +68,31 @@ def _difference(rebuilt: Tensor, pictures: Tensor) -> Tensor:
 
 
 def to_model_input(pixels: Tensor) -> Tensor:
-    """Turn uint8 pixels into floats in [-1, 1]."""
+    """Turns uint8 pixels into floats in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Turn floats in [-1, 1] into uint8 pixels."""
+    """Turns floats in [-1, 1] into uint8 pixels."""
     return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @torch.inference_mode()
 def encode(autoencoder: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation `(N, 4, 16, 16)` of the unscaled latents of uint8 `(N, 3, 64, 64)`."""
+    """Returns mean and standard deviation `(N, 4, 16, 16)` of the unscaled latents of uint8 `(N, 3, 64, 64)`."""
     posteriors = [autoencoder.encode(to_model_input(part)).latent_dist for part in pixels.split(_BATCH)]
     return torch.cat([part.mean for part in posteriors]), torch.cat([part.std for part in posteriors])
 
 
 @torch.inference_mode()
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Return uint8 pixels of scaled latents."""
+    """Returns uint8 pixels of scaled latents."""
     scale, shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
     return torch.cat([to_pixels(autoencoder.decode(part / scale + shift).sample) for part in latents.split(_BATCH)])
 
 
 def finish_autoencoder(task: AutoencoderTask, corpus: Corpus, settings: TrainSettings) -> dict[str, float]:
-    """Scale the latents to unit variance, write the weights, and measure pictures with held-out names."""
+    """Scales the latents to unit variance, writes the weights, and measures pictures with held-out names."""
     autoencoder = task.module.eval()
     mean, deviation = encode(autoencoder, corpus.pixels[corpus.train])
     spread = (mean.double().var() + deviation.double().square().mean()).sqrt().item()
@@ -113,6 +113,6 @@ def finish_autoencoder(task: AutoencoderTask, corpus: Corpus, settings: TrainSet
 
 
 def load_autoencoder(settings: TrainSettings) -> AutoencoderKL:
-    """Load the trained autoencoder in float32."""
+    """Loads the trained autoencoder in float32."""
     autoencoder = AutoencoderKL.from_pretrained(settings.weights / "shared" / "vae")
     return autoencoder.to(settings.device, torch.float32).eval().requires_grad_(False)

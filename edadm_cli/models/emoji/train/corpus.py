@@ -55,7 +55,7 @@ class Corpus:
 
 
 def rasterise(svg: str) -> numpy.ndarray:
-    """Return an SVG text as uint8 pixels `(64, 64, 3)` on white: the mean over 2x2 pixels of twice the size."""
+    """Returns an SVG text as uint8 pixels `(64, 64, 3)` on white: the mean over 2x2 pixels of twice the size."""
     import resvg_py
 
     size = 2 * IMAGE_SIZE
@@ -67,7 +67,7 @@ def rasterise(svg: str) -> numpy.ndarray:
 
 
 def pixels_of(data: Path, cache: Path, limit: int | None, processes: int) -> numpy.ndarray:
-    """Return all pictures as uint8 `(N, 64, 64, 3)`, rasterised once and kept in `cache`."""
+    """Returns all pictures as uint8 `(N, 64, 64, 3)`, rasterised once and kept in `cache`."""
     path = cache / f"pixels-{limit or 'all'}.npy"
     if path.is_file():
         return numpy.load(path)
@@ -87,7 +87,7 @@ def _spread(count: int, limit: int) -> list[int]:
 
 
 def load_corpus(settings: TrainSettings, processes: int = 1) -> Corpus:
-    """Load the prepared data onto the run's device."""
+    """Loads the prepared data onto the run's device."""
     index = json.loads((settings.data / INDEX).read_text())
     arrays = numpy.load(settings.data / TOKENS, allow_pickle=False)
     pixels = pixels_of(settings.data, settings.out / "cache", settings.limit, processes)
@@ -114,7 +114,7 @@ def load_corpus(settings: TrainSettings, processes: int = 1) -> Corpus:
 def draw_captions(
     corpus: Corpus, index: Tensor, empty_share: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens `(B, 24)` of a random caption per picture, and whether each names a style.
+    """Returns the tokens `(B, 24)` of a random caption per picture, and whether each names a style.
 
     Three quarters of the captions name the style; a share of all is replaced by the empty caption.
     """

@@ -34,13 +34,13 @@ _SNR_LIMIT = 5.0
 
 
 def load_text_encoder(settings: TrainSettings) -> CLIPTextModelWithProjection:
-    """Load the trained text encoder in float32; it stays as it is."""
+    """Loads the trained text encoder in float32; it stays as it is."""
     encoder = CLIPTextModelWithProjection.from_pretrained(settings.weights / "shared" / "text_encoder")
     return encoder.to(settings.device, torch.float32).eval().requires_grad_(False)
 
 
 def compiled(network: nn.Module, settings: TrainSettings, *inputs: Tensor) -> nn.Module:
-    """Return the compiled network, warmed up on example inputs; where compilation fails or is off, the network."""
+    """Returns the compiled network, warmed up on example inputs; where compilation fails or is off, the network."""
     if not settings.compile:
         return network
     start = time.monotonic()
@@ -59,7 +59,7 @@ def compiled(network: nn.Module, settings: TrainSettings, *inputs: Tensor) -> nn
 
 
 def wait_for(settings: TrainSettings, *stages: str) -> None:
-    """Wait until the records of other stages are there, if the settings say so."""
+    """Waits until the records of other stages are there, if the settings say so."""
     while settings.wait and not all((settings.out / "records" / f"{stage}.json").is_file() for stage in stages):
         time.sleep(0.5)
 
@@ -78,7 +78,7 @@ class _LatentTask:
         self._mean, self._deviation = (moment.clone() * scale for moment in encode(autoencoder, corpus.pixels))
 
     def _latents(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scaled latents, noise of the same shape and caption tokens."""
+        """Returns scaled latents, noise of the same shape and caption tokens."""
         device, train = generator.device, self._corpus.train
         index = train[torch.randint(len(train), (count,), generator=generator, device=device)]
         mean = self._mean[index]
@@ -107,7 +107,7 @@ class UNetTask(_LatentTask):
         self._signal = noise_scheduler().alphas_cumprod.to(settings.device)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return noisy latents, timesteps, caption tokens, the noise and each error's weight."""
+        """Returns noisy latents, timesteps, caption tokens, the noise and each error's weight."""
         latents, noise, tokens = self._latents(count, generator)
         timestep = torch.randint(len(self._signal), (count,), generator=generator, device=generator.device)
         signal = self._signal[timestep].view(-1, 1, 1, 1)
@@ -116,7 +116,7 @@ class UNetTask(_LatentTask):
         return noisy, timestep, tokens, noise, weight
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return the weighted mean squared error of the predicted noise."""
+        """Returns the weighted mean squared error of the predicted noise."""
         noisy, timestep, tokens, noise, weight = inputs
         with torch.no_grad():
             states = self._text_encoder(tokens).last_hidden_state.float()
@@ -142,14 +142,14 @@ class TransformerTask(_LatentTask):
         super().__init__(corpus, settings, network, torch.zeros(count, 4, 16, 16), states, pooled, torch.zeros(count))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return noisy latents, timesteps, caption tokens and the velocity."""
+        """Returns noisy latents, timesteps, caption tokens and the velocity."""
         latents, noise, tokens = self._latents(count, generator)
         sigma = torch.randn(count, generator=generator, device=generator.device).sigmoid()
         spread = sigma.view(-1, 1, 1, 1)
         return (1 - spread) * latents + spread * noise, 1000 * sigma, tokens, noise - latents
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return the mean squared error of the predicted velocity."""
+        """Returns the mean squared error of the predicted velocity."""
         noisy, timestep, tokens, velocity = inputs
         states, pooled = flow_condition(self._text_encoder, tokens)
         predicted = self._network(noisy, states, pooled, timestep, return_dict=False)[0]
@@ -158,7 +158,7 @@ class TransformerTask(_LatentTask):
 
 @torch.no_grad()
 def flow_condition(text_encoder: CLIPTextModelWithProjection, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return states and pooled vectors as StableDiffusion3Pipeline makes them of one text encoder that it holds twice.
+    """Returns states and pooled vectors as StableDiffusion3Pipeline makes them of one text encoder that it holds twice.
 
     Returns:
         States with shape `(B, 280, 384)`: 24 tokens with both encoders' states side by side, then 256 zeros for the
@@ -188,7 +188,7 @@ class PixelTask:
         self._signal = pixel_scheduler().alphas_cumprod.to(settings.device)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return noisy pictures, half of them mirrored, timesteps and the noise."""
+        """Returns noisy pictures, half of them mirrored, timesteps and the noise."""
         device = generator.device
         index = torch.randint(len(self._pictures), (count,), generator=generator, device=device)
         pictures = to_model_input(self._pictures[index])
@@ -200,12 +200,12 @@ class PixelTask:
         return signal.sqrt() * pictures + (1 - signal).sqrt() * noise, timestep, noise
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return the mean squared error of the predicted noise."""
+        """Returns the mean squared error of the predicted noise."""
         noisy, timestep, noise = inputs
         predicted = self._network(noisy, timestep, return_dict=False)[0]
         return functional.mse_loss(predicted.float(), noise)
 
 
 def small_pictures(pixels: Tensor) -> Tensor:
-    """Return uint8 pixels of half the size: the mean over 2x2 pixels."""
+    """Returns uint8 pixels of half the size: the mean over 2x2 pixels."""
     return torch.cat([functional.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in pixels.split(2000)])

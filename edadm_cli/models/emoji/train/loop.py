@@ -37,11 +37,11 @@ class Task(Protocol):
         ...
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return the inputs of one step with `count` pictures."""
+        """Returns the inputs of one step with `count` pictures."""
         ...
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return the scalar loss."""
+        """Returns the scalar loss."""
         ...
 
 
@@ -57,7 +57,7 @@ class Schedule:
     average_decay: float = 0.9995
 
     def rate_at(self, step: int, progress: float) -> float:
-        """Return the learning rate at a step, when a share `progress` of the training is done."""
+        """Returns the learning rate at a step, when a share `progress` of the training is done."""
         left = min(1.0, max(0.0, (1 - progress) / (1 - self.constant_share)))
         return self.learning_rate * min((step + 1) / self.warmup_steps, left)
 
@@ -96,7 +96,7 @@ class _Run:
         self.path = settings.out / "checkpoints" / f"{name}.pt"
 
     def restore(self) -> None:
-        """Continue from the checkpoint, if there is one."""
+        """Continues from the checkpoint, if there is one."""
         if not self.path.is_file():
             return
         saved: dict[str, Any] = torch.load(self.path, map_location=self.settings.device, weights_only=True)
@@ -107,7 +107,7 @@ class _Run:
         self.curve = [tuple(row) for row in saved["curve"]]
 
     def save(self, elapsed: float) -> None:
-        """Write the checkpoint of `elapsed` seconds of this call beside the last one, then replace that one."""
+        """Writes the checkpoint of `elapsed` seconds of this call beside the last one, then replaces that one."""
         if self.settings.rank:
             return
         saved = {
@@ -120,7 +120,7 @@ class _Run:
         partial.replace(self.path)
 
     def advance(self) -> None:
-        """Take one optimiser step."""
+        """Takes one optimiser step."""
         settings = self.settings
         generator = settings.generator(self.name, "step", self.step, settings.rank)
         inputs = self.task.draw(self.batch, generator)
@@ -147,7 +147,7 @@ class _Run:
         torch._foreach_copy_(gradients, [part.view_as(value) for part, value in zip(parts, gradients, strict=True)])
 
     def measure_progress(self, elapsed: float) -> bool:
-        """Agree among the processes how far the training is, and whether to stop now."""
+        """Agrees among the processes how far the training is, and whether to stop now."""
         settings = self.settings
         if settings.steps is not None:
             progress = self.step / settings.steps
@@ -162,7 +162,7 @@ class _Run:
         return bool(state[1]) or self.progress >= 1
 
     def log(self, elapsed: float) -> None:
-        """Print and remember how far the optimisation is."""
+        """Prints and remembers how far the optimisation is."""
         if self.settings.rank:
             return
         seconds, loss = self.seconds + elapsed, self.loss.item()
@@ -173,7 +173,7 @@ class _Run:
 
 
 def fit(task: Task, schedule: Schedule, settings: TrainSettings, name: str) -> FitResult:
-    """Train until the steps or the time are used up, or until this call has to stop.
+    """Trains until the steps or the time are used up, or until this call has to stop.
 
     At the end the module holds the averaged weights; the checkpoint holds both.
     """
@@ -201,7 +201,7 @@ def fit(task: Task, schedule: Schedule, settings: TrainSettings, name: str) -> F
 
 
 def read_average(task: Task, path: Path, device: torch.device) -> dict[str, Any]:
-    """Put a checkpoint's averaged weights into the module and return what else the checkpoint says."""
+    """Puts a checkpoint's averaged weights into the module and returns what else the checkpoint says."""
     saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     parameters = [value for value in task.module.parameters() if value.requires_grad]
     torch._foreach_copy_([value.data for value in parameters], saved["average"])

@@ -40,13 +40,13 @@ class Judge:
 
     @torch.inference_mode()
     def pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features and unit vectors of uint8 pictures."""
+        """Returns features and unit vectors of uint8 pictures."""
         parts = [self._pictures(part.to(self._device).float() / 255) for part in pixels.split(500)]
         return torch.cat([p.features for p in parts]), torch.cat([p.embedding for p in parts])
 
     @torch.inference_mode()
     def prompts(self, prompts: list[str]) -> Tensor:
-        """Return unit vectors of prompts."""
+        """Returns unit vectors of prompts."""
         tokens = self._tokenizer(
             prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids.to(self._device)
@@ -54,7 +54,7 @@ class Judge:
         return torch.nn.functional.normalize(vectors, dim=-1)
 
     def retrieval(self, pixels: Tensor, names: list[str], styles: list[str], candidates: list[str]) -> dict[str, float]:
-        """Return the shares of pictures whose name ranks first, and among the first five, of the candidates.
+        """Returns the shares of pictures whose name ranks first, and among the first five, of the candidates.
 
         All candidates are asked for in the picture's own style, so that only the name decides.
         """
@@ -73,7 +73,7 @@ class Judge:
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
-    """Return the Fréchet distance of two sets of features, each fitted by a normal distribution."""
+    """Returns the Fréchet distance of two sets of features, each fitted by a normal distribution."""
     first, second = first.double(), second.double()
     mean = (first.mean(0) - second.mean(0)).square().sum()
     one, two = torch.cov(first.T), torch.cov(second.T)
@@ -84,13 +84,13 @@ def frechet(first: Tensor, second: Tensor) -> float:
 
 
 def choose(corpus: Corpus, rows: Tensor, count: int, name: str) -> list[int]:
-    """Return up to `count` seeded pictures out of `rows`."""
+    """Returns up to `count` seeded pictures out of `rows`."""
     indices = rows.tolist()
     return random.Random(f"emoji measure {name}").sample(indices, min(count, len(indices)))
 
 
 def candidate_names(corpus: Corpus, rows: list[int]) -> list[str]:
-    """Return the names of `rows`, filled up to 500 with seeded others."""
+    """Returns the names of `rows`, filled up to 500 with seeded others."""
     needed = sorted({corpus.names[i] for i in rows})
     others = sorted(set(corpus.names) - set(needed))
     random.Random("emoji candidates").shuffle(others)
@@ -98,7 +98,7 @@ def candidate_names(corpus: Corpus, rows: list[int]) -> list[str]:
 
 
 def distinct_names(corpus: Corpus, rows: Tensor, count: int, name: str) -> list[int]:
-    """Return up to `count` seeded pictures out of `rows` whose names are at most 500 different ones."""
+    """Returns up to `count` seeded pictures out of `rows` whose names are at most 500 different ones."""
     order = choose(corpus, rows, len(rows), name)
     names = sorted({corpus.names[i] for i in order})
     allowed = set(random.Random(f"emoji names {name}").sample(names, min(NUM_NAMES, len(names))))
@@ -107,7 +107,7 @@ def distinct_names(corpus: Corpus, rows: Tensor, count: int, name: str) -> list[
 
 @torch.inference_mode()
 def generate(pipeline: DiffusionPipeline, prompts: list[str], guidance: float, seed: int = 0) -> Tensor:
-    """Return uint8 pictures `(N, 3, 64, 64)` of prompts, on the CPU; picture `i` has noise of its own."""
+    """Returns uint8 pictures `(N, 3, 64, 64)` of prompts, on the CPU; picture `i` has noise of its own."""
     pipeline.set_progress_bar_config(disable=True)
     device = pipeline.device
     pictures = []
@@ -130,7 +130,7 @@ def generate(pipeline: DiffusionPipeline, prompts: list[str], guidance: float, s
 
 @torch.inference_mode()
 def generate_pixels(pipeline: DiffusionPipeline, count: int, steps: int = 100) -> Tensor:
-    """Return uint8 pictures `(N, 3, 32, 32)` of the unconditional model."""
+    """Returns uint8 pictures `(N, 3, 32, 32)` of the unconditional model."""
     from edadm_cli.models.emoji.train.pipelines import faster_pixel_scheduler
 
     scheduler, network = faster_pixel_scheduler(), pipeline.unet
@@ -146,13 +146,13 @@ def generate_pixels(pipeline: DiffusionPipeline, count: int, steps: int = 100) -
 
 
 def sheets_of(corpus: Corpus) -> Iterator[tuple[str, list[int]]]:
-    """Yield the name and the pictures of each sheet of 100."""
+    """Yields the name and the pictures of each sheet of 100."""
     yield "train", choose(corpus, corpus.train, 100, "sheet")
     yield "held-out", choose(corpus, corpus.held_out, 100, "sheet")
 
 
 def write_sheet(pixels: Tensor, path: Path, columns: int = 10) -> None:
-    """Write pictures as one PNG."""
+    """Writes pictures as one PNG."""
     rows = -(-len(pixels) // columns)
     size = pixels.shape[-1]
     sheet = numpy.full((rows * (size + 2), columns * (size + 2), 3), 255, dtype=numpy.uint8)
@@ -164,7 +164,7 @@ def write_sheet(pixels: Tensor, path: Path, columns: int = 10) -> None:
 
 
 def real_floor(judge: Judge, corpus: Corpus, count: int) -> dict[str, Any]:
-    """Return what real pictures reach: retrieval of trained and held-out names, and the distance of two real halves."""
+    """Returns what real pictures reach: retrieval of trained and held-out names, and two real halves' distance."""
     order = choose(corpus, corpus.train, 2 * count, "floor")
     half = len(order) // 2
     features, _ = judge.pictures(corpus.pixels[order])
@@ -178,12 +178,12 @@ def real_floor(judge: Judge, corpus: Corpus, count: int) -> dict[str, Any]:
 
 
 def rows_of(corpus: Corpus, split: str, count: int) -> list[int]:
-    """Return the pictures of a split that are measured."""
+    """Returns the pictures of a split that are measured."""
     return distinct_names(corpus, corpus.train if split == "train" else corpus.held_out, count, split)
 
 
 def retrieval_of(judge: Judge, corpus: Corpus, split: str, count: int, pictures: Tensor | None) -> dict[str, float]:
-    """Return the retrieval of generated pictures, or of the real ones where `pictures` is `None`."""
+    """Returns the retrieval of generated pictures, or of the real ones where `pictures` is `None`."""
     rows = rows_of(corpus, split, count)
     pixels = corpus.pixels[rows] if pictures is None else pictures
     names, styles = [corpus.names[i] for i in rows], [corpus.styles[i] for i in rows]
@@ -193,7 +193,7 @@ def retrieval_of(judge: Judge, corpus: Corpus, split: str, count: int, pictures:
 def measure_text_model(
     pipeline: DiffusionPipeline, judge: Judge, corpus: Corpus, guidance: float, count: int
 ) -> dict[str, Any]:
-    """Return Fréchet distance to all training pictures and retrieval of trained and held-out names."""
+    """Returns Fréchet distance to all training pictures and retrieval of trained and held-out names."""
     result: dict[str, Any] = {"guidance": guidance, "steps": STEPS}
     rows = choose(corpus, corpus.train, count, "floor")
     pictures = generate(pipeline, [prompt_of(corpus.names[i], corpus.styles[i]) for i in rows], guidance)

@@ -13,7 +13,7 @@ _LONGEST_WORD = 20
 
 
 def words_of(icon: str, picture_set: str, icons: set[str]) -> str:
-    """Return the name of an icon as words with single spaces.
+    """Returns the name of an icon as words with single spaces.
 
     Args:
         icon: The icon's name in its set, such as `woman-teacher-medium`.
@@ -42,7 +42,7 @@ class WordSplitter:
         self._counts = Counter(word for name in names for word in name.split() if word.isalpha())
 
     def __call__(self, text: str) -> str:
-        """Return `text` with spaces between its words: `redheart` becomes `red heart`."""
+        """Returns `text` with spaces between its words: `redheart` becomes `red heart`."""
         return " ".join(word for part in re.findall(r"[a-z]+|\d+", text) for word in self._split(part))
 
     def _split(self, text: str) -> list[str]:
@@ -60,5 +60,5 @@ class WordSplitter:
 
 
 def is_without_hyphens(picture_set: str) -> bool:
-    """Return whether the names of a set are written without hyphens."""
+    """Returns whether the names of a set are written without hyphens."""
     return picture_set == _SET_WITHOUT_HYPHENS

@@ -23,7 +23,7 @@ LATENT_SIZE = 16
 
 
 def text_config(small: bool) -> CLIPTextConfig:
-    """Return the configuration of the text encoder that both pipelines share."""
+    """Returns the configuration of the text encoder that both pipelines share."""
     return CLIPTextConfig(
         vocab_size=VOCABULARY,
         hidden_size=TEXT_WIDTH,
@@ -39,7 +39,7 @@ def text_config(small: bool) -> CLIPTextConfig:
 
 
 def build_autoencoder(small: bool) -> AutoencoderKL:
-    """Build the autoencoder: 3x64x64 pixels to 4x16x16 latents."""
+    """Builds the autoencoder: 3x64x64 pixels to 4x16x16 latents."""
     return AutoencoderKL(
         sample_size=64,
         in_channels=3,
@@ -54,7 +54,7 @@ def build_autoencoder(small: bool) -> AutoencoderKL:
 
 
 def build_unet(small: bool) -> UNet2DConditionModel:
-    """Build the denoiser of `emoji-sd`: Stable Diffusion's blocks on three resolutions."""
+    """Builds the denoiser of `emoji-sd`: Stable Diffusion's blocks on three resolutions."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=4,
@@ -70,7 +70,7 @@ def build_unet(small: bool) -> UNet2DConditionModel:
 
 
 def build_transformer(small: bool) -> SD3Transformer2DModel:
-    """Build the denoiser of `emoji-dit`: Stable Diffusion 3's joint attention over 16x16 latents, one token each."""
+    """Builds the denoiser of `emoji-dit`: Stable Diffusion 3's joint attention over 16x16 latents, one token each."""
     transformer = SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=2 if small else 1,
@@ -90,7 +90,7 @@ def build_transformer(small: bool) -> SD3Transformer2DModel:
 
 
 def _start_as_identity(transformer: SD3Transformer2DModel) -> None:
-    """Set modulations and the last layer to zero (Peebles and Xie, arXiv 2212.09748, section 3.2: adaLN-Zero)."""
+    """Sets modulations and the last layer to zero (Peebles and Xie, arXiv 2212.09748, section 3.2: adaLN-Zero)."""
     for name, module in transformer.named_modules():
         if name == "proj_out" or (name.endswith(".linear") and "norm" in name):
             nn.init.zeros_(module.weight)
@@ -98,7 +98,7 @@ def _start_as_identity(transformer: SD3Transformer2DModel) -> None:
 
 
 def build_pixel_unet(small: bool) -> UNet2DModel:
-    """Build `ddpm-emoji`: the denoiser of DDPM on CIFAR-10 at its own size."""
+    """Builds `ddpm-emoji`: the denoiser of DDPM on CIFAR-10 at its own size."""
     return UNet2DModel(
         sample_size=32,
         in_channels=3,
@@ -117,7 +117,7 @@ def build_pixel_unet(small: bool) -> UNet2DModel:
 
 
 def noise_scheduler() -> PNDMScheduler:
-    """Return Stable Diffusion 1.5's scheduler."""
+    """Returns Stable Diffusion 1.5's scheduler."""
     return PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -131,10 +131,10 @@ def noise_scheduler() -> PNDMScheduler:
 
 
 def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Return the scheduler of `emoji-dit`: straight paths from noise to latents, Euler's steps."""
+    """Returns the scheduler of `emoji-dit`: straight paths from noise to latents, Euler's steps."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
 
 
 def pixel_scheduler() -> DDPMScheduler:
-    """Return DDPM's scheduler."""
+    """Returns DDPM's scheduler."""
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=True)

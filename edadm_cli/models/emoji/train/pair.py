@@ -40,7 +40,7 @@ class PairTask:
         }).to(settings.device)  # fmt: skip
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return shifted pictures, tokens and the distribution of the captions that are true of each picture."""
+        """Returns shifted pictures, tokens and the distribution of the captions that are true of each picture."""
         device = generator.device
         train = self.corpus.train
         index = train[torch.randint(len(train), (count,), generator=generator, device=device)]
@@ -64,7 +64,7 @@ class PairTask:
         return ((shifted - 1) * contrast + 1 + noise).clamp(0, 1)
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Return the contrastive loss of the captions' vectors and, with half the weight, of their tokens' mean."""
+        """Returns the contrastive loss of the captions' vectors and, with half the weight, of their tokens' mean."""
         pictures, tokens, true = inputs
         embedding = self.picture_encoder(pictures).embedding
         output = self.text_encoder(tokens, output_hidden_states=True)

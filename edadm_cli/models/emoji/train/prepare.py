@@ -36,7 +36,7 @@ _HIDDEN = "hidden"
 
 
 def read_archive(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the sets that are used, by name, and what `collections.json` says of them.
+    """Returns the sets that are used, by name, and what `collections.json` says of them.
 
     Raises:
         InputError: The archive is missing, or a set is not in it.
@@ -56,7 +56,7 @@ def read_archive(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def svg_of(icon: dict[str, Any], picture_set: dict[str, Any]) -> str:
-    """Return an icon as a complete SVG text with a white square behind it."""
+    """Returns an icon as a complete SVG text with a white square behind it."""
     left, top = (float(icon.get(side, picture_set.get(side, 0))) for side in ("left", "top"))
     width, height = (float(icon.get(side, picture_set.get(side, 16))) for side in ("width", "height"))
     side = max(width, height)
@@ -67,7 +67,7 @@ def svg_of(icon: dict[str, Any], picture_set: dict[str, Any]) -> str:
 
 
 def build_rows(sets: dict[str, Any]) -> list[dict[str, str]]:
-    """Return one row per picture: set, icon, name and SVG text; hidden icons are left out."""
+    """Returns one row per picture: set, icon, name and SVG text; hidden icons are left out."""
     rows: list[dict[str, str]] = []
     for set_name, content in sets.items():
         icons = {name: icon for name, icon in content["icons"].items() if not icon.get(_HIDDEN)}
@@ -82,7 +82,7 @@ def build_rows(sets: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def held_out_names(names: list[str]) -> set[str]:
-    """Return a seeded twentieth of the names, all of whose words occur in at least three names that stay.
+    """Returns a seeded twentieth of the names, all of whose words occur in at least three names that stay.
 
     A name with a word of its own, such as `sheep`, asks for something that no other picture shows; a model without
     other knowledge cannot sample it, so that such names stay in the training data.
@@ -101,7 +101,7 @@ def held_out_names(names: list[str]) -> set[str]:
 
 
 def card_of(rows: list[dict[str, str]], held_out: set[str], licences: dict[str, Any], archive: Path) -> dict[str, Any]:
-    """Return the data card: the source, and per set the counts, the licence and the author."""
+    """Returns the data card: the source, and per set the counts, the licence and the author."""
     sets = {}
     for name, style in STYLES.items():
         own = [row for row in rows if row["set"] == name]
@@ -128,7 +128,7 @@ def card_of(rows: list[dict[str, str]], held_out: set[str], licences: dict[str, 
 
 
 def prepare(archive: Path, out: Path) -> dict[str, Any]:
-    """Write the prepared folder and return its card."""
+    """Writes the prepared folder and returns its card."""
     sets, licences = read_archive(archive)
     rows = build_rows(sets)
     held_out = held_out_names([row["name"] for row in rows])
@@ -163,7 +163,7 @@ def prepare(archive: Path, out: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Prepare the data; return the exit code."""
+    """Prepares the data; returns the exit code."""
     parser = argparse.ArgumentParser(description="Prepare the training data of the emoji models.")
     parser.add_argument("--archive", type=Path, required=True, help="the file that npm pack @iconify/json wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the prepared data")

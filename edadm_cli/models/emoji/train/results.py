@@ -33,7 +33,7 @@ from edadm_cli.models.emoji.train.settings import TrainSettings
 
 
 def pipeline_of(model: str, settings: TrainSettings) -> DiffusionPipeline:
-    """Return a trained model's pipeline on the run's device."""
+    """Returns a trained model's pipeline on the run's device."""
     build = {UNET: text_to_image_pipeline, PIXEL: pixel_pipeline}.get(model, flow_pipeline)
     pipeline = build(settings).to(settings.device)
     for component in pipeline.components.values():
@@ -43,7 +43,7 @@ def pipeline_of(model: str, settings: TrainSettings) -> DiffusionPipeline:
 
 
 def show(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace) -> None:
-    """Write sheets of 100: the real pictures, and each model's pictures of the same prompts."""
+    """Writes sheets of 100: the real pictures, and each model's pictures of the same prompts."""
     for model in options.models.split(","):
         pipeline = pipeline_of(model, settings)
         if model == PIXEL:
@@ -59,7 +59,7 @@ def show(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace) -
 
 
 def measure(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace) -> None:
-    """Measure each model at each guidance scale, and real pictures against real pictures."""
+    """Measures each model at each guidance scale, and real pictures against real pictures."""
     tokenizer = text_to_image_tokenizer(settings)
     judge = Judge(settings, tokenizer)
     for model in options.models.split(","):
@@ -78,7 +78,7 @@ def measure(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace
 
 
 def text_to_image_tokenizer(settings: TrainSettings) -> Any:
-    """Return the tokenizer of the prepared data."""
+    """Returns the tokenizer of the prepared data."""
     from transformers import CLIPTokenizer
 
     from edadm_cli.models.emoji.train.prepare import TOKENIZER

@@ -54,6 +54,6 @@ class TrainSettings:
         return self.out / "weights"
 
     def generator(self, *parts: str | int, device: str | torch.device | None = None) -> torch.Generator:
-        """Return a generator for one named piece of work, on the run's device unless another is given."""
+        """Returns a generator for one named piece of work, on the run's device unless another is given."""
         generator = torch.Generator(device=self.device if device is None else device)
         return generator.manual_seed(seed_of(self.seed, *parts))

@@ -19,7 +19,7 @@ _WORD_END = "</w>"
 
 
 def build_tokenizer(captions: Iterable[Iterable[str]]) -> CLIPTokenizer:
-    """Build the tokenizer: 512 byte symbols, learned merges, start and end; at most 3,328 tokens together."""
+    """Builds the tokenizer: 512 byte symbols, learned merges, start and ends; at most 3,328 tokens together."""
     words = Counter(word for group in captions for caption in group for word in re.findall("[a-z]+", caption))
     symbols = byte_symbols()
     alphabet = [*symbols, *(symbol + _WORD_END for symbol in symbols)]
@@ -30,7 +30,7 @@ def build_tokenizer(captions: Iterable[Iterable[str]]) -> CLIPTokenizer:
 
 
 def _learn_merges(words: Counter[str], most: int) -> list[tuple[str, str]]:
-    """Return byte-pair merges by frequency; words that occur once are learned with the others."""
+    """Returns byte-pair merges by frequency; words that occur once are learned with the others."""
     trainer = BpeTrainer(vocab_size=most + 26 * 2, end_of_word_suffix=_WORD_END, show_progress=False, min_frequency=1)
     tokenizer = Tokenizer(BPE(end_of_word_suffix=_WORD_END))
     ordered = (word for word, count in sorted(words.items()) for _ in range(count))
