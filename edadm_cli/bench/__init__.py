@@ -1,4 +1,4 @@
-"""Parity first, then speed: how fast, how small and how exact a quantized denoiser is, and what bounds it."""
+"""Measures how exact, fast and small a quantized denoiser is, and what limits its speed."""
 
 from edadm_cli.artifacts import Stage
 from edadm_cli.config import BenchConfig

@@ -1,4 +1,4 @@
-"""Where the time of a call goes: an engine's profile by kind of operation, with the rate that is reached."""
+"""Shows where the time of a call goes: an engine's profile by kind of operation, with the rate of each kind."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def rows_by_kind(
 ) -> tuple[KindRow, ...]:
     """Sums a profile up by kind of operation, the longest first.
 
-    A kind's multiply-accumulates are those of the layers that its rows are named after. Where an engine names its
-    attention otherwise, and all of it runs in one precision, it is all of the attention's.
+    The multiply-accumulates of a kind are those of the layers that its operations are named after. If an engine names
+    its attention operations differently and all of them run in one precision, they count as all attention of the call.
 
     Args:
         times: The profile of one call.
-        work: What the call multiplies.
-        peak_tops: Precision to the largest rate that was measured.
+        work: The products of the call.
+        peak_tops: Maps a precision to the highest rate that was measured, in 10^12 operations per second.
     """
     groups: dict[tuple[str, str], _Group] = {}
     for time in times:
         if time.milliseconds <= 0:
-            continue  # constants, and what was fused into a neighbour
+            continue  # constants, and operations that were fused into another one
         group = groups.setdefault((time.kind, time.precision), _Group())
         group.milliseconds += time.milliseconds
         group.names.append(time.name)
@@ -63,8 +63,8 @@ def rows_by_kind(
 
 def _macs(kind: str, names: Sequence[str], work: Sequence[WorkItem], is_only: bool) -> int:
     is_attention = kind == "attention"
-    own = [item for item in work if item.macs and item.kind.endswith("attention") == is_attention]
+    products = [item for item in work if item.macs and item.kind.endswith("attention") == is_attention]
     if is_attention and is_only:
-        return sum(item.macs for item in own)
+        return sum(item.macs for item in products)
     layers = {layer_of_part(name.partition(":")[0]) for name in names}
-    return sum(item.macs for item in own if item.name in layers)
+    return sum(item.macs for item in products if item.name in layers)

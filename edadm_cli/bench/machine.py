@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, memory, GPU, versions. Facts for the record, no part of an identity."""
+"""Describes the machine of a measurement: processor, memory, GPU and versions. None of it is part of an identity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PACKAGES = ("torch", "diffusers", "openvino", "triton", "onnxruntime", "nncf", 
 
 
 def machine_facts(device: torch.device, threads: int) -> dict[str, Any]:
-    """Processor, memory, threads, versions, and the GPU where one is used."""
+    """Returns the processor, memory, threads and versions, and the GPU if `device` is one."""
     facts: dict[str, Any] = {
         "cpu": cpu_model(),
         "cores": physical_cores(),
@@ -52,18 +52,18 @@ def cpu_model() -> str:
 
 
 def cpu_flags() -> list[str]:
-    """Returns those instruction sets that integer and half-precision arithmetic care for."""
+    """Returns the processor's instruction sets that matter for integer and half-precision arithmetic."""
     words = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     return [flag for flag in _FLAGS if flag in words]
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Returns whether the processor multiplies bfloat16 in instructions of its own."""
+    """Returns whether `device` is a processor with instructions that multiply bfloat16."""
     return device.type == "cpu" and bool(_BFLOAT16_FLAGS & set(cpu_flags()))
 
 
 def physical_cores() -> int:
-    """Returns the cores that this process may use, hyper-threads of one core counted once."""
+    """Returns the number of physical cores that this process may use; hyper-threads of one core count once."""
     allowed = os.sched_getaffinity(0)
     siblings = Path(f"/sys/devices/system/cpu/cpu{next(iter(allowed))}/topology/thread_siblings_list")
     if not siblings.is_file():

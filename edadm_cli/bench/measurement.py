@@ -1,4 +1,4 @@
-"""The measurement itself: first parity of every bit width, then the times of all contenders in turns."""
+"""Measures the contenders of a bench: first the parity of every bit width, then all times, in rounds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from edadm_cli.bench.memory import give_back_memory
 from edadm_cli.bench.participants import Participant, Participants, reason_of_error
 from edadm_cli.bench.peak import measure_peaks
 from edadm_cli.bench.quantized import Prepared, check_prediction, coverage_of, prepare
-from edadm_cli.bench.request import Request
+from edadm_cli.bench.request import BenchRequest
 from edadm_cli.bench.rounds import is_unsteady, summarize
 from edadm_cli.bench.spec import Call, Spec, placed
 from edadm_cli.bench.subject import ExportSubject, sample_of
@@ -49,7 +49,7 @@ class Measurement:
         reporter: Receives progress and warnings.
     """
 
-    def __init__(self, request: Request, scratch: Path, reporter: Reporter) -> None:
+    def __init__(self, request: BenchRequest, scratch: Path, reporter: Reporter) -> None:
         self.request, self.scratch, self.reporter = request, scratch, reporter
         self._environment = request.environment
         self._calls: dict[int, list[Call]] = {}
@@ -109,7 +109,7 @@ class Measurement:
         self._specs += [*(prepared.spec for prepared in self._prepared), *peer_specs]
 
     def measure(self) -> dict[str, Any]:
-        """Compares predictions, times everything, and puts the result together.
+        """Compares predictions, times all contenders, and returns the fields of a `BenchResult`.
 
         Raises:
             EdadmError: The prediction of an engine exceeds its bound.
@@ -208,7 +208,7 @@ class Measurement:
             )
 
     def _throughput(self, participants: Participants, latencies: Mapping[str, Latency]) -> dict[str, dict[str, float]]:
-        """Returns the rows per second at every batch size, from medians."""
+        """Returns the rows per second of each contender at every batch size, from median times."""
         config = self.request.config
         rates = {name: {str(self._first): 1e3 * self._first / latencies[name].median} for name in participants}
         for batch in config.batch_sizes[1:]:
@@ -299,7 +299,7 @@ def _contender(
 
 
 def _work_of(denoiser: nn.Module, call: Call) -> list[WorkItem]:
-    """Returns what a call multiplies, from shapes alone.
+    """Returns the products of a call, from shapes alone.
 
     Raises:
         InputError: The denoiser cannot be called with a sample of this size.

@@ -1,8 +1,8 @@
-"""Peak memory of a contender.
+"""Measures the peak memory of a contender.
 
-On a CPU each contender has a process of its own. Its memory is the largest resident set of that process, Python and
-its libraries included; it is reset in between, so that loading and running have peaks of their own. On CUDA it is what
-torch's allocator holds beyond what was allocated before the contender was loaded.
+On a CPU each contender has a process of its own, and its memory is the largest resident set of that process, including
+Python and its libraries. The peak is reset in between, so that loading and running are measured apart. On CUDA it is
+the memory that torch's allocator holds beyond what was allocated before the contender was loaded.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from edadm_cli.artifacts.peak import reset_cuda_peak, reset_resident_peak, resid
 from edadm_cli.errors import MachineError
 
 _PROCESS_MIB = 600.0
-"""Python, torch and the libraries behind a contender."""
+"""Memory of Python, torch and the libraries of a contender."""
 _LOADING = 1.3
-"""What a contender takes of its size on disk: its kernels' own layout of the weights, and activations."""
+"""Memory of a contender in multiples of its size on disk: its kernels' layout of the weights, and activations."""
 
 
 class PeakMemory:
@@ -28,7 +28,7 @@ class PeakMemory:
 
     Args:
         device: Where the contender runs.
-        is_alone: Whether the process holds nothing but the contender; without that a CPU peak says nothing.
+        is_alone: Whether the process holds nothing but the contender; otherwise a peak on a CPU has no meaning.
     """
 
     def __init__(self, device: torch.device, is_alone: bool) -> None:
@@ -51,7 +51,7 @@ class PeakMemory:
 
 
 def give_back_memory() -> None:
-    """Returns what is no longer used: the C library and torch's allocator on CUDA keep it, and contenders need it."""
+    """Releases unused memory, which the C library and torch's CUDA allocator would keep from the contenders."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -61,14 +61,14 @@ def give_back_memory() -> None:
 
 
 def require_memory(name: str, size_mib: float) -> None:
-    """Refuses to load a contender that this machine has no room for: without swap it would come to a standstill.
+    """Refuses to load a contender that does not fit into memory: without swap the machine would come to a standstill.
 
     Args:
         name: The contender.
-        size_mib: On disk.
+        size_mib: Its size on disk in MiB.
 
     Raises:
-        MachineError: There is not enough left.
+        MachineError: There is not enough memory left.
     """
     needed, available = _PROCESS_MIB + _LOADING * size_mib, available_mib()
     if available is not None and available < needed:
@@ -80,7 +80,7 @@ def require_memory(name: str, size_mib: float) -> None:
 
 
 def available_mib() -> float | None:
-    """Returns the memory that new processes can have, in MiB; `None` where the system does not report it."""
+    """Returns the memory that is available to new processes, in MiB; `None` where the system does not report it."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:

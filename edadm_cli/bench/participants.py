@@ -1,4 +1,4 @@
-"""The contenders that run: started one after the other, timed together, and left out where their process is lost."""
+"""The running contenders of a bench: started one after the other, timed together, left out if their process is lost."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ T = TypeVar("T")
 class Participants:
     """The contenders of a bench while they run.
 
-    A contender whose process crashes or is killed is left out with its reason, and the others go on. The same holds
-    for whatever goes wrong with a peer. Without a required contender there is nothing to report, so its error is
-    raised.
+    A contender whose process crashes or is killed is left out with the reason, and the others continue. The same holds
+    for any error of a peer, which is another tool. The error of a required contender is raised, because there is
+    nothing to report without it.
 
     Args:
-        environment: How they run.
-        calls: For each batch size the calls that are timed.
-        required: Names of the contenders that a bench is about: the quantized ones, and float32 in eager torch.
-        peers: Names of the tools that `--against` names.
+        environment: Device, threads and processes of the contenders.
+        calls: The calls that are timed, by batch size.
+        required: Names of the contenders that the result needs: the quantized ones, and float32 in eager torch.
+        peers: Names of the tools after `--against`.
         reporter: Receives progress and warnings.
     """
 
@@ -58,11 +58,11 @@ class Participants:
         return len(self._running)
 
     def start(self, spec: Spec, source: Callable[[], CompiledDenoiser] | None) -> None:
-        """Loads a contender and calls it once, in a process to itself where the environment says so.
+        """Loads a contender and calls it once, in a process of its own if the environment asks for that.
 
         Args:
             spec: The contender.
-            source: Compiles it in this process, where it has no files.
+            source: Compiles it in this process, if it has no files.
         """
         self._reporter.note(f"loading {spec.name}")
         is_peer = spec.engine in self._peers
@@ -94,7 +94,7 @@ class Participants:
             )
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Does without a contender, and says why."""
+        """Leaves a contender out and warns of it with the reason."""
         participant = self._running.pop(name, None)
         if isinstance(participant, RemoteRunning):
             participant.close()
@@ -112,7 +112,7 @@ class Participants:
         return self._running[name].spec.engine in self._peers
 
     def _attempt(self, name: str, is_peer: bool, call: Callable[[], T]) -> T | None:
-        """Calls a function of a contender; `None` where the contender is left out because of what it raised."""
+        """Returns the result of a call of a contender; `None` if an error of the call means that it is left out."""
         try:
             return call()
         except ContenderLostError as error:
@@ -136,6 +136,6 @@ class Participants:
 
 
 def reason_of_error(error: Exception) -> str:
-    """Says in half a line what went wrong with a contender."""
+    """Returns a short description of what went wrong with a contender."""
     text = error.message if isinstance(error, EdadmError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split()).removesuffix(".")[:300]

@@ -1,7 +1,8 @@
-"""The largest rate of multiplication that this machine is seen to reach, in each precision.
+"""Measures the highest multiplication rate that this machine reaches in each precision.
 
-A linear layer and a 3x3 convolution of sizes that fill the units are timed alone, and the shortest of several calls
-counts, input quantization included in INT8. A denoiser's layers are compared with that, and not with a data sheet.
+A linear layer and a 3x3 convolution, large enough to fill the arithmetic units, are timed alone. The shortest of
+several calls counts; in INT8 it includes the quantization of the input. `bench` compares the layers of a denoiser with
+these rates rather than with those of a data sheet.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ _TIMES = 12
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed.
+    """The sizes of the layers that are timed.
 
     Attributes:
         linear: Rows, inputs and outputs of a linear layer.
         convolution: Images, channels, and height and width of a convolution.
-        in_a_row: Calls between two looks at the clock: a GPU computes while its next call is prepared.
+        in_a_row: Successive calls per timing: a GPU computes while its next call is prepared.
     """
 
     linear: tuple[int, int, int]
@@ -40,16 +41,16 @@ class Sizes:
     in_a_row: int = 1
 
 
-# 6.7 and 7.5 billion multiply-accumulates on a CPU; 550 and 483 on a GPU, beside which quantization is little
+# 6.7 and 7.5 billion multiply-accumulates on a CPU, 550 and 483 on a GPU: quantization takes little time beside them
 SIZES = {"cpu": Sizes((1024, 2560, 2560), (1, 640, 45)), "cuda": Sizes((8192, 8192, 8192), (8, 1280, 64), 8)}
 
 
 def measure_peaks(
     engine: Engine, options: EngineOptions, dtypes: tuple[str, ...], sizes: Sizes | None = None
 ) -> dict[str, float]:
-    """Returns the largest rates in 10^12 operations per second (a multiply-accumulate is two): `int8` on the engine.
+    """Returns the highest rates by precision, in 10^12 operations per second; a multiply-accumulate is two operations.
 
-    Other types are measured in torch.
+    The rate of `int8` is measured on the engine, those of floating-point types are measured in torch.
 
     Args:
         engine: The engine that multiplies integers.
@@ -67,7 +68,7 @@ def measure_peaks(
 
 
 class _Layer:
-    """A linear layer, or a 3x3 convolution, and an input of it.
+    """A linear layer or a 3x3 convolution, together with an input for it.
 
     Args:
         size: The size of the layer, as in `Sizes`.
@@ -89,11 +90,11 @@ class _Layer:
         self._x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def on(self, engine: Engine, options: EngineOptions) -> Callable[[], Any]:
-        """Quantized to eight bits, on an engine."""
+        """Returns a call of the layer on an engine, with weights and activations of eight bits."""
         layer = QuantizedLayer(self._operation, LayerPlan(weight_bits=8, activation_bits=8), self._shape)
         codes = torch.randint(-127, 128, self._shape, generator=torch.Generator().manual_seed(1), dtype=torch.int8)
         if self._device.type == "cpu":
-            codes //= 2  # seven bits, which every processor sums exactly in bytes: engines may avoid wider ones
+            codes //= 2  # some processors saturate when they add products of codes wider than seven bits
         scale = torch.full((self._shape[0],), 1e-3)
         layer.set_parameters(codes, scale, torch.tensor(8 / 255), torch.tensor(128, dtype=torch.int32))
         nn.Module.to(layer, self._device)
@@ -101,13 +102,13 @@ class _Layer:
         return partial(engine.compile_layer(layer, x, options), x)
 
     def in_torch(self, dtype: torch.dtype) -> Callable[[], Any]:
-        """In floating point."""
+        """Returns a call of the layer in torch, in a floating-point type."""
         weight = torch.randn(self._shape, generator=torch.Generator().manual_seed(1)).to(self._device, dtype)
         return partial(self._operation, self._in_memory_order(self._x.to(dtype)), self._in_memory_order(weight))
 
     @torch.no_grad()
     def rate(self, call: Callable[[], Any], in_a_row: int) -> float:
-        """Returns the operations in 10^12 a second, of the shortest of several times."""
+        """Returns the rate of a call in 10^12 operations per second, from the shortest of several timings."""
         rows = self._x.numel() // self._x.shape[1]
 
         def calls() -> None:

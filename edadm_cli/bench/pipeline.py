@@ -1,4 +1,4 @@
-"""The time of a whole image, from prompt to pixels, with the measured denoiser in its pipeline."""
+"""Measures the time of a whole image, from prompt to pixels, with the measured denoiser in its pipeline."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class PipelineRequest:
-    """Which image is generated.
+    """The image that is generated.
 
     Attributes:
         model: A known name, a diffusers folder or a hub id.
-        entry: Its defaults, as plain data.
+        entry: The model's entry with its defaults, as plain data.
         prompt: Its prompt, for pipelines that take one.
         num_steps: Sampler steps.
-        guidance_scale: Classifier-free guidance; `None` for a pipeline without.
+        guidance_scale: Scale of classifier-free guidance; `None` for a pipeline without guidance.
         seed: Seed of the noise.
         cache: Step cache, `NAME` or `NAME:VALUE`; `None` for none.
     """
@@ -53,8 +53,8 @@ class ImageTime:
 
     Attributes:
         seconds: The seconds that the image takes.
-        in_denoiser: How many of them were spent in the denoiser.
-        not_cached: Why the step cache that was asked for is not on; `None` where it is, or none was asked for.
+        in_denoiser: The seconds of these that were spent in the denoiser.
+        not_cached: The reason why the requested step cache is not used; `None` if it is used or none was requested.
     """
 
     seconds: float
@@ -65,14 +65,14 @@ class ImageTime:
 def time_image(
     request: PipelineRequest, function: Callable[..., Any], device: torch.device, is_torch: bool, dtype: str
 ) -> ImageTime:
-    """Generates one image after a short one that does not count.
+    """Generates one image and returns its time; a shorter image before it warms the pipeline up.
 
     Args:
-        request: Which image.
-        function: Runs the denoiser.
+        request: The image.
+        function: The function that runs the denoiser.
         device: Where the pipeline runs.
-        is_torch: Whether torch runs the denoiser: then the whole pipeline is in its element type. Beside an engine the
-            rest of the pipeline stays in float32, on CUDA in the engine's.
+        is_torch: Whether torch runs the denoiser; the whole pipeline then has its element type. With an engine, the
+            rest of the pipeline is in float32 on a CPU and in the engine's element type on CUDA.
         dtype: Element type of the denoiser.
     """
     rest = getattr(torch, dtype) if is_torch or device.type == "cuda" else torch.float32
@@ -105,7 +105,7 @@ def time_image(
 
 
 class _Timed(CompiledDenoiser):
-    """Any way to run a denoiser, with the seconds spent in it."""
+    """Wraps any function that runs a denoiser and adds up the seconds that are spent in it."""
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self._function, self._device, self.seconds = function, device, 0.0
@@ -119,7 +119,7 @@ class _Timed(CompiledDenoiser):
         return output
 
     def parts(self) -> nn.Module:
-        """Returns the denoiser as modules: of an engine what it gives, of torch the module without its step's graph."""
+        """Returns the denoiser as a module: the engine's `parts`, or torch's module without its CUDA graph."""
         function = self._function
         if isinstance(function, CompiledDenoiser):
             return function.parts()

@@ -1,4 +1,4 @@
-"""A plot of a bench: the time of each contender, shortest at the top."""
+"""Plots the result of a bench: the time of each contender, the shortest at the top."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def draw_contenders(contenders: Sequence[Contender], peers: Sequence[str], title
     """Draws medians as bars, with the spread from the shortest to the longest call.
 
     Args:
-        contenders: All of them.
-        peers: Engines that are other tools.
-        title: Above the plot.
-        path: A PNG file.
+        contenders: All contenders.
+        peers: Names of the engines that are other tools.
+        title: The title of the plot.
+        path: The PNG file to write.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -35,7 +35,7 @@ def draw_contenders(contenders: Sequence[Contender], peers: Sequence[str], title
     axes.set_yticks(places, [row.name for row in rows])
     for place, median in zip(places, medians, strict=True):
         axes.annotate(f" {median:.4g}", (0, place), va="center", color="white", fontsize=9)
-    axes.set_xlabel("milliseconds a call: median, shortest and longest")
+    axes.set_xlabel("milliseconds per call: median, shortest and longest")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     shown = [kind for kind in _COLOURS if kind in kinds]

@@ -1,4 +1,4 @@
-"""A quantized denoiser on an engine: it is compared with exact integers first, and then made ready to be timed."""
+"""Prepares a quantized denoiser for timing on an engine, after its layers were compared with exact integers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from edadm_cli.engines.parity import LayerParity, compare_layers, prediction_of,
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.errors import EdadmError
 
-YARDSTICK_FACTOR = 2.0
+FAKE_QUANTIZE_FACTOR = 2.0
 QUANTIZATION_SHARE = 0.5
 
 
@@ -38,14 +38,15 @@ class Prepared:
 
     Attributes:
         spec: The contender.
-        parity: The parity of its layers, and its exact prediction.
-        yardstick: Relative L2 distance of torch's quantize-dequantize with the same rest from the exact prediction.
-        source: Compiles the denoiser, where the engine has no files.
+        parity: The errors of its layers, and its prediction in exact integers.
+        fake_quantize_error: Relative L2 distance from the exact prediction to that of torch's quantize-dequantize, with
+            unquantized operations in the same element type.
+        source: Compiles the denoiser; `None` if the engine loads it from files.
     """
 
     spec: Spec
     parity: LayerParity
-    yardstick: float
+    fake_quantize_error: float
     source: Callable[[], CompiledDenoiser] | None
 
 
@@ -63,18 +64,18 @@ def prepare(
     """Compares every layer with exact integers, and writes the engine's files where it has any.
 
     Args:
-        engine: What runs it.
-        denoiser: With quantized layers, float32, on the CPU; it is moved to the engine's device.
+        engine: The engine that runs the denoiser.
+        denoiser: The denoiser with quantized layers, in float32 on the CPU; it is moved to the engine's device.
         bits: Its bit width.
-        call: With float32 tensors.
+        call: A call of the denoiser with float32 tensors.
         environment: Device and threads.
-        dtype: Element type of the rest.
-        folder: For the engine's files; where files lie in it already, they are used.
-        advance: Told of every layer.
-        attention: How attention is computed that the recipe leaves in floating point.
+        dtype: Element type of what is not quantized.
+        folder: Folder of the engine's files; existing files are used.
+        advance: Progress callback, called after every layer.
+        attention: Form of the attention that the recipe leaves in float: `float` or `int8`.
 
     Raises:
-        EdadmError: A layer is out of the engine's bound.
+        EdadmError: The error of a layer exceeds the engine's bound.
     """
     device = torch.device(environment.device)
     threads = environment.threads if device.type == "cpu" else None
@@ -83,7 +84,7 @@ def prepare(
     exact = EngineOptions(device, torch.float32, threads)
     parity = compare_layers(engine, denoiser, args, kwargs, exact, advance)
     require_layers(engine, parity)
-    yardstick = relative_l2(_rounded(denoiser, call, device, dtype), parity.prediction)
+    fake_quantize_error = relative_l2(_rounded(denoiser, call, device, dtype), parity.prediction)
     options = EngineOptions(device, dtype, threads, attention)
     source: Callable[[], CompiledDenoiser] | None = None
     if isinstance(engine, FileEngine):
@@ -91,7 +92,7 @@ def prepare(
             engine.save(denoiser, args, kwargs, options, folder)
         size = folder_mib(folder)
     else:
-        # until then it waits where it takes no memory of the contenders
+        # until it is compiled it stays on the CPU, so that contenders have the memory of the GPU
         source = partial(engine.compile, nn.Module.to(denoiser, "cpu"), args, kwargs, options)
         size = packed_mib(denoiser)
     name = str(dtype).removeprefix("torch.")
@@ -105,14 +106,14 @@ def prepare(
         folder=folder if source is None else None,
         size_mib=size,
     )
-    return Prepared(spec, parity, yardstick, source)
+    return Prepared(spec, parity, fake_quantize_error, source)
 
 
 def require_layers(engine: Engine, parity: LayerParity) -> None:
     """Refuses an engine whose arithmetic is not that of the reference.
 
     Raises:
-        EdadmError: Naming the layer.
+        EdadmError: The error of a layer, which the message names, exceeds the engine's bound.
     """
     if not parity.errors:
         return
@@ -125,19 +126,25 @@ def require_layers(engine: Engine, parity: LayerParity) -> None:
 
 
 def check_prediction(prepared: Prepared, engine: Engine, prediction: Tensor, full_precision: Tensor) -> EngineParity:
-    """Compares the prediction of what is going to be timed.
+    """Compares the prediction of the denoiser that will be timed with the one in exact integers.
 
-    An activation that lies at the edge between two codes may fall on either side with any change of rounding, and the
-    network carries that on; so the whole denoiser is not held to a layer's bound but to what such changes are worth:
-    half of what quantization itself costs, or twice what torch's own quantize-dequantize differs by with the same
-    element type of the rest, whichever is more.
+    An activation at the edge between two codes may fall on either side after any change of rounding, and the network
+    propagates that. The bound of a single layer therefore does not apply to the whole denoiser. The bound is half of
+    the error of quantization itself, or twice the error of torch's own quantize-dequantize with unquantized operations
+    in the same element type, whichever is larger.
+
+    Args:
+        prepared: The prepared denoiser.
+        engine: Its engine.
+        prediction: The prediction that the engine computed.
+        full_precision: The prediction at full precision.
 
     Raises:
-        EdadmError: The prediction is farther off.
+        EdadmError: The relative L2 distance exceeds the bound.
     """
     parity = prepared.parity
     cost = relative_l2(parity.prediction, full_precision)
-    bound = max(QUANTIZATION_SHARE * cost, YARDSTICK_FACTOR * prepared.yardstick)
+    bound = max(QUANTIZATION_SHARE * cost, FAKE_QUANTIZE_FACTOR * prepared.fake_quantize_error)
     error = relative_l2(prediction, parity.prediction)
     if not error <= bound:
         raise EdadmError(
@@ -158,7 +165,7 @@ def check_prediction(prepared: Prepared, engine: Engine, prediction: Tensor, ful
 
 
 def coverage_of(layers: Iterable[LayerExecution], engine: Engine) -> tuple[Coverage, tuple[LayerRow, ...]]:
-    """Returns how many layers were planned, how many run in integers, and every one of them.
+    """Returns the number of layers that were planned and that run in integers, and a row for each layer.
 
     Raises:
         EdadmError: A planned layer does not run in integers and the engine does not say why.
@@ -190,10 +197,10 @@ def packed_mib(denoiser: nn.Module) -> float:
 
 @torch.no_grad()
 def _rounded(denoiser: nn.Module, call: Call, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the prediction of quantize-dequantize in torch, everything in `dtype`."""
-    own = denoiser if dtype == torch.float32 else nn.Module.to(copy.deepcopy(denoiser), dtype=dtype)
-    use_arithmetic(own, "fake-quantize")
+    """Returns the prediction of quantize-dequantize in torch, with all operations in `dtype`."""
+    rounded = denoiser if dtype == torch.float32 else nn.Module.to(copy.deepcopy(denoiser), dtype=dtype)
+    use_arithmetic(rounded, "fake-quantize")
     args, kwargs = placed(call, device, dtype)
-    prediction = prediction_of(own(*args, **kwargs)).float()
-    nn.Module.to(own, device)  # layers let go of the float copies of their weights when they are moved
+    prediction = prediction_of(rounded(*args, **kwargs)).float()
+    nn.Module.to(rounded, device)  # a layer discards the float copy of its weight when it is moved
     return prediction

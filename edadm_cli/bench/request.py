@@ -1,4 +1,4 @@
-"""A bench with nothing left open."""
+"""Resolves the configuration of a bench: everything that it leaves open is decided here."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _AUTOTUNED = "max-autotune-no-cudagraphs"  # graphs are recorded by the bench, f
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is measured, on what, with which settings.
+class BenchRequest:
+    """A bench whose settings are all decided.
 
     Attributes:
         config: The configuration.
-        run: Where the artifacts lie.
-        device: Where the contenders run.
+        run: The run folder.
+        device: The device of the contenders.
         engine: The engine of the quantized denoiser.
-        subject: The denoiser.
+        subject: The denoiser that is measured.
         dtype: Name of the element type of what is not quantized.
-        half: Name of the half-precision type of the full-precision contenders; `None` where there is no fast one.
+        half: Name of the half-precision type of the full-precision contenders; `None` if the device has no fast one.
         threads: CPU threads.
     """
 
@@ -53,12 +53,12 @@ class Request:
 
     @property
     def environment(self) -> ContenderEnvironment:
-        """How contenders run; on a CPU each has a process to itself."""
+        """Device and threads of the contenders; on a CPU each has a process of its own."""
         mode = _AUTOTUNED if self.config.autotune else None
         return ContenderEnvironment(str(self.device), self.threads, mode, is_alone=self.device.type != "cuda")
 
     def identity_fields(self) -> dict[str, Any]:
-        """Returns the settings, with those that were left open as they were settled; no fact about the machine."""
+        """Returns the settings that decide the result, as resolved, without facts about the machine."""
         fields = self.config.identity_fields()
         fields |= {"engine": self.engine.name, "dtype": self.dtype, "device": self.device.type, "threads": self.threads}
         return fields
@@ -81,8 +81,8 @@ def settle_engine(config: BenchConfig) -> tuple[torch.device, Engine]:
     return device, default_engine(device) if config.engine is None else engine_of(config.engine)
 
 
-def resolve(config: BenchConfig, run: RunFolder) -> Request:
-    """Settles what a configuration leaves open.
+def resolve(config: BenchConfig, run: RunFolder) -> BenchRequest:
+    """Decides everything that a configuration leaves open, and checks it.
 
     Raises:
         MachineError: There is no such device, or the engine cannot run on it.
@@ -97,7 +97,7 @@ def resolve(config: BenchConfig, run: RunFolder) -> Request:
     engine.require(device)
     engine.require_attention(config.attention)
     half = "float16" if device.type == "cuda" else "bfloat16" if has_fast_bfloat16(device) else None
-    return Request(
+    return BenchRequest(
         config=config,
         run=run,
         device=device,

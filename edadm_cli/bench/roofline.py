@@ -1,9 +1,9 @@
-"""The bound that a GPU measurement is compared with: for each unique layer the time that no kernel can beat.
+"""The roofline model of a denoiser on a GPU: a lower bound for the time of each unique layer.
 
     time = max(2 * MACs / peak, bytes / bandwidth)
 
-Peaks are those of the data sheets, dense, with float32 accumulation for half precision. Launches, tails of a wave and
-the latency of memory are left out, so measured times are longer, most of all where layers are small.
+Peaks are the dense ones of the data sheets, with float32 accumulation for half precision. The model ignores kernel
+launches, partly filled waves and memory latency, so that measured times are longer, most of all for small layers.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from edadm_cli.models.random_models import SUFFIX
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """What a GPU can do at best.
+    """The peak rates of a GPU.
 
     Attributes:
-        name: As people call it.
-        fp16_tflops: Dense half-precision tensor operations, 10^12 a second.
-        int8_tops: Dense INT8 tensor operations, 10^12 a second.
-        bandwidth_gb_s: The bandwidth of its memory in 10^9 bytes per second.
+        name: Its common name.
+        fp16_tflops: Dense half-precision rate of its tensor cores, in 10^12 operations per second.
+        int8_tops: Dense INT8 rate of its tensor cores, in 10^12 operations per second.
+        bandwidth_gb_s: Bandwidth of its memory, in 10^9 bytes per second.
     """
 
     name: str
@@ -41,7 +41,7 @@ class DevicePeak:
     bandwidth_gb_s: float
 
     def milliseconds(self, item: WorkItem, form: Form) -> float:
-        """Returns the roofline time of one item."""
+        """Returns the roofline time of one item in milliseconds, with operands in `form`."""
         tops = self.int8_tops if item.is_integer and form != "fp16" else self.fp16_tflops
         return max(2 * item.macs / (tops * 1e9), item.bytes_moved(form) / (self.bandwidth_gb_s * 1e6))
 
@@ -63,16 +63,16 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class ShapeRoofline:
-    """One unique shape.
+    """The roofline of one unique shape.
 
     Attributes:
         kind: See `WorkItem.kind`.
         m, n, k, batch: The sizes of its product; see `WorkItem`.
-        count: How often it occurs in a call.
+        count: Number of its occurrences in a call.
         is_integer: Whether it runs in integers in the quantized network.
         macs: Multiply-accumulates of one occurrence.
-        bytes: Form -> bytes read and written by one occurrence.
-        microseconds: Device -> form -> roofline time of one occurrence.
+        bytes: Maps a form to the bytes that one occurrence reads and writes.
+        microseconds: Maps a device and a form to the roofline time of one occurrence.
     """
 
     kind: str
@@ -93,9 +93,9 @@ class RooflineTable:
 
     Attributes:
         shapes: Every unique shape, in the order of first occurrence, without elementwise operations that are fused.
-        macs: Kind -> multiply-accumulates of the call.
-        milliseconds: Device -> form -> sum over the call.
-        speedup: Device -> integer form -> what the sum allows over fp16.
+        macs: Maps a kind of layer to the multiply-accumulates of the call.
+        milliseconds: Maps a device and a form to the sum of the roofline times of the call.
+        speedup: Maps a device and an integer form to the largest speed-up over fp16 that the sums allow.
     """
 
     shapes: tuple[ShapeRoofline, ...]
@@ -104,12 +104,12 @@ class RooflineTable:
     speedup: dict[str, dict[Form, float]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, under the names of the attributes."""
+        """Returns the table as plain data, under the names of the attributes."""
         return asdict(self)
 
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> RooflineTable:
-        """Returns what `to_json` gave."""
+        """Returns the table that `to_json` wrote."""
         shapes = tuple(ShapeRoofline(**shape) for shape in data["shapes"])
         return cls(**{**data, "shapes": shapes})
 
@@ -122,7 +122,7 @@ def roofline_table(
     *,
     attention_in_integers: bool = False,
 ) -> RooflineTable:
-    """Returns the rooflines of `denoiser(*args, **kwargs)`; see `workload` for what is counted."""
+    """Returns the rooflines of `denoiser(*args, **kwargs)`; `workload` says what is counted."""
     items = workload(denoiser, args, kwargs, attention_in_integers=attention_in_integers)
     shapes = unique_shapes(item for item in items if item.kind != "elementwise")
     total: dict[str, dict[Form, float]] = {device.name: defaultdict(float) for device in devices}
@@ -144,12 +144,12 @@ def roofline_table(
 def model_rooflines(
     model: str, batch_size: int = 2, devices: Sequence[DevicePeak] = DEVICES, *, attention_in_integers: bool = False
 ) -> RooflineTable:
-    """Returns the rooflines of a known architecture, such as `sd15` or `sd15-random`, without memory for its weights.
+    """Returns the rooflines of a known architecture, such as `sd15`, without allocating its weights.
 
     Args:
         model: Name of the architecture, with or without `-random`.
         batch_size: Rows of the call: images times guidance branches.
-        devices: To compute for.
+        devices: The GPUs to compute rooflines for.
         attention_in_integers: Whether attention's two products count as integer.
     """
     architecture = load_architecture(model.removesuffix(SUFFIX))
@@ -161,7 +161,7 @@ def model_rooflines(
 
 
 def render_rooflines(table: RooflineTable) -> Iterator[Table]:
-    """Yields the rooflines for people: work by kind, every unique shape, the sums and what they allow."""
+    """Yields tables for people: work by kind, every unique shape, and the sums with the speed-up that they allow."""
     yield _work(table)
     yield _shapes(table)
     yield _times(table)

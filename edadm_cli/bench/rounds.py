@@ -1,7 +1,7 @@
-"""Contenders are timed in turns, so that whatever slows the machine down for a while slows them all.
+"""Times the contenders in rounds, so that anything that slows the machine down for a while affects all of them.
 
-Each round gives every contender one turn, and each round begins with another contender. A turn is one call, or as many
-short calls as fill a fifth of a second, after one that does not count.
+In each round every contender has one turn, and each round begins with another contender. A turn is one call, or as many
+short calls as take a fifth of a second, after one call that does not count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Attempt = Callable[[str, Callable[[], Any]], Any]
 
 
 class Timed(Protocol):
-    """What is timed: a `Running` in this process or in another one."""
+    """A contender that can be timed: a `Running` in this process or in another one."""
 
     def time(self, batch_size: int, count: int) -> list[float]:
         """Returns the milliseconds of `count` calls."""
@@ -54,9 +54,9 @@ def time_in_rounds(
     Args:
         contenders: The contenders by name.
         batch_size: Rows per call.
-        rounds: How often each contender has a turn.
+        rounds: Number of turns of each contender.
         advance: Progress callback, called after every turn.
-        attempt: Makes the calls of a contender; where it returns `None`, the contender is lost and has no more turns.
+        attempt: Makes the calls of a contender; if it returns `None`, the contender is lost and has no more turns.
     """
     counts: dict[str, int] = {}
     for name, contender in contenders.items():
@@ -82,5 +82,5 @@ def summarize(times: Sequence[float]) -> Latency:
 
 
 def is_unsteady(latency: Latency) -> bool:
-    """Returns whether times differ so much that other work must have kept the machine busy."""
+    """Returns whether times differ so much that other work must have slowed the machine down."""
     return latency.median > _STEADY_MEDIAN * latency.min or latency.max > _STEADY_MAX * latency.min

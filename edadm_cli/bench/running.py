@@ -1,4 +1,4 @@
-"""A contender at work: loaded, called, timed and profiled. It is made from plain data, in any process."""
+"""Runs a contender: loads, calls, times and profiles it. It is made from plain data, so that any process can run it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.parity import prediction_of
 
 WARM_UP_CALLS = 2
-"""Calls between the first one and the first that counts: caches fill, threads wake, memory is mapped."""
+"""Calls between the first one and the first that counts, in which caches fill, threads start and memory is mapped."""
 
 
 class Running:
     """A contender that has been loaded and called once.
 
     Args:
-        spec: What it is.
-        environment: How it runs.
-        calls: For each batch size a few calls with float32 tensors, which are made in turn.
-        source: Compiles what runs, for contenders that have no files: an engine's denoiser in this process.
+        spec: The contender.
+        environment: Its device and threads.
+        calls: A few calls with float32 tensors for each batch size, which are made in turn.
+        source: Compiles an engine's denoiser in this process, for contenders that have no files.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Running:
         started = time.perf_counter()
         self._function = load(spec, environment) if source is None else source()
         self._is_torch = spec.runs_on == TORCH
-        # OpenVINO takes and gives float32 whatever it computes in
+        # OpenVINO's inputs and outputs are float32, whatever type it computes in
         dtype = getattr(torch, spec.dtype) if self._is_torch or self._device.type == "cuda" else torch.float32
-        # together: what the calls share, such as the prompt of all steps, is one tensor on the device too
+        # moved together: a tensor that calls share, such as the prompt of all steps, is one tensor on the device too
         self._calls = {batch: placed(list(group), self._device, dtype) for batch, group in calls.items()}
         self._num_calls = 0
         self._chosen: set[int] = set()
@@ -59,10 +59,10 @@ class Running:
         first = next(iter(self._calls))
         self._choose_algorithms(first)
         if is_cuda:
-            self._memory.reset()  # a graph's memory is taken when it is recorded, in the first call
+            self._memory.reset()  # a graph allocates its memory when it is recorded, in the first call
         self.prediction = self._predict(first)
         self.load_seconds = time.perf_counter() - started
-        # on a GPU the others come next, in the same process
+        # on a GPU the other contenders are loaded next, in the same process
         self._running_peak = self._memory.peak_mib() if is_cuda else None
         if not is_cuda:
             self._load_peak = self._memory.peak_mib()
@@ -110,7 +110,7 @@ class Running:
     def _choose_algorithms(self, batch_size: int) -> None:
         """Lets cuDNN try its algorithms in one call at a new size, so that no later call needs memory for that.
 
-        Engines have hardly any convolutions of cuDNN.
+        Engines use hardly any convolutions of cuDNN, so only torch's contenders need it.
         """
         if batch_size in self._chosen or not self._is_torch or self._device.type != "cuda":
             return

@@ -1,4 +1,4 @@
-"""What a contender is and where it runs, as plain data, so that another process can load it."""
+"""Describes a contender and its environment as plain data, so that another process can load it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Spec:
     """A contender, ready to be loaded.
 
     Attributes:
-        name: As people read it.
+        name: Its name in tables and plots.
         engine: `torch`, the name of an engine, or the name of a peer.
         runs_on: The engine that runs it; `torch` for torch.
-        dtype: Element type of what is not quantized.
+        dtype: Name of the element type of what is not quantized.
         bits: Bit width, or `float8`; `None` for full precision.
         compiled: Whether torch.compile compiles it, or an engine ahead of time.
         folder: Folder of the torch denoiser, or of the engine's files.
-        size_mib: Size of its weights or files.
+        size_mib: Size of its weights or files in MiB.
         graphs: Whether a call is replayed as a CUDA graph.
         channels_last: Whether torch stores the activations of convolutions with the channels last.
         denoiser_class: Module and name of the denoiser's class, for contenders that torch runs.
-        variant: Which of several forms of a peer this is.
-        settings: File with what the preparation measured, such as ranges; `None` where there is none.
+        variant: The form, for a peer that has several.
+        settings: File of the values that the preparation measured, such as ranges; `None` if there is none.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Spec:
 
 @dataclass(frozen=True)
 class ContenderEnvironment:
-    """How all contenders of a bench run.
+    """The environment of all contenders of a bench.
 
     Attributes:
-        device: Where they run.
-        threads: CPU threads.
+        device: The device that they run on.
+        threads: Number of CPU threads.
         compile_mode: Mode of torch.compile.
-        is_alone: Whether each contender has a process to itself.
+        is_alone: Whether each contender has a process of its own.
     """
 
     device: str
@@ -69,10 +69,10 @@ class ContenderEnvironment:
 
 
 def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Moves the tensors of calls to a device and an element type.
+    """Returns calls whose tensors are moved to a device and an element type.
 
-    Tensors without two dimensions (timesteps) keep their element type. A tensor that occurs in several places is one
-    tensor afterwards too, because an engine may keep what it computed from it.
+    Tensors with fewer than two dimensions (timesteps) keep their element type. A tensor that occurs several times is
+    still one tensor afterwards, because an engine may cache what it computes from it.
     """
     moved: dict[int, Tensor] = {}
 
@@ -92,7 +92,7 @@ def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Measures the time of a call: by the clock on a CPU, by events in the stream on CUDA."""
+    """Returns the milliseconds of a call, by the clock on a CPU and by events in the stream on CUDA."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -1,7 +1,7 @@
 """`edadm bench`: parity first, then speed, memory and size of a quantized denoiser against full precision.
 
-A bench is a measurement: the same command measures again and replaces what it measured before. One with other settings
-(device, threads, sizes) is replaced with `--force` only, like any artifact.
+The same command measures again and replaces its earlier result. A result with other settings (device, threads, sizes)
+is replaced with `--force` only, as any artifact is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edadm_cli.artifacts.manifest import read_manifest
 from edadm_cli.bench.contenders.registry import require_peers
 from edadm_cli.bench.measurement import Measurement
 from edadm_cli.bench.plot import draw_contenders
-from edadm_cli.bench.request import Request, name_of, resolve, settle_engine
+from edadm_cli.bench.request import BenchRequest, name_of, resolve, settle_engine
 from edadm_cli.config import BenchConfig
 from edadm_cli.errors import InputError
 from edadm_cli.progress import Reporter, SilentReporter
@@ -36,12 +36,12 @@ _SCRATCH = "scratch"
 def run(
     config: BenchConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> BenchRecord:
-    """Checks parity, measures, and writes `bench/<bits>-<engine>-<device>`.
+    """Checks parity, measures, writes `bench/<bits>-<engine>-<device>`, and returns its record.
 
     Raises:
-        MachineError: The device is not there, the engine cannot run, or a peer is not installed.
-        InputError: There is no such export or model, or another bench is in its place.
-        EdadmError: The engine does not compute what exact integers give; nothing is timed then.
+        MachineError: The device is missing, the engine cannot run on it, or a peer is not installed.
+        InputError: There is no such export or model, or another result has the same place.
+        EdadmError: The engine's results are too far from exact integers; nothing is timed then.
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
     request = resolve(config, run_folder)
@@ -61,7 +61,7 @@ def finished(config: BenchConfig, run_folder: RunFolder) -> Artifact | None:
     """Returns the measurement with the same settings, which `run` would replace; `None` where there is none.
 
     Raises:
-        InputError: Another bench is in its place; or there is no such export or model.
+        InputError: Another result has the same place, or there is no such export or model.
     """
     if not run_folder.names(KIND):
         return None
@@ -71,12 +71,12 @@ def finished(config: BenchConfig, run_folder: RunFolder) -> Artifact | None:
 
 
 def build_spec(config: BenchConfig, run_folder: RunFolder) -> BuildSpec:
-    """Settles which artifact `run` would write."""
+    """Returns the description of the artifact that `run` would write."""
     return _build_spec(resolve(config, run_folder))
 
 
 def artifact_name(config: BenchConfig) -> str:
-    """Returns the artifact's name: bit widths, engine and device, the last two as this machine settles them.
+    """Returns the artifact's name: bit widths, engine and device, which depend on this machine if they are left open.
 
     Raises:
         MachineError: There is no such device.
@@ -86,13 +86,13 @@ def artifact_name(config: BenchConfig) -> str:
     return name_of(config, engine, device)
 
 
-def _build_spec(request: Request) -> BuildSpec:
+def _build_spec(request: BenchRequest) -> BuildSpec:
     subject = request.subject
     return BuildSpec(KIND, request.name, request.identity_fields(), request.config.seed, subject.parents, subject.model)
 
 
 def _is_the_same(run: RunFolder, spec: BuildSpec) -> bool:
-    """Returns whether what is in its place was measured with the same settings, so that measuring again replaces it."""
+    """Returns whether the existing result has the same settings, so that measuring again replaces it."""
     path = run.path(KIND, spec.name)
     if not run.has(KIND, spec.name):
         return False
@@ -102,7 +102,7 @@ def _is_the_same(run: RunFolder, spec: BuildSpec) -> bool:
         return False
 
 
-def _build(request: Request, build: Build, reporter: Reporter) -> None:
+def _build(request: BenchRequest, build: Build, reporter: Reporter) -> None:
     scratch = build.path / _SCRATCH
     try:
         result = _measure(request, scratch, reporter)
@@ -115,7 +115,7 @@ def _build(request: Request, build: Build, reporter: Reporter) -> None:
     build.commit(environment={"device": str(request.device), "machine": record.machine})
 
 
-def _measure(request: Request, scratch: Path, reporter: Reporter) -> dict[str, Any]:
+def _measure(request: BenchRequest, scratch: Path, reporter: Reporter) -> dict[str, Any]:
     with Measurement(request, scratch, reporter) as measurement:
         measurement.prepare()
         return measurement.measure()

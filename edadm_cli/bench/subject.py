@@ -1,4 +1,4 @@
-"""What is measured: the denoiser of a run's exports, or of a model whose weights are rounded to nearest for it."""
+"""What `bench` measures: the denoiser of a run's exports, or of a model whose weights it rounds to nearest itself."""
 
 from __future__ import annotations
 
@@ -29,14 +29,22 @@ from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.recipe import Recipe, load_recipe
 
 NUM_INPUTS = 3
-"""Samples that a contender's calls go through in turn; the condition stays, as it does while an image is made."""
+"""Number of samples that successive calls of a contender take in turn.
+
+The condition is the same in all of them, as it is while an image is generated."""
 NUM_RANGE_CALLS = 4
 _CPU = torch.device("cpu")
 _MIN_MAX = {"weight": "minmax", "activation": "minmax"}
 
 
 class Subject(ABC):
-    """A denoiser at full precision and quantized, and calls of it; everything float32 and on the CPU."""
+    """A denoiser, at full precision and quantized, with example calls of it. All tensors are float32 and on the CPU.
+
+    Attributes:
+        title: What is measured, for people.
+        model: The model, for the manifest.
+        parents: The artifacts that the measurement depends on.
+    """
 
     title: str
     model: ModelRef
@@ -44,11 +52,11 @@ class Subject(ABC):
 
     @abstractmethod
     def full_precision(self) -> nn.Module:
-        """Returns the denoiser, loaded anew."""
+        """Loads the denoiser at full precision; every call loads it again."""
 
     @abstractmethod
     def quantized(self, bits: BitWidth) -> nn.Module:
-        """Returns the denoiser with quantized layers, loaded or made anew."""
+        """Loads or builds the denoiser with quantized layers; every call does so again."""
 
     @abstractmethod
     def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
@@ -59,7 +67,7 @@ class Subject(ABC):
         """Returns how a whole image is sampled."""
 
     def calls(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None, seed: int) -> list[Call]:
-        """Calls that differ in the sample: the first one's own, the others of noise."""
+        """Returns `NUM_INPUTS` calls that differ in their sample: that of `call` first, then Gaussian noise."""
         first = self.call(denoiser, batch_size, size)
         sample = sample_of(denoiser, first)
         calls = [first]
@@ -70,7 +78,15 @@ class Subject(ABC):
 
 
 class ExportSubject(Subject):
-    """The exports of a run."""
+    """The exports of a run, with calls from its calibration set.
+
+    Args:
+        run: The run folder.
+        bits: The bit widths whose exports are measured.
+
+    Raises:
+        InputError: The run has no such export.
+    """
 
     def __init__(self, run: RunFolder, bits: tuple[BitWidth, ...]) -> None:
         self._run = run
@@ -86,11 +102,11 @@ class ExportSubject(Subject):
         return self._exports
 
     def full_precision(self) -> nn.Module:
-        """Returns the denoiser that the run was collected from."""
+        """Loads the denoiser that the run was collected from."""
         return self._collected.load(_CPU, torch.float32).denoiser
 
     def quantized(self, bits: BitWidth) -> nn.Module:
-        """Returns the denoiser of an export."""
+        """Loads the denoiser of an export."""
         return load_model(str(self._exports[str(bits)].path), _CPU, torch.float32, self._entry).denoiser
 
     def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
@@ -104,7 +120,7 @@ class ExportSubject(Subject):
         return exchanged(call, sample, noise)
 
     def pipeline(self, seed: int) -> PipelineRequest:
-        """As the run was collected."""
+        """Returns a request for an image with the steps, guidance and first prompt of the collected run."""
         prompts = self._collected.prompts
         return PipelineRequest(
             model=self.model.id,
@@ -125,11 +141,14 @@ class ExportSubject(Subject):
 
 
 class NearestSubject(Subject):
-    """A model without a run: weights rounded to nearest, ranges of a few calls with random values. Speed, not quality.
+    """A model without a run, for measurements of speed and size but not of quality.
+
+    Weights are rounded to nearest, and activation ranges come from a few calls with random values.
 
     Args:
         name: A known name, a folder or a hub id.
-        recipe: Which layers, and whether attention's products; its ranges are not searched. `None`: the default recipe.
+        recipe: Decides which layers and attention products are quantized; its range searches are not used. `None`
+            stands for the default recipe.
         seed: The seed of the calls that give the ranges.
     """
 
@@ -149,24 +168,24 @@ class NearestSubject(Subject):
         self.title = f"the denoiser of {self.model.id}: {weights} rounded to nearest, ranges of random calls"
 
     def full_precision(self) -> nn.Module:
-        """Returns the denoiser alone, where it can be built without the rest."""
+        """Builds the denoiser alone if its architecture is known, else loads the whole pipeline."""
         if self._entry is not None and self._entry.source == "random":
             return build_denoiser(self._entry.location, seed=self._entry.weights_seed)
         return load_model(self.name, _CPU, torch.float32).denoiser
 
     def quantized(self, bits: BitWidth) -> nn.Module:
-        """Rounds to nearest, with ranges of a few seeded calls."""
+        """Builds the denoiser with weights rounded to nearest and ranges from a few seeded calls."""
         denoiser = self.full_precision()
         calls = [example_call(denoiser, batch_size=1, seed=self._seed + index) for index in range(NUM_RANGE_CALLS)]
         quantize_to_nearest(denoiser, self.recipe, bits, calls)
         return denoiser
 
     def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
-        """Random values of the shapes that the architecture takes."""
+        """Returns a call with random values in the shapes that the architecture takes."""
         return example_call(denoiser, batch_size=batch_size, seed=self._seed, size=size)
 
     def pipeline(self, seed: int) -> PipelineRequest:
-        """With the model's own steps and guidance."""
+        """Returns a request for an image with the model's own steps and guidance."""
         entry = self._entry
         if entry is None:
             entry = load_model(self.name, _CPU, torch.float32).entry
@@ -181,7 +200,7 @@ class NearestSubject(Subject):
 
 
 def subject_of(config: BenchConfig, run: RunFolder) -> Subject:
-    """Returns what a configuration asks to be measured.
+    """Returns the denoiser that a configuration asks to measure.
 
     Raises:
         InputError: The run has no such export, or the model is not found.
@@ -202,7 +221,7 @@ def sample_of(denoiser: nn.Module, call: Call) -> Tensor:
 
 
 def exchanged(value: Any, old: Tensor, new: Tensor) -> Any:
-    """Returns a call with one tensor in another's place."""
+    """Returns a call in which the tensor `new` replaces `old`, wherever that occurs."""
     if value is old:
         return new
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""From measured times to ratios and a sentence."""
+"""Turns measured times into speed-ups and a summary in words."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from edadm_cli.errors import EdadmError
 
 FP32_EAGER = "torch float32"
 _LEVEL = 0.02
-"""Medians closer than that are called level."""
+"""Medians whose ratio is closer to 1 than this are called level."""
 _WORTHWHILE = 1.1
 
 
 def speedup_of(contender: Contender, contenders: Sequence[Contender]) -> Speedup:
-    """Returns the ratio of medians: floating point's over the contender's.
+    """Returns the speed-ups of a contender: the median time of floating point divided by its own.
 
-    `vs_best_float` is against the fastest contender at full precision, whatever runs it.
+    `vs_best_float` compares with the fastest contender at full precision, on whatever engine.
+
+    Raises:
+        EdadmError: float32 in eager torch was not measured.
     """
     floats = [other for other in contenders if other.bits is None]
     eager = next((other for other in floats if other.name == FP32_EAGER), None)
     if eager is None:
         raise EdadmError("There is no full-precision contender to compare with.")
     best = min(floats, key=lambda other: other.latency_ms.median)
-    own = contender.latency_ms.median
+    median = contender.latency_ms.median
     return Speedup(
         contender=contender.name,
-        vs_fp32_eager=eager.latency_ms.median / own,
-        vs_best_float=best.latency_ms.median / own,
+        vs_fp32_eager=eager.latency_ms.median / median,
+        vs_best_float=best.latency_ms.median / median,
         best_float=best.name,
     )
 
@@ -38,13 +41,13 @@ def headline(
     peers: Sequence[Contender],
     left_out: Mapping[str, str] | None = None,
 ) -> str:
-    """Says the outcome in a sentence or two for each quantized contender; a loss is called one.
+    """Returns a sentence or two about each quantized contender, which say so if it is slower.
 
     Args:
         speedups: The speed-ups of the quantized contenders.
         contenders: All contenders.
-        peers: Those of other tools. One with integers is compared at its own bit width, float8 with every one.
-        left_out: Contenders that could not be measured, and why.
+        peers: The contenders of other tools. Integer ones are compared at their own bit width, float8 with every one.
+        left_out: Contenders that could not be measured, with the reason.
     """
     by_name = {contender.name: contender for contender in contenders}
     sentences = []

@@ -1,4 +1,4 @@
-"""A contender in a process of its own: the others are neither in its memory nor in the way of its threads."""
+"""Runs a contender in a process of its own, so that others share neither its memory nor its threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ContenderLostError(ProcessLostError):
 
     Args:
         name: The contender.
-        exit_status: Exit status of its process; negative for a signal, `None` where it is not known.
+        exit_status: Exit status of its process; negative for a signal, `None` if it is not known.
     """
 
     def __init__(self, name: str, exit_status: int | None) -> None:
@@ -29,7 +29,7 @@ class ContenderLostError(ProcessLostError):
 
 
 class RemoteRunning:
-    """A `Running` in a process of its own; what goes wrong there is raised here.
+    """A `Running` in a process of its own, whose exceptions are raised here.
 
     Raises:
         ContenderLostError: The process crashed or was killed.

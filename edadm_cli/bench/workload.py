@@ -1,7 +1,9 @@
-"""What one call of a denoiser multiplies and moves: layer by layer, from one forward, also on the `meta` device.
+"""Counts the products and the memory traffic of one call of a denoiser, layer by layer.
 
-A product is `batch` times `[M, K] x [K, N]`; a convolution is one with `M = N_images * H_out * W_out` and
-`K = C_in / groups * kh * kw`. Bytes are what a layer with a fused epilogue has to read and write once:
+The counts come from one forward, which also works on the `meta` device.
+
+A product is `batch` times `[M, K] x [K, N]`; a convolution is a product with `M = N_images * H_out * W_out` and
+`K = C_in / groups * kh * kw`. The bytes are those that a layer with a fused epilogue has to read and write:
 
 - fp16: input, weight, bias, output, two bytes each;
 - W8A8: input and weight one byte (W4A8: half a byte per weight), bias, scale and correction four bytes per channel, the
@@ -11,7 +13,7 @@ A product is `batch` times `[M, K] x [K, N]`; a convolution is one with `M = N_i
 - attention is one fused operation that reads q, k, v and writes o;
 - a norm, with the activation behind it, writes codes where the network is quantized;
 - a residual is read by the epilogue that adds it; a concatenation is copied;
-- every other elementwise operation is part of a neighbour and moves nothing of its own. It is listed all the same.
+- every other elementwise operation is fused into another one and moves no bytes, but it is listed.
 """
 
 from __future__ import annotations
@@ -103,8 +105,8 @@ def workload(
     """Returns the work of `denoiser(*args, **kwargs)`, in execution order.
 
     Args:
-        denoiser: Full precision or quantized, on any device; on `meta` nothing is computed and no memory is taken. In
-            full precision every convolution and linear layer counts as integer, else the quantized ones.
+        denoiser: A denoiser at full precision or quantized, on any device; on `meta` nothing is computed or allocated.
+            At full precision every convolution and linear layer counts as integer, otherwise the quantized ones do.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
         attention_in_integers: Whether the attention products of a full-precision denoiser count as integer.
@@ -130,13 +132,13 @@ def macs_by_kind(items: Iterable[WorkItem]) -> dict[str, int]:
 
 
 def unique_shapes(items: Iterable[WorkItem]) -> dict[WorkItem, int]:
-    """Each shape with how often it occurs, in the order of first occurrence."""
+    """Returns each shape with the number of its occurrences, in the order of first occurrence."""
     return dict(Counter(item.shape for item in items))
 
 
 @dataclass
 class _Products:
-    """The two products of an attention that is running, fused to one item when it is left."""
+    """The two products of the attention that is running, which become one item when it ends."""
 
     name: str
     kind: str
@@ -152,7 +154,7 @@ class _Products:
 
 
 class _Observer:
-    """Collects items; inside a layer that is an item of its own nothing else is noted."""
+    """Collects items; inside a layer that is an item itself, nothing else is recorded."""
 
     def __init__(self, is_quantized: bool, attention_in_integers: bool) -> None:
         self.items: list[WorkItem] = []
@@ -228,7 +230,7 @@ class _Observer:
         return type(getattr(module, "processor", None)).__name__ == "QuantizedAttention"
 
     def product(self, batch: int, m: int, n: int, k: int) -> None:
-        """Notes a product of two activations, by itself or as one of an attention's."""
+        """Records a product of two activations, as an item or as one of the two of an attention."""
         if self.attentions:
             self.attentions[-1].shapes.append((batch, m, n, k))
             return
@@ -236,7 +238,7 @@ class _Observer:
         self.items.append(alone.item())
 
     def elementwise(self, operator: str, operands: list[Tensor], result: Tensor) -> None:
-        """Notes an operation that moves memory; those of an attention belong to its fused operation."""
+        """Records an operation that moves memory; those of an attention belong to its fused operation."""
         if self.attentions:
             return
         name = ".".join(part for part in (self.modules[-1][0] if self.modules else "", operator) if part)
@@ -249,7 +251,7 @@ class _Observer:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Sees torch's fused attention as one operation and hides what it is made of."""
+    """Records torch's fused attention as one operation and hides the operations inside it."""
 
     def __init__(self, observer: _Observer) -> None:
         super().__init__()
@@ -272,7 +274,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Elementwise(TorchDispatchMode):
-    """Sees every operator that computes or copies; views move nothing."""
+    """Records every operator that computes or copies; views move no memory."""
 
     def __init__(self, observer: _Observer) -> None:
         super().__init__()

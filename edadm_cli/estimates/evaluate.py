@@ -12,7 +12,7 @@ from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import EvaluateConfig
 from edadm_cli.evaluate.full_precision import KIND, NAME
 from edadm_cli.evaluate.images import SamplingPlan
-from edadm_cli.evaluate.request import Request, resolve
+from edadm_cli.evaluate.request import EvaluationRequest, resolve
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.sampling import Samples, sample
 from edadm_cli.quant.layers import quantized_layers
@@ -36,7 +36,7 @@ def estimate(config: EvaluateConfig, run_folder: RunFolder) -> Estimate:
     return probe(resolve(config, run_folder))
 
 
-def probe(request: Request) -> Estimate:
+def probe(request: EvaluationRequest) -> Estimate:
     """Times a few steps of a few images with each pipeline that is still to be sampled."""
     loaders = [request.load_quantized]
     if not request.run.has(KIND, NAME):

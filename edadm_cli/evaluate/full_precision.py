@@ -9,7 +9,7 @@ from edadm_cli.artifacts import BuildSpec, RunFolder, open_artifact
 from edadm_cli.artifacts.locks import read_lock
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate.images import SampledImages, sample_images
-from edadm_cli.evaluate.request import Request
+from edadm_cli.evaluate.request import EvaluationRequest
 from edadm_cli.processes import Processes
 from edadm_cli.progress import Reporter
 
@@ -17,7 +17,9 @@ KIND, NAME = "evaluate", "full-precision"
 
 
 @contextmanager
-def full_precision_images(request: Request, processes: Processes, reporter: Reporter) -> Iterator[SampledImages]:
+def full_precision_images(
+    request: EvaluationRequest, processes: Processes, reporter: Reporter
+) -> Iterator[SampledImages]:
     """Gives the full-precision images of a request, sampled unless the run has them, and locked while in use.
 
     They are in an artifact of their own, `evaluate/full-precision`; one with other settings is replaced,

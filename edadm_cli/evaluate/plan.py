@@ -12,7 +12,7 @@ from edadm_cli.errors import InputError
 from edadm_cli.evaluate.evaluator import Evaluator, RealFeatures
 from edadm_cli.evaluate.features import FeatureSpace
 from edadm_cli.evaluate.real import RealImages, open_real
-from edadm_cli.evaluate.request import Request
+from edadm_cli.evaluate.request import EvaluationRequest
 from edadm_cli.evaluate.selection import MetricSelection
 from edadm_cli.evaluate.spaces import real_images, space_of
 from edadm_cli.metrics.registry import metrics_of
@@ -29,7 +29,7 @@ class EvaluationPlan:
         InputError: A metric was named and lacks something, or the real images are not usable.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: EvaluationRequest) -> None:
         self.request = request
         features = request.config.features or request.entry.features
         self.space = space_of(request.entry, features)

@@ -26,7 +26,7 @@ from edadm_cli.progress import SilentReporter
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What an evaluation samples, resolved from its configuration and from how the run was collected.
 
     Args:
@@ -106,7 +106,7 @@ class Request:
         return resolve_device(self.config.device)
 
 
-def resolve(config: EvaluateConfig, run: RunFolder) -> Request:
+def resolve(config: EvaluateConfig, run: RunFolder) -> EvaluationRequest:
     """Settles what is left open in a configuration.
 
     Raises:
@@ -132,7 +132,7 @@ def resolve(config: EvaluateConfig, run: RunFolder) -> Request:
         guidance_scale=collected.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         batch_size=min(config.batch_size, config.num_images),
     )
-    return Request(config, run, export, collected, sampling)
+    return EvaluationRequest(config, run, export, collected, sampling)
 
 
 def _resolve_prompts(

@@ -22,7 +22,7 @@ from edadm_cli.evaluate.full_precision import full_precision_images
 from edadm_cli.evaluate.images import BATCH_PATTERN, SampledImages, sample_images
 from edadm_cli.evaluate.one_step import one_step_error
 from edadm_cli.evaluate.outcome import write_outcome
-from edadm_cli.evaluate.request import Request, resolve
+from edadm_cli.evaluate.request import EvaluationRequest, resolve
 from edadm_cli.evaluate.verdict import verdict
 from edadm_cli.processes import Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
@@ -150,7 +150,7 @@ def _compare(
     write_outcome(build.path, str(request.config.bits), images, reference, values, full_precision, distances, facts)
 
 
-def _one_step_error(request: Request, skipped: dict[str, str], reporter: Reporter) -> OneStepError | None:
+def _one_step_error(request: EvaluationRequest, skipped: dict[str, str], reporter: Reporter) -> OneStepError | None:
     try:
         return one_step_error(request.sampling, request.load_full_precision, request.load_quantized)
     except InputError as error:

@@ -19,7 +19,7 @@ from edadm_cli.artifacts.inspection import inspect_run
 from edadm_cli.bench import measurement, participants, peak
 from edadm_cli.bench import running as running_module
 from edadm_cli.bench import stage as bench
-from edadm_cli.bench.request import Request
+from edadm_cli.bench.request import BenchRequest
 from edadm_cli.bench.spec import ContenderEnvironment, Spec
 from edadm_cli.bench.subject import NearestSubject
 from edadm_cli.bench.worker import ContenderLostError
@@ -63,7 +63,7 @@ def run(exported: Path, tmp_path: Path) -> RunFolder:
 def in_one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Contenders in this process: the figures mean nothing, and no process has to start."""
     environment = ContenderEnvironment("cpu", 1, None, is_alone=False)
-    monkeypatch.setattr(Request, "environment", property(lambda self: environment))
+    monkeypatch.setattr(BenchRequest, "environment", property(lambda self: environment))
     monkeypatch.setitem(peak.SIZES, "cpu", peak.Sizes(linear=(16, 32, 32), convolution=(1, 8, 8)))
     threads = torch.get_num_threads()
     yield

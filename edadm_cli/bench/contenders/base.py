@@ -1,4 +1,4 @@
-"""A contender: how it is prepared in the command's process, and how it is loaded in the process that runs it."""
+"""The interface of a contender: it is prepared in the command's process and loaded in the process that runs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edadm_cli.models.architecture import find_class
 
 @dataclass(frozen=True)
 class DenoiserFacts:
-    """What is known of a denoiser without holding its weights.
+    """Facts about a denoiser that remain when its weights are released.
 
     Attributes:
         class_path: Module and name of its class.
@@ -55,16 +55,16 @@ class DenoiserFacts:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What contenders are prepared from.
+    """The input of a contender's preparation.
 
     Attributes:
-        facts: About the denoiser at full precision.
-        denoiser_folder: Where it is saved, in float32.
-        scratch: Folder for files of contenders.
+        facts: Facts about the denoiser at full precision.
+        denoiser_folder: The folder that it is saved to, in float32.
+        scratch: Folder for the files of contenders.
         calls: Calls of the first batch size, with float32 tensors.
-        environment: How the contenders will run.
+        environment: Device and threads of the contenders.
         dtype: Name of the element type of what is not quantized.
-        half: Name of the half-precision type; `None` where the device has no fast one.
+        half: Name of the half-precision type; `None` if the device has no fast one.
         compiled: Whether torch.compile takes part at full precision.
     """
 
@@ -79,7 +79,7 @@ class Preparation:
 
     @property
     def device(self) -> torch.device:
-        """Where the contenders will run."""
+        """The device of the contenders."""
         return torch.device(self.environment.device)
 
     def folder(self, name: str) -> Path:
@@ -95,16 +95,16 @@ class Preparation:
         return self.facts.num_weights * _bytes(dtype) / 2**20
 
     def eight_bit_mib(self, rest: str, num_weights: int) -> float:
-        """Returns the size in MiB if `num_weights` weights take a byte each, and the others are `rest`."""
+        """Returns the size in MiB if `num_weights` weights take one byte each, and the others have the type `rest`."""
         return self.float_mib(rest) - num_weights * (_bytes(rest) - 1) / 2**20
 
 
 class Contender(ABC):
-    """One way to run a denoiser, or a few forms of one.
+    """A way to run a denoiser, in one or several forms.
 
     Attributes:
-        name: As users type it after `--against`, and the `engine` of its specs.
-        packages: Python packages that it needs.
+        name: Its name after `--against`, and the `engine` of its specs.
+        packages: The Python packages that it needs.
     """
 
     name: ClassVar[str]
@@ -114,7 +114,7 @@ class Contender(ABC):
         """Refuses a machine or a device that the contender cannot run on, before any work is done.
 
         Raises:
-            MachineError: A package is not installed, or the device is not able to.
+            MachineError: A package is not installed, or the device cannot run the contender.
             UsageError: The contender does not run on this kind of device.
         """
         for package in self.packages:
@@ -127,10 +127,10 @@ class Contender(ABC):
 
     @abstractmethod
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Writes what the contender needs and returns its forms; this runs once, in the command's own process."""
+        """Writes the files that the contender needs and returns its forms; the command's process calls this once."""
 
     def load(self, spec: Spec, environment: ContenderEnvironment) -> Callable[..., Any]:
-        """Loads one form where it runs; the returned function is called as the denoiser is."""
+        """Loads one form in the process that runs it, and returns a function with the arguments of the denoiser."""
         device, dtype = torch.device(environment.device), getattr(torch, spec.dtype)
         if spec.runs_on == TORCH:
             denoiser = load_denoiser(spec.folder, spec.denoiser_class, dtype)
@@ -165,7 +165,7 @@ def load_denoiser(folder: Path | None, class_path: str | None, dtype: torch.dtyp
 
 
 def torch_function(denoiser: nn.Module, spec: Spec, environment: ContenderEnvironment) -> Callable[..., Any]:
-    """Returns a torch denoiser as a contender runs it: with its memory order, compiled, in a CUDA graph."""
+    """Returns a torch denoiser as its spec asks: with channels last, compiled, or in a CUDA graph."""
     nn.Module.to(denoiser, torch.device(environment.device))
     if spec.channels_last:
         nn.Module.to(denoiser, memory_format=torch.channels_last)

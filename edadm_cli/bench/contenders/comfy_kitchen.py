@@ -34,7 +34,7 @@ class ComfyKitchen(Contender):
         return [torch_spec(self.name, context, "w8a8", context.facts.linear_weights)]
 
     def quantized(self, denoiser: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
-        """Exchanges the weights of the linear layers, on the device."""
+        """Replaces the weights of the linear layers, on the device."""
         from comfy_kitchen.tensor import QuantizedTensor
 
         nn.Module.to(denoiser, device)

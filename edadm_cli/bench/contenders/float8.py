@@ -1,8 +1,8 @@
-r"""float8 through cuBLAS as torch calls it: the fastest that 8-bit floating point can be without kernels of one's own.
+r"""float8 products of cuBLAS, as torch calls them: what 8-bit floating point reaches without special kernels.
 
 $$ y = s_x s_w \, (x / s_x)_\text{e4m3} \cdot (w / s_w)_\text{e4m3}^\top + b, \qquad s = \max |\cdot| / 448 $$
 
-with one static scale per tensor; that of the input comes from the calls that are timed.
+with one static scale per tensor. The scale of the input comes from the calls that are timed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Float8(Contender):
     name = FLOAT8
 
     def require(self, device: torch.device) -> None:
-        """Refuses what does not multiply float8."""
+        """Refuses a device that does not multiply float8."""
         if not has_float8(device):
             raise MachineError(
                 "--against float8 needs a GPU of compute capability 8.9 or later; "
@@ -50,7 +50,7 @@ class Float8(Contender):
         ]
 
     def quantized(self, denoiser: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
-        """Exchanges the linear layers whose sides float8 products allow."""
+        """Replaces the linear layers whose sizes float8 products allow."""
         assert spec.settings is not None
         nn.Module.to(denoiser, device)
         for name, largest in load_tensors(spec.settings).items():

@@ -1,4 +1,4 @@
-"""The contenders at full precision: everything that a sceptic would run instead of a quantized denoiser."""
+"""The contenders at full precision: all that a user could run instead of a quantized denoiser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TorchFloat(Contender):
     name = TORCH
 
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Returns the forms that the device has; without a half-precision type float32 is what is compiled."""
+        """Returns the forms for the device; if it has no fast half-precision type, the compiled form is float32."""
         is_cuda, half = context.device.type == "cuda", context.half
         forms = [(FP32_EAGER, "float32", False, False)]
         if half is not None:
@@ -46,12 +46,12 @@ class TorchFloat(Contender):
 
 
 class OpenVinoFloat(Contender):
-    """The CPU engine at full precision, so that its own merits are not taken for those of integers."""
+    """The CPU engine at full precision, which separates the gain of the engine from the gain of integers."""
 
     name = "openvino"
 
     def prepare(self, context: Preparation) -> list[Spec]:
-        """Converts the denoiser once; on other devices there is no such contender, nor need OpenVINO be installed."""
+        """Converts the denoiser once; on other devices this contender is absent and OpenVINO need not be installed."""
         if context.device.type != "cpu":
             return []
         engine = engine_of(self.name)

@@ -12,7 +12,7 @@ from edadm_cli.errors import UsageError
 
 
 class Nncf(Contender):
-    """INT8 with ranges of NNCF's own, from the same weights and the same calls."""
+    """INT8 with ranges that NNCF determines, from the same weights and the same calls."""
 
     name = "nncf"
     packages = ("nncf", "openvino")

@@ -21,7 +21,7 @@ from edadm_cli.plugins import load_plugins
 
 GROUP = "edadm.contenders"
 FLOATS: tuple[Contender, ...] = (TorchFloat(), OpenVinoFloat())
-"""Those that every bench measures."""
+"""The contenders that every bench measures."""
 
 
 @cache
@@ -35,7 +35,7 @@ def require_peers(names: Sequence[str], device: torch.device) -> None:
     """Refuses peers that cannot run here, before any work is done.
 
     Raises:
-        MachineError: One is not installed, or the device is not able to run it.
+        MachineError: A peer is not installed, or the device cannot run it.
         UsageError: There is no such peer, or it does not run on this kind of device.
     """
     for name in names:

@@ -11,7 +11,7 @@ from edadm_cli.bench.spec import Spec
 
 _CONVOLUTIONS = "convolutions"
 _MANY = 8
-"""A transformer has a convolution or two at its ends; a UNet has dozens."""
+"""Convolutions from which a denoiser counts as a UNet: transformers have one or two at their ends."""
 
 
 class Sdnq(Contender):
@@ -29,7 +29,7 @@ class Sdnq(Contender):
         return specs
 
     def quantized(self, denoiser: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
-        """Exchanges the layers, on the device."""
+        """Replaces the layers, on the device."""
         from sdnq import sdnq_post_load_quant
 
         with_convolutions = spec.variant == _CONVOLUTIONS

@@ -1,4 +1,4 @@
-"""What peers share whose quantized layers run in torch."""
+"""Shared parts of the peers whose quantized layers run in torch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def torch_spec(peer: str, context: Preparation, bits: str, num_weights: int, var
 
     Args:
         peer: Name of the peer.
-        context: What it is prepared from.
+        context: The input of the preparation.
         bits: `w8a8` or `float8`.
-        num_weights: How many weights take a byte each.
-        variant: Which form of the peer; empty for its only or usual one.
+        num_weights: Number of the weights that take one byte each.
+        variant: Form of the peer; empty for its only or usual one.
     """
     dtype = context.half or "float32"
     is_cuda = context.device.type == "cuda"

@@ -22,7 +22,7 @@ class TorchAo(Contender):
         return [torch_spec(self.name, context, bits, context.facts.linear_weights) for bits in widths]
 
     def quantized(self, denoiser: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
-        """Exchanges the linear layers, on the device."""
+        """Replaces the linear layers, on the device."""
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,
             Int8DynamicActivationInt8WeightConfig,
