@@ -1,4 +1,4 @@
-"""The calibration set in batches, as a reconstruction sends it through the denoiser."""
+"""Divides the calibration set into batches, which a reconstruction passes through the denoiser."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from edadm_cli.models.calibration import CalibrationSet
 
 
 class Batches:
-    """The calibration set in batches, fed to a denoiser.
+    """The calibration set, divided into batches of denoiser calls.
 
-    Rows are numbered batch by batch: within one, those of the unconditional branch come first.
+    Rows are numbered batch by batch. Within a batch the rows of the unconditional branch come first.
+
+    Args:
+        calibration: The calibration set.
+        batch_size: Samples per call of the denoiser.
+        device: The device of the calls.
+        num_samples: Number of samples that are used; by default all.
     """
 
     def __init__(
@@ -28,29 +34,29 @@ class Batches:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the whole set."""
+        """Number of rows of the whole set: samples times guidance branches."""
         return self.num_samples * self.calibration.branches
 
     def few(self, rows: int) -> Batches:
-        """Returns the first samples in one batch of about `rows` rows; of one branch, where two are too many rows."""
+        """Returns one batch of the first samples with about `rows` rows; with one branch if two have too many rows."""
         branches = min(rows, self.calibration.branches)
         samples = max(1, min(rows // branches, self.batch_size, self.num_samples))
         return Batches(replace(self.calibration, branches=branches), samples, self.device, samples)
 
     def indices(self) -> list[list[int]]:
-        """Returns the samples of each batch."""
+        """Returns the indices of the samples of each batch."""
         starts = range(0, self.num_samples, self.batch_size)
         return [list(range(start, min(start + self.batch_size, self.num_samples))) for start in starts]
 
     def rows(self, indices: Sequence[int]) -> list[int]:
-        """Returns the numbers of the rows of some samples, in the order in which the denoiser gets them."""
-        found = []
+        """Returns the row numbers of some samples, in the order in which the denoiser receives them."""
+        row_numbers = []
         for branch in range(self.calibration.branches):
             for index in indices:
                 start = index - index % self.batch_size
                 size = min(self.batch_size, self.num_samples - start)
-                found.append(start * self.calibration.branches + branch * size + index - start)
-        return found
+                row_numbers.append(start * self.calibration.branches + branch * size + index - start)
+        return row_numbers
 
     def call(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments of the denoiser for some samples."""

@@ -1,4 +1,4 @@
-"""The walk over the units: capture, learn, freeze, next."""
+"""Reconstructs unit after unit: captures its calls, learns, and freezes the result."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _SEED_STRIDE = 1_000_003
 
 
 def unit_seed(seed: int, index: int) -> int:
-    """Returns the seed of one unit's randomness, so that a resume draws what an undisturbed run draws."""
+    """Returns the random seed of one unit, so that a resumed run draws the same numbers as an uninterrupted one."""
     return (seed * _SEED_STRIDE + index) % 2**63
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a reconstruction keeps things, and who takes part in it.
+class Workspace:
+    """The storage and the processes of a reconstruction.
 
     Args:
-        cache: Rows of inputs and targets.
-        checkpoints: Finished units.
-        processes: Those that share the work.
+        cache: Stores the rows of inputs and targets.
+        checkpoints: Stores the finished units.
+        processes: The processes that share the work.
     """
 
     cache: RowCache
@@ -55,13 +55,13 @@ class BlockReconstruction:
     """Learns unit after unit in execution order, each on inputs from the units quantized before it.
 
     Args:
-        network: The denoiser; when done, every planned layer in it is quantized.
-        plan: Bits of every layer.
-        ranges: Initial parameters; codes come from rounding to nearest, or are learned.
+        network: The denoiser; every planned layer in it is quantized at the end.
+        plan: The bits of every layer.
+        ranges: The initial parameters; codes are rounded to nearest or learned.
         batches: The calibration set.
-        hyperparameters: How units learn.
-        seed: Seed of the stage.
-        place: Memory, disk and processes.
+        hyperparameters: The numbers of the optimization.
+        seed: The seed of the stage.
+        workspace: The storage and the processes.
     """
 
     def __init__(
@@ -72,28 +72,28 @@ class BlockReconstruction:
         batches: Batches,
         hyperparameters: Hyperparameters,
         seed: int,
-        place: Place,
+        workspace: Workspace,
     ) -> None:
         self.network, self.plan, self.ranges, self.batches = network, plan, ranges, batches
         self.params = dict(ranges)
-        self.hyperparameters, self.seed, self.place = hyperparameters, seed, place
+        self.hyperparameters, self.seed, self.workspace = hyperparameters, seed, workspace
         self.passes = {"full_precision": 0, "quantized": 0}
         self._forms: dict[str, UnitForm] = {}
 
     def run(
         self, units: Sequence[Unit], advance: Callable[[int], None], learning: Collection[str] | None = None
     ) -> dict[str, UnitResult]:
-        """Learns units; `advance` is told of each one that is done.
+        """Reconstructs all units.
 
         Args:
-            units: All of the denoiser, in execution order.
-            advance: Called after every unit.
-            learning: Names of those that learn, where not all do; the others keep their nearest rounding.
+            units: All units of the denoiser, in execution order.
+            advance: Progress callback, called after every unit.
+            learning: Names of the units that learn, if not all do; the others are rounded to nearest.
 
         Returns:
-            What was learned, by unit; the parameters of all units are in `params` then.
+            The result of each unit that learned, by name. The parameters of all units are in `params` afterwards.
         """
-        place, chosen = self.place, [unit for unit in units if learning is None or unit.name in learning]
+        workspace, chosen = self.workspace, [unit for unit in units if learning is None or unit.name in learning]
         numbers = {unit.name: number for number, unit in enumerate(units)}
         results = self._resume(numbers, chosen)
         waiting = [unit for unit in chosen if unit.name not in results]
@@ -101,7 +101,7 @@ class BlockReconstruction:
             self._forms = probe_units(self.network.denoiser, waiting, self.batches)
             finished = self._finished_units(units) if waiting else None
         captured: dict[str, UnitCalls] = {}
-        # Where layers are learned one by one, attentions lie in no unit and keep their searched ranges.
+        # If layers are learned one by one, attentions belong to no unit and keep their searched ranges.
         loose = [name for name in self.plan.attentions if not any(name in unit.attentions for unit in units)]
         freeze_attentions(self.network, self.plan, loose, self.ranges)
         for number, unit in enumerate(units):
@@ -109,7 +109,7 @@ class BlockReconstruction:
                 if unit.name not in captured:
                     captured = self._capture_ahead(waiting)
                 results[unit.name] = self._learn(number, waiting.pop(0), captured.pop(unit.name), finished)
-            place.processes.check()
+            workspace.processes.check()
             params = results[unit.name].params if unit.name in results else self._nearest(unit)
             freeze_unit(self.network, self.plan, unit, {**self.ranges, **params})
             self.params |= params
@@ -125,15 +125,15 @@ class BlockReconstruction:
         return nearest_params_of(unit.layers, self.network.float_weight, self.plan, self.ranges)
 
     def _resume(self, numbers: Mapping[str, int], chosen: Sequence[Unit]) -> dict[str, UnitResult]:
-        """Returns the units that a killed run finished; every process looks before any of them writes."""
-        if self.place.processes.is_main:
-            self.place.cache.clear()
-        found = {unit.name: self.place.checkpoints.load(numbers[unit.name], unit) for unit in chosen}
-        self.place.processes.wait()
-        return {name: result for name, result in found.items() if result is not None}
+        """Returns the units that a killed run finished; every process reads them before any of them writes."""
+        if self.workspace.processes.is_main:
+            self.workspace.cache.clear()
+        results = {unit.name: self.workspace.checkpoints.load(numbers[unit.name], unit) for unit in chosen}
+        self.workspace.processes.wait()
+        return {name: result for name, result in results.items() if result is not None}
 
     def _finished_units(self, units: Sequence[Unit]) -> FinishedUnits:
-        """Returns the units in their passes after they are finished: what they compute is kept, not computed again."""
+        """Returns the stubs of finished units, which replay stored outputs instead of computing them again."""
         denoiser, forms = self.network.denoiser, dict(self._forms)
         rest = [unit for unit in units if unit.name not in forms]
         try:
@@ -143,29 +143,29 @@ class BlockReconstruction:
                 with suppress(InputError):  # a unit that cannot be captured runs in every pass
                     forms |= probe_units(denoiser, [unit], self.batches)
         links = find_links(denoiser, units, forms, self.batches)
-        return FinishedUnits(denoiser, units, links, self.place.cache, self.batches.num_rows)
+        return FinishedUnits(denoiser, units, links, self.workspace.cache, self.batches.num_rows)
 
     def _learn(self, number: int, unit: Unit, float_calls: UnitCalls, finished: FinishedUnits | None) -> UnitResult:
-        place = self.place
+        workspace = self.workspace
         data = self._gather(unit, float_calls, finished)
         seed = unit_seed(self.seed, number)
         learner = UnitLearner(
-            self.network, unit, self.plan, self.ranges, data, self.hyperparameters, seed, processes=place.processes
+            self.network, unit, self.plan, self.ranges, data, self.hyperparameters, seed, processes=workspace.processes
         )
         result = learner.learn()
-        place.cache.release([*data.quantized.tensors, *data.layer_targets.values(), *float_calls.outputs])
+        workspace.cache.release([*data.quantized.tensors, *data.layer_targets.values(), *float_calls.outputs])
         if self._mixes_inputs:
-            place.cache.release(float_calls.tensors)
-        if place.processes.is_main:
-            place.checkpoints.save(number, unit, result)
-        place.processes.wait()
-        if not place.processes.is_main:  # all go on with the main process's bytes
-            result = place.checkpoints.load(number, unit) or result
+            workspace.cache.release(float_calls.tensors)
+        if workspace.processes.is_main:
+            workspace.checkpoints.save(number, unit, result)
+        workspace.processes.wait()
+        if not workspace.processes.is_main:  # all processes continue with the bytes of the main process
+            result = workspace.checkpoints.load(number, unit) or result
         return result
 
     def _gather(self, unit: Unit, float_calls: UnitCalls, finished: FinishedUnits | None) -> UnitData:
-        """Everything that a unit learns from, in this process's memory as far as the budget holds."""
-        cache, processes, size = self.place.cache, self.place.processes, self.batches.batch_size
+        """Collects the inputs and targets of a unit, in this process's memory as far as the budget allows."""
+        cache, processes, size = self.workspace.cache, self.workspace.processes, self.batches.batch_size
         targets: dict[str, Rows] = {}
         if self.hyperparameters.layer_loss_weight > 0:
             targets = layer_targets(self.network, unit, float_calls, size, cache, processes)
@@ -194,8 +194,8 @@ class BlockReconstruction:
         return self.hyperparameters.input_drop > 0
 
     def _capture_ahead(self, units: Sequence[Unit]) -> dict[str, UnitCalls]:
-        """Full-precision calls of as many of the next units as the budget holds, in one pass."""
-        cache, with_layers = self.place.cache, self.hyperparameters.layer_loss_weight > 0
+        """Captures the full-precision calls of as many of the next units as the budget allows, in one pass."""
+        cache, with_layers = self.workspace.cache, self.hyperparameters.layer_loss_weight > 0
         group, learning = next_group(units, self._forms, self.batches.num_rows, with_layers, cache.fits)
         with self.network.full_precision():
             captured = capture_units(
@@ -206,7 +206,7 @@ class BlockReconstruction:
                 cache,
                 with_outputs=True,
                 reserve=0 if self._mixes_inputs else learning,
-                processes=self.place.processes,
+                processes=self.workspace.processes,
             )
         self.passes["full_precision"] += 1
         return {unit.name: call for unit, call in zip(group, captured, strict=True)}
@@ -217,9 +217,9 @@ def freeze_unit(network: SwitchableNetwork, plan: QuantizationPlan, unit: Unit, 
 
     Args:
         network: The denoiser.
-        plan: Bits of every layer.
-        unit: What is frozen.
-        params: What the unit learned, or weights rounded to nearest and searched ranges.
+        plan: The bits of every layer.
+        unit: The unit that is frozen.
+        params: The learned parameters, or weights rounded to nearest with searched ranges.
     """
     for name in unit.layers:
         layer = network.float_layers[name]
@@ -234,7 +234,7 @@ def freeze_unit(network: SwitchableNetwork, plan: QuantizationPlan, unit: Unit, 
 def freeze_attentions(
     network: SwitchableNetwork, plan: QuantizationPlan, names: Sequence[str], params: Mapping[str, Tensor]
 ) -> None:
-    """Quantizes attention products for good, with the scales among `params`."""
+    """Quantizes attention products permanently, with the scales among `params`."""
     for name in names:
         scales = {operand: params[f"{name}.{operand}_scale"] for operand in OPERANDS}
         network.put_processor(name, QuantizedAttention(plan.attentions[name], scales).to(network.device))

@@ -1,7 +1,7 @@
-"""What one row of a unit's calls is made of.
+"""Determines which tensors of a unit's calls have one row per sample, and what such a row looks like.
 
-Which tensors of a call have a row for each sample, and which belong to the architecture (position ids), is not read off
-one size that may coincide with another: two probes, of one row and of the same row twice, show what grows.
+Other tensors belong to the architecture, such as position ids. A single call cannot tell them apart, because sizes may
+coincide. Two calls, of one row and of the same row twice, show which tensors grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _REPEATS = 1e-3  # rows of one call and of another differ by rounding
 
 @dataclass(frozen=True)
 class UnitForm:
-    """What one row of a unit's calls is made of.
+    """The tensors of one row of a unit's calls.
 
     Attributes:
-        input_mask: For each tensor among the arguments, whether it has rows.
-        inputs: Those that have.
-        output_mask: The same of what comes out.
-        outputs: Targets of the unit.
-        layers: Outputs of the layers inside, but for the last: their targets.
+        input_mask: Says for each tensor among the arguments whether it has rows.
+        inputs: The row types of the input tensors that have rows.
+        output_mask: Says for each output tensor whether it has rows.
+        outputs: The row types of the output tensors that have rows, which are the targets of the unit.
+        layers: The row types of the outputs of the layers inside except the last, which are targets too.
     """
 
     input_mask: tuple[bool, ...]
@@ -44,35 +44,36 @@ class UnitForm:
 
     @property
     def call_bytes(self) -> int:
-        """Bytes of one row's full-precision inputs and outputs."""
+        """Bytes of the full-precision inputs and outputs of one row."""
         return sum(kind.bytes for kind in (*self.inputs, *self.outputs))
 
     def learning_bytes(self, with_layers: bool) -> int:
-        """Returns the bytes of what one row needs beside them while the unit learns."""
+        """Returns the additional bytes per row while the unit learns, besides `call_bytes`."""
         layers = self.layers.values() if with_layers else ()
         return sum(kind.bytes for kind in (*self.inputs, *layers))
 
 
 @dataclass
 class Shapes:
-    """Sizes and element types of all tensors of one unit's call."""
+    """Shapes and element types of all tensors of one call of a unit."""
 
     inputs: list[RowType] = field(default_factory=list)
     outputs: list[RowType] = field(default_factory=list)
     layers: dict[str, list[RowType]] = field(default_factory=dict)
 
     def form(self, name: str, rows: int) -> UnitForm:
-        """Returns what one call of so many rows suggests: that a tensor has rows where its first dimension is as long.
+        """Guesses the form from one call of `rows` rows: tensors whose first dimension has that length have rows.
 
-        Good enough to estimate with; a constant may be as long by chance, which `probe_units` tells apart.
+        This is accurate enough for estimates. A constant may have the same length by chance; `probe_units` recognizes
+        such constants.
 
         Raises:
-            InputError: Nothing that goes into the unit `name` has rows.
+            InputError: No input of the unit `name` has rows.
         """
 
         def split(tensors: list[RowType]) -> tuple[tuple[bool, ...], tuple[RowType, ...]]:
             mask = tuple(kind.shape[:1] == (rows,) for kind in tensors)
-            if not any(mask):  # as of the frames of a clip: several entries per row
+            if not any(mask):  # a row may have several entries, such as the frames of a clip
                 mask = tuple(
                     kind.shape[:1] != () and kind.shape[0] > 0 and kind.shape[0] % rows == 0 for kind in tensors
                 )
@@ -81,14 +82,16 @@ class Shapes:
 
         input_mask, inputs = split(self.inputs)
         if not inputs:
-            raise InputError(f"No tensor into '{name}' has a row for each sample, so the unit cannot be reconstructed.")
-        layers = {layer: kinds[0] for layer, found in self.layers.items() if (kinds := split(found)[1])}
+            raise InputError(
+                f"No input tensor of '{name}' has a row for each sample, so the unit cannot be reconstructed."
+            )
+        layers = {layer: kinds[0] for layer, tensors in self.layers.items() if (kinds := split(tensors)[1])}
         return UnitForm(input_mask, inputs, *split(self.outputs), layers)
 
 
 @contextmanager
 def noted_shapes(denoiser: nn.Module, units: Sequence[Unit]) -> Iterator[dict[str, Shapes]]:
-    """Notes the tensors of every unit's newest call, by the unit's name, while entered."""
+    """Records the shapes in the latest call of every unit while entered; yields them by the unit's name."""
     notes = {unit.name: Shapes() for unit in units}
 
     def shapes(tree: Any) -> list[RowType]:
@@ -125,10 +128,10 @@ def noted_shapes(denoiser: nn.Module, units: Sequence[Unit]) -> Iterator[dict[st
 
 
 def probe_units(denoiser: nn.Module, units: Sequence[Unit], batches: Batches) -> dict[str, UnitForm]:
-    """Finds the form of every unit's calls, by forwards of one row and of two.
+    """Returns the form of every unit's calls, from forwards of one row and of the same row twice.
 
     Raises:
-        InputError: A tensor grows with the number of samples in another way than by rows.
+        InputError: A tensor's size does not grow in proportion to the number of samples.
     """
     notes = []
     for count in (1, 2):
@@ -138,7 +141,7 @@ def probe_units(denoiser: nn.Module, units: Sequence[Unit], batches: Batches) ->
         notes.append(shapes)
     forms = {}
     for unit in units:
-        one, two = (found[unit.name] for found in notes)
+        one, two = (shapes[unit.name] for shapes in notes)
         input_mask, inputs = _compare(unit.name, one.inputs, two.inputs)
         output_mask, outputs = _compare(unit.name, one.outputs, two.outputs)
         layers = {}
@@ -156,13 +159,13 @@ def flatten(tree: Any, tensors: list[Tensor], mask: Iterator[bool]) -> Any:
     Args:
         tree: The tree.
         tensors: Receives them.
-        mask: For each tensor in turn, whether it is moved.
+        mask: Says for each tensor in turn whether it is moved.
     """
     if isinstance(tree, Tensor):
         if not next(mask):
             return tree
         tensors.append(tree)
-        return _PLACE
+        return _SLOT
     if isinstance(tree, tuple | list):
         return type(tree)(flatten(item, tensors, mask) for item in tree)
     if isinstance(tree, dict):
@@ -171,8 +174,8 @@ def flatten(tree: Any, tensors: list[Tensor], mask: Iterator[bool]) -> Any:
 
 
 def unflatten(structure: Any, tensors: Iterator[Tensor]) -> Any:
-    """Undoes `flatten`."""
-    if structure is _PLACE:
+    """Reverses `flatten`: puts the tensors back into the tree."""
+    if structure is _SLOT:
         return next(tensors)
     if isinstance(structure, tuple | list):
         return type(structure)(unflatten(item, tensors) for item in structure)
@@ -181,28 +184,28 @@ def unflatten(structure: Any, tensors: Iterator[Tensor]) -> Any:
     return structure
 
 
-class _Place:
-    """Marks where a tensor stood in a flattened tree."""
+class _TensorSlot:
+    """Marks the position of a tensor in a flattened tree."""
 
 
-_PLACE = _Place()
+_SLOT = _TensorSlot()
 
 
 def _row(kind: RowType, rows: int) -> RowType:
-    """Returns what a row is of a tensor for so many rows."""
+    """Returns the row type of a tensor with the type `kind` that holds `rows` rows."""
     entries, rest = kind.shape[0] // rows, kind.shape[1:]
     return RowType(rest if entries == 1 else (entries, *rest), kind.dtype, entries)
 
 
 def _compare(name: str, one: list[RowType], two: list[RowType]) -> tuple[tuple[bool, ...], tuple[RowType, ...]]:
-    """Returns which tensors have rows, and what a row of those is, from calls of one row and of that row twice."""
+    """Returns which tensors have rows, and their row types, from calls of one row and of the same row twice."""
     mask, kinds = [], []
     for first, second in zip(one, two, strict=True):
         grows = (first.shape, first.dtype) != (second.shape, second.dtype)
         if grows:
             count = first.shape[0] if first.shape else 0
             is_multiple = count > 0 and second.shape == (2 * count, *first.shape[1:]) and first.dtype == second.dtype
-            # several entries per row follow each other only where the second half repeats the first
+            # several entries are one row only if the second half of the longer tensor repeats the first
             if not is_multiple or (count > 1 and not getattr(second, "repeats", False)):
                 raise InputError(
                     f"A tensor of '{name}' has shape {list(first.shape)} for one sample and {list(second.shape)} for "

@@ -1,4 +1,4 @@
-"""What flows into and out of units: inputs of full precision and of the partly quantized network, targets."""
+"""Captures the inputs and outputs of units, in the full-precision and in the partly quantized network."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from edadm_cli.reconstruct.rows import RowCache, Rows
 
 @dataclass
 class UnitCalls:
-    """Every call of one unit over the calibration set: the arguments as a tree, and what came out.
+    """All calls of one unit over the calibration set: their arguments and outputs.
 
-    `tensors[i]` has shape `[rows, ...]`, rows in the order of the calibration set's batches. Tensors without a row
-    dimension, such as position ids, stay in the structure.
+    `tensors[i]` has shape `[rows, ...]`, with rows in the order of the batches of the calibration set. Tensors without
+    rows, such as position ids, are part of the structure, which is the tree of the arguments.
     """
 
     form: UnitForm
@@ -44,7 +44,7 @@ class UnitCalls:
         return args, kwargs
 
     def outputs_of(self, result: Any) -> list[Tensor]:
-        """Returns the tensors with rows in what the unit returned."""
+        """Returns the tensors with rows among the outputs of the unit."""
         tensors: list[Tensor] = []
         flatten(result, tensors, iter(self.form.output_mask))
         return tensors
@@ -62,23 +62,24 @@ def capture_units(
     processes: Processes = ALONE,
     finished: FinishedUnits | None = None,
 ) -> list[UnitCalls]:
-    """Runs the denoiser over the calibration set and keeps the calls of `units`.
+    """Runs the denoiser over the calibration set and stores the calls of `units`.
 
-    Each forward stops as soon as the last of `units` has run. A batch that the device has no memory for is halved.
+    Each forward stops as soon as the last of `units` has run. A batch that does not fit into the device's memory is
+    halved.
 
     Args:
-        denoiser: In the precision that is wanted.
-        units: In execution order.
-        forms: As `probe_units` found them.
+        denoiser: The denoiser, in full precision or partly quantized.
+        units: The units, in execution order.
+        forms: The result of `probe_units`.
         batches: The calibration set.
-        cache: Where the rows go.
-        with_outputs: Whether outputs are kept too.
-        reserve: Bytes of the budget that inputs leave to what comes after.
-        processes: Those that share the batches.
+        cache: Stores the rows.
+        with_outputs: Whether outputs are stored too.
+        reserve: Bytes of the memory budget that the rows leave free for later use.
+        processes: The processes that share the batches.
         finished: Units before the first of `units` whose outputs need not be computed again.
 
     Raises:
-        MachineError: The device has no memory for one sample, or the disk is full.
+        MachineError: One sample does not fit into the device's memory, or the disk is full.
     """
     calls = []
     for unit in units:
@@ -92,8 +93,8 @@ def capture_units(
             stack.enter_context(_recorded(unit.module, call, writer, is_last=position == len(units) - 1))
         if finished is not None:
             stack.enter_context(finished.replaced(units[0], lambda: writer.places))
-        own = range(processes.index, len(batches), processes.count)
-        for number in own or (0,):  # also a process without a batch learns the structure of the calls
+        numbers = range(processes.index, len(batches), processes.count)
+        for number in numbers or (0,):  # a process without a batch needs the structure of the calls too
             _run(denoiser, batches, batches.indices()[number], writer)
             processes.check()
     processes.wait()
@@ -103,7 +104,7 @@ def capture_units(
 def capture_call(
     unit: Unit, form: UnitForm, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, cache: RowCache
 ) -> UnitCalls:
-    """Runs one unit alone, with the arguments of a call of so many rows, and keeps that call."""
+    """Runs one unit alone, with the arguments of a call of `rows` rows, and stores that call."""
     inputs, outputs = ([cache.allocate(rows, kind) for kind in kinds] for kinds in (form.inputs, form.outputs))
     call, writer = UnitCalls(form, inputs, outputs), _Writer()
     writer.places = list(range(rows))
@@ -114,7 +115,7 @@ def capture_call(
 
 @contextmanager
 def layer_outputs(denoiser: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects what the named layers give, newest call only, while entered."""
+    """Collects the outputs of the named layers while entered, each from the layer's latest call."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -134,18 +135,18 @@ class _EnoughError(Exception):
 
 
 class _Writer:
-    """Where the rows of the running forward belong."""
+    """Writes the rows of the running forward to their positions."""
 
     def __init__(self) -> None:
         self.places: list[int] = []
 
     def write(self, tensors: Sequence[Tensor], rows: Sequence[Rows]) -> None:
-        for tensor, own in zip(tensors, rows, strict=True):
-            own.write(self.places, tensor.detach())
+        for tensor, row_store in zip(tensors, rows, strict=True):
+            row_store.write(self.places, tensor.detach())
 
 
 def _run(denoiser: nn.Module, batches: Batches, indices: list[int], writer: _Writer) -> None:
-    """One forward; or two of half the samples, where memory does not suffice."""
+    """Runs one forward, or two with half the samples each if memory does not suffice."""
     writer.places = batches.rows(indices)
     try:
         args, kwargs = batches.call(indices)
@@ -155,7 +156,7 @@ def _run(denoiser: nn.Module, batches: Batches, indices: list[int], writer: _Wri
     except torch.OutOfMemoryError as error:
         if len(indices) == 1:
             raise MachineError(
-                f"{batches.device} has no memory for the denoiser's forward of one sample.",
+                f"The memory of {batches.device} does not suffice for the denoiser's forward of one sample.",
                 hint="a smaller --memory-budget, or --device cpu",
             ) from error
     half = len(indices) // 2

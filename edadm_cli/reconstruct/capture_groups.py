@@ -1,4 +1,4 @@
-"""Which units are captured in one pass: as many of the next ones as the memory holds."""
+"""Decides which units are captured in one pass: as many of the next ones as memory allows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def next_group(
 ) -> tuple[list[Unit], int]:
     """Returns the first units of `units` that are captured together, and the bytes that one of them needs to learn.
 
-    The memory has to hold the calls of all of them, and beside these what one of them needs while it learns.
+    The memory has to hold the calls of all of them, and in addition what one of them needs while it learns.
 
     Args:
-        units: Units that are still to be captured, in the order of the network; at least one.
+        units: The units that are not captured yet, in the order of the network; at least one.
         forms: Shapes and types of each unit's calls.
-        rows: Rows of the calibration set.
-        with_layers: Whether the outputs of layers within units are learned too.
-        fits: Whether so many bytes fit into the memory.
+        rows: Number of rows of the calibration set.
+        with_layers: Whether the outputs of layers inside units are targets too.
+        fits: Returns whether a number of bytes fits into memory.
     """
     group: list[Unit] = []
     calls = learning = 0
@@ -38,7 +38,7 @@ def next_group(
 def capture_groups(
     units: Sequence[Unit], forms: Mapping[str, UnitForm], rows: int, budget: int, with_layers: bool
 ) -> list[list[Unit]]:
-    """Returns the groups of all units where the memory is a budget in bytes."""
+    """Returns the groups of all units, for a memory budget in bytes."""
     groups: list[list[Unit]] = []
     rest = list(units)
     while rest:

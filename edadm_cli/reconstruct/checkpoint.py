@@ -1,4 +1,4 @@
-"""Units that are done, on disk while a reconstruction runs, so that a killed one goes on with the unit it was in."""
+"""Stores finished units on disk while a reconstruction runs, so that a killed run resumes at its current unit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNITS_FOLDER = "units"
 
 
 class _Losses(BaseModel):
-    """What a finished unit learned, besides its parameters."""
+    """The losses of a finished unit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,25 +27,29 @@ class _Losses(BaseModel):
 
 
 class UnitCheckpoints:
-    """One folder a unit under `units/`; its `unit.json`, written last, says that it is whole."""
+    """One folder per unit under `units/`; its `unit.json` is written last and shows that the folder is complete.
+
+    Args:
+        folder: The folder that `units/` is created in.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / UNITS_FOLDER
 
     def load(self, index: int, unit: Unit) -> UnitResult | None:
-        """Returns the result of a unit that was finished before, else `None`."""
-        place = self._place(index, unit)
-        if not (place / "unit.json").is_file():
+        """Returns the result of a unit that was finished earlier, else `None`."""
+        unit_folder = self._folder_of(index, unit)
+        if not (unit_folder / "unit.json").is_file():
             return None
-        losses = read_model(place / "unit.json", _Losses)
-        return UnitResult(params=load_tensors(place / "params.safetensors"), **dict(losses))
+        losses = read_model(unit_folder / "unit.json", _Losses)
+        return UnitResult(params=load_tensors(unit_folder / "params.safetensors"), **dict(losses))
 
     def save(self, index: int, unit: Unit, result: UnitResult) -> None:
-        """Keeps the result of a finished unit."""
-        place = self._place(index, unit)
-        place.mkdir(parents=True, exist_ok=True)
-        save_tensors(place / "params.safetensors", result.params)
-        save_json(place / "unit.json", result.losses())
+        """Stores the result of a finished unit."""
+        unit_folder = self._folder_of(index, unit)
+        unit_folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(unit_folder / "params.safetensors", result.params)
+        save_json(unit_folder / "unit.json", result.losses())
 
-    def _place(self, index: int, unit: Unit) -> Path:
+    def _folder_of(self, index: int, unit: Unit) -> Path:
         return self.folder / f"{index:04d}-{unit.name}"

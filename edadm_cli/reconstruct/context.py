@@ -1,4 +1,4 @@
-"""What a reconstruction works on."""
+"""The objects that a reconstruction works on."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from edadm_cli.reconstruct.network import SwitchableNetwork
 
 @dataclass(frozen=True)
 class ReconstructionContext:
-    """Everything that a reconstruction works with, on its device.
+    """The objects that a reconstruction works on, on its device.
 
     Attributes:
         network: The denoiser.
         traced: Its trace.
-        plan: Bits of every layer.
+        plan: The bits of every layer.
         units: All units, in execution order.
-        learning: Those that learn.
+        learning: The units that learn.
         batches: The calibration set.
     """
 
@@ -33,5 +33,5 @@ class ReconstructionContext:
     batches: Batches
 
     def num_weights(self, unit: Unit) -> int:
-        """Returns the weights of a unit's planned layers."""
+        """Returns the number of weights in a unit's planned layers."""
         return sum(num_weights(self.network.float_layers[name]) for name in unit.layers)

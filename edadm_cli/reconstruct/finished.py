@@ -1,9 +1,10 @@
-"""Finished units in the passes that capture the inputs of the next one: their outputs are not computed again.
+"""Replaces finished units by stubs that replay their outputs, so that capturing the next unit costs less.
 
-Without this, every unit would cost a forward of the denoiser from its start. Here a unit runs in one pass after it is
-finished, which keeps its outputs; in later passes it is a stub. A stub gives the rows that it keeps where the pass
-needs them, and zeros where nothing that the pass computes depends on them. What depends on what, other than through
-units, is found once: one unit after the other gives NaN, and the inputs of later units show where it goes.
+Without stubs, the inputs of every unit would cost a forward of the denoiser from its start. A finished unit runs once
+more, in the next pass, which stores its outputs. In later passes it is a stub: it returns the stored rows if something
+that the pass computes depends on them, and zeros otherwise. The dependencies of units on each other are determined
+once: one unit after the other returns NaN, and the inputs of later units show how far that spreads when all other units
+replay their outputs.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from edadm_cli.reconstruct.rows import RowCache, Rows
 
 @dataclass(frozen=True)
 class Link:
-    """Where the output of a unit goes.
+    """The output of a unit and the units that depend on it.
 
     Attributes:
-        form: What one row of its calls is made of.
-        structure: The output without its tensors; see `forms.flatten`.
-        readers: Positions of the units whose inputs depend on it, other than through units.
+        form: The tensors of one row of its calls.
+        structure: The output without its tensors; see `call_signatures.flatten`.
+        readers: Positions of the units whose inputs depend on the output directly, not through other units.
     """
 
     form: UnitForm
@@ -42,13 +43,13 @@ class Link:
 def find_links(
     denoiser: nn.Module, units: Sequence[Unit], forms: Mapping[str, UnitForm], batches: Batches
 ) -> dict[str, Link]:
-    """Returns the links of the units that can be stubs: those all of whose output tensors have rows.
+    """Returns the links of the units that can be stubs: all of their output tensors have rows.
 
     Args:
-        denoiser: In full precision.
-        units: All of them, in execution order.
+        denoiser: The denoiser, in full precision.
+        units: All units, in execution order.
         forms: The forms of the units that can be stubs, by name.
-        batches: The calibration set, for one row.
+        batches: The calibration set, of which one row is used.
     """
     args, kwargs = batches.few(1).call([0])
     able = [unit for unit in units if unit.name in forms and all(forms[unit.name].output_mask)]
@@ -112,14 +113,14 @@ def _readers(
 
 
 class FinishedUnits:
-    """The finished units of a partly quantized denoiser, in passes that run up to the next unit.
+    """The finished units of a partly quantized denoiser, during the passes that capture the next unit.
 
     Args:
         denoiser: The denoiser.
         units: All units, in execution order.
         links: The links of the units that can be stubs, by name.
-        cache: The place where the outputs of finished units are stored.
-        num_rows: Rows of the calibration set.
+        cache: Stores the outputs of finished units.
+        num_rows: Number of rows of the calibration set.
     """
 
     def __init__(
@@ -132,22 +133,22 @@ class FinishedUnits:
     ) -> None:
         self.denoiser, self.links, self.cache, self.num_rows = denoiser, links, cache, num_rows
         self.positions = {unit.name: position for position, unit in enumerate(units)}
-        self._finished: dict[str, list[Rows] | None] = {}  # None: not kept yet
-        # Beside kept outputs there must be memory for what one unit learns from, so that they do not displace it.
+        self._finished: dict[str, list[Rows] | None] = {}  # None: not stored yet
+        # The stored outputs leave enough memory for the rows that one unit learns from.
         needs = [link.form.call_bytes + link.form.learning_bytes(True) for link in links.values()]
         self._reserve = 2 * num_rows * max(needs, default=0)
 
     def add(self, unit: Unit) -> None:
-        """Notes that a unit is finished; its outputs are kept in the next pass."""
+        """Registers a finished unit; the next pass stores its outputs."""
         self._finished[unit.name] = None
 
     @contextmanager
     def replaced(self, upcoming: Unit, places: Callable[[], Sequence[int]]) -> Iterator[None]:
-        """Makes stubs of the finished units, and keeps outputs of those that no pass has kept yet.
+        """Replaces finished units by stubs while entered, and stores the outputs of those that have none stored yet.
 
         Args:
             upcoming: The unit whose inputs the pass is for.
-            places: Returns the rows of the running forward.
+            places: Returns the row numbers of the running forward.
         """
         running = [name for name, rows in self._finished.items() if rows is None]
         computed = {self.positions[name] for name in running} | {self.positions[upcoming.name]}
@@ -164,11 +165,11 @@ class FinishedUnits:
             yield
 
     def close(self) -> None:
-        """Gives everything back."""
+        """Releases all stored outputs."""
         self._give_back(len(self.positions))
 
     def _keep(self, name: str, position: int, places: Callable[[], Sequence[int]]) -> Callable[[], None]:
-        """Keeps the outputs of a unit that runs, where a later unit reads them; returns what ends that."""
+        """Stores the outputs of a unit that runs, if a later unit reads them; returns a function that ends this."""
         link = self.links.get(name)
         if link is None:
             return lambda: None  # it runs in every pass
@@ -210,7 +211,7 @@ class FinishedUnits:
         return forward
 
     def _give_back(self, earliest: int) -> None:
-        """Releases what no unit from `earliest` on reads."""
+        """Releases the outputs that no unit from the position `earliest` on reads."""
         for name, rows in self._finished.items():
             if rows and max(self.links[name].readers, default=-1) < earliest:
                 self.cache.release(rows)
@@ -219,7 +220,7 @@ class FinishedUnits:
 
 @contextmanager
 def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Has `forward` compute what a module returns while entered; its hooks run as ever."""
+    """Replaces the `forward` of a module while entered; the module's hooks still run."""
     before = vars(module).get("forward")
     module.forward = forward
     try:

@@ -1,4 +1,4 @@
-"""The numbers of learning, with every choice that a recipe leaves to the model filled in."""
+"""The numbers of the optimization, after the recipe's open choices were filled in from the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edadm_cli.config import BitWidth
 from edadm_cli.models.registry import PaperSettings
 from edadm_cli.recipe import ChannelValue, LearnRecipe
 
-# For a model without published settings: batch, iterations and gamma as the paper's systems have them. Over a cosine
+# Defaults for a model without published settings: batch, iterations and gamma are those of the paper. Over a cosine
 # Adam moves an alpha by at most half the step times the iterations, so 1,000 iterations need a larger step than the
 # published 1e-2 to 5e-2 of 5,000; scales learn as slowly as those of the paper's larger systems.
 _FALLBACK = PaperSettings(
@@ -23,7 +23,7 @@ _LOW_BITS = 6  # below this, weights learn at the published four-bit rate, else 
 
 
 class Hyperparameters(BaseModel):
-    """One unit's learning, without open choices; field by field as `LearnRecipe`."""
+    """The numbers of one unit's optimization, all of them decided; the fields are those of `LearnRecipe`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,7 +46,7 @@ class Hyperparameters(BaseModel):
     channel_learning_rate: float = 1e-3
 
     def identity_fields(self) -> dict[str, Any]:
-        """Returns the fields that decide the result; those with a default came later and do not count at it."""
+        """Returns the fields that decide the result; those with a default count only if they differ from it."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 

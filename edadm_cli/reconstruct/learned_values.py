@@ -1,6 +1,6 @@
-"""What a unit learns, each kind as one flat tensor: rounding, activation scales, and vectors with a value per channel.
+"""The learned values of a unit: rounding variables, activation scales, and vectors with one value per channel.
 
-A step then costs a few operations on long tensors instead of many on short ones.
+Each kind is one flat tensor, so that a step takes a few operations on long tensors instead of many on short ones.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class LearnedRounding:
 
     Args:
         weights: Full-precision weights by part name.
-        scales: Their scales, `[C_out]` each.
-        plans: Their bits.
+        scales: Their scales by part name, `[C_out]` each.
+        plans: Their bits by part name.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class LearnedRounding:
         self.low = self._per_element([grid.quant_min for grid in grids], flat)
         self.high = self._per_element([grid.quant_max for grid in grids], flat)
         self.alpha = nn.Parameter(initial_alpha(flat, self.scale))
-        self.sharpness = torch.ones((), device=flat.device)  # tau, in place, so that a CUDA graph reads its new value
+        self.sharpness = torch.ones((), device=flat.device)  # tau; changed in place for CUDA graphs
 
     def weights(self, decided: bool, scales: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """Returns the weights by part name, differentiable in alpha unless decided, and h, flat.
 
         Args:
-            decided: Whether the codes are those that are deployed.
-            scales: The scales of the parts, `[C_out]` each, where they are learned.
+            decided: Whether h is rounded to 0 or 1, as it is deployed.
+            scales: The scales of the parts, `[C_out]` each, if they are learned.
         """
         up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha, self.sharpness)
         codes = (self.floor + up).clamp(self.low, self.high)
@@ -56,7 +56,7 @@ class LearnedRounding:
         return {name: piece * scales[name].view(-1, *[1] * (piece.dim() - 1)) for name, piece in pieces.items()}, up
 
     def codes(self) -> dict[str, Tensor]:
-        """Returns the codes by part name that are deployed, int8: up where h >= 0.5."""
+        """Returns the deployed int8 codes by part name, which are rounded up where h >= 0.5."""
         codes = (self.floor + (self.alpha.detach() >= 0)).clamp(self.low, self.high)
         return self._split(codes.to(torch.int8))
 
@@ -74,8 +74,8 @@ class LearnedScales:
 
     Args:
         first: Initial scales by name.
-        relative: Whether a step is a share of each scale's first value, or an absolute number.
-        device: Where they live.
+        relative: Whether the learning rate is relative to each scale's initial value, or absolute.
+        device: The device of the scales.
     """
 
     def __init__(self, first: Mapping[str, Tensor], relative: bool, device: torch.device) -> None:
@@ -97,12 +97,12 @@ class LearnedScales:
 
 
 class LearnedVectors:
-    """Vectors of a unit with a value per channel: v = v_0 + u * delta, where delta is learned and starts at zero.
+    """Vectors of a unit with one value per channel: v = v_0 + u * delta, where delta is learned from zero on.
 
     Args:
         first: v_0 by name.
-        units: u by name, what a step is measured in; a vector without one is a scale, whose u is v_0.
-        device: Where they live.
+        units: u by name, the unit of the learning rate; a vector without one is a scale, whose u is v_0.
+        device: The device of the vectors.
     """
 
     def __init__(self, first: Mapping[str, Tensor], units: Mapping[str, Tensor], device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The rows of one optimizer step, brought to where the unit computes."""
+"""Copies the rows of one optimizer step to the device of the unit."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ _SETS = 2  # while one set of staging buffers is copied to the device, the other
 
 
 class MiniBatch:
-    """Some rows of several tensors, in tensors that stay in place, so that a CUDA graph can read them.
+    """Copies of some rows of several tensors, in buffers that keep their address, as CUDA graphs need it.
 
-    Rows that lie in files are read ahead by a thread, on CUDA into pinned memory, while the step before computes.
-
-    `calls` has the same memory as `tensors`, in the shapes of a call.
+    A thread reads rows from files ahead, on CUDA into pinned memory, while the previous step computes. `calls` are
+    views of the buffers `tensors` in the shapes of a call.
 
     Args:
         sources: The tensors.
-        size: Rows of a step.
-        device: Where they are wanted.
+        size: Rows per step.
+        device: The device of the buffers.
     """
 
     def __init__(self, sources: Sequence[Rows], size: int, device: torch.device) -> None:
@@ -42,11 +41,11 @@ class MiniBatch:
         self._ahead: tuple[list[int], Future[dict[int, Tensor]]] | None = None
 
     def load(self, places: list[int], upcoming: list[int] | None = None) -> None:
-        """Brings rows in.
+        """Copies the rows of a step into the buffers.
 
         Args:
             places: The numbers of the rows of this step.
-            upcoming: The numbers of the rows of the next step, which are read meanwhile.
+            upcoming: The numbers of the rows of the next step, which the thread reads ahead.
         """
         index = torch.tensor(places, dtype=torch.int64).to(self._device, non_blocking=True)
         for rows, tensor in zip(self._sources, self.tensors, strict=True):
@@ -63,7 +62,7 @@ class MiniBatch:
         self._ahead = None if upcoming is None else (upcoming, self._submit(upcoming))
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread that reads ahead."""
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
 

@@ -1,6 +1,6 @@
-"""One denoiser that is now the full-precision one, now the partly quantized one.
+"""Switches one denoiser between full precision and its partly quantized state.
 
-Layers are swapped, weights are not copied.
+Layers are exchanged, and no weight is copied.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from edadm_cli.quant.network import set_module, set_processor
 
 
 class SwitchableNetwork:
-    """A denoiser whose planned layers and attention processors can be exchanged and given back.
+    """A denoiser whose planned layers and attention processors can be replaced and restored.
 
     Args:
         denoiser: The full-precision denoiser; it is changed in place.
-        layers: Dotted names of the layers that will be exchanged.
-        attentions: Dotted names of the attention modules whose processors will be.
+        layers: Dotted names of the layers that will be replaced.
+        attentions: Dotted names of the attention modules whose processors will be replaced.
     """
 
     def __init__(self, denoiser: nn.Module, layers: list[str], attentions: list[str]) -> None:
@@ -34,7 +34,7 @@ class SwitchableNetwork:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser computes."""
+        """The device of the denoiser."""
         return next(iter(self.denoiser.parameters())).device
 
     def float_weight(self, name: str) -> Tensor:
@@ -44,17 +44,17 @@ class SwitchableNetwork:
         return weight
 
     def put_layer(self, name: str, module: nn.Module) -> None:
-        """Exchanges one layer until further notice."""
+        """Replaces one layer, until `restore`."""
         self._layers[name] = module
         set_module(self.denoiser, name, module)
 
     def put_processor(self, name: str, processor: object) -> None:
-        """Exchanges one attention processor until further notice."""
+        """Replaces one attention processor, until `restore`."""
         self._processors[name] = processor
         set_processor(self.denoiser.get_submodule(name), processor)
 
     def restore(self, layers: Iterable[str], attentions: Iterable[str]) -> None:
-        """Gives some layers and attention modules their own form back for good."""
+        """Restores the original form of some layers and attention modules permanently."""
         for name in layers:
             self._layers.pop(name, None)
             set_module(self.denoiser, name, self.float_layers[name])
@@ -64,7 +64,7 @@ class SwitchableNetwork:
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """The original layers and processors, for the time being."""
+        """Restores the original layers and processors while entered."""
         self._install(self.float_layers, self._float_processors, only=True)
         try:
             yield

@@ -1,6 +1,7 @@
-"""One optimizer step of a unit: launched kernel by kernel on a CPU, replayed as one CUDA graph on a GPU.
+"""Takes the optimizer steps of a unit: kernel by kernel on a CPU, as one replayed CUDA graph on a GPU.
 
-Units are small, so on a GPU the time of a step is that of its few hundred launches; a graph makes them one.
+Units are small, so that a few hundred kernel launches would dominate the time of a step on a GPU; a graph needs one
+launch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _WARM_UP_STEPS = 3
 
 @contextmanager
 def repeatable_convolutions() -> Iterator[None]:
-    """Has cuDNN use only algorithms that give the same bytes every time, so that a resume changes nothing on CUDA."""
+    """Restricts cuDNN to deterministic algorithms while entered, so that a resumed run gives the same bytes on CUDA."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     try:
@@ -30,13 +31,13 @@ def repeatable_convolutions() -> Iterator[None]:
 
 
 class Optimization:
-    """Adam with one step size per group, all decaying to zero along a cosine, or constant.
+    """Adam with one learning rate per group; all rates decay to zero along a cosine, or stay constant.
 
     Args:
-        rates: Each parameter and the step it starts with.
-        iterations: Length of the decay.
-        decays: Whether the steps decay.
-        device: On CUDA the optimizer keeps its state and step sizes there, so that a graph can hold it.
+        rates: Each parameter with its initial learning rate.
+        iterations: Number of iterations of the decay.
+        decays: Whether the rates decay.
+        device: The device of the parameters; on CUDA the state and the rates are there too, as a graph needs them.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Optimization:
         self._rates, self._iterations, self._done = [rate for _, rate in rates], iterations, 0
 
     def set_rates(self, factor: float) -> None:
-        """Sets every group's step to `factor` times its first one."""
+        """Sets every group's learning rate to `factor` times its initial one."""
         for group, rate in zip(self.adam.param_groups, self._rates, strict=True):
             if self.capturable:
                 group["lr"].fill_(rate * factor)
@@ -60,28 +61,28 @@ class Optimization:
                 group["lr"] = rate * factor
 
     def decay(self) -> None:
-        """Sets the steps of the next iteration."""
+        """Sets the learning rates of the next iteration."""
         self.set_rates(0.5 * (1 + math.cos(math.pi * self._done / self._iterations)) if self._decays else 1.0)
         self._done += 1
 
     def params(self) -> list[nn.Parameter]:
-        """Returns all that is learned."""
+        """Returns all learned parameters."""
         return [param for group in self.adam.param_groups for param in group["params"]]
 
     def forget(self) -> None:
-        """Zeroes the moments."""
+        """Sets Adam's moments and step counts to zero."""
         for state in self.adam.state.values():
             for value in state.values():
                 value.zero_()
 
 
 class Learner(Protocol):
-    """What an optimizer step is taken for.
+    """The object that an optimizer step improves, such as a `UnitLearner`.
 
     Attributes:
-        device: Where it computes.
+        device: Its device.
         generator: The random generator of its masks, on that device.
-        processes: Those that learn together.
+        processes: The processes that learn together.
     """
 
     device: torch.device
@@ -92,7 +93,7 @@ class Learner(Protocol):
         """Returns this process's share of the loss on the chosen rows."""
 
     def after_step(self) -> None:
-        """Does what the optimizer's change of the parameters asks for."""
+        """Restores constraints, such as positive scales, after the optimizer has changed the parameters."""
 
 
 def make_step(learner: Learner, optimization: Optimization) -> Callable[[], Tensor]:
@@ -111,7 +112,7 @@ def make_step(learner: Learner, optimization: Optimization) -> Callable[[], Tens
         learner.after_step()
 
     def average() -> None:
-        """Losses are weighted by the rows of each process, so that the mean of the gradients is their sum."""
+        """Adds up the gradients of all processes, whose losses are weighted by their numbers of rows."""
         for param in optimization.params():
             assert param.grad is not None
             learner.processes.sum(param.grad)
@@ -138,7 +139,7 @@ def _captured(learner: Learner, optimization: Optimization, compute: Callable[[]
     stream = torch.cuda.Stream(learner.device)
     stream.wait_stream(torch.cuda.current_stream(learner.device))
     with torch.cuda.stream(stream):
-        optimization.set_rates(0.0)  # warming up must not learn
+        optimization.set_rates(0.0)  # the warm-up must not change the parameters
         for _ in range(_WARM_UP_STEPS):
             optimization.adam.zero_grad(set_to_none=True)
             compute()

@@ -1,8 +1,8 @@
-"""Tensors with a row for each sample and guidance branch, in memory within a budget and on disk beyond it.
+"""Stores tensors with a row for each sample and guidance branch, in memory within a budget and on disk beyond it.
 
-What units learn from is written row by row and read back by rows; whether a tensor lies in the device's memory or in a
-file makes no difference to its values. Files are plain bytes, read without mapping them, so that what is on disk does
-not count as this process's memory.
+Units write and read their inputs and targets by rows. The values are the same whether a tensor is in the device's
+memory or in a file. Files are plain bytes that are read without memory mapping, so that they do not count as memory of
+this process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RowType:
     """Shape and element type of one row.
 
     A row may be several consecutive entries of a tensor's first dimension: the frames of a clip, or the tokens of a
-    prompt where a network puts those of all prompts one after the other. Then `shape` begins with `entries`.
+    prompt if a network concatenates the tokens of all prompts. `shape` begins with `entries` then.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class RowType:
     entries: int = 1
 
     def joined(self, rows: Tensor) -> Tensor:
-        """Returns rows `[n, *shape]` as the tensor of a call, `[n * entries, ...]`; of one entry, as they are."""
+        """Returns rows `[n, *shape]` as the tensor of a call, `[n * entries, ...]`; unchanged if a row is one entry."""
         return rows if self.entries == 1 else rows.flatten(0, 1)
 
     @property
@@ -53,7 +53,7 @@ class Rows(ABC):
 
     Args:
         count: Number of rows.
-        kind: What a row is.
+        kind: Shape and element type of a row.
     """
 
     def __init__(self, count: int, kind: RowType) -> None:
@@ -67,26 +67,26 @@ class Rows(ABC):
     @property
     @abstractmethod
     def in_memory(self) -> bool:
-        """Whether reading is a copy within the device's memory."""
+        """Whether the rows are in the device's memory."""
 
     @abstractmethod
     def write(self, places: Sequence[int], values: Tensor) -> None:
-        """Sets some rows to `values`, `[len(places), *shape]`, or as `RowType.joined` has them."""
+        """Sets some rows to `values`, with shape `[len(places), *shape]` or that of `RowType.joined`."""
 
     @abstractmethod
     def read(self, places: Sequence[int], out: Tensor | None = None) -> Tensor:
-        """Some rows, in any order, as `[len(places), *shape]`.
+        """Returns some rows, in any order, with shape `[len(places), *shape]`.
 
-        In memory they come on the device; from a file on the CPU, in `out` where one is given.
+        Rows in memory are returned on the device. Rows of a file are returned on the CPU, in `out` if it is given.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Gives the memory or the file back."""
+        """Releases the memory or removes the file."""
 
 
 class MemoryRows(Rows):
-    """Rows on the device."""
+    """Rows in the memory of the device."""
 
     def __init__(self, count: int, kind: RowType, device: torch.device) -> None:
         super().__init__(count, kind)
@@ -118,8 +118,8 @@ class FileRows(Rows):
 
     Args:
         count: Number of rows.
-        kind: What a row is.
-        path: The file; it is given its full size, so that a full disk shows before any work is done.
+        kind: Shape and element type of a row.
+        path: The file; it gets its full size at once, so that a full disk is noticed before any work is done.
     """
 
     def __init__(self, count: int, kind: RowType, path: Path) -> None:
@@ -158,25 +158,25 @@ class FileRows(Rows):
                 while row:
                     count = os.preadv(self._descriptor, [row], offset)
                     if count == 0:
-                        raise OSError(5, "the file is shorter than its rows", str(self.path))
+                        raise OSError(5, "the file ends before its last row", str(self.path))
                     row, offset = row[count:], offset + count
         return result
 
     def close(self) -> None:
-        """Closes and removes the file; other processes that have it open keep what they see."""
+        """Closes and removes the file; other processes that have it open can still read it."""
         os.close(self._descriptor)
         self.path.unlink(missing_ok=True)
 
 
 class RowCache:
-    """Hands out rows: in memory as long as the budget holds, in files beyond.
+    """Allocates rows: in memory within a budget, in files beyond it.
 
     Args:
-        folder: Where the files go.
-        budget: Bytes of memory for all rows that are alive.
-        device: Whose memory that is.
-        shared: Whether other processes write and read the same rows: all of them then lie in files, and each process
-            takes what it works on into its own memory with `settle`.
+        folder: The folder of the files.
+        budget: Bytes of memory for all rows that are not released.
+        device: The device of the memory.
+        shared: Whether other processes write and read the same rows. All rows are then in files, and each process
+            copies the rows that it works on into its own memory with `settle`.
     """
 
     def __init__(self, folder: Path, budget: int, device: torch.device, shared: bool = False) -> None:
@@ -185,11 +185,11 @@ class RowCache:
         self._names = itertools.count()
 
     def clear(self) -> None:
-        """Removes what a killed process left."""
+        """Removes the files that a killed process left."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def allocate(self, count: int, kind: RowType, reserve: int = 0) -> Rows:
-        """Uninitialized rows, in memory where the budget holds them and `reserve` more bytes.
+        """Returns uninitialized rows, in memory if the budget suffices for them and `reserve` more bytes.
 
         Raises:
             MachineError: The disk is full.
@@ -200,11 +200,11 @@ class RowCache:
         return FileRows(count, kind, self.folder / f"{next(self._names):06d}.rows")
 
     def fits(self, size: int) -> bool:
-        """Returns whether so many more bytes stay within the budget."""
+        """Returns whether `size` more bytes stay within the budget."""
         return self.used + size <= self.budget
 
     def settle(self, rows: Rows, chunk: int) -> Rows:
-        """Returns the rows that others wrote, in memory if the budget holds, read `chunk` rows at a time."""
+        """Returns rows that all processes wrote, copied into memory if the budget allows, `chunk` rows at a time."""
         if rows.in_memory or not self.fits(rows.bytes):
             return rows
         self.used += rows.bytes
@@ -215,14 +215,14 @@ class RowCache:
         return settled
 
     def release(self, group: Iterable[Rows]) -> None:
-        """Gives rows back."""
+        """Releases rows."""
         for rows in group:
             self.used -= rows.bytes if rows.in_memory else 0
             rows.close()
 
 
 def memory_budget(mib: int | None, device: torch.device) -> int:
-    """Returns the bytes for rows in memory: as given; else 4 GiB on a CPU, and half of what is free on a GPU."""
+    """Returns the bytes for rows in memory: `mib` if given, else 4 GiB on a CPU or half of a GPU's free memory."""
     if mib is not None:
         return mib * _MIB
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_BUDGET_MIB * _MIB

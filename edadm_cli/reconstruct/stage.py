@@ -1,4 +1,4 @@
-"""`edadm reconstruct`: quantization parameters from a calibration set."""
+"""`edadm reconstruct`: learns quantization parameters from a calibration set."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import LayerRule, Recipe
 from edadm_cli.reconstruct.batches import Batches
-from edadm_cli.reconstruct.blocks import BlockReconstruction, Place
+from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
@@ -55,7 +55,7 @@ from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache, memory_budget
 from edadm_cli.reconstruct.unit_data import UnitResult
 
 _RANGES_FILE = "ranges.safetensors"
-_LARGEST_GAP = 1.1  # of a loss with rounded h to the loss before, above which the user is warned
+_LARGEST_GAP = 1.1  # largest ratio of the loss with rounded h to the loss before rounding that gives no warning
 
 
 def run(
@@ -64,9 +64,9 @@ def run(
     """Searches ranges and learns rounding and scales, unit by unit.
 
     Raises:
-        InputError: There is no calibration set, or the model is not the one it was collected from.
-        UsageError: A pattern of the recipe matches no layer, or one of `units` no unit; or there are more processes
-            than rows in a step.
+        InputError: There is no calibration set, or the model is not the one that it was collected from.
+        UsageError: A pattern of the recipe matches no layer, a pattern of `units` matches no unit, or there are more
+            processes than rows per step.
         EdadmError: A planned layer was not quantized.
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
@@ -90,7 +90,7 @@ def run(
 
 
 def build_spec(config: ReconstructConfig, run_folder: RunFolder) -> BuildSpec:
-    """Returns what `run` would build: whether it is there already is known without building it."""
+    """Returns the description of the artifact that `run` would build, without loading the model."""
     return resolve_task(config, run_folder, ALONE).build_spec()
 
 
@@ -101,7 +101,7 @@ def artifact_name(config: ReconstructConfig) -> str:
 
 @dataclass(frozen=True)
 class _Task:
-    """The configuration with nothing left open."""
+    """A configuration whose open choices are all decided."""
 
     config: ReconstructConfig
     run: RunFolder
@@ -118,7 +118,7 @@ class _Task:
         fields = {**config.identity_fields(), "batch_size": self.batch_size}
         fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "collect", "select")}
         fields.pop("matmul", None)
-        if self.matmul == "tf32":  # float32 is what earlier versions computed in
+        if self.matmul == "tf32":  # earlier versions always computed in float32
             fields["matmul"] = self.matmul
         fields["hyperparameters"] = self.hyperparameters.identity_fields()
         model = self.selection.manifest.model
@@ -127,11 +127,11 @@ class _Task:
 
     @property
     def matmul(self) -> str:
-        """How float32 numbers are multiplied."""
+        """How float32 numbers are multiplied: `float32` or `tf32`."""
         return self.config.matmul or "float32"
 
     def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
-        """Returns the recipe, with a rule per layer where a budget of bits is spent by sensitivity."""
+        """Returns the recipe; if bits are assigned by sensitivity, it has a rule for each layer."""
         recipe = self.config.recipe
         if self.sensitivity is None:
             return recipe
@@ -141,11 +141,11 @@ class _Task:
 
 
 def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes) -> _Task:
-    """Settles what the configuration leaves open, without loading the model."""
+    """Decides what the configuration leaves open, without loading the model."""
     selection = run.open("select")
     device = resolve_device(processes.device_name(config.device))
     if config.matmul == "tf32" and device.type != "cuda":
-        raise UsageError("--matmul tf32 is arithmetic of NVIDIA GPUs, and this reconstruction runs on the CPU.")
+        raise UsageError("--matmul tf32 needs an NVIDIA GPU, but this reconstruction runs on the CPU.")
     entry = known_models().get(selection.manifest.model.id)
     hyperparameters = resolve(config.recipe.learn, entry.paper if entry else None, config.bits)
     if hyperparameters.batch_size < processes.count:
@@ -171,12 +171,12 @@ def prepare(task: _Task) -> ReconstructionContext:
     plan = plan_network(traced, task.recipe(denoiser, traced), config.bits)
     network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
     granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
-    found = units(denoiser, traced, set(plan.layers), granularity)
-    return ReconstructionContext(network, traced, plan, found, _learning(found, config), batches)
+    all_units = units(denoiser, traced, set(plan.layers), granularity)
+    return ReconstructionContext(network, traced, plan, all_units, _learning(all_units, config), batches)
 
 
 def _no_blocks(task: _Task, context: ReconstructionContext) -> list[str]:
-    """Returns a warning where blocks are to be reconstructed and the denoiser has none."""
+    """Returns a warning if blocks are to be reconstructed and the denoiser has none."""
     learns_blocks = task.config.recipe.learn.granularity == "block"
     if not learns_blocks or any(unit.kind != "layer" for unit in context.units):
         return []
@@ -187,22 +187,22 @@ def _no_blocks(task: _Task, context: ReconstructionContext) -> list[str]:
     ]
 
 
-def _learning(found: list[Unit], config: ReconstructConfig) -> list[Unit]:
+def _learning(all_units: list[Unit], config: ReconstructConfig) -> list[Unit]:
     """Returns the units that learn."""
     if config.recipe.learn.granularity == "none":
         return []
     for pattern in config.units:
-        if not any(fnmatchcase(unit.name, pattern) for unit in found):
+        if not any(fnmatchcase(unit.name, pattern) for unit in all_units):
             raise UsageError(
-                f"The pattern '{pattern}' of --units matches none of the {len(found)} units, such as"
-                f" '{found[len(found) // 2].name}'."
+                f"The pattern '{pattern}' of --units matches none of the {len(all_units)} units, such as"
+                f" '{all_units[len(all_units) // 2].name}'."
             )
-    return [unit for unit in found if not config.units or any(fnmatchcase(unit.name, p) for p in config.units)]
+    return [unit for unit in all_units if not config.units or any(fnmatchcase(unit.name, p) for p in config.units)]
 
 
 @contextmanager
 def arithmetic(task: _Task) -> Iterator[None]:
-    """Repeatable convolutions, and TF32 where the task is to be computed in it."""
+    """Makes convolutions deterministic while entered, and lets products use TF32 if the task asks for it."""
     matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, convolutions.allow_tf32
     matmul.allow_tf32 = convolutions.allow_tf32 = task.matmul == "tf32"
@@ -240,7 +240,7 @@ def _build(task: _Task, build: Build, reporter: Reporter) -> None:
 def _reconstruct(
     task: _Task, context: ReconstructionContext, folder: Path, reporter: Reporter
 ) -> tuple[dict[str, Tensor], dict[str, UnitResult], dict[str, int]]:
-    """Parameters, what each unit learned, and how often the calibration set went through the denoiser for it."""
+    """Returns the parameters, the result of each unit, and the number of passes of the calibration set by kind."""
     ranges = _ranges(task, context, folder, reporter)
     if not context.learning:
         return nearest_params(context.network.float_weight, context.plan, ranges), {}, {}
@@ -252,7 +252,7 @@ def _reconstruct(
         context.batches,
         task.hyperparameters,
         task.config.seed,
-        Place(cache, UnitCheckpoints(folder), task.processes),
+        Workspace(cache, UnitCheckpoints(folder), task.processes),
     )
     with reporter.task("reconstruct", len(context.units)) as advance:
         results = reconstruction.run(context.units, advance, {unit.name for unit in context.learning})
@@ -261,21 +261,21 @@ def _reconstruct(
 
 
 def _ranges(task: _Task, context: ReconstructionContext, folder: Path, reporter: Reporter) -> dict[str, Tensor]:
-    """Initial ranges, found by the main process: batches are merged in their order."""
-    kept, network = folder / _RANGES_FILE, context.network
-    if task.processes.is_main and not kept.is_file():
+    """Returns the initial ranges, which the main process searches: batches are merged in their order."""
+    path, network = folder / _RANGES_FILE, context.network
+    if task.processes.is_main and not path.is_file():
         with reporter.task("search ranges", len(context.batches)) as advance, network.full_precision():
             recipe, plan, batches = task.config.recipe, context.plan, context.batches
-            found = search_ranges(
+            params = search_ranges(
                 network.denoiser, context.traced, plan, recipe.ranges, batches, advance, recipe.transforms
             )
-        save_tensors(kept, found)
+        save_tensors(path, params)
     task.processes.wait()
-    return load_tensors(kept)
+    return load_tensors(path)
 
 
 def _quantized(plan: QuantizationPlan, params: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of the planned layers and attentions that have parameters: all of them, or it is an error."""
+    """Returns the names of the planned layers and attentions that have parameters; raises if one has none."""
     keys = {name: f"{layer.part_names(name)[-1]}.weight_int" for name, layer in plan.layers.items()} | {
         name: f"{name}.q_scale" for name in plan.attentions
     }
@@ -318,7 +318,7 @@ def _loss(context: ReconstructionContext, results: Mapping[str, UnitResult]) -> 
 
 
 def _report_gaps(results: Mapping[str, UnitResult], hyperparameters: Hyperparameters, reporter: Reporter) -> None:
-    """Warns where rounding h at the end lost a part of what was learned, and notes units that keep nearest rounding."""
+    """Warns if rounding h at the end raised the loss, and names the units that keep their nearest rounding."""
     if not hyperparameters.iterations:
         return
     hard = sum(result.loss_after for result in results.values())
@@ -330,7 +330,7 @@ def _report_gaps(results: Mapping[str, UnitResult], hyperparameters: Hyperparame
         reporter.warn(
             f"Rounding was not decided when learning ended: the summed loss of the units is {hard:.4g} as deployed and"
             f" {soft:.4g} before h was rounded; {len(undecided)} of {len(results)} units are more than 10% above, such"
-            f" as '{undecided[0]}'. A rounding_sharpness of 20 in the recipe decides it."
+            f" as '{undecided[0]}'. Set rounding_sharpness = 20 in the recipe."
         )
     for name, result in results.items():
         if result.is_nearest:

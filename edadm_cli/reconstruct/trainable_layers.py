@@ -1,4 +1,4 @@
-"""Layers and attention products while their unit learns."""
+"""The layers and attention products of a unit while it learns."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Share:
 
     @classmethod
     def of(cls, batch_size: int, processes: Processes) -> Share:
-        """Returns the parts of nearly equal size, one a process."""
+        """Returns this process's part of the rows; all parts have nearly the same size."""
         bounds = [round(batch_size * index / processes.count) for index in (processes.index, processes.index + 1)]
         return cls(bounds[0], bounds[1], batch_size)
 
     @property
     def size(self) -> int:
-        """Rows of this process."""
+        """Number of rows of this process."""
         return self.stop - self.start
 
     @property
@@ -49,22 +49,23 @@ class Share:
 
     @property
     def weight(self) -> float:
-        """What this process's mean over its rows counts in the mean over all."""
+        """Weight of this process's mean in the mean over all rows."""
         return self.size / self.total
 
 
 def round_level(probability: float) -> int:
-    """Returns a probability in multiples of 1/256, as `Drop` takes it."""
+    """Returns a probability rounded to a multiple of 1/256, as `Drop` takes it."""
     return round(probability * _DROP_LEVELS)
 
 
 class Drop:
-    """Random masks, true with a probability that is a multiple of 1/256 (one random byte an element).
+    """Random masks whose elements are true with a probability in multiples of 1/256 (one random byte per element).
 
     Args:
         probability: Share of true elements.
-        generator: On the device of the masks.
-        share: Rows that are here. Masks are drawn for those of all processes, so that their number changes no mask.
+        generator: The random generator, on the device of the masks.
+        share: The rows of this process. Masks are drawn for the rows of all processes, so that the number of processes
+            does not change them.
     """
 
     def __init__(self, probability: float, generator: torch.Generator, share: Share) -> None:
@@ -73,7 +74,7 @@ class Drop:
         self.active = True
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """Returns a mask of the shape of `x`; `None` when nothing is dropped."""
+        """Returns a boolean mask with the shape of `x`; `None` if nothing is dropped."""
         if not self.active or self.level == 0:
             return None
         if self.level == _DROP_LEVELS:
@@ -87,8 +88,8 @@ class Drop:
             device=x.device,
             dtype=torch.int64,
         )
-        own = words.view(torch.uint8)[a_row * self.share.start : a_row * self.share.stop]
-        return (own < self.level).reshape(x.shape)
+        random_bytes = words.view(torch.uint8)[a_row * self.share.start : a_row * self.share.stop]
+        return (random_bytes < self.level).reshape(x.shape)
 
 
 class LearnedLayer(nn.Module):
@@ -113,7 +114,7 @@ class LearnedLayer(nn.Module):
 
     @property
     def input_quantizer(self) -> InputQuantizer | None:
-        """How the input becomes codes, with the scale that is learned; `None` where it stays in floating point."""
+        """The quantizer of the input, with the learned scale; `None` if the input is left in float."""
         grid = self.plan.input_grid
         if grid is None:
             return None
@@ -124,7 +125,7 @@ class LearnedLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantizes the input, but for what is dropped, and multiplies."""
+        """Returns the layer's output for an input that is quantized except for its dropped elements."""
         quantizer = self.input_quantizer
         if quantizer is not None:
             x = quantizer.learned(x, self.drop.mask(x))
@@ -140,14 +141,14 @@ class LearnedAttention(AttentionProducts):
         self.scales: dict[str, Tensor] = {}
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
-        """Quantizes an operand, but for what is dropped."""
+        """Quantizes an operand except for its dropped elements."""
         zero = torch.zeros((), dtype=torch.int32, device=tensor.device)
         grid = operand_grid(self.plan, operand)
         return learned_fake_quantize(tensor, self.scales[operand], zero, grid, self.drop.mask(tensor))
 
 
 class LearnedUnit:
-    """The learnable stand-ins of one unit's layers and attentions, and what they learn."""
+    """The learnable replacements of one unit's layers and attentions, with their learned values."""
 
     def __init__(
         self,
@@ -178,7 +179,7 @@ class LearnedUnit:
         self.vectors = self._vectors(weights, hyperparameters.channel_values, device)
 
     def _vectors(self, weights: Mapping[str, Tensor], kinds: Collection[str], device: torch.device) -> LearnedVectors:
-        """Returns the learned values per channel; a bias is scaled by the norms of the rows of its weight."""
+        """Returns the learned values per channel; the unit of a bias is the norm of its row of the weight."""
         first: dict[str, Tensor] = {}
         units: dict[str, Tensor] = {}
         for name, part in self._parts.items():
@@ -192,7 +193,7 @@ class LearnedUnit:
         return LearnedVectors(first, units, device)
 
     def materialize(self) -> Tensor:
-        """Gives every stand-in its weight, bias and scales for the next forward; returns h, flat."""
+        """Sets the weight, bias and scales of every layer for the next forward; returns h as a flat tensor."""
         vectors, scales = self.vectors.values(), self.scales.values()
         keys = {name: f"{name}.weight_scale" for name in self._parts}
         learned = {name: vectors[key] for name, key in keys.items() if key in vectors}
@@ -211,13 +212,13 @@ class LearnedUnit:
         return up
 
     def keep_in_range(self) -> None:
-        """Does what the optimizer's change of the parameters asks for: scales stay positive."""
+        """Restores positive scales after the optimizer has changed them."""
         self.scales.keep_positive()
         self.vectors.keep_positive()
 
     @torch.no_grad()
     def params(self) -> dict[str, Tensor]:
-        """Returns what was learned, rounding decided, under the names of the artifact, on the CPU."""
+        """Returns the learned parameters with decided rounding, under the names of the artifact, on the CPU."""
         vectors = self.vectors.values()
         params = {f"{name}.weight_int": codes for name, codes in self.rounding.codes().items()}
         params |= {f"{name}.weight_scale": scale for name, scale in self._weight_scales.items()}

@@ -2,12 +2,12 @@ r"""Fine-grained block reconstruction of one unit.
 
     input   = x~ with probability 0.5 elementwise, else x          (QDrop)
     L_block = |out_q - out_fp|^2
-    L       = L_block + gamma * sum over layers but the last of c_layer |layer_q - layer_fp|^2
+    L       = L_block + gamma * sum over all layers except the last of c_layer |layer_q - layer_fp|^2
 
-with |.|^2 the squared error summed over channels and averaged over the rest, and c_layer = 1, or
-|out_fp|^2 / |layer_fp|^2 where losses are relative: layers of one block differ in the size of their outputs, and the
-largest would else be most of what the sum sees. One quantized forward an iteration gives every term; the full-precision
-targets are computed once.
+where |.|^2 is the squared error summed over channels and averaged over the rest, and c_layer = 1, or
+|out_fp|^2 / |layer_fp|^2 if losses are relative: the outputs of a block's layers differ in size, and the largest would
+otherwise dominate the sum. One quantized forward per iteration gives every term; the full-precision targets are
+computed once.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.2; AdaRound, arXiv 2004.10568; QDrop, arXiv 2203.05740; LSQ, arXiv 1902.08153.
@@ -51,7 +51,7 @@ _BETA_FROM, _BETA_TO = 20.0, 2.0
 
 @dataclass(frozen=True)
 class Phase:
-    """Iterations `start` to `stop`, and whether rounding and activation scales are learned in them."""
+    """The iterations from `start` to `stop`, and whether they learn rounding and activation scales."""
 
     start: int
     stop: int
@@ -60,17 +60,18 @@ class Phase:
 
 
 class UnitLearner:
-    """One unit with learnable rounding and scales, in its place in the network.
+    """Learns the rounding and the scales of one unit, in its place in the network.
 
     Args:
-        network: The partly quantized network; the unit's layers are exchanged for learnable ones.
-        unit: What is reconstructed.
-        plan: Bits of every layer.
-        params: Ranges found before, `<layer>.weight_scale` and so on.
-        data: Inputs and targets.
-        hyperparameters: How it is learned.
-        seed: The seed of the order of samples and of every mask; a unit has its own, so that a resume changes nothing.
-        processes: Those that learn it together: each takes a part of the rows of every step.
+        network: The partly quantized network; the unit's layers are replaced by learnable ones.
+        unit: The unit that is reconstructed.
+        plan: The bits of every layer.
+        params: The ranges that were searched before, such as `<layer>.weight_scale`.
+        data: The inputs and targets.
+        hyperparameters: The numbers of the optimization.
+        seed: The seed of the order of samples and of every mask; each unit has its own, so that a resume changes
+            nothing.
+        processes: The processes that learn the unit together; each takes a part of the rows of every step.
     """
 
     def __init__(
@@ -121,19 +122,20 @@ class UnitLearner:
         tensors = iter(self.batch.calls)
         self.groups = {name: [next(tensors) for _ in group] for name, group in groups.items()}
         self.rows = [0] * self.share.size
-        self.batch.load(self.rows)  # a CUDA graph is warmed up on whatever is there
+        self.batch.load(self.rows)  # a CUDA graph warms up on whatever the buffers hold
         self._upcoming: list[int] | None = None
         self.pull, self.beta = torch.zeros((), device=self.device), torch.ones((), device=self.device)
-        # A unit of one layer is that layer's stand-in, a block is the module around its layers.
+        # A unit of one layer is the learnable layer itself, a block is the module around its layers.
         self.module: nn.Module = network.denoiser.get_submodule(unit.name)
 
     def learn(self) -> UnitResult:
-        """Runs the optimizer and decides the rounding; a unit that learning made worse keeps its nearest rounding.
+        """Runs the optimizer and decides the rounding; a unit that learning made worse keeps nearest rounding.
 
         Raises:
             InputError: The loss is not finite.
         """
-        before = self.reconstruction_loss()  # h starts at the dropped fraction, so deciding now rounds to nearest
+        # h starts at the fraction that rounding down drops, so that deciding it now rounds to nearest.
+        before = self.reconstruction_loss()
         nearest = self.learned.params()
         curve: list[float] = []
         for phase in self.phases():
@@ -153,7 +155,7 @@ class UnitLearner:
         return UnitResult(self.learned.params(), before, after, curve, soft, undecided)
 
     def phases(self) -> list[Phase]:
-        """Returns what is learned when: all together, or rounding with float activations first and then the scales."""
+        """Returns the phases: all values together, or rounding with float activations first and the scales after it."""
         count, first = self.hyperparameters.iterations, self.rounding_iterations
         if not self.hyperparameters.rounding_first:
             return [Phase(0, count, rounding=True, scales=bool(self.learned.scales.names))]
@@ -169,7 +171,7 @@ class UnitLearner:
     def _learn_phase(self, phase: Phase) -> list[float]:
         """Runs the iterations of a phase; returns the loss at some of them."""
         self.learned.decided = not phase.rounding
-        # Where rounding is learned alone, every activation is dropped to full precision.
+        # A phase that learns only rounding drops every activation to full precision.
         self.activation_drop.level = round_level(
             self.hyperparameters.activation_drop if phase.scales or not self.hyperparameters.rounding_first else 1.0
         )
@@ -186,7 +188,7 @@ class UnitLearner:
         return curve
 
     def loss(self) -> Tensor:
-        """This process's share of the loss of the rows now chosen: one forward of the quantized unit."""
+        """Returns this process's share of the loss of the chosen rows, from one forward of the quantized unit."""
         up = self.learned.materialize()
         names = list(self.data.layer_targets)
         args, kwargs = self.data.full_precision.call(self._inputs())
@@ -203,7 +205,7 @@ class UnitLearner:
         return total if self.share.is_whole else total * self.share.weight
 
     def _weigh_layers(self) -> list[float]:
-        """gamma c_layer of every layer with a target; sizes are those of the first rows, the same for all processes."""
+        """Returns gamma c_layer of every layer with a target; all processes take the sizes of the same first rows."""
         gamma, targets = self.hyperparameters.layer_loss_weight, list(self.data.layer_targets.values())
         if not self.hyperparameters.relative_layer_losses:
             return [gamma] * len(targets)
@@ -230,10 +232,10 @@ class UnitLearner:
     def reconstruction_loss(self, decided: bool = True) -> float:
         """Returns the block loss over all rows of the partly quantized network's inputs, every activation quantized.
 
-        Processes share the rows; the sum is the same however many they are.
+        Processes share the rows, and the sum does not depend on their number.
 
         Args:
-            decided: Whether h is rounded to 0 or 1, as it is deployed.
+            decided: Whether h is rounded to 0 or 1, as it is when deployed.
         """
         losses: dict[int, Tensor] = {}
         for number, count, outputs, targets in self._outputs(decided):
@@ -242,7 +244,7 @@ class UnitLearner:
         return float(self._summed(losses)) / self.data.quantized.rows
 
     def _outputs(self, decided: bool) -> Iterator[tuple[int, int, list[Tensor], list[Tensor]]]:
-        """Yields the outputs and targets of this process's part of the rows: number, rows, outputs, targets."""
+        """Yields the number, rows, outputs and targets of each part of the rows that is this process's."""
         self.activation_drop.active, self.learned.decided = False, decided
         self.learned.materialize()
         calls, float_calls = self.data.quantized, self.data.full_precision
@@ -258,7 +260,7 @@ class UnitLearner:
         return chunks(self.data.quantized.rows, max(self.hyperparameters.batch_size, EVALUATED_ROWS))
 
     def _summed(self, values: Mapping[int, Tensor]) -> Tensor:
-        """Returns the sum over all parts of the rows in float64: each process has some, and all add in one order."""
+        """Returns the sum over all parts of the rows in float64; the order of addition does not depend on processes."""
         table = torch.zeros(len(self._row_parts()), dtype=torch.float64, device=self.device)
         for number, value in values.items():
             table[number] = value
@@ -277,7 +279,7 @@ class UnitLearner:
         self.beta.fill_(_BETA_TO + (_BETA_FROM - _BETA_TO) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0))))
 
     def _sharpness(self, iteration: int) -> float:
-        """Returns tau at the beginning of an iteration; the last value belongs to the end of the last one."""
+        """Returns tau at the beginning of an iteration; the last value is that at the end of the last iteration."""
         recipe = self.hyperparameters
         progress = min(1.0, iteration / max(1, self.rounding_iterations))
         return sharpness_at(progress, recipe.rounding_sharpness, recipe.rounding_sharpness_start)
@@ -287,12 +289,12 @@ class UnitLearner:
         self.learned.keep_in_range()
 
     def _draw(self) -> list[int]:
-        """Returns the rows of the next step, drawn for all processes alike, of which this one takes its part."""
+        """Returns the rows of the next step; all processes draw the same ones and each takes its part."""
         rows = torch.randint(self.data.quantized.rows, (self.hyperparameters.batch_size,), generator=self.order)
         return rows[self.share.start : self.share.stop].tolist()
 
     def optimization(self, phase: Phase | None = None) -> Optimization:
-        """Returns Adam over what a phase learns, at the recipe's first steps; without one, over all."""
+        """Returns Adam for the values that a phase learns (all without a phase), at the recipe's initial rates."""
         phase = phase or Phase(
             0, self.hyperparameters.iterations, rounding=True, scales=bool(self.learned.scales.names)
         )

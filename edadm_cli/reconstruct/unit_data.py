@@ -1,4 +1,4 @@
-"""What one unit learns from and what comes out of it: rows of inputs and targets, losses, results."""
+"""The data of one unit: rows of inputs and targets, losses, and the result of learning."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ EVALUATED_ROWS = 64
 
 @dataclass
 class UnitData:
-    """What one unit learns from: rows of inputs and targets.
+    """The rows of inputs and targets that one unit learns from.
 
-    The full-precision inputs may be closed where none of them is mixed into the quantized network's.
+    The full-precision inputs may be released if none of them is mixed into the inputs of the quantized network.
     """
 
     full_precision: UnitCalls
@@ -32,13 +32,13 @@ class UnitData:
 
 @dataclass
 class UnitResult:
-    """What one unit learned.
+    """The result of one unit.
 
     Attributes:
         params: Its quantization parameters under the names of the artifact.
         loss_before: The loss with weights rounded to nearest.
         loss_after: The loss with the rounding that is deployed.
-        curve: What the optimizer minimised, at up to 50 iterations.
+        curve: The loss that the optimizer minimizes, at up to 50 iterations.
         loss_soft: The loss at the end of learning, before h was rounded to 0 or 1.
         undecided: The share of weights with 0.05 < h < 0.95 at that time.
         is_nearest: Whether learning made the unit worse, so that it keeps its nearest rounding.
@@ -58,7 +58,10 @@ class UnitResult:
 
 
 def channel_loss(output: Tensor, target: Tensor) -> Tensor:
-    """|output - target|^2, summed over channels (dimension 1 of `[N, C, H, W]`, else the last), averaged else."""
+    """Returns |output - target|^2, summed over channels and averaged over the rest.
+
+    Channels are dimension 1 of `[N, C, H, W]`, otherwise the last dimension.
+    """
     channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
     return torch.nn.functional.mse_loss(output, target) * channels
 
@@ -71,20 +74,20 @@ def layer_targets(
     cache: RowCache,
     processes: Processes = ALONE,
 ) -> dict[str, Rows]:
-    """Full-precision outputs of the layers inside a unit, but for the last, over all of its calls, `[rows, ...]` each.
+    """Returns the full-precision outputs of a unit's layers except the last, over all its calls, `[rows, ...]` each.
 
     Args:
-        network: With the unit in it.
+        network: The network that contains the unit.
         unit: The unit.
         calls: Its full-precision calls.
-        batch_size: Rows computed together.
-        cache: Where the outputs go.
-        processes: Those that share the rows.
+        batch_size: Rows per forward.
+        cache: Stores the outputs.
+        processes: The processes that share the rows.
     """
     targets = {name: cache.allocate(calls.rows, kind) for name, kind in calls.form.layers.items()}
-    own = chunks(calls.rows, batch_size)[processes.index :: processes.count]
+    parts = chunks(calls.rows, batch_size)[processes.index :: processes.count]
     with network.full_precision(), layer_outputs(network.denoiser, list(targets)) as outputs, torch.no_grad():
-        for places in own:
+        for places in parts:
             args, kwargs = calls.call(on_device(calls.tensors, places, network.device))
             unit.module(*args, **kwargs)
             for name, rows in targets.items():
@@ -94,11 +97,11 @@ def layer_targets(
 
 
 def size_of(rows: Rows) -> float:
-    """|x|^2 of the first rows, as `channel_loss` has it."""
+    """Returns |x|^2 of the first rows, summed and averaged as in `channel_loss`."""
     first = rows.kind.joined(rows.read(range(min(rows.count, EVALUATED_ROWS)))).float()
     return float(channel_loss(first, torch.zeros_like(first)))
 
 
 def on_device(group: Sequence[Rows], places: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Returns some rows of several tensors as the tensors of a call on `device`."""
+    """Returns some rows of several tensors, as the tensors of a call on `device`."""
     return [rows.kind.joined(rows.read(places).to(device)) for rows in group]

@@ -16,7 +16,7 @@ from edadm_cli.estimates.cost_model import Law, Size
 from edadm_cli.estimates.reconstruct import probe
 from edadm_cli.models.units import Unit
 from edadm_cli.recipe import AttentionRecipe, Recipe
-from edadm_cli.reconstruct.blocks import BlockReconstruction, Place
+from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace
 from edadm_cli.reconstruct.call_signatures import Shapes, noted_shapes, probe_units
 from edadm_cli.reconstruct.capture_groups import capture_groups
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
@@ -99,9 +99,9 @@ def test_passes_are_counted_as_they_are_made(make_setting: MakeSetting, tmp_path
     made = make_setting(iterations=1)
     forms = probe_units(made.denoiser, made.units(), made.batches)
     planned = capture_groups(made.units(), forms, ROWS, budget, with_layers=True)
-    place = Place(made.cache(tmp_path, budget), UnitCheckpoints(tmp_path))
+    workspace = Workspace(made.cache(tmp_path, budget), UnitCheckpoints(tmp_path))
     reconstruction = BlockReconstruction(
-        made.network, made.plan, made.nearest(), made.batches, made.hyperparameters, 0, place
+        made.network, made.plan, made.nearest(), made.batches, made.hyperparameters, 0, workspace
     )
     reconstruction.run(made.units(), lambda _: None)
     assert reconstruction.passes == {"full_precision": len(planned), "quantized": len(made.units())}

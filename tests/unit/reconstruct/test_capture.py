@@ -18,7 +18,7 @@ from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_la
 from edadm_cli.quant.network import fill_layer
 from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.batches import Batches
-from edadm_cli.reconstruct.blocks import BlockReconstruction, Place, freeze_unit
+from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace, freeze_unit
 from edadm_cli.reconstruct.call_signatures import flatten, probe_units, unflatten
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
@@ -336,7 +336,7 @@ def test_a_unit_that_is_finished_runs_in_one_more_pass(make_setting: MakeSetting
         setting.batches,
         setting.hyperparameters,
         seed=0,
-        place=Place(setting.cache(tmp_path), UnitCheckpoints(tmp_path)),
+        workspace=Workspace(setting.cache(tmp_path), UnitCheckpoints(tmp_path)),
     )
     runs = []
     original = QuantizedLayer.forward

@@ -18,7 +18,7 @@ from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import quantized_layer, quantized_layers
 from edadm_cli.quant.network import fill_layer
 from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe, TransformRule
-from edadm_cli.reconstruct.blocks import BlockReconstruction, Place, unit_seed
+from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace, unit_seed
 from edadm_cli.reconstruct.capture import layer_outputs
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
 from edadm_cli.reconstruct.trainable_layers import Drop, Share
@@ -59,7 +59,7 @@ def _reconstruction(setting: Any, folder: Path, budget: int = BUDGET) -> BlockRe
         setting.batches,
         setting.hyperparameters,
         seed=3,
-        place=Place(setting.cache(folder, budget), UnitCheckpoints(folder)),
+        workspace=Workspace(setting.cache(folder, budget), UnitCheckpoints(folder)),
     )
 
 
