@@ -145,8 +145,8 @@ class ReconstructConfig(StageConfig):
     )
     memory_budget_mib: int | None = setting(
         None,
-        "Memory for cached inputs and targets of the units, in MiB; more goes to disk. By default 4096 on a CPU, half"
-        " of the free memory on a GPU.",
+        "Memory for cached inputs and targets of the units, in MiB; more goes to disk. By default 4096 on a CPU; on a"
+        " GPU half of the free memory, or all but 40 GiB where that is more.",
         identity="never",
         metavar="MIB",
         flags=("--memory-budget", "--memory-budget-mib"),

@@ -103,7 +103,12 @@ class RangeRecipe(_Frozen):
         2.4, gt=0, description="exponent of the error that a searched range minimises; that of outputs is squared"
     )
     num_candidates: int = Field(100, ge=1, le=1000, description="thresholds tried by a search")
-    ema_decay: float = Field(0.9, ge=0, lt=1, description="share of the old value when a batch's range is merged in")
+    pooled: bool = later(
+        False, description="whether activations of all batches are searched together, or each batch by itself"
+    )
+    ema_decay: float = Field(
+        0.9, ge=0, lt=1, description="share of the old value when the range of a batch by itself is merged in"
+    )
     channel_parts: bool = Field(True, description="two quantizers for the two sources of a concatenated shortcut input")
 
 

@@ -2,7 +2,7 @@
 pass of the full-precision network over the calibration set.
 
 References:
-    EDA-DM, arXiv 2401.04585, section 4.1; ranges of batches are merged by an exponential moving average.
+    EDA-DM, arXiv 2401.04585, section 4.1; its authors merge ranges of batches by an exponential moving average.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from edadm_cli.errors import InputError, UsageError
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
+from edadm_cli.quant.grid import Grid
+from edadm_cli.quant.histogram import Histogram
 from edadm_cli.quant.network import set_processor
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
@@ -178,7 +180,6 @@ def search_activation_ranges(
     Raises:
         InputError: An activation is not finite.
     """
-    params: dict[str, Tensor] = {}
     observed = _Observations(recipe)
     with ExitStack() as stack:
         for layer in traced.layers:
@@ -190,35 +191,86 @@ def search_activation_ranges(
         with torch.no_grad():
             for args, kwargs in calls:
                 denoiser(*args, **kwargs)
+                observed.end_batch()
                 advance(1)
+    ranges, params = observed.ranges(), dict[str, Tensor]()
     for name, layer_plan in plan.layers.items():
         if layer_plan.input_grid is None:
             continue
         for part in layer_plan.part_names(name):
-            scale, zero_point = observed.ranges[part].parameters(layer_plan.input_grid)
+            scale, zero_point = Range(*ranges[part]).parameters(layer_plan.input_grid)
             params[f"{part}.input_scale"] = torch.tensor(scale)
             params[f"{part}.input_zero_point"] = torch.tensor(zero_point, dtype=torch.int32)
-    for name in plan.attentions:
+    for name, attention_plan in plan.attentions.items():
         for operand in OPERANDS:
-            params[f"{name}.{operand}_scale"] = torch.tensor(observed.scales[f"{name}.{operand}"])
+            grid, (low, high) = operand_grid(attention_plan, operand), ranges[f"{name}.{operand}"]
+            scale = high / grid.quant_max if grid.signed else Range(low, high).parameters(grid)[0]
+            params[f"{name}.{operand}_scale"] = torch.tensor(scale)
     return params
 
 
 class _Observations:
-    """Merged ranges (layer inputs, probabilities) and scales (queries, keys, values) over batches."""
+    """Values of layer inputs and attention operands, and the ranges that are searched from them.
+
+    Pooled, all batches are counted in one histogram per tensor, which is searched once. Otherwise each batch is
+    searched by itself, and its ranges are merged into those of the earlier ones by an exponential moving average.
+
+    Args:
+        recipe: How ranges are found.
+    """
 
     def __init__(self, recipe: RangeRecipe) -> None:
         self.recipe = recipe
-        self.ranges: dict[str, Range] = {}
-        self.scales: dict[str, float] = {}
+        self._histograms: dict[str, Histogram] = {}
+        self._grids: dict[str, tuple[str, Grid]] = {}
+        self._merged: dict[str, Tensor] = {}
 
-    def add_range(self, name: str, found: Range) -> None:
-        old = self.ranges.get(name)
-        self.ranges[name] = found if old is None else old.merge(found, self.recipe.ema_decay)
+    def add(self, name: str, what: str, grid: Grid, x: Tensor) -> None:
+        """Counts the values of a batch.
 
-    def add_scale(self, name: str, found: float) -> None:
-        old, decay = self.scales.get(name), self.recipe.ema_decay
-        self.scales[name] = found if old is None else decay * old + (1 - decay) * found
+        Args:
+            name: The tensor's name.
+            what: What it is, for an error.
+            grid: Its codes: signed ones are symmetric about zero.
+            x: Its values.
+        """
+        if name not in self._histograms:
+            self._histograms[name] = Histogram(x.device)
+            self._grids[name] = what, grid
+        self._histograms[name].add(x)
+
+    def end_batch(self) -> None:
+        """Closes a batch.
+
+        Raises:
+            InputError: A value is not finite.
+        """
+        if self._histograms:
+            finite = torch.stack([histogram.is_finite for histogram in self._histograms.values()]).tolist()
+            for name, is_finite in zip(self._histograms, finite, strict=True):
+                if not is_finite:
+                    raise InputError(_not_finite(self._grids[name][0]))
+        if not self.recipe.pooled:
+            self._search()
+
+    def ranges(self) -> dict[str, list[float]]:
+        """Returns low and high of every tensor."""
+        self._search()
+        if not self._merged:
+            return {}
+        return dict(zip(self._merged, torch.stack([*self._merged.values()]).tolist(), strict=True))
+
+    def _search(self) -> None:
+        for name, histogram in self._histograms.items():
+            _, grid = self._grids[name]
+            if grid.signed:
+                high = symmetric_scale(histogram, grid, self.recipe) * grid.quant_max
+                found = torch.stack((-high, high))
+            else:
+                found = activation_range(histogram, grid, self.recipe)
+            old, decay = self._merged.get(name), self.recipe.ema_decay
+            self._merged[name] = found if old is None else decay * old + (1 - decay) * found
+        self._histograms.clear()
 
 
 @contextmanager
@@ -236,11 +288,10 @@ def _observed_layer(
     }
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        _require_finite(inputs[0], f"the input of '{name}'")
         for part, piece in zip(parts, plan.split(inputs[0], dim), strict=True):
             if transform is not None:
                 piece = transform.apply(piece, tensors[part], dim)
-            observed.add_range(part, activation_range(piece, grid, observed.recipe))
+            observed.add(part, f"the input of '{name}'", grid, piece)
 
     with Hooks() as hooks:
         hooks.before(module, hook)
@@ -253,12 +304,8 @@ class _ObservedAttention(AttentionProducts):
         self.name, self.plan, self.observed = name, plan, observed
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
-        grid, recipe = operand_grid(self.plan, operand), self.observed.recipe
-        if operand == "p":
-            scale = activation_range(tensor, grid, recipe).parameters(grid)[0]
-        else:
-            scale = symmetric_scale(tensor, grid, recipe)
-        self.observed.add_scale(f"{self.name}.{operand}", scale)
+        what = f"the operand {operand} of '{self.name}'"
+        self.observed.add(f"{self.name}.{operand}", what, operand_grid(self.plan, operand), tensor)
         return tensor
 
 
@@ -274,4 +321,8 @@ def _observed_attention(module: nn.Module, name: str, plan: AttentionPlan, obser
 
 def _require_finite(tensor: Tensor, what: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
-        raise InputError(f"There are values in {what} that are not finite; the model or its samples are broken.")
+        raise InputError(_not_finite(what))
+
+
+def _not_finite(what: str) -> str:
+    return f"There are values in {what} that are not finite; the model or its samples are broken."

@@ -109,7 +109,8 @@ def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[st
     names = [part_name(name, index) for index in range(len(parts))] if isinstance(layer, SplitLayer) else [name]
     for own, part in zip(names, parts, strict=True):
         assert isinstance(part, QuantizedLayer)
-        tensors = {key: params[f"{own}.{key}"] for key, _ in part.parameters_by_name()}
+        device = part.weight_codes.device  # where packing and checking are quick
+        tensors = {key: params[f"{own}.{key}"].to(device) for key, _ in part.parameters_by_name()}
         codes, grid = tensors["weight_int"], part.plan.weight_grid
         if codes.min() < grid.quant_min or codes.max() > grid.quant_max:  # packing would wrap them
             raise InputError(f"'{own}.weight_int' has codes outside {grid.quant_min}..{grid.quant_max}.")

@@ -5,7 +5,8 @@ r"""Where the grid of a tensor lies: min-max, or the range that minimises an L_p
     activations:  symmetric, or one-sided where all values have one sign: the same over one threshold per tensor
     asymmetric:   argmin over (width, zero-point) pairs
 
-Activation errors are taken over a histogram of the tensor, so their cost does not depend on its size.
+Activation errors are taken over a histogram of the tensor, so their cost does not depend on its size. Nothing of them
+is read back from the device, so that many tensors are searched without waiting for any.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.1 (p = 2.4, 100 candidates).
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from edadm_cli.quant.grid import Grid
+from edadm_cli.quant.histogram import Histogram
 from edadm_cli.recipe import RangeRecipe
 
-_NUM_BINS = 1024
 _NUM_ZERO_POINTS = 17
+_ELEMENTS_CPU, _ELEMENTS_GPU = 1 << 18, 1 << 26  # of a table of candidates and bins; what fits into a CPU's cache
 _TINY = 1e-8
 
 
@@ -32,13 +34,6 @@ class Range:
 
     low: float
     high: float
-
-    def merge(self, other: Range, decay: float) -> Range:
-        """Returns the exponential moving average over calibration batches."""
-        return Range(
-            decay * self.low + (1 - decay) * other.low,
-            decay * self.high + (1 - decay) * other.high,
-        )
 
     def parameters(self, grid: Grid) -> tuple[float, int]:
         """Returns scale and zero-point of an unsigned grid that covers the range, zero exactly representable."""
@@ -97,71 +92,62 @@ def weight_scales(weight: Tensor, grid: Grid, recipe: RangeRecipe, energy: Tenso
     return best_scale
 
 
-def activation_range(x: Tensor, grid: Grid, recipe: RangeRecipe) -> Range:
-    """Returns the range of one batch of activations, found by the recipe's method."""
-    x = x.detach().float()
-    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
-    if recipe.activation == "minmax" or high - low < _TINY:
-        return Range(low, high)
-    centers, weights = _histogram(x, low, high)
-    if recipe.activation == "search":
-        return _search_threshold(centers, weights, low, high, grid, recipe)
-    return _search_pair(centers, weights, low, high, grid, recipe)
-
-
-def symmetric_scale(x: Tensor, grid: Grid, recipe: RangeRecipe) -> float:
-    """Returns the scale of a signed grid with zero-point 0, for attention's queries, keys and values."""
-    largest = max(x.detach().float().abs().max().item(), _TINY)
+def activation_range(histogram: Histogram, grid: Grid, recipe: RangeRecipe) -> Tensor:
+    """Returns the range of activations, found by the recipe's method, as `(low, high)`, float32, on their device."""
+    low, high = histogram.low, histogram.high
     if recipe.activation == "minmax":
-        return largest / grid.quant_max
-    centers, weights = _histogram(x.detach().float(), -largest, largest)
-    scales = torch.arange(1, recipe.num_candidates + 1, device=x.device) * (
-        largest / grid.quant_max / recipe.num_candidates
-    )
-    errors = _errors(centers, weights, scales, torch.zeros_like(scales), grid, recipe.norm)
-    return float(scales[errors.argmin()])
+        return torch.stack((low, high))
+    scales, zero_points = (_thresholds if recipe.activation == "search" else _pairs)(low, high, grid, recipe)
+    best = _errors(histogram, scales, zero_points, grid, recipe.norm).argmin()
+    scale, zero_point = scales[best], zero_points[best]
+    searched = torch.stack((-zero_point * scale, (grid.quant_max - zero_point) * scale))
+    return torch.where(high - low < _TINY, torch.stack((low, high)), searched)
 
 
-def _histogram(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    counts = torch.histc(x, bins=_NUM_BINS, min=low, max=high)
-    width = (high - low) / _NUM_BINS
-    centers = low + width * (torch.arange(_NUM_BINS, device=x.device, dtype=torch.float32) + 0.5)
-    filled = counts > 0
-    return centers[filled], counts[filled] / counts.sum()
+def symmetric_scale(histogram: Histogram, grid: Grid, recipe: RangeRecipe) -> Tensor:
+    """Returns the scale of a signed grid with zero-point 0, for attention's queries, keys and values, with shape `()`."""
+    full = torch.maximum(-histogram.low, histogram.high).clamp_min(_TINY) / grid.quant_max
+    if recipe.activation == "minmax":
+        return full
+    scales = _fractions(full, recipe) * full
+    return scales[_errors(histogram, scales, torch.zeros_like(scales), grid, recipe.norm).argmin()]
 
 
-def _errors(centers: Tensor, weights: Tensor, scales: Tensor, zero_points: Tensor, grid: Grid, norm: float) -> Tensor:
-    """Returns the L_p error of each candidate grid, shape of `scales` `[K]`."""
-    scales, zero_points = scales[:, None], zero_points[:, None]
-    codes = ((centers / scales).round() + zero_points).clamp(grid.quant_min, grid.quant_max)
-    error = ((codes - zero_points) * scales - centers).abs_().pow_(norm)
-    return error @ weights
+def _errors(histogram: Histogram, scales: Tensor, zero_points: Tensor, grid: Grid, norm: float) -> Tensor:
+    """Returns the L_p error of each candidate grid, in the shape `(K,)` of `scales`."""
+    centers, shares = histogram.bins()
+    errors = []
+    at_once = max(1, (_ELEMENTS_GPU if scales.is_cuda else _ELEMENTS_CPU) // len(centers))
+    for scale, zero_point in zip(scales[:, None].split(at_once), zero_points[:, None].split(at_once), strict=True):
+        codes = (centers / scale).round_().clamp_(grid.quant_min - zero_point, grid.quant_max - zero_point)
+        errors.append(codes.mul_(scale).sub_(centers).abs_().pow_(norm) @ shares)
+    return torch.cat(errors)
 
 
-def _search_threshold(
-    centers: Tensor, weights: Tensor, low: float, high: float, grid: Grid, recipe: RangeRecipe
-) -> Range:
-    fractions = torch.arange(1, recipe.num_candidates + 1, device=centers.device) / recipe.num_candidates
-    two_sided = low < 0 < high
-    largest = max(-low, high)
-    steps = grid.quant_max // 2 if two_sided else grid.quant_max
-    zero_point = (grid.quant_max + 1) // 2 if two_sided else (0 if high > 0 else grid.quant_max)
-    scales = fractions * (largest / steps)
-    errors = _errors(centers, weights, scales, torch.full_like(scales, zero_point), grid, recipe.norm)
-    scale = float(scales[errors.argmin()])
-    return Range(-zero_point * scale, (grid.quant_max - zero_point) * scale)
+def _fractions(like: Tensor, recipe: RangeRecipe) -> Tensor:
+    """Returns the shares of the whole range that a search tries, with shape `(num_candidates,)`."""
+    return torch.arange(1, recipe.num_candidates + 1, device=like.device) / recipe.num_candidates
 
 
-def _search_pair(centers: Tensor, weights: Tensor, low: float, high: float, grid: Grid, recipe: RangeRecipe) -> Range:
-    device = centers.device
-    fractions = torch.arange(1, recipe.num_candidates + 1, device=device) / recipe.num_candidates
-    natural = round(-low / (high - low) * grid.quant_max)
-    spread = torch.linspace(0, grid.quant_max, min(_NUM_ZERO_POINTS, grid.quant_max + 1), device=device).round()
-    zero_points = torch.cat((spread, torch.tensor([float(natural)], device=device))).unique()
-    if low == 0.0:
-        zero_points = zero_points[:1]
-    scales, zero_points = torch.meshgrid(fractions * ((high - low) / grid.quant_max), zero_points, indexing="ij")
-    scales, zero_points = scales.flatten(), zero_points.flatten()
-    best = int(_errors(centers, weights, scales, zero_points, grid, recipe.norm).argmin())
-    scale, zero_point = float(scales[best]), float(zero_points[best])
-    return Range(-zero_point * scale, (grid.quant_max - zero_point) * scale)
+def _thresholds(low: Tensor, high: Tensor, grid: Grid, recipe: RangeRecipe) -> tuple[Tensor, Tensor]:
+    """Returns scales and zero-points, `(K,)` each, of ranges that are symmetric or have one side."""
+    two_sided = (low < 0) & (high > 0)
+    steps = torch.where(two_sided, grid.quant_max // 2, grid.quant_max)
+    one_sided = torch.where(high > 0, 0, grid.quant_max)
+    zero_point = torch.where(two_sided, (grid.quant_max + 1) // 2, one_sided).float()
+    scales = _fractions(low, recipe) * (torch.maximum(-low, high) / steps)
+    return scales, zero_point.expand_as(scales)
+
+
+def _pairs(low: Tensor, high: Tensor, grid: Grid, recipe: RangeRecipe) -> tuple[Tensor, Tensor]:
+    """Returns scales and zero-points, `(K,)` each, of every pair of a width and a zero-point."""
+    width = (high - low).clamp_min(_TINY)
+    natural = (-low / width * grid.quant_max).round()
+    spread = torch.linspace(0, grid.quant_max, min(_NUM_ZERO_POINTS, grid.quant_max + 1), device=low.device).round()
+    zero_points = torch.cat((spread, natural[None]))
+    zero_points = torch.where(low == 0, 0, zero_points)  # data of one sign use every code for it
+    if not low.is_cuda:  # where nothing waits for their number
+        zero_points = zero_points.unique()
+    scales = _fractions(low, recipe) * (width / grid.quant_max)
+    grids = torch.meshgrid(scales, zero_points, indexing="ij")
+    return grids[0].flatten(), grids[1].flatten()

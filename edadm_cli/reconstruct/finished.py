@@ -136,7 +136,7 @@ class FinishedUnits:
         self._finished: dict[str, list[Rows] | None] = {}  # None: not stored yet
         # The stored outputs leave enough memory for the rows that one unit learns from.
         needs = [link.form.call_bytes + link.form.learning_bytes(True) for link in links.values()]
-        self._reserve = 2 * num_rows * max(needs, default=0)
+        self._reserve = num_rows * max(needs, default=0)
 
     def add(self, unit: Unit) -> None:
         """Registers a finished unit; the next pass stores its outputs."""

@@ -24,6 +24,7 @@ from edadm_cli.artifacts import explained_os_errors
 CACHE_FOLDER = "cache"
 _MIB = 2**20
 _CPU_BUDGET_MIB = 4096
+_BESIDE_ROWS_MIB = 40 * 1024  # of a GPU: weights, and the activations of a step on the largest blocks that are common
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,15 @@ class RowCache:
 
 
 def memory_budget(mib: int | None, device: torch.device) -> int:
-    """Returns the bytes for rows in memory: `mib` if given, else 4 GiB on a CPU or half of a GPU's free memory."""
+    """Returns the bytes for rows in memory: as given; else 4 GiB on a CPU, and on a GPU half of the free memory, or all
+    but 40 GiB where that is more.
+    """
     if mib is not None:
         return mib * _MIB
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_BUDGET_MIB * _MIB
+    if device.type != "cuda":
+        return _CPU_BUDGET_MIB * _MIB
+    free = int(torch.cuda.mem_get_info(device)[0])
+    return max(free // 2, free - _BESIDE_ROWS_MIB * _MIB)
 
 
 def chunks(count: int, size: int) -> list[range]:

@@ -177,15 +177,15 @@ class UnitLearner:
         )
         step = make_step(self, self.optimization(phase))
         every = max(1, self.hyperparameters.iterations // _CURVE_POINTS)
-        curve: list[float] = []
+        curve: list[Tensor] = []  # read at the end, so that no step waits for the one before it
         for iteration in range(phase.start, phase.stop):
             self.set_iteration(iteration)
             loss = step()
             if iteration % every == 0:
                 loss = loss.clone()
                 self.processes.sum(loss)
-                curve.append(loss.item())
-        return curve
+                curve.append(loss)
+        return torch.stack(curve).tolist() if curve else []
 
     def loss(self) -> Tensor:
         """Returns this process's share of the loss of the chosen rows, from one forward of the quantized unit."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edadm_cli.quant.grid import Grid, activation_grid, fake_quantize, weight_grid
+from edadm_cli.quant.histogram import Histogram
 from edadm_cli.quant.search import Range, activation_range, symmetric_scale, weight_scales
 from edadm_cli.recipe import RangeRecipe
 
@@ -22,6 +23,10 @@ NORM = 2.4
 
 def _normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _range(x: Tensor, grid: Grid, recipe: RangeRecipe) -> Range:
+    return Range(*activation_range(Histogram.of(x), grid, recipe).tolist())
 
 
 def _error(x: Tensor, found: Range, grid: Grid) -> float:
@@ -77,16 +82,16 @@ def test_the_asymmetric_search_is_never_worse_than_minmax(
     x = _normal(seed, 3000)
     x = (x**3 if heavy else x) * spread + shift
     grid = activation_grid(bits)
-    searched, plain = (_error(x, activation_range(x, grid, recipe), grid) for recipe in (ASYMMETRIC, MINMAX))
-    # the search sees a histogram of 1024 bins: its errors are off by a share of a bin's width
-    bin_width = float(max(x.max(), 0) - min(x.min(), 0)) / 1024
+    searched, plain = (_error(x, _range(x, grid, recipe), grid) for recipe in (ASYMMETRIC, MINMAX))
+    # the search sees a histogram of at least 2048 bins: its errors are off by a share of a bin's width
+    bin_width = float(max(x.max(), 0) - min(x.min(), 0)) / 2048
     assert searched ** (1 / NORM) <= plain ** (1 / NORM) + bin_width
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_asymmetric_beats_symmetric_on_skewed_data(bits: int) -> None:
     x, grid = _skewed(2), activation_grid(bits)
-    asymmetric, symmetric = (_error(x, activation_range(x, grid, recipe), grid) for recipe in (ASYMMETRIC, SYMMETRIC))
+    asymmetric, symmetric = (_error(x, _range(x, grid, recipe), grid) for recipe in (ASYMMETRIC, SYMMETRIC))
     assert asymmetric < 0.6 * symmetric
 
 
@@ -94,7 +99,7 @@ def test_asymmetric_beats_symmetric_on_skewed_data(bits: int) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_data_of_one_sign_use_every_code_for_it(recipe: RangeRecipe, sign: int) -> None:
     grid = activation_grid(8)
-    found = activation_range(sign * _normal(3, 5000).abs(), grid, recipe)
+    found = _range(sign * _normal(3, 5000).abs(), grid, recipe)
     _, zero_point = found.parameters(grid)
     assert zero_point == (grid.quant_min if sign > 0 else grid.quant_max)
 
@@ -102,7 +107,7 @@ def test_data_of_one_sign_use_every_code_for_it(recipe: RangeRecipe, sign: int) 
 def test_the_symmetric_search_is_symmetric_on_data_of_two_signs() -> None:
     for bits in (4, 8):
         grid = activation_grid(bits)
-        _, zero_point = activation_range(_skewed(4), grid, SYMMETRIC).parameters(grid)
+        _, zero_point = _range(_skewed(4), grid, SYMMETRIC).parameters(grid)
         assert zero_point == 2 ** (bits - 1)
 
 
@@ -119,15 +124,10 @@ def test_parameters_put_zero_on_the_grid_and_cover_the_range(low: float, high: f
     assert covered[1] >= high - scale * 0.5001
 
 
-def test_ranges_of_batches_are_merged_by_an_exponential_average() -> None:
-    merged = Range(-1.0, 2.0).merge(Range(-3.0, 12.0), decay=0.9)
-    assert (merged.low, merged.high) == pytest.approx((-1.2, 3.0))
-
-
 @pytest.mark.parametrize("recipe", [SYMMETRIC, ASYMMETRIC, MINMAX], ids=["search", "asymmetric", "minmax"])
 def test_an_input_that_is_always_zero_stays_zero(recipe: RangeRecipe) -> None:
     grid = activation_grid(8)
-    scale, zero_point = activation_range(torch.zeros(100), grid, recipe).parameters(grid)
+    scale, zero_point = _range(torch.zeros(100), grid, recipe).parameters(grid)
     zero = torch.tensor(zero_point, dtype=torch.int32)
     assert fake_quantize(torch.zeros(4), torch.tensor(scale), zero, grid).tolist() == [0.0] * 4
 
@@ -137,14 +137,31 @@ def test_signed_scales_of_queries_and_keys_beat_minmax() -> None:
     zero = torch.tensor(0, dtype=torch.int32)
 
     def error(**fields: Any) -> float:
-        scale = torch.tensor(symmetric_scale(x, grid, RangeRecipe(**fields)))
+        scale = symmetric_scale(Histogram.of(x), grid, RangeRecipe(**fields))
         return float((fake_quantize(x, scale, zero, grid) - x).abs().pow(NORM).mean())
 
     assert error(activation="search") < 0.5 * error(activation="minmax")
-    assert symmetric_scale(x, grid, MINMAX) == pytest.approx(float(x.abs().max()) / grid.quant_max)
+    assert float(symmetric_scale(Histogram.of(x), grid, MINMAX)) == pytest.approx(float(x.abs().max()) / grid.quant_max)
 
 
-def test_the_batch_size_of_a_tensor_does_not_change_its_range() -> None:
-    x, grid = _skewed(6), activation_grid(8)
-    once, twice = (activation_range(t, grid, ASYMMETRIC) for t in (x, torch.cat([x, x])))
-    assert (once.low, once.high) == pytest.approx((twice.low, twice.high))
+def test_the_counts_of_batches_are_those_of_all_values_at_once_in_any_order() -> None:
+    x = _normal(6, 5000) ** 3 * 0.01
+    pieces = [x[:1000] * 0.001, x[1000:1500], torch.cat([x[1500:], torch.tensor([-700.0])])]
+    whole = Histogram.of(torch.cat(pieces))
+    for order in (pieces, pieces[::-1]):
+        pooled = Histogram.of(*order)
+        assert torch.equal(pooled.counts, whole.counts)
+        assert (pooled.exponent, pooled.low, pooled.high) == (whole.exponent, whole.low, whole.high)
+    assert int(whole.counts.sum()) == 5001
+    centers, shares = whole.bins()
+    width = float(whole.high - whole.low) / 1024
+    assert float(shares.sum()) == pytest.approx(1)
+    assert all(float((centers - value).abs().min()) <= width for value in torch.cat(pieces)[::50])
+
+
+def test_the_range_of_pooled_batches_is_the_best_for_all_of_them() -> None:
+    small, large, grid = _skewed(6), _skewed(7) * 5, activation_grid(4)
+    pooled = Range(*activation_range(Histogram.of(small, large), grid, ASYMMETRIC).tolist())
+    both = torch.cat([small, large])
+    assert _error(both, pooled, grid) < min(_error(both, _range(x, grid, ASYMMETRIC), grid) for x in (small, large * 3))
+    assert _error(both, pooled, grid) == pytest.approx(_error(both, _range(both, grid, ASYMMETRIC), grid))

@@ -108,7 +108,7 @@ def test_what_is_learned_is_what_is_deployed(make_setting: MakeSetting, learner_
     fields = {"iterations": 300, "batch_size": 10, "layer_loss_weight": 0.0}
     results = {}
     for sharpness in (1.0, 20.0):
-        setting = make_setting("w3a8", rounding_sharpness=sharpness, **fields)
+        setting = make_setting("w4a8", rounding_sharpness=sharpness, **fields)
         results[sharpness] = learner_of(setting, RESIDUAL).learn()
         setting.restore()
     plain, sharp = results[1.0], results[20.0]

@@ -1,0 +1,79 @@
+r"""A histogram of a tensor's values that batches are added to without leaving the device.
+
+The bins have the width 2^(e - b) and lie symmetrically about zero, where 2^e is the smallest power of two above every
+|x| that was added, and b = `_BITS`. When a batch raises e, pairs of bins become one, exactly. So the counts of some
+batches are those of one large batch, in any order, and no batch has to be looked at twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BITS = 11
+_HALF = 1 << _BITS  # bins on either side of zero
+_SMALLEST = -32  # e of a tensor of zeros
+_CHUNK = 1 << 24  # elements that are counted at once: float32 counts up to here are exact
+
+
+class Histogram:
+    """Counts, minimum and maximum of everything that was added.
+
+    Args:
+        device: Where the values and the counts lie.
+
+    Attributes:
+        counts: How many values lie in each bin, int64, with shape `(2 * 2^b,)`.
+        exponent: e, int32, with shape `()`.
+        low: The smallest value and zero, whichever is less, with shape `()`.
+        high: The largest value and zero, whichever is more, with shape `()`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(2 * _HALF, dtype=torch.int64, device=device)
+        self.exponent = torch.full((), _SMALLEST, dtype=torch.int32, device=device)
+        self.low, self.high = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._bins = torch.arange(-_HALF, _HALF, device=device)
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> Histogram:
+        """Returns the histogram of all values of some tensors on one device."""
+        histogram = cls(tensors[0].device)
+        for tensor in tensors:
+            histogram.add(tensor)
+        return histogram
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Counts the values of `x`, of any shape; one that is not finite shows in `low` or `high`."""
+        x = x.detach().float().reshape(-1)
+        low, high = x.aminmax()
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        exponent = torch.maximum(self.exponent, torch.frexp(torch.maximum(-low, high)).exponent.to(torch.int32))
+        halvings = (exponent - self.exponent).clamp(max=_BITS + 1)
+        merged = (self._bins >> halvings) + _HALF
+        self.counts = torch.zeros_like(self.counts).index_add_(0, merged, self.counts)
+        self.exponent = exponent
+        for piece in x.split(_CHUNK):
+            bins = (piece * self._power(_BITS - exponent)).floor_().add_(_HALF + 0.5)
+            self.counts += torch.histc(bins, bins=2 * _HALF, min=0, max=2 * _HALF).long()
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether every value is finite, bool, with shape `()`."""
+        return torch.isfinite(self.high - self.low)
+
+    def bins(self) -> tuple[Tensor, Tensor]:
+        """Returns the centers of the bins and the shares of the values in them, float32, `(n,)` each.
+
+        On a CPU bins without values are left out; on a GPU their number is not waited for.
+        """
+        centers = (self._bins + 0.5) * self._power(self.exponent - _BITS)
+        shares = (self.counts / self.counts.sum()).float()
+        if shares.is_cuda:
+            return centers, shares
+        return centers[self.counts > 0], shares[self.counts > 0]
+
+    @staticmethod
+    def _power(exponent: Tensor) -> Tensor:
+        return torch.ldexp(torch.ones((), device=exponent.device), exponent)
