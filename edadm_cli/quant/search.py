@@ -105,7 +105,7 @@ def activation_range(histogram: Histogram, grid: Grid, recipe: RangeRecipe) -> T
 
 
 def symmetric_scale(histogram: Histogram, grid: Grid, recipe: RangeRecipe) -> Tensor:
-    """Returns the scale of a signed grid with zero-point 0, for attention's queries, keys and values, with shape `()`."""
+    """Returns the scale `()` of a signed grid with zero-point 0, for attention's queries, keys and values."""
     full = torch.maximum(-histogram.low, histogram.high).clamp_min(_TINY) / grid.quant_max
     if recipe.activation == "minmax":
         return full
