@@ -65,9 +65,11 @@ def test_shipped_recipes_are_what_they_are_named_after() -> None:
     assert load_recipe("default-attention").attention.quantize
     assert with_attention == default
     fields = Recipe(name="default", description=default.description)
-    learn = fields.learn.model_copy(update={"rounding_sharpness": 20.0})
-    ranges = fields.ranges.model_copy(update={"pooled": True})
-    assert default == fields.model_copy(update={"learn": learn, "ranges": ranges}), "the defaults of the fields, and what came later"
+    later = {
+        "learn": fields.learn.model_copy(update={"rounding_sharpness": 20.0}),
+        "ranges": fields.ranges.model_copy(update={"pooled": True}),
+    }
+    assert default == fields.model_copy(update=later), "the defaults of the fields, and what came later"
     assert paper.learn.rounding_sharpness == 20
     thorough = load_recipe("thorough")
     assert (thorough.select.samples_per_trajectory, thorough.learn.layer_loss_weight) == (4, 0)
