@@ -31,6 +31,7 @@ from edadm_cli.models.families import family_of
 SAMPLE = "sample"
 TIMESTEP = "timestep"
 _MARK = "$"
+_NAMING_MARKS = (_MARK + "tensor", _MARK + "joined", _MARK + "rows_second")
 _TENSOR_MARKS = (_MARK + SAMPLE, _MARK + TIMESTEP, _MARK + "tensor")
 
 Template = dict[str, Any]
@@ -38,8 +39,9 @@ Template = dict[str, Any]
 key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`), a tuple
 (`{"$tuple": [...]}`), a list of the rows of a tensor (`{"$rows": place}`), a list with one equal item per row
 (`{"$each": item}`), a list of rows of different length (`{"$ragged": name}`: they are padded with zeros, and the tensor
-`name.lengths` holds the length of each), or a tensor with several entries per row in its first dimension
-(`{"$joined": name}`, which is stored as `(R, entries, *)`)."""
+`name.lengths` holds the length of each), a tensor with several entries per row in its first dimension
+(`{"$joined": name}`, which is stored as `(R, entries, *)`), or a tensor whose second dimension counts the rows
+(`{"$rows_second": name}`, which is stored as `(R, first, *)`)."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         if name in family.joined_arguments and isinstance(value, Tensor) and _is_joined(value, rows):
             tensors[name] = value.detach().unflatten(0, (rows, -1))
             return {_MARK + "joined": name}
+        if name in family.rows_second and isinstance(value, Tensor) and value.shape[1:2] == (rows,):
+            tensors[name] = value.detach().transpose(0, 1)
+            return {_MARK + "rows_second": name}
         return _encode(name, missing_masks.get(name, value), tensors)
 
     template: Template = {
@@ -147,6 +152,8 @@ def build_call(
                 return list(decode(value))
             if key == "$joined":
                 return tensors[value].flatten(0, 1)
+            if key == "$rows_second":
+                return tensors[value].transpose(0, 1)
             if key == "$ragged":
                 lengths = tensors[_lengths(value)].tolist()
                 return [row[:length] for row, length in zip(tensors[value], lengths, strict=True)]
@@ -172,11 +179,11 @@ def placed_tensors(node: Any) -> set[str]:
         return set().union(*(placed_tensors(item) for item in node))
     if not isinstance(node, dict):
         return set()
-    name = node.get(_MARK + "tensor", node.get(_MARK + "joined"))
-    if len(node) == 1 and name is not None:
-        if not isinstance(name, str):
-            raise ValueError("the name of a tensor is not a text")
-        return {name}
+    for mark in _NAMING_MARKS if len(node) == 1 else ():
+        if mark in node:
+            if not isinstance(node[mark], str):
+                raise ValueError("the name of a tensor is not a text")
+            return {node[mark]}
     ragged = node.get(_MARK + "ragged")
     if len(node) == 1 and ragged is not None:
         if not isinstance(ragged, str):

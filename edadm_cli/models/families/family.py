@@ -38,6 +38,8 @@ class DenoiserFamily:
             from image to image. They are left in float.
         joined_arguments: Names of arguments that may hold several entries per image one after the other in their first
             dimension, such as a prompt for each frame of a clip.
+        rows_second: Names of arguments whose second dimension counts the rows, such as text states of several layers,
+            with shape `(layers, R, *)`.
         masks: Names of mask arguments, each with the argument whose second dimension it masks. A pipeline that leaves
             such a mask out means that everything counts; a mask of ones is recorded then, so that all calls have one
             form and prompts of different length can be padded.
@@ -62,6 +64,7 @@ class DenoiserFamily:
     shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")
     ragged_layers: tuple[str, ...] = ()
     joined_arguments: tuple[str, ...] = ()
+    rows_second: tuple[str, ...] = ()
     masks: Mapping[str, str] = field(default_factory=dict)
     conditional_first: tuple[str, ...] = ()
     calls_per_step: Literal[1, 2] | None = None

@@ -17,13 +17,6 @@ WAN = DenoiserFamily(
     block_lists=("blocks",),
     calls_per_step=2,
 )
-HIDREAM = DenoiserFamily(
-    name="hidream",
-    denoisers=("HiDreamImageTransformer2DModel",),
-    block_lists=("double_stream_blocks",),
-    ragged_layers=(".experts.",),  # each gets the tokens that the gate sends to it
-    calls_per_step=1,
-)
 KANDINSKY5 = DenoiserFamily(
     name="kandinsky 5",
     denoisers=("Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel"),
@@ -49,4 +42,4 @@ CASCADE = DenoiserFamily(
     timestep_arguments=("timestep_ratio",),
     calls_per_step=1,
 )
-FAMILIES = (QWEN_IMAGE, COGVIEW4, WAN, HIDREAM, KANDINSKY5, AURAFLOW, CASCADE)
+FAMILIES = (QWEN_IMAGE, COGVIEW4, WAN, KANDINSKY5, AURAFLOW, CASCADE)

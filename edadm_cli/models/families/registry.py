@@ -14,11 +14,11 @@ from typing import Any
 from torch import nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.models.families import dit, flux, lumina2, others, sd3, unet, z_image
+from edadm_cli.models.families import dit, flux, hidream, lumina2, others, sd3, unet, z_image
 from edadm_cli.models.families.family import UNDESCRIBED, DenoiserFamily
 
 GROUP = "edadm.families"
-_MODULES = (unet, dit, sd3, flux, lumina2, z_image, others)
+_MODULES = (unet, dit, sd3, flux, lumina2, z_image, hidream, others)
 _SHIPPED: tuple[DenoiserFamily, ...] = tuple(family for module in _MODULES for family in module.FAMILIES)
 _registered: list[DenoiserFamily] = []
 
