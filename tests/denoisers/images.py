@@ -607,12 +607,8 @@ def hunyuan_image() -> Any:
     )
 
 
-def hidream() -> Any:
-    tokenizer, encoder = parts.clip(projection=True, length=128)
-    tokenizer_2, encoder_2 = parts.clip(projection=True, length=128)
-    tokenizer_3, encoder_3 = parts.t5()
-    tokenizer_4, encoder_4 = parts.llama()
-    transformer = d.HiDreamImageTransformer2DModel(
+def hidream_transformer() -> Any:
+    return d.HiDreamImageTransformer2DModel(
         patch_size=2,
         in_channels=4,
         out_channels=4,
@@ -629,6 +625,13 @@ def hidream() -> Any:
         llama_layers=[0, 1],
         force_inference_output=True,
     )
+
+
+def hidream() -> Any:
+    tokenizer, encoder = parts.clip(projection=True, length=128)
+    tokenizer_2, encoder_2 = parts.clip(projection=True, length=128)
+    tokenizer_3, encoder_3 = parts.t5()
+    tokenizer_4, encoder_4 = parts.llama()
     return d.HiDreamImagePipeline(
         scheduler=parts.flow(shift=3.0),
         vae=parts.kl(shift_factor=0.1),
@@ -640,7 +643,7 @@ def hidream() -> Any:
         tokenizer_3=tokenizer_3,
         text_encoder_4=encoder_4,
         tokenizer_4=tokenizer_4,
-        transformer=transformer,
+        transformer=hidream_transformer(),
     )
 
 
