@@ -1,4 +1,4 @@
-"""An export's quality: against real images, its prompts, and full precision of the same seeds."""
+"""Measures the quality of an export against real images, its prompts, and full precision with the same seeds."""
 
 from edadm_cli.artifacts import Stage
 from edadm_cli.config import EvaluateConfig

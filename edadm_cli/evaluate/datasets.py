@@ -1,7 +1,7 @@
 """The datasets that torch-fidelity knows by name, such as `cifar10-train`, as real images.
 
-They lie where torch-fidelity keeps them and are downloaded once. Their pickles are read by torchvision, after it has
-compared their hashes with those that were published.
+They are stored in torch-fidelity's folder and downloaded once. torchvision reads their pickles after it has compared
+their hashes with the published ones.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def is_offline() -> bool:
 
 
 def open_dataset(name: str) -> Any:
-    """Returns the dataset of a name, whose items are uint8 with shape `(3, H, W)`; downloaded when it is not there.
+    """Returns a dataset by name, which is downloaded if needed; its items are uint8 with shape `(3, H, W)`.
 
     Raises:
-        InputError: It is not there and cannot be downloaded.
+        InputError: The dataset is missing and cannot be downloaded.
     """
     create, folder = DATASETS_REGISTRY[name], datasets_folder()
     hint = "--real DIR with the images, or an npz file of statistics"

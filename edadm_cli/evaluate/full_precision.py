@@ -20,10 +20,10 @@ KIND, NAME = "evaluate", "full-precision"
 def full_precision_images(
     request: EvaluationRequest, processes: Processes, reporter: Reporter
 ) -> Iterator[SampledImages]:
-    """Gives the full-precision images of a request, sampled unless the run has them, and locked while in use.
+    """Yields the full-precision images of a request, sampled unless the run has them, and locked while in use.
 
-    They are in an artifact of their own, `evaluate/full-precision`; one with other settings is replaced,
-    since it can be had again.
+    They are an artifact of their own, `evaluate/full-precision`. An artifact with other settings is replaced, because
+    it can be sampled again.
 
     Raises:
         InputError: The model's files have changed, or another process is sampling them.
@@ -54,5 +54,5 @@ def _is_to_be_replaced(run: RunFolder, spec: BuildSpec, reporter: Reporter) -> b
     try:
         return open_artifact(run.path(KIND, NAME), KIND).identity != spec.identity
     except InputError as error:
-        reporter.warn(f"The kept full-precision images are damaged and sampled again: {error.message}")
+        reporter.warn(f"The stored full-precision images are damaged and are sampled again: {error.message}")
         return True

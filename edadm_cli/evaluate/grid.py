@@ -1,4 +1,4 @@
-"""A picture of full-precision images above the quantized ones of the same seeds, with their prompts."""
+"""Arranges full-precision images above the quantized ones with the same seeds, with their prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def to_tile(image: Tensor) -> Image.Image:
-    """Returns an image at a size for the eye: tiny ones enlarged pixel by pixel, large ones reduced."""
+    """Returns an image at a convenient size: tiny ones are enlarged pixel by pixel, large ones reduced."""
     picture = to_pil(image).convert("RGB")
     longest = max(picture.size)
     if longest < MIN_TILE:
@@ -43,9 +43,9 @@ def image_grid(rows: dict[str, Tensor], captions: Sequence[str], columns: int = 
     """Arranges sets of images as rows, so that images of the same seed are in one column.
 
     Args:
-        rows: Name of each row, and its images, uint8 with shape `(N, 3, H, W)`; the same N for all.
+        rows: Maps the name of each row to its images, uint8 with shape `(N, 3, H, W)` and the same N.
         captions: One caption per image of a row, shown under its column.
-        columns: Images side by side, after which the rows go on below.
+        columns: Number of images side by side, after which the rows continue below.
     """
     tiles = {name: [to_tile(image) for image in images] for name, images in rows.items()}
     count = len(captions)

@@ -1,4 +1,4 @@
-"""Images sampled in batches of known seeds and kept batch by batch, so that a killed stage goes on."""
+"""Samples images in batches of known seeds and stores every batch, so that a killed stage can resume."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BATCH_PATTERN = "batch-*.safetensors"
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What is sampled, whatever the precision.
+    """The images to sample, at either precision.
 
     Args:
         seeds: One seed per image.
         prompts: One prompt per image; `None` for models without prompts.
-        num_steps: T, sampler steps.
-        guidance_scale: Classifier-free guidance; `None` for models without.
-        batch_size: Images sampled together; the last batch takes what is left.
+        num_steps: T, the number of sampler steps.
+        guidance_scale: Scale of classifier-free guidance; `None` for models without guidance.
+        batch_size: Images per batch; the last batch may have fewer.
     """
 
     seeds: tuple[int, ...]
@@ -42,7 +42,7 @@ class SamplingPlan:
         return len(self.seeds)
 
     def batches(self) -> Iterator[tuple[int, slice]]:
-        """Yields each batch's number and the images in it."""
+        """Yields the number of each batch and the range of its images."""
         for start in range(0, len(self), self.batch_size):
             yield start // self.batch_size, slice(start, min(start + self.batch_size, len(self)))
 
@@ -52,7 +52,7 @@ class SampledImages(Dataset[Tensor]):
 
     Args:
         folder: The folder of the batches.
-        plan: What was sampled.
+        plan: The images that were sampled.
     """
 
     def __init__(self, folder: Path, plan: SamplingPlan) -> None:
@@ -75,7 +75,7 @@ class SampledImages(Dataset[Tensor]):
         return Samples(tensors["images"], tensors["latents"])
 
     def batches(self) -> Iterator[tuple[slice, Samples]]:
-        """Yields the places of each batch's images in the set, and the batch."""
+        """Yields the range of each batch's images in the set, and the batch."""
         for number, places in self.plan.batches():
             yield places, self.batch(number)
 
@@ -95,7 +95,7 @@ def batch_path(folder: Path, number: int) -> Path:
 
 
 def to_rgb(image: Tensor) -> Tensor:
-    """Repeats the one channel of a gray image `(1, H, W)`; colour images `(3, H, W)` stay as they are."""
+    """Returns an image with three channels: the channel of a gray image `(1, H, W)` is repeated."""
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
@@ -110,20 +110,20 @@ def sample_images(
     """Samples the batches that are not on disk yet, each in one of the processes.
 
     Args:
-        plan: What to sample.
-        folder: Where the batches go.
+        plan: The images to sample.
+        folder: The folder of the batches.
         load: Loads the pipeline; called only if a batch is missing.
-        processes: Those that share the work.
+        processes: The processes that share the work.
         reporter: Receives the progress.
-        description: What is sampled, for people to read.
+        description: The title of the progress bar.
 
     Raises:
-        InputError: The pipeline makes broken images.
+        InputError: The pipeline samples broken images.
     """
     model: LoadedModel | None = None
-    own = [(number, places) for number, places in plan.batches() if number % processes.count == processes.index]
-    with reporter.task(description, sum(places.stop - places.start for _, places in own)) as advance:
-        for number, places in own:
+    batches = [(number, places) for number, places in plan.batches() if number % processes.count == processes.index]
+    with reporter.task(description, sum(places.stop - places.start for _, places in batches)) as advance:
+        for number, places in batches:
             path = batch_path(folder, number)
             if not _is_complete(path, places.stop - places.start):
                 model = model if model is not None else load()
@@ -136,7 +136,7 @@ def sample_images(
 
 
 def _is_complete(path: Path, count: int) -> bool:
-    """Returns whether a batch is on disk; one that was cut short or is something else is to be sampled again."""
+    """Returns whether a complete batch is on disk; a truncated or other file is sampled again."""
     if not path.is_file():
         return False
     try:

@@ -1,12 +1,12 @@
-r"""The error of single predictions on trajectories that were not learned from, and how it grows over the steps.
+r"""Measures the error of single predictions on held-out trajectories, and how errors grow over the steps.
 
 $$ e_t = \frac{\lVert \epsilon_q(x_t) - \epsilon(x_t) \rVert_2}{\lVert \epsilon(x_t) \rVert_2}, \qquad
 g_t = \frac{\lVert x_t^q - x_t \rVert_2}{\lVert x_t \rVert_2} $$
 
-The one-step error $e_t$ compares both denoisers on the inputs $x_t$ of the full-precision trajectory, so that no error
-of an earlier step enters; the growth $g_t$ compares the two pipelines' own trajectories from the same noise. The final
-distance is a noisy judge of a recipe, because errors of successive steps add coherently; the one-step error is not.
-With guidance the error is also that of the guided prediction, $\epsilon_u + s (\epsilon_c - \epsilon_u)$.
+The one-step error $e_t$ compares both denoisers on the inputs $x_t$ of the full-precision trajectory, so that errors of
+earlier steps do not contribute. The growth $g_t$ compares the trajectories of the two pipelines from the same noise.
+The final distance is a noisy measure of a recipe, because errors of successive steps add coherently; the one-step error
+is not. With guidance the error is also that of the guided prediction, $\epsilon_u + s (\epsilon_c - \epsilon_u)$.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.sampling import sample
 
 NUM_IMAGES = 16
-"""Trajectories over which the error is measured; the first images of an evaluation."""
+"""Number of trajectories that the error is measured on: the first images of an evaluation."""
 
 
 @dataclass
 class _Trajectory:
-    """The denoiser's calls while some images are sampled, and what it predicted."""
+    """The calls and predictions of the denoiser while some images are sampled."""
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
@@ -45,7 +45,7 @@ def one_step_error(
     """Measures the one-step error and its growth; only one of the two pipelines is in memory at a time.
 
     Args:
-        plan: Which images an evaluation samples; the first of them are sampled here.
+        plan: The images of an evaluation, the first of which are sampled here.
         load_full_precision: Loads the full-precision pipeline.
         load_quantized: Loads the quantized pipeline.
 
@@ -70,9 +70,9 @@ def one_step_error(
             if guidance is not None and len(prediction) == 2 * count:
                 both = (_guided(tensor, guidance, is_swapped) for tensor in (other, prediction))
                 guided.append(_squares(*both))
-    own = _Trajectory()
-    _sample(model, plan, count, own)
-    growth = [_relative(*_squares(*pair)) for pair in zip(own.samples, exact.samples, strict=True)]
+    quantized = _Trajectory()
+    _sample(model, plan, count, quantized)
+    growth = [_relative(*_squares(*pair)) for pair in zip(quantized.samples, exact.samples, strict=True)]
     return OneStepError(
         num_images=count,
         rel_l2=_overall(errors),
@@ -108,7 +108,7 @@ def _recording_predictions(denoiser: nn.Module, trajectory: _Trajectory) -> Iter
 
 
 def _copied(value: Any, copies: dict[int, tuple[Tensor, Tensor]]) -> Any:
-    """Copies the tensors of a call, which a scheduler may change; one that all calls share, such as a prompt, once."""
+    """Returns a call with copied tensors, since schedulers may change them; shared tensors are copied once."""
     if isinstance(value, Tensor):
         if id(value) not in copies:
             copies[id(value)] = (value, value.detach().clone())
@@ -133,7 +133,7 @@ def _guided(prediction: Tensor, scale: float, is_swapped: bool) -> Tensor:
 
 
 def _squares(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """Squared norm of the difference, and of the second tensor."""
+    """Returns the squared norms of the difference and of the second tensor."""
     second = second.double().cpu()
     return float((first.double().cpu() - second).square().sum()), float(second.square().sum())
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics, distances image by image, and pictures to look at."""
+"""Writes the results of an evaluation: metrics, distances per image, and images to look at."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def write_outcome(
     distances: Mapping[str, Value],
     facts: dict[str, Any],
 ) -> None:
-    """Writes everything that an evaluation leaves behind.
+    """Writes the results of an evaluation.
 
     Args:
-        folder: Where the files go.
-        name: What the quantized pipeline is called, such as `w4a8`.
+        folder: The folder of the files.
+        name: Name of the quantized pipeline, such as `w4a8`.
         images: The quantized pipeline's images.
         reference: The full-precision images of the same seeds and prompts.
         values: Metrics of `images`.
@@ -82,13 +82,13 @@ def _metrics(values: Mapping[str, Value]) -> dict[str, Metric]:
 
 
 def _num_identical(images: SampledImages, reference: SampledImages) -> int:
-    """Counts the images that equal those of full precision in every level."""
+    """Returns the number of images that equal those of full precision in every pixel."""
     batches = zip(images.batches(), reference.batches(), strict=True)
     return sum(num_identical(batch.images, other.images) for (_, batch), (_, other) in batches)
 
 
 def _write_pictures(folder: Path, name: str, images: SampledImages, reference: SampledImages) -> list[ShownImage]:
-    """Writes the grid and the first images one by one; returns what is shown, for a page to refer to."""
+    """Writes the grid and the first images as files; returns their list for the report."""
     is_large = max(images[0].shape[-2:]) >= _LARGE
     count = min(NUM_SHOWN_LARGE if is_large else NUM_SHOWN, len(images))
     quantized, full = images.first(count), reference.first(count)

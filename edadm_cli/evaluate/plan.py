@@ -1,4 +1,4 @@
-"""From a request to an evaluator: which metrics can be had, and the networks and real images that they need."""
+"""Decides which metrics an evaluation can compute, and loads the networks and real images that they need."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class EvaluationPlan:
     """The metrics of one evaluation, before anything is sampled or loaded onto a device.
 
     Args:
-        request: What is evaluated.
+        request: The evaluation.
 
     Raises:
         UsageError: A metric was named that this model does not have.
-        InputError: A metric was named and lacks something, or the real images are not usable.
+        InputError: A metric was named and its needs are not met, or the real images are not usable.
     """
 
     def __init__(self, request: EvaluationRequest) -> None:
@@ -47,7 +47,7 @@ class EvaluationPlan:
         self.selection.drop_too_few(len(request.sampling))
 
     def identity_fields(self) -> dict[str, Any]:
-        """Returns what decides the metrics beside the images, as JSON values."""
+        """Returns everything but the images that decides the metrics, as JSON values."""
         config = self.request.config
         fields: dict[str, Any] = {
             "real": None if self.real is None else self.real.digest,
@@ -58,10 +58,10 @@ class EvaluationPlan:
         return fields
 
     def load(self, device: torch.device) -> Evaluator:
-        """Loads the networks and fetch the real images; metrics whose network is missing are left out.
+        """Loads the networks and the real images; metrics whose network is missing are left out.
 
         Raises:
-            InputError: The user named one of them, or the real images cannot be had.
+            InputError: The user named such a metric, or the real images cannot be loaded.
         """
         if self.real is not None:
             self.real.fetch()

@@ -1,4 +1,4 @@
-"""The real images that samples are compared with: shipped digits, a folder, a file of arrays, or a named dataset."""
+"""Opens the real images that samples are compared with: shipped ones, a folder, a file, or a named dataset."""
 
 from __future__ import annotations
 
@@ -33,17 +33,16 @@ ImageLoader = Callable[[tuple[int, int]], Dataset[Tensor]]
 
 @dataclass(frozen=True)
 class RealImages:
-    """What is known of the real distribution.
+    """The real images or the statistics of their features.
 
     Args:
-        name: What it is, for people to read.
-        digest: Hash of its content.
-        statistics: Mean and covariance of features by layer (`pooled`, `spatial`), where they come
-            ready-made.
-        images: Gives the images as a dataset of uint8 `(3, H, W)` for a height and a width; `None` where
-            there are statistics only.
+        name: Name for people.
+        digest: Hash of the content.
+        statistics: Mean and covariance of features by layer (`pooled`, `spatial`), as far as they are stored.
+        images: Returns the images as a dataset of uint8 `(3, H, W)` for a height and a width; `None` if there are only
+            statistics.
         fetch: Makes the images available before anything is sampled: downloads them, or checks the files.
-        images_name: What the images alone are, where the statistics are of other images.
+        images_name: Name of the images alone, if the statistics belong to other images.
     """
 
     name: str
@@ -54,7 +53,7 @@ class RealImages:
     images_name: str = ""
 
     def without_statistics(self) -> RealImages:
-        """Returns the images alone, for features that the statistics are not of."""
+        """Returns the images without the statistics, for other features than those of the statistics."""
         return replace(self, name=self.images_name or self.name, statistics={})
 
 
@@ -89,7 +88,7 @@ def open_real(place: str) -> RealImages:
     and spatial features, `arr_0` for uint8 images with shape `(N, H, W, 3)`.
 
     Raises:
-        InputError: There is nothing there, or nothing that can be used.
+        InputError: There is no such file or folder, or it holds nothing usable.
         UsageError: The text is empty or cannot be the name of a file.
     """
     if not place.strip():
@@ -112,13 +111,17 @@ def _kind_of(place: str) -> tuple[Path, bool, bool]:
     try:
         path = Path(place).expanduser()
         return path, path.is_dir(), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, no such user
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the text is too long, has a zero byte, or names an unknown user
         shown = place if len(place) <= 80 else f"{place[:60]}... ({len(place):,} characters)"
         raise UsageError(f"--real expects the path of a folder or a file; '{shown}' cannot be one.") from error
 
 
 def _named_dataset(name: str) -> RealImages:
-    """Returns a dataset of torch-fidelity, whose content its name decides; opened when it is needed."""
+    """Returns a dataset of torch-fidelity, which is identified by its name and opened when it is needed."""
     opened = cache(lambda: open_dataset(name))
     return RealImages(
         name=name,
@@ -157,12 +160,12 @@ def _open_arrays(path: Path) -> RealImages:
 
 
 def _printable(name: str) -> str:
-    """Returns a file name as text; the bytes that are no UTF-8 are written as escapes."""
+    """Returns a file name as text, with escapes for bytes that are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def files_digest(entries: list[tuple[str, str]]) -> str:
-    """Returns one hash over names and content hashes."""
+    """Returns one hash over the names and content hashes of files."""
     digest = hashlib.sha256()
     for name, content in entries:
         digest.update(os.fsencode(name) + f"\0{content}\n".encode())

@@ -1,7 +1,7 @@
-"""Files that hold real images: pictures, and npz archives of images or of their statistics.
+"""Reads real images from files: image files, and npz archives of images or of their statistics.
 
-The files come from anywhere, so nothing in them is trusted: objects are never unpickled, and whatever a decoder raises
-becomes one sentence that names the file.
+The files are not trusted: objects are never unpickled, and any error of a decoder becomes one sentence that names the
+file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ArrayImages(Dataset[Tensor]):
 
 
 class FileImages(Dataset[Tensor]):
-    """Image files as a dataset of uint8 `(3, H, W)`: the shorter side resized, the rest cut off evenly."""
+    """Image files as a dataset of uint8 `(3, H, W)`, resized by the shorter side and cropped at the centre."""
 
     def __init__(self, files: Sequence[Path], size: tuple[int, int]) -> None:
         self.files = files
@@ -58,7 +58,7 @@ class FileImages(Dataset[Tensor]):
 
 
 class DatasetImages(Dataset[Tensor]):
-    """A dataset of uint8 `(3, H, W)` at another size, as `FileImages`."""
+    """A dataset of uint8 `(3, H, W)`, resized and cropped as in `FileImages`."""
 
     def __init__(self, images: Any, size: tuple[int, int]) -> None:
         self.images = images
@@ -73,31 +73,31 @@ class DatasetImages(Dataset[Tensor]):
 
 
 def fitted(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Returns a picture as uint8 `(3, H, W)`: the shorter side resized, the rest cut off evenly."""
+    """Returns an image as uint8 `(3, H, W)`, resized by the shorter side and cropped at the centre."""
     height, width = size
     pixels = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def check_headers(files: Sequence[Path]) -> None:
-    """Opens every picture without decoding its pixels, so that a broken file is known before anything is sampled.
+    """Opens every image without decoding its pixels, so that a broken file is noticed before anything is sampled.
 
     Raises:
-        InputError: A file is no image, or an image without area.
+        InputError: A file is not an image, or an image without area.
     """
     for path in files:
         _read_picture(path, None)
 
 
 def _read_picture(path: Path, size: tuple[int, int] | None) -> Tensor:
-    """Returns the pixels of a file as uint8 `(3, H, W)`; without a size it only reads the header, for `None`."""
+    """Returns the pixels of a file as uint8 `(3, H, W)`; without a size it checks the header and returns `None`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images, which are allowed here
             with Image.open(path, formats=_FORMATS) as picture:
                 if 0 not in picture.size:
                     return torch.empty(0) if size is None else fitted(picture, size)
-    except Exception as error:  # each of Pillow's decoders raises kinds of its own
+    except Exception as error:  # each of Pillow's decoders raises other kinds of errors
         raise InputError(f"{path} is not a readable image.") from error
     raise InputError(f"{path} is an image of {picture.width} x {picture.height} pixels, which has no area.")
 
@@ -106,10 +106,11 @@ def read_arrays(path: Path) -> tuple[dict[Layer, Statistics], Tensor | None]:
     """Reads the statistics and the images of an npz file.
 
     Returns:
-        Statistics by layer, and images as uint8 with shape `(N, C, H, W)`; `None` where the file has no images.
+        Statistics by layer, and images as uint8 with shape `(N, C, H, W)`; `None` if the file has no images.
 
     Raises:
-        InputError: The file is no npz file of plain arrays, or an array has another type, shape or value than expected.
+        InputError: The file is not an npz file of plain arrays, or an array has another type, shape or value than
+            expected.
     """
     keys = [key for pair in STATISTICS_KEYS.values() for key in pair] + [IMAGES_KEY]
     try:
@@ -118,7 +119,7 @@ def read_arrays(path: Path) -> tuple[dict[Layer, Statistics], Tensor | None]:
             raise ValueError("a single array")
         with loaded as file:
             arrays = {key: file[key] for key in keys if key in file.files}
-    except Exception as error:  # numpy, zipfile and zlib each raise kinds of their own
+    except Exception as error:  # numpy, zipfile and zlib raise different kinds of errors
         raise InputError(f"{path} is not a readable npz file of plain arrays.") from error
     statistics = {
         layer: _checked_statistics(path, arrays[mean], arrays[covariance])

@@ -1,4 +1,4 @@
-"""An evaluation with nothing left open: which images are sampled, from what, and how they are compared."""
+"""Resolves the configuration of an evaluation: the images that are sampled, and the pipelines that sample them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from edadm_cli.progress import SilentReporter
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What an evaluation samples, resolved from its configuration and from how the run was collected.
+    """An evaluation whose settings are all decided, from its configuration and from how the run was collected.
 
     Args:
         config: The configuration.
@@ -59,7 +59,7 @@ class EvaluationRequest:
         return self.collected.sampling.dtype
 
     def identity_fields(self) -> dict[str, Any]:
-        """Returns what decides the images of a pipeline, as plain JSON values."""
+        """Returns everything that decides the images of a pipeline, as plain JSON values."""
         prompts = self.sampling.prompts
         return {
             "num_images": len(self.sampling),
@@ -75,22 +75,22 @@ class EvaluationRequest:
         }
 
     def load_full_precision(self) -> LoadedModel:
-        """Loads the pipeline that was collected from.
+        """Loads the full-precision pipeline of the run.
 
         Raises:
-            InputError: Its files are gone or have changed since.
+            InputError: Its files are missing or have changed since the run was collected.
         """
         return self.collected.load(self.device, self.collected.dtype)
 
     def load_quantized(self) -> LoadedModel:
-        """Loads the exported pipeline, on its engine where one is named."""
+        """Loads the exported pipeline, on an engine if one is named."""
         if self.config.engine is not None:
             engine = engine_of(self.config.engine)
             return load_on_engine(self.run, self.export, engine, self.device, self.collected.dtype, SilentReporter())
         return load_model(str(self.export.path), self.device, self.collected.dtype, self.entry)
 
     def load_sampler(self) -> LoadedModel:
-        """Loads the exported pipeline as it samples: with the step cache, where one is asked for.
+        """Loads the exported pipeline, with a step cache if one is named.
 
         Raises:
             UsageError: The denoiser or its engine cannot be cached.
@@ -102,16 +102,16 @@ class EvaluationRequest:
 
     @property
     def device(self) -> torch.device:
-        """Where the pipelines and the feature extractors compute."""
+        """The device of the pipelines and the feature extractors."""
         return resolve_device(self.config.device)
 
 
 def resolve(config: EvaluateConfig, run: RunFolder) -> EvaluationRequest:
-    """Settles what is left open in a configuration.
+    """Decides everything that a configuration leaves open, and checks it.
 
     Raises:
         InputError: The export or an ancestor of it is missing or broken, or the prompt file is not usable.
-        UsageError: Prompts or guidance are asked of a model that has none.
+        UsageError: Prompts or guidance are requested of a model that has none.
         MachineError: There is no such device.
     """
     device = resolve_device(config.device)

@@ -1,4 +1,4 @@
-"""Which metrics an evaluation computes, and why others are left out."""
+"""Selects the metrics that an evaluation computes, with the reasons why others are left out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from edadm_cli.metrics.paired import ALWAYS
 
 
 class MetricSelection:
-    """The metrics to compute; it shrinks as it becomes known what is missing.
+    """The metrics to compute; metrics are removed when something that they need is missing.
 
     Args:
         metrics: Every metric that the model can have.
-        named: The metrics that the user named; none stands for the default ones.
+        named: The metrics that the user named; if empty, the default ones are computed.
         space: Name of the model's feature space.
 
     Raises:
@@ -45,11 +45,11 @@ class MetricSelection:
             self.skipped[name] = reason
 
     def needing(self, *needs: Need) -> list[str]:
-        """Returns the names of the selected metrics that need one of some things."""
+        """Returns the names of the selected metrics that need at least one of some inputs."""
         return [name for name, metric in self.selected.items() if metric.needs & set(needs)]
 
     def forget_prompts(self) -> None:
-        """Leaves out what is about prompts, without a warning, for a model that takes none.
+        """Leaves out the metrics of prompts, without a warning, for a model that takes none.
 
         Raises:
             InputError: The user named one of them.
@@ -59,10 +59,10 @@ class MetricSelection:
             del self.selected[name]
 
     def drop_without_real(self, has_statistics: Iterable[str], has_images: bool) -> None:
-        """Leaves out what the real images at hand do not allow.
+        """Leaves out the metrics that the available real images do not allow.
 
         Args:
-            has_statistics: Layers whose real statistics are known.
+            has_statistics: The layers whose real statistics are known.
             has_images: Whether there are real images.
         """
         if has_images:
@@ -78,7 +78,7 @@ class MetricSelection:
         self.drop(missing, reason)
 
     def drop_too_few(self, num_images: int) -> None:
-        """Leaves out what needs more images than there are."""
+        """Leaves out the metrics that need more images than there are."""
         few = [(name, metric.min_images) for name, metric in self.selected.items() if num_images < metric.min_images]
         for name, least in few:
             self.drop([name], f"it needs more than {least - 1} images.")

@@ -1,4 +1,4 @@
-"""The feature spaces that images are judged in: the network, the real images, and the classes that prompts name.
+"""The feature spaces of metrics: the network, the real images, and the classes that prompts name.
 
 `ModelEntry.features` names the space of a model.
 """
@@ -34,15 +34,15 @@ class Space(ABC):
     """One feature space.
 
     Attributes:
-        feature_name: What its features are called in results.
-        is_shipped: Whether the network is part of this package, so that it is never missing.
+        feature_name: Name of its features in results.
+        is_shipped: Whether the network is part of this package, so that it cannot be missing.
     """
 
     feature_name: str
     is_shipped: bool = True
 
     def check(self, config: EvaluateConfig) -> None:  # noqa: B027 - most spaces have nothing to check
-        """Refuses weights that cannot be used, before anything is sampled.
+        """Refuses unusable weights before anything is sampled.
 
         Raises:
             InputError: A file that the configuration names is missing or broken.
@@ -50,7 +50,7 @@ class Space(ABC):
 
     @abstractmethod
     def digest(self, config: EvaluateConfig) -> str:
-        """Returns what identifies the network's weights."""
+        """Returns a text that identifies the network's weights, such as their hash."""
 
     @abstractmethod
     def open(self, config: EvaluateConfig, device: torch.device) -> FeatureSpace:
@@ -61,11 +61,11 @@ class Space(ABC):
         """
 
     def real_images(self, entry: ModelEntry) -> RealImages | None:
-        """Returns the real images that come with the package; `None` where there are none."""
+        """Returns the real images that come with the package; `None` if there are none."""
         return None
 
     def label_of(self, prompt: str) -> int | None:
-        """Returns the class that a prompt names; `None` where it names none."""
+        """Returns the class that a prompt names; `None` if it names none."""
         return None
 
 
@@ -120,7 +120,7 @@ class InceptionSpace(Space):
     is_shipped = False
 
     def check(self, config: EvaluateConfig) -> None:
-        """Reads the file of weights, where one is named."""
+        """Checks the file of weights, if one is named."""
         if config.inception_weights is not None:
             check_inception_weights(config.inception_weights)
 
@@ -134,12 +134,12 @@ class InceptionSpace(Space):
 
 
 class EfficientNetSpace(Space):
-    """EfficientNet-Lite0 with ImageNet weights, from an optional package; no shipped model was made with it."""
+    """EfficientNet-Lite0 with ImageNet weights from an optional package, independent of all shipped models."""
 
     feature_name = EFFICIENTNET
 
     def check(self, config: EvaluateConfig) -> None:
-        """Refuses to begin without the weights, which only a user who names the features needs."""
+        """Checks the weights, which are needed only if the user names these features."""
         weights_path()
 
     def digest(self, config: EvaluateConfig) -> str:
@@ -160,12 +160,12 @@ SPACES: dict[str, Space] = {
 
 
 def space_of(entry: ModelEntry, features: str | None = None) -> Space:
-    """Returns a feature space: that of a model, or the one that is named."""
+    """Returns the feature space that `features` names, by default the model's own."""
     return SPACES[features or entry.features]
 
 
 def real_images(entry: ModelEntry, space: Space) -> RealImages | None:
-    """Returns the real images that come with a model; in features other than its own without their statistics."""
+    """Returns the real images that come with a model, without statistics if the features are not its own."""
     own_space = SPACES[entry.features]
     real = own_space.real_images(entry)
     return real if real is None or space is own_space else real.without_statistics()

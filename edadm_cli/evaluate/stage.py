@@ -1,4 +1,4 @@
-"""`edadm evaluate`: an export's images against real images, and against full precision of the same seeds."""
+"""`edadm evaluate`: compares an export's images with real images and with full precision of the same seeds."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def run(
     """Samples at both precisions, computes every metric that can be computed, and writes the `evaluate` artifact.
 
     Raises:
-        InputError: What is evaluated is missing or broken, or a metric that was named lacks its weights.
-        UsageError: A metric, prompts or guidance are asked for that the model does not have.
-        MachineError: The device is not there or its memory does not suffice, or the disk is full.
+        InputError: The export is missing or broken, or the weights of a metric that was named are missing.
+        UsageError: The model does not have a metric, prompts or guidance that was requested.
+        MachineError: The device is missing, its memory does not suffice, or the disk is full.
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
@@ -160,7 +160,7 @@ def _one_step_error(request: EvaluationRequest, skipped: dict[str, str], reporte
 
 
 def _warn(skipped: Mapping[str, str], cautions: Iterable[str], reporter: Reporter) -> None:
-    """Names the metrics that are left out, once per reason, and what limits the meaning of the others."""
+    """Warns of the metrics that are left out, once per reason, and of those with a limited meaning."""
     for reason in sorted(set(skipped.values())):
         names = ", ".join(sorted(name for name, why in skipped.items() if why == reason))
         reporter.warn(f"Without {names}: {reason}")
@@ -169,7 +169,7 @@ def _warn(skipped: Mapping[str, str], cautions: Iterable[str], reporter: Reporte
 
 
 def _in_order(values: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Returns metrics in the order in which people read them."""
+    """Returns metrics in the order of the tables."""
     from edadm_cli.metrics.registry import in_order
 
     return {name: values[name] for name in in_order(values)}

@@ -1,4 +1,4 @@
-"""A few plain sentences about an export: broken images, how its error grows, what differs most."""
+"""Summarizes the quality of an export in sentences: broken images, and how its error grows."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from edadm_cli.artifacts import OneStepError
 from edadm_cli.evaluate.images import SampledImages
 
 _BLACK_LEVEL = 4.0
-"""Mean level, of 255, below which people see a black picture."""
+"""Mean level out of 255 below which an image looks black."""
 _LARGE_GROWTH = 4.0
 
 
 def verdict(images: SampledImages, reference: SampledImages, one_step: OneStepError | None) -> list[str]:
-    """Returns sentences about a set of images, what is wrong first.
+    """Returns sentences about a set of images, problems first.
 
-    Values that are not finite never come here: sampling refuses them.
+    Values that are not finite do not occur here, because sampling refuses them.
 
     Args:
         images: The quantized pipeline's images.
         reference: The full-precision images of the same seeds.
-        one_step: The one-step error; `None` where it could not be measured.
+        one_step: The one-step error; `None` if it could not be measured.
     """
     sentences = []
     for name, count in _broken(images, reference).items():
@@ -38,7 +38,7 @@ def verdict(images: SampledImages, reference: SampledImages, one_step: OneStepEr
 
 
 def _broken(images: SampledImages, reference: SampledImages) -> dict[str, int]:
-    """Counts the images that are black or flat while the full-precision image of the same seed is not."""
+    """Returns the number of images that are black, or flat, while the full-precision image of the same seed is not."""
     black = flat = 0
     for (levels, _), (others, _) in zip(images.pairs(), reference.pairs(), strict=True):
         first, second = levels.float().flatten(1), others.float().flatten(1)

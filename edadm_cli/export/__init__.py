@@ -1,4 +1,4 @@
-"""Quantization parameters packed into a diffusers folder that loads like any other, and the proof that it does."""
+"""Packs quantization parameters into a diffusers folder that `from_pretrained` loads, and checks that it does."""
 
 from edadm_cli.artifacts import Stage
 from edadm_cli.config import ExportConfig

@@ -1,7 +1,7 @@
 """The model card of an export: a README.md with the metadata that the Hugging Face hub reads.
 
-The card names what was done and how good the result is. It names nothing of the machine that made it: no path, no host,
-no time. Text that a user typed is escaped, so that it stays text.
+The card says how the export was made and how good it is. It says nothing about the machine that made it: no path, host
+or time. Text that a user typed is escaped, so that it cannot become markup.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$&:@])")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says.
+    """The content of a card.
 
     Attributes:
         bits: The bit width, such as `w4a8`.
         recipe: Name of the recipe.
         base: Name of the model that was quantized; `None` for one without a public name.
         base_repository: Its repository on the hub; `None` for a model from elsewhere.
-        takes_prompts: Whether images are asked for in words.
-        units: What was quantized.
-        selection: The calibration set.
-        num_steps: Sampler steps of the calibration trajectories.
-        export: Sizes and parity.
+        takes_prompts: Whether the pipeline takes prompts.
+        units: The record of the reconstruction.
+        selection: The record of the calibration set.
+        num_steps: Number of sampler steps of the calibration trajectories.
+        export: Sizes and parity of the export.
         evaluation: Metrics; `None` before `edadm evaluate`.
     """
 
@@ -59,8 +59,8 @@ class CardFacts:
         Args:
             run: The run.
             source: The reconstruction that the export was made from.
-            export: The export's facts.
-            evaluation: The export's metrics, where there are some.
+            export: The record of the export.
+            evaluation: The metrics of the export; `None` if there are none.
         """
         collect = run.open("collect")
         sampling = Sampling.load(collect)
@@ -86,10 +86,10 @@ def model_card(facts: CardFacts, place: str = HERE, base_license: str | None = N
     """Returns the text of a model card.
 
     Args:
-        facts: What it says.
-        place: From where the three lines load the pipeline: a repository, or words that stand for a folder.
+        facts: The content of the card.
+        place: The argument of `from_pretrained` in the card: a repository, or a placeholder for a folder.
         base_license: Licence of the base model, as the hub names it; `None` where it is not known.
-        has_grid: Whether a picture grid lies beside the card.
+        has_grid: Whether there is an image grid beside the card.
     """
     base = escape(facts.base) if facts.base else "a diffusion pipeline"
     title = f"{base}, {facts.bits.upper()}" if facts.base else f"A diffusion pipeline in {facts.bits.upper()}"
@@ -106,21 +106,21 @@ def model_card(facts: CardFacts, place: str = HERE, base_license: str | None = N
     if facts.evaluation is not None:
         parts += ["## Quality", _quality(facts.evaluation)]
         if has_grid:
-            parts.append(f"![Full precision above, {facts.bits.upper()} below, of the same seeds]({GRID_FILE})")
-    licence = f"The licence of the base model holds: {escape(base_license)}." if base_license else None
-    parts += ["## Licence", licence or "The licence of the base model holds; it is not repeated here."]
+            parts.append(f"![Full precision above, {facts.bits.upper()} below, with the same seeds]({GRID_FILE})")
+    licence = f"The licence of the base model applies: {escape(base_license)}." if base_license else None
+    parts += ["## Licence", licence or "The licence of the base model applies; it is not repeated here."]
     return "\n\n".join(parts) + "\n"
 
 
 def escape(text: str) -> str:
-    """Returns a text as Markdown that shows it as it is, on one line."""
+    """Returns Markdown that shows a text unchanged, on one line."""
     line = " ".join(text.split())
     line = "".join(char for char in line if char.isprintable())
     return _SPECIAL.sub(r"\\\1", line)
 
 
 def _metadata(facts: CardFacts, base_license: str | None) -> str:
-    """Returns the YAML block of the hub; JSON strings are YAML, whatever they hold."""
+    """Returns the YAML block that the hub reads; its strings are written as JSON, which is valid YAML."""
     fields: dict[str, object] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image" if facts.takes_prompts else "unconditional-image-generation",

@@ -31,8 +31,8 @@ def write_pipeline(
 
     Args:
         model: The pipeline.
-        folder: Where it is written to.
-        quantization_config: What `config.json` of the denoiser says of its quantization.
+        folder: The folder to write.
+        quantization_config: The `quantization_config` in `config.json` of the denoiser.
         changed: Names of components whose weights differ from those of the source.
 
     Returns:
@@ -57,7 +57,7 @@ def write_pipeline(
 
 
 def exact_narrow(tensor: Tensor) -> Tensor:
-    """Returns the tensor in float16 or bfloat16 if that holds every value exactly, else as it is."""
+    """Returns the tensor in float16 or bfloat16 if that represents every value exactly, else unchanged."""
     if not tensor.is_floating_point():
         return tensor
     for dtype in _NARROW:
@@ -79,7 +79,7 @@ def component_sizes(folder: Path) -> dict[str, float]:
 def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mapping[str, Any]) -> None:
     denoiser.save_config(place)  # type: ignore[operator]
     config = load_json(place / "config.json")
-    # one line per value, but little indentation: for a small denoiser, the plan is a good part of the export's size
+    # one value per line with little indentation: the plan is a large part of the export of a small denoiser
     save_json(place / "config.json", {**config, "quantization_config": dict(quantization_config)}, indent=1)
     scales = {name for name, _ in denoiser.named_buffers()}
     tensors = {
@@ -89,7 +89,7 @@ def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mappi
 
 
 def _is_copyable(source: Component | None, folder: PipelineFolder | None, component: object) -> bool:
-    """Returns whether a component is unchanged, in a folder of its own, and not a variant that needs naming."""
+    """Returns whether a component is unchanged, in a folder of its own, and not a variant that has to be named."""
     return (
         source is not None
         and folder is not None

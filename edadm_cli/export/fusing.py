@@ -1,16 +1,16 @@
 r"""Fuses LoRA adapters into a pipeline before it is packed, with the calibration of the pipeline without them.
 
-Activation ranges and corrected biases stay as they were found. The codes of a weight W that becomes W' are computed
-anew, on the same scale s:
+Activation ranges and corrected biases do not change. The codes c of a weight W that becomes W' are computed again, with
+the same scale s:
 
     c' = round(W' / s) + (c - round(W / s))   where |c' - W' / s| < 1,   else   round(W' / s),
 
-clamped to the grid. So a weight keeps the direction in which it was learned to be rounded, as long as that is still one
-of its two neighbours. (To leave c as it is wherever W' lies in the same step would lose the adapter: its change of a
-weight is mostly smaller than a step of four bits, and acts by the share of weights that it moves to another code.)
+clamped to the grid. A weight thus keeps the direction of rounding that was learned, as long as the code is still one of
+its two neighbours. Keeping c wherever W' is in the same step as W would lose the adapter: most of its changes are
+smaller than a step of four bits, and it acts through the share of weights that it moves to another code.
 
-An output channel with weights that now lie more than a step outside of the grid gets a scale that is larger by the
-factor of max |W'| to max |W|, and its weights are rounded to nearest.
+An output channel with weights that are now more than one step outside the grid gets a larger scale, by the factor
+max |W'| / max |W|, and its weights are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 
 @dataclass(frozen=True)
 class LoraFile:
-    """One adapter file and how strongly it is fused.
+    """One adapter file and its weight.
 
     Attributes:
         path: A safetensors file.
-        weight: What the adapter's change is multiplied by.
+        weight: Factor of the adapter's change.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class LoraFile:
             path, colon, weight = text, "", 1.0
         file = Path(path if colon else text)
         if not file.is_file() or file.suffix != ".safetensors":
-            raise InputError(f"--lora expects a safetensors file, such as style.safetensors:0.8; {text} is none.")
+            raise InputError(f"--lora expects a safetensors file, such as style.safetensors:0.8; {text} is not one.")
         if weight != weight or abs(weight) > 100:
             raise UsageError(f"--lora {text}: the weight of an adapter is a number such as 0.8.")
         return cls(file, weight)
@@ -71,12 +71,12 @@ class LoraFile:
 
 @dataclass
 class Fused:
-    """What fusing changed.
+    """The changes made by fusing.
 
     Attributes:
-        before: The weights of adapted layers of the denoiser as they were calibrated, by name.
-        components: Other components that have changed, such as text encoders.
-        changed_codes: Share of the codes of adapted layers that are others than before.
+        before: The weights of the denoiser's adapted layers before fusing, by name.
+        components: Names of other components that have changed, such as text encoders.
+        changed_codes: Share of the codes of adapted layers that have changed.
     """
 
     before: dict[str, Tensor] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
     """Adds adapters to the weights of a full-precision pipeline, in place.
 
     Raises:
-        InputError: A file is no LoRA, or belongs to another model.
+        InputError: A file is not a LoRA, or it belongs to another model.
         UsageError: The pipeline takes no LoRA, or PEFT is not installed.
     """
     pipeline: Any = model.pipeline
@@ -116,13 +116,13 @@ def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
 
 
 def refit(denoiser: nn.Module, plan: QuantizationPlan, params: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
-    """Returns the quantization parameters for fused weights: new codes of the layers that changed; see this module.
+    """Returns the quantization parameters for fused weights, with new codes for the layers that changed (see above).
 
     Args:
-        denoiser: Full precision, with fused weights.
-        plan: Bits of every layer.
-        params: As reconstructed for the weights before.
-        fused: Its `changed_codes` is filled in.
+        denoiser: The full-precision denoiser with fused weights.
+        plan: The bits of every layer.
+        params: The parameters that were reconstructed for the weights before fusing.
+        fused: The result of `fuse`, whose `changed_codes` is set.
     """
     result, changed, total = dict(params), 0, 0
     for name in fused.before.keys() & plan.layers.keys():
@@ -144,10 +144,10 @@ def moved_codes(codes: Tensor, old: Tensor, new: Tensor, scale: Tensor, layer: L
 
     Args:
         codes: The codes of `old`, int8, learned or rounded to nearest.
-        old: The weight that was quantized, `[C_out, ...]`.
-        new: The weight now.
+        old: The weight before fusing, `[C_out, ...]`.
+        new: The weight after fusing.
         scale: The scale of each output channel.
-        layer: Bits.
+        layer: The bits of the layer.
     """
     grid = layer.weight_grid
     before, after = (x.flatten(1).abs().amax(dim=1) for x in (old, new))
@@ -163,12 +163,12 @@ def moved_codes(codes: Tensor, old: Tensor, new: Tensor, scale: Tensor, layer: L
 
 
 def _adapted_layers(component: nn.Module) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in component.named_modules():
         base = getattr(module, "base_layer", None)
         if hasattr(module, "lora_A") and isinstance(base, nn.Module):
-            found[name] = base
-    return found
+            layers[name] = base
+    return layers
 
 
 def _is_module(component: object) -> bool:

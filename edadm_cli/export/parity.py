@@ -17,7 +17,7 @@ class ExportParity:
     """The result of the comparison.
 
     Attributes:
-        latent_max_abs: Largest difference of final latents, same arithmetic before and after.
+        latent_max_abs: Largest absolute difference of final latents in the same arithmetic, before and after packing.
         images_bit_equal: Whether all images have the same bytes.
         integer_rel_l2: Largest relative L2 error of a layer's integer arithmetic against quantize-dequantize.
         integer_layer: The layer with that error.
@@ -42,7 +42,8 @@ def compare(before: Samples, after: Samples, integer: Samples | None, layer_erro
         layer_errors: Relative L2 error of each layer's integer arithmetic.
 
     Raises:
-        EdadmError: The export does not compute what the stage before computed, or an integer layer is out of bound.
+        EdadmError: The export computes other images than the reconstruction, or the error of a layer's integer
+            arithmetic exceeds its bound.
     """
     worst = max(layer_errors, key=lambda name: layer_errors[name])
     parity = ExportParity(

@@ -1,4 +1,4 @@
-"""`edadm push`: an export with its model card as one commit to a repository of the Hugging Face hub."""
+"""`edadm push`: uploads an export with its model card to the Hugging Face hub, as one commit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _HINT = "edadm push --dry-run shows what would be sent"
 
 @dataclass(frozen=True)
 class Upload:
-    """What is sent.
+    """The content of an upload.
 
     Attributes:
         repository: `owner/name`.
-        files: Name in the repository -> file.
-        facts: What the card says.
+        files: Maps a name in the repository to a file.
+        facts: The content of the card.
     """
 
     repository: str
@@ -34,26 +34,26 @@ class Upload:
         return model_card(self.facts, self.repository, base_license, has_grid=GRID_FILE in self.files)
 
     def sizes(self) -> dict[str, int]:
-        """Returns the size of each file in bytes; the card is that without a licence."""
+        """Returns the size of each file in bytes; the card is counted without a licence."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         return {CARD_FILE: len(self.card(None).encode()), **sizes}
 
 
 def prepare(folder: Path, repository: str) -> Upload:
-    """Checks an export and collect what is sent: its files, the card, and the picture grid of its evaluation.
+    """Checks an export and collects the files of the upload, the card, and the image grid of its evaluation.
 
-    The manifest stays behind, since it says on which machine the export was made.
+    The manifest is not uploaded, because it describes the machine that made the export.
 
     Raises:
         UsageError: The repository is not named `owner/name`.
-        InputError: The folder is no export of a run, or is broken.
+        InputError: The folder is not an export of a run, or it is broken.
     """
     if not looks_like_hub_id(repository):
         raise UsageError(f"edadm push expects a repository as owner/name; got '{repository}'.")
     run, kind, bits = run_of_artifact(folder)
     if run is None or kind != "export" or bits is None:
         raise InputError(
-            f"edadm push expects an export inside its run, such as runs/digits-sd/export/w4a8; {folder} is none.",
+            f"edadm push expects an export inside its run, such as runs/digits-sd/export/w4a8; {folder} is not one.",
             hint="edadm inspect",
         )
     export = run.open("export", bits)
@@ -68,17 +68,17 @@ def prepare(folder: Path, repository: str) -> Upload:
 
 
 def push(upload: Upload, private: bool) -> str:
-    """Sends everything in one commit, and returns its address.
+    """Uploads everything in one commit, and returns its address.
 
     Raises:
-        InputError: The hub cannot be reached, or refuses.
+        InputError: The hub cannot be reached, or it refuses the upload.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
-        api.whoami()  # asks once, and before anything is read
+        api.whoami()  # asks for the login once, before any file is read
         base_license = _license_of(upload.facts.base_repository)
         api.create_repo(upload.repository, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, path) for name, path in upload.files.items()]
@@ -87,7 +87,9 @@ def push(upload: Upload, private: bool) -> str:
             upload.repository, operations, commit_message=f"Export in {upload.facts.bits.upper()} by edadm"
         )
     except LocalTokenNotFoundError as error:
-        raise InputError("The hub takes uploads only from who is logged in, and nobody is.", "hf auth login") from error
+        raise InputError(
+            "An upload to the Hugging Face hub needs a login, and nobody is logged in here.", "hf auth login"
+        ) from error
     except HfHubHTTPError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"The hub refuses the upload to '{upload.repository}': {reason}", "hf auth login") from error

@@ -1,4 +1,4 @@
-"""`edadm export`: a quantized pipeline in a diffusers folder, loaded back and compared before it is called done."""
+"""`edadm export`: writes a quantized pipeline as a diffusers folder, loads it again and compares the two."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.network import load_quant_params, quantize_network, unquantized
 
 FLOAT_BYTES = 4
-INTEGER_SAMPLING_LIMIT = 120.0  # seconds of sampling in quantize-dequantize, beyond which integers take too long
+INTEGER_SAMPLING_LIMIT = 120.0  # seconds of sampling in quantize-dequantize; beyond them, integers would take too long
 
 
 def run(
     config: ExportConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> ExportRecord:
-    """Packs, write, load back with diffusers, compare.
+    """Packs the denoiser, writes the pipeline, loads it with diffusers, and compares its images.
 
     Raises:
-        InputError: There is no reconstruction, or the model is not the one it was made from.
-        EdadmError: The export does not compute what the reconstruction computed.
+        InputError: There is no reconstruction, or the model is not the one that it was made from.
+        EdadmError: The export computes other images than the reconstruction.
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
     writer = _writer(config)
@@ -82,10 +82,10 @@ def build_spec(config: ExportConfig, run_folder: RunFolder) -> BuildSpec:
 
 
 def _writer(config: ExportConfig) -> FileWriter | None:
-    """Returns what writes further files of the export, in an artifact of their own.
+    """Returns the writer of further files of the export, which have an artifact of their own.
 
     Raises:
-        UsageError: An engine and a format are both asked for, or the engine has no files.
+        UsageError: Both an engine and a format are named, or the engine has no files.
     """
     if config.format == "comfyui":
         if config.engine is not None:
@@ -95,17 +95,17 @@ def _writer(config: ExportConfig) -> FileWriter | None:
 
 
 def _files(run: RunFolder, export: Artifact, writer: FileWriter, reporter: Reporter, force: bool) -> EngineFiles:
-    """Returns the files in an artifact beside the export, up to date if they are."""
+    """Returns the further files as an artifact, which is written unless it is up to date."""
     artifact = engine_artifact(run, export, writer, reporter, force)
     size = sum(entry.bytes for entry in artifact.manifest.payload) / 2**20
     return EngineFiles(name=writer.name, artifact=str(artifact.path), identity=artifact.identity, size_mib=size)
 
 
 def finished(config: ExportConfig, run_folder: RunFolder) -> Artifact | None:
-    """Returns the export that `run` would find; `None` where files besides it are asked for, another artifact.
+    """Returns the export that `run` would reuse; `None` if further files are requested.
 
     Raises:
-        InputError: An export with other settings is in its place; or there is no reconstruction.
+        InputError: An export with other settings has the same place, or there is no reconstruction.
     """
     is_empty = not run_folder.names("export")
     has_files = config.engine is not None or config.format != "diffusers"
@@ -143,7 +143,7 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
             integer = sample_images(config, loaded, collected)
         else:
             reporter.warn(
-                f"Sampling took {seconds:.0f} s, and exact integers are several times as slow: they were compared layer"
+                f"Sampling took {seconds:.0f} s, and exact integers are several times slower: they were compared layer"
                 " by layer, not by images."
             )
         parity = compare(before, after, integer, errors)
@@ -195,7 +195,7 @@ def _require_coverage(loaded: LoadedModel, source: Artifact) -> None:
 def sample_images(
     config: ExportConfig, model: LoadedModel, collected: CollectedRun, num_steps: int | None = None
 ) -> Samples:
-    """Samples the images that are compared, with the steps of the collection or with `num_steps`."""
+    """Samples the images that are compared, with `num_steps` steps or as many as were collected."""
     count, prompts = config.parity_samples, collected.prompts
     return sample(
         model,

@@ -1,4 +1,4 @@
-"""What an export came to, in plain sentences: which layers compute in which width, whether images are broken."""
+"""Summarizes an export in sentences: which layers compute in which width, and whether images are broken."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from edadm_cli.quant.plan import QuantizationPlan
 
 _BLACK_LEVEL = 4.0
-"""Mean level, of 255, below which people see a black picture."""
+"""Mean level out of 255 below which an image looks black."""
 
 
 def layers_by_width(plan: QuantizationPlan) -> dict[str, int]:
-    """Returns how many layers compute in which width, such as `w4a8`; `float` counts those left in floating point."""
+    """Returns the number of layers by width, such as `w4a8`; `float` counts those left in float."""
     widths = Counter(
         f"w{layer.weight_bits}" + (f"a{layer.activation_bits}" if layer.activation_bits else " with float inputs")
         for layer in plan.layers.values()
@@ -23,13 +23,13 @@ def layers_by_width(plan: QuantizationPlan) -> dict[str, int]:
 
 
 def verdict(images: Tensor, plan: QuantizationPlan) -> list[str]:
-    """Returns sentences about an export, what is wrong first.
+    """Returns sentences about an export, problems first.
 
-    Values that are not finite never come here: sampling refuses them.
+    Values that are not finite do not occur here, because sampling refuses them.
 
     Args:
         images: 8-bit levels with shape `(N, C, H, W)` that the export sampled.
-        plan: Which layers are quantized.
+        plan: The plan, which says which layers are quantized.
     """
     levels = images.float().flatten(1)
     black = int((levels.mean(dim=1) < _BLACK_LEVEL).sum())

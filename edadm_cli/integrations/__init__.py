@@ -1,1 +1,1 @@
-"""Where other libraries meet exported pipelines."""
+"""Connects exported pipelines with other libraries: diffusers, PEFT and ComfyUI."""

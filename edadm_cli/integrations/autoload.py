@@ -1,9 +1,8 @@
 """Makes `DiffusionPipeline.from_pretrained` understand `quant_method: "edadm"` without a line of code.
 
-diffusers looks quantization methods up in two dictionaries, and in a third the libraries that components of a pipeline
-may come from; it offers no entry point to add to them. torch does: it calls every entry point of the group
-`torch.backends` when it is imported. Ours only sets a watch on the import of diffusers' dictionaries, so that it costs
-nothing to programs that do not use diffusers.
+diffusers looks quantization methods up in two dictionaries, and the libraries of pipeline components in a third one. It
+has no entry point that extends them. torch calls every entry point of the group `torch.backends` when it is imported;
+ours watches the import of diffusers' dictionaries and does nothing else, so that it costs no time without diffusers.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from types import ModuleType
 
 _QUANTIZER = "edadm_cli.integrations.quantizer"
 _REGISTRY = "diffusers.quantizers.auto"
-# Modules with components that exports may be made of, and the base class that says how these are loaded.
+# Modules of components that exports may contain, and the base class whose methods load them.
 _COMPONENTS = {"edadm_cli.models.latent_diffusion": "ModelMixin", "edadm_cli.models.schedulers": "SchedulerMixin"}
 
 
 def register() -> None:
-    """Registers now with what is loaded of diffusers' dictionaries, else as soon as it is; more calls do nothing."""
+    """Extends diffusers' dictionaries, now or as soon as they are imported; further calls do nothing."""
     watched = {finder.name for finder in sys.meta_path if isinstance(finder, _Watch)}
     for name, add in _WATCHED.items():
         if name in sys.modules:
@@ -32,12 +31,12 @@ def register() -> None:
 
 
 def _add_quantizer(registry: ModuleType) -> None:
-    """Imports our quantizer, unless its own import is what loads diffusers' dictionaries; `_complete` adds it."""
+    """Imports our quantizer, unless its own import loads diffusers' dictionaries; `_complete` adds it."""
     _complete(import_module(_QUANTIZER))
 
 
 def _complete(quantizer: ModuleType) -> None:
-    """Adds the classes of our quantizer's module to diffusers' dictionaries, where both are complete."""
+    """Adds the classes of our quantizer's module to diffusers' dictionaries once both are complete."""
     registry, is_complete = sys.modules.get(_REGISTRY), hasattr(quantizer, "EdadmQuantizer")
     if is_complete and hasattr(registry, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
         registry.AUTO_QUANTIZER_MAPPING[quantizer.METHOD] = quantizer.EdadmQuantizer  # type: ignore[union-attr]
@@ -45,7 +44,7 @@ def _complete(quantizer: ModuleType) -> None:
 
 
 def _add_components(registry: ModuleType) -> None:
-    loadable = getattr(registry, "LOADABLE_CLASSES", {})  # not there yet while that module is being imported
+    loadable = getattr(registry, "LOADABLE_CLASSES", {})  # missing while that module is being imported
     for name, base in _COMPONENTS.items():
         loadable.setdefault(name, {base: ["save_pretrained", "from_pretrained"]})
 
@@ -58,7 +57,7 @@ _WATCHED: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Watch(MetaPathFinder):
-    """Finds the watched module as usual, and adds to it once it has run."""
+    """Finds the watched module as usual, and extends it once it is imported."""
 
     def __init__(self, name: str, add: Callable[[ModuleType], None]) -> None:
         self.name, self._add = name, add

@@ -1,8 +1,8 @@
-"""Step caching of diffusers on quantized denoisers: steps that change little reuse what an earlier step computed.
+"""Step caching of diffusers on quantized denoisers: steps that change little reuse results of an earlier step.
 
-A cache lies around blocks, or around attention and feed-forward layers, and leaves out their calls; what is inside
-them, quantized or not, makes no difference to it. diffusers' own `enable_cache` exists for some transformers only; here
-its hooks are put on any denoiser that has the parts that they look for.
+A cache wraps blocks, or attention and feed-forward layers, and skips calls of them; it does not matter whether they are
+quantized. diffusers' own `enable_cache` exists for some transformers only; this module puts its hooks on any denoiser
+with the parts that they need.
 
 References:
     TaylorSeer, arXiv 2503.06923. First-block cache: github.com/chengzeyi/ParaAttention.
@@ -34,8 +34,8 @@ class StepCache:
 
     Attributes:
         name: `first-block` or `taylorseer`.
-        value: For `first-block` the mean relative change of the first block's residual below which the other blocks are
-            left out; for `taylorseer` the number of steps from one that is computed to the next.
+        value: For `first-block`, the mean relative change of the first block's residual below which the other blocks
+            are skipped; for `taylorseer`, the number of steps from one computed step to the next.
     """
 
     name: str
@@ -70,8 +70,8 @@ def enable_cache(model: LoadedModel, setting: str) -> None:
         setting: `NAME` or `NAME:VALUE`, see `StepCache`.
 
     Raises:
-        UsageError: There is no such cache, the denoiser has not the parts that it needs, or the engine runs each step
-            as one graph.
+        UsageError: There is no such cache, the denoiser lacks the parts that it needs, or the engine runs each step as
+            one graph.
     """
     cache, denoiser = StepCache.parse(setting), model.denoiser
     if isinstance(denoiser, EngineDenoiser):
@@ -83,7 +83,7 @@ def enable_cache(model: LoadedModel, setting: str) -> None:
 
 
 def _apply(denoiser: nn.Module, cache: StepCache) -> None:
-    """Puts diffusers' hooks on a denoiser, and have the parts inside them compiled where they were before."""
+    """Puts diffusers' hooks on a denoiser; compiled parts are compiled inside of the hooks then."""
     from diffusers.hooks import HookRegistry
 
     if cache.name == FIRST_BLOCK and sum(len(blocks) for blocks in _block_lists(denoiser).values()) < 2:
@@ -93,21 +93,21 @@ def _apply(denoiser: nn.Module, cache: StepCache) -> None:
         )
     _register_replaced_blocks(denoiser)
     config, apply = _config(cache)
-    own: Any = getattr(type(denoiser), "enable_cache", None)
-    if own is not None:
-        own(denoiser, config)
+    enable: Any = getattr(type(denoiser), "enable_cache", None)
+    if enable is not None:
+        enable(denoiser, config)
     else:
         apply(_without_last_block(denoiser) if cache.name == FIRST_BLOCK else denoiser, config)
         registry = HookRegistry.check_if_exists_or_initialize(denoiser)
         registry.invalidate_child_registries_cache()
         _stay_in_one_context(denoiser)
     if not any(hasattr(module, "_diffusers_hook") for module in denoiser.modules() if module is not denoiser):
-        raise UsageError(f"{type(denoiser).__name__} has no parts that the cache '{cache.name}' could leave out.")
+        raise UsageError(f"{type(denoiser).__name__} has no parts that the cache '{cache.name}' could skip.")
     _compile_inside_hooks(denoiser)
 
 
 def _register_replaced_blocks(denoiser: nn.Module) -> None:
-    """Tells diffusers' registry that an engine's block returns what the block returns that it replaces."""
+    """Registers an engine's block with diffusers, with the outputs of the block that it replaces."""
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
     for module in denoiser.modules():
@@ -138,8 +138,8 @@ def _config(cache: StepCache) -> tuple[Any, Callable[..., None]]:
 def _without_last_block(denoiser: nn.Module) -> nn.Module:
     """Returns the lists of blocks without a last one that returns no text states (Stable Diffusion 3).
 
-    The first-block cache reads the residual of both streams from the last block that it knows; what is not in the lists
-    is computed in each step.
+    The first-block cache reads the residuals of both streams from the last block of the lists; a block that is not in
+    the lists is computed in each step.
     """
     lists = _block_lists(denoiser)
     if not any(getattr(blocks[-1], "context_pre_only", False) for blocks in lists.values()):
@@ -156,9 +156,9 @@ def _block_lists(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _stay_in_one_context(denoiser: nn.Module) -> None:
-    """Does what pipelines do for denoisers with `enable_cache`: name the calls, and forget them after each image.
+    """Names the calls and resets the cache after each image, as pipelines do for denoisers with `enable_cache`.
 
-    Such pipelines pass both branches of guidance in one call, so that there is one kind of call.
+    These pipelines pass both branches of guidance in one call, so that there is one kind of call.
     """
     from diffusers.hooks import HookRegistry
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
@@ -168,11 +168,11 @@ def _stay_in_one_context(denoiser: nn.Module) -> None:
         _set_cache_context(denoiser, CacheContext("call"))
 
     forget()
-    denoiser.__dict__["_reset_stateful_cache"] = forget  # which a pipeline calls when an image is done
+    denoiser.__dict__["_reset_stateful_cache"] = forget  # pipelines call it when an image is finished
 
 
 def _compile_inside_hooks(denoiser: nn.Module) -> None:
-    """Hooks decide in Python what is left out, so that compilation goes inside of them."""
+    """Moves compilation inside of the hooks, which decide in Python what is skipped."""
     hooked = [module for module in denoiser.modules() if hasattr(module, "_diffusers_hook")]
     for module in denoiser.modules():
         if module._compiled_call_impl is None or not any(inner in hooked for inner in module.modules()):

@@ -1,4 +1,4 @@
-"""Chooses what multiplies the codes of a loaded export on this machine."""
+"""Chooses the product that multiplies the codes of loaded exports on this machine."""
 
 from __future__ import annotations
 

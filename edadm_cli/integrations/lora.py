@@ -2,9 +2,9 @@ r"""LoRA on a quantized denoiser: a side branch in floating point beside the lay
 
     y = Q(x) + scaling * B (A x)
 
-Q is the quantized layer as it was exported, and A and B see the layer's own input before it is quantized. No code and
-no range changes, so an adapter can be loaded, weighted, exchanged and unloaded at any time. PEFT does all of that; what
-it lacks is how to wrap a layer that has no float weight, which this module tells it.
+Q is the quantized layer as it was exported. A multiplies the layer's input before it is quantized. No code and no range
+changes, so an adapter can be loaded, weighted, exchanged and unloaded at any time. PEFT does all of that; this module
+registers how PEFT wraps a layer without a float weight.
 
 References:
     LoRA, arXiv 2106.09685.
@@ -30,14 +30,14 @@ from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 
 
 def load_loras(model: LoadedModel, files: Mapping[str | Path, float]) -> None:
-    """Loads adapters into a pipeline, each under the name of its file without the ending, and weight them.
+    """Loads adapters into a pipeline, each under the name of its file without the suffix, and sets their weights.
 
     Args:
         model: The pipeline.
         files: safetensors files, each with its weight.
 
     Raises:
-        InputError: A file is no LoRA, or belongs to another model.
+        InputError: A file is not a LoRA, or it belongs to another model.
         UsageError: PEFT is not installed.
     """
     for file in files:
@@ -51,7 +51,7 @@ def load_lora_file(pipeline: Any, path: Path, adapter: str) -> None:
     """Loads one adapter from a safetensors file.
 
     Raises:
-        InputError: The file is no LoRA, or belongs to another model.
+        InputError: The file is not a LoRA, or it belongs to another model.
         UsageError: PEFT is not installed.
     """
     tensors = load_tensors(path)
@@ -60,11 +60,11 @@ def load_lora_file(pipeline: Any, path: Path, adapter: str) -> None:
     except ImportError as error:
         raise UsageError("A LoRA needs the package 'peft'.", hint="pip install peft") from error
     except Exception as error:  # diffusers and PEFT raise errors of every kind for tensors that do not fit
-        raise InputError(f"{path} is no LoRA of {type(pipeline).__name__}: {first_sentence(error)}") from error
+        raise InputError(f"{path} is not a LoRA of {type(pipeline).__name__}: {first_sentence(error)}") from error
 
 
 def load_lora_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Loads a LoRA as diffusers' `load_lora_adapter` does, with quantized layers among those that can be adapted."""
+    """Loads a LoRA as diffusers' `load_lora_adapter` does, for quantized layers too."""
     from diffusers.loaders import peft
 
     create: Callable[..., Any] = peft._create_lora_config
@@ -82,21 +82,21 @@ def load_lora_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 def add_adapter(model: nn.Module, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
-    """Adds a new adapter as diffusers' `add_adapter` does, with quantized layers among those that can be adapted."""
+    """Adds a new adapter as diffusers' `add_adapter` does, for quantized layers too."""
     of_diffusers: Any = type(model)
     with _visible_weights(model):
         of_diffusers.add_adapter(model, _register(adapter_config), *args, **kwargs)
 
 
 def _register(config: Any) -> Any:
-    """Registers with PEFT how quantized layers are wrapped."""
+    """Registers the wrappers of quantized layers with PEFT, and returns the configuration."""
     if hasattr(config, "_register_custom_module"):
         config._register_custom_module({QuantizedLayer: _wrapped, SplitLayer: _wrapped})
     return config
 
 
 def _wrapped(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
-    """Returns the PEFT layer around a quantized layer, which may be wrapped already."""
+    """Returns the PEFT layer around a quantized layer; a layer that is wrapped already is returned unchanged."""
     linear, convolution = _side_branches()
     wrapper: Any = target
     base = wrapper.get_base_layer() if hasattr(target, "get_base_layer") else target
@@ -109,7 +109,7 @@ def _side_branches() -> tuple[type[nn.Module], type[nn.Module]]:
     from peft.tuners import lora
 
     class SideBranch:
-        """What differs from PEFT's layers: there is no float weight that an adapter could be merged into."""
+        """Changes PEFT's layers for a base layer without a float weight: adapters cannot be merged into it."""
 
         def merge(self, *args: Any, **kwargs: Any) -> None:
             raise UsageError(
@@ -126,7 +126,7 @@ def _side_branches() -> tuple[type[nn.Module], type[nn.Module]]:
         _float_layer: nn.Module | None = None
 
         def update_layer(self, *args: Any, **kwargs: Any) -> None:
-            """PEFT makes A of the class of the base layer, which has to be that of a float convolution."""
+            """Shows PEFT a float convolution as the base layer, because PEFT creates A with the base layer's class."""
             self.__dict__["_float_layer"] = _float_convolution(self.base_layer)
             try:
                 super().update_layer(*args, **kwargs)
@@ -142,10 +142,10 @@ def _side_branches() -> tuple[type[nn.Module], type[nn.Module]]:
 
 @contextmanager
 def _visible_weights(model: nn.Module) -> Iterator[None]:
-    """Shows the attributes of float layers while PEFT sets up an adapter.
+    """Adds the attributes of float layers to quantized ones while PEFT sets up an adapter.
 
-    PEFT reads the shape, device and element type of `weight`, not its values: the tensor has one number's memory. The
-    attributes are no parameters, buffers or submodules, and are gone afterwards.
+    PEFT reads the shape, device and element type of `weight` but not its values, so that the tensor needs memory for
+    one number only. The attributes are not parameters, buffers or submodules, and they are removed afterwards.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer | SplitLayer)]
     for layer in layers:
@@ -181,7 +181,7 @@ def _float_attributes(layer: nn.Module) -> dict[str, Any]:
 
 
 def _float_convolution(layer: nn.Module) -> nn.Conv2d:
-    """Returns a convolution with the attributes of a quantized one; its weight has one number's memory."""
+    """Returns a convolution with the attributes of a quantized one; its weight takes the memory of one number."""
     shown = _float_attributes(layer)
     rows, channels = shown["weight"].shape[:2]
     options = {name: shown[name] for name in ("kernel_size", "stride", "padding", "dilation", "groups")}

@@ -1,8 +1,8 @@
-"""Methods of an exported denoiser that differ from those that diffusers gives a quantized model.
+"""Methods of an exported denoiser that replace those of diffusers' quantized models.
 
-diffusers refuses to cast quantized models, since with most methods a cast would destroy the scales; ours keep theirs.
-PEFT has to be told how to adapt a quantized layer. diffusers would fuse projections by their float weights, which are
-not there, and put other attention in the place of quantized products without a word; these methods say what to do.
+diffusers refuses to cast quantized models, since a cast destroys the scales of most methods; ours stay in float32. PEFT
+needs to know how to adapt a quantized layer. diffusers would fuse projections by float weights, which are missing here,
+and would replace quantized attention without a warning; these methods refuse both and say what to do instead.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 
 
 class _Method:
-    """A function bound to a module, on the instance.
+    """A function bound to one instance of a module.
 
-    Python would store a bound method by the name of its function, under which the instance does not have it; this one
-    is stored with its function and its module, so that a pickled denoiser can be read again.
+    pickle stores a bound method by the name of its function, which the instance does not have. This object is stored
+    with its function and its module, so that a pickled denoiser can be loaded again.
     """
 
     def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
@@ -37,23 +37,23 @@ _CASTS = ("half", "float")  # the casts of torch that diffusers refuses
 
 
 def bind_methods(model: nn.Module) -> None:
-    """Gives a loaded denoiser its own casts and its own refusals, on the instance: its class stays diffusers'."""
-    own: dict[str, Callable[..., Any]] = {"to": _to, **{name: getattr(nn.Module, name) for name in _CASTS}}
+    """Binds casts and refusals to a loaded denoiser, on the instance only: its class is that of diffusers."""
+    methods: dict[str, Callable[..., Any]] = {"to": _to, **{name: getattr(nn.Module, name) for name in _CASTS}}
     if hasattr(model, "load_lora_adapter"):
-        own |= {"load_lora_adapter": lora.load_lora_adapter, "add_adapter": lora.add_adapter}
+        methods |= {"load_lora_adapter": lora.load_lora_adapter, "add_adapter": lora.add_adapter}
     if hasattr(model, "fuse_qkv_projections") and _has_quantized_attention(model):
-        own |= {"fuse_qkv_projections": _refuse_fusion, "unfuse_qkv_projections": _leave_as_it_is}
+        methods |= {"fuse_qkv_projections": _refuse_fusion, "unfuse_qkv_projections": _leave_as_it_is}
     attentions = [module for module in model.modules() if _is_quantized(module)]
     if attentions:
-        own["set_attention_slice"] = _refuse_slices
+        methods["set_attention_slice"] = _refuse_slices
     for attention in attentions:
         attention.set_processor = _Method(_set_processor, attention)  # type: ignore[assignment]
-    for name, method in own.items():
+    for name, method in methods.items():
         setattr(model, name, _Method(method, model))
 
 
 def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Moves or cast, as `nn.Module.to`; the quantized layers keep their scales in float32."""
+    """Moves or casts the model as `nn.Module.to` does; the scales of quantized layers stay in float32."""
     dtype = kwargs.pop("dtype", None) or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
     rest = [arg for arg in args if not isinstance(arg, torch.dtype)]
     if dtype is not None:
@@ -72,16 +72,16 @@ def _refuse_slices(model: nn.Module, slice_size: str | int | list[int] | None) -
 
 
 def _set_processor(attention: nn.Module, processor: object, *args: Any) -> None:
-    """Accepts only processors with quantized attention, such as the one that the module had before."""
+    """Accepts only processors with quantized attention, such as the previous one of the module."""
     if not isinstance(processor, AttentionProducts):
         _refuse_processor(type(processor).__name__)
     of_diffusers: Any = type(attention)
     of_diffusers.set_processor(attention, processor, *args)
 
 
-def _refuse_processor(found: str) -> None:
+def _refuse_processor(processor: str) -> None:
     raise UsageError(
-        f"Attention is quantized here and would lose its scales to {found}: leave out enable_attention_slicing(), "
+        f"Attention is quantized here and would lose its scales to {processor}: leave out enable_attention_slicing(), "
         "set_attn_processor() and what else exchanges attention; recipes without attention.quantize keep it floating."
     )
 

@@ -1,7 +1,7 @@
 """The diffusers quantizer of exported denoisers.
 
-It rebuilds the quantized layers before the weights are read, and keeps scales in float32 whatever dtype the rest is
-loaded in.
+It creates the quantized layers before the weights are read. Scales stay in float32, whatever dtype the pipeline is
+loaded with.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class EdadmConfig(QuantizationConfigMixin):
         self.format_version, self.bits, self.recipe, self.plan = format_version, bits, recipe, plan
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data, as `config.json` holds it."""
+        """Returns the configuration as plain data, as it is in `config.json`."""
         return {
             "quant_method": METHOD,
             "format_version": self.format_version,
@@ -62,7 +62,7 @@ class EdadmConfig(QuantizationConfigMixin):
         """Returns the plan, checked.
 
         Raises:
-            InputError: It was written by a newer version, or is not a plan.
+            InputError: The plan was written by a newer version, or it is not valid.
         """
         if self.format_version != FORMAT_VERSION:
             raise InputError(
@@ -97,18 +97,18 @@ class EdadmQuantizer(DiffusersQuantizer):
         *_: Any,
         **__: Any,
     ) -> None:
-        """Takes a tensor as it lies in the file: diffusers has cast `param_value` to the dtype of the load."""
+        """Sets a tensor as it is in the file, since diffusers has cast `param_value` to the dtype of the load."""
         owner, name = _owner(model, param_name)
         stored = state_dict[param_name]
         _require_fit(param_name, stored, owner._buffers[name])
         owner._buffers[name] = stored.to(target_device)
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
-        """Leaves shapes to `create_quantized_param`."""
+        """Returns `True`: `create_quantized_param` checks the shapes."""
         return True
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """Refuses a file that lacks tensors: diffusers would go on with uninitialized ones."""
+        """Refuses a file that lacks tensors, which diffusers would leave uninitialized."""
         if missing_keys:
             raise InputError(f"The exported weights lack {len(missing_keys)} tensors, such as '{missing_keys[0]}'.")
         return missing_keys
@@ -142,9 +142,10 @@ def _owner(model: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(owner), name
 
 
-def _require_fit(name: str, found: Tensor, wanted: Tensor | None) -> None:
-    assert wanted is not None
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+def _require_fit(name: str, stored: Tensor, expected: Tensor | None) -> None:
+    assert expected is not None
+    if stored.shape != expected.shape or stored.dtype != expected.dtype:
         raise InputError(
-            f"'{name}' is {found.dtype} {list(found.shape)} in the export; wanted {wanted.dtype} {list(wanted.shape)}."
+            f"'{name}' is {stored.dtype} {list(stored.shape)} in the export; {expected.dtype} {list(expected.shape)} was"
+            " expected."
         )

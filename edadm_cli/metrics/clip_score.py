@@ -84,11 +84,11 @@ def load_clip(architecture: str, pretrained: str, device: torch.device) -> ClipS
                 architecture, pretrained=pretrained, device=device
             )
     except Exception as error:  # open_clip, torch, the hub and pickle each raise kinds of their own
-        found = (
+        problem = (
             "do not fit it or are no file of tensors" if is_file else "are not in the cache and cannot be downloaded"
         )
         raise InputError(
-            f"The CLIP model {architecture} was wanted with the weights '{pretrained}', which {found}.",
+            f"The CLIP model {architecture} was expected with the weights '{pretrained}', which {problem}.",
             hint="--clip-model NAME --clip-pretrained FILE",
         ) from error
     weights = Path(pretrained).name if is_file else pretrained

@@ -101,7 +101,7 @@ def test_a_lora_of_the_text_encoder_is_in_the_export_too(run: RunFolder, tmp_pat
 
 @pytest.mark.parametrize(
     ("rows", "key", "sentence"),
-    [(7, f"unet.{LAYER}", "is no LoRA of"), (8, "unet.nowhere.to_q", "LoRA of")],
+    [(7, f"unet.{LAYER}", "is not a LoRA of"), (8, "unet.nowhere.to_q", "LoRA of")],
 )
 def test_files_that_do_not_fit_are_refused(rows: int, key: str, sentence: str, run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=sentence):

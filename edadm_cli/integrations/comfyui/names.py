@@ -1,7 +1,7 @@
-"""The original tensor names of a denoiser, which ComfyUI knows models by, and where diffusers keeps each tensor.
+"""Maps the original tensor names of a denoiser, by which ComfyUI recognizes models, to those of diffusers.
 
-A tensor of the original file is made of one or several tensors of diffusers, joined along their first dimension: query,
-key and value are one matrix there. Some have their two halves exchanged: scale and shift of an adaptive norm.
+A tensor of the original file consists of one or several tensors of diffusers, joined along the first dimension: query,
+key and value are one matrix there. In some tensors the two halves are swapped: the scale and shift of an adaptive norm.
 
 References:
     The names are those of the published checkpoints of Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3,
@@ -25,11 +25,11 @@ PREFIX = "model.diffusion_model."
 
 @dataclass(frozen=True)
 class Source:
-    """Where an original tensor comes from.
+    """The tensors of diffusers that an original tensor consists of.
 
     Attributes:
-        names: Tensors of diffusers, joined along their first dimension in this order.
-        swaps_halves: Whether the first and the second half of the rows change places.
+        names: Names in diffusers; the tensors are joined along their first dimension in this order.
+        swaps_halves: Whether the first and the second half of the rows are swapped.
     """
 
     names: tuple[str, ...]
@@ -37,11 +37,11 @@ class Source:
 
 
 Sources = dict[str, Source]
-"""Original name, without `PREFIX` -> where it comes from."""
+"""Maps an original name, without `PREFIX`, to its source in diffusers."""
 
 
 def original_names(denoiser: nn.Module, names: Iterable[str]) -> Sources:
-    """Returns where the original tensors of a denoiser come from.
+    """Returns the sources of the original tensors of a denoiser.
 
     Args:
         denoiser: The denoiser, quantized or not.
@@ -53,7 +53,7 @@ def original_names(denoiser: nn.Module, names: Iterable[str]) -> Sources:
     kind = type(denoiser).__name__
     if kind not in _KINDS:
         raise InputError(
-            f"ComfyUI's names of a {kind} are not known here; known are those of {', '.join(sorted(_KINDS))}.",
+            f"ComfyUI's names of a {kind} are not known here; the known denoisers are {', '.join(sorted(_KINDS))}.",
             hint="edadm export --engine onnxruntime writes a standard ONNX file of any denoiser",
         )
     return _KINDS[kind](denoiser, list(names))
@@ -93,14 +93,14 @@ def _by_rules(
     joined: Sequence[tuple[str, str, tuple[str, ...]]],
     swapped: Callable[[str], bool] = lambda _: False,
 ) -> Sources:
-    """Applies rules to the names.
+    """Returns the sources that rules give for some names.
 
     Args:
         names: Names of diffusers.
-        rules: Pattern of a name without its last part -> original name.
-        joined: Pattern of the first of several modules that are joined -> original name, and the other modules' last
-            parts, which stand beside the first.
-        swapped: Whether a tensor's halves change places, by its name in diffusers.
+        rules: Maps a pattern of a name without its last part to the original name.
+        joined: Maps a pattern of the first of several joined modules to the original name and the last parts of the
+            other modules' names.
+        swapped: Returns whether a tensor's halves are swapped, by its name in diffusers.
     """
     rename, sources, used = _renamed(rules), Sources(), set[str]()
     present = set(names)

@@ -1,7 +1,7 @@
-r"""ComfyUI's eight-bit files back to floating point, rotated ones included.
+r"""Dequantizes ComfyUI's eight-bit files, including rotated ones.
 
-A rotated ("convrot") weight W' holds W H^T for groups of g input channels, with H the regular Hadamard matrix of size
-g: the Kronecker power of [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]], divided by the square root of g. H is
+A rotated ("convrot") weight is W' = W H^T for groups of g input channels, where H is the regular Hadamard matrix of
+size g: the Kronecker power of [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]], divided by the square root of g. H is
 orthogonal, so W = W' H.
 
 References:
@@ -26,7 +26,7 @@ _MAX_ABOUT_BYTES = 4096
 
 
 class _About(BaseModel):
-    """What `X.comfy_quant` says of a layer."""
+    """The content of `X.comfy_quant`, which describes the format of a layer."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -36,12 +36,12 @@ class _About(BaseModel):
 
 
 def is_quantized_state(names: Any) -> bool:
-    """Returns whether tensors of these names are a file with ComfyUI's quantized layers."""
+    """Returns whether these tensor names are those of a file with ComfyUI's quantized layers."""
     return any(name.endswith(_MARK) for name in names)
 
 
 def dequantized_state(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Returns the same tensors with every quantized weight as float32, and without the marks and scales.
+    """Returns the tensors with every quantized weight in float32, and without scales and descriptions of formats.
 
     Args:
         state: Tensors of a file by name.

@@ -1,8 +1,8 @@
-r"""A quantized denoiser as ComfyUI's `int8_tensorwise` tensors.
+r"""Writes a quantized denoiser as ComfyUI's `int8_tensorwise` tensors.
 
-A linear layer is three tensors: `X.weight` (int8, `[C_out, C_in]`), `X.weight_scale` (float32, `[C_out, 1]`), and
+A linear layer becomes three tensors: `X.weight` (int8, `[C_out, C_in]`), `X.weight_scale` (float32, `[C_out, 1]`), and
 `X.comfy_quant` (the bytes of a JSON object that names the format). ComfyUI quantizes inputs itself, row by row, so that
-the input scales of the export are not part of the file. Codes of fewer than eight bits are stored in eight. Everything
+the file does not contain the input scales of the export. Codes of fewer than eight bits are stored in eight. Everything
 else, convolutions included, is float16.
 """
 
@@ -26,7 +26,7 @@ FILE = "denoiser.safetensors"
 
 
 class ComfyUiFile:
-    """Writes the file of a denoiser that goes into ComfyUI's folder `models/diffusion_models`."""
+    """Writes the file of a denoiser for ComfyUI's folder `models/diffusion_models`."""
 
     name: ClassVar[str] = "comfyui"
     files_format: ClassVar[int] = 1
@@ -102,8 +102,8 @@ def _float_names(denoiser: nn.Module) -> dict[str, Tensor | _Codes]:
             if isinstance(bias, Tensor):
                 tensors[f"{name}.bias"] = bias.detach().cpu()
             continue
-        own = [*module.named_parameters(recurse=False), *_persistent_buffers(module)]
-        tensors.update({f"{name}.{key}" if name else key: value.detach().cpu() for key, value in own})
+        parameters = [*module.named_parameters(recurse=False), *_persistent_buffers(module)]
+        tensors.update({f"{name}.{key}" if name else key: value.detach().cpu() for key, value in parameters})
     return tensors
 
 

@@ -154,7 +154,7 @@ def test_one_forward_shows_the_form_that_two_prove(make_setting: MakeSetting) ->
     with noted_shapes(made.denoiser, found) as shapes, torch.no_grad():
         made.denoiser(*args, **kwargs)
     assert {name: found.form(name, 6) for name, found in shapes.items()} == proven
-    with pytest.raises(InputError, match="No tensor into 'block' has a row"):
+    with pytest.raises(InputError, match="No input tensor of 'block' has a row"):
         Shapes(inputs=[RowType((7, 4), torch.float32)]).form("block", 6)
 
 

@@ -91,7 +91,7 @@ def test_a_batch_that_does_not_fit_is_halved(
         for ours, theirs in zip(_tensors(first), _tensors(second), strict=True):
             torch.testing.assert_close(ours, theirs)
     monkeypatch.setattr(setting.denoiser, "forward", lambda *_, **__: scarce(torch.zeros(3)))
-    with pytest.raises(MachineError, match="no memory for the denoiser's forward of one sample"):
+    with pytest.raises(MachineError, match="does not suffice for the denoiser's forward of one sample"):
         capture_units(setting.denoiser, units, forms, setting.batches, setting.cache(tmp_path), with_outputs=True)
 
 
