@@ -146,6 +146,6 @@ def _require_fit(name: str, stored: Tensor, expected: Tensor | None) -> None:
     assert expected is not None
     if stored.shape != expected.shape or stored.dtype != expected.dtype:
         raise InputError(
-            f"'{name}' is {stored.dtype} {list(stored.shape)} in the export; {expected.dtype} {list(expected.shape)} was"
-            " expected."
+            f"'{name}' is {stored.dtype} {list(stored.shape)} in the export;"
+            f" {expected.dtype} {list(expected.shape)} was expected."
         )
