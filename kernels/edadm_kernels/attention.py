@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from edadm_kernels import reference
 from edadm_kernels.attention_kernels import attention_kernel
-from edadm_kernels.backend import uses_hopper, uses_kernel
+from edadm_kernels.backend import uses_hopper
 from edadm_kernels.checks import check_output_grid
 from edadm_kernels.hopper import attention as hopper_attention
 from edadm_kernels.launching import PROGRAM_SHARED_BYTES, arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
+from edadm_kernels.operation import operation
+from edadm_kernels.pointwise import quantize
 from edadm_kernels.variants import KernelVariant, aligned
 
 __all__ = [
@@ -37,41 +39,34 @@ NARROWEST = 16  # columns of a matrix instruction's operand
 STAGES = 2  # turns whose keys and values are in shared memory
 
 
-@torch.library.custom_op("edadm::attention_quantize", mutates_args=())
-def _attention_quantize(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, out_scale: Tensor, out_zero_point: Tensor, num_bits: int
+def _empty_quantized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
 ) -> Tensor:
-    out = _prepare(q, k, v, heads, out_scale, out_zero_point, num_bits)
-    if not uses_kernel(q):
-        return out.copy_(reference.attention_quantize(q, k, v, heads, scale, out_scale, out_zero_point, num_bits))
-    split = [_split(x, heads) for x in (q, k, v)]
-    if q.dtype == torch.float32:  # the kernel multiplies in half precision
-        attended = F.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale).transpose(1, 2)
-        return torch.ops.edadm.quantize(
-            attended.reshape(q.shape).contiguous(), out_scale, out_zero_point, num_bits, False
+    """Checks the arguments of `attention_quantize` and returns an empty output."""
+    del scale  # every number is a sound factor of the scores
+    check_output_grid(num_bits, out_scale, out_zero_point, q, k, v)
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"operands of one floating-point type are expected, found {q.dtype}, {k.dtype} and {v.dtype}")
+    alike = q.ndim == k.ndim == 3 and k.shape == v.shape and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])
+    if not alike or k.shape[1] < 1 or heads < 1 or q.shape[2] % heads or not 1 <= q.shape[2] // heads <= MAX_HEAD_WIDTH:
+        raise ValueError(
+            f"queries [N, T, C], keys and values [N, S, C] with {heads} heads of at most {MAX_HEAD_WIDTH} channels are "
+            f"expected, found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if out.numel() and uses_hopper(q) and hopper_attention.takes(split[0], split[1], split[2], scale):
-        quantizer = (out_scale, out_zero_point, num_bits)
-        hopper_attention.launch_attention(split[0], split[1], split[2], scale, out, quantizer)
-    elif out.numel():
-        width = q.shape[2] // heads
-        tile = _tile(arch_of(q), width, q.shape[1], k.shape[1])
-        with on_device_of(q):
-            attention_kernel[(triton.cdiv(q.shape[1], tile["BM"]), q.shape[0] * heads)](
-                q, k, v, out_scale, out_zero_point, out, q.shape[1], k.shape[1], q.stride(1), k.stride(1), v.stride(1),
-                scale * math.log2(math.e), QUANT_MAX=(1 << num_bits) - 1, HEADS=heads, **_pieces(width),
-                **tile, **_options(tile), **overlap(arch_of(q)),
-            )  # fmt: skip
-    return out
+    for x in (q, k, v):
+        if x.stride(2) != 1 or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
+            raise ValueError(f"evenly spaced rows are expected, found strides {x.stride()}; call .contiguous() first")
+    return torch.empty(q.shape, dtype=torch.int8, device=q.device)
 
 
-@_attention_quantize.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, out_scale: Tensor, out_zero_point: Tensor, num_bits: int
-) -> Tensor:
-    return _prepare(q, k, v, heads, out_scale, out_zero_point, num_bits)
-
-
+@operation("attention_quantize", empty=_empty_quantized, reference=reference.attention_quantize)
 def attention_quantize(
     q: Tensor,
     k: Tensor,
@@ -108,10 +103,31 @@ def attention_quantize(
     References:
         FlashAttention-2, arXiv 2307.08691; on compute capability 9.0 FlashAttention-3, arXiv 2407.08608.
     """
-    return _attention_quantize(q, k, v, heads, scale, out_scale, out_zero_point, num_bits)
+    out = _empty_quantized(q, k, v, heads, scale, out_scale, out_zero_point, num_bits)
+    split = [_split(x, heads) for x in (q, k, v)]
+    if q.dtype == torch.float32:  # the kernel multiplies in half precision
+        attended = F.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale).transpose(1, 2)
+        return quantize(attended.reshape(q.shape).contiguous(), out_scale, out_zero_point, num_bits)
+    if out.numel() and uses_hopper(q) and hopper_attention.takes(split[0], split[1], split[2], scale):
+        quantizer = (out_scale, out_zero_point, num_bits)
+        hopper_attention.launch_attention(split[0], split[1], split[2], scale, out, quantizer)
+    elif out.numel():
+        width = q.shape[2] // heads
+        tile = _tile(arch_of(q), width, q.shape[1], k.shape[1])
+        with on_device_of(q):
+            attention_kernel[(triton.cdiv(q.shape[1], tile["BM"]), q.shape[0] * heads)](
+                q, k, v, out_scale, out_zero_point, out, q.shape[1], k.shape[1], q.stride(1), k.stride(1), v.stride(1),
+                scale * math.log2(math.e), QUANT_MAX=(1 << num_bits) - 1, HEADS=heads, **_pieces(width),
+                **tile, **_options(tile), **overlap(arch_of(q)),
+            )  # fmt: skip
+    return out
 
 
-@torch.library.custom_op("edadm::attend", mutates_args=())
+def _empty_attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+@operation("attend", empty=_empty_attended)
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     samples, heads, queries, width = q.shape
     if q.numel() and attend_takes(q, k, v, scale):
@@ -119,11 +135,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         hopper_attention.launch_attention(q, k, v, scale, out)
         return out
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
-
-
-@_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -177,24 +188,6 @@ def attention_pays(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) ->
 def _split(x: Tensor, heads: int) -> Tensor:
     """`[N, T, heads * d]` as `[N, heads, T, d]`."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, out_scale: Tensor, out_zero_point: Tensor, num_bits: int
-) -> Tensor:
-    check_output_grid(num_bits, out_scale, out_zero_point, q, k, v)
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"operands of one floating-point type are wanted, found {q.dtype}, {k.dtype} and {v.dtype}")
-    alike = q.ndim == k.ndim == 3 and k.shape == v.shape and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])
-    if not alike or k.shape[1] < 1 or heads < 1 or q.shape[2] % heads or not 1 <= q.shape[2] // heads <= MAX_HEAD_WIDTH:
-        raise ValueError(
-            f"queries [N, T, C], keys and values [N, S, C] with {heads} heads of at most {MAX_HEAD_WIDTH} channels are "
-            f"wanted, found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    for x in (q, k, v):
-        if x.stride(2) != 1 or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
-            raise ValueError(f"evenly spaced rows are wanted, found strides {x.stride()}; call .contiguous() first")
-    return torch.empty(q.shape, dtype=torch.int8, device=q.device)
 
 
 def _pieces(width: int) -> dict[str, int]:

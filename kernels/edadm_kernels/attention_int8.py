@@ -15,6 +15,7 @@ from edadm_kernels.checks import check_device, check_floating, check_size
 from edadm_kernels.hopper import attention_int8 as hopper
 from edadm_kernels.launching import arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
+from edadm_kernels.operation import operation
 from edadm_kernels.reference.attention import KEY_BLOCK, Codes, empty_codes, row_of
 from edadm_kernels.variants import KernelVariant, aligned
 
@@ -27,9 +28,31 @@ TOKENS = 32  # of them at a time
 NUM_WARPS = 8
 
 
-@torch.library.custom_op("edadm::attend_int8", mutates_args=())
+def _empty(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    """Checks the operands of an attention and returns an empty output `[N, T, heads, d]`."""
+    check_floating(q)
+    check_device(q, k, v)
+    check_size(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"operands of one type were expected, found {q.dtype}, {k.dtype} and {v.dtype}")
+    alike = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
+    if not alike or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[2] < 1:
+        raise ValueError(
+            "queries [N, heads, T, d], keys and values [N, heads, S, d] were expected, found "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if not 1 <= q.shape[3] <= MAX_WIDTH:
+        raise ValueError(f"heads of 1 to {MAX_WIDTH} channels were expected, found {q.shape[3]}")
+    for x in (q, k, v):
+        if x.stride(3) != 1:
+            raise ValueError(f"contiguous channels were expected, found strides {x.stride()}; call .contiguous() first")
+    samples, heads, queries, width = q.shape
+    return torch.empty(samples, queries, heads, width, dtype=q.dtype, device=q.device)
+
+
+@operation("attend_int8", empty=_empty)
 def _attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    out = _prepare(q, k, v)
+    out = _empty(q, k, v)
     if not out.numel():
         return out
     codes = _codes(q, k, v) if uses_kernel(q) else reference.attention_codes(q, k, v)
@@ -37,11 +60,6 @@ def _attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         hopper.launch_attention(codes, scale, out)
         return out
     return out.copy_(reference.attend_codes(codes, scale, q.dtype))
-
-
-@_attend_int8.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return _prepare(q, k, v)
 
 
 def attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -70,7 +88,7 @@ def attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return _attend_int8(q, k, v, scale).transpose(1, 2)
 
 
-@torch.library.custom_op("edadm::attend_on_grids", mutates_args=())
+@operation("attend_on_grids", empty=_empty)
 def _attend_on_grids(
     q: Tensor,
     k: Tensor,
@@ -83,7 +101,7 @@ def _attend_on_grids(
     operand_bits: int,
     weight_bits: int,
 ) -> Tensor:
-    out = _prepare(q, k, v)
+    out = _empty(q, k, v)
     scales = (q_scale, k_scale, v_scale, p_scale)
     if not out.numel():
         return out
@@ -91,22 +109,6 @@ def _attend_on_grids(
         return out.copy_(reference.attend_on_grids(q, k, v, scale, scales, (operand_bits, weight_bits)))
     hopper.launch_on_grids(_grid_codes(q, k, v, scales, operand_bits), p_scale, weight_bits, scale, out)
     return out
-
-
-@_attend_on_grids.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    p_scale: Tensor,
-    operand_bits: int,
-    weight_bits: int,
-) -> Tensor:
-    return _prepare(q, k, v)
 
 
 def attend_on_grids(
@@ -150,27 +152,6 @@ def attend_int8_takes(q: Tensor, scale: float) -> bool:
     What is asked about tensors on the meta device is answered for compute capability 9.0.
     """
     return (q.is_meta or uses_hopper(q)) and hopper.takes(q.shape[3], scale, q.dtype)
-
-
-def _prepare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    check_floating(q)
-    check_device(q, k, v)
-    check_size(q, k, v)
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"operands of one type were expected, found {q.dtype}, {k.dtype} and {v.dtype}")
-    alike = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
-    if not alike or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[2] < 1:
-        raise ValueError(
-            "queries [N, heads, T, d], keys and values [N, heads, S, d] were expected, found "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if not 1 <= q.shape[3] <= MAX_WIDTH:
-        raise ValueError(f"heads of 1 to {MAX_WIDTH} channels were expected, found {q.shape[3]}")
-    for x in (q, k, v):
-        if x.stride(3) != 1:
-            raise ValueError(f"contiguous channels were expected, found strides {x.stride()}; call .contiguous() first")
-    samples, heads, queries, width = q.shape
-    return torch.empty(samples, queries, heads, width, dtype=q.dtype, device=q.device)
 
 
 def _codes(q: Tensor, k: Tensor, v: Tensor) -> Codes:

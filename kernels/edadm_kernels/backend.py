@@ -25,7 +25,7 @@ def _from_environment() -> Backend | None:
     name = os.environ.get(ENVIRONMENT)
     if name is None or name == "triton" or name == "reference":
         return name  # type: ignore[return-value]
-    raise ValueError(f"{ENVIRONMENT} is wanted as triton or reference, found {name!r}")
+    raise ValueError(f"{ENVIRONMENT} is expected as triton or reference, found {name!r}")
 
 
 _default = _from_environment()
@@ -43,7 +43,7 @@ def backend(name: Backend) -> Iterator[None]:
         ValueError: Another name.
     """
     if name not in ("triton", "reference"):
-        raise ValueError(f"the backend triton or reference is wanted, found {name!r}")
+        raise ValueError(f"the backend triton or reference is expected, found {name!r}")
     token = _forced.set(name)
     try:
         yield

@@ -12,20 +12,20 @@ MAX_ELEMENTS = 2**31 - 2**16  # offsets in the kernels are int32, and a program'
 def check_floating(x: Tensor) -> None:
     """Raise TypeError unless `x` is float16, bfloat16 or float32."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"a float16, bfloat16 or float32 input is wanted, found {x.dtype}; convert it with .to()")
+        raise TypeError(f"a float16, bfloat16 or float32 input is expected, found {x.dtype}; convert it with .to()")
 
 
 def check_device(x: Tensor, *others: Tensor | None) -> None:
     """Raise ValueError unless all tensors lie where `x` does: a kernel is given addresses and nothing else."""
     for other in others:
         if other is not None and other.device != x.device:
-            raise ValueError(f"tensors on one device are wanted, found {x.device} and {other.device}")
+            raise ValueError(f"tensors on one device are expected, found {x.device} and {other.device}")
 
 
 def check_bits(num_bits: int) -> None:
     """Raise ValueError unless codes of `num_bits` fit an int8."""
     if not 2 <= num_bits <= 8:
-        raise ValueError(f"2 to 8 bits are wanted, found {num_bits}")
+        raise ValueError(f"2 to 8 bits are expected, found {num_bits}")
 
 
 def check_output_grid(num_bits: int, scale: Tensor, zero_point: Tensor, *inputs: Tensor) -> None:
@@ -39,30 +39,30 @@ def check_quantizers(scales: Tensor, zero_points: Tensor, count: int | None = No
     """Raise unless `scales` is float32, `zero_points` int32, and both hold `count` elements (None: 1 to 3)."""
     if scales.dtype != torch.float32 or zero_points.dtype != torch.int32:
         raise TypeError(
-            f"float32 scales and int32 zero-points are wanted, found {scales.dtype} and {zero_points.dtype}; "
+            f"float32 scales and int32 zero-points are expected, found {scales.dtype} and {zero_points.dtype}; "
             "convert them with .to()"
         )
     sizes = (scales.numel(), zero_points.numel())
     if count is not None and sizes != (count, count):
-        raise ValueError(f"{count} scale and zero-point are wanted, found {sizes[0]} and {sizes[1]}")
+        raise ValueError(f"{count} scale and zero-point are expected, found {sizes[0]} and {sizes[1]}")
     if not (scales.is_contiguous() and zero_points.is_contiguous()):
-        raise ValueError("contiguous scales and zero-points are wanted; call .contiguous() on them first")
+        raise ValueError("contiguous scales and zero-points are expected; call .contiguous() on them first")
     if sizes[0] != sizes[1] or not 1 <= sizes[0] <= MAX_QUANTIZERS:
-        raise ValueError(f"1 to {MAX_QUANTIZERS} scales and as many zero-points are wanted, found {sizes}")
+        raise ValueError(f"1 to {MAX_QUANTIZERS} scales and as many zero-points are expected, found {sizes}")
 
 
 def check_affine(weight: Tensor, bias: Tensor, channels: int) -> None:
     """Raise ValueError unless `weight` and `bias` hold one element a channel, one after another."""
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(
-            f"weight and bias of shape ({channels},) are wanted, found {tuple(weight.shape)} and {tuple(bias.shape)}"
+            f"weight and bias of shape ({channels},) are expected, found {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     if not (weight.is_contiguous() and bias.is_contiguous()):
-        raise ValueError("contiguous weight and bias are wanted; call .contiguous() on them first")
+        raise ValueError("contiguous weight and bias are expected; call .contiguous() on them first")
 
 
 def check_size(*tensors: Tensor) -> None:
     """Raise ValueError unless every offset fits an int32."""
     largest = max(tensor.numel() for tensor in tensors)
     if largest > MAX_ELEMENTS:
-        raise ValueError(f"tensors of at most {MAX_ELEMENTS} elements are wanted, found {largest}; split the batch")
+        raise ValueError(f"tensors of at most {MAX_ELEMENTS} elements are expected, found {largest}; split the batch")

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from edadm_kernels import reference
-from edadm_kernels.backend import uses_hopper, uses_kernel
+from edadm_kernels.backend import uses_hopper
 from edadm_kernels.checks import check_device
 from edadm_kernels.conv_launch import Geometry, launch_conv, variants
 from edadm_kernels.hopper import product
 from edadm_kernels.launching import arch_of, on_device_of
+from edadm_kernels.operation import operation
 from edadm_kernels.pack import Padding, border_class_count, output_size
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import Kind, choose
@@ -23,7 +24,62 @@ MAX_KERNEL = 5  # one bit a tap in an int32
 FEW_PIXELS = 128  # a sum split over blocks that leave their parts in memory is faster up to so many
 
 
-@torch.library.custom_op("edadm::conv2d", mutates_args=())
+def _empty(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    upsample: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Checks the arguments of `conv2d` and returns an empty output."""
+    if x.ndim != 4 or weight.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"channels-last codes [N, C, H, W] and weights [O, kh, kw, C] are expected, found {tuple(x.shape)} with "
+            f"strides {x.stride()} and {tuple(weight.shape)}; "
+            "call .contiguous(memory_format=torch.channels_last) on the codes"
+        )
+    if max(weight.shape[1:3]) > MAX_KERNEL:
+        raise ValueError(f"kernels of at most {MAX_KERNEL}x{MAX_KERNEL} are expected, found {tuple(weight.shape[1:3])}")
+    if stride < 1 or len(padding) != 4 or min(padding) < 0:
+        raise ValueError(f"a positive stride and four paddings are expected, found {stride} and {tuple(padding)}")
+    top, bottom, left, right = padding
+    samples, channels, height, width = x.shape
+    outputs, kh, kw = weight.shape[:3]
+    grown = 2 if upsample else 1
+    out_height = output_size(height * grown, kh, stride, top, bottom)
+    out_width = output_size(width * grown, kw, stride, left, right)
+    if out_height < 1 or out_width < 1:
+        raise ValueError(f"an input that a {kh}x{kw} kernel fits into is expected, found {height}x{width}")
+    check_device(x, weight, scale, correction, bias, sample_bias, residual)
+    check_codes(x, weight, channels)
+    check_epilogue(scale, correction, bias, outputs, (border_class_count((top, bottom, left, right)), outputs))
+    out = x.new_empty((samples, out_height, out_width, outputs), dtype=out_dtype).permute(0, 3, 1, 2)
+    _check_added(out, sample_bias, residual)
+    check_output(out_dtype, x, weight, out)
+    return out
+
+
+def _check_added(out: Tensor, sample_bias: Tensor | None, residual: Tensor | None) -> None:
+    if sample_bias is not None and (sample_bias.shape != out.shape[:2] or not sample_bias.is_contiguous()):
+        raise ValueError(
+            f"a contiguous sample_bias of shape {tuple(out.shape[:2])} is expected, found {tuple(sample_bias.shape)}"
+        )
+    if residual is not None and (
+        residual.shape != out.shape or not residual.is_contiguous(memory_format=torch.channels_last)
+    ):
+        raise ValueError(
+            f"a channels-last residual of shape {tuple(out.shape)} is expected, found {tuple(residual.shape)} with "
+            f"strides {residual.stride()}"
+        )
+
+
+@operation("conv2d", empty=_empty, reference=reference.conv2d)
 def _conv2d(
     x: Tensor,
     weight: Tensor,
@@ -37,17 +93,11 @@ def _conv2d(
     upsample: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    out = _prepare(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
-    top, bottom, left, right = padding
-    sides = (top, bottom, left, right)
-    if not uses_kernel(x):
-        return out.copy_(
-            reference.conv2d(
-                x, weight, scale, correction, bias, sample_bias, residual, stride, sides, upsample, out_dtype
-            )
-        )
+    out = _empty(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
     if not out.numel():
         return out
+    top, bottom, left, right = padding
+    sides = (top, bottom, left, right)
     geometry = Geometry(stride, weight.shape[1], weight.shape[2], sides, upsample)
     if (
         _suits_hopper(geometry, out)
@@ -115,61 +165,3 @@ def _suits_hopper(geometry: Geometry, out: Tensor) -> bool:
     even = out.shape[2] % 2 == out.shape[3] % 2 == 0
     reached = (geometry.stride == 1 and even) if geometry.upsample else geometry.stride <= 2
     return reached and out.numel() // out.shape[1] > FEW_PIXELS
-
-
-def _prepare(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor,
-    bias: Tensor | None,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    upsample: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Check the arguments and make an empty output."""
-    if x.ndim != 4 or weight.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"channels-last codes [N, C, H, W] and weights [O, kh, kw, C] are wanted, found {tuple(x.shape)} with "
-            f"strides {x.stride()} and {tuple(weight.shape)}; "
-            "call .contiguous(memory_format=torch.channels_last) on the codes"
-        )
-    if max(weight.shape[1:3]) > MAX_KERNEL:
-        raise ValueError(f"kernels of at most {MAX_KERNEL}x{MAX_KERNEL} are wanted, found {tuple(weight.shape[1:3])}")
-    if stride < 1 or len(padding) != 4 or min(padding) < 0:
-        raise ValueError(f"a positive stride and four paddings are wanted, found {stride} and {tuple(padding)}")
-    top, bottom, left, right = padding
-    samples, channels, height, width = x.shape
-    outputs, kh, kw = weight.shape[:3]
-    grown = 2 if upsample else 1
-    out_height = output_size(height * grown, kh, stride, top, bottom)
-    out_width = output_size(width * grown, kw, stride, left, right)
-    if out_height < 1 or out_width < 1:
-        raise ValueError(f"an input that a {kh}x{kw} kernel fits into is wanted, found {height}x{width}")
-    check_device(x, weight, scale, correction, bias, sample_bias, residual)
-    check_codes(x, weight, channels)
-    check_epilogue(scale, correction, bias, outputs, (border_class_count((top, bottom, left, right)), outputs))
-    out = x.new_empty((samples, out_height, out_width, outputs), dtype=out_dtype).permute(0, 3, 1, 2)
-    _check_added(out, sample_bias, residual)
-    check_output(out_dtype, x, weight, out)
-    return out
-
-
-def _check_added(out: Tensor, sample_bias: Tensor | None, residual: Tensor | None) -> None:
-    if sample_bias is not None and (sample_bias.shape != out.shape[:2] or not sample_bias.is_contiguous()):
-        raise ValueError(
-            f"a contiguous sample_bias of shape {tuple(out.shape[:2])} is wanted, found {tuple(sample_bias.shape)}"
-        )
-    if residual is not None and (
-        residual.shape != out.shape or not residual.is_contiguous(memory_format=torch.channels_last)
-    ):
-        raise ValueError(
-            f"a channels-last residual of shape {tuple(out.shape)} is wanted, found {tuple(residual.shape)} with "
-            f"strides {residual.stride()}"
-        )
-
-
-_conv2d.register_fake(_prepare)

@@ -1,4 +1,4 @@
-"""Several linear layers on integer codes in one launch: of one input, or each of an input of its own."""
+"""Several linear layers on integer codes in one launch: layers of one input, or each layer with a separate input."""
 
 from __future__ import annotations
 
@@ -12,36 +12,31 @@ from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.checks import check_device, check_output_grid
 from edadm_kernels.gemm import check_matrices, fill_linear, linear, linear_gelu
 from edadm_kernels.hopper import few_rows, matrices
+from edadm_kernels.operation import operation
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
 
 __all__ = ["linear_joined", "linear_stack", "linears", "linears_gelu"]
 
 
-@torch.library.custom_op("edadm::linears", mutates_args=())
-def _linears(
+def _empty_linears(
     x: Tensor,
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
     corrections: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype = torch.float16,
 ) -> list[Tensor]:
-    outs = _prepare_linears(x, weights, scales, corrections, biases, out_dtype)
-    if not uses_kernel(x):
-        exact = reference.linears(x, weights, scales, corrections, biases, out_dtype)
-        return [out.copy_(y) for out, y in zip(outs, exact, strict=True)]
-    if not x.shape[0]:
-        return outs
-    if uses_hopper(x) and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
-        tile = matrices.choose_over_single(x.shape[0], tuple(weight.shape[0] for weight in weights), x.shape[1])
-        if tile is not None:
-            matrices.launch_matrices(tile, x, weights, scales, corrections, biases, outs)
-            return outs
-    for out, weight, scale, correction, bias in zip(outs, weights, scales, corrections, biases, strict=True):
-        fill_linear(x, weight, scale, correction, bias, None, out)
+    """Checks the arguments of `linears` and returns empty outputs."""
+    outs = []
+    for weight, scale, correction, bias in zip(weights, scales, corrections, biases, strict=True):
+        check_matrices(x, weight, scale, correction, bias)
+        out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+        check_output(out_dtype, x, weight, out)
+        outs.append(out)
     return outs
 
 
+@operation("linears", empty=_empty_linears, reference=reference.linears)
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -50,7 +45,7 @@ def linears(
     biases: Sequence[Tensor | None],
     out_dtype: torch.dtype = torch.float16,
 ) -> list[Tensor]:
-    """`linear` of one input with several weights.
+    """Computes `linear` of one input with several weights.
 
     Args:
         x: Codes `[M, K]`, int8, contiguous.
@@ -67,11 +62,20 @@ def linears(
         TypeError: A dtype is not the stated one.
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
-    return _linears(x, weights, scales, corrections, biases, out_dtype)
+    outs = _empty_linears(x, weights, scales, corrections, biases, out_dtype)
+    if not x.shape[0]:
+        return outs
+    if uses_hopper(x) and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
+        tile = matrices.choose_over_single(x.shape[0], tuple(weight.shape[0] for weight in weights), x.shape[1])
+        if tile is not None:
+            matrices.launch_matrices(tile, x, weights, scales, corrections, biases, outs)
+            return outs
+    for out, weight, scale, correction, bias in zip(outs, weights, scales, corrections, biases, strict=True):
+        fill_linear(x, weight, scale, correction, bias, None, out)
+    return outs
 
 
-@torch.library.custom_op("edadm::linears_gelu", mutates_args=())
-def _linears_gelu(
+def _empty_linears_gelu(
     x: Tensor,
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -79,22 +83,16 @@ def _linears_gelu(
     biases: Sequence[Tensor | None],
     out_scale: Tensor,
     out_zero_point: Tensor,
-    num_bits: int,
-    out_dtype: torch.dtype,
+    num_bits: int = 8,
+    out_dtype: torch.dtype = torch.float16,
 ) -> list[Tensor]:
-    members = (weights, scales, corrections, biases)
-    outs = _prepare_linears_gelu(x, *members, out_scale, out_zero_point, num_bits, out_dtype)
-    takes = uses_kernel(x) and x.shape[0] and uses_hopper(x) and matrices.takes_codes(outs[-1])
-    if takes and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
-        tile = matrices.choose(x.shape[0], tuple(weight.shape[0] for weight in weights), x.shape[1])
-        gelus = [*[None] * (len(weights) - 1), (out_scale, out_zero_point, 2**num_bits - 1)]
-        matrices.launch_matrices(tile, x, *members, outs, gelus)
-        return outs
-    *plain, gelu = zip(*members, strict=True)
-    codes = linear_gelu(x, *gelu, out_scale, out_zero_point, num_bits)
-    return [*(linear(x, *member, out_dtype=out_dtype) for member in plain), codes]
+    """Checks the arguments of `linears_gelu` and returns empty outputs."""
+    check_output_grid(num_bits, out_scale, out_zero_point, x)
+    *outs, last = _empty_linears(x, weights, scales, corrections, biases, out_dtype)
+    return [*outs, x.new_empty(last.shape, dtype=torch.int8)]
 
 
+@operation("linears_gelu", empty=_empty_linears_gelu)
 def linears_gelu(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -106,7 +104,7 @@ def linears_gelu(
     num_bits: int = 8,
     out_dtype: torch.dtype = torch.float16,
 ) -> list[Tensor]:
-    """`linears` whose last member is `linear_gelu`: activated, and quantized for the layer behind it.
+    """Computes `linears` whose last member is `linear_gelu`: activated, and quantized for the layer that follows it.
 
     Args:
         x: As in `linears`, and so `weights`, `scales`, `corrections` and `biases`.
@@ -120,28 +118,45 @@ def linears_gelu(
         TypeError: A dtype is not the stated one.
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
-    return _linears_gelu(x, weights, scales, corrections, biases, out_scale, out_zero_point, num_bits, out_dtype)
+    members = (weights, scales, corrections, biases)
+    outs = _empty_linears_gelu(x, *members, out_scale, out_zero_point, num_bits, out_dtype)
+    is_copied = uses_kernel(x) and x.shape[0] and uses_hopper(x) and matrices.takes_codes(outs[-1])
+    if is_copied and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
+        tile = matrices.choose(x.shape[0], tuple(weight.shape[0] for weight in weights), x.shape[1])
+        gelus = [*[None] * (len(weights) - 1), (out_scale, out_zero_point, 2**num_bits - 1)]
+        matrices.launch_matrices(tile, x, *members, outs, gelus)
+        return outs
+    *plain, gelu = zip(*members, strict=True)
+    codes = linear_gelu(x, *gelu, out_scale, out_zero_point, num_bits)
+    return [*(linear(x, *member, out_dtype=out_dtype) for member in plain), codes]
 
 
-@torch.library.custom_op("edadm::linear_joined", mutates_args=())
-def _linear_joined(
+def _empty_joined(
     x: Tensor,
     more: Tensor,
     weight: Tensor,
     scale: Tensor,
     correction: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    out = _prepare_joined(x, more, weight, scale, correction, bias, out_dtype)
-    takes = uses_kernel(x) and x.shape[0] and uses_hopper(x) and x.shape[1] % matrices.MOST_CHANNELS == 0
-    if takes and matrices.takes(more, [weight], (x, scale, correction), [bias], out_dtype):
-        tile = matrices.choose(x.shape[0], (weight.shape[0],), x.shape[1] + more.shape[1])
-        matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], more=more)
-        return out
-    return linear(torch.cat([x, more], dim=1), weight, scale, correction, bias, out_dtype=out_dtype)
+    """Checks the arguments of `linear_joined` and returns an empty output."""
+    if x.ndim != 2 or more.ndim != 2 or len(x) != len(more) or not (x.is_contiguous() and more.is_contiguous()):
+        raise ValueError(
+            f"contiguous codes [M, K] and [M, L] are expected, found {tuple(x.shape)} with strides {x.stride()} and "
+            f"{tuple(more.shape)} with strides {more.stride()}"
+        )
+    if more.dtype != torch.int8:
+        raise TypeError(f"int8 codes are expected, found {more.dtype}")
+    check_device(x, more)
+    joined = x.new_empty((len(x), x.shape[1] + more.shape[1]))
+    check_matrices(joined, weight, scale, correction, bias)
+    out = x.new_empty((len(x), weight.shape[0]), dtype=out_dtype)
+    check_output(out_dtype, x, weight, out)
+    return out
 
 
+@operation("linear_joined", empty=_empty_joined)
 def linear_joined(
     x: Tensor,
     more: Tensor,
@@ -151,7 +166,7 @@ def linear_joined(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """`linear` of two inputs side by side, which are read where they lie.
+    """Computes `linear` of two inputs side by side without copying them into one tensor.
 
     Args:
         x: Codes `[M, K]`, int8, contiguous.
@@ -169,27 +184,41 @@ def linear_joined(
         TypeError: A dtype is not the stated one.
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
-    return _linear_joined(x, more, weight, scale, correction, bias, out_dtype)
+    out = _empty_joined(x, more, weight, scale, correction, bias, out_dtype)
+    is_copied = uses_kernel(x) and x.shape[0] and uses_hopper(x) and x.shape[1] % matrices.MOST_CHANNELS == 0
+    if is_copied and matrices.takes(more, [weight], (x, scale, correction), [bias], out_dtype):
+        tile = matrices.choose(x.shape[0], (weight.shape[0],), x.shape[1] + more.shape[1])
+        matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], more=more)
+        return out
+    return linear(torch.cat([x, more], dim=1), weight, scale, correction, bias, out_dtype=out_dtype)
 
 
-@torch.library.custom_op("edadm::linear_stack", mutates_args=())
-def _linear_stack(
-    x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+def _empty_stack(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    out = _prepare_stack(x, weight, scale, correction, bias, out_dtype)
-    if not uses_kernel(x):
-        return out.copy_(reference.linear_stack(x, weight, scale, correction, bias, out_dtype))
-    if not out.numel():
-        return out
-    if uses_hopper(x) and few_rows.takes(x, weight, scale, correction, bias):
-        few_rows.launch_few_rows(x, weight, scale, correction, bias, out)
-        return out
-    for place in range(len(x)):
-        own = None if bias is None else bias[place]
-        fill_linear(x[place], weight[place], scale[place], correction[place], own, None, out[place])
+    """Checks the arguments of `linear_stack` and returns an empty output."""
+    if x.ndim != 3 or weight.ndim != 3 or len(x) != len(weight) or not x.is_contiguous():
+        raise ValueError(
+            f"contiguous codes [S, M, K] and weights [S, N, K] are expected, found {tuple(x.shape)} with strides "
+            f"{x.stride()} and {tuple(weight.shape)}"
+        )
+    if weight.dtype != torch.int8:
+        raise TypeError(f"int8 weights are expected, found {weight.dtype}")
+    check_device(x, weight, scale, correction, bias)
+    check_codes(x[0], weight[0], x.shape[2])
+    outputs = weight.shape[:2].numel()
+    check_epilogue(scale.flatten(), correction.flatten(), None if bias is None else bias.flatten(), outputs, (outputs,))
+    out = x.new_empty((len(x), x.shape[1], weight.shape[1]), dtype=out_dtype)
+    check_output(out_dtype, x, weight, out)
     return out
 
 
+@operation("linear_stack", empty=_empty_stack, reference=reference.linear_stack)
 def linear_stack(
     x: Tensor,
     weight: Tensor,
@@ -198,7 +227,7 @@ def linear_stack(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """Linear layers of equal sizes, each with an input of its own; meant for inputs of few rows.
+    """Computes linear layers of equal sizes, each with a separate input; it is meant for inputs of few rows.
 
     Args:
         x: Codes `[S, M, K]`, int8, contiguous.
@@ -215,88 +244,14 @@ def linear_stack(
         TypeError: A dtype is not the stated one.
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
-    return _linear_stack(x, weight, scale, correction, bias, out_dtype)
-
-
-@_linears.register_fake
-def _prepare_linears(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    corrections: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    out_dtype: torch.dtype,
-) -> list[Tensor]:
-    """Check the arguments and make empty outputs."""
-    outs = []
-    for weight, scale, correction, bias in zip(weights, scales, corrections, biases, strict=True):
-        check_matrices(x, weight, scale, correction, bias)
-        out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
-        check_output(out_dtype, x, weight, out)
-        outs.append(out)
-    return outs
-
-
-@_linears_gelu.register_fake
-def _prepare_linears_gelu(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    corrections: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    num_bits: int,
-    out_dtype: torch.dtype,
-) -> list[Tensor]:
-    """Check the arguments and make empty outputs."""
-    check_output_grid(num_bits, out_scale, out_zero_point, x)
-    *outs, last = _prepare_linears(x, weights, scales, corrections, biases, out_dtype)
-    return [*outs, x.new_empty(last.shape, dtype=torch.int8)]
-
-
-@_linear_joined.register_fake
-def _prepare_joined(
-    x: Tensor,
-    more: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Check the arguments and make an empty output."""
-    if x.ndim != 2 or more.ndim != 2 or len(x) != len(more) or not (x.is_contiguous() and more.is_contiguous()):
-        raise ValueError(
-            f"contiguous codes [M, K] and [M, L] are expected, found {tuple(x.shape)} with strides {x.stride()} and "
-            f"{tuple(more.shape)} with strides {more.stride()}"
-        )
-    if more.dtype != torch.int8:
-        raise TypeError(f"int8 codes are expected, found {more.dtype}")
-    check_device(x, more)
-    joined = x.new_empty((len(x), x.shape[1] + more.shape[1]))
-    check_matrices(joined, weight, scale, correction, bias)
-    out = x.new_empty((len(x), weight.shape[0]), dtype=out_dtype)
-    check_output(out_dtype, x, weight, out)
-    return out
-
-
-@_linear_stack.register_fake
-def _prepare_stack(
-    x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    """Check the arguments and make an empty output."""
-    if x.ndim != 3 or weight.ndim != 3 or len(x) != len(weight) or not x.is_contiguous():
-        raise ValueError(
-            f"contiguous codes [S, M, K] and weights [S, N, K] are expected, found {tuple(x.shape)} with strides "
-            f"{x.stride()} and {tuple(weight.shape)}"
-        )
-    if weight.dtype != torch.int8:
-        raise TypeError(f"int8 weights are expected, found {weight.dtype}")
-    check_device(x, weight, scale, correction, bias)
-    check_codes(x[0], weight[0], x.shape[2])
-    outputs = weight.shape[:2].numel()
-    check_epilogue(scale.flatten(), correction.flatten(), None if bias is None else bias.flatten(), outputs, (outputs,))
-    out = x.new_empty((len(x), x.shape[1], weight.shape[1]), dtype=out_dtype)
-    check_output(out_dtype, x, weight, out)
+    out = _empty_stack(x, weight, scale, correction, bias, out_dtype)
+    if not out.numel():
+        return out
+    if uses_hopper(x) and few_rows.takes(x, weight, scale, correction, bias):
+        few_rows.launch_few_rows(x, weight, scale, correction, bias, out)
+        return out
+    biases = [None] * len(x) if bias is None else list(bias)
+    for layer in zip(x, weight, scale, correction, biases, out, strict=True):
+        inputs, rows, scales, corrections, layer_bias, layer_out = layer
+        fill_linear(inputs, rows, scales, corrections, layer_bias, None, layer_out)
     return out

@@ -78,7 +78,7 @@ def pack_geglu(rows: Tensor) -> Tensor:
     Row 2j of the result is value j, row 2j + 1 is gate j, so that one thread of the kernel holds both.
     """
     if rows.shape[0] % 2:
-        raise ValueError(f"an even number of rows, values then gates, is wanted, found {rows.shape[0]}")
+        raise ValueError(f"an even number of rows, values then gates, is expected, found {rows.shape[0]}")
     value, gate = rows.chunk(2)
     return torch.stack((value, gate), dim=1).reshape(rows.shape).contiguous()
 
@@ -112,7 +112,7 @@ def unpack_w4(packed: Tensor) -> Tensor:
     channels = 2 * packed.shape[-1]
     block = w4_block(channels)
     if block is None:
-        raise ValueError(f"packed rows of a multiple of {W4_BLOCKS[-1] // 2} bytes are wanted, found {channels // 2}")
+        raise ValueError(f"packed rows of a multiple of {W4_BLOCKS[-1] // 2} bytes are expected, found {channels // 2}")
     halves = packed.unflatten(-1, (channels // block, 1, block // 2))
     both = torch.cat((halves << 4, halves & 0xF0), dim=-2).flatten(-3)
     return both.view(torch.int8) >> 4

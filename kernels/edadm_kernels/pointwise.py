@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from edadm_kernels.backend import uses_kernel
 from edadm_kernels.checks import check_bits, check_device, check_floating, check_quantizers, check_size
 from edadm_kernels.launching import arch_of, on_device_of, overlap
+from edadm_kernels.operation import operation
 from edadm_kernels.pointwise_kernels import quantize_kernel
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
@@ -17,13 +17,21 @@ BLOCK = 4096
 NUM_WARPS = 8
 
 
-@torch.library.custom_op("edadm::quantize", mutates_args=())
+def _empty(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu: bool) -> Tensor:
+    """Checks the arguments of the operation and returns an empty tensor for the codes."""
+    return _prepare(x, scale, zero_point, num_bits)[0]
+
+
+def _exact(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu: bool) -> Tensor:
+    """Returns the codes by the reference."""
+    compute = reference.silu_quantize if silu else reference.quantize
+    return compute(x, scale, zero_point, num_bits)
+
+
+@operation("quantize", empty=_empty, reference=_exact)
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu: bool) -> Tensor:
     codes, columns, row_stride = _prepare(x, scale, zero_point, num_bits)
-    if not uses_kernel(x):
-        compute = reference.silu_quantize if silu else reference.quantize
-        codes.copy_(compute(x, scale, zero_point, num_bits))
-    elif x.numel():
+    if x.numel():
         with on_device_of(x):
             quantize_kernel[(triton.cdiv(x.numel(), BLOCK),)](
                 x, scale, zero_point, codes, x.numel(), columns, row_stride,
@@ -31,11 +39,6 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu:
                 num_warps=NUM_WARPS, enable_fp_fusion=False, **overlap(arch_of(x)),
             )  # fmt: skip
     return codes
-
-
-@_quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu: bool) -> Tensor:
-    return _prepare(x, scale, zero_point, num_bits)[0]
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:

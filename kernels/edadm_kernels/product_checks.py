@@ -16,16 +16,16 @@ def check_codes(x: Tensor, weight: Tensor, channels: int) -> int:
     """Number of products a sum has; raises unless the codes fit together and their sums fit an int32."""
     if x.dtype != torch.int8 or weight.dtype not in (torch.int8, torch.uint8):
         raise TypeError(
-            f"int8 activations with int8 or packed uint8 weights are wanted, found {x.dtype} and {weight.dtype}"
+            f"int8 activations with int8 or packed uint8 weights are expected, found {x.dtype} and {weight.dtype}"
         )
     packed = weight.dtype == torch.uint8
     if weight.shape[-1] * (2 if packed else 1) != channels or (packed and w4_block(channels) is None):
         raise ValueError(
-            f"weights of {channels} input channels are wanted, found {tuple(weight.shape)} {weight.dtype}; "
+            f"weights of {channels} input channels are expected, found {tuple(weight.shape)} {weight.dtype}; "
             "four-bit codes are packed by edadm_kernels.pack.pack_w4"
         )
     if not weight.is_contiguous():
-        raise ValueError("contiguous weights are wanted; call .contiguous() on them first")
+        raise ValueError("contiguous weights are expected; call .contiguous() on them first")
     terms = weight[0].numel() * (2 if packed else 1)
     if terms > MAX_TERMS:
         raise ValueError(f"sums of at most {MAX_TERMS} products fit an int32, found {terms}")
@@ -38,22 +38,22 @@ def check_epilogue(
     """Raise unless the per-channel vectors have the stated dtypes and shapes."""
     if scale.dtype != torch.float32 or correction.dtype != torch.int32:
         raise TypeError(
-            f"a float32 scale and an int32 correction are wanted, found {scale.dtype} and {correction.dtype}"
+            f"a float32 scale and an int32 correction are expected, found {scale.dtype} and {correction.dtype}"
         )
     if scale.shape != (channels,) or (bias is not None and bias.shape != (channels,)):
         raise ValueError(
-            f"scale and bias of shape ({channels},) are wanted, found {tuple(scale.shape)} and "
+            f"scale and bias of shape ({channels},) are expected, found {tuple(scale.shape)} and "
             f"{None if bias is None else tuple(bias.shape)}"
         )
     if correction.shape != correction_shape:
-        raise ValueError(f"a correction of shape {correction_shape} is wanted, found {tuple(correction.shape)}")
+        raise ValueError(f"a correction of shape {correction_shape} is expected, found {tuple(correction.shape)}")
     contiguous = scale.is_contiguous() and correction.is_contiguous() and (bias is None or bias.is_contiguous())
     if not contiguous:
-        raise ValueError("contiguous scale, correction and bias are wanted; call .contiguous() on them first")
+        raise ValueError("contiguous scale, correction and bias are expected; call .contiguous() on them first")
 
 
 def check_output(out_dtype: torch.dtype, *tensors: Tensor) -> None:
     """Raise unless the output is floating point and every offset fits an int32."""
     if out_dtype not in FLOATS:
-        raise TypeError(f"a float16, bfloat16 or float32 output is wanted, found {out_dtype}")
+        raise TypeError(f"a float16, bfloat16 or float32 output is expected, found {out_dtype}")
     check_size(*tensors)

@@ -135,7 +135,9 @@ def known_arch(arch: int) -> int:
     if arch in MACHINES:
         return arch
     if arch < 80:
-        raise RuntimeError(f"a GPU of compute capability 8.0 or newer is wanted, found {arch / 10}; use the reference")
+        raise RuntimeError(
+            f"a GPU of compute capability 8.0 or newer is expected, found {arch / 10}; use the reference"
+        )
     # wgmma is an instruction of 9.0 alone: newer ones take the tiles of the synchronous MMA
     return 80 if arch < 86 else 86 if arch < 89 else 89
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edadm_kernels import backend, gemm, linear, linear_geglu, reference, uses_kernel
+from edadm_kernels import backend, linear, linear_geglu, reference, uses_kernel
 from edadm_kernels.gemm_launch import launch_gemm
 from edadm_kernels.pack import linear_correction, pack_w4
 from edadm_kernels.reference.products import accumulate_linear
@@ -160,8 +160,12 @@ def test_the_backend_is_chosen() -> None:
 def test_registration(packed: bool) -> None:
     layer = Layer(5, 6, 64, packed=packed)
     arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias)
-    torch.library.opcheck(gemm._linear, (*arguments, layer.residual[:5, :6].contiguous(), torch.float16))
-    torch.library.opcheck(gemm._linear_geglu, (*arguments, torch.tensor(0.1), torch.tensor(3, dtype=torch.int32), 8))
+    torch.library.opcheck(
+        torch.ops.edadm.linear.default, (*arguments, layer.residual[:5, :6].contiguous(), torch.float16)
+    )
+    torch.library.opcheck(
+        torch.ops.edadm.linear_geglu.default, (*arguments, torch.tensor(0.1), torch.tensor(3, dtype=torch.int32), 8)
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_registration(packed: bool) -> None:
         ({"correction": torch.zeros(5, dtype=torch.int32)}, ValueError, "correction of shape"),
         ({"bias": torch.zeros(12)[::2]}, ValueError, "contiguous scale"),
         ({"residual": torch.zeros(6, 5).T}, ValueError, "contiguous residual"),
-        ({"out_dtype": torch.int8}, TypeError, "output is wanted"),
+        ({"out_dtype": torch.int8}, TypeError, "output is expected"),
     ],
 )
 def test_refusals(change: dict[str, object], error: type[Exception], text: str) -> None:

@@ -166,7 +166,7 @@ def test_tensors_of_two_devices_are_refused(misplaced: int) -> None:
     x = state((1, 4, 4, 16), "normal", torch.float16, seed=1).permute(0, 3, 1, 2)
     arguments: list[Any] = [x, *affine(16, seed=1), 4, 1e-5, True, *quantizers(1)]
     arguments[misplaced] = arguments[misplaced].to("meta")
-    with pytest.raises(ValueError, match="tensors on one device are wanted, found cpu and meta"):
+    with pytest.raises(ValueError, match="tensors on one device are expected, found cpu and meta"):
         group_norm_quantize(*arguments)
 
 

@@ -39,7 +39,9 @@ def main() -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     jobs = [job for job in list_jobs(options.arch, options.module) if _wanted(job, options.only)]
     if not jobs:
-        print(f"a variant that matches {' or '.join(options.only)} is wanted, found none; see --help", file=sys.stderr)
+        print(
+            f"a variant that matches {' or '.join(options.only)} is expected, found none; see --help", file=sys.stderr
+        )
         return 2
     codes = list(survey(jobs, processes=options.processes, out=options.out))
     rejected = [(code, violations(code)) for code in codes if violations(code)]

@@ -91,7 +91,7 @@ def compile_variant(variant: AnyVariant, arch: int) -> Binary:
         cubin = compiled(own.source, own.defines(), own.prelude())
         return Binary(cubin, ptx="", has_dot=variant.tile_rows > 0, shared_bytes=own.shared_bytes)
     if INTERPRETED:
-        raise RuntimeError("compiled kernels are wanted, but TRITON_INTERPRET=1 is set; unset it")
+        raise RuntimeError("compiled kernels are expected, but TRITON_INTERPRET=1 is set; unset it")
     source = ASTSource(variant.fn, dict(variant.signature), dict(variant.constexprs), dict(variant.attrs))
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -37,7 +37,7 @@ def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:
     lines = [line for line in printed.splitlines() if _ADDRESS.match(line)]
     counts = [len(code) // _INSTRUCTION_BYTES for code in codes]
     if len(lines) != sum(counts):
-        raise RuntimeError(f"{sum(counts)} instructions are wanted from nvdisasm, found {len(lines)}")
+        raise RuntimeError(f"{sum(counts)} instructions are expected from nvdisasm, found {len(lines)}")
     ends = [sum(counts[: number + 1]) for number in range(len(counts))]
     return ["\n".join(lines[end - count : end]) + "\n" for end, count in zip(ends, counts, strict=True)]
 
@@ -51,7 +51,7 @@ def count_registers(cubin: bytes) -> int:
     printed = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", data=cubin)
     found = _REGISTERS.findall(printed)
     if not found:
-        raise RuntimeError(f"the registers of a kernel are wanted from cuobjdump, found {printed!r}")
+        raise RuntimeError(f"the registers of a kernel are expected from cuobjdump, found {printed!r}")
     return max(map(int, found))
 
 
@@ -71,7 +71,7 @@ def machine_code(cubin: bytes) -> bytes:
         if cubin.startswith(b".text.", strings + name)
     )
     if not code:
-        raise RuntimeError(f"a kernel is wanted in a binary of {len(cubin)} bytes, found none")
+        raise RuntimeError(f"a kernel is expected in a binary of {len(cubin)} bytes, found none")
     return code
 
 

@@ -86,5 +86,5 @@ def _target(opcode: str, operands: str, indices: Mapping[int, int]) -> int | Non
         return None
     address = _TARGET.search(operands)
     if address is None or int(address.group(1), 16) not in indices:
-        raise ValueError(f"the address of an instruction is wanted behind {opcode}, found {operands!r}")
+        raise ValueError(f"the address of an instruction is expected behind {opcode}, found {operands!r}")
     return indices[int(address.group(1), 16)]

@@ -60,8 +60,9 @@ def group_norm_quantize(
     scales: Tensor,
     zero_points: Tensor,
     num_bits: int = 8,
+    more: Tensor | None = None,
 ) -> list[Tensor]:
-    """Codes of GroupNorm(x), or of SiLU(GroupNorm(x)), once a quantizer; statistics and activation in float64.
+    """Returns the codes of GroupNorm(x), or of SiLU(GroupNorm(x)), per quantizer; statistics and activation in float64.
 
     Args:
         x: `[N, C, H, W]`, channels last.
@@ -72,8 +73,10 @@ def group_norm_quantize(
         silu: Apply SiLU before quantizing.
         scales: `[q]` float32.
         zero_points: `[q]` int32.
-        num_bits: 2 to 8.
+        num_bits: Bits of the codes, 2 to 8.
+        more: Channels that follow those of `x`.
     """
+    x = x if more is None else torch.cat([x, more], dim=1)
     y = torch.group_norm(x.double(), num_groups, weight.double(), bias.double(), eps)
     if silu:
         y = torch.nn.functional.silu(y)

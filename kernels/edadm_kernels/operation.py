@@ -1,0 +1,53 @@
+"""Registers the operations of the namespace `edadm`: schema, kernel, reference and shapes of each in a single place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from edadm_kernels.backend import uses_kernel
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def operation(
+    name: str, *, empty: Callable[..., Any], reference: Callable[..., Any] | None = None
+) -> Callable[[Function], Function]:
+    """Returns a decorator that registers a function as the torch operation `edadm::name`.
+
+    The decorated function computes the operation by a kernel, its signature is the schema, and its docstring describes
+    the operation. The operation takes the function's place, so it is called like the function, and torch.compile and
+    CUDA graphs treat it as one node.
+
+    Args:
+        name: The name of the operation.
+        empty: A function with the same parameters and defaults. It checks the arguments and returns the outputs before
+            they have values; torch calls it while it traces.
+        reference: A function with the same parameters and defaults that returns the exact outputs. It runs where no
+            kernel does; with `None` the decorated function runs everywhere.
+    """
+
+    def register(function: Function) -> Function:
+        def compute(*arguments: Any) -> Any:
+            if reference is None or uses_kernel(arguments[0]):
+                return function(*arguments)
+            return _fill(empty(*arguments), reference(*arguments))
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        registered = torch.library.custom_op(f"edadm::{name}", compute, mutates_args=(), schema=schema)
+        registered.register_fake(empty)
+        return cast(Function, functools.update_wrapper(registered, function))
+
+    return register
+
+
+def _fill(outputs: Tensor | list[Tensor], values: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """Returns `outputs` with `values` copied into them: an operation may not return a view of its input."""
+    if isinstance(outputs, Tensor):
+        assert isinstance(values, Tensor)
+        return outputs.copy_(values)
+    return [output.copy_(value) for output, value in zip(outputs, values, strict=True)]
