@@ -101,7 +101,7 @@ def pack_w4(codes: Tensor) -> Tensor:
     block = w4_block(channels)
     if block is None:
         raise ValueError(
-            f"packing four-bit codes wants channels that {W4_BLOCKS[-1]} divides, found {channels}; keep them int8"
+            f"a multiple of {W4_BLOCKS[-1]} channels is expected, found {channels}; leave the codes in int8"
         )
     low, high = codes.to(torch.uint8).unflatten(-1, (channels // block, 2, block // 2)).unbind(-2)
     return ((low & 0xF) | (high << 4)).flatten(-2).contiguous()

@@ -85,8 +85,8 @@ def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tup
             order = torch.channels_last if rows is not x else torch.contiguous_format
             return torch.empty_like(x, dtype=torch.int8, memory_format=order), columns, row_stride
     raise ValueError(
-        f"quantize wants a dense tensor or evenly spaced rows, found shape {tuple(x.shape)} with strides {x.stride()}; "
-        "call .contiguous() on it first"
+        f"a dense tensor or evenly spaced rows are expected, found shape {tuple(x.shape)} with strides {x.stride()}; "
+        "call .contiguous() on the input of quantize first"
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edadm_kernels import conv, conv2d, reference
+from edadm_kernels import conv2d, reference
 from edadm_kernels.conv_launch import Geometry, launch_conv
 from edadm_kernels.pack import Padding, conv_border_table, pack_w4
 from edadm_kernels.reference.products import accumulate_conv2d
@@ -184,7 +184,7 @@ def test_saturated_inputs(x_code: int) -> None:
 def test_registration(geometry: Geometry, packed: bool) -> None:
     layer = Layer(2, 3, 64, 5, geometry, packed=packed)
     tail = (geometry.stride, list(geometry.padding), geometry.upsample, torch.float16)
-    torch.library.opcheck(conv._conv2d, (*layer.everything(), *tail))
+    torch.library.opcheck(torch.ops.edadm.conv2d.default, (*layer.everything(), *tail))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_registration(geometry: Geometry, packed: bool) -> None:
         ({"sample_bias": torch.zeros(1, 7)}, ValueError, "sample_bias of shape"),
         ({"residual": torch.zeros(2, 7, 4, 4)}, ValueError, "channels-last residual"),
         ({"bias": torch.zeros(6)}, ValueError, "scale and bias"),
-        ({"out_dtype": torch.float64}, TypeError, "output is wanted"),
+        ({"out_dtype": torch.float64}, TypeError, "output is expected"),
     ],
 )
 def test_refusals(change: dict[str, object], error: type[Exception], text: str) -> None:

@@ -160,12 +160,10 @@ def test_the_backend_is_chosen() -> None:
 def test_registration(packed: bool) -> None:
     layer = Layer(5, 6, 64, packed=packed)
     arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias)
-    torch.library.opcheck(
-        torch.ops.edadm.linear.default, (*arguments, layer.residual[:5, :6].contiguous(), torch.float16)
-    )
-    torch.library.opcheck(
-        torch.ops.edadm.linear_geglu.default, (*arguments, torch.tensor(0.1), torch.tensor(3, dtype=torch.int32), 8)
-    )
+    residual = layer.residual[:5, :6].contiguous()
+    torch.library.opcheck(torch.ops.edadm.linear.default, (*arguments, residual, torch.float16))
+    quantizer = (torch.tensor(0.1), torch.tensor(3, dtype=torch.int32))
+    torch.library.opcheck(torch.ops.edadm.linear_geglu.default, (*arguments, *quantizer, 8))
 
 
 @pytest.mark.parametrize(

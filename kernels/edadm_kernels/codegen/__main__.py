@@ -37,11 +37,10 @@ def main() -> int:
     options = _parser().parse_args()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-    jobs = [job for job in list_jobs(options.arch, options.module) if _wanted(job, options.only)]
+    jobs = [job for job in list_jobs(options.arch, options.module) if _matches(job, options.only)]
     if not jobs:
-        print(
-            f"a variant that matches {' or '.join(options.only)} is expected, found none; see --help", file=sys.stderr
-        )
+        patterns = " or ".join(options.only)
+        print(f"a variant that matches {patterns} is expected, found none; see --help", file=sys.stderr)
         return 2
     codes = list(survey(jobs, processes=options.processes, out=options.out))
     rejected = [(code, violations(code)) for code in codes if violations(code)]
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _wanted(job: Job, patterns: list[str] | None) -> bool:
+def _matches(job: Job, patterns: list[str] | None) -> bool:
     return patterns is None or any(fnmatch(f"{job[0]}/{job[1]}", pattern) for pattern in patterns)
 
 
