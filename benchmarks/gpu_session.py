@@ -30,10 +30,10 @@ from gpu.ahead import compile_ahead
 from gpu.calls import CallRecorder
 from gpu.kernels import Budget, OutOfTime
 from gpu.timing import Clock
+from tile_table import GAIN
 from torch import nn
 
 from edadm_cli.bench.roofline import DEVICES, DevicePeak
-from edadm_kernels.tiles import Tile
 
 SECONDS = {
     "environment": 30,
@@ -50,8 +50,6 @@ SECONDS = {
     "sweep": 200,
     "tuned": 60,
 }
-GAIN = 0.03
-"""A tile is exchanged for a measured one that saves at least this share of the time."""
 PATIENCE = 560
 """Seconds of the whole session: no section starts later than its own budget before this."""
 
@@ -148,6 +146,7 @@ class Session:
         )
         yield {
             "gpu": properties.name,
+            "arch": 10 * properties.major + properties.minor,
             "multiprocessors": properties.multi_processor_count,
             "memory_gb": properties.total_memory / 1e9,
             "l2_mb": properties.L2_cache_size / 1e6,
@@ -311,19 +310,12 @@ def table(section: str, row: dict[str, Any]) -> str:
     return "\n".join([head, *lines])
 
 
-def tile_table(swept: list[dict[str, Any]]) -> str:
-    """The best tiles as rows of `kernels/edadm_kernels/measured.py`, and the products that float16 runs faster."""
+def slower_than_float16(swept: list[dict[str, Any]]) -> str:
+    """Returns a line for each product that float16 runs faster than the best tile."""
     lines = []
-    for (_, *shape, packed), (text, before, after) in kernels.best_tiles(swept).items():
-        if after < (1 - GAIN) * before and not packed:
-            tile = kernels.tile_of(text)
-            if not isinstance(tile, Tile):
-                continue  # the kernels in CUDA C++ have no table, only the cost model
-            cut = (tile.bm, tile.bn, tile.bk, tile.split_k)
-            lines.append(f"    {tuple(shape)!r}: {cut!r},  # {before:.1f} -> {after:.1f} us a step")
     for row in swept:
         if "best_us" in row and row["best_us"] > row["float16_us"]:
-            times = f"{row['best_us']:.1f} us, float16 {row['float16_us']:.1f} us, {row['count']} times a step"
+            times = f"{row['best_us']:.1f} us, float16 {row['float16_us']:.1f} us, {row['count']} times per step"
             lines.append(f"slower than float16: {row['call']}: {times}")
     return "\n".join(lines)
 
@@ -363,7 +355,7 @@ def main() -> None:
     for name in session.options.sections.split(","):
         run(name)
     if session.swept:
-        print(tile_table(session.swept))
+        print(slower_than_float16(session.swept))
 
 
 if __name__ == "__main__":

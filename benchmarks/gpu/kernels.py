@@ -193,9 +193,8 @@ def _hopper_tiles(call: KernelCall, device: torch.device, limit: int) -> list[pr
 def _triton_tiles(call: KernelCall, device: torch.device, limit: int) -> list[tiles.Tile]:
     arch, kind, m, n, k, packed = tile_key(call, device)
     channels = call.arguments[0].shape[1]
-    machine = tiles.MACHINES[tiles.known_arch(arch)]
     found = tiles.candidates(arch, kind, m, k, channels, packed)
-    ordered = sorted(found, key=lambda tile: tiles._cost(machine, kind, tile, m, n, k))
+    ordered = sorted(found, key=lambda tile: tiles.cost(arch, kind, tile, m, n, k))
     # the best of the cost model, and the best of every shape of tile in it: the model may be wrong about one
     by_shape = {(tile.bm, tile.bn, tile.bk): tile for tile in reversed(ordered)}
     both = [*ordered[: limit // 2], *sorted(by_shape.values(), key=ordered.index)]

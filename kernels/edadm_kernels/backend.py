@@ -61,8 +61,8 @@ def uses_kernel(x: Tensor) -> bool:
     forced = _forced.get() or _default
     if forced == "triton" and not runs:
         raise RuntimeError(
-            f"a CUDA tensor is expected by the backend triton, found one on {x.device}; set TRITON_INTERPRET=1 to interpret"
-            " the kernels"
+            f"a CUDA tensor is expected by the backend triton, found one on {x.device}; set "
+            "TRITON_INTERPRET=1 to interpret the kernels"
         )
     return runs if forced is None else forced == "triton"
 

@@ -97,7 +97,7 @@ def variants(arch: int) -> list[KernelVariant]:
     same = Geometry(1, 3, 3, (1, 1, 1, 1))
     found = [join_variant(arch, same.constexprs(), "join-3x3")]
     for packed in (False, True):
-        tiles = shipped(arch, "conv", packed)
+        tiles = shipped(arch, packed)
         for tile in tiles:
             name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
             found.append(_variant(arch, f"conv-{name}", tile, same, packed))

@@ -128,11 +128,11 @@ def variants(arch: int) -> list[KernelVariant]:
     """What `linear` and `linear_geglu` compile for the denoiser's shapes: every tile, whole and split, and packed."""
     found = [join_variant(arch, MATRIX, "join")]
     for packed in (False, True):
-        for tile in shipped(arch, "linear", packed):
+        for tile in shipped(arch, packed):
             name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
             found.append(_variant(arch, f"gemm-{name}", tile, packed))
             found.append(_variant(arch, f"gemm-split-{name}", replace(tile, split_k=4), packed))
-        for tile in shipped(arch, "geglu", packed):
+        for tile in shipped(arch, packed):
             name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
             found.append(_variant(arch, f"geglu-{name}", tile, packed, geglu_max=255))
     return found

@@ -1,16 +1,17 @@
-"""Which tile of a product kernel runs for which shape: tables and a small cost model, no measuring at run time.
+"""Chooses the tile of a product kernel for a shape, from measured choices and a cost model.
 
-Whatever tile is chosen, the integers are the same and so is every rounding after them; only the time differs.
+Nothing is timed at run time. Whatever tile is chosen, the integers are the same and so is every rounding after them;
+only the time differs. What is known of GPUs is in `tuning`; the tiles that the kernels are compiled with are here, by
+their matrix instruction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from edadm_kernels.measured import FASTEST
+from edadm_kernels.tuning import FITTED, Costs, Machine, architectures, load
 
 Kind = Literal["linear", "geglu", "conv"]
 KINDS: tuple[Kind, ...] = ("linear", "geglu", "conv")
@@ -23,16 +24,17 @@ class Tile:
     """Compile-time parameters of a product kernel.
 
     Args:
-        bm: Rows (output pixels) a program.
-        bn: Output channels a program.
-        bk: Products a step of the loop; divides the channels where it can.
-        num_warps: Warps a program.
+        bm: Rows (output pixels) per program.
+        bn: Output channels per program.
+        bk: Terms of a sum per step of the loop; it divides the channels where it can.
+        num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
-        column_parts: Pieces of the epilogue.
-        max_registers: Registers a thread, where the compiler would take more than two programs a multiprocessor allow.
-        taps_inner: Convolutions: all taps of `bk` channels before the next channels.
-        split_k: Parts of the sum, each a program of its own.
-        group_m: Tile rows walked together.
+        column_parts: Number of pieces of the epilogue.
+        max_registers: Registers per thread; it is set where the compiler would take more than two programs per
+            multiprocessor allow.
+        taps_inner: Whether a convolution sums all taps of `bk` channels before the next channels.
+        split_k: Number of parts of the sum; a separate program computes each.
+        group_m: Number of rows of tiles that are computed one after another, so that they share weights in the L2.
     """
 
     bm: int
@@ -48,27 +50,15 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of the pipeline's buffers."""
+        """Returns the bytes of shared memory of the pipeline's buffers."""
         return (self.bm + self.bn) * self.bk * self.num_stages
 
     def launch_options(self) -> dict[str, Any]:
-        """Options of a launch, which are also those of an ahead-of-time compilation."""
+        """Returns the options of a launch, which are also those of an ahead-of-time compilation."""
         options: dict[str, Any] = {"enable_fp_fusion": False}  # the reference rounds between product and sum
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
         return options
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the cost model knows of an architecture."""
-
-    multiprocessors: int
-    macs_per_clock: int  # int8, one multiprocessor
-    l2_bytes_per_clock: int  # one multiprocessor's share
-    shared_bytes: int  # one multiprocessor
-    tiles: tuple[Tile, ...]
-    w4_tiles: tuple[Tile, ...]
 
 
 _WGMMA = tuple(
@@ -108,99 +98,113 @@ _MMA_W4 = tuple(
 _SMALL = (Tile(32, 32, 64, num_warps=4, num_stages=1),)
 _SMALL_W4 = (*_SMALL, Tile(32, 32, 128, num_warps=4, num_stages=1))
 
-MACHINES: Mapping[int, Machine] = {
-    INTERPRETER: Machine(1, 1024, 32, 100_000, _SMALL, _SMALL_W4),
-    80: Machine(108, 2048, 40, 164_000, _MMA, _MMA_W4),
-    86: Machine(82, 1024, 24, 100_000, _MMA, _MMA_W4),
-    89: Machine(128, 1024, 24, 100_000, _MMA, _MMA_W4),
-    90: Machine(132, 4096, 70, 227_000, _WGMMA, _WGMMA_W4),
-}
+_TILES = {"wgmma": (_WGMMA, _WGMMA_W4), "mma": (_MMA, _MMA_W4)}
+_INTERPRETER = Machine(multiprocessors=1, macs_per_clock=1024, l2_bytes_per_clock=32, shared_bytes=100_000)
 
 SPLITS = (1, 2, 3, 4, 6, 8)
-SPLIT_ROWS = 512  # products of at most so many rows may be split
-# Fitted to 679 timings on an H200, where the choice costs 0.6% over the best tile of each shape.
-_PROGRAM_CLOCKS = 2570  # filling the pipeline
-_ELEMENT_CLOCKS = 0.27  # the epilogue of one element of the output
-_GEGLU = 1.27  # how much longer a gated epilogue takes
-_STEP_CLOCKS = 520  # latency of one step's MMA, which is waited for
-_REGISTERS, _MOST_REGISTERS = 65536, 255  # of a multiprocessor; of a thread
+SPLIT_ROWS = 512  # the largest number of rows of a product whose sums may be split
+_OLDEST = 80  # the first compute capability whose tensor cores multiply int8 as the kernels do
+_REGISTERS, _MOST_REGISTERS = 65536, 255  # per multiprocessor; per thread
 
 
 def known_arch(arch: int) -> int:
-    """The table that serves compute capability `arch` (as 90 for 9.0).
+    """Returns the compute capability whose tuning serves `arch` (such as 90 for 9.0).
+
+    A capability without a file in `tuning` is served by the latest earlier one whose instruction it has: `wgmma` exists
+    on 9.0 alone, so later capabilities get the tiles of the synchronous `mma`.
 
     Raises:
         RuntimeError: The tensor cores are too old.
     """
-    if arch in MACHINES:
+    if arch == INTERPRETER or arch in architectures():
         return arch
-    if arch < 80:
+    if arch < _OLDEST:
         raise RuntimeError(
-            f"a GPU of compute capability 8.0 or newer is expected, found {arch / 10}; use the reference"
+            f"a GPU of compute capability 8.0 or later is expected, found {arch / 10}; use the reference"
         )
-    # wgmma is an instruction of 9.0 alone: newer ones take the tiles of the synchronous MMA
-    return 80 if arch < 86 else 86 if arch < 89 else 89
+    return max(known for known in architectures() if known < arch and load(known).instruction == "mma")
 
 
-def shipped(arch: int, kind: Kind, packed: bool = False) -> list[Tile]:
-    """Every tile that `choose` may return but for its split, in order of preference among equals."""
-    del kind  # one list serves all; a measurement may part them
-    machine = MACHINES[known_arch(arch)]
-    return list(machine.w4_tiles if packed else machine.tiles)
+def shipped(arch: int, packed: bool = False) -> list[Tile]:
+    """Returns every tile that `choose` may return, without splits, in order of preference among equals.
+
+    Args:
+        arch: Compute capability, such as 90; 0 for the interpreter.
+        packed: Whether the weights are packed four-bit codes.
+    """
+    arch = known_arch(arch)
+    unpacked, four_bits = (_SMALL, _SMALL_W4) if arch == INTERPRETER else _TILES[load(arch).instruction]
+    return list(four_bits if packed else unpacked)
+
+
+def machine_of(arch: int) -> tuple[Machine, Costs]:
+    """Returns the data sheet and the constants of the cost model of a compute capability that `known_arch` returns."""
+    if arch == INTERPRETER:
+        return _INTERPRETER, load(FITTED).costs
+    tuning = load(arch)
+    return tuning.machine, tuning.costs
 
 
 def _measured() -> dict[Key, Tile]:
-    """The tiles of `measured.FASTEST`."""
-    found: dict[Key, Tile] = {}
-    for arch, fastest in FASTEST.items():
-        shapes = {(tile.bm, tile.bn, tile.bk): tile for tile in MACHINES[arch].tiles}
-        for (kind, m, n, k), (bm, bn, bk, split_k) in fastest.items():
-            found[arch, kind, m, n, k, False] = replace(shapes[bm, bn, bk], split_k=split_k)
-    return found
+    """Returns the measured choices of all files in `tuning`."""
+    measured: dict[Key, Tile] = {}
+    for arch in architectures():
+        shapes = {(tile.bm, tile.bn, tile.bk): tile for tile in shipped(arch)}
+        for (kind, m, n, k), (bm, bn, bk, split_k) in load(arch).fastest.items():
+            measured[arch, kind, m, n, k, False] = replace(shapes[bm, bn, bk], split_k=split_k)
+    return measured
 
 
 MEASURED = _measured()
-"""Tiles that come before the cost model's, by (architecture, kind, M, N, K, packed weights)."""
+"""Tiles that come before those of the cost model, by (architecture, kind, M, N, K, packed weights)."""
 
 
 @lru_cache(maxsize=4096)
 def choose(arch: int, kind: Kind, m: int, n: int, k: int, channels: int | None = None, packed: bool = False) -> Tile:
-    """The tile of a product of `[m, k]` with `[n, k]`.
+    """Returns the tile for a product of `[m, k]` and `[n, k]`.
 
     Args:
         arch: Compute capability, such as 90; 0 for the interpreter.
-        kind: Which kernel.
+        kind: The kind of kernel.
         m: Rows, or output pixels.
         n: Output channels.
-        k: Products a sum has.
-        channels: Input channels of a convolution; None: k.
-        packed: Four-bit weights; the tile's `bk` is then `pack.w4_block(channels)`.
+        k: Terms per sum.
+        channels: Input channels of a convolution; `None` means k.
+        packed: Whether the weights are packed four-bit codes; the tile's `bk` is then `pack.w4_block(channels)`.
     """
     arch = known_arch(arch)
     measured = MEASURED.get((arch, kind, m, n, k, packed))
     if measured is not None:
         return measured
-    return min(
-        candidates(arch, kind, m, k, channels, packed), key=lambda tile: _cost(MACHINES[arch], kind, tile, m, n, k)
-    )
+    return min(candidates(arch, kind, m, k, channels, packed), key=lambda tile: cost(arch, kind, tile, m, n, k))
 
 
 def candidates(arch: int, kind: Kind, m: int, k: int, channels: int | None = None, packed: bool = False) -> list[Tile]:
-    """The tiles that suit a shape, each with every split worth considering; arguments as in `choose`."""
+    """Returns the tiles that suit a shape, each with every split worth considering; arguments as in `choose`."""
     run = channels or k
-    tiles = shipped(arch, kind, packed)
+    tiles = shipped(arch, packed)
     if packed:
         tiles = [tile for tile in tiles if tile.bk == (128 if run % 128 == 0 else 64)]
     else:
-        # steps that leave no tail, or else those that waste the least
+        # steps that leave no remainder, or else those that waste the fewest terms
         waste = min(-run % tile.bk for tile in tiles)
         tiles = [tile for tile in tiles if -run % tile.bk == waste]
     splits = SPLITS if m <= SPLIT_ROWS and kind != "geglu" else (1,)
     return [replace(tile, split_k=s) for tile in tiles for s in splits if s == 1 or s * 4 * tile.bk <= k]
 
 
-def _cost(machine: Machine, kind: Kind, tile: Tile, m: int, n: int, k: int) -> float:
-    """Clocks that a product takes, roughly: whole rounds of programs, each bound by its MMA, its loads, or latency."""
+def cost(arch: int, kind: Kind, tile: Tile, m: int, n: int, k: int) -> float:
+    """Estimates the clocks of a product: whole rounds of programs, each bound by its MMA, its loads, or latency.
+
+    Args:
+        arch: A compute capability that `known_arch` returns.
+        kind: The kind of kernel.
+        tile: The tile, with its split.
+        m: Rows, or output pixels.
+        n: Output channels.
+        k: Terms per sum.
+    """
+    machine, costs = machine_of(arch)
     programs = -(-m // tile.bm) * -(-n // tile.bn) * tile.split_k
     steps = -(-k // (tile.bk * tile.split_k))
     compute = tile.bm * tile.bn * tile.bk / machine.macs_per_clock
@@ -209,9 +213,9 @@ def _cost(machine: Machine, kind: Kind, tile: Tile, m: int, n: int, k: int) -> f
     resident = max(1, min(machine.shared_bytes // tile.shared_bytes, _REGISTERS // registers))
     together = min(resident, -(-programs // machine.multiprocessors))
     # programs that share a multiprocessor hide each other's latency
-    step = max(compute * together, loads * together, compute + _STEP_CLOCKS)
-    epilogue = _ELEMENT_CLOCKS * tile.bm * tile.bn * (_GEGLU if kind == "geglu" else 1.0)
-    clocks = -(-programs // (machine.multiprocessors * together)) * (steps * step + _PROGRAM_CLOCKS + epilogue)
+    step = max(compute * together, loads * together, compute + costs.step_clocks)
+    epilogue = costs.element_clocks * tile.bm * tile.bn * (costs.geglu_factor if kind == "geglu" else 1.0)
+    clocks = -(-programs // (machine.multiprocessors * together)) * (steps * step + costs.program_clocks + epilogue)
     if tile.split_k > 1:  # the second kernel reads the parts
         clocks += 4 * m * n * (tile.split_k + 1) / (machine.multiprocessors * machine.l2_bytes_per_clock)
     return clocks

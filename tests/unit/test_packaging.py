@@ -18,15 +18,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAX_SHIPPED_BYTES = 64_000_000
 
 
-def _data_files() -> set[Path]:
-    files = (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+def _data_files(package: Path = PACKAGE) -> set[Path]:
+    files = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {path for path in files if path.suffix != ".py"}
 
 
-def test_every_data_file_is_shipped() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["edadm_cli"]
-    shipped = {path for pattern in patterns for path in PACKAGE.glob(pattern.replace("**", "**/*"))}
-    assert _data_files() - shipped == set()
+@pytest.mark.parametrize("package", [PACKAGE, ROOT / "kernels" / "edadm_kernels"], ids=lambda package: package.name)
+def test_every_data_file_is_shipped(package: Path) -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"][package.name]
+    shipped = {path for pattern in patterns for path in package.glob(pattern.replace("**", "**/*"))}
+    assert _data_files(package) - shipped == set()
 
 
 def test_the_shipped_models_stay_small() -> None:

@@ -53,3 +53,39 @@ def test_the_best_tiles_are_those_of_a_whole_step(gpu_session: ModuleType) -> No
         {"call": "another", "error": "does not compile"},
     ]
     assert gpu_session.kernels.best_tiles(swept) == {key: ("B", 40.0, 36.0)}
+
+
+def test_a_session_on_a_new_gpu_writes_its_tuning(gpu_session: ModuleType, tmp_path: Path) -> None:
+    import tile_table
+
+    from edadm_kernels import tuning
+    from edadm_kernels.tiles import shipped
+
+    fast, slow = (repr(tile) for tile in shipped(120)[:2])
+    lines = [
+        {"section": "environment", "torch": "2.11.0", "triton": "3.6.0"},
+        {"section": "environment", "gpu": "a new GPU", "arch": 120, "multiprocessors": 170},
+    ]
+    for key, times in (
+        ((120, "linear", 8, 64, 64, False), {fast: 5.0, slow: 9.0}),
+        ((120, "conv", 8, 8, 64, False), {fast: 8.9}),
+    ):
+        lines.append({"section": "sweep", "key": key, "count": 1, "chosen_us": 9.0, "tiles": times})
+    session = tmp_path / "session.jsonl"
+    session.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for arch in tuning.architectures():
+        (tmp_path / f"sm_{arch}.json").write_bytes((tile_table.TARGET / f"sm_{arch}.json").read_bytes())
+    written = tile_table.write(session, tmp_path)
+    assert written.name == "sm_120.json"
+    new = tuning.parse(json.loads(written.read_text()), written.name)
+    assert (new.gpu, new.instruction, new.machine.multiprocessors) == ("a new GPU", "mma", 170)
+    tile = shipped(120)[0]
+    assert new.fastest == {("linear", 8, 64, 64): (tile.bm, tile.bn, tile.bk, 1)}, "a gain of 1% is none"
+
+
+def test_what_is_written_again_is_the_shipped_file() -> None:
+    from edadm_kernels import tuning
+
+    for arch in tuning.architectures():
+        text = (Path(tuning.__file__).parent / f"sm_{arch}.json").read_text()
+        assert tuning.as_json(json.loads(text)) == text
