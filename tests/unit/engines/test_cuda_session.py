@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -62,15 +63,13 @@ def test_a_session_on_a_new_gpu_writes_its_tuning(gpu_session: ModuleType, tmp_p
     from edadm_kernels.tiles import shipped
 
     fast, slow = (repr(tile) for tile in shipped(120)[:2])
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"section": "environment", "torch": "2.11.0", "triton": "3.6.0"},
         {"section": "environment", "gpu": "a new GPU", "arch": 120, "multiprocessors": 170},
     ]
-    for key, times in (
-        ((120, "linear", 8, 64, 64, False), {fast: 5.0, slow: 9.0}),
-        ((120, "conv", 8, 8, 64, False), {fast: 8.9}),
-    ):
-        lines.append({"section": "sweep", "key": key, "count": 1, "chosen_us": 9.0, "tiles": times})
+    swept = {"section": "sweep", "count": 1, "chosen_us": 9.0}
+    lines.append({**swept, "key": (120, "linear", 8, 64, 64, False), "tiles": {fast: 5.0, slow: 9.0}})
+    lines.append({**swept, "key": (120, "conv", 8, 8, 64, False), "tiles": {fast: 8.9}})
     session = tmp_path / "session.jsonl"
     session.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for arch in tuning.architectures():
