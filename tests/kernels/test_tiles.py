@@ -60,7 +60,7 @@ def test_odd_channels_get_the_least_waste() -> None:
 
 def test_other_architectures_get_the_tuning_of_an_earlier_one() -> None:
     assert [known_arch(arch) for arch in (80, 86, 87, 89, 90, 100, 120)] == [80, 86, 86, 89, 90, 89, 89]
-    with pytest.raises(RuntimeError, match=r"8\.0 or newer is expected, found 7\.5"):
+    with pytest.raises(RuntimeError, match=r"8\.0 or later is expected, found 7\.5"):
         known_arch(75)
 
 
