@@ -1,4 +1,4 @@
-"""Attention whose result is the codes of the projection behind it, in one kernel."""
+"""Attention in one kernel, whose result is the codes of the projection that follows it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ __all__ = [
 
 MAX_HEAD_WIDTH = 256  # channels of a head
 SMALL = 250_000_000
-"""Products of scores up to which the kernel in Triton is faster than torch's attention and a quantization."""
-_EVEN_WIDTH, _SOME_KEYS = 64, 1024
-NARROWEST = 16  # columns of a matrix instruction's operand
-STAGES = 2  # turns whose keys and values are in shared memory
+"""Multiplications of all scores up to which the Triton kernel is faster than torch's attention and a quantization."""
+_EVEN_WIDTH, _SOME_KEYS = 64, 1024  # channels per head and keys from which cuDNN is as fast; see `attend_pays`
+NARROWEST = 16  # the smallest number of columns of a matrix instruction's operand
+STAGES = 2  # blocks of keys and values that are in shared memory at once
 
 
 def _empty_quantized(
@@ -77,21 +77,21 @@ def attention_quantize(
     out_zero_point: Tensor,
     num_bits: int = 8,
 ) -> Tensor:
-    """Codes of `softmax(q k^T * scale) v`, head by head.
+    """Returns the codes of `softmax(q k^T * scale) v`, computed per head.
 
-    Scores, softmax and sums are float32; weights of the values and the result are rounded to the type of `q`, as in an
-    attention that writes its result.
+    Scores, softmax and sums are float32. The weights of the values and the result are rounded to the type of `q`, as in
+    an attention that writes floating point.
 
     Args:
-        q: Queries `[N, T, heads * d]`, floating point, d at most 256; rows contiguous and evenly spaced, such as some
-            columns of a larger product.
-        k: Keys `[N, S, heads * d]`, laid out alike.
-        v: Values `[N, S, heads * d]`, laid out alike.
+        q: Queries `[N, T, heads * d]`, floating point, d at most 256. Rows are contiguous and evenly spaced; they may
+            be some columns of a larger matrix.
+        k: Keys `[N, S, heads * d]` in such a layout.
+        v: Values `[N, S, heads * d]` in such a layout.
         heads: Number of heads.
         scale: The factor of the scores.
-        out_scale: float32, one element.
-        out_zero_point: int32, one element, convention of the unsigned code.
-        num_bits: 2 to 8.
+        out_scale: The scale of the output's codes, float32, one element.
+        out_zero_point: Their zero-point in the convention of unsigned codes, int32, one element.
+        num_bits: Bits of the codes, 2 to 8.
 
     Returns:
         `[N, T, heads * d]`, int8, contiguous.
@@ -124,6 +124,7 @@ def attention_quantize(
 
 
 def _empty_attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Returns an empty output `[N, T, heads, d]` of `attend`."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
@@ -138,7 +139,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """`softmax(q k^T * scale) v` in 16 bits, by our kernel where `attend_takes`, otherwise by torch's attention.
+    """Returns `softmax(q k^T * scale) v` in 16 bits.
+
+    The kernel of this package computes it where `attend_takes` returns true, torch's attention elsewhere.
 
     Args:
         q: `[N, heads, T, d]`, floating point.
@@ -153,31 +156,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def attend_takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
-    """Whether our kernel computes `attend`: compute capability 9.0, 16 bits, heads of 8 to 160 channels.
+    """Returns whether this package's kernel computes `attend`: on 9.0, in 16 bits, for heads of 8 to 160 channels.
 
-    What is asked about tensors on the meta device is answered for compute capability 9.0.
+    For tensors on the meta device the answer is that of compute capability 9.0.
     """
     return (q.is_meta or uses_hopper(q)) and hopper_attention.takes(q, k, v, scale, codes=False)
 
 
 def attend_pays(queries: int, keys: int, width: int, heads: int) -> bool:
-    """Whether our kernel computes `attend` faster than torch does, from what an H100 took.
+    """Returns whether this package's kernel computes `attend` faster than torch does, as measured on an H100.
 
-    cuDNN's is as fast where a head has 64 channels and the last blocks leave much of the GPU idle.
+    cuDNN's kernel is as fast where a head has 64 channels and the last blocks leave much of the GPU idle.
 
     Args:
-        queries: The queries per sample.
-        keys: The keys per sample.
-        width: The channels per head.
-        heads: The heads of all samples together.
+        queries: Queries per sample.
+        keys: Keys per sample.
+        width: Channels per head.
+        heads: Total number of heads of all samples.
     """
     return width != _EVEN_WIDTH or keys <= _SOME_KEYS or hopper_attention.fills(width, queries, keys, heads)
 
 
 def attention_pays(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> bool:
-    """Whether `attention_quantize` takes these operands and is faster than torch's attention and a quantization.
+    """Returns whether `attention_quantize` supports these operands faster than torch's attention and a quantization.
 
-    What is asked about tensors on the meta device is answered for compute capability 9.0.
+    For tensors on the meta device the answer is that of compute capability 9.0.
     """
     split = [_split(x, heads) for x in (q, k, v)]
     if (q.is_meta or uses_hopper(q)) and hopper_attention.takes(split[0], split[1], split[2], scale):
@@ -186,48 +189,51 @@ def attention_pays(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) ->
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
-    """`[N, T, heads * d]` as `[N, heads, T, d]`."""
+    """Returns `[N, T, heads * d]` viewed as `[N, heads, T, d]`."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _pieces(width: int) -> dict[str, int]:
-    """A head's channels as two powers of two that instructions take."""
+    """Returns a head's channels as a sum of two powers of two that matrix instructions support."""
     head = max(NARROWEST, 1 << (width.bit_length() - 1))
     tail = max(NARROWEST, next_power_of_two(width - head)) if width > head else 0
     return {"WIDTH": width, "HEAD": head, "TAIL": tail}
 
 
 def _tile(arch: int, width: int, queries: int, keys: int) -> dict[str, int]:
-    """Queries a program, so that two samples of eight heads fill a GPU, and keys a turn; fewer where room is short."""
+    """Returns queries per program, so that two samples of eight heads fill a GPU, and keys per step of its loop.
+
+    Both are smaller where shared memory is short.
+    """
     rows = 128 if queries >= 2048 else 64 if queries >= 512 else 16
-    turn = 128 if 64 < keys <= 128 else 64
+    columns = 128 if 64 < keys <= 128 else 64
     pieces = _pieces(width)
     row_bytes = 2 * (pieces["HEAD"] + pieces["TAIL"])
-    room = PROGRAM_SHARED_BYTES.get(arch, min(PROGRAM_SHARED_BYTES.values()))
-    while (rows + 2 * STAGES * turn) * row_bytes > room:  # queries, and keys and values of every stage
-        rows, turn = (rows, turn // 2) if turn > 64 or rows == 16 else (max(16, rows // 2), turn)
-    return {"BM": rows, "BN": turn}
+    limit = PROGRAM_SHARED_BYTES.get(arch, min(PROGRAM_SHARED_BYTES.values()))
+    while (rows + 2 * STAGES * columns) * row_bytes > limit:  # queries, and keys and values of every stage
+        rows, columns = (rows, columns // 2) if columns > 64 or rows == 16 else (max(16, rows // 2), columns)
+    return {"BM": rows, "BN": columns}
 
 
 def _options(tile: dict[str, int]) -> dict[str, Any]:
-    # fusion is said aloud as Triton's default changes
+    """Returns the launch options of a tile; fusion is explicit because Triton's default changes."""
     return {"num_warps": 8 if tile["BM"] == 128 else 4, "num_stages": STAGES, "enable_fp_fusion": True}
 
 
-# Channels of a head, queries and keys of the attentions of Stable Diffusion 1.x, and the widest head there may be.
+# Channels per head, queries and keys of the attentions of Stable Diffusion 1.x, and the widest head of all.
 _SHAPES = [(40, 4096, 77), (80, 1024, 77), (80, 1024, 1024), (160, 256, 77), (160, 256, 256), (160, 64, 77)]
 _SHAPES += [(160, 64, 64), (MAX_HEAD_WIDTH, 4096, 77)]
 
 
 def variants(arch: int) -> list[KernelVariant]:
-    """What the attentions of a float16 Stable Diffusion 1.x denoiser compile, and the widest heads there may be."""
-    found = []
+    """Lists what the attentions of a float16 Stable Diffusion 1.x denoiser compile, and the widest heads."""
+    listed = []
     for width, queries, keys in _SHAPES:
         tile = _tile(arch, width, queries, keys)
         types = dict.fromkeys(("q", "k", "v"), "*fp16") | {"out_scale": "*fp32", "out_zero_point": "*i32", "out": "*i8"}
         types |= dict.fromkeys(("queries", "keys", "q_stride", "k_stride", "v_stride"), "i32") | {"scale": "fp32"}
         options = _options(tile)
-        found.append(
+        listed.append(
             aligned(
                 arch,
                 f"attention-{width}-{queries}x{keys}",
@@ -240,4 +246,4 @@ def variants(arch: int) -> list[KernelVariant]:
                 options=options,
             )
         )
-    return found
+    return listed

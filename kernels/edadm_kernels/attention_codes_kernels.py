@@ -1,4 +1,4 @@
-"""Kernels that turn the operands of attention into eight-bit codes."""
+"""Kernels that quantize the operands of attention to 8-bit codes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from edadm_kernels.rounding import MAGIC, reciprocal
 
 @triton.jit
 def _nonzero(x):
-    """`x`, or the smallest scale where a block holds nothing but zeros."""
+    """Returns `x`, or the smallest scale where a block has only zeros."""
     return tl.maximum(x, 1e-20)
 
 
 @triton.jit
 def _codes(x, inverse):
-    """Codes of -127 to 127, rounded to nearest even."""
+    """Returns codes from -127 to 127, rounded to nearest even."""
     scaled = tl.minimum(tl.maximum(x * inverse, -127.0), 127.0)
     return (scaled + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
 
@@ -42,9 +42,9 @@ def extremes_kernel(
     CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Smallest and largest value of every channel of `CHUNK` tokens: `out [2, N * heads, chunks, 2, WIDTH]`.
+    """Writes the extremes of each channel of `CHUNK` tokens to `out [2, N * heads, chunks, 2, WIDTH]`.
 
-    A program takes one chunk of one head of keys (`program_id(2) == 0`) or of values.
+    A program reads one chunk of one head, of keys (`program_id(2) == 0`) or of values.
     """
     sample = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -62,7 +62,9 @@ def extremes_kernel(
     first = tl.program_id(0) * CHUNK
     await_previous(OVERLAP)
     for start in range(0, CHUNK, TOKENS):
-        tokens = tl.minimum(first + start + tl.arange(0, TOKENS), keys - 1)  # the last one again changes nothing
+        tokens = tl.minimum(
+            first + start + tl.arange(0, TOKENS), keys - 1
+        )  # reading the last token again changes nothing
         here = tl.load(x + tokens[:, None] * step + channels[None, :], mask=inside[None, :], other=0).to(tl.float32)
         low = tl.minimum(low, here)
         high = tl.maximum(high, here)
@@ -107,12 +109,12 @@ def codes_kernel(
     CHUNKS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Codes of `TOKENS` tokens of one head, of queries, keys or values in this order of `program_id(0)`.
+    """Writes the codes of `TOKENS` tokens of one head: of queries, then keys, then values by `program_id(0)`.
 
-    Queries have a scale per token `[N, heads, queries]`; keys, less the middle of each channel, one per block
-    `[N, heads, key_blocks]`; values one per channel and a center `[N, heads, WIDTH]`. `q_codes` are
-    `[N, queries, heads, ROW]`, `k_codes [N, keys, heads, ROW]`, and `v_codes [N, heads, WIDTH, slots]`, in the order of
-    keys that the product takes.
+    Queries have one scale per token, `[N, heads, queries]`. Keys are centered between the extremes of each channel and
+    have one scale per block, `[N, heads, key_blocks]`. Values have one scale and one center per channel,
+    `[N, heads, WIDTH]`. `q_codes` has the shape `[N, queries, heads, ROW]`, `k_codes` `[N, keys, heads, ROW]` and
+    `v_codes` `[N, heads, WIDTH, slots]`, with keys in the order of `reference.attention.keys_of`.
     """
     sample = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -141,10 +143,10 @@ def codes_kernel(
         center = tl.where(inside, (low + high) * 0.5, 0.0)
         if is_values:
             slot = tl.arange(0, TOKENS)
-            held = first * TOKENS + slot // 16 * 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
+            key = first * TOKENS + slot // 16 * 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
             step = _nonzero(tl.where(inside, (high - low) * (0.5 / 127), 1.0))
-            counts = (held < keys)[:, None] & inside[None, :]
-            value_at = v + sample * v_sample + head * v_head + held[:, None] * v_token + channels[None, :]
+            counts = (key < keys)[:, None] & inside[None, :]
+            value_at = v + sample * v_sample + head * v_head + key[:, None] * v_token + channels[None, :]
             values = tl.load(value_at, mask=counts, other=0).to(tl.float32) - center[None, :]
             codes = tl.where(counts, _codes(values, reciprocal(step)[None, :]), 0)
             places = first * TOKENS + slot
@@ -167,7 +169,7 @@ def codes_kernel(
 
 @triton.jit
 def _grid_codes(x, inverse, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Codes of a signed grid, rounded to nearest even."""
+    """Returns codes of a signed grid, rounded to nearest even."""
     scaled = tl.minimum(tl.maximum(x * inverse, LOW), HIGH)
     return (scaled + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
 
@@ -206,7 +208,7 @@ def grid_codes_kernel(
     HIGH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """As `codes_kernel`, on grids of a model's own: `q_scale`, `k_scale` and `v_scale` hold one element each."""
+    """Writes what `codes_kernel` writes, but on the grids of the model: each of the scales has one element."""
     sample = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
     channels = tl.arange(0, PADDED)
@@ -225,15 +227,15 @@ def grid_codes_kernel(
         places = (block - query_blocks) * TOKENS + tl.arange(0, TOKENS)
         counts = (places < keys)[:, None] & inside[None, :]
         key_at = k + sample * k_sample + head * k_head + places[:, None] * k_token + channels[None, :]
-        key = tl.load(key_at, mask=counts, other=0).to(tl.float32)
+        values = tl.load(key_at, mask=counts, other=0).to(tl.float32)
         at_row = (sample * keys + places) * heads + head
-        key_codes = _grid_codes(key, reciprocal(tl.load(k_scale)), LOW, HIGH)
+        key_codes = _grid_codes(values, reciprocal(tl.load(k_scale)), LOW, HIGH)
         tl.store(k_codes + at_row[:, None] * ROW + channels[None, :], key_codes, mask=counts)
     else:
         slot = (block - query_blocks - key_blocks) * TOKENS + tl.arange(0, TOKENS)
-        held = slot // 16 * 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
-        present = (held < keys)[:, None] & inside[None, :]
-        value_at = v + sample * v_sample + head * v_head + held[:, None] * v_token + channels[None, :]
+        key = slot // 16 * 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
+        present = (key < keys)[:, None] & inside[None, :]
+        value_at = v + sample * v_sample + head * v_head + key[:, None] * v_token + channels[None, :]
         value = tl.load(value_at, mask=present, other=0).to(tl.float32)
         value_codes = tl.where(present, _grid_codes(value, reciprocal(tl.load(v_scale)), LOW, HIGH), 0)
         to = v_codes + (tl.program_id(1).to(tl.int64) * WIDTH + channels[:, None]) * slots + slot[None, :]

@@ -1,4 +1,4 @@
-"""Attention that multiplies in eight bits, quantizing its operands as they come."""
+"""Attention that multiplies in 8 bits and quantizes its operands when it is called."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from edadm_kernels.variants import KernelVariant, aligned
 
 __all__ = ["attend_int8", "attend_int8_takes", "attend_on_grids", "variants"]
 
-MAX_WIDTH = 160  # channels of a head
-CHUNK = 256  # tokens whose extremes one program takes, at least
+MAX_WIDTH = 160  # the largest number of channels per head
+CHUNK = 256  # the smallest number of tokens whose extremes one program finds
 MAX_CHUNKS = 64
-TOKENS = 32  # of them at a time
+TOKENS = 32  # tokens that the program reads at once
 NUM_WARPS = 8
 
 
@@ -63,14 +63,14 @@ def _attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """`softmax(q k^T * scale) v` with int8 queries, keys and values and uint8 weights; sums of products are exact.
+    """Returns `softmax(q k^T * scale) v` with int8 queries, keys and values and uint8 weights; integer sums are exact.
 
-    Queries are quantized per token, keys per block of 128 tokens and values per channel, each head by itself, by their
-    extremes. Keys and values are centered between the extremes of each channel first. Weights are rounded to steps of
-    at most 1/127 of the largest of their row, and divided by the sum of what they were rounded to.
+    In each head, queries are quantized per token, keys per block of 128 tokens and values per channel, by their
+    extremes. Keys and values are first centered between the extremes of each channel. Weights are rounded to steps of
+    at most 1/127 of the largest weight of their row, and divided by the sum of the rounded weights.
 
     Args:
-        q: `[N, heads, T, d]`, floating point, d at most 160; channels of a token contiguous.
+        q: `[N, heads, T, d]`, floating point, d at most 160; the channels of a token are contiguous.
         k: `[N, heads, S, d]`, of the same type.
         v: `[N, heads, S, d]`, of the same type.
         scale: The factor of the scores.
@@ -120,21 +120,21 @@ def attend_on_grids(
     operand_bits: int = 8,
     weight_bits: int = 8,
 ) -> Tensor:
-    r"""Attention whose operands are rounded to a model's own grids, in integers.
+    r"""Returns attention whose operands are rounded to the grids of the model, computed in integers.
 
         o = p_hat v_hat,   p_hat = s_p min(rne(softmax(q_hat k_hat^T scale) / s_p), 2^b - 1)
 
-    Sums of products are exact; weights are divided by their sum before they are rounded, so the kernel goes through
-    the keys twice. Off compute capability 9.0 the reference computes it.
+    Integer sums are exact. Weights are divided by their sum before they are rounded, so the kernel reads keys twice.
+    On other compute capabilities than 9.0 the reference computes it.
 
     Args:
-        q: `[N, heads, T, d]`, floating point, d at most 160; channels of a token contiguous.
+        q: `[N, heads, T, d]`, floating point, d at most 160; the channels of a token are contiguous.
         k: `[N, heads, S, d]`, of the same type.
         v: `[N, heads, S, d]`, of the same type.
         scale: The factor of the scores.
-        scales: The scales of queries, keys, values (signed grids) and weights (unsigned), one element each, float32.
-        operand_bits: The bits of the signed grids, 2 to 8.
-        weight_bits: The bits of the unsigned grid, 2 to 8.
+        scales: Scales of queries, keys and values (signed grids) and of weights (unsigned), one float32 element each.
+        operand_bits: Bits of the signed grids, 2 to 8.
+        weight_bits: Bits of the unsigned grid, 2 to 8.
 
     Returns:
         `[N, heads, T, d]` in the type of `q`, stored as `[N, T, heads, d]`.
@@ -147,15 +147,15 @@ def attend_on_grids(
 
 
 def attend_int8_takes(q: Tensor, scale: float) -> bool:
-    """Whether a kernel computes `attend_int8` for `q [N, heads, T, d]`.
+    """Returns whether a kernel computes `attend_int8` for `q [N, heads, T, d]`.
 
-    What is asked about tensors on the meta device is answered for compute capability 9.0.
+    For tensors on the meta device the answer is that of compute capability 9.0.
     """
     return (q.is_meta or uses_hopper(q)) and hopper.takes(q.shape[3], scale, q.dtype)
 
 
 def _codes(q: Tensor, k: Tensor, v: Tensor) -> Codes:
-    """The codes by two kernels: extremes of keys and values first, then all codes."""
+    """Quantizes the operands with two kernels: the first finds the extremes of keys and values."""
     samples, heads, queries, width = q.shape
     keys = k.shape[2]
     codes = empty_codes(q, k)
@@ -179,7 +179,7 @@ def _codes(q: Tensor, k: Tensor, v: Tensor) -> Codes:
 
 
 def _grid_codes(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor, Tensor, Tensor], bits: int) -> Codes:
-    """Codes on grids of one scale each."""
+    """Quantizes the operands on grids that have one scale each."""
     samples, heads, queries, width = q.shape
     keys = k.shape[2]
     codes = replace(empty_codes(q, k), q_scale=scales[0], k_scale=scales[1], v_scale=scales[2])
@@ -195,16 +195,16 @@ def _grid_codes(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor, T
 
 
 def _chunk(keys: int) -> int:
-    """Keys whose extremes one program takes, so that there are at most `MAX_CHUNKS` of them."""
+    """Returns the keys whose extremes one program finds, so that there are at most `MAX_CHUNKS` programs per head."""
     return max(CHUNK, next_power_of_two(triton.cdiv(keys, MAX_CHUNKS)))
 
 
-# Channels of a head and tokens of DiT, PixArt, Stable Diffusion 3.5, FLUX and Stable Diffusion 1.x.
+# Channels per head and tokens of DiT, PixArt, Stable Diffusion 3.5, FLUX and Stable Diffusion 1.x.
 _SHAPES = [(72, 256), (72, 4096), (64, 4429), (128, 4608), (40, 4096)]
 
 
 def variants(arch: int) -> list[KernelVariant]:
-    """What turns the operands of some transformers into codes."""
+    """Lists the kernels that quantize the attention operands of some transformers."""
     listed = []
     steps = [f"{x}_{size}" for x in "qkv" for size in ("sample", "head", "token")]
     options = {"enable_fp_fusion": False}

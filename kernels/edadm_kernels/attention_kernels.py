@@ -1,4 +1,4 @@
-"""The kernel of attention to int8: scores, softmax and the sum of values in one pass over the keys."""
+"""The kernel of attention with int8 codes as its result: scores, softmax and the sum of values in one pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edadm_kernels.rounding import quantize_s8, reciprocal
 
 @triton.jit
 def _store(y, out, rows, row_mask, columns, column_mask, width, inverse, zero_point, QUANT_MAX: tl.constexpr):
-    """Codes of `y` `[BM, columns]` at `rows` and `columns` of `out` `[*, width]`."""
+    """Stores the codes of `y` `[BM, columns]` at `rows` and `columns` of `out` `[*, width]`."""
     mask = row_mask[:, None] & column_mask[None, :]
     codes = quantize_s8(y.to(tl.float32), inverse, zero_point, QUANT_MAX)
     tl.store(out + rows[:, None] * width + columns[None, :], codes, mask=mask)
@@ -40,17 +40,18 @@ def attention_kernel(
     BN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Some queries of one head: `q [N, queries, HEADS * WIDTH]`, `k` and `v` `[N, keys, HEADS * WIDTH]`, rows strided.
+    """Computes attention for `BM` queries of one head and stores its codes.
 
-    A head's `WIDTH` channels are taken as a piece of `HEAD` and one of `TAIL` (none where it is 0), powers of two.
-    `scale` holds log2(e), as the exponentials are powers of two.
+    `q` has the shape `[N, queries, HEADS * WIDTH]`, `k` and `v` have `[N, keys, HEADS * WIDTH]`; rows are strided. The
+    `WIDTH` channels of a head are read as a piece of `HEAD` and a piece of `TAIL` channels, both powers of two; with
+    `TAIL` 0 there is no second piece. `scale` includes the factor log2(e), since the exponentials are powers of two.
     """
     batch = tl.program_id(1) // HEADS
     first = tl.program_id(1) % HEADS * WIDTH
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     row_mask = rows < queries
     head = tl.arange(0, HEAD)
-    head_mask = head < WIDTH  # all of them, but for a head narrower than an instruction
+    head_mask = head < WIDTH  # all true unless the head is narrower than a matrix instruction
     q += batch.to(tl.int64) * queries * q_stride + first
     k += batch.to(tl.int64) * keys * k_stride + first
     v += batch.to(tl.int64) * keys * v_stride + first
@@ -93,7 +94,7 @@ def attention_kernel(
 
     inverse = reciprocal(tl.load(out_scale))
     zero_point = tl.load(out_zero_point)
-    # rounded as the result of an attention that writes it would be
+    # rounded like the result of an attention that writes floating point
     y_head = (acc_head / total[:, None]).to(q.dtype.element_ty)
     _store(y_head, out, rows, row_mask, head, head_mask, HEADS * WIDTH, inverse, zero_point, QUANT_MAX)
     if TAIL > 0:

@@ -1,4 +1,4 @@
-"""Which implementation an operation runs: a kernel, in CUDA C++ or in Triton, or the plain torch reference."""
+"""Decides which implementation an operation runs: a kernel in CUDA C++ or Triton, or the reference in plain torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Backend = Literal["triton", "reference"]
 
 HOPPER = (9, 0)
 ENVIRONMENT = "EDADM_KERNELS_BACKEND"
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # read by `triton.jit` when a kernel is defined
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # `triton.jit` reads it when a kernel is defined
 
 
 def _from_environment() -> Backend | None:
     name = os.environ.get(ENVIRONMENT)
     if name is None or name == "triton" or name == "reference":
         return name  # type: ignore[return-value]
-    raise ValueError(f"{ENVIRONMENT} is expected as triton or reference, found {name!r}")
+    raise ValueError(f"triton or reference is expected in {ENVIRONMENT}, found {name!r}")
 
 
 _default = _from_environment()
@@ -34,13 +34,14 @@ _forced: ContextVar[Backend | None] = ContextVar("edadm_kernels_backend", defaul
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Run the operations of a block by the Triton kernels alone (`triton`) or by the reference (`reference`).
+    """Makes the operations of a `with` block run by the Triton kernels alone (`triton`) or by the `reference`.
 
-    Without it, or EDADM_KERNELS_BACKEND, tensors on CUDA and all tensors under TRITON_INTERPRET=1 go to the kernels,
-    on compute capability 9.0 to those in CUDA C++ where these take the shape, and others to the reference.
+    Without it and without EDADM_KERNELS_BACKEND, kernels run for CUDA tensors, and for all tensors under
+    TRITON_INTERPRET=1; on compute capability 9.0 the kernels in CUDA C++ run where they support the shape. The
+    reference runs for other tensors.
 
     Raises:
-        ValueError: Another name.
+        ValueError: The name is another one.
     """
     if name not in ("triton", "reference"):
         raise ValueError(f"the backend triton or reference is expected, found {name!r}")
@@ -52,10 +53,10 @@ def backend(name: Backend) -> Iterator[None]:
 
 
 def uses_kernel(x: Tensor) -> bool:
-    """Whether an operation on `x` runs a kernel, not the reference.
+    """Returns whether an operation on `x` runs a kernel rather than the reference.
 
     Raises:
-        RuntimeError: The kernel is demanded where it cannot run.
+        RuntimeError: The backend `triton` is chosen, but `x` is not on a GPU.
     """
     runs = x.is_cuda or INTERPRETED
     forced = _forced.get() or _default
@@ -68,12 +69,12 @@ def uses_kernel(x: Tensor) -> bool:
 
 
 def uses_hopper(x: Tensor) -> bool:
-    """Whether an operation on `x` runs its kernel in CUDA C++, where there is one that takes its shape."""
+    """Returns whether an operation on `x` runs a kernel in CUDA C++ if one supports its shape."""
     if not x.is_cuda or (_forced.get() or _default) is not None:
         return False
     return torch.cuda.get_device_capability(x.device) == HOPPER and hopper.is_available()
 
 
 def fuses_gelu(x: Tensor) -> bool:
-    """Whether `linear_gelu` on the device of `x` is one launch; elsewhere it only stands for several."""
+    """Returns whether `linear_gelu` is one launch on the device of `x`, rather than several."""
     return not x.is_cuda or uses_hopper(x)

@@ -1,42 +1,42 @@
-"""What the operations demand of their arguments, each in one sentence."""
+"""Checks of arguments that all operations share; each error is one sentence."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-MAX_QUANTIZERS = 3  # query, key and value of one input
-MAX_ELEMENTS = 2**31 - 2**16  # offsets in the kernels are int32, and a program's block may reach beyond the last
+MAX_QUANTIZERS = 3  # the query, key and value layers of one input
+MAX_ELEMENTS = 2**31 - 2**16  # offsets in the kernels are int32, and a program's block may extend past the last element
 
 
 def check_floating(x: Tensor) -> None:
-    """Raise TypeError unless `x` is float16, bfloat16 or float32."""
+    """Raises a TypeError unless `x` is float16, bfloat16 or float32."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"a float16, bfloat16 or float32 input is expected, found {x.dtype}; convert it with .to()")
 
 
 def check_device(x: Tensor, *others: Tensor | None) -> None:
-    """Raise ValueError unless all tensors lie where `x` does: a kernel is given addresses and nothing else."""
+    """Raises a ValueError unless all tensors are on the device of `x`: a kernel receives only addresses."""
     for other in others:
         if other is not None and other.device != x.device:
             raise ValueError(f"tensors on one device are expected, found {x.device} and {other.device}")
 
 
 def check_bits(num_bits: int) -> None:
-    """Raise ValueError unless codes of `num_bits` fit an int8."""
+    """Raises a ValueError unless codes of `num_bits` bits fit an int8."""
     if not 2 <= num_bits <= 8:
         raise ValueError(f"2 to 8 bits are expected, found {num_bits}")
 
 
 def check_output_grid(num_bits: int, scale: Tensor, zero_point: Tensor, *inputs: Tensor) -> None:
-    """Raise unless the quantizer of an output has one scale and zero-point, where the inputs lie, and 2 to 8 bits."""
+    """Raises an error unless an output has 2 to 8 bits and one scale and zero-point on the device of the inputs."""
     check_bits(num_bits)
     check_quantizers(scale, zero_point, count=1)
     check_device(*inputs, scale, zero_point)
 
 
 def check_quantizers(scales: Tensor, zero_points: Tensor, count: int | None = None) -> None:
-    """Raise unless `scales` is float32, `zero_points` int32, and both hold `count` elements (None: 1 to 3)."""
+    """Raises an error unless float32 `scales` and int32 `zero_points` have `count` elements each (`None`: 1 to 3)."""
     if scales.dtype != torch.float32 or zero_points.dtype != torch.int32:
         raise TypeError(
             f"float32 scales and int32 zero-points are expected, found {scales.dtype} and {zero_points.dtype}; "
@@ -44,7 +44,7 @@ def check_quantizers(scales: Tensor, zero_points: Tensor, count: int | None = No
         )
     sizes = (scales.numel(), zero_points.numel())
     if count is not None and sizes != (count, count):
-        raise ValueError(f"{count} scale and zero-point are expected, found {sizes[0]} and {sizes[1]}")
+        raise ValueError(f"{count} scale and {count} zero-point are expected, found {sizes[0]} and {sizes[1]}")
     if not (scales.is_contiguous() and zero_points.is_contiguous()):
         raise ValueError("contiguous scales and zero-points are expected; call .contiguous() on them first")
     if sizes[0] != sizes[1] or not 1 <= sizes[0] <= MAX_QUANTIZERS:
@@ -52,7 +52,7 @@ def check_quantizers(scales: Tensor, zero_points: Tensor, count: int | None = No
 
 
 def check_affine(weight: Tensor, bias: Tensor, channels: int) -> None:
-    """Raise ValueError unless `weight` and `bias` hold one element a channel, one after another."""
+    """Raises a ValueError unless `weight` and `bias` are contiguous and have one element per channel."""
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(
             f"weight and bias of shape ({channels},) are expected, found {tuple(weight.shape)} and {tuple(bias.shape)}"
@@ -62,7 +62,7 @@ def check_affine(weight: Tensor, bias: Tensor, channels: int) -> None:
 
 
 def check_size(*tensors: Tensor) -> None:
-    """Raise ValueError unless every offset fits an int32."""
+    """Raises a ValueError unless every offset fits an int32."""
     largest = max(tensor.numel() for tensor in tensors)
     if largest > MAX_ELEMENTS:
         raise ValueError(f"tensors of at most {MAX_ELEMENTS} elements are expected, found {largest}; split the batch")

@@ -1,4 +1,4 @@
-"""Convolutions on integer codes: an implicit matrix product over NHWC, from codes to the next layer's input."""
+"""Convolutions on integer codes: an implicit matrix product over NHWC, from codes to the input of the next layer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from edadm_kernels.tiles import Kind, choose
 
 __all__ = ["conv2d", "variants"]
 
-MAX_KERNEL = 5  # one bit a tap in an int32
-FEW_PIXELS = 128  # a sum split over blocks that leave their parts in memory is faster up to so many
+MAX_KERNEL = 5  # a mask of taps has one bit per tap in an int32
+FEW_PIXELS = 128  # up to so many output pixels, the split sum in Triton is faster than the kernel in CUDA C++
 
 
 def _empty(
@@ -66,6 +66,7 @@ def _empty(
 
 
 def _check_added(out: Tensor, sample_bias: Tensor | None, residual: Tensor | None) -> None:
+    """Raises a ValueError unless what is added to `out` has its shape and layout."""
     if sample_bias is not None and (sample_bias.shape != out.shape[:2] or not sample_bias.is_contiguous()):
         raise ValueError(
             f"a contiguous sample_bias of shape {tuple(out.shape[:2])} is expected, found {tuple(sample_bias.shape)}"
@@ -132,22 +133,22 @@ def conv2d(
     upsample: bool = False,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """A convolution: `y = (sum x w - correction) * scale + bias + sample_bias + residual`.
+    """Computes a convolution: `y = (sum x w - correction) * scale + bias + sample_bias + residual`.
 
-    Padding stands for the real value 0 and is left out of the sum; `correction` knows which taps fell outside. The sum
-    is exact (int32); what follows is float32, rounded once to `out_dtype`.
+    Padding stands for the real value 0 and is left out of the sum; `correction` depends on which taps are outside the
+    image. The sum is an exact int32; what follows is computed in float32 and rounded once, to `out_dtype`.
 
     Args:
         x: Codes `[N, C, H, W]`, int8, channels last.
         weight: Codes `[O, kh, kw, C]` int8, or `[O, kh, kw, C / 2]` uint8 from `pack.pack_w4`.
-        scale: float32 `[O]`, input scale times weight scale.
+        scale: The scale of the input times those of the weights, float32 `[O]`.
         correction: int32 `[classes, O]`, from `pack.conv_border_table` with the same padding.
         bias: `[O]`, floating point.
         sample_bias: `[N, O]`, floating point, contiguous (the time embedding of a residual block).
         residual: `[N, O, H', W']`, floating point, channels last.
         stride: The stride of both axes.
         padding: Top, bottom, left, right.
-        upsample: Convolve the input enlarged twice by nearest neighbour, without writing it.
+        upsample: Whether the input is first enlarged by a factor of two with nearest neighbour; it is not written.
         out_dtype: float16, bfloat16 or float32.
 
     Returns:
@@ -161,7 +162,7 @@ def conv2d(
 
 
 def _suits_hopper(geometry: Geometry, out: Tensor) -> bool:
-    """Whether the copies of the kernel in CUDA C++ reach the input, and there are enough pixels for it to be faster."""
+    """Returns whether the copies of the kernel in CUDA C++ support the geometry and enough pixels make it faster."""
     even = out.shape[2] % 2 == out.shape[3] % 2 == 0
     reached = (geometry.stride == 1 and even) if geometry.upsample else geometry.stride <= 2
     return reached and out.numel() // out.shape[1] > FEW_PIXELS

@@ -12,7 +12,10 @@ from edadm_kernels.nibbles import high_nibbles, low_nibbles
 
 @triton.jit
 def input_offsets(base, top_row, left_column, dh, dw, width, C, UPSAMPLE: tl.constexpr):
-    """Offsets of a tap in the input, int32 `[BM]`; `base` is that of tap (0, 0), or of the sample when upsampling."""
+    """Returns the offsets of a tap in the input, int32 `[BM]`.
+
+    `base` has the offsets of tap (0, 0), or those of the samples when upsampling.
+    """
     if UPSAMPLE:
         return base + (((top_row + dh) >> 1) * width + ((left_column + dw) >> 1)) * C
     return base + (dh * width + dw) * C
@@ -20,7 +23,7 @@ def input_offsets(base, top_row, left_column, dh, dw, width, C, UPSAMPLE: tl.con
 
 @triton.jit
 def next_step(tap, c, C, TAPS: tl.constexpr, BK: tl.constexpr, TAPS_INNER: tl.constexpr):
-    """Tap and first channel of the step that follows."""
+    """Returns tap and first channel of the next step."""
     if TAPS_INNER:
         wraps = tap == TAPS - 1
         return tl.where(wraps, 0, tap + 1), tl.where(wraps, c + BK, c)
@@ -65,11 +68,11 @@ def conv_kernel(
     TAPS_INNER: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """`x [samples, height, width, C]` with `weight [N, KH, KW, C]`: M output pixels times N channels.
+    """Convolves `x [samples, height, width, C]` with `weight [N, KH, KW, C]` into M output pixels of N channels.
 
-    A step of the sum is BK channels of one tap, so that every load is a run of one pixel's channels. `TAPS_INNER` takes
-    all taps of some channels before the next channels: neighbouring taps read the same pixels while the L1 has them.
-    `SPLIT`: `out` is int32 `[parts, M, N]` and gets the bare sums.
+    A step of the sum is BK channels of one tap, so every load is a run of one pixel's channels. With `TAPS_INNER` the
+    steps visit all taps of some channels before the next channels: neighbouring taps read the same pixels while the L1
+    has them. With `SPLIT`, `out` is int32 `[parts, M, N]` and receives the sums alone.
     """
     tl.static_assert((64 if W4 else 32) <= BK, "an int8 MMA takes 32 values of K")
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -86,7 +89,7 @@ def conv_kernel(
     for dw in tl.static_range(KW):
         inside = (left_column + dw >= 0) & (left_column + dw < seen_width) & (rows < M)
         columns_inside |= inside.to(tl.int32) << dw
-    taps_inside = tl.zeros((BM,), tl.int32)  # bit dh * KW + dw: the tap lies inside the input
+    taps_inside = tl.zeros((BM,), tl.int32)  # bit dh * KW + dw is set where the tap is inside the input
     for dh in tl.static_range(KH):
         inside = (top_row + dh >= 0) & (top_row + dh < seen_height)
         taps_inside |= tl.where(inside, columns_inside << (dh * KW), 0)
@@ -108,14 +111,14 @@ def conv_kernel(
     await_previous(OVERLAP)
     if W4:
         half = tl.arange(0, BK // 2)
-        bytes_a_tap = tl.multiple_of(C // 2, BK // 2)  # lets loads be 16 bytes wide
-        w_at = weight + w_rows * (KH * KW * bytes_a_tap) + half[None, :]
+        bytes_per_tap = tl.multiple_of(C // 2, BK // 2)  # allows loads of 16 bytes
+        w_at = weight + w_rows * (KH * KW * bytes_per_tap) + half[None, :]
         acc = tl.zeros((BN, BM), tl.int32)
         for _ in range(first, last):
             at = input_offsets(base, top_row, left_column, tap // KW, tap % KW, width, C, UPSAMPLE)
             tap_inside = (((taps_inside >> tap) & 1) != 0)[:, None]
             x_at = x + at[:, None] + c + half[None, :]
-            packed = tl.load(w_at + tap * bytes_a_tap + tl.multiple_of(c // 2, BK // 2)).to(tl.int8, bitcast=True)
+            packed = tl.load(w_at + tap * bytes_per_tap + tl.multiple_of(c // 2, BK // 2)).to(tl.int8, bitcast=True)
             low = tl.load(x_at, mask=tap_inside, other=0)
             high = tl.load(x_at + BK // 2, mask=tap_inside, other=0)
             acc = tl.dot(low_nibbles(packed), low.T, acc, out_dtype=tl.int32)

@@ -1,4 +1,4 @@
-"""Launching the convolution: grid, compile-time arguments, and the pointwise case as a matrix product."""
+"""Launches the convolution: grid, compile-time arguments, and the pointwise case as a matrix product."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from edadm_kernels.variants import KernelVariant, aligned
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a convolution is besides its sizes."""
+    """Describes a convolution, except for its sizes.
+
+    Args:
+        stride: The stride of both axes.
+        kh: Height of the kernel.
+        kw: Width of the kernel.
+        padding: Padding at the top, bottom, left and right.
+        upsample: Whether the input is first enlarged by a factor of two with nearest neighbour.
+    """
 
     stride: int
     kh: int
@@ -29,11 +37,11 @@ class Geometry:
 
     @property
     def pointwise(self) -> bool:
-        """Whether it is a matrix product of pixels."""
+        """Returns whether it is a matrix product over pixels."""
         return self.kh * self.kw * self.stride == 1 and not any(self.padding) and not self.upsample
 
     def constexprs(self) -> dict[str, int]:
-        """Compile-time arguments of `conv_kernel` and `join_kernel`."""
+        """Returns compile-time arguments of `conv_kernel` and `join_kernel`."""
         top, bottom, left, right = self.padding
         sides = {"TOP": top, "BOTTOM": bottom, "LEFT": left, "RIGHT": right}
         return {"STRIDE": self.stride, "KH": self.kh, "KW": self.kw, **sides}
@@ -51,7 +59,7 @@ def launch_conv(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Fill `out` with the convolution; the arguments are those of `conv2d`, already checked."""
+    """Fills `out` with the convolution; the other arguments are those of `conv2d`, checked."""
     out_pixels = out.shape[2] * out.shape[3]
     if geometry.pointwise:
         launch_gemm(tile, x, weight, scale, correction, bias, out, sample_bias, residual, out_pixels)
@@ -75,7 +83,7 @@ def launch_conv(
 
 
 def constexprs(tile: Tile, geometry: Geometry, packed: bool, even_c: bool, one_sample: bool) -> dict[str, Any]:
-    """Compile-time arguments of `conv_kernel`."""
+    """Returns the compile-time arguments of `conv_kernel`."""
     return {
         "W4": packed,
         "EVEN_C": even_c,
@@ -93,18 +101,18 @@ def constexprs(tile: Tile, geometry: Geometry, packed: bool, even_c: bool, one_s
 
 
 def variants(arch: int) -> list[KernelVariant]:
-    """What `conv2d` compiles for the denoiser's shapes: every tile, whole and split, resampling, and packed weights."""
+    """Lists what `conv2d` compiles: every tile, whole and split, with strides, upsampling, and packed weights."""
     same = Geometry(1, 3, 3, (1, 1, 1, 1))
-    found = [join_variant(arch, same.constexprs(), "join-3x3")]
+    listed = [join_variant(arch, same.constexprs(), "join-3x3")]
     for packed in (False, True):
         tiles = shipped(arch, packed)
         for tile in tiles:
             name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
-            found.append(_variant(arch, f"conv-{name}", tile, same, packed))
-            found.append(_variant(arch, f"conv-split-{name}", replace(tile, split_k=4), same, packed))
-            found.append(_variant(arch, f"conv-stride2-{name}", tile, Geometry(2, 3, 3, (1, 1, 1, 1)), packed))
-            found.append(_variant(arch, f"conv-upsample-{name}", tile, Geometry(1, 3, 3, (1, 1, 1, 1), True), packed))
-    return found
+            listed.append(_variant(arch, f"conv-{name}", tile, same, packed))
+            listed.append(_variant(arch, f"conv-split-{name}", replace(tile, split_k=4), same, packed))
+            listed.append(_variant(arch, f"conv-stride2-{name}", tile, Geometry(2, 3, 3, (1, 1, 1, 1)), packed))
+            listed.append(_variant(arch, f"conv-upsample-{name}", tile, Geometry(1, 3, 3, (1, 1, 1, 1), True), packed))
+    return listed
 
 
 def _variant(arch: int, name: str, tile: Tile, geometry: Geometry, packed: bool) -> KernelVariant:

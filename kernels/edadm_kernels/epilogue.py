@@ -1,4 +1,4 @@
-"""What follows the int32 sums of a product, inside the kernel: correction, scale, bias, residual, store."""
+"""The epilogue of a product inside its kernel: from int32 sums by correction, scale, bias and residual to the store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 @triton.jit
 def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column of tile `pid`, walking `GROUP_M` tile rows at a time so that neighbours share operands in L2."""
+    """Returns row and column of tile `pid`.
+
+    The order goes through `GROUP_M` rows of tiles at a time, so that neighbours share operands in the L2.
+    """
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)
     width = GROUP_M * num_n
@@ -24,7 +27,7 @@ def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr
 
 @triton.jit
 def outside_taps(first, size, KERNEL: tl.constexpr, AFTER: tl.constexpr):
-    """Class along one axis of outputs whose taps start at `first`; see `pack.border_classes`."""
+    """Returns the border class along one axis of outputs whose taps start at `first`; see `pack.border_classes`."""
     before = tl.minimum(tl.maximum(-first, 0), KERNEL)
     after = tl.minimum(tl.maximum(first + KERNEL - size, 0), KERNEL)
     return before * (AFTER + 1) + after
@@ -32,11 +35,11 @@ def outside_taps(first, size, KERNEL: tl.constexpr, AFTER: tl.constexpr):
 
 @triton.jit
 def correct(acc, correction, border, cols, N):
-    """Sums `[BM, BN]` without the share of the zero-point; `border` is None or the border class of each row."""
+    """Subtracts the share of the zero-point from sums `[BM, BN]`; `border` is None or the border class of each row."""
     share = tl.load(correction + cols, mask=cols < N, other=0)[None, :]
     if border is not None:
         at_border = (border > 0)[:, None]
-        # few rows are at a border, so most of these loads are masked out and cost no traffic
+        # few rows are at a border, so most of these loads are masked out and cause no traffic
         mask = at_border & (cols < N)[None, :]
         share = tl.where(
             at_border, tl.load(correction + border[:, None] * N + cols[None, :], mask=mask, other=0), share
@@ -46,7 +49,7 @@ def correct(acc, correction, border, cols, N):
 
 @triton.jit
 def rescale(total, scale, bias, cols, N):
-    """`total * scale + bias` in float32, total being the corrected int32 sums `[BM, BN]`."""
+    """Returns `total * scale + bias` in float32; `total` has the corrected int32 sums `[BM, BN]`."""
     y = total.to(tl.float32) * tl.load(scale + cols, mask=cols < N, other=0)[None, :]
     if bias is not None:
         y = y + tl.load(bias + cols, mask=cols < N, other=0).to(tl.float32)[None, :]
@@ -55,7 +58,7 @@ def rescale(total, scale, bias, cols, N):
 
 @triton.jit
 def store_floats(y, sample_bias, residual, out, rows, cols, M, N, rows_per_sample, ONE_SAMPLE: tl.constexpr):
-    """Add what differs between rows and store `y` `[BM, BN]` in the dtype of `out`."""
+    """Adds sample bias and residual to `y` `[BM, BN]` and stores it in the type of `out`."""
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     if sample_bias is not None:
         if ONE_SAMPLE:
@@ -72,7 +75,7 @@ def store_floats(y, sample_bias, residual, out, rows, cols, M, N, rows_per_sampl
 
 @triton.jit
 def store_geglu(y, out_scale, out_zero_point, out, rows, first_col, M, N, QUANT_MAX: tl.constexpr):
-    """Store the codes of `value * gelu(gate)`; value and gate are columns 2j and 2j + 1 of `y` `[BM, BN]`."""
+    """Stores the codes of `value * gelu(gate)`; value and gate are columns 2j and 2j + 1 of `y` `[BM, BN]`."""
     value, gate = tl.split(tl.reshape(y, (y.shape[0], y.shape[1] // 2, 2)))
     activated = value * (0.5 * gate * (1.0 + tl.math.erf(gate * SQRT_HALF)))
     codes = quantize_s8(activated, reciprocal(tl.load(out_scale)), tl.load(out_zero_point), QUANT_MAX)
@@ -86,7 +89,7 @@ def finish_columns(
     acc, scale, correction, border, bias, sample_bias, residual, out_scale, out_zero_point, out, rows, first_col,
     M, N, rows_per_sample, part, ONE_SAMPLE: tl.constexpr, GEGLU_MAX: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of the columns of `acc` `[BM, BN]`, which begin at `first_col`."""
+    """Computes the epilogue of the columns of `acc` `[BM, BN]`, which begin at `first_col`."""
     cols = first_col + tl.arange(0, acc.shape[1])
     if SPLIT:
         mask = (rows < M)[:, None] & (cols < N)[None, :]
@@ -101,7 +104,7 @@ def finish_columns(
 
 @triton.jit
 def halves(acc):
-    """The left and the right half of the columns; each thread keeps its elements."""
+    """Returns the left and the right half of the columns; no element moves to another thread."""
     pairs = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
     return tl.split(tl.permute(pairs, (0, 2, 1)))
 
@@ -112,15 +115,20 @@ def finish(
     M, N, rows_per_sample, part, ONE_SAMPLE: tl.constexpr, GEGLU_MAX: tl.constexpr, SPLIT: tl.constexpr,
     COLUMN_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a tile, in `COLUMN_PARTS` (1, 2, 4) pieces: fewer registers, so more programs fit.
+    """Computes the epilogue of a tile in `COLUMN_PARTS` (1, 2 or 4) pieces.
+
+    More pieces need fewer registers, so that more programs fit on a multiprocessor.
 
     Args:
         acc: int32 `[BM, BN]`.
         scale: As in `linear`, and so `correction`, `bias`, `sample_bias`, `residual`, `out_scale`, `out_zero_point`.
         border: Border class of each row, or None.
-        out: The output, or the partial sums when `SPLIT`.
-        rows: Row of the output of each row of the tile.
-        first_col: Column of the output of the tile's first.
+        out: The output, or with `SPLIT` the partial sums.
+        rows: Rows of the output that the rows of the tile belong to.
+        first_col: Column of the output that the first column of the tile belongs to.
+        M: Rows of the output.
+        N: Columns of the product.
+        rows_per_sample: Rows that share a row of `sample_bias`.
         part: Index of the partial sum.
     """
     if COLUMN_PARTS == 1:

@@ -152,9 +152,9 @@ def test_two_images_are_one_whose_channels_follow() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert all(codes.is_contiguous(memory_format=torch.channels_last) for codes in found)
     for other, message in (
-        (more.float(), "more channels of the same images are wanted"),
-        (more[:, :, :5].contiguous(memory_format=torch.channels_last), "more channels of the same images are wanted"),
-        (more[:, :8].contiguous(memory_format=torch.channels_last), r"\[32\] are wanted|32"),
+        (more.float(), "more channels of the same images are expected"),
+        (more[:, :, :5].contiguous(memory_format=torch.channels_last), "more channels of the same images are expected"),
+        (more[:, :8].contiguous(memory_format=torch.channels_last), r"\[32\] are expected|32"),
         (more.contiguous(), "channels-last strides"),
     ):
         with pytest.raises(ValueError, match=message):

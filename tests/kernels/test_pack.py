@@ -82,7 +82,7 @@ def test_the_halves_of_a_block_lie_in_the_halves_of_its_bytes() -> None:
 
 def test_blocks() -> None:
     assert [w4_block(channels) for channels in (320, 640, 96, 4)] == [64, 128, None, None]
-    with pytest.raises(ValueError, match="64 divides, found 96"):
+    with pytest.raises(ValueError, match="multiple of 64 channels is expected, found 96"):
         pack_w4(torch.zeros(2, 96, dtype=torch.int8))
     with pytest.raises(ValueError, match="multiple of 32 bytes"):
         unpack_w4(torch.zeros(2, 48, dtype=torch.uint8))
