@@ -1,4 +1,4 @@
-"""The matrix product of int8 codes, and the sum over the parts of a split one."""
+"""The matrix product of int8 codes, and the kernel that adds the parts of a split product."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def gemm_kernel(
     COLUMN_PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """`x [M, K]` times `weight [N, K]` transposed, and its epilogue.
+    """Multiplies `x [M, K]` by the transposed `weight [N, K]` and computes the epilogue.
 
-    `SPLIT`: `out` is int32 `[parts, M, N]` and gets the bare sums. `GEGLU_MAX > 0`: `out` is int8 `[M, N / 2]`,
-    GEGLU_MAX the largest unsigned code. Rows and columns past the end repeat the first: only the store is masked.
+    With `SPLIT`, `out` is int32 `[parts, M, N]` and receives the sums alone. With `GEGLU_MAX > 0`, `out` is int8
+    `[M, N / 2]` and GEGLU_MAX is the largest unsigned code. Rows and columns past the end repeat the first, so that
+    only the store needs a mask.
     """
     tl.static_assert((64 if W4 else 32) <= BK, "an int8 MMA takes 32 values of K")
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -56,9 +57,9 @@ def gemm_kernel(
     await_previous(OVERLAP)
     if W4:
         half = tl.arange(0, BK // 2)
-        bytes_a_row = tl.multiple_of(K // 2, BK // 2)  # lets loads be 16 bytes wide
+        bytes_per_row = tl.multiple_of(K // 2, BK // 2)  # allows loads of 16 bytes
         x_low = x + x_rows + half[None, :] + first * BK
-        packed_at = weight + w_rows * bytes_a_row + half[None, :] + first * (BK // 2)
+        packed_at = weight + w_rows * bytes_per_row + half[None, :] + first * (BK // 2)
         acc = tl.zeros((BN, BM), tl.int32)
         for _ in range(first, last):
             packed = tl.load(packed_at).to(tl.int8, bitcast=True)
@@ -119,7 +120,7 @@ def join_kernel(
     BN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Sum int32 `[PARTS, M, N]` and apply the epilogue of the product, with the border classes of a convolution."""
+    """Adds int32 `[PARTS, M, N]` and computes the epilogue of the product, with the border classes of a convolution."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (rows < M)[:, None] & (cols < N)[None, :]

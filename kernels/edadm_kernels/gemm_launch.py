@@ -1,4 +1,4 @@
-"""Launching the matrix product: grid, compile-time arguments, and the second kernel of a split sum."""
+"""Launches the matrix product: grid, compile-time arguments, and the second kernel of a split sum."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def launch_gemm(
     rows_per_sample: int = 1,
     geglu: tuple[Tensor, Tensor, int] | None = None,
 ) -> None:
-    """Fill `out` with the product of rows of codes; the arguments are those of `linear`, already checked.
+    """Fills `out` with the product of rows of codes; the arguments are those of `linear`, checked.
 
     Args:
-        tile: How the product is cut.
+        tile: The tile, with its split.
         x: M rows of K codes, in memory order (channels last for an image).
         weight: N rows of K codes, or of K / 2 bytes.
         scale: `[N]`.
@@ -41,7 +41,7 @@ def launch_gemm(
         bias: `[N]`.
         out: M rows of N elements in memory order, or of N / 2 codes.
         sample_bias: `[samples, N]`.
-        residual: As `out`.
+        residual: M rows of N elements in memory order.
         rows_per_sample: Rows that share a row of `sample_bias`.
         geglu: Scale, zero-point and largest unsigned code of a gated output.
     """
@@ -63,7 +63,7 @@ def launch_gemm(
 
 
 def partial_sums(tile: Tile, m: int, n: int, device: torch.device) -> Tensor:
-    """Memory for the parts of a split sum, int32 `[split_k, m, n]`."""
+    """Returns memory for the parts of a split sum, int32 `[split_k, m, n]`."""
     return torch.empty((tile.split_k, m, n), dtype=torch.int32, device=device)
 
 
@@ -81,21 +81,21 @@ def join(
     image: tuple[int, int, int] = (1, 1, 1),
     convolution: dict[str, int] | None = None,
 ) -> None:
-    """Sum the parts and apply the epilogue.
+    """Adds the parts and computes the epilogue.
 
     Args:
         parts: int32 `[split_k, m, n]`.
-        scale: As in `launch_gemm`, and so the other arguments.
+        scale: `[n]`.
         correction: `[n]`, or a border table.
         bias: `[n]`.
         sample_bias: `[samples, n]`.
-        residual: As `out`.
+        residual: `m` rows of `n` elements in memory order.
         out: `m` rows of `n` elements in memory order.
         m: Rows.
         n: Columns.
-        rows_per_sample: Rows a sample.
-        image: Width of the output, height and width of the input that the taps see.
-        convolution: STRIDE, KH, KW, TOP, BOTTOM, LEFT, RIGHT; None: a matrix product.
+        rows_per_sample: Rows that share a row of `sample_bias`.
+        image: Width of the output; height and width of the input after upsampling.
+        convolution: STRIDE, KH, KW, TOP, BOTTOM, LEFT, RIGHT; `None` for a matrix product.
     """
     grid = (triton.cdiv(m, JOIN_ROWS), triton.cdiv(n, JOIN_COLUMNS))
     join_kernel[grid](
@@ -109,7 +109,7 @@ MATRIX = {"STRIDE": 1, "KH": 1, "KW": 1, "TOP": 0, "BOTTOM": 0, "LEFT": 0, "RIGH
 
 
 def constexprs(tile: Tile, packed: bool, even_k: bool, one_sample: bool, geglu_max: int = 0) -> dict[str, Any]:
-    """Compile-time arguments of `gemm_kernel`."""
+    """Returns the compile-time arguments of `gemm_kernel`."""
     return {
         "W4": packed,
         "EVEN_K": even_k,
@@ -125,21 +125,21 @@ def constexprs(tile: Tile, packed: bool, even_k: bool, one_sample: bool, geglu_m
 
 
 def variants(arch: int) -> list[KernelVariant]:
-    """What `linear` and `linear_geglu` compile for the denoiser's shapes: every tile, whole and split, and packed."""
-    found = [join_variant(arch, MATRIX, "join")]
+    """Lists what `linear` and `linear_geglu` compile: every tile, whole and split, and with packed weights."""
+    listed = [join_variant(arch, MATRIX, "join")]
     for packed in (False, True):
         for tile in shipped(arch, packed):
             name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
-            found.append(_variant(arch, f"gemm-{name}", tile, packed))
-            found.append(_variant(arch, f"gemm-split-{name}", replace(tile, split_k=4), packed))
+            listed.append(_variant(arch, f"gemm-{name}", tile, packed))
+            listed.append(_variant(arch, f"gemm-split-{name}", replace(tile, split_k=4), packed))
         for tile in shipped(arch, packed):
             name = f"{tile.bm}x{tile.bn}x{tile.bk}" + ("-w4" if packed else "")
-            found.append(_variant(arch, f"geglu-{name}", tile, packed, geglu_max=255))
-    return found
+            listed.append(_variant(arch, f"geglu-{name}", tile, packed, geglu_max=255))
+    return listed
 
 
 def product_types(packed: bool, tile: Tile, added: bool) -> dict[str, str]:
-    """Types of the pointers that the product kernels share; with or without sample bias and residual."""
+    """Returns the types of the arguments that product kernels share; sample bias and residual are there if `added`."""
     types = {"x": "*i8", "weight": "*u8" if packed else "*i8", "scale": "*fp32", "correction": "*i32", "bias": "*fp16"}
     if added:
         types |= {"sample_bias": "*fp16", "residual": "*fp16"}
@@ -165,7 +165,7 @@ def _variant(arch: int, name: str, tile: Tile, packed: bool, geglu_max: int = 0)
 
 
 def join_variant(arch: int, convolution: dict[str, int], name: str) -> KernelVariant:
-    """What `join` compiles."""
+    """Returns what `join` compiles."""
     types = {"parts": "*i32", "scale": "*fp32", "correction": "*i32", "bias": "*fp16", "sample_bias": "*fp16"}
     types |= {"residual": "*fp16", "out": "*fp16"}
     types |= dict.fromkeys(("M", "N", "rows_per_sample", "out_width", "height", "width"), "i32")

@@ -1,7 +1,7 @@
-"""What every launch has in common: the architecture, and letting kernels overlap at their ends.
+"""What all launches share: the architecture of the device, and kernels that overlap at their ends.
 
-Where the device can (compute capability 9.0), a kernel is launched while the one before it drains and waits inside for
-that one's results (programmatic dependent launch): its programs are in place when the data is.
+On compute capability 9.0 a kernel is launched while the last programs of the kernel before it still run, and waits
+inside for the results of that kernel (programmatic dependent launch). Its programs are resident when the data is there.
 """
 
 from __future__ import annotations
@@ -17,31 +17,34 @@ from torch import Tensor
 
 from edadm_kernels.tiles import INTERPRETER, known_arch
 
-# By architecture; CUDA programming guide, table 27
+# Shared memory per program by architecture; CUDA programming guide, table 27
 PROGRAM_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 _OVERLAPPING = 90
 
 
 @triton.jit
 def await_previous(OVERLAP: tl.constexpr) -> None:
-    """Stand before a kernel's first access to memory: wait for the kernel before, and let the next one be launched."""
+    """Waits for the kernel before this one and allows the next one to be launched.
+
+    A kernel calls it before its first access to memory.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
 def arch_of(x: Tensor) -> int:
-    """The architecture whose tiles serve `x`, such as 90; 0 for the interpreter."""
+    """Returns the architecture whose tuning serves `x`, such as 90; 0 for the interpreter."""
     return _capability(x.device) if x.is_cuda else INTERPRETER
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """For launches: Triton launches on the current device and its stream, whatever its arguments lie on."""
+    """Returns a context for launches: Triton launches on the current device, wherever the arguments are."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def overlap(arch: int) -> dict[str, Any]:
-    """Argument and launch option of a kernel that calls `await_previous`."""
+    """Returns the argument and the launch option of a kernel that calls `await_previous`."""
     return {"OVERLAP": True, "launch_pdl": True} if arch == _OVERLAPPING else {"OVERLAP": False}
 
 

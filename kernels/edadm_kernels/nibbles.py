@@ -1,4 +1,4 @@
-"""Two four-bit codes of a byte as sixteen times themselves, four bytes at a time."""
+"""Unpacks the two four-bit codes of each byte, multiplied by sixteen, four bytes per instruction."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import triton.language as tl
 
 from edadm_kernels.backend import INTERPRETED
 
-_BYTEWISE = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
+_BYTEWISE = tl.constexpr(INTERPRETED)  # the interpreter does not support assembly
 
 
 @triton.jit
 def low_nibbles(packed):
-    """`16 * code` of the low halves of int8 `packed`, int8.
+    """Returns `16 * code` for the low halves of int8 `packed`, int8.
 
-    In assembly because LLVM shifts vectors of bytes one by one, with a shuffle each.
+    It is written in assembly because LLVM shifts vectors of bytes one byte at a time, with a shuffle for each.
     """
     if _BYTEWISE:
         return packed << 4
@@ -25,7 +25,7 @@ def low_nibbles(packed):
 
 @triton.jit
 def high_nibbles(packed):
-    """`16 * code` of the high halves of int8 `packed`, int8."""
+    """Returns `16 * code` for the high halves of int8 `packed`, int8."""
     if _BYTEWISE:
         return packed & -16
     return tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], tl.int8, True, 4)

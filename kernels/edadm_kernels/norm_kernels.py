@@ -16,7 +16,7 @@ from edadm_kernels.rounding import quantize_s8, reciprocal
 
 @triton.jit
 def _sum_groups(values, GROUP_CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Sums of `[BLOCK_CHANNELS]` over each group, `[BLOCK_GROUPS]`; the block starts with a group."""
+    """Returns sums of `values` `[BLOCK_CHANNELS]` over groups, `[BLOCK_GROUPS]`; the block starts with a group."""
     group_of = tl.arange(0, BLOCK_CHANNELS) // GROUP_CHANNELS
     member = group_of[:, None] == tl.arange(0, BLOCK_GROUPS)[None, :]
     return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
@@ -24,7 +24,7 @@ def _sum_groups(values, GROUP_CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr
 
 @triton.jit
 def _spread_groups(values, group_of, BLOCK_GROUPS: tl.constexpr):
-    """The entry of `values` `[BLOCK_GROUPS]` that `group_of` `[BLOCK_CHANNELS]` names for each channel."""
+    """Returns for each channel the entry of `values` `[BLOCK_GROUPS]` at its group, `group_of` `[BLOCK_CHANNELS]`."""
     member = group_of[:, None] == tl.arange(0, BLOCK_GROUPS)[None, :]
     return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
 
@@ -33,7 +33,7 @@ def _spread_groups(values, group_of, BLOCK_GROUPS: tl.constexpr):
 def _store_codes(
     y, base, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX: tl.constexpr, QUANTIZERS: tl.constexpr
 ):
-    """Codes of `y` at `base + offsets`, once a quantizer."""
+    """Stores the codes of `y` at `base + offsets` of one output per quantizer."""
     tl.store(
         out0 + base + offsets, quantize_s8(y, reciprocal(tl.load(scales)), tl.load(zero_points), QUANT_MAX), mask=mask
     )
@@ -68,7 +68,7 @@ def group_fused(
     BLOCK_CHANNELS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Whole groups of one sample, held in registers between the statistics and the codes."""
+    """Normalizes and quantizes whole groups of one sample, which stay in registers after the statistics."""
     column = tl.arange(0, BLOCK_CHANNELS)
     channel = tl.program_id(0) * (GROUPS * GROUP_CHANNELS) + column
     channel_mask = (column < GROUPS * GROUP_CHANNELS) & (channel < channels)
@@ -107,9 +107,10 @@ def group_partials(
     BLOCK_CHANNELS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of some rows of each channel: `partials [samples, num_chunks, 2, channels]`.
+    """Writes mean and squared deviations of some rows per channel to `partials [samples, num_chunks, 2, channels]`.
 
-    A block's statistics are taken in registers, around its own mean, and merged with those before (Chan et al. 1983).
+    The statistics of a block are computed in registers around the mean of the block and merged with those of the blocks
+    before it (Chan et al. 1983).
     """
     chunk = tl.program_id(0)
     sample = tl.program_id(2).to(tl.int64)
@@ -157,7 +158,7 @@ def group_statistics(
     BLOCK_CHANNELS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Joins the partial statistics: `statistics [samples, 2, channels]`, each channel's group mean and its gain."""
+    """Merges the partial statistics into `statistics [samples, 2, channels]`: the mean of the group, and the gain."""
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK_CHANNELS)
     channel = tl.program_id(0) * (GROUPS * GROUP_CHANNELS) + column
@@ -205,7 +206,7 @@ def group_apply(
     BLOCK_CHANNELS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Normalizes and quantizes a block with the statistics of its channels."""
+    """Normalizes and quantizes a block by the statistics of its channels."""
     sample = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     channel_mask = channel < channels
@@ -215,9 +216,9 @@ def group_apply(
     offsets = row[:, None] * channels + channel[None, :]
     await_previous(OVERLAP)
     value = tl.load(x + base + offsets, mask=mask, other=0)
-    known = statistics + sample * 2 * channels + channel
-    mean = tl.load(known, mask=channel_mask, other=0)
-    gain = tl.load(known + channels, mask=channel_mask, other=0)
+    source = statistics + sample * 2 * channels + channel
+    mean = tl.load(source, mask=channel_mask, other=0)
+    gain = tl.load(source + channels, mask=channel_mask, other=0)
     shift = tl.load(bias + channel, mask=channel_mask, other=0).to(tl.float32)
     y = (value.to(tl.float32) - mean[None, :]) * gain[None, :] + shift[None, :]
     if SILU:
@@ -245,7 +246,10 @@ def layer_rows(
     BLOCK_ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Whole rows in registers, as a piece of `HEAD` columns and one of `TAIL` columns (none where it is 0)."""
+    """Normalizes and quantizes whole rows in registers.
+
+    A row is read as a piece of `HEAD` and a piece of `TAIL` columns; with `TAIL` 0 there is no second piece.
+    """
     first = tl.program_id(0) * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)
     row_mask = (first + row < rows)[:, None]

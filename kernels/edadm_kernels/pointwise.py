@@ -1,4 +1,4 @@
-"""Quantization of a tensor as it stands, with or without a SiLU before it."""
+"""Quantization of a tensor, with or without a SiLU before it."""
 
 from __future__ import annotations
 
@@ -42,29 +42,30 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
-    """Codes of a tensor: `s = clamp(rne(x * (1 / scale)) + zero_point, 0, 2^num_bits - 1) - 128`, int8.
+    """Returns the codes of a tensor: `s = clamp(rne(x * (1 / scale)) + zero_point, 0, 2^num_bits - 1) - 128`, int8.
 
     Args:
-        x: Floating point. Dense in any order of dimensions (the codes get its strides), or rows of contiguous elements
-            at one stride, such as some channels of a channels-last tensor (the codes are dense, in the same order).
+        x: Floating point. It is dense in any order of dimensions, and the codes get its strides; or it has rows of
+            contiguous elements at one stride, such as some channels of a channels-last tensor, and the codes are dense
+            in the same order.
         scale: float32, one element.
-        zero_point: int32, one element, convention of the unsigned code.
-        num_bits: 2 to 8.
+        zero_point: int32, one element, in the convention of unsigned codes.
+        num_bits: Bits of the codes, 2 to 8.
 
     Raises:
         TypeError: A dtype is not the stated one.
-        ValueError: Another layout, another number of elements or bits.
+        ValueError: The layout or a number of elements or bits is not the stated one.
     """
     return _quantize(x, scale, zero_point, num_bits, False)
 
 
 def silu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
-    """Codes of `x * sigmoid(x)`; arguments and errors as in `quantize`."""
+    """Returns the codes of `x * sigmoid(x)`; arguments and errors are those of `quantize`."""
     return _quantize(x, scale, zero_point, num_bits, True)
 
 
 def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tuple[Tensor, int, int]:
-    """An empty tensor for the codes, and the length and stride of the input's rows."""
+    """Checks the arguments and returns an empty tensor for the codes, and the length and stride of the input's rows."""
     check_floating(x)
     check_quantizers(scale, zero_point, count=1)
     check_device(x, scale, zero_point)
@@ -91,7 +92,7 @@ def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tup
 
 
 def variants(arch: int) -> list[KernelVariant]:
-    """What `quantize` and `silu_quantize` compile for float16 and float32 inputs of the denoiser."""
+    """Lists what `quantize` and `silu_quantize` compile for inputs of the denoiser."""
     result = []
     for dtype, bits, silu, dense in [
         ("fp16", 8, False, True),

@@ -1,4 +1,4 @@
-"""The kernel that quantizes a tensor as it stands."""
+"""The kernel that quantizes a tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def quantize_kernel(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Codes of `count` elements; rows of `columns` elements lie `row_stride` apart unless the input is dense."""
+    """Stores the codes of `count` elements; unless the input is dense, its rows of `columns` are `row_stride` apart."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
     offset = index if DENSE else (index // columns).to(tl.int64) * row_stride + index % columns

@@ -1,4 +1,4 @@
-"""What the products demand of their arguments, each in one sentence."""
+"""Checks of arguments that the products share; each error is one sentence."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from edadm_kernels.checks import check_size
 from edadm_kernels.pack import w4_block
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-MAX_TERMS = 65_792  # 255 * 128 * MAX_TERMS stays within an int32
+MAX_TERMS = 65_792  # 255 * 128 * MAX_TERMS fits an int32
 
 
 def check_codes(x: Tensor, weight: Tensor, channels: int) -> int:
-    """Number of products a sum has; raises unless the codes fit together and their sums fit an int32."""
+    """Returns the terms per sum; raises an error unless the codes fit together and their sums fit an int32."""
     if x.dtype != torch.int8 or weight.dtype not in (torch.int8, torch.uint8):
         raise TypeError(
             f"int8 activations with int8 or packed uint8 weights are expected, found {x.dtype} and {weight.dtype}"
@@ -22,20 +22,20 @@ def check_codes(x: Tensor, weight: Tensor, channels: int) -> int:
     if weight.shape[-1] * (2 if packed else 1) != channels or (packed and w4_block(channels) is None):
         raise ValueError(
             f"weights of {channels} input channels are expected, found {tuple(weight.shape)} {weight.dtype}; "
-            "four-bit codes are packed by edadm_kernels.pack.pack_w4"
+            "pack four-bit codes with edadm_kernels.pack.pack_w4"
         )
     if not weight.is_contiguous():
         raise ValueError("contiguous weights are expected; call .contiguous() on them first")
     terms = weight[0].numel() * (2 if packed else 1)
     if terms > MAX_TERMS:
-        raise ValueError(f"sums of at most {MAX_TERMS} products fit an int32, found {terms}")
+        raise ValueError(f"sums of at most {MAX_TERMS} products are expected, which fit an int32, found {terms}")
     return terms
 
 
 def check_epilogue(
     scale: Tensor, correction: Tensor, bias: Tensor | None, channels: int, correction_shape: tuple[int, ...]
 ) -> None:
-    """Raise unless the per-channel vectors have the stated dtypes and shapes."""
+    """Raises an error unless the vectors per channel have the stated types and shapes."""
     if scale.dtype != torch.float32 or correction.dtype != torch.int32:
         raise TypeError(
             f"a float32 scale and an int32 correction are expected, found {scale.dtype} and {correction.dtype}"
@@ -53,7 +53,7 @@ def check_epilogue(
 
 
 def check_output(out_dtype: torch.dtype, *tensors: Tensor) -> None:
-    """Raise unless the output is floating point and every offset fits an int32."""
+    """Raises an error unless the output is floating point and every offset fits an int32."""
     if out_dtype not in FLOATS:
         raise TypeError(f"a float16, bfloat16 or float32 output is expected, found {out_dtype}")
     check_size(*tensors)

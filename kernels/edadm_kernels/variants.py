@@ -1,4 +1,4 @@
-"""One compilation of one kernel, described well enough to compile it on a machine with no GPU."""
+"""Describes one compilation of one kernel, so that a machine without a GPU can compile it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from edadm_kernels.launching import overlap
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """What the launcher would compile for some shapes, written down.
+    """What the launcher compiles for some shapes.
 
-    Every kernel module offers `variants(arch) -> list[KernelVariant]` and uses the same tables for its launches, so
+    Every kernel module has `variants(arch) -> list[KernelVariant]`, which reads the same tables as the launches, so
     that the code-generation gate sees the code that runs.
 
     Args:
-        name: Unique in the package, such as `gemm-128x128x64`.
+        name: A name that is unique in the package, such as `gemm-128x128x64`.
         fn: The `triton.jit` function.
         signature: Triton type of every argument, in order, such as `{"x": "*i8", "rows": "i32", "BLOCK": "constexpr"}`.
         constexprs: Value of every compile-time argument.
-        num_warps: Warps a program.
+        num_warps: Warps per program.
         num_stages: Stages of the software pipeline.
         attrs: Attributes of arguments by index path, such as `{(0,): [["tt.divisibility", 16]]}`.
         options: Further compile options, such as `{"enable_fp_fusion": False}`.
@@ -38,12 +38,12 @@ class KernelVariant:
 
     @property
     def kernel(self) -> str:
-        """Name of the function."""
+        """Returns the name of the function."""
         return str(self.fn.__name__)
 
     @property
     def tile_rows(self) -> int:
-        """Rows of the tile of a product, where the variant names them `BM`; else 0."""
+        """Returns the rows of the tile of a product, which the variant calls `BM`; 0 for other kernels."""
         return int(self.constexprs.get("BM", 0))
 
 
@@ -59,7 +59,7 @@ def aligned(
     num_stages: int = 1,
     options: Mapping[str, Any] | None = None,
 ) -> KernelVariant:
-    """A variant whose pointers and integers are multiples of 16, as the launcher finds them on the denoiser's shapes.
+    """Returns a variant whose pointers and integers are multiples of 16, as they are for the shapes of a denoiser.
 
     Args:
         arch: Compute capability, such as 90.
