@@ -1,1 +1,1 @@
-"""What a denoiser's quantization starts from: the plan of its layers, and ranges from a pass over calibration calls."""
+"""Prepares the quantization of a denoiser: the plan of its layers, and ranges from a pass over calibration calls."""

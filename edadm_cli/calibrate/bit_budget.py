@@ -1,10 +1,10 @@
-r"""The bits of each layer that a budget is spent on best: an integer program.
+r"""Chooses the bits of each layer within a budget, by an integer program.
 
     minimise    sum_l sum_b E_{l,b} x_{l,b}
     subject to  sum_b x_{l,b} = 1 for every layer l,   sum_l sum_b n_l c_b x_{l,b} <= B,   x in {0, 1}
 
-where E_{l,b} is the error of layer l at b bits, n_l its number of weights, c_b the bits that a code of b bits costs (b,
-or what it takes on disk), and B the budget in bits. Errors of different layers are taken to add up.
+where E_{l,b} is the error of layer l at b bits, n_l its number of weights, c_b the cost in bits of a code of b bits (b
+itself, or its size on disk), and B the budget in bits. The errors of different layers are assumed to add up.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def assign_bits(
     budget_bits: float,
     cost_of: Callable[[int], int] = int,
 ) -> dict[str, int]:
-    """Chooses a number of bits per layer.
+    """Returns the number of bits of each layer.
 
     Args:
-        errors: Layer -> number of bits -> error. Layers may have different candidates.
-        num_weights: Layer -> number of weights.
-        budget_bits: B, bits of all weights together.
-        cost_of: c_b, the bits that a code of b bits costs.
+        errors: Maps a layer and a number of bits to the error. Layers may have different candidates.
+        num_weights: Maps a layer to its number of weights.
+        budget_bits: B, the bits of all weights together.
+        cost_of: Returns c_b, the cost in bits of a code of b bits.
 
     Returns:
-        Layer -> number of bits.
+        A map from layers to numbers of bits.
 
     Raises:
-        UsageError: The budget is smaller than every layer at its fewest bits.
+        UsageError: The budget is smaller than the cost of all layers at their fewest bits.
     """
     fewest = sum(num_weights[name] * min(map(cost_of, widths)) for name, widths in errors.items())
     if budget_bits < fewest:
@@ -107,7 +107,7 @@ def spend_budget(sensitivity: Sensitivity, bits: BitWidth, denoiser: nn.Module, 
 
 
 def bytes_beside_codes(denoiser: nn.Module, traced: Trace, quantized: Collection[str]) -> int:
-    """Returns the bytes of a quantized denoiser's file that are no codes: float tensors, scales, names of tensors."""
+    """Returns the bytes of a quantized denoiser's file besides the codes: float tensors, scales, and tensor names."""
     weights = [layer.module.get_parameter("weight") for layer in traced.layers if layer.name in quantized]
     floats = sum(parameter.numel() for parameter in denoiser.parameters()) - sum(weight.numel() for weight in weights)
     scales = sum(weight.shape[0] + 2 for weight in weights)

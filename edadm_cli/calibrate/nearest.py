@@ -1,4 +1,4 @@
-"""Quantization without learning: weights rounded to nearest on their initial grids."""
+"""Quantizes without learning: weights are rounded to nearest on their initial grids."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def nearest_codes(weight: Tensor, scale: Tensor, plan: LayerPlan) -> Tensor:
 def nearest_params(
     weight_of: Callable[[str], Tensor], plan: QuantizationPlan, ranges: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Quantization parameters with codes: the given ranges, and weights rounded to nearest where they lie.
+    """Returns quantization parameters: the given ranges, and codes of weights that are rounded to nearest.
 
     Args:
-        weight_of: The full-precision weight of a layer, by name.
-        plan: Bits of every layer.
+        weight_of: Returns the full-precision weight of a layer by name.
+        plan: The bits of every layer.
         ranges: The parameters that `search_ranges` returns.
     """
     params = dict(ranges)
@@ -50,7 +50,7 @@ def nearest_params_of(
     plan: QuantizationPlan,
     ranges: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Returns codes and ranges of some layers, as `nearest_params` has those of all."""
+    """Returns codes and ranges of some layers, as `nearest_params` does for all layers."""
     part = QuantizationPlan(layers={name: plan.layers[name] for name in layers})
     prefixes = tuple(f"{name}." for layer in layers for name in part.layers[layer].part_names(layer))
     return nearest_params(weight_of, part, {key: value for key, value in ranges.items() if key.startswith(prefixes)})
@@ -62,13 +62,13 @@ def quantize_to_nearest(
     """Quantizes a denoiser in place from a few calls, without learning anything: for speed, not for quality.
 
     Args:
-        denoiser: Full precision, float32.
-        recipe: Which layers, and how ranges are found; what it says of learning is not used.
+        denoiser: The full-precision denoiser in float32.
+        recipe: Decides which layers are quantized and how ranges are searched; its learning is not used.
         bits: The bits of weights and activations.
-        calls: Arguments of calls whose activations give the ranges.
+        calls: Arguments of the calls whose activations give the ranges.
 
     Returns:
-        What was quantized.
+        The plan of the layers that were quantized.
     """
     calls = list(calls)
     traced = trace(denoiser, *calls[0])

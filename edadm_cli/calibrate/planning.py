@@ -1,4 +1,4 @@
-"""Which layers are quantized, to how many bits, and why the others are not."""
+"""Plans which layers are quantized and to how many bits, with the reasons for those left in float."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
     first, last = _ends(traced)
     layers: dict[str, LayerPlan] = {}
     kept = dict.fromkeys(traced.not_run, "never runs")
-    kept |= dict.fromkeys(traced.repeated, "runs more than once a forward")
+    kept |= dict.fromkeys(traced.repeated, "runs more than once per forward")
     kept |= traced.left_out
     kept |= {name: f"layers of type {kind} are not quantized" for name, kind in traced.unsupported.items()}
     for layer in traced.layers:

@@ -1,5 +1,6 @@
-"""Before anything is learned: scales of all weights, and ranges of all layer inputs and attention operands, from one
-pass of the full-precision network over the calibration set.
+"""Searches the scales of all weights, and the ranges of all layer inputs and attention operands.
+
+The ranges come from one pass of the full-precision network over the calibration set, before anything is learned.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.1; its authors merge ranges of batches by an exponential moving average.
@@ -39,16 +40,18 @@ def search_ranges(
     advance: Callable[[int], None] = lambda _: None,
     transforms: Sequence[TransformRule] = (),
 ) -> dict[str, Tensor]:
-    """Returns initial quantization parameters without the codes: `<layer>.weight_scale`, `.input_scale`,
-    `.input_zero_point`, the tensors of the transforms, `<attention>.{q,k,v,p}_scale`.
+    """Returns the initial quantization parameters, without the codes of weights.
+
+    They are `<layer>.weight_scale`, `.input_scale` and `.input_zero_point`, the tensors of the transforms, and
+    `<attention>.{q,k,v,p}_scale`.
 
     Args:
-        denoiser: With its full-precision layers in place.
+        denoiser: The denoiser at full precision.
         traced: Its trace.
-        plan: Bits of every layer, and their transforms.
-        recipe: How ranges are found.
-        calls: `(args, kwargs)` of the denoiser, over the calibration set; iterated twice where channels are observed.
-        advance: Called after every call of the last pass.
+        plan: The bits and transforms of every layer.
+        recipe: The recipe's ranges.
+        calls: `(args, kwargs)` of the denoiser over the calibration set; iterated twice if channels are observed.
+        advance: Progress callback, called after every call of the last pass.
         transforms: The rules of the recipe, for the options of the transforms that the plan names.
 
     Raises:
@@ -101,7 +104,7 @@ def transform_tensors(transform: Transform, part: str, params: Mapping[str, Tens
 
 
 def folded(weight: Tensor, part: str, plan: LayerPlan, params: Mapping[str, Tensor]) -> Tensor:
-    """Returns what is rounded to codes: a weight with the inverse of its layer's transform folded in, if it has one."""
+    """Returns the weight that is rounded to codes, with the inverse of its layer's transform folded in, if any."""
     if plan.transform is None:
         return weight
     transform = transform_named(plan.transform)
@@ -122,7 +125,7 @@ def search_weight_scales(
         plan: Bits of every layer, and their transforms.
         recipe: How ranges are found.
         params: Tensors of the transforms.
-        statistics: The statistics of the inputs, where errors of outputs are weighed; without them, errors of weights.
+        statistics: The statistics of the inputs, for a search by errors of outputs; without them, by errors of weights.
 
     Raises:
         InputError: A weight is not finite.
@@ -174,8 +177,10 @@ def search_activation_ranges(
     advance: Callable[[int], None] = lambda _: None,
     transforms: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Returns the part of `search_ranges` that the calls decide; `denoiser` may be a part of one, with its own trace
-    and plan. `transforms` has the tensors of the planned transforms; without any, inputs are taken as they are.
+    """Returns the part of `search_ranges` that depends on the calls.
+
+    `denoiser` may be a part of a denoiser with its own trace and plan. `transforms` are the tensors of the planned
+    transforms; without them, inputs are not transformed.
 
     Raises:
         InputError: An activation is not finite.

@@ -1,4 +1,4 @@
-"""What is known of the input channels of layers over the calibration set: energies and magnitudes."""
+"""Measures the input channels of layers over the calibration set: energies and magnitudes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def channel_statistics(
     The magnitude of a channel is the largest over the batches of the 99.9% quantile of |x_c| within a batch.
 
     Args:
-        denoiser: With its full-precision layers in place.
+        denoiser: The denoiser at full precision.
         traced: Its trace.
         plan: Bits of every layer.
         layers: Names of the layers.

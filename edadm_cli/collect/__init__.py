@@ -1,4 +1,4 @@
-"""Full-precision trajectories, their conditioning, and the mid-block features that tell the steps apart."""
+"""Records full-precision trajectories, their conditioning, and mid-block features, which TDAC compares steps by."""
 
 from edadm_cli.artifacts import Stage
 from edadm_cli.config import CollectConfig

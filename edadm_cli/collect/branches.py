@@ -1,7 +1,7 @@
-"""The two guidance branches of one step, as rows of one call or as two calls.
+"""Separates the two guidance branches of one step, which are rows of one call or two calls.
 
-Pipelines guide in one of two ways: they double the rows of one call, or they call the denoiser twice with the same
-sample, with the prompt first and without it second. What is stored is the same: one condition per branch.
+Pipelines apply guidance in one of two ways: they double the rows of one call, or they call the denoiser twice with the
+same sample, first with the prompt and then without it. Both are stored alike, as one condition per branch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edadm_cli.models.calls import DenoiserCall
 
 @dataclass(frozen=True)
 class Conditions:
-    """The tensors of a step besides its sample, by dotted name.
+    """The tensors of a step other than its sample, by dotted name.
 
     Attributes:
         conditional: Condition of the branch with the prompt, one row per trajectory.
@@ -32,13 +32,13 @@ class Conditions:
 
 
 def are_branches(one: DenoiserCall, other: DenoiserCall) -> bool:
-    """Returns whether two successive calls are one step's two branches: same sample, timestep, another condition."""
+    """Returns whether two successive calls are the branches of one step, with equal sample and timestep."""
     same_input = torch.equal(one.timestep, other.timestep) and equal(one.sample, other.sample)
     return same_input and difference(one, other) is not None
 
 
 def difference(call: DenoiserCall, other: DenoiserCall) -> str | None:
-    """Returns the name of the first tensor in which two calls differ, besides sample and timestep; `None`: in none."""
+    """Returns the name of the first tensor, besides sample and timestep, that differs in two calls; else `None`."""
     changed = next((n for n, tensor in call.tensors.items() if not equal(tensor, other.tensors.get(n))), None)
     if changed is None and (call.template != other.template or call.sample.shape != other.sample.shape):
         return "the form of the call"
@@ -62,7 +62,7 @@ def of_rows(call: DenoiserCall, branches: int, order: Callable[[Tensor], tuple[T
 def of_calls(first: DenoiserCall, second: DenoiserCall, masks: Mapping[str, str]) -> Conditions | str:
     """Returns the conditions of a step of two calls, the one with the prompt first.
 
-    Prompts of different length are padded with zeros, which the model does not see, where a mask says so.
+    Prompts of different length are padded with zeros if there is a mask, which hides the padding from the model.
 
     Args:
         first: The call with the prompt.
@@ -97,7 +97,7 @@ def pad(tensor: Tensor, length: int) -> Tensor:
 
 
 def storable(tensor: Tensor) -> Tensor:
-    """Returns a copy on the CPU."""
+    """Returns a contiguous copy on the CPU."""
     return tensor.cpu().clone()
 
 

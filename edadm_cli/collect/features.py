@@ -1,4 +1,4 @@
-"""The mid-block feature map of a denoiser: what enters the middle of the network at a step.
+"""Records the mid-block feature of a denoiser: the input of the middle of the network at a step.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.1 (features at the input of the mid-block's attention).

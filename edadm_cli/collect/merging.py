@@ -1,9 +1,9 @@
-"""One form and one shape for what batches of trajectories recorded, also where pipelines pad prompts to each batch.
+"""Merges the recordings of batches of trajectories, also if the pipeline pads prompts differently in each batch.
 
-Many pipelines pad prompts to the longest of the batch, so that the text states of two batches differ in length. With
-a mask (1: a token; 0: padding) the shorter ones are padded further: states with zeros, the mask with 0. Such a mask is
-passed only where a batch has padding, so that one may be missing or null in some batches, or in all; it is ones there.
-Without a mask, padding would change what the network computes, and the batches are refused.
+Many pipelines pad prompts to the longest one of the batch, so that the text states of two batches differ in length. If
+there is a mask (1: token, 0: padding), the shorter ones are padded further: states with zeros, the mask with 0.
+Pipelines may pass the mask only to batches with padding; a missing or null mask counts as ones. Without any mask,
+padding would change the result of the network, and the batches are refused.
 
 Mid-block features are padded with zeros, which changes neither the order of the distances between steps nor, once
 they are normalised, the scores of TDAC.
@@ -32,13 +32,13 @@ _SIZE_HINT = "another --batch-size: one that divides --num-trajectories, or that
 
 @dataclass(frozen=True)
 class Batch:
-    """What one batch recorded: the form of its calls, and its tensors by name in a file.
+    """The recording of one batch: the form of its calls, and a file with its tensors.
 
     Args:
-        form: How the denoiser is called.
+        form: The form of the denoiser's calls.
         path: The file of the tensors.
-        tensors: Their types and shapes.
-        index: Which batch it is, for messages.
+        tensors: The types and shapes of the tensors by name.
+        index: Number of the batch, for messages.
     """
 
     form: CallForm
@@ -64,18 +64,18 @@ class Branch:
 
     Args:
         batch: The batch.
-        prefix: What the names of the conditions begin with in the file.
+        prefix: The beginning of the names of the conditions in the file.
     """
 
     batch: Batch
     prefix: str
 
     def info(self, name: str) -> TensorInfo | None:
-        """Returns the type and shape of a condition; `None` where it was not passed."""
+        """Returns the type and shape of a condition; `None` if it was not passed."""
         return self.batch.tensors.get(self.prefix + name)
 
     def length(self, name: str) -> int | None:
-        """Returns the size of a condition's dimension 1; `None` where it has none or was not passed."""
+        """Returns the size of a condition's dimension 1; `None` if it has none or was not passed."""
         info = self.info(name)
         return None if info is None or len(info.shape) < 2 else info.shape[1]
 
@@ -86,13 +86,13 @@ class Branch:
 
 @dataclass(frozen=True)
 class Merged:
-    """What all batches have in common.
+    """The form and shapes of all batches together.
 
     Args:
-        form: How the denoiser is called.
+        form: The form of the denoiser's calls.
         conditions: Type and shape of one row of each condition, the same in both branches of guidance.
         features: Type and shape of the features of one step and row.
-        masks: Masks that may be missing from a batch, and the condition whose length they have there.
+        masks: Maps a mask that may be missing from a batch to the condition whose length it has.
     """
 
     form: CallForm
@@ -102,11 +102,11 @@ class Merged:
 
 
 def merge(batches: Sequence[Batch]) -> Merged:
-    """Finds the form and the shapes into which every batch fits.
+    """Returns the form and the shapes that fit every batch.
 
     Raises:
-        InputError: There are none: timesteps, constants, types or the form of the calls differ, or lengths differ
-            without a mask.
+        InputError: The batches do not fit together: timesteps, constants, types or the form of the calls differ, or
+            lengths differ without a mask.
     """
     _require_equal_tensors(batches)
     branches = [branch for batch in batches for branch in batch.branches]
@@ -176,7 +176,7 @@ def _missing_masks(branches: Sequence[Branch], form: CallForm) -> dict[str, str]
 
 
 def _require_equal_tensors(batches: Sequence[Batch]) -> None:
-    """Raises an `InputError` where timesteps or constants differ between batches."""
+    """Raises an `InputError` if timesteps or constants differ between batches."""
 
     def shared(batch: Batch) -> dict[str, Tensor]:
         names = [name for name in batch.tensors if name == TIMESTEPS or name.startswith(CONSTANT)]
@@ -261,12 +261,12 @@ def _differs(what: str, batch: Batch) -> InputError:
 
 
 def per_row(template: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Returns a template in which lists with an equal item for each row of the batch are the item itself, as `$each`.
+    """Returns a template in which a list that repeats one item for each row of the batch becomes the item, as `$each`.
 
-    Pipelines pass sizes of images in that way; as literals, they would make every batch of another size differ.
+    Pipelines pass sizes of images in this way. As literals, they would differ between batches of different size.
 
     Args:
-        template: As `edadm_cli.models.calls.split_call` makes it.
+        template: A template from `edadm_cli.models.calls.split_call`.
         rows: Rows of the sample.
     """
 

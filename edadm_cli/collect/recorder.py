@@ -1,4 +1,4 @@
-"""What one batch of trajectories leaves behind."""
+"""Records the denoiser calls of one batch of trajectories."""
 
 from __future__ import annotations
 
@@ -28,19 +28,18 @@ class BatchRecorder:
     Args:
         model: The pipeline that samples.
         num_trajectories: n, trajectories of the batch.
-        num_features: How many of them, from the first on, have their mid-block features stored.
+        num_features: Number of trajectories, from the first on, whose mid-block features are stored.
 
     Attributes:
-        latents: The model's input at each step, each with shape `(n, *)`, in the denoiser's element type: half
-            the bytes where it computes in half precision, and no bit less.
+        latents: The denoiser's input at each step, each with shape `(n, *)`, in the denoiser's element type.
         timesteps: The timestep at each step.
         condition: Condition, one row per trajectory.
         unconditional: The condition of the branch without the prompt; empty without guidance.
         constants: Tensors that all rows share.
-        template: How the denoiser is called.
+        template: The form of the denoiser's calls.
         branches: 2 with guidance, else 1.
-        calls_per_step: 2 where each branch is a call of its own, else 1.
-        warnings: What the user should know about the guidance.
+        calls_per_step: 2 if each branch is a call of its own, else 1.
+        warnings: Warnings about the guidance, for the user.
     """
 
     model: LoadedModel
@@ -63,7 +62,7 @@ class BatchRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Records while the body samples."""
+        """Records the calls of the denoiser while entered."""
         denoiser = self.model.denoiser
         prepare_calls(denoiser)
         with record_calls(denoiser, self._on_call):
@@ -86,7 +85,7 @@ class BatchRecorder:
 
     @property
     def rows(self) -> int:
-        """Rows of the sample in each call of the denoiser."""
+        """Number of rows of the sample in each call of the denoiser."""
         return self.num_trajectories * self._row_groups
 
     @property
@@ -148,7 +147,7 @@ class BatchRecorder:
         self._store(of_rows(call, self.branches, self._order))
 
     def _is_second(self, call: DenoiserCall) -> bool:
-        """Takes a call for the other branch of the newest step, where it is one."""
+        """Records a call as the other branch of the latest step and returns `True`, if it is one."""
         first, is_due = self._first, self._second_is_due
         assert first is not None
         if not is_due:
@@ -198,7 +197,7 @@ class BatchRecorder:
         """Returns the sample that both branches share, or that of the branch that calibrates.
 
         Raises:
-            InputError: The branches shared their sample in the first step, and do so no longer.
+            InputError: The branches shared their sample in the first step, but do not in this one.
         """
         unconditional, conditional = self._order(sample)
         if self.branches == 2 and not torch.equal(unconditional, conditional):
@@ -217,5 +216,5 @@ class BatchRecorder:
 
 
 def _by_rows(feature: Tensor, rows: int) -> Tensor:
-    """Returns features `(rows * k, C, *)`, as of the k frames of a clip, as `(rows, C, k, *)`."""
+    """Returns features `(rows * k, C, *)`, such as those of k frames of a clip, as `(rows, C, k, *)`."""
     return feature if feature.shape[0] == rows else feature.unflatten(0, (rows, -1)).transpose(1, 2)

@@ -1,8 +1,8 @@
-"""Trajectories on disk: one shard a batch, then what all shards share, merged.
+"""Stores trajectories on disk: one shard per batch, and the merged tensors of all shards.
 
-While the artifact is built, each batch leaves `call-*.json`, `part-*.safetensors` (timesteps, condition, features) and
-then `latents-*.safetensors`, whose presence says that the batch is done. No batch reads what another wrote, so that
-several processes can write them.
+While the artifact is built, each batch writes `call-*.json`, `part-*.safetensors` (timesteps, condition, features) and
+finally `latents-*.safetensors`, which shows that the batch is complete. No batch reads the files of another one, so
+that several processes can write them.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def call_name(index: int) -> str:
 
 
 def is_written(folder: Path, index: int) -> bool:
-    """Returns whether a batch is done."""
+    """Returns whether a batch is complete on disk."""
     return (folder / latents_name(index)).is_file()
 
 
 def scratch_names(index: int) -> tuple[str, str]:
-    """Returns the files of one batch that are gone once the artifact is complete."""
+    """Returns the files of one batch that are removed when the artifact is complete."""
     return part_name(index), call_name(index)
 
 
@@ -55,24 +55,24 @@ def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -
 
 
 def require_mergeable(folder: Path, first: int, index: int) -> None:
-    """Compares two batches that are written, so that what cannot be merged is refused before the others are sampled.
+    """Compares two batches on disk, so that batches that cannot be merged are refused before others are sampled.
 
-    Once all are merged, their scratch files may be gone, and nothing is compared.
+    Nothing is compared after the merge, which removes the scratch files.
 
     Raises:
-        InputError: They do not fit into one set.
+        InputError: The batches cannot be merged.
     """
     if all((folder / part_name(number)).is_file() for number in (first, index)):
         merge([_batch(folder, first), _batch(folder, index)])
 
 
 def merge_parts(folder: Path, num_shards: int) -> None:
-    """Writes `call.json`, `condition.safetensors` and `features.safetensors` from the parts, unless they are there.
+    """Writes `call.json`, `condition.safetensors` and `features.safetensors` from the parts, unless they exist.
 
-    The parts are copied piece by piece: neither the conditions nor the features of all batches are ever in memory.
+    The parts are copied piece by piece, so that the conditions or features of all batches are never in memory at once.
 
     Raises:
-        InputError: The batches do not fit into one set.
+        InputError: The batches cannot be merged.
     """
     if all((folder / name).is_file() for name in (CallForm.FILE, CONDITION_FILE, FEATURES_FILE)):
         return

@@ -1,4 +1,4 @@
-"""`edadm collect`: sample at full precision and keep what calibration needs."""
+"""`edadm collect`: samples at full precision and stores the tensors that calibration needs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(
     Raises:
         InputError: The model or the prompt file is not usable, or sampling ends in values that are not
             finite.
-        MachineError: The device is not there or its memory does not suffice, or the disk is full.
+        MachineError: The device is missing, its memory does not suffice, or the disk is full.
         UsageError: The configuration asks for something that the model does not have.
     """
     start = time.monotonic()
@@ -59,18 +59,18 @@ def run(
 
 
 def build_spec(config: CollectConfig, run_folder: RunFolder) -> BuildSpec:
-    """Returns what `run` would build: whether it is there already is known without building it."""
+    """Returns the description of the artifact that `run` would build, without sampling."""
     return prepare(config, ALONE).build_spec()
 
 
 def artifact_name(config: CollectConfig) -> None:
-    """`None`: a run holds one artifact of this kind."""
+    """Returns `None`: a run has one artifact of this kind."""
     return None
 
 
 @dataclass(frozen=True)
 class _Task:
-    """The configuration with nothing left open."""
+    """A configuration whose open choices are all decided."""
 
     config: CollectConfig
     model: LoadedModel
@@ -120,7 +120,7 @@ class _Task:
 
 
 def prepare(config: CollectConfig, processes: Processes) -> _Task:
-    """Loads the model and settles what the configuration leaves open."""
+    """Loads the model and decides what the configuration leaves open."""
     device = resolve_device(processes.device_name(config.device))
     model = load_model(config.model, device, getattr(torch, config.dtype), prediction_type=config.prediction_type)
     if config.images is not None:
@@ -145,7 +145,7 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
 
 
 def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter) -> None:
-    """Samples the shards, each in one of the processes, and puts together what they share."""
+    """Samples the shards, each in one of the processes, and merges their conditions and features."""
     shards = _in_order(task, range(processes.index, task.num_shards, processes.count))
     with reporter.task("Sampling trajectories", sum(len(task.seeds(shard)) for shard in shards)) as advance:
         for shard in shards:
@@ -166,9 +166,9 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
 
 
 def _in_order(task: _Task, shards: Iterable[int]) -> list[int]:
-    """Returns the shards in the order in which they are sampled: a last one that is smaller is the second.
+    """Returns the shards in the order in which they are sampled: a smaller last one comes second.
 
-    Whether its calls fit those of the others is then known before the others are sampled.
+    This shows early whether its calls can be merged with those of the other shards.
     """
     ordered = list(shards)
     if len(ordered) > 2 and len(task.seeds(ordered[-1])) != len(task.seeds(ordered[0])):
@@ -197,7 +197,7 @@ def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> 
 
 
 def _require_one_denoiser(model: LoadedModel) -> None:
-    """Refuses pipelines whose denoising is more than one network that the artifacts of a run could hold.
+    """Refuses pipelines whose denoising needs more than one network, since a run holds one denoiser.
 
     Raises:
         InputError: A second denoiser takes some of the timesteps, or a control network feeds the denoiser.
@@ -220,10 +220,10 @@ def _require_one_denoiser(model: LoadedModel) -> None:
 
 
 def _warnings(task: _Task, recorder: BatchRecorder, samples: Samples) -> list[str]:
-    """Returns what the pipeline warned of, and whether it guided as it was asked to.
+    """Returns the warnings of the pipeline, and one if it ignored guidance.
 
     Raises:
-        InputError: `--guidance-scale` asked for guidance, and the denoiser was called as without it.
+        InputError: `--guidance-scale` asks for guidance, but the denoiser was called without it.
     """
     name = type(task.model.pipeline).__name__
     warnings = list(recorder.warnings)
@@ -257,5 +257,5 @@ def _sampling(task: _Task) -> Sampling:
 
 
 def _finite(value: Any) -> Any:
-    """Returns a value that JSON has: DPM-Solver's configuration holds an infinity, which becomes a word."""
+    """Returns a value that JSON can represent: an infinity, as in DPM-Solver's configuration, becomes a text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,9 +1,9 @@
-"""Full-size architectures with seeded random weights, built offline: for speed, memory and plumbing without a download.
+"""Builds full-size architectures with seeded random weights, to measure speed and memory without a download.
 
-Every weight matrix has nearly normal values of standard deviation 1 / sqrt(fan-in), the same on every device and in
-every element type but for rounding; a model is made where it computes, in its element type. Norms lie around the
-identity, and no output layer is zero, so that activations keep a scale of about one through the whole network and
-nothing collapses under quantization as it would with the zeros that networks are trained from.
+Every weight matrix has nearly normal values with the standard deviation 1 / sqrt(fan-in). They are the same on every
+device and, up to rounding, in every element type; a model is created on its device in its element type. Norms are close
+to the identity and no output layer is zero, so that activations keep a scale of about one through the whole network and
+quantization meets no layer of zeros, as untrained networks have.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["SUFFIX", "WEIGHTS_VERSION", "build_denoiser", "build_random_pipeline
 
 SUFFIX = "-random"
 WEIGHTS_VERSION = 2
-"""Changes whenever the same seed would give other weights."""
+"""Number that is raised whenever the same seed gives other weights."""
 
-# The 24 layers of T5-XXL hold 4.7 billion parameters; two give states of the same shape.
+# The 24 layers of T5-XXL have 4.7 billion parameters; two layers give states of the same shape.
 _CUT = {"T5EncoderModel": {"num_layers": 2}}
 _QUERY_GAIN = 2.0  # attention with unit logits would average everything away
 _CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def build_denoiser(
         name: An architecture such as `sd15`, or the model `sd15-random`.
         seed: Seed of the weights.
         dtype: Element type of the weights.
-        device: Where they are made.
+        device: The device of the weights.
         changes: Fields of the configuration that differ from the model's, such as fewer layers.
     """
     architecture = load_architecture(name.removesuffix(SUFFIX))
@@ -80,7 +80,7 @@ def initialize(module: nn.Module, seed: int) -> None:
 
 
 def random_readers(module: nn.Module, architecture: Architecture, seed: int) -> dict[str, Reader]:
-    """Returns what makes each parameter of an architecture's denoiser, by name: the weights of `build_denoiser`.
+    """Returns a function for each parameter of an architecture's denoiser that creates it as `build_denoiser` does.
 
     Args:
         module: The denoiser; its parameters may be on the `meta` device.
@@ -123,7 +123,7 @@ def _build_module(
     from accelerate import init_empty_weights
 
     cls = architecture.component_class(name)
-    with init_empty_weights(include_buffers=False):  # no time is spent on weights that are made anew
+    with init_empty_weights(include_buffers=False):  # the weights are initialized later
         module: nn.Module = _construct(cls, {**architecture.config(name), **changes})
     for owner in module.modules():
         for own, parameter in owner.named_parameters(recurse=False):
@@ -133,7 +133,7 @@ def _build_module(
     if tie is not None:
         tie()
     initialize(module, _seed_of(name, seed))
-    return module.to(device).eval()  # buffers were made on the CPU
+    return module.to(device).eval()  # buffers were created on the CPU
 
 
 def _construct(cls: Any, config: dict[str, Any]) -> nn.Module:

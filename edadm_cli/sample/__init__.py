@@ -1,4 +1,4 @@
-"""Images from an export."""
+"""Samples images from an export."""
 
 from edadm_cli.artifacts import Stage
 from edadm_cli.config import SampleConfig

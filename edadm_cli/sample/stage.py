@@ -1,4 +1,4 @@
-"""`edadm sample`: images of an export as PNG files, to look at and to use."""
+"""`edadm sample`: samples images from an export into PNG files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from edadm_cli.progress import Reporter, SilentReporter
 
 FOLDER = "samples"
 FACTS_KEY = "edadm"
-"""Key of the text in a PNG file that says what decided the image."""
+"""Key of the text in a PNG file that records the settings of the image."""
 _SLUG_CHARACTERS = 48
 _HASH_CHARACTERS = 8
 _PLAIN_PROMPT = re.compile(r"^[a-z0-9]+( [a-z0-9]+)*$")
@@ -52,17 +52,17 @@ class Picture:
 
     @property
     def file(self) -> str:
-        """Returns the name of its file: the seed, the prompt, and what computed it; another prompt has another name.
+        """Returns the name of its file: the seed, the prompt, and what computed it; each prompt has its own name.
 
-        A prompt of few plain words stands in the name as it is. Of any other there is what a file name can hold, and
-        the beginning of a hash of the whole.
+        A prompt of a few plain words is part of the name. Any other prompt is shortened to the characters that a file
+        name allows, followed by the beginning of a hash of the whole prompt.
         """
         computed = self.engine or ("integer" if self.arithmetic == "integer" else "")
         parts = [f"{self.seed:06d}", _slug(self.prompt or ""), computed]
         return "-".join(part for part in parts if part) + ".png"
 
     def facts(self) -> str:
-        """Returns what is written into the file, by which it is known again."""
+        """Returns the text that is written into the file, by which a later run recognizes the image."""
         return json.dumps(self._known(), sort_keys=True)
 
     def _known(self) -> dict[str, Any]:
@@ -107,12 +107,12 @@ class _Task:
 def run(
     config: SampleConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> SampleRecord:
-    """Samples images of the seeds `seed, seed + 1, ...` into `samples/<bits>/`; images that are there already stay.
+    """Samples images with the seeds `seed, seed + 1, ...` into `samples/<bits>/`; existing images are kept.
 
     Raises:
-        InputError: The export is missing or broken, or another image's file is in the way.
-        UsageError: Prompts are asked of a model that takes none, or guidance of one without.
-        MachineError: The device is not there or its memory does not suffice, or the disk is full.
+        InputError: The export is missing or broken, or a file of another image has the same name.
+        UsageError: Prompts are given for a model that takes none, or a scale for a model without guidance.
+        MachineError: The device is missing, its memory does not suffice, or the disk is full.
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
@@ -131,10 +131,10 @@ def run(
 
 
 def finished(config: SampleConfig, run_folder: RunFolder) -> Artifact | None:
-    """Returns the folder of the images, with the export's manifest, where `run` would find every one of them.
+    """Returns the folder of the images, with the export's manifest, if every image exists already.
 
     Raises:
-        InputError: The export is missing or broken, or another image's file is in the way.
+        InputError: The export is missing or broken, or a file of another image has the same name.
     """
     folder = _folder(config, run_folder)
     if not folder.is_dir():
@@ -154,11 +154,11 @@ def _folder(config: SampleConfig, run: RunFolder) -> Path:
 
 
 def prepare(config: SampleConfig, run: RunFolder) -> _Task:
-    """Settles seed, prompt and sampler of each image."""
+    """Decides seed, prompt and sampler of each image."""
     if config.engine is not None:
         engine_of(config.engine).require(resolve_device(config.device))
         if config.arithmetic == "integer":
-            raise UsageError("--arithmetic integer is the engine 'reference'; name one engine with --engine.")
+            raise UsageError("--arithmetic integer runs the engine 'reference', so --engine cannot name another one.")
     export = run.open("export", str(config.bits))
     collected = CollectedRun.open(run)
     entry = collected.entry
@@ -181,7 +181,7 @@ def prepare(config: SampleConfig, run: RunFolder) -> _Task:
 
 
 def _prompts(config: SampleConfig, entry: ModelEntry, collected: list[str] | None) -> Sequence[str] | None:
-    """Returns the prompts given, else the model's own, else those it was collected with."""
+    """Returns the given prompts, else the model's own, else those that the run was collected with."""
     if collected is None:
         if config.prompt:
             raise UsageError(f"{entry.name} takes no prompts, so --prompt has no meaning for it.")
@@ -194,7 +194,7 @@ def _prompts(config: SampleConfig, entry: ModelEntry, collected: list[str] | Non
 
 
 def load(task: _Task, reporter: Reporter) -> LoadedModel:
-    """Loads the export, on its engine where one is named."""
+    """Loads the export, on an engine if one is named."""
     device = resolve_device(task.config.device)
     if task.config.engine is not None:
         return load_on_engine(task.run, task.export, engine_of(task.config.engine), device, task.dtype, reporter)
@@ -227,7 +227,7 @@ def _is_there(folder: Path, picture: Picture) -> bool:
     """Returns whether an image is on disk already.
 
     Raises:
-        InputError: A file of its name holds something else.
+        InputError: A file with its name holds something else.
     """
     path = folder / picture.file
     if not path.is_file():

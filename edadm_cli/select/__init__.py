@@ -1,4 +1,4 @@
-"""Which step of each trajectory calibrates: TDAC, and the strategies it is compared with."""
+"""Selects the step of each trajectory that is used for calibration, by TDAC or another strategy."""
 
 from edadm_cli.artifacts import Stage
 from edadm_cli.config import SelectConfig

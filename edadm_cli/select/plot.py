@@ -1,4 +1,4 @@
-"""The picture of a selection: scores and counts over the sampler's steps."""
+"""Plots a selection: scores and counts over the sampler's steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edadm_cli.artifacts import explained_os_errors
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Mid-tones on a transparent ground: they stand out from white and from dark pages alike.
+# Mid-tones on a transparent background are readable on white and on dark pages.
 _TEXT = "#7d8590"
 _GRID = "#7d859040"
 _DENSITY, _VARIETY, _COUNTS = "#2f81f7", "#db6d28", "#2da069"
@@ -23,11 +23,11 @@ def draw_selection(path: Path, title: str, timesteps: Tensor, density: Tensor, v
 
     Args:
         path: PNG file to write.
-        title: One line above the picture.
+        title: One line above the plot.
         timesteps: The scheduler's value at each step, with shape `(T,)`.
         density: Normalised density, with shape `(T,)`.
         variety: Normalised variety, with shape `(T,)`.
-        counts: Samples a step, with shape `(T,)`.
+        counts: Samples per step, with shape `(T,)`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

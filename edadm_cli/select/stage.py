@@ -1,4 +1,4 @@
-"""`edadm select`: choose steps of the trajectories, one of each by default, and put the calibration set together."""
+"""`edadm select`: chooses steps of the trajectories (one of each by default) for the calibration set."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ def run(
 
     Raises:
         InputError: There is no `collect` artifact, or it is broken.
-        UsageError: More samples are asked for than there are trajectories, or a setting belongs to another
-            strategy.
+        UsageError: More samples are requested than the trajectories have, or a setting belongs to another strategy.
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
@@ -81,21 +80,21 @@ def run(
 
 
 def build_spec(config: SelectConfig, run_folder: RunFolder) -> BuildSpec:
-    """Returns what `run` would build: whether it is there already is known without building it."""
+    """Returns the description of the artifact that `run` would build, without selecting."""
     return prepare(config, run_folder).build_spec()
 
 
 def artifact_name(config: SelectConfig) -> None:
-    """`None`: a run holds one artifact of this kind."""
+    """Returns `None`: a run has one artifact of this kind."""
     return None
 
 
-_EARLIER_QUANTILE = 0.5  # of version 0.1, whose artifacts do not name one: the lower median
+_EARLIER_QUANTILE = 0.5  # the lower median, which version 0.1 used without recording it
 
 
 @dataclass(frozen=True)
 class _Task:
-    """The configuration with nothing left open, and the trajectories it is about."""
+    """A configuration whose open choices are all decided, with its trajectories."""
 
     config: SelectConfig
     collected: Artifact
@@ -107,12 +106,12 @@ class _Task:
 
     @property
     def quantile(self) -> float:
-        """The share of the pairs of steps within the radius, where no radius is given."""
+        """Share of the pairs of steps within the radius, if no radius is given."""
         return LOCAL_QUANTILE if self.config.density_quantile is None else self.config.density_quantile
 
     @property
     def radius_source(self) -> str | None:
-        """Where r comes from, for people to read; `None` for strategies without one."""
+        """Description of the source of r for people; `None` for strategies without a radius."""
         if not self.is_tdac:
             return None
         if self.config.density_radius is not None:
@@ -142,7 +141,7 @@ class _Task:
 
 
 def prepare(config: SelectConfig, run: RunFolder) -> _Task:
-    """Opens the trajectories and settles what the configuration leaves open."""
+    """Opens the trajectories and decides what the configuration leaves open."""
     collected = CollectedRun.open(run)
     num_trajectories = collected.num_trajectories
     timesteps = collected.artifact.tensors("features.safetensors", ["timesteps"])["timesteps"]
@@ -194,7 +193,7 @@ def _select(task: _Task, build: Build, reporter: Reporter) -> None:
 
 
 def feature_slices(collected: Artifact) -> tuple[tuple[int, ...], Iterator[Tensor]]:
-    """Returns the shape of the mid-block features, and their rows in portions, read one after the other."""
+    """Returns the shape of the mid-block features, and an iterator that reads their rows in portions."""
     path = collected.file("features.safetensors")
     shape = read_tensor_header(path)["features"].shape
     return shape, slices(path, "features", 1, rows_at_once(shape))
@@ -211,12 +210,12 @@ def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.
 
     Args:
         counts: Samples per step, with shape `(T,)`; none above `num_trajectories`.
-        num_trajectories: How many there are.
+        num_trajectories: Number of trajectories.
         generator: Draws the permutation.
 
     Returns:
-        Step and trajectory of each sample, in the order of the trajectories. Every trajectory gives one sample before
-        any gives a second, and none gives a step twice.
+        Step and trajectory of each sample, in the order of the trajectories. Each trajectory gives one sample before
+        any gives a second one, and no trajectory gives a step twice.
     """
     step_index = torch.repeat_interleave(torch.arange(len(counts)), counts)
     permutation = torch.randperm(num_trajectories, generator=generator)
@@ -226,10 +225,10 @@ def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.
 
 
 def _counts(task: _Task, allocation: Allocation) -> Tensor:
-    """Returns how many samples each step gives.
+    """Returns the number of samples of each step.
 
     Raises:
-        UsageError: A step is to give more samples than there are trajectories.
+        UsageError: A step would give more samples than there are trajectories.
     """
     counts = _strategy_counts(task, allocation)
     if int(counts.max()) > task.num_trajectories:
@@ -257,7 +256,7 @@ def _strategy_counts(task: _Task, allocation: Allocation) -> Tensor:
 
 
 def _generator(task: _Task, stream: int) -> torch.Generator:
-    """Returns one generator for the permutation (stream 0), another for drawn counts (stream 1)."""
+    """Returns the generator of the permutation (stream 0) or of random counts (stream 1)."""
     return torch.Generator().manual_seed((2 * task.config.seed + stream) % 2**32)
 
 

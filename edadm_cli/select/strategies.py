@@ -1,4 +1,4 @@
-"""How many calibration samples each step gives, without looking at features: what TDAC is compared with.
+"""Strategies that decide the number of calibration samples per step without features, to compare TDAC with.
 
 Steps are counted in the sampler's order, so the last step is the cleanest.
 
@@ -19,7 +19,7 @@ NORMAL_MEAN, NORMAL_DEVIATION = 0.4, 0.4
 
 
 def uniform_counts(num_steps: int, num_samples: int) -> Tensor:
-    """Equal counts; a remainder is spread evenly over the steps."""
+    """Returns equal counts; a remainder is spread evenly over the steps."""
     edges = torch.arange(num_steps + 1) * num_samples // num_steps
     return edges.diff()
 
@@ -31,7 +31,7 @@ def random_counts(num_steps: int, num_samples: int, generator: torch.Generator) 
 
 
 def last_counts(num_steps: int, num_samples: int) -> Tensor:
-    """Returns every sample from the last, cleanest step."""
+    """Returns counts that take every sample from the last, cleanest step."""
     counts = torch.zeros(num_steps, dtype=torch.long)
     counts[-1] = num_samples
     return counts

@@ -1,10 +1,10 @@
-r"""Temporal distribution alignment calibration (TDAC): how many samples each step gives.
+r"""Temporal distribution alignment calibration (TDAC): decides the number of samples per step.
 
 For steps $i, j$ with mid-block features $F_i$ of shape `(B, C, *)`:
 
-- density $D_i = \#\{j \neq i : \mathrm{mean}((F_i - F_j)^2) \le r\}$: how many steps look like step $i$;
+- density $D_i = \#\{j \neq i : \mathrm{mean}((F_i - F_j)^2) \le r\}$: the number of steps similar to step $i$;
 - variety $V_i = \sum_{j \neq i} \sum_{b, p} (1 - \cos_C(F_i, F_j))$ over batch and positions: how much it
-  differs;
+  differs from the others;
 - both min-max normalised over the steps, $w_i = D_i + \lambda V_i$, share $w_i / \sum_k w_k$;
 - counts: the shares of $N$ rounded, then corrected to sum to $N$.
 
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 LOCAL_QUANTILE = 0.05
-"""Share of the pairs of steps that are within the radius of density where no radius is given."""
-_SLICE_ELEMENTS = 2**22  # elements of the double-precision slice that is held at a time
+"""Share of the pairs of steps that are within the radius of density, if no radius is given."""
+_SLICE_ELEMENTS = 2**22  # elements of the double-precision slice that is in memory at a time
 _ROUNDING = 1e-12  # relative size below which a difference of inner products is rounding
 _TIE = 1e-9  # relative spread below which scores count as equal
 
@@ -46,7 +46,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How many samples each step gives, and why.
+    """The number of samples per step, and the scores behind it.
 
     Attributes:
         density: D, normalised to [0, 1], with shape `(T,)`.
@@ -71,12 +71,12 @@ def score_steps(features: Tensor) -> Scores:
 
 
 def rows_at_once(shape: Sequence[int]) -> int:
-    """Returns how many rows of features `(T, B, C, *)` are compared at a time."""
+    """Returns the number of rows of features `(T, B, C, *)` that are compared at a time."""
     return max(1, _SLICE_ELEMENTS // (shape[0] * math.prod(shape[2:])))
 
 
 def score_slices(slices: Iterable[Tensor]) -> Scores:
-    """Compares the features of all pairs of steps, of which only a few rows need be in memory at a time.
+    """Compares the features of all pairs of steps, with only a few rows in memory at a time.
 
     Args:
         slices: Mid-block features with shape `(T, b, C, *)`, the rows in any portions.
@@ -97,8 +97,8 @@ def score_slices(slices: Iterable[Tensor]) -> Scores:
 def quantile_distance(distances: Tensor, quantile: float) -> float:
     """Returns the distance that a share `quantile` of the pairs of steps does not exceed; 0 for a single step.
 
-    A low quantile makes the density local, so that it says something else than the variety: with the median the two
-    mirror each other, and their sum is nearly flat.
+    A low quantile makes the density local, so that it carries other information than the variety. With the median, the
+    two are nearly opposite, and their sum is almost constant.
     """
     pairs = distances[torch.ones_like(distances, dtype=torch.bool).triu(1)]
     if not pairs.numel():
@@ -107,13 +107,13 @@ def quantile_distance(distances: Tensor, quantile: float) -> float:
 
 
 def total_variation(counts: Tensor) -> float:
-    """Returns how far counts are from equal ones: half the sum of |n_i / N - 1 / T|, from 0 to 1."""
+    """Returns the distance of counts from equal ones: half the sum of |n_i / N - 1 / T|, from 0 to 1."""
     shares = counts.double() / counts.sum()
     return float((shares - 1 / len(counts)).abs().sum() / 2)
 
 
 def density(distances: Tensor, radius: float) -> Tensor:
-    """Returns D before normalisation: for each step, how many others are within `radius`."""
+    """Returns D before normalisation: for each step, the number of other steps within `radius`."""
     return (distances <= radius).sum(dim=1) - 1  # every step is within its own radius
 
 
@@ -136,7 +136,7 @@ def allocate(
         num_samples: N.
         variety_weight: lambda.
         radius: r; `None` for the distance that a share `quantile` of the pairs of steps does not exceed.
-        quantile: That share.
+        quantile: The share of pairs for a radius of `None`.
     """
     radius = quantile_distance(scores.distances, quantile) if radius is None else radius
     dense = normalise(density(scores.distances, radius))
@@ -145,13 +145,13 @@ def allocate(
 
 
 def integer_counts(weights: Tensor, num_samples: int) -> Tensor:
-    """Whole counts in proportion to `weights`, that sum to `num_samples` exactly and are never negative.
+    """Returns integer counts in proportion to `weights` that sum to `num_samples` and are never negative.
 
-    A shortfall goes, one each, to the steps with the largest counts; an excess is taken, one each, from the
-    last steps backwards; both go round again until nothing is left. Weights that are all zero count as equal.
+    The steps with the largest counts get one more each if the rounded counts are too few. The last steps, backwards,
+    lose one each if they are too many. Both are repeated as often as needed. Weights that are all zero count as equal.
 
     Args:
-        weights: Non-negative, with shape `(T,)`.
+        weights: Non-negative weights with shape `(T,)`.
         num_samples: N.
     """
     weights = weights.double()

@@ -1,4 +1,4 @@
-r"""How much an error of the prediction at one step changes the final sample.
+r"""Measures how much an error of the prediction at one step changes the final sample.
 
 An error e of the prediction at step t changes the final latent x_0 by J_t e to first order. This module measures the
 mean gain g_t = |J_t e|^2 / |e|^2 for random e: the sampler runs once as it is, and once per step with noise added to
@@ -6,7 +6,7 @@ the prediction of that step alone. Errors of different steps are then taken to a
 
     |dx_0|^2  ~  sum_t g_t |e_t|^2,
 
-which holds when they are not correlated. Correlated errors add up to more, for all layers alike.
+which holds if they are not correlated. Correlated errors have a larger sum, in all layers alike.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ NOISE_SHARE = 0.05
 
 @dataclass(frozen=True)
 class StepGains:
-    """What an error of the prediction at each step does to the final sample.
+    """The effect of an error of the prediction at each step on the final sample.
 
     Attributes:
         gains: g_t of each denoiser call of the sampler, with shape `(T,)`: squared error of the final sample per
             squared error of the prediction.
-        final_energy: Mean square of the final sample of full precision.
+        final_energy: Mean square of the final sample at full precision.
     """
 
     gains: Tensor
@@ -53,8 +53,8 @@ def measure_gains(
         denoiser: The full-precision denoiser that `generate` calls.
         generate: Samples the same images every time; returns the final latents, with shape `(N, *)`.
         num_calls: T, denoiser calls per run.
-        branches: 2 where a call holds both branches of guidance, else 1; both get the same noise, so that the guided
-            prediction is changed by just that noise.
+        branches: 2 if a call holds both branches of guidance, else 1. Both get the same noise, so that the guided
+            prediction changes by exactly that noise.
         seed: Seed of the noise.
         advance: Progress callback, called with 1 after each run.
     """
@@ -72,7 +72,7 @@ def measure_gains(
 
 @contextmanager
 def _noise_at_call(denoiser: nn.Module, call: int, branches: int, seed: int, added: list[float]) -> Iterator[None]:
-    """Adds noise to what the denoiser returns from its call number `call`; `added` receives the noise's mean square."""
+    """Adds noise to the denoiser's output in its call number `call`; `added` receives the mean square of the noise."""
     generator = torch.Generator().manual_seed(seed + call)
     number = 0
 
@@ -99,7 +99,7 @@ def _noise_at_call(denoiser: nn.Module, call: int, branches: int, seed: int, add
 
 
 def prediction_of(output: Any) -> Tensor:
-    """Returns the prediction in what a denoiser returns: the first entry of a tuple, or `.sample`."""
+    """Returns the prediction in a denoiser's output: the first entry of a tuple, or `.sample`."""
     prediction = output[0] if isinstance(output, tuple) else output.sample
     assert isinstance(prediction, Tensor)
     return prediction

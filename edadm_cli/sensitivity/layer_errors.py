@@ -1,4 +1,4 @@
-r"""The error of the prediction when one layer alone is quantized.
+r"""Measures the error of the prediction when one layer alone is quantized.
 
 For a layer l at b bits, the denoiser runs over calibration samples in full precision and with that layer quantized
 (searched ranges, nearest rounding, nothing learned). The error of the guided prediction, weighted by the gains of the
@@ -31,12 +31,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class PredictionBatch:
-    """Calibration samples that go through the denoiser together, with the prediction of full precision.
+    """A batch of calibration samples, with the prediction at full precision.
 
     Attributes:
         call: Arguments of the denoiser; with guidance the rows of the unconditional branch come first.
         step_index: The denoiser call of the sampler that each sample is from, with shape `(n,)`.
-        prediction: The guided prediction of full precision, with shape `(n, *)`.
+        prediction: The guided prediction at full precision, with shape `(n, *)`.
     """
 
     call: Call
@@ -48,11 +48,11 @@ class PredictionError:
     """The error of a changed denoiser's prediction, in units of the final sample's energy.
 
     Args:
-        denoiser: In full precision now; it may be changed afterwards.
+        denoiser: The denoiser, at full precision when this object is created; it may be changed afterwards.
         calls: Arguments of the denoiser and the step index of each sample, batch by batch.
-        gains: What an error at each step does to the final sample.
+        gains: The effect of an error at each step on the final sample.
         branches: 2 with guidance, else 1.
-        guidance_scale: Weight of guidance; it is not used where `branches` is 1.
+        guidance_scale: Scale of guidance; not used if `branches` is 1.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class PredictionError:
 
     @torch.no_grad()
     def measure(self) -> float:
-        """Predicted squared error of the final sample over its energy; steps without a sample count as the mean."""
+        """Returns the predicted relative squared error of the final sample; steps without samples count as the mean."""
         num_steps = len(self.gains.gains)
         energy = torch.zeros(num_steps, dtype=torch.float64)
         samples = torch.zeros(num_steps, dtype=torch.float64)
@@ -95,10 +95,10 @@ class PredictionError:
 def one_layer_quantized(
     denoiser: nn.Module, name: str, plan: LayerPlan, ranges: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Quantizes one layer of a full-precision denoiser to nearest, and puts the layer back afterwards.
+    """Quantizes one layer of a full-precision denoiser to nearest while entered.
 
     Args:
-        denoiser: The denoiser; all its other layers stay as they are.
+        denoiser: The denoiser, whose other layers are not changed.
         name: Dotted name of the layer.
         plan: The layer's bits.
         ranges: The parameters of the layer under the names of `search_ranges`.
@@ -125,9 +125,9 @@ def layer_errors(
     """Returns the predicted rise of the final error of one layer at each of several widths.
 
     Args:
-        error: What measures the prediction.
+        error: Measures the error of the prediction.
         name: Dotted name of the layer.
-        candidates: Number of bits -> the layer's plan and the ranges that belong to it.
+        candidates: Maps a number of bits to the layer's plan and ranges.
         advance: Progress callback, called with 1 after each width.
     """
     errors = {}

@@ -1,4 +1,4 @@
-"""The picture of a sensitivity measurement: the layers that hurt most, at each number of weight bits."""
+"""Plots a sensitivity measurement: the layers with the largest errors, at each number of weight bits."""
 
 from __future__ import annotations
 

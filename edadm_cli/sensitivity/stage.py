@@ -1,4 +1,4 @@
-"""`edadm sensitivity`: the rise of the final error per layer and number of bits, ranked."""
+"""`edadm sensitivity`: measures and ranks the rise of the final error per layer and number of bits."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(
     """Measures every layer at every number of bits, and writes the `sensitivity` artifact.
 
     Raises:
-        InputError: There is no calibration set, or the model is not the one it was collected from.
+        InputError: There is no calibration set, or the model is not the one that it was collected from.
         UsageError: A pattern of the recipe matches no layer.
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
@@ -67,17 +67,17 @@ def run(
 
 
 def build_spec(config: SensitivityConfig, run_folder: RunFolder) -> BuildSpec:
-    """Returns what `run` would build."""
+    """Returns the description of the artifact that `run` would build."""
     return resolve_task(config, run_folder).build_spec()
 
 
 def artifact_name(config: SensitivityConfig) -> None:
-    """Returns no name: a run holds one artifact of the kind."""
+    """Returns `None`: a run has one artifact of this kind."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """The configuration with nothing left open."""
+    """A configuration whose open choices are all decided."""
 
     config: SensitivityConfig
     collected: CollectedRun
@@ -92,7 +92,7 @@ class _Task:
 
     @property
     def num_calls(self) -> int:
-        """Denoiser calls of one run of the sampler."""
+        """Number of denoiser calls in one run of the sampler."""
         return int(self.calibration.step_index.max()) + 1
 
     def build_spec(self) -> BuildSpec:
@@ -103,7 +103,7 @@ class _Task:
         return BuildSpec("sensitivity", None, fields, self.config.seed, (self.selection,), model)
 
     def calls(self) -> list[tuple[Call, Tensor]]:
-        """Returns the calibration samples in batches, spread evenly over the set, each with the steps they are from."""
+        """Returns batches of calibration samples, spread evenly over the set, each with the steps of its samples."""
         order = torch.linspace(0, len(self.calibration) - 1, self.num_samples).round().long()
         return [
             (self.calibration.call(part, self.device, torch.float32), self.calibration.step_index[part])
@@ -112,7 +112,7 @@ class _Task:
 
 
 def resolve_task(config: SensitivityConfig, run_folder: RunFolder) -> _Task:
-    """Settles what the configuration leaves open, without loading the model."""
+    """Decides what the configuration leaves open, without loading the model."""
     collected = CollectedRun.open(run_folder)
     selection = run_folder.open("select")
     batch_size = config.batch_size or collected.entry.batch_size
@@ -138,7 +138,7 @@ def _measure(task: _Task, build: Build, reporter: Reporter) -> None:
 
 
 def _gains(task: _Task, model: LoadedModel, folder: Path, reporter: Reporter) -> StepGains:
-    """Returns the gains of the steps, from a file where a killed run has left them."""
+    """Returns the gains of the steps, from a file if a killed run has measured them."""
     path = folder / _GAINS_FILE
     if not path.is_file():
         sampling = task.collected.sampling
@@ -164,7 +164,7 @@ def _gains(task: _Task, model: LoadedModel, folder: Path, reporter: Reporter) ->
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The widths at which one layer is measured, with the plan and the ranges of each."""
+    """The numbers of bits that one layer is measured at, with the plan and the ranges of each."""
 
     weight: dict[int, tuple[LayerPlan, Mapping[str, Tensor]]]
     activation: dict[int, tuple[LayerPlan, Mapping[str, Tensor]]]
@@ -173,7 +173,7 @@ class _Candidates:
 def _candidates(task: _Task, denoiser: nn.Module, traced: Trace, calls: list[Call]) -> dict[str, _Candidates]:
     """Returns every quantizable layer with its candidates, in the order of execution."""
     config, ranges = task.config, task.config.recipe.ranges
-    if ranges.weight == "output-error":  # its statistics belong to a whole plan; here layers are compared
+    if ranges.weight == "output-error":  # its statistics belong to a whole plan, but here single layers are compared
         ranges = ranges.model_copy(update={"weight": "search"})
     full = plan_network(traced, config.recipe, BitWidth(weight=8, activation=8))
     candidates = {name: _Candidates({}, {}) for name in full.layers}

@@ -308,6 +308,6 @@ def test_other_architectures_go_the_same_way(model: str, fresh_run: FreshRun, re
     run = fresh_run(request.getfixturevalue(model))
     record = reconstruct.run(config_of(recipe=quick("paper")), run)
     kept = run.open("reconstruct", "w4a8").json("plan.json").get("kept", {})
-    reasons = {"runs more than once a forward"} if model == "tiny_dit" else set()
+    reasons = {"runs more than once per forward"} if model == "tiny_dit" else set()
     assert (set(kept.values()), record.coverage.kept) == (reasons, 2 * len(reasons))
     assert exported(run).parity.images_bit_equal
