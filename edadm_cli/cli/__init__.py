@@ -1,1 +1,1 @@
-"""The command line: build a configuration, call a stage, print its record, exit. No arithmetic."""
+"""The command line: it builds a configuration, calls a stage, prints its record, and exits."""

@@ -24,7 +24,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 @dataclass(frozen=True)
 class Command:
-    """A command as `edadm --help` lists it; the function of its name lies in the module `edadm_cli.cli.<module>`."""
+    """A command as `edadm --help` lists it; the module `edadm_cli.cli.<module>` has a function of the same name."""
 
     name: str
     module: str
@@ -46,8 +46,8 @@ COMMANDS = {
             "run",
             "chain",
             _WHOLE,
-            "Run the whole chain.\n\nCollect, select, reconstruct, export, evaluate, report; what is up to date is"
-            " skipped.",
+            "Run the whole chain.\n\nIt collects, selects, reconstructs, exports, evaluates and reports. Stages that"
+            " are up to date are skipped.",
         ),
         Command(
             "collect",
@@ -60,15 +60,16 @@ COMMANDS = {
             "select",
             "stages",
             _CHAIN,
-            "Choose the calibration samples.\n\nTDAC, or another strategy, decides how many of them each sampler step"
-            " contributes.",
+            "Choose the calibration samples.\n\nTDAC, or another strategy, decides how many of them come from each"
+            " sampler step.",
         ),
         Command(
             "sensitivity",
             "stages",
             _CHAIN,
-            "Measure what each layer costs at each number of bits.\n\nAfterwards --bits auto:4.5a8 spends an average of"
-            " 4.5 bits per weight, and --bits auto:1.8MiB a size of the denoiser, where they lower the error most.",
+            "Measure the error of each layer at each number of bits.\n\nAfterwards, reconstruct --bits auto:4.5a8"
+            " assigns an average of 4.5 bits per weight to the layers so that the error is smallest, and --bits"
+            " auto:1.8MiB does so within a size of the denoiser.",
         ),
         Command(
             "reconstruct",
@@ -81,7 +82,7 @@ COMMANDS = {
             "export",
             "stages",
             _CHAIN,
-            "Pack the integers into a diffusers folder.\n\nThe folder is loaded back and compared with the"
+            "Pack the integers into a diffusers folder.\n\nThe folder is loaded again and compared with the"
             " reconstruction.",
         ),
         Command(
@@ -89,7 +90,7 @@ COMMANDS = {
             "stages",
             _CHAIN,
             "Measure speed, memory and size against full precision.\n\nEvery layer is first compared with exact"
-            " integers; nothing is timed that does not match.",
+            " integers; an engine that does not match is not timed.",
         ),
         Command(
             "evaluate",
@@ -110,35 +111,35 @@ COMMANDS = {
             "push",
             "share",
             _SHOW,
-            "Send an export to the Hugging Face hub.\n\nIts model card has the metrics and the picture grid of its"
-            " evaluation, and nothing of this machine.",
+            "Upload an export to the Hugging Face hub.\n\nIts model card has the metrics and the image grid of its"
+            " evaluation, and no information about this machine.",
         ),
         Command(
             "inspect",
             "look",
             _SHOW,
-            "Show and check an artifact or a run.\n\nWhat it holds, what it was made from, and whether every file is as"
-            " it was written.",
+            "Show and check an artifact or a run.\n\nIt shows the content and the lineage, and checks that every file"
+            " is unchanged.",
         ),
         Command(
             "models",
             "look",
             _SHOW,
-            "List the known models.\n\nAnd whether each is on this machine: built here, in the package, or in the hub's"
-            " cache.",
+            "List the known models.\n\nIt shows whether each is available offline: built here, part of the package, or"
+            " in the hub's cache.",
         ),
         Command(
             "engines",
             "look",
             _SHOW,
-            "List the engines.\n\nWhat each can do on this machine, and why one cannot run here.",
+            "List the engines.\n\nIt shows what each can do on this machine, or why it cannot run here.",
         ),
     )
 }
 
 
 class _LazyGroup(TyperGroup):
-    """Lists commands by their descriptions, and imports the one that is called."""
+    """Lists commands by their descriptions, and imports only the one that is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, listed, rest = super().resolve_command(ctx, args)
@@ -173,7 +174,7 @@ def _program(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code; without `arguments`, that of the process, which then ends."""
+    """Runs a command line and returns its exit code; without `arguments`, those of the process, which then ends."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     with heard_signals(is_program=arguments is None) as signals, forgiving_streams():
         try:

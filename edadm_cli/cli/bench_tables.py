@@ -1,4 +1,4 @@
-"""The tables of a bench: what was measured on which machine, the contenders, where the time goes, the outcome."""
+"""The tables of a bench: the machine, the contenders, the time by kind of operation, and the summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FASTEST = "green"
 
 
 def bench_tables(result: Mapping[str, Any]) -> Iterator[Table | Text]:
-    """Yields the tables of a bench, and its headline below them."""
+    """Yields the tables of a bench, and its summary below them."""
     yield Text(f"{one_line(result['subject'])}\n{one_line(_machine(result['machine']))}")
     yield _contenders(result)
     for bits, facts in result["by_bits"].items():

@@ -1,4 +1,4 @@
-"""The error boundary: whatever goes wrong ends as one sentence, a hint, and an exit code."""
+"""The error boundary: reports any failure as one sentence with a hint, and turns it into an exit code."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def guard(arguments: Sequence[str], work: Callable[[], Any], signals: Signals) -
     """Runs a command line and returns its exit code; a failure is reported on stderr, and on stdout with `--json`.
 
     Args:
-        arguments: The command line, which shows `--json` and `--verbose` even when it does not parse.
-        work: Parses and runs it; its value is an exit code or nothing.
-        signals: What was heard meanwhile.
+        arguments: The command line, which is searched for `--json` and `--verbose` even if it does not parse.
+        work: Parses and runs the command line; it returns an exit code or `None`.
+        signals: The signals that the process received.
     """
     try:
         code = work()
@@ -98,7 +98,7 @@ def failure_fields(error: EdadmError) -> dict[str, Any]:
 
 
 def is_reporting_process(error: EdadmError) -> bool:
-    """Returns whether this process reports a failure: the main one does, or the next one when the main one is lost."""
+    """Returns whether this process reports a failure: the main process does, or the next one if that is lost."""
     index = launched_index()
     return index == 0 or (index == 1 and isinstance(error, LostProcessError) and error.index == 0)
 
@@ -127,7 +127,7 @@ def _command(arguments: Sequence[str]) -> list[str]:
 
 def _explain_validation(error: ValidationError, arguments: Sequence[str]) -> UsageError:
     first, command = error.errors()[0], _command(arguments)
-    field = ".".join(part for part in first["loc"] if isinstance(part, str))  # an item of a list has no flag
+    field = ".".join(part for part in first["loc"] if isinstance(part, str))  # items of a list have no flags
     if first["type"] == "extra_forbidden":
         return UsageError(f"There is no setting '{field}' in {error.title}.")
     flag = f"--{field.replace('_', '-')}" if field else error.title
@@ -138,10 +138,10 @@ def _explain_validation(error: ValidationError, arguments: Sequence[str]) -> Usa
 
 
 def _explain_limit(error: Exception) -> MachineError | None:
-    """Returns the sentence for memory or threads that this process may not have.
+    """Returns the failure for a lack of memory or threads; `None` for other errors.
 
-    torch is not imported for it: its errors are known by their class on CUDA, by their text on the CPU. A library that
-    cannot be mapped may come as the error of whoever imported it.
+    torch's errors are recognized without importing torch: by their class on CUDA, by their text on the CPU. A library
+    that cannot be mapped into memory may appear as the error of the module that imports it.
     """
     kind, text = type(error), str(error)
     on_cuda = kind.__name__ == "OutOfMemoryError" and kind.__module__.startswith("torch")

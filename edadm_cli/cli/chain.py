@@ -1,4 +1,4 @@
-"""The whole chain as one command: what is up to date is skipped, what is missing is built."""
+"""The whole chain as one command: stages that are up to date are skipped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(execution: Execution, given: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The configuration of every stage, settled before the first one starts."""
+    """The configurations of all stages, which are checked before the first stage starts."""
 
     collect: CollectConfig
     select: SelectConfig
@@ -74,7 +74,7 @@ def _configure(execution: Execution, given: dict[str, Any]) -> _Settings:
 
 
 def _widths_of_file(execution: Execution) -> tuple[BitWidth, ...]:
-    """Bit widths that the configuration file names, one or several."""
+    """Returns the bit widths that the configuration file names, one or several."""
     value = execution.from_file("reconstruct", "bits")
     if not value:
         return ()
@@ -82,7 +82,7 @@ def _widths_of_file(execution: Execution) -> tuple[BitWidth, ...]:
 
 
 class _Chain:
-    """The stages in order, on one run folder."""
+    """Runs the stages in order on one run folder."""
 
     def __init__(self, execution: Execution, run_folder: RunFolder) -> None:
         self.execution = execution
@@ -116,13 +116,13 @@ class _Chain:
         return records
 
     def _report(self, bits: list[str]) -> str:
-        from edadm_cli.report import stage  # imports what draws the plots
+        from edadm_cli.report import stage  # imports the modules that draw the plots
 
         with contextlib.redirect_stdout(sys.stderr):
             return str(stage.run(self.run_folder, bits))
 
     def _perform(self, stage: Stage[Any], config: StageConfig, before: list[StageRecord]) -> StageRecord:
-        """Performs a stage; a dry run cannot probe one that reads what is yet to be built."""
+        """Performs a stage; a dry run cannot estimate a stage whose inputs are not built yet."""
         self.execution.reporter.note(f"{stage.kind} {getattr(config, 'bits', '')}".strip())
         is_on_new = any(record.status == "planned" for record in before)
         try:
@@ -140,7 +140,7 @@ class _Chain:
 
 
 def _spent(started: float, records: list[StageRecord]) -> dict[str, Any]:
-    """Returns what the chain took: its time, and the highest of the peaks, which are measured anew for every stage."""
+    """Returns the time of the chain and its peak memory, which is the highest of the stages' peaks."""
     whole = spent(started)
     for key in ("peak_memory_mib", "peak_cuda_memory_mib"):
         peaks = [whole[key], *(getattr(record, key) for record in records)]

@@ -1,4 +1,4 @@
-"""Reports on stderr while a stage runs: bars on a terminal, warnings always, details with `--verbose`."""
+"""Reports on stderr while a stage runs: progress bars on a terminal, warnings always, details with `--verbose`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class ConsoleReporter:
-    """Reports to a person at a terminal, or to a log.
+    """Reports progress, warnings and details on stderr, to a terminal or to a log.
 
     Args:
         bars: Whether progress bars are shown.
         verbose: Whether notes are shown.
-        silent: Whether nothing is shown at all: only the main one of several processes reports.
+        silent: Whether nothing is shown at all, since only the main one of several processes reports.
     """
 
     def __init__(self, *, bars: bool, verbose: bool, silent: bool = False) -> None:
@@ -45,7 +45,7 @@ class ConsoleReporter:
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows one bar; several tasks at once share one display."""
+        """Shows one progress bar while entered; several tasks at once share one display."""
         if not self._bars:
             yield lambda steps: None
             return
@@ -94,12 +94,14 @@ class ConsoleReporter:
 
 
 def calm_libraries(verbose: bool) -> None:
-    """Keeps the chatter of libraries off stderr; must run before they are imported."""
+    """Silences libraries on stderr; it has to be called before they are imported."""
     if verbose:
         return
     warnings.simplefilter("ignore")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that a stage begins
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells at length of a home that cannot be written
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # applies to the processes that a stage starts
+    logging.getLogger("matplotlib").setLevel(
+        logging.ERROR
+    )  # it warns at length of a home folder that cannot be written
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

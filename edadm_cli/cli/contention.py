@@ -10,13 +10,13 @@ _TASKS = Path("/proc/self/task")
 
 @dataclass(frozen=True)
 class Scheduling:
-    """Nanoseconds that the threads of this process have run, and waited for a processor, up to now."""
+    """The nanoseconds that the threads of this process have run and have waited for a processor, up to now."""
 
     ran: int = field(default_factory=lambda: _sum(0))
     waited: int = field(default_factory=lambda: _sum(1))
 
     def share_lost(self) -> float:
-        """Returns the share of the processor time that others took since then; 0 where it is not recorded."""
+        """Returns the share of processor time that other processes took since then; 0 if it is not recorded."""
         now = Scheduling()
         ran, waited = now.ran - self.ran, now.waited - self.waited
         return max(0.0, waited / (ran + waited)) if ran + waited > 0 else 0.0
@@ -29,5 +29,5 @@ def _sum(column: int) -> int:
         try:
             total += int(path.read_text().split()[column])
         except (OSError, IndexError, ValueError):
-            continue  # the thread has ended, or the kernel was built without
+            continue  # the thread has ended, or the kernel does not record it
     return total

@@ -1,4 +1,4 @@
-"""What every command does around its stage: read the shared options, plan or run, print, exit."""
+"""The common part of all commands: it reads the shared options, runs or plans a stage, prints, and exits."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from edadm_cli.launching import launched, launched_index
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
-_BUSY = 0.1  # share of the processor time that a probe may lose to others
+_BUSY = 0.1  # share of processor time that other processes may take from a probe
 
 
 @dataclass
 class Execution:
-    """One invocation of a command, with what the shared options say."""
+    """One invocation of a command, with the values of the shared options."""
 
     command: str
     output: Output
@@ -52,7 +52,7 @@ class Execution:
         return settings.build_config(stage, self.file, values)
 
     def from_file(self, stage: str, key: str) -> Any:
-        """Returns what the configuration file says of a stage's field; `None` where it says nothing."""
+        """Returns the value of a stage's field in the configuration file; `None` if it has none."""
         return settings.from_file(self.file, stage, key)
 
     def run_used_last(self) -> RunFolder:
@@ -66,15 +66,15 @@ class Execution:
     def perform(
         self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT, *, may_be_finished: bool = True
     ) -> StageRecord:
-        """Runs a stage; with `--dry-run` sees whether it is up to date, and else estimates it.
+        """Runs a stage; with `--dry-run`, checks whether it is up to date and estimates it otherwise.
 
-        What a library prints meanwhile goes to stderr.
+        Anything that a library prints meanwhile goes to stderr.
 
         Args:
             stage: The stage.
             run_folder: The run.
             config: The stage's configuration.
-            may_be_finished: Whether a dry run looks for finished work; without use where what it reads will change.
+            may_be_finished: Whether a dry run looks for finished work; `False` if the inputs of the stage will change.
         """
         reset_peak()
         self.reporter.warnings = []
@@ -88,19 +88,19 @@ class Execution:
         return record
 
     def _finished(self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT) -> Artifact | None:
-        """Returns the work that the stage would find finished and leave as it is."""
+        """Returns the existing artifact that the stage would keep; `None` if it would build one."""
         if self.force or launched_index() > 0:
             return None
         finished = stage.finished(config, run_folder)
         if finished is not None and stage.repeats:
-            self.reporter.warn(f"{finished.path} is there, with the same settings; it will be made anew.")
+            self.reporter.warn(f"{finished.path} exists with the same settings; it will be built again.")
             return None
         return finished
 
     def _foresee(
         self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT, finished: Artifact | None
     ) -> StageRecord:
-        """Returns what a stage would do: nothing where its work is finished, else work of the estimated size."""
+        """Returns the record of a dry run: up to date, or planned with an estimate."""
         if launched_index() > 0:
             raise typer.Exit
         started, scheduling = time.monotonic(), Scheduling()
@@ -122,7 +122,7 @@ class Execution:
         )
 
     def _remember(self, run_folder: RunFolder, config: StageConfig) -> None:
-        """Notes what was used last; where that cannot be written, the work is done all the same."""
+        """Remembers the run and bit width as used last; a failure to write that is only a warning."""
         if launched_index() > 0:
             return
         bits = getattr(config, "bits", None)
@@ -131,23 +131,23 @@ class Execution:
             if isinstance(bits, BitWidth):
                 places.remember_bits(run_folder, str(bits))
         except EdadmError as error:
-            self.reporter.note(f"What was used last is not remembered: {error.message}")
+            self.reporter.note(f"The run and bit width that were used last are not remembered: {error.message}")
 
     def conclude(
         self, record: StageRecord, path: str | None = None, requirements: Iterable[Requirement] | None = None
     ) -> None:
-        """Prints a record; then exits with 5 when a requirement is not met."""
+        """Prints a record, and exits with 5 if a requirement is not met."""
         result = json.loads(record.model_dump_json())  # numbers that JSON lacks become null
         due = [] if self.dry_run else requirements or []
         self.print(result, [requirement.check(result) for requirement in due], path or record.artifact)
 
     def print_facts(self, facts: Mapping[str, Any], path: str | None) -> None:
-        """Prints facts that belong to no run: the keys that every command has, and these."""
+        """Prints facts that belong to no run, together with the keys that every command has."""
         common = {"command": self.command, "status": "done", "run": None, "artifact": None, "identity": None}
         self.print({**common, "seconds": time.monotonic() - self.started, "warnings": [], **facts}, [], path)
 
     def print(self, result: Mapping[str, Any], outcomes: list[dict[str, Any]], path: str | None) -> None:
-        """Prints a JSON object, with the outcomes of its requirements where there are some."""
+        """Prints a JSON object, with the outcomes of its requirements if there are any."""
         if launched_index() > 0:
             return
         show(self.output, {**result, "requirements": outcomes} if outcomes else result, path)
@@ -161,27 +161,27 @@ Body = Callable[[Execution, dict[str, Any]], None]
 
 
 def stage_command(config: type[StageConfig] | None, *more: flags.Parameter) -> Callable[[Body], Callable[..., None]]:
-    """Makes a command that builds something in a run: the configuration's options, then `more`, then the shared."""
-    own = flags.stage_parameters(config) if config is not None else []
-    return _command([*own, *more], flags.STAGE)
+    """Creates a command of a stage: it has the options of the configuration, `more` options, and the shared ones."""
+    stage_options = flags.stage_parameters(config) if config is not None else []
+    return _command([*stage_options, *more], flags.STAGE)
 
 
-def run_command(*own: flags.Parameter) -> Callable[[Body], Callable[..., None]]:
-    """Makes a command that reads a run: its own options, `--run`, and the form of the output."""
-    return _command(own, (flags.RUN, *flags.OUTPUT))
+def run_command(*options: flags.Parameter) -> Callable[[Body], Callable[..., None]]:
+    """Creates a command that reads a run: it has its own options, `--run`, and those of the output."""
+    return _command(options, (flags.RUN, *flags.OUTPUT))
 
 
-def output_command(*own: flags.Parameter) -> Callable[[Body], Callable[..., None]]:
-    """Makes a command that needs no run: its own options, then the form of the output."""
-    return _command(own, flags.OUTPUT)
+def output_command(*options: flags.Parameter) -> Callable[[Body], Callable[..., None]]:
+    """Creates a command that needs no run: it has its own options and those of the output."""
+    return _command(options, flags.OUTPUT)
 
 
 def _command(
-    own: Iterable[flags.Parameter], shared: Iterable[flags.Parameter]
+    options: Iterable[flags.Parameter], shared: Iterable[flags.Parameter]
 ) -> Callable[[Body], Callable[..., None]]:
-    """Gives a command's body its own options as a dictionary, and an `Execution` made of the shared ones."""
+    """Creates a command that passes an `Execution` made of the shared options and a dictionary of the other ones."""
     names = [option.name for option in shared]
-    parameters = [*own, *shared]
+    parameters = [*options, *shared]
 
     def decorate(body: Body) -> Callable[..., None]:
         def command(**values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Flags of the commands: those of a stage are derived from its configuration, those that commands share stand here."""
+"""The flags of the commands: those of a stage are derived from its configuration, shared ones are defined here."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def parameter(name: str, kind: Any, *spellings: str, default: Any = None, **fact
     Args:
         name: The parameter's name.
         kind: The type of its value.
-        spellings: How the option is spelled; by default as the name is.
+        spellings: Spellings of the option; by default its name.
         default: The value of an option that is not given.
-        facts: What `typer.Option` takes besides.
+        facts: Further arguments of `typer.Option`.
     """
     option = typer.Option(*(spellings or (_spelling(name),)), **facts)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 def field_parameter(config: type[StageConfig], name: str) -> Parameter:
-    """Returns the option of a field: its type, spelling and help text are those of the configuration."""
+    """Returns the option of a field, with the type, spelling and help text of the configuration."""
     field, facts = config.model_fields[name], field_facts(config, name)
     kind, parser = _option_type(field.annotation)
     spellings = facts["flags"] or [_spelling(name)]
@@ -55,7 +55,7 @@ def stage_parameters(config: type[StageConfig]) -> list[Parameter]:
 
 
 def field_values(config: type[StageConfig], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of the flags that were given, by field; of a list, items with commas are split."""
+    """Returns the values of the given flags by field; items of lists are split at commas."""
     values = {}
     for name, value in given.items():
         if name in config.model_fields and value is not None and value != []:
@@ -64,12 +64,12 @@ def field_values(config: type[StageConfig], given: Mapping[str, Any]) -> dict[st
 
 
 def several_bits(help_text: str) -> Parameter:
-    """Returns an option for bit widths, which is repeatable and takes commas; `widths_of` reads its value."""
+    """Returns an option for several bit widths, repeated or with commas; `widths_of` reads its value."""
     return parameter("bits", list[BitWidth] | None, help=help_text, metavar="wXaY", parser=BitWidth.parse_several)
 
 
 def widths_of(value: Iterable[tuple[BitWidth, ...]] | None) -> tuple[BitWidth, ...]:
-    """Returns the bit widths of such an option, in order and each once."""
+    """Returns the bit widths of an option of `several_bits`, in order and each once."""
     return tuple(dict.fromkeys(width for several in value or () for width in several))
 
 
@@ -78,7 +78,7 @@ def _spelling(name: str) -> str:
 
 
 def _option_type(annotation: Any) -> tuple[Any, Any]:
-    """Returns the type that Typer parses for a field's type, and a parser where the type has its own."""
+    """Returns the type that Typer parses for a field's type, and a parser if the type has its own."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return _option_type(next(part for part in arguments if part is not type(None)))
@@ -157,7 +157,7 @@ STAGE = (
         bool,
         default=False,
         rich_help_panel=_WHERE,
-        help="Report what is up to date, and estimate time, memory and disk of the rest; change nothing.",
+        help="Report what is up to date, and estimate time, memory and disk of the rest, without changing anything.",
     ),
     *OUTPUT,
 )

@@ -1,4 +1,4 @@
-"""The commands that only look: report, inspect, models and engines."""
+"""The commands that show things without changing a run: report, inspect, models and engines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PATH = flags.Parameter(
 @run_command(flags.several_bits("Bit widths to show, repeatable or with commas; by default all."))
 def report(execution: Execution, given: dict[str, Any]) -> None:
     """Writes report.html."""
-    from edadm_cli.report import stage  # imports what draws the plots
+    from edadm_cli.report import stage  # imports the modules that draw the plots
 
     started = time.monotonic()
     names = [str(width) for width in flags.widths_of(given["bits"])] or None
@@ -84,7 +84,7 @@ def models(execution: Execution, given: dict[str, Any]) -> None:
 
 @output_command()
 def engines(execution: Execution, given: dict[str, Any]) -> None:
-    """Lists the engines, with what each can do on this machine."""
+    """Lists the engines, with their abilities on this machine."""
     from edadm_cli.engines.registry import engine_facts
 
     facts = [entry.model_dump(mode="json") for entry in engine_facts()]
@@ -92,7 +92,7 @@ def engines(execution: Execution, given: dict[str, Any]) -> None:
 
 
 def _is_available(entry: ModelEntry) -> bool:
-    """Returns whether a model is on this machine: built here, in the package, or in the hub's cache."""
+    """Returns whether a model is available offline: built here, in the package, or in the hub's cache."""
     if entry.source == "random":
         return True
     if entry.source == "compvis":

@@ -1,7 +1,7 @@
-"""Finds the run folder that a command works in, and remembers what was used last.
+"""Finds the run folder that a command works in, and remembers the one that was used last.
 
-`--run DIR`; else `$EDADM_RUN`; else `runs/<model>` where a command names a model, and the run that was used
-last (`runs/.latest`) where it does not. A run remembers its last bit width in the same way (`<run>/.latest`).
+The folder is `--run DIR`, else `$EDADM_RUN`, else `runs/<model>` if the command names a model, else the run that was
+used last (`runs/.latest`). A run remembers its last bit width in the same way (`<run>/.latest`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run_used_last(flag: Path | None) -> RunFolder:
     """Returns the run folder of a command that continues a run.
 
     Raises:
-        InputError: None is named and none was used before.
+        InputError: No run is named, and none was used before.
     """
     named = _named(flag)
     if named is not None:
@@ -49,7 +49,7 @@ def run_used_last(flag: Path | None) -> RunFolder:
 
 
 def remember_run(run: RunFolder) -> None:
-    """Remembers a run as the one that was used last; with `$EDADM_RUN` there is nothing to remember."""
+    """Remembers a run as the one that was used last, unless `$EDADM_RUN` names it."""
     if not os.environ.get(RUN_VARIABLE):
         _write(RUNS / LATEST, str(run.root))
 
@@ -64,11 +64,11 @@ def bits_used_last(run: RunFolder, kind: str) -> BitWidth:
 
     Args:
         run: The run.
-        kind: The artifact that the command reads; if no width is remembered, its only one is taken.
+        kind: The kind of the artifact that the command reads; if no width is remembered, its only one is taken.
 
     Raises:
-        UsageError: The run holds several and none was used last.
-        InputError: The run holds none.
+        UsageError: The run has several bit widths, and none was used last.
+        InputError: The run has no such artifact.
     """
     text = _read(run.root / LATEST)
     if text:
@@ -85,12 +85,12 @@ def bits_used_last(run: RunFolder, kind: str) -> BitWidth:
 
 
 def folder_name(model: str) -> str:
-    """Returns the name of a model's run: a known name as it is, a folder's name, a hub id with `--` for `/`."""
+    """Returns the name of a model's run: the known name, the folder's name, or the hub id with `--` for `/`."""
     path = Path(model)
     text = path.resolve().name if path.exists() else model
     name = re.sub(r"[^A-Za-z0-9._-]+", "--", text).strip("-.")
     if not name:
-        raise UsageError(f"No name for a run folder can be made of the model '{model}'.", hint="name one with --run")
+        raise UsageError(f"The model '{model}' gives no name for a run folder.", hint="name one with --run")
     return name
 
 

@@ -1,7 +1,7 @@
-"""`--require 'KEY>=NUMBER'`: a gate on the numbers of a command's JSON object.
+"""`--require 'KEY>=NUMBER'`: checks a number of a command's JSON object.
 
-A key is dotted (`distance_to_full_precision.psnr_db`). It is looked up from the top, then among the metrics,
-and an object with a `value` stands for that value: `prompt_accuracy` is `metrics.prompt_accuracy.value`.
+A key is dotted (`distance_to_full_precision.psnr_db`). It is looked up from the top, then among the metrics, and an
+object with a `value` stands for that value: `prompt_accuracy` is `metrics.prompt_accuracy.value`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Requirement:
         """Reads `KEY>=NUMBER`.
 
         Raises:
-            UsageError: It is not of that form.
+            UsageError: The text does not have this form.
         """
         match = _FORM.match(text)
         bound = _number(match[3]) if match else None
@@ -51,7 +51,7 @@ class Requirement:
         return cls(text=text.strip(), key=match[1], comparison=match[2], bound=bound)
 
     def check(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Compares, and returns the outcome as the JSON object has it.
+        """Compares the number, and returns the outcome as the JSON object contains it.
 
         Raises:
             UsageError: The result has no such number.
@@ -77,7 +77,7 @@ def parse_requirements(texts: Iterable[str] | None) -> list[Requirement]:
 
 
 def unmet(outcomes: Iterable[Mapping[str, Any]]) -> RequirementError | None:
-    """Returns the failure that names the requirements that were not met; `None` when all were."""
+    """Returns the failure that names the requirements that were not met; `None` if all were met."""
     missed = [f"{outcome['require']} (got {_show(outcome['value'])})" for outcome in outcomes if not outcome["met"]]
     if not missed:
         return None

@@ -1,4 +1,6 @@
-"""From flags and a TOML file to a stage's configuration: defaults < file < flags; an unknown key is an error.
+"""Builds a stage's configuration from flags and a TOML file.
+
+Flags override the file, and the file overrides the defaults. An unknown key is an error.
 
 seed = 1                # top level: for every stage that has the field
 [collect]               # a table: for that stage
@@ -43,12 +45,12 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
 
 
 def from_file(content: Mapping[str, Any], stage: str, key: str) -> Any:
-    """Returns what a configuration file says of a stage's field; `None` where it says nothing."""
+    """Returns the value of a stage's field in a configuration file; `None` if it has none."""
     return content.get(stage, {}).get(key, content.get(key))
 
 
 def build_config(stage: Stage[ConfigT], content: Mapping[str, Any], flags: Mapping[str, Any]) -> ConfigT:
-    """Makes a stage's configuration from the file's top level, then its table, then the flags that were given.
+    """Returns a stage's configuration from the file's top level, overridden by its table, and then by the given flags.
 
     Raises:
         UsageError: A bit width or a recipe does not exist.
@@ -64,14 +66,14 @@ def build_config(stage: Stage[ConfigT], content: Mapping[str, Any], flags: Mappi
 
 
 def recipe_name(value: Any) -> str:
-    """Returns the name or the file of a recipe as a flag or a file gives it.
+    """Returns the name or the file of a recipe from the value in a flag or a file.
 
     Raises:
-        UsageError: It is no text: a recipe cannot be written within a configuration file.
+        UsageError: The value is not a text: a recipe cannot be part of a configuration file.
     """
     if not isinstance(value, str):
         raise UsageError(
-            f"A recipe is the name of one or a TOML file of its own; got {value!r}.",
+            f"A recipe is given by its name or by its own TOML file; got {value!r}.",
             hint="edadm reconstruct --recipe default",
         )
     return value

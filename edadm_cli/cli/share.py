@@ -1,4 +1,4 @@
-"""The command that gives an export away: push."""
+"""The command that uploads an export: push."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def _argument(name: str, kind: Any, metavar: str, text: str) -> flags.Parameter:
     _argument("folder", Path, "FOLDER", "The export, such as runs/digits-sd/export/w4a8."),
     _argument("repository", str, "OWNER/NAME", "The repository on the hub; it is created if there is none."),
     flags.parameter("private", bool, default=False, help="Create the repository as a private one."),
-    flags.parameter("dry_run", bool, default=False, help="List what would be sent; neither send nor ask anything."),
+    flags.parameter(
+        "dry_run", bool, default=False, help="List what would be sent, without sending or asking anything."
+    ),
 )
 def push(execution: Execution, given: dict[str, Any]) -> None:
     """Sends an export to the Hugging Face hub."""

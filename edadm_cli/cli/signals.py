@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a command with a sentence and an exit code; what was computed stays."""
+"""SIGINT and SIGTERM end a command with a sentence and an exit code; computed results are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HANDLED: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler
 
 
 class Signals:
-    """What a command hears: the first signal raises `KeyboardInterrupt`, a second one ends the process at once."""
+    """Handles signals: the first one raises `KeyboardInterrupt`, a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -28,7 +28,7 @@ class Signals:
         raise KeyboardInterrupt
 
     def explain(self) -> EdadmError:
-        """Returns the failure that an interruption is reported as."""
+        """Returns the failure that reports the interruption."""
         is_termination = self.number == signal.SIGTERM
         message = "Terminated by SIGTERM." if is_termination else "Interrupted."
         error = EdadmError(message, hint="the same command resumes where it was")
@@ -38,11 +38,11 @@ class Signals:
 
 @contextmanager
 def heard_signals(is_program: bool) -> Iterator[Signals]:
-    """Listens meanwhile; a signal that the process was started to ignore stays ignored.
+    """Handles signals while entered; a signal that the process was started to ignore stays ignored.
 
     Args:
-        is_program: Whether the process ends afterwards. Signals are ignored from then on: an interpreter that is
-            interrupted while it ends dies of the signal, although the work is done.
+        is_program: Whether the process ends afterwards. Signals are ignored from then on, because an interpreter that
+            is interrupted while it exits would end with the signal's exit code although the work is done.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():

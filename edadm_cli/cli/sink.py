@@ -1,4 +1,4 @@
-"""The one place that writes results to stdout: a table for people, one JSON object, or one path."""
+"""Writes results to stdout: tables for people, one JSON object, or one path."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Output(Enum):
         """Returns the form that the flags ask for.
 
         Raises:
-            UsageError: They ask for two.
+            UsageError: The flags ask for two forms.
         """
         if json_output and quiet:
-            raise UsageError("--json and --quiet contradict each other: stdout carries one thing.")
+            raise UsageError("--json and --quiet exclude each other: stdout has either the JSON object or the path.")
         return cls.JSON if json_output else cls.PATH if quiet else cls.TABLE
 
 
@@ -37,7 +37,7 @@ def show(output: Output, result: Mapping[str, Any], path: str | None) -> None:
     Args:
         output: The form.
         result: The JSON object.
-        path: What `--quiet` prints; `None` prints nothing.
+        path: The path that `--quiet` prints; `None` prints nothing.
     """
     if output is Output.JSON:
         write_line(json.dumps(result))
@@ -62,5 +62,5 @@ def write_line(text: str) -> None:
 
 
 def _width() -> int | None:
-    """Returns a fixed width where stdout is no terminal: a table in a log does not depend on where it was made."""
+    """Returns a fixed width if stdout is not a terminal, so that tables in logs do not depend on the environment."""
     return None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120

@@ -1,4 +1,4 @@
-"""The commands of the stages: each configures one, runs or plans it, and prints its record."""
+"""The commands of the stages: each configures a stage, runs or plans it, and prints its record."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def sample(execution: Execution, given: dict[str, Any]) -> None:
 
 
 _ROOFLINE = flags.parameter(
-    "roofline", bool, default=False, help="Measure nothing: print the time that no kernel can beat, for some GPUs."
+    "roofline",
+    bool,
+    default=False,
+    help="Print the roofline bound of the time for several GPUs, without measuring anything.",
 )
 
 
@@ -103,7 +106,7 @@ def bench(execution: Execution, given: dict[str, Any]) -> None:
 
 
 def configure_collect(execution: Execution, given: dict[str, Any]) -> CollectConfig:
-    """Returns the collection's configuration, whose defaults are those of a recipe where one is named."""
+    """Returns the configuration of `collect`, with the defaults of the recipe if one is named."""
     recipe = given["recipe"] or execution.from_file("reconstruct", "recipe")
     defaults = {} if recipe is None else load_recipe(recipe_name(recipe)).collect.model_dump(exclude_none=True)
     chosen = execution.configure(COLLECT, given).model_dump(exclude_unset=True)
@@ -111,7 +114,7 @@ def configure_collect(execution: Execution, given: dict[str, Any]) -> CollectCon
 
 
 def configure_select(execution: Execution, given: dict[str, Any]) -> SelectConfig:
-    """Returns the selection's configuration, whose defaults are those of a recipe where one is named."""
+    """Returns the configuration of `select`, with the defaults of the recipe if one is named."""
     recipe = given["recipe"] or execution.from_file("reconstruct", "recipe")
     defaults = {} if recipe is None else load_recipe(recipe_name(recipe)).select.model_dump(exclude_none=True)
     chosen = execution.configure(SELECT, given).model_dump(exclude_unset=True)
@@ -119,7 +122,7 @@ def configure_select(execution: Execution, given: dict[str, Any]) -> SelectConfi
 
 
 def configure_reconstruct(execution: Execution, given: dict[str, Any]) -> ReconstructConfig:
-    """Returns the reconstruction's configuration, with the recipe `default` where none is named.
+    """Returns the configuration of `reconstruct`, with the recipe `default` if none is named.
 
     Raises:
         UsageError: No bit width is given.
@@ -138,7 +141,7 @@ def _continue(
     reads: str,
     requirements: Iterable[Requirement] = (),
 ) -> None:
-    """Performs a stage that continues a run, with the run's last bit width where none is given."""
+    """Performs a stage that continues a run, with the run's last bit width if none is given."""
     run_folder = execution.run_used_last()
     config = execution.configure(stage, {**given, **_bits(execution, given, run_folder, reads)})
     execution.conclude(execution.perform(stage, run_folder, config), requirements=requirements)

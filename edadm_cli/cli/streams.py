@@ -1,7 +1,7 @@
-"""Standard output and standard error that cannot make finished work fail.
+"""Keeps errors of standard output and standard error from making finished work fail.
 
-Whoever reads them may go away, they may be closed, and what standard error is written to may be full. The work goes on,
-and the exit code is that of the work. A full disk under standard output is a failure: the result is lost there.
+Their readers may go away, the streams may be closed, and the disk of standard error may be full. The work continues,
+and the exit code is that of the work. A full disk behind standard output is a failure, because the result is lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GONE = (errno.EPIPE, errno.EBADF)
 
 
 class _Forgiving:
-    """A text stream that writes to nowhere once writing fails in a way that `forgives` accepts."""
+    """A text stream that discards its text once writing has failed with an error that `forgives` accepts."""
 
     def __init__(self, stream: TextIO, forgives: Callable[[Exception], bool]) -> None:
         self._stream = stream
@@ -49,7 +49,7 @@ class _Forgiving:
 
 
 def lead_nowhere(stream: TextIO) -> None:
-    """Points the stream's descriptor at the null device, also for what its buffer still holds."""
+    """Redirects the stream's descriptor to the null device, including the text that is still in its buffer."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -58,7 +58,7 @@ def lead_nowhere(stream: TextIO) -> None:
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Replaces `sys.stdout` and `sys.stderr` meanwhile, and flushes them at the end without failing."""
+    """Replaces `sys.stdout` and `sys.stderr` while entered, and flushes them at the end without failing."""
     open_missing_descriptors()
     out, error = _text_stream(sys.stdout), _text_stream(sys.stderr)
     forgiving_out = _Forgiving(out, lambda problem: isinstance(problem, ValueError) or _is_gone(problem))
@@ -78,12 +78,14 @@ def forgiving_streams() -> Iterator[None]:
 
 
 def open_missing_descriptors() -> None:
-    """Opens the null device for standard streams that are closed, so that no file takes their numbers."""
+    """Opens the null device for standard streams that are closed, so that no file gets their descriptors."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # open() takes the lowest free number, which is this one
 
 
 def _text_stream(stream: TextIO | None) -> TextIO:

@@ -1,4 +1,4 @@
-"""A command's JSON object as tables for people; text is shown literally, whatever markup it holds."""
+"""Shows a command's JSON object as tables for people; text is shown literally, even if it contains markup."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
 
 
 def show_value(value: Any) -> str:
-    """Returns a value as people read it: five significant digits, lists with spaces, nothing for null."""
+    """Returns a value for people: five significant digits, lists separated by spaces, an empty text for null."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Text of files, libraries and users on its way to a terminal."""
+"""Makes text of files, libraries and users safe for a terminal."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ LONGEST_LINE = 3000
 
 
 def one_line(text: str) -> str:
-    """Returns a text on one line that cannot steer a terminal.
+    """Returns a text as one line without any effect on the terminal.
 
-    Control characters, colour codes, marks that reverse the direction of writing and halves of surrogate pairs are
-    written out as escapes. Words and lines beyond a length that anyone reads lose their middle.
+    Control characters, colour codes, marks that reverse the direction of writing and halves of surrogate pairs become
+    escapes. Words and lines that are too long to read lose their middle.
     """
     words = (shortened(word, LONGEST_WORD) for word in text[: 100 * LONGEST_LINE].split())
     joined = shortened(" ".join(words), LONGEST_LINE)
@@ -18,7 +18,7 @@ def one_line(text: str) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """Returns a text without its middle where it is longer than `length` characters."""
+    """Returns a text, without its middle if it is longer than `length` characters."""
     if len(text) <= length:
         return text
     half = (length - 5) // 2

@@ -1,4 +1,4 @@
-"""What a bench would cost, from one call of the full-precision denoiser."""
+"""Estimates the cost of a bench from one call of the full-precision denoiser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def estimate(config: BenchConfig, run_folder: RunFolder) -> Estimate:
         denoiser(*args, **kwargs)
     call = time.perf_counter() - begun
     weights = sum(parameter.nbytes for parameter in denoiser.parameters()) / 2**20
-    # parity takes about ten calls a bit width, conversion three; of the contenders some are as slow as this call, most
+    # parity takes about ten calls per bit width, conversion three; some contenders are as slow as this call, most
     # take half of it
     rows = sum(config.batch_sizes)
     contenders = 4 + len(config.bits)

@@ -1,4 +1,4 @@
-"""What collecting would cost, from a few short samplings."""
+"""Estimates the cost of collecting from a few short samplings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edadm_cli.processes import ALONE
 
 _MIB = 2**20
 _PROBE_STEPS = 2
-_QUICK_S = 10.0  # a probe that took less is followed by a larger one
+_QUICK_S = 10.0  # a probe that takes less time is followed by a larger one
 _GROWTH = 4
 # Outputs alive at once in a forward, in multiples of the largest: input, output, and the skips.
 _LIVE_OUTPUTS = 4
@@ -68,8 +68,8 @@ def probe(
 ) -> Estimate:
     """Estimates a collection: time from timed denoiser calls, disk and memory from the shapes they saw.
 
-    One image is sampled over two steps, then more at a time as long as that is quick; the cost of a whole
-    batch is read off the straight line through the last two.
+    One image is sampled over two steps, then more images at a time as long as that is quick. The cost of a whole batch
+    is extrapolated on the straight line through the last two probes.
     """
     probes = _growing_probes(model, batch_size, prompts, guidance_scale)
     single = probes[0]
@@ -106,7 +106,7 @@ def _growing_probes(
 
 
 def _extrapolate(probes: list[_Probe], seconds: list[float], batch_size: int) -> float:
-    """Returns the seconds at `batch_size` on the line through the last two probes; in proportion where there is one."""
+    """Returns the seconds at `batch_size` on the line through the last two probes, or in proportion to one."""
     last = probes[-1].size
     if len(probes) == 1:
         return seconds[-1] * batch_size
@@ -155,7 +155,7 @@ def _timed_calls(denoiser: nn.Module) -> Iterator[list[float]]:
 
 @contextmanager
 def _largest_output(model: LoadedModel) -> Iterator[list[int]]:
-    """Bytes of the largest output of any layer of the pipeline, in a list of one."""
+    """Yields a list with one number, which becomes the bytes of the largest output of any layer of the pipeline."""
     largest = [0]
 
     def after(module: nn.Module, args: Any, output: Any) -> None:

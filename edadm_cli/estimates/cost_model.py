@@ -1,4 +1,4 @@
-r"""The cost model: how long a piece of work takes on any unit, from a few units on which it was measured.
+r"""The cost model: predicts the time of a kind of work on any unit, from measurements on a few units.
 
     seconds = ratio * sum over i of c_i * size_i,   c_i >= 0
 
@@ -24,8 +24,8 @@ class Size:
     """The sizes of a unit that the time of work on it may depend on.
 
     Attributes:
-        kind: Units of one kind spend their time alike.
-        forward: Seconds of its full-precision forward, a row.
+        kind: The kind of the unit; the same work takes similar time on units of one kind.
+        forward: Seconds of its full-precision forward per row.
         weights: Number of its weights.
         layers: Number of its layers.
     """
@@ -41,14 +41,15 @@ class Size:
 
 
 class Law:
-    """Seconds of one kind of work, fitted to what was measured.
+    """Predicts the seconds of one kind of work, by a fit to measurements.
 
-    A unit that was measured keeps its own ratio to the fit; another one has that of its kind, else 1.
+    A unit that was measured has its own ratio to the fit. Any other unit has the ratio of its kind, else 1.
 
     Args:
         sizes: The sizes of all units, by name.
-        measured: Rows and seconds of a call of some of them, at least one.
-        measures: What the work may depend on; the first ones count where too little was measured to separate them.
+        measured: Rows and seconds of a call of at least one unit, by name.
+        measures: The sizes that the work may depend on; the first ones are preferred if the measurements do not
+            separate them.
     """
 
     def __init__(
@@ -78,9 +79,9 @@ class Law:
 
 
 def _fit(table: np.ndarray, seconds: np.ndarray) -> list[float]:
-    """Least squares with coefficients that are not negative: of every choice of columns, the one that fits best.
+    """Returns the non-negative coefficients of least squares, from the choice of columns that fits best.
 
-    Errors count in proportion to the root of the seconds: between the sum's error and the ratios'.
+    Errors are weighted by the inverse root of the seconds, a compromise between absolute and relative errors.
     """
     samples, columns = table.shape
     scale = 1 / np.sqrt(np.maximum(seconds, 1e-9))

@@ -1,4 +1,4 @@
-"""What an evaluation would cost, from a short sampling at each precision."""
+"""Estimates the cost of an evaluation from a short sampling at each precision."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _FLOAT_BYTES = 4
 _SHORT, _LONG = 2, 4
 _PROBE_IMAGES = 4
 _ACTIVATIONS = 2.0
-"""Peak memory in multiples of the weights: them, and as much again for activations and decoding."""
+"""Peak memory in multiples of the weights: the weights, and as much for activations and decoding."""
 _COMPARISON_MIB = 200.0
-"""Features of 10,000 real images, and the distances of 1,000 rows of them to all others."""
+"""Memory of the features of 10,000 real images, and of the distances of 1,000 rows of them to all others."""
 
 
 def estimate(config: EvaluateConfig, run_folder: RunFolder) -> Estimate:
     """Estimates time, memory and disk from two short samplings; nothing is written.
 
     Raises:
-        InputError: What is to be evaluated is missing or broken.
+        InputError: The export is missing or broken.
     """
     return probe(resolve(config, run_folder))
 
@@ -58,7 +58,7 @@ def probe(request: EvaluationRequest) -> Estimate:
 
 
 def _seconds_an_image(model: LoadedModel, plan: SamplingPlan) -> tuple[float, Samples]:
-    """Extrapolates from two samplings of different length: the cost of a step, and what comes on top."""
+    """Returns the seconds per image, extrapolated from two samplings of different length, and the samples."""
     count = min(_PROBE_IMAGES, plan.batch_size)
     short, _ = _timed(model, plan, count, _SHORT)
     long, samples = _timed(model, plan, count, _LONG)

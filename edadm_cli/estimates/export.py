@@ -1,4 +1,4 @@
-"""What an export would cost, from a short sampling."""
+"""Estimates the cost of an export from a short sampling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edadm_cli.models.collected import CollectedRun
 
 
 def estimate(config: ExportConfig, run_folder: RunFolder) -> Estimate:
-    """Times a short sampling: the pipeline samples twice, and once more in integers if that is not too slow."""
+    """Estimates from a short sampling: an export samples twice, and once more in integers if that is not too slow."""
     source = run_folder.open("reconstruct", str(config.bits))
     model, num_parameters, _ = quantized_model(config, run_folder, source)
     collected = CollectedRun.open(run_folder)

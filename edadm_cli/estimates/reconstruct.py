@@ -1,9 +1,9 @@
-"""What a reconstruction would cost, from a short probe.
+"""Estimates the cost of a reconstruction from a short probe.
 
-One forward of a few rows is measured, with the time at which each unit begins and ends, and every kind of work on a few
-units (`unit_timing`). The rest is arithmetic: the same work on the other units (`cost_model`), how many passes the
-memory budget takes, and how far into the denoiser each of them goes. Rows that are written to disk and read back are
-not counted.
+The probe measures one forward of a few rows, with the times at which each unit begins and ends, and every kind of work
+on a few units (`unit_timing`). The rest is computed: the same work on the other units (`cost_model`), the number of
+passes that the memory budget needs, and the depth of each pass in the denoiser. Writing rows to disk and reading them
+is not included.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from edadm_cli.reconstruct.stage import arithmetic, prepare, resolve_task
 from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS
 
 _MIB = 2**20
-_RANGING_S, _LEARNING_S = 6.0, 10.0  # no further unit is measured after that
-_PROBED_ROWS = 3  # of the two forwards that find the form of every unit's calls
+_RANGING_S, _LEARNING_S = 6.0, 10.0  # seconds after which no further unit is measured
+_PROBED_ROWS = 3  # rows of the two forwards of `probe_units` together
 _LEARNER_COPIES = (
     11  # of a unit's weights, in float32: alpha, its gradient and moments, floor, scale, bounds, h, weights
 )
@@ -46,7 +46,7 @@ _DEPENDS: dict[Work, tuple[Measure, ...]] = {
 
 
 def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
-    """Estimates time, memory and disk, from a forward of a few rows and every kind of work on a few units."""
+    """Estimates time, memory and disk from a forward of a few rows and every kind of work on a few units."""
     started = time.monotonic()
     task = resolve_task(config, run_folder, ALONE)
     with arithmetic(task):
@@ -59,7 +59,7 @@ def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
 def probe(
     setting: ReconstructionContext, recipe: RangeRecipe, hyperparameters: Hyperparameters, memory_budget: int
 ) -> Estimate:
-    """Estimates a reconstruction; the network is left as it was.
+    """Estimates a reconstruction, without changing the network.
 
     Args:
         setting: What is reconstructed.
@@ -74,7 +74,9 @@ def probe(
     parts = _Parts(setting, hyperparameters, forward)
     parts.add(time_units(every, stopwatch.ranging, _RANGING_S))
     held = 4 * sum(parameter.numel() for parameter in setting.network.denoiser.parameters())
-    codes = sum(setting.num_weights(unit) for unit in setting.units)  # a byte each, of the artifact and in the network
+    codes = sum(
+        setting.num_weights(unit) for unit in setting.units
+    )  # one byte each, in the artifact and in the network
     memory, disk = float(held + 2 * codes), float(codes)
     seconds = parts.ranging()
     if setting.learning:
@@ -87,7 +89,7 @@ def probe(
 
 
 class _Parts:
-    """Seconds of the parts of a reconstruction.
+    """Computes the seconds of the parts of a reconstruction.
 
     Args:
         setting: What is reconstructed.
@@ -113,16 +115,18 @@ class _Parts:
         """Returns the seconds of the search for scales and ranges, and of rounding to nearest."""
         laws, names = self.laws, self.sizes
         once = sum(laws["weights"].seconds(name) + laws["nearest"].seconds(name) for name in names)
-        a_call = sum(laws["activations"].seconds(name, self.batch_rows) for name in names)  # with the units' forwards
+        a_call = sum(
+            laws["activations"].seconds(name, self.batch_rows) for name in names
+        )  # includes the units' forwards
         return once + self.calls * (a_call + self.batch_rows * self._beside(self.forward.seconds, names))
 
     def passes(self, forms: dict[str, UnitForm], memory_budget: int) -> float:
-        """Returns the seconds of all passes that capture something, and of the probe of the forms before them."""
+        """Returns the seconds of all passes that capture calls, and of `probe_units` before them."""
         units, learning = self.setting.units, self.setting.learning
         a_row = 1 / self.forward.rows
         groups = capture_groups(learning, forms, self.rows, memory_budget, self._with_layers)
         exact = a_row * sum(self.forward.ends[group[-1].name] for group in groups)
-        quantized = frozen = 0.0  # of a call: all passes, and all units before the one
+        quantized = frozen = 0.0  # seconds per call: of all passes, and of all units before the current one
         for number, unit in enumerate(units):
             if unit in learning:
                 before = [other.name for other in units[:number]]
@@ -131,7 +135,7 @@ class _Parts:
         return _PROBED_ROWS * a_row * self.forward.seconds + self.rows * exact + self.calls * quantized
 
     def learning(self) -> float:
-        """Returns the seconds of what happens between the passes: targets, set-up, evaluations, steps, freezing."""
+        """Returns the seconds of the work between the passes: targets, set-up, evaluations, steps, freezing."""
         laws, recipe = self.laws, self.recipe
         chunk = min(self.rows, max(recipe.batch_size, EVALUATED_ROWS, self.forward.rows))
         total = sum(laws["freeze"].seconds(name) for name in self.sizes)

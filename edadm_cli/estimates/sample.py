@@ -1,4 +1,4 @@
-"""What images would cost, from a short sampling of one."""
+"""Estimates the cost of sampling images from a short sampling of one image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a selection would cost, from sizes on disk and a timed part of the features."""
+"""Estimates the cost of a selection from sizes on disk and a timed part of the features."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def estimate(config: SelectConfig, run_folder: RunFolder) -> Estimate:
 
 
 def _plotting_seconds(num_steps: int) -> float:
-    """Returns the time of the plot, most of it the import of its library."""
+    """Returns the seconds of the plot, most of which are the import of its library."""
     nothing = torch.zeros(num_steps)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

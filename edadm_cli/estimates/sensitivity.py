@@ -1,4 +1,4 @@
-"""What a measurement of sensitivity would cost, from one timed call of the denoiser."""
+"""Estimates the cost of a sensitivity measurement from one timed call of the denoiser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FLOAT32_BYTES = 4
 
 
 def estimate(config: SensitivityConfig, run_folder: RunFolder) -> Estimate:
-    """Estimates time, memory and disk: the time of a call of the denoiser, times the calls to come."""
+    """Estimates time, memory and disk: the time of one denoiser call, multiplied by the number of calls."""
     started = time.monotonic()
     task = resolve_task(config, run_folder)
     denoiser = task.collected.load(task.device, torch.float32).denoiser

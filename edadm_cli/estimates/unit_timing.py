@@ -1,7 +1,7 @@
-"""What an estimate is made of: one forward timed unit by unit, and every kind of work on a few units.
+"""Measures the parts of an estimate: one forward, unit by unit, and every kind of work on a few units.
 
-The functions that a reconstruction itself calls are timed, on the calibration set's first samples. Where only values
-differ and not the time that they take, they come from somewhere quicker than the recipe's way.
+It times the functions that a reconstruction itself calls, on the first samples of the calibration set. Values that do
+not influence the time are computed in a quicker way than the recipe's.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from edadm_cli.reconstruct.unit_data import UnitData, layer_targets
 Work = Literal["weights", "activations", "nearest", "freeze", "frozen", "setup", "evaluation", "step"]
 
 _MOST_UNITS, _FEWEST_UNITS = 12, 4
-_FORWARD_S = 4.0  # a forward takes as many rows as fit into this
-_QUICK_S = 0.3  # what takes less is timed again, and the least counts
+_FORWARD_S = 4.0  # a forward takes as many rows as fit into these seconds
+_QUICK_S = 0.3  # work that takes fewer seconds is timed again, and the shortest time counts
 _REPEATS = 3
-_STEP_S, _STEP_FORWARDS = 1.5, 4  # a step takes as many rows as fit, at about so many forwards
-_CANDIDATES = 4  # of a weight's thresholds: the others take as long
+_STEP_S, _STEP_FORWARDS = 1.5, 4  # a step has as many rows as fit into the seconds, at about this many forwards
+_CANDIDATES = 4  # candidates of a weight's threshold that are timed; the others take as long
 
 T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -49,7 +49,7 @@ Timed = tuple[int, float]  # rows and seconds
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward in full precision.
+    """The times of one forward at full precision.
 
     Attributes:
         rows: The rows of its batch.
@@ -57,7 +57,7 @@ class Forward:
         begins: The seconds after its start at which each unit begins.
         ends: The seconds after its start at which each unit ends.
         shapes: The shapes of the arguments of every unit's call.
-        calls: Arguments of the units that were to be captured.
+        calls: The arguments of the units that were captured, by name.
     """
 
     rows: int
@@ -69,10 +69,10 @@ class Forward:
 
 
 def time_forward(denoiser: nn.Module, units: Sequence[Unit], captured: Collection[str], batches: Batches) -> Forward:
-    """Times a forward of one row, and where that is quick, one of as many of a batch's rows as take some seconds.
+    """Times a forward of one row and, if that is quick, one with as many rows of a batch as take a few seconds.
 
     Args:
-        denoiser: In full precision.
+        denoiser: The denoiser at full precision.
         units: All of its units.
         captured: Names of the units whose arguments are captured.
         batches: The calibration set.
@@ -115,16 +115,17 @@ def _time_forward(denoiser: nn.Module, units: Sequence[Unit], captured: Collecti
 
 
 def kind_of(unit: Unit) -> str:
-    """Returns the class of a unit's module: what is built alike spends its time alike."""
+    """Returns the class of a unit's module; units of one class need similar times."""
     return type(unit.module).__name__
 
 
 def spread(units: Sequence[Unit], setting: ReconstructionContext) -> list[Unit]:
-    """At most `_MOST_UNITS` units, in the order in which they are to be measured: of each kind in turns the lightest in
-    weights, a middling one, and ones in between.
+    """Returns at most `_MOST_UNITS` units, in the order in which they are measured.
 
-    In a network that narrows towards its middle the light ones compute the largest images, so that the first few tell
-    apart what grows with the rows from what grows with the weights. The heaviest would take as long as many others.
+    The order takes the kinds in turn, and from each kind the unit with the fewest weights, a middling one, and units in
+    between. In a network that narrows towards its middle, the units with few weights compute the largest images, so
+    that the first few separate costs that grow with the rows from costs that grow with the weights. The units with the
+    most weights would take as long as many others.
     """
     kinds: dict[str, list[Unit]] = {}
     for unit in sorted(units, key=setting.num_weights):
@@ -140,7 +141,7 @@ def spread(units: Sequence[Unit], setting: ReconstructionContext) -> list[Unit]:
 def time_units(
     units: Sequence[Unit], measure: Callable[[Unit], dict[Work, Timed]], limit_s: float
 ) -> dict[Work, dict[str, Timed]]:
-    """Measures units until the time is over, but `_FEWEST_UNITS`, by kind of work and by unit."""
+    """Measures at least `_FEWEST_UNITS` units until the time is over; returns times by kind of work and unit."""
     measured: dict[Work, dict[str, Timed]] = {}
     started = time.perf_counter()
     for number, unit in enumerate(units):
@@ -152,12 +153,12 @@ def time_units(
 
 
 class Stopwatch:
-    """Times work on single units, in their place in a network that is left as it was.
+    """Times work on single units, in their place in the network, which is restored afterwards.
 
     Args:
         setting: The network in full precision, and its plan.
-        recipe: How ranges are found.
-        forward: Has the calls of all units that are measured.
+        recipe: The recipe's ranges.
+        forward: The timed forward, with the calls of all units that are measured.
     """
 
     def __init__(self, setting: ReconstructionContext, recipe: RangeRecipe, forward: Forward) -> None:
@@ -207,17 +208,17 @@ class Stopwatch:
                 learner.set_iteration(0)
                 return step()
 
-            step_s, _ = _timed(take_step, at_least=2)  # the first one makes the optimizer's state
+            step_s, _ = _timed(take_step, at_least=2)  # the first step creates the optimizer's state
             learner.batch.close()
         return {"setup": (rows, setup_s), "evaluation": (rows, evaluation_s), "step": (batch_size, step_s)}
 
     def _quick_rows(self, unit: Unit) -> int:
-        """Returns the rows of a quick step, judged by the forward of the unit; rows repeat where there are fewer."""
+        """Returns the rows of a quick step, chosen by the unit's forward; rows are repeated if there are fewer."""
         a_row = (self.forward.ends[unit.name] - self.forward.begins[unit.name]) / self.forward.rows
         return max(1, int(_STEP_S / (_STEP_FORWARDS * a_row)))
 
     def _data(self, unit: Unit, with_layers: bool) -> tuple[dict[str, Tensor], UnitData]:
-        """Returns the ranges of a unit, and what it learns from: the rows of the forward."""
+        """Returns the ranges of a unit, and its inputs and targets: the rows of the forward."""
         traced, plan = self._part(unit)
         (args, kwargs), rows = self.forward.calls[unit.name], self.forward.rows
         minmax = self.recipe.model_copy(update={"weight": "minmax", "activation": "minmax"})
@@ -247,7 +248,7 @@ class Stopwatch:
 
 
 def _timed(work: Callable[[], T], at_least: int = 1) -> tuple[float, T]:
-    """Returns the seconds of some work, the least of a few times where it is quick; and what it returned."""
+    """Returns the seconds of some work (the shortest of several times if it is quick), and its result."""
     least, spent = float("inf"), 0.0
     for number in range(_REPEATS):
         started = _now()

@@ -1,4 +1,4 @@
-"""The sections about full precision: the model, how it was sampled, and what was selected from it."""
+"""The sections about full precision: the model, how it was sampled, and the selection of calibration samples."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _STRATEGIES = {
     "uniform": "Every step gives about as many samples.",
     "normal": "The steps were chosen from a normal distribution.",
     "random": "The steps were chosen at random.",
-    "last": "Every sample is of the last step.",
+    "last": "Every sample comes from the last step.",
 }
 
 
 def model_section(contents: RunContents) -> Html:
-    """Returns what the model is, and how it was sampled at full precision."""
+    """Returns the section about the model and its sampling at full precision."""
     model = contents.model
     pairs: list[tuple[Any, Any]] = [
         ("model", model.id),
@@ -49,7 +49,7 @@ def model_section(contents: RunContents) -> Html:
 
 
 def selection_section(contents: RunContents) -> Html:
-    """Returns which steps the calibration samples come from, and why."""
+    """Returns the section about the steps that the calibration samples come from."""
     if contents.select is None:
         return section("selection", "Calibration set", missing(contents, "select"))
     chosen = contents.select.facts
@@ -60,7 +60,7 @@ def selection_section(contents: RunContents) -> Html:
     )
     plots = element(
         "div",
-        _figure("Samples a step", counts_plot(timesteps, counts), []),
+        _figure("Samples per step", counts_plot(timesteps, counts), []),
         _figure("Scores", score_plot(timesteps, chosen.density, chosen.variety), ["density", "variety"]),
         class_="plots",
     )
@@ -68,7 +68,7 @@ def selection_section(contents: RunContents) -> Html:
         ("strategy", chosen.strategy),
         ("density radius", _radius(chosen)),
         ("variety weight", _optional(chosen.variety_weight)),
-        ("fewest and most samples a step", f"{min(counts)} and {max(counts)}"),
+        ("fewest and most samples per step", f"{min(counts)} and {max(counts)}"),
         ("seed", str(contents.select.artifact.manifest.seed)),
     ]
     return section("selection", "Calibration set", element("p", lead.strip(), class_="lead"), plots, facts(pairs))

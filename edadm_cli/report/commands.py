@@ -1,4 +1,4 @@
-"""Command lines: those that make a run again, and the one that makes what is missing."""
+"""Command lines that build a run again, or that build a missing artifact."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _FLAGS: dict[str, tuple[str, ...]] = {
     "evaluate": ("num_images", "batch_size", "num_steps", "guidance_scale"),
     "bench": ("engine", "device", "dtype", "threads"),
 }
-"""Settings that are flags of the same name, by stage."""
+"""Settings of each stage that are flags of the same name."""
 
 
 def missing_command(contents: RunContents, kind: str, bits: str | None = None) -> str:
-    """Returns the command that makes a stage's artifact."""
+    """Returns the command that builds a stage's artifact."""
     words = ["edadm", kind]
     if kind == "collect":
         words += ["--model", contents.model.id]
@@ -32,7 +32,7 @@ def missing_command(contents: RunContents, kind: str, bits: str | None = None) -
 
 
 def repeating_commands(contents: RunContents) -> list[str]:
-    """Returns the commands that make every artifact of the run again, with the settings written out."""
+    """Returns the commands that build every artifact of the run again, with all settings."""
     return [shlex.join(_words(part)) for part in contents.parts()]
 
 
@@ -60,7 +60,7 @@ def _words(part: Part[Payload]) -> Iterator[str]:
 
 
 def _setting(value: Any) -> str:
-    """Returns a value as a flag takes it; several are written with commas."""
+    """Returns a value in the form of its flag; several values are separated by commas."""
     if isinstance(value, list):
         return ",".join(map(_setting, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What a run holds, read once: the page's only source of numbers."""
+"""Reads the contents of a run, from which the page takes all of its numbers."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Part(Generic[Facts]):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings that it was made with."""
+        """The settings that it was built with."""
         return self.artifact.manifest.config
 
 
 @dataclass(frozen=True)
 class Width:
-    """What a run holds of one bit width; `None` for a stage that was not run."""
+    """The artifacts of one bit width; `None` for a stage that was not run."""
 
     bits: str
     reconstruct: Part[Units] | None
@@ -54,7 +54,7 @@ class Width:
 
     @property
     def title(self) -> str:
-        """The bit width as it is written in papers: W4A8."""
+        """The bit width in the notation of papers, such as W4A8."""
         return self.bits.upper()
 
     @property
@@ -65,7 +65,7 @@ class Width:
 
 @dataclass(frozen=True)
 class RunContents:
-    """Everything that the page shows; `None` for a stage that was not run."""
+    """The artifacts that the page shows; `None` for a stage that was not run."""
 
     collect: Part[Sampling] | None
     select: Part[Selection] | None
@@ -83,12 +83,12 @@ class RunContents:
 
     @property
     def model(self) -> ModelRef:
-        """The model behind all of it."""
+        """The model that was quantized."""
         return next(self.parts()).artifact.manifest.model
 
     @property
     def name(self) -> str:
-        """The model's name, short: of a folder only the last part."""
+        """The model's short name; for a folder, the last part of its path."""
         path = PurePath(self.model.id)
         return path.name or self.model.id if path.is_absolute() else self.model.id
 
@@ -101,14 +101,14 @@ def read_run(run: RunFolder, bits: Sequence[str] | None) -> RunContents:
         bits: Bit widths to show, in this order; `None` shows all, the widest first.
 
     Raises:
-        InputError: The run holds nothing, or nothing of a bit width that was named; or an artifact is broken
-            or was made from something that has changed since.
+        InputError: The run has no artifact, or none of a bit width that was named; or an artifact is broken, or was
+            built from something that has changed since.
     """
     held = _widths_held(run)
     shown = held if bits is None else list(dict.fromkeys(bits))
     for name in shown:
         if name not in held:
-            run.open("reconstruct", name)  # says what is missing, and with which command it is made
+            run.open("reconstruct", name)  # raises the error that names the missing artifact and its command
     contents = RunContents(
         collect=_read(run, "collect", None, Sampling),
         select=_read(run, "select", None, Selection),
@@ -128,7 +128,7 @@ def _widths_held(run: RunFolder) -> list[str]:
             try:
                 widths[name] = BitWidth.parse(name)
             except UsageError:
-                continue  # evaluate/full-precision is no bit width
+                continue  # evaluate/full-precision is not a bit width
     return sorted(widths, key=lambda name: (widths[name].weight, widths[name].activation), reverse=True)
 
 
@@ -142,7 +142,7 @@ def _read_width(run: RunFolder, bits: str) -> Width:
 
 
 def _read_benches(run: RunFolder, shown: Sequence[str] | None) -> tuple[Part[BenchResult], ...]:
-    """Benches of the bit widths that are shown; those of a model without an export with them."""
+    """Returns the benches of the shown bit widths, and those of a model without an export."""
     results = (_read(run, "bench", name, BenchResult) for name in run.names("bench"))
     parts = (part for part in results if part is not None)
     return tuple(part for part in parts if shown is None or set(part.facts.bits) & set(shown))

@@ -1,4 +1,4 @@
-"""Metrics, numbers and settings as people read them."""
+"""Formats metrics, numbers and settings for people."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NOTHING = "\u2013"
 
 @dataclass(frozen=True)
 class MetricLabel:
-    """How people call and read a metric.
+    """The label and the direction of a metric.
 
     Attributes:
         label: Its name for people.
-        better: `lower`, `higher`, or empty where nobody knows.
+        better: `lower`, `higher`, or empty if neither is known to be better.
         percent: Whether it is shown as a percentage.
-        unit: Its unit; empty where it has none.
+        unit: Its unit; empty if it has none.
     """
 
     label: str
@@ -38,7 +38,7 @@ _ONE_STEP = {
 
 
 def label_of(name: str) -> MetricLabel:
-    """Returns how a metric is called; one that no installed package registers keeps its name."""
+    """Returns the label of a metric; the label of a metric that is not registered is its name."""
     metric = metrics().get(name)
     if metric is None:
         return _ONE_STEP.get(name) or MetricLabel(name.replace("_", " "), "")
@@ -46,7 +46,7 @@ def label_of(name: str) -> MetricLabel:
 
 
 def metric_value(name: str, value: float | None) -> str:
-    """Returns a metric's value as people read it: a share as a percentage, any other as a number with its unit."""
+    """Returns a metric's value for people: a share as a percentage, any other value with its unit."""
     label = label_of(name)
     if label.percent:
         return percentage(value)
@@ -68,7 +68,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def power_of_ten(value: float) -> str:
-    """Returns a power of ten as one, short: 10⁻³."""
+    """Returns a power of ten in short form, such as 10⁻³."""
     return f"10{str(round(math.log10(value))).translate(_SUPERSCRIPTS)}"
 
 
@@ -96,7 +96,7 @@ def seconds(value: float | None) -> str | None:
 
 
 def plain(value: Any) -> str:
-    """Returns a setting's value as it was given."""
+    """Returns a setting's value in the form in which a user gives it."""
     if value is None:
         return NOTHING
     if isinstance(value, bool):
@@ -107,7 +107,7 @@ def plain(value: Any) -> str:
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested settings under dotted names."""
+    """Returns nested settings under dotted names."""
     pairs: list[tuple[str, Any]] = []
     for name, value in fields.items():
         if isinstance(value, Mapping) and value:
@@ -121,5 +121,5 @@ def flat(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def count(amount: int, noun: str) -> str:
-    """Returns an amount of things, in the plural where it is not one."""
+    """Returns an amount with a noun, in the plural unless it is one."""
     return f"{amount:,} {noun}{'' if amount == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The top of the page: what was done to which model, and the most important metrics."""
+"""The top of the page: the model, its quantization, and the most important metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONG_NAME = 24
 
 
 def headline(contents: RunContents) -> Html:
-    """Returns the page's title and one sentence on what it shows."""
+    """Returns the page's title and one sentence on its contents."""
     widths = ", ".join(width.title for width in contents.widths)
     arrow = [" ", element("span", f"→ {widths}", class_="to")] if widths else None
     title = element("h1", contents.name, arrow, class_="long" if len(contents.name) > _LONG_NAME else None)
@@ -38,7 +38,7 @@ def cards(contents: RunContents) -> Html | None:
 
 
 def comparison(contents: RunContents) -> Html | None:
-    """Returns all bit widths in one table, where there are several."""
+    """Returns a table of all bit widths; `None` if there is only one."""
     if len(contents.widths) < 2:
         return None
     columns = [_column(width) for width in contents.widths]
@@ -66,13 +66,13 @@ def comparison(contents: RunContents) -> Html | None:
 
 def _lead(contents: RunContents) -> Html:
     if contents.collect is None:
-        return element("p", "What this run holds, with the results of each stage.", class_="lead")
+        return element("p", "The results of each stage of this run.", class_="lead")
     entry = contents.collect.facts.entry
     sentence = f"{entry.description.rstrip('.')}." if entry.description else ""
     if contents.widths:
-        aim = "Its denoiser was quantized after training; the rest of the pipeline is as it was."
+        aim = "Its denoiser was quantized after training; the rest of the pipeline is unchanged."
     else:
-        aim = "Sampled at full precision; no bit width has been made yet."
+        aim = "Sampled at full precision; no bit width has been quantized yet."
     return element("p", f"{sentence} {aim}".strip(), class_="lead")
 
 
@@ -113,7 +113,7 @@ def _card(label: str, value: str, unit: str | None, note: str) -> Html:
 
 @dataclass(frozen=True)
 class _Column:
-    """One bit width, or full precision, in the comparison; empty where there is no metric."""
+    """One bit width, or full precision, in the comparison; entries without a metric are empty."""
 
     recipe: str = ""
     images: str = ""
@@ -141,7 +141,7 @@ def _column(width: Width) -> _Column:
 
 
 def _full_precision_column(contents: RunContents) -> _Column:
-    """Returns what all bit widths were compared with; empty where they were compared with different things."""
+    """Returns the column of full precision; entries that differ between the bit widths' evaluations are empty."""
     evaluated = [w.evaluate.facts.full_precision for w in contents.widths if w.evaluate is not None]
     sizes = {w.export.facts.size_mib["denoiser_fp32"] for w in contents.widths if w.export is not None}
     same = bool(evaluated) and all(metrics == evaluated[0] for metrics in evaluated)

@@ -1,4 +1,4 @@
-"""HTML built from typed pieces: text is escaped wherever it enters, markup is not.
+"""Builds HTML from typed pieces: text is escaped, markup is not.
 
 `element("p", "a < b")` gives `<p>a &lt; b</p>`.
 """
@@ -16,18 +16,18 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0
 
 
 class Html(str):
-    """Text that is markup already."""
+    """Text that is markup and is not escaped."""
 
     __slots__ = ()
 
 
 Node: TypeAlias = "str | Sequence[Node] | None"
-"""A child of an element: markup as it is, text to escape, nothing, or several of them."""
+"""A child of an element: markup, text that is escaped, nothing, or several of these."""
 Attribute = str | int | float | bool | None
 
 
 def escape(text: str) -> Html:
-    """Escapes text for content and for quoted attributes alike; what HTML forbids becomes U+FFFD."""
+    """Escapes text for content and quoted attributes; characters that HTML forbids become U+FFFD."""
     return Html(html.escape(_FORBIDDEN.sub("\ufffd", text), quote=True))
 
 
@@ -41,9 +41,9 @@ def element(tag: str, *children: Node, **attributes: Attribute) -> Html:
 
     Args:
         tag: Its name.
-        children: What it holds.
-        attributes: `class_` for `class`, `aria_label` for `aria-label`; `None` and `False` leave one out,
-            `True` gives one without a value.
+        children: Its content.
+        attributes: Its attributes: `class_` for `class`, `aria_label` for `aria-label`. `None` and `False` omit an
+            attribute, `True` gives one without a value.
     """
     opening = Html(f"<{tag}{_attributes(attributes)}>")
     return opening if tag in _VOID else Html(f"{opening}{join(children)}</{tag}>")
@@ -54,9 +54,9 @@ def table(header: Sequence[Node], rows: Iterable[Sequence[Node]], label: str, nu
 
     Args:
         header: The columns' names.
-        rows: Cells, as many a row as there are columns.
-        label: What the table is, for those who do not see it.
-        numeric: Columns of numbers, set flush right.
+        rows: The cells of each row, one per column.
+        label: A description for people who cannot see the table.
+        numeric: The columns of numbers, which are aligned right.
     """
     classes = ["number" if index in set(numeric) else None for index in range(len(header))]
     head = element("tr", [element("th", cell, scope="col", class_=c) for cell, c in zip(header, classes, strict=True)])
@@ -74,7 +74,7 @@ def table(header: Sequence[Node], rows: Iterable[Sequence[Node]], label: str, nu
 
 
 def scroller(content: Html, label: str) -> Html:
-    """Frames something wide, so that it scrolls and the page does not; the keyboard reaches it too."""
+    """Puts wide content into a frame that scrolls instead of the page, also by keyboard."""
     return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 
@@ -87,7 +87,7 @@ def facts(pairs: Iterable[tuple[Node, Node]]) -> Html:
 
 
 def details(summary: Node, *children: Node) -> Html:
-    """Builds a part that opens when asked."""
+    """Builds a part that readers can open and close."""
     return element("details", element("summary", summary), element("div", *children, class_="inside"))
 
 
@@ -98,7 +98,7 @@ def section(name: str, title: str, *children: Node) -> Html:
 
 
 def code(text: str) -> Html:
-    """Builds a piece of code in a line."""
+    """Builds inline code."""
     return element("code", text)
 
 

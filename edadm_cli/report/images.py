@@ -1,4 +1,4 @@
-"""Images at full precision beside the quantized ones of the same seeds."""
+"""Shows images at full precision beside the quantized ones with the same seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Picture:
         return int.from_bytes(numbers[:4], "big"), int.from_bytes(numbers[4:], "big")
 
     def show(self, alt: str) -> Html:
-        """Returns the image, in the page itself; a small one is enlarged pixel by pixel."""
+        """Returns the image as part of the page; a small image is enlarged pixel by pixel."""
         width, height = self.size
         source = f"data:image/png;base64,{base64.b64encode(self.content).decode('ascii')}"
         return element(
@@ -44,7 +44,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Wall:
-    """Evaluations that show the same full-precision images, so that they share one set."""
+    """The evaluations with the same full-precision images, which are shown once."""
 
     shown: Sequence[ShownImage]
     full_precision: list[Picture]
@@ -52,7 +52,7 @@ class Wall:
 
 
 def build_walls(widths: Sequence[Width]) -> list[Wall]:
-    """Reads the shown images of every evaluation, put together where full precision is the same."""
+    """Reads the shown images of every evaluation, grouped by their full-precision images."""
     walls: list[Wall] = []
     for width in widths:
         if width.evaluate is None:

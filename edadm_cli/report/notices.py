@@ -1,4 +1,4 @@
-"""What the page says where something is missing."""
+"""The notices of the page about missing stages and warnings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _MISSING = {
 
 
 def missing(contents: RunContents, kind: str, bits: str | None = None) -> Html:
-    """Says that a stage was not run, and which command runs it."""
+    """Returns a notice that a stage was not run, with the command that runs it."""
     command = code(missing_command(contents, kind, bits))
     return element("p", _MISSING[kind], " Next: ", command, class_="missing")
 
 
 def caution(text: str) -> Html:
-    """Repeats what a stage warned of."""
+    """Returns a notice with the warning of a stage."""
     return element("p", text, class_="caution")

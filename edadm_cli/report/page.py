@@ -1,4 +1,4 @@
-"""The page as a whole."""
+"""Builds the whole page."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def render(contents: RunContents) -> str:
     """Builds the page.
 
     Args:
-        contents: What the run holds.
+        contents: The contents of the run.
 
     Returns:
-        A document that needs nothing else: no script, no link to outside, images and style within.
+        A self-contained document: images and styles are embedded, and there are no scripts or external links.
     """
     quality = quality_section(contents)
     evaluated = any(width.evaluate is not None for width in contents.widths)

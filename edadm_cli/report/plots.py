@@ -1,4 +1,4 @@
-"""Plots as inline SVG: colours are the page's CSS variables, so that they follow light and dark."""
+"""Plots as inline SVG; their colours are the page's CSS variables and follow the light or dark theme."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MAX_LABELS = 6
 
 @dataclass(frozen=True)
 class Frame:
-    """The area inside the axes of a plot, and where values lie in it.
+    """The area inside the axes of a plot, with the positions of values in it.
 
     Args:
-        width: Width of the whole picture, in user units.
+        width: Width of the whole plot, in user units.
         height: Its height.
         low: Value at the lower edge.
         high: Value at the upper edge.
@@ -32,11 +32,11 @@ class Frame:
     logarithmic: bool = False
 
     def x(self, index: float, count: int) -> float:
-        """Returns the place of the middle of one of `count` equal columns."""
+        """Returns the horizontal position of the middle of one of `count` equal columns."""
         return _LEFT + (index + 0.5) * (self.width - _LEFT - _RIGHT) / count
 
     def y(self, value: float) -> float:
-        """Returns the place of a value; one below the axis lies on it."""
+        """Returns the vertical position of a value; a value below the axis is drawn on it."""
         measure: Callable[[float], float] = math.log10 if self.logarithmic else float
         low, high = measure(self.low), measure(self.high)
         share = (measure(max(value, self.low)) - low) / (high - low)
@@ -44,7 +44,7 @@ class Frame:
 
     @property
     def bottom(self) -> float:
-        """Place of the horizontal axis."""
+        """Vertical position of the horizontal axis."""
         return self.height - _BOTTOM
 
 
@@ -57,7 +57,7 @@ def score_plot(timesteps: Sequence[float], density: Sequence[float], variety: Se
 
 
 def counts_plot(timesteps: Sequence[float], counts: Sequence[int]) -> Html:
-    """Draws how many samples each of the sampler's steps gives."""
+    """Draws the number of samples of each of the sampler's steps."""
     ticks = linear_ticks(max([*counts, 1]))
     frame = Frame(460, 250, 0.0, ticks[-1])
     width = 0.72 * (frame.width - _LEFT - _RIGHT) / len(counts)
@@ -113,7 +113,7 @@ def bar(share: float, kind: str) -> Html:
 
 
 def linear_ticks(largest: float) -> list[float]:
-    """Three to six round values from zero to at least the largest."""
+    """Returns three to six round values from zero to at least the largest value."""
     unit = 10.0 ** math.floor(math.log10(largest))
     step = next(unit * f for f in (0.2, 0.5, 1.0, 2.0) if 5 * unit * f >= largest)
     step = max(step, 1.0)
@@ -121,7 +121,7 @@ def linear_ticks(largest: float) -> list[float]:
 
 
 def decades(values: Sequence[float]) -> list[float]:
-    """Returns the powers of ten around the values, at least two; what is not positive has no place on such an axis."""
+    """Returns the powers of ten around the values, at least two; values that are not positive are ignored."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     return [10.0**exponent for exponent in range(low, max(high, low + 1) + 1)]
@@ -184,5 +184,5 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _place(value: float) -> str:
-    """Returns a coordinate, short, and the same on every machine."""
+    """Returns a coordinate as a short text that is the same on every machine."""
     return f"{value:.2f}".rstrip("0").rstrip(".")

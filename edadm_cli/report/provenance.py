@@ -1,4 +1,4 @@
-"""The section on where everything comes from: lineage, settings, versions, commands."""
+"""The section on the origin of the results: lineage, settings, versions and commands."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _NO_VERSION = "device"
 
 
 def provenance_section(contents: RunContents) -> Html:
-    """Returns what was made from what, with which settings and versions, and how to make it again."""
-    lead = "An identity is a hash of all that decides an artifact: settings, seed, parents, the model's files."
+    """Returns the section with the artifacts' lineage, settings and versions, and the commands to build them again."""
+    lead = "An identity is a hash of everything that decides an artifact: settings, seed, parents, the model's files."
     header = ["artifact", "identity", "made from", "seed", "device", "made"]
     lineage = table(header, [_lineage(part) for part in contents.parts()], "Lineage")
     settings = [element("div", element("h4", _title(part)), _settings(part)) for part in contents.parts()]
@@ -67,7 +67,7 @@ def _settings(part: Part[Payload]) -> Html:
 
 
 def _versions(contents: RunContents) -> Html:
-    """Returns one line a program; several versions where stages were run with different ones."""
+    """Returns one line per program, with several versions if stages were run with different ones."""
     versions_of: dict[str, list[str]] = {}
     for part in contents.parts():
         manifest = part.artifact.manifest

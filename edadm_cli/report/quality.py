@@ -1,4 +1,4 @@
-"""The sections about what the quantized pipeline generates: metrics and images."""
+"""The sections about the images of the quantized pipeline: metrics and images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ARROWS = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
 
 
 def images_section(contents: RunContents) -> Html | None:
-    """Returns images of the same seeds at full precision and quantized."""
+    """Returns the section with images of the same seeds, at full precision and quantized."""
     walls = build_walls(contents.widths)
     if not walls:
         return None
@@ -25,7 +25,7 @@ def images_section(contents: RunContents) -> Html | None:
 
 
 def quality_section(contents: RunContents) -> Html:
-    """Returns every metric of every evaluation, with the features that it was computed in."""
+    """Returns the section with every metric of every evaluation, and its features."""
     parts: list[Node] = []
     if not contents.widths:
         parts.append(missing(contents, "evaluate", None))
@@ -75,7 +75,7 @@ def _metrics(width: Width, facts: Evaluation) -> Html:
 
 
 def _growth(facts: Evaluation) -> Html | None:
-    """Returns the errors step by step, where they were measured."""
+    """Returns the errors step by step; `None` if they were not measured."""
     error = facts.one_step
     if error is None or not error.growth:
         return None
@@ -89,7 +89,7 @@ def _growth(facts: Evaluation) -> Html | None:
 
 
 def distances_of(facts: Evaluation) -> dict[str, float]:
-    """Returns the distances to full precision that were measured, by name, in the order in which they are shown."""
+    """Returns the measured distances to full precision by name, in the order of the table."""
     measured = facts.distance_to_full_precision.model_dump(exclude_none=True)
     return {name: measured[name] for name in in_order(measured)}
 
@@ -100,13 +100,13 @@ def _labelled(name: str, more: str = "") -> list[Node]:
 
 
 def _with_label(text: str) -> str:
-    """Returns a caution that begins with a metric's name, with the label that the table has."""
+    """Returns a caution with the label of the metric in place of its name."""
     name, space, rest = text.partition(" ")
     return f"{label_of(name).label}{space}{rest}" if name in metrics() else text
 
 
 def _skipped(skipped: Mapping[str, str]) -> Iterator[Html]:
-    """Names the metrics that could not be computed, once per reason."""
+    """Yields notices about the metrics that could not be computed, one per reason."""
     for reason in sorted(set(skipped.values())):
         labels = [label_of(name).label for name in in_order(skipped) if skipped[name] == reason]
         yield caution(f"Without {', '.join(labels)}: {reason}")

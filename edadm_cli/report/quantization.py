@@ -1,4 +1,4 @@
-"""The sections about quantization itself: reconstruction, layers, size and parity of the export."""
+"""The sections about the quantization: reconstruction, layers, and the size and parity of the export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZES = "On disk the denoiser is {ratio} times smaller than its weights at four
 
 
 def reconstruction_section(contents: RunContents) -> Html:
-    """Returns what was learned, unit by unit, and which layers were quantized to what."""
+    """Returns the section with the losses of all units, and the bits of all layers."""
     parts: list[Node] = [] if contents.widths else [missing(contents, "reconstruct")]
     for width in contents.widths:
         parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
@@ -32,7 +32,7 @@ def reconstruction_section(contents: RunContents) -> Html:
 
 
 def export_section(contents: RunContents) -> Html:
-    """Returns the sizes on disk, and what the export was compared with."""
+    """Returns the section with the sizes on disk and the parity of the export."""
     parts: list[Node] = [] if contents.widths else [missing(contents, "export")]
     for width in contents.widths:
         parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
@@ -52,11 +52,11 @@ def _reconstruction(width: Width, part: Part[Units]) -> Html:
         ("recipe", width.recipe),
         ("quantized", f"{coverage.quantized:,} of {coverage.planned:,} planned"),
         ("of which", kinds),
-        ("kept in floating point", f"{coverage.kept:,}"),
+        ("left in floating point", f"{coverage.kept:,}"),
         ("loss before", None if loss.first is None else f"{number(loss.first)}, summed over the units"),
         ("loss after", None if loss.last is None else number(loss.last)),
         ("loss before h was rounded", None if loss.soft is None else number(loss.soft)),
-        ("undecided weights then", None if loss.undecided is None else f"{loss.undecided:.2%}"),
+        ("undecided weights before rounding", None if loss.undecided is None else f"{loss.undecided:.2%}"),
         ("time taken", seconds(environment.get("seconds"))),
         ("seed", str(part.artifact.manifest.seed)),
     ]

@@ -1,4 +1,4 @@
-"""The section about what each layer costs at each number of bits."""
+"""The section about the error of each layer at each number of bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NUM_SHOWN = 12
 
 
 def sensitivity_section(contents: RunContents) -> Html | None:
-    """Returns the layers by the error that each causes alone, the largest first; `None` where it was not measured."""
+    """Returns the section with the layers by their error, the largest first; `None` if it was not measured."""
     if contents.sensitivity is None:
         return None
     result = contents.sensitivity.facts

@@ -1,4 +1,4 @@
-"""The section about speed: what a bench measured, how exact it was, and where the time goes."""
+"""The section about speed: the results of the benches, their parity, and the time by kind of operation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAD = (
 
 
 def speed_section(contents: RunContents) -> Html | None:
-    """Returns every bench of the run; nothing where there is none."""
+    """Returns the section with every bench of the run; `None` if there is none."""
     if not contents.benches:
         return None
     parts: list[Node] = [element("p", _LEAD, class_="lead")]
@@ -82,7 +82,7 @@ def _machine(result: BenchResult) -> list[tuple[Node, Node]]:
         ("instructions", ", ".join(machine["cpu_flags"])),
         ("GPU", gpu.get("name")),
         ("driver", gpu.get("driver")),
-        ("largest rates seen here, 10\u00b9\u00b2 operations a second", rates),
+        ("highest measured rates, 10\u00b9\u00b2 operations per second", rates),
         ("versions", versions),
     ]
 
@@ -97,7 +97,7 @@ def _width(bits: str, width: QuantizedFacts) -> Html:
         ("that layer", code(parity.layer)),
         ("the prediction, relative L2", number(parity.prediction_rel_l2, 3)),
         ("bound on it ", number(parity.prediction_bound, 3)),
-        ("what quantization itself costs", number(parity.quantization_rel_l2, 3)),
+        ("error of quantization itself", number(parity.quantization_rel_l2, 3)),
     ]
     kinds: list[list[Node]] = [
         [
@@ -115,7 +115,7 @@ def _width(bits: str, width: QuantizedFacts) -> Html:
         [code(row.name), row.kind, row.planned, row.precision, row.reason] for row in width.layers
     ]
     kind_header = ["kind", "precision", "operations", "ms", "share", "TOPS", "of peak"]
-    layer_header = ["layer", "kind", "planned", "ran in", "why not as planned"]
+    layer_header = ["layer", "kind", "planned", "ran in", "reason if not as planned"]
     return element(
         "div",
         element("h4", f"{title}: parity"),

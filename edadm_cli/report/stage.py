@@ -1,4 +1,4 @@
-"""`edadm report`: one page that shows a run, and links to nothing outside itself."""
+"""`edadm report`: writes one self-contained page that shows a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ REPORT_FILE = "report.html"
 def run(run_folder: RunFolder, bits: Sequence[str] | None = None) -> Path:
     """Writes `report.html` into a run folder, whole or not at all.
 
-    Stages that were not run are named on the page, with the command that runs them. Equal artifacts give equal
-    bytes: nothing of the page comes from the clock, the machine or the folder's place.
+    The page names stages that were not run, with the commands that run them. Equal artifacts give equal bytes: nothing
+        on
+    the page depends on the clock, the machine or the location of the folder.
 
     Args:
         run_folder: The run folder.
@@ -27,8 +28,8 @@ def run(run_folder: RunFolder, bits: Sequence[str] | None = None) -> Path:
         The page's path.
 
     Raises:
-        InputError: The run holds nothing, or nothing of a bit width that was named; or an artifact is broken
-            or was made from something that has changed since.
+        InputError: The run has no artifact, or none of a bit width that was named; or an artifact is broken, or was
+            built from something that has changed since.
         MachineError: The disk is full or permission is denied.
     """
     page = render(read_run(run_folder, bits))

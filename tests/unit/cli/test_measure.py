@@ -112,7 +112,7 @@ def test_a_dry_run_measures_nothing(benches: list[Any], capsys: pytest.CaptureFi
 
 def about_anew(result: dict[str, Any]) -> list[str]:
     """Warnings of a result that will be replaced; a busy machine brings others."""
-    return [warning for warning in result["warnings"] if warning.endswith("it will be made anew.")]
+    return [warning for warning in result["warnings"] if warning.endswith("it will be built again.")]
 
 
 def test_a_dry_run_says_what_would_be_measured_again(benches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +127,7 @@ def test_a_dry_run_says_what_would_be_measured_again(benches: list[Any], capsys:
         "a bench measures whenever it is called"
     )
     (warning,) = about_anew(result)
-    assert "runs/digits-sd/bench/w8a8-openvino-cpu is there, with the same settings" in warning
+    assert "runs/digits-sd/bench/w8a8-openvino-cpu exists with the same settings" in warning
     assert main(["bench", "--model", "digits-sd", "--dry-run", "--force", "--json"]) == 0
     assert about_anew(json.loads(capsys.readouterr().out)) == []
     assert benches == []

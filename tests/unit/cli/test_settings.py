@@ -125,7 +125,7 @@ def test_command_lines_that_cannot_be_are_refused_before_any_work(
         ("[reconstruct]\nbits = 48", "got '48'"),
         ("[reconstruct]\nbits = ['w4a8', 'w8a8']", "--bits takes wXaY"),
         ("[reconstruct]\nbits = 'w4a8'\nrecipe = 5", "got 5"),
-        ("[reconstruct]\nbits = 'w4a8'\n[reconstruct.recipe]\nname = 'mine'", "A recipe is the name of one"),
+        ("[reconstruct]\nbits = 'w4a8'\n[reconstruct.recipe]\nname = 'mine'", "A recipe is given by its name"),
     ],
 )
 def test_a_width_or_a_recipe_of_another_form_is_told(
