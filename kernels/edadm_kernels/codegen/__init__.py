@@ -1,10 +1,10 @@
-"""Compiles every kernel for real architectures on a machine with no GPU, and judges the machine code.
+"""Compiles every kernel for real architectures on a machine without a GPU and checks the machine code.
 
     python -m edadm_kernels.codegen --arch 90
 
-Triton needs no driver to compile, and ships the assembler and the disassembler. What the disassembly of a kernel shows
-is what will run: whether the integer tensor cores are used, whether the main loop spills registers or shuffles bytes,
-whether it is pipelined, whether loads are 16 bytes wide.
+Triton compiles without a driver and includes the assembler and the disassembler. The disassembly of a kernel shows what
+will run: whether the integer tensor cores are used, whether the main loop spills registers or shuffles bytes, whether
+it is pipelined, and whether loads are 16 bytes wide.
 """
 
 from edadm_kernels.codegen.compilation import ARCHITECTURES, MODULES, compile_variant, list_variants

@@ -33,7 +33,7 @@ _COLUMNS = (
 
 
 def main() -> int:
-    """Compile, print, and return 1 if the gate rejects a variant."""
+    """Compiles the variants, prints their machine code as a table, and returns 1 if the gate rejects one."""
     options = _parser().parse_args()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="only variants such as 'gemm/geglu-*'")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, help="folder for cubin, PTX, SASS and codegen.json")
-    parser.add_argument("--processes", type=int, default=2, help="compilations at a time")
+    parser.add_argument("--out", type=Path, help="folder to write cubin, PTX, SASS and codegen.json to")
+    parser.add_argument("--processes", type=int, default=2, help="number of compilations at a time")
     return parser
 
 

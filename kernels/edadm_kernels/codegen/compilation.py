@@ -1,4 +1,4 @@
-"""From a kernel variant to a binary, through Triton's own cache or that of the kernels in CUDA C++."""
+"""Compiles a kernel variant to a binary; Triton's cache and that of the kernels in CUDA C++ are used."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Binary:
 
     Args:
         cubin: The binary.
-        ptx: The code it was assembled from; empty for a kernel in CUDA C++.
+        ptx: The code that it was assembled from; empty for a kernel in CUDA C++.
         has_dot: Whether the kernel multiplies matrices.
-        shared_bytes: Shared memory a program.
+        shared_bytes: Bytes of shared memory per program.
     """
 
     cubin: bytes
@@ -47,27 +47,27 @@ class SourceVariant:
 
     @property
     def name(self) -> str:
-        """Unique in the package."""
+        """Returns the name of the variant, which is unique in the package."""
         return self.variant.label()
 
     @property
     def kernel(self) -> str:
-        """Name of the function."""
+        """Returns the name of the function."""
         return self.variant.name
 
     @property
     def num_warps(self) -> int:
-        """Warps a block."""
+        """Returns the warps per block."""
         return self.variant.threads // 32
 
     @property
     def num_stages(self) -> int:
-        """Steps whose operands are on their way."""
+        """Returns the number of steps whose operands are copied ahead."""
         return self.variant.defines().get("STAGES", 1)
 
     @property
     def tile_rows(self) -> int:
-        """Rows of the tile of a product; else 0."""
+        """Returns the rows of the tile of a product; 0 for other kernels."""
         return self.variant.defines().get("BM", 0)
 
 
@@ -75,23 +75,23 @@ AnyVariant = KernelVariant | SourceVariant
 
 
 def list_variants(module: str, arch: int) -> list[AnyVariant]:
-    """The variants that one of `MODULES` launches on `arch` (such as 90)."""
-    found = importlib.import_module(f"edadm_kernels.{module}").variants(arch)
-    return [variant if isinstance(variant, KernelVariant) else SourceVariant(variant) for variant in found]
+    """Returns the variants that one of `MODULES` launches on `arch` (such as 90)."""
+    variants = importlib.import_module(f"edadm_kernels.{module}").variants(arch)
+    return [variant if isinstance(variant, KernelVariant) else SourceVariant(variant) for variant in variants]
 
 
 def compile_variant(variant: AnyVariant, arch: int) -> Binary:
-    """Compile for `sm_<arch>`; no GPU is needed.
+    """Compiles a variant for `sm_<arch>`; no GPU is needed.
 
     Raises:
         RuntimeError: Triton's interpreter is on, which replaces the compiler.
     """
     if isinstance(variant, SourceVariant):
-        own = variant.variant
-        cubin = compiled(own.source, own.defines(), own.prelude())
-        return Binary(cubin, ptx="", has_dot=variant.tile_rows > 0, shared_bytes=own.shared_bytes)
+        source_variant = variant.variant
+        cubin = compiled(source_variant.source, source_variant.defines(), source_variant.prelude())
+        return Binary(cubin, ptx="", has_dot=variant.tile_rows > 0, shared_bytes=source_variant.shared_bytes)
     if INTERPRETED:
-        raise RuntimeError("compiled kernels are expected, but TRITON_INTERPRET=1 is set; unset it")
+        raise RuntimeError("a compiler is expected, found the interpreter; unset TRITON_INTERPRET")
     source = ASTSource(variant.fn, dict(variant.signature), dict(variant.constexprs), dict(variant.attrs))
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -1,4 +1,4 @@
-"""Binaries as text, many at a time: most of what nvdisasm takes for one kernel is its own start."""
+"""Disassembles binaries, many at a time: most of the time of nvdisasm for one kernel is its start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 
-_INSTRUCTION_BYTES = 16  # of every architecture since 7.0
+_INSTRUCTION_BYTES = 16  # on every architecture since 7.0
 _ADDRESS = re.compile(r"^\s*/\*([0-9a-f]+)\*/")
 _REGISTERS = re.compile(r"REG:(\d+)")
 _SECTION_TABLE, _SECTION_COUNTS = 0x28, 0x3A  # offsets in the header of a 64-bit ELF file
@@ -19,20 +19,20 @@ _SECTION = struct.Struct("<I4x8x8xQQ24x")  # name, offset, size of a section
 
 
 def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:
-    """What nvdisasm prints for the code of each binary, all of them in one call.
+    """Returns what nvdisasm prints for the code of each binary, all of them in one call.
 
-    Addresses, also those of branches, count from the first instruction of the first binary.
+    Addresses, including those of branches, count from the first instruction of the first binary.
 
     Args:
-        cubins: Binaries.
-        arch: The architecture of all of them, such as 90.
+        cubins: The binaries.
+        arch: The architecture of all binaries, such as 90.
 
     Raises:
-        RuntimeError: A binary has no kernel, or not as many instructions as were printed.
+        RuntimeError: A binary has no kernel, or another number of instructions was printed than it has.
     """
     codes = [machine_code(cubin) for cubin in cubins]
     name = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
-    # as instructions without a file around them; the data flow would only tell where stacks of branches return to
+    # -b: instructions without a file around them; -ndf: without the analysis of the data flow, which is not needed
     printed = _run(triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", name, data=b"".join(codes))
     lines = [line for line in printed.splitlines() if _ADDRESS.match(line)]
     counts = [len(code) // _INSTRUCTION_BYTES for code in codes]
@@ -43,20 +43,20 @@ def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:
 
 
 def count_registers(cubin: bytes) -> int:
-    """Registers a thread of a binary's kernel, or of that with the most.
+    """Returns the registers per thread of a binary's kernel, or of the kernel that has the most.
 
     Raises:
-        RuntimeError: cuobjdump does not say.
+        RuntimeError: cuobjdump does not print the number.
     """
     printed = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", data=cubin)
-    found = _REGISTERS.findall(printed)
-    if not found:
+    numbers = _REGISTERS.findall(printed)
+    if not numbers:
         raise RuntimeError(f"the registers of a kernel are expected from cuobjdump, found {printed!r}")
-    return max(map(int, found))
+    return max(map(int, numbers))
 
 
 def machine_code(cubin: bytes) -> bytes:
-    """The instructions of a binary, without the ELF file around them.
+    """Returns the instructions of a binary, without the ELF file around them.
 
     Raises:
         RuntimeError: The binary has no kernel.
@@ -76,6 +76,7 @@ def machine_code(cubin: bytes) -> bytes:
 
 
 def _run(tool: str, *options: str, data: bytes) -> str:
+    """Returns what a tool prints about a file with this content."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.cubin"
         path.write_bytes(data)

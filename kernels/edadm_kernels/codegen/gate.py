@@ -1,15 +1,15 @@
-"""What machine code must show before a kernel is launched on real shapes."""
+"""The rules that the machine code of every kernel must follow."""
 
 from __future__ import annotations
 
 from edadm_kernels.codegen.machine_code import MachineCode
 from edadm_kernels.launching import PROGRAM_SHARED_BYTES
 
-WGMMA_ROWS = 64  # the smallest tile that Hopper's warp-group matrix instruction takes
+WGMMA_ROWS = 64  # rows of the smallest tile for Hopper's warp-group matrix instruction
 
 
 def violations(code: MachineCode) -> list[str]:
-    """Reasons to reject, each one clause; empty for sound code."""
+    """Returns the reasons to reject a kernel, each one clause; the list is empty for sound code."""
     reasons = []
     if code.shared_bytes > (most := PROGRAM_SHARED_BYTES[code.arch]):
         reasons.append(f"{code.shared_bytes} bytes of shared memory where a program has {most}")
@@ -19,7 +19,7 @@ def violations(code: MachineCode) -> list[str]:
 
 
 def _attention_violations(code: MachineCode) -> list[str]:
-    """Attention: its operands stay in registers, and in CUDA C++ its products are wgmma's."""
+    """Checks attention: nothing is spilled, and in CUDA C++ its products are warp-group instructions."""
     reasons = [f"{code.spills} LDL/STL (spilled registers)"] if code.spills else []
     if code.loop_mma and code.mma != "IGMMA":
         reasons.append(f"{code.mma} where attention of integers should give IGMMA")
@@ -29,7 +29,7 @@ def _attention_violations(code: MachineCode) -> list[str]:
 
 
 def _product_violations(code: MachineCode) -> list[str]:
-    """A matrix product: integer tensor cores, fed by a pipelined loop that does nothing else."""
+    """Checks a matrix product: a pipelined main loop with integer tensor cores, without spills and byte shuffles."""
     if not code.loop_mma:
         return ["no loop has an integer matrix instruction"]
     reasons = []
@@ -47,7 +47,7 @@ def _product_violations(code: MachineCode) -> list[str]:
 
 
 def _stream_violations(code: MachineCode) -> list[str]:
-    """A kernel bound by memory: 16-byte loads, nothing spilled."""
+    """Checks a kernel bound by memory: it has 16-byte loads and no spills."""
     reasons = []
     if code.spills:
         reasons.append(f"{code.spills} LDL/STL (spilled registers)")

@@ -1,4 +1,4 @@
-"""A kernel's disassembly as instructions and loops."""
+"""Reads the disassembly of a kernel as instructions and loops."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ ASYNC_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction: its opcode with modifiers, such as `LDG.E.128`, and the index of what it branches to."""
+    """One machine instruction.
+
+    Args:
+        opcode: The opcode with modifiers, such as `LDG.E.128`.
+        target: The index of the instruction that it branches to; `None` for one that does not branch.
+    """
 
     opcode: str
     target: int | None
 
     @property
     def family(self) -> str:
-        """The opcode without modifiers, such as `LDG`."""
+        """Returns the opcode without modifiers, such as `LDG`."""
         return self.opcode.split(".", 1)[0]
 
 
@@ -34,26 +39,26 @@ class Listing:
     instructions: tuple[Instruction, ...]
 
     def loops(self) -> list[tuple[Instruction, ...]]:
-        """Bodies of the loops, each from the target of a backward branch to the branch."""
+        """Returns the bodies of the loops, each from the target of a backward branch to the branch."""
         return [self.instructions[slice(*span)] for span in self._spans()]
 
     def _spans(self) -> list[tuple[int, int]]:
-        """First instruction of each loop, and the one behind its last."""
+        """Returns the indices of the first instruction of each loop and of the one after its last."""
         spans = []
         for index, instruction in enumerate(self.instructions):
             start = instruction.target
-            # a branch to itself is the trap behind the last instruction
+            # a branch to itself is the trap after the last instruction
             if start is not None and start < index:
                 body = self.instructions[start : index + 1]
-                # code that is seldom run stands behind the end of the kernel and jumps back into it: no loop
+                # code that rarely runs is placed after the end of the kernel and jumps back into it: that is no loop
                 if not count(body, "EXIT"):
                     spans.append((start, index + 1))
         return spans
 
     def main_loop(self) -> tuple[Instruction, ...]:
-        """The innermost loop with the most matrix instructions; empty where no loop has any."""
+        """Returns the innermost loop with the most matrix instructions; it is empty if no loop has any."""
         spans = [span for span in self._spans() if count(self.instructions[slice(*span)], *MMA)]
-        # a loop around the main one repeats its instructions, and may have more: a first step that was taken apart
+        # a loop around the main one has its instructions too, and maybe more, from a first step that was peeled off
         innermost = [
             (start, end)
             for start, end in spans
@@ -65,26 +70,26 @@ class Listing:
 
 
 def count(instructions: tuple[Instruction, ...], *families: str) -> int:
-    """How many of `instructions` belong to one of `families`."""
+    """Returns how many of `instructions` belong to one of `families`."""
     return sum(instruction.family in families for instruction in instructions)
 
 
 def parse(disassembly: str) -> Listing:
-    """A listing of what `disassemble` returns for a binary.
+    """Returns the listing of what `disassemble` returns for a binary.
 
     Raises:
-        ValueError: A branch leads to no instruction of the listing.
+        ValueError: The target of a branch is no instruction of the listing.
     """
-    found = [match.groups() for line in disassembly.splitlines() if (match := _INSTRUCTION.match(line))]
-    indices = {int(address, 16): index for index, (address, _, _) in enumerate(found)}
-    return Listing(tuple(Instruction(opcode, _target(opcode, operands, indices)) for _, opcode, operands in found))
+    parts = [match.groups() for line in disassembly.splitlines() if (match := _INSTRUCTION.match(line))]
+    indices = {int(address, 16): index for index, (address, _, _) in enumerate(parts)}
+    return Listing(tuple(Instruction(opcode, _target(opcode, operands, indices)) for _, opcode, operands in parts))
 
 
 def _target(opcode: str, operands: str, indices: Mapping[int, int]) -> int | None:
-    """Index of the instruction that one branches to; None for one that does not branch."""
+    """Returns the index of the instruction that a branch leads to; `None` for other instructions."""
     if opcode.split(".", 1)[0] != "BRA":
         return None
     address = _TARGET.search(operands)
     if address is None or int(address.group(1), 16) not in indices:
-        raise ValueError(f"the address of an instruction is expected behind {opcode}, found {operands!r}")
+        raise ValueError(f"the address of an instruction is expected after {opcode}, found {operands!r}")
     return indices[int(address.group(1), 16)]

@@ -1,4 +1,4 @@
-"""What a disassembly says about a kernel, as one row of the table."""
+"""What the machine code of a kernel shows, as one row of the table."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from edadm_kernels.codegen.listing import ASYNC_COPIES, FLOAT_MMA, MMA, SPILLS, 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """One variant on one architecture.
+    """What the machine code of one variant shows on one architecture.
 
     Args:
         module: Module of the kernel, such as "gemm".
-        name: The variant.
-        arch: Such as 90 for sm_90.
-        num_warps: Warps a program.
-        num_stages: Stages asked of the pipeline.
-        registers: Registers a thread.
-        shared_bytes: Shared memory a program.
+        name: Name of the variant.
+        arch: The architecture, such as 90 for sm_90.
+        num_warps: Warps per program.
+        num_stages: Number of stages of the pipeline.
+        registers: Registers per thread.
+        shared_bytes: Bytes of shared memory per program.
         has_dot: Whether the source multiplies matrices.
-        tile_rows: Rows of the tile of a matrix product, where the variant names them `BM`; else 0.
-        mma: Opcode family of the matrix instructions in the main loop, such as "IGMMA"; empty without.
+        tile_rows: Rows of the tile of a matrix product; 0 for other kernels.
+        mma: Opcode family of the matrix instructions in the main loop, such as "IGMMA"; empty if there are none.
         loop_mma: Integer matrix instructions in the main loop.
         float_mma: Floating-point matrix instructions in the whole kernel.
-        float_warp_groups: Those of them that a group of four warps issues.
+        float_warp_groups: Floating-point matrix instructions that a group of four warps issues.
         loop_instructions: Instructions in the main loop.
         loop_prmt: Byte shuffles in the main loop.
         loop_spills: Loads and stores of spilled registers in the main loop.
         loop_copies: Asynchronous copies to shared memory in the main loop, or in the loop of the warp that copies.
-        loop_narrow_copies: Those of less than 16 bytes.
+        loop_narrow_copies: Asynchronous copies of less than 16 bytes.
         spills: Loads and stores of spilled registers in the whole kernel.
         loads: Loads from global memory in the whole kernel.
-        wide_loads: Those of 16 bytes.
+        wide_loads: Loads of 16 bytes from global memory.
     """
 
     module: str
@@ -61,16 +61,16 @@ class MachineCode:
 
     @property
     def instructions_per_mma(self) -> float:
-        """Instructions of the main loop a matrix instruction; 0 without any."""
+        """Returns the instructions of the main loop per matrix instruction; 0 if there are none."""
         return self.loop_instructions / self.loop_mma if self.loop_mma else 0.0
 
 
 def describe(module: str, variant: AnyVariant, arch: int, binary: Binary, disassembly: str) -> MachineCode:
-    """Read the binary of `variant` and what `disassemble` returned for it."""
+    """Returns what the binary of `variant` and its disassembly show."""
     listing = parse(disassembly)
     everything, loop = listing.instructions, listing.main_loop()
     copies = [instruction for instruction in loop if instruction.family in ASYNC_COPIES]
-    if not copies:  # a warp of its own may do the copying
+    if not copies:  # a separate warp may copy
         copies = [instruction for instruction in everything if instruction.family == "UTMALDG"]
     return MachineCode(
         module=module,

@@ -1,4 +1,4 @@
-"""Every variant on every architecture, compiled in parallel."""
+"""Compiles every variant for every architecture, in parallel."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from edadm_kernels.codegen.disassembly import disassemble
 from edadm_kernels.codegen.machine_code import MachineCode, describe
 
 Job = tuple[str, str, int]  # module, variant, architecture
-_BATCH = 16  # disassembled at a time
+_BATCH = 16  # binaries that are disassembled together
 
 
 def list_jobs(architectures: Iterable[int], modules: Iterable[str] = MODULES) -> list[Job]:
-    """Every variant of `modules` on `architectures`."""
+    """Lists every variant of `modules` on `architectures`."""
     return [
         (module, variant.name, arch)
         for arch in architectures
@@ -29,27 +29,27 @@ def list_jobs(architectures: Iterable[int], modules: Iterable[str] = MODULES) ->
 
 
 def survey(jobs: Sequence[Job], *, processes: int = 2, out: Path | None = None) -> Iterator[MachineCode]:
-    """Compile `jobs` and read their machine code, in order.
+    """Compiles `jobs` and yields their machine code, in order.
 
     Args:
-        jobs: From `list_jobs`.
-        processes: Compilations at a time; 1 compiles in this process.
-        out: Folder for `<module>-<variant>-sm_<arch>.{cubin,ptx,sass}`; None writes nothing. Addresses in a .sass
-            count from the first kernel of its batch.
+        jobs: What `list_jobs` returns.
+        processes: Number of compilations at a time; with 1 this process compiles.
+        out: Folder for `<module>-<variant>-sm_<arch>.{cubin,ptx,sass}`; with `None` nothing is written. Addresses in a
+            .sass file count from the first kernel of its batch.
     """
     run: Callable[[Sequence[Job]], list[MachineCode]] = partial(_compile_batch, out=out)
     batches = batch(jobs)
     if processes == 1:
         yield from chain.from_iterable(map(run, batches))
         return
-    # a fresh interpreter each: the caller may hold threads
+    # each process is a fresh interpreter, because the caller may have threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield from chain.from_iterable(pool.map(run, batches))
 
 
 def batch(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that are disassembled together, in order: of one architecture each."""
+    """Returns the jobs in batches that are disassembled together, each of one architecture, in order."""
     return [
         list(of_one[start : start + _BATCH])
         for _, group in groupby(jobs, key=lambda job: job[2])
@@ -59,14 +59,15 @@ def batch(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def to_row(code: MachineCode) -> dict[str, object]:
-    """A plain mapping, as `--json` prints it."""
+    """Returns a plain mapping, which `--json` prints."""
     return {**asdict(code), "instructions_per_mma": round(code.instructions_per_mma, 2)}
 
 
 def _compile_batch(jobs: Sequence[Job], out: Path | None) -> list[MachineCode]:
+    """Compiles and disassembles jobs of one architecture."""
     arch = jobs[0][2]
-    found = {(module, v.name): v for module in {job[0] for job in jobs} for v in list_variants(module, arch)}
-    variants = [found[module, name] for module, name, _ in jobs]
+    listed = {(module, v.name): v for module in {job[0] for job in jobs} for v in list_variants(module, arch)}
+    variants = [listed[module, name] for module, name, _ in jobs]
     binaries = [compile_variant(variant, arch) for variant in variants]
     texts = disassemble([binary.cubin for binary in binaries], arch)
     codes = []

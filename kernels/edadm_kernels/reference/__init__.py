@@ -1,4 +1,4 @@
-"""Every operation in plain torch, exact where the operation is: the ground truth of the kernels."""
+"""Every operation in plain torch, exact where the operation is exact: what the kernels are compared with."""
 
 from edadm_kernels.reference.attention import attend_codes, attend_on_grids, attention_codes
 from edadm_kernels.reference.norms import (

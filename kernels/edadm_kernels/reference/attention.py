@@ -1,4 +1,4 @@
-r"""Attention of eight-bit operands in plain torch: what the kernels are checked against.
+r"""Attention of 8-bit operands in plain torch: what the kernels are compared with.
 
     q = q_scale[token] q_int,    k = k_scale[block] k_int + k_center,    v = v_scale[channel] v_int + v_center
     o = v_scale (sum_j p_j v_int_j) / (sum_j p_j) + v_center,    p_j = rne(P exp(s_j - max s))
@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 KEY_BLOCK = 128
-"""Keys that share a scale."""
+"""Number of keys that share a scale."""
 SMALLEST_SCALE = 1e-20
 _TOP = 127
 _TOP_WEIGHT = 255 * 2**-0.25
-"""The largest weight as the kernel starts: a quarter of a power of two is left for a larger one to come."""
+"""The first code of the largest weight; a quarter of a power of two is left for a larger score that comes later."""
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Operands of attention in eight bits.
+    """Operands of attention in 8 bits.
 
     Args:
-        q: `[N, T, heads, d]`, int8; the last dimension is stored with `row_of(d)` elements.
-        k: `[N, S, heads, d]`, int8, stored alike.
-        v: `[N, heads, d, slots]`, int8, keys in the order of `keys_of`.
-        q_scale: `[N, heads, T]`, float32.
-        k_scale: `[N, heads, blocks]`, float32, one for `KEY_BLOCK` keys.
-        v_scale: `[N, heads, d]`, float32.
-        v_center: `[N, heads, d]`, float32.
+        q: Queries `[N, T, heads, d]`, int8; `row_of(d)` elements are stored per token and head.
+        k: Keys `[N, S, heads, d]`, int8, stored likewise.
+        v: Values `[N, heads, d, slots]`, int8, with keys in the order of `keys_of`.
+        q_scale: Scale per query `[N, heads, T]`, float32.
+        k_scale: Scale per `KEY_BLOCK` keys `[N, heads, blocks]`, float32.
+        v_scale: Scale per channel of the values `[N, heads, d]`, float32.
+        v_center: Center per channel of the values `[N, heads, d]`, float32.
     """
 
     q: Tensor
@@ -45,22 +45,22 @@ class Codes:
 
 
 def row_of(width: int) -> int:
-    """Bytes of a stored row of queries or keys: copies want a multiple of 16."""
+    """Returns the bytes of a stored row of queries or keys: copies support multiples of 16."""
     return -(-width // 16) * 16
 
 
 def keys_of(slots: int, device: torch.device | str = "cpu") -> Tensor:
-    """The key that each slot of `slots` (a multiple of 16) holds.
+    """Returns the key in each of `slots` slots (a multiple of 16).
 
-    A thread holds scores of keys `2 t`, `2 t + 1`, `8 + 2 t` and `9 + 2 t` of 16, and the matrix instruction takes
-    weights `4 t` to `4 t + 3` from it.
+    Of every 16 keys, thread t has the scores of keys `2 t`, `2 t + 1`, `8 + 2 t` and `9 + 2 t`, but the matrix
+    instruction reads weights `4 t` to `4 t + 3` from it. So values are stored in the order of the scores.
     """
     slot = torch.arange(slots, device=device)
     return slot - slot % 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
 
 
 def empty_codes(q: Tensor, k: Tensor) -> Codes:
-    """Codes to be filled for `q [N, heads, T, d]` and `k [N, heads, S, d]`."""
+    """Returns codes without values for `q [N, heads, T, d]` and `k [N, heads, S, d]`."""
     samples, heads, queries, width = q.shape
     keys = k.shape[2]
 
@@ -77,7 +77,7 @@ def empty_codes(q: Tensor, k: Tensor) -> Codes:
 
 
 def attention_codes(q: Tensor, k: Tensor, v: Tensor) -> Codes:
-    """Eight-bit operands of `q [N, heads, T, d]`, `k` and `v` `[N, heads, S, d]`, floating point."""
+    """Quantizes `q [N, heads, T, d]`, `k` and `v` `[N, heads, S, d]`, floating point, to 8 bits."""
     codes = empty_codes(q, k)
     keys, blocks = k.shape[2], codes.k_scale.shape[2]
     queries = q.float()
@@ -99,7 +99,7 @@ def attention_codes(q: Tensor, k: Tensor, v: Tensor) -> Codes:
 
 
 def attend_codes(codes: Codes, scale: float, dtype: torch.dtype) -> Tensor:
-    """Attention of eight-bit operands, `[N, T, heads, d]` in `dtype`; scores and softmax in float64."""
+    """Returns attention of 8-bit operands, `[N, T, heads, d]` in `dtype`; scores and softmax are float64."""
     keys, slots = codes.k.shape[1], codes.v.shape[3]
     per_key = codes.k_scale.repeat_interleave(KEY_BLOCK, 2)[:, :, None, :keys].double()
     products = codes.q.transpose(1, 2).double() @ codes.k.permute(0, 2, 3, 1).double()
@@ -116,7 +116,7 @@ def attend_codes(codes: Codes, scale: float, dtype: torch.dtype) -> Tensor:
 def attend_on_grids(
     q: Tensor, k: Tensor, v: Tensor, scale: float, scales: tuple[Tensor, Tensor, Tensor, Tensor], bits: tuple[int, int]
 ) -> Tensor:
-    r"""Attention on a model's own grids, `[N, T, heads, d]` in the type of `q`; everything in float64.
+    r"""Returns attention on the grids of a model, `[N, T, heads, d]` in the type of `q`; everything is float64.
 
         o = p_hat v_hat,   p_hat = s_p min(rne(softmax(q_hat k_hat^T scale) / s_p), 2^b - 1)
 
@@ -125,8 +125,8 @@ def attend_on_grids(
         k: `[N, heads, S, d]`.
         v: `[N, heads, S, d]`.
         scale: The factor of the scores.
-        scales: The scales of queries, keys, values (signed grids) and weights (unsigned), one element each, float32.
-        bits: The bits of the signed grids and of the unsigned one, 2 to 8.
+        scales: Scales of queries, keys and values (signed grids) and of weights (unsigned), one float32 element each.
+        bits: Bits of the signed grids and of the unsigned grid, 2 to 8.
     """
     low, high = -(1 << (bits[0] - 1)), (1 << (bits[0] - 1)) - 1
 
@@ -142,14 +142,16 @@ def attend_on_grids(
 
 
 def _scale(largest: Tensor) -> Tensor:
+    """Returns the scale with which the largest magnitude gets the largest code."""
     return (largest * (1 / _TOP)).clamp_min(SMALLEST_SCALE)
 
 
 def _center(x: Tensor) -> Tensor:
-    """The middle between the extremes of each channel, `[N, heads, d]`."""
+    """Returns the middle between the extremes of each channel, `[N, heads, d]`."""
     x = x.float()
     return (x.amin(2) + x.amax(2)) * 0.5
 
 
 def _rounded(x: Tensor, scale: Tensor) -> Tensor:
+    """Returns the symmetric codes of `x`, int8."""
     return torch.round(x * (1 / scale)).clamp(-_TOP, _TOP).to(torch.int8)

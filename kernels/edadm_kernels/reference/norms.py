@@ -1,9 +1,9 @@
-r"""Quantization and the normalizations before it, in plain torch: what the kernels are checked against.
+r"""Quantization and the normalizations before it, in plain torch: what the kernels are compared with.
 
     u = clamp(rne(x * (1 / scale)) + zero_point, 0, 2^num_bits - 1)        s = u - 128
 
-`rne` rounds to nearest, ties to even; the reciprocal is taken in float32. Codes leave as int8 `s`, so that the tensor
-cores can multiply them; the zero-point stays in the convention of `u`.
+`rne` rounds to nearest, ties to even; the reciprocal is computed in float32. Codes are stored as int8 `s`, so that the
+tensor cores can multiply them; zero-points are in the convention of the unsigned codes `u`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ CODE_OFFSET = 128  # s = u - 128
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
-    """Codes `s` of `x`, int8, with the strides of `x`.
+    """Returns the codes `s` of `x`, int8, with the strides of `x`.
 
     Args:
-        x: Any shape, floating point.
+        x: A tensor of any shape, floating point.
         scale: float32, one element.
-        zero_point: int32, one element, unsigned convention.
-        num_bits: 2 to 8.
+        zero_point: int32, one element, in the convention of unsigned codes.
+        num_bits: Bits of the codes, 2 to 8.
     """
     rounded = torch.round(x.float() * scale.reshape(()).reciprocal())
     codes = (rounded + zero_point.reshape(())).clamp_(0, (1 << num_bits) - 1)
@@ -29,7 +29,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) ->
 
 
 def silu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
-    """`quantize(x * sigmoid(x))`, the activation in float64."""
+    """Returns `quantize(x * sigmoid(x))`; the activation is float64."""
     return quantize(torch.nn.functional.silu(x.double()), scale, zero_point, num_bits)
 
 
@@ -43,7 +43,7 @@ def attention_quantize(
     out_zero_point: Tensor,
     num_bits: int = 8,
 ) -> Tensor:
-    """Codes of attention over `[N, T, heads * d]`, computed in float64 and rounded once to the type of `q`."""
+    """Returns the codes of attention over `[N, T, heads * d]`, computed in float64 and rounded to the type of `q`."""
     queries, keys, values = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     weights = (queries @ keys.transpose(-1, -2) * scale).softmax(dim=-1)
     attended = (weights @ values).transpose(1, 2).flatten(2).to(q.dtype)
@@ -62,15 +62,15 @@ def group_norm_quantize(
     num_bits: int = 8,
     more: Tensor | None = None,
 ) -> list[Tensor]:
-    """Returns the codes of GroupNorm(x), or of SiLU(GroupNorm(x)), per quantizer; statistics and activation in float64.
+    """Returns the codes of GroupNorm(x), or of SiLU(GroupNorm(x)), per quantizer; both computed in float64.
 
     Args:
         x: `[N, C, H, W]`, channels last.
         weight: `[C]`.
         bias: `[C]`.
-        num_groups: Divides C.
-        eps: Added to the variance.
-        silu: Apply SiLU before quantizing.
+        num_groups: Number of groups of channels; it divides C.
+        eps: The number that is added to the variance.
+        silu: Whether SiLU is applied before the quantization.
         scales: `[q]` float32.
         zero_points: `[q]` int32.
         num_bits: Bits of the codes, 2 to 8.
@@ -87,22 +87,23 @@ def group_norm_quantize(
 def layer_norm_quantize(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, scales: Tensor, zero_points: Tensor, num_bits: int = 8
 ) -> list[Tensor]:
-    """Codes of LayerNorm(x) over the last dimension, once a quantizer; statistics in float64.
+    """Returns the codes of LayerNorm(x) over the last dimension, per quantizer; statistics are float64.
 
     Args:
         x: `[..., C]`, contiguous.
         weight: `[C]`.
         bias: `[C]`.
-        eps: Added to the variance.
+        eps: The number that is added to the variance.
         scales: `[q]` float32.
         zero_points: `[q]` int32.
-        num_bits: 2 to 8.
+        num_bits: Bits of the codes, 2 to 8.
     """
     y = torch.nn.functional.layer_norm(x.double(), x.shape[-1:], weight.double(), bias.double(), eps)
     return _quantize_each(y, scales, zero_points, num_bits)
 
 
 def _quantize_each(y: Tensor, scales: Tensor, zero_points: Tensor, num_bits: int) -> list[Tensor]:
+    """Returns the codes of `y` for each quantizer."""
     return [
         quantize(y, scale, zero_point, num_bits)
         for scale, zero_point in zip(scales.unbind(), zero_points.unbind(), strict=True)

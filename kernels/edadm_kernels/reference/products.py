@@ -1,8 +1,8 @@
-r"""The integer products in plain torch: what the kernels are checked against.
+r"""The integer products in plain torch: what the kernels are compared with.
 
     y = (sum s w - correction) * scale + bias + sample_bias + residual
 
-The sum is taken in float64, where it is exact; everything after it in float32, in this order.
+The sum is computed in float64, where it is exact; everything after it is float32, in this order.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from edadm_kernels.reference.norms import quantize
 
 
 def accumulate_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`sum_k x[m, k] weight[n, k]` in float64, exact, `[M, N]`; weights int8 or packed by `pack_w4`."""
+    """Returns the exact `sum_k x[m, k] weight[n, k]`, float64 `[M, N]`; weights are int8 or packed by `pack_w4`."""
     return x.double() @ _codes(weight).double().T
 
 
 def accumulate_conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding, upsample: bool) -> Tensor:
-    """The sums of a convolution in float64, exact, `[N, O, H', W']`; weights `[O, kh, kw, C]`."""
+    """Returns the exact sums of a convolution, float64 `[N, O, H', W']`; weights are `[O, kh, kw, C]`."""
     top, bottom, left, right = padding
     inputs = x.double()
     if upsample:
@@ -35,7 +35,7 @@ def accumulate_conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding, 
 def conv_correction(
     table: Tensor, height: int, width: int, kernel: tuple[int, int], stride: int, padding: Padding
 ) -> Tensor:
-    """Spread a border table over an output: int32 `[O, H', W']` for an input of `height` and `width`."""
+    """Returns the correction of each output from a border table: int32 `[O, H', W']` for an input of this size."""
     top, bottom, left, right = padding
     rows = border_classes(height, kernel[0], stride, top, bottom, table.device)
     columns = border_classes(width, kernel[1], stride, left, right, table.device)
@@ -52,7 +52,7 @@ def linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """`edadm_kernels.linear`."""
+    """Computes `edadm_kernels.linear`."""
     y = (accumulate_linear(x, weight) - correction).float() * scale
     return _add(y, bias, residual).to(out_dtype)
 
@@ -65,7 +65,7 @@ def linears(
     biases: Sequence[Tensor | None],
     out_dtype: torch.dtype = torch.float16,
 ) -> list[Tensor]:
-    """`edadm_kernels.linears`."""
+    """Computes `edadm_kernels.linears`."""
     members = zip(weights, scales, corrections, biases, strict=True)
     return [linear(x, *member, out_dtype=out_dtype) for member in members]
 
@@ -78,7 +78,7 @@ def linear_stack(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """`edadm_kernels.linear_stack`."""
+    """Computes `edadm_kernels.linear_stack`."""
     biases = [None] * len(x) if bias is None else list(bias)
     members = zip(x, weight, scale, correction, biases, strict=True)
     return torch.stack([linear(*member, out_dtype=out_dtype) for member in members])
@@ -94,7 +94,7 @@ def linear_geglu(
     out_zero_point: Tensor,
     num_bits: int = 8,
 ) -> Tensor:
-    """`edadm_kernels.linear_geglu`; the activation in float64."""
+    """Computes `edadm_kernels.linear_geglu`; the activation is float64."""
     y = linear(x, weight, scale, correction, bias, out_dtype=torch.float32)
     value, gate = y.double().unflatten(1, (-1, 2)).unbind(2)
     return quantize(value * F.gelu(gate), out_scale, out_zero_point, num_bits)
@@ -110,7 +110,7 @@ def linear_gelu(
     out_zero_point: Tensor,
     num_bits: int = 8,
 ) -> Tensor:
-    """`edadm_kernels.linear_gelu`; the activation in float64."""
+    """Computes `edadm_kernels.linear_gelu`; the activation is float64."""
     y = linear(x, weight, scale, correction, bias, out_dtype=torch.float32).double()
     return quantize(F.gelu(y, approximate="tanh"), out_scale, out_zero_point, num_bits)
 
@@ -128,7 +128,7 @@ def conv2d(
     upsample: bool = False,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """`edadm_kernels.conv2d`."""
+    """Computes `edadm_kernels.conv2d`."""
     grown = 2 if upsample else 1
     kernel = (weight.shape[1], weight.shape[2])
     spread = conv_correction(correction, x.shape[2] * grown, x.shape[3] * grown, kernel, stride, padding)
@@ -139,14 +139,17 @@ def conv2d(
 
 
 def _codes(weight: Tensor) -> Tensor:
+    """Returns int8 codes of weights that may be packed."""
     return unpack_w4(weight) if weight.dtype == torch.uint8 else weight
 
 
 def _channel(values: Tensor) -> Tensor:
+    """Returns one value per channel in a shape that broadcasts over images."""
     return values[:, None, None]
 
 
 def _add(y: Tensor, *terms: Tensor | None) -> Tensor:
+    """Returns `y` plus those terms that are there."""
     for term in terms:
         if term is not None:
             y = y + term.float()
