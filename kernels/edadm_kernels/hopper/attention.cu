@@ -1,45 +1,48 @@
-// Attention of 16-bit heads on the tensor cores of compute capability 9.0. Its result is written as codes of the layer
-// behind it, or as it is.
+// Attention of 16-bit heads on the tensor cores of compute capability 9.0. The result is written in 16 bits, or as the
+// codes of the layer that follows.
 //
-// A block takes 64 CONSUMERS queries of one head. One warp copies the queries, then keys and values KEYS at a turn, by
-// the tensor memory accelerator into STAGES buffers of each; a head's channels beyond WIDTH, and tokens beyond the last,
-// arrive as zeros. The last keys, of which some may be missing, come first. Each group of four warps has 64 queries:
-// while the values of a turn are multiplied with its weights, the scores of the next are there already and their
-// exponentials are taken; groups issue their products one after the other, so that some multiply while others take
-// exponentials (FlashAttention-3, arXiv 2407.08608). Where all keys fit one turn (SHORT) they stay, and the queries of
-// the next tile arrive while those of the last are at work.
+// A block computes CONSUMERS * 64 queries of one head in turns: a turn is one iteration of the loop over keys, with
+// KEYS keys and values. One warp copies the queries and then the keys and values of each turn, by the tensor memory
+// accelerator, into STAGES buffers for keys and as many for values. Channels past WIDTH and tokens past the last are
+// copied as zeros. The loop begins with the last keys, of which some may be missing. Each group of four warps has 64
+// queries. While it multiplies the values of one turn by their weights, it computes the exponentials of the scores of
+// the next turn. Groups issue their products one after another, so that some multiply while others compute exponentials
+// (FlashAttention-3, arXiv 2407.08608). Where all keys fit into one turn (SHORT), keys and values stay in shared
+// memory, and the queries of the next tile are copied while the current ones are processed.
 //
-// The largest score that weights refer to follows the true one only when that is ahead by more than a factor of 2^8:
-// sums are divided by the same weights in the end, so nothing but rounding depends on it.
+// Weights are powers of two relative to a reference score per row. The reference is set to the largest score only when
+// that exceeds it by more than 8 powers of two: sums are divided by the sum of the same weights in the end, so only
+// rounding depends on it.
 //
-// Compiled with WIDTH, KEYS, STAGES, CONSUMERS, BLOCKS (a multiprocessor), REGISTERS (of a thread that multiplies; 0:
-// those it starts with), SHORT, CODES (are written) and BFLOATS (bfloat16, not float16) defined, and after
-// `attention.cuh` and the text of `multiply_scores` and `multiply_values`, a wgmma instruction each.
+// These macros are defined: WIDTH, KEYS, STAGES, CONSUMERS, BLOCKS (per multiprocessor), REGISTERS (per thread that
+// multiplies; 0 keeps the number at the start), SHORT, CODES (codes are written) and BFLOATS (bfloat16 instead of
+// float16). Before this text are `attention.cuh` and the functions `multiply_scores` and `multiply_values`, one wgmma
+// instruction each.
 
-constexpr int THREADS = CONSUMERS * 128;       // that multiply
-constexpr int COPIERS = REGISTERS ? 128 : 32;  // threads, of which one copies; registers are given up by four warps
-constexpr int ROWS = CONSUMERS * 64;           // queries
-constexpr int CHUNKS = (WIDTH + 63) / 64;      // of 64 channels, which a swizzled row of 128 bytes holds
-constexpr int STEPS = (WIDTH + 15) / 16;       // instructions of a turn's scores
-constexpr int TILES = SHORT ? 2 : 1;           // of queries in shared memory
+constexpr int THREADS = CONSUMERS * 128;       // threads that multiply
+constexpr int COPIERS = REGISTERS ? 128 : 32;  // threads of the warps that copy; only four warps can give up registers
+constexpr int ROWS = CONSUMERS * 64;           // queries per tile
+constexpr int CHUNKS = (WIDTH + 63) / 64;      // chunks of 64 channels: the swizzled rows of 128 bytes of a token
+constexpr int STEPS = (WIDTH + 15) / 16;       // instructions for the scores of a turn
+constexpr int TILES = SHORT ? 2 : 1;           // tiles of queries in shared memory
 constexpr int QUERY_BYTES = CHUNKS * ROWS * 128, TURN_BYTES = CHUNKS * KEYS * 128;
-constexpr int RESULT = CODES ? 1 : 2;          // bytes
-constexpr float SLACK = 8.0f;                  // powers of two
-static_assert(!CODES || !BFLOATS, "codes of what is rounded to float16");
+constexpr int RESULT = CODES ? 1 : 2;          // bytes per element
+constexpr float SLACK = 8.0f;                  // powers of two by which a score may exceed the reference
+static_assert(!CODES || !BFLOATS, "codes are computed from float16");
 static_assert(WIDTH % 8 == 0 && KEYS % 16 == 0 && KEYS <= 256 && ROWS <= 256 && (!SHORT || STAGES == 1), "tile");
 
 struct Problem {
     const float* out_scale;
     const int* out_zero_point;
-    unsigned char* out;  // [samples, queries, heads * WIDTH] of RESULT bytes
+    unsigned char* out;  // [samples, queries, heads * WIDTH], RESULT bytes per element
     int queries, keys, heads, tiles;
-    int parts;  // blocks a head; one takes every `parts`th of the head's tiles
-    float scale;  // of the scores, times log2(e)
+    int parts;  // blocks per head; a block computes every `parts`th tile of the head
+    float scale;  // factor of the scores, times log2(e)
     float quant_max;
 };
 
-// What the instruction is told of an operand in shared memory, rows of 128 swizzled bytes: its address; for values, whose
-// rows are the products of a sum, how far the next 64 channels are; and how far the next 8 rows are.
+// The descriptor of an operand in shared memory with rows of 128 swizzled bytes: its address; the distance of the next
+// 64 channels, which is used for values; and the distance of the next 8 rows.
 struct Operand {
     u32 low;
 
@@ -73,11 +76,12 @@ __device__ __forceinline__ u32 pair_of(float low, float high) {
     return BFLOATS ? bfloat_pair(low, high) : half_pair(low, high);
 }
 
-// One thread's share of two rows: of every 8 columns two in row `lane / 4`, then two in row `lane / 4 + 8`.
+// The softmax of a thread's scores. Of every 8 columns, a thread has two in row `lane / 4` and two in row `lane / 4 +
+// 8`.
 struct Softmax {
     float reference[2] = {lowest(), lowest()}, sum[2] = {};
 
-    // Scores become weights. Whether everything so far is to be multiplied with `shrink`.
+    // Replaces scores by weights. Returns whether all earlier sums must be multiplied by `shrink`.
     __device__ __forceinline__ bool operator()(float (&s)[KEYS / 2], float scale, float (&shrink)[2]) {
         bool grows = false;
         float most[2];
@@ -194,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
     const Quantizer quantize(CODES ? __ldg(p.out_scale) : 1.0f, CODES ? __ldg(p.out_zero_point) : 0, p.quant_max);
     unsigned char* const written =
         shared + (v_empty + 8 * STAGES + 15) / 16 * 16 - q_at + threadIdx.x / 32 * (16 * WIDTH * RESULT);
-    const auto write = [&](int tile, const Softmax& softmax) {  // a warp's 16 rows, by way of shared memory
+    const auto write = [&](int tile, const Softmax& softmax) {  // writes the 16 rows of a warp through shared memory
         __syncwarp();
 #pragma unroll
         for (int row = 0; row < 2; ++row) {

@@ -1,7 +1,7 @@
-// What the kernels of attention share: turns of groups of four warps, waiting for their products, exponentials.
-// CONSUMERS is the number of groups that multiply.
+// What the attention kernels share: the order in which groups of four warps issue products, waiting for these products,
+// and exponentials. CONSUMERS is the number of groups that multiply.
 
-// All but the last PENDING that were committed.
+// Waits for all committed groups of products but the last PENDING.
 template <int PENDING>
 __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
@@ -11,7 +11,7 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 
 __device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// A group's turn to issue products, and the next group's.
+// `await_turn` waits until a group may issue products; `give_turn` allows a group to issue them.
 __device__ __forceinline__ void await_turn(int group) {
     if (CONSUMERS > 1) asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory");
 }
@@ -20,7 +20,7 @@ __device__ __forceinline__ void give_turn(int group) {
     if (CONSUMERS > 1) asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory");
 }
 
-// Nothing of these moves to before what was waited for.
+// Keeps the compiler from moving uses of `x` to before a wait.
 template <int N>
 __device__ __forceinline__ void keep(float (&x)[N]) {
 #pragma unroll

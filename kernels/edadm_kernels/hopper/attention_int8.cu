@@ -1,37 +1,40 @@
 // Attention of heads whose queries and keys are int8, on the tensor cores of compute capability 9.0.
 //
-// Scores are int32; weights of the values are rounded to uint8, values are int8, and their products are summed up exactly.
+// Scores are int32. Weights of the values are rounded to uint8 and values are int8, so the sums of their products are
+// exact.
 //
-// A block takes 64 CONSUMERS queries of one head, as in `attention.cu`: one warp copies, groups of four warps multiply
-// and take exponentials in turns. Both operands of an 8-bit product lie with the products of a sum side by side, so
-// values of 8 bits come transposed, [channels, keys]; and as a thread holds scores of other keys than the instruction
-// wants weights of, the keys of every 16 columns are stored in another order: slot 4 t + 2 b + c holds key 8 b + 2 t + c.
+// A block computes CONSUMERS * 64 queries of one head, as in `attention.cu`: one warp copies, and groups of four warps
+// alternate between products and exponentials. Both operands of an 8-bit product must have the terms of a sum side by
+// side in memory, so values are stored transposed, [channels, keys]. A thread has the scores of other keys than those
+// whose weights the instruction reads from it, so the keys of every 16 columns are stored in another order: slot 4 t +
+// 2 b + c has key 8 b + 2 t + c.
 //
-// The number that weights refer to, a power of two, follows the largest score of a row in whole powers, so that sums
-// are shifted when it grows. An int32 score below 2^22 becomes a float32 by one addition to its bits.
+// Weights are relative to a reference score per row. The reference grows by whole powers of two, so that earlier sums
+// are shifted when it grows. An int32 score below 2^22 is converted to float32 by one addition to its bits.
 //
-// Where a model's own grids are given (STATIC), weights are rounded after they are divided by their sum, as the model
-// means it: the keys are gone through twice, first for the sums.
+// With STATIC the operands are on the grids of the model. Weights are then rounded after they are divided by their sum,
+// as the model defines them, so the kernel reads the keys twice, the first time for the sums.
 //
-// Compiled with WIDTH, KEYS, STAGES, CONSUMERS, BLOCKS, REGISTERS, COLUMNS (of the values' instruction), BFLOATS (bfloat16
-// is written), QUERIES (are multiplied from registers) and STATIC defined, and after `attention.cuh` and the text of `multiply_scores` and `multiply_values`.
+// These macros are defined: WIDTH, KEYS, STAGES, CONSUMERS, BLOCKS and REGISTERS as in `attention.cu`; COLUMNS (of the
+// instruction for values), BFLOATS (bfloat16 is written), QUERIES (they are multiplied from registers) and STATIC.
+// Before this text are `attention.cuh` and the functions `multiply_scores` and `multiply_values`.
 
-constexpr int THREADS = CONSUMERS * 128;       // that multiply
-constexpr int COPIERS = REGISTERS ? 128 : 32;  // threads, of which one copies
-constexpr int ROWS = CONSUMERS * 64;           // queries
-constexpr int LINE = WIDTH <= 64 ? 64 : 128;   // bytes of a swizzled row of queries and keys
+constexpr int THREADS = CONSUMERS * 128;       // threads that multiply
+constexpr int COPIERS = REGISTERS ? 128 : 32;  // threads of the warps that copy
+constexpr int ROWS = CONSUMERS * 64;           // queries per tile
+constexpr int LINE = WIDTH <= 64 ? 64 : 128;   // bytes per swizzled row of queries and keys
 constexpr int CHUNKS = (WIDTH + LINE - 1) / LINE;
-constexpr int STEPS = (WIDTH + 31) / 32;  // instructions of a turn's scores
+constexpr int STEPS = (WIDTH + 31) / 32;  // instructions for the scores of a turn
 constexpr int QUERY_BYTES = CHUNKS * ROWS * LINE, KEY_BYTES = CHUNKS * KEYS * LINE;
 constexpr int VALUE_BYTES = COLUMNS * KEYS;
-constexpr int WEIGHTS = KEYS / 8;    // words of a thread
+constexpr int WEIGHTS = KEYS / 8;    // words of four weights per thread and turn
 constexpr int KEY_BLOCK = 128;       // keys that share a scale
-constexpr float MARGIN = 0.25f;      // powers of two that the first reference is above the largest score
+constexpr float MARGIN = 0.25f;      // powers of two by which the first reference exceeds the largest score
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 constexpr int MAGIC_BITS = 0x4b400000, LEAST = -0x3fffff;
 static_assert(WIDTH % 8 == 0 && (KEYS == 64 || KEYS == 128) && ROWS <= 256, "tile");
 
-// Where STATIC the scales are one element each, and `v_center` is the scale of the weights.
+// With STATIC each scale is one element, and `v_center` is the scale of the weights.
 struct Problem {
     const float* q_scale;   // [samples, heads, queries]
     const float* k_scale;   // [samples, heads, blocks of 128 keys]
@@ -39,11 +42,12 @@ struct Problem {
     const float* v_center;  // [samples, heads, WIDTH]
     u16* out;               // [samples, queries, heads, WIDTH]
     int queries, keys, heads, tiles;
-    float scale;  // of the scores, times log2(e)
-    float most;   // code of a weight
+    float scale;  // factor of the scores, times log2(e)
+    float most;   // largest code of a weight
 };
 
-template <int BYTES>  // of a swizzled row
+// The descriptor of an operand in shared memory with swizzled rows of BYTES bytes.
+template <int BYTES>
 struct Operand {
     u32 low;
 
@@ -63,7 +67,7 @@ __device__ __forceinline__ void copy_box(u32 target, const TensorMap* map, u32 b
         : "memory");
 }
 
-// 1024 + rne(255 * 2^a), and of b, as float16: the low byte of each is the weight.
+// Returns 1024 + rne(255 * 2^a) and the same of b as float16: the low byte of each is the weight.
 __device__ __forceinline__ u32 weight_pair(float a, float b) {
     const u32 powers = half_pair(power_of_two(a), power_of_two(b));
     u32 pair;
@@ -80,12 +84,13 @@ __device__ __forceinline__ u32 output_pair(float low, float high) {
     return BFLOATS ? bfloat_pair(low, high) : half_pair(low, high);
 }
 
-// One thread's share of two rows: of every 8 columns two in row `lane / 4`, then two in row `lane / 4 + 8`.
+// The softmax of a thread's scores. Of every 8 columns, a thread has two in row `lane / 4` and two in row `lane / 4 +
+// 8`.
 struct Softmax {
     float reference[2] = {lowest(), lowest()};
     int sum[2] = {}, shift[2] = {};
 
-    // The largest of the thread's scores in each row. `left` keys count where MASKED.
+    // Finds the largest of the thread's scores in each row. With MASKED only the first `left` keys count.
     template <bool MASKED>
     __device__ __forceinline__ void largest(const int (&s)[KEYS / 2], int (&most)[2], int left, int lane) const {
 #pragma unroll
@@ -102,7 +107,7 @@ struct Softmax {
         }
     }
 
-    // Scores as weights to the present reference.
+    // Converts scores to weights relative to the current reference.
     template <bool MASKED>
     __device__ __forceinline__ void weigh(const int (&s)[KEYS / 2], u32 (&w)[WEIGHTS], const float (&scale)[2], int left,
                                           int lane) const {
@@ -112,13 +117,13 @@ struct Softmax {
             return counts<MASKED>(i, left, lane) ? f : lowest();
         };
 #pragma unroll
-        for (int i = 0; i < WEIGHTS; ++i) {  // rows in turns, of 16 keys
+        for (int i = 0; i < WEIGHTS; ++i) {  // alternating rows, of 16 keys each
             const int at = i / 2 * 8 + i % 2 * 2;
             w[i] = __byte_perm(weight_pair(power(at), power(at + 1)), weight_pair(power(at + 4), power(at + 5)), 0x6420);
         }
     }
 
-    // A row's reference rises by whole powers of two above the largest score.
+    // Raises the reference of each row by whole powers of two above the largest score.
     __device__ __forceinline__ void raise(const int (&most)[2], const float (&scale)[2]) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -131,7 +136,7 @@ struct Softmax {
         }
     }
 
-    // Whether a score of the warp is above its row's reference.
+    // Returns whether a score of the warp is above the reference of its row.
     __device__ __forceinline__ bool exceeds(const int (&most)[2], const float (&scale)[2]) const {
         return __any_sync(0xffffffffu, static_cast<float>(most[0]) * scale[0] > reference[0] ||
                                            static_cast<float>(most[1]) * scale[1] > reference[1]);
@@ -149,7 +154,8 @@ struct Softmax {
     }
 };
 
-// As above, of weights on a grid of the model's: sums first, each thread with a reference of its own, codes then.
+// The softmax with weights on the grid of the model. A first pass over the keys computes the sums, with a separate
+// reference per thread; the second pass computes the codes.
 struct StaticSoftmax {
     float reference[2] = {lowest(), lowest()}, sum[2] = {}, base[2];
 
@@ -170,7 +176,7 @@ struct StaticSoftmax {
         }
     }
 
-    // After all keys: what turns a score into the power of a weight in steps of its grid.
+    // After the first pass: computes what converts a score to the exponent of its weight in steps of the grid.
     __device__ __forceinline__ void settle(float step) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -257,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
     int sums[COLUMNS / 2];
     u32 weights[WEIGHTS];
 #if QUERIES
-    u32 queries[4 * STEPS];  // as the instruction takes them
+    u32 queries[4 * STEPS];  // in the order of the instruction
 #else
     const Operand<LINE> queries(q_at + group * 64 * LINE, 16);
 #endif
@@ -356,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
     }
     const float* const k_scale = p.k_scale + heads_before * ((p.keys + KEY_BLOCK - 1) / KEY_BLOCK);
     float next = k_scale[(turns - 1) * KEYS / KEY_BLOCK];
-    const auto scales_of = [&](int turn) {  // counted from the last
+    const auto scales_of = [&](int turn) {  // turns are counted from the last keys
         scale[0] = q_scale[0] * next, scale[1] = q_scale[1] * next;
         if (turn < turns - 1) next = k_scale[(turns - 2 - turn) * KEYS / KEY_BLOCK];
     };

@@ -1,4 +1,4 @@
-// What the kernels of compute capability 9.0 share: barriers, copies, grid dependence, rounding to codes.
+// What the kernels for compute capability 9.0 share: barriers, copies, grids that overlap, rounding to codes.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
         : "memory");
 }
 
-// Threads of the warps that multiply; the warp that copies does not take part.
+// Waits for the threads of the warps that multiply; the warp that copies does not take part.
 __device__ __forceinline__ void sync_threads(int threads) {
     asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
 }
@@ -53,7 +53,7 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// The same place in the shared memory of another block of the cluster.
+// Returns the address that `address` has in the shared memory of another block of the cluster.
 __device__ __forceinline__ u32 peer_address(u32 address, u32 rank) {
     u32 peer;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
@@ -71,7 +71,8 @@ __device__ __forceinline__ int4 load_peer(u32 address) {
 
 // ---- grids that overlap ---------------------------------------------------------------------------------------------
 
-// Wait for the results of the kernel before; then the next one may be launched. Nothing where neither asked for it.
+// Waits for the results of the kernel before this one, and then allows the next one to be launched. It does nothing
+// where the launches did not ask for it.
 __device__ __forceinline__ void await_previous() {
     asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -100,7 +101,7 @@ __device__ __forceinline__ u32 bfloat_pair(float low, float high) {
     return pair;
 }
 
-// clamp(rne(x * inverse) + zero_point, 0, quant_max) - 128 in the low byte, as `rounding.quantize_s8` has it.
+// Computes clamp(rne(x * inverse) + zero_point, 0, quant_max) - 128 in the low byte, like `rounding.quantize_s8`.
 struct Quantizer {
     float inverse, low, high;
     int offset;
@@ -117,7 +118,7 @@ struct Quantizer {
     }
 };
 
-// The low bytes of four words.
+// Returns the low bytes of four words as one word.
 __device__ __forceinline__ u32 four_bytes(u32 a, u32 b, u32 c, u32 d) {
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }

@@ -1,4 +1,4 @@
-"""From CUDA C++ to machine code by NVRTC, which torch's CUDA builds bring along; no GPU is needed."""
+"""Compiles CUDA C++ to machine code with NVRTC, which torch's CUDA builds include; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ CACHE_VARIABLE = "EDADM_KERNEL_CACHE"
 
 
 class CompilationError(RuntimeError):
-    """NVRTC refused a source; its message holds the compiler's log."""
+    """NVRTC refused a source; the message includes the log of the compiler."""
 
 
 def compiled(source: str, defines: Mapping[str, int], prelude: str = "", anew: bool = False) -> bytes:
-    """The machine code of a source file beside this module, from the cache where it was compiled before.
+    """Returns the machine code of a source file of this folder, from the cache if it was compiled before.
 
     Args:
         source: Name of the file.
-        defines: Macros.
+        defines: Macros with their values.
         prelude: Text between the common header and the source.
-        anew: Compile even so, as what is kept does not load.
+        anew: Whether to ignore the cache, because its code does not load.
 
     Returns:
         A cubin for compute capability 9.0.
@@ -39,23 +39,24 @@ def compiled(source: str, defines: Mapping[str, int], prelude: str = "", anew: b
     options = [*OPTIONS, *(f"-D{name}={value}" for name, value in defines.items())]
     version = nvrtc.nvrtcVersion()[1:]
     key = hashlib.sha256("\0".join([text, *options, str(version)]).encode()).hexdigest()
-    kept = _cache_folder() / f"{key}.cubin"
+    cached = _cache_folder() / f"{key}.cubin"
     if not anew:
         try:
-            return kept.read_bytes()
+            return cached.read_bytes()
         except OSError:
             pass
     code = _compile(text, source, options)
-    _keep(kept, code)
+    _store(cached, code)
     return code
 
 
 def source_text(name: str) -> str:
-    """The text of a file beside this module."""
+    """Returns the text of a file of this folder."""
     return files("edadm_kernels.hopper").joinpath(name).read_text(encoding="utf-8")
 
 
 def _compile(text: str, name: str, options: list[str]) -> bytes:
+    """Returns the machine code of a source text."""
     from cuda.bindings import nvrtc
 
     def checked(result: tuple[object, ...]) -> object:
@@ -67,14 +68,14 @@ def _compile(text: str, name: str, options: list[str]) -> bytes:
     try:
         outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         size = checked(nvrtc.nvrtcGetProgramLogSize(program))
-        # written by NVRTC where it lies; bytes of length 1 are shared by all of Python, and an empty log is one zero
+        # NVRTC writes in place: a `bytes` of length 1, which an empty log has, would be shared by all of Python
         log = bytearray(int(size))  # type: ignore[call-overload]
         checked(nvrtc.nvrtcGetProgramLog(program, log))
         message = log.decode(errors="replace").strip("\0 \n")
         if outcome[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompilationError(f"NVRTC refused {name}: {message}")
         if "C7512" in message or "serialized" in message:
-            raise CompilationError(f"the matrix instructions of {name} would not overlap: {message}")
+            raise CompilationError(f"NVRTC would serialize the matrix instructions of {name}: {message}")
         size = checked(nvrtc.nvrtcGetCUBINSize(program))
         code = bytearray(int(size))  # type: ignore[call-overload]
         checked(nvrtc.nvrtcGetCUBIN(program, code))
@@ -84,14 +85,15 @@ def _compile(text: str, name: str, options: list[str]) -> bytes:
 
 
 def _cache_folder() -> Path:
+    """Returns the folder of compiled code."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edadm" / "kernels"
 
 
-def _keep(path: Path, code: bytes) -> None:
-    """Write whole or not at all; a cache that cannot be written is done without."""
+def _store(path: Path, code: bytes) -> None:
+    """Writes a file whole or not at all; nothing happens if the cache cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:

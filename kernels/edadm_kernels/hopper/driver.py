@@ -1,4 +1,4 @@
-"""Loading machine code and launching it through the CUDA driver."""
+"""Loads machine code and launches it through the CUDA driver."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from edadm_kernels.hopper.variant import Variant
 
 @lru_cache(maxsize=1)
 def is_available() -> bool:
-    """Whether cuda-bindings, which torch's CUDA builds depend on, is installed and finds NVRTC."""
+    """Returns whether cuda-bindings, on which torch's CUDA builds depend, is installed and finds NVRTC."""
     try:
         from cuda.bindings import driver, nvrtc  # noqa: F401
 
         return bool(nvrtc.nvrtcVersion()[0] == nvrtc.nvrtcResult.NVRTC_SUCCESS)
-    except (ImportError, OSError, RuntimeError):  # the last two where the library itself is missing
+    except (ImportError, OSError, RuntimeError):  # the last two are raised if the library itself is missing
         return False
 
 
 @lru_cache(maxsize=256)
 def function(variant: Variant, device: int) -> Any:
-    """A variant's kernel, compiled and loaded on a device once.
+    """Returns the kernel of a variant, compiled and loaded once per device.
 
     Raises:
         RuntimeError: The driver refused it.
@@ -41,20 +41,20 @@ def function(variant: Variant, device: int) -> Any:
         if loaded[0] != driver.CUresult.CUDA_SUCCESS:  # the cache may be damaged
             loaded = driver.cuModuleLoadData(compiled(*text, anew=True))
         module = _checked(loaded)
-        found = _checked(driver.cuModuleGetFunction(module, variant.name.encode()))
+        kernel = _checked(driver.cuModuleGetFunction(module, variant.name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(found, attribute, variant.shared_bytes))
-    return found
+        _checked(driver.cuFuncSetAttribute(kernel, attribute, variant.shared_bytes))
+    return kernel
 
 
 def launch(variant: Variant, blocks: int, arguments: list[Any], device: int) -> None:
-    """Launch on torch's current stream, overlapping the end of the kernel before.
+    """Launches a kernel on torch's current stream; it may start while the kernel before it ends.
 
     Args:
-        variant: Which kernel, with its threads, shared memory and cluster.
-        blocks: A multiple of the cluster.
+        variant: The kernel with its threads, shared memory and cluster.
+        blocks: Number of blocks, a multiple of the cluster.
         arguments: ctypes values, or objects with `getPtr`, in the kernel's order.
-        device: Index.
+        device: Index of the device.
 
     Raises:
         RuntimeError: The driver refused it.
@@ -93,15 +93,16 @@ def tensor_map(
     steps: tuple[int, ...] | None = None,
     strides: tuple[int, ...] | None = None,
 ) -> Any:
-    """What the tensor memory accelerator is told of an array of bytes whose first dimension is the innermost.
+    """Returns the tensor map that describes an array of bytes to the tensor memory accelerator; sizes start innermost.
 
     Args:
         address: The address of the array, aligned to 16 bytes.
         sizes: Bytes of the first dimension, elements of the others.
-        box: Bytes and elements that one copy spans of each dimension; what lies outside arrives as zeros.
-        swizzle_bytes: 32, 64 or 128, the first of `box`.
-        steps: Elements from one that is taken to the next, in each dimension; `None`: all are.
-        strides: Bytes from an element to the next in each dimension but the first; `None`: they lie densely.
+        box: Bytes of the first dimension and elements of the others that one copy spans; it copies zeros for what is
+            outside the array.
+        swizzle_bytes: 32, 64 or 128, equal to the first number of `box`.
+        steps: Distance between the elements that are copied, per dimension; `None` copies every element.
+        strides: Bytes between elements of each dimension but the first; `None` means that the array is dense.
 
     Raises:
         RuntimeError: The driver refused it.
@@ -128,7 +129,7 @@ def tensor_map(
 
 
 def _enter_context(device: int) -> None:
-    """Make torch's context of a device the thread's own where it has none: a new thread may not have called CUDA."""
+    """Gives the thread torch's context of a device if it has none: a new thread may not have called CUDA yet."""
     from cuda.bindings import driver
 
     if int(_checked(driver.cuCtxGetCurrent())) == 0:
@@ -138,13 +139,18 @@ def _enter_context(device: int) -> None:
 
 
 def _address(argument: Any) -> int:
+    """Returns the address of an argument of a kernel."""
     return int(argument.getPtr()) if hasattr(argument, "getPtr") else ctypes.addressof(argument)
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
+    """Returns the value of a driver call; raises a RuntimeError if it failed."""
     from cuda.bindings import driver
 
     if result[0] != driver.CUresult.CUDA_SUCCESS:
         reason = driver.cuGetErrorString(result[0])[1].decode()
-        raise RuntimeError(f"the CUDA driver refused a kernel: {reason}; EDADM_KERNELS_BACKEND=triton does without it")
+        raise RuntimeError(
+            f"the CUDA driver refused a kernel: {reason}; "
+            "set EDADM_KERNELS_BACKEND=triton to run without kernels in CUDA C++"
+        )
     return result[1] if len(result) > 1 else None

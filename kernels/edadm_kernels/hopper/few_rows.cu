@@ -1,12 +1,12 @@
-// Products of at most eight rows of int8 codes, several of them side by side, each with weights of its own: what bounds
-// them is how fast the weights arrive.
+// Products of at most eight rows of int8 codes: one product, or a stack of products with separate weights. Their speed
+// is bound by how fast the weights arrive.
 //
-// A warp computes EACH outputs of all ROWS rows. It reads 512 bytes of each of its rows of weights at a time, 16 a lane,
-// and multiplies them by the codes in shared memory, four products an instruction. The first weights are on their way
-// before the kernel before this one has ended.
+// A warp computes EACH outputs of all ROWS rows. It reads 512 bytes of each of its rows of weights at a time, 16 per
+// lane, and multiplies them by the codes in shared memory, four products per instruction. The first weights are
+// requested before the previous kernel has ended.
 //
-// Compiled with ROWS (1, 2, 4 or 8; fewer may be there), WARPS, EACH, FLOATS and BFLOATS (written, in place of halves)
-// defined.
+// These macros are defined: ROWS (1, 2, 4 or 8; the problem may have fewer rows), WARPS, EACH, and FLOATS or BFLOATS
+// (float32 or bfloat16 is written instead of float16).
 
 struct Problem {
     const unsigned char* x;       // [stack, rows, products]
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) few_rows(const __grid_c
     const unsigned char* rows[EACH];
     uint4 ahead[EACH];
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) {  // those past the end repeat the last
+    for (int e = 0; e < EACH; ++e) {  // outputs past the end repeat the last one
         const size_t output = static_cast<size_t>(stack) * p.outputs + min(first + e, p.outputs - 1);
         rows[e] = p.weight + output * p.products + lane * 16;
         ahead[e] = lane < vectors ? load_weights(rows[e]) : make_uint4(0, 0, 0, 0);

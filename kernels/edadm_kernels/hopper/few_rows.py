@@ -1,4 +1,4 @@
-"""Products of at most eight rows, one or several side by side; the launch of `few_rows.cu`."""
+"""Decides which products of at most eight rows `few_rows.cu` computes, and launches it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from edadm_kernels.hopper.driver import launch
 
 MOST_ROWS = 8
-_ROWS = (1, 2, 4, 8)  # compiled for
-_WARPS, _EACH = 8, 4
+_ROWS = (1, 2, 4, 8)  # numbers of rows that the kernel is compiled for
+_WARPS, _EACH = 8, 4  # warps per block, outputs per warp
 _ALIGNMENT = 16  # bytes of an address and of a row of codes
-_MOST_SHARED = 200 * 1024  # bytes of codes that a block keeps
+_FEW_BYTES, _MOST_SHARED = 48 * 1024, 200 * 1024  # bytes of shared memory for codes: small blocks, the largest ones
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class FewRows:
     """Compile-time parameters of `few_rows.cu`.
 
     Args:
-        most_rows: Rows of the left operand, at most.
+        most_rows: The largest number of rows of the left operand.
         dtype: The element type of the output: `float16`, `bfloat16` or `float32`.
-        shared_bytes: Room for the codes of the left operand.
+        shared_bytes: Bytes of shared memory for the codes of the left operand.
     """
 
     most_rows: int
     dtype: str = "float16"
-    shared_bytes: int = 48 * 1024
+    shared_bytes: int = _FEW_BYTES
 
     source = "few_rows.cu"
     name = "few_rows"
@@ -37,7 +37,7 @@ class FewRows:
     cluster = 1
 
     def defines(self) -> dict[str, int]:
-        """Macros of the source."""
+        """Returns the macros that the source is compiled with."""
         floats, bfloats = self.dtype == "float32", self.dtype == "bfloat16"
         return {
             "ROWS": self.most_rows,
@@ -48,11 +48,11 @@ class FewRows:
         }
 
     def prelude(self) -> str:
-        """Nothing."""
+        """Returns the text before the source, which is empty."""
         return ""
 
     def label(self) -> str:
-        """For tables."""
+        """Returns the name of the variant for tables."""
         return f"few-rows-{self.most_rows}-{self.dtype}"
 
 
@@ -64,12 +64,12 @@ class _Problem(ctypes.Structure):
 
 
 def variants() -> list[FewRows]:
-    """Every number of rows and element type."""
+    """Lists every number of rows with every element type."""
     return [FewRows(rows, dtype) for rows in _ROWS for dtype in ("float16", "bfloat16", "float32")]
 
 
 def takes(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None) -> bool:
-    """Whether `launch_few_rows` serves operands `[..., M, K]` and `[..., N, K]` with these types and sizes."""
+    """Returns whether `launch_few_rows` supports operands `[..., M, K]` and `[..., N, K]` of these types and sizes."""
     read = (x, weight, scale, correction, bias)
     return (
         weight.dtype == torch.int8
@@ -84,10 +84,12 @@ def takes(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Te
 def launch_few_rows(
     x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
-    """Fill `out` `[S, M, N]` with the products of `x` `[S, M, K]` and `weight` `[S, N, K]`; S may be missing.
+    """Fills `out` `[S, M, N]` with the products of `x` `[S, M, K]` and `weight` `[S, N, K]`; S may be missing.
+
+    All tensors are contiguous.
 
     Args:
-        x: Codes, int8, contiguous, as everything here.
+        x: Codes, int8.
         weight: Codes, int8.
         scale: float32 `[S, N]`.
         correction: int32 `[S, N]`.
@@ -97,8 +99,8 @@ def launch_few_rows(
     rows, products = x.shape[-2:]
     outputs = weight.shape[-2]
     stacks = weight.numel() // (outputs * products)
-    room = 48 * 1024 if rows * products <= 48 * 1024 else _MOST_SHARED
-    variant = FewRows(next(n for n in _ROWS if n >= rows), str(out.dtype).removeprefix("torch."), room)
+    shared_bytes = _FEW_BYTES if rows * products <= _FEW_BYTES else _MOST_SHARED
+    variant = FewRows(next(n for n in _ROWS if n >= rows), str(out.dtype).removeprefix("torch."), shared_bytes)
     pointers = (x, weight, scale, correction, bias, out)
     problem = _Problem(*(None if t is None else t.data_ptr() for t in pointers), rows, outputs, products)
     launch(variant, stacks * -(-outputs // (_WARPS * _EACH)), [problem], x.device.index or 0)

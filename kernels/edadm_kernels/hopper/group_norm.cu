@@ -1,32 +1,32 @@
-// GroupNorm of a half-precision image, its channels innermost, with SiLU on request, and the codes of the result or the
-// result itself, in two kernels.
+// GroupNorm of a float16 image with channels innermost, optionally with SiLU, in two kernels. The result is written as
+// codes or in float16.
 //
-// A block has some whole rows of channels of one sample; a thread keeps eight channels, which lie in at most two
-// groups, of VECTORS pixels. `group_statistics` takes mean and squared deviations of each group over the block's
-// pixels. `group_apply` has fetched the same pixels by the time these are there, joins those of all blocks of its
-// sample, in the same order in every block, normalizes and writes. Statistics are joined after Chan, Golub and LeVeque
-// (1983).
+// A block processes some pixels of one sample with all their channels. A thread keeps eight channels, which belong to
+// at most two groups, of VECTORS pixels. `group_statistics` computes mean and squared deviations of each group over the
+// pixels of the block. `group_apply` reads the same pixels while it waits for these statistics; then it merges the
+// statistics of all blocks of its sample, in the same order in every block, normalizes and writes. Statistics are
+// merged as by Chan, Golub and LeVeque (1983).
 //
-// The channels may come from two images, FIRST from one and the others from another.
+// The channels may come from two images: the first FIRST channels from one, the rest from the other.
 //
-// Compiled for a shape: PIXELS, CHANNELS, FIRST, GROUPS, CHUNKS (blocks of a sample), CHUNK_PIXELS and VECTORS defined; and
-// with STATISTICS (which of the two kernels), THREADS, BLOCKS (a multiprocessor), QUANTIZERS (0: halves are written) and
-// SILU.
+// These macros are defined: PIXELS, CHANNELS, FIRST, GROUPS, CHUNKS (blocks per sample), CHUNK_PIXELS and VECTORS
+// describe the shape; STATISTICS selects one of the two kernels; THREADS, BLOCKS (per multiprocessor), QUANTIZERS (with
+// 0, float16 is written) and SILU.
 
 constexpr int WARPS = THREADS / 32, GROUP_CHANNELS = CHANNELS / GROUPS;
-constexpr int ACROSS = CHANNELS / 8, STRIDE = THREADS / ACROSS;  // vectors in a row of channels; rows at once
+constexpr int ACROSS = CHANNELS / 8, STRIDE = THREADS / ACROSS;  // vectors per pixel; pixels that a block reads at once
 constexpr int LOADS = (CHUNKS + 31) / 32;
 static_assert(GROUP_CHANNELS >= 8 && CHANNELS % 8 == 0 && FIRST % 8 == 0 && STRIDE >= 1 && VECTORS * STRIDE >= CHUNK_PIXELS, "shape");
 
 struct Problem {
     const u16* x;            // [samples, PIXELS, FIRST]
-    const u16* more;         // [samples, PIXELS, CHANNELS - FIRST]; null where these are none
+    const u16* more;         // [samples, PIXELS, CHANNELS - FIRST], or null if there is one image
     const float* weight;     // [CHANNELS]
     const float* bias;       // [CHANNELS]
     const float* scales;     // [QUANTIZERS]
     const int* zero_points;  // [QUANTIZERS]
-    float2* partials;        // [samples, GROUPS, CHUNKS], mean and squared deviations
-    void* out[3];            // [samples, PIXELS, CHANNELS]: codes, or halves
+    float2* partials;        // [samples, GROUPS, CHUNKS]: mean and squared deviations
+    void* out[3];            // [samples, PIXELS, CHANNELS]: codes or float16
     float eps, quant_max;
 };
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ constexpr int pixels_of(int chunk) {
 
 __device__ __forceinline__ float count_of(int chunk) { return static_cast<float>(pixels_of(chunk) * GROUP_CHANNELS); }
 
-// Where a thread's vectors lie, and which groups they belong to.
+// The position of a thread's vectors, and the groups that they belong to.
 struct Place {
     int sample, chunk, row, pixels, channel, group, in_first;
 
@@ -77,7 +77,7 @@ __device__ __forceinline__ float sum_warp(float x) {
     return x;
 }
 
-// Eight channels' values added up by group.
+// Adds the values of eight channels per group.
 __device__ __forceinline__ float2 by_group(const float (&values)[8], int in_first) {
     float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_statistics(c
     entries[threadIdx.x] = make_float4(mean_0, deviations.x, mean_1, deviations.y);
     __syncthreads();
 
-    // A warp joins what the block has of a group: of each row of threads, those whose channels touch it.
+    // A warp merges the entries of one group: of each row of threads, those whose channels belong to the group.
     constexpr int TOUCH = (GROUP_CHANNELS + 7) / 8 + 1, TURNS = (STRIDE * TOUCH + 31) / 32;
     const int lane = threadIdx.x % 32, pixels = pixels_of(at.chunk);
     for (int group = threadIdx.x / 32; group < GROUPS; group += WARPS) {
@@ -167,7 +167,7 @@ __device__ __forceinline__ float silu(float y) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const __grid_constant__ Problem p) {
     __shared__ float2 joined[GROUPS + 1];  // mean, and 1 / standard deviation
     const Place at;
-    // All of this was there before `group_statistics` let this kernel be launched.
+    // These inputs were complete before `group_statistics` allowed this kernel to be launched.
     uint4 held[VECTORS];
     fetch(held, p, at);
     float gain[8], shift[8];

@@ -1,4 +1,4 @@
-"""Which shapes the GroupNorm of `group_norm.cu` takes, how it cuts them, and its launch."""
+"""Decides which GroupNorms `group_norm.cu` computes and how it divides them into blocks, and launches it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from edadm_kernels.hopper.driver import launch
 
 _VECTOR = 8  # channels in 16 bytes of float16
 _MOST_GROUPS = 64
-_CUTS = ((64, 4), (128, 8), (256, 16))  # most blocks of a sample, most vectors a thread; the first that fits
+_CUTS = ((64, 4), (128, 8), (256, 16))  # limits of blocks per sample and vectors per thread; the first that fits counts
 THREADS = 512
 
 
 @dataclass(frozen=True)
 class GroupNormPlan:
-    """How one sample's `[pixels, channels]` is cut; independent of the batch, so that a sample's codes are too.
+    """How the `[pixels, channels]` of one sample are divided into blocks.
+
+    The plan does not depend on the batch, so neither do the codes of a sample.
 
     Args:
-        pixels: The pixels per sample.
-        channels: The channels per pixel.
-        first: The number of channels that come first, from an image of their own; all where there is one image.
-        groups: The number of groups of channels.
-        chunks: Blocks a sample.
-        chunk_pixels: Pixels of a block, but perhaps the last.
-        vectors: 16-byte vectors a thread holds.
+        pixels: Pixels per sample.
+        channels: Channels per pixel.
+        first: Number of channels of the first of two images; all channels if there is one image.
+        groups: Number of groups of channels.
+        chunks: Blocks per sample.
+        chunk_pixels: Pixels per block; the last block may have fewer.
+        vectors: 16-byte vectors per thread.
     """
 
     pixels: int
@@ -46,10 +48,10 @@ class GroupNormVariant:
     """Compile-time parameters of `group_norm.cu`.
 
     Args:
-        name: Which of the two kernels.
-        plan: How a sample is cut.
-        quantizers: 1 to 3; 0: the result itself is written.
-        silu: Apply SiLU.
+        name: The name of one of the two kernels.
+        plan: How a sample is divided into blocks.
+        quantizers: Number of quantizers, 1 to 3; with 0 the result is written in float16.
+        silu: Whether SiLU is applied.
     """
 
     name: Literal["group_statistics", "group_apply"]
@@ -63,11 +65,11 @@ class GroupNormVariant:
 
     @property
     def threads(self) -> int:
-        """A block."""
+        """Returns the threads per block."""
         return THREADS
 
     def defines(self) -> dict[str, int]:
-        """Macros of the source."""
+        """Returns the macros that the source is compiled with."""
         return {
             "STATISTICS": int(self.name == "group_statistics"),
             "THREADS": THREADS,
@@ -84,11 +86,11 @@ class GroupNormVariant:
         }
 
     def prelude(self) -> str:
-        """Nothing."""
+        """Returns the text before the source, which is empty."""
         return ""
 
     def label(self) -> str:
-        """For tables."""
+        """Returns the name of the variant for tables."""
         end = "" if self.name == "group_statistics" else f"-q{self.quantizers}" + "-silu" * self.silu
         channels = f"{self.plan.channels}"
         if self.plan.first < self.plan.channels:
@@ -98,13 +100,13 @@ class GroupNormVariant:
 
 @lru_cache(maxsize=256)
 def group_norm_plan(pixels: int, channels: int, num_groups: int, first: int | None = None) -> GroupNormPlan | None:
-    """The cut, or `None` for a shape that the kernels do not take: groups too narrow, rows or images too large.
+    """Returns the plan for a shape; `None` if groups are too narrow, or rows or images too large for the kernels.
 
     Args:
-        pixels: The pixels per sample.
-        channels: The channels per pixel.
-        num_groups: The number of groups of channels.
-        first: Channels that lie in an image of their own; `None`: there is one image.
+        pixels: Pixels per sample.
+        channels: Channels per pixel.
+        num_groups: Number of groups of channels.
+        first: Number of channels of the first of two images; `None` if there is one image.
     """
     across, first = channels // _VECTOR, channels if first is None else first
     if channels % _VECTOR or first % _VECTOR or channels // num_groups < _VECTOR or num_groups > _MOST_GROUPS:
@@ -120,8 +122,8 @@ def group_norm_plan(pixels: int, channels: int, num_groups: int, first: int | No
     return None
 
 
-# Height (and width) and channels where the U-Net of Stable Diffusion 1.x has more than Triton normalizes in one kernel;
-# on the way up those of two images.
+# Height (equal to the width) and channels of the inputs in the U-Net of Stable Diffusion 1.x that are too large for one
+# kernel in Triton; then height, first and second channels where the up blocks read two images.
 _SHAPES = ((64, 320), (32, 640), (16, 1280))
 _JOINED = (
     *((64, 640, 320), (64, 320, 320), (32, 1280, 640), (32, 640, 640), (32, 640, 320)),
@@ -130,13 +132,13 @@ _JOINED = (
 
 
 def variants() -> list[GroupNormVariant]:
-    """What the normalizations of a Stable Diffusion 1.x denoiser compile."""
+    """Lists what the normalizations of a Stable Diffusion 1.x denoiser compile."""
     shapes = [(size, channels, channels) for size, channels in _SHAPES]
     shapes += [(size, first + second, first) for size, first, second in _JOINED]
-    found_plans = (group_norm_plan(size * size, channels, 32, first) for size, channels, first in shapes)
-    plans = [plan for plan in found_plans if plan is not None]
-    found = [GroupNormVariant("group_statistics", plan) for plan in plans]
-    return found + [GroupNormVariant("group_apply", plan, 1, silu) for plan in plans for silu in (False, True)]
+    candidates = (group_norm_plan(size * size, channels, 32, first) for size, channels, first in shapes)
+    plans = [plan for plan in candidates if plan is not None]
+    statistics = [GroupNormVariant("group_statistics", plan) for plan in plans]
+    return statistics + [GroupNormVariant("group_apply", plan, 1, silu) for plan in plans for silu in (False, True)]
 
 
 class _Problem(ctypes.Structure):
@@ -149,16 +151,17 @@ class _Problem(ctypes.Structure):
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, more: Tensor | None = None) -> bool:
-    """Whether `launch_group_norm` serves these types and shapes."""
-    kinds = x.dtype == torch.float16 and weight.dtype == bias.dtype == torch.float32
+    """Returns whether `launch_group_norm` supports these types and shapes."""
+    types = x.dtype == torch.float16 and weight.dtype == bias.dtype == torch.float32
     return (
-        kinds
+        types
         and all(t is None or t.data_ptr() % 16 == 0 for t in (x, more, weight, bias))
         and _plan(x, more, num_groups) is not None
     )
 
 
 def _plan(x: Tensor, more: Tensor | None, num_groups: int) -> GroupNormPlan | None:
+    """Returns the plan for one or two images."""
     channels = x.shape[1] + (0 if more is None else more.shape[1])
     return group_norm_plan(x.shape[2] * x.shape[3], channels, num_groups, x.shape[1])
 
@@ -174,18 +177,18 @@ def launch_group_norm(
     quantizers: tuple[Tensor, Tensor, int] | None = None,
     more: Tensor | None = None,
 ) -> None:
-    """Fill `outputs`; the arguments are those of `group_norm_quantize`, already checked and taken.
+    """Fills `outputs`; the arguments are those of `group_norm_quantize`, checked and accepted by `takes`.
 
     Args:
         x: The image.
         weight: `[C]`.
         bias: `[C]`.
-        num_groups: Divides C.
-        eps: Added to the variance.
-        silu: Apply SiLU.
-        outputs: Codes, one tensor a quantizer; or one of float16.
-        quantizers: Scales, zero-points and bits; `None` for the result itself.
-        more: The image of the channels that follow.
+        num_groups: Number of groups of channels; it divides C.
+        eps: The number that is added to the variance.
+        silu: Whether SiLU is applied.
+        outputs: Codes, one tensor per quantizer; or one float16 tensor.
+        quantizers: Scales, zero-points and bits; `None` if the result is written in float16.
+        more: The image with the channels that follow.
     """
     samples, plan = x.shape[0], _plan(x, more, num_groups)
     assert plan is not None

@@ -1,29 +1,30 @@
-// Products of large matrices of int8 codes on the tensor cores of compute capability 9.0: one left operand, whose columns
-// may lie in two tensors, and up to four right ones, each with an output of its own.
+// Products of large matrices of int8 codes on the tensor cores of compute capability 9.0: one left operand, whose
+// columns may be in two tensors, and up to four right operands, each with a separate output.
 //
-// Blocks stay on their multiprocessor and take tile after tile of BM rows and BN columns. Two groups of four warps
-// multiply, 64 rows each; one warp copies BK channels of both operands into one of STAGES buffers, ahead of them and
-// across tiles. CLUSTER blocks take tiles that lie below each other: each copies its rows and a part of the columns
-// that all of them multiply. The second group begins LAG steps behind the first and stays behind, so that one group
-// writes its sums while the other has the tensor cores to itself.
+// Blocks stay on their multiprocessor and compute one tile of BM rows and BN columns after another. Two groups of four
+// warps multiply 64 rows each. One warp copies BK channels of both operands per step into one of STAGES buffers, ahead
+// of the products and across tiles. The CLUSTER blocks of a cluster compute tiles below each other: each block copies
+// its rows and a part of the columns, which all of them multiply. The second group begins LAG steps after the first, so
+// that one group writes its sums while the other uses the tensor cores alone.
 //
-// Compiled with BM (128), BN, BK, STAGES, CLUSTER, LAG, BFLOATS (written instead of halves) and RASTER (rows of
-// tiles that are walked together) defined, and after the text of `multiply`.
+// These macros are defined: BM (128), BN, BK, STAGES, CLUSTER, LAG, BOX, BFLOATS (bfloat16 is written instead of
+// float16) and RASTER (the number of rows of tiles that are computed one after another). Before this text is the
+// function `multiply`.
 
 constexpr int GROUPS = 2, THREADS = GROUPS * 128;
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK;
 constexpr u64 SWIZZLE = BK == 128 ? 1 : 2;
-// BOX (32 or 64): columns that are written at once
+// BOX (32 or 64) is the number of columns that are written at once.
 constexpr int BOX_BYTES = 16 * BOX * 2;          // by a warp; half of them where codes are written
 constexpr int BOXES = BN / BOX;
-constexpr int PART = BN / CLUSTER;               // columns that a block copies
+constexpr int PART = BN / CLUSTER;               // columns that one block copies
 static_assert(BM == GROUPS * 64 && BN % BOX == 0 && (PART * BK) % 1024 == 0 && LAG < STAGES, "tile");
 
 struct Columns {
     const float* scale;
     const int* correction;
     const float* bias;          // or null
-    const float* out_scale;     // of codes of gelu(y), or null where y itself is written
+    const float* out_scale;     // of the codes of gelu(y), or null if y is written in floating point
     const int* out_zero_point;
     float quant_max;
     int outputs, tiles;
@@ -32,7 +33,7 @@ struct Columns {
 struct Problem {
     Columns columns[4];
     int rows, products, row_tiles, column_tiles;  // row tiles of a cluster
-    int first_products;                           // of the left operand whose columns come first
+    int first_products;                           // columns of the first tensor of the left operand
 };
 
 __device__ __forceinline__ u64 operand(u32 address) {
@@ -62,8 +63,8 @@ __device__ __forceinline__ void write_box(const TensorMap* map, u32 source, int 
                  : "memory");
 }
 
-// At a barrier of any block of the cluster. It orders nothing: what was read before was read by the matrix instructions,
-// which are waited for. (A release to the cluster is a fence of the whole device, 0.8 microseconds in every step.)
+// Arrives at a barrier of any block of the cluster. It orders no memory accesses: the operands were read by matrix
+// instructions, which have ended. (A release to the cluster is a fence of the whole device, 0.8 microseconds per step.)
 __device__ __forceinline__ void arrive_at(u32 peer_barrier) {
     asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
 }
@@ -84,7 +85,7 @@ __device__ __forceinline__ void store_word(u32 address, u32 word) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 
-// Which rows and columns a tile has; neighbours in a row of RASTER tiles follow each other.
+// The rows and columns of a tile. RASTER rows of tiles are computed one after another, so that they share operands.
 struct Tile {
     int row, column, member;  // first row of the cluster; first column within the right operand `member`
 
@@ -99,12 +100,12 @@ struct Tile {
     }
 };
 
-// What the epilogue needs of eight columns of a thread's box.
+// What the epilogue needs of the columns of a thread's box.
 struct Constants {
     float2 scale[BOX / 8], bias[BOX / 8];
     int2 correction[BOX / 8];
 
-    // Without branches, which would make one load wait for the other; columns past the end repeat the last two.
+    // There are no branches, which would make one load wait for another; columns past the end repeat the last two.
     __device__ __forceinline__ void load(const Columns& from, int column) {
         const float* const biases = from.bias ? from.bias : from.scale;
         const float factor = from.bias ? 1.0f : 0.0f;
@@ -120,7 +121,7 @@ struct Constants {
     }
 };
 
-// y of blocks j and j + 1 of eight columns: a pair of columns in one row, and in the row eight below.
+// Computes y of blocks j and j + 1 of eight columns: of a pair of columns in one row and in the row eight below.
 __device__ __forceinline__ void finish(float (&y)[2][4], const int* sums, const Constants& by, int j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -141,7 +142,7 @@ __device__ __forceinline__ u32 pair(float x, float y) {
 #endif
 }
 
-// The approximation by a hyperbolic tangent: 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)).
+// Computes GELU approximated by a hyperbolic tangent: 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)).
 __device__ __forceinline__ float gelu_tanh(float y) {
     // 2 u log2(e) = y (2.3022082 + 0.10294324 y^2)
     float e, r;
@@ -209,9 +210,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     await_previous();
     const int group = warp / 4;
     const u32 boxes = staged + warp * 2 * BOX_BYTES;
-    // Of four matrices of 8x8 values that a warp leaves at once, each lane names one row.
+    // A warp stores four matrices of 8x8 values at once; each lane gives the address of one row.
     const u32 row_at = lane % 16 * (BOX * 2), turned = BOX == 64 ? lane % 8 : lane / 2 % 4;
-    // Of codes a lane writes four of a row, and four of the row eight below, which is turned alike.
+    // A lane stores four codes of a row and four of the row eight below, which has the same swizzle.
     const u32 codes_at = lane / 4 * BOX + lane % 2 * 8 + lane % 4 / 2 * 4;
     const u32 codes_turned = BOX == 64 ? lane / 8 : lane / 16;
     const u32 peer_empty = CLUSTER > 1 ? peer_address(empty, lane % CLUSTER) : empty;
@@ -266,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             Constants constants;
             constants.load(columns, column + c * BOX);
             if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-            __syncwarp();  // the box written two turns before has left
+            __syncwarp();  // the box that was written two rounds ago has been copied
             const u32 to = boxes + box * BOX_BYTES;
             if (!as_codes) {
 #pragma unroll
@@ -286,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                     for (int i = 0; i < 2; ++i)
                         codes[i] = four_bytes(quantize(gelu_tanh(y[i][0])), quantize(gelu_tanh(y[i][1])),
                                               quantize(gelu_tanh(y[i][2])), quantize(gelu_tanh(y[i][3])));
-                    // Of two lanes the left takes the first block and the right the second: four columns each.
+                    // Of two lanes, the left stores four columns of the first block and the right of the second.
                     const u32 mine = lane % 2 ? codes[1] : codes[0];
                     const u32 other = __shfl_xor_sync(0xffffffff, lane % 2 ? codes[0] : codes[1], 1);
                     const u32 left = lane % 2 ? other : mine, right = lane % 2 ? mine : other;
@@ -299,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             __syncwarp();
             const int from = tile.column + c * BOX;
             if (lane == 0) {
-                if (from < columns.outputs)  // bytes: two of a float
+                if (from < columns.outputs)  // in bytes: two per 16-bit float
                     write_box(y_map, to, as_codes ? from : 2 * from, tile.row + rank * BM + warp * 16);
                 asm volatile("cp.async.bulk.commit_group;" ::: "memory");
             }

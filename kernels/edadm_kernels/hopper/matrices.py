@@ -1,4 +1,4 @@
-"""Products of large matrices, up to four of one left operand at once: tiles of `matrices.cu`, and its launch."""
+"""Decides how `matrices.cu` computes products of large matrices, up to four of one left operand, and launches it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from edadm_kernels.hopper.variant import wgmma
 Gelu = tuple[Tensor, Tensor, int]
 """Scale, zero-point and largest unsigned code of an output that is activated and quantized."""
 MOST_MEMBERS = 4
-"""Right operands of one launch."""
+"""The largest number of right operands (members) per launch."""
 MOST_CHANNELS = 128
-"""Of a step, in any tile."""
-_ROWS = 128  # of a block's tile
-_WARP_ROWS = 16  # of a warp
-_WARPS = 8  # that multiply
+"""The largest number of channels per step of any tile."""
+_ROWS = 128  # rows per tile
+_WARP_ROWS = 16  # rows per warp
+_WARPS = 8  # warps that multiply
 _MULTIPROCESSORS = 132
-_ALIGNMENT = 16  # bytes of an address, and of a row
+_ALIGNMENT = 16  # addresses and rows must be multiples of this many bytes to be copied
 
-_CLOCK = 4096 * 0.95  # products a clock and multiprocessor
-_BYTES = 46.0  # that arrive a clock and multiprocessor
-_START = 6000.0  # clocks until the first step, and after the last
-_TILE, _COLUMN = 500.0, 16.0  # clocks of a tile beside its products, and for each of its columns
+_CLOCK = 4096 * 0.95  # products per clock and multiprocessor
+_BYTES = 46.0  # bytes that arrive per clock and multiprocessor
+_START = 6000.0  # clocks before the first step and after the last
+_TILE, _COLUMN = 500.0, 16.0  # clocks of a tile besides its products; clocks per column of a tile
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class MatrixTile:
     """Compile-time parameters of `matrices.cu`.
 
     Args:
-        bn: Columns of a block's tile, a multiple of 32 up to 256; its rows are 128.
-        bk: Channels of a step, 64 or 128.
-        stages: Steps whose operands are in shared memory.
-        cluster: Blocks that share the copies of the right operand, 1 or 2.
-        lag: Steps that the second group of warps stays behind the first; less than `stages`.
-        raster: Rows of tiles that are walked together.
-        bfloats: The output is bfloat16, not float16.
+        bn: Columns per tile, a multiple of 32 up to 256; a tile has 128 rows.
+        bk: Channels per step, 64 or 128.
+        stages: Number of steps whose operands are in shared memory at once.
+        cluster: Number of blocks that share the copies of the right operand, 1 or 2.
+        lag: Number of steps that the second group of warps stays behind the first; less than `stages`.
+        raster: Number of rows of tiles that are computed one after another, so that they share operands in the L2.
+        bfloats: Whether the output is bfloat16 instead of float16.
     """
 
     bn: int
@@ -62,17 +62,17 @@ class MatrixTile:
 
     @property
     def box(self) -> int:
-        """Columns that are written at once."""
+        """Returns the columns that are written at once."""
         return 64 if self.bn % 128 == 0 else 32
 
     @property
     def shared_bytes(self) -> int:
-        """Operands of every stage with two barriers each, two boxes of outputs of each warp, and one barrier."""
+        """Returns bytes for every stage's operands and two barriers, two boxes of outputs per warp, and one barrier."""
         boxes = _WARPS * 2 * _WARP_ROWS * self.box * 2
         return self.stages * ((_ROWS + self.bn) * self.bk + 16) + boxes + 8
 
     def defines(self) -> dict[str, int]:
-        """Macros of the source."""
+        """Returns the macros that the source is compiled with."""
         return {
             "BM": _ROWS,
             "BN": self.bn,
@@ -86,11 +86,11 @@ class MatrixTile:
         }
 
     def prelude(self) -> str:
-        """`multiply`: `d = a b`, or `d += a b` where `adds` is not zero."""
+        """Returns the source of `multiply`: `d = a b`, or `d += a b` where `adds` is not zero."""
         return wgmma(self.bn, adds_always=False)
 
     def label(self) -> str:
-        """For tables."""
+        """Returns the name of the tile for tables."""
         dtype = "-bf16" if self.bfloats else ""
         return f"matrices-{_ROWS}x{self.bn}x{self.bk}-cluster{self.cluster}{dtype}"
 
@@ -126,7 +126,7 @@ def takes(
     biases: Sequence[Tensor | None],
     dtype: torch.dtype,
 ) -> bool:
-    """Whether `launch_matrices` serves operands with these types and sizes.
+    """Returns whether `launch_matrices` supports operands of these types and sizes.
 
     Args:
         x: Codes `[M, K]`.
@@ -147,25 +147,25 @@ def takes(
 
 
 def takes_codes(out: Tensor) -> bool:
-    """Whether the copies can write the rows of a matrix of codes."""
+    """Returns whether the copies can write the rows of a matrix of codes."""
     return out.stride(0) % _ALIGNMENT == 0
 
 
 @lru_cache(maxsize=4096)
 def choose(rows: int, outputs: tuple[int, ...], products: int) -> MatrixTile:
-    """The tile of products of `[rows, products]` with `[n, products]` for each n of `outputs`."""
+    """Returns the tile for products of `[rows, products]` with `[n, products]` for each n of `outputs`."""
     return min(TILES, key=lambda tile: cost(tile, rows, outputs, products))
 
 
 def choose_over_single(rows: int, outputs: tuple[int, ...], products: int) -> MatrixTile | None:
-    """The tile of products that this kernel is expected to be faster at than one launch of `product.cu` for each."""
+    """Returns the tile; `None` if one launch of `product.cu` per product is expected to be as fast."""
     tile, shape = choose(rows, outputs, products), Shape.matrix(rows, products)
     others = sum(product.cost("linear", product.choose("linear", shape, n), shape, n) for n in outputs)
     return tile if cost(tile, rows, outputs, products) < others else None
 
 
 def cost(tile: MatrixTile, rows: int, outputs: tuple[int, ...], products: int) -> float:
-    """Clocks that the products take, roughly."""
+    """Estimates the clocks of the products."""
     columns = sum(-(-n // tile.bn) for n in outputs)
     tiles = -(-rows // (_ROWS * tile.cluster)) * columns
     rounds = -(-tiles // (_MULTIPROCESSORS // tile.cluster))
@@ -185,18 +185,20 @@ def launch_matrices(
     gelus: Sequence[Gelu | None] = (),
     more: Tensor | None = None,
 ) -> None:
-    """Fill `outs` with the products of `x` and each of `weights`.
+    """Fills `outs` with the products of `x` and each of `weights`.
+
+    All tensors are contiguous unless stated.
 
     Args:
-        tile: How the products are cut.
-        x: Codes `[M, K]`, int8, contiguous, as everything here.
+        tile: The tile.
+        x: Codes `[M, K]`, int8.
         weights: Codes `[N, K]`, int8, of each member.
         scales: float32 `[N]`.
         corrections: int32 `[N]`.
         biases: float32 `[N]`.
-        outs: float16 or bfloat16 `[M, N]`, or int8 of a member with a quantizer; rows may lie apart.
-        more: Codes of the columns that follow those of `x`, of which there are a multiple of `tile.bk`.
-        gelus: Quantizers of the members that are activated and written as codes; by default there are none.
+        outs: float16 or bfloat16 `[M, N]`, or int8 for a member with a quantizer; rows may have any stride.
+        gelus: Quantizer of each member that is activated and written as codes; by default there are none.
+        more: Codes of the columns that follow those of `x`; `x` then has a multiple of `tile.bk` columns.
     """
     tile = replace(tile, bfloats=any(out.dtype == torch.bfloat16 for out in outs))
     rows, first = x.shape
@@ -228,7 +230,7 @@ def launch_matrices(
 
 
 def _output_map(out: Tensor, box_bytes: int) -> Any:
-    """What the copies are told of an output, as bytes."""
+    """Returns the tensor map of an output, as bytes."""
     rows, columns = out.shape
     size = out.itemsize
     strides = (out.stride(0) * size,)
@@ -236,5 +238,5 @@ def _output_map(out: Tensor, box_bytes: int) -> Any:
 
 
 def variants() -> list[MatrixTile]:
-    """Every tile in both element types."""
+    """Lists every tile in both element types."""
     return [replace(tile, bfloats=bfloats) for tile in TILES for bfloats in (False, True)]

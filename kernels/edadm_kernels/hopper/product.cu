@@ -1,28 +1,29 @@
 // Convolutions and matrix products of int8 codes on the tensor cores of compute capability 9.0.
 //
-// A block computes BM output pixels times BN output channels. One warp copies: a step of the sum is BK channels of one
-// tap, a box of the image shifted by the tap (what lies outside arrives as zeros) and the weights of that tap, both by
-// the tensor memory accelerator into one of STAGES buffers. A stride is one of the copies. Of an image that is to be
-// enlarged twice, the pixels of a block are taken by the parity of their row and column: those of one parity read
-// neighbours in the small image, so that four boxes do. The other warps multiply, one step behind the copies and
-// with one step's instructions in flight while the next is issued. A matrix product is a convolution of one tap over
-// an image of one row.
+// A block computes BM output pixels times BN output channels. A step of the sum is BK channels of one tap. One warp
+// copies the operands of a step, by the tensor memory accelerator, into one of STAGES buffers: a box of the image
+// shifted by the tap, with zeros for what is outside, and the weights of the tap. The copies also skip pixels for a
+// stride. Where the image is first enlarged by a factor of two, the pixels of a block are grouped by the parity of
+// their row and column: those of one parity read neighbours in the small image, so four boxes are enough. The other
+// warps multiply one step after the copies, and the instructions of one step run while the next step is issued. A
+// matrix product is a convolution of one tap over an image of one row.
 //
-// SPLIT blocks of a cluster share a sum: each leaves its part in its shared memory, then each adds up and finishes
+// The SPLIT blocks of a cluster share a sum: each stores its part in its shared memory, and then each adds and finishes
 // BM / SPLIT of the rows.
 //
-// Compiled with BM, BN, BK, STAGES, SPLIT, GEGLU, FLOATS or BFLOATS (written, and nothing added), CONV (not a matrix product), UPSAMPLE,
-// CONSUMERS (groups of four warps that multiply) and BLOCKS (a multiprocessor) defined, and after the text of
-// `multiply`, one wgmma instruction of BN columns.
+// These macros are defined: BM, BN, BK, STAGES, SPLIT, GEGLU, FLOATS or BFLOATS (float32 or bfloat16 is written and
+// nothing is added to it), CONV (a convolution instead of a matrix product), UPSAMPLE, CONSUMERS (groups of four warps
+// that multiply) and BLOCKS (per multiprocessor). Before this text is the function `multiply`, one wgmma instruction of
+// BN columns.
 
-constexpr int THREADS = CONSUMERS * 128;          // that multiply
-constexpr int TILES = BM / (64 * CONSUMERS);      // instructions of 64 rows a group
-constexpr int BOXES = UPSAMPLE ? 4 : 1;           // copies of pixels a step
+constexpr int THREADS = CONSUMERS * 128;          // threads that multiply
+constexpr int TILES = BM / (64 * CONSUMERS);      // instructions of 64 rows per group
+constexpr int BOXES = UPSAMPLE ? 4 : 1;           // copies of pixels per step
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK;
 constexpr int PITCH = BN + 8;                     // integers between rows of the sums in shared memory
-constexpr u64 SWIZZLE = BK == 128 ? 1 : 2;        // of 128 or 64 bytes, as the instruction names it
+constexpr u64 SWIZZLE = BK == 128 ? 1 : 2;        // code of a swizzle of 128 or 64 bytes
 static_assert(BM % (64 * CONSUMERS) == 0 && BN % 16 == 0 && BM % SPLIT == 0, "tile");
-static_assert(BM * PITCH * 4 <= STAGES * (A_BYTES + B_BYTES), "the sums lie where the operands were");
+static_assert(BM * PITCH * 4 <= STAGES * (A_BYTES + B_BYTES), "the sums replace the operands in shared memory");
 
 struct Problem {
     const float* scale;       // [outputs]
@@ -30,17 +31,17 @@ struct Problem {
     const float* bias;        // [outputs] or null
     const u16* sample_bias;   // half [samples, outputs] or null
     const u16* residual;      // half [samples, height, width, outputs] or null
-    const float* out_scale;   // GEGLU: of the codes
+    const float* out_scale;   // of the codes of a gated output
     const int* out_zero_point;
-    void* out;                // half like the residual, floats, bfloats, or codes [pixels, outputs / 2]
+    void* out;                // [pixels, outputs] float16, float32 or bfloat16, or codes [pixels, outputs / 2]
     int samples, height, width, channels, outputs;  // height and width of the output
-    int seen_height, seen_width;                    // of the image under the taps, enlarged already
+    int seen_height, seen_width;                    // of the input after it is enlarged
     int kernel_height, kernel_width, stride, top, left, bottom, right;
-    int box_width_log2, box_height_log2;  // a copy's pixels: 2^a columns, 2^b rows, the rest samples
+    int box_width_log2, box_height_log2;  // pixels per copy: 2^a columns, 2^b rows, the rest are samples
     float quant_max;
 };
 
-// What the instruction is told of an operand in shared memory: its address, 8 rows apart, how it is swizzled.
+// The descriptor of an operand in shared memory: its address, the distance of the next 8 rows, and the swizzle.
 __device__ __forceinline__ u64 operand(u32 address) {
     return static_cast<u64>((address & 0x3ffff) >> 4) | (1ull << 16) | (static_cast<u64>(8 * BK >> 4) << 32) |
            (SWIZZLE << 62);
@@ -68,7 +69,7 @@ __device__ __forceinline__ void prefetch_weights(const TensorMap* map, int c, in
                  : "memory");
 }
 
-// Class of an output along one axis by the taps that fall outside; see `pack.border_classes`.
+// Returns the class of an output along one axis by its taps outside the image; see `pack.border_classes`.
 __device__ __forceinline__ int outside(int first, int size, int kernel, int after_most) {
     const int before = min(max(-first, 0), kernel), after = min(max(first + kernel - size, 0), kernel);
     return before * (after_most + 1) + after;
@@ -88,7 +89,7 @@ __device__ __forceinline__ float gelu(float g) {
     return fmaf(-fabsf(g), p * t * e, fmaxf(g, 0.0f));
 }
 
-// Eight values of 4 bytes from an address divisible by 16.
+// Loads eight values of 4 bytes from an address divisible by 16.
 template <typename T>
 __device__ __forceinline__ void load_eight(T (&to)[8], const T* from) {
     *reinterpret_cast<uint4*>(to) = __ldg(reinterpret_cast<const uint4*>(from));
@@ -104,10 +105,10 @@ __device__ __forceinline__ void add_halves(float (&y)[8], uint4 halves) {
     }
 }
 
-// Where a tile lies; of an image to be enlarged, in the small one.
+// The position of a tile; where the image is enlarged, the position in the small image.
 struct Tile {
     int first_output, first_w, first_h, first_n;
-    bool leads;  // of those with the same weights
+    bool leads;  // whether it is the first tile with its weights
 
     __device__ __forceinline__ Tile(int tile, const Problem& p) {
         const int columns = (p.outputs + BN - 1) / BN, box = tile / columns;
@@ -151,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
 
     if (warp == CONSUMERS * 4) {
         if (threadIdx.x % 32 == 0) {
-            // Weights are on their way to the L2 while the kernel before still runs; once is enough.
+            // Weights are fetched into the L2 while the previous kernel still runs; one block per weights is enough.
             for (int step = begin; tile.leads && step < min(begin + STAGES, end); ++step)
                 prefetch_weights(&w_map, step / taps * BK, step % taps, tile.first_output);
             await_previous();
@@ -210,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
 #pragma unroll
         for (int i = 0; i < BN / 2; ++i) asm volatile("" : "+r"(sums[t][i])::"memory");
 
-    // A thread keeps eight columns and walks down the rows. What is added to them is fetched before it is needed.
+    // A thread finishes eight columns of some rows. What is added to them is loaded before it is needed.
     constexpr int CHUNKS = BN / 8, STRIDE = THREADS / CHUNKS, ROWS = BM / SPLIT;
     constexpr int TURNS = (ROWS + STRIDE - 1) / STRIDE;
     const int chunk = threadIdx.x % CHUNKS, output = tile.first_output + chunk * 8;
@@ -248,11 +249,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
                         p.residual + static_cast<size_t>(pixel) * p.outputs + output);
             }
     };
-    // While the sums are still in registers, if a thread's share of them has room for both.
+    // It is loaded while the sums are still in registers, if a thread has enough registers for both.
     constexpr int ROOM = 512 / ((BLOCKS * (CONSUMERS * 4 + 1) + 3) / 4) - 32;
     constexpr bool EARLY = TILES * BN / 2 + 24 + 4 * TURNS <= ROOM;
     if (EARLY) fetch();
-    sync_threads(THREADS);  // nobody reads operands any more
+    sync_threads(THREADS);  // no warp reads operands any more
 
     int* const staged = reinterpret_cast<int*>(shared);
 #pragma unroll

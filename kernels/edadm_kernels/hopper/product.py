@@ -144,14 +144,14 @@ def takes(
 
 def variants() -> list[ProductTile]:
     """Lists every tile for every kind of product, whole and split."""
-    found = []
+    listed = []
     for tile in TILES:
         forms: list[dict[str, bool]] = [{}, {"convolution": True}, {"convolution": True, "upsample": True}]
-        found += [replace(tile, split=split, **form) for form in forms for split in SPLITS]
-        found += [replace(tile, floats=True, **form) for form in forms]
-        found.append(replace(tile, bfloats=True))
-        found += [replace(tile, geglu=True)] if _suits(tile, "geglu") else []
-    return found
+        listed += [replace(tile, split=split, **form) for form in forms for split in SPLITS]
+        listed += [replace(tile, floats=True, **form) for form in forms]
+        listed.append(replace(tile, bfloats=True))
+        listed += [replace(tile, geglu=True)] if _suits(tile, "geglu") else []
+    return listed
 
 
 @lru_cache(maxsize=4096)
@@ -176,6 +176,7 @@ def candidates(kind: Kind, shape: Shape) -> list[ProductTile]:
 
 
 def _suits(tile: ProductTile, kind: Kind) -> bool:
+    """Returns whether a tile suits a kind of product."""
     # a gated product has a long epilogue, during which the multiprocessor's other blocks can multiply
     return kind != "geglu" or tile.blocks > 1
 

@@ -1,4 +1,4 @@
-"""What a kernel in CUDA C++ is compiled and launched with."""
+"""Describes what a kernel in CUDA C++ is compiled and launched with."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ class ProductTile:
     """Compile-time parameters of `product.cu`.
 
     Args:
-        bm: Output pixels a block, a multiple of 64 times `groups`.
-        bn: Output channels a block: what the instruction takes, a multiple of 16 up to 256.
-        bk: Channels a step, 64 or 128.
-        stages: Steps whose operands are in shared memory.
-        split: Blocks that share a sum, a cluster; 1, 2, 4 or 8.
-        groups: The number of warp groups (four warps each) that multiply.
-        blocks: A multiprocessor.
-        geglu: Gated output, as codes.
-        convolution: Pixels in boxes and taps outside the image; not a matrix product.
-        upsample: The image is enlarged twice by nearest neighbour.
-        floats: float32 is written, and nothing added to it.
-        bfloats: bfloat16 is written, and nothing added to it.
+        bm: Output pixels per block, a multiple of 64 times `groups`.
+        bn: Output channels per block, the columns of a matrix instruction: a multiple of 16 up to 256.
+        bk: Channels per step, 64 or 128.
+        stages: Number of steps whose operands are in shared memory at once.
+        split: Number of blocks (one cluster) that share a sum: 1, 2, 4 or 8.
+        groups: Number of groups of four warps that multiply.
+        blocks: Blocks per multiprocessor.
+        geglu: Whether the output is gated and written as codes.
+        convolution: Whether it is a convolution, with pixels in boxes and taps outside the image, or a matrix product.
+        upsample: Whether the image is first enlarged by a factor of two with nearest neighbour.
+        floats: Whether float32 is written; nothing is added to it.
+        bfloats: Whether bfloat16 is written; nothing is added to it.
     """
 
     bm: int
@@ -79,21 +79,21 @@ class ProductTile:
 
     @property
     def threads(self) -> int:
-        """A block: the warps that multiply, and one that copies."""
+        """Returns the threads per block: of the warps that multiply and one that copies."""
         return self.groups * 128 + 32
 
     @property
     def shared_bytes(self) -> int:
-        """Operands of every stage and two barriers each."""
+        """Returns the bytes for the operands of every stage, with two barriers each."""
         return self.stages * ((self.bm + self.bn) * self.bk + 16)
 
     @property
     def cluster(self) -> int:
-        """Blocks that share a sum."""
+        """Returns the number of blocks that share a sum."""
         return self.split
 
     def defines(self) -> dict[str, int]:
-        """Macros of the source."""
+        """Returns the macros that the source is compiled with."""
         return {
             "BM": self.bm,
             "BN": self.bn,
@@ -110,11 +110,11 @@ class ProductTile:
         }
 
     def prelude(self) -> str:
-        """`multiply`: `d += a b` by one matrix instruction of 64 rows, `bn` columns and 32 products."""
+        """Returns the source of `multiply`: `d += a b` by an instruction of 64 rows, `bn` columns and 32 terms."""
         return wgmma(self.bn)
 
     def label(self) -> str:
-        """For tables."""
+        """Returns the name of the tile for tables."""
         kind = "geglu" if self.geglu else "upsample" if self.upsample else "conv" if self.convolution else "linear"
         extras = f"-x{self.blocks}" if self.blocks > 1 else ""
         extras += ("-f32" if self.floats else "-bf16" if self.bfloats else "") + (
@@ -124,11 +124,12 @@ class ProductTile:
 
 
 def wgmma(columns: int, adds_always: bool = True) -> str:
-    """CUDA C++ of `multiply(d, a, b)`, one matrix instruction of 64 rows and 32 products: `d += a b`.
+    """Returns the source of `multiply(d, a, b)`, one matrix instruction of 64 rows and 32 terms per sum: `d += a b`.
 
     Args:
-        columns: The number of columns of the instruction.
-        adds_always: Without it `multiply` has a fourth argument; where that is zero it computes `d = a b`.
+        columns: Number of columns of the instruction.
+        adds_always: Whether `multiply` always adds. Otherwise it has a fourth argument, and computes `d = a b` where
+            that is zero.
     """
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
