@@ -134,7 +134,7 @@ class ReconstructConfig(StageConfig):
     )
     matmul: Literal["float32", "tf32"] | None = setting(
         None,
-        "float32 or tf32: how a GPU multiplies float32 numbers; tf32 rounds factors to 10 bits; float32 by default.",
+        "float32 or tf32: how a GPU multiplies float32 numbers; tf32, the default, rounds factors to 10 bits.",
         identity="if_changed",
     )
     weights: Literal["auto", "memory", "disk"] = setting(

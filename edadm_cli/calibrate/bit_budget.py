@@ -99,8 +99,8 @@ def spend_budget(sensitivity: Sensitivity, bits: BitWidth, denoiser: nn.Module, 
     ) / 2**20
     if bits.size_mib < smallest:
         raise UsageError(
-            f"A size of {bits.size_mib:g} MiB is too small: with four bits per weight and {beside / 2**20:.3f} MiB of"
-            f" scales and float tensors the denoiser takes {smallest:.3f} MiB.",
+            f"A size of {bits.size_mib:g} MiB is too small: with the fewest bits that were measured and"
+            f" {beside / 2**20:.3f} MiB of scales and float tensors the denoiser takes {smallest:.3f} MiB.",
             hint="a larger size in --bits",
         )
     return assign_bits(errors, sizes, 8 * (bits.size_mib * 2**20 - beside), stored_bits)

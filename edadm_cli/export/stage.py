@@ -32,7 +32,7 @@ from edadm_cli.export.fusing import Fused, LoraFile, fuse, refit
 from edadm_cli.export.parity import ExportParity, compare
 from edadm_cli.export.verdict import layers_by_width, verdict
 from edadm_cli.integrations.comfyui.writing import ComfyUiFile
-from edadm_cli.integrations.quantizer import FORMAT_VERSION, METHOD
+from edadm_cli.integrations.quantizer import METHOD, format_version
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun, load_collected_model
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
@@ -75,7 +75,7 @@ def run(
 def build_spec(config: ExportConfig, run_folder: RunFolder) -> BuildSpec:
     """Returns the specification of the artifact that `run` would build, without building it."""
     source = run_folder.open("reconstruct", str(config.bits))
-    fields = {**config.identity_fields(), "format_version": FORMAT_VERSION}
+    fields = {**config.identity_fields(), "format_version": format_version(load_plan(source))}
     if config.lora:
         fields["lora"] = [LoraFile.parse(text).identity() for text in config.lora]
     return BuildSpec("export", str(config.bits), fields, config.seed, (source,), source.manifest.model)
@@ -218,10 +218,11 @@ def _parity(parity: ExportParity) -> Parity:
 
 
 def _quantization_config(config: ExportConfig, source: Artifact) -> dict[str, Any]:
+    plan = load_plan(source)
     return {
         "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(plan),
         "bits": str(config.bits),
         "recipe": recipe_name(source),
-        "plan": load_plan(source).model_dump(mode="json", exclude_none=True),
+        "plan": plan.model_dump(mode="json", exclude_none=True),
     }

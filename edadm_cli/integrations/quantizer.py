@@ -6,6 +6,7 @@ loaded with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -21,10 +22,20 @@ from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.network import deploy, quantize_network, require_sound
+from edadm_cli.quant.packing import NIBBLE_BITS, stored_bits, stored_bits_of_format_1
 from edadm_cli.quant.plan import QuantizationPlan
 
 METHOD = "edadm"
-FORMAT_VERSION = 1
+_FORMATS: dict[int, Callable[[int], int]] = {1: stored_bits_of_format_1, 2: stored_bits}
+
+
+def format_version(plan: QuantizationPlan) -> int:
+    """Returns the version of the tensors' names and packing: the oldest one that stores the plan's codes tightly.
+
+    In format 2 a code of two or three bits takes as many; in format 1, which earlier versions of edadm read too, four.
+    """
+    is_tight = any(stored_bits(layer.weight_bits) < NIBBLE_BITS for layer in plan.layers.values())
+    return 2 if is_tight else 1
 
 
 class _Method(StrEnum):
@@ -64,9 +75,10 @@ class EdadmConfig(QuantizationConfigMixin):
         Raises:
             InputError: The plan was written by a newer version, or it is not valid.
         """
-        if self.format_version != FORMAT_VERSION:
+        if self.format_version not in _FORMATS:
             raise InputError(
-                f"The export has format {self.format_version}; this version of edadm reads format {FORMAT_VERSION}.",
+                f"The export has format {self.format_version}; this version of edadm reads formats up to"
+                f" {max(_FORMATS)}.",
                 hint="pip install --upgrade edadm",
             )
         try:
@@ -114,7 +126,8 @@ class EdadmQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        quantize_network(model, self.quantization_config.quantization_plan())
+        settings = self.quantization_config
+        quantize_network(model, settings.quantization_plan(), _FORMATS[settings.format_version])
         config: Any = model.config
         config["quantization_config"] = self.quantization_config
 

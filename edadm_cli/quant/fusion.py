@@ -29,6 +29,15 @@ def fused(function: _Function, x: Tensor) -> _Function:
     return result
 
 
+def flat(x: Tensor) -> Tensor:
+    """Returns the elements in one dimension, detached, as arguments of a fused function.
+
+    Detached, they are no view: of a view, torch.compile guards the shape of what it is a view of, and it compiles again
+    for each shape until it refuses.
+    """
+    return x.reshape(-1).detach()
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Any:
     # Not fullgraph: where torch has compiled too many forms of it, it runs operation by operation instead of failing.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edadm_cli.quant.fusion import fused
+from edadm_cli.quant.fusion import flat, fused
 
 
 @dataclass(frozen=True)
@@ -82,30 +82,21 @@ def _clamp_codes(codes: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
 
 
 def _forward(x: Tensor, reciprocal: Tensor, scale: Tensor, low: Tensor, high: Tensor, dropped: Tensor | None) -> Any:
-    """Returns `x` on the grid but for what is dropped, and which elements the grid does not clip."""
+    """Returns `x` on the grid but for what is dropped, and which elements the grid clips."""
     rounded = (x * reciprocal).round_()
     codes = torch.clamp(rounded, low, high)
-    in_range = codes == rounded
+    clipped = codes != rounded
     quantized = codes.mul_(scale)
-    return (quantized if dropped is None else torch.where(dropped, x, quantized)), in_range
+    return (quantized if dropped is None else torch.where(dropped, x, quantized)), clipped
 
 
-def _backward(grad: Tensor, x: Tensor, output: Tensor, in_range: Tensor, dropped: Tensor | None) -> Any:
+def _backward(grad: Tensor, x: Tensor, output: Tensor, clipped: Tensor, dropped: Tensor | None) -> Any:
     """Returns the gradient to `x`, and `scale` times the gradient to `scale`."""
     # Inside the range the slope is code - x / scale; clipped, it is the code. Dropped elements do not see the scale.
-    slope = output - x * in_range
+    slope = torch.where(clipped, output, output - x)
     if dropped is None:
-        return grad * in_range, (slope * grad).sum()
-    return grad * (in_range | dropped), (slope * grad.masked_fill(dropped, 0)).sum()
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Returns the elements in one dimension.
-
-    Detached, they are no view: of a view, torch.compile guards the shape of what it is a view of, and it compiles again
-    for each shape until it refuses.
-    """
-    return x.reshape(-1).detach()
+        return grad.masked_fill(clipped, 0), slope.mul_(grad).sum()
+    return grad.masked_fill(clipped & ~dropped, 0), slope.mul_(grad.masked_fill(dropped, 0)).sum()
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
@@ -115,16 +106,16 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, grid, dropped):  # type: ignore[no-untyped-def]
         ctx.scale_shape, scale, zero_point = scale.shape, scale.reshape(()), zero_point.reshape(())
         low, high = grid.quant_min - zero_point, grid.quant_max - zero_point
-        x, dropped = x.contiguous(), None if dropped is None else _flat(dropped)
-        output, in_range = fused(_forward, x)(_flat(x), scale.reciprocal(), scale, low, high, dropped)
+        x, dropped = x.contiguous(), None if dropped is None else flat(dropped)
+        output, clipped = fused(_forward, x)(flat(x), scale.reciprocal(), scale, low, high, dropped)
         output = output.view_as(x)
-        ctx.save_for_backward(x, scale, output, in_range, dropped)
+        ctx.save_for_backward(x, scale, output, clipped, dropped)
         return output
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, scale, output, in_range, dropped = ctx.saved_tensors
-        grad_x, product = fused(_backward, x)(_flat(grad), _flat(x), _flat(output), in_range, dropped)
+        x, scale, output, clipped, dropped = ctx.saved_tensors
+        grad_x, product = fused(_backward, x)(flat(grad), flat(x), flat(output), clipped, dropped)
         return grad_x.view_as(x), (product / scale).reshape(ctx.scale_shape), None, None, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edadm_cli.quant.grid import dequantize
 from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation
-from edadm_cli.quant.packing import is_packed, pack_int4, unpack_int4
+from edadm_cli.quant.packing import is_packed, pack, packed_bytes, stored_bits, unpack
 from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.quant.transforms import Transform, transform_named
 
@@ -62,6 +62,7 @@ class QuantizedLayer(nn.Module):
         weight_shape: `[C_out, C_in / groups, kh, kw]` or `[C_out, C_in]`.
         bias: The float bias, kept as it is.
         device: The device of the codes and scales.
+        code_bits: The bits that a code takes where it is held and stored; the fewest that serve if not given.
 
     The codes are held packed when they have at most four bits. Scales are float32 and stay so whatever dtype the
     model is cast to.
@@ -85,8 +86,10 @@ class QuantizedLayer(nn.Module):
         weight_shape: tuple[int, ...],
         bias: Tensor | None = None,
         device: torch.device | None = None,
+        code_bits: int | None = None,
     ) -> None:
         super().__init__()
+        self.code_bits = stored_bits(plan.weight_bits) if code_bits is None else code_bits
         self.operation, self.plan, self.weight_shape = operation, plan, tuple(weight_shape)
         self.arithmetic: Arithmetic = "fake-quantize"
         self.register_buffer("weight_codes", torch.zeros(self.codes_shape, dtype=self.codes_dtype, device=device))
@@ -109,7 +112,7 @@ class QuantizedLayer(nn.Module):
         if not is_packed(self.plan.weight_bits):
             return self.weight_shape
         per_row = torch.Size(self.weight_shape[1:]).numel()
-        return (self.weight_shape[0], (per_row + 1) // 2)
+        return (self.weight_shape[0], packed_bytes(per_row, self.code_bits))
 
     @property
     def in_features(self) -> int:
@@ -143,7 +146,8 @@ class QuantizedLayer(nn.Module):
         **transform_tensors: Tensor,
     ) -> None:
         """Fills in the codes (int8, `weight_shape`), scales, the transform's tensors, and a bias that was corrected."""
-        packed = pack_int4(weight_int) if is_packed(self.plan.weight_bits) else weight_int.to(torch.int8)
+        is_tight = is_packed(self.plan.weight_bits)
+        packed = pack(weight_int, self.code_bits) if is_tight else weight_int.to(torch.int8)
         self.weight_codes.copy_(packed)
         self.weight_scale.copy_(weight_scale)
         if self.plan.input_grid is not None:
@@ -186,7 +190,7 @@ class QuantizedLayer(nn.Module):
     def weight_int(self) -> Tensor:
         """The codes, int8, `weight_shape`."""
         if is_packed(self.plan.weight_bits):
-            return unpack_int4(self.weight_codes, self.weight_shape)
+            return unpack(self.weight_codes, self.weight_shape, self.code_bits)
         return self.weight_codes
 
     def parameters_by_name(self) -> Iterator[tuple[str, Tensor]]:
@@ -291,17 +295,26 @@ class SplitLayer(nn.Module):
         return total
 
 
-def quantized_layer(layer: nn.Module, plan: LayerPlan) -> QuantizedLayer | SplitLayer:
-    """Returns an empty quantized layer for `layer` (`nn.Linear` or `nn.Conv2d`); its codes are zero until filled in."""
+def quantized_layer(
+    layer: nn.Module, plan: LayerPlan, code_bits: Callable[[int], int] = stored_bits
+) -> QuantizedLayer | SplitLayer:
+    """Returns an empty quantized layer for `layer` (`nn.Linear` or `nn.Conv2d`); its codes are zero until filled in.
+
+    Args:
+        layer: The layer in full precision.
+        plan: Its bits.
+        code_bits: How many bits a code of so many bits takes where it is stored.
+    """
     operation, weight = Operation.of(layer), layer.weight
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
     assert isinstance(weight, Tensor)
     if plan.channel_parts is None:
-        return QuantizedLayer(operation, plan, tuple(weight.shape), bias, weight.device)
+        return QuantizedLayer(operation, plan, tuple(weight.shape), bias, weight.device, code_bits(plan.weight_bits))
     parts: list[nn.Module] = []
     for size in plan.channel_parts:
         shape = (weight.shape[0], size, *weight.shape[2:])
-        parts.append(QuantizedLayer(operation, plan.part(), shape, None if parts else bias, weight.device))
+        bits = code_bits(plan.weight_bits)
+        parts.append(QuantizedLayer(operation, plan.part(), shape, None if parts else bias, weight.device, bits))
     return SplitLayer(parts, plan.channel_parts, operation.channel_dim)
 
 

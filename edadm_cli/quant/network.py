@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from edadm_cli.errors import InputError
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
 from edadm_cli.quant.layers import LayerProduct, QuantizedLayer, SplitLayer, quantized_layer, quantized_layers
+from edadm_cli.quant.packing import stored_bits
 from edadm_cli.quant.plan import QuantizationPlan, part_name
 
 
@@ -25,8 +26,13 @@ def set_processor(attention: nn.Module, processor: object) -> None:
     attention.processor = processor  # type: ignore[assignment]
 
 
-def quantize_network(model: nn.Module, plan: QuantizationPlan) -> None:
+def quantize_network(model: nn.Module, plan: QuantizationPlan, code_bits: Callable[[int], int] = stored_bits) -> None:
     """Replaces every planned layer and attention processor of `model` by an empty quantized one, in place.
+
+    Args:
+        model: The denoiser in full precision.
+        plan: Bits of every layer and attention.
+        code_bits: How many bits a code of so many bits takes where it is stored.
 
     Raises:
         InputError: The plan names a layer that the model does not have, or that cannot be quantized.
@@ -36,7 +42,7 @@ def quantize_network(model: nn.Module, plan: QuantizationPlan) -> None:
         if name not in modules:
             raise InputError(f"The plan names the layer '{name}', which {type(model).__name__} does not have.")
         try:
-            set_module(model, name, quantized_layer(modules[name], layer_plan))
+            set_module(model, name, quantized_layer(modules[name], layer_plan, code_bits))
         except TypeError as error:
             raise InputError(f"The layer '{name}' cannot be quantized: {error}.") from error
     for name, attention_plan in plan.attentions.items():

@@ -1,6 +1,8 @@
-"""Integer codes on disk: int8, or two codes of at most four bits in a byte."""
+"""Integer codes on disk: int8, or codes of at most four bits one after the other in the bits of a row's bytes."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,33 +11,59 @@ NIBBLE_BITS = 4
 
 
 def is_packed(num_bits: int) -> bool:
-    """Returns whether two codes of this width are stored in one byte."""
+    """Returns whether codes of this width are stored without the unused bits of a byte."""
     return num_bits <= NIBBLE_BITS
 
 
 def stored_bits(num_bits: int) -> int:
     """Returns how many bits a code of `num_bits` takes on disk."""
+    return num_bits if is_packed(num_bits) else 8
+
+
+def stored_bits_of_format_1(num_bits: int) -> int:
+    """Returns how many bits a code of `num_bits` takes in exports of format 1, where two codes share a byte."""
     return NIBBLE_BITS if is_packed(num_bits) else 8
 
 
-def pack_int4(codes: Tensor) -> Tensor:
-    """Packs signed codes in -8..7, shape `[C_out, ...]`, to uint8, shape `[C_out, ceil(K / 2)]`.
+def packed_bytes(per_row: int, bits: int) -> int:
+    """Returns the bytes of a row of `per_row` codes that take `bits` each."""
+    return -(-per_row * bits // 8)
 
-    Byte j of a row holds code 2j in its low half and code 2j + 1 in its high half; an odd row ends with a zero half.
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Packs signed codes, shape `[C_out, ...]`, to uint8, shape `[C_out, ceil(K * bits / 8)]`.
+
+    Code j of a row has the bits j * bits to (j + 1) * bits - 1, counted from the lowest bit of the row's first byte;
+    the last byte ends with zeros. With four bits, byte j holds code 2j in its low half and code 2j + 1 in its high one.
+
+    Args:
+        codes: Whole numbers from -2^(bits - 1) to 2^(bits - 1) - 1.
+        bits: The bits that a code takes, from 2 to 4.
     """
-    rows = codes.reshape(codes.shape[0], -1).to(torch.int16)
-    if rows.shape[1] % 2:
-        rows = torch.nn.functional.pad(rows, (0, 1))
-    low, high = rows[:, 0::2] & 0xF, rows[:, 1::2] & 0xF
-    return (low | (high << NIBBLE_BITS)).to(torch.uint8)
+    in_group, bytes_per_group = _group(bits)
+    rows = codes.reshape(codes.shape[0], -1).to(torch.int32)
+    per_row = rows.shape[1]
+    rows = torch.nn.functional.pad(rows, (0, -per_row % in_group)).view(len(rows), -1, in_group)
+    rows = rows & ((1 << bits) - 1)
+    words = sum((rows[..., place] << (bits * place) for place in range(1, in_group)), rows[..., 0])
+    packed = torch.stack([(words >> (8 * place)) & 0xFF for place in range(bytes_per_group)], dim=-1)
+    return packed.to(torch.uint8).flatten(1)[:, : packed_bytes(per_row, bits)].contiguous()
 
 
-def unpack_int4(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Returns the int8 codes that `pack_int4` packed, in `shape`."""
-    low, high = packed & 0xF, packed >> NIBBLE_BITS
-    rows = torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1).to(torch.int8)
-    signed = torch.where(rows > 7, rows - 16, rows)
-    per_row = 1
-    for size in shape[1:]:
-        per_row *= size
-    return signed[:, :per_row].reshape(shape).contiguous()
+def unpack(packed: Tensor, shape: torch.Size | tuple[int, ...], bits: int) -> Tensor:
+    """Returns the int8 codes that `pack` packed, in `shape`."""
+    in_group, bytes_per_group = _group(bits)
+    padding = -packed.shape[1] % bytes_per_group
+    wide = packed if bits == NIBBLE_BITS else packed.to(torch.int32)  # a group of other widths takes more than a byte
+    rows = torch.nn.functional.pad(wide, (0, padding)).view(len(packed), -1, bytes_per_group)
+    words = sum((rows[..., place] << (8 * place) for place in range(1, bytes_per_group)), rows[..., 0])
+    mask, half = (1 << bits) - 1, 1 << (bits - 1)
+    codes = torch.stack([(words >> (bits * place)) & mask for place in range(in_group)], dim=-1).flatten(1)
+    signed = (codes.to(torch.int8) ^ half) - half  # two's complement of so many bits
+    return signed[:, : math.prod(shape[1:])].reshape(shape).contiguous()
+
+
+def _group(bits: int) -> tuple[int, int]:
+    """Returns the fewest codes that fill whole bytes, and these bytes."""
+    codes = 8 // math.gcd(8, bits)
+    return codes, codes * bits // 8

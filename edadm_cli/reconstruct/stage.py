@@ -118,7 +118,7 @@ class _Task:
         fields = {**config.identity_fields(), "batch_size": self.batch_size}
         fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "collect", "select")}
         fields.pop("matmul", None)
-        if self.matmul == "tf32":  # earlier versions always computed in float32
+        if self.matmul != _usual_matmul(self.device):  # what a device usually does is not part of the identity
             fields["matmul"] = self.matmul
         fields["hyperparameters"] = self.hyperparameters.identity_fields()
         model = self.selection.manifest.model
@@ -128,7 +128,7 @@ class _Task:
     @property
     def matmul(self) -> str:
         """How float32 numbers are multiplied: `float32` or `tf32`."""
-        return self.config.matmul or "float32"
+        return self.config.matmul or _usual_matmul(self.device)
 
     def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
         """Returns the recipe; if bits are assigned by sensitivity, it has a rule for each layer."""
@@ -138,6 +138,11 @@ class _Task:
         bits = spend_budget(Sensitivity.load(self.sensitivity), self.config.bits, denoiser, traced)
         rules = tuple(LayerRule(pattern=name, weight_bits=number) for name, number in bits.items())
         return recipe.model_copy(update={"layers": (*rules, *recipe.layers)})
+
+
+def _usual_matmul(device: torch.device) -> Literal["float32", "tf32"]:
+    """Returns how float32 numbers are multiplied where nothing is asked for."""
+    return "tf32" if device.type == "cuda" else "float32"
 
 
 def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes) -> _Task:
@@ -231,6 +236,7 @@ def _build(task: _Task, build: Build, reporter: Reporter) -> None:
             "device": str(context.batches.device),
             "seconds": round(time.monotonic() - started, 3),
             "processes": processes.count,
+            "matmul": task.matmul,
             "passes": passes,
         }
         build.commit(environment=facts)

@@ -22,7 +22,7 @@ from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
 from edadm_cli.export.folder import write_pipeline
 from edadm_cli.integrations.methods import bind_methods
-from edadm_cli.integrations.quantizer import FORMAT_VERSION, EdadmConfig
+from edadm_cli.integrations.quantizer import EdadmConfig, format_version
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.random_models import build_random_pipeline
@@ -42,7 +42,7 @@ def export(model: LoadedModel, folder: Path) -> Path:
     call = example_call(model.denoiser, batch_size=2)
     plan = quantize_to_nearest(model.denoiser, recipe, BitWidth.parse("w4a8"), [call])
     assert plan.attentions
-    config = EdadmConfig(FORMAT_VERSION, "w4a8", "paper", plan.model_dump(mode="json"))
+    config = EdadmConfig(format_version(plan), "w4a8", "paper", plan.model_dump(mode="json"))
     write_pipeline(model, folder, config.to_dict())
     return folder
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import UNet2DModel
 from diffusers.quantizers import auto
+from safetensors.torch import save_file
 from torch import nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.integrations.quantizer import METHOD, EdadmConfig, EdadmQuantizer
-from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
-from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.integrations.quantizer import METHOD, EdadmConfig, EdadmQuantizer, format_version
+from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
+from edadm_cli.quant.network import quantize_network
+from edadm_cli.quant.packing import stored_bits, stored_bits_of_format_1
+from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 
 
 def _loaded(weight_bits: int, code: int) -> nn.Module:
@@ -50,3 +57,32 @@ def test_diffusers_knows_the_method_as_a_string() -> None:
     config = EdadmConfig(format_version=1, bits="w4a8", recipe="default", plan={"layers": {}})
     assert auto.AUTO_QUANTIZER_MAPPING[config.quant_method] is EdadmQuantizer
     assert config.quant_method.value == METHOD
+
+
+@pytest.mark.parametrize(("weight_bits", "version", "stored"), [(3, 2, 3), (2, 2, 2), (3, 1, 4), (4, 1, 4), (4, 2, 4)])
+def test_both_formats_are_read_and_the_newer_one_is_written_where_it_is_smaller(
+    tmp_path: Path, weight_bits: int, version: int, stored: int
+) -> None:
+    unet = UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=2,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    plan = QuantizationPlan(layers={"conv_in": LayerPlan(weight_bits=weight_bits, activation_bits=8)})
+    assert format_version(plan) == (2 if weight_bits < 4 else 1)
+    quantize_network(unet, plan, stored_bits if version == 2 else stored_bits_of_format_1)
+    codes = torch.randint(-2, 2, (8, 3, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    unet.conv_in.set_parameters(codes, torch.ones(8), torch.tensor(0.1), torch.tensor(7, dtype=torch.int32))
+    assert unet.conv_in.weight_codes.shape == (8, -(-27 * stored // 8))
+    settings = EdadmConfig(version, "w3a8", "default", plan.model_dump(mode="json")).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**unet.config, "quantization_config": settings}))
+    save_file(unet.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    loaded = UNet2DModel.from_pretrained(tmp_path)
+    assert torch.equal(quantized_layers(loaded)["conv_in"].weight_int, codes)
+    loaded.save_pretrained(tmp_path / "again")
+    again = UNet2DModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(quantized_layers(again)["conv_in"].weight_int, codes)
+
+
+def test_a_format_of_a_later_version_is_refused() -> None:
+    with pytest.raises(InputError, match="has format 3; this version of edadm reads formats up to 2"):
+        EdadmConfig(format_version=3, bits="w4a8", recipe="default", plan={"layers": {}}).quantization_plan()

@@ -1,12 +1,13 @@
-"""Two codes a byte: nothing is lost, whatever the shape."""
+"""Packed codes: nothing is lost, whatever the shape and width, and no bit is wasted."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edadm_cli.quant.packing import is_packed, pack_int4, unpack_int4
+from edadm_cli.quant.packing import is_packed, pack, stored_bits, unpack
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 5), st.integers(1, 17)),
@@ -14,31 +15,43 @@ SHAPES = st.one_of(
 )
 
 
-@given(SHAPES, st.integers(0, 2**31))
+@given(SHAPES, st.sampled_from([2, 3, 4]), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
-def test_packing_is_undone_by_unpacking(shape: tuple[int, ...], seed: int) -> None:
-    codes = torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    packed = pack_int4(codes)
+def test_packing_is_undone_by_unpacking(shape: tuple[int, ...], bits: int, seed: int) -> None:
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    packed = pack(codes, bits)
     per_row = codes[0].numel()
     assert packed.dtype == torch.uint8
-    assert packed.shape == (shape[0], (per_row + 1) // 2)
-    found = unpack_int4(packed, shape)
-    assert found.dtype == torch.int8
-    assert found.is_contiguous()
-    assert torch.equal(found, codes)
+    assert packed.shape == (shape[0], (per_row * bits + 7) // 8)
+    unpacked = unpack(packed, shape, bits)
+    assert unpacked.dtype == torch.int8
+    assert unpacked.is_contiguous()
+    assert torch.equal(unpacked, codes)
 
 
 def test_every_pair_of_codes_survives() -> None:
     codes = torch.cartesian_prod(torch.arange(-8, 8), torch.arange(-8, 8)).to(torch.int8)
-    packed = pack_int4(codes)
+    packed = pack(codes, 4)
     assert len(packed.unique()) == 256
-    assert torch.equal(unpack_int4(packed, codes.shape), codes)
+    assert torch.equal(unpack(packed, codes.shape, 4), codes)
 
 
-def test_the_first_code_lies_in_the_low_half_and_an_odd_row_ends_with_a_zero_half() -> None:
-    packed = pack_int4(torch.tensor([[1, -1, 7], [-8, 0, -2]], dtype=torch.int8))
-    assert packed.tolist() == [[0xF1, 0x07], [0x08, 0x0E]]
+@pytest.mark.parametrize(
+    ("bits", "codes", "row"),
+    [
+        (4, [1, -1, 7], [0xF1, 0x07]),
+        (4, [-8, 0, -2], [0x08, 0x0E]),
+        (2, [1, -1, -2, 0, 1], [0b00101101, 0b01]),
+        (3, [1, -1, -4], [0b00111001, 0b1]),
+    ],
+)
+def test_the_first_code_lies_in_the_lowest_bits_and_a_row_ends_with_zeros(
+    bits: int, codes: list[int], row: list[int]
+) -> None:
+    assert pack(torch.tensor([codes], dtype=torch.int8), bits).tolist() == [row]
 
 
 def test_widths_up_to_four_bits_are_packed() -> None:
     assert [bits for bits in range(2, 9) if is_packed(bits)] == [2, 3, 4]
+    assert [stored_bits(bits) for bits in range(2, 9)] == [2, 3, 4, 8, 8, 8, 8]

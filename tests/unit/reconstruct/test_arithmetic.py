@@ -26,14 +26,14 @@ def _task(device: str, matmul: str | None) -> _Task:
     return _Task(config, RunFolder(Path()), SELECTION, None, 4, learning, torch.device(device), 0, ALONE)
 
 
-@pytest.mark.parametrize(("matmul", "on_gpu"), [(None, None), ("tf32", "tf32"), ("float32", None)])
-def test_a_gpu_multiplies_in_tf32_where_it_is_told_to_and_the_identity_says_so(
-    matmul: str | None, on_gpu: str | None
+@pytest.mark.parametrize(("matmul", "in_identity"), [(None, None), ("tf32", None), ("float32", "float32")])
+def test_a_gpu_multiplies_in_tf32_unless_float32_is_asked_for_and_then_the_identity_says_so(
+    matmul: str | None, in_identity: str | None
 ) -> None:
     gpu = _task("cuda", matmul)
-    assert gpu.build_spec().config.get("matmul") == on_gpu
+    assert gpu.build_spec().config.get("matmul") == in_identity
     with arithmetic(gpu):
-        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (on_gpu == "tf32")
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (matmul != "float32")
 
 
 def test_what_a_cpu_reconstructs_keeps_its_identity() -> None:
