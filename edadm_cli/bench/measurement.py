@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -167,6 +168,7 @@ class Measurement:
             return prepare(
                 request.engine,
                 denoiser,
+                partial(request.subject.quantized, bits),
                 bits,
                 self._calls[self._first][0],
                 self._environment,

@@ -32,7 +32,6 @@ NUM_INPUTS = 3
 """Number of samples that successive calls of a contender take in turn.
 
 The condition is the same in all of them, as it is while an image is generated."""
-NUM_RANGE_CALLS = 4
 _CPU = torch.device("cpu")
 _MIN_MAX = {"weight": "minmax", "activation": "minmax"}
 
@@ -174,10 +173,12 @@ class NearestSubject(Subject):
         return load_model(self.name, _CPU, torch.float32).denoiser
 
     def quantized(self, bits: BitWidth) -> nn.Module:
-        """Builds the denoiser with weights rounded to nearest and ranges from a few seeded calls."""
+        """Builds the denoiser with weights rounded to nearest and ranges from one seeded call.
+
+        Speed does not depend on the ranges, so more calls would only take time.
+        """
         denoiser = self.full_precision()
-        calls = [example_call(denoiser, batch_size=1, seed=self._seed + index) for index in range(NUM_RANGE_CALLS)]
-        quantize_to_nearest(denoiser, self.recipe, bits, calls)
+        quantize_to_nearest(denoiser, self.recipe, bits, [example_call(denoiser, batch_size=1, seed=self._seed)])
         return denoiser
 
     def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
