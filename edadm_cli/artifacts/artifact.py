@@ -36,6 +36,19 @@ class Artifact:
         """The stage that made it."""
         return self.manifest.kind
 
+    def within(self, folder: str) -> Artifact:
+        """Returns the part of the artifact that lies in one of its folders, with names as inside it; `""` is all of it.
+
+        A model with several denoisers has such a part for every denoiser but the first.
+        """
+        if not folder:
+            return self
+        start = f"{folder}/"
+        inside = [entry for entry in self.manifest.payload if entry.path.startswith(start)]
+        payload = tuple(entry.model_copy(update={"path": entry.path.removeprefix(start)}) for entry in inside)
+        manifest = self.manifest.model_copy(update={"payload": payload})
+        return Artifact(self.path / folder, manifest, self.remedy)
+
     def file(self, name: str) -> Path:
         """Returns the path of one file of the payload.
 

@@ -166,6 +166,7 @@ class ExportFacts(Payload):
     FILE: ClassVar[str] = "export.json"
 
     denoiser: str = Field(description="the component that is quantized, a key of size_mib")
+    further_denoisers: tuple[str, ...] = Field((), description="more components that are quantized")
     size_mib: dict[str, Annotated[float, Field(ge=0)]]
     parity: Parity
     layers_by_width: dict[str, Count] = Field({}, description="width such as w4a8, or float -> number of layers")
@@ -174,10 +175,15 @@ class ExportFacts(Payload):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for key in (self.denoiser, "denoiser_fp32", "ratio"):
+        for key in (self.denoiser, *self.further_denoisers, "denoiser_fp32", "ratio"):
             if self.size_mib.get(key, 0.0) <= 0:
                 raise ValueError(f"size_mib has no positive '{key}'")
         return self
+
+    @property
+    def denoiser_mib(self) -> float:
+        """The size of all denoisers on disk, in MiB."""
+        return sum(self.size_mib[name] for name in (self.denoiser, *self.further_denoisers))
 
 
 class ShownImage(BaseModel):

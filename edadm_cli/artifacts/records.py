@@ -107,6 +107,9 @@ class SelectRecord(StageRecord):
     total_variation: float | None = Field(
         None, description="how far the counts are from equal ones: half the sum of |n_i / N - 1 / T|"
     )
+    further_counts: dict[str, tuple[int, ...]] = Field(
+        {}, description="further denoiser, such as transformer_2 -> samples taken at each of its steps"
+    )
 
 
 class Coverage(Record):

@@ -93,7 +93,9 @@ class ExportSubject(Subject):
         self._collected = CollectedRun.open(run)
         self.parents = tuple(self._exports.values())
         self.model = self._collected.model
-        self.title = f"the denoiser of {self.model.id}, as exported in {run.root}"
+        number = len(self._collected.places)
+        which = "the denoiser" if number == 1 else f"the first of {number} denoisers"
+        self.title = f"{which} of {self.model.id}, as exported in {run.root}"
 
     @property
     def exports(self) -> dict[str, Artifact]:

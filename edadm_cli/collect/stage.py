@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -125,7 +126,7 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
     model = load_model(config.model, device, getattr(torch, config.dtype), prediction_type=config.prediction_type)
     if config.images is not None:
         model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
-    _require_one_denoiser(model)
+    _require_no_control_network(model)
     entry = model.entry
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
         raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
@@ -146,19 +147,23 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
 
 def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter) -> None:
     """Samples the shards, each in one of the processes, and merges their conditions and features."""
+    places = task.model.by_denoiser().keys()
     shards = _in_order(task, range(processes.index, task.num_shards, processes.count))
     with reporter.task("Sampling trajectories", sum(len(task.seeds(shard)) for shard in shards)) as advance:
         for shard in shards:
             if not is_written(build.path, shard):
                 _sample_shard(task, build.path, shard, reporter)
-            require_mergeable(build.path, shards[0], shard)
+            for place in places:
+                require_mergeable(build.path / place, shards[0], shard)
             processes.check()
             advance(len(task.seeds(shard)))
     processes.wait()
     if processes.is_main:
-        merge_parts(build.path, task.num_shards)
+        for place in places:
+            merge_parts(build.path / place, task.num_shards)
+            scratch = (name for shard in range(task.num_shards) for name in scratch_names(shard))
+            build.discard(str(Path(place, name)) for name in scratch)
         _sampling(task).save(build.path)
-        build.discard(name for shard in range(task.num_shards) for name in scratch_names(shard))
         device = task.model.pipeline.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         build.commit(environment={"device": name, "processes": processes.count})
@@ -180,9 +185,12 @@ def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> 
     seeds = task.seeds(shard)
     first = shard * task.batch_size
     num_features = max(0, min(len(seeds), task.feature_batch - first))
-    recorder = BatchRecorder(task.model, len(seeds), num_features)
+    denoisers = task.model.by_denoiser()
+    recorders = {place: BatchRecorder(each, len(seeds), num_features) for place, each in denoisers.items()}
     prompts = None if task.prompts is None else task.prompts[first : first + len(seeds)]
-    with recorder.recording():
+    with ExitStack() as recordings:
+        for recorder in recorders.values():
+            recordings.enter_context(recorder.recording())
         samples = sample(
             task.model,
             seeds=seeds,
@@ -190,26 +198,28 @@ def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> 
             num_steps=task.num_steps,
             guidance_scale=task.guidance_scale,
         )
-    for warning in _warnings(task, recorder, samples):
+    _require_calls(task, recorders.values())
+    for warning in _warnings(task, list(recorders.values()), samples):
         if warning not in reporter.warnings:
             reporter.warn(warning)
-    write_shard(folder, shard, recorder, task.config.dtype)
+    for place, recorder in reversed(recorders.items()):  # the first denoiser's file says that the shard is done
+        (folder / place).mkdir(exist_ok=True)
+        write_shard(folder / place, shard, recorder, task.config.dtype)
 
 
-def _require_one_denoiser(model: LoadedModel) -> None:
-    """Refuses pipelines whose denoising needs more than one network, since a run holds one denoiser.
+def _require_calls(task: _Task, recorders: Iterable[BatchRecorder]) -> None:
+    """Raises an `InputError` where a denoiser of the pipeline was not called: nothing would calibrate it."""
+    for recorder in recorders:
+        if not recorder.latents:
+            raise InputError(
+                f"{task.model.ref.id} did not call its denoiser '{recorder.model.denoiser_name}' in {task.num_steps} "
+                "steps: its timesteps belong to another denoiser, and nothing calibrates this one.",
+                hint=f"--num-steps {task.model.entry.num_steps}",
+            )
 
-    Raises:
-        InputError: A second denoiser takes some of the timesteps, or a control network feeds the denoiser.
-    """
+
+def _require_no_control_network(model: LoadedModel) -> None:
     components = {name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    second = f"{model.denoiser_name}_2"
-    if second in components:
-        raise InputError(
-            f"{model.ref.id} has a second denoiser, '{second}', for some of its timesteps, and the artifacts of a run "
-            "hold one denoiser: an export would compute the other timesteps at full precision.",
-            hint="a model with one denoiser, such as Wan 2.1 or Wan 2.2's TI2V-5B",
-        )
     if "controlnet" in components:
         raise InputError(
             f"{model.ref.id} has a control network, which gives its denoiser other inputs at every step, and only "
@@ -219,17 +229,19 @@ def _require_one_denoiser(model: LoadedModel) -> None:
         )
 
 
-def _warnings(task: _Task, recorder: BatchRecorder, samples: Samples) -> list[str]:
+def _warnings(task: _Task, recorders: list[BatchRecorder], samples: Samples) -> list[str]:
     """Returns the warnings of the pipeline, and one if it ignored guidance.
 
     Raises:
         InputError: `--guidance-scale` asks for guidance, but the denoiser was called without it.
     """
     name = type(task.model.pipeline).__name__
-    warnings = list(recorder.warnings)
+    warnings = [warning for recorder in recorders for warning in recorder.warnings]
     warnings += [f"{name}: {first_sentence(ValueError(text))}" for text in samples.warnings]
     scale = task.guidance_scale
-    if scale is None or scale <= 1 or recorder.is_guided:
+    timesteps = [float(timestep) for recorder in recorders for timestep in recorder.timesteps]
+    has_shared_steps = len(recorders) > 1 and len(set(timesteps)) < len(timesteps)  # one denoiser per branch
+    if scale is None or scale <= 1 or has_shared_steps or any(recorder.is_guided for recorder in recorders):
         return warnings
     reasons = [text for text in warnings if "guidance" in text.lower()]
     problem = f"{task.model.ref.id} is sampled without guidance, though its scale is {scale:g}"
@@ -253,6 +265,7 @@ def _sampling(task: _Task) -> Sampling:
         scheduler=SchedulerFacts(class_name=type(scheduler).__name__, config=config),
         prompts=None if task.prompts is None else tuple(task.prompts),
         seeds=tuple(seed for shard in range(task.num_shards) for seed in task.seeds(shard)),
+        further_denoisers=task.model.further,
     )
 
 

@@ -64,6 +64,7 @@ def engine_artifact(
         reporter.note(f"{name}: converting the denoiser")
         device = torch.device("cpu")
         model = load_model(str(export.path), device, torch.float32, _entry(run))
+        require_one_denoiser(model, engine)
         args, kwargs = example(run, device, torch.float32)
         options = EngineOptions(device)
         engine.save(model.denoiser, args, kwargs, options, build.path)
@@ -132,12 +133,18 @@ def load_on_engine(
     """
     engine.require(device)
     model = load_model(str(export.path), device, dtype, _entry(run))
+    require_one_denoiser(model, engine)
     options = EngineOptions(device, dtype)
     if isinstance(engine, FileEngine):
         compiled = engine.load(engine_artifact(run, export, engine, reporter).path, options)
     else:
         compiled = engine.compile(model.denoiser, *example(run, device, dtype), options)
     return put_on_engine(model, compiled)
+
+
+def require_one_denoiser(model: LoadedModel, engine: FileWriter | Engine) -> None:
+    """Raises a `UsageError` where a pipeline has several denoisers: an engine compiles one."""
+    model.require_one_denoiser(f"the engine '{engine.name}'", hint="no --engine: the exported pipeline runs them all")
 
 
 def file_engine(engine: Engine) -> FileEngine:

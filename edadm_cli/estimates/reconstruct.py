@@ -16,6 +16,7 @@ from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.estimates.cost_model import Law, Measure, Size
 from edadm_cli.estimates.unit_timing import Forward, Stopwatch, Timed, Work, kind_of, spread, time_forward, time_units
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE
 from edadm_cli.recipe import RangeRecipe
@@ -49,11 +50,18 @@ def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
     """Estimates time, memory and disk from a forward of a few rows and every kind of work on a few units."""
     started = time.monotonic()
     task = resolve_task(config, run_folder, ALONE)
+    costs, loading = [], 0.0
     with arithmetic(task):
-        setting = prepare(task)
-        loading = time.monotonic() - started
-        cost = probe(setting, task.config.recipe.ranges, task.hyperparameters, task.memory_budget)
-    return cost.model_copy(update={"seconds": cost.seconds + loading})
+        for place in CollectedRun.open(run_folder).places:
+            setting = prepare(task, place)
+            loading += time.monotonic() - started
+            costs.append(probe(setting, task.config.recipe.ranges, task.hyperparameters, task.memory_budget))
+            started = time.monotonic()
+    return Estimate(
+        seconds=loading + sum(cost.seconds for cost in costs),
+        memory_mib=max(cost.memory_mib for cost in costs),
+        disk_mib=sum(cost.disk_mib for cost in costs),
+    )
 
 
 def probe(

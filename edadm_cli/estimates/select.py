@@ -11,8 +11,9 @@ import torch
 
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import SelectConfig
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.select.plot import draw_selection
-from edadm_cli.select.stage import PLOT_FILE, feature_slices, prepare
+from edadm_cli.select.stage import PLOT_FILE, Task, feature_slices, prepare
 from edadm_cli.select.tdac import rows_at_once, score_slices
 
 _MIB = 2**20
@@ -20,7 +21,16 @@ _MIB = 2**20
 
 def estimate(config: SelectConfig, run_folder: RunFolder) -> Estimate:
     """Estimates time, memory and disk from sizes on disk and a timed part of the features."""
-    task = prepare(config, run_folder)
+    collected = CollectedRun.open(run_folder)
+    costs = [_of_denoiser(prepare(config, collected, place)) for place in collected.places]
+    return Estimate(
+        seconds=sum(cost.seconds for cost in costs),
+        memory_mib=max(cost.memory_mib for cost in costs),
+        disk_mib=sum(cost.disk_mib for cost in costs),
+    )
+
+
+def _of_denoiser(task: Task) -> Estimate:
     shape, portions = feature_slices(task.collected)
     score_slices([next(portions)])  # the first call also warms up
     again = next(portions, None)

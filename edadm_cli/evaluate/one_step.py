@@ -12,7 +12,7 @@ is not. With guidance the error is also that of the guided prediction, $\epsilon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,14 @@ NUM_IMAGES = 16
 
 @dataclass
 class _Trajectory:
-    """The calls and predictions of the denoiser while some images are sampled."""
+    """The calls and predictions of the denoisers while some images are sampled, in their order.
 
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = field(default_factory=list)
+    Attributes:
+        calls: Which denoiser was called, with which arguments, and what it predicted.
+        samples: The noisy sample of each call.
+    """
+
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Tensor]] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
 
 
@@ -55,7 +60,9 @@ def one_step_error(
     count = min(NUM_IMAGES, plan.batch_size)
     model = load_full_precision()
     exact = _Trajectory()
-    with _recording_predictions(model.denoiser, exact):
+    with ExitStack() as recordings:
+        for place, each in model.by_denoiser().items():
+            recordings.enter_context(_recording_predictions(place, each.denoiser, exact))
         _sample(model, plan, count, exact)
     guidance = plan.guidance_scale
     is_swapped = type(model.pipeline).__name__ in family_of(model.denoiser).conditional_first
@@ -64,8 +71,9 @@ def one_step_error(
     model = load_quantized()
     errors, guided = [], []
     with torch.no_grad():
-        for args, kwargs, prediction in exact.calls:
-            other = _prediction(model.denoiser(*args, **kwargs))
+        denoisers = {place: each.denoiser for place, each in model.by_denoiser().items()}
+        for place, args, kwargs, prediction in exact.calls:
+            other = _prediction(denoisers[place](*args, **kwargs))
             errors.append(_squares(other, prediction))
             if guidance is not None and len(prediction) == 2 * count:
                 both = (_guided(tensor, guidance, is_swapped) for tensor in (other, prediction))
@@ -84,7 +92,10 @@ def one_step_error(
 
 
 def _sample(model: LoadedModel, plan: SamplingPlan, count: int, trajectory: _Trajectory) -> None:
-    with record_calls(model.denoiser, lambda call: trajectory.samples.append(call.sample.float().cpu())):
+    with ExitStack() as recordings:
+        for each in model.by_denoiser().values():
+            keep = record_calls(each.denoiser, lambda call: trajectory.samples.append(call.sample.float().cpu()))
+            recordings.enter_context(keep)
         sample(
             model,
             seeds=plan.seeds[:count],
@@ -95,12 +106,12 @@ def _sample(model: LoadedModel, plan: SamplingPlan, count: int, trajectory: _Tra
 
 
 @contextmanager
-def _recording_predictions(denoiser: nn.Module, trajectory: _Trajectory) -> Iterator[None]:
+def _recording_predictions(place: str, denoiser: nn.Module, trajectory: _Trajectory) -> Iterator[None]:
     copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         prediction = _prediction(output).detach().clone()
-        trajectory.calls.append((_copied(args, copies), _copied(kwargs, copies), prediction))
+        trajectory.calls.append((place, _copied(args, copies), _copied(kwargs, copies), prediction))
 
     with Hooks() as hooks:
         hooks.after(denoiser, keep, with_kwargs=True)

@@ -165,11 +165,11 @@ def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
     )
     yield (
         "denoiser on disk",
-        f"{sizes[facts.export.denoiser]:,.1f} MiB; {sizes['denoiser_fp32']:,.1f} MiB in float32"
+        f"{facts.export.denoiser_mib:,.1f} MiB; {sizes['denoiser_fp32']:,.1f} MiB in float32"
         f" ({sizes['ratio']:.2f} times smaller)",
     )
     whole = sum(size for name, size in sizes.items() if name not in ("denoiser_fp32", "ratio"))
-    before = whole - sizes[facts.export.denoiser] + sizes["denoiser_fp32"]
+    before = whole - facts.export.denoiser_mib + sizes["denoiser_fp32"]
     yield "pipeline on disk", f"{whole:,.1f} MiB; {before:,.1f} MiB with the denoiser in float32"
 
 

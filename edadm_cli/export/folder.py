@@ -21,9 +21,12 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 def write_pipeline(
-    model: LoadedModel, folder: Path, quantization_config: Mapping[str, Any], changed: Collection[str] = ()
+    model: LoadedModel,
+    folder: Path,
+    quantization_configs: Mapping[str, Mapping[str, Any]],
+    changed: Collection[str] = (),
 ) -> list[str]:
-    """Writes the pipeline of `model`, whose denoiser has quantized layers, as a diffusers folder.
+    """Writes the pipeline of `model`, whose denoisers have quantized layers, as a diffusers folder.
 
     Components other than the denoiser are copied from the source byte for byte: the files that were checked when the
     model was loaded, and no others. Components that changed after loading, and those of a model without a folder, are
@@ -32,7 +35,7 @@ def write_pipeline(
     Args:
         model: The pipeline.
         folder: The folder to write.
-        quantization_config: The `quantization_config` in `config.json` of the denoiser.
+        quantization_configs: The `quantization_config` in `config.json` of each denoiser, by the component's name.
         changed: Names of components whose weights differ from those of the source.
 
     Returns:
@@ -47,8 +50,8 @@ def write_pipeline(
         sources = {} if source is None else {component.name: component for component in source.components}
         for name, component in model.pipeline.components.items():
             place = folder / name
-            if name == model.denoiser_name:
-                _write_denoiser(model.denoiser, place, quantization_config)
+            if name in quantization_configs:
+                _write_denoiser(component, place, quantization_configs[name])
             elif component is not None and name not in changed and _is_copyable(sources.get(name), source, component):
                 _copy(sources[name], place)
             elif component is not None:

@@ -94,6 +94,9 @@ def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
     pipeline: Any = model.pipeline
     if files and not hasattr(pipeline, "load_lora_weights"):
         raise UsageError(f"{type(pipeline).__name__} takes no LoRA.")
+    if files:
+        hint = "fuse the adapter into the full-precision pipeline, then quantize that"
+        model.require_one_denoiser("--lora", hint)
     fused = Fused()
     for number, file in enumerate(files):
         adapter = f"adapter{number}"

@@ -39,6 +39,7 @@ from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
 from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.network import load_quant_params, quantize_network, unquantized
+from edadm_cli.quant.plan import joined
 
 FLOAT_BYTES = 4
 INTEGER_SAMPLING_LIMIT = 120.0  # seconds of sampling in quantize-dequantize; beyond them, integers would take too long
@@ -126,7 +127,11 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         before = sample_images(config, model, collected)
         seconds = time.monotonic() - started
         advance(1)
-        for warning in write_pipeline(model, build.path, _quantization_config(config, source), fused.components):
+        configs = {
+            each.denoiser_name: _quantization_config(config, source, place)
+            for place, each in model.by_denoiser().items()
+        }
+        for warning in write_pipeline(model, build.path, configs, fused.components):
             reporter.warn(warning)
         del model
         advance(1)
@@ -135,11 +140,11 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         _require_coverage(loaded, source)
         after = sample_images(config, loaded, collected)
         advance(1)
-        calls = CalibrationSet.load(run.open("select")).call(range(1), device, torch.float32)
-        errors = layer_parity(loaded.denoiser, *calls)
+        errors = _layer_errors(loaded, run.open("select"), device)
         integer = None
         if seconds <= INTEGER_SAMPLING_LIMIT:
-            use_arithmetic(loaded.denoiser, "integer")
+            for each in loaded.by_denoiser().values():
+                use_arithmetic(each.denoiser, "integer")
             integer = sample_images(config, loaded, collected)
         else:
             reporter.warn(
@@ -150,10 +155,11 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         advance(1)
     sizes = component_sizes(build.path)
     sizes["denoiser_fp32"] = num_parameters * FLOAT_BYTES / 2**20
-    sizes["ratio"] = sizes["denoiser_fp32"] / sizes[loaded.denoiser_name]
-    layers = load_plan(source)
+    sizes["ratio"] = sizes["denoiser_fp32"] / sum(sizes[each.denoiser_name] for each in loaded.by_denoiser().values())
+    layers = joined({place: load_plan(source.within(place)) for place in collected.places})
     facts = ExportFacts(
         denoiser=loaded.denoiser_name,
+        further_denoisers=loaded.further,
         size_mib=sizes,
         parity=_parity(parity),
         layers_by_width=layers_by_width(layers),
@@ -168,14 +174,27 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
 def quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int, Fused]:
     """Returns the pipeline with the reconstruction's parameters, its number of weights, and the fused LoRA."""
     model = load_collected_model(run, resolve_device(config.device), torch.float32)
-    num_parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
-    layers, params = load_plan(source), load_params(source)
+    denoisers = {place: each.denoiser for place, each in model.by_denoiser().items()}
+    num_parameters = sum(parameter.numel() for module in denoisers.values() for parameter in module.parameters())
     fused = fuse(model, [LoraFile.parse(text) for text in config.lora])
-    if fused.before:
-        params = refit(model.denoiser, layers, params, fused)
-    quantize_network(model.denoiser, layers)
-    load_quant_params(model.denoiser, params)
+    for place, denoiser in denoisers.items():
+        part = source.within(place)
+        layers, params = load_plan(part), load_params(part)
+        if fused.before:
+            params = refit(denoiser, layers, params, fused)
+        quantize_network(denoiser, layers)
+        load_quant_params(denoiser, params)
     return model, num_parameters, fused
+
+
+def _layer_errors(loaded: LoadedModel, selection: Artifact, device: torch.device) -> dict[str, float]:
+    """Returns the error of each layer in integers; names of a further denoiser's layers begin with the component."""
+    errors = {}
+    for place, each in loaded.by_denoiser().items():
+        call = CalibrationSet.load(selection.within(place)).call(range(1), device, torch.float32)
+        names = layer_parity(each.denoiser, *call)
+        errors.update({f"{place}.{name}" if place else name: error for name, error in names.items()})
+    return errors
 
 
 def _warn_of_adapters(fused: Fused, reporter: Reporter) -> None:
@@ -187,7 +206,11 @@ def _warn_of_adapters(fused: Fused, reporter: Reporter) -> None:
 
 
 def _require_coverage(loaded: LoadedModel, source: Artifact) -> None:
-    missing = unquantized(loaded.denoiser, load_plan(source))
+    missing = [
+        name
+        for place, each in loaded.by_denoiser().items()
+        for name in unquantized(each.denoiser, load_plan(source.within(place)))
+    ]
     if missing:
         raise EdadmError(f"{len(missing)} planned layers are not quantized in the export: {', '.join(missing)}.")
 
@@ -217,12 +240,11 @@ def _parity(parity: ExportParity) -> Parity:
     )
 
 
-def _quantization_config(config: ExportConfig, source: Artifact) -> dict[str, Any]:
-    plan = load_plan(source)
+def _quantization_config(config: ExportConfig, source: Artifact, place: str) -> dict[str, Any]:
     return {
         "quant_method": METHOD,
         "format_version": format_version(plan),
         "bits": str(config.bits),
         "recipe": recipe_name(source),
-        "plan": plan.model_dump(mode="json", exclude_none=True),
+        "plan": load_plan(source.within(place)).model_dump(mode="json", exclude_none=True),
     }

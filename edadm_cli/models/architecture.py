@@ -7,12 +7,15 @@ import json
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 FOLDER = Path(__file__).parent / "architectures"
 DENOISER_NAMES = ("unet", "transformer")
+FurtherDenoiser = Literal["transformer_2", "unconditional_transformer"]
+FURTHER_DENOISERS: tuple[FurtherDenoiser, ...] = get_args(FurtherDenoiser)
+"""Components that denoise beside the first one: at other timesteps (Wan 2.2), or without the prompt (Ideogram 4)."""
 
 
 class Architecture(BaseModel):

@@ -15,6 +15,7 @@ from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
 from edadm_cli.artifacts.payloads import NumSteps, Scale
 from edadm_cli.config import DTypeName
 from edadm_cli.errors import InputError, UsageError, quoted
+from edadm_cli.models.architecture import FurtherDenoiser
 from edadm_cli.models.calibration import CONSTANT
 from edadm_cli.models.families import prepare_calls
 from edadm_cli.models.loading import LoadedModel, load_model, open_stored
@@ -50,6 +51,9 @@ class Sampling(Payload):
     scheduler: SchedulerFacts
     prompts: tuple[str, ...] | None = Field(min_length=1, description="one per trajectory; null: the model takes none")
     seeds: tuple[int, ...] = Field(min_length=1, description="one per trajectory")
+    further_denoisers: tuple[FurtherDenoiser, ...] = Field(
+        (), description="components that denoise beside the first denoiser; each has a folder in every artifact"
+    )
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,18 @@ class CollectedRun:
         """
         artifact = run.open("collect")
         sampling = Sampling.load(artifact)
-        problem = _misfit(artifact, len(sampling.seeds))
-        if problem is not None:
-            raise InputError(f"The files of {artifact.path} do not fit each other: {problem}.", hint=artifact.remedy)
-        return cls(run, artifact, sampling)
+        collected = cls(run, artifact, sampling)
+        for place in collected.places:
+            part = artifact.within(place)
+            problem = _misfit(part, len(sampling.seeds))
+            if problem is not None:
+                raise InputError(f"The files of {part.path} do not fit each other: {problem}.", hint=artifact.remedy)
+        return collected
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The folder of each denoiser within every artifact: `""` of the first one, a name of every further one."""
+        return ("", *self.sampling.further_denoisers)
 
     @property
     def model(self) -> ModelRef:
@@ -120,30 +132,34 @@ class CollectedRun:
         model = load_model(self.model.id, device, dtype, entry)
         if model.ref.fingerprint != self.model.fingerprint:
             raise self._changed()
-        prepare_calls(model.denoiser)
+        for each in model.by_denoiser().values():
+            prepare_calls(each.denoiser)
         return model
 
-    def load_denoiser(self, device: torch.device, weights: Literal["auto", "memory", "disk"]) -> nn.Module:
-        """Loads the denoiser alone, in float32, its large weights in memory or read whenever they are used.
+    def load_denoiser(
+        self, device: torch.device, weights: Literal["auto", "memory", "disk"], place: str = ""
+    ) -> nn.Module:
+        """Loads a denoiser alone, in float32, its large weights in memory or read whenever they are used.
 
         Args:
             device: Where it computes.
             weights: `disk` leaves them where they are stored; `auto` does so where they would take more than 45% of
                 the device's memory. It does not change what is computed.
+            place: Which denoiser, one of `places`.
 
         Raises:
             InputError: The model is gone, or its files are not those that were collected from.
             UsageError: They are to stay on disk, and the model is no folder.
         """
         entry = self.entry.model_copy(update={"revision": self.model.revision})
-        stored = None if weights == "memory" else open_stored(self.model.id, entry)
+        stored = None if weights == "memory" else open_stored(self.model.id, entry, place)
         if stored is None and weights == "disk":
             raise UsageError(
                 f"Weights are read from disk for models in diffusers' layout, and {self.model.id} is a single file.",
                 hint="--weights memory",
             )
         if stored is None or (weights == "auto" and stored.num_bytes <= _LARGE_SHARE * _memory_of(device)):
-            return self.load(device, torch.float32).denoiser
+            return self.load(device, torch.float32).by_denoiser()[place].denoiser
         if stored.fingerprint != self.model.fingerprint:
             raise self._changed()
         place_stored(stored.module, stored.readers, device)

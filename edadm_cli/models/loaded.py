@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from edadm_cli.artifacts import ModelRef
+from edadm_cli.errors import UsageError
 from edadm_cli.models.registry import ModelEntry
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class LoadedModel:
         pipeline: The diffusers pipeline, in eval mode on its device, without progress bars or safety checker.
         denoiser_name: Component that is quantized: `unet` or `transformer`.
         folder: The folder of its files; `None` for a pipeline that was built or converted in memory.
+        further: Components that are quantized too, because they denoise at other timesteps or in the other branch of
+            guidance.
         remarks: What was assumed about it or left aside, one sentence each, for the user to read.
     """
 
@@ -34,9 +37,34 @@ class LoadedModel:
     denoiser_name: str
     folder: Path | None
     remarks: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
+
+    def require_one_denoiser(self, purpose: str, hint: str | None = None) -> None:
+        """Refuses a pipeline with several denoisers.
+
+        Args:
+            purpose: What takes one denoiser, as the subject of a sentence.
+            hint: What to do instead.
+
+        Raises:
+            UsageError: There are several.
+        """
+        if self.further:
+            names = ", ".join(f"'{name}'" for name in (self.denoiser_name, *self.further))
+            raise UsageError(
+                f"{self.ref.id} has {1 + len(self.further)} denoisers ({names}), and {purpose} takes one.", hint=hint
+            )
 
     @property
     def denoiser(self) -> nn.Module:
         """The network that is quantized."""
         module: nn.Module = getattr(self.pipeline, self.denoiser_name)
         return module
+
+    def by_denoiser(self) -> dict[str, LoadedModel]:
+        """Returns this model once per denoiser, each with another `denoiser`.
+
+        The keys are the denoisers' folders within an artifact: `""`, the artifact's own folder, for the first one, and
+        the component's name for every further one.
+        """
+        return {"": self} | {name: replace(self, denoiser_name=name, further=()) for name in self.further}

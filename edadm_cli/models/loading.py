@@ -12,7 +12,7 @@ from torch import nn
 
 from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, MachineError, UsageError
-from edadm_cli.models.architecture import DENOISER_NAMES, find_class, load_architecture
+from edadm_cli.models.architecture import DENOISER_NAMES, FURTHER_DENOISERS, find_class, load_architecture
 from edadm_cli.models.checkpoints.accounting import empty_module as empty_architecture
 from edadm_cli.models.checkpoints.opening import open_checkpoint
 from edadm_cli.models.containment import no_questions
@@ -98,13 +98,14 @@ def load_model(
             f"{type(pipeline).__name__} of diffusers samples in float32 only, so {model} is not loaded in {dtype}.",
             hint="--dtype float32",
         )
-    denoiser_name = next((name for name in DENOISER_NAMES if _is_module(pipeline, name)), None)
-    if denoiser_name is None:
+    names = [name for name in (*DENOISER_NAMES, *FURTHER_DENOISERS) if _is_module(pipeline, name)]
+    if not names:
         raise InputError(f"{model} has neither a 'unet' nor a 'transformer', so there is no denoiser to quantize.")
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
+    denoiser_name, *further = names
     identifier = entry.name if entry and model == entry.name else _identifier(model)
     ref = ModelRef(id=identifier, revision=source.revision, fingerprint=source.fingerprint)
     entry = entry or _entry_of(identifier, pipeline, denoiser_name, source.known_as)
@@ -112,7 +113,7 @@ def load_model(
     if prediction_type is not None:
         entry = _with_prediction_type(pipeline, entry, prediction_type)
         remarks = tuple(remark for remark in remarks if "--prediction-type" not in remark)
-    return LoadedModel(ref, entry, pipeline, denoiser_name, source.folder, remarks)
+    return LoadedModel(ref, entry, pipeline, denoiser_name, source.folder, remarks, tuple(further))
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class StoredDenoiser:
         return 4 * sum(parameter.numel() for parameter in self.module.parameters())
 
 
-def open_stored(model: str, entry: ModelEntry) -> StoredDenoiser | None:
+def open_stored(model: str, entry: ModelEntry, name: str = "") -> StoredDenoiser | None:
     """Opens a model's denoiser without its weights; `None` where they are in a single file of another layout.
 
     Raises:
@@ -150,7 +151,9 @@ def open_stored(model: str, entry: ModelEntry) -> StoredDenoiser | None:
     if path.is_file():
         return None
     folder = read_folder(path)
-    component = next((part for part in folder.components if part.name in DENOISER_NAMES and part.is_module), None)
+    names = (name,) if name else (*DENOISER_NAMES, *FURTHER_DENOISERS)
+    components = {part.name: part for part in folder.components if part.is_module}
+    component = next((components[each] for each in names if each in components), None)
     if component is None or not component.weights:
         return None
     with quiet_libraries(), no_questions():

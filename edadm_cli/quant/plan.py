@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -83,3 +84,21 @@ class QuantizationPlan(BaseModel):
     layers: dict[str, LayerPlan]
     attentions: dict[str, AttentionPlan] = {}
     kept: dict[str, str] = Field(default_factory=dict, description="layer kept in floating point: why")
+
+
+def joined(plans: Mapping[str, QuantizationPlan]) -> QuantizationPlan:
+    """Returns the plans of several denoisers as one.
+
+    Args:
+        plans: The plans by a name, which the names of the plan's layers then begin with; `""` adds nothing.
+    """
+
+    def named(name: str, layer: str) -> str:
+        return f"{name}.{layer}" if name else layer
+
+    parts = plans.items()
+    return QuantizationPlan(
+        layers={named(name, layer): value for name, plan in parts for layer, value in plan.layers.items()},
+        attentions={named(name, layer): value for name, plan in parts for layer, value in plan.attentions.items()},
+        kept={named(name, layer): value for name, plan in parts for layer, value in plan.kept.items()},
+    )

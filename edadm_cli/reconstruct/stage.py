@@ -78,14 +78,14 @@ def run(
             if not is_done:
                 _build(task, build, reporter)
             artifact = build.finished()
-    summary = Units.load(artifact)
+    parts = [Units.load(artifact.within(place)) for place in CollectedRun.open(run_folder).places]
     return ReconstructRecord(
         **shared_keys(run_folder.root, artifact, up_to_date=is_done, started=started, warnings=reporter.warnings),
         bits=str(config.bits),
         recipe=config.recipe.name,
-        units=len(summary.units),
-        coverage=summary.coverage,
-        loss=summary.loss,
+        units=sum(len(part.units) for part in parts),
+        coverage=_total_coverage(parts),
+        loss=_total_loss(parts),
     )
 
 
@@ -166,11 +166,16 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
     return _Task(config, run, selection, sensitivity, batch_size, hyperparameters, device, budget, processes)
 
 
-def prepare(task: _Task) -> ReconstructionContext:
-    """Loads the denoiser and plans its layers and units."""
+def prepare(task: _Task, place: str = "") -> ReconstructionContext:
+    """Loads a denoiser and plans its layers and units.
+
+    Args:
+        task: What is reconstructed.
+        place: Which denoiser; see `CollectedRun.places`.
+    """
     config = task.config
-    denoiser = CollectedRun.open(task.run).load_denoiser(task.device, config.weights)
-    batches = Batches(CalibrationSet.load(task.selection), task.batch_size, task.device)
+    denoiser = CollectedRun.open(task.run).load_denoiser(task.device, config.weights, place)
+    batches = Batches(CalibrationSet.load(task.selection.within(place)), task.batch_size, task.device)
     (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)
     plan = plan_network(traced, task.recipe(denoiser, traced), config.bits)
@@ -220,20 +225,17 @@ def arithmetic(task: _Task) -> Iterator[None]:
 
 def _build(task: _Task, build: Build, reporter: Reporter) -> None:
     started, processes = time.monotonic(), task.processes
+    passes: dict[str, int] = {}
+    places = CollectedRun.open(task.run).places
     with arithmetic(task):
-        context = prepare(task)
-        warnings = _no_blocks(task, context)
-        for warning in warnings if processes.is_main else ():
-            reporter.warn(warning)
-        params, results, passes = _reconstruct(task, context, build.path, reporter)
-    quantized = _quantized(context.plan, params)
+        for place in places:
+            for kind, number in _build_denoiser(task, place, build.path / place, reporter).items():
+                passes[kind] = passes.get(kind, 0) + number
     if processes.is_main:
-        save_tensors(build.path / PARAMS_FILE, params)
-        save_plan(build.path, context.plan)
-        _summary(context, results, len(quantized), warnings).save(build.path)
-        build.discard([UNITS_FOLDER, CACHE_FOLDER, _RANGES_FILE])
+        scratch = (UNITS_FOLDER, CACHE_FOLDER, _RANGES_FILE)
+        build.discard(str(Path(place, name)) for place in places for name in scratch)
         facts = {
-            "device": str(context.batches.device),
+            "device": str(task.device),
             "seconds": round(time.monotonic() - started, 3),
             "processes": processes.count,
             "matmul": task.matmul,
@@ -241,6 +243,24 @@ def _build(task: _Task, build: Build, reporter: Reporter) -> None:
         }
         build.commit(environment=facts)
     processes.wait()
+
+
+def _build_denoiser(task: _Task, place: str, folder: Path, reporter: Reporter) -> dict[str, int]:
+    """Reconstructs one denoiser into its folder, and returns how often the calibration set went through it."""
+    if task.processes.is_main:
+        folder.mkdir(exist_ok=True)
+    task.processes.wait()
+    context = prepare(task, place)
+    warnings = _no_blocks(task, context)
+    for warning in warnings if task.processes.is_main else ():
+        reporter.warn(warning)
+    params, results, passes = _reconstruct(task, context, folder, reporter)
+    quantized = _quantized(context.plan, params)
+    if task.processes.is_main:
+        save_tensors(folder / PARAMS_FILE, params)
+        save_plan(folder, context.plan)
+        _summary(context, results, len(quantized), warnings).save(folder)
+    return passes
 
 
 def _reconstruct(
@@ -320,6 +340,28 @@ def _loss(context: ReconstructionContext, results: Mapping[str, UnitResult]) -> 
         last=sum(result.loss_after for result in results.values()),
         soft=sum(result.loss_soft or 0.0 for result in results.values()),
         undecided=undecided / sum(sizes.values()),
+    )
+
+
+def _total_coverage(parts: Sequence[Units]) -> Coverage:
+    coverages = [part.coverage for part in parts]
+    return Coverage(
+        planned=sum(each.planned for each in coverages),
+        quantized=sum(each.quantized for each in coverages),
+        kept=sum(each.kept for each in coverages),
+    )
+
+
+def _total_loss(parts: Sequence[Units]) -> Loss:
+    """Returns the losses summed over the denoisers, and the largest share of weights that were undecided."""
+    losses = [part.loss for part in parts]
+    if len(losses) == 1 or any(loss.first is None for loss in losses):
+        return losses[0]
+    return Loss(
+        first=sum(loss.first or 0.0 for loss in losses),
+        last=sum(loss.last or 0.0 for loss in losses),
+        soft=sum(loss.soft or 0.0 for loss in losses),
+        undecided=max(loss.undecided or 0.0 for loss in losses),
     )
 
 

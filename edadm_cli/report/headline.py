@@ -79,7 +79,7 @@ def _lead(contents: RunContents) -> Html:
 def _cards(width: Width) -> Iterator[Html]:
     if width.export is not None:
         sizes = width.export.facts.size_mib
-        size, full = mebibytes(sizes[width.export.facts.denoiser]), mebibytes(sizes["denoiser_fp32"])
+        size, full = mebibytes(width.export.facts.denoiser_mib), mebibytes(sizes["denoiser_fp32"])
         note = f"denoiser {size} on disk, {full} in fp32"
         yield _card("Smaller by", f"{number(sizes['ratio'], 3)}\u00d7", None, note)
     if width.evaluate is None:
@@ -127,7 +127,7 @@ def _column(width: Width) -> _Column:
     column = _Column(recipe=width.recipe or "")
     if width.export is not None:
         sizes = width.export.facts.size_mib
-        size = mebibytes(sizes[width.export.facts.denoiser])
+        size = mebibytes(width.export.facts.denoiser_mib)
         column = replace(column, size=size, ratio=f"{number(sizes['ratio'], 3)}\u00d7")
     if width.evaluate is not None:
         facts = width.evaluate.facts

@@ -141,14 +141,15 @@ def _layers(width: Width, plan: QuantizationPlan) -> Html:
 
 def _export(width: Width, part: Part[ExportFacts], heading: str) -> Html:
     sizes, parity = part.facts.size_mib, part.facts.parity
-    name = part.facts.denoiser
+    name, denoisers = part.facts.denoiser, (part.facts.denoiser, *part.facts.further_denoisers)
     full = sizes["denoiser_fp32"]
     components = {key: size for key, size in sizes.items() if key not in ("denoiser_fp32", "ratio")}
     largest = max(full, *components.values())
-    rows: list[list[Node]] = [[f"{name}, fp32 before", mebibytes(full), bar(full / largest, "before")]]
+    title = f"{' and '.join(denoisers)}, fp32 before"
+    rows: list[list[Node]] = [[title, mebibytes(full), bar(full / largest, "before")]]
     for key, size in sorted(components.items(), key=lambda item: (item[0] != name, -item[1], item[0])):
-        label = f"{key}, {width.title}" if key == name else key
-        rows.append([label, mebibytes(size), bar(size / largest, "after" if key == name else "rest")])
+        label = f"{key}, {width.title}" if key in denoisers else key
+        rows.append([label, mebibytes(size), bar(size / largest, "after" if key in denoisers else "rest")])
     return element(
         "div",
         element("p", _SIZES.format(ratio=number(sizes["ratio"], 3)), class_="lead"),

@@ -199,7 +199,9 @@ def load(task: _Task, reporter: Reporter) -> LoadedModel:
     if task.config.engine is not None:
         return load_on_engine(task.run, task.export, engine_of(task.config.engine), device, task.dtype, reporter)
     model = load_model(str(task.export.path), device, task.dtype, task.entry)
-    if task.config.arithmetic == "integer" and use_arithmetic(model.denoiser, "integer") == 0:
+    is_integer = task.config.arithmetic == "integer"
+    counts = [use_arithmetic(each.denoiser, "integer") for each in model.by_denoiser().values() if is_integer]
+    if is_integer and not sum(counts):
         raise InputError(f"{task.export.path} has no quantized layer, so there is nothing to compute in integers.")
     return model
 

@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from edadm_cli.artifacts import (
     Artifact,
-    Build,
     BuildSpec,
     RunFolder,
     Selection,
@@ -61,11 +61,14 @@ def run(
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
-    task = prepare(config, run_folder)
-    with run_folder.build(task.build_spec(), force) as build:
+    collected = CollectedRun.open(run_folder)
+    tasks = {place: prepare(config, collected, place) for place in collected.places}
+    with run_folder.build(tasks[""].build_spec(), force) as build:
         is_done = build.up_to_date
         if not is_done:
-            _select(task, build, reporter)
+            for place, task in tasks.items():
+                _select(task, build.path / place, reporter)
+            build.commit()
         artifact = build.artifact
         assert artifact is not None
     selection = Selection.load(artifact)
@@ -76,12 +79,13 @@ def run(
         density_radius=selection.density_radius,
         variety_weight=selection.variety_weight,
         total_variation=total_variation(torch.tensor(selection.counts)),
+        further_counts={place: Selection.load(artifact.within(place)).counts for place in collected.places if place},
     )
 
 
 def build_spec(config: SelectConfig, run_folder: RunFolder) -> BuildSpec:
     """Returns the description of the artifact that `run` would build, without selecting."""
-    return prepare(config, run_folder).build_spec()
+    return prepare(config, CollectedRun.open(run_folder)).build_spec()
 
 
 def artifact_name(config: SelectConfig) -> None:
@@ -93,10 +97,16 @@ _EARLIER_QUANTILE = 0.5  # the lower median, which version 0.1 used without reco
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A configuration whose open choices are all decided, with its trajectories."""
+class Task:
+    """A configuration whose open choices are all decided, with its trajectories.
+
+    Attributes:
+        source: The `collect` artifact.
+        collected: The part of it that belongs to one denoiser.
+    """
 
     config: SelectConfig
+    source: Artifact
     collected: Artifact
     timesteps: Tensor
     num_trajectories: int
@@ -123,9 +133,11 @@ class _Task:
 
     @property
     def is_tdac(self) -> bool:
+        """Whether steps are chosen by density and variety."""
         return self.config.strategy == "tdac"
 
     def build_spec(self) -> BuildSpec:
+        """Returns the specification of the artifact."""
         fields = {
             **self.config.identity_fields(),
             "num_samples": self.num_samples,
@@ -137,14 +149,14 @@ class _Task:
             fields["density_radius"] = self.radius
             if self.radius is None and self.quantile != _EARLIER_QUANTILE:
                 fields["density_quantile"] = self.quantile
-        return BuildSpec("select", None, fields, self.config.seed, (self.collected,), self.collected.manifest.model)
+        return BuildSpec("select", None, fields, self.config.seed, (self.source,), self.source.manifest.model)
 
 
-def prepare(config: SelectConfig, run: RunFolder) -> _Task:
-    """Opens the trajectories and decides what the configuration leaves open."""
-    collected = CollectedRun.open(run)
+def prepare(config: SelectConfig, collected: CollectedRun, place: str = "") -> Task:
+    """Decides what the configuration leaves open for the trajectories of one denoiser; see `CollectedRun.places`."""
+    part = collected.artifact.within(place)
     num_trajectories = collected.num_trajectories
-    timesteps = collected.artifact.tensors("features.safetensors", ["timesteps"])["timesteps"]
+    timesteps = part.tensors("features.safetensors", ["timesteps"])["timesteps"]
     num_samples = config.num_samples or num_trajectories * min(config.samples_per_trajectory, len(timesteps))
     if num_samples > num_trajectories * len(timesteps):
         raise UsageError(
@@ -162,9 +174,10 @@ def prepare(config: SelectConfig, run: RunFolder) -> _Task:
                 raise UsageError(f"--{flag} belongs to the strategy tdac and has no meaning for {config.strategy}.")
     default_weight = collected.entry.variety_weight
     radius = collected.entry.density_radius if config.model_radius and config.strategy == "tdac" else None
-    return _Task(
+    return Task(
         config=config,
-        collected=collected.artifact,
+        source=collected.artifact,
+        collected=part,
         timesteps=timesteps,
         num_trajectories=num_trajectories,
         num_samples=num_samples,
@@ -173,7 +186,8 @@ def prepare(config: SelectConfig, run: RunFolder) -> _Task:
     )
 
 
-def _select(task: _Task, build: Build, reporter: Reporter) -> None:
+def _select(task: Task, folder: Path, reporter: Reporter) -> None:
+    folder.mkdir(exist_ok=True)
     shape, portions = feature_slices(task.collected)
     with reporter.task("Comparing steps", math.ceil(shape[1] / rows_at_once(shape))) as advance:
         scores = score_slices(_counted(portions, advance))
@@ -182,14 +196,13 @@ def _select(task: _Task, build: Build, reporter: Reporter) -> None:
     allocation = allocate(scores, task.num_samples, task.variety_weight, task.radius, task.quantile)
     counts = _counts(task, allocation)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
-    save_tensors(build.path / CALIBRATION_FILE, _calibration_set(task, step_index, trajectory_index, reporter))
+    save_tensors(folder / CALIBRATION_FILE, _calibration_set(task, step_index, trajectory_index, reporter))
     scored = {"density": allocation.density, "variety": allocation.variety, "counts": counts}
-    save_tensors(build.path / SCORES_FILE, scored)
-    CallForm.load(task.collected).save(build.path)
-    _selection(task, allocation, counts).save(build.path)
+    save_tensors(folder / SCORES_FILE, scored)
+    CallForm.load(task.collected).save(folder)
+    _selection(task, allocation, counts).save(folder)
     title = f"{task.config.strategy}: {task.num_samples} samples from {len(counts)} steps"
-    draw_selection(build.path / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts)
-    build.commit()
+    draw_selection(folder / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts)
 
 
 def feature_slices(collected: Artifact) -> tuple[tuple[int, ...], Iterator[Tensor]]:
@@ -224,8 +237,8 @@ def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.
     return step_index[order], trajectory_index[order]
 
 
-def _counts(task: _Task, allocation: Allocation) -> Tensor:
-    """Returns the number of samples of each step.
+def _counts(task: Task, allocation: Allocation) -> Tensor:
+    """Returns how many samples each step gives.
 
     Raises:
         UsageError: A step would give more samples than there are trajectories.
@@ -240,7 +253,7 @@ def _counts(task: _Task, allocation: Allocation) -> Tensor:
     return counts
 
 
-def _strategy_counts(task: _Task, allocation: Allocation) -> Tensor:
+def _strategy_counts(task: Task, allocation: Allocation) -> Tensor:
     num_steps, num_samples = len(task.timesteps), task.num_samples
     match task.config.strategy:
         case "tdac":
@@ -255,14 +268,12 @@ def _strategy_counts(task: _Task, allocation: Allocation) -> Tensor:
             return last_counts(num_steps, num_samples)
 
 
-def _generator(task: _Task, stream: int) -> torch.Generator:
-    """Returns the generator of the permutation (stream 0) or of random counts (stream 1)."""
+def _generator(task: Task, stream: int) -> torch.Generator:
+    """Returns one generator for the permutation (stream 0), another for drawn counts (stream 1)."""
     return torch.Generator().manual_seed((2 * task.config.seed + stream) % 2**32)
 
 
-def _calibration_set(
-    task: _Task, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter
-) -> dict[str, Tensor]:
+def _calibration_set(task: Task, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter) -> dict[str, Tensor]:
     """Gathers the chosen steps, reading one shard of trajectories at a time."""
     names = sorted(e.path for e in task.collected.manifest.payload if e.path.startswith("latents-"))
     chosen, first = [], 0
@@ -291,7 +302,7 @@ def _calibration_set(
     }
 
 
-def _selection(task: _Task, allocation: Allocation, counts: Tensor) -> Selection:
+def _selection(task: Task, allocation: Allocation, counts: Tensor) -> Selection:
     num_steps = len(counts)
     deviation = {"mean": NORMAL_MEAN * num_steps, "deviation": NORMAL_DEVIATION * num_steps}
     return Selection(

@@ -25,6 +25,7 @@ from edadm_cli.artifacts import (
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.calibrate.ranges import search_activation_ranges, search_weight_scales
 from edadm_cli.config import BitWidth, SensitivityConfig
+from edadm_cli.errors import UsageError
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import LoadedModel, resolve_device
@@ -116,6 +117,12 @@ def resolve_task(config: SensitivityConfig, run_folder: RunFolder) -> _Task:
     collected = CollectedRun.open(run_folder)
     selection = run_folder.open("select")
     batch_size = config.batch_size or collected.entry.batch_size
+    if len(collected.places) > 1:
+        raise UsageError(
+            f"{collected.model.id} has {len(collected.places)} denoisers, and the sensitivity of one is measured: a "
+            "budget of bits cannot be spent over several.",
+            hint="a width such as --bits w4a8",
+        )
     calibration = CalibrationSet.load(selection)
     return _Task(config, collected, selection, calibration, resolve_device(config.device), batch_size)
 

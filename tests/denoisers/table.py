@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,9 @@ def measure(row: Row, folder: Path, *, is_quick: bool = False) -> Result:
     pipeline.save_pretrained(folder / "model")
     name = "unet" if hasattr(pipeline, "unet") else "transformer"
     result = Result(row, type(getattr(pipeline, name)).__name__, type(pipeline).__name__)
-    before = loading._entry_of
-    loading._entry_of = _entry_with(row.call)
     try:
-        return _chain(row, folder, result, is_quick)
+        with entry_with(row.call):
+            return _chain(row, folder, result, is_quick)
     except EdadmError as error:
         return Result(
             row, result.denoiser, result.pipeline, refusal=error.message.replace(str(folder / "model"), "the model")
@@ -169,17 +169,21 @@ def measure(row: Row, folder: Path, *, is_quick: bool = False) -> Result:
         if os.environ.get("EDADM_TABLE_TRACEBACK"):
             traceback.print_exc()
         return Result(row, result.denoiser, result.pipeline, refusal=f"internal error: {type(error).__name__}: {error}")
-    finally:
-        loading._entry_of = before
 
 
-def _entry_with(call: dict[str, Any]) -> Callable[..., ModelEntry]:
+@contextmanager
+def entry_with(call: dict[str, Any]) -> Iterator[None]:
+    """Have models that no list knows sample with more arguments of the pipeline's call, while entered."""
     build = loading._entry_of
 
     def entry_of(*args: Any, **kwargs: Any) -> ModelEntry:
         return build(*args, **kwargs).model_copy(update={"call_arguments": call, "image_size": call.get("height", 16)})
 
-    return entry_of
+    loading._entry_of = entry_of
+    try:
+        yield
+    finally:
+        loading._entry_of = build
 
 
 def _chain(row: Row, folder: Path, result: Result, is_quick: bool) -> Result:
@@ -209,17 +213,19 @@ def _chain(row: Row, folder: Path, result: Result, is_quick: bool) -> Result:
             recipe = recipe.model_copy(update={"learn": recipe.learn.model_copy(update={"granularity": "none"})})
         reconstruct.run(ReconstructConfig(bits=bits, recipe=recipe, device="cpu", batch_size=2), run)
         export.run(ExportConfig(bits=bits, device="cpu", parity_samples=1), run)
-    units = run.open("reconstruct", str(W4A8)).json("units.json")["units"]
-    plan = run.open("reconstruct", str(W4A8)).json("plan.json")
     model = loading.load_model(str(folder / "model"), torch.device("cpu"), torch.float32)
-    layers = {n for n, m in model.denoiser.named_modules() if is_weighted(m)}
-    forgotten = layers - plan["layers"].keys() - plan["kept"].keys()
-    assert not forgotten, f"{len(forgotten)} layers are neither quantized nor listed, such as {min(forgotten)}"
-    blocks = sum(unit["kind"] != "layer" for unit in units)
-    assert blocks, "no unit is a block"
+    blocks, counted = 0, (0, 0)
+    for place, each in model.by_denoiser().items():
+        part = run.open("reconstruct", str(W4A8)).within(place)
+        layers = {n for n, m in each.denoiser.named_modules() if is_weighted(m)}
+        plan = part.json("plan.json")
+        forgotten = layers - plan["layers"].keys() - plan["kept"].keys()
+        assert not forgotten, f"{len(forgotten)} layers are neither quantized nor listed, such as {min(forgotten)}"
+        here = sum(unit["kind"] != "layer" for unit in part.json("units.json")["units"])
+        assert here, "no unit is a block"
+        blocks, counted = blocks + here, (counted[0] + len(layers & plan["layers"].keys()), counted[1] + len(layers))
     psnr = math.inf if is_quick else compare(folder, run.open("export", str(W8A8)).path, row)
     assert psnr > LEAST_PSNR_DB, f"an image at W8A8 differs from full precision: PSNR {psnr:.1f} dB"
-    counted = (len(layers & plan["layers"].keys()), len(layers))
     return Result(row, result.denoiser, result.pipeline, blocks, counted, psnr)
 
 

@@ -1,0 +1,82 @@
+"""A pipeline with two denoisers: every artifact has a part for each, and an export has both in integers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from edadm_cli.artifacts import RunFolder, Selection, load_tensors
+from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructConfig, SampleConfig, SelectConfig
+from edadm_cli.errors import InputError, UsageError
+from edadm_cli.recipe import load_recipe
+from tests.denoisers import table, videos
+
+STEPS = 4
+W8A8 = BitWidth.parse("w8a8")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    from edadm_cli.collect import stage as collect
+    from edadm_cli.export import stage as export
+    from edadm_cli.reconstruct import stage as reconstruct
+    from edadm_cli.select import stage as select
+
+    folder = tmp_path_factory.mktemp("wan22")
+    torch.manual_seed(0)
+    videos.wan22().save_pretrained(folder / "model")
+    run = RunFolder(folder / "run")
+    with table.entry_with({"height": 16, "width": 16, "num_frames": 5}):
+        collect.run(CollectConfig(model=str(folder / "model"), num_trajectories=2, num_steps=STEPS, device="cpu"), run)
+    select.run(SelectConfig(device="cpu"), run)
+    recipe = load_recipe("quick")
+    reconstruct.run(ReconstructConfig(bits=W8A8, recipe=recipe, device="cpu"), run)
+    export.run(ExportConfig(bits=W8A8, device="cpu", parity_samples=1), run)
+    return run
+
+
+def test_the_steps_of_a_sampler_are_shared_out_between_the_denoisers(run: RunFolder) -> None:
+    collected, selected = run.open("collect"), run.open("select")
+    timesteps = {}
+    for place in ("", "transformer_2"):
+        timesteps[place] = collected.within(place).tensors("features.safetensors", ["timesteps"])["timesteps"]
+        chosen = selected.within(place).tensors("calibration.safetensors", ["timestep"])["timestep"]
+        assert set(chosen.tolist()) <= set(timesteps[place].tolist())
+        assert Selection.load(selected.within(place)).counts != ()
+    assert sum(len(steps) for steps in timesteps.values()) == STEPS
+    assert timesteps[""].min() > timesteps["transformer_2"].max()
+
+
+def test_an_export_holds_the_codes_of_each_denoiser(run: RunFolder) -> None:
+    export = run.open("export", "w8a8")
+    facts = export.json("export.json")
+    assert facts["further_denoisers"] == ["transformer_2"]
+    name = "blocks.0.ffn.net.2.weight_int"
+    codes = {}
+    for place, component in (("", "transformer"), ("transformer_2", "transformer_2")):
+        stored = load_tensors(export.path / component / "diffusion_pytorch_model.safetensors")
+        codes[place] = run.open("reconstruct", "w8a8").within(place).tensors("quant_params.safetensors", [name])[name]
+        weights = [tensor for key, tensor in stored.items() if key.startswith("blocks.0.ffn.net.2.")]
+        assert any(tensor.dtype == torch.int8 and torch.equal(tensor, codes[place]) for tensor in weights)
+    assert not torch.equal(codes[""], codes["transformer_2"])
+
+
+def test_what_takes_one_denoiser_says_so(run: RunFolder) -> None:
+    from edadm_cli.sample import stage as sample
+
+    with pytest.raises(UsageError, match=r"has 2 denoisers .*, and the engine 'reference' takes one"):
+        sample.run(SampleConfig(bits=W8A8, engine="reference", device="cpu"), run)
+
+
+def test_a_denoiser_that_is_never_called_is_named(run: RunFolder, tmp_path: Path) -> None:
+    from edadm_cli.collect import stage as collect
+
+    model = run.root.parent / "model"
+    config = CollectConfig(model=str(model), num_trajectories=1, num_steps=1, device="cpu")
+    with (
+        table.entry_with({"height": 16, "width": 16, "num_frames": 5}),
+        pytest.raises(InputError, match="'transformer_2'"),
+    ):
+        collect.run(config, RunFolder(tmp_path / "run"))
