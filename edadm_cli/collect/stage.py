@@ -161,9 +161,9 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
     if processes.is_main:
         for place in places:
             merge_parts(build.path / place, task.num_shards)
-            scratch = (name for shard in range(task.num_shards) for name in scratch_names(shard))
-            build.discard(str(Path(place, name)) for name in scratch)
         _sampling(task).save(build.path)
+        scratch = [name for shard in range(task.num_shards) for name in scratch_names(shard)]
+        build.discard(str(Path(place, name)) for place in places for name in scratch)
         device = task.model.pipeline.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         build.commit(environment={"device": name, "processes": processes.count})
