@@ -241,10 +241,11 @@ def _parity(parity: ExportParity) -> Parity:
 
 
 def _quantization_config(config: ExportConfig, source: Artifact, place: str) -> dict[str, Any]:
+    plan = load_plan(source.within(place))
     return {
         "quant_method": METHOD,
         "format_version": format_version(plan),
         "bits": str(config.bits),
         "recipe": recipe_name(source),
-        "plan": load_plan(source.within(place)).model_dump(mode="json", exclude_none=True),
+        "plan": plan.model_dump(mode="json", exclude_none=True),
     }

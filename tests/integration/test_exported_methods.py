@@ -42,7 +42,7 @@ def export(model: LoadedModel, folder: Path) -> Path:
     call = example_call(model.denoiser, batch_size=2)
     plan = quantize_to_nearest(model.denoiser, recipe, BitWidth.parse("w4a8"), [call])
     assert plan.attentions
-    config = EdadmConfig(FORMAT_VERSION, "w4a8", "paper", plan.model_dump(mode="json"))
+    config = EdadmConfig(format_version(plan), "w4a8", "paper", plan.model_dump(mode="json"))
     write_pipeline(model, folder, {model.denoiser_name: config.to_dict()})
     return folder
 
