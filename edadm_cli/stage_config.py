@@ -1,4 +1,4 @@
-"""What the configurations of all stages share: how a field is written, and what all stages take."""
+"""The shared parts of the stages' configurations: `setting`, which creates a field, and the fields of all stages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edadm_cli.recipe import without_later_defaults
 
+DTypeName = Literal["float32", "bfloat16", "float16"]
+MAX_IMAGES = 1_000_000
+"""Number of images of one seed that have different noise (`edadm_cli/models/sampling.py`, `image_seed`)."""
+RECIPE_NAMES = (
+    "default, default-attention, thorough, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, quick, rtn, or your"
+    " own TOML file"
+)
+"""Values of the flag `--recipe`, for help texts."""
+
 Identity = Literal["always", "if_changed", "never"]
-"""When a field enters the identity of an artifact: always; only with another value than its default, as fields do that
-came after artifacts without them; or never, since it says where or how fast a stage runs and not what it computes."""
+"""When a field is part of an artifact's identity.
+
+`always`; `if_changed`, only if its value is not the default, for fields that older artifacts do not have; or `never`,
+for fields that decide where or how fast a stage runs and not what it computes."""
 
 
 def setting(
@@ -23,13 +34,13 @@ def setting(
     split: bool = False,
     **limits: Any,
 ) -> Any:
-    """Returns a field of a configuration, together with what the command line knows of it.
+    """Returns a field of a configuration, together with the facts that the command line needs.
 
     Args:
         default: The default value; `...` where there is none.
         description: One sentence, which is the help text of the flag as well.
-        identity: When the field enters the identity of an artifact.
-        metavar: How the help names the value; by default its type.
+        identity: When the field is part of an artifact's identity.
+        metavar: Name of the value in the help; by default its type.
         flags: Spellings of the flag; by default the name of the field.
         split: Whether one value of the flag may hold several items with commas between them.
         limits: Limits that pydantic checks, such as `ge=1`.
@@ -40,7 +51,7 @@ def setting(
 
 
 class StageConfig(BaseModel):
-    """What every stage takes."""
+    """The fields of every stage."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -48,13 +59,13 @@ class StageConfig(BaseModel):
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: cuda if there is a GPU, else cpu.", identity="never")
 
     def identity_fields(self) -> dict[str, Any]:
-        """Returns the fields that decide the result, as JSON values, without the seed, which the manifest names."""
+        """Returns the fields that decide the result, as JSON values, without the seed, which the manifest has too."""
         never = {name for name in type(self).model_fields if field_facts(type(self), name)["identity"] == "never"}
         return without_later_defaults(self, self.model_dump(mode="json", exclude=never | {"seed"}))
 
 
 def field_facts(config: type[StageConfig], name: str) -> dict[str, Any]:
-    """Returns what `setting` recorded of a field, or its defaults for a field that was made without it."""
+    """Returns the facts that `setting` recorded about a field, or defaults for a field created without it."""
     extra = config.model_fields[name].json_schema_extra
     defaults: dict[str, Any] = {"identity": "always", "metavar": None, "flags": [], "split": False}
     return {**defaults, **extra} if isinstance(extra, dict) else defaults

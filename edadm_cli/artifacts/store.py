@@ -23,7 +23,7 @@ from edadm_cli.artifacts.files import explained_os_errors
 from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity, differences
 from edadm_cli.artifacts.locks import read_lock, write_lock
 from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, now, read_manifest
-from edadm_cli.config import FeaturesName
+from edadm_cli.engine_config import FeaturesName
 from edadm_cli.errors import InputError, quoted
 from edadm_cli.processes import ALONE, Processes
 

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from edadm_cli.artifacts import Artifact, Payload
-from edadm_cli.config import DTypeName
 from edadm_cli.errors import InputError
 from edadm_cli.models.calls import Template, build_call, placed_tensors
+from edadm_cli.stage_config import DTypeName
 
 CALIBRATION_FILE = "calibration.safetensors"
 CONDITION = "condition."

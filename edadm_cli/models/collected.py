@@ -13,7 +13,6 @@ from torch import nn
 
 from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
 from edadm_cli.artifacts.payloads import NumSteps, Scale
-from edadm_cli.config import DTypeName
 from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.models.architecture import FurtherDenoiser
 from edadm_cli.models.calibration import CONSTANT
@@ -21,6 +20,7 @@ from edadm_cli.models.families import prepare_calls
 from edadm_cli.models.loading import LoadedModel, load_model, open_stored
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.stored import place_stored
+from edadm_cli.stage_config import DTypeName
 
 CONDITION_FILE = "condition.safetensors"
 FEATURES_FILE = "features.safetensors"

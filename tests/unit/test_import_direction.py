@@ -17,6 +17,7 @@ MIDDLE = {"metrics", "models", "engines", "artifacts", "calibrate", "integration
 GROUND = {
     "bits",
     "config",
+    "engine_config",
     "errors",
     "hooks",
     "launching",
@@ -47,6 +48,7 @@ LIGHT = (
     "bits",
     "config",
     "stage_config",
+    "engine_config",
     "recipe",
     "errors",
     "launching",
