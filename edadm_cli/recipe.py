@@ -109,6 +109,13 @@ class RangeRecipe(_Frozen):
     ema_decay: float = Field(
         0.9, ge=0, lt=1, description="share of the old value when the range of a batch by itself is merged in"
     )
+    float_input_share: float = later(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the denoiser's multiplications whose layers may keep their inputs in floating point:"
+        " those whose rounding changes the prediction most; 0: none",
+    )
     channel_parts: bool = Field(True, description="two quantizers for the two sources of a concatenated shortcut input")
 
 
