@@ -10,19 +10,13 @@ import transformers as tr
 
 from tests.denoisers import parts
 
+_HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 _NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def _stable_diffusion(name: str, *, scheduler: Any = None, **fields: Any) -> Any:
-    tokenizer, encoder = parts.clip()
-    return getattr(d, name)(
-        vae=parts.kl(levels=2),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=parts.unet(**fields),
-        scheduler=scheduler or parts.ddim(),
-        **_NO_CHECKER,
-    )
+    text, vae, unet = parts.clip(), parts.kl(levels=2), parts.unet(**fields)
+    return parts.assembled(name, unet, text, vae=vae, scheduler=scheduler or parts.ddim(), **_NO_CHECKER)
 
 
 def stable_diffusion() -> Any:
@@ -46,34 +40,21 @@ def turbo() -> Any:
     return _stable_diffusion("StableDiffusionPipeline", scheduler=scheduler)
 
 
+def _xl(name: str, *texts: parts.Pair, unet: Any, **components: Any) -> Any:
+    scheduler = d.EulerDiscreteScheduler()
+    return parts.assembled(name, unet, *texts, scheduler=scheduler, add_watermarker=False, **components)
+
+
 def stable_diffusion_xl() -> Any:
-    tokenizer, encoder = parts.clip()
-    tokenizer_2, encoder_2 = parts.clip(projection=True)
-    return d.StableDiffusionXLPipeline(
-        vae=parts.kl(levels=2),
-        text_encoder=encoder,
-        text_encoder_2=encoder_2,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
-        unet=parts.xl_unet(),
-        scheduler=d.EulerDiscreteScheduler(),
-        add_watermarker=False,
-    )
+    texts = parts.clip(), parts.clip(projection=True)
+    return _xl("StableDiffusionXLPipeline", *texts, vae=parts.kl(levels=2), unet=parts.xl_unet())
 
 
 def xl_refiner() -> Any:
-    tokenizer_2, encoder_2 = parts.clip(projection=True)
-    return d.StableDiffusionXLImg2ImgPipeline(
-        vae=parts.kl(levels=2),
-        text_encoder=None,
-        text_encoder_2=encoder_2,
-        tokenizer=None,
-        tokenizer_2=tokenizer_2,
-        unet=parts.xl_unet(cross_attention_dim=16, projection_class_embeddings_input_dim=5 * 8 + 16),
-        scheduler=d.EulerDiscreteScheduler(),
-        requires_aesthetics_score=True,
-        add_watermarker=False,
-    )
+    text, vae = parts.clip(projection=True), parts.kl(levels=2)
+    unet = parts.xl_unet(cross_attention_dim=16, projection_class_embeddings_input_dim=5 * 8 + 16)
+    texts = (None, None), text
+    return _xl("StableDiffusionXLImg2ImgPipeline", *texts, vae=vae, unet=unet, requires_aesthetics_score=True)
 
 
 def deepfloyd() -> Any:
@@ -160,25 +141,11 @@ def kandinsky22() -> Any:
 
 
 def pixels() -> Any:
-    unet = d.UNet2DModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        attention_head_dim=8,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-    return d.DDPMPipeline(unet=unet, scheduler=d.DDIMScheduler())
+    return d.DDPMPipeline(unet=parts.pixel_unet(), scheduler=d.DDIMScheduler())
 
 
 def consistency() -> Any:
-    unet = d.UNet2DModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        attention_head_dim=8,
-        norm_num_groups=4,
+    unet = parts.pixel_unet(
         resnet_time_scale_shift="scale_shift",
         down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -188,8 +155,7 @@ def consistency() -> Any:
 
 def dit() -> Any:
     transformer = d.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
+        **_HEADS,
         num_layers=2,
         sample_size=8,
         out_channels=8,
@@ -199,36 +165,28 @@ def dit() -> Any:
 
 
 def pixart() -> Any:
-    tokenizer, encoder = parts.t5()
+    text = parts.t5()
     transformer = d.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
+        **_HEADS,
         num_layers=2,
         sample_size=16,
         cross_attention_dim=32,
         caption_channels=32,
         out_channels=8,
     )
-    return d.PixArtSigmaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=parts.kl(),
-        transformer=transformer,
-        scheduler=d.DPMSolverMultistepScheduler(),
+    return parts.assembled(
+        "PixArtSigmaPipeline", transformer, text, vae=parts.kl(), scheduler=d.DPMSolverMultistepScheduler()
     )
 
 
 def sd3() -> Any:
-    tokenizer, encoder = parts.clip(projection=True)
-    tokenizer_2, encoder_2 = parts.clip(projection=True)
-    tokenizer_3, encoder_3 = parts.t5()
+    texts = parts.clip(projection=True), parts.clip(projection=True), parts.t5()
     transformer = d.SD3Transformer2DModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
         num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
+        **_HEADS,
         joint_attention_dim=32,
         caption_projection_dim=32,
         pooled_projection_dim=32,
@@ -236,30 +194,19 @@ def sd3() -> Any:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    return d.StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=parts.flow(shift=3.0),
-        vae=parts.kl(shift_factor=0.1),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        text_encoder_2=encoder_2,
-        tokenizer_2=tokenizer_2,
-        text_encoder_3=encoder_3,
-        tokenizer_3=tokenizer_3,
-    )
+    vae, scheduler = parts.kl(shift_factor=0.1), parts.flow(shift=3.0)
+    return parts.assembled("StableDiffusion3Pipeline", transformer, *texts, vae=vae, scheduler=scheduler)
 
 
 def _flux(name: str, **fields: Any) -> Any:
-    tokenizer, encoder = parts.clip()
-    tokenizer_2, encoder_2 = parts.t5()
+    texts = parts.clip(), parts.t5()
     transformer = d.FluxTransformer2DModel(
         **{
             "patch_size": 1,
             "in_channels": 16,
             "num_layers": 1,
             "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
+            **_HEADS,
             "joint_attention_dim": 32,
             "pooled_projection_dim": 16,
             "axes_dims_rope": (4, 4, 8),
@@ -267,15 +214,7 @@ def _flux(name: str, **fields: Any) -> Any:
             **fields,
         }
     )
-    return getattr(d, name)(
-        scheduler=parts.flow(),
-        vae=parts.kl(shift_factor=0.1),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        text_encoder_2=encoder_2,
-        tokenizer_2=tokenizer_2,
-        transformer=transformer,
-    )
+    return parts.assembled(name, transformer, *texts)
 
 
 def flux_dev() -> Any:
@@ -291,14 +230,13 @@ def flux_fill() -> Any:
 
 
 def _flux2(layers: int, is_distilled: bool) -> Any:
-    tokenizer, encoder = parts.qwen3(layers=28, causal=True)
+    text = parts.qwen3(layers=28, causal=True)
     transformer = d.Flux2Transformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=1,
         num_single_layers=layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
+        **_HEADS,
         joint_attention_dim=96,
         timestep_guidance_channels=256,
         axes_dims_rope=[4, 4, 4, 4],
@@ -315,13 +253,9 @@ def _flux2(layers: int, is_distilled: bool) -> Any:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    return d.Flux2KleinPipeline(
-        scheduler=parts.flow(use_dynamic_shifting=True),
-        vae=vae,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
-        is_distilled=is_distilled,
+    scheduler = parts.flow(use_dynamic_shifting=True)
+    return parts.assembled(
+        "Flux2KleinPipeline", transformer, text, vae=vae, scheduler=scheduler, is_distilled=is_distilled
     )
 
 
@@ -334,27 +268,20 @@ def flux2_base() -> Any:
 
 
 def chroma() -> Any:
-    tokenizer, encoder = parts.t5()
+    text = parts.t5()
     transformer = d.ChromaTransformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=2,
         num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
+        **_HEADS,
         joint_attention_dim=32,
         axes_dims_rope=[4, 4, 8],
         approximator_num_channels=8,
         approximator_hidden_dim=32,
         approximator_layers=1,
     )
-    return d.ChromaPipeline(
-        scheduler=parts.flow(),
-        vae=parts.kl(shift_factor=0.1),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
+    return parts.assembled("ChromaPipeline", transformer, text)
 
 
 def _qwen_transformer() -> Any:
@@ -363,8 +290,7 @@ def _qwen_transformer() -> Any:
         in_channels=16,
         out_channels=4,
         num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
+        **_HEADS,
         joint_attention_dim=16,
         guidance_embeds=False,
         axes_dims_rope=(8, 4, 4),
@@ -372,30 +298,19 @@ def _qwen_transformer() -> Any:
 
 
 def qwen_image() -> Any:
-    tokenizer, encoder = parts.qwen_vl()
-    return d.QwenImagePipeline(
-        scheduler=parts.flow(),
-        vae=parts.qwen_vae(),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=_qwen_transformer(),
-    )
+    text, vae = parts.qwen_vl(), parts.qwen_vae()
+    return parts.assembled("QwenImagePipeline", _qwen_transformer(), text, vae=vae)
 
 
 def qwen_image_edit() -> Any:
-    tokenizer, encoder = parts.qwen_vl()
-    return d.QwenImageEditPipeline(
-        scheduler=parts.flow(),
-        vae=parts.qwen_vae(levels=5),  # the pipeline brings its images to 1024 pixels a side
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        processor=parts.qwen_vl_processor(),
-        transformer=_qwen_transformer(),
-    )
+    text = parts.qwen_vl()
+    vae = parts.qwen_vae(levels=5)  # the pipeline resizes its images to 1024 pixels per side
+    processor = parts.qwen_vl_processor()
+    return parts.assembled("QwenImageEditPipeline", _qwen_transformer(), text, vae=vae, processor=processor)
 
 
 def z_image() -> Any:
-    tokenizer, encoder = parts.qwen3()
+    text = parts.qwen3()
     transformer = d.ZImageTransformer2DModel(
         all_patch_size=(2,),
         all_f_patch_size=(1,),
@@ -409,17 +324,11 @@ def z_image() -> Any:
         axes_dims=[8, 4, 4],
         axes_lens=[256, 32, 32],
     )
-    return d.ZImagePipeline(
-        scheduler=parts.flow(),
-        vae=parts.kl(shift_factor=0.1),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
+    return parts.assembled("ZImagePipeline", transformer, text)
 
 
 def auraflow() -> Any:
-    tokenizer, encoder = parts.t5(multilingual=True)
+    text = parts.t5(multilingual=True)
     transformer = d.AuraFlowTransformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -432,22 +341,15 @@ def auraflow() -> Any:
         joint_attention_dim=32,
         pos_embed_max_size=256,
     )
-    return d.AuraFlowPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=parts.kl(),
-        transformer=transformer,
-        scheduler=parts.flow(shift=1.73),
-    )
+    return parts.assembled("AuraFlowPipeline", transformer, text, vae=parts.kl(), scheduler=parts.flow(shift=1.73))
 
 
 def sana() -> Any:
-    tokenizer, encoder = parts.gemma()
+    text = parts.gemma()
     transformer = d.SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
+        **_HEADS,
         num_layers=2,
         num_cross_attention_heads=2,
         cross_attention_head_dim=16,
@@ -474,13 +376,11 @@ def sana() -> Any:
         decoder_act_fns="silu",
         scaling_factor=0.41407,
     )
-    return d.SanaPipeline(
-        tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=transformer, scheduler=parts.flow(shift=3.0)
-    )
+    return parts.assembled("SanaPipeline", transformer, text, vae=vae, scheduler=parts.flow(shift=3.0))
 
 
 def lumina2() -> Any:
-    tokenizer, encoder = parts.gemma()
+    text = parts.gemma()
     transformer = d.Lumina2Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -497,23 +397,16 @@ def lumina2() -> Any:
         axes_lens=[512, 128, 128],
         cap_feat_dim=32,
     )
-    return d.Lumina2Pipeline(
-        transformer=transformer,
-        scheduler=parts.flow(),
-        vae=parts.kl(shift_factor=0.1),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-    )
+    return parts.assembled("Lumina2Pipeline", transformer, text)
 
 
 def cogview4() -> Any:
-    tokenizer, encoder = parts.glm()
+    text = parts.glm()
     transformer = d.CogView4Transformer2DModel(
         patch_size=2,
         in_channels=4,
         num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
+        **_HEADS,
         out_channels=4,
         text_embed_dim=32,
         time_embed_dim=8,
@@ -524,9 +417,7 @@ def cogview4() -> Any:
     scheduler = parts.flow(
         base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
     )
-    return d.CogView4Pipeline(
-        tokenizer=tokenizer, text_encoder=encoder, vae=parts.kl(), transformer=transformer, scheduler=scheduler
-    )
+    return parts.assembled("CogView4Pipeline", transformer, text, vae=parts.kl(), scheduler=scheduler)
 
 
 def hunyuan_dit() -> Any:
@@ -538,7 +429,7 @@ def hunyuan_dit() -> Any:
             vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
         )
     )
-    tokenizer_2, encoder_2 = parts.t5()
+    texts = (tokenizer, encoder), parts.t5()
     transformer = d.HunyuanDiT2DModel(
         sample_size=16,
         num_layers=2,
@@ -554,26 +445,18 @@ def hunyuan_dit() -> Any:
         text_len=77,
         text_len_t5=256,
     )
-    return d.HunyuanDiTPipeline(
-        vae=parts.kl(),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
-        scheduler=d.DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
-        text_encoder_2=encoder_2,
-        tokenizer_2=tokenizer_2,
-        **_NO_CHECKER,
+    scheduler = d.DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    return parts.assembled(
+        "HunyuanDiTPipeline", transformer, *texts, vae=parts.kl(), scheduler=scheduler, **_NO_CHECKER
     )
 
 
 def hunyuan_image() -> Any:
-    tokenizer, encoder = parts.qwen_vl()
-    tokenizer_2, encoder_2 = parts.t5()
+    texts = parts.qwen_vl(), parts.t5()
     transformer = d.HunyuanImageTransformer2DModel(
         in_channels=4,
         out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
+        **_HEADS,
         num_layers=2,
         num_single_layers=2,
         num_refiner_layers=1,
@@ -594,14 +477,12 @@ def hunyuan_image() -> Any:
         scaling_factor=0.5,
     )
     guider = {"enabled": False}
-    return d.HunyuanImagePipeline(
-        scheduler=parts.flow(shift=7.0),
+    return parts.assembled(
+        "HunyuanImagePipeline",
+        transformer,
+        *texts,
         vae=vae,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        text_encoder_2=encoder_2,
-        tokenizer_2=tokenizer_2,
-        transformer=transformer,
+        scheduler=parts.flow(shift=7.0),
         guider=d.AdaptiveProjectedMixGuidance(**guider),
         ocr_guider=d.AdaptiveProjectedMixGuidance(**guider),
     )
@@ -628,32 +509,18 @@ def hidream_transformer() -> Any:
 
 
 def hidream() -> Any:
-    tokenizer, encoder = parts.clip(projection=True, length=128)
-    tokenizer_2, encoder_2 = parts.clip(projection=True, length=128)
-    tokenizer_3, encoder_3 = parts.t5()
-    tokenizer_4, encoder_4 = parts.llama()
-    return d.HiDreamImagePipeline(
-        scheduler=parts.flow(shift=3.0),
-        vae=parts.kl(shift_factor=0.1),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        text_encoder_2=encoder_2,
-        tokenizer_2=tokenizer_2,
-        text_encoder_3=encoder_3,
-        tokenizer_3=tokenizer_3,
-        text_encoder_4=encoder_4,
-        tokenizer_4=tokenizer_4,
-        transformer=hidream_transformer(),
-    )
+    two = [parts.clip(projection=True, length=128) for _ in range(2)]
+    texts = *two, parts.t5(), parts.llama()
+    vae, scheduler = parts.kl(shift_factor=0.1), parts.flow(shift=3.0)
+    return parts.assembled("HiDreamImagePipeline", hidream_transformer(), *texts, vae=vae, scheduler=scheduler)
 
 
 def krea2() -> Any:
-    tokenizer, encoder = parts.qwen3_vl()
+    text = parts.qwen3_vl()
     transformer = d.Krea2Transformer2DModel(
         in_channels=16,
         num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
+        **_HEADS,
         num_key_value_heads=1,
         intermediate_size=64,
         timestep_embed_dim=32,
@@ -666,18 +533,19 @@ def krea2() -> Any:
         num_refiner_text_blocks=1,
         axes_dims_rope=(4, 6, 6),
     )
-    return d.Krea2Pipeline(
-        scheduler=parts.flow(use_dynamic_shifting=True),
+    scheduler = parts.flow(use_dynamic_shifting=True)
+    return parts.assembled(
+        "Krea2Pipeline",
+        transformer,
+        text,
         vae=parts.qwen_vae(),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
+        scheduler=scheduler,
         text_encoder_select_layers=(1, 2),
     )
 
 
 def prx() -> Any:
-    tokenizer, encoder = parts.gemma()
+    text = parts.gemma()
     transformer = d.PRXTransformer2DModel(
         in_channels=4,
         patch_size=2,
@@ -688,48 +556,35 @@ def prx() -> Any:
         depth=2,
         axes_dim=[8, 8],
     )
-    return d.PRXPipeline(
-        transformer=transformer,
-        scheduler=parts.flow(),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        vae=parts.kl(shift_factor=0.0),
-        default_sample_size=64,
-    )
+    return parts.assembled("PRXPipeline", transformer, text, vae=parts.kl(shift_factor=0.0), default_sample_size=64)
 
 
 def ovis() -> Any:
-    tokenizer, encoder = parts.qwen3()
+    text = parts.qwen3()
     transformer = d.OvisImageTransformer2DModel(
         in_channels=16,
         out_channels=16,
         num_layers=1,
         num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
+        **_HEADS,
         joint_attention_dim=32,
         axes_dims_rope=(4, 4, 8),
     )
-    return d.OvisImagePipeline(
-        scheduler=parts.flow(use_dynamic_shifting=True),
-        vae=parts.kl(shift_factor=0.1),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
+    scheduler = parts.flow(use_dynamic_shifting=True)
+    return parts.assembled("OvisImagePipeline", transformer, text, scheduler=scheduler)
 
 
 def controlnet() -> Any:
-    tokenizer, encoder = parts.clip()
+    text = parts.clip()
     unet = parts.unet()
     control = d.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
     for layer in (*control.controlnet_down_blocks, control.controlnet_mid_block):
         torch.nn.init.normal_(layer.weight, std=0.1)  # they begin at zero, where the control changes nothing
-    return d.StableDiffusionControlNetPipeline(
+    return parts.assembled(
+        "StableDiffusionControlNetPipeline",
+        unet,
+        text,
         vae=parts.kl(levels=2),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=unet,
         controlnet=control,
         scheduler=parts.ddim(),
         **_NO_CHECKER,

@@ -222,3 +222,38 @@ def xl_unet(**fields: Any) -> Any:
             **fields,
         }
     )
+
+
+def pixel_unet(**fields: Any) -> Any:
+    """A UNet in pixel space, with 16 and 32 channels."""
+    return d.UNet2DModel(
+        **{
+            "sample_size": 16,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "attention_head_dim": 8,
+            "norm_num_groups": 4,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            **fields,
+        }
+    )
+
+
+def assembled(name: str, denoiser: Any, *texts: Pair, **components: Any) -> Any:
+    """Returns a pipeline of a denoiser and its text encoders.
+
+    Args:
+        name: Class of the pipeline.
+        denoiser: Its `unet` or `transformer`.
+        texts: A tokenizer and a text encoder each, in the order of the pipeline's components.
+        components: The other components. The default scheduler is flow matching, the default autoencoder that of `kl`.
+    """
+    for number, (tokenizer, encoder) in enumerate(texts):
+        end = f"_{number + 1}" if number else ""
+        components |= {f"tokenizer{end}": tokenizer, f"text_encoder{end}": encoder}
+    components |= {"unet" if type(denoiser).__name__.startswith("UNet") else "transformer": denoiser}
+    components.setdefault("scheduler", flow())
+    if "vae" not in components:
+        components["vae"] = kl(shift_factor=0.1)
+    return getattr(d, name)(**components)

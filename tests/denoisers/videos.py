@@ -8,6 +8,9 @@ import diffusers as d
 
 from tests.denoisers import parts
 
+_HEADS = {"num_attention_heads": 4, "attention_head_dim": 8}
+_EIGHT = (8, 8, 8, 8)
+
 
 def _wan_vae() -> Any:
     return d.AutoencoderKLWan(
@@ -32,35 +35,25 @@ def _wan_transformer() -> Any:
     )
 
 
+def _wan(num_transformers: int, **components: Any) -> Any:
+    text, vae = parts.t5(multilingual=True), _wan_vae()
+    first, *others = (_wan_transformer() for _ in range(num_transformers))
+    components |= {f"transformer_{number}": other for number, other in enumerate(others, start=2)}
+    return parts.assembled("WanPipeline", first, text, vae=vae, scheduler=parts.flow(shift=7.0), **components)
+
+
 def wan() -> Any:
-    tokenizer, encoder = parts.t5(multilingual=True)
-    return d.WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=_wan_vae(),
-        scheduler=parts.flow(shift=7.0),
-        transformer=_wan_transformer(),
-    )
+    return _wan(1)
 
 
 def wan22() -> Any:
-    tokenizer, encoder = parts.t5(multilingual=True)
-    return d.WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=_wan_vae(),
-        scheduler=parts.flow(shift=7.0),
-        transformer=_wan_transformer(),
-        transformer_2=_wan_transformer(),
-        boundary_ratio=0.875,
-    )
+    return _wan(2, boundary_ratio=0.875)
 
 
 def cogvideox() -> Any:
-    tokenizer, encoder = parts.t5()
+    text = parts.t5()
     transformer = d.CogVideoXTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=8,
+        **_HEADS,
         in_channels=4,
         out_channels=4,
         time_embed_dim=2,
@@ -78,30 +71,24 @@ def cogvideox() -> Any:
         out_channels=3,
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
+        block_out_channels=_EIGHT,
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=2,
         temporal_compression_ratio=4,
     )
-    return d.CogVideoXPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=vae,
-        transformer=transformer,
-        scheduler=d.CogVideoXDDIMScheduler(),
-    )
+    scheduler = d.CogVideoXDDIMScheduler()
+    return parts.assembled("CogVideoXPipeline", transformer, text, vae=vae, scheduler=scheduler)
 
 
 def ltx() -> Any:
-    tokenizer, encoder = parts.t5()
+    text = parts.t5()
     transformer = d.LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
         patch_size=1,
         patch_size_t=1,
-        num_attention_heads=4,
-        attention_head_dim=8,
+        **_HEADS,
         cross_attention_dim=32,
         num_layers=2,
         caption_channels=32,
@@ -110,8 +97,8 @@ def ltx() -> Any:
         in_channels=3,
         out_channels=3,
         latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
+        block_out_channels=_EIGHT,
+        decoder_block_out_channels=_EIGHT,
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
         spatio_temporal_scaling=(True, True, False, False),
@@ -126,9 +113,7 @@ def ltx() -> Any:
         decoder_causal=False,
     )
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
-    return d.LTXPipeline(
-        scheduler=parts.flow(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer
-    )
+    return parts.assembled("LTXPipeline", transformer, text, vae=vae)
 
 
 def stable_video() -> Any:
@@ -182,7 +167,7 @@ def animatediff() -> Any:
 
 
 def text_to_video() -> Any:
-    tokenizer, encoder = parts.clip(width=32)
+    text = parts.clip(width=32)
     unet = d.UNet3DConditionModel(
         block_out_channels=(8, 8),
         layers_per_block=1,
@@ -195,14 +180,11 @@ def text_to_video() -> Any:
         attention_head_dim=4,
         norm_num_groups=2,
     )
-    return d.TextToVideoSDPipeline(
-        vae=parts.kl(levels=2), text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=parts.ddim()
-    )
+    return parts.assembled("TextToVideoSDPipeline", unet, text, vae=parts.kl(levels=2), scheduler=parts.ddim())
 
 
 def hunyuan_video() -> Any:
-    tokenizer, encoder = parts.llama()
-    tokenizer_2, encoder_2 = parts.clip(length=77)
+    llama, clip = parts.llama(), parts.clip(length=77)
     transformer = d.HunyuanVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -224,7 +206,7 @@ def hunyuan_video() -> Any:
         latent_channels=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 4,
         up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
+        block_out_channels=_EIGHT,
         layers_per_block=1,
         act_fn="silu",
         norm_num_groups=4,
@@ -233,12 +215,5 @@ def hunyuan_video() -> Any:
         temporal_compression_ratio=4,
         mid_block_add_attention=True,
     )
-    return d.HunyuanVideoPipeline(
-        text_encoder=encoder.model,
-        tokenizer=tokenizer,
-        transformer=transformer,
-        vae=vae,
-        scheduler=parts.flow(shift=7.0),
-        text_encoder_2=encoder_2,
-        tokenizer_2=tokenizer_2,
-    )
+    texts = (llama[0], llama[1].model), clip
+    return parts.assembled("HunyuanVideoPipeline", transformer, *texts, vae=vae, scheduler=parts.flow(shift=7.0))
