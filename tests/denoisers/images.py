@@ -11,12 +11,11 @@ import transformers as tr
 from tests.denoisers import parts
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
-_NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def _stable_diffusion(name: str, *, scheduler: Any = None, **fields: Any) -> Any:
     text, vae, unet = parts.clip(), parts.kl(levels=2), parts.unet(**fields)
-    return parts.assembled(name, unet, text, vae=vae, scheduler=scheduler or parts.ddim(), **_NO_CHECKER)
+    return parts.assembled(name, unet, text, vae=vae, scheduler=scheduler or parts.ddim(), **parts.NO_CHECKER)
 
 
 def stable_diffusion() -> Any:
@@ -86,7 +85,7 @@ def deepfloyd() -> Any:
         variance_type="learned_range",
     )
     return d.IFPipeline(
-        tokenizer=tokenizer, text_encoder=encoder, unet=unet, scheduler=scheduler, watermarker=None, **_NO_CHECKER
+        tokenizer=tokenizer, text_encoder=encoder, unet=unet, scheduler=scheduler, watermarker=None, **parts.NO_CHECKER
     )
 
 
@@ -447,7 +446,7 @@ def hunyuan_dit() -> Any:
     )
     scheduler = d.DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
     return parts.assembled(
-        "HunyuanDiTPipeline", transformer, *texts, vae=parts.kl(), scheduler=scheduler, **_NO_CHECKER
+        "HunyuanDiTPipeline", transformer, *texts, vae=parts.kl(), scheduler=scheduler, **parts.NO_CHECKER
     )
 
 
@@ -587,5 +586,5 @@ def controlnet() -> Any:
         vae=parts.kl(levels=2),
         controlnet=control,
         scheduler=parts.ddim(),
-        **_NO_CHECKER,
+        **parts.NO_CHECKER,
     )

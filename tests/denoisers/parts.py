@@ -11,6 +11,8 @@ from edadm_cli.models.tokenizers import _byte_symbols, letter_tokenizer
 
 Pair = tuple[Any, Any]
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789<>/()&;'\""
+NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+SCALING_FACTOR = 0.18215  # of the autoencoder of Stable Diffusion
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -161,11 +163,15 @@ def kl(channels: int = 4, *, levels: int = 4, **fields: Any) -> Any:
         block_out_channels=(8,) * levels,
         latent_channels=channels,
         norm_num_groups=4,
-        sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        **{"scaling_factor": 0.5, **fields},
+        **{"sample_size": 64, "scaling_factor": 0.5, **fields},
     )
+
+
+def small_kl(**fields: Any) -> Any:
+    """An autoencoder of one step, for images of 16 pixels per side, with the scale of Stable Diffusion."""
+    return kl(levels=2, **{"sample_size": 16, "scaling_factor": SCALING_FACTOR, **fields})
 
 
 def flow(**fields: Any) -> Any:
