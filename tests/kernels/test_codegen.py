@@ -73,7 +73,7 @@ def test_code_without_a_loop_has_no_main_loop() -> None:
 
 
 def test_a_branch_out_of_the_listing_is_refused() -> None:
-    with pytest.raises(ValueError, match="behind BRA, found ' 0x2000 '"):
+    with pytest.raises(ValueError, match="after BRA, found ' 0x2000 '"):
         parse("        /*1000*/                   BRA 0x2000 ;")
 
 

@@ -13,20 +13,12 @@ from edadm_kernels.conv_launch import Geometry, launch_conv
 from edadm_kernels.pack import Padding, conv_border_table, pack_w4
 from edadm_kernels.reference.products import accumulate_conv2d
 from edadm_kernels.tiles import Tile
+from tests.kernels.operands import random, random_codes
 
 SAME: Padding = (1, 1, 1, 1)
 DOWN: Padding = (0, 1, 0, 1)  # the asymmetric padding of diffusers' down-samplers
 NONE: Padding = (0, 0, 0, 0)
 SMALL = {"bm": 32, "bn": 32, "bk": 64, "num_warps": 4, "num_stages": 1}
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_codes(*shape: int, seed: int, limit: int = 128) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-limit, limit, shape, generator=generator).to(torch.int8)
 
 
 class Layer:

@@ -13,17 +13,9 @@ from edadm_kernels.gemm_launch import launch_gemm
 from edadm_kernels.pack import linear_correction, pack_w4
 from edadm_kernels.reference.products import accumulate_linear
 from edadm_kernels.tiles import Tile
+from tests.kernels.operands import random, random_codes
 
 SMALL = {"bm": 32, "bn": 32, "num_warps": 4, "num_stages": 1}
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_codes(*shape: int, seed: int, limit: int = 128) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-limit, limit, shape, generator=generator).to(torch.int8)
 
 
 class Layer:
