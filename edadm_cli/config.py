@@ -15,7 +15,7 @@ from pydantic import field_validator
 from edadm_cli.bits import BitWidth
 from edadm_cli.engine_config import BenchConfig, EngineStageConfig, EvaluateConfig, FeaturesName, SampleConfig
 from edadm_cli.recipe import Recipe, SelectStrategy
-from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, DTypeName, StageConfig, setting
+from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, DTypeName, StageConfig, Weights, setting
 
 __all__ = [
     "MAX_IMAGES",
@@ -63,6 +63,12 @@ class CollectConfig(StageConfig):
         None,
         "epsilon, v_prediction or sample: what the denoiser predicts; by default what the model's files say.",
         identity="never",  # enters the identity as a field of the scheduler
+    )
+    weights: Weights = setting(
+        "auto",
+        "Where weights are: memory; disk, where text encoders are freed once they have encoded the prompts, and the"
+        " denoiser's layers are read whenever they are used; or auto, by what they need and the device has.",
+        identity="never",
     )
     images: Path | None = setting(
         None,
@@ -127,7 +133,7 @@ class ReconstructConfig(StageConfig):
         "float32 or tf32: how a GPU multiplies float32 numbers; tf32, the default, rounds factors to 10 bits.",
         identity="if_changed",
     )
-    weights: Literal["auto", "memory", "disk"] = setting(
+    weights: Weights = setting(
         "auto",
         "Where float weights are: memory; disk, read whenever they are used; or auto, disk for a denoiser that would"
         " take more than 45% of the device's memory.",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from edadm_cli.recipe import without_later_defaults
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["auto", "memory", "disk"]
 MAX_IMAGES = 1_000_000
 """Number of images of one seed that have different noise (`edadm_cli/models/sampling.py`, `image_seed`)."""
 RECIPE_NAMES = (

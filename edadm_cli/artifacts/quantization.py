@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,12 @@ def load_plan(reconstruction: Artifact) -> QuantizationPlan:
     return load_payload(reconstruction, PLAN_FILE, QuantizationPlan)
 
 
-def load_params(reconstruction: Artifact) -> dict[str, Tensor]:
-    """Returns the quantization parameters of a reconstruction by name, on the CPU.
+def load_params(reconstruction: Artifact) -> Mapping[str, Tensor]:
+    """Returns the quantization parameters of a reconstruction by name; each is read, to the CPU, when it is asked for.
 
     Raises:
         InputError: `quant_params.safetensors` is missing or not readable.
     """
-    return reconstruction.tensors(PARAMS_FILE)
+    from edadm_cli.artifacts.streaming import TensorFile
+
+    return TensorFile(reconstruction.file(PARAMS_FILE))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edadm_cli.artifacts.files import atomic_path, explained_os_errors
-from edadm_cli.artifacts.tensors import TensorInfo, read_tensor_header
+from edadm_cli.artifacts.files import atomic_path, explained_os_errors, save_json
+from edadm_cli.artifacts.tensors import TensorInfo, load_tensors, read_tensor_header
 from edadm_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,10 +77,72 @@ def stream_tensors(path: Path, tensors: Mapping[str, Streamed]) -> None:
                 raise ValueError(f"'{name}' takes {tensor.bytes} bytes, and its pieces have {written}")
 
 
-def whole(tensor: torch.Tensor) -> Streamed:
-    """Returns a tensor in memory."""
-    dtype = _NAMES[str(tensor.dtype).removeprefix("torch.")]
-    return Streamed(TensorInfo(dtype=dtype, shape=tuple(tensor.shape)), lambda: [tensor])
+def stream_shards(folder: Path, stem: str, tensors: Mapping[str, Streamed], shard_bytes: int) -> None:
+    """Writes tensors as one safetensors file; or, where that would be too large, as several with diffusers' index.
+
+    Args:
+        folder: Where the files are written to.
+        stem: Start of their names: `stem.safetensors`, or `stem-00001-of-00002.safetensors` and so on.
+        tensors: The tensors; shards take them in the order of their names.
+        shard_bytes: Bytes of tensors above which another file begins. A larger tensor has a file of its own.
+
+    Raises:
+        MachineError: The disk is full or permission is denied.
+    """
+    shards: list[dict[str, Streamed]] = [{}]
+    for name, tensor in sorted(tensors.items()):
+        size = sum(other.bytes for other in shards[-1].values())
+        if shards[-1] and size + tensor.bytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        stream_tensors(folder / f"{stem}.safetensors", shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        stream_tensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.bytes for tensor in tensors.values())
+    save_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def streamed(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Streamed:
+    """Returns a tensor of any device, which is brought to the CPU, in another element type if one is named, when it is
+    written.
+    """
+    name = str(dtype or tensor.dtype).removeprefix("torch.")
+    info = TensorInfo(dtype=_NAMES[name], shape=tuple(tensor.shape))
+    return Streamed(info, lambda: [tensor.detach().to("cpu", dtype or tensor.dtype)])
+
+
+class TensorFile(Mapping[str, "torch.Tensor"]):
+    """The tensors of a safetensors file by name, each of which is read, to the CPU, whenever it is asked for.
+
+    Raises:
+        InputError: The file is missing, truncated or no safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._infos = path, read_tensor_header(path)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Reads one tensor."""
+        if name not in self._infos:
+            raise KeyError(name)
+        return load_tensors(self._path, [name])[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Returns whether there is a tensor of that name, without reading it."""
+        return name in self._infos
+
+    def __iter__(self) -> Iterator[str]:
+        """Gives the names."""
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        """Returns the number of tensors."""
+        return len(self._infos)
 
 
 def torch_type(name: str) -> torch.dtype:

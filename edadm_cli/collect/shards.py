@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from edadm_cli.artifacts import TensorInfo, load_tensors, read_model, save_json, save_tensors
-from edadm_cli.artifacts.streaming import Streamed, joined, padded, stream_tensors, torch_type, whole
+from edadm_cli.artifacts.streaming import Streamed, joined, padded, stream_tensors, streamed, torch_type
 from edadm_cli.collect.merging import FEATURES, TIMESTEPS, Batch, Merged, merge, per_row
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
@@ -84,12 +84,12 @@ def merge_parts(folder: Path, num_shards: int) -> None:
         for name in merged.conditions
     }
     constants = [CONSTANT + name for name in merged.form.template.constants]
-    streams |= {name: whole(tensor) for name, tensor in load_tensors(batches[0].path, constants).items()}
+    streams |= {name: streamed(tensor) for name, tensor in load_tensors(batches[0].path, constants).items()}
     stream_tensors(folder / CONDITION_FILE, streams)
     featured = [batch.path for batch in batches if FEATURES in batch.tensors]
     features = joined(featured, FEATURES, 1, merged.features.shape)
     timesteps = load_tensors(batches[0].path, [TIMESTEPS])[TIMESTEPS]
-    stream_tensors(folder / FEATURES_FILE, {FEATURES: features, TIMESTEPS: whole(timesteps)})
+    stream_tensors(folder / FEATURES_FILE, {FEATURES: features, TIMESTEPS: streamed(timesteps)})
     merged.form.save(folder)
 
 

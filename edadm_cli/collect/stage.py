@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from edadm_cli.collect.shards import is_written, merge_parts, require_mergeable,
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import Sampling, SchedulerFacts
+from edadm_cli.models.encoding import encode_first
 from edadm_cli.models.from_folder import first_sentence
 from edadm_cli.models.images import images_sha256
-from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
+from edadm_cli.models.loading import LoadedModel, load_model, resolve_device, weight_bytes
+from edadm_cli.models.placement import described, placement
 from edadm_cli.models.prompts import prompts_name, resolve_prompts
 from edadm_cli.models.sampling import Samples, image_seed, require_num_steps, sample, takes_guidance
 from edadm_cli.processes import ALONE, Processes, join
@@ -44,7 +47,7 @@ def run(
     processes = join(config.device)
     with processes.together():
         task = prepare(config, processes)
-        for remark in task.model.remarks:
+        for remark in (*task.model.remarks, *task.remarks):
             reporter.warn(remark)
         with run_folder.build(task.build_spec(), force, processes) as build:
             is_done = build.up_to_date
@@ -81,6 +84,7 @@ class _Task:
     batch_size: int
     feature_batch: int
     prompts: list[str] | None
+    remarks: tuple[str, ...] = ()
 
     @property
     def num_shards(self) -> int:
@@ -90,6 +94,17 @@ class _Task:
         start = shard * self.batch_size
         stop = min(start + self.batch_size, self.num_trajectories)
         return [image_seed(self.config.seed, index) for index in range(start, stop)]
+
+    def sample(self, shard: int) -> Samples:
+        """Sample the trajectories of one shard."""
+        seeds, first = self.seeds(shard), shard * self.batch_size
+        return sample(
+            self.model,
+            seeds=seeds,
+            prompts=None if self.prompts is None else self.prompts[first : first + len(seeds)],
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+        )
 
     def _conditions(self) -> dict[str, Any]:
         """Returns the facts that only some pipelines have; one that is not used is absent and changes no identity."""
@@ -122,8 +137,16 @@ class _Task:
 
 def prepare(config: CollectConfig, processes: Processes) -> _Task:
     """Loads the model and decides what the configuration leaves open."""
-    device = resolve_device(processes.device_name(config.device))
-    model = load_model(config.model, device, getattr(torch, config.dtype), prediction_type=config.prediction_type)
+    device, dtype = resolve_device(processes.device_name(config.device)), getattr(torch, config.dtype)
+    sizes = {} if config.weights == "memory" else weight_bytes(config.model, None, dtype)
+    where = placement(sizes, config.weights, device)
+    model = load_model(config.model, device, dtype, prediction_type=config.prediction_type, placement=where)
+    if config.weights == "disk" and model.placement == "memory":
+        raise UsageError(
+            f"Weights are read from disk for models in diffusers' layout, and {model.ref.id} is a single file or names "
+            "its tensors as earlier versions of diffusers did.",
+            hint="--weights memory",
+        )
     if config.images is not None:
         model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
     _require_no_control_network(model)
@@ -142,6 +165,9 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
         batch_size=min(config.batch_size or entry.batch_size, num_trajectories),
         feature_batch=min(config.feature_batch or entry.feature_batch, num_trajectories),
         prompts=resolve_prompts(model, config.prompts, num_trajectories, config.seed),
+        remarks=(described(where, sum(sizes.values()), device),)
+        if config.weights == "auto" and model.placement != "memory"
+        else (),
     )
 
 
@@ -149,9 +175,11 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
     """Samples the shards, each in one of the processes, and merges their conditions and features."""
     places = task.model.by_denoiser().keys()
     shards = _in_order(task, range(processes.index, task.num_shards, processes.count))
+    waiting = [shard for shard in shards if not is_written(build.path, shard)]
+    encode_first(task.model, [partial(task.sample, shard) for shard in waiting])
     with reporter.task("Sampling trajectories", sum(len(task.seeds(shard)) for shard in shards)) as advance:
         for shard in shards:
-            if not is_written(build.path, shard):
+            if shard in waiting:
                 _sample_shard(task, build.path, shard, reporter)
             for place in places:
                 require_mergeable(build.path / place, shards[0], shard)
@@ -166,7 +194,7 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
         build.discard(str(Path(place, name)) for place in places for name in scratch)
         device = task.model.pipeline.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        build.commit(environment={"device": name, "processes": processes.count})
+        build.commit(environment={"device": name, "processes": processes.count, "weights": task.model.placement})
     processes.wait()
 
 
@@ -187,17 +215,10 @@ def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> 
     num_features = max(0, min(len(seeds), task.feature_batch - first))
     denoisers = task.model.by_denoiser()
     recorders = {place: BatchRecorder(each, len(seeds), num_features) for place, each in denoisers.items()}
-    prompts = None if task.prompts is None else task.prompts[first : first + len(seeds)]
     with ExitStack() as recordings:
         for recorder in recorders.values():
             recordings.enter_context(recorder.recording())
-        samples = sample(
-            task.model,
-            seeds=seeds,
-            prompts=prompts,
-            num_steps=task.num_steps,
-            guidance_scale=task.guidance_scale,
-        )
+        samples = task.sample(shard)
     _require_calls(task, recorders.values())
     for warning in _warnings(task, list(recorders.values()), samples):
         if warning not in reporter.warnings:

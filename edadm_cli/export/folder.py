@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.artifacts import load_json, save_json, save_tensors
+from edadm_cli.artifacts import load_json, save_json
 from edadm_cli.artifacts.files import explained_os_errors
+from edadm_cli.artifacts.streaming import stream_shards, streamed
 from edadm_cli.errors import InputError
 from edadm_cli.models.folder import INDEX_NAME, Component, PipelineFolder, read_folder
 from edadm_cli.models.loading import LoadedModel, quiet_libraries
 
-_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_WEIGHTS_STEM = "diffusion_pytorch_model"
+_SHARD_BYTES = 10**10  # the size at which diffusers begins another file
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -59,15 +61,13 @@ def write_pipeline(
         return [] if source is None else _copy_skipped(source, folder)
 
 
-def exact_narrow(tensor: Tensor) -> Tensor:
-    """Returns the tensor in float16 or bfloat16 if that represents every value exactly, else unchanged."""
-    if not tensor.is_floating_point():
-        return tensor
-    for dtype in _NARROW:
-        narrow = tensor.to(dtype)
-        if torch.equal(narrow.to(tensor.dtype), tensor):
-            return narrow
-    return tensor
+def exact_narrow(tensor: Tensor) -> torch.dtype:
+    """Returns float16 or bfloat16 if that represents every value of a tensor exactly, else the tensor's own type."""
+    if tensor.is_floating_point():
+        for dtype in _NARROW:
+            if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+                return dtype
+    return tensor.dtype
 
 
 def component_sizes(folder: Path) -> dict[str, float]:
@@ -80,15 +80,17 @@ def component_sizes(folder: Path) -> dict[str, float]:
 
 
 def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mapping[str, Any]) -> None:
+    """Writes the configuration and, one tensor after the other, the weights."""
     denoiser.save_config(place)  # type: ignore[operator]
     config = load_json(place / "config.json")
     # one value per line with little indentation: the plan is a large part of the export of a small denoiser
     save_json(place / "config.json", {**config, "quantization_config": dict(quantization_config)}, indent=1)
     scales = {name for name, _ in denoiser.named_buffers()}
     tensors = {
-        name: tensor if name in scales else exact_narrow(tensor) for name, tensor in denoiser.state_dict().items()
+        name: streamed(tensor, None if name in scales else exact_narrow(tensor))
+        for name, tensor in denoiser.state_dict().items()
     }
-    save_tensors(place / _WEIGHTS_FILE, tensors)
+    stream_shards(place, _WEIGHTS_STEM, tensors, _SHARD_BYTES)
 
 
 def _is_copyable(source: Component | None, folder: PipelineFolder | None, component: object) -> bool:

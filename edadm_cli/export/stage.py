@@ -34,10 +34,13 @@ from edadm_cli.export.verdict import layers_by_width, verdict
 from edadm_cli.integrations.comfyui.writing import ComfyUiFile
 from edadm_cli.integrations.quantizer import METHOD, format_version
 from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.collected import CollectedRun, load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
+from edadm_cli.models.placement import LEARNING_SHARE, memory_of
 from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
+from edadm_cli.models.stored import bring_stored, total_parameters
 from edadm_cli.progress import Reporter, SilentReporter
+from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.quant.network import load_quant_params, quantize_network, unquantized
 from edadm_cli.quant.plan import joined
 
@@ -137,6 +140,7 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         advance(1)
         device = resolve_device(config.device)
         loaded = load_model(str(build.path), device, torch.float32, collected.entry)
+        _save_memory(loaded, num_parameters, device)
         _require_coverage(loaded, source)
         after = sample_images(config, loaded, collected)
         advance(1)
@@ -172,19 +176,34 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
 
 
 def quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int, Fused]:
-    """Returns the pipeline with the reconstruction's parameters, its number of weights, and the fused LoRA."""
-    model = load_collected_model(run, resolve_device(config.device), torch.float32)
+    """Returns the pipeline with the reconstruction's parameters, its number of weights, and the fused LoRA.
+
+    Float weights are not in memory, unless a LoRA is fused into them: codes take their place layer by layer.
+    """
+    device, adapters = resolve_device(config.device), [LoraFile.parse(text) for text in config.lora]
+    model = CollectedRun.open(run).load(device, torch.float32, "memory" if adapters else "disk")
     denoisers = {place: each.denoiser for place, each in model.by_denoiser().items()}
-    num_parameters = sum(parameter.numel() for module in denoisers.values() for parameter in module.parameters())
-    fused = fuse(model, [LoraFile.parse(text) for text in config.lora])
+    num_parameters = sum(total_parameters(denoiser) for denoiser in denoisers.values())
+    fused = fuse(model, adapters)
     for place, denoiser in denoisers.items():
         part = source.within(place)
         layers, params = load_plan(part), load_params(part)
         if fused.before:
             params = refit(denoiser, layers, params, fused)
-        quantize_network(denoiser, layers)
+        quantize_network(denoiser, layers, device=device)
         load_quant_params(denoiser, params)
+        bring_stored(denoiser)
+    _save_memory(model, num_parameters, device)
     return model, num_parameters, fused
+
+
+def _save_memory(model: LoadedModel, num_parameters: int, device: torch.device) -> None:
+    """Has the layers of large denoisers dequantize their weights in every call instead of once for all."""
+    if num_parameters * FLOAT_BYTES <= LEARNING_SHARE * memory_of(device):
+        return
+    for each in model.by_denoiser().values():
+        for layer in quantized_layers(each.denoiser).values():
+            layer.keeps_float_weight = False
 
 
 def _layer_errors(loaded: LoadedModel, selection: Artifact, device: torch.device) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,13 +18,12 @@ from edadm_cli.models.architecture import FurtherDenoiser
 from edadm_cli.models.calibration import CONSTANT
 from edadm_cli.models.families import prepare_calls
 from edadm_cli.models.loading import LoadedModel, load_model, open_stored
+from edadm_cli.models.placement import LEARNING_SHARE, Placement, described, memory_of
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.models.stored import place_stored
-from edadm_cli.stage_config import DTypeName
+from edadm_cli.stage_config import DTypeName, Weights
 
 CONDITION_FILE = "condition.safetensors"
 FEATURES_FILE = "features.safetensors"
-_LARGE_SHARE = 0.45  # of the memory: codes, rows and what learns need the rest
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -122,14 +121,19 @@ class CollectedRun:
         dtype: torch.dtype = getattr(torch, self.sampling.dtype)
         return dtype
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    def load(self, device: torch.device, dtype: torch.dtype, placement: Placement = "memory") -> LoadedModel:
         """Loads the full-precision pipeline that was sampled.
+
+        Args:
+            device: Where it computes.
+            dtype: Element type of its weights and activations.
+            placement: Where its weights are; see `load_model`.
 
         Raises:
             InputError: The model is gone, or its files are not those that were collected from.
         """
         entry = self.entry.model_copy(update={"revision": self.model.revision})
-        model = load_model(self.model.id, device, dtype, entry)
+        model = load_model(self.model.id, device, dtype, entry, placement=placement)
         if model.ref.fingerprint != self.model.fingerprint:
             raise self._changed()
         for each in model.by_denoiser().values():
@@ -137,7 +141,11 @@ class CollectedRun:
         return model
 
     def load_denoiser(
-        self, device: torch.device, weights: Literal["auto", "memory", "disk"], place: str = ""
+        self,
+        device: torch.device,
+        weights: Weights,
+        place: str = "",
+        note: Callable[[str], None] = lambda _: None,
     ) -> nn.Module:
         """Loads a denoiser alone, in float32, its large weights in memory or read whenever they are used.
 
@@ -146,6 +154,7 @@ class CollectedRun:
             weights: `disk` leaves them where they are stored; `auto` does so where they would take more than 45% of
                 the device's memory. It does not change what is computed.
             place: Which denoiser, one of `places`.
+            note: Called with a sentence where `auto` leaves them where they are stored.
 
         Raises:
             InputError: The model is gone, or its files are not those that were collected from.
@@ -155,29 +164,26 @@ class CollectedRun:
         stored = None if weights == "memory" else open_stored(self.model.id, entry, place)
         if stored is None and weights == "disk":
             raise UsageError(
-                f"Weights are read from disk for models in diffusers' layout, and {self.model.id} is a single file.",
+                f"Weights are read from disk for models in diffusers' layout, and {self.model.id} is a single file or "
+                "names its tensors as earlier versions of diffusers did.",
                 hint="--weights memory",
             )
-        if stored is None or (weights == "auto" and stored.num_bytes <= _LARGE_SHARE * _memory_of(device)):
+        needed = 0 if stored is None else torch.float32.itemsize * stored.num_parameters
+        if stored is None or (weights == "auto" and needed <= LEARNING_SHARE * memory_of(device)):
             return self.load(device, torch.float32).by_denoiser()[place].denoiser
-        if stored.fingerprint != self.model.fingerprint:
+        if stored.fingerprint() != self.model.fingerprint:
             raise self._changed()
-        place_stored(stored.module, stored.readers, device)
-        prepare_calls(stored.module)
-        return stored.module
+        if weights == "auto":
+            note(described("disk", needed, device))
+        denoiser = stored.place(device, torch.float32)
+        prepare_calls(denoiser)
+        return denoiser
 
     def _changed(self) -> InputError:
         return InputError(
             f"The model {self.model.id} has changed since it was collected from.",
             hint=quoted("edadm", "collect", "--model", self.model.id, "--run", self.run.root, "--force"),
         )
-
-
-def _memory_of(device: torch.device) -> int:
-    """Returns the bytes of a device's memory."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _misfit(artifact: Artifact, num_trajectories: int) -> str | None:

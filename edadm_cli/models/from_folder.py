@@ -23,20 +23,26 @@ from edadm_cli.quant.network import deploy
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_CPU = torch.device("cpu")
 _LONGEST_REASON = 400  # characters of another library's error
 
 
 def load_folder(
-    folder: PipelineFolder, dtype: torch.dtype, ready: Mapping[str, nn.Module] | None = None
+    folder: PipelineFolder,
+    dtype: torch.dtype,
+    ready: Mapping[str, nn.Module] | None = None,
+    device: torch.device = _CPU,
 ) -> DiffusionPipeline:
     """Builds the pipeline of a folder.
 
-    Each component is loaded from a temporary folder that holds links to the checked files and nothing else.
+    Each component is loaded from a temporary folder that holds links to the checked files and nothing else, and is
+    moved to the device before the next one is loaded.
 
     Args:
         folder: The checked folder.
         dtype: Element type of the floating-point weights.
         ready: Components that are there already, by name.
+        device: Where the components are moved to.
 
     Raises:
         InputError: A component cannot be loaded, lacks a tensor, or holds values that are not finite.
@@ -45,7 +51,7 @@ def load_folder(
         components: dict[str, Any] = dict(ready or {})
         for component in folder.components:
             if component.name not in components:
-                components[component.name] = _load_component(component, dtype)
+                components[component.name] = _load_component(component, dtype, device)
         require_short_prompts(folder.path, components)
         try:
             return folder.pipeline_class(**folder.options, **components)
@@ -55,21 +61,23 @@ def load_folder(
             ) from error
 
 
-def _load_component(component: Component, dtype: torch.dtype) -> Any:
+def _load_component(component: Component, dtype: torch.dtype, device: torch.device) -> Any:
     with component.staged() as place:
         try:
-            loaded = _load_module(component, place, dtype) if component.is_module else _load_rest(component, place)
+            if not component.is_module:
+                return _load_rest(component, place)
+            return _load_module(component, place, dtype, device)
         except (EdadmError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             where = component.weights[0] if len(component.weights) == 1 else component.folder
             reason = first_sentence(error).replace(str(place), str(component.folder))
             raise InputError(f"{where} cannot be loaded as {component.cls.__name__}: {reason}") from error
-    return loaded
 
 
-def empty_module(component: Component) -> nn.Module:
-    """Builds a component of diffusers with its parameters on the `meta` device and its buffers filled.
+def empty_module(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Builds a component of diffusers with its parameters on the `meta` device and its buffers filled, as diffusers
+    fills them where the component is loaded in an element type.
 
     Raises:
         InputError: Its configuration does not fit its class.
@@ -77,11 +85,15 @@ def empty_module(component: Component) -> nn.Module:
     from accelerate import init_empty_weights
 
     cls: Any = component.cls
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         with component.staged() as place, no_network(), init_empty_weights(include_buffers=False):
             module: nn.Module = cls.from_config(cls.load_config(place, local_files_only=True))
     except (TypeError, ValueError, KeyError, OSError) as error:
         raise InputError(f"{component.folder} cannot be built as {cls.__name__}: {first_sentence(error)}") from error
+    finally:
+        torch.set_default_dtype(usual)
     return module
 
 
@@ -98,7 +110,7 @@ def _load_rest(component: Component, place: Path) -> Any:
     return loaded
 
 
-def _load_module(component: Component, place: Path, dtype: torch.dtype) -> nn.Module:
+def _load_module(component: Component, place: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     from transformers import PreTrainedModel
 
     loader: Any = component.cls
@@ -113,6 +125,7 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype) -> nn.Mo
         module.config._name_or_path = module.name_or_path = str(component.folder)
     else:
         module.register_to_config(_name_or_path=str(component.folder))
+    module = module.to(device)
     where = component.weights[0] if len(component.weights) == 1 else component.folder
     missing = sorted(info["missing_keys"])
     if missing:

@@ -10,6 +10,7 @@ from torch import nn
 
 from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import UsageError
+from edadm_cli.models.placement import Placement
 from edadm_cli.models.registry import ModelEntry
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class LoadedModel:
         further: Components that are quantized too, because they denoise at other timesteps or in the other branch of
             guidance.
         remarks: What was assumed about it or left aside, one sentence each, for the user to read.
+        placement: Where its weights are while it samples; see `edadm_cli/models/placement.py`.
     """
 
     ref: ModelRef
@@ -38,6 +40,7 @@ class LoadedModel:
     folder: Path | None
     remarks: tuple[str, ...] = ()
     further: tuple[str, ...] = ()
+    placement: Placement = "memory"
 
     def require_one_denoiser(self, purpose: str, hint: str | None = None) -> None:
         """Refuses a pipeline with several denoisers.

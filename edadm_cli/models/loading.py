@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from edadm_cli.artifacts import ModelRef
+from edadm_cli.artifacts import ModelRef, read_tensor_header
 from edadm_cli.errors import InputError, MachineError, UsageError
-from edadm_cli.models.architecture import DENOISER_NAMES, FURTHER_DENOISERS, find_class, load_architecture
+from edadm_cli.models.architecture import (
+    DENOISER_NAMES,
+    FURTHER_DENOISERS,
+    Architecture,
+    find_class,
+    load_architecture,
+)
 from edadm_cli.models.checkpoints.accounting import empty_module as empty_architecture
 from edadm_cli.models.checkpoints.opening import open_checkpoint
 from edadm_cli.models.containment import no_questions
 from edadm_cli.models.families.registry import float32_pipelines
-from edadm_cli.models.folder import INDEX_NAME, read_folder
+from edadm_cli.models.folder import INDEX_NAME, PipelineFolder, read_folder
 from edadm_cli.models.from_folder import empty_module, load_folder
 from edadm_cli.models.hub import download, looks_like_hub_id
 from edadm_cli.models.loaded import LoadedModel as LoadedModel  # where everyone imports it from
+from edadm_cli.models.placement import Placement
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_models import (
     WEIGHTS_VERSION,
     build_random_pipeline,
+    random_bytes,
     random_readers,
 )
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.sampling import call_default, default_guidance, takes_guidance
 from edadm_cli.models.shipped import shipped_folder
-from edadm_cli.models.stored import Reader, file_readers
+from edadm_cli.models.stored import Reader, file_readers, place_stored
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -69,6 +80,7 @@ def load_model(
     dtype: torch.dtype,
     entry: ModelEntry | None = None,
     prediction_type: str | None = None,
+    placement: Placement = "memory",
 ) -> LoadedModel:
     """Loads a pipeline and checks it.
 
@@ -80,6 +92,9 @@ def load_model(
             model that it was exported from.
         prediction_type: What the denoiser predicts (`epsilon`, `v_prediction` or `sample`), when the caller knows it
             better than the model's files.
+        placement: Where the weights are; other than `memory`, the denoiser reads the weights of its layers whenever
+            they are used, until `encode_first` or `bring_stored` changes that. A model whose denoiser cannot be read in
+            this way, such as a single file, is in memory all the same.
 
     Raises:
         InputError: The model is missing, broken or pickled, comes with code, or has weights that are not finite.
@@ -89,7 +104,7 @@ def load_model(
     entry = entry or known_models().get(model)
     with quiet_libraries(), no_questions():
         try:
-            source = _open(model, entry, dtype, device)
+            source = _open(model, entry, dtype, device, stored=placement != "memory")
             pipeline = _configured(source.pipeline, entry).to(device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise MachineError(f"{model} does not fit into the memory of {device}.") from error
@@ -113,7 +128,8 @@ def load_model(
     if prediction_type is not None:
         entry = _with_prediction_type(pipeline, entry, prediction_type)
         remarks = tuple(remark for remark in remarks if "--prediction-type" not in remark)
-    return LoadedModel(ref, entry, pipeline, denoiser_name, source.folder, remarks, tuple(further))
+    where = placement if source.has_stored_denoiser else "memory"
+    return LoadedModel(ref, entry, pipeline, denoiser_name, source.folder, remarks, tuple(further), where)
 
 
 @dataclass(frozen=True)
@@ -121,44 +137,100 @@ class StoredDenoiser:
     """A denoiser whose weights are not in memory yet.
 
     Attributes:
+        name: The name of the component.
         module: Its parameters are on the `meta` device.
         readers: What gives each of them.
-        fingerprint: The fingerprint of the model.
+        fingerprint: Returns the fingerprint of the model.
+        float32: Names of modules that diffusers leaves in float32, whatever the denoiser is loaded in.
     """
 
+    name: str
     module: nn.Module
     readers: dict[str, Reader]
-    fingerprint: str
+    fingerprint: Callable[[], str]
+    float32: tuple[str, ...] = ()
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all parameters in float32."""
-        return 4 * sum(parameter.numel() for parameter in self.module.parameters())
+    def num_parameters(self) -> int:
+        """The number of all parameters."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Returns the denoiser, whose layers read their weights whenever they are used."""
+        place_stored(self.module, self.readers, device, dtype, self.float32)
+        return self.module
 
 
 def open_stored(model: str, entry: ModelEntry, name: str = "") -> StoredDenoiser | None:
-    """Opens a model's denoiser without its weights; `None` where they are in a single file of another layout.
+    """Opens a denoiser without its weights, for float32; `None` where they are in a single file or under other names.
+
+    Args:
+        model: The model.
+        entry: Its defaults.
+        name: The component, where a pipeline has several denoisers; by default the first one.
 
     Raises:
         InputError: The model is missing or broken.
     """
-    if entry.name == model and entry.source == "random":
-        architecture = load_architecture(entry.location)
-        module = empty_architecture(architecture, architecture.denoiser_name)
-        readers = random_readers(module, architecture, entry.weights_seed)
-        return StoredDenoiser(module, readers, architecture.fingerprint(entry.weights_seed, WEIGHTS_VERSION))
+    if _is_random(model, entry):
+        return _stored_architecture(load_architecture(entry.location), entry.weights_seed)
     path, _ = _locate(model, entry)
     if path.is_file():
         return None
     folder = read_folder(path)
-    names = (name,) if name else (*DENOISER_NAMES, *FURTHER_DENOISERS)
-    components = {part.name: part for part in folder.components if part.is_module}
-    component = next((components[each] for each in names if each in components), None)
+    names = [name] if name else _denoisers_of(folder)
+    return _stored_component(folder, names[0], torch.float32) if names else None
+
+
+def weight_bytes(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> dict[str, int]:
+    """Returns the bytes that the weights of each component take in an element type; none for a single file.
+
+    Raises:
+        InputError: The model is missing or broken.
+    """
+    entry = entry or known_models().get(model)
+    if entry is not None and _is_random(model, entry):
+        return random_bytes(load_architecture(entry.location), dtype)
+    path, _ = _locate(model, entry)
+    if path.is_file():
+        return {}
+    return {
+        part.name: dtype.itemsize
+        * sum(math.prod(info.shape) for file in part.weights for info in read_tensor_header(file).values())
+        for part in read_folder(path).components
+        if part.weights
+    }
+
+
+def _is_random(model: str, entry: ModelEntry) -> bool:
+    return entry.name == model and entry.source == "random"
+
+
+def _stored_architecture(architecture: Architecture, seed: int) -> StoredDenoiser:
+    module = empty_architecture(architecture, architecture.denoiser_name)
+    readers = random_readers(module, architecture, seed)
+    fingerprint = partial(architecture.fingerprint, seed, WEIGHTS_VERSION)
+    return StoredDenoiser(architecture.denoiser_name, module, readers, fingerprint)
+
+
+def _denoisers_of(folder: PipelineFolder) -> list[str]:
+    """Returns the names of a folder's denoisers, the first one first."""
+    modules = {part.name for part in folder.components if part.is_module}
+    return [name for name in (*DENOISER_NAMES, *FURTHER_DENOISERS) if name in modules]
+
+
+def _stored_component(folder: PipelineFolder, name: str, dtype: torch.dtype) -> StoredDenoiser | None:
+    component = next((part for part in folder.components if part.name == name), None)
     if component is None or not component.weights:
         return None
     with quiet_libraries(), no_questions():
-        module = empty_module(component)
-    return StoredDenoiser(module, file_readers(component.weights), folder.fingerprint())
+        module = empty_module(component, dtype)
+    readers = file_readers(component.weights)
+    if any(name not in readers for name, _ in module.named_parameters()):  # diffusers' loader knows older names
+        return None
+    float32: str | list[str] = getattr(component.cls, "_keep_in_fp32_modules", None) or []
+    names = (float32,) if isinstance(float32, str) else tuple(float32)
+    return StoredDenoiser(component.name, module, readers, folder.fingerprint, names)
 
 
 @dataclass(frozen=True)
@@ -171,13 +243,18 @@ class _Source:
     folder: Path | None = None
     known_as: str | None = None
     remarks: tuple[str, ...] = ()
+    has_stored_denoiser: bool = False
 
 
-def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype, device: torch.device) -> _Source:
-    if entry is not None and entry.name == model and entry.source == "random":
-        architecture = load_architecture(entry.location)
-        fingerprint = architecture.fingerprint(entry.weights_seed, WEIGHTS_VERSION)
-        return _Source(build_random_pipeline(architecture, entry.weights_seed, dtype, device), fingerprint)
+def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype, device: torch.device, stored: bool) -> _Source:
+    if entry is not None and _is_random(model, entry):
+        architecture, seed = load_architecture(entry.location), entry.weights_seed
+        fingerprint = architecture.fingerprint(seed, WEIGHTS_VERSION)
+        ready = {}
+        if stored:
+            ready[architecture.denoiser_name] = _stored_architecture(architecture, seed).place(device, dtype)
+        pipeline = build_random_pipeline(architecture, seed, dtype, device, ready)
+        return _Source(pipeline, fingerprint, has_stored_denoiser=stored)
     path, revision = _locate(model, entry)
     if path.is_file():
         checkpoint = open_checkpoint(path, dtype)
@@ -185,7 +262,10 @@ def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype, device: torc
             checkpoint.pipeline, checkpoint.fingerprint, known_as=checkpoint.known_as, remarks=checkpoint.remarks
         )
     folder = read_folder(path)
-    return _Source(load_folder(folder, dtype), folder.fingerprint(), revision, path)
+    denoisers = [_stored_component(folder, name, dtype) for name in (_denoisers_of(folder) if stored else ())]
+    ready = {denoiser.name: denoiser.place(device, dtype) for denoiser in denoisers if denoiser is not None}
+    pipeline = load_folder(folder, dtype, ready, device)
+    return _Source(pipeline, folder.fingerprint(), revision, path, has_stored_denoiser=bool(ready))
 
 
 def _configured(pipeline: DiffusionPipeline, entry: ModelEntry | None) -> DiffusionPipeline:

@@ -61,11 +61,26 @@ def build_denoiser(
 
 
 def build_random_pipeline(
-    architecture: Architecture, seed: int, dtype: torch.dtype, device: torch.device = _CPU
+    architecture: Architecture,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device = _CPU,
+    ready: Mapping[str, nn.Module] | None = None,
 ) -> DiffusionPipeline:
-    """Builds a whole pipeline with random weights: denoiser, text encoders, autoencoder, scheduler, tokenizers."""
+    """Builds a whole pipeline with random weights: denoiser, text encoders, autoencoder, scheduler, tokenizers.
+
+    Args:
+        architecture: What is built.
+        seed: Seed of the weights.
+        dtype: Element type of the weights.
+        device: Where they are made.
+        ready: Components that are there already, by name.
+    """
+    parts: dict[str, Any] = dict(ready or {})
     with quiet_libraries():
-        parts = {name: _build_component(architecture, name, seed, dtype, device) for name in architecture.components}
+        for name in architecture.components:
+            if name not in parts:
+                parts[name] = _build_component(architecture, name, seed, dtype, device)
         return find_class(architecture.pipeline)(**architecture.options, **parts)
 
 
@@ -96,8 +111,22 @@ def random_readers(module: nn.Module, architecture: Architecture, seed: int) -> 
     return readers
 
 
-def _made(shape: torch.Size, seed: int, gain: float, mean: float, device: torch.device) -> Tensor:
-    values = torch.empty(shape, device=device)
+def random_bytes(architecture: Architecture, dtype: torch.dtype) -> dict[str, int]:
+    """Returns the bytes of the weights of each component of an architecture; nothing is built in memory."""
+    from accelerate import init_empty_weights
+
+    sizes = {}
+    for name in architecture.components:
+        cls = architecture.component_class(name)
+        if issubclass(cls, nn.Module):
+            with quiet_libraries(), init_empty_weights():
+                module = _construct(cls, architecture.config(name))
+            sizes[name] = dtype.itemsize * sum(parameter.numel() for parameter in module.parameters())
+    return sizes
+
+
+def _made(shape: torch.Size, seed: int, gain: float, mean: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    values = torch.empty(shape, device=device, dtype=dtype)
     fill_nearly_normal(values, seed, gain, mean)
     return values
 

@@ -1,13 +1,13 @@
 """Denoisers whose large weights stay where they are stored, and are brought to the device whenever they are used.
 
 A layer whose weight is stored has no parameter of that name: each use of `layer.weight` reads it from its file, or
-makes it anew for a model with random weights, in float32 on the device. One layer's weight at a time is in memory
-then. Everything else, such as norms, biases and embeddings, is loaded as usual.
+makes it anew for a model with random weights, on the device and in the element type of the denoiser. One layer's weight
+at a time is in memory then. Everything else, such as norms, biases and embeddings, is loaded as usual.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from edadm_cli.artifacts import read_tensor_header
 from edadm_cli.errors import InputError
 
-Reader = Callable[[torch.device], Tensor]
-"""Returns a tensor in float32 on a device."""
+Reader = Callable[[torch.device, torch.dtype], Tensor]
+"""Returns a tensor on a device, in an element type."""
 
 _READER = "stored_weight"
-_PLACE = "stored_weight_device"
+_PLACE = "stored_weight_place"
 _NAME = "stored_weight_name"
 _SHAPE = "stored_weight_shape"
 
@@ -33,13 +33,21 @@ def file_readers(files: tuple[Path, ...]) -> dict[str, Reader]:
     return {name: partial(_read, file, name) for file in files for name in read_tensor_header(file)}
 
 
-def place_stored(denoiser: nn.Module, readers: Mapping[str, Reader], device: torch.device) -> None:
+def place_stored(
+    denoiser: nn.Module,
+    readers: Mapping[str, Reader],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    float32: Collection[str] = (),
+) -> None:
     """Fills a denoiser that was built without memory: linear layers and convolutions read their weights when used.
 
     Args:
         denoiser: Its parameters are on the `meta` device; buffers hold their values.
         readers: One for each parameter, by name.
         device: Where it computes.
+        dtype: The element type of its parameters.
+        float32: Names of modules whose parameters are float32 in any case, such as `norm1`.
 
     Raises:
         InputError: A parameter has no reader, or another shape than what is read. The shape of a weight that stays
@@ -50,16 +58,29 @@ def place_stored(denoiser: nn.Module, readers: Mapping[str, Reader], device: tor
             full = f"{name}.{key}" if name else key
             if full not in readers:
                 raise InputError(f"The model's files hold no tensor '{full}', which its denoiser needs.")
+            element = dtype if set(float32).isdisjoint(full.split(".")) else torch.float32
             if key == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
-                _store(module, full, readers[full], device)
+                _store(module, full, readers[full], device, element)
                 continue
-            values = _of_shape(readers[full](device), parameter.shape, full)
+            values = _of_shape(readers[full](device, element), parameter.shape, full)
             setattr(module, key, nn.Parameter(values, requires_grad=False))
     for name, module in denoiser.named_modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             reader = readers.get(f"{name}.{key}" if name else key)
-            setattr(module, key, buffer.to(device) if reader is None else reader(device).to(buffer.dtype))
+            setattr(module, key, buffer.to(device) if reader is None else reader(device, buffer.dtype))
     denoiser.eval().requires_grad_(False)
+
+
+def bring_stored(denoiser: nn.Module) -> None:
+    """Brings every weight that is stored into memory, for good: the denoiser is an ordinary one then."""
+    for module in denoiser.modules():
+        if is_stored(module):
+            values = _weight(module)
+            for fact in (_READER, _PLACE, _NAME, _SHAPE):
+                del vars(module)[fact]
+            cls: Any = type(module)
+            module.__class__ = cls.__mro__[1]
+            module.register_parameter("weight", nn.Parameter(values, requires_grad=False))
 
 
 def is_stored(module: nn.Module) -> bool:
@@ -72,12 +93,18 @@ def num_weights(layer: nn.Module) -> int:
     return vars(layer)[_SHAPE].numel() if is_stored(layer) else layer.get_parameter("weight").numel()
 
 
-def _store(layer: nn.Module, name: str, reader: Reader, device: torch.device) -> None:
+def total_parameters(denoiser: nn.Module) -> int:
+    """Returns the number of a denoiser's parameters, those that are stored among them."""
+    stored = sum(num_weights(module) for module in denoiser.modules() if is_stored(module))
+    return stored + sum(parameter.numel() for parameter in denoiser.parameters())
+
+
+def _store(layer: nn.Module, name: str, reader: Reader, device: torch.device, dtype: torch.dtype) -> None:
     shape = layer.get_parameter("weight").shape
     del layer._parameters["weight"]
     cls: Any = type(layer)
     layer.__class__ = _stored_class(cls)
-    vars(layer).update({_READER: reader, _PLACE: device, _NAME: name, _SHAPE: shape})
+    vars(layer).update({_READER: reader, _PLACE: (device, dtype), _NAME: name, _SHAPE: shape})
 
 
 @cache
@@ -88,7 +115,7 @@ def _stored_class(cls: Any) -> Any:
 
 def _weight(layer: nn.Module) -> Tensor:
     facts = vars(layer)
-    return _of_shape(facts[_READER](facts[_PLACE]), facts[_SHAPE], facts[_NAME])
+    return _of_shape(facts[_READER](*facts[_PLACE]), facts[_SHAPE], facts[_NAME])
 
 
 def _of_shape(values: Tensor, shape: torch.Size, name: str) -> Tensor:
@@ -97,7 +124,8 @@ def _of_shape(values: Tensor, shape: torch.Size, name: str) -> Tensor:
     return values
 
 
-def _read(file: Path, name: str, device: torch.device) -> Tensor:
+def _read(file: Path, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     with safe_open(file, framework="pt", device="cpu") as opened:
         values: Tensor = opened.get_tensor(name)
-    return values.to(device).float().clone() if device.type == "cpu" else values.to(device).float()
+    values = values.to(device).to(dtype)
+    return values.clone() if device.type == "cpu" else values

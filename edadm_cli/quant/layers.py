@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edadm_cli.quant.grid import dequantize
 from edadm_cli.quant.inputs import InputQuantizer
-from edadm_cli.quant.operation import Operation
+from edadm_cli.quant.operation import Operation, weight_shape
 from edadm_cli.quant.packing import is_packed, pack, packed_bytes, stored_bits, unpack
 from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.quant.transforms import Transform, transform_named
@@ -203,6 +203,13 @@ class QuantizedLayer(nn.Module):
         for name in self.transform_tensors:
             yield name, getattr(self, name)
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the quantization parameters under the names of the artifact; nothing is unpacked."""
+        shapes: dict[str, tuple[int, ...]] = {"weight_int": self.weight_shape, "weight_scale": self.weight_shape[:1]}
+        if self.plan.input_grid is not None:
+            shapes |= {"input_scale": (), "input_zero_point": ()}
+        return shapes | dict.fromkeys(self.transform_tensors, (self.in_features,))
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the output, computed in the arithmetic that is set, in the dtype of `x`."""
         if self.product is not None and self.arithmetic == "fake-quantize":
@@ -296,25 +303,29 @@ class SplitLayer(nn.Module):
 
 
 def quantized_layer(
-    layer: nn.Module, plan: LayerPlan, code_bits: Callable[[int], int] = stored_bits
+    layer: nn.Module,
+    plan: LayerPlan,
+    code_bits: Callable[[int], int] = stored_bits,
+    device: torch.device | None = None,
 ) -> QuantizedLayer | SplitLayer:
     """Returns an empty quantized layer for `layer` (`nn.Linear` or `nn.Conv2d`); its codes are zero until filled in.
 
     Args:
-        layer: The layer in full precision.
+        layer: The layer in full precision; its weight is not read where `device` is given.
         plan: Its bits.
         code_bits: How many bits a code of so many bits takes where it is stored.
+        device: The device of the codes and scales; by default that of the weight.
     """
-    operation, weight = Operation.of(layer), layer.weight
+    operation, whole = Operation.of(layer), weight_shape(layer)
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
-    assert isinstance(weight, Tensor)
+    device = device or layer.get_parameter("weight").device
     if plan.channel_parts is None:
-        return QuantizedLayer(operation, plan, tuple(weight.shape), bias, weight.device, code_bits(plan.weight_bits))
+        return QuantizedLayer(operation, plan, whole, bias, device, code_bits(plan.weight_bits))
     parts: list[nn.Module] = []
     for size in plan.channel_parts:
-        shape = (weight.shape[0], size, *weight.shape[2:])
+        shape = (whole[0], size, *whole[2:])
         bits = code_bits(plan.weight_bits)
-        parts.append(QuantizedLayer(operation, plan.part(), shape, None if parts else bias, weight.device, bits))
+        parts.append(QuantizedLayer(operation, plan.part(), shape, None if parts else bias, device, bits))
     return SplitLayer(parts, plan.channel_parts, operation.channel_dim)
 
 

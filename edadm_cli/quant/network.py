@@ -26,13 +26,19 @@ def set_processor(attention: nn.Module, processor: object) -> None:
     attention.processor = processor  # type: ignore[assignment]
 
 
-def quantize_network(model: nn.Module, plan: QuantizationPlan, code_bits: Callable[[int], int] = stored_bits) -> None:
+def quantize_network(
+    model: nn.Module,
+    plan: QuantizationPlan,
+    code_bits: Callable[[int], int] = stored_bits,
+    device: torch.device | None = None,
+) -> None:
     """Replaces every planned layer and attention processor of `model` by an empty quantized one, in place.
 
     Args:
         model: The denoiser in full precision.
         plan: Bits of every layer and attention.
         code_bits: How many bits a code of so many bits takes where it is stored.
+        device: The device of the quantized layers; by default that of the weights, which have to be in memory then.
 
     Raises:
         InputError: The plan names a layer that the model does not have, or that cannot be quantized.
@@ -42,14 +48,14 @@ def quantize_network(model: nn.Module, plan: QuantizationPlan, code_bits: Callab
         if name not in modules:
             raise InputError(f"The plan names the layer '{name}', which {type(model).__name__} does not have.")
         try:
-            set_module(model, name, quantized_layer(modules[name], layer_plan, code_bits))
+            set_module(model, name, quantized_layer(modules[name], layer_plan, code_bits, device))
         except TypeError as error:
             raise InputError(f"The layer '{name}' cannot be quantized: {error}.") from error
     for name, attention_plan in plan.attentions.items():
         if name not in modules:
             raise InputError(f"The plan names the attention '{name}', which {type(model).__name__} does not have.")
-        device = next(modules[name].parameters()).device
-        set_processor(modules[name], QuantizedAttention(attention_plan).to(device))
+        place = device or next(modules[name].parameters()).device
+        set_processor(modules[name], QuantizedAttention(attention_plan).to(place))
 
 
 def deploy(model: nn.Module, product: LayerProduct | None) -> None:
@@ -75,29 +81,44 @@ def quant_params(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_quant_params(model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Fills a model made by `quantize_network` with the tensors of `quant_params`.
+    """Fills a model made by `quantize_network` with the tensors of `quant_params`, layer by layer.
+
+    Args:
+        model: The model.
+        params: The tensors by name. Each is asked for once, so that a mapping may read them from a file.
 
     Raises:
         InputError: A tensor is missing, left over, misshapen, not finite, or a code does not fit its bits.
     """
     layers = quantized_layers(model)
-    expected = quant_params(model)
-    biases = {f"{name}.bias": layer.bias for name, layer in layers.items() if layer.bias is not None}
-    expected |= {name: bias for name, bias in biases.items() if name in params}  # corrected ones only
-    missing, extra = sorted(expected.keys() - params.keys()), sorted(params.keys() - expected.keys())
+    attentions = _attentions(model)
+    shapes = {
+        name: {f"{name}.{key}": shape for key, shape in layer.parameter_shapes().items()}
+        | ({f"{name}.bias": tuple(layer.bias.shape)} if layer.bias is not None and f"{name}.bias" in params else {})
+        for name, layer in layers.items()
+    } | {name: {f"{name}.{operand}_scale": () for operand in OPERANDS} for name in attentions}
+    expected = {name for own in shapes.values() for name in own}
+    missing, extra = sorted(expected - params.keys()), sorted(params.keys() - expected)
     if missing or extra:
         what, name = ("lack", missing[0]) if missing else ("hold an unknown tensor", extra[0])
         raise InputError(f"The quantization parameters {what} '{name}' ({len(missing) + len(extra)} in all).")
-    for name, tensor in params.items():
-        if tensor.shape != expected[name].shape:
-            raise InputError(f"'{name}' has shape {list(tensor.shape)}, expected is {list(expected[name].shape)}.")
     for name, layer in layers.items():
-        fill_layer(layer, name, params)
+        fill_layer(layer, name, _read(params, shapes[name]))
         require_sound(name, layer)
-    for name, attention in _attentions(model).items():
+    for name, attention in attentions.items():
+        scales = _read(params, shapes[name])
         for operand in OPERANDS:
-            getattr(attention, f"{operand}_scale").copy_(params[f"{name}.{operand}_scale"].reshape(()))
+            getattr(attention, f"{operand}_scale").copy_(scales[f"{name}.{operand}_scale"].reshape(()))
         require_sound(name, attention)
+
+
+def _read(params: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Returns some tensors, whose shapes are checked."""
+    tensors = {name: params[name] for name in shapes}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise InputError(f"'{name}' has shape {list(tensor.shape)}, expected is {list(shapes[name])}.")
+    return tensors
 
 
 def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[str, Tensor]) -> None:
@@ -116,7 +137,7 @@ def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[st
     for own, part in zip(names, parts, strict=True):
         assert isinstance(part, QuantizedLayer)
         device = part.weight_codes.device  # where packing and checking are quick
-        tensors = {key: params[f"{own}.{key}"].to(device) for key, _ in part.parameters_by_name()}
+        tensors = {key: params[f"{own}.{key}"].to(device) for key in part.parameter_shapes()}
         codes, grid = tensors["weight_int"], part.plan.weight_grid
         if codes.min() < grid.quant_min or codes.max() > grid.quant_max:  # packing would wrap them
             raise InputError(f"'{own}.weight_int' has codes outside {grid.quant_min}..{grid.quant_max}.")

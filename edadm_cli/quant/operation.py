@@ -53,5 +53,13 @@ class Operation:
         return values.reshape(-1, 1, 1) if self.kind == "conv2d" else values
 
 
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Returns the shape of the weight of an `nn.Linear` or `nn.Conv2d`, also where the weight is not in memory."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    assert isinstance(layer, nn.Conv2d)
+    return layer.out_channels, layer.in_channels // layer.groups, *_pair(layer.kernel_size)
+
+
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -223,7 +223,7 @@ def freeze_unit(network: SwitchableNetwork, plan: QuantizationPlan, unit: Unit, 
     """
     for name in unit.layers:
         layer = network.float_layers[name]
-        frozen = quantized_layer(layer, plan.layers[name])
+        frozen = quantized_layer(layer, plan.layers[name], device=network.device)
         for part in quantized_layers(frozen).values():
             part.keeps_float_weight = False  # the full-precision weight is in memory already
         fill_layer(frozen, name, params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -168,15 +168,16 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
     return _Task(config, run, selection, sensitivity, batch_size, hyperparameters, device, budget, processes)
 
 
-def prepare(task: _Task, place: str = "") -> ReconstructionContext:
+def prepare(task: _Task, place: str = "", note: Callable[[str], None] = lambda _: None) -> ReconstructionContext:
     """Loads a denoiser and plans its layers and units.
 
     Args:
         task: What is reconstructed.
         place: Which denoiser; see `CollectedRun.places`.
+        note: Called with a sentence on where its weights are.
     """
     config = task.config
-    denoiser = CollectedRun.open(task.run).load_denoiser(task.device, config.weights, place)
+    denoiser = CollectedRun.open(task.run).load_denoiser(task.device, config.weights, place, note)
     batches = Batches(CalibrationSet.load(task.selection.within(place)), task.batch_size, task.device)
     (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)
@@ -278,7 +279,8 @@ def _build_denoiser(task: _Task, place: str, folder: Path, reporter: Reporter) -
     if task.processes.is_main:
         folder.mkdir(exist_ok=True)
     task.processes.wait()
-    context = _with_float_inputs(task, prepare(task, place))
+    note = reporter.warn if task.processes.is_main else lambda _: None
+    context = _with_float_inputs(task, prepare(task, place, note))
     warnings = _no_blocks(task, context)
     for warning in warnings if task.processes.is_main else ():
         reporter.warn(warning)

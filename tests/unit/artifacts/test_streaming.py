@@ -1,4 +1,4 @@
-"""Files written piece by piece are the files that are written whole, and their parts are read alone."""
+"""Files written piece by piece are the files that are written streamed, and their parts are read alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edadm_cli.artifacts import TensorInfo, load_tensors, save_tensors
-from edadm_cli.artifacts.streaming import Streamed, joined, read_slice, slices, stream_tensors, whole
+from edadm_cli.artifacts.streaming import Streamed, joined, read_slice, slices, stream_tensors, streamed
 from edadm_cli.errors import InputError
 
 TENSORS = {
@@ -23,9 +23,9 @@ TENSORS = {
 
 
 def test_a_streamed_file_is_byte_for_byte_the_file_written_whole(tmp_path: Path) -> None:
-    save_tensors(tmp_path / "whole", TENSORS)
-    stream_tensors(tmp_path / "streamed", {name: whole(tensor) for name, tensor in TENSORS.items()})
-    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
+    save_tensors(tmp_path / "streamed", TENSORS)
+    stream_tensors(tmp_path / "streamed", {name: streamed(tensor) for name, tensor in TENSORS.items()})
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "streamed").read_bytes()
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -34,7 +34,7 @@ def test_parts_are_joined_along_a_dimension(tmp_path: Path, dim: int) -> None:
     paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
     for path, part in zip(paths, parts, strict=True):
         save_tensors(path, {"x": part, "other": torch.zeros(1)})
-    stream_tensors(tmp_path / "joined", {"x": joined(paths, "x", dim), "n": whole(torch.tensor(7))})
+    stream_tensors(tmp_path / "joined", {"x": joined(paths, "x", dim), "n": streamed(torch.tensor(7))})
     found = load_tensors(tmp_path / "joined")
     assert torch.equal(found["x"], torch.cat(parts, dim=dim))
     assert found["n"] == 7
