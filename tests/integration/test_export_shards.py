@@ -1,4 +1,4 @@
-"""An export that is read and written tensor by tensor: what is alive meanwhile, shards, and what can go wrong with them."""
+"""Exports are read and written tensor by tensor: what is alive meanwhile, shards, and what can go wrong with them."""
 
 from __future__ import annotations
 
