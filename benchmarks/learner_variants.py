@@ -163,6 +163,11 @@ SAMPLES = {
     for steps in ("TDAC", "uniform")
     for name, change in GAMMAS.items()
 }
+ROTATED = {
+    f"{name}, {learning}": f'default+transforms=[{{"name":"{name}"}}]{change}'
+    for name in ("hadamard-16", "hadamard-64", "hadamard-256")
+    for learning, change in (("ranges-only", "+learn.granularity=none"), ("default", ""))
+}
 GROUPS = {
     "main": Group(MAIN, seeds=(0, 1, 2, 3, 4)),
     "published": Group(PUBLISHED, seeds=(0, 1, 2, 3, 4)),
@@ -179,5 +184,8 @@ GROUPS = {
     "fair-paper": Group(FAIR_PAPER),
     "samples": Group(SAMPLES, ("w4a8", "w3a8")),
     "widths": Group({"before": BEFORE, "default": "default", "paper": "paper"}, ("w8a8", "w3a8", "w4a4")),
+    "unlearned": Group({"ranges-only": "default+learn.granularity=none", "gptq": "gptq"}, ("w4a8", "w3a8")),
+    "rotated": Group({"ranges-only": "default+learn.granularity=none", "default": "default", **ROTATED}, ("w4a4",)),
+    "batches": Group({f"batch {size}": f"default+learn.batch_size={size}" for size in (8, 16)}),
     "mixed": Group({"default": "default"}, ("auto:4.5a8", "auto:3.5a8")),
 }

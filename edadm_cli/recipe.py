@@ -207,6 +207,9 @@ class Recipe(_Frozen):
     ranges: RangeRecipe = RangeRecipe()
     attention: AttentionRecipe = AttentionRecipe()
     learn: LearnRecipe = LearnRecipe()
+    rounding: Literal["nearest", "gptq"] = later(
+        "nearest", description="how weights are rounded where nothing is learned"
+    )
     edge_weight_bits: int | None = Field(
         8, ge=2, le=8, description="weight bits of the first and last layer and the time embedding; null: as all"
     )
@@ -217,6 +220,12 @@ class Recipe(_Frozen):
     output_float_input: bool = Field(True, description="leave the input of the last layer unquantized")
     layers: tuple[LayerRule, ...] = ()
     transforms: tuple[TransformRule, ...] = later((), description="what happens to inputs before they are quantized")
+
+    @model_validator(mode="after")
+    def _gptq_learns_nothing(self) -> Recipe:
+        if self.rounding == "gptq" and self.learn.granularity != "none":
+            raise ValueError('rounding = "gptq" is for recipes with granularity = "none" in [learn]')
+        return self
 
     @model_validator(mode="after")
     def _excluded_rules_carry_no_bits(self) -> Recipe:

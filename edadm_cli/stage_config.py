@@ -13,8 +13,8 @@ Weights = Literal["auto", "memory", "disk"]
 MAX_IMAGES = 1_000_000
 """Number of images of one seed that have different noise (`edadm_cli/models/sampling.py`, `image_seed`)."""
 RECIPE_NAMES = (
-    "default, default-attention, thorough, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, quick, rtn, or your"
-    " own TOML file"
+    "default, default-attention, thorough, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, gptq, quick, rtn,"
+    " or your own TOML file"
 )
 """Values of the flag `--recipe`, for help texts."""
 

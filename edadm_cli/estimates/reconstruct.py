@@ -37,6 +37,7 @@ _ACTIVATIONS = 12  # of the largest output, alive at once in a forward that lear
 _DEPENDS: dict[Work, tuple[Measure, ...]] = {
     "weights": ("weights", "layers"),
     "activations": ("forward", "layers"),
+    "search": ("layers",),
     "nearest": ("weights", "layers"),
     "freeze": ("weights", "layers"),
     "frozen": ("forward", "weights"),
@@ -86,7 +87,7 @@ def probe(
         setting.num_weights(unit) for unit in setting.units
     )  # one byte each, in the artifact and in the network
     memory, disk = float(held + 2 * codes), float(codes)
-    seconds = parts.ranging()
+    seconds = parts.ranging(recipe.pooled)
     if setting.learning:
         parts.add(time_units(some, partial(stopwatch.learning, hyperparameters=hyperparameters), _LEARNING_S))
         forms = {unit.name: forward.shapes[unit.name].form(unit.name, forward.rows) for unit in setting.learning}
@@ -119,10 +120,11 @@ class _Parts:
         for work, calls in measured.items():
             self.laws[work] = Law(self.sizes, calls, _DEPENDS[work])
 
-    def ranging(self) -> float:
+    def ranging(self, pooled: bool) -> float:
         """Returns the seconds of the search for scales and ranges, and of rounding to nearest."""
         laws, names = self.laws, self.sizes
         once = sum(laws["weights"].seconds(name) + laws["nearest"].seconds(name) for name in names)
+        once += (1 if pooled else self.calls) * sum(laws["search"].seconds(name) for name in names)
         a_call = sum(
             laws["activations"].seconds(name, self.batch_rows) for name in names
         )  # includes the units' forwards
@@ -134,11 +136,12 @@ class _Parts:
         a_row = 1 / self.forward.rows
         groups = capture_groups(learning, forms, self.rows, memory_budget, self._with_layers)
         exact = a_row * sum(self.forward.ends[group[-1].name] for group in groups)
-        quantized = frozen = 0.0  # seconds per call: of all passes, and of all units before the current one
+        quantized = frozen = 0.0  # seconds per call: of all passes, and of the units that are no stubs yet
         for number, unit in enumerate(units):
             if unit in learning:
                 before = [other.name for other in units[:number]]
                 quantized += frozen + self.batch_rows * self._beside(self.forward.begins[unit.name], before)
+                frozen = 0.0  # this pass stores what they give
             frozen += self.laws["frozen"].seconds(unit.name, self.batch_rows)
         return _PROBED_ROWS * a_row * self.forward.seconds + self.rows * exact + self.calls * quantized
 

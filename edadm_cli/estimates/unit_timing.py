@@ -33,7 +33,7 @@ from edadm_cli.reconstruct.rows import RowCache
 from edadm_cli.reconstruct.trainer import UnitLearner
 from edadm_cli.reconstruct.unit_data import UnitData, layer_targets
 
-Work = Literal["weights", "activations", "nearest", "freeze", "frozen", "setup", "evaluation", "step"]
+Work = Literal["weights", "activations", "search", "nearest", "freeze", "frozen", "setup", "evaluation", "step"]
 
 _MOST_UNITS, _FEWEST_UNITS = 12, 4
 _FORWARD_S = 4.0  # a forward takes as many rows as fit into these seconds
@@ -177,6 +177,8 @@ class Stopwatch:
         activations_s, ranges = _timed(
             lambda: search_activation_ranges(unit.module, traced, plan, self.recipe, [(args, kwargs)])
         )
+        counted = self.recipe.model_copy(update={"activation": "minmax"})
+        counting_s, _ = _timed(lambda: search_activation_ranges(unit.module, traced, plan, counted, [(args, kwargs)]))
         nearest_s, nearest = _timed(lambda: nearest_params(self.network.float_weight, plan, scales | ranges))
         with self._restored(unit):
             freeze_s, _ = _timed(lambda: freeze_unit(self.network, self.plan, unit, nearest))
@@ -184,7 +186,8 @@ class Stopwatch:
             frozen_s, _ = _timed(lambda: module(*args, **kwargs))
         seconds: dict[Work, float] = {
             "weights": weights_s * candidates / tried,
-            "activations": activations_s,
+            "activations": counting_s,
+            "search": max(0.0, activations_s - counting_s),
             "nearest": nearest_s,
             "freeze": freeze_s,
             "frozen": frozen_s,

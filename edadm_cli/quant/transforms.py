@@ -26,6 +26,7 @@ from edadm_cli.errors import InputError, UsageError
 
 GROUP = "edadm.transforms"
 _TINY = 1e-8
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,86 @@ def dilation_bound(weight: Tensor) -> Tensor:
     return (magnitudes.amax(dim=1, keepdim=True).clamp_min(_TINY) / magnitudes.clamp_min(_TINY)).amin(dim=0)
 
 
+class HadamardRotation(Transform):
+    r"""Rotates groups of input channels by the regular Hadamard matrix, which spreads outliers over their group.
+
+        T = diag(H, ..., H),  H_4g = H_4 (x) H_g,  2 H_4 = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
+
+    H is symmetric and its own inverse. In contrast to Sylvester's Hadamard matrix no row is constant, so the mean of a
+    group does not gather in one channel. Where the group does not divide the channels, the largest power of 4 below it
+    that does is taken, down to no rotation.
+
+    References:
+        QuaRot, arXiv 2404.00456 (Hadamard rotations); ConvRot, arXiv 2512.03673 (regular ones, by groups).
+    """
+
+    tensors = ()
+    group: ClassVar[int]
+
+    def calibrate(
+        self, weight: Tensor, statistics: ChannelStatistics, options: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Returns nothing: the matrix depends on the number of channels alone."""
+        return {}
+
+    def apply(self, x: Tensor, tensors: Mapping[str, Tensor], channel_dim: int) -> Tensor:
+        """Returns H x by groups of channels, float32."""
+        last = x.float() if channel_dim == -1 else x.float().movedim(channel_dim, -1)
+        rotated = self._rotated(last)
+        return rotated if channel_dim == -1 else rotated.movedim(-1, channel_dim)
+
+    def fold(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns W H^-1 = W H, by groups of input channels."""
+        return self._rotated(weight.movedim(1, -1)).movedim(-1, 1).contiguous()
+
+    def mean_square(self, statistics: ChannelStatistics, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the mean of E[x_c^2] over each group: what the rotation makes of channels that are uncorrelated."""
+        energy = statistics.mean_square
+        size = self.size(energy.shape[0])
+        return energy.view(-1, size).mean(dim=1).repeat_interleave(size)
+
+    def size(self, channels: int) -> int:
+        """Returns the channels that are rotated together, of a layer with so many."""
+        size = self.group
+        while channels % size:
+            size //= 4
+        return size
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        size = self.size(x.shape[-1])
+        return (x.unflatten(-1, (-1, size)) @ regular_hadamard(size, x.device)).flatten(-2)
+
+
+class Hadamard16(HadamardRotation):
+    """A rotation of groups of 16 channels."""
+
+    name, group = "hadamard-16", 16
+
+
+class Hadamard64(HadamardRotation):
+    """A rotation of groups of 64 channels."""
+
+    name, group = "hadamard-64", 64
+
+
+class Hadamard256(HadamardRotation):
+    """A rotation of groups of 256 channels."""
+
+    name, group = "hadamard-256", 256
+
+
+@cache
+def regular_hadamard(size: int, device: torch.device = _CPU) -> Tensor:
+    """Returns the orthogonal regular Hadamard matrix `(size, size)` in float32; the size is a power of 4."""
+    rows = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
+    four = torch.tensor(rows, dtype=torch.float32, device=device)
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    return matrix / size**0.5
+
+
+_SHIPPED = (InputChannelScale(), Hadamard16(), Hadamard64(), Hadamard256())
 _registered: dict[str, Transform] = {}
 
 
@@ -150,7 +231,7 @@ def register(transform: Transform) -> None:
 
 def transforms() -> dict[str, Transform]:
     """Returns all transforms by name: those of this package, of other packages, and those that were registered."""
-    return {InputChannelScale.name: InputChannelScale(), **_from_packages(), **_registered}
+    return {**{shipped.name: shipped for shipped in _SHIPPED}, **_from_packages(), **_registered}
 
 
 def transform_named(name: str) -> Transform:

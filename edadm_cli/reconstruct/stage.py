@@ -31,6 +31,7 @@ from edadm_cli.artifacts import (
 from edadm_cli.artifacts.quantization import PARAMS_FILE, save_plan
 from edadm_cli.calibrate.bit_budget import spend_budget
 from edadm_cli.calibrate.float_inputs import with_float_inputs
+from edadm_cli.calibrate.gptq import gptq_params
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import count, plan_network
 from edadm_cli.calibrate.ranges import search_ranges
@@ -299,7 +300,7 @@ def _reconstruct(
     """Returns the parameters, the result of each unit, and the number of passes of the calibration set by kind."""
     ranges = _ranges(task, context, folder, reporter)
     if not context.learning:
-        return nearest_params(context.network.float_weight, context.plan, ranges), {}, {}
+        return _rounded(task, context, ranges), {}, {}
     cache = RowCache(folder, task.memory_budget, task.device, shared=task.processes.count > 1)
     reconstruction = BlockReconstruction(
         context.network,
@@ -314,6 +315,15 @@ def _reconstruct(
         results = reconstruction.run(context.units, advance, {unit.name for unit in context.learning})
     _report_gaps(results, task.hyperparameters, reporter)
     return reconstruction.params, results, reconstruction.passes
+
+
+def _rounded(task: _Task, context: ReconstructionContext, ranges: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the parameters where nothing is learned."""
+    network, plan = context.network, context.plan
+    if task.config.recipe.rounding == "nearest":
+        return nearest_params(network.float_weight, plan, ranges)
+    with network.full_precision():
+        return gptq_params(network.denoiser, context.traced, plan, ranges, context.batches)
 
 
 def _ranges(task: _Task, context: ReconstructionContext, folder: Path, reporter: Reporter) -> dict[str, Tensor]:

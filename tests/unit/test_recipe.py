@@ -15,6 +15,7 @@ from edadm_cli.reconstruct.hyperparameters import resolve
 SHIPPED = (
     "default",
     "default-attention",
+    "gptq",
     "normal-steps",
     "paper",
     "ptq4dm",

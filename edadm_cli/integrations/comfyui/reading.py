@@ -20,6 +20,7 @@ from torch import Tensor
 
 from edadm_cli.errors import InputError, explain_field
 from edadm_cli.integrations.comfyui.writing import FORMAT
+from edadm_cli.quant.transforms import regular_hadamard
 
 _MARK = ".comfy_quant"
 _MAX_ABOUT_BYTES = 4096
@@ -93,12 +94,3 @@ def _unrotated(weight: Tensor, group_size: int, where: str) -> Tensor:
         )
     grouped = weight.reshape(len(weight), -1, group_size)
     return (grouped @ regular_hadamard(group_size)).reshape(weight.shape)
-
-
-def regular_hadamard(size: int) -> Tensor:
-    """Returns the orthogonal regular Hadamard matrix `(size, size)` in float32; the size is a power of 4."""
-    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32)
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, four)
-    return matrix / size**0.5

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from edadm_cli.cli.app import main
 from edadm_cli.errors import InputError
-from edadm_cli.integrations.comfyui.reading import dequantized_state, is_quantized_state, regular_hadamard
+from edadm_cli.integrations.comfyui.reading import dequantized_state, is_quantized_state
 from edadm_cli.integrations.comfyui.writing import comfyui_state
 from edadm_cli.models.loading import load_model
 from edadm_cli.quant.layers import SplitLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.network import set_module
 from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.transforms import regular_hadamard
 
 FLUX = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
 KINDS: dict[str, Any] = {

@@ -19,10 +19,11 @@ from edadm_cli.engines.openvino.engine import OpenVinoEngine
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.quant import transforms
-from edadm_cli.quant.grid import weight_grid
+from edadm_cli.quant.grid import activation_grid, weight_grid
+from edadm_cli.quant.histogram import Histogram
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
 from edadm_cli.quant.plan import LayerPlan
-from edadm_cli.quant.search import input_energy, weight_scales
+from edadm_cli.quant.search import Range, activation_range, input_energy, weight_scales
 from edadm_cli.quant.transforms import ChannelStatistics, InputChannelScale, Transform, dilation_bound, transform_named
 from edadm_cli.recipe import RangeRecipe
 
@@ -180,3 +181,44 @@ def test_each_group_of_a_convolution_meets_the_energy_of_its_own_channels() -> N
     assert energy.shape == weight.shape
     assert energy[0, :, 0, 0].tolist() == [1, 2]
     assert energy[3, :, 2, 2].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("group", [16, 64, 256])
+@pytest.mark.parametrize("channels", [64, 80, 6])
+def test_a_rotation_changes_no_product(group: int, channels: int) -> None:
+    rotation = transform_named(f"hadamard-{group}")
+    generator = torch.Generator().manual_seed(0)
+    tokens, matrix = (torch.randn(shape, generator=generator) for shape in ((2, 3, channels), (5, channels)))
+    rotated = rotation.apply(tokens, {}, -1) @ rotation.fold(matrix, {}).T
+    torch.testing.assert_close(rotated, tokens @ matrix.T, rtol=1e-4, atol=1e-4)
+    image, kernel = (torch.randn(shape, generator=generator) for shape in ((2, channels, 5, 5), (4, channels, 3, 3)))
+    convolved = nn.functional.conv2d(rotation.apply(image, {}, 1), rotation.fold(kernel, {}), padding=1)
+    torch.testing.assert_close(convolved, nn.functional.conv2d(image, kernel, padding=1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_rotation_spreads_an_outlier_over_its_group() -> None:
+    """Four-bit codes of one large channel leave nothing of the others; rotated, they share its size."""
+    generator = torch.Generator().manual_seed(1)
+    x, matrix = torch.randn(256, 64, generator=generator), torch.randn(32, 64, generator=generator)
+    x[:, 5] *= 30
+    expected, errors, recipe = x @ matrix.T, {}, RangeRecipe()
+    for name in (None, "hadamard-64"):
+        linear = nn.Linear(64, 32, bias=False)
+        layer = quantized_layer(linear, LayerPlan(weight_bits=8, activation_bits=4, transform=name))
+        assert isinstance(layer, QuantizedLayer)
+        rotation = None if name is None else transform_named(name)
+        inputs, weight = (x, matrix) if rotation is None else (rotation.apply(x, {}, -1), rotation.fold(matrix, {}))
+        low, high = activation_range(Histogram.of(inputs), activation_grid(4), recipe).tolist()
+        scale, zero_point = Range(low, high).parameters(activation_grid(4))
+        scales = weight_scales(weight, weight_grid(8), recipe)
+        codes = (weight / scales[:, None]).round().clamp(-128, 127).to(torch.int8)
+        layer.set_parameters(codes, scales, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32))
+        errors[name] = float((layer(x) - expected).norm() / expected.norm())
+    assert errors["hadamard-64"] < 0.7 * errors[None]
+
+
+def test_the_energy_of_rotated_channels_is_the_mean_of_their_group() -> None:
+    rotation, channels = transform_named("hadamard-16"), 32
+    x = torch.randn(20_000, channels, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 4, channels)
+    predicted = rotation.mean_square(ChannelStatistics(x.square().mean(dim=0), x.abs().amax(dim=0)), {})
+    torch.testing.assert_close(rotation.apply(x, {}, -1).square().mean(dim=0), predicted, rtol=0.1, atol=0.0)

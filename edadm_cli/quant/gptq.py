@@ -1,0 +1,76 @@
+r"""GPTQ: weights of a layer rounded column by column, each error made up for by the columns that follow.
+
+    minimise |W X - W_hat X|^2 over codes, with H = X X^T:
+    q_k = round(w_k / s),   e_k = (w_k - s q_k) / U_kk,   w_j -= e_k U_kj for every j > k,   U^T U = (H + d I)^-1
+
+Columns are taken in the order of their energies H_kk, the largest first, while many are left to make up for them.
+
+References:
+    GPTQ, arXiv 2210.17323, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edadm_cli.quant.grid import Grid
+from edadm_cli.quant.operation import Operation
+
+_BLOCK = 128  # columns whose errors are brought to the columns after them in one product
+_DAMPING = 0.01  # d, as a share of the mean energy
+_TINY = 1e-8
+
+
+def input_columns(x: Tensor, operation: Operation, weight: Tensor) -> Tensor:
+    """Returns what the rows of a flattened weight multiply, with shape `(positions, K)`, float32.
+
+    Args:
+        x: The input, `[N, C, H, W]` or `[..., C]`.
+        operation: The operation of the layer, with one group.
+        weight: Its weight, `[C_out, C, kh, kw]` or `[C_out, C]`; K is the number of weights in a row.
+    """
+    if operation.kind == "linear":
+        return x.float().flatten(0, -2)
+    size = (weight.shape[2], weight.shape[3])
+    columns = F.unfold(x.float(), size, operation.dilation, operation.padding, operation.stride)  # [N, K, L]
+    return columns.transpose(1, 2).flatten(0, 1)
+
+
+def gptq_codes(weight: Tensor, scale: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """Returns the codes of `weight`, int8, in its shape.
+
+    Args:
+        weight: With shape `(C_out, ...)`.
+        scale: With shape `(C_out,)`.
+        hessian: H, or its mean over the positions, with shape `(K, K)`, float32.
+        grid: The codes allowed.
+    """
+    rows, scale = weight.float().flatten(1).clone(), scale.to(weight.device).float()
+    hessian = hessian.float().clone()
+    energy = hessian.diagonal()
+    energy += _DAMPING * energy.mean().clamp_min(_TINY)
+    order = energy.argsort(descending=True)
+    factor = _inverse_factor(hessian[order][:, order])
+    rows, codes = rows[:, order], torch.empty_like(rows)
+    for start in range(0, rows.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, rows.shape[1])
+        block, errors = rows[:, start:stop].clone(), torch.empty_like(rows[:, start:stop])
+        for place in range(stop - start):
+            column = start + place
+            code = (block[:, place] / scale).round().clamp(grid.quant_min, grid.quant_max)
+            errors[:, place] = (block[:, place] - code * scale) / factor[column, column]
+            block[:, place + 1 :] -= errors[:, place, None] * factor[column, column + 1 : stop]
+            codes[:, column] = code
+        rows[:, stop:] -= errors @ factor[start:stop, stop:]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result.to(torch.int8).view(weight.shape)
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Returns U, upper triangular, with U^T U = hessian^-1."""
+    lower = torch.linalg.cholesky(hessian)
+    inverse = torch.cholesky_inverse(lower)
+    return torch.linalg.cholesky(inverse, upper=True)
