@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edadm_cli.artifacts.files import explained_os_errors, file_sha256, load_json
+from edadm_cli.artifacts.files import explained_os_errors, file_sha256, in_threads, load_json
 from edadm_cli.artifacts.manifest import MANIFEST_NAME, Manifest, PayloadFile, read_manifest
 from edadm_cli.artifacts.tensors import load_tensors, read_tensor_header
 from edadm_cli.errors import InputError
@@ -85,8 +85,7 @@ def open_artifact(path: Path, kind: str) -> Artifact:
     manifest = read_manifest(path)
     if manifest.kind != kind:
         raise InputError(f"{path} is a '{manifest.kind}' artifact; a '{kind}' artifact was expected.")
-    for entry in manifest.payload:
-        check_file(path, entry)
+    in_threads(lambda entry: check_file(path, entry), manifest.payload)
     return Artifact(path, manifest)
 
 

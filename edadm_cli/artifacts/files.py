@@ -6,11 +6,13 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edadm_cli.artifacts.json_text import dump_json, parse_json
 from edadm_cli.errors import EdadmError, InputError, MachineError
@@ -28,6 +30,12 @@ _MACHINE_REASONS = {
     errno.ENOMEM: "memory is used up",
 }
 TEMPORARY = ".edadm-tmp"
+_SETTLED_NS = 2 * 10**9
+_THREADS = 8
+_hashes: dict[tuple[int, int, int, int], str] = {}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None) -> EdadmError | None:
@@ -136,9 +144,23 @@ def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hashes a file's bytes."""
+    """Hashes a file's bytes; a file that this process has hashed is read again only if its size or time has changed."""
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        facts = os.fstat(file.fileno())
+        key = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+        if key not in _hashes:
+            is_settled = time.time_ns() - facts.st_mtime_ns > _SETTLED_NS  # else a change may leave the time as it is
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if not is_settled:
+                return digest
+            _hashes[key] = digest
+        return _hashes[key]
+
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Returns `work` of each item, in order, computed in a few threads: hashing large files takes one core each."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(work, items))
 
 
 def save_json(path: Path, value: Any, indent: int = 2) -> None:

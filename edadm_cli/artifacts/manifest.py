@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from edadm_cli.artifacts.files import (
     TEMPORARY,
     file_sha256,
+    in_threads,
     is_temporary,
     read_text,
     save_json,
@@ -147,14 +148,14 @@ def describe_payload(folder: Path, ignore: Iterable[str] = ()) -> tuple[PayloadF
         ignore: Shell patterns over paths inside the folder; matching files are left out of the payload.
     """
     patterns = tuple(ignore)
-    files = []
+    names = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir():
             sync(path)
         elif name != MANIFEST_NAME and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            files.append(_describe_file(path, name))
-    return tuple(files)
+            names.append(name)
+    return tuple(in_threads(lambda name: _describe_file(folder / name, name), names))
 
 
 def remove_temporary_files(folder: Path) -> None:

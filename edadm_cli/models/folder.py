@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edadm_cli.artifacts import explained_os_errors, file_sha256
+from edadm_cli.artifacts.files import in_threads
 from edadm_cli.errors import InputError, quoted
 from edadm_cli.models.architecture import DENOISER_NAMES
 from edadm_cli.models.component_config import (
@@ -133,9 +134,10 @@ class PipelineFolder:
         for component in self.components:
             files.update(component.weights, component.descriptions)
         digest = sha256()
-        for path in sorted(files):
+        ordered = sorted(files)
+        for path, content in zip(ordered, in_threads(file_sha256, ordered), strict=True):
             name = path.relative_to(self.path) if path.is_relative_to(self.path) else path.relative_to(self.path.parent)
-            digest.update(f"{name.as_posix()}\0{file_sha256(path)}\n".encode())
+            digest.update(f"{name.as_posix()}\0{content}\n".encode())
         return digest.hexdigest()
 
     def skipped_component(self, name: str) -> Component:
