@@ -153,7 +153,7 @@ class _Parts:
         for unit in self.setting.learning:
             total += self.rows * self.sizes[unit.name].forward if self._with_layers else 0.0
             total += laws["setup"].seconds(unit.name)
-            total += 2 * self.rows / chunk * laws["evaluation"].seconds(unit.name, chunk)
+            total += 3 * self.rows / chunk * laws["evaluation"].seconds(unit.name, chunk)
             total += recipe.iterations * laws["step"].seconds(unit.name, recipe.batch_size)
         return total
 

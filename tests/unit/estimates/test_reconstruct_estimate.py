@@ -53,7 +53,7 @@ def by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
         return unit_timing.Forward(1, 2.0 * len(units) + 1, begins, ends, shapes, {})
 
     def time_units(units: Any, measure: Any, limit_s: float) -> dict[str, dict[str, tuple[int, float]]]:
-        seconds = {"weights": 0.0, "activations": 3.0, "nearest": 0.0, "freeze": 0.0, "frozen": 2.0}
+        seconds = {"weights": 0.0, "activations": 3.0, "search": 6.0, "nearest": 0.0, "freeze": 0.0, "frozen": 2.0}
         if limit_s > 6:
             seconds = {"setup": 0.0, "evaluation": 5.0, "step": 7.0}
         return {work: {unit.name: (1, spent) for unit in units} for work, spent in seconds.items()}
@@ -69,18 +69,23 @@ def test_the_arithmetic_counts_calls_passes_and_steps(make_setting: MakeSetting)
     setting = _setting(made)
     number = len(setting.units)
     # Batches of 3 and 2 samples; work that grows with the rows takes so many seconds a row and unit.
-    ranges = ROWS * (3 * number + number + 1)
+    searches = 6 * number  # per batch of 6 rows, or once
+    ranges = ROWS * (3 * number + number + 1) + searches * ROWS / 6
     forms = 3 * (2 * number + 1)
     exact = ROWS * 2 * number  # all units in one pass, to the end of the last
-    quantized = ROWS * sum(2 * before + before + 1 for before in range(number))
+    # a pass runs the unit before, which is no stub yet, and what lies beside all units before
+    quantized = ROWS * sum(2 * (before > 0) + before + 1 for before in range(number))
     targets = ROWS * number
-    evaluations = 2 * ROWS * 5 * number
+    evaluations = 3 * ROWS * 5 * number
     steps = 6 * 5 * 7 * number  # iterations, rows
     expected = ranges + forms + exact + quantized + targets + evaluations + steps
     assert _estimate(made, setting).seconds == pytest.approx(expected)
     assert _estimate(made, setting, layer_loss_weight=0.0).seconds == pytest.approx(expected - targets)
     assert _estimate(made, setting, iterations=60).seconds == pytest.approx(expected + 9 * steps)
     assert _estimate(made, replace(setting, learning=[])).seconds == pytest.approx(ranges)
+    pooled = made.recipe.ranges.model_copy(update={"pooled": True})
+    seconds = probe(setting, pooled, made.hyperparameters, BUDGET).seconds
+    assert seconds == pytest.approx(expected - searches * ROWS / 6 + searches)
 
 
 @pytest.mark.usefixtures("by_formula")
