@@ -198,6 +198,16 @@ class ExportConfig(StageConfig):
         identity="never",  # enters the identity by the hash of the file and the weight
         metavar="FILE[:WEIGHT]",
     )
+    text_encoders: Literal["float", "int8"] = setting(
+        "float",
+        "float or int8: text encoders with weights of 8 bits, rounded to nearest by torchao; float by default.",
+        identity="if_changed",
+    )
+    measure: bool = setting(
+        True,
+        "Time a few calls of the export and of full precision on this machine, which the verdict names.",
+        identity="never",
+    )
     format: Literal["diffusers", "comfyui"] = setting(
         "diffusers",
         "diffusers, or comfyui to write the denoiser as one file for ComfyUI as well; diffusers by default.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from edadm_cli import collect, export, reconstruct, select
 from edadm_cli.artifacts import (
@@ -66,6 +66,7 @@ def quantize(
     device: str = "auto",
     seed: int = 0,
     force: bool = False,
+    text_encoders: Literal["float", "int8"] = "float",
     reporter: Reporter | None = None,
     **sampling: Any,
 ) -> Quantized:
@@ -79,6 +80,7 @@ def quantize(
         device: `cpu`, `cuda`, `cuda:N`, or `auto`.
         seed: Seed of everything random.
         force: Whether artifacts are built again, and those with other settings replaced.
+        text_encoders: `int8` for text encoders with weights of 8 bits; this needs the package torchao.
         reporter: Receives progress and warnings; by default they are only kept in the records.
         sampling: Further fields of `CollectConfig`, such as `num_trajectories` and `num_steps`.
 
@@ -93,7 +95,7 @@ def quantize(
     collecting = CollectConfig(model=str(model), **common, **sampling)
     selecting = SelectConfig(**common, **chosen.select.model_dump(exclude_none=True))
     reconstructing = ReconstructConfig(bits=width, recipe=chosen, **common)
-    exporting = ExportConfig(bits=width, **common)
+    exporting = ExportConfig(bits=width, text_encoders=text_encoders, **common)
     return Quantized(
         run=run_folder.root,
         folder=export.STAGE.path(exporting, run_folder),

@@ -32,6 +32,7 @@ from edadm_cli.artifacts.payloads import (
     recipe_name,
 )
 from edadm_cli.artifacts.records import (
+    CallTime,
     CollectRecord,
     Coverage,
     Distance,
@@ -43,6 +44,7 @@ from edadm_cli.artifacts.records import (
     Metric,
     OneStepError,
     Parity,
+    PipelineSize,
     ReconstructRecord,
     ReportRecord,
     RunRecord,
@@ -50,6 +52,7 @@ from edadm_cli.artifacts.records import (
     SelectRecord,
     SensitivityRecord,
     StageRecord,
+    TextEncoder,
     shared_keys,
     spent,
 )
@@ -65,6 +68,7 @@ __all__ = [
     "BenchResult",
     "Build",
     "BuildSpec",
+    "CallTime",
     "CollectRecord",
     "Contender",
     "Coverage",
@@ -90,6 +94,7 @@ __all__ = [
     "Parity",
     "Payload",
     "PayloadFile",
+    "PipelineSize",
     "PipelineTime",
     "QuantizedFacts",
     "ReconstructRecord",
@@ -106,6 +111,7 @@ __all__ = [
     "Stage",
     "StageRecord",
     "TensorInfo",
+    "TextEncoder",
     "UnitRow",
     "Units",
     "explain_os_error",

@@ -16,7 +16,17 @@ from edadm_cli.artifacts.artifact import Artifact
 from edadm_cli.artifacts.bench_records import BenchFacts
 from edadm_cli.artifacts.files import read_text, save_json
 from edadm_cli.artifacts.json_text import parse_json
-from edadm_cli.artifacts.records import Coverage, Distance, Loss, Metric, OneStepError, Parity
+from edadm_cli.artifacts.records import (
+    CallTime,
+    Coverage,
+    Distance,
+    Loss,
+    Metric,
+    OneStepError,
+    Parity,
+    PipelineSize,
+    TextEncoder,
+)
 from edadm_cli.errors import InputError, explain_field
 from edadm_cli.recipe import SelectStrategy
 
@@ -172,6 +182,9 @@ class ExportFacts(Payload):
     layers_by_width: dict[str, Count] = Field({}, description="width such as w4a8, or float -> number of layers")
     verdict: tuple[str, ...] = Field((), description="the outcome in plain sentences")
     lora: tuple[FusedLora, ...] = Field((), description="adapters that were fused, in order")
+    pipeline: PipelineSize | None = Field(None, description="size and memory of all components")
+    text_encoders: dict[str, TextEncoder] = Field({}, description="those with 8-bit weights, by component")
+    call_time: CallTime | None = Field(None, description="one call of the denoiser on the machine that exported")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -172,6 +172,38 @@ class EngineFiles(Record):
     size_mib: float
 
 
+class TextEncoder(Record):
+    """A text encoder whose weights an export holds in 8 bits, and what that changes."""
+
+    bits: int
+    layers: int = Field(ge=1, description="linear layers with such weights")
+    size_mib: float = Field(ge=0, description="on disk, with its configuration")
+    float_mib: float = Field(ge=0, description="its weights on disk in floating point")
+    cosine: float | None = Field(None, description="similarity of its last states to those in float, mean over tokens")
+    rel_l2: float | None = Field(None, description="relative L2 error of those states")
+
+
+class PipelineSize(Record):
+    """A whole pipeline, not its denoiser alone."""
+
+    disk_mib: float = Field(ge=0, description="all files of all components")
+    disk_before_mib: float = Field(ge=0, description="with the denoiser in float32 and text encoders as they were")
+    memory_mib: float = Field(ge=0, description="all weights, loaded in float16")
+    memory_before_mib: float = Field(ge=0, description="all weights of the full-precision pipeline in float16")
+
+
+class CallTime(Record):
+    """One call of the denoiser on the machine that made the export."""
+
+    engine: str = Field(description="what edadm_cli.load chooses here")
+    dtype: str = Field(description="element type of full precision, and of what the engine does not quantize")
+    milliseconds: float = Field(gt=0, description="median on that engine")
+    full_precision_milliseconds: float = Field(gt=0, description="median of torch in eager mode, in turns with it")
+    calls: int = Field(ge=1, description="timed calls of each")
+    factor: float = Field(gt=0, description="how many times as fast the export is")
+    layers: dict[str, int] = Field({}, description="element type -> layers that this engine computes in it")
+
+
 class ExportRecord(StageRecord):
     """A quantized pipeline."""
 
@@ -181,6 +213,9 @@ class ExportRecord(StageRecord):
     parity: Parity
     layers_by_width: dict[str, int] = Field({}, description="width such as w4a8, or float -> number of layers")
     verdict: tuple[str, ...] = Field((), description="the outcome in plain sentences")
+    pipeline: PipelineSize | None = Field(None, description="size and memory; null in exports of earlier versions")
+    text_encoders: dict[str, TextEncoder] = Field({}, description="those with 8-bit weights, by component")
+    call_time: CallTime | None = Field(None, description="null where it was not measured")
     engine: EngineFiles | None = Field(None, description="the engine's files, where some were asked for")
 
 

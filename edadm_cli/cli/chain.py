@@ -34,6 +34,7 @@ _OWN = (
         flags.field_parameter(COLLECT.config, name)
         for name in ("num_trajectories", "num_steps", "guidance_scale", "dtype", "prompts", "prediction_type")
     ),
+    *(flags.field_parameter(EXPORT.config, name) for name in ("text_encoders", "measure")),
     flags.field_parameter(EVALUATE.config, "num_images"),
     flags.REQUIRE,
 )
@@ -63,11 +64,12 @@ def _configure(execution: Execution, given: dict[str, Any]) -> _Settings:
         raise UsageError("run needs --bits.", hint="edadm run --model digits-sd --bits w4a8")
     evaluation = {"num_images": given["num_images"], "prompts": given["prompts"]}
     by_bits: dict[str, dict[Stage[Any], StageConfig]] = {}
+    exporting = {"text_encoders": given["text_encoders"], "measure": given["measure"]}
     collect = configure_collect(execution, given)
     for bits in widths:
         by_bits[str(bits)] = {
             RECONSTRUCT: configure_reconstruct(execution, {"recipe": given["recipe"], "bits": bits}),
-            EXPORT: execution.configure(EXPORT, {"bits": bits}),
+            EXPORT: execution.configure(EXPORT, {"bits": bits, **exporting}),
             EVALUATE: execution.configure(EVALUATE, {"bits": bits, **evaluation}),
         }
     return _Settings(collect, configure_select(execution, {"recipe": given["recipe"]}), by_bits)

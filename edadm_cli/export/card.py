@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, Selection, Units, recipe_name
+from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, Selection, TextEncoder, Units, recipe_name
 from edadm_cli.metrics.registry import in_order, metrics
 from edadm_cli.models.collected import Sampling
 from edadm_cli.models.hub import looks_like_hub_id
@@ -97,7 +97,7 @@ def model_card(facts: CardFacts, place: str = HERE, base_license: str | None = N
         _metadata(facts, base_license),
         f"# {title}",
         f"The denoiser of {base} in {facts.bits.upper()} ({_bits(facts.bits)}), quantized after training with"
-        " [EDA-DM](https://arxiv.org/abs/2401.04585) by `edadm`. The rest of the pipeline is unchanged.",
+        f" [EDA-DM](https://arxiv.org/abs/2401.04585) by `edadm`. {_rest(facts)}",
         "## Use",
         _usage(facts, place),
         "## How it was made",
@@ -137,7 +137,7 @@ def _usage(facts: CardFacts, place: str) -> str:
     prompt = '"a prompt"' if facts.takes_prompts else ""
     return "\n".join(
         [
-            "`pip install edadm diffusers`, then",
+            f"`pip install edadm diffusers{' torchao' if facts.export.text_encoders else ''}`, then",
             "",
             "```python",
             "from diffusers import DiffusionPipeline",
@@ -168,9 +168,41 @@ def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
         f"{facts.export.denoiser_mib:,.1f} MiB; {sizes['denoiser_fp32']:,.1f} MiB in float32"
         f" ({sizes['ratio']:.2f} times smaller)",
     )
-    whole = sum(size for name, size in sizes.items() if name not in ("denoiser_fp32", "ratio"))
-    before = whole - facts.export.denoiser_mib + sizes["denoiser_fp32"]
-    yield "pipeline on disk", f"{whole:,.1f} MiB; {before:,.1f} MiB with the denoiser in float32"
+    for name, encoder in facts.export.text_encoders.items():
+        yield escape(name), _encoder(encoder)
+    whole = facts.export.pipeline
+    if whole is None:
+        disk = sum(size for name, size in sizes.items() if name not in ("denoiser_fp32", "ratio"))
+        yield "pipeline on disk", f"{disk:,.1f} MiB"
+        return
+    yield "pipeline on disk", f"{whole.disk_mib:,.1f} MiB; {whole.disk_before_mib:,.1f} MiB with {_before(facts)}"
+    yield (
+        "pipeline in memory",
+        f"{whole.memory_mib:,.1f} MiB of weights loaded in float16; {whole.memory_before_mib:,.1f} MiB at full"
+        " precision",
+    )
+
+
+def _before(facts: CardFacts) -> str:
+    return "the denoiser in float32" + (" and text encoders in floating point" if facts.export.text_encoders else "")
+
+
+def _encoder(encoder: TextEncoder) -> str:
+    """What happened to a text encoder."""
+    text = (
+        f"{encoder.bits}-bit weights in {encoder.layers:,} linear layers, {encoder.size_mib:,.1f} MiB instead of"
+        f" {encoder.float_mib:,.1f}"
+    )
+    if encoder.cosine is None or encoder.rel_l2 is None:
+        return text
+    return f"{text}; states at a cosine of {encoder.cosine:.6f} and a relative L2 distance of {encoder.rel_l2:.2g}"
+
+
+def _rest(facts: CardFacts) -> str:
+    encoders = facts.export.text_encoders
+    if not encoders:
+        return "The rest of the pipeline is unchanged."
+    return "The text encoders have weights of 8 bits, rounded to nearest by torchao. The rest is unchanged."
 
 
 def _quality(evaluation: Evaluation) -> str:

@@ -7,19 +7,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edadm_cli.artifacts import load_json, save_json
 from edadm_cli.artifacts.files import explained_os_errors
 from edadm_cli.artifacts.streaming import stream_shards, streamed
 from edadm_cli.errors import InputError
+from edadm_cli.export.sizes import exact_narrow
 from edadm_cli.models.folder import INDEX_NAME, Component, PipelineFolder, read_folder
 from edadm_cli.models.loading import LoadedModel, quiet_libraries
 
 _WEIGHTS_STEM = "diffusion_pytorch_model"
 _SHARD_BYTES = 10**10  # the size at which diffusers begins another file
-_NARROW = (torch.float16, torch.bfloat16)
 
 
 def write_pipeline(
@@ -59,24 +58,6 @@ def write_pipeline(
             elif component is not None:
                 component.save_pretrained(place)
         return [] if source is None else _copy_skipped(source, folder)
-
-
-def exact_narrow(tensor: Tensor) -> torch.dtype:
-    """Returns float16 or bfloat16 if that represents every value of a tensor exactly, else the tensor's own type."""
-    if tensor.is_floating_point():
-        for dtype in _NARROW:
-            if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
-                return dtype
-    return tensor.dtype
-
-
-def component_sizes(folder: Path) -> dict[str, float]:
-    """Returns the size on disk of each component's folder, in MiB."""
-    return {
-        child.name: sum(file.stat().st_size for file in child.rglob("*") if file.is_file()) / 2**20
-        for child in sorted(folder.iterdir())
-        if child.is_dir()
-    }
 
 
 def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mapping[str, Any]) -> None:

@@ -11,12 +11,14 @@ from edadm_cli.artifacts import (
     Artifact,
     Build,
     BuildSpec,
+    CallTime,
     EngineFiles,
     ExportFacts,
     ExportRecord,
     FusedLora,
     Parity,
     RunFolder,
+    TextEncoder,
     recipe_name,
     shared_keys,
 )
@@ -27,9 +29,18 @@ from edadm_cli.engines.reference import LAYER_BOUND, layer_parity, use_arithmeti
 from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.export.card import CARD_FILE, CardFacts, model_card
-from edadm_cli.export.folder import component_sizes, write_pipeline
+from edadm_cli.export.folder import write_pipeline
 from edadm_cli.export.fusing import Fused, LoraFile, fuse, refit
 from edadm_cli.export.parity import ExportParity, compare
+from edadm_cli.export.sizes import (
+    HALF_BYTES,
+    bytes_beside_denoisers,
+    component_sizes,
+    loaded_bytes,
+    pipeline_size,
+)
+from edadm_cli.export.text_encoders import narrow_saved, quantize_text_encoders, recorded_calls, require_package
+from edadm_cli.export.timing import SMALLEST, speed_sentences, time_calls
 from edadm_cli.export.verdict import layers_by_width, verdict
 from edadm_cli.integrations.comfyui.writing import ComfyUiFile
 from edadm_cli.integrations.quantizer import METHOD, format_version
@@ -59,6 +70,8 @@ def run(
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
     writer = _writer(config)
+    if config.text_encoders == "int8":
+        require_package()
     spec = build_spec(config, run_folder)
     with run_folder.build(spec, force) as build:
         is_done = build.up_to_date
@@ -72,6 +85,9 @@ def run(
         parity=facts.parity,
         layers_by_width=facts.layers_by_width,
         verdict=facts.verdict,
+        pipeline=facts.pipeline,
+        text_encoders=facts.text_encoders,
+        call_time=facts.call_time,
         engine=files,
     )
 
@@ -123,9 +139,11 @@ def artifact_name(config: ExportConfig) -> str:
 
 def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build, reporter: Reporter) -> Artifact:
     collected = CollectedRun.open(run)
-    with reporter.task("export", 4) as advance:
+    with reporter.task("export", 5) as advance:
         model, num_parameters, fused = quantized_model(config, run, source)
         _warn_of_adapters(fused, reporter)
+        before_bytes = HALF_BYTES * num_parameters + bytes_beside_denoisers(model)
+        encoders = _quantized_encoders(config, model, collected)
         started = time.monotonic()
         before = sample_images(config, model, collected)
         seconds = time.monotonic() - started
@@ -134,8 +152,10 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
             each.denoiser_name: _quantization_config(config, source, place)
             for place, each in model.by_denoiser().items()
         }
-        for warning in write_pipeline(model, build.path, configs, fused.components):
+        for warning in write_pipeline(model, build.path, configs, {*fused.components, *encoders}):
             reporter.warn(warning)
+        for name in encoders:
+            narrow_saved(build.path / name)
         del model
         advance(1)
         device = resolve_device(config.device)
@@ -152,27 +172,58 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
             integer = sample_images(config, loaded, collected)
         else:
             reporter.warn(
-                f"Sampling took {seconds:.0f} s, and exact integers are several times slower: they were compared layer"
+                f"Sampling took {seconds:.0f} s, and exact integers are several times as slow: they were compared layer"
                 " by layer, not by images."
             )
         parity = compare(before, after, integer, errors)
+        denoisers = (loaded.denoiser_name, *loaded.further)
+        sizes = component_sizes(build.path)
+        sizes["denoiser_fp32"] = num_parameters * FLOAT_BYTES / 2**20
+        sizes["ratio"] = sizes["denoiser_fp32"] / sum(sizes[name] for name in denoisers)
+        encoders = {name: row.model_copy(update={"size_mib": sizes[name]}) for name, row in encoders.items()}
+        whole = pipeline_size(sizes, denoisers, encoders, loaded_bytes(loaded), before_bytes)
+        del loaded
         advance(1)
-    sizes = component_sizes(build.path)
-    sizes["denoiser_fp32"] = num_parameters * FLOAT_BYTES / 2**20
-    sizes["ratio"] = sizes["denoiser_fp32"] / sum(sizes[each.denoiser_name] for each in loaded.by_denoiser().values())
+        measured, sentences = _measured(config, run, build, num_parameters, device)
+        advance(1)
     layers = joined({place: load_plan(source.within(place)) for place in collected.places})
     facts = ExportFacts(
-        denoiser=loaded.denoiser_name,
-        further_denoisers=loaded.further,
+        denoiser=denoisers[0],
+        further_denoisers=denoisers[1:],
         size_mib=sizes,
         parity=_parity(parity),
         layers_by_width=layers_by_width(layers),
-        verdict=tuple(verdict(after.images, layers)),
+        verdict=(*verdict(after.images, layers), *sentences),
         lora=tuple(FusedLora(file=file.path.name, **file.identity()) for file in map(LoraFile.parse, config.lora)),
+        pipeline=whole,
+        text_encoders=encoders,
+        call_time=measured,
     )
     facts.save(build.path)
     (build.path / CARD_FILE).write_text(model_card(CardFacts.of_run(run, source, facts)), encoding="utf-8")
     return build.commit(environment={"device": str(device)})
+
+
+def _quantized_encoders(config: ExportConfig, model: LoadedModel, collected: CollectedRun) -> dict[str, TextEncoder]:
+    """Gives text encoders 8-bit weights where that is asked for; their calls come from one step of sampling."""
+    if config.text_encoders == "float":
+        return {}
+    with recorded_calls(model) as calls:
+        sample_images(config, model, collected, num_steps=1)
+    return quantize_text_encoders(model, calls)
+
+
+def _measured(
+    config: ExportConfig, run: RunFolder, build: Build, num_parameters: int, device: torch.device
+) -> tuple[CallTime | None, list[str]]:
+    """The times of a few calls, and what the verdict says of them."""
+    if not config.measure or num_parameters < SMALLEST:
+        return None, []
+    try:
+        measured = time_calls(run, build.path, device)
+    except EdadmError as error:
+        return None, [f"The speed was not measured: {error.message}"]
+    return measured, speed_sentences(measured)
 
 
 def quantized_model(config: ExportConfig, run: RunFolder, source: Artifact) -> tuple[LoadedModel, int, Fused]:

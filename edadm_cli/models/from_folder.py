@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from edadm_cli.artifacts import read_tensor_header
 from edadm_cli.errors import EdadmError, InputError
@@ -131,10 +132,23 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype, device: 
     if missing:
         raise InputError(f"{where} lacks the tensor '{missing[0]}', which {component.cls.__name__} needs.")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all(_is_finite(part) for part in plain_tensors(tensor)):
             raise InputError(f"{where}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
     deploy(module, None)  # stages name the arithmetic or the engine that they compute with
     return module
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor itself, or those that it consists of where a library keeps its codes and scales in one object."""
+    kept: Any = tensor
+    if not is_traceable_wrapper_subclass(kept):
+        return [kept]
+    names, _ = kept.__tensor_flatten__()
+    return [getattr(kept, name) for name in names]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def first_sentence(error: BaseException) -> str:

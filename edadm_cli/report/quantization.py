@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from edadm_cli.artifacts import ExportFacts, Parity, UnitRow, Units
 from edadm_cli.artifacts.quantization import load_plan
@@ -154,10 +154,25 @@ def _export(width: Width, part: Part[ExportFacts], heading: str) -> Html:
         "div",
         element("p", _SIZES.format(ratio=number(sizes["ratio"], 3)), class_="lead"),
         *(element("p", text) for text in part.facts.verdict),
+        *(element("p", text) for text in _whole(part.facts)),
         table(["component", "size", "to scale"], rows, f"Sizes of {width.title}", numeric=(1,)),
         element(heading, "Parity"),
         facts(_parity(parity)),
     )
+
+
+def _whole(export: ExportFacts) -> Iterator[str]:
+    """What the whole pipeline takes, and what 8-bit weights change of its text encoders."""
+    whole = export.pipeline
+    if whole is not None:
+        yield (
+            f"The whole pipeline takes {mebibytes(whole.disk_mib)} on disk instead of"
+            f" {mebibytes(whole.disk_before_mib)} with the denoiser in float32. Its weights take"
+            f" {mebibytes(whole.memory_mib)} in memory instead of {mebibytes(whole.memory_before_mib)}, in float16."
+        )
+    for name, encoder in export.text_encoders.items():
+        error = "" if encoder.rel_l2 is None else f"; its last states differ by {number(encoder.rel_l2)} (relative L2)"
+        yield f"{name} has {encoder.bits}-bit weights in {encoder.layers} layers{error}."
 
 
 def _parity(parity: Parity) -> list[tuple[Node, Node]]:

@@ -1,0 +1,101 @@
+"""What an exported pipeline takes on disk, and its weights in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.artifacts import PipelineSize, TextEncoder
+from edadm_cli.models.from_folder import plain_tensors
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.quant.attention import QuantizedAttention
+from edadm_cli.quant.layers import QuantizedLayer
+
+HALF_BYTES = 2
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def exact_narrow(tensor: Tensor) -> torch.dtype:
+    """Returns float16 or bfloat16 if that represents every value of a tensor exactly, else the tensor's own type."""
+    if tensor.is_floating_point():
+        for dtype in _NARROW:
+            if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+                return dtype
+    return tensor.dtype
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Returns what the weights of a module take on disk, where each is as narrow as holds it exactly."""
+    return sum(tensor.numel() * exact_narrow(tensor).itemsize for tensor in module.state_dict().values())
+
+
+def component_sizes(folder: Path) -> dict[str, float]:
+    """Returns the size on disk of each component's folder, in MiB."""
+    return {
+        child.name: sum(file.stat().st_size for file in child.rglob("*") if file.is_file()) / 2**20
+        for child in sorted(folder.iterdir())
+        if child.is_dir()
+    }
+
+
+def loaded_bytes(model: LoadedModel) -> int:
+    """Returns what the weights of a pipeline take, loaded in float16: codes and their scales stay as they are."""
+    return sum(_half_bytes(part) for part in _networks(model).values())
+
+
+def bytes_beside_denoisers(model: LoadedModel) -> int:
+    """Returns the same without the denoisers."""
+    denoisers = (model.denoiser_name, *model.further)
+    return sum(_half_bytes(part) for name, part in _networks(model).items() if name not in denoisers)
+
+
+def pipeline_size(
+    sizes: Mapping[str, float],
+    denoisers: Sequence[str],
+    encoders: Mapping[str, TextEncoder],
+    memory: int,
+    memory_before: int,
+) -> PipelineSize:
+    """Returns the size of a whole pipeline, exported and before.
+
+    Args:
+        sizes: `size_mib` of the export.
+        denoisers: The components that are quantized.
+        encoders: Text encoders with 8-bit weights.
+        memory: Bytes of its weights in memory.
+        memory_before: Bytes of the weights of the full-precision pipeline in memory.
+    """
+    disk = sum(size for name, size in sizes.items() if name not in ("denoiser_fp32", "ratio"))
+    saved = sum(row.float_mib - row.size_mib for row in encoders.values())
+    return PipelineSize(
+        disk_mib=disk,
+        disk_before_mib=disk - sum(sizes[name] for name in denoisers) + sizes["denoiser_fp32"] + saved,
+        memory_mib=memory / 2**20,
+        memory_before_mib=memory_before / 2**20,
+    )
+
+
+def _networks(model: LoadedModel) -> dict[str, nn.Module]:
+    return {name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def _half_bytes(module: nn.Module) -> int:
+    total = 0
+    for owner in module.modules():
+        keeps = isinstance(owner, QuantizedLayer | QuantizedAttention)
+        total += _bytes(owner.parameters(recurse=False), False) + _bytes(owner.buffers(recurse=False), keeps)
+    return total
+
+
+def _bytes(tensors: Iterable[Tensor], keeps: bool) -> int:
+    total = 0
+    for tensor in tensors:
+        parts = plain_tensors(tensor)
+        if keeps or len(parts) > 1 or not tensor.is_floating_point():
+            total += sum(part.nbytes for part in parts)
+        else:
+            total += HALF_BYTES * tensor.numel()
+    return total

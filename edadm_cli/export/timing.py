@@ -1,0 +1,122 @@
+"""The measured factor of an export: a few calls of its denoiser and of full precision, on the machine that exports.
+
+The export runs on the engine that `edadm_cli.load` chooses, full precision in torch's eager mode. Both are timed in
+turns, in a process of their own, since libraries that compile graphs can crash. `edadm bench` measures thoroughly and
+against compiled floating point.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edadm_cli.artifacts import CallTime, RunFolder
+from edadm_cli.engines.base import CompiledDenoiser, EngineOptions
+from edadm_cli.engines.files import example
+from edadm_cli.engines.isolation import IsolatedProcess, ProcessLostError
+from edadm_cli.engines.registry import default_engine
+from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.loading import load_model, resolve_device
+
+SMALLEST = 500_000
+"""Weights of a denoiser below which a call takes about as long as Python does, and is not timed."""
+SLOW = 1.1
+"""The factor below which an export is not called faster."""
+_ROUNDS, _FEWEST_ROUNDS, _SECONDS = 9, 3, 4.0
+
+
+def time_calls(run: RunFolder, export: Path, device: torch.device) -> CallTime:
+    """Times one call of the denoiser for one image, exported and at full precision.
+
+    Args:
+        run: The run of the export.
+        export: The folder of the exported pipeline.
+        device: Where both run.
+
+    Raises:
+        MachineError: There is no engine for the device, or its library crashed.
+        EdadmError: The engine cannot run the export.
+    """
+    lost = partial(ProcessLostError, "The measurement of a few calls", hint="edadm bench")
+    process = IsolatedProcess(lost, _Pair, run.root, export, str(device))
+    try:
+        return process.call(_Pair.measure)
+    finally:
+        process.close()
+
+
+def speed_sentences(measured: CallTime) -> list[str]:
+    """Says in plain words what was measured, and in which element types the engine computes."""
+    times = (
+        f"one call of the denoiser takes {measured.milliseconds:.3g} ms on the engine '{measured.engine}', and"
+        f" {measured.full_precision_milliseconds:.3g} ms at full precision in torch's eager mode ({measured.dtype})"
+    )
+    if measured.factor < SLOW:
+        speed = f"The export is not faster on this machine: {times}. edadm bench shows where the time goes."
+    else:
+        speed = f"The export is {measured.factor:.3g} times as fast on this machine: {times}."
+    counts = ", ".join(f"{count:,} layers in {precision}" for precision, count in measured.layers.items())
+    return [speed, f"The engine '{measured.engine}' computes {counts}."] if counts else [speed]
+
+
+class _Pair:
+    """The two contenders."""
+
+    def __init__(self, run_root: Path, export: Path, device: str) -> None:
+        run, self.device = RunFolder(run_root), resolve_device(device)
+        on_cuda = self.device.type == "cuda"
+        self.dtype = torch.float16 if on_cuda else torch.float32
+        collected = CollectedRun.open(run)
+        self.engine = default_engine(self.device)
+        self.engine.require(self.device)
+        self.args, self.kwargs = example(run, self.device, self.dtype)
+        model = load_model(str(export), self.device, torch.float32, collected.entry)
+        options = EngineOptions(self.device, self.dtype)
+        self.exported: CompiledDenoiser = self.engine.compile(model.denoiser, self.args, self.kwargs, options)
+        del model
+        full = collected.load_denoiser(self.device, "memory")
+        self.full = nn.Module.to(full, dtype=self.dtype).eval()
+
+    @torch.no_grad()
+    def measure(self) -> CallTime:
+        """Returns the medians of calls in turns, after one call of each that does not count."""
+        contenders: tuple[Callable[..., Any], ...] = (self.exported, self.full)
+        times: tuple[list[float], list[float]] = ([], [])
+        for contender in contenders:
+            self._call(contender)
+        started = time.perf_counter()
+        for number in range(_ROUNDS):
+            if number >= _FEWEST_ROUNDS and time.perf_counter() - started > _SECONDS:
+                break
+            for contender, values in zip(contenders, times, strict=True):
+                values.append(self._call(contender))
+        exported, full = map(statistics.median, times)
+        return CallTime(
+            engine=self.engine.name,
+            dtype=str(self.dtype).removeprefix("torch."),
+            milliseconds=exported,
+            full_precision_milliseconds=full,
+            calls=len(times[0]),
+            factor=full / exported,
+            layers=dict(sorted(Counter(layer.precision for layer in self.exported.layers).items())),
+        )
+
+    def _call(self, contender: Callable[..., Any]) -> float:
+        """Milliseconds of one call."""
+        self._wait()
+        started = time.perf_counter()
+        contender(*self.args, **self.kwargs)
+        self._wait()
+        return 1e3 * (time.perf_counter() - started)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
