@@ -112,8 +112,7 @@ def merge(batches: Sequence[Batch]) -> Merged:
     branches = [branch for batch in batches for branch in batch.branches]
     form = _common_form(batches, branches)
     masks = _missing_masks(branches, form)
-    names = [name for name in form.template.dtypes if name not in form.template.constants]
-    conditions = {name: _condition(name, branches, masks) for name in names}
+    conditions = {name: _condition(name, branches, masks) for name in form.conditions}
     featured = [(batch.tensors[FEATURES], batch) for batch in batches if FEATURES in batch.tensors]
     features = _common_info(FEATURES, featured, fixed=(0, 2))
     return Merged(form, conditions, TensorInfo(dtype=features.dtype, shape=features.shape[2:]), masks)
@@ -135,8 +134,8 @@ def _common_form(batches: Sequence[Batch], branches: Sequence[Branch]) -> CallFo
 def _is_like(form: CallForm, fullest: CallForm) -> bool:
     ours, theirs = form.template, fullest.template
     return (
-        (form.branches, form.dtype, ours.args, ours.constants)
-        == (fullest.branches, fullest.dtype, theirs.args, theirs.constants)
+        (form.branches, form.dtype, ours.args, ours.constants, form.control)
+        == (fullest.branches, fullest.dtype, theirs.args, theirs.constants, fullest.control)
         and ours.kwargs.keys() == theirs.kwargs.keys()
         and all(value == theirs.kwargs[name] or _is_null_mask(name, value) for name, value in ours.kwargs.items())
         and ours.dtypes.items() <= theirs.dtypes.items()
@@ -161,8 +160,8 @@ def _with_masks(form: CallForm, branches: Sequence[Branch]) -> CallForm:
 
 def _missing_masks(branches: Sequence[Branch], form: CallForm) -> dict[str, str]:
     masks = {}
-    for name in form.template.dtypes:
-        if name in form.template.constants or all(branch.info(name) for branch in branches):
+    for name in form.conditions:
+        if all(branch.info(name) for branch in branches):
             continue
         states = name.removesuffix(_SUFFIX)
         if states == name or any(branch.length(states) is None for branch in branches):

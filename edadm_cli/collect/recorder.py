@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edadm_cli.collect.branches import Conditions, are_branches, difference, of_calls, of_rows
+from edadm_cli.collect.control import CONTROL, ControlRecorder
 from edadm_cli.collect.features import record_features
 from edadm_cli.errors import InputError
 from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL
@@ -38,6 +40,7 @@ class BatchRecorder:
         constants: Tensors that all rows share.
         template: The form of the denoiser's calls.
         branches: 2 with guidance, else 1.
+        control: What a control network beside the denoiser is called with; `None` without one.
         calls_per_step: 2 if each branch is a call of its own, else 1.
         warnings: Warnings about the guidance, for the user.
     """
@@ -54,6 +57,7 @@ class BatchRecorder:
     branches: int = 1
     calls_per_step: int = 1
     warnings: list[str] = field(default_factory=list)
+    control: ControlRecorder | None = None
     _row_groups: int = 1
     _first: DenoiserCall | None = None
     _second: DenoiserCall | None = None
@@ -65,12 +69,26 @@ class BatchRecorder:
         """Records the calls of the denoiser while entered."""
         denoiser = self.model.denoiser
         prepare_calls(denoiser)
-        with record_calls(denoiser, self._on_call):
-            if self.num_features == 0:
-                yield
-                return
-            with record_features(denoiser, self._on_feature):
-                yield
+        network = getattr(self.model.pipeline, CONTROL, None)
+        with ExitStack() as recordings:
+            if isinstance(network, nn.Module):
+                self.control = ControlRecorder(self.model.ref.id, network)
+                recordings.enter_context(self.control.recording())
+            recordings.enter_context(record_calls(denoiser, self._on_call))
+            if self.num_features:
+                recordings.enter_context(record_features(denoiser, self._on_feature))
+            yield
+
+    def control_form(self) -> dict[str, Any] | None:
+        """Returns how the control network is called; `None` without one."""
+        if self.control is None or self.control.first is None:
+            return None
+        outputs = zip(self.control.names, self.control.shapes, strict=True)
+        return {
+            "component": CONTROL,
+            "template": self.control.first.template,
+            "outputs": [{"name": name, "shape": shape} for name, shape in outputs],
+        }
 
     @property
     def features(self) -> list[Tensor]:
@@ -110,6 +128,7 @@ class BatchRecorder:
 
     def _on_call(self, call: DenoiserCall) -> None:
         step = len(self.latents)
+        call = call if self.control is None else self.control.without_computed(call)
         if not bool(call.sample.isfinite().all()):
             raise InputError(
                 f"{self.model.ref.id}: the trajectories are not finite (NaN or infinity) "
@@ -145,6 +164,11 @@ class BatchRecorder:
                 "those with the prompt or the image calibrate."
             )
         self._store(of_rows(call, self.branches, self._order))
+        if self.control is not None and self.control.first is not None:
+            control = of_rows(self.control.first, self.branches, self._order)
+            self.condition |= _of_control(control.conditional)
+            self.unconditional |= _of_control(control.unconditional)
+            self.constants |= _of_control(control.constants)
 
     def _is_second(self, call: DenoiserCall) -> bool:
         """Records a call as the other branch of the latest step and returns `True`, if it is one."""
@@ -165,6 +189,7 @@ class BatchRecorder:
     def _keep_second(self, first: DenoiserCall, call: DenoiserCall) -> None:
         self._second, self.calls_per_step = call, 2
         conditions = of_calls(first, call, family_of(self.model.denoiser).masks)
+        conditions = conditions if self.control is None else "the control"
         if isinstance(conditions, str):
             self.warnings.append(
                 f"{self.model.ref.id} guides by a second call per step, in which {conditions} has another size or "
@@ -213,6 +238,11 @@ class BatchRecorder:
         groups = tensor.chunk(self._row_groups)
         is_swapped = type(self.model.pipeline).__name__ in family_of(self.model.denoiser).conditional_first
         return (groups[-1], groups[0]) if is_swapped else (groups[0], groups[-1])
+
+
+def _of_control(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors of the control network under their names among those of the denoiser."""
+    return {f"{CONTROL}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _by_rows(feature: Tensor, rows: int) -> Tensor:

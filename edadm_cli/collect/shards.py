@@ -48,7 +48,11 @@ def scratch_names(index: int) -> tuple[str, str]:
 def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -> None:
     """Writes one batch."""
     template = per_row(recorder.template, recorder.rows)
-    form = CallForm.model_validate({"branches": recorder.branches, "dtype": dtype, "template": template})
+    control = recorder.control_form()
+    if control is not None:
+        control["template"] = per_row(control["template"], recorder.rows)
+    fields = {"branches": recorder.branches, "dtype": dtype, "template": template, "control": control}
+    form = CallForm.model_validate(fields)
     save_json(folder / call_name(index), form.model_dump(mode="json"))
     save_tensors(folder / part_name(index), recorder.tensors())
     save_tensors(folder / latents_name(index), {"latents": torch.stack(recorder.latents)})
@@ -83,7 +87,7 @@ def merge_parts(folder: Path, num_shards: int) -> None:
         for prefix in (CONDITION, UNCONDITIONAL)[: merged.form.branches]
         for name in merged.conditions
     }
-    constants = [CONSTANT + name for name in merged.form.template.constants]
+    constants = [CONSTANT + name for name in merged.form.constants]
     streams |= {name: streamed(tensor) for name, tensor in load_tensors(batches[0].path, constants).items()}
     stream_tensors(folder / CONDITION_FILE, streams)
     featured = [batch.path for batch in batches if FEATURES in batch.tensors]

@@ -149,7 +149,6 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
         )
     if config.images is not None:
         model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
-    _require_no_control_network(model)
     entry = model.entry
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
         raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
@@ -237,17 +236,6 @@ def _require_calls(task: _Task, recorders: Iterable[BatchRecorder]) -> None:
                 "steps: its timesteps belong to another denoiser, and nothing calibrates this one.",
                 hint=f"--num-steps {task.model.entry.num_steps}",
             )
-
-
-def _require_no_control_network(model: LoadedModel) -> None:
-    components = {name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    if "controlnet" in components:
-        raise InputError(
-            f"{model.ref.id} has a control network, which gives its denoiser other inputs at every step, and only "
-            "conditions that stay the same over a trajectory can be calibrated.",
-            hint="quantize the pipeline without the control network, then give the exported denoiser to the pipeline "
-            f"with it: from_pretrained(..., {model.denoiser_name}=...)",
-        )
 
 
 def _warnings(task: _Task, recorders: list[BatchRecorder], samples: Samples) -> list[str]:

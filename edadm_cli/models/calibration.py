@@ -45,6 +45,25 @@ class TemplateModel(BaseModel):
         return self
 
 
+class ControlOutput(BaseModel):
+    """A tensor of the denoiser's call that a control network computes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    shape: tuple[int, ...] = Field(description="of one row")
+
+
+class ControlForm(BaseModel):
+    """How a control network beside the denoiser is called; its conditions are named `<component>.<name>`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    component: Literal["controlnet"]
+    template: TemplateModel
+    outputs: tuple[ControlOutput, ...] = Field(min_length=1, description="in the order in which they are returned")
+
+
 class CallForm(Payload):
     """`call.json` of `collect` and `select`: how the denoiser is called."""
 
@@ -53,6 +72,26 @@ class CallForm(Payload):
     branches: Literal[1, 2] = Field(description="2 with guidance, else 1")
     dtype: DTypeName = Field(description="element type that the denoiser computed in")
     template: TemplateModel
+    control: ControlForm | None = Field(
+        None, description="of `collect`: the network that computes some inputs of the denoiser at every step"
+    )
+
+    @property
+    def constants(self) -> list[str]:
+        """Names of the tensors that all rows share, those of the control network among them."""
+        control = self.control
+        of_control = [] if control is None else [f"{control.component}.{name}" for name in control.template.constants]
+        return [*self.template.constants, *of_control]
+
+    @property
+    def conditions(self) -> list[str]:
+        """Names of the tensors that are stored with one row per trajectory, those of the control network among them."""
+        control, names = self.control, [n for n in self.template.dtypes if n not in self.template.constants]
+        if control is None:
+            return names
+        computed = {output.name for output in control.outputs}
+        of_control = [n for n in control.template.dtypes if n not in control.template.constants]
+        return [n for n in names if n not in computed] + [f"{control.component}.{n}" for n in of_control]
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,14 @@ def build_call(
     return tuple(decode(item) for item in template["args"]), {k: decode(v) for k, v in template["kwargs"].items()}
 
 
+def flat_tensors(value: Any) -> list[Tensor]:
+    """Returns the tensors in nested tuples, lists and mappings, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [tensor for item in items for tensor in flat_tensors(item)]
+
+
 def is_tensor(node: Any) -> bool:
     """Returns whether a node of a template stands for a tensor."""
     return isinstance(node, Mapping) and len(node) == 1 and next(iter(node)) in _TENSOR_MARKS

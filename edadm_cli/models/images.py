@@ -2,7 +2,8 @@
 
 The user names a folder. An image gets the file at the place that its seed gives, modulo the number of files in the
 order of their names, so that neither the batch nor the other images change it. A file `NAME.mask.png` beside
-`NAME.png` shows in white what an inpainting pipeline repaints.
+`NAME.png` shows in white what an inpainting pipeline repaints. A control network gets `NAME.png` itself where the
+pipeline takes no other image, and `NAME.control.png` beside it where it does.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 
     from edadm_cli.models.registry import ModelEntry
 
-MASK = "mask_image"
-IMAGE_PARAMETERS = ("image", "control_image", MASK)
+IMAGE, CONTROL, MASK = "image", "control_image", "mask_image"
+IMAGE_PARAMETERS = (IMAGE, CONTROL, MASK)
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_MASK_ENDING = ".mask.png"
+_MASK_ENDING, _CONTROL_ENDING = ".mask.png", ".control.png"
+
+_MEANINGS = {MASK: "a mask that is white where it repaints", CONTROL: "the picture that its control network follows"}
 
 
 def takes_images(pipeline: DiffusionPipeline) -> bool:
@@ -39,7 +42,7 @@ def has_images(entry: ModelEntry) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Returns the images of a folder by name, without their masks.
+    """Returns the images of a folder by name, without their masks and control images.
 
     Raises:
         InputError: There is no such folder, or it holds no images.
@@ -47,7 +50,7 @@ def image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; --images expects a folder with {', '.join(_SUFFIXES)} files.")
     files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES and path.is_file()]
-    files = [path for path in files if not path.name.endswith(_MASK_ENDING)]
+    files = [path for path in files if not path.name.endswith((_MASK_ENDING, _CONTROL_ENDING))]
     if not files:
         raise InputError(f"{folder} holds no images; --images expects a folder with {', '.join(_SUFFIXES)} files.")
     return files
@@ -57,7 +60,7 @@ def images_sha256(folder: Path) -> str:
     """Returns a hash over the names and contents of the images of a folder and their masks."""
     digest = sha256()
     for file in image_files(folder):
-        for path in (file, _mask_of(file)):
+        for path in (file, _beside(file, _MASK_ENDING), _beside(file, _CONTROL_ENDING)):
             if path.is_file():
                 digest.update(f"{path.name}\0{file_sha256(path)}\n".encode())
     return digest.hexdigest()
@@ -79,20 +82,20 @@ def image_arguments(pipeline: DiffusionPipeline, entry: ModelEntry, seeds: Seque
     files = image_files(Path(entry.images))
     chosen = [files[seed % len(files)] for seed in seeds]
     size = entry.image_size
-    return {name: [_open(_mask_of(file) if name == MASK else file, size) for file in chosen] for name in names}
+    endings = {MASK: _MASK_ENDING, CONTROL: _CONTROL_ENDING if IMAGE in names else ""}
+    return {name: [_open(_beside(file, endings.get(name, "")), size, name) for file in chosen] for name in names}
 
 
-def _mask_of(file: Path) -> Path:
-    return file.with_name(file.stem + _MASK_ENDING)
+def _beside(file: Path, ending: str) -> Path:
+    """Returns the file that belongs to an image; the image itself without an ending."""
+    return file.with_name(file.stem + ending) if ending else file
 
 
-def _open(file: Path, size: int | None) -> Image:
+def _open(file: Path, size: int | None, name: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     if not file.is_file():
-        raise InputError(
-            f"{file} is missing: an inpainting pipeline expects a mask beside each image, white where it repaints."
-        )
+        raise InputError(f"{file} is missing: the pipeline takes '{name}' beside each image, {_MEANINGS[name]}.")
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")

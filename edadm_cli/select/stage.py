@@ -26,7 +26,9 @@ from edadm_cli.config import SelectConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.calibration import CALIBRATION_FILE, CONSTANT, CallForm
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.loading import resolve_device
 from edadm_cli.progress import Reporter, SilentReporter
+from edadm_cli.select.control import with_computed
 from edadm_cli.select.plot import draw_selection
 from edadm_cli.select.strategies import (
     NORMAL_DEVIATION,
@@ -101,12 +103,12 @@ class Task:
     """A configuration whose open choices are all decided, with its trajectories.
 
     Attributes:
-        source: The `collect` artifact.
+        run: The run with the `collect` artifact.
         collected: The part of it that belongs to one denoiser.
     """
 
     config: SelectConfig
-    source: Artifact
+    run: CollectedRun
     collected: Artifact
     timesteps: Tensor
     num_trajectories: int
@@ -149,7 +151,7 @@ class Task:
             fields["density_radius"] = self.radius
             if self.radius is None and self.quantile != _EARLIER_QUANTILE:
                 fields["density_quantile"] = self.quantile
-        return BuildSpec("select", None, fields, self.config.seed, (self.source,), self.source.manifest.model)
+        return BuildSpec("select", None, fields, self.config.seed, (self.run.artifact,), self.run.model)
 
 
 def prepare(config: SelectConfig, collected: CollectedRun, place: str = "") -> Task:
@@ -176,7 +178,7 @@ def prepare(config: SelectConfig, collected: CollectedRun, place: str = "") -> T
     radius = collected.entry.density_radius if config.model_radius and config.strategy == "tdac" else None
     return Task(
         config=config,
-        source=collected.artifact,
+        run=collected,
         collected=part,
         timesteps=timesteps,
         num_trajectories=num_trajectories,
@@ -196,10 +198,14 @@ def _select(task: Task, folder: Path, reporter: Reporter) -> None:
     allocation = allocate(scores, task.num_samples, task.variety_weight, task.radius, task.quantile)
     counts = _counts(task, allocation)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
-    save_tensors(folder / CALIBRATION_FILE, _calibration_set(task, step_index, trajectory_index, reporter))
+    tensors = _calibration_set(task, step_index, trajectory_index, reporter)
+    form = CallForm.load(task.collected)
+    if form.control is not None:
+        tensors = with_computed(tensors, form, task.run, resolve_device(task.config.device), reporter)
+    save_tensors(folder / CALIBRATION_FILE, tensors)
     scored = {"density": allocation.density, "variety": allocation.variety, "counts": counts}
     save_tensors(folder / SCORES_FILE, scored)
-    CallForm.load(task.collected).save(folder)
+    form.model_copy(update={"control": None}).save(folder)
     _selection(task, allocation, counts).save(folder)
     title = f"{task.config.strategy}: {task.num_samples} samples from {len(counts)} steps"
     draw_selection(folder / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts)

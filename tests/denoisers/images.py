@@ -573,18 +573,43 @@ def ovis() -> Any:
     return parts.assembled("OvisImagePipeline", transformer, text, scheduler=scheduler)
 
 
+def _awake(control: Any) -> Any:
+    """Gives the last layers of a control network weights: they begin at zero, where the control changes nothing."""
+    for name, layer in control.named_modules():
+        if "controlnet_" in name and hasattr(layer, "weight"):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+    return control
+
+
 def controlnet() -> Any:
     text = parts.clip()
     unet = parts.unet()
-    control = d.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
-    for layer in (*control.controlnet_down_blocks, control.controlnet_mid_block):
-        torch.nn.init.normal_(layer.weight, std=0.1)  # they begin at zero, where the control changes nothing
     return parts.assembled(
         "StableDiffusionControlNetPipeline",
         unet,
         text,
         vae=parts.kl(levels=2),
-        controlnet=control,
+        controlnet=_awake(d.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))),
         scheduler=parts.ddim(),
         **parts.NO_CHECKER,
     )
+
+
+def controlnet_inpaint() -> Any:
+    return d.StableDiffusionControlNetInpaintPipeline(**controlnet().components, requires_safety_checker=False)
+
+
+def controlnet_xl() -> Any:
+    pipeline = stable_diffusion_xl()
+    control = d.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 16))
+    return d.StableDiffusionXLControlNetPipeline(
+        **pipeline.components, controlnet=_awake(control), add_watermarker=False
+    )
+
+
+def controlnet_flux() -> Any:
+    pipeline = flux_dev()
+    control = d.FluxControlNetModel.from_transformer(
+        pipeline.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
+    )
+    return d.FluxControlNetPipeline(**pipeline.components, controlnet=_awake(control))

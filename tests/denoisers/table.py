@@ -73,6 +73,8 @@ ROWS = (
     Row(images.inpainting, "inpainting UNet, 9 channels", images=True),
     Row(images.instruct_pix2pix, "InstructPix2Pix, 8 channels", images=True),
     Row(images.controlnet, "Stable Diffusion with a ControlNet", images=True),
+    Row(images.controlnet_inpaint, "inpainting with a ControlNet", images=True),
+    Row(images.controlnet_xl, "Stable Diffusion XL with a ControlNet", images=True),
     Row(images.stable_diffusion_xl, "Stable Diffusion XL"),
     Row(images.xl_refiner, "Stable Diffusion XL refiner", call={"strength": 1.0}, images=True),
     Row(images.deepfloyd, "DeepFloyd IF, first stage"),
@@ -86,6 +88,7 @@ ROWS = (
     Row(
         images.flux_kontext, "FLUX.1 Kontext", call={**_SQUARE, "max_area": 64 * 64, "_auto_resize": False}, images=True
     ),
+    Row(images.controlnet_flux, "FLUX.1 dev with a ControlNet", call=_SQUARE, images=True),
     Row(images.flux_fill, "FLUX.1 Fill", call=_SQUARE, images=True),
     Row(images.flux2_klein, "FLUX.2 Klein, distilled", call=_SQUARE, guidance=1.0),
     Row(images.flux2_base, "FLUX.2 Klein, base", call=_SQUARE),
@@ -239,6 +242,7 @@ def example_images(folder: Path) -> Path:
         mask = Image.new("L", (64, 64), 0)
         mask.paste(255, (16, 16, 48, 48))
         mask.save(folder / f"{name}.mask.png")
+        mask.convert("RGB").save(folder / f"{name}.control.png")
     return folder
 
 
@@ -279,7 +283,8 @@ def compare(folder: Path, export: Path, row: Row) -> float:
     if row.guidance is not None:
         call["guidance_scale"] = row.guidance
     if row.images:
-        files = {"image": "one.png", "mask_image": "one.mask.png"}
+        control = "one.control.png" if "image" in parameters else "one.png"
+        files = {"image": "one.png", "mask_image": "one.mask.png", "control_image": control}
         call["images"] = {name: str(folder / "images" / file) for name, file in files.items() if name in parameters}
     command = [sys.executable, "-W", "ignore", "-c", _FRESH, str(folder / "model"), str(export), json.dumps(call), ""]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -32,13 +32,6 @@ def test_every_denoiser_class_of_diffusers_has_a_line() -> None:
     assert not VERDICTS.keys() - denoiser_classes()
 
 
-@pytest.mark.parametrize(("name", "reason"), [("controlnet", "control network")])
-def test_a_pipeline_with_another_network_beside_its_denoiser_is_refused(name: str, reason: str, tmp_path: Path) -> None:
-    row = next(row for row in ROWS if row.build.__name__ == name)
-    result = measure(row, tmp_path, is_quick=True)
-    assert reason in (result.refusal or "")
-
-
 def test_guidance_that_a_pipeline_ignores_ends_a_collection_with_its_own_reason(tmp_path: Path) -> None:
     row = next(row for row in ROWS if row.build.__name__ == "flux2_klein")
     result = measure(replace(row, guidance=4.0), tmp_path, is_quick=True)
