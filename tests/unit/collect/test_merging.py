@@ -45,6 +45,7 @@ def write(folder: Path, index: int, condition: dict[str, Tensor], **literals: An
     tokens = next(iter(condition.values())).shape[1]
     recorder = SimpleNamespace(
         branches=1,
+        control_form=lambda: None,
         rows=rows,
         template=template,
         latents=[torch.zeros(rows, 4)] * STEPS,
