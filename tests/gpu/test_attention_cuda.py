@@ -34,15 +34,15 @@ def codes_apart(
     """How far the codes are from those of the reference, which takes a sample at a time."""
     out = (torch.tensor([out_scale], device="cuda"), torch.tensor([(1 << bits) // 2], dtype=torch.int32, device="cuda"))
     with backend("reference"):
-        wanted = torch.cat(
+        expected = torch.cat(
             [attention_quantize(*(x[i : i + 1] for x in qkv), HEADS, scale, *out, bits) for i in range(len(qkv[0]))]
         )
     if name is None:
-        found = attention_quantize(*qkv, HEADS, scale, *out, bits)
+        actual = attention_quantize(*qkv, HEADS, scale, *out, bits)
     else:
         with backend(name):  # type: ignore[arg-type]
-            found = attention_quantize(*qkv, HEADS, scale, *out, bits)
-    return (found.int() - wanted.int()).abs()
+            actual = attention_quantize(*qkv, HEADS, scale, *out, bits)
+    return (actual.int() - expected.int()).abs()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -33,8 +33,8 @@ def operands(
     return [x.to(dtype).transpose(1, 2) for x in (q, pair[:, :, 0], pair[:, :, 1])]
 
 
-def relative_l2(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+def relative_l2(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

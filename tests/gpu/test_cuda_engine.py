@@ -50,11 +50,11 @@ def test_a_recorded_step_is_close_to_exact_integers(network: tuple[nn.Module, Ca
     denoiser, call = network
     exact = ReferenceEngine().compile(denoiser, *call, options())(*call[0], **call[1])[0]
     compiled = CudaEngine().compile(denoiser, *call, options(dtype))
-    found = compiled(*call[0], **call[1])[0]
-    assert found.is_cuda
-    assert relative_l2(found, exact) < BOUNDS[dtype]
-    assert torch.equal(found, compiled(*call[0], **call[1])[0]), "a replay repeats"
-    assert torch.equal(found, compiled.call_eagerly(*call[0], **call[1])[0])  # type: ignore[attr-defined]
+    actual = compiled(*call[0], **call[1])[0]
+    assert actual.is_cuda
+    assert relative_l2(actual, exact) < BOUNDS[dtype]
+    assert torch.equal(actual, compiled(*call[0], **call[1])[0]), "a replay repeats"
+    assert torch.equal(actual, compiled.call_eagerly(*call[0], **call[1])[0])  # type: ignore[attr-defined]
 
 
 def test_every_layer_is_within_its_bound(network: tuple[nn.Module, Call]) -> None:
@@ -75,8 +75,8 @@ def test_a_recorded_step_follows_its_inputs(network: tuple[nn.Module, Call]) -> 
     kept = first.clone()
     others = [(sample, timestep - 300, prompt), (sample, timestep, prompt.flip(1)), (sample[:1], timestep, prompt[:1])]
     for x, t, states in others:
-        found = compiled(x, t, encoder_hidden_states=states).sample
-        assert torch.equal(found, compiled.call_eagerly(x, t, encoder_hidden_states=states).sample)  # type: ignore[attr-defined]
+        actual = compiled(x, t, encoder_hidden_states=states).sample
+        assert torch.equal(actual, compiled.call_eagerly(x, t, encoder_hidden_states=states).sample)  # type: ignore[attr-defined]
     assert torch.equal(first, kept), "a result outlives later calls"
     assert torch.equal(compiled(sample, timestep, encoder_hidden_states=prompt).sample, kept)
 

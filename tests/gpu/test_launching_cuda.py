@@ -37,12 +37,12 @@ def results(device: torch.device) -> list[torch.Tensor]:
     ]
 
 
-def close(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
-    apart = [(f.float() - w.float()).abs().max() for f, w in zip(found, wanted, strict=True)]
+def close(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    apart = [(f.float() - w.float()).abs().max() for f, w in zip(actual, expected, strict=True)]
     return bool(apart[0] == 0 and max(apart[1:]) <= 1)
 
 
-def wanted(device: torch.device) -> list[torch.Tensor]:
+def expected(device: torch.device) -> list[torch.Tensor]:
     with backend("reference"):
         return results(device)
 
@@ -50,15 +50,15 @@ def wanted(device: torch.device) -> list[torch.Tensor]:
 def test_a_thread_that_never_called_cuda_launches() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(results, device).result()
-    assert close(found, wanted(device))
+        actual = pool.submit(results, device).result()
+    assert close(actual, expected(device))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_a_device_that_is_not_the_current_one() -> None:
     device = torch.device("cuda", 1)
     assert torch.cuda.current_device() == 0
-    found = results(device)
+    actual = results(device)
     assert torch.cuda.current_device() == 0
-    assert all(result.device == device for result in found)
-    assert close(found, wanted(device))
+    assert all(result.device == device for result in actual)
+    assert close(actual, expected(device))

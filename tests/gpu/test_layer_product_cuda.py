@@ -56,8 +56,8 @@ def test_a_deployed_denoiser_eager_compiled_and_in_graphs(family: str, bits: str
         return
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     for _ in range(3):  # the third is a graph's replay
-        found = prediction_of(compiled(*args, **kwargs)).clone()
-    assert relative_l2(found, exact) < BOUNDS[torch.float32]
+        actual = prediction_of(compiled(*args, **kwargs)).clone()
+    assert relative_l2(actual, exact) < BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_the_engine_records_a_step_of_every_family(family: str, dtype: torch.dty
     args, kwargs = on_cuda(call)
     exact = prediction_of(ReferenceEngine().compile(denoiser, args, kwargs, options(torch.float32))(*args, **kwargs))
     compiled = CudaEngine().compile(denoiser, args, kwargs, options(dtype))
-    found = prediction_of(compiled(*args, **kwargs))
-    assert relative_l2(found, exact) < BOUNDS[dtype]
-    assert torch.equal(found, prediction_of(compiled(*args, **kwargs))), "a replay repeats"
+    actual = prediction_of(compiled(*args, **kwargs))
+    assert relative_l2(actual, exact) < BOUNDS[dtype]
+    assert torch.equal(actual, prediction_of(compiled(*args, **kwargs))), "a replay repeats"
     assert compiled.profile(*args, **kwargs)

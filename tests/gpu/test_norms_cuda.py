@@ -24,9 +24,9 @@ def quantizers(count: int) -> tuple[Tensor, Tensor]:
     return scales, torch.tensor([128, 3, 255][:count], dtype=torch.int32, device="cuda")
 
 
-def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
+def assert_close(actual: list[Tensor], target: list[Tensor]) -> None:
     """One code apart at most, and seldom: float32 statistics and fast division move few values over a boundary."""
-    for codes, expected in zip(found, wanted, strict=True):
+    for codes, expected in zip(actual, target, strict=True):
         assert codes.stride() == expected.stride()
         difference = (codes.int() - expected.int()).abs()
         assert difference.max() <= 1
@@ -40,8 +40,8 @@ def test_group_norm(size: int, channels: int, dtype: torch.dtype) -> None:
     for silu, count in ((True, 1), (False, 3)):
         arguments = (x, normal(channels), normal(channels), 32, 1e-5, silu, *quantizers(count))
         with backend("reference"):
-            wanted = group_norm_quantize(*arguments)
-        assert_close(group_norm_quantize(*arguments), wanted)
+            target = group_norm_quantize(*arguments)
+        assert_close(group_norm_quantize(*arguments), target)
 
 
 JOINED_SHAPES = [(64, 640, 320), (64, 320, 320), (32, 1280, 640), (32, 640, 320), (16, 1280, 1280), (16, 1280, 640)]
@@ -54,8 +54,8 @@ def test_group_norm_of_two_images(size: int, first: int, second: int, dtype: tor
     for silu, count in ((True, 1), (False, 2)):
         arguments = (normal(first + second), normal(first + second), 32, 1e-5, silu, *quantizers(count), 8)
         with backend("reference"):
-            wanted = group_norm_quantize(torch.cat([x, more], dim=1), *arguments)
-        assert_close(group_norm_quantize(x, *arguments, more), wanted)
+            target = group_norm_quantize(torch.cat([x, more], dim=1), *arguments)
+        assert_close(group_norm_quantize(x, *arguments, more), target)
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -63,11 +63,11 @@ def test_group_norm_of_two_images(size: int, first: int, second: int, dtype: tor
 def test_group_norm_of_float16(size: int, channels: int, silu: bool) -> None:
     x = normal(2, size, size, channels).add_(3).half().permute(0, 3, 1, 2)
     weight, bias = normal(channels), normal(channels)
-    wanted = torch.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5)
-    wanted = torch.nn.functional.silu(wanted) if silu else wanted
-    found = group_norm(x, weight, bias, 32, 1e-5, silu)
-    assert found.stride() == x.stride()
-    assert float((found.double() - wanted).norm() / wanted.norm()) < 1e-3
+    target = torch.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5)
+    target = torch.nn.functional.silu(target) if silu else target
+    actual = group_norm(x, weight, bias, 32, 1e-5, silu)
+    assert actual.stride() == x.stride()
+    assert float((actual.double() - target).norm() / target.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,8 +75,8 @@ def test_group_norm_of_float16(size: int, channels: int, silu: bool) -> None:
 def test_layer_norm(rows: int, channels: int, dtype: torch.dtype) -> None:
     arguments = (normal(rows, channels).to(dtype), normal(channels), normal(channels), 1e-5, *quantizers(3))
     with backend("reference"):
-        wanted = layer_norm_quantize(*arguments)
-    assert_close(layer_norm_quantize(*arguments), wanted)
+        target = layer_norm_quantize(*arguments)
+    assert_close(layer_norm_quantize(*arguments), target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,8 +86,8 @@ def test_quantize_is_exact(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (normal(*shape) * 8).to(dtype).permute(0, 3, 1, 2)
     for view in (x, x[:, 8:24], x.contiguous()):
         with backend("reference"):
-            wanted, wanted_silu = quantize(view, scale, zero_point), silu_quantize(view, scale, zero_point)
-        assert torch.equal(quantize(view, scale, zero_point), wanted)
+            target, wanted_silu = quantize(view, scale, zero_point), silu_quantize(view, scale, zero_point)
+        assert torch.equal(quantize(view, scale, zero_point), target)
         assert_close([silu_quantize(view, scale, zero_point)], [wanted_silu])
 
 

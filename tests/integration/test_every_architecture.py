@@ -78,8 +78,8 @@ def test_an_architecture_goes_through_the_chain_and_round_trips(
     ours = loading.load_model(folder, CPU, torch.float32, model.entry)
     assert type(ours.denoiser) is type(model.denoiser)
     arguments = arguments_of(ours)
-    found = fresh_interpreter.ask(folder=folder, again=str(tmp_path / "again"), arguments=arguments)
-    require_round_trip(found, ours, arguments)
+    actual = fresh_interpreter.ask(folder=folder, again=str(tmp_path / "again"), arguments=arguments)
+    require_round_trip(actual, ours, arguments)
 
 
 # Attention whose products stay in floating point: how many blocks, and the processor that is the reason.
@@ -122,14 +122,15 @@ def arguments_of(model: LoadedModel) -> dict[str, Any]:
     return arguments
 
 
-def require_round_trip(found: dict[str, Any], ours: LoadedModel, arguments: dict[str, Any]) -> None:
+def require_round_trip(actual: dict[str, Any], ours: LoadedModel, arguments: dict[str, Any]) -> None:
     """A fresh interpreter drew our image, drew it again from what it had saved, and a cast left the scales alone."""
-    assert found["classes"] == [type(part).__name__ for part in (ours.pipeline, ours.denoiser, ours.pipeline.scheduler)]
-    assert found["layers"] == len(quantized_layers(ours.denoiser)) > 10
-    assert found["images"] == [image_digest(ours.pipeline, arguments)] * 2
-    assert found["scales"] > found["layers"]
-    assert found["scales_kept"]
-    assert (found["scale_dtypes"], found["dtypes"]) == (["torch.float32"], ["torch.bfloat16"])
+    parts = (ours.pipeline, ours.denoiser, ours.pipeline.scheduler)
+    assert actual["classes"] == [type(part).__name__ for part in parts]
+    assert actual["layers"] == len(quantized_layers(ours.denoiser)) > 10
+    assert actual["images"] == [image_digest(ours.pipeline, arguments)] * 2
+    assert actual["scales"] > actual["layers"]
+    assert actual["scales_kept"]
+    assert (actual["scale_dtypes"], actual["dtypes"]) == (["torch.float32"], ["torch.bfloat16"])
 
 
 def test_guidance_that_is_embedded_is_part_of_the_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

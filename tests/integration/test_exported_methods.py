@@ -122,32 +122,32 @@ def test_a_denoiser_is_moved_away(pipeline: Any) -> None:
     "kind", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
 )
 def test_a_denoiser_is_offloaded_in_groups(pipeline: Any, kind: dict[str, Any]) -> None:
-    wanted = predict(pipeline.unet)
+    expected = predict(pipeline.unet)
     pipeline.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, **kind)
-    assert torch.equal(predict(pipeline.unet), wanted)
+    assert torch.equal(predict(pipeline.unet), expected)
 
 
 @pytest.mark.parametrize("offload_buffers", [False, True])
 def test_a_denoiser_is_offloaded_tensor_by_tensor(pipeline: Any, offload_buffers: bool) -> None:
     """What `enable_sequential_cpu_offload` does; codes and scales are buffers."""
-    wanted = predict(pipeline.unet)
+    expected = predict(pipeline.unet)
     accelerate.cpu_offload(pipeline.unet, execution_device=CPU, offload_buffers=offload_buffers)
     for _ in range(2):
         assert {parameter.device.type for parameter in pipeline.unet.parameters()} == {"meta"}
         if offload_buffers:
             assert {buffer.device.type for buffer in pipeline.unet.buffers()} == {"meta"}
-        assert torch.equal(predict(pipeline.unet), wanted)
+        assert torch.equal(predict(pipeline.unet), expected)
     layers = quantized_layers(pipeline.unet).values()
     assert all(layer._weight is None for layer in layers), "a float copy of the weight would stay where it was used"
     accelerate.hooks.remove_hook_from_submodules(pipeline.unet)
-    assert torch.equal(predict(pipeline.unet), wanted)
+    assert torch.equal(predict(pipeline.unet), expected)
 
 
 def test_a_whole_pipeline_is_offloaded_with_its_buffers(pipeline: Any) -> None:
-    wanted = draw(pipeline)
+    expected = draw(pipeline)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         accelerate.cpu_offload(part, execution_device=CPU, offload_buffers=True)
-    assert torch.equal(draw(pipeline), wanted)
+    assert torch.equal(draw(pipeline), expected)
 
 
 def test_a_fusion_of_projections_is_refused_and_changes_nothing(pipeline: Any) -> None:
@@ -187,22 +187,22 @@ def test_another_processor_is_refused_where_attention_is_quantized(pipeline: Any
 
 def test_another_processor_is_taken_where_attention_is_not(tiny_sd: Path) -> None:
     unet = load_model(str(tiny_sd), CPU, torch.float32).denoiser
-    wanted = predict(unet)
+    expected = predict(unet)
     bind_methods(unet)
     unet.set_attention_slice("max")  # type: ignore[operator]
-    torch.testing.assert_close(predict(unet), wanted)
+    torch.testing.assert_close(predict(unet), expected)
     unet.set_attn_processor(AttnProcessor())  # type: ignore[operator]
-    torch.testing.assert_close(predict(unet), wanted)
+    torch.testing.assert_close(predict(unet), expected)
 
 
 def test_projections_that_are_not_quantized_are_fused(tiny_sd: Path) -> None:
     unet = load_model(str(tiny_sd), CPU, torch.float32).denoiser
-    wanted = predict(unet)
+    expected = predict(unet)
     bind_methods(unet)
     unet.fuse_qkv_projections()  # type: ignore[operator]
-    torch.testing.assert_close(predict(unet), wanted)
+    torch.testing.assert_close(predict(unet), expected)
     unet.unfuse_qkv_projections()  # type: ignore[operator]
-    torch.testing.assert_close(predict(unet), wanted)
+    torch.testing.assert_close(predict(unet), expected)
 
 
 def test_a_denoiser_is_one_graph_for_torch_compile(pipeline: Any) -> None:

@@ -96,8 +96,8 @@ def _latents(pipeline: Any) -> torch.Tensor:
 def _images(pipeline: Any) -> list[Any]:
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    found = pipeline(PROMPTS, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators)
-    return list(found.images)
+    actual = pipeline(PROMPTS, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators)
+    return list(actual.images)
 
 
 def _reconstructed(run: RunFolder) -> Any:
@@ -126,7 +126,7 @@ def _is_installed() -> bool:
 # Installed, the package is found through its entry point, without an import.
 @pytest.mark.parametrize("imports", ["" if _is_installed() else "import edadm_cli", "import diffusers, edadm_cli"])
 def test_a_fresh_interpreter_loads_it_with_plain_diffusers(run: RunFolder, imports: str, tmp_path: Path) -> None:
-    found = subprocess.run(
+    actual = subprocess.run(
         [sys.executable, "-c", SAMPLING.format(imports=imports), run.path("export", "w4a8"), tmp_path / "latents.pt"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
@@ -134,10 +134,10 @@ def test_a_fresh_interpreter_loads_it_with_plain_diffusers(run: RunFolder, impor
         text=True,
         check=False,
     )
-    assert found.returncode == 0, found.stderr
-    assert found.stderr.count("edadm_cli.load(folder)") == 1, "where the fast way is, once"
+    assert actual.returncode == 0, actual.stderr
+    assert actual.stderr.count("edadm_cli.load(folder)") == 1, "where the fast way is, once"
     reconstructed = _reconstructed(run)
-    assert found.stdout.split() == [str(len(quantized_layers(reconstructed.denoiser))), "True"]
+    assert actual.stdout.split() == [str(len(quantized_layers(reconstructed.denoiser))), "True"]
     latents = torch.load(tmp_path / "latents.pt", weights_only=True)
     if torch.get_num_threads() == 1 or os.environ.get("OMP_NUM_THREADS") == "1":
         assert torch.equal(latents, _latents(reconstructed.pipeline))
@@ -158,10 +158,10 @@ def test_scales_stay_float32_in_narrow_arithmetic(run: RunFolder, dtype: torch.d
     generator = torch.Generator().manual_seed(0)
     inputs = (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([7, 7]), torch.randn(2, 8, 16))
     with torch.no_grad():
-        found = narrow(inputs[0].to(dtype), inputs[1], inputs[2].to(dtype)).sample
-        wanted = exact(*inputs).sample
-    assert found.dtype == dtype
-    assert float((found.float() - wanted).norm() / wanted.norm()) < 0.2
+        actual = narrow(inputs[0].to(dtype), inputs[1], inputs[2].to(dtype)).sample
+        expected = exact(*inputs).sample
+    assert actual.dtype == dtype
+    assert float((actual.float() - expected).norm() / expected.norm()) < 0.2
 
 
 def test_a_loaded_pipeline_is_saved_and_loaded_again(run: RunFolder, tmp_path: Path) -> None:
@@ -274,8 +274,8 @@ def test_registering_is_light_and_waits_for_diffusers() -> None:
         " sum(type(finder).__name__ == '_Watch' for finder in sys.meta_path))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["3", "False", "False", "True", "True", "0"]
+    actual = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert actual.stdout.split() == ["3", "False", "False", "True", "True", "0"]
 
 
 @pytest.fixture

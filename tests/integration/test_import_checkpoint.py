@@ -178,7 +178,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("change", "reference"),
     [
         (lambda s: s.pop(f"{UNET}middle_block.1.qkv.weight"), ("lacks", "middle_block.1.qkv.weight")),
         (lambda s: s.pop(f"{STAGE}decoder.up.1.block.0.conv1.bias"), ("lacks", "decoder.up.1.block.0.conv1.bias")),
@@ -189,12 +189,12 @@ def refusal(path: Path) -> str:
     ],
 )
 def test_keys_that_do_not_fit_are_named(
-    tmp_path: Path, change: Callable[[State], Any], wanted: tuple[str, str]
+    tmp_path: Path, change: Callable[[State], Any], reference: tuple[str, str]
 ) -> None:
     _, state = build(tmp_path, "ldm-bedroom")
     change(state)
     message = refusal(write_state(tmp_path / "model.ckpt", state))
-    assert all(part in message for part in wanted)
+    assert all(part in message for part in reference)
 
 
 def test_a_scale_that_was_measured_is_not_made_up(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_without_a_configuration_only_known_checkpoints_are_read(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("change", "reference"),
     [
         (lambda p: p.update(first_stage_config={"target": "os.system", "params": {"ddconfig": {}}}), "no 'ch_mult'"),
         (lambda p: p["first_stage_config"].update(target="os.system"), "first stage system"),
@@ -226,13 +226,13 @@ def test_without_a_configuration_only_known_checkpoints_are_read(tmp_path: Path)
     ],
 )
 def test_configurations_of_something_else_are_refused(
-    tmp_path: Path, change: Callable[[dict[str, Any]], Any], wanted: str
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], reference: str
 ) -> None:
     _, state = build(tmp_path, "ldm-bedroom")
     config = tiny("ldm-bedroom")
     change(config["model"]["params"])
     write_config(tmp_path, config)
-    assert wanted in refusal(write_state(tmp_path / "model.ckpt", state))
+    assert reference in refusal(write_state(tmp_path / "model.ckpt", state))
 
 
 def test_code_in_a_configuration_does_not_run(tmp_path: Path) -> None:

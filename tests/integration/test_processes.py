@@ -100,10 +100,10 @@ def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, t
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     assert json.loads(out)["status"] == "done", "one line, of the main process"
-    found = RunFolder(tmp_path / "two").open("collect")
-    assert payload(found) == payload(alone.open("collect"))
-    assert found.identity == alone.open("collect").identity
-    assert found.manifest.environment["processes"] == 2
+    actual = RunFolder(tmp_path / "two").open("collect")
+    assert payload(actual) == payload(alone.open("collect"))
+    assert actual.identity == alone.open("collect").identity
+    assert actual.manifest.environment["processes"] == 2
     assert err.strip() == ""
 
 
@@ -201,8 +201,8 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, t
         RunFolder(tmp_path / "run"),
     )
     assert again.status == "done"
-    found = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "collect").glob("latents-*")}
-    assert {name: found[name] for name in kept} == kept, "what was there is not sampled again"
+    actual = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "collect").glob("latents-*")}
+    assert {name: actual[name] for name in kept} == kept, "what was there is not sampled again"
 
 
 def test_a_failure_of_one_process_is_told_once(tiny_sd: Path, tmp_path: Path) -> None:

@@ -76,13 +76,13 @@ def test_every_recipe_runs_and_exports(
 
 def test_weights_that_stay_on_disk_give_the_same_reconstruction(tiny_ddpm: Path, fresh_run: FreshRun) -> None:
     """But for the last bits of sums: torch adds up mapped and allocated weights in another order."""
-    found = []
+    actual = []
     for weights in ("memory", "disk"):
         run = fresh_run(tiny_ddpm)
         record = reconstruct.run(config_of(weights=weights, units=("mid_block.*",)), run)
         assert record.loss.last is not None
-        found.append((record, run.open("reconstruct", "w4a8").tensors("quant_params.safetensors")))
-    (memory, codes), (disk, same_codes) = found
+        actual.append((record, run.open("reconstruct", "w4a8").tensors("quant_params.safetensors")))
+    (memory, codes), (disk, same_codes) = actual
     assert memory.identity == disk.identity
     assert disk.loss.last == pytest.approx(memory.loss.last, rel=1e-2)
     assert codes.keys() == same_codes.keys()
@@ -221,9 +221,9 @@ def test_activations_that_are_not_finite_are_refused(
     run, load = fresh_run(tiny_ddpm), CalibrationSet.load.__func__  # type: ignore[attr-defined]
 
     def broken(cls: type, artifact: Artifact) -> CalibrationSet:
-        found: CalibrationSet = load(cls, artifact)
-        found.sample[-1] = float("nan")
-        return found
+        actual: CalibrationSet = load(cls, artifact)
+        actual.sample[-1] = float("nan")
+        return actual
 
     monkeypatch.setattr(CalibrationSet, "load", classmethod(broken))
     with pytest.raises(InputError, match=r"input of '[\w.]+'.*not finite") as caught:

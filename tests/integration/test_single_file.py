@@ -124,12 +124,12 @@ NUM_TENSORS = {"sd15": (686, 248), "sd21": (686, 248), "sdxl": (1680, 248)}
 @pytest.mark.parametrize("name", sorted(NUM_TENSORS))
 def test_full_size_names_are_as_many_as_in_the_published_checkpoints(name: str) -> None:
     architecture = load_architecture(name)
-    found = []
+    actual = []
     for part, places in (("unet", denoiser_places), ("vae", autoencoder_places)):
         module = empty_module(architecture, part)
         place = places(module)
-        found.append(len({place(key).key for key, _ in module.named_parameters()}))
-    assert tuple(found) == NUM_TENSORS[name]
+        actual.append(len({place(key).key for key, _ in module.named_parameters()}))
+    assert tuple(actual) == NUM_TENSORS[name]
 
 
 @pytest.mark.parametrize(

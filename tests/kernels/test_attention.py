@@ -43,33 +43,33 @@ def operands(samples: int, queries: int, keys: int, width: int, dtype: torch.dty
 def test_kernel_agrees_with_the_reference(samples: int, queries: int, keys: int, heads: int, width: int) -> None:
     q, k, v = operands(samples, queries, keys, heads * width)
     arguments = (q, k, v, heads, 1 / math.sqrt(width), SCALE, ZERO_POINT, 8)
-    found = attention_quantize(*arguments)
+    actual = attention_quantize(*arguments)
     with backend("reference"):
-        wanted = attention_quantize(*arguments)
-    assert found.shape == q.shape
-    assert found.is_contiguous()
-    apart = (found.int() - wanted.int()).abs()
+        expected = attention_quantize(*arguments)
+    assert actual.shape == q.shape
+    assert actual.is_contiguous()
+    apart = (actual.int() - expected.int()).abs()
     # weights of the values are rounded to float16, so a result may cross the edge between two codes
     assert apart.max() <= 1
     assert apart.float().mean() < 0.01
-    assert wanted.unique().numel() > 10
+    assert expected.unique().numel() > 10
 
 
 def test_codes_are_those_of_torchs_attention() -> None:
     q, k, v = operands(2, 12, 9, 32, torch.float32)
     split = [x.unflatten(-1, (4, 8)).transpose(1, 2) for x in (q, k, v)]
     attended = scaled_dot_product_attention(split[0], split[1], split[2], scale=0.3).transpose(1, 2).flatten(2)
-    wanted = reference.quantize(attended, SCALE, ZERO_POINT)
-    found = attention_quantize(q, k, v, 4, 0.3, SCALE, ZERO_POINT)
-    assert (found.int() - wanted.int()).abs().max() <= 1
+    expected = reference.quantize(attended, SCALE, ZERO_POINT)
+    actual = attention_quantize(q, k, v, 4, 0.3, SCALE, ZERO_POINT)
+    assert (actual.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_fewer_bits(bits: int) -> None:
     q, k, v = operands(1, 8, 8, 16)
     zero_point = torch.tensor([1 << (bits - 1)], dtype=torch.int32)
-    found = attention_quantize(q, k, v, 1, 0.25, torch.tensor([0.3]), zero_point, bits) + 128
-    assert found.to(torch.uint8).max() < 1 << bits
+    actual = attention_quantize(q, k, v, 1, 0.25, torch.tensor([0.3]), zero_point, bits) + 128
+    assert actual.to(torch.uint8).max() < 1 << bits
 
 
 def test_wrong_operands_are_named() -> None:

@@ -131,7 +131,7 @@ STREAM = dataclasses.replace(PRODUCT, has_dot=False, mma="", loop_mma=0, tile_ro
     ],
 )
 def test_rejections(code: MachineCode, reason: str) -> None:
-    assert [found for found in violations(code) if found.startswith(reason)]
+    assert [actual for actual in violations(code) if actual.startswith(reason)]
 
 
 def test_sound_code_passes() -> None:
@@ -213,8 +213,8 @@ def test_the_command_writes_what_it_judges(tmp_path: Path) -> None:
     finished = run_codegen("--arch", "86", "90", "--only", *patterns, "--out", str(tmp_path), "--processes", "1")
     assert finished.returncode == 0, finished.stderr
     kernels = json.loads((tmp_path / "codegen.json").read_text())["kernels"]
-    wanted = {pair for pair in SURVEYED if pair[1] in (86, 90) and pair[0] in ("pointwise", "norm", "hopper")}
-    assert {(kernel["module"], kernel["arch"]) for kernel in kernels} == wanted
+    expected = {pair for pair in SURVEYED if pair[1] in (86, 90) and pair[0] in ("pointwise", "norm", "hopper")}
+    assert {(kernel["module"], kernel["arch"]) for kernel in kernels} == expected
     for kernel in kernels:
         stem = f"{kernel['module']}-{kernel['name']}-sm_{kernel['arch']}"
         assert kernel["name"] in finished.stdout
@@ -229,13 +229,13 @@ def with_addresses(labelled: str) -> str:
     addresses: dict[str, str] = {}
     waiting: list[str] = []
     for line in labelled.splitlines():
-        if found := re.match(r"(\.L_\w+):|\s*/\*([0-9a-f]+)\*/", line):
-            label, address = found.groups()
+        if actual := re.match(r"(\.L_\w+):|\s*/\*([0-9a-f]+)\*/", line):
+            label, address = actual.groups()
             waiting += [label] if label else []
             if address:
                 addresses |= dict.fromkeys(waiting, f"0x{address}")
                 waiting = []
-    return re.sub(r"`\((\.L_\w+)\)", lambda found: addresses[found.group(1)], labelled)
+    return re.sub(r"`\((\.L_\w+)\)", lambda actual: addresses[actual.group(1)], labelled)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

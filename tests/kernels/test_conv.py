@@ -102,10 +102,10 @@ def test_conv_of_any_size(
     assume(height * width * grown**2 / stride**2 <= 80)
     geometry = Geometry(stride, kernel, kernel, padding, upsample)
     layer = Layer(height, width, channels, 3, geometry, zero_point=zero_point)
-    found = conv2d(*layer.everything(), **layer.options)
-    wanted = reference.conv2d(*layer.everything(), **layer.options)
-    assert torch.equal(found, wanted)
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    actual = conv2d(*layer.everything(), **layer.options)
+    expected = reference.conv2d(*layer.everything(), **layer.options)
+    assert torch.equal(actual, expected)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("taps_inner", [False, True])
@@ -113,8 +113,8 @@ def test_conv_of_any_size(
 @pytest.mark.parametrize("stride", [1, 2])
 def test_sums_are_exact(taps_inner: bool, split_k: int, stride: int) -> None:
     layer = Layer(5, 6, 70, 35, Geometry(stride, 3, 3, SAME))
-    found = layer.sums(Tile(**SMALL, split_k=split_k, taps_inner=taps_inner))
-    assert torch.equal(found.double(), accumulate_conv2d(layer.x, layer.weight, stride, SAME, False))
+    actual = layer.sums(Tile(**SMALL, split_k=split_k, taps_inner=taps_inner))
+    assert torch.equal(actual.double(), accumulate_conv2d(layer.x, layer.weight, stride, SAME, False))
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -122,8 +122,8 @@ def test_sums_are_exact(taps_inner: bool, split_k: int, stride: int) -> None:
 def test_sums_of_packed_weights_are_exact(kernel: int, upsample: bool) -> None:
     padding = SAME if kernel == 3 else NONE
     layer = Layer(3, 4, 64, 35, Geometry(1, kernel, kernel, padding, upsample), packed=True)
-    found = layer.sums(Tile(**SMALL, split_k=2))
-    assert torch.equal(found.double(), accumulate_conv2d(layer.x, layer.weight, 1, padding, upsample))
+    actual = layer.sums(Tile(**SMALL, split_k=2))
+    assert torch.equal(actual.double(), accumulate_conv2d(layer.x, layer.weight, 1, padding, upsample))
 
 
 @pytest.mark.parametrize("taps_inner", [False, True])
@@ -149,12 +149,12 @@ def test_packed_conv_equals_the_reference(geometry: Geometry, zero_point: int) -
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_element_types(out_dtype: torch.dtype) -> None:
     layer = Layer(4, 4)
-    found = conv2d(*layer.everything(), **layer.options, out_dtype=out_dtype)
-    wanted = reference.conv2d(*layer.everything(), **layer.options, out_dtype=out_dtype)
-    assert found.dtype == out_dtype
+    actual = conv2d(*layer.everything(), **layer.options, out_dtype=out_dtype)
+    expected = reference.conv2d(*layer.everything(), **layer.options, out_dtype=out_dtype)
+    assert actual.dtype == out_dtype
     # the interpreter truncates to bfloat16
     bound = 2**-7 if out_dtype == torch.bfloat16 else 0
-    torch.testing.assert_close(found.float(), wanted.float(), rtol=bound, atol=0)
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=bound, atol=0)
 
 
 @pytest.mark.parametrize("x_code", [-128, 127])
@@ -163,10 +163,10 @@ def test_saturated_inputs(x_code: int) -> None:
     layer.x.fill_(x_code)
     layer.weight.fill_(-128)
     layer.correction = conv_border_table(layer.weight, 255, SAME)
-    found = conv2d(*layer.vectors(), **layer.options, out_dtype=torch.float32)
+    actual = conv2d(*layer.vectors(), **layer.options, out_dtype=torch.float32)
     taps = torch.tensor([[4, 6, 4], [6, 9, 6], [4, 6, 4]])
     exact = (taps * 64 * -128 * (x_code + 128 - 255)).float()
-    assert torch.equal(found[1, 2], exact * layer.scale[2])
+    assert torch.equal(actual[1, 2], exact * layer.scale[2])
 
 
 @pytest.mark.parametrize(

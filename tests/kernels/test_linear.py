@@ -46,14 +46,14 @@ class Layer:
         return kept[0]
 
 
-def assert_equal(found: Tensor, wanted: Tensor) -> None:
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
     """Equal, but for bfloat16: the interpreter truncates to it, so one unit (2^-7 of the value) may be missing."""
-    assert found.dtype == wanted.dtype
-    assert found.stride() == wanted.stride()
-    if found.dtype == torch.bfloat16:
-        torch.testing.assert_close(found.float(), wanted.float(), rtol=2**-7, atol=0)
+    assert actual.dtype == expected.dtype
+    assert actual.stride() == expected.stride()
+    if actual.dtype == torch.bfloat16:
+        torch.testing.assert_close(actual.float(), expected.float(), rtol=2**-7, atol=0)
     else:
-        assert torch.equal(found, wanted)
+        assert torch.equal(actual, expected)
 
 
 @settings(max_examples=12, deadline=None)
@@ -125,11 +125,11 @@ def test_geglu_is_within_one_code(packed: bool, out_scale: float, out_zero_point
     layer = Layer(21, 44, 128, packed=packed)
     quantizer = (torch.tensor(out_scale), torch.tensor(out_zero_point, dtype=torch.int32), num_bits)
     arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias, *quantizer)
-    found, wanted = linear_geglu(*arguments), reference.linear_geglu(*arguments)
-    assert found.dtype == torch.int8
-    assert wanted.unique().numel() > 2
-    assert (found.int() - wanted.int()).abs().max() <= 1
-    assert (found != wanted).float().mean() < 0.01
+    actual, expected = linear_geglu(*arguments), reference.linear_geglu(*arguments)
+    assert actual.dtype == torch.int8
+    assert expected.unique().numel() > 2
+    assert (actual.int() - expected.int()).abs().max() <= 1
+    assert (actual != expected).float().mean() < 0.01
 
 
 def test_nothing_in_nothing_out() -> None:

@@ -43,10 +43,10 @@ def quantizers(count: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(SCALES[:count]), torch.tensor(ZERO_POINTS[:count], dtype=torch.int32)
 
 
-def assert_close(found: list[Tensor], wanted: list[Tensor], mismatches: float = 1.0) -> None:
+def assert_close(actual: list[Tensor], target: list[Tensor], mismatches: float = 1.0) -> None:
     """One code apart at most: float32 errs by under 2^-20 |mean| / sqrt(var + eps) |weight|, a tenth of a code."""
-    assert len(found) == len(wanted)
-    for codes, expected in zip(found, wanted, strict=True):
+    assert len(actual) == len(target)
+    for codes, expected in zip(actual, target, strict=True):
         assert codes.ndim < 4 or codes.is_contiguous(memory_format=torch.channels_last)
         difference = (codes.int() - expected.int()).abs()
         assert difference.max() <= 1
@@ -148,9 +148,9 @@ def test_two_images_are_one_whose_channels_follow() -> None:
     x, more = (state((2, 6, 5, c), "normal", torch.float16, seed=c).permute(0, 3, 1, 2) for c in (24, 16))
     arguments = (*affine(40, seed=1), 4, 1e-5, True, *quantizers(2), 8)
     joined = torch.cat([x, more], dim=1).contiguous(memory_format=torch.channels_last)
-    found, wanted = group_norm_quantize(x, *arguments, more), group_norm_quantize(joined, *arguments)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert all(codes.is_contiguous(memory_format=torch.channels_last) for codes in found)
+    actual, target = group_norm_quantize(x, *arguments, more), group_norm_quantize(joined, *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(actual, target, strict=True))
+    assert all(codes.is_contiguous(memory_format=torch.channels_last) for codes in actual)
     for other, message in (
         (more.float(), "more channels of the same images are expected"),
         (more[:, :, :5].contiguous(memory_format=torch.channels_last), "more channels of the same images are expected"),
@@ -171,10 +171,10 @@ def test_tensors_of_two_devices_are_refused(misplaced: int) -> None:
 
 
 def test_codes_keep_to_their_bits() -> None:
-    found, wanted = group_norm_codes((1, 16, 9, 9), 4, num_bits=4)
-    assert_close(found, wanted, mismatches=0.005)
-    assert found[0].min() >= -128
-    assert found[0].max() <= 15 - 128
+    actual, target = group_norm_codes((1, 16, 9, 9), 4, num_bits=4)
+    assert_close(actual, target, mismatches=0.005)
+    assert actual[0].min() >= -128
+    assert actual[0].max() <= 15 - 128
 
 
 @settings(max_examples=40, deadline=None)
@@ -215,11 +215,11 @@ def test_group_norm_of_floats_keeps_the_layout(shape: tuple[int, ...], silu: boo
     x = state(shape, "normal", torch.float32, seed=4).contiguous(memory_format=torch.channels_last)
     weight, bias = affine(shape[1], seed=4)
     y = torch.nn.functional.group_norm(x.double(), 2, weight.double(), bias.double(), 1e-5)
-    wanted = torch.nn.functional.silu(y) if silu else y
-    found = group_norm(x, weight, bias, 2, 1e-5, silu)
-    assert found.stride() == x.stride()
-    assert found.data_ptr() != x.data_ptr()
-    assert torch.allclose(found.double(), wanted, atol=1e-5)
+    target = torch.nn.functional.silu(y) if silu else y
+    actual = group_norm(x, weight, bias, 2, 1e-5, silu)
+    assert actual.stride() == x.stride()
+    assert actual.data_ptr() != x.data_ptr()
+    assert torch.allclose(actual.double(), target, atol=1e-5)
 
 
 @pytest.mark.parametrize(

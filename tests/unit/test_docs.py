@@ -100,6 +100,6 @@ def test_files_and_symbols_of_the_method_exist() -> None:
         module, *path = name.split(".")
         body: list[ast.stmt] = ast.parse(sources[module].read_text(encoding="utf-8")).body
         for part in path:
-            found = [node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == part]
-            assert found, name
-            body = found[0].body
+            actual = [node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == part]
+            assert actual, name
+            body = actual[0].body

@@ -57,13 +57,13 @@ def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize(("variables", "wanted"), LAUNCHES.values(), ids=LAUNCHES.keys())
+@pytest.mark.parametrize(("variables", "expected"), LAUNCHES.values(), ids=LAUNCHES.keys())
 def test_the_innermost_launcher_counts(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], wanted: Launch
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Launch
 ) -> None:
     set_all(monkeypatch, variables)
-    assert launched() == wanted
-    if wanted.count == 1:
+    assert launched() == expected
+    if expected.count == 1:
         assert join("cpu") is ALONE
 
 
@@ -131,5 +131,5 @@ def test_processes_that_are_told_where_to_meet_do(names: tuple[str, str, str]) -
     ]
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
-    found = [json.loads(out) for out, _ in outputs]
-    assert found == [[0, 2, 3.0, "of the main one"], [1, 2, 3.0, "of the main one"]]
+    actual = [json.loads(out) for out, _ in outputs]
+    assert actual == [[0, 2, 3.0, "of the main one"], [1, 2, 3.0, "of the main one"]]

@@ -101,21 +101,21 @@ def test_a_later_field_changes_the_identity_only_where_it_changes_what_is_done()
 def test_what_paper_leaves_to_the_model_is_the_published_number(bits: str, rates: tuple[float, float]) -> None:
     learn = load_recipe("paper").learn
     assert learn.iterations is None
-    found = resolve(learn, known_models()["ddpm-cifar10"].paper, BitWidth.parse(bits))
-    assert (found.iterations, found.batch_size, found.layer_loss_weight) == (5000, 32, 0.8)
-    assert (found.weight_learning_rate, found.activation_learning_rate) == rates
-    assert not found.relative_scale_steps
+    actual = resolve(learn, known_models()["ddpm-cifar10"].paper, BitWidth.parse(bits))
+    assert (actual.iterations, actual.batch_size, actual.layer_loss_weight) == (5000, 32, 0.8)
+    assert (actual.weight_learning_rate, actual.activation_learning_rate) == rates
+    assert not actual.relative_scale_steps
 
 
 def test_a_number_that_is_given_is_not_left_to_the_model() -> None:
     learn = LearnRecipe(iterations=7, weight_learning_rate=0.25, batch_size=None)
-    found = resolve(learn, known_models()["ddpm-cifar10"].paper, BitWidth.parse("w4a8"))
-    assert (found.iterations, found.weight_learning_rate, found.batch_size) == (7, 0.25, 32)
+    actual = resolve(learn, known_models()["ddpm-cifar10"].paper, BitWidth.parse("w4a8"))
+    assert (actual.iterations, actual.weight_learning_rate, actual.batch_size) == (7, 0.25, 32)
 
 
 def test_a_model_without_published_numbers_has_some_all_the_same() -> None:
-    found = resolve(load_recipe("paper").learn, None, BitWidth.parse("w4a8"))
-    assert found.iterations > 0
+    actual = resolve(load_recipe("paper").learn, None, BitWidth.parse("w4a8"))
+    assert actual.iterations > 0
 
 
 def test_the_word_model_in_a_users_recipe_leaves_a_number_open(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def test_what_is_there_is_not_sampled_again(pixel_run: RunFolder, monkeypatch: p
 def test_a_plan_finds_what_a_run_would_find(pixel_run: RunFolder) -> None:
     assert stage.finished(_config(), pixel_run) is None
     record = stage.run(_config(), pixel_run)
-    found = stage.finished(_config(num_images=2), pixel_run)
-    assert found is not None
-    assert (str(found.path), found.identity) == (record.artifact, record.identity)
+    actual = stage.finished(_config(num_images=2), pixel_run)
+    assert actual is not None
+    assert (str(actual.path), actual.identity) == (record.artifact, record.identity)
     assert stage.finished(_config(num_images=4), pixel_run) is None
     with pytest.raises(InputError, match="another image"):
         stage.finished(_config(num_steps=3), pixel_run)

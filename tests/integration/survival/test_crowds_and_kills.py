@@ -122,9 +122,9 @@ def test_a_killed_build_resumes_and_ends_with_the_same_bytes(tmp_path: Path) -> 
         assert not RunFolder(killed).has("collect")
     _write(killed)
     expected = hashes(whole / "collect")
-    found = hashes(killed / "collect")
-    del expected["manifest.json"], found["manifest.json"]  # they tell the time
-    assert found == expected
+    actual = hashes(killed / "collect")
+    del expected["manifest.json"], actual["manifest.json"]  # they tell the time
+    assert actual == expected
     assert RunFolder(killed).open("collect").identity == RunFolder(whole).open("collect").identity
     assert [path.name for path in killed.iterdir() if "partial" in path.name] == []
 

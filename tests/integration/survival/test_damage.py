@@ -38,9 +38,9 @@ def test_a_damaged_parent_is_refused_and_mended_by_force(
         assert "--force" in error
     assert hashes(run) == broken, "a refusal changes nothing"
     assert main([*collect, "--force", "-q"]) == 0
-    found = hashes(run / "collect")
-    del expected["manifest.json"], found["manifest.json"]
-    assert found == expected
+    actual = hashes(run / "collect")
+    del expected["manifest.json"], actual["manifest.json"]
+    assert actual == expected
     assert main(["select", "--run", str(run), "-q"]) == 0
 
 

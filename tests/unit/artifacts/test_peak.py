@@ -70,6 +70,6 @@ def test_the_record_and_the_manifest_say_it(tmp_path: Path) -> None:
         artifact = build.commit()
     keys = shared_keys(run.root, artifact, up_to_date=False, started=0.0, warnings=())
     assert set(keys) >= KEYS
-    for found in (keys, artifact.manifest.environment):
-        assert found["peak_memory_mib"] > 64
-        assert torch.cuda.is_initialized() or found["peak_cuda_memory_mib"] is None
+    for actual in (keys, artifact.manifest.environment):
+        assert actual["peak_memory_mib"] > 64
+        assert torch.cuda.is_initialized() or actual["peak_cuda_memory_mib"] is None

@@ -312,7 +312,7 @@ def test_the_run_of_an_artifact_is_known_however_its_path_is_typed(
 ) -> None:
     folder = _chain(run).path
     monkeypatch.chdir({"reconstruct/w4a8": run.root, "w4a8": folder.parent}.get(typed, folder))
-    found, kind, name = run_of_artifact(Path(typed))
-    assert found is not None
-    assert (found.root.resolve(), kind, name) == (run.root.resolve(), "reconstruct", "w4a8")
+    actual, kind, name = run_of_artifact(Path(typed))
+    assert actual is not None
+    assert (actual.root.resolve(), kind, name) == (run.root.resolve(), "reconstruct", "w4a8")
     assert [entry.kind for entry in inspect_artifact(Path(typed))] == ["reconstruct", "select", "collect"]

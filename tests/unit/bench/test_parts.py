@@ -129,9 +129,9 @@ def test_the_ratio_is_against_the_fastest_floating_point_whatever_runs_it() -> N
         result("openvino w8a8", 8.0, "w8a8", "openvino"),
         result("nncf w8a8", 4.0, "w8a8", "nncf"),
     ]
-    found = speedup_of(rows[2], rows)
-    assert (found.vs_fp32_eager, found.vs_best_float, found.best_float) == (5.0, 1.25, "openvino float32")
-    text = headline([found], rows, [rows[3]])
+    actual = speedup_of(rows[2], rows)
+    assert (actual.vs_fp32_eager, actual.vs_best_float, actual.best_float) == (5.0, 1.25, "openvino float32")
+    text = headline([actual], rows, [rows[3]])
     assert "1.25 times as fast as the best floating point here (openvino float32)" in text
     assert "2.00 times slower than nncf w8a8" in text
     assert "loses" not in text
@@ -199,11 +199,11 @@ def test_calls_are_exchanged_and_placed_without_touching_the_original() -> None:
     sample, noise = torch.zeros(2, 4), torch.ones(2, 4)
     call: Call = ((sample, torch.tensor(3)), {"added": {"ids": [sample, torch.zeros(2)]}})
     assert sample_of(Network(), call) is sample
-    found = exchanged(call, sample, noise)
-    assert found[0][0] is noise
-    assert found[1]["added"]["ids"][0] is noise
+    actual = exchanged(call, sample, noise)
+    assert actual[0][0] is noise
+    assert actual[1]["added"]["ids"][0] is noise
     assert call[0][0] is sample
-    args, kwargs = placed(found, CPU, torch.bfloat16)
+    args, kwargs = placed(actual, CPU, torch.bfloat16)
     assert args[0].dtype == kwargs["added"]["ids"][0].dtype == torch.bfloat16
     assert args[1].dtype == torch.int64
     assert kwargs["added"]["ids"][1].dtype == torch.float32, "what has one dimension may be a timestep"
@@ -305,13 +305,13 @@ def test_half_precision_is_channels_last_compiled_and_graphed(
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr("edadm_cli.bench.contenders.base.GraphedFunction", Graph)
     args, kwargs = call_of()
-    wanted = denoiser(*args, **kwargs).sample
+    expected = denoiser(*args, **kwargs).sample
     spec = Spec("x", "torch", "torch", "float16", None, True, None, 1.0, graphs=True, channels_last=True)
     function = torch_function(denoiser, spec, replace(TOGETHER, compile_mode="max-autotune-no-cudagraphs"))
     assert isinstance(function, Graph)
     assert asked == [{"dynamic": False, "mode": "max-autotune-no-cudagraphs"}]
     assert denoiser.get_submodule("conv_in").weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
-    assert torch.allclose(function(*args, **kwargs).sample, wanted, atol=1e-5)
+    assert torch.allclose(function(*args, **kwargs).sample, expected, atol=1e-5)
 
 
 def test_on_cuda_time_is_that_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,9 +364,9 @@ def test_a_contender_that_memory_does_not_hold_is_refused(monkeypatch: pytest.Mo
 
 def test_the_memory_that_is_left_is_told() -> None:
     memory.give_back_memory()
-    found = memory.available_mib()
-    assert found is not None
-    assert found > 10
+    actual = memory.available_mib()
+    assert actual is not None
+    assert actual > 10
 
 
 def test_torchs_allocator_gives_back_too(monkeypatch: pytest.MonkeyPatch) -> None:

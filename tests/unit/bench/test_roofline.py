@@ -35,10 +35,10 @@ def test_a_layer_takes_as_long_as_the_slower_of_arithmetic_and_memory() -> None:
 )
 def test_stable_diffusion_at_batch_two(table: RooflineTable, device: str, fp16: float, w8a8: float) -> None:
     """An independent count of the same bound, which also charged a few small copies: within 4%, and never above."""
-    found = table.milliseconds[device]
-    assert 0.96 * fp16 < found["fp16"] < fp16
-    assert 0.96 * w8a8 < found["w8a8"] < w8a8
-    assert table.speedup[device]["w8a8"] == pytest.approx(found["fp16"] / found["w8a8"])
+    actual = table.milliseconds[device]
+    assert 0.96 * fp16 < actual["fp16"] < fp16
+    assert 0.96 * w8a8 < actual["w8a8"] < w8a8
+    assert table.speedup[device]["w8a8"] == pytest.approx(actual["fp16"] / actual["w8a8"])
 
 
 def test_sums_are_those_of_the_shapes(table: RooflineTable) -> None:

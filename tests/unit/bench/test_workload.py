@@ -38,8 +38,8 @@ def stable_diffusion() -> list[WorkItem]:
 
 
 def test_stable_diffusion_has_the_published_work(stable_diffusion: list[WorkItem]) -> None:
-    found = {kind: round(macs / 1e9, 1) for kind, macs in macs_by_kind(stable_diffusion).items()}
-    assert found == {
+    actual = {kind: round(macs / 1e9, 1) for kind, macs in macs_by_kind(stable_diffusion).items()}
+    assert actual == {
         "conv3x3": 200.2,
         "self_attention": 61.2,
         "geglu": 51.2,

@@ -42,8 +42,8 @@ def test_every_layer_is_planned_or_kept_with_a_reason(traced: Trace) -> None:
 def test_the_edges_of_the_network_have_eight_bits(traced: Trace) -> None:
     plan = _plan(traced, **ALL_QUANTIZED)
     for name, layer in plan.layers.items():
-        wanted = (8, 8) if name in EDGES else (3, 5)
-        assert (layer.weight_bits, layer.activation_bits) == wanted, name
+        expected = (8, 8) if name in EDGES else (3, 5)
+        assert (layer.weight_bits, layer.activation_bits) == expected, name
 
 
 def test_edges_may_have_the_bits_of_all(traced: Trace) -> None:
@@ -105,9 +105,9 @@ def test_attention_is_planned_when_the_recipe_says_so(traced: Trace) -> None:
 
 
 def test_layers_are_counted_by_kind(traced: Trace) -> None:
-    found = count(_plan(traced), traced)
+    actual = count(_plan(traced), traced)
     convolutions = sum(isinstance(layer.module, nn.Conv2d) for layer in traced.layers)
-    assert found == {
+    assert actual == {
         "conv2d": convolutions,
         "linear": len(traced.layers) - convolutions,
         "attention_products": 0,
@@ -145,8 +145,8 @@ class _Grouped(nn.Module):
 
 
 def test_a_grouped_convolution_is_not_split() -> None:
-    found = trace(_Grouped(), (torch.zeros(1, 2, 4, 4),), {})
-    plan = plan_network(found, Recipe(name="test"), W3A5)
+    actual = trace(_Grouped(), (torch.zeros(1, 2, 4, 4),), {})
+    plan = plan_network(actual, Recipe(name="test"), W3A5)
     assert plan.layers["grouped"].channel_parts is None
 
 
@@ -154,11 +154,11 @@ def test_a_transformers_ends_are_its_patches_and_its_last_linear_layer(tiny_dit:
     from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel.from_pretrained(tiny_dit / "transformer")
-    found = trace(model, (torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.tensor([1])), {})
-    plan = _plan(found, sample_float_input=False)
+    actual = trace(model, (torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.tensor([1])), {})
+    plan = _plan(actual, sample_float_input=False)
     eight = {name for name, layer in plan.layers.items() if layer.weight_bits == 8}
     assert {"pos_embed.proj", "proj_out_2"} <= eight
     assert plan.layers["proj_out_2"].activation_bits is None
     assert plan.layers["pos_embed.proj"].activation_bits == 8
     embedded_again = {name for name, reason in plan.kept.items() if "more than once" in reason}
-    assert embedded_again == set(found.repeated) != set()
+    assert embedded_again == set(actual.repeated) != set()

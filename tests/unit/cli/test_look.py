@@ -29,8 +29,8 @@ def _inspect(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0)
 
 def test_the_lineage_leads_from_an_export_to_the_trajectories(capsys: pytest.CaptureFixture[str]) -> None:
     result = _inspect(capsys, str(RUN / "export" / "w4a8"))
-    found = [(artifact["kind"], artifact["name"]) for artifact in result["artifacts"]]
-    assert found == [("export", "w4a8"), ("reconstruct", "w4a8"), ("select", None), ("collect", None)]
+    actual = [(artifact["kind"], artifact["name"]) for artifact in result["artifacts"]]
+    assert actual == [("export", "w4a8"), ("reconstruct", "w4a8"), ("select", None), ("collect", None)]
     for child, parent in zip(result["artifacts"], result["artifacts"][1:], strict=False):
         assert child["parents"][0]["identity"] == parent["identity"]
     assert result["identity"] == result["artifacts"][0]["identity"]

@@ -108,7 +108,7 @@ def test_a_recorded_step_follows_sample_timestep_and_prompt(quantized: nn.Module
         (sample, timestep, prompt),
     ]
     for x, t, states in steps:
-        found = recorded(x, t, encoder_hidden_states=states).sample
-        assert torch.equal(found, compiled.call_eagerly(x, t, encoder_hidden_states=states).sample)
+        actual = recorded(x, t, encoder_hidden_states=states).sample
+        assert torch.equal(actual, compiled.call_eagerly(x, t, encoder_hidden_states=states).sample)
     exact = ReferenceEngine().compile(quantized, *call, CPU)(*call[0], **call[1]).sample
-    assert (found - exact).norm() < 1e-3 * exact.norm()
+    assert (actual - exact).norm() < 1e-3 * exact.norm()

@@ -84,12 +84,12 @@ def test_all_of_a_denoiser_moves_to_the_device_of_the_kernels(network: tuple[nn.
 def test_a_float32_rest_gives_what_exact_integers_give(network: tuple[nn.Module, Call]) -> None:
     denoiser, call = network
     compiled = CudaEngine().compile(denoiser, *call, CPU)
-    wanted = denoiser(*call[0], **call[1])
-    found = compiled(*call[0], **call[1])
-    assert type(found) is type(wanted)
-    assert found[0].dtype == wanted[0].dtype
-    assert relative_l2(found[0], exact(denoiser, call)) < EXACT
-    assert torch.equal(found[0], compiled(*call[0], **call[1], return_dict=False)[0])
+    expected = denoiser(*call[0], **call[1])
+    actual = compiled(*call[0], **call[1])
+    assert type(actual) is type(expected)
+    assert actual[0].dtype == expected[0].dtype
+    assert relative_l2(actual[0], exact(denoiser, call)) < EXACT
+    assert torch.equal(actual[0], compiled(*call[0], **call[1], return_dict=False)[0])
     assert [row.name for row in compiled.layers] == [row.name for row in _reference_rows(denoiser, call)]
     assert all(row.is_met and row.precision == "int8" for row in compiled.layers if row.planned != "float")
 
@@ -97,9 +97,9 @@ def test_a_float32_rest_gives_what_exact_integers_give(network: tuple[nn.Module,
 def test_a_float16_rest_stays_close(network: tuple[nn.Module, Call]) -> None:
     denoiser, call = network
     compiled = CudaEngine().compile(denoiser, *call, HALF)
-    found = compiled(*call[0], **call[1])[0]
-    assert found.dtype == torch.float32, "outputs have the inputs' type"
-    assert 0 < relative_l2(found, exact(denoiser, call)) < ROUNDED
+    actual = compiled(*call[0], **call[1])[0]
+    assert actual.dtype == torch.float32, "outputs have the inputs' type"
+    assert 0 < relative_l2(actual, exact(denoiser, call)) < ROUNDED
     assert {row.precision for row in compiled.layers if row.planned == "float"} == {"float16"}
 
 
@@ -123,9 +123,9 @@ def test_skip_connections_are_not_copied(name: str, request: pytest.FixtureReque
     quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
     compiled = CudaEngine().compile(denoiser, *call, HALF)
     assert all(isinstance(block, FusedUpBlock) for block in compiled.model.up_blocks)
-    with Concatenations() as found:
+    with Concatenations() as actual:
         compiled.call_eagerly(*call[0], **call[1])
-    assert found.count == 0
+    assert actual.count == 0
 
 
 def test_blocks_that_change_their_skip_connections_concatenate(tiny_sd: Path) -> None:
@@ -135,9 +135,9 @@ def test_blocks_that_change_their_skip_connections_concatenate(tiny_sd: Path) ->
     quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
     compiled = CudaEngine().compile(denoiser, *call, CPU)
     assert not any(isinstance(block, FusedUpBlock) for block in compiled.model.up_blocks)
-    found, wanted = compiled(*call[0], **call[1])[0], exact(denoiser, call)
+    actual, expected = compiled(*call[0], **call[1])[0], exact(denoiser, call)
     denoiser.disable_freeu()
-    assert relative_l2(found, wanted) < 10 * EXACT < 0.1 * relative_l2(exact(denoiser, call), wanted)
+    assert relative_l2(actual, expected) < 10 * EXACT < 0.1 * relative_l2(exact(denoiser, call), expected)
 
 
 def test_the_denoiser_is_left_as_it_was(network: tuple[nn.Module, Call]) -> None:
@@ -253,12 +253,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
 def test_a_layer_of_each_kind(name: str, bits: tuple[int, int]) -> None:
     make, shape, runs = LAYERS[name]
     layer, x = filled(make(), *bits, shape=shape)
-    wanted = layer_exactly(layer, x)
+    expected = layer_exactly(layer, x)
     for engine in (CudaEngine(), CudaEngine(pack_weights=True)):
         assert (engine.layer_refusal(layer) is None) == runs
-        assert relative_l2(engine.compile_layer(layer, x, CPU)(x), wanted) <= engine.layer_bound
+        assert relative_l2(engine.compile_layer(layer, x, CPU)(x), expected) <= engine.layer_bound
     channels_last = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
-    assert relative_l2(CudaEngine().compile_layer(layer, x, CPU)(channels_last), wanted) <= CudaEngine.layer_bound
+    assert relative_l2(CudaEngine().compile_layer(layer, x, CPU)(channels_last), expected) <= CudaEngine.layer_bound
 
 
 def test_packed_weights_take_half_the_memory_and_give_the_same() -> None:

@@ -46,11 +46,11 @@ def uses_of(denoiser: nn.Module, call: Call) -> dict[str, list[Use]]:
 
 def times_of(uses: dict[str, list[Use]], slow: tuple[str, ...], quantize_us: float = 0.001) -> MeasuredTimes:
     """Times by which float16 is faster for the products of the labels `slow`, and twice as slow for all others."""
-    found = {use.matrix: 10.0 for used in uses.values() for use in used}
-    found |= {use.matrix: 4.0 for label in slow for use in uses[label]}
+    actual = {use.matrix: 10.0 for used in uses.values() for use in used}
+    actual |= {use.matrix: 4.0 for label in slow for use in uses[label]}
     products = [
         ProductTime(kind=kind, m=m, n=n, k=k, adds=adds, int8_us=5, float16_us=us)
-        for (kind, m, n, k, adds), us in found.items()
+        for (kind, m, n, k, adds), us in actual.items()
     ]
     sources = {use.source for used in uses.values() for use in used if use.source is not None}
     before = [
@@ -202,9 +202,9 @@ def test_a_normalization_runs_once_for_layers_that_are_kept(quantized: nn.Module
 
 
 def test_the_table_of_the_package_is_read_and_knows_nothing_of_a_cpu() -> None:
-    for found in table().values():
-        assert len(found.by_matrix) == len(found.products), "a product is listed once"
-        assert found.software
+    for actual in table().values():
+        assert len(actual.by_matrix) == len(actual.products), "a product is listed once"
+        assert actual.software
     assert measured_times(torch.device("cpu"), torch.float16) is None
     with pytest.raises(ValidationError):
         MeasuredTimes.model_validate({"software": {}, "products": [{"kind": "linear", "m": 0, "n": 1, "k": 1}]})
@@ -241,9 +241,9 @@ def test_a_session_on_a_gpu_becomes_a_table(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     target.write_text(json.dumps({"other": {"software": {}, "products": [], "before": []}}))
     script["write"](source, target)
-    found = json.loads(target.read_text())
-    assert list(found) == [GPU, "other"]
-    times = MeasuredTimes.model_validate(found[GPU])
+    actual = json.loads(target.read_text())
+    assert list(actual) == [GPU, "other"]
+    times = MeasuredTimes.model_validate(actual[GPU])
     assert times.software == {"torch": "2.11.0", "triton": "3.6.0"}
     alone, added = times.products
     assert alone == ProductTime(kind="linear", m=512, n=320, k=640, adds=False, int8_us=4.5, float16_us=4.75)
@@ -262,7 +262,7 @@ def test_a_pointwise_convolution_in_floating_point_reads_a_range_of_channels_in_
     whole = torch.randn(2, 12, 5, 3).contiguous(memory_format=torch.channels_last)
     piece = whole[:, 4:10]
     weight, bias = torch.randn(7, 6, 1, 1), torch.randn(7)
-    found = FloatProduct(Operation("conv2d"), weight, bias, torch.float32).product(piece)
-    assert torch.allclose(found, torch.nn.functional.conv2d(piece, weight, bias), atol=1e-5)
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    actual = FloatProduct(Operation("conv2d"), weight, bias, torch.float32).product(piece)
+    assert torch.allclose(actual, torch.nn.functional.conv2d(piece, weight, bias), atol=1e-5)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
     assert rows_of(piece).data_ptr() == piece.data_ptr(), "a view: nothing is copied"

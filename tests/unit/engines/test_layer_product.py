@@ -134,13 +134,13 @@ def test_tensors_that_change_are_prepared_again() -> None:
     x = torch.randn(3, 20)
     with torch.no_grad():
         layer.set_parameters(torch.randint(-8, 8, (12, 20)), torch.rand(12), torch.tensor(0.1), torch.tensor(128))
-        found = layer(x)
+        actual = layer(x)
         other = quantized_layer(nn.Linear(20, 12), LayerPlan(weight_bits=4, activation_bits=8))
         deploy(other, ON_CPU)
         other.load_state_dict(layer.state_dict())
-        assert torch.equal(other(x), found)
+        assert torch.equal(other(x), actual)
         layer.arithmetic = "integer"
-        assert relative_l2(found, layer(x)) < EXACT
+        assert relative_l2(actual, layer(x)) < EXACT
 
 
 def test_what_the_kernels_cannot_run_says_so_once(
@@ -180,8 +180,8 @@ def test_a_transform_of_the_input_is_part_of_the_product(module: nn.Module) -> N
     deploy(layer, ON_CPU)
     assert layer.product is not None
     assert layer.product.runs(layer)
-    found = layer(x)
+    actual = layer(x)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     layer.arithmetic = "integer"
-    assert relative_l2(found, layer(x)) < EXACT
+    assert relative_l2(actual, layer(x)) < EXACT
     assert relative_l2(compiled, layer(x)) < EXACT

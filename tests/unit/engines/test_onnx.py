@@ -75,9 +75,9 @@ CALLS: dict[str, Callable[[], Call]] = {"tiny_dit": _dit_call, "digits-sd": _dig
 def _require_same(compiled: CompiledDenoiser, denoiser: nn.Module, call: Call) -> None:
     args, kwargs = call
     exact = ReferenceEngine().compile(denoiser, args, kwargs, CPU)
-    wanted, found = exact(*args, **kwargs), compiled(*args, **kwargs)
-    assert type(found) is type(wanted)
-    assert relative_l2(prediction_of(found), prediction_of(wanted)) < PREDICTION_BOUND
+    expected, actual = exact(*args, **kwargs), compiled(*args, **kwargs)
+    assert type(actual) is type(expected)
+    assert relative_l2(prediction_of(actual), prediction_of(expected)) < PREDICTION_BOUND
     parity = compare_layers(OnnxRuntimeEngine(), denoiser, args, kwargs, CPU)
     assert len(parity.errors) + len(parity.refused) > 0
     assert parity.worst[1] <= OnnxRuntimeEngine.layer_bound
@@ -293,17 +293,17 @@ def test_tensorrt_reads_symmetric_activations_only(tmp_path: Path) -> None:
 
 
 def test_the_engine_is_registered_and_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = engine("onnxruntime")
-    assert isinstance(found, OnnxRuntimeEngine)
-    assert found.refusal(torch.device("cpu")) is None
+    actual = engine("onnxruntime")
+    assert isinstance(actual, OnnxRuntimeEngine)
+    assert actual.refusal(torch.device("cpu")) is None
     denoiser, call = _tiny(torch.randn(1, 4, 6, 6))
     with pytest.raises(UsageError, match="float32, not in bfloat16"):
-        found.compile(denoiser, *call, EngineOptions(torch.device("cpu"), torch.bfloat16))
+        actual.compile(denoiser, *call, EngineOptions(torch.device("cpu"), torch.bfloat16))
     with pytest.raises(MachineError, match="on CPUs only"):
-        found.compile(denoiser, *call, EngineOptions(torch.device("cuda")))
+        actual.compile(denoiser, *call, EngineOptions(torch.device("cuda")))
     monkeypatch.setattr("edadm_cli.engines.onnx.engine.find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"needs onnx, onnxruntime, onnxscript.*edadm\[onnx\]") as refused:
-        found.compile(denoiser, *call, CPU)
+        actual.compile(denoiser, *call, CPU)
     assert refused.value.exit_code == EXIT_MACHINE
 
 
@@ -316,8 +316,8 @@ def test_latents_that_a_unet_cannot_halve_are_fixed_in_their_size_only(
     compiled = OnnxRuntimeEngine().compile(quantized, *call, CPU)
     exact = ReferenceEngine().compile(quantized, *call, CPU)
     for other in (call, call_of(seed=2, rows=3, size=9)):
-        found = prediction_of(compiled(*other[0], **other[1]))
-        assert relative_l2(found, prediction_of(exact(*other[0], **other[1]))) < PREDICTION_BOUND
+        actual = prediction_of(compiled(*other[0], **other[1]))
+        assert relative_l2(actual, prediction_of(exact(*other[0], **other[1]))) < PREDICTION_BOUND
     assert capfd.readouterr().err == "", "the form that was tried first leaves no word on the terminal"
     with pytest.raises(InputError, match="ONNX Runtime cannot run the graph with"):
         even = call_of(seed=2, rows=2, size=8)

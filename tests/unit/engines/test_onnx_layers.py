@@ -72,8 +72,8 @@ def test_sums_do_not_saturate() -> None:
     assert isinstance(layer, QuantizedLayer)
     layer.set_parameters(torch.full((4, 64), 127), torch.ones(4), torch.tensor(1.0), torch.tensor(0))
     x = torch.full((3, 64), 255.0)
-    found = OnnxRuntimeEngine().compile_layer(layer, x, CPU)(x)
-    assert torch.equal(found, torch.full((3, 4), 64.0 * 127 * 255))
+    actual = OnnxRuntimeEngine().compile_layer(layer, x, CPU)(x)
+    assert torch.equal(actual, torch.full((3, 4), 64.0 * 127 * 255))
 
 
 @each_plan
@@ -88,9 +88,9 @@ def test_the_file_itself_means_the_same(name: str, plan: LayerPlan, tmp_path: Pa
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options)
     x = _input(name, layer)
-    found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-    wanted = _exact(layer, x)
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    actual = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    expected = _exact(layer, x)
+    assert float((actual - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_codes_of_the_file_differ_only_at_the_edge_of_rounding() -> None:
@@ -143,6 +143,6 @@ def test_a_layer_with_a_float_input_multiplies_dequantized_weights(name: str) ->
     layer, x = filled(name, WEIGHTS_ONLY), _input(name)
     engine = OnnxRuntimeEngine()
     assert engine.layer_refusal(layer) == "its input is not quantized"
-    wanted = layer(x).detach()
-    found = engine.compile_layer(layer, x, CPU)(x)
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+    expected = layer(x).detach()
+    actual = engine.compile_layer(layer, x, CPU)(x)
+    assert float((actual - expected).norm() / expected.norm()) < 1e-6

@@ -48,10 +48,10 @@ def test_codes_and_sums_are_the_exact_ones(name: str, plan: LayerPlan) -> None:
     for zero_point in (0, plan.input_grid.quant_max // 3, plan.input_grid.quant_max):
         layer = filled(name, plan, zero_point, 0.037)
         x = _between_ties(layer, LAYERS[name][1])
-        found = OpenVinoEngine().compile_layer(layer, x, CPU)(x)
+        actual = OpenVinoEngine().compile_layer(layer, x, CPU)(x)
         layer.arithmetic = "integer"
         # what remains is float32 scaling: some roundings of 2^-24, amplified where the zero-point's share cancels
-        assert relative_l2(found, layer(x)) < 2e-6
+        assert relative_l2(actual, layer(x)) < 2e-6
 
 
 @pytest.mark.parametrize("name", ["conv", "linear"])
@@ -69,8 +69,8 @@ def test_a_code_differs_by_one_and_only_next_to_a_tie(grid: Grid) -> None:
     scale, zero = torch.tensor(0.0371), torch.tensor(0 if grid.signed else 101)
     parameter = ops.parameter(list(x.shape), ov.Type.f32)
     graph = ov.Model([nodes.fake_quantize(parameter.output(0), scale, zero, grid)], [parameter])
-    found = torch.from_numpy(ov.Core().compile_model(graph, "CPU")([x.numpy()])[0].copy())
-    codes = torch.round(found / scale) + zero
+    actual = torch.from_numpy(ov.Core().compile_model(graph, "CPU")([x.numpy()])[0].copy())
+    codes = torch.round(actual / scale) + zero
     differs = codes != quantize(x, scale, zero, grid)
     quotient = (x / scale).abs()
     assert (codes - quantize(x, scale, zero, grid)).abs().max() <= 1

@@ -71,9 +71,9 @@ def test_the_quantizer_comes_first_and_nothing_changes(move: Move, grid: Grid) -
     assert _types_above_quantizers(before) in ({"Transpose"}, {"Interpolate"})
     assert _types_above_quantizers(after) == {"Exp"}
     for rows, tokens in ((1, 5), (3, 8)):
-        for found, wanted in zip(_codes(after, rows, tokens), _codes(before, rows, tokens), strict=True):
-            assert len(np.unique(wanted)) > 3
-            np.testing.assert_array_equal(found, wanted)
+        for actual, expected in zip(_codes(after, rows, tokens), _codes(before, rows, tokens), strict=True):
+            assert len(np.unique(expected)) > 3
+            np.testing.assert_array_equal(actual, expected)
 
 
 def test_what_makes_new_values_is_not_passed() -> None:
@@ -86,8 +86,8 @@ def test_moved_data_with_another_reader_stays() -> None:
     before, after = (_graph(_heads, activation_grid(8), is_read_twice=True) for _ in range(2))
     quantize_before_moving(after)
     assert _types_above_quantizers(after) == {"Transpose"}
-    for found, wanted in zip(_codes(after, 2, 5), _codes(before, 2, 5), strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    for actual, expected in zip(_codes(after, 2, 5), _codes(before, 2, 5), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_a_scale_for_each_channel_stays() -> None:

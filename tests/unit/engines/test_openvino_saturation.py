@@ -63,9 +63,9 @@ def _at_the_ends(name: str, bits: int) -> tuple[QuantizedLayer, Tensor]:
 
 
 def _error(layer: QuantizedLayer, x: Tensor) -> float:
-    found = OpenVinoEngine().compile_layer(layer, x, CPU)(x)
+    actual = OpenVinoEngine().compile_layer(layer, x, CPU)(x)
     layer.arithmetic = "integer"
-    return relative_l2(found, layer(x))
+    return relative_l2(actual, layer(x))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -141,8 +141,8 @@ def _product_of_ends(spared: frozenset[LayerKind]) -> tuple[Tensor, Tensor]:
     saturation.replace_saturating_products(graph, spared)
     signs = torch.randint(2, (2, 2, 24, 1), generator=torch.Generator().manual_seed(0)) * 255.0 - 128
     codes = signs.expand(2, 2, 24, 40).contiguous()
-    found = ov.Core().compile_model(graph, "CPU", plugin_properties(CPU))([*(codes * scale).numpy()])[0]
-    return torch.from_numpy(found.copy()), codes[0].double() @ codes[1].double().mT * scale**2
+    actual = ov.Core().compile_model(graph, "CPU", plugin_properties(CPU))([*(codes * scale).numpy()])[0]
+    return torch.from_numpy(actual.copy()), codes[0].double() @ codes[1].double().mT * scale**2
 
 
 def _graph(layer: QuantizedLayer, x: Tensor) -> ov.Model:

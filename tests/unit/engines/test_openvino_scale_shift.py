@@ -25,5 +25,6 @@ assert (found - expected).norm() < 1e-4 * expected.norm(), (found - expected).no
 
 
 def test_scale_and_shift_in_float32_run_and_agree() -> None:
-    found = subprocess.run([sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-500:]
+    command = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-500:]

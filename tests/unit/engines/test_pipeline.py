@@ -41,13 +41,13 @@ def test_any_pipeline_draws_the_same_images(name: str, request: pytest.FixtureRe
         made = [((args[0],), {**kwargs, "timestep": torch.full((2,), 5)}) for args, kwargs in made]
     quantize_to_nearest(model.denoiser, RECIPE, BitWidth.parse("w8a8"), made)
     use_arithmetic(model.denoiser, "integer")
-    wanted = draw(model)
+    expected = draw(model)
     compiled = ReferenceEngine().compile(model.denoiser, *made[0], EngineOptions(CPU))
     put_on_engine(model, compiled)
-    found = draw(model)
+    actual = draw(model)
     assert isinstance(model.denoiser, EngineDenoiser)
-    assert torch.equal(found.latents, wanted.latents)
-    assert torch.equal(found.images, wanted.images)
+    assert torch.equal(actual.latents, expected.latents)
+    assert torch.equal(actual.images, expected.images)
 
 
 def test_the_stand_in_holds_no_weights_but_tells_what_pipelines_ask(tiny_sdxl: Path) -> None:

@@ -20,11 +20,11 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def test_a_compiled_denoiser_is_called_like_the_denoiser(quantized: nn.Module, call: Call) -> None:
     args, kwargs = call
     compiled = ReferenceEngine().compile(quantized, args, kwargs, CPU)
-    wanted = quantized(*args, **kwargs).sample
-    found = compiled(*args, **kwargs)
-    assert type(found) is type(quantized(*args, **kwargs))
-    assert torch.equal(found.sample, compiled(*args, **kwargs, return_dict=False)[0])
-    assert 0 < relative_l2(found.sample, wanted) < 0.05, "codes at the edge of rounding may differ"
+    expected = quantized(*args, **kwargs).sample
+    actual = compiled(*args, **kwargs)
+    assert type(actual) is type(quantized(*args, **kwargs))
+    assert torch.equal(actual.sample, compiled(*args, **kwargs, return_dict=False)[0])
+    assert 0 < relative_l2(actual.sample, expected) < 0.05, "codes at the edge of rounding may differ"
     assert all(layer.arithmetic == "fake-quantize" for layer in quantized_layers(quantized).values())
 
 

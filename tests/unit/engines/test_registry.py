@@ -32,14 +32,14 @@ def test_an_unknown_engine_is_told_with_those_there_are() -> None:
 
 
 def test_what_is_refused_says_why_and_what_is_not_runs() -> None:
-    facts = {found.name: found for found in registry.engine_facts()}
+    facts = {actual.name: actual for actual in registry.engine_facts()}
     assert list(facts) == list(registry.ENGINE_NAMES)
     assert facts["openvino"].refusals["cpu"] is None
     assert facts["openvino"].has_files
     assert not facts["reference"].has_files
     assert "cuda" in str(facts["openvino"].refusals["cuda"]).lower()
-    for name, found in facts.items():
-        for device, reason in found.refusals.items():
+    for name, actual in facts.items():
+        for device, reason in actual.refusals.items():
             if reason is not None:
                 with pytest.raises(MachineError) as caught:
                     registry.engine(name).require(torch.device(device))
@@ -53,7 +53,7 @@ def test_an_engine_without_its_library_is_refused_and_listed(monkeypatch: pytest
     monkeypatch.setitem(registry._ENGINES, "openvino", ("an_engine_of_tests", "Engine"))
     with pytest.raises(MachineError, match="needs the package 'a_library_that_nobody_has'"):
         registry.engine("openvino")
-    facts = {found.name: found for found in registry.engine_facts()}["openvino"]
+    facts = {actual.name: actual for actual in registry.engine_facts()}["openvino"]
     assert facts.layer_bound is None
     assert all("a_library_that_nobody_has" in str(reason) for reason in facts.refusals.values())
 

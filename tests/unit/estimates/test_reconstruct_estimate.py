@@ -29,9 +29,9 @@ BUDGET = 2**28
 
 
 def _setting(made: Any, learning: Callable[[Unit], bool] = lambda unit: True) -> ReconstructionContext:
-    found = made.units()
-    chosen = [unit for unit in found if learning(unit)]
-    return ReconstructionContext(made.network, made.traced, made.plan, found, chosen, made.batches)
+    actual = made.units()
+    chosen = [unit for unit in actual if learning(unit)]
+    return ReconstructionContext(made.network, made.traced, made.plan, actual, chosen, made.batches)
 
 
 def _estimate(made: Any, setting: ReconstructionContext, **changes: Any) -> Any:
@@ -116,8 +116,8 @@ def test_passes_are_counted_as_they_are_made(make_setting: MakeSetting, tmp_path
 def test_a_probe_leaves_the_network_as_it_was(make_setting: MakeSetting, granularity: str) -> None:
     recipe = Recipe(name="attention", attention=AttentionRecipe(quantize=True))
     made = make_setting(recipe=recipe)
-    found = made.units(granularity)
-    setting = ReconstructionContext(made.network, made.traced, made.plan, found, found, made.batches)
+    actual = made.units(granularity)
+    setting = ReconstructionContext(made.network, made.traced, made.plan, actual, actual, made.batches)
     (args, kwargs), *_ = iter(made.batches)
     modules = dict(made.denoiser.named_modules())
     processors = {name: module.processor for name, module in made.traced.attentions.items()}
@@ -144,21 +144,21 @@ def test_every_kind_is_measured_and_of_each_the_lightest_first(make_setting: Mak
 
 
 def test_units_are_measured_until_the_time_is_over(make_setting: MakeSetting, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, clock = make_setting().units(), iter(range(100))
+    actual, clock = make_setting().units(), iter(range(100))
     monkeypatch.setattr(unit_timing.time, "perf_counter", lambda: float(next(clock)))
-    measured = unit_timing.time_units(found, lambda unit: {"step": (4, 1.0)}, limit_s=2.0)
-    assert list(measured["step"]) == [unit.name for unit in found[:6]]
-    assert len(unit_timing.time_units(found, lambda unit: {"step": (4, 1.0)}, limit_s=-1.0)["step"]) == 4
+    measured = unit_timing.time_units(actual, lambda unit: {"step": (4, 1.0)}, limit_s=2.0)
+    assert list(measured["step"]) == [unit.name for unit in actual[:6]]
+    assert len(unit_timing.time_units(actual, lambda unit: {"step": (4, 1.0)}, limit_s=-1.0)["step"]) == 4
 
 
 def test_one_forward_shows_the_form_that_two_prove(make_setting: MakeSetting) -> None:
     made = make_setting()
-    found = made.units()
-    proven = probe_units(made.denoiser, found, made.batches)
+    actual = made.units()
+    proven = probe_units(made.denoiser, actual, made.batches)
     (args, kwargs), *_ = iter(made.batches)  # three samples, six rows
-    with noted_shapes(made.denoiser, found) as shapes, torch.no_grad():
+    with noted_shapes(made.denoiser, actual) as shapes, torch.no_grad():
         made.denoiser(*args, **kwargs)
-    assert {name: found.form(name, 6) for name, found in shapes.items()} == proven
+    assert {name: actual.form(name, 6) for name, actual in shapes.items()} == proven
     with pytest.raises(InputError, match="No input tensor of 'block' has a row"):
         Shapes(inputs=[RowType((7, 4), torch.float32)]).form("block", 6)
 

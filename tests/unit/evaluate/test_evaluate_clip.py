@@ -39,14 +39,14 @@ def test_the_score_is_the_cosine_of_the_two_embeddings(tiny_clip: Path, random_i
     scorer = load_clip("tiny-clip", str(tiny_clip), CPU)
     assert scorer.name == "tiny-clip/weights.pt"
     images, prompts = random_images(0, 3, size=32, channels=3), ["a seven", "two", "数字"]
-    found = scorer.score(images, prompts)
+    actual = scorer.score(images, prompts)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
     std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
     with torch.no_grad():
         image_features = scorer.model.encode_image((images.float() / 255 - mean) / std)
         text_features = scorer.model.encode_text(open_clip.tokenize(prompts))
     expected = torch.nn.functional.cosine_similarity(image_features, text_features).double()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_models_and_weights_that_cannot_be_had_end_in_one_sentence(

@@ -29,15 +29,15 @@ def test_figures_equal_those_of_torch_fidelity_end_to_end(
         input1=samples, input2=real, feature_extractor="digits", fid=True, kid=True, isc=True, prc=True,
         isc_splits=1, cuda=False, cache=False, verbose=False, save_cpu_ram=True,
     )  # fmt: skip
-    found, other = space.extract(samples), space.extract(real)
+    actual, other = space.extract(samples), space.extract(real)
     distance = fidelity.frechet_distance(
-        fidelity.feature_statistics(found.pooled), fidelity.feature_statistics(other.pooled)
+        fidelity.feature_statistics(actual.pooled), fidelity.feature_statistics(other.pooled)
     )
     assert distance == pytest.approx(expected["frechet_inception_distance"], rel=1e-3, abs=1e-5)
-    kernel = fidelity.kernel_distance(found.pooled, other.pooled)
+    kernel = fidelity.kernel_distance(actual.pooled, other.pooled)
     assert kernel == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-2, abs=1e-5)
-    assert fidelity.inception_score(found.logits) == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    precision, recall = fidelity.precision_recall(found.pooled, other.pooled)
+    assert fidelity.inception_score(actual.logits) == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    precision, recall = fidelity.precision_recall(actual.pooled, other.pooled)
     assert precision == pytest.approx(expected["precision"], abs=0.02)
     assert recall == pytest.approx(expected["recall"], abs=0.02)
 
@@ -46,11 +46,11 @@ def test_features_are_the_classifiers_own_in_the_order_of_the_images(
     random_classifier: DigitClassifier, random_images: ImageMaker
 ) -> None:
     images = random_images(2, 130)
-    found = digits_space(CPU).extract(ArrayImages(images))
+    actual = digits_space(CPU).extract(ArrayImages(images))
     expected = random_classifier(images.expand(-1, 3, -1, -1).float() / 255)
-    torch.testing.assert_close(found.pooled, expected.features)
-    torch.testing.assert_close(found.spatial, expected.spatial.flatten(1))
-    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(actual.pooled, expected.features)
+    torch.testing.assert_close(actual.spatial, expected.spatial.flatten(1))
+    torch.testing.assert_close(actual.logits, expected.logits)
 
 
 def test_the_digest_follows_the_weights(random_classifier: DigitClassifier) -> None:
@@ -76,14 +76,14 @@ def test_inception_gives_its_own_features_and_seven_channels_of_the_17x17_map(
     inception_file: Path, random_images: ImageMaker
 ) -> None:
     images = ArrayImages(random_images(3, 3, size=24, channels=3))
-    found = inception_space(inception_file, CPU).extract(images)
+    actual = inception_space(inception_file, CPU).extract(images)
     own = FeatureExtractorInceptionV3("own", ["2048", "logits_unbiased"], str(inception_file))
     with torch.no_grad():
         pooled, logits = own(images.images)
-    torch.testing.assert_close(found.pooled, pooled)
-    torch.testing.assert_close(found.logits, logits)
-    assert found.spatial.shape == (3, 7 * 17 * 17)
-    assert not torch.equal(found.spatial[0], found.spatial[1])
+    torch.testing.assert_close(actual.pooled, pooled)
+    torch.testing.assert_close(actual.logits, logits)
+    assert actual.spatial.shape == (3, 7 * 17 * 17)
+    assert not torch.equal(actual.spatial[0], actual.spatial[1])
 
 
 def test_weights_that_are_missing_foreign_or_carry_code_end_in_one_sentence(tmp_path: Path) -> None:

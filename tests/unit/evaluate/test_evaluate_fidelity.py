@@ -48,9 +48,9 @@ def test_frechet_distance_of_a_shift_is_its_square() -> None:
 
 def test_statistics_keep_small_deviations_of_large_features() -> None:
     features = torch.randn(2000, 3, generator=torch.Generator().manual_seed(4)) + 4096.0
-    found = fidelity.feature_statistics(features)
-    np.testing.assert_allclose(found.mean, features.double().mean(0).numpy(), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, torch.cov(features.double().T).numpy(), rtol=1e-9, atol=1e-12)
+    actual = fidelity.feature_statistics(features)
+    np.testing.assert_allclose(actual.mean, features.double().mean(0).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(actual.covariance, torch.cov(features.double().T).numpy(), rtol=1e-9, atol=1e-12)
 
 
 def test_kernel_distance_equals_the_unbiased_estimate_when_a_subset_is_the_whole_set() -> None:

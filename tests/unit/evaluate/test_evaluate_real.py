@@ -34,10 +34,10 @@ def test_image_files_of_any_size_are_brought_to_the_size_of_the_samples(tmp_path
     real = open_real(str(tmp_path / "real"))
     assert real.images is not None
     images = real.images((8, 8))
-    found = [images[index] for index in range(6)]  # type: ignore[arg-type]
-    assert all(image.shape == (3, 8, 8) and image.dtype == torch.uint8 for image in found)
-    assert found[2][:, 0, 0].tolist() == [20, 0, 200]
-    assert found[5][:, 4, 4].tolist() == [77, 77, 77]
+    actual = [images[index] for index in range(6)]  # type: ignore[arg-type]
+    assert all(image.shape == (3, 8, 8) and image.dtype == torch.uint8 for image in actual)
+    assert actual[2][:, 0, 0].tolist() == [20, 0, 200]
+    assert actual[5][:, 4, 4].tolist() == [77, 77, 77]
 
 
 def test_the_digest_follows_names_and_content(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_a_dataset_of_torch_fidelity_is_opened_by_its_name(
 def test_a_dataset_that_cannot_be_had_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "datasets_folder", lambda: tmp_path / "datasets")
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", _unreachable)
-    for offline, wanted in (("1", "HF_HUB_OFFLINE forbids"), ("0", "cannot be downloaded: no network")):
+    for offline, expected in (("1", "HF_HUB_OFFLINE forbids"), ("0", "cannot be downloaded: no network")):
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
-        with pytest.raises(InputError, match=rf"cifar10-train .*{wanted}") as caught:
+        with pytest.raises(InputError, match=rf"cifar10-train .*{expected}") as caught:
             open_real("cifar10-train").fetch()
         assert "\n" not in caught.value.message
         assert caught.value.hint is not None

@@ -104,10 +104,10 @@ def test_missing_files_name_the_training_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 3, 32, 32), (2, 1, 16, 16), (1, 3, 45, 31)])
 def test_classifier_takes_gray_and_colour_of_any_size(shape: tuple[int, ...]) -> None:
-    found = DigitClassifier()(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
-    assert found.features.shape == (shape[0], DigitClassifier.num_features)
-    assert found.spatial.shape == (shape[0], 4, 8, 8)
-    assert found.logits.shape == (shape[0], 10)
+    actual = DigitClassifier()(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    assert actual.features.shape == (shape[0], DigitClassifier.num_features)
+    assert actual.spatial.shape == (shape[0], 4, 8, 8)
+    assert actual.logits.shape == (shape[0], 10)
 
 
 def test_classifier_reads_colour_as_gray_and_refuses_bytes() -> None:
@@ -125,11 +125,11 @@ def test_shipped_real_data_matches_the_classifier() -> None:
     assert images.dtype == torch.uint8
     assert torch.bincount(labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     with torch.inference_mode():
-        found = load_classifier()(images[:2000].float() / 255)
-    assert (found.logits.argmax(dim=1) == labels[:2000]).double().mean() > 0.985
+        actual = load_classifier()(images[:2000].float() / 255)
+    assert (actual.logits.argmax(dim=1) == labels[:2000]).double().mean() > 0.985
     real = data.real_statistics(32)
     spread = real["features_cov"].diagonal().sqrt()
-    assert ((found.features.double().mean(dim=0) - real["features_mean"]).abs() < spread).all()
+    assert ((actual.features.double().mean(dim=0) - real["features_mean"]).abs() < spread).all()
     assert torch.equal(real["spatial_cov"], real["spatial_cov"].T)
     assert torch.linalg.eigvalsh(real["features_cov"]).min() > -1e-6
 

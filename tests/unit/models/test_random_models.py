@@ -134,18 +134,18 @@ def test_every_architecture_has_a_random_model_and_its_model_agrees_with_it() ->
 @contextmanager
 def layer_outputs(module: nn.Module) -> Iterator[dict[str, float]]:
     """Standard deviations of what each convolution and linear layer puts out."""
-    found: dict[str, float] = {}
+    actual: dict[str, float] = {}
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
-            found[name] = float(output.float().std())
+            actual[name] = float(output.float().std())
 
         return hook
 
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     handles = [layer.register_forward_hook(note(name)) for name, layer in layers]
     try:
-        yield found
+        yield actual
     finally:
         for handle in handles:
             handle.remove()

@@ -62,8 +62,8 @@ def test_timesteps_are_what_the_denoiser_receives(name: str) -> None:
     model = load(name)
     prompts = ["a cat", "a dog"] if name in WORDS else None
     calls = calls_of(model, 4, prompts=prompts, guidance_scale=model.entry.guidance_scale)
-    found = [call.timestep.item() for call in calls]
-    assert found == pytest.approx(list(TIMESTEPS[name]), rel=3e-3)
+    actual = [call.timestep.item() for call in calls]
+    assert actual == pytest.approx(list(TIMESTEPS[name]), rel=3e-3)
     is_guided = (model.entry.guidance_scale or 0) > 1
     assert {call.sample.shape[0] for call in calls} == {4 if is_guided else 2}
 
@@ -131,10 +131,10 @@ def test_on_equal_timesteps_it_is_diffusers_own(prediction_type: str, eta: float
     ours.timesteps = theirs.timesteps  # 500, 0
     generator = torch.Generator().manual_seed(3)
     x, output, noise = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
-    found = ours.step(output, 500, x, eta=eta, variance_noise=noise)
+    actual = ours.step(output, 500, x, eta=eta, variance_noise=noise)
     expected = theirs.step(output, 500, x, eta=eta, variance_noise=noise)
-    torch.testing.assert_close(found.prev_sample, expected.prev_sample, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.pred_original_sample, expected.pred_original_sample, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.prev_sample, expected.prev_sample, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.pred_original_sample, expected.pred_original_sample, atol=1e-5, rtol=1e-5)
 
 
 def test_a_pipeline_keeps_its_quadratic_scheduler_on_disk(tmp_path: Any) -> None:

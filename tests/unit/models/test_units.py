@@ -33,26 +33,26 @@ def traced(request: pytest.FixtureRequest) -> tuple[nn.Module, Trace]:
 
 
 def test_every_layer_is_traced_once_from_input_to_output(traced: tuple[nn.Module, Trace]) -> None:
-    unet, found = traced
+    unet, actual = traced
     walked = [name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    assert sorted(found.names) == sorted(walked)
-    assert found.not_run == ()
-    convolutions = [layer.name for layer in found.layers if isinstance(layer.module, nn.Conv2d)]
+    assert sorted(actual.names) == sorted(walked)
+    assert actual.not_run == ()
+    convolutions = [layer.name for layer in actual.layers if isinstance(layer.module, nn.Conv2d)]
     assert (convolutions[0], convolutions[-1]) == ("conv_in", "conv_out")
-    assert found.names[-1] == "conv_out"
-    first = {stage: min(i for i, name in enumerate(found.names) if name.startswith(stage)) for stage in STAGES}
+    assert actual.names[-1] == "conv_out"
+    first = {stage: min(i for i, name in enumerate(actual.names) if name.startswith(stage)) for stage in STAGES}
     assert list(first.values()) == sorted(first.values()), "registration has up before mid, execution has not"
 
 
 def test_the_time_embedding_is_known(traced: tuple[nn.Module, Trace]) -> None:
-    _, found = traced
-    embedded = [layer.name for layer in found.layers if layer.in_time_embedding]
+    _, actual = traced
+    embedded = [layer.name for layer in actual.layers if layer.in_time_embedding]
     assert embedded == ["time_embedding.linear_1", "time_embedding.linear_2"]
 
 
 def test_shortcuts_of_the_up_path_know_the_sizes_of_both_sources(traced: tuple[nn.Module, Trace]) -> None:
-    unet, found = traced
-    split = {layer.name: layer.channel_parts for layer in found.layers if layer.channel_parts is not None}
+    unet, actual = traced
+    split = {layer.name: layer.channel_parts for layer in actual.layers if layer.channel_parts is not None}
     shortcuts = [
         name
         for name, module in unet.named_modules()
@@ -61,7 +61,7 @@ def test_shortcuts_of_the_up_path_know_the_sizes_of_both_sources(traced: tuple[n
     assert sorted(split) == sorted(shortcuts)
     assert len(split) == 4
     # what comes from below, then the skip; the up path of (8, 16) channels with one layer a block
-    assert [split[name] for name in found.names if name in split] == [(16, 16), (16, 8), (16, 8), (8, 8)]
+    assert [split[name] for name in actual.names if name in split] == [(16, 16), (16, 8), (16, 8), (8, 8)]
     for name, parts in split.items():
         assert parts is not None
         assert sum(parts) == unet.get_submodule(name).weight.shape[1]
@@ -76,25 +76,25 @@ def test_tracing_leaves_no_hook_behind(traced: tuple[nn.Module, Trace]) -> None:
 def test_units_cover_every_layer_exactly_once_in_execution_order(
     traced: tuple[nn.Module, Trace], granularity: Any
 ) -> None:
-    unet, found = traced
-    result = units(unet, found, set(found.names), granularity)
+    unet, actual = traced
+    result = units(unet, actual, set(actual.names), granularity)
     covered = [name for unit in result for name in unit.layers]
-    assert sorted(covered) == sorted(found.names)
+    assert sorted(covered) == sorted(actual.names)
     assert len(set(covered)) == len(covered)
-    firsts = [found.names.index(unit.layers[0]) for unit in result]
+    firsts = [actual.names.index(unit.layers[0]) for unit in result]
     assert firsts == sorted(firsts)
     for unit in result:
-        positions = [found.names.index(name) for name in unit.layers]
+        positions = [actual.names.index(name) for name in unit.layers]
         assert positions == sorted(positions)
     if granularity == "layer":
-        assert [unit.layers for unit in result] == [(name,) for name in found.names]
+        assert [unit.layers for unit in result] == [(name,) for name in actual.names]
         assert {unit.kind for unit in result} == {"layer"}
 
 
 def test_blocks_of_a_text_to_image_denoiser(tiny_sd: Path) -> None:
     unet, (args, kwargs) = _unet(tiny_sd)
-    found = trace(unet, args, kwargs)
-    by_name = {unit.name: unit for unit in units(unet, found, set(found.names), "block")}
+    actual = trace(unet, args, kwargs)
+    by_name = {unit.name: unit for unit in units(unet, actual, set(actual.names), "block")}
     kinds = [unit.kind for unit in by_name.values()]
     # down: 1 + 1, mid: 2, up: 2 + 2 residual blocks; transformer blocks: 1 down, 1 mid, 2 up
     assert (kinds.count("residual"), kinds.count("transformer"), kinds.count("attention")) == (8, 4, 0)
@@ -110,8 +110,8 @@ def test_blocks_of_a_text_to_image_denoiser(tiny_sd: Path) -> None:
 
 def test_blocks_of_a_pixel_space_denoiser(tiny_ddpm: Path) -> None:
     unet, (args, kwargs) = _unet(tiny_ddpm)
-    found = trace(unet, args, kwargs)
-    result = units(unet, found, set(found.names), "block")
+    actual = trace(unet, args, kwargs)
+    result = units(unet, actual, set(actual.names), "block")
     attention = [unit for unit in result if unit.kind == "attention"]
     assert [unit.name for unit in attention] == [
         "down_blocks.1.attentions.0",
@@ -126,9 +126,9 @@ def test_blocks_of_a_pixel_space_denoiser(tiny_ddpm: Path) -> None:
 
 def test_layers_that_are_not_planned_are_in_no_unit(tiny_sd: Path) -> None:
     unet, (args, kwargs) = _unet(tiny_sd)
-    found = trace(unet, args, kwargs)
-    planned = {name for name in found.names if "attn2" not in name and name != "conv_in"}
-    covered = {name for unit in units(unet, found, planned, "block") for name in unit.layers}
+    actual = trace(unet, args, kwargs)
+    planned = {name for name in actual.names if "attn2" not in name and name != "conv_in"}
+    covered = {name for unit in units(unet, actual, planned, "block") for name in unit.layers}
     assert covered == planned
 
 
@@ -148,17 +148,17 @@ def test_a_layer_that_never_runs_is_named() -> None:
 
 
 def test_a_layer_that_runs_twice_is_named_and_not_reconstructed() -> None:
-    found = trace(_Odd(2), (torch.zeros(1, 4),), {})
-    assert found.repeated == ("layer",)
-    assert found.layers == []
+    actual = trace(_Odd(2), (torch.zeros(1, 4),), {})
+    assert actual.repeated == ("layer",)
+    assert actual.layers == []
 
 
 def test_a_transformer_that_embeds_the_timestep_twice_can_be_split(tiny_dit: Path) -> None:
     from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel.from_pretrained(tiny_dit / "transformer")
-    found = trace(model, (torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.tensor([1])), {})
+    actual = trace(model, (torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.tensor([1])), {})
     prefix = "transformer_blocks.0.norm1.emb.timestep_embedder.linear"
-    assert found.repeated == (f"{prefix}_1", f"{prefix}_2")
-    kinds = [unit.kind for unit in units(model, found, set(found.names), "block")]
+    assert actual.repeated == (f"{prefix}_1", f"{prefix}_2")
+    kinds = [unit.kind for unit in units(model, actual, set(actual.names), "block")]
     assert kinds == ["layer", "transformer", "transformer", "layer", "layer"]

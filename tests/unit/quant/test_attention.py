@@ -53,10 +53,10 @@ def test_it_computes_what_diffusers_computes(
         tokens = 7 if cross else (shape[1] if len(shape) == 3 else shape[2] * shape[3])
         mask = torch.zeros(2, 1, tokens)
         mask[:, :, -2:] = -10_000.0
-    wanted = attention(**inputs, attention_mask=mask)
+    expected = attention(**inputs, attention_mask=mask)
     attention.set_processor(AttentionProducts())
-    found = attention(**inputs, attention_mask=mask)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    actual = attention(**inputs, attention_mask=mask)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 class _Seen(QuantizedAttention):
@@ -121,9 +121,9 @@ def test_a_cast_leaves_scales_alone(dtype: torch.dtype) -> None:
     attention.set_processor(QuantizedAttention(AttentionPlan(activation_bits=8), _scales()))
     attention.to(dtype)
     for operand, scale in _scales().items():
-        found = getattr(attention.processor, f"{operand}_scale")
-        assert found.dtype == torch.float32
-        assert torch.equal(found, scale)
+        actual = getattr(attention.processor, f"{operand}_scale")
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, scale)
     assert {f"processor.{operand}_scale" for operand in OPERANDS} <= set(attention.state_dict())
 
 
@@ -152,9 +152,9 @@ def test_hooks_have_the_scales_in_place_once_a_call() -> None:
     attention, inputs = _attention({}), _inputs((2, 10, 16), cross=False)
     processor = QuantizedAttention(AttentionPlan(activation_bits=8), _scales())
     attention.set_processor(processor)
-    wanted, hook = attention(**inputs), _Hook(_scales())
+    expected, hook = attention(**inputs), _Hook(_scales())
     add_hook_to_module(processor, hook)
     hook.post_forward(processor, None)
-    assert torch.equal(attention(**inputs), wanted)
+    assert torch.equal(attention(**inputs), expected)
     assert hook.calls == 1
     assert "temb" in inspect.signature(processor.__call__).parameters

@@ -85,9 +85,9 @@ def test_inside_the_range_the_error_is_at_most_half_a_step(
 def test_narrow_inputs_are_quantized_in_float32_and_come_back_narrow(dtype: torch.dtype) -> None:
     x = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(dtype)
     scale, zero_point = torch.tensor(0.0137), torch.tensor(91, dtype=torch.int32)
-    found = fake_quantize(x, scale, zero_point, activation_grid(8))
-    assert found.dtype == dtype
-    assert torch.equal(found, fake_quantize(x.float(), scale, zero_point, activation_grid(8)).to(dtype))
+    actual = fake_quantize(x, scale, zero_point, activation_grid(8))
+    assert actual.dtype == dtype
+    assert torch.equal(actual, fake_quantize(x.float(), scale, zero_point, activation_grid(8)).to(dtype))
 
 
 def _learned_case(grid: Grid, zero_point: int, drop: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -105,11 +105,11 @@ CASES = [(activation_grid(4), 7), (activation_grid(8), 0), (weight_grid(4), 0), 
 def test_the_learned_form_computes_the_same_values(grid: Grid, zero_point: int) -> None:
     x, scale, zero, dropped = _learned_case(grid, zero_point, drop=True)
     assert dropped is not None
-    found = learned_fake_quantize(x, scale, zero, grid)
-    assert torch.equal(found, fake_quantize(x, scale, zero, grid))
+    actual = learned_fake_quantize(x, scale, zero, grid)
+    assert torch.equal(actual, fake_quantize(x, scale, zero, grid))
     partly = learned_fake_quantize(x, scale, zero, grid, dropped)
     assert torch.equal(partly[dropped], x[dropped]), "dropped elements pass untouched"
-    assert torch.equal(partly[~dropped], found[~dropped])
+    assert torch.equal(partly[~dropped], actual[~dropped])
 
 
 @pytest.mark.parametrize(("grid", "zero_point"), CASES)

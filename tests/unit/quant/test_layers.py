@@ -106,9 +106,9 @@ def test_integer_sums_are_exact(case: Case, zero_point: int) -> None:
     codes = quantize(x, layer.input_scale, layer.input_zero_point, grid).long() - zero_point
     sums = _exact_sums(codes, layer.weight_int.long(), layer)
     per_channel = layer.operation.per_channel
-    wanted = sums.float() * per_channel(layer.input_scale * layer.weight_scale)
-    wanted = wanted if layer.bias is None else wanted + per_channel(layer.bias)
-    assert torch.equal(_in_arithmetic(layer, "integer", x), wanted)
+    expected = sums.float() * per_channel(layer.input_scale * layer.weight_scale)
+    expected = expected if layer.bias is None else expected + per_channel(layer.bias)
+    assert torch.equal(_in_arithmetic(layer, "integer", x), expected)
 
 
 def _exact_sums(codes: Tensor, weight: Tensor, layer: QuantizedLayer) -> Tensor:
@@ -173,20 +173,20 @@ def test_a_cast_leaves_scales_alone(kind: str, dtype: torch.dtype) -> None:
         assert dict(cast.named_buffers())[name].dtype == tensor.dtype
     assert cast.bias is not None
     assert cast.bias.dtype == dtype
-    found = cast(x.to(dtype))
-    assert found.dtype == dtype
-    wanted = before(x.to(dtype).float())
-    assert float((found.float() - wanted).norm() / wanted.norm()) < 4 * torch.finfo(dtype).eps
+    actual = cast(x.to(dtype))
+    assert actual.dtype == dtype
+    expected = before(x.to(dtype).float())
+    assert float((actual.float() - expected).norm() / expected.norm()) < 4 * torch.finfo(dtype).eps
     narrow = _in_arithmetic(cast, "integer", x.to(dtype))
     assert narrow.dtype == dtype
 
 
 def test_a_layer_moves_between_devices_without_its_cached_weight() -> None:
     layer, x = _quantized(CASES["conv"], PLANS["weights only"]), _input(CASES["conv"].shape)
-    wanted = layer(x)
+    expected = layer(x)
     moved = layer.to("meta")
     assert all(tensor.is_meta for tensor in (*moved.buffers(), *moved.parameters()))
-    assert moved(x.to("meta")).shape == wanted.shape
+    assert moved(x.to("meta")).shape == expected.shape
 
 
 @each_plan

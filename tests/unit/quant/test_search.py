@@ -29,8 +29,8 @@ def _range(x: Tensor, grid: Grid, recipe: RangeRecipe) -> Range:
     return Range(*activation_range(Histogram.of(x), grid, recipe).tolist())
 
 
-def _error(x: Tensor, found: Range, grid: Grid) -> float:
-    scale, zero_point = found.parameters(grid)
+def _error(x: Tensor, actual: Range, grid: Grid) -> float:
+    scale, zero_point = actual.parameters(grid)
     quantized = fake_quantize(x, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), grid)
     return float((quantized - x).abs().pow(NORM).mean())
 
@@ -43,9 +43,9 @@ def _skewed(seed: int) -> Tensor:
 def test_each_channels_searched_scale_is_the_best_of_the_candidates() -> None:
     weight, grid = _normal(0, 5, 3, 3, 3), weight_grid(4)
     recipe = RangeRecipe(num_candidates=20)
-    found = weight_scales(weight, grid, recipe)
-    assert found.shape == (5,)
-    for row, scale in zip(weight.flatten(1), found, strict=True):
+    actual = weight_scales(weight, grid, recipe)
+    assert actual.shape == (5,)
+    for row, scale in zip(weight.flatten(1), actual, strict=True):
         errors = {}
         for candidate in range(1, 21):
             tried = row.abs().max() / grid.quant_max * candidate / 20
@@ -99,8 +99,8 @@ def test_asymmetric_beats_symmetric_on_skewed_data(bits: int) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_data_of_one_sign_use_every_code_for_it(recipe: RangeRecipe, sign: int) -> None:
     grid = activation_grid(8)
-    found = _range(sign * _normal(3, 5000).abs(), grid, recipe)
-    _, zero_point = found.parameters(grid)
+    actual = _range(sign * _normal(3, 5000).abs(), grid, recipe)
+    _, zero_point = actual.parameters(grid)
     assert zero_point == (grid.quant_min if sign > 0 else grid.quant_max)
 
 

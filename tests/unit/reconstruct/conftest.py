@@ -68,11 +68,11 @@ class Setting:
     def cache(self, folder: Path, budget: int = 2**28) -> RowCache:
         return RowCache(folder, budget, CPU)
 
-    def capture(self, found: list[Unit], cache: RowCache, with_outputs: bool = True) -> list[UnitCalls]:
+    def capture(self, actual: list[Unit], cache: RowCache, with_outputs: bool = True) -> list[UnitCalls]:
         """Calls of some units in the denoiser as it is now."""
         with self.network.full_precision():
-            forms = probe_units(self.denoiser, found, self.batches)
-        return capture_units(self.denoiser, found, forms, self.batches, cache, with_outputs=with_outputs)
+            forms = probe_units(self.denoiser, actual, self.batches)
+        return capture_units(self.denoiser, actual, forms, self.batches, cache, with_outputs=with_outputs)
 
     def nearest(self) -> dict[str, Tensor]:
         return nearest_params(self.network.float_weight, self.plan, self.ranges)

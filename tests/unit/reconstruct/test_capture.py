@@ -101,8 +101,8 @@ def test_captured_arguments_repeat_the_captured_output(make_setting: MakeSetting
     for unit, calls in zip(units, setting.capture(units, setting.cache(tmp_path)), strict=True):
         args, kwargs = calls.call([all_rows(rows) for rows in calls.tensors])
         with torch.no_grad():
-            found = calls.outputs_of(unit.module(*args, **kwargs))
-        for ours, theirs in zip(found, calls.outputs, strict=True):
+            actual = calls.outputs_of(unit.module(*args, **kwargs))
+        for ours, theirs in zip(actual, calls.outputs, strict=True):
             torch.testing.assert_close(ours, all_rows(theirs), rtol=1e-4, atol=1e-5)
 
 
@@ -133,8 +133,8 @@ def test_layers_inside_a_unit_are_targets_in_execution_order(make_setting: MakeS
     torch.testing.assert_close(targets[f"{RESIDUAL}.time_emb_proj"], time(nn.functional.silu(embedding)))
     # the last layers add up to the output: conv2 is a target, conv_shortcut is not
     shortcut = setting.denoiser.get_submodule(f"{RESIDUAL}.conv_shortcut")(x)
-    wanted = all_rows(calls.outputs[0])
-    torch.testing.assert_close(targets[f"{RESIDUAL}.conv2"] + shortcut, wanted, rtol=1e-4, atol=1e-5)
+    expected = all_rows(calls.outputs[0])
+    torch.testing.assert_close(targets[f"{RESIDUAL}.conv2"] + shortcut, expected, rtol=1e-4, atol=1e-5)
 
 
 class _Blend(nn.Module):
@@ -193,13 +193,13 @@ def test_rows_are_numbered_batch_by_batch_with_the_branches_inside(
 def test_the_loss_sums_over_channels_and_averages_over_the_rest() -> None:
     generator = torch.Generator().manual_seed(0)
     image, other = (torch.randn(3, 5, 2, 4, generator=generator) for _ in range(2))
-    wanted = sum(
+    expected = sum(
         float(((image - other)[n, :, y, x] ** 2).sum()) for n in range(3) for y in range(2) for x in range(4)
     ) / (3 * 2 * 4)
-    assert float(channel_loss(image, other)) == pytest.approx(wanted)
+    assert float(channel_loss(image, other)) == pytest.approx(expected)
     tokens, more = (torch.randn(3, 7, 5, generator=generator) for _ in range(2))
-    wanted = sum(float(((tokens - more)[n, t] ** 2).sum()) for n in range(3) for t in range(7)) / (3 * 7)
-    assert float(channel_loss(tokens, more)) == pytest.approx(wanted)
+    expected = sum(float(((tokens - more)[n, t] ** 2).sum()) for n in range(3) for t in range(7)) / (3 * 7)
+    assert float(channel_loss(tokens, more)) == pytest.approx(expected)
 
 
 def test_a_tree_is_flattened_and_put_together_again() -> None:

@@ -176,7 +176,7 @@ def test_one_step_is_one_forward_and_its_loss_is_the_sum_of_the_terms(
     inner = unit.layers[:-1]
     with layer_outputs(setting.denoiser, inner) as outputs, torch.no_grad():
         out = learner.module(*args, **kwargs)
-    with setting.network.full_precision(), layer_outputs(setting.denoiser, inner) as wanted, torch.no_grad():
+    with setting.network.full_precision(), layer_outputs(setting.denoiser, inner) as expected, torch.no_grad():
         args, kwargs = exact.call([tensor.read(rows) for tensor in exact.tensors])
         target = unit.module(*args, **kwargs)
     sizes = dict.fromkeys(inner, 1.0)
@@ -186,7 +186,7 @@ def test_one_step_is_one_forward_and_its_loss_is_the_sum_of_the_terms(
         everything = {name: rows.read(range(rows.count)) for name, rows in learner.data.layer_targets.items()}
         block = whole.read(range(whole.count)).square().sum(1).mean()
         sizes = {name: float(block / tensor.square().sum(1).mean()) for name, tensor in everything.items()}
-    terms = sum(sizes[name] * float(channel_loss(outputs[name], wanted[name])) for name in inner)
+    terms = sum(sizes[name] * float(channel_loss(outputs[name], expected[name])) for name in inner)
     assert loss == pytest.approx(float(channel_loss(out, target)) + 0.7 * terms, rel=1e-4)
 
 
@@ -277,7 +277,7 @@ def test_what_is_deployed_computes_what_was_decided(
     learner.learned.materialize()
     args, kwargs = calls.call([rows.read(range(rows.count)) for rows in calls.tensors])
     with torch.no_grad():
-        wanted = setting.denoiser.get_submodule(name)(*args, **kwargs)
+        expected = setting.denoiser.get_submodule(name)(*args, **kwargs)
     for layer_name in unit.layers:
         layer = quantized_layer(setting.network.float_layers[layer_name], setting.plan.layers[layer_name])
         fill_layer(layer, layer_name, params)
@@ -287,8 +287,8 @@ def test_what_is_deployed_computes_what_was_decided(
         processor = QuantizedAttention(setting.plan.attentions[attention], scales)
         setting.network.put_processor(attention, processor)
     with torch.no_grad():
-        found = setting.denoiser.get_submodule(name)(*args, **kwargs)
-    assert torch.equal(found, wanted)
+        actual = setting.denoiser.get_submodule(name)(*args, **kwargs)
+    assert torch.equal(actual, expected)
 
 
 class TestTheWalk:
@@ -377,11 +377,11 @@ def test_a_finished_unit_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     kept = UnitCheckpoints(tmp_path)
     assert kept.load(3, unit) is None
     kept.save(3, unit, result)
-    found = kept.load(3, unit)
-    assert found is not None
-    assert _same(found.params, result.params)
-    assert found.losses() == result.losses()
-    assert (found.loss_before, found.loss_after, found.curve) == (0.1, 1e-17 / 3, [0.1 + 0.2])
+    actual = kept.load(3, unit)
+    assert actual is not None
+    assert _same(actual.params, result.params)
+    assert actual.losses() == result.losses()
+    assert (actual.loss_before, actual.loss_after, actual.curve) == (0.1, 1e-17 / 3, [0.1 + 0.2])
     assert kept.load(4, unit) is None
     (tmp_path / "units" / "0003-mid.block" / "unit.json").unlink()
     assert kept.load(3, unit) is None, "what was not finished is done again"

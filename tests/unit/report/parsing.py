@@ -22,10 +22,10 @@ class Element:
         return [element for element in self.walk() if element.tag == tag and element.matches(attributes)]
 
     def matches(self, attributes: dict[str, str]) -> bool:
-        wanted = dict(attributes)
-        one = wanted.pop("class_", None)
+        expected = dict(attributes)
+        one = expected.pop("class_", None)
         has_class = one is None or one in self.attributes.get("class", "").split()
-        return has_class and all(self.attributes.get(name) == value for name, value in wanted.items())
+        return has_class and all(self.attributes.get(name) == value for name, value in expected.items())
 
     def walk(self) -> Iterator[Element]:
         for child in self.children:

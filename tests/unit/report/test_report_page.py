@@ -161,8 +161,8 @@ def test_images_stand_beside_those_of_the_same_seed(maker: RunMaker) -> None:
     figures = wall.all("figure")
     assert len(figures) == NUM_SHOWN
     for place, figure in enumerate(figures):
-        found = [base64.b64decode(img.attributes["src"].partition(",")[2]) for img in figure.all("img")]
-        assert found == [png(10 * place), png(10 * place + 8), png(10 * place + 4)]
+        actual = [base64.b64decode(img.attributes["src"].partition(",")[2]) for img in figure.all("img")]
+        assert actual == [png(10 * place), png(10 * place + 8), png(10 * place + 4)]
         labels = [label.children[0] for label in figure.all("span", class_="label")]
         assert labels == ["full precision", "W8A8", "W4A4"]
         assert all(img.attributes["alt"] and img.attributes["width"] == "8" for img in figure.all("img"))
