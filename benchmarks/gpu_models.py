@@ -1,12 +1,12 @@
-"""INT8 against 16-bit floating point on one GPU, whole denoisers with random weights at their real sizes.
+"""Times INT8 beside 16-bit floating point on one GPU: whole denoisers of real sizes with random weights.
 
     python benchmarks/gpu_models.py --out results.jsonl
     python benchmarks/gpu_models.py --models dit-xl-2 --rows 64
     python benchmarks/gpu_models.py --smoke
 
-Both sides are compiled by torch (repeated blocks once each) and replayed as a CUDA graph, in turns, in one process per
-model; medians are printed. The denoiser is built on the device in its element type and rounded to nearest there.
-`--smoke` runs every path with tiny networks on a CPU; its times say nothing. Each line of the output is JSON.
+torch compiles both sides (repeated blocks once each) and replays them as CUDA graphs, alternately, in one process per
+model; medians are printed. The denoiser is created on the device in its element type and rounded to nearest there.
+`--smoke` runs every path with tiny networks on a CPU; its times mean nothing. Each line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.cuda.plain import compile_blocks, many_shapes, placed_copy, repeated_blocks
 from edadm_cli.engines.parity import prediction_of, relative_l2
-from edadm_cli.models.architecture import load_architecture
 from edadm_cli.models.example_calls import example_call
+from edadm_cli.models.random_models import build_denoiser
 from edadm_cli.models.units import trace
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
 from edadm_cli.quant.network import deploy, set_module
@@ -43,7 +44,7 @@ from edadm_cli.recipe import RangeRecipe, Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 RECIPE = Recipe(name="extremes", ranges=RangeRecipe(weight="minmax", activation="minmax", channel_parts=False))
-# In the order of their value, where a session ends before the last: model, rows, changes to its configuration.
+# Model -> rows, changes to its configuration; the most important first, as a session may end before the last one.
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "dit-xl-2": (2, {}),
     "pixart-sigma": (2, {}),
@@ -56,38 +57,8 @@ ROUNDS = 7
 
 
 @torch.no_grad()
-def build(name: str, device: torch.device, dtype: torch.dtype, changes: dict[str, Any]) -> nn.Module:
-    """A denoiser with random weights, made on the device in its element type.
-
-    Matrices have standard deviation 1 / sqrt(fan-in) and vectors lie around one for norms and zero elsewhere, so that
-    activations keep their scale through the network.
-    """
-    architecture = load_architecture(name)
-    cls = architecture.component_class(architecture.denoiser_name)
-    config = {**architecture.config(architecture.denoiser_name), **changes}
-    with torch.device("meta"):
-        shapes = cls(**config)
-    buffers = any(True for _ in shapes.buffers())
-    model: nn.Module = shapes.to(dtype).to_empty(device=device)
-    if buffers:  # positions are computed where a model is built
-        small = cls(**{**config, **{key: 1 for key in ("num_layers", "num_single_layers") if key in config}})
-        for key, buffer in small.named_buffers():
-            owner, _, own = key.rpartition(".")
-            model.get_submodule(owner)._buffers[own] = buffer.to(device, dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    for owner in model.modules():
-        for own, parameter in owner.named_parameters(recurse=False):
-            parameter.normal_(generator=generator)
-            if parameter.ndim > 1:
-                parameter.mul_(1.0 if isinstance(owner, nn.Embedding) else parameter[0].numel() ** -0.5)
-            else:
-                parameter.mul_(0.1).add_(1.0 if own == "weight" and "norm" in type(owner).__name__.lower() else 0.0)
-    return model.eval().requires_grad_(False)
-
-
-@torch.no_grad()
 def quantize(model: nn.Module, call: Call) -> int:
-    """Round a model to W8A8 in place and on its device, ranges from one call; returns how many layers there are."""
+    """Rounds a model to W8A8 in place and on its device, with ranges from one call; returns the number of layers."""
     plan = plan_network(trace(model, *call), RECIPE, BitWidth.parse("w8a8"))
     extremes: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -116,7 +87,11 @@ def quantize(model: nn.Module, call: Call) -> int:
 
 
 class Model:
-    """The contenders of one model."""
+    """Builds and times the contenders of one model.
+
+    Args:
+        options: The options of the command line.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = torch.device("cpu" if options.smoke else "cuda")
@@ -127,36 +102,19 @@ class Model:
         if options.smoke:
             self.full, self.call = tiny_families().tiny_denoiser(name, self.rows)
         else:
-            self.full = build(name, self.device, self.dtype, changes)
+            self.full = build_denoiser(name, dtype=self.dtype, device=self.device, changes=changes)
             self.call = example_call(self.full, batch_size=self.rows)
 
     def run(self, plain: bool) -> dict[str, Any]:
-        """Both sides compiled, compared, and timed in turns."""
+        """Compiles both sides, compares them, and times them alternately.
+
+        Args:
+            plain: Whether the compiled model that `from_pretrained` would load is timed as well.
+        """
         started = time.monotonic()
-        graphed = GraphedFunction if self.device.type == "cuda" else lambda function: function
         quantized = copy.deepcopy(self.full)
         layers = quantize(quantized, self.call)
-        if any(isinstance(module, nn.Conv2d) for module in self.full.modules()):
-            nn.Module.to(self.full, memory_format=torch.channels_last)
-        floating = self.full
-        if self.device.type == "cuda":
-            compile_blocks(floating)
-
-        contenders: dict[str, Callable[..., Any]] = {"float": graphed(in_many_shapes(floating))}
-        options = EngineOptions(device=self.device, rest_dtype=self.dtype, attention=self.attention)
-        engine = CudaEngine(float_where_faster=False)
-        contenders["int8 engine"] = engine.compile(quantized, *self.call, options)
-        if plain:
-            loaded = placed_copy(quantized, self.device, self.dtype)
-            deploy(loaded, KernelProduct((self.device.type,)))
-            if any(isinstance(module, nn.Conv2d) for module in loaded.modules()):
-                nn.Module.to(loaded, memory_format=torch.channels_last)
-            if self.device.type == "cuda":
-                if hasattr(loaded, "compile_repeated_blocks") and repeated_blocks(loaded):
-                    loaded.compile_repeated_blocks(fullgraph=True, dynamic=False)  # as docs/gpu.md says
-                else:
-                    loaded.compile(fullgraph=True, dynamic=False)
-            contenders["int8 from_pretrained, compiled"] = graphed(in_many_shapes(loaded))
+        contenders = self._contenders(quantized, plain)
         outputs, seconds = {}, {"build": round(time.monotonic() - started, 1)}
         for name, function in contenders.items():
             began = time.monotonic()
@@ -164,23 +122,52 @@ class Model:
             seconds[name] = round(time.monotonic() - began, 1)
         calls = {name: lambda function=f: function(*self.call[0], **self.call[1]) for name, f in contenders.items()}
         times = {name: spread(values) for name, values in self.clock.in_turns(calls, ROUNDS).items()}
-        best = times["float"]["median_ms"]
+        median = times["float"]["median_ms"]
+        others = [name for name in contenders if name != "float"]
         return {
             "quantized_layers": layers,
             "seconds": seconds,
             "times": times,
-            "speedup": {name: round(best / row["median_ms"], 3) for name, row in times.items() if name != "float"},
-            "to_float": {
-                name: round(relative_l2(found, outputs["float"]), 4)
-                for name, found in outputs.items()
-                if name != "float"
-            },
+            "speedup": {name: round(median / times[name]["median_ms"], 3) for name in others},
+            "to_float": {name: round(relative_l2(outputs[name], outputs["float"]), 4) for name in others},
             "weights_mib": {"float": mib(self.full), "int8": mib(quantized)},
         }
 
+    def _contenders(self, quantized: nn.Module, plain: bool) -> dict[str, Callable[..., Any]]:
+        """Returns the functions that are timed, by name."""
+        graphed = GraphedFunction if self.device.type == "cuda" else lambda function: function
+        self._prepare_convolutions(self.full)
+        if self.device.type == "cuda":
+            compile_blocks(self.full)
+        options = EngineOptions(device=self.device, rest_dtype=self.dtype, attention=self.attention)
+        engine = CudaEngine(float_where_faster=False)
+        contenders: dict[str, Callable[..., Any]] = {"float": graphed(in_many_shapes(self.full))}
+        contenders["int8 engine"] = engine.compile(quantized, *self.call, options)
+        if plain:
+            contenders["int8 from_pretrained, compiled"] = graphed(in_many_shapes(self._loaded(quantized)))
+        return contenders
+
+    def _loaded(self, quantized: nn.Module) -> nn.Module:
+        """Returns the model as `from_pretrained` loads it, compiled as docs/gpu.md says."""
+        loaded = placed_copy(quantized, self.device, self.dtype)
+        deploy(loaded, KernelProduct((self.device.type,)))
+        self._prepare_convolutions(loaded)
+        if self.device.type == "cuda":
+            if hasattr(loaded, "compile_repeated_blocks") and repeated_blocks(loaded):
+                loaded.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            else:
+                loaded.compile(fullgraph=True, dynamic=False)
+        return loaded
+
+    @staticmethod
+    def _prepare_convolutions(model: nn.Module) -> None:
+        """Stores the weights of a model with convolutions channels last."""
+        if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+            nn.Module.to(model, memory_format=torch.channels_last)
+
 
 def in_many_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function that torch may compile anew for as many sizes as a model has."""
+    """Returns a function that torch may compile again for as many sizes as a model has."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with many_shapes():
@@ -189,21 +176,26 @@ def in_many_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def tiny_families() -> Any:
-    """The tests' tiny denoisers of each family."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    return import_module("tiny_denoisers")
+def tiny_families() -> ModuleType:
+    """Returns the tests' builders of tiny denoisers of each family."""
+    path = Path(__file__).parents[1] / "tests" / "denoisers" / "families.py"
+    spec = spec_from_file_location("tiny_families", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def mib(model: nn.Module) -> float:
-    """Size of a model's parameters and buffers in MiB."""
+    """Returns the size of a model's parameters and buffers in MiB."""
     tensors = (*model.parameters(), *model.buffers())
     return round(sum(tensor.nbytes for tensor in tensors) / 2**20, 1)
 
 
 @torch.no_grad()
 def child(options: argparse.Namespace) -> None:
-    """Measure one model and print one line."""
+    """Measures one model and prints one line."""
     started = time.monotonic()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     row: dict[str, Any] = {"model": options.model, "dtype": options.dtype}
@@ -219,19 +211,19 @@ def child(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure each model in a process of its own, in order, within the time."""
+    """Measures the models in order, each in a separate process, within the time limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", help="architectures, with commas; all by default")
     parser.add_argument("--model", help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=int, help="rows of the batch; each model's own by default")
+    parser.add_argument("--rows", type=int, help="rows of the batch; by default those of the table in this file")
     parser.add_argument(
         "--attention", default="float", choices=("float", "int8"), help="form of the engine's attention"
     )
-    parser.add_argument("--dtype", default="float16", help="of both sides' floating point")
-    parser.add_argument("--plain", help="models of which the compiled loaded export is timed too", default="")
+    parser.add_argument("--dtype", default="float16", help="element type of both sides' floating point")
+    parser.add_argument("--plain", help="models whose loaded and compiled export is timed as well", default="")
     parser.add_argument("--out", type=Path, help="file that every line is appended to")
-    parser.add_argument("--seconds", type=float, default=340, help="of all models together")
-    parser.add_argument("--cap", type=float, default=120, help="seconds of one model")
+    parser.add_argument("--seconds", type=float, default=340, help="time limit of all models together")
+    parser.add_argument("--cap", type=float, default=120, help="time limit of one model in seconds")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     if options.model:
@@ -250,7 +242,7 @@ def main() -> None:
 
 
 def measured(name: str, options: argparse.Namespace, seconds: float) -> str:
-    """The line of one model, or what kept it from having one."""
+    """Returns the line of one model, or a line with the reason why there is none."""
     command = [sys.executable, __file__, "--model", name, "--dtype", options.dtype]
     command += ["--rows", str(options.rows)] if options.rows else []
     command += ["--attention", options.attention]

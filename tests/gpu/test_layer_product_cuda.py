@@ -15,7 +15,7 @@ from edadm_cli.engines.parity import prediction_of, relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.quant.network import deploy
-from tests.tiny_denoisers import FAMILIES, Call, quantized_denoiser
+from tests.denoisers.families import FAMILIES, Call, quantized_denoiser
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.config import CollectConfig, SelectConfig
 from tests.integration.fresh_interpreter import FreshInterpreter
+from tests.integration.small_runs import CPU, export
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +21,24 @@ def fresh_interpreter() -> Iterator[FreshInterpreter]:
     interpreter = FreshInterpreter()
     yield interpreter
     interpreter.close()
+
+
+@pytest.fixture(scope="session")
+def exported_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the tiny Stable Diffusion at W4A8; all tests of a session share it, so none may change it."""
+    import torch
+
+    from edadm_cli.models.loading import load_model
+
+    return export(load_model(str(tiny_sd), CPU, torch.float32), tmp_path_factory.mktemp("export") / "pipeline")
+
+
+@pytest.fixture
+def pipeline(exported_sd: Path) -> Any:
+    """The pipeline of `exported_sd`, loaded by diffusers."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(exported_sd)
 
 
 @pytest.fixture(scope="session")

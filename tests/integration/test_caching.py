@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import quantize_to_nearest
@@ -23,23 +23,15 @@ from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.recipe import load_recipe
+from tests.denoisers import parts
+from tests.denoisers.families import FAMILIES
 
 STEPS = 5
-DENOISERS: dict[str, Any] = {
-    "flux": lambda: FluxTransformer2DModel(
-        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
-    ),
-    "sd3": lambda: SD3Transformer2DModel(
-        sample_size=8, in_channels=4, num_layers=4, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
-        caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
-    ),
-    "unet": lambda: UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), norm_num_groups=2, cross_attention_dim=16, attention_head_dim=4,
-        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ),
-}  # fmt: skip
+DENOISERS: dict[str, Callable[[], nn.Module]] = {
+    "flux": partial(FAMILIES["flux"], num_layers=2, num_single_layers=2),
+    "sd3": partial(FAMILIES["sd3"], num_layers=4),
+    "unet": parts.unet,
+}
 
 
 def _quantized(kind: str) -> tuple[nn.Module, Any]:

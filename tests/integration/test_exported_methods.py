@@ -13,57 +13,21 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor import config as inductor
 
 from edadm_cli.artifacts import ModelRef
-from edadm_cli.calibrate.nearest import quantize_to_nearest
-from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
-from edadm_cli.export.folder import write_pipeline
 from edadm_cli.integrations.methods import bind_methods
-from edadm_cli.integrations.quantizer import EdadmConfig, format_version
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import known_models
 from edadm_cli.quant.layers import quantized_layers
-from edadm_cli.recipe import load_recipe
+from tests.integration.small_runs import CPU, export, predict
 from tests.unit.models.tiny import shrunk
 
-CPU = torch.device("cpu")
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-
-
-def export(model: LoadedModel, folder: Path) -> Path:
-    """Write a pipeline with its denoiser at W4A8, attention included, rounded to nearest."""
-    recipe = load_recipe("paper")
-    recipe = recipe.model_copy(update={"ranges": recipe.ranges.model_copy(update={"num_candidates": 4})})
-    call = example_call(model.denoiser, batch_size=2)
-    plan = quantize_to_nearest(model.denoiser, recipe, BitWidth.parse("w4a8"), [call])
-    assert plan.attentions
-    config = EdadmConfig(format_version(plan), "w4a8", "paper", plan.model_dump(mode="json"))
-    write_pipeline(model, folder, {model.denoiser_name: config.to_dict()})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of the tiny Stable Diffusion."""
-    return export(load_model(str(tiny_sd), CPU, torch.float32), tmp_path_factory.mktemp("export") / "pipeline")
-
-
-@pytest.fixture
-def pipeline(folder: Path) -> Any:
-    return DiffusionPipeline.from_pretrained(folder)
-
-
-def predict(unet: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 16, generator=generator)
-    with torch.no_grad():
-        output: Tensor = unet(x.to(dtype), torch.tensor(7), states.to(dtype)).sample
-    return output
 
 
 def draw(pipeline: Any) -> Tensor:
@@ -86,7 +50,7 @@ CASTS: dict[str, tuple[Callable[[Any], object], torch.dtype]] = {
 
 @pytest.mark.parametrize(("cast", "dtype"), CASTS.values(), ids=CASTS.keys())
 def test_a_cast_spares_codes_and_scales(
-    folder: Path, pipeline: Any, cast: Callable[[Any], object], dtype: torch.dtype
+    exported_sd: Path, pipeline: Any, cast: Callable[[Any], object], dtype: torch.dtype
 ) -> None:
     before = {name: buffer.clone() for name, buffer in pipeline.unet.named_buffers()}
     cast(pipeline)
@@ -97,11 +61,11 @@ def test_a_cast_spares_codes_and_scales(
     )
     assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {dtype}
     if dtype != torch.float32:
-        loaded = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).unet
+        loaded = DiffusionPipeline.from_pretrained(exported_sd, torch_dtype=dtype).unet
         assert torch.equal(predict(pipeline.unet, dtype), predict(loaded, dtype)), "as if it had been loaded so"
 
 
-def test_a_copy_is_cast_by_itself_and_saved(folder: Path, pipeline: Any, tmp_path: Path) -> None:
+def test_a_copy_is_cast_by_itself_and_saved(exported_sd: Path, pipeline: Any, tmp_path: Path) -> None:
     copied = copy.deepcopy(pipeline.unet)
     copied.half()
     assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.float32}

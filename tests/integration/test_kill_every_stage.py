@@ -10,6 +10,7 @@ import pytest
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.cli.app import main
 from tests.integration.fresh_interpreter import FreshInterpreter
+from tests.integration.small_runs import run_config
 
 BITS = "w4a8"
 # Kills itself in the middle of the write that is asked for: the N-th file, or the manifest.
@@ -34,20 +35,7 @@ extends = "default"
 iterations = 4
 batch_size = 4
 """
-CONFIG = """
-device = "cpu"
-[collect]
-num_trajectories = 6
-num_steps = 3
-batch_size = 2
-[reconstruct]
-recipe = "recipe.toml"
-[export]
-parity_samples = 1
-[evaluate]
-num_images = 4
-batch_size = 2
-"""
+CONFIG = run_config(num_trajectories=6)
 STAGES = {
     "collect": None,
     "select": None,

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,10 +16,10 @@ from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.models.loading import load_model
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 from edadm_cli.recipe import load_recipe
-from tests.integration.test_exported_methods import CPU, export, predict
+from tests.denoisers.families import FAMILIES
+from tests.integration.small_runs import predict
 
 pytest.importorskip("peft")
 
@@ -32,16 +31,6 @@ TARGETS = (
     "up_blocks.1.resnets.0.conv_shortcut",
 )
 RANK = 2
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(load_model(str(tiny_sd), CPU, torch.float32), tmp_path_factory.mktemp("export") / "pipeline")
-
-
-@pytest.fixture
-def pipeline(folder: Path) -> Any:
-    return DiffusionPipeline.from_pretrained(folder)
 
 
 def _shape(layer: nn.Module) -> tuple[int, ...]:
@@ -152,22 +141,10 @@ def test_a_merge_is_refused_and_the_adapter_stays(pipeline: Any) -> None:
     assert torch.equal(predict(pipeline.unet), before)
 
 
-TRANSFORMERS: dict[str, Any] = {
-    "flux": lambda: FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
-    ),
-    "sd3": lambda: SD3Transformer2DModel(
-        sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
-        caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", TRANSFORMERS)
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_transformers_take_a_lora(kind: str) -> None:
     torch.manual_seed(0)
-    denoiser = TRANSFORMERS[kind]().eval()
+    denoiser = FAMILIES[kind]().eval()
     args, kwargs = example_call(denoiser, batch_size=2)
     quantize_to_nearest(denoiser, load_recipe("rtn"), BitWidth.parse("w8a8"), [(args, kwargs)])
     bind_methods(denoiser)
@@ -185,11 +162,11 @@ def test_transformers_take_a_lora(kind: str) -> None:
     torch.testing.assert_close(run(), expected)
 
 
-def test_an_engine_takes_adapters_and_pipelines_weight_them(folder: Path, tmp_path: Path, pipeline: Any) -> None:
+def test_an_engine_takes_adapters_and_pipelines_weight_them(exported_sd: Path, tmp_path: Path, pipeline: Any) -> None:
     factors = _factors(pipeline.unet, TARGETS[:2], 1)
     file = tmp_path / "style.safetensors"
     save_file(_peft_keys(factors, "unet"), file)
-    loaded: Any = edadm_cli.load(folder, engine="cuda", device="cpu", lora={file: 0.5})
+    loaded: Any = edadm_cli.load(exported_sd, engine="cuda", device="cpu", lora={file: 0.5})
     call = example_call(pipeline.unet, batch_size=1)
     predictions = []
     for weight in (0.5, 4.0, 0.0):
@@ -203,4 +180,4 @@ def test_an_engine_takes_adapters_and_pipelines_weight_them(folder: Path, tmp_pa
     with pytest.raises(UsageError, match="would change nothing"):
         loaded.load_lora_weights(_peft_keys(factors, "unet"))
     with pytest.raises(UsageError, match="runs no LoRA"):
-        edadm_cli.load(folder, engine="openvino", device="cpu", lora={file: 0.5})
+        edadm_cli.load(exported_sd, engine="openvino", device="cpu", lora={file: 0.5})

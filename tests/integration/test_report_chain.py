@@ -9,22 +9,10 @@ import pytest
 
 from edadm_cli.cli.app import main
 from edadm_cli.report.formats import number
+from tests.integration.small_runs import run_config
 from tests.unit.report.parsing import parse
 
-CONFIG = """
-device = "cpu"
-[collect]
-num_trajectories = 4
-num_steps = 3
-batch_size = 2
-[reconstruct]
-recipe = "recipe.toml"
-[export]
-parity_samples = 1
-[evaluate]
-num_images = 4
-batch_size = 2
-"""
+CONFIG = run_config(num_trajectories=4)
 RECIPE = """
 extends = "default"
 [learn]

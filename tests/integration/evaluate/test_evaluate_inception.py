@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch_fidelity import FeatureExtractorInceptionV3
 
 from edadm_cli.artifacts import Artifact, RunFolder
 from edadm_cli.collect import stage as collect_stage
@@ -18,6 +16,7 @@ from edadm_cli.config import BitWidth, CollectConfig, EvaluateConfig
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate import stage
 from edadm_cli.progress import SilentReporter
+from tests.unit.evaluate.inception import random_inception
 
 Exporter = Callable[[RunFolder, float], Artifact]
 
@@ -75,7 +74,7 @@ def test_without_weights_distances_remain_and_every_missing_figure_says_why(
 
 
 def test_figures_in_inception_features_from_a_file_of_weights(folder_run: RunFolder, tmp_path: Path) -> None:
-    weights = _random_inception(tmp_path / "inception.pth")
+    weights = random_inception(tmp_path / "inception.pth")
     real = tmp_path / "real"
     real.mkdir()
     generator = np.random.default_rng(0)
@@ -94,20 +93,11 @@ def test_figures_in_inception_features_from_a_file_of_weights(folder_run: RunFol
 
 
 def test_statistics_of_other_features_are_refused(folder_run: RunFolder, tmp_path: Path) -> None:
-    weights = _random_inception(tmp_path / "inception.pth")
+    weights = random_inception(tmp_path / "inception.pth")
     np.savez(tmp_path / "real.npz", mu=np.zeros(96), sigma=np.eye(96))
     config = _config(inception_weights=weights, real=str(tmp_path / "real.npz"), metrics=("fid",))
     with pytest.raises(InputError, match="another feature extractor"):
         stage.run(config, folder_run)
-
-
-def _random_inception(path: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        torch.manual_seed(0)
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
-        torch.save(FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)
-    return path
 
 
 def _unreachable(*args: object, **kwargs: object) -> None:

@@ -18,7 +18,7 @@ from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.network import deploy
 from edadm_cli.quant.plan import LayerPlan
-from tests.tiny_denoisers import FAMILIES, Call, quantized_denoiser, tiny_denoiser
+from tests.denoisers.families import FAMILIES, Call, quantized_denoiser, tiny_denoiser
 
 CPU = EngineOptions(device=torch.device("cpu"))
 ON_CPU = KernelProduct(("cpu",))

@@ -26,7 +26,7 @@ from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.random_models import initialize
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.quant.network import deploy
-from tests.tiny_denoisers import RECIPE, Call, quantized_denoiser
+from tests.denoisers.families import RECIPE, Call, quantized_denoiser
 
 CPU = EngineOptions(device=torch.device("cpu"))
 ON_CPU = KernelProduct(("cpu",))

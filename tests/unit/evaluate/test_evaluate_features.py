@@ -15,6 +15,7 @@ from edadm_cli.evaluate.features import digits_digest, digits_space, inception_s
 from edadm_cli.evaluate.real import ArrayImages
 from edadm_cli.metrics import fidelity
 from edadm_cli.models.digits.classifier import DigitClassifier
+from tests.unit.evaluate.inception import random_inception
 
 CPU = torch.device("cpu")
 ImageMaker = Callable[..., torch.Tensor]
@@ -62,14 +63,7 @@ def test_the_digest_follows_the_weights(random_classifier: DigitClassifier) -> N
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of the Inception network, in a file as torch-fidelity reads it."""
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        torch.manual_seed(0)
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
-        torch.save(FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)
-    return path
+    return random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 def test_inception_gives_its_own_features_and_seven_channels_of_the_17x17_map(

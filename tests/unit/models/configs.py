@@ -1,4 +1,4 @@
-"""`config.yaml` files as they lie beside CompVis checkpoints: the three known models, and tiny ones of their kinds."""
+"""`config.yaml` files that are shipped with CompVis checkpoints: the three known models, and tiny ones."""
 
 from __future__ import annotations
 
@@ -44,24 +44,25 @@ _KL = {
         },
     },
 }
+_UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+_VQ_MODEL = {"linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 1000, "image_size": 64, "channels": 3}
+_VQ_UNET = {
+    "image_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "attention_resolutions": [8, 4, 2],
+    "num_res_blocks": 2,
+}
 _LABELS = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"n_classes": 1001, "embed_dim": 512}}
 
 REAL: dict[str, dict[str, Any]] = {
     "ldm-bedroom": {
-        "linear_start": 0.0015,
-        "linear_end": 0.0195,
-        "timesteps": 1000,
-        "image_size": 64,
-        "channels": 3,
+        **_VQ_MODEL,
         "unet_config": {
-            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "target": _UNET,
             "params": {
-                "image_size": 64,
-                "in_channels": 3,
-                "out_channels": 3,
+                **_VQ_UNET,
                 "model_channels": 224,
-                "attention_resolutions": [8, 4, 2],
-                "num_res_blocks": 2,
                 "channel_mult": [1, 2, 3, 4],
                 "num_head_channels": 32,
             },
@@ -78,7 +79,7 @@ REAL: dict[str, dict[str, Any]] = {
         "channels": 4,
         "scale_by_std": True,
         "unet_config": {
-            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "target": _UNET,
             "params": {
                 "image_size": 32,
                 "in_channels": 4,
@@ -96,23 +97,15 @@ REAL: dict[str, dict[str, Any]] = {
         "cond_stage_config": "__is_unconditional__",
     },
     "ldm-imagenet": {
-        "linear_start": 0.0015,
-        "linear_end": 0.0195,
-        "timesteps": 1000,
-        "image_size": 64,
-        "channels": 3,
+        **_VQ_MODEL,
         "cond_stage_key": "class_label",
         "conditioning_key": "crossattn",
         "use_ema": False,
         "unet_config": {
-            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "target": _UNET,
             "params": {
-                "image_size": 64,
-                "in_channels": 3,
-                "out_channels": 3,
+                **_VQ_UNET,
                 "model_channels": 192,
-                "attention_resolutions": [8, 4, 2],
-                "num_res_blocks": 2,
                 "channel_mult": [1, 2, 3, 5],
                 "num_heads": 1,
                 "use_spatial_transformer": True,
@@ -127,12 +120,12 @@ REAL: dict[str, dict[str, Any]] = {
 
 
 def real(name: str) -> dict[str, Any]:
-    """The content of a known model's configuration."""
+    """Returns the content of a known model's configuration."""
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": deepcopy(REAL[name])}}
 
 
 def tiny(name: str) -> dict[str, Any]:
-    """The configuration of a small model of the same kind: two levels, 8 x 8 latents, 32 and 64 channels."""
+    """Returns the configuration of a small model of the same kind: two levels, 8 x 8 latents, 32 and 64 channels."""
     config = real(name)
     params = config["model"]["params"]
     unet, stage = params["unet_config"]["params"], params["first_stage_config"]["params"]
