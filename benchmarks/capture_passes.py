@@ -1,11 +1,12 @@
-"""How often a reconstruction sends its calibration set through the denoiser, and what its steps multiply: arithmetic on
-shapes, on no device.
+"""Counts how often a reconstruction runs its calibration set through the denoiser, and what its steps multiply.
+
+Only shapes are computed, on no device.
 
     python benchmarks/capture_passes.py --model sd15 --samples 256
 
-A pass captures inputs or targets of units and stops behind the last of them, so it counts as the share of the
-denoiser's multiplications up to there. Two full forwards a unit, one in full precision and one partly quantized, are
-what a straightforward version takes.
+A pass captures inputs or targets of units and stops after the last of them, so it counts as the share of the denoiser's
+multiplications up to there. A straightforward version takes two full forwards per unit, one in full precision and one
+partly quantized.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Counts:
-    """What a denoiser multiplies for one row, in FLOP (two to a multiply-accumulate).
+    """The multiplications of a denoiser for one row, in FLOP (two per multiply-accumulate).
 
     Attributes:
-        total: In one forward.
-        ends: Share of it after which each unit is done.
-        units: In each unit.
+        total: FLOP of one forward.
+        ends: Share of the total after which each unit is done.
+        units: FLOP of each unit.
     """
 
     total: int
@@ -48,7 +49,7 @@ class Counts:
 
 
 def build(model: str) -> nn.Module:
-    """The denoiser's architecture without weights."""
+    """Returns the denoiser without weights."""
     architecture = load_architecture(model)
     with torch.device(META):
         cls: Any = architecture.component_class(architecture.denoiser_name)
@@ -57,7 +58,7 @@ def build(model: str) -> nn.Module:
 
 
 def shapes_of_a_set(denoiser: nn.Module, num_samples: int) -> CalibrationSet:
-    """A calibration set with guidance that has shapes and no values."""
+    """Returns a calibration set with guidance that has shapes and no values."""
     args, kwargs = example_call(denoiser, batch_size=2)
     args = tuple(torch.tensor(0) if argument.ndim == 0 else argument for argument in args)  # a timestep has a value
     call = split_call(denoiser, args, kwargs)
@@ -81,8 +82,8 @@ def shapes_of_a_set(denoiser: nn.Module, num_samples: int) -> CalibrationSet:
 
 
 @torch.no_grad()
-def count(denoiser: nn.Module, found: list[Unit], batches: Batches) -> Counts:
-    """Count one row's multiplications, unit by unit."""
+def count(denoiser: nn.Module, listed: list[Unit], batches: Batches) -> Counts:
+    """Counts the multiplications of one row in each unit."""
     begun: dict[str, int] = {}
     ended: dict[str, int] = {}
     args, kwargs = batches.call([0])
@@ -94,8 +95,8 @@ def count(denoiser: nn.Module, found: list[Unit], batches: Batches) -> Counts:
 
             return hook
 
-        handles = [unit.module.register_forward_pre_hook(note(begun, unit.name)) for unit in found]
-        handles += [unit.module.register_forward_hook(note(ended, unit.name)) for unit in found]
+        handles = [unit.module.register_forward_pre_hook(note(begun, unit.name)) for unit in listed]
+        handles += [unit.module.register_forward_hook(note(ended, unit.name)) for unit in listed]
         denoiser(*args, **kwargs)
     for handle in handles:
         handle.remove()
@@ -104,17 +105,17 @@ def count(denoiser: nn.Module, found: list[Unit], batches: Batches) -> Counts:
     return Counts(total // rows, ends, {name: (ended[name] - begun[name]) // rows for name in ended})
 
 
-def report(found: list[Unit], forms: dict[str, UnitForm], counts: Counts, rows: int, budgets: list[float]) -> None:
-    """Print both tables."""
-    number = len(found)
-    largest = max(rows * (forms[u.name].call_bytes + forms[u.name].learning_bytes(True)) for u in found)
+def report(listed: list[Unit], forms: dict[str, UnitForm], counts: Counts, rows: int, budgets: list[float]) -> None:
+    """Prints both tables."""
+    number = len(listed)
+    largest = max(rows * (forms[u.name].call_bytes + forms[u.name].learning_bytes(True)) for u in listed)
     print(f"{number} units, {counts.total / 1e12:.3f} TFLOP a row and forward, {rows} rows")
     print(f"largest unit: {largest / GIB:.1f} GiB of inputs, targets and layer targets")
-    quantized = sum(counts.ends[unit.name] for unit in found)
+    quantized = sum(counts.ends[unit.name] for unit in listed)
     print("\n| budget, GiB | full-precision passes | quantized passes | in whole forwards | two a unit |")
     print("|---|---|---|---|---|")
     for budget in budgets:
-        groups = capture_groups(found, forms, rows, int(budget * GIB), with_layers=True)
+        groups = capture_groups(listed, forms, rows, int(budget * GIB), with_layers=True)
         exact = sum(counts.ends[group[-1].name] for group in groups)
         print(f"| {budget:g} | {len(groups)} | {number} | {exact + quantized:.1f} | {2 * number} |")
     inside = sum(counts.units.values()) / 1e12
@@ -122,7 +123,7 @@ def report(found: list[Unit], forms: dict[str, UnitForm], counts: Counts, rows: 
 
 
 def main() -> None:
-    """Command line."""
+    """Reads the command line and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd15", help="the architecture of a UNet with guidance")
     parser.add_argument("--samples", type=int, default=256, help="size of the calibration set")
@@ -132,9 +133,9 @@ def main() -> None:
     batches = Batches(shapes_of_a_set(denoiser, options.samples), 4, META)
     (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)
-    found = units(denoiser, traced, set(traced.names), "block")
-    forms = probe_units(denoiser, found, batches)
-    report(found, forms, count(denoiser, found, batches), batches.num_rows, options.budgets)
+    listed = units(denoiser, traced, set(traced.names), "block")
+    forms = probe_units(denoiser, listed, batches)
+    report(listed, forms, count(denoiser, listed, batches), batches.num_rows, options.budgets)
 
 
 if __name__ == "__main__":

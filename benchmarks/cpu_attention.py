@@ -1,12 +1,12 @@
-"""Whether attention gains from being cut into slices of its query rows, and from integers, on this processor.
+"""Measures whether attention gains from slices of its query rows, and from integers, on this processor.
 
     python benchmarks/cpu_attention.py --heads 8 --tokens 4096 --head-dim 40 --rows 128,512
 
 Each form is one attention as OpenVINO compiles it: `float` with plain operands; `float codes` with operands rounded to
-their grids and products in float32, which is what processors without VNNI run; `int8` as the CPU engine has it
-elsewhere. Forms and slices take turns; times are the processor time of all threads, `off by` is the relative L2
-distance from all rows at once. What runs is printed too: where the products and the softmax between them are one
-Subgraph, its kernel goes by blocks of rows already.
+their grids and products in float32, which processors without VNNI run; `int8` as the CPU engine runs it on others.
+Forms and slices alternate; times are the processor time of all threads, and `off by` is the relative L2 distance from
+all rows at once. The kernels are printed too: where the products and the softmax between them are one Subgraph, its
+kernel already works on blocks of rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOVED = ("Const", "Input", "Output", "Reshape", "Split", "Concatenation")
 
 
 def attention(form: str, shape: tuple[int, ...], rows: int) -> ov.Model:
-    """softmax(q k^T / sqrt(d)) v of `[1, heads, tokens, head_dim]`, `rows` queries at a time (0: all at once)."""
+    """Returns softmax(q k^T / sqrt(d)) v of `[1, heads, tokens, head_dim]` by `rows` queries (0: all at once)."""
     parameters = [ops.parameter(list(shape), ov.Type.f32) for _ in range(3)]
     q, k, v = (parameter.output(0) for parameter in parameters)
     if form != "float":
@@ -54,24 +54,24 @@ def attention(form: str, shape: tuple[int, ...], rows: int) -> ov.Model:
 
 
 def compiled(graph: ov.Model, threads: int) -> ov.CompiledModel:
-    """For the CPU, a float32 rest."""
+    """Compiles a model for the CPU, with a float32 rest."""
     properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     return ov.Core().compile_model(graph, "CPU", properties)
 
 
 def what_runs(model: ov.CompiledModel) -> str:
-    """Kernels and how many of each."""
+    """Returns the kernels and how many there are of each."""
     counts = Counter(f"{node.type} {node.precision}" for node in runtime_nodes(model) if node.type not in _MOVED)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def main() -> None:
-    """Compile, take turns, print."""
+    """Compiles the forms, times them alternately, and prints the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--head-dim", type=int, default=40)
-    parser.add_argument("--rows", default="128,512", help="sizes of a slice, in query rows")
+    parser.add_argument("--rows", default="128,512", help="query rows per slice")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Eight-bit weights on this processor: what products of bytes give, and what an exact product costs instead.
+"""Measures 8-bit weights on this processor: the speed of products of bytes, and the cost of exact products.
 
     python benchmarks/cpu_bytes.py --threads 2
 
-Layers of Stable Diffusion 1.5 in four forms that take turns: `float32` without any quantization; `codes in float32`
+Layers of Stable Diffusion 1.5 in four forms, which alternate: `float32` without any quantization; `codes in float32`
 with inputs rounded to their codes and weights of the same values; `bytes`, what the CPU engine runs where that is
 exact; `halves`, weights as 2 h + r and two products of bytes that always fit 16 bits. Times are the processor time of
 all threads, errors are relative L2 distances from `codes in float32`.
@@ -33,7 +33,7 @@ FORMS = ("float32", "codes in float32", "bytes", "halves")
 
 
 def graph(form: str, shape: tuple[int, ...], codes: np.ndarray) -> ov.Model:
-    """One layer in one form; weights are `codes` times a hundredth."""
+    """Builds one layer in one form; the weights are `codes` times a hundredth."""
     parameter = ops.parameter(list(shape), ov.Type.f32)
     real = ops.constant(codes.astype(np.float32) / 100)
     low, high = ops.constant(np.float32(0)), ops.constant(255 * STEP)
@@ -58,7 +58,7 @@ def _scaled(codes: np.ndarray, scale: float) -> ov.Node:
 
 
 def main() -> None:
-    """Compile, take turns, print."""
+    """Compiles the forms, times them alternately, and prints the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
@@ -73,16 +73,16 @@ def main() -> None:
         properties = {"INFERENCE_NUM_THREADS": options.threads, "INFERENCE_PRECISION_HINT": "f32"}
         models = {form: ov.Core().compile_model(graph(form, shape, codes), "CPU", properties) for form in FORMS}
         times: dict[str, list[float]] = {form: [] for form in FORMS}
-        found = {}
+        outputs = {}
         for turn in range(options.repeats + 1):
             for form, model in models.items():
                 start = time.process_time()
-                found[form] = torch.from_numpy(model([x])[0].copy())
+                outputs[form] = torch.from_numpy(model([x])[0].copy())
                 if turn:  # the first warms up
                     times[form].append((time.process_time() - start) * 1e3)
         print(f"\n{name} {list(weight_shape)} on {list(shape)}\n{'form':18} {'ms':>7} {'min':>7} {'error':>8}")
         for form in FORMS:
-            error = relative_l2(found[form], found["codes in float32"])
+            error = relative_l2(outputs[form], outputs["codes in float32"])
             print(f"{form:18} {statistics.median(times[form]):7.1f} {min(times[form]):7.1f} {error:8.1e}")
 
 

@@ -1,9 +1,9 @@
-"""What OpenVINO executes of a quantized denoiser, and what its files cost: size, time and memory to make and to load.
+"""Shows what OpenVINO executes of a quantized denoiser, and the size, time and memory of writing and loading its files.
 
     python benchmarks/cpu_graph.py --model sd15-random --bits w8a8 --attention --threads 2
 
-Weights are rounded to nearest on min-max ranges of one call. Making and loading run in processes of their own, so that
-each has a peak of its own; the peak of making holds the torch denoiser too.
+Weights are rounded to nearest on the min-max ranges of one call. Writing and loading run in separate processes, so that
+each has a separate peak of memory; the peak of writing includes the torch denoiser.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CALL = "call.pt"
 
 
 def make(folder: Path, model: str, bits: str, attention: bool) -> dict[str, float]:
-    """Quantize the model and write the engine's files; seconds of converting."""
+    """Quantizes the model and writes the engine's files; prints the seconds of the conversion."""
     recipe = Recipe(
         name="nearest",
         ranges=RangeRecipe(weight="minmax", activation="minmax"),
@@ -50,7 +50,7 @@ def make(folder: Path, model: str, bits: str, attention: bool) -> dict[str, floa
 
 
 def run(folder: Path, threads: int, rest: str, repeats: int) -> dict[str, Any]:
-    """Load the files, time calls, and profile one."""
+    """Loads the files, times calls, and profiles one."""
     args, kwargs = torch.load(folder / CALL, weights_only=True)
     options = EngineOptions(torch.device("cpu"), getattr(torch, rest), threads)
     start = time.perf_counter()
@@ -94,16 +94,16 @@ def _peak_mib() -> float:
 
 def _in_process(stage: str, folder: str) -> dict[str, Any]:
     command = [sys.executable, __file__, *sys.argv[1:], "--stage", stage, "--folder", folder]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    return found
+    facts: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return facts
 
 
 def main() -> None:
-    """Make, load, print."""
+    """Writes the files, loads them, and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd15-random")
     parser.add_argument("--bits", default="w8a8")
-    parser.add_argument("--attention", action="store_true", help="quantize attention's two products too")
+    parser.add_argument("--attention", action="store_true", help="quantize the two products of attention as well")
     parser.add_argument("--rest", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=10)
@@ -119,18 +119,18 @@ def main() -> None:
         print(json.dumps(run(Path(options.folder), options.threads, options.rest, options.repeats)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        found = _in_process("make", folder)
-        found["files, MiB"] = sum(file.stat().st_size for file in Path(folder).glob("denoiser.*")) / 2**20
-        found |= _in_process("run", folder)
-    for name, value in found.items():
+        facts = _in_process("make", folder)
+        facts["files, MiB"] = sum(file.stat().st_size for file in Path(folder).glob("denoiser.*")) / 2**20
+        facts |= _in_process("run", folder)
+    for name, value in facts.items():
         if not isinstance(value, list):
             print(f"{name:28} {value:10.1f}")
-    print("not in int8:", ", ".join(found["of which not in int8"]) or "none")
+    print("not in int8:", ", ".join(facts["of which not in int8"]) or "none")
     print(f"\n{'kind':12} {'precision':10} {'count':>6} {'ms':>8}")
-    for kind, precision, count, milliseconds in found["kinds"]:
+    for kind, precision, count, milliseconds in facts["kinds"]:
         print(f"{kind:12} {precision:10} {count:6} {milliseconds:8.1f}")
     print()
-    for name, kind, precision, milliseconds in found["longest"]:
+    for name, kind, precision, milliseconds in facts["longest"]:
         print(f"{milliseconds:8.1f} ms  {kind:10} {precision:9} {name}")
 
 

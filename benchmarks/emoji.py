@@ -63,7 +63,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Study:
-    """Where the study lies, and its sizes."""
+    """The folder of the study, and its sizes."""
 
     out: Path
     images: int
@@ -87,7 +87,7 @@ class Study:
 
 
 def collect_trajectories(study: Study, model: str, seed: int) -> dict[str, Any]:
-    """Collects the trajectories of a seed, of which all its rows learn."""
+    """Collects the trajectories of a seed, from which all its rows learn."""
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.collect.stage import run
     from edadm_cli.config import CollectConfig
@@ -316,7 +316,7 @@ def _cell(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Reads the command line and runs the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS))
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="pictures per row")
     parser.add_argument("--held-out", type=int, default=128, help="trajectories for the errors of single steps")
     parser.add_argument("--batch", type=int, default=250, help="pictures generated together")
-    parser.add_argument("--trajectories", type=int, help="of a collection; else the model's own number")
+    parser.add_argument("--trajectories", type=int, help="trajectories per collection; by default the model's number")
     parser.add_argument("--iterations", type=int, help="at most so many optimizer steps per unit: for a trial")
     parser.add_argument("--gpus", default="0", help="numbers of GPUs, or cpu")
     parser.add_argument("--workers", type=int, default=1, help="rows at a time, over all GPUs")

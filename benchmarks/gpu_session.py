@@ -1,12 +1,12 @@
-"""A whole session on a GPU in one call: is it exact, which tiles are best, how fast is a step, where does its time go.
+"""Runs a whole session on a GPU: exactness, the best tiles, the time of a step, and the kernels that take it.
 
     python benchmarks/gpu_session.py --out session.jsonl
     python benchmarks/gpu_session.py --sections times,profile --compile --out compiled.jsonl
     python benchmarks/gpu_session.py --smoke
 
-Every finding is a line of JSON, written when it is found, so that a call that is cut short keeps what it has. Nothing
-is downloaded. `--smoke` runs every section on a CPU with a tiny network and the kernels' torch reference: its times say
-nothing, its paths are those of the real run.
+Every result is a line of JSON and is written at once, so that a session that is interrupted keeps what it has. Nothing
+is downloaded. `--smoke` runs every section on a CPU with a tiny network and the reference of the kernels: its times
+mean nothing, but its paths are those of the real run.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ SECONDS = {
     "tuned": 60,
 }
 PATIENCE = 560
-"""Seconds of the whole session: no section starts later than its own budget before this."""
+"""Seconds of the whole session: a section that would end later by its budget is skipped."""
 
 
 class Session:
-    """Runs sections and writes what they find.
+    """Runs sections and writes their results.
 
     Args:
-        options: Of the command line.
+        options: The options of the command line.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -74,7 +74,7 @@ class Session:
 
     @property
     def networks(self) -> steps.Networks:
-        """The network under test."""
+        """Returns the network under test."""
         if self._networks is None:
             smoke = self.options.smoke
             make = tiny if smoke else None
@@ -82,7 +82,7 @@ class Session:
         return self._networks
 
     def run(self, name: str) -> None:
-        """Run a section; its failure is written and does not keep the others from running."""
+        """Runs a section; its failure is written and does not keep the others from running."""
         budget = self.options.seconds.get(name, SECONDS[name])
         if time.monotonic() - self._started + budget > self.options.patience:
             self.write(name, {"skipped": "no time left"})
@@ -99,29 +99,29 @@ class Session:
         self.write(name, {"seconds": round(time.monotonic() - started, 1)})
 
     def write(self, section: str, row: dict[str, Any]) -> None:
-        """Write one finding, shortly to the terminal, whole to the file."""
+        """Writes one result, shortened to the terminal and whole to the file."""
         line = json.dumps({"section": section, **row}, default=str)
         if self._out:
             self._out.write(line + "\n")
         print(line if len(line) < 700 or "by_name" not in row else table(section, row), flush=True)
 
     def recorded(self, rows: int) -> CallRecorder:
-        """What a W8A8 step launches."""
+        """Returns what a W8A8 step launches."""
         if rows not in self._recorded:
-            found = steps.record_calls(self.networks, "w8a8", rows, torch.float16)
-            self._recorded[rows] = found
+            recorder = steps.record_calls(self.networks, "w8a8", rows, torch.float16)
+            self._recorded[rows] = recorder
             counts: dict[str, int] = {}
-            for call, count in found.calls.items():
+            for call, count in recorder.calls.items():
                 counts[call.operation] = counts.get(call.operation, 0) + count
-            self.write("calls", {"rows": rows, "edadm": counts, "names": len(found.calls)})
+            self.write("calls", {"rows": rows, "edadm": counts, "names": len(recorder.calls)})
         return self._recorded[rows]
 
     def calls(self, rows: int, products: bool) -> dict[Any, int]:
-        """The kernel calls of a W8A8 step with their counts."""
+        """Returns the kernel calls of a W8A8 step with their counts."""
         return {call: count for call, count in self.recorded(rows).calls.items() if call.is_product == products}
 
     def contenders(self, rows: int) -> dict[str, Callable[[], Any]]:
-        """Every contender's step."""
+        """Returns a function per contender that runs one step."""
         if rows not in self._contenders:
             self._contenders[rows] = steps.contenders(self.networks, rows, self.options.compile)
         return self._contenders[rows]
@@ -157,7 +157,7 @@ class Session:
 
     @property
     def peak(self) -> DevicePeak:
-        """The card's data sheet, or what it is seen to reach where that is not known here."""
+        """Returns the peaks of the GPU by its data sheet, or measured peaks for an unknown GPU."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         known = next((peak for peak in DEVICES if peak.name in name), None)
         if known is None:
@@ -186,18 +186,18 @@ class Session:
     def _exactness(self, budget: Budget) -> Iterator[dict[str, Any]]:
         rows = self.options.rows[0]
         calls = {**self.calls(rows, True), **self.calls(rows, False)}
-        found = []
+        compared = []
         for row in kernels.exactness(calls, self.device, budget):
-            found.append(row)
+            compared.append(row)
             if not row["ok"]:
                 yield row
         by_operation: dict[str, dict[str, float]] = {}
-        for row in found:
+        for row in compared:
             worst = by_operation.setdefault(row["call"].split()[0], {})
             for key in ("relative_l2", "share"):
                 if key in row:
                     worst[key] = max(worst.get(key, 0.0), row[key])
-        yield {"calls": len(found), "wrong": sum(not row["ok"] for row in found), "worst": by_operation}
+        yield {"calls": len(compared), "wrong": sum(not row["ok"] for row in compared), "worst": by_operation}
 
     def _times(self, budget: Budget) -> Iterator[dict[str, Any]]:
         for rows in self.options.rows:
@@ -226,7 +226,7 @@ class Session:
                 yield {"rows": rows, **row}
 
     def _warm(self, budget: Budget) -> Iterator[dict[str, Any]]:
-        """Compile, side by side, what the contenders and the parity check will run."""
+        """Compiles, in parallel, what the contenders and the parity check will run."""
         first = self.options.rows[0]
         recorded = [self.recorded(rows) for rows in self.options.rows]
         recorded.append(steps.record_calls(self.networks, "w8a8", first, torch.float32))
@@ -235,7 +235,7 @@ class Session:
         yield compile_ahead([(call, None) for call in calls], budget.left)
 
     def _layers(self, budget: Budget) -> Iterator[dict[str, Any]]:
-        """Every product as it is, beside float16 and the roofline, the most work first."""
+        """Times every product beside float16 and the roofline, those with the most work first."""
         peak = self.peak
         for rows in self.options.rows:
             calls, names = self.calls(rows, True), self.recorded(rows).layers
@@ -245,16 +245,17 @@ class Session:
     def _sweep(self, budget: Budget) -> Iterator[dict[str, Any]]:
         calls = [self.calls(rows, True) for rows in self.options.rows]
         if self.device.type == "cuda":
-            jobs = [job for found in calls for job in kernels.sweep_jobs(found, self.device, self.options.tiles)]
+            limit = self.options.tiles
+            jobs = [job for step in calls for job in kernels.sweep_jobs(step, self.device, limit)]
             yield compile_ahead(jobs, 0.6 * budget.left)
-        for rows, found in zip(self.options.rows, calls, strict=True):
+        for rows, step in zip(self.options.rows, calls, strict=True):
             layers = self.recorded(rows).layers
-            for row in kernels.sweep(found, layers, self.device, self.clock, self.options.tiles, budget):
+            for row in kernels.sweep(step, layers, self.device, self.clock, self.options.tiles, budget):
                 self.swept.append(row)
                 yield {"rows": rows, **row}
 
     def _tuned(self, budget: Budget) -> Iterator[dict[str, Any]]:
-        """A step with the best tiles of the sweep beside the contenders that it is held against."""
+        """Times a step with the best tiles of the sweep beside the contenders."""
         used = kernels.use_tiles(kernels.best_tiles(self.swept), GAIN)
         yield {"tiles": used}
         for rows in self.options.rows:
@@ -272,7 +273,7 @@ class Session:
 
 
 def measured_peaks(device: torch.device, clock: Clock) -> dict[str, float]:
-    """What a card reaches: a copy, a float16 and an int8 product, random data; smaller ones on a CPU."""
+    """Measures what a device reaches with random data: a copy, a float16 and an int8 product; smaller ones on a CPU."""
     on_cuda = device.type == "cuda"
     size = 8192 if on_cuda else 256
     source = torch.empty(1 << (30 if on_cuda else 20), dtype=torch.int32, device=device).random_()
@@ -288,7 +289,7 @@ def measured_peaks(device: torch.device, clock: Clock) -> dict[str, float]:
 
 
 def tiny() -> nn.Module:
-    """A UNet of 64 and 128 channels for a trial run."""
+    """Builds a UNet with 64 and 128 channels for a trial run."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -304,7 +305,7 @@ def tiny() -> nn.Module:
 
 
 def table(section: str, row: dict[str, Any]) -> str:
-    """A table of kernels for people."""
+    """Returns a table of kernels to read."""
     head = f"[{section}] {row['contender']}, {row['rows']} rows: {row['kernels']} kernels, {row['kernel_ms']:.3f} ms"
     lines = [f"  {k['us']:9.1f} us  {k['count']:4d} x {k['us_each']:8.2f}  {k['name']}" for k in row["by_name"]]
     return "\n".join([head, *lines])
@@ -321,23 +322,23 @@ def slower_than_float16(swept: list[dict[str, Any]]) -> str:
 
 
 def seconds_of(text: str) -> tuple[str, float]:
-    """`sweep=120` as a pair."""
+    """Returns `sweep=120` as a pair."""
     name, _, value = text.partition("=")
     return name, float(value)
 
 
 def arguments() -> argparse.Namespace:
-    """Of the command line."""
+    """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="file that lines of JSON are added to")
-    parser.add_argument("--sections", default=",".join(SECONDS), help="which, in this order")
-    parser.add_argument("--seconds", type=seconds_of, nargs="*", default=[], help="budgets, such as sweep=120")
-    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds of the whole session")
+    parser.add_argument("--out", type=Path, help="file to which lines of JSON are appended")
+    parser.add_argument("--sections", default=",".join(SECONDS), help="sections, in this order")
+    parser.add_argument("--seconds", type=seconds_of, nargs="*", default=[], help="time limits, such as sweep=120")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="time limit of the whole session in seconds")
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 16], help="batch sizes, guidance branches included")
     parser.add_argument("--model", default="sd15-random")
-    parser.add_argument("--rounds", type=int, default=12, help="turns that contenders take")
-    parser.add_argument("--tiles", type=int, default=8, help="tiles to try a product")
-    parser.add_argument("--compile", action="store_true", help="torch.compile among the contenders: minutes")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds over the contenders")
+    parser.add_argument("--tiles", type=int, default=8, help="tiles to try per product")
+    parser.add_argument("--compile", action="store_true", help="add torch.compile to the contenders: minutes")
     parser.add_argument("--tests", nargs="+", default=["tests/gpu"], help="what pytest runs")
     parser.add_argument("--smoke", action="store_true", help="every section on a CPU with a tiny network")
     options = parser.parse_args()
@@ -348,8 +349,8 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the sections that are asked for."""
-    torch.backends.cudnn.benchmark = True  # float16 convolutions get the best algorithm there is
+    """Runs the sections that the command line names."""
+    torch.backends.cudnn.benchmark = True  # float16 convolutions get the fastest algorithm
     session = Session(arguments())
     run: Callable[[str], None] = session.run
     for name in session.options.sections.split(","):

@@ -1,13 +1,14 @@
-"""Time of one optimizer step of a unit: one quantized forward, or the three forwards of a straightforward version.
+"""Times one optimizer step of a unit: with one quantized forward, or the three of a straightforward version.
 
     python benchmarks/iteration_cost.py
     python benchmarks/iteration_cost.py --device cuda --json
 
-Straightforward, as EDA-DM's released code does it (arXiv 2401.04585): one quantized forward of the unit for the block
-loss, a second one with other drop masks for the losses of the layers inside, and a full-precision one for their
-targets, every iteration. Ours has all terms from one quantized forward and the targets from before. Both work on the
-same unit, the same stand-ins of its layers and the same rows, in turns, in one run; the median step is reported. On a
-GPU ours is one CUDA graph, which the other version could be too: what is compared there is what a user gets.
+The straightforward version follows EDA-DM's released code (arXiv 2401.04585). In every iteration it runs one quantized
+forward of the unit for the block loss, a second one with other drop masks for the losses of the layers inside, and a
+full-precision one for their targets. This package computes all terms from one quantized forward and has the targets
+already. Both versions use the same unit, the same stand-ins of its layers and the same rows; they alternate in one run,
+and the median step is reported. On a GPU this package runs one CUDA graph, which the other version could do as well:
+the comparison there is what a user gets.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class Cost:
-    """Median milliseconds of one optimizer step of a unit."""
+    """The median milliseconds of one optimizer step of a unit."""
 
     unit: str
     kind: str
@@ -63,13 +64,13 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """How many of our steps fit into one of the other version."""
+        """Returns how many steps of this package take the time of one step of the other version."""
         return self.three_forwards_ms / self.one_forward_ms
 
 
 @dataclass
 class Study:
-    """A denoiser that is about to be reconstructed."""
+    """A denoiser before its reconstruction."""
 
     network: SwitchableNetwork
     plan: QuantizationPlan
@@ -80,7 +81,7 @@ class Study:
 
 
 def prepare(model: str, bits: BitWidth, device: torch.device, num_samples: int, batch_size: int) -> Study:
-    """Collect a few trajectories in a folder that is thrown away, plan the denoiser, search its ranges."""
+    """Collects a few trajectories in a temporary folder, plans the denoiser, and searches its ranges."""
     recipe = load_recipe("paper")
     given = {"iterations": 1000, "batch_size": batch_size, "layer_loss_weight": 0.8}
     learn = recipe.learn.model_copy(update=given)
@@ -95,12 +96,12 @@ def prepare(model: str, bits: BitWidth, device: torch.device, num_samples: int, 
     plan = plan_network(traced, recipe, bits)
     network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
     ranges = search_ranges(denoiser, traced, plan, recipe.ranges, batches)
-    found = units(denoiser, traced, set(plan.layers), "block")
-    return Study(network, plan, found, batches, ranges, resolve(learn, None, bits))
+    listed = units(denoiser, traced, set(plan.layers), "block")
+    return Study(network, plan, listed, batches, ranges, resolve(learn, None, bits))
 
 
 def make_learner(study: Study, unit: Unit) -> UnitLearner:
-    """The unit with its stand-ins in place, and everything that it learns from."""
+    """Returns the unit with its stand-ins in place, and everything that it learns from."""
     denoiser, batches = study.network.denoiser, study.batches
     cache = RowCache(Path(tempfile.gettempdir()), 2**62, batches.device)  # all of it in memory
     with study.network.full_precision():
@@ -113,7 +114,7 @@ def make_learner(study: Study, unit: Unit) -> UnitLearner:
 
 
 class ThreeForwards:
-    """The straightforward step: two quantized forwards and a full-precision one an iteration."""
+    """The straightforward step: two quantized forwards and a full-precision one per iteration."""
 
     def __init__(self, learner: UnitLearner, exact_unit: nn.Module, optimization: Optimization) -> None:
         self.learner, self.exact_unit, self.optimization = learner, exact_unit, optimization
@@ -124,7 +125,7 @@ class ThreeForwards:
         self.exact = MiniBatch(calls.tensors, learner.share.size, device)
 
     def __call__(self) -> Tensor:
-        """Take one step on the learner's chosen rows."""
+        """Takes one step on the rows that the learner chose."""
         self.optimization.decay()
         self.optimization.adam.zero_grad(set_to_none=True)
         self.targets.load(self.learner.rows)
@@ -133,12 +134,14 @@ class ThreeForwards:
         exact = self.exact.tensors
         mixed = [self._mix(x, other) for x, other in zip(exact, self.learner.groups["inputs"], strict=True)]
         loss = channel_loss(self._forward(self.learner.module, mixed, quantized=True), target)
-        with layer_outputs(self.learner.module, self.inner) as found:
+        with layer_outputs(self.learner.module, self.inner) as outputs:
             self._forward(self.learner.module, mixed, quantized=True)
-        with torch.no_grad(), layer_outputs(self.exact_unit, self.inner) as wanted:
+        with torch.no_grad(), layer_outputs(self.exact_unit, self.inner) as targets:
             self._forward(self.exact_unit, exact, quantized=False)
         weighted = zip(self.inner, self.learner.layer_weights, strict=True)
-        loss = loss + torch.stack([weight * channel_loss(found[name], wanted[name]) for name, weight in weighted]).sum()
+        loss = (
+            loss + torch.stack([weight * channel_loss(outputs[name], targets[name]) for name, weight in weighted]).sum()
+        )
         loss.backward()
         self.optimization.adam.step()
         self.learner.learned.scales.keep_positive()
@@ -157,7 +160,7 @@ class ThreeForwards:
 
 
 def measure(study: Study, unit: Unit, steps: int) -> Cost:
-    """Time both versions in turns."""
+    """Times both versions alternately."""
     exact_unit = copy.deepcopy(unit.module)
     learner = make_learner(study, unit)
     versions: dict[str, Callable[[], Tensor]] = {
@@ -169,7 +172,7 @@ def measure(study: Study, unit: Unit, steps: int) -> Cost:
         for name, step in versions.items():
             learner.set_iteration(iteration)
             times[name].append(_milliseconds(step, learner.device))
-    one, three = (statistics.median(found[WARM_UP:]) for found in times.values())
+    one, three = (statistics.median(values[WARM_UP:]) for values in times.values())
     return Cost(unit.name, unit.kind, len(unit.layers), one, three)
 
 
@@ -184,7 +187,7 @@ def _milliseconds(step: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def report(costs: list[Cost], options: argparse.Namespace, device: torch.device) -> None:
-    """Print one JSON object, or a Markdown table."""
+    """Prints one JSON object, or a Markdown table."""
     if options.json:
         rows = [{**asdict(cost), "ratio": cost.ratio} for cost in costs]
         facts = {"model": options.model, "bits": options.bits, "device": str(device), "batch_size": options.batch_size}
@@ -197,13 +200,13 @@ def report(costs: list[Cost], options: argparse.Namespace, device: torch.device)
 
 
 def main() -> None:
-    """Command line."""
+    """Reads the command line and prints the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="digits-sd")
     parser.add_argument("--bits", default="w4a8")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=40, help="steps timed of each version, after the warm-up")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a step")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each version that are timed after the warm-up")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows per step")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     device = resolve_device(options.device)

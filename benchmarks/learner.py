@@ -1,4 +1,4 @@
-"""Measure the learner: variants of a recipe on held-out trajectories, several seeds, as many processes as fit the GPUs.
+"""Measures the learner: variants of a recipe on held-out trajectories, with several seeds and processes per GPU.
 
     python benchmarks/learner.py --out studies/learner --groups main,published --workers 24
     python benchmarks/learner.py --out studies/learner --table
@@ -59,14 +59,14 @@ class Job:
     bits: str = ""
 
     def file(self, out: Path) -> Path:
-        """Returns where the result lies."""
+        """Returns the path of the result."""
         name = re.sub(r"[^a-z0-9.]+", "-", self.label.lower())
         return out / "results" / self.model / f"seed{self.seed}" / f"{name}-{self.bits}.json"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all jobs share."""
+    """The settings that all jobs share."""
 
     out: Path
     scratch: Path
@@ -77,7 +77,7 @@ class Settings:
 
 
 def variant_recipe(variant: str, iterations: int | None) -> tuple[Recipe, int]:
-    """Returns the recipe of a variant and the size of its calibration set; `iterations` replaces the recipe's own."""
+    """Returns a variant's recipe and the size of its calibration set; `iterations` replaces the recipe's number."""
     from edadm_cli.recipe import Recipe, load_recipe
 
     base, *changes = variant.split("+")
@@ -252,7 +252,7 @@ def run_study(options: argparse.Namespace, settings: Settings) -> None:
 
 
 def _devices(text: str) -> list[str]:
-    """Names of the GPUs as CUDA_VISIBLE_DEVICES takes them, or `cpu`."""
+    """Returns the GPUs as CUDA_VISIBLE_DEVICES names them, or `cpu`."""
     import torch
 
     if text != "auto":
@@ -262,16 +262,16 @@ def _devices(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Reads the command line and runs the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scratch", type=Path, help="where runs lie while they are measured; by default OUT")
+    parser.add_argument("--scratch", type=Path, help="folder of the runs while they are measured; by default OUT")
     parser.add_argument("--models", default="digits-ddpm,digits-sd")
     parser.add_argument("--groups", default=",".join(GROUPS), help="such as main:0,ingredients:0-1,main")
     parser.add_argument("--variants", type=Path, help="JSON file of further variants by label: the group 'file'")
     parser.add_argument("--bits", default="", help="bit widths of all groups; else each group's own")
     parser.add_argument("--seeds", default="", help="such as 0-4, of groups that name none; else each group's own")
-    parser.add_argument("--trajectories", type=int, default=NUM_SAMPLES, help="of a collection")
+    parser.add_argument("--trajectories", type=int, default=NUM_SAMPLES, help="number of trajectories per collection")
     parser.add_argument("--images", type=int, default=128, help="held-out trajectories")
     parser.add_argument("--iterations", type=int, help="at most so many optimizer steps per unit: for a trial")
     parser.add_argument(

@@ -26,9 +26,9 @@ def judge(folder: RunFolder, bits: str, seed: int, images: int, device: str) -> 
     Args:
         folder: The run with the reconstruction.
         bits: The name of the reconstruction.
-        seed: Of the trajectories.
+        seed: The seed of the trajectories.
         images: Number of trajectories.
-        device: Where it computes.
+        device: The device that computes.
     """
     artifact, sampling = folder.open("reconstruct", bits), CollectedRun.open(folder)
     exact, quantized = (load_collected_model(folder, torch.device(device), torch.float32) for _ in range(2))

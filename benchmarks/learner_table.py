@@ -1,4 +1,4 @@
-"""Tables of the study of the learner, from its results or from the compact rows in docs/data/learner.jsonl.
+"""Prints tables of the study of the learner, from its results or from the compact rows in docs/data/learner.jsonl.
 
 python benchmarks/learner_table.py docs/data/learner.jsonl --bits w4a8 --groups ladder
 python benchmarks/learner_table.py studies/learner --export docs/data/learner.jsonl
@@ -56,7 +56,7 @@ def table(rows: Sequence[Row], columns: Sequence[str] = METRICS, labels: Sequenc
 
     Args:
         rows: The results.
-        columns: What is shown.
+        columns: The columns of the table.
         labels: The variants that are shown, in this order; without any, all.
     """
     tables: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))

@@ -1,4 +1,4 @@
-"""From a session on a GPU to the table of times that the CUDA engine decides by.
+"""Writes the table of times by which the CUDA engine decides, from a session on a GPU.
 
     python benchmarks/gpu_session.py --rows 2 16 --sections environment,norms,layers --out session.jsonl
     python benchmarks/product_times.py session.jsonl
@@ -23,7 +23,7 @@ TARGET = Path(times.__file__).with_name(times.FILE)
 
 
 def read(lines: Iterable[str]) -> tuple[str, MeasuredTimes]:
-    """Name of the GPU, and what a session's lines of JSON say of it."""
+    """Returns the name of the GPU and the times in a session's lines of JSON."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         row = json.loads(line)
@@ -37,7 +37,7 @@ def read(lines: Iterable[str]) -> tuple[str, MeasuredTimes]:
 
 
 def _products(rows: list[dict[str, Any]]) -> tuple[ProductTime, ...]:
-    """Means over the calls of a step that differ in nothing that is told here, weighted by how often they occur."""
+    """Returns the mean times of products, weighted by how often each call occurs per step."""
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for row in rows:
         if "chosen_us" not in row:
@@ -49,18 +49,18 @@ def _products(rows: list[dict[str, Any]]) -> tuple[ProductTime, ...]:
             sums[key] = [a + row["count"] * b for a, b in zip(sums[key], values, strict=True)]
     return tuple(
         ProductTime(
-            kind=kind, m=m, n=n, k=k, adds=adds, int8_us=round(own / count, 2), float16_us=round(half / count, 2)
+            kind=kind, m=m, n=n, k=k, adds=adds, int8_us=round(integers / count, 2), float16_us=round(floats / count, 2)
         )
-        for (kind, m, n, k, adds), (count, own, half) in sorted(sums.items())
+        for (kind, m, n, k, adds), (count, integers, floats) in sorted(sums.items())
     )
 
 
 def _before(rows: list[dict[str, Any]]) -> tuple[SourceTime, ...]:
-    """Quantizations, which float16 does without, and layer norms beside torch's own, which float16 runs.
+    """Returns the times of quantizations, which float16 does not need, and of layer norms beside torch's.
 
-    GroupNorm is left out: in float16 the engine runs a kernel of its own, which a session times at few sizes.
+    GroupNorm is left out: in float16 the engine has a separate kernel, which a session times at few sizes.
     """
-    found: dict[tuple[str, int, int], tuple[float, float]] = {}
+    fastest: dict[tuple[str, int, int], tuple[float, float]] = {}
     for row in rows:
         operation, _, sizes = str(row.get("call", "")).partition(" ")
         kind = {"quantize": "quantize", "layer_norm_quantize": "layer_norm"}.get(operation)
@@ -70,15 +70,15 @@ def _before(rows: list[dict[str, Any]]) -> tuple[SourceTime, ...]:
         channels = shape[1] if len(shape) == 4 else shape[-1]
         key = (kind, prod(shape) // channels, channels)
         times = (row["us"], row["float16_us"] if kind == "layer_norm" else 0.0)
-        found[key] = min(times, found.get(key, times))  # of several with a size, the fastest
+        fastest[key] = min(times, fastest.get(key, times))  # of several with a size, the fastest
     return tuple(
-        SourceTime(kind=kind, m=m, k=k, int8_us=round(own, 2), float16_us=round(half, 2))
-        for (kind, m, k), (own, half) in sorted(found.items())
+        SourceTime(kind=kind, m=m, k=k, int8_us=round(integers, 2), float16_us=round(floats, 2))
+        for (kind, m, k), (integers, floats) in sorted(fastest.items())
     )
 
 
 def write(source: Path, target: Path = TARGET) -> None:
-    """Put a session's times into a table, one product a line."""
+    """Writes a session's times into a table, one product per line."""
     with source.open() as lines:
         gpu, measured = read(lines)
     table = json.loads(target.read_text()) if target.is_file() else {}
@@ -98,7 +98,7 @@ def _text(table: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Read the session that is named."""
+    """Reads the session that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("session", type=Path, help="lines of JSON that gpu_session.py wrote")
     write(parser.parse_args().session)

@@ -1,14 +1,14 @@
-"""Compare recipes: every recipe, bit width and seed through the whole chain, and a table of means and spreads.
+"""Compares recipes: every recipe, bit width and seed goes through the whole chain; prints a table of means and spreads.
 
     python benchmarks/recipes.py --model digits-sd --out studies/digits-sd
     python benchmarks/recipes.py --model digits-sd --out studies/digits-sd --table
 
-One line of JSON a finished job goes to `OUT/results.jsonl`; the same command skips finished jobs, so a killed study
-goes on. Beside the shipped recipes there are five that are `default` with something changed: `tdac-only` (no losses of
-the layers inside a block), `fbr-only` (equal counts over the steps), `neither` (both of these), `ranges-only` (nothing
-is learned), and `quantized-edges` (the inputs of the first and the last layer are quantized too). `relative-G` and
-`absolute-G` are `default` with the losses of the layers inside a block weighted by G, scaled to the block's output or
-not.
+Each finished job adds one line of JSON to `OUT/results.jsonl`; the same command skips finished jobs, so that a killed
+study goes on. Beside the shipped recipes there are five that are `default` with something changed: `tdac-only` (no
+losses of the layers inside a block), `fbr-only` (equal counts over the steps), `neither` (both of these), `ranges-only`
+(nothing is learned), and `quantized-edges` (the inputs of the first and the last layer are quantized too). `relative-G`
+and `absolute-G` are `default` with the losses of the layers inside a block weighted by G, scaled to the block's output
+or not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = ("latent_rel_l2", "frechet_distance", "prompt_accuracy", "reconstruct_
 
 @dataclass(frozen=True)
 class Job:
-    """One recipe at one bit width with one seed; `recipe` is None for the trajectories all of a seed's jobs share."""
+    """One recipe at one bit width with one seed; with `None` as recipe, the trajectories that a seed's jobs share."""
 
     model: str
     seed: int
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all jobs share."""
+    """The settings that all jobs share."""
 
     out: Path
     device: str
@@ -59,7 +59,7 @@ class Settings:
 
 
 def study_recipe(name: str, iterations: int | None) -> Recipe:
-    """A shipped recipe, or `default` with something changed; `iterations` replaces the recipe's own."""
+    """Returns a shipped recipe, or `default` with a change; `iterations` replaces the number of the recipe."""
     scaling, _, weight = name.partition("-")
     weighted = scaling in ("relative", "absolute")
     recipe = load_recipe("default" if weighted or name in ABLATIONS else name)
@@ -81,12 +81,12 @@ def study_recipe(name: str, iterations: int | None) -> Recipe:
 
 
 def shared_folder(settings: Settings, job: Job) -> RunFolder:
-    """Where the trajectories and full-precision images of a seed lie that all its jobs use."""
+    """Returns the folder of the trajectories and full-precision images that all jobs of a seed use."""
     return RunFolder(settings.out / f"seed{job.seed}" / "shared")
 
 
 def collect(settings: Settings, job: Job) -> None:
-    """Full-precision trajectories of a seed."""
+    """Collects the full-precision trajectories of a seed."""
     from edadm_cli.collect.stage import run
 
     config = CollectConfig(model=job.model, seed=job.seed, device=settings.device)
@@ -94,7 +94,7 @@ def collect(settings: Settings, job: Job) -> None:
 
 
 def link_artifact(source: RunFolder, target: RunFolder, kind: str, name: str | None = None) -> None:
-    """Make a finished artifact appear in another run, at once and whole; its files are hard links."""
+    """Makes a finished artifact appear in another run, at once and whole; its files are hard links."""
     place = target.path(kind, name)
     if source.has(kind, name) and not place.exists():
         aside = place.with_name(f".{place.name}.linked-{os.getpid()}")
@@ -107,7 +107,7 @@ def link_artifact(source: RunFolder, target: RunFolder, kind: str, name: str | N
 
 
 def measure(settings: Settings, job: Job) -> dict[str, Any]:
-    """One job through select, reconstruct, export and evaluate."""
+    """Runs one job through select, reconstruct, export and evaluate."""
     from edadm_cli.evaluate.stage import run as evaluate
     from edadm_cli.export.stage import run as export
     from edadm_cli.reconstruct.stage import run as reconstruct
@@ -125,10 +125,10 @@ def measure(settings: Settings, job: Job) -> dict[str, Any]:
     selected = select(SelectConfig(**chosen, **shared), folder)
     learned = reconstruct(ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, **shared), folder)
     exported = export(ExportConfig(bits=bits, **shared), folder)
-    wanted = ("frechet_distance", "prompt_accuracy") if job.model == "digits-sd" else ("frechet_distance",)
+    metrics = ("frechet_distance", "prompt_accuracy") if job.model == "digits-sd" else ("frechet_distance",)
     judged = evaluate(
         EvaluateConfig(
-            bits=bits, num_images=settings.num_images, batch_size=settings.batch_size, metrics=wanted, **shared
+            bits=bits, num_images=settings.num_images, batch_size=settings.batch_size, metrics=metrics, **shared
         ),
         folder,
     )
@@ -152,7 +152,7 @@ def measure(settings: Settings, job: Job) -> dict[str, Any]:
 
 
 def work(task: tuple[Settings, Job]) -> dict[str, Any]:
-    """Run one job in a process of its own; a failure is a result too."""
+    """Runs one job in a separate process; a failure is a result, too."""
     import torch
 
     settings, job = task
@@ -170,7 +170,7 @@ def work(task: tuple[Settings, Job]) -> dict[str, Any]:
 def jobs_of(
     model: str, seeds: list[int], bits: list[str], recipes: list[str], ablations: list[str], ablation_bits: list[str]
 ) -> list[Job]:
-    """All jobs, a seed at a time."""
+    """Returns all jobs, one seed after another."""
     jobs = []
     for seed in seeds:
         jobs += [Job(model, seed, recipe, width) for recipe in recipes for width in bits]
@@ -179,21 +179,21 @@ def jobs_of(
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
-    """Finished jobs of a study."""
+    """Returns the finished jobs of a study."""
     path = out / "results.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [result for result in map(json.loads, lines) if "error" not in result and result["recipe"] is not None]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Means over the seeds, and sample standard deviations where there are several, as a Markdown table."""
+    """Returns means over the seeds and sample standard deviations as a Markdown table."""
     rows = defaultdict(list)
     for result in results:
         rows[result["bits"], result["recipe"]].append(result)
         rows["full precision", ""].append({"seed": result["seed"], **result["full_precision"]})
     lines = ["| bits | recipe | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---|" * len(COLUMNS)]
-    for (bits, recipe), found in sorted(rows.items(), key=lambda row: (row[0][0] != "full precision", row[0])):
-        by_seed = {result["seed"]: result for result in found}
+    for (bits, recipe), results in sorted(rows.items(), key=lambda row: (row[0][0] != "full precision", row[0])):
+        by_seed = {result["seed"]: result for result in results}
         cells = [_cell([result[name] for result in by_seed.values() if name in result]) for name in COLUMNS]
         lines.append(f"| {bits} | {recipe} | {len(by_seed)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -207,10 +207,10 @@ def _cell(values: list[float]) -> str:
 
 
 def run_study(options: argparse.Namespace, settings: Settings) -> None:
-    """Collect each seed and draw its full-precision images beside one job, then run what is not finished."""
+    """Collects each seed and generates its full-precision images during one job, then runs what is not finished."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
     lists = (options.bits, options.recipes, options.ablations, options.ablation_bits)
-    jobs = jobs_of(options.model, seeds, *([word for word in found.split(",") if word] for found in lists))
+    jobs = jobs_of(options.model, seeds, *([word for word in names.split(",") if word] for names in lists))
     finished = {(result["seed"], result["recipe"], result["bits"]) for result in read_results(settings.out)}
     jobs = [job for job in jobs if (job.seed, job.recipe, job.bits) not in finished]
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def run_study(options: argparse.Namespace, settings: Settings) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Reads the command line and runs the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="digits-sd")
     parser.add_argument("--out", type=Path, required=True)
@@ -238,12 +238,12 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--ablations", default=",".join(ABLATIONS))
     parser.add_argument("--ablation-bits", default="w4a8", help="bit widths of the ablations")
-    parser.add_argument("--iterations", type=int, help="optimizer steps a unit for every recipe that learns")
+    parser.add_argument("--iterations", type=int, help="optimizer steps per unit for every recipe that learns")
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=500, help="images sampled together")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--workers", type=int, default=1, help="jobs at once")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads a job")
+    parser.add_argument("--workers", type=int, default=1, help="number of jobs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per job")
     parser.add_argument("--table", action="store_true", help="print the table of what is finished, run nothing")
     options = parser.parse_args()
     settings = Settings(

@@ -1,1 +1,1 @@
-"""Parts of `gpu_session.py`."""
+"""The parts of `gpu_session.py`."""

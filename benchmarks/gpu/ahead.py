@@ -1,4 +1,4 @@
-"""Compile a share of kernels in a process of its own: `python -m gpu.ahead JOBS`, a pickled list of `kernels.Job`."""
+"""Compiles kernels in a separate process: `python -m gpu.ahead JOBS`, a file with a pickled list of `kernels.Job`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpu.kernels import Job, compile_share, shares
 
 
 def compile_ahead(jobs: list[Job], seconds: float) -> dict[str, Any]:
-    """Compile `jobs` in a process for each core but two, for at most `seconds`; what is left compiles when it runs."""
+    """Compiles `jobs` in one process per core but two, for at most `seconds`; what is left compiles when it runs."""
     workers = max(1, (os.cpu_count() or 2) - 2)
     studies = Path(__file__).parents[1]
     path = os.pathsep.join([str(studies), os.environ.get("PYTHONPATH", "")])
@@ -43,7 +43,7 @@ def compile_ahead(jobs: list[Job], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compile the jobs of a file and print how many failed."""
+    """Compiles the jobs of a file and prints how many failed."""
     jobs = pickle.loads(Path(sys.argv[1]).read_bytes())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(compile_share(jobs, device))

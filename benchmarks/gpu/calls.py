@@ -1,4 +1,4 @@
-"""The kernel calls of a step, read off the step itself, and for each what a library would run in half precision."""
+"""Records the kernel calls of a step, and finds for each what a library would run in half precision."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class TensorLike:
 
     @classmethod
     def of(cls, x: Tensor) -> TensorLike:
-        """Of a tensor."""
+        """Returns the shape, strides and element type of a tensor."""
         return cls(tuple(x.shape), tuple(x.stride()), x.dtype)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its elements."""
+        """Returns the bytes of the elements."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def random(self, generator: torch.Generator) -> Tensor:
-        """A tensor like it: codes over their whole range, floats around zero, positive scales of a few hundredths."""
+        """Returns random values: codes of the whole range, floats around zero, or small positive scales."""
         x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=generator.device)
         if self.dtype in (torch.int8, torch.uint8):
             info = torch.iinfo(self.dtype)
@@ -54,7 +54,7 @@ class KernelCall:
     arguments: tuple[Any, ...]
 
     def make(self, generator: torch.Generator) -> list[Any]:
-        """Fresh random arguments; scales are positive and small."""
+        """Returns new random arguments; scales are positive and small."""
         made = []
         for index, argument in enumerate(self.arguments):
             value = argument.random(generator) if isinstance(argument, TensorLike) else argument
@@ -62,42 +62,42 @@ class KernelCall:
                 value = value.abs_().mul_(0.02).add_(0.005)
             made.append(value)
         if self.is_product:
-            made[2] /= math.sqrt(self.matrix()[2])  # sums grow with the root of their length; float16 must hold them
+            made[2] /= math.sqrt(self.matrix()[2])  # sums grow with the root of their length and must fit float16
         return made
 
     def run(self, arguments: list[Any]) -> Any:
-        """Call the operation."""
+        """Calls the operation."""
         return getattr(torch.ops.edadm, self.operation)(*arguments)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its arguments."""
+        """Returns the bytes of the arguments."""
         return sum(a.num_bytes for a in self.arguments if isinstance(a, TensorLike))
 
     @property
     def output_bytes(self) -> int:
-        """Bytes that a product writes: codes behind a gate, float16 else."""
+        """Returns the bytes that a product writes: codes if it is gated, float16 otherwise."""
         m, n, _ = self.matrix()
         return m * n // 2 if self.operation == "linear_geglu" else 2 * m * n
 
     @property
     def is_product(self) -> bool:
-        """Whether it multiplies."""
+        """Returns whether the call is a product."""
         return self.operation in PRODUCTS
 
     @property
     def adds(self) -> bool:
-        """Whether a product adds a residual."""
+        """Returns whether a product adds a residual."""
         index = {"linear": 5, "conv2d": 6}.get(self.operation)
         return index is not None and self.arguments[index] is not None
 
     @property
     def packed(self) -> bool:
-        """Whether its weights are two codes a byte."""
+        """Returns whether the weights are packed, two codes per byte."""
         return self.is_product and self.arguments[1].dtype == torch.uint8
 
     def matrix(self) -> tuple[int, int, int]:
-        """M, N and K of a product."""
+        """Returns M, N and K of a product."""
         x, weight = self.arguments[0].shape, self.arguments[1].shape
         k = torch.Size(weight[1:]).numel() * (2 if self.packed else 1)
         if self.operation != "conv2d":
@@ -106,7 +106,7 @@ class KernelCall:
         return x[0] * height * width, weight[0], k
 
     def output_size(self) -> tuple[int, int]:
-        """Height and width of a convolution's output."""
+        """Returns the height and width of a convolution's output."""
         x, weight = self.arguments[0].shape, self.arguments[1].shape
         stride, (top, bottom, left, right), upsample = self.arguments[7:10]
         grown = 2 if upsample else 1
@@ -116,7 +116,7 @@ class KernelCall:
         )
 
     def kind(self) -> Kind:
-        """Which table of tiles serves a product."""
+        """Returns the kind of kernel of a product."""
         if self.operation != "conv2d":
             return "geglu" if self.operation == "linear_geglu" else "linear"
         stride, padding, upsample = self.arguments[7:10]
@@ -124,11 +124,11 @@ class KernelCall:
         return "linear" if pointwise else "conv"
 
     def joined(self, arguments: Sequence[Any]) -> Any:
-        """Of the arguments of a GroupNorm over two images the second; `None` of any other call."""
+        """Returns the second image of a GroupNorm over two images; `None` for any other call."""
         return arguments[9] if self.operation == "group_norm_quantize" and len(arguments) > 9 else None
 
     def label(self) -> str:
-        """For people."""
+        """Returns the name of the call for tables."""
         x = "x".join(map(str, self.arguments[0].shape))
         if self.operation == "attention_quantize":
             return f"{self.operation} {x}, {self.arguments[1].shape[1]} keys"
@@ -159,7 +159,7 @@ _SCALES = {
 
 
 class CallRecorder(TorchDispatchMode):
-    """Notes every call of an `edadm` operation, and counts what else computes, while it is entered."""
+    """Records every call of an `edadm` operation, and counts other operations, inside a `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class CallRecorder(TorchDispatchMode):
         return result
 
     def named(self, layer: str, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`product`, whose calls are those of `layer`."""
+        """Returns a `product` whose calls are recorded as those of `layer`."""
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
             self._layer = layer
@@ -207,7 +207,7 @@ def _frozen(value: Any) -> Any:
 
 
 def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
-    """What torch runs in float16 in the call's place: cuDNN and cuBLAS for products, its own norms, a copy."""
+    """Returns what torch runs in float16 instead: cuDNN and cuBLAS for products, torch's norms, or a copy."""
     x = arguments[0]
     if call.operation == "conv2d":
         return _convolution(call, arguments)

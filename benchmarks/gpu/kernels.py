@@ -1,4 +1,4 @@
-"""Sections about single kernels: exactness against the reference, tiles, and time beside torch in float16."""
+"""Sections about single kernels: exactness against the reference, tiles, and times beside torch in float16."""
 
 from __future__ import annotations
 
@@ -20,72 +20,76 @@ from edadm_kernels.launching import arch_of
 from gpu.calls import KernelCall, TensorLike, half_precision
 from gpu.timing import Clock
 
-# The integers are exact. A float epilogue may contract or not, one unit in the last place of float16; a code may differ
-# by one where a float32 result lies in the middle between two.
+# Integers are exact. An epilogue in floating point may use fused operations, which differ in the last place of float16;
+# a code may differ by one where a float32 result is in the middle between two codes.
 FLOAT_BOUND = 1e-3
-# Attention rounds the weights of the values to half precision, and its result before it is quantized.
+# Attention rounds the weights of the values to float16, and also its result before the quantization.
 CODE_SHARE_BOUND = 1e-3
 ATTENTION_SHARE_BOUND = 1e-2
 SEED = 20
 
 
 class OutOfTime(Exception):
-    """A section's time is over."""
+    """The time of a section is over."""
 
 
 class Budget:
-    """Seconds a section may take; asked before each piece of work."""
+    """The time limit of a section; it is checked before each piece of work.
+
+    Args:
+        seconds: The limit.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds that are left."""
+        """Returns the seconds that are left."""
         return self._end - time.monotonic()
 
     def check(self) -> None:
-        """Raise `OutOfTime` when the seconds are over."""
+        """Raises `OutOfTime` when the time is over."""
         if time.monotonic() > self._end:
             raise OutOfTime
 
 
 def generator(device: torch.device, seed: int = SEED) -> torch.Generator:
-    """A seeded generator of a device."""
+    """Returns a seeded generator of a device."""
     return torch.Generator(device).manual_seed(seed)
 
 
 def exactness(calls: dict[KernelCall, int], device: torch.device, budget: Budget) -> Iterator[dict[str, Any]]:
-    """Each call by the kernel and by the reference, fresh random inputs, the outputs' memory poisoned before.
+    """Compares each call by the kernel and by the reference on new random inputs, with poisoned memory for the outputs.
 
-    With no GPU both are the reference unless TRITON_INTERPRET=1.
+    Without a GPU both are the reference unless TRITON_INTERPRET=1.
     """
     for index, call in enumerate(calls):
         budget.check()
         arguments = call.make(generator(device, SEED + index))
         first = _tensors(call.run(arguments))
-        for output in first:  # the next result gets this memory
+        for output in first:  # the next result reuses this memory
             output.fill_(float("nan") if output.is_floating_point() else 127)
         del first, output
-        found = _tensors(call.run(arguments))
+        actual = _tensors(call.run(arguments))
         again = _tensors(call.run(arguments))
         with backend("reference"):
-            wanted = _tensors(call.run(arguments))
-        repeats = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-        row = _compared(found, wanted, call)
+            expected = _tensors(call.run(arguments))
+        repeats = all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+        row = _compared(actual, expected, call)
         yield {"call": call.label(), **row, "repeats": repeats, "ok": row["ok"] and repeats}
 
 
-def _compared(found: list[Tensor], wanted: list[Tensor], call: KernelCall) -> dict[str, Any]:
-    if wanted[0].dtype == torch.int8:
-        apart = [(f.int() - w.int()).abs() for f, w in zip(found, wanted, strict=True)]
+def _compared(actual: list[Tensor], expected: list[Tensor], call: KernelCall) -> dict[str, Any]:
+    if expected[0].dtype == torch.int8:
+        apart = [(f.int() - w.int()).abs() for f, w in zip(actual, expected, strict=True)]
         largest = max(int(a.max()) for a in apart)
         share = max(float((a > 0).float().mean()) for a in apart)
         bound = ATTENTION_SHARE_BOUND if call.operation == "attention_quantize" else CODE_SHARE_BOUND
         return {"max_codes": largest, "share": share, "ok": largest <= 1 and share <= bound}
-    f, w = found[0].double(), wanted[0].double()
+    f, w = actual[0].double(), expected[0].double()
     error = float((f - w).norm() / w.norm())
-    return {"relative_l2": error, "ok": error <= FLOAT_BOUND}  # not a number compares as false
+    return {"relative_l2": error, "ok": error <= FLOAT_BOUND}  # NaN compares as false
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -98,7 +102,7 @@ Job = tuple[KernelCall, AnyTile | None]
 
 
 def shares(jobs: list[Job], workers: int) -> list[list[Job]]:
-    """Jobs in shares for as many processes; what compiles alike is in one share."""
+    """Divides jobs into one share per process; jobs that compile the same code are in one share."""
     alike: dict[tuple[Any, ...], list[Job]] = {}
     for call, tile in jobs:
         what = tuple(_specialized(argument) for argument in call.arguments)
@@ -108,14 +112,14 @@ def shares(jobs: list[Job], workers: int) -> list[list[Job]]:
 
 
 def _specialized(argument: Any) -> Any:
-    """What of an argument decides the code: element type and divisibility of a tensor's sizes, other values."""
+    """Returns what decides the code: type and divisibility of the sizes of a tensor, or another value itself."""
     if isinstance(argument, TensorLike):
         return argument.dtype, tuple(size % 16 == 0 for size in argument.shape)
     return argument
 
 
 def compile_share(jobs: list[Job], device: torch.device) -> int:
-    """Run calls once, so that Triton's cache on disk holds their code; returns how many failed."""
+    """Runs calls once, so that their code is in Triton's cache on disk; returns how many failed."""
     failed, made = 0, dict[KernelCall, list[Any]]()
     for call, tile in jobs:
         if call not in made:
@@ -129,13 +133,13 @@ def compile_share(jobs: list[Job], device: torch.device) -> int:
 
 
 def sweep_jobs(calls: dict[KernelCall, int], device: torch.device, limit: int) -> list[Job]:
-    """Every product with every tile that `sweep` will try."""
+    """Lists every product with every tile that `sweep` will try."""
     return [(call, tile) for call in calls for tile in candidates_of(call, device, limit)]
 
 
 @contextmanager
 def using(call: KernelCall, tile: AnyTile | None, device: torch.device) -> Iterator[None]:
-    """Have a product run with a given tile, and by the kernel whose tile it is."""
+    """Makes a product run with a given tile, by the kernel of the tile, inside a `with` block."""
     if isinstance(tile, product.ProductTile):
         choose = product.choose
         product.choose = lambda *_: tile  # type: ignore[assignment]
@@ -163,12 +167,12 @@ def using(call: KernelCall, tile: AnyTile | None, device: torch.device) -> Itera
 
 
 def tile_key(call: KernelCall, device: torch.device) -> tuple[Any, ...]:
-    """The key of a product in the table of measured tiles."""
+    """Returns the key of a product in the table of measured tiles."""
     return (arch_of(torch.empty(0, device=device)), call.kind(), *call.matrix(), call.packed)
 
 
 def candidates_of(call: KernelCall, device: torch.device, limit: int) -> Sequence[AnyTile]:
-    """Tiles that suit a product, the likeliest of each kernel first, those chosen without measuring among them."""
+    """Returns the best tiles for a product by each kernel's cost model, the one chosen without measuring included."""
     return [*_triton_tiles(call, device, limit), *_hopper_tiles(call, device, limit)]
 
 
@@ -186,16 +190,16 @@ def _hopper_tiles(call: KernelCall, device: torch.device, limit: int) -> list[pr
         if math.prod(image) <= FEW_PIXELS or stride > 2:
             return []
         shape = product.Shape(image, tuple(source), channels, kernel, stride, tuple(padding), upsample)
-    found = product.candidates(kind, shape)
-    return sorted(found, key=lambda tile: product.cost(kind, tile, shape, outputs))[:limit]
+    candidates = product.candidates(kind, shape)
+    return sorted(candidates, key=lambda tile: product.cost(kind, tile, shape, outputs))[:limit]
 
 
 def _triton_tiles(call: KernelCall, device: torch.device, limit: int) -> list[tiles.Tile]:
     arch, kind, m, n, k, packed = tile_key(call, device)
     channels = call.arguments[0].shape[1]
-    found = tiles.candidates(arch, kind, m, k, channels, packed)
-    ordered = sorted(found, key=lambda tile: tiles.cost(arch, kind, tile, m, n, k))
-    # the best of the cost model, and the best of every shape of tile in it: the model may be wrong about one
+    candidates = tiles.candidates(arch, kind, m, k, channels, packed)
+    ordered = sorted(candidates, key=lambda tile: tiles.cost(arch, kind, tile, m, n, k))
+    # the best tiles by the cost model, and the best split of every shape of tile: the model may be wrong about one
     by_shape = {(tile.bm, tile.bn, tile.bk): tile for tile in reversed(ordered)}
     both = [*ordered[: limit // 2], *sorted(by_shape.values(), key=ordered.index)]
     return list(dict.fromkeys(both))[:limit]
@@ -209,7 +213,7 @@ def sweep(
     limit: int,
     budget: Budget,
 ) -> Iterator[dict[str, Any]]:
-    """Time every product with its candidate tiles, and what torch has for it in float16 and int8."""
+    """Times every product with its candidate tiles, and torch's products in float16 and int8."""
     by_work = sorted(calls, key=lambda call: -calls[call] * math.prod(call.matrix()))
     for index, call in enumerate(by_work):
         budget.check()
@@ -248,15 +252,15 @@ def layer_times(
     peak: DevicePeak,
     budget: Budget,
 ) -> Iterator[dict[str, Any]]:
-    """Every product as a step runs it, beside float16 and the least time that the card's peaks allow.
+    """Times every product as a step runs it, beside float16 and the least time that the peaks of the GPU allow.
 
     Args:
         calls: The products of a step and how often each occurs.
-        layers: Their names in the denoiser.
-        device: Of the kernels.
-        clock: Times them.
-        peak: Of the card.
-        budget: Of the section.
+        layers: The names of their layers in the denoiser.
+        device: The device of the kernels.
+        clock: The clock that times them.
+        peak: The peak rates of the GPU.
+        budget: The time limit of the section.
     """
     for row, call in _timed_as_chosen(calls, layers, device, clock, budget):
         m, n, k = call.matrix()
@@ -287,7 +291,7 @@ def _timed_as_chosen(
 def memory_bound(
     calls: dict[KernelCall, int], device: torch.device, clock: Clock, budget: Budget
 ) -> Iterator[dict[str, Any]]:
-    """Time every normalization and quantization beside torch's own in float16."""
+    """Times every normalization and quantization beside torch's in float16."""
     for index, call in enumerate(calls):
         budget.check()
         made = [call.make(generator(device, index * 100 + s)) for s in range(clock.sets(call.num_bytes))]
@@ -308,7 +312,7 @@ def _launch(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
 
 
 def _int_mm_us(call: KernelCall, made: list[list[Any]], clock: Clock) -> float | None:
-    """torch's bare int8 product, of a linear layer whose sizes it takes."""
+    """Returns the time of torch's int8 product; `None` for a layer that it does not support."""
     m, n, k = call.matrix()
     if call.operation != "linear" or call.packed or m <= 16 or n % 8 or k % 8:
         return None
@@ -320,9 +324,9 @@ def _int_mm(x: Tensor, weight: Tensor) -> Callable[[], Any]:
 
 
 def best_tiles(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], tuple[str, float, float]]:
-    """From a sweep: key to the best tile and the microseconds of a step with the chosen and with the best one.
+    """Maps the key of each product of a sweep to its best tile and the microseconds per step before and after.
 
-    Calls that differ only in their epilogue share a key; their times are added up, as often as they occur.
+    Calls that differ only in their epilogue share a key; their times are added, each as often as it occurs.
     """
     totals: dict[tuple[Any, ...], dict[str, float]] = {}
     chosen: dict[tuple[Any, ...], float] = {}
@@ -339,15 +343,15 @@ def best_tiles(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], tuple[str, f
 
 
 def tile_of(text: str) -> AnyTile:
-    """A tile from its `repr`."""
+    """Returns the tile of a `repr`."""
     tile: AnyTile = eval(text, {"Tile": tiles.Tile, "ProductTile": product.ProductTile})
     return tile
 
 
-def use_tiles(found: dict[tuple[Any, ...], tuple[str, float, float]], gain: float) -> int:
-    """Have Triton's products run with measured tiles that gain at least `gain`; returns how many do."""
+def use_tiles(best: dict[tuple[Any, ...], tuple[str, float, float]], gain: float) -> int:
+    """Makes products in Triton run with measured tiles that gain at least `gain`; returns how many."""
     table: Any = tiles.MEASURED
-    gaining = {key: tile_of(text) for key, (text, before, after) in found.items() if after < (1 - gain) * before}
+    gaining = {key: tile_of(text) for key, (text, before, after) in best.items() if after < (1 - gain) * before}
     used = {key: tile for key, tile in gaining.items() if isinstance(tile, tiles.Tile)}
     table.update(used)
     tiles.choose.cache_clear()

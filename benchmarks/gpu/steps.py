@@ -1,4 +1,4 @@
-"""Sections about whole steps: parity, contenders in turns, memory, and where the time goes."""
+"""Sections about whole steps: parity, times of contenders, memory, and the kernels that take the time."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from gpu.calls import CallRecorder, TensorLike
 from gpu.timing import Clock, spread
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-# Speed does not depend on where the ranges lie, so they are those of one batch.
+# Speed does not depend on the ranges, so they are those of one batch.
 RECIPE = Recipe(name="extremes", ranges=RangeRecipe(weight="minmax", activation="minmax"))
 
 
 class Networks:
-    """One denoiser in the forms that are compared, each built when it is first asked for.
+    """One denoiser in the forms that are compared, each built when it is first used.
 
     Args:
-        name: Such as `sd15-random`.
-        device: Where everything runs.
-        size: Height and width of the latents; `None` for the model's own.
-        make: Builds the denoiser in place of `name`, for a trial run.
+        name: A model such as `sd15-random`.
+        device: The device of all forms.
+        size: Height and width of the latents; `None` for the size of the model.
+        make: A function that builds the denoiser instead of `name`, for a trial run.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Networks:
         self._half: nn.Module | None = None
 
     def call(self, rows: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
-        """Arguments of a step."""
+        """Returns the arguments of a step."""
         args, kwargs = example_call(self.full, batch_size=rows, seed=seed, size=self._size)
         cast = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
         tree_map = torch.utils._pytree.tree_map
@@ -63,14 +63,14 @@ class Networks:
 
     @property
     def half(self) -> nn.Module:
-        """float16, channels last."""
+        """Returns the denoiser in float16, channels last."""
         if self._half is None:
             model = nn.Module.to(copy.deepcopy(self.full), torch.float16)
             self._half = model.to(memory_format=torch.channels_last)
         return self._half
 
     def quantized(self, bits: str) -> nn.Module:
-        """Quantized to nearest; float32 rest."""
+        """Returns the denoiser rounded to nearest, with a float32 rest."""
         if bits not in self._quantized:
             model = copy.deepcopy(self.full)
             quantize_to_nearest(model, RECIPE, BitWidth.parse(bits), [self.call(1)])
@@ -78,7 +78,7 @@ class Networks:
         return self._quantized[bits]
 
     def compiled(self, bits: str, rows: int, dtype: torch.dtype, **options: Any) -> CudaDenoiser:
-        """On the CUDA engine."""
+        """Returns the denoiser compiled by the CUDA engine."""
         engine_options = EngineOptions(device=self.device, rest_dtype=dtype)
         model = self.quantized(bits)
         result = CudaEngine(**options).compile(model, *self.call(rows), engine_options)
@@ -89,7 +89,7 @@ class Networks:
 def record_calls(
     networks: Networks, bits: str, rows: int, dtype: torch.dtype, pack_weights: bool = False
 ) -> CallRecorder:
-    """What one step launches, read off shapes alone: nothing is computed, compiled, or put on the device."""
+    """Records what one step launches, from shapes alone: nothing is computed, compiled, or put on the device."""
     meta = torch.device("meta")
     assembly = Assembly(Lowering(meta, dtype, pack_weights), prompt_cache=True)
     model, layers = assembly.build(networks.quantized(bits))
@@ -98,21 +98,21 @@ def record_calls(
 
 
 def record_attention(networks: Networks, rows: int) -> CallRecorder:
-    """The same of a step on the device, where attention is one operation."""
+    """Records what one step on the device launches, where attention is one operation."""
     compiled = networks.compiled("w8a8", rows, torch.float16, cuda_graphs=False)
     return _recorded(compiled, networks.call(rows, torch.float16))
 
 
 def _recorded(compiled: CudaDenoiser, call: Call) -> CallRecorder:
     recorder = CallRecorder()
-    compiled.call_eagerly(*call[0], **call[1])  # keys and values of the prompt are no part of a step
+    compiled.call_eagerly(*call[0], **call[1])  # keys and values of the prompt are not part of a step
     with wrapped_products(compiled.model, recorder.named), recorder:
         compiled.call_eagerly(*call[0], **call[1])
     return recorder
 
 
 def parity(networks: Networks, rows: int, bits: str) -> Iterator[dict[str, Any]]:
-    """The engine against exact integers with a float32 rest, and both precisions against full precision."""
+    """Compares the engine with exact integers and a float32 rest, and both precisions with full precision."""
     call = networks.call(rows, seed=1)
     half_call = networks.call(rows, torch.float16, seed=1)
     device = EngineOptions(device=networks.device)
@@ -121,19 +121,19 @@ def parity(networks: Networks, rows: int, bits: str) -> Iterator[dict[str, Any]]
     full = networks.full(*call[0], **call[1])[0]
     for dtype in (torch.float32, torch.float16):
         compiled = networks.compiled(bits, rows, dtype)
-        found = compiled(*call[0], **call[1])[0]
+        output = compiled(*call[0], **call[1])[0]
         again = compiled(*call[0], **call[1])[0]
         eager = compiled.call_eagerly(*call[0], **call[1])[0]
         yield {
             "bits": bits,
             "rows": rows,
             "rest": str(dtype),
-            "to_exact_integers": relative_l2(found, exact),
-            "to_full_precision": relative_l2(found, full),
+            "to_exact_integers": relative_l2(output, exact),
+            "to_full_precision": relative_l2(output, full),
             "exact_integers_to_full_precision": relative_l2(exact, full),
             "float16_to_full_precision": relative_l2(networks.half(*half_call[0], **half_call[1])[0], full),
-            "replay_repeats": bool(torch.equal(found, again)),
-            "graph_equals_eager": bool(torch.equal(found, eager)),
+            "replay_repeats": bool(torch.equal(output, again)),
+            "graph_equals_eager": bool(torch.equal(output, eager)),
             "layers": _coverage(compiled),
         }
 
@@ -146,8 +146,8 @@ def _coverage(compiled: CudaDenoiser) -> dict[str, int]:
 
 
 def contenders(networks: Networks, rows: int, wants_compile: bool) -> dict[str, Callable[[], Any]]:
-    """A step of every contender, ready to be called; building one runs it, so that nothing is compiled later."""
-    found: dict[str, Callable[[], Any]] = {}
+    """Returns a function per contender that runs one step; each is run once, so that nothing is compiled later."""
+    ready: dict[str, Callable[[], Any]] = {}
     full_call, half_call = networks.call(rows), networks.call(rows, torch.float16)
     on_cuda = networks.device.type == "cuda"
     half_call[0][0].copy_(half_call[0][0].contiguous(memory_format=torch.channels_last))
@@ -157,7 +157,7 @@ def contenders(networks: Networks, rows: int, wants_compile: bool) -> dict[str, 
             return function(*call[0], **call[1])
 
         run()
-        found[name] = run
+        ready[name] = run
 
     no_grad = torch.no_grad()
     add("fp32 eager", no_grad(networks.full.__call__), full_call)
@@ -178,15 +178,15 @@ def contenders(networks: Networks, rows: int, wants_compile: bool) -> dict[str, 
     ):
         name = " ".join([bits, *(f"{key}={value}" for key, value in options.items())])
         add(name, networks.compiled(bits, rows, torch.float16, **options), half_call)
-    return found
+    return ready
 
 
 def times(ready: dict[str, Callable[[], Any]], rows: int, clock: Clock, rounds: int) -> Iterator[dict[str, Any]]:
-    """Step latency of every contender, in turns."""
-    found = {name: spread(values) for name, values in clock.in_turns(ready, rounds).items()}
-    half = min((row["median_ms"] for name, row in found.items() if name.startswith("fp16")), default=float("nan"))
-    full = found["fp32 eager"]["median_ms"]
-    for name, row in found.items():
+    """Times a step of every contender, alternately."""
+    spreads = {name: spread(values) for name, values in clock.in_turns(ready, rounds).items()}
+    half = min((row["median_ms"] for name, row in spreads.items() if name.startswith("fp16")), default=float("nan"))
+    full = spreads["fp32 eager"]["median_ms"]
+    for name, row in spreads.items():
         ratios = {"over_fp32": full / row["median_ms"], "over_best_fp16": half / row["median_ms"]}
         yield {"contender": name, "rows": rows, **row, **ratios}
 
@@ -194,7 +194,7 @@ def times(ready: dict[str, Callable[[], Any]], rows: int, clock: Clock, rounds: 
 def attention_times(
     attentions: dict[tuple[TensorLike, ...], int], device: torch.device, clock: Clock
 ) -> Iterator[dict[str, Any]]:
-    """Attention of every shape by each of torch's implementations, on the strided operands of a step."""
+    """Times attention of every shape by each of torch's implementations, on the strided operands of a step."""
     on_cuda = device.type == "cuda"
     names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if on_cuda else ("MATH",)
     for shapes, count in attentions.items():
@@ -217,7 +217,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
 
 
 def memory(networks: Networks, rows: int) -> Iterator[dict[str, Any]]:
-    """Bytes that the weights of each form take, and the peak of a step beyond them, kernel by kernel without graphs."""
+    """Measures the bytes of the weights of each form, and the peak of a step without graphs beyond them."""
     if networks.device.type != "cuda":
         return
     call, half_call = networks.call(rows), networks.call(rows, torch.float16)
@@ -247,10 +247,11 @@ def memory(networks: Networks, rows: int) -> Iterator[dict[str, Any]]:
 
 
 def kernel_table(step: Callable[[], Any], device: torch.device, top: int = 45) -> dict[str, Any]:
-    """Kernels of one step by name: how many, and their microseconds; a graph's replay on CUDA, operations on a CPU.
+    """Returns the number and the microseconds of the kernels of one step by name.
 
-    A kernel that overlaps the one before waits for it: what counts for a kernel is the time from the end of the last
-    one to its own end, so that the sum is the time of the step.
+    On CUDA these are the kernels of a graph's replay, on a CPU torch's operations. A kernel may start before the
+    previous kernel ends and wait for it, so its time is counted from the end of the previous kernel to its end; the sum
+    is the time of the step.
     """
     on_cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiler:

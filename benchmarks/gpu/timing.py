@@ -1,4 +1,4 @@
-"""Time on a GPU: medians of graph replays over inputs that do not stay in the cache, and rounds in turns."""
+"""Times work on a GPU: medians of graph replays over inputs that exceed the cache, and rounds over contenders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_LAUNCHES = 24
 
 
 class Clock:
-    """Times work on one device; on a CPU by the wall, so that every path can be tried without a GPU."""
+    """Times work on one device; on a CPU it reads the wall clock, so that every path can be tried without a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -24,12 +24,12 @@ class Clock:
         self.cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if self.on_cuda else 0
 
     def wait(self) -> None:
-        """Until everything launched has run."""
+        """Waits until everything that was launched has run."""
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
     def once(self, call: Callable[[], Any]) -> float:
-        """Milliseconds of one call that is warm."""
+        """Returns the milliseconds of one call after a warm-up."""
         if not self.on_cuda:
             started = time.perf_counter()
             call()
@@ -42,11 +42,11 @@ class Clock:
         return float(first.elapsed_time(last))
 
     def sets(self, bytes_per_call: int) -> int:
-        """How many sets of inputs outgrow the cache."""
+        """Returns how many sets of inputs exceed the cache."""
         return 1 if not self.on_cuda else max(1, min(MAX_SETS, -(-L2_MULTIPLE * self.cache_bytes // bytes_per_call)))
 
     def launch_us(self, launches: Sequence[Callable[[], Any]], replays: int = 7) -> float:
-        """Median microseconds of one launch: all `launches` in one graph, replayed; the first replay is not counted."""
+        """Returns the median microseconds per launch; one graph has all `launches`, and its first replay is ignored."""
         work = list(launches) * -(-MIN_LAUNCHES // len(launches)) if self.on_cuda else list(launches)[:1]
 
         def run_all() -> None:
@@ -69,7 +69,7 @@ class Clock:
         return 1e3 * statistics.median(self.once(graph.replay) for _ in range(replays)) / len(work)
 
     def in_turns(self, contenders: dict[str, Callable[[], Any]], rounds: int, calls: int = 3) -> dict[str, list[float]]:
-        """Milliseconds of `rounds * calls` calls of each contender, taken in turns, after one call to warm up."""
+        """Returns the milliseconds of `rounds * calls` calls per contender, which alternate, after one warm-up call."""
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for call in contenders.values():
             call()
@@ -82,7 +82,7 @@ class Clock:
 
 
 def spread(times: list[float]) -> dict[str, float]:
-    """Median, and the range that holds the middle 80%."""
+    """Returns the median, and the range of the middle 80%."""
     ordered = sorted(times)
     return {
         "median_ms": statistics.median(ordered),
