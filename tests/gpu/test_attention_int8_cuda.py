@@ -120,5 +120,5 @@ def test_a_models_own_grids(queries: int, keys: int, width: int, dtype: torch.dt
     scales = (steps[0], steps[1], steps[2], steps[3])
     exact = reference.attend_on_grids(q, k, v, 1 / math.sqrt(width), scales, bits).transpose(1, 2)
     attended = attend_on_grids(q, k, v, 1 / math.sqrt(width), scales, *bits)
-    # a weight that lies at the edge between two codes may fall on either side
+    # a weight at the edge between two codes may be rounded to either of them
     assert relative_l2(attended, exact) < (1e-3 if dtype == torch.float16 else 6e-3)

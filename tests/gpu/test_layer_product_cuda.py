@@ -19,7 +19,7 @@ from tests.denoisers.families import FAMILIES, Call, quantized_denoiser
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-# Normalizations that are fused or decomposed round otherwise, which turns single codes of networks this small.
+# Normalizations that are fused or decomposed round differently, which changes single codes of such small networks.
 BOUNDS = {torch.float32: 3e-2, torch.float16: 1e-1, torch.bfloat16: 3e-1}
 
 

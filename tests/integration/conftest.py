@@ -1,4 +1,4 @@
-"""Runs of the tiny pipelines, collected and selected once a session, and processes without the price of imports."""
+"""Runs of the tiny pipelines, collected and selected once per session, and processes that need no time for imports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.integration.small_runs import CPU, export
 
 @pytest.fixture(scope="session")
 def fresh_interpreter() -> Iterator[FreshInterpreter]:
-    """Runs scripts in processes of their own that have imported diffusers and nothing of ours."""
+    """Runs scripts in separate processes that have imported diffusers and nothing of this project."""
     interpreter = FreshInterpreter()
     yield interpreter
     interpreter.close()
@@ -72,7 +72,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]
 
 @pytest.fixture
 def fresh_run(selected: Callable[[Path], Path], tmp_path: Path) -> Callable[[Path], RunFolder]:
-    """`fresh_run(model)`: a copy of `selected(model)` of the test's own."""
+    """`fresh_run(model)`: a separate copy of `selected(model)`."""
 
     def make(model: Path) -> RunFolder:
         place = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"

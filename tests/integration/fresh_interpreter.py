@@ -1,7 +1,7 @@
-"""A program that has imported diffusers and nothing of ours, and forks for every script that it is asked to run.
+"""A program that has imported diffusers and nothing of this project, and forks for every script that it runs.
 
-Each script has a process of its own, which may die of it, and meets an interpreter in which nothing has been loaded;
-the imports are paid for once.
+Each script runs in a separate process, which may die, and finds an interpreter in which nothing of this project is
+loaded; the time of the imports is spent once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ sys.exit(int(connection.makefile().read().split()[1]))
 
 
 class Running:
-    """A script in a process of its own."""
+    """A script that runs in a separate process."""
 
     def __init__(self, connection: socket.socket, output: int) -> None:
         self._answers = connection.makefile()
@@ -120,7 +120,7 @@ class FreshInterpreter:
 
 
 def image_digest(pipeline: Any, arguments: dict[str, Any]) -> str:
-    """Hash of the image that a pipeline draws from one seed."""
+    """Returns the hash of the image that a pipeline generates from one seed."""
     import torch
 
     pipeline.set_progress_bar_config(disable=True)
@@ -130,7 +130,7 @@ def image_digest(pipeline: Any, arguments: dict[str, Any]) -> str:
 
 
 def round_trip(folder: str, again: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Load an export with plain diffusers, draw, save it, load that, draw, and cast it."""
+    """Loads an export with plain diffusers, generates, saves it, loads that, generates again, and casts it."""
     import torch
     from diffusers import DiffusionPipeline
 
@@ -179,7 +179,7 @@ def _serve(address: str) -> None:
 
 
 def _attend(connection: socket.socket) -> NoReturn:
-    """Start what a connection asks for, tell its process id, wait for it, and tell how it ended."""
+    """Starts what a connection requests, reports its process id, waits for it, and reports how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     while not message.endswith(b"\n"):

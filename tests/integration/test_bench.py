@@ -61,7 +61,7 @@ def run(exported: Path, tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def in_one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Contenders in this process: the figures mean nothing, and no process has to start."""
+    """Runs contenders in this process: their times mean nothing, and no process has to start."""
     environment = ContenderEnvironment("cpu", 1, None, is_alone=False)
     monkeypatch.setattr(BenchRequest, "environment", property(lambda self: environment))
     monkeypatch.setitem(peak.SIZES, "cpu", peak.Sizes(linear=(16, 32, 32), convolution=(1, 8, 8)))
@@ -231,7 +231,7 @@ def test_the_same_bench_measures_again_and_another_needs_force(run: RunFolder) -
 def test_algorithms_are_tried_for_what_is_timed_and_nothing_else(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cuDNN's search takes memory and changes last bits: neither is for what the contenders are held against."""
+    """cuDNN's search takes memory and changes last bits, so the reference runs without it."""
     seen: dict[str, set[bool]] = {}
 
     def record(owner: Any, name: str) -> None:

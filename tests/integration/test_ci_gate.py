@@ -36,7 +36,7 @@ MAIN = "import sys\nfrom edadm_cli.cli.app import main\nsys.exit(main())\n"
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """An `edadm` on the path that is this interpreter's, a configuration, and a run folder of its own."""
+    """Prepares an `edadm` on the path that runs this interpreter, a configuration, and a separate run folder."""
     program = tmp_path / "bin" / "edadm"
     program.parent.mkdir()
     program.write_text(f"#!{sys.executable}\n{MAIN}")

@@ -94,7 +94,7 @@ KEPT_ATTENTION = {
 def require_everything_is_planned(
     name: str, model: LoadedModel, plan: dict[str, Any], units: list[dict[str, Any]]
 ) -> None:
-    """Every layer, block and attention of the denoiser is in the plan, or kept with a reason."""
+    """Every layer, block and attention of the denoiser is in the plan, or left in float with a reason."""
     groups = ("transformer_blocks", "single_transformer_blocks")
     blocks = sum(len(getattr(model.denoiser, group, ())) for group in groups)
     if model.denoiser_name == "transformer" and name != "ldm-imagenet":
@@ -111,7 +111,7 @@ def require_everything_is_planned(
 
 
 def arguments_of(model: LoadedModel) -> dict[str, Any]:
-    """What a call of the pipeline needs beside a seed."""
+    """Returns what a call of the pipeline needs besides a seed."""
     arguments: dict[str, Any] = {"prompt": ["a cat"]} if takes_prompts(model.pipeline) else {}
     if type(model.pipeline).__name__ == "DiTPipeline":
         arguments["class_labels"] = [3]
@@ -123,7 +123,7 @@ def arguments_of(model: LoadedModel) -> dict[str, Any]:
 
 
 def require_round_trip(actual: dict[str, Any], ours: LoadedModel, arguments: dict[str, Any]) -> None:
-    """A fresh interpreter drew our image, drew it again from what it had saved, and a cast left the scales alone."""
+    """A fresh interpreter generated the same image, also from what it saved, and a cast did not change the scales."""
     parts = (ours.pipeline, ours.denoiser, ours.pipeline.scheduler)
     assert actual["classes"] == [type(part).__name__ for part in parts]
     assert actual["layers"] == len(quantized_layers(ours.denoiser)) > 10

@@ -1,4 +1,4 @@
-"""The programs in examples/ run as they stand there, on tiny models."""
+"""The programs in examples/ run unchanged, on tiny models."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_read_report(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_an_export_is_loaded_with_the_engine_that_is_named_or_the_fastest(run: Path, tmp_path: Path) -> None:
-    """Also where it was moved out of its run, in which the calibration set lies."""
+    """It also runs after it was moved out of its run, which has the calibration set."""
     folder = run / "export" / "w4a8"
     assert edadm_cli.load(folder, engine="torch", device="cpu").edadm_engine == "torch"
     moved = tmp_path / "moved"

@@ -30,7 +30,7 @@ from tests.unit.models.tiny import shrunk
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
-def draw(pipeline: Any) -> Tensor:
+def generate(pipeline: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         images: Tensor = pipeline("seven", num_inference_steps=2, generator=generator, output_type="pt").images
@@ -108,10 +108,10 @@ def test_a_denoiser_is_offloaded_tensor_by_tensor(pipeline: Any, offload_buffers
 
 
 def test_a_whole_pipeline_is_offloaded_with_its_buffers(pipeline: Any) -> None:
-    expected = draw(pipeline)
+    expected = generate(pipeline)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         accelerate.cpu_offload(part, execution_device=CPU, offload_buffers=True)
-    assert torch.equal(draw(pipeline), expected)
+    assert torch.equal(generate(pipeline), expected)
 
 
 def test_a_fusion_of_projections_is_refused_and_changes_nothing(pipeline: Any) -> None:
@@ -197,7 +197,7 @@ def test_a_compiled_denoiser_computes_what_the_eager_one_does(tmp_path: Path) ->
 
 
 def test_a_pickled_denoiser_is_read_again(pipeline: Any) -> None:
-    """As processes that are spawned hand it on; it keeps its own casts and refusals."""
+    """It is pickled, as for a spawned process, and still casts and refuses as before."""
     call = example_call(pipeline.unet, batch_size=1)
     file = io.BytesIO()
     torch.save(pipeline.unet, file)

@@ -327,7 +327,7 @@ def test_any_number_of_classes_is_converted(
 
 
 def test_a_configuration_is_found_beside_a_link_to_the_checkpoint(tmp_path: Path) -> None:
-    """As the hub's cache keeps files: links to files whose names say nothing."""
+    """The files are as in the hub's cache: links to files whose names mean nothing."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     blobs.mkdir()
     snapshot.mkdir(parents=True)

@@ -16,7 +16,7 @@ README = Path(__file__).parents[2] / "README.md"
 def test_the_program_of_the_readme_runs(
     tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it stands there, but for a tiny model and a recipe that takes no time."""
+    """The documented program runs, with a tiny model and a quick recipe."""
     (tmp_path / "quick.toml").write_text('extends = "rtn"\n[ranges]\nnum_candidates = 4\n')
     (program,) = re.findall(r"^## As a library$.*?^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
     assert len(program.split("\n")) <= 13

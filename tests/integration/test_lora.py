@@ -1,4 +1,4 @@
-"""A LoRA beside quantized layers adds what it would add to the float layer's output, and is weighted and unloaded."""
+"""A LoRA on quantized layers adds what it would add to the output of float layers; it can be weighted and unloaded."""
 
 from __future__ import annotations
 

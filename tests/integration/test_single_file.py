@@ -83,7 +83,7 @@ def test_a_single_file_gives_the_images_of_its_weights(tmp_path: Path, small_sd1
 
 def small_of(name: str) -> Architecture:
     components = dict(shrunk(name).components)
-    if name == "sdxl":  # two text encoders are told apart by their widths
+    if name == "sdxl":  # two text encoders are distinguished by their widths
         for part, change in {
             "text_encoder_2": {"hidden_size": 64},
             "unet": {"cross_attention_dim": 96},

@@ -1,8 +1,9 @@
 """Tests of kernels run where Triton interprets them, so none needs a GPU.
 
-Triton decides between compiling and interpreting when a kernel is defined, once for a process. So that other tests of
-the same session can compile, these are carried out by a process of their own: one a session, or one an xdist worker,
-which collects this folder once and is told test after test. Modules that launch no kernel say `INTERPRETED = False`.
+Triton decides between compiling and interpreting when a kernel is defined, once per process. So that other tests of
+the same session can compile, a separate process runs these: one per session, or one per xdist worker. It collects this
+folder once and then receives the name of one test after another. Modules that launch no kernel say
+`INTERPRETED = False`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class InterpreterProcess:
         atexit.register(self._close)
 
     def run(self, nodeid: str) -> dict[str, str]:
-        """Outcome (passed, failed, skipped) and text of a test."""
+        """Returns the outcome (passed, failed, skipped) and the text of a test."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(nodeid) + "\n")
@@ -61,7 +62,7 @@ def _interpreter_process(rootdir: Path) -> InterpreterProcess:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Hand the test to the interpreting process, unless this is it or the test needs none."""
+    """Gives the test to the interpreting process, unless this is that process or the test needs none."""
     if _interprets() or not getattr(pyfuncitem.module, "INTERPRETED", True):
         return None
     result = _interpreter_process(pyfuncitem.config.rootpath).run(pyfuncitem.nodeid)
@@ -97,7 +98,7 @@ class _Server:
         return True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the first phase that did not pass."""
+        """Stores the first phase that did not pass."""
         if report.when == "setup" or self._outcome == "passed":
             self._outcome, self._text = report.outcome, report.longreprtext
 

@@ -1,6 +1,6 @@
 """An int8 matrix product in few words, compiled for sm_80: prints what the gate says of its two forms, as JSON.
 
-A script, as the tests beside it run where Triton interprets.
+This is a script, because the tests of this folder run where Triton interprets.
 """
 
 from __future__ import annotations

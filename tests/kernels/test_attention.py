@@ -26,8 +26,8 @@ def operands(samples: int, queries: int, keys: int, width: int, dtype: torch.dty
     return [q, pair[..., :width], pair[..., width:]]
 
 
-# One sample's queries fill a tile or not; keys are fewer than a turn, several turns, or end inside one; heads of 8, 16,
-# 40, 64, 80 and 160 channels are narrower than an instruction, a power of two, or two pieces.
+# Queries of a sample fill a tile or not; keys fill less than one step of the loop, several, or end inside one; heads of
+# 8, 16, 40, 64, 80 and 160 channels are narrower than an instruction, a power of two, or two pieces.
 @pytest.mark.parametrize(
     ("samples", "queries", "keys", "heads", "width"),
     [

@@ -225,7 +225,7 @@ def test_the_command_writes_what_it_judges(tmp_path: Path) -> None:
 
 
 def with_addresses(labelled: str) -> str:
-    """What `nvdisasm -c` prints, its labels replaced by the addresses of what stands behind them."""
+    """What `nvdisasm -c` prints, with labels replaced by the addresses of the instructions after them."""
     addresses: dict[str, str] = {}
     waiting: list[str] = []
     for line in labelled.splitlines():

@@ -22,7 +22,7 @@ SMALL = {"bm": 32, "bn": 32, "bk": 64, "num_warps": 4, "num_stages": 1}
 
 
 class Layer:
-    """Codes, packed where they have four bits, with all that the epilogue wants."""
+    """Codes, packed where they have four bits, with all operands of the epilogue."""
 
     def __init__(
         self,

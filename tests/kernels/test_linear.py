@@ -19,7 +19,7 @@ SMALL = {"bm": 32, "bn": 32, "num_warps": 4, "num_stages": 1}
 
 
 class Layer:
-    """Codes, packed where they have four bits, with all that the epilogue wants."""
+    """Codes, packed where they have four bits, with all operands of the epilogue."""
 
     def __init__(self, m: int, n: int, k: int, *, zero_point: int = 100, packed: bool = False, seed: int = 0) -> None:
         self.x = random_codes(m, k, seed=seed)

@@ -1,4 +1,4 @@
-"""Quantization as it stands: equal to the reference code for code, through Triton's interpreter."""
+"""Quantization of a tensor is equal to the reference code for code, in Triton's interpreter."""
 
 from __future__ import annotations
 

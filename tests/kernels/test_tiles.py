@@ -42,7 +42,7 @@ def test_shipped_tiles_fit_the_machine(arch: int, packed: bool) -> None:
         assert tile.shared_bytes <= PROGRAM_SHARED_BYTES[arch]
         assert tile.bm >= 64 or arch != 90
         assert tile.bn % tile.column_parts == 0
-        # the accumulators alone take this many registers a thread
+        # the accumulators alone take this many registers per thread
         assert tile.bm * tile.bn / (32 * tile.num_warps) < (tile.max_registers or 255)
 
 

@@ -49,7 +49,7 @@ def test_the_version_is_written_once() -> None:
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_the_build_server_tests_in_an_environment_that_is_gone_afterwards(tmp_path: Path, code: int) -> None:
-    """With a stand-in for `make`, which writes down where it was to put the environment."""
+    """A stand-in for `make` records where the environment would be created."""
     stub = tmp_path / "make"
     stub.write_text(f'#!/bin/sh\necho "$PWD $*"\nmkdir -p "${{2#VENV=}}"\nexit {code}\n')
     stub.chmod(0o755)

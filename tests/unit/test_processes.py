@@ -1,4 +1,4 @@
-"""A team of processes, played by threads with one store: they meet, hand values on, tell failures, miss the dead."""
+"""A team of processes, played by threads with one store: they meet, exchange values, report failures, miss the dead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that are judged in Inception features, from weights in a file or without any."""
+"""Models that are evaluated in Inception features, from weights in a file or without any."""
 
 from __future__ import annotations
 

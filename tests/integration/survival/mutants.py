@@ -165,7 +165,7 @@ def _tensors(path: Path, chance: random.Random) -> str:
 
 
 def _agree(folder: Path, name: str) -> None:
-    """Make the manifest say what the file is now, as someone would who wants it to be believed."""
+    """Changes the manifest to describe the file as it is now, as someone would who hides the change."""
     path = folder / "manifest.json"
     if name == path.name:
         try:

@@ -90,7 +90,7 @@ def test_a_parent_is_not_replaced_while_its_child_is_built(run: Path, tiny_ddpm:
 
 
 def test_two_writers_at_once_leave_one_whole_artifact(tmp_path: Path) -> None:
-    """Started together again and again: one of them builds, the other is told or finds it up to date."""
+    """Of two writers, one builds, and the other gets an error or finds the artifact up to date."""
     for attempt in range(3):
         root = tmp_path / f"run-{attempt}"
         command = [sys.executable, "-c", SLOW_WRITER, str(root)]
@@ -123,7 +123,7 @@ def test_a_killed_build_resumes_and_ends_with_the_same_bytes(tmp_path: Path) -> 
     _write(killed)
     expected = hashes(whole / "collect")
     actual = hashes(killed / "collect")
-    del expected["manifest.json"], actual["manifest.json"]  # they tell the time
+    del expected["manifest.json"], actual["manifest.json"]  # they contain the time
     assert actual == expected
     assert RunFolder(killed).open("collect").identity == RunFolder(whole).open("collect").identity
     assert [path.name for path in killed.iterdir() if "partial" in path.name] == []

@@ -1,4 +1,4 @@
-"""Files cut, flipped, exchanged or edited, and parents that changed: told, never used, mended by force."""
+"""Files that are cut, flipped, exchanged or edited, and parents that changed: reported, never used, mended by force."""
 
 from __future__ import annotations
 

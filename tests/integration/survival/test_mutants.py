@@ -34,7 +34,7 @@ NAMES = {"collect": None, "select": None, "reconstruct": "w8a8", "export": "w8a8
 
 @pytest.fixture(scope="module")
 def whole(pristine: Path, tiny_ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with an artifact of each kind; the figures of `evaluate` and `bench` are made up."""
+    """A run with an artifact of each kind; the metrics of `evaluate` and the times of `bench` are invented."""
     from edadm_cli.export import stage as export
     from edadm_cli.reconstruct import stage as reconstruct
 

@@ -1,4 +1,4 @@
-"""Safetensors files: what is written is read, equal tensors are equal bytes, and damage is told."""
+"""Safetensors files: what is written is read, equal tensors are equal bytes, and damage is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a bench: turns, ratios, where time goes, coverage, CUDA graphs and events with stand-ins."""
+"""The parts of a bench: rounds, ratios, profiles, coverage, and CUDA graphs and events with stand-ins."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def result(name: str, median: float, bits: str | None = None, engine: str = "tor
 
 
 class Clock:
-    """A contender whose calls take as long as it is told."""
+    """A contender whose calls take a given time."""
 
     def __init__(self, log: list[str], name: str, call_ms: float) -> None:
         self.log, self.name, self.call_ms = log, name, call_ms

@@ -1,4 +1,4 @@
-"""What a call multiplies and moves: the figures of Stable Diffusion 1.5, float and quantized denoisers in agreement."""
+"""What a call multiplies and moves: the numbers of Stable Diffusion 1.5, equal for float and quantized denoisers."""
 
 from __future__ import annotations
 

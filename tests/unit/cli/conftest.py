@@ -65,7 +65,7 @@ class FakeStages:
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStages:
-    """Put the stand-ins in the stages' places, in an empty working folder."""
+    """Replaces the stages by stand-ins, in an empty working folder."""
     fakes = FakeStages()
     for name in PARENTS:
         stage = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Whether other work kept a probe from its processors: found out, and said."""
+"""Other work that kept a probe from its processors is noticed and reported."""
 
 from __future__ import annotations
 

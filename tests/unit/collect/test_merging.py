@@ -21,7 +21,7 @@ STEPS, WIDTH = 2, 3
 
 
 def states(lengths: list[int]) -> Tensor:
-    """States of prompts of so many tokens, each token with values of its own, padded with zeros to the longest."""
+    """Returns states of prompts with these numbers of tokens, different for each token, padded with zeros."""
     padded = torch.zeros(len(lengths), max(lengths), WIDTH)
     for row, length in enumerate(lengths):
         padded[row, :length] = torch.arange(1, length + 1)[:, None] + 100.0 * length

@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 def filled(
     name: str, plan: LayerPlan, zero_point: int | None = None, input_scale: float | None = None
 ) -> QuantizedLayer:
-    """Returns a layer with random codes and scales; by default its inputs lie about between -1 and 2."""
+    """Returns a layer with random codes and scales; by default its inputs are about between -1 and 2."""
     layer = quantized_layer(LAYERS[name][0], plan)
     assert isinstance(layer, QuantizedLayer)
     generator, grid = torch.Generator().manual_seed(len(name)), plan.weight_grid

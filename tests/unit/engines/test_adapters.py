@@ -23,7 +23,7 @@ from edadm_cli.recipe import load_recipe
 
 peft = pytest.importorskip("peft")
 CPU = EngineOptions(device=torch.device("cpu"))
-# Each kind of layer by itself is equal to the bit. Together, sums in another order turn codes here and there by one,
+# Each kind of layer alone is equal to the bit. Together, sums in another order change some codes by one,
 # which is much in a network of 8 to 16 channels, and far from what a misplaced adapter does.
 TURNED = 0.03
 

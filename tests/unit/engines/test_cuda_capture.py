@@ -1,4 +1,4 @@
-"""Recording a step once for each set of shapes, with stand-ins for CUDA's graphs that run the recorded call again."""
+"""A step is recorded once per set of shapes; stand-ins for CUDA's graphs run the recorded call again."""
 
 from __future__ import annotations
 

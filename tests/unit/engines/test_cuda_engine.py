@@ -40,10 +40,10 @@ MODELS = {
     "tiny_sdxl": "UNet2DConditionModel",
     "tiny_dit": "DiTTransformer2DModel",
 }
-# Both sums are exact and both epilogues float32; only a normalization whose result lies within rounding of the middle
-# between two codes can tell the two apart, by one code of one element.
+# Both sums are exact and both epilogues float32. They differ only where the result of a normalization is so close to
+# the middle between two codes that rounding decides: by one code of one element.
 EXACT = 1e-3
-# float16 rounds each hidden state by up to 2^-11, which turns codes here and there; in a network of 8 to 16 channels
+# float16 rounds each hidden state by up to 2^-11, which changes some codes; in a network of 8 to 16 channels
 # that is as much as quantization itself changes, and far from what a misplaced term would do.
 ROUNDED = 0.1
 

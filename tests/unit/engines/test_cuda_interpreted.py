@@ -45,5 +45,5 @@ def test_the_interpreted_kernels_give_what_exact_integers_give(tiny_sd: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # the normalizations sum in another order, which can turn a code that lies in the middle between two
+    # the normalizations sum in another order, which can change the code of a value between two codes
     assert float(done.stdout.split()[-1]) < 1e-2

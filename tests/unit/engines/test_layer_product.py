@@ -23,7 +23,7 @@ from tests.denoisers.families import FAMILIES, Call, quantized_denoiser, tiny_de
 CPU = EngineOptions(device=torch.device("cpu"))
 ON_CPU = KernelProduct(("cpu",))
 EXACT = 1e-5
-# A normalization that Inductor or autograd decomposes rounds otherwise in its last bit, which turns single codes.
+# A normalization that Inductor or autograd decomposes rounds its last bit differently, which changes single codes.
 COMPILED = 3e-2
 
 

@@ -1,4 +1,4 @@
-"""A pipeline whose denoiser runs on an engine draws what the denoiser itself draws."""
+"""A pipeline whose denoiser runs on an engine generates what the denoiser itself generates."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_any_pipeline_draws_the_same_images(name: str, request: pytest.FixtureRe
     with record_calls(model.denoiser, calls.append):
         draw(model)
     made: list[Any] = [build_call(call.template, call.sample, call.timestep, call.tensors) for call in calls[:1]]
-    if name == "tiny_dit":  # a transformer takes one timestep a row
+    if name == "tiny_dit":  # a transformer takes one timestep per row
         made = [((args[0],), {**kwargs, "timestep": torch.full((2,), 5)}) for args, kwargs in made]
     quantize_to_nearest(model.denoiser, RECIPE, BitWidth.parse("w8a8"), made)
     use_arithmetic(model.denoiser, "integer")

@@ -73,7 +73,7 @@ def test_the_arithmetic_counts_calls_passes_and_steps(make_setting: MakeSetting)
     ranges = ROWS * (3 * number + number + 1) + searches * ROWS / 6
     forms = 3 * (2 * number + 1)
     exact = ROWS * 2 * number  # all units in one pass, to the end of the last
-    # a pass runs the unit before, which is no stub yet, and what lies beside all units before
+    # a pass runs the previous unit, which is no stub yet, and what is outside of all earlier units
     quantized = ROWS * sum(2 * (before > 0) + before + 1 for before in range(number))
     targets = ROWS * number
     evaluations = 3 * ROWS * 5 * number

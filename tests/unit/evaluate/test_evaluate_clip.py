@@ -1,4 +1,4 @@
-"""The CLIP score with a tiny model that open_clip knows for the length of a test."""
+"""The CLIP score with a tiny model that open_clip knows during a test."""
 
 from __future__ import annotations
 

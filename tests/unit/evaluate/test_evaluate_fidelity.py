@@ -1,4 +1,4 @@
-"""The arithmetic of figures, against formulae written down independently."""
+"""The arithmetic of metrics is equal to formulae that are written independently."""
 
 import math
 

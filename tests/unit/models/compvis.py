@@ -164,7 +164,7 @@ def open_clip_state(encoder: Any, prefix: str) -> State:
 
 
 def with_schedule(state: State) -> State:
-    """The constants and leftovers of training that real checkpoints carry beside the weights."""
+    """Returns the constants and leftovers of training that real checkpoints have besides the weights."""
     extra = {name: torch.linspace(0, 1, 10) for name in ("betas", "alphas_cumprod", "posterior_mean_coef1")}
     loss = {f"{STAGE}loss.discriminator.main.0.weight": torch.zeros(2, 3, 1, 1), "logvar": torch.zeros(10)}
     return {**state, **extra, **loss}
@@ -263,7 +263,7 @@ def run_unet(
         return h + out.reshape(n, channels, height, width_)
 
     def block(place: str, h: Tensor, way: str) -> Tensor:
-        """All that stands in one input or output block; `way` is where a residual block without a skip input goes."""
+        """Returns the state of one input or output block; `way` names a residual block without a skip input."""
         for index in range(3):
             inner = f"{place}.{index}"
             if read.has(f"{inner}.in_layers"):

@@ -27,7 +27,7 @@ class _Block(nn.Module):
 
 
 class _Unheard(nn.Module):
-    """A denoiser of no family, whose blocks lie in a list of an uncommon name, behind a convolution of clips."""
+    """A denoiser of no family, whose blocks are in a list with an uncommon name, after a convolution of clips."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -66,7 +66,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_whatever_scheduler_a_pipeline_carries_is_sampled_with(tiny_sd: Path, name: str) -> None:
-    """Noise that a scheduler draws on the way is that of the image, not of the batch."""
+    """Noise that a scheduler adds during sampling depends on the image, not on the batch."""
     model = load_model(str(tiny_sd), CPU, torch.float32)
     cls = getattr(diffusers, name.partition(",")[0])
     model.pipeline.scheduler = cls.from_config(model.pipeline.scheduler.config, **SCHEDULERS[name])

@@ -60,7 +60,7 @@ def test_shortcuts_of_the_up_path_know_the_sizes_of_both_sources(traced: tuple[n
     ]
     assert sorted(split) == sorted(shortcuts)
     assert len(split) == 4
-    # what comes from below, then the skip; the up path of (8, 16) channels with one layer a block
+    # what comes from below, then the skip; the up path of (8, 16) channels with one layer per block
     assert [split[name] for name in actual.names if name in split] == [(16, 16), (16, 8), (16, 8), (8, 8)]
     for name, parts in split.items():
         assert parts is not None

@@ -97,13 +97,13 @@ FLUX_SAMPLE_SIZE = 16
 
 
 def shrink_flux(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make Flux draw with 64 tokens; it decides on 4,096 without asking its transformer."""
+    """Makes Flux generate with 64 tokens; the pipeline uses 4,096 whatever its transformer's size."""
     size = property(lambda pipeline: FLUX_SAMPLE_SIZE, lambda pipeline, value: None)
     monkeypatch.setattr(FluxPipeline, "default_sample_size", size, raising=False)
 
 
 def shrunk(name: str) -> Architecture:
-    """A shipped architecture, small enough for a test."""
+    """Returns a shipped architecture that is small enough for a test."""
     real = load_architecture(name)
     components = {}
     for component, (cls, config) in real.components.items():

@@ -1,4 +1,4 @@
-"""Attention step by step gives what diffusers gives, and quantized operands lie on their grids."""
+"""Attention step by step gives what diffusers gives, and quantized operands are on their grids."""
 
 from __future__ import annotations
 

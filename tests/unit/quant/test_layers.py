@@ -58,7 +58,7 @@ each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 
 
 def _filled(layer: QuantizedLayer, zero_point: int | None = None, seed: int = 0) -> QuantizedLayer:
-    """Random codes over the whole grid, a scale a channel, and a zero-point off the middle."""
+    """Returns random codes of the whole grid, a scale per channel, and a zero-point off the middle."""
     generator, grid = torch.Generator().manual_seed(seed), layer.plan.weight_grid
     codes = torch.randint(grid.quant_min, grid.quant_max + 1, layer.weight_shape, generator=generator)
     scales = torch.rand(layer.weight_shape[0], generator=generator) * 0.02 + 0.001

@@ -300,7 +300,7 @@ def test_frames_of_one_moment_are_no_rows(calibration: CalibrationSet) -> None:
 def test_passes_with_stubs_capture_what_passes_from_the_start_capture(
     make_setting: MakeSetting, tmp_path: Path, budget: int
 ) -> None:
-    """Every unit is frozen in turn; the inputs of the next one are the same bytes, and no unit runs more than twice."""
+    """The units are frozen one after another; the next inputs are the same bytes, and no unit runs more than twice."""
     setting = make_setting()
     denoiser, units, nearest = setting.denoiser, setting.units(), setting.nearest()
     forms = probe_units(denoiser, units, setting.batches)

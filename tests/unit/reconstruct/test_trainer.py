@@ -64,7 +64,7 @@ def _reconstruction(setting: Any, folder: Path, budget: int = BUDGET) -> BlockRe
 
 
 def _chosen(learner: UnitLearner) -> list[int]:
-    """The rows of the first iteration, drawn again."""
+    """Returns the rows of the first iteration, sampled again."""
     order = torch.Generator().manual_seed(0)
     rows = learner.data.quantized.rows
     return torch.randint(rows, (learner.hyperparameters.batch_size,), generator=order).tolist()

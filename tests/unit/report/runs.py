@@ -1,4 +1,4 @@
-"""Runs with every artifact, written with the layout of the stages and figures of their own, in a moment."""
+"""Runs with every artifact, written quickly in the layout of the stages, with invented metrics."""
 
 from __future__ import annotations
 

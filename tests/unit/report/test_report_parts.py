@@ -16,7 +16,7 @@ TIMES = "\u00d7"
 
 
 def _draw(svg: Html) -> ElementTree.Element:
-    """Parse a plot as XML, and check that every point lies in the picture."""
+    """Parses a plot as XML and checks that every point is inside the picture."""
     root = ElementTree.fromstring(svg)
     left, top, width, height = (float(part) for part in root.attrib["viewBox"].split())
     for node in root.iter():
