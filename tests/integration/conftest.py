@@ -42,6 +42,33 @@ def pipeline(exported_sd: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def _exported_few_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from diffusers import DDIMScheduler
+
+    from edadm_cli.models.loading import load_model
+    from tests.denoisers import parts
+    from tests.denoisers.families import FAMILIES
+
+    torch.manual_seed(0)
+    unet, vae = FAMILIES["unet"](up_block_types=("UpBlock2D",)), parts.small_kl()
+    scheduler = DDIMScheduler()
+    name = "StableDiffusionPipeline"
+    pipeline = parts.assembled(name, unet, parts.clip(), vae=vae, scheduler=scheduler, **parts.NO_CHECKER)
+    folder = tmp_path_factory.mktemp("few-blocks")
+    pipeline.save_pretrained(folder / "model")
+    return export(load_model(str(folder / "model"), CPU, torch.float32), folder / "export")
+
+
+@pytest.fixture
+def few_blocks(_exported_few_blocks: Path) -> Any:
+    """An exported pipeline like `pipeline` with a quarter of its blocks, for tests that compile its denoiser."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(_exported_few_blocks)
+
+
+@pytest.fixture(scope="session")
 def selected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
     """`selected(model)`: a run folder with four trajectories of three steps, selected from; not to be changed."""
     from edadm_cli.collect import stage as collect

@@ -169,17 +169,17 @@ def test_projections_that_are_not_quantized_are_fused(tiny_sd: Path) -> None:
     torch.testing.assert_close(predict(unet), expected)
 
 
-def test_a_denoiser_is_one_graph_for_torch_compile(pipeline: Any) -> None:
+def test_a_denoiser_is_one_graph_for_torch_compile(few_blocks: Any) -> None:
     """Nothing in a quantized denoiser breaks the graph, and the graph computes the same bytes."""
     torch._dynamo.reset()
-    compiled = torch.compile(pipeline.unet, backend="eager", fullgraph=True)
-    assert torch.equal(predict(compiled), predict(pipeline.unet))  # type: ignore[arg-type]
+    compiled = torch.compile(few_blocks.unet, backend="eager", fullgraph=True)
+    assert torch.equal(predict(compiled), predict(few_blocks.unet))  # type: ignore[arg-type]
 
 
 def test_a_compiled_denoiser_computes_what_the_eager_one_does(tmp_path: Path) -> None:
-    """Inductor sums in another order: the last bits differ, and a code that lay between two may be the other one.
+    """Inductor sums in another order, so the last bits differ and a value between two codes may get the other code.
 
-    Few do: the bound is one step of the 8-bit grid, 1 / 255 of the range, on the whole.
+    Few values do: the bound of the whole error is one step of the 8-bit grid, 1 / 255 of the range.
     """
     architecture = shrunk("dit-xl-2")
     cls, config = architecture.components["transformer"]

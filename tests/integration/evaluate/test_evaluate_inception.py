@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from edadm_cli.config import BitWidth, CollectConfig, EvaluateConfig
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate import stage
 from edadm_cli.progress import SilentReporter
-from tests.unit.evaluate.inception import random_inception
 
 Exporter = Callable[[RunFolder, float], Artifact]
 
@@ -73,8 +73,10 @@ def test_without_weights_distances_remain_and_every_missing_figure_says_why(
         stage.run(_config(real="cifar10-train"), folder_run, force=True)
 
 
-def test_figures_in_inception_features_from_a_file_of_weights(folder_run: RunFolder, tmp_path: Path) -> None:
-    weights = random_inception(tmp_path / "inception.pth")
+def test_metrics_in_inception_features_from_a_file_of_weights(
+    folder_run: RunFolder, tmp_path: Path, inception_file: Path
+) -> None:
+    weights = shutil.copy(inception_file, tmp_path)
     real = tmp_path / "real"
     real.mkdir()
     generator = np.random.default_rng(0)
@@ -87,15 +89,14 @@ def test_figures_in_inception_features_from_a_file_of_weights(folder_run: RunFol
     assert record.metrics["kid"].features == "inception-v3/pooled"
     assert record.metrics["inception_score"].features == "inception-v3/logits"
     assert np.isfinite([metric.value for metric in record.metrics.values()]).all()
-    weights.write_bytes(b"changed")
+    Path(weights).write_bytes(b"changed")
     with pytest.raises(InputError, match="tensors only"):
         stage.run(config, folder_run)
 
 
-def test_statistics_of_other_features_are_refused(folder_run: RunFolder, tmp_path: Path) -> None:
-    weights = random_inception(tmp_path / "inception.pth")
+def test_statistics_of_other_features_are_refused(folder_run: RunFolder, tmp_path: Path, inception_file: Path) -> None:
     np.savez(tmp_path / "real.npz", mu=np.zeros(96), sigma=np.eye(96))
-    config = _config(inception_weights=weights, real=str(tmp_path / "real.npz"), metrics=("fid",))
+    config = _config(inception_weights=inception_file, real=str(tmp_path / "real.npz"), metrics=("fid",))
     with pytest.raises(InputError, match="another feature extractor"):
         stage.run(config, folder_run)
 

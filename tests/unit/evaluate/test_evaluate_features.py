@@ -15,7 +15,6 @@ from edadm_cli.evaluate.features import digits_digest, digits_space, inception_s
 from edadm_cli.evaluate.real import ArrayImages
 from edadm_cli.metrics import fidelity
 from edadm_cli.models.digits.classifier import DigitClassifier
-from tests.unit.evaluate.inception import random_inception
 
 CPU = torch.device("cpu")
 ImageMaker = Callable[..., torch.Tensor]
@@ -59,11 +58,6 @@ def test_the_digest_follows_the_weights(random_classifier: DigitClassifier) -> N
     assert digits_digest() == before
     random_classifier.head.bias[0] += 1e-3
     assert digits_digest() != before
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 def test_inception_gives_its_own_features_and_seven_channels_of_the_17x17_map(
