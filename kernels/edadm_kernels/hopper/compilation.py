@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
@@ -51,8 +52,9 @@ def compiled(source: str, defines: Mapping[str, int], prelude: str = "", anew: b
 
 
 def source_text(name: str) -> str:
-    """Returns the text of a file of this folder."""
-    return files("edadm_kernels.hopper").joinpath(name).read_text(encoding="utf-8")
+    """Returns the text of a file of this folder without comments, so that a change of these compiles nothing again."""
+    text = files("edadm_kernels.hopper").joinpath(name).read_text(encoding="utf-8")
+    return re.sub(r"//.*", "", text)
 
 
 def _compile(text: str, name: str, options: list[str]) -> bytes:
