@@ -22,7 +22,8 @@ def fused(function: _Function, x: Tensor) -> _Function:
 
     Args:
         function: A function of a module that takes flat tensors, whose lengths may differ between calls. It is compiled
-            once.
+            once. It works element by element: a sum over a length that is not known when it is compiled runs on a
+            single multiprocessor.
         x: One of its arguments.
     """
     result: _Function = _compiled(function) if x.is_cuda and _can_compile() else function

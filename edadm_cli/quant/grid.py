@@ -91,12 +91,12 @@ def _forward(x: Tensor, reciprocal: Tensor, scale: Tensor, low: Tensor, high: Te
 
 
 def _backward(grad: Tensor, x: Tensor, output: Tensor, clipped: Tensor, dropped: Tensor | None) -> Any:
-    """Returns the gradient to `x`, and `scale` times the gradient to `scale`."""
+    """Returns the gradient to `x`, and what adds up to `scale` times the gradient to `scale`."""
     # Inside the range the slope is code - x / scale; clipped, it is the code. Dropped elements do not see the scale.
     slope = torch.where(clipped, output, output - x)
     if dropped is None:
-        return grad.masked_fill(clipped, 0), slope.mul_(grad).sum()
-    return grad.masked_fill(clipped & ~dropped, 0), slope.mul_(grad.masked_fill(dropped, 0)).sum()
+        return grad.masked_fill(clipped, 0), slope.mul_(grad)
+    return grad.masked_fill(clipped & ~dropped, 0), slope.mul_(grad.masked_fill(dropped, 0))
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
@@ -115,8 +115,8 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, scale, output, clipped, dropped = ctx.saved_tensors
-        grad_x, product = fused(_backward, x)(flat(grad), flat(x), flat(output), clipped, dropped)
-        return grad_x.view_as(x), (product / scale).reshape(ctx.scale_shape), None, None, None
+        grad_x, products = fused(_backward, x)(flat(grad), flat(x), flat(output), clipped, dropped)
+        return grad_x.view_as(x), (products.sum() / scale).reshape(ctx.scale_shape), None, None, None
 
 
 def learned_fake_quantize(

@@ -107,7 +107,7 @@ class BlockReconstruction:
         for number, unit in enumerate(units):
             if waiting and waiting[0] is unit:
                 if unit.name not in captured:
-                    captured = self._capture_ahead(waiting)
+                    captured = self._capture_ahead(waiting, finished)
                 results[unit.name] = self._learn(number, waiting.pop(0), captured.pop(unit.name), finished)
             workspace.processes.check()
             params = results[unit.name].params if unit.name in results else self._nearest(unit)
@@ -193,10 +193,15 @@ class BlockReconstruction:
     def _mixes_inputs(self) -> bool:
         return self.hyperparameters.input_drop > 0
 
-    def _capture_ahead(self, units: Sequence[Unit]) -> dict[str, UnitCalls]:
+    def _capture_ahead(self, units: Sequence[Unit], finished: FinishedUnits | None) -> dict[str, UnitCalls]:
         """Captures the full-precision calls of as many of the next units as the budget allows, in one pass."""
         cache, with_layers = self.workspace.cache, self.hyperparameters.layer_loss_weight > 0
-        group, learning = next_group(units, self._forms, self.batches.num_rows, with_layers, cache.fits)
+        later = 0 if finished is None else finished.expected_bytes
+
+        def fits(size: int) -> bool:
+            return cache.fits(size + later)
+
+        group, learning = next_group(units, self._forms, self.batches.num_rows, with_layers, fits)
         with self.network.full_precision():
             captured = capture_units(
                 self.network.denoiser,
@@ -205,7 +210,7 @@ class BlockReconstruction:
                 self.batches,
                 cache,
                 with_outputs=True,
-                reserve=0 if self._mixes_inputs else learning,
+                reserve=0 if self._mixes_inputs else learning + later,
                 processes=self.workspace.processes,
             )
         self.passes["full_precision"] += 1

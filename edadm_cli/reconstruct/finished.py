@@ -9,6 +9,7 @@ replay their outputs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -134,9 +135,17 @@ class FinishedUnits:
         self.denoiser, self.links, self.cache, self.num_rows = denoiser, links, cache, num_rows
         self.positions = {unit.name: position for position, unit in enumerate(units)}
         self._finished: dict[str, list[Rows] | None] = {}  # None: not stored yet
-        # The stored outputs leave enough memory for the rows that one unit learns from.
         needs = [link.form.call_bytes + link.form.learning_bytes(True) for link in links.values()]
-        self._reserve = num_rows * max(needs, default=0)
+        self._largest_need, self._peak = num_rows * max(needs, default=0), self._peak_bytes()
+        # Where memory cannot hold both, the stored outputs leave enough for the rows that one unit learns from.
+        self._all_in_memory = self._largest_need + self._peak <= cache.budget
+
+    @property
+    def expected_bytes(self) -> int:
+        """Number of bytes of memory by which the stored outputs may still grow."""
+        stored = (row for rows in self._finished.values() for row in rows or ())
+        held = sum(rows.bytes for rows in stored if rows.in_memory)
+        return max(0, self._peak - held) if self._all_in_memory else 0
 
     def add(self, unit: Unit) -> None:
         """Registers a finished unit; the next pass stores its outputs."""
@@ -168,16 +177,26 @@ class FinishedUnits:
         """Releases all stored outputs."""
         self._give_back(len(self.positions))
 
+    def _peak_bytes(self) -> int:
+        """Returns the most bytes that stored outputs take at one time: each from its unit to its last reader."""
+        changes = [0] * (len(self.positions) + 1)
+        for name, link in self.links.items():
+            last = max(link.readers, default=-1)
+            if last > self.positions[name]:
+                size = self.num_rows * sum(kind.bytes for kind in link.form.outputs)
+                changes[self.positions[name]] += size
+                changes[last + 1] -= size
+        return max(itertools.accumulate(changes), default=0)
+
     def _keep(self, name: str, position: int, places: Callable[[], Sequence[int]]) -> Callable[[], None]:
         """Stores the outputs of a unit that runs, if a later unit reads them; returns a function that ends this."""
         link = self.links.get(name)
         if link is None:
             return lambda: None  # it runs in every pass
-        kept = (
-            [self.cache.allocate(self.num_rows, kind, self._reserve) for kind in link.form.outputs]
-            if max(link.readers, default=-1) >= position
-            else []
-        )
+        reserve = 0 if self._all_in_memory else self._largest_need
+        is_read = max(link.readers, default=-1) >= position
+        kinds = link.form.outputs if is_read else ()
+        kept = [self.cache.allocate(self.num_rows, kind, reserve) for kind in kinds]
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensors: list[Tensor] = []
