@@ -93,6 +93,11 @@ class ConsoleReporter:
             print(one_line(message), file=sys.stderr, flush=True)
 
 
+def share_gpu_memory() -> None:
+    """Lets a GPU's memory that tensors of one size gave back serve tensors of another; called before torch starts."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def calm_libraries(verbose: bool) -> None:
     """Silences libraries on stderr; it has to be called before they are imported."""
     if verbose:
