@@ -1,4 +1,4 @@
-"""Bits of weights and activations, as the command line and the artifacts name them."""
+"""Bit widths of weights and activations, in the notation of the command line and the artifacts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIZE_BITS = re.compile(r"^(?:auto:|w)(\d{1,5}(?:\.\d{1,3})?)mib(?:a([2-8]))?$")
 class BitWidth(BaseModel):
     """Bits of weights and activations, written `w4a8`.
 
-    `w4.5a8` is an average that each layer has its own share of, `w1.5miba8` a size of the denoiser's file.
+    `w4.5a8` is an average over layers with different bits, `w1.5miba8` a size of the denoiser's file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +42,7 @@ class BitWidth(BaseModel):
         """Reads `wXaY`, an average number of weight bits such as `auto:4.5a8`, or a size such as `auto:1.5MiB`.
 
         Raises:
-            UsageError: The text is not of that form, or X or Y is not within 2..8.
+            UsageError: The text does not have such a form, or X or Y is not from 2 to 8.
         """
         plain = text.strip().lower()
         if match := _BITS.match(plain):
@@ -64,7 +64,7 @@ class BitWidth(BaseModel):
         """Reads bit widths with commas between them, in order and each once.
 
         Raises:
-            UsageError: One is not of the form `wXaY`.
+            UsageError: One of them does not have the form `wXaY`.
         """
         return tuple(dict.fromkeys(cls.parse(part) for part in text.split(",")))
 
@@ -75,5 +75,5 @@ class BitWidth(BaseModel):
 
     @property
     def is_mixed(self) -> bool:
-        """Whether layers have bits of their own, by their measured sensitivity."""
+        """Whether layers have different bits, by their measured sensitivity."""
         return self.average is not None or self.size_mib is not None

@@ -1,4 +1,4 @@
-"""The failures that a user can meet: each has one sentence, a hint with the next command, and an exit code."""
+"""The expected failures: each has one sentence, a hint with the next command, and an exit code."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class EdadmError(Exception):
     """An expected failure.
 
     Args:
-        message: One sentence: what was expected and what was found.
-        hint: The next command to type, or what to change; `None` where nothing helps.
+        message: One sentence that says what was expected and what was found.
+        hint: The next command to type, or the setting to change; `None` if nothing helps.
     """
 
     exit_code: int = EXIT_INTERNAL
@@ -36,7 +36,7 @@ class EdadmError(Exception):
 
 
 class UsageError(EdadmError):
-    """The command line or a configuration file asks for something that does not exist or cannot be."""
+    """The command line or a configuration file asks for something that does not exist or is not possible."""
 
     exit_code = EXIT_USAGE
 
@@ -48,7 +48,7 @@ class InputError(EdadmError):
 
 
 class MachineError(EdadmError):
-    """This machine cannot do it: no such device, no space, an engine that is not installed."""
+    """This machine cannot do the work: a device, memory, disk space or a package is missing."""
 
     exit_code = EXIT_MACHINE
 
@@ -59,7 +59,7 @@ class RequirementError(EdadmError):
     exit_code = EXIT_REQUIREMENT
 
 
-# What is installed under another name than it is imported by.
+# Packages whose distribution has another name than the module.
 _DISTRIBUTIONS = {
     "open_clip": "open_clip_torch",
     "torch_fidelity": "torch-fidelity",
@@ -75,8 +75,8 @@ def missing_package(error: ModuleNotFoundError, what: str = "This") -> MachineEr
     """Returns the failure of a package that is not installed, with the line that installs it.
 
     Args:
-        error: What the import raised.
-        what: What needs the package: the subject of the sentence.
+        error: The error of the import.
+        what: The subject of the sentence, which needs the package.
     """
     package = (error.name or "").partition(".")[0]
     hint = f"pip install {_DISTRIBUTIONS.get(package, package)}" if package else None
@@ -84,11 +84,11 @@ def missing_package(error: ModuleNotFoundError, what: str = "This") -> MachineEr
 
 
 def quoted(*words: object) -> str:
-    """Returns a command line that a shell reads as these words: `quoted("edadm", "--run", "my run")`."""
+    """Returns a command line that a shell splits into these words: `quoted("edadm", "--run", "my run")`."""
     return shlex.join(str(word) for word in words)
 
 
-# pydantic names the classes of a program; a user writes tables and lists.
+# pydantic's messages name Python classes; users write tables and lists.
 _EXPECTED = {
     "missing": "it is missing",
     "extra_forbidden": "there is no such field",
@@ -101,7 +101,7 @@ _EXPECTED = {
 
 
 def explain_field(problem: ErrorDetails) -> str:
-    """Returns the end of a sentence about a field: what is wrong with its value, and the value.
+    """Returns the end of a sentence about a field: the problem with its value, and the value.
 
     Args:
         problem: One of `ValidationError.errors()`.
@@ -113,9 +113,9 @@ def explain_field(problem: ErrorDetails) -> str:
 
 
 def _short(value: object) -> str:
-    """Returns a value as Python shows it, cut to a length that fits into a sentence."""
+    """Returns the `repr` of a value, shortened so that it fits into a sentence."""
     try:
         shown = repr(value)
-    except ValueError:  # an integer of thousands of digits has no text
+    except ValueError:  # Python does not convert integers of thousands of digits to text
         return f"a value of type {type(value).__name__} that is too long to show"
     return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""Forward hooks that are gone at the end of a `with` block, whatever happens in it."""
+"""Forward hooks that are removed at the end of a `with` block, whatever happens in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Hooks(ExitStack):
-    """Hooks of any number of modules, for the time of a `with` block.
+    """Hooks of any number of modules, for the duration of a `with` block.
 
     with Hooks() as hooks:
         hooks.after(layer, lambda module, args, output: outputs.append(output))
@@ -20,11 +20,11 @@ class Hooks(ExitStack):
     """
 
     def before(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
-        """Calls `hook(module, args)` before each call of a module, with `with_kwargs` `hook(module, args, kwargs)`."""
+        """Calls `hook(module, args)` before each call of a module, or `hook(module, args, kwargs)` if `with_kwargs`."""
         self.callback(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs).remove)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
-        """Calls `hook(module, args, output)` after each call, with `with_kwargs` `hook(module, args, kwargs, output)`.
+        """Calls `hook(module, args, output)` after each call, or `hook(module, args, kwargs, output)` if `with_kwargs`.
 
         The output of a call is what the hook returns, if that is not `None`.
         """

@@ -1,7 +1,7 @@
-"""The two calls that most programs need: `quantize` makes an export, `load` gives a pipeline that runs it.
+"""The two functions that most programs need: `quantize` builds an export, `load` returns a pipeline that runs it.
 
-Both are attributes of `edadm_cli`. What they do in one call, the stages do one by one: each stage package exports a
-`STAGE` with `run(config, run_folder)`.
+Both are attributes of `edadm_cli`. The stages can be called one by one too: each stage package exports a `STAGE` with
+`run(config, run_folder)`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from edadm_cli.models.loading import LoadedModel
 
 TORCH = "torch"
-"""What `load` calls the export as diffusers loads it, without an engine."""
+"""The name in `load` for the export as diffusers loads it, without an engine."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` made: the record of each stage, with the keys of the command's JSON object.
+    """The result of `quantize`: the record of each stage, with the keys of the command's JSON object.
 
     Attributes:
         run: The run folder.
@@ -75,7 +75,7 @@ def quantize(
     Args:
         model: A known name, a diffusers folder, a hub id or a checkpoint file.
         bits: Bits of weights and activations, such as `w4a8`.
-        run: The run folder, which is made if it is not there.
+        run: The run folder, which is created if it is missing.
         recipe: Name or TOML file of a recipe.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`.
         seed: Seed of everything random.
@@ -85,8 +85,8 @@ def quantize(
         sampling: Further fields of `CollectConfig`, such as `num_trajectories` and `num_steps`.
 
     Raises:
-        EdadmError: With one sentence, a hint and an exit code; `UsageError`, `InputError` and `MachineError` are its
-            kinds.
+        EdadmError: Any expected failure, with one sentence, a hint and an exit code. Its subclasses are `UsageError`,
+            `InputError` and `MachineError`.
     """
     width, chosen, run_folder = BitWidth.parse(bits), load_recipe(str(recipe)), RunFolder(Path(run))
     common: dict[str, Any] = {"device": device, "seed": seed}
@@ -119,8 +119,8 @@ def load(
 
     Args:
         folder: The export, in its run folder or moved elsewhere.
-        engine: A name of `edadm engines`; `torch` for the export as diffusers loads it; `auto` for the engine of the
-            device where it can run the export, else `torch`.
+        engine: A name from `edadm engines`; `torch` for the export as diffusers loads it; `auto` for the engine of the
+            device if it can run the export, else `torch`.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`.
         dtype: Element type of what is not quantized.
         lora: LoRA files, each with its weight. They run beside the quantized layers under the names of the files,
@@ -128,7 +128,7 @@ def load(
         reporter: Receives the warning that says why `auto` chose `torch`.
 
     Returns:
-        The diffusers pipeline. Its attribute `edadm_engine` is the name of what runs the denoiser.
+        The diffusers pipeline. Its attribute `edadm_engine` is the name of the engine that runs the denoiser.
 
     Raises:
         InputError: There is no export in the folder, or it is broken.

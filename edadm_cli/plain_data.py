@@ -1,7 +1,7 @@
 """Configuration files in TOML and YAML, read as plain data of bounded size, depth and values.
 
-Nothing of a file is used before it is known to be small: parsers and what follows them take a time that grows with the
-length of a name or the depth of a table, and Python's integers have no end.
+A file is checked to be small before it is used, because the time of parsers grows with the length of names and the
+depth of tables, and Python's integers have no limit.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
     Args:
         path: The file.
-        what: What the file is, for messages: "The recipe".
+        what: Description of the file in messages, such as "The recipe".
 
     Raises:
-        InputError: The file cannot be read, is no TOML, or is beyond the bounds.
+        InputError: The file cannot be read, is not TOML, or exceeds the limits.
     """
     try:
         content = tomllib.loads(_read_text(path, what, MAX_BYTES))
@@ -40,15 +40,15 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Reads a YAML file; dates are texts, and aliases are refused.
+    """Reads a YAML file; dates are read as texts, and aliases are refused.
 
     Raises:
-        InputError: The file cannot be read, is no plain YAML, or is beyond the bounds.
+        InputError: The file cannot be read, is not plain YAML, or exceeds the limits.
     """
     import yaml
 
     class PlainLoader(yaml.SafeLoader):
-        """Takes dates for texts: they have no place in a configuration, and wrong ones are errors of another kind."""
+        """Reads dates as texts: configurations have no dates, and invalid dates would raise other errors."""
 
     resolvers = yaml.SafeLoader.yaml_implicit_resolvers.items()
     PlainLoader.yaml_implicit_resolvers = {
@@ -69,7 +69,7 @@ def require_bounded(content: Any, what: str) -> None:
     """Refuses plain data that is nested too deeply, or has too many or too large values.
 
     Raises:
-        InputError: Such a value is there.
+        InputError: There is such a value.
     """
     for number, (value, depth) in enumerate(_values(content)):
         if depth > MAX_DEPTH:

@@ -22,7 +22,8 @@ def load_plugins(group: str, kind: Callable[..., T]) -> list[T]:
 
     Args:
         group: Name of the group, such as `edadm.metrics`.
-        kind: What an entry point must name: an object of this class, or a subclass that is made without arguments.
+        kind: The class of the objects; an entry point names an object of it, or a subclass without constructor
+            arguments.
 
     Raises:
         MachineError: An entry point cannot be loaded, or names something else.

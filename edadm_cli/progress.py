@@ -1,4 +1,4 @@
-"""How a stage reports what it is doing, without knowing whether a terminal, a log or nobody listens."""
+"""The interface by which a stage reports its progress, to a terminal, a log, or nobody."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """Receives what a stage says while it runs; results are returned, never reported."""
+    """Receives warnings, details and progress of a running stage; results are returned and not reported."""
 
     warnings: list[str]
 
@@ -19,7 +19,7 @@ class Reporter(Protocol):
         """Reports a detail, which is shown with `--verbose` only."""
 
     def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Opens a progress bar of `total` steps; its value is the progress callback, called with steps just done."""
+        """Opens a progress bar of `total` steps, and yields the progress callback, which takes the steps just done."""
 
 
 class SilentReporter:

@@ -1,4 +1,4 @@
-"""Artifacts on disk: what a stage writes, how it is checked, and how it appears once complete."""
+"""Artifacts on disk: the folders that stages write, check when they read them, and publish when complete."""
 
 from edadm_cli.artifacts.artifact import Artifact, open_artifact
 from edadm_cli.artifacts.bench_records import (

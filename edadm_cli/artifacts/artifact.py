@@ -1,4 +1,4 @@
-"""A complete artifact on disk: opened, checked, and read by name."""
+"""Opens and checks complete artifacts on disk, and reads their files by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Artifact:
     path: Path
     manifest: Manifest
     remedy: str | None = None
-    """The command that makes it again, where its run is known: the hint of what is wrong with its files."""
+    """The command that builds it again, if its run is known; it is the hint of errors about its files."""
 
     @property
     def identity(self) -> str:
@@ -33,7 +33,7 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """The stage that made it."""
+        """The stage that built it."""
         return self.manifest.kind
 
     def within(self, folder: str) -> Artifact:
@@ -78,7 +78,7 @@ def open_artifact(path: Path, kind: str) -> Artifact:
     """Opens an artifact and checks its manifest, its identity, and the size and hash of each file.
 
     Raises:
-        InputError: There is none, it is of another kind, or something in it was changed, lost or cut.
+        InputError: There is no artifact, it is of another kind, or one of its files was changed, lost or truncated.
     """
     if not has_manifest(path):
         raise InputError(f"There is no '{kind}' artifact at {path}.")
@@ -90,7 +90,7 @@ def open_artifact(path: Path, kind: str) -> Artifact:
 
 
 def check_file(folder: Path, entry: PayloadFile) -> None:
-    """Compares one file with what the manifest says of it.
+    """Compares one file with its entry in the manifest.
 
     Raises:
         InputError: The file is missing, or its size or hash differs.

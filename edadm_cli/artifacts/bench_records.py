@@ -1,4 +1,4 @@
-"""What `edadm bench` measured, with the keys of its JSON object."""
+"""The results of `edadm bench`, with the keys of its JSON object."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PipelineTime(Record):
 
 
 class Contender(Record):
-    """One way to run the denoiser, as it was measured."""
+    """The measurement of one way to run the denoiser."""
 
     name: str
     engine: str = Field(description="torch, an engine, or another tool")
@@ -40,7 +40,7 @@ class Contender(Record):
     load_memory_mib: float | None = Field(description="while it is loaded and compiled")
     load_seconds: float = Field(description="loading and compiling, up to the end of the first call")
     size_mib: float = Field(description="of its weights or files on disk")
-    throughput: dict[str, float] = Field(description="batch size -> rows a second")
+    throughput: dict[str, float] = Field(description="batch size -> rows per second")
     pipeline: PipelineTime | None = None
 
 
@@ -51,7 +51,7 @@ class EngineParity(Record):
     bound: float = Field(description="what it must not exceed")
     layer: str = Field(description="the layer with that error")
     layers_checked: int
-    layers: int = Field(description="layers there are; where fewer are checked, one of each shape and operation is")
+    layers: int = Field(description="number of layers; if fewer are checked, one of each shape and operation is")
     prediction_rel_l2: float = Field(description="the whole denoiser, as it is timed")
     prediction_bound: float
     quantization_rel_l2: float = Field(description="exact integers against full precision: what quantization costs")
@@ -84,13 +84,13 @@ class KindRow(Record):
     count: int
     milliseconds: float
     share: float
-    gmacs: float | None = Field(description="billions of multiply-accumulates; null for what multiplies nothing")
-    tops: float | None = Field(description="trillions of operations a second, two to a multiply-accumulate")
+    gmacs: float | None = Field(description="billions of multiply-accumulates; null for operations without products")
+    tops: float | None = Field(description="trillions of operations per second, two per multiply-accumulate")
     percent_of_peak: float | None = Field(description="of the largest rate that was measured here in that precision")
 
 
 class QuantizedFacts(Record):
-    """What belongs to one bit width."""
+    """The results of one bit width."""
 
     coverage: Coverage
     parity: EngineParity
@@ -100,7 +100,7 @@ class QuantizedFacts(Record):
 
 
 class BenchFacts(Record):
-    """What a bench measured. `coverage`, `parity` and `speedup` are those of the first bit width."""
+    """The results of a bench. `coverage`, `parity` and `speedup` are those of the first bit width."""
 
     subject: str = Field(description="what was measured, for people to read")
     bits: tuple[str, ...]

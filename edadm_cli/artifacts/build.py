@@ -1,4 +1,4 @@
-"""An artifact while it is being built, and how it becomes visible."""
+"""Builds an artifact in a partial folder, and publishes it with one rename."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from edadm_cli.errors import InputError
 
 @dataclass
 class Build:
-    """A folder to fill and to commit; or, when `artifact` is set, one with nothing left to do.
+    """A folder to fill and to commit; or, if `artifact` is set, an artifact that is up to date.
 
     Args:
-        path: The folder to write into; files that a killed build of the same identity left are still there.
-        target: Where the artifact will lie.
+        path: The folder to write into; files of a killed build with the same identity are still there.
+        target: The final path of the artifact.
         manifest: The manifest so far, without its payload.
-        artifact: The finished artifact, when it is up to date.
+        artifact: The finished artifact, if it is up to date.
     """
 
     path: Path
@@ -48,10 +48,10 @@ class Build:
         return self.artifact is not None
 
     def finished(self) -> Artifact:
-        """Returns the artifact once it is committed, also where another process committed it.
+        """Returns the artifact once it is committed, by this or another process.
 
         Raises:
-            InputError: It is not there.
+            InputError: The artifact is missing.
         """
         return self.artifact or Artifact(self.target, read_manifest(self.target))
 
@@ -69,8 +69,8 @@ class Build:
         """Hashes and syncs every file, writes the manifest, and renames the folder into its place.
 
         Args:
-            environment: Facts worth keeping (device, versions) that do not decide the content.
-            ignore: Shell patterns of files that stay but are no part of the payload.
+            environment: Facts for the record (device, versions) that do not decide the content.
+            ignore: Shell patterns of files that are kept but are not part of the payload.
 
         Raises:
             MachineError: The disk is full or permission is denied.
@@ -96,7 +96,7 @@ class Build:
 
 
 def adopt(partial: Path, target: Path, kind: str) -> Build | None:
-    """Finishes a build that was killed between its manifest and its rename; `None` where there is none."""
+    """Finishes a build that was killed between its manifest and its rename; `None` if there is none."""
     if not has_manifest(partial):
         return None
     try:
@@ -110,7 +110,7 @@ def adopt(partial: Path, target: Path, kind: str) -> Build | None:
 
 
 def recover(target: Path) -> None:
-    """Mends a commit that was killed while replacing an artifact: without a new one, the old goes back."""
+    """Repairs a commit that was killed while replacing an artifact: without a new one, the old one is restored."""
     for folder in target.parent.glob(f".{target.name}.replaced-*"):
         if target.exists() or not has_manifest(folder):
             shutil.rmtree(folder)
@@ -119,7 +119,7 @@ def recover(target: Path) -> None:
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
-    """Renames; an old artifact steps aside first, and is removed after with all other partial builds."""
+    """Renames the folder; an old artifact is moved aside first, and removed later with all other partial builds."""
     aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
     if has_manifest(target):
         os.rename(target, aside)

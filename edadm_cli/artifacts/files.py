@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, synced, and renamed."""
+"""Reads and writes files. A written file is either whole or absent: it is written elsewhere, synced, and renamed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def explained_os_errors(place: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder; on success it is synced and renamed, on failure removed."""
+    """Yields a temporary path in the same folder; on success it is synced and renamed, on failure removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with explained_os_errors(path):
         try:
@@ -86,7 +86,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def usual_mode(path: Path) -> int:
-    """Creates an empty file and gives its mode, which the umask decides; some writers choose their own."""
+    """Creates an empty file and returns its mode, which the umask decides; some writers choose another mode."""
     path.touch()
     return path.stat().st_mode & 0o777
 
@@ -97,7 +97,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Has the operating system write a file or a folder to the disk."""
+    """Makes the operating system write a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,10 +107,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Opens a file for reading in binary; a pipe, a device or a socket is refused, and never waited for.
+    """Opens a file for reading in binary; a pipe, a device or a socket is refused without waiting for it.
 
     Raises:
-        InputError: Something that is no regular file is at the path.
+        InputError: The path is not a regular file.
         OSError: The file is missing or cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -131,7 +131,7 @@ def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
         limit: The largest size that is read, in bytes.
 
     Raises:
-        InputError: The file is missing, no regular file, larger than `limit`, or not UTF-8.
+        InputError: The file is missing, not a regular file, larger than `limit`, or not UTF-8.
     """
     with explained_os_errors(path), open_regular(path) as file:
         content = file.read(limit + 1)
@@ -179,6 +179,6 @@ def load_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        InputError: The file is missing or holds no JSON, or JSON that no program of ours writes: see `parse_json`.
+        InputError: The file is missing, is not JSON, or holds JSON that `parse_json` refuses.
     """
     return parse_json(read_text(path), str(path))

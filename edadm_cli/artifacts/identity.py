@@ -1,4 +1,4 @@
-"""What makes two artifacts the same: everything that decides their content, and nothing else.
+"""The identity of an artifact: a hash of everything that decides its content, and of nothing else.
 
 `identity = sha256(canonical JSON of {schema_version, kind, config, seed, parents, model fingerprint})`: no
 times, no paths, no facts about the machine.
@@ -35,11 +35,11 @@ def compute_identity(
     fingerprint: str,
     schema_version: int = SCHEMA_VERSION,
 ) -> str:
-    """Hashes what decides an artifact's content.
+    """Returns the hash of everything that decides an artifact's content.
 
     Args:
-        kind: The stage that makes it.
-        config: Resolved fields of the stage's configuration, without those that name places or budgets.
+        kind: The stage that builds it.
+        config: Resolved fields of the stage's configuration, without those that name paths or budgets.
         seed: Seed of everything random in the stage.
         parents: `(kind, identity)` of each artifact that was read, in the stage's own order.
         fingerprint: Hash of the model's files.
@@ -77,7 +77,7 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(text: str) -> str:
-    """Returns a hash or a long list by its beginning."""
+    """Returns the beginning of a hash or of a long list."""
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 

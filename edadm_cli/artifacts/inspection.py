@@ -1,4 +1,4 @@
-"""Artifacts for people to look at: what each holds, what it descends from, and whether it is intact."""
+"""Describes artifacts for people: their content, their lineage, and whether they are intact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("collect", "select", "sensitivity", "reconstruct", "export", "engine", 
 
 
 class InspectedArtifact(BaseModel):
-    """One artifact as `edadm inspect --json` shows it; what a broken manifest hides is null or empty."""
+    """One artifact as `edadm inspect --json` shows it; fields that a broken manifest lacks are null or empty."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +44,7 @@ def is_artifact(path: Path) -> bool:
 
 
 def run_of_artifact(path: Path) -> tuple[RunFolder | None, str, str | None]:
-    """Returns the run folder, kind and name that an artifact's place implies; a moved artifact has no run."""
+    """Returns the run folder, kind and name that an artifact's path implies; a moved artifact has no run."""
     whole = path.resolve()
     if whole.parent.name in KINDS:
         return RunFolder(_above(path, 2)), whole.parent.name, whole.name
@@ -54,13 +54,13 @@ def run_of_artifact(path: Path) -> tuple[RunFolder | None, str, str | None]:
 
 
 def _above(path: Path, levels: int) -> Path:
-    """Returns the folder so many levels above, as it was typed where what was typed reaches that far."""
+    """Returns the folder `levels` above, as a part of the given path if that is long enough."""
     reaches = len(path.parts) >= levels and ".." not in path.parts
     return (path if reaches else path.resolve()).parents[levels - 1]
 
 
 def inspect_artifact(path: Path) -> list[InspectedArtifact]:
-    """Returns an artifact and then its ancestors that the run still holds, nearest first."""
+    """Returns an artifact and then its ancestors in the run, nearest first."""
     run, kind, name = run_of_artifact(path)
     if run is None:
         return [_inspect(path, run, None, None)]
@@ -80,7 +80,7 @@ def inspect_run(run: RunFolder) -> list[InspectedArtifact]:
     """Returns every artifact of a run, in the order of the chain.
 
     Raises:
-        InputError: The folder is missing or holds none.
+        InputError: The folder is missing or has no artifact.
     """
     if not run.root.is_dir():
         raise InputError(f"There is no run folder {run.root}.", hint="edadm collect --model digits-sd")

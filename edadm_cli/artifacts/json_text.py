@@ -1,4 +1,4 @@
-"""JSON that is safe to work with: finite numbers of ordinary length, text that can be printed and written again."""
+"""Reads and writes JSON with finite numbers of ordinary length, and text that can be printed and written."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def dump_json(value: Any, indent: int | None = None) -> str:
 def parse_json(text: str, where: str) -> Any:
     """Reads JSON from text.
 
-    Python's own parser accepts more than JSON has, and more than later code survives: NaN and infinities, integers of
-    thousands of digits (which cannot be printed), halves of surrogate pairs (which cannot be written) and, in keys,
-    null characters (keys are names, some of them of files). All of these are refused here.
+    Python's own parser accepts values that are not JSON or that break later code: NaN and infinities, integers of
+    thousands of digits (which cannot be printed), halves of surrogate pairs (which cannot be written) and null
+    characters in keys (some of which are names of files). This function refuses all of them.
 
     Args:
         text: The text.
-        where: What it was read from, for the message: a file's path.
+        where: The source of the text for messages, such as the path of a file.
 
     Raises:
-        InputError: The text is not JSON of that kind.
+        InputError: The text is not such JSON.
     """
     try:
         value = json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_no_number)
@@ -66,10 +66,10 @@ def _no_number(text: str) -> float:
 
 
 def _check_strings(value: Any) -> None:
-    """Looks at every string within a value.
+    """Checks every string within a value.
 
     Raises:
-        ValueError: One cannot be written as UTF-8, or a key has a null character.
+        ValueError: A string cannot be written as UTF-8, or a key has a null character.
     """
     pending = [value]
     while pending:

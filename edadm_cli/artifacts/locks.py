@@ -1,6 +1,7 @@
-"""Who may write an artifact: one `flock` an artifact, exclusive to build, shared to read meanwhile.
+"""Locks artifacts with one `flock` per artifact: exclusive for building, shared for reading.
 
-Nothing waits: a process that cannot have the lock gets an error that names its holder. A lock ends with its process.
+Nothing waits: a process that cannot get the lock fails with an error that names the holder. A lock ends with its
+process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from edadm_cli.errors import InputError, quoted
 
 
 def lock_path(artifact: Path) -> Path:
-    """Returns the lock file of an artifact's folder: beside it, so that renaming the folder does not touch it."""
+    """Returns the lock file of an artifact's folder, which is beside it and not affected by renames of the folder."""
     return artifact.with_name(f".{artifact.name}.lock")
 
 

@@ -1,4 +1,4 @@
-"""The manifest: what an artifact is, what it was made from, and the hash of every file in it."""
+"""The manifest: the kind and settings of an artifact, its parents, and the hash of every file in it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class _Frozen(BaseModel):
 
 
 ArtifactName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-"""What an artifact's kind and name consist of: each is the name of a folder."""
+"""Characters of an artifact's kind and name, which are names of folders."""
 
 
 class ModelRef(_Frozen):
-    """The model behind an artifact: how the user named it, its revision, and the hash of its files."""
+    """The model of an artifact: the name that the user gave, its revision, and the hash of its files."""
 
     id: str
     revision: str | None = None
@@ -49,7 +49,7 @@ class ModelRef(_Frozen):
 
 
 class ParentRef(_Frozen):
-    """An artifact that was read: `name` is the bit width where a run holds several of the kind."""
+    """An artifact that was read; `name` is the bit width if a run can have several of the kind."""
 
     kind: ArtifactName
     name: ArtifactName | None = None
@@ -74,14 +74,14 @@ class PayloadFile(_Frozen):
 
 
 class Tool(_Frozen):
-    """The program that made the artifact."""
+    """The program that built the artifact."""
 
     name: str = "edadm"
     version: str = __version__
 
 
 class Manifest(_Frozen):
-    """`manifest.json`, written last: its presence means that the artifact is complete."""
+    """`manifest.json`, which is written last; its presence means that the artifact is complete."""
 
     schema_version: int = SCHEMA_VERSION
     kind: ArtifactName
@@ -96,7 +96,7 @@ class Manifest(_Frozen):
     identity: str
 
     def expected_identity(self) -> str:
-        """Returns the identity that the manifest's own fields give."""
+        """Returns the identity that follows from the manifest's fields."""
         return compute_identity(
             schema_version=self.schema_version,
             kind=self.kind,
@@ -108,10 +108,10 @@ class Manifest(_Frozen):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads `manifest.json` and checks that its identity is the one its fields give.
+    """Reads `manifest.json` and checks that its identity follows from its fields.
 
     Raises:
-        InputError: It is missing, does not parse, has another schema version, or was changed by hand.
+        InputError: The manifest is missing, does not parse, has another schema version, or was changed by hand.
     """
     path = folder / MANIFEST_NAME
     text = read_text(path)
@@ -159,14 +159,14 @@ def describe_payload(folder: Path, ignore: Iterable[str] = ()) -> tuple[PayloadF
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes what writes that were killed left behind."""
+    """Removes the temporary files of killed writes."""
     for path in list(folder.rglob("*")):
         if path.is_file() and is_temporary(path):
             path.unlink()
 
 
 def set_usual_modes(folder: Path) -> None:
-    """Gives every file the mode that the user's umask says, where a library wrote it for its owner alone."""
+    """Gives every file the mode of the user's umask, since some libraries write files for the owner only."""
     probe = folder / f".mode{TEMPORARY}"
     mode = usual_mode(probe)
     probe.unlink()

@@ -1,7 +1,7 @@
-"""What stages read of each other, as pydantic models: the one place where a damaged or foreign payload is refused.
+"""The JSON files that stages read of each other, as pydantic models, which refuse damaged or foreign files.
 
-A payload is one JSON file of an artifact. Its model is written by the stage that makes the artifact and read by all
-others, so that a key is written once. `docs/` and tools outside rely on the keys; a new field has a default, so that
+A payload is one JSON file of an artifact. The stage that builds the artifact writes it through its model, and all other
+stages read it through the same model. `docs/` and other tools rely on the keys. A new field has a default, so that
 artifacts of older versions stay readable.
 """
 
@@ -33,7 +33,7 @@ from edadm_cli.recipe import SelectStrategy
 Model = TypeVar("Model", bound=BaseModel)
 MAX_COUNT = 10**9
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-"""How many of something there are."""
+"""A number of things."""
 NumSteps = Annotated[int, Field(ge=1, le=10**6)]
 Scale = Annotated[float, Field(ge=0)]
 
@@ -54,7 +54,7 @@ class Payload(BaseModel):
         """Reads the file of an artifact.
 
         Raises:
-            InputError: The artifact has no such file, or a field of it is missing, unknown or not what it has to be.
+            InputError: The artifact has no such file, or a field of it is missing, unknown or invalid.
         """
         return load_payload(artifact, cls.FILE, cls)
 
@@ -80,7 +80,7 @@ def read_model(path: Path, model: type[Model]) -> Model:
     """Reads a JSON file as a pydantic model, without any conversion between types.
 
     Raises:
-        InputError: The file is missing, holds no JSON, or does not fit the model.
+        InputError: The file is missing, is not JSON, or does not fit the model.
     """
     text = read_text(path)
     parse_json(text, str(path))
@@ -91,14 +91,14 @@ def read_model(path: Path, model: type[Model]) -> Model:
 
 
 def explain_validation(error: ValidationError) -> str:
-    """Returns the first field that is wrong, and what is wrong with it."""
+    """Returns the first invalid field, and the problem with it."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"field '{where[:200]}': {explain_field(first)}" if where else explain_field(first)
 
 
 class Selection(Payload):
-    """`selection.json` of `select`: which steps the calibration samples come from, and why."""
+    """`selection.json` of `select`: the steps that the calibration samples come from, and the scores behind it."""
 
     FILE: ClassVar[str] = "selection.json"
 
@@ -149,7 +149,7 @@ class UnitRow(BaseModel):
 
 
 class Units(Payload):
-    """`units.json` of `reconstruct`: what was learned, unit by unit, and how many layers were quantized."""
+    """`units.json` of `reconstruct`: the losses of all units, and the number of quantized layers."""
 
     FILE: ClassVar[str] = "units.json"
 
@@ -236,7 +236,7 @@ class Evaluation(Payload):
 
 
 class _Machine(BaseModel):
-    """What a report reads of the facts about a machine; there are more of them."""
+    """The facts about a machine that a report reads; the file has further ones."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
@@ -265,10 +265,10 @@ class BenchResult(Payload, BenchFacts):
 
 
 def recipe_name(reconstruction: Artifact) -> str:
-    """Returns the name of the recipe that a reconstruction was made with.
+    """Returns the name of the recipe of a reconstruction.
 
     Raises:
-        InputError: Its manifest names none.
+        InputError: Its manifest names no recipe.
     """
     recipe: Any = reconstruction.manifest.config.get("recipe")
     name = recipe.get("name") if isinstance(recipe, dict) else None

@@ -1,7 +1,7 @@
-"""The most memory that this process has held: what a stage says of its appetite, in MiB.
+"""Measures the peak memory of a stage in MiB.
 
-The system keeps the high-water mark of the resident set (`VmHWM`), torch that of what it allocated on a GPU; both are
-set back when a stage begins, so that of several stages in one process each has its own.
+The system records the high-water mark of the resident set (`VmHWM`), and torch that of its allocations on a GPU. Both
+are reset when a stage begins, so that each of several stages in one process has its own peak.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FORGET_PEAK = "5"
 _KIB, _MIB = 2**10, 2**20
-_reached: dict[int, int] = {}  # bytes on each GPU, before a part of the stage began a peak of its own
+_reached: dict[int, int] = {}  # peak bytes on each GPU before a part of the stage began its own peak
 
 
 def reset_peak() -> None:
-    """Begins a stage's peak: in the resident set where the system can, and on every GPU."""
+    """Resets the peak of the resident set, if the system allows it, and that of every GPU."""
     reset_resident_peak()
     _reached.clear()
     for index in _gpus():
@@ -29,7 +29,7 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> dict[str, float | None]:
-    """Returns what was reached since `reset_peak`.
+    """Returns the peaks since `reset_peak`.
 
     Returns:
         `peak_memory_mib` of the resident set; `peak_cuda_memory_mib` of the GPU that took most, `None` where none
@@ -41,7 +41,7 @@ def peak_memory() -> dict[str, float | None]:
 
 
 def reset_resident_peak() -> None:
-    """Sets the resident set's mark back to its present size; a system that cannot keeps the old one."""
+    """Resets the peak of the resident set to its present size, if the system allows it."""
     try:
         _CLEAR.write_text(_FORGET_PEAK)
     except OSError:
@@ -60,7 +60,7 @@ def resident_peak_mib() -> float:
 
 
 def reset_cuda_peak(device: torch.device) -> None:
-    """Begins the peak of a part of a stage on one GPU; the stage's own still counts what came before."""
+    """Resets the peak on one GPU for a part of a stage; the stage's own peak still includes the time before."""
     import torch
 
     index = device.index or 0

@@ -1,4 +1,4 @@
-"""What a reconstruction hands on: the plan of the layers, and the parameters of each."""
+"""Reads and writes the results of a reconstruction: the plan of the layers, and their parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save_plan(folder: Path, plan: QuantizationPlan) -> None:
 
 
 def load_plan(reconstruction: Artifact) -> QuantizationPlan:
-    """Returns which layers of a reconstruction are quantized, to how many bits, and which are not.
+    """Returns the plan of a reconstruction: the bits of its layers, and the layers left in float.
 
     Raises:
         InputError: `plan.json` is missing or not a plan.

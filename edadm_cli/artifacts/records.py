@@ -1,6 +1,6 @@
-"""What each command returns: the JSON object of `--json`, key by key.
+"""The records that commands return: the JSON object of `--json`, key by key.
 
-Keys are part of the interface: tools outside rely on them, and they do not change silently.
+The keys are part of the interface. Other tools rely on them, and they do not change silently.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Status = Literal["done", "up_to_date", "planned"]
 
 
 class Record(BaseModel):
-    """A part of what a command returns."""
+    """A part of a command's record."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Estimate(Record):
-    """What a stage would cost, from a short probe."""
+    """The estimated cost of a stage, from a short probe."""
 
     seconds: float = Field(ge=0)
     memory_mib: float = Field(ge=0, description="peak, beyond the program itself")
@@ -35,7 +35,7 @@ class Estimate(Record):
 
 
 class StageRecord(Record):
-    """What every command returns; a planned stage returns just this, with its estimate."""
+    """The keys that every command returns; a planned stage returns only these, with its estimate."""
 
     command: str
     status: Status
@@ -64,7 +64,7 @@ def shared_keys(
     Args:
         run: The run folder.
         artifact: The artifact that the stage built or found.
-        up_to_date: Whether the artifact was there already.
+        up_to_date: Whether the artifact existed already.
         started: `time.monotonic()` when the stage began.
         warnings: The warnings of the stage.
     """
@@ -79,10 +79,10 @@ def shared_keys(
 
 
 def spent(started: float) -> dict[str, Any]:
-    """Returns the keys that say what the command took: `seconds`, `peak_memory_mib`, `peak_cuda_memory_mib`.
+    """Returns the keys about the cost of the command: `seconds`, `peak_memory_mib`, `peak_cuda_memory_mib`.
 
     Args:
-        started: `time.monotonic()` when it began.
+        started: `time.monotonic()` when the command began.
     """
     return {"seconds": time.monotonic() - started, **peak_memory()}
 
@@ -113,7 +113,7 @@ class SelectRecord(StageRecord):
 
 
 class Coverage(Record):
-    """How many layers were to be quantized, were quantized, and stay in floating point by the recipe."""
+    """The numbers of layers that were planned, that were quantized, and that the recipe leaves in float."""
 
     planned: int
     quantized: int
@@ -141,12 +141,12 @@ class ReconstructRecord(StageRecord):
 
 
 class SensitivityRecord(StageRecord):
-    """What each layer costs at each number of bits."""
+    """The error of each layer at each number of bits."""
 
     command: str = "sensitivity"
     layers: int = Field(description="layers that were measured")
     most_sensitive: dict[str, float] = Field(
-        description="the ten layers that hurt most with the fewest weight bits -> the error that each causes alone"
+        description="the ten most sensitive layers at the fewest weight bits -> the error that each causes alone"
     )
 
 
@@ -230,7 +230,7 @@ class Metric(Record):
 class Distance(Record):
     """Each image against the full-precision image of the same seed, on average.
 
-    Paired metrics of other packages stand here under their own names.
+    Paired metrics of other packages are further keys under their own names.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)

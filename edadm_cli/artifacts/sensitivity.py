@@ -1,4 +1,4 @@
-"""What `sensitivity` measured: read by `reconstruct`, which spends a budget of bits by it, and by the report."""
+"""The result of `sensitivity`, which `reconstruct` reads to spend a budget of bits, and the report shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line, the library and the estimates know of a stage, without importing what the stage needs.
+"""The interface of a stage for the command line, the library and the estimates, without the stage's heavy imports.
 
 Each stage package exports a `STAGE`. Its functions are in the package's module `stage`, which is imported when the
 first of them is called.
@@ -50,8 +50,8 @@ class Stage(Generic[ConfigT]):
         kind: The command's name, and the kind of the artifact that it writes.
         config: The stage's configuration.
         parallel: Whether several processes can share the work.
-        repeats: Whether the stage works again when its artifact is there already, as a measurement does.
-        finds_itself: Whether the stage finds its finished work by other rules than the identity of a build.
+        repeats: Whether the stage runs again if its artifact exists already, as a measurement does.
+        finds_itself: Whether the stage has a function `finished` of its own, instead of comparing identities.
         folder: Folder of the run that the stage writes to; by default its kind.
     """
 
@@ -73,7 +73,7 @@ class Stage(Generic[ConfigT]):
         return self._module.run(config, run_folder, force=force, reporter=reporter)
 
     def build_spec(self, config: ConfigT, run_folder: RunFolder) -> BuildSpec:
-        """Settles everything that decides the artifact's identity; writes nothing."""
+        """Returns the description of the artifact that `run` would build; writes nothing."""
         return self._module.build_spec(config, run_folder)
 
     def estimate(self, config: ConfigT, run_folder: RunFolder) -> Estimate:
@@ -82,18 +82,18 @@ class Stage(Generic[ConfigT]):
         return module.estimate(config, run_folder)
 
     def artifact_name(self, config: ConfigT) -> str | None:
-        """Returns the artifact's name within its kind; `None` where a run holds one artifact of the kind."""
+        """Returns the artifact's name within its kind; `None` if a run has only one artifact of the kind."""
         return self._module.artifact_name(config)
 
     def path(self, config: ConfigT, run_folder: RunFolder) -> Path:
-        """Returns where the stage writes, whether anything is there or not."""
+        """Returns the path that the stage writes to, whether it exists or not."""
         return run_folder.path(self.folder or self.kind, self.artifact_name(config))
 
     def finished(self, config: ConfigT, run_folder: RunFolder) -> Artifact | None:
-        """Returns the finished work that `run` would find; nothing is resolved where the run holds none of the kind.
+        """Returns the finished artifact that `run` would keep; `None` if there is none.
 
         Raises:
-            InputError: The stage itself would refuse, for the same reason.
+            InputError: The stage itself would refuse for the same reason.
         """
         if self.finds_itself:
             return self._module.finished(config, run_folder)

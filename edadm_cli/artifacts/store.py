@@ -1,9 +1,9 @@
-"""A run folder: one folder an artifact, built beside its place and renamed into it when complete.
+"""A run folder: it has one folder per artifact, which is built beside its final path and renamed when complete.
 
     <run>/collect/  <run>/select/  <run>/reconstruct/w4a8/  <run>/export/w4a8/  <run>/evaluate/w4a8/
 
 A build happens in `.<name>.partial-<identity>`; the manifest is written last, and one rename makes the
-artifact visible. A build that dies leaves its partial folder; the next with the same identity finds it again.
+artifact visible. A killed build leaves its partial folder, and the next build with the same identity continues in it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _BITS = re.compile(r"^w\da\d$")
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """What is to be built, and from what.
+    """The description of an artifact to build: its settings and its parents.
 
     Args:
         kind: The stage.
-        name: The bit width where a run holds several of the kind, else `None`.
-        config: The stage's `identity_fields()`, resolved: no value is left to be chosen later.
+        name: The bit width if a run can have several artifacts of the kind, else `None`.
+        config: The stage's `identity_fields()`, with all choices decided.
         seed: Seed of everything random in the stage.
         parents: Artifacts that are read, opened through the same run folder.
-        model: The model behind all of it.
+        model: The model that is quantized.
     """
 
     kind: str
@@ -66,33 +66,37 @@ class BuildSpec:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder that holds the artifacts of one run."""
+    """The folder with the artifacts of one run.
+
+    Args:
+        root: The folder.
+    """
 
     root: Path
 
     def path(self, kind: str, name: str | None = None) -> Path:
-        """Returns where an artifact lies, whether it exists or not."""
+        """Returns the path of an artifact, whether it exists or not."""
         for part in (kind, name):
             if part is not None and not _NAME.match(part):
                 raise ValueError(f"'{part}' cannot name an artifact")
         return self.root / kind if name is None else self.root / kind / name
 
     def has(self, kind: str, name: str | None = None) -> bool:
-        """Returns whether the artifact is there; it is not checked."""
+        """Returns whether the artifact exists, without checking it."""
         return has_manifest(self.path(kind, name))
 
     def names(self, kind: str) -> list[str]:
-        """Returns the names of the complete artifacts of a kind that a run holds several of."""
+        """Returns the names of the complete artifacts of a kind of which a run can have several."""
         folder = self.path(kind)
         if not folder.is_dir():
             return []
         return sorted(child.name for child in folder.iterdir() if _NAME.match(child.name) and has_manifest(child))
 
     def open(self, kind: str, name: str | None = None) -> Artifact:
-        """Opens an artifact: its files are checked, and so is its descent from what the run holds now.
+        """Opens an artifact and checks its files, and that its parents are those in the run now.
 
         Raises:
-            InputError: It is missing, broken, or was made from something that has changed since.
+            InputError: The artifact is missing or broken, or was built from something that has changed since.
         """
         path = self.path(kind, name)
         if not has_manifest(path):
@@ -105,7 +109,7 @@ class RunFolder:
         return replace(artifact, remedy=self.command(kind, name, force=True))
 
     def check_descent(self, manifest: Manifest, name: str | None) -> None:
-        """Compares the parents that a manifest names, and theirs, with those on disk that are there.
+        """Compares the ancestors that a manifest names with the artifacts on disk.
 
         Raises:
             InputError: A parent on disk is not the one that was read.
@@ -114,18 +118,18 @@ class RunFolder:
             path = self.path(parent.kind, parent.name)
             if not has_manifest(path):
                 continue
-            found = read_manifest(path)
-            if found.identity != parent.identity:
+            current = read_manifest(path)
+            if current.identity != parent.identity:
                 raise InputError(
                     f"{_title(manifest.kind, name)} in {self.root} was made from another "
                     f"{_title(parent.kind, parent.name)} ({parent.identity[:12]}) than the one there now "
-                    f"({found.identity[:12]}).",
+                    f"({current.identity[:12]}).",
                     hint=self.command(manifest.kind, name, force=True),
                 )
-            self.check_descent(found, parent.name)
+            self.check_descent(current, parent.name)
 
     def command(self, kind: str, name: str | None = None, force: bool = False) -> str:
-        """Returns the command that makes an artifact of this run."""
+        """Returns the command that builds an artifact of this run."""
         words = ["edadm", kind]
         if kind == "collect":
             words += ["--model", "MODEL"]
@@ -138,15 +142,15 @@ class RunFolder:
 
     @contextmanager
     def build(self, spec: BuildSpec, force: bool = False, processes: Processes = ALONE) -> Iterator[Build]:
-        """Holds the artifact's lock and gives the folder to fill, or the finished artifact.
+        """Locks an artifact while entered, and yields the folder to fill, or the finished artifact.
 
-        With `force`, an artifact of the same identity is built again from nothing, and one of another
-        identity is replaced (where a killed build is resumed, like any other). Of several processes the main one
-        locks, decides and commits; the others are given the same folder.
+        With `force`, an artifact with the same identity is built again from scratch, and one with another identity is
+        replaced (a killed build of that is resumed as usual). If there are several processes, the main one locks,
+        decides and commits; the others get the same folder.
 
         Raises:
-            InputError: Another process is at it, a parent changed, the artifact on disk has another identity
-                or is broken and `force` is not set, or something that is no artifact is in its place.
+            InputError: Another process uses the artifact, a parent changed, the artifact on disk has another identity
+                or is broken and `force` is not set, or the path is not an artifact.
             MachineError: The run folder cannot be written.
         """
         if not processes.is_main:
@@ -194,8 +198,7 @@ class RunFolder:
         """Returns the artifact on disk, if it is the planned one and is not to be built again.
 
         Raises:
-            InputError: Without `force`, it has another identity or is broken; or something that is no artifact is in
-                its place.
+            InputError: Without `force`, it has another identity or is broken; or the path is not an artifact.
         """
         path = self.path(spec.kind, spec.name)
         if not has_manifest(path):
@@ -222,7 +225,7 @@ class RunFolder:
         return artifact
 
     def _partial(self, path: Path, spec: BuildSpec, force: bool) -> Path:
-        """Returns the folder to build in; it keeps what an earlier, killed build of the same identity left."""
+        """Returns the folder to build in, with the files of an earlier, killed build of the same identity."""
         partial = _partial_path(path, spec)
         with explained_os_errors(partial):
             if force and not self._is_another(path, spec):

@@ -1,4 +1,4 @@
-"""Safetensors files larger than memory: written piece by piece, and read slice by slice."""
+"""Writes safetensors files that are larger than memory piece by piece, and reads them slice by slice."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Streamed:
 
     Args:
         info: Its element type and shape.
-        pieces: Gives contiguous pieces in the order of its elements.
+        pieces: Returns contiguous pieces in the order of its elements.
     """
 
     info: TensorInfo
@@ -200,7 +200,7 @@ def read_slice(path: Path, name: str, index: tuple[slice, ...]) -> torch.Tensor:
     """Returns one slice of a tensor, without reading the rest.
 
     Raises:
-        InputError: The file is no safetensors file or has no such tensor.
+        InputError: The file is not a safetensors file or has no such tensor.
     """
     from safetensors import SafetensorError, safe_open
 

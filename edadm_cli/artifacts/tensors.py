@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors only, one fixed order of names, no metadata: equal tensors are equal files."""
+"""Reads and writes safetensors files with sorted names and no metadata: equal tensors give equal files."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def load_tensors(
     Args:
         path: The file.
         keys: Names to read; `None` reads all.
-        device: Where the tensors go.
+        device: The device of the tensors.
 
     Raises:
-        InputError: The file is missing, truncated or no safetensors file, or a name is not in it.
+        InputError: The file is missing, truncated or not a safetensors file, or a name is not in it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -95,8 +95,8 @@ def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
     """Reads the names, element types and shapes of a safetensors file without its tensors.
 
     Raises:
-        InputError: The file is missing, no regular file, truncated, or its header is not what safetensors defines:
-            tensors of a known type, one after the other, each as long as its shape says.
+        InputError: The file is missing, truncated or not a regular file, or its header is not valid: tensors must have
+            a known type, follow each other without gaps, and have the size of their shape.
     """
     with explained_os_errors(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -157,7 +157,7 @@ def _check_extents(path: Path, entries: Mapping[str, _Entry], available: int) ->
 
 
 def _os_error_within(error: Exception, path: Path) -> Exception:
-    """Finds the operating-system error that safetensors reports as text."""
+    """Returns the operating-system error that safetensors reports as text."""
     match = _OS_ERROR_NUMBER.search(str(error))
     number = int(match[1]) if match else errno.ENOSPC if "No space left" in str(error) else None
     return error if number is None else OSError(number, os.strerror(number), str(path))

@@ -1,4 +1,4 @@
-"""What a metric is: its name, how it is read, what it needs, and how it is computed.
+"""The interface of a metric: its name, its direction, its needs, and its computation.
 
 A metric of another package subclasses `Metric` and is named by an entry point of the group `edadm.metrics`.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edadm_cli.metrics.representation import Features, Layer, Statistics
 
 Need = Literal["features", "real_statistics", "real_images", "prompts", "labels"]
-"""Something that not every evaluation has: features of a network, statistics of real images, real images, prompts, and
+"""An input that not every evaluation has: features of a network, statistics of real images, real images, prompts, and
 prompts that name a class."""
 T = TypeVar("T")
 NEIGHBOURS = 3
@@ -32,8 +32,8 @@ class Value:
 
     Attributes:
         value: The metric of the whole set.
-        features: What it was computed in, such as `digits/pooled` or `pixels`.
-        num_images: Over how many images.
+        features: The features that it was computed in, such as `digits/pooled` or `pixels`.
+        num_images: The number of images.
         per_image: One value per image, for paired metrics; empty for others.
     """
 
@@ -54,13 +54,13 @@ class ImageSet(Protocol):
 
 
 class Context(Protocol):
-    """What a metric may ask for while it is computed; everything is computed once and shared by all metrics.
+    """The inputs of a metric; each is computed once and shared by all metrics.
 
     Attributes:
-        images: The images to judge.
-        reference: The full-precision images of the same seeds; what paired metrics compare with.
+        images: The images to measure.
+        reference: The full-precision images of the same seeds, which paired metrics compare with.
         prompts: One prompt per image; `None` for models without prompts.
-        labels: The class that each prompt names, -1 for none, with shape `(N,)`; `None` where there are no classes.
+        labels: The class that each prompt names, -1 for none, with shape `(N,)`; `None` if there are no classes.
         feature_name: Name of the feature extractor, such as `digits`.
     """
 
@@ -87,19 +87,19 @@ class Metric(ABC):
     """One metric.
 
     Attributes:
-        name: Key of the metric in JSON, and the name that `--metrics` takes.
-        label: How people call it.
+        name: Key of the metric in JSON, and its name in `--metrics`.
+        label: Its name for people.
         better: Whether lower or higher values are better.
-        description: What it is, in half a sentence.
-        needs: What must be there; without it the metric is left out with the reason.
+        description: A short description.
+        needs: The inputs that it needs; without one, the metric is left out with the reason.
         paired: Whether it compares each image with the full-precision image of the same seed. Paired metrics are
             reported under `distance_to_full_precision`, others under `metrics` and `full_precision`.
         by_default: Whether it is computed unless other metrics are named.
-        percent: Whether people read it as a percentage.
-        unit: Unit of the value; empty where it has none.
-        min_images: The fewest images that it is defined for.
+        percent: Whether it is shown as a percentage.
+        unit: Unit of the value; empty if it has none.
+        min_images: Smallest number of images that it is defined for.
         layer: Layer of the features, for metrics in features.
-        compared: What a paired metric compares, such as `pixels`.
+        compared: The quantity that a paired metric compares, such as `pixels`.
     """
 
     name: str
@@ -120,18 +120,18 @@ class Metric(ABC):
         return True
 
     def default_in(self, space: str) -> bool:
-        """Returns whether the metric is computed for such models unless other metrics are named."""
+        """Returns whether the metric is computed by default in this feature space."""
         return self.by_default
 
     def identity(self, config: Any) -> dict[str, Any]:
-        """Returns what decides the value beside the images, as JSON values; `config` is an `EvaluateConfig`."""
+        """Returns everything but the images that decides the value, as JSON values; `config` is an `EvaluateConfig`."""
         return {}
 
     def open(self, config: Any, device: torch.device) -> Any:
-        """Loads what the metric needs of its own, such as a network; the result is handed to `compute`.
+        """Loads the metric's own resource, such as a network, which is passed to `compute`.
 
         Raises:
-            InputError: It is not there and cannot be downloaded. The metric is left out with this reason.
+            InputError: The resource is missing and cannot be downloaded. The metric is left out with this reason.
         """
         return None
 
@@ -141,5 +141,5 @@ class Metric(ABC):
 
         Args:
             context: The images, and everything that `needs` names.
-            resource: What `open` returned.
+            resource: The result of `open`.
         """

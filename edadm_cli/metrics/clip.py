@@ -23,11 +23,11 @@ class ClipScore(Metric):
     needs = frozenset({"prompts"})
 
     def default_in(self, space: str) -> bool:
-        """Returns whether CLIP is meaningful: for photographs and drawings, not for digits of 32 pixels."""
+        """Returns whether CLIP is meaningful: it is for photographs and drawings, not for digits of 32 pixels."""
         return space == INCEPTION
 
     def identity(self, config: Any) -> dict[str, Any]:
-        """Returns the weights: their tag, or the hash of a file."""
+        """Returns the tag of the weights, or the hash of their file."""
         from edadm_cli.artifacts import file_sha256
 
         path = Path(config.clip_pretrained)

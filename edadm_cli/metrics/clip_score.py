@@ -1,8 +1,8 @@
-r"""How well images fit their prompts in the joint space of a CLIP model; open_clip supplies the model.
+r"""Measures how well images fit their prompts in the joint space of a CLIP model, which open_clip supplies.
 
 $$ \text{CLIP score} = \mathbb{E} \cos(E_\text{image}(x), E_\text{text}(c)) $$
 
-the plain cosine, without the factor 2.5 or 100 that others put before it.
+the plain cosine, without the factor 2.5 or 100 that other definitions have.
 
 References:
     Hessel et al., CLIPScore (arXiv 2104.08718), section 3; Radford et al. (arXiv 2103.00020).
@@ -32,11 +32,11 @@ class ClipScorer:
     """A CLIP model on its device.
 
     Args:
-        name: `architecture/weights`, as results name it.
+        name: Its name in results, `architecture/weights`.
         model: The model in float32.
-        preprocess: From a PIL image to the model's input.
-        tokenizer: From texts to tokens with shape `(B, L)`.
-        device: Where the model runs.
+        preprocess: Converts a PIL image to the model's input.
+        tokenizer: Converts texts to tokens with shape `(B, L)`.
+        device: The device of the model.
     """
 
     name: str
@@ -83,7 +83,7 @@ def load_clip(architecture: str, pretrained: str, device: torch.device) -> ClipS
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=pretrained, device=device
             )
-    except Exception as error:  # open_clip, torch, the hub and pickle each raise kinds of their own
+    except Exception as error:  # open_clip, torch, the hub and pickle raise different kinds of errors
         problem = (
             "do not fit it or are no file of tensors" if is_file else "are not in the cache and cannot be downloaded"
         )

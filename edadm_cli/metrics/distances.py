@@ -1,4 +1,4 @@
-r"""How far an image of a quantized pipeline is from the full-precision image of the same seed.
+r"""Distances between the images of a quantized pipeline and the full-precision images of the same seeds.
 
 $$ \text{PSNR} = 10 \log_{10} \frac{255^2}{\text{MSE}} $$
 $$ d = \frac{\lVert z_q - z \rVert_2}{\lVert z \rVert_2} $$
@@ -54,7 +54,7 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def num_identical(images: Tensor, reference: Tensor) -> int:
-    """Counts the images that equal their reference in every level."""
+    """Returns the number of images that equal their reference in every pixel."""
     _check_same_shape(images, reference)
     return int((images == reference).flatten(1).all(dim=1).sum())
 
@@ -63,8 +63,8 @@ def relative_l2(latents: Tensor, reference: Tensor) -> Tensor:
     """Returns the relative L2 distance of each latent to its reference, as float64 with shape `(N,)`.
 
     Args:
-        latents: Shape `(N, ...)`.
-        reference: Shape `(N, ...)`, none of them zero throughout.
+        latents: Latents with shape `(N, ...)`.
+        reference: References with shape `(N, ...)`, none of which is zero everywhere.
     """
     _check_same_shape(latents, reference)
     difference = torch.linalg.vector_norm((latents.double() - reference.double()).flatten(1), dim=1)  # [N]

@@ -24,7 +24,7 @@ class InFeatures(Metric):
         self.name, self.label, self._inception = name, label, inception
 
     def applies(self, space: str) -> bool:
-        """Returns whether the name belongs to the features: `fid`, `sfid` and `kid` mean Inception and nothing else."""
+        """Returns whether the name belongs to the features: `fid`, `sfid` and `kid` are for Inception features only."""
         return self._inception is None or self._inception == (space == INCEPTION)
 
     def _value(self, context: Context, value: float, num_images: int | None = None) -> Value:
@@ -80,7 +80,7 @@ class KernelDistance(InFeatures):
 
 
 class ClassifierScore(InFeatures):
-    """The Inception score, or the same of another classifier."""
+    """The Inception score, or the same score with another classifier."""
 
     better = "higher"
     description = "how sure and how varied the classifier's answers are"
@@ -147,11 +147,11 @@ class PromptAmongFive(PromptAccuracy):
     description = "share of images for which the name of the prompt is among the five best"
 
     def applies(self, space: str) -> bool:
-        """Returns whether the classes are many: those of the emoji."""
+        """Returns whether the space has many classes, as that of the emoji has."""
         return space == "emoji"
 
     def compute(self, context: Context, resource: Any) -> Value:
-        """Counts the images whose prompted class has one of the five highest logits."""
+        """Computes the share of images whose prompted class has one of the five highest logits."""
         assert context.labels is not None
         named = context.labels >= 0
         logits, labels = context.features(context.images).logits[named], context.labels[named]

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 CACHED_FILE = "alexnet-owt-7be5be79.pth"
 """The file of torchvision's `AlexNet_Weights.IMAGENET1K_V1`."""
 MIN_SIDE = 32
-"""Pixels: AlexNet's strides leave nothing of smaller images."""
+"""Smallest side of an image in pixels, because of AlexNet's strides."""
 
 
 class Lpips(Metric):
-    """LPIPS of version 0.1 with AlexNet; it is computed where it is named, since it needs two optional files."""
+    """LPIPS of version 0.1 with AlexNet, which is computed only if it is named, since it needs two optional files."""
 
     name, label = "lpips", "LPIPS"
     better = "lower"
@@ -41,7 +41,7 @@ class Lpips(Metric):
     compared = "lpips/alexnet"
 
     def identity(self, config: Any) -> dict[str, Any]:
-        """Returns the hash of AlexNet's weights where a file is named."""
+        """Returns the hash of AlexNet's weights, if a file is named."""
         from edadm_cli.artifacts import file_sha256
 
         path = config.lpips_weights
@@ -52,7 +52,7 @@ class Lpips(Metric):
 
         Raises:
             MachineError: The package lpips is not installed.
-            InputError: AlexNet's weights are not there, or the file holds something else.
+            InputError: AlexNet's weights are missing, or the file holds something else.
         """
         return load_lpips(config.lpips_weights, device)
 
@@ -80,7 +80,7 @@ def load_lpips(weights: Path | None, device: torch.device) -> nn.Module:
 
     Args:
         weights: State dictionary of torchvision's AlexNet; `None` for the file in torch's cache.
-        device: Where it computes.
+        device: The device of the network.
 
     Raises:
         MachineError: The package is not installed.

@@ -21,7 +21,7 @@ class Paired(Metric):
     compared = "pixels"
 
     def compute(self, context: Context, resource: Any) -> Value:
-        """Compares batch by batch."""
+        """Computes the value of each image, batch by batch."""
         import torch
 
         batches = zip(context.images.pairs(), context.reference.pairs(), strict=True)
@@ -92,4 +92,4 @@ class PerceptualDistance(Metric):
 
 METRICS: tuple[Metric, ...] = (Psnr(), LatentRelativeL2(), Ssim(), PerceptualDistance())
 ALWAYS = frozenset({"psnr_db", "latent_rel_l2"})
-"""Paired metrics that cost nothing and are computed whatever `--metrics` names."""
+"""Paired metrics that are cheap and always computed, whatever `--metrics` names."""

@@ -19,7 +19,7 @@ def metrics() -> dict[str, Metric]:
     """Returns all metrics by name.
 
     Raises:
-        MachineError: Another package's metric cannot be loaded, or takes a name that is taken.
+        MachineError: Another package's metric cannot be loaded, or its name is in use already.
     """
     known = {metric.name: metric for metric in _SHIPPED}
     for metric in load_plugins(GROUP, Metric):
@@ -34,11 +34,11 @@ def metrics() -> dict[str, Metric]:
 
 
 def metrics_of(space: str) -> dict[str, Metric]:
-    """Returns the metrics of models that are judged in a feature space, by name."""
+    """Returns the metrics of models that are measured in a feature space, by name."""
     return {name: metric for name, metric in metrics().items() if metric.applies(space)}
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Returns names of metrics in the order in which they are shown; those that nobody registered come last."""
+    """Returns names of metrics in the order in which they are shown; unregistered names come last."""
     known = list(metrics())
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))

@@ -1,4 +1,4 @@
-"""What images become in a feature space."""
+"""The representation of images in a feature space: features and their statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYERS: tuple[Layer, ...] = ("pooled", "spatial", "logits")
 
 @dataclass(frozen=True)
 class Features:
-    """What a feature extractor makes of `N` images: `pooled (N, D)`, `spatial (N, E)`, `logits (N, K)`."""
+    """The features of `N` images: `pooled (N, D)`, `spatial (N, E)`, `logits (N, K)`."""
 
     pooled: Tensor
     spatial: Tensor

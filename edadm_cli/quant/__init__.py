@@ -1,1 +1,1 @@
-"""The arithmetic of quantization: grids, range search, learned rounding, quantized layers. Pure: tensors in and out."""
+"""The arithmetic of quantization on tensors: grids, range search, learned rounding, and quantized layers."""

@@ -2,7 +2,7 @@ r"""Attention with quantized products.
 
     S = softmax(q_hat k_hat^T / sqrt(d)),   o = p_hat v_hat,   p_hat = fake_quantize(S), zero-point 0
 
-Queries, keys and values lie on signed symmetric grids, probabilities on an unsigned one.
+Queries, keys and values have signed symmetric grids, probabilities an unsigned one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AttentionProducts(nn.Module):
     """
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
-        """Returns what the product uses in place of an operand."""
+        """Returns the tensor that the product uses in place of an operand."""
         return tensor
 
     def run(self, attend: Callable[[], Tensor]) -> Tensor:
@@ -95,11 +95,11 @@ class AttentionProducts(nn.Module):
 
 
 class QuantizedAttention(AttentionProducts):
-    """Attention products on fixed grids; buffers `q_scale`, `k_scale`, `v_scale`, `p_scale`, float32.
+    """Attention products on fixed grids, with the float32 buffers `q_scale`, `k_scale`, `v_scale` and `p_scale`.
 
-    Offloading wraps `forward` of a module in hooks that load its tensors for the call, and moves what `forward` is
-    given. diffusers passes the `Attention` module to its processor, and a module whose weights are offloaded cannot be
-    moved so. Therefore `forward` receives a function instead.
+    Offloading wraps `forward` of a module in hooks that load its tensors for the call and move the arguments. diffusers
+    passes the `Attention` module to its processor, and a module with offloaded weights cannot be moved that way.
+    Therefore `forward` receives a function instead.
     """
 
     def __init__(self, plan: AttentionPlan, scales: dict[str, Tensor] | None = None) -> None:
@@ -115,7 +115,7 @@ class QuantizedAttention(AttentionProducts):
         return output
 
     def forward(self, attend: Callable[[], Tensor]) -> Tensor:
-        """Attends; called by `run` alone."""
+        """Calls `attend`; only `run` calls this method."""
         return attend()
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:

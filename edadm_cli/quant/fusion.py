@@ -1,7 +1,7 @@
-"""Elementwise arithmetic as one kernel on a GPU.
+"""Compiles elementwise arithmetic to one kernel on a GPU.
 
-Operation by operation, every element is read and written again for each of them, and that takes longer than the
-arithmetic. torch.compile makes one kernel of all; it is the same arithmetic, bit for bit but for the order of sums.
+Without that, each operation reads and writes all elements, which takes longer than the arithmetic. torch.compile makes
+one kernel of all operations with the same results, bit for bit except for the order of sums.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def fused(function: _Function, x: Tensor) -> _Function:
-    """Returns `function`, compiled where `x` lies on a GPU and this torch can compile for it.
+    """Returns `function`, compiled if `x` is on a GPU that this torch can compile for.
 
     Args:
         function: A function of a module that takes flat tensors, whose lengths may differ between calls. It is compiled
@@ -33,15 +33,15 @@ def fused(function: _Function, x: Tensor) -> _Function:
 def flat(x: Tensor) -> Tensor:
     """Returns the elements in one dimension, detached, as arguments of a fused function.
 
-    Detached, they are no view: of a view, torch.compile guards the shape of what it is a view of, and it compiles again
-    for each shape until it refuses.
+    A detached tensor is not a view. torch.compile guards the shape behind a view, and would compile again for each
+    shape until it refuses.
     """
     return x.reshape(-1).detach()
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Any:
-    # Not fullgraph: where torch has compiled too many forms of it, it runs operation by operation instead of failing.
+    # Not fullgraph: after too many compiled forms, torch runs operation by operation instead of failing.
     return torch.compile(function, dynamic=True)
 
 

@@ -19,7 +19,7 @@ from edadm_cli.quant.fusion import flat, fused
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers a tensor may take.
+    """The integer codes of a tensor.
 
     Weights are signed and symmetric (zero-point 0); activations are unsigned with a free zero-point.
     """
@@ -49,7 +49,7 @@ def activation_grid(num_bits: int) -> Grid:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Returns the codes of `x` as float32 whole numbers; `scale` and `zero_point` broadcast against `x`."""
+    """Returns the codes of `x` as integers in float32; `scale` and `zero_point` broadcast against `x`."""
     codes = torch.round(x.float() * scale.reciprocal()) + zero_point
     return codes.clamp(grid.quant_min, grid.quant_max)
 
@@ -60,12 +60,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """`dequantize(quantize(x))` for one scale and zero-point per tensor, in the dtype of `x`.
+    """Returns `dequantize(quantize(x))` for one scale and zero-point per tensor, in the dtype of `x`.
 
-    Plain operations instead of torch's fused one: the same values, and much faster on a CPU.
+    It uses plain operations instead of torch's fused one, which gives the same values and is much slower on a CPU.
 
     Args:
-        x: Any shape, floating point.
+        x: A floating-point tensor of any shape.
         scale: float32, one element.
         zero_point: int32, one element.
         grid: The codes allowed.
@@ -82,7 +82,7 @@ def _clamp_codes(codes: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
 
 
 def _forward(x: Tensor, reciprocal: Tensor, scale: Tensor, low: Tensor, high: Tensor, dropped: Tensor | None) -> Any:
-    """Returns `x` on the grid but for what is dropped, and which elements the grid clips."""
+    """Returns `x` on the grid except for dropped elements, and a mask of the elements that the grid clips."""
     rounded = (x * reciprocal).round_()
     codes = torch.clamp(rounded, low, high)
     clipped = codes != rounded
@@ -122,11 +122,11 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 def learned_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, dropped: Tensor | None = None
 ) -> Tensor:
-    """`fake_quantize` that teaches its scale.
+    """Returns `fake_quantize(x)`, with a gradient for the scale.
 
     Args:
-        x: float32, any shape.
-        scale: float32, shape `()`, receives the LSQ gradient.
+        x: A float32 tensor of any shape.
+        scale: float32, shape `()`; it receives the LSQ gradient.
         zero_point: int32, shape `()`.
         grid: The codes allowed.
         dropped: Elements to leave unquantized, shape of `x`, bool (QDrop's activation drop).

@@ -1,8 +1,8 @@
-r"""A histogram of a tensor's values that batches are added to without leaving the device.
+r"""A histogram of a tensor's values, to which batches are added without leaving the device.
 
-The bins have the width 2^(e - b) and lie symmetrically about zero, where 2^e is the smallest power of two above every
-|x| that was added, and b = `_BITS`. When a batch raises e, pairs of bins become one, exactly. So the counts of some
-batches are those of one large batch, in any order, and no batch has to be looked at twice.
+The bins have the width 2^(e - b) and are symmetric about zero, where 2^e is the smallest power of two above every |x|
+that was added, and b = `_BITS`. If a batch raises e, pairs of bins are merged exactly. The counts of several batches
+thus equal those of one large batch, in any order, and no batch is needed twice.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _CHUNK = 1 << 24  # elements that are counted at once: float32 counts up to here
 
 
 class Histogram:
-    """Counts, minimum and maximum of everything that was added.
+    """Counts, minimum and maximum of all values that were added.
 
     Args:
-        device: Where the values and the counts lie.
+        device: The device of the values and the counts.
 
     Attributes:
-        counts: How many values lie in each bin, int64, with shape `(2 * 2^b,)`.
+        counts: The number of values in each bin, int64, with shape `(2 * 2^b,)`.
         exponent: e, int32, with shape `()`.
         low: The smallest value and zero, whichever is less, with shape `()`.
         high: The largest value and zero, whichever is more, with shape `()`.
@@ -45,7 +45,7 @@ class Histogram:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Counts the values of `x`, of any shape; one that is not finite shows in `low` or `high`."""
+        """Adds the values of `x`, which has any shape; a value that is not finite shows in `low` or `high`."""
         x = x.detach().float().reshape(-1)
         low, high = x.aminmax()
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
@@ -66,7 +66,7 @@ class Histogram:
     def bins(self) -> tuple[Tensor, Tensor]:
         """Returns the centers of the bins and the shares of the values in them, float32, `(n,)` each.
 
-        On a CPU bins without values are left out; on a GPU their number is not waited for.
+        Empty bins are left out on a CPU. They are kept on a GPU, where removing them would need a synchronization.
         """
         centers = (self._bins + 0.5) * self._power(self.exponent - _BITS)
         shares = (self.counts / self.counts.sum()).float()

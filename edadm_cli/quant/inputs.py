@@ -1,9 +1,9 @@
 r"""The quantizer of a layer's input: a transform, if there is one, then a grid with one scale and zero-point.
 
-    codes = quantize(T x),   x_hat = dequantize(codes), which stands for T x and meets the folded weight W T^-1
+    codes = quantize(T x),   x_hat = dequantize(codes), which approximates T x and is multiplied by the weight W T^-1
 
-A layer owns the tensors under its own names (`input_scale`, `input_zero_point`, those of the transform); this is the
-one place that says what is done with them, and every engine asks it.
+A layer owns the tensors (`input_scale`, `input_zero_point`, those of the transform). This module defines what is
+computed with them, and every engine uses it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from edadm_cli.quant.transforms import Transform
 
 @dataclass(frozen=True, eq=False)
 class InputQuantizer:
-    """How a layer's input becomes codes.
+    """The quantizer of a layer's input.
 
     Attributes:
         grid: The codes allowed.
         scale: float32, one element.
         zero_point: int32, one element.
         channel_dim: The dimension of the input's channels, 1 or -1.
-        transform: What happens to the input before; `None`: nothing.
+        transform: The transform of the input before it is quantized; `None` for none.
         tensors: The transform's tensors by name.
     """
 
@@ -46,11 +46,11 @@ class InputQuantizer:
         return replace(self, scale=scale, zero_point=zero_point, tensors=tensors)
 
     def transformed(self, x: Tensor) -> Tensor:
-        """Returns T x; `x` itself where there is no transform."""
+        """Returns T x; `x` itself if there is no transform."""
         return x if self.transform is None else self.transform.apply(x, self.tensors, self.channel_dim)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Returns the codes of `x` as float32 whole numbers."""
+        """Returns the codes of `x` as integers in float32."""
         return quantize(self.transformed(x), self.scale, self.zero_point, self.grid)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -58,14 +58,14 @@ class InputQuantizer:
         return fake_quantize(self.transformed(x), self.scale, self.zero_point, self.grid).to(x.dtype)
 
     def learned(self, x: Tensor, dropped: Tensor | None) -> Tensor:
-        """Does as `fake_quantize`, teaches `scale`, and leaves the elements `dropped` unquantized."""
+        """Returns `fake_quantize(x)` with a gradient for `scale`; the elements `dropped` are not quantized."""
         return learned_fake_quantize(self.transformed(x), self.scale, self.zero_point, self.grid, dropped)
 
     def channel_factors(self) -> Tensor | None:
-        """Returns the factors per channel, with shape `(C_in,)`, that are all that the transform does; `None`: none.
+        """Returns the factors of a transform that only scales channels, with shape `(C_in,)`; `None` for no transform.
 
         Raises:
-            MachineError: The transform does more, and this was asked by an engine that can do no more.
+            MachineError: The transform is not a factor per channel, and the engine supports no other transform.
         """
         if self.transform is None:
             return None
@@ -80,7 +80,7 @@ class InputQuantizer:
 
     @property
     def factors_refusal(self) -> str | None:
-        """Why an engine that can multiply channels by factors, and no more, cannot run this; `None` where it can."""
+        """The reason why an engine that only scales channels cannot run this; `None` if it can."""
         if self.transform is None or self.transform.channel_factors(self.tensors) is not None:
             return None
         return f"the transform '{self.transform.name}' of its input is more than a factor per channel"

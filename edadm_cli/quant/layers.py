@@ -1,4 +1,4 @@
-r"""Quantized layers as they are deployed: integer codes, scales, and two arithmetics that mean the same.
+r"""Deployed quantized layers: integer codes, scales, and two equivalent arithmetics.
 
 fake-quantize:  y = op(dequantize(quantize(T x)), w_int * w_scale) + b
 integer:        y = op(q - zero_point, w_int) * (x_scale * w_scale) + b,   the sum exact, the epilogue float32
@@ -24,7 +24,7 @@ from edadm_cli.quant.transforms import Transform, transform_named
 Arithmetic = Literal["fake-quantize", "integer"]
 
 _OFFLOADERS = {"_hf_hook", "_diffusers_hook"}
-"""Attributes of a layer whose tensors accelerate or diffusers bring in for every forward and take away after it."""
+"""Attributes of a layer whose tensors accelerate or diffusers load for every forward and remove after it."""
 
 
 class LayerProduct(Protocol):
@@ -35,19 +35,19 @@ class LayerProduct(Protocol):
     """
 
     def prepare(self, layer: QuantizedLayer) -> None:
-        """Computes what a call needs besides the layer's own tensors, where the layer lies on a device that is served.
+        """Computes further tensors that a call needs, if the layer is on a device that this product supports.
 
-        Such tensors are buffers of the layer that are not persistent; buffers of an earlier call are replaced.
+        These tensors are non-persistent buffers of the layer; buffers of an earlier call are replaced.
         """
 
     def join(self, model: nn.Module) -> None:
-        """Note which layers of a model may be multiplied together; called once all of them have this product."""
+        """Finds layers of a model that may be multiplied together; called once all of them have this product."""
 
     def runs(self, layer: QuantizedLayer) -> bool:
-        """Returns whether the layer is prepared on the device where its codes lie."""
+        """Returns whether the layer is prepared on the device of its codes."""
 
     def fall_back(self, layer: QuantizedLayer) -> None:
-        """Reports once why a layer computes in floating point; called by eager forwards that do."""
+        """Reports once why a layer computes in floating point; called by eager forwards in floating point."""
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Returns the layer's output for `x`, in the element type of `x`."""

@@ -1,4 +1,4 @@
-"""A whole denoiser with quantized layers: putting them in, filling them, reading them back, counting them."""
+"""Replaces the layers of a whole denoiser by quantized ones, sets and reads their parameters, and counts them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def set_processor(attention: nn.Module, processor: object) -> None:
-    """Exchanges the processor of a diffusers attention module, whether either is a module or a plain object."""
-    attention._modules.pop("processor", None)  # a processor that is a module would shadow one that is not
+    """Replaces the processor of a diffusers attention module; either may be a module or a plain object."""
+    attention._modules.pop("processor", None)  # a processor that is a module would hide one that is not
     attention.processor = processor  # type: ignore[assignment]
 
 
@@ -125,7 +125,7 @@ def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[st
     """Sets the parameters of one layer, or of its parts, from the tensors of `quant_params`.
 
     Args:
-        layer: As `quantized_layer` makes it.
+        layer: A layer from `quantized_layer`.
         name: Its name in the denoiser.
         params: Tensors by full name; a `<layer>.bias` among them is a corrected bias.
 
@@ -136,10 +136,10 @@ def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[st
     names = [part_name(name, index) for index in range(len(parts))] if isinstance(layer, SplitLayer) else [name]
     for own, part in zip(names, parts, strict=True):
         assert isinstance(part, QuantizedLayer)
-        device = part.weight_codes.device  # where packing and checking are quick
+        device = part.weight_codes.device  # packing and checking are quick there
         tensors = {key: params[f"{own}.{key}"].to(device) for key in part.parameter_shapes()}
         codes, grid = tensors["weight_int"], part.plan.weight_grid
-        if codes.min() < grid.quant_min or codes.max() > grid.quant_max:  # packing would wrap them
+        if codes.min() < grid.quant_min or codes.max() > grid.quant_max:  # packing would wrap them around
             raise InputError(f"'{own}.weight_int' has codes outside {grid.quant_min}..{grid.quant_max}.")
         part.set_parameters(**tensors, bias=params.get(f"{own}.bias"))
 

@@ -1,4 +1,4 @@
-"""What a quantizable layer multiplies: a linear map or a two-dimensional convolution, apart from its tensors."""
+"""The operation of a quantizable layer: a linear map or a two-dimensional convolution, without its tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Operation:
-    """A bias-free product of an input with a weight; both may be float or whole numbers held in float."""
+    """A product of an input with a weight, without bias; both may be float numbers or integers in float."""
 
     kind: Literal["linear", "conv2d"]
     stride: tuple[int, int] = (1, 1)
@@ -24,7 +24,7 @@ class Operation:
         """Returns the operation of an `nn.Linear` or `nn.Conv2d`.
 
         Raises:
-            TypeError: Another kind of layer, or padding that is not by zeros and numbers.
+            TypeError: The layer is of another kind, or its padding is not numbers of zeros.
         """
         if isinstance(layer, nn.Linear):
             return cls("linear")

@@ -1,4 +1,4 @@
-"""Integer codes on disk: int8, or codes of at most four bits one after the other in the bits of a row's bytes."""
+"""Stores integer codes on disk: as int8, or without unused bits for codes of at most four bits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ NIBBLE_BITS = 4
 
 
 def is_packed(num_bits: int) -> bool:
-    """Returns whether codes of this width are stored without the unused bits of a byte."""
+    """Returns whether codes of this width are stored without unused bits."""
     return num_bits <= NIBBLE_BITS
 
 
 def stored_bits(num_bits: int) -> int:
-    """Returns how many bits a code of `num_bits` takes on disk."""
+    """Returns the bits that a code of `num_bits` takes on disk."""
     return num_bits if is_packed(num_bits) else 8
 
 
 def stored_bits_of_format_1(num_bits: int) -> int:
-    """Returns how many bits a code of `num_bits` takes in exports of format 1, where two codes share a byte."""
+    """Returns the bits that a code of `num_bits` takes in exports of format 1, where two codes share a byte."""
     return NIBBLE_BITS if is_packed(num_bits) else 8
 
 

@@ -1,4 +1,4 @@
-"""What a quantized layer is made of, as data: it travels in `quantization_config` and in the artifacts."""
+"""The plan of quantized layers as data, which is part of `quantization_config` and of the artifacts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def part_name(layer: str, index: int) -> str:
 
 
 def layer_of_part(name: str) -> str:
-    """Returns the layer that a part belongs to; the name itself where it is no part's."""
+    """Returns the layer that a part belongs to; the name itself if it is not that of a part."""
     return _PART.sub("", name)
 
 
 class LayerPlan(BaseModel):
-    """Bits of one convolution or linear layer, and what happens to its input before it is quantized."""
+    """The bits of one convolution or linear layer, and the transform of its input."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,7 +49,7 @@ class LayerPlan(BaseModel):
 
     @property
     def input_grid(self) -> Grid | None:
-        """The grid of the input; `None` when the input stays in floating point."""
+        """The grid of the input; `None` if the input is left in float."""
         return None if self.activation_bits is None else activation_grid(self.activation_bits)
 
     def part(self) -> LayerPlan:
@@ -68,7 +68,7 @@ class LayerPlan(BaseModel):
 
 
 class AttentionPlan(BaseModel):
-    """Bits of attention's two products: queries, keys, values, and the probabilities."""
+    """The bits of attention's two products: queries, keys, values, and probabilities."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -77,7 +77,7 @@ class AttentionPlan(BaseModel):
 
 
 class QuantizationPlan(BaseModel):
-    """Every layer of a denoiser that is quantized, and every one that is not, with the reason."""
+    """The quantized layers of a denoiser, and the layers left in float, with the reasons."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,10 +1,10 @@
-r"""Learned rounding (AdaRound): every weight learns whether it is rounded down or up.
+r"""Learned rounding (AdaRound): learns for every weight whether it is rounded down or up.
 
     h(alpha) = clip(1.2 * sigmoid(tau * alpha) - 0.1, 0, 1)
     w_int    = clamp(floor(w / scale) + h(alpha), quant_min, quant_max)
 
-With tau = 1 this is AdaRound. A tau that grows while alpha is learned drives every h to 0 or 1, so that the weights
-that are learned are the weights that are deployed, where h >= 0.5 rounds up.
+With tau = 1 this is AdaRound. A tau that grows while alpha is learned drives every h to 0 or 1, so that the learned
+weights are the deployed ones, where h >= 0.5 rounds up.
 
 References:
     AdaRound, arXiv 2004.10568, equations 16, 23 and 24.
@@ -50,5 +50,5 @@ def initial_alpha(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def rounding_regularizer(up: Tensor, beta: Tensor | float) -> Tensor:
-    """sum(1 - |2 h - 1|^beta) over h(alpha) = `up`: zero once every weight has decided."""
+    """Returns sum(1 - |2 h - 1|^beta) over h(alpha) = `up`, which is zero once every h is 0 or 1."""
     return (1 - (2 * up - 1).abs().pow(beta)).sum()

@@ -1,12 +1,12 @@
-r"""Where the grid of a tensor lies: min-max, or the range that minimises an L_p error.
+r"""Searches the grid of a tensor: min-max, or the range that minimises an L_p error.
 
     weights:      scale_c = argmin over thresholds t of sum |w_c - w_hat_c(t)|^p, one scale per output channel; or of
                   sum_k E[x_k^2] (w_ck - w_hat_ck(t))^2, the error of the outputs
     activations:  symmetric, or one-sided where all values have one sign: the same over one threshold per tensor
     asymmetric:   argmin over (width, zero-point) pairs
 
-Activation errors are taken over a histogram of the tensor, so their cost does not depend on its size. Nothing of them
-is read back from the device, so that many tensors are searched without waiting for any.
+The errors of activations are computed on a histogram of the tensor, so that their cost does not depend on its size. The
+search does not read results back from the device, so that many tensors are searched without synchronization.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.1 (p = 2.4, 100 candidates).
@@ -24,7 +24,10 @@ from edadm_cli.quant.histogram import Histogram
 from edadm_cli.recipe import RangeRecipe
 
 _NUM_ZERO_POINTS = 17
-_ELEMENTS_CPU, _ELEMENTS_GPU = 1 << 18, 1 << 26  # of a table of candidates and bins; what fits into a CPU's cache
+_ELEMENTS_CPU, _ELEMENTS_GPU = (
+    1 << 18,
+    1 << 26,
+)  # elements of a table of candidates and bins, which fits into a CPU's cache
 _TINY = 1e-8
 
 
@@ -44,7 +47,7 @@ class Range:
 
 
 def input_energy(energy: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-    """Returns E[x^2] of what each weight meets, in the shape of `weight` `(C_out, C_in / groups, ...)`, from E[x_c^2].
+    """Returns E[x^2] of the input of each weight, in the shape of `weight` `(C_out, C_in / groups, ...)`.
 
     It is the diagonal of the Hessian of |W x - W_hat x|^2 in the weights of an output channel, where the taps of a
     convolution share the energy of their channel.
@@ -68,8 +71,8 @@ def weight_scales(weight: Tensor, grid: Grid, recipe: RangeRecipe, energy: Tenso
     Args:
         weight: The weight.
         grid: Its codes.
-        recipe: How ranges are found.
-        energy: E[x^2] of what each weight meets, in the shape of `weight`; see `input_energy`.
+        recipe: The recipe's ranges.
+        energy: E[x^2] of the input of each weight, in the shape of `weight`; see `input_energy`.
     """
     rows = weight.detach().float().reshape(weight.shape[0], -1)
     largest = rows.abs().amax(dim=1).clamp_min(_TINY)
@@ -93,7 +96,7 @@ def weight_scales(weight: Tensor, grid: Grid, recipe: RangeRecipe, energy: Tenso
 
 
 def activation_range(histogram: Histogram, grid: Grid, recipe: RangeRecipe) -> Tensor:
-    """Returns the range of activations, found by the recipe's method, as `(low, high)`, float32, on their device."""
+    """Returns the range of activations by the recipe's method, as `(low, high)`, float32, on their device."""
     low, high = histogram.low, histogram.high
     if recipe.activation == "minmax":
         return torch.stack((low, high))
@@ -145,8 +148,8 @@ def _pairs(low: Tensor, high: Tensor, grid: Grid, recipe: RangeRecipe) -> tuple[
     natural = (-low / width * grid.quant_max).round()
     spread = torch.linspace(0, grid.quant_max, min(_NUM_ZERO_POINTS, grid.quant_max + 1), device=low.device).round()
     zero_points = torch.cat((spread, natural[None]))
-    zero_points = torch.where(low == 0, 0, zero_points)  # data of one sign use every code for it
-    if not low.is_cuda:  # where nothing waits for their number
+    zero_points = torch.where(low == 0, 0, zero_points)  # data of one sign use all codes
+    if not low.is_cuda:  # on a GPU this would need a synchronization
         zero_points = zero_points.unique()
     scales = _fractions(low, recipe) * (width / grid.quant_max)
     grids = torch.meshgrid(scales, zero_points, indexing="ij")

@@ -1,9 +1,9 @@
-r"""What happens to a layer's input before it is quantized, with its inverse folded into the layer's weight.
+r"""Transforms of a layer's input before it is quantized, whose inverse is folded into the layer's weight.
 
     y = W x = (W T^-1) (T x):   codes of T x on the input grid, codes of W T^-1 on the weight grid
 
-A transform is an object of a class derived from `Transform`, known by its name: `register` adds one, and other packages
-add theirs by an entry point of the group `edadm.transforms`. A recipe names it in `[[transforms]]`.
+A transform is an object of a subclass of `Transform` with a name. `register` adds one, and other packages add theirs by
+an entry point of the group `edadm.transforms`. A recipe names it in `[[transforms]]`.
 
 References:
     SmoothQuant, arXiv 2211.10438, equation 4 (scales per input channel); DMQ, arXiv 2507.12933 (the same for diffusion,
@@ -31,7 +31,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """What is known of the input channels of a layer, over the calibration set.
+    """Statistics of the input channels of a layer over the calibration set.
 
     Attributes:
         mean_square: E[x_c^2], with shape `(C_in,)`, float32.
@@ -46,7 +46,7 @@ class Transform(ABC):
     """An invertible linear map of a layer's input channels.
 
     Attributes:
-        name: As recipes and plans name it.
+        name: Its name in recipes and plans.
         tensors: The names of its tensors, without the layer's name; each has the shape `(C_in,)` and stays float32.
         options: The numbers that a recipe may give it, with their defaults.
     """
