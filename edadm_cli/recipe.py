@@ -1,7 +1,7 @@
-"""A recipe: how calibration samples are chosen and how quantization parameters are found. Recipes are data (TOML).
+"""Recipes: TOML files with the choices about calibration samples and quantization parameters.
 
-The shipped ones lie in `edadm_cli/recipes/*.toml`; a user's own file has the same fields and may start from a shipped
-one with `extends = "default"`.
+The shipped recipes are in `edadm_cli/recipes/*.toml`. A user's file has the same fields and may extend a shipped recipe
+with `extends = "default"`.
 
 References:
     EDA-DM, arXiv 2401.04585; BRECQ, arXiv 2102.05426; QDrop, arXiv 2203.05740; AdaRound, arXiv 2004.10568.
@@ -33,9 +33,9 @@ class _Frozen(BaseModel):
 
 
 def later(default: Any, **kwargs: Any) -> Any:
-    """Declares a field that earlier versions did not have; its default is what they did.
+    """Declares a field that earlier versions did not have; its default is their behaviour.
 
-    A field at its default is left out of an artifact's identity, so that artifacts of earlier versions stay valid.
+    Such a field is not part of an artifact's identity at its default, so that artifacts of earlier versions stay valid.
     """
     return Field(default, json_schema_extra={"later": True}, **kwargs)
 
@@ -43,7 +43,7 @@ def later(default: Any, **kwargs: Any) -> Any:
 def without_later_defaults(model: BaseModel, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns `fields`, the dumped fields of `model`, without the later ones that are at their defaults.
 
-    The rule holds for tables within the model as well, also for those in its lists and tables.
+    The same is done for nested tables, including those in lists.
     """
     kept = {}
     for name, value in fields.items():
@@ -66,13 +66,13 @@ def _without_later_defaults(current: Any, dumped: Any) -> Any:
 
 
 class CollectRecipe(_Frozen):
-    """How much is sampled at full precision, for the commands that collect and quantize in one go."""
+    """The amount of full-precision sampling, for commands that collect and quantize at once."""
 
     num_trajectories: int | None = Field(None, ge=1, description="trajectories; null: the model's own number")
 
 
 class SelectRecipe(_Frozen):
-    """Which steps the calibration samples are taken from."""
+    """The selection of the steps that calibration samples are taken from."""
 
     strategy: SelectStrategy = "tdac"
     num_samples: int | None = later(None, ge=1, description="samples; null: one per trajectory")
@@ -92,7 +92,7 @@ class SelectRecipe(_Frozen):
 
 
 class RangeRecipe(_Frozen):
-    """Where the quantization grids come from before anything is learned."""
+    """The search of the quantization grids, before anything is learned."""
 
     weight: WeightRange = Field(
         "search",
@@ -120,14 +120,14 @@ class RangeRecipe(_Frozen):
 
 
 class AttentionRecipe(_Frozen):
-    """Whether attention's two products are quantized, and how."""
+    """The quantization of attention's two products."""
 
     quantize: bool = False
     probability_bits: int = Field(8, ge=2, le=8, description="bits of the softmax output, zero-point 0")
 
 
 class LearnRecipe(_Frozen):
-    """Fine-grained block reconstruction and its variants; null means the model's published hyper-parameter."""
+    """The settings of fine-grained block reconstruction; null stands for the model's published hyperparameter."""
 
     granularity: Granularity = "block"
     iterations: int | None = Field(300, ge=0, description="optimizer steps a unit")
@@ -177,7 +177,7 @@ class LearnRecipe(_Frozen):
 
 
 class LayerRule(_Frozen):
-    """Bits for the layers whose names match a pattern; the last rule that matches wins."""
+    """The bits of layers whose names match a pattern; the last matching rule applies."""
 
     pattern: str = Field(description="shell pattern over the layer's dotted name, such as 'up_blocks.*.conv_shortcut'")
     weight_bits: int | None = Field(None, ge=2, le=8)
@@ -187,9 +187,9 @@ class LayerRule(_Frozen):
 
 
 class TransformRule(_Frozen):
-    """A transform of the inputs of the layers whose names match a pattern; the last rule that matches wins.
+    """A transform of the inputs of layers whose names match a pattern; the last matching rule applies.
 
-    Layers whose input stays in floating point, and grouped convolutions, have no transform.
+    Layers whose input is left in float, and grouped convolutions, have no transform.
     """
 
     name: str = Field(description="of the transform, such as 'input-channel-scale'")
@@ -198,7 +198,7 @@ class TransformRule(_Frozen):
 
 
 class Recipe(_Frozen):
-    """Everything between full-precision trajectories and quantization parameters that is a choice."""
+    """All choices between full-precision trajectories and quantization parameters."""
 
     name: str
     description: str = ""

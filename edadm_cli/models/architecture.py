@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "architectures"
 DENOISER_NAMES = ("unet", "transformer")
 FurtherDenoiser = Literal["transformer_2", "unconditional_transformer"]
 FURTHER_DENOISERS: tuple[FurtherDenoiser, ...] = get_args(FurtherDenoiser)
-"""Components that denoise beside the first one: at other timesteps (Wan 2.2), or without the prompt (Ideogram 4)."""
+"""Components that denoise besides the first one: at other timesteps (Wan 2.2), or without the prompt (Ideogram 4)."""
 
 
 class Architecture(BaseModel):
@@ -49,7 +49,7 @@ class Architecture(BaseModel):
 
 
 def find_class(path: str) -> Any:
-    """Returns a class by its module and name; of diffusers where no module is named."""
+    """Returns a class by its module and name; without a module, a class of diffusers."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module or "diffusers"), name)
 

@@ -1,4 +1,4 @@
-"""The calibration set as calls of the denoiser."""
+"""Turns the calibration set into calls of the denoiser."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ControlForm(BaseModel):
 
 
 class CallForm(Payload):
-    """`call.json` of `collect` and `select`: how the denoiser is called."""
+    """`call.json` of `collect` and `select`: the form of the denoiser's calls."""
 
     FILE: ClassVar[str] = "call.json"
 
@@ -96,15 +96,15 @@ class CallForm(Payload):
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """N samples, each one step of one trajectory with its timestep and condition.
+    """N samples, each of which is one step of a trajectory with its timestep and condition.
 
     Attributes:
         sample: The denoiser's inputs, with shape `(N, *)`.
         timestep: The scheduler's values, with shape `(N,)`.
         step_index: Position in the sampler's loop, with shape `(N,)`.
         trajectory_index: The trajectory each sample is from, with shape `(N,)`.
-        condition: Tensors with one row a sample.
-        unconditional: Their counterparts in guidance's other branch; empty without guidance.
+        condition: Tensors with one row per sample.
+        unconditional: The same tensors in the branch without the prompt; empty without guidance.
         constants: Tensors that all samples share.
         template: How the denoiser is called; see `edadm_cli.models.calls`.
         branches: 2 with guidance, else 1.
@@ -159,13 +159,13 @@ class CalibrationSet:
         """Returns the arguments of one denoiser call for some samples.
 
         Args:
-            indices: Which samples, `n` of them.
-            device: Where the tensors go.
+            indices: The indices of `n` samples.
+            device: The device of the tensors.
             dtype: Element type of the denoiser.
 
         Returns:
-            `(args, kwargs)` with `n * branches` rows: those of the unconditional branch first. The timestep
-            is a tensor with one value a row.
+            `(args, kwargs)` with `n * branches` rows, those of the unconditional branch first. The timestep is a tensor
+            with one value per row.
         """
         chosen = torch.as_tensor(indices, dtype=torch.long)
 
@@ -181,7 +181,7 @@ class CalibrationSet:
         return build_call(self.template, sample, rows(self.timestep, self.timestep).to(device), tensors)
 
     def _place(self, name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """Moves a tensor; what had the denoiser's element type takes the new one, all else keeps its own."""
+        """Returns a tensor on the device; one in the denoiser's element type is cast to the new type."""
         recorded = self.template["dtypes"][name]
         return tensor.to(device, dtype if recorded == self.collected_in else getattr(torch, recorded))
 
@@ -191,7 +191,7 @@ class CalibrationSet:
             raise InputError(f"The tensors of {artifact.path} do not fit each other: {problem}.", hint=artifact.remedy)
 
     def _misfit(self) -> str | None:
-        """Returns what is wrong with the set; `None` where its tensors fit each other."""
+        """Returns the problem of the set; `None` if its tensors fit each other."""
         rows = {"sample": self.sample, "timestep": self.timestep, "step_index": self.step_index}
         rows |= {"trajectory_index": self.trajectory_index, **self.condition}
         rows |= {f"unconditional {name}": tensor for name, tensor in self.unconditional.items()}

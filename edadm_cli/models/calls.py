@@ -1,16 +1,15 @@
-"""The denoiser's call as data.
+"""Represents a call of the denoiser as data.
 
-A pipeline calls its denoiser with a noisy sample, a timestep, and whatever else the architecture wants: text
-states, pooled embeddings inside nested dictionaries, class labels, flags. `split_call` takes such a call
-apart into
+A pipeline calls its denoiser with a noisy sample, a timestep, and further inputs of the architecture: text states,
+pooled embeddings inside nested dictionaries, class labels, flags. `split_call` splits such a call into
 
 - the sample, with shape `(R, *)`, where `R` counts rows (images times guidance branches),
 - the timestep, one value,
 - a flat mapping from dotted names to tensors: those whose first dimension is `R` are the condition, the
   others are constants of the architecture (position ids),
-- a template, plain JSON, that says where each of them stood and holds everything else literally,
+- a template, plain JSON, with the position of each tensor and the literal values of everything else,
 
-and `build_call` puts a call together again, for any rows.
+and `build_call` builds a call from these parts again, for any rows.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$ti
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """One call of a denoiser, taken apart.
+    """The parts of one call of a denoiser.
 
     Attributes:
-        sample: The noisy sample as the denoiser sees it, with shape `(R, *)`.
+        sample: The noisy sample that the denoiser receives, with shape `(R, *)`.
         timestep: The timestep, a scalar tensor, int64 or float32.
         tensors: Condition and constants by dotted name.
-        template: Where everything stood; see `Template`.
+        template: The position of every part; see `Template`.
     """
 
     sample: Tensor
@@ -72,7 +71,7 @@ class DenoiserCall:
 
 
 def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserCall:
-    """Takes one call of `denoiser` apart.
+    """Splits one call of `denoiser` into its parts.
 
     Raises:
         InputError: There is no sample or timestep in the call, the timestep differs between rows, or an
@@ -122,12 +121,12 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 def build_call(
     template: Template, sample: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Puts a call together from a template; the inverse of `split_call`.
+    """Builds a call from a template; the inverse of `split_call`.
 
     Args:
-        template: As `split_call` made it.
+        template: A template from `split_call`.
         sample: The sample, with shape `(R, *)`.
-        timestep: A scalar, or one value a row with shape `(R,)`.
+        timestep: A scalar, or one value per row with shape `(R,)`.
         tensors: Condition (with `R` rows) and constants by dotted name.
 
     Returns:
@@ -178,10 +177,10 @@ def is_tensor(node: Any) -> bool:
 
 
 def placed_tensors(node: Any) -> set[str]:
-    """Returns the names of the tensors, besides sample and timestep, that a template or a part of it has places for.
+    """Returns the names of the tensors in a template or a part of it, besides sample and timestep.
 
     Raises:
-        ValueError: A place has no name, or a tuple no items.
+        ValueError: A tensor has no name, or a tuple has no items.
     """
     if isinstance(node, list):
         return set().union(*(placed_tensors(item) for item in node))
@@ -204,9 +203,9 @@ def placed_tensors(node: Any) -> set[str]:
 
 @contextmanager
 def record_calls(denoiser: nn.Module, on_call: Callable[[DenoiserCall], None]) -> Iterator[None]:
-    """Hands each call of `denoiser` to `on_call`, taken apart, before it runs.
+    """Passes the parts of each call of `denoiser` to `on_call` before it runs, while entered.
 
-    A denoiser on an engine names the module that it stands for, which says what its arguments are called.
+    A denoiser on an engine refers to the original module, whose signature gives the names of the arguments.
     """
     described: nn.Module = getattr(denoiser, "stands_for", denoiser)
 
@@ -238,7 +237,7 @@ def _special_names(denoiser: nn.Module, given: list[str]) -> tuple[str, str]:
 
 
 def _batched(sample: Any) -> tuple[Tensor | None, bool]:
-    """Returns a sample with one row per image, and whether it came as a list of rows; `None` where it is neither."""
+    """Returns a sample with one row per image, and whether it was a list of rows; `None` if it is neither."""
     if isinstance(sample, Tensor):
         return (sample, False) if sample.ndim >= 2 else (None, False)
     is_list = isinstance(sample, list) and bool(sample) and all(isinstance(row, Tensor) for row in sample)

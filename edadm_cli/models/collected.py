@@ -1,4 +1,4 @@
-"""The run that everything descends from: how its trajectories were sampled, and the model, loaded again."""
+"""Reads a run's `collect` artifact: how its trajectories were sampled, and the model, which it loads again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class SchedulerFacts(BaseModel):
-    """The scheduler that sampled, for people to read."""
+    """The scheduler of the sampling, for people to read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -68,7 +68,7 @@ class CollectedRun:
         """Opens the `collect` artifact of a run.
 
         Raises:
-            InputError: There is none, or it is broken.
+            InputError: There is no such artifact, or it is broken.
         """
         artifact = run.open("collect")
         sampling = Sampling.load(artifact)
@@ -97,22 +97,22 @@ class CollectedRun:
 
     @property
     def num_trajectories(self) -> int:
-        """N, how many trajectories there are."""
+        """N, the number of trajectories."""
         return len(self.sampling.seeds)
 
     @property
     def num_steps(self) -> int:
-        """T, how many sampler steps each has."""
+        """T, the number of sampler steps of each trajectory."""
         return self.sampling.num_steps
 
     @property
     def guidance_scale(self) -> float | None:
-        """Scale of classifier-free guidance; `None` where the pipeline has none."""
+        """Scale of classifier-free guidance; `None` if the pipeline has none."""
         return self.sampling.guidance_scale
 
     @property
     def prompts(self) -> list[str] | None:
-        """The prompt of each trajectory; `None` where the pipeline takes none."""
+        """The prompt of each trajectory; `None` if the pipeline takes none."""
         return None if self.sampling.prompts is None else list(self.sampling.prompts)
 
     @cached_property

@@ -1,7 +1,7 @@
-"""The settings of a component, checked before a library builds anything from them.
+"""Checks the configuration of a component before a library builds anything from it.
 
-A library takes a configuration at its word: it builds a hundred thousand layers, or fails inside with words about its
-own code. Here the component and the field are named. `containment.bounded_size` compares a network with its weights.
+A library trusts a configuration: it would build a hundred thousand layers, or fail with an error about its own code.
+The errors here name the component and the field. `containment.bounded_size` compares a network with its weights.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def require_fitting_classes(index: Path, pipeline_class: type[DiffusionPipeline]
     try:
         hints = typing.get_type_hints(pipeline_class.__init__)
     except (NameError, TypeError, AttributeError):
-        return  # annotations of a library that is not installed
+        return  # the annotations refer to a library that is not installed
     for name in DENOISER_NAMES:
         cls, hint = components.get(name), hints.get(name)
         expected = tuple(part for part in (hint, *typing.get_args(hint)) if isinstance(part, type))

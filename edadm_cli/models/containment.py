@@ -1,4 +1,4 @@
-"""What libraries must not do while they load a model: ask the user, use the network, or build more than is there."""
+"""Keeps libraries from asking the user, using the network, or building oversized networks while they load a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMALL_COUNT, _SMALL_SIZE = 1000, 10_000_000
 
 
 class _Shaped(Protocol):
-    """A tensor, or what the header of a file says of one."""
+    """A tensor, or its entry in the header of a file."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -28,7 +28,7 @@ class _Shaped(Protocol):
 
 @contextmanager
 def no_questions() -> Iterator[None]:
-    """Gives libraries an empty standard input: a question about custom code gets no answer from a script."""
+    """Replaces standard input by an empty one while entered, so that no script answers a library's questions."""
     before, sys.stdin = sys.stdin, io.StringIO()
     try:
         yield
@@ -50,11 +50,11 @@ def no_network() -> Iterator[None]:
 
 @contextmanager
 def bounded_size(config: Path, tensors: Iterable[_Shaped]) -> Iterator[None]:
-    """Stops the building of a network that its weights could never fill, such as one of 100,000 layers.
+    """Stops the construction of a network that is far larger than its weights, such as one of 100,000 layers.
 
     Args:
         config: The configuration that it is built from, for messages.
-        tensors: Its weights, or what the headers of their files say of them.
+        tensors: Its weights, or their entries in the headers of the files.
 
     Raises:
         InputError: Far more parameters are built than there are weights, in number or in size.

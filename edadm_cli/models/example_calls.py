@@ -1,4 +1,4 @@
-"""The call that a pipeline would make of its denoiser, with random values, for each family that describes one."""
+"""Builds the call that a pipeline would make of its denoiser, with random values, for families that describe one."""
 
 from __future__ import annotations
 

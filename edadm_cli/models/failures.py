@@ -1,4 +1,4 @@
-"""Is a failed sampling the fault of the model? Components that do not fit each other fail inside of a library."""
+"""Decides whether a failed sampling is the fault of the model, whose components may not fit each other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = (
     AssertionError,
     NotImplementedError,
 )
-"""What libraries raise about sizes, types and names."""
+"""The errors that libraries raise about sizes, types and names."""
 
 
 def is_fault_of_model(denoiser: nn.Module, error: BaseException) -> bool:

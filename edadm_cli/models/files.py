@@ -1,4 +1,4 @@
-"""The files of a model folder: which of them are read, and what is refused before any library sees them.
+"""Decides which files of a model folder are read, and refuses dangerous ones before any library sees them.
 
 A file is read when it is a regular file inside the model's folder. The Hugging Face cache stores its snapshots as links
 to `blobs/`; those links are followed, and no others.
@@ -28,14 +28,14 @@ _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementati
 
 
 def regular_file(root: Path, path: Path) -> Path | None:
-    """Returns `path` when it names a regular file of the model in `root`, and `None` when nothing is there.
+    """Returns `path` if it is a regular file of the model in `root`, and `None` if it does not exist.
 
     Args:
         root: The model's folder, with its own links resolved.
         path: A path below `root`.
 
     Raises:
-        InputError: The path is a link that leaves the model, or is no regular file.
+        InputError: The path is a link that leaves the model, or is not a regular file.
     """
     with explained_os_errors(path):
         if not os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""A diffusers folder, checked before any library is let near it: no code, no pickles, no broken files."""
+"""Checks a diffusers folder before any library reads it: no code, no pickles, no broken files."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Component:
 
     @property
     def is_module(self) -> bool:
-        """Whether it carries weights."""
+        """Whether it has weights."""
         return issubclass(self.cls, nn.Module)
 
     @property
@@ -96,7 +96,7 @@ class Component:
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
-        """Gives a temporary folder that holds links to exactly the files that are read.
+        """Yields a temporary folder with links to exactly the files that are read.
 
         A library that loads from this folder cannot see anything that was not checked and hashed.
         """
@@ -115,10 +115,10 @@ class PipelineFolder:
     Attributes:
         path: The folder.
         pipeline_class: One of diffusers' own pipelines.
-        components: What the pipeline is built from.
+        components: The components of the pipeline.
         options: Its other constructor arguments; `None` for components that are absent or skipped.
         skipped: Library and class of the components that images are sampled without.
-        requires_safety_checker: What the index says about it; `None` where it says nothing.
+        requires_safety_checker: Its value in the index; `None` if it is not there.
     """
 
     path: Path
@@ -321,7 +321,7 @@ def _classes_without_weights() -> tuple[type, ...]:
 
 
 def _class_of(root: Path, library: str, class_name: str) -> type:
-    """Returns the class that an index names, from the libraries that are trusted and from nowhere else."""
+    """Returns the class that an index names, from trusted libraries only."""
     from diffusers import pipelines
 
     parts = library.split(".")

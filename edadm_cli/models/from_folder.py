@@ -1,4 +1,4 @@
-"""A pipeline built from a checked diffusers folder, component by component.
+"""Builds a pipeline from a checked diffusers folder, component by component.
 
 diffusers' own loader is not used: it also looks for code beside a model.
 """
@@ -152,7 +152,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Returns what another library says went wrong, on one line and not at length."""
+    """Returns the message of another library's error, on one line and shortened."""
     text = " ".join(str(error).split()) or type(error).__name__
     sentence = re.split(r"\.\s+(?=[A-Z])", text, maxsplit=1)[0][:_LONGEST_REASON]
     return sentence if sentence.endswith(".") else f"{sentence}."

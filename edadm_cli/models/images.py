@@ -1,4 +1,4 @@
-"""Images that condition a pipeline: what is repainted, edited, animated or followed.
+"""Reads the images that condition a pipeline, which are repainted, edited, animated or followed.
 
 The user names a folder. An image gets the file at the place that its seed gives, modulo the number of files in the
 order of their names, so that neither the batch nor the other images change it. A file `NAME.mask.png` beside

@@ -1,4 +1,4 @@
-"""A pipeline in memory, as loading gives it and sampling takes it."""
+"""A loaded pipeline, which sampling and the stages use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LoadedModel:
         folder: The folder of its files; `None` for a pipeline that was built or converted in memory.
         further: Components that are quantized too, because they denoise at other timesteps or in the other branch of
             guidance.
-        remarks: What was assumed about it or left aside, one sentence each, for the user to read.
+        remarks: Assumptions about it and ignored parts, one sentence each, for the user to read.
         placement: Where its weights are while it samples; see `edadm_cli/models/placement.py`.
     """
 
@@ -46,7 +46,7 @@ class LoadedModel:
         """Refuses a pipeline with several denoisers.
 
         Args:
-            purpose: What takes one denoiser, as the subject of a sentence.
+            purpose: The subject of the sentence that takes one denoiser.
             hint: What to do instead.
 
         Raises:

@@ -29,7 +29,7 @@ from edadm_cli.models.families.registry import float32_pipelines
 from edadm_cli.models.folder import INDEX_NAME, PipelineFolder, read_folder
 from edadm_cli.models.from_folder import empty_module, load_folder
 from edadm_cli.models.hub import download, looks_like_hub_id
-from edadm_cli.models.loaded import LoadedModel as LoadedModel  # where everyone imports it from
+from edadm_cli.models.loaded import LoadedModel as LoadedModel  # other modules import it from here
 from edadm_cli.models.placement import Placement
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_models import (
@@ -139,7 +139,7 @@ class StoredDenoiser:
     Attributes:
         name: The name of the component.
         module: Its parameters are on the `meta` device.
-        readers: What gives each of them.
+        readers: A reader for each parameter.
         fingerprint: Returns the fingerprint of the model.
         float32: Names of modules that diffusers leaves in float32, whatever the denoiser is loaded in.
     """

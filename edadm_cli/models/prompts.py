@@ -1,6 +1,6 @@
-"""The prompts of a batch of images: from the user's file, the model's own, or the built-in captions.
+"""Reads the prompts of images: from the user's file, the model's own, or the built-in captions.
 
-The suffix of a file decides how it is read: a text file has one prompt per line; `.json` holds COCO captions (or a list
+The suffix of a file decides how it is read. A text file has one prompt per line; `.json` holds COCO captions (or a list
 of texts); `.csv` and `.tsv` have a header and a column of prompts, which `FILE:COLUMN` names.
 
 References:
@@ -26,7 +26,7 @@ MAX_PROMPT_CHARACTERS = 4000
 CAPTIONS = Path(__file__).with_name("captions.txt")
 CAPTIONS_NAME = "edadm-captions-256"
 
-_PIPES = ("dev", "proc")  # places where a shell puts what another command writes
+_PIPES = ("dev", "proc")  # folders in which a shell puts the output of another command
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _USUAL_COLUMNS = ("caption", "prompt", "text")
 

@@ -1,4 +1,4 @@
-"""Other libraries' talk kept off the terminal, which belongs to the command's own output."""
+"""Keeps messages of other libraries off the terminal, which is for the command's own output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def pipeline_warnings() -> Iterator[list[str]]:
-    """Collects what diffusers' pipelines warn of while entered, each kind of warning once; nothing is printed."""
+    """Collects the warnings of diffusers' pipelines while entered, each kind once; nothing is printed."""
     messages: list[str] = []
 
     class Collector(logging.Handler):

@@ -1,4 +1,4 @@
-"""Random numbers that are the same on every device, in integer arithmetic.
+"""Generates random numbers that are the same on every device, in integer arithmetic.
 
 Each element has a number of its own; a mixing function turns it into 64 bits. The sum of their four 16-bit parts is
 nearly normal: it reaches 3.46 standard deviations, and its density is within 3% of a normal one.

@@ -18,7 +18,7 @@ def pack(statistics: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor
 
     Args:
         statistics: `<kind>_mean (D,)` and the symmetric `<kind>_cov (D, D)`.
-        prefix: What the names of the tensors start with.
+        prefix: Beginning of the names of the tensors.
     """
     import torch
 
@@ -32,7 +32,7 @@ def pack(statistics: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor
 
 
 def unpack(packed: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Returns what was packed, `<kind>_mean (D,)` and `<kind>_cov (D, D)`, in float64."""
+    """Returns the unpacked `<kind>_mean (D,)` and `<kind>_cov (D, D)` in float64."""
     import torch
 
     statistics: dict[str, Tensor] = {}

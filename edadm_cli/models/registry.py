@@ -1,4 +1,4 @@
-"""The models that are known by name, with the settings that are theirs rather than the tool's.
+"""The models that are known by name, with their own default settings.
 
 References:
     EDA-DM, arXiv 2401.04585, section 5 and appendix (systems and hyper-parameters).
@@ -21,7 +21,7 @@ class _Frozen(BaseModel):
 
 
 class PaperSettings(_Frozen):
-    """What the authors' scripts set for a system."""
+    """The settings in the authors' scripts for a system."""
 
     iterations: int = Field(description="optimizer steps per unit")
     batch_size: int = Field(description="calibration samples per optimizer step")

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from edadm_cli.models.loaded import LoadedModel
 
 CALIBRATION, EVALUATION = 0, 1
-"""Streams of image seeds: images that calibrate and images that judge never share their noise."""
+"""Streams of image seeds: images for calibration and images for evaluation never share their noise."""
 
-_STRIDE = 1_000_003  # images of one seed and stream before they meet those of the next
+_STRIDE = 1_000_003  # number of images of one seed and stream before their seeds repeat those of the next one
 _HANDLED = {
     "prompt",
     "class_labels",
@@ -46,13 +46,13 @@ _NO_GUIDANCE = 1.0
 
 @dataclass(frozen=True)
 class Samples:
-    """Images and what they were decoded from.
+    """Images and their latents.
 
     Attributes:
-        images: 8-bit images, with shape `(N, C, H, W)`, on the CPU. Of a clip they are its frames side by side.
+        images: 8-bit images, with shape `(N, C, H, W)`, on the CPU. The frames of a clip are side by side.
         latents: The sampler's last sample in float32: latents before decoding, or pixels in [-1, 1] for a
             pipeline without a decoder; with shape `(N, *)`, on the CPU.
-        warnings: What the pipeline warned of, each kind of warning once.
+        warnings: The warnings of the pipeline, each kind once.
     """
 
     images: Tensor
@@ -83,9 +83,9 @@ def sample(
 
     Args:
         model: The pipeline.
-        seeds: One seed an image.
-        prompts: One prompt an image, for pipelines that take prompts.
-        num_steps: T, sampler steps.
+        seeds: One seed per image.
+        prompts: One prompt per image, for pipelines that take prompts.
+        num_steps: T, the number of sampler steps.
         guidance_scale: Classifier-free guidance; `None` for the pipeline's own, or for one without guidance.
 
     Raises:
@@ -123,7 +123,7 @@ def sample(
 
 
 def takes_prompts(pipeline: DiffusionPipeline) -> bool:
-    """Returns whether images of this pipeline are asked for in words."""
+    """Returns whether this pipeline takes prompts."""
     return "prompt" in _parameters(pipeline)
 
 
@@ -133,7 +133,7 @@ def takes_guidance(pipeline: DiffusionPipeline) -> bool:
 
 
 def default_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> float | None:
-    """Returns the guidance scale that a pipeline has without being asked; `None` where it knows none."""
+    """Returns a pipeline's default guidance scale; `None` if it has none."""
     name = "true_cfg_scale" if _has_true_guidance(pipeline, denoiser) else "guidance_scale"
     default = call_default(pipeline, name)
     return default if isinstance(default, int | float) else call_default(pipeline, "guidance_scale")
@@ -148,21 +148,21 @@ def _has_true_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> bool
 
 
 def call_default(pipeline: DiffusionPipeline, name: str) -> Any:
-    """Default value of a parameter of the pipeline's `__call__`; `None` where there is none."""
+    """Returns the default value of a parameter of the pipeline's `__call__`; `None` if there is none."""
     parameter = _parameters(pipeline).get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
 def require_num_steps(model: LoadedModel, num_steps: int) -> None:
-    """Refuses more steps than the model has timesteps: schedulers would repeat some, or fail in words of their own.
+    """Refuses more steps than the model has timesteps: schedulers would repeat some, or fail with an unclear error.
 
     Raises:
-        UsageError: There are more.
+        UsageError: There are more steps than timesteps.
     """
     known = model.pipeline.scheduler.config.get("num_train_timesteps")
     if known is not None and num_steps > known:
         raise UsageError(
-            f"{num_steps} sampler steps were asked for, and {model.ref.id} has {known} timesteps.",
+            f"{num_steps} sampler steps were requested, but {model.ref.id} has {known} timesteps.",
             hint=f"--num-steps {model.entry.num_steps}",
         )
 
@@ -192,7 +192,7 @@ def _call_arguments(
         if prompts is None:
             raise InputError(
                 f"{model.ref.id} makes images from prompts, and none were given.",
-                hint="--prompts FILE, one a line",
+                hint="--prompts FILE, one per line",
             )
         if len(prompts) != len(seeds):
             raise UsageError(f"{len(seeds)} images need as many prompts, not {len(prompts)}.")
@@ -233,7 +233,7 @@ def _require_known_parameters(pipeline: DiffusionPipeline, parameters: dict[str,
 
 
 def _class_label(model: LoadedModel, seed: int) -> int | None:
-    """Returns the class of an image; `None` for a denoiser that says of no classes."""
+    """Returns the class of an image; `None` for a denoiser without classes."""
     config = model.denoiser.config
     own: Any = getattr(model.denoiser, "num_classes", None)
     num_classes = own or getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
@@ -244,7 +244,7 @@ def _class_label(model: LoadedModel, seed: int) -> int | None:
 
 @contextmanager
 def _explained_refusals(model: LoadedModel) -> Iterator[None]:
-    """Turns what a pipeline raises about its arguments, or about components that do not fit, into one sentence.
+    """Turns errors of a pipeline about its arguments, or about components that do not fit, into one sentence.
 
     Raises:
         InputError: The pipeline refused its arguments, or a component failed inside of its library.
@@ -292,10 +292,10 @@ def _is_refusal(error: BaseException) -> bool:
 def _watch_scheduler(
     pipeline: DiffusionPipeline, arguments: dict[str, Any], last_sample: list[Tensor]
 ) -> Iterator[None]:
-    """Keeps the sample that the scheduler returned last.
+    """Records the last sample of the scheduler while entered.
 
-    A pipeline that draws fresh noise at every step without handing its generators on (LDMPipeline) is mended: else the
-    noise would come from the global generator.
+    It also passes the generators to the scheduler for a pipeline that draws noise at every step without them
+    (LDMPipeline), whose noise would otherwise come from the global generator.
     """
     scheduler = pipeline.scheduler
     step: Callable[..., Any] = scheduler.step

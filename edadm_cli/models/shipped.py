@@ -27,7 +27,7 @@ def shared_parts(folder: Path) -> dict[str, Path]:
 
 
 def shipped_prompts(source: str, num_prompts: int, seed: int) -> list[str]:
-    """Returns prompts of a shipped model's own: `digits` or `emoji`.
+    """Returns prompts of a shipped model, whose source is `digits` or `emoji`.
 
     Raises:
         UsageError: The number is negative.

@@ -43,9 +43,9 @@ def place_stored(
     """Fills a denoiser that was built without memory: linear layers and convolutions read their weights when used.
 
     Args:
-        denoiser: Its parameters are on the `meta` device; buffers hold their values.
-        readers: One for each parameter, by name.
-        device: Where it computes.
+        denoiser: The denoiser, with parameters on the `meta` device and buffers with values.
+        readers: A reader for each parameter, by name.
+        device: The device of the denoiser.
         dtype: The element type of its parameters.
         float32: Names of modules whose parameters are float32 in any case, such as `norm1`.
 
@@ -84,12 +84,12 @@ def bring_stored(denoiser: nn.Module) -> None:
 
 
 def is_stored(module: nn.Module) -> bool:
-    """Returns whether the weight of a layer is read when it is used."""
+    """Returns whether the weight of a layer is read from disk when it is used."""
     return _READER in vars(module)
 
 
 def num_weights(layer: nn.Module) -> int:
-    """Returns the number of the elements of a layer's weight, which is not read for it."""
+    """Returns the number of elements of a layer's weight, without reading it."""
     return vars(layer)[_SHAPE].numel() if is_stored(layer) else layer.get_parameter("weight").numel()
 
 

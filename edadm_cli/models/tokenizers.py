@@ -14,7 +14,7 @@ _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
 def clip_tokenizer(**options: Any) -> Any:
-    """CLIP's own tokenizer, from the merges that open_clip ships.
+    """Returns CLIP's own tokenizer, from the merges that open_clip ships.
 
     Args:
         options: Further arguments of `transformers.CLIPTokenizer`, such as the padding token.
@@ -53,6 +53,6 @@ def _clip_merges() -> tuple[tuple[str, str], ...]:
 
 
 def _byte_symbols() -> list[str]:
-    """Printable stand-ins of the 256 bytes, in CLIP's order."""
+    """Returns the printable stand-ins of the 256 bytes, in CLIP's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]

@@ -1,6 +1,6 @@
-"""Which layers of a denoiser can be quantized, and in which units it is reconstructed.
+"""Determines which layers of a denoiser can be quantized, and in which units it is reconstructed.
 
-Both are read off the modules and one traced forward; what is peculiar to an architecture comes from its family.
+Both follow from the modules and one traced forward; properties of an architecture come from its family.
 
 References:
     EDA-DM, arXiv 2401.04585, section 4.2 (reconstruction units); Q-Diffusion, arXiv 2302.04304, section 4.3 (shortcuts
@@ -37,7 +37,7 @@ class TracedLayer:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is reconstructed at once: a block, or a single layer."""
+    """A block or a single layer, which is reconstructed as one."""
 
     name: str
     kind: UnitKind
@@ -75,7 +75,7 @@ class Trace:
 
 
 def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Runs `denoiser(*args, **kwargs)` once and notes what ran, in order."""
+    """Runs `denoiser(*args, **kwargs)` once and returns its trace: the layers that ran, in order."""
     result, runs, family = Trace(), dict[str, int](), family_of(denoiser)
     embeddings = [name for name, module in denoiser.named_modules() if type(module).__name__ in family.embeddings]
     with Hooks() as hooks:

@@ -72,8 +72,8 @@ class InputQuantizer:
         factors = self.transform.channel_factors(self.tensors)
         if factors is None:
             raise MachineError(
-                f"The transform '{self.transform.name}' is more than a factor per channel, which is all this engine"
-                " does to an input.",
+                f"The transform '{self.transform.name}' is not a factor per channel, and this engine supports no"
+                " other transform.",
                 hint="--engine reference, or a recipe without this transform",
             )
         return factors

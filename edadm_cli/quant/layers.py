@@ -62,16 +62,16 @@ class QuantizedLayer(nn.Module):
         weight_shape: `[C_out, C_in / groups, kh, kw]` or `[C_out, C_in]`.
         bias: The float bias, kept as it is.
         device: The device of the codes and scales.
-        code_bits: The bits that a code takes where it is held and stored; the fewest that serve if not given.
+        code_bits: The bits that a code takes in memory and on disk; by default as few as possible.
 
-    The codes are held packed when they have at most four bits. Scales are float32 and stay so whatever dtype the
-    model is cast to.
+    Codes of at most four bits are packed. Scales are float32, whatever dtype the model is cast to.
 
     Attributes:
         keeps_float_weight: Whether the dequantized weight stays in memory after the first forward. Without it a forward
-            costs a little more, and a whole denoiser four bytes a weight less. A layer that is offloaded keeps none.
-        product: What multiplies the codes on devices that it serves, in place of quantize-dequantize; see `deploy`.
-        member: What the product keeps of layers that share their input; `None` where the layer is multiplied alone.
+            costs a little more time, and a whole denoiser four bytes per weight less. An offloaded layer does not keep
+            it.
+        product: Multiplies the codes on the devices that it supports, in place of quantize-dequantize; see `deploy`.
+        member: Data of the product about layers that share their input; `None` if the layer is multiplied alone.
     """
 
     weight_codes: Tensor
@@ -108,7 +108,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def codes_shape(self) -> tuple[int, ...]:
-        """The shape of `weight_codes` as the layer holds and stores it."""
+        """The shape of `weight_codes` in memory and on disk."""
         if not is_packed(self.plan.weight_bits):
             return self.weight_shape
         per_row = torch.Size(self.weight_shape[1:]).numel()
@@ -128,7 +128,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, in the element type of the bias, for networks that read a layer's own (Z-Image)."""
+        """The dequantized weight in the element type of the bias, for networks that read it (Z-Image)."""
         return self._float_weight().to(torch.float32 if self.bias is None else self.bias.dtype)
 
     @property
@@ -145,7 +145,7 @@ class QuantizedLayer(nn.Module):
         bias: Tensor | None = None,
         **transform_tensors: Tensor,
     ) -> None:
-        """Fills in the codes (int8, `weight_shape`), scales, the transform's tensors, and a bias that was corrected."""
+        """Sets the codes (int8, `weight_shape`), the scales, the transform's tensors, and a corrected bias."""
         is_tight = is_packed(self.plan.weight_bits)
         packed = pack(weight_int, self.code_bits) if is_tight else weight_int.to(torch.int8)
         self.weight_codes.copy_(packed)
@@ -164,9 +164,10 @@ class QuantizedLayer(nn.Module):
         self._changed()
 
     def deploy(self, product: LayerProduct | None) -> None:
-        """Multiplies the codes by `product` where that runs, and keeps no float weight anywhere; `None` undoes both.
+        """Multiplies the codes by `product` where that runs, and keeps no float weight; `None` reverts both.
 
-        Quantize-dequantize remains what the layer does on other devices, and `arithmetic = "integer"` the exact sum.
+        On other devices the layer still quantizes and dequantizes, and `arithmetic = "integer"` still gives the exact
+        sum.
         """
         self.product, self.keeps_float_weight, self.member = product, product is None, None
         self._changed()
@@ -178,7 +179,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def input_quantizer(self) -> InputQuantizer | None:
-        """The quantizer that turns the input into codes; `None` where it stays in floating point."""
+        """The quantizer that turns the input into codes; `None` if the input is left in float."""
         grid = self.plan.input_grid
         if grid is None:
             return None
@@ -211,7 +212,7 @@ class QuantizedLayer(nn.Module):
         return shapes | dict.fromkeys(self.transform_tensors, (self.in_features,))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the output, computed in the arithmetic that is set, in the dtype of `x`."""
+        """Returns the output in the current arithmetic and in the dtype of `x`."""
         if self.product is not None and self.arithmetic == "fake-quantize":
             if self.product.runs(self):
                 return self.product(self, x)
@@ -226,7 +227,7 @@ class QuantizedLayer(nn.Module):
 
     def _integer(self, x: Tensor, quantizer: InputQuantizer) -> Tensor:
         codes = quantizer.codes(x) - quantizer.zero_point
-        # whole numbers below 2^53 are exact in float64, so this is the int32 sum whatever the order of summation
+        # integers below 2^53 are exact in float64, so this is the int32 sum in any order of summation
         accumulated = self.operation(codes.double(), self.weight_int.double())
         y = accumulated.float() * self.operation.per_channel(self.input_scale * self.weight_scale)
         if self.bias is not None:
@@ -249,7 +250,7 @@ class QuantizedLayer(nn.Module):
         return dequantize(self.weight_int, scale, torch.zeros((), device=scale.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        """Moves the layer with the model, but lets no cast change the scales."""
+        """Moves the layer with the model, without casting the scales."""
         super()._apply(keeping_float32(self, fn), recurse)
         self._changed()
         return self
@@ -260,22 +261,22 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # codes of a convolution may lie channels last, which safetensors refuses
+        # codes of a convolution may be in channels-last order, which safetensors refuses
         destination[f"{prefix}weight_codes"] = destination[f"{prefix}weight_codes"].contiguous()
 
     def _changed(self) -> None:
-        """Drops or renews what was computed from the layer's tensors."""
+        """Discards or recomputes everything that was computed from the layer's tensors."""
         self._weight = None
         if self.product is not None:
             self.product.prepare(self)
 
     def extra_repr(self) -> str:
-        """Returns what `print(model)` shows of the layer."""
+        """Returns the description of the layer that `print(model)` shows."""
         return f"{self.operation.kind}, weight {list(self.weight_shape)}, {self.plan}"
 
 
 class SplitLayer(nn.Module):
-    """A layer over a concatenated input: each channel range has quantizers of its own, the products are summed.
+    """A layer with a concatenated input: each channel range has its own quantizers, and the products are summed.
 
     References:
         Q-Diffusion, arXiv 2302.04304, section 4.3 (split shortcut quantization).
@@ -335,7 +336,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def keeping_float32(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wraps a `Module._apply` function so that the module's own float32 buffers change device but never dtype."""
+    """Wraps a function for `Module._apply` so that the module's own float32 buffers change device but not dtype."""
     own = {id(buffer) for buffer in module.buffers(recurse=False)}
 
     def moved(tensor: Tensor) -> Tensor:

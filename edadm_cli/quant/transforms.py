@@ -89,12 +89,13 @@ class Transform(ABC):
 
 
 class InputChannelScale(Transform):
-    r"""Divides every input channel by a scale s_c that the weight takes over.
+    r"""Divides every input channel by a scale s_c, and multiplies the weight's channel by it.
 
         s_c = clip((a_c / median(a)) ^ exponent, 1 or less, bound_c),   bound_c = min over o of max_k |W_ok| / |W_oc|
 
-    with a_c the value that 99.9% of |x_c| do not exceed. Within the bound no output channel's largest weight grows, so
-    the weight grid stays, and a scaled-up channel is rounded less coarsely in relation to its size.
+    where a_c is the value that 99.9% of |x_c| do not exceed. Within the bound, no output channel's largest weight
+    grows, so that the weight grid does not change, and the relative rounding error of scaled-up channels becomes
+    smaller.
     """
 
     name = "input-channel-scale"
@@ -112,7 +113,7 @@ class InputChannelScale(Transform):
         return {"input_channel_scale": scale}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], channel_dim: int) -> Tensor:
-        """Returns x / s as x times the reciprocal, in float32: every engine computes exactly this."""
+        """Returns x / s, as x times the float32 reciprocal of s; every engine computes exactly this."""
         factors = self.channel_factors(tensors)
         return x.float() * (factors if channel_dim == -1 else factors.reshape(-1, *[1] * (x.dim() - 2)))
 
@@ -127,12 +128,12 @@ class InputChannelScale(Transform):
 
 
 def dilation_bound(weight: Tensor) -> Tensor:
-    """Returns the largest scale of each input channel that no output channel's range notices, with shape `(C_in,)`.
+    """Returns the largest scale of each input channel that changes no output channel's range, with shape `(C_in,)`.
 
     bound_c = min over o of (max over k of |W_ok|) / |W_oc|, at least 1
 
     Args:
-        weight: With shape `(C_out, C_in, ...)`; of the taps of a convolution the largest counts.
+        weight: A weight with shape `(C_out, C_in, ...)`; the largest tap of a convolution counts.
 
     References:
         DilateQuant, arXiv 2409.14307, section 4 (weight dilation).
@@ -146,9 +147,9 @@ class HadamardRotation(Transform):
 
         T = diag(H, ..., H),  H_4g = H_4 (x) H_g,  2 H_4 = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
 
-    H is symmetric and its own inverse. In contrast to Sylvester's Hadamard matrix no row is constant, so the mean of a
-    group does not gather in one channel. Where the group does not divide the channels, the largest power of 4 below it
-    that does is taken, down to no rotation.
+    H is symmetric and its own inverse. In contrast to Sylvester's Hadamard matrix no row is constant, so that the mean
+    of a group is not concentrated in one channel. If the group size does not divide the channels, the largest smaller
+    power of 4 that does is used; it may be 1, which is no rotation.
 
     References:
         QuaRot, arXiv 2404.00456 (Hadamard rotations); ConvRot, arXiv 2512.03673 (regular ones, by groups).
@@ -160,7 +161,7 @@ class HadamardRotation(Transform):
     def calibrate(
         self, weight: Tensor, statistics: ChannelStatistics, options: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Returns nothing: the matrix depends on the number of channels alone."""
+        """Returns no tensors, because the matrix depends only on the number of channels."""
         return {}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], channel_dim: int) -> Tensor:
@@ -174,13 +175,13 @@ class HadamardRotation(Transform):
         return self._rotated(weight.movedim(1, -1)).movedim(-1, 1).contiguous()
 
     def mean_square(self, statistics: ChannelStatistics, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the mean of E[x_c^2] over each group: what the rotation makes of channels that are uncorrelated."""
+        """Returns the mean of E[x_c^2] over each group, as the rotation gives it for uncorrelated channels."""
         energy = statistics.mean_square
         size = self.size(energy.shape[0])
         return energy.view(-1, size).mean(dim=1).repeat_interleave(size)
 
     def size(self, channels: int) -> int:
-        """Returns the channels that are rotated together, of a layer with so many."""
+        """Returns the number of channels that are rotated together in a layer with `channels` channels."""
         size = self.group
         while channels % size:
             size //= 4
@@ -225,7 +226,7 @@ _registered: dict[str, Transform] = {}
 
 
 def register(transform: Transform) -> None:
-    """Makes a transform known by its name."""
+    """Registers a transform under its name."""
     _registered[transform.name] = transform
 
 
@@ -238,7 +239,7 @@ def transform_named(name: str) -> Transform:
     """Returns a transform.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: There is no transform with this name.
     """
     known = transforms()
     if name not in known:

@@ -114,7 +114,7 @@ def test_prompts_that_are_missing_or_too_few_are_told(stable_diffusion: LoadedMo
 
 
 def test_more_steps_than_timesteps_are_refused(pixels: LoadedModel) -> None:
-    with pytest.raises(UsageError, match=r"1001 sampler steps were asked for, and .* has 1000 timesteps"):
+    with pytest.raises(UsageError, match=r"1001 sampler steps were requested, but .* has 1000 timesteps"):
         sample(pixels, seeds=[1], prompts=None, num_steps=1001, guidance_scale=None)
 
 
