@@ -186,7 +186,12 @@ def linear_geglu(
     if not out.numel():
         return out
     geglu = (out_scale, out_zero_point, 2**num_bits - 1)
-    if uses_hopper(x) and product.takes(x, weight, scale, correction, bias, out):
+    large = None
+    if uses_hopper(x) and _takes_large(x, weight, scale, correction, bias, out):
+        large = matrices.choose_over_single(x.shape[0], (weight.shape[0],), x.shape[1], geglu=True)
+    if large is not None:
+        matrices.launch_matrices(large, x, [weight], [scale], [correction], [bias], [out], [geglu])
+    elif uses_hopper(x) and product.takes(x, weight, scale, correction, bias, out):
         shape = product.Shape.matrix(*x.shape)
         fast = product.choose("geglu", shape, weight.shape[0])
         product.launch_product(fast, x, weight, scale, correction, bias, out, None, None, shape, geglu=geglu)
@@ -237,8 +242,7 @@ def linear_gelu(
     out = _empty_codes(False, x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
     if not out.numel():
         return out
-    is_copied = uses_hopper(x) and matrices.takes_codes(out)
-    if is_copied and matrices.takes(x, [weight], (scale, correction), [bias], torch.float16):
+    if uses_hopper(x) and _takes_large(x, weight, scale, correction, bias, out):
         tile = matrices.choose(x.shape[0], (weight.shape[0],), x.shape[1])
         gelu = (out_scale, out_zero_point, 2**num_bits - 1)
         matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], [gelu])
@@ -246,6 +250,13 @@ def linear_gelu(
     y = x.new_empty(out.shape, dtype=torch.float16)
     fill_linear(x, weight, scale, correction, bias, None, y)
     return quantize(torch.nn.functional.gelu(y, approximate="tanh"), out_scale, out_zero_point, num_bits)
+
+
+def _takes_large(
+    x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None, out: Tensor
+) -> bool:
+    """Returns whether the kernel for large matrices computes a product whose output is codes."""
+    return matrices.takes_codes(out) and matrices.takes(x, [weight], (scale, correction), [bias], torch.float16)
 
 
 def check_matrices(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor, bias: Tensor | None) -> None:

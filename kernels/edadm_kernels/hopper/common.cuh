@@ -118,6 +118,20 @@ struct Quantizer {
     }
 };
 
+// 0.5 g (1 + erf(g / sqrt 2)) = max(g, 0) - 0.5 |g| (1 - erf(|g| / sqrt 2)), after Abramowitz and Stegun 7.1.26: the
+// error function is off by at most 1.5e-7.
+__device__ __forceinline__ float gelu(float g) {
+    const float scaled = g * 0.84932180f;  // its square is g^2 log2(e) / 2
+    float t, e;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(fmaf(0.23164190f, fabsf(g), 1.0f)));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-scaled * scaled));
+    float p = fmaf(0.5307027145f, t, -0.7265760135f);  // halves of the published coefficients
+    p = fmaf(p, t, 0.7107068705f);
+    p = fmaf(p, t, -0.142248368f);
+    p = fmaf(p, t, 0.127414796f);
+    return fmaf(-fabsf(g), p * t * e, fmaxf(g, 0.0f));
+}
+
 // Returns the low bytes of four words as one word.
 __device__ __forceinline__ u32 four_bytes(u32 a, u32 b, u32 c, u32 d) {
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);

@@ -2,29 +2,32 @@
 // columns may be in two tensors, and up to four right operands, each with a separate output.
 //
 // Blocks stay on their multiprocessor and compute one tile of BM rows and BN columns after another. Two groups of four
-// warps multiply 64 rows each. One warp copies BK channels of both operands per step into one of STAGES buffers, ahead
-// of the products and across tiles. The CLUSTER blocks of a cluster compute tiles below each other: each block copies
-// its rows and a part of the columns, which all of them multiply. The second group begins LAG steps after the first, so
-// that one group writes its sums while the other uses the tensor cores alone.
+// warps alternate: one group multiplies a tile while the other writes the sums of the tile before. One warp copies BK
+// channels of both operands per step into one of STAGES buffers, ahead of the products and across tiles. The CLUSTER
+// blocks of a cluster compute tiles below each other: each block copies its rows and a part of the columns, which all of
+// them multiply.
 //
-// These macros are defined: BM (128), BN, BK, STAGES, CLUSTER, LAG, BOX, BFLOATS (bfloat16 is written instead of
-// float16) and RASTER (the number of rows of tiles that are computed one after another). Before this text is the
-// function `multiply`.
+// These macros are defined: BM (128), BN, BK, STAGES, CLUSTER, BOX (columns that are written at once, 32 or 64), BFLOATS
+// (bfloat16 is written instead of float16), GEGLU (values and gates alternate, and the codes of gated values are
+// written) and RASTER (the number of rows of tiles that are computed one after another). Before this text is the function
+// `multiply`.
 
 constexpr int GROUPS = 2, THREADS = GROUPS * 128;
+constexpr int HALVES = BM / 64;                  // matrix instructions for the rows of a tile
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK;
 constexpr u64 SWIZZLE = BK == 128 ? 1 : 2;
-// BOX (32 or 64) is the number of columns that are written at once.
-constexpr int BOX_BYTES = 16 * BOX * 2;          // by a warp; half of them where codes are written
+constexpr int BOX_BYTES = 16 * (GEGLU ? 32 : 2 * BOX);  // of a warp; half of them if codes of gelu(y) are written
 constexpr int BOXES = BN / BOX;
 constexpr int PART = BN / CLUSTER;               // columns that one block copies
-static_assert(BM == GROUPS * 64 && BN % BOX == 0 && (PART * BK) % 1024 == 0 && LAG < STAGES, "tile");
+constexpr int CONSTANTS = 3 * BN;                // words per group: scales, corrections and biases of its columns
+static_assert(BM == HALVES * 64 && BN % BOX == 0 && (PART * BK) % 1024 == 0, "tile");
+static_assert(!GEGLU || BOX == 64, "a box of gated values has 32 bytes");
 
 struct Columns {
     const float* scale;
     const int* correction;
     const float* bias;          // or null
-    const float* out_scale;     // of the codes of gelu(y), or null if y is written in floating point
+    const float* out_scale;     // of the codes, or null if y is written in floating point
     const int* out_zero_point;
     float quant_max;
     int outputs, tiles;
@@ -63,16 +66,19 @@ __device__ __forceinline__ void write_box(const TensorMap* map, u32 source, int 
                  : "memory");
 }
 
-// Arrives at a barrier of any block of the cluster. It orders no memory accesses: the operands were read by matrix
-// instructions, which have ended. (A release to the cluster is a fence of the whole device, 0.8 microseconds per step.)
+// At a barrier of any block of the cluster. It orders nothing: what was read before was read by the matrix instructions,
+// which are waited for. (A release to the cluster is a fence of the whole device, 0.8 microseconds in every step.)
 __device__ __forceinline__ void arrive_at(u32 peer_barrier) {
     asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
 }
 
-// Brings the line of an address into the first-level cache.
-__device__ __forceinline__ void touch(const void* address) {
-    u32 unused;
-    asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(unused) : "l"(address));
+// Starts a copy of 16 bytes into shared memory, or of zeros if `bytes` is 0.
+__device__ __forceinline__ void copy_words(u32 target, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void sync_group(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
 __device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
@@ -85,7 +91,7 @@ __device__ __forceinline__ void store_word(u32 address, u32 word) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 
-// The rows and columns of a tile. RASTER rows of tiles are computed one after another, so that they share operands.
+// Which rows and columns a tile has; neighbours in a row of RASTER tiles follow each other.
 struct Tile {
     int row, column, member;  // first row of the cluster; first column within the right operand `member`
 
@@ -100,36 +106,49 @@ struct Tile {
     }
 };
 
-// What the epilogue needs of the columns of a thread's box.
-struct Constants {
-    float2 scale[BOX / 8], bias[BOX / 8];
-    int2 correction[BOX / 8];
+// Starts the copies of the constants of a tile's columns into shared memory.
+__device__ __forceinline__ void copy_constants(u32 target, const Columns& from, int column, int thread) {
+    for (int i = thread; i < CONSTANTS / 4; i += 128) {
+        const int kind = i / (BN / 4), at = column + i % (BN / 4) * 4;
+        const void* const source = kind == 0 ? static_cast<const void*>(from.scale)
+                                   : kind == 1 ? static_cast<const void*>(from.correction)
+                                               : static_cast<const void*>(from.bias);
+        const bool exists = source != nullptr && at < from.outputs;
+        copy_words(target + 16 * i, exists ? static_cast<const float*>(source) + at : from.scale, exists ? 16 : 0);
+    }
+}
 
-    // There are no branches, which would make one load wait for another; columns past the end repeat the last two.
-    __device__ __forceinline__ void load(const Columns& from, int column) {
-        const float* const biases = from.bias ? from.bias : from.scale;
-        const float factor = from.bias ? 1.0f : 0.0f;
+__device__ __forceinline__ float2 load_floats(u32 address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+    return v;
+}
+
+// The constants of a thread's two columns in each of two blocks of eight columns.
+struct Constants {
+    float2 scale[2], bias[2];
+    int2 correction[2];
+
+    __device__ __forceinline__ explicit Constants(u32 address) {
 #pragma unroll
-        for (int j = 0; j < BOX / 8; ++j) {
-            const int at = min(column + 8 * j, from.outputs - 2);
-            scale[j] = __ldg(reinterpret_cast<const float2*>(from.scale + at));
-            correction[j] = __ldg(reinterpret_cast<const int2*>(from.correction + at));
-            bias[j] = __ldg(reinterpret_cast<const float2*>(biases + at));
+        for (int i = 0; i < 2; ++i) {
+            const float2 c = load_floats(address + 4 * BN + 32 * i);
+            scale[i] = load_floats(address + 32 * i);
+            correction[i] = make_int2(__float_as_int(c.x), __float_as_int(c.y));
+            bias[i] = load_floats(address + 8 * BN + 32 * i);
         }
-#pragma unroll
-        for (int j = 0; j < BOX / 8; ++j) bias[j].x *= factor, bias[j].y *= factor;
     }
 };
 
-// Computes y of blocks j and j + 1 of eight columns: of a pair of columns in one row and in the row eight below.
-__device__ __forceinline__ void finish(float (&y)[2][4], const int* sums, const Constants& by, int j) {
+// Computes y of two blocks of eight columns: of a pair of columns in one row and in the row eight below.
+__device__ __forceinline__ void finish(float (&y)[2][4], const int* sums, const Constants& by) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int at = 0; at < 4; ++at) {
-            const int correction = at % 2 ? by.correction[j + i].y : by.correction[j + i].x;
-            const float scale = at % 2 ? by.scale[j + i].y : by.scale[j + i].x;
-            const float bias = at % 2 ? by.bias[j + i].y : by.bias[j + i].x;
+            const int correction = at % 2 ? by.correction[i].y : by.correction[i].x;
+            const float scale = at % 2 ? by.scale[i].y : by.scale[i].x;
+            const float bias = at % 2 ? by.bias[i].y : by.bias[i].x;
             y[i][at] = __fadd_rn(__fmul_rn(__int2float_rn(sums[4 * i + at] - correction), scale), bias);
         }
 }
@@ -142,13 +161,22 @@ __device__ __forceinline__ u32 pair(float x, float y) {
 #endif
 }
 
-// Computes GELU approximated by a hyperbolic tangent: 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)).
+// The approximation by a hyperbolic tangent: 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)).
 __device__ __forceinline__ float gelu_tanh(float y) {
     // 2 u log2(e) = y (2.3022082 + 0.10294324 y^2)
     float e, r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-y * fmaf(0.10294324f, y * y, 2.3022082f)));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
     return y * r;
+}
+
+// Byte b of the word of each of four neighboring lanes belongs to block b. Returns the four bytes of one block to each lane:
+// those of block 0 to the first lane, and so on, in the order of the lanes.
+__device__ __forceinline__ u32 transposed(u32 word, int lane) {
+    const u32 beside = __shfl_xor_sync(0xffffffff, word, 1);
+    const u32 pairs = __byte_perm(word, beside, lane % 2 ? 0x3715 : 0x6240);
+    const u32 across = __shfl_xor_sync(0xffffffff, pairs, 2);
+    return __byte_perm(pairs, across, lane % 4 < 2 ? 0x5410 : 0x3276);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
@@ -161,7 +189,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     extern __shared__ __align__(1024) unsigned char shared[];
     const u32 a_at = shared_address(shared), b_at = a_at + STAGES * A_BYTES;
     const u32 staged = b_at + STAGES * B_BYTES;
-    const u32 full = staged + GROUPS * 4 * 2 * BOX_BYTES, empty = full + 8 * STAGES, begun = empty + 8 * STAGES;
+    const u32 constants_at = staged + GROUPS * 4 * 2 * BOX_BYTES;
+    const u32 full = constants_at + GROUPS * CONSTANTS * 4, empty = full + 8 * STAGES, turns = empty + 8 * STAGES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
     const int first = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
@@ -170,9 +199,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(full + 8 * stage, 1);
-            barrier_init(empty + 8 * stage, GROUPS * 4 * CLUSTER);
+            barrier_init(empty + 8 * stage, 4 * CLUSTER);
         }
-        barrier_init(begun, 1);
+        for (int group = 0; group < GROUPS; ++group) barrier_init(turns + 8 * group, 4);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -180,13 +209,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     if (CLUSTER > 1) cluster_sync();
 
     if (warp >= GROUPS * 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == THREADS) {
             await_previous();
             int stage = 0, phase = 1;
             for (int at = first; at < tiles; at += clusters) {
                 const Tile tile(at, p);
-                const TensorMap* const w_map = tile.member == 0 ? &w0 : tile.member == 1 ? &w1 : tile.member == 2 ? &w2 : &w3;
+                const int member = tile.member;
+                const TensorMap* const w_map = member == 0 ? &w0 : member == 1 ? &w1 : member == 2 ? &w2 : &w3;
                 for (int step = 0; step < steps; ++step) {
                     const u32 ready = full + 8 * stage;
                     barrier_wait(empty + 8 * stage, phase);
@@ -206,37 +236,39 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         __syncwarp();
         if (CLUSTER > 1) cluster_sync();
     } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     await_previous();
     const int group = warp / 4;
-    const u32 boxes = staged + warp * 2 * BOX_BYTES;
+    const u32 boxes = staged + warp * 2 * BOX_BYTES, constants = constants_at + group * CONSTANTS * 4;
     // A warp stores four matrices of 8x8 values at once; each lane gives the address of one row.
     const u32 row_at = lane % 16 * (BOX * 2), turned = BOX == 64 ? lane % 8 : lane / 2 % 4;
     // A lane stores four codes of a row and four of the row eight below, which has the same swizzle.
     const u32 codes_at = lane / 4 * BOX + lane % 2 * 8 + lane % 4 / 2 * 4;
     const u32 codes_turned = BOX == 64 ? lane / 8 : lane / 16;
     const u32 peer_empty = CLUSTER > 1 ? peer_address(empty, lane % CLUSTER) : empty;
-    int stage = 0, phase = 0, box = 0;
-    if (LAG > 0 && group == 1) barrier_wait(begun, 0);
-    for (int at = first; at < tiles; at += clusters) {
+    int box = 0, done = group * steps;  // steps of both groups before this tile
+    for (int at = first + group * clusters; at < tiles; at += GROUPS * clusters, done += GROUPS * steps) {
         const Tile tile(at, p);
         const Columns& columns = p.columns[tile.member];
-        if (warp * 32 < BN && tile.column + warp * 32 + lane < columns.outputs) {
-            const int at = tile.column + warp * 32 + lane;
-            touch(columns.scale + at), touch(columns.correction + at);
-            if (columns.bias) touch(columns.bias + at);
-        }
-        int sums[BN / 2];
-        int before = 0;
+        sync_group(group);  // every warp has read the constants of the previous tile
+        copy_constants(constants, columns, tile.column, threadIdx.x % 128);
+        // Waits until the other group has received all of its steps: the parity of a buffer's barrier distinguishes a step
+        // from the next one in that buffer, but not from the one after that.
+        const int turn = done / (GROUPS * steps) + group - 1;
+        if (turn >= 0) barrier_wait(turns + 8 * group, turn % 2);
+        int sums[HALVES][BN / 2];
+        int stage = done % STAGES, phase = done / STAGES % 2, before = 0;
         for (int step = 0; step < steps; ++step) {
             barrier_wait(full + 8 * stage, phase);
-            const u64 a = operand(a_at + stage * A_BYTES + group * 64 * BK);
+            const u64 a = operand(a_at + stage * A_BYTES);
             const u64 b = operand(b_at + stage * B_BYTES);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (int k = 0; k < BK / 32; ++k) multiply(sums, a + k * 2, b + k * 2, step + k > 0);
+            for (int k = 0; k < BK / 32; ++k)
+#pragma unroll
+                for (int half = 0; half < HALVES; ++half)
+                    multiply(sums[half], a + half * (64 * BK / 16) + k * 2, b + k * 2, step + k > 0);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            if (LAG > 0 && at == first && step == min(LAG, steps) - 1 && threadIdx.x == 0) barrier_arrive(begun);
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             if (step > 0 && lane < CLUSTER) {
                 if (CLUSTER > 1)
@@ -247,10 +279,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             before = stage;
             if (++stage == STAGES) stage = 0, phase ^= 1;
         }
+        if (lane == 0) barrier_arrive(turns + 8 * (1 - group));
         const bool as_codes = columns.out_scale != nullptr;
         const Quantizer quantize(as_codes ? __ldg(columns.out_scale) : 1.0f,
                                  as_codes ? __ldg(columns.out_zero_point) : 0, columns.quant_max);
-        const int column = tile.column + lane % 4 * 2;
+        asm volatile("cp.async.wait_all;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (lane < CLUSTER) {
             if (CLUSTER > 1)
@@ -259,52 +292,82 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 barrier_arrive(empty + 8 * before);
         }
 #pragma unroll
-        for (int i = 0; i < BN / 2; ++i) asm volatile("" : "+r"(sums[i])::"memory");
+        for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+            for (int i = 0; i < BN / 2; ++i) asm volatile("" : "+r"(sums[half][i])::"memory");
+        sync_group(group);  // the constants of all threads have arrived
 
         const TensorMap* const y_map = tile.member == 0 ? &y0 : tile.member == 1 ? &y1 : tile.member == 2 ? &y2 : &y3;
 #pragma unroll
         for (int c = 0; c < BOXES; ++c) {
-            Constants constants;
-            constants.load(columns, column + c * BOX);
-            if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-            __syncwarp();  // the box that was written two rounds ago has been copied
-            const u32 to = boxes + box * BOX_BYTES;
-            if (!as_codes) {
 #pragma unroll
-                for (int j = 0; j < BOX / 8; j += 2) {
-                    float y[2][4];
-                    finish(y, sums + c * (BOX / 2) + j * 4, constants, j);
-                    store_matrices(to + row_at + ((j + lane / 16) ^ turned) * 16, pair(y[0][0], y[0][1]),
-                                   pair(y[0][2], y[0][3]), pair(y[1][0], y[1][1]), pair(y[1][2], y[1][3]));
-                }
-            } else {
+            for (int half = 0; half < HALVES; ++half) {
+                if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+                __syncwarp();  // the box that was written two rounds ago has been copied
+                const u32 to = boxes + box * BOX_BYTES;
+                const u32 of_box = constants + 4 * (c * BOX + lane % 4 * 2);
+                const int* const sums_of_box = sums[half] + c * (BOX / 2);
+                const int from = tile.column + c * BOX;
+#if GEGLU
+                const int inner = from / 2;  // the first byte
 #pragma unroll
-                for (int j = 0; j < BOX / 8; j += 2) {
-                    float y[2][4];
-                    finish(y, sums + c * (BOX / 2) + j * 4, constants, j);
-                    u32 codes[2];
+                for (int chunk = 0; chunk < BOX / 32; ++chunk) {
+                    u32 codes[2][4];  // of a row, and of the row eight below
+#pragma unroll
+                    for (int j = 4 * chunk; j < 4 * chunk + 4; j += 2) {
+                        float y[2][4];
+                        finish(y, sums_of_box + j * 4, Constants(of_box + 32 * j));
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            codes[0][j % 4 + i] = quantize(y[i][0] * gelu(y[i][1]));
+                            codes[1][j % 4 + i] = quantize(y[i][2] * gelu(y[i][3]));
+                        }
+                    }
+                    const u32 at = to + lane / 4 * 32 + (chunk ^ (lane / 16)) * 16 + lane % 4 * 4;
 #pragma unroll
                     for (int i = 0; i < 2; ++i)
-                        codes[i] = four_bytes(quantize(gelu_tanh(y[i][0])), quantize(gelu_tanh(y[i][1])),
-                                              quantize(gelu_tanh(y[i][2])), quantize(gelu_tanh(y[i][3])));
-                    // Of two lanes, the left stores four columns of the first block and the right of the second.
-                    const u32 mine = lane % 2 ? codes[1] : codes[0];
-                    const u32 other = __shfl_xor_sync(0xffffffff, lane % 2 ? codes[0] : codes[1], 1);
-                    const u32 left = lane % 2 ? other : mine, right = lane % 2 ? mine : other;
-                    const u32 at = to + codes_at + (((j / 2) ^ codes_turned) * 16);
-                    store_word(at, __byte_perm(left, right, 0x5410));
-                    store_word(at + 8 * BOX, __byte_perm(left, right, 0x7632));
+                        store_word(at + i * 8 * 32,
+                                   transposed(four_bytes(codes[i][0], codes[i][1], codes[i][2], codes[i][3]), lane));
                 }
+#else
+                const int inner = as_codes ? from : 2 * from;
+                if (!as_codes) {
+#pragma unroll
+                    for (int j = 0; j < BOX / 8; j += 2) {
+                        float y[2][4];
+                        finish(y, sums_of_box + j * 4, Constants(of_box + 32 * j));
+                        store_matrices(to + row_at + ((j + lane / 16) ^ turned) * 16, pair(y[0][0], y[0][1]),
+                                       pair(y[0][2], y[0][3]), pair(y[1][0], y[1][1]), pair(y[1][2], y[1][3]));
+                    }
+                } else {
+#pragma unroll
+                    for (int j = 0; j < BOX / 8; j += 2) {
+                        float y[2][4];
+                        finish(y, sums_of_box + j * 4, Constants(of_box + 32 * j));
+                        u32 codes[2];
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            codes[i] = four_bytes(quantize(gelu_tanh(y[i][0])), quantize(gelu_tanh(y[i][1])),
+                                                  quantize(gelu_tanh(y[i][2])), quantize(gelu_tanh(y[i][3])));
+                        // Of two lanes the left takes the first block and the right the second: four columns each.
+                        const u32 mine = lane % 2 ? codes[1] : codes[0];
+                        const u32 other = __shfl_xor_sync(0xffffffff, lane % 2 ? codes[0] : codes[1], 1);
+                        const u32 left = lane % 2 ? other : mine, right = lane % 2 ? mine : other;
+                        const u32 at = to + codes_at + (((j / 2) ^ codes_turned) * 16);
+                        store_word(at, __byte_perm(left, right, 0x5410));
+                        store_word(at + 8 * BOX, __byte_perm(left, right, 0x7632));
+                    }
+                }
+#endif
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                __syncwarp();
+                if (lane == 0) {
+                    if (from < columns.outputs)
+                        write_box(y_map, to, inner, tile.row + rank * BM + half * 64 + warp % 4 * 16);
+                    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+                }
+                box ^= 1;
             }
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncwarp();
-            const int from = tile.column + c * BOX;
-            if (lane == 0) {
-                if (from < columns.outputs)  // in bytes: two per 16-bit float
-                    write_box(y_map, to, as_codes ? from : 2 * from, tile.row + rank * BM + warp * 16);
-                asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-            }
-            box ^= 1;
         }
     }
     if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

@@ -15,6 +15,7 @@ from edadm_kernels.hopper import product
 from edadm_kernels.hopper.driver import launch, tensor_map
 from edadm_kernels.hopper.product import Shape
 from edadm_kernels.hopper.variant import wgmma
+from edadm_kernels.tiles import Kind
 
 Gelu = tuple[Tensor, Tensor, int]
 """Scale, zero-point and largest unsigned code of an output that is activated and quantized."""
@@ -24,14 +25,16 @@ MOST_CHANNELS = 128
 """The largest number of channels per step of any tile."""
 _ROWS = 128  # rows per tile
 _WARP_ROWS = 16  # rows per warp
-_WARPS = 8  # warps that multiply
+_WARPS, _GROUPS = 8, 2  # warps that multiply, and groups of them
 _MULTIPROCESSORS = 132
 _ALIGNMENT = 16  # addresses and rows must be multiples of this many bytes to be copied
 
-_CLOCK = 4096 * 0.95  # products per clock and multiprocessor
-_BYTES = 46.0  # bytes that arrive per clock and multiprocessor
-_START = 6000.0  # clocks before the first step and after the last
-_TILE, _COLUMN = 500.0, 16.0  # clocks of a tile besides its products; clocks per column of a tile
+# Fitted to 89 timings on an H200, which it meets within 10%.
+_CLOCK = 4096 * 0.7  # products per clock and multiprocessor
+_BYTES = 42.0  # bytes that arrive per clock and multiprocessor
+_START = 3000.0  # clocks before the first step and after the last
+_OTHERS = 1.12  # measured over estimated time of the long sums of `product.cu`
+_COLUMN, _GATED = 36.0, 1.2  # clocks of the epilogue per column; the factor for a gated epilogue
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,22 @@ class MatrixTile:
     """Compile-time parameters of `matrices.cu`.
 
     Args:
-        bn: Columns per tile, a multiple of 32 up to 256; a tile has 128 rows.
+        bn: Columns per tile, a multiple of 32 up to 192; a tile has 128 rows.
         bk: Channels per step, 64 or 128.
         stages: Number of steps whose operands are in shared memory at once.
         cluster: Number of blocks that share the copies of the right operand, 1 or 2.
-        lag: Number of steps that the second group of warps stays behind the first; less than `stages`.
         raster: Number of rows of tiles that are computed one after another, so that they share operands in the L2.
         bfloats: Whether the output is bfloat16 instead of float16.
+        geglu: Whether columns are values and gates in turn, and the output is codes of half as many columns.
     """
 
     bn: int
     bk: int
     stages: int
     cluster: int
-    lag: int
     raster: int = 8
     bfloats: bool = False
+    geglu: bool = False
 
     source = "matrices.cu"
     name = "matrices"
@@ -63,13 +66,13 @@ class MatrixTile:
     @property
     def box(self) -> int:
         """Returns the columns that are written at once."""
-        return 64 if self.bn % 128 == 0 else 32
+        return 64 if self.geglu else 32
 
     @property
     def shared_bytes(self) -> int:
-        """Returns bytes for every stage's operands and two barriers, two boxes of outputs per warp, and one barrier."""
-        boxes = _WARPS * 2 * _WARP_ROWS * self.box * 2
-        return self.stages * ((_ROWS + self.bn) * self.bk + 16) + boxes + 8
+        """Returns bytes for operands and barriers of every stage, boxes of outputs per warp, and columns' constants."""
+        boxes = _WARPS * 2 * _WARP_ROWS * (32 if self.geglu else 2 * self.box)
+        return self.stages * ((_ROWS + self.bn) * self.bk + 16) + boxes + _GROUPS * (3 * 4 * self.bn + 8)
 
     def defines(self) -> dict[str, int]:
         """Returns the macros that the source is compiled with."""
@@ -79,10 +82,10 @@ class MatrixTile:
             "BK": self.bk,
             "STAGES": self.stages,
             "CLUSTER": self.cluster,
-            "LAG": self.lag,
             "RASTER": self.raster,
             "BOX": self.box,
             "BFLOATS": int(self.bfloats),
+            "GEGLU": int(self.geglu),
         }
 
     def prelude(self) -> str:
@@ -91,17 +94,18 @@ class MatrixTile:
 
     def label(self) -> str:
         """Returns the name of the tile for tables."""
-        dtype = "-bf16" if self.bfloats else ""
-        return f"matrices-{_ROWS}x{self.bn}x{self.bk}-cluster{self.cluster}{dtype}"
+        form = "-gated" if self.geglu else ""
+        return f"matrices-{_ROWS}x{self.bn}x{self.bk}-cluster{self.cluster}{form}{'-bf16' if self.bfloats else ''}"
 
 
 TILES = (
-    MatrixTile(256, 128, stages=4, cluster=2, lag=0),
-    MatrixTile(224, 128, stages=4, cluster=2, lag=0),
-    MatrixTile(192, 128, stages=5, cluster=1, lag=0),
-    MatrixTile(160, 128, stages=5, cluster=1, lag=0),
-    MatrixTile(128, 128, stages=6, cluster=1, lag=0),
+    MatrixTile(192, 128, stages=5, cluster=1),
+    MatrixTile(160, 128, stages=5, cluster=1),
+    MatrixTile(128, 128, stages=6, cluster=1),
+    MatrixTile(128, 128, stages=6, cluster=2),
 )
+GATED = MatrixTile(128, 128, stages=6, cluster=1, geglu=True)
+"""The tile of gated products: wider ones write for longer than the other group of warps multiplies."""
 
 
 class _Columns(ctypes.Structure):
@@ -157,21 +161,23 @@ def choose(rows: int, outputs: tuple[int, ...], products: int) -> MatrixTile:
     return min(TILES, key=lambda tile: cost(tile, rows, outputs, products))
 
 
-def choose_over_single(rows: int, outputs: tuple[int, ...], products: int) -> MatrixTile | None:
+def choose_over_single(rows: int, outputs: tuple[int, ...], products: int, geglu: bool = False) -> MatrixTile | None:
     """Returns the tile; `None` if one launch of `product.cu` per product is expected to be as fast."""
-    tile, shape = choose(rows, outputs, products), Shape.matrix(rows, products)
-    others = sum(product.cost("linear", product.choose("linear", shape, n), shape, n) for n in outputs)
-    return tile if cost(tile, rows, outputs, products) < others else None
+    tile, shape = GATED if geglu else choose(rows, outputs, products), Shape.matrix(rows, products)
+    kind: Kind = "geglu" if geglu else "linear"
+    others = sum(product.cost(kind, product.choose(kind, shape, n), shape, n) for n in outputs)
+    return tile if cost(tile, rows, outputs, products) < _OTHERS * others else None
 
 
 def cost(tile: MatrixTile, rows: int, outputs: tuple[int, ...], products: int) -> float:
-    """Estimates the clocks of the products."""
+    """Estimates the clocks of the products: of two groups of warps one multiplies while the other writes."""
     columns = sum(-(-n // tile.bn) for n in outputs)
     tiles = -(-rows // (_ROWS * tile.cluster)) * columns
     rounds = -(-tiles // (_MULTIPROCESSORS // tile.cluster))
     steps = -(-products // tile.bk)
-    step = max(_ROWS * tile.bn * tile.bk / _CLOCK, (_ROWS + tile.bn) * tile.bk / _BYTES)
-    return _START + rounds * (_TILE + _COLUMN * tile.bn + steps * step)
+    step = max(_ROWS * tile.bn * tile.bk / _CLOCK, (_ROWS + tile.bn / tile.cluster) * tile.bk / _BYTES)
+    epilogue = _COLUMN * tile.bn * (_GATED if tile.geglu else 1.0)
+    return _START + epilogue + rounds * max(steps * step, epilogue)
 
 
 def launch_matrices(
@@ -197,16 +203,19 @@ def launch_matrices(
         corrections: int32 `[N]`.
         biases: float32 `[N]`.
         outs: float16 or bfloat16 `[M, N]`, or int8 for a member with a quantizer; rows may have any stride.
-        gelus: Quantizer of each member that is activated and written as codes; by default there are none.
+        gelus: Quantizer of each member that is activated and written as codes; by default there are none. The only
+            member of a gated tile has one, and an output of half as many columns.
         more: Codes of the columns that follow those of `x`; `x` then has a multiple of `tile.bk` columns.
     """
-    tile = replace(tile, bfloats=any(out.dtype == torch.bfloat16 for out in outs))
+    bfloats = any(out.dtype == torch.bfloat16 for out in outs)
+    tile = replace(tile, bfloats=bfloats)
     rows, first = x.shape
     products = first if more is None else first + more.shape[1]
     row_tiles = -(-rows // (_ROWS * tile.cluster))
     problem = _Problem(
         rows=rows, products=products, row_tiles=row_tiles, first_products=first if more is not None else 1 << 30
     )
+    box_bytes = 32 if tile.geglu else tile.box
     w_maps, y_maps = [], []
     for place, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         columns, gelu, bias = problem.columns[place], gelus[place] if gelus else None, biases[place]
@@ -219,7 +228,7 @@ def launch_matrices(
         problem.column_tiles += columns.tiles
         part = (tile.bk, tile.bn // tile.cluster)
         w_maps.append(tensor_map(weight.data_ptr(), (products, weight.shape[0]), part, tile.bk))
-        y_maps.append(_output_map(out, tile.box * out.itemsize))
+        y_maps.append(_output_map(out, box_bytes * out.itemsize))
     unused = [w_maps[0]] * (MOST_MEMBERS - len(w_maps)), [y_maps[0]] * (MOST_MEMBERS - len(y_maps))
     x_maps = [
         tensor_map(t.data_ptr(), (t.shape[1], rows), (tile.bk, _ROWS), tile.bk)
@@ -238,5 +247,5 @@ def _output_map(out: Tensor, box_bytes: int) -> Any:
 
 
 def variants() -> list[MatrixTile]:
-    """Lists every tile in both element types."""
-    return [replace(tile, bfloats=bfloats) for tile in TILES for bfloats in (False, True)]
+    """Lists every tile in both element types, and the gated one."""
+    return [*(replace(tile, bfloats=bfloats) for tile in TILES for bfloats in (False, True)), GATED]
