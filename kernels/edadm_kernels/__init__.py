@@ -5,6 +5,7 @@ from edadm_kernels.attention_int8 import attend_int8, attend_int8_takes, attend_
 from edadm_kernels.backend import backend, fuses_gelu, uses_kernel
 from edadm_kernels.conv import MAX_KERNEL, conv2d
 from edadm_kernels.gemm import linear, linear_geglu, linear_gelu
+from edadm_kernels.heads import join_heads, join_heads_takes
 from edadm_kernels.linears import linear_joined, linear_stack, linears, linears_gelu
 from edadm_kernels.norm import group_norm, group_norm_quantize, layer_norm_quantize
 from edadm_kernels.pointwise import quantize, silu_quantize
@@ -26,6 +27,8 @@ __all__ = [
     "fuses_gelu",
     "group_norm",
     "group_norm_quantize",
+    "join_heads",
+    "join_heads_takes",
     "layer_norm_quantize",
     "linear",
     "linear_geglu",

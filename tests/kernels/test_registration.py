@@ -47,6 +47,10 @@ def cases() -> dict[str, tuple[Any, ...]]:
             SCALE, ZERO_POINT, 8, torch.float16,
         ),
         "linear_joined": (codes(ROWS, 8), codes(ROWS, TERMS - 8), codes(OUTPUTS, TERMS), *EPILOGUE, torch.float16),
+        "join_heads": (
+            columns, floats(2, ROWS, 4 * 16)[..., 16:], 2, [floats(24), floats(24)], 1e-6,
+            torch.ones(2 * ROWS, 24), torch.ones(2 * ROWS, 24),
+        ),
         "linear_stack": (
             codes(2, ROWS, TERMS), codes(2, OUTPUTS, TERMS), *(torch.stack([vector] * 2) for vector in EPILOGUE),
             torch.float16,

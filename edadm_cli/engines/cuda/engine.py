@@ -17,6 +17,7 @@ from edadm_cli.engines.base import FLOAT, AttentionForm, CompiledDenoiser, Engin
 from edadm_cli.engines.cuda.assembly import Assembly
 from edadm_cli.engines.cuda.attention_graph import INT8_ATTENTION
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
+from edadm_cli.engines.cuda.held_prompts import hold_prompts
 from edadm_cli.engines.cuda.layer_product import capability_refusal
 from edadm_cli.engines.cuda.lowering import Lowering, refusal
 from edadm_cli.engines.cuda.plain import build_plain, compile_blocks, has_fused_stages
@@ -87,9 +88,11 @@ class CudaEngine(Engine):
         is_assembled = has_fused_stages(denoiser)
         if not is_assembled:
             model, layers = build_plain(denoiser, options.device, options.rest_dtype, adapters)
+            state = StepState()
+            if self._prompt_cache:
+                hold_prompts(model, state.prompt)
             if on_cuda:
                 compile_blocks(model, options.attention)
-            state = StepState()
         else:
             kept = self._kept(denoiser, args, kwargs, options)
             assembly = Assembly(self._lowering(options, kept, adapters), self._prompt_cache, options.attention)

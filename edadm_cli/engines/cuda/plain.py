@@ -21,6 +21,7 @@ from edadm_cli.engines.cuda.attention_graph import attention_backend
 from edadm_cli.engines.cuda.conditioning import condition_at_once
 from edadm_cli.engines.cuda.feed_forward import fuse_feed_forwards
 from edadm_cli.engines.cuda.flux import fuse_single_blocks
+from edadm_cli.engines.cuda.joint_attention import join_streams
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.cuda.lowering import product_refusal
 from edadm_cli.engines.listing import list_layers
@@ -60,6 +61,7 @@ def build_plain(
         set_module(model, name, AdaptedLayer(model.get_submodule(name), branch.to(device, dtype)))
     fuse_feed_forwards(model, product)
     fuse_single_blocks(model, product)
+    join_streams(model)
     condition_at_once(model)
     float_name = str(dtype).removeprefix("torch.")
 

@@ -15,7 +15,7 @@ from edadm_kernels.hopper.compilation import compiled
 from edadm_kernels.variants import KernelVariant
 
 ARCHITECTURES = (80, 86, 89, 90)
-MODULES = ("attention", "attention_int8", "conv", "gemm", "hopper", "norm", "pointwise")
+MODULES = ("attention", "attention_int8", "conv", "gemm", "heads", "hopper", "norm", "pointwise")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Every operation in plain torch, exact where the operation is exact: what the kernels are compared with."""
 
 from edadm_kernels.reference.attention import attend_codes, attend_on_grids, attention_codes
+from edadm_kernels.reference.heads import join_heads
 from edadm_kernels.reference.norms import (
     attention_quantize,
     group_norm_quantize,
@@ -17,6 +18,7 @@ __all__ = [
     "attention_quantize",
     "conv2d",
     "group_norm_quantize",
+    "join_heads",
     "layer_norm_quantize",
     "linear",
     "linear_geglu",

@@ -138,6 +138,34 @@ def test_the_halves_of_a_single_block_of_flux_meet_as_codes() -> None:
     assert relative_l2(found, exact(denoiser, call)) < 1e-3
 
 
+@pytest.mark.parametrize(("family", "joined"), [("flux", 3 + 3 * 2), ("sd3", 3 + 2)])
+@torch.no_grad()
+def test_heads_of_text_and_image_are_joined_by_one_kernel(family: str, joined: int) -> None:
+    """Queries, keys and values of two streams; queries and keys of one."""
+    denoiser, call = quantized_denoiser(family)
+    compiled = CudaEngine().compile(denoiser, *call, CPU)
+    with counted() as counts:
+        prediction = prediction_of(compiled(*call[0], **call[1]))
+    assert counts["join_heads"] == joined
+    assert relative_l2(prediction, exact(denoiser, call)) < 1e-3
+
+
+@torch.no_grad()
+def test_the_prompt_of_a_pixart_is_projected_once_and_followed() -> None:
+    denoiser, (args, kwargs) = quantized_denoiser("pixart")
+    compiled = CudaEngine().compile(denoiser, args, kwargs, CPU)
+    with counted() as first:
+        compiled(*args, **kwargs)
+    with counted() as again:
+        compiled(*args, **kwargs)
+    assert first["linears"] - again["linears"] == 1, "keys and values of the only block"
+    kwargs["encoder_hidden_states"].mul_(0.5)
+    with counted() as anew:
+        prediction = prediction_of(compiled(*args, **kwargs))
+    assert anew == first
+    assert relative_l2(prediction, exact(denoiser, (args, kwargs))) < 1e-3
+
+
 @pytest.mark.parametrize("family", ["dit", "pixart", "sd3", "flux"])
 @torch.no_grad()
 def test_what_the_engine_compiles_is_one_graph(family: str) -> None:

@@ -1,0 +1,68 @@
+"""Keys and values of a prompt, computed once per image where a transformer projects nothing but the prompt for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from edadm_cli.engines.cuda.state import Pair, PromptCache
+
+_MODELS = ("PixArtTransformer2DModel",)
+
+
+class HeldLayer(nn.Module):
+    """A layer that reads the prompt; its output is computed before the step and held.
+
+    Args:
+        layer: The layer.
+
+    Attributes:
+        held: The output, set at the beginning of a step.
+    """
+
+    held: Tensor
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the held output, whatever `x` is."""
+        return self.held
+
+
+def hold_prompts(model: Any, prompt: PromptCache) -> None:
+    """Lets a deployed PixArt take the keys and values of cross-attention from `prompt`, in place.
+
+    Nothing is changed in other models: their keys and values depend on more than the prompt.
+
+    Args:
+        model: The denoiser.
+        prompt: Computes keys and values when it is given another prompt, or one that has been written to.
+    """
+    if type(model).__name__ not in _MODELS or model.caption_projection is None:
+        return
+    held: list[tuple[HeldLayer, HeldLayer]] = []
+    for block in model.transformer_blocks:
+        attention = block.attn2
+        attention.to_k, attention.to_v = pair = HeldLayer(attention.to_k), HeldLayer(attention.to_v)
+        place = prompt.add(partial(_project, model.caption_projection, pair[0].layer, pair[1].layer))
+        assert place == len(held)
+        held.append(pair)
+    prompt.is_active = True
+
+    def begin(*_: Any) -> None:
+        for place, (keys, values) in enumerate(held):
+            keys.held, values.held = prompt.pair(place)
+
+    model.register_forward_pre_hook(begin)
+
+
+def _project(
+    caption: Callable[[Tensor], Tensor], keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor], x: Tensor
+) -> Pair:
+    states = caption(x)
+    return keys(states), values(states)
