@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import edadm_kernels as kernels
 from edadm_cli.engines.base import AttentionForm
+from edadm_cli.engines.cuda.reductions import rows_in_registers
 from edadm_kernels.backend import uses_hopper
 
 MIN_TOKENS = 1024
@@ -39,7 +40,8 @@ def attention_backend(form: AttentionForm) -> Backend:
         from torch._inductor.compile_fx import compile_fx
 
         replace_attention(graph, form)
-        compiled: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
+        with rows_in_registers():
+            compiled: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
         return compiled
 
     return compile_graph
