@@ -102,7 +102,7 @@ def resolve(config: BenchConfig, run: RunFolder) -> BenchRequest:
         run=run,
         device=device,
         engine=engine,
-        subject=subject_of(config, run),
+        subject=subject_of(config, run, device),
         dtype=config.dtype or half or "float32",
         half=half,
         threads=config.threads or physical_cores(),

@@ -151,10 +151,11 @@ class NearestSubject(Subject):
         recipe: Decides which layers and attention products are quantized; its range searches are not used. `None`
             stands for the default recipe.
         seed: The seed of the calls that give the ranges.
+        device: Where random weights are made and all weights are rounded: a GPU takes seconds for 12 billion of them.
     """
 
-    def __init__(self, name: str, recipe: Recipe | None, seed: int) -> None:
-        self.name, self._seed = name, seed
+    def __init__(self, name: str, recipe: Recipe | None, seed: int, device: torch.device = _CPU) -> None:
+        self.name, self._seed, self._device = name, seed, device
         self._entry = known_models().get(name)
         recipe = recipe or load_recipe("default")
         self.recipe = recipe.model_copy(update={"ranges": recipe.ranges.model_copy(update=_MIN_MAX)})
@@ -170,18 +171,23 @@ class NearestSubject(Subject):
 
     def full_precision(self) -> nn.Module:
         """Builds the denoiser alone if its architecture is known, else loads the whole pipeline."""
-        if self._entry is not None and self._entry.source == "random":
-            return build_denoiser(self._entry.location, seed=self._entry.weights_seed)
-        return load_model(self.name, _CPU, torch.float32).denoiser
+        return nn.Module.to(self._built(), _CPU)
 
     def quantized(self, bits: BitWidth) -> nn.Module:
         """Builds the denoiser with weights rounded to nearest and ranges from one seeded call.
 
         Speed does not depend on the ranges, so more calls would only take time.
         """
-        denoiser = self.full_precision()
+        denoiser = self._built()
         quantize_to_nearest(denoiser, self.recipe, bits, [example_call(denoiser, batch_size=1, seed=self._seed)])
-        return denoiser
+        return nn.Module.to(denoiser, _CPU)
+
+    def _built(self) -> nn.Module:
+        """Returns the denoiser at full precision on the subject's device."""
+        if self._entry is not None and self._entry.source == "random":
+            location, seed = self._entry.location, self._entry.weights_seed
+            return build_denoiser(location, seed=seed, device=self._device)
+        return nn.Module.to(load_model(self.name, _CPU, torch.float32).denoiser, self._device)
 
     def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
         """Returns a call with random values in the shapes that the architecture takes."""
@@ -202,14 +208,14 @@ class NearestSubject(Subject):
         )
 
 
-def subject_of(config: BenchConfig, run: RunFolder) -> Subject:
-    """Returns the denoiser that a configuration asks to measure.
+def subject_of(config: BenchConfig, run: RunFolder, device: torch.device = _CPU) -> Subject:
+    """Returns the denoiser that a configuration asks to measure; what it computes itself it computes on `device`.
 
     Raises:
         InputError: The run has no such export, or the model is not found.
     """
     if config.model is not None:
-        return NearestSubject(config.model, config.recipe, config.seed)
+        return NearestSubject(config.model, config.recipe, config.seed, device)
     return ExportSubject(run, config.bits)
 
 
