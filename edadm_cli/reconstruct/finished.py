@@ -138,7 +138,7 @@ class FinishedUnits:
         needs = [link.form.call_bytes + link.form.learning_bytes(True) for link in links.values()]
         self._largest_need, self._peak = num_rows * max(needs, default=0), self._peak_bytes()
         # Where memory cannot hold both, the stored outputs leave enough for the rows that one unit learns from.
-        self._all_in_memory = self._largest_need + self._peak <= cache.budget
+        self._all_in_memory = not cache.shared and self._largest_need + self._peak <= cache.budget
 
     @property
     def expected_bytes(self) -> int:

@@ -352,3 +352,21 @@ def test_a_unit_that_is_finished_runs_in_one_more_pass(make_setting: MakeSetting
     batches = len(setting.batches)
     counts = {name: sum(run is layer for run in runs) for name, layer in layers.items()}
     assert set(counts.values()) <= {0, batches}, "not once per unit that comes after"
+
+
+def test_stored_outputs_have_their_memory_before_calls_are_captured_ahead(
+    make_setting: MakeSetting, tmp_path: Path
+) -> None:
+    """Where memory holds the stored outputs beside what a unit learns from, no output goes to a file."""
+    setting = make_setting(iterations=1)
+    units, rows = setting.units(), setting.batches.num_rows
+    forms = probe_units(setting.denoiser, units, setting.batches)
+    links = find_links(setting.denoiser, units, forms, setting.batches)
+    needs = rows * max(form.call_bytes + form.learning_bytes(True) for form in forms.values())
+    unlimited = FinishedUnits(setting.denoiser, units, links, setting.cache(tmp_path, 2**40), rows)
+    peak = unlimited.expected_bytes
+    skips = sum(rows * sum(kind.bytes for kind in link.form.outputs) for link in links.values())
+    assert 0 < peak < skips
+    for budget, expected in ((needs + peak, peak), (needs + peak - 1, 0)):
+        finished = FinishedUnits(setting.denoiser, units, links, setting.cache(tmp_path, budget), rows)
+        assert finished.expected_bytes == expected
