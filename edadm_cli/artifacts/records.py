@@ -30,8 +30,14 @@ class Estimate(Record):
     """The estimated cost of a stage, from a short probe."""
 
     seconds: float = Field(ge=0)
-    memory_mib: float = Field(ge=0, description="peak, beyond the program itself")
+    memory_mib: float = Field(ge=0, description="peak on the device that computes, beyond the program itself")
+    host_memory_mib: float | None = Field(None, ge=0, description="peak of the host where a GPU computes; else absent")
     disk_mib: float = Field(ge=0, description="the artifact, and what it needs while it is built")
+
+    @model_serializer(mode="wrap")
+    def _without_absent_host(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "host_memory_mib" or value is not None}
 
 
 class StageRecord(Record):

@@ -138,8 +138,10 @@ def _estimate(stage: Mapping[str, Any]) -> str:
     estimate = stage.get("estimate")
     if estimate is None:
         return "" if stage["status"] == "up_to_date" else "known once the stages before it are done"
+    host = estimate.get("host_memory_mib")
+    on_host = "" if host is None else f"{host:.4g} MiB of the host's, "
     return (
-        f"{estimate['seconds']:.3g} s, {estimate['memory_mib']:.4g} MiB of memory, "
+        f"{estimate['seconds']:.3g} s, {estimate['memory_mib']:.4g} MiB of memory, {on_host}"
         f"{estimate['disk_mib']:.4g} MiB of disk"
     )
 

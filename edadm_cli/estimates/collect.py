@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,13 @@ from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.stage import prepare
 from edadm_cli.config import CollectConfig
+from edadm_cli.estimates.gpu_peak import gpu_peak
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.encoding import encode_first
 from edadm_cli.models.loading import LoadedModel
-from edadm_cli.models.sampling import sample
+from edadm_cli.models.placement import is_encoder
+from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.models.stored import is_stored, num_weights
 from edadm_cli.processes import ALONE
 
 _MIB = 2**20
@@ -71,7 +76,11 @@ def probe(
     One image is sampled over two steps, then more images at a time as long as that is quick. The cost of a whole batch
     is extrapolated on the straight line through the last two probes.
     """
-    probes = _growing_probes(model, batch_size, prompts, guidance_scale)
+    loaded, encoders = _weight_bytes(model), _weight_bytes(model, only_encoders=True)
+    with gpu_peak(model.pipeline.device) as encoding_peak:
+        encode_first(model, _short_samplings(model, batch_size, prompts, guidance_scale))
+    with gpu_peak(model.pipeline.device) as sampling_peak:
+        probes = _growing_probes(model, batch_size, prompts, guidance_scale)
     single = probes[0]
     calls = num_steps + len(single.recorder.latents) - _PROBE_STEPS
     seconds_a_call = _extrapolate(probes, [probe.seconds_a_call for probe in probes], batch_size)
@@ -86,23 +95,60 @@ def probe(
     payload = num_trajectories * (latents + condition) + feature_batch * features
     scratch = num_trajectories * condition + feature_batch * features
     batch = batch_size * (latents + condition) + min(batch_size, feature_batch) * features
-    weights = _bytes(parameter for part in _modules(model) for parameter in part.parameters())
-    activations = _LIVE_OUTPUTS * single.largest_output_bytes * batch_size
+    rows = max(batch, 2 * feature_batch * features)
+    activations = max(
+        _LIVE_OUTPUTS * single.largest_output_bytes * batch_size, sampling_peak.bytes / probes[-1].size * batch_size
+    )
+    on_gpu = model.pipeline.device.type == "cuda"
+    through_host = max((_bytes(part.parameters()) for part in _modules(model)), default=0) if model.folder else 0
+    sampling = _weight_bytes(model) + activations
     return Estimate(
         seconds=seconds,
-        memory_mib=(weights + activations + max(batch, 2 * feature_batch * features)) / _MIB,
+        memory_mib=(max(sampling, loaded + encoding_peak.bytes) + (0 if on_gpu else rows)) / _MIB,
+        host_memory_mib=(rows + max(through_host, encoders)) / _MIB if on_gpu else None,
         disk_mib=(payload + scratch) / _MIB,
     )
+
+
+def _weight_bytes(model: LoadedModel, only_encoders: bool = False) -> int:
+    """Returns the bytes of the weights that are in memory, and of the largest one that is read when it is used."""
+    parts = {name: part for name, part in model.pipeline.components.items() if isinstance(part, nn.Module)}
+    chosen = [part for name, part in parts.items() if not only_encoders or is_encoder(name)]
+    stored = [num_weights(module) for part in chosen for module in part.modules() if is_stored(module)]
+    itemsize = next(model.denoiser.parameters()).element_size()
+    return _bytes(parameter for part in chosen for parameter in part.parameters()) + itemsize * max(stored, default=0)
+
+
+def _sizes(batch_size: int) -> Iterator[int]:
+    """Gives the numbers of images that are sampled at a time, each some times the one before."""
+    size = 1
+    while size < batch_size:
+        yield size
+        size = min(_GROWTH * size, batch_size)
+    yield size
 
 
 def _growing_probes(
     model: LoadedModel, batch_size: int, prompts: list[str] | None, guidance_scale: float | None
 ) -> list[_Probe]:
-    probes = [_sample_short(model, 1, prompts, guidance_scale)]
-    while probes[-1].size < batch_size and probes[-1].seconds < _QUICK_S:
-        size = min(_GROWTH * probes[-1].size, batch_size)
+    probes: list[_Probe] = []
+    for size in _sizes(batch_size):
+        if probes and probes[-1].seconds >= _QUICK_S:
+            break
         probes.append(_sample_short(model, size, prompts, guidance_scale))
     return probes
+
+
+def _short_samplings(
+    model: LoadedModel, batch_size: int, prompts: list[str] | None, guidance_scale: float | None
+) -> list[Callable[[], Samples]]:
+    """Returns the samplings of all probes, for their prompts to be encoded first."""
+    return [partial(_sample, model, size, prompts, guidance_scale) for size in _sizes(batch_size)]
+
+
+def _sample(model: LoadedModel, num_images: int, prompts: list[str] | None, guidance_scale: float | None) -> Samples:
+    chosen = None if prompts is None else (prompts * num_images)[:num_images]
+    return sample(model, seeds=range(num_images), prompts=chosen, num_steps=_PROBE_STEPS, guidance_scale=guidance_scale)
 
 
 def _extrapolate(probes: list[_Probe], seconds: list[float], batch_size: int) -> float:
@@ -118,16 +164,9 @@ def _sample_short(
     model: LoadedModel, num_images: int, prompts: list[str] | None, guidance_scale: float | None
 ) -> _Probe:
     recorder = BatchRecorder(model, num_images, num_features=1)
-    chosen = None if prompts is None else (prompts * num_images)[:num_images]
     with recorder.recording(), _timed_calls(model.denoiser) as times, _largest_output(model) as largest:
         start = time.perf_counter()
-        sample(
-            model,
-            seeds=range(num_images),
-            prompts=chosen,
-            num_steps=_PROBE_STEPS,
-            guidance_scale=guidance_scale,
-        )
+        _sample(model, num_images, prompts, guidance_scale)
         seconds = time.perf_counter() - start
     beside = max(0.0, seconds - sum(times))
     return _Probe(num_images, min(times), beside, seconds, largest[0], recorder)

@@ -15,10 +15,13 @@ from functools import partial
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.estimates.cost_model import Law, Measure, Size
+from edadm_cli.estimates.gpu_peak import gpu_peak
 from edadm_cli.estimates.unit_timing import Forward, Stopwatch, Timed, Work, kind_of, spread, time_forward, time_units
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.stored import is_stored, num_weights
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE
+from edadm_cli.quant.packing import stored_bits
 from edadm_cli.recipe import RangeRecipe
 from edadm_cli.reconstruct.call_signatures import UnitForm
 from edadm_cli.reconstruct.capture_groups import capture_groups
@@ -61,6 +64,7 @@ def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
     return Estimate(
         seconds=loading + sum(cost.seconds for cost in costs),
         memory_mib=max(cost.memory_mib for cost in costs),
+        host_memory_mib=None if task.device.type != "cuda" else max(cost.host_memory_mib or 0.0 for cost in costs),
         disk_mib=sum(cost.disk_mib for cost in costs),
     )
 
@@ -78,23 +82,42 @@ def probe(
     """
     every, some = spread(setting.units, setting), spread(setting.learning, setting)
     captured = {unit.name for unit in (*every, *some)}
-    forward = time_forward(setting.network.denoiser, setting.units, captured, setting.batches)
+    with gpu_peak(setting.network.device) as forward_peak:
+        forward = time_forward(setting.network.denoiser, setting.units, captured, setting.batches)
     stopwatch = Stopwatch(setting, recipe, forward)
     parts = _Parts(setting, hyperparameters, forward)
-    parts.add(time_units(every, stopwatch.ranging, _RANGING_S))
-    held = 4 * sum(parameter.numel() for parameter in setting.network.denoiser.parameters())
-    codes = sum(
-        setting.num_weights(unit) for unit in setting.units
-    )  # one byte each, in the artifact and in the network
-    memory, disk = float(held + 2 * codes), float(codes)
+    with gpu_peak(setting.network.device) as ranging_peak:
+        parts.add(time_units(every, stopwatch.ranging, _RANGING_S))
+    codes = float(sum(setting.num_weights(unit) for unit in setting.units))  # one byte each in the artifact
+    activations = max(forward_peak.bytes, ranging_peak.bytes) / forward.rows * parts.batch_rows
+    working, disk = activations, codes
     seconds = parts.ranging(recipe.pooled)
     if setting.learning:
         parts.add(time_units(some, partial(stopwatch.learning, hyperparameters=hyperparameters), _LEARNING_S))
         forms = {unit.name: forward.shapes[unit.name].form(unit.name, forward.rows) for unit in setting.learning}
         seconds += parts.passes(forms, memory_budget) + parts.learning()
         more_memory, more_disk = _space(setting, hyperparameters, forms, memory_budget)
-        memory, disk = memory + more_memory, disk + more_disk
-    return Estimate(seconds=seconds, memory_mib=memory / _MIB, disk_mib=disk / _MIB)
+        working, disk = max(activations, more_memory), disk + more_disk
+    weights = _weights(setting)
+    on_gpu = setting.network.device.type == "cuda"
+    return Estimate(
+        seconds=seconds,
+        memory_mib=(weights + working + (0 if on_gpu else codes)) / _MIB,
+        host_memory_mib=codes / _MIB if on_gpu else None,
+        disk_mib=disk / _MIB,
+    )
+
+
+def _weights(setting: ReconstructionContext) -> float:
+    """Returns the bytes of the weights on the device: those in memory, two that are being read, and packed codes."""
+    denoiser, plan = setting.network.denoiser, setting.plan
+    held = 4 * sum(parameter.numel() for parameter in denoiser.parameters())
+    stored = max((4 * num_weights(module) for module in denoiser.modules() if is_stored(module)), default=0)
+    packed = sum(
+        stored_bits(plan.layers[name].weight_bits) / 8 * num_weights(layer)
+        for name, layer in setting.network.float_layers.items()
+    )
+    return held + 2 * stored + packed
 
 
 class _Parts:
