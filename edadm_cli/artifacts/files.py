@@ -146,15 +146,19 @@ def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
 def file_sha256(path: Path) -> str:
     """Hashes a file's bytes; a file that this process has hashed is read again only if its size or time has changed."""
     with open_regular(path) as file:
-        facts = os.fstat(file.fileno())
-        key = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
-        if key not in _hashes:
-            is_settled = time.time_ns() - facts.st_mtime_ns > _SETTLED_NS  # else a change may leave the time as it is
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if not is_settled:
-                return digest
+        key = _state(file)
+        if key in _hashes:
+            return _hashes[key]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # a change right after the last one may leave the time as it is
+        if key == _state(file) and time.time_ns() - key[-1] > _SETTLED_NS:
             _hashes[key] = digest
-        return _hashes[key]
+        return digest
+
+
+def _state(file: BufferedReader) -> tuple[int, int, int, int]:
+    facts = os.fstat(file.fileno())
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
