@@ -47,7 +47,7 @@ class InputError:
     products: float
 
 
-def with_float_inputs(
+def plan_float_inputs(
     denoiser: nn.Module,
     traced: Trace,
     plan: QuantizationPlan,

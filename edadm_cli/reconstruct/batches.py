@@ -58,6 +58,15 @@ class Batches:
                 row_numbers.append(start * self.calibration.branches + branch * size + index - start)
         return row_numbers
 
+    def of_every_step(self, count: int) -> list[int]:
+        """Returns the indices of about `count` samples, as many of each step as it has, in the order of the steps.
+
+        A step with few samples is represented too: where predictions are hardest, there may be few.
+        """
+        steps = self.calibration.step_index[: self.num_samples]
+        each = max(1, count // len(steps.unique()))
+        return [int(index) for step in steps.unique() for index in (steps == step).nonzero().flatten()[:each]]
+
     def call(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments of the denoiser for some samples."""
         return self.calibration.call(indices, self.device, torch.float32)

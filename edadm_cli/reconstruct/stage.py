@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.artifacts.quantization import PARAMS_FILE, save_plan
 from edadm_cli.calibrate.bit_budget import spend_budget
-from edadm_cli.calibrate.float_inputs import with_float_inputs
 from edadm_cli.calibrate.gptq import gptq_params
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import count, plan_network
@@ -50,6 +49,7 @@ from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.context import ReconstructionContext
+from edadm_cli.reconstruct.float_inputs import with_float_inputs
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import repeatable_convolutions
@@ -57,7 +57,6 @@ from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache, memory_budget
 from edadm_cli.reconstruct.unit_data import UnitResult
 
 _RANGES_FILE = "ranges.safetensors"
-_MEASURED_SAMPLES, _MEASURED_ROWS = 128, 8  # of the errors of inputs: samples, and rows per backward pass
 _LARGEST_GAP = 1.1  # largest ratio of the loss with rounded h to the loss before rounding that gives no warning
 
 
@@ -189,32 +188,6 @@ def prepare(task: _Task, place: str = "", note: Callable[[str], None] = lambda _
     return ReconstructionContext(network, traced, plan, all_units, _learning(all_units, config), batches)
 
 
-def _with_float_inputs(task: _Task, context: ReconstructionContext) -> ReconstructionContext:
-    """Leaves the inputs in floating point that the recipe's share of multiplications is best spent on."""
-    recipe = task.config.recipe.ranges
-    if not recipe.float_input_share:
-        return context
-    batches, network = context.batches, context.network
-    count = min(_MEASURED_SAMPLES, batches.num_samples)
-    places = [index * batches.num_samples // count for index in range(count)]  # they are in the order of the steps
-
-    def calls(size: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        return [batches.call(places[start : start + size]) for start in range(0, count, size)]
-
-    few = max(1, _MEASURED_ROWS // batches.calibration.branches)
-    with network.full_precision():
-        plan = with_float_inputs(
-            network.denoiser,
-            context.traced,
-            context.plan,
-            recipe,
-            calls(batches.batch_size),
-            calls(few),
-            task.config.seed,
-        )
-    return replace(context, plan=plan)
-
-
 def _no_blocks(task: _Task, context: ReconstructionContext) -> list[str]:
     """Returns a warning if blocks are to be reconstructed and the denoiser has none."""
     learns_blocks = task.config.recipe.learn.granularity == "block"
@@ -281,7 +254,7 @@ def _build_denoiser(task: _Task, place: str, folder: Path, reporter: Reporter) -
         folder.mkdir(exist_ok=True)
     task.processes.wait()
     note = reporter.warn if task.processes.is_main else lambda _: None
-    context = _with_float_inputs(task, prepare(task, place, note))
+    context = with_float_inputs(prepare(task, place, note), task.config.recipe.ranges, task.config.seed)
     warnings = _no_blocks(task, context)
     for warning in warnings if task.processes.is_main else ():
         reporter.warn(warning)
