@@ -55,9 +55,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _command(stage: str, model: Path, place: Path, run: Path) -> list[str]:
-    own = ["--model", str(model)] if stage == "collect" else []
-    own += ["--bits", BITS] if STAGES[stage] else []
-    return [stage, *own, "--config", str(place / "edadm.toml"), "--run", str(run), "-q"]
+    model_options = ["--model", str(model)] if stage == "collect" else []
+    model_options += ["--bits", BITS] if STAGES[stage] else []
+    return [stage, *model_options, "--config", str(place / "edadm.toml"), "--run", str(run), "-q"]
 
 
 def _payload(run: Path, stage: str) -> dict[str, str]:

@@ -35,17 +35,17 @@ def test_parts_are_joined_along_a_dimension(tmp_path: Path, dim: int) -> None:
     for path, part in zip(paths, parts, strict=True):
         save_tensors(path, {"x": part, "other": torch.zeros(1)})
     stream_tensors(tmp_path / "joined", {"x": joined(paths, "x", dim), "n": streamed(torch.tensor(7))})
-    found = load_tensors(tmp_path / "joined")
-    assert torch.equal(found["x"], torch.cat(parts, dim=dim))
-    assert found["n"] == 7
+    actual = load_tensors(tmp_path / "joined")
+    assert torch.equal(actual["x"], torch.cat(parts, dim=dim))
+    assert actual["n"] == 7
 
 
 def test_slices_are_the_tensor_in_order(tmp_path: Path) -> None:
     path = tmp_path / "file"
     save_tensors(path, TENSORS)
-    found = list(slices(path, "features", 1, 2))
-    assert [piece.shape[1] for piece in found] == [2, 2, 1]
-    assert torch.equal(torch.cat(found, dim=1), TENSORS["features"])
+    actual = list(slices(path, "features", 1, 2))
+    assert [piece.shape[1] for piece in actual] == [2, 2, 1]
+    assert torch.equal(torch.cat(actual, dim=1), TENSORS["features"])
     assert torch.equal(read_slice(path, "features", (slice(1, 2),)), TENSORS["features"][1:2])
     with pytest.raises(InputError, match="not a readable safetensors file"):
         read_slice(path, "absent", (slice(0, 1),))

@@ -318,10 +318,10 @@ def filled(
 
 
 def layer_exactly(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    own = copy.deepcopy(layer)
-    own.arithmetic = "integer"
+    copied = copy.deepcopy(layer)
+    copied.arithmetic = "integer"
     with torch.no_grad():
-        return own(x)
+        return copied(x)
 
 
 def _count(model: nn.Module, name: str) -> int:

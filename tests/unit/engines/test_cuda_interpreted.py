@@ -29,8 +29,8 @@ recipe = Recipe(name="test", ranges=RangeRecipe(weight="minmax", activation="min
 quantize_to_nearest(denoiser, recipe, BitWidth.parse("w4a8"), [call])
 options = EngineOptions(device=torch.device("cpu"))
 exact = ReferenceEngine().compile(denoiser, *call, options)(*call[0], **call[1])[0]
-found = CudaEngine().compile(denoiser, *call, options)(*call[0], **call[1])[0]
-print(relative_l2(found, exact))
+actual = CudaEngine().compile(denoiser, *call, options)(*call[0], **call[1])[0]
+print(relative_l2(actual, exact))
 """
 
 

@@ -65,9 +65,9 @@ def test_inception_gives_its_own_features_and_seven_channels_of_the_17x17_map(
 ) -> None:
     images = ArrayImages(random_images(3, 3, size=24, channels=3))
     actual = inception_space(inception_file, CPU).extract(images)
-    own = FeatureExtractorInceptionV3("own", ["2048", "logits_unbiased"], str(inception_file))
+    extractor = FeatureExtractorInceptionV3("original", ["2048", "logits_unbiased"], str(inception_file))
     with torch.no_grad():
-        pooled, logits = own(images.images)
+        pooled, logits = extractor(images.images)
     torch.testing.assert_close(actual.pooled, pooled)
     torch.testing.assert_close(actual.logits, logits)
     assert actual.spatial.shape == (3, 7 * 17 * 17)

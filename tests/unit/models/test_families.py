@@ -95,6 +95,6 @@ def test_without_blocks_there_is_no_middle_and_the_sentence_says_what_to_do() ->
 
 
 def test_every_class_that_a_family_names_exists() -> None:
-    own = {"ClassConditionalUNet"}
-    names = {name for family in families() for name in family.denoisers} - own
+    defined_here = {"ClassConditionalUNet"}
+    names = {name for family in families() for name in family.denoisers} - defined_here
     assert [name for name in sorted(names) if not hasattr(diffusers, name)] == []

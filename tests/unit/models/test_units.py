@@ -104,8 +104,8 @@ def test_blocks_of_a_text_to_image_denoiser(tiny_sd: Path) -> None:
     assert block.layers[-1] == f"{block.name}.ff.net.2"
     assert by_name["mid_block.attentions.0.proj_in"].kind == "layer"
     residual = by_name["up_blocks.0.resnets.0"]
-    own = [name.removeprefix(residual.name + ".") for name in residual.layers]
-    assert own == ["conv1", "time_emb_proj", "conv2", "conv_shortcut"]
+    layers = [name.removeprefix(residual.name + ".") for name in residual.layers]
+    assert layers == ["conv1", "time_emb_proj", "conv2", "conv_shortcut"]
 
 
 def test_blocks_of_a_pixel_space_denoiser(tiny_ddpm: Path) -> None:

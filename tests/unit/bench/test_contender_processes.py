@@ -1,0 +1,85 @@
+"""Contenders in separate processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.bench import running as running_module
+from edadm_cli.bench.running import Running
+from edadm_cli.bench.spec import Spec
+from edadm_cli.bench.worker import RemoteRunning
+from edadm_cli.errors import EdadmError, MachineError
+from tests.unit.bench.stand_ins import ALONE, TOGETHER, call_of
+
+
+def test_a_contender_in_a_process_of_its_own_computes_the_same(saved: Spec, denoiser: nn.Module) -> None:
+    calls = {1: [call_of(seed) for seed in range(2)]}
+    remote = RemoteRunning(saved, ALONE, calls)
+    try:
+        here = Running(saved, TOGETHER, calls)
+        assert torch.allclose(remote.prediction, here.prediction, atol=1e-6)
+        assert torch.allclose(here.prediction, denoiser(*calls[1][0][0], **calls[1][0][1]).sample, atol=1e-6)
+        assert remote.warm_up(1) > 0
+        assert len(remote.time(1, 3)) == 3
+        running, loading = remote.memory()
+        assert running is not None
+        assert loading is not None
+        assert 100 < running < 4000, "MiB of a process with torch in it"
+        assert here.memory() == (None, None)
+        with pytest.raises(EdadmError, match="KeyError"):
+            remote.time(7, 1)
+    finally:
+        remote.close()
+    with pytest.raises(MachineError, match=r"process of 'torch float32' ended before its time: exit code 0"):
+        remote.time(1, 1)
+
+
+REMARKING = """
+import logging
+from multiprocessing import Pipe
+from edadm_cli.engines import isolation
+def remarking(*arguments):
+    logging.getLogger("torch.utils.cpp_extension").warning("of CUDA's compiler")
+    logging.getLogger("torch").warning("of something else")
+    raise KeyError("that ends it")
+ours, theirs = Pipe()
+isolation._serve(theirs, remarking)
+"""
+
+
+def test_a_process_does_not_tell_of_the_gpu_that_it_was_not_to_use() -> None:
+    done = subprocess.run([sys.executable, "-c", REMARKING], capture_output=True, text=True, check=True)
+    assert "of something else" in done.stderr
+    assert "of CUDA's compiler" not in done.stderr
+
+
+def test_a_contender_that_cannot_be_loaded_says_why(saved: Spec, tmp_path: Path) -> None:
+    broken = replace(saved, runs_on="openvino", engine="openvino", folder=tmp_path / "nothing")
+    with pytest.raises(EdadmError, match=r"no denoiser\.xml") as caught:
+        RemoteRunning(broken, ALONE, {1: [call_of()]})
+    assert caught.value.exit_code == 3
+
+
+def test_calls_of_a_contender_go_through_its_inputs_in_turn(saved: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def function(sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        seen.append(float(sample.flatten()[0]))
+        return (sample,)
+
+    monkeypatch.setattr(running_module, "load", lambda spec, environment: function)
+    calls = {1: [call_of(seed) for seed in range(3)]}
+    running = Running(saved, TOGETHER, calls)
+    seen.clear()
+    running.time(1, 6)
+    firsts = [float(call[0][0].flatten()[0]) for call in calls[1]]
+    assert sorted(set(seen)) == sorted(firsts)
+    assert seen[:3] == seen[3:]
