@@ -30,8 +30,10 @@ _GIB = 2**30
 def memory_of(device: torch.device) -> int:
     """Returns the bytes of memory that this process may use: its share of a GPU; or the host's, or its container's."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return int(total * torch.cuda.get_per_process_memory_fraction(device))
+        # torch wants the number of the device here, which 'cuda' alone does not have
+        index = torch.cuda.current_device() if device.index is None else device.index
+        total = torch.cuda.get_device_properties(index).total_memory
+        return int(total * torch.cuda.get_per_process_memory_fraction(index))
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([physical, *(limit for path in _LIMITS if (limit := _limit(path)) is not None)])
 

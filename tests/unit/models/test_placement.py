@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from edadm_cli.errors import InputError
 from edadm_cli.models.encoding import encode_first
 from edadm_cli.models.loading import load_model, weight_bytes
-from edadm_cli.models.placement import Placement, placement
+from edadm_cli.models.placement import Placement, memory_of, placement
 from edadm_cli.models.sampling import sample
 from edadm_cli.models.stored import is_stored
 
@@ -50,3 +51,16 @@ def test_the_first_placement_that_fits_is_taken(tiny_sd: Path, monkeypatch: pyte
         monkeypatch.setattr("edadm_cli.models.placement.memory_of", lambda _, needed=needed: needed / 0.7 + 1)
         chosen[name] = placement(sizes, "auto", CPU)
     assert chosen == {"all": "memory", "unet": "turns", "little": "disk"}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_the_share_of_a_gpu_is_asked_for_by_its_number(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses 'cuda' without a number in some of its functions, as this stand-in of one does."""
+
+    def fraction(index: object) -> float:
+        return {0: 0.5, 1: 0.25}[torch.cuda._utils._get_device_index(index)]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction)
+    assert memory_of(torch.device(device)) == (500 if device == "cuda" else 250)
