@@ -218,7 +218,8 @@ def _begin(
         )
     output = Output.of(json_output, quiet)
     calm_libraries(verbose)
-    share_gpu_memory()
+    if command == "reconstruct":  # other stages run compiled graphs, which manage memory of their own
+        share_gpu_memory()
     return Execution(
         command=command,
         output=output,
