@@ -16,9 +16,9 @@ from edadm_kernels.reference import heads as reference
 from edadm_kernels.variants import KernelVariant, aligned
 
 WIDTHS = (16, 32, 64, 128, 256)
-"""Channels per head that the kernel takes."""
+"""Channels per head that the kernel supports."""
 NUM_WARPS = 4
-_WIDEST = 1 << 15  # channels of all heads
+_WIDEST = 1 << 15  # the largest number of channels of all heads
 
 
 def _empty(
@@ -76,7 +76,7 @@ def join_heads(
 
     Args:
         first: `[N, T_1, heads * d]`, floating point, with evenly spaced rows.
-        second: `[N, T_2, heads * d]`, laid out alike, whose tokens follow those of `first`; or `None`.
+        second: `[N, T_2, heads * d]`, in such a layout, whose tokens follow those of `first`; or `None`.
         heads: The number of heads.
         weights: The weight `[d]` of each tensor's normalization; empty where nothing is normalized.
         eps: The number that is added to the mean of squares.

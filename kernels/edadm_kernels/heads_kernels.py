@@ -1,4 +1,4 @@
-"""The kernel that normalizes and rotates heads on their way into one tensor."""
+"""The kernel that normalizes and rotates heads and writes them into one tensor."""
 
 from __future__ import annotations
 

@@ -99,11 +99,11 @@ def test_every_linear_tile(shape: tuple[int, int, int], generator: torch.Generat
     x, weight = codes((m, k), generator), codes((n, k), generator)
     scale, bias = epilogue(n, generator)
     correction = linear_correction(weight, 100)
-    wanted = reference.linear(x, weight, scale, correction, bias)
+    expected = reference.linear(x, weight, scale, correction, bias)
     for tile in candidates(arch_of(x), "linear", m, k):
-        out = torch.full_like(wanted, float("nan"))
+        out = torch.full_like(expected, float("nan"))
         launch_gemm(tile, x, weight, scale, correction, bias, out)
-        assert torch.equal(out, wanted), tile
+        assert torch.equal(out, expected), tile
 
 
 @pytest.mark.parametrize("shape", LINEAR)
@@ -112,11 +112,11 @@ def test_packed_linear(shape: tuple[int, int, int], generator: torch.Generator) 
     x, weight = codes((m, k), generator), codes((n, k), generator, limit=8)
     scale, bias = epilogue(n, generator)
     correction = linear_correction(weight, 100)
-    wanted = reference.linear(x, weight, scale, correction, bias)
+    expected = reference.linear(x, weight, scale, correction, bias)
     for tile in candidates(arch_of(x), "linear", m, k, packed=True):
-        out = torch.full_like(wanted, float("nan"))
+        out = torch.full_like(expected, float("nan"))
         launch_gemm(tile, x, pack_w4(weight), scale, correction, bias, out)
-        assert torch.equal(out, wanted), tile
+        assert torch.equal(out, expected), tile
 
 
 @pytest.mark.parametrize("shape", [(8192, 2560, 320), (2048, 5120, 640), (128, 10240, 1280), (33, 46, 100)])
@@ -131,10 +131,10 @@ def test_geglu(shape: tuple[int, int, int], num_bits: int, generator: torch.Gene
     )
     arguments = (x, weight, scale, linear_correction(weight, 100), bias, *quantizer, num_bits)
     poison((m, n // 2), torch.int8)
-    found, wanted = linear_geglu(*arguments), reference.linear_geglu(*arguments)
-    assert (found.int() - wanted.int()).abs().max() <= 1
-    apart = int((found != wanted).sum())
-    assert apart <= 1 + 1e-3 * found.numel()  # float32 against float64: codes change at ties alone
+    actual, expected = linear_geglu(*arguments), reference.linear_geglu(*arguments)
+    assert (actual.int() - expected.int()).abs().max() <= 1
+    apart = int((actual != expected).sum())
+    assert apart <= 1 + 1e-3 * actual.numel()  # float32 against float64: codes change at ties alone
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_linears(m: int, outputs: tuple[int, ...], k: int, out_dtype: torch.dtyp
     corrections = [linear_correction(weight, 131) for weight in weights]
     arguments = (x, weights, scales, corrections, [biases[0].float(), *([None] * (len(outputs) - 1))], out_dtype)
     poison((m, outputs[0]), out_dtype)
-    for found, wanted in zip(linears(*arguments), reference.linears(*arguments), strict=True):
-        assert torch.equal(found, wanted)
+    for actual, expected in zip(linears(*arguments), reference.linears(*arguments), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("tile", matrices.TILES, ids=lambda tile: tile.label())
@@ -169,8 +169,8 @@ def test_every_tile_of_large_matrices(tile: matrices.MatrixTile, bias: bool, gen
         members = (weights, scales, corrections, floats)
         outs = [torch.full((m, n), float("nan"), dtype=torch.float16, device=CUDA) for n in outputs]
         matrices.launch_matrices(tile, x, *members, outs)
-        for found, wanted in zip(outs, reference.linears(x, *members), strict=True):
-            assert torch.equal(found, wanted), (m, outputs, k)
+        for actual, expected in zip(outs, reference.linears(x, *members), strict=True):
+            assert torch.equal(actual, expected), (m, outputs, k)
 
 
 def test_large_gated_products(generator: torch.Generator) -> None:
@@ -199,12 +199,12 @@ def test_gelu(shape: tuple[int, int, int], num_bits: int, generator: torch.Gener
     quantizer = (torch.tensor(0.05, device=CUDA).reshape(1), zero_point.reshape(1))
     arguments = (x, weight, scale * 0.1, linear_correction(weight, 100), bias.float(), *quantizer, num_bits)
     poison((m, n), torch.int8)
-    found, wanted = linear_gelu(*arguments), reference.linear_gelu(*arguments)
-    assert wanted.unique().numel() > 8
-    assert (found.int() - wanted.int()).abs().max() <= 1
-    apart = int((found != wanted).sum())
+    actual, expected = linear_gelu(*arguments), reference.linear_gelu(*arguments)
+    assert expected.unique().numel() > 8
+    assert (actual.int() - expected.int()).abs().max() <= 1
+    apart = int((actual != expected).sum())
     is_fused = k % 16 == 0 and n % 16 == 0  # otherwise the product is rounded to float16 before the codes
-    assert apart <= 1 + (1e-3 if is_fused else 2e-2) * found.numel()
+    assert apart <= 1 + (1e-3 if is_fused else 2e-2) * actual.numel()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_linear_stack(shape: tuple[int, int, int, int], out_dtype: torch.dtype, 
     s, m, n, k = shape
     x, weight = codes((s, m, k), generator), codes((s, n, k), generator)
     scale, bias = torch.rand((s, n), generator=generator, device=CUDA) * 1e-4, normal((s, n), generator)
-    correction = torch.stack([linear_correction(own, 131) for own in weight])
+    correction = torch.stack([linear_correction(codes, 131) for codes in weight])
     arguments = (x, weight, scale, correction, bias, out_dtype)
     poison((s, m, n), out_dtype)
     assert torch.equal(linear_stack(*arguments), reference.linear_stack(*arguments))
@@ -229,8 +229,8 @@ def test_linear_joined(shape: tuple[int, int, int, int], out_dtype: torch.dtype,
     scale, bias = epilogue(n, generator)
     vectors = (weight, scale, linear_correction(weight, 131), bias.float())
     poison((m, n), out_dtype)
-    found = linear_joined(x[:, :first].contiguous(), x[:, first:].contiguous(), *vectors, out_dtype)
-    assert torch.equal(found, reference.linear(x, *vectors, out_dtype=out_dtype))
+    actual = linear_joined(x[:, :first].contiguous(), x[:, first:].contiguous(), *vectors, out_dtype)
+    assert torch.equal(actual, reference.linear(x, *vectors, out_dtype=out_dtype))
 
 
 @pytest.mark.parametrize("shape", [(4352, (3072, 3072, 3072), 12288, 3072), (130, (72,), 48, 64)])
@@ -241,10 +241,10 @@ def test_linears_gelu(shape: tuple[int, tuple[int, ...], int, int], generator: t
     biases = [bias.float() for bias in halves]
     members = (weights, [scale * 0.1 for scale in scales], [linear_correction(w, 100) for w in weights], biases)
     quantizer = (torch.tensor([0.05], device=CUDA), torch.tensor([20], dtype=torch.int32, device=CUDA))
-    *found, hidden = linears_gelu(x, *members, *quantizer, 8)
-    *wanted, _ = reference.linears(x, *members)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    exact = reference.linear_gelu(x, *(own[-1] for own in members), *quantizer, 8)
+    *actual, hidden = linears_gelu(x, *members, *quantizer, 8)
+    *expected, _ = reference.linears(x, *members)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    exact = reference.linear_gelu(x, *(values[-1] for values in members), *quantizer, 8)
     assert (hidden.int() - exact.int()).abs().max() <= 1
     assert int((hidden != exact).sum()) <= 1 + 1e-3 * hidden.numel()
 
@@ -278,9 +278,9 @@ class Convolution:
 def test_conv(case: tuple[int, int, int, int, int, Geometry], generator: torch.Generator) -> None:
     layer = Convolution(case, generator, 128)
     poison(tuple(layer.wanted.shape), torch.float16)
-    found = conv2d(*layer.arguments, **layer.options)  # type: ignore[arg-type]
-    assert found.stride() == layer.wanted.stride()
-    assert torch.equal(found, layer.wanted)
+    actual = conv2d(*layer.arguments, **layer.options)  # type: ignore[arg-type]
+    assert actual.stride() == layer.wanted.stride()
+    assert torch.equal(actual, layer.wanted)
 
 
 @pytest.mark.parametrize("case", CONV)

@@ -93,14 +93,14 @@ def test_the_reference_is_a_sound_operation(name: str) -> None:
 @pytest.mark.parametrize("name", list(cases()))
 def test_every_element_is_written(name: str) -> None:
     operation, arguments = getattr(torch.ops.edadm, name).default, cases()[name]
-    wanted = outputs(operation(*arguments))
+    expected = outputs(operation(*arguments))
     torch.use_deterministic_algorithms(True)  # torch fills what it allocates with NaN, or the largest integer
     try:
         assert torch.empty(3).isnan().all()
-        found = outputs(operation(*arguments))
+        actual = outputs(operation(*arguments))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def outputs(result: Any) -> list[Tensor]:

@@ -4,13 +4,13 @@
 // Blocks stay on their multiprocessor and compute one tile of BM rows and BN columns after another. Two groups of four
 // warps alternate: one group multiplies a tile while the other writes the sums of the tile before. One warp copies BK
 // channels of both operands per step into one of STAGES buffers, ahead of the products and across tiles. The CLUSTER
-// blocks of a cluster compute tiles below each other: each block copies its rows and a part of the columns, which all of
-// them multiply.
+// blocks of a cluster compute tiles below each other: each block copies its rows and a part of the columns, which all
+// of them multiply.
 //
-// These macros are defined: BM (128), BN, BK, STAGES, CLUSTER, BOX (columns that are written at once, 32 or 64), BFLOATS
-// (bfloat16 is written instead of float16), GEGLU (values and gates alternate, and the codes of gated values are
-// written) and RASTER (the number of rows of tiles that are computed one after another). Before this text is the function
-// `multiply`.
+// These macros are defined: BM (128), BN, BK, STAGES, CLUSTER, BOX (columns that are written at once, 32 or 64),
+// BFLOATS (bfloat16 is written instead of float16), GEGLU (values and gates alternate, and the codes of gated values
+// are written) and RASTER (the number of rows of tiles that are computed one after another). Before this text is the
+// function `multiply`.
 
 constexpr int GROUPS = 2, THREADS = GROUPS * 128;
 constexpr int HALVES = BM / 64;                  // matrix instructions for the rows of a tile
@@ -66,8 +66,8 @@ __device__ __forceinline__ void write_box(const TensorMap* map, u32 source, int 
                  : "memory");
 }
 
-// At a barrier of any block of the cluster. It orders nothing: what was read before was read by the matrix instructions,
-// which are waited for. (A release to the cluster is a fence of the whole device, 0.8 microseconds in every step.)
+// Arrives at a barrier of any block of the cluster. It orders no memory accesses: the operands were read by matrix
+// instructions, which have ended. (A release to the cluster is a fence of the whole device, 0.8 microseconds per step.)
 __device__ __forceinline__ void arrive_at(u32 peer_barrier) {
     asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
 }
@@ -91,7 +91,7 @@ __device__ __forceinline__ void store_word(u32 address, u32 word) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 
-// Which rows and columns a tile has; neighbours in a row of RASTER tiles follow each other.
+// The rows and columns of a tile. RASTER rows of tiles are computed one after another, so that they share operands.
 struct Tile {
     int row, column, member;  // first row of the cluster; first column within the right operand `member`
 
@@ -161,7 +161,7 @@ __device__ __forceinline__ u32 pair(float x, float y) {
 #endif
 }
 
-// The approximation by a hyperbolic tangent: 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)).
+// Computes GELU approximated by a hyperbolic tangent: 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)).
 __device__ __forceinline__ float gelu_tanh(float y) {
     // 2 u log2(e) = y (2.3022082 + 0.10294324 y^2)
     float e, r;
@@ -170,8 +170,8 @@ __device__ __forceinline__ float gelu_tanh(float y) {
     return y * r;
 }
 
-// Byte b of the word of each of four neighboring lanes belongs to block b. Returns the four bytes of one block to each lane:
-// those of block 0 to the first lane, and so on, in the order of the lanes.
+// Byte b of the word of each of four neighboring lanes belongs to block b. Returns the four bytes of one block to each
+// lane: those of block 0 to the first lane, and so on, in the order of the lanes.
 __device__ __forceinline__ u32 transposed(u32 word, int lane) {
     const u32 beside = __shfl_xor_sync(0xffffffff, word, 1);
     const u32 pairs = __byte_perm(word, beside, lane % 2 ? 0x3715 : 0x6240);
@@ -252,8 +252,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         const Columns& columns = p.columns[tile.member];
         sync_group(group);  // every warp has read the constants of the previous tile
         copy_constants(constants, columns, tile.column, threadIdx.x % 128);
-        // Waits until the other group has received all of its steps: the parity of a buffer's barrier distinguishes a step
-        // from the next one in that buffer, but not from the one after that.
+        // Waits until the other group has received all of its steps: the parity of a buffer's barrier distinguishes a
+        // step from the next one in that buffer, but not from the one after that.
         const int turn = done / (GROUPS * steps) + group - 1;
         if (turn >= 0) barrier_wait(turns + 8 * group, turn % 2);
         int sums[HALVES][BN / 2];
@@ -349,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                         for (int i = 0; i < 2; ++i)
                             codes[i] = four_bytes(quantize(gelu_tanh(y[i][0])), quantize(gelu_tanh(y[i][1])),
                                                   quantize(gelu_tanh(y[i][2])), quantize(gelu_tanh(y[i][3])));
-                        // Of two lanes the left takes the first block and the right the second: four columns each.
+                        // Of two lanes, the left stores four columns of the first block and the right of the second.
                         const u32 mine = lane % 2 ? codes[1] : codes[0];
                         const u32 other = __shfl_xor_sync(0xffffffff, lane % 2 ? codes[0] : codes[1], 1);
                         const u32 left = lane % 2 ? other : mine, right = lane % 2 ? mine : other;

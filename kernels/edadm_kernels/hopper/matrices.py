@@ -48,7 +48,7 @@ class MatrixTile:
         cluster: Number of blocks that share the copies of the right operand, 1 or 2.
         raster: Number of rows of tiles that are computed one after another, so that they share operands in the L2.
         bfloats: Whether the output is bfloat16 instead of float16.
-        geglu: Whether columns are values and gates in turn, and the output is codes of half as many columns.
+        geglu: Whether values and gates alternate in the columns, and the output is codes of half as many columns.
     """
 
     bn: int

@@ -1,4 +1,4 @@
-"""Normalized and rotated heads, in plain torch: what the kernel is checked against."""
+"""Normalized and rotated heads, in plain torch: what the kernel is compared with."""
 
 from __future__ import annotations
 
@@ -30,4 +30,5 @@ def join_heads(
 
 
 def _normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Returns `x` divided by the root mean square of each head, times the weight."""
     return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight.double()

@@ -73,14 +73,14 @@ def test_blocks_with_embedders_of_their_own_are_conditioned_in_three_launches() 
     denoiser, call = three_blocks()
     compiled = CudaEngine().compile(denoiser, *call, CPU)
     with counted() as counts:
-        found = prediction_of(compiled(*call[0], **call[1]))
+        actual = prediction_of(compiled(*call[0], **call[1]))
     assert counts["linear_stack"] == 3
     assert counts["linears"] == 3, "queries, keys and values of each block"
     assert counts["linear_gelu"] == 3
     assert counts["linear"] == 3 * 2 + 2, (
         "attention's and the feed-forward layer's second; the first norm, the last layer"
     )
-    assert relative_l2(found, exact(denoiser, call)) < 1e-3
+    assert relative_l2(actual, exact(denoiser, call)) < 1e-3
     later = {**call[1], "timestep": call[1]["timestep"] + 100}
     again = prediction_of(compiled(*call[0], **later))
     assert relative_l2(again, exact(denoiser, (call[0], later))) < 1e-3, "every step has its own"
@@ -93,9 +93,9 @@ def test_layers_that_read_one_tensor_are_multiplied_together(family: str, launch
     expected = exact(denoiser, call)
     deploy(denoiser, ON_CPU)
     with counted() as counts:
-        found = prediction_of(denoiser(*call[0], **call[1]))
+        actual = prediction_of(denoiser(*call[0], **call[1]))
     assert counts["linears"] == launches
-    assert relative_l2(found, expected) < 1e-5
+    assert relative_l2(actual, expected) < 1e-5
     held = [layer.member.shared for layer in quantized_layers(denoiser).values() if layer.member is not None]
     assert all(shared.source is None and not shared.outputs for shared in held), "nothing stays in memory"
 
@@ -107,9 +107,9 @@ def test_layers_with_quantizers_of_their_own_are_multiplied_one_by_one() -> None
     expected = exact(denoiser, call)
     deploy(denoiser, ON_CPU)
     with counted() as counts:
-        found = prediction_of(denoiser(*call[0], **call[1]))
+        actual = prediction_of(denoiser(*call[0], **call[1]))
     assert counts["linears"] == 0
-    assert relative_l2(found, expected) < 1e-5
+    assert relative_l2(actual, expected) < 1e-5
 
 
 @torch.no_grad()
@@ -123,8 +123,8 @@ def test_an_attention_over_two_tensors_is_seen_by_what_it_reads() -> None:
         for layer, y in ((attention.to_q, x), (attention.to_k, other), (attention.to_v, other))
     ]
     for _ in range(2):
-        found = [attention.to_q(x), attention.to_k(other), attention.to_v(other)]
-        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+        actual = [attention.to_q(x), attention.to_k(other), attention.to_v(other)]
+        assert all(torch.equal(a, b) for a, b in zip(actual, alone, strict=True))
     assert not attention.to_q.member.shared.is_active
 
 
@@ -133,9 +133,9 @@ def test_the_halves_of_a_single_block_of_flux_meet_as_codes() -> None:
     denoiser, call = quantized_denoiser("flux")
     compiled = CudaEngine().compile(denoiser, *call, CPU)
     with counted() as counts:
-        found = prediction_of(compiled(*call[0], **call[1]))
+        actual = prediction_of(compiled(*call[0], **call[1]))
     assert (counts["linears_gelu"], counts["linear_joined"]) == (3, 3), "one of each a block"
-    assert relative_l2(found, exact(denoiser, call)) < 1e-3
+    assert relative_l2(actual, exact(denoiser, call)) < 1e-3
 
 
 @pytest.mark.parametrize(("family", "joined"), [("flux", 3 + 3 * 2), ("sd3", 3 + 2)])
