@@ -270,11 +270,11 @@ class _Observations:
             _, grid = self._grids[name]
             if grid.signed:
                 high = symmetric_scale(histogram, grid, self.recipe) * grid.quant_max
-                found = torch.stack((-high, high))
+                limits = torch.stack((-high, high))
             else:
-                found = activation_range(histogram, grid, self.recipe)
+                limits = activation_range(histogram, grid, self.recipe)
             old, decay = self._merged.get(name), self.recipe.ema_decay
-            self._merged[name] = found if old is None else decay * old + (1 - decay) * found
+            self._merged[name] = limits if old is None else decay * old + (1 - decay) * limits
         self._histograms.clear()
 
 

@@ -67,10 +67,10 @@ class EngineDenoiser(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             owner = self.__dict__.get("_parts") if name in _OF_CACHES else None
-            found = getattr(owner or self.__dict__["_shell"], name)
+            attribute = getattr(owner or self.__dict__["_shell"], name)
         if name in _OF_STRENGTHS:
-            return partial(self._weight_adapters, found)
-        return partial(_refuse, name) if name in _TOO_LATE + _ADAPTERS_TOO_LATE else found
+            return partial(self._weight_adapters, attribute)
+        return partial(_refuse, name) if name in _TOO_LATE + _ADAPTERS_TOO_LATE else attribute
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

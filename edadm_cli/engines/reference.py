@@ -50,16 +50,16 @@ class ReferenceEngine(Engine):
         """Copies the denoiser and switches its layers to integer arithmetic."""
         self.require(options.device)
         # a model of diffusers has a `to` of its own, which warns of casts that quantized layers know how to take
-        own = nn.Module.to(copy.deepcopy(denoiser), device=options.device, dtype=options.rest_dtype)
-        own.eval().requires_grad_(False)
-        use_arithmetic(own, "integer")
-        return _ReferenceDenoiser(own, options.rest_dtype)
+        copied = nn.Module.to(copy.deepcopy(denoiser), device=options.device, dtype=options.rest_dtype)
+        copied.eval().requires_grad_(False)
+        use_arithmetic(copied, "integer")
+        return _ReferenceDenoiser(copied, options.rest_dtype)
 
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
         """Switches a copy of the layer to integer arithmetic."""
-        own = copy.deepcopy(layer).to(device=options.device, dtype=options.rest_dtype)
-        own.arithmetic = "integer"
-        return torch.no_grad()(own.forward)
+        copied = copy.deepcopy(layer).to(device=options.device, dtype=options.rest_dtype)
+        copied.arithmetic = "integer"
+        return torch.no_grad()(copied.forward)
 
 
 class _ReferenceDenoiser(CompiledDenoiser):

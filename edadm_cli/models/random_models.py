@@ -155,9 +155,9 @@ def _build_module(
     with init_empty_weights(include_buffers=False):  # the weights are initialized later
         module: nn.Module = _construct(cls, {**architecture.config(name), **changes})
     for owner in module.modules():
-        for own, parameter in owner.named_parameters(recurse=False):
+        for key, parameter in owner.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=dtype, device=device)
-            setattr(owner, own, nn.Parameter(empty, requires_grad=False))
+            setattr(owner, key, nn.Parameter(empty, requires_grad=False))
     tie: Any = getattr(module, "tie_weights", None)
     if tie is not None:
         tie()

@@ -235,8 +235,8 @@ def _require_known_parameters(pipeline: DiffusionPipeline, parameters: dict[str,
 def _class_label(model: LoadedModel, seed: int) -> int | None:
     """Returns the class of an image; `None` for a denoiser without classes."""
     config = model.denoiser.config
-    own: Any = getattr(model.denoiser, "num_classes", None)
-    num_classes = own or getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
+    declared: Any = getattr(model.denoiser, "num_classes", None)
+    num_classes = declared or getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
     if not num_classes:
         return None
     return int(torch.randint(num_classes, (1,), generator=torch.Generator().manual_seed(seed)))

@@ -337,11 +337,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 def keeping_float32(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Wraps a function for `Module._apply` so that the module's own float32 buffers change device but not dtype."""
-    own = {id(buffer) for buffer in module.buffers(recurse=False)}
+    owned = {id(buffer) for buffer in module.buffers(recurse=False)}
 
     def moved(tensor: Tensor) -> Tensor:
         result = fn(tensor)
-        if id(tensor) in own and result.dtype != tensor.dtype:
+        if id(tensor) in owned and result.dtype != tensor.dtype:
             return tensor.to(device=result.device)
         return result
 

@@ -97,7 +97,7 @@ def load_quant_params(model: nn.Module, params: Mapping[str, Tensor]) -> None:
         | ({f"{name}.bias": tuple(layer.bias.shape)} if layer.bias is not None and f"{name}.bias" in params else {})
         for name, layer in layers.items()
     } | {name: {f"{name}.{operand}_scale": () for operand in OPERANDS} for name in attentions}
-    expected = {name for own in shapes.values() for name in own}
+    expected = {name for layer_shapes in shapes.values() for name in layer_shapes}
     missing, extra = sorted(expected - params.keys()), sorted(params.keys() - expected)
     if missing or extra:
         what, name = ("lack", missing[0]) if missing else ("hold an unknown tensor", extra[0])
@@ -134,14 +134,14 @@ def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[st
     """
     parts: list[nn.Module] = list(layer.parts) if isinstance(layer, SplitLayer) else [layer]
     names = [part_name(name, index) for index in range(len(parts))] if isinstance(layer, SplitLayer) else [name]
-    for own, part in zip(names, parts, strict=True):
+    for full_name, part in zip(names, parts, strict=True):
         assert isinstance(part, QuantizedLayer)
         device = part.weight_codes.device  # packing and checking are quick there
-        tensors = {key: params[f"{own}.{key}"].to(device) for key in part.parameter_shapes()}
+        tensors = {key: params[f"{full_name}.{key}"].to(device) for key in part.parameter_shapes()}
         codes, grid = tensors["weight_int"], part.plan.weight_grid
         if codes.min() < grid.quant_min or codes.max() > grid.quant_max:  # packing would wrap them around
-            raise InputError(f"'{own}.weight_int' has codes outside {grid.quant_min}..{grid.quant_max}.")
-        part.set_parameters(**tensors, bias=params.get(f"{own}.bias"))
+            raise InputError(f"'{full_name}.weight_int' has codes outside {grid.quant_min}..{grid.quant_max}.")
+        part.set_parameters(**tensors, bias=params.get(f"{full_name}.bias"))
 
 
 def require_sound(name: str, module: QuantizedLayer | QuantizedAttention) -> None:

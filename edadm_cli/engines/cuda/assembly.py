@@ -164,11 +164,13 @@ class Assembly:
             return None
         if attention.group_norm is not None and not _are_group_norms(attention.group_norm):
             return None
-        own = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
-        if not all(isinstance(layer, nn.Linear | QuantizedLayer) for layer in own):
+        projections = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+        if not all(isinstance(layer, nn.Linear | QuantizedLayer) for layer in projections):
             return None
         names = ("to_q", "to_k", "to_v", "to_out.0")
-        q, k, v, out = (self.lowering.product(f"{name}.{n}", layer) for n, layer in zip(names, own, strict=True))
+        q, k, v, out = (
+            self.lowering.product(f"{name}.{n}", layer) for n, layer in zip(names, projections, strict=True)
+        )
         prompt = self.state.prompt if attention.is_cross_attention else None
         fused = FusedAttention(attention, (q, k, v, out), prompt, self._attention_form)
         width = attention.to_q.out_features // attention.heads
@@ -182,14 +184,14 @@ class Assembly:
         activation = _activation(module.net[0])
         if activation is None:
             return None
-        own: tuple[Any, Any] = (module.net[0].proj, module.net[2])
-        if not all(isinstance(layer, nn.Linear | QuantizedLayer) for layer in own):
+        linears: tuple[Any, Any] = (module.net[0].proj, module.net[2])
+        if not all(isinstance(layer, nn.Linear | QuantizedLayer) for layer in linears):
             return None
-        project = self.lowering.product(f"{name}.net.0.proj", own[0])
-        out = self.lowering.product(f"{name}.net.2", own[1])
+        project = self.lowering.product(f"{name}.net.0.proj", linears[0])
+        out = self.lowering.product(f"{name}.net.2", linears[1])
         gated = None
         if activation == "geglu" and isinstance(project, IntegerLinear) and isinstance(out, IntegerLinear):
-            gated = GatedProduct(self.lowering.codes(own[0]), project, out, self.lowering.can_pack(own[0]))
+            gated = GatedProduct(self.lowering.codes(linears[0]), project, out, self.lowering.can_pack(linears[0]))
         return FusedFeedForward((project, out), activation, gated)
 
     def _transformer_block(self, name: str, block: Any) -> nn.Module | None:

@@ -120,10 +120,10 @@ class CudaEngine(Engine):
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> dict[str, str]:
         """Returns the layers that float16 runs faster, each with the reason."""
-        found = measured_times(options.device, options.rest_dtype)
-        if found is None or self._pack_weights or not self._float_where_faster:
+        times = measured_times(options.device, options.rest_dtype)
+        if times is None or self._pack_weights or not self._float_where_faster:
             return {}
-        return faster_in_float(denoiser, args, kwargs, options.rest_dtype, *found, self._prompt_cache)
+        return faster_in_float(denoiser, args, kwargs, options.rest_dtype, *times, self._prompt_cache)
 
     def _lowering(
         self,

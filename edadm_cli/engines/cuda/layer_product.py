@@ -38,8 +38,8 @@ def capability_refusal(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= MIN_CAPABILITY:
         return None
-    expected, found = ".".join(map(str, MIN_CAPABILITY)), ".".join(map(str, capability))
-    return f"the kernels need compute capability {expected} or later, and this device has {found}"
+    expected, actual = ".".join(map(str, MIN_CAPABILITY)), ".".join(map(str, capability))
+    return f"the kernels need compute capability {expected} or later, and this device has {actual}"
 
 
 class KernelProduct:

@@ -92,10 +92,10 @@ def _costs(uses: list[Use], times: MeasuredTimes) -> tuple[float, float] | None:
     # each quantizes for itself, and a normalization serves all of them
     alone = [use.source for use in uses if use.source is not None and use.source[0] == "quantize"]
     shared = {use.source for use in uses if use.source is not None} - set(alone)
-    found = [*products, *(times.by_source.get(source) for source in shared)]
-    found += [times.by_source[source] for source in alone if source in times.by_source]
-    known = [time for time in found if time is not None]
-    if len(known) < len(found):
+    times_of_uses = [*products, *(times.by_source.get(source) for source in shared)]
+    times_of_uses += [times.by_source[source] for source in alone if source in times.by_source]
+    known = [time for time in times_of_uses if time is not None]
+    if len(known) < len(times_of_uses):
         return None
     return sum(time.int8_us for time in known), sum(time.float16_us for time in known)
 

@@ -96,5 +96,5 @@ def measured_times(device: torch.device, dtype: torch.dtype) -> tuple[str, Measu
     if device.type != "cuda" or dtype != torch.float16:
         return None
     name = torch.cuda.get_device_name(device)
-    found = table().get(name)
-    return None if found is None else (name, found)
+    times = table().get(name)
+    return None if times is None else (name, times)

@@ -70,8 +70,8 @@ class DigitClassifier(nn.Module):
 
 def _to_input(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
-        found = f"{images.dtype} with shape {tuple(images.shape)}"
-        raise UsageError(f"Floating-point images with shape (B, 1 or 3, H, W) were wanted, found {found}.")
+        actual = f"{images.dtype} with shape {tuple(images.shape)}"
+        raise UsageError(f"Floating-point images with shape (B, 1 or 3, H, W) were expected, got {actual}.")
     gray = images.mean(dim=1, keepdim=True)  # [B, 1, H, W]
     if gray.shape[-2:] == (INPUT_SIZE, INPUT_SIZE):
         return gray
@@ -86,7 +86,9 @@ def load_classifier(device: str | torch.device = "cpu", root: Path = WEIGHTS) ->
     """
     path = model_folder("classifier", root) / CLASSIFIER_FILE
     if not path.is_file():
-        raise InputError(f"The classifier's weights were wanted in {path}, found none.", hint=TRAIN_COMMAND)
+        raise InputError(
+            f"The classifier's weights were expected in {path}, but the file is missing.", hint=TRAIN_COMMAND
+        )
     classifier = DigitClassifier()
     classifier.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return classifier.to(device).eval().requires_grad_(False)

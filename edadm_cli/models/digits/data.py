@@ -58,8 +58,8 @@ def label_of_prompt(prompt: str) -> int | None:
     Words and single numerals count, in any case; `17` names no single digit.
     """
     names = {name: digit for digit, word in enumerate(DIGIT_WORDS) for name in (word, str(digit))}
-    found = {names[part] for part in re.findall(r"[^\W\d_]+|\d+", prompt.lower()) if part in names}
-    return found.pop() if len(found) == 1 else None
+    digits = {names[part] for part in re.findall(r"[^\W\d_]+|\d+", prompt.lower()) if part in names}
+    return digits.pop() if len(digits) == 1 else None
 
 
 def prompts(num_prompts: int, seed: int) -> list[str]:
@@ -69,7 +69,7 @@ def prompts(num_prompts: int, seed: int) -> list[str]:
     longer list with the same seed starts with the shorter one.
     """
     if num_prompts < 0:
-        raise UsageError(f"A number of prompts of 0 or more was wanted, found {num_prompts}.")
+        raise UsageError(f"A number of prompts of 0 or more was expected, got {num_prompts}.")
     captions = [_endless_shuffle(captions_of(digit), seed, digit) for digit in range(10)]
     order = random.Random(f"digits prompts {seed} order")
     chosen: list[str] = []
@@ -107,10 +107,10 @@ def model_folder(name: str, root: Path = WEIGHTS) -> Path:
         InputError: its files are not there.
     """
     if name not in MODEL_NAMES:
-        raise UsageError(f"A digits model was wanted ({', '.join(MODEL_NAMES)}), found {name!r}.")
+        raise UsageError(f"A digits model was expected ({', '.join(MODEL_NAMES)}), got {name!r}.")
     folder = root / name
     if not folder.is_dir():
-        raise InputError(f"The files of {name} were wanted in {folder}, found none.", hint=TRAIN_COMMAND)
+        raise InputError(f"The files of {name} were expected in {folder}, but there are none.", hint=TRAIN_COMMAND)
     return folder
 
 
@@ -139,7 +139,7 @@ def real_statistics(image_size: int, root: Path = WEIGHTS) -> dict[str, Tensor]:
 
 def _check_image_size(image_size: int) -> None:
     if image_size not in IMAGE_SIZES:
-        raise UsageError(f"An image size of 16 or 32 was wanted, found {image_size}.")
+        raise UsageError(f"An image size of 16 or 32 was expected, got {image_size}.")
 
 
 def _read_test_array(name: str, root: Path) -> Tensor:

@@ -64,9 +64,9 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
     """Checks the options and turns them into settings."""
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise MachineError("A CUDA device was wanted, torch found none.", hint="--device cpu")
+        raise MachineError("A CUDA device was expected, but torch finds none.", hint="--device cpu")
     if options.epochs_scale <= 0 or options.num_images < 20:
-        raise UsageError("--epochs-scale above 0 and --num-images of 20 or more were wanted.")
+        raise UsageError("--epochs-scale above 0 and --num-images of 20 or more are expected.")
     return TrainSettings(
         out=options.out, device=device, seed=options.seed, epochs_scale=options.epochs_scale,
         num_images=options.num_images, checkpoint_seconds=options.checkpoint_seconds,
@@ -76,27 +76,29 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
 
 def train(options: argparse.Namespace, settings: TrainSettings) -> None:
     """Runs the stages that were asked for."""
-    wanted = options.only.split(",")
-    if unknown := set(wanted) - set(STAGES):
-        raise UsageError(f"Stages out of {', '.join(STAGES)} were wanted, found {', '.join(sorted(unknown))}.")
+    stages = options.only.split(",")
+    if unknown := set(stages) - set(STAGES):
+        raise UsageError(f"Stages out of {', '.join(STAGES)} are expected, got {', '.join(sorted(unknown))}.")
     if options.data is None:
-        raise UsageError("MNIST was wanted, found no --data.", hint="--data mnist.npz")
+        raise UsageError("MNIST is expected, but there is no --data.", hint="--data mnist.npz")
     corpus = load_corpus(options.data)
-    for name in (name for name in STAGES if name in wanted):
+    for name in (name for name in STAGES if name in stages):
         for needed in NEEDS[name]:
             if not (settings.weights / needed / "training.json").is_file():
-                raise InputError(f"{name} needs {needed} in {settings.weights}, found none.", hint="leave out --only")
+                raise InputError(
+                    f"{name} needs {needed} in {settings.weights}, which is missing.", hint="leave out --only"
+                )
         STAGES[name](corpus, settings)
         print(f"{name}: done", file=sys.stderr, flush=True)
 
 
 def evaluate(options: argparse.Namespace, settings: TrainSettings) -> None:
     """Measures finished models and prints one JSON object."""
-    wanted = options.only.split(",")
+    models = options.only.split(",")
     measured: dict[str, object] = {"machine": machine(settings.device), "seed": settings.seed}
-    if "digits-sd" in wanted:
+    if "digits-sd" in models:
         measured["digits-sd"] = measure_text_to_image(settings, options.weights)
-    if "digits-ddpm" in wanted:
+    if "digits-ddpm" in models:
         measured["digits-ddpm"] = measure_pixels(settings, options.weights)
     print(json.dumps(measured, indent=2))
 

@@ -34,13 +34,15 @@ def load_corpus(path: Path) -> Corpus:
     """
     hint = f"--data FILE.npz with {_WANTED}"
     if not path.is_file():
-        raise InputError(f"MNIST as an .npz file was wanted at {path}, found no file.", hint=hint)
+        raise InputError(f"MNIST as an .npz file was expected at {path}, but there is no file.", hint=hint)
     with numpy.load(path, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     for split, count in (("train", 60_000), ("test", 10_000)):
         for name, shape in ((f"x_{split}", (count, 28, 28)), (f"y_{split}", (count,))):
             if name not in arrays or arrays[name].shape != shape or arrays[name].dtype != numpy.uint8:
-                raise InputError(f"{name} {shape} of uint8 was wanted in {path}, found otherwise.", hint=hint)
+                raise InputError(
+                    f"{name} {shape} of uint8 was expected in {path}, which holds something else.", hint=hint
+                )
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Corpus(
         tensors["x_train"], tensors["y_train"].long(), tensors["x_test"], tensors["y_test"].long(),

@@ -154,7 +154,7 @@ class _Run:
         saved: dict[str, Any] = torch.load(self.path, map_location=self.settings.device, weights_only=True)
         if saved["identity"] != self.identity:
             raise InputError(
-                f"A checkpoint of {self.identity} was wanted in {self.path}, found {saved['identity']}.",
+                f"A checkpoint of {self.identity} was expected in {self.path}; it has {saved['identity']}.",
                 hint=f"rm {self.path}",
             )
         self.task.module.load_state_dict(saved["module"])

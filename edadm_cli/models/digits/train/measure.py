@@ -43,10 +43,10 @@ def classify(classifier: DigitClassifier, images: Tensor) -> Tensor:
 def feature_statistics(classifier: DigitClassifier, images: Tensor) -> dict[str, Tensor]:
     """Returns mean and covariance, in float64, of both kinds of features of uint8 images `(N, 1, S, S)`."""
     device = next(classifier.parameters()).device
-    found = [classifier(part.to(device).float() / 255) for part in images.split(1000)]
+    features = [classifier(part.to(device).float() / 255) for part in images.split(1000)]
     statistics: dict[str, Tensor] = {}
     for kind in KINDS:
-        values = torch.cat([getattr(part, kind).flatten(1) for part in found]).double().cpu()
+        values = torch.cat([getattr(part, kind).flatten(1) for part in features]).double().cpu()
         statistics |= {f"{kind}_mean": values.mean(dim=0), f"{kind}_cov": torch.cov(values.T)}
     return statistics
 
@@ -77,30 +77,30 @@ def sample_text_to_image(folder: Path, settings: TrainSettings, captions: list[s
     """Samples one image for each caption with PNDM; returns uint8 with shape `(N, 1, 32, 32)`."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder).to(settings.device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    found: list[Tensor] = []
+    batches: list[Tensor] = []
     for start in range(0, len(captions), _BATCH):
         part = captions[start : start + _BATCH]
         images = pipeline(
             part, num_inference_steps=NUM_STEPS, guidance_scale=GUIDANCE_SCALE, output_type="pt",
             generator=_generators(settings, start, len(part)),
         ).images  # fmt: skip
-        found.append(_to_levels(images.mean(dim=1, keepdim=True)))
-    return torch.cat(found)
+        batches.append(_to_levels(images.mean(dim=1, keepdim=True)))
+    return torch.cat(batches)
 
 
 def sample_pixels(folder: Path, settings: TrainSettings, num_steps: int) -> Tensor:
     """Samples images with DDIM at eta 0; returns uint8 with shape `(N, 1, 16, 16)`."""
     pipeline = DDIMPipeline.from_pretrained(folder).to(settings.device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    found: list[Tensor] = []
+    batches: list[Tensor] = []
     for start in range(0, settings.num_images, _BATCH):
         count = min(_BATCH, settings.num_images - start)
         images = pipeline(
             batch_size=count, num_inference_steps=num_steps, output_type="pt",
             generator=_generators(settings, start, count),
         ).images  # fmt: skip
-        found.append(_to_levels(images))
-    return torch.cat(found)
+        batches.append(_to_levels(images))
+    return torch.cat(batches)
 
 
 def measure_text_to_image(settings: TrainSettings, root: Path) -> dict[str, Any]:
@@ -109,8 +109,8 @@ def measure_text_to_image(settings: TrainSettings, root: Path) -> dict[str, Any]
     images = sample_text_to_image(model_folder("digits-sd", root), settings, captions)
     write_grid(images, settings.samples / "digits-sd.png")
     classifier = load_classifier(settings.device, root)
-    wanted = torch.tensor([label_of_prompt(caption) for caption in captions])
-    right = classify(classifier, images).argmax(dim=1) == wanted
+    labels = torch.tensor([label_of_prompt(caption) for caption in captions])
+    right = classify(classifier, images).argmax(dim=1) == labels
     distances = frechet_distances(real_statistics(32, root), feature_statistics(classifier, images))
     setup = {
         "num_images": len(captions), "scheduler": "PNDM", "num_steps": NUM_STEPS,

@@ -36,9 +36,9 @@ def is_trained(folder: Path, settings: TrainSettings, corpus: Corpus) -> bool:
     path = folder / RECORD_FILE
     if settings.force or not path.is_file():
         return False
-    found, wanted = read_record(folder)["identity"], identity_of(settings, corpus)
-    if found != wanted:
-        raise InputError(f"{folder} trained with {wanted} was wanted, found {found}.", hint="add --force")
+    recorded, expected = read_record(folder)["identity"], identity_of(settings, corpus)
+    if recorded != expected:
+        raise InputError(f"{folder} was expected with {expected}; it has {recorded}.", hint="add --force")
     return True
 
 

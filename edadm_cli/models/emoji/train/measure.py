@@ -64,7 +64,7 @@ class Judge:
         top1 = torch.zeros(len(names), device=self._device)
         top5 = torch.zeros_like(top1)
         for style in sorted(set(styles)):
-            rows = torch.tensor([i for i, own in enumerate(styles) if own == style], device=self._device)
+            rows = torch.tensor([i for i, its_style in enumerate(styles) if its_style == style], device=self._device)
             scores = embedding[rows] @ self.prompts([prompt_of(name, style) for name in candidates]).T
             order = scores.topk(5).indices
             hits = order == true[rows, None]

@@ -89,12 +89,12 @@ def held_out_names(names: list[str]) -> set[str]:
     """
     unique = sorted(set(names))
     counts = Counter(word for name in unique for word in set(name.split()))
-    wanted = round(HELD_OUT_SHARE * len(unique))
+    num_held_out = round(HELD_OUT_SHARE * len(unique))
     order = random.Random(_SPLIT_SEED).sample(unique, len(unique))
     chosen: set[str] = set()
     for name in order:
         words = set(name.split())
-        if len(chosen) < wanted and all(counts[word] > _LEAST_OTHER_NAMES for word in words):
+        if len(chosen) < num_held_out and all(counts[word] > _LEAST_OTHER_NAMES for word in words):
             chosen.add(name)
             counts.subtract(words)
     return chosen
@@ -104,17 +104,17 @@ def card_of(rows: list[dict[str, str]], held_out: set[str], licences: dict[str, 
     """Returns the data card: the source, and per set the counts, the licence and the author."""
     sets = {}
     for name, style in STYLES.items():
-        own = [row for row in rows if row["set"] == name]
+        pictures = [row for row in rows if row["set"] == name]
         info = licences[name]
         sets[name] = {
             "style": style,
-            "pictures": len(own),
-            "held_out_pictures": sum(row["name"] in held_out for row in own),
+            "pictures": len(pictures),
+            "held_out_pictures": sum(row["name"] in held_out for row in pictures),
             "licence": info["license"]["spdx"],
             "licence_url": info["license"].get("url"),
             "author": info["author"]["name"],
             "author_url": info["author"].get("url"),
-            "sha256": hashlib.sha256("".join(row["svg"] for row in own).encode()).hexdigest(),
+            "sha256": hashlib.sha256("".join(row["svg"] for row in pictures).encode()).hexdigest(),
         }
     return {
         "source": "npm @iconify/json 2.2.535",
