@@ -6,6 +6,7 @@ several kernels that each read and write the whole tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,8 +72,9 @@ class JoinedStreams:
 
 
 def join_streams(model: nn.Module) -> None:
-    """Give the attentions of a model that `JoinedFlux` or `JoinedStreams` computes these processors, in place."""
-    for module in model.modules():
+    """Gives the attentions of a model that `JoinedFlux` or `JoinedStreams` computes these processors, in place."""
+    attentions: Iterable[Any] = model.modules()
+    for module in attentions:
         name = type(getattr(module, "processor", None)).__name__
         if name in (_FLUX, _JOINT) and _fits(module):
             module.processor = JoinedFlux() if name == _FLUX else JoinedStreams()
@@ -99,8 +101,9 @@ def _joined(pieces: list[Tensor], heads: int, norms: list[Any], rotation: tuple[
     """Returns `[N, T, heads, d]`; a piece alone that nothing is done to is a view."""
     if len(pieces) == 1 and norms[0] is None and rotation is None:
         return pieces[0].unflatten(-1, (heads, -1))
-    weights = [] if norms[0] is None else [norm.weight for norm in norms]
-    eps = 0.0 if norms[0] is None else norms[0].eps
+    present = [norm for norm in norms if norm is not None]
+    weights = [norm.weight for norm in present]
+    eps = present[0].eps if present else 0.0
     first, *more = (piece.contiguous() for piece in pieces)
     return kernels.join_heads(first, more[0] if more else None, heads, weights, eps, *(rotation or (None, None)))
 
