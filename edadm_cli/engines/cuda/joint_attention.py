@@ -101,7 +101,7 @@ def _joined(pieces: list[Tensor], heads: int, norms: list[Any], rotation: tuple[
     """Returns `[N, T, heads, d]`; a piece alone that nothing is done to is a view."""
     if len(pieces) == 1 and norms[0] is None and rotation is None:
         return pieces[0].unflatten(-1, (heads, -1))
-    present = [norm for norm in norms if norm is not None]
+    present: list[Any] = [norm for norm in norms if norm is not None]
     weights = [norm.weight for norm in present]
     eps = present[0].eps if present else 0.0
     first, *more = (piece.contiguous() for piece in pieces)
@@ -112,7 +112,7 @@ def _fits(attn: Any) -> bool:
     """Returns whether the kernel has the normalizations of an attention, and its heads' width."""
     has_text = getattr(attn, "add_q_proj", None) is not None
     names = ("norm_q", "norm_k", *(("norm_added_q", "norm_added_k") if has_text else ()))
-    norms = [getattr(attn, name, None) for name in names]
+    norms: list[Any] = [getattr(attn, name, None) for name in names]
     if getattr(attn, "fused_projections", False) or (getattr(attn, "add_k_proj", None) is None and has_text):
         return False
     if all(norm is None for norm in norms):
