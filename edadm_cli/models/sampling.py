@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.failures import KINDS, is_fault_of_model
+from edadm_cli.models.families import family_of
 from edadm_cli.models.from_folder import first_sentence
 from edadm_cli.models.images import IMAGE_PARAMETERS, has_images, image_arguments, takes_images
 from edadm_cli.models.quiet import pipeline_warnings, quiet_libraries
@@ -197,6 +198,8 @@ def _call_arguments(
         if len(prompts) != len(seeds):
             raise UsageError(f"{len(seeds)} images need as many prompts, not {len(prompts)}.")
         arguments["prompt"] = list(prompts)
+        if type(pipeline).__name__ in family_of(model.denoiser).one_prompt_pipelines:
+            arguments |= _one_image(pipeline, prompts, arguments["generator"])
     if "class_labels" in parameters:
         labels = [_class_label(model, seed) for seed in seeds]
         if None not in labels:
@@ -213,6 +216,18 @@ def _call_arguments(
     if "eta" in parameters:
         arguments["eta"] = model.entry.eta
     return arguments
+
+
+def _one_image(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], generators: Sequence[torch.Generator]
+) -> dict[str, Any]:
+    """Returns prompt and generator of a pipeline that takes no lists of them."""
+    if len(prompts) > 1:
+        raise InputError(
+            f"{type(pipeline).__name__} takes one prompt at a time, and {len(prompts)} were given.",
+            hint="--batch-size 1",
+        )
+    return {"prompt": prompts[0], "generator": generators[0]}
 
 
 def _require_known_parameters(pipeline: DiffusionPipeline, parameters: dict[str, inspect.Parameter]) -> None:

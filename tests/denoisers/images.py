@@ -89,6 +89,23 @@ def deepfloyd() -> Any:
     )
 
 
+def movq() -> Any:
+    """The autoencoder of Kandinsky, with 4 latent channels."""
+    return d.VQModel(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+
+
 def kandinsky22() -> Any:
     tokenizer, encoder = parts.clip(projection=True, width=32)
     unet = d.UNet2DConditionModel(
@@ -108,26 +125,13 @@ def kandinsky22() -> Any:
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         resnet_time_scale_shift="scale_shift",
     )
-    movq = d.VQModel(
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        norm_type="spatial",
-        num_vq_embeddings=12,
-        vq_embed_dim=4,
-    )
     prior = d.PriorTransformer(
         num_attention_heads=2, attention_head_dim=16, embedding_dim=32, num_layers=1, num_embeddings=8
     )
     return d.KandinskyV22CombinedPipeline(
         unet=unet,
         scheduler=d.DDPMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012),
-        movq=movq,
+        movq=movq(),
         prior_prior=prior,
         prior_image_encoder=parts.vision(32),
         prior_text_encoder=encoder,
@@ -228,6 +232,21 @@ def flux_fill() -> Any:
     return _flux("FluxFillPipeline", in_channels=16 + 16 + 4 * 64, out_channels=16)
 
 
+def flux2_vae() -> Any:
+    """The autoencoder of FLUX.2, with 4 latent channels."""
+    return d.AutoencoderKLFlux2(
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def _flux2(layers: int, is_distilled: bool) -> Any:
     text = parts.qwen3(layers=28, causal=True)
     transformer = d.Flux2Transformer2DModel(
@@ -241,20 +260,9 @@ def _flux2(layers: int, is_distilled: bool) -> Any:
         axes_dims_rope=[4, 4, 4, 4],
         guidance_embeds=False,
     )
-    vae = d.AutoencoderKLFlux2(
-        sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     scheduler = parts.flow(use_dynamic_shifting=True)
     return parts.assembled(
-        "Flux2KleinPipeline", transformer, text, vae=vae, scheduler=scheduler, is_distilled=is_distilled
+        "Flux2KleinPipeline", transformer, text, vae=flux2_vae(), scheduler=scheduler, is_distilled=is_distilled
     )
 
 

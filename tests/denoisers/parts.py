@@ -122,11 +122,12 @@ def qwen_vl_processor() -> Any:
     )
 
 
-def qwen3_vl() -> Pair:
+def qwen3_vl(*, layers: int = 2) -> Pair:
     """A Qwen 3 VL with 32 channels."""
     tokenizer = qwen_tokenizer()
     rope = {"mrope_section": [2, 3, 3], "rope_type": "default", "mrope_interleaved": True, "rope_theta": 1e6}
     text = {**_SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 4096, "rope_parameters": rope}
+    text["num_hidden_layers"] = layers
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
     vision |= {"deepstack_visual_indexes": [0]}
     return tokenizer, tr.Qwen3VLModel(tr.Qwen3VLConfig(text_config=text, vision_config=vision))

@@ -32,7 +32,7 @@ from edadm_cli.models import loading
 from edadm_cli.models.families.layers import is_weighted
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.recipe import Recipe, load_recipe
-from tests.denoisers import classes, images, videos
+from tests.denoisers import classes, further, images, videos
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 NOTES = Path(__file__).parents[2] / "build" / "denoisers.jsonl"
@@ -40,6 +40,7 @@ _TABLES = ("table of denoisers", "other classes of denoisers")
 W8A8, W4A8 = BitWidth.parse("w8a8"), BitWidth.parse("w4a8")
 LEAST_PSNR_DB = 20.0  # of an image at W8A8 against full precision of the same seed
 _SQUARE = {"height": 64, "width": 64}
+_SMALL = {"height": 32, "width": 32}
 _CLIP = {"height": 16, "width": 16, "num_frames": 9}
 
 
@@ -106,6 +107,18 @@ ROWS = (
     Row(images.krea2, "Krea 2", call=_SQUARE),
     Row(images.prx, "PRX", call={**_SQUARE, "use_resolution_binning": False}, batch_size=1),  # guided, it takes one
     Row(images.ovis, "Ovis-Image", call=_SQUARE),
+    Row(further.cogview3, "CogView 3", call={**_SQUARE, "max_sequence_length": 16}),
+    Row(further.lumina, "Lumina-Next", call=_SQUARE),
+    Row(further.kandinsky3, "Kandinsky 3", call=_SQUARE),
+    Row(further.bria, "Bria 3.2", call=_SQUARE),
+    Row(further.longcat, "LongCat-Image", call=_SQUARE),
+    Row(further.ernie, "ERNIE-Image", call=_SQUARE),
+    Row(further.omnigen, "OmniGen", call=_SQUARE),
+    Row(
+        further.ideogram4,
+        "Ideogram 4, two transformers",
+        call={**_SMALL, "max_sequence_length": 256, "guidance_schedule": [7.0] * 3},
+    ),
     Row(videos.wan, "Wan 2.1", call=_CLIP),
     Row(videos.wan22, "Wan 2.2, two transformers", call=_CLIP),
     Row(videos.hunyuan_video, "HunyuanVideo", call=_CLIP),
@@ -114,6 +127,14 @@ ROWS = (
     Row(videos.stable_video, "Stable Video Diffusion", call={"height": 32, "width": 32, "num_frames": 2}, images=True),
     Row(videos.animatediff, "AnimateDiff", call={"num_frames": 4, "height": 16, "width": 16}),
     Row(videos.text_to_video, "text-to-video UNet (3D)", call={"num_frames": 4, "height": 16, "width": 16}),
+    Row(further.latte, "Latte", call={**_SQUARE, "video_length": 2, "clean_caption": False}),
+    Row(further.mochi, "Mochi", call={"height": 16, "width": 16, "num_frames": 7, "max_sequence_length": 16}),
+    Row(further.sana_video, "Sana-Video", call={**_SMALL, "frames": 9, "use_resolution_binning": False}),
+    Row(further.skyreels, "SkyReels V2", call=_CLIP),
+    Row(further.wan_vace, "Wan VACE", call=_CLIP, batch_size=1),
+    Row(further.kandinsky5, "Kandinsky 5", call={**_SMALL, "num_frames": 5}),
+    Row(further.allegro, "Allegro", call={"height": 16, "width": 16, "num_frames": 8, "max_sequence_length": 16}),
+    Row(further.i2vgen, "I2VGen-XL", call={**_SMALL, "num_frames": 4}, images=True),
 )
 
 

@@ -12,7 +12,7 @@ _HEADS = {"num_attention_heads": 4, "attention_head_dim": 8}
 _EIGHT = (8, 8, 8, 8)
 
 
-def _wan_vae() -> Any:
+def wan_vae() -> Any:
     return d.AutoencoderKLWan(
         base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
@@ -36,7 +36,7 @@ def _wan_transformer() -> Any:
 
 
 def _wan(num_transformers: int, **components: Any) -> Any:
-    text, vae = parts.t5(multilingual=True), _wan_vae()
+    text, vae = parts.t5(multilingual=True), wan_vae()
     first, *others = (_wan_transformer() for _ in range(num_transformers))
     components |= {f"transformer_{number}": other for number, other in enumerate(others, start=2)}
     return parts.assembled("WanPipeline", first, text, vae=vae, scheduler=parts.flow(shift=7.0), **components)
@@ -183,6 +183,25 @@ def text_to_video() -> Any:
     return parts.assembled("TextToVideoSDPipeline", unet, text, vae=parts.kl(levels=2), scheduler=parts.ddim())
 
 
+def hunyuan_vae() -> Any:
+    """The autoencoder of HunyuanVideo, with 4 latent channels."""
+    return d.AutoencoderKLHunyuanVideo(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=_EIGHT,
+        layers_per_block=1,
+        act_fn="silu",
+        norm_num_groups=4,
+        scaling_factor=0.476986,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+        mid_block_add_attention=True,
+    )
+
+
 def hunyuan_video() -> Any:
     llama, clip = parts.llama(), parts.clip(length=77)
     transformer = d.HunyuanVideoTransformer3DModel(
@@ -200,20 +219,7 @@ def hunyuan_video() -> Any:
         pooled_projection_dim=16,
         rope_axes_dim=(2, 4, 4),
     )
-    vae = d.AutoencoderKLHunyuanVideo(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=_EIGHT,
-        layers_per_block=1,
-        act_fn="silu",
-        norm_num_groups=4,
-        scaling_factor=0.476986,
-        spatial_compression_ratio=8,
-        temporal_compression_ratio=4,
-        mid_block_add_attention=True,
-    )
     texts = (llama[0], llama[1].model), clip
-    return parts.assembled("HunyuanVideoPipeline", transformer, *texts, vae=vae, scheduler=parts.flow(shift=7.0))
+    return parts.assembled(
+        "HunyuanVideoPipeline", transformer, *texts, vae=hunyuan_vae(), scheduler=parts.flow(shift=7.0)
+    )

@@ -50,6 +50,7 @@ class DenoiserFamily:
             `edadm bench` measures models of the family by a run only.
         layer_types: Types of layers that are quantized. Layers of another type are listed as left in float.
         float32_pipelines: Pipelines that sample in float32 only.
+        one_prompt_pipelines: Pipelines that take one prompt as a text, and no list of prompts.
         prepare: Makes all calls of a denoiser alike before it is recorded or reconstructed, where it treats prompts of
             different length differently; the predictions stay the same.
     """
@@ -71,6 +72,7 @@ class DenoiserFamily:
     example_call: Callable[[nn.Module, ExampleValues], Call] | None = None
     layer_types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
     float32_pipelines: tuple[str, ...] = ()
+    one_prompt_pipelines: tuple[str, ...] = ()
     prepare: Callable[[nn.Module], None] | None = None
 
 

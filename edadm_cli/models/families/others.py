@@ -13,9 +13,15 @@ QWEN_IMAGE = DenoiserFamily(
 COGVIEW4 = DenoiserFamily(name="cogview 4", denoisers=("CogView4Transformer2DModel",), calls_per_step=2)
 WAN = DenoiserFamily(
     name="wan",
-    denoisers=("WanTransformer3DModel", "ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel"),
+    denoisers=(
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "ChronoEditTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+    ),
     block_lists=("blocks",),
     calls_per_step=2,
+    one_prompt_pipelines=("WanVACEPipeline",),
 )
 KANDINSKY5 = DenoiserFamily(
     name="kandinsky 5",
