@@ -144,6 +144,21 @@ def wan_vace() -> Any:
     return parts.assembled("WanVACEPipeline", transformer, text, vae=videos.wan_vae())
 
 
+def anyflow() -> Any:
+    transformer = d.AnyFlowTransformer3DModel(**_WAN)
+    text, scheduler = parts.t5(multilingual=True), d.FlowMapEulerDiscreteScheduler()
+    return parts.assembled("AnyFlowPipeline", transformer, text, vae=videos.wan_vae(), scheduler=scheduler)
+
+
+def chronoedit() -> Any:
+    transformer = d.ChronoEditTransformer3DModel(**_WAN, in_channels=36, image_dim=32, added_kv_proj_dim=24)
+    text, images_of = parts.t5(multilingual=True), {"image_processor": parts.image_processor()}
+    vision = parts.vision().vision_model
+    return parts.assembled(
+        "ChronoEditPipeline", transformer, text, vae=videos.wan_vae(), image_encoder=vision, **images_of
+    )
+
+
 def kandinsky3() -> Any:
     unet = d.Kandinsky3UNet(
         time_embedding_dim=16,

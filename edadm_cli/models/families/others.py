@@ -21,6 +21,7 @@ WAN = DenoiserFamily(
     ),
     block_lists=("blocks",),
     calls_per_step=2,
+    shared_arguments=("control_hidden_states_scale",),
     one_prompt_pipelines=("WanVACEPipeline",),
 )
 KANDINSKY5 = DenoiserFamily(

@@ -43,6 +43,7 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
     "sd15": {"unet": {**_UNET, **_CROSS, "cross_attention_dim": 32}},
+    "sd15-inpaint": {"unet": {**_UNET, **_CROSS, "cross_attention_dim": 32}},
     "sd21": {"unet": {**_UNET, **_CROSS, "cross_attention_dim": 32, "attention_head_dim": [2, 4]}},
     "sdxl": {
         "unet": {
