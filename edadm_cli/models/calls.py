@@ -30,7 +30,7 @@ from edadm_cli.models.families import family_of
 SAMPLE = "sample"
 TIMESTEP = "timestep"
 _MARK = "$"
-_NAMING_MARKS = (_MARK + "tensor", _MARK + "joined", _MARK + "rows_second")
+_NAMING_MARKS = (_MARK + "tensor", _MARK + "joined", _MARK + "rows_second", _MARK + "complex")
 _TENSOR_MARKS = (_MARK + SAMPLE, _MARK + TIMESTEP, _MARK + "tensor")
 
 Template = dict[str, Any]
@@ -39,8 +39,9 @@ key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$ti
 (`{"$tuple": [...]}`), a list of the rows of a tensor (`{"$rows": place}`), a list with one equal item per row
 (`{"$each": item}`), a list of rows of different length (`{"$ragged": name}`: they are padded with zeros, and the tensor
 `name.lengths` holds the length of each), a tensor with several entries per row in its first dimension
-(`{"$joined": name}`, which is stored as `(R, entries, *)`), or a tensor whose second dimension counts the rows
-(`{"$rows_second": name}`, which is stored as `(R, first, *)`)."""
+(`{"$joined": name}`, which is stored as `(R, entries, *)`), a tensor whose second dimension counts the rows
+(`{"$rows_second": name}`, which is stored as `(R, first, *)`), or a tensor of complex numbers (`{"$complex": name}`,
+whose real and imaginary parts are stored in a last dimension of 2)."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ def build_call(
                 return list(decode(value))
             if key == "$joined":
                 return tensors[value].flatten(0, 1)
+            if key == "$complex":
+                return torch.view_as_complex(tensors[value].float().contiguous())
             if key == "$rows_second":
                 return tensors[value].transpose(0, 1)
             if key == "$ragged":
@@ -268,6 +271,9 @@ def _lengths(name: str) -> str:
 
 
 def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor) and value.is_complex():
+        tensors[name] = torch.view_as_real(value.detach())
+        return {_MARK + "complex": name}
     if isinstance(value, Tensor):
         tensors[name] = value.detach()
         return {_MARK + "tensor": name}

@@ -52,3 +52,12 @@ def test_text_states_of_several_layers_are_stored_row_by_row() -> None:
     one = {key: tensor[1:2] for key, tensor in parts.condition.items()}
     _, kwargs = build_call(parts.template, parts.sample[1:2], parts.timestep, one)
     torch.testing.assert_close(kwargs[name], call[name][:, 1:2])
+
+
+def test_complex_numbers_of_a_call_come_back_as_they_were() -> None:
+    denoiser, call = hidream_transformer().eval(), _call(ROWS)
+    angles = torch.polar(torch.ones(5, 4), torch.arange(20.0).reshape(5, 4))
+    parts = split_call(denoiser, (), call | {"attention_kwargs": {"angles": angles}})
+    assert not any(tensor.is_complex() for tensor in parts.tensors.values())
+    _, kwargs = build_call(parts.template, parts.sample, parts.timestep, parts.tensors)
+    assert torch.equal(kwargs["attention_kwargs"]["angles"], angles)
