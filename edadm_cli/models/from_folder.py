@@ -126,6 +126,7 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype, device: 
         module.config._name_or_path = module.name_or_path = str(component.folder)
     else:
         module.register_to_config(_name_or_path=str(component.folder))
+    deploy(module, None)  # stages name the arithmetic or the engine that they compute with
     module = module.to(device)
     where = component.weights[0] if len(component.weights) == 1 else component.folder
     missing = sorted(info["missing_keys"])
@@ -134,7 +135,6 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype, device: 
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not all(_is_finite(part) for part in plain_tensors(tensor)):
             raise InputError(f"{where}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
-    deploy(module, None)  # stages name the arithmetic or the engine that they compute with
     return module
 
 

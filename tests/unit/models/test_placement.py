@@ -42,6 +42,17 @@ def test_each_placement_gives_the_same_samples_and_frees_the_encoders(tiny_sd: P
         assert any(is_stored(module) for module in denoiser.modules()) == (where == "disk")
 
 
+@pytest.mark.parametrize(("name", "index"), [("cuda", 1), ("cuda:0", 0)])
+def test_the_memory_of_a_gpu_is_the_share_that_the_process_may_use(
+    name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch takes the number of a GPU here, and no device without one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=1000 + index))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {0: 1.0, 1: 0.5}[index])
+    assert memory_of(torch.device(name)) == {0: 1000, 1: 500}[index]
+
+
 def test_the_first_placement_that_fits_is_taken(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = weight_bytes(str(tiny_sd), None, torch.float32)
     loaded = load_model(str(tiny_sd), CPU, torch.float32)
