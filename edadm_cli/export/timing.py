@@ -23,6 +23,7 @@ from edadm_cli.engines.base import CompiledDenoiser, EngineOptions
 from edadm_cli.engines.files import example
 from edadm_cli.engines.isolation import IsolatedProcess, ProcessLostError
 from edadm_cli.engines.registry import default_engine
+from edadm_cli.errors import MachineError
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import load_model, resolve_device
 
@@ -30,6 +31,8 @@ SMALLEST = 500_000
 """Weights of a denoiser below which a call takes about as long as Python does, and is not timed."""
 SLOW = 1.1
 """The factor below which an export is not called faster."""
+BUSY = 2.0
+"""The multiple of the smallest time from which on a median says more about other programs than about the export."""
 _ROUNDS, _FEWEST_ROUNDS, _SECONDS = 9, 3, 4.0
 
 
@@ -87,7 +90,11 @@ class _Pair:
 
     @torch.no_grad()
     def measure(self) -> CallTime:
-        """Returns the medians of calls in turns, after one call of each that does not count."""
+        """Returns the medians of calls in turns, after one call of each that does not count.
+
+        Raises:
+            MachineError: Other programs kept the machine busy, so that the times differ too much.
+        """
         contenders: tuple[Callable[..., Any], ...] = (self.exported, self.full)
         times: tuple[list[float], list[float]] = ([], [])
         for contender in contenders:
@@ -99,6 +106,13 @@ class _Pair:
             for contender, values in zip(contenders, times, strict=True):
                 values.append(self._call(contender))
         exported, full = map(statistics.median, times)
+        for values in times:
+            if statistics.median(values) > BUSY * min(values):
+                raise MachineError(
+                    f"other programs keep this machine busy, since equal calls took {min(values):.3g} to"
+                    f" {max(values):.3g} ms.",
+                    hint="edadm bench",
+                )
         return CallTime(
             engine=self.engine.name,
             dtype=str(self.dtype).removeprefix("torch."),
