@@ -54,16 +54,20 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
             f"The recipe '{recipe.name}' leaves no layer to quantize.",
             hint="edadm reconstruct --recipe default",
         )
-    attentions = {}
-    for name, module in traced.attentions.items() if recipe.attention.quantize else ():
-        refusal = products_refusal(module)
-        if refusal is not None:
-            kept[name] = refusal
-            continue
-        attentions[name] = AttentionPlan(
-            activation_bits=bits.activation, probability_bits=recipe.attention.probability_bits
-        )
-    return QuantizationPlan(layers=layers, attentions=attentions, kept=kept)
+    attentions, refused = _attentions(traced, recipe, bits)
+    return QuantizationPlan(layers=layers, attentions=attentions, kept={**kept, **refused})
+
+
+def _attentions(traced: Trace, recipe: Recipe, bits: BitWidth) -> tuple[dict[str, AttentionPlan], dict[str, str]]:
+    """Returns the plans of attention products, and those that cannot be quantized with the reason."""
+    if not recipe.attention.quantize:
+        return {}, {}
+    refusals = {name: products_refusal(module) for name, module in traced.attentions.items()}
+    plan = AttentionPlan(activation_bits=bits.activation, probability_bits=recipe.attention.probability_bits)
+    return (
+        {name: plan for name, reason in refusals.items() if reason is None},
+        {name: reason for name, reason in refusals.items() if reason is not None},
+    )
 
 
 def count(plan: QuantizationPlan, traced: Trace) -> dict[str, int]:
