@@ -9,7 +9,7 @@ import edadm_cli
 
 model, run, recipe = (*sys.argv[1:], *("digits-sd", "runs/example", "default")[len(sys.argv) - 1 :])
 
-# Few trajectories and steps, so that the example is quick; by default both are the model's own.
+# Few trajectories and steps, so that the example is quick; by default both are those of the model.
 result = edadm_cli.quantize(model, bits="w4a8", run=run, recipe=recipe, num_trajectories=16, num_steps=10)
 size, parity = result.export.size_mib["ratio"], result.export.parity
 print(f"{size:.1f} times smaller; images equal before and after packing: {parity.images_bit_equal}")
