@@ -7,7 +7,7 @@ from typing import Any
 import diffusers as d
 
 from edadm_cli.models.tokenizers import letter_tokenizer
-from tests.denoisers import images, parts, videos
+from tests.denoisers import flux, parts, unets, videos
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 
@@ -170,7 +170,7 @@ def kandinsky3() -> Any:
     )
     tokenizer, encoder = parts.t5(length=128)
     return d.Kandinsky3Pipeline(
-        tokenizer=tokenizer, text_encoder=encoder, unet=unet, scheduler=d.DDPMScheduler(), movq=images.movq()
+        tokenizer=tokenizer, text_encoder=encoder, unet=unet, scheduler=d.DDPMScheduler(), movq=unets.movq()
     )
 
 
@@ -259,7 +259,7 @@ def ernie() -> Any:
         text_in_dim=32,
         rope_axes_dim=(4, 4, 8),
     )
-    return parts.assembled("ErnieImagePipeline", transformer, parts.qwen3(), vae=images.flux2_vae())
+    return parts.assembled("ErnieImagePipeline", transformer, parts.qwen3(), vae=flux.flux2_vae())
 
 
 def omnigen() -> Any:
@@ -293,5 +293,5 @@ def ideogram4() -> Any:
             mrope_section=(4, 2, 2),
         )
 
-    text, vae = parts.qwen3_vl(layers=36), images.flux2_vae()
+    text, vae = parts.qwen3_vl(layers=36), flux.flux2_vae()
     return parts.assembled("Ideogram4Pipeline", transformer(), text, vae=vae, unconditional_transformer=transformer())

@@ -2,7 +2,7 @@
 
 `python benchmarks/denoisers.py` writes the table into docs/models.md. It notes each finished row in a file, so that a
 table that was interrupted goes on where it stopped. With `--only NAME ...` it prints the rows of these builders alone
-and writes nothing; the names are those of the functions in `images.py` and `videos.py`.
+and writes nothing; the names are those of the functions in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from edadm_cli.models import loading
 from edadm_cli.models.families.layers import is_weighted
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.recipe import Recipe, load_recipe
-from tests.denoisers import classes, further, images, videos
+from tests.denoisers import classes, flux, further, transformers, unets, videos
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 NOTES = Path(__file__).parents[2] / "build" / "denoisers.jsonl"
@@ -68,45 +68,45 @@ class Row:
 
 
 ROWS = (
-    Row(images.stable_diffusion, "Stable Diffusion 1, 2"),
-    Row(images.turbo, "Stable Diffusion Turbo, one step", num_steps=1, guidance=0.0),
-    Row(images.latent_consistency, "latent consistency (`timestep_cond`)"),
-    Row(images.inpainting, "inpainting UNet, 9 channels", images=True),
-    Row(images.instruct_pix2pix, "InstructPix2Pix, 8 channels", images=True),
-    Row(images.controlnet, "Stable Diffusion with a ControlNet", images=True),
-    Row(images.controlnet_inpaint, "inpainting with a ControlNet", images=True),
-    Row(images.controlnet_xl, "Stable Diffusion XL with a ControlNet", images=True),
-    Row(images.stable_diffusion_xl, "Stable Diffusion XL"),
-    Row(images.xl_refiner, "Stable Diffusion XL refiner", call={"strength": 1.0}, images=True),
-    Row(images.deepfloyd, "DeepFloyd IF, first stage"),
-    Row(images.kandinsky22, "Kandinsky 2.2", call={"height": 16, "width": 16}),
-    Row(images.pixels, "DDPM in pixel space"),
-    Row(images.consistency, "consistency model"),
-    Row(images.dit, "DiT"),
-    Row(images.pixart, "PixArt-Sigma", call={"use_resolution_binning": False}),
-    Row(images.sd3, "Stable Diffusion 3, 3.5"),
-    Row(images.flux_dev, "FLUX.1 dev", call=_SQUARE),
+    Row(unets.stable_diffusion, "Stable Diffusion 1, 2"),
+    Row(unets.turbo, "Stable Diffusion Turbo, one step", num_steps=1, guidance=0.0),
+    Row(unets.latent_consistency, "latent consistency (`timestep_cond`)"),
+    Row(unets.inpainting, "inpainting UNet, 9 channels", images=True),
+    Row(unets.instruct_pix2pix, "InstructPix2Pix, 8 channels", images=True),
+    Row(unets.controlnet, "Stable Diffusion with a ControlNet", images=True),
+    Row(unets.controlnet_inpaint, "inpainting with a ControlNet", images=True),
+    Row(unets.controlnet_xl, "Stable Diffusion XL with a ControlNet", images=True),
+    Row(unets.stable_diffusion_xl, "Stable Diffusion XL"),
+    Row(unets.xl_refiner, "Stable Diffusion XL refiner", call={"strength": 1.0}, images=True),
+    Row(unets.deepfloyd, "DeepFloyd IF, first stage"),
+    Row(unets.kandinsky22, "Kandinsky 2.2", call={"height": 16, "width": 16}),
+    Row(unets.pixels, "DDPM in pixel space"),
+    Row(unets.consistency, "consistency model"),
+    Row(transformers.dit, "DiT"),
+    Row(transformers.pixart, "PixArt-Sigma", call={"use_resolution_binning": False}),
+    Row(transformers.sd3, "Stable Diffusion 3, 3.5"),
+    Row(flux.flux_dev, "FLUX.1 dev", call=_SQUARE),
+    Row(flux.flux_kontext, "FLUX.1 Kontext", call={**_SQUARE, "max_area": 64 * 64, "_auto_resize": False}, images=True),
+    Row(flux.controlnet_flux, "FLUX.1 dev with a ControlNet", call=_SQUARE, images=True),
+    Row(flux.flux_fill, "FLUX.1 Fill", call=_SQUARE, images=True),
+    Row(flux.flux2_klein, "FLUX.2 Klein, distilled", call=_SQUARE, guidance=1.0),
+    Row(flux.flux2_base, "FLUX.2 Klein, base", call=_SQUARE),
+    Row(flux.chroma, "Chroma", call=_SQUARE),
+    Row(transformers.qwen_image, "Qwen-Image", call={"height": 32, "width": 32}),
+    Row(transformers.qwen_image_edit, "Qwen-Image-Edit", call={"height": 128, "width": 128}, images=True),
+    Row(transformers.z_image, "Z-Image", call=_SQUARE),
+    Row(transformers.auraflow, "AuraFlow", call=_SQUARE),
+    Row(transformers.sana, "Sana", call={**_SQUARE, "use_resolution_binning": False}),
+    Row(transformers.lumina2, "Lumina 2", call=_SQUARE),
+    Row(transformers.cogview4, "CogView 4", call=_SQUARE),
+    Row(transformers.hunyuan_dit, "HunyuanDiT", call={**_SQUARE, "use_resolution_binning": False}),
+    Row(transformers.hunyuan_image, "HunyuanImage 2.1", call=_SQUARE),
+    Row(transformers.hidream, "HiDream-I1", call=_SQUARE),
+    Row(transformers.krea2, "Krea 2", call=_SQUARE),
     Row(
-        images.flux_kontext, "FLUX.1 Kontext", call={**_SQUARE, "max_area": 64 * 64, "_auto_resize": False}, images=True
-    ),
-    Row(images.controlnet_flux, "FLUX.1 dev with a ControlNet", call=_SQUARE, images=True),
-    Row(images.flux_fill, "FLUX.1 Fill", call=_SQUARE, images=True),
-    Row(images.flux2_klein, "FLUX.2 Klein, distilled", call=_SQUARE, guidance=1.0),
-    Row(images.flux2_base, "FLUX.2 Klein, base", call=_SQUARE),
-    Row(images.chroma, "Chroma", call=_SQUARE),
-    Row(images.qwen_image, "Qwen-Image", call={"height": 32, "width": 32}),
-    Row(images.qwen_image_edit, "Qwen-Image-Edit", call={"height": 128, "width": 128}, images=True),
-    Row(images.z_image, "Z-Image", call=_SQUARE),
-    Row(images.auraflow, "AuraFlow", call=_SQUARE),
-    Row(images.sana, "Sana", call={**_SQUARE, "use_resolution_binning": False}),
-    Row(images.lumina2, "Lumina 2", call=_SQUARE),
-    Row(images.cogview4, "CogView 4", call=_SQUARE),
-    Row(images.hunyuan_dit, "HunyuanDiT", call={**_SQUARE, "use_resolution_binning": False}),
-    Row(images.hunyuan_image, "HunyuanImage 2.1", call=_SQUARE),
-    Row(images.hidream, "HiDream-I1", call=_SQUARE),
-    Row(images.krea2, "Krea 2", call=_SQUARE),
-    Row(images.prx, "PRX", call={**_SQUARE, "use_resolution_binning": False}, batch_size=1),  # guided, it takes one
-    Row(images.ovis, "Ovis-Image", call=_SQUARE),
+        transformers.prx, "PRX", call={**_SQUARE, "use_resolution_binning": False}, batch_size=1
+    ),  # guided, it takes one
+    Row(transformers.ovis, "Ovis-Image", call=_SQUARE),
     Row(further.cogview3, "CogView 3", call={**_SQUARE, "max_sequence_length": 16}),
     Row(further.lumina, "Lumina-Next", call=_SQUARE),
     Row(further.kandinsky3, "Kandinsky 3", call=_SQUARE),

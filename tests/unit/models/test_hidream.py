@@ -6,7 +6,7 @@ import torch
 
 from edadm_cli.models.calls import build_call, split_call
 from edadm_cli.models.families import prepare_calls
-from tests.denoisers.images import hidream_transformer
+from tests.denoisers.transformers import hidream_transformer
 
 ROWS = 3
 

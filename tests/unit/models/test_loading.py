@@ -23,7 +23,7 @@ from edadm_cli.models.folder import read_folder
 from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.registry import known_models
 from edadm_cli.models.sampling import sample
-from tests.denoisers.images import hunyuan_image, krea2
+from tests.denoisers.transformers import hunyuan_image, krea2
 
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -20,7 +20,7 @@ from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import CALIBRATION, EVALUATION, image_seed, sample
-from tests.denoisers.images import consistency, deepfloyd, inpainting
+from tests.denoisers.unets import consistency, deepfloyd, inpainting
 
 CPU = torch.device("cpu")
 
