@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -199,7 +199,7 @@ def _call_arguments(
             raise UsageError(f"{len(seeds)} images need as many prompts, not {len(prompts)}.")
         arguments["prompt"] = list(prompts)
         if type(pipeline).__name__ in family_of(model.denoiser).one_prompt_pipelines:
-            arguments |= _one_image(pipeline, prompts, arguments["generator"])
+            arguments |= _one_image(pipeline, prompts, arguments)
     if "class_labels" in parameters:
         labels = [_class_label(model, seed) for seed in seeds]
         if None not in labels:
@@ -218,16 +218,15 @@ def _call_arguments(
     return arguments
 
 
-def _one_image(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], generators: Sequence[torch.Generator]
-) -> dict[str, Any]:
-    """Returns prompt and generator of a pipeline that takes no lists of them."""
+def _one_image(pipeline: DiffusionPipeline, prompts: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns prompt, generator and images of a pipeline that takes no lists of them."""
     if len(prompts) > 1:
         raise InputError(
             f"{type(pipeline).__name__} takes one prompt at a time, and {len(prompts)} were given.",
             hint="--batch-size 1",
         )
-    return {"prompt": prompts[0], "generator": generators[0]}
+    pictures = {name: arguments[name][0] for name in IMAGE_PARAMETERS if name in arguments}
+    return {"prompt": prompts[0], "generator": arguments["generator"][0], **pictures}
 
 
 def _require_known_parameters(pipeline: DiffusionPipeline, parameters: dict[str, inspect.Parameter]) -> None:

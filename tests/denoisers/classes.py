@@ -18,11 +18,9 @@ UNTRIED = "untried: no row builds its pipeline"
 VERDICTS = {
     "AceStepTransformer1DModel": f"{NO_IMAGES}: music",
     "AnyFlowFARTransformer3DModel": UNTRIED,
-    "AnyFlowTransformer3DModel": UNTRIED,
     "BriaFibo2Transformer2DModel": UNTRIED,
     "BriaFiboTransformer2DModel": UNTRIED,
     "BriaTransformer2DModel": UNTRIED,
-    "ChronoEditTransformer3DModel": UNTRIED,
     "ConsisIDTransformer3DModel": "refused: `ConsisIDPipeline` needs embeddings of a face for every sample",
     "Cosmos3OmniTransformer": UNTRIED,
     "CosmosTransformer3DModel": "refused: its pipelines need a safety checker of the package `cosmos_guardrail`",
@@ -38,12 +36,10 @@ VERDICTS = {
     "JoyImageEditPlusTransformer3DModel": UNTRIED,
     "JoyImageEditTransformer3DModel": UNTRIED,
     "Kandinsky3UNet": UNTRIED,
-    "Kandinsky5Transformer3DModel": UNTRIED,
     "Kandinsky6SRTransformer3DModel": "refused: `Kandinsky6SRPipeline` needs a video for every sample",
     "Kandinsky6Transformer3DModel": UNTRIED,
     "LTX2VideoTransformer3DModel": UNTRIED,
     "LongCatAudioDiTTransformer": f"{NO_IMAGES}: audio",
-    "LuminaNextDiT2DModel": UNTRIED,
     "MiniMaxH3Transformer3DModel": NO_PIPELINE,
     "MiniMaxMusic3RVQDepthDecoder": f"{NO_IMAGES}: music",
     "MiniMaxMusic3Transformer1DModel": f"{NO_IMAGES}: music",
@@ -66,7 +62,6 @@ VERDICTS = {
     "UVit2DModel": "refused: it predicts tokens of a codebook, not the noise of a continuous sample",
     "WanAnimate2Transformer3DModel": NO_PIPELINE,
     "WanAnimateTransformer3DModel": "refused: `WanAnimatePipeline` needs videos of a pose and a face for every sample",
-    "WanVACETransformer3DModel": UNTRIED,
 }
 
 

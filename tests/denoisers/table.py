@@ -133,7 +133,7 @@ ROWS = (
     Row(further.skyreels, "SkyReels V2", call=_CLIP),
     Row(further.wan_vace, "Wan VACE", call=_CLIP, batch_size=1),
     Row(further.anyflow, "AnyFlow", call=_CLIP),
-    Row(further.chronoedit, "ChronoEdit", call={**_SMALL, "num_frames": 5}, images=True),
+    Row(further.chronoedit, "ChronoEdit", call={**_SMALL, "num_frames": 5}, images=True, batch_size=1),
     Row(further.kandinsky5, "Kandinsky 5", call={**_SMALL, "num_frames": 5}),
     Row(further.allegro, "Allegro", call={"height": 16, "width": 16, "num_frames": 8, "max_sequence_length": 16}),
     Row(further.i2vgen, "I2VGen-XL", call={**_SMALL, "num_frames": 4}, images=True),

@@ -50,7 +50,7 @@ class DenoiserFamily:
             `edadm bench` measures models of the family by a run only.
         layer_types: Types of layers that are quantized. Layers of another type are listed as left in float.
         float32_pipelines: Pipelines that sample in float32 only.
-        one_prompt_pipelines: Pipelines that take one prompt as a text, and no list of prompts.
+        one_prompt_pipelines: Pipelines that take one prompt and image, and no lists of them.
         prepare: Makes all calls of a denoiser alike before it is recorded or reconstructed, where it treats prompts of
             different length differently; the predictions stay the same.
     """

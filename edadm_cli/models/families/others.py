@@ -22,7 +22,7 @@ WAN = DenoiserFamily(
     block_lists=("blocks",),
     calls_per_step=2,
     shared_arguments=("control_hidden_states_scale",),
-    one_prompt_pipelines=("WanVACEPipeline",),
+    one_prompt_pipelines=("WanVACEPipeline", "ChronoEditPipeline"),
 )
 KANDINSKY5 = DenoiserFamily(
     name="kandinsky 5",
