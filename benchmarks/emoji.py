@@ -2,6 +2,8 @@
 
     python benchmarks/emoji.py --out studies/emoji --gpus 0,1 --workers 12
     python benchmarks/emoji.py --out studies/emoji --table
+    python benchmarks/emoji.py --out studies/emoji --export docs/data/emoji.jsonl
+    python benchmarks/emoji.py --rows docs/data/emoji.jsonl --table
     python benchmarks/emoji.py --out studies/emoji --picture emoji-sd.webp
 
 A row is one variant of a recipe (`benchmarks/learner.py` says how a variant is written) on one model, at one bit width,
@@ -111,8 +113,16 @@ def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
     save_exact(folder, pictures, latents, features)
     save_sheet(pictures, study.out / "pictures" / f"{model}-full-precision-{seed}.webp")
     facts = {"model": model, "seed": seed, "label": "full precision", "bits": "", "images": study.images}
+    facts["card"] = card(study.device)
     facts["row_seconds"] = round(time.monotonic() - started, 1)
     return {**facts, **judged.metrics(features, labels(prompts_of(collected, study.images, seed)))}
+
+
+def card(device: str) -> str:
+    """Returns the name of what computes."""
+    import torch
+
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def load(study: Study, folder: RunFolder) -> tuple[LoadedModel, CollectedRun]:
@@ -146,8 +156,7 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
     selected = select(SelectConfig(num_samples=min(samples, study.trajectories or samples), **chosen, **shared), folder)
     bits = BitWidth.parse(row.bits)
-    arithmetic = {} if study.device == "cpu" else {"matmul": "float32"}  # as the first rows were measured
-    config = ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, memory_budget_mib=4096, **arithmetic, **shared)
+    config = ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, memory_budget_mib=4096, **shared)
     learned = reconstruct(config, folder)
     learned_at = time.monotonic()
     say("learned", row=row.name, seconds=learned_at - started)
@@ -166,6 +175,7 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
         save_sheet(pictures, study.out / "pictures" / f"{row.name}.webp")
     shutil.rmtree(folder.root)
     return {
+        "card": card(study.device),
         "recipe": recipe.model_dump(mode="json"),
         "counts": list(selected.counts),
         "loss": learned.loss.model_dump(),
@@ -291,6 +301,17 @@ def read_results(out: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
 
 
+def export(results: list[dict[str, Any]], path: Path) -> None:
+    """Writes the rows with their metrics alone, one JSON object per line, in a fixed order."""
+    keys = ("model", "bits", "label", "seed")
+    lines = []
+    for result in sorted(results, key=lambda result: tuple(result[key] for key in keys)):
+        shown = (*keys, "card", "images", "counts", *METRICS, "guided", "coherence")
+        row = {key: result[key] for key in shown if key in result}
+        lines.append(json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Returns means over the seeds and sample standard deviations as Markdown, one table per model."""
     groups: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -299,12 +320,13 @@ def table(results: list[dict[str, Any]]) -> str:
     order = ["full precision", *VARIANTS]
     lines: list[str] = []
     for model, rows in sorted(groups.items(), reverse=True):
-        lines += ["", f"### {model}", "", "| bits | recipe | seeds | " + " | ".join(METRICS.values()) + " |"]
-        lines.append("|---|---|---|" + "---|" * len(METRICS))
+        lines += ["", f"### {model}", "", "| bits | recipe | seeds | card | " + " | ".join(METRICS.values()) + " |"]
+        lines.append("|---|---|---|---|" + "---|" * len(METRICS))
         for bits, label in sorted(rows, key=lambda row: (WIDTHS.index(row[0]), order.index(row[1]))):
             seeds = rows[bits, label]
             cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in METRICS]
-            lines.append(f"| {bits.upper()} | {label} | {len(seeds)} | " + " | ".join(cells) + " |")
+            cards = " and ".join(sorted({seed.get("card", "") for seed in seeds}))
+            lines.append(f"| {bits.upper()} | {label} | {len(seeds)} | {cards} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -318,7 +340,9 @@ def _cell(values: list[float]) -> str:
 def main() -> None:
     """Reads the command line and runs the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where the study lies")
+    parser.add_argument("--rows", type=Path, help="a file of exported rows, whose table is printed; nothing is run")
+    parser.add_argument("--export", type=Path, help="write the finished rows with their metrics alone; run nothing")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="regular expression that the names of rows match")
@@ -341,6 +365,14 @@ def main() -> None:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rows is not None:
+        print(table([json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]))
+        return
+    if options.out is None:
+        parser.error("--out is needed to run a study")
+    if options.export is not None:
+        export(read_results(options.out), options.export)
+        return
     device = "cpu" if options.gpus == "cpu" else "cuda:0"
     sizes = (options.images, options.held_out, options.batch, options.trajectories, options.iterations)
     study = Study(options.out, *sizes, options.expected, device)

@@ -15,6 +15,9 @@ VARIANTS = {
     "paper, 300 iterations": "paper+learn.iterations=300",
     "q-diffusion, 300 iterations": "q-diffusion+learn.iterations=300+learn.weight_learning_rate=0.1"
     "+learn.activation_learning_rate=0.001",
+    "default, float inputs 5%": 'default+learn.channel_values=["weight-scale","bias"]+ranges.float_input_share=0.05',
+    "four steps, float inputs, 300 iterations": "thorough+learn.iterations=300+ranges.float_input_share=0.05",
+    "four steps, 300 iterations": "thorough+learn.iterations=300",
     "ptq4dm": "ptq4dm",
     "rtn": "rtn",
     "ranges-only": "default+learn.granularity=none",
@@ -24,7 +27,9 @@ VARIANTS = {
     "radius median": "default+select.density_quantile=0.5",
     "layer losses 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
 }
-MAIN = ("default", "paper, 300 iterations", "q-diffusion, 300 iterations", "ptq4dm", "rtn", "ranges-only")
+FLOAT_INPUTS = ("default, float inputs 5%", "four steps, float inputs, 300 iterations", "four steps, 300 iterations")
+PUBLISHED = ("paper, 300 iterations", "q-diffusion, 300 iterations")
+MAIN = (*FLOAT_INPUTS, "default", *PUBLISHED, "ptq4dm", "rtn", "ranges-only")
 CLAIMS = ("neither", "no layer losses", "no TDAC", "before")
 FEW = ("frechet", "frechet_spatial", "frechet_imagenet", "kernel_imagenet")  # metrics that need all the pictures
 MODELS = ("emoji-sd", "emoji-dit")
@@ -63,24 +68,25 @@ class Row:
 
 def rows_in_order(models: list[str], seeds: list[int]) -> list[Row]:
     """Returns all rows, those that matter most first."""
-    published = ("paper, 300 iterations", "q-diffusion, 300 iterations")
     unlearned = ("rtn", "ptq4dm", "ranges-only")
-    fields = [label for label in VARIANTS if label not in (*published, *unlearned, *CLAIMS)]
+    fields = [label for label in VARIANTS if label not in (*MAIN, *CLAIMS)]
     plan: list[tuple[Sequence[str], Sequence[str], list[int]]] = [
         (("default", *unlearned), ("w4a8",), seeds[:1]),
         (("default", "rtn", "ptq4dm"), ("w4a4",), seeds[:1]),
-        (published[:1], ("w4a8",), seeds[:1]),
+        (PUBLISHED[:1], ("w4a8",), seeds[:1]),
+        (FLOAT_INPUTS, ("w4a8",), seeds[:1]),
+        (FLOAT_INPUTS[:1], ("w4a4", "w3a8"), seeds[:1]),
         (("neither", "no layer losses", "no TDAC"), ("w4a8",), seeds[:1]),
         (("default", "rtn", "ptq4dm"), ("w8a8", "w3a8"), seeds[:1]),
         (("default", "rtn", "ptq4dm"), ("w4a8",), seeds[:2]),
         (CLAIMS, ("w4a8",), seeds[:2]),
-        (published, ("w4a8", "w4a4"), seeds[:1]),
+        (PUBLISHED, ("w4a8", "w4a4"), seeds[:1]),
         (("default", "rtn", "ptq4dm"), ("w4a8",), seeds),
         (("default", *unlearned), ("w6a6",), seeds[:1]),
         (CLAIMS, ("w4a8",), seeds),
         (("default", *unlearned), ("w4a4",), seeds),
         (fields, ("w4a8",), seeds[:1]),
-        (("default", *published, *unlearned), ("w4a8", "w8a8", "w4a4", "w3a8", "w6a6"), seeds),
+        (("default", *PUBLISHED, *unlearned), ("w4a8", "w8a8", "w4a4", "w3a8", "w6a6"), seeds),
         (fields, ("w4a8",), seeds),
     ]
     rows: dict[Row, None] = {}

@@ -189,7 +189,11 @@ def work(task: tuple[Settings, Job]) -> dict[str, Any]:
         result = {**asdict(job), **measure(settings, job, device)}
     except Exception as error:  # noqa: BLE001 - one failed job must not end the study
         return {**asdict(job), "error": f"{type(error).__name__}: {error}"}
-    result |= {"job_seconds": round(time.monotonic() - started, 1), "device": os.environ["EDADM_STUDY_NAME"]}
+    result |= {
+        "job_seconds": round(time.monotonic() - started, 1),
+        "device": os.environ["EDADM_STUDY_NAME"],
+        "card": card(device),
+    }
     path = job.file(settings.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
@@ -199,6 +203,13 @@ def work(task: tuple[Settings, Job]) -> dict[str, Any]:
         name: result[name]
         for name in ("model", "seed", "label", "bits", "hard", "one_step", "final", "job_seconds", "device")
     }
+
+
+def card(device: str) -> str:
+    """Returns the name of what computes."""
+    import torch
+
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def groups_of(options: argparse.Namespace) -> list[Group]:

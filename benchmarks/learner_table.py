@@ -18,7 +18,7 @@ from learner_variants import GROUPS
 
 METRICS = ("undecided", "first", "soft", "hard", "held_out", "one_step", "guided", "bias", "coherence", "final")
 BASELINE = "before"
-_KEYS = ("model", "bits", "label", "seed", *METRICS)
+_KEYS = ("model", "bits", "label", "seed", *METRICS, "card")
 _DIGITS = 5
 
 Row = dict[str, Any]
@@ -81,6 +81,8 @@ def _cell(name: str, rows: Sequence[Row], baseline: Sequence[Row]) -> str:
         seeds = {row["seed"] for row in rows} & {row["seed"] for row in baseline}
         pair = [[row[metric] for row in group if row["seed"] in seeds] for group in (rows, baseline)]
         return f"{statistics.mean(pair[0]) / statistics.mean(pair[1]):.2f}" if seeds else ""
+    if name == "card":
+        return " and ".join(sorted({row.get("card", "") for row in rows}))
     values = [row[name] for row in rows if row.get(name) is not None]
     if not values:
         return ""
