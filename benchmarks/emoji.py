@@ -320,13 +320,20 @@ def table(results: list[dict[str, Any]]) -> str:
     order = ["full precision", *VARIANTS]
     lines: list[str] = []
     for model, rows in sorted(groups.items(), reverse=True):
-        lines += ["", f"### {model}", "", "| bits | recipe | seeds | card | " + " | ".join(METRICS.values()) + " |"]
-        lines.append("|---|---|---|---|" + "---|" * len(METRICS))
+        lines += [
+            "",
+            f"### {model}",
+            "",
+            "| bits | recipe | seeds | pictures | card | " + " | ".join(METRICS.values()) + " |",
+        ]
+        lines.append("|---|---|---|---|---|" + "---|" * len(METRICS))
         for bits, label in sorted(rows, key=lambda row: (WIDTHS.index(row[0]), order.index(row[1]))):
             seeds = rows[bits, label]
             cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in METRICS]
             cards = " and ".join(sorted({seed.get("card", "") for seed in seeds}))
-            lines.append(f"| {bits.upper()} | {label} | {len(seeds)} | {cards} | " + " | ".join(cells) + " |")
+            pictures = " and ".join(sorted({f"{seed['images']:,}" for seed in seeds}))
+            start = f"| {bits.upper()} | {label} | {len(seeds)} | {pictures} | {cards} | "
+            lines.append(start + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

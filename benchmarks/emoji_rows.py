@@ -16,8 +16,8 @@ VARIANTS = {
     "q-diffusion, 300 iterations": "q-diffusion+learn.iterations=300+learn.weight_learning_rate=0.1"
     "+learn.activation_learning_rate=0.001",
     "default, float inputs 5%": 'default+learn.channel_values=["weight-scale","bias"]+ranges.float_input_share=0.05',
-    "four steps, float inputs, 300 iterations": "thorough+learn.iterations=300+ranges.float_input_share=0.05",
-    "four steps, 300 iterations": "thorough+learn.iterations=300",
+    "four steps, float inputs, 300 iterations": "thorough+learn.iterations=300",
+    "four steps, 300 iterations": "thorough+learn.iterations=300+ranges.float_input_share=0",
     "ptq4dm": "ptq4dm",
     "rtn": "rtn",
     "ranges-only": "default+learn.granularity=none",

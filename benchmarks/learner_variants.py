@@ -33,6 +33,7 @@ MAIN = {
     "before": BEFORE,
     "default": "default",
     "default, gamma 0": "default+learn.layer_loss_weight=0",
+    "thorough, all inputs quantized": "thorough+ranges.float_input_share=0",
     "thorough": "thorough",
     "paper": "paper",
     "ptq4dm": "ptq4dm",
@@ -96,7 +97,7 @@ CANDIDATES = {
     "before": BEFORE,
     "default": "default",
     "default, gamma 0": "default+learn.layer_loss_weight=0",
-    "thorough": "thorough",
+    "thorough, all inputs quantized": "thorough+ranges.float_input_share=0",
     "Z, 1,000 iterations, N 1,024": LONG,
     "Z, 300 iterations, N 256": PLAIN,
     "weight scales and biases, gamma 0": channels("weight-scale", "bias") + "+learn.layer_loss_weight=0",
@@ -116,21 +117,10 @@ TOGETHER = {
     "1,024 samples, 1,000 iterations": "default+samples=1024+learn.iterations=1000",
 }
 FLOAT = "+ranges.float_input_share=0.05"
-SCALES = '+learn.channel_values=["weight-scale","bias","input-channel-scale"]'
 FLOAT_INPUTS = {
     "default, float inputs 5%": f"{NO_INPUT_SCALES}{FLOAT}",
-    "thorough, float inputs 5%": f"thorough{FLOAT}",
+    "thorough": "thorough",
     "thorough, float inputs 8%": "thorough+ranges.float_input_share=0.08",
-}
-FLOAT_INGREDIENTS = {
-    "float inputs": f"default{FLOAT}",
-    "thorough, float inputs": f"thorough{FLOAT}",
-    "thorough, float inputs, 2%": "thorough+ranges.float_input_share=0.02",
-    "thorough, float inputs, 500 iterations": f"thorough{FLOAT}+learn.iterations=500",
-    "thorough, float inputs, input scales": f"thorough{SCALES}{scales(0.5)}{FLOAT}",
-    "thorough, float inputs, bounded scales": f"thorough{SCALES}{INPUT_SCALES}{FLOAT}",
-    "thorough, float inputs, batch 64": f"thorough{FLOAT}+learn.batch_size=64",
-    "thorough, float inputs, gamma 0.2": f"thorough{FLOAT}+learn.layer_loss_weight=0.2",
 }
 FLOORS = {
     "weights only": 'default+layers=[{"pattern":"*","float_input":true}]',
@@ -196,7 +186,6 @@ GROUPS = {
     "together-w3a8": Group(TOGETHER, ("w3a8",)),
     "float-inputs": Group(FLOAT_INPUTS, seeds=(0, 1, 2, 3, 4)),
     "float-inputs-widths": Group(FLOAT_INPUTS, ("w3a8", "w8a8"), (0,)),
-    "float-ingredients": Group(FLOAT_INGREDIENTS, seeds=(0,)),
     "floors": Group(FLOORS, seeds=(0,)),
     "floors-w8a8": Group({"default": "default", "ranges-only": "default+learn.granularity=none"}, ("w8a8",), (0,)),
     "sharpness": Group(SHARPNESS),

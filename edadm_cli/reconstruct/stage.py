@@ -153,6 +153,12 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
     device = resolve_device(processes.device_name(config.device))
     if config.matmul == "tf32" and device.type != "cuda":
         raise UsageError("--matmul tf32 needs an NVIDIA GPU, but this reconstruction runs on the CPU.")
+    if config.weights == "disk" and config.recipe.ranges.float_input_share:
+        raise UsageError(
+            f"The recipe '{config.recipe.name}' measures which inputs stay in floating point by a backward pass, which"
+            " needs all weights in memory, but --weights is disk.",
+            hint="--recipe default, or float_input_share = 0 in the recipe's [ranges]",
+        )
     entry = known_models().get(selection.manifest.model.id)
     hyperparameters = resolve(config.recipe.learn, entry.paper if entry else None, config.bits)
     if hyperparameters.batch_size < processes.count:

@@ -74,6 +74,7 @@ def test_shipped_recipes_are_what_they_are_named_after() -> None:
     assert paper.learn.rounding_sharpness == 20
     thorough = load_recipe("thorough")
     assert (thorough.select.samples_per_trajectory, thorough.learn.layer_loss_weight) == (4, 0)
+    assert thorough.ranges.float_input_share == 0.05
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("uniform-steps", "uniform"), ("normal-steps", "normal")])
