@@ -122,16 +122,17 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype, device: 
         module, info = loader.from_pretrained(
             place, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
+    # before the module is moved: a missing tensor has no data to move
+    where = component.weights[0] if len(component.weights) == 1 else component.folder
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(f"{where} lacks the tensor '{missing[0]}', which {component.cls.__name__} needs.")
     if is_transformer:
         module.config._name_or_path = module.name_or_path = str(component.folder)
     else:
         module.register_to_config(_name_or_path=str(component.folder))
     deploy(module, None)  # stages name the arithmetic or the engine that they compute with
     module = module.to(device)
-    where = component.weights[0] if len(component.weights) == 1 else component.folder
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(f"{where} lacks the tensor '{missing[0]}', which {component.cls.__name__} needs.")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not all(_is_finite(part) for part in plain_tensors(tensor)):
             raise InputError(f"{where}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
