@@ -23,7 +23,7 @@ from edadm_cli.models.collected import Sampling, SchedulerFacts
 from edadm_cli.models.encoding import encode_first
 from edadm_cli.models.from_folder import first_sentence
 from edadm_cli.models.images import images_sha256
-from edadm_cli.models.loading import LoadedModel, load_model, resolve_device, weight_bytes
+from edadm_cli.models.loading import LoadedModel, load_model, locate, resolve_device, weight_bytes
 from edadm_cli.models.placement import described, placement
 from edadm_cli.models.prompts import prompts_name, resolve_prompts
 from edadm_cli.models.sampling import Samples, image_seed, require_num_steps, sample, takes_guidance
@@ -138,9 +138,12 @@ class _Task:
 def prepare(config: CollectConfig, processes: Processes) -> _Task:
     """Loads the model and decides what the configuration leaves open."""
     device, dtype = resolve_device(processes.device_name(config.device)), getattr(torch, config.dtype)
-    sizes = {} if config.weights == "memory" else weight_bytes(config.model, None, dtype)
+    location = locate(config.model)
+    sizes = {} if config.weights == "memory" else weight_bytes(location, dtype)
     where = placement(sizes, config.weights, device)
-    model = load_model(config.model, device, dtype, prediction_type=config.prediction_type, placement=where)
+    model = load_model(
+        config.model, device, dtype, prediction_type=config.prediction_type, placement=where, location=location
+    )
     if config.weights == "disk" and model.placement == "memory":
         raise UsageError(
             f"Weights are read from disk for models in diffusers' layout, and {model.ref.id} is a single file or names "

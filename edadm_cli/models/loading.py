@@ -81,6 +81,7 @@ def load_model(
     entry: ModelEntry | None = None,
     prediction_type: str | None = None,
     placement: Placement = "memory",
+    location: Location | None = None,
 ) -> LoadedModel:
     """Loads a pipeline and checks it.
 
@@ -95,6 +96,7 @@ def load_model(
         placement: Where the weights are; other than `memory`, the denoiser reads the weights of its layers whenever
             they are used, until `encode_first` or `bring_stored` changes that. A model whose denoiser cannot be read in
             this way, such as a single file, is in memory all the same.
+        location: Where its files are, when the caller has asked already: a hub model is then that of the same commit.
 
     Raises:
         InputError: The model is missing, broken or pickled, comes with code, or has weights that are not finite.
@@ -104,7 +106,7 @@ def load_model(
     entry = entry or known_models().get(model)
     with quiet_libraries(), no_questions():
         try:
-            source = _open(model, entry, dtype, device, stored=placement != "memory")
+            source = _open(model, entry, dtype, device, placement != "memory", location)
             pipeline = _configured(source.pipeline, entry).to(device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise MachineError(f"{model} does not fit into the memory of {device}.") from error
@@ -182,16 +184,15 @@ def open_stored(model: str, entry: ModelEntry, name: str = "") -> StoredDenoiser
     return _stored_component(folder, names[0], torch.float32) if names else None
 
 
-def weight_bytes(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> dict[str, int]:
+def weight_bytes(location: Location, dtype: torch.dtype) -> dict[str, int]:
     """Returns the bytes that the weights of each component take in an element type; none for a single file.
 
     Raises:
-        InputError: The model is missing or broken.
+        InputError: The model is broken.
     """
-    entry = entry or known_models().get(model)
-    if entry is not None and _is_random(model, entry):
-        return random_bytes(load_architecture(entry.location), dtype)
-    path, _ = _locate(model, entry)
+    if isinstance(location, Architecture):
+        return random_bytes(location, dtype)
+    path, _ = location
     if path.is_file():
         return {}
     return {
@@ -200,6 +201,25 @@ def weight_bytes(model: str, entry: ModelEntry | None, dtype: torch.dtype) -> di
         for part in read_folder(path).components
         if part.weights
     }
+
+
+Location = Architecture | tuple[Path, str | None]
+"""Where a model is: the architecture of random weights, or a folder or file and its revision on the hub."""
+
+
+def locate(model: str) -> Location:
+    """Finds a model's files; one of the hub is downloaded, or found in the cache.
+
+    Args:
+        model: A known name, a diffusers folder, a checkpoint file, or a hub id.
+
+    Raises:
+        InputError: There is no such model.
+    """
+    entry = known_models().get(model)
+    if entry is not None and _is_random(model, entry):
+        return load_architecture(entry.location)
+    return _locate(model, entry)
 
 
 def _is_random(model: str, entry: ModelEntry) -> bool:
@@ -246,7 +266,14 @@ class _Source:
     has_stored_denoiser: bool = False
 
 
-def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype, device: torch.device, stored: bool) -> _Source:
+def _open(
+    model: str,
+    entry: ModelEntry | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    stored: bool,
+    location: Location | None,
+) -> _Source:
     if entry is not None and _is_random(model, entry):
         architecture, seed = load_architecture(entry.location), entry.weights_seed
         fingerprint = architecture.fingerprint(seed, WEIGHTS_VERSION)
@@ -255,7 +282,7 @@ def _open(model: str, entry: ModelEntry | None, dtype: torch.dtype, device: torc
             ready[architecture.denoiser_name] = _stored_architecture(architecture, seed).place(device, dtype)
         pipeline = build_random_pipeline(architecture, seed, dtype, device, ready)
         return _Source(pipeline, fingerprint, has_stored_denoiser=stored)
-    path, revision = _locate(model, entry)
+    path, revision = location if isinstance(location, tuple) else _locate(model, entry)
     if path.is_file():
         checkpoint = open_checkpoint(path, dtype)
         return _Source(

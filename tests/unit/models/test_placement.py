@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.models.encoding import encode_first
-from edadm_cli.models.loading import load_model, weight_bytes
+from edadm_cli.models.loading import load_model, locate, weight_bytes
 from edadm_cli.models.placement import Placement, memory_of, placement
 from edadm_cli.models.sampling import sample
 from edadm_cli.models.stored import is_stored
@@ -54,7 +54,7 @@ def test_the_memory_of_a_gpu_is_the_share_that_the_process_may_use(
 
 
 def test_the_first_placement_that_fits_is_taken(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = weight_bytes(str(tiny_sd), None, torch.float32)
+    sizes = weight_bytes(locate(str(tiny_sd)), torch.float32)
     loaded = load_model(str(tiny_sd), CPU, torch.float32)
     assert sizes["unet"] == 4 * sum(parameter.numel() for parameter in loaded.denoiser.parameters())
     memory, chosen = {"all": sum(sizes.values()), "unet": sizes["unet"] + sizes["vae"], "little": 0}, {}
