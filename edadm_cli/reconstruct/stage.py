@@ -40,6 +40,7 @@ from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.registry import known_models
+from edadm_cli.models.stored import is_stored
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
@@ -153,12 +154,6 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
     device = resolve_device(processes.device_name(config.device))
     if config.matmul == "tf32" and device.type != "cuda":
         raise UsageError("--matmul tf32 needs an NVIDIA GPU, but this reconstruction runs on the CPU.")
-    if config.weights == "disk" and config.recipe.ranges.float_input_share:
-        raise UsageError(
-            f"The recipe '{config.recipe.name}' measures which inputs stay in floating point by a backward pass, which"
-            " needs all weights in memory, but --weights is disk.",
-            hint="--recipe default, or float_input_share = 0 in the recipe's [ranges]",
-        )
     entry = known_models().get(selection.manifest.model.id)
     hyperparameters = resolve(config.recipe.learn, entry.paper if entry else None, config.bits)
     if hyperparameters.batch_size < processes.count:
@@ -184,6 +179,12 @@ def prepare(task: _Task, place: str = "", note: Callable[[str], None] = lambda _
     """
     config = task.config
     denoiser = CollectedRun.open(task.run).load_denoiser(task.device, config.weights, place, note)
+    if config.recipe.ranges.float_input_share and any(map(is_stored, denoiser.modules())):
+        raise UsageError(
+            f"The recipe '{config.recipe.name}' measures which inputs stay in floating point by a backward pass, which"
+            " needs all weights in memory, but here they stay on disk.",
+            hint="--weights memory, --recipe default, or float_input_share = 0 in the recipe's [ranges]",
+        )
     batches = Batches(CalibrationSet.load(task.selection.within(place)), task.batch_size, task.device)
     (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)

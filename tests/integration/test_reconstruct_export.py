@@ -93,6 +93,17 @@ def test_weights_that_stay_on_disk_give_the_same_reconstruction(tiny_ddpm: Path,
             assert float((tensor == same_codes[name]).float().mean()) > 0.99
 
 
+@pytest.mark.parametrize("weights", ["disk", "auto"])
+def test_weights_on_disk_have_no_gradients_to_choose_float_inputs_by(
+    weights: str, tiny_ddpm: Path, fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edadm_cli.models.collected.memory_of", lambda _: 1)
+    recipe = quick("default")
+    recipe = recipe.model_copy(update={"ranges": recipe.ranges.model_copy(update={"float_input_share": 0.05})})
+    with pytest.raises(UsageError, match="backward pass, which needs all weights in memory"):
+        reconstruct.run(config_of(recipe=recipe, weights=weights), fresh_run(tiny_ddpm))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_every_bit_width_uses_its_codes_and_no_others(bits: str, tiny_ddpm: Path, fresh_run: FreshRun) -> None:
     run = fresh_run(tiny_ddpm)
