@@ -1,4 +1,4 @@
-"""One module per family of denoisers: the only place that names an architecture."""
+"""What the tool knows of each family of denoisers: one module per family. No other module names an architecture."""
 
 from edadm_cli.models.families.blocks import block_kinds, middle_module, outermost_blocks
 from edadm_cli.models.families.family import Call, DenoiserFamily, UnitKind

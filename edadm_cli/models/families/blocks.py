@@ -1,4 +1,4 @@
-"""The blocks of a denoiser and its middle, from its family or from the model itself."""
+"""Finds the blocks of a denoiser and its middle block, by its family or by the structure of the model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from edadm_cli.models.families.family import DenoiserFamily, UnitKind
 from edadm_cli.models.families.layers import is_weighted
 from edadm_cli.models.families.registry import family_of
 
-_LAYERS_PER_BLOCK = 2  # a list of modules with fewer layers each is no list of blocks
+_LAYERS_PER_BLOCK = 2  # a list whose modules have fewer layers each is not a list of blocks
 
 
 def block_kinds(denoiser: nn.Module) -> Mapping[str, UnitKind]:
     """Returns the class names of the blocks of a denoiser, with the kind of unit that each makes.
 
-    They are those of its family; else diffusers' own `_repeated_blocks`, where the model has modules of these classes;
-    else the classes of its module lists whose members all have one class and hold several layers each.
+    The family names the classes. If it does not, the classes are those of diffusers' `_repeated_blocks` that the model
+    has modules of. If there are none, they are the classes of the model's module lists whose members all have one class
+    and hold several layers each.
     """
     family = family_of(denoiser)
     if family.blocks is not None:
@@ -31,7 +32,7 @@ def block_kinds(denoiser: nn.Module) -> Mapping[str, UnitKind]:
 
 
 def outermost_blocks(denoiser: nn.Module) -> dict[str, UnitKind]:
-    """Returns the blocks that lie in no other block, by their name in the denoiser."""
+    """Returns the kind of each block that lies in no other block, by the block's name in the denoiser."""
     kinds = block_kinds(denoiser)
     blocks: dict[str, UnitKind] = {}
     for name, module in denoiser.named_modules():  # parents come before their children
@@ -44,9 +45,9 @@ def outermost_blocks(denoiser: nn.Module) -> dict[str, UnitKind]:
 def middle_module(denoiser: nn.Module) -> nn.Module:
     """Returns the module whose input is the mid-block feature.
 
-    For a UNet this is the attention of the mid-block; without one, its second residual block; without a mid-block, the
-    last block of the down path. For a transformer it is the middle one of its blocks: of the list that the family
-    names, else of the longest list of blocks.
+    For a UNet this is the attention of the mid-block. A mid-block without attention gives its second residual block,
+    and a UNet without a mid-block gives the last block of its down path. For a transformer it is the middle block of
+    the list that the family names, or else of the longest list of blocks.
 
     Raises:
         InputError: The network has none of these.
@@ -80,7 +81,7 @@ def _named_lists(denoiser: nn.Module, family: DenoiserFamily) -> list[nn.ModuleL
 
 
 def _block_lists(denoiser: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yields the lists whose members are blocks of the denoiser."""
+    """Yields the name of each list whose members are all blocks of the denoiser, with the list."""
     kinds = block_kinds(denoiser)
     for name, modules in denoiser.named_modules():
         is_list = isinstance(modules, nn.ModuleList) and len(modules) > 0
@@ -89,7 +90,7 @@ def _block_lists(denoiser: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 
 def _repeated_lists(denoiser: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yields the outermost lists of at least two modules of one class with several layers each."""
+    """Yields the outermost lists of at least two modules that have one class and several layers each, with names."""
     outer: list[str] = []
     for name, modules in denoiser.named_modules():
         if not isinstance(modules, nn.ModuleList) or len(modules) < 2:

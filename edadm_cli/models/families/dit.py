@@ -1,4 +1,4 @@
-"""DiT (class-conditional) and PixArt (from a prompt): transformers of one list of blocks.
+"""The families of DiT (class-conditional) and PixArt (text to image): transformers with one list of blocks.
 
 References:
     DiT, arXiv 2212.09748; PixArt-Sigma, arXiv 2403.04692.

@@ -1,4 +1,4 @@
-"""The record that says everything this tool knows about one family of denoisers."""
+"""The record of everything that this tool knows about one family of denoisers."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ TIME_EMBEDDINGS = ("TimestepEmbedding", "CombinedTimestepLabelEmbeddings", "Comb
 
 @dataclass(frozen=True)
 class DenoiserFamily:
-    """What this tool knows about the denoisers of one family; every field but the first two has a default that works.
+    """Holds what this tool knows about the denoisers of one family. Only the first two fields have no default.
 
     Attributes:
-        name: A short name for messages, such as `flux`.
-        denoisers: Names of the denoiser classes that belong to the family. Subclasses belong to it too.
-        blocks: The classes that are reconstructed as one unit, with the kind of each. `None` takes diffusers' own
-            `_repeated_blocks`, and where a model has none, the classes of its repeated module lists.
-        embeddings: Classes of modules that embed the timestep and other vectors per image. Their layers count as the
-            edge of the network.
-        block_lists: Names of the attribute that holds the blocks in order, the best first. The middle block of the
-            first list that exists gives the mid-block feature; a `mid_block` and then the longest list of blocks
-            serve where none of these lists exists.
-        sample_arguments: Names under which the noisy sample enters `forward`.
-        timestep_arguments: Names under which the timestep enters `forward`.
-        shared_arguments: Names of arguments that hold one tensor for all images, whatever its size.
-        ragged_layers: Parts of the names of layers that multiply tokens of all images at once, in a number that differs
-            from image to image. They are left in float.
-        joined_arguments: Names of arguments that may hold several entries per image one after the other in their first
-            dimension, such as a prompt for each frame of a clip.
-        rows_second: Names of arguments whose second dimension counts the rows, such as text states of several layers,
-            with shape `(layers, R, *)`.
-        masks: Names of mask arguments, each with the argument whose second dimension it masks. A pipeline that leaves
-            such a mask out means that everything counts; a mask of ones is recorded then, so that all calls have one
-            form and prompts of different length can be padded.
-        conditional_first: Pipelines that put the conditional rows of a guided call before the unconditional ones.
-        calls_per_step: How often a guided pipeline calls the denoiser per step: 1 where both branches are rows of one
-            call, 2 where each branch is a call, `None` where pipelines of the family differ.
-        example_call: Makes the call that a pipeline would make, from random values. `None`: there is none, and
-            `edadm bench` measures models of the family by a run only.
-        layer_types: Types of layers that are quantized. Layers of another type are listed as left in float.
-        float32_pipelines: Pipelines that sample in float32 only.
-        one_prompt_pipelines: Pipelines that take one prompt and image, and no lists of them.
-        prepare: Makes all calls of a denoiser alike before it is recorded or reconstructed, where it treats prompts of
-            different length differently; the predictions stay the same.
+        name: The short name that messages use, such as `flux`.
+        denoisers: The names of the denoiser classes that belong to the family. Their subclasses belong to it too.
+        blocks: The classes that are reconstructed as one unit, with the kind of each. `None` stands for diffusers'
+            `_repeated_blocks`, or for the classes of the repeated module lists if a model has no such attribute.
+        embeddings: The classes of modules that embed the timestep and other vectors per image. Their layers count as
+            the edge of the network.
+        block_lists: The names of attributes that may hold the blocks in order, the preferred one first. The middle
+            block of the first list that exists gives the mid-block feature. If none exists, the `mid_block` gives it,
+            or else the longest list of blocks.
+        sample_arguments: The names that the noisy sample may have as an argument of `forward`.
+        timestep_arguments: The names that the timestep may have as an argument of `forward`.
+        shared_arguments: The names of arguments that hold one tensor for all images, whatever its size.
+        ragged_layers: Parts of the names of layers that multiply tokens of all images at once, if the number of tokens
+            differs from image to image. These layers are left in float.
+        joined_arguments: The names of arguments whose first dimension may hold several entries per image one after the
+            other, such as one prompt per frame of a clip.
+        rows_second: The names of arguments whose second dimension counts the rows, such as text states of several
+            layers, with shape `(layers, R, *)`.
+        masks: The names of mask arguments, each with the argument whose second dimension it masks. If a pipeline omits
+            such a mask, nothing is masked. A mask of ones is then recorded, so that all calls have one form and prompts
+            of different lengths can be padded.
+        conditional_first: The pipelines that put the conditional rows of a guided call before the unconditional ones.
+        calls_per_step: The number of denoiser calls per step of a guided pipeline: 1 if both branches are rows of one
+            call, 2 if each branch is a call, `None` if pipelines of the family differ.
+        example_call: Returns a call like that of a pipeline, made of random values. If it is `None`, `edadm bench` can
+            measure models of the family only through a run.
+        layer_types: The types of layers that are quantized. Layers of other types are listed as left in float.
+        float32_pipelines: The pipelines that sample in float32 only.
+        one_prompt_pipelines: The pipelines that take one prompt and one image, and no lists of them.
+        prepare: Gives all calls of a denoiser one form before it is recorded or reconstructed, if the denoiser treats
+            prompts of different lengths differently. The predictions stay the same.
     """
 
     name: str
@@ -77,4 +77,4 @@ class DenoiserFamily:
 
 
 UNDESCRIBED = DenoiserFamily("undescribed", ())
-"""The family of a denoiser that nobody described: the defaults."""
+"""The family, with all defaults, of a denoiser that no other family names."""

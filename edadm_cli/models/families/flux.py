@@ -1,4 +1,7 @@
-"""FLUX and the transformers that are built like it: packed latents, blocks of two streams and then of one."""
+"""The family of FLUX and of transformers that are built like it.
+
+Their latents are packed into tokens. Blocks with two streams come first, and blocks with one stream follow.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def _flux2(denoiser: nn.Module, values: ExampleValues) -> Call:
 
 
 def _positions(height: int, width: int, axes: int, values: ExampleValues) -> Tensor:
-    """Returns row and column of each token on axes 1 and 2, with shape `(height * width, axes)`."""
+    """Returns the position of each token, `(height * width, axes)`: its row on axis 1 and its column on axis 2."""
     positions = torch.zeros(height, width, axes, dtype=torch.int64, device=values.device)
     positions[..., 1] = torch.arange(height, device=values.device)[:, None]
     positions[..., 2] = torch.arange(width, device=values.device)[None, :]

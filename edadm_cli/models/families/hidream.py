@@ -1,4 +1,4 @@
-"""HiDream: blocks with experts, each of which multiplies the tokens that a gate sends to it.
+"""The family of HiDream, whose blocks have experts. Each expert multiplies the tokens that a gate sends to it.
 
 References:
     HiDream-I1, arXiv 2505.22705.
@@ -19,11 +19,11 @@ _METHOD = "moe_infer"
 
 
 def _prepare(denoiser: nn.Module) -> None:
-    """Give every expert the tokens of all images in one form: those that the gate sends elsewhere are zeros.
+    """Makes every expert read all tokens of all images, with zeros in place of those that the gate sends elsewhere.
 
-    The number of tokens that reach an expert differs from image to image, and may be none. Experts have no biases, so
-    that a token of zeros stays zero, and the sum over the experts is that of the routed tokens alone. A quantizer with
-    a zero-point represents zero exactly, so that these tokens neither widen a range nor add an error.
+    Otherwise the number of tokens that reach an expert differs from image to image, and may be zero. Experts have no
+    biases, so a token of zeros stays zero, and the sum over the experts is that of the routed tokens alone. A quantizer
+    with a zero-point represents zero exactly, so these tokens neither widen a range nor add an error.
     """
     for module in denoiser.modules():
         if type(module).__name__ == _MIXTURE and _METHOD not in vars(module):
@@ -31,13 +31,13 @@ def _prepare(denoiser: nn.Module) -> None:
 
 
 def _all_experts(mixture: Any, tokens: Tensor, flat_indices: Tensor, flat_weights: Tensor) -> Tensor:
-    """Return the sum of what the experts compute, weighted by the gate.
+    """Returns the sum of the experts' outputs, weighted by the gate.
 
     Args:
         mixture: A module with `experts` and `num_activated_experts`.
         tokens: The tokens of all images, with shape `(R * L, C)`.
-        flat_indices: The experts of each token, with shape `(R * L * num_activated_experts,)`.
-        flat_weights: Their weights, with shape `(R * L * num_activated_experts, 1)`.
+        flat_indices: The indices of each token's experts, with shape `(R * L * num_activated_experts,)`.
+        flat_weights: The gate's weights of these experts, with shape `(R * L * num_activated_experts, 1)`.
     """
     per_token = (-1, mixture.num_activated_experts)
     indices, weights = flat_indices.view(per_token), flat_weights.view(per_token)

@@ -1,4 +1,4 @@
-"""Names of diffusers' building blocks that the cost of a call is reported by."""
+"""Says what kind of building block a module of diffusers is, by which the cost of a call is reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_weighted(module: nn.Module) -> bool:
-    """Returns whether a module multiplies its input with a matrix or a kernel of its own, whatever its type."""
+    """Returns whether a module multiplies its input by a weight matrix or kernel that it holds, whatever its type."""
     if is_stored(module):
         return True
     weight = module._parameters.get("weight")

@@ -1,4 +1,4 @@
-"""Lumina 2: text and image in one sequence, which is as long as the longest prompt of a call makes it."""
+"""The family of Lumina 2, which joins text and image in one sequence. The longest prompt of a call sets its length."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _PREPARED = "_edadm_sequences_of_one_length"
 
 
 def _prepare(denoiser: nn.Module) -> None:
-    """Makes every joint sequence as long as the padded prompt and the image together, with a mask.
+    """Gives every joint sequence the length of the padded prompt plus the image, and a mask.
 
-    The denoiser takes the longest prompt of a call for the length and leaves the mask out where all prompts are equally
-    long. Its embedder returns the lengths; two more of them, which belong to no row, decide about both.
+    The denoiser itself takes the length from the longest prompt of a call, and omits the mask if all prompts have the
+    same length. Both depend on the lengths that its embedder returns. A hook appends two lengths that belong to no row:
+    the full length, which sets the size, and zero, which makes the lengths differ.
     """
     embedder: Any = denoiser.rope_embedder
     if getattr(embedder, _PREPARED, False):

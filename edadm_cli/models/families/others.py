@@ -1,4 +1,7 @@
-"""Families whose only peculiarity is a name or the number of calls per step; all else is read off the model."""
+"""The families that need only a few fields, such as names and the number of calls per step.
+
+Everything else about them is read from the model.
+"""
 
 from __future__ import annotations
 

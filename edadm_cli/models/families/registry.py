@@ -1,4 +1,4 @@
-"""All families: those of this package, and those that other installed packages register.
+"""Lists all families: those of this package, and those that other installed packages register.
 
 Another package adds a family by an entry point of the group `edadm.families` whose object is a `DenoiserFamily` or a
 sequence of them, or by a call of `register`. Its families come before those of this package.
@@ -24,17 +24,17 @@ _registered: list[DenoiserFamily] = []
 
 
 def register(family: DenoiserFamily) -> None:
-    """Adds a family; it comes before all families that are there."""
+    """Adds a family, which takes precedence over all families that exist already."""
     _registered.insert(0, family)
 
 
 def families() -> tuple[DenoiserFamily, ...]:
-    """Returns all families, those that decide first in front."""
+    """Returns all families, in order of precedence: registered ones, those of other packages, those of this one."""
     return (*_registered, *_from_packages(), *_SHIPPED)
 
 
 def family_of(denoiser: nn.Module) -> DenoiserFamily:
-    """Returns the family of a denoiser, or `UNDESCRIBED`: that of its class, else that of the nearest base class."""
+    """Returns the family of a denoiser's class, or else of its nearest base class; `UNDESCRIBED` if none has one."""
     for cls in type(denoiser).__mro__:
         for family in families():
             if cls.__name__ in family.denoisers:
@@ -43,14 +43,17 @@ def family_of(denoiser: nn.Module) -> DenoiserFamily:
 
 
 def prepare_calls(denoiser: nn.Module) -> None:
-    """Makes all calls of a denoiser alike, where its family knows how; see `DenoiserFamily.prepare`."""
+    """Gives all calls of a denoiser one form, in place, if its family says how; see `DenoiserFamily.prepare`."""
     prepare = family_of(denoiser).prepare
     if prepare is not None:
         prepare(denoiser)
 
 
 def trusted_packages() -> frozenset[str]:
-    """Returns the top-level packages that registered families: the user installed them, so their classes are loaded."""
+    """Returns the top-level packages whose entry points name families.
+
+    The user installed these packages, so classes of theirs may be loaded.
+    """
     return frozenset(point.module.partition(".")[0] for point in _points())
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a transformer of joint attention over image and text.
+"""The family of Stable Diffusion 3 and 3.5: transformers with joint attention over image and text.
 
 References:
     Scaling Rectified Flow Transformers, arXiv 2403.03206.

@@ -1,4 +1,4 @@
-"""UNets of diffusers, and the two UNets of this package that stand for checkpoints of CompVis."""
+"""The families of diffusers' UNets, and of the two UNets of this package that converted CompVis checkpoints use."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ def _conditional(denoiser: nn.Module, values: ExampleValues) -> Call:
 
 
 def _size_conditions(config: Any, size: tuple[int, int]) -> list[int]:
-    """Returns original size, crop and target size, in pixels; refiners of SDXL take an aesthetic score instead of the
-    target size, and of their two text encoders only the second one with 1280 channels.
+    """Returns the original size, the crop offset and the target size, in pixels.
+
+    A refiner of SDXL takes an aesthetic score in place of the target size. It is recognised by the width of its pooled
+    text vector, which is that of SDXL's second text encoder: 1280 channels.
     """
     pixels = [8 * size[0], 8 * size[1]]
     is_refiner = config.projection_class_embeddings_input_dim - 5 * config.addition_time_embed_dim == 1280

@@ -15,10 +15,10 @@ class ExampleValues:
 
     Args:
         denoiser: A denoiser of diffusers.
-        rows: Images times guidance branches.
-        seed: Seed of the values.
-        size: Height and width of the latents, or of the pixels of a model without a decoder; `None` takes the model's
-            `sample_size`.
+        rows: The number of rows: images times guidance branches.
+        seed: The seed of the values.
+        size: The height and width of the latents, or of the pixels for a model without an autoencoder. `None` stands
+            for the model's `sample_size`.
     """
 
     TIMESTEP = 500

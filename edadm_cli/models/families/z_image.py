@@ -1,4 +1,4 @@
-"""Z-Image: one tensor per image, and text that is padded to the longest prompt of a call."""
+"""The family of Z-Image, which takes one tensor per image and pads text to the longest prompt of a call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _TOKENS = 512  # the longest prompt that the pipeline encodes
 
 
 def _prepare(denoiser: nn.Module) -> None:
-    """Pads the text of every call to one length, with masks; the denoiser omits them where all are equally long."""
+    """Pads the text of every call to one length, and always masks the padding.
+
+    The denoiser itself omits the masks if all sequences have the same length.
+    """
     model: Any = denoiser
     if "_prepare_sequence" in vars(model):
         return
