@@ -1,4 +1,7 @@
-"""Accounts for every tensor of a CompVis checkpoint: it goes into a module, or is missing, misshapen or left over."""
+"""Accounts for every tensor of a CompVis checkpoint.
+
+A tensor either goes into a module, or is reported as missing, misshapen, left over or not finite.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ _SHOWN = 5
 
 
 def empty_module(architecture: Architecture, name: str) -> nn.Module:
-    """Returns a component without memory for its weights.
+    """Returns a component of a pipeline whose weights are on the `meta` device and take no memory.
 
     Raises:
-        InputError: Its configuration describes nothing that can be built.
+        InputError: Its class cannot be built from its configuration.
     """
     from accelerate import init_empty_weights
 
@@ -43,7 +46,7 @@ def empty_module(architecture: Architecture, name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Part:
-    """A third of a tensor that holds query, key and value."""
+    """Names one third of a tensor that holds query, key and value: the third's index, and the number of heads."""
 
     index: int
     num_heads: int
@@ -51,14 +54,14 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a parameter in a checkpoint: the name of its tensor, and the part of that tensor."""
+    """Says where a checkpoint holds a parameter: the name of the tensor, and the part of it (`None`: all of it)."""
 
     key: str
     part: _Part | None = None
 
 
 def denoiser_places(denoiser: nn.Module) -> Callable[[str], _Place]:
-    """Returns a function from a denoiser's parameter name to its place in a checkpoint."""
+    """Returns a function that maps the name of a denoiser's parameter to its place in a checkpoint."""
     config: Any = denoiser.config
 
     def place(name: str) -> _Place:
@@ -76,20 +79,20 @@ def denoiser_places(denoiser: nn.Module) -> Callable[[str], _Place]:
 
 
 def autoencoder_places(autoencoder: nn.Module) -> Callable[[str], _Place]:
-    """Returns a function from an autoencoder's parameter name to its place in a checkpoint."""
+    """Returns a function that maps the name of an autoencoder's parameter to its place in a checkpoint."""
     config: Any = autoencoder.config
     num_levels = len(config.block_out_channels)
     return lambda name: _Place(FIRST_STAGE + autoencoder_name(name, num_levels))
 
 
 class TensorAccount:
-    """Takes tensors out of a checkpoint and records which are missing, misshapen or left over.
+    """Takes tensors from a checkpoint and records which are missing, misshapen, left over or not finite.
 
     Args:
-        path: The checkpoint, for messages.
-        state: Its tensors.
-        averaged: Whether the moving averages of the denoiser's weights are taken.
-        heads_first: Whether query, key and value that share a tensor are grouped by head.
+        path: The path of the checkpoint, which messages name.
+        state: The tensors of the checkpoint by name.
+        averaged: Whether to take the moving averages of the denoiser's weights in place of the weights.
+        heads_first: Whether the rows of a tensor that holds query, key and value are grouped by head first.
     """
 
     def __init__(self, path: Path, state: Mapping[str, Tensor], averaged: bool, heads_first: bool) -> None:
@@ -100,7 +103,7 @@ class TensorAccount:
         self._not_finite: list[str] = []
 
     def collect(self, module: nn.Module, place_of: Callable[[str], _Place]) -> dict[str, Tensor]:
-        """Returns the parameters of a module by the module's names, without those that are missing or misshapen."""
+        """Returns the tensors of a module's parameters by parameter name, except missing and misshapen ones."""
         tensors = {}
         for name, parameter in module.named_parameters():
             tensor = self._take(place_of(name), parameter.shape)
@@ -109,10 +112,10 @@ class TensorAccount:
         return tensors
 
     def require_all_fit(self) -> None:
-        """Raises an error that names the tensors in which the checkpoint and the model differ.
+        """Checks that the checkpoint and the collected modules have the same tensors, and that all values are finite.
 
         Raises:
-            InputError: They differ, or a value is not finite.
+            InputError: They differ, or a value is not finite. The message names the tensors.
         """
         extra = sorted(name for name in self._state if name not in self._known and not _is_training(name))
         if not self._averaged:
@@ -149,7 +152,10 @@ class TensorAccount:
         return flat if place.part is None else self._split(flat, place.part)
 
     def _split(self, tensor: Tensor, part: _Part) -> Tensor:
-        """Queries, key or value; the rows are grouped by head, inside a head by these three, or the other way round."""
+        """Returns the query, the key or the value part of a tensor that holds all three.
+
+        Its rows are grouped by head and then by query, key and value, or the other way round; see `heads_first`.
+        """
         if not self._heads_first:
             return tensor.chunk(3)[part.index]
         rows = tensor.shape[0] // 3
@@ -157,18 +163,18 @@ class TensorAccount:
 
 
 def _is_training(name: str) -> bool:
-    """Returns whether only training needs a tensor: constants of the noise schedule have no dot in their names."""
+    """Returns whether only training needs a tensor; constants of the noise schedule have no dot in their names."""
     return "." not in name or name.startswith(_TRAINING)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Returns whether a tensor holds neither NaN nor infinity; float8 values are cast first: torch cannot test them."""
+    """Returns whether a tensor holds neither NaN nor infinity; float8 is cast first because torch cannot test it."""
     if not tensor.is_floating_point():
         return True
     return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
 def listed(names: list[str]) -> str:
-    """Returns the first names of a list, quoted, and how many more there are."""
+    """Returns a text with the first names of a list in quotes, and the number of the others."""
     shown = ", ".join(f"'{name}'" for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -1,8 +1,9 @@
-"""A checkpoint file that holds a denoiser alone, completed by the diffusers folder beside it.
+"""Builds a pipeline from a checkpoint file that holds only a denoiser and the diffusers folder beside it.
 
-`flux.safetensors` goes with the folder `flux/`: its `model_index.json` names the pipeline, its other components are
-loaded from there, and `transformer/config.json` (or `unet/config.json`) describes the denoiser that the file holds.
-Nothing is fetched. diffusers converts the names of the tensors, for the classes that its `from_single_file` knows.
+For example, `flux.safetensors` belongs to the folder `flux/`. The folder's `model_index.json` names the pipeline, its
+`transformer/config.json` (or `unet/config.json`) describes the denoiser that the file holds, and it holds all other
+components. Nothing is downloaded. diffusers converts the names of the tensors, for the classes that its
+`from_single_file` supports.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompletedFile:
-    """A pipeline from a file and a folder.
+    """Holds a pipeline that was built from a file and a folder.
 
     Attributes:
         pipeline: The pipeline, on the CPU.
-        fingerprint: Hash of the folder's files, without the denoiser's own weights.
+        fingerprint: The hash of the folder's files, without the denoiser's weights.
     """
 
     pipeline: DiffusionPipeline
@@ -40,7 +41,7 @@ class CompletedFile:
 
 
 def folder_beside(path: Path) -> Path | None:
-    """Returns the diffusers folder that belongs to a checkpoint file: the file's name without its suffix."""
+    """Returns the diffusers folder whose name is that of the file without its suffix; `None` if there is none."""
     folder = path.with_suffix("")
     return folder if (folder / INDEX_NAME).is_file() else None
 
@@ -49,7 +50,7 @@ def complete(path: Path, state: Mapping[str, Tensor], folder: Path, dtype: torch
     """Builds the pipeline of a folder around the denoiser of a file.
 
     Raises:
-        InputError: The folder is not usable, or the file does not hold the denoiser that the folder describes.
+        InputError: The folder cannot be loaded, or the file does not hold the denoiser that the folder describes.
     """
     source = read_folder(folder, weights_of_denoiser=False)
     component = next((part for part in source.components if part.name in DENOISER_NAMES), None)

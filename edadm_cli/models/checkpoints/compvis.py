@@ -1,4 +1,4 @@
-"""CompVis latent-diffusion checkpoints as pipelines of diffusers.
+"""Converts CompVis latent-diffusion checkpoints into pipelines of diffusers.
 
 References:
     Latent Diffusion, arXiv 2112.10752; attention blocks as in Guided Diffusion, arXiv 2105.05233.
@@ -41,10 +41,10 @@ def is_latent_diffusion(state: Mapping[str, Tensor]) -> bool:
 
 
 def describe(path: Path, state: Mapping[str, Tensor]) -> CompVisModel:
-    """Returns what a checkpoint holds, from the configuration beside it or as one of the known checkpoints.
+    """Returns what a checkpoint holds, from the configuration beside it or else from the list of known checkpoints.
 
     Raises:
-        InputError: The configuration is not usable, or there is none and the checkpoint is not a known one.
+        InputError: The configuration cannot be used, or there is none and the checkpoint is not a known one.
     """
     config = path.with_name(CONFIG_NAME)
     if config.is_file():
@@ -94,7 +94,7 @@ def convert(path: Path, state: Mapping[str, Tensor], model: CompVisModel, dtype:
 
 
 def _with_scale(path: Path, model: CompVisModel, state: Mapping[str, Tensor]) -> Architecture:
-    """Returns the architecture with the scale of the latents, if the checkpoint has it."""
+    """Returns the architecture with the checkpoint's scale of the latents, if the checkpoint holds one."""
     architecture = model.architecture
     if _SCALE not in state:
         if model.scale_in_checkpoint:

@@ -1,4 +1,4 @@
-"""The `config.yaml` of a CompVis latent-diffusion checkpoint, read as data: nothing in it is instantiated by name.
+"""Reads the `config.yaml` of a CompVis latent-diffusion checkpoint as data. It instantiates no class named in it.
 
 References:
     Latent Diffusion, arXiv 2112.10752, and the configurations of its repository.
@@ -17,10 +17,10 @@ from edadm_cli.plain_data import read_yaml
 CONFIG_NAME = "config.yaml"
 NUM_LABELS = 1001  # as in `latent_diffusion`, which is heavy to import
 _GROUPS = 32
-# Bounds of what is built: far above every published model.
+# The largest model that is built; these bounds are far above every published model.
 _MAX_LEVELS, _MAX_MULTIPLE, _MAX_LAYERS = 16, 64, 64
 _MAX_WIDTH, _MAX_PIXELS, _MAX_CODES, _MAX_TIMESTEPS = 65_536, 65_536, 10_000_000, 100_000
-# Denoisers of the checkpoints that are known without a configuration: the shape of the first convolution's weight.
+# The checkpoints that are known without a configuration, by the output and input channels of their first convolution.
 _KNOWN = {"ldm-bedroom": (224, 3), "ldm-church": (192, 4), "ldm-imagenet": (192, 3)}
 _WITH_EMA = ("ldm-bedroom", "ldm-church")
 _WITH_MEASURED_SCALE = ("ldm-church",)
@@ -28,14 +28,14 @@ _WITH_MEASURED_SCALE = ("ldm-church",)
 
 @dataclass(frozen=True)
 class CompVisModel:
-    """What a checkpoint holds.
+    """Describes the model that a checkpoint holds.
 
     Attributes:
-        architecture: The pipeline in diffusers' terms.
-        use_ema: Whether images are sampled with the moving averages of the weights.
-        heads_first: Whether query, key and value of attention blocks are grouped by head (the older order).
-        scale_in_checkpoint: Whether the checkpoint has a tensor with the measured scale of the latents.
-        known_as: Name of the known model that it is built like.
+        architecture: The classes and configurations of the pipeline in diffusers.
+        use_ema: Whether images are sampled with the moving averages of the denoiser's weights.
+        heads_first: Whether query, key and value of attention blocks are grouped by head first (the older order).
+        scale_in_checkpoint: Whether the checkpoint holds a tensor with the measured scale of the latents.
+        known_as: The name of the known model that has the same architecture.
     """
 
     architecture: Architecture
@@ -46,7 +46,7 @@ class CompVisModel:
 
 
 def known_model(input_shape: tuple[int, ...]) -> CompVisModel | None:
-    """Returns the known checkpoint whose first convolution has the shape `(channels, inputs)`, or `None`."""
+    """Returns the known model whose first convolution has the channels `(outputs, inputs)`; `None` if none has."""
     name = next((name for name, shape in _KNOWN.items() if shape == input_shape), None)
     if name is None:
         return None
@@ -59,8 +59,8 @@ def read_config(path: Path) -> CompVisModel:
     """Reads a configuration.
 
     Raises:
-        InputError: The file is no plain YAML, has values that no such model has, or describes something else than a
-            latent diffusion model of the kinds that are converted.
+        InputError: The file is not plain YAML, has values that no such model has, or describes a model that is not a
+            latent diffusion model of a supported kind.
     """
     content = read_yaml(path, "The configuration")
     try:
@@ -97,7 +97,7 @@ def _model(params: dict[str, Any]) -> CompVisModel:
 
 
 def _num_labels(condition: Any) -> int | None:
-    """Returns the number of class embeddings, the last of them for no class; `None` for an unconditional model."""
+    """Returns the number of class embeddings; the last one means "no class". `None` means an unconditional model."""
     if condition in (None, "__is_unconditional__"):
         return None
     kind = str(condition["target"]).rpartition(".")[2]
@@ -110,7 +110,7 @@ def _num_labels(condition: Any) -> int | None:
 
 
 def _whole(params: dict[str, Any], name: str, largest: int, default: int | None = None) -> int:
-    """Returns a positive integer of a configuration."""
+    """Returns a positive integer of a configuration, at most `largest`."""
     return _positive(params[name] if default is None else params.get(name, default), name, largest)
 
 
@@ -121,7 +121,7 @@ def _positive(value: Any, name: str, largest: int) -> int:
 
 
 def _multiples(params: dict[str, Any], name: str) -> list[int]:
-    """Returns the widths of the levels, as multiples of the first one."""
+    """Returns the width of each level, as a multiple of the model's base width."""
     values = params[name]
     if not isinstance(values, list) or not 1 <= len(values) <= _MAX_LEVELS:
         raise InputError(f"{name} is not a list of 1 to {_MAX_LEVELS} numbers.")
@@ -129,7 +129,7 @@ def _multiples(params: dict[str, Any], name: str) -> list[int]:
 
 
 def _real(params: dict[str, Any], name: str, default: float, largest: float) -> float:
-    """Returns a positive number of a configuration."""
+    """Returns a positive number of a configuration, at most `largest`."""
     value = params.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= largest:
         raise InputError(f"{name} is {value!r}; a number above 0 and up to {largest:g} was expected.")
@@ -157,7 +157,7 @@ def _common_unet(unet: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attended(unet: dict[str, Any]) -> list[bool]:
-    """Returns whether each level has attention; the levels are named by their down-sampling factor."""
+    """Returns whether each level has attention; the configuration names levels by their downsampling factor."""
     factors = {int(factor) for factor in unet["attention_resolutions"]}
     return [2**level in factors for level in range(len(unet["channel_mult"]))]
 
@@ -177,7 +177,7 @@ def _unconditional_unet(unet: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             cls = "edadm_cli.models.latent_diffusion.FixedHeadsUNet"
     resampling = "resnet" if is_resnet else "conv"
     if unet.get("use_scale_shift_norm"):
-        config["attn_norm_num_groups"] = _GROUPS  # else diffusers would leave the norm of the mid-block's attention out
+        config["attn_norm_num_groups"] = _GROUPS  # otherwise diffusers omits the norm of the mid-block's attention
     return cls, {
         **config,
         "attention_head_dim": head_size,

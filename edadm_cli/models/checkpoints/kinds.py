@@ -1,4 +1,4 @@
-"""What a checkpoint file holds when it is not a whole pipeline, said in a way that helps."""
+"""Recognises what a checkpoint file holds if it is not a whole pipeline, and makes the error that says so."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _LORA_HINT = "fuse it into its model and quantize the result (docs/models.md, Lo
 
 
 def is_lora(state: Mapping[str, Tensor]) -> bool:
-    """Returns whether a file holds the low-rank changes of a model, and no model."""
+    """Returns whether a file holds a LoRA: low-rank changes of a model, and not a model."""
     names = [name.removeprefix(DENOISER) for name in state]
     return any(_LORA[0] in name or name.startswith(_LORA[:3]) or any(part in name for part in _LORA) for name in names)
 
 
 def has_autoencoder(state: Mapping[str, Tensor]) -> bool:
-    """Returns whether a file holds an autoencoder under the names of a whole pipeline."""
+    """Returns whether a file holds an autoencoder under the tensor names that a whole pipeline uses."""
     return any(name.startswith(FIRST_STAGE) for name in state)
 
 
 def holds_denoiser_only(state: Mapping[str, Tensor]) -> bool:
-    """Returns whether a file holds a denoiser, by its authors' or by diffusers' names, and no autoencoder."""
+    """Returns whether a file holds a denoiser and no autoencoder, with the original or with diffusers' tensor names."""
     if has_autoencoder(state):
         return False
     names = [name.removeprefix(DENOISER).removeprefix("model.") for name in state]
@@ -48,7 +48,7 @@ def holds_denoiser_only(state: Mapping[str, Tensor]) -> bool:
 
 
 def refusal(path: Path, state: Mapping[str, Tensor]) -> InputError:
-    """Returns the error for a file that is not a pipeline: it says what the file holds and what helps."""
+    """Returns the error for a file that is not a whole pipeline; it says what the file holds and what to do."""
     bare = [name.removeprefix(DENOISER) for name in state]
     if is_lora(state):
         return InputError(f"{path} is a LoRA, which changes a model and is not one.", hint=_LORA_HINT)

@@ -1,7 +1,7 @@
-"""Names of the parameters of diffusers' modules in a CompVis checkpoint.
+"""Maps the names of parameters of diffusers' modules to their names in a CompVis checkpoint.
 
-Each function maps a name of diffusers to the one in the checkpoint. Attention blocks keep query, key and value in one
-tensor there; all three names of diffusers lead to it.
+In a checkpoint, an attention block keeps query, key and value in one tensor, to which all three names of diffusers are
+mapped.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def unet_name(name: str, num_res_blocks: int, has_attention: bool) -> str:
 
     Args:
         name: The parameter's name in diffusers.
-        num_res_blocks: Residual blocks per level, on the way down.
-        has_attention: Whether the parameter's level has attention, which upsampling follows.
+        num_res_blocks: The number of residual blocks per level of the down path.
+        has_attention: Whether the parameter's level has attention, which comes before the level's upsampling.
     """
     stem, _, leaf = name.rpartition(".")
     if stem in _UNET_ENDS:
@@ -64,7 +64,7 @@ def unet_name(name: str, num_res_blocks: int, has_attention: bool) -> str:
 
 
 def level_of(name: str) -> str | None:
-    """Returns the level that a UNet's parameter belongs to, such as `up_blocks.0`; `None` outside of the levels."""
+    """Returns the level that a UNet's parameter belongs to, such as `up_blocks.0`; `None` if it belongs to none."""
     match = _PLACE.fullmatch(name)
     return f"{match[1]}_blocks.{match[2]}" if match else None
 
@@ -108,7 +108,7 @@ def _inside_autoencoder(kind: str, rest: str) -> str:
 
 
 def _resampler(rest: str, convolution: str) -> str:
-    """Returns a resampling convolution, or a residual block that resamples."""
+    """Returns the name of a parameter of a resampling convolution, or of a residual block that resamples."""
     stem, _, leaf = rest.rpartition(".")
     return f"{convolution}.{leaf}" if stem == "conv" else _renamed(rest, _RESNET)
 

@@ -1,4 +1,4 @@
-"""Makes a pipeline from one checkpoint file, whatever kind it is."""
+"""Makes a pipeline from one checkpoint file of any supported kind."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _CONVERSION_VERSION = 1
-"""Changes whenever a later version makes another pipeline of the same file."""
+"""This number grows whenever a new version of the tool makes another pipeline from the same file."""
 
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint as a pipeline.
+    """Holds the pipeline that was made from a checkpoint.
 
     Attributes:
         pipeline: The pipeline, on the CPU.
-        fingerprint: Hash of the file and of the configuration beside it.
-        known_as: Name of the known model that it is built like.
-        remarks: What was assumed or left aside, one sentence each.
+        fingerprint: The hash of the file and of the configuration beside it.
+        known_as: The name of the known model that has the same architecture.
+        remarks: Sentences that say what was assumed and which tensors were not used.
     """
 
     pipeline: DiffusionPipeline
@@ -45,7 +45,7 @@ def open_checkpoint(path: Path, dtype: torch.dtype) -> OpenedCheckpoint:
     """Converts a checkpoint file into a pipeline.
 
     Raises:
-        InputError: The file is broken, carries code, or holds no model that is known here.
+        InputError: The file is broken, contains code, or holds no supported model.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Reads the tensors of a checkpoint file: safetensors, or a pickle that holds nothing but tensors and plain data."""
+"""Reads the tensors of a checkpoint file: safetensors, or a pickle that holds only tensors and plain data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", *PICKLES)
 
 
 class _Inert:
-    """Replaces a class of another library that a checkpoint mentions and does not need."""
+    """Takes the place of a class of another library that a checkpoint mentions but does not need."""
 
 
 # Checkpoints of PyTorch Lightning mention the classes of their callbacks. They are never instantiated.
@@ -30,10 +30,10 @@ _MENTIONED = tuple(
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Reads the named tensors of a checkpoint, those under `state_dict` where there is such an entry.
+    """Returns the named tensors of a checkpoint, or those of its entry `state_dict` if it has one.
 
     Raises:
-        InputError: The file is truncated, foreign, carries code, or holds no named tensors.
+        InputError: The file is truncated, is not a checkpoint, contains code, or holds no named tensors.
     """
     if path.suffix.lower() == ".safetensors":
         read_tensor_header(path)
@@ -48,7 +48,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def inert_globals() -> Any:
-    """Returns a context in which a pickle may mention a few classes; each mention gives a class that does nothing."""
+    """Returns a context in which a pickle may mention a few known classes, each replaced by one that does nothing."""
     return torch.serialization.safe_globals([(_Inert, name) for name in _MENTIONED])
 
 

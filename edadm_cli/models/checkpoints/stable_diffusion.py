@@ -1,4 +1,7 @@
-"""Converts single-file Stable Diffusion checkpoints with diffusers, offline: the configurations ship here."""
+"""Converts single-file Stable Diffusion checkpoints with diffusers.
+
+It needs no network, because the configurations ship with this package.
+"""
 
 from __future__ import annotations
 
@@ -41,29 +44,30 @@ _TEXT = {
 }
 _TITLES = {"sd15": "Stable Diffusion 1", "sd21": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
 _INPUT = f"{DENOISER}input_blocks.0.0.weight"
-# Pipelines by the channels of the denoiser's input: with a mask and an image, or with an image, beside the latents.
+# The pipeline by the number of the denoiser's input channels. Beside the latents (4) they hold an image (4 more), or an
+# image and a mask (5 more).
 _BY_CHANNELS = {
     9: {"StableDiffusionPipeline": "StableDiffusionInpaintPipeline"}
     | {"StableDiffusionXLPipeline": "StableDiffusionXLInpaintPipeline"},
     8: {"StableDiffusionPipeline": "StableDiffusionInstructPix2PixPipeline"}
     | {"StableDiffusionXLPipeline": "StableDiffusionXLInstructPix2PixPipeline"},
 }
-# Tensors whose values mean nothing, by which authors mark a v-prediction model and its rescaled noise schedule.
+# Marker tensors: their presence, not their values, marks a v-prediction model and a rescaled noise schedule.
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 _OTHER_SCHEDULES = ("edm_vpred.", "edm_mean", "edm_std")
 _KNOWN_PREFIXES = (DENOISER, FIRST_STAGE, EMA, "cond_stage_model.", "conditioner.", "denoiser.", "loss.")
-# Parts that change what a model computes, and that the pipeline would not contain.
+# Prefixes of tensors that change what a model computes, and that diffusers would not load into the pipeline.
 _CHANGES_OF_A_MODEL = ("lora_", "control_model.", "embedding_manager.", "hypernetwork")
 
 
 @dataclass(frozen=True)
 class StableDiffusionFile:
-    """What a checkpoint holds.
+    """Describes the pipeline that a checkpoint holds.
 
     Attributes:
-        architecture: The pipeline in diffusers' terms.
-        markers: What marker tensors say about the noise schedule; part of the fingerprint.
-        remarks: What was assumed or left aside, one sentence each.
+        architecture: The classes and configurations of the pipeline in diffusers.
+        markers: The names of the marker tensors that set the noise schedule. They are part of the fingerprint.
+        remarks: Sentences that say what was assumed and which tensors were not used.
     """
 
     architecture: Architecture
@@ -72,14 +76,17 @@ class StableDiffusionFile:
 
 
 def known_as(state: Mapping[str, Tensor]) -> str | None:
-    """Returns the known model that a Stable Diffusion checkpoint is built like; its text encoder shows it."""
+    """Returns the known model that has the architecture of a Stable Diffusion checkpoint, by its text encoder.
+
+    The result is `None` for a checkpoint without a denoiser or without one of the known text encoders.
+    """
     if not any(name.startswith(DENOISER) for name in state):
         return None
     return next((model for prefix, model in _TEXT.items() if any(name.startswith(prefix) for name in state)), None)
 
 
 def describe(path: Path, state: Mapping[str, Tensor], name: str, architecture: Architecture) -> StableDiffusionFile:
-    """Says what a checkpoint holds that is built like the known model `name`, and checks each of its tensors.
+    """Describes a checkpoint that has the architecture of the known model `name`, and checks each of its tensors.
 
     Raises:
         InputError: Tensors are missing, left over, misshapen or not finite, or belong to another kind of model.
@@ -99,7 +106,7 @@ def describe(path: Path, state: Mapping[str, Tensor], name: str, architecture: A
 
 
 def _with_input(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> Architecture:
-    """Returns the architecture with the file's input channels, and the pipeline that fills them."""
+    """Returns the architecture with the file's number of input channels and the pipeline that supplies them."""
     weight = state.get(_INPUT)
     channels = architecture.config("unet")["in_channels"]
     if weight is None or weight.ndim != 4 or weight.shape[1] == channels:
@@ -119,7 +126,7 @@ def _with_input(path: Path, state: Mapping[str, Tensor], architecture: Architect
 def _with_schedule(
     path: Path, state: Mapping[str, Tensor], architecture: Architecture
 ) -> tuple[Architecture, tuple[str, ...]]:
-    """Returns the architecture with the prediction type and the noise schedule that marker tensors ask for."""
+    """Returns the architecture with the prediction type and noise schedule of the marker tensors, and their names."""
     other = next((name for name in sorted(state) if name.startswith(_OTHER_SCHEDULES)), None)
     if other is not None:
         raise InputError(f"{path} is marked by '{other}' as a model of the EDM noise schedule, which is not converted.")
@@ -128,7 +135,7 @@ def _with_schedule(
         architecture = _changed(architecture, "scheduler", {"prediction_type": "v_prediction"})
     if _ZERO_SNR in markers:
         scheduler, config = architecture.components["scheduler"]
-        if scheduler.endswith("PNDMScheduler"):  # which cannot rescale its noise schedule
+        if scheduler.endswith("PNDMScheduler"):  # it cannot rescale its noise schedule
             config = {key: value for key, value in config.items() if key != "skip_prk_steps"} | {"clip_sample": False}
             architecture = _replaced(architecture, "scheduler", ("diffusers.DDIMScheduler", config))
         zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -137,7 +144,11 @@ def _with_schedule(
 
 
 def _left_aside(path: Path, state: Mapping[str, Tensor]) -> list[str]:
-    """Accounts for the tensors beside denoiser, autoencoder and text encoders."""
+    """Returns a remark on the tensors that belong to no denoiser, autoencoder or text encoder, if there are any.
+
+    Raises:
+        InputError: Some of them change what the model computes.
+    """
     others = sorted(name for name in state if "." in name and not name.startswith(_KNOWN_PREFIXES))
     changes = [name for name in (*others, *state) if name.startswith(_CHANGES_OF_A_MODEL)]
     if changes:
@@ -150,7 +161,7 @@ def _left_aside(path: Path, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _require_fit(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> None:
-    """Checks denoiser and autoencoder of a checkpoint against an architecture, tensor by tensor."""
+    """Checks the denoiser and the autoencoder of a checkpoint against an architecture, tensor by tensor."""
     checked = {name: tensor for name, tensor in state.items() if name.startswith((DENOISER, FIRST_STAGE))}
     account = TensorAccount(path, checked, averaged=False, heads_first=True)
     for name, places in (("unet", denoiser_places), ("vae", autoencoder_places)):
@@ -172,7 +183,7 @@ def convert(path: Path, architecture: Architecture, dtype: torch.dtype) -> Diffu
     """Builds the pipeline of a checkpoint.
 
     Raises:
-        InputError: Diffusers cannot convert it, or its text encoder lacks tensors.
+        InputError: diffusers cannot convert it, or a component lacks tensors or holds values that are not finite.
     """
     pipeline_class = find_class(architecture.pipeline)
     with tempfile.TemporaryDirectory(prefix="edadm-") as folder:
@@ -196,7 +207,7 @@ def convert(path: Path, architecture: Architecture, dtype: torch.dtype) -> Diffu
 
 
 def write_configs(architecture: Architecture, folder: Path) -> None:
-    """Writes a pipeline's index, configurations and tokenizers, as a diffusers folder without weights."""
+    """Writes the index, the configurations and the tokenizers of a pipeline as a diffusers folder without weights."""
     index: dict[str, Any] = {"_class_name": architecture.pipeline}
     for name in architecture.components:
         cls = architecture.component_class(name)
