@@ -1,4 +1,4 @@
-"""A small digit classifier: the feature extractor of every metric on the digits models."""
+"""A small digit classifier, whose features every metric of the digits models uses."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from edadm_cli.models.digits.data import TRAIN_COMMAND, WEIGHTS, model_folder
 CLASSIFIER_FILE = "classifier.safetensors"
 INPUT_SIZE = 32
 SPATIAL_CHANNELS = 4
-"""Channels of the early feature map that `spatial` keeps, so that its covariance stays small."""
+"""The number of channels of the early feature map that `spatial` keeps; few channels keep its covariance small."""
 
 
 class DigitFeatures(NamedTuple):
-    """What the classifier makes of `B` images.
+    """Holds the outputs of the classifier for `B` images.
 
     Attributes:
-        features: Shape `(B, 96)`.
-        spatial: Shape `(B, 4, 8, 8)`.
-        logits: Shape `(B, 10)`.
+        features: The late features, with shape `(B, 96)`.
+        spatial: A part of the early feature map, with shape `(B, 4, 8, 8)`.
+        logits: The logits of the ten digits, with shape `(B, 10)`.
     """
 
     features: Tensor
@@ -42,10 +42,10 @@ def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class DigitClassifier(nn.Module):
-    """Classify digits and hand out the features of two depths.
+    """Classifies digits, and returns features of two depths.
 
-    `features` are the globally averaged activations in front of the classification layer; `spatial` is a part
-    of the 8x8 feature map after the second stage, for a spatial Fréchet distance.
+    `features` are the globally averaged activations before the classification layer. `spatial` is a part of the 8x8
+    feature map after the second stage, for a spatial Fréchet distance.
     """
 
     num_features = 96
@@ -82,7 +82,7 @@ def load_classifier(device: str | torch.device = "cpu", root: Path = WEIGHTS) ->
     """Loads the trained classifier in float32, ready for evaluation.
 
     Raises:
-        InputError: the weights are not there.
+        InputError: The weights are missing.
     """
     path = model_folder("classifier", root) / CLASSIFIER_FILE
     if not path.is_file():

@@ -1,4 +1,4 @@
-r"""What the digits models are trained and measured on: image formats, captions, and the files that ship.
+r"""Provides what the digits models are trained and measured on: image formats, captions, and the shipped files.
 
 The two image formats come from the 28x28 MNIST images:
 
@@ -47,15 +47,15 @@ TEMPLATES = (
 
 
 def captions_of(digit: int) -> tuple[str, ...]:
-    """Returns every caption of one digit: each template with the word, then each template with the numeral."""
+    """Returns every caption of a digit: each template with the digit's word, then each template with its numeral."""
     names = (DIGIT_WORDS[digit], str(digit))
     return tuple(template.format(name) for name in names for template in TEMPLATES)
 
 
 def label_of_prompt(prompt: str) -> int | None:
-    """Returns the digit that a prompt asks for, or `None` where it names none or more than one.
+    """Returns the digit that a prompt asks for; `None` if it names none or several.
 
-    Words and single numerals count, in any case; `17` names no single digit.
+    A digit may be a word, in upper or lower case, or a numeral that stands alone; `17` names no single digit.
     """
     names = {name: digit for digit, word in enumerate(DIGIT_WORDS) for name in (word, str(digit))}
     digits = {names[part] for part in re.findall(r"[^\W\d_]+|\d+", prompt.lower()) if part in names}
@@ -63,10 +63,13 @@ def label_of_prompt(prompt: str) -> int | None:
 
 
 def prompts(num_prompts: int, seed: int) -> list[str]:
-    """Returns `num_prompts` captions in which digits, and a digit's captions, differ in number by one at most.
+    """Returns `num_prompts` captions in which every digit occurs equally often, to within one.
 
-    Every ten consecutive prompts that start at a multiple of ten name each digit once, in a seeded order. A
-    longer list with the same seed starts with the shorter one.
+    The same holds for the captions of each digit. Prompts 0 to 9, 10 to 19 and so on name each digit once, in a seeded
+    order. A longer list with the same seed starts with the shorter one.
+
+    Raises:
+        UsageError: `num_prompts` is negative.
     """
     if num_prompts < 0:
         raise UsageError(f"A number of prompts of 0 or more was expected, got {num_prompts}.")
@@ -85,10 +88,10 @@ def _endless_shuffle(captions: tuple[str, ...], seed: int, digit: int) -> Iterat
 
 
 def to_image_format(images: Tensor, image_size: int) -> Tensor:
-    """Brings MNIST images with shape `(N, 28, 28)` to 8-bit gray images with shape `(N, 1, S, S)`.
+    """Returns MNIST images `(N, 28, 28)` as 8-bit gray images with shape `(N, 1, S, S)`, S being `image_size`.
 
     Raises:
-        UsageError: `image_size` is no known format.
+        UsageError: `image_size` is neither 16 nor 32.
     """
     from torch.nn import functional
 
@@ -100,11 +103,11 @@ def to_image_format(images: Tensor, image_size: int) -> Tensor:
 
 
 def model_folder(name: str, root: Path = WEIGHTS) -> Path:
-    """Returns the folder of a shipped model, of the classifier, or of the real data.
+    """Returns the folder of a shipped model, of the classifier or of the real data.
 
     Raises:
-        UsageError: no such model is known.
-        InputError: its files are not there.
+        UsageError: There is no model of this name.
+        InputError: Its files are missing.
     """
     if name not in MODEL_NAMES:
         raise UsageError(f"A digits model was expected ({', '.join(MODEL_NAMES)}), got {name!r}.")
@@ -125,7 +128,7 @@ def real_labels(root: Path = WEIGHTS) -> Tensor:
 
 
 def real_statistics(image_size: int, root: Path = WEIGHTS) -> dict[str, Tensor]:
-    """Returns mean and covariance of the classifier's features over the 60,000 MNIST training images.
+    """Returns the mean and covariance of the classifier's features over the 60,000 MNIST training images.
 
     Returns:
         `features_mean (D,)`, `features_cov (D, D)`, `spatial_mean (E,)`, `spatial_cov (E, E)` in float64;

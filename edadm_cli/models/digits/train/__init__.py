@@ -1,1 +1,1 @@
-"""Training of the digits models: `python -m edadm_cli.models.digits.train --data mnist.npz --out DIR`."""
+"""Trains the digits models: `python -m edadm_cli.models.digits.train --data mnist.npz --out DIR`."""

@@ -1,4 +1,4 @@
-"""Command line of the training: stages in the order in which they need each other."""
+"""The command line of the training. It runs the stages in the order in which they depend on each other."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
 
 
 def train(options: argparse.Namespace, settings: TrainSettings) -> None:
-    """Runs the stages that were asked for."""
+    """Runs the stages that the options name."""
     stages = options.only.split(",")
     if unknown := set(stages) - set(STAGES):
         raise UsageError(f"Stages out of {', '.join(STAGES)} are expected, got {', '.join(sorted(unknown))}.")
@@ -104,14 +104,14 @@ def evaluate(options: argparse.Namespace, settings: TrainSettings) -> None:
 
 
 def silence_libraries() -> None:
-    """Keeps the libraries' bars and hints off stderr."""
+    """Keeps the progress bars and hints of other libraries off stderr."""
     for logger in (diffusers.utils.logging, transformers.utils.logging):
         logger.set_verbosity_error()
         logger.disable_progress_bar()
 
 
 def main() -> int:
-    """Trains or evaluates; returns the exit code."""
+    """Trains or evaluates, and returns the exit code."""
     options = build_parser().parse_args()
     try:
         settings = settings_of(options)

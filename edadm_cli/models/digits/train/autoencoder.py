@@ -1,4 +1,4 @@
-"""Training of the autoencoder of `digits-sd`: 3x32x32 pixels to 4x8x8 latents."""
+"""Trains the autoencoder of `digits-sd`, which encodes 3x32x32 pixels as 4x8x8 latents."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 class AutoencoderTask:
-    r"""$|x - \hat x|_1 + |x - \hat x|^2 + \beta \, \mathrm{KL}(q(z|x), \mathcal N(0, 1))$, all as means."""
+    r"""Minimises $|x - \hat x|_1 + |x - \hat x|^2 + \beta \, \mathrm{KL}(q(z|x), \mathcal N(0, 1))$, all as means."""
 
     def __init__(self, corpus: Corpus, settings: TrainSettings) -> None:
         self.module = build_autoencoder().to(settings.device)
         self._images = to_image_format(corpus.train_images, 32).to(settings.device)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Returns images `(B, 3, 32, 32)` in [-1, 1] and the noise of the latents `(B, 4, 8, 8)`."""
+        """Returns images `(B, 3, 32, 32)` in [-1, 1] and the noise `(B, 4, 8, 8)` from which latents are sampled."""
         noise = torch.randn(len(index), 4, 8, 8, generator=generator, device=generator.device)
         return to_model_input(self._images[index]), noise
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Returns reconstruction error plus weighted divergence."""
+        """Returns the reconstruction error plus the weighted divergence."""
         images, noise = inputs
         posterior = self.module.encode(images).latent_dist
         rebuilt = self.module.decode(posterior.mean + posterior.std * noise).sample
@@ -62,13 +62,13 @@ class AutoencoderTask:
 
 
 def to_model_input(images: Tensor) -> Tensor:
-    """Turns uint8 gray images `(B, 1, 32, 32)` into three equal channels in [-1, 1]."""
+    """Returns uint8 gray images `(B, 1, 32, 32)` as three equal channels in [-1, 1], `(B, 3, 32, 32)`."""
     return (images.float() / 127.5 - 1).expand(-1, 3, -1, -1)
 
 
 @torch.inference_mode()
 def encode(autoencoder: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation `(N, 4, 8, 8)` of the unscaled latents of uint8 `(N, 1, 32, 32)`."""
+    """Returns the mean and standard deviation `(N, 4, 8, 8)` of the unscaled latents of uint8 `(N, 1, 32, 32)`."""
     posteriors = [autoencoder.encode(to_model_input(part)).latent_dist for part in images.split(_BATCH)]
     return torch.cat([part.mean for part in posteriors]), torch.cat([part.std for part in posteriors])
 
@@ -100,7 +100,7 @@ def load_autoencoder(settings: TrainSettings) -> AutoencoderKL:
 
 @torch.inference_mode()
 def measure_autoencoder(corpus: Corpus, settings: TrainSettings) -> dict[str, Any]:
-    """Returns how well the test images survive encoding to the latents' mean and decoding."""
+    """Returns metrics of the test images after they are encoded to the mean of their latents and decoded."""
     autoencoder = load_autoencoder(settings)
     images = to_image_format(corpus.test_images, 32)
     mean, _ = encode(autoencoder, images.to(settings.device))

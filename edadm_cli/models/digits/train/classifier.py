@@ -1,4 +1,4 @@
-"""Training of the digit classifier, and the real data's files that depend on it."""
+"""Trains the digit classifier, and writes the files of the real data that depend on it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LABEL_SMOOTHING = 0.05
 
 
 class ClassifierTask:
-    """Cross entropy on shifted, rotated, scaled and (for the 16x16 format) coarsened images."""
+    """Minimises the cross entropy on shifted, rotated, scaled and (for the 16x16 format) coarsened images."""
 
     def __init__(self, corpus: Corpus, settings: TrainSettings) -> None:
         self.module = DigitClassifier().to(settings.device)
@@ -58,7 +58,7 @@ class ClassifierTask:
 
 
 def _random_grid(num: int, generator: torch.Generator) -> Tensor:
-    """Draws sampling grids: rotation up to 12 degrees, scale 0.9 to 1.1, shift up to 2.5 pixels."""
+    """Draws sampling grids that rotate by up to 12 degrees, scale by 0.9 to 1.1 and shift by up to 2.5 pixels."""
     device = generator.device
     angle, scale, shift_x, shift_y = torch.rand(4, num, generator=generator, device=device) * 2 - 1
     angle, scale = angle * 0.21, 1 + 0.1 * scale
@@ -86,7 +86,7 @@ def train_classifier(corpus: Corpus, settings: TrainSettings) -> None:
 
 
 def measure_classifier(corpus: Corpus, settings: TrainSettings) -> dict[str, Any]:
-    """Returns the accuracy on the test images in both formats, from the weights as they are stored."""
+    """Returns the accuracy of the stored weights on the test images in both formats."""
     classifier = load_classifier(settings.device, settings.weights)
     accuracy: dict[str, float] = {}
     for size in IMAGE_SIZES:

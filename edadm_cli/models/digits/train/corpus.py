@@ -17,7 +17,7 @@ _WANTED = "x_train [60000, 28, 28], y_train [60000], x_test [10000, 28, 28], y_t
 
 @dataclass(frozen=True)
 class Corpus:
-    """MNIST: uint8 images with shape `(N, 28, 28)`, int64 labels with shape `(N,)`, and the file's sha256."""
+    """Holds MNIST: uint8 images with shape `(N, 28, 28)`, int64 labels with shape `(N,)`, and the file's sha256."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -30,7 +30,7 @@ def load_corpus(path: Path) -> Corpus:
     """Reads MNIST from an `.npz` file with the arrays `x_train, y_train, x_test, y_test`.
 
     Raises:
-        InputError: the file is missing, or not MNIST.
+        InputError: The file is missing or is not MNIST.
     """
     hint = f"--data FILE.npz with {_WANTED}"
     if not path.is_file():

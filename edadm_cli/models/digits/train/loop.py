@@ -1,8 +1,8 @@
-r"""The optimisation that all digits models share: AdamW, linear decay, averaged weights, resumption.
+r"""The training loop of all digits models: AdamW, linear decay, averaged weights, and checkpoints to resume from.
 
-Step $k$ draws everything random from a generator seeded with $(\text{seed}, \text{stage}, k)$ and the order
-of the images in epoch $e$ from one seeded with $(\text{seed}, \text{stage}, e)$, so a resumed run needs no
-generator state and continues exactly as an undisturbed one.
+Step $k$ draws all its random numbers from a generator seeded with $(\text{seed}, \text{stage}, k)$. The order of the
+images in epoch $e$ comes from a generator seeded with $(\text{seed}, \text{stage}, e)$. A resumed run therefore needs
+no generator state, and continues exactly as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _MAX_GRADIENT_NORM = 1.0
 
 
 class Task(Protocol):
-    """What to optimise: `draw` holds all that is random, `loss` is a fixed function of what was drawn."""
+    """Says what to optimise: `draw` makes all random choices, and `loss` is a fixed function of what `draw` returns."""
 
     @property
     def module(self) -> nn.Module:
-        """What is optimised."""
+        """Returns the module that is optimised."""
         ...
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Returns the inputs of one step for the training images `index`."""
+        """Returns the inputs of `loss` in one step, for the training images with the indices `index`."""
         ...
 
     def loss(self, *inputs: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; `average_decay` is the decay of the averaged weights."""
+    """Says how long and how fast to train; `average_decay` is the decay of the averaged weights."""
 
     epochs: float
     batch_size: int
@@ -56,7 +56,7 @@ class Schedule:
     average_decay: float = 0.999
 
     def num_steps(self, num_samples: int) -> int:
-        """Returns the number of optimiser steps; batches run on across the ends of epochs."""
+        """Returns the number of optimiser steps; a batch may contain the end of one epoch and the start of the next."""
         return max(1, round(self.epochs * num_samples / self.batch_size))
 
     def rate_at(self, step: int, num_steps: int) -> float:
@@ -67,7 +67,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training record tells of an optimisation."""
+    """Holds what a training record says about an optimisation."""
 
     steps: int
     final_loss: float
@@ -75,7 +75,7 @@ class FitResult:
 
 
 class _Shuffler:
-    """Endless stream of image indices: one seeded permutation after the other."""
+    """Yields image indices without end: one seeded permutation after the other."""
 
     def __init__(self, num_samples: int, settings: TrainSettings, name: str) -> None:
         self._num_samples, self._settings, self._name = num_samples, settings, name
@@ -102,7 +102,7 @@ class _Shuffler:
 
 
 class _RecordedBackward:
-    """Forward and backward of a task as one CUDA graph: tiny models are bound by launches otherwise."""
+    """Replays the forward and backward pass of a task as one CUDA graph, since kernel launches limit tiny models."""
 
     def __init__(self, task: Task, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = tuple(value.clone() for value in inputs)
@@ -126,7 +126,7 @@ class _RecordedBackward:
 
 
 class _Run:
-    """State of one optimisation, and its checkpoint."""
+    """Holds the state of one optimisation, and reads and writes its checkpoint."""
 
     def __init__(self, task: Task, schedule: Schedule, num_samples: int, settings: TrainSettings, name: str) -> None:
         self.task, self.schedule, self.settings, self.name = task, schedule, settings, name
@@ -148,7 +148,7 @@ class _Run:
         self.identity = json.dumps(identity, sort_keys=True)
 
     def restore(self) -> None:
-        """Goes on from the checkpoint, where there is one."""
+        """Continues from the checkpoint, if there is one."""
         if not self.path.is_file():
             return
         saved: dict[str, Any] = torch.load(self.path, map_location=self.settings.device, weights_only=True)
@@ -163,7 +163,7 @@ class _Run:
         self.step, self.seconds, self.loss = saved["step"], saved["seconds"], saved["loss"]
 
     def save(self) -> None:
-        """Writes the checkpoint beside the last one, then puts it in its place."""
+        """Writes the checkpoint beside the previous one, and then replaces that one."""
         saved = {
             "identity": self.identity, "module": self.task.module.state_dict(), "average": self.average,
             "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds,
@@ -202,7 +202,7 @@ class _Run:
         return self.recorded(inputs)
 
     def log(self) -> None:
-        """Tells how far the optimisation is."""
+        """Prints how far the optimisation is."""
         progress = f"step {self.step}/{self.num_steps}, loss {self.loss.item():.5f}, {self.seconds:.0f} s"
         print(f"{self.name}: {progress}", file=sys.stderr, flush=True)
 
@@ -221,10 +221,10 @@ def tensor_cores() -> Iterator[None]:
 
 
 def fit(task: Task, schedule: Schedule, num_samples: int, settings: TrainSettings, name: str) -> FitResult:
-    """Optimises `task.module` and leaves the averaged weights in it.
+    """Optimises `task.module`, which holds the averaged weights afterwards.
 
     Raises:
-        InputError: the checkpoint in the output folder belongs to other settings.
+        InputError: The checkpoint in the output folder was written with other settings.
     """
     run = _Run(task, schedule, num_samples, settings, name)
     run.restore()
@@ -255,5 +255,5 @@ def _advance_to_end(run: _Run) -> None:
 
 
 def discard_checkpoint(settings: TrainSettings, name: str) -> None:
-    """Removes a stage's checkpoint once its weights and its record are written."""
+    """Removes a stage's checkpoint, which is not needed once the weights and the record are written."""
     (settings.checkpoints / f"{name}.pt").unlink(missing_ok=True)

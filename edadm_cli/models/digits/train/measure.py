@@ -1,9 +1,10 @@
-r"""Measurements of full-precision models: accuracy of the prompts and Fréchet distances in digit features.
+r"""Measures full-precision models: prompt accuracy, and Fréchet distances of digit features.
 
 $$ d^2 = \lVert \mu_1 - \mu_2 \rVert^2
     + \operatorname{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2}) $$
 
-It is no Inception FID: features come from the digit classifier, and figures compare with each other only.
+The distance is not an Inception FID. Its features come from the digit classifier, so its values can be compared only
+with each other.
 
 References:
     Heusel et al., GANs Trained by a Two Time-Scale Update Rule (arXiv 1706.08500), equation 6.
@@ -41,7 +42,7 @@ def classify(classifier: DigitClassifier, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def feature_statistics(classifier: DigitClassifier, images: Tensor) -> dict[str, Tensor]:
-    """Returns mean and covariance, in float64, of both kinds of features of uint8 images `(N, 1, S, S)`."""
+    """Returns the mean and covariance, in float64, of both kinds of features of uint8 images `(N, 1, S, S)`."""
     device = next(classifier.parameters()).device
     features = [classifier(part.to(device).float() / 255) for part in images.split(1000)]
     statistics: dict[str, Tensor] = {}
@@ -52,9 +53,9 @@ def feature_statistics(classifier: DigitClassifier, images: Tensor) -> dict[str,
 
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    r"""Returns $d^2$ of two normal distributions; arguments are float64 with shapes `(D,)` and `(D, D)`.
+    r"""Returns $d^2$ of two normal distributions, from float64 means `(D,)` and covariances `(D, D)`.
 
-    The trace of the root is the sum of the roots of the eigenvalues of the symmetric
+    The trace of $(\Sigma_1 \Sigma_2)^{1/2}$ is the sum of the square roots of the eigenvalues of the symmetric matrix
     $\Sigma_1^{1/2} \Sigma_2 \Sigma_1^{1/2}$.
     """
     values, vectors = torch.linalg.eigh(cov_1)
@@ -74,7 +75,7 @@ def frechet_distances(real: dict[str, Tensor], other: dict[str, Tensor]) -> dict
 
 
 def sample_text_to_image(folder: Path, settings: TrainSettings, captions: list[str]) -> Tensor:
-    """Samples one image for each caption with PNDM; returns uint8 with shape `(N, 1, 32, 32)`."""
+    """Samples one image per caption with PNDM, and returns them as uint8 with shape `(N, 1, 32, 32)`."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder).to(settings.device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     batches: list[Tensor] = []
@@ -89,7 +90,7 @@ def sample_text_to_image(folder: Path, settings: TrainSettings, captions: list[s
 
 
 def sample_pixels(folder: Path, settings: TrainSettings, num_steps: int) -> Tensor:
-    """Samples images with DDIM at eta 0; returns uint8 with shape `(N, 1, 16, 16)`."""
+    """Samples images with DDIM at eta 0, and returns them as uint8 with shape `(N, 1, 16, 16)`."""
     pipeline = DDIMPipeline.from_pretrained(folder).to(settings.device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     batches: list[Tensor] = []
@@ -104,7 +105,7 @@ def sample_pixels(folder: Path, settings: TrainSettings, num_steps: int) -> Tens
 
 
 def measure_text_to_image(settings: TrainSettings, root: Path) -> dict[str, Any]:
-    """Samples `digits-sd`, writes a grid, and returns prompt accuracy and Fréchet distances."""
+    """Samples `digits-sd`, writes a grid of images, and returns the prompt accuracy and the Fréchet distances."""
     captions = prompts(settings.num_images, settings.seed)
     images = sample_text_to_image(model_folder("digits-sd", root), settings, captions)
     write_grid(images, settings.samples / "digits-sd.png")
@@ -120,7 +121,7 @@ def measure_text_to_image(settings: TrainSettings, root: Path) -> dict[str, Any]
 
 
 def measure_pixels(settings: TrainSettings, root: Path) -> dict[str, Any]:
-    """Samples `digits-ddpm` with 20 and 50 steps, writes grids, and returns Fréchet distances."""
+    """Samples `digits-ddpm` with 20 and 50 steps, writes grids of images, and returns the Fréchet distances."""
     classifier = load_classifier(settings.device, root)
     measured: dict[str, Any] = {"num_images": settings.num_images, "scheduler": "DDIM", "eta": 0.0}
     for num_steps in (20, 50):
@@ -133,7 +134,7 @@ def measure_pixels(settings: TrainSettings, root: Path) -> dict[str, Any]:
 
 
 def write_grid(images: Tensor, path: Path) -> None:
-    """Writes the first images of uint8 `(N, 1, S, S)` as rows of twenty in one PNG file."""
+    """Writes the first of the uint8 images `(N, 1, S, S)` as rows of twenty in one PNG file."""
     count = min(_GRID_IMAGES, len(images) // _GRID_COLUMNS * _GRID_COLUMNS)
     size = images.shape[-1]
     rows = images[:count].view(-1, _GRID_COLUMNS, size, size).permute(0, 2, 1, 3)
@@ -146,6 +147,6 @@ def _to_levels(images: Tensor) -> Tensor:
 
 
 def _generators(settings: TrainSettings, start: int, count: int) -> list[torch.Generator]:
-    """Returns one generator an image, on the CPU: the batch size and the device change no noise."""
+    """Returns one generator per image, on the CPU, so that the noise depends on neither batch size nor device."""
     seeds = [seed_of(settings.seed, "image", index) for index in range(start, start + count)]
     return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,4 +1,4 @@
-"""Training of `digits-ddpm`: an unconditional denoiser of 16x16 pixels."""
+"""Trains `digits-ddpm`, an unconditional denoiser of 16x16 pixels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEDULE = Schedule(epochs=120, batch_size=512, learning_rate=1e-3, warmup_steps
 
 
 def build_denoiser() -> UNet2DModel:
-    """Builds the untrained denoiser: DDPM's blocks on two resolutions, attention on the lower one."""
+    """Builds the untrained denoiser, which has DDPM's blocks on two resolutions and attention on the lower one."""
     return UNet2DModel(
         sample_size=16,
         in_channels=1,
@@ -36,14 +36,14 @@ def build_denoiser() -> UNet2DModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Builds the scheduler of the CIFAR-10 model: linear betas, clean images clipped to [-1, 1]."""
+    """Builds the scheduler of DDPM's CIFAR-10 model: it has linear betas and clips clean images to [-1, 1]."""
     return DDIMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True
     )
 
 
 class PixelTask:
-    r"""$|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t} x + \sqrt{1 - \bar\alpha_t}\, \epsilon, t)|^2$."""
+    r"""Minimises $|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t} x + \sqrt{1 - \bar\alpha_t}\, \epsilon, t)|^2$."""
 
     def __init__(self, corpus: Corpus, settings: TrainSettings) -> None:
         self.module = build_denoiser().to(settings.device)
@@ -51,7 +51,7 @@ class PixelTask:
         self._signal = build_scheduler().alphas_cumprod.to(settings.device)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Returns noisy images, timesteps and the noise."""
+        """Returns noisy images `(B, 1, 16, 16)`, their timesteps `(B,)` and the noise, shaped like the images."""
         images = self._images[index].float() / 127.5 - 1
         noise = torch.randn(images.shape, generator=generator, device=generator.device)
         timestep = torch.randint(len(self._signal), (len(index),), generator=generator, device=generator.device)

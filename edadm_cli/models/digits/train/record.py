@@ -1,4 +1,7 @@
-"""The training record beside each model's weights: what was trained on what, how long, how well."""
+"""Reads and writes the training record beside each model's weights.
+
+A record says what was trained, on which data, for how long and with which results.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,15 @@ _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", 
 
 
 def identity_of(settings: TrainSettings, corpus: Corpus) -> dict[str, Any]:
-    """Returns what decides the outcome of a stage, beside the code and the machine."""
+    """Returns what decides the outcome of a stage, apart from the code and the machine."""
     return {"data_sha256": corpus.sha256, "seed": settings.seed, "epochs_scale": settings.epochs_scale}
 
 
 def is_trained(folder: Path, settings: TrainSettings, corpus: Corpus) -> bool:
-    """Tells whether a stage is done with these settings.
+    """Returns whether a stage is finished with these settings.
 
     Raises:
-        InputError: it is done, but with other settings, and `--force` is not given.
+        InputError: It is finished with other settings, and `--force` is not given.
     """
     path = folder / RECORD_FILE
     if settings.force or not path.is_file():
@@ -57,7 +60,7 @@ def write_record(
     modules: dict[str, nn.Module],
     measurements: dict[str, Any],
 ) -> None:
-    """Writes a stage's record last: its presence means that the stage is done."""
+    """Writes a stage's record. This comes last, because the presence of a record means that the stage is finished."""
     record = {
         "identity": identity_of(settings, corpus),
         "data": {
@@ -78,7 +81,7 @@ def write_record(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON beside its final place, then puts it there."""
+    """Writes a JSON file beside its final path, and then moves it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(content, indent=2) + "\n")
@@ -86,7 +89,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """Names the device that a record speaks of."""
+    """Returns the name of the device that a record was made on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

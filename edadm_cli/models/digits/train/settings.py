@@ -1,4 +1,4 @@
-"""What one training run was asked to do, and the seeds and folders that follow from it."""
+"""The settings of one training run, and the seeds and folders that follow from them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings that all stages share.
+    """Holds the settings that all stages share.
 
     Attributes:
-        out: Folder that receives `weights/` (what ships), `samples/` (image grids) and `checkpoints/`.
-        device: Where to train and to measure.
-        seed: Root of every random number.
-        epochs_scale: Factor on every stage's number of epochs.
-        num_images: Images sampled from each model for its measurements.
-        checkpoint_seconds: Time between two checkpoints.
-        cuda_graphs: Record forward and backward once on CUDA and replay them.
-        force: Train again what was trained with other settings.
+        out: The folder that receives `weights/` (what ships), `samples/` (image grids) and `checkpoints/`.
+        device: The device that trains and measures.
+        seed: The seed from which all other seeds are derived.
+        epochs_scale: A factor on every stage's number of epochs.
+        num_images: The number of images that are sampled from each model for its measurements.
+        checkpoint_seconds: The time between two checkpoints, in seconds.
+        cuda_graphs: Whether forward and backward passes on CUDA are recorded once and replayed.
+        force: Whether to train again what was trained with other settings.
     """
 
     out: Path
@@ -35,26 +35,26 @@ class TrainSettings:
 
     @property
     def weights(self) -> Path:
-        """Folder of what ships."""
+        """Returns the folder of the files that ship."""
         return self.out / "weights"
 
     @property
     def samples(self) -> Path:
-        """Folder of image grids."""
+        """Returns the folder of image grids."""
         return self.out / "samples"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of unfinished stages."""
+        """Returns the folder of the checkpoints of unfinished stages."""
         return self.out / "checkpoints"
 
     def generator(self, *parts: str | int, device: str | torch.device | None = None) -> torch.Generator:
-        """Returns a generator for one named piece of work, on the run's device unless told otherwise."""
+        """Returns a generator for one named piece of work, on the run's device unless `device` is given."""
         generator = torch.Generator(device=self.device if device is None else device)
         return generator.manual_seed(seed_of(self.seed, *parts))
 
 
 def seed_of(seed: int, *parts: str | int) -> int:
-    """Derives the seed of one piece of work (a stage, a step, an image) from the run's seed and its name."""
+    """Returns the seed of one piece of work (a stage, a step, an image), derived from the run's seed and its name."""
     digest = hashlib.sha256("/".join(map(str, (seed, *parts))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

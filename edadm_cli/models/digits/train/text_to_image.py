@@ -1,4 +1,4 @@
-"""Training of `digits-sd`: text encoder and denoiser together, on the latents of the trained autoencoder."""
+"""Trains the text encoder and the denoiser of `digits-sd` together, on the latents of the trained autoencoder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EMPTY_PROMPT_SHARE = 0.1
 
 
 def build_denoiser() -> UNet2DConditionModel:
-    """Builds the untrained denoiser: Stable Diffusion's blocks on two resolutions."""
+    """Builds the untrained denoiser, which has Stable Diffusion's blocks on two resolutions."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -76,9 +76,9 @@ def build_scheduler() -> PNDMScheduler:
 
 
 class TextToImageTask:
-    r"""$|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t} z + \sqrt{1 - \bar\alpha_t}\, \epsilon, t, c)|^2$.
+    r"""Minimises $|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t} z + \sqrt{1 - \bar\alpha_t}\, \epsilon, t, c)|^2$.
 
-    A tenth of the images comes with the empty caption, which guidance needs.
+    A tenth of the images have the empty caption, because classifier-free guidance needs an unconditional prediction.
     """
 
     def __init__(self, corpus: Corpus, settings: TrainSettings) -> None:
@@ -127,8 +127,8 @@ def caption_tokens(tokenizer: CLIPTokenizer) -> Tensor:
 def save_pipeline(task: TextToImageTask, folder: Path) -> None:
     """Writes the complete pipeline with weights in float16.
 
-    The text encoder is written as every Stable Diffusion checkpoint has it, whatever the installed release of
-    transformers: names under `text_model.`, and a configuration that loads into float32 like the other parts.
+    Whatever release of transformers is installed, the text encoder has the form of every Stable Diffusion checkpoint:
+    its tensor names start with `text_model.`, and its configuration makes it load in float32 like the other components.
     """
     StableDiffusionPipeline(
         vae=task.autoencoder, text_encoder=task.text_encoder, tokenizer=task.tokenizer, unet=task.denoiser,
@@ -142,7 +142,7 @@ def save_pipeline(task: TextToImageTask, folder: Path) -> None:
 
 
 def train_text_to_image(corpus: Corpus, settings: TrainSettings) -> None:
-    """Trains text encoder and denoiser, and writes the complete pipeline."""
+    """Trains the text encoder and the denoiser, and writes the complete pipeline."""
     folder = settings.weights / NAME
     if is_trained(folder, settings, corpus):
         return

@@ -1,4 +1,4 @@
-"""The small CLIP tokenizer of `digits-sd`: bytes, and one token for each word of the captions."""
+"""Builds the small CLIP tokenizer of `digits-sd`, which has tokens for bytes and one token per word of the captions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WORD_END = "</w>"
 
 
 def byte_symbols() -> list[str]:
-    """Returns the printable stand-ins of the 256 bytes, in CLIP's order."""
+    """Returns the printable characters that stand for the 256 bytes, in CLIP's order."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -26,8 +26,8 @@ def byte_symbols() -> list[str]:
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Returns byte-pair merges that make each word one token.
 
-    A word is split by the merges so far, then what is left is merged from the left. Later merges rank lower,
-    so they never change how an earlier word is split.
+    The merges so far are applied to a word first. What is left is then merged from the left. Later merges have a lower
+    rank, so they never change how an earlier word is split.
     """
     merges: list[tuple[str, str]] = []
     for word in words:
@@ -51,7 +51,7 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Builds the tokenizer: 512 byte symbols, merges for the captions' words, start and ends."""
+    """Builds the tokenizer of 512 byte symbols, the merged words of the captions, a start token and an end token."""
     words = sorted({word for digit in range(10) for text in captions_of(digit) for word in re.findall("[a-z]+", text)})
     merges = learn_merges(words)
     symbols = byte_symbols()
