@@ -1,7 +1,7 @@
-"""Names, styles and captions of the emoji pictures.
+"""Defines the names, styles and captions of the emoji pictures.
 
-A picture set has a style word of its own, and a picture's name is the list of words that its caption names. A caption
-is a template with the name and, in most templates, the style: `"fluent emoji of woman teacher medium skin tone"`.
+Every picture set has its own style word. A picture's name is a list of words. A caption is a template that is filled
+with the name and, in most templates, the style word: `"fluent emoji of woman teacher medium skin tone"`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STYLES: dict[str, str] = {
     "fxemoji": "firefox",
     "streamline-emojis": "streamline",
 }
-"""Picture set of `@iconify/json` -> the word that names its style in captions."""
+"""Maps each picture set of `@iconify/json` to the word that names its style in captions."""
 
 STYLED_TEMPLATES = (
     "{name}, {style} style",
@@ -31,11 +31,11 @@ PROMPT_TEMPLATE = STYLED_TEMPLATES[0]
 """The template of the prompts that the shipped models are measured with."""
 
 MAX_TOKENS = 24
-"""Length of a tokenized caption: the start, up to 22 tokens, and the end."""
+"""The length of a tokenized caption: the start token, up to 22 tokens, and the end token."""
 
 
 def captions_of(name: str, style: str) -> tuple[str, ...]:
-    """Returns every caption of a picture: the templates with the style first, then those without."""
+    """Returns every caption of a picture: first those that name its style, then those that do not."""
     return tuple(template.format(name=name, style=style) for template in (*STYLED_TEMPLATES, *PLAIN_TEMPLATES))
 
 

@@ -1,4 +1,4 @@
-"""What the emoji models are measured on: the files that ship, names, prompts and real pictures."""
+"""Provides what the emoji models are measured on: the shipped files, names, prompts and real pictures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PICTURE_SIZE = 64
 
 
 def model_folder(name: str, root: Path = WEIGHTS) -> Path:
-    """Returns the folder of a shipped pipeline, of `shared` parts, or of the real `data`.
+    """Returns the folder of a shipped pipeline, of the `shared` components or of the real `data`.
 
     Raises:
         UsageError: There is no such model.
@@ -51,7 +51,7 @@ def model_folder(name: str, root: Path = WEIGHTS) -> Path:
 
 
 def shared_parts(folder: Path) -> dict[str, Path]:
-    """Returns the folders of the components that a pipeline shares with the other one, by component."""
+    """Returns the folder of each component that a pipeline shares with the other one, by component name."""
     return {part: folder.parent / "shared" / place for part, place in _SHARED.get(folder.name, {}).items()}
 
 
@@ -60,9 +60,9 @@ def names(root: Path = WEIGHTS) -> dict[str, Any]:
     """Returns the names of the pictures.
 
     Returns:
-        `by_style`: the names that each style has; `held_out`: the names that were left out of the training, and
-        `held_out_pictures`: the number of their pictures; `retrieval`: the 500 names among which a picture's name is
-        retrieved.
+        A dictionary with four entries. `by_style` holds the names that each style has. `held_out` holds the names that
+        training leaves out, and `held_out_pictures` the number of their pictures. `retrieval` holds the 500 names among
+        which a picture's name is retrieved.
     """
     content: dict[str, Any] = json.loads(gzip.decompress((model_folder("data", root) / NAMES_FILE).read_bytes()))
     return content
@@ -71,8 +71,8 @@ def names(root: Path = WEIGHTS) -> dict[str, Any]:
 def prompts(num_prompts: int, seed: int) -> list[str]:
     """Returns `num_prompts` prompts, each for one of the 500 retrieval names in a style that has the name.
 
-    The order is seeded; a longer list with the same seed starts with the shorter one, and no prompt comes twice before
-    all have come once.
+    The order is seeded. A longer list with the same seed starts with the shorter one, and no prompt is repeated before
+    all prompts have occurred once.
     """
     if num_prompts < 0:
         raise UsageError(f"The number of prompts is 0 or more, found {num_prompts}.")
@@ -87,7 +87,7 @@ def prompts(num_prompts: int, seed: int) -> list[str]:
 
 
 def label_of_prompt(prompt: str) -> int | None:
-    """Returns the number of the retrieval name that a prompt asks for; `None` where it asks for none of them.
+    """Returns the index of the retrieval name that a prompt asks for; `None` if it asks for none of them.
 
     The longest name that the prompt contains as whole words counts, so that `woman teacher` is not `teacher`.
     """
@@ -97,7 +97,7 @@ def label_of_prompt(prompt: str) -> int | None:
 
 
 def real_statistics(root: Path = WEIGHTS) -> dict[str, Tensor]:
-    """Returns mean and covariance of the encoder's features over the training pictures.
+    """Returns the mean and covariance of the encoder's features over the training pictures.
 
     Returns:
         `features_mean (160,)`, `features_cov (160, 160)`, `spatial_mean (256,)`, `spatial_cov (256, 256)` in float64.
@@ -108,7 +108,7 @@ def real_statistics(root: Path = WEIGHTS) -> dict[str, Tensor]:
 
 
 def real_pictures(root: Path = WEIGHTS) -> Tensor:
-    """Returns the pictures whose names are held out, as uint8 with shape `(N, 3, 64, 64)`."""
+    """Returns the pictures whose names are held out of training, as uint8 with shape `(N, 3, 64, 64)`."""
     import numpy
     import torch
     from PIL import Image

@@ -1,7 +1,7 @@
-"""The picture-and-name encoder: features, prompt score and retrieval of the emoji models.
+"""The picture-and-name encoder, from which the emoji models have their features, prompt score and retrieval metrics.
 
-A small convolutional network maps a picture, and the text encoder that both pipelines share maps a prompt, to unit
-vectors of one space. They were trained together on pictures and captions with a contrastive loss.
+A small convolutional network maps a picture to a unit vector. The text encoder that both pipelines share maps a prompt
+to a unit vector of the same space. The two are trained together on pictures and captions with a contrastive loss.
 
 References:
     Learning transferable visual models from natural language supervision, arXiv 2103.00020, section 2.3.
@@ -30,12 +30,12 @@ _WIDTHS = (32, 64, 96, 160)
 
 
 class PictureFeatures(NamedTuple):
-    """What the encoder makes of `B` pictures.
+    """Holds the outputs of the encoder for `B` pictures.
 
     Attributes:
-        features: Globally averaged activations with shape `(B, 160)`.
-        spatial: Part of an early feature map with shape `(B, 4, 8, 8)`.
-        embedding: Unit vectors with shape `(B, 192)`.
+        features: The globally averaged late activations, with shape `(B, 160)`.
+        spatial: A part of an earlier feature map, with shape `(B, 4, 8, 8)`.
+        embedding: The unit vectors, with shape `(B, 192)`.
     """
 
     features: Tensor
@@ -44,7 +44,7 @@ class PictureFeatures(NamedTuple):
 
 
 class _Residual(nn.Module):
-    """Two normalised convolutions beside a shortcut."""
+    """A residual block: two convolutions, each after a normalization, are added to a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -55,14 +55,14 @@ class _Residual(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns a feature map of the same height and width."""
+        """Returns a feature map `(B, out_channels, H, W)` for one with shape `(B, in_channels, H, W)`."""
         hidden = self.conv1(functional.silu(self.norm1(images)))
         shortcut: Tensor = self.shortcut(images)
         return shortcut + self.conv2(functional.silu(self.norm2(hidden)))
 
 
 class PictureEncoder(nn.Module):
-    """Map pictures to features of two depths and to the space that they share with prompts."""
+    """Maps pictures to features of two depths, and to unit vectors in the space that they share with prompts."""
 
     num_features = _WIDTHS[-1]
 
@@ -76,7 +76,11 @@ class PictureEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
     def forward(self, images: Tensor) -> PictureFeatures:
-        """Returns features and embeddings of pictures with shape `(B, 3, H, W)` and values in [0, 1]."""
+        """Returns features and embeddings of pictures with shape `(B, 3, H, W)` and values in [0, 1].
+
+        Raises:
+            UsageError: The pictures have another shape, or are not floating-point numbers.
+        """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             actual = f"{images.dtype} with shape {tuple(images.shape)}"
             raise UsageError(f"The encoder takes floating-point pictures with shape (B, 3, H, W), found {actual}.")
@@ -107,7 +111,7 @@ def load_picture_encoder(device: str | torch.device = "cpu", root: Path = WEIGHT
 @cache
 @torch.no_grad()
 def name_vectors(root: Path = WEIGHTS) -> Tensor:
-    """Returns a unit vector per retrieval name with shape `(500, 192)`: the mean over its prompts in all styles."""
+    """Returns one unit vector per retrieval name, `(500, 192)`: the normalized mean over its prompts in all styles."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     shared = model_folder("shared", root)

@@ -1,1 +1,1 @@
-"""Training of the emoji models: data, stages, measurements. This package is not part of the wheel."""
+"""Prepares the data of the emoji models, and trains and measures them. This package is not part of the wheel."""

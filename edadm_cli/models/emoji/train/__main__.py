@@ -1,9 +1,10 @@
-"""Command line of the training: one stage per call, each of which continues where it was stopped.
+"""The command line of the training. Each call runs one stage, which continues where an earlier call stopped.
 
     python -m edadm_cli.models.emoji.train STAGE --data prepared --out training
 
-In this order: `pixels`, `encoder` and `autoencoder`, then `emoji-sd`, `emoji-dit` and `ddpm-emoji`, then `measure` and
-`package`. With torchrun, several GPUs train one network. docs/models.md says how the shipped weights were made.
+The stages depend on each other in this order: `pixels`, `encoder` and `autoencoder`, then `emoji-sd`, `emoji-dit` and
+`ddpm-emoji`, then `measure` and `package`. Under torchrun, several GPUs train one network. docs/models.md says how the
+shipped weights were made.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(options: argparse.Namespace) -> TrainSettings:
-    """Turns the options into settings; under torchrun, joins the other processes."""
+    """Turns the options into settings, and joins the other processes under torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -95,7 +96,7 @@ def train(stage: str, corpus: Corpus, settings: TrainSettings, until: float | No
     """Runs a stage and writes its averaged weights and its record."""
     build, schedule = STAGES[stage]
     task: Task = build(corpus, settings)
-    if until is not None:  # loading took its time
+    if until is not None:  # loading has used some of the time
         settings = replace(settings, stop_after=max(0.0, until - time.time()))
     fitted = fit(task, schedule, settings, stage)
     if settings.rank:
@@ -151,7 +152,7 @@ def _version(name: str) -> str | None:
 
 
 def main() -> int:
-    """Runs one stage; returns the exit code."""
+    """Runs one stage, and returns the exit code."""
     options = build_parser().parse_args()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Stage `autoencoder`: 3x64x64 pixels to 4x16x16 latents, shared by both pipelines."""
+"""Stage `autoencoder`: trains the autoencoder that both pipelines share, from 3x64x64 pixels to 4x16x16 latents."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _BATCH = 500
 class AutoencoderTask:
     r"""$|x - \hat x|_1 + |x - \hat x|^2 + w\,|\nabla x - \nabla \hat x|_1 + \beta \, \mathrm{KL}(q(z|x), \mathcal N)$.
 
-    All terms are means. A quarter of the pictures is decoded once more from latents of half the size and compared with
-    the picture of half the size, which keeps the latents smooth.
+    This is the loss; all terms are means. A quarter of the pictures are also decoded from latents of half the size and
+    compared with the pictures at half the size, which keeps the latents smooth.
 
     References:
         EQ-VAE, arXiv 2502.09509 (scaled latents decode to scaled pictures).
@@ -47,7 +47,7 @@ class AutoencoderTask:
         return pictures, torch.randn(count, 4, LATENT_SIZE, LATENT_SIZE, generator=generator, device=device)
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Returns reconstruction error plus weighted divergence."""
+        """Returns the reconstruction error plus the weighted divergence."""
         pictures, noise = inputs
         posterior = self.module.encode(pictures).latent_dist
         latents = posterior.mean + posterior.std * noise
@@ -68,31 +68,31 @@ def _difference(rebuilt: Tensor, pictures: Tensor) -> Tensor:
 
 
 def to_model_input(pixels: Tensor) -> Tensor:
-    """Turns uint8 pixels into floats in [-1, 1]."""
+    """Returns uint8 pixels as floats in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Turns floats in [-1, 1] into uint8 pixels."""
+    """Returns floats in [-1, 1] as uint8 pixels."""
     return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @torch.inference_mode()
 def encode(autoencoder: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation `(N, 4, 16, 16)` of the unscaled latents of uint8 `(N, 3, 64, 64)`."""
+    """Returns the mean and standard deviation `(N, 4, 16, 16)` of the unscaled latents of uint8 `(N, 3, 64, 64)`."""
     posteriors = [autoencoder.encode(to_model_input(part)).latent_dist for part in pixels.split(_BATCH)]
     return torch.cat([part.mean for part in posteriors]), torch.cat([part.std for part in posteriors])
 
 
 @torch.inference_mode()
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Returns uint8 pixels of scaled latents."""
+    """Returns the uint8 pixels `(N, 3, 64, 64)` that scaled latents `(N, 4, 16, 16)` decode to."""
     scale, shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
     return torch.cat([to_pixels(autoencoder.decode(part / scale + shift).sample) for part in latents.split(_BATCH)])
 
 
 def finish_autoencoder(task: AutoencoderTask, corpus: Corpus, settings: TrainSettings) -> dict[str, float]:
-    """Scales the latents to unit variance, writes the weights, and measures pictures with held-out names."""
+    """Scales the latents to unit variance, writes the weights, and returns metrics of pictures with held-out names."""
     autoencoder = task.module.eval()
     mean, deviation = encode(autoencoder, corpus.pixels[corpus.train])
     spread = (mean.double().var() + deviation.double().square().mean()).sqrt().item()

@@ -1,4 +1,4 @@
-"""The pictures as pixels, their names, and their captions as tokens."""
+"""Loads the pictures as pixels, with their names and with their captions as tokens."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ _CHUNK = 32
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pictures and captions.
+    """Holds the pictures and their captions.
 
     Attributes:
-        pixels: uint8 with shape `(N, 3, 64, 64)` on the run's device.
-        tokens: int64 with shape `(N, captions, 24)` on the run's device; the captions with the style come first.
-        empty: Tokens of the empty caption, `(24,)`.
-        names: Name of each picture.
-        styles: Style word of each picture.
-        name_number: Number of each picture's name, `(N,)`.
-        style_number: Number of each picture's style, `(N,)`.
-        train: Indices of the training pictures.
-        held_out: Indices of the pictures whose names are held out.
+        pixels: The pictures, uint8, with shape `(N, 3, 64, 64)`, on the run's device.
+        tokens: The tokens of the captions, int64, with shape `(N, captions, 24)`, on the run's device. Captions that
+            name the style come first.
+        empty: The tokens of the empty caption, with shape `(24,)`.
+        names: The name of each picture.
+        styles: The style word of each picture.
+        name_number: The index of each picture's name, with shape `(N,)`.
+        style_number: The index of each picture's style, with shape `(N,)`.
+        train: The indices of the training pictures.
+        held_out: The indices of the pictures whose names are held out.
     """
 
     pixels: Tensor
@@ -50,12 +51,12 @@ class Corpus:
 
     @property
     def num_styled(self) -> int:
-        """Number of captions of a picture that name its style."""
+        """Returns the number of a picture's captions that name its style."""
         return len(STYLED_TEMPLATES)
 
 
 def rasterise(svg: str) -> numpy.ndarray:
-    """Returns an SVG text as uint8 pixels `(64, 64, 3)` on white: the mean over 2x2 pixels of twice the size."""
+    """Returns an SVG text as uint8 pixels `(64, 64, 3)` on white, rendered at twice the size and averaged over 2x2."""
     import resvg_py
 
     size = 2 * IMAGE_SIZE
@@ -67,7 +68,7 @@ def rasterise(svg: str) -> numpy.ndarray:
 
 
 def pixels_of(data: Path, cache: Path, limit: int | None, processes: int) -> numpy.ndarray:
-    """Returns all pictures as uint8 `(N, 64, 64, 3)`, rasterised once and kept in `cache`."""
+    """Returns all pictures as uint8 `(N, 64, 64, 3)`. They are rasterised once and then kept in the folder `cache`."""
     path = cache / f"pixels-{limit or 'all'}.npy"
     if path.is_file():
         return numpy.load(path)
@@ -114,9 +115,9 @@ def load_corpus(settings: TrainSettings, processes: int = 1) -> Corpus:
 def draw_captions(
     corpus: Corpus, index: Tensor, empty_share: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Returns the tokens `(B, 24)` of a random caption per picture, and whether each names a style.
+    """Returns the tokens `(B, 24)` of one random caption per picture, and whether each caption names a style.
 
-    Three quarters of the captions name the style; a share of all is replaced by the empty caption.
+    Three quarters of the captions name the style. Then a share `empty_share` of all is replaced by the empty caption.
     """
     device, count = index.device, len(index)
     styled = torch.rand(count, generator=generator, device=device) < 0.75

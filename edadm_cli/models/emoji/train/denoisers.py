@@ -1,4 +1,4 @@
-r"""Stages `emoji-sd`, `emoji-dit` and `ddpm-emoji`: the denoisers."""
+r"""Stages `emoji-sd`, `emoji-dit` and `ddpm-emoji`: train the denoisers."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ UNET_SCHEDULE = Schedule(batch_size=1024, learning_rate=1e-3)
 TRANSFORMER_SCHEDULE = Schedule(batch_size=512, learning_rate=1e-3)
 PIXEL_SCHEDULE = Schedule(batch_size=512, learning_rate=4e-4, average_decay=0.9995)
 _EMPTY_PROMPT_SHARE = 0.1
-_ABSENT_TOKENS = 256  # what StableDiffusion3Pipeline puts in the place of a third encoder's tokens: its default length
+_ABSENT_TOKENS = 256  # the number of zero tokens that StableDiffusion3Pipeline uses if it has no third text encoder
 _SNR_LIMIT = 5.0
 
 
 def load_text_encoder(settings: TrainSettings) -> CLIPTextModelWithProjection:
-    """Loads the trained text encoder in float32; it stays as it is."""
+    """Loads the trained text encoder in float32, with its weights frozen."""
     encoder = CLIPTextModelWithProjection.from_pretrained(settings.weights / "shared" / "text_encoder")
     return encoder.to(settings.device, torch.float32).eval().requires_grad_(False)
 
 
 def compiled(network: nn.Module, settings: TrainSettings, *inputs: Tensor) -> nn.Module:
-    """Returns the compiled network, warmed up on example inputs; where compilation fails or is off, the network."""
+    """Returns the network, compiled and warmed up on example inputs, or as it is if compilation fails or is off."""
     if not settings.compile:
         return network
     start = time.monotonic()
@@ -59,13 +59,13 @@ def compiled(network: nn.Module, settings: TrainSettings, *inputs: Tensor) -> nn
 
 
 def wait_for(settings: TrainSettings, *stages: str) -> None:
-    """Waits until the records of other stages are there, if the settings say so."""
+    """Waits until the records of other stages exist, if the settings say so."""
     while settings.wait and not all((settings.out / "records" / f"{stage}.json").is_file() for stage in stages):
         time.sleep(0.5)
 
 
 class _LatentTask:
-    """What the two text-to-image tasks share: latents, captions and the text encoder."""
+    """Holds what the two text-to-image tasks share: the latents, the captions and the text encoder."""
 
     def __init__(self, corpus: Corpus, settings: TrainSettings, network: nn.Module, *inputs: Tensor) -> None:
         self.module = network.to(settings.device)
@@ -78,7 +78,7 @@ class _LatentTask:
         self._mean, self._deviation = (moment.clone() * scale for moment in encode(autoencoder, corpus.pixels))
 
     def _latents(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns scaled latents, noise of the same shape and caption tokens."""
+        """Returns scaled latents `(B, 4, 16, 16)`, noise of the same shape, and caption tokens `(B, 24)`."""
         device, train = generator.device, self._corpus.train
         index = train[torch.randint(len(train), (count,), generator=generator, device=device)]
         mean = self._mean[index]
@@ -88,9 +88,9 @@ class _LatentTask:
 
 
 class UNetTask(_LatentTask):
-    r"""$\min(1, 5 / \mathrm{SNR}_t)\,|\epsilon - \epsilon_\theta(z_t, t, c)|^2$ of noisy latents.
+    r"""Minimises $\min(1, 5 / \mathrm{SNR}_t)\,|\epsilon - \epsilon_\theta(z_t, t, c)|^2$ over noisy latents $z_t$.
 
-    $z_t = \sqrt{\bar\alpha_t} z + \sqrt{1 - \bar\alpha_t}\, \epsilon$.
+    The noisy latents are $z_t = \sqrt{\bar\alpha_t} z + \sqrt{1 - \bar\alpha_t}\, \epsilon$.
 
     References:
         Efficient diffusion training via Min-SNR weighting, arXiv 2303.09556.
@@ -107,7 +107,7 @@ class UNetTask(_LatentTask):
         self._signal = noise_scheduler().alphas_cumprod.to(settings.device)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Returns noisy latents, timesteps, caption tokens, the noise and each error's weight."""
+        """Returns noisy latents, timesteps, caption tokens, the noise and the weight of each picture's error."""
         latents, noise, tokens = self._latents(count, generator)
         timestep = torch.randint(len(self._signal), (count,), generator=generator, device=generator.device)
         signal = self._signal[timestep].view(-1, 1, 1, 1)
@@ -125,7 +125,9 @@ class UNetTask(_LatentTask):
 
 
 class TransformerTask(_LatentTask):
-    r"""$|(\epsilon - z) - v_\theta((1 - \sigma) z + \sigma \epsilon, 1000\,\sigma, c)|^2$ with logit-normal $\sigma$.
+    r"""Minimises $|(\epsilon - z) - v_\theta((1 - \sigma) z + \sigma \epsilon, 1000\,\sigma, c)|^2$.
+
+    $\sigma$ has a logit-normal distribution.
 
     References:
         Scaling rectified flow transformers, arXiv 2403.03206, section 3.1.
@@ -158,11 +160,11 @@ class TransformerTask(_LatentTask):
 
 @torch.no_grad()
 def flow_condition(text_encoder: CLIPTextModelWithProjection, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns states and pooled vectors as StableDiffusion3Pipeline makes them of one text encoder that it holds twice.
+    """Returns the text condition that StableDiffusion3Pipeline computes if it holds one text encoder twice.
 
     Returns:
-        States with shape `(B, 280, 384)`: 24 tokens with both encoders' states side by side, then 256 zeros for the
-        third encoder that is left out. Pooled vectors with shape `(B, 384)`.
+        Two tensors. The states `(B, 280, 384)` hold 24 tokens with the states of both encoders side by side, and then
+        256 zero tokens for the third encoder, which is absent. The pooled vectors have the shape `(B, 384)`.
     """
     output = text_encoder(tokens, output_hidden_states=True)
     states = output.hidden_states[-2].float().repeat(1, 1, 2)
@@ -171,7 +173,9 @@ def flow_condition(text_encoder: CLIPTextModelWithProjection, tokens: Tensor) ->
 
 
 class PixelTask:
-    r"""$|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t} x + \sqrt{1 - \bar\alpha_t}\, \epsilon, t)|^2$ on 32x32 pixels.
+    r"""Minimises $|\epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t} x + \sqrt{1 - \bar\alpha_t}\, \epsilon, t)|^2$.
+
+    $x$ is a picture of 32x32 pixels.
 
     References:
         Denoising diffusion probabilistic models, arXiv 2006.11239, equation 14.
@@ -188,7 +192,7 @@ class PixelTask:
         self._signal = pixel_scheduler().alphas_cumprod.to(settings.device)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Returns noisy pictures, half of them mirrored, timesteps and the noise."""
+        """Returns noisy pictures (half of them mirrored), their timesteps and the noise."""
         device = generator.device
         index = torch.randint(len(self._pictures), (count,), generator=generator, device=device)
         pictures = to_model_input(self._pictures[index])
@@ -207,5 +211,5 @@ class PixelTask:
 
 
 def small_pictures(pixels: Tensor) -> Tensor:
-    """Returns uint8 pixels of half the size: the mean over 2x2 pixels."""
+    """Returns uint8 pictures `(N, 3, H, W)` at half the size, by the mean over 2x2 pixels."""
     return torch.cat([functional.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in pixels.split(2000)])

@@ -1,9 +1,9 @@
-r"""The optimisation that all emoji models share: AdamW, averaged weights, several processes, resumption.
+r"""The training loop of all emoji models: AdamW, averaged weights, several processes, and checkpoints to resume from.
 
-Step $k$ of process $r$ takes everything random from a generator seeded with $(\text{seed}, \text{stage}, k, r)$. The
-learning rate rises over the first steps, stays, and falls linearly to zero over the last half; how far the training is
-follows from its steps or from the time that it may take. The record holds the steps that were taken, and `--steps`
-repeats them.
+Step $k$ of process $r$ draws all its random numbers from a generator seeded with $(\text{seed}, \text{stage}, k, r)$.
+The learning rate rises over the first steps, stays constant, and falls linearly to zero over the last half of the
+training. The length of the training is a number of steps or a time. The record holds the number of steps that were
+taken, and `--steps` repeats a training with that number.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _MAX_GRADIENT_NORM = 1.0
 
 
 class Task(Protocol):
-    """What to optimise: `draw` holds all that is random, `loss` is a fixed function of what was drawn."""
+    """Says what to optimise: `draw` makes all random choices, and `loss` is a fixed function of what `draw` returns."""
 
     @property
     def module(self) -> nn.Module:
-        """What is optimised."""
+        """Returns the module that is optimised."""
         ...
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Returns the inputs of one step with `count` pictures."""
+        """Returns the inputs of `loss` in one step with `count` pictures."""
         ...
 
     def loss(self, *inputs: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How fast to train; `average_decay` is the decay of the averaged weights."""
+    """Says how fast to train; `average_decay` is the decay of the averaged weights."""
 
     batch_size: int
     learning_rate: float
@@ -57,14 +57,14 @@ class Schedule:
     average_decay: float = 0.9995
 
     def rate_at(self, step: int, progress: float) -> float:
-        """Returns the learning rate at a step, when a share `progress` of the training is done."""
+        """Returns the learning rate at a step that comes after a share `progress` of the training, from 0 to 1."""
         left = min(1.0, max(0.0, (1 - progress) / (1 - self.constant_share)))
         return self.learning_rate * min((step + 1) / self.warmup_steps, left)
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training record says of an optimisation."""
+    """Holds what a training record says about an optimisation."""
 
     done: bool
     steps: int
@@ -74,7 +74,7 @@ class FitResult:
 
 
 class _Run:
-    """State of one optimisation, and its checkpoint."""
+    """Holds the state of one optimisation, and reads and writes its checkpoint."""
 
     def __init__(self, task: Task, schedule: Schedule, settings: TrainSettings, name: str) -> None:
         self.task, self.schedule, self.settings, self.name = task, schedule, settings, name
@@ -107,7 +107,10 @@ class _Run:
         self.curve = [tuple(row) for row in saved["curve"]]
 
     def save(self, elapsed: float) -> None:
-        """Writes the checkpoint of `elapsed` seconds of this call beside the last one, then replaces that one."""
+        """Writes the checkpoint beside the previous one, and then replaces that one.
+
+        `elapsed` is the time that this call has trained, in seconds.
+        """
         if self.settings.rank:
             return
         saved = {
@@ -147,7 +150,7 @@ class _Run:
         torch._foreach_copy_(gradients, [part.view_as(value) for part, value in zip(parts, gradients, strict=True)])
 
     def measure_progress(self, elapsed: float) -> bool:
-        """Agrees among the processes how far the training is, and whether to stop now."""
+        """Makes all processes agree how far the training is, and returns whether to stop now."""
         settings = self.settings
         if settings.steps is not None:
             progress = self.step / settings.steps
@@ -162,7 +165,7 @@ class _Run:
         return bool(state[1]) or self.progress >= 1
 
     def log(self, elapsed: float) -> None:
-        """Prints and remembers how far the optimisation is."""
+        """Prints and records how far the optimisation is."""
         if self.settings.rank:
             return
         seconds, loss = self.seconds + elapsed, self.loss.item()
@@ -173,9 +176,9 @@ class _Run:
 
 
 def fit(task: Task, schedule: Schedule, settings: TrainSettings, name: str) -> FitResult:
-    """Trains until the steps or the time are used up, or until this call has to stop.
+    """Trains until the steps or the time are used up, or until this call must stop.
 
-    At the end the module holds the averaged weights; the checkpoint holds both.
+    At the end the module holds the averaged weights. The checkpoint holds both the averaged and the last weights.
     """
     run = _Run(task, schedule, settings, name)
     run.restore()
@@ -201,7 +204,7 @@ def fit(task: Task, schedule: Schedule, settings: TrainSettings, name: str) -> F
 
 
 def read_average(task: Task, path: Path, device: torch.device) -> dict[str, Any]:
-    """Puts a checkpoint's averaged weights into the module and returns what else the checkpoint says."""
+    """Loads a checkpoint's averaged weights into the module, and returns the other contents of the checkpoint."""
     saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     parameters = [value for value in task.module.parameters() if value.requires_grad]
     torch._foreach_copy_([value.data for value in parameters], saved["average"])

@@ -1,4 +1,7 @@
-"""Measurements and sheets: Fréchet distance in the encoder's features, and retrieval of the name among 500."""
+"""Measures models and writes sheets of pictures.
+
+The metrics are the Fréchet distance of the encoder's features, and the retrieval of a picture's name among 500.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _BATCH = 250
 
 
 class Judge:
-    """The picture-and-name encoder, on the run's device."""
+    """Computes features and retrieval metrics with the picture-and-name encoder, on the run's device."""
 
     def __init__(self, settings: TrainSettings, tokenizer: Any) -> None:
         shared = settings.weights / "shared"
@@ -40,13 +43,13 @@ class Judge:
 
     @torch.inference_mode()
     def pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns features and unit vectors of uint8 pictures."""
+        """Returns the features and the unit vectors of uint8 pictures `(N, 3, 64, 64)`."""
         parts = [self._pictures(part.to(self._device).float() / 255) for part in pixels.split(500)]
         return torch.cat([p.features for p in parts]), torch.cat([p.embedding for p in parts])
 
     @torch.inference_mode()
     def prompts(self, prompts: list[str]) -> Tensor:
-        """Returns unit vectors of prompts."""
+        """Returns one unit vector per prompt, with shape `(N, 192)`."""
         tokens = self._tokenizer(
             prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids.to(self._device)
@@ -54,9 +57,9 @@ class Judge:
         return torch.nn.functional.normalize(vectors, dim=-1)
 
     def retrieval(self, pixels: Tensor, names: list[str], styles: list[str], candidates: list[str]) -> dict[str, float]:
-        """Returns the shares of pictures whose name ranks first, and among the first five, of the candidates.
+        """Returns the shares of pictures whose name ranks first, or among the first five, of the candidates.
 
-        All candidates are asked for in the picture's own style, so that only the name decides.
+        All candidates are put into prompts with the picture's own style, so that only the name decides.
         """
         _, embedding = self.pictures(pixels)
         number = {name: i for i, name in enumerate(candidates)}
@@ -73,7 +76,7 @@ class Judge:
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
-    """Returns the Fréchet distance of two sets of features, each fitted by a normal distribution."""
+    """Returns the Fréchet distance of the normal distributions that are fitted to two sets of features `(N, D)`."""
     first, second = first.double(), second.double()
     mean = (first.mean(0) - second.mean(0)).square().sum()
     one, two = torch.cov(first.T), torch.cov(second.T)
@@ -84,13 +87,13 @@ def frechet(first: Tensor, second: Tensor) -> float:
 
 
 def choose(corpus: Corpus, rows: Tensor, count: int, name: str) -> list[int]:
-    """Returns up to `count` seeded pictures out of `rows`."""
+    """Returns the indices of up to `count` pictures out of `rows`, in a seeded random choice."""
     indices = rows.tolist()
     return random.Random(f"emoji measure {name}").sample(indices, min(count, len(indices)))
 
 
 def candidate_names(corpus: Corpus, rows: list[int]) -> list[str]:
-    """Returns the names of `rows`, filled up to 500 with seeded others."""
+    """Returns the names of the pictures `rows`, filled up to 500 names with a seeded random choice of others."""
     needed = sorted({corpus.names[i] for i in rows})
     others = sorted(set(corpus.names) - set(needed))
     random.Random("emoji candidates").shuffle(others)
@@ -98,7 +101,7 @@ def candidate_names(corpus: Corpus, rows: list[int]) -> list[str]:
 
 
 def distinct_names(corpus: Corpus, rows: Tensor, count: int, name: str) -> list[int]:
-    """Returns up to `count` seeded pictures out of `rows` whose names are at most 500 different ones."""
+    """Returns the indices of up to `count` pictures out of `rows` that have at most 500 different names together."""
     order = choose(corpus, rows, len(rows), name)
     names = sorted({corpus.names[i] for i in order})
     allowed = set(random.Random(f"emoji names {name}").sample(names, min(NUM_NAMES, len(names))))
@@ -107,7 +110,7 @@ def distinct_names(corpus: Corpus, rows: Tensor, count: int, name: str) -> list[
 
 @torch.inference_mode()
 def generate(pipeline: DiffusionPipeline, prompts: list[str], guidance: float, seed: int = 0) -> Tensor:
-    """Returns uint8 pictures `(N, 3, 64, 64)` of prompts, on the CPU; picture `i` has noise of its own."""
+    """Returns one uint8 picture per prompt, `(N, 3, 64, 64)`, on the CPU; each picture has its own seeded noise."""
     pipeline.set_progress_bar_config(disable=True)
     device = pipeline.device
     pictures = []
@@ -146,13 +149,13 @@ def generate_pixels(pipeline: DiffusionPipeline, count: int, steps: int = 100) -
 
 
 def sheets_of(corpus: Corpus) -> Iterator[tuple[str, list[int]]]:
-    """Yields the name and the pictures of each sheet of 100."""
+    """Yields the name of each sheet and the indices of its 100 pictures."""
     yield "train", choose(corpus, corpus.train, 100, "sheet")
     yield "held-out", choose(corpus, corpus.held_out, 100, "sheet")
 
 
 def write_sheet(pixels: Tensor, path: Path, columns: int = 10) -> None:
-    """Writes pictures as one PNG."""
+    """Writes uint8 pictures as the tiles of one PNG file."""
     rows = -(-len(pixels) // columns)
     size = pixels.shape[-1]
     sheet = numpy.full((rows * (size + 2), columns * (size + 2), 3), 255, dtype=numpy.uint8)
@@ -164,7 +167,11 @@ def write_sheet(pixels: Tensor, path: Path, columns: int = 10) -> None:
 
 
 def real_floor(judge: Judge, corpus: Corpus, count: int) -> dict[str, Any]:
-    """Returns what real pictures reach: retrieval of trained and held-out names, and two real halves' distance."""
+    """Returns the metrics of real pictures, as the best values to expect.
+
+    They are the retrieval of trained and held-out names, and the Fréchet distances of a half of the pictures to the
+    other half and to all training pictures.
+    """
     order = choose(corpus, corpus.train, 2 * count, "floor")
     half = len(order) // 2
     features, _ = judge.pictures(corpus.pixels[order])
@@ -178,12 +185,12 @@ def real_floor(judge: Judge, corpus: Corpus, count: int) -> dict[str, Any]:
 
 
 def rows_of(corpus: Corpus, split: str, count: int) -> list[int]:
-    """Returns the pictures of a split that are measured."""
+    """Returns the indices of the pictures of a split that are measured."""
     return distinct_names(corpus, corpus.train if split == "train" else corpus.held_out, count, split)
 
 
 def retrieval_of(judge: Judge, corpus: Corpus, split: str, count: int, pictures: Tensor | None) -> dict[str, float]:
-    """Returns the retrieval of generated pictures, or of the real ones where `pictures` is `None`."""
+    """Returns the retrieval metrics of generated pictures, or of the real ones if `pictures` is `None`."""
     rows = rows_of(corpus, split, count)
     pixels = corpus.pixels[rows] if pictures is None else pictures
     names, styles = [corpus.names[i] for i in rows], [corpus.styles[i] for i in rows]
@@ -193,7 +200,7 @@ def retrieval_of(judge: Judge, corpus: Corpus, split: str, count: int, pictures:
 def measure_text_model(
     pipeline: DiffusionPipeline, judge: Judge, corpus: Corpus, guidance: float, count: int
 ) -> dict[str, Any]:
-    """Returns Fréchet distance to all training pictures and retrieval of trained and held-out names."""
+    """Returns the Fréchet distance to all training pictures, and the retrieval of trained and held-out names."""
     result: dict[str, Any] = {"guidance": guidance, "steps": STEPS}
     rows = choose(corpus, corpus.train, count, "floor")
     pictures = generate(pipeline, [prompt_of(corpus.names[i], corpus.styles[i]) for i in rows], guidance)

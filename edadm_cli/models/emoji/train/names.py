@@ -1,4 +1,7 @@
-"""One name for one thing across the picture sets: `flag-for-bahamas`, `judge-medium-dark` and `redheart` as words."""
+"""Gives each thing one name, as words, in all picture sets.
+
+The sets write names in different ways, such as `flag-for-bahamas`, `judge-medium-dark` and `redheart`.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +36,17 @@ def words_of(icon: str, picture_set: str, icons: set[str]) -> str:
 
 
 class WordSplitter:
-    """Splits names that are written without hyphens into words that other sets use.
+    """Splits a name that is written without hyphens into words that other sets use.
 
-    The split has few unknown words, above all few short ones, then the fewest words, then the most frequent ones.
+    It prefers splits with few unknown words, above all few short ones, then those with the fewest words, and then those
+    with the most frequent words.
     """
 
     def __init__(self, names: list[str]) -> None:
         self._counts = Counter(word for name in names for word in name.split() if word.isalpha())
 
     def __call__(self, text: str) -> str:
-        """Returns `text` with spaces between its words: `redheart` becomes `red heart`."""
+        """Returns `text` with spaces between its words, such as `red heart` for `redheart`."""
         return " ".join(word for part in re.findall(r"[a-z]+|\d+", text) for word in self._split(part))
 
     def _split(self, text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The untrained networks of the emoji models, and their schedulers."""
+"""Builds the untrained networks of the emoji models and their schedulers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text_config(small: bool) -> CLIPTextConfig:
 
 
 def build_autoencoder(small: bool) -> AutoencoderKL:
-    """Builds the autoencoder: 3x64x64 pixels to 4x16x16 latents."""
+    """Builds the autoencoder, which encodes 3x64x64 pixels as 4x16x16 latents."""
     return AutoencoderKL(
         sample_size=64,
         in_channels=3,
@@ -54,7 +54,7 @@ def build_autoencoder(small: bool) -> AutoencoderKL:
 
 
 def build_unet(small: bool) -> UNet2DConditionModel:
-    """Builds the denoiser of `emoji-sd`: Stable Diffusion's blocks on three resolutions."""
+    """Builds the denoiser of `emoji-sd`, which has Stable Diffusion's blocks on three resolutions."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=4,
@@ -70,7 +70,7 @@ def build_unet(small: bool) -> UNet2DConditionModel:
 
 
 def build_transformer(small: bool) -> SD3Transformer2DModel:
-    """Builds the denoiser of `emoji-dit`: Stable Diffusion 3's joint attention over 16x16 latents, one token each."""
+    """Builds the denoiser of `emoji-dit`, a Stable Diffusion 3 transformer with one token per position of 16x16."""
     transformer = SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=2 if small else 1,
@@ -90,7 +90,7 @@ def build_transformer(small: bool) -> SD3Transformer2DModel:
 
 
 def _start_as_identity(transformer: SD3Transformer2DModel) -> None:
-    """Sets modulations and the last layer to zero (Peebles and Xie, arXiv 2212.09748, section 3.2: adaLN-Zero)."""
+    """Sets the modulations and the last layer to zero, as adaLN-Zero does (arXiv 2212.09748, section 3.2)."""
     for name, module in transformer.named_modules():
         if name == "proj_out" or (name.endswith(".linear") and "norm" in name):
             nn.init.zeros_(module.weight)
@@ -98,7 +98,7 @@ def _start_as_identity(transformer: SD3Transformer2DModel) -> None:
 
 
 def build_pixel_unet(small: bool) -> UNet2DModel:
-    """Builds `ddpm-emoji`: the denoiser of DDPM on CIFAR-10 at its own size."""
+    """Builds the denoiser of `ddpm-emoji`, which has the architecture and size of DDPM's CIFAR-10 denoiser."""
     return UNet2DModel(
         sample_size=32,
         in_channels=3,
@@ -131,7 +131,7 @@ def noise_scheduler() -> PNDMScheduler:
 
 
 def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Returns the scheduler of `emoji-dit`: straight paths from noise to latents, Euler's steps."""
+    """Returns the scheduler of `emoji-dit`, which takes Euler steps along straight paths from noise to latents."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
 
 

@@ -1,4 +1,4 @@
-"""Puts what the stages trained into the folder that ships: pipelines, shared parts, statistics, names and notices."""
+"""Writes the folder that ships: pipelines, shared components, statistics, names and licence notices."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from edadm_cli.models.emoji.train.prepare import CARD, TOKENIZER
 from edadm_cli.models.emoji.train.settings import TrainSettings
 from edadm_cli.models.real_statistics import pack
 
-_SHEET_COLUMNS = 4  # narrow, so that pictures of one style lie near each other: the file is smaller
+_SHEET_COLUMNS = 4  # in a narrow sheet pictures of one style lie near each other, which makes the file smaller
 
 
 def package(corpus: Corpus, settings: TrainSettings, folder: Path) -> None:
-    """Writes everything that ships into `folder`, in float16."""
+    """Writes everything that ships into `folder`, with weights in float16."""
     for name, pipeline in ((UNET, text_to_image_pipeline(settings)), (TRANSFORMER, flow_pipeline(settings))):
         (folder / name).mkdir(parents=True, exist_ok=True)
         pipeline.save_config(folder / name)
@@ -54,7 +54,7 @@ def package(corpus: Corpus, settings: TrainSettings, folder: Path) -> None:
 
 
 def names_of(corpus: Corpus) -> dict[str, Any]:
-    """Returns the names by style, those that are held out, and the 500 that pictures are retrieved among."""
+    """Returns the names by style, the held-out names, and the 500 names among which pictures are retrieved."""
     by_style = {
         style: sorted({n for n, s in zip(corpus.names, corpus.styles, strict=True) if s == style})
         for style in STYLES.values()
@@ -71,7 +71,7 @@ def names_of(corpus: Corpus) -> dict[str, Any]:
 
 
 def statistics_of(corpus: Corpus, settings: TrainSettings) -> dict[str, Tensor]:
-    """Returns mean and covariance of the encoder's features over the training pictures, in float32."""
+    """Returns the mean and covariance of the encoder's features over the training pictures, in float32."""
     encoder = PictureEncoder()
     path = settings.weights / "shared" / "picture_encoder" / "model.safetensors"
     encoder.load_state_dict({name: value.half().float() for name, value in load_file(path).items()})
@@ -90,9 +90,9 @@ def statistics_of(corpus: Corpus, settings: TrainSettings) -> dict[str, Tensor]:
 
 
 def write_pictures(pixels: Tensor, path: Path) -> None:
-    """Writes pictures as one sheet without gaps, compressed without loss, of 7 bits per channel and white.
+    """Writes pictures as one sheet without gaps, losslessly compressed, with 7 bits per channel and an exact white.
 
-    The eighth bit, one level of 255, takes a seventh of the file and cannot be seen.
+    The eighth bit (one level of 255) would take a seventh of the file, and it is not visible.
     """
     white = pixels == 255
     pixels = ((pixels.int() + 1) // 2 * 2).clamp(max=254).to(torch.uint8).masked_fill(white, 255)
@@ -114,13 +114,13 @@ def _copy_in_half(source: Path, place: Path) -> None:
 
 
 def _compact(path: Path) -> None:
-    """Writes a JSON file again without spaces."""
+    """Rewrites a JSON file without spaces."""
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def _clean_index(path: Path) -> None:
-    """Leaves out of an index what says where its parts were loaded from."""
+    """Removes from a pipeline's index the entries that say where its components were loaded from."""
     index = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in index.items() if k != "_name_or_path"}, indent=2) + "\n")
 

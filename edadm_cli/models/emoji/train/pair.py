@@ -1,10 +1,10 @@
-r"""Stage `encoder`: the picture encoder and the text encoder, trained together on pictures and captions.
+r"""Stage `encoder`: trains the picture encoder and the text encoder together, on pictures and captions.
 
-With unit vectors $u_i$ of pictures and $v_j$ of captions and a learned scale $s$, both directions of
-$-\sum_j p_{ij} \log \mathrm{softmax}_j(s\, u_i \cdot v_j)$ are minimised. $p_{ij}$ is uniform over the captions $j$
-that are true of picture $i$: those with its name that name no other style. A second vector per caption, the mean over
-its tokens' states in front of the last layer, takes part in the same loss, so that every token's state is of use to
-the denoisers that attend to them.
+The training minimises $-\sum_j p_{ij} \log \mathrm{softmax}_j(s\, u_i \cdot v_j)$ in both directions, with unit vectors
+$u_i$ of pictures and $v_j$ of captions and a learned scale $s$. $p_{ij}$ is uniform over the captions $j$ that are true
+of picture $i$: those that have its name and name no other style. A second vector per caption, the mean of its tokens'
+states before the last layer, takes part in the same loss. It makes every token's state useful to the denoisers, which
+attend to these states.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHIFT = 3
 
 
 class PairTask:
-    """Pictures and captions into one space."""
+    """Trains both encoders to map pictures and captions into one space."""
 
     def __init__(self, corpus: Corpus, settings: TrainSettings) -> None:
         torch.manual_seed(settings.seed)
@@ -40,7 +40,7 @@ class PairTask:
         }).to(settings.device)  # fmt: skip
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Returns shifted pictures, tokens and the distribution of the captions that are true of each picture."""
+        """Returns shifted pictures, caption tokens, and the distribution of the captions that are true of each."""
         device = generator.device
         train = self.corpus.train
         index = train[torch.randint(len(train), (count,), generator=generator, device=device)]
@@ -64,7 +64,7 @@ class PairTask:
         return ((shifted - 1) * contrast + 1 + noise).clamp(0, 1)
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Returns the contrastive loss of the captions' vectors and, with half the weight, of their tokens' mean."""
+        """Returns the contrastive loss of the captions' vectors, plus half of that of their tokens' mean states."""
         pictures, tokens, true = inputs
         embedding = self.picture_encoder(pictures).embedding
         output = self.text_encoder(tokens, output_hidden_states=True)

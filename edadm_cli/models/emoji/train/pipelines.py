@@ -1,4 +1,4 @@
-"""Writing what the stages trained, and putting the two pipelines together."""
+"""Writes the components that the stages trained, and builds the pipelines from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNET, TRANSFORMER, PIXEL = "emoji-sd", "emoji-dit", "ddpm-emoji"
 
 
 def write_text_encoder(encoder: CLIPTextModelWithProjection, folder: Path) -> None:
-    """Writes the text encoder with names under `text_model.`, which every release of transformers reads."""
+    """Writes the text encoder with tensor names that begin with `text_model.`; every transformers release reads it."""
     encoder.save_pretrained(folder)
     weights, config = folder / "model.safetensors", folder / "config.json"
     state = {}
@@ -43,7 +43,7 @@ def write_text_encoder(encoder: CLIPTextModelWithProjection, folder: Path) -> No
 
 
 def text_to_image_pipeline(settings: TrainSettings, denoiser: UNet2DConditionModel | None = None) -> DiffusionPipeline:
-    """Returns the Stable Diffusion pipeline of the trained parts."""
+    """Returns the Stable Diffusion pipeline of the trained components."""
     shared = settings.weights / "shared"
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(shared / "vae"),
@@ -58,7 +58,7 @@ def text_to_image_pipeline(settings: TrainSettings, denoiser: UNet2DConditionMod
 
 
 def flow_pipeline(settings: TrainSettings, denoiser: SD3Transformer2DModel | None = None) -> DiffusionPipeline:
-    """Returns the Stable Diffusion 3 pipeline of the trained parts; one text encoder serves twice."""
+    """Returns the Stable Diffusion 3 pipeline of the trained components, with one text encoder in two places."""
     shared = settings.weights / "shared"
     encoder = CLIPTextModelWithProjection.from_pretrained(shared / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(settings.data / TOKENIZER)
@@ -88,7 +88,7 @@ def faster_pixel_scheduler() -> DDIMScheduler:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON beside its final place, then puts it there."""
+    """Writes a JSON file beside its final path, and then moves it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
@@ -96,7 +96,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def in_half(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns a module's state with floating-point tensors in float16."""
+    """Returns a module's state dictionary with its floating-point tensors in float16."""
     return {
         name: value.detach().cpu().half().contiguous() if value.is_floating_point() else value.cpu()
         for name, value in module.state_dict().items()

@@ -1,11 +1,12 @@
-"""Prepares the training data: the npm archive of `@iconify/json` to SVG texts, names, captions' tokens and a data card.
+"""Prepares the training data: SVG texts, names, caption tokens and a data card, from the npm archive `@iconify/json`.
 
-The archive holds data only, and nothing in it is run. Get it with `npm pack @iconify/json@2.2.535`.
+The archive holds only data, and nothing in it is run. `npm pack @iconify/json@2.2.535` downloads it.
 
     python -m edadm_cli.models.emoji.train.prepare --archive iconify-json-2.2.535.tgz --out prepared
 
-The folder receives `pictures.json.xz` (the SVG texts), `index.json` (names, styles, split), `tokens.npz`, `tokenizer/`
-and last `card.json`: the counts, licences and hashes. A folder with a card of the same archive is up to date.
+The folder receives `pictures.json.xz` (the SVG texts), `index.json` (names, styles and split), `tokens.npz` and
+`tokenizer/`. It receives `card.json` (counts, licences and hashes) last, so that a folder with the card of an archive
+is up to date with that archive.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _HIDDEN = "hidden"
 
 
 def read_archive(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the sets that are used, by name, and what `collections.json` says of them.
+    """Returns the picture sets that are used, by name, and what `collections.json` says about them.
 
     Raises:
         InputError: The archive is missing, or a set is not in it.
@@ -82,10 +83,10 @@ def build_rows(sets: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def held_out_names(names: list[str]) -> set[str]:
-    """Returns a seeded twentieth of the names, all of whose words occur in at least three names that stay.
+    """Returns a seeded twentieth of the names, all of whose words occur in at least three other names that stay.
 
-    A name with a word of its own, such as `sheep`, asks for something that no other picture shows; a model without
-    other knowledge cannot sample it, so that such names stay in the training data.
+    A name with a word that no other name has, such as `sheep`, asks for something that no other picture shows. A model
+    that is trained on nothing else cannot sample it, so such names stay in the training data.
     """
     unique = sorted(set(names))
     counts = Counter(word for name in unique for word in set(name.split()))
@@ -101,7 +102,7 @@ def held_out_names(names: list[str]) -> set[str]:
 
 
 def card_of(rows: list[dict[str, str]], held_out: set[str], licences: dict[str, Any], archive: Path) -> dict[str, Any]:
-    """Returns the data card: the source, and per set the counts, the licence and the author."""
+    """Returns the data card: the source, and the counts, licence and author of each set."""
     sets = {}
     for name, style in STYLES.items():
         pictures = [row for row in rows if row["set"] == name]
@@ -163,7 +164,7 @@ def prepare(archive: Path, out: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Prepares the data; returns the exit code."""
+    """Prepares the data, and returns the exit code."""
     parser = argparse.ArgumentParser(description="Prepare the training data of the emoji models.")
     parser.add_argument("--archive", type=Path, required=True, help="the file that npm pack @iconify/json wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the prepared data")

@@ -1,4 +1,4 @@
-"""Stages `sheets` and `measure`: what the trained models generate, and how good it is."""
+"""Stages `sheets` and `measure`: write sheets of what the trained models generate, and measure it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from edadm_cli.models.emoji.train.settings import TrainSettings
 
 
 def pipeline_of(model: str, settings: TrainSettings) -> DiffusionPipeline:
-    """Returns a trained model's pipeline on the run's device."""
+    """Returns the pipeline of a trained model on the run's device."""
     build = {UNET: text_to_image_pipeline, PIXEL: pixel_pipeline}.get(model, flow_pipeline)
     pipeline = build(settings).to(settings.device)
     for component in pipeline.components.values():
@@ -43,7 +43,7 @@ def pipeline_of(model: str, settings: TrainSettings) -> DiffusionPipeline:
 
 
 def show(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace) -> None:
-    """Writes sheets of 100: the real pictures, and each model's pictures of the same prompts."""
+    """Writes sheets of 100 pictures: real ones, and those that each model generates from the same prompts."""
     for model in options.models.split(","):
         pipeline = pipeline_of(model, settings)
         if model == PIXEL:
@@ -59,7 +59,7 @@ def show(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace) -
 
 
 def measure(corpus: Corpus, settings: TrainSettings, options: argparse.Namespace) -> None:
-    """Measures each model at each guidance scale, and real pictures against real pictures."""
+    """Measures each model at each guidance scale, and compares real pictures with real pictures."""
     tokenizer = text_to_image_tokenizer(settings)
     judge = Judge(settings, tokenizer)
     for model in options.models.split(","):

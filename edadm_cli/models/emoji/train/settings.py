@@ -1,4 +1,4 @@
-"""What one training run is asked to do, and the folders and generators that follow from it."""
+"""The settings of one training run, and the folders and generators that follow from them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from edadm_cli.models.digits.train.settings import seed_of
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings that all stages share.
+    """Holds the settings that all stages share.
 
     Attributes:
-        data: Folder that `prepare` wrote.
-        out: Folder that receives `weights/`, `samples/`, `checkpoints/` and `logs/`.
-        device: Where to train and to measure.
-        rank: Number of this process among those that train one network together.
-        world: Number of those processes.
-        seed: Root of every random number.
-        seconds: Time that a stage may train, all calls together; decides its learning rates.
-        steps: Number of steps instead of a time, which repeats a recorded training.
-        stop_after: Time after which this call stops and leaves a checkpoint; `None` for no limit.
-        finish: Let the stage's training end when this call stops.
-        wait: Wait for the stages that the stage needs.
-        batch_size: Pictures per step, all processes together; `None` for the stage's own.
-        limit: Number of pictures to use, for tests; `None` for all.
-        small: Use tiny networks, for tests.
-        compile: Compile the network with torch.compile.
+        data: The folder that `prepare` wrote.
+        out: The folder that receives `weights/`, `samples/`, `checkpoints/` and `logs/`.
+        device: The device that trains and measures.
+        rank: The index of this process among those that train one network together.
+        world: The number of those processes.
+        seed: The seed from which all other seeds are derived.
+        seconds: The time that a stage may train in all its calls together, in seconds. It decides the learning rates.
+        steps: The number of steps, in place of a time; it repeats a recorded training.
+        stop_after: The time in seconds after which this call stops and writes a checkpoint; `None` sets no limit.
+        finish: Whether the stage's training ends when this call stops.
+        wait: Whether to wait for the stages that this stage needs.
+        batch_size: The number of pictures per step in all processes together; `None` takes the stage's own number.
+        limit: The number of pictures to use, for tests; `None` uses all.
+        small: Whether to use tiny networks, for tests.
+        compile: Whether to compile the network with `torch.compile`.
     """
 
     data: Path
@@ -50,7 +50,7 @@ class TrainSettings:
 
     @property
     def weights(self) -> Path:
-        """Folder of what ships."""
+        """Returns the folder of the files that ship."""
         return self.out / "weights"
 
     def generator(self, *parts: str | int, device: str | torch.device | None = None) -> torch.Generator:

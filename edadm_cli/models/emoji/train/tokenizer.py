@@ -1,4 +1,4 @@
-"""The small CLIP tokenizer of the emoji models: byte pairs learned from the captions of the training pictures."""
+"""Builds the small CLIP tokenizer of the emoji models, whose byte pairs are learned from the training captions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORD_END = "</w>"
 
 
 def build_tokenizer(captions: Iterable[Iterable[str]]) -> CLIPTokenizer:
-    """Builds the tokenizer: 512 byte symbols, learned merges, start and ends; at most 3,328 tokens together."""
+    """Builds the tokenizer of 512 byte symbols, learned merges, a start and an end token: at most 3,328 tokens."""
     words = Counter(word for group in captions for caption in group for word in re.findall("[a-z]+", caption))
     symbols = byte_symbols()
     alphabet = [*symbols, *(symbol + _WORD_END for symbol in symbols)]
@@ -30,7 +30,7 @@ def build_tokenizer(captions: Iterable[Iterable[str]]) -> CLIPTokenizer:
 
 
 def _learn_merges(words: Counter[str], most: int) -> list[tuple[str, str]]:
-    """Returns byte-pair merges by frequency; words that occur once are learned with the others."""
+    """Returns at most `most` byte-pair merges, the most frequent first; words that occur only once count too."""
     trainer = BpeTrainer(vocab_size=most + 26 * 2, end_of_word_suffix=_WORD_END, show_progress=False, min_frequency=1)
     tokenizer = Tokenizer(BPE(end_of_word_suffix=_WORD_END))
     ordered = (word for word, count in sorted(words.items()) for _ in range(count))
