@@ -1,12 +1,12 @@
-r"""Which layers keep their inputs in floating point: those whose rounding changes the prediction most.
+r"""Chooses the layers whose inputs are left in float: those whose rounding changes the prediction most.
 
 Rounding the input x_l of layer l changes the prediction by J_l d_l to first order, with d_l = x_hat_l - x_l. For a
 random v with independent elements of variance 1,
 
     E[(v . J_l d_l)^2] = |J_l d_l|^2,   v . J_l d_l = g_l . d_l,   g_l = the gradient of v . prediction in x_l,
 
-so that one backward pass per batch of calls estimates the errors that all layers cause. The layers that are left in
-floating point share a budget of multiplications, and those with the largest error per multiplication come first.
+so that one backward pass per call estimates the errors that all layers cause. The layers whose inputs are left in float
+share a budget of multiplications, and those with the largest error per multiplication come first.
 
 References:
     Hutchinson's estimator, doi 10.1080/03610919008812866 (random projections of a Jacobian's columns).
@@ -35,12 +35,13 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class InputError:
-    """What rounding the input of one layer does.
+    """Holds the error that rounding the input of one layer causes, and the layer's cost.
 
     Attributes:
-        harm: Its share of the error that rounding all inputs causes, from 0 to 1: the mean of its share of the error's
-            energy over all calls, which those with the largest errors decide, and of its mean share over the calls.
-        products: Multiplications of the layer per row.
+        harm: The layer's share, from 0 to 1, of the squared error that rounding all inputs causes. It is the mean of
+            two shares: that of the error summed over all calls, which calls with large errors dominate, and the mean of
+            the shares of single calls.
+        products: The number of multiplications of the layer per row.
     """
 
     harm: float
@@ -56,16 +57,16 @@ def plan_float_inputs(
     calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
     seed: int,
 ) -> QuantizationPlan:
-    """Returns the plan with those inputs in floating point on which the recipe's share of products is best spent.
+    """Returns the plan with the most harmful inputs left in float, within the recipe's share of multiplications.
 
     Args:
-        denoiser: With its full-precision layers in place.
-        traced: Its trace.
-        plan: Bits of every layer.
-        recipe: How ranges are found, and the share.
-        range_calls: `(args, kwargs)` of the denoiser, from which ranges are searched.
-        calls: Calls with a few rows each, samples of similar steps together.
-        seed: Seed of the random directions.
+        denoiser: The denoiser with its full-precision layers in place.
+        traced: The trace of the denoiser.
+        plan: The bits of every layer.
+        recipe: The options of the range search, and the share.
+        range_calls: The `(args, kwargs)` of the denoiser's calls on which ranges are searched.
+        calls: The `(args, kwargs)` of calls with a few rows each, which hold samples of similar steps.
+        seed: The seed of the random directions.
     """
     ranges = search_activation_ranges(denoiser, traced, plan, recipe, range_calls)
     errors, products = measure_input_errors(denoiser, traced, plan, ranges, calls, seed)
@@ -77,9 +78,9 @@ def plan_float_inputs(
 
 
 def choose_float_inputs(errors: Mapping[str, InputError], total_products: float, share: float) -> list[str]:
-    """Returns the layers whose inputs stay in floating point, at most `share` of `total_products` together.
+    """Returns the layers whose inputs are left in float; together they have at most `share` of `total_products`.
 
-    Layers with the largest harm per multiplication come first; harms below 1% are not worth a layer.
+    Layers with the largest harm per multiplication come first. A layer with a harm below 1% is never chosen.
     """
     chosen, left = [], share * total_products
     ranked = sorted(errors.items(), key=lambda item: item[1].harm / max(item[1].products, 1.0), reverse=True)
@@ -98,15 +99,15 @@ def measure_input_errors(
     calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
     seed: int,
 ) -> tuple[dict[str, InputError], float]:
-    """Estimates what rounding each input does to the prediction.
+    """Estimates the error of the prediction that rounding each input causes.
 
     Args:
-        denoiser: With its full-precision layers in place.
-        traced: Its trace.
-        plan: Bits of every layer.
-        ranges: `<layer>.input_scale` and `.input_zero_point` of every planned input.
-        calls: `(args, kwargs)` of the denoiser.
-        seed: Seed of the random directions.
+        denoiser: The denoiser with its full-precision layers in place.
+        traced: The trace of the denoiser.
+        plan: The bits of every layer.
+        ranges: The `<layer>.input_scale` and `<layer>.input_zero_point` of every planned input.
+        calls: The `(args, kwargs)` of the denoiser's calls.
+        seed: The seed of the random directions.
 
     Returns:
         The error of every layer with a quantized input, by its name, and the multiplications of all layers per row.
@@ -141,14 +142,14 @@ def _prediction(output: Any) -> Tensor:
 
 
 def _row_sums(values: Tensor, rows: int) -> Tensor:
-    """Returns the sum of each row's elements; an input that all rows share counts in equal parts for each of them."""
+    """Returns the sum of each row's elements, `(rows,)`; the sum of an input that all rows share is divided equally."""
     if values.shape[0] % rows:
         return (values.sum() / rows).expand(rows)
     return values.reshape(rows, -1).sum(dim=1)
 
 
 class _Watch:
-    """Sees the inputs of planned layers, and what rounding does to them."""
+    """Records the inputs of planned layers and their rounding errors, and counts each layer's multiplications."""
 
     def __init__(self, traced: Trace, plan: QuantizationPlan, ranges: Mapping[str, Tensor]) -> None:
         self.layers = {layer.name: layer.module for layer in traced.layers}
@@ -157,11 +158,11 @@ class _Watch:
         self.products: dict[str, float] = {}
 
     def inputs(self) -> _Seen:
-        """Returns a context that records the input of each layer and its rounding error, both of the last call."""
+        """Returns a context that records each layer's input and its rounding error in the last call of the layer."""
         return _Seen(self)
 
     def rounding_error(self, name: str, x: Tensor) -> Tensor:
-        """Returns x_hat - x."""
+        """Returns x_hat - x, the rounding error of a layer's input, in the shape of `x`."""
         plan, dim = self.plans[name], Operation.of(self.layers[name]).channel_dim
         pieces = zip(plan.part_names(name), plan.split(x, dim), strict=True)
         return torch.cat(
@@ -177,7 +178,7 @@ class _Watch:
 
 
 class _Seen(Hooks):
-    """The hooks of one call."""
+    """Sets the hooks of one call of the denoiser, and holds what they record."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
@@ -194,7 +195,7 @@ class _Seen(Hooks):
 
     def _record(self, name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            watched = args[0] + 0  # a tensor of its own, whose gradient is this layer's alone
+            watched = args[0] + 0  # a new tensor, whose gradient comes from this layer alone
             if not watched.requires_grad:
                 watched.requires_grad_(True)
             with torch.no_grad():

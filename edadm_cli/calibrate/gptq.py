@@ -1,4 +1,4 @@
-"""Quantization without learning, its weights rounded by GPTQ: error of outputs instead of error of weights."""
+"""Quantizes without learning, with weights rounded by GPTQ: it minimises the error of outputs, not of weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 from edadm_cli.quant.transforms import transform_named
 
-_POSITIONS = 8192  # of a batch that a layer's energies are taken from, evenly spread
-_BYTES = 4 << 30  # of energies that are collected in one pass
+_POSITIONS = 8192  # positions per batch, evenly spread, from which the Hessians of a layer are computed
+_BYTES = 4 << 30  # bytes of Hessians that are collected in one pass
 
 
 def gptq_params(
@@ -29,16 +29,17 @@ def gptq_params(
     ranges: Mapping[str, Tensor],
     calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> dict[str, Tensor]:
-    """Returns the given ranges, and codes that GPTQ makes from the quantized inputs of the full-precision network.
+    """Returns the given ranges, with codes that GPTQ rounds by the quantized inputs of the full-precision denoiser.
 
-    Grouped convolutions are rounded to nearest.
+    The weights of grouped convolutions are rounded to nearest.
 
     Args:
-        denoiser: With its full-precision layers in place.
-        traced: Its trace.
-        plan: Bits of every layer, and their transforms.
+        denoiser: The denoiser with its full-precision layers in place.
+        traced: The trace of the denoiser.
+        plan: The bits and the transform of every layer.
         ranges: The parameters that `search_ranges` returns.
-        calls: `(args, kwargs)` of the denoiser over the calibration set; iterated once per group of layers.
+        calls: The `(args, kwargs)` of the denoiser's calls over the calibration set. They are iterated once per group
+            of layers.
     """
     layers = {layer.name: layer for layer in traced.layers if layer.name in plan.layers}
     params = nearest_params(lambda name: _weight(layers[name]), plan, ranges)
@@ -61,7 +62,7 @@ def _hessians(
     ranges: Mapping[str, Tensor],
     calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> dict[str, Tensor]:
-    """Returns X X^T of every layer's quantized input, or of its channel parts, with shape `(K, K)`."""
+    """Returns the Hessian X X^T of the quantized input of each layer, or of each part, by name, with shape `(K, K)`."""
     sums: dict[str, Tensor] = {}
 
     def observe(layer: TracedLayer) -> Callable[..., None]:
@@ -91,7 +92,7 @@ def _hessians(
 
 
 def _few(x: Tensor, operation: Operation) -> Iterator[Tensor]:
-    """Yields a few rows of a convolution's input at a time, whose columns are larger than themselves."""
+    """Yields an input in pieces: a few rows at a time for a convolution, because its columns take more memory."""
     return iter(x.split(8) if operation.kind == "conv2d" else (x,))
 
 
@@ -105,7 +106,7 @@ def _quantizer(part: str, plan: LayerPlan, operation: Operation, ranges: Mapping
 
 
 def _groups(layers: Sequence[TracedLayer], plan: QuantizationPlan) -> Iterator[list[TracedLayer]]:
-    """Yields the layers in groups whose energies fit into memory together."""
+    """Yields the layers in groups whose Hessians fit into memory together."""
     group: list[TracedLayer] = []
     held = 0
     for layer in layers:

@@ -1,8 +1,9 @@
-"""A control network beside the denoiser: what it is called with, and which inputs of the denoiser it computes.
+"""Records the calls of a control network, and which inputs of the denoiser it computes.
 
-A ControlNet gets the noisy sample, the timestep and an image, and returns residuals that the denoiser adds inside. They
-differ at every step, and are far larger than the sample. A collection therefore stores the conditions of the control
-network, which stay the same over a trajectory, and `select` computes the residuals of the samples that it chooses.
+A ControlNet takes the noisy sample, the timestep and an image, and returns residuals that the denoiser adds to its
+hidden states. The residuals differ from step to step and are far larger than the sample. `collect` therefore stores the
+conditions of the control network, which stay the same over a trajectory. `select` computes the residuals of the samples
+that it chooses.
 
 References:
     Adding Conditional Control to Text-to-Image Diffusion Models, arXiv 2302.05543.
@@ -30,13 +31,14 @@ class ControlRecorder:
     """Records the calls of a control network.
 
     Args:
-        model: Name of the model, for messages.
+        model: The name of the model, which messages use.
         network: The control network.
 
     Attributes:
-        first: Its first call.
-        names: The tensors of the denoiser's call that it computes, in the order in which it returns them.
-        shapes: The shape of one row of each of them.
+        first: The first call of the control network.
+        names: The names of the tensors of the denoiser's call that the control network computes, in the order in which
+            it returns them.
+        shapes: The shape of one row of each of these tensors.
     """
 
     model: str
@@ -48,7 +50,7 @@ class ControlRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Records the calls while entered."""
+        """Returns a context that records the calls of the control network."""
         with Hooks() as hooks:
             hooks.after(self.network, self._on_call, with_kwargs=True)
             yield
@@ -57,7 +59,7 @@ class ControlRecorder:
         """Returns a call of the denoiser without the tensors that the control network computed for it.
 
         Raises:
-            InputError: A tensor that the control network returned is not an input of the denoiser as it is.
+            InputError: The pipeline changes a tensor that the control network returned before it calls the denoiser.
         """
         names = {tensor.data_ptr(): name for name, tensor in call.tensors.items()}
         given = [names.get(output.data_ptr()) for output in self._outputs]

@@ -1,4 +1,4 @@
-"""What an exported pipeline takes on disk, and its weights in memory."""
+"""Computes the size of an exported pipeline on disk, and of its weights in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 def exact_narrow(tensor: Tensor) -> torch.dtype:
-    """Returns float16 or bfloat16 if that represents every value of a tensor exactly, else the tensor's own type."""
+    """Returns the first of float16 and bfloat16 that holds every value of a tensor exactly, or else its own type."""
     if tensor.is_floating_point():
         for dtype in _NARROW:
             if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
@@ -28,7 +28,7 @@ def exact_narrow(tensor: Tensor) -> torch.dtype:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Returns what the weights of a module take on disk, where each is as narrow as holds it exactly."""
+    """Returns the bytes of a module's weights on disk, each stored in the type that `exact_narrow` returns."""
     return sum(tensor.numel() * exact_narrow(tensor).itemsize for tensor in module.state_dict().values())
 
 
@@ -42,12 +42,12 @@ def component_sizes(folder: Path) -> dict[str, float]:
 
 
 def loaded_bytes(model: LoadedModel) -> int:
-    """Returns what the weights of a pipeline take, loaded in float16: codes and their scales stay as they are."""
+    """Returns the bytes of a pipeline's weights loaded in float16; codes and their scales keep their types."""
     return sum(_half_bytes(part) for part in _networks(model).values())
 
 
 def bytes_beside_denoisers(model: LoadedModel) -> int:
-    """Returns the same without the denoisers."""
+    """Returns the bytes of a pipeline's weights loaded in float16, without those of its denoisers."""
     denoisers = (model.denoiser_name, *model.further)
     return sum(_half_bytes(part) for name, part in _networks(model).items() if name not in denoisers)
 
@@ -59,14 +59,14 @@ def pipeline_size(
     memory: int,
     memory_before: int,
 ) -> PipelineSize:
-    """Returns the size of a whole pipeline, exported and before.
+    """Returns the size of a whole pipeline, as exported and at full precision.
 
     Args:
-        sizes: `size_mib` of the export.
-        denoisers: The components that are quantized.
-        encoders: Text encoders with 8-bit weights.
-        memory: Bytes of its weights in memory.
-        memory_before: Bytes of the weights of the full-precision pipeline in memory.
+        sizes: The `size_mib` of the export.
+        denoisers: The names of the components that are quantized.
+        encoders: The text encoders with 8-bit weights, by name.
+        memory: The bytes of the exported pipeline's weights in memory.
+        memory_before: The bytes of the full-precision pipeline's weights in memory.
     """
     disk = sum(size for name, size in sizes.items() if name not in ("denoiser_fp32", "ratio"))
     saved = sum(row.float_mib - row.size_mib for row in encoders.values())

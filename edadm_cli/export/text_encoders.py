@@ -1,9 +1,10 @@
-r"""Text encoders with 8-bit weights: rounded to nearest by torchao, one scale per output channel, inputs in float.
+r"""Quantizes the weights of text encoders to 8 bits with torchao.
 
     w' = s q,   s = max |w| / 127,   q = round(w / s)
 
-Linear layers are quantized; embeddings, norms and biases stay in float. The encoder is saved as safetensors by
-transformers, and whoever has torchao installed loads it with `DiffusionPipeline.from_pretrained`.
+The weights are rounded to nearest, with one scale s per output channel. Only the weights of linear layers are
+quantized. Embeddings, norms, biases and all activations are left in float. transformers saves the encoder as
+safetensors, and `DiffusionPipeline.from_pretrained` loads it if torchao is installed.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def require_package() -> None:
-    """Checks that torchao is there.
+    """Checks that torchao is installed.
 
     Raises:
-        MachineError: It is not.
+        MachineError: It is not installed.
     """
     if find_spec(PACKAGE) is None:
         raise MachineError(
@@ -46,7 +47,7 @@ def require_package() -> None:
 
 
 def text_encoders(model: LoadedModel) -> dict[str, nn.Module]:
-    """Returns the text encoders of a pipeline by name: networks of transformers whose names say so."""
+    """Returns the text encoders of a pipeline by name: models of transformers with `text_encoder` in their names."""
     from transformers import PreTrainedModel
 
     components = model.pipeline.components.items()
@@ -55,7 +56,7 @@ def text_encoders(model: LoadedModel) -> dict[str, nn.Module]:
 
 @contextmanager
 def recorded_calls(model: LoadedModel) -> Iterator[dict[str, Call]]:
-    """Records the last call of each text encoder while entered."""
+    """Returns a context that records the last call of each text encoder, by the encoder's name."""
     calls: dict[str, Call] = {}
 
     def recorder(name: str) -> Any:
@@ -76,14 +77,14 @@ def recorded_calls(model: LoadedModel) -> Iterator[dict[str, Call]]:
 
 
 def quantize_text_encoders(model: LoadedModel, calls: Mapping[str, Call]) -> dict[str, TextEncoder]:
-    """Replaces the text encoders of a pipeline by ones with 8-bit weights, and says what that changes.
+    """Replaces the text encoders of a pipeline with ones that have 8-bit weights, and measures the change.
 
     Args:
         model: The pipeline, changed in place.
-        calls: A call of each encoder, by name; an encoder that was not called has no errors.
+        calls: One call of each encoder, by name. No errors are measured for an encoder without a call.
 
     Returns:
-        What happened to each encoder; its `size_mib` is that of `saved_text_encoders`.
+        The record of each encoder, by name. Its `size_mib` is 0, because the encoder is not saved yet.
 
     Raises:
         MachineError: torchao is not installed.
@@ -110,7 +111,7 @@ def quantize_text_encoders(model: LoadedModel, calls: Mapping[str, Call]) -> dic
 
 
 def narrow_saved(folder: Path) -> None:
-    """Stores in 16 bits what a saved encoder has in float, where they hold every value exactly."""
+    """Rewrites the files of a saved encoder with float tensors in 16 bits, if these hold every value exactly."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -128,12 +129,12 @@ def narrow_saved(folder: Path) -> None:
 
 
 def _quantized(encoder: Any) -> nn.Module:
-    """The encoder as transformers loads it with torchao's configuration, in float32 where it is not quantized."""
+    """Returns the encoder as transformers loads it with torchao's configuration, in float32 where not quantized."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
     device = next(encoder.parameters()).device
-    # the option sets flags of torch's compiler for the whole process, which are not ours to set
+    # by default torchao sets flags of torch's compiler for the whole process, which this tool must not change
     config = TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="edadm-encoder-") as place:
         encoder.save_pretrained(place)
@@ -145,7 +146,7 @@ def _quantized(encoder: Any) -> nn.Module:
 
 @torch.no_grad()
 def _output(encoder: nn.Module, call: Call) -> Tensor:
-    """The states `[N, L, C]` that an encoder's last layer gives."""
+    """Returns the states `[N, L, C]` of an encoder's last layer, in float64."""
     output = encoder(*call[0], **call[1])
     states = getattr(output, "last_hidden_state", None)
     hidden = getattr(output, "hidden_states", None)

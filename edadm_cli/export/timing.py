@@ -1,8 +1,8 @@
-"""The measured factor of an export: a few calls of its denoiser and of full precision, on the machine that exports.
+"""Measures how much faster an export is than full precision, by a few calls of both denoisers on this machine.
 
-The export runs on the engine that `edadm_cli.load` chooses, full precision in torch's eager mode. Both are timed in
-turns, in a process of their own, since libraries that compile graphs can crash. `edadm bench` measures thoroughly and
-against compiled floating point.
+The export runs on the engine that `edadm_cli.load` chooses, and full precision runs in torch's eager mode. The two are
+timed in turns, in a separate process, because libraries that compile graphs can crash. `edadm bench` measures more
+thoroughly, and compares with compiled floating point.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import load_model, resolve_device
 
 SMALLEST = 500_000
-"""Weights of a denoiser below which a call takes about as long as Python does, and is not timed."""
+"""The number of weights below which a denoiser is not timed, because Python takes most of the time of its calls."""
 SLOW = 1.1
-"""The factor below which an export is not called faster."""
+"""The least factor at which an export is called faster."""
 BUSY = 2.0
-"""The multiple of the smallest time from which on a median says more about other programs than about the export."""
+"""The largest ratio of the median to the smallest time. A larger ratio means that other programs disturb the times."""
 _ROUNDS, _FEWEST_ROUNDS, _SECONDS = 9, 3, 4.0
 
 
 def time_calls(run: RunFolder, export: Path, device: torch.device) -> CallTime:
-    """Times one call of the denoiser for one image, exported and at full precision.
+    """Times one call of the denoiser for one image, once exported and once at full precision.
 
     Args:
         run: The run of the export.
         export: The folder of the exported pipeline.
-        device: Where both run.
+        device: The device that both run on.
 
     Raises:
-        MachineError: There is no engine for the device, or its library crashed.
+        MachineError: There is no engine for the device, its library crashed, or other programs kept the machine busy.
         EdadmError: The engine cannot run the export.
     """
     lost = partial(ProcessLostError, "The measurement of a few calls", hint="edadm bench")
@@ -57,7 +57,7 @@ def time_calls(run: RunFolder, export: Path, device: torch.device) -> CallTime:
 
 
 def speed_sentences(measured: CallTime) -> list[str]:
-    """Says in plain words what was measured, and in which element types the engine computes."""
+    """Returns sentences that say what was measured, and in which element types the engine computes."""
     times = (
         f"one call of the denoiser takes {measured.milliseconds:.3g} ms on the engine '{measured.engine}', and"
         f" {measured.full_precision_milliseconds:.3g} ms at full precision in torch's eager mode ({measured.dtype})"
@@ -71,7 +71,7 @@ def speed_sentences(measured: CallTime) -> list[str]:
 
 
 class _Pair:
-    """The two contenders."""
+    """Holds the two denoisers that are timed: the exported one on its engine, and the full-precision one."""
 
     def __init__(self, run_root: Path, export: Path, device: str) -> None:
         run, self.device = RunFolder(run_root), resolve_device(device)
@@ -90,7 +90,7 @@ class _Pair:
 
     @torch.no_grad()
     def measure(self) -> CallTime:
-        """Returns the medians of calls in turns, after one call of each that does not count.
+        """Returns the median times of calls in turns, after one call of each denoiser that is not counted.
 
         Raises:
             MachineError: Other programs kept the machine busy, so that the times differ too much.
@@ -124,7 +124,7 @@ class _Pair:
         )
 
     def _call(self, contender: Callable[..., Any]) -> float:
-        """Milliseconds of one call."""
+        """Returns the time of one call, in milliseconds."""
         self._wait()
         started = time.perf_counter()
         contender(*self.args, **self.kwargs)

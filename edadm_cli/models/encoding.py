@@ -1,8 +1,8 @@
-"""Encodes prompts before anything is sampled, so that text encoders and denoiser need not fit in memory together.
+"""Encodes all prompts before sampling, so that text encoders and denoiser need not fit in memory together.
 
-Pipelines of diffusers turn prompts into tensors in one method, `encode_prompt`. What it returns is kept on the CPU, by
-its arguments, while each batch runs up to its first call of the denoiser. Afterwards the encoders' weights are freed,
-and the method returns what it returned before.
+Pipelines of diffusers turn prompts into tensors in one method, `encode_prompt`. First each batch runs up to its first
+call of the denoiser, while the results of the method are kept on the CPU together with its arguments. Then the weights
+of the text encoders are freed. From then on, the method returns the kept result for equal arguments.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _METHOD = "encode_prompt"
 
 
 def encode_first(model: LoadedModel, batches: Iterable[Callable[[], object]]) -> None:
-    """Encodes the prompts of all batches, frees the text encoders, and brings the denoiser in; see `Placement`.
+    """Encodes the prompts of all batches, frees the text encoders, and loads the denoiser; see `Placement`.
 
-    A pipeline without the method that encodes prompts keeps its encoders. With the placement `memory` nothing happens.
+    A pipeline without a method `encode_prompt` keeps its encoders. With the placement `memory` nothing happens.
 
     Args:
-        model: The pipeline. Afterwards it samples these batches, and no others.
-        batches: Each samples one of them.
+        model: The pipeline, which is changed. Afterwards it can sample these batches and no others.
+        batches: Functions, each of which samples one batch.
     """
     if model.placement == "memory":
         return
@@ -52,11 +52,11 @@ def encode_first(model: LoadedModel, batches: Iterable[Callable[[], object]]) ->
 
 
 class _EnoughError(Exception):
-    """Ends a batch at its first call of the denoiser; never leaves this module."""
+    """Ends a batch at its first call of the denoiser. It never leaves this module."""
 
 
 class _Encoded:
-    """What `encode_prompt` returned, by its arguments."""
+    """Wraps `encode_prompt` and keeps its results by their arguments."""
 
     def __init__(self, encode: Callable[..., Any], model: LoadedModel) -> None:
         self.results: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def _run_to_denoiser(denoisers: Iterable[nn.Module], batch: Callable[[], object]
 
 
 def _free_encoders(pipeline: Any) -> None:
-    """Frees the weights of the text encoders, which keep their device and element type, as pipelines ask for those."""
+    """Frees the weights of the text encoders. Their device and element type stay, because pipelines read them."""
     for name, component in pipeline.components.items():
         if is_encoder(name) and isinstance(component, nn.Module):
             for parameter in component.parameters():
@@ -100,7 +100,7 @@ def _free_encoders(pipeline: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Returns arguments in a form whose `repr` says everything about them."""
+    """Returns arguments in a form whose `repr` is equal only for equal arguments."""
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return str(value.dtype), tuple(value.shape), content
@@ -112,7 +112,7 @@ def _plain(value: Any) -> Any:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Returns what a method returned, with its tensors on a device."""
+    """Returns a nested value with all its tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):

@@ -1,8 +1,9 @@
-"""Where the weights of a pipeline are while it works, by what they need and what the device and the host have.
+"""Decides where the weights of a pipeline are while it runs, by their size and by the memory that is available.
 
-memory   all components are on the device.
-turns    the text encoders first; once they have encoded all prompts they are freed, and the denoiser follows.
-disk     the same, but that each layer of the denoiser is read from disk whenever it is used.
+memory   All components are on the device.
+turns    The text encoders are loaded first. When they have encoded all prompts they are freed, and the denoiser is
+         loaded.
+disk     As with `turns`, but each layer of the denoiser is read from disk whenever it is used.
 """
 
 from __future__ import annotations
@@ -19,18 +20,25 @@ from edadm_cli.stage_config import Weights
 Placement = Literal["memory", "turns", "disk"]
 
 SAMPLING_SHARE = 0.7
-"""Share of the device's memory that weights may take while a pipeline samples; activations need the rest."""
+"""The share of the device's memory that weights may take while a pipeline samples; activations need the rest."""
 LEARNING_SHARE = 0.45
-"""The same for the float32 weights of a denoiser that is reconstructed, beside codes, rows and what learns."""
+"""The share that the float32 weights of a denoiser may take while it is reconstructed.
+
+Codes, rows and what is learned need the rest.
+"""
 _ENCODERS = "text_encoder"
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _GIB = 2**30
 
 
 def memory_of(device: torch.device) -> int:
-    """Returns the bytes of memory that this process may use: its share of a GPU; or the host's, or its container's."""
+    """Returns the bytes of memory that this process may use on a device.
+
+    On a GPU this is the process's share of the GPU's memory. On a CPU it is the memory of the host or of the container,
+    whichever is smaller.
+    """
     if device.type == "cuda":
-        # torch wants the number of the device here, which 'cuda' alone does not have
+        # torch needs the index of the device here, which the name 'cuda' does not contain
         index = torch.cuda.current_device() if device.index is None else device.index
         total = torch.cuda.get_device_properties(index).total_memory
         return int(total * torch.cuda.get_per_process_memory_fraction(index))
@@ -39,12 +47,12 @@ def memory_of(device: torch.device) -> int:
 
 
 def placement(sizes: Mapping[str, int], weights: Weights, device: torch.device) -> Placement:
-    """Decides where the weights of a pipeline that samples are.
+    """Returns where the weights of a pipeline are while it samples.
 
     Args:
-        sizes: Bytes of each component, by name.
+        sizes: The bytes of each component, by name.
         weights: What the user asked for; `auto` takes the first placement of this module that fits.
-        device: Where the pipeline computes.
+        device: The device that the pipeline runs on.
     """
     if weights != "auto":
         return weights
@@ -55,12 +63,18 @@ def placement(sizes: Mapping[str, int], weights: Weights, device: torch.device) 
 
 
 def is_encoder(name: str) -> bool:
-    """Whether a component of this name encodes prompts."""
+    """Returns whether a component of this name encodes prompts."""
     return name.startswith(_ENCODERS)
 
 
 def described(chosen: Placement, needed: int, device: torch.device) -> str:
-    """Returns a sentence on a placement other than `memory`, with what is needed and what there is."""
+    """Returns a sentence that states a placement, the bytes that are needed and the bytes that are available.
+
+    Args:
+        chosen: The placement.
+        needed: The bytes that the weights take.
+        device: The device that the pipeline runs on.
+    """
     where = {
         "memory": "stay in memory",
         "turns": "take turns: the text encoders are freed before the denoiser is loaded",
@@ -73,7 +87,7 @@ def described(chosen: Placement, needed: int, device: torch.device) -> str:
 
 
 def _limit(path: Path) -> int | None:
-    """Returns the limit of a control group, where there is one."""
+    """Returns the memory limit of a control group, in bytes; `None` if it has none."""
     try:
         text = path.read_text().strip()
     except OSError:

@@ -1,9 +1,9 @@
-r"""GPTQ: weights of a layer rounded column by column, each error made up for by the columns that follow.
+r"""GPTQ: rounds the weights of a layer column by column, and corrects later columns for the error of each one.
 
     minimise |W X - W_hat X|^2 over codes, with H = X X^T:
     q_k = round(w_k / s),   e_k = (w_k - s q_k) / U_kk,   w_j -= e_k U_kj for every j > k,   U^T U = (H + d I)^-1
 
-Columns are taken in the order of their energies H_kk, the largest first, while many are left to make up for them.
+Columns are rounded in the order of H_kk, the largest first, so that many columns are left to correct for their errors.
 
 References:
     GPTQ, arXiv 2210.17323, algorithm 1.
@@ -18,18 +18,18 @@ from torch.nn import functional as F
 from edadm_cli.quant.grid import Grid
 from edadm_cli.quant.operation import Operation
 
-_BLOCK = 128  # columns whose errors are brought to the columns after them in one product
-_DAMPING = 0.01  # d, as a share of the mean energy
+_BLOCK = 128  # the number of columns whose errors are passed to all later columns in one product
+_DAMPING = 0.01  # d, as a share of the mean of H_kk
 _TINY = 1e-8
 
 
 def input_columns(x: Tensor, operation: Operation, weight: Tensor) -> Tensor:
-    """Returns what the rows of a flattened weight multiply, with shape `(positions, K)`, float32.
+    """Returns the vectors that the rows of a flattened weight multiply, with shape `(positions, K)`, float32.
 
     Args:
         x: The input, `[N, C, H, W]` or `[..., C]`.
-        operation: The operation of the layer, with one group.
-        weight: Its weight, `[C_out, C, kh, kw]` or `[C_out, C]`; K is the number of weights in a row.
+        operation: The operation of the layer, which has one group.
+        weight: The weight, `[C_out, C, kh, kw]` or `[C_out, C]`; K is the number of elements per row.
     """
     if operation.kind == "linear":
         return x.float().flatten(0, -2)
@@ -39,13 +39,13 @@ def input_columns(x: Tensor, operation: Operation, weight: Tensor) -> Tensor:
 
 
 def gptq_codes(weight: Tensor, scale: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
-    """Returns the codes of `weight`, int8, in its shape.
+    """Returns the codes that GPTQ rounds `weight` to, int8, in the shape of `weight`.
 
     Args:
-        weight: With shape `(C_out, ...)`.
-        scale: With shape `(C_out,)`.
+        weight: The weight, with shape `(C_out, ...)`.
+        scale: The scale per output channel, with shape `(C_out,)`.
         hessian: H, or its mean over the positions, with shape `(K, K)`, float32.
-        grid: The codes allowed.
+        grid: The grid of the codes.
     """
     rows, scale = weight.float().flatten(1).clone(), scale.to(weight.device).float()
     hessian = hessian.float().clone()

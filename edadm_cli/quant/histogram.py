@@ -1,4 +1,4 @@
-r"""A histogram of a tensor's values, to which batches are added without leaving the device.
+r"""A histogram of a tensor's values, to which batches are added on their device, without synchronization.
 
 The bins have the width 2^(e - b) and are symmetric about zero, where 2^e is the smallest power of two above every |x|
 that was added, and b = `_BITS`. If a batch raises e, pairs of bins are merged exactly. The counts of several batches
@@ -17,16 +17,16 @@ _CHUNK = 1 << 24  # elements that are counted at once: float32 counts up to here
 
 
 class Histogram:
-    """Counts, minimum and maximum of all values that were added.
+    """Holds the counts, the minimum and the maximum of all values that were added.
 
     Args:
         device: The device of the values and the counts.
 
     Attributes:
-        counts: The number of values in each bin, int64, with shape `(2 * 2^b,)`.
+        counts: The number of values per bin, int64, with shape `(2 * 2^b,)`.
         exponent: e, int32, with shape `()`.
-        low: The smallest value and zero, whichever is less, with shape `()`.
-        high: The largest value and zero, whichever is more, with shape `()`.
+        low: The smaller of the smallest value and zero, with shape `()`.
+        high: The larger of the largest value and zero, with shape `()`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Histogram:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Adds the values of `x`, which has any shape; a value that is not finite shows in `low` or `high`."""
+        """Adds the values of `x`, which has any shape. A value that is not finite makes `low` or `high` not finite."""
         x = x.detach().float().reshape(-1)
         low, high = x.aminmax()
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
@@ -60,13 +60,13 @@ class Histogram:
 
     @property
     def is_finite(self) -> Tensor:
-        """Whether every value is finite, bool, with shape `()`."""
+        """Returns whether every value is finite, as a bool tensor with shape `()`."""
         return torch.isfinite(self.high - self.low)
 
     def bins(self) -> tuple[Tensor, Tensor]:
-        """Returns the centers of the bins and the shares of the values in them, float32, `(n,)` each.
+        """Returns the centers of the bins and the share of all values in each, float32, with shape `(n,)` each.
 
-        Empty bins are left out on a CPU. They are kept on a GPU, where removing them would need a synchronization.
+        Empty bins are omitted on a CPU. They are kept on a GPU, where removing them would need a synchronization.
         """
         centers = (self._bins + 0.5) * self._power(self.exponent - _BITS)
         shares = (self.counts / self.counts.sum()).float()

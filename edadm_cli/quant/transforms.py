@@ -1,9 +1,9 @@
-r"""Transforms of a layer's input before it is quantized, whose inverse is folded into the layer's weight.
+r"""Transforms that are applied to a layer's input before it is quantized. Their inverse is folded into the weight.
 
     y = W x = (W T^-1) (T x):   codes of T x on the input grid, codes of W T^-1 on the weight grid
 
-A transform is an object of a subclass of `Transform` with a name. `register` adds one, and other packages add theirs by
-an entry point of the group `edadm.transforms`. A recipe names it in `[[transforms]]`.
+A transform is an instance of a subclass of `Transform`, and has a name. `register` adds one, and other packages add
+theirs by an entry point of the group `edadm.transforms`. A recipe names it in `[[transforms]]`.
 
 References:
     SmoothQuant, arXiv 2211.10438, equation 4 (scales per input channel); DMQ, arXiv 2507.12933 (the same for diffusion,
@@ -31,7 +31,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Statistics of the input channels of a layer over the calibration set.
+    """Holds statistics of the input channels of a layer over the calibration set.
 
     Attributes:
         mean_square: E[x_c^2], with shape `(C_in,)`, float32.
@@ -46,9 +46,10 @@ class Transform(ABC):
     """An invertible linear map of a layer's input channels.
 
     Attributes:
-        name: Its name in recipes and plans.
-        tensors: The names of its tensors, without the layer's name; each has the shape `(C_in,)` and stays float32.
-        options: The numbers that a recipe may give it, with their defaults.
+        name: The name of the transform in recipes and plans.
+        tensors: The names of its tensors, without the layer's name. Each tensor has the shape `(C_in,)` and stays
+            float32.
+        options: The names of the numbers that a recipe may set, with their defaults.
     """
 
     name: ClassVar[str]
@@ -59,12 +60,12 @@ class Transform(ABC):
     def calibrate(
         self, weight: Tensor, statistics: ChannelStatistics, options: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Returns the tensors of one layer.
+        """Returns the transform's tensors for one layer, by the names in `tensors`.
 
         Args:
-            weight: In full precision, with shape `(C_out, C_in, ...)`.
+            weight: The full-precision weight, with shape `(C_out, C_in, ...)`.
             statistics: The statistics of the layer's input.
-            options: The numbers of the recipe, with defaults where it gives none.
+            options: The numbers that the recipe sets, and the defaults of the others.
         """
 
     @abstractmethod
@@ -76,26 +77,29 @@ class Transform(ABC):
         """Returns W T^-1 for a weight with shape `(C_out, C_in, ...)`."""
 
     def mean_square(self, statistics: ChannelStatistics, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns E[(T x)_c^2] from E[x_c^2], with shape `(C_in,)`; a map that mixes channels overrides this."""
+        """Returns E[(T x)_c^2], computed from E[x_c^2], with shape `(C_in,)`.
+
+        A transform that mixes channels overrides this method.
+        """
         ones = statistics.mean_square.sqrt()[None]
         return self.apply(ones, tensors, -1)[0].square()
 
     def channel_factors(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Returns the factors `(C_in,)` where T x is no more than x times a factor per channel, else `None`.
+        """Returns the factors `(C_in,)` if T x is x times one factor per channel; `None` for any other transform.
 
-        An engine that has no other way to run a transform runs these.
+        An engine that supports no other transforms runs those that have factors.
         """
         return None
 
 
 class InputChannelScale(Transform):
-    r"""Divides every input channel by a scale s_c, and multiplies the weight's channel by it.
+    r"""Divides every input channel by a scale s_c, and multiplies the same channel of the weight by s_c.
 
         s_c = clip((a_c / median(a)) ^ exponent, 1 or less, bound_c),   bound_c = min over o of max_k |W_ok| / |W_oc|
 
     where a_c is the value that 99.9% of |x_c| do not exceed. Within the bound, no output channel's largest weight
-    grows, so that the weight grid does not change, and the relative rounding error of scaled-up channels becomes
-    smaller.
+    grows. The weight grid therefore does not change, and the weights of channels with s_c > 1 have a smaller relative
+    rounding error.
     """
 
     name = "input-channel-scale"
@@ -113,7 +117,7 @@ class InputChannelScale(Transform):
         return {"input_channel_scale": scale}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], channel_dim: int) -> Tensor:
-        """Returns x / s, as x times the float32 reciprocal of s; every engine computes exactly this."""
+        """Returns x / s, computed as x times the float32 reciprocal of s, as in every engine."""
         factors = self.channel_factors(tensors)
         return x.float() * (factors if channel_dim == -1 else factors.reshape(-1, *[1] * (x.dim() - 2)))
 
@@ -123,17 +127,17 @@ class InputChannelScale(Transform):
         return weight * scale.reshape(-1, *[1] * (weight.dim() - 2))
 
     def channel_factors(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns 1 / s."""
+        """Returns 1 / s, with shape `(C_in,)`, float32."""
         return tensors["input_channel_scale"].reciprocal()
 
 
 def dilation_bound(weight: Tensor) -> Tensor:
-    """Returns the largest scale of each input channel that changes no output channel's range, with shape `(C_in,)`.
+    """Returns the largest scale per input channel that changes no output channel's range, with shape `(C_in,)`.
 
     bound_c = min over o of (max over k of |W_ok|) / |W_oc|, at least 1
 
     Args:
-        weight: A weight with shape `(C_out, C_in, ...)`; the largest tap of a convolution counts.
+        weight: A weight with shape `(C_out, C_in, ...)`. Of a convolution kernel, the largest element counts.
 
     References:
         DilateQuant, arXiv 2409.14307, section 4 (weight dilation).
@@ -143,16 +147,16 @@ def dilation_bound(weight: Tensor) -> Tensor:
 
 
 class HadamardRotation(Transform):
-    r"""Rotates groups of input channels by the regular Hadamard matrix, which spreads outliers over their group.
+    r"""Rotates groups of input channels by a regular Hadamard matrix, which spreads outliers over their group.
 
         T = diag(H, ..., H),  H_4g = H_4 (x) H_g,  2 H_4 = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
 
-    H is symmetric and its own inverse. In contrast to Sylvester's Hadamard matrix no row is constant, so that the mean
-    of a group is not concentrated in one channel. If the group size does not divide the channels, the largest smaller
-    power of 4 that does is used; it may be 1, which is no rotation.
+    H is symmetric and its own inverse. In contrast to Sylvester's Hadamard matrix, H has no constant row, so the mean
+    of a group is not concentrated in one channel. If the group size does not divide the number of channels, the largest
+    smaller power of 4 that divides it is used. This may be 1, which means no rotation.
 
     References:
-        QuaRot, arXiv 2404.00456 (Hadamard rotations); ConvRot, arXiv 2512.03673 (regular ones, by groups).
+        QuaRot, arXiv 2404.00456 (Hadamard rotations); ConvRot, arXiv 2512.03673 (regular Hadamard rotations by groups).
     """
 
     tensors = ()
@@ -165,17 +169,17 @@ class HadamardRotation(Transform):
         return {}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], channel_dim: int) -> Tensor:
-        """Returns H x by groups of channels, float32."""
+        """Returns T x, which is H times each group of channels, float32, in the shape of `x`."""
         last = x.float() if channel_dim == -1 else x.float().movedim(channel_dim, -1)
         rotated = self._rotated(last)
         return rotated if channel_dim == -1 else rotated.movedim(-1, channel_dim)
 
     def fold(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns W H^-1 = W H, by groups of input channels."""
+        """Returns W T^-1, which is each group of input channels times H, since H^-1 = H."""
         return self._rotated(weight.movedim(1, -1)).movedim(-1, 1).contiguous()
 
     def mean_square(self, statistics: ChannelStatistics, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the mean of E[x_c^2] over each group, as the rotation gives it for uncorrelated channels."""
+        """Returns the mean of E[x_c^2] over each group, which is exact for uncorrelated channels, `(C_in,)`."""
         energy = statistics.mean_square
         size = self.size(energy.shape[0])
         return energy.view(-1, size).mean(dim=1).repeat_interleave(size)
@@ -212,7 +216,7 @@ class Hadamard256(HadamardRotation):
 
 @cache
 def regular_hadamard(size: int, device: torch.device = _CPU) -> Tensor:
-    """Returns the orthogonal regular Hadamard matrix `(size, size)` in float32; the size is a power of 4."""
+    """Returns the orthogonal regular Hadamard matrix `(size, size)` in float32; `size` is a power of 4."""
     rows = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
     four = torch.tensor(rows, dtype=torch.float32, device=device)
     matrix = torch.ones(1, 1, device=device)
@@ -226,17 +230,17 @@ _registered: dict[str, Transform] = {}
 
 
 def register(transform: Transform) -> None:
-    """Registers a transform under its name."""
+    """Registers a transform under its name, where it replaces any other transform of that name."""
     _registered[transform.name] = transform
 
 
 def transforms() -> dict[str, Transform]:
-    """Returns all transforms by name: those of this package, of other packages, and those that were registered."""
+    """Returns all transforms by name: those of this package, of other packages, and those that `register` added."""
     return {**{shipped.name: shipped for shipped in _SHIPPED}, **_from_packages(), **_registered}
 
 
 def transform_named(name: str) -> Transform:
-    """Returns a transform.
+    """Returns the transform of a name.
 
     Raises:
         UsageError: There is no transform with this name.

@@ -1,4 +1,4 @@
-"""The inputs of a denoiser that a control network computes, for the samples of a calibration set."""
+"""Computes the inputs of a denoiser that come from a control network, for the samples of a calibration set."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def with_computed(
     device: torch.device,
     reporter: Reporter,
 ) -> dict[str, Tensor]:
-    """Returns a calibration set in which the control network's outputs stand in the place of its conditions.
+    """Returns a calibration set that holds the control network's outputs in place of its conditions.
 
     Args:
-        tensors: The calibration set by the names of its file.
-        form: How the denoiser and its control network are called.
+        tensors: The tensors of the calibration set, by their names in its file.
+        form: The form of the calls of the denoiser and of its control network.
         collected: The run, which loads the control network.
         device: The device that computes.
-        reporter: Shows the progress.
+        reporter: It reports the progress.
 
     Raises:
-        InputError: The model is gone, or its files are not those that were collected from.
+        InputError: The model is missing, or its files differ from those that were collected from.
     """
     control = form.control
     if control is None:
