@@ -1,1 +1,1 @@
-"""How an exported denoiser runs."""
+"""Runs exported denoisers on engines, and compares engines with exact integer arithmetic."""

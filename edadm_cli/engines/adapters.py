@@ -1,10 +1,10 @@
-r"""LoRA adapters of a denoiser as side branches that an engine runs beside its own layers.
+r"""Turns LoRA adapters of a denoiser into side branches, which an engine runs beside its own layers.
 
     y = Q(x) + U diag(s) D x
 
-D `[R, C_in]` and U `[C_out, R]` are the factors of all adapters of a layer side by side, and s repeats the strength of
-each adapter. A strength of zero switches an adapter off. The product U diag(s) lies at one address and is written anew
-when a strength changes, so that neither a compiled function nor a CUDA graph has to be made again.
+D `[R, C_in]` and U `[C_out, R]` hold the factors of all adapters of a layer side by side, and s holds the strength of
+each adapter, once per rank. A strength of zero switches an adapter off. The product U diag(s) stays at one address and
+is overwritten when a strength changes, so neither a compiled function nor a CUDA graph has to be made again.
 
 References:
     LoRA, arXiv 2106.09685.
@@ -24,19 +24,19 @@ from edadm_cli.errors import UsageError
 from edadm_cli.quant.network import set_module
 
 Strengths = Mapping[tuple[str, str], float]
-"""The strength of each adapter in each layer: (layer, adapter) to a number that scales U D."""
+"""Maps (layer, adapter) to the strength of the adapter in that layer, a number that scales U D."""
 
 
 _ALIGNED = 16
-"""R is filled up with zeros to a multiple of this: a GPU multiplies a rank of 4 more slowly than one of 16."""
+"""R is padded with zeros to a multiple of this number, because a GPU multiplies a rank of 4 more slowly than 16."""
 
 
 class SideBranch(nn.Module):
-    """The adapters of one layer, or of several layers that read one input.
+    """Computes the adapters of one layer, or of several layers that read one input.
 
     Args:
-        down: D, `[R, C_in]` or, beside a convolution, `[R, C_in, kh, kw]`.
-        up: U, `[C_out, R]`.
+        down: The factor D, with shape `[R, C_in]` or, beside a convolution, `[R, C_in, kh, kw]`.
+        up: The factor U, with shape `[C_out, R]`.
         owners: The layer, the adapter and the rank of each range of R, in order.
         stride: The stride of the convolution.
         padding: The padding of the convolution, in both directions.
@@ -65,17 +65,17 @@ class SideBranch(nn.Module):
     up: Tensor
 
     def set_strengths(self, strengths: Strengths) -> None:
-        """Writes U diag(s); an adapter without a strength is switched off."""
+        """Overwrites U diag(s) with new strengths; an adapter without a strength is switched off."""
         ranges = [torch.full((rank,), strengths.get((layer, name), 0.0)) for layer, name, rank in self.owners]
         self.up.copy_(self.unscaled_up * torch.cat(ranges).to(self.up))
 
     @property
     def is_convolution(self) -> bool:
-        """Whether it lies beside a convolution, whose inputs are images `[N, C, H, W]`."""
+        """Returns whether the branch is beside a convolution, whose inputs are images `[N, C, H, W]`."""
         return self.down.ndim == 4
 
     def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
-        """Returns what the adapters add, of the output's shape, plus `more` of that shape."""
+        """Returns the adapters' output, in the shape of the layer's output, plus `more` of the same shape."""
         x = x.to(self.down.dtype)
         if not self.is_convolution:
             return self.raise_to(F.linear(x, self.down), more)
@@ -83,7 +83,7 @@ class SideBranch(nn.Module):
         return self.raise_to(hidden, None if more is None else more.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def raise_to(self, hidden: Tensor, more: Tensor | None) -> Tensor:
-        """U diag(s) times `hidden` `[..., R]`, plus `more` `[..., C_out]`."""
+        """Returns U diag(s) times `hidden` `[..., R]`, plus `more` `[..., C_out]`."""
         if more is None:
             return F.linear(hidden, self.up)
         rows = torch.addmm(more.reshape(-1, more.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), self.up.T)
@@ -91,14 +91,14 @@ class SideBranch(nn.Module):
 
 
 class AdaptedLayer(nn.Module):
-    """A layer and its side branch, for denoisers that run their own forward; looks like the layer."""
+    """Runs a layer and its side branch, in denoisers that run their own `forward`. It has the layer's attributes."""
 
     def __init__(self, base: nn.Module, branch: SideBranch) -> None:
         super().__init__()
         self.base, self.branch = base, branch
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the layer's output plus what the adapters add."""
+        """Returns the layer's output plus the output of the adapters."""
         y: Tensor = self.base(x)
         return self.branch(x, y)
 
@@ -110,11 +110,11 @@ class AdaptedLayer(nn.Module):
 
 
 def side_by_side(branches: Sequence[SideBranch | None], widths: Sequence[int]) -> SideBranch:
-    """Returns one branch of linear layers that read one input, whose outputs lie side by side.
+    """Returns one branch for several linear layers that read one input and whose outputs are concatenated.
 
     Args:
-        branches: The side branch of each layer; `None` for a layer without adapters. At least one is given.
-        widths: Output features of each layer.
+        branches: The side branch of each layer; `None` for a layer without adapters. At least one is not `None`.
+        widths: The number of output features of each layer.
     """
     present = [branch for branch in branches if branch is not None]
     ranks = [0 if branch is None else branch.up.shape[1] for branch in branches]
@@ -129,17 +129,17 @@ def side_by_side(branches: Sequence[SideBranch | None], widths: Sequence[int]) -
 
 
 def take_adapters(denoiser: nn.Module) -> tuple[nn.Module, dict[str, SideBranch]]:
-    """Separate a denoiser from the adapters that PEFT has put around its layers.
+    """Separates a denoiser from the adapters that PEFT has put around its layers.
 
     Args:
-        denoiser: Is not changed.
+        denoiser: The denoiser, which is not changed.
 
     Returns:
-        The denoiser without adapters, which shares its tensors with `denoiser`, and the branch of each adapted layer
-        by the layer's name. A denoiser without adapters is returned itself.
+        The denoiser without adapters, which shares its tensors with `denoiser`, and the side branch of each adapted
+        layer by the layer's name. If there are no adapters, `denoiser` itself is returned.
 
     Raises:
-        UsageError: An adapter is more than two factors (DoRA, a bias of its own).
+        UsageError: An adapter has more than two factors, such as a magnitude (DoRA) or a bias.
     """
     names = [name for name, module in denoiser.named_modules() if _is_adapted(module)]
     if not names:
@@ -157,7 +157,7 @@ def take_adapters(denoiser: nn.Module) -> tuple[nn.Module, dict[str, SideBranch]
 
 
 def strengths_of(denoiser: nn.Module) -> dict[tuple[str, str], float]:
-    """Returns the strength of each adapter in each layer of a denoiser, as `set_adapters` and the like have left it."""
+    """Returns the current strength of each active adapter in each layer, as `set_adapters` and the like have set it."""
     strengths: dict[tuple[str, str], float] = {}
     for name, module in denoiser.named_modules():
         if not _is_adapted(module):
@@ -180,7 +180,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _branch(name: str, wrapper: Any) -> SideBranch | None:
-    """Returns the adapters of one layer; `None` where all of them were deleted."""
+    """Returns the side branch of one layer; `None` if all its adapters were deleted."""
     downs, ups, owners = [], [], []
     for adapter, a in wrapper.lora_A.items():
         b = wrapper.lora_B[adapter]

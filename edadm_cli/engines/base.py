@@ -1,6 +1,6 @@
-"""What an engine is: something that runs an exported denoiser in its own way and says layer by layer what it did.
+"""The interface of an engine, which runs an exported denoiser and says for each layer how it ran.
 
-The meaning of a quantized denoiser is that of `engines.reference`: exact integer sums, float32 epilogue. Every other
+`engines.reference` defines what a quantized denoiser computes: exact integer sums and a float32 epilogue. Every other
 engine is compared with it before it is timed.
 """
 
@@ -21,36 +21,39 @@ from edadm_cli.quant.layers import QuantizedLayer
 
 LayerKind = Literal["conv2d", "linear", "attention"]
 AttentionForm = Literal["float", "int8"]
-"""How the products of attention are computed that the recipe leaves in floating point: in 16 bits or more, or with
-operands that are quantized in every call."""
+"""The form of those attention products that the recipe leaves in float.
+
+`float` computes them in 16 bits or more. `int8` quantizes their operands in every call.
+"""
 FLOAT = "float"
-"""What the plan says of a layer that the recipe leaves in floating point."""
+"""The planned bits of a layer that the recipe leaves in float."""
 MAX_QUANTIZED_BITS = 8
-"""A layer whose products are computed on elements of at most so many bits meets its plan: int8, int4, float8."""
+"""The largest number of bits per element of a quantized product, such as int8, int4 or float8."""
 
 
 def bits_of(precision: str) -> int | None:
-    """Returns the bits of an element type, such as 8 of `int8` and `float8_e4m3fn`; `None` for other words."""
+    """Returns the bits of an element type, such as 8 for `int8` and `float8_e4m3fn`; `None` for any other word."""
     match = re.match(r"(?:u?int|b?float)(\d+)", precision)
     return None if match is None else int(match[1])
 
 
 def is_quantized(precision: str) -> bool:
-    """Returns whether an element type is one that a plan of integers or of eight-bit floating point asks for."""
+    """Returns whether products in an element type count as quantized: they have at most 8 bits per element."""
     bits = bits_of(precision)
     return bits is not None and bits <= MAX_QUANTIZED_BITS
 
 
 @dataclass(frozen=True)
 class LayerExecution:
-    """How one layer of a denoiser runs.
+    """Says how one layer of a denoiser runs.
 
     Attributes:
-        name: Dotted name; the parts of a split layer have names of their own.
-        kind: What is multiplied.
-        planned: Bits such as `w4a8`, or `float`.
-        precision: Element type of the products that really ran, such as `int8`, `float8_e4m3fn` or `float16`.
-        reason: Why a planned layer does not run quantized; `None` where the plan is met.
+        name: The dotted name of the layer. Each part of a split layer has its own name.
+        kind: The kind of the layer.
+        planned: The planned bits, such as `w4a8`, or `float`.
+        precision: The element type in which the products are actually computed, such as `int8`, `float8_e4m3fn` or
+            `float16`.
+        reason: Why a layer does not run as planned; `None` if it does.
     """
 
     name: str
@@ -61,19 +64,19 @@ class LayerExecution:
 
     @property
     def is_met(self) -> bool:
-        """Whether the layer runs as planned."""
+        """Returns whether the layer runs as planned."""
         return self.planned == FLOAT or is_quantized(self.precision)
 
 
 @dataclass(frozen=True)
 class OperationTime:
-    """Time of one operation of one call.
+    """Holds the time of one operation in one call.
 
     Attributes:
-        name: The name of the layer, or the engine's own name of an operation that is no layer.
-        kind: A word such as `conv2d`, `linear`, `attention`, `norm`, `elementwise`, `reorder`.
+        name: The name of the layer, or the engine's own name of an operation that is not a layer.
+        kind: The kind of the operation, such as `conv2d`, `linear`, `attention`, `norm`, `elementwise` or `reorder`.
         precision: The element type of its arithmetic.
-        milliseconds: Its time in one call.
+        milliseconds: The time of the operation in one call.
     """
 
     name: str
@@ -84,13 +87,13 @@ class OperationTime:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is to run.
+    """Holds the options of an engine.
 
     Attributes:
         device: The device that computes.
         rest_dtype: The element type of everything that is not quantized.
-        num_threads: The number of CPU threads; `None` leaves it to the engine.
-        attention: How attention is computed that the recipe leaves in floating point.
+        num_threads: The number of CPU threads; `None` lets the engine choose.
+        attention: The form of those attention products that the recipe leaves in float.
     """
 
     device: torch.device
@@ -100,11 +103,11 @@ class EngineOptions:
 
 
 class CompiledDenoiser(ABC):
-    """A denoiser on an engine. Calls take and return what the denoiser itself does."""
+    """A denoiser on an engine, whose calls take and return the same as those of the denoiser itself."""
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the denoiser; the output has the denoiser's own class, and `return_dict` is honoured."""
+        """Runs the denoiser. The output has the class that the denoiser returns, and `return_dict` has its effect."""
 
     @property
     @abstractmethod
@@ -112,20 +115,20 @@ class CompiledDenoiser(ABC):
         """Returns how each layer runs, in the order of the denoiser's modules."""
 
     def set_strengths(self, strengths: Mapping[tuple[str, str], float]) -> None:
-        """Weight the adapters that the denoiser was compiled with; see `engines.adapters`.
+        """Sets the strengths of the adapters that the denoiser was compiled with; see `engines.adapters`.
 
         Raises:
-            UsageError: The engine has none.
+            UsageError: The engine does not support adapters.
         """
         raise UsageError(
             "The engine runs the denoiser without adapters.", hint="edadm_cli.load(FOLDER, engine='torch')"
         )
 
     def parts(self) -> nn.Module:
-        """Returns the denoiser that runs, as modules whose calls can be left out one by one, for step caching.
+        """Returns the denoiser that runs, as modules whose calls a step cache can skip one by one.
 
         Raises:
-            UsageError: A step runs as one graph.
+            UsageError: The engine runs each step as one graph.
         """
         raise UsageError(
             "The engine runs each step as one graph, and a cache leaves out parts of a step: run the export in torch,"
@@ -141,13 +144,13 @@ class Engine(ABC):
     """One way to run quantized denoisers.
 
     Attributes:
-        name: The name that users type.
-        description: One line for people.
-        device_types: The types of the devices that it runs on, such as `cpu`.
-        layer_bound: The largest relative L2 distance of one layer from exact integer arithmetic on equal inputs, with a
-            float32 rest. It bounds what the engine's way of rounding and scaling costs.
-        takes_adapters: Whether LoRA adapters of the denoiser run beside its layers; see `engines.adapters`.
-        attention_forms: What `EngineOptions.attention` may be.
+        name: The name of the engine in commands.
+        description: One line that describes the engine to users.
+        device_types: The types of the devices that the engine runs on, such as `cpu`.
+        layer_bound: The largest allowed error of one layer: the relative L2 distance to exact integer arithmetic on
+            equal inputs, with `rest_dtype` float32. It covers the engine's way of rounding and scaling.
+        takes_adapters: Whether the engine runs LoRA adapters beside the layers; see `engines.adapters`.
+        attention_forms: The values of `EngineOptions.attention` that the engine supports.
     """
 
     name: ClassVar[str]
@@ -159,11 +162,11 @@ class Engine(ABC):
 
     @abstractmethod
     def refusal(self, device: torch.device) -> str | None:
-        """Returns why the engine cannot run on `device` of this machine, as a sentence; `None` when it can."""
+        """Returns a sentence that says why the engine cannot run on `device` of this machine; `None` if it can."""
 
     @abstractmethod
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """Returns why the engine cannot run a layer in integers, as half a sentence; `None` when it can."""
+        """Returns a clause that says why the engine cannot run a layer in integers; `None` if it can."""
 
     @abstractmethod
     def compile(
@@ -172,10 +175,10 @@ class Engine(ABC):
         """Compiles a quantized denoiser for this engine.
 
         Args:
-            denoiser: A denoiser with quantized layers, on the CPU or on the engine's device; it is not changed.
-            args: Positional arguments of a call like those to come; later calls may have other batch and image sizes.
-            kwargs: Keyword arguments of that call.
-            options: The device, and the precision of the rest.
+            denoiser: A denoiser with quantized layers, on the CPU or on the engine's device. It is not changed.
+            args: The positional arguments of an example call. Later calls may have other batch and image sizes.
+            kwargs: The keyword arguments of the example call.
+            options: The options of the engine.
 
         Raises:
             MachineError: The engine cannot run here; see `refusal`.
@@ -187,20 +190,20 @@ class Engine(ABC):
         """Compiles one quantized layer for this engine, for inputs with the shape of `x`."""
 
     def require(self, device: torch.device) -> None:
-        """Refuses a machine that the engine cannot run on.
+        """Checks that the engine can run on a device of this machine.
 
         Raises:
-            MachineError: With `refusal`'s sentence.
+            MachineError: It cannot; the message is the sentence of `refusal`.
         """
         reason = self.refusal(device)
         if reason is not None:
             raise MachineError(reason, hint="edadm engines")
 
     def require_attention(self, form: AttentionForm) -> None:
-        """Refuses a form of attention that the engine does not have.
+        """Checks that the engine supports a form of attention.
 
         Raises:
-            UsageError: Naming the form.
+            UsageError: The engine does not support it; the message names the form.
         """
         if form not in self.attention_forms:
             raise UsageError(
@@ -210,10 +213,10 @@ class Engine(ABC):
 
 
 class FileEngine(Engine):
-    """An engine that keeps a compiled denoiser in files, so that loading it needs no conversion.
+    """An engine that keeps a converted denoiser in files, so that loading it needs no conversion.
 
     Attributes:
-        files_format: A number that grows whenever files of earlier versions must be made again.
+        files_format: The version of the files. It grows whenever files of earlier versions must be made again.
     """
 
     files_format: ClassVar[int] = 1
@@ -222,12 +225,12 @@ class FileEngine(Engine):
     def save(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
     ) -> None:
-        """Writes the engine's files of a quantized denoiser to `folder`; see `compile`."""
+        """Writes the engine's files of a quantized denoiser to `folder`; see `compile` for the other arguments."""
 
     @abstractmethod
     def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
-        """Reads what `save` wrote.
+        """Loads a denoiser from the files that `save` wrote.
 
         Raises:
-            InputError: The files are missing, broken, or of another version.
+            InputError: The files are missing or broken, or have another version.
         """

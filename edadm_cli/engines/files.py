@@ -1,7 +1,7 @@
-"""An engine's files of an export, as an artifact of their own: `engine/<bits>-<engine>`, made from `export/<bits>`.
+"""Keeps an engine's files of an export in a separate artifact: `engine/<bits>-<engine>`, made from `export/<bits>`.
 
-Files added to a finished export would change what its manifest promises. The files can be made again at any time, so
-damaged or outdated ones are replaced.
+Files that are added to a finished export would make it differ from its manifest. An engine's files can be made again at
+any time, so damaged or outdated ones are replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KIND = "engine"
 
 
 class FileWriter(Protocol):
-    """Writes files of an export: an engine that has files, or a format that other programs read."""
+    """Writes files of an export. It is an engine with files, or a file format that other programs read."""
 
     name: ClassVar[str]
     files_format: ClassVar[int]
@@ -44,11 +44,20 @@ class FileWriter(Protocol):
 def engine_artifact(
     run: RunFolder, export: Artifact, engine: FileWriter, reporter: Reporter, force: bool = False
 ) -> Artifact:
-    """Returns the engine's files of an export: those that are there, or new ones that have been called once.
+    """Returns the artifact with the engine's files of an export, and makes it if it is missing, damaged or outdated.
+
+    The denoiser in new files is called once before the artifact is returned, if the engine runs on this machine.
+
+    Args:
+        run: The run of the export.
+        export: The quantized pipeline.
+        engine: The writer of the files.
+        reporter: It receives a note if the denoiser is converted.
+        force: Whether to make the files again in any case.
 
     Raises:
         UsageError: The engine cannot express the denoiser.
-        InputError: Another process is making them.
+        InputError: Another process is making the files.
         MachineError: The engine's library crashed at the first call.
     """
     bits = export.path.name
@@ -76,7 +85,10 @@ def engine_artifact(
 def compile_new(
     engine: Engine, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
 ) -> CompiledDenoiser:
-    """Compiles a denoiser that has no files in a run; an engine with files calls it once before it is loaded here.
+    """Compiles a denoiser that has no files in a run.
+
+    An engine with files writes them to a temporary folder, and calls the denoiser once in a separate process, before it
+    loads the denoiser in this process.
 
     Raises:
         MachineError: The engine's library crashed at the first call.
@@ -92,9 +104,9 @@ def compile_new(
 def require_first_call(
     engine: FileEngine, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
 ) -> None:
-    """Loads new files of an engine and calls the denoiser once, in a process of its own.
+    """Loads new files of an engine and calls the denoiser once, in a separate process.
 
-    A library that compiles graphs can crash on a graph that it has not met before. Here that is an error.
+    A library that compiles graphs can crash on an unknown graph. Such a crash becomes an error here.
 
     Raises:
         MachineError: The process crashed or was killed.
@@ -123,10 +135,10 @@ def load_on_engine(
     Args:
         run: The run of the export.
         export: The quantized pipeline.
-        engine: The engine, which loads its files where it has any.
+        engine: The engine. An engine with files loads them, and makes them first if necessary.
         device: The device of the pipeline.
         dtype: The element type of the pipeline, and of what the engine does not quantize.
-        reporter: Receives a note where the denoiser is converted.
+        reporter: It receives a note if the denoiser is converted.
 
     Raises:
         MachineError: The engine cannot run here.
@@ -143,15 +155,19 @@ def load_on_engine(
 
 
 def require_one_denoiser(model: LoadedModel, engine: FileWriter | Engine) -> None:
-    """Raises a `UsageError` where a pipeline has several denoisers: an engine compiles one."""
+    """Checks that a pipeline has one denoiser, because an engine compiles only one.
+
+    Raises:
+        UsageError: The pipeline has several denoisers.
+    """
     model.require_one_denoiser(f"the engine '{engine.name}'", hint="no --engine: the exported pipeline runs them all")
 
 
 def file_engine(engine: Engine) -> FileEngine:
-    """Returns the engine as one that has files.
+    """Returns the engine itself, with the type of an engine that has files.
 
     Raises:
-        UsageError: It has none.
+        UsageError: The engine has no files.
     """
     if not isinstance(engine, FileEngine):
         raise UsageError(
@@ -162,7 +178,7 @@ def file_engine(engine: Engine) -> FileEngine:
 
 
 def example(run: RunFolder, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns a call of the denoiser as the pipeline makes it for one image."""
+    """Returns the `(args, kwargs)` of one denoiser call like those that the pipeline makes for one image."""
     return CalibrationSet.load(run.open("select")).call(range(1), device, dtype)
 
 
@@ -171,7 +187,7 @@ def _entry(run: RunFolder) -> ModelEntry:
 
 
 def _current(run: RunFolder, spec: BuildSpec, reporter: Reporter) -> Artifact | None:
-    """Returns the files that are there, if they are of this export and intact."""
+    """Returns the artifact that exists already, if it is intact and was made from this export; `None` otherwise."""
     if not run.has(KIND, spec.name):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Work in a process of its own: a library that crashes there ends that process and not the command."""
+"""Runs work in a separate process, so that a library that crashes ends that process and not the command."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ P = ParamSpec("P")
 
 
 class IsolatedProcess(Generic[T]):
-    """One object in a process of its own, and calls of it. What goes wrong there is raised here.
+    """Holds one object in a separate process and calls functions on it. Errors there are raised in this process.
 
-    The process is a fresh interpreter, so that it shares no threads with this one. It imports nothing of the program
-    that asks for it: a script needs no `if __name__ == "__main__"`.
+    The process is a new interpreter, so it shares no threads with this one. It does not import the main module of the
+    program that starts it, so a script needs no `if __name__ == "__main__"`.
 
     Args:
-        lost: Makes the error for a process that crashed or was killed from its exit status, which is negative for a
-            signal and `None` where it is not known.
-        make: Makes the object there; a function of a module. Tensors among its arguments must be packed.
-        arguments: Its arguments.
-        threads: Threads of the process; by default what the environment says.
+        lost: Returns the error for a process that crashed or was killed. Its argument is the exit status, which is
+            negative for a signal and `None` if it is not known.
+        make: Returns the object, in the separate process. It is a function at the top level of a module. Tensors among
+            its arguments must be packed.
+        arguments: The arguments of `make`.
+        threads: The number of threads of the process; `None` leaves it to the environment.
 
     Raises:
-        EdadmError: What `make` raised, or what `lost` makes.
+        EdadmError: `make` raised an error, or the process was lost and `lost` returned this error.
     """
 
     def __init__(
@@ -69,7 +70,13 @@ class IsolatedProcess(Generic[T]):
             raise
 
     def call(self, function: Callable[Concatenate[T, P], R], *arguments: P.args, **named: P.kwargs) -> R:
-        """Returns `function(object, *arguments)`, computed there; the result holds no tensors, or packed ones."""
+        """Returns `function(object, *arguments)`, computed in the separate process.
+
+        Tensors among the arguments and in the result must be packed.
+
+        Raises:
+            EdadmError: The function raised an error, or the process was lost.
+        """
         try:
             self._connection.send((function, arguments, named))
         except (BrokenPipeError, OSError) as error:
@@ -105,13 +112,13 @@ class IsolatedProcess(Generic[T]):
 
 
 class ProcessLostError(MachineError):
-    """A process ended before it was asked to.
+    """The error of a process that ended before it was asked to end.
 
     Args:
         what: What the process was doing, as the subject of a sentence.
-        exit_status: Exit status of the process; negative for a signal, `None` where it is not known.
-        hint: The next command.
-        hint_if_killed: The next command where memory may not have sufficed.
+        exit_status: The exit status of the process, which is negative for a signal and `None` if it is not known.
+        hint: The next command to type.
+        hint_if_killed: The next command to type if there may have been too little memory.
     """
 
     def __init__(
@@ -123,7 +130,7 @@ class ProcessLostError(MachineError):
 
 
 def reason_of(exit_status: int | None) -> str:
-    """Says why a process ended, as the end of a sentence."""
+    """Returns the end of a sentence that says why a process ended."""
     if _is_killed(exit_status):
         return f"signal {signal.SIGKILL}, killed, which happens where memory is used up"
     if exit_status is not None and exit_status < 0:
@@ -136,7 +143,10 @@ def _is_killed(exit_status: int | None) -> bool:
 
 
 def pack(value: Any) -> Any:
-    """Turns the tensors of a call into arrays, which any process reads; bfloat16, which has none, into float32."""
+    """Returns a nested value with arrays in place of tensors, so that it can be sent to another process.
+
+    A bfloat16 tensor becomes a float32 array, because NumPy has no bfloat16.
+    """
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
@@ -144,7 +154,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """Undoes `pack`."""
+    """Returns a nested value with tensors in place of arrays, which reverses `pack`."""
     if isinstance(value, np.ndarray | np.generic):
         return torch.from_numpy(np.array(value))
     return _mapped(value, unpack)
@@ -159,7 +169,7 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _serve(connection: Connection, make: Callable[[], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asked for the process reports the interrupt
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent process reports the interrupt
     _write_to_stderr()
     # while it compiles, torch warns of a missing CUDA compiler even where there is no GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -177,7 +187,7 @@ def _serve(connection: Connection, make: Callable[[], Any]) -> None:
 
 
 def _write_to_stderr() -> None:
-    """stdout carries the command's result and nothing else."""
+    """Redirects stdout to stderr in this process, because stdout is reserved for the command's result."""
     try:
         os.dup2(_STDERR, _STDOUT)
     except OSError:  # the command has no standard error
@@ -198,7 +208,10 @@ def _answer(connection: Connection, work: Callable[[], Any]) -> None:
 
 @contextmanager
 def _no_main_module() -> Iterator[None]:
-    """Keeps a new process from importing the program's main module, which would run an unguarded script again."""
+    """Returns a context in which a new process does not import the main module.
+
+    The import would run a script without a `__main__` guard again.
+    """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -209,7 +222,7 @@ def _no_main_module() -> Iterator[None]:
 
 @contextmanager
 def _threads_in_environment(threads: int | None) -> Iterator[None]:
-    """Sets the variables from which a new process reads its number of threads before it imports anything."""
+    """Returns a context in which the environment variables for the number of threads of a new process are set."""
     before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     if threads is not None:
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))

@@ -1,4 +1,4 @@
-"""Every layer of a quantized denoiser as a row of the report, whatever the engine."""
+"""Lists every layer of a quantized denoiser with the way it runs, for any engine."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan
 
 Decision = Callable[[str, nn.Module], tuple[str, str | None]]
-"""From a layer's name and module (for attention its processor) to the precision it runs in, and the reason where a
-planned layer does not run in integers. Asked only about layers that are planned as integers."""
+"""A function that takes the name and module of a layer that is planned as integers; for attention, its processor.
+
+It returns the precision that the layer runs in, and the reason if it does not run in integers.
+"""
 
 
 def planned(plan: LayerPlan | AttentionPlan) -> str:
-    """Returns the bits of a plan: `w4a8`; `float` for a layer whose input is not quantized."""
+    """Returns the bits of a plan, such as `w4a8`, or `float` for a layer whose input is not quantized."""
     if isinstance(plan, AttentionPlan):
         return f"w{plan.activation_bits}a{plan.probability_bits}"
     return FLOAT if plan.activation_bits is None else f"w{plan.weight_bits}a{plan.activation_bits}"
 
 
 def list_layers(denoiser: nn.Module, rest_dtype: torch.dtype, decide: Decision) -> tuple[LayerExecution, ...]:
-    """Returns a row for every convolution, linear layer and attention of a denoiser, in the order of its modules.
+    """Returns how every convolution, linear layer and attention of a denoiser runs, in the order of its modules.
 
     Args:
         denoiser: A denoiser with quantized layers.
         rest_dtype: The element type of what is not quantized.
-        decide: Says how the engine runs a planned layer.
+        decide: Returns how the engine runs a layer that is planned as integers.
     """
     rows, rest = [], str(rest_dtype).removeprefix("torch.")
     for name, module in denoiser.named_modules():

@@ -1,9 +1,10 @@
-r"""An engine compared with exact integer arithmetic, layer by layer on equal inputs.
+r"""Compares an engine with exact integer arithmetic, layer by layer on equal inputs.
 
     error = |y_engine - y_exact|_2 / |y_exact|_2
 
-One forward of the denoiser in exact integers feeds every layer; each layer's input is shown to the engine as it comes
-by, so that only one is held at a time. The forward's own result is what the engine's prediction is compared with.
+The denoiser runs once in exact integers. The engine computes each layer on the input that this run gives the layer, at
+the time the layer runs, so only one input is held at a time. The result of the run is the prediction that the engine's
+own prediction is compared with.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from edadm_cli.hooks import Hooks
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 
 ALL_LAYERS_UP_TO = 120
-"""Networks with more quantized layers are checked with one layer of each signature."""
+"""In a denoiser with more quantized layers, only one layer of each signature is checked."""
 
 
 @dataclass(frozen=True)
 class LayerParity:
-    """The result of the comparison.
+    """Holds the result of the comparison.
 
     Attributes:
-        errors: Layer name to relative L2 error, of the layers that were checked.
-        refused: Layer name to the engine's reason, of those that it does not run in integers.
-        num_layers: Quantized layers there are.
-        prediction: The denoiser's prediction in exact integers, a float32 rest.
+        errors: The relative L2 error of each layer that was checked, by name.
+        refused: The engine's reason for each layer that it does not run in integers, by name.
+        num_layers: The number of quantized layers.
+        prediction: The denoiser's prediction, computed in exact integers and, for the rest, in float32.
     """
 
     errors: dict[str, float]
@@ -41,13 +42,16 @@ class LayerParity:
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The layer with the largest error; an error that is not a number is the largest."""
+        """Returns the name and error of the layer with the largest error; NaN counts as the largest."""
         name = max(self.errors, key=lambda key: _order(self.errors[key]))
         return name, self.errors[name]
 
 
 def signature(layer: QuantizedLayer, shape: tuple[int, ...]) -> tuple[object, ...]:
-    """Returns what decides the code that runs a layer: operation, bits, shapes, whether there is a bias."""
+    """Returns all that decides which code runs a layer: its operation, its plan, its shapes, and whether it has a bias.
+
+    `shape` is the shape of the layer's input.
+    """
     return layer.operation, layer.plan, layer.weight_shape, shape, layer.bias is not None
 
 
@@ -61,16 +65,16 @@ def compare_layers(
     advance: Callable[[int], None] = lambda _: None,
     all_layers_up_to: int = ALL_LAYERS_UP_TO,
 ) -> LayerParity:
-    """Runs `denoiser` once in exact integers and each of its layers on `engine` besides.
+    """Runs `denoiser` once in exact integers, and each of its layers also on `engine`.
 
     Args:
-        engine: What is checked.
-        denoiser: With quantized layers and a float32 rest; its arithmetic is restored.
+        engine: The engine that is checked.
+        denoiser: A denoiser with quantized layers, float32 otherwise. The arithmetic of its layers is restored.
         args: The positional arguments of the call.
         kwargs: The keyword arguments of the call.
-        options: The options of the engine; its rest is float32, for which its `layer_bound` holds.
-        advance: Told of every quantized layer that has run.
-        all_layers_up_to: In a network with more layers, only the first of each `signature` is checked.
+        options: The options of the engine, with `rest_dtype` float32, for which its `layer_bound` holds.
+        advance: The progress callback, which is called with 1 after each quantized layer.
+        all_layers_up_to: In a denoiser with more quantized layers, only the first of each `signature` is checked.
     """
     layers = quantized_layers(denoiser)
     every = len(layers) <= all_layers_up_to
@@ -107,7 +111,7 @@ def compare_layers(
 
 
 def prediction_of(output: Any) -> Tensor:
-    """Returns the prediction in what a denoiser returns: an output object, a tuple, or the tensor itself."""
+    """Returns the prediction from the output of a denoiser: an output object, a tuple, or the tensor itself."""
     if isinstance(output, Tensor):
         return output
     first: Tensor = output[0]
@@ -115,7 +119,7 @@ def prediction_of(output: Any) -> Tensor:
 
 
 def relative_l2(values: Tensor, expected: Tensor) -> float:
-    """Returns |values - expected| / |expected| in float64; where `expected` is zero, |values|."""
+    """Returns |values - expected| / |expected|, computed in float64; if `expected` is zero, it returns |values|."""
     exact = expected.detach().double().cpu()
     norm = float(exact.norm())
     distance = float((values.detach().double().cpu() - exact).norm())

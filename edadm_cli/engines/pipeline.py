@@ -1,4 +1,4 @@
-"""A diffusers pipeline whose denoiser runs on an engine: images, not only measurements."""
+"""Puts the denoiser of a diffusers pipeline on an engine, so that the pipeline samples images with it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _OF_CACHES = ("cache_context", "_reset_stateful_cache", "is_cache_enabled")
 
 
 class EngineDenoiser(nn.Module):
-    """Stands in for a pipeline's denoiser: called like it, looks like it, computes on an engine.
+    """Takes the place of a pipeline's denoiser. It has the same calls and attributes, and computes on an engine.
 
     Args:
-        denoiser: The module that it replaces. Its weights are released; its configuration, and whatever else a
-            pipeline reads from it (`add_embedding.linear_1.in_features`), stays.
+        denoiser: The module that it replaces. Its weights are freed. Its configuration stays, as do all attributes that
+            a pipeline reads, such as `add_embedding.linear_1.in_features`.
         compiled: The same network on an engine.
     """
 
     def __init__(self, denoiser: nn.Module, compiled: CompiledDenoiser) -> None:
         super().__init__()
-        self.__dict__["_shell"] = denoiser  # no submodule: it has no part in casts and moves
+        self.__dict__["_shell"] = denoiser  # it is not a submodule, so that casts and moves do not reach it
         first = next(denoiser.parameters())
-        # pipelines take dtype and device from the denoiser's parameters; this one has no element
+        # pipelines read dtype and device from the denoiser's parameters; this parameter has no elements
         self.anchor = nn.Parameter(torch.empty(0, dtype=first.dtype, device=first.device), requires_grad=False)
         nn.Module.to(denoiser, "meta")
         self.compiled = compiled
 
     def use_cache_of(self, parts: nn.Module) -> None:
-        """Has pipelines name calls and forget them on the denoiser that runs; see `integrations.caching`."""
+        """Passes a pipeline's calls of cache methods to the modules that run; see `integrations.caching`."""
         self.__dict__["_parts"] = parts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,18 +48,18 @@ class EngineDenoiser(nn.Module):
 
     @property
     def stands_for(self) -> nn.Module:
-        """The denoiser whose arguments the calls have; its weights are released."""
+        """Returns the denoiser that this module replaces. Calls have its arguments, and its weights are freed."""
         shell: nn.Module = self.__dict__["_shell"]
         return shell
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of inputs and prediction."""
+        """Returns the element type of the inputs and the prediction."""
         return self.anchor.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where inputs and prediction lie."""
+        """Returns the device of the inputs and the prediction."""
         return self.anchor.device
 
     def __getattr__(self, name: str) -> Any:
@@ -74,11 +74,11 @@ class EngineDenoiser(nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The denoiser's class: pipelines of diffusers pass over what is not a model of theirs."""
+        """Returns the denoiser's class, because pipelines of diffusers ignore components of unknown classes."""
         return type(self.__dict__.get("_shell", self))
 
     def _weight_adapters(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Weight the adapters that the engine was given; nothing is compiled again."""
+        """Calls a method that sets adapters, and passes the strengths to the engine without compiling again."""
         method(*args, **kwargs)
         self.compiled.set_strengths(strengths_of(self.stands_for))
 
@@ -96,7 +96,7 @@ def _refuse(name: str, *_: Any, **__: Any) -> None:
 
 
 def put_on_engine(model: LoadedModel, compiled: CompiledDenoiser) -> LoadedModel:
-    """Puts the denoiser of a pipeline on an engine, in place; the weights it had in torch are released."""
+    """Replaces the denoiser of a pipeline, in place, with one on an engine, and frees its weights in torch."""
     stand_in = EngineDenoiser(model.denoiser, compiled)
     setattr(model.pipeline, model.denoiser_name, stand_in)
     return model

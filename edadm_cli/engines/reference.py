@@ -1,7 +1,7 @@
-"""The engine that all others are compared with: exact integer sums in torch, on any device.
+"""The reference engine, which all other engines are compared with. It computes exact integer sums in torch.
 
-Activations and weights are multiplied as whole numbers in float64, exact below 2^53, so every sum is the int32 sum of
-integer hardware; the epilogue (scale, bias) is float32.
+It multiplies the codes of activations and weights as whole numbers in float64, which is exact below 2^53. Every sum
+therefore equals the int32 sum of integer hardware. The epilogue (scale and bias) is float32. It runs on any device.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from edadm_cli.hooks import Hooks
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import Arithmetic, QuantizedLayer, quantized_layers
 
-# A float32 product over K terms errs by at most about K * 2^-24 of the sum of magnitudes and by sqrt(K) * 2^-24 on
-# average; with K up to 23,040 that is 9e-6 of it.
+# A float32 sum of K products has an error of at most about K * 2^-24 times the sum of magnitudes. On average it is
+# sqrt(K) * 2^-24 times that sum, which is 9e-6 times for K = 23,040.
 LAYER_BOUND = 1e-5
 _ATTENTION_IS_FLOAT = "operands on the integer grids, products in floating point"
 
 
 class ReferenceEngine(Engine):
-    """Exact integer arithmetic, layer by layer, in torch: for parity, not for speed."""
+    """Runs a denoiser in torch, its quantized layers in exact integer arithmetic. It is for parity, not for speed."""
 
     name = "reference"
     description = "exact integer sums in torch, on any device; slow: what the others are compared with"
@@ -35,28 +35,28 @@ class ReferenceEngine(Engine):
     layer_bound = 0.0
 
     def refusal(self, device: torch.device) -> str | None:
-        """Returns `None`: the reference runs wherever torch does."""
+        """Returns a sentence if `device` is a CUDA device and there is none; `None` otherwise."""
         if device.type == "cuda" and not torch.cuda.is_available():
             return "The engine 'reference' was to run on CUDA, and this machine has no CUDA device."
         return None
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """Only layers without an input quantizer have no integers to multiply."""
+        """Returns a clause for a layer whose input is not quantized, which has no integers to multiply."""
         return "its input is not quantized" if layer.plan.input_grid is None else None
 
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Copies the denoiser and switches its layers to integer arithmetic."""
+        """Returns a copy of the denoiser whose quantized layers use integer arithmetic."""
         self.require(options.device)
-        # a model of diffusers has a `to` of its own, which warns of casts that quantized layers know how to take
+        # the `to` of diffusers' models warns about casts, which quantized layers support
         copied = nn.Module.to(copy.deepcopy(denoiser), device=options.device, dtype=options.rest_dtype)
         copied.eval().requires_grad_(False)
         use_arithmetic(copied, "integer")
         return _ReferenceDenoiser(copied, options.rest_dtype)
 
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
-        """Switches a copy of the layer to integer arithmetic."""
+        """Returns a copy of the layer that uses integer arithmetic."""
         copied = copy.deepcopy(layer).to(device=options.device, dtype=options.rest_dtype)
         copied.arithmetic = "integer"
         return torch.no_grad()(copied.forward)
@@ -80,7 +80,7 @@ class _ReferenceDenoiser(CompiledDenoiser):
         return list_layers(self._denoiser, self._dtype, decide)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
-        """Returns the time of each quantized layer, and of the rest in one row; on CUDA it includes synchronization."""
+        """Returns the time of each quantized layer, and one row for the rest; CUDA times include synchronization."""
         times: dict[str, list[float]] = {}
         layers = quantized_layers(self._denoiser)
 
@@ -111,7 +111,7 @@ def _now() -> float:
 
 
 def use_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> int:
-    """Makes every quantized layer of `model` compute in `arithmetic`, and returns how many there are."""
+    """Makes every quantized layer of `model` compute in `arithmetic`, and returns the number of these layers."""
     layers = quantized_layers(model)
     for layer in layers.values():
         layer.arithmetic = arithmetic
@@ -120,10 +120,11 @@ def use_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> int:
 
 @torch.no_grad()
 def layer_parity(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
-    """Compares integer arithmetic with quantize-dequantize, layer by layer on equal inputs, in one forward.
+    """Compares integer arithmetic with quantize-dequantize, layer by layer on equal inputs, in one call of `model`.
 
     Returns:
-        The relative error |y_int - y_fq| / |y_fq| of each layer by name, in L2 norms.
+        The relative error |y_int - y_fq| / |y_fq| of each layer by name, in L2 norms. Here y_fq is the output with
+        quantize-dequantize; if it is zero, the error is |y_int|.
     """
     errors: dict[str, float] = {}
 

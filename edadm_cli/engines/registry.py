@@ -1,9 +1,9 @@
-"""The engines there are: those of this package, and those of packages that name some in the group `edadm.engines`.
+"""Finds engines by name: those of this package, and those of other packages, by entry points in `edadm.engines`.
 
     [project.entry-points."edadm.engines"]
     mine = "my_package.engine:MyEngine"
 
-The value names a class derived from `engines.base.Engine`, or anything that returns an engine when it is called.
+The value of the entry point names a subclass of `engines.base.Engine`, or another callable that returns an engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from edadm_cli.engines.base import Engine, FileEngine
 from edadm_cli.errors import MachineError, UsageError, missing_package
 
-# name -> module and class; imported when asked for, since each brings libraries of its own
+# the module and class of each engine, imported only on demand because each needs its own libraries
 _ENGINES = {
     "reference": ("edadm_cli.engines.reference", "ReferenceEngine"),
     "openvino": ("edadm_cli.engines.openvino", "OpenVinoEngine"),
@@ -29,21 +29,22 @@ _ENGINES = {
 ENGINE_NAMES = tuple(_ENGINES)
 _DEFAULTS = {"cpu": "openvino", "cuda": "cuda"}
 ENTRY_POINTS = "edadm.engines"
-_NAME = re.compile(r"[a-z][a-z0-9_]*")  # names of artifacts hold it between hyphens
-_FORMER_NAMES = {"triton": "cuda"}  # what version 0.1 called an engine; its artifacts still carry that name
+_NAME = re.compile(r"[a-z][a-z0-9_]*")  # no hyphens, because hyphens separate the parts of artifact names
+_FORMER_NAMES = {"triton": "cuda"}  # names of engines in version 0.1, which its artifacts still hold
 
 
 def engine_names() -> tuple[str, ...]:
-    """Returns the names of all engines: of this package first, then of other packages in the order of their names."""
+    """Returns the names of all engines: first those of this package, then those of other packages, sorted."""
     return *ENGINE_NAMES, *sorted(_outside())
 
 
 def engine(name: str) -> Engine:
-    """Returns an engine by name.
+    """Returns the engine of a name.
 
     Raises:
-        UsageError: There is none of that name.
-        MachineError: A library that it is built on is not installed, or what another package calls an engine is none.
+        UsageError: There is no engine of that name.
+        MachineError: A library that the engine needs is not installed, or the entry point of another package is not an
+            engine.
     """
     name = _FORMER_NAMES.get(name, name)
     outside = {} if name in _ENGINES else _outside()
@@ -71,18 +72,18 @@ def engine(name: str) -> Engine:
 
 
 def _outside() -> dict[str, EntryPoint]:
-    """Returns the engines that other packages name, but for those that this package has."""
+    """Returns the entry points of other packages' engines by name, without names that engines of this package have."""
     points = entry_points(group=ENTRY_POINTS)
     return {point.name: point for point in points if point.name not in _ENGINES and _NAME.fullmatch(point.name)}
 
 
 def default_engine(device: torch.device) -> Engine:
-    """Returns the engine of a device when none is named."""
+    """Returns the engine that a device uses if no engine is named."""
     return engine(_DEFAULTS[device.type])
 
 
 class EngineFacts(BaseModel):
-    """What an engine is and can do here, as `edadm engines --json` shows it."""
+    """Describes an engine and what it can do on this machine, as `edadm engines --json` prints it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -97,7 +98,7 @@ class EngineFacts(BaseModel):
 
 
 def engine_facts() -> list[EngineFacts]:
-    """Returns every engine, with what it can do on this machine and why it is refused."""
+    """Returns the facts about every engine on this machine, with the reason for each device that it cannot run on."""
     return [_facts(name) for name in engine_names()]
 
 
