@@ -1,1 +1,1 @@
-"""What the engines that make a graph of a denoiser share: its call interface, tracing, and what its files say."""
+"""Holds what all engines share that convert a denoiser to a graph: call interface, tracing and file description."""

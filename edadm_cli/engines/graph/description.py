@@ -1,4 +1,4 @@
-"""What a graph's files say besides the graph: the call interface, and what the layers were planned as."""
+"""Describes a graph in a file beside it: its call interface and its planned layers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DESCRIPTION_FILE = "denoiser.json"
 
 
 class PlannedLayer(BaseModel):
-    """One layer of a denoiser as it was planned; the runtime graph says later how it runs.
+    """Describes one layer of a denoiser as planned. How it really runs is read from the runtime graph later.
 
     Attributes:
-        name: Dotted name of the layer.
-        kind: What is multiplied.
-        planned: Bits such as `w4a8`, or `float`.
+        name: The dotted name of the layer.
+        kind: The kind of the layer.
+        planned: The planned bits, such as `w4a8`, or `float`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,12 +35,12 @@ class PlannedLayer(BaseModel):
 
 
 class GraphDescription(BaseModel):
-    """What the graph alone does not say.
+    """Holds what the graph itself does not say.
 
     Attributes:
-        format_version: Version of the files.
-        interface: How calls become inputs.
-        layers: The layers as they were planned.
+        format_version: The version of the files.
+        interface: It turns calls into inputs of the graph.
+        layers: The layers as planned.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,17 +66,17 @@ def planned_layers(denoiser: nn.Module) -> tuple[PlannedLayer, ...]:
 def load_description(
     folder: Path, cls: type[DescriptionT], format_version: int, engine: str, files: tuple[str, ...]
 ) -> DescriptionT:
-    """Loads what `GraphDescription.save` wrote, after a look at whether all files are there.
+    """Loads the description that `GraphDescription.save` wrote, and checks that all files exist.
 
     Args:
         folder: The folder of the files.
-        cls: The engine's own kind of description.
+        cls: The engine's class of descriptions.
         format_version: The version that the engine reads.
-        engine: Name of the engine.
-        files: Names of the other files.
+        engine: The name of the engine.
+        files: The names of the other files.
 
     Raises:
-        InputError: A file is missing or broken, or of another version.
+        InputError: A file is missing or broken, or has another version.
     """
     again = f"edadm export --engine {engine} --force"
     for name in (*files, DESCRIPTION_FILE):

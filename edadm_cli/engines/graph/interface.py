@@ -1,6 +1,6 @@
-"""A denoiser's call as the inputs of a graph: the sample, one timestep per row, and the tensors of the condition.
+"""Turns a denoiser's call into the inputs of a graph: the sample, one timestep per row, and the condition's tensors.
 
-What a call holds besides tensors is fixed when the graph is made; a call that brings anything else is refused.
+All other arguments of a call are fixed when the graph is made. A call with other values of them is refused.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _OUTPUT_LIBRARIES = ("diffusers", "edadm_cli")
 
 
 class GraphInterface(BaseModel):
-    """How the arguments of a call become the inputs of a graph.
+    """Says how the arguments of a call become the inputs of a graph.
 
     Attributes:
-        denoiser: The class of the denoiser.
-        parameters: The names of its parameters, in order.
-        arguments: The arguments of a call, in the form of `models.calls.Template`, all by keyword.
-        inputs: Names of the graph's inputs, in order.
-        returns: Import path of the class that the denoiser returns; `None`: it returns a tuple.
+        denoiser: The name of the denoiser's class.
+        parameters: The names of the parameters of its `forward`, in order.
+        arguments: The arguments of a call, all by keyword, in the form of `models.calls.Template`.
+        inputs: The names of the graph's inputs, in order.
+        returns: The import path of the class that the denoiser returns; `None` if it returns a tuple.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,10 +61,10 @@ class GraphInterface(BaseModel):
         )
 
     def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the inputs of the graph for a call by name and in order, on the CPU, as float32 or int64.
+        """Returns the graph's inputs for a call, by name and in order, on the CPU, in float32 or int64.
 
         Raises:
-            InputError: The call differs from the one that the graph was made from in more than its tensors.
+            InputError: The call differs in more than its tensors from the call that the graph was made from.
         """
         call, timesteps = _split(self.parameters, args, kwargs)
         arguments = call.template["kwargs"]
@@ -74,15 +74,15 @@ class GraphInterface(BaseModel):
         return {name: _graph_type(given[name]) for name in self.inputs}
 
     def call(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Returns the keyword arguments of the denoiser for inputs of the graph."""
+        """Returns the keyword arguments of the denoiser that correspond to inputs of the graph."""
         template = {"args": [], "kwargs": self.arguments}
         return build_call(template, tensors[SAMPLE], tensors[TIMESTEP], tensors)[1]
 
     def output(self, prediction: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Returns what the denoiser itself would return, on the device and in the element type of the call's sample.
+        """Returns the output that the denoiser itself would return, on the device and in the type of the call's sample.
 
         Raises:
-            InputError: The class that it returned is neither of diffusers nor of this package.
+            InputError: The class of that output belongs neither to diffusers nor to this package.
         """
         sample = _split(self.parameters, args, kwargs)[0].sample
         prediction = prediction.to(sample.device, sample.dtype)
@@ -102,15 +102,15 @@ def class_path(output: Any) -> str | None:
 def _split(
     parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[DenoiserCall, Tensor]:
-    """Returns a call taken apart, and one timestep per row of its sample."""
+    """Returns a call as tensors and other arguments, and one timestep per row of its sample, `(R,)`."""
     bound = {**dict(zip(parameters, args, strict=False)), **kwargs}
     bound.pop(_RETURN_DICT, None)
-    # what is None is left out: pipelines differ in whether they name it
+    # arguments that are None are omitted, because only some pipelines pass them
     bound = {name: value for name, value in bound.items() if value is not None}
     timestep: Any = 0
     for name in TIMESTEP_ARGUMENTS:
         if isinstance(bound.get(name), Tensor | int | float):
-            # rows may be at different timesteps, which a recorded call may not
+            # rows may have different timesteps here, but not in a recorded call
             timestep, bound[name] = bound[name], 0
     call = split_call(nn.Module(), (), bound)
     timesteps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
@@ -118,7 +118,7 @@ def _split(
 
 
 def _difference(arguments: Mapping[str, Any], template: Mapping[str, Any]) -> str:
-    """Returns the first difference between the arguments of two calls, in words."""
+    """Returns words that describe the first difference between the arguments of two calls."""
     given, expected = _by_dotted_name(arguments), _by_dotted_name(template)
     name = min(key for key in given.keys() | expected.keys() if given.get(key) != expected.get(key))
     if name not in expected:
@@ -129,7 +129,7 @@ def _difference(arguments: Mapping[str, Any], template: Mapping[str, Any]) -> st
 
 
 def _by_dotted_name(node: Any, name: str = "") -> dict[str, Any]:
-    """Returns the literals of a template by dotted name."""
+    """Returns the values of a template by dotted name."""
     if isinstance(node, Mapping) and not is_tensor(node):
         items: Iterable[tuple[Any, Any]] = node.items()
     elif isinstance(node, list):

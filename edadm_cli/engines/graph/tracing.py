@@ -1,7 +1,7 @@
-"""A denoiser as a tracer sees it: a stand-in for every quantized layer, and tensors for arguments.
+"""Prepares a denoiser for tracing: a stand-in replaces every quantized layer, and all arguments become tensors.
 
-A stand-in costs no arithmetic while tracing. Each engine puts its own nodes in its place in the graph, so that integer
-weights never become floating-point constants on the way.
+A stand-in computes nothing while it is traced. Each engine replaces it in the graph with its own nodes, so integer
+weights never become floating-point constants.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from edadm_cli.engines.graph.interface import GraphInterface, class_path
 from edadm_cli.quant.layers import QuantizedLayer
 
 WRAPPED = "denoiser"
-"""Attribute under which `FlatDenoiser` holds the denoiser: part of the names that tracing gives to nodes."""
+"""The attribute of `FlatDenoiser` that holds the denoiser. Tracing makes it a part of the names of nodes."""
 
 
 @dataclass(eq=False)
 class _Returned:
-    """Import path of what the denoiser returned; exporters undo what tracing sets on the module itself."""
+    """Holds the import path of the class that the denoiser returned.
+
+    It is not an attribute of the module, because exporters undo what tracing sets on a module.
+    """
 
     path: str | None = None
 
@@ -33,7 +36,7 @@ class FlatDenoiser(nn.Module):
 
     Args:
         denoiser: The denoiser with stand-ins.
-        interface: How calls become inputs.
+        interface: It turns calls into inputs of the graph.
     """
 
     def __init__(self, denoiser: nn.Module, interface: GraphInterface) -> None:
@@ -42,7 +45,7 @@ class FlatDenoiser(nn.Module):
         self.interface, self._returned = interface, _Returned()
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Calls the denoiser."""
+        """Returns the denoiser's prediction for the graph's inputs, in their order."""
         inputs = dict(zip(self.interface.inputs, tensors, strict=True))
         output = self.get_submodule(WRAPPED)(**self.interface.call(inputs))
         self._returned.path = class_path(output)
@@ -50,15 +53,15 @@ class FlatDenoiser(nn.Module):
         return prediction
 
     def traced_interface(self) -> GraphInterface:
-        """Returns the interface with the class that the denoiser returned while it was traced."""
+        """Returns the interface, completed with the class that the denoiser returned while it was traced."""
         return self.interface.model_copy(update={"returns": self._returned.path})
 
 
 class LayerStandIn(nn.Module):
-    """Stands where a quantized layer does, with the attributes that its surroundings read.
+    """Takes the place of a quantized layer, with the attributes that other modules read from it.
 
     Args:
-        layer: The layer.
+        layer: The quantized layer.
     """
 
     def __init__(self, layer: QuantizedLayer) -> None:
@@ -69,11 +72,11 @@ class LayerStandIn(nn.Module):
 
 
 def copy_with_stand_ins(denoiser: nn.Module, stand_ins: dict[int, Any]) -> nn.Module:
-    """Returns a float32 copy of a denoiser on the CPU; tensors are shared where their type and device allow it.
+    """Returns a float32 copy of a denoiser on the CPU, which shares all tensors whose type and device allow it.
 
     Args:
         denoiser: The denoiser, which is not changed.
-        stand_ins: The stand-in of each module or processor that has one, by the `id` of what it replaces.
+        stand_ins: The stand-in of each module or processor that is replaced, by the `id` of the latter.
     """
     memo = dict(stand_ins)
     # new parameters around the old storage: a cast of the copy must not reach the original
@@ -86,7 +89,7 @@ def copy_with_stand_ins(denoiser: nn.Module, stand_ins: dict[int, Any]) -> nn.Mo
 def convolved_sizes(
     sizes: Sequence[Any], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[Any]:
-    """Returns height and width of a convolution's output; sizes may be symbols."""
+    """Returns the height and width of a convolution's output; the sizes may be symbols."""
     return [
         (size + 2 * pad - span * (width - 1) - 1) // step + 1
         for size, width, step, pad, span in zip(sizes, kernel, stride, padding, dilation, strict=True)

@@ -1,4 +1,4 @@
-"""Quantized denoisers as ONNX files with QuantizeLinear and DequantizeLinear, and ONNX Runtime on them."""
+"""Writes quantized denoisers as ONNX files with QuantizeLinear and DequantizeLinear, and runs them in ONNX Runtime."""
 
 from edadm_cli.engines.onnx.engine import OnnxRuntimeEngine
 

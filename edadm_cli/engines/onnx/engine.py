@@ -1,4 +1,4 @@
-"""ONNX Runtime: a quantized denoiser from a standard ONNX file, on the CPU."""
+"""The engine ONNX Runtime, which runs a quantized denoiser from a standard ONNX file on the CPU."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ GRAPH_FILE = "denoiser.onnx"
 FORMAT_VERSION = 1
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
-# Codes and sums are exact; what is left is the rounding of one product and one sum in float32, 2^-24 each.
+# Codes and sums are exact. What remains is the rounding of one product and one sum in float32, 2^-24 each.
 LAYER_BOUND = 2.0**-22
 
 
 class OnnxRuntimeEngine(FileEngine):
-    """A standard ONNX file with QuantizeLinear and DequantizeLinear, which ONNX Runtime runs in exact integers.
+    """Runs a standard ONNX file with QuantizeLinear and DequantizeLinear in ONNX Runtime, with exact integer sums.
 
     Args:
-        fixed_sizes: Whether compiled denoisers take the sizes of their example only, and compile faster.
+        fixed_sizes: Whether a compiled denoiser takes only the sizes of its example call, and compiles faster.
     """
 
     name = "onnxruntime"
@@ -50,7 +50,7 @@ class OnnxRuntimeEngine(FileEngine):
         self._fixed_sizes = fixed_sizes
 
     def refusal(self, device: torch.device) -> str | None:
-        """Refuses everything but a CPU with three packages installed."""
+        """Returns a sentence for any device but a CPU, and for a missing package; `None` if the engine can run."""
         if device.type not in self.device_types:
             return (
                 f"The engine '{self.name}' was to run on {device.type}, and ONNX Runtime multiplies integers on CPUs"
@@ -65,20 +65,20 @@ class OnnxRuntimeEngine(FileEngine):
         return None
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """Refuses a layer whose input is not quantized, or transformed by more than factors per channel."""
+        """Returns a clause for a layer whose input is not quantized, or has a transform without channel factors."""
         quantizer = layer.input_quantizer
         return "its input is not quantized" if quantizer is None else quantizer.factors_refusal
 
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Writes the denoiser's file to a temporary folder and loads it."""
+        """Writes the denoiser's file to a temporary folder and loads it; see `Engine.compile`."""
         with TemporaryDirectory(prefix="edadm-onnx-") as folder:
             self.save(denoiser, args, kwargs, options, Path(folder))
             return self.load(Path(folder), options)
 
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
-        """Makes a session of one layer."""
+        """Makes an ONNX Runtime session of one layer, and returns the function that runs it."""
         self._require(options)
         from edadm_cli.engines.onnx.export import layer_graph
         from edadm_cli.engines.onnx.integers import in_integers
@@ -92,7 +92,7 @@ class OnnxRuntimeEngine(FileEngine):
     def save(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
     ) -> None:
-        """Writes `denoiser.onnx`, which `onnx.checker` checks, and `denoiser.json`."""
+        """Writes `denoiser.onnx`, has `onnx.checker` check it, and writes `denoiser.json`."""
         self._require(options)
         from edadm_cli.engines.onnx.export import export_onnx
 
@@ -102,7 +102,7 @@ class OnnxRuntimeEngine(FileEngine):
         GraphDescription(format_version=FORMAT_VERSION, interface=interface, layers=layers).save(folder)
 
     def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
-        """Reads what `save` wrote."""
+        """Loads a denoiser from the files that `save` wrote."""
         self._require(options)
         from edadm_cli.engines.onnx.session import load_session
 

@@ -1,4 +1,4 @@
-"""A quantized denoiser as an ONNX file with QuantizeLinear and DequantizeLinear."""
+"""Writes a quantized denoiser as an ONNX file with QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 
 Target = Literal["onnxruntime", "tensorrt"]
 Freedom = Literal["sizes", "batch", "fixed"]
-"""Which sizes calls may have: any; any batch and prompt length, but the example's height and width; the example's."""
+"""The sizes that calls may have.
+
+`sizes` allows any size. `batch` allows any batch and prompt length, with the height and width of the example. `fixed`
+allows only the sizes of the example.
+"""
 OUTPUT = "prediction"
 OPSET = 21
-"""The first with four-bit integers."""
+"""The first version of ONNX's operator set that has four-bit integers."""
 
-_IR_VERSION = 10  # the one that came with the opset
-_LARGEST_INLINE = 1 << 30  # a protobuf ends at 2 GiB; beyond one, tensors go to a file beside it
+_IR_VERSION = 10  # the version that was released with the opset
+_LARGEST_INLINE = 1 << 30  # a protobuf holds at most 2 GiB; beyond 1 GiB, tensors go to a second file
 _FREEDOMS: tuple[Freedom, ...] = ("sizes", "batch", "fixed")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _NO_REASONS = ("This is step", "-", "Refer to", "##", "*", "Please", "(Refer", "To ", "<class", "Failed to export")
@@ -52,24 +56,24 @@ def export_onnx(
 ) -> GraphInterface:
     """Writes a quantized denoiser as ONNX and has `onnx.checker` check it.
 
-    Batch, height, width and the number of tokens are free wherever the architecture leaves them free. Where the
-    exporter finds no form with a free height and width, as for latents that a UNet cannot halve evenly, these are
-    fixed at the example's; where it finds none with a free batch either, all sizes are.
+    Batch, height, width and the number of tokens are free wherever the architecture allows it. If the exporter finds no
+    form with a free height and width, as for latents that a UNet cannot halve evenly, these are those of the example.
+    If it finds no form with a free batch either, all sizes are those of the example.
 
     Args:
-        denoiser: A denoiser with quantized layers; it is not changed.
-        args: Positional arguments of a call.
-        kwargs: Keyword arguments of that call.
-        path: The file; tensors beyond 1 GiB go to a second one beside it, `<name>.data`.
-        target: `tensorrt` writes activations as int8 with zero-point 0, the only form that TensorRT reads.
-        fixed_sizes: Whether calls must have the sizes of the example; tracing then takes less than half the time.
+        denoiser: A denoiser with quantized layers. It is not changed.
+        args: The positional arguments of an example call.
+        kwargs: The keyword arguments of that call.
+        path: The file. If the tensors take more than 1 GiB, they go to a second file beside it, `<name>.data`.
+        target: The runtime. `tensorrt` writes activations as int8 with zero-point 0, the only form that TensorRT reads.
+        fixed_sizes: Whether calls must have the sizes of the example. Tracing then takes less than half the time.
 
     Returns:
-        How calls become inputs of the graph.
+        The interface, which turns calls into inputs of the graph.
 
     Raises:
-        UsageError: TensorRT is the target and an activation is not symmetric.
-        EdadmError: The denoiser holds something that has no form in ONNX.
+        UsageError: TensorRT is the target, and an activation is not symmetric.
+        EdadmError: The denoiser holds something that ONNX cannot express.
     """
     if target == "tensorrt":
         _require_symmetric(denoiser)
@@ -85,14 +89,14 @@ def export_onnx(
 
 
 def write(model: ir.Model, path: Path) -> None:
-    """Writes a model; its tensors go to a second file where one file would be too large."""
+    """Writes a model. Its tensors go to a second file if one file would be too large."""
     values = (value.const_value for value in model.graph.initializers.values())
     size = sum(tensor.nbytes for tensor in values if tensor is not None)
     ir.save(model, path, external_data=f"{path.name}.data" if size > _LARGEST_INLINE else None)
 
 
 def layer_graph(layer: QuantizedLayer, num_dims: int) -> ir.Model:
-    """Returns the graph of one quantized layer, from `x` with any sizes to `y`."""
+    """Returns the graph of one quantized layer, from `x` with `num_dims` dimensions of any size to `y`."""
     writer = Writer()
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([f"d{i}" for i in range(num_dims)]))
     y = writer.layer(x, layer, "layer")
@@ -104,7 +108,7 @@ def layer_graph(layer: QuantizedLayer, num_dims: int) -> ir.Model:
 
 
 def _traced(wrapper: FlatDenoiser, tensors: dict[str, Tensor], freedoms: Sequence[Freedom]) -> ir.Model:
-    """Returns the graph with the first of `freedoms` that the exporter has a form for."""
+    """Returns the graph with the first of `freedoms` for which the exporter succeeds."""
     failure: Exception | None = None
     for freedom in freedoms:
         try:
@@ -120,7 +124,7 @@ def _traced(wrapper: FlatDenoiser, tensors: dict[str, Tensor], freedoms: Sequenc
 
 @contextmanager
 def _silent_exporter() -> Iterator[None]:
-    """Keeps torch's exporter from warning and logging: what fails is tried in another form, or raised."""
+    """Returns a context without warnings and logs of torch's exporter, whose failures are retried or raised here."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.fx", "torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -138,9 +142,9 @@ def _export(wrapper: FlatDenoiser, tensors: dict[str, Tensor], freedom: Freedom)
     rows = 0 if freedom == "fixed" else tensors[SAMPLE].shape[0]
     free = torch.export.Dim.AUTO
     dims = {name: _free_dims(name, tensor, rows, freedom) for name, tensor in tensors.items()}
-    if rows == 1:  # a size of one would be taken for a constant
+    if rows == 1:  # the exporter would treat a size of one as a constant
         tensors = {name: torch.cat([t, t]) if 0 in dims[name] else t for name, t in tensors.items()}
-    # without `use_duck_shape`, sizes that happen to be equal in the example are not taken for the same
+    # with `use_duck_shape=False`, sizes that happen to be equal in the example may differ in later calls
     with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         program = torch.onnx.export(
             wrapper.eval(),
@@ -157,14 +161,14 @@ def _export(wrapper: FlatDenoiser, tensors: dict[str, Tensor], freedom: Freedom)
 
 
 def _reason(error: Exception | None) -> str:
-    """Returns the line of an exporter's error that says what failed, without colours, steps and advice."""
+    """Returns the line of an exporter's error that says what failed, without colours, lists of steps and advice."""
     lines = [_ESCAPES.sub("", line).strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(_NO_REASONS)]
     return lines[-1][:_LONGEST_REASON] if lines else type(error).__name__
 
 
 def _free_dims(name: str, tensor: Tensor, rows: int, freedom: Freedom) -> list[int]:
-    """Returns the dimensions that may change: rows, height and width of the sample, and the length of sequences."""
+    """Returns the dimensions of an input that may change: rows, height and width, and the length of sequences."""
     if tensor.dim() == 0 or tensor.shape[0] != rows:
         return []
     if tensor.dim() == 4 and name == SAMPLE:
@@ -197,7 +201,7 @@ def _operand(denoiser: nn.Module, x: ir.Value, name: str, writer: Writer) -> ir.
 
 
 def _name_product(value: ir.Value, name: str) -> None:
-    """Names the product that reads an attention's operand after that operand."""
+    """Gives the product that reads an attention's operand the name that `product_name` returns."""
     node = next(iter(value.consumers()), None)
     while node is not None and node.op_type in _PASSES_THROUGH:
         node = next(iter(node.outputs[0].consumers()), None)
@@ -206,7 +210,7 @@ def _name_product(value: ir.Value, name: str) -> None:
 
 
 def product_name(operand: str) -> str:
-    """Returns the name of the product that reads attention's operand `<attention>.q` or `<attention>.p`."""
+    """Returns the name of the attention product that reads the operand `<attention>.q` or `<attention>.p`."""
     return f"{operand}.product"
 
 

@@ -1,15 +1,16 @@
-"""An exported graph in the form that ONNX Runtime runs in integers: the same codes, the same sums.
+"""Rewrites an exported graph into the form that ONNX Runtime runs in integers, with the same codes and sums.
 
-ONNX Runtime fuses a product of dequantized operands to one of integers only where its output is quantized too, or where
-it is a plain matrix product of eight-bit operands; convolutions, four-bit weights and layers with two-dimensional
-inputs would run in floating point. So, when a file is loaded:
+ONNX Runtime turns a product of dequantized operands into one of integers only if the output is quantized too, or if it
+is a plain matrix product of eight-bit operands. Convolutions, four-bit weights and layers with two-dimensional inputs
+would run in floating point. When a file is loaded, the graph is therefore rewritten:
 
-- a convolution or linear layer of codes becomes `ConvInteger` or `MatMulInteger`, int32 sums, scaled and shifted in
-  float32; four-bit weights are held as int8;
-- the weight of a layer whose input is not quantized is dequantized once;
-- where an attention's operand is transposed after its quantizer, it is transposed before, and the two can be fused;
-- codes come from `x * (1 / scale)`, as in every engine, and not from QuantizeLinear's own `x / scale`, which rounds to
-  another code about once in a million values.
+- A convolution or linear layer of codes becomes `ConvInteger` or `MatMulInteger` with int32 sums, which are scaled and
+  shifted in float32. Four-bit weights are held as int8.
+- The weight of a layer whose input is not quantized is dequantized once.
+- If an attention's operand is transposed after its quantizer, it is transposed before it instead, so that ONNX Runtime
+  can fuse quantizer and product.
+- Codes are computed from `x * (1 / scale)`, as in every engine, and not from `x / scale`, as QuantizeLinear does, which
+  rounds to another code about once per million values.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _dequantize_once(graph: ir.Graph, weight: ir.Node) -> None:
 
 
 def _quantize_last(graph: ir.Graph, product: ir.Node, side: int) -> None:
-    """Turns Quantize -> Dequantize -> Transpose -> MatMul into Transpose -> Quantize -> Dequantize -> MatMul."""
+    """Replaces Quantize -> Dequantize -> Transpose -> MatMul with Transpose -> Quantize -> Dequantize -> MatMul."""
     value = product.inputs[side]
     transpose = value.producer() if value is not None else None
     dequantize = (

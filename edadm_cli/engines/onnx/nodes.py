@@ -1,10 +1,10 @@
-r"""Quantized layers as ONNX nodes, in the form that every runtime reads.
+r"""Writes quantized layers as ONNX nodes, in the form that every runtime reads.
 
-    activation:  [Clip ->] QuantizeLinear -> DequantizeLinear, one scale and zero-point a tensor, uint8
-    weight:      DequantizeLinear of int8, or of int4 where codes have at most four bits, one scale a row (axis 0)
+    activation:  [Clip ->] QuantizeLinear -> DequantizeLinear, one scale and zero-point per tensor, uint8
+    weight:      DequantizeLinear of int8, or of int4 if codes have at most four bits, one scale per row (axis 0)
 
-A grid of fewer than eight bits is a Clip to the values of its first and last code before a QuantizeLinear of eight: the
-bounds are whole multiples of the scale, which round to just those codes.
+A grid of fewer than eight bits is a Clip to the values of its first and last code, before a QuantizeLinear of eight
+bits. The bounds are whole multiples of the scale, which round to exactly those codes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _BYTE_BITS = 8
 
 
 class Writer:
-    """Collects nodes and initializers; names are those of the layers.
+    """Collects nodes and initializers, which have the names of the layers.
 
     Args:
-        symmetric: Write activations as int8 around zero, as TensorRT reads them, instead of uint8.
+        symmetric: Whether activations are written as int8 with zero-point 0, as TensorRT reads them, and not as uint8.
     """
 
     def __init__(self, symmetric: bool = False) -> None:
@@ -36,7 +36,7 @@ class Writer:
         self.symmetric = symmetric
 
     def layer(self, x: ir.Value, module: QuantizedLayer, name: str) -> ir.Value:
-        """Returns the output of a quantized layer, whose product carries `name`."""
+        """Adds the nodes of a quantized layer, whose product has the name `name`, and returns the layer's output."""
         quantizer = module.input_quantizer
         if quantizer is not None:
             factors = quantizer.channel_factors()
@@ -63,7 +63,7 @@ class Writer:
         return product if bias is None else self._add("Add", [product, bias], f"{name}.add_bias")
 
     def fake_quantize(self, x: ir.Value, scale: Tensor, zero_point: int, grid: Grid, name: str) -> ir.Value:
-        """Returns the real values of the codes of `x` on a grid of at most eight bits."""
+        """Adds a quantizer with at most eight bits, and returns the dequantized codes of `x`."""
         step = _array(scale.float()).reshape(())
         if grid.num_bits < _BYTE_BITS:
             low, high = (np.float32(code - zero_point) * step for code in (grid.quant_min, grid.quant_max))
@@ -77,7 +77,7 @@ class Writer:
         return self._add("DequantizeLinear", [codes, *parameters], f"{name}.dequantize")
 
     def _zero(self, zero_point: int, grid: Grid) -> np.ndarray:
-        """Returns the code of zero: codes of a signed grid move up for uint8, of an unsigned grid down for int8."""
+        """Returns the code of zero, shifted up for a signed grid in uint8, or down for an unsigned grid in int8."""
         half = 1 << (grid.num_bits - 1)
         if self.symmetric:
             return np.asarray(zero_point - (0 if grid.signed else half), np.int8)

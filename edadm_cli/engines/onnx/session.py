@@ -1,4 +1,4 @@
-"""A graph in ONNX Runtime, and what ONNX Runtime made of it."""
+"""Runs a graph in ONNX Runtime, and reads how ONNX Runtime executes it."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ _KINDS = {
     ),
 }
 _MODEL, _DATA, _OPTIMIZED = "model.onnx", "optimized.data", "optimized.onnx"
-_ERRORS_ONLY = 4  # what fails is raised, and reported as an error of ours
+_ERRORS_ONLY = 4  # lower levels are not logged, because failures are raised and reported by this tool
 
 
 @dataclass(frozen=True)
 class Session:
-    """A graph that is ready to run.
+    """Holds a graph that is ready to run.
 
     Attributes:
-        runtime: ONNX Runtime's own session.
-        operators: Node name to operator, of the optimized graph: what is executed.
+        runtime: The session of ONNX Runtime.
+        operators: The operator of each node of the optimized graph, which is executed, by node name.
         model: The graph that was given to ONNX Runtime.
     """
 
@@ -67,7 +67,7 @@ class Session:
     model: ir.Model
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Returns the one output of the graph for named inputs.
+        """Returns the only output of the graph for inputs by name.
 
         Raises:
             InputError: The inputs do not fit the graph.
@@ -81,12 +81,12 @@ class Session:
             raise InputError(f"ONNX Runtime cannot run the graph with {shapes}: {reason}") from error
 
     def operator(self, name: str) -> str | None:
-        """Returns the operator that computes the product of a name; `None` where the optimizer left none."""
+        """Returns the operator that computes the product of a name; `None` if the optimizer removed the product."""
         return self.operators.get(name)
 
 
 def load_session(path: Path, num_threads: int | None) -> Session:
-    """Loads a graph that `export_onnx` wrote, rewrites it for integers and hands it to ONNX Runtime.
+    """Loads a graph that `export_onnx` wrote, rewrites it for integers, and passes it to ONNX Runtime.
 
     Raises:
         InputError: The file is missing or broken.
@@ -102,7 +102,7 @@ def load_session(path: Path, num_threads: int | None) -> Session:
 
 
 def make_session(model: ir.Model, num_threads: int | None) -> Session:
-    """Hands a graph to ONNX Runtime on the CPU."""
+    """Passes a graph to ONNX Runtime on the CPU, and returns its session."""
     with TemporaryDirectory(prefix="edadm-onnx-") as folder:
         place = Path(folder)
         write(model, place / _MODEL)
@@ -117,7 +117,7 @@ def make_session(model: ir.Model, num_threads: int | None) -> Session:
 
 
 def profile(session: Session, inputs: Mapping[str, Tensor], num_threads: int | None) -> list[OperationTime]:
-    """Returns the time of each node of the second call, from ONNX Runtime's own profiler."""
+    """Returns the time of each node in the second of two calls, from ONNX Runtime's profiler."""
     with TemporaryDirectory(prefix="edadm-onnx-") as folder:
         place = Path(folder)
         write(session.model, place / _MODEL)
@@ -145,7 +145,7 @@ def _operation(event: dict[str, Any]) -> OperationTime:
 
 
 def _own_name(name: str) -> str:
-    """Returns a node's name before the optimizer made it `<name>/MatmulTransposeFusion/` or `<output>_nchwc`."""
+    """Returns a node's original name, which the optimizer extended by `/MatmulTransposeFusion/` or `_nchwc`."""
     return name.partition("/")[0].removesuffix("_nchwc").removesuffix(":0")
 
 

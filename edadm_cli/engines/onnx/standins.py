@@ -1,6 +1,6 @@
-"""A denoiser as the exporter sees it: in the place of every quantized layer stands one symbolic node that names it.
+"""Prepares a denoiser for the exporter: one symbolic node takes the place of every quantized layer and names it.
 
-The nodes are replaced by QuantizeLinear and DequantizeLinear after the export.
+After the export, these nodes are replaced with QuantizeLinear and DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = "layer"
 
 
 def with_stand_ins(denoiser: nn.Module) -> nn.Module:
-    """Returns a float32 copy of a quantized denoiser with stand-ins."""
+    """Returns a float32 copy of a quantized denoiser with stand-ins for its quantized layers and attentions."""
     stand_ins: dict[int, Any] = {}
     for name, module in denoiser.named_modules():
         if isinstance(module, QuantizedLayer):
@@ -32,7 +32,7 @@ def with_stand_ins(denoiser: nn.Module) -> nn.Module:
 
 
 class _LayerStandIn(LayerStandIn):
-    """One symbolic node with the layer's name."""
+    """Computes one symbolic node that has the layer's name."""
 
     def __init__(self, name: str, layer: QuantizedLayer) -> None:
         super().__init__(layer)
@@ -45,7 +45,7 @@ class _LayerStandIn(LayerStandIn):
 
 
 class _AttentionStandIn(AttentionProducts):
-    """Attention whose operands pass through nodes that name them."""
+    """Computes attention whose operands pass through symbolic nodes that name them."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _AttentionStandIn(AttentionProducts):
 
 
 def output_shape(operation: Operation, weight_shape: tuple[int, ...], shape: torch.Size) -> list[Any]:
-    """Returns the shape of a layer's output; sizes may be symbols."""
+    """Returns the shape of a layer's output for an input with the shape `shape`; sizes may be symbols."""
     if operation.kind == "linear":
         return [*shape[:-1], weight_shape[0]]
     convolution = (operation.stride, operation.padding, operation.dilation)
