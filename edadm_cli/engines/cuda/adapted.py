@@ -1,4 +1,4 @@
-"""Products with a LoRA beside them: the side branch is what the product's epilogue adds."""
+"""Products of layers with LoRA adapters. The product's epilogue adds the output of the side branch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from edadm_cli.engines.cuda.products import IntegerLinear, Product, merge
 
 
 class AdaptedProduct(Product):
-    """A product that takes its input in floating point, which both the product and the side branch read.
+    """A product that takes its input in floating point, because its side branch reads the input too.
 
     Args:
         base: The product without adapters.
-        branch: The adapters.
+        branch: The side branch of the adapters.
     """
 
     def __init__(self, base: Product, branch: SideBranch) -> None:
@@ -25,15 +25,15 @@ class AdaptedProduct(Product):
 
     @property
     def num_outputs(self) -> int:
-        """Output features."""
+        """Returns the number of output features."""
         return self.branch.up.shape[0]
 
     def prepare(self, x: Tensor) -> Tensor:
-        """`x` itself."""
+        """Returns `x` itself."""
         return channels_last(x) if x.ndim == 4 else x
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
-        """See `Product`; the branch and `residual` are added in the epilogue."""
+        """Multiplies, and adds the side branch and `residual` in the epilogue; see `Product`."""
         added = self._branch(prepared, residual)
         return self.base.product(self.base.prepare(prepared), added, sample_bias)
 
@@ -49,12 +49,12 @@ class AdaptedProduct(Product):
 
 
 def base_of(layer: Product) -> Product:
-    """Returns the product itself, without the adapters beside it."""
+    """Returns the product of a layer without its adapters."""
     return layer.base if isinstance(layer, AdaptedProduct) else layer
 
 
 def merge_adapted(layers: Sequence[Product]) -> AdaptedProduct:
-    """Returns one product for integer linear layers that share an input and its quantizer, some with adapters."""
+    """Returns one product for integer linear layers that share an input and a quantizer, some with adapters."""
     bases = [base for base in map(base_of, layers) if isinstance(base, IntegerLinear)]
     branches = [layer.branch if isinstance(layer, AdaptedProduct) else None for layer in layers]
     return AdaptedProduct(merge(bases), side_by_side(branches, [base.num_outputs for base in bases]))

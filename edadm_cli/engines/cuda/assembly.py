@@ -1,4 +1,4 @@
-"""A denoiser's modules exchanged for products and fused blocks, by class; what no block fits keeps its own forward."""
+"""Replaces a denoiser's modules, by class, with products and fused blocks. Other modules keep their own `forward`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Assembly:
     """Builds the denoiser that runs.
 
     Args:
-        lowering: Makes products of layers.
-        prompt_cache: Compute cross-attention's keys and values once a prompt, where the denoiser allows it.
-        attention: How attention is computed that the recipe leaves in floating point.
+        lowering: It turns layers into products.
+        prompt_cache: Whether keys and values of cross-attention are computed once per prompt, where possible.
+        attention: The form of those attention products that the recipe leaves in float.
     """
 
     def __init__(self, lowering: Lowering, prompt_cache: bool, attention: AttentionForm = "float") -> None:
@@ -70,14 +70,14 @@ class Assembly:
     def build(self, denoiser: nn.Module) -> tuple[nn.Module, tuple[LayerExecution, ...]]:
         """Returns a copy of `denoiser` that runs on the kernels, and how each of its layers runs."""
         shared: dict[int, Any] = {id(m): m for m in denoiser.modules() if isinstance(m, QuantizedLayer)}
-        model = copy.deepcopy(denoiser, shared)  # the copy's quantized layers are the originals, all exchanged below
+        model = copy.deepcopy(denoiser, shared)  # the copy shares the quantized layers, which are all replaced below
         self.state.prompt.is_active = self._prompt_cache and _passes_prompt_on(model)
         self._output(model)
         self._walk("", model)
-        # diffusers' own `to` warns of modules that its models would rather keep in float32
+        # diffusers' own `to` warns about modules that its models prefer to keep in float32
         nn.Module.to(model, self.lowering.device, self.lowering.dtype)
         nn.Module.to(model, memory_format=torch.channels_last)
-        # diffusers' models read their own element type off a parameter, and none may be left
+        # diffusers' models read their element type from a parameter, and there may be none left
         anchor = torch.empty(0, dtype=self.lowering.dtype, device=self.lowering.device)
         model.register_parameter("rest", nn.Parameter(anchor, requires_grad=False))
         self.state.time.freeze()
@@ -107,7 +107,7 @@ class Assembly:
         return None if build is None else build(name, module)
 
     def _layer(self, name: str, layer: nn.Module) -> nn.Module:
-        # a layer in floating point stays as it is: others may read its attributes
+        # a floating-point layer is not replaced, because other modules may read its attributes
         is_float = isinstance(layer, nn.Linear | nn.Conv2d)
         return layer if is_float and name not in self.lowering.adapters else self.lowering.product(name, layer)
 
@@ -223,7 +223,7 @@ class Assembly:
         return FusedTransformer2D(model, (proj_in, proj_out), self.lowering)
 
     def _output(self, model: Any) -> None:
-        """Joins the last normalization, SiLU and convolution of a UNet."""
+        """Fuses the last normalization, SiLU and convolution of a UNet."""
         norm, convolution = getattr(model, "conv_norm_out", None), getattr(model, "conv_out", None)
         act = type(getattr(model, "conv_act", None)).__name__
         if act != "SiLU" or not _are_group_norms(norm) or not isinstance(convolution, nn.Conv2d | QuantizedLayer):
@@ -238,7 +238,7 @@ def _are_group_norms(*norms: object) -> bool:
 
 
 def _activation(module: nn.Module) -> str | None:
-    """Returns which activation a feed-forward's first module is; `None` for one that is not known here."""
+    """Returns the name of the activation in a feed-forward layer's first module; `None` if it is unknown."""
     name = type(module).__name__
     if name == "GEGLU":
         return "geglu"
@@ -248,5 +248,5 @@ def _activation(module: nn.Module) -> str | None:
 
 
 def _passes_prompt_on(model: Any) -> bool:
-    """Returns whether cross-attention reads the very states that the denoiser is called with."""
+    """Returns whether cross-attention reads the text states that the denoiser is called with, unchanged."""
     return type(model).__name__ == "UNet2DConditionModel" and getattr(model, "encoder_hid_proj", None) is None

@@ -1,7 +1,7 @@
-"""Attention of any denoiser on our kernels: torch's own attention is replaced in the graphs that torch compiles.
+"""Runs the attention of any denoiser on the kernels of `edadm_kernels`, in the graphs that torch compiles.
 
-Whatever processor a model has, compiled by Dynamo its attention is a call of `scaled_dot_product_attention`; the
-backend here exchanges those calls and hands the graph to Inductor.
+Whatever processor a model has, its attention is a call of `scaled_dot_product_attention` in a graph of Dynamo. The
+backend of this module replaces these calls and passes the graph to Inductor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edadm_cli.engines.cuda.reductions import rows_in_registers
 from edadm_kernels.backend import uses_hopper
 
 MIN_TOKENS = 1024
-"""Queries and keys from which on attention in eight bits is worth what turns its operands into codes."""
+"""The least number of queries and keys for which 8-bit attention saves more than quantizing its operands costs."""
 INT8_ATTENTION = (
     f"in eight bits from {MIN_TOKENS:,} queries and keys on and without a mask, otherwise in floating point"
 )
@@ -31,9 +31,9 @@ Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
 @lru_cache(maxsize=8)
 def attention_backend(form: AttentionForm) -> Backend:
-    """Returns a backend for `torch.compile`: Inductor, with attention by this package's kernel where that is faster.
+    """Returns a backend for `torch.compile`: Inductor, with the kernels of `edadm_kernels` for attention if faster.
 
-    One object per form, so that equal blocks share a compilation.
+    It returns one object per form, so that equal blocks share a compilation.
     """
 
     def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -48,7 +48,7 @@ def attention_backend(form: AttentionForm) -> Backend:
 
 
 def replace_attention(graph: fx.GraphModule, form: AttentionForm) -> int:
-    """Replaces what pays of the attentions in a graph of Dynamo's, in place; returns how many were replaced."""
+    """Replaces those attentions in a graph of Dynamo that become faster, in place, and returns their number."""
     replaced = 0
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention and _replace(node, form):
@@ -60,12 +60,12 @@ def replace_attention(graph: fx.GraphModule, form: AttentionForm) -> int:
 
 
 def attend_int8_pays(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Returns whether `attend_int8` takes `q [N, heads, T, d]` and `k [N, heads, S, d]` and is faster than float16."""
+    """Returns whether `attend_int8` supports `q [N, heads, T, d]` and `k [N, heads, S, d]` and beats float16."""
     return min(q.shape[2], k.shape[2]) >= MIN_TOKENS and kernels.attend_int8_takes(q, scale)
 
 
 def attend_pays(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
-    """Returns whether our kernel does 16-bit attention for `[N, heads, tokens, d]` on this GPU faster than torch."""
+    """Returns whether `edadm_kernels` is faster than torch in 16-bit attention for `[N, heads, tokens, d]` here."""
     if not uses_hopper(q):
         return False
     meta = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (q, k, v)]
@@ -82,7 +82,7 @@ def grid_kernel_runs(device: torch.device, width: int) -> bool:
 
 
 def _operation(q: Tensor, k: Tensor, v: Tensor, scale: float, form: AttentionForm) -> Any:
-    """Returns the operation that computes an attention instead of torch's; `None` where none is faster."""
+    """Returns the operation that replaces torch's attention; `None` if no other operation is faster."""
     if form == "int8" and attend_int8_pays(q, k, scale):
         return torch.ops.edadm.attend_int8.default
     return torch.ops.edadm.attend.default if attend_pays(q, k, v, scale) else None
@@ -114,7 +114,10 @@ def _replace(node: fx.Node, form: AttentionForm) -> bool:
 
 
 def _call_of(node: fx.Node) -> tuple[list[fx.Node], float | None] | None:
-    """Queries, keys and values of a call without mask, causality, dropout or shared heads, and its scale."""
+    """Returns the queries, keys and values of a call and its scale.
+
+    The result is `None` for a call with a mask, a causal mask, dropout or shared heads.
+    """
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     operands = [arguments.get(name) for name in names[:3]]

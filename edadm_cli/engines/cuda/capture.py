@@ -1,4 +1,4 @@
-"""A function of tensors as a CUDA graph: recorded once for each set of shapes, then replayed."""
+"""Runs a function of tensors as a CUDA graph, which is recorded once per set of shapes and then replayed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 WARM_UP = 3
-"""Calls before recording: kernels are compiled and libraries choose their algorithms in them."""
+"""The number of calls before recording, in which kernels are compiled and libraries choose their algorithms."""
 
 
 class GraphedFunction:
     """Calls a function by replaying CUDA graphs.
 
     A graph is recorded at the first call with new shapes, element types or other arguments. Outputs are copies, so a
-    later call does not overwrite them. All graphs share one memory pool: they never run at the same time.
+    later call does not overwrite them. All graphs share one memory pool, because they never run at the same time.
 
     Args:
         function: A function that takes nested tensors and constants and returns nested tensors. It launches work on one
@@ -30,7 +30,7 @@ class GraphedFunction:
         self._pool: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replays, recording first where that is needed."""
+        """Replays the graph for these arguments, and records it first if there is none."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (str(spec), tuple(_signature(leaf) for leaf in leaves))
         if key not in self._recorded:
@@ -41,7 +41,7 @@ class GraphedFunction:
 
 
 class _Recording:
-    """One graph with its input and output buffers."""
+    """Holds one graph with its input and output buffers."""
 
     def __init__(self, function: Callable[..., Any], leaves: list[Any], spec: Any, pool: Any) -> None:
         self._inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -1,7 +1,7 @@
-"""Adaptive normalizations of blocks that each embed timestep and class anew: computed for all blocks at once.
+"""Computes the conditioning of the adaptive normalizations of all blocks at once.
 
-In a DiT every block has an embedder and a projection of its own, and what they compute depends on timestep and class
-alone. Here a step begins with three launches for all blocks in place of three for each.
+In a DiT, every block has its own embedder and projection, whose outputs depend only on timestep and class. Here a step
+begins with three kernel launches for all blocks together, in place of three launches per block.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from edadm_kernels import pack
 
 _NORM, _EMBEDDER = "AdaLayerNormZero", "CombinedTimestepLabelEmbeddings"
 _CHUNKS = 6
-"""Shift, scale and gate of the attention and of the feed-forward layer."""
+"""The number of outputs of a projection: shift, scale and gate of the attention and of the feed-forward layer."""
 
 
 class LayerStack(nn.Module):
-    """Linear layers of equal sizes, each with an input, a quantizer and weights of its own.
+    """Runs linear layers of equal sizes in one launch. Each has its own input, quantizer and weights.
 
     Args:
-        layers: At least one, with products.
+        layers: The S layers, at least one, all of which run as products.
     """
 
     def __init__(self, layers: Sequence[QuantizedLayer]) -> None:
@@ -44,7 +44,7 @@ class LayerStack(nn.Module):
         self.register_buffer("bias", None if biases is None else torch.stack(biases))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[S, M, K]`, or `[M, K]` for all layers, to `[S, M, N]` in the element type of `x`."""
+        """Returns the outputs `[S, M, N]`, in the type of `x`, for inputs `[S, M, K]` or one common input `[M, K]`."""
         inverse, shift = (self.get_buffer(name)[:, None, None] for name in ("inverse_scale", "code_shift"))
         codes = (torch.round(x.float() * inverse) + shift).clamp(-pack.CODE_OFFSET, self.highest).to(torch.int8)
         return kernels.linear_stack(
@@ -58,10 +58,10 @@ class LayerStack(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """The embeddings and projections of every block's normalization.
+    """Computes the embeddings and projections of all blocks' normalizations.
 
     Args:
-        norms: The normalizations.
+        norms: The normalizations of the S blocks.
     """
 
     def __init__(self, norms: Sequence[Any]) -> None:
@@ -83,14 +83,14 @@ class Conditioning(nn.Module):
 
 
 class ConditionedNorm(nn.Module):
-    """An `AdaLayerNormZero` whose projection was computed before the first block.
+    """Computes an `AdaLayerNormZero` whose projection is computed before the first block.
 
     Args:
-        norm: Its normalization without weights.
+        norm: The normalization without weights that the original applies.
 
     Attributes:
-        embedded: `[M, C]`, set at the beginning of a step.
-        projected: `[M, 6 C]`, likewise.
+        embedded: The embedding `[M, C]`, which is set at the beginning of a step.
+        projected: The projection `[M, 6 C]`, which is set at the beginning of a step.
     """
 
     embedded: Tensor
@@ -105,16 +105,20 @@ class ConditionedNorm(nn.Module):
         return self.embedded
 
     def forward(self, x: Tensor, *unused: Any, **ignored: Any) -> tuple[Tensor, ...]:
-        """Normalized and modulated `x`; gate of the attention; shift, scale and gate of the feed-forward layer."""
+        """Returns five tensors, as `AdaLayerNormZero` does.
+
+        They are the normalized and modulated `x`, the gate of the attention, and the shift, scale and gate of the
+        feed-forward layer.
+        """
         shift, scale, gate, *rest = self.projected.chunk(_CHUNKS, dim=1)
         return (self.norm(x) * (1 + scale[:, None]) + shift[:, None], gate, *rest)
 
 
 def condition_at_once(model: nn.Module) -> None:
-    """Has a deployed model compute the conditioning of all blocks at the beginning of each step, in place.
+    """Makes a deployed model compute the conditioning of all blocks at the beginning of each step, in place.
 
-    What computes it becomes the model's `conditioning`. Nothing is changed where the blocks share one embedder; a block
-    with a layer there that is not multiplied in integers goes on by itself.
+    The module that computes it becomes the model's `conditioning`. A model whose blocks share one embedder is not
+    changed. A block whose embedder or projection is not computed in integers keeps its own.
     """
     places = [
         (parent, name, child)
@@ -123,7 +127,7 @@ def condition_at_once(model: nn.Module) -> None:
         if type(child).__name__ == _NORM and type(getattr(child, "emb", None)).__name__ == _EMBEDDER
     ]
     served = [place for place in places if all(_is_served(layer) for layer in _layers(place[2]))]
-    # the first and the last layers of a model are often left in floating point, and with them a block's embedder
+    # the first and last layers of a model are often left in float, and with them the embedder of a block
     places = [place for place in served if _sizes(place[2]) == _sizes(served[0][2])]
     if len(places) < 2:
         return
@@ -159,6 +163,6 @@ def _is_served(layer: nn.Module) -> bool:
 
 
 def _sizes(norm: Any) -> list[tuple[Any, ...]]:
-    """Returns what layers that are stacked have in common."""
+    """Returns the properties that layers must have in common to be stacked."""
     layers: list[Any] = _layers(norm)
     return [(layer.weight_shape, layer.plan.activation_bits, layer.bias is None) for layer in layers]

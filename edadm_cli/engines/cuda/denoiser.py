@@ -1,4 +1,4 @@
-"""A denoiser assembled out of kernels, called like the original."""
+"""A denoiser that is built from kernels and has the calls of the original."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ PROMPT = "encoder_hidden_states"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a CUDA device the current one: graphs are recorded on its stream, whichever the caller works with."""
+    """Returns a context in which a CUDA device is the current one, because graphs are recorded on its stream."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class CudaDenoiser(CompiledDenoiser):
-    """Runs an assembled model: inputs to the device and its element type, one step, outputs back.
+    """Runs a built model: it moves inputs to the device and element type, runs one step, and moves outputs back.
 
     Args:
-        model: As `Assembly.build` made it.
-        layers: How its layers run.
-        state: What its blocks share.
-        options: Device and element type.
-        cuda_graphs: Record the step and replay it.
-        is_assembled: The model consists of fused stages; else it runs the denoiser's own forward.
+        model: The model that `Assembly.build` or `build_plain` returned.
+        layers: How the layers of the model run.
+        state: The state that the blocks share.
+        options: The options of the engine, of which device and element type count.
+        cuda_graphs: Whether a step is recorded and replayed.
+        is_assembled: Whether the model consists of fused stages; otherwise it runs the denoiser's own `forward`.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class CudaDenoiser(CompiledDenoiser):
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:
-        """How each layer runs, in the order of the denoiser's modules."""
+        """Returns how each layer runs, in the order of the denoiser's modules."""
         return self._layers
 
     def parts(self) -> nn.Module:
-        """Returns the denoiser where it runs its own forward; from then on no graph is recorded of a whole step."""
+        """Returns the denoiser if it runs its own `forward`. From then on, no graph is recorded of a whole step."""
         if self._is_assembled:
             return super().parts()
         self._step = self._eager
@@ -66,7 +66,7 @@ class CudaDenoiser(CompiledDenoiser):
 
     @torch.no_grad()
     def set_strengths(self, strengths: Strengths) -> None:
-        """Weight the adapters that the denoiser was compiled with, in place: no graph is made again."""
+        """Sets the strengths of the adapters that the denoiser was compiled with, in place; graphs stay valid."""
         for module in self.model.modules():
             if isinstance(module, SideBranch):
                 module.set_strengths(strengths)
@@ -74,7 +74,7 @@ class CudaDenoiser(CompiledDenoiser):
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs one step; outputs have the element type of the call's first floating-point tensor."""
+        """Runs one step. Outputs have the element type of the call's first floating-point tensor."""
         return self._call(self._step, args, kwargs)
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ class CudaDenoiser(CompiledDenoiser):
         return self._call(self._eager, args, kwargs)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
-        """Returns the time of each operation of one call: of its kernels on CUDA, of its operations on a CPU."""
+        """Returns the times of one call: those of its kernels on CUDA, and of its operations on a CPU."""
         self.call_eagerly(*args, **kwargs)
         return operation_times(self.model, lambda: self.call_eagerly(*args, **kwargs), self._layers)
 
@@ -105,7 +105,7 @@ class CudaDenoiser(CompiledDenoiser):
             return self.model(**arguments)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Returns the call's arguments by name; a numeric timestep becomes a tensor, which a graph can read."""
+        """Returns the call's arguments by name. A numeric timestep becomes a tensor, so that a graph can read it."""
         bound = dict(self._signature.bind(*args, **kwargs).arguments)
         timestep = bound.get("timestep")
         if isinstance(timestep, int | float):

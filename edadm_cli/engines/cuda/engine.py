@@ -1,6 +1,6 @@
-"""The CUDA engine: integer kernels in Triton and CUDA C++, a step in a CUDA graph.
+"""The CUDA engine, which runs a step as a CUDA graph of integer kernels in Triton and CUDA C++.
 
-UNets are assembled out of fused stages; every other denoiser is compiled by torch around the same kernels.
+UNets are assembled from fused stages. torch compiles every other denoiser around the same kernels.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from edadm_cli.quant.layers import QuantizedLayer
 class CudaEngine(Engine):
     """Runs quantized denoisers on the kernels of `edadm_kernels`.
 
-    On a CPU the kernels' plain torch reference computes the same sums: exact, slow, and what the tests compare.
+    On a CPU, the kernels' reference in plain torch computes the same sums. It is exact and slow, and tests use it.
 
     Args:
-        cuda_graphs: Record each step once and replay it; on CUDA only.
-        pack_weights: Keep weights of at most four bits packed and unpack them inside the kernels: less memory, not
-            less time. By default they are unpacked once.
-        prompt_cache: Compute keys and values of cross-attention once for each prompt tensor, not in every step.
-        float_where_faster: Keep layers in float16 that it runs faster at the size of the example call, by the times
-            that were measured on this GPU (`times.json`); without them, and with packed weights, none are.
+        cuda_graphs: Whether each step is recorded once and replayed, on CUDA only.
+        pack_weights: Whether weights of at most four bits stay packed and are unpacked inside the kernels, which saves
+            memory but not time. By default they are unpacked once.
+        prompt_cache: Whether keys and values of cross-attention are computed once per prompt tensor, not in every step.
+        float_where_faster: Whether layers that float16 runs faster at the size of the example call run in float16. The
+            times that were measured on this type of GPU (`times.json`) decide. Without such times, and with packed
+            weights, no layer does.
     """
 
     name: ClassVar[str] = "cuda"
     description: ClassVar[str] = "INT8 kernels in Triton and CUDA C++ for NVIDIA GPUs, steps in CUDA graphs"
     device_types: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
     takes_adapters: ClassVar[bool] = True
-    # Sums are exact; the epilogue multiplies, subtracts and adds once each in float32, 2^-24 each of terms that can
-    # exceed the result where they cancel. Measured over random layers: below 1e-6.
+    # Sums are exact. The epilogue multiplies, subtracts and adds once each in float32, each with an error of 2^-24 of
+    # its terms, which exceed the result if they cancel. The measured error over random layers is below 1e-6.
     layer_bound: ClassVar[float] = 1e-5
     attention_forms: ClassVar[tuple[AttentionForm, ...]] = ("float", "int8")
 
@@ -62,7 +63,7 @@ class CudaEngine(Engine):
         self._float_where_faster = float_where_faster
 
     def refusal(self, device: torch.device) -> str | None:
-        """Returns why the kernels cannot run on a device."""
+        """Returns a sentence that says why the kernels cannot run on a device; `None` if they can."""
         if device.type == "cpu":
             return None
         if device.type != "cuda":
@@ -73,14 +74,14 @@ class CudaEngine(Engine):
         return None if reason is None else f"The CUDA engine cannot run on this device: {reason}."
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """Returns why the kernels cannot run a layer."""
+        """Returns a clause that says why the kernels cannot run a layer; `None` if they can."""
         return refusal(layer)
 
     @torch.no_grad()
     def compile(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> CompiledDenoiser:
-        """Assembles fused stages, or have torch compile the denoiser; a step's graph is recorded at its first call."""
+        """Assembles fused stages, or has torch compile the denoiser. The first call of a step records its graph."""
         self.require(options.device)
         on_cuda = options.device.type == "cuda"
         strengths = strengths_of(denoiser)
@@ -106,7 +107,7 @@ class CudaEngine(Engine):
 
     @torch.no_grad()
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
-        """Returns one layer as a product: quantize, multiply, epilogue."""
+        """Returns one layer as a product, which quantizes its input, multiplies and applies the epilogue."""
         self.require(options.device)
         product = self._lowering(options).product("", layer)
 
@@ -119,7 +120,7 @@ class CudaEngine(Engine):
     def _kept(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> dict[str, str]:
-        """Returns the layers that float16 runs faster, each with the reason."""
+        """Returns the names of the layers that float16 runs faster, each with the reason."""
         times = measured_times(options.device, options.rest_dtype)
         if times is None or self._pack_weights or not self._float_where_faster:
             return {}

@@ -1,4 +1,4 @@
-"""Feed-forward layers whose hidden channels leave the first product as codes for the second."""
+"""Feed-forward layers whose first product writes its output as the codes that the second product reads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from edadm_cli.quant.layers import QuantizedLayer
 
 
 class IntegerFeedForward(nn.Module):
-    """A diffusers `FeedForward` with GELU (approximated by a hyperbolic tangent) between two integer layers.
+    """Computes a diffusers `FeedForward` with GELU (in its tanh approximation) between two integer layers.
 
     Args:
         first: The layer before the activation.
-        second: The layer behind it.
-        product: What multiplies both.
+        second: The layer after the activation.
+        product: It multiplies the codes of both layers.
     """
 
     def __init__(self, first: QuantizedLayer, second: QuantizedLayer, product: KernelProduct) -> None:
@@ -25,7 +25,7 @@ class IntegerFeedForward(nn.Module):
         self.first, self.second, self.product = first, second, product
 
     def forward(self, hidden_states: Tensor, *unused: Any, **ignored: Any) -> Tensor:
-        """`[..., C]` to `[..., C]`."""
+        """Returns the output `[..., C]` for `hidden_states` `[..., C]`."""
         first, second = self.first, self.second
         bits = second.plan.activation_bits
         assert bits is not None
@@ -45,7 +45,7 @@ class IntegerFeedForward(nn.Module):
 
 
 def fuse_feed_forwards(model: nn.Module, product: KernelProduct) -> None:
-    """Replaces, in place, the feed-forward layers of a deployed model that `IntegerFeedForward` computes."""
+    """Replaces the feed-forward layers of a deployed model that `IntegerFeedForward` supports, in place."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             layers = _layers_of(child)
@@ -66,7 +66,7 @@ def _layers_of(module: nn.Module) -> tuple[QuantizedLayer, QuantizedLayer] | Non
 
 
 def is_served(layer: nn.Module) -> bool:
-    """Returns whether a layer is an integer linear one on a device where its output can leave activated, as codes."""
+    """Returns whether a layer is an integer linear one on a device whose kernels apply activation and quantizer."""
     return (
         isinstance(layer, QuantizedLayer)
         and layer.operation.kind == "linear"

@@ -1,4 +1,4 @@
-"""Single-stream blocks of FLUX: hidden channels of the feed-forward half leave their product as codes."""
+"""Single-stream blocks of FLUX, in which the product of the feed-forward half writes its output as codes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _BLOCK = "FluxSingleTransformerBlock"
 
 
 class FluxSingleStage(nn.Module):
-    """A diffusers `FluxSingleTransformerBlock` whose two halves meet as codes, in two tensors.
+    """Computes a diffusers `FluxSingleTransformerBlock` whose two halves are two tensors of codes.
 
-    Queries, keys, values and the feed-forward half are one launch. The last layer reads the codes of both halves where
-    they lie, so that nothing is concatenated.
+    Queries, keys, values and the feed-forward half are computed in one launch. The last layer reads the codes of both
+    halves from two tensors, so nothing is concatenated.
 
     Args:
-        block: The original, deployed; its `proj_mlp` shares its input with queries, keys and values.
-        product: What multiplies its layers.
+        block: The original block, deployed. Its `proj_mlp` shares its input with queries, keys and values.
+        product: It multiplies the codes of the block's layers.
 
     Attributes:
-        replaces: The class of the original, whose arguments and results it has.
+        replaces: The class of the original block, which has the same arguments and results.
     """
 
     def __init__(self, block: Any, product: KernelProduct) -> None:
@@ -42,7 +42,7 @@ class FluxSingleStage(nn.Module):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`[N, T, C]` image and `[N, L, C]` text tokens to text and image tokens."""
+        """Returns text tokens `[N, L, C]` and image tokens `[N, T, C]` for tokens of the same shapes."""
         text_length = encoder_hidden_states.shape[1]
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         normed, gate = self.norm(residual, emb=temb)
@@ -63,7 +63,7 @@ class FluxSingleStage(nn.Module):
         return out[:, :text_length], out[:, text_length:]
 
     def _feed(self, normed: Tensor) -> Tensor:
-        """Returns the codes of the feed-forward half, `[M, F]`; queries, keys and values are held for their layers."""
+        """Returns the codes of the feed-forward half, `[M, F]`, and holds queries, keys and values for their layers."""
         shared, last = self.proj_mlp.member.shared, self.proj_mlp.member.place
         layers = [*(layer for place, layer in enumerate(shared.layers) if place != last), self.proj_mlp]
         codes = self.product.codes(self.proj_mlp, normed)
@@ -84,7 +84,7 @@ class FluxSingleStage(nn.Module):
 
 
 def fuse_single_blocks(model: nn.Module, product: KernelProduct) -> None:
-    """Replaces, in place, the single-stream blocks of a deployed FLUX that `FluxSingleStage` computes."""
+    """Replaces the single-stream blocks of a deployed FLUX that `FluxSingleStage` supports, in place."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ == _BLOCK and _fits(child):

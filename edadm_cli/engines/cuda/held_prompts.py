@@ -1,4 +1,4 @@
-"""Keys and values of a prompt, computed once per image where a transformer projects nothing but the prompt for them."""
+"""Computes keys and values of the prompt once per image, in transformers whose keys depend on the prompt alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MODELS = ("PixArtTransformer2DModel",)
 
 
 class HeldLayer(nn.Module):
-    """A layer that reads the prompt; its output is computed before the step and held.
+    """Takes the place of a layer that reads the prompt. The layer's output is computed before the step and held.
 
     Args:
         layer: The layer.
 
     Attributes:
-        held: The output, set at the beginning of a step.
+        held: The output, which is set at the beginning of a step.
     """
 
     held: Tensor
@@ -35,13 +35,13 @@ class HeldLayer(nn.Module):
 
 
 def hold_prompts(model: Any, prompt: PromptCache) -> None:
-    """Lets a deployed PixArt take the keys and values of cross-attention from `prompt`, in place.
+    """Makes a deployed PixArt take the keys and values of cross-attention from `prompt`, in place.
 
-    Nothing is changed in other models: their keys and values depend on more than the prompt.
+    Other models are not changed, because their keys and values depend on more than the prompt.
 
     Args:
         model: The denoiser.
-        prompt: Computes keys and values when it is given another prompt, or one that has been written to.
+        prompt: It computes keys and values when it is given another prompt, or one that has been overwritten.
     """
     if type(model).__name__ not in _MODELS or model.caption_projection is None:
         return

@@ -1,7 +1,7 @@
-"""Attention over text and image of FLUX and Stable Diffusion 3: heads are normalized and joined by one kernel.
+"""Joint attention over text and image of FLUX and Stable Diffusion 3. One kernel normalizes and joins the heads.
 
-A processor of diffusers normalizes, concatenates and rotates in operations of their own, which torch compiles into
-several kernels that each read and write the whole tensor.
+A processor of diffusers normalizes, concatenates and rotates in separate operations. torch compiles these into several
+kernels, each of which reads and writes the whole tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class JoinedFlux:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
-        """Returns image tokens, and text tokens where there are some of their own."""
+        """Returns the image tokens, and also the text tokens if they are given as a separate tensor."""
         q, k, v = ([layer(hidden_states)] for layer in (attn.to_q, attn.to_k, attn.to_v))
         norms = [[attn.norm_q], [attn.norm_k]]
         if encoder_hidden_states is not None:  # text comes first
@@ -55,7 +55,7 @@ class JoinedStreams:
         *unused: Any,
         **ignored: Any,
     ) -> Any:
-        """Returns image tokens, and text tokens where there are some."""
+        """Returns the image tokens, and also the text tokens if there are any."""
         q, k, v = ([layer(hidden_states)] for layer in (attn.to_q, attn.to_k, attn.to_v))
         norms = [[attn.norm_q], [attn.norm_k]]
         if encoder_hidden_states is not None:  # text comes last
@@ -72,7 +72,7 @@ class JoinedStreams:
 
 
 def join_streams(model: nn.Module) -> None:
-    """Gives the attentions of a model that `JoinedFlux` or `JoinedStreams` computes these processors, in place."""
+    """Sets the processors `JoinedFlux` and `JoinedStreams` on the attentions of a model that they support, in place."""
     attentions: Iterable[Any] = model.modules()
     for module in attentions:
         name = type(getattr(module, "processor", None)).__name__
@@ -89,7 +89,7 @@ def _attend(
     mask: Tensor | None,
     rotation: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Returns the attention `[N, T, C]` of pieces `[N, T_i, C]`."""
+    """Returns the attention `[N, T, C]` over pieces `[N, T_i, C]`, such as text and image."""
     queries, keys = (_joined(x, heads, of_x, rotation) for x, of_x in zip((q, k), norms, strict=True))
     values = _joined(v, heads, [None], None)
     split = [x.transpose(1, 2) for x in (queries, keys, values)]
@@ -98,7 +98,7 @@ def _attend(
 
 
 def _joined(pieces: list[Tensor], heads: int, norms: list[Any], rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Returns `[N, T, heads, d]`; a piece alone that nothing is done to is a view."""
+    """Returns the heads of the joined pieces, `[N, T, heads, d]`; this is a view if nothing has to be computed."""
     if len(pieces) == 1 and norms[0] is None and rotation is None:
         return pieces[0].unflatten(-1, (heads, -1))
     present: list[Any] = [norm for norm in norms if norm is not None]
@@ -109,7 +109,7 @@ def _joined(pieces: list[Tensor], heads: int, norms: list[Any], rotation: tuple[
 
 
 def _fits(attn: Any) -> bool:
-    """Returns whether the kernel has the normalizations of an attention, and its heads' width."""
+    """Returns whether the kernel supports the normalizations of an attention and the width of its heads."""
     has_text = getattr(attn, "add_q_proj", None) is not None
     names = ("norm_q", "norm_k", *(("norm_added_q", "norm_added_k") if has_text else ()))
     norms: list[Any] = [getattr(attn, name, None) for name in names]

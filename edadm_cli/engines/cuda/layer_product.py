@@ -1,9 +1,10 @@
-r"""Quantized layers of a loaded export that multiply their own codes, in eager torch and under `torch.compile`.
+r"""Runs quantized layers of a loaded export by multiplying codes, in eager torch and under `torch.compile`.
 
     s = clamp(rne(x * (1 / x_scale)) + (zero_point - 128), -128, 2^bits - 129),   y = product(s, w_int)
 
-Compiled, the codes are computed by plain operations, which Inductor fuses into the normalization, gate or addition
-before the layer; in eager torch one kernel computes them. The product is a custom operation with its epilogue inside.
+Under `torch.compile`, plain operations compute the codes, and Inductor fuses them into the normalization, gate or
+addition before the layer. In eager torch, one kernel computes the codes. The product is a custom operation that
+includes the epilogue.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from edadm_cli.quant.layers import QuantizedLayer
 from edadm_kernels import pack
 
 MIN_CAPABILITY = (8, 0)
-"""Integer tensor cores that the kernels are compiled for: sm_80 and later."""
+"""The least compute capability of a GPU whose integer tensor cores the kernels support."""
 ON_CPU = (
     "On a CPU this exported denoiser computes in floating point, from its integer codes in every step: "
     "edadm_cli.load(folder) is the fast way to run it there, in integers."
@@ -34,7 +35,7 @@ _BUFFERS = ("product_weight", "product_scale", "product_correction", "product_bi
 
 
 def capability_refusal(device: torch.device) -> str | None:
-    """Returns why the kernels cannot run on a CUDA device of this machine, as half a sentence; `None` when they can."""
+    """Returns a clause that says why the kernels cannot run on a CUDA device of this machine; `None` if they can."""
     capability = torch.cuda.get_device_capability(device)
     if capability >= MIN_CAPABILITY:
         return None
@@ -45,23 +46,23 @@ def capability_refusal(device: torch.device) -> str | None:
 class KernelProduct:
     """Multiplies the codes of layers with the operations of `edadm_kernels`.
 
-    A layer that is served gets these buffers, which are not persistent: `product_scale` and `product_bias` float32
-    `[C_out]`, `product_correction` int32, `inverse_scale` and `code_shift` float32 `()`, and, where the codes are
-    stored two to a byte, `product_weight`, the same codes as int8. Codes of a convolution are stored channels last.
+    A supported layer gets these buffers, which are not persistent: `product_scale` and `product_bias`, float32
+    `[C_out]`; `product_correction`, int32; `inverse_scale` and `code_shift`, float32 `()`; and, if two codes are stored
+    per byte, `product_weight`, the same codes as int8. Codes of a convolution are stored channels last.
 
     Args:
-        device_types: Types of the devices that are served. On a CPU the operations are exact and slow.
+        device_types: The types of the supported devices. On a CPU the operations are exact and slow.
     """
 
     def __init__(self, device_types: tuple[str, ...] = ("cuda",)) -> None:
         self.device_types = device_types
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelProduct:
-        """Returns the object itself: compiled blocks are shared by layers that share their product."""
+        """Returns the object itself, because blocks whose layers share the product share their compilation."""
         return self
 
     def prepare(self, layer: QuantizedLayer) -> None:
-        """Computes the buffers of a layer on a device that is served, and removes those of another device."""
+        """Computes the buffers of a layer on a supported device, and removes those of another device."""
         for name in _BUFFERS:
             layer._buffers.pop(name, None)
             layer._non_persistent_buffers_set.discard(name)
@@ -71,16 +72,16 @@ class KernelProduct:
             layer.member.shared.renew()
 
     def join(self, model: nn.Module) -> None:
-        """Finds the layers that share their input."""
+        """Finds the layers of a model that share their input, which then run in one launch."""
         share_inputs(model)
 
     def runs(self, layer: QuantizedLayer) -> bool:
-        """Returns whether the layer has its buffers where its codes are."""
+        """Returns whether the layer has its buffers on the device of its codes."""
         scale: Tensor | None = getattr(layer, "product_scale", None)
         return scale is not None and scale.device == layer.weight_codes.device
 
     def fall_back(self, layer: QuantizedLayer) -> None:
-        """Reports once that a layer computes in floating point, and why."""
+        """Warns once that layers compute in floating point, and says why."""
         device = layer.weight_codes.device
         if device.type == "cpu" and "cpu" not in self.device_types:
             say_once(ON_CPU)
@@ -90,7 +91,7 @@ class KernelProduct:
             say_once(f"Layers of this exported denoiser compute in floating point on {device.type}: {reason}.")
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
-        """Quantizes, multiplies, and adds the bias."""
+        """Quantizes `x`, multiplies, adds the bias, and returns the layer's output."""
         if layer.member is not None and layer.member.shared.is_active:
             y: Tensor | None = layer.member.shared.take(layer.member.place, x, self._linears)
             if y is not None:
@@ -136,7 +137,7 @@ class KernelProduct:
             layer.register_buffer(name, tensor, persistent=False)
 
     def codes(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
-        """Returns the codes of `x`, int8, in its shape."""
+        """Returns the codes of `x`, int8, in the shape of `x`."""
         bits = layer.plan.activation_bits
         assert bits is not None
         if layer.transform is not None:
@@ -158,7 +159,7 @@ class KernelProduct:
         return codes.flatten(1) if is_matrix else codes.permute(0, 2, 3, 1)
 
     def _linears(self, layers: Sequence[QuantizedLayer], x: Tensor) -> list[Tensor]:
-        """Returns the outputs of linear layers with equal quantizers."""
+        """Returns the outputs of linear layers with equal quantizers for one input."""
         codes = self.codes(layers[0], x)
         outputs = kernels.linears(
             as_rows(codes),
@@ -171,7 +172,7 @@ class KernelProduct:
         return [y.view(*codes.shape[:-1], y.shape[-1]) for y in outputs]
 
     def linear(self, layer: QuantizedLayer, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the product of codes `[M, K]`, `[M, N]` in an element type."""
+        """Returns the product `[M, N]` of codes `[M, K]`, in an element type."""
         return kernels.linear(
             rows,
             self.weight(layer),
@@ -195,7 +196,7 @@ class KernelProduct:
 
 
 def as_rows(codes: Tensor) -> Tensor:
-    """`[..., K]` as `[M, K]`."""
+    """Returns codes `[..., K]` as rows `[M, K]`."""
     return codes.reshape(-1, codes.shape[-1]).contiguous()
 
 
@@ -204,6 +205,6 @@ def _buffer(layer: QuantizedLayer, name: str) -> Any:
 
 
 def _sides(layer: QuantizedLayer) -> tuple[int, int, int, int]:
-    """Padding at the top, bottom, left and right."""
+    """Returns the padding at the top, bottom, left and right."""
     down, right = layer.operation.padding
     return down, down, right, right

@@ -1,4 +1,4 @@
-"""Images as rows of channels and back: with channels-last strides both are views of the same memory."""
+"""Converts images to rows of channels and back. With channels-last strides, both are views of the same memory."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from torch import Tensor
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`[N, C, H, W]` with channels-last strides; a copy only where it has others."""
+    """Returns `x` `[N, C, H, W]` with channels-last strides; it is a copy only if `x` has other strides."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def quantizable(x: Tensor) -> Tensor:
-    """`x` in an order that the quantizing kernel reads as it stands; some channels of a channels-last image are."""
+    """Returns `x` with strides that the quantizing kernel can read, as a copy only if necessary.
+
+    The kernel can read a range of channels of a channels-last image without a copy.
+    """
     if x.ndim != 4:
         return x.contiguous()
     return x if x.stride(1) == 1 else channels_last(x)
 
 
 def rows_of(image: Tensor) -> Tensor:
-    """`[N, C, H, W]` channels last as `[N * H * W, C]`."""
+    """Returns a channels-last image `[N, C, H, W]` as rows `[N * H * W, C]`."""
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 
 
 def image_of(rows: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """`[N * H * W, C]` as `[N, C, H, W]` with channels-last strides."""
+    """Returns rows `[N * H * W, C]` as an image `[N, C, H, W]` with channels-last strides."""
     return rows.view(batch, height, width, rows.shape[-1]).permute(0, 3, 1, 2)

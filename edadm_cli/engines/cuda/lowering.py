@@ -1,4 +1,4 @@
-"""From layers to products, and from normalizations to stages before them: what runs in integers, what not, and why."""
+"""Turns layers into products and normalizations into stages, and notes which layers do not run in integers, and why."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Padding = tuple[int, int, int, int]
 
 
 def refusal(layer: QuantizedLayer) -> str | None:
-    """Returns why the fused stages cannot run a layer, as half a sentence; `None` when they can."""
+    """Returns a clause that says why the fused stages cannot run a layer; `None` if they can."""
     if layer.transform is not None:
         return f"the fused stages do not have the transform '{layer.transform.name}' of its input"
     return product_refusal(layer)
 
 
 def product_refusal(layer: QuantizedLayer) -> str | None:
-    """Returns why the kernels cannot multiply the codes of a layer, as half a sentence; `None` when they can."""
+    """Returns a clause that says why the kernels cannot multiply the codes of a layer; `None` if they can."""
     operation = layer.operation
     if layer.plan.input_grid is None:
         return "its input stays in floating point"
@@ -51,16 +51,16 @@ def product_refusal(layer: QuantizedLayer) -> str | None:
 
 @dataclass
 class Lowering:
-    """Makes products of layers and notes how each runs; and the normalizations before them.
+    """Turns layers into products and the normalizations before them into stages, and notes how each layer runs.
 
     Attributes:
         device: The device of the products.
         dtype: The element type of everything that is not integer.
-        pack_weights: Multiply weights of at most four bits packed, instead of unpacking them once.
-        kept: Layers to keep in floating point although the kernels could run them: name to reason. They read their
-            input as it stands, as a layer does that the recipe keeps.
-        adapters: LoRA adapters beside layers: name to side branch.
-        decisions: How each planned layer runs: name to precision, and to the reason where it is no integer one.
+        pack_weights: Whether weights of at most four bits stay packed, and are not unpacked once.
+        kept: The reason for each layer that runs in floating point although the kernels support it, by name. Its input
+            is not quantized, as that of a layer that the recipe leaves in float.
+        adapters: The side branch of each layer with LoRA adapters, by name.
+        decisions: The precision of each planned layer, by name, with the reason if it does not run in integers.
     """
 
     device: torch.device
@@ -74,9 +74,9 @@ class Lowering:
         """Returns the product of an `nn.Linear`, `nn.Conv2d`, `QuantizedLayer` or `SplitLayer`.
 
         Args:
-            name: Dotted name in the denoiser.
-            layer: What to run.
-            padding: Top, bottom, left, right, in place of a convolution's own.
+            name: The dotted name of the layer in the denoiser.
+            layer: The layer.
+            padding: The padding at the top, bottom, left and right; `None` takes the convolution's own.
         """
         branch = self.adapters.get(name)
         if branch is not None:
@@ -94,7 +94,7 @@ class Lowering:
         return AdaptedProduct(product, branch.to(self.device, self.dtype))
 
     def norm(self, norm: nn.Module, consumers: list[Product], silu: bool) -> NormStage:
-        """Returns a normalization that hands over what `consumers` take; see `NormStage`."""
+        """Returns the stage of a normalization, which prepares the inputs of `consumers`; see `NormStage`."""
         return NormStage(norm, consumers, silu, self.dtype, self.device)
 
     def can_pack(self, layer: QuantizedLayer) -> bool:
@@ -102,14 +102,14 @@ class Lowering:
         return self.pack_weights and layer.plan.weight_bits <= 4
 
     def codes(self, layer: QuantizedLayer) -> Tensor:
-        """Returns a layer's int8 weight codes on the device; on `meta` nothing is unpacked, since shapes are enough."""
+        """Returns a layer's int8 weight codes on the device; on `meta` nothing is unpacked, as only shapes count."""
         if self.device.type == "meta":
             return torch.empty(layer.weight_shape, dtype=torch.int8, device=self.device)
         return layer.weight_int.detach().to(self.device)
 
     @property
     def float_name(self) -> str:
-        """Name of the floating-point type."""
+        """Returns the name of the floating-point element type."""
         return str(self.dtype).removeprefix("torch.")
 
     def _quantized(self, name: str, layer: QuantizedLayer, padding: Padding | None) -> Product:
