@@ -1,4 +1,4 @@
-"""Normalizations that hand over what the layers behind them take: codes where those are integer, one kernel each."""
+"""Normalizations that return the inputs of the layers after them, as codes for integer layers, in one kernel each."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MAX_QUANTIZERS = 3
 
 
 class NormStage(nn.Module):
-    """GroupNorm (with or without SiLU) or LayerNorm, then the inputs of the layers that read it.
+    """Computes a GroupNorm (with or without SiLU) or LayerNorm, and the inputs of the layers that read it.
 
-    Layers with equal quantizers share one output. Codes need at most three quantizers of one width; else the
-    normalization runs in floating point and every layer prepares its own input.
+    Layers with equal quantizers share one output. The kernels support at most three quantizers of one width. Otherwise
+    the normalization runs in floating point, and every layer prepares its own input.
 
     Args:
         norm: An `nn.GroupNorm` or `nn.LayerNorm`.
-        consumers: The layers behind it.
-        silu: SiLU in between.
+        consumers: The layers that read the normalization.
+        silu: Whether SiLU follows the normalization.
         dtype: The element type of floating-point inputs.
-        device: Where it runs.
+        device: The device that it runs on.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class NormStage(nn.Module):
         quantizers = {c.quantizer.key: c.quantizer for c in consumers if c.quantizer is not None}
         self.is_fused = bool(quantizers) and len(quantizers) <= MAX_QUANTIZERS and _one_width(quantizers.values())
         self.needs_float = not self.is_fused or any(c.quantizer is None for c in consumers)
-        # of the element type that torch's layer norm wants them in; converted here, not in every step
+        # torch's layer norm needs them in this element type; they are converted here and not in every step
         self.float_affine = (self.weight.to(dtype), self.bias.to(dtype))
         if self.is_fused:
             self.places = {key: index for index, key in enumerate(quantizers)}
@@ -50,11 +50,11 @@ class NormStage(nn.Module):
             self.num_bits = next(iter(quantizers.values())).num_bits
 
     def forward(self, x: Tensor, more: Tensor | None = None) -> list[Tensor]:
-        """Returns what each consumer's `product` takes, for `x` `[N, C, H, W]` (GroupNorm) or `[..., C]` (LayerNorm).
+        """Returns the input of each consumer's `product`.
 
         Args:
-            x: What is normalized.
-            more: Channels that follow those of an image, as if both were concatenated.
+            x: The tensor that is normalized, `[N, C, H, W]` (GroupNorm) or `[..., C]` (LayerNorm).
+            more: Channels that follow those of the image `x`, as if both were concatenated.
         """
         x = channels_last(x) if self.num_groups is not None else x.contiguous()
         more = None if more is None else channels_last(more)
@@ -81,7 +81,7 @@ class NormStage(nn.Module):
 
 
 def affine(norm: nn.Module, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a normalization in float32 on a device; ones and zeros where it has none."""
+    """Returns the weight and bias `[C]` of a normalization in float32 on a device, or ones and zeros if it has none."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     ones, zeros = torch.ones(channels), torch.zeros(channels)
     kept = (ones if weight is None else weight.detach(), zeros if bias is None else bias.detach())

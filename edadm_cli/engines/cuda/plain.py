@@ -1,6 +1,6 @@
-"""Any denoiser on the kernels: its own forward, with layers that multiply their codes, compiled by torch.
+"""Runs any denoiser on the kernels: its own `forward`, with layers that multiply their codes, compiled by torch.
 
-Denoisers whose structure is known are assembled out of fused stages instead (`assembly`).
+Denoisers of a known structure are assembled from fused stages instead; see `assembly`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from edadm_cli.quant.network import deploy, set_module
 _ATTENTION_IS_FLOAT = "operands on the integer grids, products in floating point"
 _FUSED_STRUCTURE = "ResnetBlock2D"
 _MIN_REPEATS = 4
-"""Blocks of one class from which on they are compiled one by one: equal blocks share a compilation."""
+"""The least number of blocks of one class that are compiled one by one, as equal blocks share a compilation."""
 _MAX_SHAPES = 64
-"""Compilations of one block, each for other sizes of its inputs; torch's own limit is 8, and beyond it raises."""
+"""The largest number of compilations of one block for different input sizes; beyond its own limit, 8, torch raises."""
 
 
 def has_fused_stages(denoiser: nn.Module) -> bool:
-    """Returns whether the assembly knows the structure: UNets of residual blocks."""
+    """Returns whether `assembly` supports the structure of a denoiser, which is so for UNets of residual blocks."""
     return any(type(module).__name__ == _FUSED_STRUCTURE for module in denoiser.modules())
 
 
@@ -50,14 +50,14 @@ def build_plain(
 ) -> tuple[nn.Module, tuple[LayerExecution, ...]]:
     """Returns a copy of `denoiser` whose layers multiply their codes on `device`, and how each of its layers runs.
 
-    Side branches of LoRA adapters, by the names of their layers, run beside those.
+    The side branches of LoRA adapters, by the names of their layers, run beside these layers.
 
-    Tensors that lie on the device in the right element type already are shared with `denoiser`, not copied.
+    Tensors that are on the device already, in the right element type, are shared with `denoiser` and not copied.
     """
     model = placed_copy(denoiser, device, dtype).eval().requires_grad_(False)
     product = _SilentProduct((device.type,))
     deploy(model, product)
-    for name, branch in adapters.items():  # before layers are fused: an adapted one stays by itself
+    for name, branch in adapters.items():  # this comes before layers are fused, since adapted layers are not fused
         set_module(model, name, AdaptedLayer(model.get_submodule(name), branch.to(device, dtype)))
     fuse_feed_forwards(model, product)
     fuse_single_blocks(model, product)
@@ -76,7 +76,7 @@ def build_plain(
 
 
 def placed_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Returns a copy of a quantized model on a device, in an element type; codes and scales keep theirs."""
+    """Returns a copy of a quantized model on a device, in an element type; codes and scales keep their types."""
     placed: dict[int, Any] = {}
     for module in model.modules():
         keeps = isinstance(module, QuantizedLayer | QuantizedAttention)
@@ -93,13 +93,13 @@ def placed_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> n
 
 
 def compile_blocks(model: nn.Module, attention: AttentionForm | None = None) -> None:
-    """Has torch compile a model in place: its repeated blocks, which share their compilation, or else the whole.
+    """Makes torch compile a model in place: its repeated blocks, which share a compilation, or else the whole model.
 
-    Calls belong into `many_shapes`.
+    Later calls of the model must be inside `many_shapes`.
 
     Args:
-        model: In place.
-        attention: How our kernels compute its attention where they are faster; `None` leaves all of it to torch.
+        model: The model, which is changed.
+        attention: The form of the attention that `edadm_kernels` computes if faster; `None` leaves it all to torch.
     """
     backend = "inductor" if attention is None else attention_backend(attention)
     blocks = repeated_blocks(model)
@@ -111,14 +111,14 @@ def compile_blocks(model: nn.Module, attention: AttentionForm | None = None) -> 
 
 
 def many_shapes() -> AbstractContextManager[object]:
-    """Lets torch compile a function for more shapes than it does of itself, while entered."""
+    """Returns a context in which torch compiles a function for more shapes than by default."""
     dynamo: Any = torch._dynamo.config
     limited: AbstractContextManager[object] = dynamo.patch(recompile_limit=max(dynamo.recompile_limit, _MAX_SHAPES))
     return limited
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the members of the outermost block lists whose classes occur at least `_MIN_REPEATS` times in them."""
+    """Returns the blocks in the outermost block lists whose class occurs there at least `_MIN_REPEATS` times."""
     blocks: list[nn.Module] = []
 
     def walk(module: nn.Module) -> None:
@@ -134,7 +134,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 class _SilentProduct(KernelProduct):
-    """Reports nothing by itself: the engine lists every layer with the reason."""
+    """Multiplies codes without warnings, because the engine lists every layer with the reason."""
 
     def fall_back(self, layer: QuantizedLayer) -> None:
-        """Computes in floating point, as listed."""
+        """Reports nothing about a layer that computes in floating point."""

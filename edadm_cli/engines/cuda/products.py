@@ -41,7 +41,7 @@ class Product(nn.Module, ABC):
 
     @abstractmethod
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
-        """Multiplies, then adds the bias, `sample_bias` `[N, C_out]` (convolutions) and `residual` (output's shape)."""
+        """Multiplies, and adds the bias, `sample_bias` `[N, C_out]` (convolutions) and `residual` (output's shape)."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Prepares `x` and multiplies it."""
@@ -52,9 +52,9 @@ class IntegerLinear(Product):
     """A linear layer, or a convolution with a 1x1 kernel, on int8 codes.
 
     Args:
-        weight: int8 `[N, K]`.
-        weight_scale: float32 `[N]`.
-        bias: `[N]`, or `None`.
+        weight: The codes of the weight, int8 `[N, K]`.
+        weight_scale: The scale per output feature, float32 `[N]`.
+        bias: The bias `[N]`, or `None`.
         quantizer: The quantizer of the input.
         out_dtype: The type of the output.
         is_convolution: Whether inputs and outputs are images.
@@ -108,17 +108,17 @@ class IntegerLinear(Product):
 
 
 class IntegerConv2d(Product):
-    """A convolution on int8 codes, stride, padding and nearest 2x upsampling in its addressing.
+    """A convolution on int8 codes, whose addressing includes stride, padding and nearest 2x upsampling.
 
     Args:
-        weight: int8 `[C_out, C_in, kh, kw]`.
-        weight_scale: float32 `[C_out]`.
-        bias: `[C_out]`, or `None`.
+        weight: The codes of the weight, int8 `[C_out, C_in, kh, kw]`.
+        weight_scale: The scale per output channel, float32 `[C_out]`.
+        bias: The bias `[C_out]`, or `None`.
         quantizer: The quantizer of the input.
         out_dtype: The element type of the output.
-        stride: In both directions.
-        padding: Rows or columns of zeros at the top, bottom, left and right.
-        pack_weight: Keep two codes of at most four bits in a byte, where C_in allows it.
+        stride: The stride in both directions.
+        padding: The numbers of rows or columns of zeros at the top, bottom, left and right.
+        pack_weight: Whether two codes of at most four bits are stored per byte where C_in allows it.
     """
 
     quantizer: Quantizer
@@ -153,7 +153,7 @@ class IntegerConv2d(Product):
         sample_bias: Tensor | None = None,
         upsample: bool = False,
     ) -> Tensor:
-        """See `Product`; `upsample` doubles height and width of the input by repetition first."""
+        """Multiplies; see `Product`. If `upsample`, the input's height and width are doubled by repetition first."""
         return kernels.conv2d(
             prepared,
             self.weight,
@@ -173,9 +173,9 @@ class FloatProduct(Product):
     """A layer in floating point, with the interface of the integer ones.
 
     Args:
-        operation: What is multiplied.
-        weight: In its own layout.
-        bias: Or `None`.
+        operation: The operation of the layer.
+        weight: The weight, in the layout of the layer.
+        bias: The bias, or `None`.
         rounded_to: The layer's input quantizer when its input is still rounded to codes, though not multiplied as such.
         dtype: The element type of the arithmetic.
     """
@@ -203,7 +203,7 @@ class FloatProduct(Product):
         return self.weight.shape[0]
 
     def prepare(self, x: Tensor) -> Tensor:
-        """`x`, rounded to its codes where the layer has any."""
+        """Returns `x`, rounded to the values of its codes if the layer has an input quantizer."""
         x = x.to(self.weight.dtype)
         return x if self.input_quantizer is None else self.input_quantizer.fake_quantize(x)
 
@@ -238,7 +238,7 @@ class SplitProduct(Product):
         return self.join(prepared.split(self.sizes, dim=self.channel_dim), residual)
 
     def join(self, pieces: Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
-        """Does the same for an input that is not concatenated but given as one tensor per part."""
+        """Multiplies an input that is given as one tensor per part in place of a concatenated tensor."""
         for part, piece in zip(self.parts, pieces, strict=True):
             assert isinstance(part, Product)
             residual = part.product(part.prepare(piece), residual)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: kernels on CUDA, operations on a CPU, each under the layer that asked for it."""
+"""Measures the time of each kernel on CUDA, or operation on a CPU, in a step, under the name of its layer."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def operation_times(
     """Returns the time of every operation of one `step`, in execution order.
 
     Args:
-        model: Its products are named in the profile.
-        step: Runs the model once, kernel by kernel (a graph's replay has no layers to name).
+        model: The model, whose products are named in the profile.
+        step: A function that runs the model once, kernel by kernel, since the replay of a graph has no layer names.
         layers: How the layers run.
     """
     on_cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    eager = torch.compiler.set_stance("force_eager")  # a compiled block has no layers to name
+    eager = torch.compiler.set_stance("force_eager")  # a compiled block has no layer names
     with eager, wrapped_products(model, _recorded), profile(activities=activities) as profiler:
         step()
         if on_cuda:
@@ -75,7 +75,7 @@ def operation_times(
 def wrapped_products(
     model: nn.Module, wrap: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]]
 ) -> Iterator[None]:
-    """Puts `wrap(layer name, product)` in the place of every product of a model."""
+    """Returns a context in which every product of a model is replaced with `wrap(layer name, product)`."""
     products = [module for module in model.modules() if isinstance(module, Product) and module.label]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     for module in products:
@@ -108,7 +108,7 @@ def _layer_of(event: Any) -> str:
 
 
 def _work_of(event: Any) -> list[tuple[str, float]]:
-    """Returns an operation's kernels with microseconds; on a CPU the operation itself, without what it called."""
+    """Returns an operation's kernels with microseconds; on a CPU, the operation without those that it calls."""
     if torch.cuda.is_available():
         return [(kernel.name, kernel.duration) for kernel in event.kernels]
     is_work = not event.name.startswith(_PREFIX) and event.self_cpu_time_total > 0

@@ -1,4 +1,4 @@
-"""The grid of one tensor of activations, as the kernels want it."""
+"""The quantizer of a layer's input, in the form that the kernels take."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from edadm_cli.quant.layers import QuantizedLayer
 
 @dataclass(frozen=True, eq=False)
 class Quantizer:
-    """Scale, zero-point and width of a layer's input.
+    """Quantizes a layer's input with a scale, a zero-point and a number of bits.
 
     Attributes:
-        scale: float32, one element, on the device.
-        zero_point: int32, one element, convention of the unsigned code.
+        scale: The scale, float32, with one element, on the device.
+        zero_point: The zero-point of unsigned codes, int32, with one element.
         num_bits: The number of bits of a code.
-        key: Equal for quantizers that give equal codes.
+        key: A value that is equal for quantizers that return equal codes.
     """
 
     scale: Tensor
@@ -28,7 +28,7 @@ class Quantizer:
     key: tuple[float, int, int]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns the codes of `x`, int8."""
+        """Returns the codes of `x`, int8, in the shape of `x`."""
         return kernels.quantize(x, self.scale, self.zero_point, self.num_bits)
 
     @classmethod

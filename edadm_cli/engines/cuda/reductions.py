@@ -1,4 +1,4 @@
-"""Normalizations that torch compiles: a row stays in registers, where torch by itself reads it once per pass."""
+"""Makes torch keep a row in registers in the normalizations that it compiles, in place of reading it once per pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 WIDEST = 4096
-"""Channels of a row up to which it is kept in registers; torch by itself does so up to 1,024."""
+"""The largest number of channels of a row that is kept in registers; torch's own limit is 1,024."""
 
 
 def rows_in_registers() -> AbstractContextManager[object]:
@@ -26,7 +26,7 @@ def rows_in_registers() -> AbstractContextManager[object]:
 
 
 def _is_row(features: Any) -> bool:
-    """Returns whether the elements that are reduced lie side by side."""
+    """Returns whether the elements that are reduced are contiguous in memory."""
     from torch._inductor.runtime.hints import ReductionHint
 
     return bool(features.get_reduction_hint() == ReductionHint.INNER)

@@ -17,14 +17,15 @@ TimeBias = Callable[[Tensor], Tensor]
 
 
 class FusedResidualBlock(nn.Module):
-    """A diffusers `ResnetBlock2D`: time embedding and shortcut are added in the convolutions' epilogues.
+    """Computes a diffusers `ResnetBlock2D`, with time embedding and shortcut added in the convolutions' epilogues.
 
     Args:
-        block: The original, for its norms.
-        convolutions: `conv1` and `conv2`.
-        shortcut: Or `None`.
-        time_bias: From the time embedding to what is added per sample and channel, `[N, C]`; `None` without one.
-        lowering: Makes the normalizations.
+        block: The original block, which supplies the norms.
+        convolutions: The products of `conv1` and `conv2`.
+        shortcut: The product of the shortcut, or `None`.
+        time_bias: A function from the time embedding to the bias per sample and channel, `[N, C]`; `None` if there is
+            no time embedding.
+        lowering: It turns the normalizations into stages.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class FusedResidualBlock(nn.Module):
         self.output_scale = float(block.output_scale_factor)
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *unused: Any, **ignored: Any) -> Tensor:
-        """`[N, C, H, W]` to `[N, C_out, H, W]`, channels last."""
+        """Returns `[N, C_out, H, W]`, channels last, for an input `[N, C, H, W]`."""
         return self._run((channels_last(input_tensor),), temb)
 
     def join(self, hidden_states: Tensor, skip: Tensor, temb: Tensor | None) -> Tensor:
-        """Returns the same of both inputs' channels, the hidden state's first, with no copy of both."""
+        """Returns the output for the concatenation of `hidden_states` and `skip`, without concatenating them."""
         return self._run((channels_last(hidden_states), channels_last(skip)), temb)
 
     def _run(self, images: tuple[Tensor, ...], temb: Tensor | None) -> Tensor:
@@ -67,10 +68,10 @@ class FusedResidualBlock(nn.Module):
 
 
 class FusedUpBlock(nn.Module):
-    """A diffusers up block whose residual blocks read the hidden state and a skip connection where they lie.
+    """Computes a diffusers up block without concatenating the hidden state and the skip connections.
 
     Args:
-        block: The original, its residual blocks exchanged already; see `joins`.
+        block: The original block, whose residual blocks are replaced already; see `joins`.
     """
 
     def __init__(self, block: Any) -> None:
@@ -79,11 +80,11 @@ class FusedUpBlock(nn.Module):
         attentions, upsamplers = getattr(block, "attentions", None), block.upsamplers
         self.attentions = attentions if attentions is not None else [None] * len(self.resnets)
         self.upsamplers = upsamplers if upsamplers is not None else []
-        self.has_cross_attention = getattr(block, "has_cross_attention", False)  # which the model asks for
+        self.has_cross_attention = getattr(block, "has_cross_attention", False)  # the model reads this attribute
 
     @staticmethod
     def joins(block: Any) -> bool:
-        """Returns whether a block does nothing but concatenate, and its residual blocks can read both parts."""
+        """Returns whether a block only concatenates its inputs, and its residual blocks can read two tensors."""
         rescales = any(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))  # FreeU
         plain = getattr(block, "upsample_type", "conv") != "resnet"
         return plain and not rescales and all(isinstance(resnet, FusedResidualBlock) for resnet in block.resnets)
@@ -99,7 +100,7 @@ class FusedUpBlock(nn.Module):
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """`[N, C, H, W]` and as many skip connections as residual blocks, the last first."""
+        """Returns the output for a hidden state `[N, C, H, W]` and skip connections, which are read last to first."""
         skips = reversed(res_hidden_states_tuple[-len(self.resnets) :])
         for resnet, attention, skip in zip(self.resnets, self.attentions, skips, strict=True):
             hidden_states = resnet.join(hidden_states, skip, temb)
@@ -120,7 +121,7 @@ class FusedUpBlock(nn.Module):
 
 
 class FusedDownsample(nn.Module):
-    """A diffusers `Downsample2D` with a convolution, whose padding of one side is the convolution's own."""
+    """Computes a diffusers `Downsample2D` with a convolution, which includes the padding of one side."""
 
     def __init__(self, convolution: Product, pads_one_side: bool) -> None:
         super().__init__()
@@ -128,14 +129,14 @@ class FusedDownsample(nn.Module):
         self.pads_here = pads_one_side and not isinstance(convolution, IntegerConv2d)
 
     def forward(self, hidden_states: Tensor, *unused: Any, **ignored: Any) -> Tensor:
-        """`[N, C, H, W]` to half of height and width."""
+        """Returns an image of half the height and width for an image `[N, C, H, W]`."""
         if self.pads_here:
             hidden_states = F.pad(hidden_states, (0, 1, 0, 1))
         return self.convolution(channels_last(hidden_states))
 
 
 class FusedUpsample(nn.Module):
-    """A diffusers `Upsample2D` with a convolution that reads the small image twice in each direction."""
+    """Computes a diffusers `Upsample2D` with a convolution that reads each pixel of the small image twice per axis."""
 
     def __init__(self, convolution: IntegerConv2d) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ class FusedUpsample(nn.Module):
     def forward(
         self, hidden_states: Tensor, output_size: tuple[int, int] | None = None, *unused: Any, **ignored: Any
     ) -> Tensor:
-        """`[N, C, H, W]` to twice height and width, or to `output_size`."""
+        """Returns an image of twice the height and width, or of `output_size`, for an image `[N, C, H, W]`."""
         height, width = hidden_states.shape[2:]
         if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
             return self.convolution(channels_last(F.interpolate(hidden_states, size=output_size, mode="nearest")))
@@ -152,7 +153,7 @@ class FusedUpsample(nn.Module):
 
 
 class FusedOutput(nn.Module):
-    """The end of a UNet: normalization, SiLU and the last convolution."""
+    """Computes the end of a UNet: normalization, SiLU and the last convolution."""
 
     def __init__(self, norm: nn.Module, convolution: Product, lowering: Lowering) -> None:
         super().__init__()
@@ -160,6 +161,6 @@ class FusedOutput(nn.Module):
         self.norm = lowering.norm(norm, [convolution], silu=True)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[N, C, H, W]` to `[N, C_out, H, W]`."""
+        """Returns the prediction `[N, C_out, H, W]` for a hidden state `[N, C, H, W]`."""
         (prepared,) = self.norm(hidden_states)
         return self.convolution.product(prepared)

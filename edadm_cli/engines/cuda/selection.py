@@ -1,7 +1,7 @@
-"""Layers that float16 runs faster than integers at the size of a call, by times that were measured before.
+"""Chooses the layers that float16 runs faster than integers at the size of a call, by times measured before.
 
-Such a layer multiplies its exported codes, dequantized, in float16 and reads its input as it stands. It is nearer to
-full precision than the exported one, and never slower than the layer it replaces.
+Such a layer multiplies its dequantized weight codes by its input in float16, and does not quantize the input. It is
+closer to full precision than the integer layer that it replaces.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from edadm_cli.hooks import Hooks
 from edadm_kernels.tiles import Kind
 
 GAIN = 0.1
-"""Times closer than that share are level: a step is not the sum of its kernels, which overlap at their ends."""
+"""The least share of time that float16 must save, as kernels overlap and a step is not exactly the sum of them."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """A product of a step.
+    """Describes a product in a step.
 
     Attributes:
-        matrix: What it multiplies.
-        source: What makes its codes and nothing else; `None` where they come out of a product or of attention.
+        matrix: The kind and the sizes of the product.
+        source: The operation that only computes its codes; `None` if a product or attention returns the codes.
     """
 
     matrix: Matrix
@@ -52,22 +52,22 @@ def faster_in_float(
     times: MeasuredTimes,
     prompt_cache: bool = True,
 ) -> dict[str, str]:
-    """Returns the names of the layers that are to stay in floating point, each with the reason.
+    """Returns the names of the layers that should run in floating point, each with the reason.
 
     Args:
-        denoiser: With quantized layers.
+        denoiser: A denoiser with quantized layers.
         args: The positional arguments of an example call.
         kwargs: The keyword arguments of that call.
-        dtype: Element type of what is not quantized.
-        gpu: Name of the GPU that the times are of.
-        times: Measured.
-        prompt_cache: As in `CudaEngine`.
+        dtype: The element type of what is not quantized.
+        gpu: The name of the GPU on which the times were measured.
+        times: The measured times.
+        prompt_cache: Whether keys and values of the prompt are cached; see `CudaEngine`.
     """
     meta = EngineOptions(torch.device("meta"), dtype)
     assembly = Assembly(Lowering(meta.device, dtype), prompt_cache)
     model, layers = assembly.build(denoiser)
     compiled = CudaDenoiser(model, layers, assembly.state, meta, cuda_graphs=False)
-    compiled(*args, **kwargs)  # keys and values of the prompt are no part of a step
+    compiled(*args, **kwargs)  # this computes the keys and values of the prompt, which do not belong to a step
     with _recorded(model) as uses:
         compiled(*args, **kwargs)
     kept: dict[str, str] = {}
@@ -84,9 +84,9 @@ def faster_in_float(
 
 
 def _costs(uses: list[Use], times: MeasuredTimes) -> tuple[float, float] | None:
-    """Returns the microseconds of products and their inputs, in INT8 and in float16; `None` if one is not known.
+    """Returns the microseconds of products and their inputs, in int8 and in float16; `None` if one is not known.
 
-    A quantization by itself costs integers alone, so one that was not measured counts as nothing.
+    A separate quantization adds only to the int8 time, so one that was not measured counts as zero.
     """
     products = [times.by_matrix.get(use.matrix) for use in uses]
     # each quantizes for itself, and a normalization serves all of them

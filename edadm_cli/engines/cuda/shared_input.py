@@ -1,7 +1,7 @@
-"""Linear layers that read one tensor through equal quantizers: quantized once and multiplied in one launch.
+"""Runs linear layers that read one tensor through equal quantizers with one quantization and one launch.
 
-Which layers these may be is known from the names of their modules (queries, keys and values of an attention, and what
-runs beside it); whether they are is seen in every call, by the identity of the tensor.
+The names of modules tell which layers may share an input (queries, keys and values of an attention, and layers beside
+it). The identity of the tensor tells in every call whether they do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from edadm_cli.quant.layers import QuantizedLayer
 
 Together = Callable[[Sequence[QuantizedLayer], Tensor], list[Tensor]]
-"""The outputs of layers for one input."""
+"""A function that returns the outputs of several layers for one input."""
 
 _SIBLINGS = (
     ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),
@@ -26,14 +26,14 @@ _OF_CROSS_ATTENTION = (("to_k", "to_v"),)
 
 @dataclass(eq=False)
 class SharedInput:
-    """Layers that are multiplied when the first of them is called, and hand their outputs out one by one.
+    """Computes several layers when the first of them is called, and returns their outputs one by one.
 
     Attributes:
-        layers: In any order.
-        is_active: Whether their quantizers are equal, and none of them was called with another input than the others.
+        layers: The layers, in any order.
+        is_active: Whether their quantizers are equal, and all of them were called with the same input.
         source: The input whose outputs are held; `None` between calls.
         outputs: The number of output features of each layer.
-        num_left: Layers that have not taken theirs.
+        num_left: The number of layers that have not taken their output.
     """
 
     layers: tuple[QuantizedLayer, ...]
@@ -43,13 +43,13 @@ class SharedInput:
     num_left: int = 0
 
     def renew(self) -> None:
-        """Compares the quantizers, which have been set or moved."""
+        """Compares the quantizers again after they have been set or moved."""
         first = self.layers[0]
         self.is_active = all(_is_served(layer) and _equal_quantizers(first, layer) for layer in self.layers)
         self._release()
 
     def take(self, place: int, x: Tensor, together: Together) -> Tensor | None:
-        """Returns the output of the layer at `place`; `None` where `x` is not the input that the others have read."""
+        """Returns the output of the layer at `place`; `None` if `x` is not the input that the other layers read."""
         if self.source is None:
             self.hold(x, together(self.layers, x))
         elif self.source is not x:
@@ -64,7 +64,7 @@ class SharedInput:
         return y
 
     def hold(self, source: Tensor, outputs: Sequence[Tensor | None]) -> None:
-        """Keeps the outputs for `source` until each is taken; `None` for a layer that is not going to be called."""
+        """Keeps the outputs for `source` until each is taken; `None` stands for a layer that will not be called."""
         self.source, self.outputs = source, list(outputs)
         self.num_left = sum(y is not None for y in outputs)
 
@@ -74,14 +74,14 @@ class SharedInput:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A layer's place among those that share its input."""
+    """Holds a layer's place among the layers that share its input."""
 
     shared: SharedInput
     place: int
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Puts the layers of a model that may share an input together; each becomes a `member` of at most one group."""
+    """Groups the layers of a model that may share an input; each becomes a `member` of at most one group."""
     taken: set[int] = set()
     for parent in model.modules():
         for layers in _candidates(parent):

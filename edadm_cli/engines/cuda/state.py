@@ -1,4 +1,4 @@
-"""What the layers of one denoiser share within a step, and between the steps of one prompt."""
+"""Holds what the layers of one denoiser share within a step, and between the steps of one prompt."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 class TimeProjections:
-    r"""Every residual block's projection of SiLU(time embedding) in one GEMM a step.
+    r"""Computes all residual blocks' projections of SiLU(time embedding) in one GEMM per step.
 
-    The layers share their input but may have quantizers of their own. The codes of all U quantizers are stacked,
-    `[U * batch, K]`, and multiplied with all weights at once; of each layer's columns the rows of its own quantizer are
-    kept. The sums are those of separate products, and with so few rows the tile of one product holds them all.
+    The layers share their input but may have different quantizers. The codes of all U quantizers are stacked,
+    `[U * batch, K]`, and multiplied by all weights at once. Of each layer's columns, the rows of its own quantizer are
+    kept. The sums equal those of separate products, and one tile holds all these rows because they are few.
     """
 
     def __init__(self) -> None:
@@ -30,13 +30,13 @@ class TimeProjections:
         self._biases: list[Tensor] = []
 
     def add(self, layer: IntegerLinear) -> int:
-        """Joins the group; returns the place of the layer's result."""
+        """Adds a layer, and returns the place of its result."""
         self._layers.append(layer)
         self._sizes.append(layer.num_outputs)
         return len(self._layers) - 1
 
     def freeze(self) -> None:
-        """Merges the layers that joined."""
+        """Merges the layers that were added."""
         if not self._layers:
             return
         quantizers = {layer.quantizer.key: layer.quantizer for layer in self._layers}
@@ -90,10 +90,10 @@ class TimeProjections:
 
 
 class PromptCache:
-    """Keys and values of cross-attention, computed once a prompt.
+    """Computes keys and values of cross-attention once per prompt.
 
-    They are kept in buffers of a fixed address for each shape of the prompt's states, so that a captured step reads
-    what the last prompt left there.
+    They are kept in buffers with a fixed address per shape of the prompt's states, from which a recorded step reads the
+    keys and values of the last prompt.
     """
 
     def __init__(self) -> None:
@@ -105,21 +105,21 @@ class PromptCache:
         self._pairs: list[Pair] = []
 
     def add(self, project: Callable[[Tensor], Pair]) -> int:
-        """Joins with a function of the prompt's states; returns the place of its result."""
+        """Adds a function of the prompt's states, and returns the place of its result."""
         self._projections.append(project)
         return len(self._projections) - 1
 
     @property
     def is_used(self) -> bool:
-        """Whether there is something to keep."""
+        """Returns whether the cache is active and has functions to compute."""
         return self.is_active and bool(self._projections)
 
     def hold(self, prompt: Tensor, place: Callable[[Tensor], Tensor]) -> None:
-        """Has the keys and values of `prompt` ready; free where it is the tensor of the last call, unchanged.
+        """Computes the keys and values of `prompt`, unless it is the unchanged tensor of the last call.
 
         Args:
-            prompt: Text states `[N, T, C]`.
-            place: Brings them to the device and element type of the layers.
+            prompt: The text states `[N, T, C]`.
+            place: A function that moves them to the device and element type of the layers.
         """
         version = -1 if prompt.is_inference() else prompt._version
         if prompt is self._prompt and version == self._version and version >= 0:
@@ -136,7 +136,7 @@ class PromptCache:
         self._prompt, self._version, self._pairs = prompt, version, self._buffers[key]
 
     def forget(self) -> None:
-        """Has the next prompt computed again, even if it is the one of the last call: layers have changed."""
+        """Makes the next prompt be computed even if it is that of the last call, because layers have changed."""
         self._prompt = None
 
     def pair(self, place: int) -> Pair:
@@ -145,12 +145,12 @@ class PromptCache:
 
 
 class StepState:
-    """What the blocks of one denoiser share."""
+    """Holds what the blocks of one denoiser share."""
 
     def __init__(self) -> None:
         self.time = TimeProjections()
         self.prompt = PromptCache()
 
     def begin(self) -> None:
-        """Before each call."""
+        """Prepares for a call of the denoiser."""
         self.time.begin()

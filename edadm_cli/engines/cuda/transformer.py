@@ -1,4 +1,4 @@
-"""Transformer blocks whose hidden state is read by normalizations and written by epilogues, and by nothing else."""
+"""Transformer blocks in which only normalizations read the hidden state, and only epilogues write it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from edadm_kernels import pack
 
 
 class GatedProduct(Product):
-    """GEGLU between two integer linear layers, in the first one's epilogue: codes in, codes out.
+    """A product with GEGLU in its epilogue, which takes codes and returns the codes of the next linear layer.
 
     Args:
-        weight: int8 codes of the first layer, `[2 F, K]`, values then gates.
+        weight: The int8 codes of the first layer, `[2 F, K]`, the values before the gates.
         layer: The first layer.
-        consumer: The second.
-        pack_weight: As in `IntegerLinear`.
+        consumer: The second layer.
+        pack_weight: Whether two codes are stored per byte; see `IntegerLinear`.
     """
 
     quantizer: Quantizer
@@ -38,11 +38,11 @@ class GatedProduct(Product):
         self.out = consumer.quantizer
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Returns the codes of `x`, in its shape."""
+        """Returns the codes of `x`, in the shape of `x`."""
         return self.quantizer(quantizable(x))
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
-        """`[..., K]` to `[..., F]`, the second layer's codes."""
+        """Returns the second layer's codes `[..., F]` for codes `[..., K]`."""
         assert residual is None
         assert sample_bias is None
         y = kernels.linear_geglu(
@@ -59,12 +59,12 @@ class GatedProduct(Product):
 
 
 class FusedFeedForward(nn.Module):
-    """A diffusers `FeedForward` with GEGLU or GELU.
+    """Computes a diffusers `FeedForward` with GEGLU or GELU.
 
     Args:
-        layers: The layer before the activation and the one behind it.
+        layers: The layers before and after the activation.
         activation: `geglu`, `gelu` or `gelu-tanh`.
-        gated: The fused first half; `None` where the layers do not allow it.
+        gated: The fused first half; `None` if the layers do not allow it.
     """
 
     def __init__(self, layers: tuple[Product, Product], activation: str, gated: GatedProduct | None) -> None:
@@ -76,11 +76,11 @@ class FusedFeedForward(nn.Module):
             del self.project.weight  # held by `gated` in another order
 
     def forward(self, hidden_states: Tensor, *unused: Any, **ignored: Any) -> Tensor:
-        """`[..., C]` to `[..., C]`."""
+        """Returns the output `[..., C]` for `hidden_states` `[..., C]`."""
         return self.feed(self.project.prepare(hidden_states), None)
 
     def feed(self, prepared: Tensor, residual: Tensor | None) -> Tensor:
-        """Both layers from the first one's prepared input, plus `residual`."""
+        """Returns the output of both layers for the prepared input of the first one, plus `residual`."""
         if self.gated is not None:
             return self.out.product(self.gated.product(prepared), residual)
         y = self.project.product(prepared)
@@ -93,13 +93,13 @@ class FusedFeedForward(nn.Module):
 
 
 class FusedTransformerBlock(nn.Module):
-    """A diffusers `BasicTransformerBlock` with plain layer norms: every residual sum is an epilogue.
+    """Computes a diffusers `BasicTransformerBlock` with plain layer norms, whose residual sums are epilogues.
 
     Args:
-        block: The original, for its norms.
-        attentions: Self-attention, and cross-attention where the block has one.
-        feed_forward: The rest.
-        lowering: Makes the normalizations.
+        block: The original block, which supplies the norms.
+        attentions: The self-attention, and the cross-attention if the block has one.
+        feed_forward: The feed-forward layer.
+        lowering: It turns the normalizations into stages.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class FusedTransformerBlock(nn.Module):
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """`[N, T, C]` to `[N, T, C]`."""
+        """Returns the hidden states `[N, T, C]` after the block."""
         masks = (attention_mask, encoder_attention_mask)
         for norm, attention, mask in zip(self.norms, self.attentions, masks, strict=False):
             assert isinstance(attention, FusedAttention)
@@ -136,14 +136,14 @@ class FusedTransformerBlock(nn.Module):
 
 
 class FusedTransformer2D(nn.Module):
-    """A diffusers `Transformer2DModel` over images: normalization, projection, blocks, projection, sum.
+    """Computes a diffusers `Transformer2DModel` over images: normalization, projection, blocks, projection and sum.
 
     Tokens are rows of the channels-last image, so nothing is permuted or copied on the way in or out.
 
     Args:
-        model: The original, for its norm and its blocks, which are already replaced.
-        layers: `proj_in` and `proj_out`.
-        lowering: Makes the normalization.
+        model: The original model, which supplies the norm and the blocks, which are replaced already.
+        layers: The products of `proj_in` and `proj_out`.
+        lowering: It turns the normalization into a stage.
     """
 
     def __init__(self, model: Any, layers: tuple[Product, Product], lowering: Lowering) -> None:
@@ -165,7 +165,7 @@ class FusedTransformer2D(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """`[N, C, H, W]` to `[N, C, H, W]`, in a tuple or the original's output class."""
+        """Returns an image `[N, C, H, W]`, in a tuple or in the output class of the original, for such an image."""
         image = channels_last(hidden_states)
         batch, _, height, width = image.shape
         (prepared,) = self.norm(image)
@@ -198,7 +198,7 @@ class FusedTransformer2D(nn.Module):
 
 
 def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Returns a mask `[N, T]` of ones and zeros as an additive one `[N, 1, T]`; others as they are."""
+    """Returns a mask `[N, T]` of ones and zeros as an additive mask `[N, 1, T]`, and any other mask unchanged."""
     if mask is None or mask.ndim != 2:
         return mask
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
