@@ -27,7 +27,7 @@ from edadm_cli.hooks import Hooks
 from edadm_kernels.tiles import Kind
 
 GAIN = 0.1
-"""The least share of time that float16 must save, as kernels overlap and a step is not exactly the sum of them."""
+"""The share of the int8 time that float16 must save, since kernels overlap and a step is not exactly their sum."""
 
 
 @dataclass(frozen=True)

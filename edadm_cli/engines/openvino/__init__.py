@@ -1,4 +1,4 @@
-"""The CPU engine: a denoiser as an OpenVINO graph whose products run in INT8."""
+"""The CPU engine, which runs a denoiser as an OpenVINO graph whose products are computed in INT8."""
 
 from edadm_cli.engines.openvino.engine import OpenVinoEngine
 

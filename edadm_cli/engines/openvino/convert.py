@@ -1,7 +1,7 @@
-"""From a quantized denoiser in torch to an OpenVINO graph.
+"""Converts a quantized denoiser in torch to an OpenVINO graph.
 
-The denoiser is traced with a stand-in for every quantized layer: one opaque operation that costs no arithmetic while
-tracing and becomes the nodes of `nodes.layer` in the graph, under the layer's own name. No floating-point weight of a
+The denoiser is traced with a stand-in for every quantized layer: one opaque operation that computes nothing while it is
+traced. In the graph it becomes the nodes of `nodes.layer`, with the layer's name. No floating-point weight of a
 quantized layer is ever made.
 """
 
@@ -54,12 +54,12 @@ _LIBRARY.impl("fake_quantize", lambda x, index: x.clone(), "CompositeExplicitAut
 
 @torch.no_grad()
 def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ov.Model, GraphInterface]:
-    """Converts a quantized denoiser. The inputs keep dynamic shapes, so that other sizes can be set later.
+    """Converts a quantized denoiser. Its inputs keep dynamic shapes, so that other sizes can be set later.
 
     Args:
         denoiser: A denoiser with quantized layers, on any device; it is not changed.
-        args: Positional arguments of an example call.
-        kwargs: Keyword arguments of that call.
+        args: The positional arguments of an example call.
+        kwargs: The keyword arguments of that call.
 
     Returns:
         The graph, which is float32 where it is not quantized and has four-bit weights as i4 constants, and its call
@@ -75,7 +75,7 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing: constants from shapes, and that torch.jit is deprecated
-            # tracing once more to check the first trace would double its time
+            # a second trace to check the first one would double the time
             decoder = TorchScriptPythonDecoder(
                 wrapper, example_input=example, trace_kwargs={"check_trace": False}, skip_freeze=True
             )
@@ -91,8 +91,9 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExtension]) -> ov.Model:
-    """Converts as `openvino.convert_model` does, but sends no usage reports and leaves out its passes over the graph,
-    which compiling repeats anyway.
+    """Returns the same graph as `openvino.convert_model`, but sends no usage reports.
+
+    It also omits the passes over the graph, which are repeated anyway when the graph is compiled.
     """
     frontend = FrontEndManager().load_by_framework("pytorch")
     for extension in extensions:
@@ -101,7 +102,7 @@ def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExt
 
 
 def _reason(error: Exception) -> str:
-    """Returns the informative line of an error: the converter puts what tracing raised after a line `Exception:`."""
+    """Returns the line of an error that says what failed; the converter puts it after a line `Exception:`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "Exception:" in lines[:-1]:
         return lines[lines.index("Exception:") + 1]
@@ -109,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 
 class _Tracing:
-    """A copy of a denoiser for tracing, and how its stand-ins become nodes. Tensors are shared, not copied."""
+    """Holds a copy of a denoiser for tracing, which shares its tensors, and turns its stand-ins into nodes."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.converters: list[Callable[[ov.Output], ov.Output]] = []
@@ -154,7 +155,7 @@ def _is_integer(layer: nn.Module) -> TypeGuard[QuantizedLayer]:
 
 
 class _LayerStandIn(LayerStandIn):
-    """One operation with the layer's number in the list of converters."""
+    """Computes one operation that holds the layer's index in the list of converters."""
 
     def __init__(self, layer: QuantizedLayer, index: int) -> None:
         super().__init__(layer)
@@ -174,7 +175,7 @@ class _LayerStandIn(LayerStandIn):
 
 
 class _GegluStandIn(nn.Module):
-    """Stands where a gated feed-forward layer with a quantized projection does."""
+    """Takes the place of a gated feed-forward layer with a quantized projection."""
 
     def __init__(self, projection: QuantizedLayer, index: int) -> None:
         super().__init__()
@@ -187,13 +188,13 @@ class _GegluStandIn(nn.Module):
 
 
 class _AttentionStandIn(AttentionProducts):
-    """Attention whose operands pass through stand-ins for their quantizers."""
+    """Computes attention whose operands pass through stand-ins for their quantizers."""
 
     def __init__(self, indices: dict[str, int]) -> None:
         super().__init__()
         self.indices = indices
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
-        """Passes an operand through."""
+        """Returns an operand of attention after the stand-in for its quantizer."""
         result: Tensor = torch.ops.edadm_openvino.fake_quantize(tensor, self.indices[operand])
         return result

@@ -1,4 +1,4 @@
-"""A denoiser's graph, compiled for each shape that it is called with."""
+"""Runs a denoiser's graph, which is compiled for each shape that it is called with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edadm_cli.engines.openvino import forms, saturation, sinusoids
 from edadm_cli.engines.openvino.execution import executed_layers, operation_times, runtime_nodes
 from edadm_cli.errors import InputError
 
-# a graph compiled for one shape holds all weights in the layout of its kernels
+# only two are kept, because each compiled graph holds all weights in the layout of its kernels
 _SHAPES_KEPT = 2
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -37,14 +37,14 @@ def plugin_properties(options: EngineOptions) -> dict[str, Any]:
 
 
 class OpenVinoDenoiser(CompiledDenoiser):
-    """A graph with dynamic shapes and its compiled forms, the two used last.
+    """Runs a graph with dynamic shapes, and keeps the compiled graphs of the two shapes that were used last.
 
     Args:
-        graph: With int8 constants and inputs named as in `interface`.
-        interface: How calls become inputs.
-        planned: What the layers were planned as.
-        options: Precision of the rest and threads.
-        shapes: The shapes of the inputs for which the graph is compiled at once.
+        graph: The graph, with int8 constants and inputs named as in `interface`.
+        interface: It turns calls into inputs of the graph.
+        planned: The layers as planned.
+        options: The options of the engine.
+        shapes: The shapes of the inputs for which the graph is compiled immediately.
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class OpenVinoDenoiser(CompiledDenoiser):
         self._graph, self._interface, self._planned, self._options = graph, interface, planned, options
         self._core = ov.Core()
         self._requests: OrderedDict[Shapes, _Compiled] = OrderedDict()
-        self._in_float: dict[str, str] = {}  # layer to the reason
+        self._in_float: dict[str, str] = {}  # the reason for each layer that runs in floating point
         self._request(shapes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the denoiser; another batch or image size is compiled when it first comes."""
+        """Runs the denoiser. The first call with another batch or image size compiles the graph for it."""
         tensors = self._tensors(args, kwargs)
         output = self._request(_shapes(tensors)).infer(tensors)
         return self._interface.output(output, args, kwargs)
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:
-        """How each layer runs, as the runtime graph of the shape used last says."""
+        """Returns how each layer runs, from the runtime graph of the shape that was used last."""
         compiled = next(reversed(self._requests.values()))
         return executed_layers(runtime_nodes(compiled.model), self._planned, self._in_float)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
-        """Returns the time of each operation of one call, from a copy with counters; the first call warms up."""
+        """Returns the time of each operation of one call after a warm-up call, from a copy with counters."""
         tensors = self._tensors(args, kwargs)
         compiled = self._compile(_shapes(tensors), {"PERF_COUNT": True})
         for _ in range(2):
@@ -111,16 +111,16 @@ class OpenVinoDenoiser(CompiledDenoiser):
 
 
 class _Compiled:
-    """A graph compiled for one shape, and where the rest is not float32 the graph of its sinusoids.
+    """Holds a graph that is compiled for one shape, and the graph of its sinusoids if the rest is not float32.
 
     Args:
-        core: OpenVINO's.
-        graph: A graph of static shapes, whose sinusoids are taken out of it.
-        options: Precision of the rest and threads.
-        more: Further properties of the plug-in.
+        core: OpenVINO's core object.
+        graph: A graph with static shapes, which is changed: its sinusoids are taken out.
+        options: The options of the engine.
+        more: More properties of the plug-in.
 
     Raises:
-        RuntimeError: OpenVINO's own error.
+        RuntimeError: OpenVINO cannot compile the graph.
     """
 
     def __init__(self, core: ov.Core, graph: ov.Model, options: EngineOptions, more: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ class _Compiled:
             self._head = core.compile_model(head, "CPU", properties).create_infer_request()
 
     def infer(self, tensors: list[Tensor]) -> Tensor:
-        """Returns the output for the graph's inputs, in memory of its own."""
+        """Returns a copy of the output for the graph's inputs."""
         inputs = [tensor.contiguous().numpy() for tensor in tensors]
         if self._head is not None:
             self._head.infer(inputs, share_inputs=True)

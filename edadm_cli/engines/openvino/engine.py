@@ -1,4 +1,4 @@
-"""OpenVINO as an engine."""
+"""The engine OpenVINO, which runs quantized denoisers on the CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "
 
 
 class OpenVinoEngine(FileEngine):
-    """OpenVINO's CPU plug-in: convolutions, linear layers and attention in INT8, the rest in float32 or bfloat16."""
+    """Runs convolutions, linear layers and attention in INT8 with OpenVINO, and the rest in float32 or bfloat16."""
 
     name = "openvino"
     description = "OpenVINO on the CPU: INT8 convolutions and products, the rest in float32 or bfloat16"
@@ -38,14 +38,14 @@ class OpenVinoEngine(FileEngine):
     files_format = files.FORMAT_VERSION
 
     def refusal(self, device: torch.device) -> str | None:
-        """Refuses everything but a CPU; OpenVINO's CPU plug-in runs wherever it is installed."""
+        """Returns a sentence for any device but a CPU; OpenVINO's CPU plug-in runs wherever it is installed."""
         return None if device.type == "cpu" else f"The engine openvino runs on the cpu only, not on {device.type}."
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:
-        """Refuses a layer whose input is not quantized: it has nothing to multiply in integers.
+        """Returns a clause for a layer whose input is not quantized, which has no integers to multiply.
 
-        A layer that this processor would sum inexactly is not refused: it runs in floating point and is compared with
-        exact integers as all others are. A compiled denoiser's `layers` say so.
+        A layer whose sums this processor cannot compute exactly is not refused. It runs in floating point and is
+        compared with exact integers like all others, and a compiled denoiser's `layers` say so.
         """
         quantizer = layer.input_quantizer
         return "its input stays in floating point" if quantizer is None else quantizer.factors_refusal
@@ -78,7 +78,7 @@ class OpenVinoEngine(FileEngine):
     def save(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions, folder: Path
     ) -> None:
-        """Writes the graph. The options have no effect: `load` chooses precision and threads."""
+        """Writes the graph. The options have no effect, because `load` sets precision and threads."""
         graph, interface = convert(denoiser, args, kwargs)
         description = files.Description(
             openvino=ov.get_version(),
@@ -89,7 +89,7 @@ class OpenVinoEngine(FileEngine):
         files.write(graph, description, folder)
 
     def load(self, folder: Path, options: EngineOptions) -> CompiledDenoiser:
-        """Reads the graph and compiles it for the shapes of the example call."""
+        """Loads the graph and compiles it for the shapes of the example call; see `FileEngine.load`."""
         self._require(options)
         graph, description = files.read(folder)
         widen(graph)

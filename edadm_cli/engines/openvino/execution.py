@@ -1,4 +1,4 @@
-"""What a compiled graph really runs, read from its runtime graph."""
+"""Reads from the runtime graph of a compiled graph what really runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edadm_cli.engines.graph.tracing import WRAPPED
 
 PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 NOT_RUN = "none"
-"""Precision of a layer that is not in the runtime graph."""
+"""The precision of a layer that is not in the runtime graph."""
 
 _KINDS = {
     "Convolution": "conv2d",
@@ -39,7 +39,7 @@ _NOTHING_TO_DO = ("Const", "Input", "Output")
 
 
 class RuntimeNode:
-    """One node of a runtime graph."""
+    """Holds what is read from one node of a runtime graph."""
 
     def __init__(self, node: ov.Node) -> None:
         info = node.get_rt_info()
@@ -55,7 +55,7 @@ class RuntimeNode:
 
     @property
     def product_sources(self) -> list[str]:
-        """Returns the sources that are products; a fused chain has others as well."""
+        """Returns those sources of the node that are products; a fused chain also has other sources."""
         if self.type != "Subgraph":
             return list(self.sources)
         return [source for source in self.sources if source.rpartition("/")[2].startswith(_ATTENTION_SOURCES)]
@@ -103,7 +103,7 @@ def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer
     for node in nodes:
         if not node.ran:
             continue
-        # reorders inside an attention carry its name too; only its products are the layer
+        # reorders inside an attention have its name too, but only its products count as the layer
         sources = node.product_sources if node.type in _PRODUCTS else []
         node_name = _without_wrapper(node.name)
         layer = next((name for name in map(layer_name, sources) if name in names), node_name)
@@ -113,7 +113,7 @@ def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer
 
 
 def layer_name(source: str) -> str:
-    """Returns the layer that a node of the graph came from: tracing calls it `__module.denoiser.<layer>/aten::...`."""
+    """Returns the layer that a node comes from, whose name after tracing is `__module.denoiser.<layer>/aten::...`."""
     return _without_wrapper(source.partition("/")[0])
 
 

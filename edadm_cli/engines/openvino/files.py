@@ -1,4 +1,4 @@
-"""A denoiser's graph in files: OpenVINO's own two, and a small JSON with the call interface and the planned layers."""
+"""Writes and reads the files of a denoiser's graph: OpenVINO's two files, and a JSON file that describes them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ GRAPH_FILE, WEIGHTS_FILE = "denoiser.xml", "denoiser.bin"
 
 
 class Description(GraphDescription):
-    """What the graph alone does not say.
+    """Holds what the graph itself does not say.
 
     Attributes:
-        openvino: Version that wrote the graph.
-        shapes: Shapes of the inputs of the example call.
+        openvino: The version of OpenVINO that wrote the graph.
+        shapes: The shapes of the inputs of the example call.
     """
 
     format_version: int = FORMAT_VERSION
@@ -28,17 +28,17 @@ class Description(GraphDescription):
 
 
 def write(graph: ov.Model, description: Description, folder: Path) -> None:
-    """Writes the files; four-bit constants take four bits."""
+    """Writes the files, in which a four-bit constant takes four bits."""
     folder.mkdir(parents=True, exist_ok=True)
     ov.save_model(graph, folder / GRAPH_FILE, compress_to_fp16=False)
     description.save(folder)
 
 
 def read(folder: Path) -> tuple[ov.Model, Description]:
-    """Reads what `write` wrote.
+    """Returns the graph and the description that `write` wrote.
 
     Raises:
-        InputError: A file is missing or broken, or of another format.
+        InputError: A file is missing or broken, or has another version.
     """
     description = load_description(folder, Description, FORMAT_VERSION, "openvino", (GRAPH_FILE, WEIGHTS_FILE))
     try:

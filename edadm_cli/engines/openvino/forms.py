@@ -1,9 +1,9 @@
-"""Bytes or floating point: the form of each large product, decided by measurement on the processor at hand.
+"""Decides by measurement whether each large product runs in bytes or in floating point on this processor.
 
-Which form is faster depends on the processor. With tiles of bfloat16 (AMX), attention in bytes can take longer than in
-bfloat16; without them, bytes win. So every product that is large enough to time is compiled alone in both forms, and
-timed in turns. What was measured is remembered in a file per user, by processor, version of OpenVINO, element type,
-threads and shape: only the first run of a shape on a processor takes the time.
+The faster form depends on the processor. With bfloat16 tiles (AMX), attention in bytes can take longer than in
+bfloat16. Without them, bytes are faster. Every product that is large enough is therefore compiled alone in both forms,
+which are timed in turns. The results are stored in a file per user, by processor, version of OpenVINO, element type,
+threads and shape, so that a shape is measured only once per processor.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from openvino import opset13 as ops
 from edadm_cli.engines.openvino.products import QuantizedProduct, is_quantizer, quantized_products, source
 
 REASON = "this processor was measured to run it faster in floating point"
-"""Why a product does not run in integers, as half a sentence."""
+"""A clause that says why a product does not run in integers."""
 
 LEAST_WORK = 100_000_000
-"""Multiply-accumulates below which a product stays in bytes: under about a millisecond there is nothing to win."""
+"""The least multiply-accumulates of a product that is measured; smaller ones take less than about a millisecond."""
 
 _LEAST_SHARE = 0.05
-"""Share of the work of all products below which a shape stays in bytes."""
+"""The least share of the work of all products that a shape must have to be measured."""
 _ROUNDS = 5
 _ADVANTAGE = 0.9
-"""Floating point is chosen where its shortest time is below this part of that in bytes."""
+"""Floating point is chosen if its shortest time is less than this share of the shortest time in bytes."""
 _LARGEST_FILE = 1 << 20
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """Products whose form is decided together: one layer's, or the two of an attention.
+    """Holds products whose form is decided together: that of one layer, or the two of an attention.
 
     Attributes:
-        indices: The places of its products in the order of `quantized_products`.
+        indices: The indices of its products in the order of `quantized_products`.
         layers: The names of the layers that the products belong to.
-        shape: The kind and the sizes; operations of one shape take one form.
-        work: Multiply-accumulates.
+        shape: The kind and the sizes. Operations of one shape have one form.
+        work: The number of multiply-accumulates.
     """
 
     indices: tuple[int, ...]
@@ -53,14 +53,14 @@ class _Operation:
 
 
 def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[str]:
-    """Puts the products in floating point that run faster so on this processor, in place.
+    """Converts the products that run faster in floating point on this processor to that form, in place.
 
     Args:
-        graph: A graph of static shapes, with int8 constants.
+        graph: A graph with static shapes and int8 constants.
         properties: The properties of OpenVINO's CPU plug-in with which the graph will be compiled.
 
     Returns:
-        Names of the layers that are in floating point now.
+        The names of the layers that are now in floating point.
     """
     products = list(quantized_products(graph))
     operations = _operations(products)
@@ -86,7 +86,7 @@ def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[s
 
 
 def _operations(products: list[QuantizedProduct]) -> list[_Operation]:
-    """Returns the products of a graph, an attention's second one together with its first one."""
+    """Returns the products of a graph as operations; the two products of an attention form one operation."""
     places = {product.node.friendly_name: index for index, product in enumerate(products)}
     followed: dict[int, int] = {}
     for index, product in enumerate(products):
@@ -109,7 +109,7 @@ def _operations(products: list[QuantizedProduct]) -> list[_Operation]:
 
 
 def _scores(product: ov.Node) -> str:
-    """Returns the name of the product whose softmax is a product's left operand; empty where there is none."""
+    """Returns the name of the product whose softmax is a product's left operand; empty if there is none."""
     node, has_softmax = source(product.input_value(0)), False
     while node.get_input_size():
         node = source(node.input_value(0))
@@ -144,7 +144,7 @@ def _is_float_faster(graph: ov.Model, operation: _Operation, properties: dict[st
 def _compiled(
     graph: ov.Model, operation: _Operation, properties: dict[str, Any], *, in_float: bool
 ) -> tuple[ov.InferRequest, list[np.ndarray]]:
-    """Returns one operation of a graph, compiled alone from the inputs of its quantizers on, and random inputs."""
+    """Returns one operation of a graph, compiled alone with its quantizers, and random inputs for it."""
     products = list(quantized_products(graph.clone()))  # shares its constants
     members = [products[index] for index in operation.indices]
     generator = np.random.default_rng(0)
@@ -168,12 +168,12 @@ def _compiled(
 
 
 class _Memory:
-    """What was measured on this processor, in a file of the user.
+    """Stores what was measured on this processor, in a file of the user.
 
-    A file that cannot be read or written is no error: the forms are measured again.
+    A file that cannot be read or written is not an error, because the forms can be measured again.
 
     Args:
-        properties: The properties of the plug-in; the element type and the threads are part of what is remembered.
+        properties: The properties of the plug-in, of which element type and threads are part of what is stored.
     """
 
     def __init__(self, properties: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ class _Memory:
         }
 
     def write(self) -> None:
-        """Adds what was measured to the file."""
+        """Adds the new measurements to the file."""
         path, stored = _path(), self._read()
         stored[self._key] = self.is_float_faster
         partial = path.with_name(f"{path.name}.{os.getpid()}")

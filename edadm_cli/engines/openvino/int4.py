@@ -1,6 +1,6 @@
-"""Four-bit constants: two codes per byte in the files, int8 when the graph is compiled.
+"""Four-bit constants, which are two codes per byte in the files and int8 when the graph is compiled.
 
-OpenVINO's low-precision transformations know no four-bit convolution weights, so the codes are widened on load.
+OpenVINO's low-precision transformations do not support four-bit convolution weights, so loading widens the codes.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Quantizers before data movement instead of after it.
+"""Moves quantizers from after data movement to before it.
 
     quantize(move(x)) = move(quantize(x))
 
-for anything that only moves elements, since all elements share one scale: the values are the same. A quantizer before
-the movement is fused with the operation that makes the elements, and bytes are moved instead of floating-point numbers.
-The operands of attention stay as they are: OpenVINO makes one kernel of attention where the quantizers come right
-before the products.
+holds for any operation that only moves elements, since all elements share one scale. A quantizer before the movement is
+fused with the operation that computes the elements, and bytes are moved in place of floating-point numbers. Attention's
+operands are not changed, because OpenVINO fuses attention only if the quantizers come directly before the products.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def quantize_before_moving(graph: ov.Model) -> None:
 
 
 def _feeds_attention(node: ov.Node) -> bool:
-    """Returns whether the output of a quantizer is multiplied with the output of another one."""
+    """Returns whether the output of a quantizer is multiplied by the output of another quantizer."""
     for reader in (target.get_node() for target in node.output(0).get_target_inputs()):
         kind = reader.get_type_name()
         if kind == "MatMul" and all(is_quantizer(source(value)) for value in reader.input_values()):
@@ -54,7 +53,7 @@ def _moves_for_one(output: ov.Output) -> bool:
 
 
 def _swap(step: ov.Node, move: ov.Node) -> None:
-    """Turns move -> step into step -> move."""
+    """Replaces move -> step with step -> move."""
     readers = step.output(0).get_target_inputs()
     step.input(0).replace_source_output(move.input_value(0))
     move.input(0).replace_source_output(step.output(0))

@@ -1,10 +1,10 @@
-"""Quantized operations as OpenVINO nodes, in the patterns that its low-precision transformations turn into INT8.
+"""Writes quantized operations as OpenVINO nodes, in patterns that its low-precision transformations turn into INT8.
 
     activation: FakeQuantize with 256 levels between (0 - zero_point) * scale and (255 - zero_point) * scale
     weight:     integer constant -> Convert -> Multiply(scale)
 
-Narrower activations are clamped to their range before a FakeQuantize of 256 levels: the same codes, and the
-transformations know no other number of levels.
+Activations with fewer bits are clamped to their range before a FakeQuantize of 256 levels, which gives the same codes.
+The transformations support no other number of levels.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _LEVELS = 256
 
 
 def fake_quantize(x: ov.Output, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> ov.Output:
-    """Returns the real values of the codes of `x` on a grid of at most eight bits."""
+    """Returns the dequantized codes of `x` on a grid of at most eight bits."""
     step = np.float32(scale.item())
     zero = 0 if zero_point is None else int(zero_point)
     if grid.num_bits < 8:
         x = ops.clamp(x, float((grid.quant_min - zero) * step), float((grid.quant_max - zero) * step)).output(0)
-    # signed codes keep 0 in the middle of the 256, or they would need a zero-point
+    # for signed codes 0 is in the middle of the 256 levels, as they would need a zero-point otherwise
     first = -_LEVELS // 2 if grid.signed else 0
     low, high = _constant((first - zero) * step), _constant((first + _LEVELS - 1 - zero) * step)
     return ops.fake_quantize(x, low, high, low, high, _LEVELS).output(0)
@@ -43,8 +43,8 @@ def layer(x: ov.Output, module: QuantizedLayer, name: str) -> ov.Output:
 def geglu(x: ov.Output, module: QuantizedLayer, name: str) -> ov.Output:
     """Returns value * gelu(gate) of a linear layer whose output holds both halves.
 
-    There are two products instead of one that is cut: the cut would copy every element, and OpenVINO fuses the
-    element-wise work of each half with its product.
+    It has two products in place of one product that is split, because splitting would copy every element, and OpenVINO
+    fuses the element-wise operations of each half with its product.
     """
     x, (codes, scale, bias) = _input(x, module), _tensors(module)
     half = module.out_features // 2

@@ -1,4 +1,4 @@
-"""The products of a graph that run in bytes, and the same products in floating point."""
+"""Finds the products of a graph that run in bytes, and converts them to floating point."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class QuantizedProduct:
 
     Attributes:
         node: The convolution or matrix product.
-        kind: What the layer is; `attention` where both operands are activations.
+        kind: The kind of the layer; `attention` if both operands are activations.
         weight: The multiplication of int8 codes by their scales; `None` in attention.
     """
 
@@ -43,11 +43,11 @@ class QuantizedProduct:
 
     @property
     def layer(self) -> str:
-        """Name of the layer that the product belongs to."""
+        """Returns the name of the layer that the product belongs to."""
         return layer_name(self.node.friendly_name)
 
     def compute_in_float(self) -> None:
-        """Puts floating-point numbers of the same values in the place of its codes: no integer pattern is left."""
+        """Replaces its codes with floating-point numbers of the same values, so that no integer pattern is left."""
         if self.weight is not None:
             _use_real_weights(self.weight)
         else:
@@ -69,7 +69,7 @@ def quantized_products(graph: ov.Model) -> Iterator[QuantizedProduct]:
 
 
 def source(output: ov.Output) -> ov.Node:
-    """Returns the node that an output's values come from, data movement left out."""
+    """Returns the node that computes an output's values, before any data movement."""
     node = output.get_node()
     while node.get_type_name() in _MOVES:
         node = node.input_value(0).get_node()
@@ -77,12 +77,12 @@ def source(output: ov.Output) -> ov.Node:
 
 
 def is_quantizer(node: ov.Node) -> bool:
-    """Returns whether a node turns numbers into codes."""
+    """Returns whether a node quantizes numbers to codes."""
     return bool(node.get_type_name() == "FakeQuantize")
 
 
 def _scaled_codes(output: ov.Output) -> ov.Node | None:
-    """Returns the multiplication of int8 codes by their scales, where an output is that."""
+    """Returns the multiplication of int8 codes by their scales that an output comes from; `None` for other outputs."""
     node = source(output)
     if node.get_type_name() != "Multiply" or node.input_value(0).get_node().get_type_name() != "Convert":
         return None
@@ -98,13 +98,13 @@ def codes_of(scaled: ov.Node) -> np.ndarray:
 
 
 def _use_real_weights(scaled: ov.Node) -> None:
-    """Puts a float32 constant in the place of codes and scales: no integer pattern is left to be found."""
+    """Replaces codes and scales with a float32 constant, so that no integer pattern is left."""
     values = codes_of(scaled).astype(np.float32) * scaled.input_value(1).get_node().data
     scaled.output(0).replace(ov.op.Constant(values).output(0))
 
 
 def _round_in_float(quantizer: ov.Node) -> None:
-    """Puts plain arithmetic in the place of a FakeQuantize of 256 levels."""
+    """Replaces a FakeQuantize of 256 levels with plain arithmetic."""
     low, high = (np.float32(quantizer.input_value(port).get_node().data.item()) for port in (1, 2))
     step = np.float32((high - low) / np.float32(255))
     first = float(np.round(low / step))

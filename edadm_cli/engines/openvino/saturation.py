@@ -1,4 +1,4 @@
-r"""Products that a processor cannot sum exactly in bytes, made so that it can.
+r"""Rewrites products that a processor cannot sum exactly in bytes into an exact form.
 
 Without a dot product of bytes (VNNI) x86 adds two neighbouring products of an unsigned and a signed byte in 16 bits:
 
@@ -33,7 +33,7 @@ _UNSIGNED_MAX, _SIGNED_MAX, _DEPTH = 255, 127, 64
 
 @cache
 def saturating_kinds() -> frozenset[LayerKind]:
-    """Returns the kinds of products that OpenVINO sums inexactly on this processor; the largest codes are tried."""
+    """Returns the kinds of products that OpenVINO sums inexactly on this processor, tested with the largest codes."""
     exact: dict[LayerKind, bool] = {
         "conv2d": _convolution_is_exact(),
         "linear": _linear_is_exact(),
@@ -43,7 +43,7 @@ def saturating_kinds() -> frozenset[LayerKind]:
 
 
 def weights_saturate(codes: np.ndarray) -> bool:
-    """Returns whether some input makes two neighbouring products of these codes leave 16 bits."""
+    """Returns whether some input makes the sum of two neighbouring products of these codes exceed 16 bits."""
     return bool(codes.size) and max(int(codes.max()), -int(codes.min())) > LARGEST_WEIGHT_CODE
 
 
@@ -51,11 +51,11 @@ def replace_saturating_products(graph: ov.Model, kinds: frozenset[LayerKind]) ->
     """Turns the products that may saturate into exact ones of the same values, in place.
 
     Args:
-        graph: A graph with int8 constants; four-bit ones are widened before.
+        graph: A graph with int8 constants, whose four-bit constants are widened already.
         kinds: The kinds that saturate here; see `saturating_kinds`.
 
     Returns:
-        The names of the layers that are in floating point now.
+        The names of the layers that are now in floating point.
     """
     in_float = set()
     for product in quantized_products(graph):

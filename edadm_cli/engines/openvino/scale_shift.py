@@ -1,4 +1,4 @@
-r"""Scale and shift after a GroupNormalization, in the form that OpenVINO compiles.
+r"""Rewrites scale and shift after a GroupNormalization into a form that OpenVINO can compile.
 
     y = n * (1 + s)   becomes   y = n + n * s
 
@@ -14,7 +14,7 @@ from openvino import opset13 as ops
 
 _NORM, _SCALE, _SUM, _CONSTANT = "GroupNormalization", "Multiply", "Add", "Constant"
 _KEEPS_ONE = ("Multiply", "Convert", "ConvertLike", "Reshape", "Unsqueeze", "Broadcast")
-"""Operations that return ones where their first input holds ones; a product needs both."""
+"""Operations that return ones if their first input holds ones; a product needs both inputs to hold ones."""
 
 
 def distribute_scales(graph: ov.Model) -> int:
@@ -36,7 +36,7 @@ def distribute_scales(graph: ov.Model) -> int:
 
 
 def _scale_beside_one(product: ov.Node, index: int) -> ov.Output | None:
-    """Returns `s` where the other factor of a product is `1 + s`."""
+    """Returns `s` if the other factor of a product is `1 + s`, and `None` otherwise."""
     factor = product.input_value(1 - index).get_node()
     if factor.get_type_name() != _SUM:
         return None

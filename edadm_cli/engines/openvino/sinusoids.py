@@ -1,4 +1,4 @@
-"""Sines and cosines of timesteps and positions, computed in float32 by a graph of their own.
+"""Moves sines and cosines of timesteps and positions to a separate graph, which computes them in float32.
 
 With `INFERENCE_PRECISION_HINT` bfloat16 or float16, OpenVINO rounds their arguments too. A timestep of 987 in bfloat16
 is off by up to 2 radians, so that the embedding of a timestep has hardly anything to do with it (OpenVINO 2026.4). The
@@ -12,17 +12,17 @@ from openvino import opset13 as ops
 
 _SINUSOIDS = ("Sin", "Cos")
 _PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
-"""A sine of what a layer computes is no embedding, and its arguments are left to the engine."""
+"""The products of layers. A sine of a layer's output is not an embedding, and stays in the graph."""
 
 
 def take_out(graph: ov.Model) -> ov.Model | None:
-    """Replaces the sines and cosines of a graph's inputs by new inputs, in place.
+    """Replaces the sines and cosines of a graph's inputs with new inputs, in place.
 
     Args:
-        graph: A graph of static shapes. Its inputs keep their places; one input per sine and cosine follows them.
+        graph: A graph with static shapes. Its inputs keep their places, and one input per sine and cosine follows them.
 
     Returns:
-        A graph with the original inputs, whose outputs are the new inputs in their order; None where there are none.
+        A graph that computes the new inputs, in their order, from the original inputs; `None` if there are none.
     """
     twin = graph.clone()  # shares the constants
     embeddings = _embeddings(graph)
