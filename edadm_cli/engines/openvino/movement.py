@@ -2,9 +2,10 @@
 
     quantize(move(x)) = move(quantize(x))
 
-holds for any operation that only moves elements, since all elements share one scale. A quantizer before the movement is
-fused with the operation that computes the elements, and bytes are moved in place of floating-point numbers. Attention's
-operands are not changed, because OpenVINO fuses attention only if the quantizers come directly before the products.
+This holds for any operation that only moves elements, since all elements share one scale. A quantizer before the
+movement is fused with the operation that computes the elements, and bytes are moved in place of floating-point numbers.
+Attention's operands are not changed, because OpenVINO fuses attention only if the quantizers come directly before the
+products.
 """
 
 from __future__ import annotations
