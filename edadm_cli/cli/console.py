@@ -104,9 +104,9 @@ def calm_libraries(verbose: bool) -> None:
         return
     warnings.simplefilter("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # applies to the processes that a stage starts
-    logging.getLogger("matplotlib").setLevel(
-        logging.ERROR
-    )  # it warns at length of a home folder that cannot be written
+    # matplotlib warns of a home folder that cannot be written, and torch of how torchao registers its types
+    for name in ("matplotlib", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -147,7 +147,7 @@ def test_images_of_engines_lie_beside_each_other(run: RunFolder) -> None:
         names.append(Path(record.images[0]).name)
     assert len(set(names)) == 3
     assert [name.rpartition("-")[2] for name in names[1:]] == ["reference.png", "openvino.png"]
-    with pytest.raises(UsageError, match="one engine"):
+    with pytest.raises(UsageError, match="cannot name another one"):
         sample.run(SampleConfig(bits=W8A8, device="cpu", engine="reference", arithmetic="integer"), run)
 
 

@@ -13,7 +13,7 @@ from edadm_cli.artifacts import RunFolder
 from edadm_cli.config import CollectConfig, SelectConfig
 from edadm_cli.errors import InputError
 from edadm_cli.models.calibration import CalibrationSet
-from tests.denoisers import images, table
+from tests.denoisers import table, unets
 
 STEPS, TRAJECTORIES = 3, 4
 
@@ -22,8 +22,8 @@ STEPS, TRAJECTORIES = 3, 4
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    images.controlnet().save_pretrained(folder / "controlnet")
-    images.controlnet_inpaint().save_pretrained(folder / "inpaint")
+    unets.controlnet().save_pretrained(folder / "controlnet")
+    unets.controlnet_inpaint().save_pretrained(folder / "inpaint")
     table.example_images(folder / "images")
     return folder
 

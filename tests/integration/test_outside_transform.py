@@ -74,4 +74,4 @@ def test_a_transform_that_nobody_brought_is_a_usage_error(tiny_ddpm: Path, fresh
         [sys.executable, "-c", code, command], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 2
-    assert "There is no transform 'nothing'; known are input-channel-scale" in " ".join(done.stderr.split())
+    assert "There is no transform 'nothing'; known are hadamard-16, " in " ".join(done.stderr.split())
