@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edadm_cli.artifacts.files import atomic_path, explained_os_errors, save_json
-from edadm_cli.artifacts.tensors import TensorInfo, load_tensors, read_tensor_header
+from edadm_cli.artifacts.files import atomic_path, explained_os_errors, open_regular, save_json
+from edadm_cli.artifacts.tensors import TensorInfo, read_tensor_header, read_tensor_places
 from edadm_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,30 +119,48 @@ def streamed(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Streamed
 class TensorFile(Mapping[str, "torch.Tensor"]):
     """The tensors of a safetensors file by name, each of which is read, to the CPU, whenever it is asked for.
 
+    The header is read and checked once, so that reading all tensors takes time in proportion to their bytes.
+
     Raises:
         InputError: The file is missing, truncated or no safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._infos = path, read_tensor_header(path)
+        self._path, self._places = path, read_tensor_places(path)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Reads one tensor."""
-        if name not in self._infos:
-            raise KeyError(name)
-        return load_tensors(self._path, [name])[name]
+        """Reads one tensor.
+
+        Raises:
+            InputError: The file has become shorter, or the tensor is of a type that is not written here.
+        """
+        import torch
+
+        info, offset, size = self._places[name]
+        if info.dtype not in _BYTES:
+            raise InputError(
+                f"{self._path} has the tensor '{name}' of the type {info.dtype}, which is not expected here."
+            )
+        values = bytearray(size)
+        with explained_os_errors(self._path), open_regular(self._path) as file:
+            file.seek(offset)
+            if file.readinto(values) != size:
+                raise InputError(f"{self._path} is truncated: the tensor '{name}' is not in it any more.")
+        if not size:
+            return torch.empty(info.shape, dtype=torch_type(info.dtype))
+        return torch.frombuffer(values, dtype=torch_type(info.dtype)).reshape(info.shape)
 
     def __contains__(self, name: object) -> bool:
         """Returns whether there is a tensor of that name, without reading it."""
-        return name in self._infos
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
         """Gives the names."""
-        return iter(self._infos)
+        return iter(self._places)
 
     def __len__(self) -> int:
         """Returns the number of tensors."""
-        return len(self._infos)
+        return len(self._places)
 
 
 def torch_type(name: str) -> torch.dtype:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -98,6 +98,23 @@ def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
         InputError: The file is missing, truncated or not a regular file, or its header is not valid: tensors must have
             a known type, follow each other without gaps, and have the size of their shape.
     """
+    return {name: place.info for name, place in read_tensor_places(path).items()}
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor lies in a safetensors file: its type and shape, and its first byte and number of bytes."""
+
+    info: TensorInfo
+    offset: int
+    size: int
+
+
+def read_tensor_places(path: Path) -> dict[str, TensorPlace]:
+    """Reads where the tensors of a safetensors file lie, by name.
+
+    Raises:
+        InputError: As from `read_tensor_header`.
+    """
     with explained_os_errors(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -117,7 +134,7 @@ def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
     except ValueError as error:
         raise InputError(f"{path} is not a safetensors file: {error}.") from error
     _check_extents(path, entries, size - 8 - length)
-    return {name: TensorInfo(dtype=entry.dtype, shape=tuple(entry.shape)) for name, entry in entries.items()}
+    return {name: entry.place(8 + length) for name, entry in entries.items()}
 
 
 class _Entry(BaseModel):
@@ -128,6 +145,11 @@ class _Entry(BaseModel):
     dtype: str
     shape: list[Annotated[int, Field(ge=0, le=_LARGEST_SIZE)]]
     data_offsets: Annotated[list[Annotated[int, Field(ge=0, le=_LARGEST_SIZE)]], Field(min_length=2, max_length=2)]
+
+    def place(self, start: int) -> TensorPlace:
+        """Returns where the tensor lies in a file whose tensors begin at the byte `start`."""
+        begin, end = self.data_offsets
+        return TensorPlace(TensorInfo(dtype=self.dtype, shape=tuple(self.shape)), start + begin, end - begin)
 
 
 def _check_metadata(metadata: Any) -> None:

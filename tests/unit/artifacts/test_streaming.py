@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edadm_cli.artifacts import TensorInfo, load_tensors, save_tensors
-from edadm_cli.artifacts.streaming import Streamed, joined, read_slice, slices, stream_tensors, streamed
+from edadm_cli.artifacts.streaming import Streamed, TensorFile, joined, read_slice, slices, stream_tensors, streamed
 from edadm_cli.errors import InputError
 
 TENSORS = {
@@ -23,9 +23,9 @@ TENSORS = {
 
 
 def test_a_streamed_file_is_byte_for_byte_the_file_written_whole(tmp_path: Path) -> None:
-    save_tensors(tmp_path / "streamed", TENSORS)
+    save_tensors(tmp_path / "whole", TENSORS)
     stream_tensors(tmp_path / "streamed", {name: streamed(tensor) for name, tensor in TENSORS.items()})
-    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "streamed").read_bytes()
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -49,6 +49,23 @@ def test_slices_are_the_tensor_in_order(tmp_path: Path) -> None:
     assert torch.equal(read_slice(path, "features", (slice(1, 2),)), TENSORS["features"][1:2])
     with pytest.raises(InputError, match="not a readable safetensors file"):
         read_slice(path, "absent", (slice(0, 1),))
+
+
+def test_tensors_are_read_when_asked_for_and_the_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header has as many lines as tensors: read for each of them, it would take hours for a large model."""
+    path = tmp_path / "file"
+    save_tensors(path, TENSORS)
+    file = TensorFile(path)
+    monkeypatch.setattr("edadm_cli.artifacts.tensors.parse_json", lambda *_: pytest.fail("the header is read again"))
+    assert set(file) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert file[name].dtype == tensor.dtype
+        assert torch.equal(file[name], tensor)
+    with pytest.raises(KeyError):
+        file["absent"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="is truncated: the tensor 'flags'"):
+        file["flags"]
 
 
 def test_pieces_that_do_not_add_up_leave_no_file(tmp_path: Path) -> None:
