@@ -1,12 +1,16 @@
 """Times INT8 beside 16-bit floating point on one GPU: whole denoisers of real sizes with random weights.
 
     python benchmarks/gpu_models.py --out results.jsonl
-    python benchmarks/gpu_models.py --models dit-xl-2 --rows 64
+    python benchmarks/gpu_models.py --models sdxl,sd15,sd15:16,sd15:loaded --at-once 4
     python benchmarks/gpu_models.py --smoke
 
+A case is a model, with a number of rows after a colon if it is not the usual one, and with `loaded` after another colon
+if the denoiser that `from_pretrained` returns is to be compiled and timed in place of the CUDA engine.
+
 torch compiles both sides (repeated blocks once each) and replays them as CUDA graphs, alternately, in one process per
-model; medians are printed. The denoiser is created on the device in its element type and rounded to nearest there.
-`--smoke` runs every path with tiny networks on a CPU; its times mean nothing. Each line of the output is JSON.
+case; medians are printed. Several cases can be compiled at once: while one is timed, the others are stopped. The
+denoiser is created on the device in its element type and rounded to nearest there. `--smoke` runs every path with tiny
+networks on a CPU; its times mean nothing. Each line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -14,18 +18,21 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from gpu.processes import COMPILED, measure
 from gpu.timing import Clock, spread
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.config import BitWidth
@@ -53,7 +60,29 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "sd15": (2, {}),
     "sdxl": (2, {}),
 }
-ROUNDS = 7
+ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed in one process.
+
+    Args:
+        model: The name of the model.
+        rows: Rows of the batch; `None` for those of the table in this file.
+        loaded: Whether the compiled model that `from_pretrained` would load is timed and not the CUDA engine.
+    """
+
+    model: str
+    rows: int | None = None
+    loaded: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """Returns the case of `MODEL[:ROWS][:loaded]`."""
+        model, *parts = text.split(":")
+        rows = next((int(part) for part in parts if part.isdigit()), None)
+        return cls(model, rows, "loaded" in parts)
 
 
 @torch.no_grad()
@@ -97,34 +126,36 @@ class Model:
         self.device = torch.device("cpu" if options.smoke else "cuda")
         self.dtype = torch.float32 if options.smoke else getattr(torch, options.dtype)
         self.clock = Clock(self.device)
-        name, (rows, changes) = options.model, MODELS.get(options.model, (2, {}))
-        self.rows, self.attention = options.rows or rows, options.attention
+        self.case, self.kernels, self.attention = options.case, options.kernels, options.attention
+        name, (rows, changes) = self.case.model, MODELS.get(self.case.model, (2, {}))
+        self.rows = self.case.rows or rows
         if options.smoke:
             self.full, self.call = tiny_families().tiny_denoiser(name, self.rows)
         else:
             self.full = build_denoiser(name, dtype=self.dtype, device=self.device, changes=changes)
             self.call = example_call(self.full, batch_size=self.rows)
 
-    def run(self, plain: bool) -> dict[str, Any]:
+    def run(self, wait: Callable[[], None]) -> dict[str, Any]:
         """Compiles both sides, compares them, and times them alternately.
 
         Args:
-            plain: Whether the compiled model that `from_pretrained` would load is timed as well.
+            wait: A function that is called when everything is compiled, and returns when the GPU is free.
         """
         started = time.monotonic()
         quantized = copy.deepcopy(self.full)
         layers = quantize(quantized, self.call)
-        contenders = self._contenders(quantized, plain)
+        contenders = self._contenders(quantized)
         outputs, seconds = {}, {"build": round(time.monotonic() - started, 1)}
         for name, function in contenders.items():
             began = time.monotonic()
             outputs[name] = prediction_of(function(*self.call[0], **self.call[1])).float()
             seconds[name] = round(time.monotonic() - began, 1)
         calls = {name: lambda function=f: function(*self.call[0], **self.call[1]) for name, f in contenders.items()}
+        wait()
         times = {name: spread(values) for name, values in self.clock.in_turns(calls, ROUNDS).items()}
         median = times["float"]["median_ms"]
         others = [name for name in contenders if name != "float"]
-        return {
+        row = {
             "quantized_layers": layers,
             "seconds": seconds,
             "times": times,
@@ -132,20 +163,25 @@ class Model:
             "to_float": {name: round(relative_l2(outputs[name], outputs["float"]), 4) for name in others},
             "weights_mib": {"float": mib(self.full), "int8": mib(quantized)},
         }
+        if self.kernels:
+            row["kernels"] = {name: kernel_times(call, self.kernels) for name, call in calls.items()}
+        return row
 
-    def _contenders(self, quantized: nn.Module, plain: bool) -> dict[str, Callable[..., Any]]:
-        """Returns the functions that are timed, by name."""
+    def _contenders(self, quantized: nn.Module) -> dict[str, Callable[..., Any]]:
+        """Returns the functions that are timed, by name, in the order in which they are compiled.
+
+        Of a loaded export, floating point comes last: another process may have compiled it by then.
+        """
         graphed = GraphedFunction if self.device.type == "cuda" else lambda function: function
         self._prepare_convolutions(self.full)
         if self.device.type == "cuda":
             compile_blocks(self.full)
+        full = graphed(in_many_shapes(self.full))
+        if self.case.loaded:
+            loaded = graphed(in_many_shapes(self._loaded(quantized)))
+            return {"int8 from_pretrained, compiled": loaded, "float": full}
         options = EngineOptions(device=self.device, rest_dtype=self.dtype, attention=self.attention)
-        engine = CudaEngine(float_where_faster=False)
-        contenders: dict[str, Callable[..., Any]] = {"float": graphed(in_many_shapes(self.full))}
-        contenders["int8 engine"] = engine.compile(quantized, *self.call, options)
-        if plain:
-            contenders["int8 from_pretrained, compiled"] = graphed(in_many_shapes(self._loaded(quantized)))
-        return contenders
+        return {"float": full, "int8 engine": CudaEngine().compile(quantized, *self.call, options)}
 
     def _loaded(self, quantized: nn.Module) -> nn.Module:
         """Returns the model as `from_pretrained` loads it, compiled as docs/gpu.md says."""
@@ -193,68 +229,78 @@ def mib(model: nn.Module) -> float:
     return round(sum(tensor.nbytes for tensor in tensors) / 2**20, 1)
 
 
+def kernel_times(call: Callable[[], Any], most: int) -> list[tuple[str, float, int]]:
+    """Returns the kernels of a call that take most time: name, microseconds of all launches, and launches."""
+    repeats = 3
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    sums: dict[str, list[float]] = defaultdict(list)
+    for event in profiler.events():
+        if str(event.device_type).endswith("CUDA"):
+            sums[event.name[:110]].append(event.time_range.elapsed_us())
+    rows = [(name, round(sum(us) / repeats, 1), len(us) // repeats) for name, us in sums.items()]
+    return sorted(rows, key=lambda row: -row[1])[:most]
+
+
 @torch.no_grad()
 def child(options: argparse.Namespace) -> None:
-    """Measures one model and prints one line."""
+    """Measures one case: prints `COMPILED`, waits for a line of input, and prints the result."""
     started = time.monotonic()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    row: dict[str, Any] = {"model": options.model, "dtype": options.dtype}
+    row: dict[str, Any] = {"model": options.case.model, "dtype": options.dtype}
     if not options.smoke:
         row["device"] = torch.cuda.get_device_name()
     model = Model(options)
     row["rows"] = model.rows
     row["built_seconds"] = round(time.monotonic() - started, 1)
-    row |= model.run(bool(options.plain))
+
+    def wait() -> None:
+        print(COMPILED, flush=True)
+        sys.stdin.readline()
+
+    row |= model.run(wait)
     if not options.smoke:
         row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     print(json.dumps(row), flush=True)
 
 
+def write(line: str, options: argparse.Namespace) -> None:
+    """Prints a line and appends it to the output file."""
+    print(line, flush=True)
+    if options.out:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
 def main() -> None:
-    """Measures the models in order, each in a separate process, within the time limit."""
+    """Measures the cases, each in a separate process, within the time limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", help="architectures, with commas; all by default")
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=int, help="rows of the batch; by default those of the table in this file")
+    parser.add_argument("--models", help="cases MODEL[:ROWS][:loaded], with commas; all models by default")
+    parser.add_argument("--case", type=Case.parse, help=argparse.SUPPRESS)
     parser.add_argument(
         "--attention", default="float", choices=("float", "int8"), help="form of the engine's attention"
     )
     parser.add_argument("--dtype", default="float16", help="element type of both sides' floating point")
-    parser.add_argument("--plain", help="models whose loaded and compiled export is timed as well", default="")
+    parser.add_argument("--at-once", type=int, default=1, help="cases that are compiled at the same time")
+    parser.add_argument("--kernels", type=int, default=0, help="kernels that are listed with their times")
     parser.add_argument("--out", type=Path, help="file that every line is appended to")
-    parser.add_argument("--seconds", type=float, default=340, help="time limit of all models together")
-    parser.add_argument("--cap", type=float, default=120, help="time limit of one model in seconds")
+    parser.add_argument("--seconds", type=float, default=340, help="time limit of all cases together")
+    parser.add_argument("--cap", type=float, default=120, help="time limit of compiling one case in seconds")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
-    if options.model:
+    if options.case:
         child(options)
         return
     known = tiny_families().FAMILIES if options.smoke else MODELS
-    names = options.models.split(",") if options.models else list(known)
-    started = time.monotonic()
-    for name in names:
-        left = min(options.cap, options.seconds - (time.monotonic() - started))
-        line = measured(name, options, left) if left > 20 else json.dumps({"model": name, "skipped": "no time left"})
-        print(line, flush=True)
-        if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-
-
-def measured(name: str, options: argparse.Namespace, seconds: float) -> str:
-    """Returns the line of one model, or a line with the reason why there is none."""
-    command = [sys.executable, __file__, "--model", name, "--dtype", options.dtype]
-    command += ["--rows", str(options.rows)] if options.rows else []
-    command += ["--attention", options.attention]
-    command += ["--smoke"] if options.smoke else []
-    command += ["--plain", name] if name in options.plain.split(",") else []
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return json.dumps({"model": name, "stopped": f"after {seconds:.0f} s"})
-    if process.returncode:
-        return json.dumps({"model": name, "error": process.stderr[-1500:]})
-    return process.stdout.strip().splitlines()[-1]
+    command = [sys.executable, __file__, "--dtype", options.dtype, "--attention", options.attention]
+    command += ["--kernels", str(options.kernels), *(["--smoke"] if options.smoke else []), "--case"]
+    cases = options.models.split(",") if options.models else list(known)
+    for line in measure(cases, command, options.at_once, options.cap, options.seconds):
+        write(line, options)
 
 
 if __name__ == "__main__":
