@@ -26,6 +26,7 @@ from edadm_cli.bench.kinds import rows_by_kind
 from edadm_cli.bench.machine import machine_facts
 from edadm_cli.bench.memory import give_back_memory
 from edadm_cli.bench.participants import Participant, Participants, reason_of_error
+from edadm_cli.bench.parts import Parts
 from edadm_cli.bench.peak import measure_peaks
 from edadm_cli.bench.quantized import Prepared, check_prediction, coverage_of, prepare
 from edadm_cli.bench.request import BenchRequest
@@ -59,6 +60,7 @@ class Measurement:
         self._prepared: list[Prepared] = []
         self._not_prepared: dict[str, str] = {}
         self._participants: Participants | None = None
+        self._parts = Parts(reporter)
 
     def __enter__(self) -> Measurement:
         return self
@@ -80,28 +82,12 @@ class Measurement:
             EdadmError: A layer of the engine exceeds its bound.
             InputError: The denoiser cannot be called with samples of this size.
         """
-        request, config = self.request, self.request.config
-        torch.set_num_threads(request.threads)
-        denoiser = request.subject.full_precision()
-        for batch in config.batch_sizes:
-            self._calls[batch] = request.subject.calls(denoiser, batch, config.size, config.seed)
-        self._work = _work_of(denoiser, self._calls[self._first][0])
-        folder = self.scratch / "float"
-        denoiser.save_pretrained(folder)  # type: ignore[operator]
-        context = Preparation(
-            facts=DenoiserFacts.of(denoiser),
-            denoiser_folder=folder,
-            scratch=self.scratch,
-            calls=self._calls[self._first],
-            environment=self._environment,
-            dtype=request.dtype,
-            half=request.half,
-            compiled=config.compiled,
-        )
-        del denoiser
-        give_back_memory()
+        config = self.request.config
+        torch.set_num_threads(self.request.threads)
+        context = self._prepare_full_precision()
         for contender in FLOATS:
-            self._specs += contender.prepare(context)
+            with self._parts.measured(f"prepare {contender.name} at full precision"):
+                self._specs += contender.prepare(context)
         peer_specs = [spec for name in config.against for spec in self._prepare_peer(name, context)]
         give_back_memory()
         for bits in config.bits:
@@ -117,9 +103,12 @@ class Measurement:
         """
         request, config = self.request, self.request.config
         participants = self._started()
-        parities = self._check_predictions(participants)
-        peaks = self._measure_peaks()
-        times = participants.time(self._first, config.rounds)
+        with self._parts.measured("compare predictions"):
+            parities = self._check_predictions(participants)
+        with self._parts.measured("measure peaks"):
+            peaks = self._measure_peaks()
+        with self._parts.measured("time the contenders"):
+            times = participants.time(self._first, config.rounds)
         latencies = {name: summarize(group) for name, group in times.items()}
         self._warn_of_a_busy_machine(latencies)
         memories = participants.each(lambda participant: participant.memory())
@@ -129,7 +118,8 @@ class Measurement:
             _contender(participants[name], latencies[name], memories[name], rates[name], images.get(name))
             for name in participants
         ]
-        facts = self._quantized_facts(participants, contenders, parities, peaks)
+        with self._parts.measured("profile"):
+            facts = self._quantized_facts(participants, contenders, parities, peaks)
         main = facts[str(config.bits[0])]
         against = [contender for contender in contenders if contender.engine in config.against]
         speedups = [facts_of_bits.speedup for facts_of_bits in facts.values()]
@@ -147,11 +137,37 @@ class Measurement:
             "by_bits": {name: facts_of_bits.model_dump() for name, facts_of_bits in facts.items()},
             "peak_tops": peaks,
             "headline": headline(speedups, contenders, against, left_out),
+            "seconds": self._parts.seconds,
         }
+
+    def _prepare_full_precision(self) -> Preparation:
+        """Makes the calls and saves the denoiser at full precision, and returns what contenders are prepared from."""
+        request, config, folder = self.request, self.request.config, self.scratch / "float"
+        with self._parts.measured("build the denoiser"):
+            denoiser = request.subject.full_precision()
+        with self._parts.measured("save the denoiser"):
+            for batch in config.batch_sizes:
+                self._calls[batch] = request.subject.calls(denoiser, batch, config.size, config.seed)
+            self._work = _work_of(denoiser, self._calls[self._first][0])
+            denoiser.save_pretrained(folder)  # type: ignore[operator]
+            facts = DenoiserFacts.of(denoiser)
+            del denoiser
+            give_back_memory()
+        return Preparation(
+            facts=facts,
+            denoiser_folder=folder,
+            scratch=self.scratch,
+            calls=self._calls[self._first],
+            environment=self._environment,
+            dtype=request.dtype,
+            half=request.half,
+            compiled=config.compiled,
+        )
 
     def _prepare_peer(self, name: str, context: Preparation) -> list[Spec]:
         try:
-            return peers()[name].prepare(context)
+            with self._parts.measured(f"prepare {name}"):
+                return peers()[name].prepare(context)
         except Exception as error:  # noqa: BLE001 - whatever another tool raises must not cost the measurement
             self._not_prepared[name] = reason_of_error(error)
             self.reporter.warn(f"{name} is left out: {self._not_prepared[name]}.")
@@ -163,8 +179,10 @@ class Measurement:
         if isinstance(request.subject, ExportSubject) and isinstance(request.engine, FileEngine):
             export = request.subject.exports[str(bits)]
             folder = engine_artifact(request.run, export, request.engine, self.reporter).path
-        denoiser = request.subject.quantized(bits)
-        with self.reporter.task(f"Parity {bits}", len(quantized_layers(denoiser))) as advance:
+        with self._parts.measured(f"quantize to {bits}"):
+            denoiser = request.subject.quantized(bits)
+        number = len(quantized_layers(denoiser))
+        with self._parts.measured(f"prepare {bits}"), self.reporter.task(f"Parity {bits}", number) as advance:
             return prepare(
                 request.engine,
                 denoiser,
@@ -181,12 +199,12 @@ class Measurement:
     def _started(self) -> Participants:
         sources = {prepared.spec.name: prepared.source for prepared in self._prepared}
         required = {FP32_EAGER, *sources}
-        config = self.request.config
-        participants = Participants(self._environment, self._calls, required, config.against, self.reporter)
+        participants = Participants(self._environment, self._calls, required, self.reporter)
         self._participants = participants
         with self.reporter.task("Loading", len(self._specs)) as advance:
             for spec in self._specs:
-                participants.start(spec, sources.get(spec.name))
+                with self._parts.measured(f"load {spec.name}"):
+                    participants.start(spec, sources.get(spec.name))
                 advance(1)
         return participants
 

@@ -23,15 +23,13 @@ T = TypeVar("T")
 class Participants:
     """The contenders of a bench while they run.
 
-    A contender whose process crashes or is killed is left out with the reason, and the others continue. The same holds
-    for any error of a peer, which is another tool. The error of a required contender is raised, because there is
-    nothing to report without it.
+    A contender that raises an error, or whose process crashes or is killed, is left out with the reason, and the others
+    continue. The error of a required contender is raised, because there is nothing to report without it.
 
     Args:
         environment: Device, threads and processes of the contenders.
         calls: The calls that are timed, by batch size.
         required: Names of the contenders that the result needs: the quantized ones, and float32 in eager torch.
-        peers: Names of the tools after `--against`.
         reporter: Receives progress and warnings.
     """
 
@@ -40,11 +38,10 @@ class Participants:
         environment: ContenderEnvironment,
         calls: Mapping[int, Sequence[Call]],
         required: Collection[str],
-        peers: Collection[str],
         reporter: Reporter,
     ) -> None:
         self._environment, self._calls, self._reporter = environment, calls, reporter
-        self._required, self._peers = required, peers
+        self._required = required
         self._running: dict[str, Participant] = {}
         self.left_out: dict[str, str] = {}
 
@@ -65,8 +62,7 @@ class Participants:
             source: Compiles it in this process, if it has no files.
         """
         self._reporter.note(f"loading {spec.name}")
-        is_peer = spec.engine in self._peers
-        participant = self._attempt(spec.name, is_peer, partial(self._started, spec, source))
+        participant = self._attempt(spec.name, partial(self._started, spec, source))
         if participant is not None:
             self._running[spec.name] = participant
 
@@ -76,7 +72,7 @@ class Participants:
         """Applies a function to every contender, and returns the results by name."""
         results = {}
         for name in self:
-            result = self._attempt(name, self._is_peer(name), partial(function, self._running[name]))
+            result = self._attempt(name, partial(function, self._running[name]))
             if result is not None:
                 results[name] = result
             advance(1)
@@ -85,13 +81,7 @@ class Participants:
     def time(self, batch_size: int, rounds: int) -> dict[str, list[float]]:
         """Times all contenders in turns; see `bench.rounds`."""
         with self._reporter.task(f"Timing, batch {batch_size}", rounds * len(self)) as advance:
-            return time_in_rounds(
-                dict(self._running),
-                batch_size,
-                rounds,
-                advance,
-                lambda name, call: self._attempt(name, self._is_peer(name), call),
-            )
+            return time_in_rounds(dict(self._running), batch_size, rounds, advance, self._attempt)
 
     def leave_out(self, name: str, reason: str) -> None:
         """Leaves a contender out and warns of it with the reason."""
@@ -108,21 +98,15 @@ class Participants:
                 participant.close()
         self._running.clear()
 
-    def _is_peer(self, name: str) -> bool:
-        return self._running[name].spec.engine in self._peers
-
-    def _attempt(self, name: str, is_peer: bool, call: Callable[[], T]) -> T | None:
+    def _attempt(self, name: str, call: Callable[[], T]) -> T | None:
         """Returns the result of a call of a contender; `None` if an error of the call means that it is left out."""
         try:
             return call()
-        except ContenderLostError as error:
+        except Exception as error:
             if name in self._required:
                 raise
-            self.leave_out(name, error.reason)
-        except Exception as error:
-            if not is_peer:
-                raise
-            self.leave_out(name, reason_of_error(error))
+            reason = error.reason if isinstance(error, ContenderLostError) else reason_of_error(error)
+            self.leave_out(name, reason)
         return None
 
     def _started(self, spec: Spec, source: Callable[[], CompiledDenoiser] | None) -> Participant:

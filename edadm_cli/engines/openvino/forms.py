@@ -33,6 +33,8 @@ _ROUNDS = 5
 _ADVANTAGE = 0.9
 """Floating point is chosen if its shortest time is less than this share of the shortest time in bytes."""
 _LARGEST_FILE = 1 << 20
+_VERSION = 2
+"""The version of what is stored; with version 1, operations after one in floating point were mistaken for others."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[s
     for operation in operations:
         shapes.setdefault(operation.shape, []).append(operation)
     memory = _Memory(properties)
-    floating: set[str] = set()
+    in_float: list[_Operation] = []
     for shape, members in shapes.items():
         is_large = members[0].work >= LEAST_WORK and sum(each.work for each in members) >= _LEAST_SHARE * total
         if not is_large:
@@ -78,11 +80,12 @@ def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[s
             memory.is_float_faster[shape] = _is_float_faster(graph, members[0], properties)
             memory.write()
         if memory.is_float_faster[shape]:
-            for operation in members:
-                floating.update(operation.layers)
-                for index in operation.indices:
-                    products[index].compute_in_float()
-    return frozenset(floating)
+            in_float += members
+    # only now: a product in floating point is no longer counted by the indices with which the others are measured
+    for operation in in_float:
+        for index in operation.indices:
+            products[index].compute_in_float()
+    return frozenset(layer for operation in in_float for layer in operation.layers)
 
 
 def _operations(products: list[QuantizedProduct]) -> list[_Operation]:
@@ -178,6 +181,7 @@ class _Memory:
 
     def __init__(self, properties: dict[str, Any]) -> None:
         facts = [
+            f"version {_VERSION}",
             str(ov.Core().get_property("CPU", "FULL_DEVICE_NAME")),
             " ".join(sorted(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))),
             ov.get_version(),

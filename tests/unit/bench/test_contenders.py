@@ -23,7 +23,7 @@ from edadm_cli.bench.rounds import is_unsteady, time_in_rounds
 from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec
 from edadm_cli.bench.worker import ContenderLostError
 from edadm_cli.engines.isolation import reason_of
-from edadm_cli.errors import EdadmError, MachineError, UsageError
+from edadm_cli.errors import EdadmError, InputError, MachineError, UsageError
 from edadm_cli.progress import SilentReporter
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -72,13 +72,13 @@ def test_a_contender_that_crashes_is_left_out_and_only_a_required_one_ends_the_b
     spec = Spec("torch float32", "torch", "torch", "float32", None, False, tmp_path, 1.0)
     spec = replace(spec, denoiser_class="crashing_contender.Crash")
     reporter = SilentReporter()
-    participants = Participants(ALONE, CALLS, ["ours"], [], reporter)
+    participants = Participants(ALONE, CALLS, ["ours"], reporter)
     participants.start(spec, None)
     assert participants.left_out == {"torch float32": "signal 11, crashed"}
     assert list(reporter.warnings) == ["torch float32 is left out: signal 11, crashed."]
     assert list(participants) == []
     with pytest.raises(MachineError, match=r"process of 'torch float32' ended before its time: signal 11, crashed\."):
-        Participants(ALONE, CALLS, ["torch float32"], [], reporter).start(spec, None)
+        Participants(ALONE, CALLS, ["torch float32"], reporter).start(spec, None)
 
 
 def test_memory_is_named_as_the_reason_only_where_a_process_was_killed() -> None:
@@ -117,13 +117,18 @@ def test_a_contender_lost_between_two_turns_costs_the_others_nothing() -> None:
     assert times == {"b": [500.0] * 3}
 
 
-def test_whatever_goes_wrong_with_a_peer_costs_the_peer_alone() -> None:
-    participants = Participants(replace(ALONE, is_alone=False), CALLS, ["ours"], ["torchao"], SilentReporter())
-    spec = Spec("torchao w8a8", "torchao", "torch", "float32", "w8a8", False, Path("none"), 1.0)
-    participants.start(replace(spec, denoiser_class="no_such_module.Denoiser"), None)
-    assert "No module named 'no_such_module'" in participants.left_out["torchao w8a8"]
-    with pytest.raises(ModuleNotFoundError):
-        participants.start(replace(spec, engine="torch", denoiser_class="no_such_module.Denoiser"), None)
+@pytest.mark.parametrize(
+    ("name", "engine"), [("torchao w8a8", "torchao"), ("torch float16", "torch"), ("openvino float32", "openvino")]
+)
+def test_an_error_of_a_contender_costs_that_contender_alone(name: str, engine: str) -> None:
+    participants = Participants(replace(ALONE, is_alone=False), CALLS, ["ours"], SilentReporter())
+    runs_on = "openvino" if engine == "openvino" else "torch"
+    spec = Spec(name, engine, runs_on, "float32", None, False, Path("none"), 1.0, denoiser_class="no_such_module.Net")
+    participants.start(spec, None)
+    expected = "none holds no denoiser.xml" if engine == "openvino" else "No module named 'no_such_module'"
+    assert expected in participants.left_out[name]
+    with pytest.raises((ModuleNotFoundError, InputError)):
+        participants.start(replace(spec, name="ours"), None)
 
 
 @pytest.mark.parametrize(

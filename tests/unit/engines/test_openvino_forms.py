@@ -31,23 +31,29 @@ def every_product_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def attention_graph() -> ov.Model:
-    """A linear layer and an attention with quantized products."""
+def attention_graph(second_tokens: int = 0) -> ov.Model:
+    """A linear layer and an attention with quantized products, then another attention if it has tokens."""
     torch.manual_seed(0)
     layer = quantized_layer(nn.Linear(16, 16), LayerPlan(weight_bits=8, activation_bits=8))
     assert isinstance(layer, QuantizedLayer)
     codes = torch.randint(-128, 128, layer.weight_shape)
     layer.set_parameters(codes, torch.full((16,), 0.01), torch.tensor(0.02), torch.tensor(128, dtype=torch.int32))
-    parameters = [ops.parameter([2, 24, 16], ov.Type.f32) for _ in range(2)]
+    parameters = [ops.parameter([2, tokens, 16], ov.Type.f32) for tokens in (24, 24, second_tokens) if tokens]
     hidden = nodes.layer(parameters[0].output(0), layer, "projection")
+    for context in parameters[1:]:
+        hidden = attention(hidden, context.output(0))
+    return ov.Model([hidden.get_node()], parameters)
+
+
+def attention(queries: ov.Output, context: ov.Output) -> ov.Output:
+    """Quantized attention; the context is both its keys and its values."""
     q, k, v = (
-        nodes.fake_quantize(value, torch.tensor(0.02), None, weight_grid(8))
-        for value in (hidden, parameters[1].output(0), parameters[1].output(0))
+        nodes.fake_quantize(value, torch.tensor(0.02), None, weight_grid(8)) for value in (queries, context, context)
     )
     scores = ops.softmax(ops.matmul(q, k, False, True), -1)
     zero = torch.tensor(0, dtype=torch.int32)
     weights = nodes.fake_quantize(scores.output(0), torch.tensor(1 / 255), zero, activation_grid(8))
-    return ov.Model([ops.matmul(weights, v, False, False)], parameters)
+    return ops.matmul(weights, v, False, False).output(0)
 
 
 def values(graph: ov.Model) -> np.ndarray:
@@ -91,6 +97,23 @@ def test_both_forms_are_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms.time, "perf_counter", lambda: float(next(ticks)))
     assert forms.use_faster_forms(graph, PROPERTIES) == frozenset(), "forms of equal times stay in bytes"
     assert kinds(graph) == expected
+
+
+def test_a_product_in_floating_point_does_not_change_what_is_measured_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[str, list[list[int]]]] = []
+
+    def float_is_faster(graph: ov.Model, operation: Any, properties: Any) -> bool:
+        for in_float in (True, False):
+            _, inputs = forms._compiled(graph, operation, properties, in_float=in_float)
+        measured.append((operation.shape, [list(each.shape) for each in inputs]))
+        return True
+
+    monkeypatch.setattr(forms, "_is_float_faster", float_is_faster)
+    graph = attention_graph(second_tokens=7)
+    forms.use_faster_forms(graph, PROPERTIES)
+    assert kinds(graph) == []
+    assert len(measured) == 3
+    assert all(str(shape) in name for name, shapes in measured for shape in shapes), measured
 
 
 def test_a_damaged_memory_is_measured_anew(tmp_path: Path) -> None:
