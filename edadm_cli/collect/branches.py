@@ -37,11 +37,19 @@ def are_branches(one: DenoiserCall, other: DenoiserCall) -> bool:
     return same_input and difference(one, other) is not None
 
 
+FORM = "the form of the call"
+
+
 def difference(call: DenoiserCall, other: DenoiserCall) -> str | None:
     """Returns the name of the first tensor, besides sample and timestep, that differs in two calls; else `None`."""
-    changed = next((n for n, tensor in call.tensors.items() if not equal(tensor, other.tensors.get(n))), None)
-    if changed is None and (call.template != other.template or call.sample.shape != other.sample.shape):
-        return "the form of the call"
+    return next(iter(differences(call, other)), None)
+
+
+def differences(call: DenoiserCall, other: DenoiserCall) -> list[str]:
+    """Returns the names of the tensors, besides sample and timestep, that differ in two calls; `FORM` for the rest."""
+    changed = [name for name, tensor in call.tensors.items() if not equal(tensor, other.tensors.get(name))]
+    if call.template != other.template or call.sample.shape != other.sample.shape:
+        changed.append(FORM)
     return changed
 
 
@@ -75,7 +83,7 @@ def of_calls(first: DenoiserCall, second: DenoiserCall, masks: Mapping[str, str]
     padded = {name for mask, states in masks.items() if mask in first.condition for name in (mask, states)}
     padded |= {name.removesuffix(".lengths") for name in first.condition if name.endswith(".lengths")}
     if first.template != second.template:
-        return "the form of the call"
+        return FORM
     conditional, unconditional = {}, {}
     for name, tensor in first.condition.items():
         other = second.condition[name]

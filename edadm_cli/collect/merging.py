@@ -134,8 +134,8 @@ def _common_form(batches: Sequence[Batch], branches: Sequence[Branch]) -> CallFo
 def _is_like(form: CallForm, fullest: CallForm) -> bool:
     ours, theirs = form.template, fullest.template
     return (
-        (form.branches, form.dtype, ours.args, ours.constants, form.control)
-        == (fullest.branches, fullest.dtype, theirs.args, theirs.constants, fullest.control)
+        (form.branches, form.dtype, ours.args, ours.constants, form.control, form.varying)
+        == (fullest.branches, fullest.dtype, theirs.args, theirs.constants, fullest.control, fullest.varying)
         and ours.kwargs.keys() == theirs.kwargs.keys()
         and all(value == theirs.kwargs[name] or _is_null_mask(name, value) for name, value in ours.kwargs.items())
         and ours.dtypes.items() <= theirs.dtypes.items()

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.collect.branches import Conditions, are_branches, difference, of_calls, of_rows
+from edadm_cli.collect.branches import Conditions, are_branches, of_calls, of_rows
 from edadm_cli.collect.control import CONTROL, ControlRecorder
 from edadm_cli.collect.features import record_features
+from edadm_cli.collect.varying import Varying
 from edadm_cli.errors import InputError
 from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL
 from edadm_cli.models.calls import DenoiserCall, Template, record_calls
@@ -42,6 +43,7 @@ class BatchRecorder:
         branches: 2 with guidance, else 1.
         control: What a control network beside the denoiser is called with; `None` without one.
         calls_per_step: 2 if each branch is a call of its own, else 1.
+        varying: The conditions whose values change from step to step.
         warnings: Warnings about the guidance, for the user.
     """
 
@@ -58,10 +60,12 @@ class BatchRecorder:
     calls_per_step: int = 1
     warnings: list[str] = field(default_factory=list)
     control: ControlRecorder | None = None
+    varying: Varying = field(default_factory=Varying)
     _row_groups: int = 1
     _first: DenoiserCall | None = None
     _second: DenoiserCall | None = None
     _second_is_due: bool = False
+    _is_further: bool = False
     _features: list[list[Tensor]] = field(default_factory=list)
 
     @contextmanager
@@ -118,8 +122,9 @@ class BatchRecorder:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns everything but the latents, by its name on disk."""
-        named = {CONDITION + name: tensor for name, tensor in self.condition.items()}
-        named.update({UNCONDITIONAL + name: tensor for name, tensor in self.unconditional.items()})
+        conditional, unconditional = self.varying.conditions(self.branches, self._order)
+        named = {CONDITION + name: tensor for name, tensor in (self.condition | conditional).items()}
+        named.update({UNCONDITIONAL + name: tensor for name, tensor in (self.unconditional | unconditional).items()})
         named.update({CONSTANT + name: tensor for name, tensor in self.constants.items()})
         named["timesteps"] = torch.stack(self.timesteps)
         if self.features:
@@ -135,9 +140,13 @@ class BatchRecorder:
                 f"from step {step} on, timestep {call.timestep.item():g}.",
                 hint=None if call.sample.dtype == torch.float32 else "edadm collect --dtype float32",
             )
+        self._is_further = False
         if self._first is None:
             self._keep_first(call)
         elif self._is_second(call):
+            return
+        elif self._repeats_step(call):
+            self._skip()
             return
         else:
             self._check_like_first(call, step)
@@ -145,6 +154,25 @@ class BatchRecorder:
         self._features.append([])
         self.timesteps.append(call.timestep)
         self.latents.append(self._one_sample(call.sample).cpu().clone())
+
+    def _repeats_step(self, call: DenoiserCall) -> bool:
+        """Returns whether a call predicts in another way for the sample and the timestep of the latest step."""
+        assert self._first is not None
+        latest = self.latents[-1]
+        if not torch.equal(call.timestep, self.timesteps[-1]) or call.sample.shape[1:] != latest.shape[1:]:
+            return False
+        is_same = all(torch.equal(rows.cpu(), latest) for rows in call.sample.split(len(latest)))
+        return is_same and bool(self.varying.new(call, self._first))
+
+    def _skip(self) -> None:
+        """Leaves out a further call of the latest step, such as one whose attention the pipeline perturbs."""
+        self._is_further = True
+        warning = (
+            f"{self.model.ref.id} calls its denoiser more often per step than guidance with the prompt needs; only the"
+            " first call, or those with and without the prompt, calibrate."
+        )
+        if warning not in self.warnings:
+            self.warnings.append(warning)
 
     def _keep_first(self, call: DenoiserCall) -> None:
         rows = call.sample.shape[0]
@@ -177,7 +205,10 @@ class BatchRecorder:
         if not is_due:
             return False
         if self._second is not None and call.sample.shape == self._second.sample.shape:
-            is_second = difference(call, self._second) is None and difference(call, first) is not None
+            is_like_second = not self.varying.new(call, self._second)
+            is_second = is_like_second and bool(self.varying.new(call, first))
+            if is_second:
+                self.varying.add_second(call)
         else:
             is_second = len(self.latents) == 1 and self._row_groups == 1 and are_branches(first, call)
             if is_second:
@@ -205,14 +236,16 @@ class BatchRecorder:
 
     def _check_like_first(self, call: DenoiserCall, step: int) -> None:
         assert self._first is not None
-        changed = difference(call, self._first)
+        changed = self.varying.add_step(call, self._first, self._second, step)
         if changed is not None:
             raise InputError(
                 f"{self.model.ref.id}: {changed} changes between the first step and step {step}; "
-                "only conditions that stay the same over a trajectory can be calibrated."
+                "only calls of one form and conditions of one shape over a trajectory can be calibrated."
             )
 
     def _on_feature(self, feature: Tensor) -> None:
+        if self._is_further:
+            return
         unconditional, conditional = self._order(_by_rows(feature, self.num_trajectories * self._row_groups))
         is_guided_by_rows = self.branches == 2 and self.calls_per_step == 1
         parts = [unconditional, conditional] if is_guided_by_rows else [conditional]

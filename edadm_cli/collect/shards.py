@@ -52,6 +52,7 @@ def write_shard(folder: Path, index: int, recorder: BatchRecorder, dtype: str) -
     if control is not None:
         control["template"] = per_row(control["template"], recorder.rows)
     fields = {"branches": recorder.branches, "dtype": dtype, "template": template, "control": control}
+    fields["varying"] = sorted(recorder.varying.values)
     form = CallForm.model_validate(fields)
     save_json(folder / call_name(index), form.model_dump(mode="json"))
     save_tensors(folder / part_name(index), recorder.tensors())

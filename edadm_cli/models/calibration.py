@@ -75,6 +75,9 @@ class CallForm(Payload):
     control: ControlForm | None = Field(
         None, description="of `collect`: the network that computes some inputs of the denoiser at every step"
     )
+    varying: tuple[str, ...] = Field(
+        (), description="of `collect`: conditions that have a value per step, which are stored with shape [N, T, ...]"
+    )
 
     @property
     def constants(self) -> list[str]:

@@ -30,6 +30,7 @@ from edadm_cli.models.families import family_of
 SAMPLE = "sample"
 TIMESTEP = "timestep"
 _MARK = "$"
+_NAMES_SHOWN = 8  # of a call's arguments in a message
 _NAMING_MARKS = (_MARK + "tensor", _MARK + "joined", _MARK + "rows_second", _MARK + "complex")
 _TENSOR_MARKS = (_MARK + SAMPLE, _MARK + TIMESTEP, _MARK + "tensor")
 
@@ -232,8 +233,9 @@ def _special_names(denoiser: nn.Module, given: list[str]) -> tuple[str, str]:
     sample = next((name for name in family.sample_arguments if name in given), None)
     timestep = next((name for name in family.timestep_arguments if name in given), None)
     if sample is None or timestep is None:
+        arguments = ", ".join([*given[:_NAMES_SHOWN], *(["..."] if len(given) > _NAMES_SHOWN else [])])
         raise InputError(
-            f"{type(denoiser).__name__} is called with ({', '.join(given)}), "
+            f"{type(denoiser).__name__} is called with ({arguments}), "
             "in which no sample and timestep are recognised, so it cannot be calibrated."
         )
     return sample, timestep

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -179,13 +179,14 @@ def _call_arguments(
     num_steps: int,
     guidance_scale: float | None,
 ) -> dict[str, Any]:
-    pipeline = model.pipeline
+    pipeline, family = model.pipeline, family_of(model.denoiser)
     parameters = _parameters(pipeline)
     _require_known_parameters(pipeline, parameters)
     arguments: dict[str, Any] = {
         "num_inference_steps": num_steps,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         "output_type": "np",  # as the pictures that a pipeline returns: some bring only these to [0, 1]
+        **{name: value for name, value in family.call_arguments.items() if name in parameters},
         **model.entry.call_arguments,
         **image_arguments(pipeline, model.entry, seeds),
     }
@@ -198,7 +199,9 @@ def _call_arguments(
         if len(prompts) != len(seeds):
             raise UsageError(f"{len(seeds)} images need as many prompts, not {len(prompts)}.")
         arguments["prompt"] = list(prompts)
-        if type(pipeline).__name__ in family_of(model.denoiser).one_prompt_pipelines:
+        if type(pipeline).__name__ in family.negative_prompt_pipelines:
+            arguments["negative_prompt"] = [_NEGATIVE_PROMPT] * len(seeds)
+        if type(pipeline).__name__ in family.one_prompt_pipelines:
             arguments |= _one_image(pipeline, prompts, arguments)
     if "class_labels" in parameters:
         labels = [_class_label(model, seed) for seed in seeds]
@@ -312,22 +315,23 @@ def _watch_scheduler(
     (LDMPipeline), whose noise would otherwise come from the global generator.
     """
     scheduler = pipeline.scheduler
-    step: Callable[..., Any] = scheduler.step
-    is_noisy = bool(arguments.get("eta")) and "generator" in inspect.signature(step).parameters
+    cls = type(scheduler)
+    is_noisy = bool(arguments.get("eta")) and "generator" in inspect.signature(cls.step).parameters
 
-    @functools.wraps(step)  # pipelines inspect the signature
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(cls.step)  # pipelines inspect the signature
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_noisy:
             kwargs.setdefault("generator", arguments["generator"])
-        output = step(*args, **kwargs)
-        last_sample[:] = [output[0] if isinstance(output, tuple) else output.prev_sample]
+        output = cls.step(self, *args, **kwargs)
+        if self is scheduler:  # some pipelines copy it, for another kind of sample
+            last_sample[:] = [output[0] if isinstance(output, tuple) else output.prev_sample]
         return output
 
-    scheduler.step = watched
+    scheduler.__class__ = type(cls.__name__, (cls,), {"step": watched, "__module__": cls.__module__})
     try:
         yield
     finally:
-        del scheduler.step
+        scheduler.__class__ = cls
 
 
 def _images_of(pipeline: DiffusionPipeline, output: Any) -> Tensor:

@@ -24,8 +24,8 @@ from edadm_cli.artifacts import (
 from edadm_cli.artifacts.streaming import slices
 from edadm_cli.config import SelectConfig
 from edadm_cli.errors import InputError, UsageError
-from edadm_cli.models.calibration import CALIBRATION_FILE, CONSTANT, CallForm
-from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.calibration import CALIBRATION_FILE, CONDITION, CONSTANT, UNCONDITIONAL, CallForm
+from edadm_cli.models.collected import CONDITION_FILE, CollectedRun
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.select.control import with_computed
@@ -198,14 +198,14 @@ def _select(task: Task, folder: Path, reporter: Reporter) -> None:
     allocation = allocate(scores, task.num_samples, task.variety_weight, task.radius, task.quantile)
     counts = _counts(task, allocation)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
-    tensors = _calibration_set(task, step_index, trajectory_index, reporter)
     form = CallForm.load(task.collected)
+    tensors = _calibration_set(task, form, step_index, trajectory_index, reporter)
     if form.control is not None:
         tensors = with_computed(tensors, form, task.run, resolve_device(task.config.device), reporter)
     save_tensors(folder / CALIBRATION_FILE, tensors)
     scored = {"density": allocation.density, "variety": allocation.variety, "counts": counts}
     save_tensors(folder / SCORES_FILE, scored)
-    form.model_copy(update={"control": None}).save(folder)
+    form.model_copy(update={"control": None, "varying": ()}).save(folder)
     _selection(task, allocation, counts).save(folder)
     title = f"{task.config.strategy}: {task.num_samples} samples from {len(counts)} steps"
     draw_selection(folder / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts)
@@ -279,7 +279,9 @@ def _generator(task: Task, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed((2 * task.config.seed + stream) % 2**32)
 
 
-def _calibration_set(task: Task, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter) -> dict[str, Tensor]:
+def _calibration_set(
+    task: Task, form: CallForm, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter
+) -> dict[str, Tensor]:
     """Gathers the chosen steps, reading one shard of trajectories at a time."""
     names = sorted(e.path for e in task.collected.manifest.payload if e.path.startswith("latents-"))
     chosen, first = [], 0
@@ -295,12 +297,22 @@ def _calibration_set(task: Task, step_index: Tensor, trajectory_index: Tensor, r
             chosen.append(samples)
             first += latents.shape[1]
             advance(1)
-    tensors = {
-        name: tensor if name.startswith(CONSTANT) else tensor[trajectory_index]
-        for name, tensor in task.collected.tensors("condition.safetensors").items()
-    }
+    varying = {prefix + name for name in form.varying for prefix in (CONDITION, UNCONDITIONAL)}
+    conditions = task.collected.tensors(CONDITION_FILE)
+    for name in sorted(varying & conditions.keys()):
+        if conditions[name].shape[1:2] != (len(task.timesteps),):
+            path = task.collected.path / CONDITION_FILE
+            raise InputError(
+                f"'{name}' in {path} has not one value for each of {len(task.timesteps)} steps.",
+                hint=task.collected.remedy,
+            )
     return {
-        **tensors,
+        **{name: tensor for name, tensor in conditions.items() if name.startswith(CONSTANT)},
+        **{
+            name: tensor[trajectory_index, step_index] if name in varying else tensor[trajectory_index]
+            for name, tensor in conditions.items()
+            if not name.startswith(CONSTANT)
+        },
         "sample": torch.cat(chosen),
         "timestep": task.timesteps[step_index],
         "step_index": step_index,

@@ -14,11 +14,12 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789<>/()&;'\""
 NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 SCALING_FACTOR = 0.18215  # of the autoencoder of Stable Diffusion
 _TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-_SMALL = {
+SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -59,13 +60,13 @@ def gemma() -> Pair:
     """A Gemma 2 with 32 channels."""
     tokenizer = letter_tokenizer(model_max_length=16)
     tokenizer.padding_side = "right"
-    return tokenizer, tr.Gemma2Model(tr.Gemma2Config(vocab_size=len(tokenizer), **_SMALL))
+    return tokenizer, tr.Gemma2Model(tr.Gemma2Config(vocab_size=len(tokenizer), **SMALL))
 
 
 def glm() -> Pair:
     """A GLM with 32 channels."""
     tokenizer = letter_tokenizer(model_max_length=16)
-    return tokenizer, tr.GlmModel(tr.GlmConfig(vocab_size=len(tokenizer), pad_token_id=0, **_SMALL))
+    return tokenizer, tr.GlmModel(tr.GlmConfig(vocab_size=len(tokenizer), pad_token_id=0, **SMALL))
 
 
 def qwen_tokenizer() -> Any:
@@ -81,7 +82,7 @@ def qwen3(*, layers: int = 2, causal: bool = False) -> Pair:
     """A Qwen 3 with 32 channels."""
     tokenizer = qwen_tokenizer()
     config = tr.Qwen3Config(
-        vocab_size=len(tokenizer), max_position_embeddings=4096, **(_SMALL | {"num_hidden_layers": layers})
+        vocab_size=len(tokenizer), max_position_embeddings=4096, **(SMALL | {"num_hidden_layers": layers})
     )
     return tokenizer, (tr.Qwen3ForCausalLM if causal else tr.Qwen3Model)(config)
 
@@ -122,21 +123,60 @@ def qwen_vl_processor() -> Any:
     )
 
 
-def qwen3_vl(*, layers: int = 2) -> Pair:
+def qwen3_vl(*, layers: int = 2, causal: bool = False) -> Pair:
     """A Qwen 3 VL with 32 channels."""
     tokenizer = qwen_tokenizer()
     rope = {"mrope_section": [2, 3, 3], "rope_type": "default", "mrope_interleaved": True, "rope_theta": 1e6}
-    text = {**_SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 4096, "rope_parameters": rope}
+    text = {**SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 4096, "rope_parameters": rope}
     text["num_hidden_layers"] = layers
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    vision |= {"deepstack_visual_indexes": [0]}
-    return tokenizer, tr.Qwen3VLModel(tr.Qwen3VLConfig(text_config=text, vision_config=vision))
+    vision |= {"deepstack_visual_indexes": [0], "patch_size": 16, "num_position_embeddings": 64}
+    start, end, image, video = tokenizer.convert_tokens_to_ids(_VISION_TOKENS)
+    ids = {"vision_start_token_id": start, "vision_end_token_id": end, "image_token_id": image}
+    config = tr.Qwen3VLConfig(text_config=text, vision_config=vision, video_token_id=video, **ids)
+    return tokenizer, (tr.Qwen3VLForConditionalGeneration if causal else tr.Qwen3VLModel)(config)
+
+
+def qwen3_vl_processor() -> Any:
+    """What prepares prompts and images for `qwen3_vl`; the images have at most four patches."""
+    tokenizer = qwen_tokenizer()
+    images = tr.Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64)
+    return tr.Qwen3VLProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        video_processor=tr.Qwen3VLVideoProcessor(patch_size=16),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def qwen2_vl() -> Pair:
+    """A Qwen 2 VL with 32 channels."""
+    tokenizer = qwen_tokenizer()
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    text["rope_parameters"] = {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e6}
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2}
+    return tokenizer, tr.Qwen2VLForConditionalGeneration(tr.Qwen2VLConfig(text_config=text, vision_config=vision))
+
+
+def gemma3() -> Pair:
+    """A Gemma 3 with 32 channels and a vision tower."""
+    tokenizer = letter_tokenizer(model_max_length=16)
+    text = {**SMALL, "vocab_size": len(tokenizer) + 1}
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tr.Gemma3Config(
+        text_config=text,
+        vision_config={**size, "image_size": 32, "patch_size": 16},
+        image_token_index=len(tokenizer),
+        mm_tokens_per_image=4,
+    )
+    return tokenizer, tr.Gemma3ForConditionalGeneration(config)
 
 
 def llama() -> Pair:
     """A Llama with 32 channels and a head."""
     tokenizer = letter_tokenizer(model_max_length=16)
-    return tokenizer, tr.LlamaForCausalLM(tr.LlamaConfig(vocab_size=len(tokenizer), **_SMALL))
+    return tokenizer, tr.LlamaForCausalLM(tr.LlamaConfig(vocab_size=len(tokenizer), **SMALL))
 
 
 def vision(width: int = 32, size: int = 32) -> Any:

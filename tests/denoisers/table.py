@@ -1,8 +1,10 @@
 """The table of denoisers: each row is a tiny random pipeline that goes through the chain, or the reason why not.
 
-`python benchmarks/denoisers.py` writes the table into docs/models.md. It notes each finished row in a file, so that a
-table that was interrupted goes on where it stopped. With `--only NAME ...` it prints the rows of these builders alone
-and writes nothing; the names are those of the functions in the modules beside this one.
+`python benchmarks/denoisers.py` writes the table into docs/models.md. It notes each finished row in a file with a hash
+of the code, so that a table that was interrupted goes on where it stopped, and no row is of other code. `--part 1/4`
+measures a quarter of the rows and writes nothing, so that several processes can share the work; a last call without it
+writes the table. With `--only NAME ...` it prints the rows of these builders alone and writes nothing; the names are
+those of the functions in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,112 +37,20 @@ from edadm_cli.models import loading
 from edadm_cli.models.families.layers import is_weighted
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.recipe import Recipe, load_recipe
-from tests.denoisers import classes, flux, further, transformers, unets, videos
+from tests.denoisers import classes
+from tests.denoisers.rows import ROWS, Row
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-NOTES = Path(__file__).parents[2] / "build" / "denoisers.jsonl"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "models.md"
+NOTES = ROOT / "build" / "denoisers.jsonl"
 _TABLES = ("table of denoisers", "other classes of denoisers")
 W8A8, W4A8 = BitWidth.parse("w8a8"), BitWidth.parse("w4a8")
 LEAST_PSNR_DB = 20.0  # of an image at W8A8 against full precision of the same seed
-_SQUARE = {"height": 64, "width": 64}
-_SMALL = {"height": 32, "width": 32}
-_CLIP = {"height": 16, "width": 16, "num_frames": 9}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One kind of denoiser.
-
-    Attributes:
-        build: Makes the pipeline.
-        title: What people call it.
-        call: Arguments of the pipeline's call that keep the example small.
-        num_steps: Sampler steps.
-        guidance: Guidance scale; `None` takes the pipeline's own.
-        images: Whether images condition it.
-        batch_size: How many of the four images are sampled together.
-    """
-
-    build: Callable[[], Any]
-    title: str
-    call: dict[str, Any] = field(default_factory=dict)
-    num_steps: int = 3
-    guidance: float | None = None
-    images: bool = False
-    batch_size: int = 4
-
-
-ROWS = (
-    Row(unets.stable_diffusion, "Stable Diffusion 1, 2"),
-    Row(unets.turbo, "Stable Diffusion Turbo, one step", num_steps=1, guidance=0.0),
-    Row(unets.latent_consistency, "latent consistency (`timestep_cond`)"),
-    Row(unets.inpainting, "inpainting UNet, 9 channels", images=True),
-    Row(unets.instruct_pix2pix, "InstructPix2Pix, 8 channels", images=True),
-    Row(unets.controlnet, "Stable Diffusion with a ControlNet", images=True),
-    Row(unets.controlnet_inpaint, "inpainting with a ControlNet", images=True),
-    Row(unets.controlnet_xl, "Stable Diffusion XL with a ControlNet", images=True),
-    Row(unets.stable_diffusion_xl, "Stable Diffusion XL"),
-    Row(unets.xl_refiner, "Stable Diffusion XL refiner", call={"strength": 1.0}, images=True),
-    Row(unets.deepfloyd, "DeepFloyd IF, first stage"),
-    Row(unets.kandinsky22, "Kandinsky 2.2", call={"height": 16, "width": 16}),
-    Row(unets.pixels, "DDPM in pixel space"),
-    Row(unets.consistency, "consistency model"),
-    Row(transformers.dit, "DiT"),
-    Row(transformers.pixart, "PixArt-Sigma", call={"use_resolution_binning": False}),
-    Row(transformers.sd3, "Stable Diffusion 3, 3.5"),
-    Row(flux.flux_dev, "FLUX.1 dev", call=_SQUARE),
-    Row(flux.flux_kontext, "FLUX.1 Kontext", call={**_SQUARE, "max_area": 64 * 64, "_auto_resize": False}, images=True),
-    Row(flux.controlnet_flux, "FLUX.1 dev with a ControlNet", call=_SQUARE, images=True),
-    Row(flux.flux_fill, "FLUX.1 Fill", call=_SQUARE, images=True),
-    Row(flux.flux2_klein, "FLUX.2 Klein, distilled", call=_SQUARE, guidance=1.0),
-    Row(flux.flux2_base, "FLUX.2 Klein, base", call=_SQUARE),
-    Row(flux.chroma, "Chroma", call=_SQUARE),
-    Row(transformers.qwen_image, "Qwen-Image", call={"height": 32, "width": 32}),
-    Row(transformers.qwen_image_edit, "Qwen-Image-Edit", call={"height": 128, "width": 128}, images=True),
-    Row(transformers.z_image, "Z-Image", call=_SQUARE),
-    Row(transformers.auraflow, "AuraFlow", call=_SQUARE),
-    Row(transformers.sana, "Sana", call={**_SQUARE, "use_resolution_binning": False}),
-    Row(transformers.lumina2, "Lumina 2", call=_SQUARE),
-    Row(transformers.cogview4, "CogView 4", call=_SQUARE),
-    Row(transformers.hunyuan_dit, "HunyuanDiT", call={**_SQUARE, "use_resolution_binning": False}),
-    Row(transformers.hunyuan_image, "HunyuanImage 2.1", call=_SQUARE),
-    Row(transformers.hidream, "HiDream-I1", call=_SQUARE),
-    Row(transformers.krea2, "Krea 2", call=_SQUARE),
-    Row(
-        transformers.prx, "PRX", call={**_SQUARE, "use_resolution_binning": False}, batch_size=1
-    ),  # guided, it takes one
-    Row(transformers.ovis, "Ovis-Image", call=_SQUARE),
-    Row(further.cogview3, "CogView 3", call={**_SQUARE, "max_sequence_length": 16}),
-    Row(further.lumina, "Lumina-Next", call=_SQUARE),
-    Row(further.kandinsky3, "Kandinsky 3", call=_SQUARE),
-    Row(further.bria, "Bria 3.2", call=_SQUARE),
-    Row(further.longcat, "LongCat-Image", call=_SQUARE),
-    Row(further.ernie, "ERNIE-Image", call=_SQUARE),
-    Row(further.omnigen, "OmniGen", call=_SQUARE),
-    Row(
-        further.ideogram4,
-        "Ideogram 4, two transformers",
-        call={**_SMALL, "max_sequence_length": 256, "guidance_schedule": [7.0] * 3},
-    ),
-    Row(videos.wan, "Wan 2.1", call=_CLIP),
-    Row(videos.wan22, "Wan 2.2, two transformers", call=_CLIP),
-    Row(videos.hunyuan_video, "HunyuanVideo", call=_CLIP),
-    Row(videos.cogvideox, "CogVideoX", call={**_CLIP, "max_sequence_length": 16}),
-    Row(videos.ltx, "LTX-Video", call={"height": 32, "width": 32, "num_frames": 9}),
-    Row(videos.stable_video, "Stable Video Diffusion", call={"height": 32, "width": 32, "num_frames": 2}, images=True),
-    Row(videos.animatediff, "AnimateDiff", call={"num_frames": 4, "height": 16, "width": 16}),
-    Row(videos.text_to_video, "text-to-video UNet (3D)", call={"num_frames": 4, "height": 16, "width": 16}),
-    Row(further.latte, "Latte", call={**_SQUARE, "video_length": 2, "clean_caption": False}),
-    Row(further.mochi, "Mochi", call={"height": 16, "width": 16, "num_frames": 7, "max_sequence_length": 16}),
-    Row(further.sana_video, "Sana-Video", call={**_SMALL, "frames": 9, "use_resolution_binning": False}),
-    Row(further.skyreels, "SkyReels V2", call=_CLIP),
-    Row(further.wan_vace, "Wan VACE", call=_CLIP, batch_size=1),
-    Row(further.anyflow, "AnyFlow", call=_CLIP),
-    Row(further.chronoedit, "ChronoEdit", call={**_SMALL, "num_frames": 5}, images=True, batch_size=1),
-    Row(further.kandinsky5, "Kandinsky 5", call={**_SMALL, "num_frames": 5}),
-    Row(further.allegro, "Allegro", call={"height": 16, "width": 16, "num_frames": 8, "max_sequence_length": 16}),
-    Row(further.i2vgen, "I2VGen-XL", call={**_SMALL, "num_frames": 4}, images=True),
-)
+def _versions() -> str:
+    packages = ("diffusers", "transformers", "torch")
+    return ", ".join(f"{name} {version(name).partition('+')[0]}" for name in packages)
 
 
 @dataclass(frozen=True)
@@ -152,6 +65,7 @@ class Result:
         layers: Number of layers that are quantized, and of all.
         psnr_db: An image at W8A8 against full precision of the same seed, in a fresh interpreter with plain diffusers.
         refusal: Why it does not work; `None` where it does.
+        versions: The versions of the libraries.
     """
 
     row: Row
@@ -161,6 +75,7 @@ class Result:
     layers: tuple[int, int] = (0, 0)
     psnr_db: float = 0.0
     refusal: str | None = None
+    versions: str = field(default_factory=_versions)
 
 
 def quick_recipe(iterations: int) -> Recipe:
@@ -355,7 +270,7 @@ def run_rows(rows: tuple[Row, ...], notes: Path | None = None) -> list[Result]:
                 shutil.rmtree(folder, ignore_errors=True)
             if notes is not None:
                 notes.parent.mkdir(parents=True, exist_ok=True)
-                facts = asdict(result) | {"row": row.title}
+                facts = asdict(result) | {"row": row.title, "code": code_sha256()}
                 with notes.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(facts) + "\n")
         results.append(result)
@@ -364,21 +279,34 @@ def run_rows(rows: tuple[Row, ...], notes: Path | None = None) -> list[Result]:
 
 
 def _read_notes(notes: Path) -> dict[str, Result]:
-    """Returns the finished rows of a file by their titles; a title that is no row any more is left out."""
+    """Returns the finished rows of a file by their titles, without those of other code."""
     rows = {row.title: row for row in ROWS}
     facts = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
+    code = code_sha256()
     return {
         fact["row"]: Result(**{**fact, "row": rows[fact["row"]], "layers": tuple(fact["layers"])})
         for fact in facts
-        if fact["row"] in rows
+        if fact.pop("code", None) == code and fact["row"] in rows
     }
+
+
+@cache
+def code_sha256() -> str:
+    """Returns a hash of the package and of the builders of the rows."""
+    digest = sha256()
+    for folder in (ROOT / "edadm_cli", ROOT / "tests" / "denoisers"):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def write_tables(results: list[Result]) -> None:
     """Write the table of the rows, and that of the classes that no row measures, into docs/models.md."""
     text = DOCS.read_text(encoding="utf-8")
     others = classes.markdown({result.denoiser for result in results})
-    for name, table in zip(_TABLES, (markdown(results), others), strict=True):
+    versions = " and ".join(sorted({result.versions for result in results}))
+    measured = f"{markdown(results)}\nThese rows are of {versions}, in float32 on a CPU.\n"
+    for name, table in zip(_TABLES, (measured, others), strict=True):
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
         start, stop = text.index(begin) + len(begin), text.index(end)
         text = text[:start] + table + text[stop:]
@@ -390,8 +318,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=None, help="names of builders")
     parser.add_argument("--notes", type=Path, default=NOTES, help="file of the rows that are finished")
+    parser.add_argument("--part", help="K/N: every N-th row from the K-th on, such as 1/4; nothing is written")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.part is not None:
+        number, count = map(int, options.part.split("/"))
+        run_rows(ROWS[number - 1 :: count], options.notes)
+        return
     if options.only is not None:
         run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only))
         return

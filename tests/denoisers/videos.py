@@ -12,9 +12,16 @@ _HEADS = {"num_attention_heads": 4, "attention_head_dim": 8}
 _EIGHT = (8, 8, 8, 8)
 
 
-def wan_vae() -> Any:
+def wan_vae(levels: int = 3, width: int = 4) -> Any:
+    """The autoencoder of Wan 2.1; it halves the sides of a picture `levels` times."""
+    times = [False] * (levels - 2) + [True, True]
     return d.AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=width,
+        z_dim=16,
+        dim_mult=[1] * (levels + 1),
+        num_res_blocks=1,
+        temperal_downsample=times,
+        scale_factor_spatial=2**levels,
     )
 
 

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.collect import stage as collect
+from edadm_cli.config import CollectConfig, SelectConfig
+from edadm_cli.select import stage as select
 from tests.denoisers.classes import VERDICTS, denoiser_classes
-from tests.denoisers.table import DOCS, ROWS, measure
+from tests.denoisers.further import anyflow
+from tests.denoisers.rows import ROWS
+from tests.denoisers.table import DOCS, entry_with, measure
 
 # one tensor per image and prompts of different length; guidance in two calls per step; two denoisers
 QUICK = ("z_image", "qwen_image", "wan22")
@@ -37,3 +43,20 @@ def test_guidance_that_a_pipeline_ignores_ends_a_collection_with_its_own_reason(
     result = measure(replace(row, guidance=4.0), tmp_path, is_quick=True)
     assert "sampled without guidance, though its scale is 4" in (result.refusal or "")
     assert "is ignored" in (result.refusal or "")
+
+
+def test_an_input_that_changes_from_step_to_step_goes_with_its_step(tmp_path: Path) -> None:
+    """AnyFlow is also called with the timestep at which a step ends, which is that of the next step."""
+    anyflow().save_pretrained(tmp_path / "model")
+    run = RunFolder(tmp_path / "run")
+    config = CollectConfig(model=str(tmp_path / "model"), num_trajectories=4, num_steps=3, batch_size=2, device="cpu")
+    with entry_with({"height": 16, "width": 16, "num_frames": 5}):
+        collect.run(config, run)
+        select.run(SelectConfig(device="cpu", strategy="uniform"), run)
+    timesteps = run.open("collect").tensors("features.safetensors", ["timesteps"])["timesteps"].tolist()
+    chosen = run.open("select").tensors("calibration.safetensors")
+    ends = [*timesteps[1:], 0.0]
+    steps = chosen["step_index"].tolist()
+    assert len(set(steps)) == 3
+    for step, of_frames in zip(steps, chosen["condition.r_timestep"].flatten(1), strict=True):
+        assert of_frames.tolist() == pytest.approx([ends[step]] * len(of_frames))

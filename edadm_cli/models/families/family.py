@@ -51,6 +51,9 @@ class DenoiserFamily:
         layer_types: The types of layers that are quantized. Layers of other types are listed as left in float.
         float32_pipelines: The pipelines that sample in float32 only.
         one_prompt_pipelines: The pipelines that take one prompt and one image, and no lists of them.
+        negative_prompt_pipelines: The pipelines that do not guide without a negative prompt. They get a single space.
+        call_arguments: Arguments of a pipeline's call that make all calls of the denoiser alike, such as one that turns
+            a cache off. They are passed where the pipeline has a parameter of that name, and change no image.
         prepare: Gives all calls of a denoiser one form before it is recorded or reconstructed, if the denoiser treats
             prompts of different lengths differently. The predictions stay the same.
     """
@@ -73,6 +76,8 @@ class DenoiserFamily:
     layer_types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
     float32_pipelines: tuple[str, ...] = ()
     one_prompt_pipelines: tuple[str, ...] = ()
+    negative_prompt_pipelines: tuple[str, ...] = ()
+    call_arguments: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[nn.Module], None] | None = None
 
 

@@ -52,4 +52,43 @@ CASCADE = DenoiserFamily(
     timestep_arguments=("timestep_ratio",),
     calls_per_step=1,
 )
-FAMILIES = (QWEN_IMAGE, COGVIEW4, WAN, KANDINSKY5, AURAFLOW, CASCADE)
+QWEN_IMAGE21 = DenoiserFamily(
+    name="qwen-image 2.1",
+    denoisers=("QwenImage21Transformer2DModel",),
+    masks={"encoder_hidden_states_mask": "encoder_hidden_states"},
+    call_arguments={"use_kv_cache": False},
+)
+NUCLEUS = DenoiserFamily(
+    name="nucleus",
+    denoisers=("NucleusMoEImageTransformer2DModel",),
+    masks={"encoder_hidden_states_mask": "encoder_hidden_states"},
+    calls_per_step=2,
+    negative_prompt_pipelines=("NucleusMoEImagePipeline",),
+)
+HUNYUAN_VIDEO15 = DenoiserFamily(
+    name="hunyuan video 1.5",
+    denoisers=("HunyuanVideo15Transformer3DModel",),
+    one_prompt_pipelines=("HunyuanVideo15Pipeline",),  # its autoencoder decodes one clip at a time
+)
+DREAMLITE = DenoiserFamily(
+    name="dreamlite", denoisers=("DreamLiteUNetModel",), calls_per_step=1, one_prompt_pipelines=("DreamLitePipeline",)
+)
+EASYANIMATE = DenoiserFamily(
+    name="easyanimate",
+    denoisers=("EasyAnimateTransformer3DModel",),
+    calls_per_step=1,
+    negative_prompt_pipelines=("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline"),
+)
+FAMILIES = (
+    QWEN_IMAGE,
+    COGVIEW4,
+    WAN,
+    KANDINSKY5,
+    AURAFLOW,
+    CASCADE,
+    QWEN_IMAGE21,
+    NUCLEUS,
+    HUNYUAN_VIDEO15,
+    DREAMLITE,
+    EASYANIMATE,
+)

@@ -85,7 +85,7 @@ class Fake(nn.Module):
         super().__init__()
         self.mid_block = nn.Identity()
 
-    def forward(self, sample: Tensor, timestep: Any, text: Tensor | None = None, flag: bool = False) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Any, text: Tensor | None = None, flag: Any = False) -> Tensor:
         result: Tensor = self.mid_block(sample)
         return result
 
@@ -98,17 +98,62 @@ def recorder_of(denoiser: nn.Module, size: int) -> BatchRecorder:
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"text": torch.ones(2, 3)}, "text changes between the first step and step 1"),
+        ({"text": torch.ones(2, 4)}, "text changes between the first step and step 1"),
         ({"text": torch.zeros(2, 3), "flag": True}, "the form of the call changes"),
         ({}, "the form of the call changes"),
     ],
 )
-def test_conditions_that_change_over_the_steps_are_refused(second: dict[str, Any], message: str) -> None:
+def test_calls_that_change_their_form_over_the_steps_are_refused(second: dict[str, Any], message: str) -> None:
     denoiser = Fake()
     with recorder_of(denoiser, 2).recording():
         denoiser(torch.zeros(2, 1, 2, 2), 9, text=torch.zeros(2, 3))
         with pytest.raises(InputError, match=message):
             denoiser(torch.zeros(2, 1, 2, 2), 8, **second)
+
+
+def test_a_condition_that_changes_has_a_value_per_step_in_each_branch() -> None:
+    """The second sample of LTX-2, or the timestep at which a step ends: with rows, and with two calls per step."""
+    sound = [torch.full((2, 3), value) for value in (1.0, 1.0, 5.0)]
+    for is_in_rows in (True, False):
+        denoiser = Fake()
+        recorder = recorder_of(denoiser, 2)
+        with recorder.recording():
+            for step, values in enumerate(sound):
+                latent, branches = torch.full((2, 1, 2, 2), float(step)), (values + 10, values)
+                if is_in_rows:
+                    denoiser(torch.cat([latent] * 2), 9 - step, text=torch.cat(branches), flag=torch.arange(4.0))
+                    continue
+                for prompt in (1.0, 0.0):
+                    denoiser(latent, 9 - step, text=values, flag=torch.full((2, 1), prompt))
+        tensors = recorder.tensors()
+        assert recorder.varying.values.keys() == {"text"}
+        assert tensors["condition.text"].shape == (2, 3, 3)
+        assert tensors["condition.text"][0, :, 0].tolist() == [1, 1, 5]
+        expected = [11, 11, 15] if is_in_rows else [1, 1, 5]
+        assert tensors["condition.unconditional.text"][1, :, 0].tolist() == expected
+
+
+def test_a_prompt_that_changes_between_steps_of_two_calls_is_refused() -> None:
+    denoiser = Fake()
+    with recorder_of(denoiser, 2).recording():
+        for value in (1.0, 0.0):
+            denoiser(torch.zeros(2, 1, 2, 2), 9, text=torch.full((2, 3), value))
+        with pytest.raises(InputError, match="text changes between"):
+            denoiser(torch.ones(2, 1, 2, 2), 8, text=torch.full((2, 3), 2.0))
+
+
+def test_a_further_call_of_a_step_is_left_out_with_a_warning() -> None:
+    denoiser = Fake()
+    recorder = recorder_of(denoiser, 2)
+    rows = torch.cat([torch.zeros(2, 3), torch.ones(2, 3)])
+    with recorder.recording():
+        for timestep in (9, 8):
+            denoiser(torch.zeros(4, 1, 2, 2), timestep, text=rows)
+            denoiser(torch.zeros(2, 1, 2, 2), timestep, text=rows[2:], flag=True)
+    assert (recorder.branches, len(recorder.latents)) == (2, 2)
+    assert [feature.shape[0] for feature in recorder.features] == [2, 2]
+    assert "more often per step than guidance" in recorder.warnings[0]
+    assert len(recorder.warnings) == 1
 
 
 def test_the_step_that_is_not_finite_is_named() -> None:

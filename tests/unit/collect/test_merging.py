@@ -13,6 +13,7 @@ from torch import Tensor
 from edadm_cli.artifacts import load_tensors
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.shards import merge_parts, require_mergeable, write_shard
+from edadm_cli.collect.varying import Varying
 from edadm_cli.errors import InputError
 from edadm_cli.models.calibration import CallForm
 from edadm_cli.models.calls import build_call
@@ -49,6 +50,7 @@ def write(folder: Path, index: int, condition: dict[str, Tensor], **literals: An
         rows=rows,
         template=template,
         latents=[torch.zeros(rows, 4)] * STEPS,
+        varying=Varying(),
         tensors=lambda: (
             {f"condition.{name}": tensor for name, tensor in condition.items()}
             | {"timesteps": torch.arange(STEPS), "features": torch.ones(STEPS, rows, 2, tokens)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -19,7 +21,7 @@ from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.models.sampling import CALIBRATION, EVALUATION, image_seed, sample
+from edadm_cli.models.sampling import CALIBRATION, EVALUATION, _watch_scheduler, image_seed, sample
 from tests.denoisers.unets import consistency, deepfloyd, inpainting
 
 CPU = torch.device("cpu")
@@ -181,3 +183,18 @@ def test_a_size_that_is_missing_or_odd_is_named(
     with pytest.raises(InputError, match="does not sample with these arguments") as caught:
         sample(stable_diffusion, seeds=[0], prompts=["a"], num_steps=1, guidance_scale=None)
     assert f"sample_size in unet/config.json, which {reason}" in str(caught.value.hint)
+
+
+def test_a_copy_of_the_scheduler_steps_by_itself() -> None:
+    """LTX-2 copies its scheduler for the sound; only the steps of the scheduler itself are the clip's."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler, last = FlowMatchEulerDiscreteScheduler(), []
+    with _watch_scheduler(SimpleNamespace(scheduler=scheduler), {}, last):
+        scheduler.set_timesteps(4)
+        copied = deepcopy(scheduler)
+        copied.step(torch.ones(1, 2), copied.timesteps[0], torch.zeros(1, 2))
+        assert (last, scheduler.step_index) == ([], None)
+        scheduler.step(torch.ones(1, 2), scheduler.timesteps[0], torch.zeros(1, 2))
+    assert len(last) == 1
+    assert type(scheduler) is FlowMatchEulerDiscreteScheduler

@@ -1,0 +1,84 @@
+"""Records inputs of the denoiser that change from step to step, besides its sample and timestep.
+
+Some denoisers predict two things at once and are called with two noisy samples, such as the clip and the sound of
+LTX-2. Others are called with the timestep that a step ends at. These inputs are conditions with a value per step: a
+trajectory's row holds the values of all steps, and `select` takes the value of the step that it chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from edadm_cli.collect.branches import differences, equal
+from edadm_cli.models.calls import DenoiserCall
+
+_Halves = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Varying:
+    """The values that changing conditions have at each step, by dotted name.
+
+    Attributes:
+        values: Those of the calls that are steps, each with one row per row of the sample.
+        of_second: Those of the second call of each step, where each branch of guidance is a call of its own.
+    """
+
+    values: dict[str, list[Tensor]] = field(default_factory=dict)
+    of_second: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add_step(self, call: DenoiserCall, first: DenoiserCall, second: DenoiserCall | None, step: int) -> str | None:
+        """Records the values of a step, and finds conditions that change for the first time.
+
+        Args:
+            call: The call of this step.
+            first: The call of the first step.
+            second: The second call of the first step; `None` where each step is one call.
+            step: The number of steps before this one.
+
+        Returns:
+            The name of what changes, if it is no condition with rows of the same shape as before, or if it also tells
+            the two branches of guidance apart; else `None`.
+        """
+        for name in self.new(call, first):
+            before = first.condition.get(name)
+            if before is None or name not in call.condition or call.condition[name].shape != before.shape:
+                return name
+            if second is not None and not equal(before, second.tensors.get(name)):
+                return name
+            self.values[name] = [before.cpu()] * step
+            if second is not None:
+                self.of_second[name] = [second.tensors[name].cpu()] * step
+        for name, values in self.values.items():
+            values.append(call.tensors[name].cpu())
+        return None
+
+    def add_second(self, call: DenoiserCall) -> None:
+        """Records the values of the second call of a step."""
+        for name, values in self.of_second.items():
+            values.append(call.tensors[name].cpu())
+
+    def new(self, call: DenoiserCall, other: DenoiserCall) -> list[str]:
+        """Returns what differs in two calls besides the tensors that are known to change."""
+        return [name for name in differences(call, other) if name not in self.values]
+
+    def conditions(self, branches: int, halves: _Halves) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the conditions with the prompt and without it, each with shape `(n, T, *)`.
+
+        Args:
+            branches: 2 with guidance, else 1.
+            halves: Splits the rows of a call into those without the prompt and those with it.
+        """
+        conditional = {name: _by_trajectory(values, halves, 1) for name, values in self.values.items()}
+        if branches == 1:
+            return conditional, {}
+        without = self.of_second or self.values
+        return conditional, {name: _by_trajectory(values, halves, 0) for name, values in without.items()}
+
+
+def _by_trajectory(values: list[Tensor], halves: _Halves, half: int) -> Tensor:
+    return torch.stack([halves(value)[half] for value in values], dim=1).clone()
