@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,11 @@ LEAST_PSNR_DB = 20.0  # of an image at W8A8 against full precision of the same s
 
 
 def _versions() -> str:
-    packages = ("diffusers", "transformers", "torch")
-    return ", ".join(f"{name} {version(name).partition('+')[0]}" for name in packages)
+    import diffusers
+    import transformers
+
+    modules = (diffusers, transformers, torch)
+    return ", ".join(f"{module.__name__} {module.__version__.partition('+')[0]}" for module in modules)
 
 
 @dataclass(frozen=True)
