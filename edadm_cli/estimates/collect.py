@@ -17,9 +17,9 @@ from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.stage import prepare
 from edadm_cli.config import CollectConfig
-from edadm_cli.estimates.gpu_peak import gpu_peak
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.encoding import encode_first
+from edadm_cli.models.gpu_memory import gpu_peak
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.models.placement import is_encoder
 from edadm_cli.models.sampling import Samples, sample

@@ -9,9 +9,9 @@ from torch import nn
 
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import ExportConfig
-from edadm_cli.estimates.gpu_peak import gpu_peak
 from edadm_cli.export.stage import FLOAT_BYTES, INTEGER_SAMPLING_LIMIT, quantized_model, sample_images
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.gpu_memory import gpu_peak
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.quant.layers import quantized_layers
 

@@ -15,9 +15,9 @@ from functools import partial
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.estimates.cost_model import Law, Measure, Size
-from edadm_cli.estimates.gpu_peak import gpu_peak
 from edadm_cli.estimates.unit_timing import Forward, Stopwatch, Timed, Work, kind_of, spread, time_forward, time_units
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.gpu_memory import gpu_peak
 from edadm_cli.models.stored import is_stored, num_weights
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE
@@ -27,16 +27,13 @@ from edadm_cli.reconstruct.call_signatures import UnitForm
 from edadm_cli.reconstruct.capture_groups import capture_groups
 from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
+from edadm_cli.reconstruct.memory import fixed_budget, memory_left, working_bytes
 from edadm_cli.reconstruct.stage import arithmetic, prepare, resolve_task
 from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS
 
 _MIB = 2**20
 _RANGING_S, _LEARNING_S = 6.0, 10.0  # seconds after which no further unit is measured
 _PROBED_ROWS = 3  # rows of the two forwards of `probe_units` together
-_LEARNER_COPIES = (
-    11  # of a unit's weights, in float32: alpha, its gradient and moments, floor, scale, bounds, h, weights
-)
-_ACTIVATIONS = 12  # of the largest output, alive at once in a forward that learns
 _DEPENDS: dict[Work, tuple[Measure, ...]] = {
     "weights": ("weights", "layers"),
     "activations": ("forward", "layers"),
@@ -59,7 +56,8 @@ def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
         for place in CollectedRun.open(run_folder).places:
             setting = prepare(task, place)
             loading += time.monotonic() - started
-            costs.append(probe(setting, task.config.recipe.ranges, task.hyperparameters, task.memory_budget))
+            budget = fixed_budget(task.config.memory_budget_mib, task.device)
+            costs.append(probe(setting, task.config.recipe.ranges, task.hyperparameters, budget))
             started = time.monotonic()
     return Estimate(
         seconds=loading + sum(cost.seconds for cost in costs),
@@ -70,7 +68,7 @@ def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
 
 
 def probe(
-    setting: ReconstructionContext, recipe: RangeRecipe, hyperparameters: Hyperparameters, memory_budget: int
+    setting: ReconstructionContext, recipe: RangeRecipe, hyperparameters: Hyperparameters, memory_budget: int | None
 ) -> Estimate:
     """Estimates a reconstruction, without changing the network.
 
@@ -78,7 +76,7 @@ def probe(
         setting: What is reconstructed.
         recipe: How ranges are found.
         hyperparameters: How units learn.
-        memory_budget: Bytes for rows.
+        memory_budget: Bytes for rows; `None` for what the work leaves of the GPU's memory.
     """
     every, some = spread(setting.units, setting), spread(setting.learning, setting)
     captured = {unit.name for unit in (*every, *some)}
@@ -95,9 +93,11 @@ def probe(
     if setting.learning:
         parts.add(time_units(some, partial(stopwatch.learning, hyperparameters=hyperparameters), _LEARNING_S))
         forms = {unit.name: forward.shapes[unit.name].form(unit.name, forward.rows) for unit in setting.learning}
-        seconds += parts.passes(forms, memory_budget) + parts.learning()
-        more_memory, more_disk = _space(setting, hyperparameters, forms, memory_budget)
-        working, disk = max(activations, more_memory), disk + more_disk
+        working = working_bytes(setting, hyperparameters, forms, activations)
+        budget = memory_left(setting.network.device, working) if memory_budget is None else memory_budget
+        seconds += parts.passes(forms, budget) + parts.learning()
+        rows, filed = _rows(setting, hyperparameters, forms, budget)
+        working, disk = working + rows, disk + filed
     weights = _weights(setting)
     on_gpu = setting.network.device.type == "cuda"
     return Estimate(
@@ -193,14 +193,15 @@ class _Parts:
         return max(0.0, seconds / self.forward.rows - sum(self.sizes[name].forward for name in names))
 
 
-def _space(
-    setting: ReconstructionContext, recipe: Hyperparameters, forms: dict[str, UnitForm], memory_budget: int
-) -> tuple[float, float]:
-    """Returns the bytes of memory and of disk that learning takes."""
+def _rows(
+    setting: ReconstructionContext, recipe: Hyperparameters, forms: dict[str, UnitForm], budget: int
+) -> tuple[int, int]:
+    """Returns the bytes of rows in memory and in files, at the unit that needs most or at the largest group."""
     batches, with_layers = setting.batches, recipe.layer_loss_weight > 0
-    needs = max(batches.num_rows * (form.call_bytes + form.learning_bytes(with_layers)) for form in forms.values())
-    largest = max(4 * setting.num_weights(unit) for unit in setting.learning)
-    rows = max(recipe.batch_size, batches.batch_size * batches.calibration.branches)
-    widest = max(kind.bytes for form in forms.values() for kind in (*form.inputs, *form.layers.values()))
-    memory = min(memory_budget, needs) + _LEARNER_COPIES * largest + _ACTIVATIONS * rows * widest
-    return memory, max(0, needs - memory_budget)
+    extra = {name: form.learning_bytes(with_layers) for name, form in forms.items()}
+    groups = capture_groups(setting.learning, forms, batches.num_rows, budget, with_layers)
+    needs = [
+        sum(forms[unit.name].call_bytes for unit in group) + max(extra[unit.name] for unit in group) for group in groups
+    ]
+    most = batches.num_rows * max(needs)
+    return min(budget, most), max(0, most - budget)

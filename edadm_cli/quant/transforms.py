@@ -214,9 +214,19 @@ class Hadamard256(HadamardRotation):
     name, group = "hadamard-256", 256
 
 
-@cache
 def regular_hadamard(size: int, device: torch.device = _CPU) -> Tensor:
-    """Returns the orthogonal regular Hadamard matrix `(size, size)` in float32; `size` is a power of 4."""
+    """Returns the orthogonal regular Hadamard matrix `(size, size)` in float32; `size` is a power of 4.
+
+    In a compiled graph the matrix is a constant, which is computed once.
+    """
+    return _regular_hadamard(size, device)
+
+
+regular_hadamard._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
+
+
+@cache
+def _regular_hadamard(size: int, device: torch.device) -> Tensor:
     rows = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
     four = torch.tensor(rows, dtype=torch.float32, device=device)
     matrix = torch.ones(1, 1, device=device)

@@ -135,10 +135,13 @@ class FinishedUnits:
         self.denoiser, self.links, self.cache, self.num_rows = denoiser, links, cache, num_rows
         self.positions = {unit.name: position for position, unit in enumerate(units)}
         self._finished: dict[str, list[Rows] | None] = {}  # None: not stored yet
-        needs = [link.form.call_bytes + link.form.learning_bytes(True) for link in links.values()]
-        self._largest_need, self._peak = num_rows * max(needs, default=0), self._peak_bytes()
+        forms = {name: link.form for name, link in links.items()}
+        needs = {name: num_rows * (form.call_bytes + form.learning_bytes(True)) for name, form in forms.items()}
+        self._largest_need, stored = max(needs.values(), default=0), self._stored_bytes()
+        self._peak = max(stored, default=0)
+        most = max((need + stored[self.positions[name]] for name, need in needs.items()), default=0)
         # Where memory cannot hold both, the stored outputs leave enough for the rows that one unit learns from.
-        self._all_in_memory = not cache.shared and self._largest_need + self._peak <= cache.budget
+        self._all_in_memory = not cache.shared and most <= cache.budget
 
     @property
     def expected_bytes(self) -> int:
@@ -177,16 +180,16 @@ class FinishedUnits:
         """Releases all stored outputs."""
         self._give_back(len(self.positions))
 
-    def _peak_bytes(self) -> int:
-        """Returns the most bytes that stored outputs take at one time: each from its unit to its last reader."""
-        changes = [0] * (len(self.positions) + 1)
+    def _stored_bytes(self) -> list[int]:
+        """Returns the bytes of all stored outputs while each unit learns, and one more."""
+        changes = [0] * (len(self.positions) + 2)
         for name, link in self.links.items():
             last = max(link.readers, default=-1)
             if last > self.positions[name]:
                 size = self.num_rows * sum(kind.bytes for kind in link.form.outputs)
-                changes[self.positions[name]] += size
-                changes[last + 1] -= size
-        return max(itertools.accumulate(changes), default=0)
+                changes[self.positions[name] + 1] += size
+                changes[last + 2] -= size  # the pass after the last reader's learning runs it once more
+        return list(itertools.accumulate(changes))
 
     def _keep(self, name: str, position: int, places: Callable[[], Sequence[int]]) -> Callable[[], None]:
         """Stores the outputs of a unit that runs, if a later unit reads them; returns a function that ends this."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -135,8 +136,18 @@ def make_step(learner: Learner, optimization: Optimization) -> Callable[[], Tens
     return step_together
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream on which all graphs of a device are warmed up and captured.
+
+    A parameter's gradient is accumulated on the stream of its first backward, and torch warns where a later backward
+    runs on another one. Memory that one warm-up frees is reused by the next on the same stream.
+    """
+    return torch.cuda.Stream(device)
+
+
 def _captured(learner: Learner, optimization: Optimization, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    stream = torch.cuda.Stream(learner.device)
+    stream = _side_stream(learner.device)
     stream.wait_stream(torch.cuda.current_stream(learner.device))
     with torch.cuda.stream(stream):
         optimization.set_rates(0.0)  # the warm-up must not change the parameters
@@ -148,7 +159,7 @@ def _captured(learner: Learner, optimization: Optimization, compute: Callable[[]
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(learner.generator)
     optimization.adam.zero_grad(set_to_none=True)  # the graph then writes gradients instead of adding to them
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         loss = compute()
 
     def replay() -> Tensor:

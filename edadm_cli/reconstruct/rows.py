@@ -22,9 +22,6 @@ from torch import Tensor
 from edadm_cli.artifacts import explained_os_errors
 
 CACHE_FOLDER = "cache"
-_MIB = 2**20
-_CPU_BUDGET_MIB = 4096
-_BESIDE_ROWS_MIB = 40 * 1024  # of a GPU: weights, and the activations of a step on the largest blocks that are common
 
 
 @dataclass(frozen=True)
@@ -190,26 +187,34 @@ class RowCache:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def allocate(self, count: int, kind: RowType, reserve: int = 0) -> Rows:
-        """Returns uninitialized rows, in memory if the budget suffices for them and `reserve` more bytes.
+        """Returns uninitialized rows, in memory if they and `reserve` more bytes fit into it, else in a file.
 
         Raises:
             MachineError: The disk is full.
         """
-        if not self.shared and self.fits(count * kind.bytes + reserve):
-            self.used += count * kind.bytes
-            return MemoryRows(count, kind, self.device)
-        return FileRows(count, kind, self.folder / f"{next(self._names):06d}.rows")
+        rows = None if self.shared else self._in_memory(count, kind, reserve)
+        return rows or FileRows(count, kind, self.folder / f"{next(self._names):06d}.rows")
 
     def fits(self, size: int) -> bool:
         """Returns whether `size` more bytes stay within the budget."""
         return self.used + size <= self.budget
 
+    def _in_memory(self, count: int, kind: RowType, reserve: int = 0) -> MemoryRows | None:
+        """Returns rows in memory; `None` if the budget or the device's memory does not suffice."""
+        if not self.fits(count * kind.bytes + reserve):
+            return None
+        try:
+            rows = MemoryRows(count, kind, self.device)
+        except torch.OutOfMemoryError:  # other programs, or gaps between blocks, take what the budget counts on
+            return None
+        self.used += rows.bytes
+        return rows
+
     def settle(self, rows: Rows, chunk: int) -> Rows:
         """Returns rows that all processes wrote, copied into memory if the budget allows, `chunk` rows at a time."""
-        if rows.in_memory or not self.fits(rows.bytes):
+        settled = None if rows.in_memory else self._in_memory(rows.count, rows.kind)
+        if settled is None:
             return rows
-        self.used += rows.bytes
-        settled = MemoryRows(rows.count, rows.kind, self.device)
         for places in chunks(rows.count, chunk):
             settled.write(places, rows.read(places).to(self.device))
         rows.close()
@@ -220,18 +225,6 @@ class RowCache:
         for rows in group:
             self.used -= rows.bytes if rows.in_memory else 0
             rows.close()
-
-
-def memory_budget(mib: int | None, device: torch.device) -> int:
-    """Returns the bytes for rows in memory: as given; else 4 GiB on a CPU, and on a GPU half of the free memory, or all
-    but 40 GiB where that is more.
-    """
-    if mib is not None:
-        return mib * _MIB
-    if device.type != "cuda":
-        return _CPU_BUDGET_MIB * _MIB
-    free = int(torch.cuda.mem_get_info(device)[0])
-    return max(free // 2, free - _BESIDE_ROWS_MIB * _MIB)
 
 
 def chunks(count: int, size: int) -> list[range]:

@@ -52,9 +52,10 @@ from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.float_inputs import with_float_inputs
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
+from edadm_cli.reconstruct.memory import rows_budget
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.optimization import repeatable_convolutions
-from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache, memory_budget
+from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache
 from edadm_cli.reconstruct.unit_data import UnitResult
 
 _RANGES_FILE = "ranges.safetensors"
@@ -113,7 +114,6 @@ class _Task:
     batch_size: int
     hyperparameters: Hyperparameters
     device: torch.device
-    memory_budget: int
     processes: Processes
 
     def build_spec(self) -> BuildSpec:
@@ -164,9 +164,8 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
     batch_size = config.batch_size
     if batch_size is None:
         batch_size = CollectedRun.open(run).entry.batch_size
-    budget = processes.share(memory_budget(config.memory_budget_mib, device))
     sensitivity = run.open("sensitivity") if config.bits.is_mixed else None
-    return _Task(config, run, selection, sensitivity, batch_size, hyperparameters, device, budget, processes)
+    return _Task(config, run, selection, sensitivity, batch_size, hyperparameters, device, processes)
 
 
 def prepare(task: _Task, place: str = "", note: Callable[[str], None] = lambda _: None) -> ReconstructionContext:
@@ -281,7 +280,8 @@ def _reconstruct(
     ranges = _ranges(task, context, folder, reporter)
     if not context.learning:
         return _rounded(task, context, ranges), {}, {}
-    cache = RowCache(folder, task.memory_budget, task.device, shared=task.processes.count > 1)
+    budget = task.processes.share(rows_budget(task.config.memory_budget_mib, context, task.hyperparameters))
+    cache = RowCache(folder, budget, task.device, shared=task.processes.count > 1)
     reconstruction = BlockReconstruction(
         context.network,
         context.plan,

@@ -362,11 +362,23 @@ def test_stored_outputs_have_their_memory_before_calls_are_captured_ahead(
     units, rows = setting.units(), setting.batches.num_rows
     forms = probe_units(setting.denoiser, units, setting.batches)
     links = find_links(setting.denoiser, units, forms, setting.batches)
-    needs = rows * max(form.call_bytes + form.learning_bytes(True) for form in forms.values())
     unlimited = FinishedUnits(setting.denoiser, units, links, setting.cache(tmp_path, 2**40), rows)
     peak = unlimited.expected_bytes
     skips = sum(rows * sum(kind.bytes for kind in link.form.outputs) for link in links.values())
     assert 0 < peak < skips
-    for budget, expected in ((needs + peak, peak), (needs + peak - 1, 0)):
+    needs = [rows * (forms[unit.name].call_bytes + forms[unit.name].learning_bytes(True)) for unit in units]
+    places = {unit.name: place for place, unit in enumerate(units)}
+    stored = [  # while each unit learns: outputs of earlier units that it, the one before it, or a later one reads
+        sum(
+            rows * sum(kind.bytes for kind in link.form.outputs)
+            for name, link in links.items()
+            if max(link.readers, default=-1) > places[name] and places[name] < place <= max(link.readers) + 1
+        )
+        for place in range(len(units))
+    ]
+    assert peak == max(stored)
+    most = max(need + size for need, size in zip(needs, stored, strict=True))
+    assert most < max(needs) + peak, "the unit that needs most is not where most is stored"
+    for budget, expected in ((most, peak), (most - 1, 0)):
         finished = FinishedUnits(setting.denoiser, units, links, setting.cache(tmp_path, budget), rows)
         assert finished.expected_bytes == expected
