@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -222,3 +223,18 @@ def test_the_energy_of_rotated_channels_is_the_mean_of_their_group() -> None:
     x = torch.randn(20_000, channels, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 4, channels)
     predicted = rotation.mean_square(ChannelStatistics(x.square().mean(dim=0), x.abs().amax(dim=0)), {})
     torch.testing.assert_close(rotation.apply(x, {}, -1).square().mean(dim=0), predicted, rtol=0.1, atol=0.0)
+
+
+def test_a_compiled_rotation_has_its_matrix_as_a_constant() -> None:
+    rotation, x, graphs = transform_named("hadamard-64"), torch.randn(3, 128), list[torch.fx.GraphModule]()
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rotated = torch.compile(lambda x: rotation.apply(x, {}, -1), backend=backend, fullgraph=True)(x)
+    assert torch.equal(rotated, rotation.apply(x, {}, -1))
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op.startswith("call")]
+    assert not [name for name in called if "kron" in name or "tensor" in name or "div" in name], called

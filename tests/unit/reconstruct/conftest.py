@@ -22,6 +22,7 @@ from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.call_signatures import probe_units
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
+from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.network import SwitchableNetwork
 from edadm_cli.reconstruct.rows import RowCache, Rows
@@ -54,6 +55,11 @@ class Setting:
 
     def units(self, granularity: Any = "block") -> list[Unit]:
         return units(self.denoiser, self.traced, set(self.plan.layers), granularity)
+
+    def context(self) -> ReconstructionContext:
+        """All units learn."""
+        every = self.units()
+        return ReconstructionContext(self.network, self.traced, self.plan, every, every, self.batches)
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units() if unit.name == name)
