@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from edadm_cli.engines.base import CompiledDenoiser, LayerExecution, OperationTime
-from edadm_cli.engines.cuda.capture import GraphedFunction
+from edadm_cli.engines.cuda.capture import GraphedFunction, GraphMemory
 from edadm_cli.engines.cuda.plain import compile_blocks
 from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import UsageError
@@ -109,6 +109,7 @@ class _Timed(CompiledDenoiser):
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self._function, self._device, self.seconds = function, device, 0.0
+        self._whole, self._part_memory = function, GraphMemory()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _wait(self._device)
@@ -132,6 +133,12 @@ class _Timed(CompiledDenoiser):
             return super().parts()
         self._function = function
         return function
+
+    def record(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a part in CUDA graphs of its own if the whole step was a CUDA graph."""
+        if isinstance(self._whole, CompiledDenoiser):
+            return self._whole.record(part)
+        return GraphedFunction(part, self._part_memory) if isinstance(self._whole, GraphedFunction) else part
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:

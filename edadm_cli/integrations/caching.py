@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edadm_cli.engines.cuda.conditioning import Conditioning
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loading import LoadedModel
@@ -77,6 +79,8 @@ def enable_cache(model: LoadedModel, setting: str) -> None:
     if isinstance(denoiser, EngineDenoiser):
         parts = denoiser.compiled.parts()
         _apply(parts, cache)
+        if cache.name == FIRST_BLOCK:  # parts of blocks may share tensors that are no arguments, whole blocks do not
+            _record_parts(parts, denoiser.compiled.record)
         denoiser.use_cache_of(parts)
     else:
         _apply(denoiser, cache)
@@ -183,3 +187,18 @@ def _compile_inside_hooks(denoiser: nn.Module) -> None:
             for reference in () if registry is None else registry._fn_refs:
                 if reference.original_forward is not None:
                     reference.original_forward = torch.compile(reference.original_forward, dynamic=False)
+
+
+def _record_parts(denoiser: nn.Module, record: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Has an engine record what the cache skips or keeps: what is inside of the hooks, and children without hooks."""
+    hooked = [module for module in denoiser.modules() if hasattr(module, "_diffusers_hook") and module is not denoiser]
+    for module in hooked:
+        registry: Any = module._diffusers_hook
+        innermost = next((ref for ref in registry._fn_refs if ref.original_forward is not None), None)
+        if innermost is not None:
+            innermost.original_forward = record(innermost.original_forward)
+    for child in denoiser.children():
+        has_weights = any(True for _ in itertools.chain(child.parameters(), child.buffers()))
+        is_called = not isinstance(child, nn.ModuleList | Conditioning)
+        if is_called and has_weights and not any(inner in hooked for inner in child.modules()):
+            child.forward = record(child.forward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,11 +11,14 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
+from edadm_cli.engines.cuda.denoiser import CudaDenoiser
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations.caching import StepCache, enable_cache
@@ -30,6 +33,7 @@ STEPS = 5
 DENOISERS: dict[str, Callable[[], nn.Module]] = {
     "flux": partial(FAMILIES["flux"], num_layers=2, num_single_layers=2),
     "sd3": partial(FAMILIES["sd3"], num_layers=4),
+    "dit": partial(FAMILIES["dit"], num_layers=3),
     "unet": parts.unet,
 }
 
@@ -110,6 +114,50 @@ def test_a_cache_works_on_the_engine_that_runs_the_denoisers_own_forward(kind: s
     counts, predictions = _steps(stand_in, call, compiled.parts())
     assert counts[1] < counts[0]
     torch.testing.assert_close(predictions[-1], expected, rtol=1e-3, atol=1e-3)
+
+
+class Recorded:
+    """Stands in for a CUDA graph: it repeats the operations of the first call, on tensors that are in their places."""
+
+    def __init__(self, part: Callable[..., Any]) -> None:
+        self.part, self.graph = part, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if self.graph is None:
+
+            def of_tensors(*values: Tensor) -> Any:
+                rest = iter(values)
+                filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                args, kwargs = pytree.tree_unflatten(filled, spec)
+                return self.part(*args, **kwargs)
+
+            self.graph = make_fx(of_tensors)(*tensors)
+        return self.graph(*tensors)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "dit"])
+def test_parts_that_the_engine_records_read_nothing_but_arguments_and_fixed_places(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser, call = _quantized(kind)
+    compiled = CudaEngine().compile(denoiser, *call, EngineOptions(torch.device("cpu")))
+    steps = [{**call[1], "timestep": call[1]["timestep"] * factor} for factor in (1.0, 0.6, 0.3)]
+    expected = [compiled(*call[0], **step)[0] for step in steps]
+    recorded: list[Recorded] = []
+
+    def record(self: CudaDenoiser, part: Callable[..., Any]) -> Callable[..., Any]:
+        recorded.append(Recorded(part))
+        return recorded[-1]
+
+    monkeypatch.setattr(CudaDenoiser, "record", record)
+    stand_in = EngineDenoiser(denoiser, compiled)
+    enable_cache(_model(stand_in), "first-block:1e-9")
+    with torch.no_grad(), stand_in.cache_context("cond") if hasattr(stand_in, "cache_context") else nullcontext():
+        for step, prediction in zip(steps, expected, strict=True):
+            torch.testing.assert_close(stand_in(*call[0], **step)[0], prediction)
+    assert sum(part.graph is not None for part in recorded) >= 3
 
 
 def test_what_cannot_be_cached_is_refused_with_the_reason() -> None:

@@ -13,38 +13,62 @@ WARM_UP = 3
 """The number of calls before recording, in which kernels are compiled and libraries choose their algorithms."""
 
 
+class GraphMemory:
+    """What CUDA graphs that never run at the same time share: a memory pool, and the buffers of equal inputs."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._inputs: dict[Any, Tensor] = {}
+
+    @property
+    def pool(self) -> Any:
+        """Returns the memory pool, which is created when it is first asked for."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def input(self, place: int, value: Tensor) -> Tensor:
+        """Returns the buffer of all inputs at this place that have the shape and type of `value`, filled with it."""
+        key = (place, _signature(value))
+        if key in self._inputs:
+            return self._inputs[key].copy_(value)
+        self._inputs[key] = value.clone()
+        return self._inputs[key]
+
+
 class GraphedFunction:
     """Calls a function by replaying CUDA graphs.
 
     A graph is recorded at the first call with new shapes, element types or other arguments. Outputs are copies, so a
-    later call does not overwrite them. All graphs share one memory pool, because they never run at the same time.
+    later call does not overwrite them.
 
     Args:
         function: A function that takes nested tensors and constants and returns nested tensors. It launches work on one
             CUDA device and never waits for it.
+        memory: Shared with other functions whose graphs never run at the same time; by default not shared.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], memory: GraphMemory | None = None) -> None:
         self.function = function
         self._recorded: dict[Any, _Recording] = {}
-        self._pool: Any = None
+        self._memory = memory or GraphMemory()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replays the graph for these arguments, and records it first if there is none."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (str(spec), tuple(_signature(leaf) for leaf in leaves))
         if key not in self._recorded:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            self._recorded[key] = _Recording(self.function, leaves, spec, self._pool)
+            self._recorded[key] = _Recording(self.function, leaves, spec, self._memory)
         return self._recorded[key].replay(leaves)
 
 
 class _Recording:
     """Holds one graph with its input and output buffers."""
 
-    def __init__(self, function: Callable[..., Any], leaves: list[Any], spec: Any, pool: Any) -> None:
-        self._inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    def __init__(self, function: Callable[..., Any], leaves: list[Any], spec: Any, memory: GraphMemory) -> None:
+        self._inputs = [
+            memory.input(place, leaf) if isinstance(leaf, Tensor) else leaf for place, leaf in enumerate(leaves)
+        ]
         args, kwargs = pytree.tree_unflatten(self._inputs, spec)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -53,7 +77,7 @@ class _Recording:
                 function(*args, **kwargs)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=memory.pool):
             outputs = function(*args, **kwargs)
         self._outputs, self._output_spec = pytree.tree_flatten(outputs)
 

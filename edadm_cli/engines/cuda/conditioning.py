@@ -71,6 +71,7 @@ class Conditioning(nn.Module):
         self.first = LayerStack([embedder.timestep_embedder.linear_1 for embedder in embedders])
         self.second = LayerStack([embedder.timestep_embedder.linear_2 for embedder in embedders])
         self.project = LayerStack([norm.linear for norm in norms])
+        self._held: dict[torch.Size, tuple[Tensor, Tensor]] | None = None
         tables = [embedder.class_embedder.embedding_table.weight for embedder in embedders]
         self.register_buffer("classes", torch.stack([table.detach() for table in tables]))
 
@@ -80,6 +81,19 @@ class Conditioning(nn.Module):
         embedded = self.second(self.act(self.first(self.time_proj(timestep).to(classes.dtype))))
         embedded = embedded + classes[:, class_labels]
         return embedded, self.project(F.silu(embedded))
+
+    def hold_outputs(self) -> None:
+        """Makes `held` keep outputs of one shape in one place, where graphs of single blocks can read them."""
+        self._held = {}
+
+    def held(self, embedded: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the outputs of `forward` as the blocks read them: copies that stay in their place, if asked for."""
+        if self._held is None:
+            return embedded, projected
+        if embedded.shape not in self._held:
+            self._held[embedded.shape] = (embedded.clone(), projected.clone())
+        places = self._held[embedded.shape]
+        return places[0].copy_(embedded), places[1].copy_(projected)
 
 
 class ConditionedNorm(nn.Module):
@@ -140,7 +154,7 @@ def condition_at_once(model: nn.Module) -> None:
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = signature.bind(*args, **kwargs).arguments
-        embedded, projected = conditioning(values["timestep"], values["class_labels"])
+        embedded, projected = conditioning.held(*conditioning(values["timestep"], values["class_labels"]))
         for place, norm in enumerate(conditioned):
             norm.embedded, norm.projected = embedded[place], projected[place]
 

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from edadm_cli.engines.adapters import SideBranch, Strengths
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
-from edadm_cli.engines.cuda.capture import GraphedFunction
+from edadm_cli.engines.cuda.capture import GraphedFunction, GraphMemory
+from edadm_cli.engines.cuda.conditioning import Conditioning
 from edadm_cli.engines.cuda.plain import many_shapes
 from edadm_cli.engines.cuda.profiling import operation_times
 from edadm_cli.engines.cuda.state import StepState
@@ -51,6 +52,7 @@ class CudaDenoiser(CompiledDenoiser):
         self._is_assembled = is_assembled
         self._signature = inspect.signature(model.forward)
         self._step: Callable[..., Any] = GraphedFunction(self._eager) if cuda_graphs else self._eager
+        self._part_memory = GraphMemory() if cuda_graphs else None
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:
@@ -62,7 +64,14 @@ class CudaDenoiser(CompiledDenoiser):
         if self._is_assembled:
             return super().parts()
         self._step = self._eager
+        conditioning = self.model._modules.get("conditioning")
+        if isinstance(conditioning, Conditioning):
+            conditioning.hold_outputs()
         return self.model
+
+    def record(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a part as CUDA graphs of its own, which share their memory."""
+        return part if self._part_memory is None else GraphedFunction(part, self._part_memory)
 
     @torch.no_grad()
     def set_strengths(self, strengths: Strengths) -> None:
