@@ -4,6 +4,9 @@ The faster form depends on the processor. With bfloat16 tiles (AMX), attention i
 bfloat16. Without them, bytes are faster. Every product that is large enough is therefore compiled alone in both forms,
 which are timed in turns. The results are stored in a file per user, by processor, version of OpenVINO, element type,
 threads and shape, so that a shape is measured only once per processor.
+
+Attention in floating point does not round its operands to their grids, so its output is nearer to that of full
+precision than to that of the grids.
 """
 
 from __future__ import annotations
@@ -84,7 +87,7 @@ def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[s
     # only now: a product in floating point is no longer counted by the indices with which the others are measured
     for operation in in_float:
         for index in operation.indices:
-            products[index].compute_in_float()
+            products[index].use_fastest_float()
     return frozenset(layer for operation in in_float for layer in operation.layers)
 
 
@@ -166,7 +169,7 @@ def _compiled(
     model = ov.Model([members[-1].node], parameters)
     if in_float:
         for member in members:
-            member.compute_in_float()
+            member.use_fastest_float()
     return ov.Core().compile_model(model, "CPU", properties).create_infer_request(), inputs
 
 
