@@ -95,8 +95,8 @@ def _is_available(entry: ModelEntry) -> bool:
     """Returns whether a model is available offline: built here, in the package, or in the hub's cache."""
     if entry.source == "random":
         return True
-    if entry.source == "compvis":
-        return Path(entry.location).is_file()
+    if entry.source in ("compvis", "assembled"):
+        return Path(entry.location).exists()
     if entry.source == "hub":
         from huggingface_hub import try_to_load_from_cache
 

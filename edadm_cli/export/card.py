@@ -67,7 +67,7 @@ class CardFacts:
         entry, model = sampling.entry, collect.manifest.model.id
         is_on_hub = entry.source == "hub"
         repository = entry.location if is_on_hub and looks_like_hub_id(entry.location) else None
-        is_named = is_on_hub or entry.source in ("shipped", "random", "compvis")
+        is_named = is_on_hub or entry.source in ("shipped", "random", "compvis", "assembled")
         return cls(
             bits=source.path.name,
             recipe=recipe_name(source),

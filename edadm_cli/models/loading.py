@@ -203,6 +203,10 @@ def weight_bytes(location: Location, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
+_BY_HAND = {
+    "compvis": ("a CompVis checkpoint", "unpack it there"),
+    "assembled": ("a folder made of several models of the hub", "save its pipeline there (docs/models.md, 'Others')"),
+}
 Location = Architecture | tuple[Path, str | None]
 """Where a model is: the architecture of random weights, or a folder or file and its revision on the hub."""
 
@@ -325,12 +329,13 @@ def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
     if entry is not None and entry.name == model and entry.source == "hub":
         return download(entry.location, entry.revision)
     path = Path(model).expanduser()
-    if entry is not None and entry.name == model and entry.source == "compvis":
+    if entry is not None and entry.name == model and entry.source in _BY_HAND:
         path = Path(entry.location)
-        if not path.is_file():
+        if not path.exists():
+            what, remedy = _BY_HAND[entry.source]
             raise InputError(
-                f"The weights of {model} are a CompVis checkpoint, which was expected at {path} and is not there.",
-                hint=f"unpack it there, give --model its path, or take {model}-random",
+                f"The weights of {model} are {what}, which was expected at {path} and is not there.",
+                hint=f"{remedy}, give --model its path, or take {model}-random",
             )
     if path.is_dir():
         if not (path / INDEX_NAME).is_file():

@@ -21,7 +21,7 @@ from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_numbers import fill_nearly_normal
 from edadm_cli.models.stored import Reader
-from edadm_cli.models.tokenizers import clip_tokenizer, letter_tokenizer
+from edadm_cli.models.tokenizers import byte_tokenizer, clip_tokenizer, letter_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,8 +32,25 @@ SUFFIX = "-random"
 WEIGHTS_VERSION = 2
 """Number that is raised whenever the same seed gives other weights."""
 
-# The 24 layers of T5-XXL have 4.7 billion parameters; two layers give states of the same shape.
-_CUT = {"T5EncoderModel": {"num_layers": 2}}
+# Encoders of prompts and images have up to eight billion parameters; a few layers give states of the same shape. Texts
+# are split into letters or bytes, so that a small vocabulary suffices.
+_WORDS = 1024
+_CUT: dict[str, dict[str, Any]] = {
+    "T5EncoderModel": {"num_layers": 2},
+    "UMT5EncoderModel": {"num_layers": 2, "vocab_size": _WORDS},
+    "Gemma2Model": {"num_hidden_layers": 2, "vocab_size": _WORDS},
+    "Qwen3Model": {"num_hidden_layers": 2, "vocab_size": _WORDS},
+    "Qwen3ForCausalLM": {"num_hidden_layers": 28, "intermediate_size": 512, "vocab_size": _WORDS},  # FLUX.2 reads 27
+    "Qwen2_5_VLForConditionalGeneration": {
+        "text_config": {"num_hidden_layers": 2, "vocab_size": _WORDS},
+        "vision_config": {"depth": 2},
+        "image_token_id": 1,
+        "video_token_id": 2,
+        "vision_start_token_id": 3,
+        "vision_end_token_id": 4,
+    },
+    "CLIPVisionModelWithProjection": {"num_hidden_layers": 2},
+}
 _QUERY_GAIN = 2.0  # attention with unit logits would average everything away
 _CPU = torch.device("cpu")
 _SPREAD = 0.1  # of biases, and of norms around the identity
@@ -136,8 +153,10 @@ def _build_component(architecture: Architecture, name: str, seed: int, dtype: to
     if issubclass(cls, nn.Module):
         return _build_module(architecture, name, seed, dtype, device, {})
     config = architecture.config(name)
-    if hasattr(cls, "set_timesteps"):
+    if hasattr(cls, "set_timesteps") or cls.__name__.endswith("ImageProcessor"):
         return cls(**config)
+    if cls.__name__.startswith("Qwen"):
+        return byte_tokenizer(**config)
     return clip_tokenizer(**config) if cls.__name__.startswith("CLIP") else letter_tokenizer(**config)
 
 
@@ -170,10 +189,18 @@ def _construct(cls: Any, config: dict[str, Any]) -> nn.Module:
 
     module: nn.Module
     if issubclass(cls, PreTrainedModel):
-        module = cls(cls.config_class(**{**config, **_CUT.get(cls.__name__, {})}))
+        module = cls(cls.config_class(**_with_cuts(config, _CUT.get(cls.__name__, {}))))
     else:
         module = cls(**config)
     return module
+
+
+def _with_cuts(config: dict[str, Any], cuts: dict[str, Any]) -> dict[str, Any]:
+    """Returns a configuration with other values in some of its fields, also in those that are configurations."""
+    changed = {
+        name: {**config.get(name, {}), **value} if isinstance(value, dict) else value for name, value in cuts.items()
+    }
+    return {**config, **changed}
 
 
 def _spread(parameter: Tensor, owner: nn.Module, path: str, name: str) -> tuple[float, float]:

@@ -36,8 +36,8 @@ class ModelEntry(_Frozen):
 
     name: str
     description: str = ""
-    source: Literal["shipped", "hub", "compvis", "folder", "file", "random"] = Field(
-        description="compvis: a checkpoint that has to be fetched by hand"
+    source: Literal["shipped", "hub", "compvis", "assembled", "folder", "file", "random"] = Field(
+        description="compvis: a checkpoint that is fetched by hand; assembled: a folder that is made by hand"
     )
     location: str = Field(description="shipped model, hub id, path, or architecture")
     revision: str | None = Field(None, description="hub revision; null: the newest")

@@ -11,6 +11,12 @@ from typing import Any
 _NUM_MERGES = 49152 - 256 - 2  # CLIP's vocabulary: bytes, bytes that end a word, merges, start and end
 _WORD_END = "</w>"
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def clip_tokenizer(**options: Any) -> Any:
@@ -41,6 +47,17 @@ def letter_tokenizer(**options: Any) -> Any:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     characters = [(character, -3.0) for character in string.ascii_letters + string.digits + string.punctuation]
     return T5Tokenizer(vocab=[*special, *characters], extra_ids=0, **options)
+
+
+def byte_tokenizer(**options: Any) -> Any:
+    """Returns a Qwen tokenizer whose tokens are single bytes, with a chat template: Qwen's own has to be downloaded."""
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]
+    vocabulary = {symbol: number for number, symbol in enumerate([*_byte_symbols(), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=special[1:], **options)
+    tokenizer.chat_template = _CHAT
+    return tokenizer
 
 
 @cache

@@ -7,18 +7,12 @@ from typing import Any
 import diffusers as d
 import transformers as tr
 
-from edadm_cli.models.tokenizers import _byte_symbols, letter_tokenizer
+from edadm_cli.models.tokenizers import VISION_TOKENS, byte_tokenizer, letter_tokenizer
 
 Pair = tuple[Any, Any]
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789<>/()&;'\""
 NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 SCALING_FACTOR = 0.18215  # of the autoencoder of Stable Diffusion
-_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
-    "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -69,18 +63,9 @@ def glm() -> Pair:
     return tokenizer, tr.GlmModel(tr.GlmConfig(vocab_size=len(tokenizer), pad_token_id=0, **SMALL))
 
 
-def qwen_tokenizer() -> Any:
-    """A byte tokenizer with a chat template."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *_VISION_TOKENS]
-    vocabulary = {symbol: number for number, symbol in enumerate([*_byte_symbols(), *special])}
-    tokenizer = tr.Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=special[1:])
-    tokenizer.chat_template = _TEMPLATE
-    return tokenizer
-
-
 def qwen3(*, layers: int = 2, causal: bool = False) -> Pair:
     """A Qwen 3 with 32 channels."""
-    tokenizer = qwen_tokenizer()
+    tokenizer = byte_tokenizer()
     config = tr.Qwen3Config(
         vocab_size=len(tokenizer), max_position_embeddings=4096, **(SMALL | {"num_hidden_layers": layers})
     )
@@ -89,12 +74,12 @@ def qwen3(*, layers: int = 2, causal: bool = False) -> Pair:
 
 def qwen_vl() -> Pair:
     """A Qwen 2.5 VL with 16 channels."""
-    tokenizer = qwen_tokenizer()
+    tokenizer = byte_tokenizer()
     rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     text |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "rope_scaling": rope, "rope_theta": 1e6}
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    start, end, image, video = tokenizer.convert_tokens_to_ids(_VISION_TOKENS)
+    start, end, image, video = tokenizer.convert_tokens_to_ids([*VISION_TOKENS])
     ids = {"vision_start_token_id": start, "vision_end_token_id": end, "image_token_id": image}
     config = tr.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, hidden_size=16, vocab_size=len(tokenizer), video_token_id=video, **ids
@@ -119,19 +104,19 @@ def qwen_vl_processor() -> Any:
     """What prepares prompts and images for `qwen_vl`; the images have at most four patches."""
     images = tr.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56)
     return tr.Qwen2VLProcessor(
-        image_processor=images, tokenizer=qwen_tokenizer(), video_processor=tr.Qwen2VLVideoProcessor()
+        image_processor=images, tokenizer=byte_tokenizer(), video_processor=tr.Qwen2VLVideoProcessor()
     )
 
 
 def qwen3_vl(*, layers: int = 2, causal: bool = False) -> Pair:
     """A Qwen 3 VL with 32 channels."""
-    tokenizer = qwen_tokenizer()
+    tokenizer = byte_tokenizer()
     rope = {"mrope_section": [2, 3, 3], "rope_type": "default", "mrope_interleaved": True, "rope_theta": 1e6}
     text = {**SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 4096, "rope_parameters": rope}
     text["num_hidden_layers"] = layers
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
     vision |= {"deepstack_visual_indexes": [0], "patch_size": 16, "num_position_embeddings": 64}
-    start, end, image, video = tokenizer.convert_tokens_to_ids(_VISION_TOKENS)
+    start, end, image, video = tokenizer.convert_tokens_to_ids([*VISION_TOKENS])
     ids = {"vision_start_token_id": start, "vision_end_token_id": end, "image_token_id": image}
     config = tr.Qwen3VLConfig(text_config=text, vision_config=vision, video_token_id=video, **ids)
     return tokenizer, (tr.Qwen3VLForConditionalGeneration if causal else tr.Qwen3VLModel)(config)
@@ -139,7 +124,7 @@ def qwen3_vl(*, layers: int = 2, causal: bool = False) -> Pair:
 
 def qwen3_vl_processor() -> Any:
     """What prepares prompts and images for `qwen3_vl`; the images have at most four patches."""
-    tokenizer = qwen_tokenizer()
+    tokenizer = byte_tokenizer()
     images = tr.Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64)
     return tr.Qwen3VLProcessor(
         image_processor=images,
@@ -151,7 +136,7 @@ def qwen3_vl_processor() -> Any:
 
 def qwen2_vl() -> Pair:
     """A Qwen 2 VL with 32 channels."""
-    tokenizer = qwen_tokenizer()
+    tokenizer = byte_tokenizer()
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer)}
     text["rope_parameters"] = {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e6}

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers as d
 import transformers as tr
 
-from edadm_cli.models.tokenizers import letter_tokenizer
+from edadm_cli.models.tokenizers import byte_tokenizer, letter_tokenizer
 from tests.denoisers import parts, videos
 
 _WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32, "num_layers": 2}
@@ -192,7 +192,7 @@ def kandinsky6() -> Any:
 
 
 def cosmos3() -> Any:
-    tokenizer = parts.qwen_tokenizer()
+    tokenizer = byte_tokenizer()
     transformer = d.Cosmos3OmniTransformer(
         head_dim=16,
         hidden_size=32,

@@ -14,7 +14,6 @@ from edadm_cli.collect import stage as collect
 from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructConfig, SelectConfig
 from edadm_cli.export import stage as export
 from edadm_cli.models import loading
-from edadm_cli.models.architecture import known_architectures
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import load_collected_model
 from edadm_cli.models.loading import LoadedModel
@@ -25,7 +24,7 @@ from edadm_cli.reconstruct import stage as reconstruct
 from edadm_cli.select import stage as select
 from tests.denoisers import table
 from tests.integration.fresh_interpreter import FreshInterpreter, image_digest
-from tests.unit.models.tiny import FLUX_SAMPLE_SIZE, shrink_flux, shrunk
+from tests.unit.models.tiny import FLUX_SAMPLE_SIZE, SHRUNK, shrink_flux, shrunk
 
 CPU = torch.device("cpu")
 BITS = BitWidth.parse("w8a8")
@@ -63,7 +62,7 @@ def chain(name: str, root: Path, images: Path | None = None) -> RunFolder:
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in known_architectures() if name != "sd15-inpaint"])
+@pytest.mark.parametrize("name", [name for name in SHRUNK if name != "sd15-inpaint"])
 def test_an_architecture_goes_through_the_chain_and_round_trips(
     name: str, fresh_interpreter: FreshInterpreter, tmp_path: Path
 ) -> None:

@@ -88,7 +88,7 @@ def test_models_lists_every_known_model(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["models", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["models"]
     assert {"digits-sd", "digits-ddpm"} <= {row["name"] for row in rows}
-    assert {row["source"] for row in rows} == {"shipped", "hub", "compvis", "random"}
+    assert {row["source"] for row in rows} == {"shipped", "hub", "compvis", "assembled", "random"}
     assert all(row["available"] for row in rows if row["source"] in ("shipped", "random"))
     assert all(isinstance(row["available"], bool) for row in rows)
     assert main(["models"]) == 0

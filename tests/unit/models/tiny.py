@@ -93,6 +93,8 @@ _CHANGES["flux-dev"] = _CHANGES["flux-schnell"]
 _MEDIUM = _CHANGES["sd3.5-medium"]["transformer"]
 _CHANGES["sd3.5-large"] = {"transformer": {k: v for k, v in _MEDIUM.items() if k != "dual_attention_layers"}}
 
+SHRUNK = sorted(_CHANGES)
+"""The architectures that `shrunk` knows: those whose family makes an example call."""
 
 FLUX_SAMPLE_SIZE = 16
 
