@@ -28,7 +28,7 @@ from edadm_cli.reconstruct.capture_groups import capture_groups
 from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.memory import fixed_budget, memory_left, working_bytes
-from edadm_cli.reconstruct.stage import arithmetic, prepare, resolve_task
+from edadm_cli.reconstruct.task import arithmetic, prepare, resolve_task
 from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS
 
 _MIB = 2**20

@@ -10,11 +10,15 @@ import torch
 
 from edadm_cli.models.calibration import CalibrationSet
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+_HELD_BYTES = {"cuda": 2**30}  # by type of device: calls that stay on it, so that passes do not copy them again
+
 
 class Batches:
     """The calibration set, divided into batches of denoiser calls.
 
-    Rows are numbered batch by batch. Within a batch the rows of the unconditional branch come first.
+    Rows are numbered batch by batch. Within a batch the rows of the unconditional branch come first. If the calls of
+    all batches together are small, they stay on a GPU: there is a pass per unit, and many passes compute little.
 
     Args:
         calibration: The calibration set.
@@ -28,6 +32,7 @@ class Batches:
     ) -> None:
         self.calibration, self.batch_size, self.device = calibration, batch_size, device
         self.num_samples = len(calibration) if num_samples is None else num_samples
+        self._held: dict[tuple[int, ...], Call] = {}
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
@@ -67,9 +72,32 @@ class Batches:
         each = max(1, count // len(steps.unique()))
         return [int(index) for step in steps.unique() for index in (steps == step).nonzero().flatten()[:each]]
 
-    def call(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call(self, indices: Sequence[int]) -> Call:
         """Returns the arguments of the denoiser for some samples."""
-        return self.calibration.call(indices, self.device, torch.float32)
+        key = tuple(indices)
+        if key not in self._held:
+            call: Call = self.calibration.call(indices, self.device, torch.float32)
+            is_batch = len(key) == min(self.batch_size, self.num_samples - key[0])
+            if not is_batch or _bytes_of(call) * len(self) > _HELD_BYTES.get(self.device.type, 0):
+                return call
+            self._held[key] = call
+        args, kwargs = _copied(self._held[key])
+        return args, kwargs
 
-    def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Call]:
         return (self.call(indices) for indices in self.indices())
+
+
+def _copied(tree: Any) -> Any:
+    """Returns the same tensors in new containers, which a denoiser may change."""
+    if isinstance(tree, tuple | list):
+        return type(tree)(_copied(item) for item in tree)
+    return {key: _copied(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _bytes_of(tree: Any) -> int:
+    """Returns the bytes of all tensors in a tree of tuples, lists and dictionaries."""
+    if isinstance(tree, torch.Tensor):
+        return tree.nbytes
+    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ()
+    return sum(map(_bytes_of, items))

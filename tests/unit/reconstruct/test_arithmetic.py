@@ -14,16 +14,16 @@ from edadm_cli.config import BitWidth, ReconstructConfig
 from edadm_cli.processes import ALONE
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct.hyperparameters import resolve
-from edadm_cli.reconstruct.stage import _Task, arithmetic
+from edadm_cli.reconstruct.task import Task, arithmetic
 
 SELECTION: Any = SimpleNamespace(manifest=SimpleNamespace(model=None))
 
 
-def _task(device: str, matmul: str | None) -> _Task:
+def _task(device: str, matmul: str | None) -> Task:
     recipe, bits = load_recipe("rtn"), BitWidth.parse("w4a8")
     config = ReconstructConfig(bits=bits, recipe=recipe, matmul=matmul)
     learning = resolve(recipe.learn, None, bits)
-    return _Task(config, RunFolder(Path()), SELECTION, None, 4, learning, torch.device(device), 0, ALONE)
+    return Task(config, RunFolder(Path()), SELECTION, None, 4, learning, torch.device(device), ALONE)
 
 
 @pytest.mark.parametrize(("matmul", "in_identity"), [(None, None), ("tf32", None), ("float32", "float32")])

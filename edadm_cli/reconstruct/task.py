@@ -1,0 +1,160 @@
+"""What a reconstruction is asked to do: its open choices decided, its denoiser loaded and planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+
+from edadm_cli.artifacts import Artifact, BuildSpec, RunFolder, Sensitivity
+from edadm_cli.calibrate.bit_budget import spend_budget
+from edadm_cli.calibrate.planning import plan_network
+from edadm_cli.config import ReconstructConfig
+from edadm_cli.errors import UsageError
+from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.loading import resolve_device
+from edadm_cli.models.registry import known_models
+from edadm_cli.models.stored import is_stored
+from edadm_cli.models.units import Trace, Unit, trace, units
+from edadm_cli.processes import Processes
+from edadm_cli.recipe import LayerRule, Recipe
+from edadm_cli.reconstruct.batches import Batches
+from edadm_cli.reconstruct.context import ReconstructionContext
+from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
+from edadm_cli.reconstruct.network import SwitchableNetwork
+from edadm_cli.reconstruct.optimization import repeatable_convolutions
+
+
+@dataclass(frozen=True)
+class Task:
+    """A configuration whose open choices are all decided.
+
+    Attributes:
+        config: The configuration.
+        run: The run folder.
+        selection: The calibration set.
+        sensitivity: The measurement by which bits are assigned, if they are.
+        batch_size: Samples per forward of the denoiser.
+        hyperparameters: The numbers of the optimization.
+        device: The device of this process.
+        processes: The processes that share the work.
+    """
+
+    config: ReconstructConfig
+    run: RunFolder
+    selection: Artifact
+    sensitivity: Artifact | None
+    batch_size: int
+    hyperparameters: Hyperparameters
+    device: torch.device
+    processes: Processes
+
+    def build_spec(self) -> BuildSpec:
+        """Returns the description of the artifact, whose fields are its identity."""
+        config = self.config
+        fields = {**config.identity_fields(), "batch_size": self.batch_size}
+        fields["recipe"] = {k: v for k, v in fields["recipe"].items() if k not in ("description", "collect", "select")}
+        fields.pop("matmul", None)
+        if self.matmul != _usual_matmul(self.device):  # what a device usually does is not part of the identity
+            fields["matmul"] = self.matmul
+        fields["hyperparameters"] = self.hyperparameters.identity_fields()
+        model = self.selection.manifest.model
+        parents = (self.selection,) if self.sensitivity is None else (self.selection, self.sensitivity)
+        return BuildSpec("reconstruct", str(config.bits), fields, config.seed, parents, model)
+
+    @property
+    def matmul(self) -> str:
+        """How float32 numbers are multiplied: `float32` or `tf32`."""
+        return self.config.matmul or _usual_matmul(self.device)
+
+    def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
+        """Returns the recipe; if bits are assigned by sensitivity, it has a rule for each layer."""
+        recipe = self.config.recipe
+        if self.sensitivity is None:
+            return recipe
+        bits = spend_budget(Sensitivity.load(self.sensitivity), self.config.bits, denoiser, traced)
+        rules = tuple(LayerRule(pattern=name, weight_bits=number) for name, number in bits.items())
+        return recipe.model_copy(update={"layers": (*rules, *recipe.layers)})
+
+
+def _usual_matmul(device: torch.device) -> Literal["float32", "tf32"]:
+    """Returns how float32 numbers are multiplied where nothing is asked for."""
+    return "tf32" if device.type == "cuda" else "float32"
+
+
+def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes) -> Task:
+    """Decides what the configuration leaves open, without loading the model."""
+    selection = run.open("select")
+    device = resolve_device(processes.device_name(config.device))
+    if config.matmul == "tf32" and device.type != "cuda":
+        raise UsageError("--matmul tf32 needs an NVIDIA GPU, but this reconstruction runs on the CPU.")
+    entry = known_models().get(selection.manifest.model.id)
+    hyperparameters = resolve(config.recipe.learn, entry.paper if entry else None, config.bits)
+    if hyperparameters.batch_size < processes.count:
+        raise UsageError(
+            f"A step takes {hyperparameters.batch_size} rows, which {processes.count} processes cannot share.",
+            hint="a larger batch_size in the recipe, or fewer processes",
+        )
+    batch_size = config.batch_size
+    if batch_size is None:
+        batch_size = CollectedRun.open(run).entry.batch_size
+    sensitivity = run.open("sensitivity") if config.bits.is_mixed else None
+    return Task(config, run, selection, sensitivity, batch_size, hyperparameters, device, processes)
+
+
+def prepare(task: Task, place: str = "", note: Callable[[str], None] = lambda _: None) -> ReconstructionContext:
+    """Loads a denoiser and plans its layers and units.
+
+    Args:
+        task: What is reconstructed.
+        place: Which denoiser; see `CollectedRun.places`.
+        note: Called with a sentence on where its weights are.
+    """
+    config = task.config
+    denoiser = CollectedRun.open(task.run).load_denoiser(task.device, config.weights, place, note)
+    if config.recipe.ranges.float_input_share and any(map(is_stored, denoiser.modules())):
+        raise UsageError(
+            f"The recipe '{config.recipe.name}' measures which inputs stay in floating point by a backward pass, which"
+            " needs all weights in memory, but here they stay on disk.",
+            hint="--weights memory, --recipe default, or float_input_share = 0 in the recipe's [ranges]",
+        )
+    batches = Batches(CalibrationSet.load(task.selection.within(place)), task.batch_size, task.device)
+    (args, kwargs), *_ = iter(batches.few(1))
+    traced = trace(denoiser, args, kwargs)
+    plan = plan_network(traced, task.recipe(denoiser, traced), config.bits)
+    network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
+    granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
+    all_units = units(denoiser, traced, set(plan.layers), granularity)
+    return ReconstructionContext(network, traced, plan, all_units, _learning(all_units, config), batches)
+
+
+def _learning(all_units: list[Unit], config: ReconstructConfig) -> list[Unit]:
+    """Returns the units that learn."""
+    if config.recipe.learn.granularity == "none":
+        return []
+    for pattern in config.units:
+        if not any(fnmatchcase(unit.name, pattern) for unit in all_units):
+            raise UsageError(
+                f"The pattern '{pattern}' of --units matches none of the {len(all_units)} units, such as"
+                f" '{all_units[len(all_units) // 2].name}'."
+            )
+    return [unit for unit in all_units if not config.units or any(fnmatchcase(unit.name, p) for p in config.units)]
+
+
+@contextmanager
+def arithmetic(task: Task) -> Iterator[None]:
+    """Makes convolutions deterministic while entered, and lets products use TF32 if the task asks for it."""
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolutions.allow_tf32
+    matmul.allow_tf32 = convolutions.allow_tf32 = task.matmul == "tf32"
+    try:
+        with repeatable_convolutions():
+            yield
+    finally:
+        matmul.allow_tf32, convolutions.allow_tf32 = before
