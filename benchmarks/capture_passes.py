@@ -109,17 +109,17 @@ def report(listed: list[Unit], forms: dict[str, UnitForm], counts: Counts, rows:
     """Prints both tables."""
     number = len(listed)
     largest = max(rows * (forms[u.name].call_bytes + forms[u.name].learning_bytes(True)) for u in listed)
-    print(f"{number} units, {counts.total / 1e12:.3f} TFLOP a row and forward, {rows} rows")
+    print(f"{number} units, {counts.total / 1e12:.3f} TFLOP per row and forward, {rows} rows")
     print(f"largest unit: {largest / GIB:.1f} GiB of inputs, targets and layer targets")
     quantized = sum(counts.ends[unit.name] for unit in listed)
-    print("\n| budget, GiB | full-precision passes | quantized passes | in whole forwards | two a unit |")
+    print("\n| budget, GiB | full-precision passes | quantized passes | in whole forwards | two per unit |")
     print("|---|---|---|---|---|")
     for budget in budgets:
         groups = capture_groups(listed, forms, rows, int(budget * GIB), with_layers=True)
         exact = sum(counts.ends[group[-1].name] for group in groups)
         print(f"| {budget:g} | {len(groups)} | {number} | {exact + quantized:.1f} | {2 * number} |")
     inside = sum(counts.units.values()) / 1e12
-    print(f"\nOne step of every unit, a row: {3 * inside:.3f} TFLOP forward and backward.")
+    print(f"\nOne step of every unit, per row: {3 * inside:.3f} TFLOP forward and backward.")
 
 
 def main() -> None:

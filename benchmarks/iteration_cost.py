@@ -195,8 +195,8 @@ def report(costs: list[Cost], options: argparse.Namespace, device: torch.device)
         return
     print("| unit | layers | one forward, ms | three forwards, ms | ratio |\n|---|---|---|---|---|")
     for cost in costs:
-        figures = f"{cost.one_forward_ms:.2f} | {cost.three_forwards_ms:.2f} | {cost.ratio:.2f}"
-        print(f"| {cost.kind}: {cost.unit} | {cost.layers} | {figures} |")
+        values = f"{cost.one_forward_ms:.2f} | {cost.three_forwards_ms:.2f} | {cost.ratio:.2f}"
+        print(f"| {cost.kind}: {cost.unit} | {cost.layers} | {values} |")
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ class ReconstructConfig(StageConfig):
     memory_budget_mib: int | None = setting(
         None,
         "Memory for cached inputs and targets of the units, in MiB; more goes to disk. By default 4096 on a CPU; on a"
-        " GPU half of the free memory, or all but 40 GiB where that is more.",
+        " GPU what the work of a unit leaves of the memory that is available.",
         identity="never",
         metavar="MIB",
         flags=("--memory-budget", "--memory-budget-mib"),

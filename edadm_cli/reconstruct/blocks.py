@@ -32,7 +32,7 @@ _SEED_STRIDE = 1_000_003
 
 
 def unit_seed(seed: int, index: int) -> int:
-    """Returns the random seed of one unit, so that a resumed run draws the same numbers as an uninterrupted one."""
+    """Returns the random seed of one unit, so that a resumed run generates the same numbers as an uninterrupted one."""
     return (seed * _SEED_STRIDE + index) % 2**63
 
 

@@ -1,7 +1,7 @@
 """Determines which tensors of a unit's calls have one row per sample, and what such a row looks like.
 
-Other tensors belong to the architecture, such as position ids. A single call cannot tell them apart, because sizes may
-coincide. Two calls, of one row and of the same row twice, show which tensors grow with the number of rows.
+Other tensors belong to the architecture, such as position ids. A single call does not distinguish them, because sizes
+may coincide. Two calls, of one row and of the same row twice, show which tensors grow with the number of rows.
 """
 
 from __future__ import annotations

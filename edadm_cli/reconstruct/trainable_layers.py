@@ -64,7 +64,7 @@ class Drop:
     Args:
         probability: Share of true elements.
         generator: The random generator, on the device of the masks.
-        share: The rows of this process. Masks are drawn for the rows of all processes, so that the number of processes
+        share: The rows of this process. Masks are generated for the rows of all processes, so that their number
             does not change them.
     """
 

@@ -269,8 +269,8 @@ class UnitLearner:
 
     def set_iteration(self, iteration: int) -> None:
         """Chooses the rows of an iteration, the sharpness of h and the strength of the rounding regularizer."""
-        self.rows = self._upcoming or self._draw()
-        self._upcoming = self._draw() if iteration + 1 < self.hyperparameters.iterations else None
+        self.rows = self._upcoming or self._next_rows()
+        self._upcoming = self._next_rows() if iteration + 1 < self.hyperparameters.iterations else None
         self.batch.load(self.rows, self._upcoming)
         start = _REGULARIZER_START * self.rounding_iterations
         progress = min(1.0, (iteration - start) / max(1.0, self.rounding_iterations - start))
@@ -288,8 +288,8 @@ class UnitLearner:
         """Keeps scales positive once the optimizer has changed them."""
         self.learned.keep_in_range()
 
-    def _draw(self) -> list[int]:
-        """Returns the rows of the next step; all processes draw the same ones and each takes its part."""
+    def _next_rows(self) -> list[int]:
+        """Returns the rows of the next step; all processes generate the same ones, and each takes its part."""
         rows = torch.randint(self.data.quantized.rows, (self.hyperparameters.batch_size,), generator=self.order)
         return rows[self.share.start : self.share.stop].tolist()
 
