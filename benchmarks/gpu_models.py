@@ -4,8 +4,10 @@
     python benchmarks/gpu_models.py --models sdxl,sd15,sd15:16,sd15:loaded --at-once 4
     python benchmarks/gpu_models.py --smoke
 
-A case is a model, with a number of rows after a colon if it is not the usual one, and with `loaded` after another colon
-if the denoiser that `from_pretrained` returns is to be compiled and timed in place of the CUDA engine.
+A case is a model, with a number of rows after a colon if it is not the usual one, and more words after further colons:
+`loaded` if the denoiser that `from_pretrained` returns is to be compiled and timed in place of the CUDA engine, `lora`
+if it is to be timed with LoRA adapters as well (`pip install peft`), `cache` if both sides are to be timed with
+diffusers' first-block cache as well.
 
 torch compiles both sides (repeated blocks once each) and replays them as CUDA graphs, alternately, in one process per
 case; medians are printed. Several cases can be compiled at once: while one is timed, the others are stopped. The
@@ -31,6 +33,7 @@ from typing import Any
 import torch
 from gpu.processes import COMPILED, measure
 from gpu.timing import Clock, spread
+from gpu.variants import ADAPTERS, adapted, cached, shared_copy
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -71,18 +74,22 @@ class Case:
         model: The name of the model.
         rows: Rows of the batch; `None` for those of the table in this file.
         loaded: Whether the compiled model that `from_pretrained` would load is timed and not the CUDA engine.
+        lora: Whether INT8 is timed with LoRA adapters too.
+        cache: Whether both sides are timed with a step cache too.
     """
 
     model: str
     rows: int | None = None
     loaded: bool = False
+    lora: bool = False
+    cache: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Returns the case of `MODEL[:ROWS][:loaded]`."""
+        """Returns the case of `MODEL[:ROWS][:loaded][:lora][:cache]`."""
         model, *parts = text.split(":")
         rows = next((int(part) for part in parts if part.isdigit()), None)
-        return cls(model, rows, "loaded" in parts)
+        return cls(model, rows, *(word in parts for word in ("loaded", "lora", "cache")))
 
 
 @torch.no_grad()
@@ -170,7 +177,7 @@ class Model:
     def _contenders(self, quantized: nn.Module) -> dict[str, Callable[..., Any]]:
         """Returns the functions that are timed, by name, in the order in which they are compiled.
 
-        Of a loaded export, floating point comes last: another process may have compiled it by then.
+        With a loaded export, floating point comes last: another process may have compiled it by then.
         """
         graphed = GraphedFunction if self.device.type == "cuda" else lambda function: function
         self._prepare_convolutions(self.full)
@@ -178,10 +185,21 @@ class Model:
             compile_blocks(self.full)
         full = graphed(in_many_shapes(self.full))
         if self.case.loaded:
-            loaded = graphed(in_many_shapes(self._loaded(quantized)))
-            return {"int8 from_pretrained, compiled": loaded, "float": full}
-        options = EngineOptions(device=self.device, rest_dtype=self.dtype, attention=self.attention)
-        return {"float": full, "int8 engine": CudaEngine().compile(quantized, *self.call, options)}
+            name, run = "int8 from_pretrained, compiled", lambda model: graphed(in_many_shapes(self._loaded(model)))
+        else:
+            options = EngineOptions(device=self.device, rest_dtype=self.dtype, attention=self.attention)
+            name, run = "int8 engine", lambda model: CudaEngine().compile(model, *self.call, options)
+        contenders = {name: run(quantized)}
+        if self.case.lora:
+            for adapter, (rank, ends) in ADAPTERS.items():
+                contenders[f"{name}, {adapter}"] = run(adapted(quantized, rank, ends, self.dtype))
+        if self.case.cache:
+            contenders |= cached(name, quantized, run(quantized), self.device)
+            copied = shared_copy(self.full)
+            if self.device.type == "cuda":
+                compile_blocks(copied)
+            contenders |= cached("float", copied, graphed(copied), self.device)
+        return {**contenders, "float": full} if self.case.loaded else {"float": full, **contenders}
 
     def _loaded(self, quantized: nn.Module) -> nn.Module:
         """Returns the model as `from_pretrained` loads it, compiled as docs/gpu.md says."""

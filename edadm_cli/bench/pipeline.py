@@ -77,7 +77,7 @@ def time_image(
     """
     rest = getattr(torch, dtype) if is_torch or device.type == "cuda" else torch.float32
     model = load_model(request.model, device, rest, ModelEntry.model_validate(request.entry))
-    timed = _Timed(function, device)
+    timed = TimedDenoiser(function, device)
     put_on_engine(model, timed)
     not_cached = None
     if request.cache is not None:
@@ -104,7 +104,7 @@ def time_image(
     return ImageTime(seconds, timed.seconds, not_cached)
 
 
-class _Timed(CompiledDenoiser):
+class TimedDenoiser(CompiledDenoiser):
     """Wraps any function that runs a denoiser and adds up the seconds that are spent in it."""
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
@@ -112,6 +112,7 @@ class _Timed(CompiledDenoiser):
         self._whole, self._part_memory = function, GraphMemory()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function and waits for its result."""
         _wait(self._device)
         started = time.perf_counter()
         output = self._function(*args, **kwargs)
@@ -142,9 +143,11 @@ class _Timed(CompiledDenoiser):
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:
+        """Returns nothing, because the layers of a function are not known."""
         return ()
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
+        """Returns nothing, because the operations of a function are not known."""
         return []
 
 

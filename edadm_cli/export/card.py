@@ -19,7 +19,12 @@ from edadm_cli.models.hub import looks_like_hub_id
 CARD_FILE = "README.md"
 GRID_FILE = "grid.png"
 HERE = "PATH/OF/THIS/FOLDER"
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$&:@])")
+_SPECIAL = re.compile(
+    r"[\\`*_{}\[\]#|<>~$@]"  # markup wherever it is
+    r"|&(?=[#\w])|:(?=\S)|(?<=www)\."  # entities, addresses, short names of emoji
+    r"|^[+\-=]"  # lists and rules, at the start of a line
+)
+_ITEM = re.compile(r"^(\d+)([.)])(?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def escape(text: str) -> str:
     """Returns Markdown that shows a text unchanged, on one line."""
     line = " ".join(text.split())
     line = "".join(char for char in line if char.isprintable())
-    return _SPECIAL.sub(r"\\\1", line)
+    return _ITEM.sub(r"\1\\\2", _SPECIAL.sub(lambda match: f"\\{match[0]}", line))
 
 
 def _metadata(facts: CardFacts, base_license: str | None) -> str:

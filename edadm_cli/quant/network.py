@@ -158,9 +158,11 @@ def require_sound(name: str, module: QuantizedLayer | QuantizedAttention) -> Non
     grid = module.plan.input_grid
     if grid is not None and not grid.quant_min <= int(module.input_zero_point) <= grid.quant_max:
         raise InputError(f"'{name}' has a zero-point outside {grid.quant_min}..{grid.quant_max}.")
-    codes, allowed = module.weight_int, module.plan.weight_grid
-    if codes.min() < allowed.quant_min or codes.max() > allowed.quant_max:
-        raise InputError(f"'{name}.weight_int' has codes outside {allowed.quant_min}..{allowed.quant_max}.")
+    allowed = module.plan.weight_grid
+    if module.code_bits > allowed.num_bits:  # otherwise every code that can be stored is on the grid
+        codes = module.weight_int
+        if codes.min() < allowed.quant_min or codes.max() > allowed.quant_max:
+            raise InputError(f"'{name}.weight_int' has codes outside {allowed.quant_min}..{allowed.quant_max}.")
     if module.bias is not None and not bool(torch.isfinite(module.bias).all()):
         raise InputError(f"'{name}.bias' is not finite.")
 

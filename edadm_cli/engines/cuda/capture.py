@@ -18,6 +18,7 @@ class GraphMemory:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._inputs: dict[Any, Tensor] = {}
 
     @property
@@ -26,6 +27,13 @@ class GraphMemory:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """Returns the stream of the calls before recording; libraries keep a workspace for each stream."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return self._stream
 
     def input(self, place: int, value: Tensor) -> Tensor:
         """Returns the buffer of all inputs at this place that have the shape and type of `value`, filled with it."""
@@ -70,7 +78,7 @@ class _Recording:
             memory.input(place, leaf) if isinstance(leaf, Tensor) else leaf for place, leaf in enumerate(leaves)
         ]
         args, kwargs = pytree.tree_unflatten(self._inputs, spec)
-        side = torch.cuda.Stream()
+        side = memory.stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):

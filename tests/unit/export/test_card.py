@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from edadm_cli.cli.app import main
 from edadm_cli.export.card import CARD_FILE, CardFacts, escape, model_card
@@ -65,6 +67,9 @@ def test_what_users_typed_stays_text(export: Path) -> None:
     assert "\n---\n" not in card.split("---\n", 2)[2]
     assert "[x](javascript:y)" not in card
     assert escape("a\x1b[31m") == "a\\[31m"
+    assert escape("0.84, 1e-05 (3.5 dB), w4a8-2!") == "0.84, 1e-05 (3.5 dB), w4a8-2!"
+    for text in ("- 1. +", "123. x", "![x](y) https://a.b", "# 2) &lt; a_b_ *c* `d`", "=== --- :smile: www.a.b ~~x~~"):
+        assert MarkdownIt().render(escape(text)) == f"<p>{html.escape(text)}</p>\n"
     hostile = model_card(CardFacts(**{**vars(facts), "base_repository": 'a/b"\nlicense: mit'}))
     assert "license" not in _metadata(hostile)
 

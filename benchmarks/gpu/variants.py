@@ -1,0 +1,90 @@
+"""Contenders of `gpu_models.py` with a step cache or with LoRA adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from edadm_cli.bench.pipeline import TimedDenoiser
+from edadm_cli.engines.base import CompiledDenoiser
+from edadm_cli.engines.pipeline import EngineDenoiser
+from edadm_cli.integrations.caching import enable_cache
+from edadm_cli.integrations.lora import add_adapter
+from edadm_cli.quant.layers import QuantizedLayer
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Function = Callable[..., Any]
+CACHE = "first-block:0.08"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
+ADAPTERS = {  # name -> rank and the ends of the names of the adapted layers
+    "LoRA of rank 4, attention": (4, ATTENTION),
+    "LoRA of rank 16, attention": (16, ATTENTION),
+    "LoRA of rank 64, attention": (64, ATTENTION),
+    "LoRA of rank 16, attention and feed-forward": (16, ATTENTION + FEED_FORWARD),
+}
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model's modules with the same tensors, which torch has not compiled."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, tensors)
+    for module in copied.modules():
+        module._compiled_call_impl = None
+    return copied
+
+
+def cached(name: str, model: nn.Module, function: Function, device: torch.device) -> dict[str, Function]:
+    """Returns two contenders: a step that the first-block cache computes, and one of which it reuses the last.
+
+    Args:
+        name: The beginning of their names.
+        model: The denoiser.
+        function: What runs it: an engine, or torch's module or its CUDA graph.
+        device: The device.
+    """
+    compiled = function if isinstance(function, CompiledDenoiser) else TimedDenoiser(function, device)
+    denoiser = EngineDenoiser(shared_copy(model), compiled)
+    enable_cache(SimpleNamespace(denoiser=denoiser), CACHE)  # type: ignore[arg-type]
+
+    def reused(*args: Any, **kwargs: Any) -> Any:
+        with denoiser.cache_context("cond"):
+            return denoiser(*args, **kwargs)
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        denoiser._reset_stateful_cache()
+        return reused(*args, **kwargs)
+
+    return {f"{name}, cache, whole step": whole, f"{name}, cache, reused step": reused}
+
+
+def adapted(model: nn.Module, rank: int, ends: tuple[str, ...], dtype: torch.dtype) -> nn.Module:
+    """Returns a copy of a quantized denoiser with a LoRA adapter of random factors, which shares the other tensors.
+
+    Args:
+        model: A denoiser of diffusers with quantized layers.
+        rank: The rank of the adapter.
+        ends: The ends of the names of the linear layers in transformer blocks that get it.
+        dtype: Element type of the factors.
+    """
+    from peft import LoraConfig
+
+    copied = shared_copy(model)
+    names = [
+        name
+        for name, layer in copied.named_modules()
+        if isinstance(layer, QuantizedLayer)
+        and layer.operation.kind == "linear"
+        and "transformer_blocks" in name
+        and name.endswith(ends)
+    ]
+    add_adapter(copied, LoraConfig(r=rank, target_modules=names, init_lora_weights=False))
+    for name, parameter in copied.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return copied.requires_grad_(False)
