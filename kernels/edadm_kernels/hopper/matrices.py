@@ -33,6 +33,7 @@ _ALIGNMENT = 16  # addresses and rows must be multiples of this many bytes to be
 _CLOCK = 4096 * 0.7  # products per clock and multiprocessor
 _BYTES = 42.0  # bytes that arrive per clock and multiprocessor
 _START = 3000.0  # clocks before the first step and after the last
+_TURN = 1400.0  # clocks between two tiles, which decide between tiles of different size
 _OTHERS = 1.12  # measured over estimated time of the long sums of `product.cu`
 _COLUMN, _GATED = 36.0, 1.2  # clocks of the epilogue per column; the factor for a gated epilogue
 
@@ -158,7 +159,7 @@ def takes_codes(out: Tensor) -> bool:
 @lru_cache(maxsize=4096)
 def choose(rows: int, outputs: tuple[int, ...], products: int) -> MatrixTile:
     """Returns the tile for products of `[rows, products]` with `[n, products]` for each n of `outputs`."""
-    return min(TILES, key=lambda tile: cost(tile, rows, outputs, products))
+    return min(TILES, key=lambda tile: cost(tile, rows, outputs, products) + _TURN * _rounds(tile, rows, outputs))
 
 
 def choose_over_single(rows: int, outputs: tuple[int, ...], products: int, geglu: bool = False) -> MatrixTile | None:
@@ -171,13 +172,17 @@ def choose_over_single(rows: int, outputs: tuple[int, ...], products: int, geglu
 
 def cost(tile: MatrixTile, rows: int, outputs: tuple[int, ...], products: int) -> float:
     """Estimates the clocks of the products: of two groups of warps one multiplies while the other writes."""
-    columns = sum(-(-n // tile.bn) for n in outputs)
-    tiles = -(-rows // (_ROWS * tile.cluster)) * columns
-    rounds = -(-tiles // (_MULTIPROCESSORS // tile.cluster))
     steps = -(-products // tile.bk)
     step = max(_ROWS * tile.bn * tile.bk / _CLOCK, (_ROWS + tile.bn / tile.cluster) * tile.bk / _BYTES)
     epilogue = _COLUMN * tile.bn * (_GATED if tile.geglu else 1.0)
-    return _START + epilogue + rounds * max(steps * step, epilogue)
+    return _START + epilogue + _rounds(tile, rows, outputs) * max(steps * step, epilogue)
+
+
+def _rounds(tile: MatrixTile, rows: int, outputs: tuple[int, ...]) -> int:
+    """Returns the largest number of tiles that a multiprocessor computes."""
+    columns = sum(-(-n // tile.bn) for n in outputs)
+    tiles = -(-rows // (_ROWS * tile.cluster)) * columns
+    return -(-tiles // (_MULTIPROCESSORS // tile.cluster))
 
 
 def launch_matrices(
