@@ -70,8 +70,9 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Which denoisers of diffusers work, from tiny random pipelines: the table in docs/models.md.
+JOBS ?= 2
 table: $(VENV)/.installed
-	$(BIN)/python benchmarks/denoisers.py
+	$(BIN)/python benchmarks/denoisers.py --jobs $(JOBS)
 
 # Every kernel compiled for the architectures given, its machine code judged; no GPU needed.
 ARCH ?= 80 86 89 90

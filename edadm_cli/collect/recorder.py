@@ -246,7 +246,13 @@ class BatchRecorder:
     def _on_feature(self, feature: Tensor) -> None:
         if self._is_further:
             return
-        unconditional, conditional = self._order(_by_rows(feature, self.num_trajectories * self._row_groups))
+        rows = self.num_trajectories * self._row_groups
+        if feature.shape[0] % rows:
+            raise InputError(
+                f"The blocks of {type(self.model.denoiser).__name__} compute with tensors whose first dimension does "
+                f"not count the samples ({feature.shape[0]} for {rows} rows), so they cannot be calibrated by sample."
+            )
+        unconditional, conditional = self._order(_by_rows(feature, rows))
         is_guided_by_rows = self.branches == 2 and self.calls_per_step == 1
         parts = [unconditional, conditional] if is_guided_by_rows else [conditional]
         self._features[-1].extend(part[: self.num_features].cpu() for part in parts)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +42,6 @@ _HANDLED = {
     *IMAGE_PARAMETERS,
 }
 _NEGATIVE_PROMPT = " "  # what authors of models with true guidance recommend where there is nothing to avoid
-_IMAGES_HINT = "edadm collect --images DIR, for a pipeline that starts from images"
 _NO_GUIDANCE = 1.0
 
 
@@ -106,6 +106,7 @@ def sample(
             pipeline_warnings() as warnings,
             _watch_scheduler(pipeline, arguments, last_sample),
             _explained_refusals(model),
+            _seeded(seeds[0], pipeline.device),
         ):
             output = pipeline(**arguments)
     except torch.OutOfMemoryError as error:
@@ -181,7 +182,7 @@ def _call_arguments(
 ) -> dict[str, Any]:
     pipeline, family = model.pipeline, family_of(model.denoiser)
     parameters = _parameters(pipeline)
-    _require_known_parameters(pipeline, parameters)
+    _require_known_parameters(model, parameters)
     arguments: dict[str, Any] = {
         "num_inference_steps": num_steps,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -232,16 +233,19 @@ def _one_image(pipeline: DiffusionPipeline, prompts: Sequence[str], arguments: M
     return {"prompt": prompts[0], "generator": arguments["generator"][0], **pictures}
 
 
-def _require_known_parameters(pipeline: DiffusionPipeline, parameters: dict[str, inspect.Parameter]) -> None:
+def _require_known_parameters(model: LoadedModel, parameters: dict[str, inspect.Parameter]) -> None:
+    pipeline = model.pipeline
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    unknown = [
+    required = [
         name
         for name, parameter in parameters.items()
-        if name != "self"
-        and name not in _HANDLED
-        and parameter.default is inspect.Parameter.empty
-        and parameter.kind not in variadic
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
     ]
+    if not has_images(model.entry) and not set(required).isdisjoint(IMAGE_PARAMETERS):
+        raise InputError(
+            f"{type(pipeline).__name__} starts from images, and --images names none.", hint=_images_hint(model)
+        )
+    unknown = [name for name in required if name != "self" and name not in _HANDLED]
     if unknown:
         raise InputError(
             f"{type(pipeline).__name__} needs '{unknown[0]}' for every image, and only pipelines that start "
@@ -277,14 +281,19 @@ def _explained_refusals(model: LoadedModel) -> Iterator[None]:
                 f"components or their configurations do not fit: {first_sentence(error)}",
                 hint=_size_hint(model),
             ) from error
-        needs_images = not has_images(model.entry) and takes_images(model.pipeline)
+        has_none = not has_images(model.entry) and takes_images(model.pipeline)
         raise InputError(
-            f"{type(model.pipeline).__name__} of {model.ref.id} does not sample with these arguments: "
-            f"{first_sentence(error)}",
-            hint="edadm collect --images DIR, for a pipeline that starts from images"
-            if needs_images
-            else _size_hint(model),
+            f"{type(model.pipeline).__name__} of {model.ref.id} does not sample with these arguments"
+            f"{', and --images names no images' if has_none else ''}: {first_sentence(error)}",
+            hint=_images_hint(model) if has_none else _size_hint(model),
         ) from error
+
+
+def _images_hint(model: LoadedModel) -> str:
+    """Returns the command that gives a pipeline its images."""
+    has_mask = "mask_image" in _parameters(model.pipeline)
+    masks = ", with NAME.mask.png beside each NAME.png" if has_mask else ""
+    return f"edadm collect --model {model.ref.id} --images DIR{masks}"
 
 
 def _size_hint(model: LoadedModel) -> str | None:
@@ -306,6 +315,14 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 @contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the global generators while entered: some pipelines draw from them, whatever generators they are given."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def _watch_scheduler(
     pipeline: DiffusionPipeline, arguments: dict[str, Any], last_sample: list[Tensor]
 ) -> Iterator[None]:
@@ -315,23 +332,40 @@ def _watch_scheduler(
     (LDMPipeline), whose noise would otherwise come from the global generator.
     """
     scheduler = pipeline.scheduler
-    cls = type(scheduler)
-    is_noisy = bool(arguments.get("eta")) and "generator" in inspect.signature(cls.step).parameters
-
-    @functools.wraps(cls.step)  # pipelines inspect the signature
-    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_noisy:
-            kwargs.setdefault("generator", arguments["generator"])
-        output = cls.step(self, *args, **kwargs)
-        if self is scheduler:  # some pipelines copy it, for another kind of sample
-            last_sample[:] = [output[0] if isinstance(output, tuple) else output.prev_sample]
-        return output
-
-    scheduler.__class__ = type(cls.__name__, (cls,), {"step": watched, "__module__": cls.__module__})
+    is_noisy = bool(arguments.get("eta")) and "generator" in inspect.signature(scheduler.step).parameters
+    scheduler.step = _WatchedStep(scheduler, arguments["generator"] if is_noisy else None, last_sample)
     try:
         yield
     finally:
-        scheduler.__class__ = cls
+        del scheduler.step
+
+
+class _WatchedStep:
+    """Takes the place of a scheduler's `step` and keeps the last sample. A copy of the scheduler has its own `step`.
+
+    The scheduler keeps its class, because pipelines compare it.
+
+    Args:
+        scheduler: The scheduler.
+        generator: What the step draws noise from, unless it is told; `None` leaves that to the pipeline.
+        last_sample: A list that holds the latest sample.
+    """
+
+    def __init__(self, scheduler: Any, generator: Any, last_sample: list[Tensor]) -> None:
+        functools.update_wrapper(self, scheduler.step)  # pipelines inspect the signature
+        self._scheduler, self._generator, self._last_sample = scheduler, generator, last_sample
+        self._step: Callable[..., Any] = scheduler.step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._generator is not None:
+            kwargs.setdefault("generator", self._generator)
+        output = self._step(*args, **kwargs)
+        self._last_sample[:] = [output[0] if isinstance(output, tuple) else output.prev_sample]
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Returns the method of the copied scheduler, which `deepcopy` has created already."""
+        return MethodType(type(self._scheduler).step, memo[id(self._scheduler)])
 
 
 def _images_of(pipeline: DiffusionPipeline, output: Any) -> Tensor:

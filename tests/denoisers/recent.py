@@ -7,6 +7,7 @@ from typing import Any
 import diffusers as d
 import transformers as tr
 
+from edadm_cli.models.random_models import initialize
 from edadm_cli.models.tokenizers import letter_tokenizer
 from tests.denoisers import flux, parts, videos
 
@@ -75,8 +76,10 @@ def nucleus() -> Any:
         dense_moe_strategy="leave_first_block_dense",
         num_experts=4,
         moe_intermediate_dim=32,
+        mlp_ratio=6.0,  # inner widths are multiples of 128, rounded down
         capacity_factors=[2.0, 2.0],
     )
+    initialize(transformer, 0)  # diffusers leaves the experts as the memory was
     _, encoder = parts.qwen3_vl(layers=8, causal=True)
     components = {"processor": parts.qwen3_vl_processor(), "text_encoder": encoder}
     return d.NucleusMoEImagePipeline(

@@ -1,10 +1,9 @@
 """The table of denoisers: each row is a tiny random pipeline that goes through the chain, or the reason why not.
 
 `python benchmarks/denoisers.py` writes the table into docs/models.md. It notes each finished row in a file with a hash
-of the code, so that a table that was interrupted goes on where it stopped, and no row is of other code. `--part 1/4`
-measures a quarter of the rows and writes nothing, so that several processes can share the work; a last call without it
-writes the table. With `--only NAME ...` it prints the rows of these builders alone and writes nothing; the names are
-those of the functions in the modules beside this one.
+of the code, so that a table that was interrupted goes on where it stopped, and no row is of other code. `--jobs 4`
+shares the rows among four processes. With `--only NAME ...` it prints the rows of these builders alone and writes
+nothing; the names are those of the functions in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ pictures = []
 for folder in (full, quantized):
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(5)  # some pipelines draw from the global generator too
     output = pipeline(**call, generator=torch.Generator().manual_seed(5), output_type="np")
     pictures.append(np.asarray(getattr(output, "images", None) if hasattr(output, "images") else output.frames))
     assert "edadm_cli.collect" not in sys.modules
@@ -253,31 +255,39 @@ def markdown(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_rows(rows: tuple[Row, ...], notes: Path | None = None) -> list[Result]:
-    """Measure rows one after the other, and print each line as soon as it is there.
+def run_rows(rows: tuple[Row, ...], notes: Path | None = None, jobs: int = 1) -> list[Result]:
+    """Measures rows, and prints each line as soon as it is there.
 
     Args:
         rows: The rows.
         notes: A file with one finished row per line. Rows that it holds are not measured again.
+        jobs: The number of processes.
     """
-    done = {} if notes is None or not notes.is_file() else _read_notes(notes)
-    results = []
-    for row in rows:
-        result = done.get(row.title)
-        if result is None:
-            folder = Path(tempfile.mkdtemp(prefix="edadm-table-"))
-            try:
-                result = measure(row, folder)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+    results = {} if notes is None or not notes.is_file() else _read_notes(notes)
+    missing = [row for row in rows if row.title not in results]
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_one_thread) as pool:
+        for future in as_completed([pool.submit(_measured, row.title) for row in missing]):
+            result = future.result()
+            results[result.row.title] = result
             if notes is not None:
                 notes.parent.mkdir(parents=True, exist_ok=True)
-                facts = asdict(result) | {"row": row.title, "code": code_sha256()}
+                facts = asdict(result) | {"row": result.row.title, "code": code_sha256()}
                 with notes.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(facts) + "\n")
-        results.append(result)
-        print(markdown([result]).splitlines()[-1], flush=True)
-    return results
+            print(markdown([result]).splitlines()[-1], flush=True)
+    return [results[row.title] for row in rows]
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _measured(title: str) -> Result:
+    folder = Path(tempfile.mkdtemp(prefix="edadm-table-"))
+    try:
+        return measure(next(row for row in ROWS if row.title == title), folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_notes(notes: Path) -> dict[str, Result]:
@@ -320,17 +330,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=None, help="names of builders")
     parser.add_argument("--notes", type=Path, default=NOTES, help="file of the rows that are finished")
-    parser.add_argument("--part", help="K/N: every N-th row from the K-th on, such as 1/4; nothing is written")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes, of one thread each")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.part is not None:
-        number, count = map(int, options.part.split("/"))
-        run_rows(ROWS[number - 1 :: count], options.notes)
-        return
     if options.only is not None:
-        run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only))
+        run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only), jobs=options.jobs)
         return
-    results = run_rows(ROWS, options.notes)
+    results = run_rows(ROWS, options.notes, options.jobs)
     write_tables(results)
     options.notes.unlink()
 

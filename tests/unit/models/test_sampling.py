@@ -23,6 +23,7 @@ from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import CALIBRATION, EVALUATION, _watch_scheduler, image_seed, sample
 from tests.denoisers.unets import consistency, deepfloyd, inpainting
+from tests.denoisers.videos import stable_video
 
 CPU = torch.device("cpu")
 
@@ -191,10 +192,44 @@ def test_a_copy_of_the_scheduler_steps_by_itself() -> None:
 
     scheduler, last = FlowMatchEulerDiscreteScheduler(), []
     with _watch_scheduler(SimpleNamespace(scheduler=scheduler), {}, last):
+        assert type(scheduler) is FlowMatchEulerDiscreteScheduler  # pipelines compare it
         scheduler.set_timesteps(4)
         copied = deepcopy(scheduler)
         copied.step(torch.ones(1, 2), copied.timesteps[0], torch.zeros(1, 2))
         assert (last, scheduler.step_index) == ([], None)
         scheduler.step(torch.ones(1, 2), scheduler.timesteps[0], torch.zeros(1, 2))
     assert len(last) == 1
-    assert type(scheduler) is FlowMatchEulerDiscreteScheduler
+    assert "step" not in vars(scheduler)
+
+
+@pytest.mark.parametrize("build", [inpainting, stable_video])
+def test_a_pipeline_that_needs_images_names_the_flag_and_the_command(build: Any, tmp_path: Path) -> None:
+    """Whether its call insists on the image itself, or the pipeline refuses it when it is missing."""
+    build().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), CPU, torch.float32)
+    prompts = ["a cat"] if build is inpainting else None
+    with pytest.raises(InputError, match="--images names no") as error:
+        sample(model, seeds=[1], prompts=prompts, num_steps=1, guidance_scale=None)
+    assert error.value.hint.startswith(f"edadm collect --model {model.ref.id} --images DIR")
+    assert ("NAME.mask.png" in error.value.hint) == (build is inpainting)
+
+
+def test_noise_of_the_global_generator_follows_the_seed(stable_diffusion: LoadedModel) -> None:
+    """JoyImage-Edit draws the latents of its images without the generators that it is given."""
+    encode = type(stable_diffusion.pipeline).encode_prompt
+    drawn = []
+
+    def noisy(*args: Any, **kwargs: Any) -> Any:
+        drawn.append(torch.randn(1).item())
+        return encode(stable_diffusion.pipeline, *args, **kwargs)
+
+    stable_diffusion.pipeline.encode_prompt = noisy
+    try:
+        torch.manual_seed(17)
+        for seed in (3, 3, 4):
+            sample(stable_diffusion, seeds=[seed], prompts=["a"], num_steps=1, guidance_scale=1.0)
+        after = torch.randn(1)
+    finally:
+        del stable_diffusion.pipeline.encode_prompt
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(after, torch.randn(1, generator=torch.Generator().manual_seed(17))), "the global state is kept"
