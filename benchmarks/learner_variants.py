@@ -118,9 +118,23 @@ TOGETHER = {
 }
 FLOAT = "+ranges.float_input_share=0.05"
 FLOAT_INPUTS = {
-    "default, float inputs 5%": f"{NO_INPUT_SCALES}{FLOAT}",
-    "thorough": "thorough",
+    "default, float inputs": f"default{FLOAT}",
+    "default, float inputs 2%": "default+ranges.float_input_share=0.02",
     "thorough, float inputs 8%": "thorough+ranges.float_input_share=0.08",
+}
+# What decides which recipe ships as `default`, in the order of importance.
+SHIPS = {
+    "default": "default",
+    "default, float inputs": f"default{FLOAT}",
+    "paper": "paper",
+    "before": BEFORE,
+    "thorough": "thorough",
+    "ptq4dm": "ptq4dm",
+    "q-diffusion, 2,500 iterations": f"q-diffusion{FEW_ITERATIONS}",
+    "thorough, gamma 0.2": "thorough+learn.layer_loss_weight=0.2",
+    "thorough, all inputs quantized": "thorough+ranges.float_input_share=0",
+    "rtn": "rtn",
+    "ranges-only": "default+learn.granularity=none",
 }
 FLOORS = {
     "weights only": 'default+layers=[{"pattern":"*","float_input":true}]',
@@ -148,25 +162,41 @@ GAMMAS = {
     "gamma 0.2, relative": "",
     "gamma 0.8, absolute": "+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
 }
-FAIR = STEPS | {
-    "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
-    "uniform, gamma 0": "default+select.strategy=uniform+learn.layer_loss_weight=0",
-    "symmetric ranges": "default+ranges.activation=search",
-    "quantized attention": "default+attention.quantize=true",
-    "QDrop": "default+learn.input_drop=0.5+learn.activation_drop=0.5",
-}
+FAIR = (
+    {"default": "default", "default, gamma 0": "default+learn.layer_loss_weight=0"}
+    | STEPS
+    | {
+        "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
+        "uniform, gamma 0": "default+select.strategy=uniform+learn.layer_loss_weight=0",
+        "symmetric ranges": "default+ranges.activation=search",
+        "quantized attention": "default+attention.quantize=true",
+        "QDrop": "default+learn.input_drop=0.5+learn.activation_drop=0.5",
+    }
+)
+# The base of the rows of `paper` has the iterations of `default`.
+PAPER = "paper+learn.iterations=300"
 FAIR_PAPER = {
-    "paper, uniform": "paper+select.strategy=uniform",
-    "paper, local radius": "paper+select.model_radius=false+select.density_quantile=0.05",
-    "paper, gamma 0": "paper+learn.layer_loss_weight=0",
-    "paper, gamma 0.2, relative": "paper+learn.layer_loss_weight=0.2+learn.relative_layer_losses=true",
-    "paper, no QDrop": "paper+learn.input_drop=0+learn.activation_drop=0",
-    "paper, asymmetric ranges": "paper+ranges.activation=search-asymmetric",
+    "paper, 300 iterations": PAPER,
+    "paper, uniform": f"{PAPER}+select.strategy=uniform",
+    "paper, gamma 0": f"{PAPER}+learn.layer_loss_weight=0",
+    "paper, uniform, gamma 0": f"{PAPER}+select.strategy=uniform+learn.layer_loss_weight=0",
+    "paper, local radius": f"{PAPER}+select.model_radius=false+select.density_quantile=0.05",
+    "paper, gamma 0.2, relative": f"{PAPER}+learn.layer_loss_weight=0.2+learn.relative_layer_losses=true",
+    "paper, no QDrop": f"{PAPER}+learn.input_drop=0+learn.activation_drop=0",
+    "paper, asymmetric ranges": f"{PAPER}+ranges.activation=search-asymmetric",
+    "paper, tau 1 and regularizer 0": f"{PAPER}+learn.rounding_sharpness=1+learn.rounding_regularizer=0",
 }
+
+
+def size(samples: int) -> str:
+    """Returns the change that sets the size of the calibration set; above 256 it takes several steps per trajectory."""
+    return f"+samples={samples}" + (f"+select.samples_per_trajectory={samples // 256}" if samples > 256 else "")
+
+
 SAMPLES = {
-    f"{steps}, {name}, N {samples}": f"default+samples={samples}{change}"
+    f"{steps}, {name}, N {samples:,}": f"default{size(samples)}{change}"
     + ("" if steps == "TDAC" else f"+select.strategy={steps}")
-    for samples in (8, 16, 32, 256)
+    for samples in (8, 32, 256, 1024)
     for steps in ("TDAC", "uniform")
     for name, change in GAMMAS.items()
 }
@@ -175,7 +205,9 @@ ROTATED = {
     for name in ("hadamard-16", "hadamard-64", "hadamard-256")
     for learning, change in (("ranges-only", "+learn.granularity=none"), ("default", ""))
 }
+DEFAULTS = {label: SHIPS[label] for label in ("default", "default, float inputs")}
 GROUPS = {
+    "ships": Group(SHIPS),
     "main": Group(MAIN, seeds=(0, 1, 2, 3, 4)),
     "published": Group(PUBLISHED, seeds=(0, 1, 2, 3, 4)),
     "ingredients": Group(INGREDIENTS, ("w4a8", "w3a8")),
@@ -184,8 +216,8 @@ GROUPS = {
     "candidates-w3a8": Group(CANDIDATES, ("w3a8",), (0, 1, 2)),
     "together": Group(TOGETHER),
     "together-w3a8": Group(TOGETHER, ("w3a8",)),
-    "float-inputs": Group(FLOAT_INPUTS, seeds=(0, 1, 2, 3, 4)),
-    "float-inputs-widths": Group(FLOAT_INPUTS, ("w3a8", "w8a8"), (0,)),
+    "float-inputs": Group(FLOAT_INPUTS),
+    "default-widths": Group(DEFAULTS, ("w8a8", "w6a6", "w3a8", "w4a4")),
     "floors": Group(FLOORS, seeds=(0,)),
     "floors-w8a8": Group({"default": "default", "ranges-only": "default+learn.granularity=none"}, ("w8a8",), (0,)),
     "sharpness": Group(SHARPNESS),
