@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -29,6 +30,8 @@ from edadm_cli.errors import InputError, explain_field
 from edadm_cli.version import __version__
 
 MANIFEST_NAME = "manifest.json"
+_REMEMBERED_CHARACTERS = 2**21
+"""Size of the largest manifest that is remembered once it is checked."""
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
@@ -115,7 +118,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     text = read_text(path)
-    content = parse_json(text, str(path))
+    parse = _parse if len(text) <= _REMEMBERED_CHARACTERS else _parse.__wrapped__
+    return parse(text, str(path))
+
+
+@lru_cache(maxsize=16)
+def _parse(text: str, path: str) -> Manifest:
+    """Returns the manifest of a text; a chain reads the manifests of its first artifacts again and again."""
+    content = parse_json(text, path)
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version is not None and version != SCHEMA_VERSION:
         raise InputError(

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 _MAX_HEADER_BYTES = 100_000_000
+_REMEMBERED_BYTES = 2**21
+"""Size of the largest header that is remembered once it is checked."""
 _LARGEST_SIZE = 2**63 - 1
 _BITS = (
     dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
@@ -121,6 +124,19 @@ def read_tensor_places(path: Path) -> dict[str, TensorPlace]:
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise InputError(f"{path} is truncated or not a safetensors file.")
         content = file.read(length)
+    parse = _parse if length <= _REMEMBERED_BYTES else _parse.__wrapped__
+    return dict(parse(content, path, size - 8 - length))
+
+
+@lru_cache(maxsize=16)
+def _parse(content: bytes, path: Path, available: int) -> dict[str, TensorPlace]:
+    """Returns where tensors lie; a file is checked whenever its artifact is opened.
+
+    Args:
+        content: The header.
+        path: The file, for messages.
+        available: Bytes of the file after the header.
+    """
     try:
         header = parse_json(content.decode("utf-8"), "the header")
         if not isinstance(header, dict):
@@ -133,8 +149,8 @@ def read_tensor_places(path: Path) -> dict[str, TensorPlace]:
         raise InputError(f"{path} is not a safetensors file: {error.message.rstrip('.')}.") from error
     except ValueError as error:
         raise InputError(f"{path} is not a safetensors file: {error}.") from error
-    _check_extents(path, entries, size - 8 - length)
-    return {name: entry.place(8 + length) for name, entry in entries.items()}
+    _check_extents(path, entries, available)
+    return {name: entry.place(8 + len(content)) for name, entry in entries.items()}
 
 
 class _Entry(BaseModel):

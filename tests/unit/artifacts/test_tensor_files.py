@@ -138,3 +138,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         save_tensors(path, {"a": torch.ones(2)})
     assert path.read_bytes() == before
     assert [child.name for child in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_header_that_was_checked_is_checked_again_only_if_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"scale": torch.ones(3)})
+    first = read_tensor_header(path)
+    first.clear()
+    assert read_tensor_header(path)["scale"].shape == (3,), "a caller cannot change what is remembered"
+    content = path.read_bytes()
+    path.write_bytes(content[:-4])
+    with pytest.raises(InputError, match="truncated"):
+        read_tensor_header(path)
+    path.write_bytes(content.replace(b"F32", b"F99"))
+    with pytest.raises(InputError, match="unknown type"):
+        read_tensor_header(path)
