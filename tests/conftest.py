@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from tests.integration.fresh_interpreter import SILENCING, FreshInterpreter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("COLUMNS", None)  # tables have the width that they have in a log, wherever the tests run
@@ -15,7 +19,7 @@ os.environ.pop("COLUMNS", None)  # tables have the width that they have in a log
 @pytest.fixture(autouse=True)
 def _audible_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes what a command in this process did to silence the processes that it starts."""
-    for name in ("PYTHONWARNINGS", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+    for name in SILENCING:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -37,6 +41,22 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "StableDiffusionPipeline", unet, parts.clip(), vae=vae, scheduler=scheduler, **parts.NO_CHECKER
     )
     return _saved(pipeline, tmp_path_factory, "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def few_blocks_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion like `tiny_sd` with a quarter of its blocks, for tests that compile; shared like `tiny_sd`."""
+    from diffusers import DDIMScheduler
+
+    from tests.denoisers import parts
+    from tests.denoisers.families import FAMILIES
+
+    _seed(0)
+    unet, vae = FAMILIES["unet"](up_block_types=("UpBlock2D",)), parts.small_kl()
+    scheduler = DDIMScheduler()
+    name = "StableDiffusionPipeline"
+    pipeline = parts.assembled(name, unet, parts.clip(), vae=vae, scheduler=scheduler, **parts.NO_CHECKER)
+    return _saved(pipeline, tmp_path_factory, "few-blocks-sd")
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +124,31 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
         torch.save(FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def fresh_interpreter() -> Iterator[FreshInterpreter]:
+    """Runs scripts in separate processes that have imported diffusers and nothing of this project."""
+    interpreter = FreshInterpreter()
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture(scope="session")
+def forked_processes() -> Iterator[None]:
+    """Isolated processes fork from one that has imported torch and diffusers, which costs each of them no time.
+
+    They still share nothing with this process, and a crash still ends them alone.
+    """
+    import multiprocessing
+
+    from edadm_cli.engines import isolation
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "diffusers.models.unets.unet_2d_condition"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolation, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
+        yield
 
 
 def _seed(seed: int) -> None:

@@ -12,10 +12,14 @@ from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.random_models import initialize
-from edadm_cli.recipe import RangeRecipe, Recipe
+from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 RECIPE = Recipe(name="test", ranges=RangeRecipe(weight="minmax", activation="minmax"))
+# Products of attention and the inputs of the first and last layers are quantized too.
+EVERYWHERE = RECIPE.model_copy(
+    update={"attention": AttentionRecipe(quantize=True), "sample_float_input": False, "output_float_input": False}
+)
 
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
@@ -73,16 +77,16 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def tiny_denoiser(family: str, rows: int = 2, size: int = 8) -> tuple[nn.Module, Call]:
-    """Returns a full-precision denoiser in eval mode, and a call of it."""
-    denoiser = FAMILIES[family]().eval().requires_grad_(False)
+def tiny_denoiser(family: str, rows: int = 2, size: int = 8, **fields: Any) -> tuple[nn.Module, Call]:
+    """Returns a full-precision denoiser in eval mode, and a call of it; `fields` change its configuration."""
+    denoiser = FAMILIES[family](**fields).eval().requires_grad_(False)
     initialize(denoiser, 0)
     return denoiser, example_call(denoiser, batch_size=rows, size=(size, size))
 
 
-def quantized_denoiser(family: str, bits: str = "w8a8", rows: int = 2) -> tuple[nn.Module, Call]:
+def quantized_denoiser(family: str, bits: str = "w8a8", rows: int = 2, **fields: Any) -> tuple[nn.Module, Call]:
     """Returns a denoiser that is quantized to nearest, and the call that its ranges are from."""
-    denoiser, call = tiny_denoiser(family, rows)
+    denoiser, call = tiny_denoiser(family, rows, **fields)
     with torch.no_grad():
         quantize_to_nearest(denoiser, RECIPE, BitWidth.parse(bits), [call])
     return denoiser, call

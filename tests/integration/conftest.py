@@ -1,9 +1,9 @@
-"""Runs of the tiny pipelines, collected and selected once per session, and processes that need no time for imports."""
+"""Runs and exports of the tiny pipelines, made once per session."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,26 @@ import pytest
 
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.config import CollectConfig, SelectConfig
-from tests.integration.fresh_interpreter import FreshInterpreter
 from tests.integration.small_runs import CPU, export
-
-
-@pytest.fixture(scope="session")
-def fresh_interpreter() -> Iterator[FreshInterpreter]:
-    """Runs scripts in separate processes that have imported diffusers and nothing of this project."""
-    interpreter = FreshInterpreter()
-    yield interpreter
-    interpreter.close()
 
 
 @pytest.fixture(scope="session")
 def exported_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of the tiny Stable Diffusion at W4A8; all tests of a session share it, so none may change it."""
+    return _exported(tiny_sd, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def _exported_few_blocks(few_blocks_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _exported(few_blocks_sd, tmp_path_factory)
+
+
+def _exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from edadm_cli.models.loading import load_model
 
-    return export(load_model(str(tiny_sd), CPU, torch.float32), tmp_path_factory.mktemp("export") / "pipeline")
+    return export(load_model(str(model), CPU, torch.float32), tmp_path_factory.mktemp("export") / "pipeline")
 
 
 @pytest.fixture
@@ -39,25 +39,6 @@ def pipeline(exported_sd: Path) -> Any:
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(exported_sd)
-
-
-@pytest.fixture(scope="session")
-def _exported_few_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from diffusers import DDIMScheduler
-
-    from edadm_cli.models.loading import load_model
-    from tests.denoisers import parts
-    from tests.denoisers.families import FAMILIES
-
-    torch.manual_seed(0)
-    unet, vae = FAMILIES["unet"](up_block_types=("UpBlock2D",)), parts.small_kl()
-    scheduler = DDIMScheduler()
-    name = "StableDiffusionPipeline"
-    pipeline = parts.assembled(name, unet, parts.clip(), vae=vae, scheduler=scheduler, **parts.NO_CHECKER)
-    folder = tmp_path_factory.mktemp("few-blocks")
-    pipeline.save_pretrained(folder / "model")
-    return export(load_model(str(folder / "model"), CPU, torch.float32), folder / "export")
 
 
 @pytest.fixture
@@ -83,7 +64,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]
             run = RunFolder(tmp_path_factory.mktemp("runs") / model.name)
             config = CollectConfig(
                 model=str(model),
-                prompts=prompts if model.name.startswith("tiny-sd") else None,
+                prompts=prompts if "-sd" in model.name else None,
                 num_trajectories=4,
                 num_steps=3,
                 batch_size=2,

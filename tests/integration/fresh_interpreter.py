@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 SEED, NUM_STEPS = 4, 2
+# Variables by which a command silences the processes that it starts; the libraries read them when they are imported.
+SILENCING = ("PYTHONWARNINGS", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
 ROUND_TRIP = """
 import json, sys
 from fresh_interpreter import round_trip
@@ -68,7 +70,8 @@ class FreshInterpreter:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._address = str(Path(self._folder.name) / "socket")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+        environment = {name: value for name, value in os.environ.items() if name not in SILENCING}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
         self._process = subprocess.Popen(
             [sys.executable, __file__, self._address],
             stdin=subprocess.PIPE,
@@ -206,6 +209,7 @@ def _run(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
         if "environment" in request:
             os.environ.clear()
             os.environ.update(request["environment"])
+            sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         sys.argv = ["-c", *request["arguments"]]
         exec(compile(request["script"], "<script>", "exec"), {"__name__": "__main__"})
         code = 0

@@ -40,12 +40,14 @@ from edadm_cli.sample import stage as sample
 
 W8A8, W4A8 = BitWidth.parse("w8a8"), BitWidth.parse("w4a8")
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 @pytest.fixture(scope="module")
-def exported(selected: Callable[[Path], Path], tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(selected: Callable[[Path], Path], few_blocks_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with exports of two bit widths; not to be changed."""
     root = tmp_path_factory.mktemp("bench") / "run"
-    shutil.copytree(selected(tiny_sd), root)
+    shutil.copytree(selected(few_blocks_sd), root)
     run = RunFolder(root)
     for bits in (W8A8, W4A8):
         reconstruct.run(ReconstructConfig(bits=bits, recipe=load_recipe("rtn"), device="cpu"), run)

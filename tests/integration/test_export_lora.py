@@ -23,14 +23,16 @@ from edadm_cli.recipe import load_recipe
 pytest.importorskip("peft")
 
 W8A8 = BitWidth.parse("w8a8")
-LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture(scope="module")
-def reconstructed(selected: Callable[[Path], Path], tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reconstructed(
+    selected: Callable[[Path], Path], few_blocks_sd: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run up to its reconstruction; not to be changed."""
     root = tmp_path_factory.mktemp("lora") / "run"
-    shutil.copytree(selected(tiny_sd), root)
+    shutil.copytree(selected(few_blocks_sd), root)
     reconstruct.STAGE.run(ReconstructConfig(bits=W8A8, recipe=load_recipe("rtn"), device="cpu"), RunFolder(root))
     return root
 
@@ -68,8 +70,10 @@ def test_codes_keep_their_learned_direction_where_it_is_still_a_neighbour() -> N
 
 
 @pytest.mark.parametrize("key", [f"unet.{LAYER}", f"lora_unet_{LAYER.replace('.', '_')}"])
-def test_an_export_holds_the_fused_weights_and_says_so(key: str, run: RunFolder, tiny_sd: Path, tmp_path: Path) -> None:
-    pipeline: Any = DiffusionPipeline.from_pretrained(tiny_sd)
+def test_an_export_holds_the_fused_weights_and_says_so(
+    key: str, run: RunFolder, few_blocks_sd: Path, tmp_path: Path
+) -> None:
+    pipeline: Any = DiffusionPipeline.from_pretrained(few_blocks_sd)
     rows = pipeline.unet.get_submodule(LAYER).weight.shape[0]
     file = _lora(tmp_path / "style.safetensors", rows, key)
     pipeline.load_lora_weights(str(file))

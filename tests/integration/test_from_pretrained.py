@@ -33,6 +33,7 @@ from edadm_cli.quant.network import load_quant_params, quantize_network
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
+from tests.integration.fresh_interpreter import FreshInterpreter
 from tests.unit.engines import toy_engine
 
 ROOT = Path(__file__).parents[2]
@@ -125,9 +126,16 @@ def _is_installed() -> bool:
 
 # Installed, the package is found through its entry point, without an import.
 @pytest.mark.parametrize("imports", ["" if _is_installed() else "import edadm_cli", "import diffusers, edadm_cli"])
-def test_a_fresh_interpreter_loads_it_with_plain_diffusers(run: RunFolder, imports: str, tmp_path: Path) -> None:
+def test_a_fresh_interpreter_loads_it_with_plain_diffusers(
+    run: RunFolder, imports: str, fresh_interpreter: FreshInterpreter, tmp_path: Path
+) -> None:
+    script = SAMPLING.format(imports=imports)
+    interpreter = [sys.executable, "-c", script]
+    if imports.startswith("import diffusers"):  # as the program that the process forks from has done
+        fresh_interpreter.write_program(tmp_path / "program", script)
+        interpreter = [str(tmp_path / "program")]
     actual = subprocess.run(
-        [sys.executable, "-c", SAMPLING.format(imports=imports), run.path("export", "w4a8"), tmp_path / "latents.pt"],
+        [*interpreter, run.path("export", "w4a8"), tmp_path / "latents.pt"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,

@@ -13,14 +13,15 @@ from edadm_cli.artifacts import RunFolder
 README = Path(__file__).parents[2] / "README.md"
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_the_program_of_the_readme_runs(
-    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    few_blocks_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The documented program runs, with a tiny model and a quick recipe."""
     (tmp_path / "quick.toml").write_text('extends = "rtn"\n[ranges]\nnum_candidates = 4\n')
     (program,) = re.findall(r"^## As a library$.*?^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
     assert len(program.split("\n")) <= 13
-    small = f'{str(tiny_sd)!r}, num_trajectories=4, num_steps=2, batch_size=4, device="cpu", recipe="quick.toml"'
+    small = f'{str(few_blocks_sd)!r}, num_trajectories=4, num_steps=2, batch_size=4, device="cpu", recipe="quick.toml"'
     assert program.count('"digits-sd"') == 1
     program = program.replace('"digits-sd"', small)
     monkeypatch.chdir(tmp_path)

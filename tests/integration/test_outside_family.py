@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from tests.integration.fresh_interpreter import FreshInterpreter
 
 MODULE = """
 import torch
@@ -72,19 +73,21 @@ def install(site: Path) -> None:
     (metadata / "entry_points.txt").write_text("[edadm.families]\ntoy = toy_family:FAMILY\n")
 
 
-def python(code: str, *arguments: str, path: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+def python(interpreter: FreshInterpreter, code: str, *arguments: str, site: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a separate process, with the packages of a folder installed."""
+    interpreter.write_program(site / "program", code)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [str(site / "program"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
-def test_a_family_of_another_package_is_calibrated_and_quantized(tmp_path: Path) -> None:
+def test_a_family_of_another_package_is_calibrated_and_quantized(
+    fresh_interpreter: FreshInterpreter, tmp_path: Path
+) -> None:
     site, model, run = tmp_path / "site", tmp_path / "model", tmp_path / "run"
     site.mkdir()
     install(site)
-    python(BUILD, str(model), path=site)
+    assert python(fresh_interpreter, BUILD, str(model), site=site).returncode == 0
     recipe = tmp_path / "quick.toml"
     recipe.write_text('extends = "default"\n[learn]\niterations = 2\n')
     commands = [
@@ -93,7 +96,8 @@ def test_a_family_of_another_package_is_calibrated_and_quantized(tmp_path: Path)
         f"reconstruct --run {run} --bits w4a8 --recipe {recipe} --device cpu --quiet",
         f"export --run {run} --bits w4a8 --device cpu --quiet",
     ]
-    python(COMMANDS, ";".join(commands), path=site)
+    done = python(fresh_interpreter, COMMANDS, ";".join(commands), site=site)
+    assert done.returncode == 0, done.stderr
     units: list[dict[str, Any]] = json.loads((run / "reconstruct/w4a8/units.json").read_text())["units"]
     assert [unit["name"] for unit in units if unit["kind"] == "residual"] == ["first", "second", "chain.0"]
     assert (run / "export/w4a8/unet").is_dir()

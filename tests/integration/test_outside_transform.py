@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from edadm_cli.artifacts import RunFolder
+from tests.integration.fresh_interpreter import FreshInterpreter
 from tests.integration.test_outside_family import COMMANDS, python
 
 FreshRun = Callable[[Path], RunFolder]
@@ -44,7 +43,7 @@ def _install(site: Path) -> None:
 
 @pytest.mark.parametrize("name", ["toy-reverse", "input-channel-scale"])
 def test_a_recipe_with_a_transform_goes_through_the_command_line(
-    name: str, tiny_ddpm: Path, fresh_run: FreshRun, tmp_path: Path
+    name: str, tiny_ddpm: Path, fresh_run: FreshRun, fresh_interpreter: FreshInterpreter, tmp_path: Path
 ) -> None:
     """Reconstructed, exported and loaded again; the exact integers of the reference agree, layer by layer."""
     _install(tmp_path)
@@ -54,7 +53,9 @@ def test_a_recipe_with_a_transform_goes_through_the_command_line(
     recipe.write_text(f'{text}weight = "output-error"\n[[transforms]]\nname = "{name}"\npattern = "*resnets*"\n')
     common = f"--run {run.root} --device cpu"
     commands = f"reconstruct --bits w6a6 --recipe {recipe} {common} --quiet;export --bits w6a6 {common} --json"
-    printed = json.loads(python(COMMANDS, commands, path=tmp_path).splitlines()[-1])
+    done = python(fresh_interpreter, COMMANDS, commands, site=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
     assert printed["parity"]["images_bit_equal"]
     assert printed["parity"]["integer_rel_l2"] <= printed["parity"]["integer_bound"]
     plan = run.open("reconstruct", "w6a6").json("plan.json")["layers"]
@@ -65,13 +66,13 @@ def test_a_recipe_with_a_transform_goes_through_the_command_line(
         assert params["mid_block.resnets.0.conv1.input_channel_scale"].dtype == torch.float32
 
 
-def test_a_transform_that_nobody_brought_is_a_usage_error(tiny_ddpm: Path, fresh_run: FreshRun, tmp_path: Path) -> None:
+def test_a_transform_that_nobody_brought_is_a_usage_error(
+    tiny_ddpm: Path, fresh_run: FreshRun, fresh_interpreter: FreshInterpreter, tmp_path: Path
+) -> None:
     recipe = tmp_path / "own.toml"
     recipe.write_text('extends = "default"\n[[transforms]]\nname = "nothing"\n')
     command = f"reconstruct --bits w4a8 --recipe {recipe} --run {fresh_run(tiny_ddpm).root} --device cpu"
     code = "import sys\nfrom edadm_cli.cli.app import main\nsys.exit(main(sys.argv[1].split()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, command], capture_output=True, text=True, timeout=240, check=False
-    )
+    done = python(fresh_interpreter, code, command, site=tmp_path)
     assert done.returncode == 2
     assert "There is no transform 'nothing'; known are hadamard-16, " in " ".join(done.stderr.split())

@@ -88,7 +88,7 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, tmp_path: Path) -> None:
+def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, program: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\n")
     fields = {"num_trajectories": 5, "num_steps": 2, "batch_size": 2, "feature_batch": 3}
@@ -96,7 +96,7 @@ def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, t
     collect.run(CollectConfig(model=str(tiny_sd), prompts=prompts, device="cpu", **fields), alone)
     flags = [word for key, value in fields.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     place = ["--run", str(tmp_path / "two"), "--device", "cpu", "--json"]
-    done = torchrun("collect", "--model", str(tiny_sd), "--prompts", str(prompts), *flags, *place)
+    done = torchrun("collect", "--model", str(tiny_sd), "--prompts", str(prompts), *flags, *place, program=program)
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     assert json.loads(out)["status"] == "done", "one line, of the main process"
@@ -178,7 +178,7 @@ def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun, p
 def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n")
-    flags = ["--num-trajectories", "160", "--num-steps", "3", "--batch-size", "2", "--device", "cpu"]
+    flags = ["--num-trajectories", "48", "--num-steps", "3", "--batch-size", "2", "--device", "cpu"]
     words = ["collect", "--model", str(tiny_sd), "--prompts", str(prompts), *flags, "--run", str(tmp_path / "run")]
     started = torchrun(*words)
     victim = _wait_for_a_worker(started, tmp_path / "run")
@@ -197,7 +197,7 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, t
     assert kept
     again = collect.run(
         CollectConfig(
-            model=str(tiny_sd), prompts=prompts, num_trajectories=160, num_steps=3, batch_size=2, device="cpu"
+            model=str(tiny_sd), prompts=prompts, num_trajectories=48, num_steps=3, batch_size=2, device="cpu"
         ),
         RunFolder(tmp_path / "run"),
     )
@@ -206,13 +206,14 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, t
     assert {name: actual[name] for name in kept} == kept, "what was there is not sampled again"
 
 
-def test_a_failure_of_one_process_is_told_once(tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_failure_of_one_process_is_told_once(tiny_sd: Path, program: Path, tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.txt")
-    done = torchrun("collect", "--model", str(tiny_sd), "--prompts", absent, "--run", str(tmp_path / "run"))
+    words = ["collect", "--model", str(tiny_sd), "--prompts", absent, "--run", str(tmp_path / "run")]
+    done = torchrun(*words, program=program)
     _, err = done.communicate(timeout=120)
     assert done.returncode != 0
     assert sum(line.startswith("error:") for line in err.splitlines()) == 1
-    done = torchrun("select", "--run", str(tmp_path / "run"))
+    done = torchrun("select", "--run", str(tmp_path / "run"), program=program)
     _, err = done.communicate(timeout=120)
     assert sum("edadm select runs in one process" in line for line in err.splitlines()) == 1
 

@@ -33,8 +33,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_whole_chain_ends_in_a_page(place: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", str(tiny_sd), "--prompts", "prompts.txt", "--config", "edadm.toml", "--run", "run"]
+def test_the_whole_chain_ends_in_a_page(place: Path, few_blocks_sd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", str(few_blocks_sd), "--prompts", "prompts.txt", "--config", "edadm.toml", "--run", "run"]
     assert main(["run", *words, "--bits", "w8a8,w4a8", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     text = Path(result["report"]).read_text(encoding="utf-8")

@@ -22,12 +22,22 @@ from edadm_cli.sensitivity import stage
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(few_blocks_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sensitivity") / "run"
     common = ["--run", str(folder), "--device", "cpu", "--quiet"]
-    collect = ["collect", "--model", str(tiny_sd), "--num-trajectories", "8", "--num-steps", "4", "--batch-size", "8"]
+    collect = [
+        "collect",
+        "--model",
+        str(few_blocks_sd),
+        "--num-trajectories",
+        "8",
+        "--num-steps",
+        "4",
+        "--batch-size",
+        "8",
+    ]
     assert main([*collect, *common]) == 0
-    assert main(["select", *common]) == 0
+    assert main(["select", "--strategy", "uniform", *common]) == 0
     assert main(["sensitivity", "--num-samples", "8", "--weight-bits", "2,4,8", "--activation-bits", "8", *common]) == 0
     return folder
 

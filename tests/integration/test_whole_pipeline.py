@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def run(selected: Callable[[Path], Path], tiny_sd: Path, tmp_path: Path) -> RunFolder:
-    shutil.copytree(selected(tiny_sd), tmp_path / "run")
+def run(selected: Callable[[Path], Path], few_blocks_sd: Path, tmp_path: Path) -> RunFolder:
+    shutil.copytree(selected(few_blocks_sd), tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     reconstruct.STAGE.run(ReconstructConfig(bits=W8A8, recipe=load_recipe("rtn"), device="cpu"), folder)
     return folder
@@ -91,7 +91,7 @@ def test_the_export_and_full_precision_are_timed_on_the_engine_that_load_chooses
         pair.measure()
     assert (measured.engine, measured.dtype, measured.calls) == ("openvino", "float32", 9)
     assert measured.factor == pytest.approx(measured.full_precision_milliseconds / measured.milliseconds)
-    assert measured.layers["int8"] >= 80
+    assert measured.layers["int8"] > 20
 
 
 def test_the_verdict_says_whether_the_export_is_faster_or_why_nobody_knows(

@@ -39,7 +39,7 @@ def _config(**fields: Any) -> EvaluateConfig:
     return EvaluateConfig(**{"bits": bits, "num_images": 6, "batch_size": 4, "device": "cpu", **fields})
 
 
-def test_without_weights_distances_remain_and_every_missing_figure_says_why(
+def test_without_weights_distances_remain_and_every_missing_metric_says_why(
     folder_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

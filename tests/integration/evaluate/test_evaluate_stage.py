@@ -49,7 +49,7 @@ def _figures(record: EvaluateRecord) -> dict[str, Any]:
     return {key: fields[key] for key in ("metrics", "full_precision", "distance_to_full_precision")}
 
 
-def test_every_figure_names_its_features_and_number_of_images(text_run: RunFolder) -> None:
+def test_every_metric_names_its_features_and_number_of_images(text_run: RunFolder) -> None:
     reporter = SilentReporter()
     record = stage.run(_config(), text_run, reporter=reporter)
     assert record.status == "done"
@@ -184,14 +184,14 @@ def test_broken_models_end_in_one_sentence(text_run: RunFolder, monkeypatch: pyt
     assert not text_run.has("evaluate", "w4a8")
 
 
-def test_only_named_figures_are_computed_and_unknown_ones_refused(text_run: RunFolder) -> None:
+def test_only_named_metrics_are_computed_and_unknown_ones_refused(text_run: RunFolder) -> None:
     record = stage.run(_config(metrics=("prompt_accuracy",)), text_run)
     assert set(record.metrics) == {"prompt_accuracy"}
     with pytest.raises(UsageError, match="no metric 'fid'"):
         stage.run(_config(metrics=("fid",)), text_run)
 
 
-def test_figures_about_prompts_are_left_out_where_no_prompt_names_a_digit(text_run: RunFolder, tmp_path: Path) -> None:
+def test_metrics_about_prompts_are_left_out_where_no_prompt_names_a_digit(text_run: RunFolder, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("<script>alert(x)</script>\na cat\n", encoding="utf-8")
     record = stage.run(_config(prompts=file), text_run)

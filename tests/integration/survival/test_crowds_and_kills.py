@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.cli.app import main
+from tests.integration.fresh_interpreter import FreshInterpreter
 from tests.integration.survival.helpers import (
     ENVIRONMENT,
     OPTIONS,
@@ -129,24 +131,21 @@ def test_a_killed_build_resumes_and_ends_with_the_same_bytes(tmp_path: Path) -> 
     assert [path.name for path in killed.iterdir() if "partial" in path.name] == []
 
 
-def test_an_interrupted_command_exits_with_130_and_resumes(tiny_ddpm: Path, tmp_path: Path) -> None:
+def test_an_interrupted_command_exits_with_130_and_resumes(
+    tiny_ddpm: Path, fresh_interpreter: FreshInterpreter, tmp_path: Path
+) -> None:
     # a shell's background jobs, and so all that they start, begin with this signal ignored
-    listening = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    script = f"{listening}; from edadm_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
-    arguments = ["collect", "--model", str(tiny_ddpm), "--num-trajectories", "2000", "--num-steps", "50",
+    listening = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    to_file = "os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 2)"
+    script = f"{listening}; {to_file}; from edadm_cli.cli.app import main; sys.exit(main(sys.argv[2:]))"
+    arguments = ["collect", "--model", str(tiny_ddpm), "--num-trajectories", "2000", "--num-steps", "3",
                  "--batch-size", "1", "--device", "cpu", "--run", str(tmp_path / "run")]  # fmt: skip
-    command = [sys.executable, "-c", script, *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("run/.collect.partial-*/latents-*")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert error == "error: Interrupted.\nhint: the same command resumes where it was\n"
+    running = fresh_interpreter.start(script, tmp_path / "stderr", *arguments)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/.collect.partial-*/latents-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(running.pid, signal.SIGINT)
+    assert running.wait() == 130
+    running.close()
+    assert (tmp_path / "stderr").read_text() == "error: Interrupted.\nhint: the same command resumes where it was\n"
     assert list(tmp_path.glob("run/.collect.partial-*/latents-*")), "what was done is kept"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from edadm_cli.bench.running import Running
 from edadm_cli.bench.spec import Spec
 from edadm_cli.bench.worker import RemoteRunning
 from edadm_cli.errors import EdadmError, MachineError
+from tests.integration.fresh_interpreter import FreshInterpreter
 from tests.unit.bench.stand_ins import ALONE, TOGETHER, call_of
 
 
@@ -43,7 +42,8 @@ def test_a_contender_in_a_process_of_its_own_computes_the_same(saved: Spec, deno
 
 
 REMARKING = """
-import logging
+import logging, os, sys
+os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 2)
 from multiprocessing import Pipe
 from edadm_cli.engines import isolation
 def remarking(*arguments):
@@ -55,12 +55,16 @@ isolation._serve(theirs, remarking)
 """
 
 
-def test_a_process_does_not_tell_of_the_gpu_that_it_was_not_to_use() -> None:
-    done = subprocess.run([sys.executable, "-c", REMARKING], capture_output=True, text=True, check=True)
-    assert "of something else" in done.stderr
-    assert "of CUDA's compiler" not in done.stderr
+def test_a_process_does_not_tell_of_the_gpu_that_it_was_not_to_use(
+    fresh_interpreter: FreshInterpreter, tmp_path: Path
+) -> None:
+    assert fresh_interpreter.run(REMARKING, tmp_path / "stderr") == 0
+    said = (tmp_path / "stderr").read_text()
+    assert "of something else" in said
+    assert "of CUDA's compiler" not in said
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_a_contender_that_cannot_be_loaded_says_why(saved: Spec, tmp_path: Path) -> None:
     broken = replace(saved, runs_on="openvino", engine="openvino", folder=tmp_path / "nothing")
     with pytest.raises(EdadmError, match=r"no denoiser\.xml") as caught:

@@ -64,6 +64,7 @@ class Crash:
 """
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_a_contender_that_crashes_is_left_out_and_only_a_required_one_ends_the_bench(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

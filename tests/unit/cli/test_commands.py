@@ -331,7 +331,7 @@ def test_a_requirement_that_does_not_parse_stops_before_any_work(
     assert "evaluate" not in [name for name, _, _ in stages.calls]
 
 
-def test_a_requirement_on_an_unknown_figure_is_a_usage_error(
+def test_a_requirement_on_an_unknown_metric_is_a_usage_error(
     stages: FakeStages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _chain("w4a8")

@@ -10,10 +10,9 @@ from torch import nn
 
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
-from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe
+from tests.denoisers.families import EVERYWHERE
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-RECIPE = Recipe(name="test", ranges=RangeRecipe(weight="minmax", activation="minmax"))
 
 
 def call_of(seed: int = 0, rows: int = 1, size: int = 8) -> Call:
@@ -31,12 +30,5 @@ def call() -> Call:
 @pytest.fixture
 def quantized(denoiser: nn.Module) -> nn.Module:
     """W4A8, split shortcuts, attention products and the edges' inputs quantized too."""
-    recipe = RECIPE.model_copy(
-        update={
-            "attention": AttentionRecipe(quantize=True),
-            "sample_float_input": False,
-            "output_float_input": False,
-        }
-    )
-    quantize_to_nearest(denoiser, recipe, BitWidth.parse("w4a8"), [call_of(seed) for seed in range(2)])
+    quantize_to_nearest(denoiser, EVERYWHERE, BitWidth.parse("w4a8"), [call_of(seed) for seed in range(2)])
     return denoiser

@@ -28,12 +28,11 @@ from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.models.random_models import example_call
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.plan import LayerPlan
-from edadm_cli.recipe import RangeRecipe, Recipe
+from tests.denoisers.families import RECIPE
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 CPU = EngineOptions(device=torch.device("cpu"))
 HALF = EngineOptions(device=torch.device("cpu"), rest_dtype=torch.float16)
-RECIPE = Recipe(name="test", ranges=RangeRecipe(weight="minmax", activation="minmax"))
 MODELS = {
     "tiny_sd": "UNet2DConditionModel",
     "tiny_ddpm": "UNet2DModel",

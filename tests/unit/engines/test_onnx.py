@@ -18,9 +18,10 @@ from edadm_cli.engines.parity import compare_layers, prediction_of, relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.engines.registry import engine
 from edadm_cli.errors import EXIT_MACHINE, InputError, MachineError, UsageError
-from edadm_cli.models.loading import load_model
 from edadm_cli.quant.layers import quantized_layers
-from edadm_cli.recipe import AttentionRecipe, LayerRule, RangeRecipe, Recipe
+from edadm_cli.recipe import LayerRule
+from tests.denoisers import parts
+from tests.denoisers.families import EVERYWHERE, tiny_denoiser
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -33,13 +34,6 @@ from edadm_cli.engines.onnx.export import export_onnx  # noqa: E402
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 CPU = EngineOptions(torch.device("cpu"), num_threads=1)
-RECIPE = Recipe(
-    name="test",
-    ranges=RangeRecipe(weight="minmax", activation="minmax"),
-    attention=AttentionRecipe(quantize=True),
-    sample_float_input=False,
-    output_float_input=False,
-)
 # One code that falls to the other side of an edge, in some norm between two layers, and all that follows from it.
 PREDICTION_BOUND = 0.05
 
@@ -61,37 +55,30 @@ def _pixel_call(seed: int = 0, rows: int = 2, size: tuple[int, int] = (8, 8)) ->
     return (sample, torch.tensor(5)), {}
 
 
-def _dit_call() -> Call:
-    return (torch.randn(2, 4, 4, 4),), {"timestep": torch.full((2,), 5), "class_labels": torch.tensor([3, 1000])}
-
-
-def _digits_call() -> Call:
-    return (torch.randn(2, 4, 8, 8), torch.tensor(5)), {"encoder_hidden_states": torch.randn(2, 16, 64)}
-
-
-CALLS: dict[str, Callable[[], Call]] = {"tiny_dit": _dit_call, "digits-sd": _digits_call}
-
-
-def _require_same(compiled: CompiledDenoiser, denoiser: nn.Module, call: Call) -> None:
+def _require_same_prediction(compiled: CompiledDenoiser, denoiser: nn.Module, call: Call) -> None:
     args, kwargs = call
     exact = ReferenceEngine().compile(denoiser, args, kwargs, CPU)
     expected, actual = exact(*args, **kwargs), compiled(*args, **kwargs)
     assert type(actual) is type(expected)
     assert relative_l2(prediction_of(actual), prediction_of(expected)) < PREDICTION_BOUND
+
+
+def _require_same_layers(denoiser: nn.Module, call: Call) -> None:
+    args, kwargs = call
     parity = compare_layers(OnnxRuntimeEngine(), denoiser, args, kwargs, CPU)
     assert len(parity.errors) + len(parity.refused) > 0
     assert parity.worst[1] <= OnnxRuntimeEngine.layer_bound
 
 
 @pytest.fixture(scope="module")
-def mixed(tiny_sdxl: Path) -> nn.Module:
-    """W4A8 with quantized attention, split shortcuts, an excluded kind of layers and edges with float inputs."""
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(tiny_sdxl / "unet")
+def mixed() -> nn.Module:
+    """A UNet of SDXL at W4A8: quantized attention, split shortcuts, excluded layers, edges with float inputs."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = parts.xl_unet(block_out_channels=(8,), attention_head_dim=2, mid_block_type=None, **blocks)
     unet.eval().requires_grad_(False)
     rules = (LayerRule(pattern="*.attn2.to_out.0", exclude=True),)
-    recipe = RECIPE.model_copy(update={"layers": rules, "sample_float_input": True, "output_float_input": True})
+    recipe = EVERYWHERE.model_copy(update={"layers": rules, "sample_float_input": True, "output_float_input": True})
     quantize_to_nearest(unet, recipe, BitWidth.parse("w4a8"), [_nested_call(seed) for seed in range(2)])
     assert isinstance(unet, nn.Module)
     return unet
@@ -112,7 +99,8 @@ def compiled(files: Path) -> CompiledDenoiser:
 
 def test_a_mixed_denoiser_predicts_what_exact_integers_predict(compiled: CompiledDenoiser, mixed: nn.Module) -> None:
     assert any(name.endswith("part1") for name in quantized_layers(mixed))
-    _require_same(compiled, mixed, _nested_call(seed=3))
+    _require_same_prediction(compiled, mixed, _nested_call(seed=3))
+    _require_same_layers(mixed, _nested_call(seed=3))
     args, kwargs = _nested_call()
     assert torch.equal(compiled(*args, **kwargs, return_dict=False)[0], compiled(args[0], timestep=5, **kwargs).sample)
 
@@ -123,7 +111,7 @@ def test_every_planned_layer_ran_in_integers_and_the_others_are_named(
     rows = {row.name: row for row in compiled.layers}
     planned = [row for row in rows.values() if row.planned != "float"]
     assert {row.precision for row in planned} == {"int8"}
-    assert len([row for row in planned if row.kind == "attention"]) == 8
+    assert len([row for row in planned if row.kind == "attention"]) == 6
     floating = {row.name for row in rows.values() if row.planned == "float"}
     assert floating == {"conv_in", "conv_out", *(name for name in rows if name.endswith("attn2.to_out.0"))}
     assert {rows[name].precision for name in floating} == {"float32"}
@@ -224,41 +212,29 @@ def test_broken_files_are_refused(files: Path, tmp_path: Path, damage: Callable[
 
 def test_sizes_are_free_and_paddings_may_be_uneven() -> None:
     """A pixel-space UNet whose down-sampler pads one side only, in calls of other sizes than it was made from."""
-    from diffusers import UNet2DModel
-
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        attention_head_dim=8,
-        norm_num_groups=4,
-        downsample_padding=0,
-        add_attention=False,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    unet = parts.pixel_unet(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), downsample_padding=0, **blocks
     )
     unet.eval().requires_grad_(False)
-    quantize_to_nearest(unet, RECIPE, BitWidth.parse("w8a8"), [_pixel_call(seed) for seed in range(2)])
+    quantize_to_nearest(unet, EVERYWHERE, BitWidth.parse("w8a8"), [_pixel_call(seed) for seed in range(2)])
     compiled = OnnxRuntimeEngine().compile(unet, *_pixel_call(rows=1), CPU)
     for rows, size in ((1, (8, 8)), (3, (8, 12)), (2, (16, 4))):
-        _require_same(compiled, unet, _pixel_call(seed=5, rows=rows, size=size))
+        _require_same_prediction(compiled, unet, _pixel_call(seed=5, rows=rows, size=size))
+    _require_same_layers(unet, _pixel_call(seed=5))
     with pytest.raises(InputError, match="cannot run the graph"):
         compiled(torch.randn(1, 1, 7, 7), 5)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_other_architectures(name: str, request: pytest.FixtureRequest) -> None:
-    source = str(request.getfixturevalue(name)) if name.startswith("tiny") else name
-    denoiser = load_model(source, torch.device("cpu"), torch.float32).denoiser
-    torch.manual_seed(1)
-    call = CALLS[name]()
-    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w4a8"), [call])
+@pytest.mark.parametrize("family", ["unet", "dit"])
+def test_other_architectures(family: str) -> None:
+    denoiser, call = tiny_denoiser(family)
+    quantize_to_nearest(denoiser, EVERYWHERE, BitWidth.parse("w4a8"), [call])
     compiled = OnnxRuntimeEngine(fixed_sizes=True).compile(denoiser, *call, CPU)
     assert all(row.is_met for row in compiled.layers)
-    _require_same(compiled, denoiser, call)
+    _require_same_prediction(compiled, denoiser, call)
+    _require_same_layers(denoiser, call)
 
 
 class _Tiny(nn.Module):
@@ -275,7 +251,7 @@ class _Tiny(nn.Module):
 def _tiny(activations: Tensor) -> tuple[_Tiny, Call]:
     torch.manual_seed(0)
     denoiser, call = _Tiny(), ((activations, torch.tensor([5.0])), {})
-    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w4a6"), [call])
+    quantize_to_nearest(denoiser, EVERYWHERE, BitWidth.parse("w4a6"), [call])
     return denoiser, call
 
 
@@ -307,14 +283,16 @@ def test_the_engine_is_registered_and_refuses_what_it_cannot_do(monkeypatch: pyt
     assert refused.value.exit_code == EXIT_MACHINE
 
 
-def test_latents_that_a_unet_cannot_halve_are_fixed_in_their_size_only(
-    quantized: nn.Module, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_latents_that_a_unet_cannot_halve_are_fixed_in_their_size_only(capfd: pytest.CaptureFixture[str]) -> None:
     from tests.unit.engines.conftest import call_of
 
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D",) * 2}
+    unet = parts.unet(block_out_channels=(8, 8), mid_block_type=None, **blocks).eval().requires_grad_(False)
     call = call_of(seed=1, rows=2, size=9)
-    compiled = OnnxRuntimeEngine().compile(quantized, *call, CPU)
-    exact = ReferenceEngine().compile(quantized, *call, CPU)
+    quantize_to_nearest(unet, EVERYWHERE, BitWidth.parse("w4a8"), [call])
+    compiled = OnnxRuntimeEngine().compile(unet, *call, CPU)
+    exact = ReferenceEngine().compile(unet, *call, CPU)
     for other in (call, call_of(seed=2, rows=3, size=9)):
         actual = prediction_of(compiled(*other[0], **other[1]))
         assert relative_l2(actual, prediction_of(exact(*other[0], **other[1]))) < PREDICTION_BOUND

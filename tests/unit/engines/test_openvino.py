@@ -21,15 +21,12 @@ from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.errors import EdadmError, InputError, MachineError
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.recipe import AttentionRecipe, LayerRule, RangeRecipe, Recipe
+from edadm_cli.recipe import LayerRule, Recipe
+from tests.denoisers.families import EVERYWHERE
 
 CPU = EngineOptions(torch.device("cpu"), num_threads=1)
-RECIPE = Recipe(
-    name="test",
-    ranges=RangeRecipe(weight="minmax", activation="minmax"),
-    attention=AttentionRecipe(quantize=True),
-    sample_float_input=False,
-    layers=(LayerRule(pattern="*time_emb_proj", exclude=True),),
+RECIPE = EVERYWHERE.model_copy(
+    update={"output_float_input": True, "layers": (LayerRule(pattern="*time_emb_proj", exclude=True),)}
 )
 # a code next to a tie may go the other way, and in these tiny networks one code is felt at the output
 CLOSE = 0.1

@@ -23,7 +23,7 @@ from edadm_cli.models.example_calls import example_call
 from edadm_cli.quant.grid import weight_grid
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
 from edadm_cli.quant.plan import LayerPlan
-from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe
+from tests.denoisers.families import EVERYWHERE
 
 CPU = EngineOptions(torch.device("cpu"), num_threads=1)
 ALL: frozenset[LayerKind] = frozenset(get_args(LayerKind))
@@ -156,12 +156,7 @@ def test_a_whole_denoiser_says_what_stays_in_floating_point_and_why(tiny_sd: Pat
 
     denoiser = DiffusionPipeline.from_pretrained(tiny_sd).unet
     args, kwargs = example_call(denoiser, batch_size=2)
-    recipe = Recipe(
-        name="test",
-        ranges=RangeRecipe(weight="minmax", activation="minmax"),
-        attention=AttentionRecipe(quantize=True),
-        sample_float_input=False,
-    )
+    recipe = EVERYWHERE.model_copy(update={"output_float_input": True})
     quantize_to_nearest(denoiser, recipe, BitWidth.parse("w4a8"), [(args, kwargs)])
     use_arithmetic(denoiser, "integer")
     compiled = OpenVinoEngine().compile(denoiser, args, kwargs, CPU)

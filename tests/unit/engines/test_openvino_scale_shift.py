@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from tests.integration.fresh_interpreter import FreshInterpreter
 
 IN_A_PROCESS_OF_ITS_OWN = """
 import torch
@@ -18,13 +17,11 @@ unet = UNet2DModel(
 ).eval()
 call = (torch.randn(1, 3, 16, 16), torch.tensor(7))
 with torch.no_grad():
-    found = OpenVinoEngine().compile(unet, call, {}, EngineOptions(torch.device("cpu"), num_threads=1))(*call).sample
+    actual = OpenVinoEngine().compile(unet, call, {}, EngineOptions(torch.device("cpu"), num_threads=1))(*call).sample
     expected = unet(*call).sample
-assert (found - expected).norm() < 1e-4 * expected.norm(), (found - expected).norm() / expected.norm()
+assert (actual - expected).norm() < 1e-4 * expected.norm(), (actual - expected).norm() / expected.norm()
 """
 
 
-def test_scale_and_shift_in_float32_run_and_agree() -> None:
-    command = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr[-500:]
+def test_scale_and_shift_in_float32_run_and_agree(fresh_interpreter: FreshInterpreter) -> None:
+    assert fresh_interpreter.run(IN_A_PROCESS_OF_ITS_OWN) == 0, "what it says is on stderr"

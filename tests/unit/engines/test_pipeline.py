@@ -17,9 +17,8 @@ from edadm_cli.errors import UsageError
 from edadm_cli.models.calls import DenoiserCall, build_call, record_calls
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.sampling import Samples, sample, takes_prompts
-from edadm_cli.recipe import RangeRecipe, Recipe
+from tests.denoisers.families import RECIPE
 
-RECIPE = Recipe(name="test", ranges=RangeRecipe(weight="minmax", activation="minmax"))
 CPU = torch.device("cpu")
 
 

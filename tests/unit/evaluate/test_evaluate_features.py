@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 ImageMaker = Callable[..., torch.Tensor]
 
 
-def test_figures_equal_those_of_torch_fidelity_end_to_end(
+def test_metrics_equal_those_of_torch_fidelity_end_to_end(
     random_classifier: DigitClassifier, random_images: ImageMaker
 ) -> None:
     space = digits_space(CPU)

@@ -85,7 +85,7 @@ EVALUATION: dict[str, Any] = {
     "metrics": {
         "prompt_accuracy": {"value": 0.9875, "features": "digits/logits", "num_images": 80},
         "frechet_distance": {"value": 1.375, "features": "digits/pooled", "num_images": 80},
-        "a_new_figure": {"value": 3.0, "features": "somewhere", "num_images": 80},
+        "a_new_metric": {"value": 3.0, "features": "somewhere", "num_images": 80},
     },
     "full_precision": {
         "prompt_accuracy": {"value": 1.0, "features": "digits/logits", "num_images": 80},

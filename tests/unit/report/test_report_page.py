@@ -117,7 +117,7 @@ def test_of_the_environment_only_versions_are_listed(maker: RunMaker) -> None:
     assert not {"device", "seconds", "peak_memory_mib", "peak_cuda_memory_mib"} & set(versions)
 
 
-def test_every_figure_is_that_of_the_artifact(maker: RunMaker) -> None:
+def test_every_metric_is_that_of_the_artifact(maker: RunMaker) -> None:
     page = _page(maker.calibration().width("w4a8"))
     cards = [(card.all("p")[0].text, card.all("p")[1].text) for card in page.all("div", class_="card")]
     assert cards == [
@@ -130,7 +130,7 @@ def test_every_figure_is_that_of_the_artifact(maker: RunMaker) -> None:
     quality = _rows(page, "Quality of W4A8")
     assert quality["Fréchet distance↓ lower is better"] == ["1.125", "1.375", "digits/pooled", "80"]
     assert quality["Prompt accuracy↑ higher is better"][:2] == ["100\u00a0%", "98.75\u00a0%"]
-    assert quality["a new figure"] == [NOTHING, "3.000", "somewhere", "80"]
+    assert quality["a new metric"] == [NOTHING, "3.000", "somewhere", "80"]
     sizes = _rows(page, "Sizes of W4A8")
     assert list(sizes) == ["component", "unet, fp32 before", "unet, W4A8", "vae", "scheduler"]
     assert [sizes[name][0] for name in list(sizes)[1:]] == [
@@ -261,7 +261,7 @@ def test_a_recipe_that_learns_nothing_has_no_losses(maker: RunMaker) -> None:
     assert "loss before" not in _facts(page)
 
 
-def test_an_evaluation_without_any_figure_still_has_its_distances(maker: RunMaker) -> None:
+def test_an_evaluation_without_any_metric_still_has_its_distances(maker: RunMaker) -> None:
     maker.facts["evaluation.json"].update(metrics={}, full_precision={}, real=None)
     quality = _rows(_page(maker.calibration().width("w4a8")), "Quality of W4A8")
     assert quality["PSNR to full precision↑ higher is better"] == ["", "31.25\u00a0dB", "pixels", "80"]
