@@ -18,6 +18,11 @@ from learner_variants import GROUPS
 
 METRICS = ("undecided", "first", "soft", "hard", "held_out", "one_step", "guided", "bias", "coherence", "final")
 BASELINE = "before"
+HEADINGS = {
+    "held_out": "loss of the units",
+    "one_step": "error of one step's prediction",
+    "final": "distance of the final samples",
+}
 _KEYS = ("model", "bits", "label", "seed", *METRICS, "card")
 _DIGITS = 5
 
@@ -75,6 +80,26 @@ def table(rows: Sequence[Row], columns: Sequence[str] = METRICS, labels: Sequenc
     return "\n".join(lines)
 
 
+def across(rows: Sequence[Row], columns: Sequence[str], metrics: Sequence[str]) -> str:
+    """Returns one Markdown table with a line per model and metric, and a column per variant: means over the seeds.
+
+    Args:
+        rows: The results, of one bit width.
+        columns: The variants; `paper|paper, 300 iterations` is the first of these that a model has.
+        metrics: The metrics.
+    """
+    names = [column.split("|") for column in columns]
+    lines = ["| | " + " | ".join(f"`{first}`" for first, *_ in names) + " |", "|---|" + "---|" * len(names)]
+    for model in sorted({row["model"] for row in rows}):
+        for metric in metrics:
+            cells = []
+            for labels in names:
+                choices = [[row for row in rows if (row["model"], row["label"]) == (model, label)] for label in labels]
+                cells.append(_cell(metric, next((each for each in choices if each), []), []).partition(" ±")[0])
+            lines.append(f"| `{model}`: {HEADINGS.get(metric, metric)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(name: str, rows: Sequence[Row], baseline: Sequence[Row]) -> str:
     kind, _, metric = name.rpartition(" ")
     if kind == "ratio":
@@ -98,6 +123,7 @@ def main() -> None:
     parser.add_argument("--bits", help="bit widths that are shown, with commas; by default all")
     parser.add_argument("--models", help="models that are shown, with commas; by default all")
     parser.add_argument("--columns", default=",".join(METRICS), help="such as 'one_step,ratio one_step,final'")
+    parser.add_argument("--across", help="variants with semicolons, which become the columns of one table of means")
     parser.add_argument("--export", type=Path, help="write the rows with their metrics alone to this file")
     options = parser.parse_args()
     rows = read_rows(options.places)
@@ -105,6 +131,9 @@ def main() -> None:
         export(rows, options.export)
     for key, text in (("bits", options.bits), ("model", options.models)):
         rows = [row for row in rows if text is None or row[key] in text.split(",")]
+    if options.across is not None:
+        print(across(rows, options.across.split(";"), options.columns.split(",")))
+        return
     labels = [label for name in (options.groups or "").split(",") if name for label in GROUPS[name].variants]
     print(table(rows, options.columns.split(","), labels))
 

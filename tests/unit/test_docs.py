@@ -6,6 +6,7 @@ import ast
 import contextlib
 import io
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from functools import cache
@@ -58,6 +59,14 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
             assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_tables_of_measurements_are_those_that_the_programs_print(name: str) -> None:
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- table: " in page
+    filled = runpy.run_path(str(ROOT / "benchmarks" / "fill_tables.py"))["filled"]
+    assert filled(page) == page, f"python benchmarks/fill_tables.py {name}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
