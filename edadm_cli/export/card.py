@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, Selection, TextEncoder, Units, recipe_name
-from edadm_cli.metrics.registry import in_order, metrics
+from edadm_cli.metrics.registry import in_order, label_of
 from edadm_cli.models.collected import Sampling
 from edadm_cli.models.hub import looks_like_hub_id
 
@@ -215,20 +215,16 @@ def _quality(evaluation: Evaluation) -> str:
     for name in in_order(evaluation.metrics):
         metric, full = evaluation.metrics[name], evaluation.full_precision.get(name)
         before = "" if full is None else f"{full.value:.4g}"
-        rows.append((_label(name), before, f"{metric.value:.4g}", metric.features, f"{metric.num_images:,}"))
+        rows.append((label_of(name), before, f"{metric.value:.4g}", metric.features, f"{metric.num_images:,}"))
     distance = evaluation.distance_to_full_precision.model_dump(exclude_none=True)
     for name in in_order(distance):
         count = evaluation.num_images
         if "one_step" in name and evaluation.one_step is not None:
             count = evaluation.one_step.num_images
-        rows.append((f"{_label(name)} to full precision", "", f"{distance[name]:.4g}", "", f"{count:,}"))
+        rows.append((f"{label_of(name)} to full precision", "", f"{distance[name]:.4g}", "", f"{count:,}"))
     header = ("metric", "full precision", evaluation.bits.upper(), "features", "images")
     sentences = "".join(f"\n\n{escape(text)}" for text in evaluation.verdict)
     return _table(header, [tuple(map(escape, row)) for row in rows]) + sentences
-
-
-def _label(name: str) -> str:
-    return metrics()[name].label if name in metrics() else name.replace("_", " ")
 
 
 def _bits(bits: str) -> str:

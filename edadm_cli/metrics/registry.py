@@ -13,6 +13,9 @@ from edadm_cli.plugins import load_plugins
 GROUP = "edadm.metrics"
 _SHIPPED: tuple[Metric, ...] = (*in_features.METRICS, *clip.METRICS, *paired.METRICS, *lpips.METRICS)
 
+ONE_STEP = {"one_step_rel_l2": "One-step error", "guided_one_step_rel_l2": "Guided one-step error"}
+"""The labels of the errors of single predictions, which no metric object computes."""
+
 
 @cache
 def metrics() -> dict[str, Metric]:
@@ -31,6 +34,11 @@ def metrics() -> dict[str, Metric]:
             )
         known[metric.name] = metric
     return known
+
+
+def label_of(name: str) -> str:
+    """Returns what a metric is called for people; a metric that is not registered is called by its name."""
+    return metrics()[name].label if name in metrics() else ONE_STEP.get(name, name.replace("_", " "))
 
 
 def metrics_of(space: str) -> dict[str, Metric]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edadm_cli.metrics import registry
 from edadm_cli.metrics.registry import metrics
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -31,17 +32,11 @@ class MetricLabel:
     unit: str = ""
 
 
-_ONE_STEP = {
-    "one_step_rel_l2": MetricLabel("One-step error", "lower"),
-    "guided_one_step_rel_l2": MetricLabel("Guided one-step error", "lower"),
-}
-
-
 def label_of(name: str) -> MetricLabel:
     """Returns the label of a metric; the label of a metric that is not registered is its name."""
     metric = metrics().get(name)
     if metric is None:
-        return _ONE_STEP.get(name) or MetricLabel(name.replace("_", " "), "")
+        return MetricLabel(registry.label_of(name), "lower" if name in registry.ONE_STEP else "")
     return MetricLabel(metric.label, metric.better, metric.percent, metric.unit)
 
 

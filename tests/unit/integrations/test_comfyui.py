@@ -157,6 +157,44 @@ def test_rotated_weights_are_rotated_back() -> None:
     assert (restored["a.weight"] - weight).abs().max() < 4 * scale.max()
 
 
+def _of_comfy_kitchen(state: dict[str, Tensor], name: str, **rotation: Any) -> Any:
+    """A layer's weight of a file as the tensor that ComfyUI makes of it."""
+    kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="pip install comfy-kitchen")
+    codes = state[f"{name}.weight"]
+    params = kitchen.TensorWiseINT8Layout.Params(
+        scale=state[f"{name}.weight_scale"], orig_dtype=torch.float32, orig_shape=tuple(codes.shape), **rotation
+    )
+    return kitchen.QuantizedTensor(codes, "TensorWiseINT8Layout", params)
+
+
+def test_comfy_kitchen_reads_the_same_weights_and_multiplies_to_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    denoiser = KINDS["flux"]()
+    _quantize(denoiser)
+    state = comfyui_state(denoiser)
+    expected = dequantized_state(state, "file")
+    names = [name.removesuffix(".comfy_quant") for name in state if name.endswith(".comfy_quant")]
+    for name in names:
+        weight = _of_comfy_kitchen(state, name)
+        torch.testing.assert_close(weight.dequantize(), expected[f"{name}.weight"], rtol=1e-6, atol=0)
+        x = torch.randn(5, weight.shape[1])
+        step = x.abs().amax(1, keepdim=True) / 127  # one scale per token
+        sums = (x / step).round().double() @ state[f"{name}.weight"].double().T
+        exact = (sums * step.double() * state[f"{name}.weight_scale"].double().T).float()
+        torch.testing.assert_close(nn.functional.linear(x, weight), exact, rtol=1e-5, atol=1e-5 * exact.abs().max())
+
+
+def test_comfy_kitchen_rotates_back_what_is_read_here() -> None:
+    hadamard, weight = regular_hadamard(16), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    rotated = (weight.reshape(6, 2, 16) @ hadamard.T).reshape(6, 32)
+    scale = rotated.abs().amax(1, keepdim=True) / 127
+    about = b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":16}'
+    codes, mark = (rotated / scale).round().to(torch.int8), torch.tensor(list(about), dtype=torch.uint8)
+    state = {"a.weight": codes, "a.weight_scale": scale, "a.comfy_quant": mark}
+    theirs = _of_comfy_kitchen(state, "a", convrot=True, convrot_groupsize=16).dequantize()
+    torch.testing.assert_close(theirs, dequantized_state(state, "file")["a.weight"], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
