@@ -22,8 +22,13 @@ from edadm_cli.collect import stage as collect
 from edadm_cli.config import BitWidth, CollectConfig, EvaluateConfig, ExportConfig, ReconstructConfig
 from edadm_cli.evaluate import stage as evaluate
 from edadm_cli.export import stage as export
+from edadm_cli.processes import Processes
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
+from edadm_cli.reconstruct import trainer
+from edadm_cli.reconstruct.optimization import Optimization
+from edadm_cli.reconstruct.trainable_layers import Share
+from edadm_cli.reconstruct.trainer import UnitLearner
 from tests.integration.fresh_interpreter import FreshInterpreter
 
 ROOT = Path(__file__).parents[2]
@@ -107,50 +112,57 @@ def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, p
     assert err.strip() == ""
 
 
-def test_reconstruction_is_the_same_within_rounding(
-    tiny_sd: Path, fresh_run: FreshRun, program: Path, tmp_path: Path
+def test_two_processes_learn_what_one_learns_from_the_two_halves_of_each_step(
+    tiny_sd: Path, fresh_run: FreshRun, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gradients of the two halves of a step's rows add up to those of all rows; only the order of the sums differs.
+    """The bytes are those of one process that computes the halves of each step's rows apart and adds their gradients.
 
-    Adam divides gradients by their size, so that one of rounding noise moves a number as far as a real one would, and
-    what one unit does differently the next ones see. On the way down, which is learned first, scales are the same to a
-    thousandth and codes to a hundredth; after the last unit most scales are the same to a hundredth, and one code in
-    fifty is another, by one step.
+    A process that computes all rows at once adds them in another order, and an activation that lies between two codes
+    is rounded to the other one. Later units amplify that: here the first seven of 26 units have the same codes, and 1.3%
+    of all codes differ. Noise of 1e-7 in the gradients of one process does the same, from the fourteenth unit on.
     """
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE)
     run, other = fresh_run(tiny_sd), fresh_run(tiny_sd)
+    flags = ["--bits", "w4a8", "--recipe", str(recipe), "--batch-size", "3", "--device", "cpu", "--quiet"]
+    started = torchrun("reconstruct", "--run", str(other.root), *flags, program=program)
+    monkeypatch.setattr(trainer, "make_step", step_by_halves)
     config = ReconstructConfig(bits=BitWidth.parse("w4a8"), recipe=load_recipe(str(recipe)), batch_size=3, device="cpu")
     reconstruct.run(config, run)
-    flags = ["--bits", "w4a8", "--recipe", str(recipe), "--batch-size", "3", "--device", "cpu", "--quiet"]
-    done = torchrun("reconstruct", "--run", str(other.root), *flags, program=program)
-    _, err = done.communicate(timeout=120)
-    assert done.returncode == 0, err
+    _, err = started.communicate(timeout=120)
+    assert started.returncode == 0, err
     alone, two = run.open("reconstruct", "w4a8"), other.open("reconstruct", "w4a8")
     assert alone.identity == two.identity
-    assert {path.name for path in two.path.iterdir()} == {path.name for path in alone.path.iterdir()}
-    ours, theirs = (a.tensors("quant_params.safetensors") for a in (alone, two))
-    assert share_of_other_codes(ours, theirs, "down_blocks.") <= 1 / 100
-    assert share_of_other_codes(ours, theirs, "") <= 1 / 50
-    assert quantile_of_scales(ours, theirs, "down_blocks.", 0.9) < 1e-3
-    assert quantile_of_scales(ours, theirs, "", 0.5) < 1e-2
-    losses = [a.json("units.json")["loss"]["last"] for a in (alone, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=3e-2)
+    assert payload(alone) == payload(two)
 
 
-def share_of_other_codes(ours: dict[str, Tensor], theirs: dict[str, Tensor], start: str) -> float:
-    """Share of the codes that differ; none does by more than one step."""
-    names = [name for name in ours if name.startswith(start) and name.endswith("weight_int")]
-    steps = torch.cat([(ours[name].int() - theirs[name].int()).abs().flatten() for name in names])
-    assert steps.max() <= 1
-    return float((steps > 0).double().mean())
+def step_by_halves(learner: UnitLearner, optimization: Optimization) -> Callable[[], Tensor]:
+    """A step that computes the rows of the first and of the second of two processes one after the other."""
+    whole, groups, size = learner.share, learner.groups, learner.hyperparameters.batch_size
 
+    def step() -> Tensor:
+        optimization.decay()
+        optimization.adam.zero_grad(set_to_none=True)
+        masks, losses = learner.generator.get_state(), []
+        for index in range(2):
+            team = Processes()
+            team.index, team.count = index, 2
+            share = Share.of(size, team)
+            learner.generator.set_state(masks)
+            learner.share = learner.activation_drop.share = learner.input_drop.share = share
+            learner.groups = {
+                name: [tensor[share.start : share.stop].clone() for tensor in tensors]
+                for name, tensors in groups.items()
+            }
+            loss = learner.loss()
+            loss.backward()
+            losses.append(loss.detach())
+        learner.share = learner.activation_drop.share = learner.input_drop.share = whole
+        optimization.adam.step()
+        learner.after_step()
+        return losses[0] + losses[1]
 
-def quantile_of_scales(ours: dict[str, Tensor], theirs: dict[str, Tensor], start: str, share: float) -> float:
-    """The relative difference that a share of the learned scales does not exceed."""
-    names = [name for name in ours if name.startswith(start) and name.endswith("_scale") and ours[name].numel() == 1]
-    apart = torch.stack([((ours[name] - theirs[name]).abs() / ours[name]).reshape(()) for name in names])
-    return float(apart.double().quantile(share))
+    return step
 
 
 def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun, program: Path) -> None:
