@@ -118,8 +118,8 @@ def test_two_processes_learn_what_one_learns_from_the_two_halves_of_each_step(
     """The bytes are those of one process that computes the halves of each step's rows apart and adds their gradients.
 
     A process that computes all rows at once adds them in another order, and an activation that lies between two codes
-    is rounded to the other one. Later units amplify that: here the first seven of 26 units have the same codes, and 1.3%
-    of all codes differ. Noise of 1e-7 in the gradients of one process does the same, from the fourteenth unit on.
+    is rounded to the other one. Later units amplify that: here the first seven of 26 units have the same codes, and
+    1.3% of all codes differ. Noise of 1e-7 in the gradients of one process does the same, from the fourteenth unit on.
     """
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE)
