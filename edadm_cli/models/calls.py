@@ -36,7 +36,8 @@ _TENSOR_MARKS = (_MARK + SAMPLE, _MARK + TIMESTEP, _MARK + "tensor")
 
 Template = dict[str, Any]
 """`{"args": [...], "kwargs": {...}, "constants": [names], "dtypes": {name: dtype}}`. A one-entry object whose
-key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`), a tuple
+key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`, or `{"$timestep": [4]}`
+for a timestep with four equal values per row), a tuple
 (`{"$tuple": [...]}`), a list of the rows of a tensor (`{"$rows": place}`), a list with one equal item per row
 (`{"$each": item}`), a list of rows of different length (`{"$ragged": name}`: they are padded with zeros, and the tensor
 `name.lengths` holds the length of each), a tensor with several entries per row in its first dimension
@@ -98,7 +99,8 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         if name == sample_name:
             return {_MARK + "rows": {_MARK + SAMPLE: None}} if is_list else {_MARK + SAMPLE: None}
         if name == timestep_name:
-            return {_MARK + TIMESTEP: None}
+            has_rows = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == rows
+            return {_MARK + TIMESTEP: list(value.shape[1:]) if has_rows else None}
         if is_list and _is_ragged(value, rows):
             return _encode_rows(name, value, tensors)
         if name in family.joined_arguments and isinstance(value, Tensor) and _is_joined(value, rows):
@@ -134,7 +136,11 @@ def build_call(
     Returns:
         `(args, kwargs)` for the denoiser.
     """
-    places = {_MARK + SAMPLE: sample, _MARK + TIMESTEP: timestep}
+
+    def timestep_of(shape: list[int] | None) -> Tensor:
+        if not shape:
+            return timestep
+        return timestep.reshape(-1, *[1] * len(shape)).expand(sample.shape[0], *shape)
 
     def decode(node: Any) -> Any:
         if isinstance(node, list):
@@ -143,8 +149,10 @@ def build_call(
             return node
         if len(node) == 1:
             key, value = next(iter(node.items()))
-            if key in places:
-                return places[key]
+            if key == "$sample":
+                return sample
+            if key == "$timestep":
+                return timestep_of(value)
             if key == "$tensor":
                 return tensors[value]
             if key == "$tuple":

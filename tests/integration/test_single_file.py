@@ -22,7 +22,9 @@ from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import known_models
 from edadm_cli.models.sampling import sample
+from tests.denoisers.unets import xl_refiner
 from tests.unit.models.compvis import State, autoencoder_state, open_clip_state, unet_state, with_schedule
+from tests.unit.models.original_names import flux_state, sd3_state
 from tests.unit.models.tiny import shrunk
 
 CPU = torch.device("cpu")
@@ -92,6 +94,14 @@ def small_of(name: str) -> Architecture:
     return shrunk(name).model_copy(update={"components": components})
 
 
+def xl_state(pipeline: Any) -> State:
+    state = with_schedule(unet_state(pipeline.unet) | autoencoder_state(pipeline.vae))
+    state |= open_clip_state(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
+    for key, tensor in pipeline.text_encoder.state_dict().items():
+        state[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor.clone()
+    return state
+
+
 @pytest.mark.parametrize("name", ["sd21", "sdxl"])
 def test_newer_versions_load_with_their_text_encoders(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -99,13 +109,11 @@ def test_newer_versions_load_with_their_text_encoders(
     small = small_of(name)
     monkeypatch.setattr(opening, "load_architecture", lambda known: {name: small}[known])
     pipeline = build_random_pipeline(small, 0, torch.float32)
-    state = with_schedule(unet_state(pipeline.unet) | autoencoder_state(pipeline.vae))
     if name == "sd21":
+        state = with_schedule(unet_state(pipeline.unet) | autoencoder_state(pipeline.vae))
         state |= open_clip_state(pipeline.text_encoder, "cond_stage_model.model.")
     else:
-        state |= open_clip_state(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
-        for key, tensor in pipeline.text_encoder.state_dict().items():
-            state[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor.clone()
+        state = xl_state(pipeline)
     model = load_model(str(write(tmp_path / "model.safetensors", state)), CPU, torch.float32)
     assert model.entry.num_steps == known_models()[name].num_steps
     for part, component in pipeline.components.items():
@@ -331,3 +339,53 @@ def test_a_transformer_under_the_names_of_diffusers_is_completed_by_its_folder(t
 def test_a_lora_beside_a_folder_stays_a_lora(tmp_path: Path, tiny_sd: Path) -> None:
     shutil.copytree(tiny_sd, tmp_path / "mine")
     assert "is a LoRA" in refusal(tmp_path / "mine.safetensors", {"lora_unet_a.lora_down.weight": torch.zeros(1)})
+
+
+def test_files_of_full_size_flux_have_the_names_and_shapes_that_diffusers_converts() -> None:
+    """diffusers splits the layers of FLUX at its full width, 3,072, so no small file of it can be loaded."""
+    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+
+    transformer = empty_module(load_architecture("flux-dev"), "transformer")
+    converted = convert_flux_transformer_checkpoint_to_diffusers(flux_state(transformer))
+    expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in converted.items()} == expected
+
+
+def test_a_file_of_stable_diffusion_35_is_completed_by_the_folder_beside_it(tmp_path: Path) -> None:
+    pipeline = build_random_pipeline(shrunk("sd3.5-medium"), 0, torch.float32)
+    pipeline.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine/transformer/diffusion_pytorch_model.safetensors").unlink()
+    prefix, dtype = "model.diffusion_model.", torch.float8_e4m3fn
+    state = {prefix + key: tensor.to(dtype) for key, tensor in sd3_state(pipeline.transformer).items()}
+    model = load(tmp_path / "mine.safetensors", state)
+    loaded = model.denoiser.state_dict()
+    for key, tensor in pipeline.transformer.state_dict().items():
+        assert torch.equal(loaded[key], tensor.to(dtype).float()), key
+    del state[f"{prefix}joint_blocks.0.x_block.attn.ln_q.weight"]
+    assert "mine.safetensors" in refusal(tmp_path / "mine.safetensors", state)
+
+
+def test_a_file_of_xl_inpainting_loads_as_its_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small_of("sdxl")
+    monkeypatch.setattr(opening, "load_architecture", lambda known: {"sdxl": small}[known])
+    state = xl_state(build_random_pipeline(small, 0, torch.float32))
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    weight = torch.randn(state[first].shape[0], 9, 3, 3)
+    model = load(tmp_path / "model.safetensors", {**state, first: weight})
+    assert type(model.pipeline).__name__ == "StableDiffusionXLInpaintPipeline"
+    assert torch.equal(model.denoiser.conv_in.weight, weight)
+
+
+def test_a_file_of_the_xl_refiner_is_completed_by_the_folder_beside_it(tmp_path: Path) -> None:
+    """It holds an autoencoder and one text encoder besides; the folder's own are taken."""
+    pipeline = xl_refiner()
+    pipeline.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine/unet/diffusion_pytorch_model.safetensors").unlink()
+    state = with_schedule(unet_state(pipeline.unet) | autoencoder_state(pipeline.vae))
+    state["conditioner.embedders.0.model.ln_final.weight"] = torch.ones(16)
+    model = load(tmp_path / "mine.safetensors", state)
+    assert type(model.pipeline).__name__ == "StableDiffusionXLImg2ImgPipeline"
+    for key, tensor in pipeline.unet.state_dict().items():
+        assert torch.equal(model.denoiser.state_dict()[key], tensor), key
+    shutil.rmtree(tmp_path / "mine")
+    assert "a Stable Diffusion XL refiner" in refusal(tmp_path / "mine.safetensors", state)

@@ -79,6 +79,9 @@ EASYANIMATE = DenoiserFamily(
     calls_per_step=1,
     negative_prompt_pipelines=("EasyAnimatePipeline", "EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline"),
 )
+GLM_IMAGE = DenoiserFamily(
+    name="glm-image", denoisers=("GlmImageTransformer2DModel",), one_prompt_pipelines=("GlmImagePipeline",)
+)
 FAMILIES = (
     QWEN_IMAGE,
     COGVIEW4,
@@ -91,4 +94,5 @@ FAMILIES = (
     HUNYUAN_VIDEO15,
     DREAMLITE,
     EASYANIMATE,
+    GLM_IMAGE,
 )

@@ -135,3 +135,13 @@ def test_a_mask_that_a_pipeline_leaves_out_is_recorded_as_ones() -> None:
     kwargs = {"hidden_states": torch.zeros(2, 3, 4), "timestep": 1.0, "encoder_hidden_states": torch.zeros(2, 7, 4)}
     call = split_call(QwenImageTransformer2DModel(), (), {**kwargs, "encoder_hidden_states_mask": None})
     assert call.condition["encoder_hidden_states_mask"].tolist() == [[1] * 7] * 2
+
+
+def test_a_timestep_with_several_values_per_row_keeps_its_form() -> None:
+    """AnyFlow is called with a timestep for each frame."""
+    call = split_call(nn.Module(), (), {"sample": torch.zeros(2, 3, 4), "timestep": torch.full((2, 5), 7.0)})
+    assert call.timestep.item() == 7
+    _, kwargs = build_call(call.template, torch.zeros(4, 3, 4), torch.tensor([1.0, 1.0, 2.0, 2.0]), {})
+    assert kwargs["timestep"].tolist() == [[1.0] * 5] * 2 + [[2.0] * 5] * 2
+    _, kwargs = build_call(call.template, torch.zeros(4, 3, 4), torch.tensor(3.0), {})
+    assert kwargs["timestep"].shape == (4, 5)
