@@ -11,6 +11,10 @@ from edadm_cli.engines.reference import LAYER_BOUND
 from edadm_cli.errors import EdadmError
 from edadm_cli.models.sampling import Samples
 
+ROUNDING = 1e-5
+"""Bound of the difference of final latents, relative to the largest one: in which order a product of one row is
+summed may depend on where the weights lie in memory. Images have to be equal to the bit all the same."""
+
 
 @dataclass(frozen=True)
 class ExportParity:
@@ -53,7 +57,8 @@ def compare(before: Samples, after: Samples, integer: Samples | None, layer_erro
         integer_layer=worst,
         integer_latent_rel_l2=None if integer is None else _relative(integer.latents, after.latents),
     )
-    if not parity.images_bit_equal or parity.latent_max_abs != 0.0:
+    rounding = ROUNDING * float(before.latents.abs().max())
+    if not parity.images_bit_equal or parity.latent_max_abs > rounding:
         raise EdadmError(
             f"The export does not compute what was reconstructed: final latents differ by {parity.latent_max_abs:.3g}."
         )

@@ -20,7 +20,7 @@ VERDICTS = {
     "CosmosTransformer3DModel": "refused: its pipelines need a safety checker of the package `cosmos_guardrail`",
     "DreamLiteTransformer2DModel": f"{NO_IMAGES}: a layer of `DreamLiteUNetModel`",
     "Flux3Transformer2DModel": NO_PIPELINE,
-    "GlmImageTransformer2DModel": "refused: its pipeline calls it with an object (`GlmImageKVCache`) that cannot be stored",
+    "GlmImageTransformer2DModel": "refused: its pipeline passes it an object, `GlmImageKVCache`, that cannot be stored",
     "Kandinsky6SRTransformer3DModel": "refused: `Kandinsky6SRPipeline` needs a video for every sample",
     "LongCatAudioDiTTransformer": f"{NO_IMAGES}: audio",
     "MiniMaxH3Transformer3DModel": NO_PIPELINE,

@@ -1,0 +1,22 @@
+"""What may differ between an export and the reconstruction that it was made from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from edadm_cli.errors import EdadmError
+from edadm_cli.export.parity import compare
+from edadm_cli.models.sampling import Samples
+
+IMAGES = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+
+
+def test_equal_images_and_latents_within_rounding_are_the_same() -> None:
+    before = Samples(IMAGES, torch.full((1, 4), 3.0))
+    close, far = (Samples(IMAGES, before.latents + change) for change in (1e-6, 1e-3))
+    assert compare(before, close, None, {"layer": 0.0}).latent_max_abs > 0
+    with pytest.raises(EdadmError, match="does not compute what was reconstructed"):
+        compare(before, far, None, {"layer": 0.0})
+    with pytest.raises(EdadmError, match="does not compute what was reconstructed"):
+        compare(before, Samples(IMAGES + 1, before.latents), None, {"layer": 0.0})
