@@ -1,0 +1,79 @@
+"""The tables of `benchmarks/emoji.py`, and its rows with their metrics alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from emoji_rows import VARIANTS
+
+WIDTHS = ("", "w8a8", "w6a6", "w4a8", "w3a8", "w4a4")  # in the order of the tables; "" is full precision
+METRICS = {
+    "one_step": "one step",
+    "guided": "guided",
+    "held_out": "held-out loss",
+    "final": "relative L2",
+    "ssim": "SSIM",
+    "perceptual_imagenet": "perceptual, ImageNet",
+    "frechet": "Fréchet, emoji",
+    "frechet_imagenet": "Fréchet, ImageNet",
+    "top1": "top 1",
+    "top5": "top 5",
+}
+
+
+def read_results(out: Path) -> list[dict[str, Any]]:
+    """Returns the finished rows."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
+
+
+def export(results: list[dict[str, Any]], path: Path) -> None:
+    """Writes the rows with their metrics alone, one JSON object per line, in a fixed order; of equal rows the last."""
+    keys = ("model", "bits", "label", "seed")
+    lines = []
+    latest = {tuple(result[key] for key in keys): result for result in results}
+    for _, result in sorted(latest.items()):
+        if "loss" in result:
+            result = {"hard": result["loss"]["last"], **result}
+        shown = (*keys, "card", "images", "counts", "hard", *METRICS, "coherence")
+        row = {key: result[key] for key in shown if result.get(key) is not None}
+        lines.append(json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Returns means over the seeds and sample standard deviations as Markdown, one table per model."""
+    groups: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        groups[result["model"]][result["bits"], result["label"]].append(result)
+    order = ["full precision", *VARIANTS]
+
+    def place(label: str) -> int:
+        return order.index(label) if label in order else len(order)
+
+    lines: list[str] = []
+    for model, rows in sorted(groups.items(), reverse=True):
+        lines += [
+            "",
+            f"### {model}",
+            "",
+            "| bits | recipe | seeds | pictures | " + " | ".join(METRICS.values()) + " |",
+        ]
+        lines.append("|---|---|---|---|" + "---|" * len(METRICS))
+        for bits, label in sorted(rows, key=lambda row: (WIDTHS.index(row[0]), place(row[1]))):
+            seeds = rows[bits, label]
+            cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in METRICS]
+            pictures = " and ".join(sorted({f"{seed['images']:,}" for seed in seeds}))
+            start = f"| {bits.upper()} | {label} | {len(seeds)} | {pictures} | "
+            lines.append(start + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
