@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ class Measurement:
         peer_specs = [spec for name in config.against for spec in self._prepare_peer(name, context)]
         give_back_memory()
         for bits in config.bits:
-            self._prepared.append(self._prepare_quantized(bits))
+            self._prepared.append(self._prepare_quantized(bits, context.denoiser))
             give_back_memory()
         self._specs += [*(prepared.spec for prepared in self._prepared), *peer_specs]
 
@@ -173,20 +173,20 @@ class Measurement:
             self.reporter.warn(f"{name} is left out: {self._not_prepared[name]}.")
             return []
 
-    def _prepare_quantized(self, bits: Any) -> Prepared:
+    def _prepare_quantized(self, bits: Any, full: Callable[[], nn.Module]) -> Prepared:
         request = self.request
         folder = self.scratch / f"{bits}-{request.engine.name}"
         if isinstance(request.subject, ExportSubject) and isinstance(request.engine, FileEngine):
             export = request.subject.exports[str(bits)]
             folder = engine_artifact(request.run, export, request.engine, self.reporter).path
         with self._parts.measured(f"quantize to {bits}"):
-            denoiser = request.subject.quantized(bits)
+            denoiser = request.subject.quantized(bits, full)
         number = len(quantized_layers(denoiser))
         with self._parts.measured(f"prepare {bits}"), self.reporter.task(f"Parity {bits}", number) as advance:
             return prepare(
                 request.engine,
                 denoiser,
-                partial(request.subject.quantized, bits),
+                partial(request.subject.quantized, bits, full),
                 bits,
                 self._calls[self._first][0],
                 self._environment,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 from edadm_cli.engines.base import CompiledDenoiser, LayerExecution, OperationTime
 from edadm_cli.engines.cuda.capture import GraphedFunction, GraphMemory
@@ -127,6 +126,8 @@ class TimedDenoiser(CompiledDenoiser):
             return function.parts()
         if isinstance(function, GraphedFunction):
             function = function.function
+        from torch._dynamo import OptimizedModule  # its import takes longer than torch's own
+
         if isinstance(function, OptimizedModule):
             function = function._orig_mod
             compile_blocks(function)

@@ -51,6 +51,8 @@ class Running:
         dtype = getattr(torch, spec.dtype) if self._is_torch or self._device.type == "cuda" else torch.float32
         # moved together: a tensor that calls share, such as the prompt of all steps, is one tensor on the device too
         self._calls = {batch: placed(list(group), self._device, dtype) for batch, group in calls.items()}
+        # an output object of an engine's files needs the import of diffusers, which takes longer than loading them
+        self._more: dict[str, Any] = {} if self._is_torch or spec.folder is None else {"return_dict": False}
         self._num_calls = 0
         self._chosen: set[int] = set()
         is_cuda = self._device.type == "cuda"
@@ -123,7 +125,7 @@ class Running:
 
     @torch.no_grad()
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._function(*args, **kwargs)
+        return self._function(*args, **(kwargs | self._more))
 
     def _predict(self, batch_size: int) -> Tensor:
         args, kwargs = self._calls[batch_size][0]

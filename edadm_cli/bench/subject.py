@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -54,8 +54,8 @@ class Subject(ABC):
         """Loads the denoiser at full precision; every call loads it again."""
 
     @abstractmethod
-    def quantized(self, bits: BitWidth) -> nn.Module:
-        """Loads or builds the denoiser with quantized layers; every call does so again."""
+    def quantized(self, bits: BitWidth, full: Callable[[], nn.Module]) -> nn.Module:
+        """Loads the denoiser with quantized layers, or quantizes what `full` loads; every call does so again."""
 
     @abstractmethod
     def call(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None) -> Call:
@@ -106,7 +106,7 @@ class ExportSubject(Subject):
         """Loads the denoiser that the run was collected from."""
         return self._collected.load(_CPU, torch.float32).denoiser
 
-    def quantized(self, bits: BitWidth) -> nn.Module:
+    def quantized(self, bits: BitWidth, full: Callable[[], nn.Module]) -> nn.Module:
         """Loads the denoiser of an export."""
         return load_model(str(self._exports[str(bits)].path), _CPU, torch.float32, self._entry).denoiser
 
@@ -173,12 +173,13 @@ class NearestSubject(Subject):
         """Builds the denoiser alone if its architecture is known, else loads the whole pipeline."""
         return nn.Module.to(self._built(), _CPU)
 
-    def quantized(self, bits: BitWidth) -> nn.Module:
-        """Builds the denoiser with weights rounded to nearest and ranges from one seeded call.
+    def quantized(self, bits: BitWidth, full: Callable[[], nn.Module]) -> nn.Module:
+        """Rounds the denoiser's weights to nearest, with ranges from one seeded call.
 
-        Speed does not depend on the ranges, so more calls would only take time.
+        Speed does not depend on the ranges, so more calls would only take time. A GPU makes random weights faster than
+        they are read from a file, and a CPU does not.
         """
-        denoiser = self._built()
+        denoiser = self._built() if self._device.type == "cuda" else full()
         quantize_to_nearest(denoiser, self.recipe, bits, [example_call(denoiser, batch_size=1, seed=self._seed)])
         return nn.Module.to(denoiser, _CPU)
 

@@ -27,6 +27,8 @@ class Nncf(Contender):
         """Quantizes the graph that the full-precision contender of OpenVINO runs."""
         import nncf
         import openvino as ov
+        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+        from openvino._offline_transformations import apply_moc_transformations
 
         from edadm_cli.engines.graph.description import DESCRIPTION_FILE
         from edadm_cli.engines.openvino import files
@@ -35,10 +37,18 @@ class Nncf(Contender):
         source, folder = context.folder("openvino"), context.folder(self.name)
         graph, description = files.read(source)
         graph.reshape(dict(zip(description.interface.inputs, map(list, description.shapes), strict=True)))
-        # one call: NNCF runs the denoiser three times per call, and speed does not depend on the ranges
+        # the passes of `openvino.convert_model`, which halve the number of operations that NNCF searches for patterns
+        apply_moc_transformations(graph, cf=False)
+        # speed depends neither on the ranges nor on the biases, so one call suffices and biases are not corrected
         tensors = description.interface.tensors(*context.calls[0])
         dataset = nncf.Dataset([{name: tensor.numpy() for name, tensor in tensors.items()}])
-        quantized = nncf.quantize(graph, dataset, subset_size=1, model_type=nncf.ModelType.TRANSFORMER)
+        quantized = nncf.quantize(
+            graph,
+            dataset,
+            subset_size=1,
+            model_type=nncf.ModelType.TRANSFORMER,
+            advanced_parameters=AdvancedQuantizationParameters(disable_bias_correction=True),
+        )
         folder.mkdir(parents=True)
         ov.save_model(quantized, folder / files.GRAPH_FILE, compress_to_fp16=False)
         shutil.copyfile(source / DESCRIPTION_FILE, folder / DESCRIPTION_FILE)

@@ -7,6 +7,7 @@ weights never become floating-point constants.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,9 @@ class FlatDenoiser(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         """Returns the denoiser's prediction for the graph's inputs, in their order."""
         inputs = dict(zip(self.interface.inputs, tensors, strict=True))
-        output = self.get_submodule(WRAPPED)(**self.interface.call(inputs))
+        denoiser = self.get_submodule(WRAPPED)
+        # the interface omits None, which Kandinsky 2.2 passes for an argument without a default
+        output = denoiser(**(dict.fromkeys(_required(denoiser)) | self.interface.call(inputs)))
         self._returned.path = class_path(output)
         prediction: Tensor = output[0]
         return prediction
@@ -69,6 +72,17 @@ class LayerStandIn(nn.Module):
         self.operation, self.weight_shape = layer.operation, layer.weight_shape
         self.in_features = self.in_channels = layer.in_features
         self.out_features = self.out_channels = layer.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """A weight without values, for networks that read its element type (Z-Image)."""
+        return torch.empty(self.weight_shape, device="meta")
+
+
+def _required(denoiser: nn.Module) -> list[str]:
+    """Returns the names of the arguments that a denoiser cannot be called without."""
+    parameters = inspect.signature(denoiser.forward).parameters.values()
+    return [each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
 
 
 def copy_with_stand_ins(denoiser: nn.Module, stand_ins: dict[int, Any]) -> nn.Module:

@@ -7,6 +7,7 @@ quantized layer is ever made.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -81,7 +82,10 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             )
             model = _translate(decoder, tracing.extensions())
     except Exception as error:  # whatever tracing or the converter raises is a refusal
-        raise EdadmError(f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}") from error
+        raise EdadmError(
+            f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}",
+            hint="run the export in torch: edadm_cli.load(FOLDER, engine='torch')",
+        ) from error
     quantize_before_moving(model)
     distribute_scales(model)
     for name, port in zip(interface.inputs, model.inputs, strict=True):
@@ -102,7 +106,15 @@ def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExt
 
 
 def _reason(error: Exception) -> str:
-    """Returns the line of an error that says what failed; the converter puts it after a line `Exception:`."""
+    """Returns what the converter does not translate, or the line of an error that says what failed.
+
+    The converter ends its report with a summary of operations, in which a mark stands for complex numbers. It puts what
+    tracing raised after a line `Exception:`.
+    """
+    _, _, summary = str(error).partition("Summary:")
+    untranslated = [*re.findall(r"aten::\w+", summary), *(["complex numbers"] if "ComplexTypeMark" in summary else [])]
+    if untranslated:
+        return f"it does not translate {', '.join(dict.fromkeys(untranslated))}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "Exception:" in lines[:-1]:
         return lines[lines.index("Exception:") + 1]

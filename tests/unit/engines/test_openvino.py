@@ -14,8 +14,9 @@ from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution
 from edadm_cli.engines.graph.description import DESCRIPTION_FILE
-from edadm_cli.engines.openvino import OpenVinoEngine
-from edadm_cli.engines.openvino.files import GRAPH_FILE, WEIGHTS_FILE
+from edadm_cli.engines.openvino import OpenVinoEngine, forms
+from edadm_cli.engines.openvino.files import GRAPH_FILE, WEIGHTS_FILE, read
+from edadm_cli.engines.openvino.products import quantized_products
 from edadm_cli.engines.openvino.saturation import REASON, saturating_kinds
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import use_arithmetic
@@ -192,6 +193,16 @@ def test_four_bit_weights_take_four_bits(files: Path, denoiser: nn.Module) -> No
     assert (files / WEIGHTS_FILE).stat().st_size < 1.5 * state
 
 
+def test_the_two_products_of_every_attention_are_measured_together(files: Path) -> None:
+    graph, description = read(files)
+    graph.reshape(dict(zip(description.interface.inputs, map(list, description.shapes), strict=True)))
+    operations = forms._operations(list(quantized_products(graph)))
+    attention = [operation for operation in operations if operation.shape.startswith("attention")]
+    assert {len(operation.indices) for operation in attention} == {2}
+    request, inputs = forms._compiled(graph, attention[0], {}, in_float=True)
+    request.infer(inputs)
+
+
 @pytest.mark.parametrize("name", [GRAPH_FILE, WEIGHTS_FILE, DESCRIPTION_FILE])
 def test_a_missing_or_broken_file_is_an_input_error(files: Path, tmp_path: Path, name: str) -> None:
     for file in files.iterdir():
@@ -220,6 +231,41 @@ def test_what_cannot_be_traced_is_one_sentence() -> None:
 
     with pytest.raises(EdadmError, match=r"OpenVINO cannot convert Untraceable: this module does not trace"):
         OpenVinoEngine().compile(Untraceable(), (torch.zeros(1, 3), torch.tensor(1)), {}, CPU)
+
+
+def test_what_the_converter_does_not_translate_is_one_sentence_with_a_way_out() -> None:
+    class Rotating(nn.Module):
+        """Turns pairs of channels by complex numbers, as Lumina 2 and Z-Image do."""
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+            turns = torch.view_as_complex(sample).repeat(1, 2)
+            return (torch.view_as_real(turns),)
+
+    sentence = r"OpenVINO cannot convert Rotating: it does not translate aten::repeat, .*complex numbers$"
+    with pytest.raises(EdadmError, match=sentence) as caught:
+        OpenVinoEngine().compile(Rotating(), (torch.ones(1, 3, 2), torch.tensor(1)), {}, CPU)
+    assert "engine='torch'" in (caught.value.hint or "")
+
+
+def test_a_denoiser_may_need_an_argument_that_is_none_and_read_a_weight_s_type() -> None:
+    """Kandinsky 2.2 is called with None for an argument without a default; Z-Image reads its weights' element type."""
+
+    class Peculiar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None) -> tuple[Tensor]:
+            assert encoder_hidden_states is None
+            return (self.layer(sample.to(self.layer.weight.dtype)) + timestep.reshape(-1, 1, 1),)
+
+    torch.manual_seed(0)
+    denoiser, call = Peculiar(), ((torch.randn(2, 6, 16), torch.tensor(3), None), {})
+    quantize_to_nearest(denoiser, Recipe(name="test", ranges=RECIPE.ranges), BitWidth.parse("w8a8"), [call])
+    use_arithmetic(denoiser, "integer")
+    compiled = OpenVinoEngine().compile(denoiser, *call, CPU)
+    with torch.no_grad():
+        assert relative_l2(compiled(*call[0])[0], denoiser(*call[0])[0]) < 1e-3
 
 
 def test_a_precision_or_device_that_the_machine_lacks() -> None:
