@@ -32,6 +32,7 @@ from edadm_cli.reconstruct.task import arithmetic, prepare, resolve_task
 from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS
 
 _MIB = 2**20
+_BYTES_PER_SECOND = 6e8  # of the artifact: written, synced and hashed
 _RANGING_S, _LEARNING_S = 6.0, 10.0  # seconds after which no further unit is measured
 _PROBED_ROWS = 3  # rows of the two forwards of `probe_units` together
 _DEPENDS: dict[Work, tuple[Measure, ...]] = {
@@ -89,7 +90,7 @@ def probe(
     codes = float(sum(setting.num_weights(unit) for unit in setting.units))  # one byte each in the artifact
     activations = max(forward_peak.bytes, ranging_peak.bytes) / forward.rows * parts.batch_rows
     working, disk = activations, codes
-    seconds = parts.ranging(recipe.pooled)
+    seconds = parts.ranging(recipe.pooled) + codes / _BYTES_PER_SECOND
     if setting.learning:
         parts.add(time_units(some, partial(stopwatch.learning, hyperparameters=hyperparameters), _LEARNING_S))
         forms = {unit.name: forward.shapes[unit.name].form(unit.name, forward.rows) for unit in setting.learning}
