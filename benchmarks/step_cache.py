@@ -29,7 +29,7 @@ from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.cuda.plain import placed_copy
 from edadm_cli.engines.pipeline import put_on_engine
-from edadm_cli.errors import UsageError
+from edadm_cli.errors import EdadmError
 from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.metrics.distances import psnr, relative_l2, ssim
 from edadm_cli.models.loading import LoadedModel, load_model
@@ -71,10 +71,10 @@ class Study:
                     try:
                         if cache is not None:
                             enable_cache(model, cache)
-                    except UsageError as error:
+                        seconds, samples = self._timed(model)
+                    except EdadmError as error:
                         yield {"model": self.options.model, "bits": bits, "engine": engine, "refused": error.message}
                         break
-                    seconds, samples = self._timed(model)
                     reference = reference or samples
                     yield {
                         "model": self.options.model,

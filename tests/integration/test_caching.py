@@ -41,7 +41,7 @@ DENOISERS: dict[str, Callable[[], nn.Module]] = {
 def _quantized(kind: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     denoiser = DENOISERS[kind]().eval().requires_grad_(False)
-    call = example_call(denoiser, batch_size=2)
+    call = example_call(denoiser, batch_size=2, size=(8, 8))
     quantize_to_nearest(denoiser, load_recipe("rtn"), BitWidth.parse("w8a8"), [call])
     return denoiser, call
 
