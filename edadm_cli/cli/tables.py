@@ -11,7 +11,7 @@ from rich.text import Text
 from edadm_cli.cli.bench_tables import bench_tables
 from edadm_cli.cli.text import one_line
 
-_HIDDEN = frozenset({"command", "warnings", "requirements", "metrics", "full_precision", "skipped"})
+_HIDDEN = frozenset({"command", "warnings", "requirements", "metrics", "full_precision", "skipped", "card"})
 _SHORT_IDENTITY = 12
 _LONG_LIST = 64
 
@@ -39,6 +39,8 @@ def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
         yield facts({key: value for key, value in result.items() if key not in _HIDDEN}, title=str(command))
         if "metrics" in result:
             yield _metrics(result)
+        if "card" in result:
+            yield Text(result["card"])
     if result.get("requirements"):
         yield _listing(result["requirements"], ("require", "value", "met"))
 

@@ -86,7 +86,9 @@ def test_a_dry_run_needs_no_network_and_an_upload_without_one_is_bad_input(
     assert facts["status"] == "planned"
     assert facts["files"][CARD_FILE] > 0
     assert main(["push", str(export), REPOSITORY, "--dry-run"]) == 0
-    assert "grid.png" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "grid.png" in shown
+    assert "\n## How it was made\n" in shown
     assert main(["push", str(export), REPOSITORY]) == 3
     assert "cannot be reached from here, so 'someone/tiny-w4a8' is unchanged" in capsys.readouterr().err
 
