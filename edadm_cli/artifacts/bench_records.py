@@ -114,7 +114,7 @@ class BenchFacts(Record):
     by_bits: dict[str, QuantizedFacts]
     peak_tops: dict[str, float] = Field(description="precision -> largest rate measured, 10^12 operations a second")
     headline: str = Field(description="the outcome in a sentence or two")
-    seconds: dict[str, float] = Field({}, description="part of the measurement -> seconds that it took")
+    part_seconds: dict[str, float] = Field({}, description="part of the measurement -> seconds that it took")
 
 
 class BenchRecord(BenchFacts, StageRecord):

@@ -137,7 +137,7 @@ class Measurement:
             "by_bits": {name: facts_of_bits.model_dump() for name, facts_of_bits in facts.items()},
             "peak_tops": peaks,
             "headline": headline(speedups, contenders, against, left_out),
-            "seconds": self._parts.seconds,
+            "part_seconds": self._parts.seconds,
         }
 
     def _prepare_full_precision(self) -> Preparation:
