@@ -160,7 +160,10 @@ def require_one_denoiser(model: LoadedModel, engine: FileWriter | Engine) -> Non
     Raises:
         UsageError: The pipeline has several denoisers.
     """
-    model.require_one_denoiser(f"the engine '{engine.name}'", hint="no --engine: the exported pipeline runs them all")
+    model.require_one_denoiser(
+        f"the engine '{engine.name}'",
+        hint="leave the engine out: diffusers runs the export as it is, each denoiser under torch.compile if you like",
+    )
 
 
 def file_engine(engine: Engine) -> FileEngine:

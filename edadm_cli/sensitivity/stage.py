@@ -119,9 +119,9 @@ def resolve_task(config: SensitivityConfig, run_folder: RunFolder) -> _Task:
     batch_size = config.batch_size or collected.entry.batch_size
     if len(collected.places) > 1:
         raise UsageError(
-            f"{collected.model.id} has {len(collected.places)} denoisers, and the sensitivity of one is measured: a "
-            "budget of bits cannot be spent over several.",
-            hint="a width such as --bits w4a8",
+            f"{collected.model.id} has {len(collected.places)} denoisers, and a sensitivity is measured for one: their "
+            "layers cannot share a budget of bits.",
+            hint="edadm reconstruct --bits w4a8, or another width that all layers have",
         )
     calibration = CalibrationSet.load(selection)
     return _Task(config, collected, selection, calibration, resolve_device(config.device), batch_size)

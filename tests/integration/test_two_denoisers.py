@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from edadm_cli.artifacts import RunFolder, Selection, load_tensors
-from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructConfig, SampleConfig, SelectConfig
+from edadm_cli.config import (
+    BitWidth,
+    CollectConfig,
+    ExportConfig,
+    ReconstructConfig,
+    SampleConfig,
+    SelectConfig,
+    SensitivityConfig,
+)
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.recipe import load_recipe
 from tests.denoisers import table, videos
@@ -68,6 +76,30 @@ def test_what_takes_one_denoiser_says_so(run: RunFolder) -> None:
 
     with pytest.raises(UsageError, match=r"has 2 denoisers .*, and the engine 'reference' takes one"):
         sample.run(SampleConfig(bits=W8A8, engine="reference", device="cpu"), run)
+
+
+def test_diffusers_runs_both_denoisers_under_torch_compile_as_the_refusals_say(run: RunFolder) -> None:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(run.open("export", "w8a8").path)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"prompt": "a cat", "num_inference_steps": STEPS, "output_type": "pt"}
+    call |= {"height": 16, "width": 16, "num_frames": 5}
+    frames = []
+    for is_compiled in (False, True):
+        if is_compiled:
+            for name in ("transformer", "transformer_2"):
+                getattr(pipeline, name).compile(fullgraph=True, backend="eager")
+        frames.append(pipeline(**call, generator=torch.Generator().manual_seed(0)).frames)
+    assert torch.equal(*frames)
+
+
+def test_a_sensitivity_of_several_denoisers_is_refused(run: RunFolder) -> None:
+    from edadm_cli.sensitivity import stage as sensitivity
+
+    with pytest.raises(UsageError, match=r"has 2 denoisers, .* cannot share a budget of bits") as error:
+        sensitivity.run(SensitivityConfig(recipe=load_recipe("quick"), device="cpu"), run)
+    assert error.value.hint.startswith("edadm reconstruct --bits")
 
 
 def test_a_denoiser_that_is_never_called_is_named(run: RunFolder, tmp_path: Path) -> None:
