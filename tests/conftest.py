@@ -134,8 +134,8 @@ def fresh_interpreter() -> Iterator[FreshInterpreter]:
     interpreter.close()
 
 
-@pytest.fixture(scope="session")
-def forked_processes() -> Iterator[None]:
+@pytest.fixture
+def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Isolated processes fork from one that has imported torch and diffusers, which costs each of them no time.
 
     They still share nothing with this process, and a crash still ends them alone.
@@ -146,9 +146,7 @@ def forked_processes() -> Iterator[None]:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "diffusers.models.unets.unet_2d_condition"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(isolation, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
-        yield
+    monkeypatch.setattr(isolation, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
 
 
 def _seed(seed: int) -> None:

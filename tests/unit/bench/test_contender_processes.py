@@ -14,12 +14,16 @@ from edadm_cli.bench import running as running_module
 from edadm_cli.bench.running import Running
 from edadm_cli.bench.spec import Spec
 from edadm_cli.bench.worker import RemoteRunning
+from edadm_cli.engines import isolation
 from edadm_cli.errors import EdadmError, MachineError
 from tests.integration.fresh_interpreter import FreshInterpreter
 from tests.unit.bench.stand_ins import ALONE, TOGETHER, call_of
 
 
-def test_a_contender_in_a_process_of_its_own_computes_the_same(saved: Spec, denoiser: nn.Module) -> None:
+def test_a_contender_in_a_process_of_its_own_computes_the_same(
+    saved: Spec, denoiser: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "_PATIENCE_S", 60)  # a busy machine ends a process slowly
     calls = {1: [call_of(seed) for seed in range(2)]}
     remote = RemoteRunning(saved, ALONE, calls)
     try:
