@@ -3,7 +3,7 @@
     python benchmarks/cpu_attention.py --heads 8 --tokens 4096 --head-dim 40 --rows 128,512
 
 Each form is one attention as OpenVINO compiles it: `float` with plain operands; `float codes` with operands rounded to
-their grids and products in float32, which processors without VNNI run; `int8` as the CPU engine runs it on others.
+their grids and products in floating point, which processors without VNNI run; `int8` in bytes.
 Forms and slices alternate; times are the processor time of all threads, and `off by` is the relative L2 distance from
 all rows at once. The kernels are printed too: where the products and the softmax between them are one Subgraph, its
 kernel already works on blocks of rows.
@@ -53,9 +53,13 @@ def attention(form: str, shape: tuple[int, ...], rows: int) -> ov.Model:
     return graph
 
 
-def compiled(graph: ov.Model, threads: int) -> ov.CompiledModel:
-    """Compiles a model for the CPU, with a float32 rest."""
-    properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+def compiled(graph: ov.Model, threads: int, precision: str) -> ov.CompiledModel:
+    """Compiles a model for the CPU, with a rest in `f32` or `bf16`."""
+    properties = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     return ov.Core().compile_model(graph, "CPU", properties)
 
 
@@ -74,10 +78,15 @@ def main() -> None:
     parser.add_argument("--rows", default="128,512", help="query rows per slice")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--precision", choices=("f32", "bf16"), default="f32", help="of what is not in bytes")
     options = parser.parse_args()
     shape = (1, options.heads, options.tokens, options.head_dim)
     cuts = [0, *map(int, options.rows.split(","))]
-    models = {(form, rows): compiled(attention(form, shape, rows), options.threads) for form in FORMS for rows in cuts}
+    models = {
+        (form, rows): compiled(attention(form, shape, rows), options.threads, options.precision)
+        for form in FORMS
+        for rows in cuts
+    }
     inputs = [*np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)]
     milliseconds: dict[tuple[str, int], list[float]] = {case: [] for case in models}
     outputs = {}

@@ -312,6 +312,7 @@ def test_a_model_is_measured_without_a_run(tmp_path: Path) -> None:
     assert "rounded to nearest" in record.subject
     assert run.open("bench", "w4a8-onnxruntime-cpu").manifest.parents == ()
     assert record.engine == "onnxruntime"
+    assert sum(record.part_seconds.values()) < record.seconds
 
 
 def test_an_estimate_writes_nothing(run: RunFolder) -> None:
