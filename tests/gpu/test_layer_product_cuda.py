@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -12,7 +15,10 @@ from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.cuda.plain import placed_copy
 from edadm_cli.engines.parity import prediction_of, relative_l2
+from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.engines.reference import ReferenceEngine
+from edadm_cli.integrations.caching import enable_cache
+from edadm_cli.models.loading import LoadedModel
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.quant.network import deploy
 from tests.denoisers.families import FAMILIES, Call, quantized_denoiser
@@ -74,3 +80,20 @@ def test_the_engine_records_a_step_of_every_family(family: str, dtype: torch.dty
     assert relative_l2(actual, exact) < BOUNDS[dtype]
     assert torch.equal(actual, prediction_of(compiled(*args, **kwargs))), "a replay repeats"
     assert compiled.profile(*args, **kwargs)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "dit", "pixart"])
+@torch.no_grad()
+def test_the_first_block_cache_replays_graphs_of_single_blocks(family: str) -> None:
+    denoiser, call = quantized_denoiser(family)
+    args, kwargs = on_cuda(call)
+    compiled = CudaEngine().compile(denoiser, args, kwargs, options(torch.float32))
+    steps = [{**kwargs, "timestep": kwargs["timestep"] * factor} for factor in (1.0, 0.6, 0.3)]
+    expected = [prediction_of(compiled(*args, **step)).clone() for step in steps]
+    stand_in = EngineDenoiser(denoiser, compiled)
+    enable_cache(cast(LoadedModel, SimpleNamespace(denoiser=stand_in)), "first-block:1e-9")
+    context = stand_in.cache_context("cond") if hasattr(stand_in, "cache_context") else nullcontext()
+    with context:
+        for _ in range(2):  # the second time, all graphs are replayed
+            for step, prediction in zip(steps, expected, strict=True):
+                assert relative_l2(prediction_of(stand_in(*args, **step)), prediction) < BOUNDS[torch.float32]
