@@ -10,6 +10,8 @@ from typing import cast
 import pytest
 import torch
 
+from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.layer_product import KernelProduct
@@ -18,10 +20,12 @@ from edadm_cli.engines.parity import prediction_of, relative_l2
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.integrations.caching import enable_cache
+from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.random_models import initialize
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.quant.network import deploy
-from tests.denoisers.families import FAMILIES, Call, quantized_denoiser
+from tests.denoisers.families import FAMILIES, RECIPE, Call, quantized_denoiser
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -82,10 +86,15 @@ def test_the_engine_records_a_step_of_every_family(family: str, dtype: torch.dty
     assert compiled.profile(*args, **kwargs)
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3", "dit", "pixart"])
+@pytest.mark.parametrize(
+    ("family", "fields"), [("flux", {}), *((f, {"num_layers": 3}) for f in ("sd3", "dit", "pixart"))]
+)
 @torch.no_grad()
-def test_the_first_block_cache_replays_graphs_of_single_blocks(family: str) -> None:
-    denoiser, call = quantized_denoiser(family)
+def test_the_first_block_cache_replays_graphs_of_single_blocks(family: str, fields: dict[str, int]) -> None:
+    denoiser = FAMILIES[family](**fields).eval().requires_grad_(False)
+    initialize(denoiser, 0)
+    call = example_call(denoiser, batch_size=2, size=(8, 8))
+    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
     args, kwargs = on_cuda(call)
     compiled = CudaEngine().compile(denoiser, args, kwargs, options(torch.float32))
     steps = [{**kwargs, "timestep": kwargs["timestep"] * factor} for factor in (1.0, 0.6, 0.3)]
