@@ -154,6 +154,11 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
         model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
     entry = model.entry
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
+        if getattr(model.pipeline, "guider", None) is not None:
+            raise UsageError(
+                f"{model.ref.id} guides as its component 'guider' says, so --guidance-scale has no meaning for it.",
+                hint="another guidance_scale in guider/guider_config.json of the model's folder",
+            )
         raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
     num_trajectories = config.num_trajectories or entry.num_trajectories
     num_steps = config.num_steps or entry.num_steps

@@ -10,6 +10,7 @@ import pytest
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig, SelectConfig
+from edadm_cli.errors import UsageError
 from edadm_cli.select import stage as select
 from tests.denoisers.classes import VERDICTS, denoiser_classes
 from tests.denoisers.further import anyflow
@@ -43,6 +44,16 @@ def test_guidance_that_a_pipeline_ignores_ends_a_collection_with_its_own_reason(
     result = measure(replace(row, guidance=4.0), tmp_path, is_quick=True)
     assert "sampled without guidance, though its scale is 4" in (result.refusal or "")
     assert "is ignored" in (result.refusal or "")
+
+
+def test_a_pipeline_with_a_guider_says_where_its_scale_is(tmp_path: Path) -> None:
+    row = next(row for row in ROWS if row.build.__name__ == "hunyuan_video15")
+    row.build().save_pretrained(tmp_path / "model")
+    config = CollectConfig(model=str(tmp_path / "model"), guidance_scale=4.0, device="cpu")
+    with pytest.raises(UsageError, match="guides as its component 'guider' says") as error:
+        collect.run(config, RunFolder(tmp_path / "run"))
+    assert "guider/guider_config.json" in error.value.hint
+    assert (tmp_path / "model/guider/guider_config.json").is_file()
 
 
 def test_an_input_that_changes_from_step_to_step_goes_with_its_step(tmp_path: Path) -> None:
