@@ -20,6 +20,7 @@ from edadm_cli.artifacts import (
     PipelineTime,
     QuantizedFacts,
 )
+from edadm_cli.bench.contenders import base
 from edadm_cli.bench.contenders.base import DenoiserFacts, Preparation
 from edadm_cli.bench.contenders.registry import FLOATS, peers
 from edadm_cli.bench.kinds import rows_by_kind
@@ -86,9 +87,8 @@ class Measurement:
         torch.set_num_threads(self.request.threads)
         context = self._prepare_full_precision()
         for contender in FLOATS:
-            with self._parts.measured(f"prepare {contender.name} at full precision"):
-                self._specs += contender.prepare(context)
-        peer_specs = [spec for name in config.against for spec in self._prepare_peer(name, context)]
+            self._specs += self._prepare_contender(contender, context)
+        peer_specs = [spec for name in config.against for spec in self._prepare_contender(peers()[name], context)]
         give_back_memory()
         for bits in config.bits:
             self._prepared.append(self._prepare_quantized(bits, context.denoiser))
@@ -164,13 +164,16 @@ class Measurement:
             compiled=config.compiled,
         )
 
-    def _prepare_peer(self, name: str, context: Preparation) -> list[Spec]:
+    def _prepare_contender(self, contender: base.Contender, context: Preparation) -> list[Spec]:
+        """Returns the forms of a contender that is not ours; none if it raises an error, with which it is left out."""
         try:
-            with self._parts.measured(f"prepare {name}"):
-                return peers()[name].prepare(context)
-        except Exception as error:  # noqa: BLE001 - whatever another tool raises must not cost the measurement
-            self._not_prepared[name] = reason_of_error(error)
-            self.reporter.warn(f"{name} is left out: {self._not_prepared[name]}.")
+            with self._parts.measured(f"prepare {contender.name}"):
+                return contender.prepare(context)
+        except Exception as error:
+            if contender.name == self.request.engine.name:
+                raise  # what its engine cannot convert, the engine cannot run quantized either
+            self._not_prepared[contender.name] = reason_of_error(error)
+            self.reporter.warn(f"{contender.name} is left out: {self._not_prepared[contender.name]}.")
             return []
 
     def _prepare_quantized(self, bits: Any, full: Callable[[], nn.Module]) -> Prepared:

@@ -19,6 +19,7 @@ from edadm_cli.artifacts.inspection import inspect_run
 from edadm_cli.bench import measurement, participants, peak
 from edadm_cli.bench import running as running_module
 from edadm_cli.bench import stage as bench
+from edadm_cli.bench.contenders.full_precision import OpenVinoFloat
 from edadm_cli.bench.request import BenchRequest
 from edadm_cli.bench.spec import ContenderEnvironment, Spec
 from edadm_cli.bench.subject import NearestSubject
@@ -303,7 +304,13 @@ def test_nothing_is_timed_when_the_prediction_is_off(run: RunFolder, monkeypatch
 
 
 @pytest.mark.usefixtures("in_one_process")
-def test_a_model_is_measured_without_a_run(tmp_path: Path) -> None:
+def test_a_model_is_measured_without_a_run_and_without_a_contender_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*ignored: Any) -> None:
+        raise EdadmError("OpenVINO cannot convert it")
+
+    monkeypatch.setattr(OpenVinoFloat, "prepare", refused)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
     DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path / "model")
@@ -313,6 +320,8 @@ def test_a_model_is_measured_without_a_run(tmp_path: Path) -> None:
     assert run.open("bench", "w4a8-onnxruntime-cpu").manifest.parents == ()
     assert record.engine == "onnxruntime"
     assert sum(record.part_seconds.values()) < record.seconds
+    assert record.left_out == {"openvino": "OpenVINO cannot convert it"}
+    assert "Left out: openvino (OpenVINO cannot convert it)." in record.headline
 
 
 def test_an_estimate_writes_nothing(run: RunFolder) -> None:
