@@ -17,8 +17,8 @@ from tests.denoisers.further import anyflow
 from tests.denoisers.rows import ROWS
 from tests.denoisers.table import DOCS, entry_with, measure
 
-# one tensor per image and prompts of different length; guidance in two calls per step; two denoisers
-QUICK = ("z_image", "qwen_image", "wan22")
+# one tensor per image and prompts of different length; guidance in two calls per step
+QUICK = ("z_image", "qwen_image")
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -123,6 +123,12 @@ def test_newer_versions_load_with_their_text_encoders(
             assert all(torch.equal(loaded[key], tensor) for key, tensor in original.items()), part
     images = sample(model, seeds=[3], prompts=["a cat"], num_steps=2, guidance_scale=5.0).images
     assert images.shape == (1, 3, 16, 16)
+    if name == "sdxl":  # its inpainting version has nine channels
+        first = "model.diffusion_model.input_blocks.0.0.weight"
+        state[first] = torch.randn(state[first].shape[0], 9, 3, 3)
+        inpainting = load(tmp_path / "inpainting.safetensors", state)
+        assert type(inpainting.pipeline).__name__ == "StableDiffusionXLInpaintPipeline"
+        assert torch.equal(inpainting.denoiser.conv_in.weight, state[first])
 
 
 # Tensors of the published checkpoints, of the denoiser and of the autoencoder.
@@ -363,17 +369,6 @@ def test_a_file_of_stable_diffusion_35_is_completed_by_the_folder_beside_it(tmp_
         assert torch.equal(loaded[key], tensor.to(dtype).float()), key
     del state[f"{prefix}joint_blocks.0.x_block.attn.ln_q.weight"]
     assert "mine.safetensors" in refusal(tmp_path / "mine.safetensors", state)
-
-
-def test_a_file_of_xl_inpainting_loads_as_its_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = small_of("sdxl")
-    monkeypatch.setattr(opening, "load_architecture", lambda known: {"sdxl": small}[known])
-    state = xl_state(build_random_pipeline(small, 0, torch.float32))
-    first = "model.diffusion_model.input_blocks.0.0.weight"
-    weight = torch.randn(state[first].shape[0], 9, 3, 3)
-    model = load(tmp_path / "model.safetensors", {**state, first: weight})
-    assert type(model.pipeline).__name__ == "StableDiffusionXLInpaintPipeline"
-    assert torch.equal(model.denoiser.conv_in.weight, weight)
 
 
 def test_a_file_of_the_xl_refiner_is_completed_by_the_folder_beside_it(tmp_path: Path) -> None:
