@@ -32,8 +32,11 @@ REASON = "this processor was measured to run it faster in floating point"
 LEAST_WORK = 100_000_000
 """The least multiply-accumulates of a product that is measured; smaller ones take less than about a millisecond."""
 
-_LEAST_SHARE = 0.01
-"""The least share of the work of all products that a shape must have to be measured."""
+_LEAST_SHARE, _LEAST_ATTENTION = 0.05, 0.01
+"""The least share of the work of all products that a shape must have to be measured, which takes about a second.
+
+That of attention is smaller, because its faster form differs from shape to shape.
+"""
 _ROUNDS = 5
 _ADVANTAGE = 0.9
 """Floating point is chosen if its shortest time is less than this share of the shortest time in bytes."""
@@ -79,7 +82,8 @@ def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[s
     memory = _Memory(properties)
     in_float: list[_Operation] = []
     for shape, members in shapes.items():
-        is_large = members[0].work >= LEAST_WORK and sum(each.work for each in members) >= _LEAST_SHARE * total
+        share = _LEAST_ATTENTION if shape.startswith("attention") else _LEAST_SHARE
+        is_large = members[0].work >= LEAST_WORK and sum(each.work for each in members) >= share * total
         if not is_large:
             continue
         if shape not in memory.is_float_faster:

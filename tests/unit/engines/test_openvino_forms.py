@@ -28,6 +28,7 @@ def every_product_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     """Products of any size are measured, and the memory is empty."""
     monkeypatch.setattr(forms, "LEAST_WORK", 0)
     monkeypatch.setattr(forms, "_LEAST_SHARE", 0.0)
+    monkeypatch.setattr(forms, "_LEAST_ATTENTION", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
