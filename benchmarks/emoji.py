@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoji_rows import MODELS, Row, rows_in_order
-from emoji_table import export, read_results, table
+from emoji_table import WIDTHS, export, read_results, table
 from learner import link_collection, variant_recipe
 
 if TYPE_CHECKING:
@@ -297,6 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the study lies")
     parser.add_argument("--rows", type=Path, help="a file of exported rows: its table, or with --export its new rows")
+    parser.add_argument("--bits", default="", help="with --rows, bit widths that the table shows beside full precision")
     parser.add_argument("--export", type=Path, help="write the finished rows with their metrics alone; run nothing")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--seeds", default="0,1,2")
@@ -324,7 +325,8 @@ def main() -> None:
     if options.out is None:
         if options.rows is None:
             parser.error("--out is needed to run a study")
-        print(table(earlier))
+        widths = options.bits.split(",") if options.bits else WIDTHS
+        print(table([row for row in earlier if row["bits"] in ("", *widths)]))
         return
     if options.export is not None:
         export([*earlier, *read_results(options.out)], options.export)

@@ -6,7 +6,7 @@ python benchmarks/learner_pairs.py docs/data/learner.jsonl --bits w3a8 --sets sa
 A cell is the mean over the seeds of the ratio of a metric to that of the other row with the same seed, with the
 smallest and the largest in brackets. The verdict is on the row that is named first: `better` or `worse` if the ratio
 is on the same side of 1 with every seed and its mean is at least two standard errors away from 1; otherwise it is
-`within the spread`. One seed decides nothing.
+`within the spread`. Fewer than three seeds decide nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 METRICS = {"held_out": "held-out loss", "one_step": "one step", "guided": "guided", "final": "final"}
 JUDGED = ("one_step", "final")
+SEEDS, UNDECIDED = 3, "fewer than three seeds"
 Pair = tuple[str, str, str]  # what is compared, the row, and the row beside it
 
 CLAIMS: tuple[Pair, ...] = (
@@ -30,11 +31,13 @@ CLAIMS: tuple[Pair, ...] = (
     ("EDA-DM against Q-Diffusion", "paper, 300 iterations", "q-diffusion, 300 iterations"),
     ("TDAC against equal counts", "default", "uniform"),
     ("TDAC against equal counts", "paper, 300 iterations", "paper, uniform"),
+    ("TDAC against equal counts, both without layer losses", "default, gamma 0", "uniform, gamma 0"),
     ("TDAC against the last steps", "default", "last"),
     ("TDAC against skewed normal counts", "default", "normal"),
     ("a local radius against the median", "default", "TDAC, median radius"),
     ("layer losses against none", "default", "default, gamma 0"),
     ("layer losses against none", "paper, 300 iterations", "paper, gamma 0"),
+    ("layer losses against none, both with equal counts", "uniform", "uniform, gamma 0"),
     ("relative layer losses against absolute ones", "default", "gamma 0.8, absolute"),
     ("both halves of EDA-DM against neither", "default", "uniform, gamma 0"),
     ("both halves of EDA-DM against neither", "paper, 300 iterations", "paper, uniform, gamma 0"),
@@ -89,8 +92,8 @@ def ratios(rows: dict[tuple[str, str, int], dict[str, Any]], model: str, pair: P
 
 def verdict(values: Sequence[float]) -> str:
     """Returns what the ratios of all seeds say about the row that is named first; lower is better."""
-    if len(values) < 2:
-        return "one seed"
+    if len(values) < SEEDS:
+        return UNDECIDED
     mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
     if max(values) < 1 and mean + 2 * error < 1:
         return "better"
@@ -134,7 +137,7 @@ def summary(all_rows: Sequence[dict[str, Any]], bits: str, pairs: Sequence[Pair]
         for model in models:
             both = [ratios(rows, model, (what, one, two), metric) for metric in JUDGED]
             cells.append(" / ".join(f"{statistics.mean(values):.2f}" for values in both if values))
-            if len(both[0]) > 1:
+            if len(both[0]) >= SEEDS:
                 outcomes[model] = outcome([verdict(values) for values in both])
         if any(cells):
             lines.append(f"| {what} | {one}; {two} | {' | '.join(cells)} | {overall(outcomes)} |")
@@ -152,9 +155,7 @@ def outcome(verdicts: Sequence[str]) -> str:
 def overall(outcomes: dict[str, str]) -> str:
     """Returns the outcomes of all models with several seeds in words."""
     if not outcomes:
-        return "one seed"
-    if len(set(outcomes.values())) == 1 and len(outcomes) > 1:
-        return next(iter(outcomes.values()))
+        return UNDECIDED
     grouped = {text: [f"`{model}`" for model, other in outcomes.items() if other == text] for text in outcomes.values()}
     return "; ".join(f"{text}: {', '.join(models)}" for text, models in grouped.items())
 

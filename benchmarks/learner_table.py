@@ -83,6 +83,8 @@ def table(rows: Sequence[Row], columns: Sequence[str] = METRICS, labels: Sequenc
 def across(rows: Sequence[Row], columns: Sequence[str], metrics: Sequence[str]) -> str:
     """Returns one Markdown table with a line per model and metric, and a column per variant: means over the seeds.
 
+    A cell with a single seed is left empty, since means of other seeds stand beside it.
+
     Args:
         rows: The results, of one bit width.
         columns: The variants; `paper|paper, 300 iterations` is the first of these that a model has.
@@ -95,7 +97,9 @@ def across(rows: Sequence[Row], columns: Sequence[str], metrics: Sequence[str]) 
             cells = []
             for labels in names:
                 choices = [[row for row in rows if (row["model"], row["label"]) == (model, label)] for label in labels]
-                cells.append(_cell(metric, next((each for each in choices if each), []), []).partition(" ±")[0])
+                cells.append(
+                    _cell(metric, next((each for each in choices if len(each) > 1), []), []).partition(" ±")[0]
+                )
             lines.append(f"| `{model}`: {HEADINGS.get(metric, metric)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
