@@ -1,13 +1,20 @@
 """INT8 and W4A8 kernels for diffusion models, as torch operations of the namespace `edadm`."""
 
-from edadm_kernels.attention import attend, attend_pays, attend_takes, attention_pays, attention_quantize
+from edadm_kernels.attention import (
+    attend,
+    attend_pays,
+    attend_takes,
+    attend_to_codes,
+    attention_pays,
+    attention_quantize,
+)
 from edadm_kernels.attention_int8 import attend_int8, attend_int8_takes, attend_on_grids
 from edadm_kernels.backend import backend, fuses_gelu, uses_kernel
 from edadm_kernels.conv import MAX_KERNEL, conv2d
 from edadm_kernels.gemm import linear, linear_geglu, linear_gelu
 from edadm_kernels.heads import join_heads, join_heads_takes
 from edadm_kernels.linears import linear_joined, linear_stack, linears, linears_gelu
-from edadm_kernels.norm import group_norm, group_norm_quantize, layer_norm_quantize
+from edadm_kernels.norm import group_norm, group_norm_quantize, layer_norm_quantize, modulated_norm_quantize
 from edadm_kernels.pointwise import quantize, silu_quantize
 from edadm_kernels.product_checks import MAX_TERMS
 
@@ -20,6 +27,7 @@ __all__ = [
     "attend_on_grids",
     "attend_pays",
     "attend_takes",
+    "attend_to_codes",
     "attention_pays",
     "attention_quantize",
     "backend",
@@ -37,6 +45,7 @@ __all__ = [
     "linear_stack",
     "linears",
     "linears_gelu",
+    "modulated_norm_quantize",
     "quantize",
     "silu_quantize",
     "uses_kernel",

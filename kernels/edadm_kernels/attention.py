@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from edadm_kernels.hopper import attention as hopper_attention
 from edadm_kernels.launching import PROGRAM_SHARED_BYTES, arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
 from edadm_kernels.operation import operation
+from edadm_kernels.pack import CODE_OFFSET
 from edadm_kernels.pointwise import quantize
 from edadm_kernels.variants import KernelVariant, aligned
 
@@ -26,6 +28,7 @@ __all__ = [
     "attend",
     "attend_pays",
     "attend_takes",
+    "attend_to_codes",
     "attention_pays",
     "attention_quantize",
     "variants",
@@ -109,8 +112,8 @@ def attention_quantize(
         attended = F.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale).transpose(1, 2)
         return quantize(attended.reshape(q.shape).contiguous(), out_scale, out_zero_point, num_bits)
     if out.numel() and uses_hopper(q) and hopper_attention.takes(split[0], split[1], split[2], scale):
-        quantizer = (out_scale, out_zero_point, num_bits)
-        hopper_attention.launch_attention(split[0], split[1], split[2], scale, out, quantizer)
+        grid = hopper_attention.Grid(out_scale, out_zero_point, bits=num_bits)
+        hopper_attention.launch_attention(split[0], split[1], split[2], scale, [out], [grid])
     elif out.numel():
         width = q.shape[2] // heads
         tile = _tile(arch_of(q), width, q.shape[1], k.shape[1])
@@ -123,23 +126,23 @@ def attention_quantize(
     return out
 
 
-def _empty_attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _empty_attended(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """Returns an empty output `[N, T, heads, d]` of `attend`."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
 @operation("attend", empty=_empty_attended)
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    samples, heads, queries, width = q.shape
-    if q.numel() and attend_takes(q, k, v, scale):
-        out = torch.empty(samples, queries, heads, width, dtype=q.dtype, device=q.device)
-        hopper_attention.launch_attention(q, k, v, scale, out)
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    if q.numel() and attend_takes(q, k, v, scale, bias):
+        out = _empty_attended(q, k, v, scale)
+        hopper_attention.launch_attention(q, k, v, scale, [out.flatten(2)], bias=bias)
         return out
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+    mask = None if bias is None else bias[:, :, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Returns `softmax(q k^T * scale) v` in 16 bits.
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Returns `softmax(q k^T * scale + bias) v` in 16 bits.
 
     The kernel of this package computes it where `attend_takes` returns true, torch's attention elsewhere.
 
@@ -148,19 +151,88 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k: `[N, heads, S, d]`, of the same type.
         v: `[N, heads, S, d]`, of the same type.
         scale: The factor of the scores.
+        bias: What is added to the scores of each key, `[N, heads, S]`, of the same type.
 
     Returns:
         `[N, heads, T, d]` in the type of `q`, stored as `[N, T, heads, d]`.
     """
-    return _attend(q, k, v, scale).transpose(1, 2)
+    return _attend(q, k, v, scale, bias).transpose(1, 2)
 
 
-def attend_takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+def _empty_codes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    inverse_scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    num_bits: Sequence[int],
+    first: int,
+    bias: Tensor | None = None,
+) -> list[Tensor]:
+    """Checks the arguments of `attend_to_codes` and returns empty outputs."""
+    samples, heads, queries, width = q.shape
+    counts = [queries] if len(num_bits) == 1 else [first, queries - first]
+    if not (len(inverse_scales) == len(shifts) == len(num_bits) == len(counts)) or not all(n > 0 for n in counts):
+        raise ValueError(
+            f"one grid, or two and a number of queries below {queries} for the first are expected, found "
+            f"{len(inverse_scales)} scales, {len(shifts)} shifts, {len(num_bits)} numbers of bits, and {first}"
+        )
+    return [q.new_empty(samples, count, heads * width, dtype=torch.int8) for count in counts]
+
+
+@operation("attend_to_codes", empty=_empty_codes)
+def attend_to_codes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    inverse_scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    num_bits: Sequence[int],
+    first: int,
+    bias: Tensor | None = None,
+) -> list[Tensor]:
+    """Returns the codes of `attend`: of all queries on one grid, or of the first ones and the others on two.
+
+    Args:
+        q: As in `attend`.
+        k: As in `attend`.
+        v: As in `attend`.
+        scale: The factor of the scores.
+        inverse_scales: The reciprocal of the scale of each grid, float32, one element.
+        shifts: The zero-point of each grid for signed codes, float32, one element.
+        num_bits: Bits of the codes of each grid.
+        first: The number of queries on the first of two grids; a single grid has all queries.
+        bias: As in `attend`.
+
+    Returns:
+        int8 `[N, T, heads * d]`, or such a tensor per grid.
+
+    Raises:
+        ValueError: The numbers of grids differ, or one has no queries.
+    """
+    outs = _empty_codes(q, k, v, scale, inverse_scales, shifts, num_bits, first, bias)
+    if q.numel() and q.dtype == torch.float16 and attend_takes(q, k, v, scale, bias):
+        grids = [
+            hopper_attention.Grid(inverse, None, shift, bits)
+            for inverse, shift, bits in zip(inverse_scales, shifts, num_bits, strict=True)
+        ]
+        hopper_attention.launch_attention(q, k, v, scale, outs, grids, bias)
+        return outs
+    pieces = _attend(q, k, v, scale, bias).flatten(2).split([out.shape[1] for out in outs], dim=1)
+    for out, piece, inverse, shift, bits in zip(outs, pieces, inverse_scales, shifts, num_bits, strict=True):
+        codes = torch.round(piece.float() * inverse) + shift
+        out.copy_(codes.clamp(-CODE_OFFSET, (1 << bits) - 1 - CODE_OFFSET))
+    return outs
+
+
+def attend_takes(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> bool:
     """Returns whether this package's kernel computes `attend`: on 9.0, in 16 bits, for heads of 8 to 160 channels.
 
     For tensors on the meta device the answer is that of compute capability 9.0.
     """
-    return (q.is_meta or uses_hopper(q)) and hopper_attention.takes(q, k, v, scale, codes=False)
+    return (q.is_meta or uses_hopper(q)) and hopper_attention.takes(q, k, v, scale, codes=False, bias=bias)
 
 
 def attend_pays(queries: int, keys: int, width: int, heads: int) -> bool:

@@ -10,11 +10,11 @@ from edadm_kernels.backend import uses_hopper
 from edadm_kernels.checks import check_affine, check_bits, check_device, check_floating, check_quantizers
 from edadm_kernels.hopper import group_norm as hopper_norm
 from edadm_kernels.launching import on_device_of
-from edadm_kernels.norm_launch import launch_group, launch_layer, suits_hopper, variants
+from edadm_kernels.norm_launch import launch_group, launch_layer, launch_modulated, suits_hopper, variants
 from edadm_kernels.operation import operation
 from edadm_kernels.reference import norms as reference
 
-__all__ = ["group_norm", "group_norm_quantize", "layer_norm_quantize", "variants"]
+__all__ = ["group_norm", "group_norm_quantize", "layer_norm_quantize", "modulated_norm_quantize", "variants"]
 
 
 def _empty_group(
@@ -178,6 +178,70 @@ def layer_norm_quantize(
     if x.numel():
         with on_device_of(x):
             launch_layer(x, weight, bias, eps, scales, zero_points, num_bits, codes)
+    return codes
+
+
+def _empty_modulated(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    inverse_scale: Tensor,
+    code_shift: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Checks the arguments of `modulated_norm_quantize` and returns an empty output."""
+    check_floating(x)
+    check_bits(num_bits)
+    check_device(x, scale, shift, inverse_scale, code_shift)
+    if x.ndim != 3 or scale.shape != (x.shape[0], x.shape[2]) or shift.shape != scale.shape:
+        raise ValueError(
+            "tokens [N, T, C], a scale and a shift [N, C] are expected, found "
+            f"{tuple(x.shape)}, {tuple(scale.shape)} and {tuple(shift.shape)}"
+        )
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@operation("modulated_norm_quantize", empty=_empty_modulated, reference=reference.modulated_norm_quantize)
+def modulated_norm_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    inverse_scale: Tensor,
+    code_shift: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Returns the codes of an adaptive LayerNorm, whose scale and shift depend on the sample.
+
+        y = (x - mean) / sqrt(var + eps) * (1 + scale) + shift        s = quantize(y)
+
+    Statistics are float32.
+
+    Args:
+        x: `[N, T, C]`, float16, bfloat16 or float32.
+        scale: `[N, C]`, floating point.
+        shift: `[N, C]`, floating point.
+        eps: The number that is added to the variance.
+        inverse_scale: The reciprocal of the scale of the codes, float32, one element.
+        code_shift: Their zero-point in the convention of signed codes, float32, one element.
+        num_bits: Bits of the codes, 2 to 8.
+
+    Returns:
+        `[N, T, C]`, int8, contiguous.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape is not the stated one.
+
+    References:
+        Adaptive LayerNorm of DiT, arXiv 2212.09748.
+    """
+    codes = _empty_modulated(x, scale, shift, eps, inverse_scale, code_shift, num_bits)
+    if x.numel():
+        scale, shift = (t if t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
+        with on_device_of(x):
+            launch_modulated(x.contiguous(), scale, shift, eps, inverse_scale, code_shift, num_bits, codes)
     return codes
 
 

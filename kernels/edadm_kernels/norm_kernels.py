@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from edadm_kernels.launching import await_previous
-from edadm_kernels.rounding import quantize_s8, reciprocal
+from edadm_kernels.rounding import CODE_OFFSET, quantize_s8, reciprocal
 
 
 @triton.jit
@@ -285,3 +285,63 @@ def layer_rows(
         shift = tl.load(bias + tail_column, mask=tail_column < channels, other=0).to(tl.float32)[None, :]
         y = tail * deviation * gain + shift
         _store_codes(y, base, tail_offsets, tail_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+
+
+@triton.jit
+def modulated_rows(
+    x,
+    scale,
+    shift,
+    inverse_scale,
+    code_shift,
+    out,
+    rows,
+    channels,
+    rows_per_sample,
+    scale_step,
+    shift_step,
+    eps,
+    QUANT_MAX: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Normalizes, modulates and quantizes whole rows in registers; all rows of a program belong to one sample."""
+    first = tl.program_id(0) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    row_mask = (first + row < rows)[:, None]
+    start = row[:, None] * channels
+    base = first.to(tl.int64) * channels
+    sample = first // rows_per_sample
+
+    head_column = tl.arange(0, HEAD)
+    head_offsets = start + head_column[None, :]
+    await_previous(OVERLAP)
+    head = tl.load(x + base + head_offsets, mask=row_mask, other=0).to(tl.float32)
+    total = tl.sum(head, axis=1)
+    if TAIL > 0:
+        tail_column = HEAD + tl.arange(0, TAIL)
+        tail_mask = row_mask & (tail_column < channels)[None, :]
+        tail_offsets = start + tail_column[None, :]
+        tail = tl.load(x + base + tail_offsets, mask=tail_mask, other=0).to(tl.float32)
+        total += tl.sum(tail, axis=1)
+    mean = (total / channels)[:, None]
+    head -= mean
+    squares = tl.sum(head * head, axis=1)
+    if TAIL > 0:
+        tail = tl.where(tail_mask, tail - mean, 0.0)
+        squares += tl.sum(tail * tail, axis=1)
+    deviation = tl.rsqrt(squares / channels + eps)[:, None]
+
+    inverse, zero_point = tl.load(inverse_scale), tl.load(code_shift).to(tl.int32) + CODE_OFFSET
+    scale += sample * scale_step
+    shift += sample * shift_step
+    gain = 1.0 + tl.load(scale + head_column).to(tl.float32)[None, :]
+    y = head * deviation * gain + tl.load(shift + head_column).to(tl.float32)[None, :]
+    tl.store(out + base + head_offsets, quantize_s8(y, inverse, zero_point, QUANT_MAX), mask=row_mask)
+    if TAIL > 0:
+        inside = tail_column < channels
+        gain = 1.0 + tl.load(scale + tail_column, mask=inside, other=0).to(tl.float32)[None, :]
+        y = tail * deviation * gain + tl.load(shift + tail_column, mask=inside, other=0).to(tl.float32)[None, :]
+        tl.store(out + base + tail_offsets, quantize_s8(y, inverse, zero_point, QUANT_MAX), mask=tail_mask)

@@ -11,7 +11,14 @@ from torch import Tensor
 from edadm_kernels.backend import uses_hopper
 from edadm_kernels.hopper import group_norm as hopper_norm
 from edadm_kernels.launching import arch_of, overlap
-from edadm_kernels.norm_kernels import group_apply, group_fused, group_partials, group_statistics, layer_rows
+from edadm_kernels.norm_kernels import (
+    group_apply,
+    group_fused,
+    group_partials,
+    group_statistics,
+    layer_rows,
+    modulated_rows,
+)
 from edadm_kernels.norm_plans import CHUNK_CHANNELS, CHUNK_ROWS, GroupPlan, group_plan, layer_plan, next_power_of_two
 from edadm_kernels.variants import KernelVariant, aligned
 
@@ -89,6 +96,29 @@ def launch_layer(
     )  # fmt: skip
 
 
+def launch_modulated(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    inverse_scale: Tensor,
+    code_shift: Tensor,
+    num_bits: int,
+    codes: Tensor,
+) -> None:
+    """Fills `codes`; the other arguments are those of `modulated_norm_quantize`, checked."""
+    samples, tokens, channels = x.shape
+    plan = layer_plan(channels)
+    block_rows = plan.block_rows
+    while tokens % block_rows:
+        block_rows //= 2
+    modulated_rows[(samples * tokens // block_rows,)](
+        x, scale, shift, inverse_scale, code_shift, codes, samples * tokens, channels, tokens, scale.stride(0),
+        shift.stride(0), eps, QUANT_MAX=(1 << num_bits) - 1, **{**plan.constexprs(), "BLOCK_ROWS": block_rows},
+        num_warps=plan.num_warps, **_options(arch_of(x), LAYER_REGISTERS), **overlap(arch_of(x)),
+    )  # fmt: skip
+
+
 def suits_hopper(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, more: Tensor | None = None) -> bool:
     """Returns whether the kernels in CUDA C++ support the input and it is large enough for them to be faster."""
     elements = (x.numel() + (0 if more is None else more.numel())) // max(x.shape[0], 1)
@@ -129,6 +159,9 @@ def variants(arch: int) -> list[KernelVariant]:
         for quantizers in (1, 3):
             variant = _layer_variant(arch, channels, quantizers)
             listed[variant.name] = variant
+    for channels in (1152, 1536, 3072):
+        variant = _modulated_variant(arch, channels)
+        listed[variant.name] = variant
     return list(listed.values())
 
 
@@ -165,6 +198,21 @@ def _layer_variant(arch: int, channels: int, quantizers: int) -> KernelVariant:
         {**_STATE, **_CODES, **_SIZES},
         constexprs,
         unaligned=("rows",),
+        num_warps=plan.num_warps,
+        options=_options(arch, LAYER_REGISTERS),
+    )
+
+
+def _modulated_variant(arch: int, channels: int) -> KernelVariant:
+    plan = layer_plan(channels)
+    vectors = {"scale": "*fp16", "shift": "*fp16", "inverse_scale": "*fp32", "code_shift": "*fp32", "out": "*i8"}
+    sizes = {**_SIZES, **dict.fromkeys(("rows_per_sample", "scale_step", "shift_step"), "i32")}
+    return aligned(
+        arch,
+        f"modulated-{channels}",
+        modulated_rows,
+        {"x": "*fp16", **vectors, **sizes},
+        {"QUANT_MAX": 255, **plan.constexprs()},
         num_warps=plan.num_warps,
         options=_options(arch, LAYER_REGISTERS),
     )

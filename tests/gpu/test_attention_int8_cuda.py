@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from edadm_kernels import attend, attend_int8, attend_on_grids, attend_takes, backend, reference
+from edadm_kernels import attend, attend_int8, attend_on_grids, attend_takes, attend_to_codes, backend, reference
 from edadm_kernels.attention_int8 import _codes
 from edadm_kernels.backend import uses_hopper
 
@@ -93,6 +93,32 @@ def test_sixteen_bits(queries: int, keys: int, width: int, dtype: torch.dtype) -
     assert attend_takes(q, k, v, scale) or not uses_hopper(q)
     expected = scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=scale)
     assert relative_l2(attend(q, k, v, scale), expected) < (1e-3 if dtype == torch.float16 else 6e-3)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "first"),
+    [(4096, 300, 72, 4096), (1357, 1357, 64, 1024), (333, 300, 64, 333), (700, 700, 128, 188), (65, 47, 40, 65)],
+)
+def test_codes_of_one_or_two_grids(queries: int, keys: int, width: int, first: int, has_bias: bool) -> None:
+    q, k, v = operands(queries, keys, width, torch.float16)
+    bias, mask = None, None
+    if has_bias:
+        hidden = torch.arange(keys, device="cuda") % 3 == 0
+        bias = torch.where(hidden, -10000.0, 0.0).half().expand(*k.shape[:3])
+        mask = bias[:, :, None].double()
+    scale = 1 / math.sqrt(width)
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, scale=scale)
+    assert relative_l2(attend(q, k, v, scale, bias), exact) < 1e-3
+    rows = exact.transpose(1, 2).flatten(2).float()
+    inverse, shift = 100 / rows.abs().max(), torch.tensor(-3.0, device="cuda")
+    grids = [(inverse, shift, 8), (inverse / 2, shift + 5, 6)][: 1 + (first < queries)]
+    outs = attend_to_codes(q, k, v, scale, *(list(column) for column in zip(*grids, strict=True)), first, bias)
+    for out, piece, (step, zero, bits) in zip(outs, rows.split([first, queries - first], 1), grids, strict=False):
+        target = (torch.round(piece * step) + zero).clamp(-128, (1 << bits) - 129)
+        difference = (out.float() - target).abs()
+        assert difference.max() <= 1
+        assert difference.mean() < 0.05
 
 
 @pytest.mark.parametrize("operation", [attend, attend_int8])

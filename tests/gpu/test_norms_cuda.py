@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from edadm_kernels import backend, group_norm, group_norm_quantize, layer_norm_quantize, quantize, silu_quantize
+from edadm_kernels import (
+    backend,
+    group_norm,
+    group_norm_quantize,
+    layer_norm_quantize,
+    modulated_norm_quantize,
+    quantize,
+    silu_quantize,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -77,6 +85,16 @@ def test_layer_norm(rows: int, channels: int, dtype: torch.dtype) -> None:
     with backend("reference"):
         target = layer_norm_quantize(*arguments)
     assert_close(layer_norm_quantize(*arguments), target)
+
+
+@pytest.mark.parametrize("shape", [(2, 4096, 1152), (2, 4096, 1536), (1, 4352, 3072), (3, 333, 1536), (2, 7, 40)])
+def test_adaptive_norm(shape: tuple[int, int, int]) -> None:
+    x, rows = (normal(*shape) * 3 + 1).half(), normal(shape[0], 4 * shape[2]).half()
+    modulation = rows[:, : shape[2]], rows[:, -shape[2] :]
+    arguments = (x, *modulation, 1e-6, torch.tensor(21.0, device="cuda"), torch.tensor(-9.0, device="cuda"))
+    with backend("reference"):
+        target = modulated_norm_quantize(*arguments)
+    assert_close([modulated_norm_quantize(*arguments)], [target])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edadm_kernels import group_norm, group_norm_quantize, layer_norm_quantize, reference
+from edadm_kernels import group_norm, group_norm_quantize, layer_norm_quantize, modulated_norm_quantize, reference
 from edadm_kernels.norm_plans import CHUNK_ROWS, CHUNKS, group_plan, layer_plan
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -199,6 +199,16 @@ def test_layer_norm_of_real_widths(channels: int, dtype: torch.dtype) -> None:
     assert_close(layer_norm_quantize(*arguments), reference.layer_norm_quantize(*arguments), mismatches=0.005)
     plan = layer_plan(channels)
     assert plan.head + plan.tail == channels
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(5, 72), (4, 1152), (3, 40)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adaptive_norm_takes_each_samples_scale_and_shift(tokens: int, channels: int, bits: int) -> None:
+    x = state((2, tokens, channels), "shifted", torch.float16, seed=3)
+    rows = torch.randn(2, 3 * channels, generator=torch.Generator().manual_seed(3)).half()
+    modulation = rows[:, :channels], rows[:, 2 * channels :]
+    arguments = (x, *modulation, 1e-6, torch.tensor(31.0), torch.tensor(-20.0), bits)
+    assert_close([modulated_norm_quantize(*arguments)], [reference.modulated_norm_quantize(*arguments)])
 
 
 def group_arguments(x: Tensor, groups: int = 2) -> tuple[object, ...]:

@@ -63,6 +63,9 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "group_norm": (image(2, 8, 3, 1), *affine, 2, 1e-5, True),
         "group_norm_quantize": (image(2, 5, 3, 3), *affine, 2, 1e-5, True, *two, 8, image(2, 3, 3, 3)),
         "layer_norm_quantize": (floats(2, 3, 8), *affine, 1e-5, *two, 8),
+        "modulated_norm_quantize": (
+            floats(2, 4, 24), *floats(2, 48).split(24, dim=1), 1e-6, SCALE.reciprocal(), SCALE * 0 - 4, 8
+        ),
         "attention_quantize": (*columns.split(16, dim=2), 2, 0.3, SCALE, ZERO_POINT, 8),
         "attend_int8": (*(x.unflatten(2, (2, 8)).transpose(1, 2) for x in columns.split(16, dim=2)), 0.3),
         "attend_on_grids": (
@@ -70,6 +73,10 @@ def cases() -> dict[str, tuple[Any, ...]]:
             *(0.3, SCALE, SCALE, SCALE, SCALE / 8, 8, 8),
         ),
         "attend": (*(x.unflatten(2, (2, 8)).transpose(1, 2) for x in columns.split(16, dim=2)), 0.3),
+        "attend_to_codes": (
+            *(x.unflatten(2, (2, 8)).transpose(1, 2) for x in columns.split(16, dim=2)),
+            *(0.3, [SCALE.reciprocal()] * 2, [SCALE * 0 - 4] * 2, [8, 4], 1, floats(2, 2, columns.shape[1])),
+        ),
         "quantize": (image(2, 24, 3, 5)[:, 3:16], SCALE, ZERO_POINT, 8, True),
     }  # fmt: skip
 

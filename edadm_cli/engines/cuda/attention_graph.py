@@ -7,6 +7,7 @@ backend of this module replaces these calls and passes the graph to Inductor.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 
 import edadm_kernels as kernels
 from edadm_cli.engines.base import AttentionForm
+from edadm_cli.engines.cuda.code_chains import CodeChain, code_chains
+from edadm_cli.engines.cuda.norm_graph import replace_norms
 from edadm_cli.engines.cuda.reductions import rows_in_registers
 from edadm_kernels.backend import uses_hopper
 
@@ -40,6 +43,7 @@ def attention_backend(form: AttentionForm) -> Backend:
         from torch._inductor.compile_fx import compile_fx
 
         replace_attention(graph, form)
+        replace_norms(graph)
         with rows_in_registers():
             compiled: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
         return compiled
@@ -54,6 +58,7 @@ def replace_attention(graph: fx.GraphModule, form: AttentionForm) -> int:
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention and _replace(node, form):
             replaced += 1
     if replaced:
+        graph.graph.eliminate_dead_code()
         graph.graph.lint()
         graph.recompile()
     return replaced
@@ -64,13 +69,16 @@ def attend_int8_pays(q: Tensor, k: Tensor, scale: float) -> bool:
     return min(q.shape[2], k.shape[2]) >= MIN_TOKENS and kernels.attend_int8_takes(q, scale)
 
 
-def attend_pays(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+def attend_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> bool:
     """Returns whether `edadm_kernels` is faster than torch in 16-bit attention for `[N, heads, tokens, d]` here."""
     if not uses_hopper(q):
         return False
-    meta = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (q, k, v)]
+    operands = (q, k, v) if bias is None else (q, k, v, bias)
+    meta = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in operands]
+    if not kernels.attend_takes(meta[0], meta[1], meta[2], scale, *meta[3:]):
+        return False
     sizes = (q.shape[2], k.shape[2], q.shape[3], q.shape[0] * q.shape[1])
-    return kernels.attend_takes(meta[0], meta[1], meta[2], scale) and kernels.attend_pays(*sizes)
+    return bias is not None or kernels.attend_pays(*sizes)
 
 
 def grid_kernel_runs(device: torch.device, width: int) -> bool:
@@ -81,18 +89,11 @@ def grid_kernel_runs(device: torch.device, width: int) -> bool:
     return kernels.attend_int8_takes(probe, 1.0)
 
 
-def _operation(q: Tensor, k: Tensor, v: Tensor, scale: float, form: AttentionForm) -> Any:
-    """Returns the operation that replaces torch's attention; `None` if no other operation is faster."""
-    if form == "int8" and attend_int8_pays(q, k, scale):
-        return torch.ops.edadm.attend_int8.default
-    return torch.ops.edadm.attend.default if attend_pays(q, k, v, scale) else None
-
-
 def _replace(node: fx.Node, form: AttentionForm) -> bool:
     call = _call_of(node)
     if call is None:
         return False
-    operands, scale = call
+    operands, mask, scale = call
     shapes = [x.meta.get("example_value") for x in operands]
     heads = [x for x in shapes if isinstance(x, Tensor) and x.ndim == 4 and x.stride(3) == 1]
     if len(heads) < len(shapes):
@@ -102,27 +103,72 @@ def _replace(node: fx.Node, form: AttentionForm) -> bool:
         scale = 1 / math.sqrt(q.shape[3])
     if v.shape != k.shape or q.shape[:2] != k.shape[:2]:
         return False
-    operation = _operation(q, k, v, scale, form)
-    if operation is None:
+    if form == "int8" and mask is None and attend_int8_pays(q, k, scale):
+        _exchange(node, torch.ops.edadm.attend_int8.default, (*operands, scale))
+        return True
+    bias = None
+    if mask is not None:
+        bias = _bias_of(mask, q, k)
+        if bias is None:
+            return False
+    if not attend_pays(q, k, v, scale, bias):
         return False
-    with node.graph.inserting_before(node):
-        attended = node.graph.call_function(operation, (*operands, scale))
-        exchanged = node.graph.call_method("transpose", (attended, 1, 2))
-    node.replace_all_uses_with(exchanged)
-    node.graph.erase_node(node)
+    added: tuple[Any, ...] = ()
+    if mask is not None:
+        with node.graph.inserting_before(node):
+            row = node.graph.call_function(operator.getitem, (mask, (slice(None), slice(None), 0)))
+            added = (node.graph.call_method("expand", (row, *k.shape[:3])),)
+    chains = code_chains(node) if q.dtype == torch.float16 else []
+    if chains:
+        _write_codes(node, chains, (*operands, scale), added)
+    else:
+        _exchange(node, torch.ops.edadm.attend.default, (*operands, scale, *added))
     return True
 
 
-def _call_of(node: fx.Node) -> tuple[list[fx.Node], float | None] | None:
-    """Returns the queries, keys and values of a call and its scale.
+def _exchange(node: fx.Node, operation: Any, arguments: tuple[Any, ...]) -> None:
+    """Replaces an attention by an operation that returns `[N, T, heads, d]`."""
+    with node.graph.inserting_before(node):
+        attended = node.graph.call_function(operation, arguments)
+        exchanged = node.graph.call_method("transpose", (attended, 1, 2))
+    node.replace_all_uses_with(exchanged)
+    node.graph.erase_node(node)
 
-    The result is `None` for a call with a mask, a causal mask, dropout or shared heads.
+
+def _write_codes(node: fx.Node, chains: list[CodeChain], arguments: tuple[Any, ...], bias: tuple[Any, ...]) -> None:
+    """Replaces an attention and the nodes that turn its result into codes by one operation."""
+    graph = node.graph
+    grids = ([chain.inverse_scale for chain in chains], [chain.shift for chain in chains])
+    bits = [chain.num_bits for chain in chains]
+    with graph.inserting_before(node):
+        outputs = graph.call_function(
+            torch.ops.edadm.attend_to_codes.default, (*arguments, *grids, bits, chains[0].stop, *bias)
+        )
+        pieces = [graph.call_function(operator.getitem, (outputs, place)) for place in range(len(chains))]
+    for chain, piece in zip(chains, pieces, strict=True):
+        chain.codes.replace_all_uses_with(piece)
+
+
+def _bias_of(mask: fx.Node, q: Tensor, k: Tensor) -> Tensor | None:
+    """Returns the mask as numbers that are added per key, `[N, heads, S]`; `None` for any other mask."""
+    value = mask.meta.get("example_value")
+    if not isinstance(value, Tensor) or value.dtype != q.dtype or value.ndim != 4 or value.shape[2] != 1:
+        return None
+    if value.shape[3] != k.shape[2] or any(n not in (1, m) for n, m in zip(value.shape[:2], q.shape[:2], strict=True)):
+        return None
+    return value[:, :, 0].expand(*k.shape[:3])
+
+
+def _call_of(node: fx.Node) -> tuple[list[fx.Node], fx.Node | None, float | None] | None:
+    """Returns the queries, keys and values of a call, its mask and its scale.
+
+    The result is `None` for a call with a causal mask, dropout or shared heads.
     """
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     operands = [arguments.get(name) for name in names[:3]]
     plain = not any(arguments.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
-    scale = arguments.get("scale")
-    if not plain or arguments.get("attn_mask") is not None or not isinstance(scale, float | None):
+    scale, mask = arguments.get("scale"), arguments.get("attn_mask")
+    if not plain or not isinstance(mask, fx.Node | None) or not isinstance(scale, float | None):
         return None
-    return (operands, scale) if all(isinstance(x, fx.Node) for x in operands) else None  # type: ignore[return-value]
+    return (operands, mask, scale) if all(isinstance(x, fx.Node) for x in operands) else None  # type: ignore[return-value]

@@ -15,9 +15,10 @@
 // rounding depends on it.
 //
 // These macros are defined: WIDTH, KEYS, STAGES, CONSUMERS, BLOCKS (per multiprocessor), REGISTERS (per thread that
-// multiplies; 0 keeps the number at the start), SHORT, CODES (codes are written) and BFLOATS (bfloat16 instead of
-// float16). Before this text are `attention.cuh` and the functions `multiply_scores` and `multiply_values`, one wgmma
-// instruction each.
+// multiplies; 0 keeps the number at the start), SHORT, CODES (codes are written), BFLOATS (bfloat16 instead of
+// float16), HELD (queries are held in registers, so that products read only keys from shared memory) and BIAS (a number
+// per key is added to the scores). Before this text are `attention.cuh` and the functions `multiply_scores` and
+// `multiply_values`, one wgmma instruction each.
 
 constexpr int THREADS = CONSUMERS * 128;       // threads that multiply
 constexpr int COPIERS = REGISTERS ? 128 : 32;  // threads of the warps that copy; only four warps can give up registers
@@ -31,14 +32,24 @@ constexpr float SLACK = 8.0f;                  // powers of two by which a score
 static_assert(!CODES || !BFLOATS, "codes are computed from float16");
 static_assert(WIDTH % 8 == 0 && KEYS % 16 == 0 && KEYS <= 256 && ROWS <= 256 && (!SHORT || STAGES == 1), "tile");
 
+// Queries of a sample before `first` belong to the first output, the others to the second. Rows of a tile after the last
+// query use the grid of one of them, so `first` is larger than any row where there is only one output.
+struct Output {
+    const float* scale;     // of the codes; their inverse if `zero_point` is null
+    const int* zero_point;  // the zero-point of unsigned codes
+    const float* shift;     // the zero-point of signed codes, if `zero_point` is null
+    unsigned char* values;  // [samples, queries, heads * WIDTH], RESULT bytes per element
+    float quant_max;
+};
+
 struct Problem {
-    const float* out_scale;
-    const int* out_zero_point;
-    unsigned char* out;  // [samples, queries, heads * WIDTH], RESULT bytes per element
+    Output outputs[2];
+    const u16* bias;  // rows of `keys` numbers
     int queries, keys, heads, tiles;
     int parts;  // blocks per head; a block computes every `parts`th tile of the head
+    int first;
+    int bias_of_sample, bias_of_head;  // distances of rows, in elements
     float scale;  // factor of the scores, times log2(e)
-    float quant_max;
 };
 
 // The descriptor of an operand in shared memory with rows of 128 swizzled bytes: its address; the distance of the next
@@ -74,6 +85,29 @@ __device__ __forceinline__ float largest_of_four(float x) {
 
 __device__ __forceinline__ u32 pair_of(float low, float high) {
     return BFLOATS ? bfloat_pair(low, high) : half_pair(low, high);
+}
+
+__device__ __forceinline__ Quantizer quantizer_of(const Output& output) {
+    if (output.zero_point != nullptr) return Quantizer(__ldg(output.scale), __ldg(output.zero_point), output.quant_max);
+    Quantizer quantize(1.0f, static_cast<int>(__ldg(output.shift)) + 128, output.quant_max);
+    quantize.inverse = __ldg(output.scale);
+    return quantize;
+}
+
+// Returns two neighboring numbers as powers of two; no score becomes infinite.
+__device__ __forceinline__ float2 bias_of(u32 pair) {
+    constexpr float LOG2_E = 1.44269504f, LEAST = -1e30f;
+    const float low = BFLOATS ? __int_as_float(pair << 16) : low_half(pair);
+    const float high = BFLOATS ? __int_as_float(pair & 0xffff0000u) : high_half(pair);
+    return make_float2(fmaxf(low * LOG2_E, LEAST), fmaxf(high * LOG2_E, LEAST));
+}
+
+// Loads four 8x8 matrices of 16-bit numbers; each lane gives the address of one row.
+__device__ __forceinline__ void load_matrices(u32* to, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
 }
 
 // The softmax of a thread's scores. Of every 8 columns, a thread has two in row `lane / 4` and two in row `lane / 4 +
@@ -169,15 +203,46 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
     const Operand queries(q_at + group * 64 * 128, 16), keys(k_at, 16), values(v_at, KEYS * 128);
     float scores[KEYS / 2], sums[WIDTH / 2];
     u32 weights[KEYS / 4];
+    u32 held[HELD ? 4 * STEPS : 1];
+    const auto hold_queries = [&](int at) {  // a warp's 16 queries, as the left operand of an instruction
+        const u32 row = q_at + at * QUERY_BYTES + (threadIdx.x / 32 * 16 + lane % 16) * 128;
+#pragma unroll
+        for (int step = 0; step < (HELD ? STEPS : 0); ++step)
+            load_matrices(&held[4 * step],
+                          row + step / 4 * ROWS * 128 + ((step % 4 * 2 + lane / 16) ^ (lane % 8)) * 16);
+    };
     const auto multiply_keys = [&](int at, int stage, int phase) {
         barrier_wait(k_full + 8 * stage, phase);
         fence_registers();
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-            multiply_scores(scores, queries.at(at * QUERY_BYTES + step / 4 * ROWS * 128 + step % 4 * 32),
-                            keys.at(stage * TURN_BYTES + step / 4 * KEYS * 128 + step % 4 * 32), step > 0);
+        for (int step = 0; step < STEPS; ++step) {
+            const u64 right = keys.at(stage * TURN_BYTES + step / 4 * KEYS * 128 + step % 4 * 32);
+#if HELD
+            multiply_scores(scores, &held[4 * step], right, step > 0);
+#else
+            const u64 left = queries.at(at * QUERY_BYTES + step / 4 * ROWS * 128 + step % 4 * 32);
+            multiply_scores(scores, left, right, step > 0);
+#endif
+        }
         commit_products();
     };
+    u32 biases[BIAS ? KEYS / 8 : 1];
+    const u16* const bias_row = BIAS ? p.bias + sample * p.bias_of_sample + head * p.bias_of_head + lane % 4 * 2 : nullptr;
+    const auto load_biases = [&](int turn) {
+#pragma unroll
+        for (int j = 0; j < (BIAS ? KEYS / 8 : 0); ++j) {
+            const int key = turn * KEYS + 8 * j;
+            biases[j] = key + lane % 4 * 2 < p.keys ? __ldg(reinterpret_cast<const u32*>(bias_row + key)) : 0;
+        }
+    };
+    const auto add_biases = [&]() {
+#pragma unroll
+        for (int i = 0; i < (BIAS ? KEYS / 2 : 0); ++i) {
+            const float2 bias = bias_of(biases[i / 4]);
+            scores[i] = fmaf(scores[i], p.scale, i % 2 ? bias.y : bias.x);
+        }
+    };
+    const float scale = BIAS ? 1.0f : p.scale;
     const auto multiply_weights = [&](int stage, int phase, bool first) {
         barrier_wait(v_full + 8 * stage, phase);
         fence_registers();
@@ -195,13 +260,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < KEYS / 4; ++i) weights[i] = pair_of(scores[2 * i], scores[2 * i + 1]);
     };
-    const Quantizer quantize(CODES ? __ldg(p.out_scale) : 1.0f, CODES ? __ldg(p.out_zero_point) : 0, p.quant_max);
     unsigned char* const written =
         shared + (v_empty + 8 * STAGES + 15) / 16 * 16 - q_at + threadIdx.x / 32 * (16 * WIDTH * RESULT);
     const auto write = [&](int tile, const Softmax& softmax) {  // writes the 16 rows of a warp through shared memory
+        const int first = tile * ROWS + threadIdx.x / 32 * 16;
         __syncwarp();
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
+            const Output& output = p.outputs[first + lane / 4 + 8 * row < p.first ? 0 : 1];
+            const Quantizer quantize = CODES ? quantizer_of(output) : Quantizer(1.0f, 0, 0.0f);
             const float inverse = __frcp_rn(sum_of_four(softmax.sum[row]));
 #pragma unroll
             for (int j = 0; j < WIDTH / 8; ++j) {
@@ -216,12 +283,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
             }
         }
         __syncwarp();
-        const int first = tile * ROWS + threadIdx.x / 32 * 16;
-        const size_t to = (static_cast<size_t>(sample) * p.queries + first) * (p.heads * WIDTH) + head * WIDTH;
         for (int i = lane; i < 2 * WIDTH; i += 32) {
-            const int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
-            if (first + row < p.queries) {
-                unsigned char* const at = p.out + (to + static_cast<size_t>(row) * (p.heads * WIDTH) + column) * RESULT;
+            const int query = first + i / (WIDTH / 8), column = head * WIDTH + i % (WIDTH / 8) * 8;
+            const int which = query < p.first ? 0 : 1, count = which ? p.queries - p.first : min(p.first, p.queries);
+            if (query < p.queries) {
+                const size_t to = static_cast<size_t>(sample) * count + query - (which ? p.first : 0);
+                unsigned char* const at = p.outputs[which].values + (to * (p.heads * WIDTH) + column) * RESULT;
                 if (CODES)
                     *reinterpret_cast<u64*>(at) = *reinterpret_cast<const u64*>(written + i * 8);
                 else
@@ -236,12 +303,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
     for (int tile = part, at = 0, full = 0; tile < p.tiles; tile += p.parts) {
         Softmax softmax;
         barrier_wait(q_full + 8 * at, full);
+        hold_queries(at);
         multiply_keys(at, 0, 0);
+        load_biases(0);
         wait_products<0>();
         keep(scores);
         if (lane == 0) barrier_arrive(q_empty + 8 * at);
+        add_biases();
         if (last_keys < KEYS) mask(last_keys);
-        softmax(scores, p.scale, shrink);
+        softmax(scores, scale, shrink);
         pack();
         multiply_weights(0, 0, true);
         wait_products<0>();
@@ -253,12 +323,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
     Softmax softmax;
     barrier_wait(q_full, 0);
     if (turns > 1 && group == CONSUMERS - 1) give_turn(0);
+    hold_queries(0);
     multiply_keys(0, 0, 0);
+    load_biases(turns - 1);
     wait_products<0>();
     keep(scores);
     if (lane == 0) barrier_arrive(k_empty);
+    add_biases();
     if (last_keys < KEYS) mask(last_keys);
-    softmax(scores, p.scale, shrink);
+    softmax(scores, scale, shrink);
     pack();
     int before = 0, before_phase = 0, stage = STAGES > 1 ? 1 : 0, phase = STAGES > 1 ? 0 : 1;
     for (int turn = 1; turn < turns; ++turn) {
@@ -266,10 +339,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
         multiply_keys(0, stage, phase);
         multiply_weights(before, before_phase, turn == 1);
         if (turn < turns - 1 || group < CONSUMERS - 1) give_turn((group + 1) % CONSUMERS);
+        load_biases(turns - 1 - turn);
         wait_products<1>();
         keep(scores);
         if (lane == 0) barrier_arrive(k_empty + 8 * stage);
-        const bool grows = softmax(scores, p.scale, shrink);
+        add_biases();
+        const bool grows = softmax(scores, scale, shrink);
         wait_products<0>();
         keep(sums);
         if (lane == 0) barrier_arrive(v_empty + 8 * before);

@@ -6,6 +6,7 @@ from edadm_kernels.reference.norms import (
     attention_quantize,
     group_norm_quantize,
     layer_norm_quantize,
+    modulated_norm_quantize,
     quantize,
     silu_quantize,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "linear_gelu",
     "linear_stack",
     "linears",
+    "modulated_norm_quantize",
     "quantize",
     "silu_quantize",
 ]

@@ -102,6 +102,22 @@ def layer_norm_quantize(
     return _quantize_each(y, scales, zero_points, num_bits)
 
 
+def modulated_norm_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    inverse_scale: Tensor,
+    code_shift: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Computes `edadm_kernels.modulated_norm_quantize`; everything before the codes is float64."""
+    y = torch.nn.functional.layer_norm(x.double(), x.shape[-1:], eps=eps)
+    y = (y * (1 + scale.double()[:, None]) + shift.double()[:, None]).float()
+    codes = torch.round(y * inverse_scale) + code_shift
+    return codes.clamp(-CODE_OFFSET, (1 << num_bits) - 1 - CODE_OFFSET).to(torch.int8)
+
+
 def _quantize_each(y: Tensor, scales: Tensor, zero_points: Tensor, num_bits: int) -> list[Tensor]:
     """Returns the codes of `y` for each quantizer."""
     return [

@@ -1,0 +1,44 @@
+"""Adaptive normalizations that are exchanged in the graphs that torch compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from edadm_cli.engines.cuda import norm_graph
+from edadm_cli.engines.cuda.norm_graph import replace_norms
+from edadm_cli.engines.cuda.plain import build_plain, many_shapes
+from edadm_cli.engines.parity import prediction_of, relative_l2
+from tests.denoisers.families import quantized_denoiser
+
+
+def predicted(family: str, replace: bool) -> tuple[Tensor, int]:
+    """The prediction of a tiny transformer in one graph, and how many normalizations were replaced in it."""
+    denoiser, (args, kwargs) = quantized_denoiser(family)
+    model, _ = build_plain(denoiser, torch.device("cpu"), torch.float32)
+    counts: list[int] = []
+
+    def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        counts.append(replace_norms(graph) if replace else 0)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.compile(backend=compile_graph, dynamic=False)
+    with torch.no_grad(), many_shapes():
+        return prediction_of(model(*args, **kwargs)), sum(counts)
+
+
+@pytest.mark.parametrize("family", ["pixart", "sd3"])
+def test_adaptive_normalizations_write_the_codes_of_the_layers_behind_them(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_graph, "norm_pays", lambda _: True)
+    expected, none = predicted(family, replace=False)
+    prediction, count = predicted(family, replace=True)
+    assert none == 0
+    assert count >= 2
+    assert relative_l2(prediction, expected) < 1e-3
