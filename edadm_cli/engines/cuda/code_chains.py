@@ -116,8 +116,9 @@ def _binary(node: fx.Node, function: object) -> tuple[fx.Node, fx.Node] | None:
     if use is None or use.target is not function or len(use.args) != 2:
         return None
     other = use.args[1]
-    is_input = isinstance(other, fx.Node) and other.op == "placeholder"  # it exists before the attention
-    return (use, other) if use.args[0] is node and is_input else None
+    if use.args[0] is not node or not isinstance(other, fx.Node) or other.op != "placeholder":
+        return None  # a placeholder exists before the attention
+    return use, other
 
 
 def _single_use(node: fx.Node) -> fx.Node | None:
