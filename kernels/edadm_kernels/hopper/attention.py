@@ -133,8 +133,8 @@ _LONG: dict[int, tuple[_Cut, _Cut]] = {
     MAX_WIDTH: ((2, 64, 2, 1, 0, False), (1, 64, 2, 1, 0, False)),
 }
 # The cut with large tiles from `_MANY_QUERIES` on, where it differs.
-_MANY: dict[int, _Cut] = {}
-_MANY_QUERIES = 1024
+_MANY: dict[int, _Cut] = {64: (3, 128, 2, 1, 160, False), 128: (2, 128, 2, 1, 240, True)}
+_MANY_QUERIES = 4096
 # The only cut of each number of channels with a number per key, for which registers are scarce.
 _BIASED: dict[int, _Cut] = {64: (4, 64, 3, 1, 112, False), 72: (4, 64, 3, 1, 112, False)}
 _SHORT: dict[int, tuple[tuple[int, int, int], tuple[int, int, int]]] = {

@@ -162,12 +162,14 @@ __device__ __forceinline__ u32 pair(float x, float y) {
 #endif
 }
 
-// Computes GELU approximated by a hyperbolic tangent, 0.5 y (1 + tanh u); the tangent is off by 2^-11 at most.
-__device__ __forceinline__ float gelu_tanh(float y) {
-    const float half = 0.5f * y;
+// Computes the code of GELU approximated by a hyperbolic tangent, 0.5 y (1 + tanh u), in the low byte of a word: `half`
+// is half of the inverse of the codes' scale, and `magic` adds their zero-point while it rounds. The tangent is off by
+// 2^-11 at most.
+__device__ __forceinline__ u32 gelu_code(float y, float half, float magic, const Quantizer& by) {
+    const float scaled = y * half;
     float t;
     asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(y * fmaf(0.035677408f, y * y, 0.79788456f)));
-    return fmaf(half, t, half);
+    return __float_as_int(fminf(fmaxf(fmaf(scaled, t, scaled), by.low), by.high) + magic);
 }
 
 // Byte b of the word of each of four neighboring lanes belongs to block b. Returns the four bytes of one block to each
@@ -300,6 +302,61 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         u32 of_lane = constants + lane % 4 * 8;
         asm volatile("" : "+r"(of_lane)::"memory");  // keeps loads of constants behind the barrier
         const TensorMap* const y_map = tile.member == 0 ? &y0 : tile.member == 1 ? &y1 : tile.member == 2 ? &y2 : &y3;
+#if !GEGLU
+        if (as_codes) {  // both halves of the rows at once, with the same constants; a box has the codes of both
+            const float half_inverse = 0.5f * quantize.inverse;
+            const float magic = 12582912.0f + static_cast<float>(quantize.offset);  // 1.5 * 2^23
+#pragma unroll
+            for (int c = 0; c < BOXES; ++c) {
+                if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+                __syncwarp();  // the box that was written two rounds ago has been copied
+                const u32 to = boxes + box * BOX_BYTES, of_box = of_lane + 4 * c * BOX;
+                const int from = tile.column + c * BOX;
+#pragma unroll
+                for (int j = 0; j < BOX / 8; j += 2) {
+                    const Constants by(of_box + 32 * j);
+                    u32 codes[HALVES][2];
+#pragma unroll
+                    for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            u32 word[4];
+#pragma unroll
+                            for (int at = 0; at < 4; ++at) {
+                                const int sum = sums[half][c * (BOX / 2) + j * 4 + 4 * i + at];
+                                const int correction = at % 2 ? by.correction[i].y : by.correction[i].x;
+                                const float scale = at % 2 ? by.scale[i].y : by.scale[i].x;
+                                const float bias = at % 2 ? by.bias[i].y : by.bias[i].x;
+                                const float y = fmaf(__int2float_rn(sum - correction), scale, bias);
+                                word[at] = gelu_code(y, half_inverse, magic, quantize);
+                            }
+                            codes[half][i] = four_bytes(word[0], word[1], word[2], word[3]);
+                        }
+#pragma unroll
+                    for (int half = 0; half < HALVES; ++half) {
+                        const u32 mine = lane % 2 ? codes[half][1] : codes[half][0];
+                        const u32 other = __shfl_xor_sync(0xffffffff, lane % 2 ? codes[half][0] : codes[half][1], 1);
+                        const u32 left = lane % 2 ? other : mine, right = lane % 2 ? mine : other;
+                        const u32 at = to + half * (16 * BOX) + codes_at + (((j / 2) ^ codes_turned) * 16);
+                        store_word(at, __byte_perm(left, right, 0x5410));
+                        store_word(at + 8 * BOX, __byte_perm(left, right, 0x7632));
+                    }
+                }
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                __syncwarp();
+                if (lane == 0) {
+                    if (from < columns.outputs)
+#pragma unroll
+                        for (int half = 0; half < HALVES; ++half)
+                            write_box(y_map, to + half * (16 * BOX), from,
+                                      tile.row + rank * BM + half * 64 + warp % 4 * 16);
+                    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+                }
+                box ^= 1;
+            }
+            continue;
+        }
+#endif
 #pragma unroll
         for (int c = 0; c < BOXES; ++c) {
 #pragma unroll
@@ -332,33 +389,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                                    transposed(four_bytes(codes[i][0], codes[i][1], codes[i][2], codes[i][3]), lane));
                 }
 #else
-                const int inner = as_codes ? from : 2 * from;
-                if (!as_codes) {
+                const int inner = 2 * from;
 #pragma unroll
-                    for (int j = 0; j < BOX / 8; j += 2) {
-                        float y[2][4];
-                        finish(y, sums_of_box + j * 4, Constants(of_box + 32 * j));
-                        store_matrices(to + row_at + ((j + lane / 16) ^ turned) * 16, pair(y[0][0], y[0][1]),
-                                       pair(y[0][2], y[0][3]), pair(y[1][0], y[1][1]), pair(y[1][2], y[1][3]));
-                    }
-                } else {
-#pragma unroll
-                    for (int j = 0; j < BOX / 8; j += 2) {
-                        float y[2][4];
-                        finish(y, sums_of_box + j * 4, Constants(of_box + 32 * j));
-                        u32 codes[2];
-#pragma unroll
-                        for (int i = 0; i < 2; ++i)
-                            codes[i] = four_bytes(quantize(gelu_tanh(y[i][0])), quantize(gelu_tanh(y[i][1])),
-                                                  quantize(gelu_tanh(y[i][2])), quantize(gelu_tanh(y[i][3])));
-                        // Of two lanes, the left stores four columns of the first block and the right of the second.
-                        const u32 mine = lane % 2 ? codes[1] : codes[0];
-                        const u32 other = __shfl_xor_sync(0xffffffff, lane % 2 ? codes[0] : codes[1], 1);
-                        const u32 left = lane % 2 ? other : mine, right = lane % 2 ? mine : other;
-                        const u32 at = to + codes_at + (((j / 2) ^ codes_turned) * 16);
-                        store_word(at, __byte_perm(left, right, 0x5410));
-                        store_word(at + 8 * BOX, __byte_perm(left, right, 0x7632));
-                    }
+                for (int j = 0; j < BOX / 8; j += 2) {
+                    float y[2][4];
+                    finish(y, sums_of_box + j * 4, Constants(of_box + 32 * j));
+                    store_matrices(to + row_at + ((j + lane / 16) ^ turned) * 16, pair(y[0][0], y[0][1]),
+                                   pair(y[0][2], y[0][3]), pair(y[1][0], y[1][1]), pair(y[1][2], y[1][3]));
                 }
 #endif
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
