@@ -49,45 +49,45 @@ _SD3_BLOCK = {
 
 def flux_state(transformer: nn.Module) -> State:
     """Returns the weights of a FluxTransformer2DModel under the names of Black Forest Labs."""
-    own = {name: tensor.detach() for name, tensor in transformer.state_dict().items()}
-    state = _ends(own, ("img_in", "txt_in", "final_layer.adaLN_modulation.1", "final_layer.linear"))
-    state |= _embedders(own, 0, ("in_layer", "out_layer"))
+    weights = {name: tensor.detach() for name, tensor in transformer.state_dict().items()}
+    state = _ends(weights, ("img_in", "txt_in", "final_layer.adaLN_modulation.1", "final_layer.linear"))
+    state |= _embedders(weights, 0, ("in_layer", "out_layer"))
     for index in range(len(transformer.transformer_blocks)):
         old, new = f"transformer_blocks.{index}.", f"double_blocks.{index}."
-        state |= _renamed(own, old, new, _FLUX_DOUBLE)
+        state |= _renamed(weights, old, new, _FLUX_DOUBLE)
         for kind in ("weight", "bias"):
-            state[f"{new}img_attn.qkv.{kind}"] = _joined(own, old, ("to_q", "to_k", "to_v"), kind)
-            state[f"{new}txt_attn.qkv.{kind}"] = _joined(own, old, ("add_q_proj", "add_k_proj", "add_v_proj"), kind)
+            state[f"{new}img_attn.qkv.{kind}"] = _joined(weights, old, ("to_q", "to_k", "to_v"), kind)
+            state[f"{new}txt_attn.qkv.{kind}"] = _joined(weights, old, ("add_q_proj", "add_k_proj", "add_v_proj"), kind)
         for name, other in _FLUX_NORMS.items():
-            state[f"{new}{other}.scale"] = own[f"{old}{name}.weight"]
+            state[f"{new}{other}.scale"] = weights[f"{old}{name}.weight"]
     for index in range(len(transformer.single_transformer_blocks)):
         old, new = f"single_transformer_blocks.{index}.", f"single_blocks.{index}."
-        state |= _renamed(own, old, new, {"norm.linear": "modulation.lin", "proj_out": "linear2"})
+        state |= _renamed(weights, old, new, {"norm.linear": "modulation.lin", "proj_out": "linear2"})
         for kind in ("weight", "bias"):
-            heads = _joined(own, old, ("to_q", "to_k", "to_v"), kind)
-            state[f"{new}linear1.{kind}"] = torch.cat([heads, own[f"{old}proj_mlp.{kind}"]])
+            heads = _joined(weights, old, ("to_q", "to_k", "to_v"), kind)
+            state[f"{new}linear1.{kind}"] = torch.cat([heads, weights[f"{old}proj_mlp.{kind}"]])
         for name, other in (("norm_q", "query_norm"), ("norm_k", "key_norm")):
-            state[f"{new}norm.{other}.scale"] = own[f"{old}attn.{name}.weight"]
+            state[f"{new}norm.{other}.scale"] = weights[f"{old}attn.{name}.weight"]
     return state
 
 
 def sd3_state(transformer: nn.Module) -> State:
     """Returns the weights of an SD3Transformer2DModel under the names of Stability AI."""
-    own = {name: tensor.detach() for name, tensor in transformer.state_dict().items()}
-    state = _ends(own, ("", "context_embedder", "final_layer.adaLN_modulation.1", "final_layer.linear"))
-    state |= _embedders(own, 1, ("mlp.0", "mlp.2"))
-    state |= _renamed(own, "pos_embed.", "x_embedder.", {"proj": "proj"})
-    state["pos_embed"] = own["pos_embed.pos_embed"]
+    weights = {name: tensor.detach() for name, tensor in transformer.state_dict().items()}
+    state = _ends(weights, ("", "context_embedder", "final_layer.adaLN_modulation.1", "final_layer.linear"))
+    state |= _embedders(weights, 1, ("mlp.0", "mlp.2"))
+    state |= _renamed(weights, "pos_embed.", "x_embedder.", {"proj": "proj"})
+    state["pos_embed"] = weights["pos_embed.pos_embed"]
     last = len(transformer.transformer_blocks) - 1
     for index in range(last + 1):
         old, new = f"transformer_blocks.{index}.", f"joint_blocks.{index}."
-        state |= _renamed(own, old, new, _SD3_BLOCK)
+        state |= _renamed(weights, old, new, _SD3_BLOCK)
         for kind in ("weight", "bias"):
-            state[f"{new}x_block.attn.qkv.{kind}"] = _joined(own, old, ("to_q", "to_k", "to_v"), kind)
-            context = _joined(own, old, ("add_q_proj", "add_k_proj", "add_v_proj"), kind)
+            state[f"{new}x_block.attn.qkv.{kind}"] = _joined(weights, old, ("to_q", "to_k", "to_v"), kind)
+            context = _joined(weights, old, ("add_q_proj", "add_k_proj", "add_v_proj"), kind)
             state[f"{new}context_block.attn.qkv.{kind}"] = context
-            if f"{old}attn2.to_q.{kind}" in own:
-                second = _joined(own, old, ("to_q", "to_k", "to_v"), kind, "attn2")
+            if f"{old}attn2.to_q.{kind}" in weights:
+                second = _joined(weights, old, ("to_q", "to_k", "to_v"), kind, "attn2")
                 state[f"{new}x_block.attn2.qkv.{kind}"] = second
             if index == last:  # its context has a scale and a shift only, in the other order
                 key = f"{new}context_block.adaLN_modulation.1.{kind}"
@@ -95,32 +95,34 @@ def sd3_state(transformer: nn.Module) -> State:
     return state
 
 
-def _ends(own: State, names: tuple[str, str, str, str]) -> State:
+def _ends(weights: State, names: tuple[str, str, str, str]) -> State:
     """Returns the first and the last layers, whose scale and shift are in the other order."""
     layers = dict(zip(("x_embedder", "context_embedder", "norm_out.linear", "proj_out"), names, strict=True))
-    state = {f"{new}.{kind}": own[f"{old}.{kind}"] for old, new in layers.items() if new for kind in ("weight", "bias")}
-    return state | {f"{names[2]}.{kind}": _swapped(own[f"norm_out.linear.{kind}"]) for kind in ("weight", "bias")}
+    state = {
+        f"{new}.{kind}": weights[f"{old}.{kind}"] for old, new in layers.items() if new for kind in ("weight", "bias")
+    }
+    return state | {f"{names[2]}.{kind}": _swapped(weights[f"norm_out.linear.{kind}"]) for kind in ("weight", "bias")}
 
 
-def _embedders(own: State, which: int, layers: tuple[str, str]) -> State:
+def _embedders(weights: State, which: int, layers: tuple[str, str]) -> State:
     state: State = {}
     for old, names in _EMBEDDERS.items():
         for number, layer in enumerate(layers, start=1):
-            state |= _renamed(own, f"{old}.", f"{names[which]}.", {f"linear_{number}": layer})
+            state |= _renamed(weights, f"{old}.", f"{names[which]}.", {f"linear_{number}": layer})
     return state
 
 
-def _renamed(own: State, old: str, new: str, names: dict[str, str]) -> State:
+def _renamed(weights: State, old: str, new: str, names: dict[str, str]) -> State:
     return {
-        f"{new}{other}.{kind}": own[f"{old}{name}.{kind}"]
+        f"{new}{other}.{kind}": weights[f"{old}{name}.{kind}"]
         for name, other in names.items()
         for kind in ("weight", "bias")
-        if f"{old}{name}.{kind}" in own
+        if f"{old}{name}.{kind}" in weights
     }
 
 
-def _joined(own: State, block: str, names: tuple[str, ...], kind: str, attention: str = "attn") -> Tensor:
-    return torch.cat([own[f"{block}{attention}.{name}.{kind}"] for name in names])
+def _joined(weights: State, block: str, names: tuple[str, ...], kind: str, attention: str = "attn") -> Tensor:
+    return torch.cat([weights[f"{block}{attention}.{name}.{kind}"] for name in names])
 
 
 def _swapped(tensor: Tensor) -> Tensor:
