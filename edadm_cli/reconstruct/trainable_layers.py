@@ -111,6 +111,8 @@ class LearnedLayer(nn.Module):
         self.operation, self.plan, self.bias, self.drop = operation, plan, bias, drop
         self.input_zero_point, self.transform_tensors = zero_point, transform_tensors
         self.transform = None if plan.transform is None else transform_named(plan.transform)
+        # Blocks of Kandinsky 6 ask a layer's parameters and buffers for its element type, and there are no others.
+        self.register_buffer("element_type", torch.zeros((), device=drop.generator.device), persistent=False)
 
     @property
     def input_quantizer(self) -> InputQuantizer | None:

@@ -17,11 +17,13 @@ from edadm_cli.processes import Processes
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import quantized_layer, quantized_layers
 from edadm_cli.quant.network import fill_layer
+from edadm_cli.quant.operation import Operation
+from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.recipe import AttentionRecipe, RangeRecipe, Recipe, TransformRule
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace, unit_seed
 from edadm_cli.reconstruct.capture import layer_outputs
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
-from edadm_cli.reconstruct.trainable_layers import Drop, Share
+from edadm_cli.reconstruct.trainable_layers import Drop, LearnedLayer, Share
 from edadm_cli.reconstruct.trainer import UnitLearner
 from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS, UnitData, UnitResult, channel_loss, layer_targets
 
@@ -208,6 +210,18 @@ def test_inputs_are_mixed_from_both_networks(make_setting: MakeSetting, learner_
     foreign = seen[0.5] == 100
     assert 0.4 < float(foreign.float().mean()) < 0.6
     assert torch.equal(seen[0.5][~foreign], seen[-1.5][~foreign])
+
+
+def test_a_layer_that_learns_has_the_element_type_that_diffusers_looks_for() -> None:
+    """Blocks of Kandinsky 6 cast to it; a layer without a bias has no parameter left while it learns."""
+    from diffusers.models.modeling_utils import get_parameter_dtype
+
+    layer = torch.nn.Linear(4, 4, bias=False)
+    drop = Drop(0.0, torch.Generator(), Share(0, 1, 1))
+    learned = LearnedLayer(Operation.of(layer), LayerPlan(weight_bits=8), None, None, drop, {})
+    assert not list(learned.parameters())
+    assert get_parameter_dtype(learned) == torch.float32
+    assert not learned.state_dict()
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
