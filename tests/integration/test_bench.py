@@ -19,7 +19,7 @@ from edadm_cli.artifacts.inspection import inspect_run
 from edadm_cli.bench import measurement, participants, peak
 from edadm_cli.bench import running as running_module
 from edadm_cli.bench import stage as bench
-from edadm_cli.bench.contenders.full_precision import OpenVinoFloat
+from edadm_cli.bench.contenders.full_precision import OpenVinoFloat, TorchFloat
 from edadm_cli.bench.request import BenchRequest
 from edadm_cli.bench.spec import ContenderEnvironment, Spec
 from edadm_cli.bench.subject import NearestSubject
@@ -78,7 +78,7 @@ def config(**changes: Any) -> BenchConfig:
     return BenchConfig(**{**fields, "compiled": False, **changes})
 
 
-def test_the_files_of_an_engine_are_an_artifact_of_their_own(run: RunFolder) -> None:
+def test_the_files_of_an_engine_are_an_artifact_of_their_own_and_are_made_again_when_damaged(run: RunFolder) -> None:
     before = run.open("export", "w8a8").identity
     settings = ExportConfig(bits=W8A8, device="cpu", parity_samples=1, engine="openvino")
     record = export.run(settings, run)
@@ -95,10 +95,7 @@ def test_the_files_of_an_engine_are_an_artifact_of_their_own(run: RunFolder) -> 
     assert run.open("engine", "w8a8-openvino").manifest.created_at == made
     assert [entry.kind for entry in inspect_run(run) if entry.kind == "engine" and entry.intact] == ["engine"]
 
-
-def test_damaged_files_of_an_engine_are_made_again(run: RunFolder) -> None:
-    settings = ExportConfig(bits=W8A8, device="cpu", parity_samples=1, engine="openvino")
-    export.run(settings, run)
+    # damaged files are made again
     path = run.path("engine", "w8a8-openvino") / "denoiser.bin"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match="bytes") as caught:
@@ -210,7 +207,13 @@ def test_a_bench_measures_every_contender_and_says_what_ran(run: RunFolder) -> N
     assert json.loads((artifact.path / "bench.json").read_text())["headline"] == record.headline
 
 
-@pytest.mark.usefixtures("in_one_process")
+@pytest.fixture
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the contenders of OpenVINO at full precision, which take most of a bench's time to convert."""
+    monkeypatch.setattr(measurement, "FLOATS", (TorchFloat(),))
+
+
+@pytest.mark.usefixtures("in_one_process", "torch_alone")
 def test_the_same_bench_measures_again_and_another_needs_force(run: RunFolder) -> None:
     # the reference: of all engines it has least to compile
     assert bench.finished(config(engine="reference"), run) is None
@@ -262,7 +265,7 @@ def test_algorithms_are_tried_for_what_is_timed_and_nothing_else(
     assert not torch.backends.cudnn.benchmark
 
 
-@pytest.mark.usefixtures("in_one_process")
+@pytest.mark.usefixtures("in_one_process", "torch_alone")
 def test_whole_images_are_timed_on_request(run: RunFolder) -> None:
     record = bench.run(config(pipeline=True, cache="taylorseer:2"), run)
     cached = {contender.engine: contender.pipeline.cache for contender in record.contenders if contender.pipeline}
