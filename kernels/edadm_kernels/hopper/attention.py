@@ -235,17 +235,16 @@ def _steps(x: Tensor) -> tuple[int, int, int]:
 # Channels, queries and keys of the attentions of Stable Diffusion 1.x and XL, and of other sizes with a separate cut.
 _SHAPES = [(40, 4096, 4096), (40, 4096, 77), (80, 1024, 1024), (80, 1024, 77), (160, 256, 256), (160, 256, 77)]
 _SHAPES += [(160, 64, 64), (64, 4096, 4096), (64, 1024, 1024), (64, 1024, 77), (64, 64, 64), (40, 300, 300)]
-_SHAPES += [(72, 4096, 4096), (72, 256, 256), (128, 4608, 4608), (128, 256, 256)]
+_SHAPES += [(72, 4096, 4096), (72, 256, 256), (128, 4608, 4608), (128, 1024, 1024), (128, 256, 256)]
 _SHAPES += [(40, 300, 77), (40, 4096, 64), (40, 300, 64), (80, 1024, 64)]
-# The same of DiT, PixArt, Stable Diffusion 3.5 and FLUX, whose result is not written as codes.
+# The same of DiT, PixArt, Stable Diffusion 3.5 and FLUX, whose result is not always written as codes.
 _FLOAT_SHAPES = [(72, 256, 256), (72, 4096, 4096), (64, 4429, 4429), (128, 4608, 4608)]
 
 
 def variants() -> list[AttentionVariant]:
     """Lists the variants that the attentions of a Stable Diffusion denoiser compile, and those of all other cuts."""
-    listed = [choose(*shape, heads) for shape in _SHAPES for heads in (8, 16, 128)]
+    listed = [choose(*shape, heads) for shape in (*_SHAPES, *_FLOAT_SHAPES) for heads in (8, 16, 128)]
     listed += [choose(*shape, 32, False, bfloats) for shape in _FLOAT_SHAPES for bfloats in (False, True)]
-    listed += [choose(*shape, 32) for shape in _FLOAT_SHAPES]
     listed += [choose(width, 4096, 300, 32, codes, bias=True) for width in _BIASED for codes in (False, True)]
     return list(dict.fromkeys(listed))
 
