@@ -87,6 +87,7 @@ def _build(task: Task, build: Build, reporter: Reporter) -> None:
         for place in places:
             for kind, number in _build_denoiser(task, place, build.path / place, reporter).items():
                 passes[kind] = passes.get(kind, 0) + number
+    processes.wait()  # the others may still read what is discarded now
     if processes.is_main:
         scratch = (UNITS_FOLDER, CACHE_FOLDER, _RANGES_FILE)
         build.discard(str(Path(place, name)) for place in places for name in scratch)

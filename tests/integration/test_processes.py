@@ -112,8 +112,27 @@ def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, p
     assert err.strip() == ""
 
 
+# The second process reads the last unit late: the first one must not have cleaned up by then.
+LATE_READER = """
+import os, sys, time
+from edadm_cli.reconstruct import checkpoint
+load = checkpoint.load_tensors
+def late(path):
+    if os.environ["RANK"] == "1" and "conv_out" in str(path):
+        time.sleep(2)
+    return load(path)
+checkpoint.load_tensors = late
+from edadm_cli.cli.app import main
+sys.exit(main())
+"""
+
+
 def test_two_processes_learn_what_one_learns_from_the_two_halves_of_each_step(
-    tiny_sd: Path, fresh_run: FreshRun, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd: Path,
+    fresh_run: FreshRun,
+    fresh_interpreter: FreshInterpreter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The bytes are those of one process that computes the halves of each step's rows apart and adds their gradients.
 
@@ -125,6 +144,8 @@ def test_two_processes_learn_what_one_learns_from_the_two_halves_of_each_step(
     recipe.write_text(RECIPE)
     run, other = fresh_run(tiny_sd), fresh_run(tiny_sd)
     flags = ["--bits", "w4a8", "--recipe", str(recipe), "--batch-size", "3", "--device", "cpu", "--quiet"]
+    program = tmp_path / "edadm"
+    fresh_interpreter.write_program(program, LATE_READER)
     started = torchrun("reconstruct", "--run", str(other.root), *flags, program=program)
     monkeypatch.setattr(trainer, "make_step", step_by_halves)
     config = ReconstructConfig(bits=BitWidth.parse("w4a8"), recipe=load_recipe(str(recipe)), batch_size=3, device="cpu")
