@@ -34,10 +34,12 @@ class LearnedRounding:
         self.scale = torch.cat(
             [scales[name].to(flat).repeat_interleave(weight[0].numel()) for name, weight in weights.items()]
         )
-        self.floor = (flat / self.scale).floor()
+        floor = (flat / self.scale).floor()
         grids = [plans[name].weight_grid for name in weights]
-        self.low = self._per_element([grid.quant_min for grid in grids], flat)
-        self.high = self._per_element([grid.quant_max for grid in grids], flat)
+        low = self._per_element([grid.quant_min for grid in grids], flat)
+        high = self._per_element([grid.quant_max for grid in grids], flat)
+        # clamp(floor + h, low, high) as down + is_free * h, because 0 <= h <= 1: a step needs no clamp of every weight
+        self.down, self.is_free = floor.clamp(low, high), ((floor >= low) & (floor < high)).to(flat.dtype)
         self.alpha = nn.Parameter(initial_alpha(flat, self.scale))
         self.sharpness = torch.ones((), device=flat.device)  # tau; changed in place for CUDA graphs
 
@@ -49,7 +51,7 @@ class LearnedRounding:
             scales: The scales of the parts, `[C_out]` each, if they are learned.
         """
         up = (self.alpha.detach() >= 0).float() if decided else rectified_sigmoid(self.alpha, self.sharpness)
-        codes = (self.floor + up).clamp(self.low, self.high)
+        codes = torch.addcmul(self.down, self.is_free, up)
         if scales is None:
             return self._split(codes * self.scale), up
         pieces = self._split(codes)
@@ -57,7 +59,7 @@ class LearnedRounding:
 
     def codes(self) -> dict[str, Tensor]:
         """Returns the deployed int8 codes by part name, which are rounded up where h >= 0.5."""
-        codes = (self.floor + (self.alpha.detach() >= 0)).clamp(self.low, self.high)
+        codes = self.down + self.is_free * (self.alpha.detach() >= 0)
         return self._split(codes.to(torch.int8))
 
     def _split(self, flat: Tensor) -> dict[str, Tensor]:

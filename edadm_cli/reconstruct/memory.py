@@ -17,7 +17,7 @@ _MIB = 2**20
 _CPU_BUDGET_MIB = 4096
 _USABLE = 0.97  # of the available memory: the rest is lost between blocks of the allocator
 _LEAST_SHARE = 0.25  # of the available memory that rows may take in any case
-_LEARNER_COPIES = 11  # of a unit's weights, float32: alpha, its gradient and moments, floor, scale, bounds, h, weights
+_LEARNER_COPIES = 11  # of a unit's weights, float32: alpha, its gradient and moments, codes, scale, h, weights
 _STEP_ACTIVATIONS = 12  # of the largest tensor in a unit, alive at once in a step that learns
 _ACTIVATIONS = 3.5  # the same in a forward without gradients
 
