@@ -63,6 +63,10 @@ def test_the_regularizer_is_zero_once_decided_and_largest_at_a_half() -> None:
     rounding_regularizer(rectified_sigmoid(alpha), torch.tensor(2.0)).backward()
     assert alpha.grad is not None
     assert alpha.grad[0] > 0 > alpha.grad[1], "descent moves every h away from a half"
+    h = torch.tensor([0.0, 0.1, 0.5, 0.7, 1.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(3 * rounding_regularizer(h, torch.tensor(7.5)), h)
+    distance = 2 * h.detach() - 1
+    torch.testing.assert_close(gradient, -3 * 7.5 * 2 * distance.abs().pow(6.5) * distance.sign())
 
 
 def test_sharpness_is_one_until_it_grows_and_reaches_its_last_value() -> None:
