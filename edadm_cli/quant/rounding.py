@@ -69,4 +69,5 @@ class _Regularizer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         distance, power = ctx.saved_tensors
-        return torch.where(distance == 0, 0, power / distance).mul_(-2 * ctx.beta * grad), None
+        slope = (power / distance).masked_fill_(distance == 0, 0)
+        return slope.mul_(-2 * ctx.beta * grad), None
