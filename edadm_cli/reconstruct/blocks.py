@@ -143,7 +143,8 @@ class BlockReconstruction:
                 with suppress(InputError):  # a unit that cannot be captured runs in every pass
                     forms |= probe_units(denoiser, [unit], self.batches)
         links = find_links(denoiser, units, forms, self.batches)
-        return FinishedUnits(denoiser, units, links, self.workspace.cache, self.batches.num_rows)
+        cache, rows = self.workspace.cache, self.batches.num_rows
+        return FinishedUnits(denoiser, units, links, cache, rows, self._mixes_inputs)
 
     def _learn(self, number: int, unit: Unit, float_calls: UnitCalls, finished: FinishedUnits | None) -> UnitResult:
         workspace = self.workspace
@@ -196,12 +197,17 @@ class BlockReconstruction:
     def _capture_ahead(self, units: Sequence[Unit], finished: FinishedUnits | None) -> dict[str, UnitCalls]:
         """Captures the full-precision calls of as many of the next units as the budget allows, in one pass."""
         cache, with_layers = self.workspace.cache, self.hyperparameters.layer_loss_weight > 0
-        later = 0 if finished is None else finished.expected_bytes
+        later = 0 if finished is None else finished.expected_bytes()
 
         def fits(size: int) -> bool:
             return cache.fits(size + later)
 
         group, learning = next_group(units, self._forms, self.batches.num_rows, with_layers, fits)
+        reserve = 0 if self._mixes_inputs else learning + later
+        if len(group) == 1 and not self._mixes_inputs:  # its quantized inputs take the place of these
+            inputs = sum(kind.bytes for kind in self._forms[group[0].name].inputs)
+            stored = 0 if finished is None else finished.expected_bytes([group[0].name])
+            reserve = learning - self.batches.num_rows * inputs + stored
         with self.network.full_precision():
             captured = capture_units(
                 self.network.denoiser,
@@ -210,7 +216,7 @@ class BlockReconstruction:
                 self.batches,
                 cache,
                 with_outputs=True,
-                reserve=0 if self._mixes_inputs else learning + later,
+                reserve=reserve,
                 processes=self.workspace.processes,
             )
         self.passes["full_precision"] += 1

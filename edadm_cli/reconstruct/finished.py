@@ -9,9 +9,8 @@ replay their outputs.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +121,7 @@ class FinishedUnits:
         links: The links of the units that can be stubs, by name.
         cache: Stores the outputs of finished units.
         num_rows: Number of rows of the calibration set.
+        mixes_inputs: Whether a unit learns from its full-precision inputs too, so that both are held at once.
     """
 
     def __init__(
@@ -131,24 +131,20 @@ class FinishedUnits:
         links: Mapping[str, Link],
         cache: RowCache,
         num_rows: int,
+        mixes_inputs: bool = True,
     ) -> None:
         self.denoiser, self.links, self.cache, self.num_rows = denoiser, links, cache, num_rows
         self.positions = {unit.name: position for position, unit in enumerate(units)}
         self._finished: dict[str, list[Rows] | None] = {}  # None: not stored yet
-        forms = {name: link.form for name, link in links.items()}
-        needs = {name: num_rows * (form.call_bytes + form.learning_bytes(True)) for name, form in forms.items()}
-        self._largest_need, stored = max(needs.values(), default=0), self._stored_bytes()
-        self._peak = max(stored, default=0)
-        most = max((need + stored[self.positions[name]] for name, need in needs.items()), default=0)
-        # Where memory cannot hold both, the stored outputs leave enough for the rows that one unit learns from.
-        self._all_in_memory = not cache.shared and most <= cache.budget
+        self._planned = self._plan(mixes_inputs)
+        self._stored = self._loads(self._planned)
 
-    @property
-    def expected_bytes(self) -> int:
-        """Number of bytes of memory by which the stored outputs may still grow."""
+    def expected_bytes(self, names: Sequence[str] | None = None) -> int:
+        """Returns the bytes of memory by which stored outputs may still grow, until the named units have learned."""
+        places = self.positions.values() if names is None else (self.positions[name] for name in names)
+        most = max((self._stored[place] for place in places), default=0)
         stored = (row for rows in self._finished.values() for row in rows or ())
-        held = sum(rows.bytes for rows in stored if rows.in_memory)
-        return max(0, self._peak - held) if self._all_in_memory else 0
+        return max(0, most - sum(rows.bytes for rows in stored if rows.in_memory))
 
     def add(self, unit: Unit) -> None:
         """Registers a finished unit; the next pass stores its outputs."""
@@ -180,23 +176,53 @@ class FinishedUnits:
         """Releases all stored outputs."""
         self._give_back(len(self.positions))
 
-    def _stored_bytes(self) -> list[int]:
-        """Returns the bytes of all stored outputs while each unit learns, and one more."""
-        changes = [0] * (len(self.positions) + 2)
+    def _plan(self, mixes_inputs: bool) -> set[str]:
+        """Returns the units whose outputs are stored in memory; those of the others are in files.
+
+        While each unit learns, the outputs that live then fit beside the rows that it learns from. Outputs that live
+        for a short time come first: the next passes read them, and those of skip connections are read once or twice.
+        """
+        if self.cache.shared:
+            return set()
+        loads = [0] * len(self.positions)
         for name, link in self.links.items():
-            last = max(link.readers, default=-1)
-            if last > self.positions[name]:
-                size = self.num_rows * sum(kind.bytes for kind in link.form.outputs)
-                changes[self.positions[name] + 1] += size
-                changes[last + 2] -= size  # the pass after the last reader's learning runs it once more
-        return list(itertools.accumulate(changes))
+            replaced = 0 if mixes_inputs else sum(kind.bytes for kind in link.form.inputs)  # by the quantized ones
+            need = link.form.call_bytes + link.form.learning_bytes(True) - replaced
+            loads[self.positions[name]] = self.num_rows * need
+        planned: set[str] = set()
+        for name in sorted(self.links, key=lambda name: len(self._life(name))):
+            life, size = self._life(name), self._bytes(name)
+            if all(loads[place] + size <= self.cache.budget for place in life):
+                planned.add(name)
+                for place in life:
+                    loads[place] += size
+        return planned
+
+    def _loads(self, names: Collection[str]) -> list[int]:
+        """Returns the bytes of the stored outputs of some units, while each unit learns."""
+        loads = [0] * len(self.positions)
+        for name in names:
+            for place in self._life(name):
+                loads[place] += self._bytes(name)
+        return loads
+
+    def _life(self, name: str) -> range:
+        """Returns the positions of the units that learn while an output is stored.
+
+        The last reader runs once more in the pass for the unit after it.
+        """
+        first, last = self.positions[name] + 1, max(self.links[name].readers, default=-1)
+        return range(first, min(last + 2, len(self.positions)) if last >= first else first)
+
+    def _bytes(self, name: str) -> int:
+        return self.num_rows * sum(kind.bytes for kind in self.links[name].form.outputs)
 
     def _keep(self, name: str, position: int, places: Callable[[], Sequence[int]]) -> Callable[[], None]:
         """Stores the outputs of a unit that runs, if a later unit reads them; returns a function that ends this."""
         link = self.links.get(name)
         if link is None:
             return lambda: None  # it runs in every pass
-        reserve = 0 if self._all_in_memory else self._largest_need
+        reserve = 0 if name in self._planned else self.cache.budget
         is_read = max(link.readers, default=-1) >= position
         kinds = link.form.outputs if is_read else ()
         kept = [self.cache.allocate(self.num_rows, kind, reserve) for kind in kinds]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -354,31 +354,39 @@ def test_a_unit_that_is_finished_runs_in_one_more_pass(make_setting: MakeSetting
     assert set(counts.values()) <= {0, batches}, "not once per unit that comes after"
 
 
-def test_stored_outputs_have_their_memory_before_calls_are_captured_ahead(
-    make_setting: MakeSetting, tmp_path: Path
+@pytest.mark.parametrize("mixes_inputs", [True, False])
+def test_stored_outputs_leave_each_unit_the_memory_that_it_learns_in(
+    make_setting: MakeSetting, tmp_path: Path, mixes_inputs: bool
 ) -> None:
-    """Where memory holds the stored outputs beside what a unit learns from, no output goes to a file."""
+    """With less memory, outputs that live long go to files first, and none of a unit that needs little."""
     setting = make_setting(iterations=1)
     units, rows = setting.units(), setting.batches.num_rows
     forms = probe_units(setting.denoiser, units, setting.batches)
     links = find_links(setting.denoiser, units, forms, setting.batches)
-    unlimited = FinishedUnits(setting.denoiser, units, links, setting.cache(tmp_path, 2**40), rows)
-    peak = unlimited.expected_bytes
-    skips = sum(rows * sum(kind.bytes for kind in link.form.outputs) for link in links.values())
-    assert 0 < peak < skips
-    needs = [rows * (forms[unit.name].call_bytes + forms[unit.name].learning_bytes(True)) for unit in units]
     places = {unit.name: place for place, unit in enumerate(units)}
-    stored = [  # while each unit learns: outputs of earlier units that it, the one before it, or a later one reads
-        sum(
-            rows * sum(kind.bytes for kind in link.form.outputs)
-            for name, link in links.items()
-            if max(link.readers, default=-1) > places[name] and places[name] < place <= max(link.readers) + 1
-        )
-        for place in range(len(units))
+    sizes = {name: rows * sum(kind.bytes for kind in link.form.outputs) for name, link in links.items()}
+    lives = {name: range(places[name] + 1, max(link.readers, default=-1) + 2) for name, link in links.items()}
+    needs = [
+        rows
+        * (form.call_bytes + form.learning_bytes(True) - (0 if mixes_inputs else sum(k.bytes for k in form.inputs)))
+        for form in (forms[unit.name] for unit in units)
     ]
-    assert peak == max(stored)
-    most = max(need + size for need, size in zip(needs, stored, strict=True))
-    assert most < max(needs) + peak, "the unit that needs most is not where most is stored"
-    for budget, expected in ((most, peak), (most - 1, 0)):
-        finished = FinishedUnits(setting.denoiser, units, links, setting.cache(tmp_path, budget), rows)
-        assert finished.expected_bytes == expected
+
+    def stored(names: Collection[str]) -> list[int]:
+        return [sum(sizes[name] for name in names if place in lives[name]) for place in range(len(units))]
+
+    def planned(budget: int) -> FinishedUnits:
+        return FinishedUnits(setting.denoiser, units, links, setting.cache(tmp_path, budget), rows, mixes_inputs)
+
+    everything = {name for name, life in lives.items() if life}
+    most = max(need + size for need, size in zip(needs, stored(everything), strict=True))
+    assert most < max(needs) + max(stored(everything)), "the unit that needs most is not where most is stored"
+    assert planned(most).expected_bytes() == max(stored(everything))
+    tight = planned(most - 1)
+    in_memory = {name for name in everything if name in tight._planned}
+    assert in_memory < everything
+    assert all(need + size < most for need, size in zip(needs, stored(in_memory), strict=True))
+    assert tight.expected_bytes([units[3].name]) == stored(in_memory)[3]
+    in_files = everything - in_memory
+    assert min(len(lives[name]) for name in in_files) > min(len(lives[name]) for name in in_memory)
+    assert planned(min(needs) - 1).expected_bytes() == 0
