@@ -109,7 +109,9 @@ def test_passes_are_counted_as_they_are_made(make_setting: MakeSetting, tmp_path
         made.network, made.plan, made.nearest(), made.batches, made.hyperparameters, 0, workspace
     )
     reconstruction.run(made.units(), lambda _: None)
-    assert reconstruction.passes == {"full_precision": len(planned), "quantized": len(made.units())}
+    more = reconstruction.passes["full_precision"] - len(planned)
+    assert 0 <= more <= 1, "stored outputs, which the estimate does not count, may take the memory of a call"
+    assert reconstruction.passes["quantized"] == len(made.units())
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])
