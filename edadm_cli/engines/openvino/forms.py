@@ -3,7 +3,7 @@
 The faster form depends on the processor. With bfloat16 tiles (AMX), attention in bytes can take longer than in
 bfloat16. Without them, bytes are faster. Every product that is large enough is therefore compiled alone in both forms,
 which are timed in turns. The results are stored in a file per user, by processor, version of OpenVINO, element type,
-threads and shape, so that a shape is measured only once per processor.
+threads, shape and attributes such as strides, so that a product is measured only once per processor.
 
 Attention in floating point does not round its operands to their grids, so its output is nearer to that of full
 precision than to that of the grids.
@@ -16,6 +16,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class _Operation:
     Attributes:
         indices: The indices of its products in the order of `quantized_products`.
         layers: The names of the layers that the products belong to.
-        shape: The kind and the sizes. Operations of one shape have one form.
+        shape: The kind, the sizes and the attributes. Operations of one shape have one form.
         work: The number of multiply-accumulates.
     """
 
@@ -115,9 +116,7 @@ def _operations(products: list[QuantizedProduct]) -> list[_Operation]:
             continue
         indices = (followed[index], index) if index in followed else (index,)
         members = [products[each] for each in indices]
-        sizes = " ".join(
-            f"{list(member.node.get_input_shape(0))}x{list(member.node.get_input_shape(1))}" for member in members
-        )
+        sizes = " ".join(_sizes(member.node) for member in members)
         layers = tuple(dict.fromkeys(member.layer for member in members))
         work = sum(_work(member.node) for member in members)
         operations.append(_Operation(indices, layers, f"{product.kind} {sizes}", work))
@@ -145,6 +144,12 @@ def _scores(product: ov.Node, places: Mapping[str, int]) -> int | None:
         has_softmax = has_softmax or kind == "Softmax"
         waiting.extend(value.get_node() for value in node.input_values())
     return None
+
+
+def _sizes(product: ov.Node) -> str:
+    """Returns the shapes of a product's operands, and its attributes: strides change its work, not its operands."""
+    attributes = " ".join(f"{name}={value}" for name, value in sorted(product.get_attributes().items()))
+    return f"{list(product.get_input_shape(0))}x{list(product.get_input_shape(1))} {attributes}"
 
 
 def _work(product: ov.Node) -> int:
@@ -220,6 +225,8 @@ class _Memory:
     def write(self) -> None:
         """Adds the new measurements to the file."""
         path, stored = _path(), self._read()
+        if path is None:
+            return
         stored[self._key] = self.is_float_faster
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         try:
@@ -227,13 +234,14 @@ class _Memory:
             partial.write_text(json.dumps(stored, indent=1), encoding="utf-8")
             partial.replace(path)
         except OSError:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder may be a file, or on a read-only disk
+                partial.unlink()
 
     @staticmethod
     def _read() -> dict[str, dict[str, Any]]:
         path = _path()
         try:
-            if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
+            if path is None or not path.is_file() or path.stat().st_size > _LARGEST_FILE:
                 return {}
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -243,6 +251,10 @@ class _Memory:
         return {key: value for key, value in stored.items() if isinstance(value, dict)}
 
 
-def _path() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _path() -> Path | None:
+    """Returns the file of the user; `None` for a user without a home."""
+    try:
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(folder) / "edadm" / "openvino-forms.json"

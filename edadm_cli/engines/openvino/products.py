@@ -65,7 +65,8 @@ class QuantizedProduct:
         else:
             for port in (0, 1):
                 quantizer = source(self.node.input_value(port))
-                quantizer.output(0).replace(quantizer.input_value(0))
+                if is_quantizer(quantizer):  # one that both operands share, or another product, is removed once
+                    quantizer.output(0).replace(quantizer.input_value(0))
 
 
 def quantized_products(graph: ov.Model) -> Iterator[QuantizedProduct]:

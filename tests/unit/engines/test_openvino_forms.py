@@ -126,3 +126,54 @@ def test_a_damaged_memory_is_measured_anew(tmp_path: Path) -> None:
     path.write_text('{"a": [1', encoding="utf-8")
     forms.use_faster_forms(attention_graph(), PROPERTIES)
     assert '"attention' in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("is_home_known", [True, False], ids=["a-file-in-the-way", "no-home"])
+def test_a_place_that_cannot_be_written_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_home_known: bool
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(forms, "_is_float_faster", lambda *_: True)
+    if is_home_known:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(forms.Path, "home", no_home)
+    graph = attention_graph()
+    forms.use_faster_forms(graph, PROPERTIES)
+    assert kinds(graph) == []
+
+
+def test_convolutions_of_other_strides_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def stride_is_slow(graph: ov.Model, operation: Any, properties: Any) -> bool:
+        measured.append(operation.shape)
+        return "strides=[2, 2]" in operation.shape
+
+    monkeypatch.setattr(forms, "_is_float_faster", stride_is_slow)
+    parameter, results = ops.parameter([1, 4, 8, 8], ov.Type.f32), []
+    for stride in (1, 2):
+        layer = quantized_layer(nn.Conv2d(4, 4, 3, stride, 1), LayerPlan(weight_bits=8, activation_bits=8))
+        assert isinstance(layer, QuantizedLayer)
+        codes = torch.randint(-128, 128, layer.weight_shape)
+        layer.set_parameters(codes, torch.full((4,), 0.01), torch.tensor(0.02), torch.tensor(128, dtype=torch.int32))
+        results.append(nodes.layer(parameter.output(0), layer, f"stride{stride}").get_node())
+    in_float = forms.use_faster_forms(ov.Model(results, [parameter]), PROPERTIES)
+    assert len(measured) == 2
+    assert in_float == {"stride2"}
+
+
+def test_a_quantizer_of_both_operands_is_removed_once() -> None:
+    parameter = ops.parameter([2, 8, 8], ov.Type.f32)
+    doubled = ops.multiply(parameter, ops.constant(np.float32(2)))
+    codes = nodes.fake_quantize(doubled.output(0), torch.tensor(0.02), None, weight_grid(8))
+    graph = ov.Model([ops.matmul(codes, codes, False, True)], [parameter])
+    (product,) = quantized_products(graph)
+    product.use_fastest_float()
+    x = np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32)
+    expected = 4 * x @ x.transpose(0, 2, 1)
+    assert np.allclose(ov.Core().compile_model(graph, "CPU", PROPERTIES)([x])[0], expected, atol=1e-4)
