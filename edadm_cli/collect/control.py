@@ -78,7 +78,7 @@ class ControlRecorder:
         call = split_call(self.network, args, kwargs)
         self._outputs = flat_tensors(outputs)
         if self.first is None:
-            self.first = call
+            self.first = call.copied()
             return
         changed = difference(call, self.first)
         if changed is not None:

@@ -152,7 +152,7 @@ class BatchRecorder:
             self._check_like_first(call, step)
         self._second_is_due = True
         self._features.append([])
-        self.timesteps.append(call.timestep)
+        self.timesteps.append(call.timestep.clone())
         self.latents.append(self._one_sample(call.sample).cpu().clone())
 
     def _repeats_step(self, call: DenoiserCall) -> bool:
@@ -181,7 +181,7 @@ class BatchRecorder:
                 f"{self.model.ref.id} calls its denoiser with {rows} rows for {self.num_trajectories} "
                 "images; as many rows for each image can be calibrated."
             )
-        self._first, self.template = call, call.template
+        self._first, self.template = call.copied(), call.template
         self._row_groups = rows // self.num_trajectories
         unconditional, conditional = self._order(call.sample)
         if self._row_groups == 2 and torch.equal(unconditional, conditional):
@@ -218,7 +218,7 @@ class BatchRecorder:
         return is_second
 
     def _keep_second(self, first: DenoiserCall, call: DenoiserCall) -> None:
-        self._second, self.calls_per_step = call, 2
+        self._second, self.calls_per_step = call.copied(), 2
         conditions = of_calls(first, call, family_of(self.model.denoiser).masks)
         conditions = conditions if self.control is None else "the control"
         if isinstance(conditions, str):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from edadm_cli.collect.branches import differences, equal
+from edadm_cli.collect.branches import differences, equal, storable
 from edadm_cli.models.calls import DenoiserCall
 
 _Halves = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -41,8 +41,8 @@ class Varying:
             step: The number of steps before this one.
 
         Returns:
-            The name of what changes, if it is no condition with rows of the same shape as before, or if it also tells
-            the two branches of guidance apart; else `None`.
+            The name of what changes, if it is no condition with rows of the same shape as before, or if it also
+            distinguishes the two branches of guidance; else `None`.
         """
         for name in self.new(call, first):
             before = first.condition.get(name)
@@ -50,17 +50,17 @@ class Varying:
                 return name
             if second is not None and not equal(before, second.tensors.get(name)):
                 return name
-            self.values[name] = [before.cpu()] * step
+            self.values[name] = [storable(before)] * step
             if second is not None:
-                self.of_second[name] = [second.tensors[name].cpu()] * step
+                self.of_second[name] = [storable(second.tensors[name])] * step
         for name, values in self.values.items():
-            values.append(call.tensors[name].cpu())
+            values.append(storable(call.tensors[name]))
         return None
 
     def add_second(self, call: DenoiserCall) -> None:
         """Records the values of the second call of a step."""
         for name, values in self.of_second.items():
-            values.append(call.tensors[name].cpu())
+            values.append(storable(call.tensors[name]))
 
     def new(self, call: DenoiserCall, other: DenoiserCall) -> list[str]:
         """Returns what differs in two calls besides the tensors that are known to change."""

@@ -72,6 +72,11 @@ class DenoiserCall:
         """The tensors that are the same for every row."""
         return {name: self.tensors[name] for name in self.template["constants"]}
 
+    def copied(self) -> DenoiserCall:
+        """Returns a call whose values stay the same if the pipeline writes into its tensors later."""
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return DenoiserCall(self.sample.clone(), self.timestep.clone(), tensors, self.template)
+
 
 def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserCall:
     """Splits one call of `denoiser` into its parts.

@@ -133,6 +133,17 @@ def test_a_condition_that_changes_has_a_value_per_step_in_each_branch() -> None:
         assert tensors["condition.unconditional.text"][1, :, 0].tolist() == expected
 
 
+def test_values_that_a_pipeline_writes_into_the_same_tensors_are_recorded_step_by_step() -> None:
+    denoiser, text, timestep = Fake(), torch.ones(2, 3), torch.tensor(9)
+    recorder = recorder_of(denoiser, 2)
+    with recorder.recording():
+        for value in (1.0, 2.0, 3.0):
+            denoiser(torch.full((2, 1, 2, 2), value), timestep.fill_(9 - value), text=text.fill_(value))
+    tensors = recorder.tensors()
+    assert tensors["timesteps"].tolist() == [8, 7, 6]
+    assert tensors["condition.text"][0, :, 0].tolist() == [1, 2, 3]
+
+
 def test_a_prompt_that_changes_between_steps_of_two_calls_is_refused() -> None:
     denoiser = Fake()
     with recorder_of(denoiser, 2).recording():
