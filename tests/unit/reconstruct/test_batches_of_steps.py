@@ -42,3 +42,18 @@ def test_small_calls_stay_on_the_device_and_large_ones_and_parts_of_batches_do_n
         _, kwargs = batches.call([0, 1])
         kwargs["condition"].clear()
         assert batches.call([0, 1])[1]["condition"], "the caller may change the containers"
+        for samples in ([1, 2], [2, 0], [1]):  # of every step, or a part of a batch
+            batches.call(samples)
+        assert batches._held.keys() == ({(0, 1), (2,)} if held else set())
+        args, _ = batches.call([0, 1])
+        args[0].add_(5)
+        assert batches.call([0, 1])[0][0].tolist() == [0, 1], "the caller may write into the tensors"
+
+
+def test_calls_that_will_stay_on_the_device_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = cast("Any", SimpleNamespace(call=lambda indices, *_: ((torch.zeros(len(indices)),), {})))
+    monkeypatch.setitem(batches_module._HELD_BYTES, "cpu", 100)
+    for size, later in ((2, 2 * 8), (20, 0)):  # three batches of 8 bytes stay; those of 80 bytes do not
+        batches = Batches(calibration, size, torch.device("cpu"), num_samples=3 * size)
+        batches.call(batches.indices()[0])
+        assert batches.later_bytes() == later
