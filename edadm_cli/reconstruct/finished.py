@@ -135,6 +135,7 @@ class FinishedUnits:
     ) -> None:
         self.denoiser, self.links, self.cache, self.num_rows = denoiser, links, cache, num_rows
         self.positions = {unit.name: position for position, unit in enumerate(units)}
+        self._always_run = {position for name, position in self.positions.items() if name not in links}
         self._finished: dict[str, list[Rows] | None] = {}  # None: not stored yet
         self._planned = self._plan(mixes_inputs)
         self._stored = self._loads(self._planned)
@@ -160,7 +161,7 @@ class FinishedUnits:
         """
         running = [name for name, rows in self._finished.items() if rows is None]
         computed = {self.positions[name] for name in running} | {self.positions[upcoming.name]}
-        self._give_back(min(computed))
+        self._give_back(computed)
         with ExitStack() as stack:
             for name, rows in self._finished.items():
                 if name in running:
@@ -174,7 +175,7 @@ class FinishedUnits:
 
     def close(self) -> None:
         """Releases all stored outputs."""
-        self._give_back(len(self.positions))
+        self._give_back(set())
 
     def _plan(self, mixes_inputs: bool) -> set[str]:
         """Returns the units whose outputs are stored in memory; those of the others are in files.
@@ -209,10 +210,13 @@ class FinishedUnits:
     def _life(self, name: str) -> range:
         """Returns the positions of the units that learn while an output is stored.
 
-        The last reader runs once more in the pass for the unit after it.
+        The last reader runs once more in the pass for the unit after it, or in every pass if it can be no stub.
         """
-        first, last = self.positions[name] + 1, max(self.links[name].readers, default=-1)
-        return range(first, min(last + 2, len(self.positions)) if last >= first else first)
+        readers, end = self.links[name].readers, len(self.positions)
+        first, last = self.positions[name] + 1, max(readers, default=-1)
+        if last < first:
+            return range(first, first)
+        return range(first, end if readers & self._always_run else min(last + 2, end))
 
     def _bytes(self, name: str) -> int:
         return self.num_rows * sum(kind.bytes for kind in self.links[name].form.outputs)
@@ -258,10 +262,12 @@ class FinishedUnits:
 
         return forward
 
-    def _give_back(self, earliest: int) -> None:
-        """Releases the outputs that no unit from the position `earliest` on reads."""
+    def _give_back(self, computed: Collection[int]) -> None:
+        """Releases the outputs that are read neither by units at the positions `computed` nor by any after them."""
+        latest = max(computed, default=len(self.positions))
         for name, rows in self._finished.items():
-            if rows and max(self.links[name].readers, default=-1) < earliest:
+            readers = self.links[name].readers if rows else frozenset()
+            if rows and readers.isdisjoint(computed) and max(readers, default=-1) < latest:
                 self.cache.release(rows)
                 self._finished[name] = []
 

@@ -326,6 +326,37 @@ def test_passes_with_stubs_capture_what_passes_from_the_start_capture(
     setting.restore()
 
 
+def test_a_unit_that_can_be_no_stub_keeps_only_what_it_reads(make_setting: MakeSetting, tmp_path: Path) -> None:
+    """It runs in every pass, which captures the same bytes, and its inputs count as stored until the end."""
+    setting = make_setting()
+    denoiser, units, nearest = setting.denoiser, setting.units(), setting.nearest()
+    forms = probe_units(denoiser, units, setting.batches)
+    able = {name: form for name, form in forms.items() if name != units[4].name}
+    links = find_links(denoiser, units, able, setting.batches)
+    kept = {name for name, link in links.items() if 4 in link.readers}
+    assert kept
+    cache = setting.cache(tmp_path, 2**28)
+    finished = FinishedUnits(denoiser, units, links, cache, setting.batches.num_rows)
+    for place, unit in enumerate(units):
+        plain, stubbed = (
+            capture_units(denoiser, [unit], forms, setting.batches, cache, with_outputs=False, finished=stubs)[0]
+            for stubs in (None, finished)
+        )
+        for first, second in zip(plain.tensors, stubbed.tensors, strict=True):
+            assert torch.equal(all_rows(first), all_rows(second)), unit.name
+        cache.release([*plain.tensors, *stubbed.tensors])
+        assert cache.used <= finished._stored[place], "the plan counts what is stored"
+        freeze_unit(setting.network, setting.plan, unit, nearest)
+        finished.add(unit)
+    assert {name for name, rows in finished._finished.items() if rows} >= kept
+    last = len(units) - 1
+    for name, rows in finished._finished.items():
+        assert not rows or name in kept or max(links[name].readers) >= last - 1, f"{name} is read no more"
+    finished.close()
+    assert cache.used == 0
+    setting.restore()
+
+
 def test_a_unit_that_is_finished_runs_in_one_more_pass(make_setting: MakeSetting, tmp_path: Path) -> None:
     setting = make_setting(iterations=0)
     units = setting.units()
