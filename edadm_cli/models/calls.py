@@ -197,7 +197,7 @@ def placed_tensors(node: Any) -> set[str]:
     """Returns the names of the tensors in a template or a part of it, besides sample and timestep.
 
     Raises:
-        ValueError: A tensor has no name, or a tuple has no items.
+        ValueError: A tensor has no name, a timestep no shape, or a tuple no items.
     """
     if isinstance(node, list):
         return set().union(*(placed_tensors(item) for item in node))
@@ -213,6 +213,8 @@ def placed_tensors(node: Any) -> set[str]:
         if not isinstance(ragged, str):
             raise ValueError("the name of a tensor is not a text")
         return {ragged, _lengths(ragged)}
+    if len(node) == 1 and not _is_shape(node.get(_MARK + TIMESTEP)):
+        raise ValueError("the shape of a row's timestep is not a list of sizes")
     if len(node) == 1 and not isinstance(node.get(_MARK + "tuple", []), list):
         raise ValueError("a tuple is not a list of items")
     return set().union(*(placed_tensors(item) for item in node.values()))
@@ -310,6 +312,10 @@ def _one_timestep(value: Any) -> Tensor:
     if timestep.numel() == 0 or not bool((timestep == timestep[0]).all()):
         raise InputError("The denoiser is called with different timesteps in one batch, which cannot be calibrated.")
     return timestep[0]
+
+
+def _is_shape(node: Any) -> bool:
+    return node is None or (isinstance(node, list) and all(type(size) is int and size > 0 for size in node))
 
 
 def _dtype_name(tensor: Tensor) -> str:

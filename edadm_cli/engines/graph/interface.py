@@ -107,14 +107,27 @@ def _split(
     bound.pop(_RETURN_DICT, None)
     # arguments that are None are omitted, because only some pipelines pass them
     bound = {name: value for name, value in bound.items() if value is not None}
-    timestep: Any = 0
+    timesteps = torch.zeros(())
     for name in TIMESTEP_ARGUMENTS:
         if isinstance(bound.get(name), Tensor | int | float):
             # rows may have different timesteps here, but not in a recorded call
-            timestep, bound[name] = bound[name], 0
+            timesteps = torch.as_tensor(bound[name], dtype=torch.float32)
+            bound[name] = torch.zeros_like(timesteps)
     call = split_call(nn.Module(), (), bound)
-    timesteps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
-    return call, timesteps.expand(call.sample.shape[0])
+    return call, _one_per_row(timesteps, call.sample.shape[0])
+
+
+def _one_per_row(timesteps: Tensor, rows: int) -> Tensor:
+    """Returns `(R,)` timesteps of a scalar, of one value per row, or of several equal values per row `(R, *)`.
+
+    Raises:
+        InputError: A row has different values.
+    """
+    if timesteps.ndim > 1 and timesteps.shape[0] == rows:
+        timesteps, every = timesteps.flatten(1)[:, 0], timesteps.flatten(1)
+        if not bool((every == timesteps[:, None]).all()):
+            raise InputError("The denoiser is called with different timesteps in one row, which its graph cannot take.")
+    return timesteps.reshape(-1).expand(rows)
 
 
 def _difference(arguments: Mapping[str, Any], template: Mapping[str, Any]) -> str:

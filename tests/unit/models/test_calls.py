@@ -145,3 +145,9 @@ def test_a_timestep_with_several_values_per_row_keeps_its_form() -> None:
     assert kwargs["timestep"].tolist() == [[1.0] * 5] * 2 + [[2.0] * 5] * 2
     _, kwargs = build_call(call.template, torch.zeros(4, 3, 4), torch.tensor(3.0), {})
     assert kwargs["timestep"].shape == (4, 5)
+
+
+@pytest.mark.parametrize("shape", ["5", [-1], [2.0], [True]])
+def test_a_stored_timestep_whose_shape_is_none_is_refused(shape: Any) -> None:
+    with pytest.raises(ValueError, match="not a list of sizes"):
+        placed_tensors({"timestep": {"$timestep": shape}})

@@ -1,0 +1,31 @@
+"""The inputs of a graph: what a call of the denoiser has to be given again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.engines.graph.interface import GraphInterface
+from edadm_cli.errors import InputError
+
+
+class Frames(nn.Module):
+    """A denoiser that is called with a timestep for each frame, as AnyFlow is."""
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        return sample + timestep[:, :, None]
+
+
+def test_a_timestep_for_each_frame_is_one_input_per_row() -> None:
+    denoiser, sample = Frames(), torch.zeros(2, 5, 3)
+    timesteps = torch.tensor([[7.0] * 5, [9.0] * 5])
+    interface = GraphInterface.of(denoiser, (sample, timesteps), {})
+    tensors = interface.tensors((sample, timesteps), {})
+    assert tensors["timestep"].tolist() == [7, 9]
+    assert torch.equal(denoiser(**interface.call(tensors)), denoiser(sample, timesteps))
+    timesteps[1, 2] = 0
+    with pytest.raises(InputError, match="different timesteps in one row"):
+        interface.tensors((sample, timesteps), {})
