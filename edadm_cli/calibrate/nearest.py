@@ -65,7 +65,9 @@ def quantize_to_nearest(
         denoiser: The full-precision denoiser in float32.
         recipe: Decides which layers are quantized and how ranges are searched; its learning is not used.
         bits: The bits of weights and activations.
-        calls: Arguments of the calls whose activations give the ranges.
+        calls: Arguments of the calls whose activations give the ranges. A recipe that does not pool its batches
+            (`ranges.pooled`), such as `rtn`, gives the last calls most weight (`ranges.ema_decay`): with it, the calls
+            should come in an order in which the steps are mixed, or use a recipe that pools, such as `quick`.
 
     Returns:
         The plan of the layers that were quantized.
