@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def compare(before: Samples, after: Samples, integer: Samples | None, layer_erro
         EdadmError: The export computes other images than the reconstruction, or the error of a layer's integer
             arithmetic exceeds its bound.
     """
-    worst = max(layer_errors, key=lambda name: layer_errors[name])
+    worst = max(layer_errors, key=lambda name: (math.isnan(layer_errors[name]), layer_errors[name]))
     parity = ExportParity(
         latent_max_abs=float((before.latents - after.latents).abs().max()),
         images_bit_equal=torch.equal(before.images, after.images),
@@ -58,11 +59,13 @@ def compare(before: Samples, after: Samples, integer: Samples | None, layer_erro
         integer_latent_rel_l2=None if integer is None else _relative(integer.latents, after.latents),
     )
     rounding = ROUNDING * float(before.latents.abs().max())
-    if not parity.images_bit_equal or parity.latent_max_abs > rounding:
+    if not (parity.images_bit_equal and parity.latent_max_abs <= rounding):  # NaN is no rounding
+        images = "images are the same" if parity.images_bit_equal else "images differ"
         raise EdadmError(
-            f"The export does not compute what was reconstructed: final latents differ by {parity.latent_max_abs:.3g}."
+            f"The export does not compute what was reconstructed: final latents differ by {parity.latent_max_abs:.3g},"
+            f" and {images}."
         )
-    if parity.integer_rel_l2 > LAYER_BOUND:
+    if not parity.integer_rel_l2 <= LAYER_BOUND:
         raise EdadmError(
             f"Integer arithmetic of '{worst}' differs by {parity.integer_rel_l2:.2e}, the bound is {LAYER_BOUND:.0e}."
         )

@@ -20,3 +20,13 @@ def test_equal_images_and_latents_within_rounding_are_the_same() -> None:
         compare(before, far, None, {"layer": 0.0})
     with pytest.raises(EdadmError, match="does not compute what was reconstructed"):
         compare(before, Samples(IMAGES + 1, before.latents), None, {"layer": 0.0})
+
+
+def test_nan_is_no_rounding() -> None:
+    """NaN latents decode to equal images, and NaN is not larger than any bound."""
+    broken = Samples(IMAGES, torch.full((1, 4), float("nan")))
+    with pytest.raises(EdadmError, match="final latents differ by nan, and images are the same"):
+        compare(broken, broken, None, {"layer": 0.0})
+    whole = Samples(IMAGES, torch.ones(1, 4))
+    with pytest.raises(EdadmError, match="'broken' differs by nan"):
+        compare(whole, whole, None, {"layer": 0.0, "broken": float("nan"), "other": 1e-9})

@@ -40,6 +40,16 @@ def test_codes_that_six_bits_do_not_have_are_refused(code: int) -> None:
         _check(_loaded(6, code))
 
 
+@pytest.mark.parametrize(("weight_bits", "codes"), [(3, 0x44), (2, 0x12), (3, 0x8B)])
+def test_packed_codes_that_a_half_byte_has_and_the_grid_has_not_are_refused(weight_bits: int, codes: int) -> None:
+    plan = LayerPlan(weight_bits=weight_bits, activation_bits=8)
+    layer = quantized_layer(nn.Linear(4, 2), plan, stored_bits_of_format_1)
+    assert isinstance(layer, QuantizedLayer)
+    layer.weight_codes[1, 1] = codes
+    with pytest.raises(InputError, match=r"'0.weight_int' has codes outside"):
+        _check(nn.Sequential(layer))
+
+
 @pytest.mark.parametrize(("weight_bits", "code"), [(6, -32), (6, 31), (8, -128), (8, 127)])
 def test_codes_within_the_grid_pass(weight_bits: int, code: int) -> None:
     model = _loaded(weight_bits, code)
