@@ -190,6 +190,40 @@ def test_what_attention_takes(q: Tensor, k: Tensor, heads: int, scale: float, ta
         assert attention_pays(q.to("meta"), k.to("meta"), k.to("meta"), heads, scale)
 
 
+@pytest.mark.parametrize(
+    ("bias", "taken"),
+    [
+        (torch.zeros(2, 3, 8).half(), True),
+        (torch.zeros(2, 1, 8).half().expand(2, 3, 8), True),
+        (torch.zeros(1, 3, 8).half(), False),
+        (torch.zeros(2, 1, 8).half(), False),
+        (torch.zeros(2, 3, 6).half(), False),
+        (torch.zeros(2, 3, 8), False),
+        (torch.zeros(2, 3, 8).bfloat16(), False),
+        (torch.zeros(2, 3, 9).half()[..., 1:], False),
+        (torch.zeros(2, 3, 8, device="meta").half(), False),
+    ],
+    ids=["plain", "heads", "one-sample", "one-head", "keys", "float32", "bfloat16", "odd", "device"],
+)
+def test_which_numbers_per_key_attention_takes(bias: Tensor, taken: bool) -> None:
+    """A kernel receives an address and strides, so what would be broadcast is left to torch."""
+    q, k = torch.zeros(2, 3, 4, 64).half(), torch.zeros(2, 3, 8, 64).half()
+    assert attention.takes(q, k, k, 0.1, codes=False, bias=bias) is taken
+    assert not attention.takes(q[..., :40], k[..., :40], k[..., :40], 0.1, codes=False, bias=bias)
+
+
+@pytest.mark.parametrize("change", ["key-type", "value-type", "samples", "heads", "tokens", "channels"])
+def test_attention_takes_no_operands_that_do_not_fit(change: str) -> None:
+    q = torch.zeros(2, 3, 4, 64).half()
+    k, v = torch.zeros(2, 3, 8, 64).half(), torch.zeros(2, 3, 8, 64).half()
+    assert attention.takes(q, k, v, 0.1)
+    both = {"samples": k[:1], "heads": k[:, :1], "channels": k[..., :40]}.get(change)
+    k, v = (k, v) if both is None else (both, both)
+    k = k.bfloat16() if change == "key-type" else k
+    v = {"value-type": v.bfloat16(), "tokens": v[:, :, :7]}.get(change, v)
+    assert not attention.takes(q, k, v, 0.1)
+
+
 def test_large_attention_is_torchs_where_triton_would_run_it() -> None:
     small, large = (torch.zeros(1, tokens, 320).half() for tokens in (256, 4096))
     assert attention_pays(small, small, small, 8, 0.1)

@@ -207,15 +207,23 @@ def takes(q: Tensor, k: Tensor, v: Tensor, scale: float, codes: bool = True, bia
         bias: What is added to the scores of each key, `[N, heads, S]`; it is read in pairs.
     """
     width = q.shape[3]
-    if bias is not None:
-        if width not in _BIASED:
-            return False
-        steps = (*bias.stride()[:2], k.shape[2], 0 if bias.is_meta else bias.data_ptr() // 2)
-        if bias.dtype != q.dtype or bias.stride(2) != 1 or any(step % 2 for step in steps):
-            return False
+    if k.shape != (*q.shape[:2], k.shape[2], width) or v.shape != k.shape:
+        return False
+    others = (k, v) if bias is None else (k, v, bias)
+    if any(x.dtype != q.dtype or x.device != q.device for x in others):
+        return False
+    if bias is not None and (width not in _BIASED or not _is_read_in_pairs(bias, k.shape[:3])):
+        return False
     types = (torch.float16,) if codes else (torch.float16, torch.bfloat16)
     sizes = width % 8 == 0 and width <= MAX_WIDTH and scale > 0
     return q.dtype in types and sizes and all(_is_copied(x) for x in (q, k, v))
+
+
+def _is_read_in_pairs(bias: Tensor, shape: torch.Size) -> bool:
+    """Returns whether a number per key has the shape `[N, heads, S]`, and pairs of keys can be read from it."""
+    if bias.shape != shape or bias.stride(2) != 1:
+        return False
+    return not any(step % 2 for step in (*bias.stride()[:2], shape[2], bias.data_ptr() // bias.element_size()))
 
 
 def _is_copied(x: Tensor) -> bool:
