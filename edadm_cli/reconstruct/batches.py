@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.calls import flat_tensors
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _HELD_BYTES = {"cuda": 2**30}  # by type of device: calls that stay on it, so that passes do not copy them again
@@ -32,7 +33,7 @@ class Batches:
     ) -> None:
         self.calibration, self.batch_size, self.device = calibration, batch_size, device
         self.num_samples = len(calibration) if num_samples is None else num_samples
-        self._held: dict[tuple[int, ...], Call] = {}
+        self._held: dict[tuple[int, ...], tuple[Call, int]] = {}  # with the number of writes into it
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
@@ -75,14 +76,25 @@ class Batches:
     def call(self, indices: Sequence[int]) -> Call:
         """Returns the arguments of the denoiser for some samples."""
         key = tuple(indices)
-        if key not in self._held:
-            call: Call = self.calibration.call(indices, self.device, torch.float32)
-            is_batch = len(key) == min(self.batch_size, self.num_samples - key[0])
-            if not is_batch or _bytes_of(call) * len(self) > _HELD_BYTES.get(self.device.type, 0):
-                return call
-            self._held[key] = call
-        args, kwargs = _copied(self._held[key])
+        held, version = self._held.get(key, (None, 0))
+        if held is None or _version_of(held) != version:  # a denoiser has written into its arguments
+            held = self.calibration.call(indices, self.device, torch.float32)
+            if not self._is_batch(key) or _bytes_of(held) * len(self) > _HELD_BYTES.get(self.device.type, 0):
+                return held
+            self._held[key] = held, _version_of(held)
+        args, kwargs = _copied(held)
         return args, kwargs
+
+    def later_bytes(self) -> int:
+        """Returns the bytes by which the calls that stay on the device will still grow."""
+        return sum(_bytes_of(held) for held, _ in list(self._held.values())[:1]) * (len(self) - len(self._held))
+
+    def _is_batch(self, indices: tuple[int, ...]) -> bool:
+        """Returns whether samples are one of the batches, and not a part of one or other samples."""
+        start = indices[0]
+        return start % self.batch_size == 0 and indices == tuple(
+            range(start, min(start + self.batch_size, self.num_samples))
+        )
 
     def __iter__(self) -> Iterator[Call]:
         return (self.call(indices) for indices in self.indices())
@@ -95,9 +107,11 @@ def _copied(tree: Any) -> Any:
     return {key: _copied(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _bytes_of(tree: Any) -> int:
-    """Returns the bytes of all tensors in a tree of tuples, lists and dictionaries."""
-    if isinstance(tree, torch.Tensor):
-        return tree.nbytes
-    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ()
-    return sum(map(_bytes_of, items))
+def _bytes_of(call: Call) -> int:
+    """Returns the bytes of all tensors of a call."""
+    return sum(tensor.nbytes for tensor in flat_tensors(call))
+
+
+def _version_of(call: Call) -> int:
+    """Returns how often the tensors of a call have been written into."""
+    return sum(tensor._version for tensor in flat_tensors(call))

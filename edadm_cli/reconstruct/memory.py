@@ -60,7 +60,7 @@ def rows_budget(mib: int | None, context: ReconstructionContext, recipe: Hyperpa
     args, kwargs = batches.call(batches.indices()[0])
     with gpu_peak(device) as forward, torch.no_grad(), suppress(torch.OutOfMemoryError):  # captures halve such a batch
         denoiser(*args, **kwargs)
-    return memory_left(device, working_bytes(context, recipe, forms, forward.bytes))
+    return memory_left(device, working_bytes(context, recipe, forms, forward.bytes) + batches.later_bytes())
 
 
 def fixed_budget(mib: int | None, device: torch.device) -> int | None:
