@@ -18,14 +18,17 @@ def test_equal_images_and_latents_within_rounding_are_the_same() -> None:
     assert compare(before, close, None, {"layer": 0.0}).latent_max_abs > 0
     with pytest.raises(EdadmError, match="does not compute what was reconstructed"):
         compare(before, far, None, {"layer": 0.0})
-    with pytest.raises(EdadmError, match="does not compute what was reconstructed"):
+    with pytest.raises(EdadmError, match="latents differ by 0, pixels by 1 of 255"):
         compare(before, Samples(IMAGES + 1, before.latents), None, {"layer": 0.0})
+    assert not compare(before, Samples(IMAGES + 1, close.latents), None, {"layer": 0.0}).images_bit_equal
+    with pytest.raises(EdadmError, match="pixels by 2 of 255"):
+        compare(before, Samples(IMAGES + 2, close.latents), None, {"layer": 0.0})
 
 
 def test_nan_is_no_rounding() -> None:
     """NaN latents decode to equal images, and NaN is not larger than any bound."""
     broken = Samples(IMAGES, torch.full((1, 4), float("nan")))
-    with pytest.raises(EdadmError, match="final latents differ by nan, and images are the same"):
+    with pytest.raises(EdadmError, match="final latents differ by nan, pixels by 0 of 255"):
         compare(broken, broken, None, {"layer": 0.0})
     whole = Samples(IMAGES, torch.ones(1, 4))
     with pytest.raises(EdadmError, match="'broken' differs by nan"):
