@@ -191,9 +191,20 @@ def _empty_modulated(
     num_bits: int = 8,
 ) -> Tensor:
     """Checks the arguments of `modulated_norm_quantize` and returns an empty output."""
-    check_floating(x)
+    for floating in (x, scale, shift):
+        check_floating(floating)
     check_bits(num_bits)
     check_device(x, scale, shift, inverse_scale, code_shift)
+    if inverse_scale.dtype != torch.float32 or code_shift.dtype != torch.float32:
+        raise TypeError(
+            "a float32 inverse scale and a float32 shift of the codes are expected, found "
+            f"{inverse_scale.dtype} and {code_shift.dtype}"
+        )
+    if inverse_scale.numel() != 1 or code_shift.numel() != 1:
+        raise ValueError(
+            "one inverse scale and one shift of the codes are expected, found "
+            f"{inverse_scale.numel()} and {code_shift.numel()}"
+        )
     if x.ndim != 3 or scale.shape != (x.shape[0], x.shape[2]) or shift.shape != scale.shape:
         raise ValueError(
             "tokens [N, T, C], a scale and a shift [N, C] are expected, found "
@@ -220,8 +231,8 @@ def modulated_norm_quantize(
 
     Args:
         x: `[N, T, C]`, float16, bfloat16 or float32.
-        scale: `[N, C]`, floating point.
-        shift: `[N, C]`, floating point.
+        scale: `[N, C]`, of these types.
+        shift: `[N, C]`, of these types.
         eps: The number that is added to the variance.
         inverse_scale: The reciprocal of the scale of the codes, float32, one element.
         code_shift: Their zero-point in the convention of signed codes, float32, one element.

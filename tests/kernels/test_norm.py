@@ -201,14 +201,34 @@ def test_layer_norm_of_real_widths(channels: int, dtype: torch.dtype) -> None:
     assert plan.head + plan.tail == channels
 
 
-@pytest.mark.parametrize(("tokens", "channels"), [(5, 72), (4, 1152), (3, 40)])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_adaptive_norm_takes_each_samples_scale_and_shift(tokens: int, channels: int, bits: int) -> None:
-    x = state((2, tokens, channels), "shifted", torch.float16, seed=3)
+@pytest.mark.parametrize(("tokens", "channels"), [(5, 72), (4, 1152), (3, 40), (1, 73), (2, 1)])
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float16), (4, torch.bfloat16)])
+def test_adaptive_norm_takes_each_samples_scale_and_shift(
+    tokens: int, channels: int, bits: int, dtype: torch.dtype
+) -> None:
+    x = state((2, tokens, channels), "shifted", dtype, seed=3)
     rows = torch.randn(2, 3 * channels, generator=torch.Generator().manual_seed(3)).half()
     modulation = rows[:, :channels], rows[:, 2 * channels :]
     arguments = (x, *modulation, 1e-6, torch.tensor(31.0), torch.tensor(-20.0), bits)
     assert_close([modulated_norm_quantize(*arguments)], [reference.modulated_norm_quantize(*arguments)])
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"scale": torch.zeros(2, 8, dtype=torch.int32)}, TypeError),
+        ({"inverse_scale": torch.tensor(2)}, TypeError),
+        ({"code_shift": torch.zeros((), dtype=torch.int32)}, TypeError),
+        ({"inverse_scale": torch.ones(8)}, ValueError),
+        ({"shift": torch.zeros(1, 8)}, ValueError),
+    ],
+)
+def test_adaptive_norm_refuses_what_its_kernel_would_misread(change: dict[str, Tensor], error: type[Exception]) -> None:
+    rows = {"scale": torch.zeros(2, 8), "shift": torch.zeros(2, 8)}
+    grid = {"inverse_scale": torch.tensor(31.0), "code_shift": torch.tensor(-20.0)}
+    arguments: dict[str, Any] = {"x": torch.zeros(2, 3, 8), **rows, "eps": 1e-6, **grid, **change}
+    with pytest.raises(error, match="expected, found"):
+        modulated_norm_quantize(**arguments)
 
 
 def group_arguments(x: Tensor, groups: int = 2) -> tuple[object, ...]:

@@ -101,4 +101,4 @@ class _Recording:
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-    return leaf
+    return type(leaf), leaf  # 1, 1.0 and True are equal, and are not the same constant

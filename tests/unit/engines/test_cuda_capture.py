@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine, capture
-from edadm_cli.engines.cuda.capture import WARM_UP, GraphedFunction
+from edadm_cli.engines.cuda.capture import WARM_UP, GraphedFunction, GraphMemory
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
 from edadm_cli.engines.reference import ReferenceEngine
 
@@ -90,6 +90,25 @@ def test_a_result_outlives_the_next_call() -> None:
     first = graphed(torch.zeros(2))
     graphed(torch.ones(2))
     assert torch.equal(first, torch.ones(2))
+
+
+@pytest.mark.usefixtures("graphs")
+def test_functions_that_share_their_memory_keep_their_results_and_read_their_inputs() -> None:
+    """A first-block cache holds a block's residual while the graphs of other blocks and later steps run."""
+    memory = GraphMemory()
+    first, second = (GraphedFunction(function, memory) for function in (lambda x: x + 1, lambda x: x * 10))
+    held = first(torch.zeros(2))
+    assert torch.equal(second(held), torch.full((2,), 10.0))
+    assert torch.equal(first(torch.full((2,), 4.0)), torch.full((2,), 5.0)), "the buffer had the other's input"
+    assert torch.equal(held, torch.ones(2))
+
+
+@pytest.mark.usefixtures("graphs")
+def test_constants_of_other_types_are_recorded_apart() -> None:
+    graphed = GraphedFunction(lambda x, factor: x * factor)
+    x = torch.arange(2)
+    assert graphed(x, 1).dtype == torch.int64
+    assert graphed(x, 1.0).dtype == torch.float32
 
 
 @pytest.mark.usefixtures("graphs")
