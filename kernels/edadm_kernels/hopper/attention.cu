@@ -283,6 +283,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, BLOCKS)
             }
         }
         __syncwarp();
+#if SHORT
+#pragma unroll 1  // registers are needed by the loop over tiles
+#endif
         for (int i = lane; i < 2 * WIDTH; i += 32) {
             const int query = first + i / (WIDTH / 8), column = head * WIDTH + i % (WIDTH / 8) * 8;
             const int which = query < p.first ? 0 : 1, count = which ? p.queries - p.first : min(p.first, p.queries);
