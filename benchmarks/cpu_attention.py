@@ -54,7 +54,7 @@ def attention(form: str, shape: tuple[int, ...], rows: int) -> ov.Model:
 
 
 def compiled(graph: ov.Model, threads: int, precision: str) -> ov.CompiledModel:
-    """Compiles a model for the CPU, with a rest in `f32` or `bf16`."""
+    """Compiles a model for the CPU; what is not in bytes runs in `f32` or `bf16`."""
     properties = {
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": precision,

@@ -7,8 +7,8 @@
     python benchmarks/emoji.py --out studies/emoji --picture emoji-sd.webp
 
 A row is one variant of a recipe (`benchmarks/learner.py` says how a variant is written) on one model, at one bit width,
-with one seed. Each row leaves one JSON file below OUT/results; the same command skips what is there, so that a study
-that was killed goes on. `--seconds` ends it: no row that learns is begun when the time that is left is shorter than
+with one seed. Each row leaves one JSON file below OUT/results; the same command skips rows that exist, so that an
+interrupted study continues. `--seconds` ends it: no row that learns is begun when the time that is left is shorter than
 the longest one so far. Rows come in the order of their importance. Nothing is downloaded.
 
 Metrics of a row, over `--images` pictures of one seed each, which no calibration has seen:
@@ -16,10 +16,11 @@ Metrics of a row, over `--images` pictures of one seed each, which no calibratio
 - `one_step`, `guided`: relative L2 error of single predictions on held-out full-precision trajectories (`--held-out`
   of them), of both branches and of the guided combination; `held_out`: loss of the units on them;
 - `final`: relative L2 distance of the final latent to full precision of the same seed, mean over the pictures;
-- `ssim`, `perceptual`, `perceptual_imagenet`: of the pictures to full precision of the same seed, in the features of
-  the emoji encoder and of EfficientNet-Lite0;
-- `frechet`, `frechet_spatial`: to the training pictures, in the features of the emoji encoder; `frechet_imagenet`,
-  `kernel_imagenet`: to the 967 pictures with held-out names, in those of EfficientNet-Lite0;
+- `ssim`, `perceptual`, `perceptual_imagenet`: comparison of the pictures with full precision of the same seed; the last
+  two use the features of the emoji encoder and of EfficientNet-Lite0;
+- `frechet`, `frechet_spatial`: distance to the training pictures, in the features of the emoji encoder;
+  `frechet_imagenet`, `kernel_imagenet`: distance to the 967 pictures with held-out names, in the features of
+  EfficientNet-Lite0;
 - `top1`, `top5`: share of the pictures whose name ranks first, or among the first five, of 500.
 """
 

@@ -1,10 +1,10 @@
-"""Measures which parts of a quantized emoji model make the final distance to full precision.
+"""Measures how much each part of a quantized emoji model adds to the final distance to full precision.
 
     edadm collect --model emoji-dit && edadm select && edadm reconstruct --bits w4a8
     python benchmarks/emoji_parts.py --run runs/emoji-dit --bits w4a8 --out docs/data/emoji-parts.jsonl
     python benchmarks/emoji_parts.py --rows docs/data/emoji-parts.jsonl
 
-One part of the denoiser after the other gets its full-precision weights back, while all inputs stay quantized. The
+One part of the denoiser at a time gets its full-precision weights back, while all inputs stay quantized. The
 first rows have all weights or all inputs in full precision. A part is the layers with one task, or those of one block.
 """
 

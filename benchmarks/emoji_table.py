@@ -1,4 +1,4 @@
-"""The tables of `benchmarks/emoji.py`, and its rows with their metrics alone."""
+"""Prints the tables of `benchmarks/emoji.py`, and writes its rows with only their metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_results(out: Path) -> list[dict[str, Any]]:
 
 
 def export(results: list[dict[str, Any]], path: Path) -> None:
-    """Writes the rows with their metrics alone, one JSON object per line, in a fixed order; of equal rows the last."""
+    """Writes the latest row of each kind with only its metrics, one JSON object per line, in a fixed order."""
     keys = ("model", "bits", "label", "seed")
     lines = []
     latest = {tuple(result[key] for key in keys): result for result in results}

@@ -1,4 +1,4 @@
-"""Replaces the tables of a page by what the programs beside them print today.
+"""Replaces the tables of a page with what the programs that they name print now.
 
     python benchmarks/fill_tables.py docs/results.md docs/results-emoji.md
 

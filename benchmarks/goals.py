@@ -23,7 +23,7 @@ PUBLISHED = (
     "ptq4dm",
 )
 Rows = Mapping[tuple[str, str, str], Mapping[int, Mapping[str, Any]]]
-Outcome = tuple[str, bool] | None  # the words of a cell, and whether the goal is reached
+Outcome = tuple[str, bool] | None  # the text of a cell, and whether the goal is reached
 
 
 def read(places: Sequence[Path]) -> Rows:

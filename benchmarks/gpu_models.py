@@ -4,7 +4,7 @@
     python benchmarks/gpu_models.py --models sdxl,sd15,sd15:16,sd15:loaded --at-once 4
     python benchmarks/gpu_models.py --smoke
 
-A case is a model, with a number of rows after a colon if it is not the usual one, and more words after further colons:
+A case is a model, with a number of rows after a colon if it is not the usual one, and options after further colons:
 `loaded` if the denoiser that `from_pretrained` returns is to be compiled and timed in place of the CUDA engine, `lora`
 if it is to be timed with LoRA adapters as well (`pip install peft`), `cache` if both sides are to be timed with
 diffusers' first-block cache as well.

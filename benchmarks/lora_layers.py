@@ -5,8 +5,8 @@
 
 A row has the microseconds of one layer: the float16 product of cuBLAS; the INT8 product of the CUDA engine, which
 quantizes its input, without an adapter and with ranks 4, 16 and 64; and the same of a layer that torch compiles, with
-what PEFT computes beside it. Inputs are not in the cache. `--smoke` runs every path with a small layer on a CPU. Each
-line of the output is JSON.
+what PEFT computes beside it. Inputs are not in the GPU's cache. `--smoke` runs every path with a small layer on a CPU.
+Each line of the output is JSON.
 """
 
 from __future__ import annotations

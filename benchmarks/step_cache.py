@@ -91,7 +91,7 @@ class Study:
                     }
 
     def _engines(self, bits: str | None) -> tuple[str, ...]:
-        """Returns what runs a precision; on a CPU the CUDA engine computes the same sums, but slowly."""
+        """Returns the engines of a precision; on a CPU the CUDA engine computes the same sums, but slowly."""
         only_torch = bits is None or self.device.type == "cpu"
         return ("torch",) if only_torch else tuple(self.options.engines.split(","))
 
@@ -115,7 +115,7 @@ class Study:
         return model
 
     def _recorded(self, model: LoadedModel) -> list[Call]:
-        """Returns the calls of the denoiser in a few images, from which the ranges are."""
+        """Returns the calls of the denoiser for a few images, which give the ranges."""
         calls: list[Call] = []
 
         def record(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,9 +3,9 @@
     python benchmarks/time_path.py --models digits-ddpm digits-sd
 
 A table with the outputs of the time path for every step would have no error. So its gain is at most that of leaving
-these layers in floating point. Every layer is rounded to nearest with the ranges of `default`. Printed is the relative
-L2 error of the prediction on the calibration set, with all layers quantized, all but those of the time path, and only
-those.
+these layers in floating point. Every layer is rounded to nearest with the ranges of `default`. The program prints the
+relative L2 error of the prediction on the calibration set, with all layers quantized, all but those of the time path,
+and only those.
 """
 
 from __future__ import annotations

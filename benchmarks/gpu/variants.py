@@ -40,7 +40,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def cached(name: str, model: nn.Module, function: Function, device: torch.device) -> dict[str, Function]:
-    """Returns two contenders: a step that the first-block cache computes, and one of which it reuses the last.
+    """Returns two contenders: a step that the first-block cache computes, and a step for which it reuses the last one.
 
     Args:
         name: The beginning of their names.

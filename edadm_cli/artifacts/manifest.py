@@ -124,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @lru_cache(maxsize=16)
 def _parse(text: str, path: str) -> Manifest:
-    """Returns the manifest of a text; a chain reads the manifests of its first artifacts again and again."""
+    """Returns the manifest of a text. Results are remembered: a chain reads its first manifests again and again."""
     content = parse_json(text, path)
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version is not None and version != SCHEMA_VERSION:

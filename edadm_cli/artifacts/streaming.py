@@ -117,12 +117,12 @@ def streamed(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Streamed
 
 
 class TensorFile(Mapping[str, "torch.Tensor"]):
-    """The tensors of a safetensors file by name, each of which is read, to the CPU, whenever it is asked for.
+    """The tensors of a safetensors file by name. Each is read to the CPU whenever it is requested.
 
     The header is read and checked once, so that reading all tensors takes time in proportion to their bytes.
 
     Raises:
-        InputError: The file is missing, truncated or no safetensors file.
+        InputError: The file is missing, truncated or not a safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -132,7 +132,7 @@ class TensorFile(Mapping[str, "torch.Tensor"]):
         """Reads one tensor.
 
         Raises:
-            InputError: The file has become shorter, or the tensor is of a type that is not written here.
+            InputError: The file has become shorter, or the tensor has a type that this package does not write.
         """
         import torch
 

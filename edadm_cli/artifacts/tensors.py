@@ -105,7 +105,7 @@ def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor lies in a safetensors file: its type and shape, and its first byte and number of bytes."""
+    """Describes where a tensor lies in a safetensors file: its type, shape, first byte and number of bytes."""
 
     info: TensorInfo
     offset: int
@@ -130,7 +130,7 @@ def read_tensor_places(path: Path) -> dict[str, TensorPlace]:
 
 @lru_cache(maxsize=16)
 def _parse(content: bytes, path: Path, available: int) -> dict[str, TensorPlace]:
-    """Returns where tensors lie; a file is checked whenever its artifact is opened.
+    """Returns where the tensors lie. Results are remembered: a file is checked whenever its artifact is opened.
 
     Args:
         content: The header.

@@ -165,13 +165,13 @@ class Measurement:
         )
 
     def _prepare_contender(self, contender: base.Contender, context: Preparation) -> list[Spec]:
-        """Returns the forms of a contender that is not ours; none if it raises an error, with which it is left out."""
+        """Returns the forms of a contender, or none if its preparation raises an error; it is then left out."""
         try:
             with self._parts.measured(f"prepare {contender.name}"):
                 return contender.prepare(context)
         except Exception as error:
             if contender.name == self.request.engine.name:
-                raise  # what its engine cannot convert, the engine cannot run quantized either
+                raise  # an engine that cannot convert the model cannot run it quantized either
             self._not_prepared[contender.name] = reason_of_error(error)
             self.reporter.warn(f"{contender.name} is left out: {self._not_prepared[contender.name]}.")
             return []

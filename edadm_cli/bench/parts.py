@@ -16,7 +16,7 @@ class Parts:
         reporter: Receives one line per part.
 
     Attributes:
-        seconds: The seconds of each part, by name, in the order in which the parts ended first.
+        seconds: The seconds of each part, by name, in the order in which the parts first ended.
     """
 
     def __init__(self, reporter: Reporter) -> None:

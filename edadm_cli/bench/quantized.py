@@ -145,7 +145,8 @@ def check_prediction(prepared: Prepared, engine: Engine, prediction: Tensor, ful
     the error of quantization itself, or twice the error of torch's own quantize-dequantize with unquantized operations
     in the same element type, whichever is larger; the second is computed only if the first is exceeded. An engine may
     also leave operands in floating point where that is faster. Its prediction then differs from the one in exact
-    integers by what their quantization costs, and need only be as near to full precision as that one.
+    integers by what their quantization costs, and need only be as near to full precision as the prediction in exact
+    integers.
 
     Args:
         prepared: The prepared denoiser.

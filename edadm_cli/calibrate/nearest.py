@@ -66,8 +66,8 @@ def quantize_to_nearest(
         recipe: Decides which layers are quantized and how ranges are searched; its learning is not used.
         bits: The bits of weights and activations.
         calls: Arguments of the calls whose activations give the ranges. A recipe that does not pool its batches
-            (`ranges.pooled`), such as `rtn`, gives the last calls most weight (`ranges.ema_decay`): with it, the calls
-            should come in an order in which the steps are mixed, or use a recipe that pools, such as `quick`.
+            (`ranges.pooled`), such as `rtn`, gives the last calls most weight (`ranges.ema_decay`). Pass such a recipe
+            calls in an order that mixes the steps, or use a recipe that pools, such as `quick`.
 
     Returns:
         The plan of the layers that were quantized.

@@ -41,7 +41,7 @@ class BatchRecorder:
         constants: Tensors that all rows share.
         template: The form of the denoiser's calls.
         branches: 2 with guidance, else 1.
-        control: What a control network beside the denoiser is called with; `None` without one.
+        control: The arguments of a control network beside the denoiser; `None` without one.
         calls_per_step: 2 if each branch is a call of its own, else 1.
         varying: The conditions whose values change from step to step.
         warnings: Warnings about the guidance, for the user.
@@ -156,7 +156,7 @@ class BatchRecorder:
         self.latents.append(self._one_sample(call.sample).cpu().clone())
 
     def _repeats_step(self, call: DenoiserCall) -> bool:
-        """Returns whether a call predicts in another way for the sample and the timestep of the latest step."""
+        """Returns whether a call has the sample and the timestep of the latest step, but other conditions."""
         assert self._first is not None
         latest = self.latents[-1]
         if not torch.equal(call.timestep, self.timesteps[-1]) or call.sample.shape[1:] != latest.shape[1:]:

@@ -24,8 +24,8 @@ class Varying:
     """The values that changing conditions have at each step, by dotted name.
 
     Attributes:
-        values: Those of the calls that are steps, each with one row per row of the sample.
-        of_second: Those of the second call of each step, where each branch of guidance is a call of its own.
+        values: The values of the first or only call of each step, with one row per row of the sample.
+        of_second: The values of the second call of each step, where each branch of guidance is a call of its own.
     """
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -41,8 +41,8 @@ class Varying:
             step: The number of steps before this one.
 
         Returns:
-            The name of what changes, if it is no condition with rows of the same shape as before, or if it also
-            distinguishes the two branches of guidance; else `None`.
+            The name of a change that cannot be recorded, because it is not a condition with rows of the same shape as
+            before, or because it also distinguishes the two branches of guidance; else `None`.
         """
         for name in self.new(call, first):
             before = first.condition.get(name)

@@ -13,9 +13,9 @@ from edadm_cli.errors import EdadmError
 from edadm_cli.models.sampling import Samples
 
 ROUNDING = 1e-5
-"""Bound of the difference of final latents, relative to the largest one: in which order a product of one row is
-summed may depend on where the weights lie in memory. Where latents differ so, a pixel may round to the next of its 256
-values; where they are equal, images have to be equal."""
+"""Bound of the difference between final latents, relative to the largest latent. The order in which a product of one
+row is summed may depend on where the weights lie in memory. Where latents differ within this bound, a pixel may round
+to the next of its 256 values; where they are equal, images have to be equal."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def compare(before: Samples, after: Samples, integer: Samples | None, layer_erro
     rounding = ROUNDING * float(before.latents.abs().max())
     pixels = int((before.images.int() - after.images.int()).abs().max())
     allowed = 1 if parity.latent_max_abs > 0 else 0
-    if not parity.latent_max_abs <= rounding or pixels > allowed:  # NaN is no rounding
+    if not parity.latent_max_abs <= rounding or pixels > allowed:  # NaN is not a rounding error
         raise EdadmError(
             f"The export does not compute what was reconstructed: final latents differ by {parity.latent_max_abs:.3g},"
             f" pixels by {pixels} of 255."

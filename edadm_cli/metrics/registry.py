@@ -37,7 +37,7 @@ def metrics() -> dict[str, Metric]:
 
 
 def label_of(name: str) -> str:
-    """Returns what a metric is called for people; a metric that is not registered is called by its name."""
+    """Returns the label of a metric, or its name if it is not registered."""
     return metrics()[name].label if name in metrics() else ONE_STEP.get(name, name.replace("_", " "))
 
 

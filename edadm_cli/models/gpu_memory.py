@@ -13,7 +13,7 @@ from edadm_cli.artifacts.peak import reset_cuda_peak
 
 @dataclass
 class GpuPeak:
-    """What was measured.
+    """The result of a measurement.
 
     Attributes:
         bytes: Bytes at the peak, beyond those that were allocated before; 0 on a CPU.
@@ -24,7 +24,7 @@ class GpuPeak:
 
 @contextmanager
 def gpu_peak(device: torch.device) -> Iterator[GpuPeak]:
-    """Measures the body, with the workspaces of libraries; the value is filled in when the body ends."""
+    """Measures the body of `with`, including workspaces of libraries; the value is set when the body ends."""
     peak = GpuPeak()
     if device.type != "cuda":
         yield peak

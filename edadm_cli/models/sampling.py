@@ -316,7 +316,7 @@ def _is_refusal(error: BaseException) -> bool:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the global generators while entered: some pipelines draw from them, whatever generators they are given."""
+    """Seeds the global generators while entered: some pipelines use them, whatever generators they are given."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -347,7 +347,7 @@ class _WatchedStep:
 
     Args:
         scheduler: The scheduler.
-        generator: What the step draws noise from, unless it is told; `None` leaves that to the pipeline.
+        generator: The generator of the step's noise, unless the pipeline passes one; `None` adds no generator.
         last_sample: A list that holds the latest sample.
     """
 

@@ -15,10 +15,10 @@ from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS
 
 _MIB = 2**20
 _CPU_BUDGET_MIB = 4096
-_USABLE = 0.97  # of the available memory: the rest is lost between blocks of the allocator
-_LEAST_SHARE = 0.25  # of the available memory that rows may take in any case
+_USABLE = 0.97  # share of the available memory: the rest is lost between blocks of the allocator
+_LEAST_SHARE = 0.25  # share of the available memory that rows may take in any case
 _LEARNER_COPIES = 11  # of a unit's weights, float32: alpha, its gradient and moments, codes, scale, h, weights
-_STEP_ACTIVATIONS = 12  # of the largest tensor in a unit, alive at once in a step that learns
+_STEP_ACTIVATIONS = 12  # times the largest tensor in a unit: what is alive at once in a step
 _ACTIVATIONS = 3.5  # the same in a forward without gradients
 
 
@@ -42,7 +42,7 @@ def working_bytes(
 
 
 def rows_budget(mib: int | None, context: ReconstructionContext, recipe: Hyperparameters) -> int:
-    """Returns the bytes of memory for rows: as given; else 4 GiB on a CPU, and on a GPU what the work leaves free.
+    """Returns the bytes of memory for rows: as given, else 4 GiB on a CPU, or what the work leaves free on a GPU.
 
     On a GPU, one forward of the denoiser on one batch measures what its activations take.
 

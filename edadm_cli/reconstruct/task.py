@@ -1,4 +1,4 @@
-"""What a reconstruction is asked to do: its open choices decided, its denoiser loaded and planned."""
+"""Prepares a reconstruction: decides its open choices, loads its denoiser and plans its layers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Task:
 
     @property
     def matmul(self) -> str:
-        """How float32 numbers are multiplied: `float32` or `tf32`."""
+        """The way in which float32 numbers are multiplied: `float32` or `tf32`."""
         return self.config.matmul or _usual_matmul(self.device)
 
     def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
@@ -84,7 +84,7 @@ class Task:
 
 
 def _usual_matmul(device: torch.device) -> Literal["float32", "tf32"]:
-    """Returns how float32 numbers are multiplied where nothing is asked for."""
+    """Returns how float32 numbers are multiplied if the user does not choose."""
     return "tf32" if device.type == "cuda" else "float32"
 
 

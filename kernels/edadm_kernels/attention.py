@@ -193,7 +193,7 @@ def attend_to_codes(
     first: int,
     bias: Tensor | None = None,
 ) -> list[Tensor]:
-    """Returns the codes of `attend`: of all queries on one grid, or of the first ones and the others on two.
+    """Returns the codes of `attend`, with one grid for all queries, or one for the first queries and one for the rest.
 
     Args:
         q: As in `attend`.
@@ -207,7 +207,7 @@ def attend_to_codes(
         bias: As in `attend`.
 
     Returns:
-        int8 `[N, T, heads * d]`, or such a tensor per grid.
+        int8 `[N, T, heads * d]`, or with two grids one such tensor per grid.
 
     Raises:
         ValueError: The numbers of grids differ, or one has no queries.

@@ -14,7 +14,7 @@ WARM_UP = 3
 
 
 class GraphMemory:
-    """What CUDA graphs that never run at the same time share: a memory pool, and the buffers of equal inputs."""
+    """Holds what CUDA graphs share if they never run at the same time: a memory pool, and buffers of equal inputs."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -53,7 +53,7 @@ class GraphedFunction:
     Args:
         function: A function that takes nested tensors and constants and returns nested tensors. It launches work on one
             CUDA device and never waits for it.
-        memory: Shared with other functions whose graphs never run at the same time; by default not shared.
+        memory: The memory that is shared with functions whose graphs never run at the same time; by default none.
     """
 
     def __init__(self, function: Callable[..., Any], memory: GraphMemory | None = None) -> None:

@@ -71,7 +71,7 @@ def code_chains(attention: fx.Node) -> list[CodeChain]:
 
 
 def chain_of(node: fx.Node, tokens: int) -> CodeChain | None:
-    """Returns the chain that begins with a use of a tensor of so many tokens."""
+    """Returns the chain that begins with a use of a tensor that has `tokens` tokens."""
     start, stop = 0, tokens
     if node.op == "call_function" and node.target is operator.getitem:
         index = node.args[1]

@@ -83,11 +83,11 @@ class Conditioning(nn.Module):
         return embedded, self.project(F.silu(embedded))
 
     def hold_outputs(self) -> None:
-        """Makes `held` keep outputs of one shape in one place, where graphs of single blocks can read them."""
+        """Makes `held` return outputs of one shape at fixed addresses, where graphs of single blocks can read them."""
         self._held = {}
 
     def held(self, embedded: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the outputs of `forward` as the blocks read them: copies that stay in their place, if asked for."""
+        """Returns the outputs of `forward` as the blocks read them: copies at fixed addresses after `hold_outputs`."""
         if self._held is None:
             return embedded, projected
         if embedded.shape not in self._held:

@@ -70,7 +70,7 @@ class CudaDenoiser(CompiledDenoiser):
         return self.model
 
     def record(self, part: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a part as CUDA graphs of its own, which share their memory."""
+        """Returns a part that runs as separate CUDA graphs, which share their memory."""
         return part if self._part_memory is None else GraphedFunction(part, self._part_memory)
 
     @torch.no_grad()

@@ -118,7 +118,7 @@ def _split(
 
 
 def _one_per_row(timesteps: Tensor, rows: int) -> Tensor:
-    """Returns `(R,)` timesteps of a scalar, of one value per row, or of several equal values per row `(R, *)`.
+    """Returns timesteps `(R,)` from a scalar, from one value per row, or from several equal values per row `(R, *)`.
 
     Raises:
         InputError: A row has different values.

@@ -75,7 +75,7 @@ class LayerStandIn(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A weight without values, for networks that read its element type (Z-Image)."""
+        """Stands for a weight, without values, for networks that read its element type (Z-Image)."""
         return torch.empty(self.weight_shape, device="meta")
 
 

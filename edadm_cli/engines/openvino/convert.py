@@ -108,8 +108,8 @@ def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExt
 def _reason(error: Exception) -> str:
     """Returns what the converter does not translate, or the line of an error that says what failed.
 
-    The converter ends its report with a summary of operations, in which a mark stands for complex numbers. It puts what
-    tracing raised after a line `Exception:`.
+    The converter ends its report with a summary of operations, in which a mark stands for complex numbers. The error
+    that tracing raised follows a line `Exception:`.
     """
     _, _, summary = str(error).partition("Summary:")
     untranslated = [*re.findall(r"aten::\w+", summary), *(["complex numbers"] if "ComplexTypeMark" in summary else [])]

@@ -55,7 +55,7 @@ class QuantizedProduct:
                 _round_in_float(source(self.node.input_value(port)))
 
     def use_fastest_float(self) -> None:
-        """Replaces its codes with floating-point numbers; attention's operands are no longer rounded to their grids.
+        """Replaces the product's codes with floating-point numbers. Attention's operands are then not on their grids.
 
         Rounding the probabilities in floating point takes longer than the product, and keeps OpenVINO from computing
         attention in one kernel. Operands that are not rounded are nearer to those of full precision.

@@ -62,8 +62,8 @@ class AttentionVariant(AttentionTile):
     """Compile-time parameters of `attention.cu`; `keys` is a multiple of 16 up to 256.
 
     Args:
-        short: Whether all keys fit into one turn.
-        codes: Whether the kernel writes codes instead of the values that they are rounded from.
+        short: Whether all keys fit into one turn, which is one iteration of the loop over keys.
+        codes: Whether the kernel writes codes instead of floating-point values.
         bfloats: Whether operands and result are bfloat16 instead of float16.
         held: Whether queries are held in registers.
         bias: Whether a number per key is added to the scores.
