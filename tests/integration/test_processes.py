@@ -239,7 +239,7 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, t
     assert {name: actual[name] for name in kept} == kept, "what was there is not sampled again"
 
 
-def test_a_failure_of_one_process_is_told_once(tiny_sd: Path, program: Path, tmp_path: Path) -> None:
+def test_a_failure_of_one_process_is_reported_once(tiny_sd: Path, program: Path, tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.txt")
     words = ["collect", "--model", str(tiny_sd), "--prompts", absent, "--run", str(tmp_path / "run")]
     done = torchrun(*words, program=program)

@@ -1,7 +1,7 @@
 """Runs linear layers that read one tensor through equal quantizers with one quantization and one launch.
 
-The names of modules tell which layers may share an input (queries, keys and values of an attention, and layers beside
-it). The identity of the tensor tells in every call whether they do.
+Which layers may share an input (queries, keys and values of an attention, and layers beside it) follows from the names
+of their modules. In every call they share it if they are given the same tensor object.
 """
 
 from __future__ import annotations

@@ -215,12 +215,12 @@ def test_a_pipeline_that_needs_images_names_the_flag_and_the_command(build: Any,
 
 
 def test_noise_of_the_global_generator_follows_the_seed(stable_diffusion: LoadedModel) -> None:
-    """JoyImage-Edit draws the latents of its images without the generators that it is given."""
+    """JoyImage-Edit generates the latents of its images without the generators that it is given."""
     encode = type(stable_diffusion.pipeline).encode_prompt
-    drawn = []
+    numbers = []
 
     def noisy(*args: Any, **kwargs: Any) -> Any:
-        drawn.append(torch.randn(1).item())
+        numbers.append(torch.randn(1).item())
         return encode(stable_diffusion.pipeline, *args, **kwargs)
 
     stable_diffusion.pipeline.encode_prompt = noisy
@@ -231,5 +231,5 @@ def test_noise_of_the_global_generator_follows_the_seed(stable_diffusion: Loaded
         after = torch.randn(1)
     finally:
         del stable_diffusion.pipeline.encode_prompt
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert numbers[0] == numbers[1] != numbers[2]
     assert torch.equal(after, torch.randn(1, generator=torch.Generator().manual_seed(17))), "the global state is kept"
