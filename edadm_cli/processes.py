@@ -9,6 +9,7 @@ is lost, and the others end with a sentence instead of waiting for ever.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -150,11 +151,13 @@ class Team(Processes):
     @contextmanager
     def together(self) -> Iterator[None]:
         """Reports a failure of the body to the others; where it succeeds, all leave together."""
+        atexit.unregister(_disconnect)
         self._start_heart()
         try:
             with self._told_to_end():
                 yield
                 self._leave()
+            atexit.register(_disconnect)
         except BaseException as error:
             if not isinstance(error, LostProcessError):
                 self._tell(error)
@@ -297,6 +300,19 @@ def _shared_store(state: PartialState) -> Store:
     server = TCPStore(host, 0, is_master=True, wait_for_workers=False) if state.is_main_process else None
     (port,) = broadcast_object_list([None if server is None else server.port])
     return server or TCPStore(host, port, is_master=False)
+
+
+def _disconnect() -> None:
+    """Ends the threads of the process group while the interpreter still runs.
+
+    One of them may hold the last reference to a tensor. If it releases it while the interpreter ends, Python stops that
+    thread and the process is aborted, although its work is done. After a failure the group is left as it is: its
+    threads may wait for a process that is no longer there.
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _failure(text: str) -> EdadmError:

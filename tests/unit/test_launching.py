@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -95,15 +97,25 @@ def test_other_commands_are_refused_by_the_launchers_name(
 
 
 WORK = """
-import json, sys, torch
+import atexit, json, torch
 from edadm_cli.processes import join
 
+atexit.register(lambda: print(json.dumps(torch.distributed.is_initialized())))  # runs after what is registered later
 team = join("cpu")
 with team.together():
     total = torch.tensor([team.index + 1.0])
     team.sum(total)
     print(json.dumps([team.index, team.count, total.item(), team.share("of the main one" if team.is_main else None)]))
 """
+
+
+def free_port() -> int:
+    """Returns a port that is free and lies below those that the system gives to outgoing connections."""
+    for port in random.sample(range(20_000, 32_000), 50):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    pytest.fail("none of 50 ports is free")
 
 
 @pytest.mark.parametrize(
@@ -115,10 +127,7 @@ with team.together():
     ids=["mpirun", "srun"],
 )
 def test_processes_that_are_told_where_to_meet_do(names: tuple[str, str, str]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", WORK],
@@ -131,5 +140,6 @@ def test_processes_that_are_told_where_to_meet_do(names: tuple[str, str, str]) -
     ]
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
-    actual = [json.loads(out) for out, _ in outputs]
-    assert actual == [[0, 2, 3.0, "of the main one"], [1, 2, 3.0, "of the main one"]]
+    actual = [[json.loads(line) for line in out.splitlines()] for out, _ in outputs]
+    connected_at_exit = False
+    assert actual == [[[index, 2, 3.0, "of the main one"], connected_at_exit] for index in (0, 1)]
