@@ -8,14 +8,14 @@ identity of an artifact. The stages that run an export have theirs in `engine_co
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
 from edadm_cli.bits import BitWidth
 from edadm_cli.engine_config import BenchConfig, EngineStageConfig, EvaluateConfig, FeaturesName, SampleConfig
 from edadm_cli.recipe import Recipe, SelectStrategy
-from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, DTypeName, StageConfig, Weights, setting
+from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, SIZE_ARGUMENTS, DTypeName, StageConfig, Weights, setting
 
 __all__ = [
     "MAX_IMAGES",
@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+def _size(description: str) -> Any:
+    return setting(None, description, identity="never", ge=1)  # enters the identity as an argument of the pipeline
 
 
 class CollectConfig(StageConfig):
@@ -76,6 +80,14 @@ class CollectConfig(StageConfig):
         identity="never",  # enters the identity by the hash of its files
         metavar="DIR",
     )
+    height: int | None = _size("Height of the images or frames, pixels; by default the model's own.")
+    width: int | None = _size("Width of the images or frames, pixels; by default the model's own.")
+    num_frames: int | None = _size("Frames of a clip; by default the model's own.")
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the given sizes by the names of the pipeline's arguments."""
+        given = {name: getattr(self, name) for name in SIZE_ARGUMENTS}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class SelectConfig(StageConfig):

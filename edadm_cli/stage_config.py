@@ -12,6 +12,8 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["auto", "memory", "disk"]
 MAX_IMAGES = 1_000_000
 """Number of images of one seed that have different noise (`edadm_cli/models/sampling.py`, `image_seed`)."""
+SIZE_ARGUMENTS = ("height", "width", "num_frames")
+"""Fields of the size of what a pipeline samples; they have the names of the arguments of its call."""
 RECIPE_NAMES = (
     "default, default-attention, thorough, uniform-steps, normal-steps, paper, q-diffusion, ptq4dm, gptq, quick, rtn,"
     " or your own TOML file"

@@ -25,6 +25,7 @@ from edadm_cli.cli.stages import (
 )
 from edadm_cli.config import BenchConfig, BitWidth, CollectConfig, SelectConfig, StageConfig
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.stage_config import SIZE_ARGUMENTS
 
 _OWN = (
     flags.field_parameter(COLLECT.config, "model"),
@@ -32,7 +33,10 @@ _OWN = (
     flags.RECIPE,
     *(
         flags.field_parameter(COLLECT.config, name)
-        for name in ("num_trajectories", "num_steps", "guidance_scale", "dtype", "prompts", "prediction_type")
+        for name in (
+            *("num_trajectories", "num_steps", "guidance_scale", "dtype", "prompts", "prediction_type"),
+            *SIZE_ARGUMENTS,
+        )
     ),
     *(flags.field_parameter(EXPORT.config, name) for name in ("text_encoders", "measure")),
     flags.field_parameter(EVALUATE.config, "num_images"),

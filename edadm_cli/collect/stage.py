@@ -19,11 +19,14 @@ from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.shards import is_written, merge_parts, require_mergeable, scratch_names, write_shard
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.architecture import Architecture
 from edadm_cli.models.collected import Sampling, SchedulerFacts
 from edadm_cli.models.encoding import encode_first
 from edadm_cli.models.from_folder import first_sentence
+from edadm_cli.models.full_precision import require_full_precision
 from edadm_cli.models.images import images_sha256
 from edadm_cli.models.loading import LoadedModel, load_model, locate, resolve_device, weight_bytes
+from edadm_cli.models.output_size import with_sizes
 from edadm_cli.models.placement import described, placement
 from edadm_cli.models.prompts import prompts_name, resolve_prompts
 from edadm_cli.models.sampling import Samples, image_seed, require_num_steps, sample, takes_guidance
@@ -139,8 +142,10 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
     """Loads the model and decides what the configuration leaves open."""
     device, dtype = resolve_device(processes.device_name(config.device)), getattr(torch, config.dtype)
     location = locate(config.model)
-    sizes = {} if config.weights == "memory" else weight_bytes(location, dtype)
-    where = placement(sizes, config.weights, device)
+    if not isinstance(location, Architecture):
+        require_full_precision(location[0])
+    weights = {} if config.weights == "memory" else weight_bytes(location, dtype)
+    where = placement(weights, config.weights, device)
     model = load_model(
         config.model, device, dtype, prediction_type=config.prediction_type, placement=where, location=location
     )
@@ -152,6 +157,8 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
         )
     if config.images is not None:
         model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
+    if sizes := config.sizes():
+        model.entry = with_sizes(model, sizes)
     entry = model.entry
     if config.guidance_scale is not None and not takes_guidance(model.pipeline):
         if getattr(model.pipeline, "guider", None) is not None:
@@ -172,7 +179,7 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
         batch_size=min(config.batch_size or entry.batch_size, num_trajectories),
         feature_batch=min(config.feature_batch or entry.feature_batch, num_trajectories),
         prompts=resolve_prompts(model, config.prompts, num_trajectories, config.seed),
-        remarks=(described(where, sum(sizes.values()), device),)
+        remarks=(described(where, sum(weights.values()), device),)
         if config.weights == "auto" and model.placement != "memory"
         else (),
     )

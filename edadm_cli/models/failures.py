@@ -23,6 +23,11 @@ KINDS = (
 """The errors that libraries raise about sizes, types and names."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether memory did not suffice; on a CPU torch raises a `RuntimeError` that only its text tells apart."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def is_fault_of_model(denoiser: nn.Module, error: BaseException) -> bool:
     """Returns whether an error was raised inside of a library while a model of that library's own layers computed.
 

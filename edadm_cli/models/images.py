@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from edadm_cli.artifacts import file_sha256
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.output_size import picture_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -81,7 +82,7 @@ def image_arguments(pipeline: DiffusionPipeline, entry: ModelEntry, seeds: Seque
         raise UsageError(f"{type(pipeline).__name__} takes no images, so --images has no meaning for it.")
     files = image_files(Path(entry.images))
     chosen = [files[seed % len(files)] for seed in seeds]
-    size = entry.image_size
+    size = picture_size(entry)
     endings = {MASK: _MASK_ENDING, CONTROL: _CONTROL_ENDING if IMAGE in names else ""}
     return {name: [_open(_beside(file, endings.get(name, "")), size, name) for file in chosen] for name in names}
 
@@ -91,7 +92,7 @@ def _beside(file: Path, ending: str) -> Path:
     return file.with_name(file.stem + ending) if ending else file
 
 
-def _open(file: Path, size: int | None, name: str) -> Image:
+def _open(file: Path, size: tuple[int, int] | None, name: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     if not file.is_file():
@@ -101,4 +102,4 @@ def _open(file: Path, size: int | None, name: str) -> Image:
             image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise InputError(f"{file} cannot be read as an image: {error}") from error
-    return image if size is None else image.resize((size, size))
+    return image if size is None else image.resize(size)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -328,6 +329,8 @@ def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
         return shipped_folder(entry.location), None
     if entry is not None and entry.name == model and entry.source == "hub":
         return download(entry.location, entry.revision)
+    if not model.strip():
+        raise UsageError("--model is empty.", hint="edadm models")
     path = Path(model).expanduser()
     if entry is not None and entry.name == model and entry.source in _BY_HAND:
         path = Path(entry.location)
@@ -339,16 +342,21 @@ def _locate(model: str, entry: ModelEntry | None) -> tuple[Path, str | None]:
             )
     if path.is_dir():
         if not (path / INDEX_NAME).is_file():
-            raise InputError(f"{path} is not a diffusers pipeline: it has no {INDEX_NAME}.")
+            has_config = (path / "config.json").is_file()
+            raise InputError(
+                f"{path} is not a diffusers pipeline: it has no {INDEX_NAME}.",
+                hint=f"give --model the folder of the whole pipeline, which has {INDEX_NAME}" if has_config else None,
+            )
         return path.resolve(), None
     if path.is_file():
         return path.absolute(), None  # a link keeps its name: in the hub's cache, the file behind it has none
     if looks_like_hub_id(model):
         return download(model, None)
+    alike = get_close_matches(model, known_models())
     raise InputError(
-        f"There is no model '{model}': it is neither a known name ({', '.join(known_models())}), "
-        "nor a folder or a checkpoint file, nor a hub id such as owner/name.",
-        hint="edadm models",
+        f"There is no model '{model}': it is neither a known name, nor a folder or a checkpoint file, nor a hub id "
+        "such as owner/name.",
+        hint=f"edadm models lists the known names{f', such as {alike[0]}' if alike else ''}",
     )
 
 

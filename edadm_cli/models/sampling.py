@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError, MachineError, UsageError
-from edadm_cli.models.failures import KINDS, is_fault_of_model
+from edadm_cli.models.failures import KINDS, is_fault_of_model, is_out_of_memory
 from edadm_cli.models.families import family_of
 from edadm_cli.models.from_folder import first_sentence
 from edadm_cli.models.images import IMAGE_PARAMETERS, has_images, image_arguments, takes_images
@@ -109,10 +109,10 @@ def sample(
             _seeded(seeds[0], pipeline.device),
         ):
             output = pipeline(**arguments)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise MachineError(
             f"{model.ref.id}: the device ran out of memory with {len(seeds)} images at a time.",
-            hint="a smaller --batch-size",
+            hint="a smaller --batch-size" if len(seeds) > 1 else "edadm collect with a smaller --height and --width",
         ) from error
     if not last_sample:
         raise InputError(
@@ -273,6 +273,8 @@ def _explained_refusals(model: LoadedModel) -> Iterator[None]:
     try:
         yield
     except KINDS as error:
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
         if not isinstance(error, (ValueError, TypeError)) or not _is_refusal(error):
             if not is_fault_of_model(model.denoiser, error):
                 raise

@@ -144,7 +144,7 @@ class BlockReconstruction:
                     forms |= probe_units(denoiser, [unit], self.batches)
         links = find_links(denoiser, units, forms, self.batches)
         cache, rows = self.workspace.cache, self.batches.num_rows
-        return FinishedUnits(denoiser, units, links, cache, rows, self._mixes_inputs)
+        return FinishedUnits(denoiser, units, links, forms, cache, rows, self._mixes_inputs)
 
     def _learn(self, number: int, unit: Unit, float_calls: UnitCalls, finished: FinishedUnits | None) -> UnitResult:
         workspace = self.workspace

@@ -119,6 +119,7 @@ class FinishedUnits:
         denoiser: The denoiser.
         units: All units, in execution order.
         links: The links of the units that can be stubs, by name.
+        forms: The forms of the calls of all units that can learn, by name; a unit without a link may learn too.
         cache: Stores the outputs of finished units.
         num_rows: Number of rows of the calibration set.
         mixes_inputs: Whether a unit learns from its full-precision inputs too, so that both are held at once.
@@ -129,11 +130,12 @@ class FinishedUnits:
         denoiser: nn.Module,
         units: Sequence[Unit],
         links: Mapping[str, Link],
+        forms: Mapping[str, UnitForm],
         cache: RowCache,
         num_rows: int,
         mixes_inputs: bool = True,
     ) -> None:
-        self.denoiser, self.links, self.cache, self.num_rows = denoiser, links, cache, num_rows
+        self.denoiser, self.links, self.forms, self.cache, self.num_rows = denoiser, links, forms, cache, num_rows
         self.positions = {unit.name: position for position, unit in enumerate(units)}
         self._always_run = {position for name, position in self.positions.items() if name not in links}
         self._finished: dict[str, list[Rows] | None] = {}  # None: not stored yet
@@ -186,9 +188,9 @@ class FinishedUnits:
         if self.cache.shared:
             return set()
         loads = [0] * len(self.positions)
-        for name, link in self.links.items():
-            replaced = 0 if mixes_inputs else sum(kind.bytes for kind in link.form.inputs)  # by the quantized ones
-            need = link.form.call_bytes + link.form.learning_bytes(True) - replaced
+        for name, form in self.forms.items():
+            replaced = 0 if mixes_inputs else sum(kind.bytes for kind in form.inputs)  # by the quantized ones
+            need = form.call_bytes + form.learning_bytes(True) - replaced
             loads[self.positions[name]] = self.num_rows * need
         planned: set[str] = set()
         for name in sorted(self.links, key=lambda name: len(self._life(name))):

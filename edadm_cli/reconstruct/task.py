@@ -136,14 +136,14 @@ def prepare(task: Task, place: str = "", note: Callable[[str], None] = lambda _:
 
 def _learning(all_units: list[Unit], config: ReconstructConfig) -> list[Unit]:
     """Returns the units that learn."""
-    if config.recipe.learn.granularity == "none":
-        return []
     for pattern in config.units:
         if not any(fnmatchcase(unit.name, pattern) for unit in all_units):
             raise UsageError(
                 f"The pattern '{pattern}' of --units matches none of the {len(all_units)} units, such as"
                 f" '{all_units[len(all_units) // 2].name}'."
             )
+    if config.recipe.learn.granularity == "none":
+        return []
     return [unit for unit in all_units if not config.units or any(fnmatchcase(unit.name, p) for p in config.units)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from edadm_cli.artifacts import BenchResult, Manifest, Payload, recipe_name
 from edadm_cli.report.contents import BY_BITS, Part, RunContents
+from edadm_cli.stage_config import SIZE_ARGUMENTS
 
 _FLAGS: dict[str, tuple[str, ...]] = {
     "collect": ("num_trajectories", "num_steps", "guidance_scale", "batch_size", "feature_batch", "dtype"),
@@ -55,6 +56,9 @@ def _words(part: Part[Payload]) -> Iterator[str]:
     scheduler = manifest.config.get("scheduler_config")
     if manifest.kind == "collect" and isinstance(scheduler, dict) and "prediction_type" in scheduler:
         yield from ("--prediction-type", str(scheduler["prediction_type"]))
+    for name, value in (manifest.config.get("call_arguments") or {}).items():
+        if manifest.kind == "collect" and name in SIZE_ARGUMENTS:
+            yield from (f"--{name.replace('_', '-')}", str(value))
     if manifest.seed:
         yield from ("--seed", str(manifest.seed))
 

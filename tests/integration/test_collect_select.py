@@ -19,13 +19,16 @@ from torch import Tensor
 from edadm_cli.artifacts import Artifact, RunFolder
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig, SelectConfig
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.estimates import collect as collect_estimates
 from edadm_cli.estimates import select as select_estimates
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.calls import DenoiserCall, record_calls
+from edadm_cli.models.collected import load_collected_model
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.sampling import image_seed, sample
+from edadm_cli.report.commands import repeating_commands
+from edadm_cli.report.contents import read_run
 from edadm_cli.select import stage as select
 from tests.integration.fresh_interpreter import FreshInterpreter
 
@@ -377,6 +380,47 @@ def test_what_a_model_does_not_have_is_refused(tiny_ddpm: Path, prompts: Path, t
         collect.run(config_of(tiny_ddpm, None, guidance_scale=2.0), run)
     with pytest.raises(UsageError, match="takes no prompts"):
         collect.run(config_of(tiny_ddpm, None).model_copy(update={"prompts": prompts}), run)
+    with pytest.raises(UsageError, match=r"DDPMPipeline has no argument 'height', so --height has no meaning"):
+        collect.run(config_of(tiny_ddpm, None, height=16), run)
+
+
+def test_a_given_size_is_that_of_all_later_images_and_part_of_the_identity(
+    tiny_sd: Path, prompts: Path, tmp_path: Path
+) -> None:
+    run, changes = RunFolder(tmp_path / "run"), {"num_trajectories": 2, "num_steps": 2, "height": 16, "width": 32}
+    collect.run(config_of(tiny_sd, prompts, **changes), run)
+    artifact = run.open("collect")
+    scale = 32 // latents_of(artifact).shape[-1]
+    assert latents_of(artifact).shape[-2:] == (16 // scale, 32 // scale)
+    assert artifact.manifest.config["call_arguments"] == {"height": 16, "width": 32}
+    model = load_collected_model(run, CPU, torch.float32)
+    images = sample(model, seeds=[0], prompts=["one"], num_steps=2, guidance_scale=2.0).images
+    assert images.shape[-2:] == (16, 32)
+    (command,) = repeating_commands(read_run(run, None))
+    assert "--height 16 --width 32" in command
+    with pytest.raises(InputError, match="call_arguments"):
+        collect.run(config_of(tiny_sd, prompts, **{**changes, "height": 32}), run)
+    with pytest.raises(UsageError, match="given together"):
+        collect.run(config_of(tiny_sd, prompts, height=16), RunFolder(tmp_path / "odd"))
+    with pytest.raises(InputError, match="divisible by"):
+        collect.run(config_of(tiny_sd, prompts, **{**changes, "height": 17}), RunFolder(tmp_path / "odd"))
+
+
+def test_more_memory_than_a_machine_can_have_is_a_failure_of_the_machine(
+    tiny_sd: Path, prompts: Path, tmp_path: Path
+) -> None:
+    config = config_of(tiny_sd, prompts, num_trajectories=1, height=2**24, width=2**24)  # latents of 2**50 bytes
+    with pytest.raises(MachineError, match="ran out of memory"):
+        collect.run(config, RunFolder(tmp_path / "run"))
+
+
+def test_a_quantized_denoiser_is_refused(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_sd, tmp_path / "tiny-sd"))
+    config = folder / "unet/config.json"
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": quantization}))
+    with pytest.raises(InputError, match=r"'unet' of .* is quantized already by 'bitsandbytes'"):
+        collect.run(config_of(folder, prompts), RunFolder(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_ddpm"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers as d
 import pytest
 
 from edadm_cli.artifacts import RunFolder
@@ -15,7 +17,8 @@ from edadm_cli.select import stage as select
 from tests.denoisers.classes import VERDICTS, denoiser_classes
 from tests.denoisers.further import anyflow
 from tests.denoisers.rows import ROWS
-from tests.denoisers.table import DOCS, entry_with, measure
+from tests.denoisers.table import DOCS, measure
+from tests.denoisers.unets import kandinsky22
 
 # one tensor per image and prompts of different length; guidance in two calls per step
 QUICK = ("z_image", "qwen_image")
@@ -56,14 +59,39 @@ def test_a_pipeline_with_a_guider_says_where_its_scale_is(tmp_path: Path) -> Non
     assert (tmp_path / "model/guider/guider_config.json").is_file()
 
 
+def test_the_documented_lines_make_a_folder_of_kandinsky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two pipelines of the hub are tiny ones on disk here; the card of the decoder names its prior, as there."""
+    monkeypatch.chdir(tmp_path)
+    whole = kandinsky22()
+    prior = {name.removeprefix("prior_"): part for name, part in whole.components.items() if name.startswith("prior_")}
+    d.KandinskyV22PriorPipeline(**prior).save_pretrained("prior")
+    d.KandinskyV22Pipeline(unet=whole.unet, scheduler=whole.scheduler, movq=whole.movq).save_pretrained("decoder")
+    Path("decoder/README.md").write_text("---\nprior:\n- prior\n---\n", encoding="utf-8")
+    (lines,) = re.findall(r"```python\n([^`]*AutoPipelineForText2Image[^`]*)```", DOCS.read_text(encoding="utf-8"))
+    exec(lines.replace("kandinsky-community/kandinsky-2-2-decoder", "decoder"))
+    config = CollectConfig(
+        model="kandinsky-2.2",
+        num_trajectories=2,
+        num_steps=2,
+        height=32,
+        width=32,
+        prompts=Path("prompts"),
+        device="cpu",
+    )
+    Path("prompts").write_text("a cat\n", encoding="utf-8")
+    assert collect.run(config, RunFolder(tmp_path / "run")).model == "kandinsky-2.2"
+
+
 def test_an_input_that_changes_from_step_to_step_goes_with_its_step(tmp_path: Path) -> None:
     """AnyFlow is also called with the timestep at which a step ends, which is that of the next step."""
     anyflow().save_pretrained(tmp_path / "model")
     run = RunFolder(tmp_path / "run")
-    config = CollectConfig(model=str(tmp_path / "model"), num_trajectories=4, num_steps=3, batch_size=2, device="cpu")
-    with entry_with({"height": 16, "width": 16, "num_frames": 5}):
-        collect.run(config, run)
-        select.run(SelectConfig(device="cpu", strategy="uniform"), run)
+    size = {"height": 16, "width": 16, "num_frames": 5}
+    config = CollectConfig(
+        model=str(tmp_path / "model"), num_trajectories=4, num_steps=3, batch_size=2, device="cpu", **size
+    )
+    collect.run(config, run)
+    select.run(SelectConfig(device="cpu", strategy="uniform"), run)
     timesteps = run.open("collect").tensors("features.safetensors", ["timesteps"])["timesteps"].tolist()
     chosen = run.open("select").tensors("calibration.safetensors")
     ends = [*timesteps[1:], 0.0]

@@ -93,6 +93,12 @@ def test_weights_that_stay_on_disk_give_the_same_reconstruction(tiny_ddpm: Path,
             assert float((tensor == same_codes[name]).float().mean()) > 0.99
 
 
+@pytest.mark.parametrize("recipe", ["default", "quick"])
+def test_a_pattern_that_matches_no_unit_is_refused(recipe: str, tiny_ddpm: Path, fresh_run: FreshRun) -> None:
+    with pytest.raises(UsageError, match=r"'nothing\*' of --units matches none of the"):
+        reconstruct.run(config_of("w4a8", quick(recipe), units=("nothing*",)), fresh_run(tiny_ddpm))
+
+
 @pytest.mark.parametrize("weights", ["disk", "auto"])
 def test_weights_on_disk_have_no_gradients_to_choose_float_inputs_by(
     weights: str, tiny_ddpm: Path, fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch

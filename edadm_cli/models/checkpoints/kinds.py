@@ -24,7 +24,7 @@ _CONTROL = ("control_model.", "controlnet_cond_embedding.", "controlnet_blocks."
 _AUTOENCODER = (FIRST_STAGE, "encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _FLUX, _SD3 = "double_blocks.0.", "joint_blocks.0."
 _DIFFUSERS = ("down_blocks.0.", "transformer_blocks.0.", "single_transformer_blocks.0.", "blocks.0.", "layers.0.")
-_LORA_HINT = "fuse it into its model and quantize the result (docs/models.md, LoRA)"
+_LORA_HINT = "quantize its model, and then: edadm export --lora FILE (docs/lora.md)"
 
 
 def is_lora(state: Mapping[str, Tensor]) -> bool:

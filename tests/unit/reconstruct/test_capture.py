@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace, freeze_
 from edadm_cli.reconstruct.call_signatures import flatten, probe_units, unflatten
 from edadm_cli.reconstruct.capture import UnitCalls, capture_units
 from edadm_cli.reconstruct.checkpoint import UnitCheckpoints
-from edadm_cli.reconstruct.finished import FinishedUnits, find_links
+from edadm_cli.reconstruct.finished import FinishedUnits, Link, find_links
 from edadm_cli.reconstruct.rows import RowCache, Rows
 from edadm_cli.reconstruct.unit_data import channel_loss, layer_targets
 
@@ -309,7 +309,7 @@ def test_passes_with_stubs_capture_what_passes_from_the_start_capture(
     skips = [name for name, link in links.items() if len(link.readers) > 1]
     assert skips, "outputs of the way down go to the way up as well"
     cache = setting.cache(tmp_path, budget)
-    finished = FinishedUnits(denoiser, units, links, cache, setting.batches.num_rows)
+    finished = FinishedUnits(denoiser, units, links, forms, cache, setting.batches.num_rows)
     for unit in units:
         plain, stubbed = (
             capture_units(denoiser, [unit], forms, setting.batches, cache, with_outputs=False, finished=stubs)[0]
@@ -336,7 +336,7 @@ def test_a_unit_that_can_be_no_stub_keeps_only_what_it_reads(make_setting: MakeS
     kept = {name for name, link in links.items() if 4 in link.readers}
     assert kept
     cache = setting.cache(tmp_path, 2**28)
-    finished = FinishedUnits(denoiser, units, links, cache, setting.batches.num_rows)
+    finished = FinishedUnits(denoiser, units, links, forms, cache, setting.batches.num_rows)
     for place, unit in enumerate(units):
         plain, stubbed = (
             capture_units(denoiser, [unit], forms, setting.batches, cache, with_outputs=False, finished=stubs)[0]
@@ -406,8 +406,8 @@ def test_stored_outputs_leave_each_unit_the_memory_that_it_learns_in(
     def stored(names: Collection[str]) -> list[int]:
         return [sum(sizes[name] for name in names if place in lives[name]) for place in range(len(units))]
 
-    def planned(budget: int) -> FinishedUnits:
-        return FinishedUnits(setting.denoiser, units, links, setting.cache(tmp_path, budget), rows, mixes_inputs)
+    def planned(budget: int, links: Mapping[str, Link] = links) -> FinishedUnits:
+        return FinishedUnits(setting.denoiser, units, links, forms, setting.cache(tmp_path, budget), rows, mixes_inputs)
 
     everything = {name for name, life in lives.items() if life}
     most = max(need + size for need, size in zip(needs, stored(everything), strict=True))
@@ -421,3 +421,8 @@ def test_stored_outputs_leave_each_unit_the_memory_that_it_learns_in(
     in_files = everything - in_memory
     assert min(len(lives[name]) for name in in_files) > min(len(lives[name]) for name in in_memory)
     assert planned(min(needs) - 1).expected_bytes() == 0
+    largest = needs.index(max(needs))
+    others = {name: link for name, link in links.items() if name != units[largest].name}
+    unlinked = planned(needs[largest], others)
+    assert unlinked.expected_bytes([units[largest].name]) == 0, "a unit that can be no stub learns too"
+    assert unlinked.expected_bytes() > 0

@@ -1,0 +1,43 @@
+"""The size of what a pipeline samples: height and width in pixels, and the number of frames of a clip."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from edadm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from edadm_cli.models.loaded import LoadedModel
+    from edadm_cli.models.registry import ModelEntry
+
+
+def with_sizes(model: LoadedModel, sizes: Mapping[str, int]) -> ModelEntry:
+    """Returns the defaults of a model with other sizes.
+
+    Args:
+        model: The pipeline.
+        sizes: Values by the names of the arguments of the pipeline's call.
+
+    Raises:
+        UsageError: The call of the pipeline has no argument of such a name, because its denoiser fixes the size. Or one
+            of height and width is missing: many pipelines take their own size then, whatever the other one is.
+    """
+    parameters = inspect.signature(type(model.pipeline).__call__).parameters
+    for name in sizes:
+        if name not in parameters:
+            raise UsageError(
+                f"{type(model.pipeline).__name__} has no argument '{name}', so --{name.replace('_', '-')} has no "
+                f"meaning for {model.ref.id}."
+            )
+    arguments = {**model.entry.call_arguments, **sizes}
+    if len({"height", "width"} & arguments.keys()) == 1:
+        raise UsageError("--height and --width are given together, and only one of them was.")
+    return model.entry.model_copy(update={"call_arguments": arguments})
+
+
+def picture_size(entry: ModelEntry) -> tuple[int, int] | None:
+    """Returns the width and height in pixels of the pictures that condition a model; `None` where it has no size."""
+    sides = [entry.call_arguments.get(name, entry.image_size) for name in ("width", "height")]
+    return None if None in sides else (int(sides[0]), int(sides[1]))
