@@ -126,6 +126,6 @@ def _of_shape(values: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 def _read(file: Path, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     with safe_open(file, framework="pt", device="cpu") as opened:
-        values: Tensor = opened.get_tensor(name)
-    values = values.to(device).to(dtype)
-    return values.clone() if device.type == "cpu" else values
+        mapped: Tensor = opened.get_tensor(name)
+    values = mapped.to(device).to(dtype)
+    return values.clone() if values is mapped else values

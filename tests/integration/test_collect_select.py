@@ -380,7 +380,7 @@ def test_what_a_model_does_not_have_is_refused(tiny_ddpm: Path, prompts: Path, t
         collect.run(config_of(tiny_ddpm, None, guidance_scale=2.0), run)
     with pytest.raises(UsageError, match="takes no prompts"):
         collect.run(config_of(tiny_ddpm, None).model_copy(update={"prompts": prompts}), run)
-    with pytest.raises(UsageError, match=r"DDPMPipeline has no argument 'height', so --height has no meaning"):
+    with pytest.raises(UsageError, match=r"DDIMPipeline has no argument 'height', so --height has no meaning"):
         collect.run(config_of(tiny_ddpm, None, height=16), run)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edadm_cli.errors import InputError
 from edadm_cli.models.checkpoints.accounting import empty_module
@@ -63,6 +65,27 @@ def test_a_forward_takes_less_memory_than_the_weights(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     growth, weights = map(int, result.stdout.split())
     assert growth < weights / 2
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the copies of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_copied_once_when_it_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The copy holds the file no more; it is the conversion, where there is one."""
+    save_file({"weight": torch.full((3, 4), 0.5, dtype=dtype)}, tmp_path / "model.safetensors")
+    read = file_readers((tmp_path / "model.safetensors",))["weight"]
+    with _Copies() as copies:
+        values = read(CPU, torch.float32)
+    assert copies.count == 1
+    assert torch.equal(values, torch.full((3, 4), 0.5))
 
 
 def test_a_weight_of_another_shape_is_refused_by_its_name(tmp_path: Path) -> None:
