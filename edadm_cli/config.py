@@ -52,14 +52,17 @@ class CollectConfig(StageConfig):
         None, "N, the number of trajectories that are sampled; by default the model's own.", ge=1, le=MAX_IMAGES
     )
     num_steps: int | None = setting(None, "T, the number of sampler steps; by default the model's own.", ge=1)
-    guidance_scale: float | None = setting(None, "Classifier-free guidance; by default the model's own.", ge=0)
+    guidance_scale: float | None = setting(None, "Scale of classifier-free guidance; by default the model's own.", ge=0)
     batch_size: int | None = setting(
         None, "Trajectories that are sampled together, one shard per batch; by default the model's own.", ge=1
     )
     feature_batch: int | None = setting(
         None, "B, the number of trajectories whose features are recorded; by default the model's own.", ge=1
     )
-    dtype: DTypeName = setting("float32", "float32, bfloat16 or float16: arithmetic of the full-precision denoiser.")
+    dtype: DTypeName = setting(
+        "float32",
+        "float32, bfloat16 or float16: element type in which the full-precision denoiser computes; float32 by default.",
+    )
     prompts: Path | None = setting(
         None, "Text file, one prompt per line; by default the model's own prompts.", identity="never", metavar="FILE"
     )
@@ -70,8 +73,9 @@ class CollectConfig(StageConfig):
     )
     weights: Weights = setting(
         "auto",
-        "Where weights are: memory; disk, where text encoders are freed once they have encoded the prompts, and the"
-        " denoiser's layers are read whenever they are used; or auto, by what they need and the device has.",
+        "memory, disk or auto: where the weights are. On disk, text encoders are freed once they have encoded the"
+        " prompts, and each layer of the denoiser is read whenever it is used. auto, the default, chooses by the memory"
+        " that the weights need and the device has.",
         identity="never",
     )
     images: Path | None = setting(
@@ -93,7 +97,11 @@ class CollectConfig(StageConfig):
 class SelectConfig(StageConfig):
     """Settings of the selection of calibration samples: TDAC or another strategy."""
 
-    strategy: SelectStrategy = setting("tdac", "tdac, uniform, normal, random or last; by default the recipe's.")
+    strategy: SelectStrategy = setting(
+        "tdac",
+        "How the samples are shared out over the sampler steps: tdac, uniform, normal, random or last; by default the"
+        " recipe's.",
+    )
     num_samples: int | None = setting(
         None,
         "N, the size of the calibration set; by default --samples-per-trajectory times the trajectories.",
@@ -130,7 +138,7 @@ class ReconstructConfig(StageConfig):
     bits: BitWidth = setting(
         ..., "Bit width, 2 to 8 each, such as w4a8; auto:4.5a8 or auto:1.8MiB after edadm sensitivity.", metavar="wXaY"
     )
-    recipe: Recipe = setting(..., f"{RECIPE_NAMES}.", metavar="NAME|FILE")
+    recipe: Recipe = setting(..., f"How layers are quantized: {RECIPE_NAMES}.", metavar="NAME|FILE")
     batch_size: int | None = setting(
         None, "Calibration samples per call of the denoiser; by default the model's own.", ge=1
     )
@@ -147,8 +155,8 @@ class ReconstructConfig(StageConfig):
     )
     weights: Weights = setting(
         "auto",
-        "Where float weights are: memory; disk, read whenever they are used; or auto, disk for a denoiser that would"
-        " take more than 45% of the device's memory.",
+        "memory, disk or auto: where the float weights are. On disk, each is read whenever it is used. auto, the"
+        " default, chooses disk for a denoiser that would take more than 45% of the device's memory.",
         identity="never",
     )
     memory_budget_mib: int | None = setting(
@@ -170,12 +178,17 @@ class ReconstructConfig(StageConfig):
 class SensitivityConfig(StageConfig):
     """Settings of the measurement of each layer's error at each number of bits."""
 
-    recipe: Recipe = setting(..., f"{RECIPE_NAMES}; it decides which layers are measured and how.", metavar="NAME|FILE")
+    recipe: Recipe = setting(
+        ..., f"Which layers are measured, and how: the recipe {RECIPE_NAMES}.", metavar="NAME|FILE"
+    )
     weight_bits: tuple[int, ...] = setting(
-        (2, 3, 4, 6, 8), "Numbers of weight bits that are measured; 2,3,4,6,8 by default.", split=True
+        (2, 3, 4, 6, 8),
+        "Numbers of weight bits that are measured; 2,3,4,6,8 by default.",
+        metavar="2,3,...",
+        split=True,
     )
     activation_bits: tuple[int, ...] = setting(
-        (4, 6, 8), "Numbers of activation bits that are measured; 4,6,8 by default.", split=True
+        (4, 6, 8), "Numbers of activation bits that are measured; 4,6,8 by default.", metavar="4,6,...", split=True
     )
     num_samples: int = setting(64, "Calibration samples that each layer is measured on; 64 by default.", ge=1)
     num_images: int = setting(
@@ -212,17 +225,18 @@ class ExportConfig(StageConfig):
     )
     text_encoders: Literal["float", "int8"] = setting(
         "float",
-        "float or int8: text encoders with weights of 8 bits, rounded to nearest by torchao; float by default.",
+        "float, the default, or int8: text encoders with 8-bit weights, which torchao rounds to nearest.",
         identity="if_changed",
     )
     measure: bool = setting(
         True,
-        "Time a few calls of the export and of full precision on this machine, which the verdict names.",
+        "Whether a few calls of the export and of full precision are timed on this machine, for the verdict; by default"
+        " they are.",
         identity="never",
     )
     format: Literal["diffusers", "comfyui"] = setting(
         "diffusers",
-        "diffusers, or comfyui to write the denoiser as one file for ComfyUI as well; diffusers by default.",
+        "diffusers, the default, or comfyui, which also writes the denoiser as one file for ComfyUI.",
         identity="never",
     )
 

@@ -14,7 +14,7 @@ from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, DTypeName, StageCon
 
 FeaturesName = Literal["inception", "efficientnet-lite0"]
 _SIZE = re.compile(r"^(\d+)(?:x(\d+))?$")
-_CACHE = "Step caching, measured together with the quantization: first-block[:0.08] or taylorseer[:3]"
+_CACHE = "step cache, measured together with the quantization: first-block[:0.08] or taylorseer[:3]"
 
 
 class EngineStageConfig(StageConfig):
@@ -38,12 +38,12 @@ class EvaluateConfig(EngineStageConfig):
         cache = None if self.cache is None else self.cache.replace(":", "-")
         return "-".join(part for part in (str(self.bits), self.engine, self.features, cache) if part is not None)
 
-    cache: str | None = setting(None, f"{_CACHE}; by default none.", identity="if_changed", metavar="NAME[:VALUE]")
+    cache: str | None = setting(None, f"A {_CACHE}; by default none.", identity="if_changed", metavar="NAME[:VALUE]")
 
     num_images: int = setting(1000, "Images that are sampled at each precision; 1000 by default.", ge=2, le=MAX_IMAGES)
     batch_size: int = setting(50, "Images that are sampled together; 50 by default.", ge=1)
     num_steps: int | None = setting(None, "Sampler steps; by default as collected.", ge=1)
-    guidance_scale: float | None = setting(None, "Classifier-free guidance; by default as collected.", ge=0)
+    guidance_scale: float | None = setting(None, "Scale of classifier-free guidance; by default as collected.", ge=0)
     prompts: Path | None = setting(
         None, "Text file, one prompt per line; by default the model's own prompts.", identity="never", metavar="FILE"
     )
@@ -87,7 +87,7 @@ class SampleConfig(EngineStageConfig):
     num_images: int = setting(16, "Images that are sampled; 16 by default.", ge=1, le=MAX_IMAGES)
     batch_size: int = setting(16, "Images that are sampled together; 16 by default.", ge=1)
     num_steps: int | None = setting(None, "Sampler steps; by default as collected.", ge=1)
-    guidance_scale: float | None = setting(None, "Classifier-free guidance; by default as collected.", ge=0)
+    guidance_scale: float | None = setting(None, "Scale of classifier-free guidance; by default as collected.", ge=0)
     prompt: tuple[str, ...] = setting(
         (), "Prompt of an image; repeatable; by default the model's own prompts.", metavar="TEXT"
     )
@@ -141,7 +141,10 @@ class BenchConfig(StageConfig):
     )
     threads: int | None = setting(None, "CPU threads; by default one per physical core.", ge=1)
     rounds: int = setting(
-        10, "Rounds of measurement; the order of the contenders rotates from round to round.", identity="never", ge=1
+        10,
+        "Rounds of measurement, 10 by default; the order of the contenders rotates from round to round.",
+        identity="never",
+        ge=1,
     )
     against: tuple[str, ...] = setting(
         (),
@@ -149,13 +152,13 @@ class BenchConfig(StageConfig):
         metavar="PEER",
         split=True,
     )
-    compiled: bool = setting(True, "Whether torch.compile is a contender.")
+    compiled: bool = setting(True, "Whether torch.compile is a contender; by default it is.")
     autotune: bool = setting(
         False, "Let torch.compile time kernels for every product, which takes minutes longer and may make it faster."
     )
     pipeline: bool = setting(False, "Also time whole images, with the model's own steps.")
     cache: str | None = setting(
-        None, f"With --pipeline: {_CACHE}; by default none.", identity="if_changed", metavar="NAME[:VALUE]"
+        None, f"With --pipeline, a {_CACHE}; by default none.", identity="if_changed", metavar="NAME[:VALUE]"
     )
 
     @field_validator("bits", mode="before")

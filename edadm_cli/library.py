@@ -124,7 +124,8 @@ def load(
         device: `cpu`, `cuda`, `cuda:N`, or `auto`.
         dtype: Element type of what is not quantized.
         lora: LoRA files, each with its weight. They run beside the quantized layers under the names of the files,
-            `style` for `style.safetensors`; `pipeline.set_adapters` weights them at any time.
+            `style` for `style.safetensors` and `style_v2` for `style.v2.safetensors`; `pipeline.set_adapters` weights
+            them at any time.
         reporter: Receives the warning that says why `auto` chose `torch`.
 
     Returns:

@@ -59,7 +59,11 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seed: int = setting(0, "Seed of everything random; 0 by default.", ge=0, lt=2**63)
-    device: str = setting("auto", "cpu, cuda, cuda:N, or auto: cuda if there is a GPU, else cpu.", identity="never")
+    device: str = setting(
+        "auto",
+        "Device that computes: cpu, cuda, cuda:N, or auto, the default: cuda if there is a GPU, else cpu.",
+        identity="never",
+    )
 
     def identity_fields(self) -> dict[str, Any]:
         """Returns the fields that decide the result, as JSON values, without the seed, which the manifest has too."""

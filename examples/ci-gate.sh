@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fails a build when a quantized pipeline no longer draws as well as it must.
+# Fails a build when a quantized pipeline no longer generates images as well as it must.
 #
 #   ci-gate.sh MODEL BITS MIN_PSNR_DB MAX_LATENT_REL_L2 [options of `edadm evaluate`]
 #
 # Exit codes are those of edadm: 5 when the quality is not reached, 3 for a broken model, 4 for a machine that cannot.
-# The figures are left in $EDADM_RUN/evaluation.json either way.
+# The metrics are in $EDADM_RUN/evaluation.json in each of these cases.
 set -euo pipefail
 
 if (($# < 4)); then
@@ -14,7 +14,7 @@ fi
 model=$1 bits=$2 min_psnr_db=$3 max_latent_rel_l2=$4
 shift 4
 
-# Jobs on one machine must not share a run folder; a cached one is picked up where it was left.
+# Jobs on one machine must not share a run folder; what a cached one holds is not computed again.
 export EDADM_RUN="${EDADM_RUN:-$PWD/edadm-run}"
 config=()
 if [[ -n ${EDADM_CONFIG:-} ]]; then config=(--config "$EDADM_CONFIG"); fi

@@ -11,7 +11,7 @@ from edadm_cli.artifacts import RunFolder
 from edadm_cli.config import CollectConfig, SelectConfig
 
 model = sys.argv[1] if len(sys.argv) > 1 else "digits-sd"
-run_folder = RunFolder(Path(sys.argv[2] if len(sys.argv) > 2 else "runs/example"))
+run_folder = RunFolder(Path(sys.argv[2] if len(sys.argv) > 2 else "runs/example-stages"))
 
 config = CollectConfig(model=model, num_trajectories=8, num_steps=4, batch_size=4)
 print(collect.STAGE.estimate(config, run_folder))

@@ -34,7 +34,7 @@ _OWN = (
     *(
         flags.field_parameter(COLLECT.config, name)
         for name in (
-            *("num_trajectories", "num_steps", "guidance_scale", "dtype", "prompts", "prediction_type"),
+            *("num_trajectories", "num_steps", "guidance_scale", "dtype", "prompts", "images", "prediction_type"),
             *SIZE_ARGUMENTS,
         )
     ),

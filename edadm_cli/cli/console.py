@@ -1,10 +1,11 @@
-"""Reports on stderr while a stage runs: progress bars on a terminal, warnings always, details with `--verbose`."""
+"""Reports on stderr while a stage runs: progress on a terminal and in logs, warnings always, details on request."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,19 +16,24 @@ from edadm_cli.cli.text import one_line
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_LINE_SECONDS = 30.0
+
 
 class ConsoleReporter:
     """Reports progress, warnings and details on stderr, to a terminal or to a log.
 
     Args:
         bars: Whether progress bars are shown.
+        lines: Whether progress is reported as a line of text every half minute, for logs.
         verbose: Whether notes are shown.
         silent: Whether nothing is shown at all, since only the main one of several processes reports.
     """
 
-    def __init__(self, *, bars: bool, verbose: bool, silent: bool = False) -> None:
+    def __init__(self, *, bars: bool, verbose: bool, silent: bool = False, lines: bool = False) -> None:
         self.warnings: list[str] = []
         self._bars = bars
+        self._lines = lines
+        self._started = self._last_line = time.monotonic()
         self._verbose = verbose
         self._silent = silent
         self._progress: Progress | None = None
@@ -47,7 +53,7 @@ class ConsoleReporter:
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """Shows one progress bar while entered; several tasks at once share one display."""
         if not self._bars:
-            yield lambda steps: None
+            yield self._lines_of(description, total) if self._lines else lambda steps: None
             return
         progress = self._progress or self._start()
         self._open_tasks += 1
@@ -61,6 +67,19 @@ class ConsoleReporter:
             else:
                 progress.stop()
                 self._progress = None
+
+    def _lines_of(self, description: str, total: int) -> Callable[[int], None]:
+        """Returns a progress callback that writes a line if the last one is half a minute old."""
+        done = 0
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            done, now = done + steps, time.monotonic()
+            if now - self._last_line >= _LINE_SECONDS:
+                self._last_line = now
+                self._line(f"{description}: {done} of {total} done, {now - self._started:.0f} s after the start")
+
+        return advance
 
     def _start(self) -> Progress:
         from rich.console import Console

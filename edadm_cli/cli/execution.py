@@ -227,6 +227,7 @@ def _begin(
             bars=sys.stderr.isatty() and not quiet and launched_index() == 0,
             verbose=verbose,
             silent=launched_index() > 0,
+            lines=not sys.stderr.isatty() and not quiet,
         ),
         run_folder=run_folder,
         file=settings.read_config_file(config_file),

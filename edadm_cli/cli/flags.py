@@ -31,6 +31,8 @@ def parameter(name: str, kind: Any, *spellings: str, default: Any = None, **fact
         default: The value of an option that is not given.
         facts: Further arguments of `typer.Option`.
     """
+    if kind in (bool, bool | None) and facts.get("metavar") is None:
+        facts["metavar"] = ""  # a switch takes no value, though Typer would show one
     option = typer.Option(*(spellings or (_spelling(name),)), **facts)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 

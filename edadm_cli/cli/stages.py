@@ -84,7 +84,7 @@ _ROOFLINE = flags.parameter(
     "roofline",
     bool,
     default=False,
-    help="Print the roofline bound of the time for several GPUs, without measuring anything.",
+    help="With --model, print the roofline bound of the time for several GPUs, without measuring anything.",
 )
 
 

@@ -10,11 +10,14 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, Selection, TextEncoder, Units, recipe_name
+from edadm_cli.export.usage import PipelineUse
 from edadm_cli.metrics.registry import in_order, label_of
 from edadm_cli.models.collected import Sampling
 from edadm_cli.models.hub import looks_like_hub_id
+from edadm_cli.models.images import has_images
 
 CARD_FILE = "README.md"
 GRID_FILE = "grid.png"
@@ -36,7 +39,7 @@ class CardFacts:
         recipe: Name of the recipe.
         base: Name of the model that was quantized; `None` for one without a public name.
         base_repository: Its repository on the hub; `None` for a model from elsewhere.
-        takes_prompts: Whether the pipeline takes prompts.
+        use: What the pipeline generates, and from what.
         units: The record of the reconstruction.
         selection: The record of the calibration set.
         num_steps: Number of sampler steps of the calibration trajectories.
@@ -48,7 +51,7 @@ class CardFacts:
     recipe: str
     base: str | None
     base_repository: str | None
-    takes_prompts: bool
+    use: PipelineUse
     units: Units
     selection: Selection
     num_steps: int
@@ -57,13 +60,19 @@ class CardFacts:
 
     @classmethod
     def of_run(
-        cls, run: RunFolder, source: Artifact, export: ExportFacts, evaluation: Evaluation | None = None
+        cls,
+        run: RunFolder,
+        source: Artifact,
+        folder: Path,
+        export: ExportFacts,
+        evaluation: Evaluation | None = None,
     ) -> CardFacts:
         """Reads the facts of a run.
 
         Args:
             run: The run.
             source: The reconstruction that the export was made from.
+            folder: The exported pipeline.
             export: The record of the export.
             evaluation: The metrics of the export; `None` if there are none.
         """
@@ -78,7 +87,7 @@ class CardFacts:
             recipe=recipe_name(source),
             base=model if is_named else None,
             base_repository=repository,
-            takes_prompts=sampling.prompts is not None,
+            use=PipelineUse.of_folder(folder, sampling.prompts is not None, has_images(entry)),
             units=Units.load(source),
             selection=Selection.load(run.open("select")),
             num_steps=sampling.num_steps,
@@ -128,7 +137,7 @@ def _metadata(facts: CardFacts, base_license: str | None) -> str:
     """Returns the YAML block that the hub reads; its strings are written as JSON, which is valid YAML."""
     fields: dict[str, object] = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image" if facts.takes_prompts else "unconditional-image-generation",
+        "pipeline_tag": facts.use.tag(),
     }
     if facts.base_repository is not None:
         fields |= {"base_model": facts.base_repository, "base_model_relation": "quantized"}
@@ -139,18 +148,8 @@ def _metadata(facts: CardFacts, base_license: str | None) -> str:
 
 
 def _usage(facts: CardFacts, place: str) -> str:
-    prompt = '"a prompt"' if facts.takes_prompts else ""
-    return "\n".join(
-        [
-            f"`pip install edadm diffusers{' torchao' if facts.export.text_encoders else ''}`, then",
-            "",
-            "```python",
-            "from diffusers import DiffusionPipeline",
-            f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(place)})",
-            f"image = pipeline({prompt}).images[0]",
-            "```",
-        ]
-    )
+    packages = f"edadm diffusers{' torchao' if facts.export.text_encoders else ''}"
+    return f"`pip install {packages}`, then\n\n```python\n{facts.use.code(place)}\n```"
 
 
 def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:

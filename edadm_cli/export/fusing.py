@@ -15,6 +15,7 @@ max |W'| / max |W|, and its weights are rounded to nearest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -26,10 +27,12 @@ from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import nearest_codes
 from edadm_cli.calibrate.ranges import folded
-from edadm_cli.errors import InputError, UsageError
-from edadm_cli.integrations.lora import load_lora_file
+from edadm_cli.errors import UsageError
+from edadm_cli.integrations.lora import load_lora_file, require_safetensors
 from edadm_cli.models.loading import LoadedModel
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
+
+_LARGEST_WEIGHT = 100
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,22 @@ class LoraFile:
         """Reads `FILE` or `FILE:WEIGHT`.
 
         Raises:
-            UsageError: The weight is not a number.
+            UsageError: The weight is not a number, or it is too large.
             InputError: There is no such safetensors file.
         """
         path, colon, number = text.rpartition(":")
-        try:
-            weight = float(number) if colon else 1.0
-        except ValueError:
-            path, colon, weight = text, "", 1.0
-        file = Path(path if colon else text)
-        if not file.is_file() or file.suffix != ".safetensors":
-            raise InputError(f"--lora expects a safetensors file, such as style.safetensors:0.8; {text} is not one.")
-        if weight != weight or abs(weight) > 100:
-            raise UsageError(f"--lora {text}: the weight of an adapter is a number such as 0.8.")
+        file, weight = Path(text), 1.0
+        if colon and not file.is_file():
+            file = Path(path)
+            weight = _weight(number)
+            if math.isnan(weight) and not file.is_file():
+                file = Path(text)  # what is behind the colon is a part of the name
+        require_safetensors(file)
+        if not abs(weight) <= _LARGEST_WEIGHT:
+            raise UsageError(
+                f"--lora {text}: the weight of an adapter is a number from -{_LARGEST_WEIGHT} to {_LARGEST_WEIGHT}.",
+                hint=f"--lora {file}:0.8",
+            )
         return cls(file, weight)
 
     def identity(self) -> dict[str, Any]:
@@ -92,8 +98,6 @@ def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
         UsageError: The pipeline takes no LoRA, or PEFT is not installed.
     """
     pipeline: Any = model.pipeline
-    if files and not hasattr(pipeline, "load_lora_weights"):
-        raise UsageError(f"{type(pipeline).__name__} takes no LoRA.")
     if files:
         hint = "fuse the adapter into the full-precision pipeline, then quantize that"
         model.require_one_denoiser("--lora", hint)
@@ -103,10 +107,6 @@ def fuse(model: LoadedModel, files: Sequence[LoraFile]) -> Fused:
         load_lora_file(pipeline, file.path, adapter)
         adapted = {name: _adapted_layers(part) for name, part in pipeline.components.items() if _is_module(part)}
         adapted = {name: layers for name, layers in adapted.items() if layers}
-        if not adapted:
-            raise InputError(
-                f"{file.path} adapts no layer of {type(pipeline).__name__}: it is a LoRA of another model."
-            )
         for layer, base in adapted.get(model.denoiser_name, {}).items():
             fused.before.setdefault(layer, base.get_parameter("weight").detach().clone())
         fused.components |= adapted.keys() - {model.denoiser_name}
@@ -172,6 +172,14 @@ def _adapted_layers(component: nn.Module) -> dict[str, nn.Module]:
         if hasattr(module, "lora_A") and isinstance(base, nn.Module):
             layers[name] = base
     return layers
+
+
+def _weight(text: str) -> float:
+    """Returns the number that a text stands for; NaN if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _is_module(component: object) -> bool:

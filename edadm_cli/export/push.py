@@ -48,8 +48,7 @@ def prepare(folder: Path, repository: str) -> Upload:
         UsageError: The repository is not named `owner/name`.
         InputError: The folder is not an export of a run, or it is broken.
     """
-    if not looks_like_hub_id(repository):
-        raise UsageError(f"edadm push expects a repository as owner/name; got '{repository}'.")
+    _require_name(repository)
     run, kind, bits = run_of_artifact(folder)
     if run is None or kind != "export" or bits is None:
         raise InputError(
@@ -64,7 +63,8 @@ def prepare(folder: Path, repository: str) -> Upload:
     if evaluation is not None:
         metrics = Evaluation.load(evaluation)
         files[GRID_FILE] = evaluation.file(metrics.grid)
-    return Upload(repository, files, CardFacts.of_run(run, run.open("reconstruct", bits), facts, metrics))
+    source = run.open("reconstruct", bits)
+    return Upload(repository, files, CardFacts.of_run(run, source, export.path, facts, metrics))
 
 
 def push(upload: Upload, private: bool) -> str:
@@ -98,6 +98,23 @@ def push(upload: Upload, private: bool) -> str:
             f"The Hugging Face hub cannot be reached from here, so '{upload.repository}' is unchanged.", _HINT
         ) from error
     return str(commit.commit_url)
+
+
+def _require_name(repository: str) -> None:
+    """Raises a `UsageError` for a name that the hub would refuse, before anything is sent."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    expected = f"edadm push expects a repository as owner/name; got '{repository}'"
+    if not looks_like_hub_id(repository):
+        raise UsageError(f"{expected}.")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UsageError(
+            f"{expected}: names on the hub have at most 96 letters, digits, '-', '_' and '.', do not begin or end with"
+            " '-' or '.', and hold neither '--' nor '..' nor '.git' at their end."
+        ) from error
 
 
 def _evaluation(run: RunFolder, export: Artifact, bits: str) -> Artifact | None:

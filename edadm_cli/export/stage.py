@@ -200,7 +200,8 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         call_time=measured,
     )
     facts.save(build.path)
-    (build.path / CARD_FILE).write_text(model_card(CardFacts.of_run(run, source, facts)), encoding="utf-8")
+    card = model_card(CardFacts.of_run(run, source, build.path, facts))
+    (build.path / CARD_FILE).write_text(card, encoding="utf-8")
     return build.commit(environment={"device": str(device)})
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edadm_cli.artifacts.tensors import load_tensors
 from edadm_cli.errors import InputError, UsageError
@@ -30,7 +30,7 @@ from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 
 
 def load_loras(model: LoadedModel, files: Mapping[str | Path, float]) -> None:
-    """Loads adapters into a pipeline, each under the name of its file without the suffix, and sets their weights.
+    """Loads adapters into a pipeline, each under the name of its file (`adapter_name`), and sets their weights.
 
     Args:
         model: The pipeline.
@@ -38,13 +38,39 @@ def load_loras(model: LoadedModel, files: Mapping[str | Path, float]) -> None:
 
     Raises:
         InputError: A file is not a LoRA, or it belongs to another model.
-        UsageError: PEFT is not installed.
+        UsageError: The pipeline takes no LoRA, two files have the same name, or PEFT is not installed.
     """
-    for file in files:
-        load_lora_file(model.pipeline, Path(file), Path(file).stem)
+    names = {adapter_name(Path(file)): file for file in files}
+    if len(names) < len(files):
+        raise UsageError("Two LoRA files have the same name, which would be the name of both adapters: rename one.")
+    for name, file in names.items():
+        load_lora_file(model.pipeline, Path(file), name)
     if files:
         pipeline: Any = model.pipeline
-        pipeline.set_adapters([Path(file).stem for file in files], adapter_weights=list(files.values()))
+        pipeline.set_adapters(list(names), adapter_weights=list(files.values()))
+
+
+def adapter_name(file: Path) -> str:
+    """Returns the name of a file's adapter: that of the file without `.safetensors`, with `_` for each other dot.
+
+    PEFT makes the name a part of the names of modules, which hold no dots.
+    """
+    return file.stem.replace(".", "_")
+
+
+def require_safetensors(path: Path) -> None:
+    """Checks that a LoRA file exists and has the suffix of safetensors: other formats can run code when they are read.
+
+    Raises:
+        InputError: There is no such file, or it has another suffix.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no LoRA file {path}.")
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"{path} is not a safetensors file, and other LoRA files are not read, because they can run code.",
+            hint=f"safetensors.torch.save_file(torch.load('{path.name}', weights_only=True), 'NAME.safetensors')",
+        )
 
 
 def load_lora_file(pipeline: Any, path: Path, adapter: str) -> None:
@@ -52,15 +78,29 @@ def load_lora_file(pipeline: Any, path: Path, adapter: str) -> None:
 
     Raises:
         InputError: The file is not a LoRA, or it belongs to another model.
-        UsageError: PEFT is not installed.
+        UsageError: The pipeline takes no LoRA, or PEFT is not installed.
     """
+    kind = type(pipeline).__name__
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UsageError(f"{kind} takes no LoRA.")
+    require_safetensors(path)
     tensors = load_tensors(path)
+    broken = next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+    if broken is not None:
+        raise InputError(f"{path} is damaged: '{broken}' has values that are not finite.")
     try:
         pipeline.load_lora_weights(tensors, adapter_name=adapter)
     except ImportError as error:
         raise UsageError("A LoRA needs the package 'peft'.", hint="pip install peft") from error
     except Exception as error:  # diffusers and PEFT raise errors of every kind for tensors that do not fit
-        raise InputError(f"{path} is not a LoRA of {type(pipeline).__name__}: {first_sentence(error)}") from error
+        raise InputError(f"{path} is not a LoRA of {kind}: {first_sentence(error)}") from error
+    if not any(adapter in names for names in pipeline.get_list_adapters().values()):
+        raise InputError(f"{path} adapts no layer of {kind}: it is a LoRA of another model.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    is_checked = tensor.is_floating_point() and tensor.itemsize > 1  # torch cannot check numbers of eight bits
+    return not is_checked or bool(tensor.isfinite().all())
 
 
 def load_lora_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edadm_cli.errors import InputError
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _TIMEOUT_S = 10.0
 _VARIANTS = (None, "fp16", "bf16")
 _LACKS_WEIGHTS = "necessary `safetensors` weights"  # in what diffusers says of a repository without such files
@@ -15,7 +15,7 @@ _LACKS_WEIGHTS = "necessary `safetensors` weights"  # in what diffusers says of 
 
 def looks_like_hub_id(text: str) -> bool:
     """Returns whether a text has the form `owner/name`."""
-    return bool(_HUB_ID.match(text))
+    return bool(_HUB_ID.fullmatch(text))
 
 
 def download(repo_id: str, revision: str | None) -> tuple[Path, str | None]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -35,6 +36,7 @@ DENOISERS: dict[str, Callable[[], nn.Module]] = {
     "sd3": partial(FAMILIES["sd3"], num_layers=4),
     "dit": partial(FAMILIES["dit"], num_layers=3),
     "unet": parts.unet,
+    "sdxl": parts.xl_unet,
 }
 
 
@@ -87,6 +89,7 @@ def _steps(denoiser: Any, call: Any, counted: nn.Module) -> tuple[list[int], lis
         ("sd3", "first-block", [True, False, False, False, False]),
         ("sd3", "taylorseer:3", [True, True, False, True, False]),
         ("unet", "taylorseer:3", [True, True, False, True, False]),
+        ("sdxl", "taylorseer:2", [True, True, False, True, False]),
     ],
 )
 def test_a_cache_leaves_out_steps_and_starts_anew_with_each_image(
@@ -102,6 +105,24 @@ def test_a_cache_leaves_out_steps_and_starts_anew_with_each_image(
     for prediction in predictions:  # all steps have one input, so that what is reused is right
         torch.testing.assert_close(prediction, expected, rtol=1e-3, atol=1e-3)
     assert _steps(denoiser, call, denoiser)[0] == counts
+
+
+@torch.no_grad()
+def test_a_quantized_unet_takes_pyramid_attention_broadcast_from_diffusers() -> None:
+    """Of diffusers' caches, this one and TaylorSeer skip layers of attention and need no list of blocks."""
+    denoiser, call = _quantized("sdxl")
+    expected = denoiser(*call[0], **call[1])[0]
+    every_second: dict[str, Any] = dict.fromkeys(
+        ("spatial_attention_block_skip_range", "cross_attention_block_skip_range"), 2
+    )
+    config = PyramidAttentionBroadcastConfig(**every_second, current_timestep_callback=lambda: 500)
+    apply_pyramid_attention_broadcast(denoiser, config)
+    counts = []
+    for _ in range(STEPS):
+        with _counted(denoiser) as calls:
+            torch.testing.assert_close(denoiser(*call[0], **call[1])[0], expected)
+        counts.append(calls[0])
+    assert [count == max(counts) for count in counts] == [True, False, True, False, True]
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from edadm_cli import export, reconstruct
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, UsageError
 from edadm_cli.export.fusing import LoraFile, moved_codes
 from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.recipe import load_recipe
@@ -110,5 +110,18 @@ def test_a_lora_of_the_text_encoder_is_in_the_export_too(run: RunFolder, tmp_pat
 def test_files_that_do_not_fit_are_refused(rows: int, key: str, sentence: str, run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=sentence):
         _export(run, str(_lora(tmp_path / "other.safetensors", rows, key)))
-    with pytest.raises(InputError, match="safetensors file"):
-        LoraFile.parse(str(tmp_path / "missing.ckpt"))
+
+
+def test_the_weight_is_behind_the_last_colon(tmp_path: Path) -> None:
+    file, odd, pickled = (tmp_path / name for name in ("style.v1.safetensors", "a:b.safetensors", "style.bin"))
+    for path in (file, odd, pickled):
+        path.touch()
+    assert LoraFile.parse(f"{file}:-0.5") == LoraFile(file, -0.5)
+    assert LoraFile.parse(str(odd)) == LoraFile(odd)
+    assert LoraFile.parse(f"{odd}:2") == LoraFile(odd, 2.0)
+    for text in (f"{file}:abc", f"{file}:", f"{file}:nan", f"{file}:101"):
+        with pytest.raises(UsageError, match="a number from -100 to 100"):
+            LoraFile.parse(text)
+    for text, sentence in ((":abc", "no LoRA file :abc"), (str(pickled), "can run code"), (f"{tmp_path}:1", "no LoRA")):
+        with pytest.raises(InputError, match=sentence):
+            LoraFile.parse(text)

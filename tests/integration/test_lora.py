@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import edadm_cli
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
-from edadm_cli.errors import UsageError
+from edadm_cli.errors import InputError, UsageError
 from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
@@ -165,14 +165,14 @@ def test_transformers_take_a_lora(kind: str) -> None:
 
 def test_an_engine_takes_adapters_and_pipelines_weight_them(exported_sd: Path, tmp_path: Path, pipeline: Any) -> None:
     factors = _factors(pipeline.unet, TARGETS[:2], 1)
-    file = tmp_path / "style.safetensors"
+    file = tmp_path / "style.v1.safetensors"
     save_file(_peft_keys(factors, "unet"), file)
     loaded: Any = edadm_cli.load(exported_sd, engine="cuda", device="cpu", lora={file: 0.5})
     call = example_call(pipeline.unet, batch_size=1)
     predictions = []
     for weight in (0.5, 4.0, 0.0):
         if weight != 0.5:
-            loaded.set_adapters("style", weight)
+            loaded.set_adapters("style_v1", weight)
         with torch.no_grad(), SideBranches(pipeline.unet, [(factors, weight)]):
             expected = pipeline.unet(*call[0], **call[1])[0]
         predictions.append(loaded.unet(*call[0], **call[1])[0])
@@ -182,3 +182,22 @@ def test_an_engine_takes_adapters_and_pipelines_weight_them(exported_sd: Path, t
         loaded.load_lora_weights(_peft_keys(factors, "unet"))
     with pytest.raises(UsageError, match="runs no LoRA"):
         edadm_cli.load(exported_sd, engine="openvino", device="cpu", lora={file: 0.5})
+
+
+def test_files_of_other_models_and_damaged_ones_are_refused(exported_sd: Path, tmp_path: Path, pipeline: Any) -> None:
+    tensors = _peft_keys(_factors(pipeline.unet, TARGETS[:1], 1), "unet")
+    (name, value), *_ = tensors.items()
+    files = {
+        "another model": {key.replace("unet", "transformer"): tensor for key, tensor in tensors.items()},
+        "is not a LoRA of": {key: tensor[..., :3].contiguous() for key, tensor in tensors.items()},
+        "not finite": {**tensors, name: value / 0},
+    }
+    for number, (sentence, content) in enumerate(files.items()):
+        file = tmp_path / f"{number}.safetensors"
+        save_file(content, file)
+        with pytest.raises(InputError, match=sentence):
+            edadm_cli.load(exported_sd, engine="torch", device="cpu", lora={file: 1.0})
+    (tmp_path / "0.bin").touch()
+    for odd, sentence in (("0.bin", "can run code"), ("nowhere.safetensors", "no LoRA file")):
+        with pytest.raises(InputError, match=sentence):
+            edadm_cli.load(exported_sd, engine="torch", device="cpu", lora={tmp_path / odd: 1.0})

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,12 +32,16 @@ class _About(BaseModel):
 
     format: str
     convrot: bool = False
-    convrot_groupsize: int = Field(256, ge=4, le=65536)
+    convrot_groupsize: int = Field(256, ge=4, le=4096)  # the matrix of the largest size takes 64 MiB
 
 
-def is_quantized_state(names: Any) -> bool:
-    """Returns whether these tensor names are those of a file with ComfyUI's quantized layers."""
-    return any(name.endswith(_MARK) for name in names)
+def is_quantized_state(state: Mapping[str, Tensor]) -> bool:
+    """Returns whether these are the tensors of a file with ComfyUI's quantized layers, whole or not."""
+    return any(name.endswith(_MARK) or _is_codes(name, tensor) for name, tensor in state.items())
+
+
+def _is_codes(name: str, tensor: Tensor) -> bool:
+    return name.endswith(".weight") and tensor.dtype == torch.int8
 
 
 def dequantized_state(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -49,7 +52,8 @@ def dequantized_state(state: Mapping[str, Tensor], where: str) -> dict[str, Tens
         where: The file's path, for messages.
 
     Raises:
-        InputError: A layer has another format than `int8_tensorwise`, or its tensors do not fit each other.
+        InputError: A layer has another format than `int8_tensorwise`, its tensors do not fit each other, or the
+            description of its format is missing.
     """
     result = dict(state)
     for name in state:
@@ -60,7 +64,7 @@ def dequantized_state(state: Mapping[str, Tensor], where: str) -> dict[str, Tens
         weight, scale = result.get(f"{stem}.weight"), result.pop(f"{stem}.weight_scale", None)
         if weight is None or scale is None or weight.dtype != torch.int8 or weight.ndim != 2:
             raise InputError(f"{where}: '{stem}' needs an int8 'weight' of two dimensions and a 'weight_scale'.")
-        if scale.numel() not in (1, len(weight)) or not bool(scale.isfinite().all()):
+        if scale.numel() not in (1, len(weight)) or not bool(scale.float().isfinite().all()):
             raise InputError(
                 f"{where}: '{stem}.weight_scale' must hold one finite number, or one per row of {len(weight)};"
                 f" its shape is {list(scale.shape)}."
@@ -69,6 +73,12 @@ def dequantized_state(state: Mapping[str, Tensor], where: str) -> dict[str, Tens
         if about.convrot:
             value = _unrotated(value, about.convrot_groupsize, f"{where}: '{stem}'")
         result[f"{stem}.weight"] = value
+    unmarked = next((name for name, tensor in result.items() if _is_codes(name, tensor)), None)
+    if unmarked is not None:
+        raise InputError(
+            f"{where}: '{unmarked}' holds int8 codes, and the tensor '{unmarked.removesuffix('.weight')}{_MARK}', which"
+            " says how to read them, is missing."
+        )
     return result
 
 

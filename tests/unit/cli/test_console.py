@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,19 @@ def test_without_a_terminal_there_are_warnings_and_no_bars() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert done.stderr == "warning: take [care]\n" * 3
+
+
+def test_in_a_log_progress_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr("edadm_cli.cli.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    reporter = ConsoleReporter(bars=False, verbose=False, lines=True)
+    with reporter.task("units", 9) as advance:
+        for _ in range(4):
+            advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["units: 4 of 9 done, 31 s after the start", "units: 8 of 9 done, 62 s after the start"]
 
 
 WARNING = "import warnings; warnings.warn('of a library')"

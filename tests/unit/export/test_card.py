@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from markdown_it import MarkdownIt
 from edadm_cli.cli.app import main
 from edadm_cli.export.card import CARD_FILE, CardFacts, escape, model_card
 from edadm_cli.export.push import prepare
+from edadm_cli.export.usage import PipelineUse
 from tests.unit.report.runs import RunMaker
 
 REPOSITORY = "someone/tiny-w4a8"
@@ -38,7 +40,6 @@ def test_a_card_has_the_hubs_metadata_and_what_was_measured(export: Path) -> Non
     card = upload.card("apache-2.0")
     fields = _metadata(card)
     assert fields["library_name"] == "diffusers"
-    assert fields["pipeline_tag"] in ("text-to-image", "unconditional-image-generation")
     assert fields["license"] == "apache-2.0"
     assert "w4a8" in fields["tags"]
     for text in ("4-bit weights, 8-bit activations", "calibration", "PSNR to full precision |  | 31.25 |"):
@@ -49,6 +50,32 @@ def test_a_card_has_the_hubs_metadata_and_what_was_measured(export: Path) -> Non
     sizes = json.loads((export / "export.json").read_text())["size_mib"]
     whole = sum(size for name, size in sizes.items() if name not in ("denoiser_fp32", "ratio"))
     assert f"| pipeline on disk | {whole:,.1f} MiB" in card
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "prompts", "images", "tag", "call"),
+    [
+        ("StableDiffusionPipeline", True, False, "text-to-image", 'image = pipeline("a prompt").images[0]'),
+        ("DDPMPipeline", False, False, "unconditional-image-generation", "image = pipeline().images[0]"),
+        ("DiTPipeline", False, False, "unconditional-image-generation", "pipeline(class_labels=[0])"),
+        ("StableDiffusionImg2ImgPipeline", True, True, "image-to-image", 'image=load_image("picture.png"))'),
+        ("FluxFillPipeline", True, True, "image-to-image", 'mask_image=load_image("mask.png"))'),
+        ("WanPipeline", True, False, "text-to-video", 'frames = pipeline("a prompt").frames[0]'),
+        ("StableVideoDiffusionPipeline", False, True, "image-to-video", 'image=load_image("picture.png")).frames[0]'),
+    ],
+)
+def test_a_card_says_how_its_own_pipeline_is_called(
+    pipeline: str, prompts: bool, images: bool, tag: str, call: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    use = PipelineUse.of_folder(tmp_path, prompts, images)
+    code = use.code("someone/'\"odd")
+    assert (use.tag(), call in code) == (tag, True)
+    names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    imported = {
+        name.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) for name in node.names
+    }
+    assert names - {"pipeline", "image", "frames"} == imported
 
 
 def test_nothing_of_the_machine_is_sent(export: Path, tmp_path: Path) -> None:
@@ -98,6 +125,10 @@ def test_a_dry_run_needs_no_network_and_an_upload_without_one_is_bad_input(
     [
         ([], 2, "needs an export and a repository"),
         (["{export}", "no-owner"], 2, "a repository as owner/name"),
+        (["{export}", "someone/two--dashes"], 2, "hold neither '--'"),
+        (["{export}", "someone/ends.git"], 2, "'.git' at their end"),
+        (["{export}", "someone/\u00e4"], 2, "a repository as owner/name"),
+        (["{export}", "a/b\n"], 2, "a repository as owner/name"),
         (["{export}/unet", REPOSITORY], 3, "an export inside its run"),
         (["nowhere", REPOSITORY], 3, "an export inside its run"),
     ],

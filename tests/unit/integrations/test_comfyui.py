@@ -202,7 +202,11 @@ def test_comfy_kitchen_rotates_back_what_is_read_here() -> None:
         ("a.comfy_quant", b"{", "JSON object"),
         ("a.comfy_quant", b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":12}', "power of 4"),
         ("a.weight_scale", torch.ones(3, 1), "one per row"),
+        ("a.comfy_quant", b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":65536}', "4096"),
         ("a.weight_scale", torch.tensor([[float("nan")]] * 4), "finite"),
+        ("a.weight_scale", torch.full((4, 1), float("nan")).to(torch.float8_e4m3fn), "finite"),
+        ("a.weight_scale", None, "a 'weight_scale'"),
+        ("a.comfy_quant", None, "'a.comfy_quant', which says how to read them"),
         ("a.weight", torch.zeros(4, 12), "int8"),
     ],
 )
@@ -213,6 +217,8 @@ def test_what_does_not_fit_is_refused(name: str, value: Any, words: str) -> None
         "a.comfy_quant": torch.tensor(list(b'{"format":"int8_tensorwise"}'), dtype=torch.uint8),
     }
     state[name] = torch.tensor(list(value), dtype=torch.uint8) if isinstance(value, bytes) else value
+    state = {key: tensor for key, tensor in state.items() if tensor is not None}
+    assert is_quantized_state(state)
     with pytest.raises(InputError, match=words):
         dequantized_state(state, "file")
 

@@ -135,6 +135,7 @@ class RunMaker:
                 "units.json": UNITS,
                 "plan.json": PLAN,
                 "export.json": EXPORT,
+                "model_index.json": {"_class_name": "StableDiffusionPipeline"},
                 "evaluation.json": EVALUATION,
             }
         )
@@ -160,7 +161,7 @@ class RunMaker:
             "collect": ["sampling.json"],
             "select": ["selection.json"],
             "reconstruct": ["units.json", "plan.json"],
-            "export": ["export.json"],
+            "export": ["export.json", "model_index.json"],
             "evaluate": ["evaluation.json"],
         }
         with self.run.build(plan, force=True) as build:
