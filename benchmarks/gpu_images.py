@@ -34,18 +34,29 @@ from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.pipeline import EngineDenoiser
-from edadm_cli.models.architecture import load_architecture
+from edadm_cli.models.architecture import Architecture, load_architecture
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.models.random_models import build_denoiser, build_random_pipeline
+from edadm_cli.models.random_models import build_random_pipeline
 
 CASES = ("int8:1+8", "float16:1", "float16:8")
 STEPS, GUIDANCE, PROMPT = 20, 8.0, "a cat on a mat"
-_TINY = {
-    "block_out_channels": (32, 64, 128),
-    "attention_head_dim": (1, 2, 4),
-    "transformer_layers_per_block": (1, 1, 1),
-    "sample_size": 16,
+SMOKE_CASES, SMOKE_STEPS = ("int8:1+2", "float16:1"), 2
+_WIDTH = 32  # of the text encoders of `--smoke`
+_TEXT = {"hidden_size": _WIDTH, "projection_dim": _WIDTH, "intermediate_size": 64, "num_hidden_layers": 2}
+_SMOKE: dict[str, dict[str, Any]] = {
+    "unet": {
+        "block_out_channels": (32, 64, 128),
+        "attention_head_dim": (1, 2, 4),
+        "transformer_layers_per_block": (1, 1, 1),
+        "sample_size": 16,
+        "cross_attention_dim": 2 * _WIDTH,
+        "projection_class_embeddings_input_dim": 6 * 256 + _WIDTH,  # six sizes and the pooled states of the text
+    },
+    "text_encoder": {**_TEXT, "num_attention_heads": 2},
+    "text_encoder_2": {**_TEXT, "num_attention_heads": 2},
+    "vae": {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "sample_size": 128},
 }
+"""The fields of the components' configurations that `--smoke` changes."""
 _EMBEDDING = 0.02  # the random embeddings of text encoders are scaled down, or float16 overflows in their norms
 
 
@@ -82,14 +93,12 @@ class Images:
         """Generates a batch and returns its seconds."""
         self._wait()
         self.timed.seconds, started = 0.0, time.perf_counter()
-        size = {"height": 128, "width": 128} if self.smoke else {}
         images = self.pipeline(
             [PROMPT] * batch,
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
-            **size,
         ).images
         self._wait()
         seconds = time.perf_counter() - started
@@ -111,9 +120,8 @@ class Images:
         }
 
     def _pipeline(self) -> Any:
-        architecture = load_architecture("sdxl")
-        unet = build_denoiser("sdxl", dtype=self.dtype, device=self.device, changes=_TINY if self.smoke else {})
-        pipeline: Any = build_random_pipeline(architecture, 0, self.dtype, self.device, ready={"unet": unet})
+        architecture = _smaller(load_architecture("sdxl")) if self.smoke else load_architecture("sdxl")
+        pipeline: Any = build_random_pipeline(architecture, 0, self.dtype, self.device)
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
             for module in encoder.modules():
                 if isinstance(module, nn.Embedding):
@@ -127,6 +135,14 @@ class Images:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _smaller(architecture: Architecture) -> Architecture:
+    """Returns the architecture of the tiny pipeline that `--smoke` runs."""
+    components = {
+        name: (kind, {**config, **_SMOKE.get(name, {})}) for name, (kind, config) in architecture.components.items()
+    }
+    return architecture.model_copy(update={"components": components})
 
 
 @torch.no_grad()
@@ -146,15 +162,16 @@ def child(options: argparse.Namespace) -> None:
 def main() -> None:
     """Measures the cases, each in a separate process, within the time limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(CASES), help="cases CONTENDER:BATCH[+BATCH...], with commas")
+    parser.add_argument("--cases", help=f"cases CONTENDER:BATCH[+BATCH...], with commas; {','.join(CASES)} by default")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help=f"Euler steps of an image; {STEPS} by default")
     parser.add_argument("--at-once", type=int, default=1, help="cases that are compiled at the same time")
     parser.add_argument("--out", type=Path, help="file that every line is appended to")
     parser.add_argument("--seconds", type=float, default=600, help="time limit of all cases together")
     parser.add_argument("--cap", type=float, default=300, help="time limit of compiling one case in seconds")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="run every path with tiny networks on a CPU")
     options = parser.parse_args()
+    options.steps = options.steps or (SMOKE_STEPS if options.smoke else STEPS)
     if options.case:
         child(options)
         return
@@ -166,7 +183,8 @@ def main() -> None:
         *(["--smoke"] if options.smoke else []),
         "--case",
     ]
-    for line in measure(options.cases.split(","), command, options.at_once, options.cap, options.seconds):
+    cases = options.cases.split(",") if options.cases else SMOKE_CASES if options.smoke else CASES
+    for line in measure(list(cases), command, options.at_once, options.cap, options.seconds):
         print(line, flush=True)
         if options.out:
             with options.out.open("a", encoding="utf-8") as file:

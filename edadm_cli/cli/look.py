@@ -26,7 +26,7 @@ _PATH = flags.Parameter(
     flags.Parameter.KEYWORD_ONLY,
     default=None,
     annotation=Annotated[
-        Path | None, typer.Argument(metavar="[PATH]", help="An artifact or a run folder; by default the run.")
+        Path | None, typer.Argument(metavar="PATH", help="An artifact or a run folder; by default the run.")
     ],
 )
 
