@@ -12,6 +12,8 @@ from edadm_cli.bits import BitWidth
 from edadm_cli.recipe import Recipe
 from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, DTypeName, StageConfig, setting
 
+CACHE_NAMES = ("first-block", "taylorseer")
+"""The step caches that `--cache` offers."""
 FeaturesName = Literal["inception", "efficientnet-lite0"]
 _SIZE = re.compile(r"^(\d+)(?:x(\d+))?$")
 _CACHE = "step cache, measured together with the quantization: first-block[:0.08] or taylorseer[:3]"

@@ -23,13 +23,14 @@ from edadm_cli.artifacts.files import explained_os_errors
 from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity, differences
 from edadm_cli.artifacts.locks import read_lock, write_lock
 from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, now, read_manifest
-from edadm_cli.engine_config import FeaturesName
+from edadm_cli.engine_config import CACHE_NAMES, FeaturesName
 from edadm_cli.errors import InputError, quoted
 from edadm_cli.processes import ALONE, Processes
 
 _CHANGES_SHOWN = 5
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
-_BITS = re.compile(r"^w\da\d$")
+_BITS = re.compile(r"^w\d+(\.\d+)?(mib)?a\d$")
+_CACHE = re.compile(rf"-({'|'.join(CACHE_NAMES)})(?:-(.+))?$")
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ class RunFolder:
         words = ["edadm", kind]
         if kind == "collect":
             words += ["--model", "MODEL"]
-        if kind == "engine":
-            words[1] = "export"
+        if kind == "engine":  # made again without --force, which would make the export again too
+            words[1], force = "export", False
         if name is not None:
             words += _flags_of_name(kind, name)
         words += ["--run", str(self.root)]
@@ -300,9 +301,14 @@ def _title(kind: str, name: str | None) -> str:
 def _flags_of_name(kind: str, name: str) -> list[str]:
     """Returns the flags behind an artifact's name.
 
-    Names are `w4a8`, `w4a8-openvino`, for a bench `w8a8-w4a8-openvino-cpu`, and for an evaluation in other features
-    than those of the model `w4a8-openvino-inception`. The name of an engine may have hyphens.
+    Names are `w4a8`, `w4a8-openvino`, and for a bench `w8a8-w4a8-openvino-cpu`. That of an evaluation in other features
+    than those of the model is `w4a8-openvino-inception`, and with a step cache `w4a8-taylorseer-3`. The name of an
+    engine may have hyphens.
     """
+    cache = _CACHE.search(name) if kind == "evaluate" else None
+    if cache is not None:
+        setting = ":".join(part for part in cache.groups() if part is not None)
+        return [*_flags_of_name(kind, name[: cache.start()]), "--cache", setting]
     features = [each for each in get_args(FeaturesName) if kind == "evaluate" and name.endswith(f"-{each}")]
     if features:
         return [*_flags_of_name(kind, name.removesuffix(f"-{features[0]}")), "--features", features[0]]
@@ -312,4 +318,6 @@ def _flags_of_name(kind: str, name: str) -> list[str]:
     flags = ["--bits", ",".join(bits)] if bits else []
     if kind == "bench" and len(rest) > 1:
         return [*flags, "--engine", "-".join(rest[:-1]), "--device", rest[-1]]
+    if rest == ["comfyui"]:
+        return [*flags, "--format", "comfyui"]
     return [*flags, "--engine", "-".join(rest)] if bits and rest else flags

@@ -27,6 +27,11 @@ AttentionForm = Literal["float", "int8"]
 """
 FLOAT = "float"
 """The planned bits of a layer that the recipe leaves in float."""
+ONE_GRAPH = (
+    "The engine runs each step as one graph, and a cache leaves out parts of a step: run the export in torch, without"
+    " --engine."
+)
+"""The reason why an engine takes no step cache."""
 MAX_QUANTIZED_BITS = 8
 """The largest number of bits per element of a quantized product, such as int8, int4 or float8."""
 
@@ -130,10 +135,7 @@ class CompiledDenoiser(ABC):
         Raises:
             UsageError: The engine runs each step as one graph.
         """
-        raise UsageError(
-            "The engine runs each step as one graph, and a cache leaves out parts of a step: run the export in torch,"
-            " without --engine."
-        )
+        raise UsageError(ONE_GRAPH)
 
     def record(self, part: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a part's `forward`, whose calls a step cache may skip, in the form that is quickest to call again."""

@@ -11,6 +11,7 @@ import torch
 
 from edadm_cli.artifacts import Artifact, ModelRef, RunFolder
 from edadm_cli.config import EvaluateConfig
+from edadm_cli.engines.base import ONE_GRAPH, FileEngine
 from edadm_cli.engines.files import load_on_engine
 from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import UsageError
@@ -111,14 +112,17 @@ def resolve(config: EvaluateConfig, run: RunFolder) -> EvaluationRequest:
 
     Raises:
         InputError: The export or an ancestor of it is missing or broken, or the prompt file is not usable.
-        UsageError: Prompts or guidance are requested of a model that has none.
+        UsageError: Prompts or guidance are requested of a model that has none, or a cache of an engine that takes none.
         MachineError: There is no such device.
     """
     device = resolve_device(config.device)
+    engine = None if config.engine is None else engine_of(config.engine)
+    if engine is not None:
+        engine.require(device)
     if config.cache is not None:
         StepCache.parse(config.cache)
-    if config.engine is not None:
-        engine_of(config.engine).require(device)
+        if isinstance(engine, FileEngine):
+            raise UsageError(ONE_GRAPH)
     export = run.open("export", str(config.bits))
     collected = CollectedRun.open(run)
     entry = collected.entry

@@ -138,7 +138,7 @@ def _compare(
         advance(1)
     cautions = evaluator.cautions(len(images))
     _warn({}, cautions, reporter)
-    sentences = verdict(images, reference, one_step)
+    sentences = verdict(images, reference, one_step, request.config.cache)
     facts = {
         "skipped": skipped,
         "cautions": tuple(cautions),

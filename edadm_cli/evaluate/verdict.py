@@ -10,7 +10,9 @@ _BLACK_LEVEL = 4.0
 _LARGE_GROWTH = 4.0
 
 
-def verdict(images: SampledImages, reference: SampledImages, one_step: OneStepError | None) -> list[str]:
+def verdict(
+    images: SampledImages, reference: SampledImages, one_step: OneStepError | None, cache: str | None = None
+) -> list[str]:
     """Returns sentences about a set of images, problems first.
 
     Values that are not finite do not occur here, because sampling refuses them.
@@ -19,6 +21,7 @@ def verdict(images: SampledImages, reference: SampledImages, one_step: OneStepEr
         images: The quantized pipeline's images.
         reference: The full-precision images of the same seeds.
         one_step: The one-step error; `None` if it could not be measured.
+        cache: The step cache that the images were sampled with; `None` without one.
     """
     sentences = []
     for name, count in _broken(images, reference).items():
@@ -34,6 +37,8 @@ def verdict(images: SampledImages, reference: SampledImages, one_step: OneStepEr
             f"The {kind} is {error:.3g}; before the last of {len(one_step.growth)} steps the trajectories are "
             f"{last:.3g} apart{', so the errors of the steps add up' if adds_up else ''}."
         )
+        if cache is not None:
+            sentences.append(f"Both are those of the export without the cache {cache}; the other metrics are with it.")
     return sentences
 
 

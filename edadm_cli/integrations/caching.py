@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from edadm_cli.engine_config import CACHE_NAMES
 from edadm_cli.engines.cuda.conditioning import Conditioning
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loading import LoadedModel
 
-FIRST_BLOCK, TAYLORSEER = "first-block", "taylorseer"
+FIRST_BLOCK, TAYLORSEER = CACHE_NAMES
 _DEFAULTS = {FIRST_BLOCK: 0.08, TAYLORSEER: 3.0}
 _WHOLE_STEPS = 2  # TaylorSeer extrapolates from the difference of two steps
 _PARTS = (r".*\.(attn\d?|ff|ff_context|attention|feed_forward|mlp)",)

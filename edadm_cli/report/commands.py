@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from edadm_cli.artifacts import BenchResult, Manifest, Payload, recipe_name
+from edadm_cli.artifacts import BenchResult, ExportFacts, Manifest, Payload, recipe_name
 from edadm_cli.report.contents import BY_BITS, Part, RunContents
 from edadm_cli.stage_config import SIZE_ARGUMENTS
 
@@ -15,7 +15,7 @@ _FLAGS: dict[str, tuple[str, ...]] = {
     "select": ("strategy", "num_samples", "density_radius", "variety_weight"),
     "sensitivity": ("weight_bits", "activation_bits", "num_samples", "num_images", "batch_size"),
     "reconstruct": ("batch_size",),
-    "export": ("parity_samples",),
+    "export": ("parity_samples", "text_encoders"),
     "evaluate": ("num_images", "batch_size", "num_steps", "guidance_scale"),
     "bench": ("engine", "device", "dtype", "threads"),
 }
@@ -46,6 +46,9 @@ def _words(part: Part[Payload]) -> Iterator[str]:
         yield from ("--bits", part.artifact.path.name)
     if isinstance(part.facts, BenchResult):
         yield from _words_of_bench(Part(part.artifact, part.facts))
+    if isinstance(part.facts, ExportFacts):
+        for lora in part.facts.lora:
+            yield from ("--lora", f"{lora.file}:{lora.weight:g}")
     if manifest.kind in ("sensitivity", "reconstruct"):
         yield from ("--recipe", recipe_name(part.artifact))
     for name in _FLAGS[manifest.kind]:

@@ -299,11 +299,17 @@ def test_names_cannot_leave_the_run_folder(run: RunFolder, name: str) -> None:
         ("engine", "w4a8-my-own-engine", "--bits w4a8 --engine my-own-engine"),
         ("bench", "w8a8-w4a8-my-own-engine-cpu", "--bits w8a8,w4a8 --engine my-own-engine --device cpu"),
         ("evaluate", "full-precision", ""),
+        ("evaluate", "w4a8-inception-first-block-0.08", "--bits w4a8 --features inception --cache first-block:0.08"),
+        ("evaluate", "w4a8-my-own-engine-taylorseer", "--bits w4a8 --engine my-own-engine --cache taylorseer"),
+        ("export", "w4.5a8", "--bits w4.5a8"),
+        ("evaluate", "w1.8miba8-openvino", "--bits w1.8miba8 --engine openvino"),
+        ("engine", "w8a8-comfyui", "--bits w8a8 --format comfyui"),
     ],
 )
-def test_the_name_of_an_engine_may_have_hyphens(run: RunFolder, kind: str, name: str, flags: str) -> None:
-    words = run.command(kind, name).split()
+def test_the_command_has_the_flags_that_made_the_name(run: RunFolder, kind: str, name: str, flags: str) -> None:
+    words = run.command(kind, name, force=True).split()
     assert " ".join(words[2 : words.index("--run")]) == flags
+    assert ("--force" in words) == (kind != "engine")
 
 
 @pytest.mark.parametrize("typed", ["reconstruct/w4a8", "w4a8", ".", "../w4a8", "../../reconstruct/w4a8"])

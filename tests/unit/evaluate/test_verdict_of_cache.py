@@ -1,0 +1,28 @@
+"""The verdict of an evaluation with a step cache says which of its values are without the cache."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from edadm_cli.artifacts import OneStepError
+from edadm_cli.evaluate.images import SampledImages
+from edadm_cli.evaluate.verdict import verdict
+
+
+class Images(list[Any]):
+    def pairs(self) -> list[tuple[Any, Any]]:
+        return [(image, image) for image in self]
+
+
+def test_the_one_step_error_is_that_without_the_cache() -> None:
+    images = cast(SampledImages, Images([torch.arange(12).reshape(3, 2, 2) * 9]))
+    error = OneStepError(
+        num_images=1, rel_l2=0.1, guided_rel_l2=None, by_step=(0.1,), guided_by_step=None, growth=(0.0, 0.2)
+    )
+    plain = verdict(images, images, error)
+    cached = verdict(images, images, error, "taylorseer:2")
+    assert cached[:-1] == plain
+    assert "without the cache taylorseer:2" in cached[-1]
+    assert verdict(images, images, None, "taylorseer:2") == verdict(images, images, None)
