@@ -19,7 +19,7 @@ class Images(list[Any]):
 def test_the_one_step_error_is_that_without_the_cache() -> None:
     images = cast(SampledImages, Images([torch.arange(12).reshape(3, 2, 2) * 9]))
     error = OneStepError(
-        num_images=1, rel_l2=0.1, guided_rel_l2=None, by_step=(0.1,), guided_by_step=None, growth=(0.0, 0.2)
+        num_images=1, rel_l2=0.1, guided_rel_l2=None, by_step=(0.1,), guided_by_step=(), growth=(0.0, 0.2)
     )
     plain = verdict(images, images, error)
     cached = verdict(images, images, error, "taylorseer:2")

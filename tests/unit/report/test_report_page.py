@@ -269,8 +269,10 @@ def test_an_evaluation_without_any_metric_still_has_its_distances(maker: RunMake
 
 
 def test_commands_give_the_settings_and_exist(maker: RunMaker, capsys: pytest.CaptureFixture[str]) -> None:
+    maker.facts["export.json"]["lora"] = [{"file": "style.safetensors", "sha256": "0" * 64, "weight": 0.8}]
     (block,) = _page(maker.calibration().width("w4a8")).all("pre")
     lines = block.text.splitlines()
+    assert "edadm export --bits w4a8 --lora style.safetensors:0.8 --parity-samples 2" in lines
     assert lines[1] == (
         "edadm collect --model tiny-model --num-trajectories 3 --num-steps 4 --guidance-scale 2.5 --dtype float32"
     )
