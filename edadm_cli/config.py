@@ -161,8 +161,8 @@ class ReconstructConfig(StageConfig):
     )
     memory_budget_mib: int | None = setting(
         None,
-        "Memory for cached inputs and targets of the units, in MiB; more goes to disk. By default 4096 on a CPU; on a"
-        " GPU what the work of a unit leaves of the memory that is available.",
+        "Memory for cached inputs and targets of the units, in MiB; what exceeds it goes to disk. By default 4096 on a"
+        " CPU; on a GPU all memory that is available and that learning a unit does not need.",
         identity="never",
         metavar="MIB",
         flags=("--memory-budget", "--memory-budget-mib"),

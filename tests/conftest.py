@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import os
+import random
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.integration.fresh_interpreter import SILENCING, FreshInterpreter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("COLUMNS", None)  # tables have the width that they have in a log, wherever the tests run
+# The same examples in every run, however slow the machine is: what passes once passes again.
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """Gives a fixture that tests share the same random numbers, whichever test requests it first."""
+    with ExitStack() as stack:
+        if fixturedef.scope != "function":
+            stack.enter_context(_random_numbers_of_its_own())
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Gives every test the same random numbers, whichever tests ran before it in the same process."""
+    with _random_numbers_of_its_own():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +160,15 @@ def fresh_interpreter() -> Iterator[FreshInterpreter]:
 
 
 @pytest.fixture
+def processor_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets clocks measure the processor time of this process, which other work on the machine does not lengthen."""
+    import time
+
+    for name in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(time, name, time.process_time)
+
+
+@pytest.fixture
 def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Isolated processes fork from one that has imported torch and diffusers, which costs each of them no time.
 
@@ -147,6 +181,21 @@ def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "diffusers.models.unets.unet_2d_condition"])
     monkeypatch.setattr(isolation, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
+
+
+@contextmanager
+def _random_numbers_of_its_own() -> Iterator[None]:
+    """Seeds Python's generator and those of the libraries that are loaded, and sets them back afterwards."""
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        random.seed(0)
+        if numpy := sys.modules.get("numpy"):
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+            numpy.random.seed(0)
+        if torch := sys.modules.get("torch"):
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(0)
+        yield
 
 
 def _seed(seed: int) -> None:

@@ -31,11 +31,13 @@ def write_lock(artifact: Path) -> Iterator[None]:
     """
     with _opened(artifact) as descriptor:
         if not _try(descriptor, fcntl.LOCK_EX):
-            if _try(descriptor, fcntl.LOCK_SH):
+            if not _try(descriptor, fcntl.LOCK_SH):
+                raise _being_written(artifact, descriptor)
+            # either others read it, or the process that wrote it ended between the two attempts
+            if not _try(descriptor, fcntl.LOCK_EX):
                 raise InputError(
                     f"{artifact} is being read by another process.", hint="wait until it ends, then try again"
                 )
-            raise _being_written(artifact, descriptor)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edadm_cli.artifacts.files import atomic_path, explained_os_errors, open_regular, save_json
-from edadm_cli.artifacts.tensors import TensorInfo, read_tensor_header, read_tensor_places
+from edadm_cli.artifacts.tensors import TensorInfo, places_within, read_tensor_header
 from edadm_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,20 +121,24 @@ def streamed(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Streamed
 class TensorFile(Mapping[str, "torch.Tensor"]):
     """The tensors of a safetensors file by name. Each is read to the CPU whenever it is requested.
 
-    The header is read and checked once, so that reading all tensors takes time in proportion to their bytes.
+    The header is read and checked once, so that reading all tensors takes time in proportion to their bytes. Because
+    the header says where the tensors lie, a file that was changed or replaced since then is refused.
 
     Raises:
         InputError: The file is missing, truncated or not a safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._places = path, read_tensor_places(path)
+        self._path = path
+        with explained_os_errors(path), open_regular(path) as file:
+            self._places, self._version = places_within(file, path), _version(file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Reads one tensor.
 
         Raises:
-            InputError: The file has become shorter, or the tensor has a type that this package does not write.
+            InputError: The file is no longer the one whose header was read, or the tensor has a type that this package
+                does not write.
         """
         import torch
 
@@ -143,9 +149,13 @@ class TensorFile(Mapping[str, "torch.Tensor"]):
             )
         values = bytearray(size)
         with explained_os_errors(self._path), open_regular(self._path) as file:
+            is_the_same = _version(file) == self._version
             file.seek(offset)
-            if file.readinto(values) != size:
-                raise InputError(f"{self._path} is truncated: the tensor '{name}' is not in it any more.")
+            if not is_the_same or file.readinto(values) != size:
+                raise InputError(
+                    f"{self._path} was changed or replaced while its tensors were being read.",
+                    hint="type the same command again",
+                )
         if not size:
             return torch.empty(info.shape, dtype=torch_type(info.dtype))
         return torch.frombuffer(values, dtype=torch_type(info.dtype)).reshape(info.shape)
@@ -161,6 +171,12 @@ class TensorFile(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         """Returns the number of tensors."""
         return len(self._places)
+
+
+def _version(file: BufferedReader) -> tuple[int, int]:
+    """Returns the size and the time of the last change; on some network disks the number of a file is not stable."""
+    facts = os.fstat(file.fileno())
+    return facts.st_size, facts.st_mtime_ns
 
 
 def torch_type(name: str) -> torch.dtype:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -119,11 +120,20 @@ def read_tensor_places(path: Path) -> dict[str, TensorPlace]:
         InputError: As from `read_tensor_header`.
     """
     with explained_os_errors(path), open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise InputError(f"{path} is truncated or not a safetensors file.")
-        content = file.read(length)
+        return places_within(file, path)
+
+
+def places_within(file: BufferedReader, path: Path) -> dict[str, TensorPlace]:
+    """Reads where the tensors of an opened safetensors file lie, by name; `path` is its path, for messages.
+
+    Raises:
+        InputError: The file is truncated, or its header is not valid.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise InputError(f"{path} is truncated or not a safetensors file.")
+    content = file.read(length)
     parse = _parse if length <= _REMEMBERED_BYTES else _parse.__wrapped__
     return dict(parse(content, path, size - 8 - length))
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from edadm_cli.reconstruct.trainer import UnitLearner
 from tests.integration.fresh_interpreter import FreshInterpreter
 
 ROOT = Path(__file__).parents[2]
+LIMIT_S = 280  # ends a test that hangs; nothing is measured by it
 FreshRun = Callable[[Path], RunFolder]
 
 RECIPE = """
@@ -57,9 +57,9 @@ def program(fresh_interpreter: FreshInterpreter, tmp_path: Path) -> Path:
     return path
 
 
-def torchrun(*words: str, program: Path | None = None) -> subprocess.Popen[str]:
-    """`torchrun --nproc-per-node 2 -m edadm_cli WORDS`, or `PROGRAM WORDS`."""
-    return start(*TORCHRUN, *(["--no-python", "--", str(program)] if program else ["-m", "--", "edadm_cli"]), *words)
+def torchrun(program: Path, *words: str) -> subprocess.Popen[str]:
+    """`torchrun --nproc-per-node 2 --no-python PROGRAM WORDS`."""
+    return start(*TORCHRUN, "--no-python", "--", str(program), *words)
 
 
 def accelerate_launch(program: Path, *words: str) -> subprocess.Popen[str]:
@@ -101,15 +101,16 @@ def test_trajectories_are_the_same_bytes_and_one_process_speaks(tiny_sd: Path, p
     collect.run(CollectConfig(model=str(tiny_sd), prompts=prompts, device="cpu", **fields), alone)
     flags = [word for key, value in fields.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     place = ["--run", str(tmp_path / "two"), "--device", "cpu", "--json"]
-    done = torchrun("collect", "--model", str(tiny_sd), "--prompts", str(prompts), *flags, *place, program=program)
-    out, err = done.communicate(timeout=120)
+    done = torchrun(program, "collect", "--model", str(tiny_sd), "--prompts", str(prompts), *flags, *place)
+    out, err = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, err
     assert json.loads(out)["status"] == "done", "one line, of the main process"
     actual = RunFolder(tmp_path / "two").open("collect")
     assert payload(actual) == payload(alone.open("collect"))
     assert actual.identity == alone.open("collect").identity
     assert actual.manifest.environment["processes"] == 2
-    assert err.strip() == ""
+    of_torch = re.compile(r"\[?[IW]\d{4} ")  # its log, as of a host whose name cannot be resolved
+    assert [line for line in err.splitlines() if not of_torch.match(line)] == []
 
 
 # The second process reads the last unit late: the first one must not have cleaned up by then.
@@ -146,11 +147,11 @@ def test_two_processes_learn_what_one_learns_from_the_two_halves_of_each_step(
     flags = ["--bits", "w4a8", "--recipe", str(recipe), "--batch-size", "3", "--device", "cpu", "--quiet"]
     program = tmp_path / "edadm"
     fresh_interpreter.write_program(program, LATE_READER)
-    started = torchrun("reconstruct", "--run", str(other.root), *flags, program=program)
+    started = torchrun(program, "reconstruct", "--run", str(other.root), *flags)
     monkeypatch.setattr(trainer, "make_step", step_by_halves)
     config = ReconstructConfig(bits=BitWidth.parse("w4a8"), recipe=load_recipe(str(recipe)), batch_size=3, device="cpu")
     reconstruct.run(config, run)
-    _, err = started.communicate(timeout=120)
+    _, err = started.communicate(timeout=LIMIT_S)
     assert started.returncode == 0, err
     alone, two = run.open("reconstruct", "w4a8"), other.open("reconstruct", "w4a8")
     assert alone.identity == two.identity
@@ -199,7 +200,7 @@ def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun, p
     evaluate.run(EvaluateConfig(bits=bits, num_images=5, batch_size=2, device="cpu"), run)
     flags = ["--bits", "w8a8", "--num-images", "5", "--batch-size", "2", "--device", "cpu", "--json"]
     done = accelerate_launch(program, "evaluate", "--run", str(other.root), *flags)
-    out, err = done.communicate(timeout=120)
+    out, err = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, err
     assert json.loads(out)["status"] == "done"
     for name in ("w8a8", "full-precision"):
@@ -208,15 +209,30 @@ def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun, p
         assert two.manifest.environment["processes"] == 2
 
 
+# The second process is killed after its second shard, and until then the first one cannot have finished.
+DIES_AT_ITS_SECOND_SHARD = """
+import os, signal, sys
+from edadm_cli.cli.app import main
+from edadm_cli.collect import stage
+write_shard, written = stage.write_shard, []
+def write_and_die(*arguments):
+    write_shard(*arguments)
+    written.append(arguments)
+    if os.environ["RANK"] == "1" and len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+stage.write_shard = write_and_die
+sys.exit(main())
+"""
+
+
 def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n")
-    flags = ["--num-trajectories", "48", "--num-steps", "3", "--batch-size", "2", "--device", "cpu"]
+    flags = ["--num-trajectories", "16", "--num-steps", "3", "--batch-size", "2", "--device", "cpu"]
     words = ["collect", "--model", str(tiny_sd), "--prompts", str(prompts), *flags, "--run", str(tmp_path / "run")]
-    started = torchrun(*words)
-    victim = _wait_for_a_worker(started, tmp_path / "run")
-    os.kill(victim, signal.SIGKILL)
-    out, err = started.communicate(timeout=60)
+    (tmp_path / "dies.py").write_text(DIES_AT_ITS_SECOND_SHARD)
+    started = start(*TORCHRUN, "--", str(tmp_path / "dies.py"), *words)
+    out, err = started.communicate(timeout=LIMIT_S)
     assert started.returncode != 0
     assert out == ""
     told = [line for line in err.splitlines() if line.startswith(("error:", "hint:"))]
@@ -227,10 +243,10 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, t
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "edadm_cli") not in err
     (partial,) = (tmp_path / "run").glob(".collect.partial-*")
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("latents-*.safetensors")}
-    assert kept
+    assert len(kept) >= 2
     again = collect.run(
         CollectConfig(
-            model=str(tiny_sd), prompts=prompts, num_trajectories=48, num_steps=3, batch_size=2, device="cpu"
+            model=str(tiny_sd), prompts=prompts, num_trajectories=16, num_steps=3, batch_size=2, device="cpu"
         ),
         RunFolder(tmp_path / "run"),
     )
@@ -242,24 +258,10 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, t
 def test_a_failure_of_one_process_is_reported_once(tiny_sd: Path, program: Path, tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.txt")
     words = ["collect", "--model", str(tiny_sd), "--prompts", absent, "--run", str(tmp_path / "run")]
-    done = torchrun(*words, program=program)
-    _, err = done.communicate(timeout=120)
+    done = torchrun(program, *words)
+    _, err = done.communicate(timeout=LIMIT_S)
     assert done.returncode != 0
     assert sum(line.startswith("error:") for line in err.splitlines()) == 1
-    done = torchrun("select", "--run", str(tmp_path / "run"), program=program)
-    _, err = done.communicate(timeout=120)
+    done = torchrun(program, "select", "--run", str(tmp_path / "run"))
+    _, err = done.communicate(timeout=LIMIT_S)
     assert sum("edadm select runs in one process" in line for line in err.splitlines()) == 1
-
-
-def _wait_for_a_worker(started: subprocess.Popen[str], run: Path) -> int:
-    """Process id of the second process, once both have sampled."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if len(list(run.glob(".collect.partial-*/latents-*.safetensors"))) >= 4:
-            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-            for child in children:
-                if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                    return int(child)
-        time.sleep(0.05)
-    started.kill()
-    raise AssertionError(started.communicate()[1])

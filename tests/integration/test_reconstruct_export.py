@@ -255,6 +255,7 @@ def test_steps_that_are_too_long_end_in_one_sentence(tiny_ddpm: Path, fresh_run:
         reconstruct.run(config_of(recipe=recipe), fresh_run(tiny_ddpm))
 
 
+@pytest.mark.usefixtures("processor_clock")
 def test_estimates_write_nothing_and_are_near(tiny_ddpm: Path, fresh_run: FreshRun) -> None:
     run = fresh_run(tiny_ddpm)
 

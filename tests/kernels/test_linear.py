@@ -56,7 +56,7 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
         assert torch.equal(actual, expected)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     m=st.integers(1, 40),
     n=st.sampled_from([1, 3, 32, 40]),

@@ -71,7 +71,7 @@ def group_norm_codes(
     return group_norm_quantize(*arguments), reference.group_norm_quantize(*arguments)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     samples=st.integers(1, 2),
     groups=st.integers(1, 5),
@@ -177,7 +177,7 @@ def test_codes_keep_to_their_bits() -> None:
     assert actual[0].max() <= 15 - 128
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),
     channels=st.integers(1, 200),

@@ -28,7 +28,7 @@ def test_these_tests_run_the_kernels() -> None:
     assert uses_kernel(torch.zeros(1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 90),
     columns=st.integers(1, 60),

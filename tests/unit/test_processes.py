@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, Store
 
 from edadm_cli import processes
 from edadm_cli.errors import InputError, MachineError
@@ -80,33 +80,56 @@ def test_an_unexpected_failure_is_told_by_its_kind() -> None:
     assert "Process 0 of the run failed: ZeroDivisionError: by zero" in str(waiting.exception())
 
 
-def test_a_process_without_a_sign_of_life_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_PATIENCE_S", 0.6)
-    monkeypatch.setattr(processes, "_BEAT_S", 0.1)
-    monkeypatch.setattr(processes, "_LOOK_S", 0.1)
+class Clock:
+    """Time that passes while the process of the test sleeps; the other process of two does what it then does.
 
-    def wait(team: Team) -> None:
-        with team.together():
-            team.wait()
+    Args:
+        store: The store of both.
+        beats_until: The last second in which the other process writes a heartbeat, which it does every two seconds.
+        arrives: The second in which it reaches the meeting that is waited for.
+    """
 
-    waiting, _ = play([wait, lambda _: None])
-    error = waiting.exception()
-    assert isinstance(error, LostProcessError)
-    assert error.index == 1
-    assert error.exit_code == 4
+    def __init__(self, store: Store, beats_until: float, arrives: float = math.inf) -> None:
+        self.now = 0.0
+        self._store, self._beats_until, self._arrives = store, beats_until, arrives
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._store.set("alive/1", str(min(self.now, self._beats_until) // 2))
+        if self.now >= self._arrives:
+            self._store.set("here/1/1", "")
+
+
+def test_a_process_without_a_heartbeat_is_lost_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    clock = Clock(store, beats_until=30)
+    monkeypatch.setattr(processes, "time", clock)
+    with pytest.raises(LostProcessError, match="has had no heartbeat for 60 seconds") as caught:
+        Team(store, 0, 2, 0).wait()
+    assert caught.value.index == 1
+    assert caught.value.exit_code == 4
+    assert 90 < clock.now < 92
 
 
 def test_a_process_that_works_for_long_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_PATIENCE_S", 0.5)
-    monkeypatch.setattr(processes, "_BEAT_S", 0.05)
-    monkeypatch.setattr(processes, "_LOOK_S", 0.05)
+    store = HashStore()
+    clock = Clock(store, beats_until=200, arrives=200)
+    monkeypatch.setattr(processes, "time", clock)
+    Team(store, 0, 2, 0).wait()
+    assert clock.now == pytest.approx(200, abs=1)
 
-    def part(team: Team) -> None:
-        with team.together():
-            threading.Event().wait(1.5 if team.index else 0)
-            team.wait()
 
-    assert [future.result() for future in play([part] * 2)] == [None, None]
+def test_a_process_has_a_heartbeat_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_BEAT_S", 0.01)
+    beats: set[bytes] = set()
+    store = HashStore()
+    with Team(store, 1, 2, 1).together():
+        while len(beats) < 3:  # without heartbeats, the test ends at the time limit
+            store.wait(["alive/1"])
+            beats.add(store.get("alive/1"))
 
 
 def test_one_process_alone_waits_for_nobody() -> None:

@@ -34,8 +34,9 @@ with run.build(BuildSpec(sys.argv[2], None, {}, 0, parents, ModelRef(id="m", fin
     print("holding", flush=True)
     time.sleep(600)
 """
+# A writer of 40 shards, which stops for good after the shard whose number it is given.
 SLOW_WRITER = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from edadm_cli.artifacts import ModelRef, BuildSpec, RunFolder, save_json
 run = RunFolder(Path(sys.argv[1]))
@@ -45,6 +46,8 @@ with run.build(BuildSpec("collect", None, {"shards": 40}, 0, (), ModelRef(id="m"
         if not path.exists():
             save_json(path, [index] * 2000)
         print(index, flush=True)
+        if [str(index)] == sys.argv[2:]:
+            time.sleep(600)
     if not build.up_to_date:
         build.commit()
 """
@@ -117,7 +120,7 @@ def test_a_killed_build_resumes_and_ends_with_the_same_bytes(tmp_path: Path) -> 
     _write(whole)
     killed = tmp_path / "killed"
     for lines in (1, 15, 30):
-        with _process(SLOW_WRITER, str(killed)) as process:
+        with _process(SLOW_WRITER, str(killed), str(lines + 5)) as process:  # it is killed while it writes
             for _ in range(lines):
                 _first_line(process)
             process.send_signal(signal.SIGKILL)

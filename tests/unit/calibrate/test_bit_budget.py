@@ -19,7 +19,7 @@ def test_the_layer_that_hurts_gets_the_bits() -> None:
     assert assign_bits(errors, {"sensitive": 10, "robust": 10}, 120) == {"sensitive": 8, "robust": 4}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.integers(1, 50), st.lists(st.floats(1e-6, 10), min_size=3, max_size=3)), min_size=1, max_size=4

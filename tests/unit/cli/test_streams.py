@@ -75,7 +75,7 @@ def _signalled(folder: Path, number: int, *arguments: str) -> tuple[int, str]:
         while "working" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(number)
-        error = process.communicate(timeout=30)[1]
+        error = process.communicate()[1]
         return process.returncode, error
 
 

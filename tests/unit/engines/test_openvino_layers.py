@@ -80,7 +80,7 @@ def test_a_code_differs_by_one_and_only_next_to_a_tie(grid: Grid) -> None:
     assert bool((from_tie[differs] < 2**-13).all())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=33), st.booleans())
 def test_four_bit_codes_survive_their_packing(values: list[int], as_column: bool) -> None:
     codes = np.array(values, np.int8).reshape((-1, 1) if as_column else (1, -1))

@@ -114,6 +114,7 @@ def test_passes_are_counted_as_they_are_made(make_setting: MakeSetting, tmp_path
     assert reconstruction.passes["quantized"] == len(made.units())
 
 
+@pytest.mark.usefixtures("processor_clock")
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_a_probe_leaves_the_network_as_it_was(make_setting: MakeSetting, granularity: str) -> None:
     recipe = Recipe(name="attention", attention=AttentionRecipe(quantize=True))

@@ -28,13 +28,13 @@ def model(tiny_sd: Path, tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError) as caught:
         load_model(str(folder), CPU, torch.float32)
     assert caught.value.exit_code == EXIT_INPUT
     assert "\n" not in caught.value.message
     assert len(caught.value.message) < 1500
-    assert time.monotonic() - started < 10.0
+    assert time.process_time() - started < 10.0
     return caught.value.message
 
 

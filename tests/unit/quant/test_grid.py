@@ -46,7 +46,7 @@ def test_a_grid_of_b_bits_has_2_to_the_b_codes(bits: int) -> None:
 
 
 @given(quantizers())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_fake_quantize_is_dequantize_of_whole_codes_within_the_grid(
     case: tuple[Tensor, Tensor, Tensor, Grid],
 ) -> None:
@@ -59,7 +59,7 @@ def test_fake_quantize_is_dequantize_of_whole_codes_within_the_grid(
 
 
 @given(quantizers())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_fake_quantize_is_idempotent_keeps_zero_and_order(case: tuple[Tensor, Tensor, Tensor, Grid]) -> None:
     x, scale, zero_point, grid = case
     once = fake_quantize(x, scale, zero_point, grid)
@@ -70,7 +70,7 @@ def test_fake_quantize_is_idempotent_keeps_zero_and_order(case: tuple[Tensor, Te
 
 
 @given(quantizers())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_inside_the_range_the_error_is_at_most_half_a_step(
     case: tuple[Tensor, Tensor, Tensor, Grid],
 ) -> None:

@@ -16,7 +16,7 @@ SHAPES = st.one_of(
 
 
 @given(SHAPES, st.sampled_from([2, 3, 4]), st.integers(0, 2**31))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_packing_is_undone_by_unpacking(shape: tuple[int, ...], bits: int, seed: int) -> None:
     half = 1 << (bits - 1)
     codes = torch.randint(-half, half, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)

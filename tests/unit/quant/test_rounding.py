@@ -22,7 +22,7 @@ def _case(seed: int) -> tuple[Tensor, Tensor]:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_h_starts_as_the_fraction_that_flooring_drops(seed: int) -> None:
     weight, scale = _case(seed)
     h = rectified_sigmoid(initial_alpha(weight, scale))
@@ -32,7 +32,7 @@ def test_h_starts_as_the_fraction_that_flooring_drops(seed: int) -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_hardened_at_the_start_it_rounds_to_nearest(seed: int) -> None:
     weight, scale = _case(seed)
     hardened = (weight / scale).floor() + (initial_alpha(weight, scale) >= 0)
@@ -42,7 +42,7 @@ def test_hardened_at_the_start_it_rounds_to_nearest(seed: int) -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_whatever_is_learned_the_code_is_within_one_of_nearest(seed: int) -> None:
     weight, scale = _case(seed)
     alpha = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * 10
@@ -79,7 +79,7 @@ def test_sharpness_is_one_until_it_grows_and_reaches_its_last_value() -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_sharper_h_is_more_decided_and_rounds_the_same_way(seed: int) -> None:
     alpha = initial_alpha(*_case(seed))
     plain, sharp = rectified_sigmoid(alpha), rectified_sigmoid(alpha, torch.tensor(20.0))

@@ -75,7 +75,7 @@ def test_a_channel_of_zeros_gets_a_usable_scale() -> None:
 
 
 @given(st.floats(-3, 3), st.floats(0.01, 10), st.integers(0, 10_000), st.sampled_from([2, 3, 4, 8]), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_asymmetric_search_is_never_worse_than_minmax(
     shift: float, spread: float, seed: int, bits: int, heavy: bool
 ) -> None:
@@ -112,7 +112,7 @@ def test_the_symmetric_search_is_symmetric_on_data_of_two_signs() -> None:
 
 
 @given(st.floats(-100, 0), st.floats(0, 100), st.sampled_from(range(2, 9)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_parameters_put_zero_on_the_grid_and_cover_the_range(low: float, high: float, bits: int) -> None:
     grid = activation_grid(bits)
     scale, zero_point = Range(low, high).parameters(grid)
