@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.openvino import OpenVinoEngine, nodes
+from edadm_cli.engines.openvino.denoiser import plugin_properties
 from edadm_cli.engines.openvino.int4 import int4_codes, int4_constant, widen
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.quant.grid import Grid, activation_grid, quantize, weight_grid
@@ -69,7 +70,7 @@ def test_a_code_differs_by_one_and_only_next_to_a_tie(grid: Grid) -> None:
     scale, zero = torch.tensor(0.0371), torch.tensor(0 if grid.signed else 101)
     parameter = ops.parameter(list(x.shape), ov.Type.f32)
     graph = ov.Model([nodes.fake_quantize(parameter.output(0), scale, zero, grid)], [parameter])
-    actual = torch.from_numpy(ov.Core().compile_model(graph, "CPU")([x.numpy()])[0].copy())
+    actual = torch.from_numpy(ov.Core().compile_model(graph, "CPU", plugin_properties(CPU))([x.numpy()])[0].copy())
     codes = torch.round(actual / scale) + zero
     differs = codes != quantize(x, scale, zero, grid)
     quotient = (x / scale).abs()
