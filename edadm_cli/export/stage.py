@@ -40,7 +40,13 @@ from edadm_cli.export.sizes import (
     pipeline_size,
 )
 from edadm_cli.export.text_encoders import narrow_saved, quantize_text_encoders, recorded_calls, require_package
-from edadm_cli.export.timing import SMALLEST, speed_sentences, time_calls
+from edadm_cli.export.timing import (
+    SMALLEST,
+    memory_to_time,
+    require_memory_to_time,
+    speed_sentences,
+    time_calls,
+)
 from edadm_cli.export.verdict import layers_by_width, verdict
 from edadm_cli.integrations.comfyui.writing import ComfyUiFile
 from edadm_cli.integrations.quantizer import METHOD, format_version
@@ -184,7 +190,7 @@ def _build(config: ExportConfig, run: RunFolder, source: Artifact, build: Build,
         whole = pipeline_size(sizes, denoisers, encoders, loaded_bytes(loaded), before_bytes)
         del loaded
         advance(1)
-        measured, sentences = _measured(config, run, build, num_parameters, device)
+        measured, sentences = _measured(config, run, build, num_parameters, before_bytes, device)
         advance(1)
     layers = joined({place: load_plan(source.within(place)) for place in collected.places})
     facts = ExportFacts(
@@ -215,12 +221,13 @@ def _quantized_encoders(config: ExportConfig, model: LoadedModel, collected: Col
 
 
 def _measured(
-    config: ExportConfig, run: RunFolder, build: Build, num_parameters: int, device: torch.device
+    config: ExportConfig, run: RunFolder, build: Build, num_parameters: int, before_bytes: int, device: torch.device
 ) -> tuple[CallTime | None, list[str]]:
-    """The times of a few calls, and what the verdict says of them."""
+    """Returns the times of a few calls, and what the verdict says of them."""
     if not config.measure or num_parameters < SMALLEST:
         return None, []
     try:
+        require_memory_to_time(memory_to_time(num_parameters, before_bytes), device)
         measured = time_calls(run, build.path, device)
     except EdadmError as error:
         return None, [f"The speed was not measured: {error.message}"]

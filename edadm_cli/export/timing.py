@@ -26,6 +26,7 @@ from edadm_cli.engines.registry import default_engine
 from edadm_cli.errors import MachineError
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import load_model, resolve_device
+from edadm_cli.models.placement import SAMPLING_SHARE, memory_of
 
 SMALLEST = 500_000
 """The number of weights below which a denoiser is not timed, because Python takes most of the time of its calls."""
@@ -33,6 +34,7 @@ SLOW = 1.1
 """The least factor at which an export is called faster."""
 BUSY = 2.0
 """The largest ratio of the median to the smallest time. A larger ratio means that other programs disturb the times."""
+_GIB = 2**30
 _ROUNDS, _FEWEST_ROUNDS, _SECONDS = 9, 3, 4.0
 
 
@@ -54,6 +56,31 @@ def time_calls(run: RunFolder, export: Path, device: torch.device) -> CallTime:
         return process.call(_Pair.measure)
     finally:
         process.close()
+
+
+def memory_to_time(num_weights: int, half_bytes: int) -> int:
+    """Returns the bytes that the weights of both denoisers take while they are timed.
+
+    Full precision is loaded as a whole pipeline in float32, and a code of the export takes one byte.
+
+    Args:
+        num_weights: The number of weights of the denoisers.
+        half_bytes: The bytes of the full-precision pipeline's weights in float16.
+    """
+    return 2 * half_bytes + num_weights
+
+
+def require_memory_to_time(needed: int, device: torch.device) -> None:
+    """Checks that full precision and the export fit into the device's memory together.
+
+    Raises:
+        MachineError: They do not.
+    """
+    if needed > SAMPLING_SHARE * memory_of(device):
+        raise MachineError(
+            f"full precision in float32 and the export take {needed / _GIB:.1f} GiB together, and at most"
+            f" {SAMPLING_SHARE:.0%} of the {memory_of(device) / _GIB:.1f} GiB of {device} were expected."
+        )
 
 
 def speed_sentences(measured: CallTime) -> list[str]:

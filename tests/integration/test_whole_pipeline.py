@@ -116,3 +116,12 @@ def test_the_verdict_says_whether_the_export_is_faster_or_why_nobody_knows(
 
     monkeypatch.setattr(stage, "time_calls", crash)
     assert "signal 11" in _export(run, force=True).verdict[-1]
+
+
+def test_what_does_not_fit_into_memory_twice_is_not_timed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "SMALLEST", 0)
+    monkeypatch.setattr(stage, "time_calls", lambda *_: pytest.fail("full precision would be loaded"))
+    monkeypatch.setattr(timing, "memory_of", lambda _: 2**10)
+    record = _export(run)
+    assert record.call_time is None
+    assert record.verdict[-1].startswith("The speed was not measured: full precision in float32 and the export take")
