@@ -43,7 +43,7 @@ class Architecture(BaseModel):
         return dict(self.components[name][1])
 
     def fingerprint(self, seed: int, version: int) -> str:
-        """Returns the hash of the architecture, a seed of weights, and the version of the rule that draws them."""
+        """Returns the hash of the architecture, a seed of weights, and the version of the rule that generates them."""
         content = {"architecture": self.model_dump(mode="json"), "seed": seed, "weights": version}
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from edadm_cli.errors import InputError
 
 # A library registers a parameter once when it builds a module and once more when it fills it; packed codes take less
-# room than what they stand for.
+# space than what they stand for.
 _TIMES = 8
 _SMALL_COUNT, _SMALL_SIZE = 1000, 10_000_000
 

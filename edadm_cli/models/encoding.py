@@ -1,8 +1,8 @@
 """Encodes all prompts before sampling, so that text encoders and denoiser need not fit in memory together.
 
 Pipelines of diffusers turn prompts into tensors in one method, `encode_prompt`. First each batch runs up to its first
-call of the denoiser, while the results of the method are kept on the CPU together with its arguments. Then the weights
-of the text encoders are freed. From then on, the method returns the kept result for equal arguments.
+call of the denoiser, while the results of the method are stored on the CPU together with its arguments. Then the
+weights of the text encoders are freed. From then on, the method returns the stored result for equal arguments.
 """
 
 from __future__ import annotations

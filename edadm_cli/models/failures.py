@@ -24,7 +24,7 @@ KINDS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether memory did not suffice; on a CPU torch raises a `RuntimeError` that only its text tells apart."""
+    """Returns whether memory did not suffice; on a CPU torch raises a `RuntimeError` with a text of its own."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 

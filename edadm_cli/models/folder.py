@@ -195,7 +195,7 @@ def read_folder(path: Path, *, weights_of_denoiser: bool = True) -> PipelineFold
 def _named_components(
     path: Path, pipeline_class: type[DiffusionPipeline], index: dict[str, Any]
 ) -> dict[str, tuple[str, str]]:
-    """Library and class of each component that an index names."""
+    """Returns the library and the class of each component that an index names."""
     parameters = inspect.signature(pipeline_class.__init__).parameters
     named = {}
     for name, value in index.items():
@@ -227,7 +227,7 @@ def _is_pair(value: list[Any]) -> bool:
 def _constructor_options(
     path: Path, pipeline_class: type[DiffusionPipeline], index: dict[str, Any], present: set[str]
 ) -> dict[str, Any]:
-    """Constructor arguments that are no components of the folder."""
+    """Returns the arguments of the pipeline's constructor that are no components of the folder."""
     options: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(pipeline_class.__init__).parameters.items())[1:]:
         if name in present or parameter.kind is inspect.Parameter.VAR_KEYWORD:

@@ -140,12 +140,12 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype, device: 
 
 
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensor itself, or those that it consists of where a library keeps its codes and scales in one object."""
-    kept: Any = tensor
-    if not is_traceable_wrapper_subclass(kept):
-        return [kept]
-    names, _ = kept.__tensor_flatten__()
-    return [getattr(kept, name) for name in names]
+    """Returns the tensor itself, or its parts where a library holds codes and scales in one object."""
+    whole: Any = tensor
+    if not is_traceable_wrapper_subclass(whole):
+        return [whole]
+    names, _ = whole.__tensor_flatten__()
+    return [getattr(whole, name) for name in names]
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

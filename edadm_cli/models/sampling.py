@@ -79,8 +79,7 @@ def sample(
 ) -> Samples:
     """Samples one image for each seed.
 
-    Noise is drawn image by image on the CPU, so neither the device nor the other images of the batch change
-    it.
+    Noise is generated image by image on the CPU, so neither the device nor the other images of the batch change it.
 
     Args:
         model: The pipeline.
@@ -330,7 +329,7 @@ def _watch_scheduler(
 ) -> Iterator[None]:
     """Records the last sample of the scheduler while entered.
 
-    It also passes the generators to the scheduler for a pipeline that draws noise at every step without them
+    It also passes the generators to the scheduler for a pipeline that adds noise at every step without them
     (LDMPipeline), whose noise would otherwise come from the global generator.
     """
     scheduler = pipeline.scheduler
