@@ -39,5 +39,5 @@ def with_sizes(model: LoadedModel, sizes: Mapping[str, int]) -> ModelEntry:
 
 def picture_size(entry: ModelEntry) -> tuple[int, int] | None:
     """Returns the width and height in pixels of the pictures that condition a model; `None` where it has no size."""
-    sides = [entry.call_arguments.get(name, entry.image_size) for name in ("width", "height")]
-    return None if None in sides else (int(sides[0]), int(sides[1]))
+    width, height = (entry.call_arguments.get(name, entry.image_size) for name in ("width", "height"))
+    return None if width is None or height is None else (int(width), int(height))
