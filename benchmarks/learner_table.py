@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -80,6 +81,34 @@ def table(rows: Sequence[Row], columns: Sequence[str] = METRICS, labels: Sequenc
     return "\n".join(lines)
 
 
+def widths(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Returns one Markdown table per model with a line per bit width and variant, wide widths first.
+
+    Args:
+        rows: The results.
+        columns: The metrics: means over the seeds and sample standard deviations.
+    """
+    order = [label for group in GROUPS.values() for label in group.variants]
+    lines: list[str] = []
+    for model in sorted({row["model"] for row in rows}):
+        groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        for row in rows:
+            if row["model"] == model:
+                groups[row["bits"], row["label"]].append(row)
+        lines += ["", f"### {model}", "", "| bits | variant | seeds | " + " | ".join(columns) + " |"]
+        lines.append("|---|---|---|" + "---|" * len(columns))
+        for bits, label in sorted(groups, key=lambda key: (_narrowness(key[0]), order.index(key[1]))):
+            cells = [_cell(name, groups[bits, label], []) for name in columns]
+            lines.append(f"| {bits} | {label} | {len(groups[bits, label])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _narrowness(bits: str) -> tuple[float, float]:
+    """Returns a key that sorts wide activations first, and among them wide weights."""
+    weight, activation = re.findall(r"[0-9.]+", bits)
+    return -float(activation), -float(weight)
+
+
 def across(rows: Sequence[Row], columns: Sequence[str], metrics: Sequence[str]) -> str:
     """Returns one Markdown table with a line per model and metric, and a column per variant: means over the seeds.
 
@@ -128,6 +157,7 @@ def main() -> None:
     parser.add_argument("--models", help="models that are shown, with commas; by default all")
     parser.add_argument("--columns", default=",".join(METRICS), help="such as 'one_step,ratio one_step,final'")
     parser.add_argument("--across", help="variants with semicolons, which become the columns of one table of means")
+    parser.add_argument("--widths", action="store_true", help="one table per model with all bit widths")
     parser.add_argument("--export", type=Path, help="write the rows with their metrics alone to this file")
     options = parser.parse_args()
     rows = read_rows(options.places)
@@ -137,6 +167,9 @@ def main() -> None:
         rows = [row for row in rows if text is None or row[key] in text.split(",")]
     if options.across is not None:
         print(across(rows, options.across.split(";"), options.columns.split(",")))
+        return
+    if options.widths:
+        print(widths(rows, options.columns.split(",")))
         return
     labels = [label for name in (options.groups or "").split(",") if name for label in GROUPS[name].variants]
     print(table(rows, options.columns.split(","), labels))

@@ -228,5 +228,11 @@ GROUPS = {
     "unlearned": Group({"ranges-only": "default+learn.granularity=none", "gptq": "gptq"}, ("w4a8", "w3a8")),
     "rotated": Group({"ranges-only": "default+learn.granularity=none", "default": "default", **ROTATED}, ("w4a4",)),
     "batches": Group({f"batch {size}": f"default+learn.batch_size={size}" for size in (8, 16)}),
+    "all-widths": Group(
+        {label: SHIPS[label] for label in ("default", "ranges-only", "rtn")},
+        ("w4a8", "w3a8", "w4a4", "w6a6", "w8a8"),
+        (0,),
+    ),
+    "version-0.1": Group({"before": BEFORE}, seeds=(0,)),
     "mixed": Group({"default": "default"}, ("auto:4.5a8", "auto:3.5a8")),
 }
