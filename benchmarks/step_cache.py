@@ -61,6 +61,7 @@ class Study:
         model = self._load()
         self.prompts = resolve_prompts(model, None, options.images, 0)
         self.calls = self._recorded(model)
+        self.quantized: dict[str, torch.nn.Module] = {}
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yields the row of each precision, engine and cache; those that cannot be cached are left out."""
@@ -103,9 +104,7 @@ class Study:
         model = self._load(self.dtype)
         if bits is None:
             return model
-        denoiser = self._load().denoiser
-        quantize_to_nearest(denoiser, load_recipe("quick"), BitWidth.parse(bits), self.calls)
-        quantized = placed_copy(denoiser, self.device, self.dtype)
+        quantized = placed_copy(self._quantized(bits), self.device, self.dtype)
         setattr(model.pipeline, model.denoiser_name, quantized)
         if engine == "engine":
             options = EngineOptions(self.device, self.dtype)
@@ -113,6 +112,13 @@ class Study:
         elif self.device.type == "cuda":
             deploy(quantized, KernelProduct((self.device.type,)))
         return model
+
+    def _quantized(self, bits: str) -> torch.nn.Module:
+        """Returns the denoiser in a bit width, which is quantized once and copied for each cache."""
+        if bits not in self.quantized:
+            self.quantized[bits] = self._load().denoiser
+            quantize_to_nearest(self.quantized[bits], load_recipe("quick"), BitWidth.parse(bits), self.calls)
+        return self.quantized[bits]
 
     def _recorded(self, model: LoadedModel) -> list[Call]:
         """Returns the calls of the denoiser for a few images, which give the ranges."""

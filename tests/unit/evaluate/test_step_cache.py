@@ -1,13 +1,18 @@
-"""The verdict of an evaluation with a step cache says which of its values are without the cache."""
+"""An evaluation with a step cache: what its verdict says, and what is refused before anything is sampled."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 
-from edadm_cli.artifacts import OneStepError
+from edadm_cli.artifacts import OneStepError, RunFolder
+from edadm_cli.config import BitWidth, EvaluateConfig
+from edadm_cli.errors import UsageError
 from edadm_cli.evaluate.images import SampledImages
+from edadm_cli.evaluate.request import resolve
 from edadm_cli.evaluate.verdict import verdict
 
 
@@ -26,3 +31,11 @@ def test_the_one_step_error_is_that_without_the_cache() -> None:
     assert cached[:-1] == plain
     assert "without the cache taylorseer:2" in cached[-1]
     assert verdict(images, images, None, "taylorseer:2") == verdict(images, images, None)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_an_engine_with_files_refuses_a_cache_at_once(engine: str, tmp_path: Path) -> None:
+    pytest.importorskip(engine)
+    config = EvaluateConfig(bits=BitWidth.parse("w8a8"), engine=engine, cache="taylorseer:2", device="cpu")
+    with pytest.raises(UsageError, match="one graph"):
+        resolve(config, RunFolder(tmp_path))
