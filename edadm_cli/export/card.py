@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, Selection, TextEncoder, Units, recipe_name
+from edadm_cli.bits import BitWidth
 from edadm_cli.export.usage import PipelineUse
 from edadm_cli.metrics.registry import in_order, label_of
 from edadm_cli.models.collected import Sampling
@@ -227,8 +228,14 @@ def _quality(evaluation: Evaluation) -> str:
 
 
 def _bits(bits: str) -> str:
-    weight, _, activation = bits.removeprefix("w").partition("a")
-    return f"{weight}-bit weights, {activation}-bit activations"
+    width = BitWidth.parse(bits)
+    if width.size_mib is not None:
+        weights = f"weights of several widths, with which the denoiser takes at most {width.size_mib:g} MiB"
+    elif width.average is not None:
+        weights = f"{width.average:g}-bit weights on average"
+    else:
+        weights = f"{width.weight}-bit weights"
+    return f"{weights}, {width.activation}-bit activations"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -78,6 +78,19 @@ def test_a_card_says_how_its_own_pipeline_is_called(
     assert names - {"pipeline", "image", "frames"} == imported
 
 
+@pytest.mark.parametrize(
+    ("bits", "text"),
+    [
+        ("w4a8", "4-bit weights, 8-bit activations"),
+        ("w4.5a6", "4.5-bit weights on average, 6-bit activations"),
+        ("w1.8miba8", "weights of several widths, with which the denoiser takes at most 1.8 MiB, 8-bit activations"),
+    ],
+)
+def test_bits_are_in_words(bits: str, text: str, export: Path) -> None:
+    facts = prepare(export, REPOSITORY).facts
+    assert f"| bits | {text} |" in model_card(CardFacts(**{**vars(facts), "bits": bits}))
+
+
 def test_nothing_of_the_machine_is_sent(export: Path, tmp_path: Path) -> None:
     upload = prepare(export, REPOSITORY)
     assert "manifest.json" not in upload.files
