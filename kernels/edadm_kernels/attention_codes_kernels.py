@@ -16,10 +16,36 @@ def _nonzero(x):
 
 
 @triton.jit
-def _codes(x, inverse):
-    """Returns codes from -127 to 127, rounded to nearest even."""
-    scaled = tl.minimum(tl.maximum(x * inverse, -127.0), 127.0)
+def _codes(x, inverse, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Returns codes from LOW to HIGH of a signed grid, rounded to nearest even."""
+    scaled = tl.minimum(tl.maximum(x * inverse, LOW), HIGH)
     return (scaled + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _load_tokens(x, sample, head, tokens, sample_step, head_step, token_step, channels, mask):
+    """Returns `tokens` of one head of `x` as float32 `[TOKENS, PADDED]`; zeros where `mask` is false."""
+    at = x + sample * sample_step + head * head_step + tokens[:, None] * token_step + channels[None, :]
+    return tl.load(at, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _places(out, rows, channels, ROW: tl.constexpr):
+    """Returns the addresses of codes `[TOKENS, PADDED]` in `out`, whose rows of `ROW` bytes are one token and head."""
+    return out + rows[:, None] * ROW + channels[None, :]
+
+
+@triton.jit
+def _keys_of(start, place):
+    """Returns the keys whose values are at slots `start + place`; see `reference.attention.keys_of`."""
+    return start + place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
+
+
+@triton.jit
+def _store_slots(codes, out, places, slots, channels, inside, WIDTH: tl.constexpr):
+    """Stores codes `[TOKENS, PADDED]` at slots `places` of one head of `out` `[N, heads, WIDTH, slots]`."""
+    to = out + (tl.program_id(1).to(tl.int64) * WIDTH + channels[:, None]) * slots + places[None, :]
+    tl.store(to, tl.trans(codes), mask=inside[:, None] & (places < slots)[None, :])
 
 
 @triton.jit
@@ -74,6 +100,76 @@ def extremes_kernel(
 
 
 @triton.jit
+def _load_extremes(extremes, is_values, chunks, channels, inside, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    """Returns the least and the largest value of each channel of one head of keys or values, `[PADDED]`.
+
+    `extremes` has the shape `[2, N * heads, chunks, 2, WIDTH]`, as `extremes_kernel` writes it.
+    """
+    pieces = tl.arange(0, CHUNKS)
+    part = tl.where(is_values, tl.num_programs(1), 0) + tl.program_id(1)
+    limits = extremes + (part * chunks + pieces[:, None]) * (2 * WIDTH) + channels[None, :]
+    present = (pieces < chunks)[:, None] & inside[None, :]
+    low = tl.min(tl.load(limits, mask=present, other=float("inf")), axis=0)
+    high = tl.max(tl.load(limits + WIDTH, mask=present, other=float("-inf")), axis=0)
+    return low, high
+
+
+@triton.jit
+def _write_queries(
+    q, q_codes, q_scale, block, queries, sample_step, head_step, token_step, sample, head, heads, channels, inside,
+    ROW: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Writes the codes of a block of queries of one head, and one scale per query."""
+    tokens = block * TOKENS + tl.arange(0, TOKENS)
+    mask = (tokens < queries)[:, None] & inside[None, :]
+    x = _load_tokens(q, sample, head, tokens, sample_step, head_step, token_step, channels, mask)
+    scale = _nonzero(tl.max(tl.abs(x), axis=1) * (1 / 127))
+    rows = (sample * queries + tokens) * heads + head
+    codes_at = _places(q_codes, rows, channels, ROW)
+    tl.store(codes_at, _codes(x, reciprocal(scale)[:, None], -127.0, 127.0), mask=mask)
+    tl.store(q_scale + tl.program_id(1) * queries + tokens, scale, mask=tokens < queries)
+
+
+@triton.jit
+def _write_keys(
+    k, k_codes, k_scale, center, block, keys, key_blocks, sample_step, head_step, token_step, sample, head, heads,
+    channels, inside, ROW: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Writes the codes of a block of keys of one head minus `center` `[PADDED]`, and the scale of the block."""
+    tokens = block * TOKENS + tl.arange(0, TOKENS)
+    mask = (tokens < keys)[:, None] & inside[None, :]
+    x = _load_tokens(k, sample, head, tokens, sample_step, head_step, token_step, channels, mask)
+    centered = tl.where(mask, x - center[None, :], 0.0)
+    scale = _nonzero(tl.max(tl.max(tl.abs(centered), axis=1), axis=0) * (1 / 127))
+    rows = (sample * keys + tokens) * heads + head
+    codes_at = _places(k_codes, rows, channels, ROW)
+    tl.store(codes_at, _codes(centered, reciprocal(scale), -127.0, 127.0), mask=mask)
+    tl.store(k_scale + tl.program_id(1) * key_blocks + block, scale)
+
+
+@triton.jit
+def _write_values(
+    v, v_codes, v_scale, v_center, low, high, center, block, keys, slots, sample_step, head_step, token_step,
+    sample, head, channels, inside, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Writes the codes of a block of values of one head; the first block also writes scales and centers.
+
+    `low`, `high` and `center` are the extremes of each channel and the middle between them, `[PADDED]`.
+    """
+    place = tl.arange(0, TOKENS)
+    tokens = _keys_of(block * TOKENS, place)
+    scale = _nonzero(tl.where(inside, (high - low) * (0.5 / 127), 1.0))
+    mask = (tokens < keys)[:, None] & inside[None, :]
+    x = _load_tokens(v, sample, head, tokens, sample_step, head_step, token_step, channels, mask)
+    centered = x - center[None, :]
+    codes = tl.where(mask, _codes(centered, reciprocal(scale)[None, :], -127.0, 127.0), 0)
+    _store_slots(codes, v_codes, block * TOKENS + place, slots, channels, inside, WIDTH)
+    if block == 0:
+        tl.store(v_scale + tl.program_id(1) * WIDTH + channels, scale, mask=inside)
+        tl.store(v_center + tl.program_id(1) * WIDTH + channels, center, mask=inside)
+
+
+@triton.jit
 def codes_kernel(
     q,
     k,
@@ -123,55 +219,25 @@ def codes_kernel(
     block = tl.program_id(0)
     await_previous(OVERLAP)
     if block < query_blocks:
-        tokens = block * TOKENS + tl.arange(0, TOKENS)
-        mask = (tokens < queries)[:, None] & inside[None, :]
-        at = q + sample * q_sample + head * q_head + tokens[:, None] * q_token + channels[None, :]
-        x = tl.load(at, mask=mask, other=0).to(tl.float32)
-        scale = _nonzero(tl.max(tl.abs(x), axis=1) * (1 / 127))
-        rows = (sample * queries + tokens) * heads + head
-        tl.store(q_codes + rows[:, None] * ROW + channels[None, :], _codes(x, reciprocal(scale)[:, None]), mask=mask)
-        tl.store(q_scale + tl.program_id(1) * queries + tokens, scale, mask=tokens < queries)
+        _write_queries(
+            q, q_codes, q_scale, block, queries, q_sample, q_head, q_token, sample, head, heads, channels, inside,
+            ROW, TOKENS,
+        )  # fmt: skip
     else:
         is_values = block >= query_blocks + key_blocks
         first = tl.where(is_values, block - key_blocks, block) - query_blocks
-        pieces = tl.arange(0, CHUNKS)
-        part = tl.where(is_values, tl.num_programs(1), 0) + tl.program_id(1)
-        limits = extremes + (part * chunks + pieces[:, None]) * (2 * WIDTH) + channels[None, :]
-        present = (pieces < chunks)[:, None] & inside[None, :]
-        low = tl.min(tl.load(limits, mask=present, other=float("inf")), axis=0)
-        high = tl.max(tl.load(limits + WIDTH, mask=present, other=float("-inf")), axis=0)
+        low, high = _load_extremes(extremes, is_values, chunks, channels, inside, WIDTH, CHUNKS)
         center = tl.where(inside, (low + high) * 0.5, 0.0)
         if is_values:
-            slot = tl.arange(0, TOKENS)
-            key = first * TOKENS + slot // 16 * 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
-            step = _nonzero(tl.where(inside, (high - low) * (0.5 / 127), 1.0))
-            counts = (key < keys)[:, None] & inside[None, :]
-            value_at = v + sample * v_sample + head * v_head + key[:, None] * v_token + channels[None, :]
-            values = tl.load(value_at, mask=counts, other=0).to(tl.float32) - center[None, :]
-            codes = tl.where(counts, _codes(values, reciprocal(step)[None, :]), 0)
-            places = first * TOKENS + slot
-            to = v_codes + (tl.program_id(1).to(tl.int64) * WIDTH + channels[:, None]) * slots + places[None, :]
-            tl.store(to, tl.trans(codes), mask=inside[:, None] & (places < slots)[None, :])
-            if first == 0:
-                tl.store(v_scale + tl.program_id(1) * WIDTH + channels, step, mask=inside)
-                tl.store(v_center + tl.program_id(1) * WIDTH + channels, center, mask=inside)
+            _write_values(
+                v, v_codes, v_scale, v_center, low, high, center, first, keys, slots, v_sample, v_head, v_token,
+                sample, head, channels, inside, WIDTH, TOKENS,
+            )  # fmt: skip
         else:
-            places = first * TOKENS + tl.arange(0, TOKENS)
-            counts = (places < keys)[:, None] & inside[None, :]
-            key_at = k + sample * k_sample + head * k_head + places[:, None] * k_token + channels[None, :]
-            centered = tl.where(counts, tl.load(key_at, mask=counts, other=0).to(tl.float32) - center[None, :], 0.0)
-            size = _nonzero(tl.max(tl.max(tl.abs(centered), axis=1), axis=0) * (1 / 127))
-            at_row = (sample * keys + places) * heads + head
-            key_to = k_codes + at_row[:, None] * ROW + channels[None, :]
-            tl.store(key_to, _codes(centered, reciprocal(size)), mask=counts)
-            tl.store(k_scale + tl.program_id(1) * key_blocks + first, size)
-
-
-@triton.jit
-def _grid_codes(x, inverse, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Returns codes of a signed grid, rounded to nearest even."""
-    scaled = tl.minimum(tl.maximum(x * inverse, LOW), HIGH)
-    return (scaled + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+            _write_keys(
+                k, k_codes, k_scale, center, first, keys, key_blocks, k_sample, k_head, k_token, sample, head, heads,
+                channels, inside, ROW, TOKENS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -218,25 +284,21 @@ def grid_codes_kernel(
     if block < query_blocks:
         tokens = block * TOKENS + tl.arange(0, TOKENS)
         mask = (tokens < queries)[:, None] & inside[None, :]
-        at = q + sample * q_sample + head * q_head + tokens[:, None] * q_token + channels[None, :]
-        x = tl.load(at, mask=mask, other=0).to(tl.float32)
+        x = _load_tokens(q, sample, head, tokens, q_sample, q_head, q_token, channels, mask)
         rows = (sample * queries + tokens) * heads + head
-        codes = _grid_codes(x, reciprocal(tl.load(q_scale)), LOW, HIGH)
-        tl.store(q_codes + rows[:, None] * ROW + channels[None, :], codes, mask=mask)
+        codes = _codes(x, reciprocal(tl.load(q_scale)), LOW, HIGH)
+        tl.store(_places(q_codes, rows, channels, ROW), codes, mask=mask)
     elif block < query_blocks + key_blocks:
-        places = (block - query_blocks) * TOKENS + tl.arange(0, TOKENS)
-        counts = (places < keys)[:, None] & inside[None, :]
-        key_at = k + sample * k_sample + head * k_head + places[:, None] * k_token + channels[None, :]
-        values = tl.load(key_at, mask=counts, other=0).to(tl.float32)
-        at_row = (sample * keys + places) * heads + head
-        key_codes = _grid_codes(values, reciprocal(tl.load(k_scale)), LOW, HIGH)
-        tl.store(k_codes + at_row[:, None] * ROW + channels[None, :], key_codes, mask=counts)
+        tokens = (block - query_blocks) * TOKENS + tl.arange(0, TOKENS)
+        mask = (tokens < keys)[:, None] & inside[None, :]
+        x = _load_tokens(k, sample, head, tokens, k_sample, k_head, k_token, channels, mask)
+        rows = (sample * keys + tokens) * heads + head
+        codes = _codes(x, reciprocal(tl.load(k_scale)), LOW, HIGH)
+        tl.store(_places(k_codes, rows, channels, ROW), codes, mask=mask)
     else:
-        slot = (block - query_blocks - key_blocks) * TOKENS + tl.arange(0, TOKENS)
-        key = slot // 16 * 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
-        present = (key < keys)[:, None] & inside[None, :]
-        value_at = v + sample * v_sample + head * v_head + key[:, None] * v_token + channels[None, :]
-        value = tl.load(value_at, mask=present, other=0).to(tl.float32)
-        value_codes = tl.where(present, _grid_codes(value, reciprocal(tl.load(v_scale)), LOW, HIGH), 0)
-        to = v_codes + (tl.program_id(1).to(tl.int64) * WIDTH + channels[:, None]) * slots + slot[None, :]
-        tl.store(to, tl.trans(value_codes), mask=inside[:, None] & (slot < slots)[None, :])
+        places = (block - query_blocks - key_blocks) * TOKENS + tl.arange(0, TOKENS)
+        tokens = _keys_of(0, places)
+        mask = (tokens < keys)[:, None] & inside[None, :]
+        x = _load_tokens(v, sample, head, tokens, v_sample, v_head, v_token, channels, mask)
+        codes = tl.where(mask, _codes(x, reciprocal(tl.load(v_scale)), LOW, HIGH), 0)
+        _store_slots(codes, v_codes, places, slots, channels, inside, WIDTH)

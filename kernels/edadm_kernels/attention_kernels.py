@@ -10,6 +10,25 @@ from edadm_kernels.rounding import quantize_s8, reciprocal
 
 
 @triton.jit
+def _add_to_softmax(scores, largest, total):
+    """Adds the scores of `BN` more keys to a softmax that is computed block by block (Milakov & Gimelshein 2018).
+
+    Args:
+        scores: float32 `[BM, BN]`, in units whose exponential is a power of two.
+        largest: The largest score of each query so far, `[BM]`.
+        total: The sum of the weights of each query so far, `[BM]`.
+
+    Returns:
+        The weights of these keys `[BM, BN]`, the factor `[BM]` of everything that was summed before, and the new
+        `largest` and `total`. All weights are relative to the largest score so far.
+    """
+    higher = tl.maximum(largest, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(largest - higher)
+    return weights, shrink, higher, total * shrink + tl.sum(weights, axis=1)
+
+
+@triton.jit
 def _store(y, out, rows, row_mask, columns, column_mask, width, inverse, zero_point, QUANT_MAX: tl.constexpr):
     """Stores the codes of `y` `[BM, columns]` at `rows` and `columns` of `out` `[*, width]`."""
     mask = row_mask[:, None] & column_mask[None, :]
@@ -81,11 +100,7 @@ def attention_kernel(
             k_tail = tl.load(k_at + tail[None, :], mask=in_tail, other=0)
             scores = tl.dot(q_tail, k_tail.T, scores)
         scores = tl.where(column_mask[None, :], scores * scale, float("-inf"))
-        higher = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(largest - higher)
-        total = total * shrink + tl.sum(weights, axis=1)
-        largest = higher
+        weights, shrink, largest, total = _add_to_softmax(scores, largest, total)
         v_head = tl.load(v_at + head[None, :], mask=in_head, other=0)
         acc_head = tl.dot(weights.to(v_head.dtype), v_head, acc_head * shrink[:, None])
         if TAIL > 0:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from edadm_kernels.epilogue import finish, outside_taps, tile_of
+from edadm_kernels.epilogue import border_class, finish
 from edadm_kernels.launching import await_previous
-from edadm_kernels.nibbles import high_nibbles, low_nibbles
+from edadm_kernels.nibbles import dot_packed
+from edadm_kernels.schedule import steps_of_part, tile_of
 
 
 @triton.jit
-def input_offsets(base, top_row, left_column, dh, dw, width, C, UPSAMPLE: tl.constexpr):
+def _input_offsets(base, top_row, left_column, dh, dw, width, C, UPSAMPLE: tl.constexpr):
     """Returns the offsets of a tap in the input, int32 `[BM]`.
 
     `base` has the offsets of tap (0, 0), or those of the samples when upsampling.
@@ -22,13 +23,102 @@ def input_offsets(base, top_row, left_column, dh, dw, width, C, UPSAMPLE: tl.con
 
 
 @triton.jit
-def next_step(tap, c, C, TAPS: tl.constexpr, BK: tl.constexpr, TAPS_INNER: tl.constexpr):
+def _taps_inside(
+    top_row, left_column, rows, M, height, width, KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """Returns which taps of each output pixel are inside the input, int32 `[BM]`: bit dh * KW + dw is set for those."""
+    columns_inside = tl.zeros((BM,), tl.int32)
+    for dw in tl.static_range(KW):
+        inside = (left_column + dw >= 0) & (left_column + dw < width) & (rows < M)
+        columns_inside |= inside.to(tl.int32) << dw
+    taps_inside = tl.zeros((BM,), tl.int32)
+    for dh in tl.static_range(KH):
+        inside = (top_row + dh >= 0) & (top_row + dh < height)
+        taps_inside |= tl.where(inside, columns_inside << (dh * KW), 0)
+    return taps_inside
+
+
+@triton.jit
+def _tap_and_channel(step, C, TAPS: tl.constexpr, BK: tl.constexpr, TAPS_INNER: tl.constexpr):
+    """Returns tap and first channel of a step."""
+    if TAPS_INNER:
+        return step % TAPS, step // TAPS * BK
+    steps_per_tap = tl.cdiv(C, BK)
+    return step // steps_per_tap, (step % steps_per_tap) * BK
+
+
+@triton.jit
+def _next_step(tap, c, C, TAPS: tl.constexpr, BK: tl.constexpr, TAPS_INNER: tl.constexpr):
     """Returns tap and first channel of the next step."""
     if TAPS_INNER:
         wraps = tap == TAPS - 1
         return tl.where(wraps, 0, tap + 1), tl.where(wraps, c + BK, c)
     wraps = c + BK >= C
     return tl.where(wraps, tap + 1, tap), tl.where(wraps, 0, c + BK)
+
+
+@triton.jit
+def _sum(
+    x, weight, w_rows, base, top_row, left_column, taps_inside, first, last, tap, c, width, C,
+    EVEN_C: tl.constexpr, UPSAMPLE: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAPS_INNER: tl.constexpr,
+):  # fmt: skip
+    """Returns the sums of a tile over a range of steps, int32 `[BM, BN]`.
+
+    Args:
+        x: The input, `[samples, height, width, C]`.
+        weight: The weight, `[N, KH, KW, C]`.
+        w_rows: Rows of the weight that the tile reads, `[BN, 1]`.
+        base: Where each output pixel starts in the input, as in `_input_offsets`, `[BM]`.
+        top_row: Row of each output pixel's first tap, `[BM]`.
+        left_column: Column of each output pixel's first tap, `[BM]`.
+        taps_inside: What `_taps_inside` returns, `[BM]`.
+        first: The first step.
+        last: The step after the last.
+        tap: Tap of the first step.
+        c: First channel of the first step.
+        width: Width of the input.
+        C: Channels of the input.
+    """
+    ks = tl.arange(0, BK)
+    w_at = weight + w_rows * (KH * KW * C) + ks[None, :]
+    acc = tl.zeros((BM, BN), tl.int32)
+    for _ in range(first, last):
+        at = _input_offsets(base, top_row, left_column, tap // KW, tap % KW, width, C, UPSAMPLE)
+        tap_inside = (((taps_inside >> tap) & 1) != 0)[:, None]
+        x_at = x + at[:, None] + c + ks[None, :]
+        if EVEN_C:
+            a = tl.load(x_at, mask=tap_inside, other=0)
+            b = tl.load(w_at + tap * C + c)
+        else:
+            a = tl.load(x_at, mask=tap_inside & (c + ks < C)[None, :], other=0)
+            b = tl.load(w_at + tap * C + c, mask=(c + ks < C)[None, :], other=0)
+        acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        tap, c = _next_step(tap, c, C, KH * KW, BK, TAPS_INNER)
+    return acc
+
+
+@triton.jit
+def _sum_packed(
+    x, weight, w_rows, base, top_row, left_column, taps_inside, first, last, tap, c, width, C,
+    UPSAMPLE: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAPS_INNER: tl.constexpr,
+):  # fmt: skip
+    """Returns what `_sum` returns; `weight` has packed four-bit codes, `[N, KH, KW, C / 2]`."""
+    half = tl.arange(0, BK // 2)
+    bytes_per_tap = tl.multiple_of(C // 2, BK // 2)  # allows loads of 16 bytes
+    w_at = weight + w_rows * (KH * KW * bytes_per_tap) + half[None, :]
+    acc = tl.zeros((BN, BM), tl.int32)
+    for _ in range(first, last):
+        at = _input_offsets(base, top_row, left_column, tap // KW, tap % KW, width, C, UPSAMPLE)
+        tap_inside = (((taps_inside >> tap) & 1) != 0)[:, None]
+        x_at = x + at[:, None] + c + half[None, :]
+        packed = tl.load(w_at + tap * bytes_per_tap + tl.multiple_of(c // 2, BK // 2)).to(tl.int8, bitcast=True)
+        low = tl.load(x_at, mask=tap_inside, other=0)
+        high = tl.load(x_at + BK // 2, mask=tap_inside, other=0)
+        acc = dot_packed(packed, low, high, acc)
+        tap, c = _next_step(tap, c, C, KH * KW, BK, TAPS_INNER)
+    return (acc >> 4).T  # the codes were multiplied by sixteen
 
 
 @triton.jit
@@ -85,69 +175,28 @@ def conv_kernel(
     seen_height = height * 2 if UPSAMPLE else height
     seen_width = width * 2 if UPSAMPLE else width
 
-    columns_inside = tl.zeros((BM,), tl.int32)
-    for dw in tl.static_range(KW):
-        inside = (left_column + dw >= 0) & (left_column + dw < seen_width) & (rows < M)
-        columns_inside |= inside.to(tl.int32) << dw
-    taps_inside = tl.zeros((BM,), tl.int32)  # bit dh * KW + dw is set where the tap is inside the input
-    for dh in tl.static_range(KH):
-        inside = (top_row + dh >= 0) & (top_row + dh < seen_height)
-        taps_inside |= tl.where(inside, columns_inside << (dh * KW), 0)
+    taps_inside = _taps_inside(top_row, left_column, rows, M, seen_height, seen_width, KH, KW, BM)
     origin = sample * height if UPSAMPLE else sample * height + top_row
     base = origin * width * C if UPSAMPLE else (origin * width + left_column) * C
 
-    steps_per_tap = tl.cdiv(C, BK)
-    steps = KH * KW * steps_per_tap
-    per_split = tl.cdiv(steps, tl.num_programs(1))
-    first = tl.program_id(1) * per_split
-    last = tl.minimum(first + per_split, steps)
-    if TAPS_INNER:
-        tap = first % (KH * KW)
-        c = first // (KH * KW) * BK
-    else:
-        tap = first // steps_per_tap
-        c = (first % steps_per_tap) * BK
+    first, last = steps_of_part(KH * KW * tl.cdiv(C, BK))
+    tap, c = _tap_and_channel(first, C, KH * KW, BK, TAPS_INNER)
     w_rows = tl.where(cols < N, cols, 0)[:, None]
     await_previous(OVERLAP)
     if W4:
-        half = tl.arange(0, BK // 2)
-        bytes_per_tap = tl.multiple_of(C // 2, BK // 2)  # allows loads of 16 bytes
-        w_at = weight + w_rows * (KH * KW * bytes_per_tap) + half[None, :]
-        acc = tl.zeros((BN, BM), tl.int32)
-        for _ in range(first, last):
-            at = input_offsets(base, top_row, left_column, tap // KW, tap % KW, width, C, UPSAMPLE)
-            tap_inside = (((taps_inside >> tap) & 1) != 0)[:, None]
-            x_at = x + at[:, None] + c + half[None, :]
-            packed = tl.load(w_at + tap * bytes_per_tap + tl.multiple_of(c // 2, BK // 2)).to(tl.int8, bitcast=True)
-            low = tl.load(x_at, mask=tap_inside, other=0)
-            high = tl.load(x_at + BK // 2, mask=tap_inside, other=0)
-            acc = tl.dot(low_nibbles(packed), low.T, acc, out_dtype=tl.int32)
-            acc = tl.dot(high_nibbles(packed), high.T, acc, out_dtype=tl.int32)
-            tap, c = next_step(tap, c, C, KH * KW, BK, TAPS_INNER)
-        acc = (acc >> 4).T  # the codes were multiplied by sixteen
+        acc = _sum_packed(
+            x, weight, w_rows, base, top_row, left_column, taps_inside, first, last, tap, c, width, C,
+            UPSAMPLE, KH, KW, BM, BN, BK, TAPS_INNER,
+        )  # fmt: skip
     else:
-        ks = tl.arange(0, BK)
-        w_at = weight + w_rows * (KH * KW * C) + ks[None, :]
-        acc = tl.zeros((BM, BN), tl.int32)
-        for _ in range(first, last):
-            at = input_offsets(base, top_row, left_column, tap // KW, tap % KW, width, C, UPSAMPLE)
-            tap_inside = (((taps_inside >> tap) & 1) != 0)[:, None]
-            x_at = x + at[:, None] + c + ks[None, :]
-            if EVEN_C:
-                a = tl.load(x_at, mask=tap_inside, other=0)
-                b = tl.load(w_at + tap * C + c)
-            else:
-                a = tl.load(x_at, mask=tap_inside & (c + ks < C)[None, :], other=0)
-                b = tl.load(w_at + tap * C + c, mask=(c + ks < C)[None, :], other=0)
-            acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
-            tap, c = next_step(tap, c, C, KH * KW, BK, TAPS_INNER)
+        acc = _sum(
+            x, weight, w_rows, base, top_row, left_column, taps_inside, first, last, tap, c, width, C,
+            EVEN_C, UPSAMPLE, KH, KW, BM, BN, BK, TAPS_INNER,
+        )  # fmt: skip
 
+    border = None
     if TOP + BOTTOM + LEFT + RIGHT > 0:
-        vertical = outside_taps(top_row, seen_height, KH, BOTTOM)
-        horizontal = outside_taps(left_column, seen_width, KW, RIGHT)
-        border = vertical * ((LEFT + 1) * (RIGHT + 1)) + horizontal
-    else:
-        border = None
+        border = border_class(pixel, out_width, seen_height, seen_width, STRIDE, KH, KW, TOP, BOTTOM, LEFT, RIGHT)
     finish(
         acc, scale, correction, border, bias, sample_bias, residual, None, None, out, rows, pid_n * BN,
         M, N, out_pixels, tl.program_id(1), ONE_SAMPLE, 0, SPLIT, COLUMN_PARTS,

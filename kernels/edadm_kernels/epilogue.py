@@ -11,26 +11,29 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
-def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
-    """Returns row and column of tile `pid`.
-
-    The order goes through `GROUP_M` rows of tiles at a time, so that neighbours share operands in the L2.
-    """
-    num_m = tl.cdiv(M, BM)
-    num_n = tl.cdiv(N, BN)
-    width = GROUP_M * num_n
-    group = pid // width
-    first = group * GROUP_M
-    size = tl.minimum(num_m - first, GROUP_M)
-    return first + (pid % width) % size, (pid % width) // size
-
-
-@triton.jit
-def outside_taps(first, size, KERNEL: tl.constexpr, AFTER: tl.constexpr):
+def _outside_taps(first, size, KERNEL: tl.constexpr, AFTER: tl.constexpr):
     """Returns the border class along one axis of outputs whose taps start at `first`; see `pack.border_classes`."""
     before = tl.minimum(tl.maximum(-first, 0), KERNEL)
     after = tl.minimum(tl.maximum(first + KERNEL - size, 0), KERNEL)
     return before * (AFTER + 1) + after
+
+
+@triton.jit
+def border_class(
+    pixel, out_width, height, width, STRIDE: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    TOP: tl.constexpr, BOTTOM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Returns the border class of output pixels, int32 `[BM]`; see `pack.border_classes`.
+
+    Args:
+        pixel: Indices of pixels in an output that is `out_width` wide, `[BM]`.
+        out_width: Width of the output.
+        height: Height of the input, after upsampling.
+        width: Width of the input, after upsampling.
+    """
+    vertical = _outside_taps((pixel // out_width) * STRIDE - TOP, height, KH, BOTTOM)
+    horizontal = _outside_taps((pixel % out_width) * STRIDE - LEFT, width, KW, RIGHT)
+    return vertical * ((LEFT + 1) * (RIGHT + 1)) + horizontal
 
 
 @triton.jit

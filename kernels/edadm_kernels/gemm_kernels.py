@@ -5,9 +5,62 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from edadm_kernels.epilogue import correct, finish, outside_taps, rescale, store_floats, tile_of
+from edadm_kernels.epilogue import border_class, correct, finish, rescale, store_floats
 from edadm_kernels.launching import await_previous
-from edadm_kernels.nibbles import high_nibbles, low_nibbles
+from edadm_kernels.nibbles import dot_packed
+from edadm_kernels.schedule import steps_of_part, tile_of
+
+
+@triton.jit
+def _sum(
+    x, weight, x_rows, w_rows, first, last, K,
+    EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Returns the sums of a tile over a range of steps, int32 `[BM, BN]`.
+
+    Args:
+        x: The left operand, `[M, K]`.
+        weight: The weight, `[N, K]`.
+        x_rows: Offsets of the rows of `x` that the tile reads, `[BM, 1]`.
+        w_rows: The rows of `weight` that the tile reads, `[BN, 1]`.
+        first: The first step.
+        last: The step after the last.
+        K: Terms per sum.
+    """
+    ks = tl.arange(0, BK)
+    x_at = x + x_rows + ks[None, :] + first * BK
+    w_at = weight + w_rows * K + ks[None, :] + first * BK
+    acc = tl.zeros((BM, BN), tl.int32)
+    for step in range(first, last):
+        if EVEN_K:
+            a = tl.load(x_at)
+            b = tl.load(w_at)
+        else:
+            inside = (ks < K - step * BK)[None, :]
+            a = tl.load(x_at, mask=inside, other=0)
+            b = tl.load(w_at, mask=inside, other=0)
+        acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+        x_at += BK
+        w_at += BK
+    return acc
+
+
+@triton.jit
+def _sum_packed(x, weight, x_rows, w_rows, first, last, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Returns what `_sum` returns; `weight` has packed four-bit codes, `[N, K / 2]`."""
+    half = tl.arange(0, BK // 2)
+    bytes_per_row = tl.multiple_of(K // 2, BK // 2)  # allows loads of 16 bytes
+    x_low = x + x_rows + half[None, :] + first * BK
+    packed_at = weight + w_rows * bytes_per_row + half[None, :] + first * (BK // 2)
+    acc = tl.zeros((BN, BM), tl.int32)
+    for _ in range(first, last):
+        packed = tl.load(packed_at).to(tl.int8, bitcast=True)
+        low = tl.load(x_low)
+        high = tl.load(x_low + BK // 2)
+        acc = dot_packed(packed, low, high, acc)
+        x_low += BK
+        packed_at += BK // 2
+    return (acc >> 4).T  # the codes were multiplied by sixteen
 
 
 @triton.jit
@@ -48,45 +101,14 @@ def gemm_kernel(
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP_M)
     rows = pid_m * BM + tl.arange(0, BM)
     cols = pid_n * BN + tl.arange(0, BN)
-    steps = tl.cdiv(K, BK)
-    per_split = tl.cdiv(steps, tl.num_programs(1))
-    first = tl.program_id(1) * per_split
-    last = tl.minimum(first + per_split, steps)
+    first, last = steps_of_part(tl.cdiv(K, BK))
     x_rows = tl.where(rows < M, rows, 0)[:, None] * K
     w_rows = tl.where(cols < N, cols, 0)[:, None]
     await_previous(OVERLAP)
     if W4:
-        half = tl.arange(0, BK // 2)
-        bytes_per_row = tl.multiple_of(K // 2, BK // 2)  # allows loads of 16 bytes
-        x_low = x + x_rows + half[None, :] + first * BK
-        packed_at = weight + w_rows * bytes_per_row + half[None, :] + first * (BK // 2)
-        acc = tl.zeros((BN, BM), tl.int32)
-        for _ in range(first, last):
-            packed = tl.load(packed_at).to(tl.int8, bitcast=True)
-            low = tl.load(x_low)
-            high = tl.load(x_low + BK // 2)
-            acc = tl.dot(low_nibbles(packed), low.T, acc, out_dtype=tl.int32)
-            acc = tl.dot(high_nibbles(packed), high.T, acc, out_dtype=tl.int32)
-            x_low += BK
-            packed_at += BK // 2
-        acc = (acc >> 4).T  # the codes were multiplied by sixteen
+        acc = _sum_packed(x, weight, x_rows, w_rows, first, last, K, BM, BN, BK)
     else:
-        ks = tl.arange(0, BK)
-        x_at = x + x_rows + ks[None, :] + first * BK
-        w_at = weight + w_rows * K + ks[None, :] + first * BK
-        acc = tl.zeros((BM, BN), tl.int32)
-        for step in range(first, last):
-            if EVEN_K:
-                a = tl.load(x_at)
-                b = tl.load(w_at)
-            else:
-                inside = (ks < K - step * BK)[None, :]
-                a = tl.load(x_at, mask=inside, other=0)
-                b = tl.load(w_at, mask=inside, other=0)
-            acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
-            x_at += BK
-            w_at += BK
-
+        acc = _sum(x, weight, x_rows, w_rows, first, last, K, EVEN_K, BM, BN, BK)
     finish(
         acc, scale, correction, None, bias, sample_bias, residual, out_scale, out_zero_point, out, rows, pid_n * BN,
         M, N, rows_per_sample, tl.program_id(1), ONE_SAMPLE, GEGLU_MAX, SPLIT, COLUMN_PARTS,
@@ -129,13 +151,10 @@ def join_kernel(
     total = tl.zeros((BM, BN), tl.int32)
     for part in tl.static_range(PARTS):
         total += tl.load(parts + part * tl.cast(M, tl.int64) * N + offsets, mask=mask, other=0)
+    border = None
     if TOP + BOTTOM + LEFT + RIGHT > 0:
         pixel = rows % rows_per_sample
-        vertical = outside_taps((pixel // out_width) * STRIDE - TOP, height, KH, BOTTOM)
-        horizontal = outside_taps((pixel % out_width) * STRIDE - LEFT, width, KW, RIGHT)
-        border = vertical * ((LEFT + 1) * (RIGHT + 1)) + horizontal
-        total = correct(total, correction, border, cols, N)
-    else:
-        total = correct(total, correction, None, cols, N)
+        border = border_class(pixel, out_width, height, width, STRIDE, KH, KW, TOP, BOTTOM, LEFT, RIGHT)
+    total = correct(total, correction, border, cols, N)
     y = rescale(total, scale, bias, cols, N)
     store_floats(y, sample_bias, residual, out, rows, cols, M, N, rows_per_sample, False)

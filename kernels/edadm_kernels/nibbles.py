@@ -1,4 +1,4 @@
-"""Unpacks the two four-bit codes of each byte, multiplied by sixteen, four bytes per instruction."""
+"""Products of packed weights: the two four-bit codes of each byte are unpacked, four bytes per instruction."""
 
 from __future__ import annotations
 
@@ -29,3 +29,17 @@ def high_nibbles(packed):
     if _BYTEWISE:
         return packed & -16
     return tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], tl.int8, True, 4)
+
+
+@triton.jit
+def dot_packed(packed, low, high, acc):
+    """Returns `acc` plus sixteen times the products of packed weights and codes, int32 `[BN, BM]`.
+
+    Args:
+        packed: int8 `[BN, BK / 2]`, two weights per byte.
+        low: int8 `[BM, BK / 2]`, the codes that the low halves multiply.
+        high: int8 `[BM, BK / 2]`, the codes that the high halves multiply.
+        acc: int32 `[BN, BM]`.
+    """
+    acc = tl.dot(low_nibbles(packed), low.T, acc, out_dtype=tl.int32)
+    return tl.dot(high_nibbles(packed), high.T, acc, out_dtype=tl.int32)

@@ -227,6 +227,31 @@ def group_apply(
 
 
 @triton.jit
+def _normalize_rows(x, starts, row_mask, channels, eps, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Returns two pieces of whole rows of `x`, each minus the mean of its row, and 1 / sqrt(variance + eps).
+
+    The rows begin at `starts` `[BLOCK_ROWS, 1]`, and `row_mask` has the same shape. The pieces are
+    `[BLOCK_ROWS, HEAD]` and `[BLOCK_ROWS, TAIL]`, the last is `[BLOCK_ROWS, 1]`. Columns of the tail past the end of
+    the row are zero. With `TAIL` 0 the second piece is None.
+    """
+    head = tl.load(x + (starts + tl.arange(0, HEAD)[None, :]), mask=row_mask, other=0).to(tl.float32)
+    total = tl.sum(head, axis=1)
+    tail = None
+    if TAIL > 0:
+        column = HEAD + tl.arange(0, TAIL)
+        tail_mask = row_mask & (column < channels)[None, :]
+        tail = tl.load(x + (starts + column[None, :]), mask=tail_mask, other=0).to(tl.float32)
+        total += tl.sum(tail, axis=1)
+    mean = total / channels
+    head -= mean[:, None]
+    squares = tl.sum(head * head, axis=1)
+    if TAIL > 0:
+        tail = tl.where(tail_mask, tail - mean[:, None], 0.0)
+        squares += tl.sum(tail * tail, axis=1)
+    return head, tail, tl.rsqrt(squares / channels + eps)[:, None]
+
+
+@triton.jit
 def layer_rows(
     x,
     weight,
@@ -256,35 +281,23 @@ def layer_rows(
     base = first.to(tl.int64) * channels
     start = row[:, None] * channels
 
-    head_column = tl.arange(0, HEAD)
-    head_offsets = start + head_column[None, :]
+    column = tl.arange(0, HEAD)
+    offsets = start + column[None, :]
     await_previous(OVERLAP)
-    head = tl.load(x + base + head_offsets, mask=row_mask, other=0).to(tl.float32)
-    total = tl.sum(head, axis=1)
-    if TAIL > 0:
-        tail_column = HEAD + tl.arange(0, TAIL)
-        tail_mask = row_mask & (tail_column < channels)[None, :]
-        tail_offsets = start + tail_column[None, :]
-        tail = tl.load(x + base + tail_offsets, mask=tail_mask, other=0).to(tl.float32)
-        total += tl.sum(tail, axis=1)
+    head, tail, deviation = _normalize_rows(x + base, start, row_mask, channels, eps, HEAD, TAIL)
 
-    mean = total / channels
-    head -= mean[:, None]
-    squares = tl.sum(head * head, axis=1)
-    if TAIL > 0:
-        tail = tl.where(tail_mask, tail - mean[:, None], 0.0)
-        squares += tl.sum(tail * tail, axis=1)
-    deviation = tl.rsqrt(squares / channels + eps)[:, None]
-
-    gain = tl.load(weight + head_column).to(tl.float32)[None, :]
-    shift = tl.load(bias + head_column).to(tl.float32)[None, :]
+    gain = tl.load(weight + column).to(tl.float32)[None, :]
+    shift = tl.load(bias + column).to(tl.float32)[None, :]
     y = head * deviation * gain + shift
-    _store_codes(y, base, head_offsets, row_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+    _store_codes(y, base, offsets, row_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
     if TAIL > 0:
-        gain = tl.load(weight + tail_column, mask=tail_column < channels, other=0).to(tl.float32)[None, :]
-        shift = tl.load(bias + tail_column, mask=tail_column < channels, other=0).to(tl.float32)[None, :]
+        column = HEAD + tl.arange(0, TAIL)
+        inside = column < channels
+        gain = tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
+        shift = tl.load(bias + column, mask=inside, other=0).to(tl.float32)[None, :]
         y = tail * deviation * gain + shift
-        _store_codes(y, base, tail_offsets, tail_mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
+        offsets, mask = start + column[None, :], row_mask & inside[None, :]
+        _store_codes(y, base, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX, QUANTIZERS)
 
 
 @triton.jit
@@ -315,33 +328,21 @@ def modulated_rows(
     base = first.to(tl.int64) * channels
     sample = first // rows_per_sample
 
-    head_column = tl.arange(0, HEAD)
-    head_offsets = start + head_column[None, :]
+    column = tl.arange(0, HEAD)
+    offsets = start + column[None, :]
     await_previous(OVERLAP)
-    head = tl.load(x + base + head_offsets, mask=row_mask, other=0).to(tl.float32)
-    total = tl.sum(head, axis=1)
-    if TAIL > 0:
-        tail_column = HEAD + tl.arange(0, TAIL)
-        tail_mask = row_mask & (tail_column < channels)[None, :]
-        tail_offsets = start + tail_column[None, :]
-        tail = tl.load(x + base + tail_offsets, mask=tail_mask, other=0).to(tl.float32)
-        total += tl.sum(tail, axis=1)
-    mean = (total / channels)[:, None]
-    head -= mean
-    squares = tl.sum(head * head, axis=1)
-    if TAIL > 0:
-        tail = tl.where(tail_mask, tail - mean, 0.0)
-        squares += tl.sum(tail * tail, axis=1)
-    deviation = tl.rsqrt(squares / channels + eps)[:, None]
+    head, tail, deviation = _normalize_rows(x + base, start, row_mask, channels, eps, HEAD, TAIL)
 
     inverse, zero_point = tl.load(inverse_scale), tl.load(code_shift).to(tl.int32) + CODE_OFFSET
     scale += sample * scale_step
     shift += sample * shift_step
-    gain = 1.0 + tl.load(scale + head_column).to(tl.float32)[None, :]
-    y = head * deviation * gain + tl.load(shift + head_column).to(tl.float32)[None, :]
-    tl.store(out + base + head_offsets, quantize_s8(y, inverse, zero_point, QUANT_MAX), mask=row_mask)
+    gain = 1.0 + tl.load(scale + column).to(tl.float32)[None, :]
+    y = head * deviation * gain + tl.load(shift + column).to(tl.float32)[None, :]
+    tl.store(out + base + offsets, quantize_s8(y, inverse, zero_point, QUANT_MAX), mask=row_mask)
     if TAIL > 0:
-        inside = tail_column < channels
-        gain = 1.0 + tl.load(scale + tail_column, mask=inside, other=0).to(tl.float32)[None, :]
-        y = tail * deviation * gain + tl.load(shift + tail_column, mask=inside, other=0).to(tl.float32)[None, :]
-        tl.store(out + base + tail_offsets, quantize_s8(y, inverse, zero_point, QUANT_MAX), mask=tail_mask)
+        column = HEAD + tl.arange(0, TAIL)
+        inside = column < channels
+        gain = 1.0 + tl.load(scale + column, mask=inside, other=0).to(tl.float32)[None, :]
+        y = tail * deviation * gain + tl.load(shift + column, mask=inside, other=0).to(tl.float32)[None, :]
+        offsets, mask = start + column[None, :], row_mask & inside[None, :]
+        tl.store(out + base + offsets, quantize_s8(y, inverse, zero_point, QUANT_MAX), mask=mask)
