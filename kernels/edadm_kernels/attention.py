@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from edadm_kernels import reference
 from edadm_kernels.attention_kernels import attention_kernel
 from edadm_kernels.backend import uses_hopper
-from edadm_kernels.checks import check_output_grid
+from edadm_kernels.checks import check_heads, check_output_grid, check_rows
 from edadm_kernels.hopper import attention as hopper_attention
+from edadm_kernels.hopper import attention_variant
 from edadm_kernels.launching import PROGRAM_SHARED_BYTES, arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
 from edadm_kernels.operation import operation
@@ -60,12 +61,11 @@ def _empty_quantized(
     alike = q.ndim == k.ndim == 3 and k.shape == v.shape and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])
     if not alike or k.shape[1] < 1 or heads < 1 or q.shape[2] % heads or not 1 <= q.shape[2] // heads <= MAX_HEAD_WIDTH:
         raise ValueError(
-            f"queries [N, T, C], keys and values [N, S, C] with {heads} heads of at most {MAX_HEAD_WIDTH} channels are "
-            f"expected, found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            f"queries [N, T, C], keys and values [N, S, C] with {heads} heads of at most {MAX_HEAD_WIDTH} channels and "
+            f"at least one key are expected, found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     for x in (q, k, v):
-        if x.stride(2) != 1 or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
-            raise ValueError(f"evenly spaced rows are expected, found strides {x.stride()}; call .contiguous() first")
+        check_rows(x)
     return torch.empty(q.shape, dtype=torch.int8, device=q.device)
 
 
@@ -111,10 +111,10 @@ def attention_quantize(
     if q.dtype == torch.float32:  # the kernel multiplies in half precision
         attended = F.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale).transpose(1, 2)
         return quantize(attended.reshape(q.shape).contiguous(), out_scale, out_zero_point, num_bits)
-    if out.numel() and uses_hopper(q) and hopper_attention.takes(split[0], split[1], split[2], scale):
+    if uses_hopper(q) and hopper_attention.takes(split[0], split[1], split[2], scale):
         grid = hopper_attention.Grid(out_scale, out_zero_point, bits=num_bits)
         hopper_attention.launch_attention(split[0], split[1], split[2], scale, [out], [grid])
-    elif out.numel():
+    else:
         width = q.shape[2] // heads
         tile = _tile(arch_of(q), width, q.shape[1], k.shape[1])
         with on_device_of(q):
@@ -127,16 +127,18 @@ def attention_quantize(
 
 
 def _empty_attended(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Returns an empty output `[N, T, heads, d]` of `attend`."""
+    """Checks the operands of `attend` and returns an empty output `[N, T, heads, d]`."""
+    check_heads(q, k, v)
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
 @operation("attend", empty=_empty_attended)
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    if q.numel() and attend_takes(q, k, v, scale, bias):
+    if attend_takes(q, k, v, scale, bias):
         out = _empty_attended(q, k, v, scale)
         hopper_attention.launch_attention(q, k, v, scale, [out.flatten(2)], bias=bias)
         return out
+    check_heads(q, k, v)
     mask = None if bias is None else bias[:, :, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
 
@@ -155,6 +157,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = 
 
     Returns:
         `[N, heads, T, d]` in the type of `q`, stored as `[N, T, heads, d]`.
+
+    Raises:
+        ValueError: A shape is not the stated one, or there are no keys.
     """
     return _attend(q, k, v, scale, bias).transpose(1, 2)
 
@@ -171,11 +176,12 @@ def _empty_codes(
     bias: Tensor | None = None,
 ) -> list[Tensor]:
     """Checks the arguments of `attend_to_codes` and returns empty outputs."""
+    check_heads(q, k, v)
     samples, heads, queries, width = q.shape
     counts = [queries] if len(num_bits) == 1 else [first, queries - first]
-    if not (len(inverse_scales) == len(shifts) == len(num_bits) == len(counts)) or not all(n > 0 for n in counts):
+    if not (len(inverse_scales) == len(shifts) == len(num_bits) == len(counts)) or min(counts) < 0:
         raise ValueError(
-            f"one grid, or two and a number of queries below {queries} for the first are expected, found "
+            f"one grid, or two with 0 to {queries} queries on the first are expected, found "
             f"{len(inverse_scales)} scales, {len(shifts)} shifts, {len(num_bits)} numbers of bits, and {first}"
         )
     return [q.new_empty(samples, count, heads * width, dtype=torch.int8) for count in counts]
@@ -203,22 +209,23 @@ def attend_to_codes(
         inverse_scales: The reciprocal of the scale of each grid, float32, one element.
         shifts: The zero-point of each grid for signed codes, float32, one element.
         num_bits: Bits of the codes of each grid.
-        first: The number of queries on the first of two grids; a single grid has all queries.
+        first: The number of queries on the first of two grids, 0 to T; a single grid has all queries.
         bias: As in `attend`.
 
     Returns:
         int8 `[N, T, heads * d]`, or with two grids one such tensor per grid.
 
     Raises:
-        ValueError: The numbers of grids differ, or one has no queries.
+        ValueError: A shape is not the stated one, there are no keys, or the numbers of scales, shifts and bits differ.
     """
     outs = _empty_codes(q, k, v, scale, inverse_scales, shifts, num_bits, first, bias)
-    if q.numel() and q.dtype == torch.float16 and attend_takes(q, k, v, scale, bias):
-        grids = [
-            hopper_attention.Grid(inverse, None, shift, bits)
-            for inverse, shift, bits in zip(inverse_scales, shifts, num_bits, strict=True)
+    if q.dtype == torch.float16 and attend_takes(q, k, v, scale, bias):
+        pairs = [
+            (out, hopper_attention.Grid(inverse, None, shift, bits))
+            for out, inverse, shift, bits in zip(outs, inverse_scales, shifts, num_bits, strict=True)
+            if out.numel()  # the kernel has one output where all queries are on one of two grids
         ]
-        hopper_attention.launch_attention(q, k, v, scale, outs, grids, bias)
+        hopper_attention.launch_attention(q, k, v, scale, [out for out, _ in pairs], [grid for _, grid in pairs], bias)
         return outs
     pieces = _attend(q, k, v, scale, bias).flatten(2).split([out.shape[1] for out in outs], dim=1)
     for out, piece, inverse, shift, bits in zip(outs, pieces, inverse_scales, shifts, num_bits, strict=True):
@@ -246,7 +253,7 @@ def attend_pays(queries: int, keys: int, width: int, heads: int) -> bool:
         width: Channels per head.
         heads: Total number of heads of all samples.
     """
-    return width != _EVEN_WIDTH or keys <= _SOME_KEYS or hopper_attention.fills(width, queries, keys, heads)
+    return width != _EVEN_WIDTH or keys <= _SOME_KEYS or attention_variant.fills(width, queries, keys, heads)
 
 
 def attention_pays(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> bool:

@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++ as far as no GPU is needed: what they take, how they cut it, and that they compile."""
+"""The kernels in CUDA C++ as far as no GPU is needed: what they take, how they tile it, and that they compile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edadm_kernels import attention_pays, hopper
 from edadm_kernels.backend import backend, uses_hopper
-from edadm_kernels.hopper import attention, attention_int8, compilation, group_norm, product
+from edadm_kernels.hopper import attention, attention_int8, attention_variant, compilation, group_norm, product
 from edadm_kernels.hopper.product import SPLITS, TILES, Shape
 
 INTERPRETED = False
@@ -125,34 +125,35 @@ HEAD_WIDTHS = [8, 16, 40, 48, 64, 72, 88, 96, 128, 160]
 @pytest.mark.parametrize("keys", [1, 64, 65, 77, 80, 81, 1024, 4096])
 @pytest.mark.parametrize("queries", [1, 64, 300, 4096])
 @pytest.mark.parametrize("heads", [1, 16, 128])
-def test_a_cut_for_every_attention(heads: int, queries: int, keys: int) -> None:
-    for width in range(8, attention.MAX_WIDTH + 1, 8):
-        cut = attention.choose(width, queries, keys, heads)
-        assert cut.width == width
-        assert cut.blocks * (cut.shared_bytes + 1024) <= 228 * 1024, cut
-        assert not cut.short or keys <= cut.keys, "all keys fit the turn"
-        assert cut.short == (keys <= 80)
+def test_a_tiling_for_every_attention(heads: int, queries: int, keys: int) -> None:
+    for width in range(8, attention_variant.MAX_WIDTH + 1, 8):
+        variant = attention_variant.choose(width, queries, keys, heads)
+        assert variant.width == width
+        assert variant.blocks * (variant.shared_bytes + 1024) <= 228 * 1024, variant
+        assert not variant.short or keys <= variant.keys, "all keys fit into one tile"
+        assert variant.short == (keys <= 80)
 
 
-def test_every_cut_of_the_table_is_among_the_variants() -> None:
-    """Widths between those of the table are cut as the widest of their class is."""
-    cuts = {replace(variant, width=0) for variant in attention.variants() if variant.codes and not variant.bias}
+def test_every_tiling_of_the_table_is_among_the_variants() -> None:
+    """Widths between those of the table are tiled as the widest of their class is."""
+    variants = attention_variant.variants()
+    expected = {replace(variant, width=0) for variant in variants if variant.codes and not variant.bias}
     chosen = {
-        replace(attention.choose(width, queries, keys, heads), width=0)
+        replace(attention_variant.choose(width, queries, keys, heads), width=0)
         for width in (40, 64, 72, 80, 96, 128, 160)
         for queries in (1, 300, 1024, 4096)
         for keys in (1, 64, 77, 80, 81, 4096)
         for heads in (1, 16, 128)
     }
-    assert chosen == cuts
+    assert chosen == expected
 
 
 def test_large_tiles_of_queries_fill_the_card_or_small_ones_are_taken() -> None:
-    assert attention.choose(40, 4096, 4096, 16).rows == 256
-    assert attention.choose(40, 300, 300, 16).rows == 128
-    assert attention.choose(80, 1024, 1024, 16).rows == 128
-    assert attention.choose(80, 1024, 1024, 128).rows == 192
-    assert attention.choose(160, 256, 256, 16).rows == 64
+    assert attention_variant.choose(40, 4096, 4096, 16).rows == 256
+    assert attention_variant.choose(40, 300, 300, 16).rows == 128
+    assert attention_variant.choose(80, 1024, 1024, 16).rows == 128
+    assert attention_variant.choose(80, 1024, 1024, 128).rows == 192
+    assert attention_variant.choose(160, 256, 256, 16).rows == 64
 
 
 @needs_compiler
@@ -161,8 +162,8 @@ def test_large_tiles_of_queries_fill_the_card_or_small_ones_are_taken() -> None:
 def test_heads_of_every_width_compile(width: int, keys: int) -> None:
     """Registers are what they may run out of: then products no longer overlap, and the compiler's word is an error."""
     for heads, queries in ((1, 64), (128, 4096)):
-        cut = attention.choose(width, queries, keys, heads)
-        assert compilation.compiled(cut.source, cut.defines(), cut.prelude()).startswith(b"\x7fELF")
+        variant = attention_variant.choose(width, queries, keys, heads)
+        assert compilation.compiled(variant.source, variant.defines(), variant.prelude()).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(
@@ -261,8 +262,8 @@ def test_code_is_kept_and_a_cache_that_cannot_be_written_is_done_without(
 def test_a_log_of_nothing_is_written_to_no_bytes_of_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its one zero once went into the `b" "` of the whole process, which pads the headers of files."""
     monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path))
-    cut = attention.choose(40, 4096, 4096, 16)
-    assert compilation.compiled(cut.source, cut.defines(), cut.prelude(), anew=True).startswith(b"\x7fELF")
+    variant = attention_variant.choose(40, 4096, 4096, 16)
+    assert compilation.compiled(variant.source, variant.defines(), variant.prelude(), anew=True).startswith(b"\x7fELF")
     spaces = b" " * 3
     assert spaces[:1] == "\N{SPACE}".encode()
     assert list(spaces[:1] + b" ") == [32, 32]
@@ -283,5 +284,5 @@ def test_a_source_that_does_not_compile_is_an_error_with_the_log(
 @pytest.mark.parametrize("width", [40, 72])
 def test_eight_bit_attention_compiles_in_both_sizes(width: int) -> None:
     for queries, heads, static in ((64, 1, False), (4096, 64, True)):
-        cut = attention_int8.choose(width, queries, heads, False, static)
-        assert compilation.compiled(cut.source, cut.defines(), cut.prelude()).startswith(b"\x7fELF")
+        variant = attention_int8.choose(width, queries, heads, False, static)
+        assert compilation.compiled(variant.source, variant.defines(), variant.prelude()).startswith(b"\x7fELF")

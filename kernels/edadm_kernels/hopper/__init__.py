@@ -19,7 +19,7 @@ def variants(arch: int) -> list[Variant]:
     if arch != ARCHITECTURE or not is_available():
         return []
     # these modules import modules that import this package
-    from edadm_kernels.hopper import attention, attention_int8, few_rows, group_norm, matrices, product
+    from edadm_kernels.hopper import attention_int8, attention_variant, few_rows, group_norm, matrices, product
 
     products: list[Variant] = [*product.variants(), *matrices.variants(), *few_rows.variants()]
-    return [*products, *group_norm.variants(), *attention.variants(), *attention_int8.variants()]
+    return [*products, *group_norm.variants(), *attention_variant.variants(), *attention_int8.variants()]

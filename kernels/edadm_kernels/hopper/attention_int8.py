@@ -6,20 +6,20 @@ import ctypes
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from edadm_kernels.hopper.attention import HEADER, AttentionTile
+from edadm_kernels.hopper.attention_variant import HEADER, LARGE_TILES_SHARE, AttentionTile
 from edadm_kernels.hopper.compilation import source_text
 from edadm_kernels.hopper.driver import launch, tensor_map
+from edadm_kernels.hopper.instruction import accumulating_wgmma
 from edadm_kernels.reference.attention import Codes
 
 WIDTHS = (40, 64, 72, 80, 96, 128, 160)
-"""Channels per head for which every cut compiles to products that overlap."""
+"""Channels per head for which every tiling compiles to products that overlap."""
 MAX_WIDTH = max(WIDTHS)
-_MULTIPROCESSORS = 132
-_FILLED = 0.8  # share of the multiprocessors that large tiles are to keep busy
 _COLUMNS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 """Numbers of columns that an integer matrix instruction supports (PTX ISA, wgmma)."""
 
@@ -75,8 +75,9 @@ class AttentionInt8Variant(AttentionTile):
 
     def prelude(self) -> str:
         """Returns the shared header, `multiply_scores` and `multiply_values`, which both compute `d (+)= a b^T`."""
-        products = (("multiply_scores", self.keys, "s8", self.queries), ("multiply_values", self.columns, "u8", True))
-        return "".join([source_text(HEADER), *(_instruction(*product) for product in products)])
+        scores = accumulating_wgmma("multiply_scores", self.keys, "k32.s32.s8.s8", self.queries)
+        values = accumulating_wgmma("multiply_values", self.columns, "k32.s32.u8.s8", True)
+        return "".join([source_text(HEADER), scores, values])
 
     def label(self) -> str:
         """Returns the name of the variant for tables."""
@@ -85,12 +86,22 @@ class AttentionInt8Variant(AttentionTile):
         return f"attention-int8-{self.width}-{self.rows}x{self.keys}{extras}"
 
 
-# The key is the largest number of channels per head. Each value has the cut with large tiles of queries and the one
-# with small tiles, each as (groups, keys per turn, stages, blocks, registers).
-_CUTS: dict[int, tuple[tuple[int, int, int, int, int], tuple[int, int, int, int, int]]] = {
-    64: ((3, 128, 3, 1, 160), (1, 64, 3, 3, 0)),
-    80: ((4, 64, 4, 1, 112), (1, 128, 2, 2, 0)),
-    MAX_WIDTH: ((2, 128, 3, 1, 240), (1, 64, 2, 2, 0)),
+class Tiling(NamedTuple):
+    """How the kernel divides an attention; the fields are those of `AttentionInt8Variant`."""
+
+    groups: int
+    keys: int
+    stages: int
+    blocks: int
+    registers: int
+
+
+# The key is the largest number of channels per head. Each value has the tiling with large tiles of queries and the one
+# with small tiles.
+_TILINGS: dict[int, tuple[Tiling, Tiling]] = {
+    64: (Tiling(3, 128, 3, 1, 160), Tiling(1, 64, 3, 3, 0)),
+    80: (Tiling(4, 64, 4, 1, 112), Tiling(1, 128, 2, 2, 0)),
+    MAX_WIDTH: (Tiling(2, 128, 3, 1, 240), Tiling(1, 64, 2, 2, 0)),
 }
 
 
@@ -105,11 +116,11 @@ def choose(width: int, queries: int, heads: int, bfloats: bool = False, static: 
         bfloats: Whether the kernel writes bfloat16.
         static: Whether the operands are on the model's own grids.
     """
-    limit = min(most for most in _CUTS if width <= most)
-    large, small = (AttentionInt8Variant(width, *cut, bfloats, static=static) for cut in _CUTS[limit])
-    blocks = _MULTIPROCESSORS * large.blocks
-    tiles = heads * -(-queries // large.rows)
-    return large if tiles >= _FILLED * blocks * -(-tiles // blocks) else small
+    limit = min(most for most in _TILINGS if width <= most)
+    large, small = (
+        AttentionInt8Variant(width, **tiling._asdict(), bfloats=bfloats, static=static) for tiling in _TILINGS[limit]
+    )
+    return large if large.fills(queries, heads, LARGE_TILES_SHARE) else small
 
 
 def takes(width: int, scale: float, dtype: torch.dtype) -> bool:
@@ -133,27 +144,6 @@ def variants() -> list[AttentionInt8Variant]:
     """Lists the variants that the attentions of some denoisers compile."""
     chosen = [choose(*shape) for shape in _SHAPES]
     return list(dict.fromkeys([*chosen, choose(128, 4608, 24, True), choose(40, 4096, 16, False, True)]))
-
-
-def _instruction(name: str, columns: int, left_type: str, from_registers: bool) -> str:
-    """Returns the source of a function for 64 rows, `columns` columns and 32 products per sum.
-
-    The function overwrites `d` where `accumulate` is false.
-    """
-    count = columns // 2
-    registers = ", ".join(f"%{i}" for i in range(count))
-    outputs = ", ".join(f'"+r"(d[{i}])' for i in range(count))
-    if from_registers:
-        parameter, left = "const u32* a", "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
-        inputs, used = ", ".join(f'"r"(a[{i}])' for i in range(4)), 4
-    else:
-        parameter, left, inputs, used = "u64 a", f"%{count}", '"l"(a)', 1
-    return (
-        f"__device__ __forceinline__ void {name}(int (&d)[{count}], {parameter}, u64 b, bool accumulate) {{\n"
-        f'    asm volatile("{{\\n.reg .pred more;\\nsetp.ne.b32 more, %{count + used + 1}, 0;\\n'
-        f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.{left_type}.s8 {{{registers}}}, {left}, %{count + used}, "
-        f'more;\\n}}" : {outputs} : {inputs}, "l"(b), "r"(static_cast<int>(accumulate)));\n}}\n'
-    )
 
 
 class _Problem(ctypes.Structure):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from edadm_kernels.hopper import product
 from edadm_kernels.hopper.driver import launch, tensor_map
+from edadm_kernels.hopper.instruction import wgmma
 from edadm_kernels.hopper.product import Shape
-from edadm_kernels.hopper.variant import wgmma
 from edadm_kernels.tiles import Kind
 
 Gelu = tuple[Tensor, Tensor, int]

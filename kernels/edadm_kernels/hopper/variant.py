@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from edadm_kernels.hopper.instruction import wgmma
+
 
 class Variant(Protocol):
     """A kernel with its compile-time parameters; hashable, so that each is compiled once."""
@@ -121,29 +123,3 @@ class ProductTile:
             f"-split{self.split}" if self.split > 1 else ""
         )
         return f"{kind}-{self.bm}x{self.bn}x{self.bk}{extras}"
-
-
-def wgmma(columns: int, adds_always: bool = True) -> str:
-    """Returns the source of `multiply(d, a, b)`, one matrix instruction of 64 rows and 32 terms per sum: `d += a b`.
-
-    Args:
-        columns: Number of columns of the instruction.
-        adds_always: Whether `multiply` always adds. Otherwise it has a fourth argument, and computes `d = a b` where
-            that is zero.
-    """
-    count = columns // 2
-    registers = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+r"(d[{i}])' for i in range(count))
-    instruction = (
-        f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{registers}}}, %{count}, %{count + 1}, "
-        + ("1;" if adds_always else "p;")
-    )
-    if adds_always:
-        arguments, text, inputs = "u64 a, u64 b", instruction, '"l"(a), "l"(b)'
-    else:
-        arguments, inputs = "u64 a, u64 b, int adds", '"l"(a), "l"(b), "r"(adds)'
-        text = f"{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n{instruction}\\n}}\\n"
-    return (
-        f"__device__ __forceinline__ void multiply(int (&d)[{count}], {arguments}) {{\n"
-        f'    asm volatile("{text}" : {operands} : {inputs});\n}}\n'
-    )
