@@ -11,7 +11,7 @@ from torch import Tensor
 from edadm_kernels import reference
 from edadm_kernels.attention_codes_kernels import codes_kernel, extremes_kernel, grid_codes_kernel
 from edadm_kernels.backend import uses_hopper, uses_kernel
-from edadm_kernels.checks import check_device, check_floating, check_size
+from edadm_kernels.checks import check_device, check_floating, check_heads, check_size
 from edadm_kernels.hopper import attention_int8 as hopper
 from edadm_kernels.launching import arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
@@ -34,18 +34,13 @@ def _empty(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     check_device(q, k, v)
     check_size(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"operands of one type were expected, found {q.dtype}, {k.dtype} and {v.dtype}")
-    alike = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
-    if not alike or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[2] < 1:
-        raise ValueError(
-            "queries [N, heads, T, d], keys and values [N, heads, S, d] were expected, found "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+        raise TypeError(f"operands of one type are expected, found {q.dtype}, {k.dtype} and {v.dtype}")
+    check_heads(q, k, v)
     if not 1 <= q.shape[3] <= MAX_WIDTH:
-        raise ValueError(f"heads of 1 to {MAX_WIDTH} channels were expected, found {q.shape[3]}")
+        raise ValueError(f"heads of 1 to {MAX_WIDTH} channels are expected, found {q.shape[3]}")
     for x in (q, k, v):
         if x.stride(3) != 1:
-            raise ValueError(f"contiguous channels were expected, found strides {x.stride()}; call .contiguous() first")
+            raise ValueError(f"contiguous channels are expected, found strides {x.stride()}; call .contiguous() first")
     samples, heads, queries, width = q.shape
     return torch.empty(samples, queries, heads, width, dtype=q.dtype, device=q.device)
 
@@ -53,8 +48,6 @@ def _empty(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 @operation("attend_int8", empty=_empty)
 def _attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     out = _empty(q, k, v)
-    if not out.numel():
-        return out
     codes = _codes(q, k, v) if uses_kernel(q) else reference.attention_codes(q, k, v)
     if uses_hopper(q) and hopper.takes(q.shape[3], scale, q.dtype):
         hopper.launch_attention(codes, scale, out)
@@ -103,8 +96,6 @@ def _attend_on_grids(
 ) -> Tensor:
     out = _empty(q, k, v)
     scales = (q_scale, k_scale, v_scale, p_scale)
-    if not out.numel():
-        return out
     if not (uses_hopper(q) and hopper.takes(q.shape[3], scale, q.dtype)):
         return out.copy_(reference.attend_on_grids(q, k, v, scale, scales, (operand_bits, weight_bits)))
     hopper.launch_on_grids(_grid_codes(q, k, v, scales, operand_bits), p_scale, weight_bits, scale, out)

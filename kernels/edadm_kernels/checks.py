@@ -51,6 +51,26 @@ def check_quantizers(scales: Tensor, zero_points: Tensor, count: int | None = No
         raise ValueError(f"1 to {MAX_QUANTIZERS} scales and as many zero-points are expected, found {sizes}")
 
 
+def check_rows(x: Tensor) -> None:
+    """Raises a ValueError unless the rows of `x` `[N, T, C]` are contiguous and evenly spaced across all samples."""
+    has_neighbours = x.ndim == 3 and x.shape[0] > 1 and x.shape[1] > 0
+    if x.ndim != 3 or x.stride(2) != 1 or (has_neighbours and x.stride(0) != x.shape[1] * x.stride(1)):
+        raise ValueError(
+            f"evenly spaced rows [N, T, C] are expected, found shape {tuple(x.shape)} with strides {x.stride()}; "
+            "call .contiguous() first"
+        )
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises a ValueError unless the operands of an attention are `[N, heads, tokens, d]` with at least one key."""
+    alike = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
+    if not alike or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[2] < 1:
+        raise ValueError(
+            "queries [N, heads, T, d], keys and values [N, heads, S, d] with at least one key are expected, found "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+
+
 def check_affine(weight: Tensor, bias: Tensor, channels: int) -> None:
     """Raises a ValueError unless `weight` and `bias` are contiguous and have one element per channel."""
     if weight.shape != (channels,) or bias.shape != (channels,):

@@ -58,7 +58,7 @@ def _empty(
         raise ValueError(f"an input that a {kh}x{kw} kernel fits into is expected, found {height}x{width}")
     check_device(x, weight, scale, correction, bias, sample_bias, residual)
     check_codes(x, weight, channels)
-    check_epilogue(scale, correction, bias, outputs, (border_class_count((top, bottom, left, right)), outputs))
+    check_epilogue(scale, correction, bias, (outputs,), (border_class_count((top, bottom, left, right)), outputs))
     out = x.new_empty((samples, out_height, out_width, outputs), dtype=out_dtype).permute(0, 3, 1, 2)
     _check_added(out, sample_bias, residual)
     check_output(out_dtype, x, weight, out)
@@ -95,8 +95,6 @@ def _conv2d(
     out_dtype: torch.dtype,
 ) -> Tensor:
     out = _empty(x, weight, scale, correction, bias, sample_bias, residual, stride, padding, upsample, out_dtype)
-    if not out.numel():
-        return out
     top, bottom, left, right = padding
     sides = (top, bottom, left, right)
     geometry = Geometry(stride, weight.shape[1], weight.shape[2], sides, upsample)

@@ -76,8 +76,7 @@ def linear(
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
     out = _empty_linear(x, weight, scale, correction, bias, residual, out_dtype)
-    if out.numel():
-        fill_linear(x, weight, scale, correction, bias, residual, out)
+    fill_linear(x, weight, scale, correction, bias, residual, out)
     return out
 
 
@@ -183,8 +182,6 @@ def linear_geglu(
         GEGLU, arXiv 2002.05202; GELU, arXiv 1606.08415.
     """
     out = _empty_codes(True, x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
-    if not out.numel():
-        return out
     geglu = (out_scale, out_zero_point, 2**num_bits - 1)
     large = None
     if uses_hopper(x) and _takes_large(x, weight, scale, correction, bias, out):
@@ -240,8 +237,6 @@ def linear_gelu(
         GELU, arXiv 1606.08415, section 2.
     """
     out = _empty_codes(False, x, weight, scale, correction, bias, out_scale, out_zero_point, num_bits)
-    if not out.numel():
-        return out
     if uses_hopper(x) and _takes_large(x, weight, scale, correction, bias, out):
         tile = matrices.choose(x.shape[0], (weight.shape[0],), x.shape[1])
         gelu = (out_scale, out_zero_point, 2**num_bits - 1)
@@ -268,4 +263,4 @@ def check_matrices(x: Tensor, weight: Tensor, scale: Tensor, correction: Tensor,
         )
     check_device(x, weight, scale, correction, bias)
     check_codes(x, weight, x.shape[1])
-    check_epilogue(scale, correction, bias, weight.shape[0], (weight.shape[0],))
+    check_epilogue(scale, correction, bias, (weight.shape[0],))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edadm_kernels.checks import check_device, check_floating, check_size
+from edadm_kernels.checks import check_device, check_floating, check_rows, check_size
 from edadm_kernels.heads_kernels import join_heads_kernel
 from edadm_kernels.launching import arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
@@ -42,8 +42,7 @@ def _empty(
             raise TypeError(f"join_heads expects tensors of one type, found {first.dtype} and {piece.dtype}")
         if piece.ndim != 3 or piece.shape[0] != first.shape[0] or piece.shape[2] != first.shape[2]:
             raise ValueError(f"join_heads expects tensors [N, T, C], found {[tuple(x.shape) for x in pieces]}")
-        if piece.stride(2) != 1 or (piece.shape[0] > 1 and piece.stride(0) != piece.shape[1] * piece.stride(1)):
-            raise ValueError(f"join_heads expects evenly spaced rows, found strides {piece.stride()}")
+        check_rows(piece)
     if heads < 1 or first.shape[2] % heads:
         raise ValueError(f"join_heads expects channels for {heads} heads of equal width, found {first.shape[2]}")
     width, length = first.shape[2] // heads, sum(piece.shape[1] for piece in pieces)
@@ -97,15 +96,14 @@ def join_heads(
     if not join_heads_takes(first, heads):
         return out.copy_(reference.join_heads(first, second, heads, weights, eps, cos, sin))
     last, tokens = first if second is None else second, out.shape[0] * out.shape[1]
-    if tokens:
-        with on_device_of(first):
-            join_heads_kernel[(tokens,)](
-                first, last, weights[0] if weights else first, weights[-1] if weights else first,
-                first if cos is None else cos, first if sin is None else sin, out,
-                first.shape[1], out.shape[1], first.stride(1), last.stride(1), eps,
-                HEADS=heads, WIDTH=out.shape[3], NORM=bool(weights), ROTATE=cos is not None,
-                BLOCK=next_power_of_two(heads), num_warps=NUM_WARPS, **overlap(arch_of(first)),
-            )  # fmt: skip
+    with on_device_of(first):
+        join_heads_kernel[(tokens,)](
+            first, last, weights[0] if weights else first, weights[-1] if weights else first,
+            first if cos is None else cos, first if sin is None else sin, out,
+            first.shape[1], out.shape[1], first.stride(1), last.stride(1), eps,
+            HEADS=heads, WIDTH=out.shape[3], NORM=bool(weights), ROTATE=cos is not None,
+            BLOCK=next_power_of_two(heads), num_warps=NUM_WARPS, **overlap(arch_of(first)),
+        )  # fmt: skip
     return out
 
 

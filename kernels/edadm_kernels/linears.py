@@ -63,8 +63,6 @@ def linears(
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
     outs = _empty_linears(x, weights, scales, corrections, biases, out_dtype)
-    if not x.shape[0]:
-        return outs
     if uses_hopper(x) and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
         tile = matrices.choose_over_single(x.shape[0], tuple(weight.shape[0] for weight in weights), x.shape[1])
         if tile is not None:
@@ -120,7 +118,7 @@ def linears_gelu(
     """
     members = (weights, scales, corrections, biases)
     outs = _empty_linears_gelu(x, *members, out_scale, out_zero_point, num_bits, out_dtype)
-    is_copied = uses_kernel(x) and x.shape[0] and uses_hopper(x) and matrices.takes_codes(outs[-1])
+    is_copied = uses_kernel(x) and uses_hopper(x) and matrices.takes_codes(outs[-1])
     if is_copied and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
         tile = matrices.choose(x.shape[0], tuple(weight.shape[0] for weight in weights), x.shape[1])
         gelus = [*[None] * (len(weights) - 1), (out_scale, out_zero_point, 2**num_bits - 1)]
@@ -185,7 +183,7 @@ def linear_joined(
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
     out = _empty_joined(x, more, weight, scale, correction, bias, out_dtype)
-    is_copied = uses_kernel(x) and x.shape[0] and uses_hopper(x) and x.shape[1] % matrices.MOST_CHANNELS == 0
+    is_copied = uses_kernel(x) and uses_hopper(x) and x.shape[1] % matrices.MOST_CHANNELS == 0
     if is_copied and matrices.takes(more, [weight], (x, scale, correction), [bias], out_dtype):
         tile = matrices.choose(x.shape[0], (weight.shape[0],), x.shape[1] + more.shape[1])
         matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], more=more)
@@ -210,9 +208,10 @@ def _empty_stack(
     if weight.dtype != torch.int8:
         raise TypeError(f"int8 weights are expected, found {weight.dtype}")
     check_device(x, weight, scale, correction, bias)
-    check_codes(x[0], weight[0], x.shape[2])
-    outputs = weight.shape[:2].numel()
-    check_epilogue(scale.flatten(), correction.flatten(), None if bias is None else bias.flatten(), outputs, (outputs,))
+    if not weight.is_contiguous():
+        raise ValueError("contiguous weights are expected; call .contiguous() on them first")
+    check_codes(x, weight.flatten(0, 1), x.shape[2])
+    check_epilogue(scale, correction, bias, (weight.shape[0], weight.shape[1]))
     out = x.new_empty((len(x), x.shape[1], weight.shape[1]), dtype=out_dtype)
     check_output(out_dtype, x, weight, out)
     return out
@@ -245,8 +244,6 @@ def linear_stack(
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
     out = _empty_stack(x, weight, scale, correction, bias, out_dtype)
-    if not out.numel():
-        return out
     if uses_hopper(x) and few_rows.takes(x, weight, scale, correction, bias):
         few_rows.launch_few_rows(x, weight, scale, correction, bias, out)
         return out

@@ -86,9 +86,8 @@ def group_norm_quantize(
     codes = _empty_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, more)
     if more is not None and not suits_hopper(x, weight, bias, num_groups, more):
         x, more = torch.cat([x, more], dim=1).contiguous(memory_format=torch.channels_last), None
-    if x.numel():
-        with on_device_of(x):
-            launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes, more)
+    with on_device_of(x):
+        launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes, more)
     return codes
 
 
@@ -120,7 +119,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: fl
         ValueError: A shape or a layout is not the stated one.
     """
     out = _empty_like(x, weight, bias, num_groups, eps, silu)
-    if x.numel() and uses_hopper(x) and hopper_norm.takes(x, weight, bias, num_groups):
+    if uses_hopper(x) and hopper_norm.takes(x, weight, bias, num_groups):
         hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, [out])
         return out
     y = F.group_norm(x, num_groups, weight.to(x), bias.to(x), eps)
@@ -175,9 +174,8 @@ def layer_norm_quantize(
         LayerNorm, arXiv 1607.06450.
     """
     codes = _empty_layer(x, weight, bias, eps, scales, zero_points, num_bits)
-    if x.numel():
-        with on_device_of(x):
-            launch_layer(x, weight, bias, eps, scales, zero_points, num_bits, codes)
+    with on_device_of(x):
+        launch_layer(x, weight, bias, eps, scales, zero_points, num_bits, codes)
     return codes
 
 
@@ -249,10 +247,9 @@ def modulated_norm_quantize(
         Adaptive LayerNorm of DiT, arXiv 2212.09748.
     """
     codes = _empty_modulated(x, scale, shift, eps, inverse_scale, code_shift, num_bits)
-    if x.numel():
-        scale, shift = (t if t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
-        with on_device_of(x):
-            launch_modulated(x.contiguous(), scale, shift, eps, inverse_scale, code_shift, num_bits, codes)
+    scale, shift = (t if t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
+    with on_device_of(x):
+        launch_modulated(x.contiguous(), scale, shift, eps, inverse_scale, code_shift, num_bits, codes)
     return codes
 
 

@@ -21,7 +21,8 @@ def operation(
 
     The decorated function computes the operation by a kernel, its signature is the schema, and its docstring describes
     the operation. The operation takes the function's place, so it is called like the function, and torch.compile and
-    CUDA graphs treat it as one node.
+    CUDA graphs treat it as one node. Where the first argument and the outputs have no elements, as for a batch of zero
+    samples, neither a kernel nor the reference runs.
 
     Args:
         name: The name of the operation.
@@ -33,6 +34,10 @@ def operation(
 
     def register(function: Function) -> Function:
         def compute(*arguments: Any) -> Any:
+            if not arguments[0].numel():
+                outputs = empty(*arguments)
+                if not any(output.numel() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)):
+                    return outputs
             if reference is None or uses_kernel(arguments[0]):
                 return function(*arguments)
             return _fill(empty(*arguments), reference(*arguments))

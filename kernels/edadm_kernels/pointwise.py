@@ -31,13 +31,12 @@ def _exact(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu: bo
 @operation("quantize", empty=_empty, reference=_exact)
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, silu: bool) -> Tensor:
     codes, columns, row_stride = _prepare(x, scale, zero_point, num_bits)
-    if x.numel():
-        with on_device_of(x):
-            quantize_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-                x, scale, zero_point, codes, x.numel(), columns, row_stride,
-                QUANT_MAX=(1 << num_bits) - 1, SILU=silu, DENSE=row_stride == columns, BLOCK=BLOCK,
-                num_warps=NUM_WARPS, enable_fp_fusion=False, **overlap(arch_of(x)),
-            )  # fmt: skip
+    with on_device_of(x):
+        quantize_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            x, scale, zero_point, codes, x.numel(), columns, row_stride,
+            QUANT_MAX=(1 << num_bits) - 1, SILU=silu, DENSE=row_stride == columns, BLOCK=BLOCK,
+            num_warps=NUM_WARPS, enable_fp_fusion=False, **overlap(arch_of(x)),
+        )  # fmt: skip
     return codes
 
 
@@ -72,9 +71,10 @@ def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tup
     check_bits(num_bits)
     check_size(x)
     codes = torch.empty_like(x, dtype=torch.int8)
-    if codes.stride() == x.stride():
+    if codes.stride() == x.stride() or not x.numel():
         return codes, 1, 1
-    rows = x.permute(0, *range(2, x.ndim), 1) if x.ndim == 4 and x.stride(1) == 1 else x
+    # a single dimension that is not dense is a column of one element per row
+    rows = x.permute(0, *range(2, x.ndim), 1) if x.ndim == 4 and x.stride(1) == 1 else x if x.ndim > 1 else x[:, None]
     columns, row_stride = rows.shape[-1], rows.stride(-2)
     expected = row_stride
     for size, stride in zip(reversed(rows.shape[:-1]), reversed(rows.stride()[:-1]), strict=True):

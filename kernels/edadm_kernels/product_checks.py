@@ -18,6 +18,8 @@ def check_codes(x: Tensor, weight: Tensor, channels: int) -> int:
         raise TypeError(
             f"int8 activations with int8 or packed uint8 weights are expected, found {x.dtype} and {weight.dtype}"
         )
+    if not weight.numel():
+        raise ValueError(f"weights with elements are expected, found shape {tuple(weight.shape)}")
     packed = weight.dtype == torch.uint8
     if weight.shape[-1] * (2 if packed else 1) != channels or (packed and w4_block(channels) is None):
         raise ValueError(
@@ -26,25 +28,38 @@ def check_codes(x: Tensor, weight: Tensor, channels: int) -> int:
         )
     if not weight.is_contiguous():
         raise ValueError("contiguous weights are expected; call .contiguous() on them first")
-    terms = weight[0].numel() * (2 if packed else 1)
+    terms = weight.shape[1:].numel() * (2 if packed else 1)
     if terms > MAX_TERMS:
         raise ValueError(f"sums of at most {MAX_TERMS} products are expected, which fit an int32, found {terms}")
     return terms
 
 
 def check_epilogue(
-    scale: Tensor, correction: Tensor, bias: Tensor | None, channels: int, correction_shape: tuple[int, ...]
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    correction_shape: tuple[int, ...] | None = None,
 ) -> None:
-    """Raises an error unless the vectors per channel have the stated types and shapes."""
+    """Raises an error unless the vectors per channel have these shapes and the types of an epilogue.
+
+    Args:
+        scale: float32.
+        correction: int32.
+        bias: Floating point, or `None`.
+        shape: The shape of scale and bias: `[N]` for N output channels.
+        correction_shape: The shape of the correction; `None` means `shape`.
+    """
     if scale.dtype != torch.float32 or correction.dtype != torch.int32:
         raise TypeError(
             f"a float32 scale and an int32 correction are expected, found {scale.dtype} and {correction.dtype}"
         )
-    if scale.shape != (channels,) or (bias is not None and bias.shape != (channels,)):
+    if scale.shape != shape or (bias is not None and bias.shape != shape):
         raise ValueError(
-            f"scale and bias of shape ({channels},) are expected, found {tuple(scale.shape)} and "
+            f"scale and bias of shape {shape} are expected, found {tuple(scale.shape)} and "
             f"{None if bias is None else tuple(bias.shape)}"
         )
+    correction_shape = shape if correction_shape is None else correction_shape
     if correction.shape != correction_shape:
         raise ValueError(f"a correction of shape {correction_shape} is expected, found {tuple(correction.shape)}")
     contiguous = scale.is_contiguous() and correction.is_contiguous() and (bias is None or bias.is_contiguous())

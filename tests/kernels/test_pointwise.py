@@ -87,6 +87,7 @@ def layouts() -> list[Tensor]:
         image.permute(2, 0, 3, 1),
         values((3, 6, 10), 2.0, seed=6),
         values((30, 12), 2.0, seed=6)[:, 2:9],
+        values((30,), 2.0, seed=6)[::2],
         torch.tensor(0.3),
         torch.empty(0, 4),
     ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from edadm_kernels import backend, pack
 
@@ -112,3 +115,95 @@ def test_every_element_is_written(name: str) -> None:
 
 def outputs(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, list | tuple) else [result]
+
+
+# The arguments of each operation that have one entry per sample, token or row.
+BATCHED = {
+    "linear": (0, 5),
+    "linear_joined": (0, 1),
+    "join_heads": (0, 1),
+    "conv2d": (0, 5, 6),
+    "group_norm_quantize": (0, 9),
+    "modulated_norm_quantize": (0, 1, 2),
+    "attention_quantize": (0, 1, 2),
+    "attend_int8": (0, 1, 2),
+    "attend_on_grids": (0, 1, 2),
+    "attend": (0, 1, 2),
+    "attend_to_codes": (0, 1, 2, 8),
+}
+
+
+def emptied(name: str, tokens: bool) -> tuple[Any, ...]:
+    """The arguments of an operation without samples, or of two samples without tokens (queries)."""
+    arguments = list(cases()[name])
+    if not tokens:
+        axis = 1 if name == "linear_stack" else 0
+        for place in BATCHED.get(name, (0,)):
+            arguments[place] = arguments[place].narrow(axis, 0, 0)
+        return tuple(arguments)
+    axis = 2 if arguments[0].ndim == 4 else 1
+    arguments[0] = arguments[0].narrow(axis, 0, 0)
+    if name == "join_heads":
+        arguments[1], arguments[5], arguments[6] = None, arguments[5][:0], arguments[6][:0]
+        arguments[3] = arguments[3][:1]
+    if name == "attend_to_codes":
+        arguments[7] = 0
+    return tuple(arguments)
+
+
+WITHOUT_TOKENS = (
+    *("join_heads", "layer_norm_quantize", "modulated_norm_quantize", "attention_quantize", "attend_int8"),
+    *("attend_on_grids", "attend", "attend_to_codes", "quantize"),
+)
+
+
+@pytest.mark.parametrize("of", ["samples", "tokens"])
+@pytest.mark.parametrize("name", list(cases()))
+def test_an_operation_on_nothing_returns_nothing(name: str, of: str) -> None:
+    """Neither a kernel nor the reference can compute it, so both must be left out."""
+    if of == "tokens" and name not in WITHOUT_TOKENS:
+        pytest.skip("the operation has no tokens")
+    operation, arguments = getattr(torch.ops.edadm, name).default, emptied(name, of == "tokens")
+    with FakeTensorMode() as mode:
+        expected = outputs(operation(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments)))
+    for chosen in (nullcontext(), backend("reference")):
+        with chosen:
+            actual = outputs(operation(*arguments))
+        assert all(x.numel() == 0 for x in actual)
+        assert [(x.shape, x.dtype) for x in actual] == [(x.shape, x.dtype) for x in expected]
+
+
+@pytest.mark.parametrize("name", ["attention_quantize", "attend_int8", "attend_on_grids", "attend", "attend_to_codes"])
+def test_attention_without_keys_is_refused(name: str) -> None:
+    arguments = list(cases()[name])
+    axis = 1 if name == "attention_quantize" else 2
+    arguments[1:3] = [x.narrow(axis, 0, 0) for x in arguments[1:3]]
+    with pytest.raises(ValueError, match="at least one key"):
+        getattr(torch.ops.edadm, name)(*arguments)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_stack", "conv2d"])
+def test_weights_without_rows_are_refused(name: str) -> None:
+    arguments = list(cases()[name])
+    arguments[1] = arguments[1].narrow(1 if name == "linear_stack" else 0, 0, 0)
+    with pytest.raises(ValueError, match="weights with elements are expected"):
+        getattr(torch.ops.edadm, name)(*arguments)
+
+
+def test_all_queries_may_be_on_one_of_two_grids() -> None:
+    arguments = list(cases()["attend_to_codes"])
+    q, grid = arguments[0], [[tensors[1]] for tensors in arguments[4:7]]
+    arguments[7] = 0
+    nothing, codes_of_all = torch.ops.edadm.attend_to_codes(*arguments)
+    (expected,) = torch.ops.edadm.attend_to_codes(*arguments[:4], *grid, 0, arguments[8])
+    assert nothing.shape == (q.shape[0], 0, q.shape[1] * q.shape[3])
+    assert torch.equal(codes_of_all, expected)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+def test_a_stack_of_spaced_operands_is_refused(place: int) -> None:
+    """A kernel receives addresses alone, so it would read what lies between the operands."""
+    arguments = list(cases()["linear_stack"])
+    arguments[place] = torch.cat([arguments[place]] * 2, dim=-1)[..., : arguments[place].shape[-1]]
+    with pytest.raises(ValueError, match="contiguous"):
+        torch.ops.edadm.linear_stack(*arguments)
