@@ -103,6 +103,7 @@ PRODUCT = MachineCode(
     spills=0,
     loads=2,
     wide_loads=0,
+    sha256="0" * 64,
 )
 ATTENTION = dataclasses.replace(PRODUCT, mma="", loop_mma=0, float_mma=40, float_warp_groups=40)
 STREAM = dataclasses.replace(PRODUCT, has_dot=False, mma="", loop_mma=0, tile_rows=0, wide_loads=2)
@@ -206,6 +207,27 @@ def test_what_is_rejected_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(command, "violations", lambda code: ["made up"] if code.name == "quantize-fp16" else [])
     assert command.main() == 1
     assert capsys.readouterr().err == "pointwise/quantize-fp16 on sm_80: made up\n"
+
+
+def test_a_change_of_the_machine_code_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["codegen", "--arch", "80", "--only", "pointwise/quantize-fp16", "--processes", "1"]
+
+    def run(*more: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        return command.main(), capsys.readouterr().err
+
+    assert run("--out", str(tmp_path)) == (0, "")
+    assert run("--compare", str(tmp_path)) == (0, "")
+    report = tmp_path / "codegen.json"
+    report.write_text(report.read_text().replace('"sha256": "', '"sha256": "0'))
+    assert run("--compare", str(tmp_path)) == (1, "pointwise/quantize-fp16 on sm_80: its machine code has changed\n")
+    report.write_text('{"kernels": []}')
+    assert "there was no such kernel" in run("--compare", str(tmp_path))[1]
+    code, error = run("--compare", str(tmp_path / "nothing"))
+    assert code == 2
+    assert "--out" in error
 
 
 def test_the_command_writes_what_it_judges(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ will run: whether the integer tensor cores are used, whether the main loop spill
 it is pipelined, and whether loads are 16 bytes wide.
 """
 
+from edadm_kernels.codegen.comparison import changes, read_report
 from edadm_kernels.codegen.compilation import ARCHITECTURES, MODULES, compile_variant, list_variants
 from edadm_kernels.codegen.disassembly import disassemble
 from edadm_kernels.codegen.gate import violations
@@ -20,12 +21,14 @@ __all__ = [
     "Listing",
     "MachineCode",
     "batch",
+    "changes",
     "compile_variant",
     "describe",
     "disassemble",
     "list_jobs",
     "list_variants",
     "parse",
+    "read_report",
     "survey",
     "violations",
 ]

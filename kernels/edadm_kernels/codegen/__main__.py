@@ -10,6 +10,7 @@ from pathlib import Path
 
 import triton
 
+from edadm_kernels.codegen.comparison import REPORT, changes, read_report
 from edadm_kernels.codegen.compilation import ARCHITECTURES, MODULES
 from edadm_kernels.codegen.gate import violations
 from edadm_kernels.codegen.machine_code import MachineCode
@@ -33,7 +34,7 @@ _COLUMNS = (
 
 
 def main() -> int:
-    """Compiles the variants, prints their machine code as a table, and returns 1 if the gate rejects one."""
+    """Compiles the variants, prints their machine code as a table, and returns 1 if one is rejected or has changed."""
     options = _parser().parse_args()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -42,25 +43,34 @@ def main() -> int:
         patterns = " or ".join(options.only)
         print(f"a variant that matches {patterns} is expected, found none; see --help", file=sys.stderr)
         return 2
+    try:
+        earlier = None if options.compare is None else read_report(options.compare)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     codes = list(survey(jobs, processes=options.processes, out=options.out))
     rejected = [(code, violations(code)) for code in codes if violations(code)]
     rows = [{**to_row(code), "violations": violations(code)} for code in codes]
     report = json.dumps({"triton": triton.__version__, "kernels": rows}, indent=2)
     if options.out is not None:
-        (options.out / "codegen.json").write_text(report + "\n")
+        (options.out / REPORT).write_text(report + "\n")
     if options.json:
         print(report)
     else:
         _print_table(codes)
     for code, reasons in rejected:
         print(f"{code.module}/{code.name} on sm_{code.arch}: {'; '.join(reasons)}", file=sys.stderr)
-    return 1 if rejected else 0
+    changed = [] if earlier is None else changes(codes, earlier)
+    for clause in changed:
+        print(clause, file=sys.stderr)
+    return 1 if rejected or changed else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m edadm_kernels.codegen",
-        description="Compile every kernel without a GPU and read its machine code; exit with 1 if the gate rejects it.",
+        description="Compile every kernel without a GPU and read its machine code; exit with 1 if the gate rejects it, "
+        "or if --compare finds other machine code.",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), help="such as 90 for sm_90"
@@ -71,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="only variants such as 'gemm/geglu-*'")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, help="folder to write cubin, PTX, SASS and codegen.json to")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FOLDER", help="what --out wrote before a change that should change no kernel"
+    )
     parser.add_argument("--processes", type=int, default=2, help="number of compilations at a time")
     return parser
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from edadm_kernels.codegen.compilation import AnyVariant, Binary
-from edadm_kernels.codegen.disassembly import count_registers
+from edadm_kernels.codegen.disassembly import count_registers, machine_code
 from edadm_kernels.codegen.listing import ASYNC_COPIES, FLOAT_MMA, MMA, SPILLS, count, parse
 
 
@@ -35,6 +36,7 @@ class MachineCode:
         spills: Loads and stores of spilled registers in the whole kernel.
         loads: Loads from global memory in the whole kernel.
         wide_loads: Loads of 16 bytes from global memory.
+        sha256: Hash of the instructions, to which names and line numbers of the source make no difference.
     """
 
     module: str
@@ -58,6 +60,7 @@ class MachineCode:
     spills: int
     loads: int
     wide_loads: int
+    sha256: str
 
     @property
     def instructions_per_mma(self) -> float:
@@ -94,4 +97,5 @@ def describe(module: str, variant: AnyVariant, arch: int, binary: Binary, disass
         spills=count(everything, *SPILLS),
         loads=count(everything, "LDG"),
         wide_loads=sum(instruction.family == "LDG" and ".128" in instruction.opcode for instruction in everything),
+        sha256=hashlib.sha256(machine_code(binary.cubin)).hexdigest(),
     )
