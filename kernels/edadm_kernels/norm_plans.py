@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 CHUNKS = 64  # the largest number of partial statistics per group
 CHUNK_ROWS, CHUNK_CHANNELS = 64, 64
-FUSED_ELEMENTS = 16384  # of a block that stays in registers: 32 per thread of 16 warps
+FUSED_ELEMENTS = 16384  # in a block that one program holds in registers: 32 per thread of 16 warps
 VECTOR = 8  # channels in 16 bytes of float16
 
 

@@ -95,8 +95,8 @@ class CudaEngine(Engine):
             if on_cuda:
                 compile_blocks(model, options.attention)
         else:
-            kept = self._kept(denoiser, args, kwargs, options)
-            assembly = Assembly(self._lowering(options, kept, adapters), self._prompt_cache, options.attention)
+            left_in_float = self._left_in_float(denoiser, args, kwargs, options)
+            assembly = Assembly(self._lowering(options, left_in_float, adapters), self._prompt_cache, options.attention)
             model, layers = assembly.build(denoiser)
             state = assembly.state
         if options.attention == "int8" and on_cuda:
@@ -117,7 +117,7 @@ class CudaEngine(Engine):
 
         return run
 
-    def _kept(
+    def _left_in_float(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
     ) -> dict[str, str]:
         """Returns the names of the layers that float16 runs faster, each with the reason."""
@@ -129,10 +129,10 @@ class CudaEngine(Engine):
     def _lowering(
         self,
         options: EngineOptions,
-        kept: Mapping[str, str] | None = None,
+        left_in_float: Mapping[str, str] | None = None,
         adapters: Mapping[str, SideBranch] | None = None,
     ) -> Lowering:
-        return Lowering(options.device, options.rest_dtype, self._pack_weights, kept or {}, adapters or {})
+        return Lowering(options.device, options.rest_dtype, self._pack_weights, left_in_float or {}, adapters or {})
 
 
 def _with_int8_attention(row: LayerExecution) -> LayerExecution:

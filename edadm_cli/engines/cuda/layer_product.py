@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import edadm_kernels as kernels
 from edadm_cli.engines.cuda.layout import channels_last, image_of, quantizable, rows_of
-from edadm_cli.engines.cuda.lowering import product_refusal
+from edadm_cli.engines.cuda.lowering import FLOAT_INPUT, product_refusal
 from edadm_cli.engines.cuda.shared_input import share_inputs
 from edadm_cli.integrations.notices import say_once
 from edadm_cli.quant.layers import QuantizedLayer
@@ -29,7 +29,6 @@ ON_CPU = (
     "On a CPU this exported denoiser computes in floating point, from its integer codes in every step: "
     "edadm_cli.load(folder) is the fast way to run it there, in integers."
 )
-_FLOAT_INPUT = "its input stays in floating point"
 _OFFLOADED = "their weights are offloaded layer by layer; enable_model_cpu_offload() moves them as a whole"
 _BUFFERS = ("product_weight", "product_scale", "product_correction", "product_bias", "inverse_scale", "code_shift")
 
@@ -87,7 +86,7 @@ class KernelProduct:
             say_once(ON_CPU)
             return
         reason = self._refusal(layer) or _OFFLOADED
-        if reason != _FLOAT_INPUT:  # as planned
+        if reason != FLOAT_INPUT:  # as planned
             say_once(f"Layers of this exported denoiser compute in floating point on {device.type}: {reason}.")
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ class KernelProduct:
         if device.type not in self.device_types:
             return f"the kernels do not run on {device.type}"
         if layer.plan.input_grid is None:
-            return _FLOAT_INPUT
+            return FLOAT_INPUT
         return (capability_refusal(device) if device.type == "cuda" else None) or product_refusal(layer)
 
     def _fill(self, layer: QuantizedLayer) -> None:

@@ -19,6 +19,8 @@ from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import part_name
 
 Padding = tuple[int, int, int, int]
+FLOAT_INPUT = "its input stays in floating point"
+"""The refusal of a layer whose recipe quantizes the weight alone."""
 
 
 def refusal(layer: QuantizedLayer) -> str | None:
@@ -32,7 +34,7 @@ def product_refusal(layer: QuantizedLayer) -> str | None:
     """Returns a clause that says why the kernels cannot multiply the codes of a layer; `None` if they can."""
     operation = layer.operation
     if layer.plan.input_grid is None:
-        return "its input stays in floating point"
+        return FLOAT_INPUT
     terms = torch.Size(layer.weight_shape[1:]).numel()
     if terms > kernels.MAX_TERMS:
         return f"a sum of {terms} products may not fit an int32"
@@ -57,8 +59,8 @@ class Lowering:
         device: The device of the products.
         dtype: The element type of everything that is not integer.
         pack_weights: Whether weights of at most four bits stay packed, and are not unpacked once.
-        kept: The reason for each layer that runs in floating point although the kernels support it, by name. Its input
-            is not quantized, as that of a layer that the recipe leaves in float.
+        left_in_float: The reason for each layer that runs in floating point although the kernels support it, by name.
+            Its input is not quantized, as that of a layer that the recipe leaves in float.
         adapters: The side branch of each layer with LoRA adapters, by name.
         decisions: The precision of each planned layer, by name, with the reason if it does not run in integers.
     """
@@ -66,7 +68,7 @@ class Lowering:
     device: torch.device
     dtype: torch.dtype
     pack_weights: bool = False
-    kept: Mapping[str, str] = field(default_factory=dict)
+    left_in_float: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, SideBranch] = field(default_factory=dict)
     decisions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
@@ -114,9 +116,9 @@ class Lowering:
 
     def _quantized(self, name: str, layer: QuantizedLayer, padding: Padding | None) -> Product:
         operation = layer.operation
-        refused, kept = refusal(layer), self.kept.get(name)
-        if refused is not None or kept is not None:
-            self.decisions[name] = (self.float_name, refused or kept)
+        refused, chosen = refusal(layer), self.left_in_float.get(name)
+        if refused is not None or chosen is not None:
+            self.decisions[name] = (self.float_name, refused or chosen)
             weight = layer.weight_int.float() * layer.weight_scale.reshape(-1, *[1] * (len(layer.weight_shape) - 1))
             rounded_to = layer if refused is not None else None
             return FloatProduct(operation, weight.to(self.device), self._bias(layer), self.dtype, rounded_to)

@@ -84,8 +84,8 @@ def affine(norm: nn.Module, channels: int, device: torch.device) -> tuple[Tensor
     """Returns the weight and bias `[C]` of a normalization in float32 on a device, or ones and zeros if it has none."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     ones, zeros = torch.ones(channels), torch.zeros(channels)
-    kept = (ones if weight is None else weight.detach(), zeros if bias is None else bias.detach())
-    return kept[0].to(device, torch.float32), kept[1].to(device, torch.float32)
+    vectors = (ones if weight is None else weight.detach(), zeros if bias is None else bias.detach())
+    return vectors[0].to(device, torch.float32), vectors[1].to(device, torch.float32)
 
 
 def _one_width(quantizers: object) -> bool:

@@ -70,7 +70,7 @@ def faster_in_float(
     compiled(*args, **kwargs)  # this computes the keys and values of the prompt, which do not belong to a step
     with _recorded(model) as uses:
         compiled(*args, **kwargs)
-    kept: dict[str, str] = {}
+    left_in_float: dict[str, str] = {}
     for labels in _groups(model, uses):
         costs = _costs([use for label in labels for use in uses[label]], times)
         if costs is None:
@@ -79,8 +79,8 @@ def faster_in_float(
         if half < (1 - GAIN) * int8:
             together = "" if len(labels) == 1 else f", for {len(labels)} products that go together"
             reason = f"float16 is faster at this size: {half:.1f} µs against {int8:.1f} on {gpu}{together}"
-            kept.update({name: reason for label in labels for name in label.split(AND)})
-    return kept
+            left_in_float.update({name: reason for label in labels for name in label.split(AND)})
+    return left_in_float
 
 
 def _costs(uses: list[Use], times: MeasuredTimes) -> tuple[float, float] | None:

@@ -18,8 +18,8 @@ class TimeProjections:
     r"""Computes all residual blocks' projections of SiLU(time embedding) in one GEMM per step.
 
     The layers share their input but may have different quantizers. The codes of all U quantizers are stacked,
-    `[U * batch, K]`, and multiplied by all weights at once. Of each layer's columns, the rows of its own quantizer are
-    kept. The sums equal those of separate products, and one tile holds all these rows because they are few.
+    `[U * batch, K]`, and multiplied by all weights at once. Each layer's columns are then read from the rows of
+    its quantizer. The sums equal those of separate products, and one tile holds all these rows because they are few.
     """
 
     def __init__(self) -> None:
@@ -92,8 +92,8 @@ class TimeProjections:
 class PromptCache:
     """Computes keys and values of cross-attention once per prompt.
 
-    They are kept in buffers with a fixed address per shape of the prompt's states, from which a recorded step reads the
-    keys and values of the last prompt.
+    They are stored in buffers with a fixed address per shape of the prompt's states, from which a recorded step reads
+    the keys and values of the last prompt.
     """
 
     def __init__(self) -> None:
@@ -128,9 +128,9 @@ class PromptCache:
         pairs = [project(states) for project in self._projections]
         key = prompt.shape
         if key in self._buffers:
-            for kept, new in zip(self._buffers[key], pairs, strict=True):
-                kept[0].copy_(new[0])
-                kept[1].copy_(new[1])
+            for stored, new in zip(self._buffers[key], pairs, strict=True):
+                stored[0].copy_(new[0])
+                stored[1].copy_(new[1])
         else:
             self._buffers[key] = [(k.clone(), v.clone()) for k, v in pairs]
         self._prompt, self._version, self._pairs = prompt, version, self._buffers[key]

@@ -14,7 +14,8 @@ from edadm_kernels.hopper.driver import launch
 
 _VECTOR = 8  # channels in 16 bytes of float16
 _MOST_GROUPS = 64
-_CUTS = ((64, 4), (128, 8), (256, 16))  # limits of blocks per sample and vectors per thread; the first that fits counts
+# The largest numbers of blocks per sample and of vectors per thread; the first pair that a shape fits into is used.
+_LIMITS = ((64, 4), (128, 8), (256, 16))
 THREADS = 512
 
 
@@ -114,7 +115,7 @@ def group_norm_plan(pixels: int, channels: int, num_groups: int, first: int | No
     if across > THREADS:
         return None
     rows_at_once = THREADS // across
-    for most_chunks, most_vectors in _CUTS:
+    for most_chunks, most_vectors in _LIMITS:
         chunk_pixels = -(-pixels // most_chunks)
         vectors = -(-chunk_pixels // rows_at_once)
         if vectors <= most_vectors:

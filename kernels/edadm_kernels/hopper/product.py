@@ -184,9 +184,9 @@ def _suits(tile: ProductTile, kind: Kind) -> bool:
 def cost(kind: Kind, tile: ProductTile, shape: Shape, outputs: int) -> float:
     """Estimates the clocks of a product: rounds of blocks, each bound by its products, its loads or latency."""
     blocks = shape.boxes(tile)[2] * -(-outputs // tile.bn) * tile.split
-    room = _IN_CLUSTERS[tile.split]
-    together = min(tile.blocks, -(-blocks // room))
-    rounds = -(-blocks // (room * together))
+    multiprocessors = _IN_CLUSTERS[tile.split]
+    together = min(tile.blocks, -(-blocks // multiprocessors))
+    rounds = -(-blocks // (multiprocessors * together))
     steps = shape.kernel[0] * shape.kernel[1] * -(-shape.channels // tile.bk) / tile.split
     compute = tile.bm * tile.bn * tile.bk / _CLOCK
     loads = (tile.bm + tile.bn) * tile.bk / _BYTES
@@ -212,7 +212,7 @@ def launch_product(
     """Fills `out` with a convolution or a matrix product; the arguments are those of `conv2d`.
 
     Args:
-        tile: How the product is cut.
+        tile: The tile, with its split.
         x: Codes, `[samples, height, width, C]` in memory order.
         weight: Codes `[O, kh, kw, C]` in memory order, int8.
         scale: Scales, `[O]`.

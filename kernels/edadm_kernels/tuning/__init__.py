@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeVar, cast
 Instruction = Literal["wgmma", "mma"]
 Product = tuple[str, int, int, int]
 """Kind of kernel, M (rows or output pixels), N (output channels) and K (terms per sum)."""
-Cut = tuple[int, int, int, int]
+TileShape = tuple[int, int, int, int]
 """Rows, columns and terms per step of a tile, and the number of parts of a split sum."""
 FITTED = 90
 """The compute capability whose costs were fitted to measurements."""
@@ -87,7 +87,7 @@ class Tuning:
     instruction: Instruction
     machine: Machine
     costs: Costs
-    fastest: Mapping[Product, Cut]
+    fastest: Mapping[Product, TileShape]
 
 
 @lru_cache(maxsize=1)
@@ -146,14 +146,14 @@ def _numbers(record: type[Record], content: Any, name: str) -> Record:
     return record(**content)
 
 
-def _measured(row: Any, name: str) -> tuple[Product, Cut]:
+def _measured(row: Any, name: str) -> tuple[Product, TileShape]:
     """Returns one measured choice."""
     expected = {"kind": str, "m": int, "n": int, "k": int, "tile": list, "split": int}
     if not isinstance(row, dict) or row.keys() != expected.keys():
         raise ValueError(f"{name}: a choice with {', '.join(expected)} is expected in fastest, found {row}")
     if not all(isinstance(row[key], kind) for key, kind in expected.items()) or len(row["tile"]) != 3:
         raise ValueError(f"{name}: whole numbers and a tile of three are expected in fastest, found {row}")
-    return (row["kind"], row["m"], row["n"], row["k"]), cast(Cut, (*row["tile"], row["split"]))
+    return (row["kind"], row["m"], row["n"], row["k"]), cast(TileShape, (*row["tile"], row["split"]))
 
 
 def as_json(tuning: Mapping[str, Any]) -> str:
