@@ -140,7 +140,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None =
         return out
     check_heads(q, k, v)
     mask = None if bias is None else bias[:, :, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    return attended.reshape(-1).view(attended.shape)  # a dimension of size 1 has the stride of a contiguous tensor too
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

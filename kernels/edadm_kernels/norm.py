@@ -94,7 +94,7 @@ def group_norm_quantize(
 def _empty_like(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:
     """Checks the arguments of `group_norm` and returns an empty output."""
     _check_group(x, weight, bias, num_groups)
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 @operation("group_norm", empty=_empty_like)
@@ -122,7 +122,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: fl
     if uses_hopper(x) and hopper_norm.takes(x, weight, bias, num_groups):
         hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, [out])
         return out
-    y = F.group_norm(x, num_groups, weight.to(x), bias.to(x), eps)
+    y = torch.group_norm(x, num_groups, weight.to(x), bias.to(x), eps)
     return out.copy_(F.silu(y) if silu else y)
 
 
@@ -140,7 +140,7 @@ def _empty_layer(
             "call .contiguous() on the input of layer_norm_quantize first"
         )
     check_affine(weight, bias, x.shape[-1])
-    return [torch.empty_like(x, dtype=torch.int8) for _ in range(scales.numel())]
+    return [x.new_empty(x.shape, dtype=torch.int8) for _ in range(scales.numel())]
 
 
 @operation("layer_norm_quantize", empty=_empty_layer, reference=reference.layer_norm_quantize)

@@ -71,24 +71,28 @@ def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tup
     check_bits(num_bits)
     check_size(x)
     codes = torch.empty_like(x, dtype=torch.int8)
-    if codes.stride() == x.stride() or not x.numel():
+    if codes.stride() == x.stride() or not x.numel() or _strides(codes) == _strides(x):
         return codes, 1, 1
-    # a single dimension that is not dense is a column of one element per row
+    # the last dimension is a row; a single dimension that is not dense is a column of one element per row
     rows = x.permute(0, *range(2, x.ndim), 1) if x.ndim == 4 and x.stride(1) == 1 else x if x.ndim > 1 else x[:, None]
-    columns, row_stride = rows.shape[-1], rows.stride(-2)
-    expected = row_stride
-    for size, stride in zip(reversed(rows.shape[:-1]), reversed(rows.stride()[:-1]), strict=True):
-        if stride != expected:
-            break
+    columns, leading = rows.shape[-1], _strides(rows.select(-1, 0))
+    row_stride = expected = leading[-1][1] if leading else columns
+    is_even = columns == 1 or rows.stride(-1) == 1
+    for size, stride in reversed(leading):
+        is_even = is_even and stride == expected
         expected *= size
-    else:
-        if rows.stride(-1) == 1:
-            order = torch.channels_last if rows is not x else torch.contiguous_format
-            return torch.empty_like(x, dtype=torch.int8, memory_format=order), columns, row_stride
+    if is_even:
+        order = torch.channels_last if rows is not x and x.ndim == 4 else torch.contiguous_format
+        return torch.empty_like(x, dtype=torch.int8, memory_format=order), columns, row_stride
     raise ValueError(
         f"a dense tensor or evenly spaced rows are expected, found shape {tuple(x.shape)} with strides {x.stride()}; "
         "call .contiguous() on the input of quantize first"
     )
+
+
+def _strides(x: Tensor) -> list[tuple[int, int]]:
+    """Returns size and stride of each dimension of more than one element; the stride of others has no meaning."""
+    return [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def variants(arch: int) -> list[KernelVariant]:

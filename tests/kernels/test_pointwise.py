@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edadm_cli.quant import grid
 from edadm_kernels import quantize, reference, silu_quantize, uses_kernel
@@ -88,6 +89,9 @@ def layouts() -> list[Tensor]:
         values((3, 6, 10), 2.0, seed=6),
         values((30, 12), 2.0, seed=6)[:, 2:9],
         values((30,), 2.0, seed=6)[::2],
+        values((6, 8), 2.0, seed=6)[:, 2:3],
+        values((4, 3, 8), 2.0, seed=6)[:, 1:2],
+        values((120,), 2.0, seed=6).as_strided((1, 3, 4, 5), (7, 20, 5, 1)),
         torch.tensor(0.3),
         torch.empty(0, 4),
     ]
@@ -98,6 +102,8 @@ def test_layouts(x: Tensor) -> None:
     parameters = quantizer(0.03, 77)
     codes = quantize(x, *parameters)
     assert torch.equal(codes, reference.quantize(x.contiguous(), *parameters))
+    with FakeTensorMode() as mode:
+        assert quantize(*map(mode.from_tensor, (x, *parameters))).shape == x.shape, "torch.compile refuses none of them"
     if x.ndim == 4 and x.stride(1) == 1:
         assert codes.is_contiguous(memory_format=torch.channels_last)
     elif x.numel() == x.untyped_storage().nbytes() // 4:
