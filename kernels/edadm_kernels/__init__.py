@@ -15,7 +15,7 @@ from edadm_kernels.gemm import linear, linear_geglu, linear_gelu
 from edadm_kernels.heads import join_heads, join_heads_takes
 from edadm_kernels.linears import linear_joined, linear_stack, linears, linears_gelu
 from edadm_kernels.norm import group_norm, group_norm_quantize, layer_norm_quantize, modulated_norm_quantize
-from edadm_kernels.pointwise import quantize, silu_quantize
+from edadm_kernels.pointwise import has_even_rows, quantize, silu_quantize
 from edadm_kernels.product_checks import MAX_TERMS
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "fuses_gelu",
     "group_norm",
     "group_norm_quantize",
+    "has_even_rows",
     "join_heads",
     "join_heads_takes",
     "layer_norm_quantize",

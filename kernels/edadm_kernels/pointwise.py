@@ -73,21 +73,40 @@ def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tup
     codes = torch.empty_like(x, dtype=torch.int8)
     if codes.stride() == x.stride() or not x.numel() or _strides(codes) == _strides(x):
         return codes, 1, 1
-    # the last dimension is a row; a single dimension that is not dense is a column of one element per row
-    rows = x.permute(0, *range(2, x.ndim), 1) if x.ndim == 4 and x.stride(1) == 1 else x if x.ndim > 1 else x[:, None]
-    columns, leading = rows.shape[-1], _strides(rows.select(-1, 0))
-    row_stride = expected = leading[-1][1] if leading else columns
-    is_even = columns == 1 or rows.stride(-1) == 1
-    for size, stride in reversed(leading):
-        is_even = is_even and stride == expected
-        expected *= size
-    if is_even:
-        order = torch.channels_last if rows is not x and x.ndim == 4 else torch.contiguous_format
+    rows = _even_rows(x)
+    if rows is not None:
+        columns, row_stride, order = rows
         return torch.empty_like(x, dtype=torch.int8, memory_format=order), columns, row_stride
     raise ValueError(
         f"a dense tensor or evenly spaced rows are expected, found shape {tuple(x.shape)} with strides {x.stride()}; "
         "call .contiguous() on the input of quantize first"
     )
+
+
+def has_even_rows(x: Tensor) -> bool:
+    """Returns whether `quantize` can read `x` as contiguous rows at one stride, and writes codes in the order of `x`.
+
+    The rows are those of the last dimension; for an image `[N, C, H, W]` with channels innermost they are its pixels.
+    """
+    return _even_rows(x) is not None
+
+
+def _even_rows(x: Tensor) -> tuple[int, int, torch.memory_format] | None:
+    """Returns length and stride of the rows of `x`, and the memory format of its codes; `None` for uneven rows."""
+    if x.ndim < 1 or not x.numel():
+        return None
+    is_image = x.ndim == 4 and x.stride(1) == 1
+    # the only dimension of a vector is a column of one element per row
+    rows = x.permute(0, 2, 3, 1) if is_image else x if x.ndim > 1 else x[:, None]
+    columns, leading = rows.shape[-1], _strides(rows.select(-1, 0))
+    row_stride = expected = leading[-1][1] if leading else columns
+    if columns > 1 and rows.stride(-1) != 1:
+        return None
+    for size, stride in reversed(leading):
+        if stride != expected:
+            return None
+        expected *= size
+    return columns, row_stride, torch.channels_last if is_image else torch.contiguous_format
 
 
 def _strides(x: Tensor) -> list[tuple[int, int]]:

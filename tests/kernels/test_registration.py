@@ -157,12 +157,11 @@ WITHOUT_TOKENS = (
 )
 
 
-@pytest.mark.parametrize("of", ["samples", "tokens"])
-@pytest.mark.parametrize("name", list(cases()))
+@pytest.mark.parametrize(
+    ("name", "of"), [*((name, "samples") for name in cases()), *((name, "tokens") for name in WITHOUT_TOKENS)]
+)
 def test_an_operation_on_nothing_returns_nothing(name: str, of: str) -> None:
     """Neither a kernel nor the reference can compute it, so both must be left out."""
-    if of == "tokens" and name not in WITHOUT_TOKENS:
-        pytest.skip("the operation has no tokens")
     operation, arguments = getattr(torch.ops.edadm, name).default, emptied(name, of == "tokens")
     with FakeTensorMode() as mode:
         expected = outputs(operation(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments)))

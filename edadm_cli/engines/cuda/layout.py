@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import edadm_kernels as kernels
+
 
 def channels_last(x: Tensor) -> Tensor:
     """Returns `x` `[N, C, H, W]` with channels-last strides; it is a copy only if `x` has other strides."""
@@ -14,11 +16,14 @@ def channels_last(x: Tensor) -> Tensor:
 def quantizable(x: Tensor) -> Tensor:
     """Returns `x` with strides that the quantizing kernel can read, as a copy only if necessary.
 
-    The kernel can read a range of channels of a channels-last image without a copy.
+    The kernel can read a range of channels of a channels-last image without a copy, but not a range of its rows or
+    columns.
     """
     if x.ndim != 4:
         return x.contiguous()
-    return x if x.stride(1) == 1 else channels_last(x)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x if x.stride(1) == 1 and kernels.has_even_rows(x) else channels_last(x)
 
 
 def rows_of(image: Tensor) -> Tensor:

@@ -6,14 +6,17 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+import edadm_kernels as kernels
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.layer_product import KernelProduct
+from edadm_cli.engines.cuda.layout import channels_last, quantizable
 from edadm_cli.engines.parity import prediction_of, relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
@@ -100,6 +103,16 @@ def test_a_copy_shares_the_product_and_has_its_own_codes() -> None:
     for layer in quantized_layers(denoiser).values():
         layer.weight_codes.zero_()
     assert torch.equal(prediction_of(other(*call[0], **call[1])), expected)
+
+
+@pytest.mark.parametrize("part", [np.s_[:, 1:4], np.s_[:, :, 1:], np.s_[:, :, :, 1:], np.s_[1:, :, 2:3]], ids=str)
+def test_a_part_of_an_image_is_quantized_as_its_copy(part: Any) -> None:
+    """A kernel reads evenly spaced pixels: a range of channels has them, a range of rows or columns has not."""
+    image = channels_last(torch.randn(3, 6, 4, 5, generator=torch.Generator().manual_seed(0)))[part]
+    grid = torch.tensor([0.03]), torch.tensor([7], dtype=torch.int32)
+    codes = kernels.quantize(quantizable(image), *grid)
+    assert codes.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(codes, kernels.quantize(image.contiguous(), *grid))
 
 
 CONVOLUTION, LINEAR = nn.Conv2d(6, 10, 3, padding=1), nn.Linear(20, 12)
