@@ -94,7 +94,7 @@ def group_norm_quantize(
 def _empty_like(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:
     """Checks the arguments of `group_norm` and returns an empty output."""
     _check_group(x, weight, bias, num_groups)
-    return torch.empty_like(x, memory_format=torch.channels_last)
+    return torch.empty_like(x)
 
 
 @operation("group_norm", empty=_empty_like)
