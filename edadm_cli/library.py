@@ -174,7 +174,7 @@ def _on_engine(
 ) -> LoadedModel:
     """Returns the export on an engine: from the engine's files in its run, elsewhere compiled for a usual call."""
     from edadm_cli.engines.base import EngineOptions
-    from edadm_cli.engines.files import compile_new, load_on_engine, require_one_denoiser
+    from edadm_cli.engines.files import compile_new, load_on_engine
     from edadm_cli.engines.pipeline import put_on_engine
     from edadm_cli.integrations.lora import load_loras
     from edadm_cli.models.example_calls import example_call
@@ -187,7 +187,8 @@ def _on_engine(
         return load_on_engine(run_folder, run_folder.open("export", name), engine, device, dtype, reporter)
     engine.require(device)
     model = load_model(str(path), device, dtype)
-    require_one_denoiser(model, engine)
     load_loras(model, lora)
-    args, kwargs = example_call(model.denoiser, batch_size=1)
-    return put_on_engine(model, compile_new(engine, model.denoiser, args, kwargs, EngineOptions(device, dtype)))
+    for each in model.by_denoiser().values():
+        args, kwargs = example_call(each.denoiser, batch_size=1)
+        put_on_engine(each, compile_new(engine, each.denoiser, args, kwargs, EngineOptions(device, dtype)))
+    return model

@@ -46,7 +46,9 @@ def engine_artifact(
 ) -> Artifact:
     """Returns the artifact with the engine's files of an export, and makes it if it is missing, damaged or outdated.
 
-    The denoiser in new files is called once before the artifact is returned, if the engine runs on this machine.
+    Each denoiser has files of its own: those of the first one lie in the artifact's folder, and those of every further
+    one in a folder with the name of the component. A denoiser in new files is called once before the artifact is
+    returned, if the engine runs on this machine.
 
     Args:
         run: The run of the export.
@@ -73,12 +75,14 @@ def engine_artifact(
         reporter.note(f"{name}: converting the denoiser")
         device = torch.device("cpu")
         model = load_model(str(export.path), device, torch.float32, _entry(run))
-        require_one_denoiser(model, engine)
-        args, kwargs = example(run, device, torch.float32)
         options = EngineOptions(device)
-        engine.save(model.denoiser, args, kwargs, options, build.path)
-        if isinstance(engine, FileEngine) and engine.refusal(device) is None:
-            require_first_call(engine, build.path, args, kwargs, options)
+        for place, each in model.by_denoiser().items():
+            folder = build.path / place
+            folder.mkdir(exist_ok=True)
+            args, kwargs = example(run, device, torch.float32, place)
+            engine.save(each.denoiser, args, kwargs, options, folder)
+            if isinstance(engine, FileEngine) and engine.refusal(device) is None:
+                require_first_call(engine, folder, args, kwargs, options)
         return build.commit()
 
 
@@ -130,7 +134,7 @@ def _first_call(engine: FileEngine, folder: Path, packed: Any, options: EngineOp
 def load_on_engine(
     run: RunFolder, export: Artifact, engine: Engine, device: torch.device, dtype: torch.dtype, reporter: Reporter
 ) -> LoadedModel:
-    """Returns the exported pipeline with its denoiser on an engine.
+    """Returns the exported pipeline with each of its denoisers on an engine.
 
     Args:
         run: The run of the export.
@@ -145,25 +149,15 @@ def load_on_engine(
     """
     engine.require(device)
     model = load_model(str(export.path), device, dtype, _entry(run))
-    require_one_denoiser(model, engine)
     options = EngineOptions(device, dtype)
-    if isinstance(engine, FileEngine):
-        compiled = engine.load(engine_artifact(run, export, engine, reporter).path, options)
-    else:
-        compiled = engine.compile(model.denoiser, *example(run, device, dtype), options)
-    return put_on_engine(model, compiled)
-
-
-def require_one_denoiser(model: LoadedModel, engine: FileWriter | Engine) -> None:
-    """Checks that a pipeline has one denoiser, because an engine compiles only one.
-
-    Raises:
-        UsageError: The pipeline has several denoisers.
-    """
-    model.require_one_denoiser(
-        f"the engine '{engine.name}'",
-        hint="leave the engine out: diffusers runs the export as it is, each denoiser under torch.compile if you like",
-    )
+    files = engine_artifact(run, export, engine, reporter).path if isinstance(engine, FileEngine) else None
+    for place, each in model.by_denoiser().items():
+        if files is not None and isinstance(engine, FileEngine):
+            compiled = engine.load(files / place, options)
+        else:
+            compiled = engine.compile(each.denoiser, *example(run, device, dtype, place), options)
+        put_on_engine(each, compiled)
+    return model
 
 
 def file_engine(engine: Engine) -> FileEngine:
@@ -180,9 +174,18 @@ def file_engine(engine: Engine) -> FileEngine:
     return engine
 
 
-def example(run: RunFolder, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the `(args, kwargs)` of one denoiser call like those that the pipeline makes for one image."""
-    return CalibrationSet.load(run.open("select")).call(range(1), device, dtype)
+def example(
+    run: RunFolder, device: torch.device, dtype: torch.dtype, place: str = ""
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the `(args, kwargs)` of one denoiser call like those that the pipeline makes for one image.
+
+    Args:
+        run: The run, with a calibration set.
+        device: The device of the tensors.
+        dtype: The element type of the denoiser.
+        place: The folder of the denoiser within an artifact, `""` for the first denoiser of the pipeline.
+    """
+    return CalibrationSet.load(run.open("select").within(place)).call(range(1), device, dtype)
 
 
 def _entry(run: RunFolder) -> ModelEntry:

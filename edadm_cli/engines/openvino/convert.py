@@ -25,6 +25,7 @@ from edadm_cli.engines.graph.tracing import FlatDenoiser, LayerStandIn, convolve
 from edadm_cli.engines.openvino import nodes
 from edadm_cli.engines.openvino.movement import quantize_before_moving
 from edadm_cli.engines.openvino.scale_shift import distribute_scales
+from edadm_cli.engines.openvino.traced_forms import TracedForms
 from edadm_cli.errors import EdadmError
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer
@@ -74,7 +75,7 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     wrapper = FlatDenoiser(tracing.model, interface)
     example = tuple(interface.tensors(args, kwargs).values())
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), TracedForms():
             warnings.simplefilter("ignore")  # of tracing: constants from shapes, and that torch.jit is deprecated
             # a second trace to check the first one would double the time
             decoder = TorchScriptPythonDecoder(
