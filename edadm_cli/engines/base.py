@@ -119,6 +119,13 @@ class CompiledDenoiser(ABC):
     def layers(self) -> tuple[LayerExecution, ...]:
         """Returns how each layer runs, in the order of the denoiser's modules."""
 
+    def keep_source(self, denoiser: nn.Module) -> None:
+        """Offers the quantized denoiser in torch, from which an engine may convert calls that its graph does not fit.
+
+        An engine whose graph fits all calls ignores it, so that its weights can be freed.
+        """
+        return None
+
     def set_strengths(self, strengths: Mapping[tuple[str, str], float]) -> None:
         """Sets the strengths of the adapters that the denoiser was compiled with; see `engines.adapters`.
 

@@ -102,7 +102,9 @@ def compile_new(
     with TemporaryDirectory(prefix="edadm-engine-") as folder:
         engine.save(denoiser, args, kwargs, options, Path(folder))
         require_first_call(engine, Path(folder), args, kwargs, options)
-        return engine.load(Path(folder), options)
+        compiled = engine.load(Path(folder), options)
+        compiled.keep_source(denoiser)
+        return compiled
 
 
 def require_first_call(
@@ -154,6 +156,7 @@ def load_on_engine(
     for place, each in model.by_denoiser().items():
         if files is not None and isinstance(engine, FileEngine):
             compiled = engine.load(files / place, options)
+            compiled.keep_source(each.denoiser)
         else:
             compiled = engine.compile(each.denoiser, *example(run, device, dtype, place), options)
         put_on_engine(each, compiled)

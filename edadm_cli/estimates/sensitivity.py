@@ -30,7 +30,7 @@ def estimate(config: SensitivityConfig, run_folder: RunFolder) -> Estimate:
     per_call = time.perf_counter() - start
     widths = len(config.weight_bits) + len(config.activation_bits)
     layer_calls = (len(traced.layers) * widths + len(config.activation_bits) + 1) * len(calls)
-    step_calls = task.num_calls * (task.num_calls + 1) * config.num_images / max(1, len(steps))
+    step_calls = task.num_steps * (task.num_steps + 1) * config.num_images / max(1, len(steps))
     weights = sum(parameter.numel() for parameter in denoiser.parameters())
     return Estimate(
         seconds=loading + (layer_calls + step_calls) * per_call,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.errors import InputError
 from edadm_cli.hooks import Hooks
 
 NOISE_SHARE = 0.05
@@ -30,7 +31,7 @@ class StepGains:
     """The effect of an error of the prediction at each step on the final sample.
 
     Attributes:
-        gains: g_t of each denoiser call of the sampler, with shape `(T,)`: squared error of the final sample per
+        gains: g_t of each step of the sampler, with shape `(T,)`: squared error of the final sample per
             squared error of the prediction.
         final_energy: Mean square of the final sample at full precision.
     """
@@ -42,28 +43,41 @@ class StepGains:
 def measure_gains(
     denoiser: nn.Module,
     generate: Callable[[], Tensor],
-    num_calls: int,
+    num_steps: int,
     branches: int,
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> StepGains:
-    """Measures the gain of each step with `num_calls + 1` runs of the sampler.
+    """Measures the gain of each step with `num_steps + 1` runs of the sampler.
 
     Args:
         denoiser: The full-precision denoiser that `generate` calls.
         generate: Samples the same images every time; returns the final latents, with shape `(N, *)`.
-        num_calls: T, denoiser calls per run.
-        branches: 2 if a call holds both branches of guidance, else 1. Both get the same noise, so that the guided
-            prediction changes by exactly that noise.
+        num_steps: T, the steps of the sampler. A step may consist of several calls, such as one per branch of guidance.
+            All of them get the same noise, so that the guided prediction changes by exactly that noise.
+        branches: 2 if the calibration set holds both branches of guidance, else 1. Where a step is one call, its rows
+            are those of both branches, which get the same noise too.
         seed: Seed of the noise.
         advance: Progress callback, called with 1 after each run.
+
+    Raises:
+        InputError: The steps do not all have the same number of calls.
     """
-    final = generate()
+    with _counted(denoiser) as calls:
+        final = generate()
     advance(1)
-    gains = torch.zeros(num_calls, dtype=torch.float64)
-    for index in range(num_calls):
+    per_step, rest = divmod(len(calls), num_steps)
+    if rest or not per_step:
+        raise InputError(
+            f"The sampler calls the denoiser {len(calls)} times in {num_steps} steps, so not every step has as many"
+            " calls, and the effect of an error at one step cannot be measured.",
+            hint="edadm reconstruct --bits w4a8, or another width that all layers have",
+        )
+    gains = torch.zeros(num_steps, dtype=torch.float64)
+    for index in range(num_steps):
         added: list[float] = []
-        with _noise_at_call(denoiser, index, branches, seed, added):
+        of_step = range(index * per_step, (index + 1) * per_step)
+        with _noise_at_calls(denoiser, of_step, branches if per_step == 1 else 1, seed + index, added):
             changed = generate()
         gains[index] = (changed - final).double().square().mean() / max(added[0], 1e-30)
         advance(1)
@@ -71,22 +85,32 @@ def measure_gains(
 
 
 @contextmanager
-def _noise_at_call(denoiser: nn.Module, call: int, branches: int, seed: int, added: list[float]) -> Iterator[None]:
-    """Adds noise to the denoiser's output in its call number `call`; `added` receives the mean square of the noise."""
-    generator = torch.Generator().manual_seed(seed + call)
-    number = 0
+def _counted(denoiser: nn.Module) -> Iterator[list[None]]:
+    """Yields a list that gets an entry for each call of the denoiser."""
+    calls: list[None] = []
+    with Hooks() as hooks:
+        hooks.after(denoiser, lambda *_: calls.append(None))
+        yield calls
+
+
+@contextmanager
+def _noise_at_calls(denoiser: nn.Module, calls: range, branches: int, seed: int, added: list[float]) -> Iterator[None]:
+    """Adds the same noise to the denoiser's output in some of its calls; `added` receives the noise's mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    number, noise = -1, torch.zeros(())
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        nonlocal number
+        nonlocal number, noise
         number += 1
-        if number - 1 != call:
+        if number not in calls:
             return output
         prediction = prediction_of(output)
         rows = len(prediction) // branches
-        noise = torch.randn((rows, *prediction.shape[1:]), generator=generator, dtype=torch.float32)
-        scale = NOISE_SHARE * prediction.float().square().mean().sqrt().item()
-        noise = (noise * scale).to(prediction)
-        added.append(float(noise.double().square().mean()))
+        if number == calls.start:
+            values = torch.randn((rows, *prediction.shape[1:]), generator=generator, dtype=torch.float32)
+            scale = NOISE_SHARE * prediction.float().square().mean().sqrt().item()
+            noise = (values * scale).to(prediction)
+            added.append(float(noise.double().square().mean()))
         changed = prediction + torch.cat([noise] * branches)
         if isinstance(output, tuple):
             return (changed, *output[1:])

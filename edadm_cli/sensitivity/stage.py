@@ -92,8 +92,8 @@ class _Task:
         return min(self.config.num_samples, len(self.calibration))
 
     @property
-    def num_calls(self) -> int:
-        """Number of denoiser calls in one run of the sampler."""
+    def num_steps(self) -> int:
+        """Number of steps in one run of the sampler."""
         return int(self.calibration.step_index.max()) + 1
 
     def build_spec(self) -> BuildSpec:
@@ -160,9 +160,9 @@ def _gains(task: _Task, model: LoadedModel, folder: Path, reporter: Reporter) ->
                 guidance_scale=sampling.guidance_scale,
             ).latents
 
-        with reporter.task("Measuring the effect of each step", task.num_calls + 1) as advance:
+        with reporter.task("Measuring the effect of each step", task.num_steps + 1) as advance:
             measured = measure_gains(
-                model.denoiser, generate, task.num_calls, task.calibration.branches, task.config.seed, advance
+                model.denoiser, generate, task.num_steps, task.calibration.branches, task.config.seed, advance
             )
         save_json(path, {"gains": measured.gains.tolist(), "final_energy": measured.final_energy})
     values = load_json(path)

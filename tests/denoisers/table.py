@@ -314,24 +314,34 @@ def code_sha256() -> str:
 
 def write_tables(results: list[Result]) -> None:
     """Write the table of the rows, and that of the classes that no row measures, into docs/models.md."""
-    text = DOCS.read_text(encoding="utf-8")
     others = classes.markdown({result.denoiser for result in results})
     versions = " and ".join(sorted({result.versions for result in results}))
     measured = f"{markdown(results)}\nThese rows are of {versions}, in float32 on a CPU.\n"
     for name, table in zip(_TABLES, (measured, others), strict=True):
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-        start, stop = text.index(begin) + len(begin), text.index(end)
-        text = text[:start] + table + text[stop:]
-    DOCS.write_text(text, encoding="utf-8")
+        write_table(name, table)
+
+
+def write_table(name: str, table: str) -> None:
+    """Write a table between its two marks in docs/models.md."""
+    text = DOCS.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+    start, stop = text.index(begin) + len(begin), text.index(end)
+    DOCS.write_text(text[:start] + table + text[stop:], encoding="utf-8")
 
 
 def main() -> None:
     """Write the table, or print some rows of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=None, help="names of builders")
+    parser.add_argument("--engine", action="store_true", help="the table of the OpenVINO engine instead")
     parser.add_argument("--notes", type=Path, default=NOTES, help="file of the rows that are finished")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes, of one thread each")
     options = parser.parse_args()
+    if options.engine:
+        from tests.denoisers.engines import write_engine_table
+
+        write_engine_table(options.only)
+        return
     if options.only is not None:
         run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only), jobs=options.jobs)
         return

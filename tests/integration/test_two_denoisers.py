@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from edadm_cli.config import (
     CollectConfig,
     ExportConfig,
     ReconstructConfig,
-    SampleConfig,
     SelectConfig,
     SensitivityConfig,
 )
@@ -71,11 +71,38 @@ def test_an_export_holds_the_codes_of_each_denoiser(run: RunFolder) -> None:
     assert not torch.equal(codes[""], codes["transformer_2"])
 
 
-def test_what_takes_one_denoiser_says_so(run: RunFolder) -> None:
-    from edadm_cli.sample import stage as sample
+def test_an_engine_runs_each_denoiser_at_its_steps(run: RunFolder) -> None:
+    import edadm_cli
+    from edadm_cli.engines.pipeline import EngineDenoiser
 
-    with pytest.raises(UsageError, match=r"has 2 denoisers .*, and the engine 'reference' takes one"):
-        sample.run(SampleConfig(bits=W8A8, engine="reference", device="cpu"), run)
+    export = run.open("export", "w8a8").path
+    frames, calls = {}, {}
+    for engine in ("torch", "openvino"):
+        pipeline = edadm_cli.load(export, engine=engine, device="cpu")
+        denoisers = {name: getattr(pipeline, name) for name in ("transformer", "transformer_2")}
+        assert all(isinstance(each, EngineDenoiser) for each in denoisers.values()) == (engine != "torch")
+        calls[engine] = {name: _counted(denoiser) for name, denoiser in denoisers.items()}
+        call = {"prompt": "a cat", "num_inference_steps": STEPS, "output_type": "pt"}
+        call |= {"height": 16, "width": 16, "num_frames": 5}
+        frames[engine] = pipeline(**call, generator=torch.Generator().manual_seed(0)).frames
+    assert calls["openvino"] == calls["torch"]
+    assert all(len(each) > 0 for each in calls["torch"].values())
+    assert 0 < float((frames["openvino"] - frames["torch"]).square().mean().sqrt()) < 0.02
+    files = run.open("engine", "w8a8-openvino")
+    names = {entry.path for entry in files.manifest.payload}
+    assert {"denoiser.xml", "transformer_2/denoiser.xml"} <= names
+    assert files.within("transformer_2").json("denoiser.json")["interface"]["denoiser"] == "WanTransformer3DModel"
+
+
+def _counted(denoiser: torch.nn.Module) -> list[float]:
+    """Returns a list that receives the timestep of every later call of a denoiser."""
+    timesteps: list[float] = []
+
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timesteps.append(float(kwargs["timestep"].flatten()[0]))
+
+    denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    return timesteps
 
 
 def test_diffusers_runs_both_denoisers_under_torch_compile_as_the_refusals_say(run: RunFolder) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from importlib import import_module
 from typing import Any
 
@@ -38,6 +39,10 @@ class GraphInterface(BaseModel):
         arguments: The arguments of a call, all by keyword, in the form of `models.calls.Template`.
         inputs: The names of the graph's inputs, in order.
         returns: The import path of the class that the denoiser returns; `None` if it returns a tuple.
+        returns_list: Whether the denoiser returns a list with one tensor per row, which the graph stacks.
+        rows: The number of rows that calls must have; `None` if any number is possible.
+        fixed: The SHA-256 of the values of each input that calls may not change, by name. The denoiser read these
+            values, such as a mask's number of tokens, in Python while it was traced.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +52,25 @@ class GraphInterface(BaseModel):
     arguments: dict[str, Any] = Field(description="keyword -> place of a tensor, or a literal")
     inputs: tuple[str, ...]
     returns: str | None = None
+    returns_list: bool = False
+    rows: int | None = None
+    fixed: dict[str, str] = {}
+
+    @property
+    def is_specific(self) -> bool:
+        """Returns whether the graph fits only calls that agree with the example in more than its form."""
+        return self.rows is not None or bool(self.fixed)
+
+    def specific(self, tensors: Mapping[str, Tensor], rows: bool, values: Iterable[str]) -> GraphInterface:
+        """Returns the interface of a graph that fits only some calls.
+
+        Args:
+            tensors: The inputs of the example call.
+            rows: Whether calls must have as many rows as the example.
+            values: The names of the inputs that must have the same values as in the example.
+        """
+        fixed = {name: _digest(tensors[name]) for name in sorted(values)}
+        return self.model_copy(update={"rows": tensors[SAMPLE].shape[0] if rows else None, "fixed": fixed})
 
     @classmethod
     def of(cls, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphInterface:
@@ -71,7 +95,16 @@ class GraphInterface(BaseModel):
         if arguments != self.arguments:
             raise InputError(f"{self.denoiser} is called with {_difference(arguments, self.arguments)}.")
         given = {SAMPLE: call.sample, TIMESTEP: timesteps, **call.tensors}
-        return {name: _graph_type(given[name]) for name in self.inputs}
+        tensors = {name: _graph_type(given[name]) for name in self.inputs}
+        rows = tensors[SAMPLE].shape[0]
+        if self.rows is not None and rows != self.rows:
+            raise InputError(f"{self.denoiser} is called with {rows} rows, but its graph was made for {self.rows}.")
+        changed = [name for name, digest in self.fixed.items() if _digest(tensors[name]) != digest]
+        if changed:
+            raise InputError(
+                f"{self.denoiser} is called with other values of {changed[0]} than those that its graph was made for."
+            )
+        return tensors
 
     def call(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Returns the keyword arguments of the denoiser that correspond to inputs of the graph."""
@@ -86,12 +119,13 @@ class GraphInterface(BaseModel):
         """
         sample = _split(self.parameters, args, kwargs)[0].sample
         prediction = prediction.to(sample.device, sample.dtype)
+        returned = list(prediction) if self.returns_list else prediction
         if self.returns is None or not kwargs.get(_RETURN_DICT, True):
-            return (prediction,)
+            return (returned,)
         module, _, name = self.returns.rpartition(".")
         if module.partition(".")[0] not in _OUTPUT_LIBRARIES:
             raise InputError(f"The engine's files name the output class '{self.returns}', which is not of diffusers.")
-        return getattr(import_module(module), name)(sample=prediction)
+        return getattr(import_module(module), name)(sample=returned)
 
 
 def class_path(output: Any) -> str | None:
@@ -152,6 +186,12 @@ def _by_dotted_name(node: Any, name: str = "") -> dict[str, Any]:
     return {
         key: leaf for part, item in items for key, leaf in _by_dotted_name(item, f"{name}.{part}".lstrip(".")).items()
     }
+
+
+def _digest(tensor: Tensor) -> str:
+    """Returns the SHA-256 of a tensor's shape and values."""
+    values = tensor.contiguous().numpy().tobytes()
+    return sha256(repr(list(tensor.shape)).encode() + values).hexdigest()
 
 
 def _graph_type(tensor: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,13 @@ WRAPPED = "denoiser"
 
 @dataclass(eq=False)
 class _Returned:
-    """Holds the import path of the class that the denoiser returned.
+    """Holds the import path of the class that the denoiser returned, and whether it returned a list of rows.
 
-    It is not an attribute of the module, because exporters undo what tracing sets on a module.
+    These are not attributes of the module, because exporters undo what tracing sets on a module.
     """
 
     path: str | None = None
+    is_list: bool = False
 
 
 class FlatDenoiser(nn.Module):
@@ -38,26 +40,35 @@ class FlatDenoiser(nn.Module):
     Args:
         denoiser: The denoiser with stand-ins.
         interface: It turns calls into inputs of the graph.
+        context: Returns a context for the denoiser's computation, from the graph's inputs by name.
     """
 
-    def __init__(self, denoiser: nn.Module, interface: GraphInterface) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        interface: GraphInterface,
+        context: Callable[[Mapping[str, Tensor]], AbstractContextManager[object]] = lambda _: nullcontext(),
+    ) -> None:
         super().__init__()
         self.add_module(WRAPPED, denoiser)
-        self.interface, self._returned = interface, _Returned()
+        self.interface, self._context, self._returned = interface, context, _Returned()
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Returns the denoiser's prediction for the graph's inputs, in their order."""
         inputs = dict(zip(self.interface.inputs, tensors, strict=True))
         denoiser = self.get_submodule(WRAPPED)
-        # the interface omits None, which Kandinsky 2.2 passes for an argument without a default
-        output = denoiser(**(dict.fromkeys(_required(denoiser)) | self.interface.call(inputs)))
+        with self._context(inputs):
+            # the interface omits None, which Kandinsky 2.2 passes for an argument without a default
+            output = denoiser(**(dict.fromkeys(_required(denoiser)) | self.interface.call(inputs)))
         self._returned.path = class_path(output)
-        prediction: Tensor = output[0]
-        return prediction
+        prediction = output[0]
+        self._returned.is_list = isinstance(prediction, list | tuple)
+        return torch.stack(tuple(prediction)) if self._returned.is_list else prediction
 
     def traced_interface(self) -> GraphInterface:
-        """Returns the interface, completed with the class that the denoiser returned while it was traced."""
-        return self.interface.model_copy(update={"returns": self._returned.path})
+        """Returns the interface, completed with what the denoiser returned while it was traced."""
+        returned = self._returned
+        return self.interface.model_copy(update={"returns": returned.path, "returns_list": returned.is_list})
 
 
 class LayerStandIn(nn.Module):
@@ -72,6 +83,8 @@ class LayerStandIn(nn.Module):
         self.operation, self.weight_shape = layer.operation, layer.weight_shape
         self.in_features = self.in_channels = layer.in_features
         self.out_features = self.out_channels = layer.out_features
+        # some networks read the element type of the first parameter of an embedder (Wan)
+        self.typed = nn.Parameter(torch.empty(0), requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
@@ -98,6 +111,12 @@ def copy_with_stand_ins(denoiser: nn.Module, stand_ins: dict[int, Any]) -> nn.Mo
     memo |= {id(b): b.detach() for b in denoiser.buffers()}
     # diffusers' own `to` refuses casts of quantized models
     return nn.Module.to(copy.deepcopy(denoiser, memo), "cpu", torch.float32).eval()
+
+
+def sharing_copy(denoiser: nn.Module) -> nn.Module:
+    """Returns a copy of a denoiser that shares its tensors, and keeps them when the denoiser is freed."""
+    tensors: list[Any] = [*denoiser.parameters(), *denoiser.buffers()]
+    return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in tensors})
 
 
 def convolved_sizes(

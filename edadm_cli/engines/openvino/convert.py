@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import openvino as ov
@@ -26,7 +26,9 @@ from edadm_cli.engines.openvino import nodes
 from edadm_cli.engines.openvino.movement import quantize_before_moving
 from edadm_cli.engines.openvino.scale_shift import distribute_scales
 from edadm_cli.engines.openvino.traced_forms import TracedForms
+from edadm_cli.engines.openvino.value_reads import ValueReads
 from edadm_cli.errors import EdadmError
+from edadm_cli.models.calls import SAMPLE, TIMESTEP
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer
 
@@ -38,6 +40,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("geglu(Tensor x, int index, int features) -> Tensor")
 _LIBRARY.define("fake_quantize(Tensor x, int index) -> Tensor")
+_IN_TORCH = "run the export in torch: edadm_cli.load(FOLDER, engine='torch')"
 _OPERATIONS = ("linear", "geglu", "conv2d", "fake_quantize")
 
 
@@ -58,6 +61,9 @@ _LIBRARY.impl("fake_quantize", lambda x, index: x.clone(), "CompositeExplicitAut
 def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ov.Model, GraphInterface]:
     """Converts a quantized denoiser. Its inputs keep dynamic shapes, so that other sizes can be set later.
 
+    Where the denoiser computes row by row, or reads values of a mask or of lengths in Python, the graph fits only calls
+    that agree with the example in these, and its interface refuses others.
+
     Args:
         denoiser: A denoiser with quantized layers, on any device; it is not changed.
         args: The positional arguments of an example call.
@@ -72,27 +78,66 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     tracing = _Tracing(denoiser)
     interface = GraphInterface.of(denoiser, args, kwargs)
-    wrapper = FlatDenoiser(tracing.model, interface)
-    example = tuple(interface.tensors(args, kwargs).values())
+    tensors, reads = interface.tensors(args, kwargs), ValueReads()
+
+    def context(inputs: Mapping[str, Tensor]) -> TracedForms:
+        reads.begin(inputs)
+        return TracedForms(reads)
+
+    wrapper = FlatDenoiser(tracing.model, interface, context)
     try:
-        with warnings.catch_warnings(), TracedForms():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing: constants from shapes, and that torch.jit is deprecated
             # a second trace to check the first one would double the time
             decoder = TorchScriptPythonDecoder(
-                wrapper, example_input=example, trace_kwargs={"check_trace": False}, skip_freeze=True
+                wrapper, example_input=tuple(tensors.values()), trace_kwargs={"check_trace": False}, skip_freeze=True
             )
-            model = _translate(decoder, tracing.extensions())
+        _require_steady_values(type(denoiser).__name__, tensors, reads.names)
+        model = _translate(decoder, tracing.extensions())
+    except EdadmError:
+        raise
     except Exception as error:  # whatever tracing or the converter raises is a refusal
         raise EdadmError(
-            f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}",
-            hint="run the export in torch: edadm_cli.load(FOLDER, engine='torch')",
+            f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}", hint=_IN_TORCH
         ) from error
     quantize_before_moving(model)
     distribute_scales(model)
     for name, port in zip(interface.inputs, model.inputs, strict=True):
         port.set_names({name})
         port.node.friendly_name = name
-    return model, wrapper.traced_interface()
+    has_rows = _takes_another_row(model, tensors)
+    return model, wrapper.traced_interface().specific(tensors, rows=not has_rows, values=reads.names)
+
+
+def _require_steady_values(denoiser: str, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Checks that no values that change from step to step were read while a denoiser was traced.
+
+    Raises:
+        EdadmError: The sample, the timestep or another floating-point input was read.
+    """
+    changing = sorted(name for name in names if name == TIMESTEP or tensors[name].is_floating_point())
+    if changing:
+        raise EdadmError(
+            f"OpenVINO cannot convert {denoiser}: what it computes next depends on values of {changing[0]}, as with"
+            " experts that are chosen per token.",
+            hint=_IN_TORCH,
+        )
+
+
+def _takes_another_row(model: ov.Model, tensors: Mapping[str, Tensor]) -> bool:
+    """Returns whether a graph predicts one row more for inputs with one row more."""
+    rows = tensors[SAMPLE].shape[0]
+    more = {
+        name: [rows + 1, *tensor.shape[1:]] if tensor.shape[:1] == (rows,) else list(tensor.shape)
+        for name, tensor in tensors.items()
+    }
+    graph = model.clone()
+    try:
+        graph.reshape(more)
+    except RuntimeError:  # a shape inside the graph is that of the example
+        return False
+    shape = graph.outputs[0].get_partial_shape()
+    return bool(shape.rank.is_static and shape[0] == rows + 1)
 
 
 def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExtension]) -> ov.Model:

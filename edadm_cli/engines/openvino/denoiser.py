@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import openvino as ov
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.graph.description import PlannedLayer
 from edadm_cli.engines.graph.interface import GraphInterface
+from edadm_cli.engines.graph.tracing import sharing_copy
 from edadm_cli.engines.openvino import forms, saturation, sinusoids
+from edadm_cli.engines.openvino.convert import convert
 from edadm_cli.engines.openvino.execution import executed_layers, operation_times, runtime_nodes
+from edadm_cli.engines.openvino.int4 import widen
 from edadm_cli.errors import InputError
 
 # only two are kept, because each compiled graph holds all weights in the layout of its kernels
 _SHAPES_KEPT = 2
+_GRAPHS_KEPT = 2  # such as those of the two branches of guidance, whose prompts differ in length
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -36,8 +40,19 @@ def plugin_properties(options: EngineOptions) -> dict[str, Any]:
     return properties
 
 
+@dataclass(eq=False)
+class _Graph:
+    """A graph with dynamic shapes, the calls that it fits, and the shapes that it turned out not to fit."""
+
+    model: ov.Model
+    interface: GraphInterface
+    misfits: dict[Shapes, InputError] = field(default_factory=dict)
+
+
 class OpenVinoDenoiser(CompiledDenoiser):
     """Runs a graph with dynamic shapes, and keeps the compiled graphs of the two shapes that were used last.
+
+    A graph that fits only some calls is made again for others if the denoiser in torch is at hand; see `keep_source`.
 
     Args:
         graph: The graph, with int8 constants and inputs named as in `interface`.
@@ -55,17 +70,48 @@ class OpenVinoDenoiser(CompiledDenoiser):
         options: EngineOptions,
         shapes: Shapes,
     ) -> None:
-        self._graph, self._interface, self._planned, self._options = graph, interface, planned, options
+        self._graphs, self._planned, self._options = [_Graph(graph, interface)], planned, options
+        self._source: nn.Module | None = None
         self._core = ov.Core()
-        self._requests: OrderedDict[Shapes, _Compiled] = OrderedDict()
+        self._requests: OrderedDict[tuple[_Graph, Shapes], _Compiled] = OrderedDict()
         self._in_float: dict[str, str] = {}  # the reason for each layer that runs in floating point
-        self._request(shapes)
+        self._request(self._graphs[0], shapes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the denoiser. The first call with another batch or image size compiles the graph for it."""
-        tensors = self._tensors(args, kwargs)
-        output = self._request(_shapes(tensors)).infer(tensors)
-        return self._interface.output(output, args, kwargs)
+        graph, compiled, tensors = self._fitting(args, kwargs)
+        return graph.interface.output(compiled.infer(tensors), args, kwargs)
+
+    def keep_source(self, denoiser: nn.Module) -> None:
+        """Keeps the tensors of a denoiser whose graph fits only some calls, to convert it for others."""
+        if self._graphs[0].interface.is_specific:
+            self._source = sharing_copy(denoiser)
+
+    def _fitting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Graph, _Compiled, list[Tensor]]:
+        """Returns the graph that fits a call, compiled for its shapes, and the inputs.
+
+        Raises:
+            InputError: No graph fits, and there is no denoiser to make one from.
+        """
+        refusal = None
+        for graph in reversed(self._graphs):
+            try:
+                tensors = list(graph.interface.tensors(args, kwargs).values())
+                compiled = self._request(graph, _shapes(tensors))
+            except InputError as error:
+                refusal = refusal or error
+                continue
+            self._graphs.remove(graph)
+            self._graphs.append(graph)  # the one that was used last is tried first
+            return graph, compiled, tensors
+        if self._source is None:
+            assert refusal is not None
+            raise refusal
+        graph = _Graph(*convert(self._source, args, kwargs))
+        widen(graph.model)
+        self._graphs = [*self._graphs[1 - _GRAPHS_KEPT :], graph]
+        tensors = list(graph.interface.tensors(args, kwargs).values())
+        return graph, self._request(graph, _shapes(tensors)), tensors
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:
@@ -75,39 +121,38 @@ class OpenVinoDenoiser(CompiledDenoiser):
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
         """Returns the time of each operation of one call after a warm-up call, from a copy with counters."""
-        tensors = self._tensors(args, kwargs)
-        compiled = self._compile(_shapes(tensors), {"PERF_COUNT": True})
+        graph, _, tensors = self._fitting(args, kwargs)
+        compiled = self._compile(graph, _shapes(tensors), {"PERF_COUNT": True})
         for _ in range(2):
             compiled.infer(tensors)
         return operation_times(runtime_nodes(compiled.model), self._planned)
 
-    def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        return list(self._interface.tensors(args, kwargs).values())
-
-    def _request(self, shapes: Shapes) -> _Compiled:
-        if shapes not in self._requests:
-            self._requests[shapes] = self._compile(shapes, {})
+    def _request(self, graph: _Graph, shapes: Shapes) -> _Compiled:
+        if shapes in graph.misfits:
+            raise graph.misfits[shapes]
+        key = (graph, shapes)
+        if key not in self._requests:
+            self._requests[key] = self._compile(graph, shapes, {})
             while len(self._requests) > _SHAPES_KEPT:
                 self._requests.popitem(last=False)
-        self._requests.move_to_end(shapes)
-        return self._requests[shapes]
+        self._requests.move_to_end(key)
+        return self._requests[key]
 
-    def _compile(self, shapes: Shapes, more: dict[str, Any]) -> _Compiled:
-        graph = self._graph.clone()  # shares its constants
-        saturating = saturation.replace_saturating_products(graph, saturation.saturating_kinds())
+    def _compile(self, graph: _Graph, shapes: Shapes, more: dict[str, Any]) -> _Compiled:
+        model, inputs = graph.model.clone(), graph.interface.inputs  # shares its constants
+        saturating = saturation.replace_saturating_products(model, saturation.saturating_kinds())
         try:
-            graph.reshape(dict(zip(self._interface.inputs, map(list, shapes), strict=True)))
-            faster = forms.use_faster_forms(graph, plugin_properties(self._options))
+            model.reshape(dict(zip(inputs, map(list, shapes), strict=True)))
+            faster = forms.use_faster_forms(model, plugin_properties(self._options))
             self._in_float = dict.fromkeys(saturating, saturation.REASON) | dict.fromkeys(faster, forms.REASON)
-            return _Compiled(self._core, graph, self._options, more)
+            return _Compiled(self._core, model, self._options, more)
         except RuntimeError as error:
-            sizes = ", ".join(
-                f"{name} {list(shape)}" for name, shape in zip(self._interface.inputs, shapes, strict=True)
-            )
-            raise InputError(
-                f"The OpenVINO graph of {self._interface.denoiser} does not fit inputs of {sizes}:"
+            sizes = ", ".join(f"{name} {list(shape)}" for name, shape in zip(inputs, shapes, strict=True))
+            graph.misfits[shapes] = InputError(
+                f"The OpenVINO graph of {graph.interface.denoiser} does not fit inputs of {sizes}:"
                 f" {str(error).strip().splitlines()[-1]}"
-            ) from error
+            )
+            raise graph.misfits[shapes] from error
 
 
 class _Compiled:

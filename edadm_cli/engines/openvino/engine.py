@@ -58,7 +58,9 @@ class OpenVinoEngine(FileEngine):
         graph, interface = convert(denoiser, args, kwargs)
         widen(graph)
         shapes = shapes_of(interface, args, kwargs)
-        return OpenVinoDenoiser(graph, interface, planned_layers(denoiser), options, shapes)
+        compiled = OpenVinoDenoiser(graph, interface, planned_layers(denoiser), options, shapes)
+        compiled.keep_source(denoiser)
+        return compiled
 
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
         """Compiles a graph of one layer."""

@@ -10,7 +10,7 @@ from edadm_cli.engines.graph.description import GraphDescription, load_descripti
 from edadm_cli.engines.openvino.denoiser import Shapes
 from edadm_cli.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 GRAPH_FILE, WEIGHTS_FILE = "denoiser.xml", "denoiser.bin"
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from edadm_cli.engines.openvino.value_reads import READING, ValueReads
+
 _REAL_TYPES = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 """The element type of the parts of a complex tensor."""
 _SHAPING = {"expand", "flatten", "movedim", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze"}
@@ -113,7 +115,15 @@ class ComplexPair:
 
 
 class TracedForms(TorchFunctionMode):
-    """Returns a context in which functions that OpenVINO does not translate are computed with others."""
+    """Returns a context in which functions that OpenVINO does not translate are computed with others.
+
+    Args:
+        reads: It collects the inputs whose values are read; see `value_reads`.
+    """
+
+    def __init__(self, reads: ValueReads | None = None) -> None:
+        super().__init__()
+        self._reads = reads
 
     def __torch_function__(
         self,
@@ -124,6 +134,8 @@ class TracedForms(TorchFunctionMode):
     ) -> Any:
         """Computes one function of torch."""
         kwargs = kwargs or {}
+        if self._reads is not None and function.__name__ in READING:
+            self._reads.note(args)
         if _is_complex((args, kwargs)) or function.__name__ in ("view_as_complex", "polar", "complex"):
             return _in_real_numbers(function, args, kwargs)
         result = _SIMPLER.get(function.__name__, function)(*args, **kwargs)

@@ -1,0 +1,57 @@
+"""Finds the inputs whose values a denoiser reads in Python while it is traced, because they become constants.
+
+Lumina 2, for example, reads the number of text tokens from a mask and cuts its sequences accordingly. A graph that is
+made from such a trace is right for the values of the example only. Sizes are no values: a trace keeps them as
+operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+READING = {
+    "tolist",
+    "item",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "equal",
+    "allclose",
+    "is_nonzero",
+}
+"""The functions whose results are Python values."""
+_SIZES = ("aten::size", "aten::len", "aten::dim", "prim::Constant", "prim::GetAttr")
+"""The nodes of a trace whose results do not depend on the values of their inputs."""
+
+
+class ValueReads:
+    """Collects the names of the inputs on which the values that are read depend."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self._inputs: dict[int, str] = {}
+
+    def begin(self, inputs: Mapping[str, Tensor]) -> None:
+        """Takes the inputs of a trace, by name."""
+        self._inputs = {torch._C._get_value_trace(tensor).unique(): name for name, tensor in inputs.items()}
+
+    def note(self, args: tuple[Any, ...]) -> None:
+        """Adds the inputs on which the tensors among some arguments depend in the present trace."""
+        waiting = [torch._C._get_value_trace(value) for value in args if isinstance(value, Tensor)]
+        seen: set[int] = set()
+        while waiting:
+            value = waiting.pop()
+            number = value.unique()  # names are given again while a trace goes on
+            if number in seen:
+                continue
+            seen.add(number)
+            if number in self._inputs:
+                self.names.add(self._inputs[number])
+            elif value.node().kind() not in _SIZES:
+                waiting.extend(value.node().inputs())

@@ -1,0 +1,125 @@
+"""Transformers with complex rotary embeddings in OpenVINO, and graphs that fit only some calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.config import BitWidth
+from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.openvino import OpenVinoEngine
+from edadm_cli.engines.openvino.traced_forms import ComplexOperationError, TracedForms
+from edadm_cli.engines.parity import relative_l2
+from edadm_cli.engines.reference import use_arithmetic
+from edadm_cli.errors import EdadmError, InputError
+from edadm_cli.models.random_models import initialize
+from tests.denoisers.families import RECIPE
+from tests.denoisers.transformers import lumina2, z_image
+
+CPU = EngineOptions(torch.device("cpu"), num_threads=1)
+FLOAT_BOUND = 1e-5
+CODE_BOUND = 0.05  # in these tiny networks, one code that goes to the other side of a tie is felt at the output
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _z_image(lengths: list[int], size: int = 8) -> Call:
+    images = [torch.randn(4, 1, size, size) for _ in lengths]
+    texts = [torch.randn(length, 32) for length in lengths]
+    return (images, torch.full((len(lengths),), 0.3), texts), {}
+
+
+def _lumina2(lengths: list[int], size: int = 8) -> Call:
+    rows, longest = len(lengths), 40
+    mask = (torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]).long()
+    states = torch.randn(rows, longest, 32)
+    sample, timestep = torch.randn(rows, 4, size, size), torch.full((rows,), 0.3)
+    return (sample, timestep, states, mask), {}
+
+
+CALLS: dict[str, Callable[..., Call]] = {"z_image": _z_image, "lumina2": _lumina2}
+
+
+def _network(name: str) -> nn.Module:
+    denoiser: nn.Module = {"z_image": z_image, "lumina2": lumina2}[name]().transformer.eval().requires_grad_(False)
+    initialize(denoiser, 0)
+    return denoiser
+
+
+@torch.no_grad()
+def _prediction(denoiser: Callable[..., Any], call: Call) -> Tensor:
+    rows: Tensor = denoiser(*call[0], **call[1])[0]
+    return torch.stack(list(rows))
+
+
+def test_complex_numbers_are_computed_in_real_ones() -> None:
+    torch.manual_seed(0)
+    table = torch.polar(torch.ones(9, 3), torch.arange(27.0).view(9, 3))
+    x, index = torch.randn(2, 4, 5, 12), torch.tensor([3, 1, 0, 8])
+
+    def rotated() -> Tensor:
+        rows = torch.zeros(2, 4, 3, dtype=table.dtype)
+        rows[0, :2], rows[1] = table[index[:2]], table[index]
+        gathered = torch.gather(table.unsqueeze(0).repeat(2, 1, 1), 1, index[None, :, None].repeat(2, 1, 3))
+        factors = torch.cat([rows, gathered], dim=-1).to(torch.complex64).unsqueeze(2)
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * factors).flatten(3)
+
+    expected = rotated()
+    with TracedForms():
+        actual = rotated()
+        with pytest.raises(ComplexOperationError, match="computes exp of complex numbers"):
+            table.exp()
+        with pytest.raises(ComplexOperationError, match="computes complex numbers with fft_fft"):
+            torch.fft.fft(x)
+    assert torch.allclose(actual, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_graph_of_full_precision_predicts_the_same(name: str) -> None:
+    """The denoiser reads the lengths of its texts, so it is converted again for other lengths and rows."""
+    denoiser, call_of = _network(name), CALLS[name]
+    torch.manual_seed(0)
+    compiled = OpenVinoEngine().compile(denoiser, *call_of([5, 9]), CPU)
+    for call in (call_of([5, 9]), call_of([7], size=12)):
+        expected = _prediction(denoiser, call)
+        actual = _prediction(compiled, call)
+        assert actual.shape == expected.shape
+        assert relative_l2(actual, expected) < FLOAT_BOUND
+
+
+def test_w8a8_codes_are_those_of_exact_integers(tmp_path: Path) -> None:
+    denoiser, call_of = _network("z_image"), _z_image
+    torch.manual_seed(0)
+    call = call_of([7])
+    with torch.no_grad():
+        quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
+    use_arithmetic(denoiser, "integer")
+    engine = OpenVinoEngine()
+    engine.save(denoiser, *call, CPU, tmp_path)
+    compiled = engine.load(tmp_path, CPU)
+    assert relative_l2(_prediction(compiled, call), _prediction(denoiser, call)) < CODE_BOUND
+    assert all(layer.is_met or layer.reason for layer in compiled.layers)
+    for other, words in ((call_of([7, 7]), "2 rows"), (call_of([8]), "other values of")):
+        with pytest.raises(InputError, match=words):
+            compiled(*other[0])
+
+
+class _Branching(nn.Module):
+    """Computes what the values of its sample say."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        return (sample * 2 if sample.sum() > 0 else sample,)
+
+
+def test_a_denoiser_whose_computation_depends_on_its_sample_is_refused() -> None:
+    call = (torch.ones(1, 4, 4, 4), torch.tensor([1.0])), {}
+    with pytest.raises(EdadmError, match="depends on values of sample") as error:
+        OpenVinoEngine().compile(_Branching(), *call, CPU)
+    assert "engine='torch'" in error.value.hint
