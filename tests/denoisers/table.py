@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from multiprocessing import get_context
@@ -106,13 +106,11 @@ def measure(row: Row, folder: Path, *, is_quick: bool = False) -> Result:
         with entry_with(row.call):
             return _chain(row, folder, result, is_quick)
     except EdadmError as error:
-        return Result(
-            row, result.denoiser, result.pipeline, refusal=error.message.replace(str(folder / "model"), "the model")
-        )
+        return replace(result, refusal=error.message.replace(str(folder / "model"), "the model"))
     except Exception as error:  # noqa: BLE001 (a row of the table, not the end of it)
         if os.environ.get("EDADM_TABLE_TRACEBACK"):
             traceback.print_exc()
-        return Result(row, result.denoiser, result.pipeline, refusal=f"internal error: {type(error).__name__}: {error}")
+        return replace(result, refusal=f"internal error: {type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -340,8 +338,7 @@ def main() -> None:
     if options.engine:
         from tests.denoisers.engines import write_engine_table
 
-        write_engine_table(options.only)
-        return
+        return write_engine_table(options.only)
     if options.only is not None:
         run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only), jobs=options.jobs)
         return

@@ -154,13 +154,13 @@ def _translate(decoder: TorchScriptPythonDecoder, extensions: list[ConversionExt
 def _reason(error: Exception) -> str:
     """Returns what the converter does not translate, or the line of an error that says what failed.
 
-    The converter ends its report with a summary of operations, in which a mark stands for complex numbers. The error
-    that tracing raised follows a line `Exception:`.
+    The converter ends its report with a summary of operations. The error that tracing raised follows a line
+    `Exception:`.
     """
     _, _, summary = str(error).partition("Summary:")
-    untranslated = [*re.findall(r"aten::\w+", summary), *(["complex numbers"] if "ComplexTypeMark" in summary else [])]
+    untranslated = dict.fromkeys(re.findall(r"aten::\w+", summary))
     if untranslated:
-        return f"it does not translate {', '.join(dict.fromkeys(untranslated))}"
+        return f"it does not translate {', '.join(untranslated)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "Exception:" in lines[:-1]:
         return lines[lines.index("Exception:") + 1]

@@ -26,7 +26,8 @@ READING = {
     "is_nonzero",
 }
 """The functions whose results are Python values."""
-_SIZES = ("aten::size", "aten::len", "aten::dim", "prim::Constant", "prim::GetAttr")
+_SIZES = {"aten::size", "aten::numel", "aten::dim", "aten::len", "aten::stride", "prim::Constant", "prim::GetAttr"}
+_SIZES |= {f"aten::{name}" for name in ("zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty")}
 """The nodes of a trace whose results do not depend on the values of their inputs."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,15 +234,21 @@ def test_what_cannot_be_traced_is_one_sentence() -> None:
         OpenVinoEngine().compile(Untraceable(), (torch.zeros(1, 3), torch.tensor(1)), {}, CPU)
 
 
-def test_what_the_converter_does_not_translate_is_one_sentence_with_a_way_out() -> None:
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (torch.special.bessel_j0, "it does not translate aten::special_bessel_j0"),
+        (lambda x: torch.view_as_real(torch.view_as_complex(x).exp()), "it computes exp of complex numbers"),
+    ],
+)
+def test_what_the_converter_does_not_translate_is_one_sentence_with_a_way_out(
+    function: Callable[[Tensor], Tensor], reason: str
+) -> None:
     class Rotating(nn.Module):
-        """Turns pairs of channels by complex numbers, as Lumina 2 and Z-Image do."""
-
         def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
-            turns = torch.view_as_complex(sample).repeat(1, 2)
-            return (torch.view_as_real(turns),)
+            return (function(sample),)
 
-    sentence = r"OpenVINO cannot convert Rotating: it does not translate aten::repeat, .*complex numbers$"
+    sentence = rf"OpenVINO cannot convert Rotating: {reason}$"
     with pytest.raises(EdadmError, match=sentence) as caught:
         OpenVinoEngine().compile(Rotating(), (torch.ones(1, 3, 2), torch.tensor(1)), {}, CPU)
     assert "engine='torch'" in (caught.value.hint or "")
