@@ -209,7 +209,8 @@ _SIMPLER: dict[str, Callable[..., Any]] = {"pad_sequence": _pad_sequence}
 
 def _product(first: Any, second: Any) -> ComplexPair:
     """Returns the product of two factors, of which at least one is complex."""
-    a, b = ((x if _is_real(x) else ComplexPair.of(x)) for x in (first, second))
+    a: Any = first if _is_real(first) else ComplexPair.of(first)
+    b: Any = second if _is_real(second) else ComplexPair.of(second)
     if isinstance(a, ComplexPair) and isinstance(b, ComplexPair):
         return ComplexPair(a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real)
     pair, factor = (a, b) if isinstance(a, ComplexPair) else (b, a)

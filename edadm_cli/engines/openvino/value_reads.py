@@ -40,11 +40,11 @@ class ValueReads:
 
     def begin(self, inputs: Mapping[str, Tensor]) -> None:
         """Takes the inputs of a trace, by name."""
-        self._inputs = {torch._C._get_value_trace(tensor).unique(): name for name, tensor in inputs.items()}
+        self._inputs = {_traced(tensor).unique(): name for name, tensor in inputs.items()}
 
     def note(self, args: tuple[Any, ...]) -> None:
         """Adds the inputs on which the tensors among some arguments depend in the present trace."""
-        waiting = [torch._C._get_value_trace(value) for value in args if isinstance(value, Tensor)]
+        waiting = [_traced(value) for value in args if isinstance(value, Tensor)]
         seen: set[int] = set()
         while waiting:
             value = waiting.pop()
@@ -56,3 +56,9 @@ class ValueReads:
                 self.names.add(self._inputs[number])
             elif value.node().kind() not in _SIZES:
                 waiting.extend(value.node().inputs())
+
+
+def _traced(tensor: Tensor) -> Any:
+    """Returns the value of the trace that a tensor is."""
+    library: Any = torch._C
+    return library._get_value_trace(tensor)
