@@ -24,6 +24,7 @@ from edadm_cli.models.calls import (
     is_tensor,
     split_call,
 )
+from edadm_cli.models.families import family_of
 from edadm_cli.models.families.family import TIMESTEP_ARGUMENTS
 
 _RETURN_DICT = "return_dict"
@@ -39,6 +40,8 @@ class GraphInterface(BaseModel):
         arguments: The arguments of a call, all by keyword, in the form of `models.calls.Template`.
         inputs: The names of the graph's inputs, in order.
         returns: The import path of the class that the denoiser returns; `None` if it returns a tuple.
+        masks: The inputs that are masks, each with the input whose tokens it masks. Where a call omits a mask, no token
+            is masked.
         returns_list: Whether the denoiser returns a list with one tensor per row, which the graph stacks.
         rows: The number of rows that calls must have; `None` if any number is possible.
         fixed: The SHA-256 of the values of each input that calls may not change, by name. The denoiser read these
@@ -52,6 +55,7 @@ class GraphInterface(BaseModel):
     arguments: dict[str, Any] = Field(description="keyword -> place of a tensor, or a literal")
     inputs: tuple[str, ...]
     returns: str | None = None
+    masks: dict[str, str] = {}
     returns_list: bool = False
     rows: int | None = None
     fixed: dict[str, str] = {}
@@ -77,9 +81,11 @@ class GraphInterface(BaseModel):
         """Returns the interface of calls like the given one."""
         parameters = tuple(inspect.signature(denoiser.forward).parameters)
         call, _ = _split(parameters, args, kwargs)
+        masks = {name: of for name, of in family_of(denoiser).masks.items() if name in call.template["kwargs"]}
         return cls(
             denoiser=type(denoiser).__name__,
             parameters=parameters,
+            masks=masks,
             arguments=call.template["kwargs"],
             inputs=(SAMPLE, TIMESTEP, *call.tensors),
         )
@@ -90,7 +96,7 @@ class GraphInterface(BaseModel):
         Raises:
             InputError: The call differs in more than its tensors from the call that the graph was made from.
         """
-        call, timesteps = _split(self.parameters, args, kwargs)
+        call, timesteps = _split(self.parameters, args, kwargs, self.masks)
         arguments = call.template["kwargs"]
         if arguments != self.arguments:
             raise InputError(f"{self.denoiser} is called with {_difference(arguments, self.arguments)}.")
@@ -134,13 +140,16 @@ def class_path(output: Any) -> str | None:
 
 
 def _split(
-    parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], masks: Mapping[str, str] = {}
 ) -> tuple[DenoiserCall, Tensor]:
     """Returns a call as tensors and other arguments, and one timestep per row of its sample, `(R,)`."""
     bound = {**dict(zip(parameters, args, strict=False)), **kwargs}
     bound.pop(_RETURN_DICT, None)
     # arguments that are None are omitted, because only some pipelines pass them
     bound = {name: value for name, value in bound.items() if value is not None}
+    for name, states in masks.items():
+        if name not in bound and isinstance(bound.get(states), Tensor):
+            bound[name] = torch.ones(bound[states].shape[:2], dtype=torch.int64)
     timesteps = torch.zeros(())
     for name in TIMESTEP_ARGUMENTS:
         if isinstance(bound.get(name), Tensor | int | float):

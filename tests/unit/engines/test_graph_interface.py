@@ -29,3 +29,22 @@ def test_a_timestep_for_each_frame_is_one_input_per_row() -> None:
     timesteps[1, 2] = 0
     with pytest.raises(InputError, match="different timesteps in one row"):
         interface.tensors((sample, timesteps), {})
+
+
+def test_an_omitted_mask_masks_nothing() -> None:
+    """Pipelines of Qwen-Image leave the mask out where no prompt is padded, and the calibration set always has one."""
+
+    class QwenImageTransformer2DModel(nn.Module):
+        def forward(
+            self,
+            hidden_states: Tensor,
+            timestep: Tensor,
+            encoder_hidden_states: Tensor,
+            encoder_hidden_states_mask: Tensor | None = None,
+        ) -> Tensor:
+            return hidden_states
+
+    call = (torch.zeros(2, 5, 3), torch.tensor(1.0), torch.zeros(2, 4, 3))
+    interface = GraphInterface.of(QwenImageTransformer2DModel(), (*call, torch.ones(2, 4, dtype=torch.int64)), {})
+    tensors = interface.tensors((*call[:2], torch.zeros(1, 7, 3)), {"encoder_hidden_states_mask": None})
+    assert tensors["encoder_hidden_states_mask"].tolist() == [[1] * 7]
