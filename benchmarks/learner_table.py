@@ -88,7 +88,8 @@ def widths(rows: Sequence[Row], columns: Sequence[str]) -> str:
         rows: The results.
         columns: The metrics: means over the seeds and sample standard deviations.
     """
-    order = [label for group in GROUPS.values() for label in group.variants]
+    labels = [label for group in GROUPS.values() for label in group.variants]
+    places = {label: labels.index(label) for label in labels}
     lines: list[str] = []
     for model in sorted({row["model"] for row in rows}):
         groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -97,7 +98,7 @@ def widths(rows: Sequence[Row], columns: Sequence[str]) -> str:
                 groups[row["bits"], row["label"]].append(row)
         lines += ["", f"### {model}", "", "| bits | variant | seeds | " + " | ".join(columns) + " |"]
         lines.append("|---|---|---|" + "---|" * len(columns))
-        for bits, label in sorted(groups, key=lambda key: (_narrowness(key[0]), order.index(key[1]))):
+        for bits, label in sorted(groups, key=lambda key: (_narrowness(key[0]), places.get(key[1], len(places)))):
             cells = [_cell(name, groups[bits, label], []) for name in columns]
             lines.append(f"| {bits} | {label} | {len(groups[bits, label])} | {' | '.join(cells)} |")
     return "\n".join(lines)
