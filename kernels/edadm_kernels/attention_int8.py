@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +13,7 @@ from edadm_kernels import reference
 from edadm_kernels.attention_codes_kernels import codes_kernel, extremes_kernel, grid_codes_kernel
 from edadm_kernels.backend import uses_hopper, uses_kernel
 from edadm_kernels.checks import check_device, check_floating, check_heads, check_size
+from edadm_kernels.hopper import ARCHITECTURE
 from edadm_kernels.hopper import attention_int8 as hopper
 from edadm_kernels.launching import arch_of, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
@@ -208,14 +210,14 @@ def variants(arch: int) -> list[KernelVariant]:
         types = dict.fromkeys(("q", "k", "v"), "*fp16") | dict.fromkeys(integers, "i32")
         types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("q_codes", "k_codes", "v_codes"), "*i8")
         loose = ("keys", "queries", "heads", "chunks", "query_blocks", "key_blocks")
-        for name, kernel, constants in (
+        stored = {"ROW": row_of(width), "TOKENS": KEY_BLOCK}
+        kernels: list[tuple[str, Any, dict[str, int]]] = [
             ("extremes", extremes_kernel, {**sizes, "TOKENS": TOKENS, "CHUNK": chunk}),
-            (
-                "codes",
-                codes_kernel,
-                {**sizes, "ROW": row_of(width), "TOKENS": KEY_BLOCK, "CHUNKS": next_power_of_two(chunks)},
-            ),
-        ):
+            ("codes", codes_kernel, {**sizes, **stored, "CHUNKS": next_power_of_two(chunks)}),
+        ]
+        if arch == ARCHITECTURE:  # elsewhere the reference computes attention on grids
+            kernels.append(("grid-codes", grid_codes_kernel, {**sizes, **stored, "LOW": -128, "HIGH": 127}))
+        for name, kernel, constants in kernels:
             label = f"attention-{name}-{width}-{tokens}"
             present = {key: types[key] for key in kernel.arg_names if key in types}
             listed.append(

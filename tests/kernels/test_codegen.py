@@ -32,6 +32,7 @@ from edadm_kernels.codegen import (
     violations,
 )
 from edadm_kernels.codegen import __main__ as command
+from edadm_kernels.codegen.compilation import Binary
 from edadm_kernels.codegen.listing import count
 from edadm_kernels.codegen.survey import Job
 
@@ -209,7 +210,14 @@ def test_what_is_rejected_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().err == "pointwise/quantize-fp16 on sm_80: made up\n"
 
 
-def test_a_change_of_the_machine_code_is_reported(
+def test_lines_of_the_source_are_not_part_of_the_program() -> None:
+    ptx = "\t.loc\t1 {} 4\n$L__tmp1:\n\tadd.s32 %r1, %r2, {};\n\t.section\t.debug_str\n\t.b8 {}\n"
+    program = Binary(b"", ptx.format(7, 1, 99), False, 0).program
+    assert program == Binary(b"", ptx.format(9, 1, 0), False, 0).program
+    assert program != Binary(b"", ptx.format(7, 2, 99), False, 0).program
+
+
+def test_a_changed_kernel_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["codegen", "--arch", "80", "--only", "pointwise/quantize-fp16", "--processes", "1"]
@@ -222,7 +230,7 @@ def test_a_change_of_the_machine_code_is_reported(
     assert run("--compare", str(tmp_path)) == (0, "")
     report = tmp_path / "codegen.json"
     report.write_text(report.read_text().replace('"sha256": "', '"sha256": "0'))
-    assert run("--compare", str(tmp_path)) == (1, "pointwise/quantize-fp16 on sm_80: its machine code has changed\n")
+    assert run("--compare", str(tmp_path)) == (1, "pointwise/quantize-fp16 on sm_80: it has changed\n")
     report.write_text('{"kernels": []}')
     assert "there was no such kernel" in run("--compare", str(tmp_path))[1]
     code, error = run("--compare", str(tmp_path / "nothing"))

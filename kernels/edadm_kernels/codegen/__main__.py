@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m edadm_kernels.codegen",
         description="Compile every kernel without a GPU and read its machine code; exit with 1 if the gate rejects it, "
-        "or if --compare finds other machine code.",
+        "or if --compare finds that one has changed.",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), help="such as 90 for sm_90"

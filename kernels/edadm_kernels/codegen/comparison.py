@@ -1,4 +1,4 @@
-"""Compares machine code with that of an earlier survey, to prove that a change of the source changes no kernel."""
+"""Compares kernels with those of an earlier survey, to prove that a change of the source leaves them as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPORT = "codegen.json"
 """The name of the file in which a survey describes its kernels."""
 
 Earlier = Mapping[tuple[str, str, int], tuple[str, int]]
-"""The hash of the instructions and the shared memory of each kernel, by module, variant and architecture."""
+"""The hash of the program and the shared memory of each kernel, by module, variant and architecture."""
 
 
 def read_report(folder: Path) -> Earlier:
@@ -33,11 +33,11 @@ def read_report(folder: Path) -> Earlier:
 
 
 def changes(codes: Iterable[MachineCode], earlier: Earlier) -> list[str]:
-    """Returns one clause per kernel whose instructions or shared memory differ from those of an earlier survey."""
+    """Returns one clause per kernel whose program or shared memory differ from those of an earlier survey."""
     clauses = []
     for code in codes:
         known = earlier.get((code.module, code.name, code.arch))
         if known != (code.sha256, code.shared_bytes):
-            reason = "its machine code has changed" if known else "there was no such kernel before"
+            reason = "it has changed" if known else "there was no such kernel before"
             clauses.append(f"{code.module}/{code.name} on sm_{code.arch}: {reason}")
     return clauses

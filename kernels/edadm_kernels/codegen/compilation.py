@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 
 import triton
@@ -10,9 +11,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from edadm_kernels.backend import INTERPRETED
+from edadm_kernels.codegen.disassembly import machine_code
 from edadm_kernels.hopper import Variant
 from edadm_kernels.hopper.compilation import compiled
 from edadm_kernels.variants import KernelVariant
+
+_LOCATION = re.compile(r"\s*(\.loc|\.file|//)|\$L__(tmp|func)")
+_DEBUG_SECTIONS = re.compile(r"^\s*\.section\s+\.debug.*", re.MULTILINE | re.DOTALL)
 
 ARCHITECTURES = (80, 86, 89, 90)
 MODULES = ("attention", "attention_int8", "conv", "gemm", "heads", "hopper", "norm", "pointwise")
@@ -33,6 +38,19 @@ class Binary:
     ptx: str
     has_dot: bool
     shared_bytes: int
+
+    @property
+    def program(self) -> bytes:
+        """Returns what the kernel computes, which does not change with lines and names of helpers in the source.
+
+        This is the PTX without debug labels and source locations, or the instructions of a kernel in CUDA C++. The
+        instructions of a Triton kernel are not compared, because the assembler may number registers in another order
+        where only debug labels differ.
+        """
+        if not self.ptx:
+            return machine_code(self.cubin)
+        lines = _DEBUG_SECTIONS.sub("", self.ptx).splitlines()
+        return "\n".join(line for line in lines if not _LOCATION.match(line)).encode()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from edadm_kernels.codegen.compilation import AnyVariant, Binary
-from edadm_kernels.codegen.disassembly import count_registers, machine_code
+from edadm_kernels.codegen.disassembly import count_registers
 from edadm_kernels.codegen.listing import ASYNC_COPIES, FLOAT_MMA, MMA, SPILLS, count, parse
 
 
@@ -36,7 +36,7 @@ class MachineCode:
         spills: Loads and stores of spilled registers in the whole kernel.
         loads: Loads from global memory in the whole kernel.
         wide_loads: Loads of 16 bytes from global memory.
-        sha256: Hash of the instructions, to which names and line numbers of the source make no difference.
+        sha256: Hash of `Binary.program`, to which line numbers of the source make no difference.
     """
 
     module: str
@@ -97,5 +97,5 @@ def describe(module: str, variant: AnyVariant, arch: int, binary: Binary, disass
         spills=count(everything, *SPILLS),
         loads=count(everything, "LDG"),
         wide_loads=sum(instruction.family == "LDG" and ".128" in instruction.opcode for instruction in everything),
-        sha256=hashlib.sha256(machine_code(binary.cubin)).hexdigest(),
+        sha256=hashlib.sha256(binary.program).hexdigest(),
     )
