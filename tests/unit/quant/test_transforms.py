@@ -233,7 +233,7 @@ def test_a_compiled_rotation_has_its_matrix_as_a_constant() -> None:
         return graph
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)  # of torch.compile; imports may warn of other things
         rotated = torch.compile(lambda x: rotation.apply(x, {}, -1), backend=backend, fullgraph=True)(x)
     assert torch.equal(rotated, rotation.apply(x, {}, -1))
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op.startswith("call")]
