@@ -78,7 +78,7 @@ def python(interpreter: FreshInterpreter, code: str, *arguments: str, site: Path
     interpreter.write_program(site / "program", code)
     environment = {**os.environ, "PYTHONPATH": str(site)}
     command = [str(site / "program"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
 
 
 def test_a_family_of_another_package_is_calibrated_and_quantized(
