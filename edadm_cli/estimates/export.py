@@ -18,6 +18,7 @@ from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.placement import SAMPLING_SHARE, memory_of
 from edadm_cli.quant.layers import quantized_layers
 
+_EXACT_BYTES = 9  # per weight of the largest layer: its codes, and the same in float64 for exact integer sums
 _BYTES_PER_SECOND = 4e8
 """Bytes that are written, hashed and read back in a second, of what most disks and processors do at least."""
 
@@ -43,7 +44,8 @@ def estimate(config: ExportConfig, run_folder: RunFolder) -> Estimate:
     once = (time.monotonic() - started) * collected.num_steps
     seconds = 2 * loading + once * (4 if once <= INTEGER_SAMPLING_LIMIT else 2) + held / _BYTES_PER_SECOND
     on_gpu = device.type == "cuda"
-    weights = held + (peak.bytes if on_gpu else floats)
+    exact = _EXACT_BYTES * max((math.prod(layer.weight_shape) for layer in layers), default=0)
+    weights = held + (peak.bytes if on_gpu else floats) + exact
     if config.measure and num_parameters >= SMALLEST:
         timed = memory_to_time(num_parameters, HALF_BYTES * num_parameters + bytes_beside_denoisers(model))
         weights = max(weights, timed if timed <= SAMPLING_SHARE * memory_of(device) else 0)

@@ -18,6 +18,8 @@ from edadm_cli.models.folder import INDEX_NAME, Component, PipelineFolder, read_
 from edadm_cli.models.loading import LoadedModel, quiet_libraries
 
 _WEIGHTS_STEM = "diffusion_pytorch_model"
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # of configurations of transformers, the second one in earlier versions
+_NARROW_NAMES = ("bfloat16", "float16")
 _SHARD_BYTES = 10**10  # the size at which diffusers begins another file
 
 
@@ -30,8 +32,9 @@ def write_pipeline(
     """Writes the pipeline of `model`, whose denoisers have quantized layers, as a diffusers folder.
 
     Components other than the denoiser are copied from the source byte for byte: the files that were checked when the
-    model was loaded, and no others. Components that changed after loading, and those of a model without a folder, are
-    saved. The safety checker and the feature extractor, which sampling skips, are copied as well.
+    model was loaded, and no others. Only the element type that the configuration of a text encoder names is changed to
+    float32. Components that changed after loading, and those of a model without a folder, are saved. The safety checker
+    and the feature extractor, which sampling skips, are copied as well.
 
     Args:
         model: The pipeline.
@@ -87,9 +90,29 @@ def _is_copyable(source: Component | None, folder: PipelineFolder | None, compon
 
 
 def _copy(source: Component, place: Path) -> None:
+    """Copies the files of a component. Its configuration names float32, the type that denoisers are loaded in.
+
+    transformers loads a model in the type that its configuration names, and diffusers in float32, unless `torch_dtype`
+    is given: a text encoder in bfloat16 would not fit its denoiser.
+    """
     for relative, path in source.files().items():
         (place / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place / relative)
+    config = place / "config.json"
+    if source.is_module and config.is_file():
+        before = load_json(config)
+        if (after := _in_float32(before)) != before:
+            save_json(config, after)
+
+
+def _in_float32(config: Any) -> Any:
+    """Returns a configuration, with those inside it, whose element types are float32."""
+    if isinstance(config, dict):
+        return {
+            key: "float32" if key in _DTYPE_KEYS and value in _NARROW_NAMES else _in_float32(value)
+            for key, value in config.items()
+        }
+    return config
 
 
 def _copy_skipped(source: PipelineFolder, folder: Path) -> list[str]:

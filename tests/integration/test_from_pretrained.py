@@ -34,6 +34,7 @@ from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
 from tests.integration.fresh_interpreter import FreshInterpreter
+from tests.integration.small_runs import export as export_pipeline
 from tests.unit.engines import toy_engine
 
 ROOT = Path(__file__).parents[2]
@@ -316,3 +317,15 @@ def test_an_engine_of_another_package_generates_images(run: RunFolder, capsys: p
     assert images[0] != images[1]
     assert Image.open(images[0]).tobytes() == Image.open(images[1]).tobytes()
     assert main([*command, "--engine", "broken"]) == 4
+
+
+def test_an_export_of_a_model_in_bfloat16_samples_as_it_is_loaded_by_default(tiny_sd: Path, tmp_path: Path) -> None:
+    """diffusers loads denoisers in float32, and transformers a text encoder in the type of its configuration."""
+    half = DiffusionPipeline.from_pretrained(tiny_sd, torch_dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model/text_encoder/config.json").read_text())["dtype"] == "bfloat16"
+    folder = export_pipeline(load_model(str(tmp_path / "model"), CPU, torch.float32), tmp_path / "export")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert pipeline.text_encoder.dtype == torch.float32
+    assert len(pipeline("one", num_inference_steps=1, output_type="np").images) == 1
+    assert DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).text_encoder.dtype == torch.bfloat16
