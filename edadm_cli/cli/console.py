@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from edadm_cli.cli.text import one_line
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _LINE_SECONDS = 30.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class ConsoleReporter:
@@ -115,6 +116,21 @@ class ConsoleReporter:
 def share_gpu_memory() -> None:
     """Lets a GPU's memory that tensors of one size gave back serve tensors of another; called before torch starts."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def keep_freed_memory() -> None:
+    """Lets the process reuse the memory of freed tensors instead of returning each to the system.
+
+    glibc gives a large block back as soon as it is freed, and the system clears every page of the next one, which takes
+    a tenth of the time of sampling on a CPU. Blocks of up to 64 MiB now come from memory that the process has, of which
+    it keeps up to 256 MiB. Other C libraries are left as they are.
+    """
+    import ctypes
+
+    with suppress(OSError, TypeError, AttributeError):  # Windows, macOS and musl have no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 64 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def calm_libraries(verbose: bool) -> None:

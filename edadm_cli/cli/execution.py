@@ -18,7 +18,7 @@ from edadm_cli.artifacts import Artifact, RunFolder, Stage, StageRecord, spent
 from edadm_cli.artifacts.peak import reset_peak
 from edadm_cli.cli import flags, places, settings
 from edadm_cli.cli.boundary import report_error
-from edadm_cli.cli.console import ConsoleReporter, calm_libraries, share_gpu_memory
+from edadm_cli.cli.console import ConsoleReporter, calm_libraries, keep_freed_memory, share_gpu_memory
 from edadm_cli.cli.contention import Scheduling
 from edadm_cli.cli.require import Requirement, unmet
 from edadm_cli.cli.sink import Output, show
@@ -218,6 +218,7 @@ def _begin(
         )
     output = Output.of(json_output, quiet)
     calm_libraries(verbose)
+    keep_freed_memory()
     if command == "reconstruct":  # other stages run compiled graphs, which manage memory of their own
         share_gpu_memory()
     return Execution(

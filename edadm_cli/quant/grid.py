@@ -72,13 +72,20 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
     """
     scale = scale.reshape(())
     codes = (x.float() * scale.reciprocal()).round_()
-    return _clamp_codes(codes, zero_point, grid).mul_(scale).to(x.dtype)
+    return codes.clamp_(*_bounds(x, zero_point, grid)).mul_(scale).to(x.dtype)
 
 
-def _clamp_codes(codes: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Clamps codes that lack their zero-point, in place."""
+def _bounds(x: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Any, Any]:
+    """Returns the bounds of codes that lack their zero-point, as numbers or as tensors.
+
+    On a CPU they are numbers, since there a clamp between tensors takes several times as long. Elsewhere, to read the
+    zero-point would wait for the device, and in a compiled graph it would break the graph.
+    """
     shift = zero_point.reshape(())
-    return codes.clamp_(grid.quant_min - shift, grid.quant_max - shift)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        number = float(shift)
+        return grid.quant_min - number, grid.quant_max - number
+    return grid.quant_min - shift, grid.quant_max - shift
 
 
 def _forward(x: Tensor, reciprocal: Tensor, scale: Tensor, low: Tensor, high: Tensor, dropped: Tensor | None) -> Any:
@@ -100,7 +107,7 @@ def _backward(grad: Tensor, x: Tensor, output: Tensor, clipped: Tensor, dropped:
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """Fake-quantize with a straight-through gradient to `x` and the LSQ gradient to `scale`."""
+    """Fake-quantize with a straight-through gradient to `x` and the LSQ gradient to `scale`, for a GPU."""
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, grid, dropped):  # type: ignore[no-untyped-def]
@@ -119,6 +126,38 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         return grad_x.view_as(x), (products.sum() / scale).reshape(ctx.scale_shape), None, None, None
 
 
+class _LearnedFakeQuantizeOnCpu(torch.autograd.Function):
+    """The same values and gradients, bit for bit, without masks: a CPU takes several times as long for booleans.
+
+    The rounded codes before they are clipped take the place of the mask: `hardtanh_backward(t, codes, low, high)` is
+    `t` where low < codes < high, and zero elsewhere.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, grid, dropped):  # type: ignore[no-untyped-def]
+        ctx.scale_shape, scale, x = scale.shape, scale.reshape(()), x.contiguous()
+        low, high = _bounds(x, zero_point, grid)
+        rounded = (x * scale.reciprocal()).round_()
+        output = rounded.clamp(low, high).mul_(scale)
+        if dropped is not None:
+            output = torch.where(dropped, x, output)
+            rounded.masked_fill_(dropped, 0)  # zero is on every grid: not clipped, and below output - x is zero
+        ctx.inside = low - 0.5, high + 0.5
+        ctx.save_for_backward(x, scale, output, rounded)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, scale, output, rounded = ctx.saved_tensors
+        grad_scale, grad = None, grad.contiguous()
+        if ctx.needs_input_grad[1]:
+            passed = torch.ops.aten.hardtanh_backward(x, rounded, *ctx.inside)
+            slope = torch.sub(output, passed, out=passed)
+            grad_scale = (slope.mul_(grad).view(-1).sum() / scale).reshape(ctx.scale_shape)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, rounded, *ctx.inside) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_scale, None, None, None
+
+
 def learned_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, dropped: Tensor | None = None
 ) -> Tensor:
@@ -134,5 +173,6 @@ def learned_fake_quantize(
     References:
         LSQ, arXiv 1902.08153, equation 3; QDrop, arXiv 2203.05740.
     """
-    result: Tensor = _LearnedFakeQuantize.apply(x, scale, zero_point, grid, dropped)
+    function = _LearnedFakeQuantize if x.is_cuda else _LearnedFakeQuantizeOnCpu
+    result: Tensor = function.apply(x, scale, zero_point, grid, dropped)
     return result

@@ -227,8 +227,8 @@ class QuantizedLayer(nn.Module):
 
     def _integer(self, x: Tensor, quantizer: InputQuantizer) -> Tensor:
         codes = quantizer.codes(x) - quantizer.zero_point
-        # integers below 2^53 are exact in float64, so this is the int32 sum in any order of summation
-        accumulated = self.operation(codes.double(), self.weight_int.double())
+        largest = (quantizer.grid.quant_max - quantizer.grid.quant_min) * -self.plan.weight_grid.quant_min
+        accumulated = self.operation.exact(codes, self.weight_int, largest)  # the int32 sum in any order of summation
         y = accumulated.float() * self.operation.per_channel(self.input_scale * self.weight_scale)
         if self.bias is not None:
             y = y + self.operation.per_channel(self.bias.float())

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_EXACT_IN_FLOAT32 = 2**24  # every whole number up to this one is a float32 number
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,21 @@ class Operation:
         if self.kind == "linear":
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def exact(self, codes: Tensor, weight: Tensor, largest: int) -> Tensor:
+        """Returns the operation on whole numbers, without any rounding.
+
+        Whole numbers and their sums are exact in float64 below 2^53. On a CPU float32 is used where no sum can exceed
+        2^24, since it takes a fraction of the time; a GPU may round the factors of float32 products to TF32.
+
+        Args:
+            codes: The input as whole numbers, `[N, C, H, W]` or `[..., C]`.
+            weight: The weight as whole numbers, `[C_out, C / groups, kh, kw]` or `[C_out, C]`.
+            largest: A bound of the magnitude of every product of an input with a weight.
+        """
+        fits = codes.device.type == "cpu" and largest * weight[0].numel() <= _EXACT_IN_FLOAT32
+        dtype = torch.float32 if fits else torch.float64
+        return self(codes.to(dtype), weight.to(dtype))
 
     @property
     def channel_dim(self) -> int:

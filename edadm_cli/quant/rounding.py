@@ -17,6 +17,7 @@ from torch import Tensor
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
 _UNDECIDED_LOW, _UNDECIDED_HIGH = 0.05, 0.95
+_TINY = 1e-30
 
 
 def rectified_sigmoid(alpha: Tensor, sharpness: Tensor | float = 1.0) -> Tensor:
@@ -69,5 +70,5 @@ class _Regularizer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         distance, power = ctx.saved_tensors
-        slope = (power / distance).masked_fill_(distance == 0, 0)
+        slope = power / (distance + _TINY)  # 0 where the distance is 0; beside any other distance _TINY vanishes
         return slope.mul_(-2 * ctx.beta * grad), None

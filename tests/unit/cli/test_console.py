@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import pty
 import subprocess
 import sys
@@ -74,6 +75,24 @@ def test_warnings_of_libraries_are_for_the_verbose_in_processes_that_are_begun_t
     words = [sys.executable, "-c", STARTING, *arguments]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stderr.count("UserWarning: of a library") == count
+
+
+FREEING = """
+import resource
+import numpy
+from edadm_cli.cli.console import keep_freed_memory
+keep_freed_memory()
+for _ in range(9):
+    numpy.ones(12 << 20, numpy.float32)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have settings of their own")
+def test_memory_that_a_tensor_gave_back_serves_the_next_one() -> None:
+    done = subprocess.run([sys.executable, "-c", FREEING], capture_output=True, text=True, check=True)
+    faults = [int(line) for line in done.stdout.split()]
+    assert faults[-1] - faults[1] < 100, "48 MiB have 12,288 pages"
 
 
 def test_on_a_terminal_there_are_bars_with_literal_text() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from edadm_cli.quant.grid import (
     Grid,
+    _LearnedFakeQuantize,
     activation_grid,
     dequantize,
     fake_quantize,
@@ -150,6 +151,25 @@ def test_clipped_values_teach_their_input_nothing() -> None:
     assert x.grad.tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize(("grid", "zero_point"), CASES)
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_cpu_computes_the_bits_of_the_form_for_gpus(
+    grid: Grid, zero_point: int, drop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, scale, zero, dropped = _learned_case(grid, zero_point, drop)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).transpose(0, 2).contiguous()
+    results = []
+    for on_gpu in (False, True):
+        if on_gpu:
+            monkeypatch.setattr("edadm_cli.quant.grid._LearnedFakeQuantizeOnCpu", _LearnedFakeQuantize)
+        xs, scales = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        output = learned_fake_quantize(xs, scales, zero, grid, dropped)
+        output.backward(upstream.transpose(0, 2))
+        results.append((output.detach(), xs.grad, scales.grad))
+    for on_cpu, expected in zip(*results, strict=True):
+        assert torch.equal(on_cpu, expected)
+
+
 def _traced(function: Callable[..., Any], _: Tensor) -> Callable[..., Any]:
     return torch.compile(function, backend="aot_eager", dynamic=True, fullgraph=True)
 
@@ -163,6 +183,7 @@ def test_compiled_as_on_a_gpu_it_gives_the_same_values_and_gradients(
     results = []
     for compiles in (False, True):
         if compiles:  # one graph whatever the sizes, through the tracing that a GPU's kernels come from
+            monkeypatch.setattr("edadm_cli.quant.grid._LearnedFakeQuantizeOnCpu", _LearnedFakeQuantize)
             monkeypatch.setattr("edadm_cli.quant.grid.fused", _traced)
         xs, scales = x.clone().requires_grad_(), scale.clone().requires_grad_()
         output = learned_fake_quantize(xs, scales, zero, grid, dropped)
@@ -177,10 +198,8 @@ def test_learned_fake_quantize_compiles_once_for_all_shapes(monkeypatch: pytest.
     """As on a GPU, where each unit of a denoiser brings other shapes, and torch refuses after a few compilations."""
     torch.compiler.reset()
     compiled = cache(lambda function: torch.compile(function, dynamic=True, fullgraph=True, backend="eager"))
-    monkeypatch.setattr(
-        "edadm_cli.quant.grid.fused",
-        lambda function, _: compiled(function),
-    )
+    monkeypatch.setattr("edadm_cli.quant.grid._LearnedFakeQuantizeOnCpu", _LearnedFakeQuantize)
+    monkeypatch.setattr("edadm_cli.quant.grid.fused", lambda function, _: compiled(function))
     scale, zero_point = torch.tensor(0.1, requires_grad=True), torch.tensor(3, dtype=torch.int32)
     for rank in range(1, 11):
         x = torch.randn(*range(2, 2 + min(rank, 5)), *[2] * (rank - 5), requires_grad=True)

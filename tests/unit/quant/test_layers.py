@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from edadm_cli.quant.grid import quantize
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layer
 from edadm_cli.quant.network import load_quant_params, quant_params
+from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import LayerPlan
 
 
@@ -97,10 +98,11 @@ def test_integer_arithmetic_means_the_same_as_fake_quantize(case: Case, plan: La
 
 
 @each_case
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
 @pytest.mark.parametrize("zero_point", [0, 85, 255])
-def test_integer_sums_are_exact(case: Case, zero_point: int) -> None:
+def test_integer_sums_are_exact(case: Case, zero_point: int, bits: str) -> None:
     """The sums, redone in int64 over unfolded patches; zero padding is real zero whatever the zero-point."""
-    layer, x = _quantized(case, PLANS["w8a8"], zero_point), _input(case.shape)
+    layer, x = _quantized(case, PLANS[bits], zero_point), _input(case.shape)
     grid = layer.plan.input_grid
     assert grid is not None
     codes = quantize(x, layer.input_scale, layer.input_zero_point, grid).long() - zero_point
@@ -109,6 +111,16 @@ def test_integer_sums_are_exact(case: Case, zero_point: int) -> None:
     expected = sums.float() * per_channel(layer.input_scale * layer.weight_scale)
     expected = expected if layer.bias is None else expected + per_channel(layer.bias)
     assert torch.equal(_in_arithmetic(layer, "integer", x), expected)
+
+
+@pytest.mark.parametrize("length", [8224, 8225, 20_001])
+def test_sums_of_whole_numbers_are_exact_whatever_their_size(length: int) -> None:
+    """The largest codes of W4A8: sums up to 2^24 in float32, and larger ones in float64."""
+    weight = torch.full((3, length), -8.0)
+    weight[1, ::2], weight[2, -1] = 7, 1
+    codes = torch.full((5, length), 255.0)
+    sums = Operation("linear").exact(codes, weight, 8 * 255)
+    assert torch.equal(sums.long(), codes.long() @ weight.long().T)
 
 
 def _exact_sums(codes: Tensor, weight: Tensor, layer: QuantizedLayer) -> Tensor:
