@@ -138,7 +138,7 @@ def test_processes_that_are_told_where_to_meet_do(names: tuple[str, str, str]) -
         )
         for index in "01"
     ]
-    outputs = [process.communicate(timeout=120) for process in started]
+    outputs = [process.communicate(timeout=280) for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
     actual = [[json.loads(line) for line in out.splitlines()] for out, _ in outputs]
     connected_at_exit = False
