@@ -37,6 +37,24 @@ class AttentionProducts(nn.Module):
         """Returns the tensor that the product uses in place of an operand."""
         return tensor
 
+    def products(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns the output before its projection, `[batch, tokens, width]`, from projections of that shape.
+
+        Args:
+            attn: The `Attention` module.
+            query: The projected queries.
+            key: The projected keys.
+            value: The projected values.
+            mask: What is added to the scores, `[batch * heads, 1 or tokens, keys]`; `None` without a mask.
+        """
+        q, k, v = (
+            self.on_operand(name, attn.head_to_batch_dim(projected))
+            for name, projected in (("q", query), ("k", key), ("v", value))
+        )
+        p = self.on_operand("p", attn.get_attention_scores(q, k, mask))
+        out: Tensor = attn.batch_to_head_dim(torch.bmm(p, v))
+        return out
+
     def run(self, attend: Callable[[], Tensor]) -> Tensor:
         """Calls `attend` to compute the output."""
         return attend()
@@ -76,16 +94,7 @@ class AttentionProducts(nn.Module):
             context = hidden_states
         elif attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        q, k, v = (
-            self.on_operand(name, attn.head_to_batch_dim(project(source)))
-            for name, project, source in (
-                ("q", attn.to_q, hidden_states),
-                ("k", attn.to_k, context),
-                ("v", attn.to_v, context),
-            )
-        )
-        p = self.on_operand("p", attn.get_attention_scores(q, k, mask))
-        out: Tensor = attn.batch_to_head_dim(torch.bmm(p, v))
+        out = self.products(attn, attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context), mask)
         out = attn.to_out[1](attn.to_out[0](out))
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)

@@ -246,11 +246,28 @@ class _GegluStandIn(nn.Module):
 
 
 class _AttentionStandIn(AttentionProducts):
-    """Computes attention whose operands pass through stand-ins for their quantizers."""
+    """Computes attention whose operands pass through stand-ins for their quantizers.
+
+    Heads are a dimension of their own, because OpenVINO makes one kernel of the products, the softmax and the
+    transpositions in that form.
+    """
 
     def __init__(self, indices: dict[str, int]) -> None:
         super().__init__()
         self.indices = indices
+
+    def products(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns the same as `AttentionProducts.products`, from operands `[batch, heads, tokens, head_dim]`."""
+        batch, _, width = query.shape
+        q, k, v = (
+            self.on_operand(name, projected.view(batch, -1, attn.heads, width // attn.heads).transpose(1, 2))
+            for name, projected in (("q", query), ("k", key), ("v", value))
+        )
+        scores = torch.matmul(q, k.transpose(-1, -2)) * attn.scale
+        if mask is not None:
+            scores = scores + mask.view(batch, attn.heads, -1, mask.shape[-1])
+        p = self.on_operand("p", scores.softmax(dim=-1))
+        return torch.matmul(p, v).transpose(1, 2).reshape(batch, -1, width)
 
     def on_operand(self, operand: str, tensor: Tensor) -> Tensor:
         """Returns an operand of attention after the stand-in for its quantizer."""

@@ -144,7 +144,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         try:
             model.reshape(dict(zip(inputs, map(list, shapes), strict=True)))
             faster = forms.use_faster_forms(model, plugin_properties(self._options))
-            self._in_float = dict.fromkeys(saturating, saturation.REASON) | dict.fromkeys(faster, forms.REASON)
+            self._in_float = dict.fromkeys(saturating, saturation.REASON) | faster
             return _Compiled(self._core, model, self._options, more)
         except RuntimeError as error:
             sizes = ", ".join(f"{name} {list(shape)}" for name, shape in zip(inputs, shapes, strict=True))

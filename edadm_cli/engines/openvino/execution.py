@@ -15,6 +15,9 @@ PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", 
 NOT_RUN = "none"
 """The precision of a layer that is not in the runtime graph."""
 
+MIXED = "mixed"
+"""The precision of an attention that multiplies queries and keys in int8, and probabilities and values in float."""
+
 _KINDS = {
     "Convolution": "conv2d",
     "FullyConnected": "linear",
@@ -93,6 +96,8 @@ def _execution(layer: PlannedLayer, nodes: list[RuntimeNode], known: str | None)
         reason = known or f"OpenVINO runs it as {floating[0].type} in {precision}"
     elif not nodes:
         reason = "OpenVINO's runtime graph does not hold it"
+    elif known is not None:
+        precision, reason = MIXED, known
     return LayerExecution(layer.name, layer.kind, layer.planned, precision, None if layer.planned == FLOAT else reason)
 
 

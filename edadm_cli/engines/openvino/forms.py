@@ -1,9 +1,10 @@
-"""Decides by measurement whether each large product runs in bytes or in floating point on this processor.
+"""Decides by measurement in which form each large product runs on this processor.
 
-The faster form depends on the processor. With bfloat16 tiles (AMX), attention in bytes can take longer than in
-bfloat16. Without them, bytes are faster. Every product that is large enough is therefore compiled alone in both forms,
-which are timed in turns. The results are stored in a file per user, by processor, version of OpenVINO, element type,
-threads, shape and attributes such as strides, so that a product is measured only once per processor.
+The fastest form depends on the processor. With bfloat16 tiles (AMX), attention in bytes can take longer than in
+bfloat16. Without them, bytes are faster. Every product that is large enough is therefore compiled alone in each form,
+and the forms are timed in turns; those of attention with the projections before it, whose output its quantizers round.
+The results are stored in a file per user, by processor, version of OpenVINO, element type, threads, shape and
+attributes such as strides, so that a product is measured only once per processor.
 
 Attention in floating point does not round its operands to their grids, so its output is nearer to that of full
 precision than to that of the grids.
@@ -19,16 +20,35 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from edadm_cli.engines.openvino.products import QuantizedProduct, is_quantizer, quantized_products, source
+from edadm_cli.engines.openvino.movement import quantize_after_moving
+from edadm_cli.engines.openvino.products import (
+    QuantizedProduct,
+    is_quantizer,
+    quantized_products,
+    quantizer_of_layer,
+    source,
+)
 
-REASON = "this processor was measured to run it faster in floating point"
-"""A clause that says why a product does not run in integers."""
+Form = Literal["bytes", "bytes quantized last", "scores in bytes", "float"]
+"""How a product, or the two products of an attention, run:
+
+- `bytes`: in bytes, with attention's quantizers before its transpositions, so that bytes are transposed;
+- `bytes quantized last`: in bytes, with attention's quantizers after its transpositions;
+- `scores in bytes`: the product of queries and keys in bytes, that of probabilities and values in floating point;
+- `float`: in floating point.
+"""
+REASONS: dict[Form, str] = {
+    "scores in bytes": "this processor was measured to run the product of probabilities and values faster in floating"
+    " point",
+    "float": "this processor was measured to run it faster in floating point",
+}
+"""Clauses that say why a product does not run in integers, for the forms in which one does not."""
 
 LEAST_WORK = 100_000_000
 """The least multiply-accumulates of a product that is measured; smaller ones take less than about a millisecond."""
@@ -39,10 +59,10 @@ _LEAST_SHARE, _LEAST_ATTENTION = 0.05, 0.01
 That of attention is smaller, because its faster form differs from shape to shape.
 """
 _ROUNDS = 5
-_ADVANTAGE = 0.9
-"""Floating point is chosen if its shortest time is less than this share of the shortest time in bytes."""
+_ADVANTAGES: dict[Form, float] = {"bytes quantized last": 0.97, "scores in bytes": 0.9, "float": 0.9}
+"""A form is chosen if its shortest time is less than this share of the shortest time in the form `bytes`."""
 _LARGEST_FILE = 1 << 20
-_VERSION = 3
+_VERSION = 4
 """The version of what is stored. With versions 1 and 2, other operations were measured than those that are named."""
 _PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 
@@ -63,16 +83,29 @@ class _Operation:
     shape: str
     work: int
 
+    @property
+    def is_attention(self) -> bool:
+        """Returns whether both operands of its products are activations."""
+        return self.shape.startswith("attention")
 
-def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[str]:
-    """Converts the products that run faster in floating point on this processor to that form, in place.
+    @property
+    def candidates(self) -> tuple[Form, ...]:
+        """Returns the forms in which it can run."""
+        if not self.is_attention:
+            return ("bytes", "float")
+        forms: tuple[Form, ...] = get_args(Form)
+        return forms if len(self.indices) == 2 else ("bytes", "bytes quantized last", "float")
+
+
+def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> dict[str, str]:
+    """Converts the products that run faster in another form on this processor to that form, in place.
 
     Args:
         graph: A graph with static shapes and int8 constants.
         properties: The properties of OpenVINO's CPU plug-in with which the graph will be compiled.
 
     Returns:
-        The names of the layers that are now in floating point.
+        The reason for each layer that is not, or not entirely, in integers any more.
     """
     products = list(quantized_products(graph))
     operations = _operations(products)
@@ -81,25 +114,23 @@ def use_faster_forms(graph: ov.Model, properties: dict[str, Any]) -> frozenset[s
     for operation in operations:
         shapes.setdefault(operation.shape, []).append(operation)
     memory = _Memory(properties)
-    in_float: list[_Operation] = []
+    converted: list[tuple[_Operation, Form]] = []
     for shape, members in shapes.items():
-        share = _LEAST_ATTENTION if shape.startswith("attention") else _LEAST_SHARE
+        share = _LEAST_ATTENTION if members[0].is_attention else _LEAST_SHARE
         is_large = members[0].work >= LEAST_WORK and sum(each.work for each in members) >= share * total
         if not is_large:
             continue
-        if shape not in memory.is_float_faster:
+        if shape not in memory.forms:
             try:
-                memory.is_float_faster[shape] = _is_float_faster(graph, members[0], properties)
+                memory.forms[shape] = _fastest_form(graph, members[0], properties)
             except RuntimeError:
-                continue  # it cannot be compiled alone, for instance because a mask is an input of the graph
+                continue  # it cannot be compiled alone
             memory.write()
-        if memory.is_float_faster[shape]:
-            in_float += members
+        converted += [(member, memory.forms[shape]) for member in members]
     # only now: a product in floating point is no longer counted by the indices with which the others are measured
-    for operation in in_float:
-        for index in operation.indices:
-            products[index].use_fastest_float()
-    return frozenset(layer for operation in in_float for layer in operation.layers)
+    for operation, form in converted:
+        _convert([products[index] for index in operation.indices], form)
+    return {layer: REASONS[form] for operation, form in converted if form in REASONS for layer in operation.layers}
 
 
 def _operations(products: list[QuantizedProduct]) -> list[_Operation]:
@@ -162,42 +193,85 @@ def _work(product: ov.Node) -> int:
     return outputs * int(np.prod(weight[first:]))
 
 
-def _is_float_faster(graph: ov.Model, operation: _Operation, properties: dict[str, Any]) -> bool:
-    runs = [_compiled(graph, operation, properties, in_float=in_float) for in_float in (False, True)]
-    times: list[list[float]] = [[], []]
+def _convert(members: list[QuantizedProduct], form: Form) -> None:
+    """Converts the products of an operation to a form, in place."""
+    if form == "bytes quantized last":
+        for quantizer in {node.get_name(): node for node in _quantizers(members)}.values():
+            quantize_after_moving(quantizer)
+    elif form == "scores in bytes":
+        members[-1].use_fastest_float()
+    elif form == "float":
+        for member in members:
+            member.use_fastest_float()
+
+
+def _quantizers(members: list[QuantizedProduct]) -> list[ov.Node]:
+    """Returns the quantizers of the inputs of an operation; attention's probabilities are not among its inputs."""
+    operands = [(member, port) for member in members for port in (0, 1)]
+    if len(members) == 2:
+        operands.remove((members[1], 0))
+    nodes = [source(member.node.input_value(port)) for member, port in operands]
+    return [node for node in nodes if is_quantizer(node)]
+
+
+def _fastest_form(graph: ov.Model, operation: _Operation, properties: dict[str, Any]) -> Form:
+    runs = {form: _compiled(graph, operation, properties, form) for form in operation.candidates}
+    times: dict[Form, list[float]] = {form: [] for form in runs}
     for turn in range(_ROUNDS + 1):
-        for (request, inputs), measured in zip(runs, times, strict=True):
+        for form, (request, inputs) in runs.items():
             start = time.perf_counter()
             request.infer(inputs, share_inputs=True)
             if turn:  # the first call allocates
-                measured.append(time.perf_counter() - start)
-    return min(times[1]) < _ADVANTAGE * min(times[0])
+                times[form].append(time.perf_counter() - start)
+    shortest = {form: min(measured) for form, measured in times.items()}
+    faster = [
+        form for form, share in _ADVANTAGES.items() if form in shortest and shortest[form] < share * shortest["bytes"]
+    ]
+    return min(faster, key=lambda form: shortest[form], default="bytes")
 
 
 def _compiled(
-    graph: ov.Model, operation: _Operation, properties: dict[str, Any], *, in_float: bool
+    graph: ov.Model, operation: _Operation, properties: dict[str, Any], form: Form
 ) -> tuple[ov.InferRequest, list[np.ndarray]]:
-    """Returns one operation of a graph, compiled alone with its quantizers, and random inputs for it."""
+    """Returns one operation of a graph, compiled alone with its quantizers, and random inputs for it.
+
+    Attention is compiled with the layers before it. A mask is computed from ones.
+    """
     products = list(quantized_products(graph.clone()))  # shares its constants
     members = [products[index] for index in operation.indices]
     generator = np.random.default_rng(0)
-    parameters, inputs = [], []
-    for position, member in enumerate(members):
-        for port in (0, 1):
-            quantizer = source(member.node.input_value(port))
-            if not is_quantizer(quantizer) or (position and port == 0):
-                continue  # a weight, or the probabilities
-            low, high = (float(quantizer.input_value(bound).get_node().data.min()) for bound in (1, 2))
-            shape = list(quantizer.get_input_shape(0))
-            parameter = ops.parameter(shape, ov.Type.f32)
-            quantizer.input(0).replace_source_output(parameter.output(0))
-            parameters.append(parameter)
-            inputs.append(generator.uniform(low, high, shape).astype(np.float32))
-    model = ov.Model([members[-1].node], parameters)
-    if in_float:
-        for member in members:
-            member.use_fastest_float()
+    parameters: dict[str, ov.op.Parameter] = {}
+    inputs = []
+    for quantizer in _quantizers(members):
+        if operation.is_attention:
+            quantizer = quantizer_of_layer(quantizer)
+        if quantizer.get_name() in parameters:
+            continue  # the input of several projections
+        low, high = (float(quantizer.input_value(bound).get_node().data.min()) for bound in (1, 2))
+        shape = list(quantizer.get_input_shape(0))
+        parameter = ops.parameter(shape, ov.Type.f32)
+        quantizer.input(0).replace_source_output(parameter.output(0))
+        parameters[quantizer.get_name()] = parameter
+        inputs.append(generator.uniform(low, high, shape).astype(np.float32))
+    masks = _parameters_before(members[-1].node, {parameter.get_name() for parameter in parameters.values()})
+    inputs += [np.ones(list(mask.shape), mask.get_element_type().to_dtype()) for mask in masks]
+    model = ov.Model([members[-1].node], [*parameters.values(), *masks])
+    _convert(members, form)
     return ov.Core().compile_model(model, "CPU", properties).create_infer_request(), inputs
+
+
+def _parameters_before(node: ov.Node, seen: set[str]) -> list[ov.op.Parameter]:
+    """Returns the inputs of a graph that a node depends on, without the nodes that `seen` names."""
+    waiting, parameters = [node], []
+    while waiting:
+        current = waiting.pop()
+        if current.get_name() in seen:
+            continue
+        seen.add(current.get_name())
+        if current.get_type_name() == "Parameter":
+            parameters.append(current)
+        waiting.extend(value.get_node() for value in current.input_values())
+    return parameters
 
 
 class _Memory:
@@ -218,8 +292,8 @@ class _Memory:
             *(f"{name}={value}" for name, value in sorted(properties.items())),
         ]
         self._key = "; ".join(facts)
-        self.is_float_faster: dict[str, bool] = {
-            shape: value for shape, value in self._read().get(self._key, {}).items() if isinstance(value, bool)
+        self.forms: dict[str, Form] = {
+            shape: form for shape, form in self._read().get(self._key, {}).items() if form in get_args(Form)
         }
 
     def write(self) -> None:
@@ -227,7 +301,7 @@ class _Memory:
         path, stored = _path(), self._read()
         if path is None:
             return
-        stored[self._key] = self.is_float_faster
+        stored[self._key] = self.forms
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

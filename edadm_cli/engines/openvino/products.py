@@ -95,6 +95,16 @@ def is_quantizer(node: ov.Node) -> bool:
     return bool(node.get_type_name() == "FakeQuantize")
 
 
+def quantizer_of_layer(quantizer: ov.Node) -> ov.Node:
+    """Returns the quantizer of the input of the linear layer whose output a quantizer rounds; itself without one."""
+    node = source(quantizer.input_value(0))
+    while node.get_type_name() in ("Add", "Clamp"):  # a bias, a grid of fewer than eight bits
+        node = source(node.input_value(0))
+    is_layer = node.get_type_name() == "MatMul" and _scaled_codes(node.input_value(1)) is not None
+    first = source(node.input_value(0)) if is_layer else quantizer
+    return first if is_quantizer(first) else quantizer
+
+
 def _scaled_codes(output: ov.Output) -> ov.Node | None:
     """Returns the multiplication of int8 codes by their scales that an output comes from; `None` for other outputs."""
     node = source(output)

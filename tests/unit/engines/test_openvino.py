@@ -16,8 +16,10 @@ from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution
 from edadm_cli.engines.graph.description import DESCRIPTION_FILE
 from edadm_cli.engines.openvino import OpenVinoEngine, forms
+from edadm_cli.engines.openvino.execution import runtime_nodes
 from edadm_cli.engines.openvino.files import GRAPH_FILE, WEIGHTS_FILE, read
-from edadm_cli.engines.openvino.products import quantized_products
+from edadm_cli.engines.openvino.int4 import widen
+from edadm_cli.engines.openvino.products import quantized_products, source
 from edadm_cli.engines.openvino.saturation import REASON, saturating_kinds
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import use_arithmetic
@@ -194,14 +196,45 @@ def test_four_bit_weights_take_four_bits(files: Path, denoiser: nn.Module) -> No
     assert (files / WEIGHTS_FILE).stat().st_size < 1.5 * state
 
 
-def test_the_two_products_of_every_attention_are_measured_together(files: Path) -> None:
+def test_both_products_of_every_attention_are_measured_with_the_projections(files: Path) -> None:
     graph, description = read(files)
     graph.reshape(dict(zip(description.interface.inputs, map(list, description.shapes), strict=True)))
+    widen(graph)
     operations = forms._operations(list(quantized_products(graph)))
-    attention = [operation for operation in operations if operation.shape.startswith("attention")]
+    attention = [operation for operation in operations if operation.is_attention]
     assert {len(operation.indices) for operation in attention} == {2}
-    request, inputs = forms._compiled(graph, attention[0], {}, in_float=True)
-    request.infer(inputs)
+    for form in attention[0].candidates:
+        request, inputs = forms._compiled(graph, attention[0], {}, form)
+        request.infer(inputs)
+        names = str([node.sources for node in runtime_nodes(request.get_compiled_model())])
+        assert all(projection in names for projection in ("to_q", "to_k", "to_v")), names
+
+
+def test_operands_of_attention_are_quantized_before_they_are_moved(files: Path) -> None:
+    graph, _ = read(files)
+    attention = [product for product in quantized_products(graph) if product.kind == "attention"]
+    quantizers = [source(product.node.input_value(port)) for product in attention for port in (0, 1)]
+    above = {quantizer.input_value(0).get_node().get_type_name() for quantizer in quantizers}
+    assert above == {"MatMul", "Softmax"}, "projections and probabilities"
+
+
+@pytest.mark.parametrize("form", ["bytes quantized last", "scores in bytes"])
+def test_every_form_of_attention_computes_the_denoiser(
+    files: Path, denoiser: nn.Module, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: forms.Form
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for limit in ("LEAST_WORK", "_LEAST_SHARE", "_LEAST_ATTENTION"):
+        monkeypatch.setattr(forms, limit, 0)
+    monkeypatch.setattr(
+        forms, "_fastest_form", lambda _graph, operation, _properties: form if operation.is_attention else "bytes"
+    )
+    compiled = OpenVinoEngine().load(files, CPU)
+    assert _error(compiled, denoiser, call) < CLOSE
+    attention = [row for row in compiled.layers if row.kind == "attention"]
+    if form == "bytes quantized last":
+        assert all(map(_runs_as_it_can, attention))
+    else:
+        assert {(row.is_met, row.reason) for row in attention} == {(False, forms.REASONS[form])}
 
 
 @pytest.mark.parametrize("name", [GRAPH_FILE, WEIGHTS_FILE, DESCRIPTION_FILE])

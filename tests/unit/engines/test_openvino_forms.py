@@ -74,11 +74,11 @@ def kinds(graph: ov.Model) -> list[str]:
 def test_the_faster_form_is_taken_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
 
-    def attention_is_slow(graph: ov.Model, operation: Any, properties: Any) -> bool:
+    def attention_is_slow(graph: ov.Model, operation: Any, properties: Any) -> forms.Form:
         measured.append(operation.shape.split()[0])
-        return measured[-1] == "attention"
+        return "float" if measured[-1] == "attention" else "bytes"
 
-    monkeypatch.setattr(forms, "_is_float_faster", attention_is_slow)
+    monkeypatch.setattr(forms, "_fastest_form", attention_is_slow)
     graph, expected = attention_graph(), values(attention_graph(is_quantized=False))
     assert kinds(graph) == ["linear", "attention", "attention"]
     forms.use_faster_forms(graph, PROPERTIES)
@@ -99,25 +99,57 @@ def test_both_forms_are_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = kinds(graph)
     ticks = iter(range(10_000))
     monkeypatch.setattr(forms.time, "perf_counter", lambda: float(next(ticks)))
-    assert forms.use_faster_forms(graph, PROPERTIES) == frozenset(), "forms of equal times stay in bytes"
+    assert forms.use_faster_forms(graph, PROPERTIES) == {}, "forms of equal times stay in bytes"
     assert kinds(graph) == expected
 
 
 def test_a_product_in_floating_point_does_not_change_what_is_measured_next(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[tuple[str, list[list[int]]]] = []
 
-    def float_is_faster(graph: ov.Model, operation: Any, properties: Any) -> bool:
-        for in_float in (True, False):
-            _, inputs = forms._compiled(graph, operation, properties, in_float=in_float)
+    def float_is_faster(graph: ov.Model, operation: Any, properties: Any) -> forms.Form:
+        for form in operation.candidates:
+            _, inputs = forms._compiled(graph, operation, properties, form)
         measured.append((operation.shape, [list(each.shape) for each in inputs]))
-        return True
+        return "float"
 
-    monkeypatch.setattr(forms, "_is_float_faster", float_is_faster)
+    monkeypatch.setattr(forms, "_fastest_form", float_is_faster)
     graph = attention_graph(second_tokens=7)
     forms.use_faster_forms(graph, PROPERTIES)
     assert kinds(graph) == []
     assert len(measured) == 3
     assert all(str(shape) in name for name, shapes in measured for shape in shapes), measured
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "expected"),
+    [
+        ((100, 100, 100, 100), "bytes"),
+        ((100, 96, 100, 100), "bytes quantized last"),
+        ((100, 98, 91, 91), "bytes"),
+        ((100, 90, 89, 95), "scores in bytes"),
+        ((100, 96, 89, 80), "float"),
+    ],
+)
+def test_the_form_with_the_shortest_time_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, milliseconds: tuple[int, ...], expected: str
+) -> None:
+    """A form that leaves operands in floating point has to be a tenth faster."""
+    clock = [0.0]
+
+    class Request:
+        def __init__(self, taken: float) -> None:
+            self.taken = taken
+
+        def infer(self, *_: Any, **__: Any) -> None:
+            clock[0] += self.taken
+
+    graph = attention_graph()
+    operation = forms._operations(list(quantized_products(graph)))[-1]
+    assert operation.is_attention
+    taken = dict(zip(operation.candidates, milliseconds, strict=True))
+    monkeypatch.setattr(forms, "_compiled", lambda _graph, _operation, _properties, form: (Request(taken[form]), []))
+    monkeypatch.setattr(forms.time, "perf_counter", lambda: clock[0])
+    assert forms._fastest_form(graph, operation, PROPERTIES) == expected
 
 
 def test_a_damaged_memory_is_measured_anew(tmp_path: Path) -> None:
@@ -135,7 +167,7 @@ def test_a_place_that_cannot_be_written_ends_nothing(
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(forms, "_is_float_faster", lambda *_: True)
+    monkeypatch.setattr(forms, "_fastest_form", lambda *_: "float")
     if is_home_known:
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -150,11 +182,11 @@ def test_a_place_that_cannot_be_written_ends_nothing(
 def test_convolutions_of_other_strides_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
 
-    def stride_is_slow(graph: ov.Model, operation: Any, properties: Any) -> bool:
+    def stride_is_slow(graph: ov.Model, operation: Any, properties: Any) -> forms.Form:
         measured.append(operation.shape)
-        return "strides=[2, 2]" in operation.shape
+        return "float" if "strides=[2, 2]" in operation.shape else "bytes"
 
-    monkeypatch.setattr(forms, "_is_float_faster", stride_is_slow)
+    monkeypatch.setattr(forms, "_fastest_form", stride_is_slow)
     parameter, results = ops.parameter([1, 4, 8, 8], ov.Type.f32), []
     for stride in (1, 2):
         layer = quantized_layer(nn.Conv2d(4, 4, 3, stride, 1), LayerPlan(weight_bits=8, activation_bits=8))
@@ -164,7 +196,7 @@ def test_convolutions_of_other_strides_are_measured_apart(monkeypatch: pytest.Mo
         results.append(nodes.layer(parameter.output(0), layer, f"stride{stride}").get_node())
     in_float = forms.use_faster_forms(ov.Model(results, [parameter]), PROPERTIES)
     assert len(measured) == 2
-    assert in_float == {"stride2"}
+    assert in_float == {"stride2": forms.REASONS["float"]}
 
 
 def test_a_quantizer_of_both_operands_is_removed_once() -> None:

@@ -11,7 +11,7 @@ import torch
 from openvino import opset13 as ops
 
 from edadm_cli.engines.openvino import nodes
-from edadm_cli.engines.openvino.movement import quantize_before_moving
+from edadm_cli.engines.openvino.movement import quantize_after_moving, quantize_before_moving
 from edadm_cli.quant.grid import Grid, activation_grid, weight_grid
 
 Move = Callable[[ov.Output], ov.Node]
@@ -99,13 +99,17 @@ def test_a_scale_for_each_channel_stays() -> None:
     assert _types_above_quantizers(graph) == {"Transpose"}
 
 
-def test_operands_of_attention_keep_their_quantizers_before_the_product() -> None:
-    parameter = ops.parameter([-1, -1, 12], ov.Type.f32)
-    q, k = (
-        nodes.fake_quantize(_heads(ops.exp(parameter).output(0)).output(0), SCALE, None, weight_grid(8))
-        for _ in range(2)
-    )
-    scores = ops.matmul(q, ops.transpose(k, _sizes(0, 1, 3, 2)), transpose_a=False, transpose_b=False)
-    graph = ov.Model([scores], [parameter])
-    quantize_before_moving(graph)
-    assert _types_above_quantizers(graph) == {"Transpose"}
+@pytest.mark.parametrize("grid", [weight_grid(8), weight_grid(4)], ids=str)
+def test_a_quantizer_moves_back_after_the_movement(grid: Grid) -> None:
+    before, after = _graph(_heads, grid), _graph(_heads, grid)
+    quantize_before_moving(after)
+    (quantizer,) = (node for node in after.get_ops() if node.get_type_name() == "FakeQuantize")
+    quantize_after_moving(quantizer)
+    assert "Transpose" in {node.get_type_name() for node in _above(quantizer)}
+    for actual, expected in zip(_codes(after, 2, 5), _codes(before, 2, 5), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def _above(node: ov.Node) -> list[ov.Node]:
+    sources = [value.get_node() for value in node.input_values()]
+    return sources + [each for source in sources for each in _above(source)]
