@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from edadm_cli.artifacts import Latency
 from edadm_cli.bench.contenders import base
 from edadm_cli.bench.contenders.base import Contender, Preparation
 from edadm_cli.bench.contenders.float8 import Float8, Float8Linear
+from edadm_cli.bench.contenders.nncf import Nncf
 from edadm_cli.bench.contenders.registry import GROUP, peers, require_peers
 from edadm_cli.bench.contenders.sdnq import Sdnq
 from edadm_cli.bench.contenders.torchao import TorchAo
@@ -223,3 +227,20 @@ def test_a_sum_of_weights_is_what_an_eight_bit_denoiser_saves(context: Preparati
     assert num_weights > 0
     saved = context.float_mib("float32") - context.eight_bit_mib("float32", num_weights)
     assert saved == pytest.approx(3 * num_weights / 2**20)
+
+
+def test_nncf_sends_no_usage_reports(context: Preparation, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Imported(Exception):
+        """Ends the preparation."""
+
+    class Nowhere(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise Imported(os.environ.get("NNCF_CI"))
+
+    monkeypatch.setenv("NNCF_CI", "")
+    monkeypatch.delenv("NNCF_CI")
+    monkeypatch.setitem(sys.modules, "nncf", Nowhere("nncf"))
+    monkeypatch.setitem(sys.modules, "nncf.quantization", Nowhere("nncf.quantization"))
+    monkeypatch.setitem(sys.modules, "nncf.quantization.advanced_parameters", Nowhere("advanced_parameters"))
+    with pytest.raises(Imported, match="1"):
+        Nncf().prepare(context)
