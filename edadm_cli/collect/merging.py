@@ -257,21 +257,3 @@ def _differs(what: str, batch: Batch) -> InputError:
         " put into one set.",
         hint=_SIZE_HINT,
     )
-
-
-def per_row(template: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Returns a template in which a list that repeats one item for each row of the batch becomes the item, as `$each`.
-
-    Pipelines pass sizes of images in this way. As literals, they would differ between batches of different size.
-
-    Args:
-        template: A template from `edadm_cli.models.calls.split_call`.
-        rows: Rows of the sample.
-    """
-
-    def shortened(value: Any) -> Any:
-        is_per_row = isinstance(value, list) and len(value) == rows and all(item == value[0] for item in value)
-        return {"$each": value[0]} if is_per_row and isinstance(value[0], list | dict) else value
-
-    kwargs = {name: shortened(value) for name, value in template["kwargs"].items()}
-    return {**template, "kwargs": kwargs}

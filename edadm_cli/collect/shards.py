@@ -14,9 +14,10 @@ import torch
 
 from edadm_cli.artifacts import TensorInfo, load_tensors, read_model, save_json, save_tensors
 from edadm_cli.artifacts.streaming import Streamed, joined, padded, stream_tensors, streamed, torch_type
-from edadm_cli.collect.merging import FEATURES, TIMESTEPS, Batch, Merged, merge, per_row
+from edadm_cli.collect.merging import FEATURES, TIMESTEPS, Batch, Merged, merge
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
+from edadm_cli.models.calls import per_row
 from edadm_cli.models.collected import CONDITION_FILE, FEATURES_FILE
 
 

@@ -180,6 +180,25 @@ def build_call(
     return tuple(decode(item) for item in template["args"]), {k: decode(v) for k, v in template["kwargs"].items()}
 
 
+def per_row(template: Template, rows: int) -> Template:
+    """Returns a template in which a list that repeats one item for each row of the batch becomes the item, as `$each`.
+
+    Pipelines pass sizes of images in this way. As literals, they would differ between batches of different size.
+
+    Args:
+        template: A template from `split_call`.
+        rows: Rows of the sample.
+    """
+
+    def shortened(value: Any) -> Any:
+        is_per_row = isinstance(value, list) and len(value) == rows and all(item == value[0] for item in value)
+        is_plain = is_per_row and isinstance(value[0], list | dict) and not placed_tensors(value[0])
+        return {_MARK + "each": value[0]} if is_plain else value
+
+    kwargs = {name: shortened(value) for name, value in template["kwargs"].items()}
+    return {**template, "kwargs": kwargs}
+
+
 def flat_tensors(value: Any) -> list[Tensor]:
     """Returns the tensors in nested tuples, lists and mappings, in their order."""
     if isinstance(value, Tensor):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from importlib import import_module
 from typing import Any
@@ -22,6 +23,7 @@ from edadm_cli.models.calls import (
     DenoiserCall,
     build_call,
     is_tensor,
+    per_row,
     split_call,
 )
 from edadm_cli.models.families import family_of
@@ -157,7 +159,8 @@ def _split(
             timesteps = torch.as_tensor(bound[name], dtype=torch.float32)
             bound[name] = torch.zeros_like(timesteps)
     call = split_call(nn.Module(), (), bound)
-    return call, _one_per_row(timesteps, call.sample.shape[0])
+    rows = call.sample.shape[0]
+    return replace(call, template=per_row(call.template, rows)), _one_per_row(timesteps, rows)
 
 
 def _one_per_row(timesteps: Tensor, rows: int) -> Tensor:

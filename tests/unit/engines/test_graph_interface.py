@@ -31,8 +31,8 @@ def test_a_timestep_for_each_frame_is_one_input_per_row() -> None:
         interface.tensors((sample, timesteps), {})
 
 
-def test_an_omitted_mask_masks_nothing() -> None:
-    """Pipelines of Qwen-Image leave the mask out where no prompt is padded, and the calibration set always has one."""
+def test_a_call_may_have_other_rows_and_omit_a_mask() -> None:
+    """Qwen-Image gets a list of sizes, one per row, and its pipeline leaves the mask out where no prompt is padded."""
 
     class QwenImageTransformer2DModel(nn.Module):
         def forward(
@@ -41,10 +41,15 @@ def test_an_omitted_mask_masks_nothing() -> None:
             timestep: Tensor,
             encoder_hidden_states: Tensor,
             encoder_hidden_states_mask: Tensor | None = None,
+            img_shapes: Any = None,
         ) -> Tensor:
             return hidden_states
 
     call = (torch.zeros(2, 5, 3), torch.tensor(1.0), torch.zeros(2, 4, 3))
-    interface = GraphInterface.of(QwenImageTransformer2DModel(), (*call, torch.ones(2, 4, dtype=torch.int64)), {})
-    tensors = interface.tensors((*call[:2], torch.zeros(1, 7, 3)), {"encoder_hidden_states_mask": None})
+    shapes = [[(1, 5, 3)]]
+    example = {"encoder_hidden_states_mask": torch.ones(2, 4, dtype=torch.int64), "img_shapes": shapes * 2}
+    interface = GraphInterface.of(QwenImageTransformer2DModel(), call, example)
+    other = (torch.zeros(1, 5, 3), call[1], torch.zeros(1, 7, 3))
+    tensors = interface.tensors(other, {"encoder_hidden_states_mask": None, "img_shapes": shapes})
     assert tensors["encoder_hidden_states_mask"].tolist() == [[1] * 7]
+    assert interface.call(tensors)["img_shapes"] == shapes
