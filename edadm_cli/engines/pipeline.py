@@ -97,6 +97,10 @@ def _refuse(name: str, *_: Any, **__: Any) -> None:
 
 def put_on_engine(model: LoadedModel, compiled: CompiledDenoiser) -> LoadedModel:
     """Replaces the denoiser of a pipeline, in place, with one on an engine, and frees its weights in torch."""
-    stand_in = EngineDenoiser(model.denoiser, compiled)
-    setattr(model.pipeline, model.denoiser_name, stand_in)
+    name, denoiser = model.denoiser_name, model.denoiser
+    stand_in = EngineDenoiser(denoiser, compiled)
+    # a combined pipeline, such as that of Kandinsky 2.2, has further pipelines that share its components
+    for holder in (model.pipeline, *vars(model.pipeline).values()):
+        if getattr(holder, name, None) is denoiser:
+            setattr(holder, name, stand_in)
     return model

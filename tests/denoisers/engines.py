@@ -102,7 +102,7 @@ def _measured(row: Row, folder: Path) -> EngineResult:
     try:
         prediction, latents = _distances(run, model)
     except EdadmError as error:
-        return EngineResult(row.title, name, refusal=error.message)
+        return EngineResult(row.title, name, refusal=error.message.replace(str(folder / "export"), "the export"))
     except Exception as error:  # noqa: BLE001 (a row of the table, not the end of it)
         return EngineResult(row.title, name, refusal=f"internal error: {type(error).__name__}: {error}"[:300])
     refusal = None if max(prediction, latents) < LARGEST_DISTANCE else "its latents differ from those of torch"

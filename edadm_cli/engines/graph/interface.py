@@ -48,6 +48,7 @@ class GraphInterface(BaseModel):
         rows: The number of rows that calls must have; `None` if any number is possible.
         fixed: The SHA-256 of the values of each input that calls may not change, by name. The denoiser read these
             values, such as a mask's number of tokens, in Python while it was traced.
+        has_read_sizes: Whether the denoiser read a size in Python, so that the graph may not fit other sizes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,22 +62,27 @@ class GraphInterface(BaseModel):
     returns_list: bool = False
     rows: int | None = None
     fixed: dict[str, str] = {}
+    has_read_sizes: bool = False
 
     @property
     def is_specific(self) -> bool:
-        """Returns whether the graph fits only calls that agree with the example in more than its form."""
-        return self.rows is not None or bool(self.fixed)
+        """Returns whether the graph may fit only calls that agree with the example in more than its form."""
+        return self.rows is not None or bool(self.fixed) or self.has_read_sizes
 
-    def specific(self, tensors: Mapping[str, Tensor], rows: bool, values: Iterable[str]) -> GraphInterface:
+    def specific(
+        self, tensors: Mapping[str, Tensor], rows: bool, values: Iterable[str], has_read_sizes: bool
+    ) -> GraphInterface:
         """Returns the interface of a graph that fits only some calls.
 
         Args:
             tensors: The inputs of the example call.
             rows: Whether calls must have as many rows as the example.
             values: The names of the inputs that must have the same values as in the example.
+            has_read_sizes: Whether the denoiser read a size in Python.
         """
         fixed = {name: _digest(tensors[name]) for name in sorted(values)}
-        return self.model_copy(update={"rows": tensors[SAMPLE].shape[0] if rows else None, "fixed": fixed})
+        number = tensors[SAMPLE].shape[0] if rows else None
+        return self.model_copy(update={"rows": number, "fixed": fixed, "has_read_sizes": has_read_sizes})
 
     @classmethod
     def of(cls, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphInterface:

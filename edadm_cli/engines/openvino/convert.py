@@ -105,8 +105,8 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for name, port in zip(interface.inputs, model.inputs, strict=True):
         port.set_names({name})
         port.node.friendly_name = name
-    has_rows = _takes_another_row(model, tensors)
-    return model, wrapper.traced_interface().specific(tensors, rows=not has_rows, values=reads.names)
+    is_by_row = not _takes_another_row(model, tensors)
+    return model, wrapper.traced_interface().specific(tensors, is_by_row, reads.names, reads.sizes)
 
 
 def _require_steady_values(denoiser: str, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:

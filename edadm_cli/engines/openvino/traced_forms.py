@@ -135,7 +135,7 @@ class TracedForms(TorchFunctionMode):
         """Computes one function of torch."""
         kwargs = kwargs or {}
         if self._reads is not None and function.__name__ in READING:
-            self._reads.note(args)
+            self._reads.note(function.__name__, args)
         if _is_complex((args, kwargs)) or function.__name__ in ("view_as_complex", "polar", "complex"):
             return _in_real_numbers(function, args, kwargs)
         result = _SIMPLER.get(function.__name__, function)(*args, **kwargs)

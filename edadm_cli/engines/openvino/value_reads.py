@@ -26,24 +26,33 @@ READING = {
     "is_nonzero",
 }
 """The functions whose results are Python values."""
+_NUMBERS = {"tolist", "item", "numpy", "__int__", "__index__"}
+"""Those of them whose results are numbers, not answers to a comparison."""
 _SIZES = {"aten::size", "aten::numel", "aten::dim", "aten::len", "aten::stride", "prim::Constant", "prim::GetAttr"}
 _SIZES |= {f"aten::{name}" for name in ("zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty")}
 """The nodes of a trace whose results do not depend on the values of their inputs."""
 
 
 class ValueReads:
-    """Collects the names of the inputs on which the values that are read depend."""
+    """Collects what is read.
+
+    Attributes:
+        names: The names of the inputs on which the values that are read depend.
+        sizes: Whether a size became a Python number, such as the length of a table of positions.
+    """
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.sizes = False
         self._inputs: dict[int, str] = {}
 
     def begin(self, inputs: Mapping[str, Tensor]) -> None:
         """Takes the inputs of a trace, by name."""
         self._inputs = {_traced(tensor).unique(): name for name, tensor in inputs.items()}
 
-    def note(self, args: tuple[Any, ...]) -> None:
-        """Adds the inputs on which the tensors among some arguments depend in the present trace."""
+    def note(self, function: str, args: tuple[Any, ...]) -> None:
+        """Adds the inputs on which the arguments of a function of `READING` depend in the present trace."""
+        self.sizes = self.sizes or function in _NUMBERS
         waiting = [_traced(value) for value in args if isinstance(value, Tensor)]
         seen: set[int] = set()
         while waiting:

@@ -123,3 +123,17 @@ def test_a_denoiser_whose_computation_depends_on_its_sample_is_refused() -> None
     with pytest.raises(EdadmError, match="depends on values of sample") as error:
         OpenVinoEngine().compile(_Branching(), *call, CPU)
     assert "engine='torch'" in error.value.hint
+
+
+class _Sized(nn.Module):
+    """Adds a table whose length it reads from its sample, as Qwen-Image does."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        return (sample + torch.arange(4.0).repeat(int(sample.shape[2]) // 4)[:, None],)
+
+
+def test_a_denoiser_that_reads_sizes_is_converted_again_for_others() -> None:
+    denoiser, timestep = _Sized(), torch.tensor([1.0])
+    compiled = OpenVinoEngine().compile(denoiser, (torch.ones(1, 4, 4, 4), timestep), {}, CPU)
+    other = (torch.ones(1, 4, 8, 4), timestep), {}
+    assert torch.equal(_prediction(compiled, other), _prediction(denoiser, other))

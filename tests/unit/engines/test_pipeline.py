@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
@@ -73,3 +75,15 @@ def test_what_would_change_a_prediction_comes_too_late(tiny_sd: Path) -> None:
     ):
         with pytest.raises(UsageError, match=r"would change nothing: call it on the pipeline that the engine is given"):
             attempt()
+
+
+def test_a_pipeline_inside_a_pipeline_gets_the_engine_too() -> None:
+    """The combined pipeline of Kandinsky 2.2 samples with a decoder pipeline, which holds the denoiser as well."""
+    denoiser: Any = nn.Linear(2, 2)
+    inner = SimpleNamespace(unet=denoiser)
+    outer: Any = SimpleNamespace(unet=denoiser, decoder_pipe=inner)
+    model: Any = SimpleNamespace(pipeline=outer, denoiser_name="unet", denoiser=denoiser)
+    compiled: Any = SimpleNamespace()
+    put_on_engine(model, compiled)
+    assert inner.unet is outer.unet
+    assert isinstance(inner.unet, EngineDenoiser)
