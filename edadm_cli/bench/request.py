@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from edadm_cli.config import BenchConfig
 from edadm_cli.engines.base import Engine
 from edadm_cli.engines.registry import default_engine
 from edadm_cli.engines.registry import engine as engine_of
-from edadm_cli.errors import UsageError
+from edadm_cli.errors import MachineError, UsageError
 from edadm_cli.integrations.caching import StepCache
 from edadm_cli.models.loading import resolve_device
 
@@ -85,11 +86,14 @@ def resolve(config: BenchConfig, run: RunFolder) -> BenchRequest:
     """Decides everything that a configuration leaves open, and checks it.
 
     Raises:
-        MachineError: There is no such device, or the engine cannot run on it.
+        MachineError: There is no such device, the engine cannot run on it, or the threads exceed the cores.
         UsageError: There is no such engine.
         InputError: There is no such export or model.
     """
     device, engine = settle_engine(config)
+    cores = os.cpu_count() or 1
+    if config.threads is not None and config.threads > cores:
+        raise MachineError(f"--threads {config.threads} is more than the {cores} logical cores of this machine.")
     if config.cache is not None:
         StepCache.parse(config.cache)
         if not config.pipeline:

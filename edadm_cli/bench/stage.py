@@ -44,8 +44,9 @@ def run(
         EdadmError: The engine's results are too far from exact integers; nothing is timed then.
     """
     started, reporter = time.monotonic(), reporter or SilentReporter()
+    device, _ = settle_engine(config)
+    require_peers(config.against, device)  # before a model is loaded
     request = resolve(config, run_folder)
-    require_peers(config.against, request.device)
     spec = _build_spec(request)
     with run_folder.build(spec, force or _is_the_same(run_folder, spec)) as build:
         _build(request, build, reporter)

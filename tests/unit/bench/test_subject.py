@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from edadm_cli.bench import subject
+from edadm_cli.artifacts import RunFolder
+from edadm_cli.bench import stage, subject
+from edadm_cli.config import BenchConfig, BitWidth
+from edadm_cli.errors import EdadmError
 
 
 def test_random_weights_are_made_on_the_device_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +27,19 @@ def test_random_weights_are_made_on_the_device_that_is_measured(monkeypatch: pyt
     denoiser = subject.NearestSubject("sd15-random", None, 0, device).full_precision()
     assert devices == [device]
     assert all(parameter.device.type == "cpu" for parameter in denoiser.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "code"),
+    [
+        ({"against": ("gptq",)}, "--against takes nncf, .*; got 'gptq'", 2),
+        ({"threads": 100_000}, "--threads 100000 is more than the .* logical cores", 4),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_model_is_looked_for(
+    tmp_path: Path, settings: dict[str, Any], message: str, code: int
+) -> None:
+    config = BenchConfig(model="no such model", bits=(BitWidth.parse("w8a8"),), device="cpu", **settings)
+    with pytest.raises(EdadmError, match=message) as caught:
+        stage.run(config, RunFolder(tmp_path))
+    assert caught.value.exit_code == code
