@@ -16,6 +16,7 @@ from edadm_cli.artifacts import (
     BuildSpec,
     LayerSensitivity,
     RunFolder,
+    Selection,
     Sensitivity,
     SensitivityRecord,
     load_json,
@@ -93,8 +94,8 @@ class _Task:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps in one run of the sampler."""
-        return int(self.calibration.step_index.max()) + 1
+        """Number of steps in one run of the sampler; the calibration set need not hold samples of all of them."""
+        return len(Selection.load(self.selection).counts)
 
     def build_spec(self) -> BuildSpec:
         fields = {**self.config.identity_fields(), "batch_size": self.batch_size}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from safetensors.torch import save_file
 from edadm_cli.artifacts import RunFolder, Sensitivity
 from edadm_cli.artifacts.quantization import load_plan
 from edadm_cli.cli.app import main
-from edadm_cli.config import BitWidth
+from edadm_cli.config import BitWidth, SensitivityConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import load_collected_model
 from edadm_cli.quant.network import quantize_network
+from edadm_cli.recipe import load_recipe
 from edadm_cli.report.stage import run as report
 from edadm_cli.sensitivity import stage
 
@@ -49,6 +51,13 @@ def test_every_layer_is_measured_and_fewer_bits_cost_more(run_folder: Path) -> N
     assert totals[0] > totals[1] > totals[2] > 0
     assert {layer.name for layer in result.layers} >= {"conv_in", "conv_out"}
     assert len(result.step_gains) >= 4
+
+
+def test_steps_without_samples_at_the_end_are_steps_too(run_folder: Path) -> None:
+    """TDAC may take no sample of the last steps, and their number tells how many calls of the denoiser a step has."""
+    task = stage.resolve_task(SensitivityConfig(recipe=load_recipe("quick"), device="cpu"), RunFolder(run_folder))
+    early = task.calibration.step_index.clamp(max=1)
+    assert replace(task, calibration=replace(task.calibration, step_index=early)).num_steps == task.num_steps >= 4
 
 
 def test_bits_follow_the_measurement_and_keep_to_the_budget(run_folder: Path) -> None:
