@@ -6,6 +6,7 @@ All other arguments of a call are fixed when the graph is made. A call with othe
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -29,6 +30,7 @@ from edadm_cli.models.calls import (
 from edadm_cli.models.families import family_of
 from edadm_cli.models.families.family import TIMESTEP_ARGUMENTS
 
+_MARKS = re.compile(r"\.\$\w+")  # of templates, such as that of a tuple, which a message leaves out
 _RETURN_DICT = "return_dict"
 _OUTPUT_LIBRARIES = ("diffusers", "edadm_cli")
 
@@ -186,11 +188,12 @@ def _difference(arguments: Mapping[str, Any], template: Mapping[str, Any]) -> st
     """Returns words that describe the first difference between the arguments of two calls."""
     given, expected = _by_dotted_name(arguments), _by_dotted_name(template)
     name = min(key for key in given.keys() | expected.keys() if given.get(key) != expected.get(key))
+    shown = _MARKS.sub("", name)
     if name not in expected:
-        return f"'{name}', but its graph was made for calls without it"
+        return f"'{shown}', but its graph was made for calls without it"
     if name not in given:
-        return f"no '{name}', but its graph was made for calls with it"
-    return f"{name} = {given[name]}, but its graph was made for {expected[name]}"
+        return f"no '{shown}', but its graph was made for calls with it"
+    return f"{shown} = {given[name]}, but its graph was made for {expected[name]}"
 
 
 def _by_dotted_name(node: Any, name: str = "") -> dict[str, Any]:

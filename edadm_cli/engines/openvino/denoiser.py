@@ -74,7 +74,6 @@ class OpenVinoDenoiser(CompiledDenoiser):
         self._source: nn.Module | None = None
         self._core = ov.Core()
         self._requests: OrderedDict[tuple[_Graph, Shapes], _Compiled] = OrderedDict()
-        self._in_float: dict[str, str] = {}  # the reason for each layer that runs in floating point
         self._request(self._graphs[0], shapes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +116,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
     def layers(self) -> tuple[LayerExecution, ...]:
         """Returns how each layer runs, from the runtime graph of the shape that was used last."""
         compiled = next(reversed(self._requests.values()))
-        return executed_layers(runtime_nodes(compiled.model), self._planned, self._in_float)
+        return executed_layers(runtime_nodes(compiled.model), self._planned, compiled.in_float)
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
         """Returns the time of each operation of one call after a warm-up call, from a copy with counters."""
@@ -144,8 +143,8 @@ class OpenVinoDenoiser(CompiledDenoiser):
         try:
             model.reshape(dict(zip(inputs, map(list, shapes), strict=True)))
             faster = forms.use_faster_forms(model, plugin_properties(self._options))
-            self._in_float = dict.fromkeys(saturating, saturation.REASON) | faster
-            return _Compiled(self._core, model, self._options, more)
+            in_float = dict.fromkeys(saturating, saturation.REASON) | faster
+            return _Compiled(self._core, model, self._options, more, in_float)
         except RuntimeError as error:
             sizes = ", ".join(f"{name} {list(shape)}" for name, shape in zip(inputs, shapes, strict=True))
             graph.misfits[shapes] = InputError(
@@ -163,13 +162,22 @@ class _Compiled:
         graph: A graph with static shapes, which is changed: its sinusoids are taken out.
         options: The options of the engine.
         more: More properties of the plug-in.
+        in_float: The reason for each layer that is not, or not entirely, in integers.
 
     Raises:
         RuntimeError: OpenVINO cannot compile the graph.
     """
 
-    def __init__(self, core: ov.Core, graph: ov.Model, options: EngineOptions, more: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        core: ov.Core,
+        graph: ov.Model,
+        options: EngineOptions,
+        more: dict[str, Any],
+        in_float: dict[str, str],
+    ) -> None:
         head = None if options.rest_dtype == torch.float32 else sinusoids.take_out(graph)
+        self.in_float = in_float
         self.model = core.compile_model(graph, "CPU", plugin_properties(options) | more)
         self._request = self.model.create_infer_request()
         self._head: ov.InferRequest | None = None

@@ -53,3 +53,5 @@ def test_a_call_may_have_other_rows_and_omit_a_mask() -> None:
     tensors = interface.tensors(other, {"encoder_hidden_states_mask": None, "img_shapes": shapes})
     assert tensors["encoder_hidden_states_mask"].tolist() == [[1] * 7]
     assert interface.call(tensors)["img_shapes"] == shapes
+    with pytest.raises(InputError, match=r"called with img_shapes\.0\.1 = 9, but its graph was made for 5\.$"):
+        interface.tensors(other, {"img_shapes": [[(1, 9, 3)]]})

@@ -174,6 +174,21 @@ def test_every_layer_is_reported_with_what_ran(compiled: CompiledDenoiser) -> No
     assert attention.precision == ("float32" if "attention" in saturating_kinds() else "int8")
 
 
+def test_layers_are_those_of_the_shape_that_ran_last(
+    files: Path, denoiser: nn.Module, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor may run a layer of one shape in another form than that of another shape."""
+    measured = iter([{}, {"conv_in": "it is faster in floating point"}])
+    monkeypatch.setattr(forms, "use_faster_forms", lambda *_: next(measured))
+    compiled = OpenVinoEngine().load(files, CPU)
+    first = compiled.layers
+    args, kwargs = example_call(denoiser, batch_size=1)
+    compiled(*args, **kwargs)
+    assert compiled.layers != first
+    compiled(*call[0], **call[1])
+    assert compiled.layers == first
+
+
 def test_profile_names_layers_and_times(compiled: CompiledDenoiser, call: Call) -> None:
     args, kwargs = call
     rows = compiled.profile(*args, **kwargs)
