@@ -76,7 +76,6 @@ def time_image(
     """
     rest = getattr(torch, dtype) if is_torch or device.type == "cuda" else torch.float32
     model = load_model(request.model, device, rest, ModelEntry.model_validate(request.entry))
-    model.require_one_denoiser("bench --pipeline", "edadm bench, without --pipeline: it measures the first denoiser")
     timed = TimedDenoiser(function, device)
     put_on_engine(model, timed)
     not_cached = None

@@ -87,7 +87,7 @@ def resolve(config: BenchConfig, run: RunFolder) -> BenchRequest:
 
     Raises:
         MachineError: There is no such device, the engine cannot run on it, or the threads exceed the cores.
-        UsageError: There is no such engine.
+        UsageError: There is no such engine, or whole images are to be timed with one of several denoisers.
         InputError: There is no such export or model.
     """
     device, engine = settle_engine(config)
@@ -100,13 +100,16 @@ def resolve(config: BenchConfig, run: RunFolder) -> BenchRequest:
             raise UsageError("--cache saves time over several steps of an image, so it needs --pipeline.")
     engine.require(device)
     engine.require_attention(config.attention)
+    subject = subject_of(config, run, device)
+    if config.pipeline:
+        subject.require_whole_pipeline()
     half = "float16" if device.type == "cuda" else "bfloat16" if has_fast_bfloat16(device) else None
     return BenchRequest(
         config=config,
         run=run,
         device=device,
         engine=engine,
-        subject=subject_of(config, run, device),
+        subject=subject,
         dtype=config.dtype or half or "float32",
         half=half,
         threads=config.threads or physical_cores(),

@@ -17,7 +17,7 @@ from edadm_cli.bench.pipeline import PipelineRequest
 from edadm_cli.bench.spec import Call
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BenchConfig, BitWidth
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.architecture import load_architecture
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
@@ -43,11 +43,13 @@ class Subject(ABC):
         title: What is measured, for people.
         model: The model, for the manifest.
         parents: The artifacts that the measurement depends on.
+        num_denoisers: The number of denoisers of the pipeline, of which the first one is measured.
     """
 
     title: str
     model: ModelRef
     parents: tuple[Artifact, ...]
+    num_denoisers: int
 
     @abstractmethod
     def full_precision(self) -> nn.Module:
@@ -64,6 +66,18 @@ class Subject(ABC):
     @abstractmethod
     def pipeline(self, seed: int) -> PipelineRequest:
         """Returns how a whole image is sampled."""
+
+    def require_whole_pipeline(self) -> None:
+        """Checks that the denoiser that is measured is the only one that an image needs.
+
+        Raises:
+            UsageError: The pipeline has several denoisers.
+        """
+        if self.num_denoisers > 1:
+            raise UsageError(
+                f"{self.model.id} has {self.num_denoisers} denoisers, and bench --pipeline takes one.",
+                hint="edadm bench, without --pipeline: it measures the first denoiser",
+            )
 
     def calls(self, denoiser: nn.Module, batch_size: int, size: tuple[int, int] | None, seed: int) -> list[Call]:
         """Returns `NUM_INPUTS` calls that differ in their sample: that of `call` first, then Gaussian noise."""
@@ -93,7 +107,7 @@ class ExportSubject(Subject):
         self._collected = CollectedRun.open(run)
         self.parents = tuple(self._exports.values())
         self.model = self._collected.model
-        number = len(self._collected.places)
+        self.num_denoisers = number = len(self._collected.places)
         which = "the denoiser" if number == 1 else f"the first of {number} denoisers"
         self.title = f"{which} of {self.model.id}, as exported in {run.root}"
 
@@ -159,13 +173,14 @@ class NearestSubject(Subject):
         self._entry = known_models().get(name)
         recipe = recipe or load_recipe("default")
         self.recipe = recipe.model_copy(update={"ranges": recipe.ranges.model_copy(update=_MIN_MAX)})
-        self.parents = ()
+        self.parents, self.num_denoisers = (), 1
         if self._entry is not None and self._entry.source == "random":
             architecture = load_architecture(self._entry.location)
             fingerprint = architecture.fingerprint(self._entry.weights_seed, WEIGHTS_VERSION)
             self.model = ModelRef(id=name, fingerprint=fingerprint)
         else:
-            self.model = load_model(name, _CPU, torch.float32).ref
+            loaded = load_model(name, _CPU, torch.float32)
+            self.model, self.num_denoisers = loaded.ref, 1 + len(loaded.further)
         weights = "random weights" if name.endswith(SUFFIX) else "its weights"
         self.title = f"the denoiser of {self.model.id}: {weights} rounded to nearest, ranges of random calls"
 

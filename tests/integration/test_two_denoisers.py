@@ -10,6 +10,7 @@ import torch
 
 from edadm_cli.artifacts import RunFolder, Selection, load_tensors
 from edadm_cli.config import (
+    BenchConfig,
     BitWidth,
     CollectConfig,
     ExportConfig,
@@ -105,7 +106,7 @@ def _counted(denoiser: torch.nn.Module) -> list[float]:
     return timesteps
 
 
-def test_diffusers_runs_both_denoisers_under_torch_compile_as_the_refusals_say(run: RunFolder) -> None:
+def test_diffusers_runs_both_denoisers_under_torch_compile(run: RunFolder) -> None:
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(run.open("export", "w8a8").path)
@@ -119,6 +120,15 @@ def test_diffusers_runs_both_denoisers_under_torch_compile_as_the_refusals_say(r
                 getattr(pipeline, name).compile(fullgraph=True, backend="eager")
         frames.append(pipeline(**call, generator=torch.Generator().manual_seed(0)).frames)
     assert torch.equal(*frames)
+
+
+def test_a_bench_of_whole_images_is_refused_before_anything_is_measured(run: RunFolder) -> None:
+    from edadm_cli.bench.request import resolve
+
+    settings: dict[str, Any] = {"bits": (W8A8,), "device": "cpu"}
+    assert resolve(BenchConfig(**settings), run).subject.title.startswith("the first of 2 denoisers")
+    with pytest.raises(UsageError, match="has 2 denoisers, and bench --pipeline takes one"):
+        resolve(BenchConfig(**settings, pipeline=True), run)
 
 
 def test_a_sensitivity_of_several_denoisers_is_refused(run: RunFolder) -> None:
