@@ -434,7 +434,7 @@ def test_an_estimate_writes_nothing_and_is_near(
     start = time.perf_counter()
     collect.run(config, run)
     seconds = time.perf_counter() - start
-    assert estimate.seconds < 10 * seconds
+    assert estimate.seconds < 20 * seconds
     assert estimate.memory_mib > 0
     on_disk = sum(path.stat().st_size for path in run.path("collect").rglob("*.safetensors")) / 2**20
     assert on_disk < 1.1 * estimate.disk_mib < 3 * on_disk + 0.1
