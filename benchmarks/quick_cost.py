@@ -5,7 +5,8 @@
 
 A row is `edadm run` of one model with one recipe and one seed. It is added to `OUT/rows.jsonl` when it is done, and the
 same command skips the rows that are there, so that a study that was killed goes on. Other options, such as
-`--num-steps 4`, go to `edadm run`. `--rows` prints the means over the seeds and measures nothing.
+`--num-steps 4`, go to `edadm run`. `--rows` prints the means over the seeds of the rows at `--bits`, and measures
+nothing.
 
 Columns: the number of images; `final`, the relative L2 distance of the final latents to full precision of the same
 seed; `one step`, the relative L2 error of single predictions on held-out trajectories (guided, where the model has
@@ -68,16 +69,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns a Markdown table of the means over the seeds."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    """Returns a Markdown table of the means over the seeds, with a line per model, recipe and number of images."""
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups[row["model"], row["recipe"]].append(row)
+        groups[row["model"], row["recipe"], row["num_images"]].append(row)
     lines = [_HEADER, ("---",) * len(_HEADER)]
-    for model, recipe in ((model, recipe) for model in MODELS for recipe in RECIPES if (model, recipe) in groups):
-        rows_of_one = groups[model, recipe]
+    order = (*MODELS, *RECIPES)
+    for model, recipe, num_images in sorted(groups, key=lambda key: (order.index(key[0]), order.index(key[1]), key[2])):
+        rows_of_one = groups[model, recipe, num_images]
         keys = ("final", "one_step", "frechet", "frechet_full_precision")
         means = (f"{statistics.mean(row[key] for row in rows_of_one):.4f}" for key in keys)
-        lines.append((f"`{model}`", f"`{recipe}`", str(rows_of_one[0]["num_images"]), *means))
+        lines.append((f"`{model}`", f"`{recipe}`", str(num_images), *means))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -94,13 +96,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args, args.options = parser.parse_known_args()  # the rest goes to edadm run
     if args.rows is not None:
-        print(table(read_rows(args.rows)))
+        print(table([row for row in read_rows(args.rows) if row["bits"] == args.bits]))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "rows.jsonl"
-    done = {(row["model"], row["recipe"], row["bits"], row["seed"]) for row in read_rows(path)}
+    names = ("model", "recipe", "bits", "seed", "num_images")
+    done = {tuple(row[name] for name in names) for row in read_rows(path)}
     for seed, model, recipe in product(args.seeds, args.models, args.recipes):
-        row = None if (model, recipe, args.bits, seed) in done else measure(model, recipe, seed, args)
+        is_done = (model, recipe, args.bits, seed, args.num_images) in done
+        row = None if is_done else measure(model, recipe, seed, args)
         if row is not None:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

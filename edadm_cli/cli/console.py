@@ -122,15 +122,17 @@ def keep_freed_memory() -> None:
     """Lets the process reuse the memory of freed tensors instead of returning each to the system.
 
     glibc gives a large block back as soon as it is freed, and the system clears every page of the next one, which takes
-    a tenth of the time of sampling on a CPU. Blocks of up to 64 MiB now come from memory that the process has, of which
-    it keeps up to 256 MiB. Other C libraries are left as they are.
+    a tenth of the time of sampling on a CPU. Blocks of up to 64 MiB (32 MiB before glibc 2.35, which takes no larger
+    number) now come from memory that the process has, of which it keeps up to 256 MiB. Other C libraries are left as
+    they are.
     """
     import ctypes
 
     with suppress(OSError, TypeError, AttributeError):  # Windows, macOS and musl have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 64 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+        # the second number alone would fix the first one at its initial 128 KiB
+        if mallopt(_M_MMAP_THRESHOLD, 64 << 20) or mallopt(_M_MMAP_THRESHOLD, 32 << 20):
+            mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def calm_libraries(verbose: bool) -> None:

@@ -96,11 +96,14 @@ def _even_rows(x: Tensor) -> tuple[int, int, torch.memory_format] | None:
     if x.ndim < 1 or not x.numel():
         return None
     is_image = x.ndim == 4 and x.stride(1) == 1
+    dimensions = list(zip(x.shape, x.stride(), strict=True))
+    if is_image:
+        dimensions.append(dimensions.pop(1))
     # the only dimension of a vector is a column of one element per row
-    rows = x.permute(0, 2, 3, 1) if is_image else x if x.ndim > 1 else x[:, None]
-    columns, leading = rows.shape[-1], _strides(rows.select(-1, 0))
+    columns, step = dimensions.pop() if x.ndim > 1 else (1, 1)
+    leading = [(size, stride) for size, stride in dimensions if size > 1]
     row_stride = expected = leading[-1][1] if leading else columns
-    if columns > 1 and rows.stride(-1) != 1:
+    if columns > 1 and step != 1:
         return None
     for size, stride in reversed(leading):
         if stride != expected:

@@ -39,8 +39,9 @@ def _command_lines(path: Path) -> Iterator[str]:
     for block in blocks if path.suffix == ".md" else [path.read_text(encoding="utf-8")]:
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
-                if part.strip().startswith("edadm ") and not part.strip().startswith("edadm [OPTIONS]"):
-                    yield part
+                command = re.sub(r"^\s*([A-Z_]+=\S*\s+)*", "", part)  # variables may stand before a command
+                if command.startswith("edadm ") and not command.startswith("edadm [OPTIONS]"):
+                    yield command
 
 
 @pytest.mark.parametrize("path", [*PAGES, ROOT / "examples/ci-gate.sh"], ids=lambda path: path.name)

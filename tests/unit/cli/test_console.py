@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edadm_cli.cli.console import ConsoleReporter
+from edadm_cli.cli.console import ConsoleReporter, keep_freed_memory
 from edadm_cli.progress import Reporter, SilentReporter
 
 SCRIPT = """
@@ -77,6 +77,11 @@ def test_warnings_of_libraries_are_for_the_verbose_in_processes_that_are_begun_t
     assert done.stderr.count("UserWarning: of a library") == count
 
 
+def _is_recent_glibc() -> bool:
+    name, version = platform.libc_ver()
+    return name == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+
+
 FREEING = """
 import resource
 import numpy
@@ -88,11 +93,26 @@ for _ in range(9):
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have settings of their own")
+@pytest.mark.skipif(not _is_recent_glibc(), reason="other C libraries have other settings")
 def test_memory_that_a_tensor_gave_back_serves_the_next_one() -> None:
     done = subprocess.run([sys.executable, "-c", FREEING], capture_output=True, text=True, check=True)
     faults = [int(line) for line in done.stdout.split()]
     assert faults[-1] - faults[1] < 100, "48 MiB have 12,288 pages"
+
+
+def test_glibc_that_takes_no_more_gets_32_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number of ours for large blocks, the other one would make everything above 128 KiB slower."""
+    settings: dict[int, int] = {}
+
+    def mallopt(name: int, value: int) -> int:
+        if name == -3 and value > 32 << 20:
+            return 0
+        settings[name] = value
+        return 1
+
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    keep_freed_memory()
+    assert settings == {-3: 32 << 20, -1: 256 << 20}
 
 
 def test_on_a_terminal_there_are_bars_with_literal_text() -> None:
