@@ -4,7 +4,7 @@
 #   ci-gate.sh MODEL BITS MIN_PSNR_DB MAX_LATENT_REL_L2 [options of `edadm evaluate`]
 #
 # Exit codes are those of edadm: 5 when the quality is not reached, 3 for a broken model, 4 for a machine that cannot.
-# The metrics are in $EDADM_RUN/evaluation.json in each of these cases.
+# With 0 and 5, the metrics are in $EDADM_RUN/evaluation.json.
 set -euo pipefail
 
 if (($# < 4)); then
