@@ -111,7 +111,7 @@ def sample(
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise MachineError(
             f"{model.ref.id}: the device ran out of memory with {len(seeds)} images at a time.",
-            hint="a smaller --batch-size" if len(seeds) > 1 else "edadm collect with a smaller --height and --width",
+            hint=_memory_hint(model, len(seeds)),
         ) from error
     if not last_sample:
         raise InputError(
@@ -288,6 +288,13 @@ def _explained_refusals(model: LoadedModel) -> Iterator[None]:
             f"{', and --images names no images' if has_none else ''}: {first_sentence(error)}",
             hint=_images_hint(model) if has_none else _size_hint(model),
         ) from error
+
+
+def _memory_hint(model: LoadedModel, num_images: int) -> str | None:
+    """Returns what makes sampling take less memory; `None` for one image of a pipeline that fixes its size."""
+    if num_images > 1:
+        return "a smaller --batch-size"
+    return "edadm collect with a smaller --height and --width" if "height" in _parameters(model.pipeline) else None
 
 
 def _images_hint(model: LoadedModel) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from edadm_cli.artifacts import ModelRef
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import CALIBRATION, EVALUATION, _watch_scheduler, image_seed, sample
@@ -50,6 +50,29 @@ def test_images_follow_their_seeds_whatever_the_batch(stable_diffusion: LoadedMo
     alone = sample(stable_diffusion, seeds=[2], prompts=["two"], num_steps=3, guidance_scale=2.0)
     torch.testing.assert_close(together.latents[1:2], alone.latents, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together.latents[0], together.latents[1], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "seeds", "hint"),
+    [
+        ("pixels", [1, 2], "a smaller --batch-size"),
+        ("pixels", [1], None),
+        ("stable_diffusion", [1], "edadm collect with a smaller --height and --width"),
+    ],
+)
+def test_out_of_memory_says_what_takes_less(
+    name: str, seeds: list[int], hint: str | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: LoadedModel = request.getfixturevalue(name)
+
+    def forward(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(model.denoiser, "forward", forward)
+    prompts = ["one"] * len(seeds) if name == "stable_diffusion" else None
+    with pytest.raises(MachineError, match="ran out of memory") as error:
+        sample(model, seeds=seeds, prompts=prompts, num_steps=2, guidance_scale=None)
+    assert error.value.hint == hint
 
 
 SCHEDULERS = {
