@@ -45,7 +45,8 @@ class Operation:
         """Returns the operation on whole numbers, without any rounding.
 
         Whole numbers and their sums are exact in float64 below 2^53. On a CPU float32 is used where no sum can exceed
-        2^24, since it takes a fraction of the time; a GPU may round the factors of float32 products to TF32.
+        2^24, since it takes a fraction of the time; a GPU may round the factors of float32 products to TF32. NNPACK,
+        which computes convolutions where oneDNN is missing, transforms the image first and rounds, so it is not used.
 
         Args:
             codes: The input as whole numbers, `[N, C, H, W]` or `[..., C]`.
@@ -53,8 +54,10 @@ class Operation:
             largest: A bound of the magnitude of every product of an input with a weight.
         """
         fits = codes.device.type == "cpu" and largest * weight[0].numel() <= _EXACT_IN_FLOAT32
-        dtype = torch.float32 if fits else torch.float64
-        return self(codes.to(dtype), weight.to(dtype))
+        if not fits:
+            return self(codes.double(), weight.double())
+        with torch.backends.nnpack.flags(enabled=False):
+            return self(codes.float(), weight.float())
 
     @property
     def channel_dim(self) -> int:

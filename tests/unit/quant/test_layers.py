@@ -123,6 +123,18 @@ def test_sums_of_whole_numbers_are_exact_whatever_their_size(length: int) -> Non
     assert torch.equal(sums.long(), codes.long() @ weight.long().T)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_sums_of_whole_numbers_are_exact_without_onednn() -> None:
+    """As on a Mac, where torch would compute a convolution of 16 images by transforms that round."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-8, 8, (8, 64, 3, 3), generator=generator)
+    codes = torch.randint(-255, 256, (16, 64, 8, 8), generator=generator)
+    convolution = Operation("conv2d", padding=(1, 1))
+    with torch.backends.mkldnn.flags(enabled=False):
+        sums = convolution.exact(codes, weight, 8 * 255)
+    assert torch.equal(sums.double(), convolution(codes.double(), weight.double()))
+
+
 def _exact_sums(codes: Tensor, weight: Tensor, layer: QuantizedLayer) -> Tensor:
     operation = layer.operation
     if operation.kind == "linear":
