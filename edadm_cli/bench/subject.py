@@ -166,10 +166,18 @@ class NearestSubject(Subject):
             stands for the default recipe.
         seed: The seed of the calls that give the ranges.
         device: Where random weights are made and all weights are rounded: a GPU takes seconds for 12 billion of them.
+        size: Height and width of the sample that the ranges come from; `None` for the model's own.
     """
 
-    def __init__(self, name: str, recipe: Recipe | None, seed: int, device: torch.device = _CPU) -> None:
-        self.name, self._seed, self._device = name, seed, device
+    def __init__(
+        self,
+        name: str,
+        recipe: Recipe | None,
+        seed: int,
+        device: torch.device = _CPU,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.name, self._seed, self._device, self._size = name, seed, device, size
         self._entry = known_models().get(name)
         recipe = recipe or load_recipe("default")
         self.recipe = recipe.model_copy(update={"ranges": recipe.ranges.model_copy(update=_MIN_MAX)})
@@ -195,7 +203,8 @@ class NearestSubject(Subject):
         they are read from a file, and a CPU does not.
         """
         denoiser = self._built() if self._device.type == "cuda" else full()
-        quantize_to_nearest(denoiser, self.recipe, bits, [example_call(denoiser, batch_size=1, seed=self._seed)])
+        call = example_call(denoiser, batch_size=1, seed=self._seed, size=self._size)
+        quantize_to_nearest(denoiser, self.recipe, bits, [call])
         return nn.Module.to(denoiser, _CPU)
 
     def _built(self) -> nn.Module:
@@ -231,7 +240,7 @@ def subject_of(config: BenchConfig, run: RunFolder, device: torch.device = _CPU)
         InputError: The run has no such export, or the model is not found.
     """
     if config.model is not None:
-        return NearestSubject(config.model, config.recipe, config.seed, device)
+        return NearestSubject(config.model, config.recipe, config.seed, device, config.size)
     return ExportSubject(run, config.bits)
 
 

@@ -146,7 +146,7 @@ def _explain_limit(error: Exception) -> MachineError | None:
     kind, text = type(error), str(error)
     on_cuda = kind.__name__ == "OutOfMemoryError" and kind.__module__.startswith("torch")
     if isinstance(error, MemoryError) or on_cuda or (isinstance(error, RuntimeError) and _is_any(text, _NO_MEMORY)):
-        return MachineError("The memory is used up.", hint="try a smaller --batch-size, or another --device")
+        return MachineError("The memory is used up.", hint="a smaller batch, or another --device")
     if isinstance(error, (ImportError, OSError, RuntimeError)) and _is_any(text, _NO_MAPPING):
         return MachineError(
             f"A library cannot be loaded into the memory that this process may use: {text}.",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import nn
 
 from edadm_cli.artifacts import RunFolder
@@ -27,6 +28,20 @@ def test_random_weights_are_made_on_the_device_that_is_measured(monkeypatch: pyt
     denoiser = subject.NearestSubject("sd15-random", None, 0, device).full_precision()
     assert devices == [device]
     assert all(parameter.device.type == "cpu" for parameter in denoiser.parameters())
+
+
+def test_ranges_come_from_a_sample_of_the_size_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def quantize(denoiser: nn.Module, recipe: Any, bits: BitWidth, calls: list[Any]) -> None:
+        shapes.append(subject.sample_of(denoiser, calls[0]).shape)
+
+    monkeypatch.setattr(subject, "quantize_to_nearest", quantize)
+    unet = UNet2DModel(
+        block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+    )
+    subject.NearestSubject("sd15-random", None, 0, size=(16, 24)).quantized(BitWidth.parse("w8a8"), lambda: unet)
+    assert shapes == [(1, 3, 16, 24)]
 
 
 @pytest.mark.parametrize(
