@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edadm_cli.artifacts import load_json
+from edadm_cli.models.folder import INDEX_NAME
 from edadm_cli.models.images import CONTROL, IMAGE, MASK
 
-INDEX = "model_index.json"
 _PROMPT = '"a prompt"'
 _FILES = {IMAGE: "picture.png", CONTROL: "control.png", MASK: "mask.png"}
 _CLIP_LENGTHS = ("num_frames", "video_length")
@@ -40,7 +40,7 @@ class PipelineUse:
         """
         import diffusers
 
-        pipeline = getattr(diffusers, str(load_json(folder / INDEX).get("_class_name")), None)
+        pipeline = getattr(diffusers, str(load_json(folder / INDEX_NAME).get("_class_name")), None)
         parameters: dict[str, Any] = {}
         if pipeline is not None:
             parameters = dict(inspect.signature(pipeline.__call__).parameters)
