@@ -121,11 +121,13 @@ def share_gpu_memory() -> None:
 def keep_freed_memory() -> None:
     """Lets the process reuse the memory of freed tensors instead of returning each to the system.
 
-    glibc gives a large block back as soon as it is freed, and the system clears every page of the next one, which takes
-    a tenth of the time of sampling on a CPU. Blocks of up to 64 MiB (32 MiB before glibc 2.35, which takes no larger
-    number) now come from memory that the process has, of which it keeps up to 256 MiB. Other C libraries are left as
-    they are.
+    glibc gives a large block back as soon as it is freed, and the system has to clear every page of the next one. With
+    this call, blocks of up to 64 MiB (32 MiB before glibc 2.35, which takes no larger number) come from memory that the
+    process has, of which it keeps up to 256 MiB. Settings of the user's environment take precedence, and other C
+    libraries are left as they are.
     """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
     import ctypes
 
     with suppress(OSError, TypeError, AttributeError):  # Windows, macOS and musl have no mallopt

@@ -111,6 +111,10 @@ def test_glibc_that_takes_no_more_gets_32_mib(monkeypatch: pytest.MonkeyPatch) -
         return 1
 
     monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    keep_freed_memory()
+    assert settings == {}, "what the user set stays"
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     keep_freed_memory()
     assert settings == {-3: 32 << 20, -1: 256 << 20}
 
