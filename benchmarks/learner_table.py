@@ -113,7 +113,7 @@ def _narrowness(bits: str) -> tuple[float, float]:
 def across(rows: Sequence[Row], columns: Sequence[str], metrics: Sequence[str]) -> str:
     """Returns one Markdown table with a line per model and metric, and a column per variant: means over the seeds.
 
-    A cell with a single seed is left empty, since means of other seeds stand beside it.
+    A cell with a single seed is left empty, since means of other seeds stand beside it. A single metric is not named.
 
     Args:
         rows: The results, of one bit width.
@@ -130,7 +130,8 @@ def across(rows: Sequence[Row], columns: Sequence[str], metrics: Sequence[str]) 
                 cells.append(
                     _cell(metric, next((each for each in choices if len(each) > 1), []), []).partition(" ±")[0]
                 )
-            lines.append(f"| `{model}`: {HEADINGS.get(metric, metric)} | {' | '.join(cells)} |")
+            heading = f": {HEADINGS.get(metric, metric)}" if len(metrics) > 1 else ""
+            lines.append(f"| `{model}`{heading} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
