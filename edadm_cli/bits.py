@@ -70,10 +70,15 @@ class BitWidth(BaseModel):
 
     def __str__(self) -> str:
         if self.size_mib is not None:
-            return f"w{self.size_mib:g}miba{self.activation}"
-        return f"w{self.weight if self.average is None else f'{self.average:g}'}a{self.activation}"
+            return f"w{_short(self.size_mib)}miba{self.activation}"
+        return f"w{self.weight if self.average is None else _short(self.average)}a{self.activation}"
 
     @property
     def is_mixed(self) -> bool:
         """Whether layers have different bits, by their measured sensitivity."""
         return self.average is not None or self.size_mib is not None
+
+
+def _short(number: float) -> str:
+    """Returns a number with the three decimals that `BitWidth.parse` reads, without zeros at the end."""
+    return f"{number:.3f}".rstrip("0").rstrip(".")

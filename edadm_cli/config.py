@@ -18,6 +18,7 @@ from edadm_cli.recipe import Recipe, SelectStrategy
 from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, SIZE_ARGUMENTS, DTypeName, StageConfig, Weights, setting
 
 __all__ = [
+    "EARLIER_DENSITY_QUANTILE",
     "MAX_IMAGES",
     "BenchConfig",
     "BitWidth",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+EARLIER_DENSITY_QUANTILE = 0.5
+"""The quantile of a selection that records neither a radius nor a quantile, as version 0.1 wrote it."""
 
 
 def _size(description: str) -> Any:

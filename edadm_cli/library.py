@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+from pydantic import ValidationError
 
 from edadm_cli import collect, export, reconstruct, select
 from edadm_cli.artifacts import (
@@ -18,9 +20,10 @@ from edadm_cli.artifacts import (
     ReconstructRecord,
     RunFolder,
     SelectRecord,
+    explain_validation,
 )
 from edadm_cli.artifacts.inspection import run_of_artifact
-from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructConfig, SelectConfig
+from edadm_cli.config import BitWidth, CollectConfig, DTypeName, ExportConfig, ReconstructConfig, SelectConfig
 from edadm_cli.errors import EdadmError, InputError, UsageError
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.recipe import load_recipe
@@ -92,10 +95,13 @@ def quantize(
     common: dict[str, Any] = {"device": device, "seed": seed}
     options: dict[str, Any] = {"force": force, "reporter": reporter or SilentReporter()}
     sampling = {**chosen.collect.model_dump(exclude_none=True), **sampling}
-    collecting = CollectConfig(model=str(model), **common, **sampling)
-    selecting = SelectConfig(**common, **chosen.select.model_dump(exclude_none=True))
-    reconstructing = ReconstructConfig(bits=width, recipe=chosen, **common)
-    exporting = ExportConfig(bits=width, text_encoders=text_encoders, **common)
+    try:
+        collecting = CollectConfig(model=str(model), **common, **sampling)
+        selecting = SelectConfig(**common, **chosen.select.model_dump(exclude_none=True))
+        reconstructing = ReconstructConfig(bits=width, recipe=chosen, **common)
+        exporting = ExportConfig(bits=width, text_encoders=text_encoders, **common)
+    except ValidationError as error:
+        raise UsageError(f"quantize was called with a wrong argument: {explain_validation(error)}.") from error
     return Quantized(
         run=run_folder.root,
         folder=export.STAGE.path(exporting, run_folder),
@@ -134,7 +140,7 @@ def load(
     Raises:
         InputError: There is no export in the folder, or it is broken.
         MachineError: There is no such device, or the engine that is named cannot run here.
-        UsageError: There is no such engine.
+        UsageError: There is no such engine or element type.
     """
     import torch
 
@@ -143,6 +149,10 @@ def load(
     from edadm_cli.integrations.lora import load_loras
     from edadm_cli.models.loading import load_model, resolve_device
 
+    if dtype not in get_args(DTypeName):
+        raise UsageError(
+            f"There is no element type '{dtype}' for a pipeline; dtype is {', '.join(get_args(DTypeName))}."
+        )
     path, place, reporter = Path(folder), resolve_device(device), reporter or SilentReporter()
     if not (path / "model_index.json").is_file():
         raise InputError(f"{path} holds no exported pipeline.", hint="edadm export")

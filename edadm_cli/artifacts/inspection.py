@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edadm_cli.artifacts.artifact import has_manifest, open_artifact
 from edadm_cli.artifacts.manifest import ModelRef, ParentRef, PayloadFile, read_manifest
-from edadm_cli.artifacts.store import RunFolder
+from edadm_cli.artifacts.store import RunFolder, is_artifact_name
 from edadm_cli.errors import InputError
 
 KINDS = ("collect", "select", "sensitivity", "reconstruct", "export", "engine", "bench", "evaluate")
@@ -44,9 +44,12 @@ def is_artifact(path: Path) -> bool:
 
 
 def run_of_artifact(path: Path) -> tuple[RunFolder | None, str, str | None]:
-    """Returns the run folder, kind and name that an artifact's path implies; a moved artifact has no run."""
+    """Returns the run folder, kind and name that an artifact's path implies.
+
+    An artifact that was moved, or a copy of one beside it under a name that no artifact can have, has no run.
+    """
     whole = path.resolve()
-    if whole.parent.name in KINDS:
+    if whole.parent.name in KINDS and is_artifact_name(whole.name):
         return RunFolder(_above(path, 2)), whole.parent.name, whole.name
     if whole.name in KINDS:
         return RunFolder(_above(path, 1)), whole.name, None

@@ -33,6 +33,11 @@ _BITS = re.compile(r"^w\d+(\.\d+)?(mib)?a\d$")
 _CACHE = re.compile(rf"-({'|'.join(CACHE_NAMES)})(?:-(.+))?$")
 
 
+def is_artifact_name(text: str) -> bool:
+    """Returns whether a run folder can have an artifact of this kind or name."""
+    return _NAME.match(text) is not None
+
+
 @dataclass(frozen=True)
 class BuildSpec:
     """The description of an artifact to build: its settings and its parents.
@@ -78,7 +83,7 @@ class RunFolder:
     def path(self, kind: str, name: str | None = None) -> Path:
         """Returns the path of an artifact, whether it exists or not."""
         for part in (kind, name):
-            if part is not None and not _NAME.match(part):
+            if part is not None and not is_artifact_name(part):
                 raise ValueError(f"'{part}' cannot name an artifact")
         return self.root / kind if name is None else self.root / kind / name
 
@@ -91,7 +96,7 @@ class RunFolder:
         folder = self.path(kind)
         if not folder.is_dir():
             return []
-        return sorted(child.name for child in folder.iterdir() if _NAME.match(child.name) and has_manifest(child))
+        return sorted(child.name for child in folder.iterdir() if is_artifact_name(child.name) and has_manifest(child))
 
     def open(self, kind: str, name: str | None = None) -> Artifact:
         """Opens an artifact and checks its files, and that its parents are those in the run now.

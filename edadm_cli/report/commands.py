@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from edadm_cli.artifacts import BenchResult, ExportFacts, Manifest, Payload, recipe_name
+from edadm_cli.config import EARLIER_DENSITY_QUANTILE, EvaluateConfig
 from edadm_cli.report.contents import BY_BITS, Part, RunContents
 from edadm_cli.stage_config import SIZE_ARGUMENTS
 
 _FLAGS: dict[str, tuple[str, ...]] = {
     "collect": ("num_trajectories", "num_steps", "guidance_scale", "batch_size", "feature_batch", "dtype"),
-    "select": ("strategy", "num_samples", "density_radius", "variety_weight"),
+    "select": ("strategy", "num_samples", "density_radius", "density_quantile", "variety_weight"),
     "sensitivity": ("weight_bits", "activation_bits", "num_samples", "num_images", "batch_size"),
-    "reconstruct": ("batch_size",),
+    "reconstruct": ("batch_size", "units", "matmul"),
     "export": ("parity_samples", "text_encoders"),
-    "evaluate": ("num_images", "batch_size", "num_steps", "guidance_scale"),
-    "bench": ("engine", "device", "dtype", "threads"),
+    "evaluate": ("num_images", "batch_size", "num_steps", "guidance_scale", "metrics", "clip_model", "clip_pretrained"),
+    "bench": ("engine", "device", "dtype", "threads", "attention", "cache"),
 }
 """Settings of each stage that are flags of the same name."""
+_USUAL = {name: EvaluateConfig.model_fields[name].default for name in ("clip_model", "clip_pretrained")}
+"""Settings that are shown only if they differ from these."""
 
 
 def missing_command(contents: RunContents, kind: str, bits: str | None = None) -> str:
@@ -48,14 +51,16 @@ def _words(part: Part[Payload]) -> Iterator[str]:
         yield from _words_of_bench(Part(part.artifact, part.facts))
     if isinstance(part.facts, ExportFacts):
         for lora in part.facts.lora:
-            yield from ("--lora", f"{lora.file}:{lora.weight:g}")
+            yield from ("--lora", f"{lora.file}:{_setting(lora.weight)}")
     if manifest.kind in ("sensitivity", "reconstruct"):
         yield from ("--recipe", recipe_name(part.artifact))
+    if manifest.kind == "select" and _has_earlier_quantile(manifest):
+        yield from ("--density-quantile", _setting(EARLIER_DENSITY_QUANTILE))
     for name in _FLAGS[manifest.kind]:
         value = manifest.config.get(name)
-        if value is not None:
-            yield f"--{name.replace('_', '-')}"
-            yield _setting(value)
+        if value not in (None, [], _USUAL.get(name)):
+            for text in map(_setting, value) if name == "units" else (_setting(value),):  # patterns may have commas
+                yield from (f"--{name.replace('_', '-')}", text)
     scheduler = manifest.config.get("scheduler_config")
     if manifest.kind == "collect" and isinstance(scheduler, dict) and "prediction_type" in scheduler:
         yield from ("--prediction-type", str(scheduler["prediction_type"]))
@@ -70,13 +75,24 @@ def _setting(value: Any) -> str:
     """Returns a value in the form of its flag; several values are separated by commas."""
     if isinstance(value, list):
         return ",".join(map(_setting, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def _has_earlier_quantile(manifest: Manifest) -> bool:
+    """Returns whether a selection has the quantile that is left out of its settings."""
+    config = manifest.config
+    return config["strategy"] == "tdac" and config.get("density_radius") is None and "density_quantile" not in config
 
 
 def _words_of_bench(part: Part[BenchResult]) -> Iterator[str]:
     config = part.config
     if not part.artifact.manifest.parents:
         yield from ("--model", part.artifact.manifest.model.id)
+    if config.get("recipe"):
+        yield from ("--recipe", recipe_name(part.artifact))
     yield from ("--bits", ",".join(part.facts.bits))
     yield from ("--batch-sizes", ",".join(str(size) for size in config.get("batch_sizes", [1])))
     if config.get("size"):
@@ -85,5 +101,4 @@ def _words_of_bench(part: Part[BenchResult]) -> Iterator[str]:
         yield from ("--against", ",".join(config["against"]))
     if config.get("compiled") is False:
         yield "--no-compiled"
-    if config.get("pipeline"):
-        yield "--pipeline"
+    yield from (f"--{name}" for name in ("autotune", "pipeline") if config.get(name))

@@ -58,8 +58,8 @@ def number(value: float | None, digits: int = 4) -> str:
     if -4 <= exponent < 7:
         decimals = max(0, digits - 1 - exponent)
         return f"{value:,.{decimals}f}".replace("-", MINUS)
-    mantissa = f"{value / 10.0**exponent:.{digits - 2}f}".replace("-", MINUS)
-    return f"{mantissa} \u00d7 {power_of_ten(10.0**exponent)}"
+    mantissa, power = f"{value:.{digits - 2}e}".split("e")
+    return f"{mantissa.replace('-', MINUS)} \u00d7 {power_of_ten(10.0 ** int(power))}"
 
 
 def power_of_ten(value: float) -> str:

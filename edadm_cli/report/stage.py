@@ -17,8 +17,7 @@ def run(run_folder: RunFolder, bits: Sequence[str] | None = None) -> Path:
     """Writes `report.html` into a run folder, whole or not at all.
 
     The page names stages that were not run, with the commands that run them. Equal artifacts give equal bytes: nothing
-        on
-    the page depends on the clock, the machine or the location of the folder.
+    on the page depends on the clock, the machine or the location of the folder.
 
     Args:
         run_folder: The run folder.

@@ -22,7 +22,7 @@ from edadm_cli.artifacts import (
     shared_keys,
 )
 from edadm_cli.artifacts.streaming import slices
-from edadm_cli.config import SelectConfig
+from edadm_cli.config import EARLIER_DENSITY_QUANTILE, SelectConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.calibration import CALIBRATION_FILE, CONDITION, CONSTANT, UNCONDITIONAL, CallForm
 from edadm_cli.models.collected import CONDITION_FILE, CollectedRun
@@ -95,9 +95,6 @@ def artifact_name(config: SelectConfig) -> None:
     return None
 
 
-_EARLIER_QUANTILE = 0.5  # the lower median, which version 0.1 used without recording it
-
-
 @dataclass(frozen=True)
 class Task:
     """A configuration whose open choices are all decided, with its trajectories.
@@ -149,7 +146,7 @@ class Task:
         fields.pop("density_quantile", None)
         if self.is_tdac:
             fields["density_radius"] = self.radius
-            if self.radius is None and self.quantile != _EARLIER_QUANTILE:
+            if self.radius is None and self.quantile != EARLIER_DENSITY_QUANTILE:
                 fields["density_quantile"] = self.quantile
         return BuildSpec("select", None, fields, self.config.seed, (self.run.artifact,), self.run.model)
 

@@ -187,7 +187,22 @@ def test_a_recipe_that_is_nowhere_is_refused_with_the_shipped_names() -> None:
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["w8a8", "w6a6", "w4a8", "w4a4", "w3a5", "W4A8", " w2a2 "])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "w8a8",
+        "w6a6",
+        "w4a8",
+        "w4a4",
+        "w3a5",
+        "W4A8",
+        " w2a2 ",
+        "w4.25a8",
+        "w1.5miba8",
+        "w12345.678miba8",
+        "w0.001miba4",
+    ],
+)
 def test_bit_widths_are_read_and_written(text: str) -> None:
     assert str(BitWidth.parse(text)) == text.strip().lower()
 

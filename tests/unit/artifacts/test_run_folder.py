@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +323,12 @@ def test_the_run_of_an_artifact_is_known_however_its_path_is_typed(
     assert actual is not None
     assert (actual.root.resolve(), kind, name) == (run.root.resolve(), "reconstruct", "w4a8")
     assert [entry.kind for entry in inspect_artifact(Path(typed))] == ["reconstruct", "select", "collect"]
+
+
+@pytest.mark.parametrize("name", ["W4A8", "w4a8 (copy)", ".w4a8.partial-0123"])
+def test_a_copy_under_a_name_that_no_artifact_has_is_inspected_without_its_run(run: RunFolder, name: str) -> None:
+    folder = _chain(run).path
+    copy = folder.with_name(name)
+    shutil.copytree(folder, copy)
+    assert run_of_artifact(copy) == (None, name, None)
+    assert [(entry.kind, entry.intact) for entry in inspect_artifact(copy)] == [("reconstruct", True)]

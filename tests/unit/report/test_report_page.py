@@ -7,6 +7,7 @@ import itertools
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from edadm_cli.errors import InputError
 from edadm_cli.report import stage
 from edadm_cli.report.formats import NOTHING
 from tests.unit.report.parsing import Element, parse
-from tests.unit.report.runs import NUM_SHOWN, RunMaker, png
+from tests.unit.report.runs import CONFIGS, NUM_SHOWN, RunMaker, png
 
 TIMES = "\u00d7"
 HOSTILE = "<script>alert('1')</script> \"quoted\" & 'more' --> </style><img src=x onerror=alert(1)>\x00"
@@ -282,6 +283,26 @@ def test_commands_give_the_settings_and_exist(maker: RunMaker, capsys: pytest.Ca
         assert main([words[1], "--help"]) == 0
         known = capsys.readouterr().out
         assert all(word in known for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("select", {"density_radius": None, "density_quantile": 0.1}, "--density-quantile 0.1"),
+        ("select", {"density_radius": None}, "--density-quantile 0.5"),  # as version 0.1 wrote it
+        ("select", {"density_radius": 0.123456789}, "--density-radius 0.123456789"),
+        ("reconstruct", {"units": ["mid.*", "{a,b}"]}, "--units 'mid.*' --units '{a,b}'"),
+        ("reconstruct", {"matmul": "float32"}, "--matmul float32"),
+        ("evaluate", {"metrics": ["fid", "kid"], "clip_model": "ViT-B-32"}, "--metrics fid,kid --clip-model ViT-B-32"),
+    ],
+)
+def test_commands_leave_out_no_setting(
+    maker: RunMaker, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setitem(CONFIGS, kind, {**CONFIGS[kind], **settings})
+    (block,) = _page(maker.calibration().width("w4a8")).all("pre")
+    (line,) = [line for line in block.text.splitlines() if line.startswith(f"edadm {kind} ")]
+    assert words in line
 
 
 def test_an_empty_run_is_an_error_with_the_next_command(maker: RunMaker) -> None:

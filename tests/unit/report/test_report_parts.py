@@ -63,6 +63,7 @@ def test_a_table_refuses_rows_of_another_length() -> None:
         (1234.5, "1,234"),
         (2.17e-07, f"2.17 {TIMES} 10⁻⁷"),
         (-3.5e12, f"{MINUS}3.50 {TIMES} 10¹²"),
+        (9.996e-05, f"1.00 {TIMES} 10⁻⁴"),
     ],
 )
 def test_numbers(value: float | None, text: str) -> None:
