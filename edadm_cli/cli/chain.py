@@ -31,15 +31,16 @@ _OWN = (
     flags.field_parameter(COLLECT.config, "model"),
     flags.several_bits("Bit widths, repeatable or with commas: w8a8,w4a8."),
     flags.RECIPE,
+    flags.field_parameter(EVALUATE.config, "num_images"),
     *(
         flags.field_parameter(COLLECT.config, name)
         for name in (
-            *("num_trajectories", "num_steps", "guidance_scale", "dtype", "prompts", "images", "prediction_type"),
+            *("num_trajectories", "num_steps", "guidance_scale", "prompts", "images"),
             *SIZE_ARGUMENTS,
+            *("dtype", "prediction_type"),
         )
     ),
     *(flags.field_parameter(EXPORT.config, name) for name in ("text_encoders", "measure")),
-    flags.field_parameter(EVALUATE.config, "num_images"),
     flags.REQUIRE,
 )
 

@@ -105,7 +105,8 @@ REQUIRE = parameter(
     "require",
     list[str] | None,
     metavar="'KEY>=NUMBER'",
-    help="Exit with 5 unless this holds for the result; KEY is a dotted key of the JSON object; repeatable.",
+    help="Exit with code 5 unless this holds for the result; KEY is a metric or a dotted key of the JSON object;"
+    " repeatable.",
 )
 OUTPUT = (
     parameter("json_output", bool, "--json", default=False, rich_help_panel=_OUTPUT, help="Print one JSON object."),

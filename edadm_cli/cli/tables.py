@@ -20,7 +20,7 @@ def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
     """Yields the tables of a result."""
     command = result.get("command")
     if command == "models":
-        yield _listing(result["models"], ("name", "source", "location", "available", "num_steps", "image_size"))
+        yield from _models(result["models"])
     elif command == "inspect":
         yield from _inspection(result)
     elif command == "engines":
@@ -99,6 +99,22 @@ def _metrics(result: Mapping[str, Any]) -> Table:
     return _listing(rows, columns)
 
 
+def _models(models: Iterable[Mapping[str, Any]]) -> Iterator[Table | Text]:
+    """Yields a table of the models that have weights, and the names of those with random ones."""
+    rows, random = [], []
+    for model in models:
+        if model["source"] == "random":
+            random.append(model["name"])
+            continue
+        weights = "in the package" if model["source"] == "shipped" else model["location"]
+        rows.append(
+            {**model, "what it is": model["description"], "weights": weights, "offline": bool(model["available"])}
+        )
+    yield _listing(rows, ("name", "what it is", "weights", "offline", "num_steps"))
+    if random:
+        yield Text(f"With random weights, which are made offline: {', '.join(random)}")
+
+
 def _engines(engines: Iterable[Mapping[str, Any]]) -> Table:
     rows = [
         {
@@ -123,17 +139,23 @@ def _chain(result: Mapping[str, Any]) -> Iterator[Table]:
     yield _listing(stages, columns, title="stages")
     evaluated = {bits: by["evaluate"] for bits, by in result["results"].items() if "metrics" in by.get("evaluate", {})}
     for bits, record in evaluated.items():
-        export = result["results"][bits].get("export", {})
-        yield facts(
-            {
-                "bits": bits,
-                "denoiser is smaller by": export.get("size_mib", {}).get("ratio"),
-                "distance": record["distance_to_full_precision"],
-            },
-            title=bits,
-        )
+        yield facts(_gains_and_losses(result["results"][bits].get("export", {}), record), title=bits)
         yield _metrics(record)
     yield facts({key: result[key] for key in ("run", "report", "seconds")})
+
+
+def _gains_and_losses(export: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the size of the denoiser and its distances to full precision by their names for people."""
+    from edadm_cli.report.formats import label_of, metric_value
+
+    shown = {}
+    ratio = export.get("size_mib", {}).get("ratio")
+    if ratio is not None:
+        shown["Denoiser on disk against float32"] = f"{ratio:.2f} times smaller"
+    for name, value in evaluation["distance_to_full_precision"].items():
+        if value is not None:
+            shown[f"{label_of(name).label} against full precision"] = metric_value(name, value)
+    return shown
 
 
 def _estimate(stage: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,16 @@ def test_every_field_of_a_configuration_is_a_flag() -> None:
 
 def _flags_in_help(command: str) -> set[str]:
     return {flag for option in COMMANDS[command].load().params for flag in option.opts}
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_the_examples_of_the_help_are_command_lines_of_its_command(name: str) -> None:
+    command = COMMANDS[name].load()
+    assert COMMANDS[name].examples
+    for example in COMMANDS[name].examples:
+        program, called, *arguments = shlex.split(example)
+        assert (program, called) == ("edadm", name)
+        command.make_context(name, arguments)  # fails for an option or a value that the command does not take
 
 
 def test_a_field_of_a_file_has_the_short_forms_of_its_flag(stages: FakeStages, tmp_path: Path) -> None:
