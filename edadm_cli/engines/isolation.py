@@ -171,8 +171,9 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 def _serve(connection: Connection, make: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent process reports the interrupt
     _write_to_stderr()
-    # while it compiles, torch warns of a missing CUDA compiler even where there is no GPU
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # while it compiles, torch warns of a missing CUDA compiler even where there is no GPU, and of torchao's types
+    for name in ("torch.utils.cpp_extension", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     served: list[Any] = []
     _answer(connection, lambda: served.append(make()))
     while served:

@@ -107,7 +107,7 @@ def _require_name(repository: str) -> None:
 
     expected = f"edadm push expects a repository as owner/name; got '{repository}'"
     if not looks_like_hub_id(repository):
-        raise UsageError(f"{expected}.")
+        raise UsageError(f"{expected}.", hint="edadm push FOLDER OWNER/NAME --dry-run")
     try:
         validate_repo_id(repository)
     except HFValidationError as error:

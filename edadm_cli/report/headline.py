@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from edadm_cli.artifacts import Evaluation, Metric
@@ -70,10 +70,21 @@ def _lead(contents: RunContents) -> Html:
     entry = contents.collect.facts.entry
     sentence = f"{entry.description.rstrip('.')}." if entry.description else ""
     if contents.widths:
-        aim = "Its denoiser was quantized after training; the rest of the pipeline is unchanged."
+        aim = _aim(contents.widths)
     else:
         aim = "Sampled at full precision; no bit width has been quantized yet."
     return element("p", f"{sentence} {aim}".strip(), class_="lead")
+
+
+def _aim(widths: Sequence[Width]) -> str:
+    """Returns a sentence on what was quantized: the denoisers, and text encoders where an export has them in 8 bits."""
+    exports = [width.export.facts for width in widths if width.export is not None]
+    denoisers = "Both denoisers were" if any(facts.further_denoisers for facts in exports) else "Its denoiser was"
+    encoders = [width.title for width in widths if width.export is not None and width.export.facts.text_encoders]
+    if not encoders:
+        return f"{denoisers} quantized after training; the rest of the pipeline is unchanged."
+    whose = "" if len(encoders) == len(widths) else f" of {' and '.join(encoders)}"
+    return f"{denoisers} quantized after training. The text encoders{whose} have 8-bit weights; the rest is unchanged."
 
 
 def _cards(width: Width) -> Iterator[Html]:

@@ -52,6 +52,17 @@ def test_a_whole_run_has_every_section(maker: RunMaker) -> None:
     assert {link.attributes["href"] for link in page.all("a")} <= {f"#{name}" for name in SECTIONS}
 
 
+def test_the_lead_says_which_components_are_quantized(maker: RunMaker) -> None:
+    maker.calibration().width("w8a8")
+    lead = _page(maker).all("p", class_="lead")[0]
+    assert lead.text.endswith("Its denoiser was quantized after training; the rest of the pipeline is unchanged.")
+    encoder = {"bits": 8, "layers": 12, "size_mib": 1.0, "float_mib": 3.5}
+    maker.facts["export.json"]["text_encoders"] = {"text_encoder": encoder}
+    maker.width("w4a8")
+    lead = _page(maker).all("p", class_="lead")[0]
+    assert lead.text.endswith("The text encoders of W4A8 have 8-bit weights; the rest is unchanged.")
+
+
 def test_headings_leave_no_level_out(maker: RunMaker) -> None:
     maker.calibration().width("w4a8")
     for bits in (["w4a8"], None):
