@@ -127,4 +127,7 @@ def _reason(error: Exception) -> str:
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8"
-    return " ".join(str(error).split())[:300].rstrip(".")
+    text = " ".join(str(error).split())
+    if "set_int_max_str_digits" in text:  # Python's advice to programmers
+        return "it holds an integer of thousands of digits"
+    return text[:300].rstrip(".")

@@ -58,7 +58,7 @@ class StepCache:
             value = float(number) if number else _DEFAULTS[name]
         except ValueError as error:
             raise UsageError(f"The value of a cache is a number, as in {name}:{_DEFAULTS[name]:g}.") from error
-        is_interval = value >= 2 and value == int(value)
+        is_interval = value >= 2 and value.is_integer()
         if not (is_interval if name == TAYLORSEER else 0 < value < 10):
             expected = "a whole number of steps from 2" if name == TAYLORSEER else "a threshold between 0 and 10"
             raise UsageError(f"--cache {name} takes {expected}; {number} was given.")

@@ -189,6 +189,6 @@ def test_what_cannot_be_cached_is_refused_with_the_reason() -> None:
     stand_in = EngineDenoiser(denoiser, compiled)
     with pytest.raises(UsageError, match="one graph"):
         enable_cache(_model(stand_in), "taylorseer")
-    for text in ("teacache", "taylorseer:1.5", "first-block:x", "first-block:0"):
+    for text in ("teacache", "taylorseer:1.5", "taylorseer:inf", "first-block:x", "first-block:0", "first-block:inf"):
         with pytest.raises(UsageError):
             StepCache.parse(text)

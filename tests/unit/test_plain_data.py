@@ -56,6 +56,13 @@ def test_a_recipe_or_a_configuration_that_hurts_is_refused_at_once(tmp_path: Pat
     refused(read_config_file, path)
 
 
+def test_an_integer_of_thousands_of_digits_is_described_without_advice_to_programmers(tmp_path: Path) -> None:
+    path = tmp_path / "file.toml"
+    path.write_text(TOML["5,000 digits"], encoding="utf-8")
+    message = refused(read_config_file, path).message
+    assert message.endswith("is not readable TOML: it holds an integer of thousands of digits.")
+
+
 def test_a_recipe_that_no_file_can_be_is_refused() -> None:
     refused(load_recipe, "a" * 5000)
 
