@@ -17,6 +17,10 @@ from edadm_cli.artifacts.files import explained_os_errors
 from edadm_cli.errors import InputError, quoted
 
 
+class BeingReadError(InputError):
+    """An artifact cannot be written, because other processes read it."""
+
+
 def lock_path(artifact: Path) -> Path:
     """Returns the lock file of an artifact's folder, which is beside it and not affected by renames of the folder."""
     return artifact.with_name(f".{artifact.name}.lock")
@@ -27,7 +31,8 @@ def write_lock(artifact: Path) -> Iterator[None]:
     """Holds an artifact's exclusive lock.
 
     Raises:
-        InputError: Another process writes or reads the artifact.
+        BeingReadError: Another process reads the artifact.
+        InputError: Another process writes it.
     """
     with _opened(artifact) as descriptor:
         if not _try(descriptor, fcntl.LOCK_EX):
@@ -35,7 +40,7 @@ def write_lock(artifact: Path) -> Iterator[None]:
                 raise _being_written(artifact, descriptor)
             # either others read it, or the process that wrote it ended between the two attempts
             if not _try(descriptor, fcntl.LOCK_EX):
-                raise InputError(
+                raise BeingReadError(
                     f"{artifact} is being read by another process.", hint="wait until it ends, then try again"
                 )
         os.ftruncate(descriptor, 0)

@@ -97,6 +97,12 @@ def section(name: str, title: str, *children: Node) -> Html:
     return element("section", heading, *children, aria_labelledby=name)
 
 
+def sentences(texts: Iterable[str]) -> Html | None:
+    """Builds a block of short paragraphs, one per text; `None` without any."""
+    paragraphs = [element("p", text) for text in texts]
+    return element("div", paragraphs, class_="sentences") if paragraphs else None
+
+
 def code(text: str) -> Html:
     """Builds inline code."""
     return element("code", text)

@@ -8,7 +8,7 @@ from edadm_cli.artifacts import Evaluation
 from edadm_cli.metrics.registry import in_order, metrics
 from edadm_cli.report.contents import Part, RunContents, Width
 from edadm_cli.report.formats import label_of, metric_value, number
-from edadm_cli.report.html import Html, Node, code, details, element, section, table
+from edadm_cli.report.html import Html, Node, code, details, element, section, sentences, table
 from edadm_cli.report.images import build_walls, show_wall
 from edadm_cli.report.notices import caution, missing
 
@@ -41,7 +41,7 @@ def _quality(contents: RunContents, width: Width) -> Html:
     facts = width.evaluate.facts
     parts = [
         element("p", _sampling(width.evaluate), class_="lead"),
-        *(element("p", text) for text in facts.verdict),
+        sentences(facts.verdict),
         _metrics(width, facts),
         _growth(facts),
         *_skipped(facts.skipped),

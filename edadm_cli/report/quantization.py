@@ -10,7 +10,7 @@ from edadm_cli.artifacts.quantization import load_plan
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.report.contents import Part, RunContents, Width
 from edadm_cli.report.formats import count, mebibytes, number, plain, seconds
-from edadm_cli.report.html import Html, Node, code, details, element, facts, section, table
+from edadm_cli.report.html import Html, Node, code, details, element, facts, section, sentences, table
 from edadm_cli.report.notices import caution, missing
 from edadm_cli.report.plots import bar, curve_plot, loss_plot
 
@@ -153,8 +153,7 @@ def _export(width: Width, part: Part[ExportFacts], heading: str) -> Html:
     return element(
         "div",
         element("p", _SIZES.format(ratio=number(sizes["ratio"], 3)), class_="lead"),
-        *(element("p", text) for text in part.facts.verdict),
-        *(element("p", text) for text in _whole(part.facts)),
+        sentences((*part.facts.verdict, *_whole(part.facts))),
         table(["component", "size", "to scale"], rows, f"Sizes of {width.title}", numeric=(1,)),
         element(heading, "Parity"),
         facts(_parity(parity)),

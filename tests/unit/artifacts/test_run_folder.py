@@ -257,6 +257,10 @@ def test_one_builder_at_a_time_and_no_replacement_under_a_reader(run: RunFolder)
             _build(run, _plan("select", None, collect))
         with pytest.raises(InputError, match="being read by another process"):
             _build(run, _plan("collect", num_steps=50), force=True)
+        with pytest.raises(InputError, match="was made with other settings"):
+            _build(run, _plan("collect", num_steps=50))
+        with run.build(_plan("collect")) as build:
+            assert build.up_to_date, "reading it does not stop others from finding it up to date"
         _build(run, _plan("reconstruct", "w4a8"))
     assert run.open("collect").identity == collect.identity
 
