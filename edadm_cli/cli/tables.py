@@ -132,6 +132,7 @@ def _engines(engines: Iterable[Mapping[str, Any]]) -> Table:
 def _chain(result: Mapping[str, Any]) -> Iterator[Table]:
     stages = [result["collect"], result["select"]]
     stages += [{**record, "bits": bits} for bits, by_stage in result["results"].items() for record in by_stage.values()]
+    stages = [{**stage, "seconds": f"{stage['seconds']:.1f}"} for stage in stages]
     columns: tuple[str, ...] = ("command", "bits", "status", "seconds", "artifact")
     if result["status"] == "planned":
         columns = ("command", "bits", "status", "estimate")
@@ -141,7 +142,7 @@ def _chain(result: Mapping[str, Any]) -> Iterator[Table]:
     for bits, record in evaluated.items():
         yield facts(_gains_and_losses(result["results"][bits].get("export", {}), record), title=bits)
         yield _metrics(record)
-    yield facts({key: result[key] for key in ("run", "report", "seconds")})
+    yield facts({"run": result["run"], "report": result["report"], "seconds": f"{result['seconds']:.1f}"})
 
 
 def _gains_and_losses(export: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, str]:
