@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 # Python compiles a module when it is first imported; to compile all modules of all packages takes longer than the rest.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 SOURCES := edadm_cli kernels tests docs benchmarks examples
+PROGRAMS := $(wildcard benchmarks/*.py benchmarks/*/*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-emoji bench test lint type format docs kernels study table clean
@@ -58,9 +59,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/mypy $(PROGRAMS)
 
 type: $(VENV)/.installed-dev
 	$(BIN)/mypy
+	$(BIN)/mypy $(PROGRAMS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -39,9 +39,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emoji_rows import MODELS, Row, rows_in_order
-from emoji_table import WIDTHS, export, read_results, table
 from learner import link_collection, variant_recipe
+from study.emoji_rows import MODELS, Row, rows_in_order
+from study.emoji_table import WIDTHS, export, read_results, table
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder
@@ -89,7 +89,7 @@ def collect_trajectories(study: Study, model: str, seed: int) -> dict[str, Any]:
 
 def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
     """Generates the full-precision pictures of a seed, and judges them."""
-    from emoji_judge import generate, judge, labels, prompts_of, save_exact, save_sheet
+    from study.emoji_judge import generate, judge, labels, prompts_of, save_exact, save_sheet
 
     from edadm_cli.artifacts import RunFolder
 
@@ -134,7 +134,7 @@ def load(study: Study, folder: RunFolder) -> tuple[LoadedModel, CollectedRun]:
 
 def measure(study: Study, row: Row) -> dict[str, Any]:
     """Selects, reconstructs and judges one row."""
-    from emoji_judge import generate, judge, labels, load_exact, paired, prompts_of, save_sheet
+    from study.emoji_judge import generate, judge, labels, load_exact, paired, prompts_of, save_sheet
 
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.artifacts.quantization import load_plan
@@ -189,8 +189,8 @@ def step_errors(
     study: Study, row: Row, exact: LoadedModel, quantized: LoadedModel, collected: CollectedRun, artifact: Any
 ) -> dict[str, Any]:
     """Returns the errors of single steps on full-precision trajectories that were not learned from."""
-    from emoji_judge import prompts_of
-    from learner_judge import one_step_errors
+    from study.emoji_judge import prompts_of
+    from study.learner_judge import one_step_errors
 
     from edadm_cli.artifacts import Units
     from edadm_cli.models.sampling import EVALUATION, image_seed, sample
@@ -341,7 +341,7 @@ def main() -> None:
         work(study, rows, options.until, options.worker >= options.unlearned_workers)
         return
     if options.picture is not None:
-        from emoji_judge import save_comparison
+        from study.emoji_judge import save_comparison
 
         save_comparison(options.out, options.models.split(",")[0], options.pictured.split(","), options.picture)
         return

@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def replaced(model: nn.Module, names: list[str], make: Callable[[str], nn.Module
 
 def measure(run: Path, bits: str, images: int, device: str) -> list[dict[str, Any]]:
     """Returns one row per part: its share of the weights, and the final relative L2 distances."""
-    from emoji_judge import generate
+    from study.emoji_judge import generate
 
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.artifacts.quantization import load_plan
@@ -133,7 +133,7 @@ def measure(run: Path, bits: str, images: int, device: str) -> list[dict[str, An
             distances = relative_l2(generate(quantized, collected, 0, images, images)[1], reference)
         share = sum(weights[name].numel() for name in names) / sum(weight.numel() for weight in weights.values())
         finals = {"final": float(distances.mean()), "median": float(distances.median())}
-        return {"model": collected.entry.id, "bits": bits, "part": part, "weights": share, "images": images, **finals}
+        return {"model": collected.entry.name, "bits": bits, "part": part, "weights": share, "images": images, **finals}
 
     def with_weight(name: str) -> nn.Module:
         return FloatWeight(layers[name], weights[name])
@@ -143,7 +143,7 @@ def measure(run: Path, bits: str, images: int, device: str) -> list[dict[str, An
     return rows + [row(part, names, with_weight) for part, names in parts_of(list(layers)).items()]
 
 
-def table(rows: list[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns one Markdown table per model and bit width."""
     lines: list[str] = []
     for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows):

@@ -8,7 +8,8 @@ An image is what the pipeline returns for a prompt: 1024x1024 pixels, 20 Euler s
 and the decoder, as in MLPerf's text-to-image benchmark. A case is a contender and its batches. INT8 is the CUDA engine
 with weights rounded to nearest; float16 is compiled by torch and replayed as a CUDA graph. Decoder and text encoders
 run in float16 in both. Several cases can be compiled at once: while one is timed, the others are stopped. `--smoke`
-runs every path with tiny networks on a CPU. Each line of the output is JSON.
+runs every path with tiny networks on a CPU. Each line of the output is JSON. Cases with a result in `--out` are
+skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler
-from gpu.processes import COMPILED, measure
+from gpu.processes import COMPILED, add_line, measure, unfinished
 from gpu.variants import shared_copy
 from gpu_models import mib, quantize
 from torch import nn
@@ -156,7 +157,8 @@ def child(options: argparse.Namespace) -> None:
     sys.stdin.readline()
     rows = [images.row(batch, options.steps) for batch in sizes]
     device = "cpu" if options.smoke else torch.cuda.get_device_name()
-    print(json.dumps({"contender": contender, "device": device, "weights_mib": images.weights_mib, "rows": rows}))
+    result = {"contender": contender, "device": device, "steps": options.steps, "weights_mib": images.weights_mib}
+    print(json.dumps({**result, "rows": rows}))
 
 
 def main() -> None:
@@ -184,11 +186,9 @@ def main() -> None:
         "--case",
     ]
     cases = options.cases.split(",") if options.cases else SMOKE_CASES if options.smoke else CASES
-    for line in measure(list(cases), command, options.at_once, options.cap, options.seconds):
-        print(line, flush=True)
-        if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    waiting = unfinished(list(cases), options.out, {"steps": options.steps})
+    for line in measure(waiting, command, options.at_once, options.cap, options.seconds):
+        add_line(line, options.out)
 
 
 if __name__ == "__main__":

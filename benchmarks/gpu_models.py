@@ -12,7 +12,7 @@ diffusers' first-block cache as well.
 torch compiles both sides (repeated blocks once each) and replays them as CUDA graphs, alternately, in one process per
 case; medians are printed. Several cases can be compiled at once: while one is timed, the others are stopped. The
 denoiser is created on the device in its element type and rounded to nearest there. `--smoke` runs every path with tiny
-networks on a CPU; its times mean nothing. Each line of the output is JSON.
+networks on a CPU; its times mean nothing. Each line of the output is JSON. Cases with a result in `--out` are skipped.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from gpu.processes import COMPILED, measure
+from diffusers import ModelMixin
+from gpu.processes import COMPILED, add_line, measure, unfinished
 from gpu.timing import Clock, spread
 from gpu.variants import ADAPTERS, adapted, cached, shared_copy
 from torch import Tensor, nn
@@ -157,7 +159,7 @@ class Model:
             began = time.monotonic()
             outputs[name] = prediction_of(function(*self.call[0], **self.call[1])).float()
             seconds[name] = round(time.monotonic() - began, 1)
-        calls = {name: lambda function=f: function(*self.call[0], **self.call[1]) for name, f in contenders.items()}
+        calls = {name: partial(f, *self.call[0], **self.call[1]) for name, f in contenders.items()}
         wait()
         times = {name: spread(values) for name, values in self.clock.in_turns(calls, ROUNDS).items()}
         median = times["float"]["median_ms"]
@@ -188,7 +190,8 @@ class Model:
             name, run = "int8 from_pretrained, compiled", lambda model: graphed(in_many_shapes(self._loaded(model)))
         else:
             options = EngineOptions(device=self.device, rest_dtype=self.dtype, attention=self.attention)
-            name, run = "int8 engine", lambda model: CudaEngine().compile(model, *self.call, options)
+            args, kwargs = self.call
+            name, run = "int8 engine", lambda model: CudaEngine().compile(model, args, kwargs, options)
         contenders = {name: run(quantized)}
         if self.case.lora:
             for adapter, (rank, ends) in ADAPTERS.items():
@@ -207,7 +210,7 @@ class Model:
         deploy(loaded, KernelProduct((self.device.type,)))
         self._prepare_convolutions(loaded)
         if self.device.type == "cuda":
-            if hasattr(loaded, "compile_repeated_blocks") and repeated_blocks(loaded):
+            if isinstance(loaded, ModelMixin) and repeated_blocks(loaded):
                 loaded.compile_repeated_blocks(fullgraph=True, dynamic=False)
             else:
                 loaded.compile(fullgraph=True, dynamic=False)
@@ -264,12 +267,17 @@ def kernel_times(call: Callable[[], Any], most: int) -> list[tuple[str, float, i
     return sorted(rows, key=lambda row: -row[1])[:most]
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings of all cases that change a result."""
+    return {"dtype": options.dtype, "attention": options.attention}
+
+
 @torch.no_grad()
 def child(options: argparse.Namespace) -> None:
     """Measures one case: prints `COMPILED`, waits for a line of input, and prints the result."""
     started = time.monotonic()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    row: dict[str, Any] = {"model": options.case.model, "dtype": options.dtype}
+    row: dict[str, Any] = {"model": options.case.model, **settings_of(options)}
     if not options.smoke:
         row["device"] = torch.cuda.get_device_name()
     model = Model(options)
@@ -284,14 +292,6 @@ def child(options: argparse.Namespace) -> None:
     if not options.smoke:
         row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     print(json.dumps(row), flush=True)
-
-
-def write(line: str, options: argparse.Namespace) -> None:
-    """Prints a line and appends it to the output file."""
-    print(line, flush=True)
-    if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
 
 
 def main() -> None:
@@ -317,8 +317,9 @@ def main() -> None:
     command = [sys.executable, __file__, "--dtype", options.dtype, "--attention", options.attention]
     command += ["--kernels", str(options.kernels), *(["--smoke"] if options.smoke else []), "--case"]
     cases = options.models.split(",") if options.models else list(known)
+    cases = unfinished(cases, options.out, settings_of(options))
     for line in measure(cases, command, options.at_once, options.cap, options.seconds):
-        write(line, options)
+        add_line(line, options.out)
 
 
 if __name__ == "__main__":

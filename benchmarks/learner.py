@@ -3,8 +3,8 @@
     python benchmarks/learner.py --out studies/learner --groups main,published --workers 24
     python benchmarks/learner.py --out studies/learner --table
 
-One command collects trajectories once per model and seed, reconstructs every variant of `learner_variants.py`, and
-judges it on trajectories that it has not learned from. Each job leaves one JSON file below OUT/results; the same
+One command collects trajectories once per model and seed, reconstructs every variant of `study/learner_variants.py`,
+and judges it on trajectories that it has not learned from. Each job leaves one JSON file below OUT/results; the same
 command skips what is there, so that a killed study goes on. Nothing is downloaded.
 
 What is measured of each:
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner_table import read_rows, table
-from learner_variants import GROUPS, Group
+from study.learner_variants import GROUPS, Group
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder
@@ -126,7 +126,7 @@ def link_collection(source: RunFolder, target: RunFolder) -> None:
 
 def measure(settings: Settings, job: Job, device: str) -> dict[str, Any]:
     """Selects, reconstructs and judges one variant."""
-    from learner_judge import judge
+    from study.learner_judge import judge
 
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.config import BitWidth, ReconstructConfig, SelectConfig, SensitivityConfig
@@ -243,7 +243,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         for label, variant in group.variants.items()
         for model in options.models.split(",")
     ]
-    return list(dict.fromkeys(jobs))
+    return list(dict.fromkeys(job for job in jobs if re.search(options.only, job.label)))
 
 
 def run_study(options: argparse.Namespace, settings: Settings) -> None:
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="folder of the runs while they are measured; by default OUT")
     parser.add_argument("--models", default="digits-ddpm,digits-sd")
     parser.add_argument("--groups", default=",".join(GROUPS), help="such as main:0,ingredients:0-1,main")
+    parser.add_argument("--only", default="", help="regular expression that the labels of variants match")
     parser.add_argument("--variants", type=Path, help="JSON file of further variants by label: the group 'file'")
     parser.add_argument("--bits", default="", help="bit widths of all groups; else each group's own")
     parser.add_argument("--seeds", default="", help="such as 0-4, of groups that name none; else each group's own")

@@ -6,7 +6,7 @@
 A row has the microseconds of one layer: the float16 product of cuBLAS; the INT8 product of the CUDA engine, which
 quantizes its input, without an adapter and with ranks 4, 16 and 64; and the same of a layer that torch compiles, with
 what PEFT computes beside it. Inputs are not in the GPU's cache. `--smoke` runs every path with a small layer on a CPU.
-Each line of the output is JSON.
+Each line of the output is JSON. Sizes with a line in `--out` are skipped.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu.processes import add_line, unfinished
 from gpu.timing import Clock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,9 +72,8 @@ def launches(shape: tuple[int, int, int], device: torch.device, dtype: torch.dty
         branch = SideBranch(torch.randn(rank, inputs), torch.randn(outputs, rank), [(_NAME, "a", rank)])
         branch.set_strengths({(_NAME, "a"): 0.01})
         result[f"engine, rank {rank}"] = Lowering(device, dtype, adapters={_NAME: branch}).product(_NAME, layer)
-    for rank in (None, *RANKS):
-        result["compiled" if rank is None else f"compiled, rank {rank}"] = _compiled(layer, rank, device, dtype)
-    return result
+    result["compiled"] = _compiled(layer, None, device, dtype)
+    return result | {f"compiled, rank {rank}": _compiled(layer, rank, device, dtype) for rank in RANKS}
 
 
 def _compiled(layer: QuantizedLayer, rank: int | None, device: torch.device, dtype: torch.dtype) -> Launch:
@@ -96,8 +97,9 @@ def main() -> None:
     device = torch.device("cpu" if options.smoke else "cuda")
     dtype = torch.float32 if options.smoke else torch.float16
     clock = Clock(device)
-    for name, shape in ({"smoke": (32, 64, 64)} if options.smoke else SHAPES).items():
-        rows, inputs, outputs = shape
+    shapes = {"smoke": (32, 64, 64)} if options.smoke else SHAPES
+    for name in unfinished(list(shapes), options.out, {}):
+        shape = rows, inputs, outputs = shapes[name]
         xs = [
             torch.randn(rows, inputs, device=device, dtype=dtype)
             for _ in range(clock.sets(2 * rows * inputs + inputs * outputs))
@@ -106,12 +108,9 @@ def main() -> None:
         for key, launch in launches(shape, device, dtype).items():
             with many_shapes():
                 launch(xs[0])
-                times[key] = round(clock.launch_us([lambda x=x, run=launch: run(x) for x in xs]), 2)
-        line = json.dumps({"layer": name, "rows": rows, "inputs": inputs, "outputs": outputs, "us": times})
-        print(line, flush=True)
-        if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                times[key] = round(clock.launch_us([partial(launch, x) for x in xs]), 2)
+        row = {"case": name, "rows": rows, "inputs": inputs, "outputs": outputs, "us": times}
+        add_line(json.dumps(row), options.out)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def main() -> None:
     parser.add_argument("--bits", default="w8a8")
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--device", default="auto")
-    args, args.options = parser.parse_known_args()  # the rest goes to edadm run
+    args, more = parser.parse_known_args()
+    args.options = more  # they go to edadm run
     if args.rows is not None:
         print(table([row for row in read_rows(args.rows) if row["bits"] == args.bits]))
         return

@@ -1,10 +1,11 @@
-"""Measure what a rotation of a layer's input costs: its codes with and without, each compiled as one graph.
+"""Measures what a rotation of a layer's input costs: its codes with and without, each compiled as one graph.
 
     python benchmarks/rotation_cost.py --device cuda
+    python benchmarks/rotation_cost.py --smoke
 
 Every row is an input of a linear layer, `tokens x channels` in float16. The median time of its codes is printed in
 microseconds, without a transform and with the rotations of 16, 64 and 256 channels, beside that of the layer's product
-in float16.
+in float16. `--smoke` runs one small size on a CPU.
 """
 
 from __future__ import annotations
@@ -79,12 +80,14 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--smoke", action="store_true", help="one small size on a CPU")
+    options = parser.parse_args()
+    device = torch.device("cpu" if options.smoke else options.device)
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device))
     print("| tokens | channels | " + " | ".join(NAMES) + " | product to as many channels |")
     print("|---|---|" + "---|" * (len(NAMES) + 1))
-    for tokens, channels in SHAPES:
+    for tokens, channels in ((8, 256),) if options.smoke else SHAPES:
         torch._dynamo.reset()
         x = torch.randn(tokens, channels, device=device, dtype=torch.float16)
         weight = torch.randn(channels, channels, device=device, dtype=torch.float16)

@@ -1,1 +1,1 @@
-"""The parts of `gpu_session.py`."""
+"""What the programs for GPUs share: a UNet's kernel calls, timing, cases in processes, and jobs in lanes."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 COMPILED = "compiled"
@@ -60,7 +61,7 @@ class Running:
             os.killpg(self.process.pid, number)
 
     def result(self, others: list[Running]) -> str:
-        """Returns the line of JSON of a compiled case, which is timed while the others are stopped."""
+        """Returns the line of JSON of a compiled case with its name, which is timed while the others are stopped."""
         assert self.process.stdin is not None
         for other in others:
             other.send(signal.SIGSTOP)
@@ -74,7 +75,7 @@ class Running:
         if not line:
             return self.failure(ended=line is not None)
         self.end()
-        return line.strip()
+        return json.dumps({"case": self.case, **json.loads(line)})
 
     def failure(self, ended: bool) -> str:
         """Ends the process and returns a line with the reason why there is no result."""
@@ -90,6 +91,34 @@ class Running:
         """Ends the process and those that it has started."""
         self.send(signal.SIGKILL)
         self.process.wait()
+
+
+def add_line(line: str, path: Path | None) -> None:
+    """Prints a line and appends it to a file, if there is one."""
+    print(line, flush=True)
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def unfinished(cases: list[str], path: Path | None, settings: dict[str, Any]) -> list[str]:
+    """Returns the cases without a result in a file of lines.
+
+    Args:
+        cases: The cases.
+        path: The file; it may be missing.
+        settings: What a line must say for its case to be finished: settings that change the result.
+    """
+    if path is None or not path.exists():
+        return cases
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    reasons = {"error", "stopped", "skipped"}
+    done = {
+        row.get("case")
+        for row in rows
+        if not reasons & row.keys() and all(row.get(name) == value for name, value in settings.items())
+    }
+    return [case for case in cases if case not in done]
 
 
 def measure(cases: list[str], command: list[str], at_once: int, cap: float, seconds: float) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,9 @@ class Clock:
         graph.replay()
         return 1e3 * statistics.median(self.once(graph.replay) for _ in range(replays)) / len(work)
 
-    def in_turns(self, contenders: dict[str, Callable[[], Any]], rounds: int, calls: int = 3) -> dict[str, list[float]]:
+    def in_turns(
+        self, contenders: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 3
+    ) -> dict[str, list[float]]:
         """Returns the milliseconds of `rounds * calls` calls per contender, which alternate, after one warm-up call."""
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for call in contenders.values():

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from emoji_rows import VARIANTS
+from study.emoji_rows import VARIANTS
 
 WIDTHS = ("", "w8a8", "w6a6", "w4a8", "w3a8", "w4a4")  # in the order of the tables; "" is full precision
 METRICS = {

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learner import variant_recipe
-from learner_variants import BEFORE
+
+from study.learner_variants import BEFORE
 
 VARIANTS = {
     "default": "default",

@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,16 +37,17 @@ def judge(folder: RunFolder, bits: str, seed: int, images: int, device: str) -> 
     load_quant_params(quantized.denoiser, artifact.tensors("quant_params.safetensors"))
     prompts = sampling.prompts
     guidance = sampling.guidance_scale
-    call = {
-        "seeds": [image_seed(seed, index, EVALUATION) for index in range(images)],
-        "prompts": None if prompts is None else [prompts[index % len(prompts)] for index in range(images)],
-        "num_steps": sampling.num_steps,
-        "guidance_scale": guidance,
-    }
+    sampled = partial(
+        sample,
+        seeds=[image_seed(seed, index, EVALUATION) for index in range(images)],
+        prompts=None if prompts is None else [prompts[index % len(prompts)] for index in range(images)],
+        num_steps=sampling.num_steps,
+        guidance_scale=guidance,
+    )
     units = Units.load(artifact).units
     with one_step_errors(exact, quantized.denoiser, [unit.name for unit in units], guidance) as errors:
-        reference = sample(exact, **call)
-    final = sample(quantized, **call).latents
+        reference = sampled(exact)
+    final = sampled(quantized).latents
     distance = (final - reference.latents).flatten(1).norm(dim=1) / reference.latents.flatten(1).norm(dim=1)
     return {**errors.summary(), "final": float(distance.mean()), "final_bias": _bias(final - reference.latents)}
 

@@ -1,0 +1,1 @@
+"""What the programs of the two studies, `learner.py` and `emoji.py`, share."""

@@ -1,0 +1,39 @@
+"""Writes a tiny pipeline with random weights, in the place of a large one in a trial on a CPU.
+
+python benchmarks/tiny_models.py flux FOLDER
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+package = ModuleType("tests")  # other packages install one of this name
+package.__path__ = [str(Path(__file__).parents[1] / "tests")]
+sys.modules["tests"] = package
+
+import torch  # noqa: E402
+
+from tests.denoisers import flux, unets, videos  # noqa: E402
+
+BUILDERS = {
+    "flux": flux.flux_dev,
+    "sdxl": unets.stable_diffusion_xl,
+    "cogvideox": videos.cogvideox,
+    "svd": videos.stable_video,
+    "wan": videos.wan,
+}
+
+
+def main() -> None:
+    """Writes the pipeline that the command line names."""
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(0)
+    BUILDERS[name]().save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The program that runs measurements on GPUs: its lanes, its order, its limits, and that its list fits the programs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import tarfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+CORE = min(os.sched_getaffinity(0))
+
+
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def gpu_jobs() -> ModuleType:
+    return importlib.import_module("gpu_jobs")
+
+
+def job(name: str, *codes: str, **fields: Any) -> Any:
+    from gpu.jobs import Job
+
+    commands = tuple(f"python -c {shlex.quote(code)}" for code in codes)
+    return Job(**{"name": name, "fills": "a page", "commands": commands, "seconds": 1, "limit": 60, **fields})
+
+
+def run(gpu_jobs: ModuleType, jobs: list[Any], folder: Path, seconds: float = 60, **options: Any) -> dict[str, str]:
+    """Runs jobs in one lane without a GPU; returns the state of each."""
+    with gpu_jobs.only_one(folder):
+        gpu_jobs.run_jobs(jobs, [gpu_jobs.Lane("cpu", (CORE,))], folder, seconds, **options)
+    return {name: row["state"] for name, row in gpu_jobs.States(folder).last.items()}
+
+
+def test_lanes_that_name_one_gpu_share_it(gpu_jobs: ModuleType) -> None:
+    lanes = gpu_jobs.parse_lanes(["0:0-7", "1:8-11", "1:12"])
+    assert [lane.is_alone for lane in lanes] == [True, False, False]
+    assert lanes[1].cores == (8, 9, 10, 11)
+    for wrong in (["0"], ["0:a-b"], ["0:7-3"], ["0:0-3", "1:3-5"]):
+        with pytest.raises(ValueError, match="lane"):
+            gpu_jobs.parse_lanes(wrong)
+
+
+def test_times_are_measured_on_a_gpu_of_their_own(gpu_jobs: ModuleType) -> None:
+    from gpu.lanes import next_job
+
+    lanes = gpu_jobs.parse_lanes(["0:0", "1:1", "1:2"])
+    rows, times, long = job("rows"), job("times", is_alone=True), job("long", seconds=100)
+    assert next_job([rows, times], lanes[0], lanes, 60) is times
+    assert next_job([times, rows], lanes[1], lanes, 60) is rows
+    assert next_job([times], lanes[1], lanes, 60) is None
+    assert next_job([rows, times], lanes[0], lanes[:1], 60) is rows, "with one lane, the order of the list counts"
+    assert next_job([long], lanes[0], lanes, 60) is None
+    assert next_job([job("long", seconds=100, resumes=True)], lanes[0], lanes, 60) is not None
+
+
+def test_a_failing_or_late_job_costs_no_other_one(gpu_jobs: ModuleType, tmp_path: Path) -> None:
+    child = (
+        "import os, subprocess, sys; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True)"
+    )
+    jobs = [
+        job("fails", "raise SystemExit(3)", "print('never')"),
+        job("late", f"{child}; import time; time.sleep(60)", limit=1),
+        job("works", "print('{{\"seconds\": 2.5}}')", "import os; print(os.environ['EDADM_RUN'])", files={"a": "b"}),
+    ]
+    assert run(gpu_jobs, jobs, tmp_path) == {"fails": "failed", "late": "late", "works": "done"}
+    assert not (tmp_path / "fails" / "1.out").exists(), "a chain ends where it fails"
+    assert (tmp_path / "works" / "1.out").read_text().strip() == str(tmp_path / "works" / "runs" / "run")
+    assert (tmp_path / "works" / "a").read_text() == "b"
+    pid = int((tmp_path / "late" / "0.out").read_text())
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z", "all that it started has ended"
+    assert "works, record 0: seconds 2.5" in gpu_jobs.report(jobs, tmp_path)
+    before = (tmp_path / "states.jsonl").read_text()
+    run(gpu_jobs, jobs, tmp_path)
+    assert (tmp_path / "states.jsonl").read_text() == before, "nothing is run a second time by itself"
+    assert run(gpu_jobs, [job("fails", "pass")], tmp_path, again=True)["fails"] == "done"
+
+
+def test_a_job_that_was_cut_goes_on(gpu_jobs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu.lanes.LEAST_SECONDS", 0)
+    code = "import pathlib, time; p = pathlib.Path(r'{place}', 'rows'); p.exists() or (p.touch(), time.sleep(60))"
+    jobs = [job("study", code, resumes=True), job("short", "pass")]
+    assert run(gpu_jobs, jobs, tmp_path, seconds=1) == {"study": "cut"}
+    assert run(gpu_jobs, jobs, tmp_path) == {"study": "done", "short": "done"}
+    with (tmp_path / "states.jsonl").open("a") as file:
+        file.write('{"job": "stud')  # a line that a kill has cut short
+    from gpu.lanes import waiting_jobs
+
+    states = gpu_jobs.States(tmp_path)
+    states.last["short"]["state"] = "begun"
+    new = job("new", "pass")
+    assert waiting_jobs([*jobs, new], states, again=False) == [new, jobs[1]], "new jobs come first"
+
+
+def test_an_archive_has_no_large_files(gpu_jobs: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    for name in ("states.jsonl", "a/0.out", "a/runs/large"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    gpu_jobs.pack(folder, tmp_path / "out.tgz")
+    with tarfile.open(tmp_path / "out.tgz") as archive:
+        assert sorted(info.name for info in archive if info.isfile()) == ["out/a/0.out", "out/states.jsonl"]
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_every_option_of_every_job_is_known(gpu_jobs: ModuleType, smoke: bool) -> None:
+    flags = (ROOT / "docs" / "cli.md").read_text()
+    jobs = gpu_jobs.read_jobs()
+    assert len({each.name for each in jobs}) == len(jobs)
+    for each in jobs:
+        for number in range(len(each.lines(smoke))):
+            program, *words = each.words(number, Path("out"), 100, "0", 4, smoke)
+            assert program in ("python", "edadm")
+            known = flags
+            if program == "python" and words[0] != "-m":
+                known = flags if words[0].endswith("within.py") else (ROOT / words[0]).read_text()
+            for option in (word for word in words if word.startswith("--")):
+                named = option in known or (words[0].endswith("quick_cost.py") and option in flags)
+                assert named, f"{each.name}: {option}"
+
+
+def test_the_table_of_programs_has_each_program_once() -> None:
+    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| \[?`(\w+\.py)`", text, re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in BENCHMARKS.glob("*.py"))
+
+
+def test_states_are_lines_of_json(gpu_jobs: ModuleType, tmp_path: Path) -> None:
+    run(gpu_jobs, [job("one", "pass")], tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "states.jsonl").read_text().splitlines()]
+    assert [row["state"] for row in rows] == ["begun", "done"]
+    assert rows[1]["codes"] == [0]
