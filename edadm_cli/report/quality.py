@@ -20,7 +20,10 @@ def images_section(contents: RunContents) -> Html | None:
     walls = build_walls(contents.widths)
     if not walls:
         return None
-    lead = "Same seed, same prompt: at full precision, and quantized beside it with the PSNR between the two."
+    lead = (
+        "Each pair has the same seed and prompt: the image at full precision, and the quantized one with the PSNR "
+        "between the two."
+    )
     return section("images", "Side by side", element("p", lead, class_="lead"), [show_wall(wall) for wall in walls])
 
 

@@ -105,8 +105,8 @@ def _units(width: Width, units: Sequence[UnitRow]) -> Html:
         for unit in units
     ]
     note = (
-        "A curve shows what the optimizer minimises, on a logarithmic scale of its own: besides the loss of the unit "
-        "also those of its layers and, if the recipe has it, the pull on the rounding, a jump where it sets in. "
+        "A curve shows what the optimizer minimises, on a logarithmic scale of its own: the loss of the unit, those of "
+        "its layers, and the rounding regularizer if the recipe has one, which is a jump where it starts. "
         "A weight is undecided where learning ended with 0.05 < h < 0.95."
     )
     header = ["unit", "kind", "layers", "before", "after", "before h was rounded", "undecided", "curve"]
@@ -128,7 +128,7 @@ def _layers(width: Width, plan: QuantizationPlan) -> Html:
     for name, attention in plan.attentions.items():
         bits = f"{attention.activation_bits}, probabilities {attention.probability_bits}"
         rows.append([code(name), "", bits, "", "both products of the attention"])
-    rows += [[code(name), "", "", "", f"kept: {reason}"] for name, reason in plan.kept.items()]
+    rows += [[code(name), "", "", "", f"left in float: {reason}"] for name, reason in plan.kept.items()]
     header = ["layer", "weight bits", "activation bits", "channel parts", "note"]
     widths = Counter((layer.weight_bits, layer.activation_bits) for layer in plan.layers.values())
     mixture = ", ".join(

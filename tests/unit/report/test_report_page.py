@@ -109,7 +109,7 @@ def test_what_a_user_typed_stays_text(tmp_path: Path) -> None:
     assert page.all("img")[0].attributes["alt"].startswith(f"\u201c{shown}\u201d")
     assert _facts(page)["recipe"] == shown
     assert shown in page.all("h1")[0].text
-    assert _rows(page, "Layers of W4A8")["layer"][-1] == f"kept: {shown}"
+    assert _rows(page, "Layers of W4A8")["layer"][-1] == f"left in float: {shown}"
 
 
 def test_equal_artifacts_give_equal_bytes_wherever_they_lie(maker: RunMaker, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_every_layer_is_listed_with_what_became_of_it(maker: RunMaker) -> None:
         "mid.a": ["4", "8", "96 + 64", ""],
         "mid.b": ["4", "float", "", ""],
         "mid.attn": ["", "8, probabilities 6", "", "both products of the attention"],
-        "mid.skip": ["", "", "", "kept: excluded by the recipe's pattern 'mid.s*'"],
+        "mid.skip": ["", "", "", "left in float: excluded by the recipe's pattern 'mid.s*'"],
     }
 
 
