@@ -13,6 +13,7 @@ from edadm_cli.calibrate.ranges import folded, transform_tensors
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.gptq import gptq_codes, input_columns
+from edadm_cli.quant.groups import per_weight
 from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
@@ -50,7 +51,11 @@ def gptq_params(
             pieces = layer_plan.split(_weight(layer))
             for part, piece in zip(layer_plan.part_names(layer.name), pieces, strict=True):
                 weight, scale = folded(piece, part, layer_plan, ranges), ranges[f"{part}.weight_scale"]
-                codes = gptq_codes(weight, scale, hessians.pop(part), layer_plan.weight_grid)
+                multipliers = ranges.get(f"{part}.weight_multiplier")
+                factors = None
+                if multipliers is not None and layer_plan.group_size is not None:
+                    factors = per_weight(multipliers, tuple(weight.shape), layer_plan.group_size)
+                codes = gptq_codes(weight, scale, hessians.pop(part), layer_plan.weight_grid, factors)
                 params[f"{part}.weight_int"] = codes.cpu()
     return params
 

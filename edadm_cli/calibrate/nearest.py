@@ -12,16 +12,28 @@ from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.calibrate.ranges import folded, search_ranges
 from edadm_cli.config import BitWidth
 from edadm_cli.models.units import trace
+from edadm_cli.quant.groups import per_weight
 from edadm_cli.quant.network import load_quant_params, quantize_network
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 from edadm_cli.recipe import Recipe
 
 
-def nearest_codes(weight: Tensor, scale: Tensor, plan: LayerPlan) -> Tensor:
-    """Returns the codes of `weight`, rounded to nearest, as int8 in its shape."""
+def nearest_codes(weight: Tensor, scale: Tensor, plan: LayerPlan, multipliers: Tensor | None = None) -> Tensor:
+    """Returns the integers of `weight`, rounded to nearest, as int8 in its shape.
+
+    Args:
+        weight: The weight, with shape `(C_out, ...)`.
+        scale: The scale of each output channel.
+        plan: The bits.
+        multipliers: The multiplier of each group, where there are groups; an integer is then a code times a multiplier.
+    """
     grid = plan.weight_grid
     per_channel = scale.reshape(-1, *[1] * (weight.dim() - 1))
-    return (weight / per_channel).round().clamp(grid.quant_min, grid.quant_max).to(torch.int8)
+    if multipliers is None or plan.group_size is None:
+        return (weight / per_channel).round().clamp(grid.quant_min, grid.quant_max).to(torch.int8)
+    factors = per_weight(multipliers.to(weight.device), tuple(weight.shape), plan.group_size)
+    codes = (weight / (per_channel * factors)).round().clamp(grid.quant_min, grid.quant_max)
+    return (codes * factors).to(torch.int8)
 
 
 def nearest_params(
@@ -40,7 +52,8 @@ def nearest_params(
         for part, piece in zip(layer_plan.part_names(name), layer_plan.split(weight), strict=True):
             rounded = folded(piece, part, layer_plan, ranges)
             scale = ranges[f"{part}.weight_scale"].to(weight.device)
-            params[f"{part}.weight_int"] = nearest_codes(rounded, scale, layer_plan).cpu()
+            multipliers = ranges.get(f"{part}.weight_multiplier")
+            params[f"{part}.weight_int"] = nearest_codes(rounded, scale, layer_plan, multipliers).cpu()
     return params
 
 

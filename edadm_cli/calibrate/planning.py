@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from edadm_cli.bits import LARGEST_GROUPED_BITS
 from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
 from edadm_cli.models.families.attention import products_refusal
@@ -45,6 +46,7 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
         weight_bits, activation_bits = _bits(rule, recipe, bits, is_edge)
         layers[layer.name] = LayerPlan(
             weight_bits=weight_bits,
+            group_size=bits.group_size if weight_bits <= LARGEST_GROUPED_BITS else None,
             activation_bits=None if float_input else activation_bits,
             channel_parts=_parts(layer, recipe),
             transform=None if float_input else _transform(layer, recipe),

@@ -22,6 +22,7 @@ from edadm_cli.hooks import Hooks
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import Grid
+from edadm_cli.quant.groups import search_groups
 from edadm_cli.quant.histogram import Histogram
 from edadm_cli.quant.network import set_processor
 from edadm_cli.quant.operation import Operation
@@ -42,8 +43,8 @@ def search_ranges(
 ) -> dict[str, Tensor]:
     """Returns the initial quantization parameters, without the codes of weights.
 
-    They are `<layer>.weight_scale`, `.input_scale` and `.input_zero_point`, the tensors of the transforms, and
-    `<attention>.{q,k,v,p}_scale`.
+    They are `<layer>.weight_scale`, `.weight_multiplier` where weights have groups, `.input_scale` and
+    `.input_zero_point`, the tensors of the transforms, and `<attention>.{q,k,v,p}_scale`.
 
     Args:
         denoiser: The denoiser at full precision.
@@ -120,6 +121,8 @@ def search_weight_scales(
 ) -> dict[str, Tensor]:
     """Returns the part of `search_ranges` that needs no further call: `<layer>.weight_scale` of every planned layer.
 
+    Layers with groups also have a `<layer>.weight_multiplier`.
+
     Args:
         traced: The trace of the denoiser.
         plan: Bits of every layer, and their transforms.
@@ -144,7 +147,12 @@ def search_weight_scales(
                 energy = _energy(part, layer_plan, params, statistics[part])
                 energy = input_energy(energy, piece, Operation.of(layer.module).groups)
             rounded = folded(piece, part, layer_plan, params)
-            scales[f"{part}.weight_scale"] = weight_scales(rounded, layer_plan.weight_grid, recipe, energy).cpu()
+            grid, size = layer_plan.weight_grid, layer_plan.group_size
+            if size is None:
+                scales[f"{part}.weight_scale"] = weight_scales(rounded, grid, recipe, energy).cpu()
+                continue
+            scale, multipliers = search_groups(rounded, grid, size, recipe, energy)
+            scales |= {f"{part}.weight_scale": scale.cpu(), f"{part}.weight_multiplier": multipliers.cpu()}
     return scales
 
 

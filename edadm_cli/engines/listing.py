@@ -24,7 +24,7 @@ def planned(plan: LayerPlan | AttentionPlan) -> str:
     """Returns the bits of a plan, such as `w4a8`, or `float` for a layer whose input is not quantized."""
     if isinstance(plan, AttentionPlan):
         return f"w{plan.activation_bits}a{plan.probability_bits}"
-    return FLOAT if plan.activation_bits is None else f"w{plan.weight_bits}a{plan.activation_bits}"
+    return FLOAT if plan.activation_bits is None else plan.width
 
 
 def list_layers(denoiser: nn.Module, rest_dtype: torch.dtype, decide: Decision) -> tuple[LayerExecution, ...]:

@@ -21,7 +21,6 @@ from edadm_cli.models.gpu_memory import gpu_peak
 from edadm_cli.models.stored import is_stored, num_weights
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE
-from edadm_cli.quant.packing import stored_bits
 from edadm_cli.recipe import RangeRecipe
 from edadm_cli.reconstruct.call_signatures import UnitForm
 from edadm_cli.reconstruct.capture_groups import capture_groups
@@ -115,7 +114,7 @@ def _weights(setting: ReconstructionContext) -> float:
     held = 4 * sum(parameter.numel() for parameter in denoiser.parameters())
     stored = max((4 * num_weights(module) for module in denoiser.modules() if is_stored(module)), default=0)
     packed = sum(
-        stored_bits(plan.layers[name].weight_bits) / 8 * num_weights(layer)
+        plan.layers[name].stored_bits_per_weight / 8 * num_weights(layer)
         for name, layer in setting.network.float_layers.items()
     )
     return held + 2 * stored + packed

@@ -235,6 +235,8 @@ def _bits(bits: str) -> str:
         weights = f"{width.average:g}-bit weights on average"
     else:
         weights = f"{width.weight}-bit weights"
+        if width.group_size is not None:
+            weights += f" in groups of {width.group_size}"
     return f"{weights}, {width.activation}-bit activations"
 
 

@@ -30,6 +30,7 @@ from edadm_cli.calibrate.ranges import folded
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations.lora import load_lora_file, require_safetensors
 from edadm_cli.models.loading import LoadedModel
+from edadm_cli.quant.groups import codes_of, per_weight
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 
 _LARGEST_WEIGHT = 100
@@ -135,23 +136,37 @@ def refit(denoiser: nn.Module, plan: QuantizationPlan, params: Mapping[str, Tens
         for part, old, new in pieces:
             scale, codes = params[f"{part}.weight_scale"], params[f"{part}.weight_int"]
             old, new = (folded(piece.cpu(), part, layer, params) for piece in (old, new))
-            moved, widened = moved_codes(codes, old, new, scale, layer)
+            multipliers = params.get(f"{part}.weight_multiplier")
+            moved, widened = moved_codes(codes, old, new, scale, layer, multipliers)
             result[f"{part}.weight_int"], result[f"{part}.weight_scale"] = moved, widened
             changed, total = changed + int((moved != codes).sum()), total + moved.numel()
     fused.changed_codes = changed / max(total, 1)
     return result
 
 
-def moved_codes(codes: Tensor, old: Tensor, new: Tensor, scale: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor]:
+def moved_codes(
+    codes: Tensor, old: Tensor, new: Tensor, scale: Tensor, layer: LayerPlan, multipliers: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the codes of a weight that changed, and the scale of each output channel.
 
+    With groups, c and W are divided by the multipliers first, and the result is multiplied by them.
+
     Args:
-        codes: The codes of `old`, int8, learned or rounded to nearest.
+        codes: The integers of `old`, int8, learned or rounded to nearest.
         old: The weight before fusing, `[C_out, ...]`.
         new: The weight after fusing.
         scale: The scale of each output channel.
         layer: The bits of the layer.
+        multipliers: The multiplier of each group, `[C_out, num_groups]`, where there are groups.
     """
+    if layer.group_size is not None:
+        assert multipliers is not None
+        factors = per_weight(multipliers, tuple(new.shape), layer.group_size)
+        ungrouped = layer.model_copy(update={"group_size": None})
+        moved, scale = moved_codes(
+            codes_of(codes, multipliers, layer.group_size), old / factors, new / factors, scale, ungrouped
+        )
+        return moved * factors, scale
     grid = layer.weight_grid
     before, after = (x.flatten(1).abs().amax(dim=1) for x in (old, new))
     excess = (after - torch.maximum(before, -grid.quant_min * scale)) / scale

@@ -15,8 +15,7 @@ _BLACK_LEVEL = 4.0
 def layers_by_width(plan: QuantizationPlan) -> dict[str, int]:
     """Returns the number of layers by width, such as `w4a8`; `float` counts those left in float."""
     widths = Counter(
-        f"w{layer.weight_bits}" + (f"a{layer.activation_bits}" if layer.activation_bits else " with float inputs")
-        for layer in plan.layers.values()
+        layer.width + ("" if layer.activation_bits else " with float inputs") for layer in plan.layers.values()
     )
     counts = dict(sorted(widths.items()))
     return {**counts, "float": len(plan.kept)} if plan.kept else counts

@@ -26,14 +26,17 @@ from edadm_cli.quant.packing import NIBBLE_BITS, stored_bits, stored_bits_of_for
 from edadm_cli.quant.plan import QuantizationPlan
 
 METHOD = "edadm"
-_FORMATS: dict[int, Callable[[int], int]] = {1: stored_bits_of_format_1, 2: stored_bits}
+_FORMATS: dict[int, Callable[[int], int]] = {1: stored_bits_of_format_1, 2: stored_bits, 3: stored_bits}
 
 
 def format_version(plan: QuantizationPlan) -> int:
     """Returns the version of the tensors' names and packing: the oldest one that stores the plan's codes tightly.
 
-    In format 2 a code of two or three bits takes as many; in format 1, which earlier versions of edadm read too, four.
+    In format 3 weights may have groups. In format 2 a code of two or three bits takes as many; in format 1, which
+    earlier versions of edadm read too, four.
     """
+    if any(layer.group_size is not None for layer in plan.layers.values()):
+        return 3
     is_tight = any(stored_bits(layer.weight_bits) < NIBBLE_BITS for layer in plan.layers.values())
     return 2 if is_tight else 1
 

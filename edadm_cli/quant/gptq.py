@@ -38,31 +38,34 @@ def input_columns(x: Tensor, operation: Operation, weight: Tensor) -> Tensor:
     return columns.transpose(1, 2).flatten(0, 1)
 
 
-def gptq_codes(weight: Tensor, scale: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
-    """Returns the codes that GPTQ rounds `weight` to, int8, in the shape of `weight`.
+def gptq_codes(weight: Tensor, scale: Tensor, hessian: Tensor, grid: Grid, multipliers: Tensor | None = None) -> Tensor:
+    """Returns the integers that GPTQ rounds `weight` to, int8, in the shape of `weight`.
 
     Args:
         weight: The weight, with shape `(C_out, ...)`.
         scale: The scale per output channel, with shape `(C_out,)`.
         hessian: H, or its mean over the positions, with shape `(K, K)`, float32.
         grid: The grid of the codes.
+        multipliers: The multiplier of each weight, in the shape of `weight`; an integer is a code times its multiplier.
     """
     rows, scale = weight.float().flatten(1).clone(), scale.to(weight.device).float()
+    factors = torch.ones_like(rows) if multipliers is None else multipliers.to(rows).flatten(1)
     hessian = hessian.float().clone()
     energy = hessian.diagonal()
     energy += _DAMPING * energy.mean().clamp_min(_TINY)
     order = energy.argsort(descending=True)
     factor = _inverse_factor(hessian[order][:, order])
-    rows, codes = rows[:, order], torch.empty_like(rows)
+    rows, factors, codes = rows[:, order], factors[:, order], torch.empty_like(rows)
     for start in range(0, rows.shape[1], _BLOCK):
         stop = min(start + _BLOCK, rows.shape[1])
         block, errors = rows[:, start:stop].clone(), torch.empty_like(rows[:, start:stop])
         for place in range(stop - start):
             column = start + place
-            code = (block[:, place] / scale).round().clamp(grid.quant_min, grid.quant_max)
-            errors[:, place] = (block[:, place] - code * scale) / factor[column, column]
+            step = scale * factors[:, column]
+            code = (block[:, place] / step).round().clamp(grid.quant_min, grid.quant_max)
+            errors[:, place] = (block[:, place] - code * step) / factor[column, column]
             block[:, place + 1 :] -= errors[:, place, None] * factor[column, column + 1 : stop]
-            codes[:, column] = code
+            codes[:, column] = code * factors[:, column]
         rows[:, stop:] -= errors @ factor[start:stop, stop:]
     result = torch.empty_like(codes)
     result[:, order] = codes

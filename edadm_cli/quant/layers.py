@@ -3,7 +3,8 @@ r"""Deployed quantized layers: integer codes, scales, and two equivalent arithme
 fake-quantize:  y = op(dequantize(quantize(T x)), w_int * w_scale) + b
 integer:        y = op(q - zero_point, w_int) * (x_scale * w_scale) + b,   the sum exact, the epilogue float32
 
-T is the layer's transform, if it has one; its inverse is in the weight (see `edadm_cli/quant/transforms.py`).
+T is the layer's transform, if it has one; its inverse is in the weight (see `edadm_cli/quant/transforms.py`). Where
+weights have groups, w_int is a code times the multiplier of its group (see `edadm_cli/quant/groups.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.quant.grid import dequantize
+from edadm_cli.quant.grid import dequantize, weight_grid
+from edadm_cli.quant.groups import codes_of, num_groups, packed_multipliers, per_weight, unpacked_multipliers
 from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation, weight_shape
 from edadm_cli.quant.packing import is_packed, pack, packed_bytes, stored_bits, unpack
@@ -75,6 +77,7 @@ class QuantizedLayer(nn.Module):
     """
 
     weight_codes: Tensor
+    weight_multiplier: Tensor
     weight_scale: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
@@ -93,6 +96,9 @@ class QuantizedLayer(nn.Module):
         self.operation, self.plan, self.weight_shape = operation, plan, tuple(weight_shape)
         self.arithmetic: Arithmetic = "fake-quantize"
         self.register_buffer("weight_codes", torch.zeros(self.codes_shape, dtype=self.codes_dtype, device=device))
+        if plan.group_size is not None:
+            ones = torch.ones(weight_shape[0], self.num_groups, dtype=torch.int8, device=device)
+            self.register_buffer("weight_multiplier", packed_multipliers(ones))
         self.register_buffer("weight_scale", torch.ones(weight_shape[0], device=device))
         if plan.input_grid is not None:
             self.register_buffer("input_scale", torch.ones((), device=device))
@@ -113,6 +119,12 @@ class QuantizedLayer(nn.Module):
             return self.weight_shape
         per_row = torch.Size(self.weight_shape[1:]).numel()
         return (self.weight_shape[0], packed_bytes(per_row, self.code_bits))
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups of an output channel's weights."""
+        assert self.plan.group_size is not None
+        return num_groups(torch.Size(self.weight_shape[1:]).numel(), self.plan.group_size)
 
     @property
     def in_features(self) -> int:
@@ -143,9 +155,25 @@ class QuantizedLayer(nn.Module):
         input_scale: Tensor | None = None,
         input_zero_point: Tensor | None = None,
         bias: Tensor | None = None,
+        weight_multiplier: Tensor | None = None,
         **transform_tensors: Tensor,
     ) -> None:
-        """Sets the codes (int8, `weight_shape`), the scales, the transform's tensors, and a corrected bias."""
+        """Sets the integers of the weight, the scales, the multipliers, the transform's tensors, and a corrected bias.
+
+        Args:
+            weight_int: int8, `weight_shape`; with groups, codes times multipliers.
+            weight_scale: The scale of each output channel, `[C_out]`.
+            input_scale: The scale of the input, one element.
+            input_zero_point: The zero-point of the input, one element.
+            bias: A corrected bias.
+            weight_multiplier: The multiplier of each group, int8 `[C_out, num_groups]`, where there are groups.
+            transform_tensors: The tensors of the transform by name.
+        """
+        if self.plan.group_size is not None:
+            if weight_multiplier is None:
+                raise ValueError("a layer with groups needs their multipliers")
+            self.weight_multiplier.copy_(packed_multipliers(weight_multiplier))
+            weight_int = codes_of(weight_int, weight_multiplier, self.plan.group_size)
         is_tight = is_packed(self.plan.weight_bits)
         packed = pack(weight_int, self.code_bits) if is_tight else weight_int.to(torch.int8)
         self.weight_codes.copy_(packed)
@@ -189,14 +217,24 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight_int(self) -> Tensor:
-        """The codes, int8, `weight_shape`."""
-        if is_packed(self.plan.weight_bits):
-            return unpack(self.weight_codes, self.weight_shape, self.code_bits)
-        return self.weight_codes
+        """The integers that are multiplied, int8, `weight_shape`: codes, or codes times multipliers with groups."""
+        if not is_packed(self.plan.weight_bits):
+            return self.weight_codes
+        codes = unpack(self.weight_codes, self.weight_shape, self.code_bits)
+        if self.plan.group_size is None:
+            return codes
+        return codes * per_weight(self.multipliers, self.weight_shape, self.plan.group_size)
+
+    @property
+    def multipliers(self) -> Tensor:
+        """The multiplier of each group, int8, `[C_out, num_groups]`."""
+        return unpacked_multipliers(self.weight_multiplier, self.num_groups)
 
     def parameters_by_name(self) -> Iterator[tuple[str, Tensor]]:
         """Returns the quantization parameters under the names of the artifact."""
         yield "weight_int", self.weight_int
+        if self.plan.group_size is not None:
+            yield "weight_multiplier", self.multipliers
         yield "weight_scale", self.weight_scale
         if self.plan.input_grid is not None:
             yield "input_scale", self.input_scale
@@ -207,6 +245,8 @@ class QuantizedLayer(nn.Module):
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the quantization parameters under the names of the artifact; nothing is unpacked."""
         shapes: dict[str, tuple[int, ...]] = {"weight_int": self.weight_shape, "weight_scale": self.weight_shape[:1]}
+        if self.plan.group_size is not None:
+            shapes["weight_multiplier"] = (self.weight_shape[0], self.num_groups)
         if self.plan.input_grid is not None:
             shapes |= {"input_scale": (), "input_zero_point": ()}
         return shapes | dict.fromkeys(self.transform_tensors, (self.in_features,))
@@ -227,7 +267,8 @@ class QuantizedLayer(nn.Module):
 
     def _integer(self, x: Tensor, quantizer: InputQuantizer) -> Tensor:
         codes = quantizer.codes(x) - quantizer.zero_point
-        largest = (quantizer.grid.quant_max - quantizer.grid.quant_min) * -self.plan.weight_grid.quant_min
+        largest_weight = -weight_grid(self.plan.product_bits).quant_min
+        largest = (quantizer.grid.quant_max - quantizer.grid.quant_min) * largest_weight
         accumulated = self.operation.exact(codes, self.weight_int, largest)  # the int32 sum in any order of summation
         y = accumulated.float() * self.operation.per_channel(self.input_scale * self.weight_scale)
         if self.bias is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
+from edadm_cli.quant.groups import codes_of
 from edadm_cli.quant.layers import LayerProduct, QuantizedLayer, SplitLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.packing import stored_bits
 from edadm_cli.quant.plan import QuantizationPlan, part_name
@@ -138,7 +139,9 @@ def fill_layer(layer: QuantizedLayer | SplitLayer, name: str, params: Mapping[st
         assert isinstance(part, QuantizedLayer)
         device = part.weight_codes.device  # packing and checking are quick there
         tensors = {key: params[f"{full_name}.{key}"].to(device) for key in part.parameter_shapes()}
-        codes, grid = tensors["weight_int"], part.plan.weight_grid
+        codes, grid, size = tensors["weight_int"], part.plan.weight_grid, part.plan.group_size
+        if size is not None:
+            codes = codes_of(codes, tensors["weight_multiplier"], size)
         if codes.min() < grid.quant_min or codes.max() > grid.quant_max:  # packing would wrap them around
             raise InputError(f"'{full_name}.weight_int' has codes outside {grid.quant_min}..{grid.quant_max}.")
         part.set_parameters(**tensors, bias=params.get(f"{full_name}.bias"))
@@ -159,7 +162,8 @@ def require_sound(name: str, module: QuantizedLayer | QuantizedAttention) -> Non
     if grid is not None and not grid.quant_min <= int(module.input_zero_point) <= grid.quant_max:
         raise InputError(f"'{name}' has a zero-point outside {grid.quant_min}..{grid.quant_max}.")
     allowed = module.plan.weight_grid
-    if module.code_bits > allowed.num_bits:  # otherwise every code that can be stored is on the grid
+    # Otherwise every code that can be stored is on the grid, as is every multiplier; formats before 3 have no groups.
+    if module.code_bits > allowed.num_bits:
         codes = module.weight_int
         if codes.min() < allowed.quant_min or codes.max() > allowed.quant_max:
             raise InputError(f"'{name}.weight_int' has codes outside {allowed.quant_min}..{allowed.quant_max}.")

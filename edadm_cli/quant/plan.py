@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from edadm_cli.bits import LARGEST_GROUPED_BITS
 from edadm_cli.quant.grid import Grid, activation_grid, weight_grid
+from edadm_cli.quant.groups import MULTIPLIER_BITS
+from edadm_cli.quant.packing import stored_bits
 
 _PART = re.compile(r"\.part\d+$")
 
@@ -34,6 +37,9 @@ class LayerPlan(BaseModel):
         None, description="sizes of the channel ranges of a concatenated input that have quantizers of their own"
     )
 
+    group_size: int | None = Field(
+        None, ge=8, le=1024, description="weights per group that has a multiplier of its own; null: no groups"
+    )
     transform: str | None = Field(None, description="name of the transform of the input; its inverse is in the weight")
 
     @model_validator(mode="after")
@@ -42,10 +48,32 @@ class LayerPlan(BaseModel):
             raise ValueError("a layer whose input stays in floating point has no transform")
         return self
 
+    @model_validator(mode="after")
+    def _a_group_has_few_bits(self) -> LayerPlan:
+        if self.group_size is not None and self.weight_bits > LARGEST_GROUPED_BITS:
+            raise ValueError(f"weights of more than {LARGEST_GROUPED_BITS} bits have no groups")
+        return self
+
     @property
     def weight_grid(self) -> Grid:
-        """The grid of the weights."""
+        """The grid of the weights' codes, before the multipliers of groups."""
         return weight_grid(self.weight_bits)
+
+    @property
+    def product_bits(self) -> int:
+        """The bits of the integers that are multiplied: those of a code, or 8 where groups have multipliers."""
+        return self.weight_bits if self.group_size is None else 8
+
+    @property
+    def stored_bits_per_weight(self) -> float:
+        """The bits that a weight takes on disk, with its share of the multipliers and without the scales."""
+        return stored_bits(self.weight_bits) + (0 if self.group_size is None else MULTIPLIER_BITS / self.group_size)
+
+    @property
+    def width(self) -> str:
+        """The bits in the notation of `--bits`, such as `w4a8` or `w4g32a8`; `w4` if the input is left in float."""
+        groups = "" if self.group_size is None else f"g{self.group_size}"
+        return f"w{self.weight_bits}{groups}" + ("" if self.activation_bits is None else f"a{self.activation_bits}")
 
     @property
     def input_grid(self) -> Grid | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.quant.groups import per_weight
 from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.quant.rounding import initial_alpha, rectified_sigmoid
 
@@ -23,10 +24,15 @@ class LearnedRounding:
         weights: Full-precision weights by part name.
         scales: Their scales by part name, `[C_out]` each.
         plans: Their bits by part name.
+        multipliers: The multipliers of the parts with groups, `[C_out, num_groups]` each.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], plans: Mapping[str, LayerPlan]
+        self,
+        weights: Mapping[str, Tensor],
+        scales: Mapping[str, Tensor],
+        plans: Mapping[str, LayerPlan],
+        multipliers: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.sizes = [weight.numel() for weight in weights.values()]
@@ -34,6 +40,9 @@ class LearnedRounding:
         self.scale = torch.cat(
             [scales[name].to(flat).repeat_interleave(weight[0].numel()) for name, weight in weights.items()]
         )
+        self.multiplier = _multiplier_per_weight(weights, plans, multipliers or {})
+        if self.multiplier is not None:
+            self.scale = self.scale * self.multiplier
         floor = (flat / self.scale).floor()
         grids = [plans[name].weight_grid for name in weights]
         low = self._per_element([grid.quant_min for grid in grids], flat)
@@ -54,13 +63,13 @@ class LearnedRounding:
         codes = torch.addcmul(self.down, self.is_free, up)
         if scales is None:
             return self._split(codes * self.scale), up
-        pieces = self._split(codes)
+        pieces = self._split(codes if self.multiplier is None else codes * self.multiplier)
         return {name: piece * scales[name].view(-1, *[1] * (piece.dim() - 1)) for name, piece in pieces.items()}, up
 
     def codes(self) -> dict[str, Tensor]:
-        """Returns the deployed int8 codes by part name, which are rounded up where h >= 0.5."""
+        """Returns the deployed integers by part name, int8: codes rounded up where h >= 0.5, times multipliers."""
         codes = self.down + self.is_free * (self.alpha.detach() >= 0)
-        return self._split(codes.to(torch.int8))
+        return self._split((codes if self.multiplier is None else codes * self.multiplier).to(torch.int8))
 
     def _split(self, flat: Tensor) -> dict[str, Tensor]:
         pieces = flat.split(self.sizes)
@@ -69,6 +78,21 @@ class LearnedRounding:
     def _per_element(self, bounds: list[int], like: Tensor) -> Tensor:
         sizes = torch.tensor(self.sizes, device=like.device)
         return torch.tensor(bounds, device=like.device, dtype=like.dtype).repeat_interleave(sizes)
+
+
+def _multiplier_per_weight(
+    weights: Mapping[str, Tensor], plans: Mapping[str, LayerPlan], multipliers: Mapping[str, Tensor]
+) -> Tensor | None:
+    """Returns the multipliers of all weights, flat; `None` if no part has groups."""
+    if not multipliers:
+        return None
+    pieces = []
+    for name, weight in weights.items():
+        size, factors = plans[name].group_size, torch.ones_like(weight)
+        if size is not None:
+            factors = per_weight(multipliers[name].to(weight), tuple(weight.shape), size)
+        pieces.append(factors.flatten())
+    return torch.cat(pieces)
 
 
 class LearnedScales:

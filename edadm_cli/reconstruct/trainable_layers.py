@@ -173,7 +173,9 @@ class LearnedUnit:
         self._weight_scales = {name: params[f"{name}.weight_scale"] for name in weights}
         self._biases = {name: part.bias.detach() for name, part in self._parts.items() if part.bias is not None}
         plan_of_part = {name: part.plan for name, part in self._parts.items()}
-        self.rounding = LearnedRounding(weights, self._weight_scales, plan_of_part)
+        grouped = [name for name, part in plan_of_part.items() if part.group_size is not None]
+        self._multipliers = {name: params[f"{name}.weight_multiplier"] for name in grouped}
+        self.rounding = LearnedRounding(weights, self._weight_scales, plan_of_part, self._multipliers)
         named = [f"{name}.input_scale" for name, part in self._parts.items() if part.plan.input_grid is not None]
         named += [f"{name}.{operand}_scale" for name in attentions for operand in OPERANDS]
         relative = hyperparameters.relative_scale_steps
@@ -224,6 +226,7 @@ class LearnedUnit:
         vectors = self.vectors.values()
         params = {f"{name}.weight_int": codes for name, codes in self.rounding.codes().items()}
         params |= {f"{name}.weight_scale": scale for name, scale in self._weight_scales.items()}
+        params |= {f"{name}.weight_multiplier": factors for name, factors in self._multipliers.items()}
         params |= self.scales.values()
         for name, part in self._parts.items():
             if part.input_zero_point is not None:

@@ -118,7 +118,7 @@ def _layers(width: Width, plan: QuantizationPlan) -> Html:
     rows: list[list[Node]] = [
         [
             code(name),
-            str(layer.weight_bits),
+            str(layer.weight_bits) + (f", groups of {layer.group_size}" if layer.group_size else ""),
             plain(layer.activation_bits or "float"),
             " + ".join(str(size) for size in layer.channel_parts or ()),
             None,
@@ -130,10 +130,10 @@ def _layers(width: Width, plan: QuantizationPlan) -> Html:
         rows.append([code(name), "", bits, "", "both products of the attention"])
     rows += [[code(name), "", "", "", f"left in float: {reason}"] for name, reason in plan.kept.items()]
     header = ["layer", "weight bits", "activation bits", "channel parts", "note"]
-    widths = Counter((layer.weight_bits, layer.activation_bits) for layer in plan.layers.values())
+    widths = Counter((layer.width, layer.activation_bits is None) for layer in plan.layers.values())
     mixture = ", ".join(
-        f"{amount:,} at W{weight}{f'A{activation}' if activation else ', float inputs'}"
-        for (weight, activation), amount in sorted(widths.items(), key=str)
+        f"{amount:,} at {layer_width.upper()}{', float inputs' if is_float else ''}"
+        for (layer_width, is_float), amount in sorted(widths.items())
     )
     summary = f"All {count(len(plan.layers), 'layer')}: {mixture}"
     return details(summary, table(header, rows, f"Layers of {width.title}", numeric=(1, 2)))

@@ -105,7 +105,7 @@ def one_layer_quantized(
     """
     layer = denoiser.get_submodule(name)
     alone = QuantizationPlan(layers={name: plan})
-    prefixes = (f"{name}.weight_scale", f"{name}.input_", f"{name}.part")
+    prefixes = (f"{name}.weight_", f"{name}.input_", f"{name}.part")
     needed = {key: value for key, value in ranges.items() if key.startswith(prefixes)}
     params = nearest_params(lambda _: layer.get_parameter("weight"), alone, needed)
     quantize_network(denoiser, alone)

@@ -28,7 +28,7 @@ from tests.integration.fresh_interpreter import FreshInterpreter
 FreshRun = Callable[[Path], RunFolder]
 CPU = torch.device("cpu")
 RECIPES = ("default", "default-attention", "paper", "ptq4dm", "q-diffusion", "rtn")  # the others are one field away
-BITS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a5")
+BITS = ("w8a8", "w6a6", "w4g16a8", "w4a8", "w4a4", "w3a5")
 
 
 def quick(name: str, **changes: Any) -> Recipe:

@@ -201,6 +201,8 @@ def test_a_recipe_that_is_nowhere_is_refused_with_the_shipped_names() -> None:
         "w1.5miba8",
         "w12345.678miba8",
         "w0.001miba4",
+        "w4g32a8",
+        "W3G8A8",
     ],
 )
 def test_bit_widths_are_read_and_written(text: str) -> None:
@@ -212,3 +214,9 @@ def test_other_bit_widths_are_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="from 2 to 8") as caught:
         BitWidth.parse(text)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["w8g32a8", "w5g32a8", "w4g4a8", "w4g1025a8"])
+def test_groups_that_are_not_possible_are_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="from 8 to 1024 weights of at most 4 bits"):
+        BitWidth.parse(text)

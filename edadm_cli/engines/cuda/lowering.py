@@ -101,7 +101,7 @@ class Lowering:
 
     def can_pack(self, layer: QuantizedLayer) -> bool:
         """Returns whether a layer's weights stay packed."""
-        return self.pack_weights and layer.plan.weight_bits <= 4
+        return self.pack_weights and layer.plan.product_bits <= 4
 
     def codes(self, layer: QuantizedLayer) -> Tensor:
         """Returns a layer's int8 weight codes on the device; on `meta` nothing is unpacked, as only shapes count."""

@@ -85,7 +85,7 @@ class Writer:
 
     def _weight(self, module: QuantizedLayer, name: str) -> ir.Value:
         codes = _array(module.weight_int)
-        if is_packed(module.plan.weight_bits):
+        if is_packed(module.plan.product_bits):
             codes = codes.astype(ml_dtypes.int4)
         scale = _array(module.weight_scale.float())
         values = [self._constant(f"{name}.weight", codes), self._constant(f"{name}.weight_scale", scale)]

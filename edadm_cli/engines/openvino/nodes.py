@@ -106,7 +106,9 @@ def _biased(product: ov.Node, bias: np.ndarray, name: str) -> ov.Output:
 
 def _weight(module: QuantizedLayer, codes: np.ndarray, scale: np.ndarray) -> ov.Output:
     per_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))
-    constant = int4_constant(codes) if is_packed(module.plan.weight_bits) else ov.op.Constant(codes, shared_memory=True)
+    constant = (
+        int4_constant(codes) if is_packed(module.plan.product_bits) else ov.op.Constant(codes, shared_memory=True)
+    )
     return ops.multiply(ops.convert(constant, "f32"), _constant(per_channel)).output(0)
 
 

@@ -57,10 +57,11 @@ def load(folder: Path, name: str) -> nn.Module:
 
 @pytest.fixture(params=list(MODELS))
 def network(request: pytest.FixtureRequest) -> tuple[nn.Module, Call]:
-    """A W8A8 denoiser of each kind and a call of two rows."""
+    """A denoiser of each kind, one with groups of four-bit weights and the others at W8A8, and a call of two rows."""
     denoiser = load(request.getfixturevalue(request.param), request.param)
     call = example_call(denoiser, batch_size=2)
-    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
+    bits = "w4g16a8" if request.param == "tiny_sdxl" else "w8a8"
+    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse(bits), [call])
     return denoiser, call
 
 

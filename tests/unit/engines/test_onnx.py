@@ -227,10 +227,10 @@ def test_sizes_are_free_and_paddings_may_be_uneven() -> None:
         compiled(torch.randn(1, 1, 7, 7), 5)
 
 
-@pytest.mark.parametrize("family", ["unet", "dit"])
-def test_other_architectures(family: str) -> None:
+@pytest.mark.parametrize(("family", "bits"), [("unet", "w4g16a8"), ("dit", "w4a8")])
+def test_other_architectures(family: str, bits: str) -> None:
     denoiser, call = tiny_denoiser(family)
-    quantize_to_nearest(denoiser, EVERYWHERE, BitWidth.parse("w4a8"), [call])
+    quantize_to_nearest(denoiser, EVERYWHERE, BitWidth.parse(bits), [call])
     compiled = OnnxRuntimeEngine(fixed_sizes=True).compile(denoiser, *call, CPU)
     assert all(row.is_met for row in compiled.layers)
     _require_same_prediction(compiled, denoiser, call)

@@ -97,6 +97,14 @@ def test_the_denoiser_itself(denoiser: nn.Module, call: Call) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in denoiser.state_dict().items())
 
 
+def test_weights_in_groups(tiny_ddpm: Path) -> None:
+    denoiser, call = _denoiser(tiny_ddpm, "w4g16a8")
+    compiled = OpenVinoEngine().compile(denoiser, *call, CPU)
+    assert {row.planned for row in compiled.layers} >= {"w4g16a8"}
+    assert all(_runs_as_it_can(row) for row in compiled.layers)
+    assert _error(compiled, denoiser, call) < CLOSE
+
+
 def test_files_hold_the_same_denoiser(compiled: CompiledDenoiser, denoiser: nn.Module, call: Call) -> None:
     assert _error(compiled, denoiser, call) < CLOSE
 

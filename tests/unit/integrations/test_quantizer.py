@@ -93,6 +93,28 @@ def test_both_formats_are_read_and_the_newer_one_is_written_where_it_is_smaller(
     assert torch.equal(quantized_layers(again)["conv_in"].weight_int, codes)
 
 
+def test_an_export_with_groups_has_format_3_and_is_saved_again(tmp_path: Path) -> None:
+    unet = UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=2,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    plan = QuantizationPlan(layers={"conv_in": LayerPlan(weight_bits=4, activation_bits=8, group_size=16)})
+    assert format_version(plan) == 3
+    quantize_network(unet, plan)
+    integers = torch.tensor([-8, 7, 3], dtype=torch.int8).repeat(8, 9).view(8, 3, 3, 3) * -5
+    numbers = torch.tensor(0.1), torch.tensor(7, dtype=torch.int32)
+    multipliers = torch.full((8, 2), -5, dtype=torch.int8)
+    unet.conv_in.set_parameters(integers, torch.ones(8), *numbers, weight_multiplier=multipliers)
+    settings = EdadmConfig(3, "w4g16a8", "default", plan.model_dump(mode="json", exclude_none=True)).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**unet.config, "quantization_config": settings}))
+    save_file(unet.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    UNet2DModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        layer = quantized_layers(UNet2DModel.from_pretrained(folder))["conv_in"]
+        assert torch.equal(layer.weight_int, integers)
+        assert torch.equal(layer.multipliers, multipliers)
+
+
 def test_a_format_of_a_later_version_is_refused() -> None:
-    with pytest.raises(InputError, match="has format 3; this version of edadm reads formats up to 2"):
-        EdadmConfig(format_version=3, bits="w4a8", recipe="default", plan={"layers": {}}).quantization_plan()
+    with pytest.raises(InputError, match="has format 4; this version of edadm reads formats up to 3"):
+        EdadmConfig(format_version=4, bits="w4a8", recipe="default", plan={"layers": {}}).quantization_plan()

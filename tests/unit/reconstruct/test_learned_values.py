@@ -4,9 +4,34 @@ from __future__ import annotations
 
 import torch
 
+from edadm_cli.quant.groups import codes_of
 from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.quant.rounding import rectified_sigmoid
 from edadm_cli.reconstruct.learned_values import LearnedRounding
+
+
+def test_weights_in_groups_are_codes_times_multipliers_times_scales() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {"a": torch.randn(4, 20, generator=generator), "b": torch.randn(3, 10, generator=generator)}
+    plans = {"a": LayerPlan(weight_bits=4, activation_bits=8, group_size=8), "b": LayerPlan(weight_bits=8)}
+    multipliers = torch.randint(1, 9, (4, 3), generator=generator).to(torch.int8)
+    multipliers[:, 1] *= -1
+    scales = {"a": torch.full((4,), 0.05), "b": torch.full((3,), 0.02)}
+    rounding = LearnedRounding(weights, scales, plans, {"a": multipliers})
+    decided, _ = rounding.weights(decided=True)
+    integers = rounding.codes()
+    codes = codes_of(integers["a"], multipliers, 8)
+    assert codes.min() >= -8
+    assert codes.max() <= 7
+    torch.testing.assert_close(decided["a"], integers["a"] * 0.05)
+    torch.testing.assert_close(decided["b"], integers["b"] * 0.02)
+    learned, _ = rounding.weights(decided=True, scales={name: 2 * scale for name, scale in scales.items()})
+    torch.testing.assert_close(learned["a"], integers["a"] * 0.1)
+    started, _ = rounding.weights(
+        decided=False
+    )  # learning starts at the weights in full precision, where none is clipped
+    inside = (codes > -8) & (codes < 7)
+    torch.testing.assert_close(started["a"][inside], weights["a"][inside], atol=1e-5, rtol=1e-5)
 
 
 def test_weights_are_clamped_codes_times_scales_and_so_are_their_gradients() -> None:
