@@ -141,7 +141,10 @@ class ReconstructConfig(StageConfig):
     """Settings of range search and fine-grained block reconstruction."""
 
     bits: BitWidth = setting(
-        ..., "Bit width, 2 to 8 each, such as w4a8; auto:4.5a8 or auto:1.8MiB after edadm sensitivity.", metavar="wXaY"
+        ...,
+        "Bit width, 2 to 8 each, such as w4a8; w4g32a8 has groups of 32 weights; auto:4.5a8 or auto:1.8MiB after edadm"
+        " sensitivity.",
+        metavar="wXaY",
     )
     recipe: Recipe = setting(..., f"How layers are quantized: {RECIPE_NAMES}.", metavar="NAME|FILE")
     batch_size: int | None = setting(
