@@ -233,6 +233,11 @@ GROUPS = {
         ("w4a8", "w3a8", "w4a4", "w6a6", "w8a8"),
         (0,),
     ),
+    "grouped": Group(
+        {**{label: SHIPS[label] for label in ("default", "ranges-only")}, "gptq": "gptq"},
+        ("w4g32a8", "w4g16a8", "w3g16a8"),
+        (0,),
+    ),
     "version-0.1": Group({"before": BEFORE}, seeds=(0,)),
     "mixed": Group({"default": "default"}, ("auto:4.5a8", "auto:3.5a8")),
 }
