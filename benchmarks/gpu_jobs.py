@@ -37,7 +37,7 @@ from gpu.jobs import Job, read_jobs
 from gpu.lanes import Lane, States, only_one, parse_lanes, run_jobs
 
 _HEADER = ("job", "state", "seconds", "fills")
-_RECORD = ("seconds", "peak_cuda_memory_mib", "peak_memory_mib")
+_STAGES = ("job", "command", "planned, s", "took, s", "planned, MiB", "peak of the GPU, MiB", "peak of the host, MiB")
 
 
 def default_lanes(smoke: bool) -> list[Lane]:
@@ -51,29 +51,45 @@ def default_lanes(smoke: bool) -> list[Lane]:
 
 
 def report(jobs: Sequence[Job], folder: Path) -> str:
-    """Returns a Markdown table of the jobs, and what the records of their `edadm` commands say."""
+    """Returns Markdown tables of the jobs, and of what the records of their `edadm` commands say."""
     states = States(folder)
-    lines = [_HEADER, ("---",) * len(_HEADER)]
+    lines: list[Sequence[str]] = [_HEADER, ("---",) * len(_HEADER)]
     for job in jobs:
         last = states.last.get(job.name, {})
         lines.append((job.name, last.get("state", ""), str(last.get("seconds", "")), job.fills))
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{_markdown(lines)}\n\n{_markdown(stages(jobs, folder))}"
+
+
+def stages(jobs: Sequence[Job], folder: Path) -> list[Sequence[str]]:
+    """Returns the lines of a table of the `edadm` commands: what a dry run planned, and what the command took."""
+    lines: list[Sequence[str]] = [_STAGES, ("---",) * len(_STAGES)]
     for job in jobs:
-        for number, record in enumerate(records(folder / job.name)):
-            numbers = ", ".join(f"{key} {record[key]}" for key in _RECORD if record.get(key) is not None)
-            text += f"\n{job.name}, {record.get('stage', f'record {number}')}: {numbers}"
-    return text
+        planned: dict[str, Any] = {}
+        for record in records(folder / job.name):
+            if record.get("status") == "planned":
+                planned = record.get("estimate") or {}
+                continue
+            values = (planned.get("seconds"), record.get("seconds"), planned.get("memory_mib"))
+            peaks = (record.get("peak_cuda_memory_mib"), record.get("peak_memory_mib"))
+            numbers = ("" if value is None else f"{value:,.1f}" for value in (*values, *peaks))
+            lines.append((job.name, str(record["command"]), *numbers))
+            planned = {}
+    return lines
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def records(place: Path) -> list[dict[str, Any]]:
     """Returns the objects that the `edadm` commands of a job have printed."""
-    found = []
+    found: list[dict[str, Any]] = []
     for path in sorted(place.glob("*.out")):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError):
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "command" in value:
             found.append(value)
     return found
 

@@ -141,13 +141,20 @@ class Running:
     process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
-        """Writes the files that the job reads, and starts its first command."""
+        """Writes the files that the job reads, and starts its first command that has not ended well before."""
         place = self.folder / self.job.name
         (place / "runs").mkdir(parents=True, exist_ok=True)
         for name, text in self.job.files.items():
             (place / name).write_text(text, encoding="utf-8")
-        (place / "log").unlink(missing_ok=True)
+        ended = self._ended.read_text().count("\n") if self.job.resumes and self._ended.exists() else 0
+        self.codes = [0] * min(ended, len(self.job.lines(self.smoke)) - 1)
+        self._ended.write_text("0\n" * len(self.codes))
         self._start()
+
+    @property
+    def _ended(self) -> Path:
+        """The file with a line per command that has ended well; it is lost together with the job's large files."""
+        return self.folder / self.job.name / "runs" / "ended"
 
     def has_ended(self) -> bool:
         """Returns whether the job has ended; starts its next command if one has just ended well."""
@@ -158,6 +165,8 @@ class Running:
         self.codes.append(code)
         if code != 0 or len(self.codes) == len(self.job.lines(self.smoke)):
             return True
+        with self._ended.open("a") as file:
+            file.write("0\n")
         self._start()
         return False
 

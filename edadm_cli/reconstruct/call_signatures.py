@@ -226,5 +226,6 @@ class _Noted(RowType):
 
 def _note(tensor: Tensor) -> RowType:
     half, odd = divmod(tensor.shape[0] if tensor.ndim else 1, 2)
-    repeats = not odd and torch.allclose(tensor[:half], tensor[half:], rtol=_REPEATS, atol=_REPEATS)
+    # a tensor of the meta device has no values, so that its shape alone counts
+    repeats = not odd and (tensor.is_meta or torch.allclose(tensor[:half], tensor[half:], rtol=_REPEATS, atol=_REPEATS))
     return _Noted(tuple(tensor.shape), tensor.dtype, repeats=repeats)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -66,33 +67,47 @@ def test_times_are_measured_on_a_gpu_of_their_own(gpu_jobs: ModuleType) -> None:
 
 
 def test_a_failing_or_late_job_costs_no_other_one(gpu_jobs: ModuleType, tmp_path: Path) -> None:
-    child = (
-        "import os, subprocess, sys; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True)"
-    )
+    record = """print('{{"command": "collect", "seconds": 2.5}}')"""
     jobs = [
         job("fails", "raise SystemExit(3)", "print('never')"),
-        job("late", f"{child}; import time; time.sleep(60)", limit=1),
-        job("works", "print('{{\"seconds\": 2.5}}')", "import os; print(os.environ['EDADM_RUN'])", files={"a": "b"}),
+        job("late", "import time; time.sleep(60)", limit=1),
+        job(
+            "works",
+            record,
+            "import os; print(os.environ['EDADM_RUN'])",
+            files={"a": "b"},
+        ),
     ]
     assert run(gpu_jobs, jobs, tmp_path) == {"fails": "failed", "late": "late", "works": "done"}
     assert not (tmp_path / "fails" / "1.out").exists(), "a chain ends where it fails"
     assert (tmp_path / "works" / "1.out").read_text().strip() == str(tmp_path / "works" / "runs" / "run")
     assert (tmp_path / "works" / "a").read_text() == "b"
-    pid = int((tmp_path / "late" / "0.out").read_text())
-    state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z", "all that it started has ended"
-    assert "works, record 0: seconds 2.5" in gpu_jobs.report(jobs, tmp_path)
+    assert "| works | collect |  | 2.5 |" in gpu_jobs.report(jobs, tmp_path)
     before = (tmp_path / "states.jsonl").read_text()
     run(gpu_jobs, jobs, tmp_path)
     assert (tmp_path / "states.jsonl").read_text() == before, "nothing is run a second time by itself"
     assert run(gpu_jobs, [job("fails", "pass")], tmp_path, again=True)["fails"] == "done"
 
 
+def test_all_processes_of_a_job_are_ended(gpu_jobs: ModuleType, tmp_path: Path) -> None:
+    from gpu.lanes import MARK, end_processes
+
+    own, other = (
+        subprocess.Popen(["sleep", "60"], start_new_session=True, env={**os.environ, MARK: str(tmp_path / name)})
+        for name in ("out/job", "out2/job")
+    )
+    end_processes(MARK, str(tmp_path / "out"))
+    assert own.wait(10) == -9
+    assert other.poll() is None
+    other.kill()
+
+
 def test_a_job_that_was_cut_goes_on(gpu_jobs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpu.lanes.LEAST_SECONDS", 0)
-    code = "import pathlib, time; p = pathlib.Path(r'{place}', 'rows'); p.exists() or (p.touch(), time.sleep(60))"
+    code = "import pathlib, time; pathlib.Path(r'{place}', 'rows').exists() or time.sleep(60)"
     jobs = [job("study", code, resumes=True), job("short", "pass")]
-    assert run(gpu_jobs, jobs, tmp_path, seconds=1) == {"study": "cut"}
+    assert run(gpu_jobs, jobs, tmp_path, seconds=0.5) == {"study": "cut"}
+    (tmp_path / "study" / "rows").touch()
     assert run(gpu_jobs, jobs, tmp_path) == {"study": "done", "short": "done"}
     with (tmp_path / "states.jsonl").open("a") as file:
         file.write('{"job": "stud')  # a line that a kill has cut short
@@ -102,6 +117,16 @@ def test_a_job_that_was_cut_goes_on(gpu_jobs: ModuleType, tmp_path: Path, monkey
     states.last["short"]["state"] = "begun"
     new = job("new", "pass")
     assert waiting_jobs([*jobs, new], states, again=False) == [new, jobs[1]], "new jobs come first"
+
+
+def test_commands_that_have_ended_well_are_not_run_again(gpu_jobs: ModuleType, tmp_path: Path) -> None:
+    first = "open(r'{place}/first', 'a').write('once')"
+    second = "import pathlib, sys; sys.exit(not pathlib.Path(r'{place}', 'rows').exists())"
+    jobs = [job("chain", first, second, resumes=True)]
+    assert run(gpu_jobs, jobs, tmp_path) == {"chain": "failed"}
+    (tmp_path / "chain" / "rows").touch()
+    assert run(gpu_jobs, jobs, tmp_path, again=True) == {"chain": "done"}
+    assert (tmp_path / "chain" / "first").read_text() == "once"
 
 
 def test_an_archive_has_no_large_files(gpu_jobs: ModuleType, tmp_path: Path) -> None:
