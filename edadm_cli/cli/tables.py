@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -171,7 +172,7 @@ def _estimate(stage: Mapping[str, Any]) -> str:
     )
 
 
-def _inspection(result: Mapping[str, Any]) -> Iterator[Table]:
+def _inspection(result: Mapping[str, Any]) -> Iterator[Table | Text]:
     columns = ("kind", "name", "identity", "parents", "created_at", "intact", "problem")
     rows = [
         {
@@ -186,17 +187,18 @@ def _inspection(result: Mapping[str, Any]) -> Iterator[Table]:
         if artifact["path"] == result["artifact"]:
             yield facts({"model": artifact["model"], "seed": artifact["seed"], "config": artifact["config"]})
             yield _payload(artifact["payload"])
+            if any(file["tensors"] for file in artifact["payload"]):
+                yield Text("With --json, each tensor is listed with its element type and shape.")
 
 
 def _payload(files: Iterable[Mapping[str, Any]]) -> Table:
+    """Returns one row per file; the tensors are counted by element type, since a large model has thousands."""
     rows = []
     for file in files:
-        rows.append({"file": file["path"], "bytes": file["bytes"]})
-        rows += [
-            {"tensor": name, "dtype": info["dtype"], "shape": "x".join(map(str, info["shape"])) or "scalar"}
-            for name, info in (file["tensors"] or {}).items()
-        ]
-    return _listing(rows, ("file", "bytes", "tensor", "dtype", "shape"))
+        counts = Counter(info["dtype"] for info in (file["tensors"] or {}).values())
+        tensors = ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(counts.items()))
+        rows.append({"file": file["path"], "bytes": file["bytes"], "tensors": tensors})
+    return _listing(rows, ("file", "bytes", "tensors"))
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

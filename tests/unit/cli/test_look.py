@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from edadm_cli.cli.app import main
+from edadm_cli.cli.tables import render
 from tests.unit.cli.conftest import FakeStages
 
 RUN = Path("runs/tiny")
@@ -45,6 +48,21 @@ def test_a_run_shows_everything_in_it(capsys: pytest.CaptureFixture[str]) -> Non
     assert "reconstruct" in capsys.readouterr().out
     assert main(["inspect", str(RUN / "collect")]) == 0
     assert "data.json" in capsys.readouterr().out
+
+
+def test_tensors_are_counted_by_element_type_in_the_table() -> None:
+    tensors = {f"layer{place}.weight": {"dtype": "I8", "shape": [2, 3]} for place in range(2000)}
+    tensors["layer0.scale"] = {"dtype": "F32", "shape": []}
+    file = {"path": "unet/model.safetensors", "bytes": 12345, "tensors": tensors}
+    artifact = {"path": "a", "kind": "export", "name": "w4a8", "identity": "0" * 64, "parents": [], "payload": [file]}
+    artifact |= {"model": {"id": "tiny"}, "seed": 0, "config": {}}
+    console = Console(width=120, file=io.StringIO())
+    for part in render({"command": "inspect", "run": None, "artifact": "a", "artifacts": [artifact]}):
+        console.print(part)
+    text = console.file.getvalue()
+    assert "1 F32, 2,000 I8" in text
+    assert len(text.splitlines()) < 30
+    assert "--json" in text
 
 
 def test_a_moved_artifact_is_still_checked(capsys: pytest.CaptureFixture[str]) -> None:
