@@ -36,6 +36,7 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_SHOWN_OF_LONG_NAMES = 60
 
 
 def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None) -> EdadmError | None:
@@ -47,6 +48,8 @@ def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None
             "free some space, or use another folder with --run" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
         )
         return MachineError(f"{named}{_MACHINE_REASONS[error.errno]}.", hint=hint)
+    if error.errno == errno.ENAMETOOLONG:
+        return InputError(f"{str(where)[:_SHOWN_OF_LONG_NAMES]}...: this name is longer than a file's may be.")
     if isinstance(error, FileNotFoundError):
         return InputError(f"{named}there is no such file or folder.")
     if isinstance(error, IsADirectoryError):

@@ -6,6 +6,7 @@ and the exit code is that of the work. A full disk behind standard output is a f
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
+_ESCAPES = "edadm.file-name-or-escape"
 _GONE = (errno.EPIPE, errno.EBADF)
 
 
@@ -91,10 +93,21 @@ def open_missing_descriptors() -> None:
 def _text_stream(stream: TextIO | None) -> TextIO:
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
-    if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+    if isinstance(stream, io.TextIOWrapper) and stream.errors != _ESCAPES:
         with contextlib.suppress(OSError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=_ESCAPES)
     return stream
+
+
+def _file_name_or_escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Returns the bytes of file names that are not UTF-8, so that a script can use them, and escapes of all else."""
+    assert isinstance(error, UnicodeEncodeError)
+    if all("\udc80" <= character <= "\udcff" for character in error.object[error.start : error.end]):
+        return codecs.lookup_error("surrogateescape")(error)
+    return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error(_ESCAPES, _file_name_or_escape)
 
 
 def _is_gone(problem: Exception) -> bool:

@@ -30,7 +30,7 @@ def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
         from edadm_cli.bench.roofline import RooflineTable, render_rooflines
 
         for batch, table in result["rooflines"].items():
-            yield Text(f"{result['model']}, {batch} rows")
+            yield Text(one_line(f"{result['model']}, {batch} rows"))
             yield from render_rooflines(RooflineTable.of_json(table))
     elif command == "bench" and "contenders" in result:
         yield from bench_tables(result)
@@ -48,7 +48,7 @@ def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
 
 def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
     """Returns a table of names and values, nested names dotted."""
-    table = Table(title=Text(title) if title else None, show_header=False, title_justify="left")
+    table = Table(title=Text(one_line(title)) if title else None, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _flat(fields):
@@ -76,7 +76,7 @@ def show_value(value: Any) -> str:
 
 def _listing(rows: Iterable[Mapping[str, Any]], columns: Iterable[str], title: str | None = None) -> Table:
     names = tuple(columns)
-    table = Table(title=Text(title) if title else None, title_justify="left")
+    table = Table(title=Text(one_line(title)) if title else None, title_justify="left")
     for name in names:
         table.add_column(Text(name.replace("_", " ")), overflow="fold")
     for row in rows:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,21 @@ def test_damage_is_shown_and_exits_with_3(capsys: pytest.CaptureFixture[str], da
     assert "select" in captured.out
 
 
-@pytest.mark.parametrize("path", ["absent", "."])
+def test_a_path_that_is_not_utf_8_is_printed_in_its_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = os.fsdecode(b"run\xff")
+    shutil.copytree(RUN, folder)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8"))
+    assert main(["inspect", folder, "--quiet"]) == 0
+    assert written.getvalue() == b"run\xff\n"
+    assert main(["inspect", folder]) == 0
+    assert b"run\\udcff" in written.getvalue(), "tables are for people"
+    Path(folder).rename("red\x1b[31m")
+    assert main(["inspect", "red\x1b[31m"]) == 0
+    assert b"\x1b" not in written.getvalue()
+
+
+@pytest.mark.parametrize("path", ["absent", ".", "a" * 5000])
 def test_what_is_no_artifact_is_told(capsys: pytest.CaptureFixture[str], path: str) -> None:
     assert main(["inspect", path]) == 3
     assert "error:" in capsys.readouterr().err
