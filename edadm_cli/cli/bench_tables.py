@@ -22,7 +22,7 @@ def bench_tables(result: Mapping[str, Any]) -> Iterator[Table | Text]:
         yield _kinds(bits, facts["by_kind"])
     yield Text("\n".join(_parity(bits, facts) for bits, facts in result["by_bits"].items()))
     yield Text(result["headline"], style=_OURS)
-    yield Text(one_line(result['artifact']))
+    yield Text(one_line(result["artifact"]))
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

@@ -56,12 +56,19 @@ def test_tensors_are_counted_by_element_type_in_the_table() -> None:
     tensors = {f"layer{place}.weight": {"dtype": "I8", "shape": [2, 3]} for place in range(2000)}
     tensors["layer0.scale"] = {"dtype": "F32", "shape": []}
     file = {"path": "unet/model.safetensors", "bytes": 12345, "tensors": tensors}
-    artifact = {"path": "a", "kind": "export", "name": "w4a8", "identity": "0" * 64, "parents": [], "payload": [file]}
+    artifact: dict[str, Any] = {
+        "path": "a",
+        "kind": "export",
+        "name": "w4a8",
+        "identity": "0" * 64,
+        "parents": [],
+        "payload": [file],
+    }
     artifact |= {"model": {"id": "tiny"}, "seed": 0, "config": {}}
-    console = Console(width=120, file=io.StringIO())
+    console = Console(width=120, file=(written := io.StringIO()))
     for part in render({"command": "inspect", "run": None, "artifact": "a", "artifacts": [artifact]}):
         console.print(part)
-    text = console.file.getvalue()
+    text = written.getvalue()
     assert "1 F32, 2,000 I8" in text
     assert len(text.splitlines()) < 30
     assert "--json" in text
