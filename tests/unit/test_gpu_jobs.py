@@ -145,6 +145,8 @@ def test_every_option_of_every_job_is_known(gpu_jobs: ModuleType, smoke: bool) -
     jobs = gpu_jobs.read_jobs()
     assert len({each.name for each in jobs}) == len(jobs)
     for each in jobs:
+        page, section = each.fills.partition(":")[0].split(", ", 1)
+        assert re.search(rf"^#+ {section}$", (ROOT / "docs" / page).read_text(), re.MULTILINE), each.fills
         for number in range(len(each.lines(smoke))):
             program, *words = each.words(number, Path("out"), 100, "0", 4, smoke)
             assert program in ("python", "edadm")
