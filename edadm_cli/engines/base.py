@@ -27,6 +27,8 @@ AttentionForm = Literal["float", "int8"]
 """
 FLOAT = "float"
 """The planned bits of a layer that the recipe leaves in float."""
+MIXED = "mixed"
+"""The precision of a layer that runs partly in int8 and partly in floating point, as an attention can."""
 ONE_GRAPH = (
     "The engine runs each step as one graph, and a cache leaves out parts of a step: run the export in torch, without"
     " --engine."
@@ -57,7 +59,7 @@ class LayerExecution:
         kind: The kind of the layer.
         planned: The planned bits, such as `w4a8`, or `float`.
         precision: The element type in which the products are actually computed, such as `int8`, `float8_e4m3fn` or
-            `float16`.
+            `float16`; `mixed` if some of them run in int8 and others in floating point.
         reason: Why a layer does not run as planned; `None` if it does.
     """
 
@@ -80,7 +82,7 @@ class OperationTime:
     Attributes:
         name: The name of the layer, or the engine's own name of an operation that is not a layer.
         kind: The kind of the operation, such as `conv2d`, `linear`, `attention`, `norm`, `elementwise` or `reorder`.
-        precision: The element type of its arithmetic.
+        precision: The element type of its arithmetic; `mixed` if it computes products of both kinds.
         milliseconds: The time of the operation in one call.
     """
 

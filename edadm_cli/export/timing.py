@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from edadm_cli.artifacts import CallTime, RunFolder
-from edadm_cli.engines.base import CompiledDenoiser, EngineOptions
+from edadm_cli.engines.base import MIXED, CompiledDenoiser, EngineOptions
 from edadm_cli.engines.files import example
 from edadm_cli.engines.isolation import IsolatedProcess, ProcessLostError
 from edadm_cli.engines.registry import default_engine
@@ -93,7 +93,10 @@ def speed_sentences(measured: CallTime) -> list[str]:
         speed = f"The export is not faster on this machine: {times}. edadm bench shows where the time goes."
     else:
         speed = f"The export is {measured.factor:.3g} times as fast on this machine: {times}."
-    counts = ", ".join(f"{count:,} layers in {precision}" for precision, count in measured.layers.items())
+    counts = ", ".join(
+        f"{count:,} layers {'partly in int8' if precision == MIXED else f'in {precision}'}"
+        for precision, count in measured.layers.items()
+    )
     return [speed, f"The engine '{measured.engine}' computes {counts}."] if counts else [speed]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edadm_cli.engines.base import (
     FLOAT,
+    MIXED,
     CompiledDenoiser,
     EngineOptions,
     FileEngine,
@@ -152,4 +153,5 @@ class _OnnxDenoiser(CompiledDenoiser):
             return LayerExecution(layer.name, layer.kind, layer.planned, "int8")
         name, operator = next(iter(floating.items()))
         ran = f"runs it as {operator}" if operator else f"has no product '{name}' in its optimized graph"
-        return LayerExecution(layer.name, layer.kind, layer.planned, "float32", f"ONNX Runtime {ran}")
+        precision = "float32" if len(floating) == len(operators) else MIXED
+        return LayerExecution(layer.name, layer.kind, layer.planned, precision, f"ONNX Runtime {ran}")

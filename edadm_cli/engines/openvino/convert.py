@@ -41,6 +41,7 @@ _LIBRARY.define(
 _LIBRARY.define("geglu(Tensor x, int index, int features) -> Tensor")
 _LIBRARY.define("fake_quantize(Tensor x, int index) -> Tensor")
 _IN_TORCH = "run the export in torch: edadm_cli.load(FOLDER, engine='torch')"
+_PLACES = ("Check '", "Exception from ")  # how a report of OpenVINO begins that names a place in its source code
 _OPERATIONS = ("linear", "geglu", "conv2d", "fake_quantize")
 
 
@@ -94,17 +95,17 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             )
         _require_steady_values(type(denoiser).__name__, tensors, reads.names)
         model = _translate(decoder, tracing.extensions())
+        quantize_before_moving(model)
+        distribute_scales(model)
+        for name, port in zip(interface.inputs, model.inputs, strict=True):
+            port.set_names({name})
+            port.node.friendly_name = name
     except EdadmError:
         raise
     except Exception as error:  # whatever tracing or the converter raises is a refusal
         raise EdadmError(
             f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}", hint=_IN_TORCH
         ) from error
-    quantize_before_moving(model)
-    distribute_scales(model)
-    for name, port in zip(interface.inputs, model.inputs, strict=True):
-        port.set_names({name})
-        port.node.friendly_name = name
     is_by_row = not _takes_another_row(model, tensors)
     return model, wrapper.traced_interface().specific(tensors, is_by_row, reads.names, reads.sizes)
 
@@ -155,7 +156,7 @@ def _reason(error: Exception) -> str:
     """Returns what the converter does not translate, or the line of an error that says what failed.
 
     The converter ends its report with a summary of operations. The error that tracing raised follows a line
-    `Exception:`.
+    `Exception:`. Other reports of OpenVINO begin with the place in its source code and end with what failed.
     """
     _, _, summary = str(error).partition("Summary:")
     untranslated = dict.fromkeys(re.findall(r"aten::\w+", summary))
@@ -164,7 +165,9 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "Exception:" in lines[:-1]:
         return lines[lines.index("Exception:") + 1]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if lines[0].startswith(_PLACES) else lines[0]
 
 
 class _Tracing:

@@ -19,7 +19,7 @@ from edadm_cli.engines.openvino import forms, saturation, sinusoids
 from edadm_cli.engines.openvino.convert import convert
 from edadm_cli.engines.openvino.execution import executed_layers, operation_times, runtime_nodes
 from edadm_cli.engines.openvino.int4 import widen
-from edadm_cli.errors import InputError
+from edadm_cli.errors import EdadmError, InputError
 
 # only two are kept, because each compiled graph holds all weights in the layout of its kernels
 _SHAPES_KEPT = 2
@@ -90,9 +90,9 @@ class OpenVinoDenoiser(CompiledDenoiser):
         """Returns the graph that fits a call, compiled for its shapes, and the inputs.
 
         Raises:
-            InputError: No graph fits, and there is no denoiser to make one from.
+            InputError: No graph fits, and none can be made for the call.
         """
-        refusal = None
+        refusal: InputError | None = None
         for graph in reversed(self._graphs):
             try:
                 tensors = list(graph.interface.tensors(args, kwargs).values())
@@ -103,14 +103,36 @@ class OpenVinoDenoiser(CompiledDenoiser):
             self._graphs.remove(graph)
             self._graphs.append(graph)  # the one that was used last is tried first
             return graph, compiled, tensors
+        assert refusal is not None, "there is always a graph"
         if self._source is None:
-            assert refusal is not None
             raise refusal
-        graph = _Graph(*convert(self._source, args, kwargs))
-        widen(graph.model)
+        return self._converted(self._source, args, kwargs, refusal)
+
+    def _converted(
+        self, source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], refusal: InputError
+    ) -> tuple[_Graph, _Compiled, list[Tensor]]:
+        """Makes a graph for a call that fits no other, and returns it compiled, with the inputs.
+
+        Args:
+            source: The denoiser in torch.
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+            refusal: Why an earlier graph does not fit.
+
+        Raises:
+            InputError: The denoiser cannot be called in this way, or OpenVINO cannot express what it then computes.
+        """
+        try:
+            graph = _Graph(*convert(source, args, kwargs))
+            widen(graph.model)
+            tensors = list(graph.interface.tensors(args, kwargs).values())
+            compiled = self._request(graph, _shapes(tensors))
+        except EdadmError as error:
+            raise InputError(
+                f"{refusal.message.removesuffix('.')}, and no other graph can be made: {error.message}", hint=error.hint
+            ) from error
         self._graphs = [*self._graphs[1 - _GRAPHS_KEPT :], graph]
-        tensors = list(graph.interface.tensors(args, kwargs).values())
-        return graph, self._request(graph, _shapes(tensors)), tensors
+        return graph, compiled, tensors
 
     @property
     def layers(self) -> tuple[LayerExecution, ...]:
@@ -124,7 +146,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         compiled = self._compile(graph, _shapes(tensors), {"PERF_COUNT": True})
         for _ in range(2):
             compiled.infer(tensors)
-        return operation_times(runtime_nodes(compiled.model), self._planned)
+        return operation_times(runtime_nodes(compiled.model), self._planned, compiled.in_float)
 
     def _request(self, graph: _Graph, shapes: Shapes) -> _Compiled:
         if shapes in graph.misfits:

@@ -7,16 +7,13 @@ from typing import Any
 
 import openvino as ov
 
-from edadm_cli.engines.base import FLOAT, LayerExecution, OperationTime
+from edadm_cli.engines.base import FLOAT, MIXED, LayerExecution, OperationTime
 from edadm_cli.engines.graph.description import PlannedLayer
 from edadm_cli.engines.graph.tracing import WRAPPED
 
 PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 NOT_RUN = "none"
 """The precision of a layer that is not in the runtime graph."""
-
-MIXED = "mixed"
-"""The precision of an attention that multiplies queries and keys in int8, and probabilities and values in float."""
 
 _KINDS = {
     "Convolution": "conv2d",
@@ -90,19 +87,21 @@ def executed_layers(
 
 def _execution(layer: PlannedLayer, nodes: list[RuntimeNode], known: str | None) -> LayerExecution:
     floating = [node for node in nodes if node.precision != "int8"]
-    precision, reason = "int8" if nodes else NOT_RUN, None
+    precision, reason = "int8" if nodes else NOT_RUN, known
     if floating:
-        precision = floating[0].precision
-        reason = known or f"OpenVINO runs it as {floating[0].type} in {precision}"
+        reason = known or f"OpenVINO runs it as {floating[0].type} in {floating[0].precision}"
+        precision = floating[0].precision if len(floating) == len(nodes) else MIXED
     elif not nodes:
         reason = "OpenVINO's runtime graph does not hold it"
     elif known is not None:
-        precision, reason = MIXED, known
+        precision = MIXED  # one node holds several products, and states the element type of one of them
     return LayerExecution(layer.name, layer.kind, layer.planned, precision, None if layer.planned == FLOAT else reason)
 
 
-def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer]) -> list[OperationTime]:
-    """Returns the time of each node that ran."""
+def operation_times(
+    nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer], reasons: Mapping[str, str]
+) -> list[OperationTime]:
+    """Returns the time of each node that ran; see `executed_layers` for the arguments."""
     names = {layer.name for layer in planned}
     rows = []
     for node in nodes:
@@ -113,7 +112,8 @@ def operation_times(nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer
         node_name = _without_wrapper(node.name)
         layer = next((name for name in map(layer_name, sources) if name in names), node_name)
         kind = "attention" if node.type == "Subgraph" and node.product_sources else _KINDS.get(node.type, "elementwise")
-        rows.append(OperationTime(layer, kind, node.precision, node.milliseconds))
+        is_mixed = node.type == "Subgraph" and node.precision == "int8" and kind == "attention" and layer in reasons
+        rows.append(OperationTime(layer, kind, MIXED if is_mixed else node.precision, node.milliseconds))
     return rows
 
 

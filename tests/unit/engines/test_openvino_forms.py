@@ -12,9 +12,11 @@ import torch
 from openvino import opset13 as ops
 from torch import nn
 
-from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.base import MIXED, EngineOptions
+from edadm_cli.engines.graph.description import PlannedLayer
 from edadm_cli.engines.openvino import forms, nodes
 from edadm_cli.engines.openvino.denoiser import plugin_properties
+from edadm_cli.engines.openvino.execution import executed_layers, operation_times, runtime_nodes
 from edadm_cli.engines.openvino.products import quantized_products
 from edadm_cli.quant.grid import activation_grid, weight_grid
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
@@ -177,6 +179,32 @@ def test_a_place_that_cannot_be_written_ends_nothing(
     graph = attention_graph()
     forms.use_faster_forms(graph, PROPERTIES)
     assert kinds(graph) == []
+
+
+@pytest.mark.parametrize("is_one_kernel", [True, False], ids=["one-kernel", "three-kernels"])
+@pytest.mark.parametrize(
+    ("form", "expected"), [("bytes", "int8"), ("scores in bytes", MIXED), ("float", "float32")], ids=str
+)
+def test_an_attention_has_one_precision_however_openvino_divides_it(
+    form: forms.Form, expected: str, is_one_kernel: bool
+) -> None:
+    graph = attention_graph()
+    if not is_one_kernel:  # the probabilities are read twice
+        (softmax,) = [node for node in graph.get_ops() if node.get_type_name() == "Softmax"]
+        graph.add_results([ops.result(softmax)])
+    members = [product for product in quantized_products(graph) if product.kind == "attention"]
+    for number, member in enumerate(members):
+        member.node.friendly_name = f"attn/aten::matmul/MatMul_{number}"
+    forms._convert(members, form)
+    compiled = ov.Core().compile_model(graph, "CPU", PROPERTIES | {"PERF_COUNT": True})
+    compiled([np.zeros((2, 24, 16), np.float32)] * 2)
+    planned = [PlannedLayer(name="attn", kind="attention", planned="w8a8")]
+    reasons = {"attn": forms.REASONS[form]} if form in forms.REASONS else {}
+    executed = runtime_nodes(compiled)
+    (layer,) = executed_layers(executed, planned, reasons)
+    assert (layer.precision, layer.reason) == (expected, reasons.get("attn"))
+    profiled = {row.precision for row in operation_times(executed, planned, reasons) if row.name == "attn"}
+    assert profiled == ({"int8", "float32"} if expected == MIXED and not is_one_kernel else {expected})
 
 
 def test_convolutions_of_other_strides_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,3 +137,18 @@ def test_a_denoiser_that_reads_sizes_is_converted_again_for_others() -> None:
     compiled = OpenVinoEngine().compile(denoiser, (torch.ones(1, 4, 4, 4), timestep), {}, CPU)
     other = (torch.ones(1, 4, 8, 4), timestep), {}
     assert torch.equal(_prediction(compiled, other), _prediction(denoiser, other))
+
+
+def test_a_call_that_no_graph_can_be_made_for_is_one_sentence_with_both_reasons() -> None:
+    denoiser, timestep = _Sized(), torch.tensor([1.0])
+    compiled = OpenVinoEngine().compile(denoiser, (torch.ones(1, 4, 4, 4), timestep), {}, CPU)
+    reasons = (
+        r"does not fit inputs of sample \[1, 4, 6, 4\], .*, and no other graph can be made: .* must match the size"
+    )
+    for _ in range(2):
+        with pytest.raises(InputError, match=reasons) as caught:
+            compiled(torch.ones(1, 4, 6, 4), timestep)
+        assert "\n" not in caught.value.message
+        assert "engine='torch'" in (caught.value.hint or "")
+    other = (torch.ones(1, 4, 8, 4), timestep), {}
+    assert torch.equal(_prediction(compiled, other), _prediction(denoiser, other)), "it still takes other calls"
