@@ -292,8 +292,9 @@ class Measurement:
         floats = [row for row in planned if not is_quantized(row.precision)]
         if floats:
             self.reporter.warn(
-                f"{bits}: not in integers on {self.request.engine.name}: {len(floats)} of {len(planned)} planned"
-                f" layers, such as '{floats[0].name}' ({floats[0].reason}); by_bits.{bits}.layers has every reason."
+                f"{bits}: not, or only partly, in integers on {self.request.engine.name}: {len(floats)} of"
+                f" {len(planned)} planned layers, such as '{floats[0].name}' ({floats[0].reason});"
+                f" by_bits.{bits}.layers has every reason."
             )
 
 

@@ -27,6 +27,7 @@ from edadm_cli.engines.base import (
 from edadm_cli.engines.parity import LayerParity, compare_layers, prediction_of, relative_l2
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.errors import EdadmError
+from edadm_cli.quant.layers import quantized_layers
 
 FAKE_QUANTIZE_FACTOR = 2.0
 QUANTIZATION_SHARE = 0.5
@@ -92,14 +93,16 @@ def prepare(
     if isinstance(engine, FileEngine):
 
         def fake_quantize_error() -> float:
-            return relative_l2(_rounded(nn.Module.to(again(), device), call, device, dtype), parity.prediction)
+            made = nn.Module.to(again(), device, dtype)
+            return relative_l2(_rounded(made, call, device, dtype), parity.prediction)
 
         if not folder.is_dir():
             engine.save(denoiser, args, kwargs, options, folder)
         size = folder_mib(folder)
     else:
         # now, because later the contenders fill the device's memory
-        distance = relative_l2(_rounded(denoiser, call, device, dtype), parity.prediction)
+        copied = denoiser if dtype == torch.float32 else nn.Module.to(copy.deepcopy(denoiser), dtype=dtype)
+        distance = relative_l2(_rounded(copied, call, device, dtype), parity.prediction)
 
         def fake_quantize_error() -> float:
             return distance
@@ -216,10 +219,9 @@ def packed_mib(denoiser: nn.Module) -> float:
 
 @torch.no_grad()
 def _rounded(denoiser: nn.Module, call: Call, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the prediction of quantize-dequantize in torch, with all operations in `dtype`."""
-    rounded = denoiser if dtype == torch.float32 else nn.Module.to(copy.deepcopy(denoiser), dtype=dtype)
-    use_arithmetic(rounded, "fake-quantize")
+    """Returns the prediction of quantize-dequantize in torch, with all operations in `dtype`, that of the denoiser."""
+    use_arithmetic(denoiser, "fake-quantize")
+    for layer in quantized_layers(denoiser).values():
+        layer.keeps_float_weight = False  # a single call needs it once
     args, kwargs = placed(call, device, dtype)
-    prediction = prediction_of(rounded(*args, **kwargs)).float()
-    nn.Module.to(rounded, device)  # a layer discards the float copy of its weight when it is moved
-    return prediction
+    return prediction_of(denoiser(*args, **kwargs)).float()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edadm_cli.artifacts import Artifact, ModelRef, RunFolder
 from edadm_cli.bench.pipeline import PipelineRequest
 from edadm_cli.bench.spec import Call
-from edadm_cli.calibrate.nearest import quantize_to_nearest
+from edadm_cli.calibrate.nearest import nearest_ranges, round_to_nearest
 from edadm_cli.config import BenchConfig, BitWidth
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.architecture import load_architecture
@@ -26,6 +26,7 @@ from edadm_cli.models.families import family_of
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.random_models import SUFFIX, WEIGHTS_VERSION, build_denoiser
 from edadm_cli.models.registry import ModelEntry, known_models
+from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import Recipe, load_recipe
 
 NUM_INPUTS = 3
@@ -179,6 +180,7 @@ class NearestSubject(Subject):
     ) -> None:
         self.name, self._seed, self._device, self._size = name, seed, device, size
         self._entry = known_models().get(name)
+        self._ranges: dict[BitWidth, tuple[QuantizationPlan, dict[str, Tensor]]] = {}
         recipe = recipe or load_recipe("default")
         self.recipe = recipe.model_copy(update={"ranges": recipe.ranges.model_copy(update=_MIN_MAX)})
         self.parents, self.num_denoisers = (), 1
@@ -199,12 +201,15 @@ class NearestSubject(Subject):
     def quantized(self, bits: BitWidth, full: Callable[[], nn.Module]) -> nn.Module:
         """Rounds the denoiser's weights to nearest, with ranges from one seeded call.
 
-        Speed does not depend on the ranges, so more calls would only take time. A GPU makes random weights faster than
-        they are read from a file, and a CPU does not.
+        Speed does not depend on the ranges, so more calls would only take time. The ranges are kept, so that the same
+        denoiser can be made again without a call. A GPU makes random weights faster than they are read from a file, and
+        a CPU does not.
         """
         denoiser = self._built() if self._device.type == "cuda" else full()
-        call = example_call(denoiser, batch_size=1, seed=self._seed, size=self._size)
-        quantize_to_nearest(denoiser, self.recipe, bits, [call])
+        if bits not in self._ranges:
+            call = example_call(denoiser, batch_size=1, seed=self._seed, size=self._size)
+            self._ranges[bits] = nearest_ranges(denoiser, self.recipe, bits, [call])
+        round_to_nearest(denoiser, *self._ranges[bits])
         return nn.Module.to(denoiser, _CPU)
 
     def _built(self) -> nn.Module:

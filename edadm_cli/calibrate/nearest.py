@@ -85,11 +85,29 @@ def quantize_to_nearest(
     Returns:
         The plan of the layers that were quantized.
     """
+    plan, ranges = nearest_ranges(denoiser, recipe, bits, calls)
+    round_to_nearest(denoiser, plan, ranges)
+    return plan
+
+
+def nearest_ranges(
+    denoiser: nn.Module, recipe: Recipe, bits: BitWidth, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> tuple[QuantizationPlan, dict[str, Tensor]]:
+    """Returns what `round_to_nearest` needs; see `quantize_to_nearest` for the arguments. The denoiser is not changed.
+
+    Returns:
+        The plan of the layers, and the parameters that `search_ranges` returns. They are small, because codes of
+        weights are not among them.
+    """
     calls = list(calls)
     traced = trace(denoiser, *calls[0])
     plan = plan_network(traced, recipe, bits)
-    ranges = search_ranges(denoiser, traced, plan, recipe.ranges, calls, transforms=recipe.transforms)
+    return plan, search_ranges(denoiser, traced, plan, recipe.ranges, calls, transforms=recipe.transforms)
+
+
+@torch.no_grad()
+def round_to_nearest(denoiser: nn.Module, plan: QuantizationPlan, ranges: Mapping[str, Tensor]) -> None:
+    """Quantizes a full-precision denoiser in place with a plan and ranges of `nearest_ranges`, without a call of it."""
     params = nearest_params(lambda name: denoiser.get_submodule(name).get_parameter("weight"), plan, ranges)
     quantize_network(denoiser, plan)
     load_quant_params(denoiser, params)
-    return plan

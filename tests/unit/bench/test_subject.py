@@ -12,6 +12,7 @@ from torch import nn
 
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.bench import stage, subject
+from edadm_cli.calibrate.nearest import nearest_ranges
 from edadm_cli.config import BenchConfig, BitWidth
 from edadm_cli.errors import EdadmError
 
@@ -33,15 +34,23 @@ def test_random_weights_are_made_on_the_device_that_is_measured(monkeypatch: pyt
 def test_ranges_come_from_a_sample_of_the_size_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
-    def quantize(denoiser: nn.Module, recipe: Any, bits: BitWidth, calls: list[Any]) -> None:
-        shapes.append(subject.sample_of(denoiser, calls[0]).shape)
+    def small_unet() -> UNet2DModel:
+        torch.manual_seed(0)
+        return UNet2DModel(
+            block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+        )
 
-    monkeypatch.setattr(subject, "quantize_to_nearest", quantize)
-    unet = UNet2DModel(
-        block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
-    )
-    subject.NearestSubject("sd15-random", None, 0, size=(16, 24)).quantized(BitWidth.parse("w8a8"), lambda: unet)
-    assert shapes == [(1, 3, 16, 24)]
+    def ranges_of(denoiser: nn.Module, recipe: Any, bits: BitWidth, calls: list[Any]) -> Any:
+        shapes.append(subject.sample_of(denoiser, calls[0]).shape)
+        return nearest_ranges(denoiser, recipe, bits, calls)
+
+    monkeypatch.setattr(subject, "nearest_ranges", ranges_of)
+    measured, bits = subject.NearestSubject("sd15-random", None, 0, size=(16, 24)), BitWidth.parse("w8a8")
+    first, second = (measured.quantized(bits, small_unet).state_dict() for _ in range(2))
+    assert shapes == [(1, 3, 16, 24)], "the second time takes no call"
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert any(name.endswith("weight_codes") for name in first)
 
 
 @pytest.mark.parametrize(
