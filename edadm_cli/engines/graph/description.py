@@ -82,17 +82,18 @@ def load_description(
     for name in (*files, DESCRIPTION_FILE):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no {name}.", hint=again)
+    content = load_json(folder / DESCRIPTION_FILE)
+    found = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(found, int) and found != format_version:  # before its fields are read, which differ between versions
+        raise InputError(
+            f"{folder} holds files of another version of edadm: their format is {found}, and the engine '{engine}'"
+            f" reads format {format_version}.",
+            hint=again,
+        )
     try:
-        description = cls.model_validate(load_json(folder / DESCRIPTION_FILE))
+        return cls.model_validate(content)
     except ValidationError as error:
         raise InputError(
             f"{folder / DESCRIPTION_FILE} does not describe a graph of this edadm: {error.errors()[0]['msg']}.",
             hint=again,
         ) from error
-    if description.format_version != format_version:
-        raise InputError(
-            f"{folder} holds files of another version of edadm: their format is {description.format_version}, and the"
-            f" engine '{engine}' reads format {format_version}.",
-            hint=again,
-        )
-    return description

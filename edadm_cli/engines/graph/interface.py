@@ -165,9 +165,13 @@ def _split(
         if isinstance(bound.get(name), Tensor | int | float):
             # rows may have different timesteps here, but not in a recorded call
             timesteps = torch.as_tensor(bound[name], dtype=torch.float32)
-            bound[name] = torch.zeros_like(timesteps)
+            bound[name] = (
+                torch.zeros_like(timesteps) if timesteps.numel() else torch.zeros(())
+            )  # of a call without rows
     call = split_call(nn.Module(), (), bound)
     rows = call.sample.shape[0]
+    if rows == 0:  # OpenVINO 2026.4 ends the process
+        raise InputError("The denoiser is called without rows, and its graph needs at least one.")
     return replace(call, template=per_row(call.template, rows)), _one_per_row(timesteps, rows)
 
 

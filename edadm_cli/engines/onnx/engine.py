@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from edadm_cli.engines.onnx.session import Session
 
 GRAPH_FILE = "denoiser.onnx"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The version of the files. Readers of version 1 do not know `$each` in a call; see `models.calls.Template`."""
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 # Codes and sums are exact. What remains is the rounding of one product and one sum in float32, 2^-24 each.
@@ -46,6 +47,7 @@ class OnnxRuntimeEngine(FileEngine):
     description = "a standard ONNX file (QuantizeLinear / DequantizeLinear), run on the CPU; to take elsewhere"
     device_types = ("cpu",)
     layer_bound = LAYER_BOUND
+    files_format = FORMAT_VERSION
 
     def __init__(self, fixed_sizes: bool = False) -> None:
         self._fixed_sizes = fixed_sizes

@@ -128,6 +128,8 @@ class OpenVinoDenoiser(CompiledDenoiser):
             tensors = list(graph.interface.tensors(args, kwargs).values())
             compiled = self._request(graph, _shapes(tensors))
         except EdadmError as error:
+            if error.message == refusal.message:  # the call itself is at fault
+                raise refusal from error
             raise InputError(
                 f"{refusal.message.removesuffix('.')}, and no other graph can be made: {error.message}", hint=error.hint
             ) from error

@@ -10,7 +10,8 @@ from edadm_cli.engines.graph.description import GraphDescription, load_descripti
 from edadm_cli.engines.openvino.denoiser import Shapes
 from edadm_cli.errors import InputError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+"""The version of the files. Readers of version 3 do not know `$each` in a call; see `models.calls.Template`."""
 GRAPH_FILE, WEIGHTS_FILE = "denoiser.xml", "denoiser.bin"
 
 

@@ -55,3 +55,14 @@ def test_a_call_may_have_other_rows_and_omit_a_mask() -> None:
     assert interface.call(tensors)["img_shapes"] == shapes
     with pytest.raises(InputError, match=r"called with img_shapes\.0\.1 = 9, but its graph was made for 5\.$"):
         interface.tensors(other, {"img_shapes": [[(1, 9, 3)]]})
+
+
+@pytest.mark.parametrize(
+    "timesteps", [torch.zeros(0, 5), torch.zeros(0), torch.tensor(7.0)], ids=["frames", "rows", "one"]
+)
+def test_a_call_without_rows_is_refused(timesteps: Tensor) -> None:
+    """OpenVINO ends the process with such a call."""
+    example = (torch.zeros(2, 5, 3), torch.full((2, 5), 7.0) if timesteps.ndim == 2 else torch.tensor(7.0))
+    interface = GraphInterface.of(Frames(), example, {})
+    with pytest.raises(InputError, match="called without rows"):
+        interface.tensors((torch.zeros(0, 5, 3), timesteps), {})

@@ -191,7 +191,7 @@ def _truncated(folder: Path) -> None:
 
 def _of_another_version(folder: Path) -> None:
     described = json.loads((folder / DESCRIPTION_FILE).read_text())
-    (folder / DESCRIPTION_FILE).write_text(json.dumps({**described, "format_version": 2}))
+    (folder / DESCRIPTION_FILE).write_text(json.dumps({**described, "format_version": 1, "of_that_version": 0}))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,10 @@ def _of_another_version(folder: Path) -> None:
     [
         (_without_graph, "holds no denoiser.onnx"),
         (_truncated, "no ONNX graph of a quantized denoiser"),
-        (_of_another_version, "of another version"),
+        (
+            _of_another_version,
+            "of another version of edadm: their format is 1, and the engine 'onnxruntime' reads format 2",
+        ),
     ],
 )
 def test_broken_files_are_refused(files: Path, tmp_path: Path, damage: Callable[[Path], None], sentence: str) -> None:
