@@ -183,7 +183,8 @@ def linear_joined(
         ValueError: A shape or a layout is not the stated one, or a sum could overflow.
     """
     out = _empty_joined(x, more, weight, scale, correction, bias, out_dtype)
-    is_copied = uses_kernel(x) and uses_hopper(x) and x.shape[1] % matrices.MOST_CHANNELS == 0
+    has_both = x.shape[1] > 0 and more.shape[1] > 0
+    is_copied = has_both and uses_kernel(x) and uses_hopper(x) and x.shape[1] % matrices.MOST_CHANNELS == 0
     if is_copied and matrices.takes(more, [weight], (x, scale, correction), [bias], out_dtype):
         tile = matrices.choose(x.shape[0], (weight.shape[0],), x.shape[1] + more.shape[1])
         matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], more=more)
