@@ -106,4 +106,4 @@ def _require_all_were_started() -> None:
 
 def _number(name: str) -> int | None:
     text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None

@@ -38,8 +38,4 @@ class SilentReporter:
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """Shows nothing."""
-
-        def advance(steps: int) -> None:
-            return None
-
-        yield advance
+        yield lambda _: None

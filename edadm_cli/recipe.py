@@ -9,8 +9,10 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -130,8 +132,8 @@ class LearnRecipe(_Frozen):
     """The settings of fine-grained block reconstruction; null stands for the model's published hyperparameter."""
 
     granularity: Granularity = "block"
-    iterations: int | None = Field(300, ge=0, description="optimizer steps a unit")
-    batch_size: int | None = Field(32, ge=1, description="rows an optimizer step")
+    iterations: int | None = Field(300, ge=0, description="optimizer steps per unit")
+    batch_size: int | None = Field(32, ge=1, description="rows per optimizer step")
     layer_loss_weight: float | None = Field(
         0.2, ge=0, description="gamma: weight of the losses of the layers inside a block"
     )
@@ -197,6 +199,14 @@ class TransformRule(_Frozen):
     options: dict[str, float] = Field({}, description="numbers that the transform takes, in place of its own")
 
 
+Rule = TypeVar("Rule", LayerRule, TransformRule)
+
+
+def last_match(rules: Sequence[Rule], name: str) -> Rule | None:
+    """Returns the last rule whose pattern matches the dotted name of a layer; `None` if none does."""
+    return next((rule for rule in reversed(rules) if fnmatchcase(name, rule.pattern)), None)
+
+
 class Recipe(_Frozen):
     """All choices between full-precision trajectories and quantization parameters."""
 
@@ -252,8 +262,8 @@ def load_recipe(name_or_path: str) -> Recipe:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
-        raise UsageError(f"The recipe '{name_or_path}' is not valid: {where}{explain_field(first)}.") from error
+        field = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        raise UsageError(f"The recipe '{name_or_path}' is not valid: {field}{explain_field(first)}.") from error
 
 
 def _read(name_or_path: str, depth: int) -> dict[str, Any]:

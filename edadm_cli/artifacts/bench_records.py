@@ -112,7 +112,7 @@ class BenchFacts(Record):
     left_out: dict[str, str] = Field({}, description="contenders that could not be measured, with the reason")
     speedup: Speedup
     by_bits: dict[str, QuantizedFacts]
-    peak_tops: dict[str, float] = Field(description="precision -> largest rate measured, 10^12 operations a second")
+    peak_tops: dict[str, float] = Field(description="precision -> largest rate measured, 10^12 operations per second")
     headline: str = Field(description="the outcome in a sentence or two")
     part_seconds: dict[str, float] = Field({}, description="part of the measurement -> seconds that it took")
 

@@ -188,7 +188,7 @@ def torch_type(name: str) -> torch.dtype:
 
 
 def joined(paths: Sequence[Path], name: str, dim: int, shape: Sequence[int] | None = None) -> Streamed:
-    """Yields the concatenation of a tensor of several files along dimension 0 or 1, read when it is written.
+    """Returns the concatenation of a tensor of several files along dimension 0 or 1, read when it is written.
 
     Args:
         paths: The files.

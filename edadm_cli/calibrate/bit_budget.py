@@ -9,20 +9,26 @@ itself, or its size on disk), and B the budget in bits. The errors of different 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
 from edadm_cli.artifacts import Sensitivity
+from edadm_cli.calibrate.planning import layer_rule, plan_network
 from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
+from edadm_cli.models.stored import is_stored, num_weights, total_parameters
 from edadm_cli.models.units import Trace
+from edadm_cli.quant.operation import weight_shape
 from edadm_cli.quant.packing import stored_bits
+from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.transforms import transform_named
+from edadm_cli.recipe import Recipe
 
 _FLOAT_BYTES, _HEADER_BYTES = 4, 140  # of a number, and of a tensor's entry in the header of a safetensors file
-_TENSORS_PER_LAYER = 3  # scale, input scale and zero-point beside the codes
+_PART_TENSORS = 4  # codes, scale, input scale and zero-point
 
 
 def assign_bits(
@@ -76,24 +82,30 @@ def assign_bits(
     return {name: bits for (name, bits), chosen in zip(columns, solution.x, strict=True) if chosen > 0.5}
 
 
-def spend_budget(sensitivity: Sensitivity, bits: BitWidth, denoiser: nn.Module, traced: Trace) -> dict[str, int]:
+def spend_budget(
+    sensitivity: Sensitivity, bits: BitWidth, recipe: Recipe, denoiser: nn.Module, traced: Trace
+) -> dict[str, int]:
     """Returns the number of weight bits per layer for an average per weight, or for a size of the quantized denoiser.
+
+    Layers to which a rule of the recipe gives weight bits keep them, and are part of the budget.
 
     Args:
         sensitivity: The measured errors.
         bits: The bit width, with an average or a size.
+        recipe: The recipe, which decides what is quantized.
         denoiser: The denoiser in full precision.
         traced: Its trace.
 
     Raises:
-        UsageError: The budget is too small.
+        UsageError: The budget is too small, or a layer that the recipe quantizes was not measured.
     """
-    sizes = {layer.name: layer.num_weights for layer in sensitivity.layers}
-    errors = {layer.name: layer.weight_errors for layer in sensitivity.layers}
+    planned = plan_network(traced, recipe, bits).layers
+    errors = _errors(sensitivity, recipe, planned)
+    sizes = {layer.name: num_weights(layer.module) for layer in traced.layers if layer.name in planned}
     if bits.size_mib is None:
         assert bits.average is not None
         return assign_bits(errors, sizes, bits.average * sum(sizes.values()))
-    beside = bytes_beside_codes(denoiser, traced, sizes)
+    beside = bytes_beside_codes(denoiser, traced, planned)
     smallest = (
         beside + sum(sizes[name] * min(map(stored_bits, widths)) / 8 for name, widths in errors.items())
     ) / 2**20
@@ -106,10 +118,32 @@ def spend_budget(sensitivity: Sensitivity, bits: BitWidth, denoiser: nn.Module, 
     return assign_bits(errors, sizes, 8 * (bits.size_mib * 2**20 - beside), stored_bits)
 
 
-def bytes_beside_codes(denoiser: nn.Module, traced: Trace, quantized: Collection[str]) -> int:
+def _errors(sensitivity: Sensitivity, recipe: Recipe, planned: Mapping[str, LayerPlan]) -> dict[str, dict[int, float]]:
+    """Returns the candidates of each planned layer with their errors; those of the recipe's rules have no choice."""
+    measured = {layer.name: layer.weight_errors for layer in sensitivity.layers}
+    errors: dict[str, dict[int, float]] = {}
+    for name in planned:
+        given = layer_rule(name, recipe).weight_bits
+        if given is None and name not in measured:
+            raise UsageError(
+                f"The recipe '{recipe.name}' quantizes the layer '{name}', whose sensitivity was not measured.",
+                hint="edadm sensitivity --force with the same --recipe, or weight_bits for this layer in the recipe",
+            )
+        errors[name] = measured[name] if given is None else {given: 0.0}
+    return errors
+
+
+def bytes_beside_codes(denoiser: nn.Module, traced: Trace, planned: Mapping[str, LayerPlan]) -> int:
     """Returns the bytes of a quantized denoiser's file besides the codes: float tensors, scales, and tensor names."""
-    weights = [layer.module.get_parameter("weight") for layer in traced.layers if layer.name in quantized]
-    floats = sum(parameter.numel() for parameter in denoiser.parameters()) - sum(weight.numel() for weight in weights)
-    scales = sum(weight.shape[0] + 2 for weight in weights)
-    tensors = len(list(denoiser.parameters())) + _TENSORS_PER_LAYER * len(weights)
-    return _FLOAT_BYTES * (floats + scales) + _HEADER_BYTES * tensors
+    floats = total_parameters(denoiser)
+    tensors = len(list(denoiser.parameters())) + sum(map(is_stored, denoiser.modules()))
+    for layer in traced.layers:
+        plan = planned.get(layer.name)
+        if plan is None:
+            continue
+        outputs, inputs = weight_shape(layer.module)[:2]
+        parts = len(plan.part_names(layer.name))
+        of_transform = 0 if plan.transform is None else len(transform_named(plan.transform).tensors)
+        floats += parts * (outputs + 2) + of_transform * inputs - num_weights(layer.module)
+        tensors += parts * (_PART_TENSORS + of_transform) - 1  # the weight is no longer there
+    return _FLOAT_BYTES * floats + _HEADER_BYTES * tensors

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from edadm_cli.calibrate.ranges import search_activation_ranges
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.families import Call
+from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.units import Trace
 from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation
@@ -41,23 +43,23 @@ class InputError:
         harm: The layer's share, from 0 to 1, of the squared error that rounding all inputs causes. It is the mean of
             two shares: that of the error summed over all calls, which calls with large errors dominate, and the mean of
             the shares of single calls.
-        products: The number of multiplications of the layer per row.
+        products: The number of multiplications of the layer per row of the denoiser's call.
     """
 
     harm: float
     products: float
 
 
-def plan_float_inputs(
+def find_float_inputs(
     denoiser: nn.Module,
     traced: Trace,
     plan: QuantizationPlan,
     recipe: RangeRecipe,
-    range_calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
-    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    range_calls: Sequence[Call],
+    calls: Iterable[Call],
     seed: int,
-) -> QuantizationPlan:
-    """Returns the plan with the most harmful inputs left in float, within the recipe's share of multiplications.
+) -> list[str]:
+    """Returns the layers whose inputs are the most harmful to round, within the recipe's share of multiplications.
 
     Args:
         denoiser: The denoiser with its full-precision layers in place.
@@ -70,11 +72,14 @@ def plan_float_inputs(
     """
     ranges = search_activation_ranges(denoiser, traced, plan, recipe, range_calls)
     errors, products = measure_input_errors(denoiser, traced, plan, ranges, calls, seed)
+    return choose_float_inputs(errors, products, recipe.float_input_share)
+
+
+def with_float_inputs(plan: QuantizationPlan, layers: Iterable[str]) -> QuantizationPlan:
+    """Returns the plan with the inputs of some layers left in float, and without their transforms."""
     changes = {"activation_bits": None, "transform": None}
-    chosen = choose_float_inputs(errors, products, recipe.float_input_share)
-    return plan.model_copy(
-        update={"layers": plan.layers | {name: plan.layers[name].model_copy(update=changes) for name in chosen}}
-    )
+    changed = {name: plan.layers[name].model_copy(update=changes) for name in layers}
+    return plan.model_copy(update={"layers": plan.layers | changed})
 
 
 def choose_float_inputs(errors: Mapping[str, InputError], total_products: float, share: float) -> list[str]:
@@ -96,7 +101,7 @@ def measure_input_errors(
     traced: Trace,
     plan: QuantizationPlan,
     ranges: Mapping[str, Tensor],
-    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    calls: Iterable[Call],
     seed: int,
 ) -> tuple[dict[str, InputError], float]:
     """Estimates the error of the prediction that rounding each input causes.
@@ -117,7 +122,7 @@ def measure_input_errors(
     energies: list[Tensor] = []  # per call, with shape `(layers,)`
     for args, kwargs in calls:
         with watch.inputs() as seen, torch.enable_grad():
-            prediction = _prediction(denoiser(*args, **kwargs)).float()
+            prediction = prediction_of(denoiser(*args, **kwargs)).float()
             direction = torch.randn(prediction.shape, generator=generator).to(prediction.device)
             gradients = torch.autograd.grad(
                 (prediction * direction).sum(), [seen[name][0] for name in watch.names], allow_unused=True
@@ -132,13 +137,9 @@ def measure_input_errors(
     of_energy = together.sum(dim=1) / together.sum().clamp_min(_TINY)
     of_call = (together / together.sum(dim=0).clamp_min(_TINY)).mean(dim=1)
     harms = ((of_energy + of_call) / 2).tolist()
-    errors = {n: InputError(harm, watch.products[n]) for n, harm in zip(watch.names, harms, strict=True)}
-    return errors, sum(watch.products.values())
-
-
-def _prediction(output: Any) -> Tensor:
-    prediction: Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return prediction
+    products = {name: count / rows for name, count in watch.products.items()}  # those of the last call
+    errors = {name: InputError(harm, products[name]) for name, harm in zip(watch.names, harms, strict=True)}
+    return errors, sum(products.values())
 
 
 def _row_sums(values: Tensor, rows: int) -> Tensor:
@@ -149,13 +150,15 @@ def _row_sums(values: Tensor, rows: int) -> Tensor:
 
 
 class _Watch:
-    """Records the inputs of planned layers and their rounding errors, and counts each layer's multiplications."""
+    """Records the inputs of planned layers and their rounding errors, and counts the multiplications of each layer's
+    last call.
+    """
 
     def __init__(self, traced: Trace, plan: QuantizationPlan, ranges: Mapping[str, Tensor]) -> None:
         self.layers = {layer.name: layer.module for layer in traced.layers}
         self.plans = {name: layer for name, layer in plan.layers.items() if layer.input_grid is not None}
         self.names, self.ranges = list(self.plans), ranges
-        self.products: dict[str, float] = {}
+        self.products: dict[str, int] = {}
 
     def inputs(self) -> _Seen:
         """Returns a context that records each layer's input and its rounding error in the last call of the layer."""
@@ -207,7 +210,6 @@ class _Seen(Hooks):
     def _count(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             weight = module.get_parameter("weight")
-            positions = output.numel() / weight.shape[0]
-            self.watch.products[name] = positions * weight.numel() / max(1, len(output))
+            self.watch.products[name] = output.numel() * weight[0].numel()
 
         return hook

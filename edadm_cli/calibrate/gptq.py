@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import nearest_params
-from edadm_cli.calibrate.ranges import folded, transform_tensors
+from edadm_cli.calibrate.ranges import folded, transform_tensors, weight_of
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.families import Call
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.gptq import gptq_codes, input_columns
 from edadm_cli.quant.groups import per_weight
 from edadm_cli.quant.inputs import InputQuantizer
-from edadm_cli.quant.operation import Operation
+from edadm_cli.quant.operation import Operation, weight_shape
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 from edadm_cli.quant.transforms import transform_named
 
@@ -28,7 +30,7 @@ def gptq_params(
     traced: Trace,
     plan: QuantizationPlan,
     ranges: Mapping[str, Tensor],
-    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    calls: Iterable[Call],
 ) -> dict[str, Tensor]:
     """Returns the given ranges, with codes that GPTQ rounds by the quantized inputs of the full-precision denoiser.
 
@@ -43,12 +45,12 @@ def gptq_params(
             of layers.
     """
     layers = {layer.name: layer for layer in traced.layers if layer.name in plan.layers}
-    params = nearest_params(lambda name: _weight(layers[name]), plan, ranges)
+    params = nearest_params(lambda name: weight_of(layers[name]), plan, ranges)
     for group in _groups([layer for layer in layers.values() if Operation.of(layer.module).groups == 1], plan):
         hessians = _hessians(denoiser, group, plan, ranges, calls)
         for layer in group:
             layer_plan = plan.layers[layer.name]
-            pieces = layer_plan.split(_weight(layer))
+            pieces = layer_plan.split(weight_of(layer))
             for part, piece in zip(layer_plan.part_names(layer.name), pieces, strict=True):
                 weight, scale = folded(piece, part, layer_plan, ranges), ranges[f"{part}.weight_scale"]
                 multipliers = ranges.get(f"{part}.weight_multiplier")
@@ -65,23 +67,22 @@ def _hessians(
     layers: Sequence[TracedLayer],
     plan: QuantizationPlan,
     ranges: Mapping[str, Tensor],
-    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    calls: Iterable[Call],
 ) -> dict[str, Tensor]:
     """Returns the Hessian X X^T of the quantized input of each layer, or of each part, by name, with shape `(K, K)`."""
     sums: dict[str, Tensor] = {}
 
     def observe(layer: TracedLayer) -> Callable[..., None]:
         layer_plan, operation = plan.layers[layer.name], Operation.of(layer.module)
-        weights = layer_plan.split(_weight(layer))
-        names = layer_plan.part_names(layer.name)
+        kernel, names = weight_shape(layer.module)[2:], layer_plan.part_names(layer.name)
         quantizers = [_quantizer(part, layer_plan, operation, ranges) for part in names]
 
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             pieces = layer_plan.split(inputs[0].detach(), operation.channel_dim)
-            for part, piece, weight, quantizer in zip(names, pieces, weights, quantizers, strict=True):
+            for part, piece, quantizer in zip(names, pieces, quantizers, strict=True):
                 for few in _few(piece, operation):
                     x = few if quantizer is None else quantizer.to(few.device).fake_quantize(few)
-                    columns = input_columns(x, operation, weight)
+                    columns = input_columns(x, operation, kernel)
                     columns = columns[:: max(1, len(columns) * len(piece) // (len(few) * _POSITIONS))]
                     product = columns.T @ columns
                     sums[part] = product if part not in sums else sums[part].add_(product)
@@ -115,7 +116,9 @@ def _groups(layers: Sequence[TracedLayer], plan: QuantizationPlan) -> Iterator[l
     group: list[TracedLayer] = []
     held = 0
     for layer in layers:
-        size = sum(4 * piece[0].numel() ** 2 for piece in plan.layers[layer.name].split(_weight(layer)))
+        _, inputs, *kernel = weight_shape(layer.module)
+        parts = plan.layers[layer.name].channel_parts or (inputs,)
+        size = sum(4 * (channels * math.prod(kernel)) ** 2 for channels in parts)
         if group and held + size > _BYTES:
             yield group
             group, held = [], 0
@@ -123,7 +126,3 @@ def _groups(layers: Sequence[TracedLayer], plan: QuantizationPlan) -> Iterator[l
         held += size
     if group:
         yield group
-
-
-def _weight(layer: TracedLayer) -> Tensor:
-    return layer.module.get_parameter("weight").detach()

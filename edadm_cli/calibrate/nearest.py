@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.calibrate.ranges import folded, search_ranges
 from edadm_cli.config import BitWidth
+from edadm_cli.models.families import Call
 from edadm_cli.models.units import trace
 from edadm_cli.quant.groups import per_weight
 from edadm_cli.quant.network import load_quant_params, quantize_network
@@ -69,9 +69,7 @@ def nearest_params_of(
     return nearest_params(weight_of, part, {key: value for key, value in ranges.items() if key.startswith(prefixes)})
 
 
-def quantize_to_nearest(
-    denoiser: nn.Module, recipe: Recipe, bits: BitWidth, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
-) -> QuantizationPlan:
+def quantize_to_nearest(denoiser: nn.Module, recipe: Recipe, bits: BitWidth, calls: Iterable[Call]) -> QuantizationPlan:
     """Quantizes a denoiser in place from a few calls, without learning anything: for speed, not for quality.
 
     Args:

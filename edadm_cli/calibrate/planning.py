@@ -14,7 +14,7 @@ from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
 from edadm_cli.quant.transforms import transform_named
-from edadm_cli.recipe import LayerRule, Recipe, TransformRule
+from edadm_cli.recipe import LayerRule, Recipe, last_match
 
 
 def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationPlan:
@@ -32,7 +32,7 @@ def plan_network(traced: Trace, recipe: Recipe, bits: BitWidth) -> QuantizationP
     kept |= traced.left_out
     kept |= {name: f"layers of type {kind} are not quantized" for name, kind in traced.unsupported.items()}
     for layer in traced.layers:
-        rule = _rule(layer.name, recipe)
+        rule = layer_rule(layer.name, recipe)
         reason = _refusal(layer, rule)
         if reason is not None:
             kept[layer.name] = reason
@@ -103,20 +103,15 @@ def _parts(layer: TracedLayer, recipe: Recipe) -> tuple[int, ...] | None:
 
 def _transform(layer: TracedLayer, recipe: Recipe) -> str | None:
     """Returns the transform of a layer's input; a grouped convolution has none: its weight has no row per channel."""
-    rule = transform_rule(layer.name, recipe)
+    rule = last_match(recipe.transforms, layer.name)
     if rule is None or Operation.of(layer.module).groups != 1:
         return None
     return transform_named(rule.name).name
 
 
-def transform_rule(name: str, recipe: Recipe) -> TransformRule | None:
-    """Returns the rule of the recipe that decides on the transform of a layer's input."""
-    return next((rule for rule in reversed(recipe.transforms) if fnmatchcase(name, rule.pattern)), None)
-
-
-def _rule(name: str, recipe: Recipe) -> LayerRule:
-    matching = [rule for rule in recipe.layers if fnmatchcase(name, rule.pattern)]
-    return matching[-1] if matching else LayerRule(pattern="*")
+def layer_rule(name: str, recipe: Recipe) -> LayerRule:
+    """Returns the rule of the recipe that decides on the bits of a layer; one without any bits if none matches."""
+    return last_match(recipe.layers, name) or LayerRule(pattern="*")
 
 
 def _refusal(layer: TracedLayer, rule: LayerRule) -> str | None:

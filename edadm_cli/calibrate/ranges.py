@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from edadm_cli.calibrate.statistics import channel_statistics
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.families import Call
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import Grid
@@ -29,7 +29,7 @@ from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
 from edadm_cli.quant.search import Range, activation_range, input_energy, symmetric_scale, weight_scales
 from edadm_cli.quant.transforms import ChannelStatistics, Transform, transform_named
-from edadm_cli.recipe import RangeRecipe, TransformRule
+from edadm_cli.recipe import RangeRecipe, TransformRule, last_match
 
 
 def search_ranges(
@@ -37,7 +37,7 @@ def search_ranges(
     traced: Trace,
     plan: QuantizationPlan,
     recipe: RangeRecipe,
-    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    calls: Iterable[Call],
     advance: Callable[[int], None] = lambda _: None,
     transforms: Sequence[TransformRule] = (),
 ) -> dict[str, Tensor]:
@@ -85,14 +85,15 @@ def calibrate_transforms(
         if layer_plan is None or layer_plan.transform is None:
             continue
         transform = transform_named(layer_plan.transform)
-        options = {**transform.options, **rule_options(rules, layer.name)}
+        rule = last_match(rules, layer.name)
+        options = {**transform.options, **(rule.options if rule else {})}
         unknown = sorted(options.keys() - transform.options.keys())
         if unknown:
             known = ", ".join(transform.options) or "none"
             raise UsageError(
                 f"The transform '{transform.name}' has no option '{unknown[0]}'; its options are: {known}."
             )
-        pieces = layer_plan.split(_weight_of(layer))
+        pieces = layer_plan.split(weight_of(layer))
         for part, piece in zip(layer_plan.part_names(layer.name), pieces, strict=True):
             tensors = transform.calibrate(piece.cpu(), statistics[part], options)
             params |= {f"{part}.{name}": tensor.float().cpu() for name, tensor in tensors.items()}
@@ -139,7 +140,7 @@ def search_weight_scales(
         layer_plan = plan.layers.get(layer.name)
         if layer_plan is None:
             continue
-        weight = _weight_of(layer)
+        weight = weight_of(layer)
         _require_finite(weight, f"the weight of '{layer.name}'")
         for part, piece in zip(layer_plan.part_names(layer.name), layer_plan.split(weight), strict=True):
             energy = None
@@ -164,16 +165,11 @@ def _energy(part: str, plan: LayerPlan, params: Mapping[str, Tensor], statistics
     return transform.mean_square(statistics, transform_tensors(transform, part, params))
 
 
-def _weight_of(layer: TracedLayer) -> Tensor:
+def weight_of(layer: TracedLayer) -> Tensor:
+    """Returns the full-precision weight of a layer; it is no parameter where it is read from disk when it is used."""
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
-
-
-def rule_options(rules: Sequence[TransformRule], name: str) -> dict[str, float]:
-    """Returns the options of the last rule that matches a layer."""
-    matching = [rule for rule in rules if fnmatchcase(name, rule.pattern)]
-    return matching[-1].options if matching else {}
 
 
 def search_activation_ranges(
@@ -181,7 +177,7 @@ def search_activation_ranges(
     traced: Trace,
     plan: QuantizationPlan,
     recipe: RangeRecipe,
-    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    calls: Iterable[Call],
     advance: Callable[[int], None] = lambda _: None,
     transforms: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
@@ -293,17 +289,15 @@ def _observed_layer(
     grid, parts, dim = plan.input_grid, plan.part_names(name), Operation.of(module).channel_dim
     assert grid is not None
     transform = transform_named(plan.transform) if plan.transform is not None and transforms else None
-    device = next(module.parameters()).device
-    tensors = {
-        part: {key: tensor.to(device) for key, tensor in transform_tensors(transform, part, transforms).items()}
-        for part in parts
-        if transform is not None
-    }
+    moved: dict[str, dict[str, Tensor]] = {}  # the transform's tensors by part, on the device of the input
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         for part, piece in zip(parts, plan.split(inputs[0], dim), strict=True):
             if transform is not None:
-                piece = transform.apply(piece, tensors[part], dim)
+                if part not in moved:
+                    tensors = transform_tensors(transform, part, transforms)
+                    moved[part] = {key: tensor.to(piece.device) for key, tensor in tensors.items()}
+                piece = transform.apply(piece, moved[part], dim)
             observed.add(part, f"the input of '{name}'", grid, piece)
 
     with Hooks() as hooks:

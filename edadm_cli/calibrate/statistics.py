@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.families import Call
 from edadm_cli.models.units import Trace
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import QuantizationPlan
@@ -33,7 +34,7 @@ def channel_statistics(
     traced: Trace,
     plan: QuantizationPlan,
     layers: Collection[str],
-    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    calls: Iterable[Call],
 ) -> dict[str, ChannelStatistics]:
     """Returns the statistics of the inputs of some planned layers, by the name of the layer or its channel part.
 

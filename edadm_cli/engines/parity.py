@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from edadm_cli.engines.base import Engine, EngineOptions
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.predictions import prediction_of
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 
 ALL_LAYERS_UP_TO = 120
@@ -108,14 +109,6 @@ def compare_layers(
         for name, layer in layers.items():
             layer.arithmetic = before[name]
     return LayerParity(errors, refused, len(layers), prediction_of(output))
-
-
-def prediction_of(output: Any) -> Tensor:
-    """Returns the prediction from the output of a denoiser: an output object, a tuple, or the tensor itself."""
-    if isinstance(output, Tensor):
-        return output
-    first: Tensor = output[0]
-    return first
 
 
 def relative_l2(values: Tensor, expected: Tensor) -> float:

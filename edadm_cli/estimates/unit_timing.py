@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.ranges import search_activation_ranges, search_ranges, search_weight_scales
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.families import Call
 from edadm_cli.models.units import Trace, Unit
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import RangeRecipe
@@ -43,7 +44,6 @@ _STEP_S, _STEP_FORWARDS = 1.5, 4  # a step has as many rows as fit into the seco
 _CANDIDATES = 4  # candidates of a weight's threshold that are timed; the others take as long
 
 T = TypeVar("T")
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 Timed = tuple[int, float]  # rows and seconds
 
 

@@ -25,6 +25,7 @@ from edadm_cli.hooks import Hooks
 from edadm_cli.models.calls import record_calls
 from edadm_cli.models.families import family_of
 from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.sampling import sample
 
 NUM_IMAGES = 16
@@ -73,7 +74,7 @@ def one_step_error(
     with torch.no_grad():
         denoisers = {place: each.denoiser for place, each in model.by_denoiser().items()}
         for place, args, kwargs, prediction in exact.calls:
-            other = _prediction(denoisers[place](*args, **kwargs))
+            other = prediction_of(denoisers[place](*args, **kwargs))
             errors.append(_squares(other, prediction))
             if guidance is not None and len(prediction) == 2 * count:
                 both = (_guided(tensor, guidance, is_swapped) for tensor in (other, prediction))
@@ -110,7 +111,7 @@ def _recording_predictions(place: str, denoiser: nn.Module, trajectory: _Traject
     copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        prediction = _prediction(output).detach().clone()
+        prediction = prediction_of(output).detach().clone()
         trajectory.calls.append((place, _copied(args, copies), _copied(kwargs, copies), prediction))
 
     with Hooks() as hooks:
@@ -130,11 +131,6 @@ def _copied(value: Any, copies: dict[int, tuple[Tensor, Tensor]]) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_copied(item, copies) for item in value)
     return value
-
-
-def _prediction(output: Any) -> Tensor:
-    prediction: Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return prediction
 
 
 def _guided(prediction: Tensor, scale: float, is_swapped: bool) -> Tensor:

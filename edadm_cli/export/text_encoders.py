@@ -24,13 +24,12 @@ from edadm_cli.artifacts import TextEncoder
 from edadm_cli.artifacts.files import atomic_path
 from edadm_cli.errors import MachineError, UsageError
 from edadm_cli.export.sizes import exact_narrow, stored_bytes
+from edadm_cli.models.families import Call
 from edadm_cli.models.loading import LoadedModel, quiet_libraries
 
 PACKAGE = "torchao"
 _CODE = "_qdata"
 """The end of the name under which torchao stores the codes of a weight."""
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def require_package() -> None:

@@ -23,18 +23,17 @@ _DAMPING = 0.01  # d, as a share of the mean of H_kk
 _TINY = 1e-8
 
 
-def input_columns(x: Tensor, operation: Operation, weight: Tensor) -> Tensor:
+def input_columns(x: Tensor, operation: Operation, kernel: tuple[int, ...]) -> Tensor:
     """Returns the vectors that the rows of a flattened weight multiply, with shape `(positions, K)`, float32.
 
     Args:
         x: The input, `[N, C, H, W]` or `[..., C]`.
         operation: The operation of the layer, which has one group.
-        weight: The weight, `[C_out, C, kh, kw]` or `[C_out, C]`; K is the number of elements per row.
+        kernel: `(kh, kw)` of a convolution, of which K is the product with C; `()` of a linear layer.
     """
     if operation.kind == "linear":
         return x.float().flatten(0, -2)
-    size = (weight.shape[2], weight.shape[3])
-    columns = F.unfold(x.float(), size, operation.dilation, operation.padding, operation.stride)  # [N, K, L]
+    columns = F.unfold(x.float(), kernel, operation.dilation, operation.padding, operation.stride)  # [N, K, L]
     return columns.transpose(1, 2).flatten(0, 1)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import MachineError
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.families import Call
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.reconstruct.batches import Batches
@@ -38,7 +39,7 @@ class UnitCalls:
         """Number of captured rows."""
         return self.tensors[0].count
 
-    def call(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call(self, tensors: Sequence[Tensor]) -> Call:
         """Returns the arguments `(args, kwargs)` of a call with these tensors in place of the captured ones."""
         args, kwargs = unflatten(self.structure, iter(tensors))
         return args, kwargs

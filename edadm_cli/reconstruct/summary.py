@@ -87,9 +87,9 @@ def total_coverage(parts: Sequence[Units]) -> Coverage:
 
 def total_loss(parts: Sequence[Units]) -> Loss:
     """Returns the losses summed over the denoisers, and the largest share of weights that were undecided."""
-    losses = [part.loss for part in parts]
-    if len(losses) == 1 or any(loss.first is None for loss in losses):
-        return losses[0]
+    losses = [part.loss for part in parts if part.loss.first is not None]
+    if len(losses) < 2:
+        return losses[0] if losses else Loss()
     return Loss(
         first=sum(loss.first or 0.0 for loss in losses),
         last=sum(loss.last or 0.0 for loss in losses),

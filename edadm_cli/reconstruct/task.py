@@ -13,7 +13,7 @@ from torch import nn
 
 from edadm_cli.artifacts import Artifact, BuildSpec, RunFolder, Sensitivity
 from edadm_cli.calibrate.bit_budget import spend_budget
-from edadm_cli.calibrate.planning import plan_network
+from edadm_cli.calibrate.planning import layer_rule, plan_network
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.models.calibration import CalibrationSet
@@ -23,7 +23,7 @@ from edadm_cli.models.registry import known_models
 from edadm_cli.models.stored import is_stored
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.processes import Processes
-from edadm_cli.recipe import LayerRule, Recipe
+from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
@@ -74,13 +74,19 @@ class Task:
         return self.config.matmul or _usual_matmul(self.device)
 
     def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
-        """Returns the recipe; if bits are assigned by sensitivity, it has a rule for each layer."""
+        """Returns the recipe; if bits are assigned by sensitivity, each layer's own rule gives it its bits."""
         recipe = self.config.recipe
         if self.sensitivity is None:
             return recipe
-        bits = spend_budget(Sensitivity.load(self.sensitivity), self.config.bits, denoiser, traced)
-        rules = tuple(LayerRule(pattern=name, weight_bits=number) for name, number in bits.items())
-        return recipe.model_copy(update={"layers": (*rules, *recipe.layers)})
+        measured = Sensitivity.load(self.sensitivity)
+        bits = self.processes.share(  # the solver stops after a minute, so that slow processes may find other bits
+            spend_budget(measured, self.config.bits, recipe, denoiser, traced) if self.processes.is_main else None
+        )
+        rules = [
+            layer_rule(name, recipe).model_copy(update={"pattern": name, "weight_bits": number})
+            for name, number in bits.items()
+        ]
+        return recipe.model_copy(update={"layers": (*recipe.layers, *rules)})
 
 
 def _usual_matmul(device: torch.device) -> Literal["float32", "tf32"]:

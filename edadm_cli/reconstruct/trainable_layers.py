@@ -79,7 +79,7 @@ class Drop:
             return None
         if self.level == _DROP_LEVELS:
             return torch.ones_like(x, dtype=torch.bool)
-        a_row = x.numel() // self.share.size
+        a_row = -(-x.numel() // self.share.size)  # more than a row where `x` has none, such as a shared embedding
         words = torch.randint(
             -(2**63),
             2**63 - 1,
@@ -88,7 +88,7 @@ class Drop:
             device=x.device,
             dtype=torch.int64,
         )
-        random_bytes = words.view(torch.uint8)[a_row * self.share.start : a_row * self.share.stop]
+        random_bytes = words.view(torch.uint8)[a_row * self.share.start :][: x.numel()]
         return (random_bytes < self.level).reshape(x.shape)
 
 
@@ -165,7 +165,6 @@ class LearnedUnit:
         self.attentions = {name: LearnedAttention(plan, drop) for name, plan in attentions.items()}
         self.decided = False
         self._parts: dict[str, LearnedLayer] = {}
-        self._parts_of = {name: plans[name].part_names(name) for name in layers}
         weights: dict[str, Tensor] = {}
         for name, layer in layers.items():
             weights |= self._add_layer(name, layer, plans[name], params, drop)

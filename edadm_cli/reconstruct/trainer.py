@@ -137,11 +137,10 @@ class UnitLearner:
         # h starts at the fraction that rounding down drops, so that deciding it now rounds to nearest.
         before = self.reconstruction_loss()
         nearest = self.learned.params()
-        curve: list[float] = []
-        for phase in self.phases():
-            curve += self._learn_phase(phase)
-        self.learned.decided, self.activation_drop.level = False, round_level(self.hyperparameters.activation_drop)
-        self.batch.close()
+        try:
+            curve = [loss for phase in self.phases() for loss in self._learn_phase(phase)]
+        finally:
+            self.batch.close()
         self.learned.rounding.sharpness.fill_(self._sharpness(self.hyperparameters.iterations))
         soft, after = self.reconstruction_loss(decided=False), self.reconstruction_loss()
         if not math.isfinite(after):

@@ -39,7 +39,7 @@ class UnitResult:
         params: Its quantization parameters under the names of the artifact.
         loss_before: The loss with weights rounded to nearest.
         loss_after: The loss with the rounding that is deployed.
-        curve: The loss that the optimizer minimizes, at up to 50 iterations.
+        curve: The loss that the optimizer minimizes, at fewer than 100 iterations with equal distances.
         loss_soft: The loss at the end of learning, before h was rounded to 0 or 1.
         undecided: The share of weights with 0.05 < h < 0.95 at that time.
         is_nearest: Whether learning made the unit worse, so that it keeps its nearest rounding.

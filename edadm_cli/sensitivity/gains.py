@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.predictions import prediction_of
 
 NOISE_SHARE = 0.05
 """Root mean square of the added noise as a share of the prediction's."""
@@ -120,10 +121,3 @@ def _noise_at_calls(denoiser: nn.Module, calls: range, branches: int, seed: int,
     with Hooks() as hooks:
         hooks.after(denoiser, hook)
         yield
-
-
-def prediction_of(output: Any) -> Tensor:
-    """Returns the prediction in a denoiser's output: the first entry of a tuple, or `.sample`."""
-    prediction = output[0] if isinstance(output, tuple) else output.sample
-    assert isinstance(prediction, Tensor)
-    return prediction

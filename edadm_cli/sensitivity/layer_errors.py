@@ -16,17 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import nearest_params
+from edadm_cli.models.families import Call
+from edadm_cli.models.predictions import prediction_of
 from edadm_cli.quant.network import load_quant_params, quantize_network, set_module
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
-from edadm_cli.sensitivity.gains import StepGains, prediction_of
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from edadm_cli.sensitivity.gains import StepGains
 
 
 @dataclass(frozen=True)

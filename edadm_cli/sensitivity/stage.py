@@ -29,13 +29,14 @@ from edadm_cli.config import BitWidth, SensitivityConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.families import Call
 from edadm_cli.models.loading import LoadedModel, resolve_device
 from edadm_cli.models.sampling import sample
 from edadm_cli.models.units import Trace, trace, units
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 from edadm_cli.sensitivity.gains import StepGains, measure_gains
-from edadm_cli.sensitivity.layer_errors import Call, PredictionError, layer_errors
+from edadm_cli.sensitivity.layer_errors import PredictionError, layer_errors
 from edadm_cli.sensitivity.plot import plot_sensitivity
 
 PLOT_FILE = "sensitivity.png"

@@ -16,12 +16,13 @@ from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.cuda.plain import placed_copy
-from edadm_cli.engines.parity import prediction_of, relative_l2
+from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.random_models import initialize
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.quant.network import deploy

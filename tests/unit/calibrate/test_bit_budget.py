@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from edadm_cli.calibrate.bit_budget import assign_bits
+from edadm_cli.artifacts import LayerSensitivity, Sensitivity
+from edadm_cli.calibrate.bit_budget import assign_bits, bytes_beside_codes, spend_budget
+from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
+from edadm_cli.models.stored import place_stored
+from edadm_cli.models.units import trace
+from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.recipe import LayerRule, Recipe
 
 WIDTHS = (2, 4, 8)
 
@@ -47,3 +56,59 @@ def test_no_other_choice_within_the_budget_is_better(layers: list[tuple[int, lis
 def test_a_budget_below_the_fewest_bits_is_refused() -> None:
     with pytest.raises(UsageError, match="too small"):
         assign_bits({"a": {4: 1.0}}, {"a": 10}, 39)
+
+
+class _Net(nn.Module):
+    """Three linear layers of 16 weights each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.third(self.second(self.first(x)))
+        return result
+
+
+def _spent(bits: str, *rules: LayerRule, measured: Sequence[str] = ("first", "second", "third")) -> dict[str, int]:
+    net = _Net().requires_grad_(False)
+    errors = {"first": {2: 9.0, 4: 1.0, 8: 0.1}, "second": {2: 3.0, 4: 0.5, 8: 0.1}, "third": {2: 1.0, 4: 0.2, 8: 0.1}}
+    layers = tuple(
+        LayerSensitivity(name=name, unit=name, num_weights=16, weight_errors=errors[name], activation_errors={})
+        for name in measured
+    )
+    sensitivity = Sensitivity(layers=layers, step_gains=(1.0,), num_samples=1)
+    recipe = Recipe(name="test", layers=rules)
+    return spend_budget(sensitivity, BitWidth.parse(bits), recipe, net, trace(net, (torch.ones(1, 4),), {}))
+
+
+def test_the_bits_of_the_recipe_s_rules_are_part_of_the_budget() -> None:
+    assert _spent("auto:4a8") == {"first": 4, "second": 4, "third": 4}
+    assert _spent("auto:4a8", LayerRule(pattern="third", weight_bits=8)) == {"first": 2, "second": 2, "third": 8}
+    assert _spent("auto:4a8", LayerRule(pattern="third", weight_bits=3), measured=["first", "second"])["third"] == 3
+
+
+def test_a_layer_that_the_recipe_leaves_in_float_takes_no_bits() -> None:
+    assert _spent("auto:6a8", LayerRule(pattern="second", exclude=True)) == {"first": 8, "third": 4}
+
+
+def test_a_rule_without_bits_leaves_them_to_the_budget() -> None:
+    assert _spent("auto:4a8", LayerRule(pattern="*", float_input=True)) == {"first": 4, "second": 4, "third": 4}
+
+
+def test_a_layer_that_was_not_measured_is_an_error_with_the_next_command() -> None:
+    with pytest.raises(UsageError, match="'third', whose sensitivity was not measured") as caught:
+        _spent("auto:4a8", measured=["first", "second"])
+    assert "edadm sensitivity" in str(caught.value.hint)
+
+
+def test_the_size_beside_the_codes_is_the_same_for_weights_that_stay_on_disk() -> None:
+    net = _Net().requires_grad_(False)
+    with torch.device("meta"):
+        stored = _Net()
+    place_stored(stored, {name: lambda *_, t=tensor: t for name, tensor in net.named_parameters()}, torch.device("cpu"))
+    plans = {"first": LayerPlan(weight_bits=4), "second": LayerPlan(weight_bits=4, channel_parts=(2, 2))}
+    sizes = [bytes_beside_codes(each, trace(each, (torch.ones(1, 4),), {}), plans) for each in (net, stored)]
+    # the third layer and all biases, then six numbers per part, and the names of all tensors
+    numbers, names = 16 + 3 * 4 + 3 * (4 + 2), 6 + 3 + 7
+    assert sizes == [4 * numbers + 140 * names] * 2

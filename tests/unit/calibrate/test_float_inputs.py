@@ -59,3 +59,22 @@ def test_the_budget_is_spent_on_the_largest_errors_per_multiplication() -> None:
     assert choose_float_inputs(errors, 1000, 0.05) == ["cheap", "large"]
     assert choose_float_inputs(errors, 1000, 0.13) == ["cheap", "large", "dear"]
     assert choose_float_inputs(errors, 1000, 0.0) == []
+
+
+class _Folded(_Chain):
+    """The second layer sees its rows as several entries each; the prediction is a list with one tensor per row."""
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor]]:  # type: ignore[override]
+        return (list(self.second(self.first(x).flatten(0, 1)).unflatten(0, (len(x), -1))),)
+
+
+def test_multiplications_are_counted_per_row_of_the_call() -> None:
+    net, x = _Folded().requires_grad_(False), torch.randn(6, 4, _CHANNELS)
+    names = ("first", "second")
+    layers = [TracedLayer(name, net.get_submodule(name), False, None) for name in names]
+    plan = QuantizationPlan(layers={name: LayerPlan(weight_bits=4, activation_bits=8) for name in names})
+    ranges = {f"{name}.input_scale": torch.tensor(0.1) for name in names}
+    ranges |= {f"{name}.input_zero_point": torch.tensor(128, dtype=torch.int32) for name in names}
+    errors, products = measure_input_errors(net, Trace(layers=layers), plan, ranges, [((x,), {})], seed=0)
+    assert {name: error.products for name, error in errors.items()} == dict.fromkeys(names, 4 * _CHANNELS**2)
+    assert products == 8 * _CHANNELS**2

@@ -57,7 +57,7 @@ def test_the_columns_of_an_input_give_the_output() -> None:
     conv, linear = nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False), nn.Linear(6, 4, bias=False)
     with torch.no_grad():
         for layer, x in ((conv, torch.randn(2, 6, 8, 8)), (linear, torch.randn(2, 3, 6))):
-            columns = input_columns(x, Operation.of(layer), layer.weight)
+            columns = input_columns(x, Operation.of(layer), layer.weight.shape[2:])
             product = columns @ layer.weight.flatten(1).T
             expected = layer(x).flatten(2).transpose(1, 2).flatten(0, 1) if layer is conv else layer(x).flatten(0, 1)
             torch.testing.assert_close(product, expected)

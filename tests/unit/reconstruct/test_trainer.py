@@ -258,6 +258,14 @@ def test_processes_that_share_rows_share_one_mask(count: int) -> None:
     assert len(heads) == 2 * shares[0].size
 
 
+def test_a_mask_of_a_tensor_without_rows_has_its_shape() -> None:
+    shared = torch.ones(1, 5)  # such as an embedding of all rows, whose size their number does not divide
+    for share in (Share(0, 2, 2), Share(2, 4, 4)):
+        mask = Drop(0.5, torch.Generator().manual_seed(1), share).mask(shared)
+        assert mask is not None
+        assert mask.shape == shared.shape
+
+
 @pytest.mark.parametrize("name", [RESIDUAL, TRANSFORMER])
 def test_a_seed_decides_every_byte(make_setting: MakeSetting, learner_of: Learner, denoiser: Any, name: str) -> None:
     params, curves = [], []

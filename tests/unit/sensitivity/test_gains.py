@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
@@ -23,7 +22,7 @@ class Constant(nn.Module):
 
     def forward(self, sample: Tensor) -> object:
         prediction = torch.ones_like(sample)
-        return (prediction,) if self.as_tuple else SimpleNamespace(sample=prediction)
+        return (prediction,) if self.as_tuple else Transformer2DModelOutput(sample=prediction)
 
 
 def _generate(denoiser: nn.Module, branches: int, calls: int = 1) -> Tensor:
