@@ -10,7 +10,7 @@ from edadm_cli.report.contents import Part, RunContents, Width
 from edadm_cli.report.formats import label_of, metric_value, number
 from edadm_cli.report.html import Html, Node, code, details, element, section, sentences, table
 from edadm_cli.report.images import build_walls, show_wall
-from edadm_cli.report.notices import caution, missing
+from edadm_cli.report.notices import caution, per_width
 
 _ARROWS = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
 
@@ -29,18 +29,12 @@ def images_section(contents: RunContents) -> Html | None:
 
 def quality_section(contents: RunContents) -> Html:
     """Returns the section with every metric of every evaluation, and its features."""
-    parts: list[Node] = []
-    if not contents.widths:
-        parts.append(missing(contents, "evaluate", None))
-    for width in contents.widths:
-        parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
-        parts.append(_quality(contents, width))
-    return section("quality", "Quality", parts)
+    return section("quality", "Quality", per_width(contents, "evaluate", _quality))
 
 
-def _quality(contents: RunContents, width: Width) -> Html:
+def _quality(width: Width) -> Html | None:
     if width.evaluate is None:
-        return missing(contents, "evaluate", width.bits)
+        return None
     facts = width.evaluate.facts
     parts = [
         element("p", _sampling(width.evaluate), class_="lead"),

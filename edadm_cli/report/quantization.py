@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 
-from edadm_cli.artifacts import ExportFacts, Parity, UnitRow, Units
+from edadm_cli.artifacts import ExportFacts, Parity, UnitRow
 from edadm_cli.artifacts.quantization import load_plan
 from edadm_cli.quant.plan import QuantizationPlan
-from edadm_cli.report.contents import Part, RunContents, Width
+from edadm_cli.report.contents import RunContents, Width
 from edadm_cli.report.formats import count, mebibytes, number, plain, seconds
 from edadm_cli.report.html import Html, Node, code, details, element, facts, section, sentences, table
-from edadm_cli.report.notices import caution, missing
+from edadm_cli.report.notices import caution, per_width
 from edadm_cli.report.plots import bar, curve_plot, loss_plot
 
 _KINDS = {"conv2d": "convolution", "linear": "linear layer", "attention_products": "attention product"}
@@ -20,31 +21,19 @@ _SIZES = "On disk the denoiser is {ratio} times smaller than its weights at four
 
 def reconstruction_section(contents: RunContents) -> Html:
     """Returns the section with the losses of all units, and the bits of all layers."""
-    parts: list[Node] = [] if contents.widths else [missing(contents, "reconstruct")]
-    for width in contents.widths:
-        parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
-        parts.append(
-            missing(contents, "reconstruct", width.bits)
-            if width.reconstruct is None
-            else _reconstruction(width, width.reconstruct)
-        )
-    return section("reconstruction", "Reconstruction", parts)
+    return section("reconstruction", "Reconstruction", per_width(contents, "reconstruct", _reconstruction))
 
 
 def export_section(contents: RunContents) -> Html:
     """Returns the section with the sizes on disk and the parity of the export."""
-    parts: list[Node] = [] if contents.widths else [missing(contents, "export")]
-    for width in contents.widths:
-        parts.append(element("h3", width.title) if len(contents.widths) > 1 else None)
-        parts.append(
-            missing(contents, "export", width.bits)
-            if width.export is None
-            else _export(width, width.export, "h4" if len(contents.widths) > 1 else "h3")
-        )
-    return section("export", "Size and export", parts)
+    heading = "h4" if len(contents.widths) > 1 else "h3"
+    return section("export", "Size and export", per_width(contents, "export", partial(_export, heading=heading)))
 
 
-def _reconstruction(width: Width, part: Part[Units]) -> Html:
+def _reconstruction(width: Width) -> Html | None:
+    part = width.reconstruct
+    if part is None:
+        return None
     coverage, loss = part.facts.coverage, part.facts.loss
     kinds = ", ".join(count(amount, _KINDS.get(kind, kind)) for kind, amount in part.facts.by_kind.items() if amount)
     environment = part.artifact.manifest.environment
@@ -139,7 +128,10 @@ def _layers(width: Width, plan: QuantizationPlan) -> Html:
     return details(summary, table(header, rows, f"Layers of {width.title}", numeric=(1, 2)))
 
 
-def _export(width: Width, part: Part[ExportFacts], heading: str) -> Html:
+def _export(width: Width, heading: str) -> Html | None:
+    part = width.export
+    if part is None:
+        return None
     sizes, parity = part.facts.size_mib, part.facts.parity
     name, denoisers = part.facts.denoiser, (part.facts.denoiser, *part.facts.further_denoisers)
     full = sizes["denoiser_fp32"]
