@@ -294,7 +294,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _nulls(table: dict[str, Any]) -> dict[str, Any]:
-    """TOML has no null: the word "model" leaves a number to the model."""
+    """Returns a table with `None` in place of the word "model", because TOML has no null."""
     return {
         key: _nulls(value) if isinstance(value, dict) else None if value == LEFT_TO_MODEL else value
         for key, value in table.items()

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edadm_cli.artifacts.files import atomic_path, explained_os_errors, open_regular, save_json
-from edadm_cli.artifacts.tensors import TensorInfo, places_within, read_tensor_header
+from edadm_cli.artifacts.tensors import BITS, TensorInfo, places_within, read_tensor_header
 from edadm_cli.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NAMES = {
     "float64": "F64",
     "int64": "I64",
@@ -31,6 +30,7 @@ _NAMES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+_TORCH_NAMES = {name: torch_name for torch_name, name in _NAMES.items()}
 _ALIGNMENT = 8
 
 
@@ -49,7 +49,7 @@ class Streamed:
     @property
     def bytes(self) -> int:
         """Bytes on disk."""
-        return _BYTES[self.info.dtype] * math.prod(self.info.shape)
+        return BITS[self.info.dtype] // 8 * math.prod(self.info.shape)
 
 
 def stream_tensors(path: Path, tensors: Mapping[str, Streamed]) -> None:
@@ -61,7 +61,7 @@ def stream_tensors(path: Path, tensors: Mapping[str, Streamed]) -> None:
     """
     import torch
 
-    ordered = sorted(tensors.items(), key=lambda item: (-_BYTES[item[1].info.dtype], item[0]))
+    ordered = sorted(tensors.items(), key=lambda item: (-BITS[item[1].info.dtype], item[0]))
     header, offset = {}, 0
     for name, tensor in ordered:
         info = tensor.info
@@ -110,8 +110,11 @@ def stream_shards(folder: Path, stem: str, tensors: Mapping[str, Streamed], shar
 
 
 def streamed(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Streamed:
-    """Returns a tensor of any device, which is brought to the CPU, in another element type if one is named, when it is
-    written.
+    """Returns a tensor in one piece, which is copied to the CPU only when it is written.
+
+    Args:
+        tensor: The tensor, on any device.
+        dtype: The element type that is written; by default the tensor's own.
     """
     name = str(dtype or tensor.dtype).removeprefix("torch.")
     info = TensorInfo(dtype=_NAMES[name], shape=tuple(tensor.shape))
@@ -143,7 +146,7 @@ class TensorFile(Mapping[str, "torch.Tensor"]):
         import torch
 
         info, offset, size = self._places[name]
-        if info.dtype not in _BYTES:
+        if info.dtype not in _TORCH_NAMES:
             raise InputError(
                 f"{self._path} has the tensor '{name}' of the type {info.dtype}, which is not expected here."
             )
@@ -183,7 +186,7 @@ def torch_type(name: str) -> torch.dtype:
     """Returns the element type that safetensors calls `name`."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, next(key for key, value in _NAMES.items() if value == name))
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
     return dtype
 
 

@@ -25,13 +25,14 @@ _MAX_HEADER_BYTES = 100_000_000
 _REMEMBERED_BYTES = 2**21
 """Size of the largest header that is remembered once it is checked."""
 _LARGEST_SIZE = 2**63 - 1
-_BITS = (
+BITS = (
     dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
     | dict.fromkeys(("F32", "I32", "U32"), 32)
     | dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
     | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
     | {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 )
+"""Bits of an element, by the name of its type in safetensors."""
 _OS_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
@@ -193,9 +194,9 @@ def _check_extents(path: Path, entries: Mapping[str, _Entry], available: int) ->
     reached = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets
-        if entry.dtype not in _BITS:
+        if entry.dtype not in BITS:
             raise InputError(f"{path} has the tensor '{name}' of the unknown type {entry.dtype[:40]!r}.")
-        if begin != reached or end - begin != (math.prod(entry.shape) * _BITS[entry.dtype] + 7) // 8:
+        if begin != reached or end - begin != (math.prod(entry.shape) * BITS[entry.dtype] + 7) // 8:
             raise InputError(f"{path} is damaged: the tensor '{name}' has not the place that its shape and type need.")
         reached = end
     if reached != available:

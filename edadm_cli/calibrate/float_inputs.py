@@ -14,21 +14,21 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.calibrate.ranges import search_activation_ranges
+from edadm_cli.calibrate.ranges import input_quantizer, search_activation_ranges
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import Call
 from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.units import Trace
-from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation
-from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
+from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import RangeRecipe
 
 _SMALLEST_HARM = 0.01
@@ -36,8 +36,8 @@ _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class InputError:
-    """Holds the error that rounding the input of one layer causes, and the layer's cost.
+class InputHarm:
+    """The harm of rounding the input of one layer, and the cost of the layer.
 
     Attributes:
         harm: The layer's share, from 0 to 1, of the squared error that rounding all inputs causes. It is the mean of
@@ -82,7 +82,7 @@ def with_float_inputs(plan: QuantizationPlan, layers: Iterable[str]) -> Quantiza
     return plan.model_copy(update={"layers": plan.layers | changed})
 
 
-def choose_float_inputs(errors: Mapping[str, InputError], total_products: float, share: float) -> list[str]:
+def choose_float_inputs(errors: Mapping[str, InputHarm], total_products: float, share: float) -> list[str]:
     """Returns the layers whose inputs are left in float; together they have at most `share` of `total_products`.
 
     Layers with the largest harm per multiplication come first. A layer with a harm below 1% is never chosen.
@@ -103,7 +103,7 @@ def measure_input_errors(
     ranges: Mapping[str, Tensor],
     calls: Iterable[Call],
     seed: int,
-) -> tuple[dict[str, InputError], float]:
+) -> tuple[dict[str, InputHarm], float]:
     """Estimates the error of the prediction that rounding each input causes.
 
     Args:
@@ -138,7 +138,7 @@ def measure_input_errors(
     of_call = (together / together.sum(dim=0).clamp_min(_TINY)).mean(dim=1)
     harms = ((of_energy + of_call) / 2).tolist()
     products = {name: count / rows for name, count in watch.products.items()}  # those of the last call
-    errors = {name: InputError(harm, products[name]) for name, harm in zip(watch.names, harms, strict=True)}
+    errors = {name: InputHarm(harm, products[name]) for name, harm in zip(watch.names, harms, strict=True)}
     return errors, sum(products.values())
 
 
@@ -156,53 +156,42 @@ class _Watch:
 
     def __init__(self, traced: Trace, plan: QuantizationPlan, ranges: Mapping[str, Tensor]) -> None:
         self.layers = {layer.name: layer.module for layer in traced.layers}
-        self.plans = {name: layer for name, layer in plan.layers.items() if layer.input_grid is not None}
+        self.plans = {
+            name: layer.model_copy(update={"transform": None})
+            for name, layer in plan.layers.items()
+            if layer.input_grid is not None
+        }
         self.names, self.ranges = list(self.plans), ranges
         self.products: dict[str, int] = {}
 
-    def inputs(self) -> _Seen:
-        """Returns a context that records each layer's input and its rounding error in the last call of the layer."""
-        return _Seen(self)
+    @contextmanager
+    def inputs(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Records each layer's input and its rounding error in the layer's last call while entered; yields them."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        with Hooks() as hooks:
+            for name, module in self.layers.items():
+                hooks.after(module, self._count(name))
+                if name in self.plans:
+                    hooks.before(module, self._record(name, seen))
+            yield seen
 
     def rounding_error(self, name: str, x: Tensor) -> Tensor:
         """Returns x_hat - x, the rounding error of a layer's input, in the shape of `x`."""
-        plan, dim = self.plans[name], Operation.of(self.layers[name]).channel_dim
-        pieces = zip(plan.part_names(name), plan.split(x, dim), strict=True)
-        return torch.cat(
-            [self._quantizer(plan, part, dim, x).fake_quantize(piece) - piece for part, piece in pieces], dim
-        )
+        plan, operation = self.plans[name], Operation.of(self.layers[name])
+        errors = []
+        for part, piece in zip(plan.part_names(name), plan.split(x, operation.channel_dim), strict=True):
+            quantizer = input_quantizer(part, plan, operation, self.ranges)
+            assert quantizer is not None
+            errors.append(quantizer.to(x.device).fake_quantize(piece) - piece)
+        return torch.cat(errors, operation.channel_dim)
 
-    def _quantizer(self, plan: LayerPlan, part: str, dim: int, like: Tensor) -> InputQuantizer:
-        assert plan.input_grid is not None
-        scale, zero_point = (
-            self.ranges[f"{part}.{key}"].to(like.device) for key in ("input_scale", "input_zero_point")
-        )
-        return InputQuantizer(plan.input_grid, scale, zero_point, dim)
-
-
-class _Seen(Hooks):
-    """Sets the hooks of one call of the denoiser, and holds what they record."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self.watch = watch
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, module in watch.layers.items():
-            self.after(module, self._count(name))
-            if name in watch.plans:
-                self.before(module, self._record(name))
-
-    def __enter__(self) -> Any:
-        super().__enter__()
-        return self.seen
-
-    def _record(self, name: str) -> Callable[..., Any]:
+    def _record(self, name: str, seen: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             watched = args[0] + 0  # a new tensor, whose gradient comes from this layer alone
             if not watched.requires_grad:
                 watched.requires_grad_(True)
             with torch.no_grad():
-                self.seen[name] = watched, self.watch.rounding_error(name, watched)
+                seen[name] = watched, self.rounding_error(name, watched)
             return watched, *args[1:]
 
         return hook
@@ -210,6 +199,6 @@ class _Seen(Hooks):
     def _count(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             weight = module.get_parameter("weight")
-            self.watch.products[name] = output.numel() * weight[0].numel()
+            self.products[name] = output.numel() * weight[0].numel()
 
         return hook

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import nearest_params
-from edadm_cli.calibrate.ranges import folded, transform_tensors, weight_of
+from edadm_cli.calibrate.ranges import folded, input_quantizer, weight_of
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import Call
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.gptq import gptq_codes, input_columns
 from edadm_cli.quant.groups import per_weight
-from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation, weight_shape
-from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
-from edadm_cli.quant.transforms import transform_named
+from edadm_cli.quant.plan import QuantizationPlan
 
 _POSITIONS = 8192  # positions per batch, evenly spread, from which the Hessians of a layer are computed
 _BYTES = 4 << 30  # bytes of Hessians that are collected in one pass
@@ -75,7 +73,7 @@ def _hessians(
     def observe(layer: TracedLayer) -> Callable[..., None]:
         layer_plan, operation = plan.layers[layer.name], Operation.of(layer.module)
         kernel, names = weight_shape(layer.module)[2:], layer_plan.part_names(layer.name)
-        quantizers = [_quantizer(part, layer_plan, operation, ranges) for part in names]
+        quantizers = [input_quantizer(part, layer_plan, operation, ranges) for part in names]
 
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             pieces = layer_plan.split(inputs[0].detach(), operation.channel_dim)
@@ -100,15 +98,6 @@ def _hessians(
 def _few(x: Tensor, operation: Operation) -> Iterator[Tensor]:
     """Yields an input in pieces: a few rows at a time for a convolution, because its columns take more memory."""
     return iter(x.split(8) if operation.kind == "conv2d" else (x,))
-
-
-def _quantizer(part: str, plan: LayerPlan, operation: Operation, ranges: Mapping[str, Tensor]) -> InputQuantizer | None:
-    if plan.input_grid is None:
-        return None
-    transform = None if plan.transform is None else transform_named(plan.transform)
-    tensors = {} if transform is None else transform_tensors(transform, part, ranges)
-    scale, zero_point = ranges[f"{part}.input_scale"], ranges[f"{part}.input_zero_point"]
-    return InputQuantizer(plan.input_grid, scale, zero_point, operation.channel_dim, transform, tensors)
 
 
 def _groups(layers: Sequence[TracedLayer], plan: QuantizationPlan) -> Iterator[list[TracedLayer]]:

@@ -24,6 +24,7 @@ from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import Grid
 from edadm_cli.quant.groups import search_groups
 from edadm_cli.quant.histogram import Histogram
+from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.network import set_processor
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import AttentionPlan, LayerPlan, QuantizationPlan
@@ -103,6 +104,18 @@ def calibrate_transforms(
 def transform_tensors(transform: Transform, part: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of a transform among parameters under their full names."""
     return {name: params[f"{part}.{name}"] for name in transform.tensors}
+
+
+def input_quantizer(
+    part: str, plan: LayerPlan, operation: Operation, params: Mapping[str, Tensor]
+) -> InputQuantizer | None:
+    """Returns the quantizer of the input of a layer, or of a part of it; `None` if the input is left in float."""
+    if plan.input_grid is None:
+        return None
+    transform = None if plan.transform is None else transform_named(plan.transform)
+    tensors = {} if transform is None else transform_tensors(transform, part, params)
+    scale, zero_point = params[f"{part}.input_scale"], params[f"{part}.input_zero_point"]
+    return InputQuantizer(plan.input_grid, scale, zero_point, operation.channel_dim, transform, tensors)
 
 
 def folded(weight: Tensor, part: str, plan: LayerPlan, params: Mapping[str, Tensor]) -> Tensor:

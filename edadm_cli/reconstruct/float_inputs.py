@@ -13,7 +13,7 @@ from edadm_cli.reconstruct.context import ReconstructionContext
 _SAMPLES, _ROWS = 128, 8  # samples that are measured, and rows per backward pass
 
 
-def choose_float_inputs(
+def plan_float_inputs(
     context: ReconstructionContext, recipe: RangeRecipe, seed: int, processes: Processes
 ) -> ReconstructionContext:
     """Returns the context whose plan leaves the most harmful inputs in float, within the recipe's share.

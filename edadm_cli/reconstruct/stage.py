@@ -28,7 +28,7 @@ from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.context import ReconstructionContext
-from edadm_cli.reconstruct.float_inputs import choose_float_inputs
+from edadm_cli.reconstruct.float_inputs import plan_float_inputs
 from edadm_cli.reconstruct.memory import rows_budget
 from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache
 from edadm_cli.reconstruct.summary import no_blocks, quantized_names, report_gaps, summary, total_coverage, total_loss
@@ -108,9 +108,7 @@ def _build_denoiser(task: Task, place: str, folder: Path, reporter: Reporter) ->
         folder.mkdir(exist_ok=True)
     task.processes.wait()
     note = reporter.warn if task.processes.is_main else lambda _: None
-    context = choose_float_inputs(
-        prepare(task, place, note), task.config.recipe.ranges, task.config.seed, task.processes
-    )
+    context = plan_float_inputs(prepare(task, place, note), task.config.recipe.ranges, task.config.seed, task.processes)
     warnings = no_blocks(task, context)
     for warning in warnings if task.processes.is_main else ():
         reporter.warn(warning)

@@ -84,7 +84,9 @@ def _setting(value: Any) -> str:
 def _has_earlier_quantile(manifest: Manifest) -> bool:
     """Returns whether a selection has the quantile that is left out of its settings."""
     config = manifest.config
-    return config["strategy"] == "tdac" and config.get("density_radius") is None and "density_quantile" not in config
+    return (
+        config.get("strategy") == "tdac" and config.get("density_radius") is None and "density_quantile" not in config
+    )
 
 
 def _words_of_bench(part: Part[BenchResult]) -> Iterator[str]:

@@ -104,10 +104,10 @@ def read_run(run: RunFolder, bits: Sequence[str] | None) -> RunContents:
         InputError: The run has no artifact, or none of a bit width that was named; or an artifact is broken, or was
             built from something that has changed since.
     """
-    held = _widths_held(run)
-    shown = held if bits is None else list(dict.fromkeys(bits))
+    available = _available_widths(run)
+    shown = available if bits is None else list(dict.fromkeys(bits))
     for name in shown:
-        if name not in held:
+        if name not in available:
             run.open("reconstruct", name)  # raises the error that names the missing artifact and its command
     contents = RunContents(
         collect=_read(run, "collect", None, Sampling),
@@ -121,7 +121,7 @@ def read_run(run: RunFolder, bits: Sequence[str] | None) -> RunContents:
     return contents
 
 
-def _widths_held(run: RunFolder) -> list[str]:
+def _available_widths(run: RunFolder) -> list[str]:
     widths: dict[str, BitWidth] = {}
     for kind in BY_BITS:
         for name in run.names(kind):

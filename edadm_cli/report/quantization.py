@@ -153,7 +153,7 @@ def _export(width: Width, heading: str) -> Html | None:
 
 
 def _whole(export: ExportFacts) -> Iterator[str]:
-    """What the whole pipeline takes, and what 8-bit weights change of its text encoders."""
+    """Yields sentences on the size of the whole pipeline, and on text encoders with 8-bit weights."""
     whole = export.pipeline
     if whole is not None:
         yield (

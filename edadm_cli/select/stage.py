@@ -227,7 +227,7 @@ def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.
     Args:
         counts: Samples per step, with shape `(T,)`; none above `num_trajectories`.
         num_trajectories: Number of trajectories.
-        generator: Draws the permutation.
+        generator: The random generator of the permutation.
 
     Returns:
         Step and trajectory of each sample, in the order of the trajectories. Each trajectory gives one sample before
@@ -272,7 +272,7 @@ def _strategy_counts(task: Task, allocation: Allocation) -> Tensor:
 
 
 def _generator(task: Task, stream: int) -> torch.Generator:
-    """Returns one generator for the permutation (stream 0), another for drawn counts (stream 1)."""
+    """Returns the generator of the permutation (stream 0) or of random counts (stream 1)."""
     return torch.Generator().manual_seed((2 * task.config.seed + stream) % 2**32)
 
 

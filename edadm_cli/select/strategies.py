@@ -25,7 +25,7 @@ def uniform_counts(num_steps: int, num_samples: int) -> Tensor:
 
 
 def random_counts(num_steps: int, num_samples: int, generator: torch.Generator) -> Tensor:
-    """Chooses each sample's step uniformly at random."""
+    """Returns counts of steps that are chosen uniformly at random, one per sample."""
     steps = torch.randint(num_steps, (num_samples,), generator=generator)
     return torch.bincount(steps, minlength=num_steps)
 
@@ -38,7 +38,7 @@ def last_counts(num_steps: int, num_samples: int) -> Tensor:
 
 
 def normal_counts(num_steps: int, num_samples: int, generator: torch.Generator) -> Tensor:
-    r"""Draws each sample's step from a normal distribution that is skewed to the clean end.
+    r"""Returns counts of steps from a normal distribution that is skewed to the clean end, one step per sample.
 
     The distance from the clean end is $u \sim N(0.4\,T, (0.4\,T)^2)$, truncated to $[0, T)$ by inverting its
     cumulative distribution function, so that nothing piles up at the ends.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.calibrate.float_inputs import InputError, choose_float_inputs, measure_input_errors
+from edadm_cli.calibrate.float_inputs import InputHarm, choose_float_inputs, measure_input_errors
 from edadm_cli.models.units import Trace, TracedLayer
 from edadm_cli.quant.grid import activation_grid, fake_quantize
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
@@ -51,10 +51,10 @@ def test_the_estimated_shares_are_those_of_the_errors_that_rounding_each_input_c
 
 def test_the_budget_is_spent_on_the_largest_errors_per_multiplication() -> None:
     errors = {
-        "cheap": InputError(harm=0.2, products=10),
-        "dear": InputError(harm=0.5, products=80),
-        "large": InputError(harm=0.28, products=40),
-        "harmless": InputError(harm=0.005, products=1),
+        "cheap": InputHarm(harm=0.2, products=10),
+        "dear": InputHarm(harm=0.5, products=80),
+        "large": InputHarm(harm=0.28, products=40),
+        "harmless": InputHarm(harm=0.005, products=1),
     }
     assert choose_float_inputs(errors, 1000, 0.05) == ["cheap", "large"]
     assert choose_float_inputs(errors, 1000, 0.13) == ["cheap", "large", "dear"]
