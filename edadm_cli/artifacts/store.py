@@ -23,13 +23,13 @@ from edadm_cli.artifacts.files import explained_os_errors
 from edadm_cli.artifacts.identity import SCHEMA_VERSION, compute_identity, differences
 from edadm_cli.artifacts.locks import BeingReadError, read_lock, write_lock
 from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, now, read_manifest
+from edadm_cli.bits import BitWidth
 from edadm_cli.engine_config import CACHE_NAMES, FeaturesName
-from edadm_cli.errors import InputError, quoted
+from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.processes import ALONE, Processes
 
 _CHANGES_SHOWN = 5
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
-_BITS = re.compile(r"^w\d+(\.\d+)?(mib)?a\d$")
 _CACHE = re.compile(rf"-({'|'.join(CACHE_NAMES)})(?:-(.+))?$")
 
 
@@ -323,7 +323,7 @@ def _flags_of_name(kind: str, name: str) -> list[str]:
     if features:
         return [*_flags_of_name(kind, name.removesuffix(f"-{features[0]}")), "--features", features[0]]
     parts = name.split("-")
-    bits = list(takewhile(_BITS.match, parts))
+    bits = list(takewhile(_is_bit_width, parts))
     rest = parts[len(bits) :]
     flags = ["--bits", ",".join(bits)] if bits else []
     if kind == "bench" and len(rest) > 1:
@@ -331,3 +331,11 @@ def _flags_of_name(kind: str, name: str) -> list[str]:
     if rest == ["comfyui"]:
         return [*flags, "--format", "comfyui"]
     return [*flags, "--engine", "-".join(rest)] if bits and rest else flags
+
+
+def _is_bit_width(text: str) -> bool:
+    try:
+        BitWidth.parse(text)
+    except UsageError:
+        return False
+    return True

@@ -307,6 +307,7 @@ def test_names_cannot_leave_the_run_folder(run: RunFolder, name: str) -> None:
         ("evaluate", "w4a8-inception-first-block-0.08", "--bits w4a8 --features inception --cache first-block:0.08"),
         ("evaluate", "w4a8-my-own-engine-taylorseer", "--bits w4a8 --engine my-own-engine --cache taylorseer"),
         ("export", "w4.5a8", "--bits w4.5a8"),
+        ("export", "w4g32a8", "--bits w4g32a8"),
         ("evaluate", "w1.8miba8-openvino", "--bits w1.8miba8 --engine openvino"),
         ("engine", "w8a8-comfyui", "--bits w8a8 --format comfyui"),
     ],
