@@ -89,7 +89,7 @@ def quantize_to_nearest(denoiser: nn.Module, recipe: Recipe, bits: BitWidth, cal
 
 
 def nearest_ranges(
-    denoiser: nn.Module, recipe: Recipe, bits: BitWidth, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
+    denoiser: nn.Module, recipe: Recipe, bits: BitWidth, calls: Iterable[Call]
 ) -> tuple[QuantizationPlan, dict[str, Tensor]]:
     """Returns what `round_to_nearest` needs; see `quantize_to_nearest` for the arguments. The denoiser is not changed.
 
