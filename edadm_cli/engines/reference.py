@@ -37,7 +37,7 @@ class ReferenceEngine(Engine):
     def refusal(self, device: torch.device) -> str | None:
         """Returns a sentence if `device` is a CUDA device and there is none; `None` otherwise."""
         if device.type == "cuda" and not torch.cuda.is_available():
-            return "The engine 'reference' was to run on CUDA, and this machine has no CUDA device."
+            return "The engine 'reference' cannot run on CUDA here, because this machine has no CUDA device."
         return None
 
     def layer_refusal(self, layer: QuantizedLayer) -> str | None:

@@ -56,7 +56,7 @@ class OnnxRuntimeEngine(FileEngine):
         """Returns a sentence for any device but a CPU, and for a missing package; `None` if the engine can run."""
         if device.type not in self.device_types:
             return (
-                f"The engine '{self.name}' was to run on {device.type}, and ONNX Runtime multiplies integers on CPUs"
+                f"The engine '{self.name}' does not run on {device.type}: ONNX Runtime multiplies integers on CPUs"
                 " only; the exported file runs in other providers, in floating point."
             )
         missing = [package for package in PACKAGES if find_spec(package) is None]
