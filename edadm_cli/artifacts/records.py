@@ -208,6 +208,7 @@ class CallTime(Record):
     calls: int = Field(ge=1, description="timed calls of each")
     factor: float = Field(gt=0, description="how many times as fast the export is")
     layers: dict[str, int] = Field({}, description="element type -> layers that this engine computes in it")
+    attention: dict[str, int] = Field({}, description="element type -> attentions whose products are computed in it")
 
 
 class ExportRecord(StageRecord):

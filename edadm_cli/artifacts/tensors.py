@@ -96,6 +96,26 @@ def load_tensors(
             raise InputError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
+def load_pickled_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads named tensors from a file that `torch.save` wrote. Nothing in the file is run.
+
+    Raises:
+        InputError: The file cannot be read so, or it holds something else than named tensors.
+    """
+    import torch
+
+    refusal = InputError(f"{path} is not a readable file of weights that holds tensors only.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises errors of any kind for bytes that it cannot read
+        raise refusal from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise refusal
+    return state
+
+
 def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
     """Reads the names, element types and shapes of a safetensors file without its tensors.
 

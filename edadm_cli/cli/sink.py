@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from edadm_cli.errors import UsageError
+
+_WIDTH_OF_LOGS = 120
+_NARROWEST = 72  # columns of a narrower table would hold nothing
 
 
 class Output(Enum):
@@ -61,6 +65,11 @@ def write_line(text: str) -> None:
     print(text, flush=True)
 
 
-def _width() -> int | None:
-    """Returns a fixed width if stdout is not a terminal, so that tables in logs do not depend on the environment."""
-    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+def _width() -> int:
+    """Returns the width of the terminal, as far as a table fits into it.
+
+    It is fixed if stdout is not a terminal, so that tables in logs do not depend on the environment.
+    """
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return _WIDTH_OF_LOGS
+    return max(_NARROWEST, shutil.get_terminal_size().columns)

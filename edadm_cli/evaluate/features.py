@@ -11,7 +11,6 @@ References:
 from __future__ import annotations
 
 import hashlib
-import pickle
 from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
+from edadm_cli.artifacts.tensors import load_pickled_tensors
 from edadm_cli.errors import InputError
 from edadm_cli.evaluate.datasets import is_offline
 from edadm_cli.hooks import Hooks
@@ -164,10 +164,7 @@ def check_inception_weights(path: Path) -> None:
     """
     if not path.is_file():
         raise InputError(f"The Inception weights were expected in {path}, but there is no such file.")
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is not a readable file of weights that holds tensors only.") from error
+    load_pickled_tensors(path)
 
 
 def digits_digest() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from edadm_cli.artifacts import CallTime, RunFolder
-from edadm_cli.engines.base import MIXED, CompiledDenoiser, EngineOptions
+from edadm_cli.engines.base import MIXED, CompiledDenoiser, EngineOptions, LayerExecution
 from edadm_cli.engines.files import example
 from edadm_cli.engines.isolation import IsolatedProcess, ProcessLostError
 from edadm_cli.engines.registry import default_engine
@@ -93,11 +93,20 @@ def speed_sentences(measured: CallTime) -> list[str]:
         speed = f"The export is not faster on this machine: {times}. edadm bench shows where the time goes."
     else:
         speed = f"The export is {measured.factor:.3g} times as fast on this machine: {times}."
-    counts = ", ".join(
-        f"{count:,} layers {'partly in int8' if precision == MIXED else f'in {precision}'}"
-        for precision, count in measured.layers.items()
-    )
-    return [speed, f"The engine '{measured.engine}' computes {counts}."] if counts else [speed]
+    counts = [f"{count:,} layers {_in(precision)}" for precision, count in measured.layers.items()]
+    counts += [f"the products of {count:,} attentions {_in(name)}" for name, count in measured.attention.items()]
+    if not counts:
+        return [speed]
+    listed = " and ".join([*([", ".join(counts[:-1])] if counts[:-1] else []), counts[-1]])
+    return [speed, f"The engine '{measured.engine}' computes {listed}."]
+
+
+def _in(precision: str) -> str:
+    return "partly in int8" if precision == MIXED else f"in {precision}"
+
+
+def _by_precision(layers: Iterable[LayerExecution]) -> dict[str, int]:
+    return dict(sorted(Counter(layer.precision for layer in layers).items()))
 
 
 class _Pair:
@@ -143,6 +152,7 @@ class _Pair:
                     f" {max(values):.3g} ms.",
                     hint="edadm bench",
                 )
+        layers = self.exported.layers
         return CallTime(
             engine=self.engine.name,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -150,7 +160,8 @@ class _Pair:
             full_precision_milliseconds=full,
             calls=len(times[0]),
             factor=full / exported,
-            layers=dict(sorted(Counter(layer.precision for layer in self.exported.layers).items())),
+            layers=_by_precision(layer for layer in layers if layer.kind != "attention"),
+            attention=_by_precision(layer for layer in layers if layer.kind == "attention"),
         )
 
     def _call(self, contender: Callable[..., Any]) -> float:

@@ -12,11 +12,11 @@ References:
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edadm_cli.artifacts.tensors import load_pickled_tensors
 from edadm_cli.errors import InputError, missing_package
 from edadm_cli.metrics.base import Context, Metric, Value
 
@@ -112,11 +112,7 @@ def _alexnet(path: Path | None) -> dict[str, Tensor]:
             f"LPIPS needs the ImageNet weights of torchvision's AlexNet, expected in {path}, which is missing.",
             hint=f"download https://download.pytorch.org/models/{CACHED_FILE} and give it with --lpips-weights FILE",
         )
-    try:
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is not a readable file of weights that holds tensors only.") from error
-    return state
+    return load_pickled_tensors(path)
 
 
 def _levels(images: Tensor, network: nn.Module) -> Tensor:

@@ -259,7 +259,7 @@ def transform_named(name: str) -> Transform:
     if name not in known:
         raise UsageError(
             f"There is no transform '{name}'; known are {', '.join(sorted(known))}.",
-            hint=f"a package that registers it, by an entry point of the group {GROUP}",
+            hint=f"install the package that brings it, by an entry point of the group {GROUP}",
         )
     return known[name]
 

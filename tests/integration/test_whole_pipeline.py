@@ -92,6 +92,7 @@ def test_the_export_and_full_precision_are_timed_on_the_engine_that_load_chooses
     assert (measured.engine, measured.dtype, measured.calls) == ("openvino", "float32", 9)
     assert measured.factor == pytest.approx(measured.full_precision_milliseconds / measured.milliseconds)
     assert measured.layers["int8"] > 20
+    assert sum(measured.attention.values()) > 0
 
 
 def test_the_verdict_says_whether_the_export_is_faster_or_why_nobody_knows(
@@ -103,6 +104,10 @@ def test_the_verdict_says_whether_the_export_is_faster_or_why_nobody_knows(
     assert speed_sentences(slow)[0].startswith("The export is not faster on this machine")
     assert speed_sentences(fast)[0].startswith("The export is 2 times as fast on this machine")
     assert speed_sentences(fast)[1] == "The engine 'openvino' computes 83 layers in int8."
+    attention = fast.model_copy(update={"attention": {"float32": 12}})
+    assert speed_sentences(attention)[1] == (
+        "The engine 'openvino' computes 83 layers in int8 and the products of 12 attentions in float32."
+    )
 
     monkeypatch.setattr(stage, "SMALLEST", 0)
     monkeypatch.setattr(stage, "time_calls", lambda *_: slow)

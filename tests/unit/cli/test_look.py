@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_a_run_shows_everything_in_it(capsys: pytest.CaptureFixture[str]) -> Non
     assert "reconstruct" in capsys.readouterr().out
     assert main(["inspect", str(RUN / "collect")]) == 0
     assert "data.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["1", "20", "-5", "many"])
+def test_a_table_is_never_too_narrow_for_its_content(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["inspect"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"\b{part}", text) for part in ("collect", "w4a8", "intact"))
+    assert len(text.splitlines()) < 100
 
 
 def test_tensors_are_counted_by_element_type_in_the_table() -> None:
