@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -343,9 +344,16 @@ def best_tiles(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], tuple[str, f
 
 
 def tile_of(text: str) -> AnyTile:
-    """Returns the tile of a `repr`."""
-    tile: AnyTile = eval(text, {"Tile": tiles.Tile, "ProductTile": product.ProductTile})
-    return tile
+    """Returns the tile of a `repr`.
+
+    Raises:
+        ValueError: The text is something else; nothing of it runs as code.
+    """
+    kinds: dict[str, type[AnyTile]] = {"Tile": tiles.Tile, "ProductTile": product.ProductTile}
+    call = ast.parse(text, mode="eval").body
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in kinds) or call.args:
+        raise ValueError(f"a tile such as {kinds['Tile'](64, 64, 64, 4, 3)!r} is expected, found {text!r}")
+    return kinds[call.func.id](**{str(field.arg): ast.literal_eval(field.value) for field in call.keywords})
 
 
 def use_tiles(best: dict[tuple[Any, ...], tuple[str, float, float]], gain: float) -> int:

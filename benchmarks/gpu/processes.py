@@ -60,9 +60,10 @@ class Running:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
-    def result(self, others: list[Running]) -> str:
-        """Returns the line of JSON of a compiled case with its name, which is timed while the others are stopped."""
+    def result(self, running: list[Running]) -> str:
+        """Returns the line of JSON of a compiled case with its name; all others that run are stopped while it is timed."""
         assert self.process.stdin is not None
+        others = [other for other in running if other is not self]
         for other in others:
             other.send(signal.SIGSTOP)
         self.process.stdin.write(b"\n")
@@ -91,6 +92,7 @@ class Running:
         """Ends the process and those that it has started."""
         self.send(signal.SIGKILL)
         self.process.wait()
+        self.errors.close()
 
 
 def add_line(line: str, path: Path | None) -> None:
@@ -122,7 +124,7 @@ def unfinished(cases: list[str], path: Path | None, settings: dict[str, Any]) ->
 
 
 def measure(cases: list[str], command: list[str], at_once: int, cap: float, seconds: float) -> Iterator[str]:
-    """Yields a line of JSON per case.
+    """Yields a line of JSON per case; no process is left over when the iteration ends, however it ends.
 
     Args:
         cases: The cases.
@@ -134,17 +136,22 @@ def measure(cases: list[str], command: list[str], at_once: int, cap: float, seco
     last = time.monotonic() + seconds
     running: list[Running] = []
     waiting = list(cases)
-    while waiting or running:
-        while waiting and len(running) < at_once and time.monotonic() < last:
-            running.append(Running.start(waiting.pop(0), command, cap))
-        if not running:
-            yield json.dumps({"case": waiting.pop(0), "skipped": "no time left"})
-            continue
-        for case in list(running):
-            line = case.line(0.2)
-            if line and line.strip() != COMPILED:  # something that a library prints
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once and time.monotonic() < last:
+                running.append(Running.start(waiting.pop(0), command, cap))
+            if not running:
+                yield json.dumps({"case": waiting.pop(0), "skipped": "no time left"})
                 continue
-            if line is None and time.monotonic() < min(case.deadline, last):
-                continue
-            running.remove(case)
-            yield case.result(running) if line else case.failure(ended=line is not None)
+            for case in list(running):
+                line = case.line(0.2)
+                if line and line.strip() != COMPILED:  # something that a library prints
+                    continue
+                if line is None and time.monotonic() < min(case.deadline, last):
+                    continue
+                result = case.result(running) if line else case.failure(ended=line is not None)
+                running.remove(case)
+                yield result
+    finally:  # the processes have a session of their own, so that an interrupt does not reach them
+        for case in running:
+            case.end()

@@ -150,7 +150,8 @@ def contenders(networks: Networks, rows: int, wants_compile: bool) -> dict[str, 
     ready: dict[str, Callable[[], Any]] = {}
     full_call, half_call = networks.call(rows), networks.call(rows, torch.float16)
     on_cuda = networks.device.type == "cuda"
-    half_call[0][0].copy_(half_call[0][0].contiguous(memory_format=torch.channels_last))
+    (sample, *others), named = half_call
+    half_call = (sample.contiguous(memory_format=torch.channels_last), *others), named
 
     def add(name: str, function: Callable[..., Any], call: Call) -> None:
         def run() -> Any:

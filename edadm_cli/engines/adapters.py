@@ -170,11 +170,6 @@ def strengths_of(denoiser: nn.Module) -> dict[tuple[str, str], float]:
     return strengths
 
 
-def has_adapters(denoiser: nn.Module) -> bool:
-    """Returns whether PEFT has put adapters around layers of a denoiser."""
-    return any(_is_adapted(module) for module in denoiser.modules())
-
-
 def _is_adapted(module: nn.Module) -> bool:
     return isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer")
 

@@ -53,7 +53,7 @@ class ReferenceEngine(Engine):
         copied = nn.Module.to(copy.deepcopy(denoiser), device=options.device, dtype=options.rest_dtype)
         copied.eval().requires_grad_(False)
         use_arithmetic(copied, "integer")
-        return _ReferenceDenoiser(copied, options.rest_dtype)
+        return _ReferenceDenoiser(copied, options)
 
     def compile_layer(self, layer: QuantizedLayer, x: Tensor, options: EngineOptions) -> Callable[[Tensor], Tensor]:
         """Returns a copy of the layer that uses integer arithmetic."""
@@ -63,8 +63,8 @@ class ReferenceEngine(Engine):
 
 
 class _ReferenceDenoiser(CompiledDenoiser):
-    def __init__(self, denoiser: nn.Module, rest_dtype: torch.dtype) -> None:
-        self._denoiser, self._dtype = denoiser, rest_dtype
+    def __init__(self, denoiser: nn.Module, options: EngineOptions) -> None:
+        self._denoiser, self._dtype, self._device = denoiser, options.rest_dtype, options.device
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,12 +85,12 @@ class _ReferenceDenoiser(CompiledDenoiser):
         layers = quantized_layers(self._denoiser)
 
         def begin(name: str) -> Callable[..., None]:
-            return lambda *_: times.setdefault(name, []).append(-_now())
+            return lambda *_: times.setdefault(name, []).append(-self._now())
 
         def end(name: str) -> Callable[..., None]:
-            return lambda *_: times[name].append(times[name].pop() + _now())
+            return lambda *_: times[name].append(times[name].pop() + self._now())
 
-        started = _now()
+        started = self._now()
         with Hooks() as hooks:
             for name, layer in layers.items():
                 hooks.before(layer, begin(name))
@@ -100,14 +100,14 @@ class _ReferenceDenoiser(CompiledDenoiser):
             OperationTime(name, layers[name].operation.kind, "int8", 1e3 * sum(seconds))
             for name, seconds in times.items()
         ]
-        rest = 1e3 * (_now() - started) - sum(row.milliseconds for row in rows)
+        rest = 1e3 * (self._now() - started) - sum(row.milliseconds for row in rows)
         return [*rows, OperationTime("all else", "other", str(self._dtype).removeprefix("torch."), rest)]
 
-
-def _now() -> float:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    def _now(self) -> float:
+        """Returns the seconds of the clock when everything that was launched on the device has run."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 def use_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> int:

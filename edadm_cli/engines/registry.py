@@ -51,23 +51,35 @@ def engine(name: str) -> Engine:
     if name not in _ENGINES and name not in outside:
         raise UsageError(f"There is no engine '{name}'; there are {', '.join(engine_names())}.", hint="edadm engines")
     try:
-        if name in outside:
-            make: Callable[[], object] = outside[name].load()
-        else:
-            module, cls = _ENGINES[name]
-            make = getattr(import_module(module), cls)
+        return _made_outside(name, outside[name]) if name in outside else _made_here(*_ENGINES[name])
     except ModuleNotFoundError as error:
         raise missing_package(error, f"The engine '{name}'") from error
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # a library of another version may lack a name
         raise MachineError(f"The libraries of the engine '{name}' cannot be loaded: {error}.") from error
+
+
+def _made_here(module: str, cls: str) -> Engine:
+    """Returns an engine of this package."""
+    made: Engine = getattr(import_module(module), cls)()
+    return made
+
+
+def _made_outside(name: str, point: EntryPoint) -> Engine:
+    """Returns the engine of another package.
+
+    Raises:
+        MachineError: The entry point does not exist, or is not an engine of this name.
+    """
+    try:
+        make: Callable[[], object] = point.load()
     except AttributeError as error:
-        raise MachineError(f"{outside[name].value} of the group {ENTRY_POINTS} does not exist.") from error
+        raise MachineError(f"{point.value} of the group {ENTRY_POINTS} does not exist.") from error
     try:
         made = make()
     except TypeError:
         made = None
     if not isinstance(made, Engine) or made.name != name:
-        raise MachineError(f"{outside[name].value} of the group {ENTRY_POINTS} is no engine with the name '{name}'.")
+        raise MachineError(f"{point.value} of the group {ENTRY_POINTS} is no engine with the name '{name}'.")
     return made
 
 

@@ -78,7 +78,7 @@ class Evaluator:
     real: RealFeatures | None
     prompts: Sequence[str] | None
     labels: Tensor | None
-    _features: dict[int, Features] = field(default_factory=dict)
+    _features: dict[SampledImages, Features] = field(default_factory=dict)
 
     def values(self, images: SampledImages, reference: SampledImages, paired: bool) -> dict[str, Value]:
         """Returns the paired metrics of a set of images, or the others, by name.
@@ -105,9 +105,9 @@ class Evaluator:
     def features(self, images: SampledImages) -> Features:
         """Returns the features of a set of images."""
         assert self.space is not None, "a metric in features needs a feature extractor"
-        if id(images) not in self._features:
-            self._features[id(images)] = self.space.extract(images)
-        return self._features[id(images)]
+        if images not in self._features:
+            self._features[images] = self.space.extract(images)
+        return self._features[images]
 
     def cautions(self, num_images: int) -> list[str]:
         """Returns a warning for each metric whose value depends strongly on the number of images."""

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from edadm_kernels import reference
 from edadm_kernels.attention_kernels import attention_kernel
 from edadm_kernels.backend import uses_hopper
-from edadm_kernels.checks import check_heads, check_output_grid, check_rows
+from edadm_kernels.checks import check_bits, check_device, check_heads, check_numbers, check_output_grid, check_rows
 from edadm_kernels.hopper import attention as hopper_attention
 from edadm_kernels.hopper import attention_variant
-from edadm_kernels.launching import PROGRAM_SHARED_BYTES, arch_of, on_device_of, overlap
+from edadm_kernels.launching import PROGRAM_SHARED_BYTES, arch_of, grid_parts, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
 from edadm_kernels.operation import operation
 from edadm_kernels.pack import CODE_OFFSET
@@ -115,15 +115,33 @@ def attention_quantize(
         grid = hopper_attention.Grid(out_scale, out_zero_point, bits=num_bits)
         hopper_attention.launch_attention(split[0], split[1], split[2], scale, [out], [grid])
     else:
-        width = q.shape[2] // heads
-        tile = _tile(arch_of(q), width, q.shape[1], k.shape[1])
         with on_device_of(q):
-            attention_kernel[(triton.cdiv(q.shape[1], tile["BM"]), q.shape[0] * heads)](
-                q, k, v, out_scale, out_zero_point, out, q.shape[1], k.shape[1], q.stride(1), k.stride(1), v.stride(1),
-                scale * math.log2(math.e), QUANT_MAX=(1 << num_bits) - 1, HEADS=heads, **_pieces(width),
-                **tile, **_options(tile), **overlap(arch_of(q)),
-            )  # fmt: skip
+            for part in grid_parts(len(q), heads):
+                ends = (out_scale, out_zero_point, out[part], num_bits)
+                _launch(q[part], k[part], v[part], heads, scale, *ends)
     return out
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    out: Tensor,
+    num_bits: int,
+) -> None:
+    """Fills `out` by the kernel in Triton; the arguments are those of `attention_quantize`, checked."""
+    samples, queries, channels = q.shape
+    width, keys = channels // heads, k.shape[1]
+    tile = _tile(arch_of(q), width, queries, keys)
+    attention_kernel[(triton.cdiv(queries, tile["BM"]), samples * heads)](
+        q, k, v, out_scale, out_zero_point, out, queries, keys, q.stride(1), k.stride(1), v.stride(1),
+        scale * math.log2(math.e), QUANT_MAX=(1 << num_bits) - 1, HEADS=heads, **_pieces(width),
+        **tile, **_options(tile), **overlap(arch_of(q)),
+    )  # fmt: skip
 
 
 def _empty_attended(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -185,6 +203,10 @@ def _empty_codes(
             f"one grid, or two with 0 to {queries} queries on the first are expected, found "
             f"{len(inverse_scales)} scales, {len(shifts)} shifts, {len(num_bits)} numbers of bits, and {first}"
         )
+    check_numbers(*inverse_scales, *shifts)
+    check_device(q, *inverse_scales, *shifts)
+    for bits in num_bits:
+        check_bits(bits)
     return [q.new_empty(samples, count, heads * width, dtype=torch.int8) for count in counts]
 
 
@@ -217,7 +239,9 @@ def attend_to_codes(
         int8 `[N, T, heads * d]`, or with two grids one such tensor per grid.
 
     Raises:
-        ValueError: A shape is not the stated one, there are no keys, or the numbers of scales, shifts and bits differ.
+        TypeError: A scale or a shift is not float32.
+        ValueError: A shape, a device or a number of bits is not the stated one, there are no keys, or the numbers of
+            scales, shifts and bits differ.
     """
     outs = _empty_codes(q, k, v, scale, inverse_scales, shifts, num_bits, first, bias)
     if q.dtype == torch.float16 and attend_takes(q, k, v, scale, bias):

@@ -12,10 +12,10 @@ from torch import Tensor
 from edadm_kernels import reference
 from edadm_kernels.attention_codes_kernels import codes_kernel, extremes_kernel, grid_codes_kernel
 from edadm_kernels.backend import uses_hopper, uses_kernel
-from edadm_kernels.checks import check_device, check_floating, check_heads, check_size
+from edadm_kernels.checks import check_bits, check_device, check_floating, check_heads, check_numbers, check_size
 from edadm_kernels.hopper import ARCHITECTURE
 from edadm_kernels.hopper import attention_int8 as hopper
-from edadm_kernels.launching import arch_of, on_device_of, overlap
+from edadm_kernels.launching import arch_of, grid_parts, on_device_of, overlap
 from edadm_kernels.norm_plans import next_power_of_two
 from edadm_kernels.operation import operation
 from edadm_kernels.reference.attention import KEY_BLOCK, Codes, empty_codes, row_of
@@ -47,11 +47,32 @@ def _empty(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return torch.empty(samples, queries, heads, width, dtype=q.dtype, device=q.device)
 
 
+def _empty_on_grids(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    p_scale: Tensor,
+    operand_bits: int,
+    weight_bits: int,
+) -> Tensor:
+    """Checks the arguments of `attend_on_grids` and returns an empty output `[N, T, heads, d]`."""
+    check_bits(operand_bits)
+    check_bits(weight_bits)
+    scales = (q_scale, k_scale, v_scale, p_scale)
+    check_numbers(*scales)
+    check_device(q, *scales)
+    return _empty(q, k, v)
+
+
 @operation("attend_int8", empty=_empty)
 def _attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     out = _empty(q, k, v)
     codes = _codes(q, k, v) if uses_kernel(q) else reference.attention_codes(q, k, v)
-    if uses_hopper(q) and hopper.takes(q.shape[3], scale, q.dtype):
+    if uses_hopper(q) and hopper.takes(q, k, scale):
         hopper.launch_attention(codes, scale, out)
         return out
     return out.copy_(reference.attend_codes(codes, scale, q.dtype))
@@ -83,7 +104,7 @@ def attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return _attend_int8(q, k, v, scale).transpose(1, 2)
 
 
-@operation("attend_on_grids", empty=_empty)
+@operation("attend_on_grids", empty=_empty_on_grids)
 def _attend_on_grids(
     q: Tensor,
     k: Tensor,
@@ -96,9 +117,9 @@ def _attend_on_grids(
     operand_bits: int,
     weight_bits: int,
 ) -> Tensor:
-    out = _empty(q, k, v)
     scales = (q_scale, k_scale, v_scale, p_scale)
-    if not (uses_hopper(q) and hopper.takes(q.shape[3], scale, q.dtype)):
+    out = _empty_on_grids(q, k, v, scale, *scales, operand_bits, weight_bits)
+    if not (uses_hopper(q) and hopper.takes(q, k, scale)):
         return out.copy_(reference.attend_on_grids(q, k, v, scale, scales, (operand_bits, weight_bits)))
     hopper.launch_on_grids(_grid_codes(q, k, v, scales, operand_bits), p_scale, weight_bits, scale, out)
     return out
@@ -134,24 +155,32 @@ def attend_on_grids(
 
     Raises:
         TypeError: A dtype is not the stated one.
-        ValueError: A shape or a layout is not the stated one.
+        ValueError: A shape, a layout, a device or a number of bits is not the stated one.
     """
     return _attend_on_grids(q, k, v, scale, *scales, operand_bits, weight_bits).transpose(1, 2)
 
 
-def attend_int8_takes(q: Tensor, scale: float) -> bool:
-    """Returns whether a kernel computes `attend_int8` for `q [N, heads, T, d]`.
+def attend_int8_takes(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Returns whether a kernel computes `attend_int8` for `q [N, heads, T, d]` and `k [N, heads, S, d]`.
 
     For tensors on the meta device the answer is that of compute capability 9.0.
     """
-    return (q.is_meta or uses_hopper(q)) and hopper.takes(q.shape[3], scale, q.dtype)
+    return (q.is_meta or uses_hopper(q)) and hopper.takes(q, k, scale)
 
 
 def _codes(q: Tensor, k: Tensor, v: Tensor) -> Codes:
     """Quantizes the operands with two kernels: the first finds the extremes of keys and values."""
+    codes = empty_codes(q, k)
+    with on_device_of(q):
+        for part in grid_parts(len(q), q.shape[1]):
+            _fill(codes.of(part), q[part], k[part], v[part])
+    return codes
+
+
+def _fill(codes: Codes, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Fills the codes of as many samples as fit one grid."""
     samples, heads, queries, width = q.shape
     keys = k.shape[2]
-    codes = empty_codes(q, k)
     chunk = _chunk(keys)
     chunks = triton.cdiv(keys, chunk)
     extremes = torch.empty(2, samples * heads, chunks, 2, width, dtype=torch.float32, device=q.device)
@@ -159,32 +188,38 @@ def _codes(q: Tensor, k: Tensor, v: Tensor) -> Codes:
     blocks = (triton.cdiv(queries, KEY_BLOCK), triton.cdiv(keys, KEY_BLOCK))
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **overlap(arch_of(q))}
     k_steps, v_steps = k.stride()[:3], v.stride()[:3]
-    with on_device_of(q):
-        extremes_kernel[(chunks, samples * heads, 2)](
-            k, v, extremes, keys, heads, chunks, *k_steps, *v_steps, **sizes, TOKENS=TOKENS, CHUNK=chunk, **options
-        )
-        codes_kernel[(blocks[0] + 2 * blocks[1], samples * heads)](
-            q, k, v, extremes, codes.q, codes.k, codes.v, codes.q_scale, codes.k_scale, codes.v_scale, codes.v_center,
-            queries, keys, heads, chunks, *blocks, codes.v.shape[3], *q.stride()[:3], *k_steps, *v_steps,
-            **sizes, ROW=row_of(width), TOKENS=KEY_BLOCK, CHUNKS=next_power_of_two(chunks), **options,
-        )  # fmt: skip
-    return codes
+    extremes_kernel[(chunks, samples * heads, 2)](
+        k, v, extremes, keys, heads, chunks, *k_steps, *v_steps, **sizes, TOKENS=TOKENS, CHUNK=chunk, **options
+    )
+    codes_kernel[(blocks[0] + 2 * blocks[1], samples * heads)](
+        q, k, v, extremes, codes.q, codes.k, codes.v, codes.q_scale, codes.k_scale, codes.v_scale, codes.v_center,
+        queries, keys, heads, chunks, *blocks, codes.v.shape[3], *q.stride()[:3], *k_steps, *v_steps,
+        **sizes, ROW=row_of(width), TOKENS=KEY_BLOCK, CHUNKS=next_power_of_two(chunks), **options,
+    )  # fmt: skip
 
 
 def _grid_codes(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor, Tensor, Tensor], bits: int) -> Codes:
     """Quantizes the operands on grids that have one scale each."""
+    codes = empty_codes(q, k)
+    with on_device_of(q):
+        for part in grid_parts(len(q), q.shape[1]):
+            _fill_on_grids(codes.of(part), q[part], k[part], v[part], scales, bits)
+    return replace(codes, q_scale=scales[0], k_scale=scales[1], v_scale=scales[2])
+
+
+def _fill_on_grids(
+    codes: Codes, q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor, Tensor, Tensor], bits: int
+) -> None:
+    """Fills the codes of as many samples as fit one grid; those of `codes` that are scales stay as they are."""
     samples, heads, queries, width = q.shape
     keys = k.shape[2]
-    codes = replace(empty_codes(q, k), q_scale=scales[0], k_scale=scales[1], v_scale=scales[2])
     blocks = (triton.cdiv(queries, KEY_BLOCK), triton.cdiv(keys, KEY_BLOCK))
-    with on_device_of(q):
-        grid_codes_kernel[(blocks[0] + 2 * blocks[1], samples * heads)](
-            q, k, v, codes.q, codes.k, codes.v, *scales[:3], queries, keys, heads, *blocks, codes.v.shape[3],
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], WIDTH=width, PADDED=next_power_of_two(width),
-            ROW=row_of(width), TOKENS=KEY_BLOCK, LOW=-(1 << (bits - 1)), HIGH=(1 << (bits - 1)) - 1,
-            num_warps=NUM_WARPS, enable_fp_fusion=False, **overlap(arch_of(q)),
-        )  # fmt: skip
-    return codes
+    grid_codes_kernel[(blocks[0] + 2 * blocks[1], samples * heads)](
+        q, k, v, codes.q, codes.k, codes.v, *scales[:3], queries, keys, heads, *blocks, codes.v.shape[3],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], WIDTH=width, PADDED=next_power_of_two(width),
+        ROW=row_of(width), TOKENS=KEY_BLOCK, LOW=-(1 << (bits - 1)), HIGH=(1 << (bits - 1)) - 1,
+        num_warps=NUM_WARPS, enable_fp_fusion=False, **overlap(arch_of(q)),
+    )  # fmt: skip
 
 
 def _chunk(keys: int) -> int:

@@ -51,6 +51,15 @@ def check_quantizers(scales: Tensor, zero_points: Tensor, count: int | None = No
         raise ValueError(f"1 to {MAX_QUANTIZERS} scales and as many zero-points are expected, found {sizes}")
 
 
+def check_numbers(*numbers: Tensor) -> None:
+    """Raises an error unless every tensor is one float32 number: a kernel reads the first four bytes of each."""
+    for number in numbers:
+        if number.dtype != torch.float32:
+            raise TypeError(f"a float32 number is expected, found {number.dtype}; convert it with .to()")
+        if number.numel() != 1:
+            raise ValueError(f"a tensor with one number is expected, found {number.numel()}")
+
+
 def check_rows(x: Tensor) -> None:
     """Raises a ValueError unless the rows of `x` `[N, T, C]` are contiguous and evenly spaced across all samples."""
     has_neighbours = x.ndim == 3 and x.shape[0] > 1 and x.shape[1] > 0

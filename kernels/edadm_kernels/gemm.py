@@ -213,8 +213,7 @@ def linear_gelu(
 ) -> Tensor:
     """Computes the first half of a feed-forward layer, quantized for the second: `quantize(gelu(linear(...)))`.
 
-    gelu is the approximation by a hyperbolic tangent. Between the product and the codes, the kernel for compute
-    capability 9.0 rounds to float32 and the others to float16.
+    gelu is the approximation by a hyperbolic tangent. Everything between the sums and the codes is float32.
 
     Args:
         x: Codes `[M, K]`, int8, contiguous.
@@ -242,7 +241,7 @@ def linear_gelu(
         gelu = (out_scale, out_zero_point, 2**num_bits - 1)
         matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], [gelu])
         return out
-    y = x.new_empty(out.shape, dtype=torch.float16)
+    y = x.new_empty(out.shape, dtype=torch.float32)
     fill_linear(x, weight, scale, correction, bias, None, y)
     return quantize(torch.nn.functional.gelu(y, approximate="tanh"), out_scale, out_zero_point, num_bits)
 

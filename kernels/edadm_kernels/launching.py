@@ -6,6 +6,7 @@ inside for the results of that kernel (programmatic dependent launch). Its progr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,8 @@ from edadm_kernels.tiles import INTERPRETER, known_arch
 
 # Shared memory per program by architecture; CUDA programming guide, table 27
 PROGRAM_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+MAX_GRID_ROWS = 65_535
+"""The largest size of a grid's second and third dimension; CUDA programming guide, table 27."""
 _OVERLAPPING = 90
 
 
@@ -41,6 +44,16 @@ def arch_of(x: Tensor) -> int:
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Returns a context for launches: Triton launches on the current device, wherever the arguments are."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def grid_parts(samples: int, rows_per_sample: int) -> Iterator[slice]:
+    """Yields ranges of samples whose rows of programs fit the second dimension of a grid; usually one of all samples.
+
+    Attention over the frames of a video has a sample per pixel, so its heads may be more than fit one grid.
+    """
+    most = max(1, MAX_GRID_ROWS // rows_per_sample)
+    for start in range(0, samples, most):
+        yield slice(start, min(start + most, samples))
 
 
 def overlap(arch: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edadm_kernels import reference
-from edadm_kernels.backend import uses_hopper, uses_kernel
+from edadm_kernels.backend import uses_hopper
 from edadm_kernels.checks import check_device, check_output_grid
 from edadm_kernels.gemm import check_matrices, fill_linear, linear, linear_gelu
 from edadm_kernels.hopper import few_rows, matrices
@@ -118,8 +118,8 @@ def linears_gelu(
     """
     members = (weights, scales, corrections, biases)
     outs = _empty_linears_gelu(x, *members, out_scale, out_zero_point, num_bits, out_dtype)
-    is_copied = uses_kernel(x) and uses_hopper(x) and matrices.takes_codes(outs[-1])
-    if is_copied and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
+    is_written = uses_hopper(x) and matrices.takes_codes(outs[-1])
+    if is_written and matrices.takes(x, weights, (*scales, *corrections), biases, out_dtype):
         tile = matrices.choose(x.shape[0], tuple(weight.shape[0] for weight in weights), x.shape[1])
         gelus = [*[None] * (len(weights) - 1), (out_scale, out_zero_point, 2**num_bits - 1)]
         matrices.launch_matrices(tile, x, *members, outs, gelus)
@@ -184,8 +184,8 @@ def linear_joined(
     """
     out = _empty_joined(x, more, weight, scale, correction, bias, out_dtype)
     has_both = x.shape[1] > 0 and more.shape[1] > 0
-    is_copied = has_both and uses_kernel(x) and uses_hopper(x) and x.shape[1] % matrices.MOST_CHANNELS == 0
-    if is_copied and matrices.takes(more, [weight], (x, scale, correction), [bias], out_dtype):
+    fills_steps = has_both and uses_hopper(x) and x.shape[1] % matrices.MOST_CHANNELS == 0
+    if fills_steps and matrices.takes(more, [weight], (x, scale, correction), [bias], out_dtype):
         tile = matrices.choose(x.shape[0], (weight.shape[0],), x.shape[1] + more.shape[1])
         matrices.launch_matrices(tile, x, [weight], [scale], [correction], [bias], [out], more=more)
         return out

@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edadm_kernels.backend import uses_hopper
-from edadm_kernels.checks import check_affine, check_bits, check_device, check_floating, check_quantizers
+from edadm_kernels.checks import (
+    MAX_ELEMENTS,
+    check_affine,
+    check_bits,
+    check_device,
+    check_floating,
+    check_numbers,
+    check_quantizers,
+)
 from edadm_kernels.hopper import group_norm as hopper_norm
 from edadm_kernels.launching import on_device_of
 from edadm_kernels.norm_launch import launch_group, launch_layer, launch_modulated, suits_hopper, variants
@@ -193,16 +201,7 @@ def _empty_modulated(
         check_floating(floating)
     check_bits(num_bits)
     check_device(x, scale, shift, inverse_scale, code_shift)
-    if inverse_scale.dtype != torch.float32 or code_shift.dtype != torch.float32:
-        raise TypeError(
-            "a float32 inverse scale and a float32 shift of the codes are expected, found "
-            f"{inverse_scale.dtype} and {code_shift.dtype}"
-        )
-    if inverse_scale.numel() != 1 or code_shift.numel() != 1:
-        raise ValueError(
-            "one inverse scale and one shift of the codes are expected, found "
-            f"{inverse_scale.numel()} and {code_shift.numel()}"
-        )
+    check_numbers(inverse_scale, code_shift)
     if x.ndim != 3 or scale.shape != (x.shape[0], x.shape[2]) or shift.shape != scale.shape:
         raise ValueError(
             "tokens [N, T, C], a scale and a shift [N, C] are expected, found "
@@ -273,5 +272,8 @@ def _check_group(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, more:
                 f"{x.dtype} {tuple(x.shape)}"
             )
     check_affine(weight, bias, channels)
+    elements = channels * x.shape[2] * x.shape[3]
+    if elements > MAX_ELEMENTS:
+        raise ValueError(f"images of at most {MAX_ELEMENTS} elements are expected, found {elements}")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"a number of groups that divides {channels} channels is expected, found {num_groups}")

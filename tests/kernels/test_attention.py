@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from edadm_kernels import attention_quantize, backend, reference
+from edadm_kernels import attend_to_codes, attention, attention_quantize, backend, launching, reference
 from edadm_kernels.attention import MAX_HEAD_WIDTH, _pieces, _tile
 from edadm_kernels.launching import PROGRAM_SHARED_BYTES
+from tests.kernels.operands import Grids
 
 SCALE = torch.tensor([0.013])
 ZERO_POINT = torch.tensor([120], dtype=torch.int32)
@@ -62,6 +64,40 @@ def test_codes_are_those_of_torchs_attention() -> None:
     expected = reference.quantize(attended, SCALE, ZERO_POINT)
     actual = attention_quantize(q, k, v, 4, 0.3, SCALE, ZERO_POINT)
     assert (actual.int() - expected.int()).abs().max() <= 1
+
+
+def test_more_heads_than_fit_one_grid_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = operands(5, 4, 3, 16)
+    whole = attention_quantize(q, k, v, 2, 0.3, SCALE, ZERO_POINT)
+    monkeypatch.setattr(launching, "MAX_GRID_ROWS", 5)
+    assert torch.equal(attention_quantize(q, k, v, 2, 0.3, SCALE, ZERO_POINT), whole)
+
+
+def test_no_grid_is_larger_than_a_gpu_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention over the 8 frames of a video has a sample per pixel of the latents: 2 rows of 64 by 64."""
+    grids = Grids()
+    monkeypatch.setattr(attention, "attention_kernel", grids)
+    frames = torch.zeros(2 * 64 * 64, 8, 8 * 8).half()
+    attention_quantize(frames, frames, frames, 8, 0.3, SCALE, ZERO_POINT)
+    assert sum(grid[1] for grid in grids.seen) == len(frames) * 8
+    assert max(grid[1] for grid in grids.seen) <= 65_535
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"inverse_scales": [torch.tensor(2.0).double()]}, TypeError),
+        ({"shifts": [torch.tensor(3)]}, TypeError),
+        ({"shifts": [torch.zeros(2)]}, ValueError),
+        ({"inverse_scales": [torch.ones(1, device="meta")]}, ValueError),
+        ({"num_bits": [9]}, ValueError),
+    ],
+)
+def test_codes_refuse_a_grid_that_a_kernel_would_misread(change: dict[str, Any], error: type[Exception]) -> None:
+    q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in operands(1, 3, 4, 16))
+    grid: dict[str, Any] = {"inverse_scales": [torch.ones(1)], "shifts": [torch.zeros(1)], "num_bits": [8]}
+    with pytest.raises(error, match="expected, found"):
+        attend_to_codes(q, k, v, 0.3, **{**grid, **change}, first=0)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from edadm_kernels import attend_int8, reference
-from edadm_kernels.attention_int8 import _codes
+from edadm_kernels import attend_int8, attend_on_grids, attention_int8, launching, reference
+from edadm_kernels.attention_int8 import _codes, _grid_codes
 from edadm_kernels.reference.attention import keys_of
+from tests.kernels.operands import Grids
 
 
 def operands(
@@ -34,6 +36,47 @@ def test_codes_of_the_kernels_are_those_of_the_reference(
     expected, codes = reference.attention_codes(q, k, v), _codes(q, k, v)
     for name in ("q_scale", "k_scale", "v_scale", "v_center", "q", "k", "v"):
         assert torch.equal(getattr(codes, name), getattr(expected, name)), name
+
+
+def test_more_heads_than_fit_one_grid_are_quantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = operands(5, 2, 4, 3, 8)
+    scales = tuple(torch.tensor([scale]) for scale in (0.03, 0.04, 0.05, 0.01))
+    whole = _codes(q, k, v), _grid_codes(q, k, v, scales, 8)
+    monkeypatch.setattr(launching, "MAX_GRID_ROWS", 5)
+    parts = _codes(q, k, v), _grid_codes(q, k, v, scales, 8)
+    for name in ("q_scale", "k_scale", "v_scale", "v_center", "q", "k", "v"):
+        assert torch.equal(getattr(parts[0], name), getattr(whole[0], name)), name
+    for name in ("q_scale", "k_scale", "v_scale", "q", "k", "v"):
+        assert torch.equal(getattr(parts[1], name), getattr(whole[1], name)), name
+
+
+def test_no_grid_is_larger_than_a_gpu_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = torch.zeros(2 * 64 * 64, 8, 2, 8).half()
+    kernels = {name: Grids() for name in ("extremes_kernel", "codes_kernel", "grid_codes_kernel")}
+    for name, grids in kernels.items():
+        monkeypatch.setattr(attention_int8, name, grids)
+    _codes(frames, frames, frames)
+    _grid_codes(frames, frames, frames, (torch.ones(1),) * 4, 8)
+    for grids in kernels.values():
+        assert sum(grid[1] for grid in grids.seen) == 2 * 64 * 64 * 8
+        assert max(grid[1] for grid in grids.seen) <= 65_535
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"scales": (torch.ones(1),) * 3 + (torch.ones(1).half(),)}, TypeError),
+        ({"scales": (torch.ones(2),) + (torch.ones(1),) * 3}, ValueError),
+        ({"scales": (torch.ones(1, device="meta"),) + (torch.ones(1),) * 3}, ValueError),
+        ({"operand_bits": 9}, ValueError),
+        ({"weight_bits": 9}, ValueError),
+    ],
+)
+def test_grids_that_a_kernel_would_misread_are_refused(change: dict[str, Any], error: type[Exception]) -> None:
+    q, k, v = operands(1, 2, 4, 3, 8)
+    grids: dict[str, Any] = {"scales": (torch.ones(1),) * 4, **change}
+    with pytest.raises(error, match="expected, found"):
+        attend_on_grids(q, k, v, 0.3, **grids)
 
 
 def test_every_key_has_one_slot() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edadm_kernels import attention_pays, hopper
+from edadm_kernels import attend_int8_takes, attention_pays, hopper
 from edadm_kernels.backend import backend, uses_hopper
 from edadm_kernels.hopper import attention, attention_int8, attention_variant, compilation, group_norm, product
 from edadm_kernels.hopper.product import SPLITS, TILES, Shape
@@ -223,6 +223,15 @@ def test_attention_takes_no_operands_that_do_not_fit(change: str) -> None:
     k = k.bfloat16() if change == "key-type" else k
     v = {"value-type": v.bfloat16(), "tokens": v[:, :, :7]}.get(change, v)
     assert not attention.takes(q, k, v, 0.1)
+
+
+def test_eight_bit_attention_takes_no_more_keys_than_a_sum_can_hold() -> None:
+    q = torch.empty(1, 1, 4, 64, dtype=torch.float16, device="meta")
+    most = (2**31 - 1) // (255 * 127)
+    few, many = (q.new_empty(1, 1, keys, 64) for keys in (most, most + 1))
+    assert attend_int8_takes(q, few, 0.1)
+    assert not attend_int8_takes(q, many, 0.1)
+    assert not attend_int8_takes(q.float(), few.float(), 0.1)
 
 
 def test_large_attention_is_torchs_where_triton_would_run_it() -> None:

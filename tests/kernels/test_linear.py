@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edadm_kernels import backend, linear, linear_geglu, reference, uses_kernel
+from edadm_kernels import backend, linear, linear_geglu, linear_gelu, reference, uses_kernel
 from edadm_kernels.gemm_launch import launch_gemm
 from edadm_kernels.pack import linear_correction, pack_w4
 from edadm_kernels.reference.products import accumulate_linear
@@ -130,6 +130,18 @@ def test_geglu_is_within_one_code(packed: bool, out_scale: float, out_zero_point
     assert expected.unique().numel() > 2
     assert (actual.int() - expected.int()).abs().max() <= 1
     assert (actual != expected).float().mean() < 0.01
+
+
+def test_gelu_of_numbers_beyond_float16_is_within_one_code() -> None:
+    """In float16 they are infinite, and the GELU of minus infinity is no number."""
+    layer = Layer(4, 6, 64)
+    arguments = (layer.x, layer.weight, layer.scale * 1e5, layer.correction, layer.bias)
+    quantizer = (torch.tensor([2e4]), torch.tensor([50], dtype=torch.int32))
+    largest = reference.linear(*arguments, out_dtype=torch.float32)
+    assert largest.min() < -65504 < 65504 < largest.max()
+    actual, expected = linear_gelu(*arguments, *quantizer), reference.linear_gelu(*arguments, *quantizer)
+    assert expected.unique().numel() > 3
+    assert (actual.int() - expected.int()).abs().max() <= 1
 
 
 def test_nothing_in_nothing_out() -> None:

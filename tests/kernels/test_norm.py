@@ -267,6 +267,17 @@ def test_refusals_of_group_norm(arguments: tuple[object, ...], message: str) -> 
         group_norm_quantize(*arguments)  # type: ignore[arg-type]
 
 
+def test_an_image_whose_offsets_do_not_fit_is_refused() -> None:
+    arguments: list[Any] = [t.to("meta") if isinstance(t, Tensor) else t for t in group_arguments(image())[1:]]
+    small, large = (
+        torch.empty(2, 8, height, 1 << 14, device="meta", memory_format=torch.channels_last)
+        for height in (1 << 12, 1 << 14)
+    )
+    assert group_norm_quantize(small, *arguments)[0].shape == small.shape
+    with pytest.raises(ValueError, match="images of at most"):
+        group_norm_quantize(large, *arguments)
+
+
 def test_refusals_of_layer_norm() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         layer_norm_quantize(torch.zeros(4, 8).t(), torch.ones(4), torch.zeros(4), 1e-5, *quantizers(1))

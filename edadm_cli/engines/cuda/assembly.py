@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from edadm_cli.engines.base import AttentionForm, LayerExecution
 from edadm_cli.engines.cuda.attention import FusedAttention
-from edadm_cli.engines.cuda.attention_graph import grid_kernel_runs
+from edadm_cli.engines.cuda.attention_graph import integer_kernel_runs
 from edadm_cli.engines.cuda.lowering import Lowering
 from edadm_cli.engines.cuda.products import IntegerConv2d, IntegerLinear
 from edadm_cli.engines.cuda.residual import (
@@ -174,7 +174,7 @@ class Assembly:
         prompt = self.state.prompt if attention.is_cross_attention else None
         fused = FusedAttention(attention, (q, k, v, out), prompt, self._attention_form)
         width = attention.to_q.out_features // attention.heads
-        if fused.operands is not None and grid_kernel_runs(self.lowering.device, width):
+        if fused.operands is not None and integer_kernel_runs(self.lowering.device, self.lowering.dtype, width):
             self._integer_attentions.add(name)
         if attention.group_norm is not None:
             fused.use_norm(attention.group_norm, self.lowering)

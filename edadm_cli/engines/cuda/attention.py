@@ -133,7 +133,7 @@ class FusedAttention(nn.Module):
             heads = [self._split(x) for x in (q, k, v)]
             attended = kernels.attend_int8(heads[0], heads[1], heads[2], self.scale)
             prepared_out = self.to_out.prepare(attended.transpose(1, 2).flatten(2))
-        elif self.operands is not None and mask is None and self._has_grid_kernel(q):
+        elif self.operands is not None and mask is None and self._has_grid_kernel(q, k):
             heads = [self._split(x) for x in (q, k, v)]
             attended = self.operands.in_integers(heads[0], heads[1], heads[2], self.scale)
             prepared_out = self.to_out.prepare(attended.transpose(1, 2).flatten(2))
@@ -150,9 +150,9 @@ class FusedAttention(nn.Module):
         plain = self.operands is None and mask is None and isinstance(self.to_out, IntegerLinear)
         return plain and kernels.attention_pays(q, k, v, self.heads, self.scale)
 
-    def _has_grid_kernel(self, q: Tensor) -> bool:
+    def _has_grid_kernel(self, q: Tensor, k: Tensor) -> bool:
         """Returns whether a kernel multiplies operands on the model's own grids."""
-        return kernels.attend_int8_takes(self._split(q), self.scale)
+        return kernels.attend_int8_takes(self._split(q), self._split(k), self.scale)
 
     def _pays_in_int8(self, q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
         """Returns whether 8-bit attention is requested and faster."""

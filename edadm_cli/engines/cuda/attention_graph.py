@@ -28,6 +28,7 @@ MIN_TOKENS = 1024
 INT8_ATTENTION = (
     f"in eight bits from {MIN_TOKENS:,} queries and keys on and without a mask, otherwise in floating point"
 )
+NO_INT8_ATTENTION = "the kernel of attention in eight bits needs compute capability 9.0 and 16-bit operands"
 
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
@@ -66,7 +67,7 @@ def replace_attention(graph: fx.GraphModule, form: AttentionForm) -> int:
 
 def attend_int8_pays(q: Tensor, k: Tensor, scale: float) -> bool:
     """Returns whether `attend_int8` supports `q [N, heads, T, d]` and `k [N, heads, S, d]` and beats float16."""
-    return min(q.shape[2], k.shape[2]) >= MIN_TOKENS and kernels.attend_int8_takes(q, scale)
+    return min(q.shape[2], k.shape[2]) >= MIN_TOKENS and kernels.attend_int8_takes(q, k, scale)
 
 
 def attend_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> bool:
@@ -81,12 +82,13 @@ def attend_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | No
     return bias is not None or kernels.attend_pays(*sizes)
 
 
-def grid_kernel_runs(device: torch.device, width: int) -> bool:
-    """Returns whether a kernel computes attention on a model's own grids for heads of `width` channels."""
-    if device.type != "cuda":
-        return False
-    probe = torch.empty(1, 1, 1, width, dtype=torch.float16, device=device)
-    return kernels.attend_int8_takes(probe, 1.0)
+def integer_kernel_runs(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Returns whether a kernel multiplies codes in attention over heads of `width` channels in an element type.
+
+    For the meta device the answer is that of compute capability 9.0.
+    """
+    probe = torch.empty(1, 1, 1, width, dtype=dtype, device=device)
+    return kernels.attend_int8_takes(probe, probe, 1.0)
 
 
 def _replace(node: fx.Node, form: AttentionForm) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ class CudaDenoiser(CompiledDenoiser):
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
         """Returns the times of one call: those of its kernels on CUDA, and of its operations on a CPU."""
         self.call_eagerly(*args, **kwargs)
-        return operation_times(self.model, lambda: self.call_eagerly(*args, **kwargs), self._layers)
+        step = partial(self.call_eagerly, *args, **kwargs)
+        return operation_times(self.model, step, self._layers, self._options.device)
 
     def _call(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edadm_cli.engines.adapters import SideBranch, strengths_of, take_adapters
 from edadm_cli.engines.base import FLOAT, AttentionForm, CompiledDenoiser, Engine, EngineOptions, LayerExecution
 from edadm_cli.engines.cuda.assembly import Assembly
-from edadm_cli.engines.cuda.attention_graph import INT8_ATTENTION
+from edadm_cli.engines.cuda.attention_graph import INT8_ATTENTION, NO_INT8_ATTENTION, integer_kernel_runs
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
 from edadm_cli.engines.cuda.held_prompts import hold_prompts
 from edadm_cli.engines.cuda.layer_product import capability_refusal
@@ -25,6 +25,8 @@ from edadm_cli.engines.cuda.selection import faster_in_float
 from edadm_cli.engines.cuda.state import StepState
 from edadm_cli.engines.cuda.times import measured_times
 from edadm_cli.quant.layers import QuantizedLayer
+
+_HEAD_WIDTH = 64  # channels per head, a usual number, with which it is found out whether the kernel of attention runs
 
 
 class CudaEngine(Engine):
@@ -99,8 +101,9 @@ class CudaEngine(Engine):
             assembly = Assembly(self._lowering(options, left_in_float, adapters), self._prompt_cache, options.attention)
             model, layers = assembly.build(denoiser)
             state = assembly.state
-        if options.attention == "int8" and on_cuda:
-            layers = tuple(_with_int8_attention(row) for row in layers)
+        if options.attention == "int8":
+            runs = integer_kernel_runs(options.device, options.rest_dtype, _HEAD_WIDTH)
+            layers = tuple(_with_int8_attention(row, runs) for row in layers)
         compiled = CudaDenoiser(model, layers, state, options, self._cuda_graphs and on_cuda, is_assembled)
         compiled.set_strengths(strengths)
         return compiled
@@ -135,7 +138,7 @@ class CudaEngine(Engine):
         return Lowering(options.device, options.rest_dtype, self._pack_weights, left_in_float or {}, adapters or {})
 
 
-def _with_int8_attention(row: LayerExecution) -> LayerExecution:
+def _with_int8_attention(row: LayerExecution, runs: bool) -> LayerExecution:
     if row.kind != "attention" or row.planned != FLOAT:
         return row
-    return replace(row, precision="int8", reason=INT8_ATTENTION)
+    return replace(row, precision="int8", reason=INT8_ATTENTION) if runs else replace(row, reason=NO_INT8_ATTENTION)

@@ -260,11 +260,18 @@ def merge(layers: list[IntegerLinear]) -> IntegerLinear:
     nn.Module.__init__(merged)
     merged.quantizer, merged.out_dtype, merged.is_convolution = first.quantizer, first.out_dtype, False
     merged.label = AND.join(layer.label for layer in layers)
-    merged.weight = torch.cat([layer.weight for layer in layers])
+    merged.weight = torch.cat(_stored_alike([layer.weight for layer in layers]))
     merged.scale = torch.cat([layer.scale for layer in layers])
     merged.correction = torch.cat([layer.correction for layer in layers])
     merged.bias = _joined([layer.bias for layer in layers], [layer.scale for layer in layers])
     return merged
+
+
+def _stored_alike(weights: list[Tensor]) -> list[Tensor]:
+    """Returns weights as they are if all or none are packed; otherwise all of them with one code per byte."""
+    if len({weight.dtype for weight in weights}) == 1:
+        return weights
+    return [pack.unpack_w4(weight) if weight.dtype == torch.uint8 else weight for weight in weights]
 
 
 def merge_floats(layers: list[FloatProduct]) -> FloatProduct:

@@ -41,7 +41,7 @@ _KINDS = (
 
 
 def operation_times(
-    model: nn.Module, step: Callable[[], Any], layers: tuple[LayerExecution, ...]
+    model: nn.Module, step: Callable[[], Any], layers: tuple[LayerExecution, ...], device: torch.device
 ) -> list[OperationTime]:
     """Returns the time of every operation of one `step`, in execution order.
 
@@ -49,24 +49,25 @@ def operation_times(
         model: The model, whose products are named in the profile.
         step: A function that runs the model once, kernel by kernel, since the replay of a graph has no layer names.
         layers: How the layers run.
+        device: The device of the model.
     """
-    on_cuda = torch.cuda.is_available()
+    on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     eager = torch.compiler.set_stance("force_eager")  # a compiled block has no layer names
     with eager, wrapped_products(model, _recorded), profile(activities=activities) as profiler:
         step()
         if on_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
     executions = {layer.name: layer for layer in layers}
     events = sorted((e for e in profiler.events() if not e.is_async), key=lambda event: event.time_range.start)
     times = []
     for event in events:
         layer = executions.get(_layer_of(event).split(AND)[0])
-        for name, microseconds in _work_of(event):
-            known = layer is not None
-            kind = _kind(name) if layer is None or not _is_product(name) else layer.kind
-            precision = layer.precision if known and _is_product(name) else "float"  # type: ignore[union-attr]
-            label = f"{layer.name}: {name}" if known else name  # type: ignore[union-attr]
+        for name, microseconds in _work_of(event, on_cuda):
+            of_layer = layer if _is_product(name) else None
+            kind = _kind(name) if of_layer is None else of_layer.kind
+            precision = "float" if of_layer is None else of_layer.precision
+            label = name if layer is None else f"{layer.name}: {name}"
             times.append(OperationTime(label, kind, precision, microseconds / 1000))
     return times
 
@@ -107,9 +108,9 @@ def _layer_of(event: Any) -> str:
     return ""
 
 
-def _work_of(event: Any) -> list[tuple[str, float]]:
+def _work_of(event: Any, on_cuda: bool) -> list[tuple[str, float]]:
     """Returns an operation's kernels with microseconds; on a CPU, the operation without those that it calls."""
-    if torch.cuda.is_available():
+    if on_cuda:
         return [(kernel.name, kernel.duration) for kernel in event.kernels]
     is_work = not event.name.startswith(_PREFIX) and event.self_cpu_time_total > 0
     return [(event.name, event.self_cpu_time_total)] if is_work else []

@@ -20,6 +20,8 @@ from edadm_kernels.reference.attention import Codes
 WIDTHS = (40, 64, 72, 80, 96, 128, 160)
 """Channels per head for which every tiling compiles to products that overlap."""
 MAX_WIDTH = max(WIDTHS)
+MAX_KEYS = (2**31 - 1) // (255 * 127)
+"""The largest number of keys whose values, times their weights, have a sum that fits an int32."""
 _COLUMNS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 """Numbers of columns that an integer matrix instruction supports (PTX ISA, wgmma)."""
 
@@ -123,9 +125,10 @@ def choose(width: int, queries: int, heads: int, bfloats: bool = False, static: 
     return large if large.fills(queries, heads, LARGE_TILES_SHARE) else small
 
 
-def takes(width: int, scale: float, dtype: torch.dtype) -> bool:
-    """Returns whether `launch_attention` supports heads of `width` channels and an output of type `dtype`."""
-    return width in WIDTHS and scale > 0 and dtype in (torch.float16, torch.bfloat16)
+def takes(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Returns whether `launch_attention` supports the codes of `q [N, heads, T, d]` and `k [N, heads, S, d]`."""
+    is_half = q.dtype in (torch.float16, torch.bfloat16)
+    return is_half and q.shape[3] in WIDTHS and k.shape[2] <= MAX_KEYS and scale > 0
 
 
 # Channels, queries and heads of the attentions of DiT, PixArt, Stable Diffusion 3.5, FLUX and Stable Diffusion 1.x.

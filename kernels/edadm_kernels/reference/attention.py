@@ -8,7 +8,7 @@ r"""Attention of 8-bit operands in plain torch: what the kernels are compared wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Codes:
     k_scale: Tensor
     v_scale: Tensor
     v_center: Tensor
+
+    def of(self, samples: slice) -> Codes:
+        """Returns the operands of some samples, as views."""
+        return Codes(*(getattr(self, field.name)[samples] for field in fields(self)))
 
 
 def row_of(width: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.assembly import Assembly
-from edadm_cli.engines.cuda.attention import FusedAttention
+from edadm_cli.engines.cuda.attention import FusedAttention, Projections
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
 from edadm_cli.engines.cuda.lowering import Lowering
 from edadm_cli.engines.cuda.products import IntegerConv2d, IntegerLinear, Product
@@ -235,6 +236,15 @@ def test_the_profile_names_layers(quantized: nn.Module, call: Call) -> None:
     assert all(row.milliseconds >= 0 for row in rows)
 
 
+def test_the_profile_of_a_cpu_has_its_operations_on_a_machine_with_a_gpu(
+    quantized: nn.Module, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = CudaEngine().compile(quantized, *call, CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    assert compiled.profile(*call[0], **call[1])
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "linear": (lambda: nn.Linear(20, 12), (2, 5, 20), True),
     "linear-long": (lambda: nn.Linear(256, 24, bias=False), (3, 256), True),
@@ -272,6 +282,35 @@ def test_packed_weights_take_half_the_memory_and_give_the_same() -> None:
     assert all(isinstance(product, IntegerLinear) for product in products)
     assert products[1].weight.numel() * 2 == products[0].weight.numel()  # type: ignore[operator]
     assert torch.equal(products[0](x), products[1](x))
+
+
+def test_packed_and_unpacked_weights_over_one_input_are_one_product() -> None:
+    layers = [filled(nn.Linear(128, 8), bits, 8, shape=(3, 128)) for bits in (4, 8)]
+    lowering, x = CudaEngine(pack_weights=True)._lowering(CPU), layers[0][1]
+    projections = Projections([lowering.product("", layer) for layer, _ in layers])
+    assert len(projections.products) == 1
+    for actual, (layer, _) in zip(projections.of(x), layers, strict=True):
+        assert relative_l2(actual, layer_exactly(layer, x)) <= CudaEngine.layer_bound
+
+
+def test_attention_in_eight_bits_that_cannot_run_is_listed_in_float_with_the_reason(
+    denoiser: nn.Module, call: Call
+) -> None:
+    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
+    rows = CudaEngine().compile(denoiser, *call, replace(CPU, attention="int8")).layers
+    attention = [row for row in rows if row.kind == "attention"]
+    assert attention
+    assert all(row.precision == "float32" and "capability 9.0" in (row.reason or "") for row in attention)
+
+
+@pytest.mark.parametrize(("dtype", "runs"), [(torch.float16, True), (torch.float32, False)])
+def test_attention_on_grids_counts_as_integer_only_where_its_kernel_takes_the_operands(
+    quantized: nn.Module, dtype: torch.dtype, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edadm_kernels.hopper.attention_int8.WIDTHS", (8, 64))
+    _, layers = Assembly(Lowering(torch.device("meta"), dtype), prompt_cache=True).build(quantized)
+    precisions = {row.precision for row in layers if row.kind == "attention"}
+    assert precisions == {"int8"} if runs else {"float32"}
 
 
 def test_a_float_input_is_refused_with_the_reason() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,3 +89,39 @@ def test_what_is_written_again_is_the_shipped_file() -> None:
     for arch in tuning.architectures():
         text = (Path(tuning.__file__).parent / f"sm_{arch}.json").read_text()
         assert tuning.as_json(json.loads(text)) == text
+
+
+_CASE = """
+import sys, time
+print("compiled", flush=True)
+if sys.argv[1] == "quick":
+    sys.stdin.readline()
+    print("{}", flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_interrupted_measurement_leaves_no_process(gpu_session: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu import processes
+
+    started: list[Any] = []
+    start = processes.Running.start
+    monkeypatch.setattr(processes.Running, "start", lambda *args: started.append(start(*args)) or started[-1])
+    lines = processes.measure(["quick", "slow"], [sys.executable, "-c", _CASE], at_once=2, cap=60, seconds=60)
+    assert json.loads(next(lines)) == {"case": "quick"}
+    lines.close()  # type: ignore[attr-defined]
+    assert len(started) == 2
+    assert all(case.process.poll() is not None for case in started)
+
+
+@pytest.mark.parametrize("text", ["print(1)", "Tile(64, 64, 64, 4, 3)", "Tile(bm=print(1))", "1 + 1"])
+def test_a_tile_in_a_session_is_read_and_not_run(
+    text: str, gpu_session: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edadm_kernels.tiles import shipped
+
+    tile = shipped(90)[0]
+    assert gpu_session.kernels.tile_of(repr(tile)) == tile
+    with pytest.raises(ValueError, match=r"expected, found|malformed"):
+        gpu_session.kernels.tile_of(text)
+    assert capsys.readouterr().out == ""

@@ -58,6 +58,14 @@ def test_an_engine_without_its_library_is_refused_and_listed(monkeypatch: pytest
     assert all("a_library_that_nobody_has" in str(reason) for reason in facts.refusals.values())
 
 
+def test_an_engine_whose_library_lacks_a_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "another_engine_of_tests.py").write_text("import json\njson.a_function_of_another_version\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(registry._ENGINES, "openvino", ("another_engine_of_tests", "Engine"))
+    with pytest.raises(MachineError, match=r"cannot be loaded: .*a_function_of_another_version"):
+        registry.engine("openvino")
+
+
 @pytest.mark.parametrize(
     ("precision", "is_met"),
     [("int8", True), ("int4", True), ("float8_e4m3fn", True), ("bfloat16", False), ("float32", False), ("none", False)],
