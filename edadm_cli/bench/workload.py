@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.families.layers import ATTENTION, FEED_FORWARD, GATED_FEED_FORWARD, is_norm
+from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.operation import Operation
 
@@ -227,7 +228,7 @@ class _Observer:
     def _attention_is_integer(self, module: nn.Module) -> bool:
         if not self._is_quantized:
             return self._attention_in_integers
-        return type(getattr(module, "processor", None)).__name__ == "QuantizedAttention"
+        return isinstance(getattr(module, "processor", None), QuantizedAttention)
 
     def product(self, batch: int, m: int, n: int, k: int) -> None:
         """Records a product of two activations, as an item or as one of the two of an attention."""

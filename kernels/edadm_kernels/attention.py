@@ -83,7 +83,7 @@ def attention_quantize(
     """Returns the codes of `softmax(q k^T * scale) v`, computed per head.
 
     Scores, softmax and sums are float32. The weights of the values and the result are rounded to the type of `q`, as in
-    an attention that writes floating point.
+    an attention that writes floating point. Of float32 operands, torch computes the attention and a kernel the codes.
 
     Args:
         q: Queries `[N, T, heads * d]`, floating point, d at most 256. Rows are contiguous and evenly spaced; they may

@@ -83,7 +83,8 @@ def attend_int8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     In each head, queries are quantized per token, keys per block of 128 tokens and values per channel, by their
     extremes. Keys and values are first centered between the extremes of each channel. Weights are rounded to steps of
-    at most 1/127 of the largest weight of their row, and divided by the sum of the rounded weights.
+    at most 1/127 of the largest weight of their row, and divided by the sum of the rounded weights. A kernel multiplies
+    the codes where `attend_int8_takes` returns true; elsewhere plain torch does in float64, which is slow.
 
     Args:
         q: `[N, heads, T, d]`, floating point, d at most 160; the channels of a token are contiguous.
