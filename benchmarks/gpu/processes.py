@@ -61,7 +61,7 @@ class Running:
             os.killpg(self.process.pid, number)
 
     def result(self, running: list[Running]) -> str:
-        """Returns the line of JSON of a compiled case with its name; all others that run are stopped while it is timed."""
+        """Returns the line of JSON of a compiled case with its name; the others are stopped while it is timed."""
         assert self.process.stdin is not None
         others = [other for other in running if other is not self]
         for other in others:
