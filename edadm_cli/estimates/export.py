@@ -9,8 +9,8 @@ from torch import nn
 
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import ExportConfig
+from edadm_cli.export.round_trip import FLOAT_BYTES, INTEGER_SAMPLING_LIMIT, quantized_model, sample_images
 from edadm_cli.export.sizes import HALF_BYTES, bytes_beside_denoisers
-from edadm_cli.export.stage import FLOAT_BYTES, INTEGER_SAMPLING_LIMIT, quantized_model, sample_images
 from edadm_cli.export.timing import SMALLEST, memory_to_time
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.gpu_memory import gpu_peak

@@ -24,6 +24,7 @@ from edadm_cli.cli.app import main
 from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
 from edadm_cli.errors import InputError
 from edadm_cli.export import folder as export_folder
+from edadm_cli.export import round_trip
 from edadm_cli.export import stage as export
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.stored import total_parameters
@@ -78,7 +79,7 @@ def run(tiny_sd: Path, fresh_run: FreshRun) -> RunFolder:
 def test_an_export_holds_codes_and_one_float_weight_at_a_time(run: RunFolder, tmp_path: Path) -> None:
     source = run.open("reconstruct", "w4a8")
     with _Alive() as packing:
-        model, num_parameters, _ = export.quantized_model(CONFIG, run, source)
+        model, num_parameters, _ = round_trip.quantized_model(CONFIG, run, source)
     tensors = model.denoiser.state_dict()
     with _Alive(tensors.values()) as writing:
         export_folder._write_denoiser(model.denoiser, tmp_path, {})

@@ -17,6 +17,7 @@ from edadm_cli.engines.reference import layer_parity, use_arithmetic
 from edadm_cli.errors import EdadmError, InputError, UsageError
 from edadm_cli.estimates import export as export_estimates
 from edadm_cli.estimates import reconstruct as reconstruct_estimates
+from edadm_cli.export import round_trip
 from edadm_cli.export import stage as export
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.loading import load_model
@@ -310,7 +311,7 @@ def test_integer_arithmetic_is_near_and_not_the_same_code_path(tiny_ddpm: Path, 
 def test_slow_models_are_compared_in_integers_layer_by_layer_only(
     tiny_ddpm: Path, fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "INTEGER_SAMPLING_LIMIT", 0.0)
+    monkeypatch.setattr(round_trip, "INTEGER_SAMPLING_LIMIT", 0.0)
     run = fresh_run(tiny_ddpm)
     reconstruct.run(config_of(), run)
     record = exported(run)
