@@ -1,6 +1,8 @@
 """Generates the same image with every engine that runs on this machine, and compares them.
 
 python examples/compare_engines.py EXPORT
+
+EXPORT is that of a text-to-image model, such as runs/digits-sd/export/w4a8.
 """
 
 import sys
@@ -11,6 +13,8 @@ import torch
 import edadm_cli
 from edadm_cli.engines.registry import engine_facts
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 images = {}
 for name in ["torch", *(facts.name for facts in engine_facts() if facts.refusals["cpu"] is None)]:
     pipeline = edadm_cli.load(sys.argv[1], engine=name, device="cpu")

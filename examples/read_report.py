@@ -9,6 +9,8 @@ from pathlib import Path
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.artifacts.inspection import inspect_run
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 for artifact in inspect_run(RunFolder(Path(sys.argv[1]))):
     name = artifact.kind if artifact.name is None else f"{artifact.kind}/{artifact.name}"
     mebibytes = sum(file.bytes for file in artifact.payload) / 2**20
