@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,8 @@ _FLAGS: dict[str, tuple[str, ...]] = {
 """Settings of each stage that are flags of the same name."""
 _USUAL = {name: EvaluateConfig.model_fields[name].default for name in ("clip_model", "clip_pretrained")}
 """Settings that are shown only if they differ from these."""
+_HASH = re.compile("[0-9a-f]{64}")
+"""What a manifest holds in place of a file of weights, which no flag takes."""
 
 
 def missing_command(contents: RunContents, kind: str, bits: str | None = None) -> str:
@@ -58,7 +61,8 @@ def _words(part: Part[Payload]) -> Iterator[str]:
         yield from ("--density-quantile", _setting(EARLIER_DENSITY_QUANTILE))
     for name in _FLAGS[manifest.kind]:
         value = manifest.config.get(name)
-        if value not in (None, [], _USUAL.get(name)):
+        is_file = name == "clip_pretrained" and _HASH.fullmatch(str(value)) is not None
+        if value not in (None, [], _USUAL.get(name)) and not is_file:
             for text in map(_setting, value) if name == "units" else (_setting(value),):  # patterns may have commas
                 yield from (f"--{name.replace('_', '-')}", text)
     scheduler = manifest.config.get("scheduler_config")

@@ -21,6 +21,7 @@ from tests.unit.report.runs import CONFIGS, NUM_SHOWN, RunMaker, png
 
 TIMES = "\u00d7"
 HOSTILE = "<script>alert('1')</script> \"quoted\" & 'more' --> </style><img src=x onerror=alert(1)>\x00"
+_CLIP = {"metrics": ["fid", "kid"], "clip_model": "ViT-B-32", "clip_pretrained": "0" * 64}
 SECTIONS = ["figures", "images", "quality", "model", "selection", "reconstruction", "export", "provenance"]
 
 
@@ -304,7 +305,7 @@ def test_commands_give_the_settings_and_exist(maker: RunMaker, capsys: pytest.Ca
         ("select", {"density_radius": 0.123456789}, "--density-radius 0.123456789"),
         ("reconstruct", {"units": ["mid.*", "{a,b}"]}, "--units 'mid.*' --units '{a,b}'"),
         ("reconstruct", {"matmul": "float32"}, "--matmul float32"),
-        ("evaluate", {"metrics": ["fid", "kid"], "clip_model": "ViT-B-32"}, "--metrics fid,kid --clip-model ViT-B-32"),
+        ("evaluate", _CLIP, "--metrics fid,kid --clip-model ViT-B-32"),
     ],
 )
 def test_commands_leave_out_no_setting(
@@ -314,6 +315,7 @@ def test_commands_leave_out_no_setting(
     (block,) = _page(maker.calibration().width("w4a8")).all("pre")
     (line,) = [line for line in block.text.splitlines() if line.startswith(f"edadm {kind} ")]
     assert words in line
+    assert "0" * 64 not in line, "a hash stands for a file, whose name only the user knows"
 
 
 def test_an_empty_run_is_an_error_with_the_next_command(maker: RunMaker) -> None:
