@@ -14,10 +14,11 @@ times run only in a lane with a GPU of its own. By default there is one lane per
 OUT/NAME has the results of a job: the output of each of its commands (`0.out`), the file `log` with the commands and
 what they say beside it, and the rows that its program writes; large files are in OUT/NAME/runs. `OUT/states.jsonl` says
 what became of each job. The same command skips jobs that are done, failed or exceeded their limits (`--again` runs the
-latter two), begins with those that were never begun, and goes on with those that were cut. `--pack FILE` writes
-everything except the folders `runs` to one archive; unpacked elsewhere it lets a new machine go on.
+latter two), and goes on with those that were cut. `--pack FILE` writes everything except the folders `runs` to one
+archive, even if the program is ended; unpacked elsewhere it lets a new machine go on.
 
-`--smoke` runs the tiny form of every job on a CPU; it takes about half an hour on two cores.
+`--smoke` runs the tiny form of every job on a CPU: the times mean nothing, but the programs and the stages are those of
+the real run.
 """
 
 from __future__ import annotations
@@ -136,10 +137,12 @@ def main() -> None:
             parser.error("no GPU is visible; --smoke runs the tiny form of the jobs on a CPU")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that jobs are ended and noted
         with only_one(folder):
-            run_jobs(jobs, lanes, folder, options.seconds, options.smoke, options.again)
+            try:
+                run_jobs(jobs, lanes, folder, options.seconds, options.smoke, options.again)
+            finally:
+                if options.pack:
+                    pack(folder, options.pack)
     print(report(jobs, folder))
-    if options.pack:
-        pack(folder, options.pack)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,6 @@ SMOKE_SECONDS = 1800
 """The time limit of a job's tiny form."""
 LEAST_SECONDS = 60
 """A job that resumes is begun while so much time is left; any other job needs the time that it usually takes."""
-STOPPED, OPEN = ("failed", "late"), ("begun", "cut")
-"""States after which a job is not run again by itself, and states in which it is unfinished."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,14 @@ class States:
 
 
 def waiting_jobs(jobs: Sequence[Job], states: States, again: bool) -> list[Job]:
-    """Returns the jobs to run: those never begun, then unfinished ones, then with `again` failed and late ones."""
-    kinds: tuple[tuple[str | None, ...], ...] = ((None,), OPEN, STOPPED if again else ())
+    """Returns the jobs to run, in their order, those with which the program itself was killed after the others.
+
+    Args:
+        jobs: The jobs.
+        states: What became of them.
+        again: Whether those that failed or were late come last, or not at all.
+    """
+    kinds: list[tuple[str | None, ...]] = [(None, "cut"), ("begun",), *([("failed", "late")] if again else [])]
     return [job for kind in kinds for job in jobs if states.state(job) in kind]
 
 
@@ -286,8 +290,7 @@ def _finish(running: dict[Lane, Running], states: States, last: float) -> None:
             continue
         one.end()
         del running[lane]
-        is_cut = one.job.resumes or one.deadline >= last
-        state = ("failed" if any(one.codes) else "done") if ended else "cut" if is_cut else "late"
+        state = ("failed" if any(one.codes) else "done") if ended else "cut" if one.deadline >= last else "late"
         states.write(one.job, state, **_facts(one))
 
 

@@ -57,7 +57,7 @@ def wan22() -> Any:
     return _wan(2, boundary_ratio=0.875)
 
 
-def cogvideox() -> Any:
+def cogvideox(text_tokens: int = 16) -> Any:
     text = parts.t5()
     transformer = d.CogVideoXTransformer3DModel(
         **_HEADS,
@@ -71,7 +71,7 @@ def cogvideox() -> Any:
         sample_frames=9,
         patch_size=2,
         temporal_compression_ratio=4,
-        max_text_seq_length=16,
+        max_text_seq_length=text_tokens,
     )
     vae = d.AutoencoderKLCogVideoX(
         in_channels=3,

@@ -116,7 +116,7 @@ def test_a_job_that_was_cut_goes_on(gpu_jobs: ModuleType, tmp_path: Path, monkey
     states = gpu_jobs.States(tmp_path)
     states.last["short"]["state"] = "begun"
     new = job("new", "pass")
-    assert waiting_jobs([*jobs, new], states, again=False) == [new, jobs[1]], "new jobs come first"
+    assert waiting_jobs([*jobs, new], states, again=False) == [new, jobs[1]], "what the program was killed with is last"
 
 
 def test_commands_that_have_ended_well_are_not_run_again(gpu_jobs: ModuleType, tmp_path: Path) -> None:
