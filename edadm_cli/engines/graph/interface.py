@@ -51,6 +51,7 @@ class GraphInterface(BaseModel):
         fixed: The SHA-256 of the values of each input that calls may not change, by name. The denoiser read these
             values, such as a mask's number of tokens, in Python while it was traced.
         has_read_sizes: Whether the denoiser read a size in Python, so that the graph may not fit other sizes.
+        booleans: The inputs that are boolean, such as masks that attention takes as they are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +66,7 @@ class GraphInterface(BaseModel):
     rows: int | None = None
     fixed: dict[str, str] = {}
     has_read_sizes: bool = False
+    booleans: tuple[str, ...] = ()
 
     @property
     def is_specific(self) -> bool:
@@ -98,10 +100,11 @@ class GraphInterface(BaseModel):
             masks=masks,
             arguments=call.template["kwargs"],
             inputs=(SAMPLE, TIMESTEP, *call.tensors),
+            booleans=tuple(name for name, tensor in call.tensors.items() if tensor.dtype == torch.bool),
         )
 
     def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the graph's inputs for a call, by name and in order, on the CPU, in float32 or int64.
+        """Returns the graph's inputs for a call, by name and in order, on the CPU, in float32, int64 or bool.
 
         Raises:
             InputError: The call differs in more than its tensors from the call that the graph was made from.
@@ -111,7 +114,7 @@ class GraphInterface(BaseModel):
         if arguments != self.arguments:
             raise InputError(f"{self.denoiser} is called with {_difference(arguments, self.arguments)}.")
         given = {SAMPLE: call.sample, TIMESTEP: timesteps, **call.tensors}
-        tensors = {name: _graph_type(given[name]) for name in self.inputs}
+        tensors = {name: self._in_graph_type(name, given[name]) for name in self.inputs}
         rows = tensors[SAMPLE].shape[0]
         if self.rows is not None and rows != self.rows:
             raise InputError(f"{self.denoiser} is called with {rows} rows, but its graph was made for {self.rows}.")
@@ -121,6 +124,12 @@ class GraphInterface(BaseModel):
                 f"{self.denoiser} is called with other values of {changed[0]} than those that its graph was made for."
             )
         return tensors
+
+    def _in_graph_type(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns an input on the CPU, in the element type that it has in the graph."""
+        if name in self.booleans:
+            return tensor.detach().to("cpu", torch.bool)
+        return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else torch.int64)
 
     def call(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Returns the keyword arguments of the denoiser that correspond to inputs of the graph."""
@@ -217,7 +226,3 @@ def _digest(tensor: Tensor) -> str:
     """Returns the SHA-256 of a tensor's shape and values."""
     values = tensor.contiguous().numpy().tobytes()
     return sha256(repr(list(tensor.shape)).encode() + values).hexdigest()
-
-
-def _graph_type(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else torch.int64)

@@ -136,12 +136,29 @@ class TracedForms(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._reads is not None and function.__name__ in READING:
             self._reads.note(function.__name__, args)
+        if function.__name__ == "__getitem__" and _is_mask(args[1]) and torch.jit.is_tracing():
+            return self._chosen(*args)
         if _is_complex((args, kwargs)) or function.__name__ in ("view_as_complex", "polar", "complex"):
             return _in_real_numbers(function, args, kwargs)
         result = _SIMPLER.get(function.__name__, function)(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_complex() and function.__name__ != "__get__":
             raise ComplexOperationError(f"it computes complex numbers with {function.__name__}")
         return result
+
+    def _chosen(self, tensor: Tensor, mask: Tensor) -> Any:
+        """Returns the elements that a mask chooses, by their positions in the example.
+
+        In a graph, a choice by a mask has no known size, and most of what follows it cannot be compiled.
+        """
+        if self._reads is not None:
+            self._reads.note("nonzero", (mask,))
+        positions = torch.from_numpy(mask.detach().cpu().flatten().numpy().nonzero()[0])
+        return tensor.flatten(0, mask.ndim - 1).index_select(0, positions.to(tensor.device))
+
+
+def _is_mask(index: Any) -> bool:
+    """Returns whether an index is a boolean tensor."""
+    return isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim > 0
 
 
 def _is_complex(value: Any) -> bool:

@@ -152,3 +152,29 @@ def test_a_call_that_no_graph_can_be_made_for_is_one_sentence_with_both_reasons(
         assert "engine='torch'" in (caught.value.hint or "")
     other = (torch.ones(1, 4, 8, 4), timestep), {}
     assert torch.equal(_prediction(compiled, other), _prediction(denoiser, other)), "it still takes other calls"
+
+
+class _Masked(nn.Module):
+    """Puts the tokens that a mask chooses first, as HunyuanImage does, and attends with the mask, as Krea 2 does."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, states: Tensor, mask: Tensor) -> tuple[Tensor]:
+        tokens = torch.stack([torch.cat([row[keep], row[~keep]]) for row, keep in zip(states, mask, strict=True)])
+        ordered = mask.sort(dim=1, descending=True, stable=True).values[:, None, None]
+        queries = sample.flatten(2).transpose(1, 2)[:, None]
+        attended = nn.functional.scaled_dot_product_attention(queries, tokens[:, None], tokens[:, None], ordered)
+        return (attended[:, 0].transpose(1, 2).reshape(sample.shape),)
+
+
+def test_boolean_masks_stay_boolean_and_choose_tokens() -> None:
+    torch.manual_seed(0)
+    denoiser, timestep = _Masked(), torch.tensor([1.0])
+
+    def call_of(*masks: list[bool]) -> Call:
+        rows = len(masks)
+        return (torch.randn(rows, 8, 4, 4), timestep, torch.randn(rows, 4, 8), torch.tensor(masks)), {}
+
+    first = call_of([True, False, True, True], [False, True, False, False])
+    compiled = OpenVinoEngine().compile(denoiser, *first, CPU)
+    for call in (first, call_of([True, True, False, False])):  # the graph is made again for other masks
+        expected = denoiser(*call[0])[0]
+        assert relative_l2(compiled(*call[0])[0], expected) < FLOAT_BOUND
