@@ -36,7 +36,8 @@ class Sensitivity(Payload):
 
     layers: tuple[LayerSensitivity, ...] = Field(min_length=1)
     step_gains: tuple[Error, ...] = Field(
-        description="squared error of the final sample per squared error of the prediction at each denoiser call"
+        description="squared error of the final sample per squared error of the prediction at each step of the first "
+        "denoiser, then at those of each further one"
     )
     num_samples: Annotated[int, Field(ge=1)]
 

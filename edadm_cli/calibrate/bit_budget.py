@@ -9,7 +9,8 @@ itself, or its size on disk), and B the budget in bits. The errors of different 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -23,7 +24,7 @@ from edadm_cli.models.stored import is_stored, num_weights, total_parameters
 from edadm_cli.models.units import Trace
 from edadm_cli.quant.operation import weight_shape
 from edadm_cli.quant.packing import stored_bits
-from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.plan import LayerPlan, name_within
 from edadm_cli.quant.transforms import transform_named
 from edadm_cli.recipe import Recipe
 
@@ -82,10 +83,25 @@ def assign_bits(
     return {name: bits for (name, bits), chosen in zip(columns, solution.x, strict=True) if chosen > 0.5}
 
 
-def spend_budget(
-    sensitivity: Sensitivity, bits: BitWidth, recipe: Recipe, denoiser: nn.Module, traced: Trace
-) -> dict[str, int]:
-    """Returns the number of weight bits per layer for an average per weight, or for a size of the quantized denoiser.
+@dataclass(frozen=True)
+class LayerCosts:
+    """What the quantized layers of a denoiser cost. Names are those within the pipeline; see `name_within`.
+
+    Attributes:
+        errors: Maps a layer and a number of bits to the error.
+        num_weights: Maps a layer to its number of weights.
+        bytes_beside: The bytes of the quantized denoiser's file besides the codes.
+    """
+
+    errors: Mapping[str, Mapping[int, float]]
+    num_weights: Mapping[str, int]
+    bytes_beside: int
+
+
+def layer_costs(
+    sensitivity: Sensitivity, bits: BitWidth, recipe: Recipe, denoiser: nn.Module, traced: Trace, place: str = ""
+) -> LayerCosts:
+    """Returns what the layers of a denoiser cost.
 
     Layers to which a rule of the recipe gives weight bits keep them, and are part of the budget.
 
@@ -95,17 +111,38 @@ def spend_budget(
         recipe: The recipe, which decides what is quantized.
         denoiser: The denoiser in full precision.
         traced: Its trace.
+        place: Its folder within an artifact; `""` of the first denoiser.
 
     Raises:
-        UsageError: The budget is too small, or a layer that the recipe quantizes was not measured.
+        UsageError: A layer that the recipe quantizes was not measured.
     """
     planned = plan_network(traced, recipe, bits).layers
-    errors = _errors(sensitivity, recipe, planned)
     sizes = {layer.name: num_weights(layer.module) for layer in traced.layers if layer.name in planned}
+    return LayerCosts(
+        _errors(sensitivity, recipe, planned, place),
+        {name_within(place, name): size for name, size in sizes.items()},
+        bytes_beside_codes(denoiser, traced, planned),
+    )
+
+
+def spend_budget(bits: BitWidth, denoisers: Sequence[LayerCosts]) -> dict[str, int]:
+    """Returns the number of weight bits per layer for an average per weight, or for a size of the quantized denoisers.
+
+    The layers of all denoisers share one budget: the average is over all of them, and so is the size.
+
+    Args:
+        bits: The bit width, with an average or a size.
+        denoisers: The costs of the layers of each denoiser.
+
+    Raises:
+        UsageError: The budget is too small.
+    """
+    errors = {name: widths for each in denoisers for name, widths in each.errors.items()}
+    sizes = {name: size for each in denoisers for name, size in each.num_weights.items()}
     if bits.size_mib is None:
         assert bits.average is not None
         return assign_bits(errors, sizes, bits.average * sum(sizes.values()))
-    beside = bytes_beside_codes(denoiser, traced, planned)
+    beside = sum(each.bytes_beside for each in denoisers)
     smallest = (
         beside + sum(sizes[name] * min(map(stored_bits, widths)) / 8 for name, widths in errors.items())
     ) / 2**20
@@ -118,18 +155,20 @@ def spend_budget(
     return assign_bits(errors, sizes, 8 * (bits.size_mib * 2**20 - beside), stored_bits)
 
 
-def _errors(sensitivity: Sensitivity, recipe: Recipe, planned: Mapping[str, LayerPlan]) -> dict[str, dict[int, float]]:
+def _errors(
+    sensitivity: Sensitivity, recipe: Recipe, planned: Mapping[str, LayerPlan], place: str
+) -> dict[str, dict[int, float]]:
     """Returns the candidates of each planned layer with their errors; those of the recipe's rules have no choice."""
     measured = {layer.name: layer.weight_errors for layer in sensitivity.layers}
     errors: dict[str, dict[int, float]] = {}
     for name in planned:
-        given = layer_rule(name, recipe).weight_bits
-        if given is None and name not in measured:
+        given, full_name = layer_rule(name, recipe).weight_bits, name_within(place, name)
+        if given is None and full_name not in measured:
             raise UsageError(
-                f"The recipe '{recipe.name}' quantizes the layer '{name}', whose sensitivity was not measured.",
+                f"The recipe '{recipe.name}' quantizes the layer '{full_name}', whose sensitivity was not measured.",
                 hint="edadm sensitivity --force with the same --recipe, or weight_bits for this layer in the recipe",
             )
-        errors[name] = measured[name] if given is None else {given: 0.0}
+        errors[full_name] = measured[full_name] if given is None else {given: 0.0}
     return errors
 
 

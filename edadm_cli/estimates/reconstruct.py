@@ -8,12 +8,16 @@ is not included.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import ReconstructConfig
+from edadm_cli.errors import InputError
 from edadm_cli.estimates.cost_model import Law, Measure, Size
 from edadm_cli.estimates.unit_timing import Forward, Stopwatch, Timed, Work, kind_of, spread, time_forward, time_units
 from edadm_cli.models.collected import CollectedRun
@@ -25,8 +29,10 @@ from edadm_cli.recipe import RangeRecipe
 from edadm_cli.reconstruct.call_signatures import UnitForm
 from edadm_cli.reconstruct.capture_groups import capture_groups
 from edadm_cli.reconstruct.context import ReconstructionContext
+from edadm_cli.reconstruct.finished import FinishedUnits, find_links
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.memory import fixed_budget, memory_left, working_bytes
+from edadm_cli.reconstruct.rows import RowCache
 from edadm_cli.reconstruct.task import arithmetic, prepare, resolve_task
 from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS
 
@@ -92,12 +98,14 @@ def probe(
     seconds = parts.ranging(recipe.pooled) + codes / _BYTES_PER_SECOND
     if setting.learning:
         parts.add(time_units(some, partial(stopwatch.learning, hyperparameters=hyperparameters), _LEARNING_S))
-        forms = {unit.name: forward.shapes[unit.name].form(unit.name, forward.rows) for unit in setting.learning}
+        forms = _forms(setting, forward)
         working = working_bytes(setting, hyperparameters, forms, activations)
         budget = memory_left(setting.network.device, working) if memory_budget is None else memory_budget
-        seconds += parts.passes(forms, budget) + parts.learning()
-        rows, filed = _rows(setting, hyperparameters, forms, budget)
-        working, disk = working + rows, disk + filed
+        stored, filed = _stored_outputs(setting, hyperparameters, forms, budget)
+        calls_budget = budget - max(stored.values())
+        seconds += parts.passes(forms, calls_budget) + parts.learning()
+        rows, more_filed = _rows(setting, hyperparameters, forms, stored, budget)
+        working, disk = working + rows, disk + filed + more_filed
     weights = _weights(setting)
     on_gpu = setting.network.device.type == "cuda"
     return Estimate(
@@ -193,15 +201,49 @@ class _Parts:
         return max(0.0, seconds / self.forward.rows - sum(self.sizes[name].forward for name in names))
 
 
-def _rows(
+def _forms(setting: ReconstructionContext, forward: Forward) -> dict[str, UnitForm]:
+    """Returns the forms of the calls of all units; one that does not learn may have none.
+
+    Raises:
+        InputError: A unit that learns has no input with rows.
+    """
+    forms = {unit.name: forward.shapes[unit.name].form(unit.name, forward.rows) for unit in setting.learning}
+    for unit in setting.units:
+        with suppress(InputError):
+            forms.setdefault(unit.name, forward.shapes[unit.name].form(unit.name, forward.rows))
+    return forms
+
+
+def _stored_outputs(
     setting: ReconstructionContext, recipe: Hyperparameters, forms: dict[str, UnitForm], budget: int
+) -> tuple[dict[str, int], int]:
+    """Returns the bytes of the stored outputs of finished units: in memory while each unit learns, and in files."""
+    denoiser, batches = setting.network.denoiser, setting.batches
+    links = find_links(denoiser, setting.units, forms, batches)
+
+    def stored(memory: int) -> dict[str, int]:
+        cache = RowCache(Path(), memory, setting.network.device)  # nothing is allocated in it
+        mixes_inputs = recipe.input_drop > 0
+        finished = FinishedUnits(denoiser, setting.units, links, forms, cache, batches.num_rows, mixes_inputs)
+        return {unit.name: finished.expected_bytes([unit.name]) for unit in setting.learning}
+
+    in_memory, everything = stored(budget), stored(sys.maxsize)
+    return in_memory, max(everything[name] - size for name, size in in_memory.items())
+
+
+def _rows(
+    setting: ReconstructionContext,
+    recipe: Hyperparameters,
+    forms: dict[str, UnitForm],
+    stored: Mapping[str, int],
+    budget: int,
 ) -> tuple[int, int]:
     """Returns the bytes of rows in memory and in files, at the unit that needs most or at the largest group."""
-    batches, with_layers = setting.batches, recipe.layer_loss_weight > 0
-    extra = {name: form.learning_bytes(with_layers) for name, form in forms.items()}
-    groups = capture_groups(setting.learning, forms, batches.num_rows, budget, with_layers)
-    needs = [
-        sum(forms[unit.name].call_bytes for unit in group) + max(extra[unit.name] for unit in group) for group in groups
-    ]
-    most = batches.num_rows * max(needs)
+    number, with_layers = setting.batches.num_rows, recipe.layer_loss_weight > 0
+    groups = capture_groups(setting.learning, forms, number, budget - max(stored.values()), with_layers)
+    most = max(
+        number * sum(forms[unit.name].call_bytes for unit in group)
+        + max(number * forms[unit.name].learning_bytes(with_layers) + stored[unit.name] for unit in group)
+        for group in groups
+    )
     return min(budget, most), max(0, most - budget)

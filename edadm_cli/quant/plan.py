@@ -114,17 +114,23 @@ class QuantizationPlan(BaseModel):
     kept: dict[str, str] = Field(default_factory=dict, description="layer kept in floating point: why")
 
 
+def name_within(place: str, layer: str) -> str:
+    """Returns the name of a layer among those of all denoisers of a pipeline.
+
+    Args:
+        place: The folder of its denoiser within an artifact, such as `transformer_2`; `""` of the first denoiser.
+        layer: Its name within the denoiser.
+    """
+    return f"{place}.{layer}" if place else layer
+
+
 def joined(plans: Mapping[str, QuantizationPlan]) -> QuantizationPlan:
     """Returns the plans of several denoisers as one.
 
     Args:
-        plans: The plans by a name, which the names of the plan's layers then begin with; `""` adds nothing.
+        plans: The plans by the folder of each denoiser; see `name_within`.
     """
-
-    def named(name: str, layer: str) -> str:
-        return f"{name}.{layer}" if name else layer
-
-    parts = plans.items()
+    named, parts = name_within, plans.items()
     return QuantizationPlan(
         layers={named(name, layer): value for name, plan in parts for layer, value in plan.layers.items()},
         attentions={named(name, layer): value for name, plan in parts for layer, value in plan.attentions.items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edadm_cli.artifacts import Artifact, BuildSpec, RunFolder, Sensitivity
-from edadm_cli.calibrate.bit_budget import spend_budget
+from edadm_cli.calibrate.bit_budget import layer_costs, spend_budget
 from edadm_cli.calibrate.planning import layer_rule, plan_network
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.errors import UsageError
@@ -23,6 +23,7 @@ from edadm_cli.models.registry import known_models
 from edadm_cli.models.stored import is_stored
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.processes import Processes
+from edadm_cli.quant.plan import name_within
 from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.context import ReconstructionContext
@@ -44,6 +45,7 @@ class Task:
         hyperparameters: The numbers of the optimization.
         device: The device of this process.
         processes: The processes that share the work.
+        assigned_bits: The weight bits of each layer of all denoisers, once they are assigned by sensitivity.
     """
 
     config: ReconstructConfig
@@ -54,6 +56,7 @@ class Task:
     hyperparameters: Hyperparameters
     device: torch.device
     processes: Processes
+    assigned_bits: dict[str, int] = field(default_factory=dict, compare=False)
 
     def build_spec(self) -> BuildSpec:
         """Returns the description of the artifact, whose fields are its identity."""
@@ -73,20 +76,38 @@ class Task:
         """The way in which float32 numbers are multiplied: `float32` or `tf32`."""
         return self.config.matmul or _usual_matmul(self.device)
 
-    def recipe(self, denoiser: nn.Module, traced: Trace) -> Recipe:
-        """Returns the recipe; if bits are assigned by sensitivity, each layer's own rule gives it its bits."""
+    def recipe(self, place: str, denoiser: nn.Module, traced: Trace) -> Recipe:
+        """Returns the recipe of a denoiser; if bits are assigned by sensitivity, each layer's rule gives it its bits.
+
+        Args:
+            place: Which denoiser; see `CollectedRun.places`.
+            denoiser: The denoiser in full precision.
+            traced: Its trace.
+        """
         recipe = self.config.recipe
         if self.sensitivity is None:
             return recipe
-        measured = Sensitivity.load(self.sensitivity)
-        bits = self.processes.share(  # the solver stops after a minute, so that slow processes may find other bits
-            spend_budget(measured, self.config.bits, recipe, denoiser, traced) if self.processes.is_main else None
-        )
+        if not self.assigned_bits:
+            # the solver stops after a minute, so that slow processes may find other bits
+            bits = self._assign(place, denoiser, traced) if self.processes.is_main else None
+            self.assigned_bits.update(self.processes.share(bits) or {})
+        names = [layer.name for layer in traced.layers if name_within(place, layer.name) in self.assigned_bits]
         rules = [
-            layer_rule(name, recipe).model_copy(update={"pattern": name, "weight_bits": number})
-            for name, number in bits.items()
+            layer_rule(name, recipe).model_copy(
+                update={"pattern": name, "weight_bits": self.assigned_bits[name_within(place, name)]}
+            )
+            for name in names
         ]
         return recipe.model_copy(update={"layers": (*recipe.layers, *rules)})
+
+    def _assign(self, place: str, denoiser: nn.Module, traced: Trace) -> dict[str, int]:
+        """Returns the weight bits of each layer of all denoisers; those that are not at hand are loaded for it."""
+        assert self.sensitivity is not None
+        measured, config, costs = Sensitivity.load(self.sensitivity), self.config, []
+        for other in CollectedRun.open(self.run).places:
+            each = (denoiser, traced) if other == place else load_traced(self, other)[:2]
+            costs.append(layer_costs(measured, config.bits, config.recipe, *each, other))
+        return spend_budget(config.bits, costs)
 
 
 def _usual_matmul(device: torch.device) -> Literal["float32", "tf32"]:
@@ -123,6 +144,28 @@ def prepare(task: Task, place: str = "", note: Callable[[str], None] = lambda _:
         note: Called with a sentence on where its weights are.
     """
     config = task.config
+    denoiser, traced, batches = load_traced(task, place, note)
+    plan = plan_network(traced, task.recipe(place, denoiser, traced), config.bits)
+    network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
+    granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
+    all_units = units(denoiser, traced, set(plan.layers), granularity)
+    return ReconstructionContext(network, traced, plan, all_units, _learning(all_units, config), batches)
+
+
+def load_traced(
+    task: Task, place: str, note: Callable[[str], None] = lambda _: None
+) -> tuple[nn.Module, Trace, Batches]:
+    """Loads a denoiser with its calibration set, and traces a call of it.
+
+    Args:
+        task: What is reconstructed.
+        place: Which denoiser; see `CollectedRun.places`.
+        note: Called with a sentence on where its weights are.
+
+    Raises:
+        UsageError: The recipe needs all weights in memory, and they stay on disk.
+    """
+    config = task.config
     denoiser = CollectedRun.open(task.run).load_denoiser(task.device, config.weights, place, note)
     if config.recipe.ranges.float_input_share and any(map(is_stored, denoiser.modules())):
         raise UsageError(
@@ -132,12 +175,7 @@ def prepare(task: Task, place: str = "", note: Callable[[str], None] = lambda _:
         )
     batches = Batches(CalibrationSet.load(task.selection.within(place)), task.batch_size, task.device)
     (args, kwargs), *_ = iter(batches.few(1))
-    traced = trace(denoiser, args, kwargs)
-    plan = plan_network(traced, task.recipe(denoiser, traced), config.bits)
-    network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
-    granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
-    all_units = units(denoiser, traced, set(plan.layers), granularity)
-    return ReconstructionContext(network, traced, plan, all_units, _learning(all_units, config), batches)
+    return denoiser, trace(denoiser, args, kwargs), batches
 
 
 def _learning(all_units: list[Unit], config: ReconstructConfig) -> list[Unit]:

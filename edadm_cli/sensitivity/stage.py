@@ -26,7 +26,6 @@ from edadm_cli.artifacts import (
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.calibrate.ranges import search_activation_ranges, search_weight_scales
 from edadm_cli.config import BitWidth, SensitivityConfig
-from edadm_cli.errors import UsageError
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.families import Call
@@ -34,13 +33,12 @@ from edadm_cli.models.loading import LoadedModel, resolve_device
 from edadm_cli.models.sampling import sample
 from edadm_cli.models.units import Trace, trace, units
 from edadm_cli.progress import Reporter, SilentReporter
-from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
+from edadm_cli.quant.plan import LayerPlan, QuantizationPlan, name_within
 from edadm_cli.sensitivity.gains import StepGains, measure_gains
 from edadm_cli.sensitivity.layer_errors import PredictionError, layer_errors
 from edadm_cli.sensitivity.plot import plot_sensitivity
 
 PLOT_FILE = "sensitivity.png"
-_GAINS_FILE = "gains.json"
 _PROGRESS_FILE = "progress.json"
 
 
@@ -79,78 +77,119 @@ def artifact_name(config: SensitivityConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A configuration whose open choices are all decided."""
+class Task:
+    """A configuration whose open choices are all decided.
+
+    Attributes:
+        config: The configuration.
+        collected: The run.
+        selection: The calibration sets.
+        device: The device that computes.
+        batch_size: Samples per forward of a denoiser.
+    """
 
     config: SensitivityConfig
     collected: CollectedRun
     selection: Artifact
-    calibration: CalibrationSet
     device: torch.device
     batch_size: int
 
-    @property
-    def num_samples(self) -> int:
-        return min(self.config.num_samples, len(self.calibration))
+    def part(self, place: str) -> Part:
+        """Returns what belongs to one denoiser; see `CollectedRun.places`."""
+        selection = self.selection.within(place)
+        return Part(self, place, CalibrationSet.load(selection), len(Selection.load(selection).counts))
 
     @property
-    def num_steps(self) -> int:
-        """Number of steps in one run of the sampler; the calibration set need not hold samples of all of them."""
-        return len(Selection.load(self.selection).counts)
+    def parts(self) -> list[Part]:
+        """What belongs to each denoiser."""
+        return [self.part(place) for place in self.collected.places]
 
     def build_spec(self) -> BuildSpec:
+        """Returns the description of the artifact."""
         fields = {**self.config.identity_fields(), "batch_size": self.batch_size}
         other = {"description", "collect", "select", "learn"}
         fields["recipe"] = {key: value for key, value in fields["recipe"].items() if key not in other}
         model = self.selection.manifest.model
         return BuildSpec("sensitivity", None, fields, self.config.seed, (self.selection,), model)
 
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured of one denoiser.
+
+    Attributes:
+        task: The measurement.
+        place: The denoiser; see `CollectedRun.places`.
+        calibration: Its calibration set.
+        num_steps: The steps of a run of the sampler at which it is called; the calibration set need not hold samples of
+            all of them.
+    """
+
+    task: Task
+    place: str
+    calibration: CalibrationSet
+    num_steps: int
+
+    @property
+    def num_samples(self) -> int:
+        """The number of calibration samples that are used."""
+        return min(self.task.config.num_samples, len(self.calibration))
+
+    @property
+    def gains_file(self) -> str:
+        """The file that keeps the gains of the steps until everything is measured."""
+        return f"gains-{self.place}.json" if self.place else "gains.json"
+
     def calls(self) -> list[tuple[Call, Tensor]]:
         """Returns batches of calibration samples, spread evenly over the set, each with the steps of its samples."""
         order = torch.linspace(0, len(self.calibration) - 1, self.num_samples).round().long()
         return [
-            (self.calibration.call(part, self.device, torch.float32), self.calibration.step_index[part])
-            for part in order.split(self.batch_size)
+            (self.calibration.call(rows, self.task.device, torch.float32), self.calibration.step_index[rows])
+            for rows in order.split(self.task.batch_size)
         ]
 
 
-def resolve_task(config: SensitivityConfig, run_folder: RunFolder) -> _Task:
+def resolve_task(config: SensitivityConfig, run_folder: RunFolder) -> Task:
     """Decides what the configuration leaves open, without loading the model."""
     collected = CollectedRun.open(run_folder)
     selection = run_folder.open("select")
     batch_size = config.batch_size or collected.entry.batch_size
-    if len(collected.places) > 1:
-        raise UsageError(
-            f"{collected.model.id} has {len(collected.places)} denoisers, and a sensitivity is measured for one: their "
-            "layers cannot share a budget of bits.",
-            hint="edadm reconstruct --bits w4a8, or another width that all layers have",
-        )
-    calibration = CalibrationSet.load(selection)
-    return _Task(config, collected, selection, calibration, resolve_device(config.device), batch_size)
+    return Task(config, collected, selection, resolve_device(config.device), batch_size)
 
 
-def _measure(task: _Task, build: Build, reporter: Reporter) -> None:
-    model = task.collected.load(task.device, torch.float32)
-    gains = _gains(task, model, build.path, reporter)
-    calls = task.calls()
-    traced = trace(model.denoiser, *calls[0][0])
-    error = PredictionError(
-        model.denoiser, calls, gains, task.calibration.branches, task.collected.guidance_scale or 1.0
-    )
-    candidates = _candidates(task, model.denoiser, traced, [call for call, _ in calls])
-    layers = _measure_layers(model.denoiser, traced, candidates, error, build.path / _PROGRESS_FILE, reporter)
-    result = Sensitivity(layers=tuple(layers), step_gains=tuple(gains.gains.tolist()), num_samples=task.num_samples)
+def _measure(task: Task, build: Build, reporter: Reporter) -> None:
+    model, parts = task.collected.load(task.device, torch.float32), task.parts
+    layers: list[LayerSensitivity] = []
+    step_gains: list[float] = []
+    for part in parts:
+        gains = _gains(part, model, build.path, reporter)
+        layers += _measure_denoiser(part, model.by_denoiser()[part.place].denoiser, gains, build.path, reporter)
+        step_gains += gains.gains.tolist()
+    num_samples = sum(part.num_samples for part in parts)
+    result = Sensitivity(layers=tuple(layers), step_gains=tuple(step_gains), num_samples=num_samples)
     result.save(build.path)
     plot_sensitivity(build.path / PLOT_FILE, result)
-    build.discard([_GAINS_FILE, _PROGRESS_FILE])
+    build.discard([*(part.gains_file for part in parts), _PROGRESS_FILE])
     build.commit(environment={"device": str(task.device)})
 
 
-def _gains(task: _Task, model: LoadedModel, folder: Path, reporter: Reporter) -> StepGains:
-    """Returns the gains of the steps, from a file if a killed run has measured them."""
-    path = folder / _GAINS_FILE
+def _measure_denoiser(
+    part: Part, denoiser: nn.Module, gains: StepGains, folder: Path, reporter: Reporter
+) -> list[LayerSensitivity]:
+    """Measures the layers of one denoiser."""
+    calls = part.calls()
+    traced = trace(denoiser, *calls[0][0])
+    scale = part.task.collected.guidance_scale or 1.0
+    error = PredictionError(denoiser, calls, gains, part.calibration.branches, scale)
+    candidates = _candidates(part.task, denoiser, traced, [call for call, _ in calls])
+    return _measure_layers(part.place, traced, candidates, error, folder / _PROGRESS_FILE, reporter)
+
+
+def _gains(part: Part, model: LoadedModel, folder: Path, reporter: Reporter) -> StepGains:
+    """Returns the gains of a denoiser's steps, from a file if a killed run has measured them."""
+    path, task = folder / part.gains_file, part.task
     if not path.is_file():
-        sampling = task.collected.sampling
+        sampling, denoiser = task.collected.sampling, model.by_denoiser()[part.place].denoiser
         number = min(task.config.num_images, len(sampling.seeds))
 
         def generate() -> Tensor:
@@ -162,9 +201,9 @@ def _gains(task: _Task, model: LoadedModel, folder: Path, reporter: Reporter) ->
                 guidance_scale=sampling.guidance_scale,
             ).latents
 
-        with reporter.task("Measuring the effect of each step", task.num_steps + 1) as advance:
+        with reporter.task("Measuring the effect of each step", part.num_steps + 1) as advance:
             measured = measure_gains(
-                model.denoiser, generate, task.num_steps, task.calibration.branches, task.config.seed, advance
+                denoiser, generate, part.num_steps, part.calibration.branches, task.config.seed, advance
             )
         save_json(path, {"gains": measured.gains.tolist(), "final_energy": measured.final_energy})
     values = load_json(path)
@@ -179,7 +218,7 @@ class _Candidates:
     activation: dict[int, tuple[LayerPlan, Mapping[str, Tensor]]]
 
 
-def _candidates(task: _Task, denoiser: nn.Module, traced: Trace, calls: list[Call]) -> dict[str, _Candidates]:
+def _candidates(task: Task, denoiser: nn.Module, traced: Trace, calls: list[Call]) -> dict[str, _Candidates]:
     """Returns every quantizable layer with its candidates, in the order of execution."""
     config, ranges = task.config, task.config.recipe.ranges
     if ranges.weight == "output-error":  # its statistics belong to a whole plan, but here single layers are compared
@@ -207,14 +246,18 @@ def _candidates(task: _Task, denoiser: nn.Module, traced: Trace, calls: list[Cal
 
 
 def _measure_layers(
-    denoiser: nn.Module,
+    place: str,
     traced: Trace,
     candidates: Mapping[str, _Candidates],
     error: PredictionError,
     progress: Path,
     reporter: Reporter,
 ) -> list[LayerSensitivity]:
-    """Measures layer by layer; a layer that a killed run has measured is read from `progress`."""
+    """Measures layer by layer; a layer that a killed run has measured is read from `progress`.
+
+    The names of the layers are those within the pipeline; see `name_within`.
+    """
+    denoiser = error.denoiser
     unit_of = {layer: unit.name for unit in units(denoiser, traced, set(candidates), "block") for layer in unit.layers}
     done = {
         row["name"]: LayerSensitivity.model_validate(row) for row in (load_json(progress) if progress.is_file() else [])
@@ -222,15 +265,16 @@ def _measure_layers(
     total = sum(len(layer.weight) + len(layer.activation) for layer in candidates.values())
     with reporter.task("Measuring layers", total) as advance:
         for name, layer in candidates.items():
-            if name in done:
+            full_name = name_within(place, name)
+            if full_name in done:
                 advance(len(layer.weight) + len(layer.activation))
                 continue
-            done[name] = LayerSensitivity(
-                name=name,
-                unit=unit_of.get(name, name),
+            done[full_name] = LayerSensitivity(
+                name=full_name,
+                unit=name_within(place, unit_of.get(name, name)),
                 num_weights=denoiser.get_submodule(name).get_parameter("weight").numel(),
                 weight_errors=layer_errors(error, name, layer.weight, advance),
                 activation_errors=layer_errors(error, name, layer.activation, advance),
             )
             save_json(progress, [row.model_dump(mode="json") for row in done.values()])
-    return [done[name] for name in candidates]
+    return [done[name_within(place, name)] for name in candidates]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from edadm_cli.artifacts import RunFolder, Selection, load_tensors
+from edadm_cli.artifacts import RunFolder, Selection, Sensitivity, load_tensors
+from edadm_cli.artifacts.quantization import load_plan
 from edadm_cli.config import (
     BenchConfig,
     BitWidth,
@@ -19,6 +20,8 @@ from edadm_cli.config import (
     SensitivityConfig,
 )
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.models.collected import CollectedRun
+from edadm_cli.quant.plan import QuantizationPlan, joined
 from edadm_cli.recipe import load_recipe
 from tests.denoisers import table, videos
 
@@ -131,12 +134,58 @@ def test_a_bench_of_whole_images_is_refused_before_anything_is_measured(run: Run
         resolve(BenchConfig(**settings, pipeline=True), run)
 
 
-def test_a_sensitivity_of_several_denoisers_is_refused(run: RunFolder) -> None:
-    from edadm_cli.sensitivity import stage as sensitivity
+@pytest.fixture(scope="module")
+def sensitivity(run: RunFolder) -> Sensitivity:
+    from edadm_cli.sensitivity import stage
 
-    with pytest.raises(UsageError, match=r"has 2 denoisers, .* cannot share a budget of bits") as error:
-        sensitivity.run(SensitivityConfig(recipe=load_recipe("quick"), device="cpu"), run)
-    assert error.value.hint.startswith("edadm reconstruct --bits")
+    settings: dict[str, Any] = {"weight_bits": (2, 4, 8), "activation_bits": (8,), "num_samples": 2, "num_images": 1}
+    stage.run(SensitivityConfig(recipe=load_recipe("quick"), device="cpu", **settings), run)
+    return Sensitivity.load(run.open("sensitivity"))
+
+
+def _plans(run: RunFolder, bits: BitWidth) -> dict[str, QuantizationPlan]:
+    artifact = run.open("reconstruct", str(bits))
+    return {place: load_plan(artifact.within(place)) for place in CollectedRun.open(run).places}
+
+
+def test_layers_of_all_denoisers_are_ranked_together(run: RunFolder, sensitivity: Sensitivity) -> None:
+    assert {layer.name for layer in sensitivity.layers} == set(joined(_plans(run, W8A8)).layers)
+    assert len(sensitivity.step_gains) == STEPS
+    for layer in sensitivity.layers:
+        is_second = layer.name.startswith("transformer_2.")
+        assert layer.unit.startswith("transformer_2.") == is_second
+        assert layer.weight_errors[2] > layer.weight_errors[8] > 0
+
+
+def test_the_gain_of_the_last_step_is_that_of_the_second_denoiser(run: RunFolder, sensitivity: Sensitivity) -> None:
+    """Euler's last step adds the prediction, times the last noise level, to the final sample."""
+    scheduler = CollectedRun.open(run).load(torch.device("cpu"), torch.float32).pipeline.scheduler
+    scheduler.set_timesteps(STEPS)
+    assert sensitivity.step_gains[-1] == pytest.approx(float(scheduler.sigmas[-2]) ** 2, rel=1e-3)
+
+
+def test_an_average_of_bits_is_shared_by_all_denoisers(run: RunFolder, sensitivity: Sensitivity) -> None:
+    from edadm_cli.reconstruct import stage as reconstruct
+
+    bits = BitWidth.parse("auto:4a8")
+    reconstruct.run(ReconstructConfig(bits=bits, recipe=load_recipe("quick"), device="cpu"), run)
+    plan = joined(_plans(run, bits)).layers
+    spent = sum(plan[layer.name].weight_bits * layer.num_weights for layer in sensitivity.layers)
+    assert 0.9 < spent / (4 * sum(layer.num_weights for layer in sensitivity.layers)) <= 1
+    assert {layer.weight_bits for layer in plan.values()} == {2, 4, 8}
+
+
+def test_a_size_is_that_of_all_denoisers(run: RunFolder, sensitivity: Sensitivity) -> None:
+    """Their weights stay on disk here, so that the sizes of the layers are those of the files."""
+    from edadm_cli.export import stage as export
+    from edadm_cli.reconstruct import stage as reconstruct
+
+    bits = BitWidth.parse("auto:0.09MiB")
+    reconstruct.run(ReconstructConfig(bits=bits, recipe=load_recipe("quick"), device="cpu", weights="disk"), run)
+    export.run(ExportConfig(bits=bits, device="cpu", parity_samples=1, measure=False), run)
+    folder = run.open("export", str(bits)).path
+    files = [folder / name / "diffusion_pytorch_model.safetensors" for name in ("transformer", "transformer_2")]
+    assert 0.8 < sum(file.stat().st_size for file in files) / (0.09 * 2**20) <= 1
 
 
 def test_a_denoiser_that_is_never_called_is_named(run: RunFolder, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from edadm_cli.artifacts import LayerSensitivity, Sensitivity
-from edadm_cli.calibrate.bit_budget import assign_bits, bytes_beside_codes, spend_budget
+from edadm_cli.calibrate.bit_budget import assign_bits, bytes_beside_codes, layer_costs, spend_budget
 from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
 from edadm_cli.models.stored import place_stored
@@ -79,7 +79,8 @@ def _spent(bits: str, *rules: LayerRule, measured: Sequence[str] = ("first", "se
     )
     sensitivity = Sensitivity(layers=layers, step_gains=(1.0,), num_samples=1)
     recipe = Recipe(name="test", layers=rules)
-    return spend_budget(sensitivity, BitWidth.parse(bits), recipe, net, trace(net, (torch.ones(1, 4),), {}))
+    width = BitWidth.parse(bits)
+    return spend_budget(width, [layer_costs(sensitivity, width, recipe, net, trace(net, (torch.ones(1, 4),), {}))])
 
 
 def test_the_bits_of_the_recipe_s_rules_are_part_of_the_budget() -> None:
