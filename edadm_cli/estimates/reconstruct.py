@@ -238,12 +238,13 @@ def _rows(
     stored: Mapping[str, int],
     budget: int,
 ) -> tuple[int, int]:
-    """Returns the bytes of rows in memory and in files, at the unit that needs most or at the largest group."""
+    """Returns the bytes of rows in memory and in files, while the unit learns that needs most."""
     number, with_layers = setting.batches.num_rows, recipe.layer_loss_weight > 0
     groups = capture_groups(setting.learning, forms, number, budget - max(stored.values()), with_layers)
-    most = max(
-        number * sum(forms[unit.name].call_bytes for unit in group)
-        + max(number * forms[unit.name].learning_bytes(with_layers) + stored[unit.name] for unit in group)
-        for group in groups
-    )
+    most = 0
+    for group in groups:
+        for place, unit in enumerate(group):  # the calls of the units before it are released
+            calls = sum(forms[waiting.name].call_bytes for waiting in group[place:])
+            needed = number * (calls + forms[unit.name].learning_bytes(with_layers))
+            most = max(most, needed + stored[unit.name])
     return min(budget, most), max(0, most - budget)

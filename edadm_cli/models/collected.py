@@ -17,9 +17,10 @@ from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.models.architecture import FurtherDenoiser
 from edadm_cli.models.calibration import CONSTANT
 from edadm_cli.models.families import prepare_calls
-from edadm_cli.models.loading import LoadedModel, load_model, open_stored
+from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.placement import LEARNING_SHARE, Placement, described, memory_of
 from edadm_cli.models.registry import ModelEntry
+from edadm_cli.models.stored_denoiser import open_stored
 from edadm_cli.stage_config import DTypeName, Weights
 
 CONDITION_FILE = "condition.safetensors"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_PIPELINES = "diffusers.pipelines"
+PIPELINES = "diffusers.pipelines"
 _SAME_TEXT = 40  # characters that two warnings of one kind have in common; what follows are values
 
 
@@ -37,8 +37,12 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def pipeline_warnings() -> Iterator[list[str]]:
-    """Collects the warnings of diffusers' pipelines while entered, each kind once; nothing is printed."""
+def library_warnings(module: str) -> Iterator[list[str]]:
+    """Collects the warnings of a module of diffusers while entered, each kind once; nothing is printed.
+
+    Args:
+        module: The module, such as `diffusers.pipelines`; those inside it belong to it.
+    """
     messages: list[str] = []
 
     class Collector(logging.Handler):
@@ -47,7 +51,7 @@ def pipeline_warnings() -> Iterator[list[str]]:
             if all(text[:_SAME_TEXT] != message[:_SAME_TEXT] for message in messages):
                 messages.append(text)
 
-    logger, handler = logging.getLogger(_PIPELINES), Collector(logging.WARNING)
+    logger, handler = logging.getLogger(module), Collector(logging.WARNING)
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)

@@ -1,26 +1,24 @@
-"""Sampling with any diffusers pipeline, by the parameters that its `__call__` takes."""
+"""Samples with any diffusers pipeline."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edadm_cli.errors import InputError, MachineError, UsageError
+from edadm_cli.models.call_arguments import call_arguments, call_parameters, images_hint
 from edadm_cli.models.failures import KINDS, is_fault_of_model, is_out_of_memory
-from edadm_cli.models.families import family_of
 from edadm_cli.models.from_folder import first_sentence
-from edadm_cli.models.images import IMAGE_PARAMETERS, has_images, image_arguments, takes_images
-from edadm_cli.models.quiet import pipeline_warnings, quiet_libraries
+from edadm_cli.models.images import has_images, takes_images
+from edadm_cli.models.quiet import PIPELINES, library_warnings, quiet_libraries
+from edadm_cli.models.watched_scheduler import watched_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,18 +29,6 @@ CALIBRATION, EVALUATION = 0, 1
 """Streams of image seeds: images for calibration and images for evaluation never share their noise."""
 
 _STRIDE = 1_000_003  # number of images of one seed and stream before their seeds repeat those of the next one
-_HANDLED = {
-    "prompt",
-    "class_labels",
-    "batch_size",
-    "num_inference_steps",
-    "guidance_scale",
-    "eta",
-    "generator",
-    *IMAGE_PARAMETERS,
-}
-_NEGATIVE_PROMPT = " "  # what authors of models with true guidance recommend where there is nothing to avoid
-_NO_GUIDANCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -96,14 +82,14 @@ def sample(
     """
     pipeline = model.pipeline
     require_num_steps(model, num_steps)
-    arguments = _call_arguments(model, list(seeds), prompts, num_steps, guidance_scale)
+    arguments = call_arguments(model, list(seeds), prompts, num_steps, guidance_scale)
     last_sample: list[Tensor] = []
     try:
         with (
             torch.no_grad(),
             quiet_libraries(),
-            pipeline_warnings() as warnings,
-            _watch_scheduler(pipeline, arguments, last_sample),
+            library_warnings(PIPELINES) as warnings,
+            watched_scheduler(pipeline, arguments, last_sample),
             _explained_refusals(model),
             _seeded(seeds[0], pipeline.device),
         ):
@@ -123,37 +109,6 @@ def sample(
     return Samples(_to_bytes(_images_of(pipeline, output)), latents, tuple(warnings))
 
 
-def takes_prompts(pipeline: DiffusionPipeline) -> bool:
-    """Returns whether this pipeline takes prompts."""
-    return "prompt" in _parameters(pipeline)
-
-
-def takes_guidance(pipeline: DiffusionPipeline) -> bool:
-    """Returns whether this pipeline has guidance with a scale."""
-    return not {"guidance_scale", "true_cfg_scale"}.isdisjoint(_parameters(pipeline))
-
-
-def default_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> float | None:
-    """Returns a pipeline's default guidance scale; `None` if it has none."""
-    name = "true_cfg_scale" if _has_true_guidance(pipeline, denoiser) else "guidance_scale"
-    default = call_default(pipeline, name)
-    return default if isinstance(default, int | float) else call_default(pipeline, "guidance_scale")
-
-
-def _has_true_guidance(pipeline: DiffusionPipeline, denoiser: nn.Module) -> bool:
-    """Returns whether guidance is a second prediction with a negative prompt whose scale is called `true_cfg_scale`.
-
-    A denoiser that takes the scale as an input is guided by that input instead.
-    """
-    return "true_cfg_scale" in _parameters(pipeline) and not getattr(denoiser.config, "guidance_embeds", False)
-
-
-def call_default(pipeline: DiffusionPipeline, name: str) -> Any:
-    """Returns the default value of a parameter of the pipeline's `__call__`; `None` if there is none."""
-    parameter = _parameters(pipeline).get(name)
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
-
-
 def require_num_steps(model: LoadedModel, num_steps: int) -> None:
     """Refuses more steps than the model has timesteps: schedulers would repeat some, or fail with an unclear error.
 
@@ -166,100 +121,6 @@ def require_num_steps(model: LoadedModel, num_steps: int) -> None:
             f"{num_steps} sampler steps were requested, but {model.ref.id} has {known} timesteps.",
             hint=f"--num-steps {model.entry.num_steps}",
         )
-
-
-def _parameters(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(type(pipeline).__call__).parameters)
-
-
-def _call_arguments(
-    model: LoadedModel,
-    seeds: list[int],
-    prompts: Sequence[str] | None,
-    num_steps: int,
-    guidance_scale: float | None,
-) -> dict[str, Any]:
-    pipeline, family = model.pipeline, family_of(model.denoiser)
-    parameters = _parameters(pipeline)
-    _require_known_parameters(model, parameters)
-    arguments: dict[str, Any] = {
-        "num_inference_steps": num_steps,
-        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "output_type": "np",  # as the pictures that a pipeline returns: some bring only these to [0, 1]
-        **{name: value for name, value in family.call_arguments.items() if name in parameters},
-        **model.entry.call_arguments,
-        **image_arguments(pipeline, model.entry, seeds),
-    }
-    if takes_prompts(pipeline):
-        if prompts is None:
-            raise InputError(
-                f"{model.ref.id} makes images from prompts, and none were given.",
-                hint="--prompts FILE, one per line",
-            )
-        if len(prompts) != len(seeds):
-            raise UsageError(f"{len(seeds)} images need as many prompts, not {len(prompts)}.")
-        arguments["prompt"] = list(prompts)
-        if type(pipeline).__name__ in family.negative_prompt_pipelines:
-            arguments["negative_prompt"] = [_NEGATIVE_PROMPT] * len(seeds)
-        if type(pipeline).__name__ in family.one_prompt_pipelines:
-            arguments |= _one_image(pipeline, prompts, arguments)
-    if "class_labels" in parameters:
-        labels = [_class_label(model, seed) for seed in seeds]
-        if None not in labels:
-            arguments["class_labels"] = labels
-        elif parameters["class_labels"].default is inspect.Parameter.empty:
-            raise InputError(f"{model.ref.id} needs class labels, and its denoiser does not say how many there are.")
-    if "batch_size" in parameters:
-        arguments["batch_size"] = len(seeds)
-    if guidance_scale is not None and guidance_scale > _NO_GUIDANCE and _has_true_guidance(pipeline, model.denoiser):
-        arguments["true_cfg_scale"] = guidance_scale
-        arguments["negative_prompt"] = [_NEGATIVE_PROMPT] * len(seeds)
-    elif guidance_scale is not None and "guidance_scale" in parameters:
-        arguments["guidance_scale"] = guidance_scale
-    if "eta" in parameters:
-        arguments["eta"] = model.entry.eta
-    return arguments
-
-
-def _one_image(pipeline: DiffusionPipeline, prompts: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns prompt, generator and images of a pipeline that takes no lists of them."""
-    if len(prompts) > 1:
-        raise InputError(
-            f"{type(pipeline).__name__} takes one prompt at a time, and {len(prompts)} were given.",
-            hint="--batch-size 1",
-        )
-    pictures = {name: arguments[name][0] for name in IMAGE_PARAMETERS if name in arguments}
-    return {"prompt": prompts[0], "generator": arguments["generator"][0], **pictures}
-
-
-def _require_known_parameters(model: LoadedModel, parameters: dict[str, inspect.Parameter]) -> None:
-    pipeline = model.pipeline
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    required = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
-    ]
-    if not has_images(model.entry) and not set(required).isdisjoint(IMAGE_PARAMETERS):
-        raise InputError(
-            f"{type(pipeline).__name__} starts from images, and --images names none.", hint=_images_hint(model)
-        )
-    unknown = [name for name in required if name != "self" and name not in _HANDLED]
-    if unknown:
-        raise InputError(
-            f"{type(pipeline).__name__} needs '{unknown[0]}' for every image, and only pipelines that start "
-            "from noise, with or without prompts, class labels or images, are supported."
-        )
-
-
-def _class_label(model: LoadedModel, seed: int) -> int | None:
-    """Returns the class of an image; `None` for a denoiser without classes."""
-    config = model.denoiser.config
-    declared: Any = getattr(model.denoiser, "num_classes", None)
-    num_classes = declared or getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
-    if not num_classes:
-        return None
-    return int(torch.randint(num_classes, (1,), generator=torch.Generator().manual_seed(seed)))
 
 
 @contextmanager
@@ -286,7 +147,7 @@ def _explained_refusals(model: LoadedModel) -> Iterator[None]:
         raise InputError(
             f"{type(model.pipeline).__name__} of {model.ref.id} does not sample with these arguments"
             f"{', and --images names no images' if has_none else ''}: {first_sentence(error)}",
-            hint=_images_hint(model) if has_none else _size_hint(model),
+            hint=images_hint(model) if has_none else _size_hint(model),
         ) from error
 
 
@@ -294,14 +155,7 @@ def _memory_hint(model: LoadedModel, num_images: int) -> str | None:
     """Returns what makes sampling take less memory; `None` for one image of a pipeline that fixes its size."""
     if num_images > 1:
         return "a smaller --batch-size"
-    return "edadm collect with a smaller --height and --width" if "height" in _parameters(model.pipeline) else None
-
-
-def _images_hint(model: LoadedModel) -> str:
-    """Returns the command that gives a pipeline its images."""
-    has_mask = "mask_image" in _parameters(model.pipeline)
-    masks = ", with NAME.mask.png beside each NAME.png" if has_mask else ""
-    return f"edadm collect --model {model.ref.id} --images DIR{masks}"
+    return "edadm collect with a smaller --height and --width" if "height" in call_parameters(model.pipeline) else None
 
 
 def _size_hint(model: LoadedModel) -> str | None:
@@ -328,52 +182,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _watch_scheduler(
-    pipeline: DiffusionPipeline, arguments: dict[str, Any], last_sample: list[Tensor]
-) -> Iterator[None]:
-    """Records the last sample of the scheduler while entered.
-
-    It also passes the generators to the scheduler for a pipeline that adds noise at every step without them
-    (LDMPipeline), whose noise would otherwise come from the global generator.
-    """
-    scheduler = pipeline.scheduler
-    is_noisy = bool(arguments.get("eta")) and "generator" in inspect.signature(scheduler.step).parameters
-    scheduler.step = _WatchedStep(scheduler, arguments["generator"] if is_noisy else None, last_sample)
-    try:
-        yield
-    finally:
-        del scheduler.step
-
-
-class _WatchedStep:
-    """Takes the place of a scheduler's `step` and keeps the last sample. A copy of the scheduler has its own `step`.
-
-    The scheduler keeps its class, because pipelines compare it.
-
-    Args:
-        scheduler: The scheduler.
-        generator: The generator of the step's noise, unless the pipeline passes one; `None` adds no generator.
-        last_sample: A list that holds the latest sample.
-    """
-
-    def __init__(self, scheduler: Any, generator: Any, last_sample: list[Tensor]) -> None:
-        functools.update_wrapper(self, scheduler.step)  # pipelines inspect the signature
-        self._scheduler, self._generator, self._last_sample = scheduler, generator, last_sample
-        self._step: Callable[..., Any] = scheduler.step
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._generator is not None:
-            kwargs.setdefault("generator", self._generator)
-        output = self._step(*args, **kwargs)
-        self._last_sample[:] = [output[0] if isinstance(output, tuple) else output.prev_sample]
-        return output
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Returns the method of the copied scheduler, which `deepcopy` has created already."""
-        return MethodType(type(self._scheduler).step, memo[id(self._scheduler)])
 
 
 def _images_of(pipeline: DiffusionPipeline, output: Any) -> Tensor:

@@ -342,6 +342,56 @@ def test_a_transformer_under_the_names_of_diffusers_is_completed_by_its_folder(t
         load_model(str(tmp_path / "mine.safetensors"), CPU, torch.float32)
 
 
+@pytest.fixture(scope="module")
+def sd35(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder without the weights of its denoiser, and these weights."""
+    folder = tmp_path_factory.mktemp("sd35") / "mine"
+    pipeline = build_random_pipeline(shrunk("sd3.5-medium"), 0, torch.float32)
+    pipeline.save_pretrained(folder)
+    (folder / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    return folder, dict(pipeline.transformer.state_dict())
+
+
+@pytest.mark.parametrize("scale_name", ["scale_weight", "weight_scale"])
+def test_scaled_weights_of_float8_are_multiplied_by_their_scales(
+    sd35: tuple[Path, dict[str, torch.Tensor]], scale_name: str
+) -> None:
+    folder, weights = sd35
+    state = dict(weights)
+    for name in [name for name, tensor in weights.items() if name.endswith("ff.net.2.weight")]:
+        scale = weights[name].abs().max() / 448
+        state[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+        state[f"{name.removesuffix('weight')}{scale_name}"] = scale
+        state[f"{name.removesuffix('weight')}scale_input"] = torch.ones(())
+    if scale_name == "scale_weight":
+        state["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    model = load(folder.with_suffix(".safetensors"), state)
+    assert model.remarks == ()
+    loaded = model.denoiser.state_dict()
+    for name, tensor in weights.items():
+        assert float((loaded[name] - tensor).abs().max()) <= (float(tensor.abs().max()) / 16 if name in state else 0)
+    name = next(name for name in state if name.endswith(scale_name))
+    for broken in (torch.ones(7), torch.tensor(float("nan"))):
+        assert "must hold one finite number" in refusal(folder.with_suffix(".safetensors"), {**state, name: broken})
+
+
+def test_scaled_weights_in_a_whole_pipeline_are_refused(tmp_path: Path, small_sd15: Architecture) -> None:
+    state = state_of(build_random_pipeline(small_sd15, 0, torch.float32)) | {"scaled_fp8": torch.empty(2)}
+    assert "only from a file that holds a denoiser alone" in refusal(tmp_path / "model.safetensors", state)
+
+
+def test_tensors_that_a_denoiser_does_not_have_are_reported_or_refused(
+    sd35: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    folder, weights = sd35
+    path = folder.with_suffix(".safetensors")
+    (remark,) = load(path, {**weights, "trainer.step": torch.ones(1), "trainer.epoch": torch.ones(1)}).remarks
+    assert "2 tensors that the denoiser does not have" in remark
+    assert "trainer." in remark
+    words = refusal(path, {**weights, "transformer_blocks.0.ff.net.2.lora_down.weight": torch.ones(2, 2)})
+    assert "lora_down.weight', which changes the denoiser" in words
+
+
 def test_a_lora_beside_a_folder_stays_a_lora(tmp_path: Path, tiny_sd: Path) -> None:
     shutil.copytree(tiny_sd, tmp_path / "mine")
     assert "is a LoRA" in refusal(tmp_path / "mine.safetensors", {"lora_unet_a.lora_down.weight": torch.zeros(1)})

@@ -22,9 +22,15 @@ from edadm_cli.models.checkpoints.accounting import DENOISER, is_finite
 from edadm_cli.models.containment import bounded_size, no_network, no_questions
 from edadm_cli.models.folder import INDEX_NAME, Component, read_folder
 from edadm_cli.models.from_folder import first_sentence, load_folder
+from edadm_cli.models.quiet import library_warnings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+_LOADER = "diffusers.loaders.single_file_model"
+_UNUSED = "were not used when initializing"
+_CHANGING = ("lora", "hada_", "lokr_", "scale_weight", "weight_scale", "absmax", "quant_state", ".diff", ".alpha")
+"""Parts of the names of tensors that change what other tensors mean: adapters, and scales of quantized weights."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,12 @@ class CompletedFile:
     Attributes:
         pipeline: The pipeline, on the CPU.
         fingerprint: The hash of the folder's files, without the denoiser's weights.
+        remarks: A sentence that says which tensors of a denoiser were not used.
     """
 
     pipeline: DiffusionPipeline
     fingerprint: str
+    remarks: tuple[str, ...] = ()
 
 
 def folder_beside(path: Path) -> Path | None:
@@ -57,11 +65,14 @@ def complete(path: Path, state: Mapping[str, Tensor], folder: Path, dtype: torch
     if component is None:
         raise InputError(f"{folder} has neither a 'unet' nor a 'transformer', so it does not say what {path} holds.")
     with no_questions(), no_network():
-        denoiser = _convert(path, state, component, dtype)
-    return CompletedFile(load_folder(source, dtype, {component.name: denoiser}), source.fingerprint())
+        denoiser, remarks = _convert(path, state, component, dtype)
+    return CompletedFile(load_folder(source, dtype, {component.name: denoiser}), source.fingerprint(), remarks)
 
 
-def _convert(path: Path, state: Mapping[str, Tensor], component: Component, dtype: torch.dtype) -> nn.Module:
+def _convert(
+    path: Path, state: Mapping[str, Tensor], component: Component, dtype: torch.dtype
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Returns the denoiser of a file, and a sentence on the tensors that were not used."""
     loader: Any = component.cls
     if not hasattr(loader, "from_single_file"):
         raise InputError(
@@ -71,7 +82,8 @@ def _convert(path: Path, state: Mapping[str, Tensor], component: Component, dtyp
     prefix = DENOISER if any(name.startswith("input_blocks.") for name in state) else ""  # diffusers expects it
     wide = {prefix + name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     try:
-        with component.staged() as place, bounded_size(component.descriptions[0], state.values()):
+        size = bounded_size(component.descriptions[0], state.values())
+        with component.staged() as place, size, library_warnings(_LOADER) as warnings:
             module: nn.Module = loader.from_single_file(
                 wide, config=str(place), local_files_only=True, torch_dtype=dtype
             )
@@ -87,4 +99,21 @@ def _convert(path: Path, state: Mapping[str, Tensor], component: Component, dtyp
             raise InputError(f"{path} lacks the tensor '{name}', which {component.folder} describes.")
         if not is_finite(tensor):
             raise InputError(f"{path}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
-    return module
+    return module, tuple(_unused(path, warning) for warning in warnings if _UNUSED in warning)
+
+
+def _unused(path: Path, warning: str) -> str:
+    """Returns a sentence on the tensors that a warning of diffusers lists.
+
+    Raises:
+        InputError: They would change the denoiser.
+    """
+    names = warning.partition("['")[2].removesuffix("']").split(", ")
+    changing = next((name for name in names if any(mark in name for mark in _CHANGING)), None)
+    if changing is not None:
+        raise InputError(
+            f"{path} holds the tensor '{changing}', which changes the denoiser and is not understood.",
+            hint="merge it into the weights, or give --model a file without it",
+        )
+    count = f"{len(names)} tensors" if len(names) > 1 else "a tensor"
+    return f"{path} holds {count} that the denoiser does not have, such as '{names[0]}'; the rest is used."

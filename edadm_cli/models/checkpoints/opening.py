@@ -54,13 +54,22 @@ def open_checkpoint(path: Path, dtype: torch.dtype) -> OpenedCheckpoint:
             hint="edadm models",
         )
     state = read_checkpoint(path)
-    if is_quantized_state(state):
+    is_quantized = is_quantized_state(state)
+    if is_quantized:
         state = dequantized_state(state, str(path))
     known_as, folder = stable_diffusion.known_as(state), beside.folder_beside(path)
     is_whole = kinds.has_autoencoder(state) and (known_as is not None or compvis.is_latent_diffusion(state))
     if not is_whole and folder is not None and not kinds.is_lora(state):
         completed = beside.complete(path, state, folder, dtype)
-        return OpenedCheckpoint(completed.pipeline, _fingerprint(path, (completed.fingerprint,)), None)
+        return OpenedCheckpoint(
+            completed.pipeline, _fingerprint(path, (completed.fingerprint,)), None, completed.remarks
+        )
+    if is_quantized:
+        raise InputError(
+            f"{path} holds a whole pipeline with weights of eight bits and scales; such weights are read only from a"
+            " file that holds a denoiser alone.",
+            hint="give --model a file in float16, or a diffusers folder",
+        )
     if known_as is not None:
         model = stable_diffusion.describe(path, state, known_as, load_architecture(known_as))
         del state  # diffusers reads the file itself

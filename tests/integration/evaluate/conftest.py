@@ -50,7 +50,8 @@ def tiny_models(tiny_sd: Path, tiny_ddpm: Path, monkeypatch: pytest.MonkeyPatch)
     }
     shipped = digits.model_folder
     monkeypatch.setattr(digits, "model_folder", lambda name, *rest: folders.get(name) or shipped(name, *rest))
-    monkeypatch.setattr("edadm_cli.models.loading.known_models", lambda: entries)
+    for module in ("loading", "locating"):
+        monkeypatch.setattr(f"edadm_cli.models.{module}.known_models", lambda: entries)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         classifier = DigitClassifier().eval().requires_grad_(False)

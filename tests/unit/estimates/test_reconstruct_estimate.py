@@ -142,7 +142,6 @@ def test_rows_in_memory_are_counted_as_they_are_held(
     )
     reconstruction.run(made.units(), lambda _: None)
     assert max(stored.values()) > 0
-    print(planned, max(held))
     assert planned == pytest.approx(max(held), rel=0.1)
 
 

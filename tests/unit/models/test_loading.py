@@ -17,7 +17,7 @@ from edadm_cli.artifacts import RunFolder
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import EXIT_INPUT, EXIT_MACHINE, EdadmError, InputError, MachineError
-from edadm_cli.models import loading
+from edadm_cli.models import locating
 from edadm_cli.models.collected import load_collected_model
 from edadm_cli.models.folder import read_folder
 from edadm_cli.models.loading import load_model, resolve_device
@@ -270,7 +270,7 @@ def test_a_hub_model_is_loaded_again_at_the_commit_it_was_collected_from(
         asked.append((repo_id, revision))
         return tiny_ddpm, revision or "c0ffee"
 
-    monkeypatch.setattr(loading, "download", download)
+    monkeypatch.setattr(locating, "download", download)
     run = RunFolder(tmp_path / "run")
     config = CollectConfig(model="nobody/tiny", num_trajectories=1, num_steps=2, device="cpu")
     collect.run(config, run)

@@ -21,7 +21,8 @@ from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.loading import LoadedModel, load_model
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.models.sampling import CALIBRATION, EVALUATION, _watch_scheduler, image_seed, sample
+from edadm_cli.models.sampling import CALIBRATION, EVALUATION, image_seed, sample
+from edadm_cli.models.watched_scheduler import watched_scheduler
 from tests.denoisers.unets import consistency, deepfloyd, inpainting
 from tests.denoisers.videos import stable_video
 
@@ -214,7 +215,7 @@ def test_a_copy_of_the_scheduler_steps_by_itself() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler, last = FlowMatchEulerDiscreteScheduler(), []
-    with _watch_scheduler(SimpleNamespace(scheduler=scheduler), {}, last):
+    with watched_scheduler(SimpleNamespace(scheduler=scheduler), {}, last):
         assert type(scheduler) is FlowMatchEulerDiscreteScheduler  # pipelines compare it
         scheduler.set_timesteps(4)
         copied = deepcopy(scheduler)
