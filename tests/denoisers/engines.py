@@ -10,7 +10,10 @@ import json
 import shutil
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +84,7 @@ def _measured(row: Row, folder: Path) -> EngineResult:
     torch.manual_seed(0)
     pipeline = row.build()
     pipeline.save_pretrained(folder / "model")
-    name = type(getattr(pipeline, "unet", None) or pipeline.transformer).__name__
+    name = type(_denoiser_of(pipeline)).__name__
     run = RunFolder(folder / "run")
     collecting = CollectConfig(
         model=str(folder / "model"),
@@ -156,6 +159,24 @@ def _rows(output: Any) -> Tensor:
     return prediction if isinstance(prediction, Tensor) else torch.stack(tuple(prediction))
 
 
+def measure_in_process(row: Row) -> EngineResult:
+    """Samples a row in a process of its own, which a library may end."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_titled, row.title).result()
+        except BrokenProcessPool:
+            name = type(_denoiser_of(row.build())).__name__
+            return EngineResult(row.title, name, refusal="OpenVINO crashes and ends its process.")
+
+
+def _titled(title: str) -> EngineResult:
+    return measure_on_engine(next(row for row in ROWS if row.title == title))
+
+
+def _denoiser_of(pipeline: Any) -> Any:
+    return getattr(pipeline, "unet", None) or pipeline.transformer
+
+
 def engine_results(rows: tuple[Row, ...], notes: Path) -> list[EngineResult]:
     """Measures rows that the file of notes does not hold yet, and prints each result as soon as it is there."""
     lines = notes.read_text(encoding="utf-8").splitlines() if notes.is_file() else []
@@ -163,7 +184,7 @@ def engine_results(rows: tuple[Row, ...], notes: Path) -> list[EngineResult]:
     notes.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         if row.title not in results:
-            results[row.title] = measure_on_engine(row)
+            results[row.title] = measure_in_process(row)
             with notes.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(results[row.title])) + "\n")
             print(engine_markdown([results[row.title]]).splitlines()[-1], flush=True)
@@ -188,7 +209,7 @@ def write_engine_table(only: list[str] | None) -> None:
     if only is not None:
         for row in ROWS:
             if row.build.__name__ in only:
-                print(engine_markdown([measure_on_engine(row)]).splitlines()[-1], flush=True)
+                print(engine_markdown([measure_in_process(row)]).splitlines()[-1], flush=True)
         return
     write_table("denoisers on OpenVINO", engine_markdown(engine_results(ROWS, NOTES)))
     NOTES.unlink()

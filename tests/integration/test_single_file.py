@@ -388,8 +388,8 @@ def test_tensors_that_a_denoiser_does_not_have_are_reported_or_refused(
     (remark,) = load(path, {**weights, "trainer.step": torch.ones(1), "trainer.epoch": torch.ones(1)}).remarks
     assert "2 tensors that the denoiser does not have" in remark
     assert "trainer." in remark
-    words = refusal(path, {**weights, "transformer_blocks.0.ff.net.2.lora_down.weight": torch.ones(2, 2)})
-    assert "lora_down.weight', which changes the denoiser" in words
+    words = refusal(path, {**weights, "transformer_blocks.0.ff.net.2.weight.absmax": torch.ones(2)})
+    assert "weight.absmax', which changes the denoiser" in words
 
 
 def test_a_lora_beside_a_folder_stays_a_lora(tmp_path: Path, tiny_sd: Path) -> None:
