@@ -8,7 +8,7 @@ components. Nothing is downloaded. diffusers converts the names of the tensors, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from edadm_cli.models.architecture import DENOISER_NAMES
 from edadm_cli.models.checkpoints.accounting import DENOISER, is_finite
 from edadm_cli.models.containment import bounded_size, no_network, no_questions
 from edadm_cli.models.folder import INDEX_NAME, Component, read_folder
-from edadm_cli.models.from_folder import first_sentence, load_folder
+from edadm_cli.models.from_folder import empty_module, first_sentence, load_folder
 from edadm_cli.models.quiet import library_warnings
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def _convert(
             f"diffusers does not convert single files of {component.cls.__name__}, so {path} is not loaded.",
             hint="give --model a diffusers folder with all weights",
         )
+    state, extra = _without_extra(state, component, dtype)
     prefix = DENOISER if any(name.startswith("input_blocks.") for name in state) else ""  # diffusers expects it
     wide = {prefix + name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     try:
@@ -99,16 +100,33 @@ def _convert(
             raise InputError(f"{path} lacks the tensor '{name}', which {component.folder} describes.")
         if not is_finite(tensor):
             raise InputError(f"{path}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
-    return module, tuple(_unused(path, warning) for warning in warnings if _UNUSED in warning)
+    for warning in warnings:
+        if _UNUSED in warning:
+            extra += warning.partition("['")[2].removesuffix("']").split(", ")
+    return module, (_unused(path, extra),) if extra else ()
 
 
-def _unused(path: Path, warning: str) -> str:
-    """Returns a sentence on the tensors that a warning of diffusers lists.
+def _without_extra(
+    state: Mapping[str, Tensor], component: Component, dtype: torch.dtype
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """Returns the tensors of a denoiser with diffusers' names alone, and the names of those beside them.
+
+    diffusers takes a file with more tensors than the denoiser has for one with other names. Such files are returned as
+    they are.
+    """
+    with bounded_size(component.descriptions[0], state.values()):
+        names = set(empty_module(component, dtype).state_dict())
+    if not names <= state.keys():
+        return state, []
+    return {name: tensor for name, tensor in state.items() if name in names}, sorted(state.keys() - names)
+
+
+def _unused(path: Path, names: Sequence[str]) -> str:
+    """Returns a sentence on the tensors that a denoiser does not have.
 
     Raises:
-        InputError: They would change the denoiser.
+        InputError: They would change it.
     """
-    names = warning.partition("['")[2].removesuffix("']").split(", ")
     changing = next((name for name in names if any(mark in name for mark in _CHANGING)), None)
     if changing is not None:
         raise InputError(
