@@ -90,39 +90,31 @@ def prepare(
     parity = compare_layers(engine, denoiser, args, kwargs, exact, advance)
     require_layers(engine, parity)
     options = EngineOptions(device, dtype, threads, attention)
-    source: Callable[[], CompiledDenoiser] | None = None
+    error = partial(_fake_quantize_error, call=call, device=device, dtype=dtype, exact=parity.prediction)
     if isinstance(engine, FileEngine):
-
-        def fake_quantize_error() -> float:
-            made = nn.Module.to(again(), device, dtype)
-            return relative_l2(_rounded(made, call, device, dtype), parity.prediction)
-
         if not folder.is_dir():
             engine.save(denoiser, args, kwargs, options, folder)
-        size = folder_mib(folder)
-    else:
-        # now, because later the contenders fill the device's memory
-        copied = denoiser if dtype == torch.float32 else nn.Module.to(copy.deepcopy(denoiser), dtype=dtype)
-        distance = relative_l2(_rounded(copied, call, device, dtype), parity.prediction)
+        spec = _spec(engine, bits, options, folder, folder_mib(folder))
+        return Prepared(spec, parity, lambda: error(again()), None)
+    # now, because later the contenders fill the device's memory
+    distance = error(denoiser if dtype == torch.float32 else copy.deepcopy(denoiser))
+    # until it is compiled it stays on the CPU, so that contenders have the memory of the GPU
+    source = partial(engine.compile, nn.Module.to(denoiser, "cpu"), args, kwargs, options)
+    return Prepared(_spec(engine, bits, options, None, packed_mib(denoiser)), parity, lambda: distance, source)
 
-        def fake_quantize_error() -> float:
-            return distance
 
-        # until it is compiled it stays on the CPU, so that contenders have the memory of the GPU
-        source = partial(engine.compile, nn.Module.to(denoiser, "cpu"), args, kwargs, options)
-        size = packed_mib(denoiser)
-    name = str(dtype).removeprefix("torch.")
-    spec = Spec(
-        name=f"{engine.name} {bits}" + (f", attention {attention}" if attention != "float" else ""),
+def _spec(engine: Engine, bits: BitWidth, options: EngineOptions, folder: Path | None, size_mib: float) -> Spec:
+    form = options.attention
+    return Spec(
+        name=f"{engine.name} {bits}" + (f", attention {form}" if form != "float" else ""),
         engine=engine.name,
         runs_on=engine.name,
-        dtype=name,
+        dtype=str(options.rest_dtype).removeprefix("torch."),
         bits=str(bits),
         compiled=True,
-        folder=folder if source is None else None,
-        size_mib=size,
+        folder=folder,
+        size_mib=size_mib,
     )
-    return Prepared(spec, parity, fake_quantize_error, source)
 
 
 def require_layers(engine: Engine, parity: LayerParity) -> None:
@@ -219,10 +211,16 @@ def packed_mib(denoiser: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _rounded(denoiser: nn.Module, call: Call, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the prediction of quantize-dequantize in torch, with all operations in `dtype`, that of the denoiser."""
+def _fake_quantize_error(
+    denoiser: nn.Module, call: Call, device: torch.device, dtype: torch.dtype, exact: Tensor
+) -> float:
+    """Returns the relative L2 distance from `exact` to the prediction of quantize-dequantize in torch.
+
+    All operations run in `dtype`. The denoiser is changed: it is cast, and keeps no float copies of its weights.
+    """
+    nn.Module.to(denoiser, device, dtype)
     use_arithmetic(denoiser, "fake-quantize")
     for layer in quantized_layers(denoiser).values():
         layer.keeps_float_weight = False  # a single call needs it once
     args, kwargs = placed(call, device, dtype)
-    return prediction_of(denoiser(*args, **kwargs)).float()
+    return relative_l2(prediction_of(denoiser(*args, **kwargs)).float(), exact)

@@ -55,9 +55,12 @@ class RuntimeNode:
 
     @property
     def product_sources(self) -> list[str]:
-        """Returns those sources of the node that are products; a fused chain also has other sources."""
+        """Returns those sources of the node that are products; a fused chain also has other sources.
+
+        A product that is not among the sources of its own node, as can be with fused operations, is the node's name.
+        """
         if self.type != "Subgraph":
-            return list(self.sources)
+            return [*self.sources, self.name]
         return [source for source in self.sources if source.rpartition("/")[2].startswith(_ATTENTION_SOURCES)]
 
 
