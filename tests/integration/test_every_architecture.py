@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from edadm_cli.artifacts import RunFolder
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructConfig, SelectConfig
 from edadm_cli.export import stage as export
-from edadm_cli.models import loading
+from edadm_cli.models import loading, locating, stored_denoiser
+from edadm_cli.models.architecture import Architecture
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.call_arguments import takes_guidance, takes_prompts
 from edadm_cli.models.collected import load_collected_model
@@ -32,8 +33,13 @@ BITS = BitWidth.parse("w8a8")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load_architecture", shrunk)
+    use_architectures(shrunk, monkeypatch)
     shrink_flux(monkeypatch)
+
+
+def use_architectures(load: Callable[[str], Architecture], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (loading, locating, stored_denoiser):
+        monkeypatch.setattr(module, "load_architecture", load)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -146,7 +152,7 @@ def test_guidance_that_is_embedded_is_part_of_the_condition(tmp_path: Path, monk
     cls, transformer = components["transformer"]
     components["transformer"] = (cls, {**transformer, "guidance_embeds": True})
     embedded = shrunk("flux-schnell").model_copy(update={"components": components})
-    monkeypatch.setattr(loading, "load_architecture", lambda name: embedded)
+    use_architectures(lambda name: embedded, monkeypatch)
     run = RunFolder(tmp_path / "run")
     fields: dict[str, Any] = {"model": "flux-schnell-random", "num_trajectories": 2, "num_steps": 2, "device": "cpu"}
     collect.run(CollectConfig(**fields, guidance_scale=3.5), run)

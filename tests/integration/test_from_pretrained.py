@@ -234,7 +234,7 @@ BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
         "not a positive number",
     ),
     "zero-point": (_set(f"{LAYER}.input_zero_point", lambda t: t * 0 + 256), "zero-point outside 0..255"),
-    "future": (lambda f: _change_config(f, format_version=4), "format 4; this version of edadm reads formats up to 2"),
+    "future": (lambda f: _change_config(f, format_version=4), "format 4; this version of edadm reads formats up to 3"),
     "plan": (lambda f: _change_config(f, plan={"layers": {LAYER: {"weight_bits": 40}}}), "no valid plan"),
     "stranger": (
         lambda f: _change_config(f, plan={"layers": {"nowhere": {"weight_bits": 4}}}),

@@ -19,7 +19,7 @@ def test_the_program_of_the_readme_runs(
 ) -> None:
     """The documented program runs, with a tiny model and a quick recipe."""
     (tmp_path / "quick.toml").write_text('extends = "rtn"\n[ranges]\nnum_candidates = 4\n')
-    (program,) = re.findall(r"^## As a library$.*?^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+    (program,) = re.findall(r"^## In Python$.*?^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
     assert len(program.split("\n")) <= 13
     small = f'{str(few_blocks_sd)!r}, num_trajectories=4, num_steps=2, batch_size=4, device="cpu", recipe="quick.toml"'
     assert program.count('"digits-sd"') == 1

@@ -21,6 +21,7 @@ from edadm_cli.export import round_trip
 from edadm_cli.export import stage as export
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.loading import load_model
+from edadm_cli.quant.groups import LARGEST_MULTIPLIER
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import LayerRule, LearnRecipe, Recipe, load_recipe
 from edadm_cli.reconstruct import stage as reconstruct
@@ -116,11 +117,12 @@ def test_every_bit_width_uses_its_codes_and_no_others(bits: str, tiny_ddpm: Path
     run = fresh_run(tiny_ddpm)
     recipe = quick("rtn", edge_weight_bits=None, edge_activation_bits=None)
     reconstruct.run(config_of(bits, recipe), run)
-    weight_bits = BitWidth.parse(bits).weight
+    width = BitWidth.parse(bits)
+    largest = (2 ** (width.weight - 1) - 1) * (1 if width.group_size is None else LARGEST_MULTIPLIER)
     params = run.open("reconstruct", bits).tensors("quant_params.safetensors")
     codes = torch.cat([tensor.flatten() for name, tensor in params.items() if name.endswith("weight_int")])
     assert codes.dtype == torch.int8
-    assert (int(codes.min()), int(codes.max())) == (-(2 ** (weight_bits - 1)) + 1, 2 ** (weight_bits - 1) - 1)
+    assert (int(codes.min()), int(codes.max())) == (-largest, largest)
 
 
 def test_tensors_have_the_names_that_other_tools_rely_on(tiny_sd: Path, fresh_run: FreshRun) -> None:
