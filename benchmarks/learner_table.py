@@ -106,8 +106,9 @@ def widths(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def _narrowness(bits: str) -> tuple[float, float]:
     """Returns a key that sorts wide activations first, and among them wide weights."""
-    weight, activation = re.findall(r"[0-9.]+", bits)
-    return -float(activation), -float(weight)
+    weight, *group_size, activation = re.findall(r"[0-9.]+", bits)
+    per_weight = float(weight) + sum(4 / int(size) for size in group_size)  # a group's multiplier has four bits
+    return -float(activation), -per_weight
 
 
 def across(rows: Sequence[Row], columns: Sequence[str], metrics: Sequence[str]) -> str:
