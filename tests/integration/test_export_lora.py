@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 
 from edadm_cli import export, reconstruct
 from edadm_cli.artifacts import RunFolder
+from edadm_cli.calibrate.nearest import nearest_codes
 from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.export.fusing import LoraFile, moved_codes
+from edadm_cli.quant.groups import codes_of, per_weight, search_groups
 from edadm_cli.quant.plan import LayerPlan
-from edadm_cli.recipe import load_recipe
+from edadm_cli.recipe import RangeRecipe, load_recipe
 
 pytest.importorskip("peft")
 
@@ -67,6 +69,22 @@ def test_codes_keep_their_learned_direction_where_it_is_still_a_neighbour() -> N
     assert same == scale
     _, wider = moved_codes(codes, old, 3 * old, scale, layer)
     assert wider == 3 * scale
+
+
+def test_codes_in_groups_move_by_steps_of_their_groups() -> None:
+    old = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    layer = LayerPlan(weight_bits=4, activation_bits=8, group_size=16)
+    scale, multipliers = search_groups(old, layer.weight_grid, 16, RangeRecipe())
+    integers = nearest_codes(old, scale, layer, multipliers)
+    unmoved, same = moved_codes(integers, old, old, scale, layer, multipliers)
+    assert torch.equal(unmoved, integers)
+    assert torch.equal(same, scale)
+    steps = scale[:, None] * per_weight(multipliers, (6, 40), 16)
+    moved, _ = moved_codes(integers, old, old + steps, scale, layer, multipliers)
+    before, after = (codes_of(each, multipliers, 16) for each in (integers, moved))
+    inside = (before > -8) & (before < 7)  # the ends of the grid hold weights that lie beyond it
+    assert inside.sum() > 200
+    assert torch.equal(after[inside], before[inside] + 1)
 
 
 @pytest.mark.parametrize("key", [f"unet.{LAYER}", f"lora_unet_{LAYER.replace('.', '_')}"])

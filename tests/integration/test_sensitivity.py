@@ -54,7 +54,7 @@ def test_every_layer_is_measured_and_fewer_bits_cost_more(run_folder: Path) -> N
 
 
 def test_steps_without_samples_at_the_end_are_steps_too(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TDAC may take no sample of the last steps, and their number tells how many calls of the denoiser a step has."""
+    """The number of steps is that of the sampler, even where the calibration set has no sample of the last ones."""
     task = stage.resolve_task(SensitivityConfig(recipe=load_recipe("quick"), device="cpu"), RunFolder(run_folder))
     (part,) = task.parts
     early = replace(part.calibration, step_index=part.calibration.step_index.clamp(max=1))

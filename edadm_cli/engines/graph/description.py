@@ -83,10 +83,10 @@ def load_description(
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no {name}.", hint=again)
     content = load_json(folder / DESCRIPTION_FILE)
-    found = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(found, int) and found != format_version:  # before its fields are read, which differ between versions
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version != format_version:  # checked before the fields, which differ by version
         raise InputError(
-            f"{folder} holds files of another version of edadm: their format is {found}, and the engine '{engine}'"
+            f"{folder} holds files of another version of edadm: their format is {version}, and the engine '{engine}'"
             f" reads format {format_version}.",
             hint=again,
         )
