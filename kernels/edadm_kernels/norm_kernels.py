@@ -232,11 +232,11 @@ def _normalize_rows(x, starts, row_mask, channels, eps, HEAD: tl.constexpr, TAIL
 
     The rows begin at `starts` `[BLOCK_ROWS, 1]`, and `row_mask` has the same shape. The pieces are
     `[BLOCK_ROWS, HEAD]` and `[BLOCK_ROWS, TAIL]`, the last is `[BLOCK_ROWS, 1]`. Columns of the tail past the end of
-    the row are zero. With `TAIL` 0 the second piece is None.
+    the row are zero. With `TAIL` 0 the second piece is the first one: Triton 3.6 returns no None.
     """
     head = tl.load(x + (starts + tl.arange(0, HEAD)[None, :]), mask=row_mask, other=0).to(tl.float32)
     total = tl.sum(head, axis=1)
-    tail = None
+    tail = head
     if TAIL > 0:
         column = HEAD + tl.arange(0, TAIL)
         tail_mask = row_mask & (column < channels)[None, :]

@@ -149,17 +149,17 @@ _SIZES = {"rows": "i32", "channels": "i32", "eps": "fp32"}
 
 
 def variants(arch: int) -> list[KernelVariant]:
-    """Lists what the normalizations of a float16 Stable Diffusion 1.x denoiser compile."""
+    """Lists what the normalizations of a float16 Stable Diffusion 1.x denoiser compile, and rows of one piece."""
     listed: dict[str, KernelVariant] = {}
     for size, channels in _GROUP_SHAPES:
         plan = group_plan(size * size, channels, 32)
         for silu in (True, False):
             listed.update({variant.name: variant for variant in _group_variants(arch, plan, silu)})
-    for channels in (320, 640, 1280):
+    for channels in (128, 320, 640, 1280):
         for quantizers in (1, 3):
             variant = _layer_variant(arch, channels, quantizers)
             listed[variant.name] = variant
-    for channels in (1152, 1536, 3072):
+    for channels in (1024, 1152, 1536, 3072):
         variant = _modulated_variant(arch, channels)
         listed[variant.name] = variant
     return list(listed.values())
