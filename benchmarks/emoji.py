@@ -2,14 +2,17 @@
 
     python benchmarks/emoji.py --out studies/emoji --gpus 0,1 --workers 12
     python benchmarks/emoji.py --out studies/emoji --table
-    python benchmarks/emoji.py --out studies/emoji --export docs/data/emoji.jsonl
+    python benchmarks/emoji.py --out studies/emoji --rows docs/data/emoji.jsonl --gpus 0 --workers 12 --images 500
+    python benchmarks/emoji.py --out studies/emoji --rows docs/data/emoji.jsonl --export docs/data/emoji.jsonl
     python benchmarks/emoji.py --rows docs/data/emoji.jsonl --table
     python benchmarks/emoji.py --out studies/emoji --picture emoji-sd.webp
 
 A row is one variant of a recipe (`benchmarks/learner.py` says how a variant is written) on one model, at one bit width,
 with one seed. Each row leaves one JSON file below OUT/results; the same command skips rows that exist, so that an
-interrupted study continues. `--seconds` ends it: no row that learns is begun when the time that is left is shorter than
-the longest one so far. Rows come in the order of their importance. Nothing is downloaded.
+interrupted study continues, in the middle of a row if OUT/runs is still there. `--rows` names rows that were measured
+before, which are skipped as well, if they have as many pictures. No row is begun after `--seconds`; rows that learn
+nothing come first when the time that is left is shorter than the longest row so far. Rows come in the order of their
+importance. Nothing is downloaded.
 
 Metrics of a row, over `--images` pictures of one seed each, which no calibration has seen:
 
@@ -40,8 +43,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner import link_collection, variant_recipe
-from study.emoji_rows import MODELS, Row, rows_in_order
-from study.emoji_table import WIDTHS, export, read_results, table
+from study.emoji_rows import KEYS, MODELS, Row, rows_in_order
+from study.emoji_table import export, read_results, table
 
 if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder
@@ -68,6 +71,12 @@ class Study:
         """Returns the folder of what all rows of a model and a seed use."""
         return self.out / "runs" / f"{model}-{seed}"
 
+    def measured(self, model: str, seed: int) -> RunFolder:
+        """Returns the run with the sensitivity that rows with mixed bits share."""
+        from edadm_cli.artifacts import RunFolder
+
+        return RunFolder(self.out / "runs" / f"{model}-{seed}-sensitivity")
+
     def result(self, row: Row) -> Path:
         """Returns the file of a finished row."""
         return self.out / "results" / f"{row.name}.json"
@@ -85,6 +94,17 @@ def collect_trajectories(study: Study, model: str, seed: int) -> dict[str, Any]:
     config = CollectConfig(model=model, seed=seed, device=study.device, num_trajectories=study.trajectories)
     run(config, RunFolder(study.shared(model, seed)))
     return {"model": model, "seed": seed}
+
+
+def measure_sensitivity(study: Study, model: str, seed: int) -> dict[str, Any]:
+    """Measures the error of each layer at each number of bits, for the rows with mixed bits."""
+    from study.emoji_budget import measure_layers
+
+    from edadm_cli.artifacts import RunFolder
+
+    started, folder = time.monotonic(), study.measured(model, seed)
+    measure_layers(RunFolder(study.shared(model, seed)), folder, seed, study.device, study.trajectories)
+    return {"model": model, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
 
 
 def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
@@ -134,30 +154,32 @@ def load(study: Study, folder: RunFolder) -> tuple[LoadedModel, CollectedRun]:
 
 def measure(study: Study, row: Row) -> dict[str, Any]:
     """Selects, reconstructs and judges one row."""
+    from study.emoji_budget import VARIANT, choose_samples, link_sensitivity
     from study.emoji_judge import generate, judge, labels, load_exact, paired, prompts_of, save_sheet
 
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.artifacts.quantization import load_plan
-    from edadm_cli.config import BitWidth, ReconstructConfig, SelectConfig
+    from edadm_cli.config import BitWidth, ReconstructConfig
     from edadm_cli.quant.network import load_quant_params, quantize_network
     from edadm_cli.reconstruct.stage import run as reconstruct
-    from edadm_cli.select.stage import run as select
 
     started = time.monotonic()
     recipe, samples = variant_recipe(row.variant, study.iterations)
     source, folder = RunFolder(study.shared(row.model, row.seed)), RunFolder(study.out / "runs" / row.name)
     link_collection(source, folder)
-    shared = {"seed": row.seed, "device": study.device}
-    chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
-    selected = select(SelectConfig(num_samples=min(samples, study.trajectories or samples), **chosen, **shared), folder)
+    counts = choose_samples(folder, row.variant, row.seed, study.device, study.trajectories)
     bits = BitWidth.parse(row.bits)
+    if bits.is_mixed:
+        assert row.variant == VARIANT, "the measured layers are those of another recipe"
+        ready(study, row.model, row.seed, "sensitivity", measure_sensitivity)
+        link_sensitivity(study.measured(row.model, row.seed), folder)
     budget = min(BUDGET_MIB * max(1, samples // 256), LARGEST_BUDGET_MIB)
-    config = ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, memory_budget_mib=budget, **shared)
-    learned = reconstruct(config, folder)
+    places = {"seed": row.seed, "device": study.device, "memory_budget_mib": budget}
+    learned = reconstruct(ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, **places), folder)
     learned_at = time.monotonic()
     say("learned", row=row.name, seconds=learned_at - started)
     ready(study, row.model, row.seed, "pictures", generate_exact)
-    artifact = folder.open("reconstruct", row.bits)
+    artifact = folder.open("reconstruct", str(bits))
     exact, collected = load(study, folder)
     quantized, _ = load(study, folder)
     quantize_network(quantized.denoiser, load_plan(artifact))
@@ -173,7 +195,7 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     return {
         "card": card(study.device),
         "recipe": recipe.model_dump(mode="json"),
-        "counts": list(selected.counts),
+        "counts": list(counts),
         "loss": learned.loss.model_dump(),
         "reconstruct_seconds": learned.seconds,
         "judge_seconds": round(time.monotonic() - learned_at, 1),
@@ -237,8 +259,8 @@ def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) ->
         longest = [json.loads(path.read_text())["row_seconds"] for path in (study.out / "times").glob("*.json")]
         left = until - time.time()
         may_learn = left > 1.1 * max(longest, default=study.expected)
-        open_rows = [row for row in rows if not study.result(row).is_file() and (may_learn or not row.learns)]
-        open_rows.sort(key=lambda row: row.learns != prefers_learning)
+        open_rows = [row for row in rows if not study.result(row).is_file()]
+        open_rows.sort(key=lambda row: row.learns != (prefers_learning and may_learn))
         row = next((row for row in open_rows if claim(study, row.name)), None)
         if row is None or left < 0:
             return
@@ -280,8 +302,9 @@ def start(options: argparse.Namespace, until: float) -> None:
     shutil.rmtree(options.out / "claims", ignore_errors=True)
     gpus = options.gpus.split(",")
     processes = []
+    threads = max(1, len(os.sched_getaffinity(0)) // options.workers)
     for number in range(options.workers):
-        environment, gpu = dict(os.environ), gpus[number % len(gpus)]
+        environment, gpu = {**os.environ, "OMP_NUM_THREADS": str(threads)}, gpus[number % len(gpus)]
         arguments = [*sys.argv[1:], "--worker", str(number), "--until", str(until)]
         if gpu != "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -297,7 +320,12 @@ def main() -> None:
     """Reads the command line and runs the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the study lies")
-    parser.add_argument("--rows", type=Path, help="a file of exported rows: its table, or with --export its new rows")
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        help="a file of exported rows, which a study does not measure again and --export writes too; its table is"
+        " printed without --out",
+    )
     parser.add_argument("--bits", default="", help="with --rows, bit widths that the table shows beside full precision")
     parser.add_argument("--export", type=Path, help="write the finished rows with their metrics alone; run nothing")
     parser.add_argument("--models", default=",".join(MODELS))
@@ -326,8 +354,8 @@ def main() -> None:
     if options.out is None:
         if options.rows is None:
             parser.error("--out is needed to run a study")
-        widths = options.bits.split(",") if options.bits else WIDTHS
-        print(table([row for row in earlier if row["bits"] in ("", *widths)]))
+        widths = ["", *options.bits.split(",")]
+        print(table([row for row in earlier if not options.bits or row["bits"] in widths]))
         return
     if options.export is not None:
         export([*earlier, *read_results(options.out)], options.export)
@@ -337,7 +365,8 @@ def main() -> None:
     study = Study(options.out, *sizes, options.expected, device)
     if options.worker is not None:
         rows = rows_in_order(options.models.split(","), [int(seed) for seed in options.seeds.split(",")])
-        rows = [row for row in rows if re.search(options.only, row.name)]
+        measured = {tuple(row[key] for key in KEYS) for row in earlier if row["images"] == options.images}
+        rows = [row for row in rows if re.search(options.only, row.name) and row.key not in measured]
         work(study, rows, options.until, options.worker >= options.unlearned_workers)
         return
     if options.picture is not None:

@@ -98,16 +98,18 @@ def widths(rows: Sequence[Row], columns: Sequence[str]) -> str:
                 groups[row["bits"], row["label"]].append(row)
         lines += ["", f"### {model}", "", "| bits | variant | seeds | " + " | ".join(columns) + " |"]
         lines.append("|---|---|---|" + "---|" * len(columns))
-        for bits, label in sorted(groups, key=lambda key: (_narrowness(key[0]), places.get(key[1], len(places)))):
+        for bits, label in sorted(groups, key=lambda key: (narrowness(key[0]), places.get(key[1], len(places)))):
             cells = [_cell(name, groups[bits, label], []) for name in columns]
             lines.append(f"| {bits} | {label} | {len(groups[bits, label])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _narrowness(bits: str) -> tuple[float, float]:
+def narrowness(bits: str) -> tuple[float, float]:
     """Returns a key that sorts wide activations first, and among them wide weights."""
     weight, *group_size, activation = re.findall(r"[0-9.]+", bits)
-    per_weight = float(weight) + sum(4 / int(size) for size in group_size)  # a group's multiplier has four bits
+    per_weight = float(weight)
+    if not bits.startswith("auto:"):  # an average includes the multipliers of groups, which have four bits each
+        per_weight += sum(4 / int(size) for size in group_size)
     return -float(activation), -per_weight
 
 

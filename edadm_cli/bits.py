@@ -11,9 +11,10 @@ from edadm_cli.errors import UsageError
 from edadm_cli.recipe import later
 
 _BITS = re.compile(r"^w([2-8])(?:g(\d{1,4}))?a([2-8])$")
-_AVERAGE_BITS = re.compile(r"^(?:auto:|w)([2-8](?:\.\d{1,2})?)a([2-8])$")
-_SIZE_BITS = re.compile(r"^(?:auto:|w)(\d{1,5}(?:\.\d{1,3})?)mib(?:a([2-8]))?$")
+_AVERAGE_BITS = re.compile(r"^(?:auto:|w)([2-8](?:\.\d{1,2})?)(?:g(\d{1,4}))?a([2-8])$")
+_SIZE_BITS = re.compile(r"^(?:auto:|w)(\d{1,5}(?:\.\d{1,3})?)mib(?:(?:g(\d{1,4}))?a([2-8]))?$")
 
+SMALLEST_GROUP, LARGEST_GROUP = 8, 1024
 LARGEST_GROUPED_BITS = 4
 """Weights of more bits have no groups: the product of a code and a multiplier would not fit eight bits."""
 
@@ -22,7 +23,8 @@ class BitWidth(BaseModel):
     """Bits of weights and activations, written `w4a8`.
 
     `w4g32a8` has a multiplier per 32 weights, `w4.5a8` is an average over layers with different bits, and `w1.5miba8` a
-    size of the denoiser's file.
+    size of the denoiser's file. In `w4.25g32a8` the layers of at most four bits have groups of 32 weights, and the
+    average includes their multipliers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,7 +38,10 @@ class BitWidth(BaseModel):
         None, gt=0, description="largest size of the quantized denoiser in MiB, where layers have their own bits"
     )
     group_size: int | None = later(
-        None, ge=8, le=1024, description="weights per group that has a multiplier of its own; null: no groups"
+        None,
+        ge=SMALLEST_GROUP,
+        le=LARGEST_GROUP,
+        description="weights per group that has a multiplier of its own; null: no groups",
     )
 
     @model_validator(mode="before")
@@ -46,26 +51,29 @@ class BitWidth(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> BitWidth:
-        """Reads `wXaY`, `wXgGaY`, an average such as `auto:4.5a8`, or a size such as `auto:1.5MiB`.
+        """Reads `wXaY`, `wXgGaY`, an average such as `auto:4.5a8`, or a size such as `auto:1.5MiB`, also with groups.
 
         Raises:
             UsageError: The text does not have such a form, X or Y is not from 2 to 8, or groups are not possible.
         """
         plain = text.strip().lower()
         if match := _BITS.match(plain):
+            if match[2] is not None and int(match[1]) > LARGEST_GROUPED_BITS:
+                raise _not_groups(text)
             return cls(weight=int(match[1]), activation=int(match[3]), group_size=_group_size(text, match))
         if (match := _SIZE_BITS.match(plain)) and float(match[1]) > 0:
-            return cls(weight=4, activation=int(match[2] or 8), size_mib=float(match[1]))
+            size, groups = float(match[1]), _group_size(text, match)
+            return cls(weight=4, activation=int(match[3] or 8), size_mib=size, group_size=groups)
         match = _AVERAGE_BITS.match(plain)
         if match is None or float(match[1]) > 8:
             raise UsageError(
                 f"--bits takes wXaY with X and Y from 2 to 8, such as w8a8 or w4a8, wXgGaY with groups of G weights, as"
-                f" w4g32a8, an average such as auto:4.5a8, or the size of the denoiser such as auto:1.5MiB; got"
-                f" '{text}'.",
+                f" w4g32a8, an average such as auto:4.5a8 or auto:4.25g32a8, or the size of the denoiser such as"
+                f" auto:1.5MiB; got '{text}'.",
                 hint="edadm reconstruct --bits w4a8",
             )
         average = float(match[1])
-        return cls(weight=int(average), activation=int(match[2]), average=average)
+        return cls(weight=int(average), activation=int(match[3]), average=average, group_size=_group_size(text, match))
 
     @classmethod
     def parse_several(cls, text: str) -> tuple[BitWidth, ...]:
@@ -77,9 +85,9 @@ class BitWidth(BaseModel):
         return tuple(dict.fromkeys(cls.parse(part) for part in text.split(",")))
 
     def __str__(self) -> str:
-        if self.size_mib is not None:
-            return f"w{_short(self.size_mib)}miba{self.activation}"
         groups = "" if self.group_size is None else f"g{self.group_size}"
+        if self.size_mib is not None:
+            return f"w{_short(self.size_mib)}mib{groups}a{self.activation}"
         return f"w{self.weight if self.average is None else _short(self.average)}{groups}a{self.activation}"
 
     @property
@@ -97,14 +105,18 @@ def _group_size(text: str, match: re.Match[str]) -> int | None:
     """Returns the group size that a width names, if any.
 
     Raises:
-        UsageError: Its weights cannot be in groups of this size.
+        UsageError: Groups cannot have this size.
     """
     if match[2] is None:
         return None
-    if int(match[1]) > LARGEST_GROUPED_BITS or not 8 <= int(match[2]) <= 1024:
-        raise UsageError(
-            f"Groups have from 8 to 1024 weights of at most {LARGEST_GROUPED_BITS} bits each, such as w4g32a8; got"
-            f" '{text}'.",
-            hint="edadm reconstruct --bits w4g32a8",
-        )
+    if not SMALLEST_GROUP <= int(match[2]) <= LARGEST_GROUP:
+        raise _not_groups(text)
     return int(match[2])
+
+
+def _not_groups(text: str) -> UsageError:
+    return UsageError(
+        f"Groups have from {SMALLEST_GROUP} to {LARGEST_GROUP} weights of at most {LARGEST_GROUPED_BITS} bits each,"
+        f" such as w4g32a8; got '{text}'.",
+        hint="edadm reconstruct --bits w4g32a8",
+    )

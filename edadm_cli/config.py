@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from edadm_cli.bits import BitWidth
+from edadm_cli.bits import LARGEST_GROUP, LARGEST_GROUPED_BITS, SMALLEST_GROUP, BitWidth
 from edadm_cli.engine_config import BenchConfig, EngineStageConfig, EvaluateConfig, FeaturesName, SampleConfig
 from edadm_cli.recipe import Recipe, SelectStrategy
 from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, SIZE_ARGUMENTS, DTypeName, StageConfig, Weights, setting
@@ -142,8 +142,8 @@ class ReconstructConfig(StageConfig):
 
     bits: BitWidth = setting(
         ...,
-        "Bit width, 2 to 8 each, such as w4a8; w4g32a8 has groups of 32 weights; auto:4.5a8 or auto:1.8MiB after edadm"
-        " sensitivity.",
+        "Bit width, 2 to 8 each, such as w4a8; w4g32a8 has groups of 32 weights; auto:4.5a8, auto:4.25g32a8 or"
+        " auto:1.8MiB after edadm sensitivity.",
         metavar="wXaY",
     )
     recipe: Recipe = setting(..., f"How layers are quantized: {RECIPE_NAMES}.", metavar="NAME|FILE")
@@ -198,6 +198,13 @@ class SensitivityConfig(StageConfig):
     activation_bits: tuple[int, ...] = setting(
         (4, 6, 8), "Numbers of activation bits that are measured; 4,6,8 by default.", metavar="4,6,...", split=True
     )
+    group_size: int | None = setting(
+        None,
+        f"Also measure weights of at most {LARGEST_GROUPED_BITS} bits in groups of so many, for --bits auto:4.25g32a8.",
+        ge=SMALLEST_GROUP,
+        le=LARGEST_GROUP,
+        identity="if_changed",
+    )
     num_samples: int = setting(64, "Calibration samples that each layer is measured on; 64 by default.", ge=1)
     num_images: int = setting(
         4, "Images that are sampled to measure the effect of an error at each step; 4 by default.", ge=1, le=MAX_IMAGES
@@ -210,6 +217,11 @@ class SensitivityConfig(StageConfig):
         if not bits or any(not 2 <= number <= 8 for number in bits):
             raise ValueError("numbers of bits are from 2 to 8")
         return tuple(sorted(set(bits)))
+
+    @property
+    def grouped_bits(self) -> tuple[int, ...]:
+        """The numbers of weight bits that are measured in groups too."""
+        return () if self.group_size is None else tuple(b for b in self.weight_bits if b <= LARGEST_GROUPED_BITS)
 
 
 class ExportConfig(StageConfig):

@@ -33,6 +33,7 @@ VARIANTS = {
     "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
 }
 MODELS = ("emoji-sd", "emoji-dit")
+KEYS = ("model", "bits", "label", "seed")  # what tells rows from each other
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Row:
         return VARIANTS[self.label]
 
     @property
+    def key(self) -> tuple[object, ...]:
+        """The values of `KEYS`."""
+        return tuple(getattr(self, key) for key in KEYS)
+
+    @property
     def learns(self) -> bool:
         """Whether anything is learned, which takes most of a row's time."""
         learn = variant_recipe(self.variant, None)[0].learn
@@ -63,20 +69,31 @@ class Row:
 
 def rows_in_order(models: list[str], seeds: list[int]) -> list[Row]:
     """Returns all rows, those that matter most first."""
-    ships = ("default", "default, float inputs", "paper, 300 iterations", "thorough, 300 iterations")
+    default, paper = ("default",), ("paper, 300 iterations",)
+    ships = (*default, "default, float inputs", *paper, "thorough, 300 iterations")
     published = ("q-diffusion, 300 iterations", "ptq4dm", "before")
-    fields = ("default, gamma 0", "uniform", "uniform, gamma 0", "gamma 0.8, absolute", "TDAC, median radius")
-    rest = ("rtn", "ranges-only", "thorough, 300 iterations, all inputs quantized", "thorough")
+    fields = ("uniform", "uniform, gamma 0", "default, gamma 0")
+    rest = ("gamma 0.8, absolute", "TDAC, median radius", "ranges-only", "rtn")
+    long = ("thorough, 300 iterations, all inputs quantized", "thorough")
+    few_bits = ("w3a8", "w4g32a8", "auto:4.5a8", "w3g16a8", "w4a4", "auto:3.5a8", "auto:4.1a8", "auto:3.5g16a8", "w6a6")
+    best = ("thorough, 300 iterations, gamma 0.2", "default, float inputs")
     plan: list[tuple[Sequence[str], Sequence[str], list[int]]] = [
-        (ships, ("w4a8",), seeds[:2]),
+        (ships[:3], ("w4a8",), seeds),
+        (default, ("w8a8",), seeds),
+        (default, few_bits, seeds[:1]),
+        (best, ("w4g32a8",), seeds[:1]),
         (published, ("w4a8",), seeds[:1]),
-        (fields[:3], ("w4a8",), seeds[:1]),
-        (ships, ("w4a8",), seeds),
+        (fields, ("w4a8",), seeds),
+        (paper, ("w8a8", "w3a8", "w4a4", "w6a6"), seeds[:1]),
+        (default, few_bits[:4], seeds),
+        (best, ("w4g32a8",), seeds),
         (published, ("w4a8",), seeds),
-        (fields[:3], ("w4a8",), seeds),
-        (ships[:2], ("w8a8", "w3a8", "w4a4", "w6a6"), seeds[:1]),
-        ((*fields, *rest), ("w4a8",), seeds),
-        ((*ships, *published, *rest), ("w8a8", "w3a8", "w4a4", "w6a6"), seeds),
+        (default, ("w3g32a8", *few_bits[4:]), seeds),
+        (paper, ("w8a8", "w3a8"), seeds),
+        (rest, ("w4a8",), seeds),
+        (("ptq4dm", "ranges-only", "rtn"), ("w8a8", "w3a8", "w4a4", "w6a6"), seeds[:1]),
+        ((*ships, *long), ("w4a8",), seeds),
+        ((*ships, *published, *rest, *long), ("w8a8", "w3a8", "w4a4", "w6a6"), seeds),
     ]
     rows: dict[Row, None] = {}
     for labels, widths, few in plan:

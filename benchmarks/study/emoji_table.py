@@ -8,9 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from study.emoji_rows import VARIANTS
+from learner_table import narrowness
 
-WIDTHS = ("", "w8a8", "w6a6", "w4a8", "w3a8", "w4a4")  # in the order of the tables; "" is full precision
+from study.emoji_rows import KEYS, VARIANTS
+
 METRICS = {
     "one_step": "one step",
     "guided": "guided",
@@ -32,13 +33,12 @@ def read_results(out: Path) -> list[dict[str, Any]]:
 
 def export(results: list[dict[str, Any]], path: Path) -> None:
     """Writes the latest row of each kind with only its metrics, one JSON object per line, in a fixed order."""
-    keys = ("model", "bits", "label", "seed")
     lines = []
-    latest = {tuple(result[key] for key in keys): result for result in results}
+    latest = {tuple(result[key] for key in KEYS): result for result in results}
     for _, result in sorted(latest.items()):
         if "loss" in result:
             result = {"hard": result["loss"]["last"], **result}
-        shown = (*keys, "card", "images", "counts", "hard", *METRICS, "coherence")
+        shown = (*KEYS, "card", "images", "counts", "hard", *METRICS, "coherence")
         row = {key: result[key] for key in shown if result.get(key) is not None}
         lines.append(json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -63,13 +63,18 @@ def table(results: list[dict[str, Any]]) -> str:
             "| bits | recipe | seeds | pictures | " + " | ".join(METRICS.values()) + " |",
         ]
         lines.append("|---|---|---|---|" + "---|" * len(METRICS))
-        for bits, label in sorted(rows, key=lambda row: (WIDTHS.index(row[0]), place(row[1]))):
+        for bits, label in sorted(rows, key=lambda row: (_narrowness(row[0]), place(row[1]))):
             seeds = rows[bits, label]
             cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in METRICS]
             pictures = " and ".join(sorted({f"{seed['images']:,}" for seed in seeds}))
-            start = f"| {bits.upper()} | {label} | {len(seeds)} | {pictures} | "
+            start = f"| {bits} | {label} | {len(seeds)} | {pictures} | "
             lines.append(start + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _narrowness(bits: str) -> tuple[float, float]:
+    """Returns a key that sorts full precision first, then wide activations, and among them wide weights."""
+    return narrowness(bits) if bits else (-32.0, -32.0)
 
 
 def _cell(values: list[float]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edadm_cli.artifacts.payloads import Payload
+from edadm_cli.bits import LARGEST_GROUP, SMALLEST_GROUP
 
 Width = Annotated[int, Field(ge=2, le=8)]
 Error = Annotated[float, Field(ge=0)]
@@ -24,6 +25,10 @@ class LayerSensitivity(BaseModel):
     unit: str = Field(description="the unit that the layer is reconstructed with")
     num_weights: Annotated[int, Field(ge=1)]
     weight_errors: dict[Width, Error] = Field(description="bits of the weights, the input in float -> error")
+    group_errors: dict[Width, Error] = Field(
+        {},
+        description="bits of the weights in groups, the input in float -> error; empty where no groups were measured",
+    )
     activation_errors: dict[Width, Error] = Field(
         description="bits of the input, the weights at eight bits -> error; empty where the input stays in float"
     )
@@ -40,6 +45,9 @@ class Sensitivity(Payload):
         "denoiser, then at those of each further one"
     )
     num_samples: Annotated[int, Field(ge=1)]
+    group_size: int | None = Field(
+        None, ge=SMALLEST_GROUP, le=LARGEST_GROUP, description="weights per group of group_errors"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -1,29 +1,32 @@
 r"""Chooses the bits of each layer within a budget, by an integer program.
 
     minimise    sum_l sum_b E_{l,b} x_{l,b}
-    subject to  sum_b x_{l,b} = 1 for every layer l,   sum_l sum_b n_l c_b x_{l,b} <= B,   x in {0, 1}
+    subject to  sum_b x_{l,b} = 1 for every layer l,   sum_l sum_b C_{l,b} x_{l,b} <= B,   x in {0, 1}
 
-where E_{l,b} is the error of layer l at b bits, n_l its number of weights, c_b the cost in bits of a code of b bits (b
-itself, or its size on disk), and B the budget in bits. The errors of different layers are assumed to add up.
+where E_{l,b} is the error of layer l at b bits, C_{l,b} the cost in bits of its weights (b per weight, or their size on
+disk, with the multipliers of groups), and B the budget in bits. The errors of different layers are assumed to add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
-from edadm_cli.artifacts import Sensitivity
+from edadm_cli.artifacts import LayerSensitivity, Sensitivity
+from edadm_cli.bits import LARGEST_GROUPED_BITS
 from edadm_cli.calibrate.planning import layer_rule, plan_network
 from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
 from edadm_cli.models.stored import is_stored, num_weights, total_parameters
-from edadm_cli.models.units import Trace
+from edadm_cli.models.units import Trace, TracedLayer
+from edadm_cli.quant.groups import MULTIPLIER_BITS, num_groups
 from edadm_cli.quant.operation import weight_shape
-from edadm_cli.quant.packing import stored_bits
+from edadm_cli.quant.packing import packed_bytes, stored_bits
 from edadm_cli.quant.plan import LayerPlan, name_within
 from edadm_cli.quant.transforms import transform_named
 from edadm_cli.recipe import Recipe
@@ -33,36 +36,24 @@ _PART_TENSORS = 4  # codes, scale, input scale and zero-point
 
 
 def assign_bits(
-    errors: Mapping[str, Mapping[int, float]],
-    num_weights: Mapping[str, int],
-    budget_bits: float,
-    cost_of: Callable[[int], int] = int,
+    errors: Mapping[str, Mapping[int, float]], costs: Mapping[str, Mapping[int, float]], budget_bits: float
 ) -> dict[str, int]:
     """Returns the number of bits of each layer.
 
     Args:
         errors: Maps a layer and a number of bits to the error. Layers may have different candidates.
-        num_weights: Maps a layer to its number of weights.
+        costs: Maps them to C_{l,b}, what the weights cost in bits.
         budget_bits: B, the bits of all weights together.
-        cost_of: Returns c_b, the cost in bits of a code of b bits.
 
     Returns:
         A map from layers to numbers of bits.
 
     Raises:
-        UsageError: The budget is smaller than the cost of all layers at their fewest bits.
+        UsageError: The solver has found no choice within the budget.
     """
-    fewest = sum(num_weights[name] * min(map(cost_of, widths)) for name, widths in errors.items())
-    if budget_bits < fewest:
-        total = sum(num_weights[name] for name in errors)
-        raise UsageError(
-            f"A budget of {max(budget_bits, 0) / total:.3g} bits per weight is too small: the fewest that were measured"
-            f" are {fewest / total:.3g}.",
-            hint="a larger average or size in --bits",
-        )
     columns = [(name, bits) for name, widths in errors.items() for bits in sorted(widths)]
     cost = np.array([errors[name][bits] for name, bits in columns])
-    size = np.array([float(num_weights[name] * cost_of(bits)) for name, bits in columns])
+    size = np.array([costs[name][bits] for name, bits in columns])
     rows = {name: row for row, name in enumerate(errors)}
     choose_one = np.zeros((len(rows), len(columns)))
     for column, (name, _) in enumerate(columns):
@@ -89,12 +80,14 @@ class LayerCosts:
 
     Attributes:
         errors: Maps a layer and a number of bits to the error.
-        num_weights: Maps a layer to its number of weights.
-        bytes_beside: The bytes of the quantized denoiser's file besides the codes.
+        costs: Maps them to the bits of the layer's weights with their multipliers; on disk, if the budget is a size.
+        num_weights: The number of weights of all layers.
+        bytes_beside: The bytes of the quantized denoiser's file besides these.
     """
 
     errors: Mapping[str, Mapping[int, float]]
-    num_weights: Mapping[str, int]
+    costs: Mapping[str, Mapping[int, float]]
+    num_weights: int
     bytes_beside: int
 
 
@@ -114,13 +107,15 @@ def layer_costs(
         place: Its folder within an artifact; `""` of the first denoiser.
 
     Raises:
-        UsageError: A layer that the recipe quantizes was not measured.
+        UsageError: A layer that the recipe quantizes was not measured, or not in groups of this size.
     """
     planned = plan_network(traced, recipe, bits).layers
-    sizes = {layer.name: num_weights(layer.module) for layer in traced.layers if layer.name in planned}
+    errors = _errors(sensitivity, recipe, planned, bits, place)
+    layers = {name_within(place, layer.name): layer for layer in traced.layers if layer.name in planned}
     return LayerCosts(
-        _errors(sensitivity, recipe, planned, place),
-        {name_within(place, name): size for name, size in sizes.items()},
+        errors,
+        {name: _weight_costs(layer, planned[layer.name], bits, errors[name]) for name, layer in layers.items()},
+        sum(num_weights(layer.module) for layer in layers.values()),
         bytes_beside_codes(denoiser, traced, planned),
     )
 
@@ -138,28 +133,56 @@ def spend_budget(bits: BitWidth, denoisers: Sequence[LayerCosts]) -> dict[str, i
         UsageError: The budget is too small.
     """
     errors = {name: widths for each in denoisers for name, widths in each.errors.items()}
-    sizes = {name: size for each in denoisers for name, size in each.num_weights.items()}
+    costs = {name: widths for each in denoisers for name, widths in each.costs.items()}
+    fewest = sum(min(widths.values()) for widths in costs.values())
     if bits.size_mib is None:
         assert bits.average is not None
-        return assign_bits(errors, sizes, bits.average * sum(sizes.values()))
+        total = sum(each.num_weights for each in denoisers)
+        if bits.average * total < fewest:
+            raise UsageError(
+                f"An average of {bits.average:g} bits per weight is too small: the fewest that were measured are"
+                f" {fewest / total:.3g}.",
+                hint="a larger average in --bits",
+            )
+        return assign_bits(errors, costs, bits.average * total)
     beside = sum(each.bytes_beside for each in denoisers)
-    smallest = (
-        beside + sum(sizes[name] * min(map(stored_bits, widths)) / 8 for name, widths in errors.items())
-    ) / 2**20
+    smallest = (beside + fewest / 8) / 2**20
     if bits.size_mib < smallest:
         raise UsageError(
             f"A size of {bits.size_mib:g} MiB is too small: with the fewest bits that were measured and"
             f" {beside / 2**20:.3f} MiB of scales and float tensors the denoiser takes {smallest:.3f} MiB.",
             hint="a larger size in --bits",
         )
-    return assign_bits(errors, sizes, 8 * (bits.size_mib * 2**20 - beside), stored_bits)
+    return assign_bits(errors, costs, 8 * (bits.size_mib * 2**20 - beside))
+
+
+def _weight_costs(layer: TracedLayer, plan: LayerPlan, bits: BitWidth, widths: Iterable[int]) -> dict[int, float]:
+    """Returns the bits that the weights of a layer take at several widths, with the multipliers of groups."""
+    outputs, *rest = weight_shape(layer.module)
+    inputs, area = rest[0], math.prod(rest[1:])
+    rows = [part * area for part in plan.channel_parts or (inputs,)]  # weights per output channel, of each part
+    on_disk, size = bits.size_mib is not None, bits.group_size
+    costs: dict[int, float] = {}
+    for width in widths:
+        costs[width] = num_weights(layer.module) * (stored_bits(width) if on_disk else width)
+        if size is None or width > LARGEST_GROUPED_BITS:
+            continue
+        for groups in (num_groups(row, size) for row in rows):
+            multipliers = 8 * packed_bytes(groups, MULTIPLIER_BITS) if on_disk else MULTIPLIER_BITS * groups
+            costs[width] += outputs * multipliers + (8 * _HEADER_BYTES if on_disk else 0)
+    return costs
 
 
 def _errors(
-    sensitivity: Sensitivity, recipe: Recipe, planned: Mapping[str, LayerPlan], place: str
+    sensitivity: Sensitivity, recipe: Recipe, planned: Mapping[str, LayerPlan], bits: BitWidth, place: str
 ) -> dict[str, dict[int, float]]:
     """Returns the candidates of each planned layer with their errors; those of the recipe's rules have no choice."""
-    measured = {layer.name: layer.weight_errors for layer in sensitivity.layers}
+    if bits.group_size not in (None, sensitivity.group_size):
+        raise UsageError(
+            f"The sensitivity of weights in groups of {bits.group_size} was not measured.",
+            hint=f"edadm sensitivity --group-size {bits.group_size} --force",
+        )
+    measured = {layer.name: _candidates(layer, bits.group_size is not None) for layer in sensitivity.layers}
     errors: dict[str, dict[int, float]] = {}
     for name in planned:
         given, full_name = layer_rule(name, recipe).weight_bits, name_within(place, name)
@@ -170,6 +193,14 @@ def _errors(
             )
         errors[full_name] = measured[full_name] if given is None else {given: 0.0}
     return errors
+
+
+def _candidates(layer: LayerSensitivity, in_groups: bool) -> dict[int, float]:
+    """Returns the errors of a layer's candidates; those of few bits have groups, or none of them has."""
+    if not in_groups:
+        return layer.weight_errors
+    wide = {bits: error for bits, error in layer.weight_errors.items() if bits > LARGEST_GROUPED_BITS}
+    return layer.group_errors | wide
 
 
 def bytes_beside_codes(denoiser: nn.Module, traced: Trace, planned: Mapping[str, LayerPlan]) -> int:

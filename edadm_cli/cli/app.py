@@ -89,7 +89,11 @@ COMMANDS = {
             "Measure the error of each layer at each number of bits.\n\nAfterwards, reconstruct --bits auto:4.5a8"
             " assigns an average of 4.5 bits per weight to the layers so that the error is smallest, and --bits"
             " auto:1.8MiB does so within a size of the denoiser.",
-            ("edadm sensitivity", "edadm sensitivity --weight-bits 3,4,8 --num-samples 32"),
+            (
+                "edadm sensitivity",
+                "edadm sensitivity --weight-bits 3,4,8 --num-samples 32",
+                "edadm sensitivity --group-size 32",
+            ),
         ),
         Command(
             "reconstruct",

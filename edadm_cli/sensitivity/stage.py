@@ -166,7 +166,12 @@ def _measure(task: Task, build: Build, reporter: Reporter) -> None:
         layers += _measure_denoiser(part, model.by_denoiser()[part.place].denoiser, gains, build.path, reporter)
         step_gains += gains.gains.tolist()
     num_samples = sum(part.num_samples for part in parts)
-    result = Sensitivity(layers=tuple(layers), step_gains=tuple(step_gains), num_samples=num_samples)
+    result = Sensitivity(
+        layers=tuple(layers),
+        step_gains=tuple(step_gains),
+        num_samples=num_samples,
+        group_size=task.config.group_size,
+    )
     result.save(build.path)
     plot_sensitivity(build.path / PLOT_FILE, result)
     build.discard([*(part.gains_file for part in parts), _PROGRESS_FILE])
@@ -215,7 +220,13 @@ class _Candidates:
     """The numbers of bits that one layer is measured at, with the plan and the ranges of each."""
 
     weight: dict[int, tuple[LayerPlan, Mapping[str, Tensor]]]
+    grouped: dict[int, tuple[LayerPlan, Mapping[str, Tensor]]]
     activation: dict[int, tuple[LayerPlan, Mapping[str, Tensor]]]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.weight) + len(self.grouped) + len(self.activation)
 
 
 def _candidates(task: Task, denoiser: nn.Module, traced: Trace, calls: list[Call]) -> dict[str, _Candidates]:
@@ -224,14 +235,18 @@ def _candidates(task: Task, denoiser: nn.Module, traced: Trace, calls: list[Call
     if ranges.weight == "output-error":  # its statistics belong to a whole plan, but here single layers are compared
         ranges = ranges.model_copy(update={"weight": "search"})
     full = plan_network(traced, config.recipe, BitWidth(weight=8, activation=8))
-    candidates = {name: _Candidates({}, {}) for name in full.layers}
-    for bits in config.weight_bits:
+    candidates = {name: _Candidates({}, {}, {}) for name in full.layers}
+    for bits, size in [
+        *((b, None) for b in config.weight_bits),
+        *((b, config.group_size) for b in config.grouped_bits),
+    ]:
         layers = {
-            name: LayerPlan(weight_bits=bits, channel_parts=plan.channel_parts) for name, plan in full.layers.items()
+            name: LayerPlan(weight_bits=bits, group_size=size, channel_parts=plan.channel_parts)
+            for name, plan in full.layers.items()
         }
         scales = search_weight_scales(traced, QuantizationPlan(layers=layers), ranges)
         for name, plan in layers.items():
-            candidates[name].weight[bits] = (plan, scales)
+            (candidates[name].weight if size is None else candidates[name].grouped)[bits] = (plan, scales)
     eight = search_weight_scales(traced, QuantizationPlan(layers=full.layers), ranges)
     for bits in config.activation_bits:
         layers = {
@@ -262,18 +277,18 @@ def _measure_layers(
     done = {
         row["name"]: LayerSensitivity.model_validate(row) for row in (load_json(progress) if progress.is_file() else [])
     }
-    total = sum(len(layer.weight) + len(layer.activation) for layer in candidates.values())
-    with reporter.task("Measuring layers", total) as advance:
+    with reporter.task("Measuring layers", sum(layer.count for layer in candidates.values())) as advance:
         for name, layer in candidates.items():
             full_name = name_within(place, name)
             if full_name in done:
-                advance(len(layer.weight) + len(layer.activation))
+                advance(layer.count)
                 continue
             done[full_name] = LayerSensitivity(
                 name=full_name,
                 unit=name_within(place, unit_of.get(name, name)),
                 num_weights=denoiser.get_submodule(name).get_parameter("weight").numel(),
                 weight_errors=layer_errors(error, name, layer.weight, advance),
+                group_errors=layer_errors(error, name, layer.grouped, advance) if layer.grouped else {},
                 activation_errors=layer_errors(error, name, layer.activation, advance),
             )
             save_json(progress, [row.model_dump(mode="json") for row in done.values()])

@@ -40,7 +40,8 @@ def run_folder(few_blocks_sd: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ]
     assert main([*collect, *common]) == 0
     assert main(["select", "--strategy", "uniform", *common]) == 0
-    assert main(["sensitivity", "--num-samples", "8", "--weight-bits", "2,4,8", "--activation-bits", "8", *common]) == 0
+    widths = ["--weight-bits", "2,4,8", "--group-size", "16", "--activation-bits", "8"]
+    assert main(["sensitivity", "--num-samples", "8", *widths, *common]) == 0
     return folder
 
 
@@ -49,6 +50,9 @@ def test_every_layer_is_measured_and_fewer_bits_cost_more(run_folder: Path) -> N
     assert all(set(layer.weight_errors) == {2, 4, 8} for layer in result.layers)
     totals = [sum(layer.weight_errors[bits] for layer in result.layers) for bits in (2, 4, 8)]
     assert totals[0] > totals[1] > totals[2] > 0
+    assert all(set(layer.group_errors) == {2, 4} for layer in result.layers), "codes of eight bits have no groups"
+    assert sum(layer.group_errors[4] for layer in result.layers) < totals[1]
+    assert result.group_size == 16
     assert {layer.name for layer in result.layers} >= {"conv_in", "conv_out"}
     assert len(result.step_gains) >= 4
 
@@ -74,6 +78,20 @@ def test_bits_follow_the_measurement_and_keep_to_the_budget(run_folder: Path) ->
     assert spent <= 3.5 * sum(layer.num_weights for layer in layers.values())
     assert len({layer["weight_bits"] for layer in plan.values()}) > 1
     assert [parent.kind for parent in run.open("reconstruct", "w3.5a8").manifest.parents] == ["select", "sensitivity"]
+
+
+def test_layers_of_few_bits_have_groups_and_their_multipliers_are_in_the_average(run_folder: Path) -> None:
+    common = ["--run", str(run_folder), "--device", "cpu", "--quiet"]
+    assert main(["reconstruct", "--bits", "auto:4.5g16a8", "--recipe", "rtn", *common]) == 0
+    run = RunFolder(run_folder)
+    artifact = run.open("reconstruct", "w4.5g16a8")
+    plan, params = load_plan(artifact).layers, artifact.tensors("quant_params.safetensors")
+    layers = Sensitivity.load(run.open("sensitivity")).layers
+    assert {(layer.weight_bits, layer.group_size) for layer in plan.values()} >= {(4, 16), (8, None)}
+    assert all((layer.group_size == 16) == (layer.weight_bits <= 4) for layer in plan.values())
+    spent = sum(plan[layer.name].weight_bits * layer.num_weights for layer in layers)
+    spent += sum(4 * tensor.numel() for name, tensor in params.items() if name.endswith(".weight_multiplier"))
+    assert 4 < spent / sum(layer.num_weights for layer in layers) <= 4.5
 
 
 def test_the_report_ranks_the_layers(run_folder: Path) -> None:
@@ -110,7 +128,7 @@ def test_an_average_needs_the_measurement(run_folder: Path, tmp_path: Path, caps
     assert "edadm sensitivity" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bits", ["auto:9a8", "auto:4.5", "w4.567a8", "auto:1.5a8", "auto:0MiB"])
+@pytest.mark.parametrize("bits", ["auto:9a8", "auto:4.5", "w4.567a8", "auto:1.5a8", "auto:0MiB", "auto:4g4a8"])
 def test_impossible_averages_are_usage_errors(bits: str, run_folder: Path) -> None:
     assert main(["reconstruct", "--bits", bits, "--run", str(run_folder)]) == UsageError.exit_code
 
@@ -120,7 +138,17 @@ def test_a_killed_measurement_goes_on(run_folder: Path, tmp_path: Path, monkeypa
     measured = Sensitivity.load(RunFolder(run_folder).open("sensitivity"))
     for kind in ("collect", "select"):
         shutil.copytree(run_folder / kind, tmp_path / "run" / kind)
-    again = ["sensitivity", "--num-samples", "8", "--weight-bits", "2,4,8", "--activation-bits", "8"]
+    again = [
+        "sensitivity",
+        "--num-samples",
+        "8",
+        "--weight-bits",
+        "2,4,8",
+        "--activation-bits",
+        "8",
+        "--group-size",
+        "16",
+    ]
     calls: list[str] = []
     original = stage.layer_errors
 
@@ -134,7 +162,7 @@ def test_a_killed_measurement_goes_on(run_folder: Path, tmp_path: Path, monkeypa
     common = ["--run", str(tmp_path / "run"), "--device", "cpu", "--quiet"]
     assert main([*again, *common]) == 130
     assert main([*again, *common]) == 0
-    assert calls.count(measured.layers[0].name) == 2, "weights and activations, once each"
+    assert calls.count(measured.layers[0].name) == 3, "weights with and without groups, and activations, once each"
     resumed = Sensitivity.load(RunFolder(tmp_path / "run").open("sensitivity"))
     assert torch.allclose(torch.tensor(resumed.step_gains), torch.tensor(measured.step_gains))
     assert resumed.layers == measured.layers

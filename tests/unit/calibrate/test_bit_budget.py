@@ -25,7 +25,7 @@ WIDTHS = (2, 4, 8)
 
 def test_the_layer_that_hurts_gets_the_bits() -> None:
     errors = {"sensitive": {4: 1.0, 8: 0.01}, "robust": {4: 0.02, 8: 0.01}}
-    assert assign_bits(errors, {"sensitive": 10, "robust": 10}, 120) == {"sensitive": 8, "robust": 4}
+    assert assign_bits(errors, {name: {4: 40, 8: 80} for name in errors}, 120) == {"sensitive": 8, "robust": 4}
 
 
 @settings(max_examples=40)
@@ -39,7 +39,9 @@ def test_no_other_choice_within_the_budget_is_better(layers: list[tuple[int, lis
     errors = {str(i): dict(zip(WIDTHS, costs, strict=True)) for i, (_, costs) in enumerate(layers)}
     sizes = {str(i): size for i, (size, _) in enumerate(layers)}
     budget = average * sum(sizes.values())
-    chosen = assign_bits(errors, sizes, budget)
+    chosen = assign_bits(
+        errors, {name: {width: width * size for width in WIDTHS} for name, size in sizes.items()}, budget
+    )
 
     def cost(bits: tuple[int, ...]) -> float:
         return sum(errors[name][width] for name, width in zip(errors, bits, strict=True))
@@ -51,11 +53,6 @@ def test_no_other_choice_within_the_budget_is_better(layers: list[tuple[int, lis
     ]
     assert tuple(chosen[name] for name in errors) in allowed
     assert cost(tuple(chosen[name] for name in errors)) <= min(map(cost, allowed)) * 1.001 + 1e-6
-
-
-def test_a_budget_below_the_fewest_bits_is_refused() -> None:
-    with pytest.raises(UsageError, match="too small"):
-        assign_bits({"a": {4: 1.0}}, {"a": 10}, 39)
 
 
 class _Net(nn.Module):
@@ -70,17 +67,47 @@ class _Net(nn.Module):
         return result
 
 
-def _spent(bits: str, *rules: LayerRule, measured: Sequence[str] = ("first", "second", "third")) -> dict[str, int]:
+def _spent(
+    bits: str, *rules: LayerRule, measured: Sequence[str] = ("first", "second", "third"), grouped: bool = False
+) -> dict[str, int]:
     net = _Net().requires_grad_(False)
     errors = {"first": {2: 9.0, 4: 1.0, 8: 0.1}, "second": {2: 3.0, 4: 0.5, 8: 0.1}, "third": {2: 1.0, 4: 0.2, 8: 0.1}}
     layers = tuple(
-        LayerSensitivity(name=name, unit=name, num_weights=16, weight_errors=errors[name], activation_errors={})
+        LayerSensitivity(
+            name=name,
+            unit=name,
+            num_weights=16,
+            weight_errors=errors[name],
+            group_errors={2: 0.5, 4: 0.3} if grouped else {},
+            activation_errors={},
+        )
         for name in measured
     )
-    sensitivity = Sensitivity(layers=layers, step_gains=(1.0,), num_samples=1)
+    sensitivity = Sensitivity(layers=layers, step_gains=(1.0,), num_samples=1, group_size=8 if grouped else None)
     recipe = Recipe(name="test", layers=rules)
     width = BitWidth.parse(bits)
     return spend_budget(width, [layer_costs(sensitivity, width, recipe, net, trace(net, (torch.ones(1, 4),), {}))])
+
+
+def test_an_average_below_the_fewest_bits_is_refused() -> None:
+    with pytest.raises(UsageError, match="too small: the fewest that were measured are 4"):
+        _spent("auto:3a8", LayerRule(pattern="third", weight_bits=8))
+
+
+def test_groups_have_errors_of_their_own_and_pay_for_their_multipliers() -> None:
+    """A row of four weights has a multiplier of four bits, so that codes of two bits cost three bits per weight."""
+    assert _spent("auto:2a8", grouped=True) == {"first": 2, "second": 2, "third": 2}, "without groups in --bits"
+    assert _spent("auto:3g8a8", grouped=True) == {"first": 2, "second": 2, "third": 2}
+    with pytest.raises(UsageError, match="the fewest that were measured are 3"):
+        _spent("auto:2.99g8a8", grouped=True)
+    assert sorted(_spent("auto:4.7g8a8", grouped=True).values()) == [2, 2, 8], "eight bits have no multipliers"
+    assert sorted(_spent("auto:4.4g8a8", grouped=True).values()) == [2, 4, 4]
+
+
+def test_groups_that_were_not_measured_are_an_error_with_the_next_command() -> None:
+    with pytest.raises(UsageError, match="groups of 16 was not measured") as caught:
+        _spent("auto:4g16a8", grouped=True)
+    assert "--group-size 16" in str(caught.value.hint)
 
 
 def test_the_bits_of_the_recipe_s_rules_are_part_of_the_budget() -> None:
