@@ -143,7 +143,7 @@ def measure(settings: Settings, job: Job, device: str) -> dict[str, Any]:
     selected = select(SelectConfig(num_samples=samples, **chosen, **shared), folder)
     bits = BitWidth.parse(job.bits)
     if bits.is_mixed:
-        measure_sensitivity(SensitivityConfig(recipe=recipe, **shared), folder)
+        measure_sensitivity(SensitivityConfig(recipe=recipe, group_size=bits.group_size, **shared), folder)
     learned = reconstruct(ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, **shared), folder)
     result = {
         "counts": list(selected.counts),

@@ -30,6 +30,7 @@ VARIANTS = {
     "uniform, gamma 0": "default+select.strategy=uniform+learn.layer_loss_weight=0",
     "TDAC, median radius": "default+select.density_quantile=0.5",
     "default, gamma 1": "default+learn.layer_loss_weight=1",
+    "hadamard-64": 'default+transforms=[{"name":"hadamard-64"}]',
     "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
 }
 MODELS = ("emoji-sd", "emoji-dit")
@@ -85,6 +86,7 @@ def rows_in_order(models: list[str], seeds: list[int]) -> list[Row]:
         (published, ("w4a8",), seeds[:1]),
         (fields, ("w4a8",), seeds),
         (paper, ("w8a8", "w3a8", "w4a4", "w6a6"), seeds[:1]),
+        (("hadamard-64",), ("w4a4",), seeds[:1]),
         (default, few_bits[:4], seeds),
         (best, ("w4g32a8",), seeds),
         (published, ("w4a8",), seeds),

@@ -239,5 +239,5 @@ GROUPS = {
         (0,),
     ),
     "version-0.1": Group({"before": BEFORE}, seeds=(0,)),
-    "mixed": Group({"default": "default"}, ("auto:4.5a8", "auto:3.5a8")),
+    "mixed": Group({"default": "default"}, ("auto:4.5a8", "auto:3.5a8", "auto:3.5g16a8")),
 }

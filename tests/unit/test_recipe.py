@@ -199,6 +199,8 @@ def test_a_recipe_that_is_nowhere_is_refused_with_the_shipped_names() -> None:
         " w2a2 ",
         "w4.25a8",
         "w1.5miba8",
+        "w4.25g32a8",
+        "w1.5mibg32a8",
         "w12345.678miba8",
         "w0.001miba4",
         "w4g32a8",
