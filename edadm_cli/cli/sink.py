@@ -13,7 +13,8 @@ from typing import Any
 from edadm_cli.errors import UsageError
 
 _WIDTH_OF_LOGS = 120
-_NARROWEST = 72  # columns of a narrower table would hold nothing
+_NARROWEST = 72  # columns of a narrower list would hold nothing
+_NARROWEST_FACTS = 40  # of names and values, which are folded
 
 
 class Output(Enum):
@@ -51,12 +52,13 @@ def show(output: Output, result: Mapping[str, Any], path: str | None) -> None:
     else:
         from rich.console import Console
 
-        from edadm_cli.cli.tables import render
+        from edadm_cli.cli.tables import is_list, render
 
-        console = Console(width=_width(), emoji=False, highlight=False)
+        width = _width()
+        console = Console(width=max(_NARROWEST, width), emoji=False, highlight=False)
         with console.capture() as capture:
             for part in render(result):
-                console.print(part)
+                console.print(part, width=max(_NARROWEST if is_list(part) else _NARROWEST_FACTS, width))
         write_line(capture.get().rstrip("\n"))
 
 
@@ -66,10 +68,10 @@ def write_line(text: str) -> None:
 
 
 def _width() -> int:
-    """Returns the width of the terminal, as far as a table fits into it.
+    """Returns the width of the terminal.
 
     It is fixed if stdout is not a terminal, so that tables in logs do not depend on the environment.
     """
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         return _WIDTH_OF_LOGS
-    return max(_NARROWEST, shutil.get_terminal_size().columns)
+    return shutil.get_terminal_size().columns

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edadm_cli.cli.bench_tables import bench_tables
+from edadm_cli.cli.summaries import costs, distances, duration, is_summarized, sizes_on_disk, summary, verdicts
 from edadm_cli.cli.text import one_line
 
 _HIDDEN = frozenset({"command", "warnings", "requirements", "metrics", "full_precision", "skipped", "card"})
@@ -37,13 +38,19 @@ def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
     elif command == "run":
         yield from _chain(result)
     else:
-        yield facts({key: value for key, value in result.items() if key not in _HIDDEN}, title=str(command))
+        shown = {key: value for key, value in result.items() if key not in _HIDDEN}
+        yield facts(dict(summary(result)) if is_summarized(result) else shown, title=str(command))
         if "metrics" in result:
             yield _metrics(result)
         if "card" in result:
             yield Text(result["card"])
     if result.get("requirements"):
         yield _listing(result["requirements"], ("require", "value", "met"))
+
+
+def is_list(part: Table | Text) -> bool:
+    """Returns whether a part is a table with more columns than names and values."""
+    return isinstance(part, Table) and len(part.columns) > 2
 
 
 def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
@@ -53,9 +60,8 @@ def facts(fields: Mapping[str, Any], title: str | None = None) -> Table:
     table.add_column(overflow="fold")
     for name, value in _flat(fields):
         if value is not None:
-            table.add_row(
-                Text(one_line(name)), Text(show_value(value[:_SHORT_IDENTITY] if name == "identity" else value))
-            )
+            shown = value[:_SHORT_IDENTITY] if name == "identity" else value
+            table.add_row(Text(one_line(name)), Text(show_value(shown)))
     return table
 
 
@@ -131,45 +137,31 @@ def _engines(engines: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _chain(result: Mapping[str, Any]) -> Iterator[Table]:
-    stages = [result["collect"], result["select"]]
-    stages += [{**record, "bits": bits} for bits, by_stage in result["results"].items() for record in by_stage.values()]
-    stages = [{**stage, "seconds": f"{stage['seconds']:.1f}"} for stage in stages]
-    columns: tuple[str, ...] = ("command", "bits", "status", "seconds", "artifact")
+    records = [result["collect"], result["select"]]
+    records += [{**record, "bits": bits} for bits, by in result["results"].items() for record in by.values()]
+    stages = [
+        {**record, "status": record["status"].replace("_", " "), "time": duration(record["seconds"])}
+        | {"folder": record["artifact"], "estimate": _estimate(record)}
+        for record in records
+    ]
+    columns: tuple[str, ...] = ("command", "bits", "status", "time", "folder")
     if result["status"] == "planned":
         columns = ("command", "bits", "status", "estimate")
-        stages = [{**stage, "estimate": _estimate(stage)} for stage in stages]
     yield _listing(stages, columns, title="stages")
     evaluated = {bits: by["evaluate"] for bits, by in result["results"].items() if "metrics" in by.get("evaluate", {})}
     for bits, record in evaluated.items():
-        yield facts(_gains_and_losses(result["results"][bits].get("export", {}), record), title=bits)
+        export = result["results"][bits].get("export", {})
+        rows = [*(sizes_on_disk(export) if "size_mib" in export else ()), *distances(record), *verdicts(export, record)]
+        yield facts(dict(rows), title=bits)
         yield _metrics(record)
-    yield facts({"run": result["run"], "report": result["report"], "seconds": f"{result['seconds']:.1f}"})
+    yield facts({"Run": result["run"], "Report": result["report"], "Time": duration(result["seconds"])})
 
 
-def _gains_and_losses(export: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the size of the denoiser and its distances to full precision by their names for people."""
-    from edadm_cli.report.formats import label_of, metric_value
-
-    shown = {}
-    ratio = export.get("size_mib", {}).get("ratio")
-    if ratio is not None:
-        shown["Denoiser on disk against float32"] = f"{ratio:.2f} times smaller"
-    for name, value in evaluation["distance_to_full_precision"].items():
-        if value is not None:
-            shown[f"{label_of(name).label} against full precision"] = metric_value(name, value)
-    return shown
-
-
-def _estimate(stage: Mapping[str, Any]) -> str:
+def _estimate(stage: Mapping[str, Any]) -> list[str]:
     estimate = stage.get("estimate")
     if estimate is None:
-        return "" if stage["status"] == "up_to_date" else "known once the stages before it are done"
-    host = estimate.get("host_memory_mib")
-    on_host = "" if host is None else f"{host:.4g} MiB of the host's, "
-    return (
-        f"{estimate['seconds']:.3g} s, {estimate['memory_mib']:.4g} MiB of memory, {on_host}"
-        f"{estimate['disk_mib']:.4g} MiB of disk"
-    )
+        return [] if stage["status"] == "up_to_date" else ["known once the stages before it are done"]
+    return [f"{name}: {value}" for name, value in costs(estimate)]
 
 
 def _inspection(result: Mapping[str, Any]) -> Iterator[Table | Text]:

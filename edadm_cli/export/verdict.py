@@ -40,7 +40,13 @@ def verdict(images: Tensor, plan: QuantizationPlan) -> list[str]:
             f"{black or flat} of {len(images)} sampled images are {kind}: compare with full precision (edadm evaluate)."
         )
     widths = layers_by_width(plan)
-    quantized = ", ".join(f"{count:,} in {width.upper()}" for width, count in widths.items() if width != "float")
+    quantized = ", ".join(f"{count:,} in {_shown(width)}" for width, count in widths.items() if width != "float")
     left = widths.get("float", 0)
     sentences.append(f"Layers: {quantized or 'none quantized'}{f', {left:,} left in floating point' if left else ''}.")
     return sentences
+
+
+def _shown(width: str) -> str:
+    """Returns a width in capitals, such as `W8A8`, and the words behind it as they are."""
+    bits, *words = width.split()
+    return " ".join([bits.upper(), *words])

@@ -158,6 +158,7 @@ def _record(kind: str, config: Any, shared: dict[str, Any]) -> StageRecord:
             bits=bits,
             size_mib={"unet": 1.0, "denoiser_fp32": 8.0, "ratio": 8.0},
             parity=Parity(images_bit_equal=True, latent_max_abs=0.0),
+            verdict=("Layers: 4 in W4A8.",),
         ),
         "evaluate": lambda: EvaluateRecord(
             **shared,
@@ -165,6 +166,7 @@ def _record(kind: str, config: Any, shared: dict[str, Any]) -> StageRecord:
             metrics=accuracy,
             distance_to_full_precision=Distance.model_construct(psnr_db=31.0, latent_rel_l2=float("nan")),
             full_precision=accuracy,
+            verdict=("No image is black.",),
         ),
         "sample": lambda: SampleRecord(**shared, images=("0.png",)),
     }

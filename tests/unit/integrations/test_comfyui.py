@@ -25,10 +25,11 @@ from edadm_cli.errors import InputError
 from edadm_cli.integrations.comfyui.reading import dequantized_state, is_quantized_state
 from edadm_cli.integrations.comfyui.writing import comfyui_state
 from edadm_cli.models.loading import load_model
+from edadm_cli.quant import transforms as transforms_module
 from edadm_cli.quant.layers import SplitLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.network import set_module
 from edadm_cli.quant.plan import LayerPlan
-from edadm_cli.quant.transforms import regular_hadamard
+from edadm_cli.quant.transforms import Transform, regular_hadamard, transform_named
 
 FLUX = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
 KINDS: dict[str, Any] = {
@@ -136,6 +137,61 @@ def test_names_types_and_shapes_of_a_file_do_not_change(kind: str) -> None:
     state = comfyui_state(denoiser)
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in state.items())
     assert sha256("\n".join(lines).encode()).hexdigest()[:16] == GOLDEN[kind]
+
+
+def _transformed(rows: int, columns: int, transform: str, *, is_image: bool = False) -> Any:
+    """A layer whose weight holds the inverse of a transform, in eight bits, and its weight without the transform."""
+    torch.manual_seed(0)
+    layer: Any = nn.Conv2d(columns, rows, 3) if is_image else nn.Linear(columns, rows)
+    named = transform_named(transform)
+    tensors = {name: torch.rand(columns) + 0.5 for name in named.tensors}
+    folded = named.fold(layer.weight.detach(), tensors)
+    scale = folded.flatten(1).abs().amax(1) / 127
+    codes = (folded / scale.reshape(-1, *[1] * (folded.ndim - 1))).round().to(torch.int8)
+    quantized: Any = quantized_layer(layer, LayerPlan(weight_bits=8, activation_bits=8, transform=transform))
+    quantized.set_parameters(codes, scale, torch.ones(()), torch.zeros(()), **tensors)
+    return quantized, layer.weight.detach()
+
+
+@pytest.mark.parametrize("transform", ["hadamard-16", "hadamard-256", "input-channel-scale"])
+@pytest.mark.parametrize("kind", ["projection", "mixed", "image"])
+def test_a_transform_is_written_such_that_comfyui_computes_the_same(transform: str, kind: str) -> None:
+    """`projection` is one matrix of one layer, `mixed` one of three of which one has no transform."""
+    denoiser: Any = KINDS["unet" if kind == "image" else "flux"]()
+    if kind == "image":
+        name, shape = "conv_in", denoiser.conv_in.weight.shape
+    else:
+        name = "transformer_blocks.0.ff.net.2" if kind == "projection" else "transformer_blocks.0.attn.to_q"
+        shape = denoiser.get_submodule(name).weight.shape
+    expected = denoiser.state_dict()
+    layer, weight = _transformed(shape[0], shape[1], transform, is_image=kind == "image")
+    set_module(denoiser, name, layer)
+    expected |= {f"{name}.weight": weight, f"{name}.bias": layer.bias}
+    state = comfyui_state(denoiser)
+    assert any(name.endswith(".comfy_quant") for name in state) == (kind == "projection" and "hadamard" in transform)
+    restored = _restored("unet" if kind == "image" else "flux", dequantized_state(state, "file"), denoiser)
+    assert (restored[f"{name}.weight"].float() - weight).abs().max() < 0.02 * weight.abs().max()
+
+
+def test_a_transform_that_comfyui_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reverse(Transform):
+        name, tensors = "reverse", ()
+
+        def calibrate(self, weight: Tensor, statistics: Any, options: Any) -> dict[str, Tensor]:
+            return {}
+
+        def apply(self, x: Tensor, tensors: Any, channel_dim: int) -> Tensor:
+            return x.flip(channel_dim)
+
+        def fold(self, weight: Tensor, tensors: Any) -> Tensor:
+            return weight.flip(1)
+
+    monkeypatch.setitem(transforms_module._registered, "reverse", Reverse())
+    denoiser: Any = KINDS["flux"]()
+    name = "transformer_blocks.0.ff.net.2"
+    set_module(denoiser, name, _transformed(*denoiser.get_submodule(name).weight.shape, "reverse")[0])
+    with pytest.raises(InputError, match="'reverse'"):
+        comfyui_state(denoiser)
 
 
 def test_rotated_weights_are_rotated_back() -> None:
