@@ -222,11 +222,12 @@ def groups_of(options: argparse.Namespace) -> list[Group]:
         name, _, seeds = text.partition(":")
         group = groups[name]
         widths = tuple(options.bits.split(",")) if options.bits else group.widths
-        chosen.append(Group(group.variants, widths, _seeds(seeds or options.seeds) or group.seeds))
+        chosen.append(Group(group.variants, widths, seeds_of(seeds or options.seeds) or group.seeds))
     return chosen
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def seeds_of(text: str) -> tuple[int, ...]:
+    """Returns the seeds of `0-4` or `3`."""
     if not text:
         return ()
     first, _, last = text.partition("-")
@@ -251,7 +252,7 @@ def run_study(options: argparse.Namespace, settings: Settings) -> None:
     jobs = [job for job in jobs_of(options) if not job.file(settings.out).is_file()]
     collections = sorted({(job.model, job.seed) for job in jobs})
     context = multiprocessing.get_context("spawn")
-    devices, names = context.Queue(), _devices(options.devices)
+    devices, names = context.Queue(), device_names(options.devices)
     for index in range(options.workers):
         devices.put(names[index % len(names)])
     with context.Pool(options.workers, begin, (devices,)) as pool:
@@ -262,7 +263,7 @@ def run_study(options: argparse.Namespace, settings: Settings) -> None:
         pool.join()
 
 
-def _devices(text: str) -> list[str]:
+def device_names(text: str) -> list[str]:
     """Returns the GPUs as CUDA_VISIBLE_DEVICES names them, or `cpu`."""
     import torch
 

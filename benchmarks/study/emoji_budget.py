@@ -24,12 +24,16 @@ def choose_samples(folder: RunFolder, variant: str, seed: int, device: str, most
 
 
 def measure_layers(collection: RunFolder, folder: RunFolder, seed: int, device: str, most: int | None) -> None:
-    """Measures the errors of all layers, also in groups; the inputs have eight bits, as a budget is for weights."""
+    """Measures the errors of all layers, also in groups; the inputs have eight bits, as a budget is for weights.
+
+    With at most some samples, in a trial, as few bits and images as possible are measured.
+    """
     link_collection(collection, folder)
     choose_samples(folder, VARIANT, seed, device, most)
     recipe = variant_recipe(VARIANT, None)[0]
-    config = SensitivityConfig(recipe=recipe, activation_bits=(8,), group_size=GROUP_SIZE, seed=seed, device=device)
-    measure(config, folder)
+    trial = {} if most is None else {"num_images": 1, "num_samples": 1, "weight_bits": (3, 8)}
+    common = {"recipe": recipe, "activation_bits": (8,), "group_size": GROUP_SIZE, "seed": seed, "device": device}
+    measure(SensitivityConfig(**common, **trial), folder)
 
 
 def link_sensitivity(source: RunFolder, target: RunFolder) -> None:

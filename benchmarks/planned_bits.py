@@ -1,0 +1,206 @@
+"""Measures budgets of bits that are planned from two kinds of errors, beside equal bits of the same average.
+
+    python benchmarks/planned_bits.py --out studies/planned --models digits-ddpm,digits-sd --seeds 0-2 --workers 6
+    python benchmarks/learner_table.py studies/planned --export docs/data/planned.jsonl
+
+`edadm sensitivity` measures the error of each layer with weights that are rounded to nearest. Learning takes most of
+that error away, but not the same share in all layers. So the errors at two to four bits are also scaled by the share of
+its unit's loss that learning left with equal bits, and a second plan is made from them. Rows of the recipe `default`:
+
+- `equal bits`: `w4a8` or `w3a8`;
+- `planned from nearest rounding`: an average of as many bits per weight, as `--bits auto:` plans it;
+- `planned after learning`: the same from the scaled errors.
+
+Each row leaves one JSON file below OUT/results with the metrics of `benchmarks/learner.py`; the same command skips what
+is there. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from learner import begin, card, device_names, link_collection, seeds_of, variant_recipe
+from learner_table import read_rows, table
+
+if TYPE_CHECKING:
+    from edadm_cli.artifacts import RunFolder
+    from edadm_cli.recipe import Recipe
+
+EQUAL, NEAREST, LEARNED = "equal bits", "planned from nearest rounding", "planned after learning"
+LEARNED_BITS = 4  # learning changes little at more
+COLUMNS = ("hard", "held_out", "one_step", "guided", "final")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process measures: all rows of a model and a seed."""
+
+    out: Path
+    model: str
+    seed: int
+    trajectories: int
+    images: int
+    iterations: int | None
+    widths: tuple[str, ...]
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The settings of all stages."""
+        return {"seed": self.seed, "device": os.environ["EDADM_STUDY_DEVICE"]}
+
+    def run(self, name: str) -> RunFolder:
+        """Returns a run folder."""
+        from edadm_cli.artifacts import RunFolder
+
+        return RunFolder(self.out / "runs" / self.model / f"seed{self.seed}" / name)
+
+    def result(self, label: str, bits: str) -> Path:
+        """Returns the file of a row."""
+        return self.out / "results" / self.model / f"seed{self.seed}" / f"{label.replace(' ', '-')}-{bits}.json"
+
+
+def prepare(case: Case) -> RunFolder:
+    """Collects trajectories, chooses the calibration set and measures the layers; returns the run."""
+    from edadm_cli.collect.stage import run as collect
+    from edadm_cli.config import CollectConfig, SensitivityConfig
+    from edadm_cli.sensitivity.stage import run as measure_sensitivity
+
+    folder = case.run("shared")
+    collect(CollectConfig(model=case.model, num_trajectories=case.trajectories, **case.shared), folder)
+    choose(case, folder)
+    recipe = variant_recipe("default", None)[0]
+    measure_sensitivity(SensitivityConfig(recipe=recipe, activation_bits=(8,), **case.shared), folder)
+    return folder
+
+
+def choose(case: Case, folder: RunFolder) -> None:
+    """Chooses the calibration set."""
+    from edadm_cli.config import SelectConfig
+    from edadm_cli.select.stage import run as select
+
+    recipe, samples = variant_recipe("default", None)
+    fields = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
+    select(SelectConfig(num_samples=min(samples, case.trajectories), **fields, **case.shared), folder)
+
+
+def measure(case: Case, label: str, bits: str, recipe: Recipe) -> None:
+    """Reconstructs and judges a row, if that was not done before."""
+    from study.learner_judge import judge
+
+    from edadm_cli.artifacts import Units
+    from edadm_cli.config import BitWidth, ReconstructConfig
+    from edadm_cli.reconstruct.stage import run as reconstruct
+
+    path = case.result(label, bits)
+    if path.is_file():
+        return
+    folder = case.run(path.stem)
+    link_collection(case.run("shared"), folder)
+    choose(case, folder)
+    config = ReconstructConfig(bits=BitWidth.parse(bits), recipe=recipe, batch_size=128, **case.shared)
+    learned = reconstruct(config, folder)
+    units = Units.load(folder.open("reconstruct", bits)).units
+    row = {"model": case.model, "bits": bits, "label": label, "seed": case.seed, "hard": learned.loss.last}
+    row |= {"left": {unit.name: (unit.loss_before, unit.loss_after) for unit in units}}
+    row |= judge(folder, bits, case.seed, case.images, case.shared["device"]) | {"card": card(case.shared["device"])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".new")
+    aside.write_text(json.dumps(row), encoding="utf-8")
+    aside.replace(path)
+    print(json.dumps({key: row[key] for key in ("model", "seed", "bits", "label", *COLUMNS) if key in row}), flush=True)
+
+
+def shares_left(case: Case, bits: str) -> Callable[[str, int], float]:
+    """Returns a function of a unit and a number of bits: the share of the unit's loss that learning has left."""
+    losses: Mapping[str, tuple[float | None, float | None]] = json.loads(case.result(EQUAL, bits).read_text())["left"]
+
+    def share(unit: str, width: int) -> float:
+        before, after = losses.get(unit, (None, None))
+        return after / before if width <= LEARNED_BITS and before and after else 1.0
+
+    return share
+
+
+def plans(case: Case, bits: str) -> dict[str, dict[str, int]]:
+    """Returns the bits of each layer by the label of the plan, for the average of all layers with equal bits."""
+    import torch
+
+    from edadm_cli.artifacts import Sensitivity
+    from edadm_cli.calibrate.bit_budget import layer_costs, spend_budget
+    from edadm_cli.calibrate.planning import plan_network
+    from edadm_cli.config import BitWidth
+    from edadm_cli.models.calibration import CalibrationSet
+    from edadm_cli.models.collected import CollectedRun
+    from edadm_cli.models.units import trace
+
+    run, recipe, cpu = case.run("shared"), variant_recipe("default", None)[0], torch.device("cpu")
+    denoiser = CollectedRun.open(run).load_denoiser(cpu, "memory", "", lambda _: None)
+    traced = trace(denoiser, *CalibrationSet.load(run.open("select")).call(torch.arange(1), cpu, torch.float32))
+    measured = Sensitivity.load(run.open("sensitivity"))
+    equal = plan_network(traced, recipe, BitWidth.parse(bits)).layers
+    sizes = {layer.name: layer.num_weights for layer in measured.layers}
+    average = sum(equal[name].weight_bits * size for name, size in sizes.items()) / sum(sizes.values())
+    budget = BitWidth(weight=int(average), activation=8, average=average)
+    chosen = {}
+    for label, share in ((NEAREST, lambda *_: 1.0), (LEARNED, shares_left(case, bits))):
+        layers = tuple(
+            layer.model_copy(
+                update={"weight_errors": {b: error * share(layer.unit, b) for b, error in layer.weight_errors.items()}}
+            )
+            for layer in measured.layers
+        )
+        costs = layer_costs(measured.model_copy(update={"layers": layers}), budget, recipe, denoiser, traced)
+        chosen[label] = spend_budget(budget, [costs])
+    return chosen
+
+
+def work(case: Case) -> None:
+    """Measures all rows of a model and a seed."""
+    from edadm_cli.recipe import LayerRule
+
+    prepare(case)
+    recipe = variant_recipe("default", case.iterations)[0]
+    for bits in case.widths:
+        measure(case, EQUAL, bits, recipe)
+        for label, widths in plans(case, bits).items():
+            rules = tuple(LayerRule(pattern=name, weight_bits=width) for name, width in widths.items())
+            measure(case, label, bits, recipe.model_copy(update={"layers": (*recipe.layers, *rules)}))
+
+
+def main() -> None:
+    """Reads the command line and runs what is not finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where the study lies")
+    parser.add_argument("--models", default="digits-ddpm,digits-sd")
+    parser.add_argument("--seeds", default="0-2", help="such as 0-2")
+    parser.add_argument("--bits", default="w4a8,w3a8")
+    parser.add_argument("--trajectories", type=int, default=256, help="number of trajectories per collection")
+    parser.add_argument("--images", type=int, default=128, help="held-out trajectories")
+    parser.add_argument("--iterations", type=int, help="at most so many optimizer steps per unit: for a trial")
+    parser.add_argument("--devices", default="auto", help="cpu, or numbers of GPUs such as 0,1; auto takes all")
+    parser.add_argument("--workers", type=int, default=1, help="models and seeds at a time, over all devices")
+    options = parser.parse_args()
+    sizes = (options.trajectories, options.images, options.iterations, tuple(options.bits.split(",")))
+    seeds, models = seeds_of(options.seeds), options.models.split(",")
+    cases = [Case(options.out, model, seed, *sizes) for seed in seeds for model in models]
+    context = multiprocessing.get_context("spawn")
+    devices, names = context.Queue(), device_names(options.devices)
+    for index in range(options.workers):
+        devices.put(names[index % len(names)])
+    with context.Pool(options.workers, begin, (devices,)) as pool:
+        for _ in pool.imap_unordered(work, cases):
+            pass
+        pool.close()
+        pool.join()
+    print(table(read_rows([options.out]), COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
