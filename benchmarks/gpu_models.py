@@ -47,6 +47,7 @@ from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.cuda.plain import compile_blocks, many_shapes, placed_copy, repeated_blocks
 from edadm_cli.engines.parity import relative_l2
+from edadm_cli.integrations.deployment import make_ready
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.random_models import build_denoiser
@@ -206,15 +207,16 @@ class Model:
         return {**contenders, "float": full} if self.case.loaded else {"float": full, **contenders}
 
     def _loaded(self, quantized: nn.Module) -> nn.Module:
-        """Returns the model as `from_pretrained` loads it, compiled as docs/gpu.md says."""
+        """Returns the model as `from_pretrained` loads it and `to` moves it, compiled as docs/gpu.md says."""
         loaded = placed_copy(quantized, self.device, self.dtype)
-        deploy(loaded, KernelProduct((self.device.type,)))
-        self._prepare_convolutions(loaded)
-        if self.device.type == "cuda":
-            if isinstance(loaded, ModelMixin) and repeated_blocks(loaded):
-                loaded.compile_repeated_blocks(fullgraph=True, dynamic=False)
-            else:
-                loaded.compile(fullgraph=True, dynamic=False)
+        if self.device.type != "cuda":
+            deploy(loaded, KernelProduct((self.device.type,)))
+            return loaded
+        make_ready(loaded)
+        if isinstance(loaded, ModelMixin) and repeated_blocks(loaded):
+            loaded.compile_repeated_blocks(fullgraph=True)
+        else:
+            loaded.compile()
         return loaded
 
     @staticmethod

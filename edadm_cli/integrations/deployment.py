@@ -1,13 +1,22 @@
-"""Chooses the product that multiplies the codes of loaded exports on this machine."""
+"""Makes a denoiser that diffusers has loaded ready to run: its methods, and the product that multiplies its codes."""
 
 from __future__ import annotations
 
 from functools import cache
 
 import torch
+from torch import nn
 
+from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.integrations.notices import say_once
 from edadm_cli.quant.layers import LayerProduct
+from edadm_cli.quant.network import deploy
+
+
+def make_ready(model: nn.Module) -> None:
+    """Prepares a denoiser whose weights have just been loaded, in place; it may be moved to a GPU before or after."""
+    bind_methods(model)
+    deploy(model, layer_product())
 
 
 def layer_product() -> LayerProduct | None:

@@ -17,11 +17,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.integrations.deployment import layer_product
-from edadm_cli.integrations.methods import bind_methods
+from edadm_cli.integrations.deployment import make_ready
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_cli.quant.network import deploy, quantize_network, require_sound
+from edadm_cli.quant.network import quantize_network, require_sound
 from edadm_cli.quant.packing import NIBBLE_BITS, stored_bits, stored_bits_of_format_1
 from edadm_cli.quant.plan import QuantizationPlan
 
@@ -138,8 +137,7 @@ class EdadmQuantizer(DiffusersQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLayer | QuantizedAttention):
                 require_sound(name, module)
-        bind_methods(model)
-        deploy(model, layer_product())
+        make_ready(model)
         return model
 
     @property

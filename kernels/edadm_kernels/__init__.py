@@ -14,7 +14,15 @@ from edadm_kernels.conv import MAX_KERNEL, conv2d
 from edadm_kernels.gemm import linear, linear_geglu, linear_gelu
 from edadm_kernels.heads import join_heads, join_heads_takes
 from edadm_kernels.linears import linear_joined, linear_stack, linears, linears_gelu
-from edadm_kernels.norm import group_norm, group_norm_quantize, layer_norm_quantize, modulated_norm_quantize
+from edadm_kernels.norm import (
+    group_norm,
+    group_norm_joins,
+    group_norm_pays,
+    group_norm_quantize,
+    group_norm_to_codes,
+    layer_norm_quantize,
+    modulated_norm_quantize,
+)
 from edadm_kernels.pointwise import has_even_rows, quantize, silu_quantize
 from edadm_kernels.product_checks import MAX_TERMS
 
@@ -34,7 +42,10 @@ __all__ = [
     "conv2d",
     "fuses_gelu",
     "group_norm",
+    "group_norm_joins",
+    "group_norm_pays",
     "group_norm_quantize",
+    "group_norm_to_codes",
     "has_even_rows",
     "join_heads",
     "join_heads_takes",

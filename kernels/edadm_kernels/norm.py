@@ -18,11 +18,20 @@ from edadm_kernels.checks import (
 )
 from edadm_kernels.hopper import group_norm as hopper_norm
 from edadm_kernels.launching import on_device_of
-from edadm_kernels.norm_launch import launch_group, launch_layer, launch_modulated, suits_hopper, variants
+from edadm_kernels.norm_launch import SMALL_STATE, launch_group, launch_layer, launch_modulated, suits_hopper, variants
 from edadm_kernels.operation import operation
 from edadm_kernels.reference import norms as reference
 
-__all__ = ["group_norm", "group_norm_quantize", "layer_norm_quantize", "modulated_norm_quantize", "variants"]
+__all__ = [
+    "group_norm",
+    "group_norm_joins",
+    "group_norm_pays",
+    "group_norm_quantize",
+    "group_norm_to_codes",
+    "layer_norm_quantize",
+    "modulated_norm_quantize",
+    "variants",
+]
 
 
 def _empty_group(
@@ -92,11 +101,103 @@ def group_norm_quantize(
         GroupNorm, arXiv 1803.08494; SiLU, arXiv 1606.08415; merged partial variances: Chan, Golub and LeVeque, 1983.
     """
     codes = _empty_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, more)
+    _fill_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes, more)
+    return codes
+
+
+def _fill_group(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    scales: Tensor,
+    zero_points: Tensor,
+    num_bits: int,
+    codes: list[Tensor],
+    more: Tensor | None,
+) -> None:
     if more is not None and not suits_hopper(x, weight, bias, num_groups, more):
         x, more = torch.cat([x, more], dim=1).contiguous(memory_format=torch.channels_last), None
     with on_device_of(x):
         launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes, more)
+
+
+def _empty_codes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    inverse_scale: Tensor,
+    code_shift: Tensor,
+    num_bits: int = 8,
+    more: Tensor | None = None,
+) -> Tensor:
+    """Checks the arguments of `group_norm_to_codes` and returns an empty output."""
+    check_bits(num_bits)
+    check_numbers(inverse_scale, code_shift)
+    check_device(x, inverse_scale, code_shift)
+    _check_group(x, weight, bias, num_groups, more)
+    channels = x.shape[1] + (0 if more is None else more.shape[1])
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+
+
+@operation("group_norm_to_codes", empty=_empty_codes, reference=reference.group_norm_to_codes)
+def group_norm_to_codes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    inverse_scale: Tensor,
+    code_shift: Tensor,
+    num_bits: int = 8,
+    more: Tensor | None = None,
+) -> Tensor:
+    """Computes `group_norm_quantize` with one quantizer, which is given as a layer of a loaded export holds it.
+
+    Args:
+        x: As in `group_norm_quantize`, and so all arguments that are not listed here.
+        inverse_scale: The reciprocal of the scale of the codes, float32, one element.
+        code_shift: Their zero-point in the convention of signed codes, float32, one element.
+
+    Returns:
+        `[N, C, H, W]`, int8, channels last.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one.
+    """
+    codes = _empty_codes(x, weight, bias, num_groups, eps, silu, inverse_scale, code_shift, num_bits, more)
+    quantizer = (inverse_scale, code_shift, num_bits)
+    _fill_group(x, weight, bias, num_groups, eps, silu, *quantizer, [codes], more)
     return codes
+
+
+def group_norm_pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Returns whether `group_norm_to_codes` is faster than what torch compiles: in float16 on compute capability 9.0.
+
+    Args:
+        x: `[N, C, H, W]`; it may be a tensor without elements, as torch has them while it traces.
+        weight: `[C]`.
+        bias: `[C]`.
+    """
+    types = x.dtype == torch.float16 and weight.dtype == bias.dtype and weight.dtype in (torch.float16, torch.float32)
+    return types and uses_hopper(x) and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def group_norm_joins(x: Tensor, more: Tensor, num_groups: int) -> bool:
+    """Returns whether a kernel of `group_norm_to_codes` reads the two images `x` and `more` without a copy of both."""
+    pixels, channels = x.shape[2] * x.shape[3], x.shape[1] + more.shape[1]
+    in_order = all(image.is_contiguous(memory_format=torch.channels_last) for image in (x, more))
+    if not in_order or x.dtype != more.dtype or pixels * channels <= SMALL_STATE:
+        return False
+    return hopper_norm.group_norm_plan(pixels, channels, num_groups, x.shape[1]) is not None
 
 
 def _empty_like(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:

@@ -30,19 +30,32 @@ def _spread_groups(values, group_of, BLOCK_GROUPS: tl.constexpr):
 
 
 @triton.jit
+def _load_quantizer(scales, zero_points, index: tl.constexpr):
+    """Returns the inverse scale and the zero-point of a quantizer.
+
+    Zero-points in floating point are those of signed codes, and come with inverses of the scales.
+    """
+    scale, zero_point = tl.load(scales + index), tl.load(zero_points + index)
+    if zero_points.dtype.element_ty.is_floating():
+        inverse, offset = scale, zero_point.to(tl.int32) + CODE_OFFSET
+    else:
+        inverse, offset = reciprocal(scale), zero_point
+    return inverse, offset
+
+
+@triton.jit
 def _store_codes(
     y, base, offsets, mask, scales, zero_points, out0, out1, out2, QUANT_MAX: tl.constexpr, QUANTIZERS: tl.constexpr
 ):
     """Stores the codes of `y` at `base + offsets` of one output per quantizer."""
-    tl.store(
-        out0 + base + offsets, quantize_s8(y, reciprocal(tl.load(scales)), tl.load(zero_points), QUANT_MAX), mask=mask
-    )
+    inverse, zero_point = _load_quantizer(scales, zero_points, 0)
+    tl.store(out0 + base + offsets, quantize_s8(y, inverse, zero_point, QUANT_MAX), mask=mask)
     if QUANTIZERS > 1:
-        inverse = reciprocal(tl.load(scales + 1))
-        tl.store(out1 + base + offsets, quantize_s8(y, inverse, tl.load(zero_points + 1), QUANT_MAX), mask=mask)
+        inverse, zero_point = _load_quantizer(scales, zero_points, 1)
+        tl.store(out1 + base + offsets, quantize_s8(y, inverse, zero_point, QUANT_MAX), mask=mask)
     if QUANTIZERS > 2:
-        inverse = reciprocal(tl.load(scales + 2))
-        tl.store(out2 + base + offsets, quantize_s8(y, inverse, tl.load(zero_points + 2), QUANT_MAX), mask=mask)
+        inverse, zero_point = _load_quantizer(scales, zero_points, 2)
+        tl.store(out2 + base + offsets, quantize_s8(y, inverse, zero_point, QUANT_MAX), mask=mask)
 
 
 @triton.jit

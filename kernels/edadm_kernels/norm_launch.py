@@ -41,7 +41,10 @@ def launch_group(
     codes: list[Tensor],
     more: Tensor | None,
 ) -> None:
-    """Fills `codes`; the other arguments are those of `group_norm_quantize`, checked."""
+    """Fills `codes`; the other arguments are those of `group_norm_quantize`, checked.
+
+    Zero-points in floating point are those of signed codes, and come with inverses of the scales.
+    """
     samples, channels = x.shape[0], x.shape[1]
     rows = x.shape[2] * x.shape[3]
     if more is not None or suits_hopper(x, weight, bias, num_groups):

@@ -71,6 +71,33 @@ def test_a_deployed_denoiser_eager_compiled_and_in_graphs(family: str, bits: str
     assert relative_l2(actual, exact) < BOUNDS[torch.float32]
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="the exchanges need 9.0"
+)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@torch.no_grad()
+def test_torch_compile_alone_exchanges_attention_and_group_norms(mode: str) -> None:
+    fields = {"block_out_channels": (64, 128), "norm_num_groups": 8, "attention_head_dim": 4}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D",) * 2}
+    denoiser, call = quantized_denoiser("unet", **fields, **blocks)
+    args, kwargs = on_cuda(call)
+    model = placed_copy(denoiser, torch.device("cuda"), torch.float16)
+    deploy(model, KernelProduct())
+    args = tuple(x.half() if x.is_floating_point() and x.ndim > 1 else x for x in args)
+    kwargs = {name: x.half() if x.is_floating_point() else x for name, x in kwargs.items()}
+    expected = prediction_of(model(*args, **kwargs)).clone()
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):
+        actual = prediction_of(compiled(*args, **kwargs)).clone()
+    assert relative_l2(actual, expected) < BOUNDS[torch.float16]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        compiled(*args, **kwargs)
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events()]
+    assert any(name.startswith("attention") for name in names)
+    assert any(name.startswith("group_") for name in names)
+
+
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [("dit", torch.float16), ("pixart", torch.float16), ("sd3", torch.bfloat16), ("flux", torch.bfloat16)],

@@ -10,6 +10,7 @@ from edadm_kernels import (
     backend,
     group_norm,
     group_norm_quantize,
+    group_norm_to_codes,
     layer_norm_quantize,
     modulated_norm_quantize,
     quantize,
@@ -64,6 +65,22 @@ def test_group_norm_of_two_images(size: int, first: int, second: int, dtype: tor
         with backend("reference"):
             target = group_norm_quantize(torch.cat([x, more], dim=1), *arguments)
         assert_close(group_norm_quantize(x, *arguments, more), target)
+
+
+@pytest.mark.parametrize("affine", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("size", "first", "second"), [(64, 320, 0), (16, 1280, 0), (8, 1280, 0), *JOINED_SHAPES])
+def test_group_norm_with_the_quantizer_of_a_loaded_layer(
+    size: int, first: int, second: int, affine: torch.dtype
+) -> None:
+    x, more = (normal(2, size, size, c).add_(3).half().permute(0, 3, 1, 2) for c in (first, max(second, 8)))
+    channels = first + second
+    scales, zero_points = quantizers(1)
+    ends = (normal(channels).to(affine), normal(channels).to(affine), 32, 1e-5, True)
+    images = (x, more) if second else (x, None)
+    arguments = (*ends, scales.reciprocal(), zero_points.float() - 128, 8, images[1])
+    with backend("reference"):
+        target = group_norm_to_codes(x, *arguments)
+    assert_close([group_norm_to_codes(x, *arguments)], [target])
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edadm_kernels import group_norm, group_norm_quantize, layer_norm_quantize, modulated_norm_quantize, reference
+from edadm_kernels import (
+    group_norm,
+    group_norm_quantize,
+    group_norm_to_codes,
+    layer_norm_quantize,
+    modulated_norm_quantize,
+    reference,
+)
 from edadm_kernels.norm_plans import CHUNK_ROWS, CHUNKS, group_plan, layer_plan
+from edadm_kernels.pack import CODE_OFFSET
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SCALES = [0.0313, 0.011, 0.25]
@@ -283,3 +291,23 @@ def test_refusals_of_layer_norm() -> None:
         layer_norm_quantize(torch.zeros(4, 8).t(), torch.ones(4), torch.zeros(4), 1e-5, *quantizers(1))
     with pytest.raises(ValueError, match="1 to 3"):
         layer_norm_quantize(torch.zeros(4, 8), torch.ones(8), torch.zeros(8), 1e-5, torch.ones(4), torch.ones(4).int())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 40, 6, 5), 4), THREE_KERNELS[1]], ids=["one-kernel", "three-kernels"]
+)
+def test_group_norm_with_the_quantizer_of_a_loaded_layer(
+    shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype
+) -> None:
+    samples, channels, height, width = shape
+    x = state((samples, height, width, channels), "normal", torch.float16, 0).permute(0, 3, 1, 2)
+    weight, bias = (vector.to(dtype) for vector in affine(channels, 0))
+    scales, zero_points = quantizers(1)
+    arguments = (x, weight, bias, groups, 1e-5, True)
+    ends = (scales.reciprocal(), zero_points.float() - CODE_OFFSET, 8)
+    codes = group_norm_to_codes(*arguments, *ends)
+    assert_close([codes], [reference.group_norm_to_codes(*arguments, *ends)], mismatches=0.01)
+    assert torch.equal(codes, group_norm_quantize(*arguments, scales, zero_points)[0])
+    halves = [part.contiguous(memory_format=torch.channels_last) for part in x.split([8, channels - 8], dim=1)]
+    assert torch.equal(codes, group_norm_to_codes(halves[0], *arguments[1:], *ends, halves[1]))

@@ -65,6 +65,9 @@ def cases() -> dict[str, tuple[Any, ...]]:
         ),
         "group_norm": (image(2, 8, 3, 1), *affine, 2, 1e-5, True),
         "group_norm_quantize": (image(2, 5, 3, 3), *affine, 2, 1e-5, True, *two, 8, image(2, 3, 3, 3)),
+        "group_norm_to_codes": (
+            image(2, 5, 3, 3), *affine, 2, 1e-5, True, SCALE.reciprocal(), SCALE * 0 - 4, 8, image(2, 3, 3, 3)
+        ),
         "layer_norm_quantize": (floats(2, 3, 8), *affine, 1e-5, *two, 8),
         "modulated_norm_quantize": (
             floats(2, 4, 24), *floats(2, 48).split(24, dim=1), 1e-6, SCALE.reciprocal(), SCALE * 0 - 4, 8
@@ -124,6 +127,7 @@ BATCHED = {
     "join_heads": (0, 1),
     "conv2d": (0, 5, 6),
     "group_norm_quantize": (0, 9),
+    "group_norm_to_codes": (0, 9),
     "modulated_norm_quantize": (0, 1, 2),
     "attention_quantize": (0, 1, 2),
     "attend_int8": (0, 1, 2),

@@ -1,15 +1,12 @@
 """Runs the attention of any denoiser on the kernels of `edadm_kernels`, in the graphs that torch compiles.
 
-Whatever processor a model has, its attention is a call of `scaled_dot_product_attention` in a graph of Dynamo. The
-backend of this module replaces these calls and passes the graph to Inductor.
+Whatever processor a model has, its attention is a call of `scaled_dot_product_attention` in a graph of Dynamo.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,8 +16,7 @@ from torch.nn import functional as F
 import edadm_kernels as kernels
 from edadm_cli.engines.base import AttentionForm
 from edadm_cli.engines.cuda.code_chains import CodeChain, code_chains
-from edadm_cli.engines.cuda.norm_graph import replace_norms
-from edadm_cli.engines.cuda.reductions import rows_in_registers
+from edadm_cli.engines.cuda.graph_nodes import has_numbers, replace_node
 from edadm_kernels.backend import uses_hopper
 
 MIN_TOKENS = 1024
@@ -30,39 +26,11 @@ INT8_ATTENTION = (
 )
 NO_INT8_ATTENTION = "the kernel of attention in eight bits needs compute capability 9.0 and 16-bit operands"
 
-Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
-
-@lru_cache(maxsize=8)
-def attention_backend(form: AttentionForm) -> Backend:
-    """Returns a backend for `torch.compile`: Inductor, with the kernels of `edadm_kernels` for attention if faster.
-
-    It returns one object per form, so that equal blocks share a compilation.
-    """
-
-    def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
-
-        replace_attention(graph, form)
-        replace_norms(graph)
-        with rows_in_registers():
-            compiled: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
-        return compiled
-
-    return compile_graph
-
-
-def replace_attention(graph: fx.GraphModule, form: AttentionForm) -> int:
+def replace_attention(graph: fx.Graph, form: AttentionForm) -> int:
     """Replaces those attentions in a graph of Dynamo that become faster, in place, and returns their number."""
-    replaced = 0
-    for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target is F.scaled_dot_product_attention and _replace(node, form):
-            replaced += 1
-    if replaced:
-        graph.graph.eliminate_dead_code()
-        graph.graph.lint()
-        graph.recompile()
-    return replaced
+    attentions = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    return sum(_replace(node, form) for node in attentions)
 
 
 def attend_int8_pays(q: Tensor, k: Tensor, scale: float) -> bool:
@@ -97,7 +65,7 @@ def _replace(node: fx.Node, form: AttentionForm) -> bool:
         return False
     operands, mask, scale = call
     shapes = [x.meta.get("example_value") for x in operands]
-    heads = [x for x in shapes if isinstance(x, Tensor) and x.ndim == 4 and x.stride(3) == 1]
+    heads = [x for x in shapes if isinstance(x, Tensor) and x.ndim == 4 and has_numbers(x) and x.stride(3) == 1]
     if len(heads) < len(shapes):
         return False
     q, k, v = heads
@@ -133,8 +101,7 @@ def _exchange(node: fx.Node, operation: Any, arguments: tuple[Any, ...]) -> None
     with node.graph.inserting_before(node):
         attended = node.graph.call_function(operation, arguments)
         exchanged = node.graph.call_method("transpose", (attended, 1, 2))
-    node.replace_all_uses_with(exchanged)
-    node.graph.erase_node(node)
+    replace_node(node, exchanged)
 
 
 def _write_codes(node: fx.Node, chains: list[CodeChain], arguments: tuple[Any, ...], bias: tuple[Any, ...]) -> None:
@@ -148,13 +115,15 @@ def _write_codes(node: fx.Node, chains: list[CodeChain], arguments: tuple[Any, .
         )
         pieces = [graph.call_function(operator.getitem, (outputs, place)) for place in range(len(chains))]
     for chain, piece in zip(chains, pieces, strict=True):
-        chain.codes.replace_all_uses_with(piece)
+        replace_node(chain.codes, piece)
 
 
 def _bias_of(mask: fx.Node, q: Tensor, k: Tensor) -> Tensor | None:
     """Returns the mask as numbers that are added per key, `[N, heads, S]`; `None` for any other mask."""
     value = mask.meta.get("example_value")
-    if not isinstance(value, Tensor) or value.dtype != q.dtype or value.ndim != 4 or value.shape[2] != 1:
+    if not isinstance(value, Tensor) or value.dtype != q.dtype or value.ndim != 4 or not has_numbers(value):
+        return None
+    if value.shape[2] != 1:
         return None
     if value.shape[3] != k.shape[2] or any(n not in (1, m) for n, m in zip(value.shape[:2], q.shape[:2], strict=True)):
         return None

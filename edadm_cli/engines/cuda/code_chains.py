@@ -10,8 +10,9 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from edadm_cli.engines.cuda.graph_nodes import dtype_of, is_method, shape_of, single_use
 from edadm_kernels.pack import CODE_OFFSET
 
 
@@ -44,23 +45,18 @@ def code_chains(attention: fx.Node) -> list[CodeChain]:
     Args:
         attention: The node of the result, `[N, heads, T, d]`.
     """
-    node = _single_use(attention)
-    if node is None or not _is_method(node, "transpose") or node.args[1:] != (1, 2):
+    node = single_use(attention)
+    if node is None or not is_method(node, "transpose") or node.args[1:] != (1, 2):
         return []
-    node = _single_use(node)
-    shape = None if node is None else _shape(node)
-    heads = _shape(attention)
-    if (
-        node is None
-        or shape is None
-        or heads is None
-        or not (_is_method(node, "flatten") or _is_method(node, "reshape"))
-    ):
+    node = single_use(node)
+    shape = None if node is None else shape_of(node)
+    heads = shape_of(attention)
+    if node is None or shape is None or heads is None or not (is_method(node, "flatten") or is_method(node, "reshape")):
         return []
     if tuple(shape) != (heads[0], heads[2], heads[1] * heads[3]):
         return []
-    after = _single_use(node)
-    if after is not None and _is_method(after, "to") and _dtype(after) == _dtype(node):
+    after = single_use(node)
+    if after is not None and is_method(after, "to") and dtype_of(after) == dtype_of(node):
         node = after
     chains = [chain_of(user, shape[1]) for user in node.users]
     ordered = sorted((chain for chain in chains if chain is not None), key=lambda chain: chain.start)
@@ -86,25 +82,25 @@ def chain_of(node: fx.Node, tokens: int) -> CodeChain | None:
             start, stop, step = index[1].indices(tokens)
         except TypeError:  # a bound is a node
             return None
-        following = _single_use(node)
+        following = single_use(node)
         if step != 1 or following is None:
             return None
         node = following
-    if not _is_method(node, "float"):
+    if not is_method(node, "float"):
         return None
     scaled = _binary(node, operator.mul)
-    rounded = None if scaled is None else _single_use(scaled[0])
+    rounded = None if scaled is None else single_use(scaled[0])
     if scaled is None or rounded is None or rounded.target is not torch.round:
         return None
     shifted = _binary(rounded, operator.add)
-    clamped = None if shifted is None else _single_use(shifted[0])
-    codes = None if clamped is None else _single_use(clamped)
-    if shifted is None or clamped is None or codes is None or not _is_method(clamped, "clamp"):
+    clamped = None if shifted is None else single_use(shifted[0])
+    codes = None if clamped is None else single_use(clamped)
+    if shifted is None or clamped is None or codes is None or not is_method(clamped, "clamp"):
         return None
     bounds = clamped.args[1:]
     if len(bounds) != 2 or bounds[0] != -CODE_OFFSET or not isinstance(bounds[1], int):
         return None
-    if not _is_method(codes, "to") or codes.args[1:] != (torch.int8,):
+    if not is_method(codes, "to") or codes.args[1:] != (torch.int8,):
         return None
     num_bits = (bounds[1] + CODE_OFFSET).bit_length()
     return CodeChain(start, stop, scaled[1], shifted[1], num_bits, codes)
@@ -112,28 +108,10 @@ def chain_of(node: fx.Node, tokens: int) -> CodeChain | None:
 
 def _binary(node: fx.Node, function: object) -> tuple[fx.Node, fx.Node] | None:
     """Returns the single use of a node by a function of two nodes, and the other node."""
-    use = _single_use(node)
+    use = single_use(node)
     if use is None or use.target is not function or len(use.args) != 2:
         return None
     other = use.args[1]
     if use.args[0] is not node or not isinstance(other, fx.Node) or other.op != "placeholder":
         return None  # a placeholder exists before the attention
     return use, other
-
-
-def _single_use(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _is_method(node: fx.Node, name: str) -> bool:
-    return node.op == "call_method" and node.target == name
-
-
-def _shape(node: fx.Node) -> torch.Size | None:
-    value = node.meta.get("example_value")
-    return value.shape if isinstance(value, Tensor) else None
-
-
-def _dtype(node: fx.Node) -> torch.dtype | None:
-    value = node.meta.get("example_value")
-    return value.dtype if isinstance(value, Tensor) else None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import edadm_kernels as kernels
+from edadm_cli.engines.cuda.graph_pass import exchange_in_graphs
 from edadm_cli.engines.cuda.layout import channels_last, image_of, quantizable, rows_of
 from edadm_cli.engines.cuda.lowering import FLOAT_INPUT, product_refusal
 from edadm_cli.engines.cuda.shared_input import share_inputs
@@ -67,6 +68,9 @@ class KernelProduct:
             layer._non_persistent_buffers_set.discard(name)
         if self._refusal(layer) is None:
             self._fill(layer)
+        elif layer.weight_codes.ndim == 4 and layer.weight_codes.device.type in self.device_types:
+            # torch's convolution then writes its output channels last, as the kernels do
+            layer.weight_codes = channels_last(layer.weight_codes)
         if layer.member is not None:
             layer.member.shared.renew()
 
@@ -145,6 +149,7 @@ class KernelProduct:
             x = quantizer.transformed(x)
         if not torch.compiler.is_compiling():
             return kernels.quantize(quantizable(x), layer.input_scale, layer.input_zero_point, bits)
+        exchange_in_graphs()
         codes = torch.round(x.float() * _buffer(layer, "inverse_scale")) + _buffer(layer, "code_shift")
         return codes.clamp(-pack.CODE_OFFSET, (1 << bits) - 1 - pack.CODE_OFFSET).to(torch.int8)
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from edadm_cli.engines.cuda.code_chains import chain_of
+from edadm_cli.engines.cuda.graph_nodes import replace_node, value_of
 from edadm_kernels.backend import uses_kernel
 
 MIN_ELEMENTS = 1 << 22
@@ -24,27 +25,19 @@ def norm_pays(x: Tensor) -> bool:
     return x.is_cuda and uses_kernel(x) and x.numel() >= MIN_ELEMENTS
 
 
-def replace_norms(graph: fx.GraphModule) -> int:
+def replace_norms(graph: fx.Graph) -> int:
     """Replaces those adaptive normalizations in a graph of Dynamo that become faster; returns their number.
 
     norm(x) * (1 + scale) + shift, and the codes of that
     """
-    replaced = 0
-    for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target is F.layer_norm:
-            replaced += _replace(node)
-    if replaced:
-        graph.graph.eliminate_dead_code()
-        graph.graph.lint()
-        graph.recompile()
-    return replaced
+    return sum(_replace(norm) for norm in graph.find_nodes(op="call_function", target=F.layer_norm))
 
 
 def _replace(norm: fx.Node) -> int:
     names = ("input", "normalized_shape", "weight", "bias", "eps")
     arguments = {**dict(zip(names, norm.args, strict=False)), **norm.kwargs}
     x, eps = arguments.get("input"), arguments.get("eps", 1e-5)
-    value = _value(x)
+    value = value_of(x)
     if not isinstance(x, fx.Node) or value is None or value.ndim != 3 or not isinstance(eps, float):
         return 0
     shape = arguments.get("normalized_shape")
@@ -79,7 +72,7 @@ def _replace_modulation(product: fx.Node, norm: fx.Node, x: fx.Node, eps: float,
                 torch.ops.edadm.modulated_norm_quantize.default,
                 (x, *rows, eps, chain.inverse_scale, chain.shift, chain.num_bits),
             )
-        chain.codes.replace_all_uses_with(codes)
+        replace_node(chain.codes, codes)
     return 1
 
 
@@ -92,7 +85,7 @@ def _samples(value: Tensor) -> tuple[int, int]:
 
 def _is_per_sample(node: fx.Node, x: Tensor) -> bool:
     """Returns whether a node has one row per sample, or one for all samples: `[N, 1, C]` or `[1, 1, C]`."""
-    value = _value(node)
+    value = value_of(node)
     if value is None or value.ndim != 3 or not value.is_floating_point():
         return False
     return value.shape[0] in (1, x.shape[0]) and value.shape[1:] == (1, x.shape[2])
@@ -108,8 +101,3 @@ def _other(node: fx.Node, function: object, operand: object) -> object:
     if second is operand or (isinstance(second, int) and second == operand):
         return first
     return None
-
-
-def _value(node: object) -> Tensor | None:
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, Tensor) else None

@@ -17,10 +17,10 @@ from torch import nn
 
 from edadm_cli.engines.adapters import AdaptedLayer, SideBranch
 from edadm_cli.engines.base import AttentionForm, LayerExecution
-from edadm_cli.engines.cuda.attention_graph import attention_backend
 from edadm_cli.engines.cuda.conditioning import condition_at_once
 from edadm_cli.engines.cuda.feed_forward import fuse_feed_forwards
 from edadm_cli.engines.cuda.flux import fuse_single_blocks
+from edadm_cli.engines.cuda.graph_pass import attention_backend
 from edadm_cli.engines.cuda.joint_attention import join_streams
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.cuda.lowering import product_refusal

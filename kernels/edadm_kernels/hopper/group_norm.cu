@@ -21,10 +21,11 @@ static_assert(GROUP_CHANNELS >= 8 && CHANNELS % 8 == 0 && FIRST % 8 == 0 && STRI
 struct Problem {
     const u16* x;            // [samples, PIXELS, FIRST]
     const u16* more;         // [samples, PIXELS, CHANNELS - FIRST], or null if there is one image
-    const float* weight;     // [CHANNELS]
-    const float* bias;       // [CHANNELS]
-    const float* scales;     // [QUANTIZERS]
-    const int* zero_points;  // [QUANTIZERS]
+    const void* weight;      // [CHANNELS], float32, or float16 with HALF_AFFINE
+    const void* bias;        // [CHANNELS]
+    const float* scales;     // [QUANTIZERS]; their inverses if `zero_points` is null
+    const int* zero_points;  // [QUANTIZERS], of unsigned codes
+    const float* shifts;     // [QUANTIZERS], the zero-points of signed codes, if `zero_points` is null
     float2* partials;        // [samples, GROUPS, CHUNKS]: mean and squared deviations
     void* out[3];            // [samples, PIXELS, CHANNELS]: codes or float16
     float eps, quant_max;
@@ -69,6 +70,18 @@ __device__ __forceinline__ void unpack(float (&x)[8], uint4 held) {
     const u32 pairs[4] = {held.x, held.y, held.z, held.w};
 #pragma unroll
     for (int c = 0; c < 4; ++c) x[2 * c] = low_half(pairs[c]), x[2 * c + 1] = high_half(pairs[c]);
+}
+
+// Loads the elements of eight channels of the weight or the bias.
+__device__ __forceinline__ void load_affine(float (&x)[8], const void* from, int channel) {
+#if HALF_AFFINE
+    unpack(x, __ldg(reinterpret_cast<const uint4*>(static_cast<const u16*>(from) + channel)));
+#else
+#pragma unroll
+    for (int c = 0; c < 8; c += 4)
+        *reinterpret_cast<float4*>(x + c) =
+            __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(from) + channel + c));
+#endif
 }
 
 __device__ __forceinline__ float sum_warp(float x) {
@@ -171,16 +184,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const 
     uint4 held[VECTORS];
     fetch(held, p, at);
     float gain[8], shift[8];
-#pragma unroll
-    for (int c = 0; c < 8; c += 4) {
-        *reinterpret_cast<float4*>(gain + c) = __ldg(reinterpret_cast<const float4*>(p.weight + at.channel + c));
-        *reinterpret_cast<float4*>(shift + c) = __ldg(reinterpret_cast<const float4*>(p.bias + at.channel + c));
-    }
+    load_affine(gain, p.weight, at.channel);
+    load_affine(shift, p.bias, at.channel);
 #if QUANTIZERS
-    float scales[QUANTIZERS];
+    float inverses[QUANTIZERS];
     int zero_points[QUANTIZERS];
 #pragma unroll
-    for (int q = 0; q < QUANTIZERS; ++q) scales[q] = __ldg(p.scales + q), zero_points[q] = __ldg(p.zero_points + q);
+    for (int q = 0; q < QUANTIZERS; ++q) {
+        const float scale = __ldg(p.scales + q);
+        inverses[q] = p.zero_points == nullptr ? scale : __frcp_rn(scale);
+        zero_points[q] =
+            p.zero_points == nullptr ? static_cast<int>(__ldg(p.shifts + q)) + 128 : __ldg(p.zero_points + q);
+    }
 #endif
 
     await_previous();
@@ -229,7 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const 
 #if QUANTIZERS
 #pragma unroll
             for (int q = 0; q < QUANTIZERS; ++q) {
-                const Quantizer quantize(scales[q], zero_points[q], p.quant_max);
+                Quantizer quantize(1.0f, zero_points[q], p.quant_max);
+                quantize.inverse = inverses[q];
                 u32 code[8];
 #pragma unroll
                 for (int c = 0; c < 8; ++c) code[c] = quantize(y[c]);

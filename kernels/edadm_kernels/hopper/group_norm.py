@@ -53,12 +53,14 @@ class GroupNormVariant:
         plan: How a sample is divided into blocks.
         quantizers: Number of quantizers, 1 to 3; with 0 the result is written in float16.
         silu: Whether SiLU is applied.
+        half_affine: Whether weight and bias are float16 and not float32.
     """
 
     name: Literal["group_statistics", "group_apply"]
     plan: GroupNormPlan
     quantizers: int = 0
     silu: bool = False
+    half_affine: bool = False
 
     source = "group_norm.cu"
     shared_bytes = 0
@@ -84,6 +86,7 @@ class GroupNormVariant:
             "VECTORS": self.plan.vectors,
             "QUANTIZERS": self.quantizers,
             "SILU": int(self.silu),
+            "HALF_AFFINE": int(self.half_affine),
         }
 
     def prelude(self) -> str:
@@ -93,6 +96,7 @@ class GroupNormVariant:
     def label(self) -> str:
         """Returns the name of the variant for tables."""
         end = "" if self.name == "group_statistics" else f"-q{self.quantizers}" + "-silu" * self.silu
+        end += "-half" * self.half_affine
         channels = f"{self.plan.channels}"
         if self.plan.first < self.plan.channels:
             channels = f"{self.plan.first}+{self.plan.channels - self.plan.first}"
@@ -139,12 +143,14 @@ def variants() -> list[GroupNormVariant]:
     candidates = (group_norm_plan(size * size, channels, 32, first) for size, channels, first in shapes)
     plans = [plan for plan in candidates if plan is not None]
     statistics = [GroupNormVariant("group_statistics", plan) for plan in plans]
-    return statistics + [GroupNormVariant("group_apply", plan, 1, silu) for plan in plans for silu in (False, True)]
+    choices = [(silu, half) for silu in (False, True) for half in (False, True)]
+    return statistics + [GroupNormVariant("group_apply", plan, 1, *choice) for plan in plans for choice in choices]
 
 
 class _Problem(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "more", "weight", "bias", "scales", "zero_points", "partials")),
+        *((name, ctypes.c_void_p) for name in ("x", "more", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("scales", "zero_points", "shifts", "partials")),
         ("out", ctypes.c_void_p * 3),
         ("eps", ctypes.c_float),
         ("quant_max", ctypes.c_float),
@@ -153,7 +159,7 @@ class _Problem(ctypes.Structure):
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, more: Tensor | None = None) -> bool:
     """Returns whether `launch_group_norm` supports these types and shapes."""
-    types = x.dtype == torch.float16 and weight.dtype == bias.dtype == torch.float32
+    types = x.dtype == torch.float16 and weight.dtype == bias.dtype and weight.dtype in (torch.float16, torch.float32)
     return (
         types
         and all(t is None or t.data_ptr() % 16 == 0 for t in (x, more, weight, bias))
@@ -188,15 +194,18 @@ def launch_group_norm(
         eps: The number that is added to the variance.
         silu: Whether SiLU is applied.
         outputs: Codes, one tensor per quantizer; or one float16 tensor.
-        quantizers: Scales, zero-points and bits; `None` if the result is written in float16.
+        quantizers: Scales, zero-points and bits; inverses of scales, if zero-points are float32 and of signed codes;
+            `None` if the result is written in float16.
         more: The image with the channels that follow.
     """
     samples, plan = x.shape[0], _plan(x, more, num_groups)
     assert plan is not None
     partials = x.new_empty((samples, num_groups, plan.chunks, 2), dtype=torch.float32)
-    scales, zero_points, num_bits = quantizers or (None, None, 8)
+    scales, offsets, num_bits = quantizers or (None, None, 8)
+    is_signed = offsets is not None and offsets.is_floating_point()
+    zero_points, shifts = (None, offsets) if is_signed else (offsets, None)
     problem = _Problem(
-        *(None if t is None else t.data_ptr() for t in (x, more, weight, bias, scales, zero_points, partials)),
+        *(None if t is None else t.data_ptr() for t in (x, more, weight, bias, scales, zero_points, shifts, partials)),
         (ctypes.c_void_p * 3)(*(output.data_ptr() for output in outputs)),
         eps,
         float((1 << num_bits) - 1),
@@ -204,4 +213,5 @@ def launch_group_norm(
     blocks, device = samples * plan.chunks, x.device.index or 0
     launch(GroupNormVariant("group_statistics", plan), blocks, [problem], device)
     count = len(outputs) if quantizers else 0
-    launch(GroupNormVariant("group_apply", plan, count, silu), blocks, [problem], device)
+    variant = GroupNormVariant("group_apply", plan, count, silu, half_affine=weight.dtype == torch.float16)
+    launch(variant, blocks, [problem], device)

@@ -5,6 +5,7 @@ from edadm_kernels.reference.heads import join_heads
 from edadm_kernels.reference.norms import (
     attention_quantize,
     group_norm_quantize,
+    group_norm_to_codes,
     layer_norm_quantize,
     modulated_norm_quantize,
     quantize,
@@ -19,6 +20,7 @@ __all__ = [
     "attention_quantize",
     "conv2d",
     "group_norm_quantize",
+    "group_norm_to_codes",
     "join_heads",
     "layer_norm_quantize",
     "linear",

@@ -76,12 +76,35 @@ def group_norm_quantize(
         num_bits: Bits of the codes, 2 to 8.
         more: Channels that follow those of `x`.
     """
+    y = _group_norm(x, weight, bias, num_groups, eps, silu, more)
+    return _quantize_each(y, scales, zero_points, num_bits)
+
+
+def group_norm_to_codes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    inverse_scale: Tensor,
+    code_shift: Tensor,
+    num_bits: int = 8,
+    more: Tensor | None = None,
+) -> Tensor:
+    """Computes `edadm_kernels.group_norm_to_codes`; everything before the codes is float64."""
+    y = _group_norm(x, weight, bias, num_groups, eps, silu, more)
+    return _signed_codes(y.float(), inverse_scale, code_shift, num_bits)
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, more: Tensor | None
+) -> Tensor:
     x = x if more is None else torch.cat([x, more], dim=1)
     y = torch.group_norm(x.double(), num_groups, weight.double(), bias.double(), eps)
     if silu:
         y = torch.nn.functional.silu(y)
-    y = y.contiguous(memory_format=torch.channels_last)
-    return _quantize_each(y, scales, zero_points, num_bits)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def layer_norm_quantize(
@@ -113,7 +136,12 @@ def modulated_norm_quantize(
 ) -> Tensor:
     """Computes `edadm_kernels.modulated_norm_quantize`; everything before the codes is float64."""
     y = torch.nn.functional.layer_norm(x.double(), x.shape[-1:], eps=eps)
-    y = (y * (1 + scale.double()[:, None]) + shift.double()[:, None]).float()
+    y = y * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    return _signed_codes(y.float(), inverse_scale, code_shift, num_bits)
+
+
+def _signed_codes(y: Tensor, inverse_scale: Tensor, code_shift: Tensor, num_bits: int) -> Tensor:
+    """Returns the codes of `y`, float32, for a quantizer as a layer of a loaded export holds it."""
     codes = torch.round(y * inverse_scale) + code_shift
     return codes.clamp(-CODE_OFFSET, (1 << num_bits) - 1 - CODE_OFFSET).to(torch.int8)
 

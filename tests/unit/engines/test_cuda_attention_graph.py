@@ -33,7 +33,8 @@ def exchanged(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     counts: list[int] = []
 
     def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        counts.append(replace_attention(graph, "int8"))
+        counts.append(replace_attention(graph.graph, "int8"))
+        graph.recompile()
         return graph.forward
 
     torch._dynamo.reset()
@@ -96,7 +97,8 @@ def test_attention_writes_the_codes_of_the_layers_behind_it(
     model, targets = Codes(cuts, has_mask), []
 
     def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        replace_attention(graph, "float")
+        replace_attention(graph.graph, "float")
+        graph.recompile()
         targets.extend(str(node.target) for node in graph.graph.nodes)
         return graph.forward
 

@@ -1,0 +1,101 @@
+"""Exchanges operations in every graph with layers of an export that Inductor compiles, whoever calls `torch.compile`.
+
+Inductor's configuration has a place for one pass over the graphs of Dynamo. Since torch 2.12 each thread has a value of
+its own there, so the pass is put there while a layer is traced: in the thread that compiles, and only if an export is
+compiled. A pass that is there already runs first. Other compilers leave the graphs as they are, which gives the same
+results in more time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from edadm_cli.engines.base import AttentionForm
+from edadm_cli.engines.cuda.attention_graph import replace_attention
+from edadm_cli.engines.cuda.group_norm_graph import replace_group_norms
+from edadm_cli.engines.cuda.norm_graph import replace_norms
+from edadm_cli.engines.cuda.reductions import rows_in_registers
+from edadm_cli.version import __version__
+
+Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
+_SOURCES = (
+    *("attention_graph.py", "code_chains.py", "graph_nodes.py", "graph_pass.py"),
+    *("group_norm_graph.py", "norm_graph.py"),
+)
+
+
+def exchange(graph: fx.Graph, form: AttentionForm = "float") -> int:
+    """Replaces what becomes faster in a graph of Dynamo, in place, and returns the number of replacements.
+
+    Args:
+        graph: The graph.
+        form: The form of attention that is preferred.
+    """
+    return replace_attention(graph, form) + replace_norms(graph) + replace_group_norms(graph)
+
+
+class Exchanges(CustomGraphPass):
+    """The pass over graphs that contain operations of `edadm_kernels`; other graphs stay as they are.
+
+    Args:
+        others: The passes that were there before, which run first.
+    """
+
+    def __init__(self, others: tuple[Any, ...] = ()) -> None:
+        self.others = others
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Changes a graph in place."""
+        for other in self.others:
+            other(graph)
+        if any(getattr(node.target, "namespace", None) == "edadm" for node in graph.nodes):
+            exchange(graph)
+
+    def uuid(self) -> Any | None:
+        """Returns a key of what the pass does, for torch's caches; `None`, which turns them off, if one is unknown."""
+        keys = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
+        return None if None in keys else (__version__, _hash_of_sources(), *keys)
+
+
+@torch.compiler.assume_constant_result
+def exchange_in_graphs() -> bool:
+    """Puts `Exchanges` into Inductor's configuration; torch calls this function where it traces it."""
+    from torch._inductor import config
+
+    present: Any = config.pre_grad_custom_pass
+    if not isinstance(present, Exchanges):
+        others = tuple(present) if isinstance(present, list | tuple) else () if present is None else (present,)
+        config.pre_grad_custom_pass = Exchanges(others)
+    return True
+
+
+@lru_cache(maxsize=8)
+def attention_backend(form: AttentionForm) -> Backend:
+    """Returns a backend for `torch.compile`: Inductor, with the kernels of `edadm_kernels` for attention if faster.
+
+    It returns one object per form, so that equal blocks share a compilation.
+    """
+
+    def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        exchange(graph.graph, form)
+        graph.recompile()
+        with rows_in_registers():
+            compiled: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
+        return compiled
+
+    return compile_graph
+
+
+@lru_cache(maxsize=1)
+def _hash_of_sources() -> bytes:
+    folder = Path(__file__).parent
+    return get_hash_for_files(tuple(str(folder / name) for name in _SOURCES))
