@@ -10,25 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from edadm_cli.engines.base import AttentionForm
 from edadm_cli.engines.cuda.attention_graph import replace_attention
 from edadm_cli.engines.cuda.group_norm_graph import replace_group_norms
 from edadm_cli.engines.cuda.norm_graph import replace_norms
 from edadm_cli.engines.cuda.reductions import rows_in_registers
-from edadm_cli.version import __version__
 
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
-_SOURCES = (
-    *("attention_graph.py", "code_chains.py", "graph_nodes.py", "graph_pass.py"),
-    *("group_norm_graph.py", "norm_graph.py"),
-)
 
 
 def exchange(graph: fx.Graph, form: AttentionForm = "float") -> int:
@@ -41,33 +34,12 @@ def exchange(graph: fx.Graph, form: AttentionForm = "float") -> int:
     return replace_attention(graph, form) + replace_norms(graph) + replace_group_norms(graph)
 
 
-class Exchanges(CustomGraphPass):
-    """The pass over graphs that contain operations of `edadm_kernels`; other graphs stay as they are.
-
-    Args:
-        others: The passes that were there before, which run first.
-    """
-
-    def __init__(self, others: tuple[Any, ...] = ()) -> None:
-        self.others = others
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Changes a graph in place."""
-        for other in self.others:
-            other(graph)
-        if any(getattr(node.target, "namespace", None) == "edadm" for node in graph.nodes):
-            exchange(graph)
-
-    def uuid(self) -> Any | None:
-        """Returns a key of what the pass does, for torch's caches; `None`, which turns them off, if one is unknown."""
-        keys = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
-        return None if None in keys else (__version__, _hash_of_sources(), *keys)
-
-
 @torch.compiler.assume_constant_result
 def exchange_in_graphs() -> bool:
     """Puts `Exchanges` into Inductor's configuration; torch calls this function where it traces it."""
     from torch._inductor import config
+
+    from edadm_cli.engines.cuda.inductor_pass import Exchanges
 
     present: Any = config.pre_grad_custom_pass
     if not isinstance(present, Exchanges):
@@ -93,9 +65,3 @@ def attention_backend(form: AttentionForm) -> Backend:
         return compiled
 
     return compile_graph
-
-
-@lru_cache(maxsize=1)
-def _hash_of_sources() -> bytes:
-    folder = Path(__file__).parent
-    return get_hash_for_files(tuple(str(folder / name) for name in _SOURCES))

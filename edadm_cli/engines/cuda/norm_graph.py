@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from edadm_cli.engines.cuda.code_chains import chain_of
-from edadm_cli.engines.cuda.graph_nodes import replace_node, value_of
+from edadm_cli.engines.cuda.graph_nodes import has_numbers, replace_node, value_of
 from edadm_kernels.backend import uses_kernel
 
 MIN_ELEMENTS = 1 << 22
@@ -39,6 +39,8 @@ def _replace(norm: fx.Node) -> int:
     x, eps = arguments.get("input"), arguments.get("eps", 1e-5)
     value = value_of(x)
     if not isinstance(x, fx.Node) or value is None or value.ndim != 3 or not isinstance(eps, float):
+        return 0
+    if not has_numbers(value):
         return 0
     shape = arguments.get("normalized_shape")
     is_plain = arguments.get("weight") is None and arguments.get("bias") is None
