@@ -47,8 +47,9 @@ class Running:
         started = time.perf_counter()
         self._function = load(spec, environment) if source is None else source()
         self._is_torch = spec.runs_on == TORCH
-        # OpenVINO's inputs and outputs are float32, whatever type it computes in
-        dtype = getattr(torch, spec.dtype) if self._is_torch or self._device.type == "cuda" else torch.float32
+        # inputs and outputs of graphs in files are float32 on a CPU, whatever type they compute in
+        is_graph = not self._is_torch and source is None and self._device.type == "cpu"
+        dtype = torch.float32 if is_graph else getattr(torch, spec.dtype)
         # moved together: a tensor that calls share, such as the prompt of all steps, is one tensor on the device too
         self._calls = {batch: placed(list(group), self._device, dtype) for batch, group in calls.items()}
         # an output object of an engine's files needs the import of diffusers, which takes longer than loading them

@@ -114,7 +114,11 @@ class CompiledDenoiser(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the denoiser. The output has the class that the denoiser returns, and `return_dict` has its effect."""
+        """Runs the denoiser. The output has the class that the denoiser returns, and `return_dict` has its effect.
+
+        Floating-point arguments with two or more dimensions have the type `EngineOptions.rest_dtype`. An engine with
+        files may be given float32 instead, and takes both.
+        """
 
     @property
     @abstractmethod

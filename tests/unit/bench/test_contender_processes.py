@@ -45,6 +45,25 @@ def test_a_contender_in_a_process_of_its_own_computes_the_same(
         remote.time(1, 1)
 
 
+class _Recorder:
+    """A denoiser that an engine compiled in this process; it notes the types of its inputs."""
+
+    def __init__(self) -> None:
+        self.dtypes: set[torch.dtype] = set()
+
+    def __call__(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
+        self.dtypes |= {sample.dtype, encoder_hidden_states.dtype}
+        return (sample,)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_without_files_gets_inputs_in_the_type_of_what_is_not_quantized(dtype: str) -> None:
+    spec = Spec("toy w8a8", "toy", "toy", dtype, "w8a8", compiled=True, folder=None, size_mib=1.0)
+    compiled: Any = _Recorder()
+    Running(spec, TOGETHER, {1: [call_of()]}, lambda: compiled)
+    assert compiled.dtypes == {getattr(torch, dtype)}
+
+
 REMARKING = """
 import logging, os, sys
 os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 2)
