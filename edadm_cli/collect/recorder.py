@@ -16,9 +16,10 @@ from edadm_cli.collect.features import record_features
 from edadm_cli.collect.varying import Varying
 from edadm_cli.errors import InputError
 from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL
-from edadm_cli.models.calls import DenoiserCall, Template, record_calls
+from edadm_cli.models.call_templates import Template
+from edadm_cli.models.calls import DenoiserCall, record_calls
 from edadm_cli.models.families import family_of, prepare_calls
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 
 _GUIDANCE_INPUTS = ("guidance", "timestep_cond")
 _NO_GUIDANCE = "--guidance-scale 1, which turns guidance off"

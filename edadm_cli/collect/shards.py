@@ -17,7 +17,7 @@ from edadm_cli.artifacts.streaming import Streamed, joined, padded, stream_tenso
 from edadm_cli.collect.merging import FEATURES, TIMESTEPS, Batch, Merged, merge
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
-from edadm_cli.models.calls import per_row
+from edadm_cli.models.call_templates import per_row
 from edadm_cli.models.collected import CONDITION_FILE, FEATURES_FILE
 
 

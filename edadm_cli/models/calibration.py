@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edadm_cli.artifacts import Artifact, Payload
 from edadm_cli.errors import InputError
-from edadm_cli.models.calls import Template, build_call, placed_tensors
+from edadm_cli.models.call_templates import Template, build_call, placed_tensors
 from edadm_cli.stage_config import DTypeName
 
 CALIBRATION_FILE = "calibration.safetensors"

@@ -9,7 +9,7 @@ pooled embeddings inside nested dictionaries, class labels, flags. `split_call` 
   others are constants of the architecture (position ids),
 - a template, plain JSON, with the position of each tensor and the literal values of everything else,
 
-and `build_call` builds a call from these parts again, for any rows.
+and `call_templates.build_call` builds a call from these parts again, for any rows.
 """
 
 from __future__ import annotations
@@ -25,25 +25,10 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.hooks import Hooks
-from edadm_cli.models.families import family_of
+from edadm_cli.models.call_templates import MARK, SAMPLE, TIMESTEP, Template, lengths_name
+from edadm_cli.models.families import DenoiserFamily, family_of
 
-SAMPLE = "sample"
-TIMESTEP = "timestep"
-_MARK = "$"
 _NAMES_SHOWN = 8  # of a call's arguments in a message
-_NAMING_MARKS = (_MARK + "tensor", _MARK + "joined", _MARK + "rows_second", _MARK + "complex")
-_TENSOR_MARKS = (_MARK + SAMPLE, _MARK + TIMESTEP, _MARK + "tensor")
-
-Template = dict[str, Any]
-"""`{"args": [...], "kwargs": {...}, "constants": [names], "dtypes": {name: dtype}}`. A one-entry object whose
-key starts with `$` is a place (`{"$tensor": name}`, `{"$sample": null}`, `{"$timestep": null}`, or `{"$timestep": [4]}`
-for a timestep with four equal values per row), a tuple
-(`{"$tuple": [...]}`), a list of the rows of a tensor (`{"$rows": place}`), a list with one equal item per row
-(`{"$each": item}`), a list of rows of different length (`{"$ragged": name}`: they are padded with zeros, and the tensor
-`name.lengths` holds the length of each), a tensor with several entries per row in its first dimension
-(`{"$joined": name}`, which is stored as `(R, entries, *)`), a tensor whose second dimension counts the rows
-(`{"$rows_second": name}`, which is stored as `(R, first, *)`), or a tensor of complex numbers (`{"$complex": name}`,
-whose real and imaginary parts are stored in a last dimension of 2)."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +71,29 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             argument is neither a tensor nor plain data.
     """
     names = _positional_names(denoiser, len(args))
-    sample_name, timestep_name = _special_names(denoiser, [*names, *kwargs])
-    bound = {**dict(zip(names, args, strict=True)), **kwargs}
+    return split_arguments(type(denoiser).__name__, family_of(denoiser), dict(zip(names, args, strict=True)), kwargs)
+
+
+def split_arguments(
+    denoiser: str, family: DenoiserFamily, args: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> DenoiserCall:
+    """Splits one call into its parts, where only its arguments are known and not the denoiser.
+
+    Args:
+        denoiser: The name of the denoiser's class, for messages.
+        family: The family that says what the arguments are.
+        args: The positional arguments, by name and in order.
+        kwargs: The keyword arguments.
+
+    Raises:
+        InputError: As `split_call`.
+    """
+    bound = {**args, **kwargs}
+    sample_name, timestep_name = _special_names(denoiser, family, list(bound))
     sample, is_list = _batched(bound[sample_name])
     if sample is None:
-        raise InputError(f"{type(denoiser).__name__} was not called with a batched sample, so it cannot be recorded.")
-    rows, family = sample.shape[0], family_of(denoiser)
+        raise InputError(f"{denoiser} was not called with a batched sample, so it cannot be recorded.")
+    rows = sample.shape[0]
     missing_masks = {
         name: torch.ones(bound[states].shape[:2], dtype=torch.int64, device=sample.device)
         for name, states in family.masks.items()
@@ -102,22 +104,22 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
     def encode_argument(name: str, value: Any) -> Any:
         if name == sample_name:
-            return {_MARK + "rows": {_MARK + SAMPLE: None}} if is_list else {_MARK + SAMPLE: None}
+            return {MARK + "rows": {MARK + SAMPLE: None}} if is_list else {MARK + SAMPLE: None}
         if name == timestep_name:
             has_rows = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == rows
-            return {_MARK + TIMESTEP: list(value.shape[1:]) if has_rows else None}
+            return {MARK + TIMESTEP: list(value.shape[1:]) if has_rows else None}
         if is_list and _is_ragged(value, rows):
             return _encode_rows(name, value, tensors)
         if name in family.joined_arguments and isinstance(value, Tensor) and _is_joined(value, rows):
             tensors[name] = value.detach().unflatten(0, (rows, -1))
-            return {_MARK + "joined": name}
+            return {MARK + "joined": name}
         if name in family.rows_second and isinstance(value, Tensor) and value.shape[1:2] == (rows,):
             tensors[name] = value.detach().transpose(0, 1)
-            return {_MARK + "rows_second": name}
+            return {MARK + "rows_second": name}
         return _encode(name, missing_masks.get(name, value), tensors)
 
     template: Template = {
-        "args": [encode_argument(name, value) for name, value in zip(names, args, strict=True)],
+        "args": [encode_argument(name, value) for name, value in args.items()],
         "kwargs": {name: encode_argument(name, value) for name, value in kwargs.items()},
     }
     template["constants"] = sorted(
@@ -127,116 +129,12 @@ def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     return DenoiserCall(sample, _one_timestep(bound[timestep_name]), tensors, template)
 
 
-def build_call(
-    template: Template, sample: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Builds a call from a template; the inverse of `split_call`.
-
-    Args:
-        template: A template from `split_call`.
-        sample: The sample, with shape `(R, *)`.
-        timestep: A scalar, or one value per row with shape `(R,)`.
-        tensors: Condition (with `R` rows) and constants by dotted name.
-
-    Returns:
-        `(args, kwargs)` for the denoiser.
-    """
-
-    def timestep_of(shape: list[int] | None) -> Tensor:
-        if not shape:
-            return timestep
-        return timestep.reshape(-1, *[1] * len(shape)).expand(sample.shape[0], *shape)
-
-    def decode(node: Any) -> Any:
-        if isinstance(node, list):
-            return [decode(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if len(node) == 1:
-            key, value = next(iter(node.items()))
-            if key == "$sample":
-                return sample
-            if key == "$timestep":
-                return timestep_of(value)
-            if key == "$tensor":
-                return tensors[value]
-            if key == "$tuple":
-                return tuple(decode(item) for item in value)
-            if key == "$rows":
-                return list(decode(value))
-            if key == "$joined":
-                return tensors[value].flatten(0, 1)
-            if key == "$complex":
-                return torch.view_as_complex(tensors[value].float().contiguous())
-            if key == "$rows_second":
-                return tensors[value].transpose(0, 1)
-            if key == "$ragged":
-                lengths = tensors[_lengths(value)].tolist()
-                return [row[:length] for row, length in zip(tensors[value], lengths, strict=True)]
-            if key == "$each":
-                return [decode(value) for _ in range(sample.shape[0])]
-        return {key: decode(value) for key, value in node.items()}
-
-    return tuple(decode(item) for item in template["args"]), {k: decode(v) for k, v in template["kwargs"].items()}
-
-
-def per_row(template: Template, rows: int) -> Template:
-    """Returns a template in which a list that repeats one item for each row of the batch becomes the item, as `$each`.
-
-    Pipelines pass sizes of images in this way. As literals, they would differ between batches of different size.
-
-    Args:
-        template: A template from `split_call`.
-        rows: Rows of the sample.
-    """
-
-    def shortened(value: Any) -> Any:
-        is_per_row = isinstance(value, list) and len(value) == rows and all(item == value[0] for item in value)
-        is_plain = is_per_row and isinstance(value[0], list | dict) and not placed_tensors(value[0])
-        return {_MARK + "each": value[0]} if is_plain else value
-
-    kwargs = {name: shortened(value) for name, value in template["kwargs"].items()}
-    return {**template, "kwargs": kwargs}
-
-
 def flat_tensors(value: Any) -> list[Tensor]:
     """Returns the tensors in nested tuples, lists and mappings, in their order."""
     if isinstance(value, Tensor):
         return [value]
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
     return [tensor for item in items for tensor in flat_tensors(item)]
-
-
-def is_tensor(node: Any) -> bool:
-    """Returns whether a node of a template stands for a tensor."""
-    return isinstance(node, Mapping) and len(node) == 1 and next(iter(node)) in _TENSOR_MARKS
-
-
-def placed_tensors(node: Any) -> set[str]:
-    """Returns the names of the tensors in a template or a part of it, besides sample and timestep.
-
-    Raises:
-        ValueError: A tensor has no name, a timestep no shape, or a tuple no items.
-    """
-    if isinstance(node, list):
-        return set().union(*(placed_tensors(item) for item in node))
-    if not isinstance(node, dict):
-        return set()
-    for mark in _NAMING_MARKS if len(node) == 1 else ():
-        if mark in node:
-            if not isinstance(node[mark], str):
-                raise ValueError("the name of a tensor is not a text")
-            return {node[mark]}
-    ragged = node.get(_MARK + "ragged")
-    if len(node) == 1 and ragged is not None:
-        if not isinstance(ragged, str):
-            raise ValueError("the name of a tensor is not a text")
-        return {ragged, _lengths(ragged)}
-    if len(node) == 1 and not _is_shape(node.get(_MARK + TIMESTEP)):
-        raise ValueError("the shape of a row's timestep is not a list of sizes")
-    if len(node) == 1 and not isinstance(node.get(_MARK + "tuple", []), list):
-        raise ValueError("a tuple is not a list of items")
-    return set().union(*(placed_tensors(item) for item in node.values()))
 
 
 @contextmanager
@@ -262,14 +160,14 @@ def _positional_names(denoiser: nn.Module, count: int) -> list[str]:
     return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]
 
 
-def _special_names(denoiser: nn.Module, given: list[str]) -> tuple[str, str]:
-    family = family_of(denoiser)
+def _special_names(denoiser: str, family: DenoiserFamily, given: list[str]) -> tuple[str, str]:
+    """Returns the names of the arguments that are the sample and the timestep."""
     sample = next((name for name in family.sample_arguments if name in given), None)
     timestep = next((name for name in family.timestep_arguments if name in given), None)
     if sample is None or timestep is None:
         arguments = ", ".join([*given[:_NAMES_SHOWN], *(["..."] if len(given) > _NAMES_SHOWN else [])])
         raise InputError(
-            f"{type(denoiser).__name__} is called with ({arguments}), "
+            f"{denoiser} is called with ({arguments}), "
             "in which no sample and timestep are recognised, so it cannot be calibrated."
         )
     return sample, timestep
@@ -298,27 +196,23 @@ def _is_ragged(value: Any, rows: int) -> bool:
 
 def _encode_rows(name: str, value: list[Tensor], tensors: dict[str, Tensor]) -> Any:
     tensors[name] = nn.utils.rnn.pad_sequence([row.detach() for row in value], batch_first=True)
-    tensors[_lengths(name)] = torch.tensor([len(row) for row in value], device=value[0].device)
-    return {_MARK + "ragged": name}
-
-
-def _lengths(name: str) -> str:
-    return f"{name}.lengths"
+    tensors[lengths_name(name)] = torch.tensor([len(row) for row in value], device=value[0].device)
+    return {MARK + "ragged": name}
 
 
 def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor) and value.is_complex():
         tensors[name] = torch.view_as_real(value.detach())
-        return {_MARK + "complex": name}
+        return {MARK + "complex": name}
     if isinstance(value, Tensor):
         tensors[name] = value.detach()
-        return {_MARK + "tensor": name}
+        return {MARK + "tensor": name}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
         items = [_encode(f"{name}.{i}", item, tensors) for i, item in enumerate(value)]
-        return items if isinstance(value, list) else {_MARK + "tuple": items}
-    if isinstance(value, Mapping) and all(isinstance(key, str) and not key.startswith(_MARK) for key in value):
+        return items if isinstance(value, list) else {MARK + "tuple": items}
+    if isinstance(value, Mapping) and all(isinstance(key, str) and not key.startswith(MARK) for key in value):
         return {key: _encode(f"{name}.{key}", item, tensors) for key, item in value.items()}
     raise InputError(
         f"The denoiser is called with {name} of type {type(value).__name__}, which cannot be stored as data."
@@ -331,10 +225,6 @@ def _one_timestep(value: Any) -> Tensor:
     if timestep.numel() == 0 or not bool((timestep == timestep[0]).all()):
         raise InputError("The denoiser is called with different timesteps in one batch, which cannot be calibrated.")
     return timestep[0]
-
-
-def _is_shape(node: Any) -> bool:
-    return node is None or (isinstance(node, list) and all(type(size) is int and size > 0 for size in node))
 
 
 def _dtype_name(tensor: Tensor) -> str:

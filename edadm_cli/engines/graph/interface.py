@@ -18,17 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.models.calls import (
-    SAMPLE,
-    TIMESTEP,
-    DenoiserCall,
-    build_call,
-    is_tensor,
-    per_row,
-    split_call,
-)
+from edadm_cli.models.call_templates import SAMPLE, TIMESTEP, build_call, is_tensor, per_row
+from edadm_cli.models.calls import DenoiserCall, split_arguments
 from edadm_cli.models.families import family_of
-from edadm_cli.models.families.family import TIMESTEP_ARGUMENTS
+from edadm_cli.models.families.family import UNDESCRIBED, DenoiserFamily
+from edadm_cli.models.families.registry import trusted_packages
 
 _MARKS = re.compile(r"\.\$\w+")  # of templates, such as that of a tuple, which a message leaves out
 _RETURN_DICT = "return_dict"
@@ -41,7 +35,7 @@ class GraphInterface(BaseModel):
     Attributes:
         denoiser: The name of the denoiser's class.
         parameters: The names of the parameters of its `forward`, in order.
-        arguments: The arguments of a call, all by keyword, in the form of `models.calls.Template`.
+        arguments: The arguments of a call, all by keyword, in the form of `models.call_templates.Template`.
         inputs: The names of the graph's inputs, in order.
         returns: The import path of the class that the denoiser returns; `None` if it returns a tuple.
         masks: The inputs that are masks, each with the input whose tokens it masks. Where a call omits a mask, no token
@@ -52,6 +46,8 @@ class GraphInterface(BaseModel):
             values, such as a mask's number of tokens, in Python while it was traced.
         has_read_sizes: Whether the denoiser read a size in Python, so that the graph may not fit other sizes.
         booleans: The inputs that are boolean, such as masks that attention takes as they are.
+        sample_arguments: The names that the noisy sample may have as an argument.
+        timestep_arguments: The names that the timestep may have as an argument.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +63,8 @@ class GraphInterface(BaseModel):
     fixed: dict[str, str] = {}
     has_read_sizes: bool = False
     booleans: tuple[str, ...] = ()
+    sample_arguments: tuple[str, ...] = UNDESCRIBED.sample_arguments
+    timestep_arguments: tuple[str, ...] = UNDESCRIBED.timestep_arguments
 
     @property
     def is_specific(self) -> bool:
@@ -92,16 +90,23 @@ class GraphInterface(BaseModel):
     def of(cls, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphInterface:
         """Returns the interface of calls like the given one."""
         parameters = tuple(inspect.signature(denoiser.forward).parameters)
-        call, _ = _split(parameters, args, kwargs)
-        masks = {name: of for name, of in family_of(denoiser).masks.items() if name in call.template["kwargs"]}
-        return cls(
+        family = family_of(denoiser)
+        form = cls(
             denoiser=type(denoiser).__name__,
             parameters=parameters,
-            masks=masks,
-            arguments=call.template["kwargs"],
-            inputs=(SAMPLE, TIMESTEP, *call.tensors),
-            booleans=tuple(name for name, tensor in call.tensors.items() if tensor.dtype == torch.bool),
+            arguments={},
+            inputs=(),
+            sample_arguments=family.sample_arguments,
+            timestep_arguments=family.timestep_arguments,
         )
+        call, _ = form._split(args, kwargs)
+        completed = {
+            "masks": {name: of for name, of in family.masks.items() if name in call.template["kwargs"]},
+            "arguments": call.template["kwargs"],
+            "inputs": (SAMPLE, TIMESTEP, *call.tensors),
+            "booleans": tuple(name for name, tensor in call.tensors.items() if tensor.dtype == torch.bool),
+        }
+        return form.model_copy(update=completed)
 
     def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Returns the graph's inputs for a call, by name and in order, on the CPU, in float32, int64 or bool.
@@ -109,7 +114,7 @@ class GraphInterface(BaseModel):
         Raises:
             InputError: The call differs in more than its tensors from the call that the graph was made from.
         """
-        call, timesteps = _split(self.parameters, args, kwargs, self.masks)
+        call, timesteps = self._split(args, kwargs)
         arguments = call.template["kwargs"]
         if arguments != self.arguments:
             raise InputError(f"{self.denoiser} is called with {_difference(arguments, self.arguments)}.")
@@ -140,48 +145,51 @@ class GraphInterface(BaseModel):
         """Returns the output that the denoiser itself would return, on the device and in the type of the call's sample.
 
         Raises:
-            InputError: The class of that output belongs neither to diffusers nor to this package.
+            InputError: The class of that output does not belong to diffusers, to this package or to a package that
+                brings a family of denoisers.
         """
-        sample = _split(self.parameters, args, kwargs)[0].sample
+        sample = self._split(args, kwargs)[0].sample
         prediction = prediction.to(sample.device, sample.dtype)
         returned = list(prediction) if self.returns_list else prediction
         if self.returns is None or not kwargs.get(_RETURN_DICT, True):
             return (returned,)
         module, _, name = self.returns.rpartition(".")
-        if module.partition(".")[0] not in _OUTPUT_LIBRARIES:
-            raise InputError(f"The engine's files name the output class '{self.returns}', which is not of diffusers.")
+        if module.partition(".")[0] not in {*_OUTPUT_LIBRARIES, *trusted_packages()}:
+            raise InputError(
+                f"The engine's files name the output class '{self.returns}', which belongs neither to diffusers nor to"
+                " a package with a family of denoisers."
+            )
         return getattr(import_module(module), name)(sample=returned)
+
+    def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[DenoiserCall, Tensor]:
+        """Returns a call as tensors and other arguments, and one timestep per row of its sample, `(R,)`."""
+        bound = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        bound.pop(_RETURN_DICT, None)
+        # arguments that are None are omitted, because only some pipelines pass them
+        bound = {name: value for name, value in bound.items() if value is not None}
+        for name, states in self.masks.items():
+            if name not in bound and isinstance(bound.get(states), Tensor):
+                bound[name] = torch.ones(bound[states].shape[:2], dtype=torch.int64)
+        timesteps = torch.zeros(())
+        for name in self.timestep_arguments:
+            if isinstance(bound.get(name), Tensor | int | float):
+                # rows may have different timesteps here, but not in a recorded call
+                timesteps = torch.as_tensor(bound[name], dtype=torch.float32)
+                bound[name] = torch.zeros_like(timesteps) if timesteps.numel() else torch.zeros(())  # without rows
+        call = split_arguments(self.denoiser, self._argument_names(), {}, bound)
+        rows = call.sample.shape[0]
+        if rows == 0:  # OpenVINO 2026.4 ends the process
+            raise InputError("The denoiser is called without rows, and its graph needs at least one.")
+        return replace(call, template=per_row(call.template, rows)), _one_per_row(timesteps, rows)
+
+    def _argument_names(self) -> DenoiserFamily:
+        """Returns a family that says which arguments are the sample and the timestep, and nothing else."""
+        return replace(UNDESCRIBED, sample_arguments=self.sample_arguments, timestep_arguments=self.timestep_arguments)
 
 
 def class_path(output: Any) -> str | None:
     """Returns the import path of the class that a denoiser returned; `None` for a tuple."""
     return None if isinstance(output, tuple) else f"{type(output).__module__}.{type(output).__name__}"
-
-
-def _split(
-    parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], masks: Mapping[str, str] = {}
-) -> tuple[DenoiserCall, Tensor]:
-    """Returns a call as tensors and other arguments, and one timestep per row of its sample, `(R,)`."""
-    bound = {**dict(zip(parameters, args, strict=False)), **kwargs}
-    bound.pop(_RETURN_DICT, None)
-    # arguments that are None are omitted, because only some pipelines pass them
-    bound = {name: value for name, value in bound.items() if value is not None}
-    for name, states in masks.items():
-        if name not in bound and isinstance(bound.get(states), Tensor):
-            bound[name] = torch.ones(bound[states].shape[:2], dtype=torch.int64)
-    timesteps = torch.zeros(())
-    for name in TIMESTEP_ARGUMENTS:
-        if isinstance(bound.get(name), Tensor | int | float):
-            # rows may have different timesteps here, but not in a recorded call
-            timesteps = torch.as_tensor(bound[name], dtype=torch.float32)
-            bound[name] = (
-                torch.zeros_like(timesteps) if timesteps.numel() else torch.zeros(())
-            )  # of a call without rows
-    call = split_call(nn.Module(), (), bound)
-    rows = call.sample.shape[0]
-    if rows == 0:  # OpenVINO 2026.4 ends the process
-        raise InputError("The denoiser is called without rows, and its graph needs at least one.")
-    return replace(call, template=per_row(call.template, rows)), _one_per_row(timesteps, rows)
 
 
 def _one_per_row(timesteps: Tensor, rows: int) -> Tensor:

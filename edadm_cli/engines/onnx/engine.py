@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 GRAPH_FILE = "denoiser.onnx"
 FORMAT_VERSION = 2
-"""The version of the files. Readers of version 1 do not know `$each` in a call; see `models.calls.Template`."""
+"""The version of the files. Readers of version 1 do not know `$each` in a call; see `call_templates.Template`."""
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 # Codes and sums are exact. What remains is the rounding of one product and one sum in float32, 2^-24 each.

@@ -11,7 +11,7 @@ from edadm_cli.engines.openvino.denoiser import Shapes
 from edadm_cli.errors import InputError
 
 FORMAT_VERSION = 4
-"""The version of the files. Readers of version 3 do not know `$each` in a call; see `models.calls.Template`."""
+"""The version of the files. Readers of version 3 do not know `$each` in a call; see `call_templates.Template`."""
 GRAPH_FILE, WEIGHTS_FILE = "denoiser.xml", "denoiser.bin"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from edadm_cli.engines.graph.interface import GraphInterface
 from edadm_cli.errors import InputError
+from edadm_cli.models.families import DenoiserFamily, registry
 
 
 class Frames(nn.Module):
@@ -29,6 +30,26 @@ def test_a_timestep_for_each_frame_is_one_input_per_row() -> None:
     timesteps[1, 2] = 0
     with pytest.raises(InputError, match="different timesteps in one row"):
         interface.tensors((sample, timesteps), {})
+
+
+def test_the_family_names_the_sample_and_the_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As read from the files of an engine, where there is no denoiser whose family could be looked up."""
+
+    class Renamed(nn.Module):
+        def forward(self, noisy: Tensor, when: Tensor) -> Tensor:
+            return noisy + when[:, None]
+
+    call = (torch.zeros(2, 3), torch.tensor([4.0, 4.0]))
+    with pytest.raises(InputError, match=r"Renamed is called with \(noisy, when\)"):
+        GraphInterface.of(Renamed(), call, {})
+    family = DenoiserFamily("renamed", ("Renamed",), sample_arguments=("noisy",), timestep_arguments=("when",))
+    monkeypatch.setattr(registry, "_registered", [family])
+    written = GraphInterface.of(Renamed(), call, {}).model_dump_json()
+    monkeypatch.setattr(registry, "_registered", [])
+    interface = GraphInterface.model_validate_json(written)
+    tensors = interface.tensors((), {"noisy": torch.ones(3, 3), "when": torch.tensor(5.0)})
+    assert (tensors["sample"].shape, tensors["timestep"].tolist()) == ((3, 3), [5, 5, 5])
+    assert interface.call(tensors).keys() == {"noisy", "when"}
 
 
 def test_a_call_may_have_other_rows_and_omit_a_mask() -> None:
