@@ -4,45 +4,95 @@ A package names such an object in its own pyproject.toml:
 
     [project.entry-points."edadm.metrics"]
     sharpness = "my_package.sharpness:Sharpness"
+
+Every kind of object has a group and a registry of its own: `edadm.engines`, `edadm.families`, `edadm.metrics`,
+`edadm.contenders`, `edadm.transforms` and `edadm.strategies`. All registries load their objects with this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.metadata import entry_points
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, TypeVar, cast
 
-from edadm_cli.errors import MachineError
+from edadm_cli.errors import MachineError, missing_package
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
 
 T = TypeVar("T")
+NamedT = TypeVar("NamedT", bound=_Named)
 
 
-def load_plugins(group: str, kind: Callable[..., T]) -> list[T]:
-    """Loads the objects of an entry-point group, in the order of their names.
+def plugin_points(group: str) -> list[EntryPoint]:
+    """Returns the entry points of a group, such as `edadm.metrics`, in the order of their names."""
+    return sorted(entry_points(group=group), key=lambda point: point.name)
 
-    Args:
-        group: Name of the group, such as `edadm.metrics`.
-        kind: The class of the objects; an entry point names an object of it, or a subclass without constructor
-            arguments.
+
+def load_object(point: EntryPoint) -> Any:
+    """Returns the object that an entry point names; a class or a function is called without arguments.
 
     Raises:
-        MachineError: An entry point cannot be loaded, or names something else.
+        MachineError: The object does not exist, or its package cannot be imported.
     """
-    plugins: list[T] = []
-    for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
-        try:
-            plugin = entry.load()
-            plugin = plugin() if isinstance(plugin, type) else plugin
-        except Exception as error:  # whatever the other package raises
+    what = f"'{point.name}' of the entry-point group {point.group} ({point.value})"
+    try:
+        value = point.load()
+        return value() if callable(value) else value
+    except ModuleNotFoundError as error:
+        raise missing_package(error, what) from error
+    except Exception as error:  # whatever the other package raises
+        raise MachineError(
+            f"{what} cannot be loaded: {type(error).__name__}: {error}.",
+            hint="update or uninstall the package that adds it",
+        ) from error
+
+
+def load_plugin(point: EntryPoint, kind: Callable[..., T]) -> T:
+    """Returns the object that an entry point names.
+
+    Args:
+        point: The entry point. It names an object of the class, a subclass without constructor arguments, or a
+            function without arguments that returns an object.
+        kind: The class of the object.
+
+    Raises:
+        MachineError: The object cannot be loaded, or is something else.
+    """
+    plugin, expected = load_object(point), cast("type[T]", kind)  # mypy takes no abstract class for `type[T]`
+    if not isinstance(plugin, expected):
+        raise MachineError(
+            f"'{point.name}' of the entry-point group {point.group} ({point.value}) is no {expected.__name__}."
+        )
+    return plugin
+
+
+def with_plugins(shipped: Iterable[NamedT], group: str, kind: Callable[..., NamedT]) -> dict[str, NamedT]:
+    """Returns the shipped objects of a registry and those of other packages, by their names.
+
+    Args:
+        shipped: The objects of this package, in the order in which they are listed.
+        group: The entry-point group of the others.
+        kind: The class of the objects.
+
+    Raises:
+        MachineError: An entry point cannot be loaded, or its object has a name that is in use already.
+    """
+    known = {each.name: each for each in shipped}
+    for point in plugin_points(group):
+        plugin = load_plugin(point, kind)
+        if plugin.name in known:
             raise MachineError(
-                f"'{entry.name}' of the entry-point group {group} ({entry.value}) cannot be loaded: "
-                f"{type(error).__name__}: {error}.",
-                hint="update or uninstall the package that adds it",
-            ) from error
-        expected = cast("type[T]", kind)  # mypy allows no abstract class where `type[T]` is expected
-        if not isinstance(plugin, expected):
-            raise MachineError(
-                f"'{entry.name}' of the entry-point group {group} ({entry.value}) is no {expected.__name__}."
+                f"Two objects of the entry-point group {group} have the name '{plugin.name}': {_origin(plugin)} and"
+                f" {_origin(known[plugin.name])}.",
+                hint="uninstall the package that adds one of them",
             )
-        plugins.append(plugin)
-    return plugins
+        known[plugin.name] = plugin
+    return known
+
+
+def _origin(plugin: object) -> str:
+    return f"{type(plugin).__module__}.{type(plugin).__qualname__}"

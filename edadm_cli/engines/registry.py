@@ -1,4 +1,4 @@
-"""Finds engines by name: those of this package, and those of other packages, by entry points in `edadm.engines`.
+"""Finds engines by name: those of this package, and those of other packages, by the entry-point group `edadm.engines`.
 
     [project.entry-points."edadm.engines"]
     mine = "my_package.engine:MyEngine"
@@ -9,15 +9,15 @@ The value of the entry point names a subclass of `engines.base.Engine`, or anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from edadm_cli.engines.base import Engine, FileEngine
 from edadm_cli.errors import MachineError, UsageError, missing_package
+from edadm_cli.plugins import load_plugin, plugin_points
 
 # the module and class of each engine, imported only on demand because each needs its own libraries
 _ENGINES = {
@@ -28,14 +28,14 @@ _ENGINES = {
 }
 ENGINE_NAMES = tuple(_ENGINES)
 _DEFAULTS = {"cpu": "openvino", "cuda": "cuda"}
-ENTRY_POINTS = "edadm.engines"
+GROUP = "edadm.engines"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")  # no hyphens, because hyphens separate the parts of artifact names
 _FORMER_NAMES = {"triton": "cuda"}  # names of engines in version 0.1, which its artifacts still hold
 
 
 def engine_names() -> tuple[str, ...]:
     """Returns the names of all engines: first those of this package, then those of other packages, sorted."""
-    return *ENGINE_NAMES, *sorted(_outside())
+    return *ENGINE_NAMES, *_outside()
 
 
 def engine(name: str) -> Engine:
@@ -49,44 +49,44 @@ def engine(name: str) -> Engine:
     name = _FORMER_NAMES.get(name, name)
     outside = {} if name in _ENGINES else _outside()
     if name not in _ENGINES and name not in outside:
-        raise UsageError(f"There is no engine '{name}'; there are {', '.join(engine_names())}.", hint="edadm engines")
+        rule = "" if _NAME.fullmatch(name) else " Names consist of lower-case letters, digits and underscores."
+        raise UsageError(
+            f"There is no engine '{name}'; there are {', '.join(engine_names())}.{rule}", hint="edadm engines"
+        )
+    if name in outside:
+        return _outside_engine(outside[name])
     try:
-        return _made_outside(name, outside[name]) if name in outside else _made_here(*_ENGINES[name])
+        return _shipped_engine(*_ENGINES[name])
     except ModuleNotFoundError as error:
         raise missing_package(error, f"The engine '{name}'") from error
     except (ImportError, AttributeError) as error:  # a library of another version may lack a name
         raise MachineError(f"The libraries of the engine '{name}' cannot be loaded: {error}.") from error
 
 
-def _made_here(module: str, cls: str) -> Engine:
-    """Returns an engine of this package."""
-    made: Engine = getattr(import_module(module), cls)()
-    return made
+def _shipped_engine(module: str, cls: str) -> Engine:
+    shipped: Engine = getattr(import_module(module), cls)()
+    return shipped
 
 
-def _made_outside(name: str, point: EntryPoint) -> Engine:
+def _outside_engine(point: EntryPoint) -> Engine:
     """Returns the engine of another package.
 
     Raises:
-        MachineError: The entry point does not exist, or is not an engine of this name.
+        MachineError: The entry point cannot be loaded, or its engine has another name than the entry point.
     """
-    try:
-        make: Callable[[], object] = point.load()
-    except AttributeError as error:
-        raise MachineError(f"{point.value} of the group {ENTRY_POINTS} does not exist.") from error
-    try:
-        made = make()
-    except TypeError:
-        made = None
-    if not isinstance(made, Engine) or made.name != name:
-        raise MachineError(f"{point.value} of the group {ENTRY_POINTS} is no engine with the name '{name}'.")
-    return made
+    loaded = load_plugin(point, Engine)
+    if loaded.name != point.name:
+        raise MachineError(
+            f"The engine of the entry point '{point.name}' ({point.value}) has another name, '{loaded.name}'.",
+            hint="give the entry point and the engine the same name",
+        )
+    return loaded
 
 
 def _outside() -> dict[str, EntryPoint]:
     """Returns the entry points of other packages' engines by name, without names that engines of this package have."""
-    points = entry_points(group=ENTRY_POINTS)
-    return {point.name: point for point in points if point.name not in _ENGINES and _NAME.fullmatch(point.name)}
+    points = {point.name: point for point in plugin_points(GROUP)}
+    return {name: point for name, point in points.items() if name not in _ENGINES and _NAME.fullmatch(name)}
 
 
 def default_engine(device: torch.device) -> Engine:

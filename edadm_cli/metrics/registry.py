@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from edadm_cli.errors import MachineError
 from edadm_cli.metrics import clip, in_features, lpips, paired
 from edadm_cli.metrics.base import Metric
-from edadm_cli.plugins import load_plugins
+from edadm_cli.plugins import with_plugins
 
 GROUP = "edadm.metrics"
 _SHIPPED: tuple[Metric, ...] = (*in_features.METRICS, *clip.METRICS, *paired.METRICS, *lpips.METRICS)
@@ -24,16 +23,7 @@ def metrics() -> dict[str, Metric]:
     Raises:
         MachineError: Another package's metric cannot be loaded, or its name is in use already.
     """
-    known = {metric.name: metric for metric in _SHIPPED}
-    for metric in load_plugins(GROUP, Metric):
-        if metric.name in known:
-            raise MachineError(
-                f"Two metrics have the name '{metric.name}': {type(metric).__module__}.{type(metric).__qualname__} "
-                f"and {type(known[metric.name]).__module__}.{type(known[metric.name]).__qualname__}.",
-                hint="uninstall the package that adds one of them",
-            )
-        known[metric.name] = metric
-    return known
+    return with_plugins(_SHIPPED, GROUP, Metric)
 
 
 def label_of(name: str) -> str:

@@ -16,13 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.errors import UsageError
+from edadm_cli.plugins import with_plugins
 
 GROUP = "edadm.transforms"
 _TINY = 1e-8
@@ -245,8 +245,12 @@ def register(transform: Transform) -> None:
 
 
 def transforms() -> dict[str, Transform]:
-    """Returns all transforms by name: those of this package, of other packages, and those that `register` added."""
-    return {**{shipped.name: shipped for shipped in _SHIPPED}, **_from_packages(), **_registered}
+    """Returns all transforms by name: those of this package, of other packages, and those that `register` added.
+
+    Raises:
+        MachineError: Another package's transform cannot be loaded, or its name is in use already.
+    """
+    return {**_installed(), **_registered}
 
 
 def transform_named(name: str) -> Transform:
@@ -265,18 +269,5 @@ def transform_named(name: str) -> Transform:
 
 
 @cache
-def _from_packages() -> dict[str, Transform]:
-    loaded: dict[str, Transform] = {}
-    for point in entry_points(group=GROUP):
-        try:
-            value: Any = point.load()
-        except Exception as error:
-            raise InputError(
-                f"The transform '{point.name}' of another package ({point.value}) cannot be loaded: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        transform = value() if isinstance(value, type) else value
-        if not isinstance(transform, Transform):
-            raise InputError(f"The entry point '{point.name}' ({point.value}) of {GROUP} is no Transform.")
-        loaded[transform.name] = transform
-    return loaded
+def _installed() -> dict[str, Transform]:
+    return with_plugins(_SHIPPED, GROUP, Transform)

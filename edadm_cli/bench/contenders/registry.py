@@ -17,7 +17,7 @@ from edadm_cli.bench.contenders.sdnq import Sdnq
 from edadm_cli.bench.contenders.torchao import TorchAo
 from edadm_cli.bench.spec import ContenderEnvironment, Spec
 from edadm_cli.errors import UsageError
-from edadm_cli.plugins import load_plugins
+from edadm_cli.plugins import with_plugins
 
 GROUP = "edadm.contenders"
 FLOATS: tuple[Contender, ...] = (TorchFloat(), OpenVinoFloat())
@@ -26,9 +26,12 @@ FLOATS: tuple[Contender, ...] = (TorchFloat(), OpenVinoFloat())
 
 @cache
 def peers() -> dict[str, Contender]:
-    """Returns the contenders that `--against` takes, by name."""
-    built_in = (Nncf(), TorchAo(), Sdnq(), ComfyKitchen(), Float8())
-    return {peer.name: peer for peer in (*built_in, *load_plugins(GROUP, Contender))}
+    """Returns the contenders that `--against` takes, by name.
+
+    Raises:
+        MachineError: Another package's contender cannot be loaded, or its name is in use already.
+    """
+    return with_plugins((Nncf(), TorchAo(), Sdnq(), ComfyKitchen(), Float8()), GROUP, Contender)
 
 
 def require_peers(names: Sequence[str], device: torch.device) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from importlib.metadata import EntryPoint
 
 from torch import nn
 
-from edadm_cli.errors import InputError
+from edadm_cli.errors import MachineError
 from edadm_cli.models.families import dit, flux, hidream, lumina2, others, sd3, unet, z_image
 from edadm_cli.models.families.family import UNDESCRIBED, DenoiserFamily
+from edadm_cli.plugins import load_object, plugin_points
 
 GROUP = "edadm.families"
 _MODULES = (unet, dit, sd3, flux, lumina2, z_image, hidream, others)
@@ -64,7 +64,7 @@ def float32_pipelines() -> frozenset[str]:
 
 @cache
 def _points() -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=GROUP))
+    return tuple(plugin_points(GROUP))
 
 
 @cache
@@ -73,17 +73,11 @@ def _from_packages() -> tuple[DenoiserFamily, ...]:
 
 
 def _load(point: EntryPoint) -> tuple[DenoiserFamily, ...]:
-    try:
-        value: Any = point.load()
-    except Exception as error:
-        raise InputError(
-            f"The family '{point.name}' of another package ({point.value}) cannot be loaded: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    value = load_object(point)
     group = [*value] if isinstance(value, Iterable) else [value]
     if not group or not all(isinstance(family, DenoiserFamily) for family in group):
-        raise InputError(
-            f"The entry point '{point.name}' of the group {GROUP} ({point.value}) is a {type(value).__name__}; "
+        raise MachineError(
+            f"'{point.name}' of the entry-point group {GROUP} ({point.value}) is a {type(value).__name__}; "
             "a DenoiserFamily or a sequence of them is expected."
         )
     return tuple(group)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from edadm_cli import plugins
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda.lowering import Lowering
 from edadm_cli.engines.onnx.engine import OnnxRuntimeEngine
@@ -140,12 +141,12 @@ def test_engines_refuse_a_layer_whose_transform_they_do_not_have(toy: str) -> No
 def test_a_transform_of_another_package_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("toy", f"{__name__}:Reverse", transforms.GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: Reverse)
-    monkeypatch.setattr(transforms, "entry_points", lambda group: [point])
-    transforms._from_packages.cache_clear()
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
+    transforms._installed.cache_clear()
     try:
         assert isinstance(transform_named(Reverse.name), Reverse)
     finally:
-        transforms._from_packages.cache_clear()
+        transforms._installed.cache_clear()
 
 
 def test_an_unknown_transform_is_refused_with_the_known_ones() -> None:

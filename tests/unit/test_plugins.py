@@ -1,0 +1,69 @@
+"""Objects of other packages are found in one way for all groups, and one sentence says what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from edadm_cli import plugins
+from edadm_cli.errors import MachineError
+from edadm_cli.plugins import with_plugins
+
+GROUP = "edadm.things"
+MODULE = """
+from tests.unit.test_plugins import Thing
+OBJECT = Thing("object")
+class Sub(Thing):
+    def __init__(self):
+        super().__init__("sub")
+def make():
+    return Thing("made")
+TWIN = Thing("shipped")
+NUMBER = 3
+"""
+
+
+@dataclass
+class Thing:
+    name: str
+
+
+Install = Callable[[dict[str, str]], None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Installs entry points, by name, that name objects of a module outside the package."""
+    (tmp_path / "module_of_things.py").write_text(MODULE)
+    (tmp_path / "module_that_needs_more.py").write_text("import a_library_that_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def installed(values: dict[str, str]) -> None:
+        points = [EntryPoint(name, value, GROUP) for name, value in values.items()]
+        monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == GROUP else [])
+
+    return installed
+
+
+def test_objects_classes_and_functions_follow_the_shipped_ones_by_name(install: Install) -> None:
+    install({"c": "module_of_things:make", "a": "module_of_things:OBJECT", "b": "module_of_things:Sub"})
+    assert list(with_plugins([Thing("shipped")], GROUP, Thing)) == ["shipped", "object", "sub", "made"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("module_of_things:NUMBER", r"'x' of the entry-point group edadm\.things \(.*NUMBER\) is no Thing"),
+        ("module_of_things:TWIN", r"Two objects .* 'shipped': .*Thing"),
+        ("module_of_things:MISSING", r"'x' of .* cannot be loaded: AttributeError"),
+        ("module_that_needs_more:THING", r"'x' of .* needs the package 'a_library_that_nobody_has'"),
+    ],
+)
+def test_what_is_wrong_with_an_entry_point_is_said(install: Install, value: str, expected: str) -> None:
+    install({"x": value})
+    with pytest.raises(MachineError, match=expected):
+        with_plugins([Thing("shipped")], GROUP, Thing)
