@@ -14,7 +14,7 @@ from pydantic import field_validator
 
 from edadm_cli.bits import LARGEST_GROUP, LARGEST_GROUPED_BITS, SMALLEST_GROUP, BitWidth
 from edadm_cli.engine_config import BenchConfig, EngineStageConfig, EvaluateConfig, FeaturesName, SampleConfig
-from edadm_cli.recipe import Recipe, SelectStrategy
+from edadm_cli.recipe import Recipe
 from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, SIZE_ARGUMENTS, DTypeName, StageConfig, Weights, setting
 
 __all__ = [
@@ -102,10 +102,11 @@ class CollectConfig(StageConfig):
 class SelectConfig(StageConfig):
     """Settings of the selection of calibration samples: TDAC or another strategy."""
 
-    strategy: SelectStrategy = setting(
+    strategy: str = setting(
         "tdac",
-        "How the samples are shared out over the sampler steps: tdac, uniform, normal, random or last; by default the"
-        " recipe's.",
+        "How the samples are shared out over the sampler steps: tdac, uniform, normal, random, last, or a strategy of"
+        " another package; by default the recipe's.",
+        metavar="NAME",
     )
     num_samples: int | None = setting(
         None,

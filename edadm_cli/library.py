@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from edadm_cli.engines.base import Engine
-    from edadm_cli.models.loading import LoadedModel
+    from edadm_cli.models.loaded import LoadedModel
 
 TORCH = "torch"
 """The name in `load` for the export as diffusers loads it, without an engine."""
@@ -91,6 +91,8 @@ def quantize(
         EdadmError: Any expected failure, with one sentence, a hint and an exit code. Its subclasses are `UsageError`,
             `InputError` and `MachineError`.
     """
+    from edadm_cli.select.strategies import strategy_named
+
     width, chosen, run_folder = BitWidth.parse(bits), load_recipe(str(recipe)), RunFolder(Path(run))
     common: dict[str, Any] = {"device": device, "seed": seed}
     options: dict[str, Any] = {"force": force, "reporter": reporter or SilentReporter()}
@@ -102,6 +104,7 @@ def quantize(
         exporting = ExportConfig(bits=width, text_encoders=text_encoders, **common)
     except ValidationError as error:
         raise UsageError(f"quantize was called with a wrong argument: {explain_validation(error)}.") from error
+    strategy_named(selecting.strategy)
     return Quantized(
         run=run_folder.root,
         folder=export.STAGE.path(exporting, run_folder),

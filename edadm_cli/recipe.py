@@ -23,7 +23,6 @@ RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 LEFT_TO_MODEL = "model"
 
-SelectStrategy = Literal["tdac", "uniform", "normal", "random", "last"]
 WeightRange = Literal["minmax", "search", "output-error"]
 ActivationRange = Literal["minmax", "search", "search-asymmetric"]
 Granularity = Literal["block", "layer", "none"]
@@ -76,7 +75,9 @@ class CollectRecipe(_Frozen):
 class SelectRecipe(_Frozen):
     """The selection of the steps that calibration samples are taken from."""
 
-    strategy: SelectStrategy = "tdac"
+    strategy: str = Field(
+        "tdac", description="how samples are shared out over the steps; `edadm_cli.select.strategies`"
+    )
     num_samples: int | None = later(None, ge=1, description="samples; null: one per trajectory")
     variety_weight: float | None = Field(
         None, ge=0, description="lambda of TDAC, the weight of variety against density; null: the model's own"

@@ -38,11 +38,6 @@ class InspectedArtifact(BaseModel):
     payload: tuple[PayloadFile, ...] = ()
 
 
-def is_artifact(path: Path) -> bool:
-    """Returns whether a folder is one artifact, intact or not, rather than a run."""
-    return has_manifest(path)
-
-
 def run_of_artifact(path: Path) -> tuple[RunFolder | None, str, str | None]:
     """Returns the run folder, kind and name that an artifact's path implies.
 

@@ -10,7 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from edadm_cli.artifacts.artifact import Artifact
 from edadm_cli.artifacts.bench_records import BenchFacts
@@ -28,7 +36,6 @@ from edadm_cli.artifacts.records import (
     TextEncoder,
 )
 from edadm_cli.errors import InputError, explain_field
-from edadm_cli.recipe import SelectStrategy
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_COUNT = 10**9
@@ -102,7 +109,8 @@ class Selection(Payload):
 
     FILE: ClassVar[str] = "selection.json"
 
-    strategy: SelectStrategy
+    strategy: str
+    strategy_description: str = Field("", description="one sentence; absent in artifacts of earlier versions")
     num_samples: Annotated[int, Field(ge=1, le=MAX_COUNT)]
     num_trajectories: Annotated[int, Field(ge=1, le=MAX_COUNT)]
     density_radius: Scale | None
@@ -125,21 +133,38 @@ class Selection(Payload):
             raise ValueError("a step gives more samples than there are trajectories")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_absent_description(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "strategy_description" or value}
 
-class UnitRow(BaseModel):
-    """One unit of a reconstruction; the losses are null where the unit did not learn."""
+
+class _Learning(BaseModel):
+    """What is known of a unit once it has learned, besides the two losses that every unit has that learned."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    curve: tuple[float, ...] = Field((), description="what was minimised, at fewer than 100 equally spaced iterations")
+    loss_soft: float | None = Field(None, description="at the end of learning, before h was rounded to 0 or 1")
+    undecided: float | None = Field(None, description="share of the weights with 0.05 < h < 0.95 at that time")
+    is_nearest: bool = Field(False, description="whether it keeps its weights rounded to nearest")
+
+
+class UnitLosses(_Learning):
+    """The losses of a unit that learned; a reconstruction keeps them in `unit.json` until it is complete."""
+
+    loss_before: float = Field(description="with weights rounded to nearest")
+    loss_after: float = Field(description="with the rounding that is deployed")
+
+
+class UnitRow(_Learning):
+    """One unit of a reconstruction; the losses are null where the unit did not learn."""
 
     name: str
     kind: str
     layers: tuple[str, ...]
     loss_before: float | None
     loss_after: float | None
-    curve: tuple[float, ...] = ()
-    loss_soft: float | None = Field(None, description="at the end of learning, before h was rounded to 0 or 1")
-    undecided: float | None = Field(None, description="share of the weights with 0.05 < h < 0.95 at that time")
-    is_nearest: bool = Field(False, description="whether it keeps its weights rounded to nearest")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -15,8 +15,8 @@ from edadm_cli import select as select_package
 from edadm_cli import sensitivity as sensitivity_package
 from edadm_cli.artifacts import RunFolder, Stage
 from edadm_cli.cli import flags
+from edadm_cli.cli.current_run import bits_used_last
 from edadm_cli.cli.execution import ConfigT, Execution, stage_command
-from edadm_cli.cli.places import bits_used_last
 from edadm_cli.cli.require import Requirement, parse_requirements
 from edadm_cli.cli.settings import recipe_name
 from edadm_cli.config import BitWidth, CollectConfig, ReconstructConfig, SelectConfig
@@ -114,11 +114,19 @@ def configure_collect(execution: Execution, given: dict[str, Any]) -> CollectCon
 
 
 def configure_select(execution: Execution, given: dict[str, Any]) -> SelectConfig:
-    """Returns the configuration of `select`, with the defaults of the recipe if one is named."""
+    """Returns the configuration of `select`, with the defaults of the recipe if one is named.
+
+    Raises:
+        UsageError: There is no such strategy.
+    """
+    from edadm_cli.select.strategies import strategy_named  # imports torch
+
     recipe = given["recipe"] or execution.from_file("reconstruct", "recipe")
     defaults = {} if recipe is None else load_recipe(recipe_name(recipe)).select.model_dump(exclude_none=True)
     chosen = execution.configure(SELECT, given).model_dump(exclude_unset=True)
-    return SelectConfig.model_validate({**defaults, **chosen})
+    config = SelectConfig.model_validate({**defaults, **chosen})
+    strategy_named(config.strategy)
+    return config
 
 
 def configure_reconstruct(execution: Execution, given: dict[str, Any]) -> ReconstructConfig:

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
-from edadm_cli.artifacts import load_tensors, read_model, save_json, save_tensors
+from edadm_cli.artifacts import UnitLosses, load_tensors, read_model, save_json, save_tensors
 from edadm_cli.models.units import Unit
 from edadm_cli.reconstruct.unit_data import UnitResult
 
 UNITS_FOLDER = "units"
-
-
-class _Losses(BaseModel):
-    """The losses of a finished unit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    loss_before: float
-    loss_after: float
-    curve: list[float]
-    loss_soft: float | None = None
-    undecided: float | None = None
-    is_nearest: bool = False
 
 
 class UnitCheckpoints:
@@ -41,15 +26,15 @@ class UnitCheckpoints:
         unit_folder = self._folder_of(index, unit)
         if not (unit_folder / "unit.json").is_file():
             return None
-        losses = read_model(unit_folder / "unit.json", _Losses)
-        return UnitResult(params=load_tensors(unit_folder / "params.safetensors"), **dict(losses))
+        losses = read_model(unit_folder / "unit.json", UnitLosses)
+        return UnitResult(load_tensors(unit_folder / "params.safetensors"), losses)
 
     def save(self, index: int, unit: Unit, result: UnitResult) -> None:
         """Stores the result of a finished unit."""
         unit_folder = self._folder_of(index, unit)
         unit_folder.mkdir(parents=True, exist_ok=True)
         save_tensors(unit_folder / "params.safetensors", result.params)
-        save_json(unit_folder / "unit.json", result.losses())
+        save_json(unit_folder / "unit.json", result.losses.model_dump(mode="json"))
 
     def _folder_of(self, index: int, unit: Unit) -> Path:
         return self.folder / f"{index:04d}-{unit.name}"

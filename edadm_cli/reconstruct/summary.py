@@ -49,7 +49,7 @@ def summary(
     rows = []
     for unit in context.units:
         result = results.get(unit.name)
-        learned = {"loss_before": None, "loss_after": None} if result is None else result.losses()
+        learned = {"loss_before": None, "loss_after": None} if result is None else dict(result.losses)
         rows.append(UnitRow(name=unit.name, kind=unit.kind, layers=unit.layers, **learned))
     planned = len(context.plan.layers) + len(context.plan.attentions)
     return Units(
@@ -66,11 +66,11 @@ def _loss(context: ReconstructionContext, results: Mapping[str, UnitResult]) -> 
     if not results:
         return Loss()
     sizes = {unit.name: context.num_weights(unit) for unit in context.units if unit.name in results}
-    undecided = sum(sizes[name] * (result.undecided or 0.0) for name, result in results.items())
+    undecided = sum(sizes[name] * (result.losses.undecided or 0.0) for name, result in results.items())
     return Loss(
-        first=sum(result.loss_before for result in results.values()),
-        last=sum(result.loss_after for result in results.values()),
-        soft=sum(result.loss_soft or 0.0 for result in results.values()),
+        first=sum(result.losses.loss_before for result in results.values()),
+        last=sum(result.losses.loss_after for result in results.values()),
+        soft=sum(result.losses.loss_soft or 0.0 for result in results.values()),
         undecided=undecided / sum(sizes.values()),
     )
 
@@ -102,17 +102,16 @@ def report_gaps(results: Mapping[str, UnitResult], hyperparameters: Hyperparamet
     """Warns if rounding h at the end raised the loss, and names the units that keep their nearest rounding."""
     if not hyperparameters.iterations:
         return
-    hard = sum(result.loss_after for result in results.values())
-    soft = sum(result.loss_soft or 0.0 for result in results.values())
+    losses = {name: result.losses for name, result in results.items()}
+    hard = sum(each.loss_after for each in losses.values())
+    soft = sum(each.loss_soft or 0.0 for each in losses.values())
     if hard > _LARGEST_GAP * soft:
-        undecided = [
-            name for name, result in results.items() if result.loss_after > _LARGEST_GAP * (result.loss_soft or 0)
-        ]
+        undecided = [name for name, each in losses.items() if each.loss_after > _LARGEST_GAP * (each.loss_soft or 0)]
         reporter.warn(
             f"Rounding was not decided when learning ended: the summed loss of the units is {hard:.4g} as deployed and"
             f" {soft:.4g} before h was rounded; {len(undecided)} of {len(results)} units are more than 10% above, such"
             f" as '{undecided[0]}'. Set rounding_sharpness = 20 in the recipe."
         )
-    for name, result in results.items():
-        if result.is_nearest:
+    for name, each in losses.items():
+        if each.is_nearest:
             reporter.note(f"Learning did not improve '{name}', which keeps its weights rounded to nearest.")

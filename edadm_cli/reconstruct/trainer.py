@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edadm_cli.artifacts import UnitLosses
 from edadm_cli.errors import InputError
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
@@ -85,48 +86,51 @@ class UnitLearner:
         seed: int,
         processes: Processes = ALONE,
     ) -> None:
-        self.network, self.unit, self.data, self.hyperparameters, self.processes = (
-            network,
-            unit,
-            data,
-            hyperparameters,
-            processes,
-        )
-        self.device = network.device
+        self.network, self.unit, self.data = network, unit, data
+        self.hyperparameters, self.processes, self.device = hyperparameters, processes, network.device
         self.share = Share.of(hyperparameters.batch_size, processes)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.order = torch.Generator().manual_seed(seed)
         self.activation_drop = Drop(hyperparameters.activation_drop, self.generator, self.share)
         self.input_drop = Drop(hyperparameters.input_drop, self.generator, self.share)
-        self.learned = LearnedUnit(
-            {name: network.float_layers[name] for name in unit.layers},
-            plan.layers,
-            {name: plan.attentions[name] for name in unit.attentions if name in plan.attentions},
-            params,
-            self.activation_drop,
-            hyperparameters,
-        )
-        for name, module in self.learned.modules.items():
-            network.put_layer(name, module)
-        for name, attention in self.learned.attentions.items():
-            network.put_processor(name, attention)
-        float_calls = data.full_precision
-        groups: dict[str, list[Rows]] = {
-            "inputs": data.quantized.tensors,
-            "float": float_calls.tensors if self.input_drop.level else [],
-            "outputs": float_calls.outputs,
-            "layers": list(data.layer_targets.values()),
-        }
+        self.learned = self._put_learned_unit(plan, params)
         self.layer_weights = self._weigh_layers()
-        self.batch = MiniBatch([rows for group in groups.values() for rows in group], self.share.size, self.device)
-        tensors = iter(self.batch.calls)
-        self.groups = {name: [next(tensors) for _ in group] for name, group in groups.items()}
+        self.batch, self.groups = self._mini_batch()
         self.rows = [0] * self.share.size
         self.batch.load(self.rows)  # a CUDA graph warms up on whatever the buffers hold
         self._upcoming: list[int] | None = None
         self.pull, self.beta = torch.zeros((), device=self.device), torch.ones((), device=self.device)
         # A unit of one layer is the learnable layer itself, a block is the module around its layers.
         self.module: nn.Module = network.denoiser.get_submodule(unit.name)
+
+    def _put_learned_unit(self, plan: QuantizationPlan, params: Mapping[str, Tensor]) -> LearnedUnit:
+        """Puts learnable layers and attention products in the place of the unit's own, and returns them."""
+        learned = LearnedUnit(
+            {name: self.network.float_layers[name] for name in self.unit.layers},
+            plan.layers,
+            {name: plan.attentions[name] for name in self.unit.attentions if name in plan.attentions},
+            params,
+            self.activation_drop,
+            self.hyperparameters,
+        )
+        for name, module in learned.modules.items():
+            self.network.put_layer(name, module)
+        for name, attention in learned.attentions.items():
+            self.network.put_processor(name, attention)
+        return learned
+
+    def _mini_batch(self) -> tuple[MiniBatch, dict[str, list[Tensor]]]:
+        """Returns the buffers that hold the rows of one step, and their tensors by what they are."""
+        float_calls = self.data.full_precision
+        groups: dict[str, list[Rows]] = {
+            "inputs": self.data.quantized.tensors,
+            "float": float_calls.tensors if self.input_drop.level else [],
+            "outputs": float_calls.outputs,
+            "layers": list(self.data.layer_targets.values()),
+        }
+        batch = MiniBatch([rows for group in groups.values() for rows in group], self.share.size, self.device)
+        tensors = iter(batch.calls)
+        return batch, {name: [next(tensors) for _ in group] for name, group in groups.items()}
 
     def learn(self) -> UnitResult:
         """Runs the optimizer and decides the rounding; a unit that learning made worse keeps nearest rounding.
@@ -149,9 +153,16 @@ class UnitLearner:
                 hint="lower weight_learning_rate or activation_learning_rate in the recipe",
             )
         undecided = undecided_share(self.learned.rounding.weights(decided=False)[1].detach())
-        if after > before:
-            return UnitResult(nearest, before, before, curve, soft, undecided, is_nearest=True)
-        return UnitResult(self.learned.params(), before, after, curve, soft, undecided)
+        is_worse = after > before
+        losses = UnitLosses(
+            loss_before=before,
+            loss_after=before if is_worse else after,
+            curve=tuple(curve),
+            loss_soft=soft,
+            undecided=undecided,
+            is_nearest=is_worse,
+        )
+        return UnitResult(nearest if is_worse else self.learned.params(), losses)
 
     def phases(self) -> list[Phase]:
         """Returns the phases: all values together, or rounding with float activations first and the scales after it."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from edadm_cli.artifacts import UnitLosses
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import ALONE, Processes
 from edadm_cli.quant.fusion import flat, fused
@@ -31,31 +31,17 @@ class UnitData:
     layer_targets: dict[str, Rows]
 
 
-@dataclass
+@dataclass(frozen=True)
 class UnitResult:
     """The result of one unit.
 
     Attributes:
         params: Its quantization parameters under the names of the artifact.
-        loss_before: The loss with weights rounded to nearest.
-        loss_after: The loss with the rounding that is deployed.
-        curve: The loss that the optimizer minimizes, at fewer than 100 iterations with equal distances.
-        loss_soft: The loss at the end of learning, before h was rounded to 0 or 1.
-        undecided: The share of weights with 0.05 < h < 0.95 at that time.
-        is_nearest: Whether learning made the unit worse, so that it keeps its nearest rounding.
+        losses: Its losses, and whether learning made it worse, so that it keeps its nearest rounding.
     """
 
     params: dict[str, Tensor]
-    loss_before: float
-    loss_after: float
-    curve: list[float] = field(default_factory=list)
-    loss_soft: float | None = None
-    undecided: float | None = None
-    is_nearest: bool = False
-
-    def losses(self) -> dict[str, Any]:
-        """Returns everything but the parameters, as plain JSON values."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "params"}
+    losses: UnitLosses
 
 
 def channel_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -11,14 +11,6 @@ from edadm_cli.report.html import Html, code, details, element, facts, section, 
 from edadm_cli.report.notices import missing
 from edadm_cli.report.plots import counts_plot, score_plot
 
-_STRATEGIES = {
-    "tdac": "TDAC shares the samples out by the density and variety of each step's features.",
-    "uniform": "Every step gives about as many samples.",
-    "normal": "The steps were chosen from a normal distribution.",
-    "random": "The steps were chosen at random.",
-    "last": "Every sample comes from the last step.",
-}
-
 
 def model_section(contents: RunContents) -> Html:
     """Returns the section about the model and its sampling at full precision."""
@@ -56,7 +48,7 @@ def selection_section(contents: RunContents) -> Html:
     timesteps, counts = chosen.timesteps, chosen.counts
     lead = (
         f"{count(chosen.num_samples, 'sample')} from {count(len(counts), 'step')} of "
-        f"{chosen.num_trajectories:,} trajectories. {_STRATEGIES.get(chosen.strategy, '')}"
+        f"{chosen.num_trajectories:,} trajectories. {chosen.strategy_description}"
     )
     plots = element(
         "div",

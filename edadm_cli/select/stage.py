@@ -23,25 +23,18 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.artifacts.streaming import slices
 from edadm_cli.config import EARLIER_DENSITY_QUANTILE, SelectConfig
-from edadm_cli.errors import InputError, UsageError
+from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.calibration import CALIBRATION_FILE, CONDITION, CONSTANT, UNCONDITIONAL, CallForm
 from edadm_cli.models.collected import CONDITION_FILE, CollectedRun
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.select.control import with_computed
 from edadm_cli.select.plot import draw_selection
-from edadm_cli.select.strategies import (
-    NORMAL_DEVIATION,
-    NORMAL_MEAN,
-    last_counts,
-    normal_counts,
-    random_counts,
-    uniform_counts,
-)
+from edadm_cli.select.strategies import ScoredSteps, SelectionStrategy, strategy_named
 from edadm_cli.select.tdac import (
     LOCAL_QUANTILE,
-    Allocation,
-    allocate,
+    NormalisedScores,
+    normalised_scores,
     rows_at_once,
     score_slices,
     total_variation,
@@ -59,7 +52,9 @@ def run(
 
     Raises:
         InputError: There is no `collect` artifact, or it is broken.
-        UsageError: More samples are requested than the trajectories have, or a setting belongs to another strategy.
+        UsageError: There is no such strategy, the trajectories have fewer samples than are requested, or a setting
+            belongs to another strategy.
+        MachineError: A strategy of another package cannot be loaded or returns no counts.
     """
     start = time.monotonic()
     reporter = reporter or SilentReporter()
@@ -102,9 +97,15 @@ class Task:
     Attributes:
         run: The run with the `collect` artifact.
         collected: The part of it that belongs to one denoiser.
+        strategy: How the samples are shared out over the steps.
+        timesteps: The scheduler's value at each step, with shape `(T,)`.
+        num_samples: N.
+        variety_weight: lambda.
+        radius: r; `None` if a quantile of the distances decides it.
     """
 
     config: SelectConfig
+    strategy: SelectionStrategy
     run: CollectedRun
     collected: Artifact
     timesteps: Tensor
@@ -121,7 +122,7 @@ class Task:
     @property
     def radius_source(self) -> str | None:
         """Description of the source of r for people; `None` for strategies without a radius."""
-        if not self.is_tdac:
+        if not self.strategy.uses_scores:
             return None
         if self.config.density_radius is not None:
             return "given"
@@ -130,21 +131,16 @@ class Task:
         missing = "the model has no published one: " if self.config.model_radius else ""
         return f"{missing}{self.quantile:.0%} quantile of the pairwise distances"
 
-    @property
-    def is_tdac(self) -> bool:
-        """Whether steps are chosen by density and variety."""
-        return self.config.strategy == "tdac"
-
     def build_spec(self) -> BuildSpec:
         """Returns the specification of the artifact."""
         fields = {
             **self.config.identity_fields(),
             "num_samples": self.num_samples,
-            "variety_weight": self.variety_weight if self.is_tdac else None,
+            "variety_weight": self.variety_weight if self.strategy.uses_scores else None,
         }
         fields.pop("model_radius", None)
         fields.pop("density_quantile", None)
-        if self.is_tdac:
+        if self.strategy.uses_scores:
             fields["density_radius"] = self.radius
             if self.radius is None and self.quantile != EARLIER_DENSITY_QUANTILE:
                 fields["density_quantile"] = self.quantile
@@ -153,6 +149,7 @@ class Task:
 
 def prepare(config: SelectConfig, collected: CollectedRun, place: str = "") -> Task:
     """Decides what the configuration leaves open for the trajectories of one denoiser; see `CollectedRun.places`."""
+    strategy = strategy_named(config.strategy)
     part = collected.artifact.within(place)
     num_trajectories = collected.num_trajectories
     timesteps = part.tensors("features.safetensors", ["timesteps"])["timesteps"]
@@ -163,18 +160,19 @@ def prepare(config: SelectConfig, collected: CollectedRun, place: str = "") -> T
             f" {num_trajectories * len(timesteps)}.",
             hint=f"edadm collect --num-trajectories {-(-num_samples // len(timesteps))} --force",
         )
-    if config.strategy != "tdac":
+    if not strategy.uses_scores:
         for flag, value in (
             ("density-radius", config.density_radius),
             ("variety-weight", config.variety_weight),
             ("density-quantile", config.density_quantile),
         ):
             if value is not None:
-                raise UsageError(f"--{flag} belongs to the strategy tdac and has no meaning for {config.strategy}.")
+                raise UsageError(f"--{flag} belongs to the strategy tdac and has no meaning for {strategy.name}.")
     default_weight = collected.entry.variety_weight
-    radius = collected.entry.density_radius if config.model_radius and config.strategy == "tdac" else None
+    radius = collected.entry.density_radius if config.model_radius and strategy.uses_scores else None
     return Task(
         config=config,
+        strategy=strategy,
         run=collected,
         collected=part,
         timesteps=timesteps,
@@ -192,20 +190,20 @@ def _select(task: Task, folder: Path, reporter: Reporter) -> None:
         scores = score_slices(_counted(portions, advance))
     if not bool(scores.distances.isfinite().all() and scores.variety.isfinite().all()):
         raise InputError(f"The mid-block features of {task.collected.path} are not finite.", hint=task.collected.remedy)
-    allocation = allocate(scores, task.num_samples, task.variety_weight, task.radius, task.quantile)
-    counts = _counts(task, allocation)
+    normalised = normalised_scores(scores, task.radius, task.quantile)
+    counts = _counts(task, normalised)
     step_index, trajectory_index = assign_trajectories(counts, task.num_trajectories, _generator(task, 0))
     form = CallForm.load(task.collected)
     tensors = _calibration_set(task, form, step_index, trajectory_index, reporter)
     if form.control is not None:
         tensors = with_computed(tensors, form, task.run, resolve_device(task.config.device), reporter)
     save_tensors(folder / CALIBRATION_FILE, tensors)
-    scored = {"density": allocation.density, "variety": allocation.variety, "counts": counts}
+    scored = {"density": normalised.density, "variety": normalised.variety, "counts": counts}
     save_tensors(folder / SCORES_FILE, scored)
     form.model_copy(update={"control": None, "varying": ()}).save(folder)
-    _selection(task, allocation, counts).save(folder)
+    _selection(task, normalised, counts).save(folder)
     title = f"{task.config.strategy}: {task.num_samples} samples from {len(counts)} steps"
-    draw_selection(folder / PLOT_FILE, title, task.timesteps, allocation.density, allocation.variety, counts)
+    draw_selection(folder / PLOT_FILE, title, task.timesteps, normalised.density, normalised.variety, counts)
 
 
 def feature_slices(collected: Artifact) -> tuple[tuple[int, ...], Iterator[Tensor]]:
@@ -240,35 +238,30 @@ def assign_trajectories(counts: Tensor, num_trajectories: int, generator: torch.
     return step_index[order], trajectory_index[order]
 
 
-def _counts(task: Task, allocation: Allocation) -> Tensor:
+def _counts(task: Task, scores: NormalisedScores) -> Tensor:
     """Returns how many samples each step gives.
 
     Raises:
         UsageError: A step would give more samples than there are trajectories.
+        MachineError: The strategy of another package returned something else than counts that sum to N.
     """
-    counts = _strategy_counts(task, allocation)
+    num_steps, num_samples = len(task.timesteps), task.num_samples
+    steps = ScoredSteps(task.timesteps, scores.density, scores.variety, task.variety_weight)
+    counts = task.strategy.counts(steps, num_samples, _generator(task, 1))
+    is_sound = counts.shape == (num_steps,) and counts.dtype == torch.int64 and int(counts.min()) >= 0
+    if not is_sound or int(counts.sum()) != num_samples:
+        raise MachineError(
+            f"The strategy '{task.strategy.name}' returned {counts.tolist()}, where {num_steps} integers that sum to"
+            f" {num_samples} are expected.",
+            hint="update or uninstall the package that adds it",
+        )
     if int(counts.max()) > task.num_trajectories:
         raise UsageError(
-            f"Step {int(counts.argmax())} would give {int(counts.max())} of {task.num_samples} samples, and each of the"
+            f"Step {int(counts.argmax())} would give {int(counts.max())} of {num_samples} samples, and each of the"
             f" {task.num_trajectories} trajectories has that step once.",
             hint=f"edadm collect --num-trajectories {int(counts.max())} --force, or fewer --num-samples",
         )
     return counts
-
-
-def _strategy_counts(task: Task, allocation: Allocation) -> Tensor:
-    num_steps, num_samples = len(task.timesteps), task.num_samples
-    match task.config.strategy:
-        case "tdac":
-            return allocation.counts
-        case "uniform":
-            return uniform_counts(num_steps, num_samples)
-        case "normal":
-            return normal_counts(num_steps, num_samples, _generator(task, 1))
-        case "random":
-            return random_counts(num_steps, num_samples, _generator(task, 1))
-        case "last":
-            return last_counts(num_steps, num_samples)
 
 
 def _generator(task: Task, stream: int) -> torch.Generator:
@@ -317,19 +310,19 @@ def _calibration_set(
     }
 
 
-def _selection(task: Task, allocation: Allocation, counts: Tensor) -> Selection:
-    num_steps = len(counts)
-    deviation = {"mean": NORMAL_MEAN * num_steps, "deviation": NORMAL_DEVIATION * num_steps}
+def _selection(task: Task, scores: NormalisedScores, counts: Tensor) -> Selection:
+    uses_scores = task.strategy.uses_scores
     return Selection(
-        strategy=task.config.strategy,
+        strategy=task.strategy.name,
+        strategy_description=task.strategy.description,
         num_samples=task.num_samples,
         num_trajectories=task.num_trajectories,
-        density_radius=allocation.radius if task.is_tdac else None,
+        density_radius=scores.radius if uses_scores else None,
         density_radius_source=task.radius_source,
-        variety_weight=task.variety_weight if task.is_tdac else None,
-        steps_from_the_clean_end=deviation if task.config.strategy == "normal" else None,
+        variety_weight=task.variety_weight if uses_scores else None,
+        steps_from_the_clean_end=task.strategy.steps_from_the_clean_end(len(counts)),
         timesteps=tuple(task.timesteps.tolist()),
         counts=tuple(counts.tolist()),
-        density=tuple(allocation.density.tolist()),
-        variety=tuple(allocation.variety.tolist()),
+        density=tuple(scores.density.tolist()),
+        variety=tuple(scores.variety.tolist()),
     )

@@ -6,7 +6,7 @@ For steps $i, j$ with mid-block features $F_i$ of shape `(B, C, *)`:
 - variety $V_i = \sum_{j \neq i} \sum_{b, p} (1 - \cos_C(F_i, F_j))$ over batch and positions: how much it
   differs from the others;
 - both min-max normalised over the steps, $w_i = D_i + \lambda V_i$, share $w_i / \sum_k w_k$;
-- counts: the shares of $N$ rounded, then corrected to sum to $N$.
+- counts: the shares of $N$ rounded, then corrected to sum to $N$ (`strategies.Tdac`).
 
 Both scores come from inner products of features, accumulated in double precision over slices of the feature
 axis: one pass of matrix products instead of a comparison for each pair.
@@ -45,19 +45,17 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Allocation:
-    """The number of samples per step, and the scores behind it.
+class NormalisedScores:
+    """The scores that decide the number of samples per step.
 
     Attributes:
         density: D, normalised to [0, 1], with shape `(T,)`.
         variety: V, normalised to [0, 1], with shape `(T,)`.
-        counts: Samples per step, int64, with shape `(T,)`; they sum to N.
         radius: The radius r of the density.
     """
 
     density: Tensor
     variety: Tensor
-    counts: Tensor
     radius: float
 
 
@@ -126,22 +124,16 @@ def normalise(scores: Tensor) -> Tensor:
     return (scores - low) / (high - low)
 
 
-def allocate(
-    scores: Scores, num_samples: int, variety_weight: float, radius: float | None, quantile: float = LOCAL_QUANTILE
-) -> Allocation:
-    """Shares `num_samples` out over the steps.
+def normalised_scores(scores: Scores, radius: float | None, quantile: float = LOCAL_QUANTILE) -> NormalisedScores:
+    """Returns density and variety, each normalised over the steps.
 
     Args:
         scores: The result of `score_steps`.
-        num_samples: N.
-        variety_weight: lambda.
         radius: r; `None` for the distance that a share `quantile` of the pairs of steps does not exceed.
         quantile: The share of pairs for a radius of `None`.
     """
     radius = quantile_distance(scores.distances, quantile) if radius is None else radius
-    dense = normalise(density(scores.distances, radius))
-    varied = normalise(scores.variety)
-    return Allocation(dense, varied, integer_counts(dense + variety_weight * varied, num_samples), radius)
+    return NormalisedScores(normalise(density(scores.distances, radius)), normalise(scores.variety), radius)
 
 
 def integer_counts(weights: Tensor, num_samples: int) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edadm_cli import plugins
 from edadm_cli.artifacts import Artifact, RunFolder
+from edadm_cli.cli.app import main
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig, SelectConfig
 from edadm_cli.errors import InputError, MachineError, UsageError
@@ -30,6 +33,8 @@ from edadm_cli.models.sampling import image_seed, sample
 from edadm_cli.report.commands import repeating_commands
 from edadm_cli.report.contents import read_run
 from edadm_cli.select import stage as select
+from edadm_cli.select import strategies
+from edadm_cli.select.strategies import ScoredSteps, SelectionStrategy
 from tests.integration.fresh_interpreter import FreshInterpreter
 
 CPU = torch.device("cpu")
@@ -291,7 +296,7 @@ def test_half_precision_is_kept_in_half_the_bytes(
 
 @pytest.mark.parametrize("strategy", ["tdac", "uniform", "normal", "random", "last"])
 def test_every_strategy_fills_the_calibration_set(sd_run: RunFolder, strategy: str) -> None:
-    record = select.run(SelectConfig(strategy=strategy, num_samples=7), sd_run, force=True)  # type: ignore[arg-type]
+    record = select.run(SelectConfig(strategy=strategy, num_samples=7), sd_run, force=True)
     artifact = sd_run.open("select")
     chosen = artifact.tensors("calibration.safetensors")
     scores = artifact.tensors("scores.safetensors")
@@ -313,6 +318,45 @@ def test_every_strategy_fills_the_calibration_set(sd_run: RunFolder, strategy: s
     assert selection["strategy"] == strategy
     assert selection["density_radius_source"] == ("5% quantile of the pairwise distances" if is_tdac else None)
     assert (selection["steps_from_the_clean_end"] is not None) == (strategy == "normal")
+
+
+class _Densest(SelectionStrategy):
+    """Takes every sample from the step whose features are most like those of others, as another package may."""
+
+    name = "densest"
+    description = "The densest step gives every sample."
+    uses_scores = True
+
+    def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> torch.Tensor:
+        return num_samples * torch.nn.functional.one_hot(steps.density.argmax(), len(steps))
+
+
+class _TooFew(_Densest):
+    name = "too-few"
+
+    def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> torch.Tensor:
+        return super().counts(steps, num_samples - 1, generator)
+
+
+def test_a_strategy_of_another_package_chooses_the_samples(
+    sd_run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = [EntryPoint(kind.name, f"{__name__}:{kind.__name__}", strategies.GROUP) for kind in (_Densest, _TooFew)]
+    known = plugins.entry_points
+    monkeypatch.setattr(
+        plugins, "entry_points", lambda group: points if group == strategies.GROUP else known(group=group)
+    )
+    strategies.strategies.cache_clear()
+    command = ["select", "--run", str(sd_run.root), "--num-samples", "5", "--device", "cpu", "--force", "--json"]
+    try:
+        assert main([*command, "--strategy", "densest", "--density-radius", "0.5"]) == 0
+        assert sorted(json.loads(capsys.readouterr().out)["counts"]) == [0] * STEPS + [5]
+        assert main([*command, "--strategy", "too-few"]) == 4
+        assert "'too-few' returned" in capsys.readouterr().err
+    finally:
+        strategies.strategies.cache_clear()
+    selection = sd_run.open("select").json("selection.json")
+    assert (selection["density_radius"], selection["strategy_description"]) == (0.5, _Densest.description)
 
 
 def test_a_given_radius_and_weight_are_used_and_named(sd_run: RunFolder) -> None:

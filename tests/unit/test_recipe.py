@@ -151,7 +151,7 @@ def test_a_recipe_finds_its_base_beside_itself(tmp_path: Path) -> None:
         ("learn = 3", UsageError, r"learn: a table is expected; got 3"),
         ("layers = 3", UsageError, r"layers: a list is expected; got 3"),
         ("[learn]\nrate = 5", UsageError, r"learn\.rate"),
-        ('[select]\nstrategy = "best"', UsageError, r"select\.strategy"),
+        ("[select]\nstrategy = 5", UsageError, r"select\.strategy"),
         ('[[layers]]\npattern = "a"\nweight_bits = 9', UsageError, r"layers\.0\.weight_bits"),
         ("[[layers]]\nweight_bits = 4", UsageError, r"layers\.0\.pattern"),
         ('[[layers]]\npattern = "a"\nexclude = true\nweight_bits = 4', UsageError, "both excludes"),

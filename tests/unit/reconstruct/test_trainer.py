@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edadm_cli.artifacts import UnitLosses
 from edadm_cli.models.units import Unit
 from edadm_cli.processes import Processes
 from edadm_cli.quant.attention import QuantizedAttention
@@ -83,7 +84,7 @@ def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def test_without_iterations_weights_are_rounded_to_nearest(make_setting: MakeSetting, learner_of: Learner) -> None:
     setting = make_setting(iterations=0)
     nearest, result = setting.nearest(), learner_of(setting, RESIDUAL).learn()
-    assert result.loss_before == result.loss_after
+    assert result.losses.loss_before == result.losses.loss_after
     for name, tensor in result.params.items():
         assert torch.equal(tensor, nearest[name]), name
 
@@ -101,8 +102,8 @@ def test_learning_lowers_the_loss(make_setting: MakeSetting, learner_of: Learner
         activation_drop=drop,
     )
     result = learner_of(setting, name).learn()
-    assert result.loss_after < 0.98 * result.loss_before
-    assert 1 <= len(result.curve) <= 40
+    assert result.losses.loss_after < 0.98 * result.losses.loss_before
+    assert 1 <= len(result.losses.curve) <= 40
 
 
 def test_what_is_learned_is_what_is_deployed(make_setting: MakeSetting, learner_of: Learner) -> None:
@@ -114,14 +115,14 @@ def test_what_is_learned_is_what_is_deployed(make_setting: MakeSetting, learner_
         results[sharpness] = learner_of(setting, RESIDUAL).learn()
         setting.restore()
     plain, sharp = results[1.0], results[20.0]
-    assert plain.loss_soft is not None
-    assert sharp.loss_soft is not None
-    assert plain.undecided is not None
-    assert sharp.undecided is not None
-    assert sharp.loss_after == pytest.approx(sharp.loss_soft, rel=0.05)
-    assert plain.loss_after > 1.2 * plain.loss_soft
-    assert sharp.loss_after < plain.loss_after
-    assert sharp.undecided < 0.05 < plain.undecided
+    assert plain.losses.loss_soft is not None
+    assert sharp.losses.loss_soft is not None
+    assert plain.losses.undecided is not None
+    assert sharp.losses.undecided is not None
+    assert sharp.losses.loss_after == pytest.approx(sharp.losses.loss_soft, rel=0.05)
+    assert plain.losses.loss_after > 1.2 * plain.losses.loss_soft
+    assert sharp.losses.loss_after < plain.losses.loss_after
+    assert sharp.losses.undecided < 0.05 < plain.losses.undecided
 
 
 def test_a_unit_that_learning_makes_worse_keeps_its_nearest_rounding(
@@ -129,8 +130,8 @@ def test_a_unit_that_learning_makes_worse_keeps_its_nearest_rounding(
 ) -> None:
     setting = make_setting("w4a8", iterations=3, weight_learning_rate=100.0, activation_learning_rate=50.0)
     nearest, result = setting.nearest(), learner_of(setting, RESIDUAL).learn()
-    assert result.is_nearest
-    assert result.loss_after == result.loss_before
+    assert result.losses.is_nearest
+    assert result.losses.loss_after == result.losses.loss_before
     assert all(torch.equal(tensor, nearest[name]) for name, tensor in result.params.items())
 
 
@@ -272,7 +273,7 @@ def test_a_seed_decides_every_byte(make_setting: MakeSetting, learner_of: Learne
     for seed in (0, 0, 1):
         setting = make_setting(recipe=ATTENTION, input_drop=0.5, activation_drop=0.5, weight_learning_rate=0.5)
         learner = learner_of(setting, name, seed)
-        curves.append(learner.learn().curve)
+        curves.append(learner.learn().losses.curve)
         params.append(learner.learned.params())
         setting.restore()
     assert _same(params[0], params[1])
@@ -292,7 +293,7 @@ def test_what_is_deployed_computes_what_was_decided(
     setting = make_setting("w3a8", SCALED, iterations=25, batch_size=10, rounding_sharpness=20.0, **fields)
     learner = learner_of(setting, name)
     result = learner.learn()
-    assert not result.is_nearest
+    assert not result.losses.is_nearest
     params = result.params
     calls, unit = learner.data.quantized, learner.unit
     learner.activation_drop.active, learner.learned.decided = False, True
@@ -372,7 +373,7 @@ class TestTheWalk:
         setting.restore()
         _, again = self._run(make_setting, tmp_path / "stopped")
         assert _same(_params(again), _params(results))
-        assert [r.curve for r in again.values()] == [r.curve for r in results.values()]
+        assert [r.losses.curve for r in again.values()] == [r.losses.curve for r in results.values()]
 
     def test_layer_by_layer_attention_is_quantized_with_the_searched_ranges(
         self, make_setting: MakeSetting, tmp_path: Path
@@ -395,15 +396,15 @@ def test_units_draw_from_seeds_of_their_own() -> None:
 def test_a_finished_unit_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     unit = Unit("mid.block", "layer", torch.nn.Identity(), ("mid.block",))
     codes = {"mid.block.weight_int": torch.tensor([1, -8], dtype=torch.int8)}
-    result = UnitResult(codes, 0.1, 1e-17 / 3, [0.1 + 0.2], loss_soft=0.3, undecided=0.25)
+    losses = UnitLosses(loss_before=0.1, loss_after=1e-17 / 3, curve=(0.1 + 0.2,), loss_soft=0.3, undecided=0.25)
+    result = UnitResult(codes, losses)
     kept = UnitCheckpoints(tmp_path)
     assert kept.load(3, unit) is None
     kept.save(3, unit, result)
     actual = kept.load(3, unit)
     assert actual is not None
     assert _same(actual.params, result.params)
-    assert actual.losses() == result.losses()
-    assert (actual.loss_before, actual.loss_after, actual.curve) == (0.1, 1e-17 / 3, [0.1 + 0.2])
+    assert actual.losses == losses
     assert kept.load(4, unit) is None
     (tmp_path / "units" / "0003-mid.block" / "unit.json").unlink()
     assert kept.load(3, unit) is None, "what was not finished is done again"
@@ -429,8 +430,8 @@ def test_a_transform_of_inputs_goes_through_learning_and_into_what_is_deployed(
     assert scale.shape == (setting.network.float_weight(layer).shape[1],)
     assert bool((scale >= 1).all())
     assert bool((scale > 1).any())
-    assert result.loss_after < result.loss_before
-    if not result.is_nearest:
+    assert result.losses.loss_after < result.losses.loss_before
+    if not result.losses.is_nearest:
         deployed = quantized_layer(setting.network.float_layers[layer], setting.plan.layers[layer])
         fill_layer(deployed, layer, result.params)
         learner.learned.decided = True

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from edadm_cli.select import tdac
+from edadm_cli.select.strategies import ScoredSteps, Tdac
 from edadm_cli.select.tdac import (
     Scores,
-    allocate,
     density,
     integer_counts,
     normalise,
+    normalised_scores,
     quantile_distance,
     score_steps,
     total_variation,
@@ -29,6 +30,15 @@ def features(num_steps: int = 7, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     drift = torch.linspace(0, 2, num_steps).pow(2).reshape(-1, 1, 1, 1, 1)
     return drift + torch.randn(num_steps, 3, 5, 2, 4, generator=generator)
+
+
+def counts_of(
+    scores: Scores, num_samples: int, weight: float, radius: float | None = None, quantile: float = 0.05
+) -> Tensor:
+    """Counts of the strategy `tdac`, which chooses nothing at random."""
+    normalised = normalised_scores(scores, radius, quantile)
+    steps = ScoredSteps(torch.arange(len(scores.variety)), normalised.density, normalised.variety, weight)
+    return Tdac().counts(steps, num_samples, torch.Generator())
 
 
 def distances_by_definition(maps: Tensor) -> Tensor:
@@ -69,8 +79,8 @@ def test_a_local_radius_tells_steps_apart_where_the_median_does_not() -> None:
     place = torch.cumsum(torch.linspace(0.5, 2.0, 21), 0)
     distances = (place[:, None] - place[None, :]).square().double()
     scores = Scores(distances, distances.sqrt().sum(1))
-    far = {share: total_variation(allocate(scores, 256, 1.0, None, share).counts) for share in (0.05, 0.5)}
-    assert allocate(scores, 256, 1.0, None).radius == quantile_distance(distances, 0.05)
+    far = {share: total_variation(counts_of(scores, 256, 1.0, quantile=share)) for share in (0.05, 0.5)}
+    assert normalised_scores(scores, None).radius == quantile_distance(distances, 0.05)
     assert far[0.05] > 2 * far[0.5]
 
 
@@ -99,36 +109,35 @@ def test_scores_ignore_the_order_of_rows_and_positions_and_follow_that_of_steps(
 
 def test_the_default_radius_follows_the_features_scale_and_the_counts_do_not() -> None:
     maps = features(12)
-    small = allocate(score_steps(maps), 100, 1.2, None)
-    large = allocate(score_steps(1000 * maps), 100, 1.2, None)
-    assert large.radius == pytest.approx(1e6 * small.radius)
-    assert torch.equal(large.counts, small.counts)
+    small, large = score_steps(maps), score_steps(1000 * maps)
+    assert normalised_scores(large, None).radius == pytest.approx(1e6 * normalised_scores(small, None).radius)
+    assert torch.equal(counts_of(large, 100, 1.2), counts_of(small, 100, 1.2))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 3.7e4, 1e-20])
 @pytest.mark.parametrize("radius", [None, 0.3])
 def test_identical_features_share_samples_equally(value: float, radius: float | None) -> None:
     one = value * torch.randn(1, 4, 6, 3, 3, generator=torch.Generator().manual_seed(1))
-    allocation = allocate(score_steps(one.expand(10, -1, -1, -1, -1)), 50, 1.2, radius)
-    assert allocation.counts.tolist() == [5] * 10
-    assert not allocation.density.any()
-    assert not allocation.variety.any()
+    scores = score_steps(one.expand(10, -1, -1, -1, -1))
+    assert counts_of(scores, 50, 1.2, radius).tolist() == [5] * 10
+    assert not normalised_scores(scores, radius).density.any()
+    assert not normalised_scores(scores, radius).variety.any()
 
 
 def test_a_single_step_takes_all() -> None:
-    allocation = allocate(score_steps(features(1)), 8, 1.0, None)
-    assert allocation.counts.tolist() == [8]
-    assert allocation.radius == 0.0
+    scores = score_steps(features(1))
+    assert counts_of(scores, 8, 1.0).tolist() == [8]
+    assert normalised_scores(scores, None).radius == 0.0
 
 
 def test_a_lone_step_is_rare_in_density_and_rich_in_variety() -> None:
     maps = features(1).expand(10, -1, -1, -1, -1).clone()
     maps[3] = -maps[3]
     scores = score_steps(maps)
-    by_density = allocate(scores, 90, 0.0, None).counts
+    by_density = counts_of(scores, 90, 0.0)
     assert by_density[3] == 0
     assert by_density.sum() == 90
-    assert allocate(scores, 90, 1e6, None).counts.argmax() == 3
+    assert counts_of(scores, 90, 1e6).argmax() == 3
 
 
 def test_normalising_spans_zero_to_one_and_equal_scores_become_zero() -> None:
