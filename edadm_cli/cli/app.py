@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from edadm_cli.cli.boundary import guard
-from edadm_cli.cli.signals import heard_signals
+from edadm_cli.cli.signals import handled_signals
 from edadm_cli.cli.streams import forgiving_streams
 from edadm_cli.version import __version__
 
@@ -145,7 +145,7 @@ COMMANDS = {
         ),
         Command(
             "report",
-            "look",
+            "views",
             _SHOW,
             "Write report.html, one page that shows a run.\n\nIt holds the metrics, plots and images, and links to"
             " nothing outside itself.",
@@ -163,7 +163,7 @@ COMMANDS = {
         ),
         Command(
             "push",
-            "share",
+            "push",
             _SHOW,
             "Upload an export to the Hugging Face hub.\n\nIts model card has the metrics and the image grid of its"
             " evaluation, and no information about this machine.",
@@ -174,7 +174,7 @@ COMMANDS = {
         ),
         Command(
             "inspect",
-            "look",
+            "views",
             _SHOW,
             "Show and check an artifact or a run.\n\nIt shows the content and the lineage, and checks that every file"
             " is unchanged.",
@@ -182,7 +182,7 @@ COMMANDS = {
         ),
         Command(
             "models",
-            "look",
+            "views",
             _SHOW,
             "List the known models.\n\nIt shows what each is, where its weights come from, and whether they are"
             " available offline. Most models also exist with random weights, as NAME-random.",
@@ -190,7 +190,7 @@ COMMANDS = {
         ),
         Command(
             "engines",
-            "look",
+            "views",
             _SHOW,
             "List the engines.\n\nIt shows what each can do on this machine, or why it cannot run here.",
             ("edadm engines", "edadm engines --json"),
@@ -240,7 +240,7 @@ def _program(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code; without `arguments`, those of the process, which then ends."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    with heard_signals(is_program=arguments is None) as signals, forgiving_streams():
+    with handled_signals(is_program=arguments is None) as signals, forgiving_streams():
         try:
             return guard(words, lambda: app(args=words, prog_name="edadm", standalone_mode=False), signals)
         except KeyboardInterrupt:  # while a failure was being reported

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from edadm_cli.cli.output import write_line
 from edadm_cli.cli.signals import Signals
-from edadm_cli.cli.sink import write_line
 from edadm_cli.cli.text import one_line
 from edadm_cli.errors import (
     EXIT_DONE,

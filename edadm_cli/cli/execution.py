@@ -16,12 +16,13 @@ import typer
 
 from edadm_cli.artifacts import Artifact, RunFolder, Stage, StageRecord, spent
 from edadm_cli.artifacts.peak import reset_peak
-from edadm_cli.cli import flags, places, settings
+from edadm_cli.cli import current_run, flags, settings
 from edadm_cli.cli.boundary import report_error
-from edadm_cli.cli.console import ConsoleReporter, calm_libraries, keep_freed_memory, share_gpu_memory
+from edadm_cli.cli.console import ConsoleReporter
 from edadm_cli.cli.contention import Scheduling
+from edadm_cli.cli.output import Output, show
+from edadm_cli.cli.process_setup import keep_freed_memory, share_gpu_memory, silence_libraries
 from edadm_cli.cli.require import Requirement, unmet
-from edadm_cli.cli.sink import Output, show
 from edadm_cli.config import BitWidth, StageConfig
 from edadm_cli.errors import EdadmError, UsageError
 from edadm_cli.launching import launched, launched_index
@@ -57,11 +58,11 @@ class Execution:
 
     def run_used_last(self) -> RunFolder:
         """Returns the run that the command continues."""
-        return places.run_used_last(self.run_folder)
+        return current_run.run_used_last(self.run_folder)
 
     def run_of_model(self, model: str) -> RunFolder:
         """Returns the run of a command that names a model."""
-        return places.run_of_model(self.run_folder, model)
+        return current_run.run_of_model(self.run_folder, model)
 
     def perform(
         self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT, *, may_be_finished: bool = True
@@ -81,7 +82,7 @@ class Execution:
         with contextlib.redirect_stdout(sys.stderr):
             if self.dry_run:
                 finished = self._finished(stage, run_folder, config) if may_be_finished else None
-                return self._foresee(stage, run_folder, config, finished)
+                return self._planned(stage, run_folder, config, finished)
             record = stage.run(config, run_folder, force=self.force, reporter=self.reporter)
         self.warnings += record.warnings
         self._remember(run_folder, config)
@@ -97,7 +98,7 @@ class Execution:
             return None
         return finished
 
-    def _foresee(
+    def _planned(
         self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT, finished: Artifact | None
     ) -> StageRecord:
         """Returns the record of a dry run: up to date, or planned with an estimate."""
@@ -127,9 +128,9 @@ class Execution:
             return
         bits = getattr(config, "bits", None)
         try:
-            places.remember_run(run_folder)
+            current_run.remember_run(run_folder)
             if isinstance(bits, BitWidth):
-                places.remember_bits(run_folder, str(bits))
+                current_run.remember_bits(run_folder, str(bits))
         except EdadmError as error:
             self.reporter.note(f"The run and bit width that were used last are not remembered: {error.message}")
 
@@ -217,7 +218,7 @@ def _begin(
             hint=f"edadm {command}, without {launch.launcher}",
         )
     output = Output.of(json_output, quiet)
-    calm_libraries(verbose)
+    silence_libraries(verbose)
     keep_freed_memory()
     if command == "reconstruct":  # other stages run compiled graphs, which manage memory of their own
         share_gpu_memory()

@@ -13,14 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edadm_cli import bench, collect, evaluate, export, reconstruct, sample, select
+from edadm_cli import bench, collect, evaluate, export, reconstruct, sample, select, sensitivity
 from edadm_cli.artifacts import Stage
 from edadm_cli.config import StageConfig
 from edadm_cli.errors import UsageError
 from edadm_cli.plain_data import read_toml
 from edadm_cli.recipe import load_recipe
 
-_ALL = (collect.STAGE, select.STAGE, reconstruct.STAGE, export.STAGE, bench.STAGE, evaluate.STAGE, sample.STAGE)
+_ALL = (
+    *(collect.STAGE, select.STAGE, sensitivity.STAGE, reconstruct.STAGE),
+    *(export.STAGE, bench.STAGE, evaluate.STAGE, sample.STAGE),
+)
 STAGES: dict[str, Stage[Any]] = {stage.kind: stage for stage in _ALL}
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 

@@ -20,7 +20,7 @@ class Signals:
     def __init__(self) -> None:
         self.number: int | None = None
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal."""
         self.number = number
         for each in _HANDLED:
@@ -37,7 +37,7 @@ class Signals:
 
 
 @contextmanager
-def heard_signals(is_program: bool) -> Iterator[Signals]:
+def handled_signals(is_program: bool) -> Iterator[Signals]:
     """Handles signals while entered; a signal that the process was started to ignore stays ignored.
 
     Args:
@@ -48,11 +48,11 @@ def heard_signals(is_program: bool) -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    heard = [number for number, usual in _HANDLED.items() if signal.getsignal(number) == usual]
-    for number in heard:
-        signal.signal(number, signals.hear)
+    handled = [number for number, usual in _HANDLED.items() if signal.getsignal(number) == usual]
+    for number in handled:
+        signal.signal(number, signals.handle)
     try:
         yield signals
     finally:
-        for number in heard:
+        for number in handled:
             signal.signal(number, signal.SIG_IGN if is_program else _HANDLED[number])

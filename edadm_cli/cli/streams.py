@@ -47,10 +47,10 @@ class _Forgiving:
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             if not self._forgives(error):
                 raise
-            lead_nowhere(self._stream)
+            redirect_to_null(self._stream)
 
 
-def lead_nowhere(stream: TextIO) -> None:
+def redirect_to_null(stream: TextIO) -> None:
     """Redirects the stream's descriptor to the null device, including the text that is still in its buffer."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
@@ -76,7 +76,7 @@ def forgiving_streams() -> Iterator[None]:
                 try:
                     stream.flush()
                 except (OSError, ValueError):
-                    lead_nowhere(stream)
+                    redirect_to_null(stream)
 
 
 def open_missing_descriptors() -> None:

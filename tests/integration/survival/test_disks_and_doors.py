@@ -26,13 +26,13 @@ import os, sys
 from pathlib import Path
 from edadm_cli.artifacts import ModelRef, BuildSpec, RunFolder
 from edadm_cli.cli.boundary import guard
-from edadm_cli.cli.signals import heard_signals
+from edadm_cli.cli.signals import handled_signals
 def work():
     plan = BuildSpec("collect", None, {}, 0, (), ModelRef(id="m", fingerprint="f"))
     with RunFolder(Path(sys.argv[1])).build(plan):
         print("written")
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
-with heard_signals(is_program=True) as signals:
+with handled_signals(is_program=True) as signals:
     sys.exit(guard([], work, signals))
 """
 

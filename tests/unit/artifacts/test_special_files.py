@@ -10,7 +10,7 @@ import pytest
 from edadm_cli.artifacts import BuildSpec, ModelRef, RunFolder, save_json
 from edadm_cli.artifacts.inspection import inspect_run
 from edadm_cli.artifacts.locks import lock_path, read_lock
-from edadm_cli.cli.places import run_used_last
+from edadm_cli.cli.current_run import run_used_last
 from edadm_cli.errors import InputError
 from edadm_cli.report.contents import read_run
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from edadm_cli.cli.console import ConsoleReporter, keep_freed_memory
+from edadm_cli.cli.console import ConsoleReporter
+from edadm_cli.cli.process_setup import keep_freed_memory
 from edadm_cli.progress import Reporter, SilentReporter
 
 SCRIPT = """
@@ -61,8 +62,8 @@ def test_in_a_log_progress_is_a_line_now_and_then(
 WARNING = "import warnings; warnings.warn('of a library')"
 STARTING = f"""
 import subprocess, sys
-from edadm_cli.cli.console import calm_libraries
-calm_libraries(verbose=len(sys.argv) > 1)
+from edadm_cli.cli.process_setup import silence_libraries
+silence_libraries(verbose=len(sys.argv) > 1)
 {WARNING}
 subprocess.run([sys.executable, "-c", {WARNING!r}], check=True)
 """
@@ -85,7 +86,7 @@ def _is_recent_glibc() -> bool:
 FREEING = """
 import resource
 import numpy
-from edadm_cli.cli.console import keep_freed_memory
+from edadm_cli.cli.process_setup import keep_freed_memory
 keep_freed_memory()
 for _ in range(9):
     numpy.ones(12 << 20, numpy.float32)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import edadm_cli
 from edadm_cli.cli.app import COMMANDS, main
-from edadm_cli.cli.settings import STAGES, build_config
+from edadm_cli.cli.settings import STAGES, build_config, read_config_file
 from edadm_cli.config import BitWidth, ReconstructConfig, SampleConfig
 from edadm_cli.recipe import load_recipe
 from tests.unit.cli.conftest import FakeStages
@@ -154,6 +155,13 @@ def test_a_value_that_does_not_fit_is_told_by_its_flag(
     told = capsys.readouterr().err
     assert told.startswith(f"error: {error}")
     assert hint in told
+
+
+def test_a_file_may_have_a_table_for_every_stage(tmp_path: Path) -> None:
+    tables = "".join(f"[{name}]\nseed = 3\n" for name in STAGES)
+    (tmp_path / "edadm.toml").write_text(tables)
+    packages = {path.parent.name for path in Path(edadm_cli.__file__).parent.glob("*/stage.py")}
+    assert set(read_config_file(tmp_path / "edadm.toml")) == packages - {"artifacts", "report"}
 
 
 def test_every_field_of_a_configuration_is_a_flag() -> None:

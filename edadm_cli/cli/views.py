@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edadm_cli.artifacts import ReportRecord, RunFolder, spent
-from edadm_cli.artifacts.inspection import inspect_artifact, inspect_run, is_artifact, run_of_artifact
+from edadm_cli.artifacts.artifact import has_manifest
+from edadm_cli.artifacts.inspection import inspect_artifact, inspect_run, run_of_artifact
 from edadm_cli.cli import flags
 from edadm_cli.cli.boundary import failure_fields, report_error
 from edadm_cli.cli.execution import Execution, output_command, run_command
@@ -50,7 +51,7 @@ def inspect(execution: Execution, given: dict[str, Any]) -> None:
     """Shows and checks an artifact or a run."""
     started = time.monotonic()
     folder = given["path"] if given["path"] is not None else execution.run_used_last().root
-    single = is_artifact(folder)
+    single = has_manifest(folder)
     artifacts = inspect_artifact(folder) if single else inspect_run(RunFolder(folder))
     run = run_of_artifact(folder)[0] if single else RunFolder(folder)
     result: dict[str, Any] = {
