@@ -49,7 +49,7 @@ from study.emoji_table import export, read_results, table
 if TYPE_CHECKING:
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.models.collected import CollectedRun
-    from edadm_cli.models.loading import LoadedModel
+    from edadm_cli.models.loaded import LoadedModel
 
 BUDGET_MIB, LARGEST_BUDGET_MIB = 4096, 24576  # memory of a row's inputs and targets: for 256 samples, and at most
 

@@ -36,7 +36,8 @@ from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import EdadmError
 from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.metrics.distances import psnr, relative_l2, ssim
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model
 from edadm_cli.models.prompts import resolve_prompts
 from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.quant.network import deploy

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import middle_module
 
-__all__ = ["middle_module", "record_features"]
-
 
 @contextmanager
 def record_features(denoiser: nn.Module, on_feature: Callable[[Tensor], None]) -> Iterator[None]:

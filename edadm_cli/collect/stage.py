@@ -26,7 +26,8 @@ from edadm_cli.models.encoding import encode_first
 from edadm_cli.models.from_folder import first_sentence
 from edadm_cli.models.full_precision import require_full_precision
 from edadm_cli.models.images import images_sha256
-from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.locating import locate
 from edadm_cli.models.output_size import with_sizes
 from edadm_cli.models.placement import described, placement
@@ -79,8 +80,20 @@ def artifact_name(config: CollectConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A configuration whose open choices are all decided."""
+class Task:
+    """A configuration whose open choices are all decided.
+
+    Attributes:
+        config: The configuration.
+        model: The pipeline in full precision.
+        num_trajectories: N.
+        num_steps: T.
+        guidance_scale: The scale of guidance; `None` for a pipeline without.
+        batch_size: Trajectories that are sampled together, which are one shard.
+        feature_batch: B, the trajectories whose mid-block features are recorded.
+        prompts: One prompt per trajectory; `None` for a pipeline without.
+        remarks: Sentences for the user, such as where the weights are.
+    """
 
     config: CollectConfig
     model: LoadedModel
@@ -94,15 +107,17 @@ class _Task:
 
     @property
     def num_shards(self) -> int:
+        """The number of batches of trajectories."""
         return -(-self.num_trajectories // self.batch_size)
 
     def seeds(self, shard: int) -> list[int]:
+        """Returns the seed of each trajectory of a shard."""
         start = shard * self.batch_size
         stop = min(start + self.batch_size, self.num_trajectories)
         return [image_seed(self.config.seed, index) for index in range(start, stop)]
 
     def sample(self, shard: int) -> Samples:
-        """Sample the trajectories of one shard."""
+        """Samples the trajectories of one shard."""
         seeds, first = self.seeds(shard), shard * self.batch_size
         return sample(
             self.model,
@@ -122,6 +137,7 @@ class _Task:
         return fields
 
     def build_spec(self) -> BuildSpec:
+        """Returns the description of the artifact, whose fields are its identity."""
         entry = self.model.entry
         fields = {
             **self.config.identity_fields(),
@@ -141,9 +157,39 @@ class _Task:
         return BuildSpec("collect", None, fields, self.config.seed, (), self.model.ref)
 
 
-def prepare(config: CollectConfig, processes: Processes) -> _Task:
+def prepare(config: CollectConfig, processes: Processes) -> Task:
     """Loads the model and decides what the configuration leaves open."""
-    device, dtype = resolve_device(processes.device_name(config.device)), getattr(torch, config.dtype)
+    model, remarks = _load(config, resolve_device(processes.device_name(config.device)))
+    if config.images is not None:
+        model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
+    if sizes := config.sizes():
+        model.entry = with_sizes(model, sizes)
+    if config.guidance_scale is not None:
+        _require_guidance(model)
+    entry = model.entry
+    num_trajectories = config.num_trajectories or entry.num_trajectories
+    num_steps = config.num_steps or entry.num_steps
+    require_num_steps(model, num_steps)
+    return Task(
+        config=config,
+        model=model,
+        num_trajectories=num_trajectories,
+        num_steps=num_steps,
+        guidance_scale=entry.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        batch_size=min(config.batch_size or entry.batch_size, num_trajectories),
+        feature_batch=min(config.feature_batch or entry.feature_batch, num_trajectories),
+        prompts=resolve_prompts(model, config.prompts, num_trajectories, config.seed),
+        remarks=remarks,
+    )
+
+
+def _load(config: CollectConfig, device: torch.device) -> tuple[LoadedModel, tuple[str, ...]]:
+    """Returns the model, and a remark on where its weights are, if they are not in memory and the user left that open.
+
+    Raises:
+        UsageError: Weights are to be read from disk, and the model's files do not allow that.
+    """
+    dtype = getattr(torch, config.dtype)
     location = locate(config.model)
     if not isinstance(location, Architecture):
         require_full_precision(location[0])
@@ -158,37 +204,27 @@ def prepare(config: CollectConfig, processes: Processes) -> _Task:
             "its tensors as earlier versions of diffusers did.",
             hint="--weights memory",
         )
-    if config.images is not None:
-        model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
-    if sizes := config.sizes():
-        model.entry = with_sizes(model, sizes)
-    entry = model.entry
-    if config.guidance_scale is not None and not takes_guidance(model.pipeline):
-        if getattr(model.pipeline, "guider", None) is not None:
-            raise UsageError(
-                f"{model.ref.id} guides as its component 'guider' says, so --guidance-scale has no meaning for it.",
-                hint="another guidance_scale in guider/guider_config.json of the model's folder",
-            )
-        raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
-    num_trajectories = config.num_trajectories or entry.num_trajectories
-    num_steps = config.num_steps or entry.num_steps
-    require_num_steps(model, num_steps)
-    return _Task(
-        config=config,
-        model=model,
-        num_trajectories=num_trajectories,
-        num_steps=num_steps,
-        guidance_scale=entry.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        batch_size=min(config.batch_size or entry.batch_size, num_trajectories),
-        feature_batch=min(config.feature_batch or entry.feature_batch, num_trajectories),
-        prompts=resolve_prompts(model, config.prompts, num_trajectories, config.seed),
-        remarks=(described(where, sum(weights.values()), device),)
-        if config.weights == "auto" and model.placement != "memory"
-        else (),
-    )
+    is_remarkable = config.weights == "auto" and model.placement != "memory"
+    return model, (described(where, sum(weights.values()), device),) if is_remarkable else ()
 
 
-def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter) -> None:
+def _require_guidance(model: LoadedModel) -> None:
+    """Refuses a scale of guidance for a pipeline that takes none.
+
+    Raises:
+        UsageError: The pipeline has no guidance, or a component of it decides the scale.
+    """
+    if takes_guidance(model.pipeline):
+        return
+    if getattr(model.pipeline, "guider", None) is not None:
+        raise UsageError(
+            f"{model.ref.id} guides as its component 'guider' says, so --guidance-scale has no meaning for it.",
+            hint="another guidance_scale in guider/guider_config.json of the model's folder",
+        )
+    raise UsageError(f"{model.ref.id} has no guidance, so --guidance-scale has no meaning for it.")
+
+
+def _collect(task: Task, build: Build, processes: Processes, reporter: Reporter) -> None:
     """Samples the shards, each in one of the processes, and merges their conditions and features."""
     places = task.model.by_denoiser().keys()
     shards = _in_order(task, range(processes.index, task.num_shards, processes.count))
@@ -215,7 +251,7 @@ def _collect(task: _Task, build: Build, processes: Processes, reporter: Reporter
     processes.wait()
 
 
-def _in_order(task: _Task, shards: Iterable[int]) -> list[int]:
+def _in_order(task: Task, shards: Iterable[int]) -> list[int]:
     """Returns the shards in the order in which they are sampled: a smaller last one comes second.
 
     This shows early whether its calls can be merged with those of the other shards.
@@ -226,7 +262,7 @@ def _in_order(task: _Task, shards: Iterable[int]) -> list[int]:
     return ordered
 
 
-def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> None:
+def _sample_shard(task: Task, folder: Path, shard: int, reporter: Reporter) -> None:
     seeds = task.seeds(shard)
     first = shard * task.batch_size
     num_features = max(0, min(len(seeds), task.feature_batch - first))
@@ -245,7 +281,7 @@ def _sample_shard(task: _Task, folder: Path, shard: int, reporter: Reporter) -> 
         write_shard(folder / place, shard, recorder, task.config.dtype)
 
 
-def _require_calls(task: _Task, recorders: Iterable[BatchRecorder]) -> None:
+def _require_calls(task: Task, recorders: Iterable[BatchRecorder]) -> None:
     """Raises an `InputError` where a denoiser of the pipeline was not called: nothing would calibrate it."""
     for recorder in recorders:
         if not recorder.latents:
@@ -256,7 +292,7 @@ def _require_calls(task: _Task, recorders: Iterable[BatchRecorder]) -> None:
             )
 
 
-def _warnings(task: _Task, recorders: list[BatchRecorder], samples: Samples) -> list[str]:
+def _warnings(task: Task, recorders: list[BatchRecorder], samples: Samples) -> list[str]:
     """Returns the warnings of the pipeline, and one if it ignored guidance.
 
     Raises:
@@ -278,7 +314,7 @@ def _warnings(task: _Task, recorders: list[BatchRecorder], samples: Samples) -> 
     return [f"{problem}.", *(text for text in warnings if text not in reasons)]
 
 
-def _sampling(task: _Task) -> Sampling:
+def _sampling(task: Task) -> Sampling:
     """Returns how the trajectories were sampled, for later stages to load the model and sample in the same way."""
     scheduler = task.model.pipeline.scheduler
     config = {key: _finite(value) for key, value in scheduler.config.items() if not key.startswith("_")}

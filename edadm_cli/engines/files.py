@@ -22,7 +22,8 @@ from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.progress import Reporter
 

@@ -12,7 +12,7 @@ from torch import nn
 from edadm_cli.engines.adapters import strengths_of
 from edadm_cli.engines.base import CompiledDenoiser
 from edadm_cli.errors import UsageError
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 
 _TOO_LATE = ("enable_freeu", "set_attn_processor", "enable_cache")  # methods that change what a denoiser predicts
 _ADAPTERS_TOO_LATE = ("load_lora_adapter", "add_adapter", "fuse_lora", "unload_lora", "delete_adapters")

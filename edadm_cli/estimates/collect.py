@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.collect.recorder import BatchRecorder
-from edadm_cli.collect.stage import prepare
+from edadm_cli.collect.stage import Task, prepare
 from edadm_cli.config import CollectConfig
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.encoding import encode_first
 from edadm_cli.models.gpu_memory import gpu_peak
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.placement import is_encoder
 from edadm_cli.models.sampling import Samples, sample
 from edadm_cli.models.stored import is_stored, num_weights
@@ -36,6 +36,8 @@ _LIVE_OUTPUTS = 4
 
 @dataclass
 class _Probe:
+    """One short sampling of `size` images."""
+
     size: int
     seconds_a_call: float
     seconds_beside_calls: float
@@ -49,65 +51,48 @@ def estimate(config: CollectConfig, run_folder: RunFolder) -> Estimate:
     started = time.monotonic()
     task = prepare(config, ALONE)
     loading = time.monotonic() - started
-    cost = probe(
-        task.model,
-        prompts=task.prompts,
-        num_steps=task.num_steps,
-        guidance_scale=task.guidance_scale,
-        num_trajectories=task.num_trajectories,
-        batch_size=task.batch_size,
-        feature_batch=task.feature_batch,
-    )
+    cost = _cost(task)
     return cost.model_copy(update={"seconds": cost.seconds + loading})
 
 
-def probe(
-    model: LoadedModel,
-    *,
-    prompts: list[str] | None,
-    num_steps: int,
-    guidance_scale: float | None,
-    num_trajectories: int,
-    batch_size: int,
-    feature_batch: int,
-) -> Estimate:
+def _cost(task: Task) -> Estimate:
     """Estimates a collection: time from timed denoiser calls, disk and memory from the shapes they saw.
 
     One image is sampled over two steps, then more images at a time as long as that is quick. The cost of a whole batch
     is extrapolated on the straight line through the last two probes.
     """
+    model, batch_size, samplings = task.model, task.batch_size, (task.prompts, task.guidance_scale)
     loaded, encoders = _weight_bytes(model), _weight_bytes(model, only_encoders=True)
     with gpu_peak(model.pipeline.device) as encoding_peak:
-        encode_first(model, _short_samplings(model, batch_size, prompts, guidance_scale))
+        encode_first(model, _short_samplings(model, batch_size, *samplings))
     with gpu_peak(model.pipeline.device) as sampling_peak:
-        probes = _growing_probes(model, batch_size, prompts, guidance_scale)
-    single = probes[0]
-    calls = num_steps + len(single.recorder.latents) - _PROBE_STEPS
-    seconds_a_call = _extrapolate(probes, [probe.seconds_a_call for probe in probes], batch_size)
-    overhead = _extrapolate(probes, [probe.seconds_beside_calls for probe in probes], batch_size)
-    seconds_of_calls = seconds_a_call * calls * single.recorder.calls_per_step
-    seconds = (seconds_of_calls + overhead) * math.ceil(num_trajectories / batch_size)
-
-    recorder = single.recorder
+        probes = _growing_probes(model, batch_size, *samplings)
+    recorder, largest = probes[0].recorder, probes[0].largest_output_bytes
+    calls = task.num_steps + len(recorder.latents) - _PROBE_STEPS
     latents = calls * _bytes(recorder.latents[:1])
     condition = _bytes([*recorder.condition.values(), *recorder.unconditional.values()])
     features = calls * _bytes(recorder.features[:1])
-    payload = num_trajectories * (latents + condition) + feature_batch * features
-    scratch = num_trajectories * condition + feature_batch * features
-    batch = batch_size * (latents + condition) + min(batch_size, feature_batch) * features
-    rows = max(batch, 2 * feature_batch * features)
-    activations = max(
-        _LIVE_OUTPUTS * single.largest_output_bytes * batch_size, sampling_peak.bytes / probes[-1].size * batch_size
-    )
+    scratch = task.num_trajectories * condition + task.feature_batch * features
+    batch = batch_size * (latents + condition) + min(batch_size, task.feature_batch) * features
+    rows = max(batch, 2 * task.feature_batch * features)
+    activations = max(_LIVE_OUTPUTS * largest * batch_size, sampling_peak.bytes / probes[-1].size * batch_size)
     on_gpu = model.pipeline.device.type == "cuda"
     through_host = max((_bytes(part.parameters()) for part in _modules(model)), default=0) if model.folder else 0
     sampling = _weight_bytes(model) + activations
     return Estimate(
-        seconds=seconds,
+        seconds=_seconds(task, probes, calls),
         memory_mib=(max(sampling, loaded + encoding_peak.bytes) + (0 if on_gpu else rows)) / _MIB,
         host_memory_mib=(rows + max(through_host, encoders)) / _MIB if on_gpu else None,
-        disk_mib=(payload + scratch) / _MIB,
+        disk_mib=(task.num_trajectories * latents + 2 * scratch) / _MIB,  # merging writes conditions and features again
     )
+
+
+def _seconds(task: Task, probes: list[_Probe], calls: int) -> float:
+    """Returns the seconds of all batches, in each of which the denoiser runs `calls` steps."""
+    a_call = _extrapolate(probes, [probe.seconds_a_call for probe in probes], task.batch_size)
+    beside_calls = _extrapolate(probes, [probe.seconds_beside_calls for probe in probes], task.batch_size)
+    of_calls = a_call * calls * probes[0].recorder.calls_per_step
+    return (of_calls + beside_calls) * math.ceil(task.num_trajectories / task.batch_size)
 
 
 def _weight_bytes(model: LoadedModel, only_encoders: bool = False) -> int:

@@ -13,7 +13,7 @@ from edadm_cli.config import EvaluateConfig
 from edadm_cli.evaluate.full_precision import KIND, NAME
 from edadm_cli.evaluate.images import SamplingPlan
 from edadm_cli.evaluate.request import EvaluationRequest, resolve
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.sampling import Samples, sample
 from edadm_cli.quant.layers import quantized_layers
 

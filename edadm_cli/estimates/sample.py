@@ -11,7 +11,8 @@ from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.artifacts.peak import reset_resident_peak, resident_peak_mib
 from edadm_cli.config import SampleConfig
 from edadm_cli.models.gpu_memory import gpu_peak
-from edadm_cli.models.loading import LoadedModel, resolve_device
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import resolve_device
 from edadm_cli.progress import SilentReporter
 from edadm_cli.sample.stage import load, prepare, sample_pictures
 

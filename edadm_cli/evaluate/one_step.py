@@ -24,7 +24,7 @@ from edadm_cli.evaluate.images import SamplingPlan
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.calls import record_calls
 from edadm_cli.models.families import family_of
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.sampling import sample
 

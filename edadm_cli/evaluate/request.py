@@ -18,7 +18,8 @@ from edadm_cli.errors import UsageError
 from edadm_cli.evaluate.images import SamplingPlan
 from edadm_cli.integrations.caching import StepCache, enable_cache
 from edadm_cli.models.collected import CollectedRun
-from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.prompts import read_prompts
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import EVALUATION, image_seed

@@ -29,7 +29,7 @@ from edadm_cli.calibrate.nearest import nearest_codes
 from edadm_cli.calibrate.ranges import folded
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations.lora import load_lora_file, require_safetensors
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.quant.groups import codes_of, per_weight
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 

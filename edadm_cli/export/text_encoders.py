@@ -25,7 +25,8 @@ from edadm_cli.artifacts.files import atomic_path
 from edadm_cli.errors import MachineError, UsageError
 from edadm_cli.export.sizes import exact_narrow, stored_bytes
 from edadm_cli.models.families import Call
-from edadm_cli.models.loading import LoadedModel, quiet_libraries
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.quiet import quiet_libraries
 
 PACKAGE = "torchao"
 _CODE = "_qdata"

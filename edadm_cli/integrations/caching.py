@@ -22,7 +22,7 @@ from edadm_cli.engine_config import CACHE_NAMES
 from edadm_cli.engines.cuda.conditioning import Conditioning
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.errors import UsageError
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 
 FIRST_BLOCK, TAYLORSEER = CACHE_NAMES
 _DEFAULTS = {FIRST_BLOCK: 0.08, TAYLORSEER: 3.0}

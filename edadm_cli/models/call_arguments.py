@@ -101,24 +101,14 @@ def call_arguments(
         **image_arguments(pipeline, model.entry, seeds),
     }
     if takes_prompts(pipeline):
-        if prompts is None:
-            raise InputError(
-                f"{model.ref.id} makes images from prompts, and none were given.",
-                hint="--prompts FILE, one per line",
-            )
-        if len(prompts) != len(seeds):
-            raise UsageError(f"{len(seeds)} images need as many prompts, not {len(prompts)}.")
-        arguments["prompt"] = list(prompts)
+        given = _required_prompts(model, prompts, len(seeds))
+        arguments["prompt"] = given
         if type(pipeline).__name__ in family.negative_prompt_pipelines:
             arguments["negative_prompt"] = [_NEGATIVE_PROMPT] * len(seeds)
         if type(pipeline).__name__ in family.one_prompt_pipelines:
-            arguments |= _one_image(pipeline, prompts, arguments)
+            arguments |= _one_image(pipeline, given, arguments)
     if "class_labels" in parameters:
-        labels = [_class_label(model, seed) for seed in seeds]
-        if None not in labels:
-            arguments["class_labels"] = labels
-        elif parameters["class_labels"].default is inspect.Parameter.empty:
-            raise InputError(f"{model.ref.id} needs class labels, and its denoiser does not say how many there are.")
+        arguments |= _class_labels(model, seeds, is_required=_is_required(parameters["class_labels"]))
     if "batch_size" in parameters:
         arguments["batch_size"] = len(seeds)
     if guidance_scale is not None and guidance_scale > _NO_GUIDANCE and _has_true_guidance(pipeline, model.denoiser):
@@ -129,6 +119,43 @@ def call_arguments(
     if "eta" in parameters:
         arguments["eta"] = model.entry.eta
     return arguments
+
+
+def _required_prompts(model: LoadedModel, prompts: Sequence[str] | None, num_images: int) -> list[str]:
+    """Returns one prompt per image.
+
+    Raises:
+        InputError: There are no prompts.
+        UsageError: Their number is another one.
+    """
+    if prompts is None:
+        raise InputError(
+            f"{model.ref.id} makes images from prompts, and none were given.",
+            hint="--prompts FILE, one per line",
+        )
+    if len(prompts) != num_images:
+        raise UsageError(f"{num_images} images need as many prompts, not {len(prompts)}.")
+    return list(prompts)
+
+
+def _class_labels(model: LoadedModel, seeds: Sequence[int], is_required: bool) -> dict[str, list[int | None]]:
+    """Returns the argument with the class of each image; nothing for a denoiser without classes.
+
+    Raises:
+        InputError: The pipeline requires classes, and the denoiser has none.
+    """
+    labels = [_class_label(model, seed) for seed in seeds]
+    if None not in labels:
+        return {"class_labels": labels}
+    if is_required:
+        raise InputError(f"{model.ref.id} needs class labels, and its denoiser does not say how many there are.")
+    return {}
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    """Returns whether a parameter has no default and is not a collection of all others."""
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
 
 
 def _one_image(pipeline: DiffusionPipeline, prompts: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,12 +171,7 @@ def _one_image(pipeline: DiffusionPipeline, prompts: Sequence[str], arguments: M
 
 def _require_known_parameters(model: LoadedModel, parameters: dict[str, inspect.Parameter]) -> None:
     pipeline = model.pipeline
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    required = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
-    ]
+    required = [name for name, parameter in parameters.items() if _is_required(parameter)]
     if not has_images(model.entry) and not set(required).isdisjoint(IMAGE_PARAMETERS):
         raise InputError(
             f"{type(pipeline).__name__} starts from images, and --images names none.", hint=images_hint(model)

@@ -17,7 +17,8 @@ from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.models.architecture import FurtherDenoiser
 from edadm_cli.models.calibration import CONSTANT
 from edadm_cli.models.families import prepare_calls
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model
 from edadm_cli.models.placement import LEARNING_SHARE, Placement, described, memory_of
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.stored_denoiser import open_stored

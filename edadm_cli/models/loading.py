@@ -24,7 +24,7 @@ from edadm_cli.models.containment import no_questions
 from edadm_cli.models.families.registry import float32_pipelines
 from edadm_cli.models.folder import read_folder
 from edadm_cli.models.from_folder import load_folder
-from edadm_cli.models.loaded import LoadedModel as LoadedModel  # other modules import it from here
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.locating import Location, files_of, is_random
 from edadm_cli.models.placement import Placement
 from edadm_cli.models.quiet import quiet_libraries

@@ -18,7 +18,7 @@ from typing import Any
 
 from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.models.call_arguments import takes_prompts
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.shipped import shipped_prompts
 
 MAX_FILE_BYTES = 256 * 1024 * 1024

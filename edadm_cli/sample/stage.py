@@ -23,7 +23,8 @@ from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.engines.registry import engine as engine_of
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import CollectedRun
-from edadm_cli.models.loading import LoadedModel, load_model, resolve_device
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import Samples, sample
 from edadm_cli.models.shipped import shipped_prompts

@@ -29,7 +29,8 @@ from edadm_cli.config import BitWidth, SensitivityConfig
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.families import Call
-from edadm_cli.models.loading import LoadedModel, resolve_device
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.sampling import sample
 from edadm_cli.models.units import Trace, trace, units
 from edadm_cli.progress import Reporter, SilentReporter

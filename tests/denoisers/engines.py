@@ -33,7 +33,8 @@ from edadm_cli.export.folder import write_pipeline
 from edadm_cli.integrations.quantizer import EdadmConfig, format_version
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model
 from edadm_cli.models.sampling import sample
 from edadm_cli.select import stage as select
 from tests.denoisers.rows import ROWS, Row

@@ -21,7 +21,7 @@ from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.random_models import initialize
 from edadm_cli.quant.layers import quantized_layers

@@ -12,7 +12,7 @@ from edadm_cli.config import BitWidth
 from edadm_cli.export.folder import write_pipeline
 from edadm_cli.integrations.quantizer import EdadmConfig, format_version
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.recipe import load_recipe
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations.caching import StepCache, enable_cache
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.recipe import load_recipe
 from tests.denoisers import parts

@@ -18,7 +18,7 @@ from edadm_cli.models.architecture import Architecture
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.call_arguments import takes_guidance, takes_prompts
 from edadm_cli.models.collected import load_collected_model
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct import stage as reconstruct

@@ -20,7 +20,8 @@ from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations.methods import bind_methods
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model
 from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import known_models
 from edadm_cli.quant.layers import quantized_layers

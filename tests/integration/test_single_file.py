@@ -18,7 +18,8 @@ from edadm_cli.models.architecture import Architecture, load_architecture
 from edadm_cli.models.checkpoints import opening
 from edadm_cli.models.checkpoints.accounting import autoencoder_places, denoiser_places, empty_module
 from edadm_cli.models.collected import load_collected_model
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model
 from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import known_models
 from edadm_cli.models.sampling import sample

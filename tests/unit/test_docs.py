@@ -96,6 +96,23 @@ def test_every_command_is_in_the_reference() -> None:
             assert option in section, f"{command} {option}"
 
 
+def test_the_map_of_the_code_names_all_packages_and_files_that_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for package in (ROOT / "edadm_cli").glob("*/__init__.py"):
+        assert f"`edadm_cli/{package.parent.name}`" in page, package.parent.name
+    for name in re.findall(r"`([\w/-]+/[\w.-]*)`", page):
+        assert (ROOT / name).exists() or (ROOT / "edadm_cli" / name).exists(), name
+
+
+def test_the_map_of_the_models_package_names_every_module() -> None:
+    folder = ROOT / "edadm_cli" / "models"
+    modules = {path.stem for path in folder.glob("[a-z]*.py")} | {
+        path.parent.name for path in folder.glob("*/__init__.py")
+    }
+    named = set(re.findall(r"`(\w+)`", str(ast.get_docstring(ast.parse((folder / "__init__.py").read_text())))))
+    assert modules == named
+
+
 def test_files_and_symbols_of_the_method_exist() -> None:
     """`grid.quantize` is defined in a file `grid.py`, `learn.UnitLearner.loss` inside a class in `learn.py`."""
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")

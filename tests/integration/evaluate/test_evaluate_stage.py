@@ -23,7 +23,8 @@ from edadm_cli.estimates import evaluate as evaluate_estimates
 from edadm_cli.evaluate import images as images_module
 from edadm_cli.evaluate import stage
 from edadm_cli.metrics import registry
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model
 from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.progress import SilentReporter
 

@@ -16,7 +16,8 @@ from edadm_cli.artifacts import Artifact, RunFolder
 from edadm_cli.config import BitWidth, SampleConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.estimates import sample as sample_estimates
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model
 from edadm_cli.models.sampling import Samples, sample
 from edadm_cli.sample import stage
 

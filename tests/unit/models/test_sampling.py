@@ -19,7 +19,8 @@ from torch import nn
 
 from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, MachineError, UsageError
-from edadm_cli.models.loading import LoadedModel, load_model
+from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.loading import load_model
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sampling import CALIBRATION, EVALUATION, image_seed, sample
 from edadm_cli.models.watched_scheduler import watched_scheduler

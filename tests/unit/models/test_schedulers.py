@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edadm_cli.artifacts import ModelRef
 from edadm_cli.models.calls import DenoiserCall, record_calls
-from edadm_cli.models.loading import LoadedModel
+from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.sampling import sample
