@@ -40,7 +40,7 @@ class Size:
         return {"forward": self.forward * rows, "weights": self.weights, "layers": self.layers}[measure]
 
 
-class Law:
+class CostFit:
     """Predicts the seconds of one kind of work, by a fit to measurements.
 
     A unit that was measured has its own ratio to the fit. Any other unit has the ratio of its kind, else 1.

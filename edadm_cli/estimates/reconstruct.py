@@ -18,8 +18,17 @@ from pathlib import Path
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.errors import InputError
-from edadm_cli.estimates.cost_model import Law, Measure, Size
-from edadm_cli.estimates.unit_timing import Forward, Stopwatch, Timed, Work, kind_of, spread, time_forward, time_units
+from edadm_cli.estimates.cost_model import CostFit, Measure, Size
+from edadm_cli.estimates.unit_timing import (
+    Forward,
+    Stopwatch,
+    Timed,
+    Work,
+    chosen_units,
+    kind_of,
+    time_forward,
+    time_units,
+)
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.gpu_memory import gpu_peak
 from edadm_cli.models.stored import is_stored, num_weights
@@ -60,10 +69,10 @@ def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
     costs, loading = [], 0.0
     with arithmetic(task):
         for place in CollectedRun.open(run_folder).places:
-            setting = prepare(task, place)
+            context = prepare(task, place)
             loading += time.monotonic() - started
             budget = fixed_budget(task.config.memory_budget_mib, task.device)
-            costs.append(probe(setting, task.config.recipe.ranges, task.hyperparameters, budget))
+            costs.append(probe(context, task.config.recipe.ranges, task.hyperparameters, budget))
             started = time.monotonic()
     return Estimate(
         seconds=loading + sum(cost.seconds for cost in costs),
@@ -74,40 +83,40 @@ def estimate(config: ReconstructConfig, run_folder: RunFolder) -> Estimate:
 
 
 def probe(
-    setting: ReconstructionContext, recipe: RangeRecipe, hyperparameters: Hyperparameters, memory_budget: int | None
+    context: ReconstructionContext, ranges: RangeRecipe, hyperparameters: Hyperparameters, memory_budget: int | None
 ) -> Estimate:
     """Estimates a reconstruction, without changing the network.
 
     Args:
-        setting: What is reconstructed.
-        recipe: How ranges are found.
+        context: What is reconstructed.
+        ranges: How ranges are found.
         hyperparameters: How units learn.
         memory_budget: Bytes for rows; `None` for what the work leaves of the GPU's memory.
     """
-    every, some = spread(setting.units, setting), spread(setting.learning, setting)
+    every, some = chosen_units(context.units, context), chosen_units(context.learning, context)
     captured = {unit.name for unit in (*every, *some)}
-    with gpu_peak(setting.network.device) as forward_peak:
-        forward = time_forward(setting.network.denoiser, setting.units, captured, setting.batches)
-    stopwatch = Stopwatch(setting, recipe, forward)
-    parts = _Parts(setting, hyperparameters, forward)
-    with gpu_peak(setting.network.device) as ranging_peak:
+    with gpu_peak(context.network.device) as forward_peak:
+        forward = time_forward(context.network.denoiser, context.units, captured, context.batches)
+    stopwatch = Stopwatch(context, ranges, forward)
+    parts = _Parts(context, hyperparameters, forward)
+    with gpu_peak(context.network.device) as ranging_peak:
         parts.add(time_units(every, stopwatch.ranging, _RANGING_S))
-    codes = float(sum(setting.num_weights(unit) for unit in setting.units))  # one byte each in the artifact
+    codes = float(sum(context.num_weights(unit) for unit in context.units))  # one byte each in the artifact
     activations = max(forward_peak.bytes, ranging_peak.bytes) / forward.rows * parts.batch_rows
     working, disk = activations, codes
-    seconds = parts.ranging(recipe.pooled) + codes / _BYTES_PER_SECOND
-    if setting.learning:
+    seconds = parts.ranging(ranges.pooled) + codes / _BYTES_PER_SECOND
+    if context.learning:
         parts.add(time_units(some, partial(stopwatch.learning, hyperparameters=hyperparameters), _LEARNING_S))
-        forms = _forms(setting, forward)
-        working = working_bytes(setting, hyperparameters, forms, activations)
-        budget = memory_left(setting.network.device, working) if memory_budget is None else memory_budget
-        stored, filed = _stored_outputs(setting, hyperparameters, forms, budget)
+        forms = _forms(context, forward)
+        working = working_bytes(context, hyperparameters, forms, activations)
+        budget = memory_left(context.network.device, working) if memory_budget is None else memory_budget
+        stored, filed = _stored_outputs(context, hyperparameters, forms, budget)
         calls_budget = budget - max(stored.values())
         seconds += parts.passes(forms, calls_budget) + parts.learning()
-        rows, more_filed = _rows(setting, hyperparameters, forms, stored, budget)
+        rows, more_filed = _rows(context, hyperparameters, forms, stored, budget)
         working, disk = working + rows, disk + filed + more_filed
-    weights = _weights(setting)
-    on_gpu = setting.network.device.type == "cuda"
+    weights = _weights(context)
+    on_gpu = context.network.device.type == "cuda"
     return Estimate(
         seconds=seconds,
         memory_mib=(weights + working + (0 if on_gpu else codes)) / _MIB,
@@ -116,14 +125,14 @@ def probe(
     )
 
 
-def _weights(setting: ReconstructionContext) -> float:
+def _weights(context: ReconstructionContext) -> float:
     """Returns the bytes of the weights on the device: those in memory, two that are being read, and packed codes."""
-    denoiser, plan = setting.network.denoiser, setting.plan
+    denoiser, plan = context.network.denoiser, context.plan
     held = 4 * sum(parameter.numel() for parameter in denoiser.parameters())
     stored = max((4 * num_weights(module) for module in denoiser.modules() if is_stored(module)), default=0)
     packed = sum(
         plan.layers[name].stored_bits_per_weight / 8 * num_weights(layer)
-        for name, layer in setting.network.float_layers.items()
+        for name, layer in context.network.float_layers.items()
     )
     return held + 2 * stored + packed
 
@@ -132,16 +141,16 @@ class _Parts:
     """Computes the seconds of the parts of a reconstruction.
 
     Args:
-        setting: What is reconstructed.
-        recipe: How units learn.
+        context: What is reconstructed.
+        hyperparameters: How units learn.
         forward: A timed forward.
     """
 
-    def __init__(self, setting: ReconstructionContext, recipe: Hyperparameters, forward: Forward) -> None:
-        self.setting, self.recipe, self.forward = setting, recipe, forward
-        self.sizes = {unit.name: self._size(unit) for unit in setting.units}
-        self.laws: dict[Work, Law] = {}
-        batches = setting.batches
+    def __init__(self, context: ReconstructionContext, hyperparameters: Hyperparameters, forward: Forward) -> None:
+        self.context, self.hyperparameters, self.forward = context, hyperparameters, forward
+        self.sizes = {unit.name: self._size(unit) for unit in context.units}
+        self.fits: dict[Work, CostFit] = {}
+        batches = context.batches
         self.rows = batches.num_rows
         self.batch_rows = min(batches.batch_size, batches.num_samples) * batches.calibration.branches
         self.calls = self.rows / self.batch_rows
@@ -149,21 +158,21 @@ class _Parts:
     def add(self, measured: Mapping[Work, Mapping[str, Timed]]) -> None:
         """Adds measurements of more kinds of work."""
         for work, calls in measured.items():
-            self.laws[work] = Law(self.sizes, calls, _DEPENDS[work])
+            self.fits[work] = CostFit(self.sizes, calls, _DEPENDS[work])
 
     def ranging(self, pooled: bool) -> float:
         """Returns the seconds of the search for scales and ranges, and of rounding to nearest."""
-        laws, names = self.laws, self.sizes
-        once = sum(laws["weights"].seconds(name) + laws["nearest"].seconds(name) for name in names)
-        once += (1 if pooled else self.calls) * sum(laws["search"].seconds(name) for name in names)
+        fits, names = self.fits, self.sizes
+        once = sum(fits["weights"].seconds(name) + fits["nearest"].seconds(name) for name in names)
+        once += (1 if pooled else self.calls) * sum(fits["search"].seconds(name) for name in names)
         a_call = sum(
-            laws["activations"].seconds(name, self.batch_rows) for name in names
+            fits["activations"].seconds(name, self.batch_rows) for name in names
         )  # includes the units' forwards
         return once + self.calls * (a_call + self.batch_rows * self._beside(self.forward.seconds, names))
 
     def passes(self, forms: dict[str, UnitForm], memory_budget: int) -> float:
         """Returns the seconds of all passes that capture calls, and of `probe_units` before them."""
-        units, learning = self.setting.units, self.setting.learning
+        units, learning = self.context.units, self.context.learning
         a_row = 1 / self.forward.rows
         groups = capture_groups(learning, forms, self.rows, memory_budget, self._with_layers)
         exact = a_row * sum(self.forward.ends[group[-1].name] for group in groups)
@@ -173,74 +182,74 @@ class _Parts:
                 before = [other.name for other in units[:number]]
                 quantized += frozen + self.batch_rows * self._beside(self.forward.begins[unit.name], before)
                 frozen = 0.0  # this pass stores what they give
-            frozen += self.laws["frozen"].seconds(unit.name, self.batch_rows)
+            frozen += self.fits["frozen"].seconds(unit.name, self.batch_rows)
         return _PROBED_ROWS * a_row * self.forward.seconds + self.rows * exact + self.calls * quantized
 
     def learning(self) -> float:
         """Returns the seconds of the work between the passes: targets, set-up, evaluations, steps, freezing."""
-        laws, recipe = self.laws, self.recipe
-        chunk = min(self.rows, max(recipe.batch_size, EVALUATED_ROWS, self.forward.rows))
-        total = sum(laws["freeze"].seconds(name) for name in self.sizes)
-        for unit in self.setting.learning:
+        fits, hyperparameters = self.fits, self.hyperparameters
+        chunk = min(self.rows, max(hyperparameters.batch_size, EVALUATED_ROWS, self.forward.rows))
+        total = sum(fits["freeze"].seconds(name) for name in self.sizes)
+        for unit in self.context.learning:
             total += self.rows * self.sizes[unit.name].forward if self._with_layers else 0.0
-            total += laws["setup"].seconds(unit.name)
-            total += 3 * self.rows / chunk * laws["evaluation"].seconds(unit.name, chunk)
-            total += recipe.iterations * laws["step"].seconds(unit.name, recipe.batch_size)
+            total += fits["setup"].seconds(unit.name)
+            total += 3 * self.rows / chunk * fits["evaluation"].seconds(unit.name, chunk)
+            total += hyperparameters.iterations * fits["step"].seconds(unit.name, hyperparameters.batch_size)
         return total
 
     @property
     def _with_layers(self) -> bool:
-        return self.recipe.layer_loss_weight > 0
+        return self.hyperparameters.layer_loss_weight > 0
 
     def _size(self, unit: Unit) -> Size:
         spent = self.forward.ends[unit.name] - self.forward.begins[unit.name]
-        return Size(kind_of(unit), spent / self.forward.rows, self.setting.num_weights(unit), len(unit.layers))
+        return Size(kind_of(unit), spent / self.forward.rows, self.context.num_weights(unit), len(unit.layers))
 
     def _beside(self, seconds: float, names: Sequence[str] | Mapping[str, Size]) -> float:
         """Returns the seconds per row that a forward spends outside of some units, within its first `seconds`."""
         return max(0.0, seconds / self.forward.rows - sum(self.sizes[name].forward for name in names))
 
 
-def _forms(setting: ReconstructionContext, forward: Forward) -> dict[str, UnitForm]:
+def _forms(context: ReconstructionContext, forward: Forward) -> dict[str, UnitForm]:
     """Returns the forms of the calls of all units; one that does not learn may have none.
 
     Raises:
         InputError: A unit that learns has no input with rows.
     """
-    forms = {unit.name: forward.shapes[unit.name].form(unit.name, forward.rows) for unit in setting.learning}
-    for unit in setting.units:
+    forms = {unit.name: forward.shapes[unit.name].form(unit.name, forward.rows) for unit in context.learning}
+    for unit in context.units:
         with suppress(InputError):
             forms.setdefault(unit.name, forward.shapes[unit.name].form(unit.name, forward.rows))
     return forms
 
 
 def _stored_outputs(
-    setting: ReconstructionContext, recipe: Hyperparameters, forms: dict[str, UnitForm], budget: int
+    context: ReconstructionContext, hyperparameters: Hyperparameters, forms: dict[str, UnitForm], budget: int
 ) -> tuple[dict[str, int], int]:
     """Returns the bytes of the stored outputs of finished units: in memory while each unit learns, and in files."""
-    denoiser, batches = setting.network.denoiser, setting.batches
-    links = find_links(denoiser, setting.units, forms, batches)
+    denoiser, batches = context.network.denoiser, context.batches
+    links = find_links(denoiser, context.units, forms, batches)
 
     def stored(memory: int) -> dict[str, int]:
-        cache = RowCache(Path(), memory, setting.network.device)  # nothing is allocated in it
-        mixes_inputs = recipe.input_drop > 0
-        finished = FinishedUnits(denoiser, setting.units, links, forms, cache, batches.num_rows, mixes_inputs)
-        return {unit.name: finished.expected_bytes([unit.name]) for unit in setting.learning}
+        cache = RowCache(Path(), memory, context.network.device)  # nothing is allocated in it
+        mixes_inputs = hyperparameters.input_drop > 0
+        finished = FinishedUnits(denoiser, context.units, links, forms, cache, batches.num_rows, mixes_inputs)
+        return {unit.name: finished.expected_bytes([unit.name]) for unit in context.learning}
 
     in_memory, everything = stored(budget), stored(sys.maxsize)
     return in_memory, max(everything[name] - size for name, size in in_memory.items())
 
 
 def _rows(
-    setting: ReconstructionContext,
-    recipe: Hyperparameters,
+    context: ReconstructionContext,
+    hyperparameters: Hyperparameters,
     forms: dict[str, UnitForm],
     stored: Mapping[str, int],
     budget: int,
 ) -> tuple[int, int]:
     """Returns the bytes of rows in memory and in files, while the unit learns that needs most."""
-    number, with_layers = setting.batches.num_rows, recipe.layer_loss_weight > 0
-    groups = capture_groups(setting.learning, forms, number, budget - max(stored.values()), with_layers)
+    number, with_layers = context.batches.num_rows, hyperparameters.layer_loss_weight > 0
+    groups = capture_groups(context.learning, forms, number, budget - max(stored.values()), with_layers)
     most = 0
     for group in groups:
         for place, unit in enumerate(group):  # the calls of the units before it are released

@@ -119,8 +119,8 @@ def kind_of(unit: Unit) -> str:
     return type(unit.module).__name__
 
 
-def spread(units: Sequence[Unit], setting: ReconstructionContext) -> list[Unit]:
-    """Returns at most `_MOST_UNITS` units, in the order in which they are measured.
+def chosen_units(units: Sequence[Unit], context: ReconstructionContext) -> list[Unit]:
+    """Returns the units that are measured, at most `_MOST_UNITS`, in that order.
 
     The order takes the kinds in turn, and from each kind the unit with the fewest weights, a middling one, and units in
     between. In a network that narrows towards its middle, the units with few weights compute the largest images, so
@@ -128,7 +128,7 @@ def spread(units: Sequence[Unit], setting: ReconstructionContext) -> list[Unit]:
     most weights would take as long as many others.
     """
     kinds: dict[str, list[Unit]] = {}
-    for unit in sorted(units, key=setting.num_weights):
+    for unit in sorted(units, key=context.num_weights):
         kinds.setdefault(kind_of(unit), []).append(unit)
     order: list[Unit] = []
     for place in (0.0, 0.5, 0.25, 0.75, 0.125, 0.375, 0.625, 0.875):
@@ -156,13 +156,13 @@ class Stopwatch:
     """Times work on single units, in their place in the network, which is restored afterwards.
 
     Args:
-        setting: The network in full precision, and its plan.
+        context: The network in full precision, and its plan.
         recipe: The recipe's ranges.
         forward: The timed forward, with the calls of all units that are measured.
     """
 
-    def __init__(self, setting: ReconstructionContext, recipe: RangeRecipe, forward: Forward) -> None:
-        self.network, self.traced, self.plan = setting.network, setting.traced, setting.plan
+    def __init__(self, context: ReconstructionContext, recipe: RangeRecipe, forward: Forward) -> None:
+        self.network, self.traced, self.plan = context.network, context.traced, context.plan
         self.recipe, self.forward = recipe, forward
 
     @torch.no_grad()

@@ -23,25 +23,25 @@ _ACTIVATIONS = 3.5  # the same in a forward without gradients
 
 
 def working_bytes(
-    context: ReconstructionContext, recipe: Hyperparameters, forms: Mapping[str, UnitForm], forward: float
+    context: ReconstructionContext, hyperparameters: Hyperparameters, forms: Mapping[str, UnitForm], forward: float
 ) -> float:
     """Returns the bytes that learning takes at its peak, beside the denoiser's weights and the rows.
 
     Args:
         context: The objects that are reconstructed.
-        recipe: The numbers of the optimization.
+        hyperparameters: The numbers of the optimization.
         forms: The forms of the calls of the units that learn.
         forward: Bytes of the activations of a forward of the denoiser on one batch.
     """
     batches = context.batches
     widest = max(kind.bytes for form in forms.values() for kind in (*form.inputs, *form.layers.values()))
     largest = max(4 * context.num_weights(unit) for unit in context.learning)
-    evaluated = min(batches.num_rows, max(EVALUATED_ROWS, recipe.batch_size, batches.batch_size))
-    activations = max(_ACTIVATIONS * evaluated, _STEP_ACTIVATIONS * recipe.batch_size) * widest
+    evaluated = min(batches.num_rows, max(EVALUATED_ROWS, hyperparameters.batch_size, batches.batch_size))
+    activations = max(_ACTIVATIONS * evaluated, _STEP_ACTIVATIONS * hyperparameters.batch_size) * widest
     return max(forward, activations) + _LEARNER_COPIES * largest
 
 
-def rows_budget(mib: int | None, context: ReconstructionContext, recipe: Hyperparameters) -> int:
+def rows_budget(mib: int | None, context: ReconstructionContext, hyperparameters: Hyperparameters) -> int:
     """Returns the bytes of memory for rows: as given, else 4 GiB on a CPU, or what the work leaves free on a GPU.
 
     On a GPU, one forward of the denoiser on one batch measures what its activations take.
@@ -49,7 +49,7 @@ def rows_budget(mib: int | None, context: ReconstructionContext, recipe: Hyperpa
     Args:
         mib: The budget that the user gives, MiB.
         context: The objects that are reconstructed; the denoiser is on its device, in full precision.
-        recipe: The numbers of the optimization.
+        hyperparameters: The numbers of the optimization.
     """
     device = context.network.device
     fixed = fixed_budget(mib, device)
@@ -60,7 +60,7 @@ def rows_budget(mib: int | None, context: ReconstructionContext, recipe: Hyperpa
     args, kwargs = batches.call(batches.indices()[0])
     with gpu_peak(device) as forward, torch.no_grad(), suppress(torch.OutOfMemoryError):  # captures halve such a batch
         denoiser(*args, **kwargs)
-    return memory_left(device, working_bytes(context, recipe, forms, forward.bytes) + batches.later_bytes())
+    return memory_left(device, working_bytes(context, hyperparameters, forms, forward.bytes) + batches.later_bytes())
 
 
 def fixed_budget(mib: int | None, device: torch.device) -> int | None:

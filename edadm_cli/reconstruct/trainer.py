@@ -290,9 +290,9 @@ class UnitLearner:
 
     def _sharpness(self, iteration: int) -> float:
         """Returns tau at the beginning of an iteration; the last value is that at the end of the last iteration."""
-        recipe = self.hyperparameters
         progress = min(1.0, iteration / max(1, self.rounding_iterations))
-        return sharpness_at(progress, recipe.rounding_sharpness, recipe.rounding_sharpness_start)
+        last, start = self.hyperparameters.rounding_sharpness, self.hyperparameters.rounding_sharpness_start
+        return sharpness_at(progress, last, start)
 
     def after_step(self) -> None:
         """Keeps scales positive once the optimizer has changed them."""

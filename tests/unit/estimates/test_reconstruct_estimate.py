@@ -12,7 +12,7 @@ import torch
 
 from edadm_cli.errors import InputError
 from edadm_cli.estimates import unit_timing
-from edadm_cli.estimates.cost_model import Law, Size
+from edadm_cli.estimates.cost_model import CostFit, Size
 from edadm_cli.estimates.reconstruct import _rows, _stored_outputs, probe
 from edadm_cli.models.units import Unit
 from edadm_cli.recipe import AttentionRecipe, Recipe
@@ -60,7 +60,7 @@ def by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("edadm_cli.estimates.reconstruct.time_forward", time_forward)
     monkeypatch.setattr("edadm_cli.estimates.reconstruct.time_units", time_units)
-    monkeypatch.setattr("edadm_cli.estimates.reconstruct.spread", lambda units, setting: list(units))
+    monkeypatch.setattr("edadm_cli.estimates.reconstruct.chosen_units", lambda units, context: list(units))
 
 
 @pytest.mark.usefixtures("by_formula")
@@ -168,7 +168,7 @@ def test_a_probe_leaves_the_network_as_it_was(make_setting: MakeSetting, granula
 
 def test_every_kind_is_measured_and_of_each_the_lightest_first(make_setting: MakeSetting) -> None:
     setting = _setting(make_setting())
-    order = unit_timing.spread(setting.units, setting)
+    order = unit_timing.chosen_units(setting.units, setting)
     kinds = {unit_timing.kind_of(unit) for unit in setting.units}
     assert {"Conv2d", "Linear", "ResnetBlock2D", "BasicTransformerBlock"} == kinds
     first = {unit_timing.kind_of(unit): setting.num_weights(unit) for unit in order[: len(kinds)]}
@@ -218,7 +218,7 @@ def test_a_law_finds_what_the_seconds_were_made_of() -> None:
         return 3 * sizes[name].forward * rows + 0.5 * sizes[name].weights
 
     measured = {name: (rows, seconds(name, rows)) for name, rows in (("unit0", 1), ("unit1", 4), ("unit2", 2))}
-    law = Law(sizes, measured, ("forward", "weights", "layers"))
+    law = CostFit(sizes, measured, ("forward", "weights", "layers"))
     for name in sizes:
         assert law.seconds(name, 32) == pytest.approx(seconds(name, 32))
 
@@ -226,12 +226,12 @@ def test_a_law_finds_what_the_seconds_were_made_of() -> None:
 def test_a_law_has_no_negative_part_and_needs_one_unit_only() -> None:
     sizes = _sizes()
     shrinking = {name: (1, 10.0 - size.weights) for name, size in sizes.items()}
-    law = Law(sizes, shrinking, ("weights", "layers"))
+    law = CostFit(sizes, shrinking, ("weights", "layers"))
     assert all(law.seconds(name) >= 0 for name in sizes)
-    alone = Law(sizes, {"unit1": (2, 4.0)}, ("forward", "weights"))
+    alone = CostFit(sizes, {"unit1": (2, 4.0)}, ("forward", "weights"))
     assert alone.seconds("unit1", 6) == pytest.approx(12.0)
     assert alone.seconds("unit4", 2) == pytest.approx(8.0)
-    assert Law(sizes, {"unit1": (2, 0.0)}, ("forward",)).seconds("unit4", 3) == 0.0
+    assert CostFit(sizes, {"unit1": (2, 0.0)}, ("forward",)).seconds("unit4", 3) == 0.0
 
 
 def test_units_keep_their_own_ratio_to_the_law_and_lend_it_to_their_kind() -> None:
@@ -241,7 +241,7 @@ def test_units_keep_their_own_ratio_to_the_law_and_lend_it_to_their_kind() -> No
         "other": Size("ResnetBlock2D", 2.0, 1, 1),
         "third": Size("Attention", 1.0, 1, 1),
     }
-    law = Law(sizes, {"plain": (1, 1.0), "block": (1, 3.0)}, ("forward",))
+    law = CostFit(sizes, {"plain": (1, 1.0), "block": (1, 3.0)}, ("forward",))
     assert law.seconds("plain") == pytest.approx(1.0)
     assert law.seconds("block") == pytest.approx(3.0)
     assert law.seconds("other") == pytest.approx(6.0)
