@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,15 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import kernels, steps
+from gpu import kernels, machine, steps
 from gpu.ahead import compile_ahead
 from gpu.calls import CallRecorder
 from gpu.kernels import Budget, OutOfTime
 from gpu.timing import Clock
 from tile_table import GAIN
 from torch import nn
-
-from edadm_cli.bench.roofline import DEVICES, DevicePeak
 
 SECONDS = {
     "environment": 30,
@@ -127,43 +123,10 @@ class Session:
         return self._contenders[rows]
 
     def _environment(self, budget: Budget) -> Iterator[dict[str, Any]]:
-        import diffusers
-        import triton
-
-        yield {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "diffusers": diffusers.__version__,
-            "cpus": os.cpu_count(),
-        }
-        if self.device.type != "cuda":
-            return
-        properties = torch.cuda.get_device_properties(self.device)
-        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-        seen = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False
-        )
-        yield {
-            "gpu": properties.name,
-            "arch": 10 * properties.major + properties.minor,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gb": properties.total_memory / 1e9,
-            "l2_mb": properties.L2_cache_size / 1e6,
-            "cudnn": torch.backends.cudnn.version(),
-            "nvidia_smi": seen.stdout.strip(),
-        }
-        yield measured_peaks(self.device, self.clock)
-
-    @property
-    def peak(self) -> DevicePeak:
-        """Returns the peaks of the GPU by its data sheet, or measured peaks for an unknown GPU."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        known = next((peak for peak in DEVICES if peak.name in name), None)
-        if known is None:
-            seen = measured_peaks(self.device, self.clock)
-            known = DevicePeak(name, seen["float16_tflops"], seen["int8_tops"], seen["copy_gb_s"])
-        return known
+        yield machine.versions()
+        if self.device.type == "cuda":
+            yield machine.gpu_facts(self.device)
+            yield machine.measured_peaks(self.device, self.clock)
 
     def _tests(self, budget: Budget) -> Iterator[dict[str, Any]]:
         if self.device.type != "cuda":
@@ -236,7 +199,7 @@ class Session:
 
     def _layers(self, budget: Budget) -> Iterator[dict[str, Any]]:
         """Times every product beside float16 and the roofline, those with the most work first."""
-        peak = self.peak
+        peak = machine.peaks(self.device, self.clock)
         for rows in self.options.rows:
             calls, names = self.calls(rows, True), self.recorded(rows).layers
             for row in kernels.layer_times(calls, names, self.device, self.clock, peak, budget):
@@ -270,22 +233,6 @@ class Session:
     def _norms(self, budget: Budget) -> Iterator[dict[str, Any]]:
         for rows in self.options.rows:
             yield from kernels.memory_bound(self.calls(rows, False), self.device, self.clock, budget)
-
-
-def measured_peaks(device: torch.device, clock: Clock) -> dict[str, float]:
-    """Measures what a device reaches with random data: a copy, a float16 and an int8 product; smaller ones on a CPU."""
-    on_cuda = device.type == "cuda"
-    size = 8192 if on_cuda else 256
-    source = torch.empty(1 << (30 if on_cuda else 20), dtype=torch.int32, device=device).random_()
-    copied = clock.launch_us([lambda: source.clone()], replays=3)
-    a = torch.randn(size, size, device=device, dtype=torch.float16)
-    b = torch.randint(-128, 128, (size, size), device=device, dtype=torch.int8)
-    operations = 2 * size**3
-    return {
-        "copy_gb_s": 2 * source.numel() * 4 / copied / 1e3,
-        "float16_tflops": operations / clock.launch_us([lambda: a @ a.T]) / 1e6,
-        "int8_tops": operations / clock.launch_us([lambda: torch._int_mm(b, b.T)]) / 1e6,
-    }
 
 
 def tiny() -> nn.Module:
