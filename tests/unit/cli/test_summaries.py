@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edadm_cli.cli.app import main
-from edadm_cli.cli.sink import Output, show
+from edadm_cli.cli.output import Output, show
 from edadm_cli.cli.summaries import duration, size
 from tests.unit.cli.conftest import FakeStages
 
