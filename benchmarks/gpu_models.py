@@ -122,6 +122,7 @@ def quantize(model: nn.Module, call: Call) -> int:
         quantized = quantized_layer(layer, layer_plan)
         assert isinstance(quantized, QuantizedLayer)
         quantized.set_parameters(codes, scale, step, (-low / step).round().int())
+        quantized.keeps_float_weight = False  # PEFT reads the weight of every layer that it adapts
         set_module(model, name, quantized)
     return len(plan.layers)
 

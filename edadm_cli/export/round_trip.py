@@ -36,6 +36,7 @@ from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.placement import LEARNING_SHARE, memory_of
+from edadm_cli.models.repeatable import repeatable_convolutions
 from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.models.stored import bring_stored, total_parameters
 from edadm_cli.progress import Reporter
@@ -230,13 +231,14 @@ def sample_images(
 ) -> Samples:
     """Samples the images that are compared, with `num_steps` steps or as many as were collected."""
     count, prompts = config.parity_samples, collected.prompts
-    return sample(
-        model,
-        seeds=[image_seed(config.seed, index, EVALUATION) for index in range(count)],
-        prompts=None if prompts is None else [prompts[index % len(prompts)] for index in range(count)],
-        num_steps=num_steps or collected.num_steps,
-        guidance_scale=collected.guidance_scale,
-    )
+    with repeatable_convolutions():  # the comparison is exact
+        return sample(
+            model,
+            seeds=[image_seed(config.seed, index, EVALUATION) for index in range(count)],
+            prompts=None if prompts is None else [prompts[index % len(prompts)] for index in range(count)],
+            num_steps=num_steps or collected.num_steps,
+            guidance_scale=collected.guidance_scale,
+        )
 
 
 def _parity(parity: ExportParity) -> Parity:

@@ -11,7 +11,8 @@ The modules by topic; to read about the whole, begin with `loading`, `sampling`,
 - **Where the weights are**: `placement` decides, `gpu_memory` measures, `stored` and `stored_denoiser` leave large
   weights on disk.
 - **Sampling**: `sampling` samples images of given seeds, with `call_arguments`, `prompts`, `images`, `output_size`,
-  `encoding`, `schedulers`, `watched_scheduler`, `failures`, `tokenizers`, `random_numbers` and `real_statistics`.
+  `encoding`, `schedulers`, `watched_scheduler`, `failures`, `tokenizers`, `random_numbers`, `repeatable` and
+  `real_statistics`.
 - **Calls of the denoiser**: `calls` takes a call apart into tensors and a template, and `call_templates` builds it
   again; `calibration` builds those of the calibration set, `example_calls` random ones; `predictions` finds the
   prediction in what a denoiser returns.

@@ -7,8 +7,7 @@ launch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -18,17 +17,6 @@ from torch import Tensor, nn
 from edadm_cli.processes import Processes
 
 _WARM_UP_STEPS = 3
-
-
-@contextmanager
-def repeatable_convolutions() -> Iterator[None]:
-    """Restricts cuDNN to deterministic algorithms while entered, so that a resumed run gives the same bytes on CUDA."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
 
 
 class Optimization:

@@ -20,6 +20,7 @@ from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.registry import known_models
+from edadm_cli.models.repeatable import repeatable_convolutions
 from edadm_cli.models.stored import is_stored
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.processes import Processes
@@ -29,7 +30,6 @@ from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters, resolve
 from edadm_cli.reconstruct.network import SwitchableNetwork
-from edadm_cli.reconstruct.optimization import repeatable_convolutions
 
 
 @dataclass(frozen=True)

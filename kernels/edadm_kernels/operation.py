@@ -21,7 +21,8 @@ def operation(
 
     The decorated function computes the operation by a kernel, its signature is the schema, and its docstring describes
     the operation. The operation takes the function's place, so it is called like the function, and torch.compile and
-    CUDA graphs treat it as one node. Where the first argument and the outputs have no elements, as for a batch of zero
+    CUDA graphs treat it as one node. Eager calls on a GPU that record no gradients bypass torch's dispatcher, which
+    takes longer than many kernels. Where the first argument and the outputs have no elements, as for a batch of zero
     samples, neither a kernel nor the reference runs.
 
     Args:
@@ -33,21 +34,39 @@ def operation(
     """
 
     def register(function: Function) -> Function:
-        def compute(*arguments: Any) -> Any:
+        def compute(*arguments: Any, **named: Any) -> Any:
             if not arguments[0].numel():
-                outputs = empty(*arguments)
+                outputs = empty(*arguments, **named)
                 if not any(output.numel() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)):
                     return outputs
             if reference is None or uses_kernel(arguments[0]):
-                return function(*arguments)
-            return _fill(empty(*arguments), reference(*arguments))
+                return function(*arguments, **named)
+            return _fill(empty(*arguments, **named), reference(*arguments, **named))
 
         schema = torch.library.infer_schema(function, mutates_args=())
         registered = torch.library.custom_op(f"edadm::{name}", compute, mutates_args=(), schema=schema)
         registered.register_fake(empty)
-        return cast(Function, functools.update_wrapper(registered, function))
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            if arguments and _is_eager(arguments[0]):
+                return compute(*arguments, **named)
+            return registered(*arguments, **named)
+
+        return cast(Function, call)
 
     return register
+
+
+def _is_eager(x: Any) -> bool:
+    """Returns whether a call with the first argument `x` is on a GPU, and neither traced nor part of a gradient."""
+    return (
+        type(x) is Tensor
+        and x.is_cuda
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0  # no mode watches or replaces operations
+    )
 
 
 def _fill(outputs: Tensor | list[Tensor], values: Tensor | list[Tensor]) -> Tensor | list[Tensor]:

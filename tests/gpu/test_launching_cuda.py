@@ -54,6 +54,20 @@ def test_a_thread_that_never_called_cuda_launches() -> None:
     assert close(actual, expected(device))
 
 
+@torch.no_grad()
+def test_calls_without_the_dispatcher_give_the_same_on_every_stream() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    with torch.enable_grad():  # through the dispatcher
+        dispatched = results(device)
+    assert all(torch.equal(a, b) for a, b in zip(results(device), dispatched, strict=True))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = results(device)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(on_stream, dispatched, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_a_device_that_is_not_the_current_one() -> None:
     device = torch.device("cuda", 1)

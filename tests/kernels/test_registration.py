@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from edadm_kernels import backend, pack
+import edadm_kernels
+from edadm_kernels import backend, operation, pack
 
 ROWS, TERMS, OUTPUTS = 5, 24, 6
 SCALE, ZERO_POINT = torch.tensor([0.03]), torch.tensor([7], dtype=torch.int32)
@@ -118,6 +120,41 @@ def test_every_element_is_written(name: str) -> None:
 
 def outputs(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, list | tuple) else [result]
+
+
+@pytest.mark.parametrize("name", ["linear", "linears", "conv2d"])
+def test_an_eager_call_on_a_gpu_bypasses_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, call = cases()[name], getattr(edadm_kernels, name)
+    expected = outputs(call(*arguments))
+    monkeypatch.setattr(operation, "_is_eager", lambda x: True)
+    with Recorded() as mode:
+        actual = outputs(call(*arguments[:-1], **({} if name == "conv2d" else {"out_dtype": torch.float16})))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert not any(name.startswith("edadm") for name in mode.names)
+
+
+def test_a_call_that_is_watched_or_part_of_a_gradient_goes_through_the_dispatcher() -> None:
+    class OnGpu(Tensor):
+        """Says that it is on a GPU."""
+
+    x = torch.empty(1)
+    assert not operation._is_eager(x)  # on a CPU
+    assert not operation._is_eager(OnGpu())
+    with Recorded() as mode:
+        edadm_kernels.quantize(x, SCALE, ZERO_POINT)
+    assert "edadm.quantize.default" in mode.names
+
+
+class Recorded(TorchDispatchMode):
+    """Notes the names of the operations that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 # The arguments of each operation that have one entry per sample, token or row.

@@ -61,12 +61,24 @@ def launch(variant: Variant, blocks: int, arguments: list[Any], device: int) -> 
     """
     from cuda.bindings import driver
 
-    kernel = function(variant, device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    kernel, config = _prepared(variant, blocks, device, stream)
+    addresses = (ctypes.c_void_p * len(arguments))(*(_address(argument) for argument in arguments))
+    with torch.cuda.device(device):
+        _enter_context(device)
+        _checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(addresses), 0))
+
+
+@lru_cache(maxsize=4096)
+def _prepared(variant: Variant, blocks: int, device: int, stream: int) -> tuple[Any, Any]:
+    """Returns a kernel and the configuration of its launch on a stream, which is never changed afterwards."""
+    from cuda.bindings import driver
+
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = variant.threads, 1, 1
     config.sharedMemBytes = variant.shared_bytes
-    config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    config.hStream = driver.CUstream(stream)
     overlap = driver.CUlaunchAttribute()
     overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     overlap.value.programmaticStreamSerializationAllowed = 1
@@ -78,13 +90,10 @@ def launch(variant: Variant, blocks: int, arguments: list[Any], device: int) -> 
         cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
         attributes.append(cluster)
     config.attrs, config.numAttrs = attributes, len(attributes)
-    addresses = (ctypes.c_void_p * len(arguments))(*(_address(argument) for argument in arguments))
-    with torch.cuda.device(device):
-        _enter_context(device)
-        _checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(addresses), 0))
+    return function(variant, device), config
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)
 def tensor_map(
     address: int,
     sizes: tuple[int, ...],

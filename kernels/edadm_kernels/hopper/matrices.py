@@ -162,6 +162,7 @@ def choose(rows: int, outputs: tuple[int, ...], products: int) -> MatrixTile:
     return min(TILES, key=lambda tile: cost(tile, rows, outputs, products) + _TURN * _rounds(tile, rows, outputs))
 
 
+@lru_cache(maxsize=4096)
 def choose_over_single(rows: int, outputs: tuple[int, ...], products: int, geglu: bool = False) -> MatrixTile | None:
     """Returns the tile; `None` if one launch of `product.cu` per product is expected to be as fast."""
     tile, shape = GATED if geglu else choose(rows, outputs, products), Shape.matrix(rows, products)
@@ -213,7 +214,8 @@ def launch_matrices(
         more: Codes of the columns that follow those of `x`; `x` then has a multiple of `tile.bk` columns.
     """
     bfloats = any(out.dtype == torch.bfloat16 for out in outs)
-    tile = replace(tile, bfloats=bfloats)
+    if bfloats:
+        tile = replace(tile, bfloats=True)
     rows, first = x.shape
     products = first if more is None else first + more.shape[1]
     row_tiles = -(-rows // (_ROWS * tile.cluster))

@@ -225,7 +225,8 @@ def launch_product(
         shape: The shape of the product.
         geglu: Scale, zero-point and largest unsigned code of the output, if the product is gated.
     """
-    tile = replace(tile, floats=out.dtype == torch.float32, bfloats=out.dtype == torch.bfloat16)
+    if out.dtype in (torch.float32, torch.bfloat16):
+        tile = replace(tile, floats=out.dtype == torch.float32, bfloats=out.dtype == torch.bfloat16)
     outputs, taps = weight.shape[0], shape.kernel[0] * shape.kernel[1]
     samples, height, width = shape.image
     columns, rows, number = shape.boxes(tile)
