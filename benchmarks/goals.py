@@ -55,14 +55,20 @@ def at_most(limit: float, metric: str, one: tuple[str, str], two: tuple[str, str
     return check
 
 
-def below_published(rows: Rows, model: str) -> Outcome:
-    """Returns the final distance over that of the best published recipe."""
-    results = [ratio(rows, model, "final", ("w4a8", "default"), ("w4a8", label)) for label in PUBLISHED]
-    known = [(result, label) for result, label in zip(results, PUBLISHED, strict=True) if result is not None]
-    if not known:
-        return None
-    (value, seeds), label = max(known)
-    return f"{value:.2f} of {label.split(',')[0]} ({seeds})", value <= 0.7
+def below_published(bits: str, label: str = "default") -> Callable[[Rows, str], Outcome]:
+    """Returns a goal: the final distance is at most 0.7 of that of the best published recipe at W4A8."""
+
+    def check(rows: Rows, model: str) -> Outcome:
+        results = [ratio(rows, model, "final", (bits, label), ("w4a8", published)) for published in PUBLISHED]
+        known = [
+            (result, published) for result, published in zip(results, PUBLISHED, strict=True) if result is not None
+        ]
+        if not known:
+            return None
+        (value, seeds), published = max(known)
+        return f"{value:.2f} of {published.split(',')[0]} ({seeds})", value <= 0.7
+
+    return check
 
 
 def inside_spread(bits: str, metric: str, better: int) -> Callable[[Rows, str], Outcome]:
@@ -111,7 +117,10 @@ GOALS: dict[str, Callable[[Rows, str], Outcome]] = {
         0.7, "one_step", ("w4a8", "default, float inputs"), BEFORE
     ),
     "the same with inputs in floating point: final": at_most(0.75, "final", ("w4a8", "default, float inputs"), BEFORE),
-    "W4A8: final distance at most 0.7 of the best published recipe": below_published,
+    "W4A8: final distance at most 0.7 of the best published recipe": below_published("w4a8"),
+    "the same with inputs in floating point": below_published("w4a8", "default, float inputs"),
+    "the same with groups of 32 weights": below_published("w4g32a8"),
+    "the same with groups of 32 and inputs in floating point": below_published("w4g32a8", "default, float inputs"),
     "W3A8: final distance at most that of W4A8 of version 0.1": at_most(1.0, "final", ("w3a8", "default"), BEFORE),
     "W8A8: Fréchet distance, emoji, inside the spread": inside_spread("w8a8", "frechet", -1),
     "W8A8: Fréchet distance, ImageNet, inside the spread": inside_spread("w8a8", "frechet_imagenet", -1),
