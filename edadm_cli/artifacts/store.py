@@ -231,7 +231,7 @@ class RunFolder:
             more = [f"and {len(changes) - _CHANGES_SHOWN} more"] if len(changes) > _CHANGES_SHOWN else []
             raise InputError(
                 f"{path} was made with other settings ({'; '.join(changes[:_CHANGES_SHOWN] + more)}).",
-                hint="add --force to replace it, or use another --run",
+                hint="repeat the options that it was made with, add --force to replace it, or use another --run",
             )
         return artifact
 

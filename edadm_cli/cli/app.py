@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -20,6 +21,8 @@ _CHAIN = "The chain, stage by stage"
 _WHOLE = "The chain at once"
 _SHOW = "Use and inspect"
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
+_NARROWEST_PANEL = 60  # columns of a narrower terminal cut the names of options in panels short
+_MARKUP: Literal["rich"] | None = "rich" if shutil.get_terminal_size().columns >= _NARROWEST_PANEL else None
 
 
 def _examples(lines: Sequence[str]) -> str:
@@ -43,7 +46,12 @@ class Command:
     def load(self) -> Any:
         """Imports the command and returns it with its options."""
         function = getattr(importlib.import_module(f"edadm_cli.cli.{self.module}"), self.name)
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_CONTEXT)
+        single = typer.Typer(
+            add_completion=False,
+            pretty_exceptions_enable=False,
+            context_settings=_CONTEXT,
+            rich_markup_mode=_MARKUP,
+        )
         single.command(self.name, help=self.help, epilog=_examples(self.examples))(function)
         return typer.main.get_command(single)
 
@@ -214,6 +222,7 @@ app = typer.Typer(
     epilog="Start with: edadm run --model digits-sd --bits w4a8. The help of each command has examples.",
     pretty_exceptions_enable=False,
     context_settings=_CONTEXT,
+    rich_markup_mode=_MARKUP,
 )
 for _command in COMMANDS.values():
     app.command(_command.name, rich_help_panel=_command.panel, help=_command.help)(lambda: None)

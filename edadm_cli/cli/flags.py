@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from edadm_cli.config import BitWidth, ReconstructConfig, StageConfig
-from edadm_cli.stage_config import field_facts
+from edadm_cli.stage_config import RECIPE_NAMES, field_facts
 
 Parameter = inspect.Parameter
 
@@ -45,6 +45,9 @@ def field_parameter(config: type[StageConfig], name: str) -> Parameter:
     if field.annotation is bool and field.default is True:
         spellings = [f"{spellings[0]}/--no-{spellings[0].removeprefix('--')}"]
     more = {} if parser is None else {"parser": parser}
+    values = _values(name, field.annotation)
+    if values:
+        more["autocompletion"] = lambda incomplete: [value for value in values if value.startswith(incomplete)]
     panel = _WHERE if name in _IN_EVERY_STAGE else None
     return parameter(
         name, kind | None, *spellings, help=field.description, metavar=facts["metavar"], rich_help_panel=panel, **more
@@ -91,6 +94,16 @@ def _option_type(annotation: Any) -> tuple[Any, Any]:
     if origin is Literal:
         return str, None
     return (annotation, None) if annotation in (int, float, bool, str, Path) else (str, None)
+
+
+def _values(name: str, annotation: Any) -> tuple[str, ...]:
+    """Returns the values that a shell completes: those of a field that has few, and the names of recipes."""
+    if name == "recipe":
+        return tuple(known.strip() for known in RECIPE_NAMES.split(",")[:-1])
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    several = [_values(name, part) for part in typing.get_args(annotation)]
+    return next((values for values in several if values), ())
 
 
 def _items(values: list[Any], split: bool) -> tuple[Any, ...]:

@@ -41,7 +41,9 @@ def duration(seconds: float) -> str:
 
 
 def size(mebibytes: float) -> str:
-    """Returns a size in MiB, or in GiB from one GiB on."""
+    """Returns a size in KiB, MiB or GiB, in three digits."""
+    if mebibytes < 0.1:
+        return f"{mebibytes * 1024:.3g} KiB"
     if mebibytes >= _GIB:
         return f"{mebibytes / _GIB:,.2f} GiB"
     return f"{mebibytes:,.0f} MiB" if mebibytes >= 100 else f"{mebibytes:.3g} MiB"
@@ -111,7 +113,7 @@ def _counts(counts: Iterable[int]) -> str:
 
 def _sensitivity(result: Record) -> Rows:
     yield "Layers", f"{result['layers']:,} measured"
-    yield "Most sensitive", [f"{error:.3g}  {name}" for name, error in result["most_sensitive"].items()]
+    yield "Most sensitive", [f"{name}, {error:.3g}" for name, error in result["most_sensitive"].items()]
 
 
 def _reconstruct(result: Record) -> Rows:
@@ -163,6 +165,13 @@ def _report(result: Record) -> Rows:
     yield "Page", result["report"]
 
 
+def _push(result: Record) -> Rows:
+    files = result["files"]
+    yield "Repository", result["url"] or result["repository"]
+    yield f"{len(files)} files", [f"{name}, {size(length / 2**20)}" for name, length in files.items()]
+    yield "Together", size(sum(files.values()) / 2**20)
+
+
 _OWN_ROWS: dict[str, tuple[str, Callable[[Record], Rows]]] = {
     "collect": ("model", _collect),
     "select": ("strategy", _select),
@@ -172,5 +181,6 @@ _OWN_ROWS: dict[str, tuple[str, Callable[[Record], Rows]]] = {
     "evaluate": ("metrics", _evaluate),
     "sample": ("images", _sample),
     "report": ("report", _report),
+    "push": ("repository", _push),
 }
 """Maps a command to a key of its whole record, which a planned stage lacks, and to the rows that it adds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -61,3 +62,27 @@ def _processor_seconds(work: str) -> float:
 def test_version_is_that_of_the_package() -> None:
     text, _ = _probe("--version")
     assert text.strip() == f"edadm {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("edadm exp", ["export"]),
+        ("edadm export --text-encoders ", ["float", "int8"]),
+        ("edadm collect --dtype b", ["bfloat16"]),
+        ("edadm reconstruct --recipe q", ["q-diffusion", "quick"]),
+    ],
+)
+def test_a_shell_completes_commands_and_values(line: str, offered: list[str]) -> None:
+    place = str(len(line.split(" ")) - 1)
+    completing = {"_EDADM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": place}
+    command = [sys.executable, "-c", "from edadm_cli.cli.app import main; main()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **completing})
+    assert done.stdout.split() == offered
+
+
+def test_the_help_names_options_whole_in_a_narrow_terminal() -> None:
+    command = [sys.executable, "-c", "from edadm_cli.cli.app import main; main(['export', '--help'])"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "40"})
+    assert "--parity-samples" in done.stdout
+    assert "…" not in done.stdout

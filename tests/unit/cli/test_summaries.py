@@ -58,6 +58,15 @@ def test_a_difference_is_given_where_images_are_not_equal(capsys: pytest.Capture
     assert "differ by 0.25 or less" in capsys.readouterr().out
 
 
+def test_an_upload_is_listed_file_by_file(capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"README.md": 2048, "unet/model.safetensors": 3 * 2**20}
+    planned = {"command": "push", "status": "planned", "repository": "OWNER/NAME", "files": files, "url": None}
+    show(Output.TABLE, {**planned, "seconds": 1.0, "card": "# A card"}, None)
+    text = capsys.readouterr().out
+    for part in ("OWNER/NAME", "2 files", "README.md, 2 KiB", "unet/model.safetensors, 3 MiB", "# A card"):
+        assert part in text
+
+
 @pytest.mark.parametrize("status", ["planned", "up to date"])
 def test_a_dry_run_says_what_a_stage_would_take(
     status: str, stages: FakeStages, capsys: pytest.CaptureFixture[str]
@@ -82,6 +91,6 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("mebibytes", "text"), [(0.0123, "0.0123 MiB"), (1023, "1,023 MiB"), (1536, "1.50 GiB")])
+@pytest.mark.parametrize(("mebibytes", "text"), [(0.0125, "12.8 KiB"), (1023, "1,023 MiB"), (1536, "1.50 GiB")])
 def test_sizes(mebibytes: float, text: str) -> None:
     assert size(mebibytes) == text
