@@ -9,10 +9,10 @@ from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, op
 from edadm_cli.artifacts.inspection import run_of_artifact
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.export.card import CARD_FILE, GRID_FILE, CardFacts, model_card
+from edadm_cli.export.hub_errors import explain_hub_error
 from edadm_cli.models.hub import looks_like_hub_id
 
 _TIMEOUT_S = 10.0
-_HINT = "edadm push --dry-run shows what would be sent"
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def push(upload: Upload, private: bool) -> str:
     """Uploads everything in one commit, and returns its address.
 
     Raises:
-        InputError: The hub cannot be reached, or it refuses the upload.
+        InputError: Nobody is logged in, the hub cannot be reached, or it refuses the upload.
+        MachineError: A file of the export cannot be read.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
@@ -86,17 +86,8 @@ def push(upload: Upload, private: bool) -> str:
         commit = api.create_commit(
             upload.repository, operations, commit_message=f"Export in {upload.facts.bits.upper()} by edadm"
         )
-    except LocalTokenNotFoundError as error:
-        raise InputError(
-            "An upload to the Hugging Face hub needs a login, and nobody is logged in here.", "hf auth login"
-        ) from error
-    except HfHubHTTPError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"The hub refuses the upload to '{upload.repository}': {reason}", "hf auth login") from error
     except Exception as error:
-        raise InputError(
-            f"The Hugging Face hub cannot be reached from here, so '{upload.repository}' is unchanged.", _HINT
-        ) from error
+        raise explain_hub_error(error, upload.repository) from error
     return str(commit.commit_url)
 
 
@@ -127,11 +118,15 @@ def _evaluation(run: RunFolder, export: Artifact, bits: str) -> Artifact | None:
 
 
 def _license_of(repository: str | None) -> str | None:
-    """Returns the licence that the base model's card on the hub names."""
+    """Returns the licence that the base model's card on the hub names; `None` if the hub shows no such card."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     if repository is None:
         return None
-    card = HfApi().model_info(repository, timeout=_TIMEOUT_S).card_data
+    try:
+        card = HfApi().model_info(repository, timeout=_TIMEOUT_S).card_data
+    except RepositoryNotFoundError:  # it was withdrawn or made private since, which does not concern the upload
+        return None
     licence = getattr(card, "license", None)
     return licence if isinstance(licence, str) else None
