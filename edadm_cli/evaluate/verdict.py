@@ -34,7 +34,7 @@ def verdict(
         last = one_step.growth[-1]
         adds_up = error > 0 and last / error > _LARGE_GROWTH
         sentences.append(
-            f"The {kind} is {error:.3g}; before the last of {len(one_step.growth)} steps the trajectories are "
+            f"The {kind} is {error:.3g}; before the last of {images.plan.num_steps} steps the trajectories are "
             f"{last:.3g} apart{', so the errors of the steps add up' if adds_up else ''}."
         )
         if cache is not None:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from edadm_cli.artifacts import BenchResult, ExportFacts, Manifest, Payload, recipe_name
+from edadm_cli.artifacts import BenchResult, Evaluation, ExportFacts, Manifest, Payload, recipe_name
 from edadm_cli.config import EARLIER_DENSITY_QUANTILE, EvaluateConfig
 from edadm_cli.report.contents import BY_BITS, Part, RunContents
 from edadm_cli.stage_config import SIZE_ARGUMENTS
@@ -18,7 +18,10 @@ _FLAGS: dict[str, tuple[str, ...]] = {
     "sensitivity": ("weight_bits", "activation_bits", "num_samples", "num_images", "batch_size"),
     "reconstruct": ("batch_size", "units", "matmul"),
     "export": ("parity_samples", "text_encoders"),
-    "evaluate": ("num_images", "batch_size", "num_steps", "guidance_scale", "metrics", "clip_model", "clip_pretrained"),
+    "evaluate": (
+        *("engine", "features", "cache", "num_images", "batch_size", "num_steps", "guidance_scale", "metrics"),
+        *("clip_model", "clip_pretrained"),
+    ),
     "bench": ("engine", "device", "dtype", "threads", "attention", "cache"),
 }
 """Settings of each stage that are flags of the same name."""
@@ -49,7 +52,7 @@ def _words(part: Part[Payload]) -> Iterator[str]:
     if manifest.kind == "collect":
         yield from ("--model", manifest.model.id)
     if manifest.kind in BY_BITS:
-        yield from ("--bits", part.artifact.path.name)
+        yield from ("--bits", part.facts.bits if isinstance(part.facts, Evaluation) else part.artifact.path.name)
     if isinstance(part.facts, BenchResult):
         yield from _words_of_bench(Part(part.artifact, part.facts))
     if isinstance(part.facts, ExportFacts):

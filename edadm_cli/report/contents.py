@@ -45,12 +45,20 @@ class Part(Generic[Facts]):
 
 @dataclass(frozen=True)
 class Width:
-    """The artifacts of one bit width; `None` for a stage that was not run."""
+    """The artifacts of one bit width; `None` for a stage that was not run.
+
+    Attributes:
+        evaluate: The evaluation in torch, without a step cache and in the model's own features.
+        further: The evaluations on engines, with step caches and in other features, by name.
+        unreadable: For each of those that is damaged or of an earlier export, one sentence.
+    """
 
     bits: str
     reconstruct: Part[Units] | None
     export: Part[ExportFacts] | None
     evaluate: Part[Evaluation] | None
+    further: tuple[Part[Evaluation], ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -77,7 +85,7 @@ class RunContents:
         """Yields every artifact, in the order of the chain."""
         stages: list[Part[Payload] | None] = [self.collect, self.select, self.sensitivity]
         for width in self.widths:
-            stages += [width.reconstruct, width.export, width.evaluate]
+            stages += [width.reconstruct, width.export, width.evaluate, *width.further]
         yield from (part for part in stages if part is not None)
         yield from self.benches
 
@@ -128,17 +136,35 @@ def _available_widths(run: RunFolder) -> list[str]:
             try:
                 widths[name] = BitWidth.parse(name)
             except UsageError:
-                continue  # evaluate/full-precision is not a bit width
+                continue  # the name has more than a bit width, such as that of an engine
     return sorted(widths, key=lambda name: (widths[name].weight, widths[name].activation), reverse=True)
 
 
 def _read_width(run: RunFolder, bits: str) -> Width:
+    further, unreadable = _read_further(run, bits)
     return Width(
         bits=bits,
         reconstruct=_read(run, "reconstruct", bits, Units),
         export=_read(run, "export", bits, ExportFacts),
         evaluate=_read(run, "evaluate", bits, Evaluation),
+        further=further,
+        unreadable=unreadable,
     )
+
+
+def _read_further(run: RunFolder, bits: str) -> tuple[tuple[Part[Evaluation], ...], tuple[str, ...]]:
+    """Returns the evaluations whose names have more than the bit width, and sentences on those that cannot be read."""
+    parts, problems = [], []
+    for name in run.names("evaluate"):
+        if not name.startswith(f"{bits}-"):
+            continue
+        try:
+            part = _read(run, "evaluate", name, Evaluation)
+        except InputError as error:
+            problems.append(f"{error.message} Next: {error.hint}" if error.hint else error.message)
+        else:
+            parts += [part] if part is not None and part.facts.bits == bits else []
+    return tuple(parts), tuple(problems)
 
 
 def _read_benches(run: RunFolder, shown: Sequence[str] | None) -> tuple[Part[BenchResult], ...]:

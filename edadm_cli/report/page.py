@@ -43,7 +43,7 @@ def render(contents: RunContents) -> str:
         A self-contained document: images and styles are embedded, and there are no scripts or external links.
     """
     quality = quality_section(contents)
-    evaluated = any(width.evaluate is not None for width in contents.widths)
+    evaluated = any(width.evaluate or width.further for width in contents.widths)
     sections = {
         "figures": cards(contents),
         "images": images_section(contents),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from edadm_cli.artifacts import Evaluation
 from edadm_cli.metrics.registry import in_order, metrics
@@ -10,7 +11,7 @@ from edadm_cli.report.contents import Part, RunContents, Width
 from edadm_cli.report.formats import label_of, metric_value, number
 from edadm_cli.report.html import Html, Node, code, details, element, section, sentences, table
 from edadm_cli.report.images import build_walls, show_wall
-from edadm_cli.report.notices import caution, per_width
+from edadm_cli.report.notices import caution, missing, per_width
 
 _ARROWS = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
 
@@ -29,22 +30,38 @@ def images_section(contents: RunContents) -> Html | None:
 
 def quality_section(contents: RunContents) -> Html:
     """Returns the section with every metric of every evaluation, and its features."""
-    return section("quality", "Quality", per_width(contents, "evaluate", _quality))
+    return section("quality", "Quality", per_width(contents, "evaluate", partial(_quality, contents=contents)))
 
 
-def _quality(width: Width) -> Html | None:
-    if width.evaluate is None:
-        return None
-    facts = width.evaluate.facts
-    parts = [
-        element("p", _sampling(width.evaluate), class_="lead"),
+def _quality(width: Width, contents: RunContents) -> Html | None:
+    """Returns the evaluation of a bit width, and below it those on engines, with step caches and in other features."""
+    heading = "h4" if len(contents.widths) > 1 else "h3"
+    plain = None if width.evaluate is None else _evaluation(width.evaluate, width.title)
+    nodes: list[Node] = [plain or missing(contents, "evaluate", width.bits)]
+    for part in width.further:
+        circumstances = circumstances_of(part)
+        nodes += [element(heading, f"Evaluated {circumstances}"), _evaluation(part, f"{width.title} {circumstances}")]
+    return element("div", nodes, [caution(text) for text in width.unreadable])
+
+
+def circumstances_of(part: Part[Evaluation]) -> str:
+    """Returns how an evaluation differs from the plain one, such as `on the engine openvino`."""
+    words = {"engine": "on the engine", "features": "in features of", "cache": "with the step cache"}
+    named = (f"{text} {part.config[key]}" for key, text in words.items() if part.config.get(key))
+    return ", ".join(named) or part.artifact.path.name
+
+
+def _evaluation(part: Part[Evaluation], title: str) -> Html:
+    facts = part.facts
+    return element(
+        "div",
+        element("p", _sampling(part), class_="lead"),
         sentences(facts.verdict),
-        _metrics(width, facts),
-        _growth(facts),
+        _metrics(title, facts),
+        _growth(title, facts),
         *_skipped(facts.skipped),
         *(caution(_with_label(text)) for text in facts.cautions),
-    ]
-    return element("div", parts)
+    )
 
 
 def _sampling(part: Part[Evaluation]) -> str:
@@ -56,7 +73,7 @@ def _sampling(part: Part[Evaluation]) -> str:
     return f"{facts.num_images:,} images at each precision, {facts.num_steps} steps{guidance}.{real}{equal}"
 
 
-def _metrics(width: Width, facts: Evaluation) -> Html:
+def _metrics(title: str, facts: Evaluation) -> Html:
     rows: list[list[Node]] = []
     for name in in_order(facts.metrics):
         metric, full = facts.metrics[name], facts.full_precision.get(name)
@@ -67,12 +84,12 @@ def _metrics(width: Width, facts: Evaluation) -> Html:
         num_images = facts.one_step.num_images if is_one_step and facts.one_step else facts.num_images
         what = "predictions" if is_one_step else metrics()[name].compared if name in metrics() else ""
         rows.append([_labelled(name, " to full precision"), "", metric_value(name, value), what, number(num_images)])
-    header = ["metric", "full precision", width.title, "features", "images"]
-    return table(header, rows, f"Quality of {width.title}", numeric=(1, 2, 4))
+    header = ["metric", "full precision", title, "features", "images"]
+    return table(header, rows, f"Quality of {title}", numeric=(1, 2, 4))
 
 
-def _growth(facts: Evaluation) -> Html | None:
-    """Returns the errors step by step; `None` if they were not measured."""
+def _growth(title: str, facts: Evaluation) -> Html | None:
+    """Returns the errors call by call, of which a sampler may make several per step; `None` without them."""
     error = facts.one_step
     if error is None or not error.growth:
         return None
@@ -80,9 +97,11 @@ def _growth(facts: Evaluation) -> Html | None:
     for step, (one, growth) in enumerate(zip(error.by_step, error.growth, strict=False)):
         guided = number(error.guided_by_step[step]) if step < len(error.guided_by_step) else ""
         rows.append([str(step), number(one), guided, number(growth)])
-    header = ["step", "one-step error", "guided", "distance of the trajectories before it"]
+    kind = "step" if len(rows) == facts.num_steps else "call"
+    header = [kind, "one-step error", "guided", "distance of the trajectories before it"]
     note = f"Relative L2 over {error.num_images:,} trajectories that were not learned from."
-    return details("Errors step by step", element("p", note), table(header, rows, "Errors step by step", range(4)))
+    label = f"Errors {kind} by {kind}"
+    return details(label, element("p", note), table(header, rows, f"{label} of {title}", range(4)))
 
 
 def distances_of(facts: Evaluation) -> dict[str, float]:
