@@ -27,6 +27,8 @@ def _empty_linears(
     out_dtype: torch.dtype = torch.float16,
 ) -> list[Tensor]:
     """Checks the arguments of `linears` and returns empty outputs."""
+    if not weights:
+        raise ValueError("weights of at least one layer are expected, found none")
     outs = []
     for weight, scale, correction, bias in zip(weights, scales, corrections, biases, strict=True):
         check_matrices(x, weight, scale, correction, bias)

@@ -247,3 +247,10 @@ def test_a_stack_of_spaced_operands_is_refused(place: int) -> None:
     arguments[place] = torch.cat([arguments[place]] * 2, dim=-1)[..., : arguments[place].shape[-1]]
     with pytest.raises(ValueError, match="contiguous"):
         torch.ops.edadm.linear_stack(*arguments)
+
+
+@pytest.mark.parametrize("name", ["linears", "linears_gelu"])
+def test_an_input_without_layers_is_refused(name: str) -> None:
+    arguments = [[] if isinstance(value, list) else value for value in cases()[name]]
+    with pytest.raises(ValueError, match="at least one layer"):
+        getattr(torch.ops.edadm, name)(*arguments)
