@@ -40,6 +40,7 @@ class SideBranch(nn.Module):
         owners: The layer, the adapter and the rank of each range of R, in order.
         stride: The stride of the convolution.
         padding: The padding of the convolution, in both directions.
+        dilation: The dilation of the convolution.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class SideBranch(nn.Module):
         owners: Sequence[tuple[str, str, int]],
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
     ) -> None:
         super().__init__()
         missing = -down.shape[0] % _ALIGNED
-        self.owners, self.stride, self.padding = (*owners, *([("", "", missing)] if missing else [])), stride, padding
+        self.owners = (*owners, *([("", "", missing)] if missing else []))
+        self.stride, self.padding, self.dilation = stride, padding, dilation
         down = F.pad(down, (0, 0) * (down.ndim - 1) + (0, missing))
         up = F.pad(up, (0, missing))
         is_image = down.ndim == 4
@@ -79,7 +82,7 @@ class SideBranch(nn.Module):
         x = x.to(self.down.dtype)
         if not self.is_convolution:
             return self.raise_to(F.linear(x, self.down), more)
-        hidden = F.conv2d(x, self.down, stride=self.stride, padding=self.padding).permute(0, 2, 3, 1)
+        hidden = F.conv2d(x, self.down, None, self.stride, self.padding, self.dilation).permute(0, 2, 3, 1)
         return self.raise_to(hidden, None if more is None else more.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def raise_to(self, hidden: Tensor, more: Tensor | None) -> Tensor:
@@ -189,5 +192,8 @@ def _branch(name: str, wrapper: Any) -> SideBranch | None:
         owners.append((name, adapter, a.weight.shape[0]))
     if not downs:
         return None
-    options: dict[str, Any] = {"stride": a.stride, "padding": a.padding} if isinstance(a, nn.Conv2d) else {}
-    return SideBranch(torch.cat(downs), torch.cat(ups, dim=1), owners, **options)
+    down, up = torch.cat(downs), torch.cat(ups, dim=1)
+    if isinstance(a, nn.Conv2d):
+        sizes: Any = (a.stride, a.padding, a.dilation)
+        return SideBranch(down, up, owners, *sizes)
+    return SideBranch(down, up, owners)

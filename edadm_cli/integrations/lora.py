@@ -165,13 +165,19 @@ def _side_branches() -> tuple[type[nn.Module], type[nn.Module]]:
 
         _float_layer: nn.Module | None = None
 
-        def update_layer(self, *args: Any, **kwargs: Any) -> None:
-            """Shows PEFT a float convolution as the base layer, because PEFT creates A with the base layer's class."""
-            self.__dict__["_float_layer"] = _float_convolution(self.base_layer)
+        def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+            """Shows PEFT a float convolution as the base layer, because PEFT creates A with the base layer's class.
+
+            PEFT gives A the kernel, stride and padding of the layer, but not the dilation.
+            """
+            shown = _float_convolution(self.base_layer)
+            self.__dict__["_float_layer"] = shown
             try:
-                super().update_layer(*args, **kwargs)
+                super().update_layer(adapter_name, *args, **kwargs)
             finally:
                 del self.__dict__["_float_layer"]
+            down: Any = self.lora_A[adapter_name]
+            down.dilation = shown.dilation
 
         def get_base_layer(self) -> nn.Module:
             base: nn.Module = super().get_base_layer()

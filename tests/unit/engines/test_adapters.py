@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
+from torch.nn.functional import conv2d
 
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
-from edadm_cli.engines.adapters import strengths_of
+from edadm_cli.engines.adapters import strengths_of, take_adapters
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.parity import relative_l2
@@ -93,3 +94,23 @@ def test_layers_with_adapters_stay_in_integers(network: Any) -> None:
     layers = CudaEngine().compile(denoiser, *call, CPU).layers
     denoiser.unload_lora()
     assert layers == CudaEngine().compile(denoiser, *call, CPU).layers
+
+
+@torch.no_grad()
+def test_a_dilated_convolution_dilates_its_adapter_too(tiny_sd: Path) -> None:
+    denoiser: Any = UNet2DConditionModel.from_pretrained(tiny_sd / "unet").eval()
+    name = "mid_block.resnets.0.conv1"
+    convolution = denoiser.get_submodule(name)
+    convolution.dilation = convolution.padding = (2, 2)
+    quantize_to_nearest(denoiser, load_recipe("rtn"), BitWidth.parse("w8a8"), [example_call(denoiser, batch_size=1)])
+    bind_methods(denoiser)
+    base = denoiser.get_submodule(name)
+    _add(denoiser, "first", [name], 1)
+    wrapper: Any = denoiser.get_submodule(name)
+    down, up = wrapper.lora_A["first"].weight, wrapper.lora_B["first"].weight
+    x = torch.randn(2, down.shape[1], 8, 8)
+    added = conv2d(conv2d(x, down, padding=2, dilation=2), up)
+    torch.testing.assert_close(wrapper(x), base(x) + added)
+    branch = take_adapters(denoiser)[1][name]
+    branch.set_strengths(strengths_of(denoiser))
+    torch.testing.assert_close(branch(x), added, atol=1e-5, rtol=1e-5)
