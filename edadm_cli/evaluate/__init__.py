@@ -3,4 +3,4 @@
 from edadm_cli.artifacts import Stage
 from edadm_cli.config import EvaluateConfig
 
-STAGE = Stage("evaluate", EvaluateConfig, parallel=True)
+STAGE = Stage("evaluate", EvaluateConfig, parallel=True, finds_itself=True)

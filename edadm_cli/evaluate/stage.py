@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from edadm_cli.artifacts import (
+    Artifact,
     Build,
     BuildSpec,
     EvaluateRecord,
@@ -18,10 +19,12 @@ from edadm_cli.artifacts import (
 )
 from edadm_cli.config import EvaluateConfig
 from edadm_cli.errors import InputError
+from edadm_cli.evaluate.adding import metrics_with_stored, spec_of
 from edadm_cli.evaluate.full_precision import full_precision_images
 from edadm_cli.evaluate.images import BATCH_PATTERN, SampledImages, sample_images
 from edadm_cli.evaluate.one_step import one_step_error
 from edadm_cli.evaluate.outcome import write_outcome
+from edadm_cli.evaluate.plan import EvaluationPlan
 from edadm_cli.evaluate.request import EvaluationRequest, resolve
 from edadm_cli.evaluate.verdict import verdict
 from edadm_cli.processes import Processes, join
@@ -29,13 +32,15 @@ from edadm_cli.progress import Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from edadm_cli.evaluate.evaluator import Evaluator
-    from edadm_cli.evaluate.plan import EvaluationPlan
 
 
 def run(
     config: EvaluateConfig, run_folder: RunFolder, *, force: bool = False, reporter: Reporter | None = None
 ) -> EvaluateRecord:
     """Samples at both precisions, computes every metric that can be computed, and writes the `evaluate` artifact.
+
+    An evaluation that differs only in its metrics is up to date if it has those that are asked for. If it lacks some,
+    it is made again with the metrics of both; its images are not kept, so they are sampled again.
 
     Raises:
         InputError: The export is missing or broken, or the weights of a metric that was named are missing.
@@ -46,10 +51,13 @@ def run(
     reporter = reporter or SilentReporter()
     processes = join(config.device)
     with processes.together():
-        evaluation = _evaluation_plan(
-            config.model_copy(update={"device": processes.device_name(config.device)}), run_folder
-        )
-        with run_folder.build(_build_spec(evaluation), force, processes) as build:
+        config = config.model_copy(update={"device": processes.device_name(config.device)})
+        is_new = force or not processes.is_main
+        metrics, adds = processes.share((config.metrics, False) if is_new else metrics_with_stored(config, run_folder))
+        evaluation = _evaluation_plan(config.model_copy(update={"metrics": tuple(metrics)}), run_folder)
+        if adds:
+            reporter.note(f"The images of {config.name} are sampled again, because metrics are added to it.")
+        with run_folder.build(spec_of(evaluation), force or adds, processes) as build:
             is_done = build.up_to_date
             if not is_done:
                 _evaluate(evaluation, build, processes, reporter)
@@ -70,7 +78,20 @@ def run(
 
 def build_spec(config: EvaluateConfig, run_folder: RunFolder) -> BuildSpec:
     """Returns the specification of the artifact that `run` would build, without building it."""
-    return _build_spec(_evaluation_plan(config, run_folder))
+    return spec_of(_evaluation_plan(config, run_folder))
+
+
+def finished(config: EvaluateConfig, run_folder: RunFolder) -> Artifact | None:
+    """Returns the evaluation on disk if it has every metric that is asked for; `None` if there is work to do.
+
+    Raises:
+        InputError: The evaluation on disk has other settings, or it is broken.
+    """
+    if not run_folder.names("evaluate"):
+        return None
+    metrics, adds = metrics_with_stored(config, run_folder)
+    spec = build_spec(config.model_copy(update={"metrics": metrics}), run_folder)
+    return None if adds else run_folder.finished(spec)
 
 
 def artifact_name(config: EvaluateConfig) -> str:
@@ -79,22 +100,7 @@ def artifact_name(config: EvaluateConfig) -> str:
 
 
 def _evaluation_plan(config: EvaluateConfig, run: RunFolder) -> EvaluationPlan:
-    from edadm_cli.evaluate.plan import EvaluationPlan
-
     return EvaluationPlan(resolve(config, run))
-
-
-def _build_spec(evaluation: EvaluationPlan) -> BuildSpec:
-    request = evaluation.request
-    config = request.config
-    return BuildSpec(
-        kind="evaluate",
-        name=config.name,
-        config={**config.identity_fields(), **request.identity_fields(), **evaluation.identity_fields()},
-        seed=config.seed,
-        parents=(request.export,),
-        model=request.model,
-    )
 
 
 def _evaluate(evaluation: EvaluationPlan, build: Build, processes: Processes, reporter: Reporter) -> None:
