@@ -33,6 +33,8 @@ def plugin_properties(options: EngineOptions) -> dict[str, Any]:
     """Returns the properties of OpenVINO's CPU plug-in."""
     properties: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
+        # by default the plug-in rounds every linear layer's floating-point input to eight bits, whatever the plan says
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         "INFERENCE_PRECISION_HINT": _PRECISIONS[options.rest_dtype],
     }
     if options.num_threads is not None:
@@ -140,7 +142,12 @@ class OpenVinoDenoiser(CompiledDenoiser):
     def layers(self) -> tuple[LayerExecution, ...]:
         """Returns how each layer runs, from the runtime graph of the shape that was used last."""
         compiled = next(reversed(self._requests.values()))
-        return executed_layers(runtime_nodes(compiled.model), self._planned, compiled.in_float)
+        return executed_layers(runtime_nodes(compiled.model), self._planned, compiled.in_float, self._rest)
+
+    @property
+    def _rest(self) -> str:
+        """Returns the name of the element type of what is not quantized."""
+        return str(self._options.rest_dtype).removeprefix("torch.")
 
     def profile(self, *args: Any, **kwargs: Any) -> list[OperationTime]:
         """Returns the time of each operation of one call after a warm-up call, from a copy with counters."""
@@ -148,7 +155,7 @@ class OpenVinoDenoiser(CompiledDenoiser):
         compiled = self._compile(graph, _shapes(tensors), {"PERF_COUNT": True})
         for _ in range(2):
             compiled.infer(tensors)
-        return operation_times(runtime_nodes(compiled.model), self._planned, compiled.in_float)
+        return operation_times(runtime_nodes(compiled.model), self._planned, compiled.in_float, self._rest)
 
     def _request(self, graph: _Graph, shapes: Shapes) -> _Compiled:
         if shapes in graph.misfits:

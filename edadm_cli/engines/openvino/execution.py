@@ -71,7 +71,7 @@ def runtime_nodes(compiled: ov.CompiledModel) -> list[RuntimeNode]:
 
 
 def executed_layers(
-    nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer], reasons: Mapping[str, str]
+    nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer], reasons: Mapping[str, str], rest: str
 ) -> tuple[LayerExecution, ...]:
     """Returns how each planned layer runs.
 
@@ -79,16 +79,20 @@ def executed_layers(
         nodes: The nodes of the runtime graph.
         planned: The layers in the order of the denoiser's modules.
         reasons: The name of each layer that is known not to run in integers, with the reason.
+        rest: The element type of what is not quantized, such as `float32`.
     """
     products: dict[str, list[RuntimeNode]] = {}
     for node in nodes:
         if node.type in _PRODUCTS:
             for name in dict.fromkeys(map(layer_name, node.product_sources)):
                 products.setdefault(name, []).append(node)
-    return tuple(_execution(layer, products.get(layer.name, []), reasons.get(layer.name)) for layer in planned)
+    return tuple(_execution(layer, products.get(layer.name, []), reasons.get(layer.name), rest) for layer in planned)
 
 
-def _execution(layer: PlannedLayer, nodes: list[RuntimeNode], known: str | None) -> LayerExecution:
+def _execution(layer: PlannedLayer, nodes: list[RuntimeNode], known: str | None, rest: str) -> LayerExecution:
+    if layer.planned == FLOAT and nodes and nodes[0].precision == "int8":
+        # the node states the element type of the weights, which it multiplies with an input in floating point
+        return LayerExecution(layer.name, layer.kind, layer.planned, rest, None)
     floating = [node for node in nodes if node.precision != "int8"]
     precision, reason = "int8" if nodes else NOT_RUN, known
     if floating:
@@ -102,10 +106,10 @@ def _execution(layer: PlannedLayer, nodes: list[RuntimeNode], known: str | None)
 
 
 def operation_times(
-    nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer], reasons: Mapping[str, str]
+    nodes: Iterable[RuntimeNode], planned: Iterable[PlannedLayer], reasons: Mapping[str, str], rest: str
 ) -> list[OperationTime]:
     """Returns the time of each node that ran; see `executed_layers` for the arguments."""
-    names = {layer.name for layer in planned}
+    names = {layer.name: layer.planned for layer in planned}
     rows = []
     for node in nodes:
         if not node.ran:
@@ -115,8 +119,12 @@ def operation_times(
         node_name = _without_wrapper(node.name)
         layer = next((name for name in map(layer_name, sources) if name in names), node_name)
         kind = "attention" if node.type == "Subgraph" and node.product_sources else _KINDS.get(node.type, "elementwise")
-        is_mixed = node.type == "Subgraph" and node.precision == "int8" and kind == "attention" and layer in reasons
-        rows.append(OperationTime(layer, kind, MIXED if is_mixed else node.precision, node.milliseconds))
+        precision = node.precision
+        if precision == "int8" and names.get(layer) == FLOAT and node.type in _PRODUCTS:
+            precision = rest  # int8 is the element type of its weights only
+        elif precision == "int8" and node.type == "Subgraph" and kind == "attention" and layer in reasons:
+            precision = MIXED
+        rows.append(OperationTime(layer, kind, precision, node.milliseconds))
     return rows
 
 

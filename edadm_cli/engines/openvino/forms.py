@@ -3,6 +3,8 @@
 The fastest form depends on the processor. With bfloat16 tiles (AMX), attention in bytes can take longer than in
 bfloat16. Without them, bytes are faster. Every product that is large enough is therefore compiled alone in each form,
 and the forms are timed in turns; those of attention with the projections before it, whose output its quantizers round.
+Where the times of one form differ because the machine is busy, the processor time of this process decides, which other
+programs hardly change.
 The results are stored in a file per user, by processor, version of OpenVINO, element type, threads, shape and
 attributes such as strides, so that a product is measured only once per processor.
 
@@ -20,6 +22,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -59,11 +62,14 @@ _LEAST_SHARE, _LEAST_ATTENTION = 0.05, 0.01
 That of attention is smaller, because its faster form differs from shape to shape.
 """
 _ROUNDS = 5
+_STEADY = 1.25
+"""How many times as long as the shortest call the median may take; else other programs take turns on the processor."""
 _ADVANTAGES: dict[Form, float] = {"bytes quantized last": 0.97, "scores in bytes": 0.9, "float": 0.9}
 """A form is chosen if its shortest time is less than this share of the shortest time in the form `bytes`."""
 _LARGEST_FILE = 1 << 20
-_VERSION = 4
-"""The version of what is stored. With versions 1 and 2, other operations were measured than those that are named."""
+_VERSION = 5
+"""The version of what is stored. Versions 1 and 2 measured other operations than they name; in those up to 4, a busy
+machine could make a slower form look faster."""
 _PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 
 
@@ -216,14 +222,17 @@ def _quantizers(members: list[QuantizedProduct]) -> list[ov.Node]:
 
 def _fastest_form(graph: ov.Model, operation: _Operation, properties: dict[str, Any]) -> Form:
     runs = {form: _compiled(graph, operation, properties, form) for form in operation.candidates}
-    times: dict[Form, list[float]] = {form: [] for form in runs}
+    elapsed: dict[Form, list[float]] = {form: [] for form in runs}
+    used: dict[Form, list[float]] = {form: [] for form in runs}  # by all threads of this process
     for turn in range(_ROUNDS + 1):
         for form, (request, inputs) in runs.items():
-            start = time.perf_counter()
+            start, start_used = time.perf_counter(), time.process_time()
             request.infer(inputs, share_inputs=True)
             if turn:  # the first call allocates
-                times[form].append(time.perf_counter() - start)
-    shortest = {form: min(measured) for form, measured in times.items()}
+                elapsed[form].append(time.perf_counter() - start)
+                used[form].append(time.process_time() - start_used)
+    is_steady = all(median(measured) <= _STEADY * min(measured) for measured in elapsed.values())
+    shortest = {form: min(measured) for form, measured in (elapsed if is_steady else used).items()}
     faster = [
         form for form, share in _ADVANTAGES.items() if form in shortest and shortest[form] < share * shortest["bytes"]
     ]

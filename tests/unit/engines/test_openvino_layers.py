@@ -9,15 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openvino import opset13 as ops
-from torch import Tensor
+from torch import Tensor, nn
 
 from edadm_cli.engines.base import EngineOptions
+from edadm_cli.engines.graph.description import PlannedLayer
 from edadm_cli.engines.openvino import OpenVinoEngine, nodes
 from edadm_cli.engines.openvino.denoiser import plugin_properties
+from edadm_cli.engines.openvino.execution import executed_layers, operation_times, runtime_nodes
 from edadm_cli.engines.openvino.int4 import int4_codes, int4_constant, widen
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.quant.grid import Grid, activation_grid, quantize, weight_grid
-from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
 from edadm_cli.quant.plan import LayerPlan
 from tests.unit.engines.graph_layers import LAYERS, filled
 
@@ -61,6 +63,25 @@ def test_a_float_input_meets_the_dequantized_weights(name: str) -> None:
     layer, x = filled(name, plan, 0, 0.037), torch.randn(LAYERS[name][1], generator=torch.Generator().manual_seed(2))
     assert OpenVinoEngine().layer_refusal(layer) == "its input stays in floating point"
     assert relative_l2(OpenVinoEngine().compile_layer(layer, x, CPU)(x), layer(x)) < 1e-5
+
+
+def test_a_float_input_is_not_rounded_by_openvino_and_listed_in_floating_point() -> None:
+    """OpenVINO rounds inputs of at least 32 channels to eight bits by itself unless it is asked not to."""
+    torch.manual_seed(0)
+    layer = quantized_layer(nn.Linear(64, 48), LayerPlan(weight_bits=8))
+    assert isinstance(layer, QuantizedLayer)
+    layer.set_parameters(torch.randint(-128, 128, layer.weight_shape), torch.full((48,), 0.01))
+    x = torch.randn(8, 64)
+    assert relative_l2(OpenVinoEngine().compile_layer(layer, x, CPU)(x), layer(x)) < 1e-5
+    parameter = ops.parameter([8, 64], ov.Type.f32)
+    graph = ov.Model([nodes.layer(parameter.output(0), layer, "projection")], [parameter])
+    compiled = ov.Core().compile_model(graph, "CPU", plugin_properties(CPU) | {"PERF_COUNT": True})
+    compiled([x.numpy()])
+    planned = [PlannedLayer(name="projection", kind="linear", planned="float")]
+    executed = runtime_nodes(compiled)
+    assert [row.precision for row in executed_layers(executed, planned, {}, "float32")] == ["float32"]
+    times = [row for row in operation_times(executed, planned, {}, "float32") if row.name == "projection"]
+    assert [row.precision for row in times] == ["float32"]
 
 
 @pytest.mark.parametrize("grid", [activation_grid(8), weight_grid(8), weight_grid(6)], ids=str)
