@@ -17,7 +17,7 @@ from edadm_cli.artifacts import (
     save_tensors,
     shared_keys,
 )
-from edadm_cli.artifacts.quantization import PARAMS_FILE, save_plan
+from edadm_cli.artifacts.quantization import PARAMS_FILE
 from edadm_cli.calibrate.gptq import gptq_params
 from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.ranges import search_ranges
@@ -28,11 +28,11 @@ from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace
 from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
 from edadm_cli.reconstruct.context import ReconstructionContext
-from edadm_cli.reconstruct.float_inputs import plan_float_inputs
 from edadm_cli.reconstruct.memory import rows_budget
+from edadm_cli.reconstruct.planned import planned_context
 from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache
 from edadm_cli.reconstruct.summary import no_blocks, quantized_names, report_gaps, summary, total_coverage, total_loss
-from edadm_cli.reconstruct.task import Task, arithmetic, prepare, resolve_task
+from edadm_cli.reconstruct.task import Task, arithmetic, resolve_task
 from edadm_cli.reconstruct.unit_data import UnitResult
 
 _RANGES_FILE = "ranges.safetensors"
@@ -108,7 +108,7 @@ def _build_denoiser(task: Task, place: str, folder: Path, reporter: Reporter) ->
         folder.mkdir(exist_ok=True)
     task.processes.wait()
     note = reporter.warn if task.processes.is_main else lambda _: None
-    context = plan_float_inputs(prepare(task, place, note), task.config.recipe.ranges, task.config.seed, task.processes)
+    context = planned_context(task, place, folder, note)
     warnings = no_blocks(task, context)
     for warning in warnings if task.processes.is_main else ():
         reporter.warn(warning)
@@ -116,7 +116,6 @@ def _build_denoiser(task: Task, place: str, folder: Path, reporter: Reporter) ->
     quantized = quantized_names(context.plan, params)
     if task.processes.is_main:
         save_tensors(folder / PARAMS_FILE, params)
-        save_plan(folder, context.plan)
         summary(context, results, len(quantized), warnings).save(folder)
     return passes
 

@@ -24,7 +24,7 @@ from edadm_cli.models.repeatable import repeatable_convolutions
 from edadm_cli.models.stored import is_stored
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.processes import Processes
-from edadm_cli.quant.plan import name_within
+from edadm_cli.quant.plan import QuantizationPlan, name_within
 from edadm_cli.recipe import Recipe
 from edadm_cli.reconstruct.batches import Batches
 from edadm_cli.reconstruct.context import ReconstructionContext
@@ -135,17 +135,21 @@ def resolve_task(config: ReconstructConfig, run: RunFolder, processes: Processes
     return Task(config, run, selection, sensitivity, batch_size, hyperparameters, device, processes)
 
 
-def prepare(task: Task, place: str = "", note: Callable[[str], None] = lambda _: None) -> ReconstructionContext:
+def prepare(
+    task: Task, place: str = "", note: Callable[[str], None] = lambda _: None, plan: QuantizationPlan | None = None
+) -> ReconstructionContext:
     """Loads a denoiser and plans its layers and units.
 
     Args:
         task: What is reconstructed.
         place: Which denoiser; see `CollectedRun.places`.
         note: Called with a sentence on where its weights are.
+        plan: The bits of its layers, if they are decided already.
     """
     config = task.config
     denoiser, traced, batches = load_traced(task, place, note)
-    plan = plan_network(traced, task.recipe(place, denoiser, traced), config.bits)
+    if plan is None:
+        plan = plan_network(traced, task.recipe(place, denoiser, traced), config.bits)
     network = SwitchableNetwork(denoiser, list(plan.layers), list(plan.attentions))
     granularity: Literal["block", "layer"] = "layer" if config.recipe.learn.granularity == "layer" else "block"
     all_units = units(denoiser, traced, set(plan.layers), granularity)
