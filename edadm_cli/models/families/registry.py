@@ -34,8 +34,11 @@ def families() -> tuple[DenoiserFamily, ...]:
 
 
 def family_of(denoiser: nn.Module) -> DenoiserFamily:
-    """Returns the family of a denoiser's class, or else of its nearest base class; `UNDESCRIBED` if none has one."""
-    for cls in type(denoiser).__mro__:
+    """Returns the family of a denoiser's class, or else of its nearest base class; `UNDESCRIBED` if none has one.
+
+    The family of a denoiser on an engine is that of the denoiser that it stands for.
+    """
+    for cls in type(getattr(denoiser, "stands_for", denoiser)).__mro__:
         for family in families():
             if cls.__name__ in family.denoisers:
                 return family

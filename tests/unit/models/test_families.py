@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import diffusers
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.config import BitWidth
+from edadm_cli.engines.base import CompiledDenoiser
+from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.errors import InputError
 from edadm_cli.models.families import DenoiserFamily, block_kinds, families, family_of, middle_module, registry
 from edadm_cli.models.units import trace, units
@@ -98,3 +101,12 @@ def test_every_class_that_a_family_names_exists() -> None:
     defined_here = {"ClassConditionalUNet"}
     names = {name for family in families() for name in family.denoisers} - defined_here
     assert [name for name in sorted(names) if not hasattr(diffusers, name)] == []
+
+
+def test_a_denoiser_on_an_engine_has_the_family_of_the_one_it_stands_for() -> None:
+    denoiser = diffusers.DreamLiteUNetModel.__new__(diffusers.DreamLiteUNetModel)
+    nn.Module.__init__(denoiser)
+    denoiser.weight = nn.Parameter(torch.zeros(1))
+    expected = family_of(denoiser)
+    assert expected.one_prompt_pipelines == ("DreamLitePipeline",)
+    assert family_of(EngineDenoiser(denoiser, cast(CompiledDenoiser, lambda *_: None))) is expected
