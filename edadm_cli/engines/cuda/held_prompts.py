@@ -34,6 +34,23 @@ class HeldLayer(nn.Module):
         return self.held
 
 
+class UnreadProjection(nn.Module):
+    """Takes the place of the projection of the prompt, whose output only held layers would read: it computes nothing.
+
+    Args:
+        layer: The projection.
+        width: The number of its output features.
+    """
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layer, self.width = layer, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns a view of `x` with the shape of the projection's output."""
+        return x[..., :1].expand(*x.shape[:-1], self.width)
+
+
 def hold_prompts(model: Any, prompt: PromptCache) -> None:
     """Makes a deployed PixArt take the keys and values of cross-attention from `prompt`, in place.
 
@@ -46,10 +63,12 @@ def hold_prompts(model: Any, prompt: PromptCache) -> None:
     if type(model).__name__ not in _MODELS or model.caption_projection is None:
         return
     held: list[tuple[HeldLayer, HeldLayer]] = []
+    caption = model.caption_projection
+    model.caption_projection = UnreadProjection(caption, model.inner_dim)
     for block in model.transformer_blocks:
         attention = block.attn2
         attention.to_k, attention.to_v = pair = HeldLayer(attention.to_k), HeldLayer(attention.to_v)
-        place = prompt.add(partial(_project, model.caption_projection, pair[0].layer, pair[1].layer))
+        place = prompt.add(partial(_project, caption, pair[0].layer, pair[1].layer))
         assert place == len(held)
         held.append(pair)
     prompt.is_active = True

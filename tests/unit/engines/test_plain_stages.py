@@ -154,12 +154,15 @@ def test_heads_of_text_and_image_are_joined_by_one_kernel(family: str, joined: i
 @torch.no_grad()
 def test_the_prompt_of_a_pixart_is_projected_once_and_followed() -> None:
     denoiser, (args, kwargs) = quantized_denoiser("pixart")
-    compiled = CudaEngine().compile(denoiser, args, kwargs, CPU)
+    compiled: Any = CudaEngine().compile(denoiser, args, kwargs, CPU)
+    projections: list[int] = []
+    compiled.model.caption_projection.layer.register_forward_hook(lambda *_: projections.append(1))
     with counted() as first:
         compiled(*args, **kwargs)
     with counted() as again:
         compiled(*args, **kwargs)
     assert first["linears"] - again["linears"] == 1, "keys and values of the only block"
+    assert len(projections) == 1, "the prompt itself is projected for the only block, and not once per call"
     kwargs["encoder_hidden_states"].mul_(0.5)
     with counted() as anew:
         prediction = prediction_of(compiled(*args, **kwargs))
