@@ -59,6 +59,7 @@ class SampledImages(Dataset[Tensor]):
         self.folder = folder
         self.plan = plan
         self._cached: tuple[int, Tensor] | None = None
+        self._shapes: tuple[torch.Size, torch.Size] | None = None
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -70,9 +71,35 @@ class SampledImages(Dataset[Tensor]):
         return to_rgb(self._cached[1][place])
 
     def batch(self, number: int) -> Samples:
-        """Reads one batch."""
-        tensors = load_tensors(batch_path(self.folder, number))
-        return Samples(tensors["images"], tensors["latents"])
+        """Reads one batch.
+
+        Raises:
+            InputError: The file does not hold the images and latents of the batch.
+        """
+        path = batch_path(self.folder, number)
+        tensors, start = load_tensors(path), number * self.plan.batch_size
+        images, latents = tensors.get("images"), tensors.get("latents")
+        count = min(self.plan.batch_size, len(self) - start)
+        if images is not None and latents is not None and _are_images(images) and latents.ndim > 1:
+            shapes = images.shape[1:], latents.shape[1:]
+            self._shapes = self._shapes or shapes  # of the first batch that was read
+            if len(images) == len(latents) == count and shapes == self._shapes:
+                return Samples(images, latents)
+        raise InputError(
+            f"{path} does not hold {count:,} images with their latents, of the same shape in all files.",
+            hint=f"remove the folder {self.folder}, and type the same command again",
+        )
+
+    def require_shapes_of(self, other: SampledImages) -> None:
+        """Checks that the images and latents have the shapes of other ones of the same plan.
+
+        Raises:
+            InputError: A shape differs, so that they cannot be compared.
+        """
+        for name in ("images", "latents"):
+            first, second = (tuple(getattr(each.batch(0), name).shape) for each in (self, other))
+            if first != second:
+                raise InputError(f"The {name} in {self.folder} have the shape {first}, and in {other.folder} {second}.")
 
     def batches(self) -> Iterator[tuple[slice, Samples]]:
         """Yields the range of each batch's images in the set, and the batch."""
@@ -92,6 +119,11 @@ class SampledImages(Dataset[Tensor]):
 def batch_path(folder: Path, number: int) -> Path:
     """Returns the path of a batch."""
     return folder / f"batch-{number:05d}.safetensors"
+
+
+def _are_images(tensor: Tensor) -> bool:
+    """Returns whether a tensor holds gray or coloured images, `(n, C, H, W)`, of 8-bit levels."""
+    return tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[1] in (1, 3) and tensor.numel() > 0
 
 
 def to_rgb(image: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ def _compare(
     reporter: Reporter,
 ) -> None:
     request, skipped = evaluation.request, dict(evaluation.selection.skipped)
+    images.require_shapes_of(reference)
     with reporter.task("Comparing", 4) as advance:
         full_precision = evaluator.values(reference, reference, paired=False)
         advance(1)

@@ -192,24 +192,6 @@ def test_only_named_metrics_are_computed_and_unknown_ones_refused(text_run: RunF
         stage.run(_config(metrics=("fid",)), text_run)
 
 
-def test_metrics_are_added_to_an_evaluation_and_none_is_lost(text_run: RunFolder) -> None:
-    stage.run(_config(metrics=("prompt_accuracy",)), text_run)
-    assert stage.finished(_config(metrics=("frechet_distance",)), text_run) is None, "there is work to do"
-    added = stage.run(_config(metrics=("frechet_distance",)), text_run)
-    assert (added.status, set(added.metrics)) == ("done", {"frechet_distance", "prompt_accuracy"})
-    for metrics in (("prompt_accuracy",), ("frechet_distance", "prompt_accuracy"), ("psnr_db",)):
-        record = stage.run(_config(metrics=metrics), text_run)
-        assert (record.status, record.identity) == ("up_to_date", added.identity)
-    everything = stage.run(_config(), text_run)
-    assert (everything.status, tuple(everything.metrics)) == ("done", DIGITS_METRICS)
-    assert _figures(everything)["metrics"]["prompt_accuracy"] == _figures(added)["metrics"]["prompt_accuracy"]
-    assert stage.run(_config(metrics=("recall",)), text_run).identity == everything.identity
-    with pytest.raises(InputError, match="other settings"):
-        stage.run(_config(metrics=("recall",), num_images=11), text_run)
-    forced = stage.run(_config(metrics=("recall",)), text_run, force=True)
-    assert set(forced.metrics) == {"recall"}
-
-
 def test_metrics_about_prompts_are_left_out_where_no_prompt_names_a_digit(text_run: RunFolder, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("<script>alert(x)</script>\na cat\n", encoding="utf-8")
