@@ -50,6 +50,8 @@ def explain_os_error(error: OSError, place: str | os.PathLike[str] | None = None
         return MachineError(f"{named}{_MACHINE_REASONS[error.errno]}.", hint=hint)
     if error.errno == errno.ENAMETOOLONG:
         return InputError(f"{str(where)[:_SHOWN_OF_LONG_NAMES]}...: this name is longer than a file's may be.")
+    if error.errno == errno.ELOOP:
+        return InputError(f"{named}its symbolic links lead in a circle.")
     if isinstance(error, FileNotFoundError):
         return InputError(f"{named}there is no such file or folder.")
     if isinstance(error, IsADirectoryError):

@@ -18,6 +18,7 @@ from edadm_cli.errors import (
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
     EdadmError,
+    InputError,
     MachineError,
     UsageError,
     explain_field,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "Cannot allocate memory", "bad allocation")
+_LOOP = "Symlink loop from"
 _NO_MAPPING = ("failed to map segment", "cannot map", "cannot allocate memory", "cannot enable executable stack")
 
 
@@ -79,10 +81,9 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
     limit = _explain_limit(error)
     if limit is not None:
         return limit
-    if isinstance(error, OSError):
-        explained = explain_os_error(error)
-        if explained is not None:
-            return explained
+    explained = explain_os_error(error) if isinstance(error, OSError) else _explain_path(error)
+    if explained is not None:
+        return explained
     kind = type(error).__name__
     return EdadmError(f"internal error: {kind}: {error}", hint="add --verbose to see where, and please report it")
 
@@ -156,6 +157,16 @@ def _explain_limit(error: Exception) -> MachineError | None:
         return MachineError(f"A library cannot be loaded: {text}.")
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return MachineError("This process may not start another thread.", hint="raise the limit (ulimit -u)")
+    return None
+
+
+def _explain_path(error: Exception) -> InputError | None:
+    """Returns the failure for a path that `pathlib` cannot resolve; `None` for other errors."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and text.startswith(_LOOP):
+        return InputError(f"{text.removeprefix(_LOOP).strip()}: its symbolic links lead in a circle.")
+    if isinstance(error, RuntimeError) and text.startswith("Could not determine home directory"):
+        return InputError("A path begins with '~', and there is no such home folder.", "the path without '~'")
     return None
 
 

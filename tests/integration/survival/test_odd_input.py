@@ -62,6 +62,26 @@ def test_prompt_files_that_are_odd_but_usable(
     assert json.loads(Path("run/collect/sampling.json").read_text())["prompts"][:3] == lines[:3]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["push", "loop", "a/b", "--dry-run"],
+        ["collect", "--model", "MODEL", "--images", "loop"],
+        ["collect", "--model", "MODEL", "--images", "~a-user-that-nobody-is/images"],
+        ["collect", "--model", "~a-user-that-nobody-is/model"],
+        ["reconstruct", "--recipe", "loop", "--bits", "w8a8"],
+        ["select", "--config", "loop"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:4]),
+)
+def test_paths_that_lead_nowhere(arguments: list[str], run: Path, tiny_ddpm: Path, capsys: Capture) -> None:
+    Path("loop").symlink_to("loop")
+    words = [str(tiny_ddpm) if word == "MODEL" else word for word in arguments]
+    where = [] if words[0] == "push" else ["--run", str(run), "--device", "cpu"]
+    message = failure(capsys, [*words, *where], 3)
+    assert "loop" in message or "home folder" in message
+
+
 class _Code:
     """Makes a file when it is unpickled."""
 
