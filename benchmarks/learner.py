@@ -34,7 +34,7 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,18 +50,28 @@ NUM_SAMPLES = 256  # of a calibration set with one sample per trajectory, where 
 
 @dataclass(frozen=True)
 class Job:
-    """One variant at one bit width with one seed; without a variant, the trajectories that a seed's jobs share."""
+    """One variant at one bit width with one seed.
+
+    Without a variant, it is the collection that all jobs of a seed share; without bits, the sensitivity that all
+    budgets of a variant with groups of one size share.
+    """
 
     model: str
     seed: int
     label: str = ""
     variant: str = ""
     bits: str = ""
+    group_size: int | None = None
 
     def file(self, out: Path) -> Path:
         """Returns the path of the result."""
         name = re.sub(r"[^a-z0-9.]+", "-", self.label.lower())
-        return out / "results" / self.model / f"seed{self.seed}" / f"{name}-{self.bits}.json"
+        bits = self.bits or f"sensitivity-g{self.group_size or 0}"
+        return out / "results" / self.model / f"seed{self.seed}" / f"{name}-{bits}.json"
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the fields that a result names."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -115,38 +125,76 @@ def collect(settings: Settings, job: Job, device: str) -> None:
     run(config, shared_folder(settings, job))
 
 
+def link_artifact(kind: str, source: RunFolder, target: RunFolder) -> None:
+    """Makes an artifact of a run appear in another run; its files are hard links."""
+    shutil.copytree(source.path(kind), target.path(kind), copy_function=os.link)
+
+
 def link_collection(source: RunFolder, target: RunFolder) -> None:
-    """Makes the trajectories appear in another run; its files are hard links."""
-    place = target.path("collect")
-    if not place.exists():
+    """Begins a run with the trajectories of another one, unless it has them."""
+    if not target.path("collect").exists():
         shutil.rmtree(target.root, ignore_errors=True)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source.path("collect"), place, copy_function=os.link)
+        target.root.mkdir(parents=True)
+        link_artifact("collect", source, target)
+
+
+def sensitivity_of(job: Job) -> Job | None:
+    """Returns the measurement by which a job's budget of bits is spent; `None` for a job without a budget."""
+    from edadm_cli.config import BitWidth
+
+    bits = BitWidth.parse(job.bits) if job.bits else None
+    return replace(job, bits="", group_size=bits.group_size) if bits is not None and bits.is_mixed else None
+
+
+def begun_folder(settings: Settings, job: Job) -> RunFolder:
+    """Returns a job's run with what it shares with others: the trajectories, and the sensitivity of its variant."""
+    from edadm_cli.artifacts import RunFolder
+
+    folder = RunFolder(settings.scratch / "runs" / job.model / f"seed{job.seed}" / job.file(settings.out).stem)
+    link_collection(shared_folder(settings, job), folder)
+    measured = sensitivity_of(job)
+    if measured is not None and not folder.has("sensitivity"):
+        for kind in ("select", "sensitivity"):
+            shutil.rmtree(folder.path(kind), ignore_errors=True)
+            link_artifact(kind, begun_folder(settings, measured), folder)
+    return folder
+
+
+def prepare(settings: Settings, job: Job, device: str) -> tuple[RunFolder, Recipe]:
+    """Selects the calibration set of a variant, unless that is linked; returns the run and the recipe."""
+    from edadm_cli.config import SelectConfig
+    from edadm_cli.select.stage import run as select
+
+    recipe, samples = variant_recipe(job.variant, settings.iterations)
+    folder = begun_folder(settings, job)
+    chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
+    samples = samples if settings.trajectories >= NUM_SAMPLES else min(samples, settings.trajectories)  # a trial
+    select(SelectConfig(num_samples=samples, seed=job.seed, device=device, **chosen), folder)
+    return folder, recipe
+
+
+def measure_sensitivity(settings: Settings, job: Job, device: str) -> None:
+    """Measures the sensitivity of a variant's layers, which does not depend on the budget."""
+    from edadm_cli.config import SensitivityConfig
+    from edadm_cli.sensitivity.stage import run
+
+    folder, recipe = prepare(settings, job, device)
+    run(SensitivityConfig(recipe=recipe, group_size=job.group_size, seed=job.seed, device=device), folder)
 
 
 def measure(settings: Settings, job: Job, device: str) -> dict[str, Any]:
     """Selects, reconstructs and judges one variant."""
     from study.learner_judge import judge
 
-    from edadm_cli.artifacts import RunFolder
-    from edadm_cli.config import BitWidth, ReconstructConfig, SelectConfig, SensitivityConfig
+    from edadm_cli.artifacts import Selection
+    from edadm_cli.config import BitWidth, ReconstructConfig
     from edadm_cli.reconstruct.stage import run as reconstruct
-    from edadm_cli.select.stage import run as select
-    from edadm_cli.sensitivity.stage import run as measure_sensitivity
 
-    recipe, samples = variant_recipe(job.variant, settings.iterations)
-    folder = RunFolder(settings.scratch / "runs" / job.model / f"seed{job.seed}" / job.file(settings.out).stem)
-    link_collection(shared_folder(settings, job), folder)
-    shared = {"seed": job.seed, "device": device}
-    chosen = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
-    samples = samples if settings.trajectories >= NUM_SAMPLES else min(samples, settings.trajectories)  # a trial
-    selected = select(SelectConfig(num_samples=samples, **chosen, **shared), folder)
-    bits = BitWidth.parse(job.bits)
-    if bits.is_mixed:
-        measure_sensitivity(SensitivityConfig(recipe=recipe, group_size=bits.group_size, **shared), folder)
+    folder, recipe = prepare(settings, job, device)
+    bits, shared = BitWidth.parse(job.bits), {"seed": job.seed, "device": device}
     learned = reconstruct(ReconstructConfig(bits=bits, recipe=recipe, batch_size=128, **shared), folder)
     result = {
-        "counts": list(selected.counts),
+        "counts": list(Selection.load(folder.open("select")).counts),
         "seconds": learned.seconds,
         "first": learned.loss.first,
         "soft": learned.loss.soft,
@@ -185,10 +233,13 @@ def work(task: tuple[Settings, Job]) -> dict[str, Any]:
     try:
         if not job.variant:
             collect(settings, job, device)
-            return asdict(job)
-        result = {**asdict(job), **measure(settings, job, device)}
+            return job.facts()
+        if not job.bits:
+            measure_sensitivity(settings, job, device)
+            return job.facts()
+        result = {**job.facts(), **measure(settings, job, device)}
     except Exception as error:  # noqa: BLE001 - one failed job must not end the study
-        return {**asdict(job), "error": f"{type(error).__name__}: {error}"}
+        return {**job.facts(), "error": f"{type(error).__name__}: {error}"}
     result |= {
         "job_seconds": round(time.monotonic() - started, 1),
         "device": os.environ["EDADM_STUDY_NAME"],
@@ -248,15 +299,16 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 
 
 def run_study(options: argparse.Namespace, settings: Settings) -> None:
-    """Collects each seed, then runs what is not finished."""
+    """Collects each seed, measures the sensitivity of each variant with a budget, then runs what is not finished."""
     jobs = [job for job in jobs_of(options) if not job.file(settings.out).is_file()]
-    collections = sorted({(job.model, job.seed) for job in jobs})
+    collections = dict.fromkeys(Job(job.model, job.seed) for job in jobs)
+    sensitivities = dict.fromkeys(measured for job in jobs if (measured := sensitivity_of(job)) is not None)
     context = multiprocessing.get_context("spawn")
     devices, names = context.Queue(), device_names(options.devices)
     for index in range(options.workers):
         devices.put(names[index % len(names)])
     with context.Pool(options.workers, begin, (devices,)) as pool:
-        for group in ([Job(*shared) for shared in collections], jobs):
+        for group in (collections, sensitivities, jobs):
             for result in pool.imap_unordered(work, [(settings, job) for job in group]):
                 print(json.dumps(result), file=sys.stderr, flush=True)
         pool.close()
