@@ -69,7 +69,6 @@ def test_prompt_files_that_are_odd_but_usable(
         ["collect", "--model", "MODEL", "--images", "loop"],
         ["collect", "--model", "MODEL", "--images", "~a-user-that-nobody-is/images"],
         ["collect", "--model", "~a-user-that-nobody-is/model"],
-        ["reconstruct", "--recipe", "loop", "--bits", "w8a8"],
         ["select", "--config", "loop"],
     ],
     ids=lambda arguments: " ".join(arguments[:4]),
