@@ -41,7 +41,10 @@ def metrics_with_stored(config: EvaluateConfig, run: RunFolder) -> tuple[tuple[s
     stored = _stored(config, run)
     if stored is None:
         return as_asked
-    named = tuple(str(name) for name in stored.manifest.config.get("metrics") or ())
+    of_stored = stored.manifest.config.get("metrics")
+    named = tuple(map(str, of_stored)) if isinstance(of_stored, list) else ()
+    if named == config.metrics:
+        return as_asked
     try:
         earlier = EvaluationPlan(resolve(config.model_copy(update={"metrics": named}), run))
         asked = EvaluationPlan(resolve(config, run)).selection.selected
