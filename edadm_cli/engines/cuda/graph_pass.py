@@ -16,22 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from edadm_cli.engines.base import AttentionForm
-from edadm_cli.engines.cuda.attention_graph import replace_attention
-from edadm_cli.engines.cuda.group_norm_graph import replace_group_norms
-from edadm_cli.engines.cuda.norm_graph import replace_norms
+from edadm_cli.engines.cuda.graph_exchange import exchange
 from edadm_cli.engines.cuda.reductions import rows_in_registers
 
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
-
-
-def exchange(graph: fx.Graph, form: AttentionForm = "float") -> int:
-    """Replaces what becomes faster in a graph of Dynamo, in place, and returns the number of replacements.
-
-    Args:
-        graph: The graph.
-        form: The form of attention that is preferred.
-    """
-    return replace_attention(graph, form) + replace_norms(graph) + replace_group_norms(graph)
 
 
 @torch.compiler.assume_constant_result

@@ -9,11 +9,11 @@ from typing import Any
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from edadm_cli.engines.cuda.graph_pass import exchange
+from edadm_cli.engines.cuda.graph_exchange import exchange
 from edadm_cli.version import __version__
 
 _SOURCES = (
-    *("attention_graph.py", "code_chains.py", "graph_nodes.py", "graph_pass.py", "inductor_pass.py"),
+    *("attention_graph.py", "code_chains.py", "graph_exchange.py", "graph_nodes.py", "inductor_pass.py"),
     *("group_norm_graph.py", "norm_graph.py"),
 )
 

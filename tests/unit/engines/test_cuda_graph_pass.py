@@ -14,7 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 
 import edadm_kernels as kernels
 from edadm_cli.engines.cuda import attention_graph
-from edadm_cli.engines.cuda.graph_pass import exchange
+from edadm_cli.engines.cuda.graph_exchange import exchange
 from edadm_cli.engines.cuda.inductor_pass import Exchanges
 from edadm_cli.engines.cuda.layer_product import KernelProduct
 from edadm_cli.engines.parity import relative_l2
