@@ -68,15 +68,12 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             raise _os_error_within(error, path) from error
 
 
-def load_tensors(
-    path: Path, keys: Iterable[str] | None = None, device: str | torch.device = "cpu"
-) -> dict[str, torch.Tensor]:
-    """Reads tensors from a safetensors file.
+def load_tensors(path: Path, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Reads tensors from a safetensors file, to the CPU.
 
     Args:
         path: The file.
         keys: Names to read; `None` reads all.
-        device: The device of the tensors.
 
     Raises:
         InputError: The file is missing, truncated or not a safetensors file, or a name is not in it.
@@ -90,7 +87,7 @@ def load_tensors(
             if name not in header:
                 raise InputError(f"{path} holds no tensor '{name}'; it holds {', '.join(sorted(header)) or 'none'}.")
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in names}
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} is not a readable safetensors file: {error}.") from error

@@ -215,12 +215,3 @@ def _misfit(artifact: Artifact, num_trajectories: int) -> str | None:
         if not name.startswith(CONSTANT) and info.shape[:1] != (num_trajectories,):
             return f"'{name}' has not {num_trajectories} rows"
     return None
-
-
-def load_collected_model(run: RunFolder, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Loads the full-precision pipeline of a run.
-
-    Raises:
-        InputError: The model is gone, or its files are not those that were collected from.
-    """
-    return CollectedRun.open(run).load(device, dtype)

@@ -27,7 +27,7 @@ from edadm_cli.estimates import collect as collect_estimates
 from edadm_cli.estimates import select as select_estimates
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.calls import DenoiserCall, record_calls
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.sampling import image_seed, sample
 from edadm_cli.report.commands import repeating_commands
@@ -437,7 +437,7 @@ def test_a_given_size_is_that_of_all_later_images_and_part_of_the_identity(
     scale = 32 // latents_of(artifact).shape[-1]
     assert latents_of(artifact).shape[-2:] == (16 // scale, 32 // scale)
     assert artifact.manifest.config["call_arguments"] == {"height": 16, "width": 32}
-    model = load_collected_model(run, CPU, torch.float32)
+    model = CollectedRun.open(run).load(CPU, torch.float32)
     images = sample(model, seeds=[0], prompts=["one"], num_steps=2, guidance_scale=2.0).images
     assert images.shape[-2:] == (16, 32)
     (command,) = repeating_commands(read_run(run, None))

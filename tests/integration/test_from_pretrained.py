@@ -24,7 +24,7 @@ from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
 from edadm_cli.errors import InputError
 from edadm_cli.export import stage as export
 from edadm_cli.integrations import autoload
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.sampling import sample
 from edadm_cli.quant.attention import QuantizedAttention
@@ -104,7 +104,7 @@ def _images(pipeline: Any) -> list[Any]:
 
 def _reconstructed(run: RunFolder) -> Any:
     """The full-precision pipeline with the reconstruction's parameters put in: what was before the export."""
-    source, model = run.open("reconstruct", "w4a8"), load_collected_model(run, CPU, torch.float32)
+    source, model = run.open("reconstruct", "w4a8"), CollectedRun.open(run).load(CPU, torch.float32)
     quantize_network(model.denoiser, QuantizationPlan.model_validate(source.json("plan.json")))
     load_quant_params(model.denoiser, source.tensors("quant_params.safetensors"))
     return model

@@ -16,7 +16,7 @@ from edadm_cli.artifacts.quantization import load_plan
 from edadm_cli.cli.app import main
 from edadm_cli.config import BitWidth, SensitivityConfig
 from edadm_cli.errors import InputError, UsageError
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.quant.network import quantize_network
 from edadm_cli.recipe import load_recipe
 from edadm_cli.report.stage import run as report
@@ -106,7 +106,7 @@ def test_the_report_ranks_the_layers(run_folder: Path) -> None:
 def test_a_size_is_kept_and_used(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Layers get two, four or eight bits until the file is as large as it may be: codes take as many bits on disk."""
     run = RunFolder(run_folder)
-    denoiser = load_collected_model(run, torch.device("cpu"), torch.float32).denoiser
+    denoiser = CollectedRun.open(run).load(torch.device("cpu"), torch.float32).denoiser
     common = ["--recipe", "rtn", "--run", str(run_folder), "--device", "cpu", "--quiet"]
     assert main(["reconstruct", "--bits", "auto:0.001MiB", *common]) == UsageError.exit_code
     smallest = float(capsys.readouterr().err.split("the denoiser takes ")[1].split(" MiB")[0])

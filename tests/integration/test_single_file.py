@@ -17,7 +17,7 @@ from edadm_cli.errors import EXIT_INPUT, InputError
 from edadm_cli.models.architecture import Architecture, load_architecture
 from edadm_cli.models.checkpoints import opening
 from edadm_cli.models.checkpoints.accounting import autoencoder_places, denoiser_places, empty_module
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.random_models import build_random_pipeline
@@ -220,11 +220,11 @@ def test_the_prediction_type_of_stable_diffusion_2_is_said_or_given(
     run = RunFolder(tmp_path / "run")
     config = CollectConfig(model=str(path), num_trajectories=1, num_steps=2, device="cpu")
     assert any("--prediction-type epsilon" in warning for warning in collect.run(config, run).warnings)
-    assert load_collected_model(run, CPU, torch.float32).pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert CollectedRun.open(run).load(CPU, torch.float32).pipeline.scheduler.config.prediction_type == "v_prediction"
     other = RunFolder(tmp_path / "other")
     record = collect.run(config.model_copy(update={"prediction_type": "epsilon"}), other)
     assert record.warnings == ()
-    assert load_collected_model(other, CPU, torch.float32).pipeline.scheduler.config.prediction_type == "epsilon"
+    assert CollectedRun.open(other).load(CPU, torch.float32).pipeline.scheduler.config.prediction_type == "epsilon"
     assert record.identity != run.open("collect").identity
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -201,11 +200,3 @@ def fit(task: Task, schedule: Schedule, settings: TrainSettings, name: str) -> F
     run.seconds += elapsed
     torch._foreach_copy_([value.data for value in run.parameters], run.average)
     return FitResult(run.progress >= 1, run.step, run.loss.item(), run.seconds, run.curve)
-
-
-def read_average(task: Task, path: Path, device: torch.device) -> dict[str, Any]:
-    """Loads a checkpoint's averaged weights into the module, and returns the other contents of the checkpoint."""
-    saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    parameters = [value for value in task.module.parameters() if value.requires_grad]
-    torch._foreach_copy_([value.data for value in parameters], saved["average"])
-    return {"steps": saved["step"], "seconds": saved["seconds"], "curve": saved["curve"]}

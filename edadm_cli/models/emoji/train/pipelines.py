@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -19,7 +18,6 @@ from diffusers import (
     UNet2DModel,
 )
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from edadm_cli.models.emoji.train.networks import flow_scheduler, noise_scheduler, pixel_scheduler
@@ -42,14 +40,14 @@ def write_text_encoder(encoder: CLIPTextModelWithProjection, folder: Path) -> No
     config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def text_to_image_pipeline(settings: TrainSettings, denoiser: UNet2DConditionModel | None = None) -> DiffusionPipeline:
+def text_to_image_pipeline(settings: TrainSettings) -> DiffusionPipeline:
     """Returns the Stable Diffusion pipeline of the trained components."""
     shared = settings.weights / "shared"
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(shared / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(shared / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(settings.data / TOKENIZER),
-        unet=denoiser or UNet2DConditionModel.from_pretrained(settings.weights / UNET / "unet"),
+        unet=UNet2DConditionModel.from_pretrained(settings.weights / UNET / "unet"),
         scheduler=noise_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -57,14 +55,14 @@ def text_to_image_pipeline(settings: TrainSettings, denoiser: UNet2DConditionMod
     )
 
 
-def flow_pipeline(settings: TrainSettings, denoiser: SD3Transformer2DModel | None = None) -> DiffusionPipeline:
+def flow_pipeline(settings: TrainSettings) -> DiffusionPipeline:
     """Returns the Stable Diffusion 3 pipeline of the trained components, with one text encoder in two places."""
     shared = settings.weights / "shared"
     encoder = CLIPTextModelWithProjection.from_pretrained(shared / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(settings.data / TOKENIZER)
     autoencoder = AutoencoderKL.from_pretrained(shared / "vae")
     return StableDiffusion3Pipeline(
-        transformer=denoiser or SD3Transformer2DModel.from_pretrained(settings.weights / TRANSFORMER / "transformer"),
+        transformer=SD3Transformer2DModel.from_pretrained(settings.weights / TRANSFORMER / "transformer"),
         scheduler=flow_scheduler(),
         vae=autoencoder,
         text_encoder=encoder,
@@ -93,11 +91,3 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
-
-
-def in_half(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns a module's state dictionary with its floating-point tensors in float16."""
-    return {
-        name: value.detach().cpu().half().contiguous() if value.is_floating_point() else value.cpu()
-        for name, value in module.state_dict().items()
-    }
