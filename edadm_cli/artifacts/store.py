@@ -312,8 +312,7 @@ def _flags_of_name(kind: str, name: str) -> list[str]:
     """Returns the flags behind an artifact's name.
 
     Names are `w4a8`, `w4a8-openvino`, and for a bench `w8a8-w4a8-openvino-cpu`. That of an evaluation in other features
-    than those of the model is `w4a8-openvino-inception`, and with a step cache `w4a8-taylorseer-3`. The name of an
-    engine may have hyphens.
+    than those of the model is `w4a8-openvino-inception`, and with a step cache `w4a8-taylorseer-3`.
     """
     cache = _CACHE.search(name) if kind == "evaluate" else None
     if cache is not None:

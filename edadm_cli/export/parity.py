@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import LAYER_BOUND
 from edadm_cli.errors import EdadmError
 from edadm_cli.models.sampling import Samples
@@ -57,7 +57,7 @@ def compare(before: Samples, after: Samples, integer: Samples | None, layer_erro
         images_bit_equal=torch.equal(before.images, after.images),
         integer_rel_l2=layer_errors[worst],
         integer_layer=worst,
-        integer_latent_rel_l2=None if integer is None else _relative(integer.latents, after.latents),
+        integer_latent_rel_l2=None if integer is None else relative_l2(integer.latents, after.latents),
     )
     rounding = ROUNDING * float(before.latents.abs().max())
     pixels = int((before.images.int() - after.images.int()).abs().max())
@@ -72,7 +72,3 @@ def compare(before: Samples, after: Samples, integer: Samples | None, layer_erro
             f"Integer arithmetic of '{worst}' differs by {parity.integer_rel_l2:.2e}, the bound is {LAYER_BOUND:.0e}."
         )
     return parity
-
-
-def _relative(values: Tensor, expected: Tensor) -> float:
-    return float((values.float() - expected.float()).norm() / expected.float().norm())
