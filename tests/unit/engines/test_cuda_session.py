@@ -24,7 +24,9 @@ def gpu_session(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_every_section_runs(gpu_session: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "session.jsonl"
-    monkeypatch.setattr("sys.argv", ["gpu_session.py", "--smoke", "--sections", SECTIONS, "--out", str(out)])
+    limits = [f"{name}=600" for name in SECTIONS.split(",")]  # a busy machine takes longer than a GPU's session may
+    patience = ["--seconds", *limits, "--patience", "9000"]
+    monkeypatch.setattr("sys.argv", ["gpu_session.py", "--smoke", "--sections", SECTIONS, "--out", str(out), *patience])
     gpu_session.main()
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert not [row for row in rows if "error" in row or "stopped" in row]
