@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.engines.graph.interface import GraphInterface, class_path
-from edadm_cli.quant.layers import QuantizedLayer
+from edadm_cli.errors import MachineError
+from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 
 WRAPPED = "denoiser"
 """The attribute of `FlatDenoiser` that holds the denoiser. Tracing makes it a part of the names of nodes."""
@@ -90,6 +91,26 @@ class LayerStandIn(nn.Module):
     def weight(self) -> Tensor:
         """Stands for a weight, without values, for networks that read its element type (Z-Image)."""
         return torch.empty(self.weight_shape, device="meta")
+
+
+def require_channel_factors(denoiser: nn.Module, engine: str) -> None:
+    """Checks that a graph can express the transform of each layer's input: one factor per channel.
+
+    Args:
+        denoiser: A denoiser with quantized layers.
+        engine: What makes the graph, for messages.
+
+    Raises:
+        MachineError: A layer has another transform, such as a rotation.
+    """
+    for name, layer in quantized_layers(denoiser).items():
+        quantizer = layer.input_quantizer
+        reason = None if quantizer is None else quantizer.factors_refusal
+        if reason is not None:
+            raise MachineError(
+                f"{engine} cannot run the layer '{name}' of {type(denoiser).__name__}: {reason}.",
+                hint="run the export in torch, without --engine, or use a recipe without this transform",
+            )
 
 
 def _required(denoiser: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
 
 from edadm_cli.engines.graph.interface import GraphInterface
-from edadm_cli.engines.graph.tracing import FlatDenoiser
+from edadm_cli.engines.graph.tracing import FlatDenoiser, require_channel_factors
 from edadm_cli.engines.onnx.nodes import Writer
 from edadm_cli.engines.onnx.standins import DOMAIN, LAYER, NAME, with_stand_ins
 from edadm_cli.errors import EdadmError, UsageError
@@ -73,8 +73,10 @@ def export_onnx(
 
     Raises:
         UsageError: TensorRT is the target, and an activation is not symmetric.
+        MachineError: A layer has a transform that is not one factor per channel.
         EdadmError: The denoiser holds something that ONNX cannot express.
     """
+    require_channel_factors(denoiser, "ONNX")
     if target == "tensorrt":
         _require_symmetric(denoiser)
     interface = GraphInterface.of(denoiser, args, kwargs)

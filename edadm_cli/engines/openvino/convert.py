@@ -21,7 +21,13 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from edadm_cli.engines.graph.interface import GraphInterface
-from edadm_cli.engines.graph.tracing import FlatDenoiser, LayerStandIn, convolved_sizes, copy_with_stand_ins
+from edadm_cli.engines.graph.tracing import (
+    FlatDenoiser,
+    LayerStandIn,
+    convolved_sizes,
+    copy_with_stand_ins,
+    require_channel_factors,
+)
 from edadm_cli.engines.openvino import nodes
 from edadm_cli.engines.openvino.movement import quantize_before_moving
 from edadm_cli.engines.openvino.scale_shift import distribute_scales
@@ -75,8 +81,10 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         interface.
 
     Raises:
+        MachineError: A layer has a transform that is not one factor per channel.
         EdadmError: OpenVINO cannot express the denoiser.
     """
+    require_channel_factors(denoiser, "OpenVINO")
     tracing = _Tracing(denoiser)
     interface = GraphInterface.of(denoiser, args, kwargs)
     tensors, reads = interface.tensors(args, kwargs), ValueReads()

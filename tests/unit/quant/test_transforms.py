@@ -19,7 +19,7 @@ from edadm_cli.engines.cuda.lowering import Lowering
 from edadm_cli.engines.onnx.engine import OnnxRuntimeEngine
 from edadm_cli.engines.openvino.engine import OpenVinoEngine
 from edadm_cli.engines.reference import ReferenceEngine
-from edadm_cli.errors import EdadmError, UsageError
+from edadm_cli.errors import EdadmError, MachineError, UsageError
 from edadm_cli.quant import transforms
 from edadm_cli.quant.grid import activation_grid, weight_grid
 from edadm_cli.quant.histogram import Histogram
@@ -134,6 +134,8 @@ def test_engines_refuse_a_layer_whose_transform_they_do_not_have(toy: str) -> No
         assert "toy-reverse" in str(engine.layer_refusal(quantized))
         with pytest.raises(EdadmError, match="toy-reverse"):
             engine.compile_layer(quantized, x, options)
+        with pytest.raises(MachineError, match=r"cannot run the layer '0' of Sequential: the transform 'toy-reverse'"):
+            engine.compile(nn.Sequential(quantized), (x,), {}, options)
     lowering = Lowering(torch.device("cpu"), torch.float32)
     torch.testing.assert_close(lowering.product("layer", quantized)(x), quantized(x), atol=1e-5, rtol=1e-5)
 
