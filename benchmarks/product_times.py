@@ -63,7 +63,8 @@ def _before(rows: list[dict[str, Any]]) -> tuple[SourceTime, ...]:
     fastest: dict[tuple[str, int, int], tuple[float, float]] = {}
     for row in rows:
         operation, _, sizes = str(row.get("call", "")).partition(" ")
-        kind = {"quantize": "quantize", "layer_norm_quantize": "layer_norm"}.get(operation)
+        kinds = {"quantize": "quantize", "quantize_joined": "quantize", "layer_norm_quantize": "layer_norm"}
+        kind = kinds.get(operation)
         if kind is None:
             continue
         shape = [int(size) for size in sizes.split("x")]

@@ -124,7 +124,9 @@ class KernelCall:
         return "linear" if pointwise else "conv"
 
     def joined(self, arguments: Sequence[Any]) -> Any:
-        """Returns the second image of a GroupNorm over two images; `None` for any other call."""
+        """Returns the second image of a GroupNorm or a quantization of two images; `None` for any other call."""
+        if self.operation == "quantize_joined":
+            return arguments[1]
         return arguments[9] if self.operation == "group_norm_quantize" and len(arguments) > 9 else None
 
     def label(self) -> str:
@@ -148,6 +150,7 @@ class KernelCall:
 _SCALES = {
     "attention_quantize": (5,),
     "quantize": (1,),
+    "quantize_joined": (2,),
     "silu_quantize": (1,),
     "linear": (2,),
     "linear_geglu": (2, 5),
@@ -236,6 +239,9 @@ def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
     if call.operation == "layer_norm_quantize":
         weight, bias, eps = arguments[1].half(), arguments[2].half(), arguments[3]
         return lambda: F.layer_norm(half, weight.shape, weight, bias, eps)
+    if (more := call.joined(arguments)) is not None:
+        other = more.half()
+        return lambda: torch.cat([half, other], dim=1)
     return lambda: half.clone()
 
 

@@ -23,7 +23,7 @@ from edadm_kernels.norm import (
     layer_norm_quantize,
     modulated_norm_quantize,
 )
-from edadm_kernels.pointwise import has_even_rows, quantize, silu_quantize
+from edadm_kernels.pointwise import has_even_rows, quantize, quantize_joined, silu_quantize
 from edadm_kernels.product_checks import MAX_TERMS
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "linears_gelu",
     "modulated_norm_quantize",
     "quantize",
+    "quantize_joined",
     "silu_quantize",
     "uses_kernel",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from edadm_kernels.checks import check_bits, check_device, check_floating, check_quantizers, check_size
 from edadm_kernels.launching import arch_of, on_device_of, overlap
 from edadm_kernels.operation import operation
-from edadm_kernels.pointwise_kernels import quantize_kernel
+from edadm_kernels.pointwise_kernels import quantize_joined_kernel, quantize_kernel
 from edadm_kernels.reference import norms as reference
 from edadm_kernels.variants import KernelVariant, aligned
 
@@ -61,6 +61,62 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) ->
 def silu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
     """Returns the codes of `x * sigmoid(x)`; arguments and errors are those of `quantize`."""
     return _quantize(x, scale, zero_point, num_bits, True)
+
+
+def _empty_joined(x: Tensor, more: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
+    """Checks the arguments of `quantize_joined` and returns an empty tensor for the codes."""
+    check_quantizers(scale, zero_point, count=1)
+    check_bits(num_bits)
+    check_device(x, more, scale, zero_point)
+    for image in (x, more):
+        check_floating(image)
+        if image.ndim != 4 or not image.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(
+                f"[N, C, H, W] with channels-last strides is expected, found shape {tuple(image.shape)} with strides "
+                f"{image.stride()}; call .contiguous(memory_format=torch.channels_last) on it first"
+            )
+    if more.dtype != x.dtype or (more.shape[0], *more.shape[2:]) != (x.shape[0], *x.shape[2:]):
+        raise ValueError(
+            f"more channels of the same images are expected, found {more.dtype} {tuple(more.shape)} beside "
+            f"{x.dtype} {tuple(x.shape)}"
+        )
+    shape = (x.shape[0], x.shape[1] + more.shape[1], *x.shape[2:])
+    codes = torch.empty(shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+    check_size(codes)
+    return codes
+
+
+def _exact_joined(x: Tensor, more: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
+    """Returns the codes by the reference."""
+    return reference.quantize(torch.cat([x, more], dim=1), scale, zero_point, num_bits)
+
+
+@operation("quantize_joined", empty=_empty_joined, reference=_exact_joined)
+def quantize_joined(x: Tensor, more: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int = 8) -> Tensor:
+    """Returns `quantize` of two images whose channels lie side by side, without a copy of both in floating point.
+
+    Args:
+        x: `[N, C, H, W]`, floating point, channels last.
+        more: `[N, D, H, W]`, of the type and layout of `x`.
+        scale: As in `quantize`.
+        zero_point: As in `quantize`.
+        num_bits: Bits of the codes, 2 to 8.
+
+    Returns:
+        `[N, C + D, H, W]`, int8, channels last.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape, a layout or a number of elements or bits is not the stated one.
+    """
+    codes = _empty_joined(x, more, scale, zero_point, num_bits)
+    with on_device_of(x):
+        quantize_joined_kernel[(triton.cdiv(codes.numel(), BLOCK),)](
+            x, more, scale, zero_point, codes, codes.numel(), codes.shape[1], x.shape[1],
+            QUANT_MAX=(1 << num_bits) - 1, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            **overlap(arch_of(x)),
+        )  # fmt: skip
+    return codes
 
 
 def _prepare(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tuple[Tensor, int, int]:
@@ -118,8 +174,10 @@ def _strides(x: Tensor) -> list[tuple[int, int]]:
 
 
 def variants(arch: int) -> list[KernelVariant]:
-    """Lists what `quantize` and `silu_quantize` compile for inputs of the denoiser."""
+    """Lists what `quantize`, `silu_quantize` and `quantize_joined` compile for inputs of the denoiser."""
     result = []
+    ends = {"scale": "*fp32", "zero_point": "*i32", "codes": "*i8", "count": "i32", "columns": "i32"}
+    options = {"enable_fp_fusion": False}
     for dtype, bits, silu, dense in [
         ("fp16", 8, False, True),
         ("bf16", 8, False, True),
@@ -128,25 +186,12 @@ def variants(arch: int) -> list[KernelVariant]:
         ("fp16", 8, False, False),
     ]:
         constexprs = {"QUANT_MAX": (1 << bits) - 1, "SILU": silu, "DENSE": dense, "BLOCK": BLOCK}
-        signature = {
-            "x": f"*{dtype}",
-            "scale": "*fp32",
-            "zero_point": "*i32",
-            "codes": "*i8",
-            "count": "i32",
-            "columns": "i32",
-            "row_stride": "i32",
-        }
+        signature = {"x": f"*{dtype}", **ends, "row_stride": "i32"}
         name = f"{'silu-' if silu else ''}quantize-{dtype}{'' if dense else '-rows'}"
-        result.append(
-            aligned(
-                arch,
-                name,
-                quantize_kernel,
-                signature,
-                constexprs,
-                num_warps=NUM_WARPS,
-                options={"enable_fp_fusion": False},
-            )
-        )
-    return result
+        variant = aligned(arch, name, quantize_kernel, signature, constexprs, num_warps=NUM_WARPS, options=options)
+        result.append(variant)
+    signature = {"x": "*fp16", "more": "*fp16", **ends, "first": "i32"}
+    constexprs = {"QUANT_MAX": 255, "BLOCK": BLOCK}
+    name = "quantize-joined-fp16"
+    joined = aligned(arch, name, quantize_joined_kernel, signature, constexprs, num_warps=NUM_WARPS, options=options)
+    return [*result, joined]

@@ -1,4 +1,4 @@
-"""The kernel that quantizes a tensor."""
+"""The kernels that quantize a tensor, or two of them side by side."""
 
 from __future__ import annotations
 
@@ -34,3 +34,31 @@ def quantize_kernel(
         value = value * tl.sigmoid(value)
     inverse_scale = reciprocal(tl.load(scale))
     tl.store(codes + index, quantize_s8(value, inverse_scale, tl.load(zero_point), QUANT_MAX), mask=mask)
+
+
+@triton.jit
+def quantize_joined_kernel(
+    x,
+    more,
+    scale,
+    zero_point,
+    codes,
+    count,
+    columns,
+    first,
+    QUANT_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Stores `count` codes in rows of `columns`, of which the `first` are those of `x`, and the others of `more`."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column = index // columns, index % columns
+    in_first = column < first
+    of_x = (index < count) & in_first
+    of_more = (index < count) & (column >= first)
+    await_previous(OVERLAP)
+    value = tl.load(x + row * first + column, mask=of_x, other=0).to(tl.float32)
+    other = tl.load(more + row * (columns - first) + (column - first), mask=of_more, other=0).to(tl.float32)
+    value = tl.where(in_first, value, other)
+    inverse_scale = reciprocal(tl.load(scale))
+    tl.store(codes + index, quantize_s8(value, inverse_scale, tl.load(zero_point), QUANT_MAX), mask=index < count)

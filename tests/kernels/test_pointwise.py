@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edadm_cli.quant import grid
-from edadm_kernels import quantize, reference, silu_quantize, uses_kernel
+from edadm_kernels import quantize, quantize_joined, reference, silu_quantize, uses_kernel
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -129,3 +129,20 @@ def test_refusals(arguments: tuple[Tensor, ...], error: type[Exception], message
 @pytest.mark.parametrize("silu", [False, True])
 def test_registration(x: Tensor, silu: bool) -> None:
     torch.library.opcheck(torch.ops.edadm.quantize.default, (x, *quantizer(0.03, 77), 8, silu))
+
+
+@pytest.mark.parametrize(("first", "second"), [(320, 320), (32, 16), (5, 3), (2, 12)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_images_are_quantized_as_one(first: int, second: int, dtype: torch.dtype) -> None:
+    images = [
+        values((2, 5, 3, channels), 2.0, seed=channels).to(dtype).permute(0, 3, 1, 2) for channels in (first, second)
+    ]
+    parameters = quantizer(0.0371, 127)
+    expected = reference.quantize(torch.cat(images, dim=1), *parameters, 8)
+    codes = quantize_joined(images[0], images[1], *parameters)
+    assert codes.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(codes, expected)
+    with pytest.raises(ValueError, match="more channels of the same images"):
+        quantize_joined(images[0], images[1][:1], *parameters)
+    with pytest.raises(ValueError, match="channels-last strides"):
+        quantize_joined(images[0].contiguous(), images[1], *parameters)

@@ -85,6 +85,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
             *(x.unflatten(2, (2, 8)).transpose(1, 2) for x in columns.split(16, dim=2)),
             *(0.3, [SCALE.reciprocal()] * 2, [SCALE * 0 - 4] * 2, [8, 4], 1, floats(2, 2, columns.shape[1])),
         ),
+        "quantize_joined": (image(2, 5, 3, 3), image(2, 3, 3, 3), SCALE, ZERO_POINT, 8),
         "quantize": (image(2, 24, 3, 5)[:, 3:16], SCALE, ZERO_POINT, 8, True),
     }  # fmt: skip
 
@@ -165,6 +166,7 @@ BATCHED = {
     "conv2d": (0, 5, 6),
     "group_norm_quantize": (0, 9),
     "group_norm_to_codes": (0, 9),
+    "quantize_joined": (0, 1),
     "modulated_norm_quantize": (0, 1, 2),
     "attention_quantize": (0, 1, 2),
     "attend_int8": (0, 1, 2),

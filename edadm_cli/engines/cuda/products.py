@@ -85,9 +85,9 @@ class IntegerLinear(Product):
         """Returns the number of output features."""
         return self.weight.shape[0]
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Returns the codes of `x` in its shape."""
-        return self.quantizer(quantizable(x))
+    def prepare(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        """Returns the codes of `x` in its shape, or those of an image `x` and of the channels `more` that follow."""
+        return self.quantizer(quantizable(x)) if more is None else self.quantizer.joined(x, more)
 
     def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
         """Runs one GEMM; see `Product`."""
@@ -213,6 +213,18 @@ class FloatProduct(Product):
         if sample_bias is not None:
             y = y + sample_bias[:, :, None, None]
         return y if residual is None else y + residual
+
+    @property
+    def joins(self) -> bool:
+        """Returns whether `join` computes the layer."""
+        return self.is_pointwise and self.operation.kind == "conv2d" and self.input_quantizer is None
+
+    def join(self, x: Tensor, more: Tensor) -> Tensor:
+        """Returns the layer's output for an image `x` and the channels `more` that follow, without a copy of both."""
+        weight, channels = self.weight.flatten(1), x.shape[1]
+        y = F.linear(rows_of(x.to(weight.dtype)), weight[:, :channels], self.bias)
+        y = torch.addmm(y, rows_of(more.to(weight.dtype)), weight[:, channels:].T)
+        return image_of(y, x.shape[0], *x.shape[2:])
 
     def _pointwise(self, x: Tensor) -> Tensor:
         """Returns a 1x1 convolution as a matrix product, which reads a range of an image's channels where they are."""

@@ -31,6 +31,10 @@ class Quantizer:
         """Returns the codes of `x`, int8, in the shape of `x`."""
         return kernels.quantize(x, self.scale, self.zero_point, self.num_bits)
 
+    def joined(self, x: Tensor, more: Tensor) -> Tensor:
+        """Returns the codes of two images `[N, C, H, W]`, channels last, whose channels lie side by side."""
+        return kernels.quantize_joined(x, more, self.scale, self.zero_point, self.num_bits)
+
     @classmethod
     def of(cls, layer: QuantizedLayer, device: torch.device) -> Quantizer:
         """Returns the quantizer of a layer whose input is quantized."""

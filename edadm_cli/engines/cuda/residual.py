@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from edadm_cli.engines.cuda.layout import channels_last
 from edadm_cli.engines.cuda.lowering import Lowering
-from edadm_cli.engines.cuda.products import IntegerConv2d, Product, SplitProduct
+from edadm_cli.engines.cuda.products import FloatProduct, IntegerConv2d, IntegerLinear, Product, SplitProduct
 
 TimeBias = Callable[[Tensor], Tensor]
 
@@ -60,10 +60,15 @@ class FusedResidualBlock(nn.Module):
         return out if self.output_scale == 1 else out / self.output_scale
 
     def _shortcut(self, images: tuple[Tensor, ...]) -> Tensor:
-        apart = tuple(image.shape[1] for image in images)
-        if isinstance(self.shortcut, SplitProduct) and self.shortcut.sizes == apart:
+        if len(images) == 1:
+            return images[0] if self.shortcut is None else self.shortcut(images[0])
+        if isinstance(self.shortcut, SplitProduct) and self.shortcut.sizes == tuple(x.shape[1] for x in images):
             return self.shortcut.join(images)
-        x = images[0] if len(images) == 1 else channels_last(torch.cat(images, dim=1))
+        if isinstance(self.shortcut, IntegerLinear):
+            return self.shortcut.product(self.shortcut.prepare(*images))
+        if isinstance(self.shortcut, FloatProduct) and self.shortcut.joins:
+            return self.shortcut.join(*images)
+        x = channels_last(torch.cat(images, dim=1))
         return x if self.shortcut is None else self.shortcut(x)
 
 

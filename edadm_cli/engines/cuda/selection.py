@@ -130,7 +130,7 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, list[Use]]]:
         for stage in stages:
             hooks.before(stage, _noting_norm(pending))
         for module in products:
-            module.prepare = _noting_input(module, pending)  # type: ignore[method-assign, assignment]
+            module.prepare = _noting_input(module, pending)  # type: ignore[method-assign]
             module.product = _noting_use(module, pending, uses)  # type: ignore[method-assign]
         try:
             yield uses
@@ -151,12 +151,13 @@ def _noting_norm(pending: dict[str, Source]) -> Callable[[nn.Module, tuple[Any, 
     return hook
 
 
-def _noting_input(module: Product, pending: dict[str, Source]) -> Callable[[Tensor], Tensor]:
+def _noting_input(module: Product, pending: dict[str, Source]) -> Callable[..., Tensor]:
     prepare = module.prepare
 
-    def run(x: Tensor) -> Tensor:
-        pending[module.label] = ("quantize", *_rows(x))
-        return prepare(x)
+    def run(x: Tensor, *more: Tensor) -> Tensor:
+        rows, channels = _rows(x)
+        pending[module.label] = ("quantize", rows, channels + sum(_rows(image)[1] for image in more))
+        return prepare(x, *more)
 
     return run
 

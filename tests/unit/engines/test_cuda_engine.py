@@ -117,11 +117,14 @@ class Concatenations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["tiny_sd", "tiny_ddpm", "tiny_sdxl"])
-def test_skip_connections_are_not_copied(name: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("name", "in_parts"), [("tiny_sd", True), ("tiny_sd", False), ("tiny_ddpm", True), ("tiny_sdxl", True)]
+)
+def test_skip_connections_are_not_copied(name: str, in_parts: bool, request: pytest.FixtureRequest) -> None:
     denoiser = load(request.getfixturevalue(name), name)
     call = example_call(denoiser, batch_size=2)
-    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
+    recipe = RECIPE.model_copy(update={"ranges": RECIPE.ranges.model_copy(update={"channel_parts": in_parts})})
+    quantize_to_nearest(denoiser, recipe, BitWidth.parse("w8a8"), [call])
     compiled = CudaEngine().compile(denoiser, *call, HALF)
     assert all(isinstance(block, FusedUpBlock) for block in compiled.model.up_blocks)
     with Concatenations() as actual:

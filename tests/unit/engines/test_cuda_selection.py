@@ -266,3 +266,15 @@ def test_a_pointwise_convolution_in_floating_point_reads_a_range_of_channels_in_
     assert torch.allclose(actual, torch.nn.functional.conv2d(piece, weight, bias), atol=1e-5)
     assert actual.is_contiguous(memory_format=torch.channels_last)
     assert rows_of(piece).data_ptr() == piece.data_ptr(), "a view: nothing is copied"
+
+
+def test_a_pointwise_convolution_over_two_images_copies_neither() -> None:
+    whole = torch.randn(2, 12, 5, 3).contiguous(memory_format=torch.channels_last)
+    first, second = (part.contiguous(memory_format=torch.channels_last) for part in whole.split([8, 4], dim=1))
+    weight, bias = torch.randn(7, 12, 1, 1), torch.randn(7)
+    product = FloatProduct(Operation("conv2d"), weight, bias, torch.float32)
+    assert product.joins
+    actual = product.join(first, second)
+    assert torch.allclose(actual, torch.nn.functional.conv2d(whole, weight, bias), atol=1e-5)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert not FloatProduct(Operation("conv2d"), torch.randn(7, 12, 3, 3), bias, torch.float32).joins
