@@ -33,10 +33,10 @@ def _spread_groups(values, group_of, BLOCK_GROUPS: tl.constexpr):
 def _load_quantizer(scales, zero_points, index: tl.constexpr):
     """Returns the inverse scale and the zero-point of a quantizer.
 
-    Zero-points in floating point are those of signed codes, and come with inverses of the scales.
+    Zero-points in float32 are those of signed codes, and come with inverses of the scales.
     """
     scale, zero_point = tl.load(scales + index), tl.load(zero_points + index)
-    if zero_points.dtype.element_ty.is_floating():
+    if zero_points.dtype.element_ty == tl.float32:
         inverse, offset = scale, zero_point.to(tl.int32) + CODE_OFFSET
     else:
         inverse, offset = reciprocal(scale), zero_point
