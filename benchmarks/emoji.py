@@ -144,9 +144,9 @@ def load(study: Study, folder: RunFolder) -> tuple[LoadedModel, CollectedRun]:
     """Loads the full-precision pipeline of a run."""
     import torch
 
-    from edadm_cli.models.collected import CollectedRun, load_collected_model
+    from edadm_cli.models.collected import CollectedRun
 
-    return load_collected_model(folder, torch.device(study.device), torch.float32), CollectedRun.open(folder)
+    return CollectedRun.open(folder).load(torch.device(study.device), torch.float32), CollectedRun.open(folder)
 
 
 # One row

@@ -116,12 +116,12 @@ def measure(run: Path, bits: str, images: int, device: str) -> list[dict[str, An
     from edadm_cli.artifacts import RunFolder
     from edadm_cli.artifacts.quantization import load_plan
     from edadm_cli.metrics.distances import relative_l2
-    from edadm_cli.models.collected import CollectedRun, load_collected_model
+    from edadm_cli.models.collected import CollectedRun
     from edadm_cli.quant.network import load_quant_params, quantize_network
 
     folder = RunFolder(run)
     artifact, collected = folder.open("reconstruct", bits), CollectedRun.open(folder)
-    exact, quantized = (load_collected_model(folder, torch.device(device), torch.float32) for _ in range(2))
+    exact, quantized = (CollectedRun.open(folder).load(torch.device(device), torch.float32) for _ in range(2))
     quantize_network(quantized.denoiser, load_plan(artifact))
     load_quant_params(quantized.denoiser, artifact.tensors("quant_params.safetensors"))
     net, layers = quantized.denoiser, quantized_layers(quantized.denoiser)

@@ -32,7 +32,7 @@ from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import BitWidth, CollectConfig, SelectConfig
 from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan
@@ -89,7 +89,7 @@ def prepare(model: str, bits: BitWidth, device: torch.device, num_samples: int, 
         run = RunFolder(Path(place))
         collect.run(CollectConfig(model=model, num_trajectories=num_samples, num_steps=5, device=str(device)), run)
         select.run(SelectConfig(device=str(device)), run)
-        denoiser = load_collected_model(run, device, torch.float32).denoiser
+        denoiser = CollectedRun.open(run).load(device, torch.float32).denoiser
         batches = Batches(CalibrationSet.load(run.open("select")), num_samples, device)
     (args, kwargs), *_ = iter(batches.few(1))
     traced = trace(denoiser, args, kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edadm_cli.artifacts import RunFolder, Units
 from edadm_cli.artifacts.quantization import load_plan
-from edadm_cli.models.collected import CollectedRun, load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.sampling import EVALUATION, image_seed, sample
 from edadm_cli.quant.network import load_quant_params, quantize_network
@@ -32,7 +32,7 @@ def judge(folder: RunFolder, bits: str, seed: int, images: int, device: str) -> 
         device: The device that computes.
     """
     artifact, sampling = folder.open("reconstruct", bits), CollectedRun.open(folder)
-    exact, quantized = (load_collected_model(folder, torch.device(device), torch.float32) for _ in range(2))
+    exact, quantized = (CollectedRun.open(folder).load(torch.device(device), torch.float32) for _ in range(2))
     quantize_network(quantized.denoiser, load_plan(artifact))
     load_quant_params(quantized.denoiser, artifact.tensors("quant_params.safetensors"))
     prompts = sampling.prompts

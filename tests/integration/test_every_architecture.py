@@ -17,7 +17,7 @@ from edadm_cli.models import loading, locating, stored_denoiser
 from edadm_cli.models.architecture import Architecture
 from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.call_arguments import takes_guidance, takes_prompts
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import load_recipe
@@ -77,7 +77,7 @@ def test_an_architecture_goes_through_the_chain_and_round_trips(
     features = run.open("collect").tensors("features.safetensors")["features"]
     assert features.shape[1] >= 2
     assert bool((features[0] - features[-1]).abs().max() > 0), "the features tell the steps apart"
-    model = load_collected_model(run, CPU, torch.float32)
+    model = CollectedRun.open(run).load(CPU, torch.float32)
     units = run.open("reconstruct", str(BITS)).json("units.json")["units"]
     require_everything_is_planned(name, model, run.open("reconstruct", str(BITS)).json("plan.json"), units)
     folder = str(run.open("export", str(BITS)).path)
@@ -91,7 +91,7 @@ def test_an_architecture_goes_through_the_chain_and_round_trips(
 def test_inpainting_goes_through_the_chain(tmp_path: Path) -> None:
     table.example_images(tmp_path / "images")
     run = chain("sd15-inpaint", tmp_path / "run", tmp_path / "images")
-    model = load_collected_model(run, CPU, torch.float32)
+    model = CollectedRun.open(run).load(CPU, torch.float32)
     units = run.open("reconstruct", str(BITS)).json("units.json")["units"]
     require_everything_is_planned("sd15-inpaint", model, run.open("reconstruct", str(BITS)).json("plan.json"), units)
 
@@ -162,7 +162,7 @@ def test_guidance_that_is_embedded_is_part_of_the_condition(tmp_path: Path, monk
     assert calibration.condition["guidance"].tolist() == [3.5, 3.5]
     assert set(calibration.constants) == {"img_ids", "txt_ids"}
     args, kwargs = calibration.call(range(2), CPU, torch.float32)
-    model = load_collected_model(run, CPU, torch.float32)
+    model = CollectedRun.open(run).load(CPU, torch.float32)
     with torch.no_grad():
         guided = model.denoiser(*args, **kwargs)[0]
         other = model.denoiser(*args, **{**kwargs, "guidance": torch.full((2,), 9.0)})[0]

@@ -18,7 +18,7 @@ from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import EXIT_INPUT, EXIT_MACHINE, EdadmError, InputError, MachineError
 from edadm_cli.models import locating
-from edadm_cli.models.collected import load_collected_model
+from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.folder import read_folder
 from edadm_cli.models.loading import load_model, resolve_device
 from edadm_cli.models.registry import known_models
@@ -275,7 +275,7 @@ def test_a_hub_model_is_loaded_again_at_the_commit_it_was_collected_from(
     config = CollectConfig(model="nobody/tiny", num_trajectories=1, num_steps=2, device="cpu")
     collect.run(config, run)
     assert run.open("collect").manifest.model.revision == "c0ffee"
-    assert load_collected_model(run, CPU, torch.float32).ref.revision == "c0ffee"
+    assert CollectedRun.open(run).load(CPU, torch.float32).ref.revision == "c0ffee"
     assert asked == [("nobody/tiny", None), ("nobody/tiny", "c0ffee")]
 
 
