@@ -33,6 +33,8 @@ class EdadmError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # which a traceback shows below the message
 
 
 class UsageError(EdadmError):

@@ -195,7 +195,10 @@ def _on_engine(
 
     run_folder, kind, name = run_of_artifact(path)
     if lora and not engine.takes_adapters:
-        raise UsageError(f"The engine '{engine.name}' runs no LoRA beside quantized layers.", hint="--engine cuda")
+        raise UsageError(
+            f"The engine '{engine.name}' runs no LoRA beside quantized layers; 'torch' and 'cuda' do.",
+            hint="edadm_cli.load(FOLDER, engine='torch', lora=...), or fuse the file: edadm export --lora FILE --force",
+        )
     if not lora and run_folder is not None and kind == "export" and run_folder.has("select"):
         return load_on_engine(run_folder, run_folder.open("export", name), engine, device, dtype, reporter)
     engine.require(device)

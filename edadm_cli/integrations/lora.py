@@ -128,6 +128,11 @@ def add_adapter(model: nn.Module, adapter_config: Any, *args: Any, **kwargs: Any
         of_diffusers.add_adapter(model, _register(adapter_config), *args, **kwargs)
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Returns whether PEFT has put adapters around layers of a model."""
+    return any(hasattr(module, "lora_A") and hasattr(module, "base_layer") for module in model.modules())
+
+
 def _register(config: Any) -> Any:
     """Registers the wrappers of quantized layers with PEFT, and returns the configuration."""
     if hasattr(config, "_register_custom_module"):

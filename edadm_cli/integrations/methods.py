@@ -1,12 +1,14 @@
 """Methods of an exported denoiser that replace those of diffusers' quantized models.
 
 diffusers refuses to cast quantized models, since a cast destroys the scales of most methods; ours stay in float32. PEFT
-needs to know how to adapt a quantized layer. diffusers would fuse projections by float weights, which are missing here,
-and would replace quantized attention without a warning; these methods refuse both and say what to do instead.
+needs to know how to adapt a quantized layer, and a denoiser with adapters beside its layers would be saved under names
+that nobody reads. diffusers would fuse projections by float weights, which are missing here, and would replace
+quantized attention without a warning; these methods refuse both and say what to do instead.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,15 @@ class _Method:
         return self.function(self.module, *args, **kwargs)
 
 
+class _SavePretrained(_Method):
+    """The method `save_pretrained`, with the signature of diffusers' own, by which pipelines choose its arguments."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        of_diffusers: Any = type(self.module)
+        return inspect.signature(of_diffusers.save_pretrained.__get__(self.module))
+
+
 _CASTS = ("half", "float")  # the casts of torch that diffusers refuses
 
 
@@ -41,6 +52,8 @@ def bind_methods(model: nn.Module) -> None:
     methods: dict[str, Callable[..., Any]] = {"to": _to, **{name: getattr(nn.Module, name) for name in _CASTS}}
     if hasattr(model, "load_lora_adapter"):
         methods |= {"load_lora_adapter": lora.load_lora_adapter, "add_adapter": lora.add_adapter}
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _SavePretrained(_save, model)  # type: ignore[assignment]
     if hasattr(model, "fuse_qkv_projections") and _has_quantized_attention(model):
         methods |= {"fuse_qkv_projections": _refuse_fusion, "unfuse_qkv_projections": _leave_as_it_is}
     attentions = [module for module in model.modules() if _is_quantized(module)]
@@ -59,6 +72,17 @@ def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     if dtype is not None:
         nn.Module.to(model, dtype=dtype)
     return type(model).to(model, *rest, **kwargs) if rest or kwargs else model
+
+
+def _save(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Saves the denoiser as diffusers' `save_pretrained` does, unless it has a LoRA."""
+    if lora.has_adapters(model):
+        raise UsageError(
+            "An export is saved without a LoRA beside its layers: unload it first (pipeline.unload_lora_weights()), or "
+            "fuse it into the weights instead (edadm export --lora FILE)."
+        )
+    of_diffusers: Any = type(model)
+    of_diffusers.save_pretrained(model, *args, **kwargs)
 
 
 def _is_quantized(module: nn.Module) -> bool:

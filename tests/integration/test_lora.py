@@ -100,6 +100,17 @@ def _expected(denoiser: nn.Module, *adapters: tuple[dict[str, tuple[Tensor, Tens
         return predict(denoiser)
 
 
+def test_an_export_is_saved_without_adapters_or_not_at_all(pipeline: Any, tmp_path: Path) -> None:
+    before = predict(pipeline.unet)
+    pipeline.load_lora_weights(_peft_keys(_factors(pipeline.unet, TARGETS, 1), "unet"), adapter_name="first")
+    with pytest.raises(UsageError, match="unload it first"):
+        pipeline.save_pretrained(tmp_path / "refused")
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert len(list((tmp_path / "saved" / "unet").glob("*.safetensors"))) > 1  # the argument has arrived
+    assert torch.equal(predict(type(pipeline).from_pretrained(tmp_path / "saved").unet), before)
+
+
 def test_adapters_are_loaded_weighted_exchanged_and_unloaded(pipeline: Any) -> None:
     unet = pipeline.unet
     assert isinstance(unet.get_submodule(TARGETS[-1]), SplitLayer)
