@@ -123,7 +123,9 @@ def split_arguments(
         "kwargs": {name: encode_argument(name, value) for name, value in kwargs.items()},
     }
     template["constants"] = sorted(
-        name for name, t in tensors.items() if name in family.shared_arguments or t.ndim == 0 or t.shape[0] != rows
+        name
+        for name, t in tensors.items()
+        if name.partition(".")[0] in family.shared_arguments or t.ndim == 0 or t.shape[0] != rows
     )
     template["dtypes"] = {name: _dtype_name(tensor) for name, tensor in sorted(tensors.items())}
     return DenoiserCall(sample, _one_timestep(bound[timestep_name]), tensors, template)

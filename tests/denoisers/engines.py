@@ -13,6 +13,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import reduce
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,13 @@ from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.sampling import sample
 from edadm_cli.select import stage as select
+from tests.denoisers.page import ROOT, update_table, write_table
 from tests.denoisers.rows import ROWS, Row
-from tests.denoisers.table import ROOT, entry_with, example_images, quick_recipe, write_table
+from tests.denoisers.table import entry_with, example_images, quick_recipe
 
 CPU = torch.device("cpu")
 NOTES = ROOT / "build" / "denoisers-openvino.jsonl"
+_TABLE = "denoisers on OpenVINO"
 W8A8 = BitWidth.parse("w8a8")
 LARGEST_DISTANCE = 0.2
 """The largest relative L2 distance that counts as running.
@@ -101,12 +104,11 @@ def _measured(row: Row, folder: Path) -> EngineResult:
             collect.run(collecting, run)
         select.run(SelectConfig(device="cpu", strategy="uniform"), run)
         model = _export(run, folder / "export")
-    except EdadmError as error:
-        return EngineResult(row.title, name, refusal=error.message.replace(str(folder / "model"), "the model"))
-    try:
         prediction, latents = _distances(run, model)
     except EdadmError as error:
-        return EngineResult(row.title, name, refusal=error.message.replace(str(folder / "export"), "the export"))
+        places = {str(folder / "model"): "the model", str(folder / "export"): "the export"}
+        message = reduce(lambda text, place: text.replace(place, places[place]), places, error.message)
+        return EngineResult(row.title, name, refusal=message)
     except Exception as error:  # noqa: BLE001 (a row of the table, not the end of it)
         return EngineResult(row.title, name, refusal=f"internal error: {type(error).__name__}: {error}"[:300])
     differs = f"its final latents differ from those of torch by a relative L2 of {latents:.2f}"
@@ -206,16 +208,20 @@ def engine_markdown(results: list[EngineResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_engine_table(only: list[str] | None) -> None:
+def write_engine_table(only: list[str] | None, is_update: bool) -> None:
     """Writes the table into docs/models.md, or prints the rows of some builders.
 
     Args:
         only: The names of the builders; `None` for all rows.
+        is_update: Whether the rows of these builders replace those in docs/models.md, or are added there.
     """
-    if only is not None:
-        for row in ROWS:
-            if row.build.__name__ in only:
-                print(engine_markdown([measure_in_process(row)]).splitlines()[-1], flush=True)
+    if only is None:
+        write_table(_TABLE, engine_markdown(engine_results(ROWS, NOTES)))
+        NOTES.unlink()
         return
-    write_table("denoisers on OpenVINO", engine_markdown(engine_results(ROWS, NOTES)))
-    NOTES.unlink()
+    for row in ROWS:
+        if row.build.__name__ in only:
+            line = engine_markdown([measure_in_process(row)]).splitlines()[-1]
+            print(line, flush=True)
+            if is_update:
+                update_table(_TABLE, [each.title for each in ROWS], line)

@@ -3,7 +3,9 @@
 `python benchmarks/denoisers.py` writes the table into docs/models.md. It notes each finished row in a file with a hash
 of the code, so that a table that was interrupted goes on where it stopped, and no row is of other code. `--jobs 4`
 shares the rows among four processes. With `--only NAME ...` it prints the rows of these builders alone and writes
-nothing; the names are those of the functions in the modules beside this one.
+nothing, unless `--update` puts them into the table; the names are those of the functions in the modules beside this
+one.
+With `--engine`, all of this is about the table of the OpenVINO engine.
 """
 
 from __future__ import annotations
@@ -38,10 +40,9 @@ from edadm_cli.models.families.layers import is_weighted
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.recipe import Recipe, load_recipe
 from tests.denoisers import classes
+from tests.denoisers.page import ROOT, update_table, write_table
 from tests.denoisers.rows import ROWS, Row
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs" / "models.md"
 NOTES = ROOT / "build" / "denoisers.jsonl"
 _TABLES = ("table of denoisers", "other classes of denoisers")
 W8A8, W4A8 = BitWidth.parse("w8a8"), BitWidth.parse("w4a8")
@@ -319,28 +320,23 @@ def write_tables(results: list[Result]) -> None:
         write_table(name, table)
 
 
-def write_table(name: str, table: str) -> None:
-    """Write a table between its two marks in docs/models.md."""
-    text = DOCS.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-    start, stop = text.index(begin) + len(begin), text.index(end)
-    DOCS.write_text(text[:start] + table + text[stop:], encoding="utf-8")
-
-
 def main() -> None:
     """Write the table, or print some rows of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=None, help="names of builders")
     parser.add_argument("--engine", action="store_true", help="the table of the OpenVINO engine instead")
+    parser.add_argument("--update", action="store_true", help="put the rows of --only into docs/models.md")
     parser.add_argument("--notes", type=Path, default=NOTES, help="file of the rows that are finished")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes, of one thread each")
     options = parser.parse_args()
     if options.engine:
         from tests.denoisers.engines import write_engine_table
 
-        return write_engine_table(options.only)
+        return write_engine_table(options.only, options.update)
     if options.only is not None:
-        run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only), jobs=options.jobs)
+        results = run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only), jobs=options.jobs)
+        for result in results if options.update else ():
+            update_table(_TABLES[0], [row.title for row in ROWS], markdown([result]).splitlines()[-1])
         return
     results = run_rows(ROWS, options.notes, options.jobs)
     write_tables(results)

@@ -16,8 +16,9 @@ from edadm_cli.errors import UsageError
 from edadm_cli.select import stage as select
 from tests.denoisers.classes import VERDICTS, denoiser_classes
 from tests.denoisers.further import anyflow
+from tests.denoisers.page import DOCS
 from tests.denoisers.rows import ROWS
-from tests.denoisers.table import DOCS, measure
+from tests.denoisers.table import measure
 from tests.denoisers.unets import kandinsky22
 
 # one tensor per image and prompts of different length; guidance in two calls per step

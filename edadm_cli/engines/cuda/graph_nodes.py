@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -54,12 +53,12 @@ def single_use(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def is_method(node: object, name: str) -> TypeGuard[fx.Node]:
+def is_method(node: fx.Node, name: str) -> bool:
     """Returns whether a node calls a method of a tensor."""
-    return isinstance(node, fx.Node) and node.op == "call_method" and node.target == name
+    return node.op == "call_method" and node.target == name
 
 
-def is_call(node: object, function: object) -> TypeGuard[fx.Node]:
+def is_call(node: object, function: object) -> bool:
     """Returns whether a node calls a function."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is function
 

@@ -8,7 +8,6 @@ convolutions themselves add the time embedding and the residual.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ _CONVOLUTION = torch.ops.edadm.conv2d.default
 _SAMPLE_BIAS, _RESIDUAL, _NUM_ARGUMENTS = 5, 6, 11  # places of arguments of the operation `conv2d`
 _PER_SAMPLE = (slice(None), slice(None), None, None)
 _TO_TOKENS = (0, 2, 3, 1)
-_CHANNELS_LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 
 
 def replace_group_norms(graph: fx.Graph) -> int:
@@ -40,83 +38,74 @@ def replace_group_norms(graph: fx.Graph) -> int:
 
 
 def _pays(norm: fx.Node) -> bool:
-    if len(norm.args) != 5:
+    tensors = [value_of(norm.args[0]), *(value_of(node) for node in norm.args[2:4])]
+    if len(norm.args) != 5 or len(tensors) != 3 or any(x is None for x in tensors):
         return False
-    x, weight, bias = (value_of(norm.args[place]) for place in (0, 2, 3))
-    if x is None or weight is None or bias is None or x.ndim != 4 or not has_numbers(x):
-        return False
-    return kernels.group_norm_pays(x, weight, bias)
-
-
-@dataclass(frozen=True)
-class _Ending:
-    """What follows a GroupNorm: SiLU or not, an image as rows of tokens or not, and codes.
-
-    Args:
-        silu: Whether SiLU follows.
-        tokens: The node that makes rows of the image; `None` if a convolution reads the image.
-        chain: The nodes of the codes.
-        last: The node whose result has the layout of the kernel's codes.
-    """
-
-    silu: bool
-    tokens: fx.Node | None
-    chain: CodeChain
-    last: fx.Node
-
-
-def _ending_of(norm: fx.Node) -> _Ending | None:
-    """Returns what follows a GroupNorm; `None` if anything else reads it or a result in between."""
-    following, silu, tokens = single_use(norm), False, None
-    if is_call(following, F.silu) and not following.kwargs.get("inplace"):
-        following, silu = single_use(following), True
-    if is_call(following, F.dropout) and following.args[2:3] == (False,):  # a model that is not trained
-        following = single_use(following)
-    if is_method(following, "permute") and following.args[1:] in (_TO_TOKENS, (_TO_TOKENS,)):
-        tokens = single_use(following)
-        if not is_method(tokens, "reshape"):
-            return None
-        following = single_use(tokens)
-    chain = chain_of(following, 0) if is_method(following, "float") else None
-    if chain is None:
-        return None
-    last = chain.codes if tokens is not None else single_use(chain.codes)
-    if tokens is None and not (is_method(last, "contiguous") and last.kwargs == _CHANNELS_LAST):
-        return None
-    return None if last is None else _Ending(silu, tokens, chain, last)
+    x, weight, bias = tensors
+    assert x is not None
+    assert weight is not None
+    assert bias is not None
+    return x.ndim == 4 and has_numbers(x) and kernels.group_norm_pays(x, weight, bias)
 
 
 def _replace(norm: fx.Node) -> int:
-    """Replaces a GroupNorm and all that follows, up to the codes; returns 1 if that is possible, and 0 otherwise."""
-    ending = _ending_of(norm)
-    if ending is None:
+    """Replaces a GroupNorm and all that follows, up to the codes; returns whether that was possible."""
+    result, silu = norm, False
+    following = single_use(result)
+    if is_call(following, F.silu) and not following.kwargs.get("inplace"):  # type: ignore[union-attr]
+        assert following is not None
+        result, silu = following, True
+        following = single_use(result)
+    if is_call(following, F.dropout) and following.args[2:3] == (False,):  # type: ignore[union-attr]
+        assert following is not None
+        result = following
+        following = single_use(result)
+    tokens = None
+    if following is not None and is_method(following, "permute") and following.args[1:] in (_TO_TOKENS, (_TO_TOKENS,)):
+        tokens = single_use(following)
+        if tokens is None or not is_method(tokens, "reshape"):
+            return 0
+        following = single_use(tokens)
+    chain = None if following is None or not is_method(following, "float") else chain_of(following, 0)
+    last = None if chain is None else _last(chain, tokens)
+    if chain is None or last is None:
         return 0
-    graph, chain = norm.graph, ending.chain
+    graph = norm.graph
     x, num_groups, weight, bias, eps = norm.args
     quantizer = (chain.inverse_scale, chain.shift, chain.num_bits)
-    with graph.inserting_before(ending.last):
+    with graph.inserting_before(last):
         image, more = ([*map(_channels_last, _images(x, num_groups)), None])[:2]
-        arguments = (image, weight, bias, num_groups, eps, ending.silu, *quantizer, more)
-        codes = graph.call_function(torch.ops.edadm.group_norm_to_codes.default, arguments)
-        if ending.tokens is not None:
+        codes = graph.call_function(
+            torch.ops.edadm.group_norm_to_codes.default,
+            (image, weight, bias, num_groups, eps, silu, *quantizer, more),
+        )
+        if tokens is not None:
             codes = graph.call_method("permute", (codes, *_TO_TOKENS))
-            codes = graph.call_method("reshape", (codes, *ending.tokens.args[1:]))
-    replace_node(ending.last, codes)
+            codes = graph.call_method("reshape", (codes, *tokens.args[1:]))
+    replace_node(last, codes)
     return 1
+
+
+def _last(chain: CodeChain, tokens: fx.Node | None) -> fx.Node | None:
+    """Returns the node whose result has the layout of the kernel's codes."""
+    if tokens is not None:
+        return chain.codes
+    node = single_use(chain.codes)
+    is_last = node is not None and is_method(node, "contiguous")
+    return node if is_last and node.kwargs.get("memory_format") is torch.channels_last else None  # type: ignore[union-attr]
 
 
 def _channels_last(image: fx.Node) -> fx.Node:
     """Returns an image with channels-last strides, whatever strides torch gives it when it lowers the graph."""
-    return image.graph.call_method("contiguous", (image,), _CHANNELS_LAST)
+    return image.graph.call_method("contiguous", (image,), {"memory_format": torch.channels_last})
 
 
 def _images(x: Any, num_groups: Any) -> list[fx.Node]:
     """Returns the two images whose channels `x` concatenates, if the kernel reads them in place; otherwise `x`."""
-    if is_call(x, torch.cat) and (x.args[1:] == (1,) or x.kwargs == {"dim": 1}):
-        images: Any = x.args[0]
-        values = [value for image in images if (value := value_of(image)) is not None]
-        if len(values) == len(images) == 2 and kernels.group_norm_joins(values[0], values[1], num_groups):
-            return list(images)
+    if is_call(x, torch.cat) and (x.args[1:] == (1,) or x.kwargs == {"dim": 1}) and len(x.args[0]) == 2:
+        first, second = (value_of(node) for node in x.args[0])
+        if first is not None and second is not None and kernels.group_norm_joins(first, second, num_groups):
+            return list(x.args[0])
     return [x]
 
 
@@ -125,36 +114,30 @@ def _fold_addition(convolution: fx.Node) -> None:
     addition = single_use(convolution)
     if not is_call(addition, operator.add) or len(convolution.args) != _NUM_ARGUMENTS:
         return
-    added = _added(convolution, addition)
-    if added is None:
-        return
-    place, operand = added
-    graph, arguments = addition.graph, list(convolution.args)
-    with graph.inserting_before(addition):
-        arguments[place] = _channels_last(operand) if place == _RESIDUAL else operand
-        folded = graph.call_function(_CONVOLUTION, tuple(arguments))
-    divided = single_use(addition)
-    by_one = is_call(divided, operator.truediv) and divided.args[1:] == (1.0,)
-    replace_node(divided if by_one and divided is not None else addition, folded)
-
-
-def _added(convolution: fx.Node, addition: fx.Node) -> tuple[int, fx.Node] | None:
-    """Returns what an addition adds to a convolution's result, and the place of that argument of the operation."""
-    other = next((each for each in addition.args if isinstance(each, fx.Node) and each is not convolution), None)
+    assert addition is not None
+    (other,) = [each for each in addition.args if each is not convolution] or [None]
     result, total, added = value_of(convolution), value_of(addition), value_of(other)
-    if other is None or result is None or total is None or added is None or not has_numbers(result):
-        return None
-    if total.stride() != result.stride() or not result.dtype == total.dtype == added.dtype:
-        return None
+    if result is None or total is None or added is None or not isinstance(other, fx.Node):
+        return
+    if not has_numbers(result) or total.stride() != result.stride() or not result.dtype == total.dtype == added.dtype:
+        return
+    arguments = list(convolution.args)
     if added.shape == result.shape and added.stride() == result.stride():
-        return (_RESIDUAL, other) if convolution.args[_RESIDUAL] is None else None
-    if (
-        not is_call(other, operator.getitem)
-        or other.args[1] != _PER_SAMPLE
-        or convolution.args[_SAMPLE_BIAS] is not None
-    ):
-        return None
-    source = other.args[0]
-    bias = value_of(source)
-    fits = bias is not None and bias.shape == result.shape[:2] and bias.is_contiguous()
-    return (_SAMPLE_BIAS, source) if fits and isinstance(source, fx.Node) else None
+        place = _RESIDUAL
+        with addition.graph.inserting_before(addition):
+            operand = _channels_last(other)
+    elif is_call(other, operator.getitem) and other.args[1] == _PER_SAMPLE:
+        place, operand = _SAMPLE_BIAS, other.args[0]  # type: ignore[assignment]
+        bias = value_of(operand)
+        if bias is None or bias.shape != result.shape[:2] or not bias.is_contiguous():
+            return
+    else:
+        return
+    if arguments[place] is not None:
+        return
+    arguments[place] = operand
+    with addition.graph.inserting_before(addition):
+        folded = addition.graph.call_function(_CONVOLUTION, tuple(arguments))
+    divided = single_use(addition)
+    by_one = is_call(divided, operator.truediv) and divided.args[1:] == (1.0,)  # type: ignore[union-attr]
+    replace_node(divided if by_one else addition, folded)  # type: ignore[arg-type]

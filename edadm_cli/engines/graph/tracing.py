@@ -17,21 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.engines.graph.interface import GraphInterface, class_path
-from edadm_cli.errors import MachineError
+from edadm_cli.errors import EdadmError, MachineError
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 
+IN_TORCH = "run the export in torch: edadm_cli.load(FOLDER, engine='torch')"
 WRAPPED = "denoiser"
 """The attribute of `FlatDenoiser` that holds the denoiser. Tracing makes it a part of the names of nodes."""
 
 
 @dataclass(eq=False)
 class _Returned:
-    """Holds the import path of the class that the denoiser returned, and whether it returned a list of rows.
+    """Holds the import path of the class that the denoiser returned, its number of tensors, and whether it is a list.
 
     These are not attributes of the module, because exporters undo what tracing sets on a module.
     """
 
     path: str | None = None
+    count: int = 1
     is_list: bool = False
 
 
@@ -61,14 +63,25 @@ class FlatDenoiser(nn.Module):
         with self._context(inputs):
             # the interface omits None, which Kandinsky 2.2 passes for an argument without a default
             output = denoiser(**(dict.fromkeys(_required(denoiser)) | self.interface.call(inputs)))
-        self._returned.path = class_path(output)
+        values = output.values() if isinstance(output, Mapping) else output
+        self._returned.path, self._returned.count = class_path(output), sum(value is not None for value in values)
         prediction = output[0]
         self._returned.is_list = isinstance(prediction, list | tuple)
         return torch.stack(tuple(prediction)) if self._returned.is_list else prediction
 
     def traced_interface(self) -> GraphInterface:
-        """Returns the interface, completed with what the denoiser returned while it was traced."""
+        """Returns the interface, completed with what the denoiser returned while it was traced.
+
+        Raises:
+            EdadmError: The denoiser returned more than its prediction, such as a sound.
+        """
         returned = self._returned
+        if returned.count > 1:
+            raise EdadmError(
+                f"{self.interface.denoiser} predicts {returned.count} tensors at once, such as images and a sound, and"
+                " the graph of an engine has one.",
+                hint=IN_TORCH,
+            )
         return self.interface.model_copy(update={"returns": returned.path, "returns_list": returned.is_list})
 
 

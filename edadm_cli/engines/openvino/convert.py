@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from edadm_cli.engines.graph.interface import GraphInterface
 from edadm_cli.engines.graph.tracing import (
+    IN_TORCH,
     FlatDenoiser,
     LayerStandIn,
     convolved_sizes,
@@ -46,8 +47,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define("geglu(Tensor x, int index, int features) -> Tensor")
 _LIBRARY.define("fake_quantize(Tensor x, int index) -> Tensor")
-_IN_TORCH = "run the export in torch: edadm_cli.load(FOLDER, engine='torch')"
 _PLACES = ("Check '", "Exception from ")  # how a report of OpenVINO begins that names a place in its source code
+_STEADY = ("mask", "image_embeds")  # parts of the names of arguments that are the same at every step
 _OPERATIONS = ("linear", "geglu", "conv2d", "fake_quantize")
 
 
@@ -112,7 +113,7 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         raise
     except Exception as error:  # whatever tracing or the converter raises is a refusal
         raise EdadmError(
-            f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}", hint=_IN_TORCH
+            f"OpenVINO cannot convert {type(denoiser).__name__}: {_reason(error)}", hint=IN_TORCH
         ) from error
     is_by_row = not _takes_another_row(model, tensors)
     return model, wrapper.traced_interface().specific(tensors, is_by_row, reads.names, reads.sizes)
@@ -121,15 +122,20 @@ def convert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _require_steady_values(denoiser: str, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
     """Checks that no values that change from step to step were read while a denoiser was traced.
 
+    Masks of text and embeddings of images do not, although they may be floating-point numbers (HunyuanVideo 1.5).
+
     Raises:
         EdadmError: The sample, the timestep or another floating-point input was read.
     """
-    changing = sorted(name for name in names if name == TIMESTEP or tensors[name].is_floating_point())
+    steady = {name for name in names if any(part in name for part in _STEADY)}
+    changing = sorted(
+        name for name in names if name == TIMESTEP or (tensors[name].is_floating_point() and name not in steady)
+    )
     if changing:
         raise EdadmError(
             f"OpenVINO cannot convert {denoiser}: what it computes next depends on values of {changing[0]}, as with"
             " experts that are chosen per token.",
-            hint=_IN_TORCH,
+            hint=IN_TORCH,
         )
 
 

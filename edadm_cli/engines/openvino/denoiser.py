@@ -15,7 +15,7 @@ from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecuti
 from edadm_cli.engines.graph.description import PlannedLayer
 from edadm_cli.engines.graph.interface import GraphInterface
 from edadm_cli.engines.graph.tracing import sharing_copy
-from edadm_cli.engines.openvino import forms, saturation, sinusoids
+from edadm_cli.engines.openvino import constant_inputs, forms, saturation, sinusoids
 from edadm_cli.engines.openvino.convert import convert
 from edadm_cli.engines.openvino.execution import executed_layers, operation_times, runtime_nodes
 from edadm_cli.engines.openvino.int4 import widen
@@ -173,8 +173,9 @@ class OpenVinoDenoiser(CompiledDenoiser):
         saturating = saturation.replace_saturating_products(model, saturation.saturating_kinds())
         try:
             model.reshape(dict(zip(inputs, map(list, shapes), strict=True)))
+            constant = dict.fromkeys(constant_inputs.compute_in_float(model), constant_inputs.REASON)
             faster = forms.use_faster_forms(model, plugin_properties(self._options))
-            in_float = dict.fromkeys(saturating, saturation.REASON) | faster
+            in_float = dict.fromkeys(saturating, saturation.REASON) | faster | constant
             return _Compiled(self._core, model, self._options, more, in_float)
         except RuntimeError as error:
             sizes = ", ".join(f"{name} {list(shape)}" for name, shape in zip(inputs, shapes, strict=True))

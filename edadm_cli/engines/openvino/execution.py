@@ -99,7 +99,7 @@ def _execution(layer: PlannedLayer, nodes: list[RuntimeNode], known: str | None,
         reason = known or f"OpenVINO runs it as {floating[0].type} in {floating[0].precision}"
         precision = floating[0].precision if len(floating) == len(nodes) else MIXED
     elif not nodes:
-        reason = "OpenVINO's runtime graph does not hold it"
+        reason = known or "OpenVINO's runtime graph does not hold it"
     elif known is not None:
         precision = MIXED  # one node holds several products, and states the element type of one of them
     return LayerExecution(layer.name, layer.kind, layer.planned, precision, None if layer.planned == FLOAT else reason)

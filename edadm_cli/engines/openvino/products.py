@@ -82,6 +82,15 @@ def quantized_products(graph: ov.Model) -> Iterator[QuantizedProduct]:
             yield QuantizedProduct(node, "attention", None)
 
 
+def coded_products(graph: ov.Model) -> Iterator[QuantizedProduct]:
+    """Yields the products of a graph whose weight consists of int8 codes, whether or not their input is quantized."""
+    for node in graph.get_ordered_ops():
+        kind = _KINDS.get(node.get_type_name())
+        weight = None if kind is None else _scaled_codes(node.input_value(1))
+        if kind is not None and weight is not None:
+            yield QuantizedProduct(node, kind, weight)
+
+
 def source(output: ov.Output) -> ov.Node:
     """Returns the node that computes an output's values, before any data movement."""
     node = output.get_node()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -136,8 +137,13 @@ class TracedForms(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._reads is not None and function.__name__ in READING:
             self._reads.note(function.__name__, args)
-        if function.__name__ == "__getitem__" and _is_mask(args[1]) and torch.jit.is_tracing():
-            return self._chosen(*args)
+        if torch.jit.is_tracing() and not _is_complex(args):
+            if function.__name__ == "__getitem__" and _is_mask(args[1]):
+                return self._chosen(*args)
+            if function.__name__ in ("__getitem__", "__setitem__") and isinstance(args[1], tuple):
+                args = (args[0], self._without_masks(args[1]), *args[2:])
+            forms: dict[str, Callable[..., Any]] = {"nonzero": self._nonzero, "repeat_interleave": self._repeated}
+            function = forms.get(function.__name__, function)
         if _is_complex((args, kwargs)) or function.__name__ in ("view_as_complex", "polar", "complex"):
             return _in_real_numbers(function, args, kwargs)
         result = _SIMPLER.get(function.__name__, function)(*args, **kwargs)
@@ -150,10 +156,47 @@ class TracedForms(TorchFunctionMode):
 
         In a graph, a choice by a mask has no known size, and most of what follows it cannot be compiled.
         """
+        (positions,) = self._positions(mask.flatten())
+        return tensor.flatten(0, mask.ndim - 1).index_select(0, positions)
+
+    def _without_masks(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns an index of several dimensions in which positions stand for each mask."""
+        return tuple(part for item in index for part in (self._positions(item) if _is_mask(item) else (item,)))
+
+    def _nonzero(self, tensor: Tensor, *, as_tuple: bool = False) -> Any:
+        """Computes `torch.nonzero` with the positions in the example, whose number a graph would not know."""
+        positions = self._positions(tensor)
+        return positions if as_tuple else torch.stack(positions, dim=1)
+
+    def _repeated(self, tensor: Tensor, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> Tensor:
+        """Computes `torch.repeat_interleave`, with the numbers of repetitions in the example if they differ.
+
+        Args:
+            tensor: What is repeated.
+            repeats: One number, which may be a size in the trace, or one for each element of the dimension.
+            dim: The dimension; `None` for all elements in one.
+            output_size: The size that results, which is not needed here.
+        """
+        if dim is None:
+            tensor, dim = tensor.flatten(), 0
+        dim %= tensor.ndim
+        if isinstance(repeats, Tensor) and repeats.ndim > 0 and len(repeats) > 1:
+            numbers = self._values(repeats)
+            return tensor.index_select(dim, torch.from_numpy(np.arange(len(numbers)).repeat(numbers)))
+        each = repeats.reshape(()) if isinstance(repeats, Tensor) else repeats
+        shape: list[Any] = [-1] * (tensor.ndim + 1)
+        shape[dim + 1] = each
+        return tensor.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+
+    def _positions(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Returns the positions of what is not zero in the example, one tensor per dimension, as constants."""
+        return tuple(map(torch.from_numpy, self._values(tensor).nonzero()))
+
+    def _values(self, tensor: Tensor) -> np.ndarray:
+        """Returns a tensor's values in the example, and notes that they were read. The tracer does not see NumPy."""
         if self._reads is not None:
-            self._reads.note("nonzero", (mask,))
-        positions = torch.from_numpy(mask.detach().cpu().flatten().numpy().nonzero()[0])
-        return tensor.flatten(0, mask.ndim - 1).index_select(0, positions.to(tensor.device))
+            self._reads.note("nonzero", (tensor,))
+        return tensor.detach().cpu().numpy()
 
 
 def _is_mask(index: Any) -> bool:
@@ -220,7 +263,14 @@ def _pad_sequence(
     return torch.stack(rows, dim=0 if batch_first else 1)
 
 
-_SIMPLER: dict[str, Callable[..., Any]] = {"pad_sequence": _pad_sequence}
+def _masked_fill(tensor: Tensor, mask: Tensor, value: Any) -> Tensor:
+    """Computes `torch.masked_fill`, which the tracer does not know for a boolean value, with logical operations."""
+    if not isinstance(value, bool):
+        return tensor.masked_fill(mask, value)
+    return tensor | mask if value else tensor & ~mask
+
+
+_SIMPLER: dict[str, Callable[..., Any]] = {"pad_sequence": _pad_sequence, "masked_fill": _masked_fill}
 """Other forms of functions, by their names."""
 
 

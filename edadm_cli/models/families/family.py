@@ -33,7 +33,8 @@ class DenoiserFamily:
             or else the longest list of blocks.
         sample_arguments: The names that the noisy sample may have as an argument of `forward`.
         timestep_arguments: The names that the timestep may have as an argument of `forward`.
-        shared_arguments: The names of arguments that hold one tensor for all images, whatever its size.
+        shared_arguments: The names of arguments that hold one tensor for all images, or a list of such tensors,
+            whatever their sizes.
         ragged_layers: Parts of the names of layers that multiply tokens of all images at once, if the number of tokens
             differs from image to image. These layers are left in float.
         joined_arguments: The names of arguments whose first dimension may hold several entries per image one after the

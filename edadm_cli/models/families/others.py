@@ -32,6 +32,7 @@ KANDINSKY5 = DenoiserFamily(
     denoisers=("Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel"),
     block_lists=("visual_transformer_blocks",),
     calls_per_step=2,
+    shared_arguments=("visual_rope_pos", "text_rope_pos", "scale_factor"),
 )
 AURAFLOW = DenoiserFamily(
     name="auraflow",
@@ -51,12 +52,6 @@ CASCADE = DenoiserFamily(
     block_lists=(),
     timestep_arguments=("timestep_ratio",),
     calls_per_step=1,
-)
-QWEN_IMAGE21 = DenoiserFamily(
-    name="qwen-image 2.1",
-    denoisers=("QwenImage21Transformer2DModel",),
-    masks={"encoder_hidden_states_mask": "encoder_hidden_states"},
-    call_arguments={"use_kv_cache": False},
 )
 NUCLEUS = DenoiserFamily(
     name="nucleus",
@@ -89,7 +84,6 @@ FAMILIES = (
     KANDINSKY5,
     AURAFLOW,
     CASCADE,
-    QWEN_IMAGE21,
     NUCLEUS,
     HUNYUAN_VIDEO15,
     DREAMLITE,

@@ -13,12 +13,12 @@ from importlib.metadata import EntryPoint
 from torch import nn
 
 from edadm_cli.errors import MachineError
-from edadm_cli.models.families import dit, flux, hidream, lumina2, others, sd3, unet, z_image
+from edadm_cli.models.families import dit, flux, hidream, lumina2, others, qwen_image21, sd3, unet, z_image
 from edadm_cli.models.families.family import UNDESCRIBED, DenoiserFamily
 from edadm_cli.plugins import load_object, plugin_points
 
 GROUP = "edadm.families"
-_MODULES = (unet, dit, sd3, flux, lumina2, z_image, hidream, others)
+_MODULES = (unet, dit, sd3, flux, lumina2, z_image, hidream, qwen_image21, others)
 _SHIPPED: tuple[DenoiserFamily, ...] = tuple(family for module in _MODULES for family in module.FAMILIES)
 _registered: list[DenoiserFamily] = []
 

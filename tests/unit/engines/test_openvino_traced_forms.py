@@ -178,3 +178,95 @@ def test_boolean_masks_stay_boolean_and_choose_tokens() -> None:
     for call in (first, call_of([True, True, False, False])):  # the graph is made again for other masks
         expected = denoiser(*call[0])[0]
         assert relative_l2(compiled(*call[0])[0], expected) < FLOAT_BOUND
+
+
+class _Packed(nn.Module):
+    """Packs the tokens that masks choose in all the ways that the transformers of recent pipelines do."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, mask: Tensor) -> tuple[Tensor]:
+        tokens = sample.flatten(2).transpose(1, 2)  # [R, L, C]
+        numbers = torch.where(mask[0], 2, 1)
+        joint = tokens.repeat_interleave(numbers, dim=1)  # as in Qwen-Image 2.1
+        twice = torch.repeat_interleave(mask[0], numbers)
+        joint[:, twice] = joint[:, twice] + 1
+        chosen = torch.nonzero(mask[0], as_tuple=False).flatten()  # as in Mochi
+        padding = torch.ones_like(mask).masked_fill(~mask, False)  # as in HunyuanVideo
+        first = tokens[:, chosen].sum(dim=1, keepdim=True)
+        repeated = first.repeat_interleave(tokens.shape[1], dim=1) * padding[..., None]  # as in Stable Video Diffusion
+        return (torch.cat([joint, repeated], dim=1),)
+
+
+def test_tokens_that_masks_repeat_choose_and_write_to_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    denoiser, timestep = _Packed(), torch.tensor([1.0])
+
+    def call_of(*mask: bool) -> Call:
+        return (torch.randn(2, 8, 2, 2), timestep, torch.tensor([mask] * 2)), {}
+
+    first = call_of(True, False, True, True)
+    compiled = OpenVinoEngine().compile(denoiser, *first, CPU)
+    for call in (first, call_of(False, True, False, False)):  # the graph is made again for other masks
+        assert relative_l2(compiled(*call[0])[0], denoiser(*call[0])[0]) < FLOAT_BOUND
+
+
+class _Frames(nn.Module):
+    """Adds an embedding of the frames of a clip, which is the same in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.embed, self.inner, self.end = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        angles = torch.arange(sample.shape[1])[:, None] * torch.arange(1.0, 17.0)[None] / 16
+        return (self.end(self.inner(self.start(sample) + self.embed(angles.sin()))),)
+
+
+@torch.no_grad()
+def test_a_layer_whose_input_is_the_same_in_every_call_is_computed_with_its_codes() -> None:
+    torch.manual_seed(0)
+    denoiser = _Frames().eval().requires_grad_(False)
+    call = (torch.randn(2, 4, 16), torch.tensor([1.0, 1.0])), {}
+    quantize_to_nearest(denoiser, RECIPE, BitWidth.parse("w8a8"), [call])
+    use_arithmetic(denoiser, "integer")
+    compiled = OpenVinoEngine().compile(denoiser, *call, CPU)
+    for frames in (4, 6):
+        other = (torch.randn(1, frames, 16), torch.tensor([1.0])), {}
+        assert relative_l2(_prediction(compiled, other), _prediction(denoiser, other)) < CODE_BOUND
+    layers = {layer.name: layer for layer in compiled.layers}
+    assert "the same in every call" in (layers["embed"].reason or "")
+    assert layers["inner"].is_met
+
+
+class _WithSound(nn.Module):
+    """Predicts a clip and its sound, as LTX-2 does."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return sample * 2, sample.mean(dim=1)
+
+
+def test_a_denoiser_that_predicts_a_sound_too_is_refused() -> None:
+    call = (torch.ones(1, 4, 4, 4), torch.tensor([1.0])), {}
+    with pytest.raises(EdadmError, match="predicts 2 tensors at once") as error:
+        OpenVinoEngine().compile(_WithSound(), *call, CPU)
+    assert "engine='torch'" in error.value.hint
+
+
+class _Cut(nn.Module):
+    """Cuts a text to the length that its mask of floating-point numbers says, as HunyuanVideo 1.5 does."""
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, states: Tensor, encoder_attention_mask: Tensor
+    ) -> tuple[Tensor]:
+        return (sample + states[:, : int(encoder_attention_mask.sum())].mean(dim=1, keepdim=True),)
+
+
+def test_the_values_of_a_mask_of_floating_point_numbers_may_be_read() -> None:
+    torch.manual_seed(0)
+    denoiser, timestep, states = _Cut(), torch.tensor([1.0]), torch.randn(1, 5, 4)
+    first, other = (
+        ((torch.ones(1, 3, 4), timestep, states, torch.tensor([[1.0] * length + [0.0] * (5 - length)])), {})
+        for length in (2, 4)
+    )
+    compiled = OpenVinoEngine().compile(denoiser, *first, CPU)
+    for call in (first, other):
+        assert relative_l2(_prediction(compiled, call), _prediction(denoiser, call)) < FLOAT_BOUND

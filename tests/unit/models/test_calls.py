@@ -72,6 +72,18 @@ def test_positions_of_tokens_are_shared_even_when_there_are_as_many_as_rows() ->
     assert list(call.condition) == ["states"]
 
 
+class Kandinsky5Transformer3DModel(Denoiser):
+    """Belongs to a family by its name."""
+
+
+def test_positions_in_a_list_are_shared_even_when_there_are_as_many_as_rows() -> None:
+    positions = [torch.arange(ROWS), torch.arange(4), torch.arange(ROWS)]
+    kwargs = {"visual_rope_pos": positions, "text_rope_pos": torch.arange(ROWS)}
+    call = split_call(Kandinsky5Transformer3DModel(), (torch.zeros(ROWS, 4), 1), kwargs)
+    assert not call.condition
+    assert len(call.constants) == 4
+
+
 @pytest.mark.parametrize(
     "timestep",
     [
