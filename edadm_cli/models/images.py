@@ -93,13 +93,13 @@ def _beside(file: Path, ending: str) -> Path:
 
 
 def _open(file: Path, size: tuple[int, int] | None, name: str) -> Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not file.is_file():
         raise InputError(f"{file} is missing: the pipeline takes '{name}' beside each image, {_MEANINGS[name]}.")
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # each of Pillow's decoders raises other kinds of errors
         raise InputError(f"{file} cannot be read as an image: {error}") from error
     return image if size is None else image.resize(size)

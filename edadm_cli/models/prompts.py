@@ -26,7 +26,7 @@ MAX_PROMPT_CHARACTERS = 4000
 CAPTIONS = Path(__file__).with_name("captions.txt")
 CAPTIONS_NAME = "edadm-captions-256"
 
-_PIPES = ("dev", "proc")  # folders in which a shell puts the output of another command
+_PIPES = ("dev", "proc")  # folders in which a shell puts pipes with the output of another command
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _USUAL_COLUMNS = ("caption", "prompt", "text")
 
@@ -100,12 +100,17 @@ def _exists(path: Path) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        if not path.is_file() and path.exists() and path.absolute().parts[1] not in _PIPES:
+        is_piped = path.is_fifo() and path.absolute().parts[1] in _PIPES
+        if not path.is_file() and path.exists() and not is_piped:
             raise InputError(f"The prompt file {path} cannot be read: it is not a regular file.")
         size = path.stat().st_size
+        if size <= MAX_FILE_BYTES:
+            with path.open("rb") as file:  # a pipe says that its size is 0
+                content = file.read(MAX_FILE_BYTES + 1)
+            size = len(content)
         if size > MAX_FILE_BYTES:
             raise InputError(f"The prompt file {path} has {size} bytes; at most {MAX_FILE_BYTES} are read.")
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"The prompt file {path} is not UTF-8: byte {error.start} does not decode.") from error
     except OSError as error:

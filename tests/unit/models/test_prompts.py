@@ -50,7 +50,7 @@ def test_files_that_are_no_prompts_are_refused(tmp_path: Path, content: bytes, m
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.txt", tmp_path):
+    for path in (tmp_path / "absent.txt", tmp_path, Path("/"), Path("/dev/zero")):
         with pytest.raises(InputError, match="cannot be read"):
             read_prompts(path)
 
