@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from edadm_cli.artifacts import Artifact, RunFolder, SampleRecord, explained_os_errors, shared_keys
@@ -73,7 +73,7 @@ class Picture:
         """Returns in words how the facts in a file differ from those of this image."""
         try:
             held = json.loads(facts or "")
-        except ValueError:
+        except (ValueError, RecursionError):
             held = None
         if not isinstance(held, dict):
             return "a file that edadm did not write"
@@ -238,7 +238,7 @@ def _is_there(folder: Path, picture: Picture) -> bool:
     try:
         with Image.open(path) as file:
             facts = file.info.get(FACTS_KEY)
-    except (OSError, UnidentifiedImageError):
+    except Exception:  # noqa: BLE001 - each of Pillow's decoders raises other kinds of errors
         facts = None
     if facts == picture.facts():
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from edadm_cli.artifacts import Artifact, RunFolder
 from edadm_cli.config import BitWidth, SampleConfig
@@ -93,6 +95,22 @@ def test_another_image_of_the_same_name_is_replaced_with_force_only(
     assert Path(path).read_bytes() == before
     assert stage.run(_config(), pixel_run, force=True).status == "done"
     assert Path(path).read_bytes() != before
+
+
+@pytest.mark.parametrize("crafted", ["too-large", "deep"])
+def test_a_crafted_picture_in_its_place_is_named(pixel_run: RunFolder, crafted: str) -> None:
+    path = pixel_run.root / "samples" / "w4a8" / "000000.png"
+    path.parent.mkdir(parents=True)
+    info = PngInfo()
+    info.add_itxt(stage.FACTS_KEY, "[" * 100_000)
+    Image.new("L", (1, 1)).save(path, pnginfo=info)
+    if crafted == "too-large":  # Pillow refuses a header with so many pixels, with an error of its own
+        content = bytearray(path.read_bytes())
+        content[16:24] = (60_000).to_bytes(4, "big") * 2
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="a file that edadm did not write"):
+        stage.run(_config(), pixel_run)
 
 
 def test_prompts_and_guidance_are_refused_for_a_model_without(pixel_run: RunFolder) -> None:
