@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edadm_cli.artifacts import Artifact, BuildSpec, Evaluation, RunFolder, open_artifact
+from edadm_cli.artifacts.store import is_artifact_name
 from edadm_cli.config import EvaluateConfig
 from edadm_cli.errors import EdadmError
 from edadm_cli.evaluate.plan import EvaluationPlan
@@ -62,8 +63,8 @@ def metrics_with_stored(config: EvaluateConfig, run: RunFolder) -> tuple[tuple[s
 
 
 def _stored(config: EvaluateConfig, run: RunFolder) -> Artifact | None:
-    """Returns the evaluation of that name; `None` if there is none, or if it is damaged."""
-    if not run.has("evaluate", config.name):
+    """Returns the evaluation of that name; `None` if there is none, if there can be none, or if it is damaged."""
+    if not is_artifact_name(config.name) or not run.has("evaluate", config.name):
         return None
     try:
         return open_artifact(run.path("evaluate", config.name), "evaluate")

@@ -10,7 +10,7 @@ import torch
 from edadm_cli.artifacts import RunFolder, save_tensors
 from edadm_cli.artifacts.manifest import describe_payload, read_manifest, write_manifest
 from edadm_cli.config import BitWidth, EvaluateConfig
-from edadm_cli.errors import InputError
+from edadm_cli.errors import InputError, UsageError
 from edadm_cli.evaluate import stage
 
 BITS = BitWidth(weight=4, activation=8)
@@ -36,6 +36,12 @@ def test_metrics_are_added_to_an_evaluation_and_none_is_lost(text_run: RunFolder
         stage.run(_config(metrics=("recall",), num_images=11), text_run)
     forced = stage.run(_config(metrics=("recall",)), text_run, force=True)
     assert set(forced.metrics) == {"recall"}
+
+
+@pytest.mark.parametrize("engine", ["\0", "../x", ""])
+def test_an_engine_with_an_impossible_name_is_refused_like_any_unknown_one(text_run: RunFolder, engine: str) -> None:
+    with pytest.raises(UsageError, match="There is no engine"):
+        stage.run(_config(engine=engine), text_run)
 
 
 @pytest.mark.parametrize(
