@@ -14,6 +14,7 @@ from edadm_kernels import (
     layer_norm_quantize,
     modulated_norm_quantize,
     quantize,
+    quantize_joined,
     silu_quantize,
 )
 
@@ -136,3 +137,13 @@ def test_a_graph_replays_all_kernels() -> None:
     x.copy_(normal(2, 320, 64, 64))
     graph.replay()
     assert torch.equal(captured, group_norm_quantize(*arguments)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "first", "second"), [*JOINED_SHAPES, (5, 24, 8)])
+def test_two_images_are_quantized_as_one(size: int, first: int, second: int, dtype: torch.dtype) -> None:
+    x, more = (normal(2, size, size, c).to(dtype).permute(0, 3, 1, 2) for c in (first, second))
+    arguments = (x, more, *quantizers(1))
+    with backend("reference"):
+        target = quantize_joined(*arguments)
+    assert torch.equal(quantize_joined(*arguments), target)
