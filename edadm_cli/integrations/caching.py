@@ -91,9 +91,11 @@ def _apply(denoiser: nn.Module, cache: StepCache) -> None:
     """Puts diffusers' hooks on a denoiser; compiled parts are compiled inside of the hooks then."""
     from diffusers.hooks import HookRegistry
 
-    if cache.name == FIRST_BLOCK and sum(len(blocks) for blocks in _block_lists(denoiser).values()) < 2:
+    cached = _without_last_block(denoiser) if cache.name == FIRST_BLOCK else denoiser
+    if cache.name == FIRST_BLOCK and sum(len(blocks) for blocks in _block_lists(cached).values()) < 2:
         raise UsageError(
-            f"The first-block cache needs a list of blocks, which {type(denoiser).__name__} does not have.",
+            "The first-block cache needs a list of blocks, of which it can skip all but the first; "
+            f"{type(denoiser).__name__} has none that is long enough.",
             hint=f"--cache {TAYLORSEER}",
         )
     _register_replaced_blocks(denoiser)
@@ -102,7 +104,7 @@ def _apply(denoiser: nn.Module, cache: StepCache) -> None:
     if enable is not None:
         enable(denoiser, config)
     else:
-        apply(_without_last_block(denoiser) if cache.name == FIRST_BLOCK else denoiser, config)
+        apply(cached, config)
         registry = HookRegistry.check_if_exists_or_initialize(denoiser)
         registry.invalidate_child_registries_cache()
         _stay_in_one_context(denoiser)

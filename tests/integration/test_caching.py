@@ -185,6 +185,11 @@ def test_what_cannot_be_cached_is_refused_with_the_reason() -> None:
     denoiser, call = _quantized("unet")
     with pytest.raises(UsageError, match="list of blocks"):
         enable_cache(_model(denoiser), "first-block")
+    few = nn.Module()  # as in Stable Diffusion 3, where the last block is always computed
+    few.transformer_blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    few.transformer_blocks[-1].context_pre_only = True
+    with pytest.raises(UsageError, match="long enough"):
+        enable_cache(_model(few), "first-block")
     compiled = CudaEngine().compile(denoiser, *call, EngineOptions(torch.device("cpu")))
     stand_in = EngineDenoiser(denoiser, compiled)
     with pytest.raises(UsageError, match="one graph"):
