@@ -14,4 +14,4 @@ if len(sys.argv) != 2:
 for artifact in inspect_run(RunFolder(Path(sys.argv[1]))):
     name = artifact.kind if artifact.name is None else f"{artifact.kind}/{artifact.name}"
     mebibytes = sum(file.bytes for file in artifact.payload) / 2**20
-    print(f"{name:20} {mebibytes:8.2f} MiB  {'intact' if artifact.intact else artifact.problem}")
+    print(f"{name:30} {mebibytes:8.2f} MiB  {'intact' if artifact.intact else artifact.problem}")

@@ -185,7 +185,7 @@ def test_what_cannot_be_cached_is_refused_with_the_reason() -> None:
     denoiser, call = _quantized("unet")
     with pytest.raises(UsageError, match="list of blocks"):
         enable_cache(_model(denoiser), "first-block")
-    few = nn.Module()  # as in Stable Diffusion 3, where the last block is always computed
+    few: Any = nn.Module()  # as in Stable Diffusion 3, where the last block is always computed
     few.transformer_blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     few.transformer_blocks[-1].context_pre_only = True
     with pytest.raises(UsageError, match="long enough"):
