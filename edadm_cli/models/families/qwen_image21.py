@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ def _prepare(denoiser: nn.Module) -> None:
     embedder = model.time_text_embed
     project = embedder.time_proj.forward
     embedder.time_proj.forward = lambda timestep: _two_per_row(project(timestep))
-    for module in (*model.transformer_blocks, model.norm_out):
-        module.forward = _with_one_row_more(module.forward)
+    for block in model.transformer_blocks:
+        block.forward = _with_one_row_more(block.forward)
+    model.norm_out.forward = partial(_normalized, model.norm_out)
     setattr(model, _PREPARED, True)
 
 
@@ -45,6 +47,14 @@ def _with_one_row_more(forward: Any) -> Any:
         return forward(hidden_states, *map(joined, args), **{name: joined(value) for name, value in kwargs.items()})
 
     return call
+
+
+def _normalized(norm: Any, hidden_states: Tensor, embedding: Tensor, target_token_mask: Tensor) -> Tensor:
+    """Returns the output of the last norm from embeddings of shape `(R, 2, C)`."""
+    scales = norm.linear(norm.silu(embedding).to(hidden_states.dtype))
+    scale = torch.where(target_token_mask.view(1, -1, 1), scales[:, :1], scales[:, 1:])
+    normalized: Tensor = norm.norm(hidden_states) * (1 + scale)
+    return normalized
 
 
 QWEN_IMAGE21 = DenoiserFamily(

@@ -32,7 +32,8 @@ def test_prepared_blocks_count_rows_and_predict_the_same() -> None:
         seen.append(tuple(inputs[0].shape))
 
     with Hooks() as hooks:
-        hooks.before(denoiser.time_text_embed.timestep_embedder.linear_1, before)
+        for layer in (denoiser.time_text_embed.timestep_embedder.linear_1, denoiser.norm_out.linear):
+            hooks.before(layer, before)
         actual = denoiser(*args, **kwargs)[0]
-    assert seen == [(2, 2, 256)]
+    assert seen == [(2, 2, 256), (2, 2, 32)]
     assert torch.allclose(actual, expected, atol=1e-5)
