@@ -37,93 +37,31 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner import link_collection, variant_recipe
 from study.emoji_rows import KEYS, MODELS, Row, rows_in_order
+from study.emoji_shared import (
+    Study,
+    card,
+    claim,
+    collect_trajectories,
+    generate_exact,
+    load,
+    measure_sensitivity,
+    ready,
+    say,
+    write,
+)
 from study.emoji_table import export, read_results, table
 
 if TYPE_CHECKING:
-    from edadm_cli.artifacts import RunFolder
     from edadm_cli.models.collected import CollectedRun
     from edadm_cli.models.loaded import LoadedModel
 
 BUDGET_MIB, LARGEST_BUDGET_MIB = 4096, 24576  # memory of a row's inputs and targets: for 256 samples, and at most
-
-
-@dataclass(frozen=True)
-class Study:
-    """The folder of the study, and its sizes."""
-
-    out: Path
-    images: int
-    held_out: int
-    batch: int
-    trajectories: int | None
-    iterations: int | None
-    expected: float
-    device: str
-
-    def shared(self, model: str, seed: int) -> Path:
-        """Returns the folder of what all rows of a model and a seed use."""
-        return self.out / "runs" / f"{model}-{seed}"
-
-    def measured(self, model: str, seed: int) -> RunFolder:
-        """Returns the run with the sensitivity that rows with mixed bits share."""
-        from edadm_cli.artifacts import RunFolder
-
-        return RunFolder(self.out / "runs" / f"{model}-{seed}-sensitivity")
-
-    def result(self, row: Row) -> Path:
-        """Returns the file of a finished row."""
-        return self.out / "results" / f"{row.name}.json"
-
-
-# Full precision
-
-
-def collect_trajectories(study: Study, model: str, seed: int) -> dict[str, Any]:
-    """Collects the trajectories of a seed, from which all its rows learn."""
-    from edadm_cli.artifacts import RunFolder
-    from edadm_cli.collect.stage import run
-    from edadm_cli.config import CollectConfig
-
-    config = CollectConfig(model=model, seed=seed, device=study.device, num_trajectories=study.trajectories)
-    run(config, RunFolder(study.shared(model, seed)))
-    return {"model": model, "seed": seed}
-
-
-def measure_sensitivity(study: Study, model: str, seed: int) -> dict[str, Any]:
-    """Measures the error of each layer at each number of bits, for the rows with mixed bits."""
-    from study.emoji_budget import measure_layers
-
-    from edadm_cli.artifacts import RunFolder
-
-    started, folder = time.monotonic(), study.measured(model, seed)
-    measure_layers(RunFolder(study.shared(model, seed)), folder, seed, study.device, study.trajectories)
-    return {"model": model, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
-
-
-def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
-    """Generates the full-precision pictures of a seed, and judges them."""
-    from study.emoji_judge import generate, judge, labels, prompts_of, save_exact, save_sheet
-
-    from edadm_cli.artifacts import RunFolder
-
-    started, folder = time.monotonic(), RunFolder(study.shared(model, seed))
-    exact, collected = load(study, folder)
-    pictures, latents = generate(exact, collected, seed, study.images, study.batch)
-    judged = judge(study.device)
-    features = judged.features(pictures)
-    save_exact(folder, pictures, latents, features)
-    save_sheet(pictures, study.out / "pictures" / f"{model}-full-precision-{seed}.webp")
-    facts = {"model": model, "seed": seed, "label": "full precision", "bits": "", "images": study.images}
-    facts["card"] = card(study.device)
-    facts["row_seconds"] = round(time.monotonic() - started, 1)
-    return {**facts, **judged.metrics(features, labels(prompts_of(collected, study.images, seed)))}
 
 
 def use_tf32() -> None:
@@ -131,22 +69,6 @@ def use_tf32() -> None:
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-
-
-def card(device: str) -> str:
-    """Returns the name of what computes."""
-    import torch
-
-    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
-
-
-def load(study: Study, folder: RunFolder) -> tuple[LoadedModel, CollectedRun]:
-    """Loads the full-precision pipeline of a run."""
-    import torch
-
-    from edadm_cli.models.collected import CollectedRun
-
-    return CollectedRun.open(folder).load(torch.device(study.device), torch.float32), CollectedRun.open(folder)
 
 
 # One row
@@ -233,25 +155,6 @@ def step_errors(
 # Workers
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.replace(path)
-
-
-def claim(study: Study, name: str) -> bool:
-    """Returns whether this process is the first to take a piece of work in this run."""
-    folder = study.out / "claims"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        (folder / name).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
 def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) -> None:
     """Takes one row after the other until none is left or the time is over."""
     use_tf32()
@@ -276,25 +179,6 @@ def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) ->
             write(study.out / "times" / f"{row.name}.json", {"row_seconds": result["row_seconds"]})
         shown = ("row_seconds", "reconstruct_seconds", "one_step", "held_out", "final", "top1")
         say("finished", row=row.name, **{name: result[name] for name in shown})
-
-
-def ready(study: Study, model: str, seed: int, kind: str, make: Callable[[Study, str, int], dict[str, Any]]) -> None:
-    """Waits for something that all rows of a model and seed share, or makes it."""
-    path = study.shared(model, seed) / f"{kind}.json"
-    if not path.is_file() and claim(study, f"{model}-{seed}-{kind}"):
-        result = make(study, model, seed)
-        if "label" in result:
-            write(study.out / "results" / f"{model}-full-precision-{seed}.json", result)
-        write(path, result)
-        say(kind, **result)
-    while not path.is_file():
-        time.sleep(0.5)
-
-
-def say(event: str, **facts: Any) -> None:
-    """Prints a line of the log."""
-    short = {name: round(value, 5) if isinstance(value, float) else value for name, value in facts.items()}
-    print(json.dumps({"time": time.strftime("%H:%M:%S"), "event": event, **short}), flush=True)
 
 
 def start(options: argparse.Namespace, until: float) -> None:

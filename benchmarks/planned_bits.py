@@ -3,16 +3,14 @@
     python benchmarks/planned_bits.py --out studies/planned --models digits-ddpm,digits-sd --seeds 0-2 --workers 6
     python benchmarks/learner_table.py studies/planned --export docs/data/planned.jsonl
 
-`edadm sensitivity` measures the error of each layer with weights that are rounded to nearest, at single steps. Two
-things are not in it. Learning takes most of an error away, but not the same share in all layers: a second plan is
-made from the errors at two to four bits times the share of the unit's loss that learning left with equal bits. And
-the errors of a layer at successive steps add up the more, the more alike they are: a third plan is made from the
-errors times the ratio of the measured to the predicted distance of final samples, with that layer alone at four bits.
 Rows of the recipe `default`:
 
 - `equal bits`: `w4a8` or `w3a8`;
-- `planned from nearest rounding`: an average of as many bits per weight, as `--bits auto:` plans it;
-- `planned after learning`, `planned from final samples`: the same from the scaled errors.
+- `planned`: an average of as many bits per weight, planned as `--bits auto:` plans it, from errors of weights that are
+  rounded to nearest and scaled by a measured distance of final samples;
+- `planned from single steps`: the same without that distance;
+- `planned after learning`: the errors of `planned` at two to four bits, times the share of the loss of the layer's unit
+  that learning left with equal bits.
 
 Each row leaves one JSON file below OUT/results with the metrics of `benchmarks/learner.py`; the same command skips what
 is there. Nothing is downloaded.
@@ -36,8 +34,7 @@ if TYPE_CHECKING:
     from edadm_cli.artifacts import LayerSensitivity, RunFolder
     from edadm_cli.recipe import Recipe
 
-EQUAL, NEAREST, LEARNED = "equal bits", "planned from nearest rounding", "planned after learning"
-FINAL, FINAL_IMAGES = "planned from final samples", 32
+EQUAL, PLANNED, STEPS, LEARNED = "equal bits", "planned", "planned from single steps", "planned after learning"
 LEARNED_BITS = 4  # learning changes little at more
 COLUMNS = ("hard", "held_out", "one_step", "guided", "final")
 
@@ -132,60 +129,6 @@ def shares_left(case: Case, bits: str) -> Callable[[str, int], float]:
     return share
 
 
-def final_errors(case: Case) -> dict[str, float]:
-    """Returns the squared relative distance of final samples with each layer alone at four bits, to nearest.
-
-    It is a geometric mean: single images become other images, and would decide an arithmetic one.
-    """
-    import torch
-    from torch import Tensor
-
-    from edadm_cli.calibrate.planning import plan_network
-    from edadm_cli.calibrate.ranges import search_weight_scales
-    from edadm_cli.config import BitWidth
-    from edadm_cli.metrics.distances import relative_l2
-    from edadm_cli.models.calibration import CalibrationSet
-    from edadm_cli.models.collected import CollectedRun
-    from edadm_cli.models.sampling import sample
-    from edadm_cli.models.units import trace
-    from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
-    from edadm_cli.sensitivity.layer_errors import one_layer_quantized
-
-    run, device = case.run("shared"), torch.device(case.shared["device"])
-    path = case.out / "layers" / f"{case.model}-{case.seed}.json"
-    if path.is_file():
-        known: dict[str, float] = json.loads(path.read_text())
-        return known
-    collected, recipe = CollectedRun.open(run), variant_recipe("default", None)[0]
-    model, sampling = collected.load(device, torch.float32), collected.sampling
-
-    def generate() -> Tensor:
-        return sample(
-            model,
-            seeds=sampling.seeds[:FINAL_IMAGES],
-            prompts=None if sampling.prompts is None else sampling.prompts[:FINAL_IMAGES],
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-        ).latents
-
-    denoiser, exact = model.denoiser, generate()
-    call = CalibrationSet.load(run.open("select")).call(torch.arange(1), device, torch.float32)
-    traced = trace(denoiser, *call)
-    planned = {
-        name: LayerPlan(weight_bits=LEARNED_BITS, channel_parts=plan.channel_parts)
-        for name, plan in plan_network(traced, recipe, BitWidth(weight=8, activation=8)).layers.items()
-    }
-    scales = search_weight_scales(traced, QuantizationPlan(layers=planned), recipe.ranges)
-    errors = {}
-    for name, plan in planned.items():
-        with one_layer_quantized(denoiser, name, plan, scales):
-            distances = relative_l2(generate(), exact).clamp_min(1e-9)
-            errors[name] = float(distances.log().mean().mul(2).exp())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(errors), encoding="utf-8")
-    return errors
-
-
 def plans(case: Case, bits: str) -> dict[str, dict[str, int]]:
     """Returns the bits of each layer by the label of the plan, for the average of all layers with equal bits."""
     import torch
@@ -198,22 +141,19 @@ def plans(case: Case, bits: str) -> dict[str, dict[str, int]]:
     from edadm_cli.models.collected import CollectedRun
     from edadm_cli.models.units import trace
 
-    final = final_errors(case)
     run, recipe, cpu = case.run("shared"), variant_recipe("default", None)[0], torch.device("cpu")
     denoiser = CollectedRun.open(run).load_denoiser(cpu, "memory", "", lambda _: None)
     traced = trace(denoiser, *CalibrationSet.load(run.open("select")).call(torch.arange(1), cpu, torch.float32))
     measured = Sensitivity.load(run.open("sensitivity"))
-    predicted = {layer.name: layer.model_dump() for layer in measured.layers}
-    (case.out / "layers" / f"{case.model}-{case.seed}-predicted.json").write_text(json.dumps(predicted))
     equal = plan_network(traced, recipe, BitWidth.parse(bits)).layers
     sizes = {layer.name: layer.num_weights for layer in measured.layers}
     average = sum(equal[name].weight_bits * size for name, size in sizes.items()) / sum(sizes.values())
     budget = BitWidth(weight=int(average), activation=8, average=average)
     share, chosen = shares_left(case, bits), {}
     factors: dict[str, Callable[[LayerSensitivity, int], float]] = {
-        NEAREST: lambda layer, width: 1.0,
+        PLANNED: lambda layer, width: 1.0,
+        STEPS: lambda layer, width: 1 / max(layer.final_ratio or 1.0, 1e-30),
         LEARNED: lambda layer, width: share(layer.unit, width),
-        FINAL: lambda layer, width: final[layer.name] / max(layer.weight_errors[LEARNED_BITS], 1e-30),
     }
     for label, factor in factors.items():
         layers = tuple(

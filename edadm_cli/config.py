@@ -208,7 +208,10 @@ class SensitivityConfig(StageConfig):
     )
     num_samples: int = setting(64, "Calibration samples that each layer is measured on; 64 by default.", ge=1)
     num_images: int = setting(
-        4, "Images that are sampled to measure the effect of an error at each step; 4 by default.", ge=1, le=MAX_IMAGES
+        8,
+        "Images that are sampled to measure the effect of each step, and of each layer at four bits; 8 by default.",
+        ge=1,
+        le=MAX_IMAGES,
     )
     batch_size: int | None = setting(None, "Samples per call of the denoiser; by default the model's own.", ge=1)
 

@@ -14,8 +14,9 @@ Error = Annotated[float, Field(ge=0)]
 
 
 class LayerSensitivity(BaseModel):
-    """The predicted rise of the final error when one layer alone is quantized.
+    """The rise of the final error when one layer alone is quantized.
 
+    The errors of weights are scaled by a measurement of final samples at one width; those of inputs are predictions.
     An error is a squared error of the final sample relative to its energy: the square of a relative L2 distance.
     """
 
@@ -28,6 +29,9 @@ class LayerSensitivity(BaseModel):
     group_errors: dict[Width, Error] = Field(
         {},
         description="bits of the weights in groups, the input in float -> error; empty where no groups were measured",
+    )
+    final_ratio: Error | None = Field(
+        None, description="measured distance of final samples over the predicted one, which errors of weights contain"
     )
     activation_errors: dict[Width, Error] = Field(
         description="bits of the input, the weights at eight bits -> error; empty where the input stays in float"

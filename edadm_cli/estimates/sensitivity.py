@@ -43,5 +43,6 @@ def _seconds(part: Part, denoiser: nn.Module, runs: int) -> float:
     per_call = time.perf_counter() - start
     widths = len(config.weight_bits) + len(config.grouped_bits) + len(config.activation_bits)
     layer_calls = (len(traced.layers) * widths + len(config.activation_bits) + 1) * len(calls)
+    runs += len(traced.layers)  # with each layer alone quantized
     step_calls = part.num_steps * runs * config.num_images / max(1, len(steps))
     return (layer_calls + step_calls) * per_call

@@ -2,9 +2,11 @@ r"""Measures the error of the prediction when one layer alone is quantized.
 
 For a layer l at b bits, the denoiser runs over calibration samples in full precision and with that layer quantized
 (searched ranges, nearest rounding, nothing learned). The error of the guided prediction, weighted by the gains of the
-steps, is the rise of the final error that the layer causes alone:
+steps, predicts the rise of the final error that the layer causes alone:
 
     E_{l,b} = sum_t g_t mean over the samples of step t of |eps_{l,b} - eps|^2
+
+`final_distance` measures that rise at one width.
 
 References:
     The weighting follows the measured effect of each step on the final sample instead of a running mean of losses as

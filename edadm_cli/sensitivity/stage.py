@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +35,9 @@ from edadm_cli.models.sampling import sample
 from edadm_cli.models.units import Trace, trace, units
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan, name_within
+from edadm_cli.sensitivity.final_distance import FinalDistance, reference_width, scaled
 from edadm_cli.sensitivity.gains import StepGains, measure_gains
-from edadm_cli.sensitivity.layer_errors import PredictionError, layer_errors
+from edadm_cli.sensitivity.layer_errors import PredictionError, layer_errors, one_layer_quantized
 from edadm_cli.sensitivity.plot import plot_sensitivity
 
 PLOT_FILE = "sensitivity.png"
@@ -164,7 +165,7 @@ def _measure(task: Task, build: Build, reporter: Reporter) -> None:
     step_gains: list[float] = []
     for part in parts:
         gains = _gains(part, model, build.path, reporter)
-        layers += _measure_denoiser(part, model.by_denoiser()[part.place].denoiser, gains, build.path, reporter)
+        layers += _measure_denoiser(part, model, gains, build.path, reporter)
         step_gains += gains.gains.tolist()
     num_samples = sum(part.num_samples for part in parts)
     result = Sensitivity(
@@ -180,33 +181,40 @@ def _measure(task: Task, build: Build, reporter: Reporter) -> None:
 
 
 def _measure_denoiser(
-    part: Part, denoiser: nn.Module, gains: StepGains, folder: Path, reporter: Reporter
+    part: Part, model: LoadedModel, gains: StepGains, folder: Path, reporter: Reporter
 ) -> list[LayerSensitivity]:
     """Measures the layers of one denoiser."""
-    calls = part.calls()
+    denoiser, calls = model.by_denoiser()[part.place].denoiser, part.calls()
     traced = trace(denoiser, *calls[0][0])
     scale = part.task.collected.guidance_scale or 1.0
     error = PredictionError(denoiser, calls, gains, part.calibration.branches, scale)
     candidates = _candidates(part.task, denoiser, traced, [call for call, _ in calls])
-    return _measure_layers(part.place, traced, candidates, error, folder / _PROGRESS_FILE, reporter)
+    final = FinalDistance(_generator(part.task, model))
+    return _measure_layers(part.place, traced, candidates, error, final, folder / _PROGRESS_FILE, reporter)
+
+
+def _generator(task: Task, model: LoadedModel) -> Callable[[], Tensor]:
+    """Returns a function that samples the same images every time, and returns their final latents."""
+    sampling = task.collected.sampling
+    number = min(task.config.num_images, len(sampling.seeds))
+
+    def generate() -> Tensor:
+        return sample(
+            model,
+            seeds=sampling.seeds[:number],
+            prompts=None if sampling.prompts is None else sampling.prompts[:number],
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+        ).latents
+
+    return generate
 
 
 def _gains(part: Part, model: LoadedModel, folder: Path, reporter: Reporter) -> StepGains:
     """Returns the gains of a denoiser's steps, from a file if a killed run has measured them."""
     path, task = folder / part.gains_file, part.task
     if not path.is_file():
-        sampling, denoiser = task.collected.sampling, model.by_denoiser()[part.place].denoiser
-        number = min(task.config.num_images, len(sampling.seeds))
-
-        def generate() -> Tensor:
-            return sample(
-                model,
-                seeds=sampling.seeds[:number],
-                prompts=None if sampling.prompts is None else sampling.prompts[:number],
-                num_steps=sampling.num_steps,
-                guidance_scale=sampling.guidance_scale,
-            ).latents
-
+        denoiser, generate = model.by_denoiser()[part.place].denoiser, _generator(task, model)
         with reporter.task("Measuring the effect of each step", part.num_steps + 1) as advance:
             measured = measure_gains(
                 denoiser, generate, part.num_steps, part.calibration.branches, task.config.seed, advance
@@ -226,8 +234,8 @@ class _Candidates:
 
     @property
     def count(self) -> int:
-        """How many there are."""
-        return len(self.weight) + len(self.grouped) + len(self.activation)
+        """How many measurements there are: one of each, and one of final samples."""
+        return len(self.weight) + len(self.grouped) + len(self.activation) + 1
 
 
 def _candidates(task: Task, denoiser: nn.Module, traced: Trace, calls: list[Call]) -> dict[str, _Candidates]:
@@ -266,11 +274,13 @@ def _measure_layers(
     traced: Trace,
     candidates: Mapping[str, _Candidates],
     error: PredictionError,
+    final: FinalDistance,
     progress: Path,
     reporter: Reporter,
 ) -> list[LayerSensitivity]:
     """Measures layer by layer; a layer that a killed run has measured is read from `progress`.
 
+    The errors of weights are scaled so that the one at a reference width is the measured distance of final samples.
     The names of the layers are those within the pipeline; see `name_within`.
     """
     denoiser = error.denoiser
@@ -284,12 +294,19 @@ def _measure_layers(
             if full_name in done:
                 advance(layer.count)
                 continue
+            weight_errors = layer_errors(error, name, layer.weight, advance)
+            reference = reference_width(layer.weight)
+            with one_layer_quantized(denoiser, name, *layer.weight[reference]):
+                factor = final.measure() / max(weight_errors[reference], 1e-30)
+            advance(1)
+            grouped = layer_errors(error, name, layer.grouped, advance) if layer.grouped else {}
             done[full_name] = LayerSensitivity(
                 name=full_name,
                 unit=name_within(place, unit_of.get(name, name)),
                 num_weights=denoiser.get_submodule(name).get_parameter("weight").numel(),
-                weight_errors=layer_errors(error, name, layer.weight, advance),
-                group_errors=layer_errors(error, name, layer.grouped, advance) if layer.grouped else {},
+                weight_errors=scaled(weight_errors, factor),
+                group_errors=scaled(grouped, factor),
+                final_ratio=factor,
                 activation_errors=layer_errors(error, name, layer.activation, advance),
             )
             save_json(progress, [row.model_dump(mode="json") for row in done.values()])

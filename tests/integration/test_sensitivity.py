@@ -16,8 +16,12 @@ from edadm_cli.artifacts.quantization import load_plan
 from edadm_cli.cli.app import main
 from edadm_cli.config import BitWidth, SensitivityConfig
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.metrics.distances import relative_l2
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.sampling import sample
+from edadm_cli.quant.grid import weight_grid
 from edadm_cli.quant.network import quantize_network
+from edadm_cli.quant.search import weight_scales
 from edadm_cli.recipe import load_recipe
 from edadm_cli.report.stage import run as report
 from edadm_cli.sensitivity import stage
@@ -55,6 +59,36 @@ def test_every_layer_is_measured_and_fewer_bits_cost_more(run_folder: Path) -> N
     assert result.group_size == 16
     assert {layer.name for layer in result.layers} >= {"conv_in", "conv_out"}
     assert len(result.step_gains) >= 4
+
+
+def test_the_error_at_four_bits_is_the_distance_of_final_samples(run_folder: Path) -> None:
+    """With one layer alone rounded to nearest, as the geometric mean over the images of the collection."""
+    run = RunFolder(run_folder)
+    collected = CollectedRun.open(run)
+    model = collected.load(torch.device("cpu"), torch.float32)
+    denoiser, sampling = model.denoiser, collected.sampling
+
+    def generate() -> torch.Tensor:
+        prompts, steps = sampling.prompts, sampling.num_steps
+        return sample(
+            model, seeds=sampling.seeds, prompts=prompts, num_steps=steps, guidance_scale=sampling.guidance_scale
+        ).latents
+
+    exact = generate()
+    result = Sensitivity.load(run.open("sensitivity"))
+    by_name = {layer.name: layer for layer in result.layers}
+    for name in ("conv_in", next(name for name in by_name if name.endswith(".conv2"))):
+        layer = denoiser.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        original = weight.detach().clone()
+        scale = weight_scales(original, weight_grid(4), load_recipe("default").ranges)
+        step = scale.view(-1, 1, 1, 1)
+        with torch.no_grad():
+            weight.copy_((original / step).round().clamp(-8, 7) * step)
+        distance = relative_l2(generate(), exact).log().mean().exp()
+        with torch.no_grad():
+            weight.copy_(original)
+        assert by_name[name].weight_errors[4] ** 0.5 == pytest.approx(float(distance), rel=1e-3)
 
 
 def test_steps_without_samples_at_the_end_are_steps_too(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

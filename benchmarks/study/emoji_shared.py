@@ -1,0 +1,142 @@
+"""What all rows of `benchmarks/emoji.py` with a model and a seed share: trajectories, full precision, sensitivity.
+
+Several processes work on a study; `ready` lets the first one that needs something make it, and the others wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from study.emoji_rows import Row
+
+if TYPE_CHECKING:
+    from edadm_cli.artifacts import RunFolder
+    from edadm_cli.models.collected import CollectedRun
+    from edadm_cli.models.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class Study:
+    """The folder of the study, and its sizes."""
+
+    out: Path
+    images: int
+    held_out: int
+    batch: int
+    trajectories: int | None
+    iterations: int | None
+    expected: float
+    device: str
+
+    def shared(self, model: str, seed: int) -> Path:
+        """Returns the folder of what all rows of a model and a seed use."""
+        return self.out / "runs" / f"{model}-{seed}"
+
+    def measured(self, model: str, seed: int) -> RunFolder:
+        """Returns the run with the sensitivity that rows with mixed bits share."""
+        from edadm_cli.artifacts import RunFolder
+
+        return RunFolder(self.out / "runs" / f"{model}-{seed}-sensitivity")
+
+    def result(self, row: Row) -> Path:
+        """Returns the file of a finished row."""
+        return self.out / "results" / f"{row.name}.json"
+
+
+def collect_trajectories(study: Study, model: str, seed: int) -> dict[str, Any]:
+    """Collects the trajectories of a seed, from which all its rows learn."""
+    from edadm_cli.artifacts import RunFolder
+    from edadm_cli.collect.stage import run
+    from edadm_cli.config import CollectConfig
+
+    config = CollectConfig(model=model, seed=seed, device=study.device, num_trajectories=study.trajectories)
+    run(config, RunFolder(study.shared(model, seed)))
+    return {"model": model, "seed": seed}
+
+
+def measure_sensitivity(study: Study, model: str, seed: int) -> dict[str, Any]:
+    """Measures the error of each layer at each number of bits, for the rows with mixed bits."""
+    from edadm_cli.artifacts import RunFolder
+    from study.emoji_budget import measure_layers
+
+    started, folder = time.monotonic(), study.measured(model, seed)
+    measure_layers(RunFolder(study.shared(model, seed)), folder, seed, study.device, study.trajectories)
+    return {"model": model, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+
+
+def generate_exact(study: Study, model: str, seed: int) -> dict[str, Any]:
+    """Generates the full-precision pictures of a seed, and judges them."""
+    from edadm_cli.artifacts import RunFolder
+    from study.emoji_judge import generate, judge, labels, prompts_of, save_exact, save_sheet
+
+    started, folder = time.monotonic(), RunFolder(study.shared(model, seed))
+    exact, collected = load(study, folder)
+    pictures, latents = generate(exact, collected, seed, study.images, study.batch)
+    judged = judge(study.device)
+    features = judged.features(pictures)
+    save_exact(folder, pictures, latents, features)
+    save_sheet(pictures, study.out / "pictures" / f"{model}-full-precision-{seed}.webp")
+    facts = {"model": model, "seed": seed, "label": "full precision", "bits": "", "images": study.images}
+    facts["card"] = card(study.device)
+    facts["row_seconds"] = round(time.monotonic() - started, 1)
+    return {**facts, **judged.metrics(features, labels(prompts_of(collected, study.images, seed)))}
+
+
+def card(device: str) -> str:
+    """Returns the name of what computes."""
+    import torch
+
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def load(study: Study, folder: RunFolder) -> tuple[LoadedModel, CollectedRun]:
+    """Loads the full-precision pipeline of a run."""
+    import torch
+
+    from edadm_cli.models.collected import CollectedRun
+
+    return CollectedRun.open(folder).load(torch.device(study.device), torch.float32), CollectedRun.open(folder)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(content), encoding="utf-8")
+    aside.replace(path)
+
+
+def claim(study: Study, name: str) -> bool:
+    """Returns whether this process is the first to take a piece of work in this run."""
+    folder = study.out / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def ready(study: Study, model: str, seed: int, kind: str, make: Callable[[Study, str, int], dict[str, Any]]) -> None:
+    """Waits for something that all rows of a model and seed share, or makes it."""
+    path = study.shared(model, seed) / f"{kind}.json"
+    if not path.is_file() and claim(study, f"{model}-{seed}-{kind}"):
+        result = make(study, model, seed)
+        if "label" in result:
+            write(study.out / "results" / f"{model}-full-precision-{seed}.json", result)
+        write(path, result)
+        say(kind, **result)
+    while not path.is_file():
+        time.sleep(0.5)
+
+
+def say(event: str, **facts: Any) -> None:
+    """Prints a line of the log."""
+    short = {name: round(value, 5) if isinstance(value, float) else value for name, value in facts.items()}
+    print(json.dumps({"time": time.strftime("%H:%M:%S"), "event": event, **short}), flush=True)
