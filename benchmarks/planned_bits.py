@@ -3,7 +3,7 @@
     python benchmarks/planned_bits.py --out studies/planned --models digits-ddpm,digits-sd --seeds 0-2 --workers 6
     python benchmarks/learner_table.py studies/planned --export docs/data/planned.jsonl
 
-Rows of the recipe `default`:
+Rows of the recipe `default`, or of another variant:
 
 - `equal bits`: `w4a8` or `w3a8`;
 - `planned`: an average of as many bits per weight, planned as `--bits auto:` plans it, from errors of weights that are
@@ -50,6 +50,8 @@ class Case:
     images: int
     iterations: int | None
     widths: tuple[str, ...]
+    variant: str
+    final_images: int
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -76,8 +78,9 @@ def prepare(case: Case) -> RunFolder:
     folder = case.run("shared")
     collect(CollectConfig(model=case.model, num_trajectories=case.trajectories, **case.shared), folder)
     choose(case, folder)
-    recipe = variant_recipe("default", None)[0]
-    measure_sensitivity(SensitivityConfig(recipe=recipe, activation_bits=(8,), **case.shared), folder)
+    recipe = variant_recipe(case.variant, None)[0]
+    sizes = {"activation_bits": (8,), "num_images": case.final_images}
+    measure_sensitivity(SensitivityConfig(recipe=recipe, **sizes, **case.shared), folder)
     return folder
 
 
@@ -86,7 +89,7 @@ def choose(case: Case, folder: RunFolder) -> None:
     from edadm_cli.config import SelectConfig
     from edadm_cli.select.stage import run as select
 
-    recipe, samples = variant_recipe("default", None)
+    recipe, samples = variant_recipe(case.variant, None)
     fields = {name: value for name, value in recipe.select.model_dump().items() if value is not None}
     select(SelectConfig(num_samples=min(samples, case.trajectories), **fields, **case.shared), folder)
 
@@ -141,7 +144,7 @@ def plans(case: Case, bits: str) -> dict[str, dict[str, int]]:
     from edadm_cli.models.collected import CollectedRun
     from edadm_cli.models.units import trace
 
-    run, recipe, cpu = case.run("shared"), variant_recipe("default", None)[0], torch.device("cpu")
+    run, recipe, cpu = case.run("shared"), variant_recipe(case.variant, None)[0], torch.device("cpu")
     denoiser = CollectedRun.open(run).load_denoiser(cpu, "memory", "", lambda _: None)
     traced = trace(denoiser, *CalibrationSet.load(run.open("select")).call(torch.arange(1), cpu, torch.float32))
     measured = Sensitivity.load(run.open("sensitivity"))
@@ -172,7 +175,7 @@ def work(case: Case) -> None:
     from edadm_cli.recipe import LayerRule
 
     prepare(case)
-    recipe = variant_recipe("default", case.iterations)[0]
+    recipe = variant_recipe(case.variant, case.iterations)[0]
     for bits in case.widths:
         measure(case, EQUAL, bits, recipe)
         for label, widths in plans(case, bits).items():
@@ -187,6 +190,8 @@ def main() -> None:
     parser.add_argument("--models", default="digits-ddpm,digits-sd")
     parser.add_argument("--seeds", default="0-2", help="such as 0-2")
     parser.add_argument("--bits", default="w4a8,w3a8")
+    parser.add_argument("--variant", default="default", help="as in benchmarks/learner.py")
+    parser.add_argument("--final-images", type=int, default=8, help="images that each layer alone is sampled with")
     parser.add_argument("--trajectories", type=int, default=256, help="number of trajectories per collection")
     parser.add_argument("--images", type=int, default=128, help="held-out trajectories")
     parser.add_argument("--iterations", type=int, help="at most so many optimizer steps per unit: for a trial")
@@ -194,8 +199,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="models and seeds at a time, over all devices")
     options = parser.parse_args()
     sizes = (options.trajectories, options.images, options.iterations, tuple(options.bits.split(",")))
+    choices = (options.variant, options.final_images)
     seeds, models = seeds_of(options.seeds), options.models.split(",")
-    cases = [Case(options.out, model, seed, *sizes) for seed in seeds for model in models]
+    cases = [Case(options.out, model, seed, *sizes, *choices) for seed in seeds for model in models]
     context = multiprocessing.get_context("spawn")
     devices, names = context.Queue(), device_names(options.devices)
     for index in range(options.workers):
