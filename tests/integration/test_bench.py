@@ -128,7 +128,8 @@ def test_a_library_that_crashes_at_the_first_call_is_an_error_and_leaves_no_file
     (tmp_path / "crashing_engine.py").write_text(CRASHING)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(registry._ENGINES, "crashing", ("crashing_engine", "CrashingEngine"))
-    sentence = r"The first call of the denoiser on the engine 'crashing' ended before its time: signal 11, crashed\.$"
+    first = "(?m)^The first call of the denoiser on the engine 'crashing'"
+    sentence = rf"{first} ended before its time: signal 11, crashed\.$"
     with pytest.raises(MachineError, match=sentence) as caught:
         sample.run(SampleConfig(bits=W8A8, device="cpu", num_images=1, engine="crashing"), run)
     assert caught.value.exit_code == EXIT_MACHINE

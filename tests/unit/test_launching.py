@@ -76,7 +76,7 @@ def test_processes_that_cannot_meet_are_refused(
     set_all(monkeypatch, variables)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(
-        MachineError, match=f"^{launcher} has started {count} processes .* MASTER_PORT is not set.$"
+        MachineError, match=f"(?m)^{launcher} has started {count} processes .* MASTER_PORT is not set.$"
     ) as caught:
         join("cpu")
     assert str(caught.value.hint).startswith(f"torchrun --nproc-per-node {count} -m -- edadm_cli ")

@@ -304,7 +304,7 @@ def test_what_the_converter_does_not_translate_is_one_sentence_with_a_way_out(
         def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
             return (function(sample),)
 
-    sentence = rf"OpenVINO cannot convert Rotating: {reason}$"
+    sentence = rf"(?m)^OpenVINO cannot convert Rotating: {reason}$"
     with pytest.raises(EdadmError, match=sentence) as caught:
         OpenVinoEngine().compile(Rotating(), (torch.ones(1, 3, 2), torch.tensor(1)), {}, CPU)
     assert "engine='torch'" in (caught.value.hint or "")

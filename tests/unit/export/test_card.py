@@ -118,7 +118,7 @@ def test_a_dry_run_needs_no_network_and_an_upload_without_one_is_bad_input(
     export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def unreachable(*_: object, **__: object) -> None:
-        raise OSError("no network")
+        raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", unreachable)
     assert main(["push", str(export), REPOSITORY, "--dry-run", "--json"]) == 0
@@ -130,7 +130,7 @@ def test_a_dry_run_needs_no_network_and_an_upload_without_one_is_bad_input(
     assert "grid.png" in shown
     assert "\n## How it was made\n" in shown
     assert main(["push", str(export), REPOSITORY]) == 3
-    assert "cannot be reached from here, so 'someone/tiny-w4a8' is unchanged" in capsys.readouterr().err
+    assert "cannot be reached from here, so nothing was uploaded to 'someone/tiny-w4a8'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
