@@ -139,8 +139,8 @@ def _explained_refusals(model: LoadedModel) -> Iterator[None]:
             if not is_fault_of_model(model.denoiser, error):
                 raise
             raise InputError(
-                f"{type(model.pipeline).__name__} of {model.ref.id} fails while it samples at full precision, so its "
-                f"components or their configurations do not fit: {first_sentence(error)}",
+                f"{type(model.pipeline).__name__} of {model.ref.id} fails while it samples at full precision. Its "
+                f"components, or its settings such as the number of steps, may not fit: {first_sentence(error)}",
                 hint=_size_hint(model),
             ) from error
         has_none = not has_images(model.entry) and takes_images(model.pipeline)

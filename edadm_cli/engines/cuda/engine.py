@@ -45,7 +45,9 @@ class CudaEngine(Engine):
     """
 
     name: ClassVar[str] = "cuda"
-    description: ClassVar[str] = "INT8 kernels in Triton and CUDA C++ for NVIDIA GPUs, steps in CUDA graphs"
+    description: ClassVar[str] = (
+        "INT8 kernels in Triton and CUDA C++ for NVIDIA GPUs, steps in CUDA graphs; on a CPU their slow reference"
+    )
     device_types: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
     takes_adapters: ClassVar[bool] = True
     # Sums are exact. The epilogue multiplies, subtracts and adds once each in float32, each with an error of 2^-24 of
