@@ -34,7 +34,7 @@ VARIANTS = {
     "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
 }
 MODELS = ("emoji-sd", "emoji-dit")
-KEYS = ("model", "bits", "label", "seed")  # what tells rows from each other
+KEYS = ("model", "bits", "label", "seed")  # no two rows have the same values of all of these
 
 
 @dataclass(frozen=True)

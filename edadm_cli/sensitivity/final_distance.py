@@ -1,9 +1,7 @@
 r"""Measures the distance of final samples when one layer alone is quantized.
 
-Errors of single steps do not say how they add up over the steps. On `digits-ddpm` at four bits, the measured squared
-distance of final samples, divided by the predicted one, spans a factor of 100: it is large for layers in low
-resolution, and small for the time embedding, the first layer and those near the prediction. So the sampler itself
-runs with a layer quantized at one width, and the errors of this layer at all widths are scaled by
+Errors of single steps do not say how they add up over the steps (docs/results.md, Other bit widths). So the sampler
+itself runs with a layer quantized at one width, and the errors of this layer at all widths are scaled by
 
     measured distance at this width / predicted error at this width.
 """

@@ -51,11 +51,14 @@ def _empty_group(
     check_quantizers(scales, zero_points)
     check_device(x, scales, zero_points)
     _check_group(x, weight, bias, num_groups, more)
-    shape = x.shape if more is None else (x.shape[0], x.shape[1] + more.shape[1], *x.shape[2:])
-    return [
-        torch.empty(shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
-        for _ in range(scales.numel())
-    ]
+    return [_empty_image(x, more) for _ in range(scales.numel())]
+
+
+def _empty_image(x: Tensor, more: Tensor | None) -> Tensor:
+    """Returns an empty tensor for the codes of `x` and of the channels that follow those of `x`, channels last."""
+    channels = x.shape[1] + (0 if more is None else more.shape[1])
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
 
 
 @operation("group_norm_quantize", empty=_empty_group, reference=reference.group_norm_quantize)
@@ -141,9 +144,7 @@ def _empty_codes(
     check_numbers(inverse_scale, code_shift)
     check_device(x, inverse_scale, code_shift)
     _check_group(x, weight, bias, num_groups, more)
-    channels = x.shape[1] + (0 if more is None else more.shape[1])
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+    return _empty_image(x, more)
 
 
 @operation("group_norm_to_codes", empty=_empty_codes, reference=reference.group_norm_to_codes)

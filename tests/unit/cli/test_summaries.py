@@ -29,7 +29,7 @@ EXPORT: dict[str, Any] = {
 }
 
 
-def test_an_export_is_told_in_words_with_its_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_of_an_export_has_sentences_and_its_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     show(Output.TABLE, EXPORT, None)
     text = capsys.readouterr().out
     assert "done in 2.3 min" in text
