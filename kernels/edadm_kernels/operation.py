@@ -60,12 +60,13 @@ def operation(
 
 def _is_eager(x: Any) -> bool:
     """Returns whether a call with the first argument `x` is on a GPU, and neither traced nor part of a gradient."""
+    return type(x) is Tensor and x.is_cuda and _is_unobserved()
+
+
+def _is_unobserved() -> bool:
+    """Returns whether neither a compiler, nor gradients, nor a mode of torch's dispatcher follows what is computed."""
     return (
-        type(x) is Tensor
-        and x.is_cuda
-        and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0  # no mode watches or replaces operations
+        not torch.compiler.is_compiling() and not torch.is_grad_enabled() and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

@@ -134,15 +134,16 @@ def test_an_eager_call_on_a_gpu_bypasses_the_dispatcher(name: str, monkeypatch: 
     assert not any(name.startswith("edadm") for name in mode.names)
 
 
-def test_a_call_that_is_watched_or_part_of_a_gradient_goes_through_the_dispatcher() -> None:
-    class OnGpu(Tensor):
-        """Says that it is on a GPU."""
-
-    x = torch.empty(1)
-    assert not operation._is_eager(x)  # on a CPU
-    assert not operation._is_eager(OnGpu())
-    with Recorded() as mode:
-        edadm_kernels.quantize(x, SCALE, ZERO_POINT)
+def test_a_mode_a_gradient_or_another_device_needs_the_dispatcher() -> None:
+    with torch.no_grad():
+        assert operation._is_unobserved()
+        with Recorded():
+            assert not operation._is_unobserved()
+    with torch.enable_grad():
+        assert not operation._is_unobserved()
+    assert not operation._is_eager(torch.empty(1))
+    with torch.no_grad(), Recorded() as mode:
+        edadm_kernels.quantize(torch.empty(1), SCALE, ZERO_POINT)
     assert "edadm.quantize.default" in mode.names
 
 
