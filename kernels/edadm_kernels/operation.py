@@ -21,9 +21,9 @@ def operation(
 
     The decorated function computes the operation by a kernel, its signature is the schema, and its docstring describes
     the operation. The operation takes the function's place, so it is called like the function, and torch.compile and
-    CUDA graphs treat it as one node. Eager calls on a GPU that record no gradients bypass torch's dispatcher, which
-    takes longer than many kernels. Where the first argument and the outputs have no elements, as for a batch of zero
-    samples, neither a kernel nor the reference runs.
+    CUDA graphs treat it as one node. Eager calls on a GPU that record no gradients and no profile bypass torch's
+    dispatcher, which takes longer than many kernels. Where the first argument and the outputs have no elements, as for
+    a batch of zero samples, neither a kernel nor the reference runs.
 
     Args:
         name: The name of the operation.
@@ -64,9 +64,12 @@ def _is_eager(x: Any) -> bool:
 
 
 def _is_unobserved() -> bool:
-    """Returns whether neither a compiler, nor gradients, nor a mode of torch's dispatcher follows what is computed."""
+    """Returns whether no compiler, gradient, profiler or mode of torch's dispatcher follows what is computed."""
     return (
-        not torch.compiler.is_compiling() and not torch.is_grad_enabled() and torch._C._len_torch_dispatch_stack() == 0
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not torch.autograd._profiler_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

@@ -134,10 +134,12 @@ def test_an_eager_call_on_a_gpu_bypasses_the_dispatcher(name: str, monkeypatch: 
     assert not any(name.startswith("edadm") for name in mode.names)
 
 
-def test_a_mode_a_gradient_or_another_device_needs_the_dispatcher() -> None:
+def test_a_mode_a_gradient_a_profiler_or_another_device_needs_the_dispatcher() -> None:
     with torch.no_grad():
         assert operation._is_unobserved()
         with Recorded():
+            assert not operation._is_unobserved()
+        with torch.profiler.profile():
             assert not operation._is_unobserved()
     with torch.enable_grad():
         assert not operation._is_unobserved()
