@@ -1,6 +1,6 @@
 """Writes the table of denoisers into docs/models.md (`make table`); `--only NAME ...` prints some of its rows.
 
-The rows are tiny random pipelines of tests/denoisers, so nothing is downloaded; one row takes about half a minute.
+The rows are tiny random pipelines of tests/denoisers, so nothing is downloaded; one row takes a few seconds.
 """
 
 from __future__ import annotations

@@ -11,13 +11,12 @@ With `--engine`, all of this is about the table of the OpenVINO engine.
 from __future__ import annotations
 
 import argparse
+import atexit
 import inspect
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from edadm_cli.recipe import Recipe, load_recipe
 from tests.denoisers import classes
 from tests.denoisers.page import ROOT, update_table, write_table
 from tests.denoisers.rows import ROWS, Row
+from tests.integration.fresh_interpreter import FreshInterpreter
 
 NOTES = ROOT / "build" / "denoisers.jsonl"
 _TABLES = ("table of denoisers", "other classes of denoisers")
@@ -186,13 +186,15 @@ def example_images(folder: Path) -> Path:
     return folder
 
 
-_FRESH = """
-import json, sys
+_COMPARISON = """
+import json, signal, sys, warnings
 import numpy as np
 import torch
 torch.set_num_threads(1)
 from diffusers import DiffusionPipeline
-full, quantized, call, out = sys.argv[1:5]
+warnings.simplefilter("ignore")
+signal.alarm(300)
+full, quantized, call = sys.argv[1:]
 call = json.loads(call)
 images = call.pop("images", {})
 from PIL import Image
@@ -208,6 +210,14 @@ for folder in (full, quantized):
     assert "edadm_cli.collect" not in sys.modules
 print(10 * np.log10(1 / max(float(((pictures[0] - pictures[1]) ** 2).mean()), 1e-12)))
 """
+
+
+@cache
+def _fresh_interpreter() -> FreshInterpreter:
+    """Returns a program that has imported diffusers only, and forks for each comparison of this process."""
+    interpreter = FreshInterpreter()
+    atexit.register(interpreter.close)
+    return interpreter
 
 
 def compare(folder: Path, export: Path, row: Row) -> float:
@@ -227,10 +237,11 @@ def compare(folder: Path, export: Path, row: Row) -> float:
         control = "one.control.png" if "image" in parameters else "one.png"
         files = {"image": "one.png", "mask_image": "one.mask.png", "control_image": control}
         call["images"] = {name: str(folder / "images" / file) for name, file in files.items() if name in parameters}
-    command = [sys.executable, "-W", "ignore", "-c", _FRESH, str(folder / "model"), str(export), json.dumps(call), ""]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-2000:]
-    return float(process.stdout.split()[-1])
+    comparing = _fresh_interpreter().start(_COMPARISON, folder / "model", export, json.dumps(call))
+    output, status = comparing.stdout.read(), comparing.wait()
+    comparing.close()
+    assert status == 0, f"the comparison ended with status {status}; stderr has its reason"
+    return float(output.split()[-1])
 
 
 def markdown(results: list[Result]) -> str:
