@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edadm_cli.models.architecture import load_architecture
-from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.calls import split_call
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
+from edadm_cli.models.denoiser_calls.calls import split_call
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.reconstruct.batches import Batches

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from gpu_models import quantize, tiny_families
 
-from edadm_cli.engines.cuda.layer_product import KernelProduct
+from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.random_models import build_denoiser
 from edadm_cli.quant.network import deploy

@@ -44,12 +44,12 @@ from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.capture import GraphedFunction
-from edadm_cli.engines.cuda.layer_product import KernelProduct
-from edadm_cli.engines.cuda.plain import compile_blocks, many_shapes, placed_copy, repeated_blocks
+from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
+from edadm_cli.engines.cuda.compiled.plain import compile_blocks, many_shapes, placed_copy, repeated_blocks
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.integrations.deployment import make_ready
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.random_models import build_denoiser
 from edadm_cli.models.units import trace
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer

@@ -31,8 +31,8 @@ from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import BitWidth, CollectConfig, SelectConfig
-from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.units import Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edadm_cli.engines.adapters import SideBranch
-from edadm_cli.engines.cuda.layer_product import KernelProduct
-from edadm_cli.engines.cuda.lowering import Lowering
-from edadm_cli.engines.cuda.plain import many_shapes
+from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
+from edadm_cli.engines.cuda.compiled.plain import many_shapes
+from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer
 from edadm_cli.quant.network import deploy
 from edadm_cli.quant.plan import LayerPlan

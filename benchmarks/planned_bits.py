@@ -140,8 +140,8 @@ def plans(case: Case, bits: str) -> dict[str, dict[str, int]]:
     from edadm_cli.calibrate.bit_budget import layer_costs, spend_budget
     from edadm_cli.calibrate.planning import plan_network
     from edadm_cli.config import BitWidth
-    from edadm_cli.models.calibration import CalibrationSet
     from edadm_cli.models.collected import CollectedRun
+    from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
     from edadm_cli.models.units import trace
 
     run, recipe, cpu = case.run("shared"), variant_recipe(case.variant, None)[0], torch.device("cpu")

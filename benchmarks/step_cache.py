@@ -30,16 +30,16 @@ from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
-from edadm_cli.engines.cuda.layer_product import KernelProduct
-from edadm_cli.engines.cuda.plain import placed_copy
+from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
+from edadm_cli.engines.cuda.compiled.plain import placed_copy
 from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import EdadmError
 from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.metrics.distances import psnr, relative_l2, ssim
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.prompts import resolve_prompts
-from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
+from edadm_cli.models.pipeline_calls.prompts import resolve_prompts
+from edadm_cli.models.pipeline_calls.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.quant.network import deploy
 from edadm_cli.recipe import load_recipe
 

@@ -23,8 +23,8 @@ from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.config import BitWidth
-from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.units import trace
 from edadm_cli.quant.network import load_quant_params, quantize_network
 from edadm_cli.recipe import TransformRule, load_recipe

@@ -18,10 +18,10 @@ from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
-from edadm_cli.engines.cuda.assembly import Assembly
 from edadm_cli.engines.cuda.capture import GraphedFunction
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.lowering import Lowering
+from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
+from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.engines.cuda.profiling import wrapped_products
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import ReferenceEngine

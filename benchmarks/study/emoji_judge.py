@@ -23,7 +23,7 @@ from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.emoji.data import label_of_prompt, real_pictures
 from edadm_cli.models.emoji.train.measure import frechet
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.sampling import EVALUATION, image_seed, sample
+from edadm_cli.models.pipeline_calls.sampling import EVALUATION, image_seed, sample
 from edadm_cli.models.shipped import shipped_prompts
 
 EXACT = "full-precision.safetensors"

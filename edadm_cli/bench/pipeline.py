@@ -12,14 +12,14 @@ from torch import nn
 
 from edadm_cli.engines.base import CompiledDenoiser, LayerExecution, OperationTime
 from edadm_cli.engines.cuda.capture import GraphedFunction, GraphMemory
-from edadm_cli.engines.cuda.plain import compile_blocks
+from edadm_cli.engines.cuda.compiled.plain import compile_blocks
 from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import UsageError
 from edadm_cli.integrations.caching import enable_cache
-from edadm_cli.models.call_arguments import takes_prompts
 from edadm_cli.models.loading import load_model
+from edadm_cli.models.pipeline_calls.call_arguments import takes_prompts
+from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.models.sampling import sample
 
 _WARM_UP_STEPS = 2
 

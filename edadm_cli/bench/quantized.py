@@ -27,7 +27,7 @@ from edadm_cli.engines.base import (
 from edadm_cli.engines.parity import LayerParity, compare_layers, relative_l2
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.errors import EdadmError
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.quant.layers import quantized_layers
 
 FAKE_QUANTIZE_FACTOR = 2.0

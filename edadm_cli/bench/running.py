@@ -17,7 +17,7 @@ from edadm_cli.bench.pipeline import ImageTime, PipelineRequest, time_image
 from edadm_cli.bench.spec import TORCH, Call, ContenderEnvironment, Spec, milliseconds, placed
 from edadm_cli.engines.base import CompiledDenoiser, LayerExecution, OperationTime
 from edadm_cli.engines.cuda.capture import GraphedFunction
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 
 WARM_UP_CALLS = 2
 """Calls between the first one and the first that counts, in which caches fill, threads start and memory is mapped."""

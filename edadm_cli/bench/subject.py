@@ -19,8 +19,8 @@ from edadm_cli.calibrate.nearest import nearest_ranges, round_to_nearest
 from edadm_cli.config import BenchConfig, BitWidth
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.architecture import load_architecture
-from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.families import family_of
 from edadm_cli.models.loading import load_model

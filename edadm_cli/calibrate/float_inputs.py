@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from edadm_cli.calibrate.ranges import input_quantizer, search_activation_ranges
 from edadm_cli.hooks import Hooks
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.models.families import Call
-from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.units import Trace
 from edadm_cli.quant.operation import Operation
 from edadm_cli.quant.plan import QuantizationPlan

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edadm_cli.models.calls import DenoiserCall
+from edadm_cli.models.denoiser_calls.calls import DenoiserCall
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edadm_cli.collect.branches import difference
 from edadm_cli.errors import InputError
 from edadm_cli.hooks import Hooks
-from edadm_cli.models.calls import DenoiserCall, flat_tensors, split_call
+from edadm_cli.models.denoiser_calls.calls import DenoiserCall, flat_tensors, split_call
 
 CONTROL = "controlnet"
 

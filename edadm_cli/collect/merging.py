@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edadm_cli.artifacts import TensorInfo, load_tensors, read_tensor_header
 from edadm_cli.errors import InputError
-from edadm_cli.models.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
+from edadm_cli.models.denoiser_calls.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
 
 FEATURES = "features"
 TIMESTEPS = "timesteps"

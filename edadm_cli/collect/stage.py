@@ -20,20 +20,20 @@ from edadm_cli.collect.shards import is_written, merge_parts, require_mergeable,
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.architecture import Architecture
-from edadm_cli.models.call_arguments import takes_guidance
 from edadm_cli.models.collected import Sampling, SchedulerFacts
-from edadm_cli.models.encoding import encode_first
-from edadm_cli.models.from_folder import first_sentence
-from edadm_cli.models.full_precision import require_full_precision
-from edadm_cli.models.images import images_sha256
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model, resolve_device
-from edadm_cli.models.locating import locate
-from edadm_cli.models.output_size import with_sizes
+from edadm_cli.models.pipeline_calls.call_arguments import takes_guidance
+from edadm_cli.models.pipeline_calls.encoding import encode_first
+from edadm_cli.models.pipeline_calls.images import images_sha256
+from edadm_cli.models.pipeline_calls.output_size import with_sizes
+from edadm_cli.models.pipeline_calls.prompts import prompts_name, resolve_prompts
+from edadm_cli.models.pipeline_calls.sampling import Samples, image_seed, require_num_steps, sample
 from edadm_cli.models.placement import described, placement
-from edadm_cli.models.prompts import prompts_name, resolve_prompts
-from edadm_cli.models.sampling import Samples, image_seed, require_num_steps, sample
-from edadm_cli.models.stored_denoiser import weight_bytes
+from edadm_cli.models.sources.from_folder import first_sentence
+from edadm_cli.models.sources.full_precision import require_full_precision
+from edadm_cli.models.sources.locating import locate
+from edadm_cli.models.sources.stored_denoiser import weight_bytes
 from edadm_cli.processes import ALONE, Processes, join
 from edadm_cli.progress import Reporter, SilentReporter
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edadm_cli.collect.branches import differences, equal, storable
-from edadm_cli.models.calls import DenoiserCall
+from edadm_cli.models.denoiser_calls.calls import DenoiserCall
 
 _Halves = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -20,8 +20,8 @@ from edadm_cli.engines.base import CompiledDenoiser, Engine, EngineOptions, File
 from edadm_cli.engines.isolation import IsolatedProcess, ProcessLostError, pack, unpack
 from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import InputError, UsageError
-from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.registry import ModelEntry

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edadm_cli.engines.base import Engine, EngineOptions
 from edadm_cli.hooks import Hooks
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 
 ALL_LAYERS_UP_TO = 120

@@ -18,11 +18,11 @@ from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.stage import Task, prepare
 from edadm_cli.config import CollectConfig
 from edadm_cli.hooks import Hooks
-from edadm_cli.models.encoding import encode_first
 from edadm_cli.models.gpu_memory import gpu_peak
 from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.pipeline_calls.encoding import encode_first
+from edadm_cli.models.pipeline_calls.sampling import Samples, sample
 from edadm_cli.models.placement import is_encoder
-from edadm_cli.models.sampling import Samples, sample
 from edadm_cli.models.stored import is_stored, num_weights
 from edadm_cli.processes import ALONE
 

@@ -14,7 +14,7 @@ from edadm_cli.evaluate.full_precision import KIND, NAME
 from edadm_cli.evaluate.images import SamplingPlan
 from edadm_cli.evaluate.request import EvaluationRequest, resolve
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.models.pipeline_calls.sampling import Samples, sample
 from edadm_cli.quant.layers import quantized_layers
 
 _MIB = 2**20

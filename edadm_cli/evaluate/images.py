@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from edadm_cli.artifacts import load_tensors, read_tensor_header, save_tensors
 from edadm_cli.errors import InputError
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.models.pipeline_calls.sampling import Samples, sample
 from edadm_cli.processes import Processes
 from edadm_cli.progress import Reporter
 

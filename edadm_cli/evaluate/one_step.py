@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from edadm_cli.artifacts import OneStepError
 from edadm_cli.evaluate.images import SamplingPlan
 from edadm_cli.hooks import Hooks
-from edadm_cli.models.calls import record_calls
+from edadm_cli.models.denoiser_calls.calls import record_calls
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.models.families import family_of
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.predictions import prediction_of
-from edadm_cli.models.sampling import sample
+from edadm_cli.models.pipeline_calls.sampling import sample
 
 NUM_IMAGES = 16
 """Number of trajectories that the error is measured on: the first images of an evaluation."""

@@ -20,9 +20,9 @@ from edadm_cli.integrations.caching import StepCache, enable_cache
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model, resolve_device
-from edadm_cli.models.prompts import read_prompts
+from edadm_cli.models.pipeline_calls.prompts import read_prompts
+from edadm_cli.models.pipeline_calls.sampling import EVALUATION, image_seed
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.models.sampling import EVALUATION, image_seed
 from edadm_cli.models.shipped import shipped_prompts
 from edadm_cli.progress import SilentReporter
 

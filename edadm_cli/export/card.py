@@ -17,8 +17,8 @@ from edadm_cli.bits import BitWidth
 from edadm_cli.export.usage import PipelineUse
 from edadm_cli.metrics.registry import in_order, label_of
 from edadm_cli.models.collected import Sampling
-from edadm_cli.models.hub import looks_like_hub_id
-from edadm_cli.models.images import has_images
+from edadm_cli.models.pipeline_calls.images import has_images
+from edadm_cli.models.sources.hub import looks_like_hub_id
 
 CARD_FILE = "README.md"
 GRID_FILE = "grid.png"

@@ -14,9 +14,9 @@ from edadm_cli.artifacts.files import explained_os_errors
 from edadm_cli.artifacts.streaming import stream_shards, streamed
 from edadm_cli.errors import InputError
 from edadm_cli.export.sizes import exact_narrow
-from edadm_cli.models.folder import INDEX_NAME, Component, PipelineFolder, read_folder
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.quiet import quiet_libraries
+from edadm_cli.models.sources.folder import INDEX_NAME, Component, PipelineFolder, read_folder
 
 _WEIGHTS_STEM = "diffusion_pytorch_model"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of configurations of transformers, the second one in earlier versions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edadm_cli.artifacts.files import explain_os_error
 from edadm_cli.errors import EdadmError, InputError
-from edadm_cli.models.from_folder import first_sentence
+from edadm_cli.models.sources.from_folder import first_sentence
 
 _LOGIN = "hf auth login"
 _LATER = "the same command again, later"

@@ -10,7 +10,7 @@ import torch
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import LAYER_BOUND
 from edadm_cli.errors import EdadmError
-from edadm_cli.models.sampling import Samples
+from edadm_cli.models.pipeline_calls.sampling import Samples
 
 ROUNDING = 1e-5
 """Bound of the difference between final latents, relative to the largest latent. The order in which a product of one

@@ -10,7 +10,7 @@ from edadm_cli.artifacts.inspection import run_of_artifact
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.export.card import CARD_FILE, GRID_FILE, CardFacts, model_card
 from edadm_cli.export.hub_errors import explain_hub_error
-from edadm_cli.models.hub import looks_like_hub_id
+from edadm_cli.models.sources.hub import looks_like_hub_id
 
 _TIMEOUT_S = 10.0
 

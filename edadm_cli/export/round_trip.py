@@ -31,13 +31,13 @@ from edadm_cli.export.sizes import (
 )
 from edadm_cli.export.text_encoders import narrow_saved, quantize_text_encoders, recorded_calls
 from edadm_cli.integrations.quantizer import METHOD, format_version
-from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model, resolve_device
+from edadm_cli.models.pipeline_calls.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.models.placement import LEARNING_SHARE, memory_of
 from edadm_cli.models.repeatable import repeatable_convolutions
-from edadm_cli.models.sampling import EVALUATION, Samples, image_seed, sample
 from edadm_cli.models.stored import bring_stored, total_parameters
 from edadm_cli.progress import Reporter
 from edadm_cli.quant.layers import quantized_layers

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.artifacts import PipelineSize, TextEncoder
-from edadm_cli.models.from_folder import plain_tensors
 from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.sources.from_folder import plain_tensors
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edadm_cli.artifacts import load_json
-from edadm_cli.models.folder import INDEX_NAME
-from edadm_cli.models.images import CONTROL, IMAGE, MASK
+from edadm_cli.models.pipeline_calls.images import CONTROL, IMAGE, MASK
+from edadm_cli.models.sources.folder import INDEX_NAME
 
 _PROMPT = '"a prompt"'
 _FILES = {IMAGE: "picture.png", CONTROL: "control.png", MASK: "mask.png"}

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from edadm_cli.engine_config import CACHE_NAMES
-from edadm_cli.engines.cuda.conditioning import Conditioning
+from edadm_cli.engines.cuda.compiled.conditioning import Conditioning
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loaded import LoadedModel

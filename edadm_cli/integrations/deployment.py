@@ -33,6 +33,6 @@ def layer_product() -> LayerProduct | None:
 
 @cache
 def _kernel_product() -> tuple[LayerProduct, str]:
-    from edadm_cli.engines.cuda.layer_product import ON_CPU, KernelProduct
+    from edadm_cli.engines.cuda.compiled.layer_product import ON_CPU, KernelProduct
 
     return KernelProduct(), ON_CPU

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from edadm_cli.artifacts.tensors import load_tensors
 from edadm_cli.errors import InputError, UsageError
-from edadm_cli.models.from_folder import first_sentence
 from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.sources.from_folder import first_sentence
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
 
 

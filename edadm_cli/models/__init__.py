@@ -1,21 +1,18 @@
 """Loads, describes, samples and calls diffusion models.
 
-The modules by topic; to read about the whole, begin with `loading`, `sampling`, `calls` and `units`:
+To read about the whole, begin with `loading`, `pipeline_calls.sampling`, `denoiser_calls.calls` and `units`. The
+packages and modules by topic:
 
-- **What a model is**: `registry` (models known by name), `architecture` and `random_models` (the same with random
-  weights), `shipped`, `digits`, `emoji`, `families` (what is known of each kind of denoiser).
-- **From a name to a pipeline**: `loading` asks `locating` for the files (`hub` fetches them), `folder`, `files`,
-  `weights` and `component_config` for checks of them, `checkpoints` for the conversion of single files, and
-  `from_folder` or `latent_diffusion` for the pipeline, which `loaded` describes. `containment` and `quiet` keep
-  libraries from asking, fetching and printing meanwhile; `full_precision` refuses models that are quantized already.
-- **Where the weights are**: `placement` decides, `gpu_memory` measures, `stored` and `stored_denoiser` leave large
-  weights on disk.
-- **Sampling**: `sampling` samples images of given seeds, with `call_arguments`, `prompts`, `images`, `output_size`,
-  `encoding`, `schedulers`, `watched_scheduler`, `failures`, `tokenizers`, `random_numbers`, `repeatable` and
-  `real_statistics`.
-- **Calls of the denoiser**: `calls` takes a call apart into tensors and a template, and `call_templates` builds it
-  again; `calibration` builds those of the calibration set, `example_calls` random ones; `predictions` finds the
-  prediction in what a denoiser returns.
+- **What a model is**: `registry` (models known by name, in `registry.toml`), `architecture` (in `architectures/`) and
+  `random_models` (the same with random weights, with `random_numbers` and `tokenizers`), `shipped`, `digits` and
+  `emoji` (with `real_statistics`), `families` (what is known of each kind of denoiser).
+- **From a name to a pipeline**: `loading` returns a model that `loaded` describes. `sources` finds, checks and opens
+  its files, `checkpoints` converts single files, and `quiet` keeps libraries from printing meanwhile.
+  `latent_diffusion` and `schedulers` have classes that diffusers lacks, which folders on disk name by their module.
+- **Where the weights are**: `placement` decides, `gpu_memory` measures, and `stored` leaves large weights on disk.
+- **Sampling**: `pipeline_calls`.
+- **Calls of the denoiser**: `denoiser_calls`; `example_calls` builds calls with random values, and `repeatable` makes
+  results on a GPU the same bytes each time.
 - **The denoiser's structure**: `units` finds its layers and the blocks that are reconstructed as one.
 - **A run's model**: `collected` reads how trajectories were sampled, and loads the model again.
 """

@@ -15,13 +15,13 @@ from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
 from edadm_cli.artifacts.payloads import NumSteps, Scale
 from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.models.architecture import FurtherDenoiser
-from edadm_cli.models.calibration import CONSTANT
+from edadm_cli.models.denoiser_calls.calibration import CONSTANT
 from edadm_cli.models.families import prepare_calls
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.placement import LEARNING_SHARE, Placement, described, memory_of
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.models.stored_denoiser import open_stored
+from edadm_cli.models.sources.stored_denoiser import open_stored
 from edadm_cli.stage_config import DTypeName, Weights
 
 CONDITION_FILE = "condition.safetensors"

@@ -18,14 +18,10 @@ from edadm_cli.models.architecture import (
     find_class,
     load_architecture,
 )
-from edadm_cli.models.call_arguments import call_default, default_guidance, takes_guidance
 from edadm_cli.models.checkpoints.opening import open_checkpoint
-from edadm_cli.models.containment import no_questions
 from edadm_cli.models.families.registry import float32_pipelines
-from edadm_cli.models.folder import read_folder
-from edadm_cli.models.from_folder import load_folder
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.locating import Location, files_of, is_random
+from edadm_cli.models.pipeline_calls.call_arguments import call_default, default_guidance, takes_guidance
 from edadm_cli.models.placement import Placement
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_models import (
@@ -33,7 +29,11 @@ from edadm_cli.models.random_models import (
     build_random_pipeline,
 )
 from edadm_cli.models.registry import ModelEntry, known_models
-from edadm_cli.models.stored_denoiser import denoisers_of, stored_architecture, stored_component
+from edadm_cli.models.sources.containment import no_questions
+from edadm_cli.models.sources.folder import read_folder
+from edadm_cli.models.sources.from_folder import load_folder
+from edadm_cli.models.sources.locating import Location, files_of, is_random
+from edadm_cli.models.sources.stored_denoiser import denoisers_of, stored_architecture, stored_component
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

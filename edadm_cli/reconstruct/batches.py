@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.calls import flat_tensors
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
+from edadm_cli.models.denoiser_calls.calls import flat_tensors
 from edadm_cli.models.families import Call
 
 _HELD_BYTES = {"cuda": 2**30}  # by type of device: calls that stay on it, so that passes do not copy them again

@@ -16,8 +16,8 @@ from edadm_cli.calibrate.bit_budget import layer_costs, spend_budget
 from edadm_cli.calibrate.planning import layer_rule, plan_network
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.errors import UsageError
-from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.models.registry import known_models
 from edadm_cli.models.repeatable import repeatable_convolutions

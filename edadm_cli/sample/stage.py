@@ -25,8 +25,8 @@ from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model, resolve_device
+from edadm_cli.models.pipeline_calls.sampling import Samples, sample
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.models.sampling import Samples, sample
 from edadm_cli.models.shipped import shipped_prompts
 from edadm_cli.progress import Reporter, SilentReporter
 

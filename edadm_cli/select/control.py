@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from edadm_cli.models.calibration import (
+from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import (
     CONDITION,
     CONSTANT,
     UNCONDITIONAL,
@@ -15,8 +16,7 @@ from edadm_cli.models.calibration import (
     CallForm,
     ControlForm,
 )
-from edadm_cli.models.calls import flat_tensors
-from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calls import flat_tensors
 from edadm_cli.progress import Reporter
 
 

@@ -24,8 +24,8 @@ from edadm_cli.artifacts import (
 from edadm_cli.artifacts.streaming import slices
 from edadm_cli.config import EARLIER_DENSITY_QUANTILE, SelectConfig
 from edadm_cli.errors import InputError, MachineError, UsageError
-from edadm_cli.models.calibration import CALIBRATION_FILE, CONDITION, CONSTANT, UNCONDITIONAL, CallForm
 from edadm_cli.models.collected import CONDITION_FILE, CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CALIBRATION_FILE, CONDITION, CONSTANT, UNCONDITIONAL, CallForm
 from edadm_cli.models.loading import resolve_device
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.select.control import with_computed

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
 from edadm_cli.hooks import Hooks
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 
 NOISE_SHARE = 0.05
 """Root mean square of the added noise as a share of the prediction's."""

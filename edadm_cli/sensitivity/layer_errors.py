@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.calibrate.nearest import nearest_params
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.models.families import Call
-from edadm_cli.models.predictions import prediction_of
 from edadm_cli.quant.network import load_quant_params, quantize_network, set_module
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
 from edadm_cli.sensitivity.gains import StepGains

@@ -26,12 +26,12 @@ from edadm_cli.artifacts import (
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.calibrate.ranges import search_activation_ranges, search_weight_scales
 from edadm_cli.config import BitWidth, SensitivityConfig
-from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.families import Call
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import resolve_device
-from edadm_cli.models.sampling import sample
+from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.models.units import Trace, trace, units
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.quant.plan import LayerPlan, QuantizationPlan, name_within

@@ -12,7 +12,7 @@ from edadm_cli.artifacts import Artifact, RunFolder
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig, SelectConfig
 from edadm_cli.estimates import collect as collect_estimates
-from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loading import load_model
 from edadm_cli.select import stage as select
 

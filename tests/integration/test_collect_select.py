@@ -25,11 +25,11 @@ from edadm_cli.config import CollectConfig, SelectConfig
 from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.estimates import collect as collect_estimates
 from edadm_cli.estimates import select as select_estimates
-from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.calls import DenoiserCall, record_calls
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
+from edadm_cli.models.denoiser_calls.calls import DenoiserCall, record_calls
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.sampling import image_seed, sample
+from edadm_cli.models.pipeline_calls.sampling import image_seed, sample
 from edadm_cli.report.commands import repeating_commands
 from edadm_cli.report.contents import read_run
 from edadm_cli.select import stage as select

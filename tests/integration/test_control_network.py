@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.config import CollectConfig, SelectConfig
 from edadm_cli.errors import InputError
-from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from tests.denoisers import table, unets
 
 STEPS, TRAJECTORIES = 3, 4

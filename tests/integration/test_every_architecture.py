@@ -13,12 +13,13 @@ from edadm_cli.artifacts import RunFolder
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import BitWidth, CollectConfig, ExportConfig, ReconstructConfig, SelectConfig
 from edadm_cli.export import stage as export
-from edadm_cli.models import loading, locating, stored_denoiser
+from edadm_cli.models import loading
 from edadm_cli.models.architecture import Architecture
-from edadm_cli.models.calibration import CalibrationSet
-from edadm_cli.models.call_arguments import takes_guidance, takes_prompts
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.pipeline_calls.call_arguments import takes_guidance, takes_prompts
+from edadm_cli.models.sources import locating, stored_denoiser
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct import stage as reconstruct

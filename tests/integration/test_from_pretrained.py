@@ -26,7 +26,7 @@ from edadm_cli.export import stage as export
 from edadm_cli.integrations import autoload
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.sampling import sample
+from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 from edadm_cli.quant.network import load_quant_params, quantize_network

@@ -19,8 +19,8 @@ from edadm_cli.models.checkpoints import compvis
 from edadm_cli.models.checkpoints.compvis_config import read_config
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
+from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.models.random_models import build_random_pipeline
-from edadm_cli.models.sampling import sample
 from tests.unit.models.compvis import (
     STAGE,
     UNET,

@@ -19,7 +19,7 @@ from edadm_cli.estimates import export as export_estimates
 from edadm_cli.estimates import reconstruct as reconstruct_estimates
 from edadm_cli.export import round_trip
 from edadm_cli.export import stage as export
-from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loading import load_model
 from edadm_cli.quant.groups import LARGEST_MULTIPLIER
 from edadm_cli.quant.layers import quantized_layers

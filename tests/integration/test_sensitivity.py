@@ -18,7 +18,7 @@ from edadm_cli.config import BitWidth, SensitivityConfig
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.metrics.distances import relative_l2
 from edadm_cli.models.collected import CollectedRun
-from edadm_cli.models.sampling import sample
+from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.quant.grid import weight_grid
 from edadm_cli.quant.network import quantize_network
 from edadm_cli.quant.search import weight_scales

@@ -20,9 +20,9 @@ from edadm_cli.models.checkpoints.accounting import autoencoder_places, denoiser
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
+from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import known_models
-from edadm_cli.models.sampling import sample
 from tests.denoisers.unets import xl_refiner
 from tests.unit.models.compvis import State, autoencoder_state, open_clip_state, unet_state, with_schedule
 from tests.unit.models.original_names import flux_state, sd3_state

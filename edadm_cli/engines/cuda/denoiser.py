@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from edadm_cli.engines.adapters import SideBranch, Strengths
 from edadm_cli.engines.base import CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.cuda.capture import GraphedFunction, GraphMemory
-from edadm_cli.engines.cuda.conditioning import Conditioning
-from edadm_cli.engines.cuda.plain import many_shapes
+from edadm_cli.engines.cuda.compiled.conditioning import Conditioning
+from edadm_cli.engines.cuda.compiled.plain import many_shapes
 from edadm_cli.engines.cuda.profiling import operation_times
 from edadm_cli.engines.cuda.state import StepState
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from edadm_cli.engines.adapters import SideBranch, strengths_of, take_adapters
 from edadm_cli.engines.base import FLOAT, AttentionForm, CompiledDenoiser, Engine, EngineOptions, LayerExecution
-from edadm_cli.engines.cuda.assembly import Assembly
-from edadm_cli.engines.cuda.attention_graph import INT8_ATTENTION, NO_INT8_ATTENTION, integer_kernel_runs
+from edadm_cli.engines.cuda.compiled.held_prompts import hold_prompts
+from edadm_cli.engines.cuda.compiled.layer_product import capability_refusal
+from edadm_cli.engines.cuda.compiled.plain import build_plain, compile_blocks, has_fused_stages
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.held_prompts import hold_prompts
-from edadm_cli.engines.cuda.layer_product import capability_refusal
-from edadm_cli.engines.cuda.lowering import Lowering, refusal
-from edadm_cli.engines.cuda.plain import build_plain, compile_blocks, has_fused_stages
+from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
+from edadm_cli.engines.cuda.graph_passes.attention_graph import INT8_ATTENTION, NO_INT8_ATTENTION, integer_kernel_runs
+from edadm_cli.engines.cuda.products.lowering import Lowering, refusal
 from edadm_cli.engines.cuda.selection import faster_in_float
 from edadm_cli.engines.cuda.state import StepState
 from edadm_cli.engines.cuda.times import measured_times

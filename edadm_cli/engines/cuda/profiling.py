@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from edadm_cli.engines.base import LayerExecution, OperationTime
-from edadm_cli.engines.cuda.products import AND, Product
+from edadm_cli.engines.cuda.products.product import AND, Product
 from edadm_cli.quant.layers import QuantizedLayer
 
 _PREFIX = "layer:"

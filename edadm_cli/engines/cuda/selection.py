@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.engines.base import EngineOptions
-from edadm_cli.engines.cuda.assembly import Assembly
-from edadm_cli.engines.cuda.attention import FusedAttention
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.lowering import Lowering
-from edadm_cli.engines.cuda.norms import NormStage
-from edadm_cli.engines.cuda.products import AND, IntegerConv2d, IntegerLinear, Product
+from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
+from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention
+from edadm_cli.engines.cuda.fused_stages.transformer import FusedFeedForward, GatedProduct
+from edadm_cli.engines.cuda.products.lowering import Lowering
+from edadm_cli.engines.cuda.products.norms import NormStage
+from edadm_cli.engines.cuda.products.product import AND, IntegerConv2d, IntegerLinear, Product
 from edadm_cli.engines.cuda.times import Matrix, MeasuredTimes, Source, SourceKind
-from edadm_cli.engines.cuda.transformer import FusedFeedForward, GatedProduct
 from edadm_cli.hooks import Hooks
 from edadm_kernels.tiles import Kind
 

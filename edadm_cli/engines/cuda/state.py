@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import edadm_kernels as kernels
-from edadm_cli.engines.cuda.products import IntegerLinear, merge
+from edadm_cli.engines.cuda.products.product import IntegerLinear, merge
 
 Pair = tuple[Tensor, Tensor]
 

@@ -21,7 +21,7 @@ from edadm_cli.engines.graph.tracing import FlatDenoiser, require_channel_factor
 from edadm_cli.engines.onnx.nodes import Writer
 from edadm_cli.engines.onnx.standins import DOMAIN, LAYER, NAME, with_stand_ins
 from edadm_cli.errors import EdadmError, UsageError
-from edadm_cli.models.call_templates import SAMPLE
+from edadm_cli.models.denoiser_calls.call_templates import SAMPLE
 from edadm_cli.quant.attention import QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layers
 

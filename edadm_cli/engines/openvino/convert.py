@@ -35,7 +35,7 @@ from edadm_cli.engines.openvino.scale_shift import distribute_scales
 from edadm_cli.engines.openvino.traced_forms import TracedForms
 from edadm_cli.engines.openvino.value_reads import ValueReads
 from edadm_cli.errors import EdadmError
-from edadm_cli.models.call_templates import SAMPLE, TIMESTEP
+from edadm_cli.models.denoiser_calls.call_templates import SAMPLE, TIMESTEP
 from edadm_cli.quant.attention import AttentionProducts, QuantizedAttention, operand_grid
 from edadm_cli.quant.layers import QuantizedLayer
 

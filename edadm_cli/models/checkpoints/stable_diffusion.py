@@ -30,8 +30,8 @@ from edadm_cli.models.checkpoints.accounting import (
 )
 from edadm_cli.models.checkpoints.kinds import no_autoencoder
 from edadm_cli.models.checkpoints.reading import inert_globals
-from edadm_cli.models.containment import no_network
-from edadm_cli.models.from_folder import first_sentence
+from edadm_cli.models.sources.containment import no_network
+from edadm_cli.models.sources.from_folder import first_sentence
 from edadm_cli.models.tokenizers import clip_tokenizer
 
 if TYPE_CHECKING:

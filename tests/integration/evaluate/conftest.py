@@ -50,7 +50,7 @@ def tiny_models(tiny_sd: Path, tiny_ddpm: Path, monkeypatch: pytest.MonkeyPatch)
     }
     shipped = digits.model_folder
     monkeypatch.setattr(digits, "model_folder", lambda name, *rest: folders.get(name) or shipped(name, *rest))
-    for module in ("loading", "locating"):
+    for module in ("loading", "sources.locating"):
         monkeypatch.setattr(f"edadm_cli.models.{module}.known_models", lambda: entries)
     with torch.random.fork_rng():
         torch.manual_seed(7)

@@ -20,7 +20,7 @@ from edadm_cli.errors import InputError, UsageError
 from edadm_cli.estimates import sample as sample_estimates
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.models.pipeline_calls.sampling import Samples, sample
 from edadm_cli.sample import stage
 
 Exporter = Callable[[RunFolder, float], Artifact]

@@ -18,8 +18,8 @@ from edadm_cli.cli.app import main
 from edadm_cli.cli.boundary import guard
 from edadm_cli.cli.signals import Signals
 from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
-from edadm_cli.models.calibration import CalibrationSet
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.quant.network import load_quant_params, quantize_network
 from edadm_cli.recipe import load_recipe
 from tests.integration.survival.mutants import Mutant, mutate, restore

@@ -16,11 +16,11 @@ from edadm_cli.collect.branches import of_calls
 from edadm_cli.collect.features import record_features
 from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.errors import InputError
-from edadm_cli.models.calls import split_call
+from edadm_cli.models.denoiser_calls.calls import split_call
 from edadm_cli.models.families import middle_module
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.sampling import sample
+from edadm_cli.models.pipeline_calls.sampling import sample
 
 CPU = torch.device("cpu")
 

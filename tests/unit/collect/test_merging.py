@@ -15,8 +15,8 @@ from edadm_cli.collect.recorder import BatchRecorder
 from edadm_cli.collect.shards import merge_parts, require_mergeable, write_shard
 from edadm_cli.collect.varying import Varying
 from edadm_cli.errors import InputError
-from edadm_cli.models.calibration import CallForm
-from edadm_cli.models.call_templates import build_call
+from edadm_cli.models.denoiser_calls.calibration import CallForm
+from edadm_cli.models.denoiser_calls.call_templates import build_call
 
 STEPS, WIDTH = 2, 3
 

@@ -19,8 +19,8 @@ from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import use_arithmetic
 from edadm_cli.integrations.methods import bind_methods
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.models.predictions import prediction_of
 from edadm_cli.recipe import load_recipe
 
 peft = pytest.importorskip("peft")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from edadm_cli.engines.cuda import CudaEngine, attention_graph
-from edadm_cli.engines.cuda.attention_graph import replace_attention
+from edadm_cli.engines.cuda import CudaEngine
+from edadm_cli.engines.cuda.graph_passes import attention_graph
+from edadm_cli.engines.cuda.graph_passes.attention_graph import replace_attention
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.errors import UsageError
 

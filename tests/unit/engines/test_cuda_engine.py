@@ -17,13 +17,13 @@ from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
-from edadm_cli.engines.cuda.assembly import Assembly
-from edadm_cli.engines.cuda.attention import FusedAttention, Projections
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.lowering import Lowering
-from edadm_cli.engines.cuda.products import IntegerConv2d, IntegerLinear, Product
-from edadm_cli.engines.cuda.residual import FusedResidualBlock, FusedUpBlock
-from edadm_cli.engines.cuda.transformer import FusedTransformer2D, FusedTransformerBlock
+from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
+from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention, Projections
+from edadm_cli.engines.cuda.fused_stages.residual import FusedResidualBlock, FusedUpBlock
+from edadm_cli.engines.cuda.fused_stages.transformer import FusedTransformer2D, FusedTransformerBlock
+from edadm_cli.engines.cuda.products.lowering import Lowering
+from edadm_cli.engines.cuda.products.product import IntegerConv2d, IntegerLinear, Product
 from edadm_cli.engines.parity import compare_layers, relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.models.random_models import example_call

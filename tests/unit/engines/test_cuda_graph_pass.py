@@ -13,12 +13,12 @@ from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 
 import edadm_kernels as kernels
-from edadm_cli.engines.cuda import attention_graph
-from edadm_cli.engines.cuda.graph_exchange import exchange
-from edadm_cli.engines.cuda.inductor_pass import Exchanges
-from edadm_cli.engines.cuda.layer_product import KernelProduct
+from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
+from edadm_cli.engines.cuda.graph_passes import attention_graph
+from edadm_cli.engines.cuda.graph_passes.graph_exchange import exchange
+from edadm_cli.engines.cuda.graph_passes.inductor_pass import Exchanges
 from edadm_cli.engines.parity import relative_l2
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.quant.network import deploy
 from tests.denoisers.families import Call, quantized_denoiser
 

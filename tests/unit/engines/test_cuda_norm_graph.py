@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from edadm_cli.engines.cuda import norm_graph
-from edadm_cli.engines.cuda.norm_graph import replace_norms
-from edadm_cli.engines.cuda.plain import build_plain, many_shapes
+from edadm_cli.engines.cuda.compiled.plain import build_plain, many_shapes
+from edadm_cli.engines.cuda.graph_passes import norm_graph
+from edadm_cli.engines.cuda.graph_passes.norm_graph import replace_norms
 from edadm_cli.engines.parity import relative_l2
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from tests.denoisers.families import quantized_denoiser
 
 

@@ -9,7 +9,7 @@ import pytest
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
-from edadm_cli.engines.cuda.reductions import WIDEST, rows_in_registers
+from edadm_cli.engines.cuda.graph_passes.reductions import WIDEST, rows_in_registers
 
 
 @pytest.mark.parametrize("channels", [1152, WIDEST])

@@ -15,13 +15,13 @@ from torch import nn
 from edadm_cli.engines.base import EngineOptions, LayerExecution
 from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda import engine as engine_module
-from edadm_cli.engines.cuda.assembly import Assembly
-from edadm_cli.engines.cuda.attention import FusedAttention
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
-from edadm_cli.engines.cuda.layout import rows_of
-from edadm_cli.engines.cuda.lowering import Lowering
-from edadm_cli.engines.cuda.norms import NormStage
-from edadm_cli.engines.cuda.products import FloatProduct
+from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
+from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention
+from edadm_cli.engines.cuda.products.layout import rows_of
+from edadm_cli.engines.cuda.products.lowering import Lowering
+from edadm_cli.engines.cuda.products.norms import NormStage
+from edadm_cli.engines.cuda.products.product import FloatProduct
 from edadm_cli.engines.cuda.selection import Use, _recorded, faster_in_float
 from edadm_cli.engines.cuda.times import MeasuredTimes, ProductTime, SourceTime, measured_times, table
 from edadm_cli.engines.parity import relative_l2

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from edadm_cli.engines.cuda.plain import many_shapes
+from edadm_cli.engines.cuda.compiled.plain import many_shapes
 
 
 def test_a_function_is_compiled_for_more_shapes_than_torch_allows_and_the_limit_stays_torchs() -> None:

@@ -15,11 +15,11 @@ from torch._dynamo.testing import CompileCounter
 import edadm_kernels as kernels
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
-from edadm_cli.engines.cuda.layer_product import KernelProduct
-from edadm_cli.engines.cuda.layout import channels_last, quantizable
+from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
+from edadm_cli.engines.cuda.products.layout import channels_last, quantizable
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.network import deploy
 from edadm_cli.quant.plan import LayerPlan

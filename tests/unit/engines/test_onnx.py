@@ -18,7 +18,7 @@ from edadm_cli.engines.parity import compare_layers, relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
 from edadm_cli.engines.registry import engine
 from edadm_cli.errors import EXIT_MACHINE, InputError, MachineError, UsageError
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.recipe import LayerRule
 from tests.denoisers import parts

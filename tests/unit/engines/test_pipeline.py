@@ -16,12 +16,12 @@ from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.pipeline import EngineDenoiser, put_on_engine
 from edadm_cli.engines.reference import ReferenceEngine, use_arithmetic
 from edadm_cli.errors import UsageError
-from edadm_cli.models.call_arguments import takes_prompts
-from edadm_cli.models.call_templates import build_call
-from edadm_cli.models.calls import DenoiserCall, record_calls
+from edadm_cli.models.denoiser_calls.call_templates import build_call
+from edadm_cli.models.denoiser_calls.calls import DenoiserCall, record_calls
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.sampling import Samples, sample
+from edadm_cli.models.pipeline_calls.call_arguments import takes_prompts
+from edadm_cli.models.pipeline_calls.sampling import Samples, sample
 from tests.denoisers.families import RECIPE
 
 CPU = torch.device("cpu")

@@ -18,12 +18,12 @@ from edadm_cli.config import BitWidth
 from edadm_cli.engines.adapters import SideBranch
 from edadm_cli.engines.base import EngineOptions
 from edadm_cli.engines.cuda import CudaEngine
-from edadm_cli.engines.cuda.layer_product import KernelProduct
-from edadm_cli.engines.cuda.plain import build_plain
+from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
+from edadm_cli.engines.cuda.compiled.plain import build_plain
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.reference import ReferenceEngine
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from edadm_cli.models.example_calls import example_call
-from edadm_cli.models.predictions import prediction_of
 from edadm_cli.models.random_models import initialize
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.quant.network import deploy

@@ -7,7 +7,7 @@ import torch
 
 from edadm_cli.errors import EdadmError
 from edadm_cli.export.parity import compare
-from edadm_cli.models.sampling import Samples
+from edadm_cli.models.pipeline_calls.sampling import Samples
 
 IMAGES = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 
 TEMPLATE: dict[str, Any] = {
     "args": [{"$sample": None}, {"$timestep": None}],

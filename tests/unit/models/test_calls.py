@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.models.call_templates import build_call, placed_tensors
-from edadm_cli.models.calls import record_calls, split_call
+from edadm_cli.models.denoiser_calls.call_templates import build_call, placed_tensors
+from edadm_cli.models.denoiser_calls.calls import record_calls, split_call
 
 
 class Denoiser(nn.Module):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from edadm_cli.errors import EXIT_INPUT, InputError
-from edadm_cli.models import component_config
 from edadm_cli.models.loading import load_model
+from edadm_cli.models.sources import component_config
 
 CPU = torch.device("cpu")
 UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"

@@ -13,9 +13,9 @@ from edadm_cli.models.digits.data import WEIGHTS as DIGITS
 from edadm_cli.models.emoji import data
 from edadm_cli.models.emoji.captions import STYLES, prompt_of
 from edadm_cli.models.emoji.encoder import load_picture_encoder, name_vectors
-from edadm_cli.models.folder import read_folder
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.shipped import shipped_prompts
+from edadm_cli.models.sources.folder import read_folder
 
 CPU = torch.device("cpu")
 

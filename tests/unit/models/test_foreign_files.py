@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from edadm_cli.errors import EXIT_INPUT, InputError
 from edadm_cli.export.folder import write_pipeline
-from edadm_cli.models.folder import read_folder
 from edadm_cli.models.loading import load_model
+from edadm_cli.models.sources.folder import read_folder
 
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"

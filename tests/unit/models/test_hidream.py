@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from edadm_cli.models.call_templates import build_call
-from edadm_cli.models.calls import split_call
+from edadm_cli.models.denoiser_calls.call_templates import build_call
+from edadm_cli.models.denoiser_calls.calls import split_call
 from edadm_cli.models.families import prepare_calls
 from tests.denoisers.transformers import hidream_transformer
 

@@ -17,12 +17,12 @@ from edadm_cli.artifacts import RunFolder
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig
 from edadm_cli.errors import EXIT_INPUT, EXIT_MACHINE, EdadmError, InputError, MachineError
-from edadm_cli.models import locating
 from edadm_cli.models.collected import CollectedRun
-from edadm_cli.models.folder import read_folder
 from edadm_cli.models.loading import load_model, resolve_device
+from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.models.registry import known_models
-from edadm_cli.models.sampling import sample
+from edadm_cli.models.sources import locating
+from edadm_cli.models.sources.folder import read_folder
 from tests.denoisers.transformers import hunyuan_image, krea2
 
 CPU = torch.device("cpu")

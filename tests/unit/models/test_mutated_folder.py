@@ -14,7 +14,7 @@ import torch
 
 from edadm_cli.errors import EXIT_INPUT, EXIT_MACHINE, EXIT_USAGE, EdadmError
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.sampling import sample
+from edadm_cli.models.pipeline_calls.sampling import sample
 
 CPU = torch.device("cpu")
 NUM_MUTANTS = 30

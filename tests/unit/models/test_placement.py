@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.models.encoding import encode_first
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.locating import locate
+from edadm_cli.models.pipeline_calls.encoding import encode_first
+from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.models.placement import Placement, memory_of, placement
-from edadm_cli.models.sampling import sample
+from edadm_cli.models.sources.locating import locate
+from edadm_cli.models.sources.stored_denoiser import weight_bytes
 from edadm_cli.models.stored import is_stored
-from edadm_cli.models.stored_denoiser import weight_bytes
 
 CPU = torch.device("cpu")
 PROMPTS = ["one", "two"]

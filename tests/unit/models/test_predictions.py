@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 
 ROWS = torch.arange(12.0).reshape(2, 3, 2)
 

@@ -12,7 +12,13 @@ import torch
 from edadm_cli.errors import EXIT_INPUT, InputError, UsageError
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.prompts import CAPTIONS, MAX_PROMPT_CHARACTERS, prompts_name, read_prompts, resolve_prompts
+from edadm_cli.models.pipeline_calls.prompts import (
+    CAPTIONS,
+    MAX_PROMPT_CHARACTERS,
+    prompts_name,
+    read_prompts,
+    resolve_prompts,
+)
 
 
 @pytest.fixture(scope="module")

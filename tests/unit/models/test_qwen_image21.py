@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.hooks import Hooks
-from edadm_cli.models.call_templates import build_call
-from edadm_cli.models.calls import DenoiserCall, record_calls
+from edadm_cli.models.denoiser_calls.call_templates import build_call
+from edadm_cli.models.denoiser_calls.calls import DenoiserCall, record_calls
 from edadm_cli.models.families import prepare_calls
 from tests.denoisers.recent import qwen_image21
 

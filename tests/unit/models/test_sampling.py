@@ -21,9 +21,9 @@ from edadm_cli.artifacts import ModelRef
 from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
+from edadm_cli.models.pipeline_calls.sampling import CALIBRATION, EVALUATION, image_seed, sample
+from edadm_cli.models.pipeline_calls.watched_scheduler import watched_scheduler
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.models.sampling import CALIBRATION, EVALUATION, image_seed, sample
-from edadm_cli.models.watched_scheduler import watched_scheduler
 from tests.denoisers.unets import consistency, deepfloyd, inpainting
 from tests.denoisers.videos import stable_video
 

@@ -11,11 +11,11 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from torch import Tensor
 
 from edadm_cli.artifacts import ModelRef
-from edadm_cli.models.calls import DenoiserCall, record_calls
+from edadm_cli.models.denoiser_calls.calls import DenoiserCall, record_calls
 from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import ModelEntry, known_models
-from edadm_cli.models.sampling import sample
 from edadm_cli.models.schedulers import QuadraticDDIMScheduler
 from tests.unit.models.tiny import shrink_flux, shrunk
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edadm_cli import plugins
 from edadm_cli.engines.base import EngineOptions
-from edadm_cli.engines.cuda.lowering import Lowering
+from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.engines.onnx.engine import OnnxRuntimeEngine
 from edadm_cli.engines.openvino.engine import OpenVinoEngine
 from edadm_cli.engines.reference import ReferenceEngine

@@ -15,7 +15,7 @@ from edadm_cli.calibrate.nearest import nearest_params
 from edadm_cli.calibrate.planning import plan_network
 from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.config import BitWidth
-from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.units import Trace, Unit, trace, units
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import Recipe

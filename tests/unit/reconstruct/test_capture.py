@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edadm_cli.calibrate.ranges import search_ranges
 from edadm_cli.errors import InputError, MachineError
-from edadm_cli.models.calibration import CalibrationSet
+from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.units import Unit
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.network import fill_layer

@@ -1,0 +1,7 @@
+"""Denoisers that keep their own `forward`, with layers that multiply codes, and are compiled by torch.
+
+`plain` builds one from any exported denoiser. `layer_product` is the layer that multiplies codes; loaded exports run
+it, too. The other modules save work where a structure is known: `shared_input` quantizes an input once for several
+layers, `feed_forward`, `flux` and `joint_attention` join operations of blocks, `conditioning` computes the adaptive
+normalizations of all blocks at once, and `held_prompts` computes the keys and values of a prompt once per image.
+"""

@@ -1,0 +1,20 @@
+"""All exchanges of operations in a graph of Dynamo, for a backend of ours and for Inductor's pass."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from edadm_cli.engines.base import AttentionForm
+from edadm_cli.engines.cuda.graph_passes.attention_graph import replace_attention
+from edadm_cli.engines.cuda.graph_passes.group_norm_graph import replace_group_norms
+from edadm_cli.engines.cuda.graph_passes.norm_graph import replace_norms
+
+
+def exchange(graph: fx.Graph, form: AttentionForm = "float") -> int:
+    """Replaces what becomes faster in a graph of Dynamo, in place, and returns the number of replacements.
+
+    Args:
+        graph: The graph.
+        form: The form of attention that is preferred.
+    """
+    return replace_attention(graph, form) + replace_norms(graph) + replace_group_norms(graph)
