@@ -35,7 +35,7 @@ class GraphInterface(BaseModel):
     Attributes:
         denoiser: The name of the denoiser's class.
         parameters: The names of the parameters of its `forward`, in order.
-        arguments: The arguments of a call, all by keyword, in the form of `models.denoiser_calls.call_templates.Template`.
+        arguments: The arguments of a call, all by keyword, in the form of `denoiser_calls.call_templates.Template`.
         inputs: The names of the graph's inputs, in order.
         returns: The import path of the class that the denoiser returns; `None` if it returns a tuple.
         masks: The inputs that are masks, each with the input whose tokens it masks. Where a call omits a mask, no token
