@@ -56,6 +56,7 @@ from study.emoji_shared import (
     write,
 )
 from study.emoji_table import export, read_results, table
+from study.mps import mps_daemons
 
 if TYPE_CHECKING:
     from edadm_cli.models.collected import CollectedRun
@@ -183,8 +184,17 @@ def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) ->
 
 def start(options: argparse.Namespace, until: float) -> None:
     """Starts the workers, several per GPU, and waits for them."""
-    shutil.rmtree(options.out / "claims", ignore_errors=True)
     gpus = options.gpus.split(",")
+    if options.mps != "auto":
+        run_workers(options, gpus, options.mps, until)
+        return
+    with mps_daemons(gpus) as pipes:
+        run_workers(options, gpus, pipes, until)
+
+
+def run_workers(options: argparse.Namespace, gpus: list[str], pipes: str, until: float) -> None:
+    """Runs the workers to their end; `pipes` is the start of the pipe directories of MPS daemons, or empty."""
+    shutil.rmtree(options.out / "claims", ignore_errors=True)
     processes = []
     threads = max(1, len(os.sched_getaffinity(0)) // options.workers)
     for number in range(options.workers):
@@ -192,8 +202,8 @@ def start(options: argparse.Namespace, until: float) -> None:
         arguments = [*sys.argv[1:], "--worker", str(number), "--until", str(until)]
         if gpu != "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-            if options.mps:
-                environment |= {"CUDA_VISIBLE_DEVICES": "0", "CUDA_MPS_PIPE_DIRECTORY": f"{options.mps}-{gpu}"}
+            if pipes:
+                environment |= {"CUDA_VISIBLE_DEVICES": "0", "CUDA_MPS_PIPE_DIRECTORY": f"{pipes}-{gpu}"}
         command = [sys.executable, __file__, *arguments]
         processes.append(subprocess.Popen(command, env=environment))
     for process in processes:
@@ -211,6 +221,7 @@ def main() -> None:
         " printed without --out",
     )
     parser.add_argument("--bits", default="", help="with --rows, bit widths that the table shows beside full precision")
+    parser.add_argument("--labels", default="", help="with --rows, recipes that it shows, separated by semicolons")
     parser.add_argument("--export", type=Path, help="write the finished rows with their metrics alone; run nothing")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--seeds", default="0,1,2")
@@ -227,7 +238,12 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="no row is begun after this time")
     parser.add_argument("--expected", type=float, default=150, help="seconds of the first row that learns")
-    parser.add_argument("--mps", default="", help="start of the pipe directory of one MPS daemon per GPU")
+    parser.add_argument(
+        "--mps",
+        default="",
+        help="auto: share each GPU through an MPS daemon, where its program is installed; or PIPE, where the pipe"
+        " directory of a running daemon is PIPE-0 for GPU 0",
+    )
     parser.add_argument("--table", action="store_true", help="print the tables of what is finished, run nothing")
     parser.add_argument("--picture", type=Path, help="save a comparison of the first model here, run nothing")
     parser.add_argument("--pictured", default="default-w4a8,default-w4a4", help="rows that the comparison shows")
@@ -238,8 +254,9 @@ def main() -> None:
     if options.out is None:
         if options.rows is None:
             parser.error("--out is needed to run a study")
-        widths = ["", *options.bits.split(",")]
-        print(table([row for row in earlier if not options.bits or row["bits"] in widths]))
+        shown = {"bits": options.bits.split(","), "label": options.labels.split(";")}
+        chosen = [(key, names) for key, names in shown.items() if names != [""]]
+        print(table([row for row in earlier if not row["bits"] or all(row[key] in names for key, names in chosen)]))
         return
     if options.export is not None:
         export([*earlier, *read_results(options.out)], options.export)

@@ -122,6 +122,7 @@ GOALS: dict[str, Callable[[Rows, str], Outcome]] = {
     "the same with groups of 32 weights": below_published("w4g32a8"),
     "the same with groups of 32 and inputs in floating point": below_published("w4g32a8", "default, float inputs"),
     "W3A8: final distance at most that of W4A8 of version 0.1": at_most(1.0, "final", ("w3a8", "default"), BEFORE),
+    "the same in groups of 16 weights (3.25 bits)": at_most(1.0, "final", ("w3g16a8", "default"), BEFORE),
     "W8A8: Fréchet distance, emoji, inside the spread": inside_spread("w8a8", "frechet", -1),
     "W8A8: Fréchet distance, ImageNet, inside the spread": inside_spread("w8a8", "frechet_imagenet", -1),
     "W8A8: top 1 inside the spread": inside_spread("w8a8", "top1", 1),

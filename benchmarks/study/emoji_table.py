@@ -45,7 +45,11 @@ def export(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Returns means over the seeds and sample standard deviations as Markdown, one table per model."""
+    """Returns means over the seeds and sample standard deviations as Markdown, one table per model.
+
+    A column names the number of pictures if it is not the same for all rows.
+    """
+    pictured = len({result["images"] for result in results}) > 1
     groups: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         groups[result["model"]][result["bits"], result["label"]].append(result)
@@ -60,14 +64,14 @@ def table(results: list[dict[str, Any]]) -> str:
             "",
             f"### {model}",
             "",
-            "| bits | recipe | seeds | pictures | " + " | ".join(METRICS.values()) + " |",
+            "| bits | recipe | seeds | " + "pictures | " * pictured + " | ".join(METRICS.values()) + " |",
         ]
-        lines.append("|---|---|---|---|" + "---|" * len(METRICS))
+        lines.append("|---|---|---|" + "---|" * (pictured + len(METRICS)))
         for bits, label in sorted(rows, key=lambda row: (_narrowness(row[0]), place(row[1]))):
             seeds = rows[bits, label]
             cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in METRICS]
             pictures = " and ".join(sorted({f"{seed['images']:,}" for seed in seeds}))
-            start = f"| {bits} | {label} | {len(seeds)} | {pictures} | "
+            start = f"| {bits} | {label} | {len(seeds)} | " + f"{pictures} | " * pictured
             lines.append(start + " | ".join(cells) + " |")
     return "\n".join(lines)
 

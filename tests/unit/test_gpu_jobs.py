@@ -169,3 +169,21 @@ def test_states_are_lines_of_json(gpu_jobs: ModuleType, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "states.jsonl").read_text().splitlines()]
     assert [row["state"] for row in rows] == ["begun", "done"]
     assert rows[1]["codes"] == [0]
+
+
+def test_mps_daemons_are_started_and_ended_where_the_program_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from study.mps import PROGRAM, mps_daemons
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with mps_daemons(["0"]) as pipes:
+        assert pipes == ""
+    program, log = tmp_path / PROGRAM, tmp_path / "log"
+    program.write_text(f'#!/bin/bash\nread line\necho "$1$line $CUDA_MPS_PIPE_DIRECTORY" >> {log}\n')
+    program.chmod(0o755)
+    with mps_daemons(["0", "3"]) as pipes:
+        places = [f"{pipes}-{gpu}" for gpu in (0, 3)]
+        assert all(Path(place).is_dir() for place in places)
+    assert log.read_text().split() == ["-d", places[0], "-d", places[1], "quit", places[0], "quit", places[1]]
+    assert not Path(places[0]).exists()
