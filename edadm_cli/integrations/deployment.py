@@ -1,4 +1,4 @@
-"""Makes a denoiser that diffusers has loaded ready to run: its methods, and the product that multiplies its codes."""
+"""Makes a denoiser that diffusers has loaded ready to run: its methods, the product of its codes, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from edadm_cli.quant.network import deploy
 def make_ready(model: nn.Module) -> None:
     """Prepares a denoiser whose weights have just been loaded, in place; it may be moved to a GPU before or after."""
     bind_methods(model)
-    deploy(model, layer_product())
+    product = layer_product()
+    deploy(model, product)
+    if product is not None and torch.cuda.is_available():
+        from edadm_cli.engines.cuda.recording import record_calls
+
+        record_calls(model)
 
 
 def layer_product() -> LayerProduct | None:

@@ -67,11 +67,19 @@ def bind_methods(model: nn.Module) -> None:
 
 def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """Moves or casts the model as `nn.Module.to` does; the scales of quantized layers stay in float32."""
+    _forget_graphs(model)
     dtype = kwargs.pop("dtype", None) or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
     rest = [arg for arg in args if not isinstance(arg, torch.dtype)]
     if dtype is not None:
         nn.Module.to(model, dtype=dtype)
     return type(model).to(model, *rest, **kwargs) if rest or kwargs else model
+
+
+def _forget_graphs(model: nn.Module) -> None:
+    """Frees the CUDA graphs of the model's calls, whose memory would stay on the GPU that the model leaves."""
+    forget = getattr(model.__dict__.get("forward"), "forget", None)
+    if forget is not None:
+        forget()
 
 
 def _save(model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -58,22 +58,37 @@ class GraphedFunction:
 
     def __init__(self, function: Callable[..., Any], memory: GraphMemory | None = None) -> None:
         self.function = function
-        self._recorded: dict[Any, _Recording] = {}
+        self._recorded: dict[Any, Recording] = {}
         self._memory = memory or GraphMemory()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replays the graph for these arguments, and records it first if there is none."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = (str(spec), tuple(_signature(leaf) for leaf in leaves))
+        key = signature(leaves, spec)
         if key not in self._recorded:
-            self._recorded[key] = _Recording(self.function, leaves, spec, self._memory)
+            self._recorded[key] = Recording(self.function, leaves, spec, self._memory)
         return self._recorded[key].replay(leaves)
 
 
-class _Recording:
-    """Holds one graph with its input and output buffers."""
+def signature(leaves: list[Any], spec: Any) -> Any:
+    """Returns what the calls of a graph have in common: structure, shapes, types, and values that are no tensors."""
+    return str(spec), tuple(_signature(leaf) for leaf in leaves)
 
-    def __init__(self, function: Callable[..., Any], leaves: list[Any], spec: Any, memory: GraphMemory) -> None:
+
+class Recording:
+    """Holds one graph with its input and output buffers.
+
+    Args:
+        function: What is recorded; see `GraphedFunction`.
+        leaves: The leaves of the arguments `(args, kwargs)`.
+        spec: Their structure.
+        memory: The memory of the graph.
+        warm_up: The number of calls before recording.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], leaves: list[Any], spec: Any, memory: GraphMemory, warm_up: int = WARM_UP
+    ) -> None:
         self._inputs = [
             memory.input(place, leaf) if isinstance(leaf, Tensor) else leaf for place, leaf in enumerate(leaves)
         ]
@@ -81,7 +96,7 @@ class _Recording:
         side = memory.stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 function(*args, **kwargs)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
@@ -90,6 +105,7 @@ class _Recording:
         self._outputs, self._output_spec = pytree.tree_flatten(outputs)
 
     def replay(self, leaves: list[Any]) -> Any:
+        """Runs the graph with the tensors of a call whose signature is that of the recorded one; returns copies."""
         for buffer, leaf in zip(self._inputs, leaves, strict=True):
             if isinstance(leaf, Tensor):
                 buffer.copy_(leaf)

@@ -37,7 +37,7 @@ class FakeGraph:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `torch.cuda` record on a CPU."""
-    recording = capture._Recording
+    recording = capture.Recording
 
     @contextmanager
     def graph(_: FakeGraph, pool: Any) -> Iterator[None]:
@@ -55,7 +55,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
             self._graph.compute = compute
 
-    monkeypatch.setattr(capture, "_Recording", Recording)
+    monkeypatch.setattr(capture, "Recording", Recording)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())

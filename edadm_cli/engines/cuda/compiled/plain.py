@@ -24,6 +24,7 @@ from edadm_cli.engines.cuda.compiled.joint_attention import join_streams
 from edadm_cli.engines.cuda.compiled.layer_product import KernelProduct
 from edadm_cli.engines.cuda.graph_passes.graph_pass import attention_backend
 from edadm_cli.engines.cuda.products.lowering import product_refusal
+from edadm_cli.engines.cuda.recording import leave_unrecorded
 from edadm_cli.engines.listing import list_layers
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
@@ -55,6 +56,7 @@ def build_plain(
     Tensors that are on the device already, in the right element type, are shared with `denoiser` and not copied.
     """
     model = placed_copy(denoiser, device, dtype).eval().requires_grad_(False)
+    leave_unrecorded(model)  # the engine records what it builds
     product = _SilentProduct((device.type,))
     deploy(model, product)
     for name, branch in adapters.items():  # this comes before layers are fused, since adapted layers are not fused
