@@ -14,7 +14,7 @@ from edadm_cli.engines.cuda.compiled.plain import placed_copy
 from edadm_cli.engines.cuda.recording import WARM_UP, RecordedForward, waits_for_launches
 from edadm_cli.engines.parity import relative_l2
 from edadm_cli.integrations.deployment import make_ready
-from edadm_cli.models.predictions import prediction_of
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
 from tests.denoisers.families import FAMILIES, quantized_denoiser
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
