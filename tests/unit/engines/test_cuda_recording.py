@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -338,3 +341,25 @@ def test_moving_a_loaded_denoiser_frees_its_graphs(made: list[Recorded]) -> None
     assert len(made) == 1
     denoiser.to("cpu")
     assert not denoiser.forward._shapes  # type: ignore[union-attr]
+
+
+class Forwarding(DiffusersHook):
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Calls what the hook replaces."""
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def test_hooks_of_accelerate_and_diffusers_wrap_a_recorded_denoiser(made: list[Recorded]) -> None:
+    denoiser, (args, kwargs) = quantized_denoiser("dit", "w8a8")
+    recording.record_calls(denoiser)
+    outputs = [denoiser(*args, **kwargs)]
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry.register_hook(Forwarding(), "forwarding")
+    outputs += [denoiser(*args, **kwargs) for _ in range(WARM_UP + 2)]
+    registry.remove_hook("forwarding")
+    add_hook_to_module(denoiser, ModelHook())
+    outputs += [denoiser(*args, **kwargs) for _ in range(WARM_UP + 2)]
+    remove_hook_from_module(denoiser)
+    assert not made
+    assert isinstance(denoiser.forward, RecordedForward)
+    assert all(torch.equal(y[0], outputs[0][0]) for y in outputs)
