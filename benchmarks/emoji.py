@@ -10,9 +10,8 @@
 A row is one variant of a recipe (`benchmarks/learner.py` says how a variant is written) on one model, at one bit width,
 with one seed. Each row leaves one JSON file below OUT/results; the same command skips rows that exist, so that an
 interrupted study continues, in the middle of a row if OUT/runs is still there. `--rows` names rows that were measured
-before, which are skipped as well, if they have as many pictures. No row is begun after `--seconds`; rows that learn
-nothing come first when the time that is left is shorter than the longest row so far. Rows come in the order of their
-importance. Nothing is downloaded.
+before, which are skipped as well, if they have as many pictures. Rows come in the order of their importance, but none
+is begun that would not end within `--seconds`, by the times of the rows before it. Nothing is downloaded.
 
 Metrics of a row, over `--images` pictures of one seed each, which no calibration has seen:
 
@@ -156,17 +155,25 @@ def step_errors(
 # Workers
 
 
+def seconds_of_length(study: Study) -> dict[str, float]:
+    """Returns per model how long a row with 300 iterations takes at most, from the finished rows."""
+    times: dict[str, float] = {}
+    for path in (study.out / "times").glob("*.json"):
+        row = json.loads(path.read_text())
+        times[row["model"]] = max(times.get(row["model"], 0), row["row_seconds"] / row["length"])
+    return times
+
+
 def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) -> None:
     """Takes one row after the other until none is left or the time is over."""
     use_tf32()
     while True:
-        longest = [json.loads(path.read_text())["row_seconds"] for path in (study.out / "times").glob("*.json")]
-        left = until - time.time()
-        may_learn = left > 1.1 * max(longest, default=study.expected)
+        left, times = until - time.time(), seconds_of_length(study)
         open_rows = [row for row in rows if not study.result(row).is_file()]
-        open_rows.sort(key=lambda row: row.learns != (prefers_learning and may_learn))
+        open_rows = [row for row in open_rows if 1.1 * row.length * times.get(row.model, study.expected) < left]
+        open_rows.sort(key=lambda row: (row.iterations > 0) != prefers_learning)
         row = next((row for row in open_rows if claim(study, row.name)), None)
-        if row is None or left < 0:
+        if row is None:
             return
         try:
             ready(study, row.model, row.seed, "trajectories", collect_trajectories)
@@ -176,8 +183,8 @@ def work(study: Study, rows: list[Row], until: float, prefers_learning: bool) ->
             say("failed", row=row.name, error=f"{type(error).__name__}: {error}")
             continue
         write(study.result(row), result)
-        if row.learns:
-            write(study.out / "times" / f"{row.name}.json", {"row_seconds": result["row_seconds"]})
+        time_facts = {"model": row.model, "length": row.length, "row_seconds": result["row_seconds"]}
+        write(study.out / "times" / f"{row.name}.json", time_facts)
         shown = ("row_seconds", "reconstruct_seconds", "one_step", "held_out", "final", "top1")
         say("finished", row=row.name, **{name: result[name] for name in shown})
 
@@ -236,8 +243,12 @@ def main() -> None:
     parser.add_argument(
         "--unlearned-workers", type=int, default=0, help="how many of them begin with rows that learn nothing"
     )
-    parser.add_argument("--seconds", type=float, default=1e9, help="no row is begun after this time")
-    parser.add_argument("--expected", type=float, default=150, help="seconds of the first row that learns")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="time limit; rows that would exceed it are not begun"
+    )
+    parser.add_argument(
+        "--expected", type=float, default=150, help="seconds of a row with 300 iterations, until one is measured"
+    )
     parser.add_argument(
         "--mps",
         default="",

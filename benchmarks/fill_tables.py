@@ -1,6 +1,6 @@
 """Replaces the tables of a page with what the programs that they name print now.
 
-    python benchmarks/fill_tables.py docs/results.md docs/results-emoji.md
+    python benchmarks/fill_tables.py docs/results*.md docs/ingredients.md docs/scale.md README.md
 
 A table is everything between a line `<!-- table: learner_table.py docs/data/learner.jsonl --groups ships -->`, which
 names a program in benchmarks/ and its arguments, and the next line `<!-- end of table -->`.

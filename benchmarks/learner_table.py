@@ -138,6 +138,22 @@ def across(rows: Sequence[Row], columns: Sequence[str], metrics: Sequence[str]) 
     return "\n".join(lines)
 
 
+def across_widths(rows: Sequence[Row], metric: str) -> str:
+    """Returns one Markdown table with a line per model and a column per bit width: means, and the number of seeds.
+
+    Args:
+        rows: The results of one variant.
+        metric: The metric.
+    """
+    widths = sorted({row["bits"] for row in rows}, key=narrowness)
+    lines = ["| | " + " | ".join(widths) + " |", "|---|" + "---|" * len(widths)]
+    for model in sorted({row["model"] for row in rows}):
+        values = [[row[metric] for row in rows if (row["model"], row["bits"]) == (model, bits)] for bits in widths]
+        cells = [f"{statistics.mean(seeds):.3g} ({len(seeds)})" if seeds else "" for seeds in values]
+        lines.append(f"| `{model}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(name: str, rows: Sequence[Row], baseline: Sequence[Row]) -> str:
     kind, _, metric = name.rpartition(" ")
     if kind == "ratio":
@@ -162,6 +178,7 @@ def main() -> None:
     parser.add_argument("--models", help="models that are shown, with commas; by default all")
     parser.add_argument("--columns", default=",".join(METRICS), help="such as 'one_step,ratio one_step,final'")
     parser.add_argument("--across", help="variants with semicolons, which become the columns of one table of means")
+    parser.add_argument("--across-widths", help="a variant: its bit widths become the columns of one table of means")
     parser.add_argument("--widths", action="store_true", help="one table per model with all bit widths")
     parser.add_argument("--export", type=Path, help="write the rows with their metrics alone to this file")
     options = parser.parse_args()
@@ -172,6 +189,9 @@ def main() -> None:
         rows = [row for row in rows if text is None or row[key] in text.split(",")]
     if options.across is not None:
         print(across(rows, options.across.split(";"), options.columns.split(",")))
+        return
+    if options.across_widths is not None:
+        print(across_widths([row for row in rows if row["label"] == options.across_widths], options.columns))
         return
     if options.widths:
         print(widths(rows, options.columns.split(",")))

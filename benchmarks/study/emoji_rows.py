@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from learner import variant_recipe
 
 from study.learner_variants import BEFORE
 
+TIME_PROJECTIONS = '{"pattern":"*norm1*.linear","weight_bits":8}'  # of emoji-dit
 VARIANTS = {
     "default": "default",
     "default, float inputs": "default+ranges.float_input_share=0.05",
@@ -22,6 +23,10 @@ VARIANTS = {
     "thorough, 300 iterations, all inputs quantized": "thorough+learn.iterations=300+ranges.float_input_share=0",
     "thorough, 300 iterations, gamma 0.2": "thorough+learn.iterations=300+learn.layer_loss_weight=0.2",
     "thorough, 300 iterations, N 4,096": "thorough+learn.iterations=300+select.samples_per_trajectory=16",
+    "thorough, gamma 0.2": "thorough+learn.layer_loss_weight=0.2",
+    "thorough, 300 iterations, gamma 0.2, time projections at 8 bits": "thorough+learn.iterations=300"
+    f"+learn.layer_loss_weight=0.2+layers=[{TIME_PROJECTIONS}]",
+    "paper": "paper",
     "ptq4dm": "ptq4dm",
     "rtn": "rtn",
     "ranges-only": "default+learn.granularity=none",
@@ -30,10 +35,13 @@ VARIANTS = {
     "uniform, gamma 0": "default+select.strategy=uniform+learn.layer_loss_weight=0",
     "TDAC, median radius": "default+select.density_quantile=0.5",
     "default, gamma 1": "default+learn.layer_loss_weight=1",
+    "default, time projections at 8 bits": f"default+layers=[{TIME_PROJECTIONS}]",
     "hadamard-64": 'default+transforms=[{"name":"hadamard-64"}]',
     "gamma 0.8, absolute": "default+learn.layer_loss_weight=0.8+learn.relative_layer_losses=false",
 }
 MODELS = ("emoji-sd", "emoji-dit")
+PUBLISHED_ITERATIONS = 1000  # what "model" stands for
+Line = tuple[Any, ...]
 KEYS = ("model", "bits", "label", "seed")  # no two rows have the same values of all of these
 
 
@@ -57,10 +65,17 @@ class Row:
         return tuple(getattr(self, key) for key in KEYS)
 
     @property
-    def learns(self) -> bool:
-        """Whether anything is learned, which takes most of a row's time."""
+    def iterations(self) -> int:
+        """Optimizer steps per unit, which take most of a row's time."""
         learn = variant_recipe(self.variant, None)[0].learn
-        return learn.granularity != "none" and learn.iterations != 0
+        if learn.granularity == "none":
+            return 0
+        return PUBLISHED_ITERATIONS if learn.iterations is None else learn.iterations
+
+    @property
+    def length(self) -> float:
+        """About how long it takes beside a row with 300 iterations on the same model."""
+        return self.iterations / 300 or 0.4
 
     @property
     def name(self) -> str:
@@ -69,40 +84,49 @@ class Row:
 
 
 def rows_in_order(models: list[str], seeds: list[int]) -> list[Row]:
-    """Returns all rows, those that matter most first."""
-    default, paper = ("default",), ("paper, 300 iterations",)
-    ships = (*default, "default, float inputs", *paper, "thorough, 300 iterations")
-    published = ("q-diffusion, 300 iterations", "ptq4dm", "before")
-    fields = ("uniform", "uniform, gamma 0", "default, gamma 0")
-    rest = ("gamma 0.8, absolute", "TDAC, median radius", "ranges-only", "rtn")
-    long = ("thorough, 300 iterations, all inputs quantized", "thorough")
-    few_bits = ("w3a8", "w4g32a8", "w3g16a8", "auto:4.5a8", "w4a4", "w6a6", "auto:3.5a8")
-    more_bits = ("w3g32a8", "auto:4.1a8", "auto:3.5g16a8")
-    best = ("default, float inputs", "thorough, 300 iterations, gamma 0.2")
-    plan: list[tuple[Sequence[str], Sequence[str], list[int]]] = [
-        (ships[:3], ("w4a8",), seeds),
-        (default, ("w8a8",), seeds),
-        (default, few_bits, seeds[:1]),
-        (default, ("w4g32a8",), seeds),
-        (fields, ("w4a8",), seeds),
-        (published, ("w4a8",), seeds[:1]),
-        (best, ("w4g32a8",), seeds[:1]),
-        (paper, ("w8a8", "w3a8", "w4a4", "w6a6"), seeds[:1]),
-        (("hadamard-64",), ("w4a4",), seeds[:1]),
-        (default, few_bits[:4], seeds),
-        (best, ("w4g32a8",), seeds),
-        (published, ("w4a8",), seeds),
-        (default, (*more_bits, *few_bits[4:]), seeds),
-        (paper, ("w8a8", "w3a8"), seeds),
-        (rest, ("w4a8",), seeds),
-        (("ptq4dm", "ranges-only", "rtn"), ("w8a8", "w3a8", "w4a4", "w6a6"), seeds[:1]),
-        ((*ships, *long), ("w4a8",), seeds),
-        ((*ships, *published, *rest, *long), ("w8a8", "w3a8", "w4a4", "w6a6"), seeds),
-    ]
+    """Returns all rows, those that matter most first.
+
+    A wave has lines of labels, bit widths and seeds. Its rows of `emoji-sd` come first, because they take longest.
+    """
     rows: dict[Row, None] = {}
-    for labels, widths, few in plan:
-        for bits in widths:
-            for seed in few:
-                for label in labels:
-                    rows |= {Row(model, seed, label, bits): None for model in models}
+    for wave in _waves(seeds):
+        for model in sorted(models, reverse=True):
+            for labels, widths, few, *only in wave:
+                if model in (only or MODELS):
+                    rows |= {Row(model, seed, label, bits): None for bits in widths for seed in few for label in labels}
     return list(rows)
+
+
+def _waves(seeds: list[int]) -> list[list[Line]]:
+    """Returns the lines of each wave: labels, bit widths, seeds, and the models where it is not for all of them."""
+    one = seeds[:1]
+    default, paper, float_inputs = ("default",), ("paper, 300 iterations",), ("default, float inputs",)
+    ships = (*default, *float_inputs, *paper, "thorough, 300 iterations")
+    published = ("q-diffusion, 300 iterations", "before")
+    unlearned = ("ptq4dm", "ranges-only", "rtn")
+    best = (*float_inputs, "thorough, 300 iterations, gamma 0.2")
+    time = ("thorough, 300 iterations, gamma 0.2, time projections at 8 bits",)
+    rest = ("gamma 0.8, absolute", "TDAC, median radius")
+    long = ("thorough, 300 iterations, all inputs quantized", "thorough")
+    widths, budgets = ("w8a8", "w3a8", "w4a4", "w6a6"), ("auto:4.5a8", "auto:3.5a8", "auto:4.1a8", "auto:3.5g16a8")
+    return [
+        [(ships[:3], ("w4a8",), seeds), (default, ("w8a8", "w4g32a8"), seeds), (default, widths, one)],
+        [
+            (best, ("w4g32a8",), one),
+            (time, ("w4g32a8", "w4a8"), one, "emoji-dit"),
+            (("uniform", "default, gamma 0", "uniform, gamma 0"), ("w4a8",), seeds),
+            (published, ("w4a8",), one),
+        ],
+        [
+            (("paper", "thorough, gamma 0.2"), ("w4a8",), one, "emoji-dit"),
+            (published, ("w4a8",), seeds),
+            (float_inputs, ("w8a8",), one, "emoji-sd"),
+            (unlearned, ("w4a8",), seeds),
+            (unlearned, widths, one),
+        ],
+        [(default, ("w3a8", "w3g16a8"), seeds), (best, ("w4g32a8",), seeds), (paper, widths, one)],
+        [(default, ("w4a4", "w6a6", "w3g32a8"), seeds), (("hadamard-64",), ("w4a4",), one), (rest, ("w4a8",), seeds)],
+        [(default, budgets, one)],
+        [(paper, ("w8a8", "w3a8"), seeds), (default, budgets, seeds), ((*ships, *long), ("w4a8",), seeds)],
+        [((*ships, *published, *unlearned, *rest, *long), widths, seeds)],
+    ]

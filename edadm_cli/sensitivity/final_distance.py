@@ -1,6 +1,6 @@
 r"""Measures the distance of final samples when one layer alone is quantized.
 
-Errors of single steps do not say how they add up over the steps (docs/results.md, Other bit widths). So the sampler
+Errors of single steps do not say how they add up over the steps (docs/results-digits.md, Mixed bits). So the sampler
 itself runs with a layer quantized at one width, and the errors of this layer at all widths are scaled by
 
     measured distance at this width / predicted error at this width.

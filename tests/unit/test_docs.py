@@ -62,7 +62,13 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/results-emoji.md", "docs/scale.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        *(f"docs/{page}.md" for page in ("results", "results-digits", "results-emoji", "ingredients", "scale")),
+    ],
+)
 def test_tables_of_measurements_are_those_that_the_programs_print(name: str) -> None:
     page = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- table: " in page
