@@ -15,6 +15,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -363,3 +364,23 @@ def test_hooks_of_accelerate_and_diffusers_wrap_a_recorded_denoiser(made: list[R
     assert not made
     assert isinstance(denoiser.forward, RecordedForward)
     assert all(torch.equal(y[0], outputs[0][0]) for y in outputs)
+
+
+def test_adapters_have_their_effect_at_once(made: list[Recorded]) -> None:
+    denoiser, (args, kwargs) = quantized_denoiser("sd3", "w8a8")
+    deployment.make_ready(denoiser)
+    recording.record_calls(denoiser)
+    adapted: Any = denoiser
+    changes: list[Callable[[], None]] = [
+        lambda: None,
+        lambda: adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style"),
+        lambda: adapted.set_adapters(["style"], [0.3]),
+        adapted.disable_lora,
+        adapted.enable_lora,
+        lambda: adapted.delete_adapters("style"),
+    ]
+    for number, change in enumerate(changes, start=1):
+        change()
+        for _ in range(WARM_UP + 3):
+            assert torch.equal(denoiser(*args, **kwargs)[0], type(denoiser).forward(denoiser, *args, **kwargs)[0])
+        assert len(made) == number
