@@ -3,7 +3,8 @@
 Many pipelines pad prompts to the longest one of the batch, so that the text states of two batches differ in length. If
 there is a mask (1: token, 0: padding), the shorter ones are padded further: states with zeros, the mask with 0.
 Pipelines may pass the mask only to batches with padding; a missing or null mask counts as ones. Without any mask,
-padding would change the result of the network, and the batches are refused.
+padding would change the result of the network, and the batches are refused. Instead of a mask, some pipelines pass the
+number of tokens per row (`text_lens` of ERNIE-Image).
 
 Mid-block features are padded with zeros, which changes neither the order of the distances between steps nor, once
 they are normalised, the scores of TDAC.
@@ -27,6 +28,7 @@ FEATURES = "features"
 TIMESTEPS = "timesteps"
 _MASK = "mask"
 _SUFFIX = "_mask"
+_LENGTHS = ("_lens", "_lengths")
 _SIZE_HINT = "another --batch-size: one that divides --num-trajectories, or that takes all at once"
 
 
@@ -214,12 +216,15 @@ def _condition(name: str, branches: Sequence[Branch], masks: Mapping[str, str]) 
 
 
 def _has_mask(name: str, branches: Sequence[Branch], masks: Mapping[str, str]) -> bool:
-    """Returns whether the rows' lengths are known: by a mask of the condition's length in every batch, or recorded."""
+    """Returns whether the rows' lengths are known: by a mask in every batch, or as numbers."""
     if all(branch.info(f"{name}.lengths") is not None for branch in branches):
         return True
     passed = {key.removeprefix(branch.prefix) for branch in branches for key in branch.batch.tensors}
     candidates = sorted(key for key in passed | masks.keys() if _MASK in key)
-    return any(all(_is_mask_of(mask, name, branch, masks) for branch in branches) for mask in candidates)
+    counts = sorted(key for key in passed if key.endswith(_LENGTHS))
+    return any(all(_is_mask_of(mask, name, branch, masks) for branch in branches) for mask in candidates) or any(
+        _are_lengths_of(count, name, branches) for count in counts
+    )
 
 
 def _is_mask_of(mask: str, name: str, branch: Branch, masks: Mapping[str, str]) -> bool:
@@ -228,6 +233,18 @@ def _is_mask_of(mask: str, name: str, branch: Branch, masks: Mapping[str, str]) 
     if info is None:
         return mask in masks and branch.length(masks[mask]) == branch.length(states)
     return len(info.shape) == 2 and info.shape[1] == branch.length(states) and _is_right_padded(branch.tensor(mask))
+
+
+def _are_lengths_of(count: str, name: str, branches: Sequence[Branch]) -> bool:
+    """Returns whether a condition has one number per row, and the largest of each batch is the length of `name`."""
+    largest: dict[int, int] = {}
+    for branch in branches:
+        info = branch.info(count)
+        if info is None or len(info.shape) != 1 or not info.dtype.startswith("I"):
+            return False
+        index = branch.batch.index
+        largest[index] = max(largest.get(index, 0), int(branch.tensor(count).max()))
+    return all(largest[branch.batch.index] == branch.length(name) for branch in branches)
 
 
 def _is_right_padded(mask: Tensor) -> bool:

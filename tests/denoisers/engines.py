@@ -40,7 +40,7 @@ from edadm_cli.models.pipeline_calls.sampling import sample
 from edadm_cli.select import stage as select
 from tests.denoisers.page import ROOT, update_table, write_table
 from tests.denoisers.rows import ROWS, Row
-from tests.denoisers.table import entry_with, example_images, quick_recipe
+from tests.denoisers.table import code_sha256, entry_with, example_images, quick_recipe
 
 CPU = torch.device("cpu")
 NOTES = ROOT / "build" / "denoisers-openvino.jsonl"
@@ -165,14 +165,24 @@ def _rows(output: Any) -> Tensor:
     return prediction if isinstance(prediction, Tensor) else torch.stack(tuple(prediction))
 
 
-def measure_in_process(row: Row) -> EngineResult:
-    """Samples a row in a process of its own, which a library may end."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+class Worker:
+    """A process that samples rows one after the other; another one follows if a library ends it."""
+
+    def __init__(self) -> None:
+        self._pool = self._started()
+
+    def measure(self, row: Row) -> EngineResult:
+        """Samples a row there."""
         try:
-            return pool.submit(_titled, row.title).result()
+            return self._pool.submit(_titled, row.title).result()
         except BrokenProcessPool:
+            self._pool = self._started()
             name = type(_denoiser_of(row.build())).__name__
             return EngineResult(row.title, name, refusal="OpenVINO crashes and ends its process.")
+
+    @staticmethod
+    def _started() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, get_context("spawn"))
 
 
 def _titled(title: str) -> EngineResult:
@@ -186,13 +196,15 @@ def _denoiser_of(pipeline: Any) -> Any:
 def engine_results(rows: tuple[Row, ...], notes: Path) -> list[EngineResult]:
     """Measures rows that the file of notes does not hold yet, and prints each result as soon as it is there."""
     lines = notes.read_text(encoding="utf-8").splitlines() if notes.is_file() else []
-    results = {result.title: result for result in (EngineResult(**json.loads(line)) for line in lines)}
+    of_this_code = (fact for line in lines if (fact := json.loads(line)).pop("code", None) == code_sha256())
+    results = {result.title: result for result in (EngineResult(**fact) for fact in of_this_code)}
     notes.parent.mkdir(parents=True, exist_ok=True)
+    worker = Worker()
     for row in rows:
         if row.title not in results:
-            results[row.title] = measure_in_process(row)
+            results[row.title] = worker.measure(row)
             with notes.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(results[row.title])) + "\n")
+                file.write(json.dumps(asdict(results[row.title]) | {"code": code_sha256()}) + "\n")
             print(engine_markdown([results[row.title]]).splitlines()[-1], flush=True)
     return [results[row.title] for row in rows]
 
@@ -208,20 +220,22 @@ def engine_markdown(results: list[EngineResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_engine_table(only: list[str] | None, is_update: bool) -> None:
+def write_engine_table(only: list[str] | None, is_update: bool, notes: Path = NOTES) -> None:
     """Writes the table into docs/models.md, or prints the rows of some builders.
 
     Args:
         only: The names of the builders; `None` for all rows.
         is_update: Whether the rows of these builders replace those in docs/models.md, or are added there.
+        notes: A file with one finished row per line. Rows of this code that it holds are not measured again.
     """
     if only is None:
-        write_table(_TABLE, engine_markdown(engine_results(ROWS, NOTES)))
-        NOTES.unlink()
+        write_table(_TABLE, engine_markdown(engine_results(ROWS, notes)))
+        notes.unlink()
         return
+    worker = Worker()
     for row in ROWS:
         if row.build.__name__ in only:
-            line = engine_markdown([measure_in_process(row)]).splitlines()[-1]
+            line = engine_markdown([worker.measure(row)]).splitlines()[-1]
             print(line, flush=True)
             if is_update:
                 update_table(_TABLE, [each.title for each in ROWS], line)

@@ -104,6 +104,7 @@ def allegro() -> Any:
         layers_per_block=1,
         norm_num_groups=2,
         temporal_compression_ratio=4,
+        sample_size=128,
     )
     return parts.assembled(
         "AllegroPipeline", transformer, parts.t5(), vae=vae, scheduler=d.EulerAncestralDiscreteScheduler()

@@ -81,7 +81,7 @@ ROWS = (
     Row(further.kandinsky3, "Kandinsky 3", call=_SQUARE),
     Row(further.bria, "Bria 3.2", call=_SQUARE),
     Row(further.longcat, "LongCat-Image", call=_SQUARE),
-    Row(further.ernie, "ERNIE-Image", call=_SQUARE),
+    Row(further.ernie, "ERNIE-Image", call=_SQUARE, batch_size=2),
     Row(further.omnigen, "OmniGen", call=_SQUARE),
     Row(recent.fibo, "Bria FIBO", call=_SMALL),
     Row(recent.fibo2, "Bria FIBO 2", call=_SQUARE),
@@ -111,7 +111,12 @@ ROWS = (
     Row(further.anyflow, "AnyFlow", call=_CLIP),
     Row(further.chronoedit, "ChronoEdit", call={**_SMALL, "num_frames": 5}, images=True, batch_size=1),
     Row(further.kandinsky5, "Kandinsky 5", call={**_SMALL, "num_frames": 5}),
-    Row(further.allegro, "Allegro", call={"height": 16, "width": 16, "num_frames": 8, "max_sequence_length": 16}),
+    Row(
+        further.allegro,
+        "Allegro",
+        call={"height": 128, "width": 128, "num_frames": 24, "max_sequence_length": 16},
+        batch_size=1,
+    ),
     Row(recent_videos.hunyuan_video15, "HunyuanVideo 1.5", call=_CLIP, batch_size=1),
     Row(
         recent_videos.framepack,

@@ -204,6 +204,8 @@ pictures = []
 for folder in (full, quantized):
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    if type(pipeline).__name__ == "AllegroPipeline":
+        pipeline.vae.enable_tiling()  # it decodes in no other way
     torch.manual_seed(5)  # some pipelines draw from the global generator too
     output = pipeline(**call, generator=torch.Generator().manual_seed(5), output_type="np")
     pictures.append(np.asarray(getattr(output, "images", None) if hasattr(output, "images") else output.frames))
@@ -337,21 +339,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None, help="names of builders")
     parser.add_argument("--engine", action="store_true", help="the table of the OpenVINO engine instead")
     parser.add_argument("--update", action="store_true", help="put the rows of --only into docs/models.md")
-    parser.add_argument("--notes", type=Path, default=NOTES, help="file of the rows that are finished")
+    parser.add_argument("--notes", type=Path, default=None, help="file of the rows that are finished")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes, of one thread each")
     options = parser.parse_args()
     if options.engine:
-        from tests.denoisers.engines import write_engine_table
+        from tests.denoisers import engines
 
-        return write_engine_table(options.only, options.update)
+        return engines.write_engine_table(options.only, options.update, options.notes or engines.NOTES)
     if options.only is not None:
         results = run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only), jobs=options.jobs)
         for result in results if options.update else ():
             update_table(_TABLES[0], [row.title for row in ROWS], markdown([result]).splitlines()[-1])
         return
-    results = run_rows(ROWS, options.notes, options.jobs)
+    notes = options.notes or NOTES
+    results = run_rows(ROWS, notes, options.jobs)
     write_tables(results)
-    options.notes.unlink()
+    notes.unlink()
 
 
 if __name__ == "__main__":

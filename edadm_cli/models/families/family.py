@@ -53,6 +53,7 @@ class DenoiserFamily:
         float32_pipelines: The pipelines that sample in float32 only.
         one_prompt_pipelines: The pipelines that take one prompt and one image, and no lists of them.
         negative_prompt_pipelines: The pipelines that do not guide without a negative prompt. They get a single space.
+        tiled_autoencoders: The classes of autoencoders that work in tiles only, so that tiling is turned on.
         call_arguments: Arguments of a pipeline's call that make all calls of the denoiser alike, such as one that turns
             a cache off. They are passed where the pipeline has a parameter of that name, and change no image.
         prepare: Gives all calls of a denoiser one form before it is recorded or reconstructed, if the denoiser treats
@@ -78,6 +79,7 @@ class DenoiserFamily:
     float32_pipelines: tuple[str, ...] = ()
     one_prompt_pipelines: tuple[str, ...] = ()
     negative_prompt_pipelines: tuple[str, ...] = ()
+    tiled_autoencoders: tuple[str, ...] = ()
     call_arguments: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[nn.Module], None] | None = None
 

@@ -77,6 +77,13 @@ EASYANIMATE = DenoiserFamily(
 GLM_IMAGE = DenoiserFamily(
     name="glm-image", denoisers=("GlmImageTransformer2DModel",), one_prompt_pipelines=("GlmImagePipeline",)
 )
+ALLEGRO = DenoiserFamily(
+    name="allegro",
+    denoisers=("AllegroTransformer3DModel",),
+    calls_per_step=1,
+    one_prompt_pipelines=("AllegroPipeline",),  # its autoencoder decodes one clip at a time
+    tiled_autoencoders=("AutoencoderKLAllegro",),
+)
 FAMILIES = (
     QWEN_IMAGE,
     COGVIEW4,
@@ -89,4 +96,5 @@ FAMILIES = (
     DREAMLITE,
     EASYANIMATE,
     GLM_IMAGE,
+    ALLEGRO,
 )

@@ -13,12 +13,12 @@ from importlib.metadata import EntryPoint
 from torch import nn
 
 from edadm_cli.errors import MachineError
-from edadm_cli.models.families import dit, flux, hidream, lumina2, others, qwen_image21, sd3, unet, z_image
+from edadm_cli.models.families import dit, ernie, flux, hidream, lumina2, others, qwen_image21, sd3, unet, z_image
 from edadm_cli.models.families.family import UNDESCRIBED, DenoiserFamily
 from edadm_cli.plugins import load_object, plugin_points
 
 GROUP = "edadm.families"
-_MODULES = (unet, dit, sd3, flux, lumina2, z_image, hidream, qwen_image21, others)
+_MODULES = (unet, dit, sd3, flux, lumina2, z_image, hidream, qwen_image21, ernie, others)
 _SHIPPED: tuple[DenoiserFamily, ...] = tuple(family for module in _MODULES for family in module.FAMILIES)
 _registered: list[DenoiserFamily] = []
 
@@ -63,6 +63,11 @@ def trusted_packages() -> frozenset[str]:
 def float32_pipelines() -> frozenset[str]:
     """Returns the names of the pipelines that sample in float32 only."""
     return frozenset(name for family in families() for name in family.float32_pipelines)
+
+
+def decodes_in_tiles_only(autoencoder: nn.Module | None) -> bool:
+    """Returns whether an autoencoder works with tiling turned on only."""
+    return any(type(autoencoder).__name__ in family.tiled_autoencoders for family in families())
 
 
 @cache

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from edadm_cli.artifacts import read_tensor_header
 from edadm_cli.errors import EdadmError, InputError
+from edadm_cli.models.families.registry import decodes_in_tiles_only
 from edadm_cli.models.sources.component_config import require_short_prompts
 from edadm_cli.models.sources.containment import bounded_size, no_network, no_questions
 from edadm_cli.models.sources.folder import Component, PipelineFolder
@@ -55,11 +56,14 @@ def load_folder(
                 components[component.name] = _load_component(component, dtype, device)
         require_short_prompts(folder.path, components)
         try:
-            return folder.pipeline_class(**folder.options, **components)
+            pipeline = folder.pipeline_class(**folder.options, **components)
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{folder.path} has no working {folder.pipeline_class.__name__}: {first_sentence(error)}"
             ) from error
+    if decodes_in_tiles_only(components.get("vae")):
+        components["vae"].enable_tiling()
+    return pipeline
 
 
 def _load_component(component: Component, dtype: torch.dtype, device: torch.device) -> Any:

@@ -88,6 +88,19 @@ def test_states_are_padded_with_their_mask_as_one_batch_of_all_would_be(tmp_path
     assert features[:, 2, :, 3:].abs().max() == 0
 
 
+@pytest.mark.parametrize(("name", "is_known"), [("text_lens", True), ("text_ids", False)])
+def test_states_are_padded_with_the_numbers_of_their_tokens(tmp_path: Path, name: str, is_known: bool) -> None:
+    for index, lengths in enumerate(BATCHES):
+        write(tmp_path, index, {"text_bth": states(lengths), name: torch.tensor(lengths)})
+    if is_known:
+        tensors, _ = merged(tmp_path, len(BATCHES))
+        assert torch.equal(tensors["text_bth"], states(LENGTHS))
+        assert tensors[name].tolist() == LENGTHS
+    else:
+        with pytest.raises(InputError, match="The length of 'text_bth' differs"):
+            merged(tmp_path, len(BATCHES))
+
+
 def test_single_prompts_get_the_mask_that_the_pipeline_left_out(tmp_path: Path) -> None:
     for index, length in enumerate((2, 5, 3)):
         write(tmp_path, index, {"states": states([length])}, states_mask=None)
