@@ -84,7 +84,7 @@ def image_arguments(pipeline: DiffusionPipeline, entry: ModelEntry, seeds: Seque
     chosen = [files[seed % len(files)] for seed in seeds]
     size = picture_size(entry)
     endings = {MASK: _MASK_ENDING, CONTROL: _CONTROL_ENDING if IMAGE in names else ""}
-    return {name: [_open(_beside(file, endings.get(name, "")), size, name) for file in chosen] for name in names}
+    return {name: [_argument(file, endings.get(name, ""), size, name) for file in chosen] for name in names}
 
 
 def _beside(file: Path, ending: str) -> Path:
@@ -92,14 +92,32 @@ def _beside(file: Path, ending: str) -> Path:
     return file.with_name(file.stem + ending) if ending else file
 
 
-def _open(file: Path, size: tuple[int, int] | None, name: str) -> Image:
+def _argument(file: Path, ending: str, size: tuple[int, int] | None, name: str) -> Image:
+    """Returns an image, or what lies beside it, at the size of the pipeline's pictures."""
+    beside = _beside(file, ending)
+    picture = _open(beside, name)
+    if beside != file:
+        _require_same_shape(beside, picture, file)
+    return picture if size is None else picture.resize(size)
+
+
+def _require_same_shape(beside: Path, picture: Image, file: Path) -> None:
+    """Raises an `InputError` if a mask or a control image has other proportions than its image, to within a pixel."""
+    width, height = _open(file, IMAGE).size
+    if abs(picture.width * height - picture.height * width) > max(width, height, *picture.size):
+        raise InputError(
+            f"{beside} has {picture.width}x{picture.height} pixels, and {file.name} has {width}x{height}: it would be "
+            "stretched in another way than the image that it belongs to."
+        )
+
+
+def _open(file: Path, name: str) -> Image:
     from PIL import Image
 
     if not file.is_file():
         raise InputError(f"{file} is missing: the pipeline takes '{name}' beside each image, {_MEANINGS[name]}.")
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
+            return opened.convert("RGB")
     except Exception as error:  # each of Pillow's decoders raises other kinds of errors
         raise InputError(f"{file} cannot be read as an image: {error}") from error
-    return image if size is None else image.resize(size)

@@ -196,7 +196,10 @@ def test_a_pipeline_that_needs_images_takes_them_from_a_folder(tmp_path: Path) -
     model.entry = model.entry.model_copy(update={"images": str(tmp_path)})
     with pytest.raises(InputError, match=r"one\.mask\.png is missing"):
         sample(model, **arguments)
-    Image.new("L", (16, 16), 255).save(tmp_path / "one.mask.png")
+    Image.new("L", (30, 17), 255).save(tmp_path / "one.mask.png")
+    with pytest.raises(InputError, match=r"one\.mask\.png has 30x17 pixels, and one\.png has 16x16"):
+        sample(model, **arguments)
+    Image.new("L", (8, 8), 255).save(tmp_path / "one.mask.png")
     assert sample(model, **arguments).images.shape == (2, 3, 16, 16)
 
 

@@ -3,7 +3,7 @@
     python -m edadm_cli.models.emoji.train STAGE --data prepared --out training
 
 The stages depend on each other in this order: `pixels`, `encoder` and `autoencoder`, then `emoji-sd`, `emoji-dit` and
-`ddpm-emoji`, then `measure` and `package`. Under torchrun, several GPUs train one network. docs/models.md says how the
+`ddpm-emoji`, then `measure` and `package`. Under torchrun, several GPUs train one network. docs/shipped.md says how the
 shipped weights were made.
 """
 
