@@ -78,6 +78,7 @@ docs: $(VENV)/.installed-docs
 JOBS ?= 2
 table: $(VENV)/.installed
 	$(BIN)/python benchmarks/denoisers.py --jobs $(JOBS)
+	$(BIN)/python benchmarks/denoisers.py --engine --jobs $(JOBS)
 
 # Every kernel compiled for the architectures given, its machine code judged; no GPU needed.
 ARCH ?= 80 86 89 90

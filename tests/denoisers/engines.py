@@ -1,7 +1,8 @@
 """The table of denoisers on the OpenVINO engine: each row samples one image or clip in torch and on the engine.
 
 `python benchmarks/denoisers.py --engine` writes it into docs/models.md. Each row is a tiny random pipeline that is
-rounded to nearest at W8A8, without learning. Finished rows are noted in a file, so that an interrupted table continues.
+rounded to nearest at W8A8, without learning. Finished rows are noted in a file with a hash of the code, so that an
+interrupted table continues, and no row is of other code.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -193,19 +195,26 @@ def _denoiser_of(pipeline: Any) -> Any:
     return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
-def engine_results(rows: tuple[Row, ...], notes: Path) -> list[EngineResult]:
-    """Measures rows that the file of notes does not hold yet, and prints each result as soon as it is there."""
+def engine_results(rows: tuple[Row, ...], notes: Path, jobs: int = 1) -> list[EngineResult]:
+    """Measures rows that the file of notes does not hold yet, and prints each result as soon as it is there.
+
+    Args:
+        rows: The rows.
+        notes: A file with one finished row per line. Rows of this code that it holds are not measured again.
+        jobs: The number of processes.
+    """
     lines = notes.read_text(encoding="utf-8").splitlines() if notes.is_file() else []
     of_this_code = (fact for line in lines if (fact := json.loads(line)).pop("code", None) == code_sha256())
     results = {result.title: result for result in (EngineResult(**fact) for fact in of_this_code)}
     notes.parent.mkdir(parents=True, exist_ok=True)
-    worker = Worker()
-    for row in rows:
-        if row.title not in results:
-            results[row.title] = worker.measure(row)
+    local = threading.local()
+    missing = [row for row in rows if row.title not in results]
+    with ThreadPoolExecutor(jobs, initializer=lambda: setattr(local, "worker", Worker())) as threads:
+        for future in as_completed([threads.submit(lambda row: local.worker.measure(row), row) for row in missing]):
+            result = results[future.result().title] = future.result()
             with notes.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(results[row.title]) | {"code": code_sha256()}) + "\n")
-            print(engine_markdown([results[row.title]]).splitlines()[-1], flush=True)
+                file.write(json.dumps(asdict(result) | {"code": code_sha256()}) + "\n")
+            print(engine_markdown([result]).splitlines()[-1], flush=True)
     return [results[row.title] for row in rows]
 
 
@@ -220,16 +229,17 @@ def engine_markdown(results: list[EngineResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_engine_table(only: list[str] | None, is_update: bool, notes: Path = NOTES) -> None:
+def write_engine_table(only: list[str] | None, is_update: bool, notes: Path, jobs: int) -> None:
     """Writes the table into docs/models.md, or prints the rows of some builders.
 
     Args:
         only: The names of the builders; `None` for all rows.
         is_update: Whether the rows of these builders replace those in docs/models.md, or are added there.
-        notes: A file with one finished row per line. Rows of this code that it holds are not measured again.
+        notes: The file for `engine_results`.
+        jobs: The number of processes.
     """
     if only is None:
-        write_table(_TABLE, engine_markdown(engine_results(ROWS, notes)))
+        write_table(_TABLE, engine_markdown(engine_results(ROWS, notes, jobs)))
         notes.unlink()
         return
     worker = Worker()

@@ -345,7 +345,8 @@ def main() -> None:
     if options.engine:
         from tests.denoisers import engines
 
-        return engines.write_engine_table(options.only, options.update, options.notes or engines.NOTES)
+        notes = options.notes or engines.NOTES
+        return engines.write_engine_table(options.only, options.update, notes, options.jobs)
     if options.only is not None:
         results = run_rows(tuple(row for row in ROWS if row.build.__name__ in options.only), jobs=options.jobs)
         for result in results if options.update else ():

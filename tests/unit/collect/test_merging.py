@@ -94,8 +94,8 @@ def test_states_are_padded_with_the_numbers_of_their_tokens(tmp_path: Path, name
         write(tmp_path, index, {"text_bth": states(lengths), name: torch.tensor(lengths)})
     if is_known:
         tensors, _ = merged(tmp_path, len(BATCHES))
-        assert torch.equal(tensors["text_bth"], states(LENGTHS))
-        assert tensors[name].tolist() == LENGTHS
+        assert torch.equal(tensors["condition.text_bth"], states(LENGTHS))
+        assert tensors[f"condition.{name}"].tolist() == LENGTHS
     else:
         with pytest.raises(InputError, match="The length of 'text_bth' differs"):
             merged(tmp_path, len(BATCHES))
