@@ -14,7 +14,10 @@ from edadm_cli.models.sources.hub import download, looks_like_hub_id
 
 _BY_HAND = {
     "compvis": ("a CompVis checkpoint", "unpack it there"),
-    "assembled": ("a folder made of several models of the hub", "save its pipeline there (docs/models.md, 'Other known names')"),
+    "assembled": (
+        "a folder made of several models of the hub",
+        "save its pipeline there (docs/models.md, 'Other known names')",
+    ),
 }
 Location = Architecture | tuple[Path, str | None]
 """Where a model is: the architecture of random weights, or a folder or file and its revision on the hub."""
