@@ -1,0 +1,117 @@
+"""Measure how much of a denoiser's rounding error each sampler carries to the final picture.
+
+    edadm collect --model emoji-sd && edadm select && edadm reconstruct --bits w8a8 && edadm reconstruct --bits w4a8
+    python benchmarks/samplers.py --run runs/emoji-sd --bits w8a8,w4a8 --out docs/data/samplers.jsonl
+    python benchmarks/samplers.py --rows docs/data/samplers.jsonl
+
+The quantized denoiser is the same in all rows: its ranges and rounding were learned on trajectories of the model's own
+sampler. Both precisions sample with the scheduler of the row, from the same noise and prompts, in as many steps.
+`final` is the relative L2 distance of the final latents, `top1` the share of the pictures whose name ranks first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+SCHEDULERS: Mapping[str, tuple[type[Any], dict[str, Any]]] = {
+    "DDIM": (DDIMScheduler, {"clip_sample": False}),
+    "Euler": (EulerDiscreteScheduler, {}),
+    "DPM-Solver++, order 2": (DPMSolverMultistepScheduler, {}),
+    "DPM-Solver++, order 3": (DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+    "LMS, order 4": (LMSDiscreteScheduler, {}),
+    "Heun": (HeunDiscreteScheduler, {}),
+}
+
+
+def measure(run: Path, bits: Sequence[str], images: int, device: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns a row per scheduler and bit width."""
+    from study.emoji_judge import generate, judge, labels, prompts_of
+
+    from edadm_cli.artifacts import RunFolder
+    from edadm_cli.artifacts.quantization import load_plan
+    from edadm_cli.metrics.distances import relative_l2
+    from edadm_cli.models.collected import CollectedRun
+    from edadm_cli.quant.network import load_quant_params, quantize_network
+
+    folder, models = RunFolder(run), {}
+    collected = CollectedRun.open(folder)
+    for width in ("", *bits):
+        models[width] = collected.load(torch.device(device), torch.float32)
+        if width:
+            artifact = folder.open("reconstruct", width)
+            quantize_network(models[width].denoiser, load_plan(artifact))
+            load_quant_params(models[width].denoiser, artifact.tensors("quant_params.safetensors"))
+    own = models[""].pipeline.scheduler
+    judged, asked = judge(device), labels(prompts_of(collected, images, 0))
+    rows = []
+    for name in ("", *names):
+        kind, changes = SCHEDULERS[name] if name else (type(own), {})
+        exact = None
+        for width, model in models.items():
+            model.pipeline.scheduler = kind.from_config(own.config, **changes)
+            pictures, latents = generate(model, collected, 0, images, images)
+            exact = latents if exact is None else exact
+            distances = relative_l2(latents, exact)
+            label = name or f"{kind.__name__}, its own"
+            row: dict[str, Any] = {"model": collected.entry.name, "scheduler": label, "bits": width, "images": images}
+            row |= {"final": float(distances.mean()), "median": float(distances.median())}
+            rows.append(row | judged.metrics(judged.features(pictures), asked))
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns one Markdown table per model: a line per scheduler, final distances, and retrieval at every precision."""
+    lines: list[str] = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = {(row["scheduler"], row["bits"]): row for row in rows if row["model"] == model}
+        widths = list(dict.fromkeys(bits for _, bits in cells))
+        titles = [*(f"final, {bits}" for bits in widths if bits), *(f"top 1, {bits or 'full'}" for bits in widths)]
+        lines += ["", f"### {model}", "", f"| scheduler | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
+        for name in dict.fromkeys(name for name, _ in cells):
+            of = {bits: cells[name, bits] for bits in widths}
+            values = [f"{of[bits]['final']:.4f}" for bits in widths if bits]
+            values += [f"{of[bits]['top1']:.3f}" for bits in widths]
+            lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Reads the command line and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, help="a file of measured rows, whose table is printed; nothing is run")
+    parser.add_argument("--run", type=Path, help="the run folder, with a reconstruction per bit width")
+    parser.add_argument("--bits", default="w8a8", help="bit widths, with commas")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--schedulers", default="", help="names of the table with semicolons; by default all")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--out", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    if options.rows is not None:
+        print(table([json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]))
+        return
+    names = [name for name in options.schedulers.split(";") if name] or list(SCHEDULERS)
+    rows = measure(options.run, options.bits.split(","), options.images, options.device, names)
+    if options.out is not None:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
