@@ -11,7 +11,7 @@ from edadm_kernels.attention import (
 from edadm_kernels.attention_int8 import attend_int8, attend_int8_takes, attend_on_grids
 from edadm_kernels.backend import backend, fuses_gelu, uses_kernel
 from edadm_kernels.conv import MAX_KERNEL, conv2d
-from edadm_kernels.gemm import linear, linear_geglu, linear_gelu
+from edadm_kernels.gemm import linear, linear_geglu, linear_gelu, linear_to_codes
 from edadm_kernels.heads import join_heads, join_heads_takes
 from edadm_kernels.linears import linear_joined, linear_stack, linears, linears_gelu
 from edadm_kernels.norm import (
@@ -55,6 +55,7 @@ __all__ = [
     "linear_gelu",
     "linear_joined",
     "linear_stack",
+    "linear_to_codes",
     "linears",
     "linears_gelu",
     "modulated_norm_quantize",

@@ -18,7 +18,7 @@ from edadm_kernels.pointwise import quantize
 from edadm_kernels.product_checks import check_codes, check_epilogue, check_output
 from edadm_kernels.tiles import choose
 
-__all__ = ["linear", "linear_geglu", "linear_gelu", "variants"]
+__all__ = ["linear", "linear_geglu", "linear_gelu", "linear_to_codes", "variants"]
 
 
 def _empty_linear(
@@ -124,6 +124,69 @@ def _fill_on_hopper(
     return True
 
 
+def _empty_added(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Checks the arguments of `linear_to_codes` and returns an empty output."""
+    check_output_grid(num_bits, out_scale, out_zero_point, x)
+    y = _empty_linear(x, weight, scale, correction, bias, residual, residual.dtype)
+    return torch.empty_like(y, dtype=torch.int8)
+
+
+@operation("linear_to_codes", empty=_empty_added, reference=reference.linear_to_codes)
+def linear_to_codes(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Computes `quantize(linear(...))` for a sum that only one quantized layer reads.
+
+    The sum is rounded to the type of `residual` before it is quantized, so the codes are those of both operations.
+
+    Args:
+        x: Codes `[M, K]`, int8, contiguous.
+        weight: Codes `[N, K]` int8, or `[N, K / 2]` uint8 from `pack.pack_w4`.
+        scale: The scale of the input times those of the weights, float32 `[N]`.
+        correction: int32 `[N]`, from `pack.linear_correction`.
+        bias: `[N]`, floating point.
+        residual: `[M, N]`, float16, bfloat16 or float32, contiguous.
+        out_scale: The scale of the output's codes, float32, one element.
+        out_zero_point: Their zero-point in the convention of unsigned codes, int32, one element.
+        num_bits: Bits of the output's codes, 2 to 8.
+
+    Returns:
+        Codes `[M, N]`, int8, contiguous.
+
+    Raises:
+        TypeError: A dtype is not the stated one.
+        ValueError: A shape or a layout is not the stated one, or a sum could overflow.
+    """
+    out = _empty_added(x, weight, scale, correction, bias, residual, out_scale, out_zero_point, num_bits)
+    if uses_hopper(x) and product.takes(x, weight, scale, correction, bias, out, residual=residual):
+        shape = product.Shape.matrix(*x.shape)
+        tile = product.choose("linear", shape, weight.shape[0])
+        grid = (out_scale, out_zero_point, 2**num_bits - 1)
+        product.launch_product(tile, x, weight, scale, correction, bias, out, None, residual, shape, grid)
+        return out
+    y = torch.empty_like(residual)
+    fill_linear(x, weight, scale, correction, bias, residual, y)
+    return quantize(y, out_scale, out_zero_point, num_bits)
+
+
 def _empty_codes(
     is_gated: bool,
     x: Tensor,
@@ -191,7 +254,7 @@ def linear_geglu(
     elif uses_hopper(x) and product.takes(x, weight, scale, correction, bias, out):
         shape = product.Shape.matrix(*x.shape)
         fast = product.choose("geglu", shape, weight.shape[0])
-        product.launch_product(fast, x, weight, scale, correction, bias, out, None, None, shape, geglu=geglu)
+        product.launch_product(fast, x, weight, scale, correction, bias, out, None, None, shape, geglu)
     else:
         packed = weight.dtype == torch.uint8
         tile = choose(arch_of(x), "geglu", x.shape[0], weight.shape[0], x.shape[1], packed=packed)

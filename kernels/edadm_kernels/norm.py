@@ -20,6 +20,7 @@ from edadm_kernels.hopper import group_norm as hopper_norm
 from edadm_kernels.launching import on_device_of
 from edadm_kernels.norm_launch import SMALL_STATE, launch_group, launch_layer, launch_modulated, suits_hopper, variants
 from edadm_kernels.operation import operation
+from edadm_kernels.pointwise import quantize, quantize_joined
 from edadm_kernels.reference import norms as reference
 
 __all__ = [
@@ -45,12 +46,15 @@ def _empty_group(
     zero_points: Tensor,
     num_bits: int = 8,
     more: Tensor | None = None,
+    raw: bool = False,
 ) -> list[Tensor]:
     """Checks the arguments of `group_norm_quantize` and returns empty outputs."""
     check_bits(num_bits)
     check_quantizers(scales, zero_points)
     check_device(x, scales, zero_points)
     _check_group(x, weight, bias, num_groups, more)
+    if raw and scales.numel() < 2:
+        raise ValueError("a quantizer of the normalization and one of the input as it is are expected, found one")
     return [_empty_image(x, more) for _ in range(scales.numel())]
 
 
@@ -73,6 +77,7 @@ def group_norm_quantize(
     zero_points: Tensor,
     num_bits: int = 8,
     more: Tensor | None = None,
+    raw: bool = False,
 ) -> list[Tensor]:
     """Returns the codes of GroupNorm(x), or of SiLU(GroupNorm(x)), one tensor per quantizer.
 
@@ -92,6 +97,7 @@ def group_norm_quantize(
         zero_points: Their zero-points in the convention of unsigned codes, int32 `[q]`.
         num_bits: Bits of the codes, 2 to 8.
         more: Channels that follow those of `x`, as if both were concatenated; C counts both.
+        raw: Whether the last of at least two quantizers takes `x` as it is, as the shortcut of a residual block does.
 
     Returns:
         q tensors `[N, C, H, W]`, int8, channels last.
@@ -103,8 +109,14 @@ def group_norm_quantize(
     References:
         GroupNorm, arXiv 1803.08494; SiLU, arXiv 1606.08415; merged partial variances: Chan, Golub and LeVeque, 1983.
     """
-    codes = _empty_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, more)
-    _fill_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes, more)
+    codes = _empty_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, more, raw)
+    if raw and not suits_hopper(x, weight, bias, num_groups, more):
+        last = (scales[-1:], zero_points[-1:], num_bits)
+        codes[-1] = quantize(x, *last) if more is None else quantize_joined(x, more, *last)
+        quantizers = (scales[:-1], zero_points[:-1], num_bits)
+        _fill_group(x, weight, bias, num_groups, eps, silu, *quantizers, codes[:-1], more)
+    else:
+        _fill_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes, more, raw)
     return codes
 
 
@@ -120,11 +132,12 @@ def _fill_group(
     num_bits: int,
     codes: list[Tensor],
     more: Tensor | None,
+    raw: bool = False,
 ) -> None:
     if more is not None and not suits_hopper(x, weight, bias, num_groups, more):
         x, more = torch.cat([x, more], dim=1).contiguous(memory_format=torch.channels_last), None
     with on_device_of(x):
-        launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes, more)
+        launch_group(x, weight, bias, num_groups, eps, silu, scales, zero_points, num_bits, codes, more, raw)
 
 
 def _empty_codes(

@@ -40,16 +40,18 @@ def launch_group(
     num_bits: int,
     codes: list[Tensor],
     more: Tensor | None,
+    raw: bool = False,
 ) -> None:
     """Fills `codes`; the other arguments are those of `group_norm_quantize`, checked.
 
-    Zero-points in floating point are those of signed codes, and come with inverses of the scales.
+    Zero-points in floating point are those of signed codes, and come with inverses of the scales. `more` and `raw` are
+    for inputs that `suits_hopper`.
     """
     samples, channels = x.shape[0], x.shape[1]
     rows = x.shape[2] * x.shape[3]
     if more is not None or suits_hopper(x, weight, bias, num_groups):
         quantizers = (scales, zero_points, num_bits)
-        hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, codes, quantizers, more)
+        hopper_norm.launch_group_norm(x, weight, bias, num_groups, eps, silu, codes, quantizers, more, raw)
         return
     plan = group_plan(rows, channels, num_groups)
     ends = {"QUANT_MAX": (1 << num_bits) - 1, "QUANTIZERS": len(codes), "SILU": silu}

@@ -68,6 +68,32 @@ def test_group_norm_of_two_images(size: int, first: int, second: int, dtype: tor
         assert_close(group_norm_quantize(x, *arguments, more), target)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "first", "second"), [*JOINED_SHAPES, (8, 1280, 1280), (32, 640, 0), (128, 640, 320)])
+def test_the_last_quantizer_takes_the_input_as_it_is(size: int, first: int, second: int, dtype: torch.dtype) -> None:
+    x, more = (normal(2, size, size, c).add_(1).to(dtype).permute(0, 3, 1, 2) for c in (first, max(second, 8)))
+    images, channels = (x, more) if second else (x, None), first + second
+    arguments = (x, normal(channels), normal(channels), 32, 1e-5, True, *quantizers(2), 8, images[1], True)
+    with backend("reference"):
+        target = group_norm_quantize(*arguments)
+    actual = group_norm_quantize(*arguments)
+    assert_close(actual, target)
+    assert torch.equal(actual[1], target[1])
+
+
+@pytest.mark.parametrize(("size", "channels"), [(64, 320), (128, 320), (64, 640), (32, 1280), (16, 1280)])
+def test_codes_of_a_sample_do_not_depend_on_its_batch(size: int, channels: int) -> None:
+    """Blocks of a large batch go through several chunks of pixels."""
+    x = normal(17, size, size, channels).add_(3).half().permute(0, 3, 1, 2)
+    arguments = (normal(channels), normal(channels), 32, 1e-5, True, *quantizers(1))
+    together = group_norm_quantize(x, *arguments)[0]
+    for sample in (0, 8, 16):
+        assert torch.equal(group_norm_quantize(x[sample : sample + 1], *arguments)[0], together[sample : sample + 1])
+    with backend("reference"):
+        target = group_norm_quantize(x[16:], *arguments)
+    assert_close([together[16:]], target)
+
+
 @pytest.mark.parametrize("affine", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("size", "first", "second"), [(64, 320, 0), (16, 1280, 0), (8, 1280, 0), *JOINED_SHAPES])
 def test_group_norm_with_the_quantizer_of_a_loaded_layer(

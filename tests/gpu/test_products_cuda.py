@@ -13,8 +13,10 @@ from edadm_kernels import (
     linear_gelu,
     linear_joined,
     linear_stack,
+    linear_to_codes,
     linears,
     linears_gelu,
+    quantize,
     reference,
 )
 from edadm_kernels.conv_launch import Geometry, launch_conv
@@ -185,6 +187,24 @@ def test_large_gated_products(generator: torch.Generator) -> None:
         exact = reference.linear_geglu(x, weight, scale, correction, bias.float(), *quantizer, 8)
         assert (gated.int() - exact.int()).abs().max() <= 1
         assert int((gated != exact).sum()) <= 1 + 1e-3 * gated.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(8192, 320, 1280), (65536, 320, 1280), (2048, 1280, 5120), (512, 1280, 5120), (77, 45, 100)]
+)
+def test_codes_of_a_sum(shape: tuple[int, int, int], dtype: torch.dtype, generator: torch.Generator) -> None:
+    m, n, k = shape
+    x, weight = codes((m, k), generator), codes((n, k), generator)
+    scale, bias = epilogue(n, generator)
+    residual = torch.randn((m, n), generator=generator, device=CUDA).to(dtype)
+    arguments = (x, weight, scale, linear_correction(weight, 100), bias.float(), residual)
+    quantizer = (torch.tensor([0.02], device=CUDA), torch.tensor([70], dtype=torch.int32, device=CUDA))
+    poison((m, n), torch.int8)
+    actual, expected = linear_to_codes(*arguments, *quantizer), quantize(linear(*arguments, dtype), *quantizer)
+    assert expected.unique().numel() > 20
+    assert torch.equal(actual, expected)
+    assert torch.equal(actual[:64], reference.linear_to_codes(x[:64], *arguments[1:-1], residual[:64], *quantizer))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edadm_kernels import backend, linear, linear_geglu, linear_gelu, reference, uses_kernel
+from edadm_kernels import (
+    backend,
+    linear,
+    linear_geglu,
+    linear_gelu,
+    linear_to_codes,
+    quantize,
+    reference,
+    uses_kernel,
+)
 from edadm_kernels.gemm_launch import launch_gemm
 from edadm_kernels.pack import linear_correction, pack_w4
 from edadm_kernels.reference.products import accumulate_linear
@@ -130,6 +139,19 @@ def test_geglu_is_within_one_code(packed: bool, out_scale: float, out_zero_point
     assert expected.unique().numel() > 2
     assert (actual.int() - expected.int()).abs().max() <= 1
     assert (actual != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_codes_of_a_sum_are_those_of_the_rounded_sum(dtype: torch.dtype) -> None:
+    layer = Layer(21, 44, 128)
+    residual = torch.randn(21, 44, generator=torch.Generator().manual_seed(1)).to(dtype)
+    arguments = (layer.x, layer.weight, layer.scale, layer.correction, layer.bias, residual)
+    y = linear(*arguments, out_dtype=dtype)
+    quantizer = (y.float().std().reshape(1) / 50, torch.tensor([90], dtype=torch.int32))
+    expected = quantize(y, *quantizer)
+    assert expected.unique().numel() > 50
+    assert torch.equal(linear_to_codes(*arguments, *quantizer), expected)
+    assert torch.equal(reference.linear_to_codes(*arguments, *quantizer), expected)
 
 
 def test_gelu_of_numbers_beyond_float16_is_within_one_code() -> None:

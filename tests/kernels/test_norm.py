@@ -169,6 +169,23 @@ def test_two_images_are_one_whose_channels_follow() -> None:
             group_norm_quantize(x, *arguments, other)
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_last_quantizer_may_take_the_input_as_it_is(joined: bool) -> None:
+    x, more = (state((2, 6, 5, c), "normal", torch.float16, seed=c).permute(0, 3, 1, 2) for c in (24, 16))
+    whole = torch.cat([x, more], dim=1) if joined else x
+    channels, images = whole.shape[1], (x, more if joined else None)
+    scales, zero_points = quantizers(3)
+    arguments = (*affine(channels, seed=1), 4, 1e-5, True)
+    actual = group_norm_quantize(images[0], *arguments, scales, zero_points, 8, images[1], True)
+    target = reference.group_norm_quantize(images[0], *arguments, scales, zero_points, 8, images[1], True)
+    assert_close(actual[:2], target[:2], mismatches=0.01)
+    assert_close(actual[:2], group_norm_quantize(images[0], *arguments, scales[:2], zero_points[:2], 8, images[1]))
+    for codes in (actual[2], target[2]):
+        assert torch.equal(codes, reference.quantize(whole, scales[2], zero_points[2]))
+    with pytest.raises(ValueError, match="one of the input as it is are expected, found one"):
+        group_norm_quantize(x, *affine(24, seed=1), 4, 1e-5, True, *quantizers(1), 8, None, True)
+
+
 @pytest.mark.parametrize("misplaced", [1, 2, 6, 7], ids=["weight", "bias", "scales", "zero-points"])
 def test_tensors_of_two_devices_are_refused(misplaced: int) -> None:
     x = state((1, 4, 4, 16), "normal", torch.float16, seed=1).permute(0, 3, 1, 2)

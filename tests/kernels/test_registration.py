@@ -43,6 +43,9 @@ def cases() -> dict[str, tuple[Any, ...]]:
     return {
         "linear": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, floats(ROWS, OUTPUTS), torch.float16),
         "linear_gelu": (codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, SCALE, ZERO_POINT, 8),
+        "linear_to_codes": (
+            codes(ROWS, TERMS), codes(OUTPUTS, TERMS), *EPILOGUE, floats(ROWS, OUTPUTS), SCALE, ZERO_POINT, 8,
+        ),
         "linears": (
             codes(ROWS, TERMS), [codes(OUTPUTS, TERMS)] * 2, [EPILOGUE[0]] * 2, [EPILOGUE[1]] * 2, [EPILOGUE[2], None],
             torch.float16,
@@ -66,7 +69,7 @@ def cases() -> dict[str, tuple[Any, ...]]:
             2, (1, 0, 1, 0), False, torch.float16,
         ),
         "group_norm": (image(2, 8, 3, 1), *affine, 2, 1e-5, True),
-        "group_norm_quantize": (image(2, 5, 3, 3), *affine, 2, 1e-5, True, *two, 8, image(2, 3, 3, 3)),
+        "group_norm_quantize": (image(2, 5, 3, 3), *affine, 2, 1e-5, True, *two, 8, image(2, 3, 3, 3), True),
         "group_norm_to_codes": (
             image(2, 5, 3, 3), *affine, 2, 1e-5, True, SCALE.reciprocal(), SCALE * 0 - 4, 8, image(2, 3, 3, 3)
         ),
@@ -164,6 +167,7 @@ class Recorded(TorchDispatchMode):
 # The arguments of each operation that have one entry per sample, token or row.
 BATCHED = {
     "linear": (0, 5),
+    "linear_to_codes": (0, 5),
     "linear_joined": (0, 1),
     "join_heads": (0, 1),
     "conv2d": (0, 5, 6),

@@ -1,21 +1,23 @@
 // GroupNorm of a float16 image with channels innermost, optionally with SiLU, in two kernels. The result is written as
 // codes or in float16.
 //
-// A block processes some pixels of one sample with all their channels. A thread keeps eight channels, which belong to
-// at most two groups, of VECTORS pixels. `group_statistics` computes mean and squared deviations of each group over the
-// pixels of the block. `group_apply` reads the same pixels while it waits for these statistics; then it merges the
-// statistics of all blocks of its sample, in the same order in every block, normalizes and writes. Statistics are
-// merged as by Chan, Golub and LeVeque (1983).
+// The pixels of a sample are divided into chunks. A block processes REPEAT chunks one after the other, with all their
+// channels, and reads a chunk while it processes the one before. A thread keeps eight channels, which belong to at most
+// two groups, of VECTORS pixels. `group_statistics` computes mean and squared deviations of each group over the pixels
+// of a chunk. `group_apply` reads the pixels while it waits for these statistics; then it merges the statistics of all
+// chunks of its sample, in the same order in every block, normalizes and writes. Statistics are merged as by Chan,
+// Golub and LeVeque (1983).
 //
 // The channels may come from two images: the first FIRST channels from one, the rest from the other.
 //
-// These macros are defined: PIXELS, CHANNELS, FIRST, GROUPS, CHUNKS (blocks per sample), CHUNK_PIXELS and VECTORS
+// These macros are defined: PIXELS, CHANNELS, FIRST, GROUPS, CHUNKS (per sample), CHUNK_PIXELS, VECTORS and REPEAT
 // describe the shape; STATISTICS selects one of the two kernels; THREADS, BLOCKS (per multiprocessor), QUANTIZERS (with
-// 0, float16 is written) and SILU.
+// 0, float16 is written), RAW (the last quantizer takes the pixels as they are, not normalized) and SILU.
 
 constexpr int WARPS = THREADS / 32, GROUP_CHANNELS = CHANNELS / GROUPS;
 constexpr int ACROSS = CHANNELS / 8, STRIDE = THREADS / ACROSS;  // vectors per pixel; pixels that a block reads at once
-constexpr int LOADS = (CHUNKS + 31) / 32;
+constexpr int LOADS = (CHUNKS + 31) / 32, SPANS = (CHUNKS + REPEAT - 1) / REPEAT;  // blocks per sample
+static_assert(RAW == 0 || (RAW == 1 && QUANTIZERS > 1), "quantizers");
 static_assert(GROUP_CHANNELS >= 8 && CHANNELS % 8 == 0 && FIRST % 8 == 0 && STRIDE >= 1 && VECTORS * STRIDE >= CHUNK_PIXELS, "shape");
 
 struct Problem {
@@ -37,15 +39,15 @@ __device__ __forceinline__ constexpr int pixels_of(int chunk) {
 
 __device__ __forceinline__ float count_of(int chunk) { return static_cast<float>(pixels_of(chunk) * GROUP_CHANNELS); }
 
-// The position of a thread's vectors, and the groups that they belong to.
+// The position of a thread's vectors in the chunk of a turn, and the groups that they belong to.
 struct Place {
     int sample, chunk, row, pixels, channel, group, in_first;
 
-    __device__ __forceinline__ Place() {
-        sample = blockIdx.x / CHUNKS, chunk = blockIdx.x % CHUNKS;
+    __device__ __forceinline__ explicit Place(int turn) {
+        sample = blockIdx.x / SPANS, chunk = blockIdx.x % SPANS * REPEAT + turn;
         row = threadIdx.x / ACROSS;
         channel = threadIdx.x % ACROSS * 8;
-        pixels = row < STRIDE ? pixels_of(chunk) : 0;
+        pixels = row < STRIDE && turn < REPEAT ? pixels_of(chunk) : 0;
         group = channel / GROUP_CHANNELS;
         in_first = min(8, (group + 1) * GROUP_CHANNELS - channel);  // channels of the vector in its first group
     }
@@ -102,13 +104,8 @@ __device__ __forceinline__ float2 by_group(const float (&values)[8], int in_firs
 }
 
 #if STATISTICS
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_statistics(const __grid_constant__ Problem p) {
-    __shared__ float4 entries[THREADS];  // mean and squared deviations of a thread's values, of either group
-    const Place at;
-    await_previous();
-    uint4 held[VECTORS];
-    fetch(held, p, at);
-
+__device__ __forceinline__ void statistics_of(const uint4 (&held)[VECTORS], const Problem& p, const Place& at,
+                                              float4 (&entries)[THREADS]) {
     float totals[8] = {}, x[8];
     int count = 0;
 #pragma unroll
@@ -168,6 +165,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_statistics(c
     }
 }
 
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_statistics(const __grid_constant__ Problem p) {
+    __shared__ float4 entries[THREADS];  // mean and squared deviations of a thread's values, of either group
+    await_previous();
+    uint4 held[VECTORS];
+    fetch(held, p, Place(0));
+#pragma unroll 1
+    for (int turn = 0; turn < REPEAT; ++turn) {
+        const Place at(turn);
+        if (REPEAT > 1 && at.chunk >= CHUNKS) break;
+#if REPEAT > 1
+        uint4 next[VECTORS];
+        fetch(next, p, Place(turn + 1));
+#endif
+        statistics_of(held, p, at, entries);
+#if REPEAT > 1
+        __syncthreads();  // the entries have been read
+#pragma unroll
+        for (int i = 0; i < VECTORS; ++i) held[i] = next[i];
+#endif
+    }
+}
+
 #else
 
 __device__ __forceinline__ float silu(float y) {
@@ -179,7 +198,7 @@ __device__ __forceinline__ float silu(float y) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const __grid_constant__ Problem p) {
     __shared__ float2 joined[GROUPS + 1];  // mean, and 1 / standard deviation
-    const Place at;
+    const Place at(0);
     // These inputs were complete before `group_statistics` allowed this kernel to be launched.
     uint4 held[VECTORS];
     fetch(held, p, at);
@@ -227,16 +246,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const 
         gain[c] *= c < at.in_first ? first.y : second.y;
         shift[c] -= (c < at.in_first ? first.x : second.x) * gain[c];
     }
-    const size_t base = at.pixel() * CHANNELS + at.channel;
+#pragma unroll 1
+    for (int turn = 0; turn < REPEAT; ++turn) {
+        const Place now(turn);
+        if (REPEAT > 1 && now.chunk >= CHUNKS) break;
+#if REPEAT > 1
+        uint4 next[VECTORS];
+        fetch(next, p, Place(turn + 1));
+#endif
+        const size_t base = now.pixel() * CHANNELS + now.channel;
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i)
-        if (at.has(i)) {
+        for (int i = 0; i < VECTORS; ++i) {
+            if (!now.has(i)) continue;
             const size_t to = base + i * STRIDE * CHANNELS;
-            float y[8];
-            unpack(y, held[i]);
+            float x[8], y[8];
+            unpack(x, held[i]);
 #pragma unroll
             for (int c = 0; c < 8; ++c) {
-                y[c] = fmaf(y[c], gain[c], shift[c]);
+                y[c] = fmaf(x[c], gain[c], shift[c]);
 #if SILU
                 y[c] = silu(y[c]);
 #endif
@@ -248,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const 
                 quantize.inverse = inverses[q];
                 u32 code[8];
 #pragma unroll
-                for (int c = 0; c < 8; ++c) code[c] = quantize(y[c]);
+                for (int c = 0; c < 8; ++c) code[c] = quantize(RAW && q == QUANTIZERS - 1 ? x[c] : y[c]);
                 *reinterpret_cast<uint2*>(static_cast<unsigned char*>(p.out[q]) + to) =
                     make_uint2(four_bytes(code[0], code[1], code[2], code[3]),
                                four_bytes(code[4], code[5], code[6], code[7]));
@@ -258,5 +285,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_apply(const 
                 half_pair(y[0], y[1]), half_pair(y[2], y[3]), half_pair(y[4], y[5]), half_pair(y[6], y[7]));
 #endif
         }
+#if REPEAT > 1
+#pragma unroll
+        for (int i = 0; i < VECTORS; ++i) held[i] = next[i];
+#endif
+    }
 }
 #endif

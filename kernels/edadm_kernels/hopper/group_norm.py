@@ -14,14 +14,16 @@ from edadm_kernels.hopper.driver import launch
 
 _VECTOR = 8  # channels in 16 bytes of float16
 _MOST_GROUPS = 64
-# The largest numbers of blocks per sample and of vectors per thread; the first pair that a shape fits into is used.
-_LIMITS = ((64, 4), (128, 8), (256, 16))
+# The largest numbers of chunks per sample and of vectors per thread; the first pair that a shape fits into is used.
+_LIMITS = ((64, 4), (128, 8), (256, 8), (512, 8), (256, 16))
+_MULTIPROCESSORS = 132
+_REPEATED_VECTORS = 8  # a thread has registers for two chunks of this many vectors
 THREADS = 512
 
 
 @dataclass(frozen=True)
 class GroupNormPlan:
-    """How the `[pixels, channels]` of one sample are divided into blocks.
+    """How the `[pixels, channels]` of one sample are divided into chunks.
 
     The plan does not depend on the batch, so neither do the codes of a sample.
 
@@ -30,8 +32,8 @@ class GroupNormPlan:
         channels: Channels per pixel.
         first: Number of channels of the first of two images; all channels if there is one image.
         groups: Number of groups of channels.
-        chunks: Blocks per sample.
-        chunk_pixels: Pixels per block; the last block may have fewer.
+        chunks: Chunks per sample.
+        chunk_pixels: Pixels per chunk; the last chunk may have fewer.
         vectors: 16-byte vectors per thread.
     """
 
@@ -42,6 +44,20 @@ class GroupNormPlan:
     chunks: int
     chunk_pixels: int
     vectors: int
+
+    def repeat(self, samples: int) -> int:
+        """Returns how many chunks a block processes, so that all blocks of a batch run at once: a power of two."""
+        chunks = self.chunks * samples
+        if self.vectors > _REPEATED_VECTORS or chunks <= _MULTIPROCESSORS * self.resident(1):
+            return 1
+        repeat = 2
+        while repeat < self.chunks and samples * -(-self.chunks // repeat) > _MULTIPROCESSORS * self.resident(repeat):
+            repeat *= 2
+        return repeat
+
+    def resident(self, repeat: int) -> int:
+        """Returns the blocks of a multiprocessor that have enough registers; a block that repeats holds two chunks."""
+        return 2 if self.vectors <= (4 if repeat == 1 else 3) else 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class GroupNormVariant:
         quantizers: Number of quantizers, 1 to 3; with 0 the result is written in float16.
         silu: Whether SiLU is applied.
         half_affine: Whether weight and bias are float16 and not float32.
+        repeat: Chunks that a block processes one after the other.
+        raw: Whether the last quantizer takes the input as it is.
     """
 
     name: Literal["group_statistics", "group_apply"]
@@ -61,6 +79,8 @@ class GroupNormVariant:
     quantizers: int = 0
     silu: bool = False
     half_affine: bool = False
+    repeat: int = 1
+    raw: bool = False
 
     source = "group_norm.cu"
     shared_bytes = 0
@@ -76,7 +96,7 @@ class GroupNormVariant:
         return {
             "STATISTICS": int(self.name == "group_statistics"),
             "THREADS": THREADS,
-            "BLOCKS": 2 if self.plan.vectors <= 4 else 1,
+            "BLOCKS": 1 if self.raw and self.repeat > 1 else self.plan.resident(self.repeat),
             "PIXELS": self.plan.pixels,
             "CHANNELS": self.plan.channels,
             "FIRST": self.plan.first,
@@ -87,6 +107,8 @@ class GroupNormVariant:
             "QUANTIZERS": self.quantizers,
             "SILU": int(self.silu),
             "HALF_AFFINE": int(self.half_affine),
+            "REPEAT": self.repeat,
+            "RAW": int(self.raw),
         }
 
     def prelude(self) -> str:
@@ -96,7 +118,7 @@ class GroupNormVariant:
     def label(self) -> str:
         """Returns the name of the variant for tables."""
         end = "" if self.name == "group_statistics" else f"-q{self.quantizers}" + "-silu" * self.silu
-        end += "-half" * self.half_affine
+        end += "-half" * self.half_affine + "-raw" * self.raw + f"-x{self.repeat}" * (self.repeat > 1)
         channels = f"{self.plan.channels}"
         if self.plan.first < self.plan.channels:
             channels = f"{self.plan.first}+{self.plan.channels - self.plan.first}"
@@ -134,6 +156,7 @@ _JOINED = (
     *((64, 640, 320), (64, 320, 320), (32, 1280, 640), (32, 640, 640), (32, 640, 320)),
     *((16, 1280, 1280), (16, 1280, 640)),
 )
+_FORMS = ((False, False), (False, True), (True, False), (True, True))  # with SiLU, with float16 weights and biases
 
 
 def variants() -> list[GroupNormVariant]:
@@ -142,9 +165,16 @@ def variants() -> list[GroupNormVariant]:
     shapes += [(size, first + second, first) for size, first, second in _JOINED]
     candidates = (group_norm_plan(size * size, channels, 32, first) for size, channels, first in shapes)
     plans = [plan for plan in candidates if plan is not None]
-    statistics = [GroupNormVariant("group_statistics", plan) for plan in plans]
-    choices = [(silu, half) for silu in (False, True) for half in (False, True)]
-    return statistics + [GroupNormVariant("group_apply", plan, 1, *choice) for plan in plans for choice in choices]
+    listed: list[GroupNormVariant] = []
+    for plan in plans:
+        repeats = sorted({plan.repeat(samples) for samples in (2, 16)})
+        listed += [GroupNormVariant("group_statistics", plan, repeat=repeat) for repeat in repeats]
+        for repeat in repeats:
+            forms = _FORMS if repeat == repeats[0] else _FORMS[-1:]  # what differs does not concern the repetition
+            listed += [GroupNormVariant("group_apply", plan, 1, silu, half, repeat) for silu, half in forms]
+            if plan.first < plan.channels:  # a residual block with a shortcut
+                listed.append(GroupNormVariant("group_apply", plan, 2, True, repeat=repeat, raw=True))
+    return listed
 
 
 class _Problem(ctypes.Structure):
@@ -183,6 +213,7 @@ def launch_group_norm(
     outputs: list[Tensor],
     quantizers: tuple[Tensor, Tensor, int] | None = None,
     more: Tensor | None = None,
+    raw: bool = False,
 ) -> None:
     """Fills `outputs`; the arguments are those of `group_norm_quantize`, checked and accepted by `takes`.
 
@@ -197,6 +228,7 @@ def launch_group_norm(
         quantizers: Scales, zero-points and bits; inverses of scales, if zero-points are float32 and of signed codes;
             `None` if the result is written in float16.
         more: The image with the channels that follow.
+        raw: Whether the last output has the codes of the input as it is; there are at least two.
     """
     samples, plan = x.shape[0], _plan(x, more, num_groups)
     assert plan is not None
@@ -210,8 +242,8 @@ def launch_group_norm(
         eps,
         float((1 << num_bits) - 1),
     )
-    blocks, device = samples * plan.chunks, x.device.index or 0
-    launch(GroupNormVariant("group_statistics", plan), blocks, [problem], device)
-    count = len(outputs) if quantizers else 0
-    variant = GroupNormVariant("group_apply", plan, count, silu, half_affine=weight.dtype == torch.float16)
-    launch(variant, blocks, [problem], device)
+    repeat, device = plan.repeat(samples), x.device.index or 0
+    blocks = samples * -(-plan.chunks // repeat)
+    launch(GroupNormVariant("group_statistics", plan, repeat=repeat), blocks, [problem], device)
+    count, is_half = len(outputs) if quantizers else 0, weight.dtype == torch.float16
+    launch(GroupNormVariant("group_apply", plan, count, silu, is_half, repeat, raw), blocks, [problem], device)

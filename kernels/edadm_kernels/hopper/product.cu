@@ -11,8 +11,8 @@
 // The SPLIT blocks of a cluster share a sum: each stores its part in its shared memory, and then each adds and finishes
 // BM / SPLIT of the rows.
 //
-// These macros are defined: BM, BN, BK, STAGES, SPLIT, GEGLU, FLOATS or BFLOATS (float32 or bfloat16 is written and
-// nothing is added to it), CONV (a convolution instead of a matrix product), UPSAMPLE, CONSUMERS (groups of four warps
+// These macros are defined: BM, BN, BK, STAGES, SPLIT, GEGLU, CODES (of the float16 that would be written), FLOATS or
+// BFLOATS (float32 or bfloat16 is written and nothing is added to it), CONV (a convolution instead of a matrix product), UPSAMPLE, CONSUMERS (groups of four warps
 // that multiply) and BLOCKS (per multiprocessor). Before this text is the function `multiply`, one wgmma instruction of
 // BN columns.
 
@@ -31,9 +31,9 @@ struct Problem {
     const float* bias;        // [outputs] or null
     const u16* sample_bias;   // half [samples, outputs] or null
     const u16* residual;      // half [samples, height, width, outputs] or null
-    const float* out_scale;   // of the codes of a gated output
+    const float* out_scale;   // of the codes that are written
     const int* out_zero_point;
-    void* out;                // [pixels, outputs] float16, float32 or bfloat16, or codes [pixels, outputs / 2]
+    void* out;                // [pixels, outputs] float16, float32, bfloat16 or codes; gated, codes [pixels, outputs / 2]
     int samples, height, width, channels, outputs;  // height and width of the output
     int seen_height, seen_width;                    // of the input after it is enlarged
     int kernel_height, kernel_width, stride, top, left, bottom, right;
@@ -259,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
         sync_threads(THREADS);
 
     if (active) {
-#if GEGLU
+#if GEGLU || CODES
         const Quantizer quantize(__ldg(p.out_scale), __ldg(p.out_zero_point), p.quant_max);
 #endif
 #pragma unroll
@@ -323,8 +323,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
                 add_halves(y, *reinterpret_cast<const uint4*>(p.sample_bias + n * p.outputs + output));
 #endif
             if (p.residual) add_halves(y, residual[turn]);
+#if CODES
+            u32 codes[8];
+#pragma unroll
+            for (int i = 0; i < 8; i += 2) {
+                const u32 pair = half_pair(y[i], y[i + 1]);
+                codes[i] = quantize(low_half(pair)), codes[i + 1] = quantize(high_half(pair));
+            }
+            *reinterpret_cast<uint2*>(static_cast<unsigned char*>(p.out) + to) = make_uint2(
+                four_bytes(codes[0], codes[1], codes[2], codes[3]), four_bytes(codes[4], codes[5], codes[6], codes[7]));
+#else
             *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + to) = make_uint4(
                 half_pair(y[0], y[1]), half_pair(y[2], y[3]), half_pair(y[4], y[5]), half_pair(y[6], y[7]));
+#endif
 #endif
         }
     }

@@ -149,7 +149,7 @@ def variants() -> list[ProductTile]:
         forms: list[dict[str, bool]] = [{}, {"convolution": True}, {"convolution": True, "upsample": True}]
         listed += [replace(tile, split=split, **form) for form in forms for split in SPLITS]
         listed += [replace(tile, floats=True, **form) for form in forms]
-        listed.append(replace(tile, bfloats=True))
+        listed += [replace(tile, bfloats=True), replace(tile, codes=True)]
         listed += [replace(tile, geglu=True)] if _suits(tile, "geglu") else []
     return listed
 
@@ -207,7 +207,7 @@ def launch_product(
     sample_bias: Tensor | None,
     residual: Tensor | None,
     shape: Shape,
-    geglu: tuple[Tensor, Tensor, int] | None = None,
+    grid: tuple[Tensor, Tensor, int] | None = None,
 ) -> None:
     """Fills `out` with a convolution or a matrix product; the arguments are those of `conv2d`.
 
@@ -218,13 +218,15 @@ def launch_product(
         scale: Scales, `[O]`.
         correction: Corrections, `[classes, O]`.
         bias: float32 `[O]`.
-        out: float16, `[samples, height, width, O]` in memory order, or float32 or bfloat16 where nothing is added; a
-            gated product writes codes of half as many channels.
+        out: float16, `[samples, height, width, O]` in memory order, or float32 or bfloat16 where nothing is added; int8
+            where codes are written, of half as many channels by a gated product.
         sample_bias: float16 `[samples, O]`.
         residual: float16, in the shape of `out`.
         shape: The shape of the product.
-        geglu: Scale, zero-point and largest unsigned code of the output, if the product is gated.
+        grid: Scale, zero-point and largest unsigned code of the output, if codes are written.
     """
+    if grid is not None and not tile.geglu:
+        tile = replace(tile, codes=True)
     if out.dtype in (torch.float32, torch.bfloat16):
         tile = replace(tile, floats=out.dtype == torch.float32, bfloats=out.dtype == torch.bfloat16)
     outputs, taps = weight.shape[0], shape.kernel[0] * shape.kernel[1]
@@ -242,7 +244,7 @@ def launch_product(
     w_map = tensor_map(weight.data_ptr(), (shape.channels, taps, outputs), (tile.bk, 1, tile.bn), tile.bk)
     top, bottom, left, right = shape.padding
     grown = 2 if shape.upsample else 1
-    out_scale, out_zero_point, quant_max = geglu or (None, None, 0)
+    out_scale, out_zero_point, quant_max = grid or (None, None, 0)
     pointers = (scale, correction, bias, sample_bias, residual, out_scale, out_zero_point, out)
     problem = _Problem(
         *(None if pointer is None else pointer.data_ptr() for pointer in pointers),

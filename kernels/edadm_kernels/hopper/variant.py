@@ -57,6 +57,7 @@ class ProductTile:
         groups: Number of groups of four warps that multiply.
         blocks: Blocks per multiprocessor.
         geglu: Whether the output is gated and written as codes.
+        codes: Whether the codes of the float16 output are written in its place.
         convolution: Whether it is a convolution, with pixels in boxes and taps outside the image, or a matrix product.
         upsample: Whether the image is first enlarged by a factor of two with nearest neighbour.
         floats: Whether float32 is written; nothing is added to it.
@@ -71,6 +72,7 @@ class ProductTile:
     groups: int = 2
     blocks: int = 1
     geglu: bool = False
+    codes: bool = False
     convolution: bool = False
     upsample: bool = False
     floats: bool = False
@@ -105,6 +107,7 @@ class ProductTile:
             "CONSUMERS": self.groups,
             "BLOCKS": self.blocks,
             "GEGLU": int(self.geglu),
+            "CODES": int(self.codes),
             "CONV": int(self.convolution),
             "UPSAMPLE": int(self.upsample),
             "FLOATS": int(self.floats),
@@ -119,7 +122,9 @@ class ProductTile:
         """Returns the name of the tile for tables."""
         kind = "geglu" if self.geglu else "upsample" if self.upsample else "conv" if self.convolution else "linear"
         extras = f"-x{self.blocks}" if self.blocks > 1 else ""
-        extras += ("-f32" if self.floats else "-bf16" if self.bfloats else "") + (
-            f"-split{self.split}" if self.split > 1 else ""
+        extras += (
+            "-codes" * self.codes
+            + ("-f32" if self.floats else "-bf16" if self.bfloats else "")
+            + (f"-split{self.split}" if self.split > 1 else "")
         )
         return f"{kind}-{self.bm}x{self.bn}x{self.bk}{extras}"

@@ -11,7 +11,15 @@ from edadm_kernels.reference.norms import (
     quantize,
     silu_quantize,
 )
-from edadm_kernels.reference.products import conv2d, linear, linear_geglu, linear_gelu, linear_stack, linears
+from edadm_kernels.reference.products import (
+    conv2d,
+    linear,
+    linear_geglu,
+    linear_gelu,
+    linear_stack,
+    linear_to_codes,
+    linears,
+)
 
 __all__ = [
     "attend_codes",
@@ -27,6 +35,7 @@ __all__ = [
     "linear_geglu",
     "linear_gelu",
     "linear_stack",
+    "linear_to_codes",
     "linears",
     "modulated_norm_quantize",
     "quantize",

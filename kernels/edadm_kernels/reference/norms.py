@@ -61,6 +61,7 @@ def group_norm_quantize(
     zero_points: Tensor,
     num_bits: int = 8,
     more: Tensor | None = None,
+    raw: bool = False,
 ) -> list[Tensor]:
     """Returns the codes of GroupNorm(x), or of SiLU(GroupNorm(x)), per quantizer; both computed in float64.
 
@@ -75,9 +76,14 @@ def group_norm_quantize(
         zero_points: `[q]` int32.
         num_bits: Bits of the codes, 2 to 8.
         more: Channels that follow those of `x`.
+        raw: Whether the last quantizer takes the input as it is.
     """
     y = _group_norm(x, weight, bias, num_groups, eps, silu, more)
-    return _quantize_each(y, scales, zero_points, num_bits)
+    if not raw:
+        return _quantize_each(y, scales, zero_points, num_bits)
+    joined = x if more is None else torch.cat([x, more], dim=1)
+    codes = _quantize_each(y, scales[:-1], zero_points[:-1], num_bits)
+    return [*codes, quantize(joined, scales[-1], zero_points[-1], num_bits)]
 
 
 def group_norm_to_codes(

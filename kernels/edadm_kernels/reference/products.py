@@ -100,6 +100,22 @@ def linear_geglu(
     return quantize(value * F.gelu(gate), out_scale, out_zero_point, num_bits)
 
 
+def linear_to_codes(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    num_bits: int = 8,
+) -> Tensor:
+    """Computes `edadm_kernels.linear_to_codes`."""
+    y = linear(x, weight, scale, correction, bias, residual, residual.dtype)
+    return quantize(y, out_scale, out_zero_point, num_bits)
+
+
 def linear_gelu(
     x: Tensor,
     weight: Tensor,

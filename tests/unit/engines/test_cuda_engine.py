@@ -117,6 +117,42 @@ class Concatenations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Quantizations(TorchDispatchMode):
+    """Counts the quantizations that are launched by themselves, of one image and of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"quantize": 0, "quantize_joined": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("edadm.").removesuffix(".default")
+        if name in self.counts:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_resamplers_and_embeddings_are_quantized_by_themselves(tiny_sd: Path) -> None:
+    """Normalizations write the codes of shortcuts, last products those of a transformer's output projection."""
+    denoiser = load(tiny_sd, "tiny_sd")
+    call = example_call(denoiser, batch_size=2)
+    recipe = RECIPE.model_copy(update={"ranges": RECIPE.ranges.model_copy(update={"channel_parts": False})})
+    quantize_to_nearest(denoiser, recipe, BitWidth.parse("w8a8"), [call])
+    compiled = CudaEngine().compile(denoiser, *call, HALF)
+    compiled.call_eagerly(*call[0], **call[1])
+    with Quantizations() as actual:
+        compiled.call_eagerly(*call[0], **call[1])
+    blocks = (*denoiser.down_blocks, *denoiser.up_blocks)
+    resamplers = sum(
+        len(samplers)
+        for block in blocks
+        for name in ("downsamplers", "upsamplers")
+        if (samplers := getattr(block, name, None))
+    )
+    assert actual.counts["quantize_joined"] == 0
+    print(actual.counts, resamplers)
+    assert actual.counts["quantize"] <= resamplers + 2, "the time embedding has two layers"
+
+
 @pytest.mark.parametrize(
     ("name", "in_parts"), [("tiny_sd", True), ("tiny_sd", False), ("tiny_ddpm", True), ("tiny_sdxl", True)]
 )

@@ -39,7 +39,7 @@ class FusedResidualBlock(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = convolutions
         self.shortcut, self.time_bias = shortcut, time_bias
-        self.norm1 = lowering.norm(block.norm1, [self.conv1], silu=True)
+        self.norm1 = lowering.norm(block.norm1, [self.conv1], silu=True, shortcut=shortcut)
         self.norm2 = lowering.norm(block.norm2, [self.conv2], silu=True)
         self.output_scale = float(block.output_scale_factor)
 
@@ -53,10 +53,11 @@ class FusedResidualBlock(nn.Module):
 
     def _run(self, images: tuple[Tensor, ...], temb: Tensor | None) -> Tensor:
         sample_bias = None if self.time_bias is None or temb is None else self.time_bias(temb)
-        (prepared,) = self.norm1(*images)
+        prepared, *codes = self.norm1(*images)
         hidden = self.conv1.product(prepared, None, sample_bias)
         (prepared,) = self.norm2(hidden)
-        out = self.conv2.product(prepared, self._shortcut(images))
+        shortcut = self._shortcut(images) if self.shortcut is None or not codes else self.shortcut.product(codes[0])
+        out = self.conv2.product(prepared, shortcut)
         return out if self.output_scale == 1 else out / self.output_scale
 
     def _shortcut(self, images: tuple[Tensor, ...]) -> Tensor:

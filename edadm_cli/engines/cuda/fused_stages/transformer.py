@@ -79,10 +79,15 @@ class FusedFeedForward(nn.Module):
         """Returns the output `[..., C]` for `hidden_states` `[..., C]`."""
         return self.feed(self.project.prepare(hidden_states), None)
 
-    def feed(self, prepared: Tensor, residual: Tensor | None) -> Tensor:
-        """Returns the output of both layers for the prepared input of the first one, plus `residual`."""
+    def feed(self, prepared: Tensor, residual: Tensor | None, reader: IntegerLinear | None = None) -> Tensor:
+        """Returns the output of both layers for the prepared input of the first one, plus `residual`.
+
+        With a `reader`, which only a gated layer takes, the codes of that layer are returned in its place.
+        """
         if self.gated is not None:
-            return self.out.product(self.gated.product(prepared), residual)
+            assert isinstance(self.out, IntegerLinear)
+            return self.out.product(self.gated.product(prepared), residual, reader=reader)
+        assert reader is None
         y = self.project.product(prepared)
         if self.activation == "geglu":
             value, gate = y.chunk(2, dim=-1)
@@ -100,7 +105,12 @@ class FusedTransformerBlock(nn.Module):
         attentions: The self-attention, and the cross-attention if the block has one.
         feed_forward: The feed-forward layer.
         lowering: It turns the normalizations into stages.
+
+    Attributes:
+        reader: The only layer that reads the output, if the block returns its codes.
     """
+
+    reader: IntegerLinear | None
 
     def __init__(
         self, block: Any, attentions: list[FusedAttention], feed_forward: FusedFeedForward, lowering: Lowering
@@ -114,6 +124,13 @@ class FusedTransformerBlock(nn.Module):
         )
         self.feed_forward = feed_forward
         self.last_norm = lowering.norm(block.norm3, [feed_forward.project], silu=False)
+        self.reader = None
+
+    def write_for(self, reader: Product) -> bool:
+        """Makes the block return the codes of its only reader, where the products can; returns whether they can."""
+        if isinstance(reader, IntegerLinear) and self.feed_forward.gated is not None:
+            self.__dict__["reader"] = reader  # it is no part of the block
+        return self.reader is not None
 
     def forward(
         self,
@@ -126,13 +143,13 @@ class FusedTransformerBlock(nn.Module):
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Returns the hidden states `[N, T, C]` after the block."""
+        """Returns the hidden states `[N, T, C]` after the block, or their codes for the `reader`."""
         masks = (attention_mask, encoder_attention_mask)
         for norm, attention, mask in zip(self.norms, self.attentions, masks, strict=False):
             assert isinstance(attention, FusedAttention)
             hidden_states = attention.attend(norm(hidden_states), encoder_hidden_states, mask, hidden_states)
         (prepared,) = self.last_norm(hidden_states)
-        return self.feed_forward.feed(prepared, hidden_states)
+        return self.feed_forward.feed(prepared, hidden_states, self.reader)
 
 
 class FusedTransformer2D(nn.Module):
@@ -152,6 +169,8 @@ class FusedTransformer2D(nn.Module):
         self.norm = lowering.norm(model.norm, [self.proj_in], silu=False)
         self.transformer_blocks = model.transformer_blocks
         self.has_convolutions = not model.use_linear_projection
+        last = self.transformer_blocks[-1] if len(self.transformer_blocks) else None
+        self.last_writes_codes = isinstance(last, FusedTransformerBlock) and last.write_for(self.proj_out)
 
     def forward(
         self,
@@ -186,10 +205,11 @@ class FusedTransformer2D(nn.Module):
                 class_labels=class_labels,
             )
         rows = tokens.reshape(batch * height * width, -1)
+        project = self.proj_out.product if self.last_writes_codes else self.proj_out
         if self.has_convolutions:
-            out = self.proj_out(image_of(rows, batch, height, width), image)
+            out = project(image_of(rows, batch, height, width), image)
         else:
-            out = image_of(self.proj_out(rows, rows_of(image)), batch, height, width)
+            out = image_of(project(rows, rows_of(image)), batch, height, width)
         if not return_dict:
             return (out,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput

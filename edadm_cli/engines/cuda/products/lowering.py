@@ -95,9 +95,9 @@ class Lowering:
             return product
         return AdaptedProduct(product, branch.to(self.device, self.dtype))
 
-    def norm(self, norm: nn.Module, consumers: list[Product], silu: bool) -> NormStage:
+    def norm(self, norm: nn.Module, consumers: list[Product], silu: bool, shortcut: Product | None = None) -> NormStage:
         """Returns the stage of a normalization, which prepares the inputs of `consumers`; see `NormStage`."""
-        return NormStage(norm, consumers, silu, self.dtype, self.device)
+        return NormStage(norm, consumers, silu, self.dtype, self.device, shortcut)
 
     def can_pack(self, layer: QuantizedLayer) -> bool:
         """Returns whether a layer's weights stay packed."""

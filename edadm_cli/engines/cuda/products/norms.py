@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import edadm_kernels as kernels
 from edadm_cli.engines.cuda.products.layout import channels_last
-from edadm_cli.engines.cuda.products.product import Product
+from edadm_cli.engines.cuda.products.product import IntegerLinear, Product
 from edadm_cli.engines.cuda.products.quantizer import Quantizer
 
 MAX_QUANTIZERS = 3
@@ -26,10 +26,20 @@ class NormStage(nn.Module):
         silu: Whether SiLU follows the normalization.
         dtype: The element type of floating-point inputs.
         device: The device that it runs on.
+        shortcut: A layer that reads the input of a GroupNorm as it is, or `None`.
+
+    Attributes:
+        writes_raw: Whether the codes of the input for the shortcut are returned too.
     """
 
     def __init__(
-        self, norm: nn.Module, consumers: list[Product], silu: bool, dtype: torch.dtype, device: torch.device
+        self,
+        norm: nn.Module,
+        consumers: list[Product],
+        silu: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        shortcut: Product | None = None,
     ) -> None:
         super().__init__()
         assert isinstance(norm, nn.GroupNorm | nn.LayerNorm)
@@ -43,14 +53,20 @@ class NormStage(nn.Module):
         self.needs_float = not self.is_fused or any(c.quantizer is None for c in consumers)
         # torch's layer norm needs them in this element type; they are converted here and not in every step
         self.float_affine = (self.weight.to(dtype), self.bias.to(dtype))
+        self.writes_raw = False
         if self.is_fused:
             self.places = {key: index for index, key in enumerate(quantizers)}
-            self.scales = torch.cat([q.scale for q in quantizers.values()])
-            self.zero_points = torch.cat([q.zero_point for q in quantizers.values()])
-            self.num_bits = next(iter(quantizers.values())).num_bits
+            writes = list(quantizers.values())
+            self.num_bits = writes[0].num_bits
+            room = self.num_groups is not None and len(writes) < MAX_QUANTIZERS
+            if room and isinstance(shortcut, IntegerLinear) and shortcut.quantizer.num_bits == self.num_bits:
+                self.writes_raw = True
+                writes.append(shortcut.quantizer)
+            self.scales = torch.cat([q.scale for q in writes])
+            self.zero_points = torch.cat([q.zero_point for q in writes])
 
     def forward(self, x: Tensor, more: Tensor | None = None) -> list[Tensor]:
-        """Returns the input of each consumer's `product`.
+        """Returns the input of each consumer's `product`, and then the codes of `x` if `writes_raw`.
 
         Args:
             x: The tensor that is normalized, `[N, C, H, W]` (GroupNorm) or `[..., C]` (LayerNorm).
@@ -66,13 +82,14 @@ class NormStage(nn.Module):
                 inputs.append(codes[self.places[consumer.quantizer.key]])
             else:
                 inputs.append(consumer.prepare(real))
-        return inputs
+        return [*inputs, codes[-1]] if self.writes_raw else inputs
 
     def _codes(self, x: Tensor, more: Tensor | None) -> list[Tensor]:
         ends = (self.scales, self.zero_points, self.num_bits)
         if self.num_groups is None:
             return kernels.layer_norm_quantize(x, self.weight, self.bias, self.eps, *ends)
-        return kernels.group_norm_quantize(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, *ends, more)
+        affine = (self.weight, self.bias, self.num_groups, self.eps)
+        return kernels.group_norm_quantize(x, *affine, self.silu, *ends, more, self.writes_raw)
 
     def _float(self, x: Tensor) -> Tensor:
         if self.num_groups is None:

@@ -89,9 +89,18 @@ class IntegerLinear(Product):
         """Returns the codes of `x` in its shape, or those of an image `x` and of the channels `more` that follow."""
         return self.quantizer(quantizable(x)) if more is None else self.quantizer.joined(x, more)
 
-    def product(self, prepared: Tensor, residual: Tensor | None = None, sample_bias: Tensor | None = None) -> Tensor:
-        """Runs one GEMM; see `Product`."""
+    def product(
+        self,
+        prepared: Tensor,
+        residual: Tensor | None = None,
+        sample_bias: Tensor | None = None,
+        reader: IntegerLinear | None = None,
+    ) -> Tensor:
+        """Runs one GEMM; see `Product`. The output is the codes of `reader` if only this layer reads the sum."""
         assert sample_bias is None
+        if reader is not None:
+            assert residual is not None
+            return self._codes(prepared, residual, reader.quantizer)
         if not self.is_convolution:
             residual = None if residual is None else residual.reshape(-1, self.num_outputs)
             y = self.multiply(prepared.reshape(-1, prepared.shape[-1]), residual)
@@ -99,6 +108,13 @@ class IntegerLinear(Product):
         batch, _, height, width = prepared.shape
         y = self.multiply(rows_of(prepared), None if residual is None else rows_of(channels_last(residual)))
         return image_of(y, batch, height, width)
+
+    def _codes(self, prepared: Tensor, residual: Tensor, quantizer: Quantizer) -> Tensor:
+        """Returns the codes `[..., N]` of the product of rows `[..., K]` and `residual`."""
+        operands = (self.weight, self.scale, self.correction, self.bias, residual.reshape(-1, self.num_outputs))
+        ends = (quantizer.scale, quantizer.zero_point, quantizer.num_bits)
+        y = kernels.linear_to_codes(prepared.reshape(-1, prepared.shape[-1]), *operands, *ends)
+        return y.view(*prepared.shape[:-1], self.num_outputs)
 
     def multiply(self, codes: Tensor, residual: Tensor | None) -> Tensor:
         """Multiplies codes `[M, K]` and returns `[M, N]`."""
