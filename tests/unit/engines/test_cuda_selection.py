@@ -84,9 +84,11 @@ def test_the_products_of_a_step_are_those_of_its_layers(quantized: nn.Module, ca
     assert call[0][0].shape[0] * call[0][0].shape[2] * call[0][0].shape[3] % m == 0
     assert use.source is not None
     assert use.source[0] == "group_norm", "which hands over codes"
-    shortcuts = [use for label, used in uses.items() if "conv_shortcut" in label for use in used]
-    assert shortcuts
-    assert all(use.source is None for use in shortcuts), "the normalization of the block hands over these codes too"
+    whole = [use for label, used in uses.items() if label.endswith("conv_shortcut") for use in used]
+    parts = [use for label, used in uses.items() if "conv_shortcut." in label for use in used]
+    assert whole or parts
+    assert all(use.source is None for use in whole), "the normalization of the block hands over these codes too"
+    assert all(use.source == ("quantize", use.matrix[1], use.matrix[3]) for use in parts)
     projections = [use for label, used in uses.items() if label.endswith("proj_out") for use in used]
     assert projections
     assert all(use.source is None for use in projections), "the last product of the last block writes them"
