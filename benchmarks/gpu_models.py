@@ -7,7 +7,7 @@
 A case is a model, with a number of rows after a colon if it is not the usual one, and options after further colons:
 `loaded` if the denoiser that `from_pretrained` returns is to be compiled and timed in place of the CUDA engine, `lora`
 if it is to be timed with LoRA adapters as well (`pip install peft`), `cache` if both sides are to be timed with
-diffusers' first-block cache as well.
+diffusers' first-block cache as well, `stages` if the CUDA engine is to be timed without some of its fusions as well.
 
 torch compiles both sides (repeated blocks once each) and replays them as CUDA graphs, alternately, in one process per
 case; medians are printed. Several cases can be compiled at once: while one is timed, the others are stopped. The
@@ -35,7 +35,7 @@ import torch
 from diffusers import ModelMixin
 from gpu.processes import COMPILED, add_line, measure, unfinished
 from gpu.timing import Clock, spread
-from gpu.variants import ADAPTERS, adapted, cached, shared_copy
+from gpu.variants import ADAPTERS, adapted, cached, shared_copy, staged
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -80,6 +80,7 @@ class Case:
         loaded: Whether the compiled model that `from_pretrained` would load is timed and not the CUDA engine.
         lora: Whether INT8 is timed with LoRA adapters too.
         cache: Whether both sides are timed with a step cache too.
+        stages: Whether the CUDA engine is timed without some of its fusions too.
     """
 
     model: str
@@ -87,13 +88,14 @@ class Case:
     loaded: bool = False
     lora: bool = False
     cache: bool = False
+    stages: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Returns the case of `MODEL[:ROWS][:loaded][:lora][:cache]`."""
+        """Returns the case of `MODEL[:ROWS][:loaded][:lora][:cache][:stages]`."""
         model, *parts = text.split(":")
         rows = next((int(part) for part in parts if part.isdigit()), None)
-        return cls(model, rows, *(word in parts for word in ("loaded", "lora", "cache")))
+        return cls(model, rows, *(word in parts for word in ("loaded", "lora", "cache", "stages")))
 
 
 @torch.no_grad()
@@ -195,7 +197,9 @@ class Model:
             options = EngineOptions(device=self.device, rest_dtype=self.dtype, attention=self.attention)
             args, kwargs = self.call
             name, run = "int8 engine", lambda model: CudaEngine().compile(model, args, kwargs, options)
-        contenders = {name: run(quantized)}
+        contenders: dict[str, Callable[..., Any]] = {name: run(quantized)}
+        if self.case.stages:
+            contenders |= staged(name, lambda: run(quantized), self.call)
         if self.case.lora:
             for adapter, (rank, ends) in ADAPTERS.items():
                 contenders[f"{name}, {adapter}"] = run(adapted(quantized, rank, ends, self.dtype))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edadm_kernels.tiles import Kind
 
-PRODUCTS = ("linear", "linear_geglu", "conv2d")
+PRODUCTS = ("linear", "linear_geglu", "linear_to_codes", "conv2d")
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class KernelCall:
 
     @property
     def output_bytes(self) -> int:
-        """Returns the bytes that a product writes: codes if it is gated, float16 otherwise."""
+        """Returns the bytes that a product writes: codes or float16; a gated one writes half as many."""
         m, n, _ = self.matrix()
-        return m * n // 2 if self.operation == "linear_geglu" else 2 * m * n
+        return int(m * n * {"linear_geglu": 0.5, "linear_to_codes": 1}.get(self.operation, 2))
 
     @property
     def is_product(self) -> bool:
@@ -88,7 +88,7 @@ class KernelCall:
     @property
     def adds(self) -> bool:
         """Returns whether a product adds a residual."""
-        index = {"linear": 5, "conv2d": 6}.get(self.operation)
+        index = {"linear": 5, "linear_to_codes": 5, "conv2d": 6}.get(self.operation)
         return index is not None and self.arguments[index] is not None
 
     @property
@@ -154,6 +154,7 @@ _SCALES = {
     "silu_quantize": (1,),
     "linear": (2,),
     "linear_geglu": (2, 5),
+    "linear_to_codes": (2, 6),
     "conv2d": (2,),
     "group_norm": (),
     "group_norm_quantize": (6,),
@@ -214,7 +215,7 @@ def half_precision(call: KernelCall, arguments: list[Any]) -> Callable[[], Any]:
     x = arguments[0]
     if call.operation == "conv2d":
         return _convolution(call, arguments)
-    if call.operation in ("linear", "linear_geglu"):
+    if call.operation in ("linear", "linear_geglu", "linear_to_codes"):
         rows = torch.randn(x.shape, dtype=torch.float16, device=x.device)
         matrix = _half_weight(call, arguments[1])
         bias = None if arguments[4] is None else arguments[4].half()

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from edadm_cli.bench.pipeline import TimedDenoiser
 from edadm_cli.engines.base import CompiledDenoiser
+from edadm_cli.engines.cuda.fused_stages.transformer import FusedTransformerBlock
+from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.integrations.caching import enable_cache
 from edadm_cli.integrations.lora import add_adapter
 from edadm_cli.quant.layers import QuantizedLayer
+from edadm_kernels.hopper import group_norm
 
+LIMITS = ((64, 4), (128, 8), (256, 16))  # of chunks of a GroupNorm before its blocks went through several
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Function = Callable[..., Any]
 CACHE = "first-block:0.08"
@@ -28,6 +34,45 @@ ADAPTERS = {  # name -> rank and the ends of the names of the adapted layers
     "LoRA of rank 64, attention": (64, ATTENTION),
     "LoRA of rank 16, attention and feed-forward": (16, ATTENTION + FEED_FORWARD),
 }
+
+
+def staged(name: str, run: Callable[[], Function], call: Call) -> dict[str, Function]:
+    """Returns contenders by name: the CUDA engine without what its kernels do for the layers behind them.
+
+    Args:
+        name: The name of the engine among the contenders.
+        run: A function that compiles a denoiser for the engine.
+        call: Arguments of a call; each contender is called once, so that its CUDA graph is recorded.
+    """
+
+    @contextmanager
+    def codes_by_themselves() -> Iterator[None]:
+        norm = Lowering.norm
+        with (
+            patch.object(Lowering, "norm", lambda self, *args, shortcut=None, **kwargs: norm(self, *args, **kwargs)),
+            patch.object(FusedTransformerBlock, "write_for", lambda *_: False),
+        ):
+            yield
+
+    @contextmanager
+    def one_chunk_per_block() -> Iterator[None]:
+        group_norm.group_norm_plan.cache_clear()
+        with (
+            patch.object(group_norm, "_LIMITS", LIMITS),
+            patch.object(group_norm.GroupNormPlan, "repeat", lambda *_: 1),
+        ):
+            yield
+        group_norm.group_norm_plan.cache_clear()
+
+    contenders = {}
+    for change, change_name in (
+        (codes_by_themselves, "codes of shortcuts and projections by themselves"),
+        (one_chunk_per_block, "one chunk per block of GroupNorm"),
+    ):
+        with change():
+            contenders[f"{name}, {change_name}"] = function = run()
+            function(*call[0], **call[1])
+    return contenders
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
