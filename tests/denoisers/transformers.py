@@ -261,9 +261,9 @@ def hunyuan_image() -> Any:
     )
 
 
-def hidream_transformer() -> Any:
+def hidream_transformer(patch_size: int = 2) -> Any:
     return d.HiDreamImageTransformer2DModel(
-        patch_size=2,
+        patch_size=patch_size,
         in_channels=4,
         out_channels=4,
         num_layers=1,
@@ -285,7 +285,8 @@ def hidream() -> Any:
     two = [parts.clip(projection=True, length=128) for _ in range(2)]
     texts = *two, parts.t5(), parts.llama()
     vae, scheduler = parts.kl(shift_factor=0.1), parts.flow(shift=3.0)
-    return parts.assembled("HiDreamImagePipeline", hidream_transformer(), *texts, vae=vae, scheduler=scheduler)
+    transformer = hidream_transformer(patch_size=8)  # its pipeline brings every size to 128x128 latents
+    return parts.assembled("HiDreamImagePipeline", transformer, *texts, vae=vae, scheduler=scheduler)
 
 
 def krea2() -> Any:
