@@ -28,7 +28,8 @@ from edadm_cli.processes import ALONE
 from edadm_cli.recipe import load_recipe
 from edadm_cli.reconstruct.blocks import freeze_unit
 from edadm_cli.reconstruct.context import ReconstructionContext
-from edadm_cli.reconstruct.task import prepare, resolve_task
+from edadm_cli.reconstruct.preparation import prepare
+from edadm_cli.reconstruct.task import resolve_task
 from edadm_cli.select import stage as select
 
 PARTS: dict[str, Callable[[str], bool]] = {

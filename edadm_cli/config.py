@@ -19,6 +19,7 @@ from edadm_cli.stage_config import MAX_IMAGES, RECIPE_NAMES, SIZE_ARGUMENTS, DTy
 
 __all__ = [
     "EARLIER_DENSITY_QUANTILE",
+    "LOCAL_DENSITY_QUANTILE",
     "MAX_IMAGES",
     "BenchConfig",
     "BitWidth",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+LOCAL_DENSITY_QUANTILE = 0.05
+"""Share of the pairs of steps that are within the radius of density, if no radius is given."""
 EARLIER_DENSITY_QUANTILE = 0.5
 """The quantile of a selection that records neither a radius nor a quantile, as version 0.1 wrote it."""
 

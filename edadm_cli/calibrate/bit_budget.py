@@ -24,10 +24,10 @@ from edadm_cli.config import BitWidth
 from edadm_cli.errors import UsageError
 from edadm_cli.models.stored import is_stored, num_weights, total_parameters
 from edadm_cli.models.units import Trace, TracedLayer
-from edadm_cli.quant.groups import MULTIPLIER_BITS, num_groups
+from edadm_cli.quant.groups import num_groups
 from edadm_cli.quant.operation import weight_shape
-from edadm_cli.quant.packing import packed_bytes, stored_bits
 from edadm_cli.quant.plan import LayerPlan, name_within
+from edadm_cli.quant.storage import MULTIPLIER_BITS, packed_bytes, stored_bits
 from edadm_cli.quant.transforms import transform_named
 from edadm_cli.recipe import Recipe
 

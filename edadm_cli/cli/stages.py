@@ -119,7 +119,7 @@ def configure_select(execution: Execution, given: dict[str, Any]) -> SelectConfi
     Raises:
         UsageError: There is no such strategy.
     """
-    from edadm_cli.select.strategies import strategy_named  # imports torch
+    from edadm_cli.select.strategies import strategy_named
 
     recipe = given["recipe"] or execution.from_file("reconstruct", "recipe")
     defaults = {} if recipe is None else load_recipe(recipe_name(recipe)).select.model_dump(exclude_none=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from edadm_cli.artifacts import TensorInfo, load_tensors, read_tensor_header
 from edadm_cli.errors import InputError
-from edadm_cli.models.denoiser_calls.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
+from edadm_cli.models.collected import CONDITION, CONSTANT, UNCONDITIONAL
+from edadm_cli.models.denoiser_calls.calibration import CallForm
 
 FEATURES = "features"
 TIMESTEPS = "timesteps"

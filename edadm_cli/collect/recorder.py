@@ -15,7 +15,7 @@ from edadm_cli.collect.control import CONTROL, ControlRecorder
 from edadm_cli.collect.features import record_features
 from edadm_cli.collect.varying import Varying
 from edadm_cli.errors import InputError
-from edadm_cli.models.denoiser_calls.calibration import CONDITION, CONSTANT, UNCONDITIONAL
+from edadm_cli.models.collected import CONDITION, CONSTANT, UNCONDITIONAL
 from edadm_cli.models.denoiser_calls.call_templates import Template
 from edadm_cli.models.denoiser_calls.calls import DenoiserCall, record_calls
 from edadm_cli.models.families import family_of, prepare_calls

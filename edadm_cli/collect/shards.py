@@ -16,8 +16,8 @@ from edadm_cli.artifacts import TensorInfo, load_tensors, read_model, save_json,
 from edadm_cli.artifacts.streaming import Streamed, joined, padded, stream_tensors, streamed, torch_type
 from edadm_cli.collect.merging import FEATURES, TIMESTEPS, Batch, Merged, merge
 from edadm_cli.collect.recorder import BatchRecorder
-from edadm_cli.models.collected import CONDITION_FILE, FEATURES_FILE
-from edadm_cli.models.denoiser_calls.calibration import CONDITION, CONSTANT, UNCONDITIONAL, CallForm
+from edadm_cli.models.collected import CONDITION, CONDITION_FILE, CONSTANT, FEATURES_FILE, UNCONDITIONAL
+from edadm_cli.models.denoiser_calls.calibration import CallForm
 from edadm_cli.models.denoiser_calls.call_templates import per_row
 
 

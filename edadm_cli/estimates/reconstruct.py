@@ -41,8 +41,9 @@ from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.finished import FinishedUnits, find_links
 from edadm_cli.reconstruct.hyperparameters import Hyperparameters
 from edadm_cli.reconstruct.memory import fixed_budget, memory_left, working_bytes
+from edadm_cli.reconstruct.preparation import arithmetic, prepare
 from edadm_cli.reconstruct.rows import RowCache
-from edadm_cli.reconstruct.task import arithmetic, prepare, resolve_task
+from edadm_cli.reconstruct.task import resolve_task
 from edadm_cli.reconstruct.unit_data import EVALUATED_ROWS
 
 _MIB = 2**20

@@ -12,8 +12,9 @@ import torch
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import SelectConfig
 from edadm_cli.models.collected import CollectedRun
+from edadm_cli.select.building import PLOT_FILE, feature_slices
 from edadm_cli.select.plot import draw_selection
-from edadm_cli.select.stage import PLOT_FILE, Task, feature_slices, prepare
+from edadm_cli.select.task import Task, prepare
 from edadm_cli.select.tdac import rows_at_once, score_slices
 
 _MIB = 2**20

@@ -10,7 +10,8 @@ from torch import nn
 from edadm_cli.artifacts import Estimate, RunFolder
 from edadm_cli.config import SensitivityConfig
 from edadm_cli.models.units import trace
-from edadm_cli.sensitivity.stage import Part, resolve_task
+from edadm_cli.sensitivity.building import Part, parts_of
+from edadm_cli.sensitivity.task import resolve_task
 
 _MIB = 2**20
 _FLOAT32_BYTES = 4
@@ -24,7 +25,7 @@ def estimate(config: SensitivityConfig, run_folder: RunFolder) -> Estimate:
         place: each.denoiser for place, each in task.collected.load(task.device, torch.float32).by_denoiser().items()
     }
     seconds = time.monotonic() - started
-    parts = task.parts
+    parts = parts_of(task)
     runs = sum(part.num_steps + 1 for part in parts)  # of the sampler, in which every denoiser is called
     for part in parts:
         seconds += _seconds(part, denoisers[part.place], runs)

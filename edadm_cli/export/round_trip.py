@@ -30,7 +30,7 @@ from edadm_cli.export.sizes import (
     pipeline_size,
 )
 from edadm_cli.export.text_encoders import narrow_saved, quantize_text_encoders, recorded_calls
-from edadm_cli.integrations.quantizer import METHOD, format_version
+from edadm_cli.integrations.quantizer import METHOD
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loaded import LoadedModel
@@ -42,6 +42,7 @@ from edadm_cli.models.stored import bring_stored, total_parameters
 from edadm_cli.progress import Reporter
 from edadm_cli.quant.layers import quantized_layers
 from edadm_cli.quant.network import load_quant_params, quantize_network, unquantized
+from edadm_cli.quant.plan import format_version
 
 FLOAT_BYTES = 4
 INTEGER_SAMPLING_LIMIT = 120.0  # seconds of sampling in quantize-dequantize; beyond them, integers would take too long

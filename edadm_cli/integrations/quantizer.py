@@ -21,23 +21,11 @@ from edadm_cli.integrations.deployment import make_ready
 from edadm_cli.quant.attention import QuantizedAttention
 from edadm_cli.quant.layers import QuantizedLayer
 from edadm_cli.quant.network import quantize_network, require_sound
-from edadm_cli.quant.packing import NIBBLE_BITS, stored_bits, stored_bits_of_format_1
 from edadm_cli.quant.plan import QuantizationPlan
+from edadm_cli.quant.storage import stored_bits, stored_bits_of_format_1
 
 METHOD = "edadm"
 _FORMATS: dict[int, Callable[[int], int]] = {1: stored_bits_of_format_1, 2: stored_bits, 3: stored_bits}
-
-
-def format_version(plan: QuantizationPlan) -> int:
-    """Returns the version of the tensors' names and packing: the oldest one that stores the plan's codes tightly.
-
-    In format 3 weights may have groups. In format 2 a code of two or three bits takes as many; in format 1, which
-    earlier versions of edadm read too, four.
-    """
-    if any(layer.group_size is not None for layer in plan.layers.values()):
-        return 3
-    is_tight = any(stored_bits(layer.weight_bits) < NIBBLE_BITS for layer in plan.layers.values())
-    return 2 if is_tight else 1
 
 
 class _Method(StrEnum):

@@ -1,30 +1,35 @@
-"""Reads a run's `collect` artifact: how its trajectories were sampled, and the model, which it loads again."""
+"""Reads a run's `collect` artifact: how its trajectories were sampled, and the model, which it loads again.
+
+The libraries that load the model are imported when it is loaded: a stage that is up to date reads the artifact alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
 from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
 from edadm_cli.artifacts.payloads import NumSteps, Scale
 from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.models.architecture import FurtherDenoiser
-from edadm_cli.models.denoiser_calls.calibration import CONSTANT
-from edadm_cli.models.families import prepare_calls
-from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.loading import load_model
 from edadm_cli.models.placement import LEARNING_SHARE, Placement, described, memory_of
 from edadm_cli.models.registry import ModelEntry
-from edadm_cli.models.sources.stored_denoiser import open_stored
 from edadm_cli.stage_config import DTypeName, Weights
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from edadm_cli.models.loaded import LoadedModel
+
 CONDITION_FILE = "condition.safetensors"
+CONDITION = "condition."
+UNCONDITIONAL = "condition.unconditional."
+CONSTANT = "constant."
 FEATURES_FILE = "features.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -120,6 +125,8 @@ class CollectedRun:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Element type that the pipeline computed in."""
+        import torch
+
         dtype: torch.dtype = getattr(torch, self.sampling.dtype)
         return dtype
 
@@ -134,6 +141,9 @@ class CollectedRun:
         Raises:
             InputError: The model is gone, or its files are not those that were collected from.
         """
+        from edadm_cli.models.families import prepare_calls
+        from edadm_cli.models.loading import load_model
+
         entry = self.entry.model_copy(update={"revision": self.model.revision})
         model = load_model(self.model.id, device, dtype, entry, placement=placement)
         if model.ref.fingerprint != self.model.fingerprint:
@@ -162,6 +172,11 @@ class CollectedRun:
             InputError: The model is gone, or its files are not those that were collected from.
             UsageError: They are to stay on disk, and the model is no folder.
         """
+        import torch
+
+        from edadm_cli.models.families import prepare_calls
+        from edadm_cli.models.sources.stored_denoiser import open_stored
+
         entry = self.entry.model_copy(update={"revision": self.model.revision})
         stored = None if weights == "memory" else open_stored(self.model.id, entry, place)
         if stored is None and weights == "disk":

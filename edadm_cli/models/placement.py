@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from edadm_cli.stage_config import Weights
+
+if TYPE_CHECKING:
+    import torch
 
 Placement = Literal["memory", "turns", "disk"]
 
@@ -38,6 +39,8 @@ def memory_of(device: torch.device) -> int:
     whichever is smaller.
     """
     if device.type == "cuda":
+        import torch
+
         # torch needs the index of the device here, which the name 'cuda' does not contain
         index = torch.cuda.current_device() if device.index is None else device.index
         total = torch.cuda.get_device_properties(index).total_memory

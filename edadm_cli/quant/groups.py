@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from edadm_cli.errors import InputError
 from edadm_cli.quant.grid import Grid
 from edadm_cli.quant.packing import pack, unpack
+from edadm_cli.quant.storage import MULTIPLIER_BITS
 from edadm_cli.recipe import RangeRecipe
 
 LARGEST_MULTIPLIER = 8
-MULTIPLIER_BITS = 4
 _SMALLEST_SHARE, _NUM_SHARES = 0.4, 12  # scales that are tried, as shares of the one that covers the whole channel
 _TINY = 1e-8
 

@@ -19,8 +19,9 @@ from edadm_cli.quant.grid import dequantize, weight_grid
 from edadm_cli.quant.groups import codes_of, num_groups, packed_multipliers, per_weight, unpacked_multipliers
 from edadm_cli.quant.inputs import InputQuantizer
 from edadm_cli.quant.operation import Operation, weight_shape
-from edadm_cli.quant.packing import is_packed, pack, packed_bytes, stored_bits, unpack
+from edadm_cli.quant.packing import pack, unpack
 from edadm_cli.quant.plan import LayerPlan
+from edadm_cli.quant.storage import is_packed, packed_bytes, stored_bits
 from edadm_cli.quant.transforms import Transform, transform_named
 
 Arithmetic = Literal["fake-quantize", "integer"]

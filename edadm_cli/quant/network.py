@@ -11,8 +11,8 @@ from edadm_cli.errors import InputError
 from edadm_cli.quant.attention import OPERANDS, QuantizedAttention
 from edadm_cli.quant.groups import codes_of
 from edadm_cli.quant.layers import LayerProduct, QuantizedLayer, SplitLayer, quantized_layer, quantized_layers
-from edadm_cli.quant.packing import stored_bits
 from edadm_cli.quant.plan import QuantizationPlan, part_name
+from edadm_cli.quant.storage import stored_bits
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

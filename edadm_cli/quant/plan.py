@@ -1,17 +1,23 @@
-"""The plan of quantized layers as data, which is part of `quantization_config` and of the artifacts."""
+"""The plan of quantized layers as data, which is part of `quantization_config` and of the artifacts.
+
+Nothing here imports torch before it computes, so that a stage that is up to date can read a plan quickly.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
 from edadm_cli.bits import LARGEST_GROUPED_BITS
-from edadm_cli.quant.grid import Grid, activation_grid, weight_grid
-from edadm_cli.quant.groups import MULTIPLIER_BITS
-from edadm_cli.quant.packing import stored_bits
+from edadm_cli.quant.storage import MULTIPLIER_BITS, NIBBLE_BITS, stored_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edadm_cli.quant.grid import Grid
 
 _PART = re.compile(r"\.part\d+$")
 
@@ -57,6 +63,8 @@ class LayerPlan(BaseModel):
     @property
     def weight_grid(self) -> Grid:
         """The grid of the weights' codes, before the multipliers of groups."""
+        from edadm_cli.quant.grid import weight_grid
+
         return weight_grid(self.weight_bits)
 
     @property
@@ -78,6 +86,8 @@ class LayerPlan(BaseModel):
     @property
     def input_grid(self) -> Grid | None:
         """The grid of the input; `None` if the input is left in float."""
+        from edadm_cli.quant.grid import activation_grid
+
         return None if self.activation_bits is None else activation_grid(self.activation_bits)
 
     def part(self) -> LayerPlan:
@@ -112,6 +122,18 @@ class QuantizationPlan(BaseModel):
     layers: dict[str, LayerPlan]
     attentions: dict[str, AttentionPlan] = {}
     kept: dict[str, str] = Field(default_factory=dict, description="layer kept in floating point: why")
+
+
+def format_version(plan: QuantizationPlan) -> int:
+    """Returns the version of the tensors' names and packing: the oldest one that stores the plan's codes tightly.
+
+    In format 3 weights may have groups. In format 2 a code of two or three bits takes as many; in format 1, which
+    earlier versions of edadm read too, four.
+    """
+    if any(layer.group_size is not None for layer in plan.layers.values()):
+        return 3
+    is_tight = any(stored_bits(layer.weight_bits) < NIBBLE_BITS for layer in plan.layers.values())
+    return 2 if is_tight else 1
 
 
 def name_within(place: str, layer: str) -> str:

@@ -10,7 +10,8 @@ from edadm_cli.artifacts.quantization import PLAN_FILE, save_plan
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.reconstruct.context import ReconstructionContext
 from edadm_cli.reconstruct.float_inputs import plan_float_inputs
-from edadm_cli.reconstruct.task import Task, prepare
+from edadm_cli.reconstruct.preparation import prepare
+from edadm_cli.reconstruct.task import Task
 
 
 def planned_context(task: Task, place: str, folder: Path, note: Callable[[str], None]) -> ReconstructionContext:

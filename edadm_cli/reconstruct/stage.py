@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from edadm_cli.artifacts import (
-    Build,
-    BuildSpec,
-    ReconstructRecord,
-    RunFolder,
-    Units,
-    load_tensors,
-    save_tensors,
-    shared_keys,
-)
-from edadm_cli.artifacts.quantization import PARAMS_FILE
-from edadm_cli.calibrate.gptq import gptq_params
-from edadm_cli.calibrate.nearest import nearest_params
-from edadm_cli.calibrate.ranges import search_ranges
+from edadm_cli.artifacts import BuildSpec, Coverage, Loss, ReconstructRecord, RunFolder, Units, shared_keys
 from edadm_cli.config import ReconstructConfig
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.processes import ALONE, join
 from edadm_cli.progress import Reporter, SilentReporter
-from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace
-from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
-from edadm_cli.reconstruct.context import ReconstructionContext
-from edadm_cli.reconstruct.memory import rows_budget
-from edadm_cli.reconstruct.planned import planned_context
-from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache
-from edadm_cli.reconstruct.summary import no_blocks, quantized_names, report_gaps, summary, total_coverage, total_loss
-from edadm_cli.reconstruct.task import Task, arithmetic, resolve_task
-from edadm_cli.reconstruct.unit_data import UnitResult
-
-_RANGES_FILE = "ranges.safetensors"
+from edadm_cli.reconstruct.task import resolve_task
 
 
 def run(
@@ -56,7 +31,9 @@ def run(
         with run_folder.build(task.build_spec(), force, processes) as build:
             is_done = build.up_to_date
             if not is_done:
-                _build(task, build, reporter)
+                from edadm_cli.reconstruct.building import build_params  # imports torch
+
+                build_params(task, build, reporter)
             artifact = build.finished()
     parts = [Units.load(artifact.within(place)) for place in CollectedRun.open(run_folder).places]
     return ReconstructRecord(
@@ -64,8 +41,8 @@ def run(
         bits=str(config.bits),
         recipe=config.recipe.name,
         units=sum(len(part.units) for part in parts),
-        coverage=total_coverage(parts),
-        loss=total_loss(parts),
+        coverage=_total_coverage(parts),
+        loss=_total_loss(parts),
     )
 
 
@@ -79,89 +56,24 @@ def artifact_name(config: ReconstructConfig) -> str:
     return config.name
 
 
-def _build(task: Task, build: Build, reporter: Reporter) -> None:
-    started, processes = time.monotonic(), task.processes
-    passes: dict[str, int] = {}
-    places = CollectedRun.open(task.run).places
-    with arithmetic(task):
-        for place in places:
-            for kind, number in _build_denoiser(task, place, build.path / place, reporter).items():
-                passes[kind] = passes.get(kind, 0) + number
-    processes.wait()  # the others may still read what is discarded now
-    if processes.is_main:
-        scratch = (UNITS_FOLDER, CACHE_FOLDER, _RANGES_FILE)
-        build.discard(str(Path(place, name)) for place in places for name in scratch)
-        facts = {
-            "device": str(task.device),
-            "seconds": round(time.monotonic() - started, 3),
-            "processes": processes.count,
-            "matmul": task.matmul,
-            "passes": passes,
-        }
-        build.commit(environment=facts)
-    processes.wait()
-
-
-def _build_denoiser(task: Task, place: str, folder: Path, reporter: Reporter) -> dict[str, int]:
-    """Reconstructs one denoiser into its folder, and returns how often the calibration set went through it."""
-    if task.processes.is_main:
-        folder.mkdir(exist_ok=True)
-    task.processes.wait()
-    note = reporter.warn if task.processes.is_main else lambda _: None
-    context = planned_context(task, place, folder, note)
-    warnings = no_blocks(task, context)
-    for warning in warnings if task.processes.is_main else ():
-        reporter.warn(warning)
-    params, results, passes = _reconstruct(task, context, folder, reporter)
-    quantized = quantized_names(context.plan, params)
-    if task.processes.is_main:
-        save_tensors(folder / PARAMS_FILE, params)
-        summary(context, results, len(quantized), warnings).save(folder)
-    return passes
-
-
-def _reconstruct(
-    task: Task, context: ReconstructionContext, folder: Path, reporter: Reporter
-) -> tuple[dict[str, Tensor], dict[str, UnitResult], dict[str, int]]:
-    """Returns the parameters, the result of each unit, and the number of passes of the calibration set by kind."""
-    ranges = _ranges(task, context, folder, reporter)
-    if not context.learning:
-        return _rounded(task, context, ranges), {}, {}
-    budget = task.processes.share(rows_budget(task.config.memory_budget_mib, context, task.hyperparameters))
-    cache = RowCache(folder, budget, task.device, shared=task.processes.count > 1)
-    reconstruction = BlockReconstruction(
-        context.network,
-        context.plan,
-        ranges,
-        context.batches,
-        task.hyperparameters,
-        task.config.seed,
-        Workspace(cache, UnitCheckpoints(folder), task.processes),
+def _total_coverage(parts: Sequence[Units]) -> Coverage:
+    """Returns the numbers of layers, summed over the denoisers."""
+    coverages = [part.coverage for part in parts]
+    return Coverage(
+        planned=sum(each.planned for each in coverages),
+        quantized=sum(each.quantized for each in coverages),
+        kept=sum(each.kept for each in coverages),
     )
-    with reporter.task("reconstruct", len(context.units)) as advance:
-        results = reconstruction.run(context.units, advance, {unit.name for unit in context.learning})
-    report_gaps(results, task.hyperparameters, reporter)
-    return reconstruction.params, results, reconstruction.passes
 
 
-def _rounded(task: Task, context: ReconstructionContext, ranges: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the parameters where nothing is learned."""
-    network, plan = context.network, context.plan
-    if task.config.recipe.rounding == "nearest":
-        return nearest_params(network.float_weight, plan, ranges)
-    with network.full_precision():
-        return gptq_params(network.denoiser, context.traced, plan, ranges, context.batches)
-
-
-def _ranges(task: Task, context: ReconstructionContext, folder: Path, reporter: Reporter) -> dict[str, Tensor]:
-    """Returns the initial ranges, which the main process searches: batches are merged in their order."""
-    path, network = folder / _RANGES_FILE, context.network
-    if task.processes.is_main and not path.is_file():
-        with reporter.task("search ranges", len(context.batches)) as advance, network.full_precision():
-            recipe, plan, batches = task.config.recipe, context.plan, context.batches
-            params = search_ranges(
-                network.denoiser, context.traced, plan, recipe.ranges, batches, advance, recipe.transforms
-            )
-        save_tensors(path, params)
-    task.processes.wait()
-    return load_tensors(path)
+def _total_loss(parts: Sequence[Units]) -> Loss:
+    """Returns the losses summed over the denoisers, and the largest share of weights that were undecided."""
+    losses = [part.loss for part in parts if part.loss.first is not None]
+    if len(losses) < 2:
+        return losses[0] if losses else Loss()
+    return Loss(
+        first=sum(loss.first or 0.0 for loss in losses),
+        last=sum(loss.last or 0.0 for loss in losses),
+        soft=sum(loss.soft or 0.0 for loss in losses),
+        undecided=max(loss.undecided or 0.0 for loss in losses),
+    )

@@ -75,29 +75,6 @@ def _loss(context: ReconstructionContext, results: Mapping[str, UnitResult]) -> 
     )
 
 
-def total_coverage(parts: Sequence[Units]) -> Coverage:
-    """Returns the numbers of layers, summed over the denoisers."""
-    coverages = [part.coverage for part in parts]
-    return Coverage(
-        planned=sum(each.planned for each in coverages),
-        quantized=sum(each.quantized for each in coverages),
-        kept=sum(each.kept for each in coverages),
-    )
-
-
-def total_loss(parts: Sequence[Units]) -> Loss:
-    """Returns the losses summed over the denoisers, and the largest share of weights that were undecided."""
-    losses = [part.loss for part in parts if part.loss.first is not None]
-    if len(losses) < 2:
-        return losses[0] if losses else Loss()
-    return Loss(
-        first=sum(loss.first or 0.0 for loss in losses),
-        last=sum(loss.last or 0.0 for loss in losses),
-        soft=sum(loss.soft or 0.0 for loss in losses),
-        undecided=max(loss.undecided or 0.0 for loss in losses),
-    )
-
-
 def report_gaps(results: Mapping[str, UnitResult], hyperparameters: Hyperparameters, reporter: Reporter) -> None:
     """Warns if rounding h at the end raised the loss, and names the units that keep their nearest rounding."""
     if not hyperparameters.iterations:

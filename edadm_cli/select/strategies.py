@@ -3,6 +3,8 @@
 A strategy is an instance of a subclass of `SelectionStrategy`. Another package adds one by an entry point of the group
 `edadm.strategies`. `edadm select --strategy` and a recipe's `[select]` name it.
 
+The functions that compute import torch, so that its names can be checked without it.
+
 References:
     EDA-DM, arXiv 2401.04585 (TDAC); Q-Diffusion, arXiv 2302.04304 (equal counts); PTQ4DM, arXiv 2211.15736 (a normal
     distribution skewed to the clean end).
@@ -12,16 +14,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from edadm_cli.errors import UsageError
 from edadm_cli.plugins import with_plugins
-from edadm_cli.select.tdac import integer_counts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 GROUP = "edadm.strategies"
 
@@ -87,6 +90,8 @@ class Tdac(SelectionStrategy):
 
     def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> Tensor:
         """Returns n_i, the rounded shares of equations 7 and 8."""
+        from edadm_cli.select.tdac import integer_counts
+
         return integer_counts(steps.density + steps.variety_weight * steps.variety, num_samples)
 
 
@@ -98,6 +103,8 @@ class Uniform(SelectionStrategy):
 
     def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> Tensor:
         """Returns equal counts."""
+        import torch
+
         edges = torch.arange(len(steps) + 1) * num_samples // len(steps)
         return edges.diff()
 
@@ -116,6 +123,8 @@ class Normal(SelectionStrategy):
 
     def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> Tensor:
         """Returns counts of random steps."""
+        import torch
+
         num_steps = len(steps)
         low, high = (_normal_cdf((edge - self.mean) / self.deviation) for edge in (0.0, 1.0))
         level = low + (high - low) * torch.rand(num_samples, generator=generator, dtype=torch.float64)
@@ -136,6 +145,8 @@ class Random(SelectionStrategy):
 
     def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> Tensor:
         """Returns counts of random steps."""
+        import torch
+
         chosen = torch.randint(len(steps), (num_samples,), generator=generator)
         return torch.bincount(chosen, minlength=len(steps))
 
@@ -148,6 +159,8 @@ class Last(SelectionStrategy):
 
     def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> Tensor:
         """Returns counts that are zero for all other steps."""
+        import torch
+
         counts = torch.zeros(len(steps), dtype=torch.long)
         counts[-1] = num_samples
         return counts
@@ -179,3 +192,8 @@ def strategy_named(name: str) -> SelectionStrategy:
 
 def _normal_cdf(x: float) -> float:
     return 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+
+def total_variation(counts: Sequence[int]) -> float:
+    """Returns the distance of counts from equal ones: half the sum of |n_i / N - 1 / T|, from 0 to 1."""
+    return sum(abs(count / sum(counts) - 1 / len(counts)) for count in counts) / 2

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOCAL_QUANTILE = 0.05
-"""Share of the pairs of steps that are within the radius of density, if no radius is given."""
+from edadm_cli.config import LOCAL_DENSITY_QUANTILE
+
 _SLICE_ELEMENTS = 2**22  # elements of the double-precision slice that is in memory at a time
 _ROUNDING = 1e-12  # relative size below which a difference of inner products is rounding
 _TIE = 1e-9  # relative spread below which scores count as equal
@@ -104,12 +104,6 @@ def quantile_distance(distances: Tensor, quantile: float) -> float:
     return float(pairs.kthvalue(max(1, math.ceil(quantile * pairs.numel()))).values)
 
 
-def total_variation(counts: Tensor) -> float:
-    """Returns the distance of counts from equal ones: half the sum of |n_i / N - 1 / T|, from 0 to 1."""
-    shares = counts.double() / counts.sum()
-    return float((shares - 1 / len(counts)).abs().sum() / 2)
-
-
 def density(distances: Tensor, radius: float) -> Tensor:
     """Returns D before normalisation: for each step, the number of other steps within `radius`."""
     return (distances <= radius).sum(dim=1) - 1  # every step is within its own radius
@@ -124,7 +118,9 @@ def normalise(scores: Tensor) -> Tensor:
     return (scores - low) / (high - low)
 
 
-def normalised_scores(scores: Scores, radius: float | None, quantile: float = LOCAL_QUANTILE) -> NormalisedScores:
+def normalised_scores(
+    scores: Scores, radius: float | None, quantile: float = LOCAL_DENSITY_QUANTILE
+) -> NormalisedScores:
     """Returns density and variety, each normalised over the steps.
 
     Args:

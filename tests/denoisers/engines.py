@@ -33,12 +33,13 @@ from edadm_cli.engines.parity import relative_l2
 from edadm_cli.engines.pipeline import put_on_engine
 from edadm_cli.errors import EdadmError
 from edadm_cli.export.folder import write_pipeline
-from edadm_cli.integrations.quantizer import EdadmConfig, format_version
+from edadm_cli.integrations.quantizer import EdadmConfig
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.pipeline_calls.sampling import sample
+from edadm_cli.quant.plan import format_version
 from edadm_cli.select import stage as select
 from tests.denoisers.page import ROOT, update_table, write_table
 from tests.denoisers.rows import ROWS, Row

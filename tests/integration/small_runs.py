@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from edadm_cli.calibrate.nearest import quantize_to_nearest
 from edadm_cli.config import BitWidth
 from edadm_cli.export.folder import write_pipeline
-from edadm_cli.integrations.quantizer import EdadmConfig, format_version
+from edadm_cli.integrations.quantizer import EdadmConfig
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.loaded import LoadedModel
+from edadm_cli.quant.plan import format_version
 from edadm_cli.recipe import load_recipe
 
 CPU = torch.device("cpu")

@@ -24,7 +24,8 @@ from edadm_cli.quant.network import quantize_network
 from edadm_cli.quant.search import weight_scales
 from edadm_cli.recipe import load_recipe
 from edadm_cli.report.stage import run as report
-from edadm_cli.sensitivity import stage
+from edadm_cli.sensitivity import building
+from edadm_cli.sensitivity.task import resolve_task
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +94,12 @@ def test_the_error_at_four_bits_is_the_distance_of_final_samples(run_folder: Pat
 
 def test_steps_without_samples_at_the_end_are_steps_too(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of steps is that of the sampler, even where the calibration set has no sample of the last ones."""
-    task = stage.resolve_task(SensitivityConfig(recipe=load_recipe("quick"), device="cpu"), RunFolder(run_folder))
-    (part,) = task.parts
+    config = SensitivityConfig(recipe=load_recipe("quick"), device="cpu")
+    task = resolve_task(config, RunFolder(run_folder))
+    (part,) = building.parts_of(task)
     early = replace(part.calibration, step_index=part.calibration.step_index.clamp(max=1))
-    monkeypatch.setattr(stage.CalibrationSet, "load", lambda _: early)
-    (with_early_samples,) = task.parts
+    monkeypatch.setattr(building.CalibrationSet, "load", lambda _: early)
+    (with_early_samples,) = building.parts_of(task)
     assert with_early_samples.calibration is early
     assert with_early_samples.num_steps == part.num_steps >= 4
 
@@ -184,7 +186,7 @@ def test_a_killed_measurement_goes_on(run_folder: Path, tmp_path: Path, monkeypa
         "16",
     ]
     calls: list[str] = []
-    original = stage.layer_errors
+    original = building.layer_errors
 
     def interrupted(error: object, name: str, *args: object) -> object:
         calls.append(name)
@@ -192,7 +194,7 @@ def test_a_killed_measurement_goes_on(run_folder: Path, tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return original(error, name, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage, "layer_errors", interrupted)
+    monkeypatch.setattr(building, "layer_errors", interrupted)
     common = ["--run", str(tmp_path / "run"), "--device", "cpu", "--quiet"]
     assert main([*again, *common]) == 130
     assert main([*again, *common]) == 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edadm_cli.quant.grid import Grid
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_cli.quant.packing import is_packed
+from edadm_cli.quant.storage import is_packed
 
 _BYTE_BITS = 8
 

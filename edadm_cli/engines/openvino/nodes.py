@@ -17,7 +17,7 @@ from torch import Tensor
 from edadm_cli.engines.openvino.int4 import int4_constant
 from edadm_cli.quant.grid import Grid
 from edadm_cli.quant.layers import QuantizedLayer
-from edadm_cli.quant.packing import is_packed
+from edadm_cli.quant.storage import is_packed
 
 _LEVELS = 256
 

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from edadm_cli.artifacts import Artifact, Payload
 from edadm_cli.errors import InputError
+from edadm_cli.models.collected import CONDITION, CONSTANT, UNCONDITIONAL
 from edadm_cli.models.denoiser_calls.call_templates import Template, build_call, placed_tensors
 from edadm_cli.stage_config import DTypeName
 
 CALIBRATION_FILE = "calibration.safetensors"
-CONDITION = "condition."
-UNCONDITIONAL = "condition.unconditional."
-CONSTANT = "constant."
 _NAMES = ("sample", "timestep", "step_index", "trajectory_index")
 TensorTypeName = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edadm_cli.errors import InputError
-from edadm_cli.integrations.quantizer import METHOD, EdadmConfig, EdadmQuantizer, format_version
+from edadm_cli.integrations.quantizer import METHOD, EdadmConfig, EdadmQuantizer
 from edadm_cli.quant.layers import QuantizedLayer, quantized_layer, quantized_layers
 from edadm_cli.quant.network import quantize_network
-from edadm_cli.quant.packing import stored_bits, stored_bits_of_format_1
-from edadm_cli.quant.plan import LayerPlan, QuantizationPlan
+from edadm_cli.quant.plan import LayerPlan, QuantizationPlan, format_version
+from edadm_cli.quant.storage import stored_bits, stored_bits_of_format_1
 
 
 def _loaded(weight_bits: int, code: int) -> nn.Module:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edadm_cli.quant.packing import is_packed, pack, stored_bits, unpack
+from edadm_cli.quant.packing import pack, unpack
+from edadm_cli.quant.storage import is_packed, stored_bits
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 5), st.integers(1, 17)),

@@ -1,0 +1,127 @@
+"""Builds the parameters of every denoiser: searches ranges, learns rounding and scales, and commits the artifact."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from edadm_cli.artifacts import (
+    Build,
+    load_tensors,
+    save_tensors,
+)
+from edadm_cli.artifacts.quantization import PARAMS_FILE
+from edadm_cli.calibrate.gptq import gptq_params
+from edadm_cli.calibrate.nearest import nearest_params
+from edadm_cli.calibrate.ranges import search_ranges
+from edadm_cli.models.collected import CollectedRun
+from edadm_cli.progress import Reporter
+from edadm_cli.reconstruct.blocks import BlockReconstruction, Workspace
+from edadm_cli.reconstruct.checkpoint import UNITS_FOLDER, UnitCheckpoints
+from edadm_cli.reconstruct.context import ReconstructionContext
+from edadm_cli.reconstruct.memory import rows_budget
+from edadm_cli.reconstruct.planned import planned_context
+from edadm_cli.reconstruct.preparation import arithmetic
+from edadm_cli.reconstruct.rows import CACHE_FOLDER, RowCache
+from edadm_cli.reconstruct.summary import no_blocks, quantized_names, report_gaps, summary
+from edadm_cli.reconstruct.task import Task
+from edadm_cli.reconstruct.unit_data import UnitResult
+
+_RANGES_FILE = "ranges.safetensors"
+
+
+def build_params(task: Task, build: Build, reporter: Reporter) -> None:
+    """Reconstructs all denoisers of a pipeline into the folder of a build, and commits it.
+
+    Raises:
+        InputError: The model is not the one that was collected from.
+        UsageError: A pattern of the recipe matches no layer, or one of `units` matches no unit.
+        EdadmError: A planned layer was not quantized.
+    """
+    started, processes = time.monotonic(), task.processes
+    passes: dict[str, int] = {}
+    places = CollectedRun.open(task.run).places
+    with arithmetic(task):
+        for place in places:
+            for kind, number in _build_denoiser(task, place, build.path / place, reporter).items():
+                passes[kind] = passes.get(kind, 0) + number
+    processes.wait()  # the others may still read what is discarded now
+    if processes.is_main:
+        scratch = (UNITS_FOLDER, CACHE_FOLDER, _RANGES_FILE)
+        build.discard(str(Path(place, name)) for place in places for name in scratch)
+        facts = {
+            "device": str(task.device),
+            "seconds": round(time.monotonic() - started, 3),
+            "processes": processes.count,
+            "matmul": task.matmul,
+            "passes": passes,
+        }
+        build.commit(environment=facts)
+    processes.wait()
+
+
+def _build_denoiser(task: Task, place: str, folder: Path, reporter: Reporter) -> dict[str, int]:
+    """Reconstructs one denoiser into its folder, and returns how often the calibration set went through it."""
+    if task.processes.is_main:
+        folder.mkdir(exist_ok=True)
+    task.processes.wait()
+    note = reporter.warn if task.processes.is_main else lambda _: None
+    context = planned_context(task, place, folder, note)
+    warnings = no_blocks(task, context)
+    for warning in warnings if task.processes.is_main else ():
+        reporter.warn(warning)
+    params, results, passes = _reconstruct(task, context, folder, reporter)
+    quantized = quantized_names(context.plan, params)
+    if task.processes.is_main:
+        save_tensors(folder / PARAMS_FILE, params)
+        summary(context, results, len(quantized), warnings).save(folder)
+    return passes
+
+
+def _reconstruct(
+    task: Task, context: ReconstructionContext, folder: Path, reporter: Reporter
+) -> tuple[dict[str, Tensor], dict[str, UnitResult], dict[str, int]]:
+    """Returns the parameters, the result of each unit, and the number of passes of the calibration set by kind."""
+    ranges = _ranges(task, context, folder, reporter)
+    if not context.learning:
+        return _rounded(task, context, ranges), {}, {}
+    budget = task.processes.share(rows_budget(task.config.memory_budget_mib, context, task.hyperparameters))
+    cache = RowCache(folder, budget, task.device, shared=task.processes.count > 1)
+    reconstruction = BlockReconstruction(
+        context.network,
+        context.plan,
+        ranges,
+        context.batches,
+        task.hyperparameters,
+        task.config.seed,
+        Workspace(cache, UnitCheckpoints(folder), task.processes),
+    )
+    with reporter.task("reconstruct", len(context.units)) as advance:
+        results = reconstruction.run(context.units, advance, {unit.name for unit in context.learning})
+    report_gaps(results, task.hyperparameters, reporter)
+    return reconstruction.params, results, reconstruction.passes
+
+
+def _rounded(task: Task, context: ReconstructionContext, ranges: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the parameters where nothing is learned."""
+    network, plan = context.network, context.plan
+    if task.config.recipe.rounding == "nearest":
+        return nearest_params(network.float_weight, plan, ranges)
+    with network.full_precision():
+        return gptq_params(network.denoiser, context.traced, plan, ranges, context.batches)
+
+
+def _ranges(task: Task, context: ReconstructionContext, folder: Path, reporter: Reporter) -> dict[str, Tensor]:
+    """Returns the initial ranges, which the main process searches: batches are merged in their order."""
+    path, network = folder / _RANGES_FILE, context.network
+    if task.processes.is_main and not path.is_file():
+        with reporter.task("search ranges", len(context.batches)) as advance, network.full_precision():
+            recipe, plan, batches = task.config.recipe, context.plan, context.batches
+            params = search_ranges(
+                network.denoiser, context.traced, plan, recipe.ranges, batches, advance, recipe.transforms
+            )
+        save_tensors(path, params)
+    task.processes.wait()
+    return load_tensors(path)

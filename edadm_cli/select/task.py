@@ -1,0 +1,114 @@
+"""Decides the open choices of a selection, without reading the trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from edadm_cli.artifacts import Artifact, BuildSpec, read_tensor_header
+from edadm_cli.config import EARLIER_DENSITY_QUANTILE, LOCAL_DENSITY_QUANTILE, SelectConfig
+from edadm_cli.errors import UsageError
+from edadm_cli.models.collected import FEATURES_FILE, CollectedRun
+from edadm_cli.select.strategies import SelectionStrategy, strategy_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """A configuration whose open choices are all decided, with its trajectories.
+
+    Attributes:
+        run: The run with the `collect` artifact.
+        collected: The part of it that belongs to one denoiser.
+        strategy: How the samples are shared out over the steps.
+        num_steps: T.
+        num_samples: N.
+        variety_weight: lambda.
+        radius: r; `None` if a quantile of the distances decides it.
+    """
+
+    config: SelectConfig
+    strategy: SelectionStrategy
+    run: CollectedRun
+    collected: Artifact
+    num_steps: int
+    num_trajectories: int
+    num_samples: int
+    variety_weight: float
+    radius: float | None
+
+    @cached_property
+    def timesteps(self) -> Tensor:
+        """The scheduler's value at each step, with shape `(T,)`."""
+        return self.collected.tensors(FEATURES_FILE, ["timesteps"])["timesteps"]
+
+    @property
+    def quantile(self) -> float:
+        """Share of the pairs of steps within the radius, if no radius is given."""
+        return LOCAL_DENSITY_QUANTILE if self.config.density_quantile is None else self.config.density_quantile
+
+    @property
+    def radius_source(self) -> str | None:
+        """Description of the source of r for people; `None` for strategies without a radius."""
+        if not self.strategy.uses_scores:
+            return None
+        if self.config.density_radius is not None:
+            return "given"
+        if self.radius is not None:
+            return "the model's published one"
+        missing = "the model has no published one: " if self.config.model_radius else ""
+        return f"{missing}{self.quantile:.0%} quantile of the pairwise distances"
+
+    def build_spec(self) -> BuildSpec:
+        """Returns the specification of the artifact."""
+        fields = {
+            **self.config.identity_fields(),
+            "num_samples": self.num_samples,
+            "variety_weight": self.variety_weight if self.strategy.uses_scores else None,
+        }
+        fields.pop("model_radius", None)
+        fields.pop("density_quantile", None)
+        if self.strategy.uses_scores:
+            fields["density_radius"] = self.radius
+            if self.radius is None and self.quantile != EARLIER_DENSITY_QUANTILE:
+                fields["density_quantile"] = self.quantile
+        return BuildSpec("select", None, fields, self.config.seed, (self.run.artifact,), self.run.model)
+
+
+def prepare(config: SelectConfig, collected: CollectedRun, place: str = "") -> Task:
+    """Decides what the configuration leaves open for the trajectories of one denoiser; see `CollectedRun.places`."""
+    strategy = strategy_named(config.strategy)
+    part = collected.artifact.within(place)
+    num_trajectories = collected.num_trajectories
+    num_steps = read_tensor_header(part.file(FEATURES_FILE))["timesteps"].shape[0]
+    num_samples = config.num_samples or num_trajectories * min(config.samples_per_trajectory, num_steps)
+    if num_samples > num_trajectories * num_steps:
+        raise UsageError(
+            f"{num_samples} samples were asked for, and {num_trajectories} trajectories of {num_steps} steps have"
+            f" {num_trajectories * num_steps}.",
+            hint=f"edadm collect --num-trajectories {-(-num_samples // num_steps)} --force",
+        )
+    if not strategy.uses_scores:
+        for flag, value in (
+            ("density-radius", config.density_radius),
+            ("variety-weight", config.variety_weight),
+            ("density-quantile", config.density_quantile),
+        ):
+            if value is not None:
+                raise UsageError(f"--{flag} belongs to the strategy tdac and has no meaning for {strategy.name}.")
+    default_weight = collected.entry.variety_weight
+    radius = collected.entry.density_radius if config.model_radius and strategy.uses_scores else None
+    return Task(
+        config=config,
+        strategy=strategy,
+        run=collected,
+        collected=part,
+        num_steps=num_steps,
+        num_trajectories=num_trajectories,
+        num_samples=num_samples,
+        variety_weight=default_weight if config.variety_weight is None else config.variety_weight,
+        radius=radius if config.density_radius is None else config.density_radius,
+    )
