@@ -13,9 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
+from traceback import walk_tb
 from typing import Any, Protocol, TypeVar, cast
 
 from edadm_cli.errors import MachineError, missing_package
+
+KINDS = {
+    "edadm.engines": "engine",
+    "edadm.families": "family",
+    "edadm.metrics": "metric",
+    "edadm.contenders": "contender",
+    "edadm.transforms": "transform",
+    "edadm.strategies": "strategy",
+}
+"""What the entry points of each group name."""
 
 
 class _Named(Protocol):
@@ -92,6 +103,39 @@ def with_plugins(shipped: Iterable[NamedT], group: str, kind: Callable[..., Name
             )
         known[plugin.name] = plugin
     return known
+
+
+def plugin_failure(error: Exception) -> MachineError | None:
+    """Returns the failure that is reported for an error that another package's code raised while it ran.
+
+    The error belongs to another package if a frame of its traceback runs one of the package's modules, whether the
+    error was raised there or in what the package called.
+
+    Returns:
+        One sentence that names the object, such as the engine, and the error; `None` if no other package was running.
+        It names several objects if the traceback does not say which of them was running.
+    """
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    every = [point for group in KINDS for point in plugin_points(group)]
+    for frame in reversed(frames):  # the innermost first
+        module, owner = str(frame.f_globals.get("__name__")), frame.f_code.co_qualname.partition(".")[0]
+        points = [point for point in every if _is_in_package_of(point, module)]
+        inside = [point for point in points if point.module == module] or points
+        nearest = [point for point in inside if point.attr == owner] or inside
+        if nearest:
+            names = " or ".join(f"the {KINDS[point.group]} '{point.name}'" for point in nearest)
+            what = f"{type(error).__name__}: {error}"
+            return MachineError(
+                f"{names[0].upper()}{names[1:]} of another package failed in {module}: {what}.",
+                hint="add --verbose to see where, and report it to the authors of that package",
+            )
+    return None
+
+
+def _is_in_package_of(point: EntryPoint, module: str) -> bool:
+    """Returns whether a module is that of an entry point, or one of the same package."""
+    package = point.module.rpartition(".")[0] or point.module
+    return module == package or module.startswith(f"{package}.")
 
 
 def _origin(plugin: object) -> str:

@@ -25,6 +25,7 @@ from edadm_cli.errors import (
     missing_package,
 )
 from edadm_cli.launching import launched_index
+from edadm_cli.plugins import plugin_failure
 from edadm_cli.processes import LostProcessError
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
     if limit is not None:
         return limit
     explained = explain_os_error(error) if isinstance(error, OSError) else _explain_path(error)
+    explained = explained or plugin_failure(error)
     if explained is not None:
         return explained
     kind = type(error).__name__

@@ -145,7 +145,8 @@ class Execution:
     def print_facts(self, facts: Mapping[str, Any], path: str | None) -> None:
         """Prints facts that belong to no run, together with the keys that every command has."""
         common = {"command": self.command, "status": "done", "run": None, "artifact": None, "identity": None}
-        self.print({**common, "seconds": time.monotonic() - self.started, "warnings": [], **facts}, [], path)
+        spent_on = {"seconds": time.monotonic() - self.started, "warnings": list(self.reporter.warnings)}
+        self.print({**common, **spent_on, **facts}, [], path)
 
     def print(self, result: Mapping[str, Any], outcomes: list[dict[str, Any]], path: str | None) -> None:
         """Prints a JSON object, with the outcomes of its requirements if there are any."""

@@ -86,8 +86,10 @@ def models(execution: Execution, given: dict[str, Any]) -> None:
 @output_command()
 def engines(execution: Execution, given: dict[str, Any]) -> None:
     """Lists the engines, with their abilities on this machine."""
-    from edadm_cli.engines.registry import engine_facts
+    from edadm_cli.engines.registry import engine_facts, unusable_engines
 
+    for sentence in unusable_engines():
+        execution.reporter.warn(sentence)
     facts = [entry.model_dump(mode="json") for entry in engine_facts()]
     execution.print_facts({"engines": facts}, "\n".join(row["name"] for row in facts))
 

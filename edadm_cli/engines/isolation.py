@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from edadm_cli.errors import EdadmError, MachineError
+from edadm_cli.plugins import plugin_failure
 
 _STOP = "stop"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -203,6 +204,10 @@ def _answer(connection: Connection, work: Callable[[], Any]) -> None:
     except Exception as error:  # noqa: BLE001 - the other process reports it
         if "--verbose" in sys.argv or "-v" in sys.argv:
             traceback.print_exc()
+        failure = plugin_failure(error)
+        if failure is not None:
+            connection.send(("failed", (failure.message, failure.hint, failure.exit_code)))
+            return
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         connection.send(("failed", (reason, None, EdadmError.exit_code)))
 

@@ -30,6 +30,7 @@ ENGINE_NAMES = tuple(_ENGINES)
 _DEFAULTS = {"cpu": "openvino", "cuda": "cuda"}
 GROUP = "edadm.engines"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")  # no hyphens, because hyphens separate the parts of artifact names
+_RULE = "names of engines consist of lower-case letters, digits and underscores"
 _FORMER_NAMES = {"triton": "cuda"}  # names of engines in version 0.1, which its artifacts still hold
 
 
@@ -49,7 +50,7 @@ def engine(name: str) -> Engine:
     name = _FORMER_NAMES.get(name, name)
     outside = {} if name in _ENGINES else _outside()
     if name not in _ENGINES and name not in outside:
-        rule = "" if _NAME.fullmatch(name) else " Names consist of lower-case letters, digits and underscores."
+        rule = "" if _NAME.fullmatch(name) else f" {_RULE[0].upper()}{_RULE[1:]}."
         raise UsageError(
             f"There is no engine '{name}'; there are {', '.join(engine_names())}.{rule}", hint="edadm engines"
         )
@@ -84,9 +85,25 @@ def _outside_engine(point: EntryPoint) -> Engine:
 
 
 def _outside() -> dict[str, EntryPoint]:
-    """Returns the entry points of other packages' engines by name, without names that engines of this package have."""
-    points = {point.name: point for point in plugin_points(GROUP)}
-    return {name: point for name, point in points.items() if name not in _ENGINES and _NAME.fullmatch(name)}
+    """Returns the entry points of other packages' engines by name, without those whose name cannot be used."""
+    return {point.name: point for point in plugin_points(GROUP) if _fault_of_name(point.name) is None}
+
+
+def unusable_engines() -> list[str]:
+    """Returns one sentence for each engine of another package that no command can use because of its name."""
+    faults = ((point, _fault_of_name(point.name)) for point in plugin_points(GROUP))
+    return [
+        f"The engine '{point.name}' of another package ({point.value}) cannot be used: {fault}."
+        for point, fault in faults
+        if fault is not None
+    ]
+
+
+def _fault_of_name(name: str) -> str | None:
+    """Returns why an engine of another package cannot have a name; `None` if it can."""
+    if name in _ENGINES or name in _FORMER_NAMES:
+        return "edadm itself has an engine of that name"
+    return None if _NAME.fullmatch(name) else _RULE
 
 
 def default_engine(device: torch.device) -> Engine:

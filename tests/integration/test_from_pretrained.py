@@ -296,7 +296,8 @@ def toy_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(toy_engine.__file__, site / "a_toy_engine.py")
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(
-        "[edadm.engines]\ntoy = a_toy_engine:ToyEngine\nbroken = a_toy_engine:replace\nwith-hyphen = a:b\n"
+        "[edadm.engines]\ntoy = a_toy_engine:ToyEngine\nfailing = a_toy_engine:FailingEngine\n"
+        "broken = a_toy_engine:replace\nwith-hyphen = a:b\ncuda = a:c\n"
     )
     monkeypatch.syspath_prepend(site)
 
@@ -304,10 +305,14 @@ def toy_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("toy_package")
 def test_an_engine_of_another_package_generates_images(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["engines", "--json"]) == 0
-    listed = {row["name"]: row for row in json.loads(capsys.readouterr().out)["engines"]}
+    printed = json.loads(capsys.readouterr().out)
+    listed = {row["name"]: row for row in printed["engines"]}
     assert listed["toy"]["description"] == "an engine of another package"
     assert listed["toy"]["refusals"]["cpu"] is None
     assert "with-hyphen" not in listed
+    taken, misnamed = printed["warnings"]
+    assert "'cuda' of another package (a:c) cannot be used: edadm itself has an engine of that name" in taken
+    assert "'with-hyphen' of another package (a:b) cannot be used: names of engines consist of" in misnamed
     assert "edadm.engines" in listed["broken"]["refusals"]["cpu"]
     command = ["sample", "--run", str(run.root), "--bits", "w4a8", "--num-images", "1", "--device", "cpu"]
     images = []
@@ -317,6 +322,19 @@ def test_an_engine_of_another_package_generates_images(run: RunFolder, capsys: p
     assert images[0] != images[1]
     assert Image.open(images[0]).tobytes() == Image.open(images[1]).tobytes()
     assert main([*command, "--engine", "broken"]) == 4
+
+
+@pytest.mark.usefixtures("toy_package")
+@pytest.mark.parametrize("command", [["sample", "--num-images", "1"], ["bench", "--no-compiled", "--rounds", "1"]])
+def test_an_error_of_another_package_names_its_engine(
+    run: RunFolder, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--run", str(run.root), "--bits", "w4a8", "--device", "cpu", "--engine", "failing"]
+    assert main([*command, *options]) == 4
+    message = capsys.readouterr().err
+    assert "error: The engine 'failing' of another package failed in a_toy_engine: LookupError: no " in message
+    assert "internal error" not in message
+    assert "Traceback" not in message
 
 
 def test_an_export_of_a_model_in_bfloat16_samples_as_it_is_loaded_by_default(tiny_sd: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
@@ -11,7 +12,7 @@ import pytest
 
 from edadm_cli import plugins
 from edadm_cli.errors import MachineError
-from edadm_cli.plugins import with_plugins
+from edadm_cli.plugins import plugin_failure, with_plugins
 
 GROUP = "edadm.things"
 MODULE = """
@@ -24,6 +25,8 @@ def make():
     return Thing("made")
 TWIN = Thing("shipped")
 NUMBER = 3
+def fail(work):
+    return work()
 """
 
 
@@ -67,3 +70,27 @@ def test_what_is_wrong_with_an_entry_point_is_said(install: Install, value: str,
     install({"x": value})
     with pytest.raises(MachineError, match=expected):
         with_plugins([Thing("shipped")], GROUP, Thing)
+
+
+def _failing() -> None:
+    raise ValueError("nothing fits")
+
+
+def _caught(work: Callable[[], None]) -> ValueError:
+    with pytest.raises(ValueError, match="nothing fits") as caught:
+        work()
+    return caught.value
+
+
+def test_an_error_is_blamed_on_the_package_whose_code_was_running(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the error was raised in what the package called."""
+    monkeypatch.setitem(plugins.KINDS, GROUP, "thing")
+    install({"a": "module_of_things:make", "b": "module_that_needs_more:THING"})
+    fail = importlib.import_module("module_of_things").fail
+    failure = plugin_failure(_caught(lambda: fail(_failing)))
+    assert failure is not None
+    assert failure.message == "The thing 'a' of another package failed in module_of_things: ValueError: nothing fits."
+    assert failure.exit_code == 4
+    assert plugin_failure(_caught(_failing)) is None

@@ -9,6 +9,7 @@ from torch import nn
 
 from edadm_cli.engines.base import FLOAT, CompiledDenoiser, EngineOptions, LayerExecution, OperationTime
 from edadm_cli.engines.reference import ReferenceEngine
+from edadm_cli.quant.layers import QuantizedLayer
 
 
 class ToyEngine(ReferenceEngine):
@@ -22,6 +23,23 @@ class ToyEngine(ReferenceEngine):
     ) -> CompiledDenoiser:
         """Compile as the reference does."""
         return _ToyDenoiser(super().compile(denoiser, args, kwargs, options))
+
+
+class FailingEngine(ReferenceEngine):
+    """Fails whenever it is asked for a layer or a denoiser."""
+
+    name = "failing"
+    description = "an engine with a defect"
+
+    def compile(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: EngineOptions
+    ) -> CompiledDenoiser:
+        """Raise an error that no command expects."""
+        raise LookupError("no table of mine fits")
+
+    def layer_refusal(self, layer: QuantizedLayer) -> str | None:
+        """Raise an error that no command expects."""
+        raise LookupError("no row of mine fits")
 
 
 class _ToyDenoiser(CompiledDenoiser):
