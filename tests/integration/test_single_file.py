@@ -418,6 +418,11 @@ def test_a_file_of_stable_diffusion_35_is_completed_by_the_folder_beside_it(tmp_
     loaded = model.denoiser.state_dict()
     for key, tensor in pipeline.transformer.state_dict().items():
         assert torch.equal(loaded[key], tensor.to(dtype).float()), key
+    assert model.remarks == ()
+    (remark,) = load(tmp_path / "mine.safetensors", {**state, f"{prefix}trainer.step": torch.ones(1)}).remarks
+    assert "a tensor that the denoiser does not have, such as 'trainer.step'" in remark
+    scales = {f"{prefix}joint_blocks.0.x_block.attn.qkv.weight.absmax": torch.ones(1)}
+    assert "absmax', which changes the denoiser" in refusal(tmp_path / "mine.safetensors", {**state, **scales})
     del state[f"{prefix}joint_blocks.0.x_block.attn.ln_q.weight"]
     assert "mine.safetensors" in refusal(tmp_path / "mine.safetensors", state)
 

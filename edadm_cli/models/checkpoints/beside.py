@@ -100,6 +100,8 @@ def _convert(
             raise InputError(f"{path} lacks the tensor '{name}', which {component.folder} describes.")
         if not is_finite(tensor):
             raise InputError(f"{path}: the tensor '{name}' holds values that are not finite (NaN or infinity).")
+    if len(wide) < len(state):  # diffusers takes out what it converts, for FLUX, Stable Diffusion 3 and others
+        extra += sorted(wide)
     for warning in warnings:
         if _UNUSED in warning:
             extra += warning.partition("['")[2].removesuffix("']").split(", ")
