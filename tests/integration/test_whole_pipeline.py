@@ -16,7 +16,7 @@ from edadm_cli import export, reconstruct
 from edadm_cli.artifacts import CallTime, ExportRecord, RunFolder
 from edadm_cli.config import BitWidth, ExportConfig, ReconstructConfig
 from edadm_cli.errors import MachineError
-from edadm_cli.export import stage, timing
+from edadm_cli.export import building, timing
 from edadm_cli.export.timing import _Pair, speed_sentences
 from edadm_cli.models.loading import load_model
 from edadm_cli.recipe import load_recipe
@@ -109,8 +109,8 @@ def test_the_verdict_says_whether_the_export_is_faster_or_why_nobody_knows(
         "The engine 'openvino' computes 83 layers in int8 and the products of 12 attentions in float32."
     )
 
-    monkeypatch.setattr(stage, "SMALLEST", 0)
-    monkeypatch.setattr(stage, "time_calls", lambda *_: slow)
+    monkeypatch.setattr(building, "SMALLEST", 0)
+    monkeypatch.setattr(building, "time_calls", lambda *_: slow)
     record = _export(run)
     assert record.call_time == slow
     assert record.verdict[-2:] == tuple(speed_sentences(slow))
@@ -119,13 +119,13 @@ def test_the_verdict_says_whether_the_export_is_faster_or_why_nobody_knows(
     def crash(*_: Any) -> CallTime:
         raise MachineError("The measurement of a few calls ended before its time: signal 11, crashed.")
 
-    monkeypatch.setattr(stage, "time_calls", crash)
+    monkeypatch.setattr(building, "time_calls", crash)
     assert "signal 11" in _export(run, force=True).verdict[-1]
 
 
 def test_what_does_not_fit_into_memory_twice_is_not_timed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SMALLEST", 0)
-    monkeypatch.setattr(stage, "time_calls", lambda *_: pytest.fail("full precision would be loaded"))
+    monkeypatch.setattr(building, "SMALLEST", 0)
+    monkeypatch.setattr(building, "time_calls", lambda *_: pytest.fail("full precision would be loaded"))
     monkeypatch.setattr(timing, "memory_of", lambda _: 2**10)
     record = _export(run)
     assert record.call_time is None

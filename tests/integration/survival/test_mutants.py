@@ -64,7 +64,7 @@ def _write_bench(maker: RunMaker) -> None:
 @pytest.fixture
 def readers(whole: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[RunFolder], Any]]:
     """What the next stage reads of each kind of artifact, without its work."""
-    from edadm_cli.select import stage as select
+    from edadm_cli.select import building as select
 
     monkeypatch.setattr(select, "draw_selection", lambda path, *_: path.write_bytes(b"plot"))
     denoiser = CollectedRun.open(RunFolder(whole)).load(*_cpu()).denoiser
