@@ -66,12 +66,7 @@ class BitWidth(BaseModel):
             return cls(weight=4, activation=int(match[3] or 8), size_mib=size, group_size=groups)
         match = _AVERAGE_BITS.match(plain)
         if match is None or float(match[1]) > 8:
-            raise UsageError(
-                f"--bits takes wXaY with X and Y from 2 to 8, such as w8a8 or w4a8, wXgGaY with groups of G weights, as"
-                f" w4g32a8, an average such as auto:4.5a8 or auto:4.25g32a8, or the size of the denoiser such as"
-                f" auto:1.5MiB; got '{text}'.",
-                hint="edadm reconstruct --bits w4a8",
-            )
+            raise _not_a_width(text)
         average = float(match[1])
         return cls(weight=int(average), activation=int(match[3]), average=average, group_size=_group_size(text, match))
 
@@ -112,6 +107,20 @@ def _group_size(text: str, match: re.Match[str]) -> int | None:
     if not SMALLEST_GROUP <= int(match[2]) <= LARGEST_GROUP:
         raise _not_groups(text)
     return int(match[2])
+
+
+def _not_a_width(text: str) -> UsageError:
+    if "," in text:
+        return UsageError(
+            f"One bit width is expected, such as w4a8; got '{text}'.",
+            hint="edadm run and edadm bench take several at once",
+        )
+    return UsageError(
+        "--bits takes wXaY, where X and Y are the bits of weights and activations, from 2 to 8, such as w4a8; wXgGaY"
+        " with groups of G weights, such as w4g32a8; auto:4.5a8 for an average of 4.5 bits per weight, also from 2 to"
+        f" 8; or auto:1.5MiB for a size of the denoiser; got '{text}'.",
+        hint="edadm reconstruct --bits w4a8",
+    )
 
 
 def _not_groups(text: str) -> UsageError:

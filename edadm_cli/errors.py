@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -88,6 +90,12 @@ def missing_package(error: ModuleNotFoundError, what: str = "This") -> MachineEr
 def quoted(*words: object) -> str:
     """Returns a command line that a shell splits into these words: `quoted("edadm", "--run", "my run")`."""
     return shlex.join(str(word) for word in words)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """Returns the hint for a name that is misspelt: the known name that is most like it; `None` if none is like it."""
+    alike = get_close_matches(name, list(known), n=1)
+    return f"did you mean '{alike[0]}'?" if alike else None
 
 
 # pydantic's messages name Python classes; users write tables and lists.

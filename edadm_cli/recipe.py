@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edadm_cli.errors import UsageError, explain_field
+from edadm_cli.errors import UsageError, did_you_mean, explain_field
 from edadm_cli.plain_data import read_toml
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
@@ -264,7 +264,14 @@ def load_recipe(name_or_path: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         field = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
-        raise UsageError(f"The recipe '{name_or_path}' is not valid: {field}{explain_field(first)}.") from error
+        hint = did_you_mean(str(first["loc"][-1]), _field_names()) if first["type"] == "extra_forbidden" else None
+        raise UsageError(f"The recipe '{name_or_path}' is not valid: {field}{explain_field(first)}.", hint) from error
+
+
+def _field_names() -> set[str]:
+    """Returns the names of all fields of a recipe, those of its tables among them."""
+    schema = Recipe.model_json_schema()
+    return {name for part in (schema, *schema["$defs"].values()) for name in part.get("properties", {})}
 
 
 def _read(name_or_path: str, depth: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "Cannot allocate memory", "bad allocation")
+_EXTRA = "Got unexpected extra argument(s) ("
 _LOOP = "Symlink loop from"
 _NO_MAPPING = ("failed to map segment", "cannot map", "cannot allocate memory", "cannot enable executable stack")
 
@@ -69,6 +70,8 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> EdadmError:
     if isinstance(error, typer.TyperException):
         message = error.format_message()
         command = [] if message.startswith("No such command") else _command(arguments)
+        if message.startswith(_EXTRA):
+            message = f"edadm {' '.join(command)} does not take the argument '{message[len(_EXTRA) : -1]}'."
         return UsageError(message, hint=" ".join(["edadm", *command, "--help"]))
 
     from pydantic import ValidationError

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from edadm_cli import bench, collect, evaluate, export, reconstruct, sample, select, sensitivity
 from edadm_cli.artifacts import Stage
 from edadm_cli.config import StageConfig
-from edadm_cli.errors import UsageError
+from edadm_cli.errors import UsageError, did_you_mean
 from edadm_cli.plain_data import read_toml
 from edadm_cli.recipe import load_recipe
 
@@ -41,9 +41,10 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
     for key, value in content.items():
         if key in STAGES and isinstance(value, dict):
             for name in value:
-                _check_known(path, f"{key}.{name}", name in STAGES[key].config.model_fields)
+                _check_known(path, name, set(STAGES[key].config.model_fields), within=key)
         else:
-            _check_known(path, key, any(key in stage.config.model_fields for stage in STAGES.values()))
+            fields = {name for stage in STAGES.values() for name in stage.config.model_fields}
+            _check_known(path, key, fields, fields | STAGES.keys())
     return content
 
 
@@ -82,6 +83,8 @@ def recipe_name(value: Any) -> str:
     return value
 
 
-def _check_known(path: Path, key: str, known: bool) -> None:
-    if not known:
-        raise UsageError(f"The configuration {path} has an unknown key '{key}'.", hint="edadm --help")
+def _check_known(path: Path, key: str, known: set[str], alike: set[str] | None = None, within: str = "") -> None:
+    if key not in known:
+        full, command = (f"{within}.{key}", f"edadm {within} --help") if within else (key, "edadm --help")
+        hint = did_you_mean(key, alike or known) or command
+        raise UsageError(f"The configuration {path} has an unknown key '{full}'.", hint=hint)

@@ -16,6 +16,7 @@ from edadm_cli.cli.text import one_line
 _HIDDEN = frozenset({"command", "warnings", "requirements", "metrics", "full_precision", "skipped", "card"})
 _SHORT_IDENTITY = 12
 _LONG_LIST = 64
+_SHORT_TEXT = 12  # characters of a cell that a narrow terminal does not break
 
 
 def render(result: Mapping[str, Any]) -> Iterator[Table | Text]:
@@ -82,9 +83,10 @@ def show_value(value: Any) -> str:
 
 def _listing(rows: Iterable[Mapping[str, Any]], columns: Iterable[str], title: str | None = None) -> Table:
     names = tuple(columns)
-    table = Table(title=Text(one_line(title)) if title else None, title_justify="left")
+    table, rows = Table(title=Text(one_line(title)) if title else None, title_justify="left"), list(rows)
     for name in names:
-        table.add_column(Text(name.replace("_", " ")), overflow="fold")
+        is_short = all(len(show_value(row.get(name))) <= _SHORT_TEXT for row in rows)
+        table.add_column(Text(name.replace("_", " ")), overflow="fold", no_wrap=is_short)
     for row in rows:
         table.add_row(*(Text(show_value(row.get(name))) for name in names))
     return table
@@ -165,7 +167,9 @@ def _estimate(stage: Mapping[str, Any]) -> list[str]:
 
 
 def _inspection(result: Mapping[str, Any]) -> Iterator[Table | Text]:
-    columns = ("kind", "name", "identity", "parents", "created_at", "intact", "problem")
+    columns: tuple[str, ...] = ("kind", "name", "identity", "parents", "created_at", "intact")
+    if any(artifact.get("problem") for artifact in result["artifacts"]):
+        columns = (*columns, "problem")
     rows = [
         {
             **artifact,

@@ -27,7 +27,7 @@ from edadm_cli.models.pipeline_calls.call_arguments import takes_guidance
 from edadm_cli.models.pipeline_calls.encoding import encode_first
 from edadm_cli.models.pipeline_calls.images import images_sha256
 from edadm_cli.models.pipeline_calls.output_size import with_sizes
-from edadm_cli.models.pipeline_calls.prompts import prompts_name, resolve_prompts
+from edadm_cli.models.pipeline_calls.prompts import prompts_name, read_prompts, resolve_prompts
 from edadm_cli.models.pipeline_calls.sampling import Samples, image_seed, require_num_steps, sample
 from edadm_cli.models.placement import described, placement
 from edadm_cli.models.sources.from_folder import first_sentence
@@ -159,6 +159,8 @@ class Task:
 
 def prepare(config: CollectConfig, processes: Processes) -> Task:
     """Loads the model and decides what the configuration leaves open."""
+    # what is wrong with the file is reported before a large model is loaded
+    given = None if config.prompts is None else read_prompts(config.prompts)
     model, remarks = _load(config, resolve_device(processes.device_name(config.device)))
     if config.images is not None:
         model.entry = model.entry.model_copy(update={"images": str(config.images.expanduser().resolve())})
@@ -178,7 +180,7 @@ def prepare(config: CollectConfig, processes: Processes) -> Task:
         guidance_scale=entry.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         batch_size=min(config.batch_size or entry.batch_size, num_trajectories),
         feature_batch=min(config.feature_batch or entry.feature_batch, num_trajectories),
-        prompts=resolve_prompts(model, config.prompts, num_trajectories, config.seed),
+        prompts=resolve_prompts(model, given, num_trajectories, config.seed),
         remarks=remarks,
     )
 

@@ -148,8 +148,8 @@ class _Pair:
         for values in times:
             if statistics.median(values) > BUSY * min(values):
                 raise MachineError(
-                    f"other programs keep this machine busy, since equal calls took {min(values):.3g} to"
-                    f" {max(values):.3g} ms.",
+                    f"other programs keep this machine busy, since equal calls took {min(values):,.1f} to"
+                    f" {max(values):,.1f} ms.",
                     hint="edadm bench",
                 )
         layers = self.exported.layers

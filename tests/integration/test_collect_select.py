@@ -30,6 +30,7 @@ from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.denoiser_calls.calls import DenoiserCall, record_calls
 from edadm_cli.models.loading import load_model
 from edadm_cli.models.pipeline_calls.sampling import image_seed, sample
+from edadm_cli.processes import ALONE
 from edadm_cli.report.commands import repeating_commands
 from edadm_cli.report.contents import read_run
 from edadm_cli.select import stage as select
@@ -416,6 +417,13 @@ def test_weights_that_end_in_infinity_name_the_step(tiny_ddpm: Path, tmp_path: P
     with pytest.raises(InputError, match=r"not finite .* from step 1 on, timestep 500"):
         collect.run(config_of(folder, None), run)
     assert not run.path("collect").exists()
+
+
+def test_a_prompt_file_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    config = CollectConfig(model="no-such-model", prompts=tmp_path / "empty.txt")
+    with pytest.raises(InputError, match="holds no prompt"):
+        collect.prepare(config, ALONE)
 
 
 def test_what_a_model_does_not_have_is_refused(tiny_ddpm: Path, prompts: Path, tmp_path: Path) -> None:

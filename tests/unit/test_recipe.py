@@ -168,6 +168,15 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"), [("edge_wieght_bits = 8", "edge_weight_bits"), ("[learn]\niteratoins = 5", "iterations")]
+)
+def test_a_misspelt_field_is_told_its_name(tmp_path: Path, text: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(_written(tmp_path, text))
+    assert caught.value.hint == f"did you mean '{meant}'?"
+
+
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not readable TOML"):

@@ -31,22 +31,27 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 _USUAL_COLUMNS = ("caption", "prompt", "text")
 
 
-def resolve_prompts(model: LoadedModel, path: Path | None, num_prompts: int, seed: int) -> list[str] | None:
+def resolve_prompts(model: LoadedModel, given: list[str] | None, num_prompts: int, seed: int) -> list[str] | None:
     """Returns prompts for `num_prompts` images; `None` for a model that takes none.
 
     Of a list with more prompts than images, the first ones are used; a list with fewer is repeated.
 
+    Args:
+        model: The pipeline.
+        given: The prompts of the user's file; `None` takes the model's own, or the built-in captions.
+        num_prompts: The number of images.
+        seed: Seed of the model's own prompts.
+
     Raises:
         UsageError: There is a file, and the model takes no prompts.
-        InputError: The file is not usable.
     """
     if not takes_prompts(model.pipeline):
-        if path is not None:
+        if given is not None:
             raise UsageError(f"{model.ref.id} takes no prompts, so --prompts has no meaning for it.")
         return None
-    if path is None and model.entry.prompts is not None:
+    if given is None and model.entry.prompts is not None:
         return shipped_prompts(model.entry.prompts, num_prompts, seed)
-    lines = read_prompts(CAPTIONS if path is None else path)
+    lines = read_prompts(CAPTIONS) if given is None else given
     return [lines[i % len(lines)] for i in range(num_prompts)]
 
 

@@ -64,6 +64,16 @@ def test_a_table_is_never_too_narrow_for_its_content(
     assert len(text.splitlines()) < 100
 
 
+def test_a_narrow_terminal_breaks_no_short_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["inspect"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"│ reconstruct +│ w4a8 +│ [0-9a-f]{12} │", text)
+    assert "problem" not in text, "nothing is wrong, so the column would be empty"
+
+
 def test_tensors_are_counted_by_element_type_in_the_table() -> None:
     tensors = {f"layer{place}.weight": {"dtype": "I8", "shape": [2, 3]} for place in range(2000)}
     tensors["layer0.scale"] = {"dtype": "F32", "shape": []}

@@ -11,6 +11,7 @@ import edadm_cli
 from edadm_cli.cli.app import COMMANDS, main
 from edadm_cli.cli.settings import STAGES, build_config, read_config_file
 from edadm_cli.config import BitWidth, ReconstructConfig, SampleConfig
+from edadm_cli.errors import UsageError
 from edadm_cli.recipe import load_recipe
 from tests.unit.cli.conftest import FakeStages
 
@@ -125,7 +126,8 @@ def test_command_lines_that_cannot_be_are_refused_before_any_work(
     ("text", "named"),
     [
         ("[reconstruct]\nbits = 48", "got '48'"),
-        ("[reconstruct]\nbits = ['w4a8', 'w8a8']", "--bits takes wXaY"),
+        ("[reconstruct]\nbits = ['w4a8', 'w8a8']", "One bit width is expected"),
+        ("[reconstruct]\nbits = 'auto:99a8'", "also from 2 to 8"),
         ("[reconstruct]\nbits = 'w4a8'\nrecipe = 5", "got 5"),
         ("[reconstruct]\nbits = 'w4a8'\n[reconstruct.recipe]\nname = 'mine'", "A recipe is given by its name"),
     ],
@@ -155,6 +157,26 @@ def test_a_value_that_does_not_fit_is_told_by_its_flag(
     told = capsys.readouterr().err
     assert told.startswith(f"error: {error}")
     assert hint in told
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "hint"),
+    [
+        ("[collect]\nnum_trajectoreis = 5", "collect.num_trajectoreis", "did you mean 'num_trajectories'?"),
+        ("[colect]\nseed = 5", "colect", "did you mean 'collect'?"),
+        ("[select]\nxyzzy = 5", "select.xyzzy", "edadm select --help"),
+    ],
+)
+def test_a_misspelt_key_is_told_its_name(tmp_path: Path, text: str, key: str, hint: str) -> None:
+    (tmp_path / "edadm.toml").write_text(text)
+    with pytest.raises(UsageError, match=key) as caught:
+        read_config_file(tmp_path / "edadm.toml")
+    assert caught.value.hint == hint
+
+
+def test_an_argument_without_an_option_is_refused_in_our_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "digits-sd"]) == 2
+    assert capsys.readouterr().err.startswith("error: edadm run does not take the argument 'digits-sd'.\n")
 
 
 def test_a_file_may_have_a_table_for_every_stage(tmp_path: Path) -> None:

@@ -69,11 +69,10 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
         read_prompts(path)
 
 
-def test_images_take_the_first_prompts_or_go_round_again(stable_diffusion: LoadedModel, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("a\nb\nc\n")
-    assert resolve_prompts(stable_diffusion, path, 2, seed=0) == ["a", "b"]
-    assert resolve_prompts(stable_diffusion, path, 5, seed=0) == ["a", "b", "c", "a", "b"]
+def test_images_take_the_first_prompts_or_go_round_again(stable_diffusion: LoadedModel) -> None:
+    prompts = ["a", "b", "c"]
+    assert resolve_prompts(stable_diffusion, prompts, 2, seed=0) == ["a", "b"]
+    assert resolve_prompts(stable_diffusion, prompts, 5, seed=0) == ["a", "b", "c", "a", "b"]
 
 
 def test_without_a_file_the_built_in_captions_serve(stable_diffusion: LoadedModel, tmp_path: Path) -> None:
@@ -128,12 +127,12 @@ def test_files_that_are_not_what_their_names_promise_are_refused(
         read_prompts(tmp_path / name)
 
 
-def test_a_model_that_takes_no_prompts_refuses_them(tiny_ddpm: Path, tmp_path: Path) -> None:
+def test_a_model_that_takes_no_prompts_refuses_them(tiny_ddpm: Path) -> None:
     model = load_model(str(tiny_ddpm), torch.device("cpu"), torch.float32)
     assert resolve_prompts(model, None, 2, seed=0) is None
     assert prompts_name(model, None) is None
     with pytest.raises(UsageError, match="takes no prompts"):
-        resolve_prompts(model, tmp_path / "prompts.txt", 2, seed=0)
+        resolve_prompts(model, ["a"], 2, seed=0)
 
 
 def test_the_digits_entry_brings_its_prompts(stable_diffusion: LoadedModel) -> None:
