@@ -112,7 +112,7 @@ def _group_size(text: str, match: re.Match[str]) -> int | None:
 def _not_a_width(text: str) -> UsageError:
     if "," in text:
         return UsageError(
-            f"One bit width is expected, such as w4a8; got '{text}'.",
+            f"--bits takes one width here, such as w4a8; got '{text}'.",
             hint="edadm run and edadm bench take several at once",
         )
     return UsageError(

@@ -98,15 +98,23 @@ class RunFolder:
             return []
         return sorted(child.name for child in folder.iterdir() if is_artifact_name(child.name) and has_manifest(child))
 
+    def require(self, kind: str, name: str | None = None) -> None:
+        """Refuses a run without this artifact, whose files are not checked.
+
+        Raises:
+            InputError: The artifact is missing.
+        """
+        if not self.has(kind, name):
+            raise InputError(f"There is no {_title(kind, name)} in the run {self.root}.", hint=self.command(kind, name))
+
     def open(self, kind: str, name: str | None = None) -> Artifact:
         """Opens an artifact and checks its files, and that its parents are those in the run now.
 
         Raises:
             InputError: The artifact is missing or broken, or was built from something that has changed since.
         """
+        self.require(kind, name)
         path = self.path(kind, name)
-        if not has_manifest(path):
-            raise InputError(f"There is no {_title(kind, name)} in the run {self.root}.", hint=self.command(kind, name))
         try:
             artifact = open_artifact(path, kind)
         except InputError as error:

@@ -27,11 +27,11 @@ def _argument(name: str, kind: Any, metavar: str, text: str) -> flags.Parameter:
 )
 def push(execution: Execution, given: dict[str, Any]) -> None:
     """Sends an export to the Hugging Face hub."""
+    if given["folder"] is None or given["repository"] is None:
+        raise UsageError("edadm push needs an export and a repository.", hint="edadm push FOLDER OWNER/NAME --dry-run")
     from edadm_cli.export.push import prepare
     from edadm_cli.export.push import push as send
 
-    if given["folder"] is None or given["repository"] is None:
-        raise UsageError("edadm push needs an export and a repository.", hint="edadm push FOLDER OWNER/NAME --dry-run")
     upload = prepare(given["folder"], given["repository"])
     facts: dict[str, Any] = {"repository": upload.repository, "files": upload.sizes(), "url": None}
     if given["dry_run"]:

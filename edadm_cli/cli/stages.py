@@ -16,7 +16,7 @@ from edadm_cli import sensitivity as sensitivity_package
 from edadm_cli.artifacts import RunFolder, Stage
 from edadm_cli.cli import flags
 from edadm_cli.cli.current_run import bits_used_last
-from edadm_cli.cli.execution import ConfigT, Execution, stage_command
+from edadm_cli.cli.execution import Execution, stage_command
 from edadm_cli.cli.require import Requirement, parse_requirements
 from edadm_cli.cli.settings import recipe_name
 from edadm_cli.config import BitWidth, CollectConfig, ReconstructConfig, SelectConfig
@@ -143,7 +143,7 @@ def configure_reconstruct(execution: Execution, given: dict[str, Any]) -> Recons
 
 def _continue(
     execution: Execution,
-    stage: Stage[ConfigT],
+    stage: Stage[Any],
     given: dict[str, Any],
     *,
     reads: str,
@@ -152,6 +152,7 @@ def _continue(
     """Performs a stage that continues a run, with the run's last bit width if none is given."""
     run_folder = execution.run_used_last()
     config = execution.configure(stage, {**given, **_bits(execution, given, run_folder, reads)})
+    run_folder.require(reads, str(config.bits))  # before the stage is imported
     execution.conclude(execution.perform(stage, run_folder, config), requirements=requirements)
 
 

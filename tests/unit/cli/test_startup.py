@@ -30,11 +30,11 @@ print(json.dumps({"code": code, "text": text.getvalue(), "modules": sorted(sys.m
 """
 
 
-def _probe(*arguments: str) -> tuple[str, set[str]]:
+def _probe(*arguments: str, code: int = 0) -> tuple[str, set[str]]:
     command = [sys.executable, "-c", PROBE, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
-    assert result["code"] == 0
+    assert result["code"] == code
     return result["text"], set(result["modules"])
 
 
@@ -42,6 +42,23 @@ def _probe(*arguments: str) -> tuple[str, set[str]]:
 def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
     text, modules = _probe(*arguments)
     assert text
+    assert not modules & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["push"], 2),
+        (["reconstruct", "--bits", "w4", "--run", "nowhere"], 2),
+        (["select", "--strategy", "nonsense", "--run", "nowhere"], 2),
+        (["select", "--run", "nowhere"], 3),
+        (["export", "--bits", "w4a8", "--run", "nowhere"], 3),
+        (["evaluate", "--bits", "w4a8", "--run", "nowhere"], 3),
+        (["sample", "--bits", "w4a8", "--run", "nowhere"], 3),
+    ],
+)
+def test_nothing_heavy_is_imported_to_refuse_a_command(arguments: list[str], code: int) -> None:
+    _, modules = _probe(*arguments, code=code)
     assert not modules & set(HEAVY)
 
 
