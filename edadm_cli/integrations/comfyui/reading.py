@@ -83,6 +83,7 @@ def dequantized_state(state: Mapping[str, Tensor], where: str) -> dict[str, Tens
         stem = name.removesuffix(_MARK)
         about = _about(result.pop(name), f"{where}: '{name}'")
         weight, scale = result.get(f"{stem}.weight"), result.pop(f"{stem}.weight_scale", None)
+        result.pop(f"{stem}.input_scale", None)  # ComfyUI quantizes inputs with one scale per token
         if weight is None or scale is None or weight.dtype != torch.int8 or weight.ndim != 2:
             raise InputError(f"{where}: '{stem}' needs an int8 'weight' of two dimensions and a 'weight_scale'.")
         if scale.numel() not in (1, len(weight)) or not bool(scale.float().isfinite().all()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -10,13 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    ZImageTransformer2DModel,
-)
 from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
@@ -26,36 +18,11 @@ from edadm_cli.integrations.comfyui.reading import dequantized_state, is_quantiz
 from edadm_cli.integrations.comfyui.writing import comfyui_state
 from edadm_cli.models.loading import load_model
 from edadm_cli.quant import transforms as transforms_module
-from edadm_cli.quant.layers import SplitLayer, quantized_layer, quantized_layers
+from edadm_cli.quant.layers import quantized_layer, quantized_layers
 from edadm_cli.quant.network import set_module
 from edadm_cli.quant.plan import LayerPlan
 from edadm_cli.quant.transforms import Transform, regular_hadamard, transform_named
-
-FLUX = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-KINDS: dict[str, Any] = {
-    "flux": lambda: FluxTransformer2DModel(
-        **FLUX, in_channels=8, joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
-        guidance_embeds=True,
-    ),
-    "sd3": lambda: SD3Transformer2DModel(
-        sample_size=8, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
-        caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8, dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    ),
-    "unet": lambda: UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2,
-        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ),
-    "qwen": lambda: QwenImageTransformer2DModel(
-        in_channels=8, out_channels=2, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
-    ),
-    "z_image": lambda: ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[4, 6, 6], axes_lens=[64, 64, 64],
-    ),
-}  # fmt: skip
+from tests.unit.integrations.comfyui_kinds import KINDS, narrow_flux_conversion, quantize_all
 
 
 def _restored(kind: str, state: dict[str, Tensor], denoiser: nn.Module) -> dict[str, Tensor]:
@@ -63,7 +30,7 @@ def _restored(kind: str, state: dict[str, Tensor], denoiser: nn.Module) -> dict[
     if kind == "unet":
         return single_file_utils.convert_ldm_unet_checkpoint(state, dict(denoiser.config))
     convert = {
-        "flux": _narrow_flux_conversion(),
+        "flux": narrow_flux_conversion(),
         "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
         "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
     }.get(kind)
@@ -74,38 +41,12 @@ def _restored(kind: str, state: dict[str, Tensor], denoiser: nn.Module) -> dict[
     return convert(state)
 
 
-def _narrow_flux_conversion() -> Any:
-    """The conversion that diffusers has for FLUX knows one width of the network only: here it gets the test's."""
-    source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
-    assert source.count("inner_dim = 3072") == 1
-    scope = vars(single_file_utils).copy()
-    exec(source.replace("inner_dim = 3072", "inner_dim = 32"), scope)
-    return scope["convert_flux_transformer_checkpoint_to_diffusers"]
-
-
-def _quantize(denoiser: nn.Module) -> dict[str, Tensor]:
-    """Quantize every layer to nearest at eight bits, in place; returns the dequantized weights by name."""
-    weights = {}
-    for name, layer in list(denoiser.named_modules()):
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            continue
-        rows = layer.weight.detach().flatten(1)
-        scale = rows.abs().amax(1).clamp_min(1e-6) / 127
-        codes = (rows / scale[:, None]).round().reshape(layer.weight.shape).to(torch.int8)
-        quantized = quantized_layer(layer, LayerPlan(weight_bits=8))
-        assert not isinstance(quantized, SplitLayer)
-        quantized.set_parameters(codes, scale)
-        set_module(denoiser, name, quantized)
-        weights[f"{name}.weight"] = (codes.flatten(1) * scale[:, None]).reshape(layer.weight.shape)
-    return weights
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_is_read_back_as_the_same_denoiser(kind: str) -> None:
     torch.manual_seed(0)
     denoiser = KINDS[kind]()
     expected = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-    expected.update(_quantize(denoiser))
+    expected.update(quantize_all(denoiser))
     state = comfyui_state(denoiser)
     assert is_quantized_state(state)
     marked = [name for name in state if name.endswith(".comfy_quant")]
@@ -133,7 +74,7 @@ def test_names_types_and_shapes_of_a_file_do_not_change(kind: str) -> None:
     """A digest per kind of the lines `name type shape`: files that users have made stay what ComfyUI reads."""
     torch.manual_seed(0)
     denoiser = KINDS[kind]()
-    _quantize(denoiser)
+    quantize_all(denoiser)
     state = comfyui_state(denoiser)
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in state.items())
     assert sha256("\n".join(lines).encode()).hexdigest()[:16] == GOLDEN[kind]
@@ -206,6 +147,7 @@ def test_rotated_weights_are_rotated_back() -> None:
     state = {
         "a.weight": (rotated / scale).round().to(torch.int8),
         "a.weight_scale": scale,
+        "a.input_scale": torch.ones(()),
         "a.comfy_quant": torch.tensor(list(about), dtype=torch.uint8),
     }
     restored = dequantized_state(state, "file")
@@ -226,7 +168,7 @@ def _of_comfy_kitchen(state: dict[str, Tensor], name: str, **rotation: Any) -> A
 def test_comfy_kitchen_reads_the_same_weights_and_multiplies_to_the_same_numbers() -> None:
     torch.manual_seed(0)
     denoiser = KINDS["flux"]()
-    _quantize(denoiser)
+    quantize_all(denoiser)
     state = comfyui_state(denoiser)
     expected = dequantized_state(state, "file")
     names = [name.removesuffix(".comfy_quant") for name in state if name.endswith(".comfy_quant")]
