@@ -13,7 +13,7 @@ from edadm_cli.artifacts.bench_records import (
     QuantizedFacts,
     Speedup,
 )
-from edadm_cli.artifacts.build import Build
+from edadm_cli.artifacts.build import Build, replace_files
 from edadm_cli.artifacts.files import explain_os_error, explained_os_errors, file_sha256, load_json, save_json
 from edadm_cli.artifacts.manifest import Manifest, ModelRef, ParentRef, PayloadFile
 from edadm_cli.artifacts.payloads import (
@@ -127,6 +127,7 @@ __all__ = [
     "read_model",
     "read_tensor_header",
     "recipe_name",
+    "replace_files",
     "save_json",
     "save_tensors",
     "shared_keys",

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from edadm_cli.artifacts.artifact import Artifact, has_manifest, open_artifact
-from edadm_cli.artifacts.files import explained_os_errors, sync
+from edadm_cli.artifacts.files import atomic_path, explained_os_errors, sync
+from edadm_cli.artifacts.locks import write_lock
 from edadm_cli.artifacts.manifest import (
     MANIFEST_NAME,
     Manifest,
+    describe_file,
     describe_payload,
     environment_facts,
     now,
@@ -93,6 +95,33 @@ class Build:
             _move_into_place(self.path, self.target)
         self.artifact = Artifact(self.target, manifest)
         return self.artifact
+
+
+def replace_files(artifact: Artifact, contents: Mapping[str, bytes]) -> Artifact:
+    """Writes files of a complete artifact anew that say something about it and decide nothing, such as a model card.
+
+    A file is not in the manifest while it is being written, so that the artifact is whole whenever this is killed.
+
+    Args:
+        artifact: The artifact; its identity stays the same.
+        contents: The bytes of each file, by its name inside the artifact.
+
+    Raises:
+        InputError: Another process uses the artifact.
+        MachineError: The disk is full or permission is denied.
+    """
+    with write_lock(artifact.path), explained_os_errors(artifact.path):
+        manifest = read_manifest(artifact.path)
+        others = tuple(entry for entry in manifest.payload if entry.path not in contents)
+        write_manifest(artifact.path, manifest.model_copy(update={"payload": others}))
+        for name, content in contents.items():
+            with atomic_path(artifact.path / name) as temporary:
+                temporary.write_bytes(content)
+        added = (describe_file(artifact.path / name, name) for name in contents)
+        payload = tuple(sorted((*others, *added), key=lambda entry: entry.path))
+        manifest = manifest.model_copy(update={"payload": payload})
+        write_manifest(artifact.path, manifest)
+    return Artifact(artifact.path, manifest, artifact.remedy)
 
 
 def adopt(partial: Path, target: Path, kind: str) -> Build | None:

@@ -165,7 +165,7 @@ def describe_payload(folder: Path, ignore: Iterable[str] = ()) -> tuple[PayloadF
             sync(path)
         elif name != MANIFEST_NAME and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             names.append(name)
-    return tuple(in_threads(lambda name: _describe_file(folder / name, name), names))
+    return tuple(in_threads(lambda name: describe_file(folder / name, name), names))
 
 
 def remove_temporary_files(folder: Path) -> None:
@@ -201,7 +201,8 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
-def _describe_file(path: Path, name: str) -> PayloadFile:
+def describe_file(path: Path, name: str) -> PayloadFile:
+    """Hashes and syncs one file, which has the given name inside its artifact."""
     sync(path)
     tensors = read_tensor_header(path) if path.suffix == ".safetensors" else None
     return PayloadFile(path=name, sha256=file_sha256(path), bytes=path.stat().st_size, tensors=tensors)

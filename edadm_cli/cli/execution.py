@@ -84,9 +84,27 @@ class Execution:
                 finished = self._finished(stage, run_folder, config) if may_be_finished else None
                 return self._planned(stage, run_folder, config, finished)
             record = stage.run(config, run_folder, force=self.force, reporter=self.reporter)
+            if stage.kind in ("export", "evaluate") and launched_index() == 0:
+                self._update_card(run_folder, str(getattr(config, "bits", "")), is_new=record.status == "done")
         self.warnings += record.warnings
         self._remember(run_folder, config)
         return record
+
+    def _update_card(self, run_folder: RunFolder, bits: str, is_new: bool) -> None:
+        """Brings the model card of an export up to date with its evaluation; a card that is not is only a warning.
+
+        Nothing is imported where there is nothing to do: without an evaluation, or when nothing is new and the card has
+        its image grid already.
+        """
+        has_grid = (run_folder.path("export", bits) / "grid.png").is_file()
+        if not run_folder.has("evaluate", bits) or (has_grid and not is_new):
+            return
+        from edadm_cli.export.card_file import update_card  # imports torch
+
+        try:
+            update_card(run_folder, bits)
+        except EdadmError as error:
+            self.reporter.warn(f"The model card of the export was not updated: {error.message}")
 
     def _finished(self, stage: Stage[ConfigT], run_folder: RunFolder, config: ConfigT) -> Artifact | None:
         """Returns the existing artifact that the stage would keep; `None` if it would build one."""

@@ -20,6 +20,8 @@ from edadm_cli.models.sources.folder import INDEX_NAME, Component, PipelineFolde
 
 _WEIGHTS_STEM = "diffusion_pytorch_model"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of configurations of transformers, the second one in earlier versions
+_PLACE_KEYS = ("_name_or_path", "name_or_path")
+_CONFIGURATIONS = ("config.json", "tokenizer_config.json", INDEX_NAME)
 _NARROW_NAMES = ("bfloat16", "float16")
 _SHARD_BYTES = 10**10  # the size at which diffusers begins another file
 
@@ -33,9 +35,10 @@ def write_pipeline(
     """Writes the pipeline of `model`, whose denoisers have quantized layers, as a diffusers folder.
 
     Components other than the denoiser are copied from the source byte for byte: the files that were checked when the
-    model was loaded, and no others. Only the element type that the configuration of a text encoder names is changed to
-    float32. Components that changed after loading, and those of a model without a folder, are saved. The safety checker
-    and the feature extractor, which sampling skips, are copied as well.
+    model was loaded, and no others. Two things in their configurations are changed: the element type of a text encoder
+    is float32, and the place that a component was once loaded from, a path of somebody's machine, is left out.
+    Components that changed after loading, and those of a model without a folder, are saved. The safety checker and the
+    feature extractor, which sampling skips, are copied as well.
 
     Args:
         model: The pipeline.
@@ -61,7 +64,17 @@ def write_pipeline(
                 _copy(sources[name], place)
             elif component is not None:
                 component.save_pretrained(place)
-        return [] if source is None else _copy_skipped(source, folder)
+        left_out = [] if source is None else _copy_skipped(source, folder)
+        for path in folder.rglob("*.json"):
+            if path.name in _CONFIGURATIONS:
+                _forget_place(path)
+        return left_out
+
+
+def _forget_place(path: Path) -> None:
+    config = load_json(path)
+    if isinstance(config, dict) and any(config.get(key) for key in _PLACE_KEYS):
+        save_json(path, {key: value for key, value in config.items() if key not in _PLACE_KEYS})
 
 
 def _write_denoiser(denoiser: nn.Module, place: Path, quantization_config: Mapping[str, Any]) -> None:

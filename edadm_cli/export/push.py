@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edadm_cli.artifacts import Artifact, Evaluation, ExportFacts, RunFolder, open_artifact
+from edadm_cli.artifacts import Evaluation
 from edadm_cli.artifacts.inspection import run_of_artifact
 from edadm_cli.errors import InputError, UsageError
 from edadm_cli.export.card import CARD_FILE, GRID_FILE, CardFacts, model_card
+from edadm_cli.export.card_file import card_facts, evaluation_of
 from edadm_cli.export.hub_errors import explain_hub_error
 from edadm_cli.models.sources.hub import looks_like_hub_id
 
@@ -56,15 +57,12 @@ def prepare(folder: Path, repository: str) -> Upload:
             hint="edadm inspect",
         )
     export = run.open("export", bits)
-    evaluation = _evaluation(run, export, bits)
-    files = {entry.path: export.file(entry.path) for entry in export.manifest.payload if entry.path != CARD_FILE}
-    facts = ExportFacts.load(export)
-    metrics = None
+    evaluation = evaluation_of(run, export, bits)
+    written_anew = (CARD_FILE, GRID_FILE)
+    files = {entry.path: export.file(entry.path) for entry in export.manifest.payload if entry.path not in written_anew}
     if evaluation is not None:
-        metrics = Evaluation.load(evaluation)
-        files[GRID_FILE] = evaluation.file(metrics.grid)
-    source = run.open("reconstruct", bits)
-    return Upload(repository, files, CardFacts.of_run(run, source, export.path, facts, metrics))
+        files[GRID_FILE] = evaluation.file(Evaluation.load(evaluation).grid)
+    return Upload(repository, files, card_facts(run, export, bits, evaluation))
 
 
 def push(upload: Upload, private: bool) -> str:
@@ -106,15 +104,6 @@ def _require_name(repository: str) -> None:
             f"{expected}: names on the hub have at most 96 letters, digits, '-', '_' and '.', do not begin or end with"
             " '-' or '.', and hold neither '--' nor '..' nor '.git' at their end."
         ) from error
-
-
-def _evaluation(run: RunFolder, export: Artifact, bits: str) -> Artifact | None:
-    """Returns the evaluation of exactly this export; `None` where there is none."""
-    if not run.has("evaluate", bits):
-        return None
-    artifact = open_artifact(run.path("evaluate", bits), "evaluate")
-    is_of_it = any(parent.identity == export.identity for parent in artifact.manifest.parents)
-    return artifact if is_of_it else None
 
 
 def _license_of(repository: str | None) -> str | None:

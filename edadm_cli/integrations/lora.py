@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from edadm_cli.artifacts.tensors import load_tensors
 from edadm_cli.errors import InputError, UsageError
+from edadm_cli.integrations.kohya import in_diffusers_names, needs_renaming
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.sources.from_folder import first_sentence
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer
@@ -89,6 +90,8 @@ def load_lora_file(pipeline: Any, path: Path, adapter: str) -> None:
     if broken is not None:
         raise InputError(f"{path} is damaged: '{broken}' has values that are not finite.")
     try:
+        if needs_renaming(pipeline, tensors):
+            tensors = in_diffusers_names(pipeline, tensors)
         pipeline.load_lora_weights(tensors, adapter_name=adapter)
     except ImportError as error:
         raise UsageError("A LoRA needs the package 'peft'.", hint="pip install peft") from error

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from diffusers import hooks
 from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -123,6 +124,33 @@ def test_a_quantized_unet_takes_pyramid_attention_broadcast_from_diffusers() -> 
             torch.testing.assert_close(denoiser(*call[0], **call[1])[0], expected)
         counts.append(calls[0])
     assert [count == max(counts) for count in counts] == [True, False, True, False, True]
+
+
+def _configurations() -> dict[str, Any]:
+    everywhere = {"spatial_attention_timestep_skip_range": (-1, 1001), "current_timestep_callback": lambda: 0}
+    return {
+        "first-block": hooks.FirstBlockCacheConfig(threshold=0.5),
+        "taylorseer": hooks.TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2),
+        "magcache": hooks.MagCacheConfig(mag_ratios=torch.ones(4), num_inference_steps=4, threshold=0.5),
+        "pyramid": hooks.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, **everywhere),
+    }
+
+
+@pytest.mark.parametrize("name", _configurations())
+@torch.no_grad()
+def test_diffusers_own_caches_skip_quantized_layers_and_leave_them_as_they_were(name: str) -> None:
+    denoiser, (args, kwargs) = _quantized("flux")
+    cached: Any = denoiser
+    with _counted(denoiser) as whole:
+        before = denoiser(*args, **kwargs)[0]
+    cached.enable_cache(_configurations()[name])
+    with _counted(denoiser) as calls, cached.cache_context("call"):
+        outputs = [denoiser(*args, **kwargs)[0] for _ in range(4)]
+    assert whole[0] < calls[0] < 4 * whole[0]
+    for output in outputs:  # the input stays the same, so that what is reused is right
+        torch.testing.assert_close(output, before)
+    cached.disable_cache()
+    assert torch.equal(denoiser(*args, **kwargs)[0], before)
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])

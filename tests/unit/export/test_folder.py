@@ -71,3 +71,16 @@ def test_an_export_of_a_pipeline_without_a_checker_stays_as_it_was(tiny_sd: Path
     index = json.loads((tmp_path / "export/model_index.json").read_text())
     assert index["safety_checker"] == [None, None]
     assert index["requires_safety_checker"] is False
+
+
+def test_no_path_that_a_component_was_once_loaded_from_is_in_an_export(tiny_sd: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_sd, tmp_path / "model"))
+    for name, key in (("vae/config", "_name_or_path"), ("text_encoder/config", "_name_or_path")):
+        path = source / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: "/home/somebody/models"}))
+    tokenizer = source / "tokenizer/tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"name_or_path": "/home/somebody/models"}))
+    assert _export(source, tmp_path / "export") == []
+    for path in (tmp_path / "export").rglob("*.json"):
+        assert "somebody" not in path.read_text()
+        assert str(tmp_path) not in path.read_text()
