@@ -80,13 +80,13 @@ def _sources(pipeline: Any) -> dict[str, Source]:
 
 
 def _layers(model: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the layers that can have an adapter, without the parts of split ones."""
-    split: tuple[str, ...] = ()
+    """Yields the layers that can have an adapter, by the names that they have without one."""
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules() if model is not None else ():
-        if isinstance(module, SplitLayer):
-            split += (f"{name}.",)
-        if isinstance(module, nn.Linear | nn.Conv2d | QuantizedLayer | SplitLayer) and not name.startswith(split):
-            yield name, module
+        layer = getattr(module, "base_layer", module)  # PEFT wraps a layer that has an adapter already
+        if isinstance(layer, nn.Linear | nn.Conv2d | QuantizedLayer | SplitLayer) and not name.startswith(inside):
+            inside += (f"{name}.",)
+            yield name, layer
 
 
 def _rows(layer: nn.Module) -> int:

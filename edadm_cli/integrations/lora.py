@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -129,6 +130,40 @@ def add_adapter(model: nn.Module, adapter_config: Any, *args: Any, **kwargs: Any
     of_diffusers: Any = type(model)
     with _visible_weights(model):
         of_diffusers.add_adapter(model, _register(adapter_config), *args, **kwargs)
+
+
+def state_dict(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Returns the state of a denoiser as torch does; diffusers also finds the shapes of its float weights in it."""
+    state = type(model).state_dict(model, *args, **kwargs)
+    return state if args or kwargs else _StateWithShapes.of(model, state)
+
+
+class _StateWithShapes(OrderedDict[str, Tensor]):
+    """A state in which one may look up `X.weight` of a quantized layer X, although it holds no such tensor.
+
+    Before diffusers loads a LoRA into FLUX, it looks up the shapes of the weights there.
+    """
+
+    model: nn.Module | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, state: OrderedDict[str, Tensor]) -> _StateWithShapes:
+        shown = cls(state)
+        vars(shown).update(vars(state), model=model)  # torch keeps versions in an attribute
+        return shown
+
+    def __missing__(self, name: str) -> Tensor:
+        stem, _, leaf = name.rpartition(".")
+        modules = {} if self.model is None or leaf != "weight" else dict(self.model.named_modules())
+        layer = getattr(modules.get(stem), "base_layer", modules.get(stem))
+        if not isinstance(layer, QuantizedLayer | SplitLayer):
+            raise KeyError(name)
+        weight: Tensor = _float_attributes(layer)["weight"]
+        return weight
+
+    def __reduce__(self) -> Any:
+        """Copies and files of a state hold its tensors and not the model."""
+        return OrderedDict, (list(self.items()),)
 
 
 def has_adapters(model: nn.Module) -> bool:

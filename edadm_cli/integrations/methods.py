@@ -52,6 +52,7 @@ def bind_methods(model: nn.Module) -> None:
     methods: dict[str, Callable[..., Any]] = {"to": _to, **{name: getattr(nn.Module, name) for name in _CASTS}}
     if hasattr(model, "load_lora_adapter"):
         methods |= {"load_lora_adapter": lora.load_lora_adapter, "add_adapter": lora.add_adapter}
+        methods["state_dict"] = lora.state_dict
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = _SavePretrained(_save, model)  # type: ignore[assignment]
     if hasattr(model, "fuse_qkv_projections") and _has_quantized_attention(model):

@@ -6,6 +6,7 @@ A file of kohya names the modules of the published checkpoint, where query, key 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +51,10 @@ ENCODERS = {
     "flux": ("text_encoder",),
     "sd3": ("text_encoder", "text_encoder_2"),
 }
-QUERY = "layers.0.self_attn.q_proj"
+PROJECTIONS = (
+    "layers.0.self_attn.q_proj",
+    "layers.0.self_attn.out_proj",
+)  # diffusers recognizes kohya's files by the latter
 
 
 @dataclass
@@ -93,10 +97,11 @@ def _adapter(kind: str, model: LoadedModel, seed: int) -> Adapter:
         adapter.add(model.denoiser_name, layers, [s[0] for s in shapes], shapes[0][1], stem, source.swaps_halves)
     for number, component in enumerate(ENCODERS[kind]):
         modules = dict(getattr(pipeline, component).named_modules())
-        name = next(name for name in modules if name.endswith(QUERY))
-        rows, columns = _shape(modules[name])
-        stem = f"lora_te{number + 1}_text_model_encoder_{QUERY.replace('.', '_')}"
-        adapter.add(component, [name], [rows], columns, stem)
+        for end in PROJECTIONS:
+            name = next(name for name in modules if name.endswith(end))
+            rows, columns = _shape(modules[name])
+            stem = f"lora_te{number + 1}_text_model_encoder_{end.replace('.', '_')}"
+            adapter.add(component, [name], [rows], columns, stem)
     return adapter
 
 
@@ -189,6 +194,27 @@ def test_a_fused_adapter_is_in_the_weights(kind: str, style: str, folders: dict[
         a, b = adapter.factors[component][name]
         now = getattr(model.pipeline, component).get_submodule(name).weight
         torch.testing.assert_close(now, weight + 0.5 * b @ a, rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_shows_shapes_of_weights_and_is_saved_without_its_model(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = _model(folders["flux"])
+    denoiser = model.denoiser
+    shape = denoiser.get_submodule("proj_out").weight.shape
+    quantize_to_nearest(denoiser, load_recipe("rtn"), BitWidth.parse("w8a8"), [example_call(denoiser, batch_size=1)])
+    plain = denoiser.state_dict()
+    bind_methods(denoiser)
+    state = denoiser.state_dict()
+    assert list(state) == list(plain)
+    assert state["proj_out.weight"].shape == shape
+    assert "proj_out.weight" not in state
+    for name in ("proj_out.nothing", "pos_embed.weight"):
+        with pytest.raises(KeyError):
+            state[name]
+    torch.save(state, tmp_path / "state.pt")
+    assert list(torch.load(tmp_path / "state.pt", weights_only=True)) == list(plain)
+    denoiser.load_state_dict(copy.copy(state))
 
 
 @pytest.mark.parametrize(
