@@ -121,6 +121,9 @@ GOALS: dict[str, Callable[[Rows, str], Outcome]] = {
     "the same with inputs in floating point": below_published("w4a8", "default, float inputs"),
     "the same with groups of 32 weights": below_published("w4g32a8"),
     "the same with groups of 32 and inputs in floating point": below_published("w4g32a8", "default, float inputs"),
+    "the same with groups of 32 and `thorough`, 300 iterations": below_published(
+        "w4g32a8", "thorough, 300 iterations, gamma 0.2"
+    ),
     "W3A8: final distance at most that of W4A8 of version 0.1": at_most(1.0, "final", ("w3a8", "default"), BEFORE),
     "the same in groups of 16 weights (3.25 bits)": at_most(1.0, "final", ("w3g16a8", "default"), BEFORE),
     "W8A8: Fréchet distance, emoji, inside the spread": inside_spread("w8a8", "frechet", -1),
