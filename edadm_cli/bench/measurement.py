@@ -192,11 +192,9 @@ class Measurement:
                 partial(request.subject.quantized, bits, full),
                 bits,
                 self._calls[self._first][0],
-                self._environment,
-                getattr(torch, request.dtype),
+                replace(self._options(getattr(torch, request.dtype)), attention=request.config.attention),
                 folder,
                 advance,
-                request.config.attention,
             )
 
     def _started(self) -> Participants:
@@ -260,10 +258,15 @@ class Measurement:
             return participants.each(timed, advance)
 
     def _measure_peaks(self) -> dict[str, float]:
-        device, dtypes = self.request.device, tuple(dict.fromkeys(["float32", self.request.half or "float32"]))
-        threads = self.request.threads if device.type == "cpu" else None
-        rest = getattr(torch, self.request.dtype) if device.type == "cuda" else torch.float32
-        return measure_peaks(self.request.engine, EngineOptions(device, rest, threads), dtypes)
+        dtypes = tuple(dict.fromkeys(["float32", self.request.half or "float32"]))
+        is_cuda = self.request.device.type == "cuda"
+        rest = getattr(torch, self.request.dtype) if is_cuda else torch.float32
+        return measure_peaks(self.request.engine, self._options(rest), dtypes)
+
+    def _options(self, rest_dtype: torch.dtype) -> EngineOptions:
+        """Returns the options of the engine on the device of the bench."""
+        device = self.request.device
+        return EngineOptions(device, rest_dtype, self.request.threads if device.type == "cpu" else None)
 
     def _quantized_facts(
         self,

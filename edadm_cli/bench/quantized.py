@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.artifacts import Coverage, EngineParity, LayerRow
-from edadm_cli.bench.spec import Call, ContenderEnvironment, Spec, folder_mib, placed
+from edadm_cli.bench.spec import Call, Spec, folder_mib, placed
 from edadm_cli.config import BitWidth
 from edadm_cli.engines.base import (
     FLOAT,
-    AttentionForm,
     CompiledDenoiser,
     Engine,
     EngineOptions,
@@ -59,11 +58,9 @@ def prepare(
     again: Callable[[], nn.Module],
     bits: BitWidth,
     call: Call,
-    environment: ContenderEnvironment,
-    dtype: torch.dtype,
+    options: EngineOptions,
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
-    attention: AttentionForm = "float",
 ) -> Prepared:
     """Compares every layer with exact integers, and writes the engine's files where it has any.
 
@@ -73,23 +70,19 @@ def prepare(
         again: Returns the same denoiser, made or loaded anew: it is not held in memory while contenders are timed.
         bits: Its bit width.
         call: A call of the denoiser with float32 tensors.
-        environment: Device and threads.
-        dtype: Element type of what is not quantized.
+        options: The options with which the denoiser is timed; its layers are compared in float32.
         folder: Folder of the engine's files; existing files are used.
         advance: Progress callback, called after every layer.
-        attention: Form of the attention that the recipe leaves in float: `float` or `int8`.
 
     Raises:
         EdadmError: The error of a layer exceeds the engine's bound.
     """
-    device = torch.device(environment.device)
-    threads = environment.threads if device.type == "cpu" else None
+    device, dtype = options.device, options.rest_dtype
     denoiser = nn.Module.to(denoiser, device)
     args, kwargs = placed(call, device, torch.float32)
-    exact = EngineOptions(device, torch.float32, threads)
+    exact = EngineOptions(device, torch.float32, options.num_threads)
     parity = compare_layers(engine, denoiser, args, kwargs, exact, advance)
     require_layers(engine, parity)
-    options = EngineOptions(device, dtype, threads, attention)
     error = partial(_fake_quantize_error, call=call, device=device, dtype=dtype, exact=parity.prediction)
     if isinstance(engine, FileEngine):
         if not folder.is_dir():

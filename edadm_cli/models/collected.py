@@ -5,7 +5,7 @@ The libraries that load the model are imported when it is loaded: a stage that i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edadm_cli.artifacts import Artifact, ModelRef, Payload, RunFolder
 from edadm_cli.artifacts.payloads import NumSteps, Scale
+from edadm_cli.artifacts.tensors import TensorInfo
 from edadm_cli.errors import InputError, UsageError, quoted
 from edadm_cli.models.architecture import FurtherDenoiser
 from edadm_cli.models.placement import LEARNING_SHARE, Placement, described, memory_of
@@ -207,26 +208,40 @@ def _misfit(artifact: Artifact, num_trajectories: int) -> str | None:
     """Returns what is wrong with the shapes of a `collect` artifact's tensors; `None` where they fit each other."""
     files = {entry.path: entry.tensors or {} for entry in artifact.manifest.payload}
     steps = files.get(FEATURES_FILE, {}).get("timesteps")
-    features = files.get(FEATURES_FILE, {}).get("features")
     if steps is None or len(steps.shape) != 1 or not steps.shape[0]:
         return f"{FEATURES_FILE} has no timesteps"
-    if features is None or len(features.shape) < 3 or features.shape[0] != steps.shape[0] or 0 in features.shape:
-        return f"{FEATURES_FILE} has not the features of {steps.shape[0]} steps"
+    latents = [tensors.get("latents") for name, tensors in sorted(files.items()) if name.startswith("latents-")]
+    return (
+        _misfit_of_features(files[FEATURES_FILE].get("features"), steps)
+        or _misfit_of_latents(latents, steps.shape[0], num_trajectories)
+        or _misfit_of_condition(files.get(CONDITION_FILE, {}), num_trajectories)
+    )
+
+
+def _misfit_of_features(features: TensorInfo | None, steps: TensorInfo) -> str | None:
+    num_steps = steps.shape[0]
+    if features is None or len(features.shape) < 3 or features.shape[0] != num_steps or 0 in features.shape:
+        return f"{FEATURES_FILE} has not the features of {num_steps} steps"
     if features.dtype not in _FLOATS or steps.dtype not in (*_FLOATS, "I64"):
         return f"{FEATURES_FILE} has features of type {features.dtype} and timesteps of type {steps.dtype}"
-    latents = [tensors.get("latents") for name, tensors in sorted(files.items()) if name.startswith("latents-")]
-    shapes = [info.shape for info in latents if info is not None and len(info.shape) >= 3]
-    if (
-        not shapes
-        or len(shapes) != len(latents)
-        or {shape[:1] + shape[2:] for shape in shapes} != {steps.shape + shapes[0][2:]}
-    ):
-        return f"not every latents-*.safetensors has latents of one size at {steps.shape[0]} steps"
-    if any(info is None or info.dtype not in _FLOATS for info in latents):
+    return None
+
+
+def _misfit_of_latents(latents: Sequence[TensorInfo | None], num_steps: int, num_trajectories: int) -> str | None:
+    """Returns what is wrong with the latents `[T, n, *]` of the shards, whose n are added."""
+    shards = [info for info in latents if info is not None and len(info.shape) >= 3]
+    sizes = {(info.shape[0], *info.shape[2:]) for info in shards}
+    if len(shards) != len(latents) or len(sizes) != 1 or shards[0].shape[0] != num_steps:
+        return f"not every latents-*.safetensors has latents of one size at {num_steps} steps"
+    if any(info.dtype not in _FLOATS for info in shards):
         return "the latents are not floating-point numbers"
-    if 0 in shapes[0] or sum(shape[1] for shape in shapes) != num_trajectories:
+    if 0 in shards[0].shape or sum(info.shape[1] for info in shards) != num_trajectories:
         return f"the latents are not those of {num_trajectories} trajectories"
-    for name, info in files.get(CONDITION_FILE, {}).items():
+    return None
+
+
+def _misfit_of_condition(condition: Mapping[str, TensorInfo], num_trajectories: int) -> str | None:
+    for name, info in condition.items():
         if not name.startswith(CONSTANT) and info.shape[:1] != (num_trajectories,):
             return f"'{name}' has not {num_trajectories} rows"
     return None

@@ -9,7 +9,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -76,44 +76,41 @@ class Trace:
 
 def trace(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     """Runs `denoiser(*args, **kwargs)` once and returns its trace: the layers that ran, in order."""
-    result, runs, family = Trace(), dict[str, int](), family_of(denoiser)
-    embeddings = [name for name, module in denoiser.named_modules() if type(module).__name__ in family.embeddings]
+    modules, family = dict(denoiser.named_modules()), family_of(denoiser)
+    names = {module: name for name, module in modules.items()}
+    embeddings = tuple(f"{name}." for name, module in modules.items() if type(module).__name__ in family.embeddings)
+    result, runs = Trace(), Counter[str]()
+
+    def note_attention(attention: nn.Module, *_: Any) -> None:
+        result.attentions[names[attention]] = attention
+
     with Hooks() as hooks:
         concatenated = hooks.enter_context(_Concatenations())
 
-        def note(name: str, module: nn.Module) -> Callable[..., None]:
-            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-                runs[name] = runs.get(name, 0) + 1
-                reason = _left_out(name, inputs, family)
-                if reason is not None:
-                    result.left_out[name] = reason
-                    return
-                x = inputs[0]
-                parts = concatenated.sizes_of(x)
-                embedded = any(name.startswith(prefix + ".") for prefix in embeddings)
-                result.layers.append(TracedLayer(name, module, embedded, parts))
+        def note_layer(layer: nn.Module, inputs: tuple[Any, ...], _: Tensor) -> None:
+            name = names[layer]
+            runs[name] += 1
+            reason = _left_out(name, inputs, family)
+            if reason is not None:
+                result.left_out[name] = reason
+                return
+            parts = concatenated.sizes_of(inputs[0])
+            result.layers.append(TracedLayer(name, layer, name.startswith(embeddings), parts))
 
-            return hook
-
-        def note_attention(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, *_: Any) -> None:
-                result.attentions[name] = module
-
-            return hook
-
-        for name, module in denoiser.named_modules():
+        for module in modules.values():
             if isinstance(module, family.layer_types):
-                hooks.after(module, note(name, module))
+                hooks.after(module, note_layer)
             elif is_attention(module):
-                hooks.after(module, note_attention(name))
+                hooks.after(module, note_attention)
         with torch.no_grad():
             denoiser(*args, **kwargs)
     result.repeated = tuple(sorted(name for name, count in runs.items() if count > 1))
     result.layers = [layer for layer in result.layers if layer.name not in result.repeated]
-    weighted = {name: module for name, module in denoiser.named_modules() if is_weighted(module)}
-    supported = [name for name, module in weighted.items() if isinstance(module, family.layer_types)]
+    for name, module in modules.items():
+        if is_weighted(module) and not isinstance(module, family.layer_types):
+            result.unsupported[name] = type(module).__name__
+    supported = (name for name, module in modules.items() if is_weighted(module) and name not in result.unsupported)
     result.not_run = tuple(name for name in supported if name not in runs)
-    result.unsupported = {n: type(m).__name__ for n, m in weighted.items() if not isinstance(m, family.layer_types)}
     return result
 
 

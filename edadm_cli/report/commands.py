@@ -49,6 +49,22 @@ def repeating_commands(contents: RunContents) -> list[str]:
 def _words(part: Part[Payload]) -> Iterator[str]:
     manifest: Manifest = part.artifact.manifest
     yield from ("edadm", manifest.kind)
+    yield from _words_of_inputs(part)
+    for name in _FLAGS[manifest.kind]:
+        value = manifest.config.get(name)
+        is_file = name == "clip_pretrained" and _HASH.fullmatch(str(value)) is not None
+        if value not in (None, [], _USUAL.get(name)) and not is_file:
+            for text in map(_setting, value) if name == "units" else (_setting(value),):  # patterns may have commas
+                yield from (_flag(name), text)
+    if manifest.kind == "collect":
+        yield from _words_of_sampling(manifest)
+    if manifest.seed:
+        yield from ("--seed", str(manifest.seed))
+
+
+def _words_of_inputs(part: Part[Payload]) -> Iterator[str]:
+    """Returns the flags whose values are not in the artifact's configuration under the names of the flags."""
+    manifest: Manifest = part.artifact.manifest
     if manifest.kind == "collect":
         yield from ("--model", manifest.model.id)
     if manifest.kind in BY_BITS:
@@ -62,20 +78,21 @@ def _words(part: Part[Payload]) -> Iterator[str]:
         yield from ("--recipe", recipe_name(part.artifact))
     if manifest.kind == "select" and _has_earlier_quantile(manifest):
         yield from ("--density-quantile", _setting(EARLIER_DENSITY_QUANTILE))
-    for name in _FLAGS[manifest.kind]:
-        value = manifest.config.get(name)
-        is_file = name == "clip_pretrained" and _HASH.fullmatch(str(value)) is not None
-        if value not in (None, [], _USUAL.get(name)) and not is_file:
-            for text in map(_setting, value) if name == "units" else (_setting(value),):  # patterns may have commas
-                yield from (f"--{name.replace('_', '-')}", text)
+
+
+def _words_of_sampling(manifest: Manifest) -> Iterator[str]:
+    """Returns the flags of `collect` for the scheduler and for the size of what is sampled."""
     scheduler = manifest.config.get("scheduler_config")
-    if manifest.kind == "collect" and isinstance(scheduler, dict) and "prediction_type" in scheduler:
+    if isinstance(scheduler, dict) and "prediction_type" in scheduler:
         yield from ("--prediction-type", str(scheduler["prediction_type"]))
     for name, value in (manifest.config.get("call_arguments") or {}).items():
-        if manifest.kind == "collect" and name in SIZE_ARGUMENTS:
-            yield from (f"--{name.replace('_', '-')}", str(value))
-    if manifest.seed:
-        yield from ("--seed", str(manifest.seed))
+        if name in SIZE_ARGUMENTS:
+            yield from (_flag(name), str(value))
+
+
+def _flag(name: str) -> str:
+    """Returns the flag of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _setting(value: Any) -> str:

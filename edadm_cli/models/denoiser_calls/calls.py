@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -93,42 +93,73 @@ def split_arguments(
     sample, is_list = _batched(bound[sample_name])
     if sample is None:
         raise InputError(f"{denoiser} was not called with a batched sample, so it cannot be recorded.")
-    rows = sample.shape[0]
-    missing_masks = {
-        name: torch.ones(bound[states].shape[:2], dtype=torch.int64, device=sample.device)
+    masks = _missing_masks(family, bound, sample.device)
+    encoding = _Encoding(family, sample.shape[0], is_list, sample_name, timestep_name, masks)
+    template: Template = {
+        "args": [encoding.argument(name, value) for name, value in args.items()],
+        "kwargs": {name: encoding.argument(name, value) for name, value in kwargs.items()},
+    }
+    template["constants"] = encoding.constants()
+    template["dtypes"] = {name: _dtype_name(tensor) for name, tensor in sorted(encoding.tensors.items())}
+    return DenoiserCall(sample, _one_timestep(bound[timestep_name]), encoding.tensors, template)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Encodes the arguments of one call as JSON, and collects their tensors.
+
+    Attributes:
+        family: The family of the denoiser.
+        rows: The number of rows of the sample.
+        is_list: Whether the sample is a list of rows.
+        sample: The name of the argument that is the sample.
+        timestep: The name of the argument that is the timestep.
+        masks: What takes the place of arguments that are `None`.
+        tensors: The tensors of the arguments so far, by dotted name.
+    """
+
+    family: DenoiserFamily
+    rows: int
+    is_list: bool
+    sample: str
+    timestep: str
+    masks: Mapping[str, Tensor]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def argument(self, name: str, value: Any) -> Any:
+        """Returns the JSON of an argument."""
+        if name == self.sample:
+            return {MARK + "rows": {MARK + SAMPLE: None}} if self.is_list else {MARK + SAMPLE: None}
+        if name == self.timestep:
+            has_rows = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == self.rows
+            return {MARK + TIMESTEP: list(value.shape[1:]) if has_rows else None}
+        if self.is_list and _is_ragged(value, self.rows):
+            return _encode_rows(name, value, self.tensors)
+        if name in self.family.joined_arguments and isinstance(value, Tensor) and _is_joined(value, self.rows):
+            self.tensors[name] = value.detach().unflatten(0, (self.rows, -1))
+            return {MARK + "joined": name}
+        if name in self.family.rows_second and isinstance(value, Tensor) and value.shape[1:2] == (self.rows,):
+            self.tensors[name] = value.detach().transpose(0, 1)
+            return {MARK + "rows_second": name}
+        return _encode(name, self.masks.get(name, value), self.tensors)
+
+    def constants(self) -> list[str]:
+        """Returns the names of the tensors that do not have one row for each row of the sample."""
+        shared = self.family.shared_arguments
+        return sorted(
+            name
+            for name, tensor in self.tensors.items()
+            if name.partition(".")[0] in shared or tensor.ndim == 0 or tensor.shape[0] != self.rows
+        )
+
+
+def _missing_masks(family: DenoiserFamily, bound: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Returns masks of ones for the arguments that are `None` in a call, where the states that they mask are there."""
+    return {
+        name: torch.ones(bound[states].shape[:2], dtype=torch.int64, device=device)
         for name, states in family.masks.items()
         if name in bound and bound[name] is None and isinstance(bound.get(states), Tensor)
     }
-
-    tensors: dict[str, Tensor] = {}
-
-    def encode_argument(name: str, value: Any) -> Any:
-        if name == sample_name:
-            return {MARK + "rows": {MARK + SAMPLE: None}} if is_list else {MARK + SAMPLE: None}
-        if name == timestep_name:
-            has_rows = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == rows
-            return {MARK + TIMESTEP: list(value.shape[1:]) if has_rows else None}
-        if is_list and _is_ragged(value, rows):
-            return _encode_rows(name, value, tensors)
-        if name in family.joined_arguments and isinstance(value, Tensor) and _is_joined(value, rows):
-            tensors[name] = value.detach().unflatten(0, (rows, -1))
-            return {MARK + "joined": name}
-        if name in family.rows_second and isinstance(value, Tensor) and value.shape[1:2] == (rows,):
-            tensors[name] = value.detach().transpose(0, 1)
-            return {MARK + "rows_second": name}
-        return _encode(name, missing_masks.get(name, value), tensors)
-
-    template: Template = {
-        "args": [encode_argument(name, value) for name, value in args.items()],
-        "kwargs": {name: encode_argument(name, value) for name, value in kwargs.items()},
-    }
-    template["constants"] = sorted(
-        name
-        for name, t in tensors.items()
-        if name.partition(".")[0] in family.shared_arguments or t.ndim == 0 or t.shape[0] != rows
-    )
-    template["dtypes"] = {name: _dtype_name(tensor) for name, tensor in sorted(tensors.items())}
-    return DenoiserCall(sample, _one_timestep(bound[timestep_name]), tensors, template)
 
 
 def flat_tensors(value: Any) -> list[Tensor]:

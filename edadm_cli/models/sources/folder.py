@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import tempfile
@@ -19,7 +18,6 @@ from edadm_cli.artifacts import explained_os_errors, file_sha256
 from edadm_cli.artifacts.files import in_threads
 from edadm_cli.errors import InputError, quoted
 from edadm_cli.models.architecture import DENOISER_NAMES
-from edadm_cli.models.families.registry import trusted_packages
 from edadm_cli.models.shipped import shared_parts
 from edadm_cli.models.sources.component_config import (
     require_fitting_classes,
@@ -33,16 +31,14 @@ from edadm_cli.models.sources.files import (
     refuse_requests_for_code,
     regular_file,
 )
+from edadm_cli.models.sources.trusted_classes import INDEX_NAME, class_of
 from edadm_cli.models.sources.weights import WeightFiles, find_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-INDEX_NAME = "model_index.json"
 # Components that judge or describe images for people; images are sampled without them where the pipeline allows it.
 SKIPPED_COMPONENTS = ("safety_checker", "feature_extractor")
-_LIBRARIES = ("diffusers", "transformers", "edadm_cli")
-_OWN_MODULES = "edadm_cli.models."
 _SCHEDULER_CONFIG = "scheduler_config.json"
 
 
@@ -172,7 +168,7 @@ def read_folder(path: Path, *, weights_of_denoiser: bool = True) -> PipelineFold
             f"{path / INDEX_NAME} does not name one of diffusers' own pipelines; "
             "a pipeline with code of its own is not run."
         )
-    pipeline_class = _class_of(path, "diffusers", index["_class_name"])
+    pipeline_class = class_of(path, "diffusers", index["_class_name"])
     if not issubclass(pipeline_class, DiffusionPipeline):
         raise InputError(f"{path / INDEX_NAME} names {pipeline_class.__name__}, which is not a pipeline.")
     named = _named_components(path, pipeline_class, index)
@@ -245,7 +241,7 @@ def _constructor_options(
 
 
 def _read_component(root: Path, name: str, library: str, class_name: str, *, has_weights: bool = True) -> Component:
-    cls = _class_of(root, library, class_name)
+    cls = class_of(root, library, class_name)
     shared = shared_parts(root).get(name)
     folder = _component_folder(root, name, class_name) if shared is None else shared
     root = root if shared is None else shared
@@ -318,35 +314,3 @@ def _classes_without_weights() -> tuple[type, ...]:
         transformers.ProcessorMixin,
     )
     return (transformers.PreTrainedTokenizerBase, *processors)
-
-
-def _class_of(root: Path, library: str, class_name: str) -> type:
-    """Returns the class that an index names, from trusted libraries only."""
-    from diffusers import pipelines
-
-    parts = library.split(".")
-    is_private = any(not part.isidentifier() or part.startswith("_") for part in parts)
-    if (
-        parts[0] in {*_LIBRARIES, *trusted_packages()}
-        and not is_private
-        and (parts[0] != "edadm_cli" or library.startswith(_OWN_MODULES))
-    ):
-        try:
-            module: Any = importlib.import_module(library)
-            getattr(module, class_name, None)  # a library may import the class only now
-        except Exception:  # noqa: BLE001 - a part of the library that cannot be imported here
-            module = None
-    else:
-        module = getattr(pipelines, library, None) if library.isidentifier() else None
-        if not getattr(module, "__name__", "").startswith("diffusers.pipelines."):
-            raise InputError(
-                f"{root / INDEX_NAME} asks for {library[:80]}.{class_name[:80]}; "
-                f"only classes of {', '.join(_LIBRARIES)} are loaded, so that no foreign code runs."
-            )
-    cls = getattr(module, class_name, None)
-    if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
-        raise InputError(
-            f"{root / INDEX_NAME} asks for {library[:80]}.{class_name[:80]}, which the installed {parts[0][:80]} "
-            "does not have."
-        )
-    return cls
