@@ -62,7 +62,7 @@ def test_a_cast_spares_codes_and_scales(
     )
     assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {dtype}
     if dtype != torch.float32:
-        loaded = DiffusionPipeline.from_pretrained(exported_sd, torch_dtype=dtype).unet
+        loaded = DiffusionPipeline.from_pretrained(exported_sd, dtype=dtype).unet
         assert torch.equal(predict(pipeline.unet, dtype), predict(loaded, dtype)), "as if it had been loaded so"
 
 
@@ -72,7 +72,7 @@ def test_a_copy_is_cast_by_itself_and_saved(exported_sd: Path, pipeline: Any, tm
     assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in copied.parameters()} == {torch.float16}
     copied.save_pretrained(tmp_path / "copy")
-    again = UNet2DConditionModel.from_pretrained(tmp_path / "copy", torch_dtype=torch.float16)
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "copy", dtype=torch.float16)
     assert torch.equal(predict(again, torch.float16), predict(copied, torch.float16))
 
 

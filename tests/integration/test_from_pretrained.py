@@ -158,7 +158,7 @@ def test_a_fresh_interpreter_loads_it_with_plain_diffusers(
 def test_scales_stay_float32_in_narrow_arithmetic(run: RunFolder, dtype: torch.dtype) -> None:
     folder = run.path("export", "w4a8")
     exact = DiffusionPipeline.from_pretrained(folder).unet
-    narrow = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).unet
+    narrow = DiffusionPipeline.from_pretrained(folder, dtype=dtype).unet
     buffers = dict(narrow.named_buffers())
     for name, buffer in exact.named_buffers():
         assert torch.equal(buffers[name], buffer)
@@ -339,11 +339,11 @@ def test_an_error_of_another_package_names_its_engine(
 
 def test_an_export_of_a_model_in_bfloat16_samples_as_it_is_loaded_by_default(tiny_sd: Path, tmp_path: Path) -> None:
     """diffusers loads denoisers in float32, and transformers a text encoder in the type of its configuration."""
-    half = DiffusionPipeline.from_pretrained(tiny_sd, torch_dtype=torch.bfloat16)
+    half = DiffusionPipeline.from_pretrained(tiny_sd, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "model")
     assert json.loads((tmp_path / "model/text_encoder/config.json").read_text())["dtype"] == "bfloat16"
     folder = export_pipeline(load_model(str(tmp_path / "model"), CPU, torch.float32), tmp_path / "export")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     assert pipeline.text_encoder.dtype == torch.float32
     assert len(pipeline("one", num_inference_steps=1, output_type="np").images) == 1
-    assert DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).text_encoder.dtype == torch.bfloat16
+    assert DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16).text_encoder.dtype == torch.bfloat16

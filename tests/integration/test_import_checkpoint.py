@@ -261,7 +261,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 10, 2000, -200])
-def test_truncated_and_foreign_files_are_told(tmp_path: Path, keep: int) -> None:
+def test_truncated_and_foreign_files_are_reported(tmp_path: Path, keep: int) -> None:
     _, state = build(tmp_path, "ldm-bedroom")
     for suffix in (".ckpt", ".safetensors"):
         path = write_state(tmp_path / f"model{suffix}", state)
@@ -271,7 +271,7 @@ def test_truncated_and_foreign_files_are_told(tmp_path: Path, keep: int) -> None
         assert path.name in refusal(path)
 
 
-def test_other_models_in_one_file_are_told(tmp_path: Path) -> None:
+def test_other_models_in_one_file_are_reported(tmp_path: Path) -> None:
     path = write_state(tmp_path / "model.safetensors", {"transformer.layer.weight": torch.zeros(2, 2)})
     assert "transformer.layer.weight" in refusal(path)
     (tmp_path / "empty.ckpt").write_bytes(b"")

@@ -235,8 +235,8 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tiny_sd: Path, t
     out, err = started.communicate(timeout=LIMIT_S)
     assert started.returncode != 0
     assert out == ""
-    told = [line for line in err.splitlines() if line.startswith(("error:", "hint:"))]
-    assert told == [
+    reported = [line for line in err.splitlines() if line.startswith(("error:", "hint:"))]
+    assert reported == [
         "error: Process 0 of the run was ended, or another one of it died.",
         "hint: type the same command again: it goes on where it was",
     ]

@@ -151,7 +151,7 @@ def test_tensors_have_the_names_that_other_tools_rely_on(tiny_sd: Path, fresh_ru
     assert set(payload(artifact)) == {"quant_params.safetensors", "plan.json", "units.json"}
 
 
-def test_the_summary_tells_every_unit(tiny_sd: Path, fresh_run: FreshRun) -> None:
+def test_the_summary_names_every_unit(tiny_sd: Path, fresh_run: FreshRun) -> None:
     run = fresh_run(tiny_sd)
     record = reconstruct.run(config_of(recipe=quick("default")), run)
     summary = run.open("reconstruct", "w4a8").json("units.json")

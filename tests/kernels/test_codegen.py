@@ -203,7 +203,7 @@ def test_only_keeps_what_matches(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "norm/nothing-*" in capsys.readouterr().err
 
 
-def test_what_is_rejected_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_rejected_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["codegen", "--arch", "80", "--only", "pointwise/quantize-*", "--processes", "1"])
     monkeypatch.setattr(command, "violations", lambda code: ["made up"] if code.name == "quantize-fp16" else [])
     assert command.main() == 1

@@ -66,7 +66,7 @@ def test_a_failure_reaches_all_with_its_exit_code() -> None:
         assert getattr(error, "exit_code", None) == 3
 
 
-def test_an_unexpected_failure_is_told_by_its_kind() -> None:
+def test_an_unexpected_failure_is_reported_by_its_kind() -> None:
     def fail(team: Team) -> None:
         with team.together():
             raise ZeroDivisionError("by zero")

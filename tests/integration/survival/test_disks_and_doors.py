@@ -57,7 +57,7 @@ def _remount(folder: Path, options: str) -> None:
 
 
 @pytest.mark.parametrize("size_kib", [4, 12, 40])
-def test_a_full_disk_is_told_and_the_command_goes_on_when_there_is_space(
+def test_a_full_disk_is_reported_and_the_command_goes_on_when_there_is_space(
     tiny_ddpm: Path, tmp_path: Path, capsys: Capture, size_kib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDADM_RUN", str(tmp_path / "disk" / "run"))
@@ -90,7 +90,7 @@ def _used_kib(folder: Path) -> int:
     return (facts.f_blocks - facts.f_bfree) * facts.f_frsize // 1024
 
 
-def test_a_folder_that_cannot_be_written_is_told(tiny_ddpm: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tiny_ddpm: Path, tmp_path: Path, capsys: Capture) -> None:
     collect = ["collect", "--model", str(tiny_ddpm), *OPTIONS, "--run", str(tmp_path / "disk" / "run")]
     if os.geteuid() != 0:
         (tmp_path / "disk").mkdir(mode=0o555)
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written_is_told(tiny_ddpm: Path, tmp_path: Path
         assert "the file system is read-only" in failure(capsys, collect, 4)
 
 
-def test_a_folder_of_another_user_is_told(tmp_path: Path) -> None:
+def test_a_folder_of_another_user_is_reported(tmp_path: Path) -> None:
     """As a user without rights, which root can become."""
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody else")

@@ -67,8 +67,8 @@ def test_differences_name_nested_keys_with_both_values() -> None:
     assert differences(old, old) == []
 
 
-def test_long_values_are_told_by_their_beginning() -> None:
-    (told,) = differences({"sha": "a" * 64}, {"sha": "b" * 64})
-    assert told == f'sha: "{"a" * 36}... -> "{"b" * 36}...'
-    (told,) = differences({"sha": "a" * 64}, {"sha": "a" * 63 + "b"})
-    assert told, "values that differ beyond what is shown differ all the same"
+def test_long_values_are_reported_by_their_beginning() -> None:
+    (reported,) = differences({"sha": "a" * 64}, {"sha": "b" * 64})
+    assert reported == f'sha: "{"a" * 36}... -> "{"b" * 36}...'
+    (reported,) = differences({"sha": "a" * 64}, {"sha": "a" * 63 + "b"})
+    assert reported, "values that differ beyond what is shown differ all the same"

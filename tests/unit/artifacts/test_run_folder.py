@@ -182,7 +182,7 @@ def test_a_replacement_killed_between_its_renames_gives_the_old_artifact_back(
 
 @pytest.mark.parametrize("file", ["latents.safetensors", "call.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_is_told_and_only_force_mends_it(run: RunFolder, file: str, damage: str) -> None:
+def test_damage_is_reported_and_only_force_mends_it(run: RunFolder, file: str, damage: str) -> None:
     path = _build(run, _plan()).file(file)
     content = path.read_bytes()
     if damage == "remove":
@@ -226,7 +226,7 @@ def test_a_manifest_that_is_none_is_refused(run: RunFolder, text: str) -> None:
     assert _build(run, _plan(), force=True)
 
 
-def test_a_parent_that_changed_is_told_with_the_command_that_mends_it(run: RunFolder) -> None:
+def test_a_parent_that_changed_is_reported_with_the_command_that_mends_it(run: RunFolder) -> None:
     _chain(run)
     _build(run, _plan("collect", num_steps=50), force=True)
     with pytest.raises(InputError, match="made from another 'collect'") as caught:
@@ -275,7 +275,7 @@ def test_a_folder_that_is_no_artifact_is_left_alone(run: RunFolder) -> None:
     assert (run.path("select") / "thesis.txt").read_text() == "mine"
 
 
-def test_a_missing_artifact_is_told_with_the_command_that_makes_it(run: RunFolder) -> None:
+def test_a_missing_artifact_is_reported_with_the_command_that_makes_it(run: RunFolder) -> None:
     with pytest.raises(InputError) as caught:
         run.open("reconstruct", "w4a8")
     assert caught.value.hint == f"edadm reconstruct --bits w4a8 --run {run.root}"

@@ -62,7 +62,7 @@ def test_tensors_that_share_memory_are_both_kept(tmp_path: Path) -> None:
     assert torch.equal(read["part"], whole[2:4])
 
 
-def test_only_the_wanted_names_are_read(tmp_path: Path) -> None:
+def test_only_the_given_names_are_read(tmp_path: Path) -> None:
     save_tensors(tmp_path / "a.safetensors", _tensors())
     assert list(load_tensors(tmp_path / "a.safetensors", ["scale"])) == ["scale"]
     with pytest.raises(InputError, match="no tensor 'missing'"):

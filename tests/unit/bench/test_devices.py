@@ -117,7 +117,7 @@ def test_a_contender_that_memory_does_not_hold_is_refused(monkeypatch: pytest.Mo
     memory.require_memory("torch float32", 3400.0)
 
 
-def test_the_memory_that_is_left_is_told() -> None:
+def test_the_memory_that_is_left_is_reported() -> None:
     memory.give_back_memory()
     actual = memory.available_mib()
     assert actual is not None

@@ -99,7 +99,7 @@ def test_a_dry_run_of_the_chain_plans_what_it_cannot_probe_yet(
     assert list(Path().iterdir()) == []
 
 
-def test_a_dry_run_tells_what_is_up_to_date_and_what_would_be_refused(
+def test_a_dry_run_says_what_is_up_to_date_and_what_would_be_refused(
     stages: FakeStages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _chain("w4a8")
@@ -268,7 +268,7 @@ def test_run_folders_are_found_in_the_documented_order(
     assert stages.run("collect") == Path("runs/owner--other")
 
 
-def test_a_run_that_is_gone_is_told(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_gone_is_reported(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs").mkdir()
     Path("runs/.latest").write_text("runs/gone\n")
     assert main(["select"]) == 3

@@ -142,7 +142,7 @@ def test_a_path_that_is_not_utf_8_is_printed_in_its_own_bytes(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("path", ["absent", ".", "a" * 5000])
-def test_what_is_no_artifact_is_told(capsys: pytest.CaptureFixture[str], path: str) -> None:
+def test_what_is_no_artifact_is_reported(capsys: pytest.CaptureFixture[str], path: str) -> None:
     assert main(["inspect", path]) == 3
     assert "error:" in capsys.readouterr().err
 

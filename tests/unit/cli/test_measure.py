@@ -150,7 +150,7 @@ def test_what_cannot_be_is_a_usage_error(benches: list[Any], words: str) -> None
     assert benches == []
 
 
-def test_without_a_run_or_a_model_the_next_command_is_told(
+def test_without_a_run_or_a_model_the_next_command_is_reported(
     benches: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench"]) == 3

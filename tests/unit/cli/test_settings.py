@@ -78,7 +78,7 @@ def test_run_takes_the_same_file(stages: FakeStages, config: list[str]) -> None:
         ("\xff", 3, "TOML"),
     ],
 )
-def test_a_file_that_does_not_fit_is_told(
+def test_a_file_that_does_not_fit_is_reported(
     stages: FakeStages, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, code: int, named: str
 ) -> None:
     path = tmp_path / "edadm.toml"
@@ -132,7 +132,7 @@ def test_command_lines_that_cannot_be_are_refused_before_any_work(
         ("[reconstruct]\nbits = 'w4a8'\n[reconstruct.recipe]\nname = 'mine'", "A recipe is given by its name"),
     ],
 )
-def test_a_width_or_a_recipe_of_another_form_is_told(
+def test_a_width_or_a_recipe_of_another_form_is_reported(
     stages: FakeStages, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, named: str
 ) -> None:
     path = tmp_path / "edadm.toml"
@@ -150,13 +150,13 @@ def test_a_width_or_a_recipe_of_another_form_is_told(
         (["evaluate", "--bits", "w4a8", "--run", "r", "--num-images", "1"], "--num-images: input should be", ""),
     ],
 )  # fmt: skip
-def test_a_value_that_does_not_fit_is_told_by_its_flag(
+def test_a_value_that_does_not_fit_is_reported_by_its_flag(
     stages: FakeStages, capsys: pytest.CaptureFixture[str], arguments: list[str], error: str, hint: str
 ) -> None:
     assert main(arguments) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {error}")
-    assert hint in told
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {error}")
+    assert hint in printed
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_a_mid_block_without_attention_gives_the_input_of_its_second_residual_bl
     assert middle_module(denoiser) is denoiser.mid_block.resnets[1]
 
 
-def test_a_network_without_a_middle_is_told() -> None:
+def test_a_network_without_a_middle_is_reported() -> None:
     with pytest.raises(InputError, match="neither a mid-block"):
         middle_module(nn.Linear(2, 2))
 

@@ -119,7 +119,7 @@ def test_every_planned_layer_ran_in_integers_and_the_others_are_named(
     assert quantized_layers(mixed).keys() <= rows.keys()
 
 
-def test_a_layer_that_onnx_runtime_leaves_in_floating_point_is_told(
+def test_a_layer_that_onnx_runtime_leaves_in_floating_point_is_reported(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edadm_cli.engines.onnx.session.in_integers", lambda model: None)

@@ -87,7 +87,7 @@ def test_layers_are_exact_at_the_ends_of_their_grids(name: str, bits: int) -> No
 @pytest.mark.parametrize("name", LAYERS)
 def test_eight_bit_weights_are_exact_in_other_forms(name: str) -> None:
     layer, x = _at_the_ends(name, 8)
-    assert OpenVinoEngine().layer_refusal(layer) is None, "it is held against exact integers like all others"
+    assert OpenVinoEngine().layer_refusal(layer) is None, "it is compared with exact integers like all others"
     assert _error(layer, x) < 2e-6
 
 

@@ -27,34 +27,34 @@ from tests.denoisers.families import RECIPE
 CPU = torch.device("cpu")
 
 
-def draw(model: LoadedModel) -> Samples:
+def sampled(model: LoadedModel) -> Samples:
     guidance = 2.0 if takes_prompts(model.pipeline) else None
     prompts = ["one"] if takes_prompts(model.pipeline) else None
     return sample(model, seeds=[3], prompts=prompts, num_steps=2, guidance_scale=guidance)
 
 
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_ddpm", "tiny_sdxl", "tiny_dit"])
-def test_any_pipeline_draws_the_same_images(name: str, request: pytest.FixtureRequest) -> None:
+def test_any_pipeline_generates_the_same_images(name: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(name)
     model = load_model(str(folder), CPU, torch.float32)
     calls: list[DenoiserCall] = []
     with record_calls(model.denoiser, calls.append):
-        draw(model)
+        sampled(model)
     made: list[Any] = [build_call(call.template, call.sample, call.timestep, call.tensors) for call in calls[:1]]
     if name == "tiny_dit":  # a transformer takes one timestep per row
         made = [((args[0],), {**kwargs, "timestep": torch.full((2,), 5)}) for args, kwargs in made]
     quantize_to_nearest(model.denoiser, RECIPE, BitWidth.parse("w8a8"), made)
     use_arithmetic(model.denoiser, "integer")
-    expected = draw(model)
+    expected = sampled(model)
     compiled = ReferenceEngine().compile(model.denoiser, *made[0], EngineOptions(CPU))
     put_on_engine(model, compiled)
-    actual = draw(model)
+    actual = sampled(model)
     assert isinstance(model.denoiser, EngineDenoiser)
     assert torch.equal(actual.latents, expected.latents)
     assert torch.equal(actual.images, expected.images)
 
 
-def test_the_stand_in_holds_no_weights_but_tells_what_pipelines_ask(tiny_sdxl: Path) -> None:
+def test_the_stand_in_holds_no_weights_but_says_what_pipelines_ask(tiny_sdxl: Path) -> None:
     model = load_model(str(tiny_sdxl), CPU, torch.float16)
     before = model.denoiser
     width = before.add_embedding.linear_1.in_features

@@ -26,7 +26,7 @@ def test_each_device_has_an_engine() -> None:
     assert registry.default_engine(torch.device("cuda", 1)).name == "cuda"
 
 
-def test_an_unknown_engine_is_told_with_those_there_are() -> None:
+def test_an_unknown_engine_is_reported_with_those_there_are() -> None:
     with pytest.raises(UsageError, match=r"no engine 'tensorrt'; there are reference, openvino"):
         registry.engine("tensorrt")
 

@@ -57,7 +57,7 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_folder_loads_in_the_wanted_dtype_ready_to_sample(tiny_sd: Path, dtype: torch.dtype) -> None:
+def test_a_folder_loads_in_the_given_dtype_ready_to_sample(tiny_sd: Path, dtype: torch.dtype) -> None:
     model = load_model(str(tiny_sd), CPU, dtype)
     assert model.denoiser_name == "unet"
     assert model.denoiser is model.pipeline.unet
@@ -199,23 +199,23 @@ def test_missing_parts_are_named(sd_copy: Path, missing: str) -> None:
     assert missing.partition("/")[0] in refusal(sd_copy).message
 
 
-def test_an_index_without_a_denoiser_or_a_needed_component_is_told(sd_copy: Path) -> None:
+def test_an_index_without_a_denoiser_or_a_needed_component_is_reported(sd_copy: Path) -> None:
     edit_json(sd_copy / "model_index.json", lambda c: c.pop("unet"))
     assert "'unet'" in refusal(sd_copy).message
 
 
-def test_a_broken_index_is_told(sd_copy: Path, tmp_path: Path) -> None:
+def test_a_broken_index_is_reported(sd_copy: Path, tmp_path: Path) -> None:
     (sd_copy / "model_index.json").write_text("{")
     assert "model_index.json" in refusal(sd_copy).message
     assert "no model_index.json" in refusal(tmp_path).message
 
 
-def test_a_config_of_nonsense_is_told(sd_copy: Path) -> None:
+def test_a_config_of_nonsense_is_reported(sd_copy: Path) -> None:
     edit_json(sd_copy / "unet/config.json", lambda c: c.update(block_out_channels="banana"))
     assert "unet" in refusal(sd_copy).message
 
 
-def test_what_is_no_model_is_told(tmp_path: Path) -> None:
+def test_what_is_no_model_is_reported(tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_bytes(b"anything")
     assert "is a file" in refusal(tmp_path / "model.txt").message
     (tmp_path / "model.ckpt").write_bytes(b"anything")

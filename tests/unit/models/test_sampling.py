@@ -134,7 +134,7 @@ def test_eta_draws_noise_image_by_image(pixels: LoadedModel) -> None:
     assert not torch.allclose(alone.latents, still.latents, atol=1e-2)
 
 
-def test_prompts_that_are_missing_or_too_few_are_told(stable_diffusion: LoadedModel) -> None:
+def test_prompts_that_are_missing_or_too_few_are_reported(stable_diffusion: LoadedModel) -> None:
     with pytest.raises(InputError, match="makes images from prompts"):
         sample(stable_diffusion, seeds=[1], prompts=None, num_steps=2, guidance_scale=2.0)
     with pytest.raises(UsageError, match="2 images need as many prompts, not 1"):
@@ -146,7 +146,7 @@ def test_more_steps_than_timesteps_are_refused(pixels: LoadedModel) -> None:
         sample(pixels, seeds=[1], prompts=None, num_steps=1001, guidance_scale=None)
 
 
-def test_values_that_are_not_finite_are_told_and_the_scheduler_is_left_clean(pixels: LoadedModel) -> None:
+def test_values_that_are_not_finite_are_reported_and_the_scheduler_is_left_clean(pixels: LoadedModel) -> None:
     weight = pixels.denoiser.get_parameter("conv_out.bias")
     before = weight.clone()
     try:

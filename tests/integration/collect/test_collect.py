@@ -1,27 +1,22 @@
-"""`collect` and `select` on tiny pipelines: what they write, that it repeats, and that it survives a kill."""
+"""`collect` on tiny pipelines: what it writes, that it repeats, and that it survives a kill."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
 import time
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edadm_cli import plugins
-from edadm_cli.artifacts import Artifact, RunFolder
-from edadm_cli.cli.app import main
+from edadm_cli.artifacts import RunFolder
 from edadm_cli.collect import stage as collect
-from edadm_cli.config import CollectConfig, SelectConfig
+from edadm_cli.config import SelectConfig
 from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.estimates import collect as collect_estimates
 from edadm_cli.estimates import select as select_estimates
@@ -34,12 +29,8 @@ from edadm_cli.processes import ALONE
 from edadm_cli.report.commands import repeating_commands
 from edadm_cli.report.contents import read_run
 from edadm_cli.select import stage as select
-from edadm_cli.select import strategies
-from edadm_cli.select.strategies import ScoredSteps, SelectionStrategy
+from tests.integration.collect.helpers import CPU, STEPS, TRAJECTORIES, config_of, hashes, latents_of
 from tests.integration.fresh_interpreter import FreshInterpreter
-
-CPU = torch.device("cpu")
-N, STEPS = 10, 4
 
 KILLED_RUN = """
 import sys, time
@@ -59,60 +50,6 @@ stage.run(CollectConfig.model_validate_json(sys.argv[1]), RunFolder(Path(sys.arg
 """
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("one\ntwo\n\nthree\n")
-    return path
-
-
-def config_of(folder: Path, prompts: Path | None, **changes: Any) -> CollectConfig:
-    fields: dict[str, Any] = {
-        "model": str(folder),
-        "prompts": prompts if folder.name.startswith("tiny-sd") else None,
-        "num_trajectories": N,
-        "num_steps": STEPS,
-        "batch_size": 4,
-        "feature_batch": 6,
-        "device": "cpu",
-    }
-    return CollectConfig(**{**fields, **changes})
-
-
-@pytest.fixture(scope="module")
-def collected(
-    tiny_sd: Path,
-    tiny_ddpm: Path,
-    tiny_dit: Path,
-    tiny_sdxl: Path,
-    prompts: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, RunFolder]:
-    runs = {}
-    for folder in (tiny_sd, tiny_ddpm, tiny_dit, tiny_sdxl):
-        runs[folder.name] = RunFolder(tmp_path_factory.mktemp("runs") / folder.name)
-        assert collect.run(config_of(folder, prompts), runs[folder.name]).status == "done"
-    return runs
-
-
-@pytest.fixture
-def sd_run(collected: dict[str, RunFolder], tmp_path: Path) -> RunFolder:
-    return RunFolder(Path(shutil.copytree(collected["tiny-sd"].root, tmp_path / "run")))
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json"
-    }
-
-
-def latents_of(artifact: Artifact) -> Tensor:
-    names = sorted(e.path for e in artifact.manifest.payload if e.path.startswith("latents-"))
-    return torch.cat([artifact.tensors(name)["latents"] for name in names], dim=1)
-
-
 @pytest.mark.parametrize(
     ("name", "num_calls", "branches"),
     [("tiny-sd", STEPS + 1, 2), ("tiny-ddpm", STEPS, 1), ("tiny-dit", STEPS, 2), ("tiny-sdxl", STEPS, 2)],
@@ -122,13 +59,13 @@ def test_a_collection_holds_what_tools_outside_rely_on(
 ) -> None:
     artifact = collected[name].open("collect")
     latents, shared = latents_of(artifact), artifact.tensors("features.safetensors")
-    assert latents.shape[:2] == (num_calls, N)
+    assert latents.shape[:2] == (num_calls, TRAJECTORIES)
     assert latents.dtype == torch.float32
     assert shared["timesteps"].shape == (num_calls,)
     assert shared["timesteps"].diff().le(0).all()
     assert shared["features"].shape[:2] == (num_calls, 6 * branches)
     condition = artifact.tensors("condition.safetensors")
-    assert all(len(tensor) == N for tensor in condition.values())
+    assert all(len(tensor) == TRAJECTORIES for tensor in condition.values())
     names = {
         "tiny-sd": ["encoder_hidden_states"],
         "tiny-ddpm": [],
@@ -163,8 +100,8 @@ def test_a_calibration_call_is_the_recorded_call(
     run, folder = collected[name], request.getfixturevalue(name.replace("-", "_"))
     select.run(SelectConfig(), run)
     calibration_set = CalibrationSet.load(run.open("select"))
-    assert len(calibration_set) == N
-    assert calibration_set.trajectory_index.tolist() == list(range(N))
+    assert len(calibration_set) == TRAJECTORIES
+    assert calibration_set.trajectory_index.tolist() == list(range(TRAJECTORIES))
     sampling = run.open("collect").json("sampling.json")
     model = load_model(str(folder), CPU, torch.float32)
     calls: list[DenoiserCall] = []
@@ -295,118 +232,6 @@ def test_half_precision_is_kept_in_half_the_bytes(
     assert args[0].dtype == kwargs["encoder_hidden_states"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("strategy", ["tdac", "uniform", "normal", "random", "last"])
-def test_every_strategy_fills_the_calibration_set(sd_run: RunFolder, strategy: str) -> None:
-    record = select.run(SelectConfig(strategy=strategy, num_samples=7), sd_run, force=True)
-    artifact = sd_run.open("select")
-    chosen = artifact.tensors("calibration.safetensors")
-    scores = artifact.tensors("scores.safetensors")
-    latents, timesteps = (
-        latents_of(sd_run.open("collect")),
-        sd_run.open("collect").tensors("features.safetensors")["timesteps"],
-    )
-    steps, trajectories = chosen["step_index"], chosen["trajectory_index"]
-    assert sum(record.counts) == 7
-    assert torch.bincount(steps, minlength=STEPS + 1).tolist() == list(record.counts) == scores["counts"].tolist()
-    assert torch.equal(chosen["sample"], latents[steps, trajectories])
-    assert torch.equal(chosen["timestep"], timesteps[steps])
-    condition = sd_run.open("collect").tensors("condition.safetensors")
-    for name, tensor in condition.items():
-        assert torch.equal(chosen[name], tensor[trajectories])
-    is_tdac = strategy == "tdac"
-    assert (record.density_radius is not None) == (record.variety_weight is not None) == is_tdac
-    selection = artifact.json("selection.json")
-    assert selection["strategy"] == strategy
-    assert selection["density_radius_source"] == ("5% quantile of the pairwise distances" if is_tdac else None)
-    assert (selection["steps_from_the_clean_end"] is not None) == (strategy == "normal")
-
-
-class _Densest(SelectionStrategy):
-    """Takes every sample from the step whose features are most like those of others, as another package may."""
-
-    name = "densest"
-    description = "The densest step gives every sample."
-    uses_scores = True
-
-    def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> torch.Tensor:
-        return num_samples * torch.nn.functional.one_hot(steps.density.argmax(), len(steps))
-
-
-class _TooFew(_Densest):
-    name = "too-few"
-
-    def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> torch.Tensor:
-        return super().counts(steps, num_samples - 1, generator)
-
-
-def test_a_strategy_of_another_package_chooses_the_samples(
-    sd_run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    points = [EntryPoint(kind.name, f"{__name__}:{kind.__name__}", strategies.GROUP) for kind in (_Densest, _TooFew)]
-    known = plugins.entry_points
-    monkeypatch.setattr(
-        plugins, "entry_points", lambda group: points if group == strategies.GROUP else known(group=group)
-    )
-    strategies.strategies.cache_clear()
-    command = ["select", "--run", str(sd_run.root), "--num-samples", "5", "--device", "cpu", "--force", "--json"]
-    try:
-        assert main([*command, "--strategy", "densest", "--density-radius", "0.5"]) == 0
-        assert sorted(json.loads(capsys.readouterr().out)["counts"]) == [0] * STEPS + [5]
-        assert main([*command, "--strategy", "too-few"]) == 4
-        assert "'too-few' returned" in capsys.readouterr().err
-    finally:
-        strategies.strategies.cache_clear()
-    selection = sd_run.open("select").json("selection.json")
-    assert (selection["density_radius"], selection["strategy_description"]) == (0.5, _Densest.description)
-
-
-def test_a_given_radius_and_weight_are_used_and_named(sd_run: RunFolder) -> None:
-    record = select.run(SelectConfig(density_radius=1e9, variety_weight=0.0), sd_run, force=True)
-    assert record.density_radius == 1e9
-    assert record.counts == (2,) * (STEPS + 1)  # all steps alike within that radius
-    assert sd_run.open("select").json("selection.json")["density_radius_source"] == "given"
-    record = select.run(SelectConfig(model_radius=True), sd_run, force=True)
-    source = sd_run.open("select").json("selection.json")["density_radius_source"]
-    assert source == "the model has no published one: 5% quantile of the pairwise distances"
-    assert record.total_variation is not None
-    earlier = select.build_spec(SelectConfig(density_quantile=0.5), sd_run).config
-    assert not {"density_quantile", "model_radius"} & earlier.keys(), "as artifacts of version 0.1 name it"
-
-
-def test_the_plot_shows_something_on_a_transparent_ground(sd_run: RunFolder) -> None:
-    select.run(SelectConfig(), sd_run)
-    image = Image.open(sd_run.open("select").file("selection.png"))
-    assert image.mode == "RGBA"
-    assert image.width > 1000
-    assert image.getpixel((2, 2))[3] == 0
-    assert len(image.getcolors(maxcolors=2**24) or []) > 20
-
-
-def test_more_samples_than_there_are_steps_are_refused(sd_run: RunFolder) -> None:
-    with pytest.raises(UsageError, match="10 trajectories of"):
-        select.run(SelectConfig(num_samples=1000), sd_run, force=True)
-    with pytest.raises(UsageError, match="each of the 10 trajectories has that step once"):
-        select.run(SelectConfig(strategy="last", num_samples=N + 1), sd_run, force=True)
-
-
-def test_settings_of_tdac_mean_nothing_elsewhere(sd_run: RunFolder) -> None:
-    with pytest.raises(UsageError, match="belongs to the strategy tdac"):
-        select.run(SelectConfig(strategy="uniform", density_radius=1.0), sd_run)
-
-
-def test_selecting_before_collecting_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        select.run(SelectConfig(), RunFolder(tmp_path))
-    assert "edadm collect" in (caught.value.hint or "")
-
-
-def test_another_collection_under_a_selection_is_told(sd_run: RunFolder, tiny_sd: Path, prompts: Path) -> None:
-    select.run(SelectConfig(), sd_run)
-    collect.run(config_of(tiny_sd, prompts, seed=5), sd_run, force=True)
-    with pytest.raises(InputError):
-        sd_run.open("select")
-
-
 def test_weights_that_end_in_infinity_name_the_step(tiny_ddpm: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_ddpm, tmp_path / "model"))
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
@@ -499,5 +324,5 @@ def test_an_estimate_writes_nothing_and_is_near(
 
 def test_records_are_plain_json(sd_run: RunFolder, tiny_sd: Path, prompts: Path) -> None:
     record = json.loads(collect.run(config_of(tiny_sd, prompts), sd_run).model_dump_json())
-    assert (record["model"], record["num_steps"], record["num_trajectories"]) == (str(tiny_sd), STEPS, N)
+    assert (record["model"], record["num_steps"], record["num_trajectories"]) == (str(tiny_sd), STEPS, TRAJECTORIES)
     assert record["identity"] == sd_run.open("collect").identity
