@@ -106,7 +106,7 @@ def _is_copyable(source: Component | None, folder: PipelineFolder | None, compon
 def _copy(source: Component, place: Path) -> None:
     """Copies the files of a component. Its configuration names float32, the type that denoisers are loaded in.
 
-    transformers loads a model in the type that its configuration names, and diffusers in float32, unless `torch_dtype`
+    transformers loads a model in the type that its configuration names, and diffusers in float32, unless `dtype`
     is given: a text encoder in bfloat16 would not fit its denoiser.
     """
     for relative, path in source.files().items():

@@ -160,7 +160,7 @@ def load_denoiser(folder: Path | None, class_path: str | None, dtype: torch.dtyp
     assert class_path is not None
     with quiet_libraries():
         cls: Any = find_class(class_path)
-        denoiser: nn.Module = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        denoiser: nn.Module = cls.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return denoiser.eval().requires_grad_(False)
 
 

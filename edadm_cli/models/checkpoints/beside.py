@@ -85,9 +85,7 @@ def _convert(
     try:
         size = bounded_size(component.descriptions[0], state.values())
         with component.staged() as place, size, library_warnings(_LOADER) as warnings:
-            module: nn.Module = loader.from_single_file(
-                wide, config=str(place), local_files_only=True, torch_dtype=dtype
-            )
+            module: nn.Module = loader.from_single_file(wide, config=str(place), local_files_only=True, dtype=dtype)
     except (EdadmError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:

@@ -193,7 +193,7 @@ def convert(path: Path, architecture: Architecture, dtype: torch.dtype) -> Diffu
         try:
             with inert_globals(), no_network():
                 pipeline: DiffusionPipeline = pipeline_class.from_single_file(
-                    str(file), config=folder, local_files_only=True, torch_dtype=dtype, **architecture.options
+                    str(file), config=folder, local_files_only=True, dtype=dtype, **architecture.options
                 )
         except (torch.OutOfMemoryError, MemoryError):
             raise

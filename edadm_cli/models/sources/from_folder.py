@@ -120,11 +120,11 @@ def _load_module(component: Component, place: Path, dtype: torch.dtype, device: 
 
     loader: Any = component.cls
     is_transformer = issubclass(component.cls, PreTrainedModel)
-    options = {"dtype": dtype, "trust_remote_code": False} if is_transformer else {"torch_dtype": dtype}
+    options = {"trust_remote_code": False} if is_transformer else {}
     headers = [tensor for file in component.weights for tensor in read_tensor_header(file).values()]
     with bounded_size(component.descriptions[0], headers):
         module, info = loader.from_pretrained(
-            place, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            place, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     # before the module is moved: a missing tensor has no data to move
     where = component.weights[0] if len(component.weights) == 1 else component.folder

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from edadm_cli.engines.cuda.graph_passes.graph_nodes import dtype_of, is_method, shape_of, single_use
+from edadm_cli.engines.cuda.graph_passes.graph_nodes import dtype_of, is_call, is_method, shape_of, single_use
 from edadm_kernels.pack import CODE_OFFSET
 
 
@@ -69,23 +69,11 @@ def code_chains(attention: fx.Node) -> list[CodeChain]:
 def chain_of(node: fx.Node, tokens: int) -> CodeChain | None:
     """Returns the chain that begins with a use of a tensor that has `tokens` tokens."""
     start, stop = 0, tokens
-    if node.op == "call_function" and node.target is operator.getitem:
-        index = node.args[1]
-        if (
-            not isinstance(index, tuple)
-            or len(index) != 2
-            or index[0] != slice(None)
-            or not isinstance(index[1], slice)
-        ):
+    if is_call(node, operator.getitem):
+        chosen, following = _chosen_tokens(node.args[1], tokens), single_use(node)
+        if chosen is None or following is None:
             return None
-        try:
-            start, stop, step = index[1].indices(tokens)
-        except TypeError:  # a bound is a node
-            return None
-        following = single_use(node)
-        if step != 1 or following is None:
-            return None
-        node = following
+        start, stop, node = *chosen, following
     if not is_method(node, "float"):
         return None
     scaled = _binary(node, operator.mul)
@@ -104,6 +92,17 @@ def chain_of(node: fx.Node, tokens: int) -> CodeChain | None:
         return None
     num_bits = (bounds[1] + CODE_OFFSET).bit_length()
     return CodeChain(start, stop, scaled[1], shifted[1], num_bits, codes)
+
+
+def _chosen_tokens(index: object, tokens: int) -> tuple[int, int] | None:
+    """Returns the first token of an index `[:, start:stop]` and the one after the last; `None` for other indices."""
+    if not isinstance(index, tuple) or len(index) != 2 or index[0] != slice(None) or not isinstance(index[1], slice):
+        return None
+    try:
+        start, stop, step = index[1].indices(tokens)
+    except TypeError:  # a bound is a node
+        return None
+    return (start, stop) if step == 1 else None
 
 
 def _binary(node: fx.Node, function: object) -> tuple[fx.Node, fx.Node] | None:

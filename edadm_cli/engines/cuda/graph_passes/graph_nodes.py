@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -58,7 +59,7 @@ def is_method(node: fx.Node, name: str) -> bool:
     return node.op == "call_method" and node.target == name
 
 
-def is_call(node: object, function: object) -> bool:
+def is_call(node: object, function: object) -> TypeGuard[fx.Node]:
     """Returns whether a node calls a function."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is function
 

@@ -11,7 +11,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 import edadm_kernels as kernels
@@ -57,16 +57,11 @@ def _pays(norm: fx.Node) -> bool:
 
 def _replace(norm: fx.Node) -> int:
     """Replaces a GroupNorm and all that follows, up to the codes; returns whether that was possible."""
-    result, silu = norm, False
-    following = single_use(result)
-    if is_call(following, F.silu) and not following.kwargs.get("inplace"):  # type: ignore[union-attr]
-        assert following is not None
-        result, silu = following, True
-        following = single_use(result)
-    if is_call(following, F.dropout) and following.args[2:3] == (False,):  # type: ignore[union-attr]
-        assert following is not None
-        result = following
-        following = single_use(result)
+    following, silu = single_use(norm), False
+    if is_call(following, F.silu) and not following.kwargs.get("inplace"):
+        following, silu = single_use(following), True
+    if is_call(following, F.dropout) and following.args[2:3] == (False,):
+        following = single_use(following)
     tokens = None
     if following is not None and is_method(following, "permute") and following.args[1:] in (_TO_TOKENS, (_TO_TOKENS,)):
         tokens = single_use(following)
@@ -109,10 +104,11 @@ def _channels_last(image: fx.Node) -> fx.Node:
 
 def _images(x: Any, num_groups: Any) -> list[fx.Node]:
     """Returns the two images whose channels `x` concatenates, if the kernel reads them in place; otherwise `x`."""
-    if is_call(x, torch.cat) and (x.args[1:] == (1,) or x.kwargs == {"dim": 1}) and len(x.args[0]) == 2:
-        first, second = (value_of(node) for node in x.args[0])
+    images: Any = x.args[0] if is_call(x, torch.cat) and (x.args[1:] == (1,) or x.kwargs == {"dim": 1}) else ()
+    if len(images) == 2:
+        first, second = map(value_of, images)
         if first is not None and second is not None and kernels.group_norm_joins(first, second, num_groups):
-            return list(x.args[0])
+            return list(images)
     return [x]
 
 
@@ -121,30 +117,31 @@ def _fold_addition(convolution: fx.Node) -> None:
     addition = single_use(convolution)
     if not is_call(addition, operator.add) or len(convolution.args) != _NUM_ARGUMENTS:
         return
-    assert addition is not None
     (other,) = [each for each in addition.args if each is not convolution] or [None]
-    result, total, added = value_of(convolution), value_of(addition), value_of(other)
-    if result is None or total is None or added is None or not isinstance(other, fx.Node):
+    result, total = value_of(convolution), value_of(addition)
+    if not isinstance(other, fx.Node) or result is None or total is None or not has_numbers(result):
         return
-    if not has_numbers(result) or total.stride() != result.stride() or not result.dtype == total.dtype == added.dtype:
+    place, arguments = _place_of(other, result), list(convolution.args)
+    is_same_form = total.dtype == result.dtype and total.stride() == result.stride()
+    if place is None or arguments[place] is not None or not is_same_form:
         return
-    arguments = list(convolution.args)
-    if added.shape == result.shape and added.stride() == result.stride():
-        place = _RESIDUAL
-        with addition.graph.inserting_before(addition):
-            operand = _channels_last(other)
-    elif is_call(other, operator.getitem) and other.args[1] == _PER_SAMPLE:
-        place, operand = _SAMPLE_BIAS, other.args[0]  # type: ignore[assignment]
-        bias = value_of(operand)
-        if bias is None or bias.shape != result.shape[:2] or not bias.is_contiguous():
-            return
-    else:
-        return
-    if arguments[place] is not None:
-        return
-    arguments[place] = operand
     with addition.graph.inserting_before(addition):
+        arguments[place] = other.args[0] if place == _SAMPLE_BIAS else _channels_last(other)
         folded = addition.graph.call_function(_CONVOLUTION, tuple(arguments))
     divided = single_use(addition)
-    by_one = is_call(divided, operator.truediv) and divided.args[1:] == (1.0,)  # type: ignore[union-attr]
-    replace_node(divided if by_one else addition, folded)  # type: ignore[arg-type]
+    by_one = is_call(divided, operator.truediv) and divided.args[1:] == (1.0,)
+    replace_node(divided if by_one and divided is not None else addition, folded)
+
+
+def _place_of(other: fx.Node, result: Tensor) -> int | None:
+    """Returns which argument of a convolution adds a node to its result; `None` if none does."""
+    added = value_of(other)
+    if added is None or added.dtype != result.dtype:
+        return None
+    if added.shape == result.shape and added.stride() == result.stride():
+        return _RESIDUAL
+    if is_call(other, operator.getitem) and other.args[1] == _PER_SAMPLE:
+        bias = value_of(other.args[0])
+        if bias is not None and bias.shape == result.shape[:2] and bias.is_contiguous():
+            return _SAMPLE_BIAS
+    return None
