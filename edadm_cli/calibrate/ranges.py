@@ -148,7 +148,7 @@ def search_weight_scales(
         InputError: A weight is not finite.
     """
     params, statistics = params or {}, statistics or {}
-    scales = {}
+    scales: dict[str, Tensor] = {}
     for layer in traced.layers:
         layer_plan = plan.layers.get(layer.name)
         if layer_plan is None:
@@ -160,14 +160,18 @@ def search_weight_scales(
             if recipe.weight == "output-error" and part in statistics:
                 energy = _energy(part, layer_plan, params, statistics[part])
                 energy = input_energy(energy, piece, Operation.of(layer.module).groups)
-            rounded = folded(piece, part, layer_plan, params)
-            grid, size = layer_plan.weight_grid, layer_plan.group_size
-            if size is None:
-                scales[f"{part}.weight_scale"] = weight_scales(rounded, grid, recipe, energy).cpu()
-                continue
-            scale, multipliers = search_groups(rounded, grid, size, recipe, energy)
-            scales |= {f"{part}.weight_scale": scale.cpu(), f"{part}.weight_multiplier": multipliers.cpu()}
+            scales |= _scales_of_part(part, folded(piece, part, layer_plan, params), layer_plan, recipe, energy)
     return scales
+
+
+def _scales_of_part(
+    part: str, weight: Tensor, plan: LayerPlan, recipe: RangeRecipe, energy: Tensor | None
+) -> dict[str, Tensor]:
+    """Returns the scales of a weight under the names of the artifact, and the multipliers of its groups, if any."""
+    if plan.group_size is None:
+        return {f"{part}.weight_scale": weight_scales(weight, plan.weight_grid, recipe, energy).cpu()}
+    scale, multipliers = search_groups(weight, plan.weight_grid, plan.group_size, recipe, energy)
+    return {f"{part}.weight_scale": scale.cpu(), f"{part}.weight_multiplier": multipliers.cpu()}
 
 
 def _energy(part: str, plan: LayerPlan, params: Mapping[str, Tensor], statistics: ChannelStatistics) -> Tensor:

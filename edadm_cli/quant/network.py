@@ -91,13 +91,14 @@ def load_quant_params(model: nn.Module, params: Mapping[str, Tensor]) -> None:
     Raises:
         InputError: A tensor is missing, left over, misshapen, not finite, or a code does not fit its bits.
     """
-    layers = quantized_layers(model)
-    attentions = _attentions(model)
-    shapes = {
-        name: {f"{name}.{key}": shape for key, shape in layer.parameter_shapes().items()}
-        | ({f"{name}.bias": tuple(layer.bias.shape)} if layer.bias is not None and f"{name}.bias" in params else {})
-        for name, layer in layers.items()
-    } | {name: {f"{name}.{operand}_scale": () for operand in OPERANDS} for name in attentions}
+    layers, attentions = quantized_layers(model), _attentions(model)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, layer in layers.items():
+        shapes[name] = {f"{name}.{key}": shape for key, shape in layer.parameter_shapes().items()}
+        if layer.bias is not None and f"{name}.bias" in params:
+            shapes[name][f"{name}.bias"] = tuple(layer.bias.shape)
+    for name in attentions:
+        shapes[name] = {f"{name}.{operand}_scale": () for operand in OPERANDS}
     expected = {name for layer_shapes in shapes.values() for name in layer_shapes}
     missing, extra = sorted(expected - params.keys()), sorted(params.keys() - expected)
     if missing or extra:

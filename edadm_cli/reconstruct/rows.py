@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,9 +137,7 @@ class FileRows(Rows):
         """Writes to the file."""
         ready = _bytes_of(values.detach().to("cpu", self.kind.dtype).contiguous())
         with explained_os_errors(self.path):
-            for number, place in enumerate(places):
-                row = ready[number * self.kind.bytes : (number + 1) * self.kind.bytes]
-                offset = place * self.kind.bytes
+            for row, offset in self._spans(places, ready):
                 while row:
                     written = os.pwrite(self._descriptor, row, offset)
                     row, offset = row[written:], offset + written
@@ -150,15 +148,19 @@ class FileRows(Rows):
         result = torch.empty(shape, dtype=self.kind.dtype) if out is None else out
         ready = _bytes_of(result)
         with explained_os_errors(self.path):
-            for number, place in enumerate(places):
-                row = ready[number * self.kind.bytes : (number + 1) * self.kind.bytes]
-                offset = place * self.kind.bytes
+            for row, offset in self._spans(places, ready):
                 while row:
                     count = os.preadv(self._descriptor, [row], offset)
                     if count == 0:
                         raise OSError(5, "the file ends before its last row", str(self.path))
                     row, offset = row[count:], offset + count
         return result
+
+    def _spans(self, places: Sequence[int], rows: memoryview) -> Iterator[tuple[memoryview, int]]:
+        """Yields the bytes of each row, and their offset in the file."""
+        size = self.kind.bytes
+        for number, place in enumerate(places):
+            yield rows[number * size : (number + 1) * size], place * size
 
     def close(self) -> None:
         """Closes and removes the file; other processes that have it open can still read it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -122,7 +122,26 @@ def _generator(task: Task, stream: int) -> torch.Generator:
 def _calibration_set(
     task: Task, form: CallForm, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter
 ) -> dict[str, Tensor]:
-    """Gathers the chosen steps, reading one shard of trajectories at a time."""
+    """Gathers the chosen steps."""
+    conditions = task.collected.tensors(CONDITION_FILE)
+    varying = {prefix + name for name in form.varying for prefix in (CONDITION, UNCONDITIONAL)} & conditions.keys()
+    _require_values_per_step(task, {name: conditions[name] for name in sorted(varying)})
+    return {
+        **{name: tensor for name, tensor in conditions.items() if name.startswith(CONSTANT)},
+        **{
+            name: tensor[trajectory_index, step_index] if name in varying else tensor[trajectory_index]
+            for name, tensor in conditions.items()
+            if not name.startswith(CONSTANT)
+        },
+        "sample": _chosen_samples(task, step_index, trajectory_index, reporter),
+        "timestep": task.timesteps[step_index],
+        "step_index": step_index,
+        "trajectory_index": trajectory_index,
+    }
+
+
+def _chosen_samples(task: Task, step_index: Tensor, trajectory_index: Tensor, reporter: Reporter) -> Tensor:
+    """Returns the chosen steps of the trajectories, in order of trajectories; it reads one shard at a time."""
     names = sorted(e.path for e in task.collected.manifest.payload if e.path.startswith("latents-"))
     chosen, first = [], 0
     with reporter.task("Gathering samples", len(names)) as advance:
@@ -137,27 +156,17 @@ def _calibration_set(
             chosen.append(samples)
             first += latents.shape[1]
             advance(1)
-    varying = {prefix + name for name in form.varying for prefix in (CONDITION, UNCONDITIONAL)}
-    conditions = task.collected.tensors(CONDITION_FILE)
-    for name in sorted(varying & conditions.keys()):
-        if conditions[name].shape[1:2] != (len(task.timesteps),):
+    return torch.cat(chosen)
+
+
+def _require_values_per_step(task: Task, conditions: Mapping[str, Tensor]) -> None:
+    for name, tensor in conditions.items():
+        if tensor.shape[1:2] != (len(task.timesteps),):
             path = task.collected.path / CONDITION_FILE
             raise InputError(
                 f"'{name}' in {path} has not one value for each of {len(task.timesteps)} steps.",
                 hint=task.collected.remedy,
             )
-    return {
-        **{name: tensor for name, tensor in conditions.items() if name.startswith(CONSTANT)},
-        **{
-            name: tensor[trajectory_index, step_index] if name in varying else tensor[trajectory_index]
-            for name, tensor in conditions.items()
-            if not name.startswith(CONSTANT)
-        },
-        "sample": torch.cat(chosen),
-        "timestep": task.timesteps[step_index],
-        "step_index": step_index,
-        "trajectory_index": trajectory_index,
-    }
 
 
 def _selection(task: Task, scores: NormalisedScores, counts: Tensor) -> Selection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from edadm_cli.artifacts import BuildSpec, RunFolder, Selection, SelectRecord, shared_keys
 from edadm_cli.config import SelectConfig
@@ -11,9 +10,6 @@ from edadm_cli.models.collected import CollectedRun
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.select.strategies import total_variation
 from edadm_cli.select.task import prepare
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(

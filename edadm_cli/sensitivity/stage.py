@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from edadm_cli.artifacts import BuildSpec, RunFolder, Sensitivity, SensitivityRecord, shared_keys
 from edadm_cli.config import SensitivityConfig
 from edadm_cli.progress import Reporter, SilentReporter
 from edadm_cli.sensitivity.task import resolve_task
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(

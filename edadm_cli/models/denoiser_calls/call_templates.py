@@ -144,20 +144,16 @@ def placed_tensors(node: Any) -> set[str]:
         return set().union(*(placed_tensors(item) for item in node))
     if not isinstance(node, dict):
         return set()
-    for mark in _NAMING_MARKS if len(node) == 1 else ():
-        if mark in node:
-            if not isinstance(node[mark], str):
+    if len(node) == 1:
+        mark, value = next(iter(node.items()))
+        if mark in _NAMING_MARKS or (mark == MARK + "ragged" and value is not None):
+            if not isinstance(value, str):
                 raise ValueError("the name of a tensor is not a text")
-            return {node[mark]}
-    ragged = node.get(MARK + "ragged")
-    if len(node) == 1 and ragged is not None:
-        if not isinstance(ragged, str):
-            raise ValueError("the name of a tensor is not a text")
-        return {ragged, lengths_name(ragged)}
-    if len(node) == 1 and not _is_shape(node.get(MARK + TIMESTEP)):
-        raise ValueError("the shape of a row's timestep is not a list of sizes")
-    if len(node) == 1 and not isinstance(node.get(MARK + "tuple", []), list):
-        raise ValueError("a tuple is not a list of items")
+            return {value} if mark in _NAMING_MARKS else {value, lengths_name(value)}
+        if mark == MARK + TIMESTEP and not _is_shape(value):
+            raise ValueError("the shape of a row's timestep is not a list of sizes")
+        if mark == MARK + "tuple" and not isinstance(value, list):
+            raise ValueError("a tuple is not a list of items")
     return set().union(*(placed_tensors(item) for item in node.values()))
 
 
