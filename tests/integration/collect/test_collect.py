@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edadm_cli.artifacts import RunFolder
 from edadm_cli.collect import stage as collect
-from edadm_cli.config import SelectConfig
+from edadm_cli.config import CollectConfig, SelectConfig
 from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.estimates import collect as collect_estimates
 from edadm_cli.estimates import select as select_estimates
