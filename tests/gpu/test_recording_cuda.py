@@ -26,6 +26,11 @@ def on_cuda(tree: Any) -> Any:
     return torch.utils._pytree.tree_map(lambda x: x.cuda() if isinstance(x, Tensor) else x, tree)
 
 
+def scaled(x: Any, factor: float) -> Any:
+    """Returns images and prompts times a factor, and everything else as it is."""
+    return x * factor if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 else x
+
+
 def recordings(model: nn.Module) -> int:
     forward = model.__dict__["forward"]
     assert isinstance(forward, RecordedForward)
@@ -43,9 +48,9 @@ def test_replays_compute_what_the_kernels_compute(family: str, bits: str, monkey
     make_ready(model)
     expected, actual = [], []
     for step in range(WARM_UP + 5):
-        inputs = (args[0] * (1 + 0.1 * step), *args[1:])
-        expected.append(prediction_of(type(model).forward(model, *inputs, **kwargs)))
-        actual.append(prediction_of(model(*inputs, **kwargs)))
+        some, named = torch.utils._pytree.tree_map(lambda x, k=step: scaled(x, 1 + 0.1 * k), (args, kwargs))
+        expected.append(prediction_of(type(model).forward(model, *some, **named)))
+        actual.append(prediction_of(model(*some, **named)))
     assert recordings(model) == 1
     for ours, theirs in zip(actual, expected, strict=True):
         assert relative_l2(ours, theirs) < 1e-5

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +175,7 @@ class RecordedForward:
             failure = None if has_room(device) else "too little of its memory would be left"
         except RuntimeError as error:
             failure = str(error).strip().partition("\n")[0]
+            _repair_random_numbers(device)
         if failure is not None:
             say_once(f"Calls of {type(self.module).__name__} are not recorded as CUDA graphs: {failure}")
             self.forget()
@@ -195,6 +196,12 @@ def has_room(device: torch.device) -> bool:
     """Returns whether a CUDA device has memory left for what runs beside the graphs, such as a decoder."""
     free, total = torch.cuda.mem_get_info(device)  # torch empties its cache before it records
     return free >= MIN_FREE_SHARE * total
+
+
+def _repair_random_numbers(device: torch.device) -> None:
+    """Lets torch draw random numbers on a device again, which it refuses after a recording has failed."""
+    with suppress(RuntimeError), torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros((), device=device)  # a recording that succeeds ends the state that the failed one has begun
 
 
 def waits_for_launches(call: Callable[[], Any], device: torch.device) -> tuple[Any, bool]:

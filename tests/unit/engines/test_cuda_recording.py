@@ -247,14 +247,17 @@ def test_a_failure_to_record_is_said_once_and_changes_nothing(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
+    repaired: list[torch.device] = []
     monkeypatch.setattr(recording, "Recording", fail)
     monkeypatch.setattr(recording, "say_once", said.append)
+    monkeypatch.setattr(recording, "_repair_random_numbers", repaired.append)
     model = recorded()
     for _ in range(3):
         assert torch.equal(call(model), expected(model))
     assert said == [
         "Calls of Denoiser are not recorded as CUDA graphs: operation not permitted when stream is capturing"
     ]
+    assert repaired == [X.device]
 
 
 def test_too_little_memory_frees_the_graphs(monkeypatch: pytest.MonkeyPatch, made: list[Recorded]) -> None:
