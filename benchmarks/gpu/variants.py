@@ -14,7 +14,6 @@ from torch import nn
 
 from edadm_cli.bench.pipeline import TimedDenoiser
 from edadm_cli.engines.base import CompiledDenoiser
-from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
 from edadm_cli.engines.cuda.fused_stages.transformer import FusedTransformerBlock
 from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.engines.pipeline import EngineDenoiser
@@ -56,11 +55,6 @@ def staged(name: str, run: Callable[[], Function], call: Call) -> dict[str, Func
             yield
 
     @contextmanager
-    def bias_by_itself() -> Iterator[None]:
-        with patch.object(Assembly, "_input", lambda *_: None):
-            yield
-
-    @contextmanager
     def one_chunk_per_block() -> Iterator[None]:
         group_norm.group_norm_plan.cache_clear()
         with (
@@ -73,7 +67,6 @@ def staged(name: str, run: Callable[[], Function], call: Call) -> dict[str, Func
     contenders = {}
     for change, change_name in (
         (codes_by_themselves, "codes of shortcuts and projections by themselves"),
-        (bias_by_itself, "the first convolution's bias by itself"),
         (one_chunk_per_block, "one chunk per block of GroupNorm"),
     ):
         with change():

@@ -20,7 +20,7 @@ from edadm_cli.engines.cuda import CudaEngine
 from edadm_cli.engines.cuda.denoiser import CudaDenoiser
 from edadm_cli.engines.cuda.fused_stages.assembly import Assembly
 from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention, Projections
-from edadm_cli.engines.cuda.fused_stages.residual import FusedInput, FusedResidualBlock, FusedUpBlock
+from edadm_cli.engines.cuda.fused_stages.residual import FusedResidualBlock, FusedUpBlock
 from edadm_cli.engines.cuda.fused_stages.transformer import FusedTransformer2D, FusedTransformerBlock
 from edadm_cli.engines.cuda.products.lowering import Lowering
 from edadm_cli.engines.cuda.products.product import IntegerConv2d, IntegerLinear, Product
@@ -102,24 +102,6 @@ def test_a_float16_rest_stays_close(network: tuple[nn.Module, Call]) -> None:
     assert actual.dtype == torch.float32, "outputs have the inputs' type"
     assert 0 < relative_l2(actual, exact(denoiser, call)) < ROUNDED
     assert {row.precision for row in compiled.layers if row.planned == "float"} == {"float16"}
-
-
-@pytest.mark.parametrize("channels", [1, 4, 9])
-def test_the_first_convolution_of_a_unet_adds_its_bias_as_a_channel(channels: int) -> None:
-    convolution = nn.Conv2d(channels, 6, 3, padding=1)
-    assert FusedInput.takes(convolution)
-    x = torch.randn(2, channels, 5, 7)
-    actual = FusedInput(convolution)(x)
-    assert torch.allclose(actual, convolution(x), atol=1e-6)
-    assert actual.is_contiguous(memory_format=torch.channels_last)
-    for other in (
-        nn.Conv2d(8, 6, 3, padding=1),
-        nn.Conv2d(channels, 6, 3),
-        nn.Conv2d(channels, 6, 3, padding=1, stride=2),
-        nn.Conv2d(channels, 6, 3, padding=1, bias=False),
-        nn.Conv2d(channels, 6, 3, padding=1, padding_mode="circular"),
-    ):
-        assert not FusedInput.takes(other)
 
 
 class Concatenations(TorchDispatchMode):

@@ -14,7 +14,6 @@ from edadm_cli.engines.base import AttentionForm, LayerExecution
 from edadm_cli.engines.cuda.fused_stages.attention import FusedAttention
 from edadm_cli.engines.cuda.fused_stages.residual import (
     FusedDownsample,
-    FusedInput,
     FusedOutput,
     FusedResidualBlock,
     FusedUpBlock,
@@ -74,7 +73,6 @@ class Assembly:
         model = copy.deepcopy(denoiser, shared)  # the copy shares the quantized layers, which are all replaced below
         self.state.prompt.is_active = self._prompt_cache and _passes_prompt_on(model)
         self._output(model)
-        self._input(model)
         self._walk("", model)
         # diffusers' own `to` warns about modules that its models prefer to keep in float32
         nn.Module.to(model, self.lowering.device, self.lowering.dtype)
@@ -223,13 +221,6 @@ class Assembly:
             for n, layer in zip(("proj_in", "proj_out"), layers, strict=True)
         )
         return FusedTransformer2D(model, (proj_in, proj_out), self.lowering)
-
-    def _input(self, model: Any) -> None:
-        """Gives the first convolution of a UNet its bias in float16, unless it is quantized or adapted."""
-        first = getattr(model, "conv_in", None)
-        in_half = self.lowering.dtype == torch.float16 and "conv_in" not in self.lowering.adapters
-        if in_half and isinstance(first, nn.Conv2d) and FusedInput.takes(first):
-            model.conv_in = FusedInput(first)
 
     def _output(self, model: Any) -> None:
         """Fuses the last normalization, SiLU and convolution of a UNet."""

@@ -158,43 +158,6 @@ class FusedUpsample(nn.Module):
         return self.convolution.product(self.convolution.prepare(hidden_states), upsample=True)
 
 
-class FusedInput(nn.Module):
-    """Computes the first convolution of a UNet with its bias as the weight of a further channel, which is one.
-
-    cuDNN's convolutions in float16 read multiples of eight channels, and torch adds a bias in a kernel of its own,
-    which reads and writes the largest image of the UNet. Here the channels that fill up the input are ones.
-
-    Args:
-        convolution: The convolution; see `takes`.
-    """
-
-    CHANNELS = 8
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        assert convolution.bias is not None
-        weight, (height, width) = convolution.weight.detach(), convolution.kernel_size
-        self.more = -convolution.in_channels % self.CHANNELS
-        ones = weight.new_zeros(weight.shape[0], self.more, height, width)
-        ones[:, 0, height // 2, width // 2] = convolution.bias.detach()
-        self.register_buffer("weight", torch.cat([weight, ones], dim=1))
-        self.padding = (height // 2, width // 2)
-
-    @classmethod
-    def takes(cls, layer: nn.Conv2d) -> bool:
-        """Returns whether a convolution keeps the image's size, and leaves a channel for the bias."""
-        if layer.bias is None or layer.in_channels % cls.CHANNELS == 0:
-            return False
-        same = tuple(size // 2 for size in layer.kernel_size)
-        plain = layer.groups == 1 and layer.stride == layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-        return plain and layer.padding == same and all(size % 2 for size in layer.kernel_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns `[N, C_out, H, W]`, channels last, for an image `[N, C, H, W]`."""
-        padded = F.pad(channels_last(x), (0, 0, 0, 0, 0, self.more), value=1.0)
-        return F.conv2d(channels_last(padded), self.get_buffer("weight"), padding=self.padding)
-
-
 class FusedOutput(nn.Module):
     """Computes the end of a UNet: normalization, SiLU and the last convolution."""
 
