@@ -218,10 +218,12 @@ class Model:
             deploy(loaded, KernelProduct((self.device.type,)))
             return loaded
         make_ready(loaded)
-        if isinstance(loaded, ModelMixin) and repeated_blocks(loaded):
+        blocks = repeated_blocks(loaded)
+        if blocks and isinstance(loaded, ModelMixin) and getattr(loaded, "_repeated_blocks", None):
             loaded.compile_repeated_blocks(fullgraph=True)
-        else:
-            loaded.compile()
+            return loaded
+        for part in blocks or [loaded]:  # diffusers lists no blocks of DiT, PixArt and Stable Diffusion 3
+            part.compile()
         return loaded
 
     @staticmethod
