@@ -8,7 +8,8 @@ Begin with `engine`, which decides how a denoiser runs:
   `from_pretrained` loads runs its layers from here, too.
 - `graph_passes`: what is exchanged in the graphs that torch compiles.
 
-The modules beside them: `denoiser` is what the engine returns, and `capture` records its steps as CUDA graphs. `state`
+The modules beside them: `denoiser` is what the engine returns, and `capture` records its steps as CUDA graphs.
+`recording` does the same for calls of loaded exports, as long as `module_state` finds their modules unchanged. `state`
 holds what layers share within a step. `times` reads measured times (`times.json`), by which `selection` chooses the
 layers that run in float16. `profiling` measures the time of each kernel.
 """
