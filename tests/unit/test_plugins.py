@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from edadm_cli import plugins
+from edadm_cli.engines.isolation import _answer
 from edadm_cli.errors import MachineError
 from edadm_cli.plugins import plugin_failure, with_plugins
 
@@ -94,3 +97,7 @@ def test_an_error_is_blamed_on_the_package_whose_code_was_running(
     assert failure.message == "The thing 'a' of another package failed in module_of_things: ValueError: nothing fits."
     assert failure.exit_code == 4
     assert plugin_failure(_caught(_failing)) is None
+
+    sent: list[Any] = []
+    _answer(SimpleNamespace(send=sent.append), lambda: fail(_failing))  # type: ignore[arg-type]
+    assert sent == [("failed", (failure.message, failure.hint, 4))], "also from a process of its own"
