@@ -76,6 +76,15 @@ def test_tables_of_measurements_are_those_that_the_programs_print(name: str) -> 
     assert filled(page) == page, f"python benchmarks/fill_tables.py {name}"
 
 
+def test_sections_that_messages_name_exist() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "edadm_cli").rglob("*.py"))]
+    named = {match for source in sources for match in re.findall(r"docs/([\w-]+\.md), '([^']+)'", source)}
+    assert len(named) >= 2
+    for page, section in named:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M)
+        assert section in headings, f"docs/{page} has no section '{section}'"
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_python_in_the_documentation_parses_and_imports(path: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
