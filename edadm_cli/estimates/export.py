@@ -47,7 +47,8 @@ def estimate(config: ExportConfig, run_folder: RunFolder) -> Estimate:
     exact = _EXACT_BYTES * max((math.prod(layer.weight_shape) for layer in layers), default=0)
     weights = held + (peak.bytes if on_gpu else floats) + exact
     if config.measure and num_parameters >= SMALLEST:
-        timed = memory_to_time(num_parameters, HALF_BYTES * num_parameters + bytes_beside_denoisers(model))
+        half_bytes = HALF_BYTES * num_parameters + bytes_beside_denoisers(model)
+        timed = memory_to_time(num_parameters, half_bytes, device)
         weights = max(weights, timed if timed <= SAMPLING_SHARE * memory_of(device) else 0)
     host = max(sum(tensor.nbytes for tensor in module.parameters()) for module in modules)
     return Estimate(

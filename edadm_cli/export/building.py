@@ -71,7 +71,7 @@ def _measured(
     if not config.measure or num_parameters < SMALLEST:
         return None, []
     try:
-        require_memory_to_time(memory_to_time(num_parameters, half_bytes), device)
+        require_memory_to_time(memory_to_time(num_parameters, half_bytes, device), device)
         measured = time_calls(run, build.path, device)
     except EdadmError as error:
         return None, [f"The speed was not measured: {error.message}"]

@@ -58,16 +58,18 @@ def time_calls(run: RunFolder, export: Path, device: torch.device) -> CallTime:
         process.close()
 
 
-def memory_to_time(num_weights: int, half_bytes: int) -> int:
+def memory_to_time(num_weights: int, half_bytes: int, device: torch.device) -> int:
     """Returns the bytes that the weights of both denoisers take while they are timed.
 
-    Full precision is loaded as a whole pipeline in float32, and a code of the export takes one byte.
+    Full precision is loaded as a whole pipeline, in float32 on a CPU and in 16 bits on a GPU, and a code of the export
+    takes one byte.
 
     Args:
         num_weights: The number of weights of the denoisers.
         half_bytes: The bytes of the full-precision pipeline's weights in float16.
+        device: The device that both run on.
     """
-    return 2 * half_bytes + num_weights
+    return (1 if device.type == "cuda" else 2) * half_bytes + num_weights
 
 
 def require_memory_to_time(needed: int, device: torch.device) -> None:
@@ -78,9 +80,16 @@ def require_memory_to_time(needed: int, device: torch.device) -> None:
     """
     if needed > SAMPLING_SHARE * memory_of(device):
         raise MachineError(
-            f"full precision in float32 and the export take {needed / _GIB:.1f} GiB together, and at most"
+            f"full precision and the export take {needed / _GIB:.1f} GiB together, and at most"
             f" {SAMPLING_SHARE:.0%} of the {memory_of(device) / _GIB:.1f} GiB of {device} were expected."
         )
+
+
+def element_type(device: torch.device, collected: torch.dtype) -> torch.dtype:
+    """Returns the type of full precision while it is timed: on a GPU that of `collect` if it is short, else float16."""
+    if device.type == "cpu":
+        return torch.float32
+    return collected if collected.itemsize == torch.float16.itemsize else torch.float16
 
 
 def speed_sentences(measured: CallTime) -> list[str]:
@@ -114,18 +123,16 @@ class _Pair:
 
     def __init__(self, run_root: Path, export: Path, device: str) -> None:
         run, self.device = RunFolder(run_root), resolve_device(device)
-        on_cuda = self.device.type == "cuda"
-        self.dtype = torch.float16 if on_cuda else torch.float32
         collected = CollectedRun.open(run)
+        self.dtype = element_type(self.device, collected.dtype)
         self.engine = default_engine(self.device)
         self.engine.require(self.device)
         self.args, self.kwargs = example(run, self.device, self.dtype)
-        model = load_model(str(export), self.device, torch.float32, collected.entry)
+        model = load_model(str(export), self.device, self.dtype, collected.entry)
         options = EngineOptions(self.device, self.dtype)
         self.exported: CompiledDenoiser = self.engine.compile(model.denoiser, self.args, self.kwargs, options)
         del model
-        full = collected.load_denoiser(self.device, "memory")
-        self.full = nn.Module.to(full, dtype=self.dtype).eval()
+        self.full: nn.Module = collected.load(self.device, self.dtype).denoiser.eval()
 
     @torch.no_grad()
     def measure(self) -> CallTime:

@@ -129,4 +129,13 @@ def test_what_does_not_fit_into_memory_twice_is_not_timed(run: RunFolder, monkey
     monkeypatch.setattr(timing, "memory_of", lambda _: 2**10)
     record = _export(run)
     assert record.call_time is None
-    assert record.verdict[-1].startswith("The speed was not measured: full precision in float32 and the export take")
+    assert record.verdict[-1].startswith("The speed was not measured: full precision and the export take")
+
+
+def test_full_precision_is_timed_in_the_short_type_that_was_collected() -> None:
+    cuda = torch.device("cuda")
+    assert timing.element_type(CPU, torch.bfloat16) == torch.float32
+    assert timing.element_type(cuda, torch.bfloat16) == torch.bfloat16
+    assert timing.element_type(cuda, torch.float32) == torch.float16
+    assert timing.memory_to_time(3, 10, CPU) == 23
+    assert timing.memory_to_time(3, 10, cuda) == 13
