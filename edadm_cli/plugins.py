@@ -28,6 +28,8 @@ KINDS = {
 }
 """What the entry points of each group name."""
 
+_LONGEST_SHOWN = 200
+
 
 class _Named(Protocol):
     @property
@@ -130,6 +132,21 @@ def plugin_failure(error: Exception) -> MachineError | None:
                 hint="add --verbose to see where, and report it to the authors of that package",
             )
     return None
+
+
+def wrong_result(what: str, result: object, expected: str) -> MachineError:
+    """Returns the failure of an object that returned something else than its interface says.
+
+    Args:
+        what: The object, such as "The metric 'sharpness'".
+        result: The value that it returned.
+        expected: What its interface says.
+    """
+    shown = repr(result)
+    shown = shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."
+    return MachineError(
+        f"{what} returned {shown}, where {expected} is expected.", hint="update or uninstall the package that adds it"
+    )
 
 
 def _is_in_package_of(point: EntryPoint, module: str) -> bool:

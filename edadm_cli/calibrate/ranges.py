@@ -20,6 +20,7 @@ from edadm_cli.errors import InputError, UsageError
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.families import Call
 from edadm_cli.models.units import Trace, TracedLayer
+from edadm_cli.plugins import wrong_result
 from edadm_cli.quant.attention import OPERANDS, AttentionProducts, operand_grid
 from edadm_cli.quant.grid import Grid
 from edadm_cli.quant.groups import search_groups
@@ -59,6 +60,7 @@ def search_ranges(
     Raises:
         InputError: A weight or an activation is not finite.
         UsageError: A transform does not have an option that the recipe gives it.
+        MachineError: A transform of another package returned other tensors than it names.
     """
     observed = {name for name, layer in plan.layers.items() if layer.transform is not None}
     if recipe.weight == "output-error":
@@ -97,6 +99,9 @@ def calibrate_transforms(
         pieces = layer_plan.split(weight_of(layer))
         for part, piece in zip(layer_plan.part_names(layer.name), pieces, strict=True):
             tensors = transform.calibrate(piece.cpu(), statistics[part], options)
+            if not isinstance(tensors, Mapping) or set(tensors) != set(transform.tensors):
+                names = ", ".join(map(repr, transform.tensors)) or "nothing"
+                raise wrong_result(f"The transform '{transform.name}'", tensors, f"a dictionary with {names}")
             params |= {f"{part}.{name}": tensor.float().cpu() for name, tensor in tensors.items()}
     return params
 

@@ -16,6 +16,7 @@ from edadm_cli.evaluate.real import RealImages
 from edadm_cli.metrics.base import Metric, Value
 from edadm_cli.metrics.fidelity import feature_statistics
 from edadm_cli.metrics.representation import Features, Layer, Statistics
+from edadm_cli.plugins import wrong_result
 
 T = TypeVar("T")
 
@@ -90,6 +91,7 @@ class Evaluator:
 
         Raises:
             InputError: A value is not finite, or the real statistics belong to other features.
+            MachineError: A metric of another package returned no `Value`.
         """
         context = EvaluationContext(self, images, reference)
         values = {
@@ -98,6 +100,8 @@ class Evaluator:
             if metric.paired == paired
         }
         for name, value in values.items():
+            if not isinstance(value, Value):
+                raise wrong_result(f"The metric '{name}'", value, "a 'Value' of edadm_cli.metrics.base")
             if not math.isfinite(value.value):
                 raise InputError(f"{name} of {len(images)} images is {value.value}, but a finite number was expected.")
         return values

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from edadm_cli.artifacts import Artifact, Selection, read_tensor_header, save_tensors
 from edadm_cli.artifacts.streaming import slices
-from edadm_cli.errors import InputError, MachineError, UsageError
+from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.collected import CONDITION, CONDITION_FILE, CONSTANT, FEATURES_FILE, UNCONDITIONAL
 from edadm_cli.models.denoiser_calls.calibration import CALIBRATION_FILE, CallForm
 from edadm_cli.models.loading import resolve_device
+from edadm_cli.plugins import wrong_result
 from edadm_cli.progress import Reporter
 from edadm_cli.select.control import with_computed
 from edadm_cli.select.plot import draw_selection
@@ -98,13 +99,10 @@ def _counts(task: Task, scores: NormalisedScores) -> Tensor:
     num_steps, num_samples = len(task.timesteps), task.num_samples
     steps = ScoredSteps(task.timesteps, scores.density, scores.variety, task.variety_weight)
     counts = task.strategy.counts(steps, num_samples, _generator(task, 1))
-    is_sound = counts.shape == (num_steps,) and counts.dtype == torch.int64 and int(counts.min()) >= 0
-    if not is_sound or int(counts.sum()) != num_samples:
-        raise MachineError(
-            f"The strategy '{task.strategy.name}' returned {counts.tolist()}, where {num_steps} integers that sum to"
-            f" {num_samples} are expected.",
-            hint="update or uninstall the package that adds it",
-        )
+    is_shaped = isinstance(counts, Tensor) and counts.shape == (num_steps,) and counts.dtype == torch.int64
+    if not is_shaped or int(counts.min()) < 0 or int(counts.sum()) != num_samples:
+        expected = f"a tensor of {num_steps} integers (int64) that sum to {num_samples}"
+        raise wrong_result(f"The strategy '{task.strategy.name}'", counts, expected)
     if int(counts.max()) > task.num_trajectories:
         raise UsageError(
             f"Step {int(counts.argmax())} would give {int(counts.max())} of {num_samples} samples, and each of the"

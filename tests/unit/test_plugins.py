@@ -15,7 +15,7 @@ import pytest
 from edadm_cli import plugins
 from edadm_cli.engines.isolation import _answer
 from edadm_cli.errors import MachineError
-from edadm_cli.plugins import plugin_failure, with_plugins
+from edadm_cli.plugins import plugin_failure, with_plugins, wrong_result
 
 GROUP = "edadm.things"
 MODULE = """
@@ -101,3 +101,10 @@ def test_an_error_is_blamed_on_the_package_whose_code_was_running(
     sent: list[Any] = []
     _answer(SimpleNamespace(send=sent.append), lambda: fail(_failing))  # type: ignore[arg-type]
     assert sent == [("failed", (failure.message, failure.hint, 4))], "also from a process of its own"
+
+
+def test_a_long_wrong_result_is_shortened() -> None:
+    failure = wrong_result("The metric 'mine'", "x" * 1000, "a number")
+    assert failure.message.startswith("The metric 'mine' returned 'xxx")
+    assert len(failure.message) < 300
+    assert failure.exit_code == 4

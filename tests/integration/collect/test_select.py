@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,10 +67,18 @@ class _TooFew(_Densest):
         return super().counts(steps, num_samples - 1, generator)
 
 
+class _List(_Densest):
+    name = "list"
+
+    def counts(self, steps: ScoredSteps, num_samples: int, generator: torch.Generator) -> Any:
+        return [num_samples] + [0] * (len(steps) - 1)
+
+
 def test_a_strategy_of_another_package_chooses_the_samples(
     sd_run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    points = [EntryPoint(kind.name, f"{__name__}:{kind.__name__}", strategies.GROUP) for kind in (_Densest, _TooFew)]
+    kinds = (_Densest, _TooFew, _List)
+    points = [EntryPoint(kind.name, f"{__name__}:{kind.__name__}", strategies.GROUP) for kind in kinds]
     known = plugins.entry_points
     monkeypatch.setattr(
         plugins, "entry_points", lambda group: points if group == strategies.GROUP else known(group=group)
@@ -81,6 +90,8 @@ def test_a_strategy_of_another_package_chooses_the_samples(
         assert sorted(json.loads(capsys.readouterr().out)["counts"]) == [0] * STEPS + [5]
         assert main([*command, "--strategy", "too-few"]) == 4
         assert "'too-few' returned" in capsys.readouterr().err
+        assert main([*command, "--strategy", "list"]) == 4
+        assert "a tensor of" in capsys.readouterr().err
     finally:
         strategies.strategies.cache_clear()
     selection = sd_run.open("select").json("selection.json")
