@@ -36,6 +36,18 @@ ADAPTERS = {  # name -> rank and the ends of the names of the adapted layers
 }
 
 
+@contextmanager
+def one_chunk_per_block() -> Iterator[None]:
+    """Makes blocks of GroupNorm process one chunk of pixels each, inside a `with` block."""
+    group_norm.group_norm_plan.cache_clear()
+    with (
+        patch.object(group_norm, "_LIMITS", LIMITS),
+        patch.object(group_norm.GroupNormPlan, "repeat", lambda *_: 1),
+    ):
+        yield
+    group_norm.group_norm_plan.cache_clear()
+
+
 def staged(name: str, run: Callable[[], Function], call: Call) -> dict[str, Function]:
     """Returns contenders by name: the CUDA engine without what its kernels do for the layers behind them.
 
@@ -53,16 +65,6 @@ def staged(name: str, run: Callable[[], Function], call: Call) -> dict[str, Func
             patch.object(FusedTransformerBlock, "write_for", lambda *_: False),
         ):
             yield
-
-    @contextmanager
-    def one_chunk_per_block() -> Iterator[None]:
-        group_norm.group_norm_plan.cache_clear()
-        with (
-            patch.object(group_norm, "_LIMITS", LIMITS),
-            patch.object(group_norm.GroupNormPlan, "repeat", lambda *_: 1),
-        ):
-            yield
-        group_norm.group_norm_plan.cache_clear()
 
     contenders = {}
     for change, change_name in (
