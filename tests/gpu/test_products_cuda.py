@@ -285,7 +285,7 @@ class Convolution:
         shape = reference.conv2d(*vectors, **self.options).shape  # type: ignore[arg-type]
         self.residual = normal(tuple(shape), generator).half().contiguous(memory_format=torch.channels_last)
         self.arguments = (*vectors, self.residual)
-        self.wanted = reference.conv2d(*self.arguments, **self.options)  # type: ignore[arg-type]
+        self.expected = reference.conv2d(*self.arguments, **self.options)  # type: ignore[arg-type]
 
     def by(self, tile: Tile, weight: Tensor) -> Tensor:
         out = torch.full_like(self.residual, float("nan"))
@@ -297,26 +297,26 @@ class Convolution:
 @pytest.mark.parametrize("case", CONV)
 def test_conv(case: tuple[int, int, int, int, int, Geometry], generator: torch.Generator) -> None:
     layer = Convolution(case, generator, 128)
-    poison(tuple(layer.wanted.shape), torch.float16)
+    poison(tuple(layer.expected.shape), torch.float16)
     actual = conv2d(*layer.arguments, **layer.options)  # type: ignore[arg-type]
-    assert actual.stride() == layer.wanted.stride()
-    assert torch.equal(actual, layer.wanted)
+    assert actual.stride() == layer.expected.stride()
+    assert torch.equal(actual, layer.expected)
 
 
 @pytest.mark.parametrize("case", CONV)
 def test_every_conv_tile(case: tuple[int, int, int, int, int, Geometry], generator: torch.Generator) -> None:
     layer = Convolution(case, generator, 128)
-    m, k, channels = layer.wanted[:, 0].numel(), layer.weight[0].numel(), layer.x.shape[1]
+    m, k, channels = layer.expected[:, 0].numel(), layer.weight[0].numel(), layer.x.shape[1]
     for tile in candidates(arch_of(layer.x), "conv", m, k, channels):
-        assert torch.equal(layer.by(tile, layer.weight), layer.wanted), tile
+        assert torch.equal(layer.by(tile, layer.weight), layer.expected), tile
 
 
 @pytest.mark.parametrize("case", CONV[:9])
 def test_packed_conv(case: tuple[int, int, int, int, int, Geometry], generator: torch.Generator) -> None:
     layer = Convolution(case, generator, 8)
-    m, k, channels = layer.wanted[:, 0].numel(), layer.weight[0].numel(), layer.x.shape[1]
+    m, k, channels = layer.expected[:, 0].numel(), layer.weight[0].numel(), layer.x.shape[1]
     for tile in candidates(arch_of(layer.x), "conv", m, k, channels, packed=True):
-        assert torch.equal(layer.by(tile, pack_w4(layer.weight)), layer.wanted), tile
+        assert torch.equal(layer.by(tile, pack_w4(layer.weight)), layer.expected), tile
 
 
 def test_a_captured_graph_replays_on_new_input(generator: torch.Generator) -> None:

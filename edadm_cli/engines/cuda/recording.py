@@ -225,17 +225,17 @@ def waits_for_launches(call: Callable[[], Any], device: torch.device) -> tuple[A
 @contextmanager
 def _waits() -> Iterator[list[str]]:
     """Returns a context whose list gets torch's warnings about operations that wait for the GPU."""
-    found: list[str] = []
+    messages: list[str] = []
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield found
+            yield messages
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     for warning in caught:
         if _SYNCHRONIZES in str(warning.message):
-            found.append(str(warning.message))
+            messages.append(str(warning.message))
         elif "Synchronization debug mode" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
