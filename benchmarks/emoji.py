@@ -217,8 +217,8 @@ def run_workers(options: argparse.Namespace, gpus: list[str], pipes: str, until:
         process.wait()
 
 
-def main() -> None:
-    """Reads the command line and runs the study."""
+def read_options() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the study lies")
     parser.add_argument(
@@ -261,10 +261,16 @@ def main() -> None:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.out is None and options.rows is None:
+        parser.error("--out is needed to run a study")
+    return options
+
+
+def main() -> None:
+    """Runs the study, or prints or writes what was measured."""
+    options = read_options()
     earlier = [] if options.rows is None else [json.loads(line) for line in options.rows.read_text().splitlines()]
     if options.out is None:
-        if options.rows is None:
-            parser.error("--out is needed to run a study")
         shown = {"bits": options.bits.split(","), "label": options.labels.split(";")}
         chosen = [(key, names) for key, names in shown.items() if names != [""]]
         print(table([row for row in earlier if not row["bits"] or all(row[key] in names for key, names in chosen)]))

@@ -10,8 +10,6 @@ first rows have all weights or all inputs in full precision. A part is the layer
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study.rows_of_run import print_table, rows_parser
 from torch import Tensor, nn
 
 from edadm_cli.quant.layers import QuantizedLayer, SplitLayer, quantized_layers
@@ -165,22 +164,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Reads the command line and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, help="a file of measured rows, whose table is printed; nothing is run")
-    parser.add_argument("--run", type=Path, help="the run folder, with a reconstruction")
-    parser.add_argument("--bits", default="w4a8")
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--out", type=Path, help="append the rows to this file")
-    options = parser.parse_args()
-    if options.rows is not None:
-        print(table([json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]))
-        return
-    rows = measure(options.run, options.bits, options.images, options.device)
-    if options.out is not None:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(row)}\n" for row in rows)
-    print(table(rows))
+    options = rows_parser(__doc__, bits="w4a8", images=64).parse_args()
+
+    def measure_all() -> list[dict[str, Any]]:
+        widths = options.bits.split(",")
+        return [row for bits in widths for row in measure(options.run, bits, options.images, options.device)]
+
+    print_table(options, measure_all, table)
 
 
 if __name__ == "__main__":

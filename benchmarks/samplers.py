@@ -11,7 +11,6 @@ sampler. Both precisions sample with the scheduler of the row, from the same noi
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from diffusers import (
     LMSDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from study.rows_of_run import print_table, rows_parser
 
 FEWEST_JUDGED = 100  # retrieval of fewer pictures says nothing
 SCHEDULERS: Mapping[str, tuple[type[Any], dict[str, Any]]] = {
@@ -57,14 +57,14 @@ def measure(run: Path, bits: Sequence[str], images: int, device: str, names: Seq
             artifact = folder.open("reconstruct", width)
             quantize_network(models[width].denoiser, load_plan(artifact))
             load_quant_params(models[width].denoiser, artifact.tensors("quant_params.safetensors"))
-    own = models[""].pipeline.scheduler
+    original = models[""].pipeline.scheduler
     judged, asked = judge(device), labels(prompts_of(collected, images, 0))
     rows = []
     for name in ("", *names):
-        kind, changes = SCHEDULERS[name] if name else (type(own), {})
+        kind, changes = SCHEDULERS[name] if name else (type(original), {})
         exact = None
         for width, model in models.items():
-            model.pipeline.scheduler = kind.from_config(own.config, **changes)
+            model.pipeline.scheduler = kind.from_config(original.config, **changes)
             pictures, latents = generate(model, collected, 0, images, images)
             exact = latents if exact is None else exact
             distances = relative_l2(latents, exact)
@@ -95,24 +95,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Reads the command line and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, help="a file of measured rows, whose table is printed; nothing is run")
-    parser.add_argument("--run", type=Path, help="the run folder, with a reconstruction per bit width")
-    parser.add_argument("--bits", default="w8a8", help="bit widths, with commas")
-    parser.add_argument("--images", type=int, default=256)
+    parser = rows_parser(__doc__, bits="w8a8", images=256)
     parser.add_argument("--schedulers", default="", help="names of the table with semicolons; by default all")
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--out", type=Path, help="append the rows to this file")
     options = parser.parse_args()
-    if options.rows is not None:
-        print(table([json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]))
-        return
     names = [name for name in options.schedulers.split(";") if name] or list(SCHEDULERS)
-    rows = measure(options.run, options.bits.split(","), options.images, options.device, names)
-    if options.out is not None:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(row)}\n" for row in rows)
-    print(table(rows))
+    arguments = (options.run, options.bits.split(","), options.images, options.device, names)
+    print_table(options, lambda: measure(*arguments), table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""The command line of programs that measure rows on a run of an emoji model, keep them in a file and print a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def rows_parser(description: str | None, bits: str, images: int) -> argparse.ArgumentParser:
+    """Returns a parser with the options that these programs share.
+
+    Args:
+        description: What `--help` says.
+        bits: The default of `--bits`.
+        images: The default of `--images`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, help="a file of measured rows, whose table is printed; nothing is run")
+    parser.add_argument("--run", type=Path, help="the run folder, with a reconstruction at each of --bits")
+    parser.add_argument("--bits", default=bits, help="bit widths, with commas")
+    parser.add_argument("--images", type=int, default=images, help="pictures per row")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--out", type=Path, help="append the rows to this file")
+    return parser
+
+
+def print_table(options: argparse.Namespace, measure: Callable[[], Rows], table: Callable[[Rows], str]) -> None:
+    """Prints the table of the rows of a file, or of rows that are measured and appended to a file first.
+
+    Args:
+        options: The options of `rows_parser`.
+        measure: It measures the rows.
+        table: It returns their table.
+    """
+    if options.rows is not None:
+        print(table([json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]))
+        return
+    rows = measure()
+    if options.out is not None:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+    print(table(rows))
