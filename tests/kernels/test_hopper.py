@@ -106,15 +106,13 @@ def test_group_norm_cuts_every_pixel_once(pixels: int, channels: int, groups: in
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 16, 200])
-@pytest.mark.parametrize(("pixels", "channels"), [(4096, 320), (16384, 960), (1024, 1920), (256, 1280), (65536, 2560)])
+@pytest.mark.parametrize(("pixels", "channels"), [(4096, 320), (16384, 960), (1024, 1920), (256, 1280)])
 def test_blocks_of_a_batch_run_at_once(pixels: int, channels: int, samples: int) -> None:
     plan = group_norm.group_norm_plan(pixels, channels, 32)
-    if plan is None:
-        return
+    assert plan is not None
     repeat = plan.repeat(samples)
     blocks = samples * -(-plan.chunks // repeat)
-    assert repeat == 1 or plan.vectors <= 8, "a block that repeats has registers for two chunks"
-    assert blocks <= 264 or plan.vectors > 8 or blocks == samples, "or no block is left to be joined with another"
+    assert blocks <= 132 * plan.resident(repeat) or blocks == samples, "or no block is left to be joined with another"
     assert repeat == 1 or samples * -(-plan.chunks // (repeat // 2)) > 132, "no more than necessary"
 
 

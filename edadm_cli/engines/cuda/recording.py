@@ -166,9 +166,11 @@ class RecordedForward:
 
     def _record(self, shape: _Shape, leaves: list[Any], spec: Any) -> None:
         """Records the calls of a shape; if that fails, all calls run as ever from then on."""
-        device = device_of(leaves)
-        self._state = self._state or ModuleState(self.module)
-        self._memory = self._memory or GraphMemory()
+        device, state = device_of(leaves), self._state or ModuleState(self.module)
+        if state.is_special:  # since the call that was observed
+            shape.is_left = True
+            return
+        self._state, self._memory = state, self._memory or GraphMemory()
         try:
             with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
                 shape.recording = Recording(self._forward, leaves, spec, self._memory, warm_up=1)

@@ -15,9 +15,8 @@ from edadm_kernels.hopper.driver import launch
 _VECTOR = 8  # channels in 16 bytes of float16
 _MOST_GROUPS = 64
 # The largest numbers of chunks per sample and of vectors per thread; the first pair that a shape fits into is used.
-_LIMITS = ((64, 4), (128, 8), (256, 8), (512, 8), (256, 16))
+_LIMITS = ((64, 4), (128, 8), (256, 8), (512, 8))
 _MULTIPROCESSORS = 132
-_REPEATED_VECTORS = 8  # a thread has registers for two chunks of this many vectors
 THREADS = 512
 
 
@@ -48,7 +47,7 @@ class GroupNormPlan:
     def repeat(self, samples: int) -> int:
         """Returns how many chunks a block processes, so that all blocks of a batch run at once: a power of two."""
         chunks = self.chunks * samples
-        if self.vectors > _REPEATED_VECTORS or chunks <= _MULTIPROCESSORS * self.resident(1):
+        if chunks <= _MULTIPROCESSORS * self.resident(1):
             return 1
         repeat = 2
         while repeat < self.chunks and samples * -(-self.chunks // repeat) > _MULTIPROCESSORS * self.resident(repeat):

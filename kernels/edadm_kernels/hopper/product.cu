@@ -12,9 +12,9 @@
 // BM / SPLIT of the rows.
 //
 // These macros are defined: BM, BN, BK, STAGES, SPLIT, GEGLU, CODES (of the float16 that would be written), FLOATS or
-// BFLOATS (float32 or bfloat16 is written and nothing is added to it), CONV (a convolution instead of a matrix product), UPSAMPLE, CONSUMERS (groups of four warps
-// that multiply) and BLOCKS (per multiprocessor). Before this text is the function `multiply`, one wgmma instruction of
-// BN columns.
+// BFLOATS (float32 or bfloat16 is written and nothing is added to it), CONV (a convolution instead of a matrix product),
+// UPSAMPLE, CONSUMERS (groups of four warps that multiply) and BLOCKS (per multiprocessor). Before this text is the
+// function `multiply`, one wgmma instruction of BN columns.
 
 constexpr int THREADS = CONSUMERS * 128;          // threads that multiply
 constexpr int TILES = BM / (64 * CONSUMERS);      // instructions of 64 rows per group

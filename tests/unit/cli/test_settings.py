@@ -167,7 +167,7 @@ def test_a_value_that_does_not_fit_is_reported_by_its_flag(
         ("[select]\nxyzzy = 5", "select.xyzzy", "edadm select --help"),
     ],
 )
-def test_a_misspelt_key_is_told_its_name(tmp_path: Path, text: str, key: str, hint: str) -> None:
+def test_a_misspelt_key_is_answered_with_the_known_one(tmp_path: Path, text: str, key: str, hint: str) -> None:
     (tmp_path / "edadm.toml").write_text(text)
     with pytest.raises(UsageError, match=key) as caught:
         read_config_file(tmp_path / "edadm.toml")

@@ -189,6 +189,17 @@ def test_hooked_offloaded_compiled_or_trained_modules_are_not_recorded(
     assert not made
 
 
+@pytest.mark.parametrize("change", [hook, hook_before, compile_child, offload])
+def test_modules_that_are_hooked_after_a_call_was_observed_are_not_recorded(
+    change: Callable[[Denoiser], None], made: list[Recorded]
+) -> None:
+    model = recorded()
+    call(model, WARM_UP + 1)
+    change(model)
+    assert torch.equal(call(model), expected(model))
+    assert not made
+
+
 @pytest.mark.parametrize(
     "context", [torch.enable_grad, torch.profiler.profile, Mode, lambda: torch.autocast("cpu", torch.bfloat16)]
 )

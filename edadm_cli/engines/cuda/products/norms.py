@@ -58,8 +58,8 @@ class NormStage(nn.Module):
             self.places = {key: index for index, key in enumerate(quantizers)}
             writes = list(quantizers.values())
             self.num_bits = writes[0].num_bits
-            room = self.num_groups is not None and len(writes) < MAX_QUANTIZERS
-            if room and isinstance(shortcut, IntegerLinear) and shortcut.quantizer.num_bits == self.num_bits:
+            can_write_more = self.num_groups is not None and len(writes) < MAX_QUANTIZERS
+            if can_write_more and isinstance(shortcut, IntegerLinear) and shortcut.quantizer.num_bits == self.num_bits:
                 self.writes_raw = True
                 writes.append(shortcut.quantizer)
             self.scales = torch.cat([q.scale for q in writes])
