@@ -18,13 +18,13 @@ from edadm_cli.bench.spec import Call
 from edadm_cli.calibrate.nearest import nearest_ranges, round_to_nearest
 from edadm_cli.config import BenchConfig, BitWidth
 from edadm_cli.errors import InputError, UsageError
-from edadm_cli.models.architecture import load_architecture
+from edadm_cli.models.architecture import WEIGHTS_VERSION, load_architecture
 from edadm_cli.models.collected import CollectedRun
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.families import family_of
 from edadm_cli.models.loading import load_model
-from edadm_cli.models.random_models import SUFFIX, WEIGHTS_VERSION, build_denoiser
+from edadm_cli.models.random_models import SUFFIX, build_denoiser
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.quant.plan import QuantizationPlan
 from edadm_cli.recipe import Recipe, load_recipe

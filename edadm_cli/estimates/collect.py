@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from edadm_cli.artifacts import Estimate, RunFolder
+from edadm_cli.collect.building import Task
 from edadm_cli.collect.recorder import BatchRecorder
-from edadm_cli.collect.stage import Task, prepare
+from edadm_cli.collect.stage import prepare
 from edadm_cli.config import CollectConfig
 from edadm_cli.hooks import Hooks
 from edadm_cli.models.gpu_memory import gpu_peak

@@ -16,7 +16,8 @@ from edadm_cli.errors import InputError
 from edadm_cli.export.sizes import exact_narrow
 from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.quiet import quiet_libraries
-from edadm_cli.models.sources.folder import INDEX_NAME, Component, PipelineFolder, read_folder
+from edadm_cli.models.sources.files import INDEX_NAME
+from edadm_cli.models.sources.folder import Component, PipelineFolder, read_folder
 
 _WEIGHTS_STEM = "diffusion_pytorch_model"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of configurations of transformers, the second one in earlier versions

@@ -10,7 +10,7 @@ from typing import Any
 
 from edadm_cli.artifacts import load_json
 from edadm_cli.models.pipeline_calls.images import CONTROL, IMAGE, MASK
-from edadm_cli.models.sources.folder import INDEX_NAME
+from edadm_cli.models.sources.files import INDEX_NAME
 
 _PROMPT = '"a prompt"'
 _FILES = {IMAGE: "picture.png", CONTROL: "control.png", MASK: "mask.png"}

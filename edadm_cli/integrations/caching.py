@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from edadm_cli.engine_config import CACHE_NAMES
-from edadm_cli.engines.cuda.compiled.conditioning import Conditioning
 from edadm_cli.engines.pipeline import EngineDenoiser
 from edadm_cli.errors import UsageError
 from edadm_cli.models.loaded import LoadedModel
@@ -194,6 +193,8 @@ def _compile_inside_hooks(denoiser: nn.Module) -> None:
 
 def _record_parts(denoiser: nn.Module, record: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Has an engine record what the cache skips or keeps: what is inside of the hooks, and children without hooks."""
+    from edadm_cli.engines.cuda.compiled.conditioning import Conditioning  # imports torch's compiler
+
     hooked = [module for module in denoiser.modules() if hasattr(module, "_diffusers_hook") and module is not denoiser]
     for module in hooked:
         registry: Any = module._diffusers_hook

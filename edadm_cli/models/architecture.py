@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 FOLDER = Path(__file__).parent / "architectures"
+WEIGHTS_VERSION = 2
+"""Number that is raised whenever the same seed gives other random weights."""
 DENOISER_NAMES = ("unet", "transformer")
 FurtherDenoiser = Literal["transformer_2", "unconditional_transformer"]
 FURTHER_DENOISERS: tuple[FurtherDenoiser, ...] = get_args(FurtherDenoiser)

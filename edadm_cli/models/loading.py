@@ -15,6 +15,7 @@ from edadm_cli.errors import InputError, MachineError, UsageError
 from edadm_cli.models.architecture import (
     DENOISER_NAMES,
     FURTHER_DENOISERS,
+    WEIGHTS_VERSION,
     find_class,
     load_architecture,
 )
@@ -24,10 +25,7 @@ from edadm_cli.models.loaded import LoadedModel
 from edadm_cli.models.pipeline_calls.call_arguments import call_default, default_guidance, takes_guidance
 from edadm_cli.models.placement import Placement
 from edadm_cli.models.quiet import quiet_libraries
-from edadm_cli.models.random_models import (
-    WEIGHTS_VERSION,
-    build_random_pipeline,
-)
+from edadm_cli.models.random_models import build_random_pipeline
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.sources.containment import no_questions
 from edadm_cli.models.sources.folder import read_folder

@@ -26,11 +26,9 @@ from edadm_cli.models.tokenizers import byte_tokenizer, clip_tokenizer, letter_t
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["SUFFIX", "WEIGHTS_VERSION", "build_denoiser", "build_random_pipeline", "example_call", "initialize"]
+__all__ = ["SUFFIX", "build_denoiser", "build_random_pipeline", "example_call", "initialize"]
 
 SUFFIX = "-random"
-WEIGHTS_VERSION = 2
-"""Number that is raised whenever the same seed gives other weights."""
 
 # Encoders of prompts and images have up to eight billion parameters; a few layers give states of the same shape. Texts
 # are split into letters or bytes, so that a small vocabulary suffices.

@@ -213,14 +213,14 @@ def test_an_evaluation_is_the_same_bytes(tiny_ddpm: Path, fresh_run: FreshRun, p
 DIES_AT_ITS_SECOND_SHARD = """
 import os, signal, sys
 from edadm_cli.cli.app import main
-from edadm_cli.collect import stage
-write_shard, written = stage.write_shard, []
+from edadm_cli.collect import building
+write_shard, written = building.write_shard, []
 def write_and_die(*arguments):
     write_shard(*arguments)
     written.append(arguments)
     if os.environ["RANK"] == "1" and len(written) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-stage.write_shard = write_and_die
+building.write_shard = write_and_die
 sys.exit(main())
 """
 

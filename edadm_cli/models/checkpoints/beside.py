@@ -21,7 +21,8 @@ from edadm_cli.models.architecture import DENOISER_NAMES
 from edadm_cli.models.checkpoints.accounting import DENOISER, is_finite
 from edadm_cli.models.quiet import library_warnings
 from edadm_cli.models.sources.containment import bounded_size, no_network, no_questions
-from edadm_cli.models.sources.folder import INDEX_NAME, Component, read_folder
+from edadm_cli.models.sources.files import INDEX_NAME
+from edadm_cli.models.sources.folder import Component, read_folder
 from edadm_cli.models.sources.from_folder import empty_module, first_sentence, load_folder
 
 if TYPE_CHECKING:

@@ -31,10 +31,15 @@ def with_sizes(model: LoadedModel, sizes: Mapping[str, int]) -> ModelEntry:
                 f"{type(model.pipeline).__name__} has no argument '{name}', so --{name.replace('_', '-')} has no "
                 f"meaning for {model.ref.id}."
             )
-    arguments = {**model.entry.call_arguments, **sizes}
+    return entry_with_sizes(model.entry, sizes)
+
+
+def entry_with_sizes(entry: ModelEntry, sizes: Mapping[str, int]) -> ModelEntry:
+    """Returns defaults with other sizes, which the pipeline's call takes; see `with_sizes`."""
+    arguments = {**entry.call_arguments, **sizes}
     if len({"height", "width"} & arguments.keys()) == 1:
         raise UsageError("--height and --width are given together, and only one of them was.")
-    return model.entry.model_copy(update={"call_arguments": arguments})
+    return entry.model_copy(update={"call_arguments": arguments})
 
 
 def picture_size(entry: ModelEntry) -> tuple[int, int] | None:

@@ -14,12 +14,14 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edadm_cli.errors import InputError, UsageError, quoted
-from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.pipeline_calls.call_arguments import takes_prompts
 from edadm_cli.models.shipped import shipped_prompts
+
+if TYPE_CHECKING:
+    from edadm_cli.models.loaded import LoadedModel
+    from edadm_cli.models.registry import ModelEntry
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_PROMPT_CHARACTERS = 4000
@@ -45,23 +47,36 @@ def resolve_prompts(model: LoadedModel, given: list[str] | None, num_prompts: in
     Raises:
         UsageError: There is a file, and the model takes no prompts.
     """
+    from edadm_cli.models.pipeline_calls.call_arguments import takes_prompts
+
+    if given is not None:
+        require_prompts(model)
+    return prompts_of(model.entry, given, num_prompts, seed) if takes_prompts(model.pipeline) else None
+
+
+def require_prompts(model: LoadedModel) -> None:
+    """Refuses a model that takes no prompts.
+
+    Raises:
+        UsageError: The model takes none.
+    """
+    from edadm_cli.models.pipeline_calls.call_arguments import takes_prompts
+
     if not takes_prompts(model.pipeline):
-        if given is not None:
-            raise UsageError(f"{model.ref.id} takes no prompts, so --prompts has no meaning for it.")
-        return None
-    if given is None and model.entry.prompts is not None:
-        return shipped_prompts(model.entry.prompts, num_prompts, seed)
+        raise UsageError(f"{model.ref.id} takes no prompts, so --prompts has no meaning for it.")
+
+
+def prompts_of(entry: ModelEntry, given: list[str] | None, num_prompts: int, seed: int) -> list[str]:
+    """Returns prompts for `num_prompts` images of a model that takes prompts; see `resolve_prompts`."""
+    if given is None and entry.prompts is not None:
+        return shipped_prompts(entry.prompts, num_prompts, seed)
     lines = read_prompts(CAPTIONS) if given is None else given
     return [lines[i % len(lines)] for i in range(num_prompts)]
 
 
-def prompts_name(model: LoadedModel, path: Path | None) -> str | None:
-    """Returns the manifest's name for the source of the prompts: a built-in set, `file`, or `None` without prompts."""
-    if not takes_prompts(model.pipeline):
-        return None
-    if path is not None:
-        return "file"
-    return model.entry.prompts or CAPTIONS_NAME
+def prompts_name(entry: ModelEntry, path: Path | None) -> str:
+    """Returns the manifest's name for the source of a model's prompts: `file`, or the name of a built-in set."""
+    return "file" if path is not None else entry.prompts or CAPTIONS_NAME
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from edadm_cli.artifacts import explained_os_errors
 from edadm_cli.errors import InputError, quoted
 
+INDEX_NAME = "model_index.json"
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 DESCRIPTIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
 TEMPLATES = "additional_chat_templates"

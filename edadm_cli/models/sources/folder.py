@@ -8,15 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from edadm_cli.artifacts import explained_os_errors, file_sha256
-from edadm_cli.artifacts.files import in_threads
-from edadm_cli.errors import InputError, quoted
+from edadm_cli.errors import InputError
 from edadm_cli.models.architecture import DENOISER_NAMES
 from edadm_cli.models.shipped import shared_parts
 from edadm_cli.models.sources.component_config import (
@@ -24,14 +21,22 @@ from edadm_cli.models.sources.component_config import (
     require_sound_config,
     require_sound_options,
 )
+from edadm_cli.models.sources.file_sets import (
+    DIFFUSERS_STEM,
+    MODEL_CONFIGS,
+    TRANSFORMERS_STEM,
+    component_folder,
+    fingerprint_of,
+)
 from edadm_cli.models.sources.files import (
+    INDEX_NAME,
     description_files,
     read_json_object,
     refuse_code,
     refuse_requests_for_code,
     regular_file,
 )
-from edadm_cli.models.sources.trusted_classes import INDEX_NAME, class_of
+from edadm_cli.models.sources.trusted_classes import class_of
 from edadm_cli.models.sources.weights import WeightFiles, find_weights
 
 if TYPE_CHECKING:
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
 
 # Components that judge or describe images for people; images are sampled without them where the pipeline allows it.
 SKIPPED_COMPONENTS = ("safety_checker", "feature_extractor")
-_SCHEDULER_CONFIG = "scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -129,12 +133,7 @@ class PipelineFolder:
         files = {self.path / INDEX_NAME}
         for component in self.components:
             files.update(component.weights, component.descriptions)
-        digest = sha256()
-        ordered = sorted(files)
-        for path, content in zip(ordered, in_threads(file_sha256, ordered), strict=True):
-            name = path.relative_to(self.path) if path.is_relative_to(self.path) else path.relative_to(self.path.parent)
-            digest.update(f"{name.as_posix()}\0{content}\n".encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.path, files)
 
     def skipped_component(self, name: str) -> Component:
         """Checks the files of a component that images are sampled without, as those of the others are checked.
@@ -243,7 +242,7 @@ def _constructor_options(
 def _read_component(root: Path, name: str, library: str, class_name: str, *, has_weights: bool = True) -> Component:
     cls = class_of(root, library, class_name)
     shared = shared_parts(root).get(name)
-    folder = _component_folder(root, name, class_name) if shared is None else shared
+    folder = component_folder(root, name, class_name) if shared is None else shared
     root = root if shared is None else shared
     refuse_code(folder)
     if not issubclass(cls, nn.Module):
@@ -252,7 +251,7 @@ def _read_component(root: Path, name: str, library: str, class_name: str, *, has
         require_sound_config(name, cls, descriptions)
         return Component(name, library, cls, folder, "", None, descriptions)
     stem = _weights_stem(cls)
-    configs = [regular_file(root, folder / file) for file in ("config.json", "generation_config.json")]
+    configs = [regular_file(root, folder / file) for file in MODEL_CONFIGS]
     if configs[0] is None:
         raise InputError(f"{folder} has no config.json, which '{name}' ({class_name}) needs.")
     descriptions = tuple(path for path in configs if path is not None)
@@ -263,23 +262,6 @@ def _read_component(root: Path, name: str, library: str, class_name: str, *, has
     weights = find_weights(root, folder, name, stem)
     index = () if weights.index is None else (weights.index,)
     return Component(name, library, cls, folder, stem, weights, (*descriptions, *index))
-
-
-def _component_folder(root: Path, name: str, class_name: str) -> Path:
-    """Returns the folder of a component; the older layout has a model and its scheduler side by side in the root."""
-    folder = root / name
-    with explained_os_errors(folder):
-        if not folder.is_dir():
-            if not (root / "config.json").is_file() and not (root / _SCHEDULER_CONFIG).is_file():
-                raise InputError(f"{root} has no folder '{name}', though {INDEX_NAME} names it ({class_name}).")
-            return root
-        target = folder.resolve()
-    if target != folder:
-        raise InputError(
-            f"{folder} is a link to the folder {target}, and such a link is not followed.",
-            hint=f"replace the link by a copy, or copy the model with: {quoted('cp', '-rL', root, 'NEW_FOLDER')}",
-        )
-    return folder
 
 
 def _descriptions_without_weights(root: Path, folder: Path, name: str, cls: type) -> tuple[Path, ...]:
@@ -302,7 +284,7 @@ def _descriptions_without_weights(root: Path, folder: Path, name: str, cls: type
 def _weights_stem(cls: type) -> str:
     from transformers import PreTrainedModel
 
-    return "model" if issubclass(cls, PreTrainedModel) else "diffusion_pytorch_model"
+    return TRANSFORMERS_STEM if issubclass(cls, PreTrainedModel) else DIFFUSERS_STEM
 
 
 def _classes_without_weights() -> tuple[type, ...]:

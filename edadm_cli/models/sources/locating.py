@@ -9,7 +9,7 @@ from edadm_cli.errors import InputError, UsageError
 from edadm_cli.models.architecture import Architecture, load_architecture
 from edadm_cli.models.registry import ModelEntry, known_models
 from edadm_cli.models.shipped import shipped_folder
-from edadm_cli.models.sources.folder import INDEX_NAME
+from edadm_cli.models.sources.files import INDEX_NAME
 from edadm_cli.models.sources.hub import download, looks_like_hub_id
 
 _BY_HAND = {

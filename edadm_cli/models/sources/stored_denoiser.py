@@ -11,10 +11,16 @@ import torch
 from torch import nn
 
 from edadm_cli.artifacts import read_tensor_header
-from edadm_cli.models.architecture import DENOISER_NAMES, FURTHER_DENOISERS, Architecture, load_architecture
+from edadm_cli.models.architecture import (
+    DENOISER_NAMES,
+    FURTHER_DENOISERS,
+    WEIGHTS_VERSION,
+    Architecture,
+    load_architecture,
+)
 from edadm_cli.models.checkpoints.accounting import empty_module as empty_architecture
 from edadm_cli.models.quiet import quiet_libraries
-from edadm_cli.models.random_models import WEIGHTS_VERSION, random_bytes, random_readers
+from edadm_cli.models.random_models import random_bytes, random_readers
 from edadm_cli.models.registry import ModelEntry
 from edadm_cli.models.sources.containment import no_questions
 from edadm_cli.models.sources.folder import PipelineFolder, read_folder

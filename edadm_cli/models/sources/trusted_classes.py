@@ -8,8 +8,8 @@ from typing import Any
 
 from edadm_cli.errors import InputError
 from edadm_cli.models.families.registry import trusted_packages
+from edadm_cli.models.sources.files import INDEX_NAME
 
-INDEX_NAME = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers", "edadm_cli")
 _OWN_MODULES = "edadm_cli.models."
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edadm_cli.artifacts import RunFolder
+from edadm_cli.collect import building
 from edadm_cli.collect import stage as collect
 from edadm_cli.config import CollectConfig, SelectConfig
 from edadm_cli.errors import InputError, MachineError, UsageError
@@ -35,17 +36,17 @@ from tests.integration.fresh_interpreter import FreshInterpreter
 KILLED_RUN = """
 import sys, time
 from pathlib import Path
-import edadm_cli.collect.stage as stage
 from edadm_cli.artifacts import RunFolder
+from edadm_cli.collect import building, stage
 from edadm_cli.config import CollectConfig
 
-write_shard = stage.write_shard
+write_shard = building.write_shard
 def slow(folder, index, recorder, dtype):
     if index == 1:  # the smaller one, 2, comes before it
         print("in the last shard", flush=True)
         time.sleep(600)
     write_shard(folder, index, recorder, dtype)
-stage.write_shard = slow
+building.write_shard = slow
 stage.run(CollectConfig.model_validate_json(sys.argv[1]), RunFolder(Path(sys.argv[2])))
 """
 
@@ -204,7 +205,7 @@ def test_a_collect_killed_while_it_merged_ends_with_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(collect, "_sampling", die)
+        patch.setattr(building, "_sampling", die)
         collect.run(config, run)
     (partial,) = run.root.glob(".collect.partial-*")
     if left == "condition only":

@@ -51,6 +51,7 @@ def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
         (["push"], 2),
         (["reconstruct", "--bits", "w4", "--run", "nowhere"], 2),
         (["select", "--strategy", "nonsense", "--run", "nowhere"], 2),
+        (["collect", "--model", "digit-sd", "--run", "nowhere"], 3),
         (["select", "--run", "nowhere"], 3),
         (["export", "--bits", "w4a8", "--run", "nowhere"], 3),
         (["evaluate", "--bits", "w4a8", "--run", "nowhere"], 3),

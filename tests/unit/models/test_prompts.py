@@ -80,8 +80,8 @@ def test_without_a_file_the_built_in_captions_serve(stable_diffusion: LoadedMode
     assert len(set(captions)) == len(captions) == 256
     assert all(3 <= len(caption.split()) <= 20 for caption in captions)
     assert resolve_prompts(stable_diffusion, None, 300, seed=0) == [*captions, *captions[:44]]
-    assert prompts_name(stable_diffusion, None) == "edadm-captions-256"
-    assert prompts_name(stable_diffusion, tmp_path) == "file"
+    assert prompts_name(stable_diffusion.entry, None) == "edadm-captions-256"
+    assert prompts_name(stable_diffusion.entry, tmp_path) == "file"
 
 
 def test_coco_captions_give_each_image_its_first(tmp_path: Path) -> None:
@@ -130,7 +130,6 @@ def test_files_that_are_not_what_their_names_promise_are_refused(
 def test_a_model_that_takes_no_prompts_refuses_them(tiny_ddpm: Path) -> None:
     model = load_model(str(tiny_ddpm), torch.device("cpu"), torch.float32)
     assert resolve_prompts(model, None, 2, seed=0) is None
-    assert prompts_name(model, None) is None
     with pytest.raises(UsageError, match="takes no prompts"):
         resolve_prompts(model, ["a"], 2, seed=0)
 
@@ -142,7 +141,7 @@ def test_the_digits_entry_brings_its_prompts(stable_diffusion: LoadedModel) -> N
     assert first is not None
     assert len(first) == 20
     assert first == again
-    assert prompts_name(model, None) == "digits"
+    assert prompts_name(model.entry, None) == "digits"
     assert first != resolve_prompts(model, None, 20, seed=4)
 
 

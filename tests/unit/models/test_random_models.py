@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edadm_cli.models.architecture import Architecture, known_architectures, load_architecture
+from edadm_cli.models.architecture import WEIGHTS_VERSION, Architecture, known_architectures, load_architecture
 from edadm_cli.models.checkpoints.accounting import empty_module
 from edadm_cli.models.example_calls import example_call
 from edadm_cli.models.quiet import quiet_libraries
 from edadm_cli.models.random_models import (
-    WEIGHTS_VERSION,
     _construct,
     build_denoiser,
     build_random_pipeline,
