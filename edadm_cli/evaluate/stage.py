@@ -1,4 +1,8 @@
-"""`edadm evaluate`: compares an export's images with real images and with full precision of the same seeds."""
+"""`edadm evaluate`: compares an export's images with real images and with full precision of the same seeds.
+
+Unlike the stages before it, this one imports torch to find that it is up to date: its identity can hold a hash of the
+digit classifier's tensors, and which metrics it computes follows from the real images and their statistics.
+"""
 
 from __future__ import annotations
 

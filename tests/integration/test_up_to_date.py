@@ -69,6 +69,12 @@ def test_a_known_model_is_recognized_without_its_pipeline(model: str, tmp_path: 
     assert _imported("collect", *words) == []
 
 
+def test_the_page_of_a_run_is_written_without_anything_that_computes(run_folder: Path) -> None:
+    words = ["report", "--run", str(run_folder), "--json"]
+    done = subprocess.run([sys.executable, "-c", PROBE, json.dumps(words)], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [0, "done", []]
+
+
 def _imported(*words: str) -> list[str]:
     """Returns the libraries that an up-to-date stage imports."""
     arguments = [sys.executable, "-c", PROBE, json.dumps([*words, "--json"])]
