@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,11 @@ def run(exported: Path, tmp_path: Path) -> RunFolder:
 
 
 @pytest.fixture
-def in_one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs contenders in this process: their times mean nothing, and no process has to start."""
     environment = ContenderEnvironment("cpu", 1, None, is_alone=False)
     monkeypatch.setattr(BenchRequest, "environment", property(lambda self: environment))
     monkeypatch.setitem(peak.SIZES, "cpu", peak.Sizes(linear=(16, 32, 32), convolution=(1, 8, 8)))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(**changes: Any) -> BenchConfig:
