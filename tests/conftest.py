@@ -42,15 +42,6 @@ def _seeded() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _threads_of_its_own() -> Iterator[None]:
-    """Gives torch its number of threads back, which `bench` sets and on which the last bits of sums depend."""
-    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
-    yield
-    if before is not None:
-        sys.modules["torch"].set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def _audible_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes what a command in this process did to silence the processes that it starts."""
     for name in SILENCING:

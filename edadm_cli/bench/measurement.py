@@ -84,7 +84,6 @@ class Measurement:
             InputError: The denoiser cannot be called with samples of this size.
         """
         config = self.request.config
-        torch.set_num_threads(self.request.threads)
         context = self._prepare_full_precision()
         for contender in FLOATS:
             self._specs += self._prepare_contender(contender, context)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +59,16 @@ class BenchRequest:
         """Device and threads of the contenders; on a CPU each has a process of its own."""
         mode = _AUTOTUNED if self.config.autotune else None
         return ContenderEnvironment(str(self.device), self.threads, mode, is_alone=self.device.type != "cuda")
+
+    @contextmanager
+    def in_threads(self) -> Iterator[None]:
+        """Returns a context in which torch computes with the threads of the request in this process."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def identity_fields(self) -> dict[str, Any]:
         """Returns the settings that decide the result, as resolved, without facts about the machine."""

@@ -117,6 +117,6 @@ def _build(request: BenchRequest, build: Build, reporter: Reporter) -> None:
 
 
 def _measure(request: BenchRequest, scratch: Path, reporter: Reporter) -> dict[str, Any]:
-    with Measurement(request, scratch, reporter) as measurement:
+    with request.in_threads(), Measurement(request, scratch, reporter) as measurement:
         measurement.prepare()
         return measurement.measure()

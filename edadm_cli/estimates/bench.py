@@ -18,9 +18,8 @@ def estimate(config: BenchConfig, run_folder: RunFolder) -> Estimate:
     require_peers(config.against, request.device)
     denoiser = request.subject.full_precision()
     args, kwargs = request.subject.call(denoiser, config.batch_sizes[0], config.size)
-    torch.set_num_threads(request.threads)
     begun = time.perf_counter()
-    with torch.no_grad():
+    with request.in_threads(), torch.no_grad():
         denoiser(*args, **kwargs)
     call = time.perf_counter() - begun
     weights = sum(parameter.nbytes for parameter in denoiser.parameters()) / 2**20

@@ -330,7 +330,9 @@ def test_an_error_of_another_package_names_its_engine(
     run: RunFolder, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--run", str(run.root), "--bits", "w4a8", "--device", "cpu", "--engine", "failing"]
+    threads = torch.get_num_threads()
     assert main([*command, *options]) == 4
+    assert torch.get_num_threads() == threads
     message = capsys.readouterr().err
     assert "error: The engine 'failing' of another package failed in a_toy_engine: LookupError: no " in message
     assert "internal error" not in message

@@ -171,7 +171,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_sentence(
 @pytest.mark.parametrize(
     ("text", "meant"), [("edge_wieght_bits = 8", "edge_weight_bits"), ("[learn]\niteratoins = 5", "iterations")]
 )
-def test_a_misspelt_field_is_told_its_name(tmp_path: Path, text: str, meant: str) -> None:
+def test_a_message_names_the_field_that_was_meant(tmp_path: Path, text: str, meant: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe(_written(tmp_path, text))
     assert caught.value.hint == f"did you mean '{meant}'?"
