@@ -49,6 +49,7 @@ from study.emoji_shared import (
     collect_trajectories,
     generate_exact,
     load,
+    make_unclaimed,
     measure_sensitivity,
     ready,
     say,
@@ -93,6 +94,8 @@ def measure(study: Study, row: Row) -> dict[str, Any]:
     bits = BitWidth.parse(row.bits)
     if bits.is_mixed:
         assert row.variant == VARIANT, "the measured layers are those of another recipe"
+        make_unclaimed(study, row.model, row.seed, "sensitivity", measure_sensitivity)
+        make_unclaimed(study, row.model, row.seed, "pictures", generate_exact)  # while another process measures
         ready(study, row.model, row.seed, "sensitivity", measure_sensitivity)
         link_sensitivity(study.measured(row.model, row.seed), folder)
     budget = min(BUDGET_MIB * max(1, samples // 256), LARGEST_BUDGET_MIB)

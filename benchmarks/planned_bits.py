@@ -1,14 +1,13 @@
-"""Measures budgets of bits that are planned from three kinds of errors, beside equal bits of the same average.
+"""Measures budgets of bits that are planned from two kinds of errors, beside equal bits of the same average.
 
     python benchmarks/planned_bits.py --out studies/planned --models digits-ddpm,digits-sd --seeds 0-2 --workers 6
     python benchmarks/learner_table.py studies/planned --export docs/data/planned.jsonl
 
-Rows of the recipe `default`, or of another variant:
+Rows of the recipe `default`, or of another variant, at each of `--bits`:
 
 - `equal bits`: `w4a8` or `w3a8`;
-- `planned`: an average of as many bits per weight, planned as `--bits auto:` plans it, from errors of weights that are
-  rounded to nearest and scaled by a measured distance of final samples;
-- `planned from single steps`: the same without that distance;
+- `planned`: an average of as many bits per weight, or that of `auto:4.5a8`, planned as `--bits auto:` plans it, from
+  errors of weights that are rounded to nearest;
 - `planned after learning`: the errors of `planned` at two to four bits, times the share of the loss of the layer's unit
   that learning left with equal bits.
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from edadm_cli.artifacts import LayerSensitivity, RunFolder
     from edadm_cli.recipe import Recipe
 
-EQUAL, PLANNED, STEPS, LEARNED = "equal bits", "planned", "planned from single steps", "planned after learning"
+EQUAL, PLANNED, LEARNED = "equal bits", "planned", "planned after learning"
 LEARNED_BITS = 4  # learning changes little at more
 COLUMNS = ("hard", "held_out", "one_step", "guided", "final")
 
@@ -66,7 +65,8 @@ class Case:
 
     def result(self, label: str, bits: str) -> Path:
         """Returns the file of a row."""
-        return self.out / "results" / self.model / f"seed{self.seed}" / f"{label.replace(' ', '-')}-{bits}.json"
+        name = f"{label} {bits}".replace(" ", "-").replace(":", "-")
+        return self.out / "results" / self.model / f"seed{self.seed}" / f"{name}.json"
 
 
 def prepare(case: Case) -> RunFolder:
@@ -108,12 +108,13 @@ def measure(case: Case, label: str, bits: str, recipe: Recipe) -> None:
     folder = case.run(path.stem)
     link_collection(case.run("shared"), folder)
     choose(case, folder)
-    config = ReconstructConfig(bits=BitWidth.parse(bits), recipe=recipe, batch_size=128, **case.shared)
+    name = equal_bits(bits)  # the rules of the recipe give each layer its own bits
+    config = ReconstructConfig(bits=BitWidth.parse(name), recipe=recipe, batch_size=128, **case.shared)
     learned = reconstruct(config, folder)
-    units = Units.load(folder.open("reconstruct", bits)).units
+    units = Units.load(folder.open("reconstruct", name)).units
     row = {"model": case.model, "bits": bits, "label": label, "seed": case.seed, "hard": learned.loss.last}
     row |= {"left": {unit.name: (unit.loss_before, unit.loss_after) for unit in units}}
-    row |= judge(folder, bits, case.seed, case.images, case.shared["device"]) | {"card": card(case.shared["device"])}
+    row |= judge(folder, name, case.seed, case.images, case.shared["device"]) | {"card": card(case.shared["device"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".new")
     aside.write_text(json.dumps(row), encoding="utf-8")
@@ -121,9 +122,19 @@ def measure(case: Case, label: str, bits: str, recipe: Recipe) -> None:
     print(json.dumps({key: row[key] for key in ("model", "seed", "bits", "label", *COLUMNS) if key in row}), flush=True)
 
 
+def equal_bits(bits: str) -> str:
+    """Returns the bit width in which all layers have the bits of a budget, rounded down, such as `w4a8`."""
+    from edadm_cli.config import BitWidth
+
+    width = BitWidth.parse(bits)
+    return f"w{width.weight}a{width.activation}" if width.is_mixed else bits
+
+
 def shares_left(case: Case, bits: str) -> Callable[[str, int], float]:
     """Returns a function of a unit and a number of bits: the share of the unit's loss that learning has left."""
-    losses: Mapping[str, tuple[float | None, float | None]] = json.loads(case.result(EQUAL, bits).read_text())["left"]
+    losses: Mapping[str, tuple[float | None, float | None]] = json.loads(
+        case.result(EQUAL, equal_bits(bits)).read_text()
+    )["left"]
 
     def share(unit: str, width: int) -> float:
         before, after = losses.get(unit, (None, None))
@@ -133,7 +144,7 @@ def shares_left(case: Case, bits: str) -> Callable[[str, int], float]:
 
 
 def plans(case: Case, bits: str) -> dict[str, dict[str, int]]:
-    """Returns the bits of each layer by the label of the plan, for the average of all layers with equal bits."""
+    """Returns the bits of each layer by the label of the plan, for a budget or the average of equal bits."""
     import torch
 
     from edadm_cli.artifacts import Sensitivity
@@ -151,11 +162,11 @@ def plans(case: Case, bits: str) -> dict[str, dict[str, int]]:
     equal = plan_network(traced, recipe, BitWidth.parse(bits)).layers
     sizes = {layer.name: layer.num_weights for layer in measured.layers}
     average = sum(equal[name].weight_bits * size for name, size in sizes.items()) / sum(sizes.values())
-    budget = BitWidth(weight=int(average), activation=8, average=average)
+    given = BitWidth.parse(bits)
+    budget = given if given.is_mixed else BitWidth(weight=int(average), activation=8, average=average)
     share, chosen = shares_left(case, bits), {}
     factors: dict[str, Callable[[LayerSensitivity, int], float]] = {
         PLANNED: lambda layer, width: 1.0,
-        STEPS: lambda layer, width: 1 / max(layer.final_ratio or 1.0, 1e-30),
         LEARNED: lambda layer, width: share(layer.unit, width),
     }
     for label, factor in factors.items():
@@ -177,7 +188,7 @@ def work(case: Case) -> None:
     prepare(case)
     recipe = variant_recipe(case.variant, case.iterations)[0]
     for bits in case.widths:
-        measure(case, EQUAL, bits, recipe)
+        measure(case, EQUAL, equal_bits(bits), recipe)
         for label, widths in plans(case, bits).items():
             rules = tuple(LayerRule(pattern=name, weight_bits=width) for name, width in widths.items())
             measure(case, label, bits, recipe.model_copy(update={"layers": (*recipe.layers, *rules)}))
@@ -189,9 +200,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the study lies")
     parser.add_argument("--models", default="digits-ddpm,digits-sd")
     parser.add_argument("--seeds", default="0-2", help="such as 0-2")
-    parser.add_argument("--bits", default="w4a8,w3a8")
+    parser.add_argument("--bits", default="w4a8,w3a8", help="bit widths and averages such as auto:4.5a8")
     parser.add_argument("--variant", default="default", help="as in benchmarks/learner.py")
-    parser.add_argument("--final-images", type=int, default=8, help="images that each layer alone is sampled with")
+    parser.add_argument("--final-images", type=int, default=16, help="images by which the sensitivity is measured")
     parser.add_argument("--trajectories", type=int, default=256, help="number of trajectories per collection")
     parser.add_argument("--images", type=int, default=128, help="held-out trajectories")
     parser.add_argument("--iterations", type=int, help="at most so many optimizer steps per unit: for a trial")

@@ -209,14 +209,20 @@ class SensitivityConfig(StageConfig):
         le=LARGEST_GROUP,
         identity="if_changed",
     )
-    num_samples: int = setting(64, "Calibration samples that each layer is measured on; 64 by default.", ge=1)
+    num_samples: int = setting(
+        64, "Calibration samples by which the ranges of the layers' inputs are searched; 64 by default.", ge=1
+    )
     num_images: int = setting(
-        8,
-        "Images that are sampled to measure the effect of each step, and of each layer at four bits; 8 by default.",
+        16,
+        "Images whose final samples are followed back through all steps, to every layer; 16 by default.",
         ge=1,
         le=MAX_IMAGES,
     )
-    batch_size: int | None = setting(None, "Samples per call of the denoiser; by default the model's own.", ge=1)
+    batch_size: int | None = setting(
+        None,
+        "Samples per call of the denoiser, and at most so many images at a time; by default the model's own.",
+        ge=1,
+    )
 
     @field_validator("weight_bits", "activation_bits")
     @classmethod

@@ -12,7 +12,7 @@ from edadm_cli.config import SelectConfig, SensitivityConfig
 from edadm_cli.select.stage import run as select
 from edadm_cli.sensitivity.stage import run as measure
 
-VARIANT, GROUP_SIZE = "default", 16
+VARIANT, GROUP_SIZE = "default", 32
 
 
 def choose_samples(folder: RunFolder, variant: str, seed: int, device: str, most: int | None) -> tuple[int, ...]:

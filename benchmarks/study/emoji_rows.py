@@ -108,7 +108,7 @@ def _waves(seeds: list[int]) -> list[list[Line]]:
     time = ("thorough, 300 iterations, gamma 0.2, time projections at 8 bits",)
     rest = ("gamma 0.8, absolute", "TDAC, median radius")
     long = ("thorough, 300 iterations, all inputs quantized", "thorough")
-    widths, budgets = ("w8a8", "w3a8", "w4a4", "w6a6"), ("auto:4.5a8", "auto:3.5a8", "auto:4.1a8", "auto:3.5g16a8")
+    widths, budgets = ("w8a8", "w3a8", "w4a4", "w6a6"), ("auto:4.5a8", "auto:4.25g32a8", "auto:3.5a8", "auto:4.1a8")
     return [
         [(ships[:3], ("w4a8",), seeds), (default, ("w8a8", "w4g32a8"), seeds), (default, widths, one)],
         [

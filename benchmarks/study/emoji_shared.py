@@ -123,8 +123,11 @@ def claim(study: Study, name: str) -> bool:
     return True
 
 
-def ready(study: Study, model: str, seed: int, kind: str, make: Callable[[Study, str, int], dict[str, Any]]) -> None:
-    """Waits for something that all rows of a model and seed share, or makes it."""
+Maker = Callable[[Study, str, int], dict[str, Any]]
+
+
+def make_unclaimed(study: Study, model: str, seed: int, kind: str, make: Maker) -> Path:
+    """Makes something that all rows of a model and seed share, unless a process does so; returns the file about it."""
     path = study.shared(model, seed) / f"{kind}.json"
     if not path.is_file() and claim(study, f"{model}-{seed}-{kind}"):
         result = make(study, model, seed)
@@ -132,6 +135,12 @@ def ready(study: Study, model: str, seed: int, kind: str, make: Callable[[Study,
             write(study.out / "results" / f"{model}-full-precision-{seed}.json", result)
         write(path, result)
         say(kind, **result)
+    return path
+
+
+def ready(study: Study, model: str, seed: int, kind: str, make: Maker) -> None:
+    """Waits for something that all rows of a model and seed share, or makes it."""
+    path = make_unclaimed(study, model, seed, kind, make)
     while not path.is_file():
         time.sleep(0.5)
 

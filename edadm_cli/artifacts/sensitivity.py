@@ -16,8 +16,8 @@ Error = Annotated[float, Field(ge=0)]
 class LayerSensitivity(BaseModel):
     """The rise of the final error when one layer alone is quantized.
 
-    The errors of weights are scaled by a measurement of final samples at one width; those of inputs are predictions.
-    An error is a squared error of the final sample relative to its energy: the square of a relative L2 distance.
+    An error is a squared error of the final sample relative to its energy: the square of a relative L2 distance. It is
+    computed to first order, with every other layer at full precision.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -30,11 +30,9 @@ class LayerSensitivity(BaseModel):
         {},
         description="bits of the weights in groups, the input in float -> error; empty where no groups were measured",
     )
-    final_ratio: Error | None = Field(
-        None, description="measured distance of final samples over the predicted one, which errors of weights contain"
-    )
+    final_ratio: Error | None = Field(None, description="of earlier versions: a factor that errors of weights contain")
     activation_errors: dict[Width, Error] = Field(
-        description="bits of the input, the weights at eight bits -> error; empty where the input stays in float"
+        description="bits of the input, the weights in float -> error; empty where the input stays in float"
     )
 
 

@@ -1,9 +1,11 @@
-"""Measures the error of each layer of a denoiser at each number of bits."""
+"""Measures the effect of each layer of a pipeline's denoisers on the final sample, at each number of bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,23 +20,28 @@ from edadm_cli.artifacts import (
     save_json,
 )
 from edadm_cli.calibrate.planning import plan_network
-from edadm_cli.calibrate.ranges import search_activation_ranges, search_weight_scales
 from edadm_cli.config import BitWidth
+from edadm_cli.errors import InputError, MachineError
 from edadm_cli.models.denoiser_calls.calibration import CalibrationSet
 from edadm_cli.models.families import Call
 from edadm_cli.models.loaded import LoadedModel
-from edadm_cli.models.pipeline_calls.sampling import sample
-from edadm_cli.models.units import Trace, trace, units
+from edadm_cli.models.pipeline_calls.failures import KINDS, is_out_of_memory
+from edadm_cli.models.pipeline_calls.sampling import sample_with_gradients
+from edadm_cli.models.sources.from_folder import first_sentence
+from edadm_cli.models.units import trace, units
 from edadm_cli.progress import Reporter
-from edadm_cli.quant.plan import LayerPlan, QuantizationPlan, name_within
-from edadm_cli.sensitivity.final_distance import FinalDistance, reference_width, scaled
-from edadm_cli.sensitivity.gains import StepGains, measure_gains
-from edadm_cli.sensitivity.layer_errors import PredictionError, layer_errors, one_layer_quantized
+from edadm_cli.quant.plan import name_within
+from edadm_cli.sensitivity.candidates import LayerCandidates, layer_candidates
+from edadm_cli.sensitivity.effects import measure_effects
 from edadm_cli.sensitivity.plot import plot_sensitivity
+from edadm_cli.sensitivity.recorded_sampling import EQUAL_BITS_HINT, record_sampling
 from edadm_cli.sensitivity.task import Task
 
 PLOT_FILE = "sensitivity.png"
+NUM_DIRECTIONS = 4
 _PROGRESS_FILE = "progress.json"
+_NUM_PARTS = 2  # at least so many parts of the images, so that a killed run has lost at most half
+_SMALLEST = 1e-18  # of a squared distance, so that a layer without any effect has a logarithm
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Part:
     Attributes:
         task: The measurement.
         place: The denoiser; see `CollectedRun.places`.
-        calibration: Its calibration set.
+        calibration: Its calibration set, by which ranges are searched.
         num_steps: The steps of a run of the sampler at which it is called; the calibration set need not hold samples of
             all of them.
     """
@@ -59,17 +66,11 @@ class Part:
         """The number of calibration samples that are used."""
         return min(self.task.config.num_samples, len(self.calibration))
 
-    @property
-    def gains_file(self) -> str:
-        """The file that keeps the gains of the steps until everything is measured."""
-        return f"gains-{self.place}.json" if self.place else "gains.json"
-
-    def calls(self) -> list[tuple[Call, Tensor]]:
-        """Returns batches of calibration samples, spread evenly over the set, each with the steps of its samples."""
+    def calls(self) -> list[Call]:
+        """Returns batches of calibration samples, spread evenly over the set."""
         order = torch.linspace(0, len(self.calibration) - 1, self.num_samples).round().long()
         return [
-            (self.calibration.call(rows, self.task.device, torch.float32), self.calibration.step_index[rows])
-            for rows in order.split(self.task.batch_size)
+            self.calibration.call(rows, self.task.device, torch.float32) for rows in order.split(self.task.batch_size)
         ]
 
 
@@ -82,161 +83,216 @@ def parts_of(task: Task) -> list[Part]:
     ]
 
 
+@dataclass(frozen=True)
+class Layers:
+    """The layers of one denoiser that are measured.
+
+    Attributes:
+        part: The denoiser.
+        denoiser: Its network, at full precision.
+        candidates: The candidates of each layer.
+        unit_of: The unit that each layer is reconstructed with.
+    """
+
+    part: Part
+    denoiser: nn.Module
+    candidates: dict[str, LayerCandidates]
+    unit_of: dict[str, str]
+
+
+@dataclass
+class Progress:
+    """The measured images.
+
+    Attributes:
+        effects: By layer, the relative squared change of the final sample by each candidate, image by image, as a mean
+            over the directions.
+        gains: By denoiser, the gain of each of its steps, image by image.
+        num_images: The number of images so far.
+    """
+
+    effects: dict[str, list[list[float]]] = field(default_factory=dict)
+    gains: dict[str, list[list[float]]] = field(default_factory=dict)
+    num_images: int = 0
+
+    def add(self, effects: dict[str, Tensor], gains: dict[str, Tensor], num_images: int) -> None:
+        """Adds some images.
+
+        Args:
+            effects: By layer, with shape `(count, N)`.
+            gains: By denoiser, with shape `(T, N)`.
+            num_images: N.
+        """
+        for table, added in ((self.effects, effects), (self.gains, gains)):
+            for name, values in added.items():
+                rows = table.setdefault(name, [[] for _ in values])
+                for row, more in zip(rows, values.tolist(), strict=True):
+                    row += more
+        self.num_images += num_images
+
+
 def measure(task: Task, build: Build, reporter: Reporter) -> None:
     """Measures the layers of all denoisers, and commits the artifact.
 
     Raises:
-        InputError: The model is not the one that was collected from.
+        InputError: The model is not the one that was collected from, or its sampler has no gradient.
         UsageError: A pattern of the recipe matches no layer.
     """
     model, parts = task.collected.load(task.device, torch.float32), parts_of(task)
-    layers: list[LayerSensitivity] = []
-    step_gains: list[float] = []
-    for part in parts:
-        gains = _gains(part, model, build.path, reporter)
-        layers += _measure_denoiser(part, model, gains, build.path, reporter)
-        step_gains += gains.gains.tolist()
-    num_samples = sum(part.num_samples for part in parts)
+    _freeze(model)
+    layers = [_layers_of(part, model.by_denoiser()[part.place].denoiser) for part in parts]
+    progress = _measure_images(task, model, layers, build.path / _PROGRESS_FILE, reporter)
     result = Sensitivity(
-        layers=tuple(layers),
-        step_gains=tuple(step_gains),
-        num_samples=num_samples,
+        layers=tuple(row for each in layers for row in _rows(each, progress)),
+        step_gains=tuple(sum(gain) / len(gain) for part in parts for gain in progress.gains[part.place]),
+        num_samples=sum(part.num_samples for part in parts),
         group_size=task.config.group_size,
     )
     result.save(build.path)
     plot_sensitivity(build.path / PLOT_FILE, result)
-    build.discard([*(part.gains_file for part in parts), _PROGRESS_FILE])
+    build.discard([_PROGRESS_FILE])
     build.commit(environment={"device": str(task.device)})
 
 
-def _measure_denoiser(
-    part: Part, model: LoadedModel, gains: StepGains, folder: Path, reporter: Reporter
-) -> list[LayerSensitivity]:
-    """Measures the layers of one denoiser."""
-    denoiser, calls = model.by_denoiser()[part.place].denoiser, part.calls()
-    traced = trace(denoiser, *calls[0][0])
-    scale = part.task.collected.guidance_scale or 1.0
-    error = PredictionError(denoiser, calls, gains, part.calibration.branches, scale)
-    candidates = _candidates(part.task, denoiser, traced, [call for call, _ in calls])
-    final = FinalDistance(_generator(part.task, model))
-    return _measure_layers(part.place, traced, candidates, error, final, folder / _PROGRESS_FILE, reporter)
+def _freeze(model: LoadedModel) -> None:
+    """Switches off the gradients of all parameters, which nothing here needs."""
+    for component in model.pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
 
 
-def _generator(task: Task, model: LoadedModel) -> Callable[[], Tensor]:
-    """Returns a function that samples the same images every time, and returns their final latents."""
+def _layers_of(part: Part, denoiser: nn.Module) -> Layers:
+    """Returns the layers of a denoiser with their candidates."""
+    calls, config = part.calls(), part.task.config
+    traced = trace(denoiser, *calls[0])
+    full = plan_network(traced, config.recipe, BitWidth(weight=8, activation=8)).layers
+    candidates = layer_candidates(config, denoiser, traced, full, calls)
+    named = units(denoiser, traced, set(full), "block")
+    return Layers(part, denoiser, candidates, {layer: unit.name for unit in named for layer in unit.layers})
+
+
+def images_at_once(task: Task) -> int:
+    """Returns the number of images that are measured together."""
+    return min(task.batch_size, math.ceil(num_images(task) / _NUM_PARTS))
+
+
+def num_images(task: Task) -> int:
+    """Returns the number of images that are measured."""
+    return min(task.config.num_images, len(task.collected.sampling.seeds))
+
+
+def _measure_images(task: Task, model: LoadedModel, layers: list[Layers], path: Path, reporter: Reporter) -> Progress:
+    """Measures some images at a time; those that a killed run has measured are read from `path`."""
+    progress = Progress(**load_json(path)) if path.is_file() else Progress()
+    total, at_once = num_images(task), images_at_once(task)
+    with reporter.task("Measuring layers", total) as advance:
+        advance(progress.num_images)
+        while progress.num_images < total:
+            images = slice(progress.num_images, min(progress.num_images + at_once, total))
+            with _explained(model):
+                effects, gains = _measure_some(task, model, layers, images)
+            progress.add(effects, gains, images.stop - images.start)
+            save_json(path, vars(progress))
+            advance(images.stop - images.start)
+    return progress
+
+
+def _measure_some(
+    task: Task, model: LoadedModel, layers: list[Layers], images: slice
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Measures all layers on some images.
+
+    Returns:
+        The relative squared changes and the gains of `Progress.add`.
+
+    Raises:
+        InputError: A gradient is not finite.
+    """
+    denoisers = {each.part.place: each.denoiser for each in layers}
     sampling = task.collected.sampling
-    number = min(task.config.num_images, len(sampling.seeds))
-
-    def generate() -> Tensor:
-        return sample(
+    recorded = record_sampling(
+        denoisers,
+        lambda: sample_with_gradients(
             model,
-            seeds=sampling.seeds[:number],
-            prompts=None if sampling.prompts is None else sampling.prompts[:number],
+            seeds=sampling.seeds[images],
+            prompts=None if sampling.prompts is None else sampling.prompts[images],
             num_steps=sampling.num_steps,
             guidance_scale=sampling.guidance_scale,
-        ).latents
-
-    return generate
-
-
-def _gains(part: Part, model: LoadedModel, folder: Path, reporter: Reporter) -> StepGains:
-    """Returns the gains of a denoiser's steps, from a file if a killed run has measured them."""
-    path, task = folder / part.gains_file, part.task
-    if not path.is_file():
-        denoiser, generate = model.by_denoiser()[part.place].denoiser, _generator(task, model)
-        with reporter.task("Measuring the effect of each step", part.num_steps + 1) as advance:
-            measured = measure_gains(
-                denoiser, generate, part.num_steps, part.calibration.branches, task.config.seed, advance
-            )
-        save_json(path, {"gains": measured.gains.tolist(), "final_energy": measured.final_energy})
-    values = load_json(path)
-    return StepGains(torch.tensor(values["gains"], dtype=torch.float64), values["final_energy"])
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """The numbers of bits that one layer is measured at, with the plan and the ranges of each."""
-
-    weight: dict[int, tuple[LayerPlan, Mapping[str, Tensor]]]
-    grouped: dict[int, tuple[LayerPlan, Mapping[str, Tensor]]]
-    activation: dict[int, tuple[LayerPlan, Mapping[str, Tensor]]]
-
-    @property
-    def count(self) -> int:
-        """How many measurements there are: one of each, and one of final samples."""
-        return len(self.weight) + len(self.grouped) + len(self.activation) + 1
-
-
-def _candidates(task: Task, denoiser: nn.Module, traced: Trace, calls: list[Call]) -> dict[str, _Candidates]:
-    """Returns every quantizable layer with its candidates, in the order of execution."""
-    config, ranges = task.config, task.config.recipe.ranges
-    if ranges.weight == "output-error":  # its statistics belong to a whole plan, but here single layers are compared
-        ranges = ranges.model_copy(update={"weight": "search"})
-    full = plan_network(traced, config.recipe, BitWidth(weight=8, activation=8))
-    candidates = {name: _Candidates({}, {}, {}) for name in full.layers}
-    for bits, size in [
-        *((b, None) for b in config.weight_bits),
-        *((b, config.group_size) for b in config.grouped_bits),
-    ]:
-        layers = {
-            name: LayerPlan(weight_bits=bits, group_size=size, channel_parts=plan.channel_parts)
-            for name, plan in full.layers.items()
-        }
-        scales = search_weight_scales(traced, QuantizationPlan(layers=layers), ranges)
-        for name, plan in layers.items():
-            (candidates[name].weight if size is None else candidates[name].grouped)[bits] = (plan, scales)
-    eight = search_weight_scales(traced, QuantizationPlan(layers=full.layers), ranges)
-    for bits in config.activation_bits:
-        layers = {
-            name: plan.model_copy(update={"weight_bits": 8, "activation_bits": bits, "transform": None})
-            for name, plan in full.layers.items()
-            if plan.input_grid is not None
-        }
-        inputs = search_activation_ranges(denoiser, traced, QuantizationPlan(layers=layers), ranges, calls)
-        for name, plan in layers.items():
-            candidates[name].activation[bits] = (plan, eight | inputs)
-    return candidates
-
-
-def _measure_layers(
-    place: str,
-    traced: Trace,
-    candidates: Mapping[str, _Candidates],
-    error: PredictionError,
-    final: FinalDistance,
-    progress: Path,
-    reporter: Reporter,
-) -> list[LayerSensitivity]:
-    """Measures layer by layer; a layer that a killed run has measured is read from `progress`.
-
-    The errors of weights are scaled so that the one at a reference width is the measured distance of final samples.
-    The names of the layers are those within the pipeline; see `name_within`.
-    """
-    denoiser = error.denoiser
-    unit_of = {layer: unit.name for unit in units(denoiser, traced, set(candidates), "block") for layer in unit.layers}
-    done = {
-        row["name"]: LayerSensitivity.model_validate(row) for row in (load_json(progress) if progress.is_file() else [])
+        ),
+    )
+    directions = _directions(recorded.final, sampling.seeds[images], task.config.seed)
+    candidates = {each.part.place: each.candidates for each in layers}
+    num_steps = {each.part.place: each.part.num_steps for each in layers}
+    measured = measure_effects(recorded, denoisers, candidates, directions, num_steps)
+    energy = recorded.final.detach().double().flatten(1).square().sum(1).clamp_min(1e-30)
+    effects = {
+        name_within(place, name): change.square().mean(0) / energy
+        for place, named in measured.layers.items()
+        for name, change in named.items()
     }
-    with reporter.task("Measuring layers", sum(layer.count for layer in candidates.values())) as advance:
-        for name, layer in candidates.items():
-            full_name = name_within(place, name)
-            if full_name in done:
-                advance(layer.count)
-                continue
-            weight_errors = layer_errors(error, name, layer.weight, advance)
-            reference = reference_width(layer.weight)
-            with one_layer_quantized(denoiser, name, *layer.weight[reference]):
-                factor = final.measure() / max(weight_errors[reference], 1e-30)
-            advance(1)
-            grouped = layer_errors(error, name, layer.grouped, advance) if layer.grouped else {}
-            done[full_name] = LayerSensitivity(
+    if not all(bool(values.isfinite().all()) for values in effects.values()):
+        raise InputError(
+            f"{model.ref.id}: the gradient of the final sample is not finite, so layers cannot be compared.",
+            hint=EQUAL_BITS_HINT,
+        )
+    return effects, measured.gains
+
+
+@contextmanager
+def _explained(model: LoadedModel) -> Iterator[None]:
+    """Turns the errors of a model that samples, but cannot be differentiated, into one sentence.
+
+    Raises:
+        InputError: There was such an error.
+        MachineError: The device ran out of memory.
+    """
+    try:
+        yield
+    except (*KINDS, MemoryError) as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise MachineError(
+                f"{model.ref.id}: the device ran out of memory while final samples were followed back.",
+                hint="a smaller --batch-size",
+            ) from error
+        raise InputError(
+            f"{model.ref.id} has no gradient of its final samples: {first_sentence(error)}", hint=EQUAL_BITS_HINT
+        ) from error
+
+
+def _directions(final: Tensor, seeds: Sequence[int], seed: int) -> Tensor:
+    """Returns random directions `[K, N, *]` for final samples `[N, *]`; those of an image depend on its seed alone."""
+    directions = []
+    for image in seeds:
+        generator = torch.Generator().manual_seed((~image ^ seed) % 2**32)  # the noise of the image has `image` itself
+        directions.append(torch.randn((NUM_DIRECTIONS, *final.shape[1:]), generator=generator))
+    return torch.stack(directions, 1).to(final)
+
+
+def _rows(layers: Layers, progress: Progress) -> list[LayerSensitivity]:
+    """Returns the errors of a denoiser's layers."""
+    rows, place = [], layers.part.place
+    for name, layer in layers.candidates.items():
+        full_name = name_within(place, name)
+        errors = iter([_typical(values) for values in progress.effects[full_name]])
+        rows.append(
+            LayerSensitivity(
                 name=full_name,
-                unit=name_within(place, unit_of.get(name, name)),
-                num_weights=denoiser.get_submodule(name).get_parameter("weight").numel(),
-                weight_errors=scaled(weight_errors, factor),
-                group_errors=scaled(grouped, factor),
-                final_ratio=factor,
-                activation_errors=layer_errors(error, name, layer.activation, advance),
+                unit=name_within(place, layers.unit_of.get(name, name)),
+                num_weights=layer.layer.get_parameter("weight").numel(),
+                weight_errors={bits: next(errors) for bits in layer.weight_bits},
+                group_errors={bits: next(errors) for bits in layer.grouped_bits},
+                activation_errors={bits: next(errors) for bits in layer.activation_bits},
             )
-            save_json(progress, [row.model_dump(mode="json") for row in done.values()])
-    return [done[name_within(place, name)] for name in candidates]
+        )
+    return rows
+
+
+def _typical(errors: list[float]) -> float:
+    """Returns the geometric mean of errors over the images; single images that become others would decide a mean.
+
+    Each error is a mean of the squares of K normal numbers, whose logarithm is too small by log(K / 2) - digamma(K / 2)
+    in the mean.
+    """
+    half = torch.tensor(NUM_DIRECTIONS / 2, dtype=torch.float64)
+    logarithms = torch.tensor(errors, dtype=torch.float64).clamp_min(_SMALLEST).log()
+    return float((logarithms.mean() + half.log() - half.digamma()).exp())

@@ -62,8 +62,11 @@ def test_every_layer_is_measured_and_fewer_bits_cost_more(run_folder: Path) -> N
     assert len(result.step_gains) >= 4
 
 
-def test_the_error_at_four_bits_is_the_distance_of_final_samples(run_folder: Path) -> None:
-    """With one layer alone rounded to nearest, as the geometric mean over the images of the collection."""
+def test_the_error_at_eight_bits_is_the_distance_of_final_samples(run_folder: Path) -> None:
+    """With one layer alone rounded to nearest, as the geometric mean over the images of the collection.
+
+    Four random directions for each of eight images estimate it: one standard deviation is 14%.
+    """
     run = RunFolder(run_folder)
     collected = CollectedRun.open(run)
     model = collected.load(torch.device("cpu"), torch.float32)
@@ -82,14 +85,14 @@ def test_the_error_at_four_bits_is_the_distance_of_final_samples(run_folder: Pat
         layer = denoiser.get_submodule(name)
         weight = layer.get_parameter("weight")
         original = weight.detach().clone()
-        scale = weight_scales(original, weight_grid(4), load_recipe("default").ranges)
+        scale = weight_scales(original, weight_grid(8), load_recipe("default").ranges)
         step = scale.view(-1, 1, 1, 1)
         with torch.no_grad():
-            weight.copy_((original / step).round().clamp(-8, 7) * step)
+            weight.copy_((original / step).round().clamp(-128, 127) * step)
         distance = relative_l2(generate(), exact).log().mean().exp()
         with torch.no_grad():
             weight.copy_(original)
-        assert by_name[name].weight_errors[4] ** 0.5 == pytest.approx(float(distance), rel=1e-3)
+        assert by_name[name].weight_errors[8] ** 0.5 == pytest.approx(float(distance), rel=0.4)
 
 
 def test_steps_without_samples_at_the_end_are_steps_too(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,20 +188,20 @@ def test_a_killed_measurement_goes_on(run_folder: Path, tmp_path: Path, monkeypa
         "--group-size",
         "16",
     ]
-    calls: list[str] = []
-    original = building.layer_errors
+    calls: list[int] = []
+    original = building.measure_effects
 
-    def interrupted(error: object, name: str, *args: object) -> object:
-        calls.append(name)
-        if len(calls) == 6:
+    def interrupted(*args: object) -> object:
+        calls.append(len(calls))
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(error, name, *args)  # type: ignore[arg-type]
+        return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(building, "layer_errors", interrupted)
+    monkeypatch.setattr(building, "measure_effects", interrupted)
     common = ["--run", str(tmp_path / "run"), "--device", "cpu", "--quiet"]
     assert main([*again, *common]) == 130
     assert main([*again, *common]) == 0
-    assert calls.count(measured.layers[0].name) == 3, "weights with and without groups, and activations, once each"
+    assert len(calls) == 3, "the first half of the images is not measured again"
     resumed = Sensitivity.load(RunFolder(tmp_path / "run").open("sensitivity"))
     assert torch.allclose(torch.tensor(resumed.step_gains), torch.tensor(measured.step_gains))
     assert resumed.layers == measured.layers

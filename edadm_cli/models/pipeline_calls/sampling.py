@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,29 +85,87 @@ def sample(
     require_num_steps(model, num_steps)
     arguments = call_arguments(model, list(seeds), prompts, num_steps, guidance_scale)
     last_sample: list[Tensor] = []
-    try:
-        with (
-            torch.no_grad(),
-            quiet_libraries(),
-            library_warnings(PIPELINES) as warnings,
-            watched_scheduler(pipeline, arguments, last_sample),
-            _explained_refusals(model),
-            _seeded(seeds[0], pipeline.device),
-        ):
-            output = pipeline(**arguments)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MachineError(
-            f"{model.ref.id}: the device ran out of memory with {len(seeds)} images at a time.",
-            hint=_memory_hint(model, len(seeds)),
-        ) from error
-    if not last_sample:
-        raise InputError(
-            f"{type(pipeline).__name__} samples without steps of its scheduler, so it cannot be calibrated."
-        )
-    latents = last_sample[0][: len(seeds)].float().cpu()
+    with (
+        torch.no_grad(),
+        _explained_memory(model, len(seeds)),
+        library_warnings(PIPELINES) as warnings,
+        watched_scheduler(pipeline, arguments, last_sample),
+        _explained_refusals(model),
+        _seeded(seeds[0], pipeline.device),
+    ):
+        output = pipeline(**arguments)
+    latents = _required_sample(model, last_sample)[: len(seeds)].float().cpu()
     if not bool(latents.isfinite().all()):
         raise InputError(f"{model.ref.id}: sampling in {_dtype_name(model)} ended in values that are not finite.")
     return Samples(_to_bytes(_images_of(pipeline, output)), latents, tuple(warnings))
+
+
+def sample_with_gradients(
+    model: LoadedModel,
+    *,
+    seeds: Sequence[int],
+    prompts: Sequence[str] | None,
+    num_steps: int,
+    guidance_scale: float | None,
+) -> Tensor:
+    """Samples as `sample` does, with gradients switched on, and stops after the last step of the scheduler.
+
+    The parameters of the pipeline's components should have `requires_grad` off: otherwise all activations of all steps
+    stay in memory.
+
+    Returns:
+        The sampler's last sample, with shape `(N, *)`, on the pipeline's device, with what it was computed from.
+
+    Raises:
+        InputError: As `sample` does, or the pipeline does not allow gradients.
+        UsageError: As `sample` does.
+        MachineError: The device ran out of memory.
+    """
+    pipeline = model.pipeline
+    require_num_steps(model, num_steps)
+    arguments = call_arguments(model, list(seeds), prompts, num_steps, guidance_scale)
+    last_sample: list[Tensor] = []
+    call = inspect.unwrap(type(pipeline).__call__)  # diffusers wraps it in torch.no_grad
+    with (
+        torch.enable_grad(),
+        _explained_memory(model, len(seeds)),
+        library_warnings(PIPELINES),
+        watched_scheduler(pipeline, arguments, last_sample, decodes=False),
+        _explained_refusals(model),
+        _seeded(seeds[0], pipeline.device),
+    ):
+        call(pipeline, **arguments)
+    return _required_sample(model, last_sample)[: len(seeds)]
+
+
+def _required_sample(model: LoadedModel, last_sample: Sequence[Tensor]) -> Tensor:
+    """Returns the last sample of a scheduler.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not last_sample:
+        raise InputError(
+            f"{type(model.pipeline).__name__} samples without steps of its scheduler, so it cannot be calibrated."
+        )
+    return last_sample[0]
+
+
+@contextmanager
+def _explained_memory(model: LoadedModel, num_images: int) -> Iterator[None]:
+    """Says what to do where the device runs out of memory; libraries are quiet while it is entered.
+
+    Raises:
+        MachineError: The device ran out of memory.
+    """
+    try:
+        with quiet_libraries():
+            yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MachineError(
+            f"{model.ref.id}: the device ran out of memory with {num_images} images at a time.",
+            hint=_memory_hint(model, num_images),
+        ) from error
 
 
 def require_num_steps(model: LoadedModel, num_steps: int) -> None:

@@ -1,0 +1,177 @@
+r"""Measures how much each candidate of each layer changes the final sample, to first order, in one backward sweep.
+
+A candidate that changes the output of layer l at step t by d_{l,t} changes the final sample by
+
+    dx_0 = sum_t J_{l,t} d_{l,t}
+
+J_{l,t} is the derivative through the rest of the network, the rest of the sampler and all later calls. For a random
+direction v of independent normal numbers, <v, dx_0> has the mean square |dx_0|^2, and
+
+    <v, dx_0> = sum_t <J_{l,t}^T v, d_{l,t}>,
+
+where J_{l,t}^T v is what a backward pass computes for all layers at once. So a sweep from the last step to the first
+costs one forward of the network per step, the products of the candidates with the layers' inputs, and one backward pass
+per direction, however many layers there are. Errors of different steps add up as they do in the sampler, with their
+signs. The changes of different layers are assumed to be small enough that this first order is enough.
+
+References:
+    The mean square over random directions is Hutchinson's estimator of the trace of J^T J
+    (https://doi.org/10.1080/03610919008812866).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_cli.hooks import Hooks
+from edadm_cli.models.denoiser_calls.predictions import prediction_of
+from edadm_cli.sensitivity.candidates import LayerCandidates
+from edadm_cli.sensitivity.recorded_sampling import RecordedCall, RecordedSampling
+
+Candidates = Mapping[str, Mapping[str, LayerCandidates]]
+"""The candidates of the layers of each denoiser: by its place, then by the layer's name."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """The effects on the final sample in several random directions.
+
+    Attributes:
+        layers: By the place of the denoiser and the layer's name, <v, dx_0> of each direction, candidate and image,
+            with shape `(K, count, N)`, float64.
+        gains: By the place of the denoiser, the squared change of the final sample per squared change of the
+            predictions of each step, both as means over their elements, if the latter is random and the same in all
+            predictions of the step; with shape `(T, N)`, float64. Its mean over the directions is taken.
+    """
+
+    layers: dict[str, dict[str, Tensor]]
+    gains: dict[str, Tensor]
+
+
+def measure_effects(
+    recorded: RecordedSampling,
+    denoisers: Mapping[str, nn.Module],
+    candidates: Candidates,
+    directions: Tensor,
+    num_steps: Mapping[str, int],
+) -> Effects:
+    """Measures the effects of all candidates with one sweep over the calls of a recorded run, the last one first.
+
+    Args:
+        recorded: The run of the sampler.
+        denoisers: The denoisers by place, at full precision.
+        candidates: The candidates.
+        directions: K random directions, with shape `(K, N, *)`.
+        num_steps: The steps at which each denoiser is called; each call is a step of its own where they differ in their
+            number of calls.
+    """
+    count, images = directions.shape[:2]
+    sums = directions.new_zeros(count, 1, images, dtype=torch.float64)
+    layers = {
+        place: {name: sums.repeat(1, layer.count, 1) for name, layer in named.items()}
+        for place, named in candidates.items()
+    }
+    of_steps: dict[str, list[Tensor]] = {place: [] for place in candidates}
+    later: list[dict[int, list[Tensor]]] = [{} for _ in range(count)]  # of each direction
+    for index in reversed(range(len(recorded.calls))):
+        call = recorded.calls[index]
+        adjoints = [recorded.adjoint(index, directions[k], later[k]) for k in range(count)]
+        found = [torch.zeros_like(call.prediction) if adjoint is None else adjoint for adjoint in adjoints]
+        of_steps[call.place].insert(0, torch.stack([_guided(adjoint, images) for adjoint in found]))
+        inputs, changes = _through_call(denoisers[call.place], call, candidates[call.place], found, images)
+        for k in range(count):
+            later[k][index] = inputs[k]
+        for name, change in changes.items():
+            layers[call.place][name] += change
+    squares = directions.double().flatten(2).square().sum(2).mean(0)
+    return Effects(layers, {place: _gains(each, num_steps[place]) / squares for place, each in of_steps.items()})
+
+
+def _guided(adjoint: Tensor, images: int) -> Tensor:
+    """Returns the gradient with respect to a change that all branches of a call have in common, `[N, D]`."""
+    return adjoint.reshape(-1, images, adjoint[0].numel()).sum(0)
+
+
+def _gains(of_calls: Sequence[Tensor], num_steps: int) -> Tensor:
+    """Returns the squares of the gradients `[K, N, D]` of each step, summed over D and its calls, as `[T, N]`."""
+    per_step, rest = divmod(len(of_calls), num_steps)
+    per_step = 1 if rest else max(1, per_step)
+    steps = [torch.stack(list(of_calls[i : i + per_step])).sum(0) for i in range(0, len(of_calls), per_step)]
+    return torch.stack([step.double().square().sum(2).mean(0) for step in steps])
+
+
+def _through_call(
+    denoiser: nn.Module,
+    call: RecordedCall,
+    candidates: Mapping[str, LayerCandidates],
+    adjoints: Sequence[Tensor],
+    images: int,
+) -> tuple[list[list[Tensor]], dict[str, Tensor]]:
+    """Takes the adjoints of a call's prediction back through the denoiser.
+
+    Returns:
+        Of each adjoint, the gradients with respect to the call's `inputs`; and of each layer the inner products
+        `[K, count, N]` of its candidates' changes with the gradient of its output, summed over the rows of an image.
+    """
+    args, kwargs, leaves = call.with_leaves()
+    strengths: dict[str, Tensor] = {}
+    with torch.enable_grad(), Hooks() as hooks:
+        for name, layer in candidates.items():
+            hooks.after(layer.layer, _marking(name, layer, strengths))
+        prediction = prediction_of(denoiser(*args, **kwargs))
+    names, wanted = list(strengths), [*leaves, *strengths.values()]
+    inputs: list[list[Tensor]] = []
+    products: list[list[Tensor]] = []
+    for number, adjoint in enumerate(adjoints):
+        is_last = number + 1 == len(adjoints)
+        gradients = torch.autograd.grad(
+            prediction, wanted, adjoint, retain_graph=not is_last, allow_unused=True, materialize_grads=True
+        )
+        inputs.append(list(gradients[: len(leaves)]))
+        products.append([_by_image(gradient, len(prediction), images) for gradient in gradients[len(leaves) :]])
+    by_layer = zip(names, zip(*products, strict=True), strict=True)
+    return inputs, {name: torch.stack(each) for name, each in by_layer}
+
+
+def _marking(name: str, layer: LayerCandidates, strengths: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """Returns a hook after which the gradient of `strengths[name]` holds the inner products of a layer's changes."""
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        changes = layer.output_changes(inputs[0])
+        strengths[name] = output.new_zeros(changes.shape[:2], requires_grad=True)
+        marked: Tensor = _Marked.apply(output, strengths[name], changes)
+        return marked
+
+    return hook
+
+
+class _Marked(torch.autograd.Function):
+    """Adds changes `[n, count, M]` with strengths `[n, count]` of zero to an output of n rows: it stays as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, strengths: Tensor, changes: Tensor) -> Tensor:
+        ctx.save_for_backward(changes)
+        return output.clone()  # a view could not be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (changes,) = ctx.saved_tensors
+        products = torch.bmm(changes, gradient.flatten(1).unsqueeze(2)).squeeze(2)
+        return gradient, products, None
+
+
+def _by_image(products: Tensor, rows: int, images: int) -> Tensor:
+    """Returns inner products `[n, count]` as `[count, images]`.
+
+    The rows of a call are those of all images, once per branch of guidance; a layer may have several rows for each of
+    them. Where a layer has other rows, which images share, each image gets an equal part, so that the sum of squares
+    over the images has the same mean.
+    """
+    if len(products) % rows:
+        return (products.sum(0) / images**0.5).unsqueeze(1).expand(-1, images)
+    return products.view(rows // images, images, -1, products.shape[1]).sum((0, 2)).T
